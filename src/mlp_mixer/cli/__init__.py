@@ -1,0 +1,1 @@
+"""The `mixer` command: parse, call one function of the floors below, print."""

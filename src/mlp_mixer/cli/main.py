@@ -1,0 +1,84 @@
+"""Entry of the `mixer` command: finds the verb, and turns every error into one message.
+
+Exit codes: 0 done; 1 a bug of ours, with its traceback; 2 a mistake of the user's; 3 done, but some
+images were bad; 130 stopped with Ctrl-C. No torch is imported before a verb runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mlp_mixer.cli.verbs import VERBS
+from mlp_mixer.errors import UserError, near_names
+
+DESCRIPTION = """MLP-Mixer in PyTorch: train, evaluate and use all-MLP image classifiers.
+
+Begin with `mixer train`: without arguments it trains a small Mixer on real digits, in about a
+minute. `mixer VERB --help` has examples. `--debug` shows the traceback of an error."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one verb and ends the process with its exit code.
+
+    Args:
+        arguments: as typed after `mixer`; None takes the process's own.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [each for each in given if each != "--debug"]
+    try:
+        sys.exit(parse(given, VERBS) or 0)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {error.text()}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def parse(arguments: Sequence[str], verbs: dict[str, Callable[..., Any]]) -> Any:
+    """Parses the arguments, calls the verb that they name and returns what it returns.
+
+    Raises:
+        UserError: there is no such verb. (Wrong flags end the process with exit code 2.)
+    """
+    import tyro
+
+    given = list(arguments) or ["--help"]
+    if given[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"mlp_mixer {version('mlp_mixer')}")
+        return 0
+    if not given[0].startswith("-") and given[0] not in verbs:
+        fix = f"{near_names(given[0], verbs)}Known: {', '.join(verbs)}"
+        raise UserError(f"unknown verb {given[0]!r}", fix=fix)
+    if given[0] not in verbs:  # the help of all verbs: a line for each
+        verbs = {name: _with_summary(verb) for name, verb in verbs.items()}
+    return tyro.extras.subcommand_cli_from_dict(
+        verbs,
+        prog="mixer",
+        description=DESCRIPTION,
+        args=given,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _with_summary(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the verb with the first line of its docstring only."""
+
+    @functools.wraps(verb)
+    def short(*args: Any, **kwargs: Any) -> Any:
+        return verb(*args, **kwargs)
+
+    short.__doc__ = (verb.__doc__ or "").partition("\n")[0]
+    return short

@@ -1,0 +1,1 @@
+"""Bytes -> batches: sources of images, the decoder, transforms and the loader."""

@@ -1,0 +1,50 @@
+"""Which image at which step, and every random number of it: pure functions, no state.
+
+Training reads one endless sequence of positions: epoch after epoch, each a new permutation of all
+images. A batch is `batch_size` consecutive positions and may cross from one epoch into the next, so
+no image is left out and none comes twice before all have come once, whatever the batch size. Step n
+reads positions n * batch_size to (n + 1) * batch_size - 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+
+# What a generator is for, so that no two uses share random numbers.
+ORDER, SAMPLE, STEP = range(3)
+
+
+def generator(seed: int, use: int, *numbers: int) -> np.random.Generator:
+    """Returns the generator that belongs to (seed, use, *numbers), always the same."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, use, *numbers))))
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    """Returns the permutation of the indices 0 to num_images - 1 that the epoch reads."""
+    return generator(seed, ORDER, epoch).permutation(num_images)
+
+
+def locate(seed: int, position: int, num_images: int) -> tuple[int, int]:
+    """Returns (epoch, index) of a position of the endless sequence."""
+    epoch, place = divmod(position, num_images)
+    return epoch, int(epoch_order(seed, epoch, num_images)[place])
+
+
+def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """Returns the generator of everything random about one image in one epoch."""
+    return generator(seed, SAMPLE, epoch, index)
+
+
+def step_generator(seed: int, step: int) -> np.random.Generator:
+    """Returns the generator of everything random about one step (mixup, dropout masks)."""
+    return generator(seed, STEP, step)
+
+
+def batches_of_positions(start: int, stop: int, batch_size: int) -> Iterator[list[int]]:
+    """Yields the positions of each step from `start` to `stop` - 1."""
+    for step in range(start, stop):
+        yield list(range(step * batch_size, (step + 1) * batch_size))

@@ -1,0 +1,337 @@
+"""Where images come from: (encoded bytes, label) by index, with the class names.
+
+A source is named by a string, SOURCE or SOURCE:SPLIT:
+    digits             the scikit-learn digits: 1,797 real 8x8 scans, installed with a dependency
+    FOLDER             FOLDER/train/<class>/*.jpg with val/ and test/ where they exist,
+                       or FOLDER/<class>/*.jpg
+Splits are train, validation and test. Class names belong to the data: every split is matched by
+name, never by position. Nothing here ever writes to the user's files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from mlp_mixer.data.image import SUFFIXES, encode_png, read_header
+from mlp_mixer.errors import UserError
+
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid"),
+    "test": ("test",),
+}
+_CLASS_FOLDERS = "a class folder: FOLDER/train/<class>/*.jpg (val/ and test/ if you have them)"
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that cannot be read or decoded."""
+
+    index: int
+    name: str
+    what: str
+
+
+class Source(Protocol):
+    """Images with labels, by index.
+
+    Attributes:
+        name: what to call it on screen.
+        class_names: the classes, in the order of the labels.
+        labels: int64 (num_images,), an index into class_names each.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def class_names(self) -> list[str]: ...
+    @property
+    def labels(self) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> bytes:
+        """Returns the encoded file of one image."""
+        ...
+
+    def item_name(self, index: int) -> str:
+        """Returns the path or the name of one image."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files on disk with their labels."""
+
+    name: str
+    class_names: list[str]
+    labels: np.ndarray
+    paths: Sequence[Path]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> bytes:
+        try:
+            return self.paths[index].read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"cannot read the file: {error.strerror}", where=self.paths[index]
+            ) from error
+
+    def item_name(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Encoded images in memory with their labels."""
+
+    name: str
+    class_names: list[str]
+    labels: np.ndarray
+    files: Sequence[bytes]
+    item_prefix: str
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> bytes:
+        return self.files[index]
+
+    def item_name(self, index: int) -> str:
+        return f"{self.item_prefix}[{index}]"
+
+
+@dataclass(frozen=True)
+class View:
+    """Some images of another source, under the same classes or others: see `subset`, `relabel`."""
+
+    name: str
+    class_names: list[str]
+    labels: np.ndarray
+    source: Source
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> bytes:
+        return self.source.read(int(self.indices[index]))
+
+    def item_name(self, index: int) -> str:
+        return self.source.item_name(int(self.indices[index]))
+
+
+def subset(source: Source, indices: np.ndarray, name: str) -> View:
+    """Returns the images of these indices, int64 (n,), as a source of its own."""
+    return View(name, source.class_names, source.labels[indices], source, indices)
+
+
+def relabel(source: Source, class_names: list[str]) -> View:
+    """Returns the same images under another class list that has all of the source's names."""
+    positions = np.array([class_names.index(name) for name in source.class_names], dtype=np.int64)
+    labels = positions[source.labels]
+    return View(source.name, class_names, labels, source, np.arange(len(source)))
+
+
+def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the indices (kept, held out), with `fraction` of every class held out.
+
+    A class with two images or more keeps at least one and gives at least one.
+
+    Args:
+        labels: int64 (num_images,).
+        fraction: share of each class to hold out, above 0 and below 1.
+        seed: of the draw; the same seed gives the same split.
+    """
+    random = np.random.default_rng(seed)
+    held_out: list[np.ndarray] = []
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        if len(members) > 1:
+            number = min(max(round(fraction * len(members)), 1), len(members) - 1)
+            held_out.append(members[:number])
+    chosen = np.sort(np.concatenate(held_out)) if held_out else np.array([], dtype=np.int64)
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def digits() -> dict[str, Source]:
+    """Returns the three splits of the scikit-learn digits: 1,151 / 287 / 359 images.
+
+    The split is stratified and always the same: a fifth of every class for test, then a fifth of
+    the rest for validation.
+    """
+    from sklearn.datasets import load_digits  # half a second, so only where it is used
+
+    data = cast(Any, load_digits())
+    pixels = np.round(data.images * (255 / 16)).astype(np.uint8)  # 17 grey levels
+    files = [encode_png(picture) for picture in pixels]
+    names = [str(digit) for digit in data.target_names]
+    whole = EncodedImages("digits", names, data.target.astype(np.int64), files, "digits")
+    rest, test = split_by_class(whole.labels, 0.2, seed=0)
+    kept, held_out = split_by_class(whole.labels[rest], 0.2, seed=1)
+    indices = {"train": rest[kept], "validation": rest[held_out], "test": test}
+    return {split: subset(whole, at, f"digits:{split}") for split, at in indices.items()}
+
+
+def natural_order(name: str) -> tuple[list[object], str]:
+    """The sort key under which class "2" comes before class "10"."""
+    parts = re.split(r"(\d+)", name.casefold())
+    return [int(part) if part.isdigit() else part for part in parts], name
+
+
+def class_folder(folder: Path, name: str) -> ImageFiles:
+    """Returns the images of FOLDER/<class>/, at any depth below the class.
+
+    Raises:
+        UserError: there are no class folders, a class is empty, or two differ in case only.
+    """
+    classes = sorted(
+        (entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."),
+        key=natural_order,
+    )
+    if not classes:
+        raise UserError(
+            "no class folders found", where=folder, fix=f"Arrange it as {_CLASS_FOLDERS}"
+        )
+    twins = {a for a in classes for b in classes if a != b and a.casefold() == b.casefold()}
+    if twins:
+        what = f"class folders that differ only in case: {', '.join(sorted(twins))}"
+        raise UserError(what, where=folder, fix="Merge or rename them")
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, class_name in enumerate(classes):
+        found = sorted(
+            path
+            for path in (folder / class_name).rglob("*")
+            if path.suffix.lower() in SUFFIXES and path.name[0] != "."
+        )
+        if not found:
+            raise UserError(
+                f"class {class_name!r} has no images",
+                where=folder / class_name,
+                fix=f"Put images there ({' '.join(SUFFIXES)}) or remove the folder",
+            )
+        paths += found
+        labels += [label] * len(found)
+    return ImageFiles(name, classes, np.array(labels, dtype=np.int64), paths)
+
+
+def open_splits(name: str) -> dict[str, Source]:
+    """Returns the splits that a source has, by the names train, validation and test.
+
+    A folder whose classes lie directly in it has the one split train.
+
+    Args:
+        name: "digits" or the path of a folder.
+
+    Raises:
+        UserError: there is no such source, or `class_folder` refuses a split.
+    """
+    if name == "digits":
+        return digits()
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        raise UserError(
+            f"no such data: {name!r}",
+            where=folder.absolute(),
+            fix=f"Give 'digits' or the path of {_CLASS_FOLDERS}",
+        )
+    if not folder.is_dir():
+        raise UserError(f"not a folder: {name!r}", where=folder, fix=f"Give {_CLASS_FOLDERS}")
+    entries = {entry.name for entry in folder.iterdir() if entry.is_dir()}
+    splits: dict[str, Source] = {}
+    for split, folders in SPLIT_FOLDERS.items():
+        present = [candidate for candidate in folders if candidate in entries]
+        if len(present) > 1:
+            what = f"two folders for one split: {' and '.join(present)}"
+            raise UserError(what, where=folder, fix="Merge them or rename one")
+        if present:
+            splits[split] = class_folder(folder / present[0], f"{name}:{split}")
+    if splits and "train" in splits:
+        for split in splits:
+            splits[split] = match_classes(
+                splits[split], splits["train"].class_names, owner="train/", allow_missing=True
+            )
+    return splits or {"train": class_folder(folder, f"{name}:train")}
+
+
+def names_source(name: str) -> bool:
+    """Returns whether the string names data that is not on disk: digits, digits:test, ..."""
+    return name.partition(":")[0] == "digits" and not Path(name).exists()
+
+
+def open_source(name: str) -> Source:
+    """Returns one split: that of SOURCE:SPLIT, else of SOURCE the test, validation or train split.
+
+    Raises:
+        UserError: there is no such source or no such split.
+    """
+    base, colon, split = name.rpartition(":")
+    if not colon or split not in SPLIT_FOLDERS:
+        splits = open_splits(name)
+        return next(splits[each] for each in ("test", "validation", "train") if each in splits)
+    splits = open_splits(base)
+    if split not in splits:
+        fix = f"Known there: {', '.join(splits)}"
+        raise UserError(f"the data has no {split} split", where=base, fix=fix)
+    return splits[split]
+
+
+def match_classes(
+    source: Source, class_names: list[str], *, owner: str, allow_missing: bool
+) -> Source:
+    """Returns the source with its labels in the order of `class_names`, matched by name.
+
+    Args:
+        source: any.
+        class_names: the classes to keep to.
+        owner: whose they are, for the error: "the model", "train/".
+        allow_missing: whether the source may lack some of the classes.
+
+    Raises:
+        UserError: the source has other classes, or lacks some where it must not.
+    """
+    unknown = [name for name in source.class_names if name not in class_names]
+    missing = [name for name in class_names if name not in source.class_names]
+    if unknown or (missing and not allow_missing):
+        what = [
+            f"{owner} knows {len(class_names)} classes, {source.name} has {len(source.class_names)}"
+        ]
+        if unknown:
+            what.append(f"unknown to {owner}: {_some(unknown)}")
+        if missing:
+            what.append(f"missing in the data: {_some(missing)}")
+        fix = (
+            "Rename or remove those class folders"
+            if unknown
+            else "Add images of them, or go on without with --allow-missing-classes"
+        )
+        raise UserError("; ".join(what), where=source.name, fix=fix)
+    return source if source.class_names == class_names else relabel(source, class_names)
+
+
+def unreadable(source: Source) -> list[BadImage]:
+    """Returns every image whose header cannot be read.
+
+    Pixels are not decoded, so that a damaged image can still turn up later.
+    """
+    found: list[BadImage] = []
+    for index in range(len(source)):
+        try:
+            read_header(source.read(index), source.item_name(index))
+        except UserError as error:
+            found.append(BadImage(index, source.item_name(index), error.what))
+    return found
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(name) for name in names[:most]) + more

@@ -1,0 +1,1 @@
+"""Architectures: nn.Modules and their shapes; no files, no data, no training."""

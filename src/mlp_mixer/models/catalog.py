@@ -1,0 +1,137 @@
+"""Every named architecture, and the two functions that use the names."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from mlp_mixer.errors import UserError, near_names
+from mlp_mixer.models.layers import ImageClassifier
+from mlp_mixer.models.mixer import MixerConfig, MlpMixer
+
+
+def _mixer(patch: int, dim: int, blocks: int, tokens_dim: int, channels_dim: int) -> MixerConfig:
+    return MixerConfig(
+        patch_size=patch,
+        hidden_dim=dim,
+        num_blocks=blocks,
+        tokens_mlp_dim=tokens_dim,
+        channels_mlp_dim=channels_dim,
+    )
+
+
+# Table 1 of the paper; S/8 is Google's later release (SAM-trained, not in the paper).
+ARCHITECTURES: dict[str, MixerConfig] = {
+    #                    P     C   L  D_S   D_C
+    "mixer_s32": _mixer(32, 512, 8, 256, 2048),
+    "mixer_s16": _mixer(16, 512, 8, 256, 2048),
+    "mixer_s8": _mixer(8, 512, 8, 256, 2048),
+    "mixer_b32": _mixer(32, 768, 12, 384, 3072),
+    "mixer_b16": _mixer(16, 768, 12, 384, 3072),
+    "mixer_l32": _mixer(32, 1024, 24, 512, 4096),
+    "mixer_l16": _mixer(16, 1024, 24, 512, 4096),
+    "mixer_h14": _mixer(14, 1280, 32, 640, 5120),
+}
+
+# The name of a configuration's class, as config.json has it -> (configuration, model).
+FAMILIES: dict[str, tuple[type[MixerConfig], type[ImageClassifier]]] = {
+    "mixer": (MixerConfig, MlpMixer),
+}
+
+
+def list_models() -> list[str]:
+    """Returns the names that `create_model` takes, smallest first within a family."""
+    return list(ARCHITECTURES)
+
+
+def model_config(
+    name: str,
+    image_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    **overrides: Any,
+) -> MixerConfig:
+    """Returns the configuration that `create_model` would build.
+
+    Args:
+        name: a name of `list_models()`.
+        image_size: pixels, a number or (H, W); None keeps the paper's 224.
+        num_classes: outputs of the head; None keeps 1000, 0 means no head.
+        **overrides: any other field of the configuration, by its name.
+
+    Raises:
+        UserError: the name or a field is unknown, or a value does not fit.
+    """
+    if name not in ARCHITECTURES:
+        raise UserError(
+            f"unknown model {name!r}",
+            fix=f"{near_names(name, ARCHITECTURES)}Known: {', '.join(ARCHITECTURES)}",
+        )
+    config = ARCHITECTURES[name]
+    fields = [field.name for field in dataclasses.fields(config)]
+    for field in overrides:
+        if field not in fields:
+            raise UserError(
+                f"model {name} has no setting {field!r}",
+                fix=f"{near_names(field, fields)}Known: {', '.join(fields)}",
+            )
+    if image_size is not None:
+        overrides["image_size"] = image_size
+    if num_classes is not None:
+        overrides["num_classes"] = num_classes
+    try:
+        return dataclasses.replace(config, **overrides)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"cannot build {name}: {error}") from error
+
+
+def create_model(
+    name: str,
+    image_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    **overrides: Any,
+) -> ImageClassifier:
+    """Returns a new model with random weights, in training mode.
+
+    Args:
+        name: a name of `list_models()`, for example "mixer_b16".
+        image_size: pixels, a number or (H, W); None keeps the paper's 224.
+        num_classes: outputs of the head; None keeps 1000, 0 leaves the head out.
+        **overrides: any other field of the configuration, for example `in_channels=1`,
+            `stochastic_depth=0.1`, `num_blocks=4`.
+
+    Raises:
+        UserError: the name or a field is unknown, or a value does not fit.
+    """
+    return model_from_config(model_config(name, image_size, num_classes, **overrides))
+
+
+def model_from_config(config: MixerConfig) -> ImageClassifier:
+    """Returns a new model with random weights for a configuration of any family."""
+    for config_type, model_type in FAMILIES.values():
+        if type(config) is config_type:
+            return model_type(config)
+    raise TypeError(f"no model family has the configuration {type(config).__name__}")
+
+
+def config_to_json(config: MixerConfig) -> dict[str, Any]:
+    """Returns the architecture as JSON values: its fields and "family"."""
+    family = next(name for name, (kind, _) in FAMILIES.items() if kind is type(config))
+    return {"family": family, **dataclasses.asdict(config)}
+
+
+def config_from_json(values: dict[str, Any]) -> MixerConfig:
+    """Returns the configuration that `config_to_json` wrote.
+
+    Raises:
+        UserError: an unknown family, an unknown or missing field, or a value that does not fit.
+    """
+    fields = dict(values)
+    family = fields.pop("family", None)
+    if family not in FAMILIES:
+        raise UserError(f"unknown model family {family!r}", fix=f"Known: {', '.join(FAMILIES)}")
+    if isinstance(fields.get("image_size"), list):
+        fields["image_size"] = tuple(fields["image_size"])
+    try:
+        return FAMILIES[family][0](**fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"not a {family} architecture: {error}") from error

@@ -1,0 +1,89 @@
+"""What several architectures share: stochastic depth, initialisers and the frame of a classifier.
+
+Shapes: N batch, S tokens, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlp_mixer.preprocessing import Preprocessing
+
+
+class StochasticDepth(nn.Module):
+    """Drops a residual branch whole, for each sample on its own, in training only.
+
+    A kept branch is scaled by 1 / (1 - probability), so that its expectation is that of evaluation,
+    where nothing is dropped. Source: Huang et al. 2016; the paper's appendix B.
+
+    Args:
+        probability: of dropping the branch, 0 <= probability < 1.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """Returns `branch`, (N, ...), with whole samples zeroed."""
+        if not self.training or self.probability == 0.0:
+            return branch
+        keep = 1.0 - self.probability
+        mask_shape = (branch.shape[0],) + (1,) * (branch.dim() - 1)
+        mask = torch.empty(mask_shape, dtype=branch.dtype, device=branch.device).bernoulli_(keep)
+        return branch * (mask / keep)
+
+    def extra_repr(self) -> str:
+        """What print(model) shows of it."""
+        return f"probability={self.probability:.4g}"
+
+
+def lecun_normal_(weight: Tensor) -> Tensor:
+    """Fills `weight` in place as Flax initialises a kernel, and returns it.
+
+    A normal truncated at two standard deviations, whose variance after truncation is 1 / fan_in.
+    fan_in is all but the first axis: (out, in) of a dense layer, (out, in, P, P) of the stem.
+    """
+    variance_of_truncated_unit_normal = 0.87962566103423978**2
+    fan_in = weight[0].numel()
+    std = math.sqrt(1.0 / fan_in / variance_of_truncated_unit_normal)
+    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+class ImageClassifier(nn.Module):
+    """The frame of every model here: images in, logits or features out, and what travels with it.
+
+    Attributes:
+        config: the architecture: `image_size` (H, W), `in_channels`, `num_classes` and more.
+        class_names: one name a class in the order of the logits; None where they are unknown.
+        preprocessing: what turns an image file into the input; None until weights bring it.
+    """
+
+    config: Any
+    class_names: list[str] | None = None
+    preprocessing: Preprocessing | None = None
+
+    def features(self, images: Tensor) -> Tensor:
+        """Returns the pooled features (N, C) that the head reads, of images (N, channels, H, W)."""
+        raise TypeError(f"{type(self).__name__} defines no features()")
+
+    def check_images(self, images: Tensor) -> None:
+        """Raises ValueError unless `images` has the shape that this model was built for."""
+        height, width = self.config.image_size
+        if images.dim() != 4:
+            raise ValueError(f"expected images (N, channels, H, W), got {tuple(images.shape)}")
+        if images.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"the model was built for {self.config.in_channels} input channels, "
+                f"the images have {images.shape[1]}"
+            )
+        if tuple(images.shape[2:]) != (height, width):
+            raise ValueError(
+                f"the model was built for images of {height}x{width} pixels, got "
+                f"{images.shape[2]}x{images.shape[3]}: its token-mixing MLPs have one weight "
+                "for each patch. Resize the images or create the model with that image_size"
+            )

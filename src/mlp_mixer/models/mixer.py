@@ -1,0 +1,181 @@
+"""MLP-Mixer: An all-MLP Architecture for Vision (Tolstikhin et al. 2021, arXiv 2105.01601).
+
+To be read beside the paper's Listing 1, whose names and order it keeps, and equal to Google's own
+code (google-research/vision_transformer, models_mixer.py) to rounding: tanh GELU, LayerNorm epsilon
+1e-6, LayerNorm before the mean over tokens, zero head, row-major tokens. Appendix B's stochastic
+depth and dropout, which the listing leaves out, are here.
+
+Shapes: N batch, S tokens, C channels, P patch side, H W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from mlp_mixer.models.layers import ImageClassifier, StochasticDepth, lecun_normal_
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerConfig:
+    """The architecture of an MLP-Mixer (Table 1 of the paper).
+
+    Args:
+        image_size: (H, W) in pixels, one number for a square; the patch must divide both.
+        patch_size: P, side of a patch in pixels.
+        hidden_dim: C, channels of a token.
+        num_blocks: mixer layers; each has a token-mixing and a channel-mixing MLP.
+        tokens_mlp_dim: D_S, hidden units of the token-mixing MLPs.
+        channels_mlp_dim: D_C, hidden units of the channel-mixing MLPs.
+        num_classes: outputs of the head; 0 leaves the head out: the model returns its features.
+        in_channels: channels of the input images.
+        dropout: probability after each of the two dense layers of every MLP.
+        stochastic_depth: s, probability of dropping the last MLP; it rises linearly from 0 at the
+            first of the 2 * num_blocks MLPs (appendix B).
+        gelu: "tanh" as Google's weights were trained, "exact" for weights trained in timm.
+
+    Raises:
+        ValueError: the patch does not divide the image, or a value is out of range.
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: int
+    hidden_dim: int
+    num_blocks: int
+    tokens_mlp_dim: int
+    channels_mlp_dim: int
+    num_classes: int = 1000
+    in_channels: int = 3
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
+    gelu: Literal["tanh", "exact"] = "tanh"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", (self.image_size, self.image_size))
+        height, width = self.image_size
+        sizes = ("patch_size", "hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")
+        for name in (*sizes, "in_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0, got {self.num_classes}")
+        for name in ("dropout", "stochastic_depth"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.gelu not in ("tanh", "exact"):
+            raise ValueError(f"gelu must be 'tanh' or 'exact', got {self.gelu!r}")
+        if min(height, width) < 1 or height % self.patch_size or width % self.patch_size:
+            near = [
+                max(1, round(side / self.patch_size)) * self.patch_size for side in (height, width)
+            ]
+            raise ValueError(
+                f"image size {height}x{width} is not divisible by the patch size "
+                f"{self.patch_size}; the nearest that is: {near[0]}x{near[1]}"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches in a column and in a row: (H / P, W / P)."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """S = HW / P^2, the length of the token sequence."""
+        return self.grid[0] * self.grid[1]
+
+
+class MlpBlock(nn.Sequential):
+    """Two dense layers with a GELU between them, applied to the last axis (equation 1)."""
+
+    def __init__(self, dim: int, mlp_dim: int, gelu: str, dropout: float) -> None:
+        super().__init__()
+        self.dense_0 = nn.Linear(dim, mlp_dim)
+        self.gelu = nn.GELU(approximate="tanh" if gelu == "tanh" else "none")
+        self.dropout_0 = nn.Dropout(dropout)
+        self.dense_1 = nn.Linear(mlp_dim, dim)
+        self.dropout_1 = nn.Dropout(dropout)
+
+
+class MixerBlock(nn.Module):
+    """Token mixing, then channel mixing, each with a LayerNorm before and a skip around it.
+
+    Args:
+        config: the architecture.
+        drop_token_mixing, drop_channel_mixing: stochastic depth of the two branches.
+    """
+
+    def __init__(
+        self, config: MixerConfig, drop_token_mixing: float, drop_channel_mixing: float
+    ) -> None:
+        super().__init__()
+        dim, tokens = config.hidden_dim, config.num_tokens
+        self.layer_norm_0 = nn.LayerNorm(dim, eps=1e-6)
+        self.token_mixing = MlpBlock(tokens, config.tokens_mlp_dim, config.gelu, config.dropout)
+        self.drop_0 = StochasticDepth(drop_token_mixing)
+        self.layer_norm_1 = nn.LayerNorm(dim, eps=1e-6)
+        self.channel_mixing = MlpBlock(dim, config.channels_mlp_dim, config.gelu, config.dropout)
+        self.drop_1 = StochasticDepth(drop_channel_mixing)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, S, C) -> (N, S, C)
+        y = self.layer_norm_0(x).transpose(1, 2)  # (N, C, S)
+        y = self.token_mixing(y).transpose(1, 2)  # (N, S, C)
+        x = x + self.drop_0(y)
+        y = self.channel_mixing(self.layer_norm_1(x))
+        return x + self.drop_1(y)
+
+
+class MlpMixer(ImageClassifier):
+    """The network of Figure 1: stem, mixer blocks, LayerNorm, mean over tokens, head."""
+
+    config: MixerConfig
+
+    def __init__(self, config: MixerConfig) -> None:
+        super().__init__()
+        self.config = config
+        patch, dim, last_mlp = config.patch_size, config.hidden_dim, 2 * config.num_blocks - 1
+        drops = [config.stochastic_depth * mlp / last_mlp for mlp in range(last_mlp + 1)]
+        self.stem = nn.Conv2d(config.in_channels, dim, kernel_size=patch, stride=patch)
+        self.blocks = nn.Sequential(
+            *(MixerBlock(config, *drops[2 * i : 2 * i + 2]) for i in range(config.num_blocks))
+        )
+        self.pre_head_layer_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, config.num_classes) if config.num_classes else None
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Draws new weights as Flax does: lecun-normal kernels, zero biases, a zero head."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                lecun_normal_(module.weight)
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)
+
+    def features(self, images: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, C)
+        """Returns the mean over tokens of the normalised last layer, which the head reads.
+
+        Raises:
+            ValueError: the images have another size or other channels than the model.
+        """
+        self.check_images(images)
+        x = self.stem(images).flatten(2).transpose(1, 2)  # (N, S, C), row-major over the grid
+        # Under autocast the stem gives bfloat16; the residual stream keeps the weights' float32.
+        x = x.to(self.pre_head_layer_norm.weight.dtype)
+        x = self.pre_head_layer_norm(self.blocks(x))
+        return x.mean(dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns logits (N, num_classes), or the features (N, C) of a model without a head.
+
+        Args:
+            images: (N, channels, H, W); Google's weights expect values in [-1, 1].
+
+        Raises:
+            ValueError: the images have another size or other channels than the model.
+        """
+        x = self.features(images)
+        return x if self.head is None else self.head(x)

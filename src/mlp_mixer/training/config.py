@@ -1,0 +1,292 @@
+"""The settings of a run: checked dataclasses, to and from JSON, and `--set section.name=value`.
+
+Every value is one somebody chose; nothing is ignored silently. A mistake names the key and, where
+there is one, the nearest known key.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from mlp_mixer.errors import UserError, near_names
+
+Section = TypeVar("Section")
+
+
+def _require(condition: bool, key: str, value: object, rule: str) -> None:
+    if not condition:
+        raise UserError(f"{key} must be {rule}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which network to build.
+
+    Args:
+        name: of `list_models()`.
+        image_size: pixels, a number or (H, W).
+        overrides: other fields of its configuration, as `create_model` takes them.
+    """
+
+    name: str = "mixer_s16"
+    image_size: int | tuple[int, int] = 224
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which images to learn from.
+
+    Args:
+        source: as `mlp_mixer.data.sources` describes.
+        holdout: share of every class that is held out for validation where the data brings none.
+        resize: how evaluation fits a picture to the model, see `mlp_mixer.preprocessing`.
+        max_bad: the largest share of undecodable images at which a run goes on.
+        num_workers: processes that decode; None chooses by the size of the data.
+    """
+
+    source: str = "digits"
+    holdout: float = 0.1
+    resize: Literal["resize-crop", "resmall-crop", "squash"] = "resmall-crop"
+    max_bad: float = 0.01
+    num_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(0.0 < self.holdout < 1.0, "data.holdout", self.holdout, "above 0 and below 1")
+        _require(0.0 <= self.max_bad <= 1.0, "data.max_bad", self.max_bad, "from 0 to 1")
+        workers = self.num_workers
+        _require(workers is None or workers >= 0, "data.num_workers", workers, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentSettings:
+    """What happens to training images at random; the order is that of the fields.
+
+    Args:
+        crop: "inception" cuts out a random rectangle, "none" resizes as evaluation does.
+        crop_area: the rectangle's smallest and largest share of the picture.
+        flip: mirror every other picture left to right.
+        rotate: largest angle, degrees.
+        scale: largest relative change of width and height.
+        shear: largest slant, pixels a pixel.
+        shift: largest move, share of the picture's side.
+        mixup: strength p of mixup, 0 for none.
+    """
+
+    crop: Literal["inception", "none"] = "inception"
+    crop_area: tuple[float, float] = (0.05, 1.0)
+    flip: bool = True
+    rotate: float = 0.0
+    scale: float = 0.0
+    shear: float = 0.0
+    shift: float = 0.0
+    mixup: float = 0.0
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_area
+        rule = "two shares, 0 < smallest <= largest <= 1"
+        _require(0.0 < low <= high <= 1.0, "augment.crop_area", self.crop_area, rule)
+        _require(0.0 <= self.rotate <= 180.0, "augment.rotate", self.rotate, "from 0 to 180")
+        for name in ("scale", "shear", "shift", "mixup"):
+            value = getattr(self, name)
+            _require(0.0 <= value < 1.0, f"augment.{name}", value, "at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """How the weights move.
+
+    Args:
+        name: "adamw" (Adam with decoupled decay) or "sgd" (with momentum).
+        learning_rate: at the end of the warm-up.
+        weight_decay: decoupled, times the learning rate; on kernels only.
+        beta1, beta2: of Adam; beta1 is the momentum of SGD.
+        clip_norm: global norm to which the gradient is clipped.
+        schedule: "cosine" or "linear", from the warm-up's end down to `final` times the rate.
+        warmup: share of all steps over which the rate rises linearly.
+        final: learning rate at the last step, relative.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip_norm: float = 1.0
+    schedule: Literal["cosine", "linear"] = "cosine"
+    warmup: float = 0.1
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "above 0")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
+        _require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "above 0")
+        for name in ("beta1", "beta2", "warmup"):
+            value = getattr(self, name)
+            _require(0.0 <= value < 1.0, f"optimizer.{name}", value, "at least 0 and below 1")
+        _require(0.0 <= self.final <= 1.0, "optimizer.final", self.final, "from 0 to 1")
+        if self.name == "sgd" and self.weight_decay > 0:
+            raise UserError(
+                f"optimizer.weight_decay={self.weight_decay} has no effect with sgd",
+                fix="--set optimizer.weight_decay=0, as the paper fine-tunes",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that a run depends on.
+
+    Args:
+        recipe: the name of the recipe that it started from.
+        model, data, augment, optimizer: the sections above.
+        epochs: passes over the training images.
+        batch_size: images a step.
+        loss: "softmax" or "sigmoid" cross-entropy (the paper pre-trains with sigmoid).
+        label_smoothing: share of each target spread over all classes; softmax only.
+        evaluate_every: epochs between evaluations on the validation images.
+        seed: of the weights, the order of the images and every random number.
+        device: "auto", "cpu", "cuda".
+        output: the run folder; None makes runs/<date>_<recipe>.
+    """
+
+    recipe: str = "digits"
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    epochs: int = 100
+    batch_size: int = 64
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    label_smoothing: float = 0.0
+    evaluate_every: int = 5
+    seed: int = 0
+    device: str = "auto"
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "evaluate_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.seed >= 0, "seed", self.seed, "at least 0")
+        smoothing = self.label_smoothing
+        _require(0.0 <= smoothing < 1.0, "label_smoothing", smoothing, "at least 0 and below 1")
+        if self.loss == "sigmoid" and smoothing > 0:
+            raise UserError(
+                f"label_smoothing={smoothing} has no effect with the sigmoid loss",
+                fix="--set label_smoothing=0 or --set loss=softmax",
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns every setting as JSON values; `from_json` reads them back."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> TrainConfig:
+        """Returns the configuration of such values; what is absent takes its default.
+
+        Raises:
+            UserError: an unknown key or a value of the wrong type, with the key's path.
+        """
+        return _build(TrainConfig, values, path="")
+
+    def with_setting(self, assignment: str) -> TrainConfig:
+        """Returns the configuration with one "section.name=value" changed.
+
+        Raises:
+            UserError: no such key, or a value of the wrong type or out of range.
+        """
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            what = f"--set takes section.name=value, got {assignment!r}"
+            raise UserError(what, fix="for example --set optimizer.learning_rate=0.002")
+        return self.with_value(key.strip(), _literal(text.strip()))
+
+    def with_value(self, key: str, value: Any) -> TrainConfig:
+        """Returns the configuration with one setting changed.
+
+        Args:
+            key: its path, "section.name".
+            value: of the setting's type.
+
+        Raises:
+            UserError: no such key, or a value of the wrong type or out of range.
+        """
+        values = self.to_json()
+        target, names = values, key.split(".")
+        if names[:2] == ["model", "overrides"] and len(names) == 3:
+            target, names = target["model"]["overrides"], names[2:]
+        for depth, name in enumerate(names[:-1]):
+            if not isinstance(target.get(name), dict):
+                _unknown_key(".".join(names[: depth + 1]), target)
+            target = target[name]
+        if names[-1] not in target and target is not values["model"]["overrides"]:
+            _unknown_key(key, target)
+        target[names[-1]] = value
+        return _build(TrainConfig, values, path="")
+
+
+def _unknown_key(key: str, known: dict[str, Any]) -> typing.NoReturn:
+    name = key.rpartition(".")[2]
+    fix = f"{near_names(name, known)}Known here: {', '.join(known)}"
+    raise UserError(f"unknown setting {key!r}", fix=fix)
+
+
+def _literal(text: str) -> Any:
+    """A Python literal (numbers, booleans, tuples), `null` and `true` as JSON has them, or text."""
+    named = {"null": None, "none": None, "true": True, "false": False}
+    if text.lower() in named:
+        return named[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _build(kind: type[Section], values: Any, path: str) -> Section:
+    if not isinstance(values, dict):
+        raise UserError(f"{path or 'the configuration'} must be an object, got {values!r}")
+    hints = get_type_hints(kind)
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            _unknown_key(f"{path}{key}", hints)
+        arguments[key] = _convert(hints[key], value, f"{path}{key}")
+    return kind(**arguments)
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        assert isinstance(hint, type)
+        return _build(hint, value, f"{key}.")
+    origin, options = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in options:
+            names = [str(option) for option in options]
+            near = near_names(str(value), names)
+            raise UserError(
+                f"{key} must be one of {names}, got {value!r}", fix=near.strip() or None
+            )
+        return value
+    if origin in (types.UnionType, typing.Union):
+        for option in options:
+            try:
+                return _convert(option, value, key)
+            except UserError:
+                continue
+    elif origin is tuple:
+        if isinstance(value, list | tuple) and len(value) == len(options):
+            return tuple(_convert(o, v, key) for o, v in zip(options, value, strict=True))
+    elif origin is dict:
+        if isinstance(value, dict):
+            return value
+    elif hint is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    kind = hint.__name__ if isinstance(hint, type) else str(hint)
+    raise UserError(f"{key} must be a value of type {kind}, got {value!r}")

@@ -1,0 +1,155 @@
+"""The three splits of a run and what is done to a training picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from mlp_mixer.data.augment import random_affine
+from mlp_mixer.data.sources import (
+    BadImage,
+    Source,
+    open_splits,
+    split_by_class,
+    subset,
+    unreadable,
+)
+from mlp_mixer.data.transforms import flip, inception_crop, resize_for_evaluation
+from mlp_mixer.errors import UserError
+from mlp_mixer.preprocessing import Preprocessing
+from mlp_mixer.training.config import AugmentSettings, DataSettings
+
+# Headers are read before a run starts; of a larger set only so many, evenly spaced.
+_MOST_CHECKED = 20_000
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The images of a run.
+
+    Attributes:
+        train, validation: to learn from and to choose by.
+        test: to measure once at the end; None where the data has none.
+        held_out: whether validation was held out of the training images.
+        bad: the training images whose header cannot be read.
+    """
+
+    train: Source
+    validation: Source
+    test: Source | None
+    held_out: bool
+    bad: list[BadImage]
+
+    def describe(self) -> list[str]:
+        """Returns the lines that say what was found."""
+        names = self.train.class_names
+        counts = np.bincount(self.train.labels, minlength=len(names))
+        few, many = int(counts.argmin()), int(counts.argmax())
+        origin = "held out of the training images" if self.held_out else "the data's own"
+        parts = [
+            f"{len(self.train):,} images to train",
+            f"{len(self.validation):,} to validate ({origin})",
+        ]
+        parts.append(f"{len(self.test):,} to test" if self.test else "none to test")
+        lines = [
+            f"{', '.join(parts)}; {len(names)} classes",
+            f"training images a class: {counts[few]:,} ({names[few]}) to "
+            f"{counts[many]:,} ({names[many]})",
+        ]
+        for split in (self.validation, self.test):
+            if split is not None:
+                present = set(np.unique(split.labels).tolist())
+                absent = [name for at, name in enumerate(names) if at not in present]
+                if absent:
+                    lines.append(f"{split.name} has no image of {', '.join(absent[:8])}")
+        if self.bad:
+            lines.append(
+                f"{len(self.bad)} unreadable images will be skipped: {self.bad[0].name} ..."
+            )
+        return lines
+
+
+def open_training_data(settings: DataSettings) -> Splits:
+    """Returns the splits that a run uses; validation is held out of train where the data has none.
+
+    Raises:
+        UserError: the data is not there, a class is empty, or too many images are unreadable.
+    """
+    splits = open_splits(settings.source)
+    if "train" not in splits:
+        raise UserError("the data has no train split", where=settings.source)
+    train, held_out = splits["train"], "validation" not in splits
+    if len(train.class_names) < 2:
+        what = f"there is only one class, {train.class_names[0]!r}; a classifier needs two"
+        raise UserError(what, where=settings.source)
+    if held_out:
+        kept, chosen = split_by_class(train.labels, settings.holdout, seed=0)
+        if len(chosen) == 0:
+            what = "no class has two images, so that none can be held out for validation"
+            raise UserError(what, where=settings.source, fix="Add images or a val/ folder")
+        validation: Source = subset(train, chosen, f"{settings.source}:held-out")
+        train = subset(train, kept, f"{settings.source}:train")
+    else:
+        validation = splits["validation"]
+    bad = check_readable(train, settings.max_bad)
+    check_readable(validation, settings.max_bad)
+    if "test" in splits:
+        check_readable(splits["test"], settings.max_bad)
+    return Splits(train, validation, splits.get("test"), held_out, bad)
+
+
+def check_readable(source: Source, most: float) -> list[BadImage]:
+    """Returns the images whose header cannot be read.
+
+    Raises:
+        UserError: their share is above `most`.
+    """
+    step = -(-len(source) // _MOST_CHECKED)
+    checked = source
+    if step > 1:
+        checked = subset(source, np.arange(0, len(source), step), source.name)
+    bad = unreadable(checked)
+    refuse_too_many(bad, len(checked), most)
+    return bad
+
+
+def refuse_too_many(bad: list[BadImage], of: int, most: float) -> None:
+    """Raises UserError where more than the share `most` of `of` images is bad, naming some."""
+    if len(bad) > most * of:
+        named = "\n  ".join(f"{each.name}: {each.what}" for each in bad[:5])
+        more = f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise UserError(
+            f"{len(bad)} of {of:,} images cannot be decoded ({len(bad) / of:.1%}, "
+            f"the limit is {most:.1%}):\n  {named}{more}",
+            fix="Mend or remove them, or allow more with --set data.max_bad=0.1",
+        )
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to one training picture, with its own random numbers."""
+
+    settings: AugmentSettings
+    preprocessing: Preprocessing
+
+    def __call__(self, image: Image.Image, random: np.random.Generator) -> Image.Image:
+        settings = self.settings
+        if settings.crop == "inception":
+            size = self.preprocessing.image_size
+            image = inception_crop(image, size, random, settings.crop_area)
+        else:
+            image = resize_for_evaluation(image, self.preprocessing)
+        if settings.flip:
+            image = flip(image, random)
+        if settings.rotate or settings.scale or settings.shear or settings.shift:
+            image = random_affine(
+                image,
+                random,
+                rotate=settings.rotate,
+                scale=settings.scale,
+                shear=settings.shear,
+                shift=settings.shift,
+            )
+        return image

@@ -1,0 +1,324 @@
+"""One training loop that reads from top to bottom: a config in, a run folder out."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mlp_mixer.console import ProgressBar, Reporter
+from mlp_mixer.data.augment import mixup
+from mlp_mixer.data.loader import Batch, training_batches
+from mlp_mixer.data.sampler import step_generator
+from mlp_mixer.data.sources import Source
+from mlp_mixer.data.transforms import normalize
+from mlp_mixer.errors import UserError
+from mlp_mixer.evaluation.accuracy import Evaluation, evaluate
+from mlp_mixer.evaluation.pictures import save_figure, save_report
+from mlp_mixer.evaluation.throughput import count_flops, count_parameters
+from mlp_mixer.models.catalog import create_model
+from mlp_mixer.models.device import choose_device
+from mlp_mixer.models.layers import ImageClassifier
+from mlp_mixer.preprocessing import Preprocessing
+from mlp_mixer.training.card import model_card
+from mlp_mixer.training.config import TrainConfig
+from mlp_mixer.training.dataset import (
+    Augmentation,
+    Splits,
+    open_training_data,
+    refuse_too_many,
+)
+from mlp_mixer.training.optimizer import build_optimizer, learning_rate, loss_function, one_hot
+from mlp_mixer.training.pictures import curves, training_batch
+from mlp_mixer.training.recipes import recipe
+from mlp_mixer.training.run_folder import RunFolder, check_unused, environment, planned_path
+from mlp_mixer.weights.store import load_model, save_model
+
+LOG_EVERY = 10  # steps
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run ended with.
+
+    Attributes:
+        run_folder: where everything lies.
+        validation: of the weights in best/.
+        test: of the same weights; None where the data has no test images.
+    """
+
+    run_folder: Path
+    validation: Evaluation
+    test: Evaluation | None
+
+
+def train(config: TrainConfig | str = "digits", *, quiet: bool = False) -> TrainResult:
+    """Trains a model from random weights and returns what it reached.
+
+    Args:
+        config: a configuration, or the name of a recipe.
+        quiet: print nothing; log.txt is written all the same.
+
+    Raises:
+        UserError: a setting or the data is unusable (nothing has been written then), or the run
+            had to stop: too many bad images, or a loss or gradient that is not finite.
+    """
+    config = recipe(config) if isinstance(config, str) else config
+    # Check everything before anything is written.
+    device = choose_device(config.device)
+    check_unused(planned_path(config))
+    splits = open_training_data(config.data)
+    with torch.random.fork_rng():  # the caller's random numbers stay as they are
+        torch.manual_seed(config.seed)
+        model = build_model(config, splits.train.class_names).to(device)
+        run, report = RunFolder(config), Reporter(quiet=quiet)
+        report.log_to(run.path / "log.txt")
+        run.write_json("environment.json", environment(config, splits.train, device))
+        announce(report, config, splits, model, run, device)
+        try:
+            Trainer(config, splits, model, run, report, device).run()
+        except KeyboardInterrupt:
+            report.say(f"\nstopped by hand; what was reached so far lies in {run.path}")
+            raise
+        return finish(config, splits, run, report, device)
+
+
+def build_model(config: TrainConfig, class_names: list[str]) -> ImageClassifier:
+    """Returns the new model of a run, with the class names and preprocessing that it will carry."""
+    settings = config.model
+    model = create_model(settings.name, settings.image_size, len(class_names), **settings.overrides)
+    if model.config.in_channels not in (1, 3):
+        what = f"images are read with 1 or 3 channels, the model wants {model.config.in_channels}"
+        raise UserError(what, where="model.overrides.in_channels")
+    model.class_names = class_names
+    model.preprocessing = Preprocessing(
+        image_size=model.config.image_size,
+        resize=config.data.resize,
+        channels=model.config.in_channels,
+    )
+    return model
+
+
+def announce(
+    report: Reporter,
+    config: TrainConfig,
+    splits: Splits,
+    model: ImageClassifier,
+    run: RunFolder,
+    device: torch.device,
+) -> None:
+    """Says what was found and what will happen, before it happens."""
+    height, width = model.config.image_size
+    found = splits.describe()
+    report.say(f"data     {config.data.source}: {found[0]}")
+    for line in found[1:]:
+        report.say(f"         {line}")
+    report.say(
+        f"model    {type(model).__name__} (from {config.model.name}) at {height}x{width} pixels: "
+        f"{count_parameters(model):,} parameters, {count_flops(model) / 1e9:.3g} GFLOPs an image"
+    )
+    report.say(
+        f"run      recipe {config.recipe}, seed {config.seed}: {config.epochs} epochs, "
+        f"batch {config.batch_size}, {device}, float32"
+    )
+    report.say(f"results  {run.path}")
+
+
+class Trainer:
+    """The state of a run while it trains: model, optimiser, step and the best so far."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        splits: Splits,
+        model: ImageClassifier,
+        run: RunFolder,
+        report: Reporter,
+        device: torch.device,
+    ) -> None:
+        self.config, self.splits, self.model = config, splits, model
+        self.run_folder, self.report, self.device = run, report, device
+        assert model.preprocessing is not None
+        self.preprocessing = model.preprocessing
+        self.optimizer = build_optimizer(model, config.optimizer)
+        self.steps_per_epoch = len(splits.train) / config.batch_size
+        self.num_steps = max(1, round(config.epochs * self.steps_per_epoch))
+        self.best = (-1.0, -math.inf)
+        self.bad = {each.name: each for each in splits.bad}
+        self.started = time.perf_counter()
+
+    def run(self) -> None:
+        """Trains to the end; best/ holds the best weights whenever this is interrupted."""
+        config, train = self.config, self.splits.train
+        evaluate_at = self.evaluation_steps()
+        losses: list[float] = []
+        batches = training_batches(
+            train,
+            self.preprocessing,
+            Augmentation(config.augment, self.preprocessing),
+            seed=config.seed,
+            batch_size=config.batch_size,
+            start=0,
+            stop=self.num_steps,
+            num_workers=config.data.num_workers,
+        )
+        for each in self.splits.bad:
+            self.run_folder.log_bad_file(each)
+        with self.report.progress(self.num_steps, "steps") as bar:
+            for step, batch in enumerate(batches):
+                self.note_bad(batch)
+                losses.append(self.train_step(step, batch))
+                self.show_step(bar, step, losses)
+                if step + 1 in evaluate_at:
+                    self.evaluate(step, sum(losses) / len(losses))
+                    losses.clear()
+
+    def evaluation_steps(self) -> set[int]:
+        """Returns the numbers of steps done after which the validation images are looked at."""
+        every = self.config.evaluate_every
+        epochs = range(every, self.config.epochs, every)
+        return {round(epoch * self.steps_per_epoch) for epoch in epochs} | {self.num_steps}
+
+    def train_step(self, step: int, batch: Batch) -> float:
+        """Moves the weights by one batch and returns its loss.
+
+        Raises:
+            UserError: the loss or the gradient is not finite; the weights are left as they were.
+        """
+        config, random = self.config, step_generator(self.config.seed, step)
+        torch.manual_seed(int(random.integers(2**63)))  # dropout and stochastic depth of this step
+        images = normalize(batch.images.to(self.device), self.preprocessing)
+        targets = one_hot(batch.labels.to(self.device), len(self.splits.train.class_names))
+        images, targets = mixup(images, targets, config.augment.mixup, random)
+        if step == 0:
+            names = self.splits.train.class_names
+            figure = training_batch(images, targets, self.preprocessing, names)
+            save_figure(figure, self.run_folder.plots / "train_batch.png")
+
+        self.model.train()
+        loss = loss_function(self.model(images), targets, config.loss, config.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip_norm)
+        rate = learning_rate(config.optimizer, step, self.num_steps)
+        value, norm_value = loss.item(), norm.item()
+        if not (math.isfinite(value) and math.isfinite(norm_value)):
+            raise UserError(
+                f"step {step}: loss {value}, gradient norm {norm_value} at learning rate {rate:g}; "
+                "stopped before the weights were changed",
+                where=self.run_folder.path,
+                fix=f"A lower rate: --learning-rate {config.optimizer.learning_rate / 3:.1g}",
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if step % LOG_EVERY == 0 or step + 1 == self.num_steps:
+            self.run_folder.log_step(
+                {
+                    "step": step,
+                    "epoch": round(step / self.steps_per_epoch, 4),
+                    "loss": value,
+                    "learning_rate": rate,
+                    "gradient_norm": norm_value,
+                    "seconds": round(time.perf_counter() - self.started, 3),
+                }
+            )
+        return value
+
+    def show_step(self, bar: ProgressBar, step: int, losses: list[float]) -> None:
+        """Moves the progress bar on."""
+        seconds = time.perf_counter() - self.started
+        speed = (step + 1) * self.config.batch_size / seconds
+        epoch = int(step / self.steps_per_epoch) + 1
+        note = f"loss {sum(losses) / len(losses):.3f}  {speed:,.0f} images/s"
+        bar.advance(1, note, f"epoch {epoch}/{self.config.epochs}")
+
+    def note_bad(self, batch: Batch) -> None:
+        """Names each undecodable image once, and stops the run where there are too many."""
+        for each in batch.bad:
+            if each.name not in self.bad:
+                self.bad[each.name] = each
+                self.run_folder.log_bad_file(each)
+                self.report.say(f"skipped  {each.name}: {each.what}", style="yellow")
+        most = self.config.data.max_bad
+        refuse_too_many(list(self.bad.values()), len(self.splits.train), most)
+
+    def evaluate(self, step: int, training_loss: float) -> None:
+        """Measures on the validation images, writes a line, and keeps the best weights."""
+        config, seconds = self.config, time.perf_counter() - self.started
+        result = evaluate(
+            self.model,
+            self.splits.validation,
+            batch_size=config.batch_size,
+            num_workers=config.data.num_workers,
+            allow_missing_classes=True,
+            device=str(self.device),
+        )
+        is_best = (result.top1, -result.loss) > self.best
+        epoch = (step + 1) / self.steps_per_epoch
+        values: dict[str, float] = {"epoch": round(epoch, 3), "step": step + 1}
+        values["training_loss"] = round(training_loss, 6)
+        values |= {f"validation_{name}": round(value, 6) for name, value in result.metrics()}
+        values |= {"seconds": round(seconds, 1), "best": int(is_best)}
+        self.run_folder.log_evaluation(values)
+        if is_best:
+            self.best = (result.top1, -result.loss)
+            folder = str(self.run_folder.best)
+            card = model_card(self.model, config, self.splits, folder, result, None)
+            save_model(self.model, self.run_folder.best)
+            self.run_folder.write_card(card)
+        self.report.say(
+            f"epoch {epoch:5.1f}/{config.epochs}   loss {training_loss:.4f}   validation "
+            f"{result.top1:7.2%}, loss {result.loss:.4f}   {seconds:6.1f} s{'   best' * is_best}"
+        )
+
+
+def finish(
+    config: TrainConfig, splits: Splits, run: RunFolder, report: Reporter, device: torch.device
+) -> TrainResult:
+    """Measures the best weights, draws the pictures, writes the card and says what to do next."""
+    model = load_model(run.best)
+
+    def measure(source: Source) -> Evaluation:
+        return evaluate(
+            model,
+            source,
+            batch_size=config.batch_size,
+            num_workers=config.data.num_workers,
+            allow_missing_classes=True,
+            device=str(device),
+        )
+
+    validation = measure(splits.validation)
+    test = None if splits.test is None else measure(splits.test)
+    shown, source = (validation, splits.validation) if test is None else (test, splits.test)
+    assert source is not None
+    shown.save(run.path / ("validation" if test is None else "test"))
+    save_figure(curves(run.path), run.plots / "curves.png")
+    drawn = ["train_batch", "curves", *save_report(shown, source, run.plots)]
+    run.write_card(model_card(model, config, splits, str(run.best), validation, test))
+
+    wrong = int((shown.predictions != shown.labels).sum())
+    top5 = "" if shown.top5 is None else f", top-5 {shown.top5:.2%}"
+    report.say("")
+    if test is None:
+        report.say("the data has no test images; this is the accuracy on the validation images,")
+        report.say("by which the weights were chosen, so expect somewhat less on new ones")
+    kind = "validation" if test is None else "test"
+    line = f"{kind} accuracy {shown.top1:.2%}{top5} ({len(shown.labels) - wrong} of "
+    report.say(f"{line}{len(shown.labels)} images right)", style="bold green")
+    report.say(f"model    {run.best}")
+    report.say(f"pictures {run.plots}: {', '.join(drawn)}")
+    example = splits.test or splits.validation
+    name = "digits:test" if config.data.source == "digits" else example.item_name(0)
+    data = f"{config.data.source}:{kind}" if not (test is None and splits.held_out) else None
+    report.say("next")
+    report.say(f"         mixer predict {run.path} {name}")
+    if data is not None:
+        report.say(f"         mixer evaluate {run.path} --data {data}")
+    if config.data.source == "digits":
+        report.say("         mixer train --data FOLDER --image-size 64     (your own images)")
+    return TrainResult(run.path, validation, test)
