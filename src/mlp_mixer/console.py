@@ -36,6 +36,7 @@ class Reporter:
     def say(self, text: str = "", style: str | None = None) -> None:
         """Prints a line and logs it."""
         self.console.print(text, style=style, markup=False)
+        self.console.file.flush()  # in a pipe, lines come as they are said
         self._said.append(text)
         if self._log is not None:
             self._flush()

@@ -66,7 +66,9 @@ def training_batches(
     """
     images = _TrainingImages(source, preprocessing, transform, seed)
     positions = batches_of_positions(start, stop, batch_size)
-    return _load(images, positions, _workers(source, preprocessing, num_workers))
+    if num_workers is None:  # at least one, so that images are made ready during the step
+        num_workers = max(1, _workers(source, preprocessing))
+    return _load(images, positions, num_workers)
 
 
 def evaluation_batches(
@@ -87,7 +89,9 @@ def evaluation_batches(
     images = _EvaluationImages(source, preprocessing)
     indices = range(len(source))
     batches = (indices[at : at + batch_size] for at in range(0, len(indices), batch_size))
-    return _load(images, batches, _workers(source, preprocessing, num_workers))
+    if num_workers is None:
+        num_workers = _workers(source, preprocessing)
+    return _load(images, batches, num_workers)
 
 
 # One image on its way into a batch: pixels (None if bad), label, index, what was bad.
@@ -156,10 +160,8 @@ def _load(
     return iter(loader)
 
 
-def _workers(source: Source, preprocessing: Preprocessing, num_workers: int | None) -> int:
-    """Workers cost about a tenth of a second and pay for themselves with large pictures."""
-    if num_workers is not None:
-        return num_workers
+def _workers(source: Source, preprocessing: Preprocessing) -> int:
+    """Workers cost about a tenth of a second to start: not for a few small pictures."""
     height, width = preprocessing.image_size
     if len(source) * height * width < 2_000_000:
         return 0

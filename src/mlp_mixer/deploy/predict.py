@@ -18,8 +18,8 @@ from mlp_mixer.data.sources import ImageFiles, Source, names_source, open_source
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.accuracy import predict_batch
 from mlp_mixer.models.device import choose_device
-from mlp_mixer.models.layers import ImageClassifier
-from mlp_mixer.weights.store import classes_of, load_model, preprocessing_of, write_aside
+from mlp_mixer.models.layers import ImageClassifier, classes_of, preprocessing_of
+from mlp_mixer.weights.store import load_model, write_aside
 
 OUTPUT_FORMATS = (".csv", ".json", ".jsonl")
 

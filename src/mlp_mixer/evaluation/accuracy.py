@@ -21,9 +21,8 @@ from mlp_mixer.data.sources import BadImage, Source, match_classes, open_source
 from mlp_mixer.data.transforms import normalize
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.device import choose_device
-from mlp_mixer.models.layers import ImageClassifier
+from mlp_mixer.models.layers import ImageClassifier, classes_of, preprocessing_of
 from mlp_mixer.preprocessing import Preprocessing
-from mlp_mixer.weights.store import classes_of, load_model, preprocessing_of
 
 
 @dataclass
@@ -151,7 +150,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: ImageClassifier | str | Path,
+    model: ImageClassifier,
     data: Source | str,
     *,
     batch_size: int = 64,
@@ -163,7 +162,7 @@ def evaluate(
     """Returns what the model makes of every image of the data.
 
     Args:
-        model: a model with class names and preprocessing, or anything that `load_model` takes.
+        model: with class names; `load_model` gives one.
         data: a source, or its name: "digits:test", "FOLDER", "FOLDER:validation".
         batch_size: images a batch.
         num_workers: processes that decode; None chooses.
@@ -172,10 +171,8 @@ def evaluate(
         on_batch: called with every batch once it is done, for a progress bar.
 
     Raises:
-        UserError: no such model or data, or the classes of the two differ.
+        UserError: no such data, or its classes are not the model's.
     """
-    if not isinstance(model, ImageClassifier):
-        model = load_model(model)
     source = open_source(data) if isinstance(data, str) else data
     names, preprocessing = classes_of(model), preprocessing_of(model)
     source = match_classes(source, names, owner="the model", allow_missing=allow_missing_classes)

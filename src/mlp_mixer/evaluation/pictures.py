@@ -119,7 +119,7 @@ def image_grid(
         axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.set_title(caption, fontsize=7, color=colors[number] if colors else "black")
+        axes.set_title(caption, fontsize=8, color=colors[number] if colors else "black")
         for spine in axes.spines.values():
             spine.set_color(colors[number] if colors else "#888888")
             spine.set_linewidth(2.0 if colors else 0.8)

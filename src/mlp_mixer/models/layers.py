@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlp_mixer.errors import UserError
 from mlp_mixer.preprocessing import Preprocessing
 
 
@@ -87,3 +88,24 @@ class ImageClassifier(nn.Module):
                 f"{images.shape[2]}x{images.shape[3]}: its token-mixing MLPs have one weight "
                 "for each patch. Resize the images or create the model with that image_size"
             )
+
+
+def classes_of(model: ImageClassifier) -> list[str]:
+    """Returns the model's class names.
+
+    Raises:
+        UserError: it carries none.
+    """
+    if not model.class_names:
+        raise UserError(
+            "the model carries no class names",
+            fix="Use weights that were trained with class names, or set model.class_names",
+        )
+    return model.class_names
+
+
+def preprocessing_of(model: ImageClassifier) -> Preprocessing:
+    """Returns the model's preprocessing, or Google's for its image size where it carries none."""
+    if model.preprocessing is not None:
+        return model.preprocessing
+    return Preprocessing(image_size=model.config.image_size, channels=model.config.in_channels)

@@ -151,6 +151,8 @@ class TrainConfig:
         evaluate_every: epochs between evaluations on the validation images.
         seed: of the weights, the order of the images and every random number.
         device: "auto", "cpu", "cuda".
+        num_threads: processor threads of a step; None lets torch choose, but takes one for a small
+            model, where handing work around costs more than it saves.
         output: the run folder; None makes runs/<date>_<recipe>.
     """
 
@@ -166,12 +168,15 @@ class TrainConfig:
     evaluate_every: int = 5
     seed: int = 0
     device: str = "auto"
+    num_threads: int | None = None
     output: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "evaluate_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.seed >= 0, "seed", self.seed, "at least 0")
+        threads = self.num_threads
+        _require(threads is None or threads >= 1, "num_threads", threads, "at least 1")
         smoothing = self.label_smoothing
         _require(0.0 <= smoothing < 1.0, "label_smoothing", smoothing, "at least 0 and below 1")
         if self.loss == "sigmoid" and smoothing > 0:

@@ -77,6 +77,9 @@ def open_training_data(settings: DataSettings) -> Splits:
     Raises:
         UserError: the data is not there, a class is empty, or too many images are unreadable.
     """
+    if not settings.source:
+        what = "the recipe needs data"
+        raise UserError(what, where="--data", fix="--data FOLDER, with FOLDER/train/<class>/*.jpg")
     splits = open_splits(settings.source)
     if "train" not in splits:
         raise UserError("the data has no train split", where=settings.source)

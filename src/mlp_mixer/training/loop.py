@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from mlp_mixer.training.run_folder import RunFolder, check_unused, environment, 
 from mlp_mixer.weights.store import load_model, save_model
 
 LOG_EVERY = 10  # steps
+SMALL_STEP = 2e9  # floating-point operations
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,13 @@ def train(config: TrainConfig | str = "digits", *, quiet: bool = False) -> Train
     device = choose_device(config.device)
     check_unused(planned_path(config))
     splits = open_training_data(config.data)
-    with torch.random.fork_rng():  # the caller's random numbers stay as they are
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(), contextlib.ExitStack() as afterwards:
+        # The caller's random numbers and threads stay as they are.
+        afterwards.callback(torch.set_num_threads, threads)
         torch.manual_seed(config.seed)
         model = build_model(config, splits.train.class_names).to(device)
+        set_threads(config, model)
         run, report = RunFolder(config), Reporter(quiet=quiet)
         report.log_to(run.path / "log.txt")
         run.write_json("environment.json", environment(config, splits.train, device))
@@ -84,6 +90,20 @@ def train(config: TrainConfig | str = "digits", *, quiet: bool = False) -> Train
             report.say(f"\nstopped by hand; what was reached so far lies in {run.path}")
             raise
         return finish(config, splits, run, report, device)
+
+
+def set_threads(config: TrainConfig, model: ImageClassifier) -> None:
+    """Sets torch's processor threads to the configured number, or to 1 for a small model.
+
+    A step of a small model is hundreds of tiny operations, and torch's threads meet after each.
+    Where another process takes one of the cores, every meeting waits for the scheduler: such a step
+    was measured 130 times slower on two threads than on one (docs/decisions.md, 9).
+    """
+    operations = 3 * count_flops(model) * config.batch_size
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    elif operations < SMALL_STEP:
+        torch.set_num_threads(1)
 
 
 def build_model(config: TrainConfig, class_names: list[str]) -> ImageClassifier:
@@ -122,7 +142,9 @@ def announce(
     )
     report.say(
         f"run      recipe {config.recipe}, seed {config.seed}: {config.epochs} epochs, "
-        f"batch {config.batch_size}, {device}, float32"
+        f"batch {config.batch_size}, {device}"
+        + (f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else "")
+        + ", float32"
     )
     report.say(f"results  {run.path}")
 

@@ -35,7 +35,7 @@ def curves(run: Path) -> Figure:
     loss.legend()
     top1 = [100 * row["validation_top1"] for row in results]
     best = int(np.argmax([row["best"] * row["epoch"] for row in results]))
-    label = f"best: {top1[best]:.2f} % at epoch {evaluated[best]:g}"
+    label = f"best: {top1[best]:.2f} % at epoch {evaluated[best]:.0f}"
     circle = {"color": "tab:green", "fillstyle": "none", "markersize": 10, "label": label}
     accuracy.plot(evaluated, top1, color="tab:orange", marker=".")
     accuracy.plot(evaluated[best], top1[best], "o", **circle)

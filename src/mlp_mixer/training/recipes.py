@@ -23,10 +23,10 @@ def digits() -> TrainConfig:
             image_size=8,
             overrides={
                 "patch_size": 2,
-                "hidden_dim": 64,
+                "hidden_dim": 48,
                 "num_blocks": 4,
                 "tokens_mlp_dim": 32,
-                "channels_mlp_dim": 256,
+                "channels_mlp_dim": 192,
                 "stochastic_depth": 0.1,
             },
         ),
@@ -35,7 +35,7 @@ def digits() -> TrainConfig:
             crop="none", flip=False, rotate=10.0, scale=0.1, shear=0.1, shift=0.1
         ),
         optimizer=OptimizerSettings(learning_rate=2e-3, weight_decay=0.1),
-        epochs=100,
+        epochs=130,
         batch_size=64,
         evaluate_every=5,
     )

@@ -8,6 +8,7 @@ Nothing that is loaded runs code. Every file is written aside and renamed when i
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import struct
@@ -124,8 +125,6 @@ def load_model(
 
 def with_new_head(model: ImageClassifier, num_classes: int) -> ImageClassifier:
     """Returns the model with a zero head of `num_classes` outputs, 0 for none; no class names."""
-    import dataclasses
-
     fresh = model_from_config(dataclasses.replace(model.config, num_classes=num_classes))
     body = {name: v for name, v in model.state_dict().items() if not name.startswith("head.")}
     fresh.load_state_dict(body, strict=False)
@@ -154,27 +153,6 @@ def find_weights(source: str | Path) -> Path:
     what = "the folder has no weights: neither best/model.safetensors nor model.safetensors"
     fix = "Give the run folder of a training that reached its first evaluation"
     raise UserError(what, where=path, fix=fix)
-
-
-def classes_of(model: ImageClassifier) -> list[str]:
-    """Returns the model's class names.
-
-    Raises:
-        UserError: it carries none.
-    """
-    if not model.class_names:
-        raise UserError(
-            "the model carries no class names",
-            fix="Use weights that were trained with class names, or set model.class_names",
-        )
-    return model.class_names
-
-
-def preprocessing_of(model: ImageClassifier) -> Preprocessing:
-    """Returns the model's preprocessing, or Google's for its image size where it carries none."""
-    if model.preprocessing is not None:
-        return model.preprocessing
-    return Preprocessing(image_size=model.config.image_size, channels=model.config.in_channels)
 
 
 def _pixels(size: tuple[int, int]) -> str:

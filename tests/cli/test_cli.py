@@ -1,0 +1,238 @@
+"""The command as a user types it: help, tables, exit codes, one message for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlp_mixer as mm
+from conftest import draw
+from mlp_mixer.cli.main import main
+from mlp_mixer.cli.verbs import VERBS, parse_size
+
+
+def mixer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Runs the command in this process; returns exit code, standard output and error."""
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+def process(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mlp_mixer", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["predict", "--help"], []])
+def test_help_imports_no_torch(arguments):
+    code = (
+        "import sys; from mlp_mixer.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'torch', 'numpy', 'matplotlib', 'sklearn', 'PIL'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: mixer" in done.stdout
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, mlp_mixer; dir(mlp_mixer); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_every_verb_has_an_example(capsys):
+    for verb in VERBS:
+        code, out, _ = mixer(capsys, verb, "--help")
+        assert code == 0
+        assert f"    mixer {verb}" in out
+
+
+def test_the_version(capsys):
+    assert mixer(capsys, "--version")[:2] == (0, f"mlp_mixer {mm.__version__}\n")
+
+
+def test_typos(capsys):
+    code, _, err = mixer(capsys, "trian")
+    assert code == 2
+    assert err == (
+        "error: unknown verb 'trian'\n"
+        "to fix: Did you mean train? Known: models, train, evaluate, predict\n"
+    )
+    code, out, err = mixer(capsys, "train", "--epoch", 3)
+    assert code == 2
+    assert "--epochs" in out + err
+    code, out, err = mixer(capsys, "train", "--epochs", "many")
+    assert code == 2
+    assert "many" in out + err
+
+
+def test_models(capsys):
+    code, out, _ = mixer(capsys, "models")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].split() == ["name", "pixels", "parameters", "with", "head", "GFLOPs", "tokens"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2:10]}
+    assert list(rows) == mm.list_models()
+    assert rows["mixer_b16"] == ["224x224", "59,111,472", "59,880,472", "25.20", "196"]
+
+
+def test_models_at_another_size(capsys):
+    code, out, _ = mixer(capsys, "models", "--image-size", "64x96")
+    assert code == 0
+    assert "64x96" in out
+    assert "left out: cannot build mixer_h14: image size 64x96 is not divisible" in out
+    code, _, err = mixer(capsys, "models", "--image-size", "17")
+    assert code == 2
+    assert "image size 17x17 is not divisible by the patch size" in err
+
+
+@pytest.mark.parametrize("text", ["big", "0", "-3", "8x", "8x8x8", "1.5"])
+def test_wrong_sizes(capsys, text):
+    code, _, err = mixer(capsys, "models", f"--image-size={text}")
+    assert code == 2
+    assert f"not an image size: {text!r}" in err
+
+
+def test_sizes():
+    assert parse_size(None) is None
+    assert parse_size("224") == 224
+    assert parse_size("192x256") == (192, 256)
+
+
+def test_train_evaluate_predict(capsys, class_folder, tmp_path):
+    """The three verbs one after the other on a class folder, through the real parser."""
+    run, report = tmp_path / "run", tmp_path / "report"
+    shape = ("hidden_dim=16", "num_blocks=2", "tokens_mlp_dim=8", "channels_mlp_dim=32")
+    settings = [x for each in shape for x in ("--set", f"model.overrides.{each}")]
+    code, out, _ = mixer(
+        capsys,
+        *("train", "--data", class_folder, "--image-size", 32, "--epochs", 2, "--output", run),
+        *("--num-workers", 0, "--device", "cpu", *settings),
+    )
+    assert code == 0
+    assert "20 images to train, 9 to validate (the data's own), none to test; 3 classes" in out
+    assert f"mixer evaluate {run} --data {class_folder}:validation" in out
+
+    code, out, err = mixer(
+        capsys, "evaluate", run, "--data", class_folder, "--output", report, "--num-workers", 0
+    )
+    assert (code, err) == (0, "")
+    assert "9 images" in out
+    assert sorted(path.name for path in report.iterdir()) == [
+        "confusion.csv",
+        "confusion.png",
+        "evaluation.json",
+        "per_class.csv",
+        "predictions.png",
+        "worst_mistakes.png",
+    ]
+    top1 = json.loads((report / "evaluation.json").read_text())["top1"]
+    assert f"top-1    {top1:.2%}" in out
+
+    picture = class_folder / "val" / "ant" / "0.png"
+    output = tmp_path / "out.jsonl"
+    code, out, _ = mixer(capsys, "predict", run, picture, "--output", output, "--top-k", 2)
+    assert code == 0
+    assert str(picture) in out
+    assert len(json.loads(output.read_text())["classes"]) == 2
+
+
+def test_predict_goes_on_after_a_bad_file(capsys, trained, tmp_path):
+    draw(0).save(tmp_path / "good.png")
+    (tmp_path / "bad.jpg").write_text("<html>")
+    code, out, err = mixer(capsys, "predict", trained.run_folder, tmp_path)
+    assert code == 3
+    assert "good.png" in out
+    assert err == f"bad image: {tmp_path / 'bad.jpg'}: the file is not an image\n"
+    code, _, err = mixer(capsys, "predict", trained.run_folder, tmp_path / "bad.jpg")
+    assert code == 2
+    assert "the file is not an image" in err
+
+
+def test_long_results_are_cut_on_screen_only(capsys, trained, tmp_path):
+    output = tmp_path / "all.csv"
+    code, out, _ = mixer(
+        capsys, "predict", trained.run_folder, "digits:test", "--output", output, "--top-k", 1
+    )
+    assert code == 0
+    assert f"... and 319 more, in {output}" in out
+    assert len(output.read_text().splitlines()) == 360
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nothing"], "unknown recipe 'nothing'"),
+        (["train", "--data", "nowhere"], "no such data: 'nowhere'"),
+        (["train", "--model", "mixer_b61"], "unknown model 'mixer_b61'"),
+        (["train", "--set", "optimizer.lr=1"], "unknown setting 'optimizer.lr'"),
+        (["train", "--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["train", "scratch"], "the recipe needs data"),
+        (["evaluate", "nowhere", "--data", "digits"], "no such model: 'nowhere'"),
+        (["evaluate", "RUN", "--data", "nowhere"], "no such data: 'nowhere'"),
+        (["evaluate", "RUN", "--data", "ANIMALS"], "unknown to the model: 'ant', 'bee', 'cat'"),
+        (["evaluate", "EMPTY", "--data", "digits"], "the folder has no weights"),
+        (["predict", "RUN", "nowhere.jpg"], "no such file or folder: 'nowhere.jpg'"),
+        (["predict", "RUN", "RUN", "--output", "x.xml"], "unknown output format '.xml'"),
+        (["predict", "RUN"], "no images given"),
+        (["predict", "RUN", "digits:test", "--top-k", "0"], "top_k must be at least 1"),
+    ],
+)
+def test_mistakes(capsys, trained, class_folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    names = {"RUN": trained.run_folder, "ANIMALS": class_folder, "EMPTY": tmp_path / "empty"}
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = mixer(capsys, *(names.get(each, each) for each in arguments))
+    assert code == 2
+    assert err.startswith("error: ")
+    assert message in err
+    assert "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before  # nothing written
+
+
+def test_debug_shows_the_traceback():
+    done = process("train", "nothing", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "unknown recipe 'nothing'" in done.stderr
+    plain = process("train", "nothing")
+    assert (plain.returncode, plain.stdout) == (2, "")
+    assert "Traceback" not in plain.stderr
+
+
+def test_a_closed_pipe_is_no_crash():
+    command = f"{sys.executable} -m mlp_mixer models | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.startswith("name")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as Unix has them")
+def test_ctrl_c_says_stopped_and_keeps_what_was_reached(tmp_path: Path):
+    import signal
+    import time
+
+    command = [sys.executable, "-m", "mlp_mixer", "train", "--output", "run", "--device", "cpu"]
+    child = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "run" / "best" / "model.safetensors").exists():
+        assert time.monotonic() < deadline
+        assert child.poll() is None
+        time.sleep(0.2)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "stopped by hand; what was reached so far lies in run" in out
+    assert "Traceback" not in err
+    assert mm.load_model(tmp_path / "run").config.num_classes == 10

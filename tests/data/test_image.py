@@ -1,0 +1,229 @@
+"""The decoder: formats, modes, orientation, limits, and any bytes at all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from conftest import draw, encode
+from mlp_mixer.data.image import SUFFIXES, decode, encode_png, read_header
+from mlp_mixer.errors import UserError
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+def arrow() -> Image.Image:
+    """A picture that no turn or mirror leaves as it is."""
+    pixels = np.zeros((24, 16, 3), np.uint8)
+    pixels[2:8, 2:4] = (250, 10, 10)
+    pixels[20:22, 6:14] = (10, 250, 10)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "TIFF", "PPM", "WEBP", "JPEG"])
+def test_every_format(kind):
+    image = draw(1)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    decoded = decode(encode(image, kind, **options), "x")
+    assert (decoded.mode, decoded.size) == ("RGB", (40, 30))
+    exact = kind in ("PNG", "BMP", "TIFF", "PPM", "WEBP")
+    difference = np.abs(np.asarray(decoded, int) - np.asarray(image, int)).max()
+    assert difference == 0 if exact else difference < 60
+
+
+def test_jpeg_equals_pillow_within_rounding():
+    data = encode(draw(2), "JPEG", quality=95, subsampling=0)
+    ours = np.asarray(decode(data, "x"), int)
+    pillows = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), int)
+    assert np.abs(ours - pillows).max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_all_eight_orientations_give_one_picture(kind):
+    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    upright = np.asarray(decode(encode(arrow(), kind, **options), "x"), int)
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    for orientation in range(1, 9):
+        stored = arrow().transpose(undo[orientation]) if orientation in undo else arrow()
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encode(stored, kind, exif=exif, **options)
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        assert expected.size == (16, 24)
+        decoded = np.asarray(decode(data, "x"), int)
+        assert decoded.shape == upright.shape
+        assert np.abs(decoded - upright).max() <= (40 if kind == "JPEG" else 0), orientation
+
+
+def test_an_invalid_orientation_is_taken_for_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 0
+    assert decode(encode(arrow(), "PNG", exif=exif), "x").size == (16, 24)
+
+
+def test_grey_and_channels():
+    grey = Image.fromarray(np.arange(0, 240, dtype=np.uint8).reshape(12, 20))
+    for kind in ("PNG", "JPEG"):
+        data = encode(grey, kind)
+        assert decode(data, "x", 1).mode == "L"
+        rgb = np.asarray(decode(data, "x", 3))
+        assert rgb.shape == (12, 20, 3)
+        assert (rgb == rgb[..., :1]).all()
+    assert decode(encode(draw(1)), "x", 1).mode == "L"
+
+
+def test_transparency_is_blended_on_white():
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[..., 0] = 255  # red, fully transparent
+    rgba[0, 0, 3] = 255
+    pixels = np.asarray(decode(encode(Image.fromarray(rgba)), "x"))
+    assert pixels[0, 0].tolist() == [255, 0, 0]
+    assert pixels[1, 1].tolist() == [255, 255, 255]
+    grey_alpha = encode(Image.fromarray(rgba).convert("LA"))
+    assert np.asarray(decode(grey_alpha, "x"))[1, 1].tolist() == [255, 255, 255]
+
+
+def test_a_palette_with_a_transparent_entry():
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    pixels = np.asarray(decode(encode(image, "PNG", transparency=0), "x"))
+    assert pixels[0].tolist() == [[255, 255, 255], [40, 50, 60]]
+
+
+def test_a_16_bit_ramp_stays_a_ramp():
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, axis=0)
+    pixels = np.asarray(decode(encode(Image.fromarray(ramp)), "x"))[0, :, 0].astype(int)
+    assert (pixels[0], pixels[-1]) == (0, 255)
+    assert len(np.unique(pixels)) == 256
+    assert (np.diff(pixels) == 1).all()
+
+
+def test_cmyk_and_one_bit():
+    cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))  # red ink
+    red, green, blue = np.asarray(decode(encode(cmyk, "JPEG"), "x"))[0, 0].astype(int)
+    assert red > 200
+    assert green < 60
+    assert blue < 60
+    bits = Image.fromarray(np.array([[True, False]] * 2))
+    assert np.asarray(decode(encode(bits), "x"))[0].tolist() == [[255] * 3, [0] * 3]
+
+
+def test_the_first_frame_of_an_animation():
+    first, second = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    data = encode(first, "GIF", save_all=True, append_images=[second])
+    assert np.asarray(decode(data, "x"))[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"<!doctype html><title>404</title>", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        (bytes(range(256)) * 4, "not an image"),
+        (encode(draw(1), "JPEG")[:300], "damaged|not an image"),
+        (encode(draw(1), "PNG")[:-300], "damaged"),
+        (encode(draw(1), "GIF")[:-300], "damaged"),
+        (encode(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), "damaged.*no stated range"),
+    ],
+)
+def test_what_is_no_image_is_refused_by_name(data, message):
+    with pytest.raises(UserError, match=message) as caught:
+        decode(data, "album/picture.jpg")
+    assert "where: album/picture.jpg" in str(caught.value)
+    assert caught.value.fix
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG header that claims a large picture, with next to nothing behind it."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        checksum = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize(("width", "height"), [(16000, 16000), (10400, 10400), (300_000, 300_000)])
+def test_bombs_are_refused_from_the_header(width, height):
+    data = bomb(width, height)
+    assert len(data) < 2000
+    started = time.process_time()
+    with pytest.raises(UserError, match=r"too large|the limit is 89,478,485"):
+        decode(data, "x")
+    assert time.process_time() - started < 1.0  # decoding it would take minutes
+
+
+def test_a_large_picture_below_the_limit_has_a_header():
+    assert read_header(bomb(9000, 9000), "x").size == (9000, 9000)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=600))
+def test_any_bytes_give_an_image_or_a_user_error(data):
+    for prefix in (
+        b"",
+        b"\xff\xd8\xff\xe0",
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF89a",
+        b"RIFF",
+        b"II*\0",
+        b"P6",
+    ):
+        with contextlib.suppress(UserError):
+            assert decode(prefix + data, "x").mode == "RGB"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_damaged_files_give_an_image_or_a_user_error(data):
+    kind = data.draw(st.sampled_from(["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM"]))
+    file = bytearray(encode(draw(3), kind))
+    for _ in range(data.draw(st.integers(1, 8))):
+        file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(UserError):
+        assert decode(bytes(file[: data.draw(st.integers(1, len(file)))]), "x").mode == "RGB"
+
+
+def test_encode_png_round_trip():
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    assert (np.asarray(decode(encode_png(grey), "x", 1)) == grey).all()
+
+
+def test_suffixes_are_lower_case():
+    assert all(suffix.startswith(".") and suffix == suffix.lower() for suffix in SUFFIXES)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared sample images are not here")
+def test_real_photographs_of_all_kinds():
+    """94 ImageNet files: grey ones, EXIF orientation 6 and the invalid 0, every subsampling."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = parquet.read_table(SHARED / "imagenet_samples.parquet").to_pylist()
+    assert len(rows) == 94
+    for row in rows:
+        name, data = row["image"]["path"], row["image"]["bytes"]
+        ours = decode(data, name)
+        theirs = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        assert ours.size == theirs.size, name
+        assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).mean() < 1.0, name

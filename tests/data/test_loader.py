@@ -1,0 +1,120 @@
+"""Order and batches: pure functions of the seed, the same bits however they are loaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mlp_mixer.data.loader import Batch, evaluation_batches, training_batches
+from mlp_mixer.data.sampler import batches_of_positions, epoch_order, locate, sample_generator
+from mlp_mixer.data.sources import Source, open_splits
+from mlp_mixer.data.transforms import inception_crop
+from mlp_mixer.errors import UserError
+from mlp_mixer.preprocessing import Preprocessing
+
+PREPROCESSING = Preprocessing(image_size=(8, 8))
+
+
+def crop(image: Image.Image, random: np.random.Generator) -> Image.Image:
+    return inception_crop(image, (8, 8), random)
+
+
+def load(source: Source, start: int, stop: int, **options: object) -> list[Batch]:
+    arguments = {"seed": 3, "batch_size": 6, "num_workers": 0, **options}
+    return list(training_batches(source, PREPROCESSING, crop, start=start, stop=stop, **arguments))
+
+
+def assert_same(first: list[Batch], second: list[Batch]) -> None:
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+        assert torch.equal(a.indices, b.indices)
+
+
+def test_every_image_once_before_any_comes_twice():
+    for batch_size in (1, 6, 20, 33):
+        positions = [p for step in batches_of_positions(0, 60, batch_size) for p in step]
+        order = [locate(0, position, 20)[1] for position in positions]
+        for epoch in range(len(order) // 20):
+            assert sorted(order[20 * epoch : 20 * epoch + 20]) == list(range(20))
+
+
+def test_epochs_and_seeds_differ():
+    assert (epoch_order(0, 0, 50) == epoch_order(0, 0, 50)).all()
+    assert (epoch_order(0, 0, 50) != epoch_order(0, 1, 50)).any()
+    assert (epoch_order(0, 0, 50) != epoch_order(1, 0, 50)).any()
+    draws = {sample_generator(s, e, i).random() for s in (0, 1) for e in (0, 1) for i in (0, 1)}
+    assert len(draws) == 8
+
+
+def test_the_same_order_in_another_process():
+    code = "from mlp_mixer.data.sampler import *; print(epoch_order(1, 2, 30).tolist())"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.strip() == str(epoch_order(1, 2, 30).tolist())
+
+
+def test_the_same_bits_with_and_without_workers(class_folder: Path):
+    source = open_splits(str(class_folder))["train"]
+    assert_same(load(source, 0, 7), load(source, 0, 7, num_workers=2))
+
+
+def test_a_start_at_step_n_is_the_same_as_getting_there(class_folder: Path):
+    source = open_splits(str(class_folder))["train"]
+    assert_same(load(source, 0, 9)[5:], load(source, 5, 9))
+
+
+def test_batches_have_the_right_labels(class_folder: Path):
+    source = open_splits(str(class_folder))["train"]
+    for batch in load(source, 0, 5):
+        assert (batch.images.dtype, batch.images.shape) == (torch.uint8, (6, 3, 8, 8))
+        assert batch.labels.tolist() == [source.labels[i] for i in batch.indices.tolist()]
+
+
+def test_a_bad_image_is_replaced_by_the_next_and_named(class_folder: Path):
+    (class_folder / "train" / "bee" / "2.png").write_bytes(b"no image")
+    source = open_splits(str(class_folder))["train"]
+    broken = next(i for i in range(20) if source.item_name(i).endswith("bee/2.png"))
+    batches = load(source, 0, 10)  # three epochs
+    assert_same(batches, load(source, 0, 10, num_workers=2))
+    drawn = [index for batch in batches for index in batch.indices.tolist()]
+    assert broken not in drawn
+    assert len(drawn) == 60
+    named = [each for batch in batches for each in batch.bad]
+    assert [each.index for each in named] == [broken] * 3
+    assert named[0].what == "the file is not an image"
+
+
+def test_only_bad_images(class_folder: Path):
+    for path in class_folder.rglob("*.png"):
+        path.write_bytes(b"no image")
+    source = open_splits(str(class_folder))["train"]
+    with pytest.raises(UserError, match="none of the images can be decoded"):
+        load(source, 0, 1)
+
+
+def test_evaluation_reads_each_image_once_and_in_order(class_folder: Path):
+    (class_folder / "train" / "ant" / "4.png").write_bytes(b"")
+    source = open_splits(str(class_folder))["train"]
+    for workers in (0, 2):
+        batches = list(evaluation_batches(source, PREPROCESSING, batch_size=6, num_workers=workers))
+        indices = [index for batch in batches for index in batch.indices.tolist()]
+        assert indices == [index for index in range(20) if index != 4]
+        assert [each.index for batch in batches for each in batch.bad] == [4]
+        assert sum(len(batch.images) for batch in batches) == 19
+
+
+def test_a_batch_of_bad_images_only(class_folder: Path):
+    for path in (class_folder / "train" / "ant").iterdir():
+        path.write_bytes(b"")
+    source = open_splits(str(class_folder))["train"]
+    first = next(iter(evaluation_batches(source, PREPROCESSING, batch_size=6, num_workers=0)))
+    assert (len(first.images), len(first.labels), len(first.bad)) == (0, 0, 6)

@@ -1,0 +1,80 @@
+"""Names of architectures, and configurations to and from JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import mlp_mixer as mm
+from conftest import TINY
+from mlp_mixer.models.catalog import ARCHITECTURES, config_from_json, config_to_json
+from mlp_mixer.models.device import choose_device
+
+TABLE_1 = {  # P, C, L, D_S, D_C, S at 224 px
+    "mixer_s32": (32, 512, 8, 256, 2048, 49),
+    "mixer_s16": (16, 512, 8, 256, 2048, 196),
+    "mixer_s8": (8, 512, 8, 256, 2048, 784),
+    "mixer_b32": (32, 768, 12, 384, 3072, 49),
+    "mixer_b16": (16, 768, 12, 384, 3072, 196),
+    "mixer_l32": (32, 1024, 24, 512, 4096, 49),
+    "mixer_l16": (16, 1024, 24, 512, 4096, 196),
+    "mixer_h14": (14, 1280, 32, 640, 5120, 256),
+}
+
+
+def test_table_1():
+    assert mm.list_models() == list(TABLE_1)
+    for name, (patch, dim, blocks, tokens_dim, channels_dim, tokens) in TABLE_1.items():
+        config = ARCHITECTURES[name]
+        assert (config.patch_size, config.hidden_dim, config.num_blocks) == (patch, dim, blocks)
+        assert (config.tokens_mlp_dim, config.channels_mlp_dim) == (tokens_dim, channels_dim)
+        assert (config.num_tokens, config.image_size) == (tokens, (224, 224))
+
+
+def test_an_unknown_name_gives_near_ones():
+    with pytest.raises(mm.UserError, match=r"unknown model 'mixer_b61'[\s\S]*Did you mean mixer_b"):
+        mm.create_model("mixer_b61")
+
+
+def test_an_unknown_setting_gives_near_ones():
+    with pytest.raises(mm.UserError, match=r"no setting 'drop_out'[\s\S]*Did you mean dropout"):
+        mm.create_model("mixer_b16", drop_out=0.1)
+    with pytest.raises(mm.UserError, match="cannot build mixer_s16"):
+        mm.create_model("mixer_s16", num_blocks="many")
+
+
+def test_json_round_trip():
+    config = mm.create_model("mixer_s16", (8, 16), 3, **{**TINY, "gelu": "exact"}).config
+    values = json.loads(json.dumps(config_to_json(config)))
+    assert values["family"] == "mixer"
+    assert config_from_json(values) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"family": "resnet"}, "unknown model family 'resnet'"),
+        ({"width": 3}, "not a mixer architecture"),
+        ({"patch_size": 3}, "not divisible by the patch size 3"),
+        ({"image_size": "big"}, "not a mixer architecture"),
+    ],
+)
+def test_a_wrong_description_is_refused(change, message):
+    values = {**config_to_json(ARCHITECTURES["mixer_s16"]), **change}
+    with pytest.raises(mm.UserError, match=message):
+        config_from_json(values)
+
+
+def test_devices():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(mm.UserError, match="unknown device 'gpu'"):
+        choose_device("gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(mm.UserError, match="no CUDA GPU"):
+        choose_device("cuda")

@@ -1,0 +1,89 @@
+"""README and docs: every command line parses, every link leads somewhere, the API names exist."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mlp_mixer as mm
+from conftest import ROOT
+from mlp_mixer.cli.main import parse
+from mlp_mixer.cli.verbs import VERBS
+from mlp_mixer.training.config import TrainConfig
+from mlp_mixer.training.recipes import recipe
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+HELP = [verb.__doc__ or "" for verb in VERBS.values()]
+
+
+def command_lines(text: str) -> list[str]:
+    """Every line that begins with `mixer VERB`, in blocks, in `code` and in help texts."""
+    lines = re.findall(r"^\s*(?:\$ )?(mixer [^\n`#]+)", text, flags=re.MULTILINE)
+    return lines + re.findall(rf"`(mixer (?:{'|'.join(VERBS)})[^`]*)`", text)
+
+
+def recorded(verb: Any, calls: list[dict[str, Any]]) -> Any:
+    @functools.wraps(verb)
+    def record(*args: Any, **kwargs: Any) -> None:
+        calls.append({"args": args, **kwargs})
+
+    return record
+
+
+def all_lines() -> list[str]:
+    texts = [path.read_text(encoding="utf-8") for path in DOCUMENTS] + HELP
+    return sorted({line.strip() for text in texts for line in command_lines(text)})
+
+
+@pytest.mark.parametrize("line", all_lines())
+def test_every_printed_command_parses(line: str):
+    calls: list[dict[str, Any]] = []
+    words = shlex.split(re.sub(r"\s{2,}\(.*\)$", "", line))
+    if words[1] in ("VERB", "--help", "--version"):
+        return
+    parse(words[1:], {name: recorded(verb, calls) for name, verb in VERBS.items()})
+    assert len(calls) == 1
+    config = recipe((calls[0]["args"] or [None])[0] or "digits") if words[1] == "train" else None
+    for assignment in calls[0].get("settings", ()):
+        assert isinstance(config, TrainConfig)
+        config = config.with_setting(assignment)
+
+
+def test_there_are_commands_to_check():
+    assert len(all_lines()) >= 10
+
+
+def test_a_wrong_line_would_be_seen():
+    with pytest.raises(SystemExit):
+        parse(["train", "--no-such-flag"], VERBS)
+
+
+def test_ci_finds_the_two_commands():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ("train", "test"):
+        found = re.findall(rf"<!-- ci: {name} -->\s*```bash\n(.+)\n```", text)
+        assert len(found) == 1
+    assert text.index("<!-- ci: test -->") < 3000  # on the first screen
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *ROOT.glob("*.md")], ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_the_public_names():
+    assert mm.__all__ == sorted(mm.__all__)
+    for name in mm.__all__:
+        assert getattr(mm, name) is not None
+        assert name in dir(mm)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = mm.nothing
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in re.findall(r"\bmm\.(\w+)", readme):
+        assert name in mm.__all__, f"the README uses mm.{name}"

@@ -1,0 +1,94 @@
+"""Settings: to and from JSON, one at a time, and every mistake named with its key."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import mlp_mixer as mm
+from mlp_mixer.training.recipes import RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_json_round_trip(name: str):
+    config = mm.recipe(name)
+    assert config.recipe == name
+    assert mm.TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize(
+    ("assignment", "key", "value"),
+    [
+        ("epochs=7", "epochs", 7),
+        ("optimizer.learning_rate=1e-3", "optimizer.learning_rate", 0.001),
+        ("optimizer.learning_rate=1", "optimizer.learning_rate", 1.0),
+        ("optimizer.schedule=linear", "optimizer.schedule", "linear"),
+        ("augment.flip=true", "augment.flip", True),
+        ("augment.crop_area=(0.5, 1)", "augment.crop_area", (0.5, 1.0)),
+        ("augment.crop_area=[0.5, 1]", "augment.crop_area", (0.5, 1.0)),
+        ("model.image_size=(16, 32)", "model.image_size", (16, 32)),
+        ("data.num_workers=null", "data.num_workers", None),
+        ("model.overrides.num_blocks=6", "model.overrides.num_blocks", 6),
+        ("model.overrides.gelu=exact", "model.overrides.gelu", "exact"),
+    ],
+)
+def test_one_setting(assignment: str, key: str, value: object):
+    config = mm.recipe("digits").with_setting(assignment)
+    found: object = config
+    for name in key.split("."):
+        found = found[name] if isinstance(found, dict) else getattr(found, name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("epochs", r"takes section.name=value, got 'epochs'"),
+        ("epoch=3", r"unknown setting 'epoch'[\s\S]*Did you mean epochs"),
+        (
+            "optimizer.learning_rat=3",
+            r"unknown setting 'optimizer.learning_rat'[\s\S]*learning_rate",
+        ),
+        ("optimiser.learning_rate=3", r"unknown setting 'optimiser'[\s\S]*Did you mean optimizer"),
+        ("epochs.x=3", r"unknown setting 'epochs'"),
+        ("epochs=2.5", "epochs must be a value of type int, got 2.5"),
+        ("epochs=true", "epochs must be a value of type int, got True"),
+        ("epochs=many", "epochs must be a value of type int, got 'many'"),
+        ("epochs=0", "epochs must be at least 1, got 0"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate must be a value of type float"),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate must be above 0, got -1"),
+        ("optimizer.name=adam", r"optimizer.name must be one of .*got 'adam'[\s\S]*adamw"),
+        ("optimizer.name=sgd", "weight_decay=0.1 has no effect with sgd"),
+        ("augment.crop_area=(1, 0.5)", "augment.crop_area must be two shares"),
+        ("augment.crop_area=0.5", "augment.crop_area must be a value of type"),
+        ("augment.mixup=1.5", "augment.mixup must be at least 0 and below 1"),
+        ("data.holdout=1", "data.holdout must be above 0 and below 1"),
+        ("model.image_size=big", "model.image_size must be a value of type"),
+        ("model=small", "model must be an object|model"),
+        ("label_smoothing=1", "label_smoothing must be at least 0 and below 1"),
+    ],
+)
+def test_a_wrong_setting(assignment: str, message: str):
+    with pytest.raises(mm.UserError, match=message):
+        mm.recipe("digits").with_setting(assignment)
+
+
+def test_a_setting_without_effect_is_refused():
+    config = mm.recipe("scratch")
+    assert config.label_smoothing > 0
+    with pytest.raises(mm.UserError, match="no effect with the sigmoid loss"):
+        config.with_setting("loss=sigmoid")
+
+
+def test_unknown_keys_in_a_file():
+    values = mm.recipe("digits").to_json()
+    values["optimizer"]["lr"] = 0.1
+    with pytest.raises(mm.UserError, match=r"unknown setting 'optimizer\.lr'"):
+        mm.TrainConfig.from_json(values)
+
+
+def test_an_unknown_recipe():
+    with pytest.raises(mm.UserError, match=r"unknown recipe 'digit'[\s\S]*Did you mean digits"):
+        mm.recipe("digit")

@@ -1,0 +1,327 @@
+"""A run from its config to its folder: what it writes, that it repeats, and how it stops."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mlp_mixer as mm
+from conftest import draw, make_class_folder, tiny_config
+from mlp_mixer.data.sources import open_splits
+from mlp_mixer.training import loop
+from mlp_mixer.training.dataset import Augmentation, open_training_data
+from mlp_mixer.training.run_folder import fingerprint, planned_path
+
+PICTURES = ["confusion", "curves", "predictions", "train_batch", "worst_mistakes"]
+
+
+def steps_of(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_run_folder(trained: mm.TrainResult):
+    run = trained.run_folder
+    assert sorted(path.name for path in run.iterdir()) == [
+        "best",
+        "config.json",
+        "environment.json",
+        "log.txt",
+        "metrics.jsonl",
+        "plots",
+        "results.csv",
+        "test",
+    ]
+    assert sorted(path.name for path in (run / "best").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    for name in PICTURES:
+        pixels = np.asarray(Image.open(run / "plots" / f"{name}.png").convert("L"))
+        assert pixels.std() > 5, name
+    config = mm.TrainConfig.from_json(json.loads((run / "config.json").read_text()))
+    assert (config.recipe, config.epochs) == ("digits", 3)
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["data"]["training_images"] == 1151
+    steps = steps_of(run)
+    assert [step["step"] for step in steps] == [0, 10, 20, 30, 40, 50, 53]
+    assert steps[0]["loss"] == pytest.approx(np.log(10), rel=1e-5)  # a zero head knows nothing
+    assert steps[-1]["loss"] < steps[0]["loss"]
+
+
+def test_results_and_best(trained: mm.TrainResult, class_folder: Path, tmp_path: Path):
+    result = mm.train(tiny_config(str(class_folder), tmp_path / "run", epochs=4), quiet=True)
+    with (result.run_folder / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["2", "5", "8", "10"]
+    best = [row for row in rows if row["best"] == "1"][-1]
+    assert float(best["validation_top1"]) == max(float(row["validation_top1"]) for row in rows)
+    again = mm.evaluate(
+        mm.load_model(result.run_folder), f"{class_folder}:validation", num_workers=0
+    )
+    assert again.top1 == pytest.approx(float(best["validation_top1"]), abs=1e-6)
+    assert again.loss == pytest.approx(float(best["validation_loss"]), abs=1e-5)
+    assert result.test is None
+    assert (result.run_folder / "validation" / "evaluation.json").exists()
+
+
+def test_test_images_are_measured_at_the_end(trained: mm.TrainResult):
+    assert trained.test is not None
+    assert trained.test.data == "digits:test"
+    written = json.loads((trained.run_folder / "test" / "evaluation.json").read_text())
+    again = mm.evaluate(mm.load_model(trained.run_folder), "digits:test")
+    assert written["top1"] == trained.test.top1 == again.top1
+    assert written["images"] == 359
+
+
+def test_the_model_card(trained: mm.TrainResult):
+    card = (trained.run_folder / "best" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: mlp_mixer\n")
+    assert f"| 359 | digits:test | {trained.test.top1:.2%} |" in card
+    assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in card
+    assert "seed 0: 3 epochs of 1,151 images" in card
+
+
+def test_the_log_says_what_was_found_first(trained: mm.TrainResult):
+    lines = (trained.run_folder / "log.txt").read_text().splitlines()
+    assert lines[0].startswith("data     digits: 1,151 images to train, 287 to validate")
+    assert "parameters" in "\n".join(lines[:4])
+    assert lines[4] == f"results  {trained.run_folder}"
+    assert any(line.startswith("test accuracy ") for line in lines)
+    assert f"         mixer evaluate {trained.run_folder} --data digits:test" in lines
+
+
+def test_the_same_seed_gives_the_same_bits(class_folder: Path, tmp_path: Path):
+    changes = {
+        "augment__mixup": 0.5,
+        "augment__rotate": 10.0,
+        "model__overrides": {**tiny_config("x", tmp_path).model.overrides, "dropout": 0.1},
+    }
+    runs = []
+    for number, workers in enumerate((0, 0, 2)):
+        torch.manual_seed(number)  # the caller's own random numbers play no part
+        config = tiny_config(
+            str(class_folder), tmp_path / str(number), data__num_workers=workers, **changes
+        )
+        runs.append(mm.train(config, quiet=True).run_folder)
+    keep = ("step", "loss", "learning_rate", "gradient_norm")
+    losses = [[[step[key] for key in keep] for step in steps_of(run)] for run in runs]
+    assert losses[0] == losses[1] == losses[2]
+    weights = [(run / "best" / "model.safetensors").read_bytes() for run in runs]
+    assert weights[0] == weights[1] == weights[2]
+    other = mm.train(
+        tiny_config(str(class_folder), tmp_path / "other", seed=1, **changes), quiet=True
+    )
+    assert [step["loss"] for step in steps_of(other.run_folder)] != [row[1] for row in losses[0]]
+
+
+def test_the_callers_random_numbers_are_left_alone(class_folder: Path, tmp_path: Path):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_without_val_some_images_are_held_out(class_folder: Path, tmp_path: Path):
+    shutil.rmtree(class_folder / "val")
+    config = tiny_config(str(class_folder), tmp_path / "run", data__holdout=0.3)
+    splits = open_training_data(config.data)
+    names = [
+        {split.item_name(at) for at in range(len(split))}
+        for split in (splits.train, splits.validation)
+    ]
+    assert splits.held_out
+    assert (len(names[0]), len(names[1])) == (14, 6)
+    assert not names[0] & names[1]
+    result = mm.train(config, quiet=True)
+    log = (result.run_folder / "log.txt").read_text()
+    assert "6 to validate (held out of the training images), none to test" in log
+    assert "mixer evaluate" not in log  # a held-out split has no name that evaluate could take
+
+
+def test_a_missing_class_in_val_is_said(class_folder: Path, tmp_path: Path):
+    shutil.rmtree(class_folder / "val" / "bee")
+    result = mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    assert "validation has no image of bee" in (result.run_folder / "log.txt").read_text()
+
+
+def test_grey_and_rectangular(class_folder: Path, tmp_path: Path):
+    overrides = {**tiny_config("x", tmp_path).model.overrides, "in_channels": 1}
+    config = tiny_config(
+        str(class_folder), tmp_path / "run", model__overrides=overrides, model__image_size=(8, 12)
+    )
+    model = mm.load_model(mm.train(config, quiet=True).run_folder)
+    assert model.preprocessing == mm.Preprocessing(image_size=(8, 12), channels=1)
+    assert model(torch.zeros(1, 1, 8, 12)).shape == (1, 3)
+
+
+def nothing_left(folder: Path) -> bool:
+    return not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__name": "mixer_x16"}, "unknown model 'mixer_x16'"),
+        ({"model__image_size": 9}, "image size 9x9 is not divisible by the patch size 4"),
+        ({"data__source": "no/such/folder"}, "no such data: 'no/such/folder'"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"model__overrides": {"in_channels": 2}}, "the model wants 2"),
+        ({"model__overrides": {"depth": 2}}, "no setting 'depth'"),
+    ],
+)
+def test_mistakes_leave_nothing_behind(class_folder, tmp_path, changes, message):
+    config = tiny_config(str(class_folder), tmp_path / "run", **changes)
+    if "in_channels" in str(changes):
+        config = config.with_value("model.image_size", 16)
+    with pytest.raises(mm.UserError, match=message):
+        mm.train(config, quiet=True)
+    assert nothing_left(tmp_path)
+
+
+def test_a_file_that_is_no_image_stops_a_small_run_before_it_begins(class_folder, tmp_path):
+    (class_folder / "train" / "bee" / "3.png").write_text("<html>not found</html>")
+    with pytest.raises(mm.UserError, match=r"1 of 20 images cannot be decoded \(5.0%, the limit"):
+        mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    assert nothing_left(tmp_path)
+
+
+def test_allowed_bad_images_are_skipped_and_listed(class_folder, tmp_path):
+    bad = class_folder / "train" / "bee" / "3.png"
+    before = bad.read_bytes()[:-60]
+    bad.write_bytes(before)  # cut short: the header is fine, the pixels are not
+    html = class_folder / "train" / "ant" / "0.png"
+    html.write_text("<html>")
+    config = tiny_config(str(class_folder), tmp_path / "run", data__max_bad=0.2)
+    result = mm.train(config, quiet=True)
+    listed = (result.run_folder / "bad_files.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in listed] == [str(html), str(bad)]
+    log = (result.run_folder / "log.txt").read_text()
+    assert log.count(str(bad)) == 1
+    assert bad.read_bytes() == before  # never altered
+
+
+def test_too_many_damaged_images_stop_the_run(class_folder, tmp_path):
+    for path in (class_folder / "train" / "bee").iterdir():
+        path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(mm.UserError, match=r"images cannot be decoded[\s\S]*bee/"):
+        mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+
+
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(class_folder, tmp_path, monkeypatch):
+    kept: list[loop.Trainer] = []
+    run = loop.Trainer.run
+    monkeypatch.setattr(loop.Trainer, "run", lambda self: (kept.append(self), run(self)))
+    config = tiny_config(
+        str(class_folder), tmp_path / "run", epochs=20, optimizer__learning_rate=1e20
+    )
+    with pytest.raises(mm.UserError, match=r"step \d+: loss .*stopped before the weights"):
+        mm.train(config, quiet=True)
+    assert all(torch.isfinite(p).all() for p in kept[0].model.parameters())
+
+
+def test_an_infinite_gradient_stops_before_the_update(class_folder, tmp_path, monkeypatch):
+    kept: list[loop.Trainer] = []
+    run = loop.Trainer.run
+
+    def poisoned(self: loop.Trainer) -> None:
+        kept.append(self)
+        weight = self.model.stem.weight
+        weight.register_hook(lambda grad: grad * float("inf") if len(kept) > 1 else grad)
+        step = self.train_step
+
+        def counted(number, batch):
+            if number == 3:
+                kept.append(self)
+                before.extend(p.clone() for p in self.model.parameters())
+            return step(number, batch)
+
+        self.train_step = counted
+        run(self)
+
+    before: list[torch.Tensor] = []
+    monkeypatch.setattr(loop.Trainer, "run", poisoned)
+    with pytest.raises(mm.UserError, match=r"step 3: loss .* gradient norm (inf|nan)"):
+        mm.train(tiny_config(str(class_folder), tmp_path / "run", epochs=3), quiet=True)
+    after = list(kept[0].model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_ctrl_c_leaves_a_whole_best(class_folder, tmp_path, monkeypatch):
+    step = loop.Trainer.train_step
+
+    def interrupted(self, number, batch):
+        if number == 6:
+            raise KeyboardInterrupt
+        return step(self, number, batch)
+
+    monkeypatch.setattr(loop.Trainer, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mm.train(tiny_config(str(class_folder), tmp_path / "run", epochs=9), quiet=True)
+    assert mm.load_model(tmp_path / "run").class_names == ["ant", "bee", "cat"]
+    assert "stopped by hand" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_run_never_writes_over_another(class_folder, tmp_path):
+    mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(mm.UserError, match="exists and is not empty"):
+        mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(mm.UserError, match="the run folder is a file"):
+        mm.train(tiny_config(str(class_folder), tmp_path / "file"), quiet=True)
+
+
+def test_run_folders_get_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = planned_path(mm.recipe("digits"))
+    assert first.parent == Path("runs")
+    assert first.name.endswith("_digits")
+    first.mkdir(parents=True)
+    assert planned_path(mm.recipe("digits")) != first
+
+
+def test_one_class_is_no_task(tmp_path):
+    make_class_folder(tmp_path / "data", {"only": 4})
+    with pytest.raises(mm.UserError, match="there is only one class, 'only'"):
+        mm.train(tiny_config(str(tmp_path / "data"), tmp_path / "run"), quiet=True)
+
+
+def test_one_image_a_class_cannot_be_held_out(tmp_path):
+    make_class_folder(tmp_path / "data", {"a": 1, "b": 1})
+    with pytest.raises(mm.UserError, match="no class has two images"):
+        mm.train(tiny_config(str(tmp_path / "data"), tmp_path / "run"), quiet=True)
+
+
+def test_the_fingerprint_knows_the_data(class_folder):
+    first = fingerprint(open_splits(str(class_folder))["train"])
+    assert first == fingerprint(open_splits(str(class_folder))["train"])
+    draw(500).save(class_folder / "train" / "ant" / "new.png")
+    assert first != fingerprint(open_splits(str(class_folder))["train"])
+
+
+def test_augmentation_makes_the_models_size(class_folder):
+    for recipe in ("digits", "scratch"):
+        settings = mm.recipe(recipe).augment
+        augment = Augmentation(settings, mm.Preprocessing(image_size=(8, 12)))
+        for size in ((3, 50), (12, 8), (100, 70)):
+            out = augment(draw(1, size), np.random.default_rng(0))
+            assert (out.mode, out.size) == ("RGB", (12, 8))
+
+
+@pytest.mark.slow
+def test_a_mixer_learns_the_digits(tmp_path):
+    """A third of the recipe's length; the whole recipe is the README's first command."""
+    config = mm.recipe("digits").with_value("epochs", 40)
+    result = mm.train(config.with_value("output", str(tmp_path / "run")), quiet=True)
+    assert result.test.top1 > 0.96
