@@ -71,7 +71,9 @@ def test_ci_finds_the_two_commands():
     assert text.index("<!-- ci: test -->") < 3000  # on the first screen
 
 
-@pytest.mark.parametrize("path", [*DOCUMENTS, *ROOT.glob("*.md")], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted({*DOCUMENTS, *ROOT.glob("*.md")}), ids=lambda path: path.name
+)
 def test_links_lead_somewhere(path: Path):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), f"{path.name} links to {target}"

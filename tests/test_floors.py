@@ -8,7 +8,7 @@ from pathlib import Path
 import mlp_mixer
 
 PACKAGE = Path(mlp_mixer.__file__).parent
-# Upward. What lies directly in the package is under every floor; `mlp_mixer/__init__` is the door.
+# Upward. What lies directly in the package is one folder under all floors; `__init__` is the door.
 FLOORS = [
     {"errors", "preprocessing", "console"},
     {"models", "data"},
@@ -54,7 +54,7 @@ def test_no_import_goes_upward():
         for target in imports(path):
             assert target != "mlp_mixer", f"{name} imports the package's door"
             other = target.split(".")[1]
-            if other == part:
+            if other == part or {other, part} <= FLOORS[0]:
                 continue
             assert floor_of(other) < floor_of(part), f"{name} imports {target}"
             checked += 1

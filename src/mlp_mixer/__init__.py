@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from mlp_mixer.models.mixer import MixerConfig, MlpMixer
     from mlp_mixer.preprocessing import Preprocessing
     from mlp_mixer.training.config import TrainConfig
-    from mlp_mixer.training.loop import TrainResult, train
+    from mlp_mixer.training.loop import train
     from mlp_mixer.training.recipes import recipe
+    from mlp_mixer.training.summary import TrainResult
     from mlp_mixer.weights.store import load_model, save_model
 
 _HOME = {
@@ -37,7 +38,7 @@ _HOME = {
     "Evaluation": "evaluation.accuracy",
     "evaluate": "evaluation.accuracy",
     "TrainConfig": "training.config",
-    "TrainResult": "training.loop",
+    "TrainResult": "training.summary",
     "train": "training.loop",
     "recipe": "training.recipes",
     "Prediction": "deploy.predict",

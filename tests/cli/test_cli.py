@@ -12,8 +12,9 @@ import pytest
 
 import mlp_mixer as mm
 from conftest import draw
+from mlp_mixer.cli.arguments import parse_size
 from mlp_mixer.cli.main import main
-from mlp_mixer.cli.verbs import VERBS, parse_size
+from mlp_mixer.cli.verbs import VERBS
 
 
 def mixer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

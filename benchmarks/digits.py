@@ -1,0 +1,40 @@
+"""Test accuracy of the digits recipe over seeds: python benchmarks/digits.py --seeds 0 1 2
+
+Prints a Markdown table: a line a seed, then the mean. The split is the same for every seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import mlp_mixer as mm
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    seeds = parser.parse_args().seeds
+    accuracies = []
+    print("| seed | validation | test | mistakes | seconds |\n| ---: | ---: | ---: | ---: | ---: |")
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            config = mm.recipe("digits").with_value("seed", seed)
+            config = config.with_value("output", str(Path(folder) / "run"))
+            started = time.perf_counter()
+            result = mm.train(config, quiet=True)
+            seconds = time.perf_counter() - started
+        assert result.test is not None
+        test, validation = result.test, result.validation
+        mistakes = int((test.predictions != test.labels).sum())
+        accuracies.append(test.top1)
+        cells = (seed, f"{validation.top1:.2%}", f"{test.top1:.2%}", mistakes, f"{seconds:.0f}")
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    print(f"| mean | | {statistics.mean(accuracies):.2%} | | |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""What the flags of several verbs share: their types, and how bad images are told."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from mlp_mixer.errors import UserError
+
+if TYPE_CHECKING:
+    from mlp_mixer.data.sources import BadImage
+
+# The types of the flags, with what the help calls their values.
+Recipe = Annotated[Positional[str | None], arg(help_behavior_hint="", metavar="RECIPE")]
+Model = Annotated[Positional[str], arg(metavar="RUN")]
+Inputs = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES")]
+Text = Annotated[str | None, arg(help_behavior_hint="", metavar="TEXT")]
+DataName = Annotated[str | None, arg(help_behavior_hint="", metavar="SOURCE")]
+RequiredData = Annotated[str, arg(metavar="SOURCE")]
+Size = Annotated[str | None, arg(help_behavior_hint="", metavar="PIXELS|HxW")]
+Folder = Annotated[str | None, arg(help_behavior_hint="", metavar="FOLDER")]
+File = Annotated[str | None, arg(help_behavior_hint="", metavar="FILE")]
+Number = Annotated[int | None, arg(help_behavior_hint="", metavar="N")]
+Real = Annotated[float | None, arg(help_behavior_hint="", metavar="X")]
+Assignments = Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="KEY=VALUE")]
+
+
+def parse_size(text: str | None) -> int | tuple[int, int] | None:
+    """Returns 224 of "224" and (192, 256) of "192x256".
+
+    Raises:
+        UserError: the text is neither.
+    """
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if not (1 <= len(parts) <= 2 and all(part.isdigit() and int(part) for part in parts)):
+        fix = "a number such as 224, or height x width such as 192x256"
+        raise UserError(f"not an image size: {text!r}", where="--image-size", fix=fix)
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def warn_of_bad(bad: list[BadImage]) -> int:
+    """Names the bad images (the first 20) on standard error; returns the exit code, 0 or 3."""
+    for each in bad[:20]:
+        print(f"bad image: {each.name}: {each.what}", file=sys.stderr)
+    if len(bad) > 20:
+        print(f"... and {len(bad) - 20} more bad images", file=sys.stderr)
+    return 3 if bad else 0

@@ -1,0 +1,83 @@
+"""`mixer train`."""
+
+from __future__ import annotations
+
+from mlp_mixer.cli.arguments import (
+    Assignments,
+    DataName,
+    Folder,
+    Number,
+    Real,
+    Recipe,
+    Size,
+    Text,
+    parse_size,
+)
+
+
+def train(
+    recipe: Recipe = None,
+    /,
+    *,
+    data: DataName = None,
+    output: Folder = None,
+    model: Text = None,
+    image_size: Size = None,
+    epochs: Number = None,
+    batch_size: Number = None,
+    learning_rate: Real = None,
+    holdout: Real = None,
+    seed: Number = None,
+    device: Text = None,
+    num_workers: Number = None,
+    settings: Assignments = (),
+) -> None:
+    """Train a Mixer from random weights and write a run folder with the best weights and pictures.
+
+    Examples of use:
+        mixer train
+        mixer train --data FOLDER --image-size 64
+        mixer train --data FOLDER --model mixer_s16 --epochs 100 --output runs/flowers
+        mixer train digits --seed 1 --set optimizer.weight_decay=0.05
+
+    FOLDER has train/<class>/*.jpg, with val/ and test/ if you have them, or just <class>/*.jpg.
+
+    Args:
+        recipe: digits or scratch; without it digits, and scratch where --data is given.
+        data: a folder of class folders, or digits.
+        output: the run folder; the default is runs/<date>_<recipe>.
+        model: a name of `mixer models`.
+        image_size: what the model sees; the patch must divide it.
+        epochs: passes over the training images.
+        batch_size: images a step.
+        learning_rate: the highest, after the warm-up.
+        holdout: share of each class held out for validation where the data has no val/.
+        seed: of the weights, the order of the images and every random number.
+        device: auto, cpu or cuda.
+        num_workers: processes that decode images.
+        settings: any other setting, as config.json of a run names it; may be given many times.
+    """
+    from mlp_mixer.training.loop import train as run_training
+    from mlp_mixer.training.recipes import recipe as named_recipe
+
+    name = recipe or ("digits" if data in (None, "digits") else "scratch")
+    config = named_recipe(name)
+    flags = {
+        "data.source": data,
+        "output": output,
+        "model.name": model,
+        "model.image_size": parse_size(image_size),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "optimizer.learning_rate": learning_rate,
+        "data.holdout": holdout,
+        "seed": seed,
+        "device": device,
+        "data.num_workers": num_workers,
+    }
+    for key, value in flags.items():
+        if value is not None:
+            config = config.with_value(key, value)
+    for assignment in settings:
+        config = config.with_setting(assignment)
+    run_training(config)

@@ -1,0 +1,111 @@
+"""What a run says before it begins, and what it measures, draws, writes and says at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mlp_mixer.console import Reporter
+from mlp_mixer.data.sources import Source
+from mlp_mixer.evaluation.accuracy import Evaluation, evaluate
+from mlp_mixer.evaluation.pictures import save_figure, save_report
+from mlp_mixer.evaluation.throughput import count_flops, count_parameters
+from mlp_mixer.models.layers import ImageClassifier
+from mlp_mixer.training.card import model_card
+from mlp_mixer.training.config import TrainConfig
+from mlp_mixer.training.dataset import Splits
+from mlp_mixer.training.pictures import curves
+from mlp_mixer.training.run_folder import RunFolder
+from mlp_mixer.weights.store import load_model
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run ended with.
+
+    Attributes:
+        run_folder: where everything lies.
+        validation: of the weights in best/.
+        test: of the same weights; None where the data has no test images.
+    """
+
+    run_folder: Path
+    validation: Evaluation
+    test: Evaluation | None
+
+
+def announce(
+    report: Reporter,
+    config: TrainConfig,
+    splits: Splits,
+    model: ImageClassifier,
+    run: RunFolder,
+    device: torch.device,
+) -> None:
+    """Says what was found and what will happen, before it happens."""
+    height, width = model.config.image_size
+    found = splits.describe()
+    report.say(f"data     {config.data.source}: {found[0]}")
+    for line in found[1:]:
+        report.say(f"         {line}")
+    report.say(
+        f"model    {type(model).__name__} (from {config.model.name}) at {height}x{width} pixels: "
+        f"{count_parameters(model):,} parameters, {count_flops(model) / 1e9:.3g} GFLOPs an image"
+    )
+    report.say(
+        f"run      recipe {config.recipe}, seed {config.seed}: {config.epochs} epochs, "
+        f"batch {config.batch_size}, {device}"
+        + (f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else "")
+        + ", float32"
+    )
+    report.say(f"results  {run.path}")
+
+
+def finish(
+    config: TrainConfig, splits: Splits, run: RunFolder, report: Reporter, device: torch.device
+) -> TrainResult:
+    """Measures the best weights, draws the pictures, writes the card and says what to do next."""
+    model = load_model(run.best)
+
+    def measure(source: Source) -> Evaluation:
+        return evaluate(
+            model,
+            source,
+            batch_size=config.batch_size,
+            num_workers=config.data.num_workers,
+            allow_missing_classes=True,
+            device=str(device),
+        )
+
+    validation = measure(splits.validation)
+    test = None if splits.test is None else measure(splits.test)
+    shown, source = (validation, splits.validation) if test is None else (test, splits.test)
+    assert source is not None
+    shown.save(run.path / ("validation" if test is None else "test"))
+    save_figure(curves(run.path), run.plots / "curves.png")
+    drawn = ["train_batch", "curves", *save_report(shown, source, run.plots)]
+    run.write_card(model_card(model, config, splits, str(run.best), validation, test))
+
+    wrong = int((shown.predictions != shown.labels).sum())
+    top5 = "" if shown.top5 is None else f", top-5 {shown.top5:.2%}"
+    report.say("")
+    if test is None:
+        report.say("the data has no test images; this is the accuracy on the validation images,")
+        report.say("by which the weights were chosen, so expect somewhat less on new ones")
+    kind = "validation" if test is None else "test"
+    line = f"{kind} accuracy {shown.top1:.2%}{top5} ({len(shown.labels) - wrong} of "
+    report.say(f"{line}{len(shown.labels)} images right)", style="bold green")
+    report.say(f"model    {run.best}")
+    report.say(f"pictures {run.plots}: {', '.join(drawn)}")
+    example = splits.test or splits.validation
+    name = "digits:test" if config.data.source == "digits" else example.item_name(0)
+    data = f"{config.data.source}:{kind}" if not (test is None and splits.held_out) else None
+    report.say("next")
+    report.say(f"         mixer predict {run.path} {name}")
+    if data is not None:
+        report.say(f"         mixer evaluate {run.path} --data {data}")
+    if config.data.source == "digits":
+        report.say("         mixer train --data FOLDER --image-size 64     (your own images)")
+    return TrainResult(run.path, validation, test)
