@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mlp_mixer.data.sources import BadImage
 
 # The types of the flags, with what the help calls their values.
-Recipe = Annotated[Positional[str | None], arg(help_behavior_hint="", metavar="RECIPE")]
+Recipe = Annotated[Positional[str | None], arg(help_behavior_hint="", metavar="[RECIPE]")]
 Model = Annotated[Positional[str], arg(metavar="RUN")]
 Inputs = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES")]
 Text = Annotated[str | None, arg(help_behavior_hint="", metavar="TEXT")]

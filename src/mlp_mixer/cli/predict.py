@@ -40,10 +40,11 @@ def predict(
     report = Reporter()
     if output is not None:
         check_output(output)
-    with report.progress(len(find_images(images)), "images") as bar:
+    source = find_images(images)
+    with report.progress(len(source), "images") as bar:
         predictions = classify(
             run,
-            images,
+            source,
             top_k=top_k,
             output=output,
             batch_size=batch_size,

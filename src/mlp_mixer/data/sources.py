@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from mlp_mixer.data.image import SUFFIXES, encode_png, read_header
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, near_names
 
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
@@ -239,10 +239,13 @@ def open_splits(name: str) -> dict[str, Source]:
         return digits()
     folder = Path(name).expanduser()
     if not folder.exists():
+        siblings = (
+            [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        )
         raise UserError(
             f"no such data: {name!r}",
             where=folder.absolute(),
-            fix=f"Give 'digits' or the path of {_CLASS_FOLDERS}",
+            fix=f"{near_names(folder.name, siblings)}Give 'digits' or the path of {_CLASS_FOLDERS}",
         )
     if not folder.is_dir():
         raise UserError(f"not a folder: {name!r}", where=folder, fix=f"Give {_CLASS_FOLDERS}")
@@ -309,11 +312,12 @@ def match_classes(
             what.append(f"unknown to {owner}: {_some(unknown)}")
         if missing:
             what.append(f"missing in the data: {_some(missing)}")
-        fix = (
-            "Rename or remove those class folders"
-            if unknown
-            else "Add images of them, or go on without with --allow-missing-classes"
-        )
+        if len(unknown) == len(source.class_names):
+            fix = "These are other classes altogether: take a model that was trained on them"
+        elif unknown:
+            fix = "Rename or remove those class folders"
+        else:
+            fix = "Add images of them, or go on without with --allow-missing-classes"
         raise UserError("; ".join(what), where=source.name, fix=fix)
     return source if source.class_names == class_names else relabel(source, class_names)
 

@@ -41,7 +41,7 @@ class Prediction:
 
 def predict(
     model: ImageClassifier | str | Path,
-    images: str | Path | Sequence[str | Path],
+    images: str | Path | Sequence[str | Path] | Source,
     *,
     top_k: int = 5,
     output: str | Path | None = None,
@@ -54,7 +54,8 @@ def predict(
 
     Args:
         model: a model with class names, or anything that `load_model` takes.
-        images: files, folders (searched to any depth), glob patterns, or "digits:test".
+        images: files, folders (searched to any depth), glob patterns, "digits:test", or what
+            `find_images` made of them.
         top_k: classes for each image; at most as many as the model has.
         output: a .csv, .json or .jsonl file to write as well.
         batch_size: images a batch.
@@ -69,7 +70,9 @@ def predict(
     if top_k < 1:
         raise UserError(f"top_k must be at least 1, got {top_k}", where="--top-k")
     target = None if output is None else check_output(output)
-    source = find_images([images] if isinstance(images, str | Path) else images)
+    if isinstance(images, str | Path):
+        images = [images]
+    source = find_images(images) if isinstance(images, Sequence) else images
     if not isinstance(model, ImageClassifier):
         model = load_model(model)
     model = model.to(choose_device(device))

@@ -16,6 +16,11 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def flops_text(flops: int) -> str:
+    """Returns "25.2 GFLOPs" or, for small numbers, "2.77 MFLOPs"."""
+    return f"{flops / 1e9:.3g} GFLOPs" if flops >= 1e8 else f"{flops / 1e6:.3g} MFLOPs"
+
+
 def count_flops(model: ImageClassifier) -> int:
     """Returns the floating-point operations of one image, a multiply-add counted as two.
 

@@ -81,6 +81,10 @@ class MixerConfig:
         """Patches in a column and in a row: (H / P, W / P)."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
+    def summary(self) -> str:
+        """Returns the shape in a few words: "12 layers, patch 16, 768 channels"."""
+        return f"{self.num_blocks} layers, patch {self.patch_size}, {self.hidden_dim} channels"
+
     @property
     def num_tokens(self) -> int:
         """S = HW / P^2, the length of the token sequence."""

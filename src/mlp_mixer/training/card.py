@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from mlp_mixer.evaluation.accuracy import Evaluation
-from mlp_mixer.evaluation.throughput import count_flops, count_parameters
+from mlp_mixer.evaluation.throughput import count_flops, count_parameters, flops_text
 from mlp_mixer.models.layers import ImageClassifier
 from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.dataset import Splits
@@ -18,7 +18,8 @@ tags: [mlp-mixer, image-classification]
 
 # {title}
 
-{architecture}: {parameters:,} parameters, {gflops} GFLOPs an image, input {height}x{width} pixels.
+{architecture}, {summary}: {parameters:,} parameters, {flops} an image.
+Input: {height}x{width} pixels.
 It tells apart {num_classes} classes: {classes}.
 
 ## Accuracy
@@ -86,10 +87,11 @@ def model_card(
     assert model.preprocessing is not None
     mean, std = model.preprocessing.mean, model.preprocessing.std
     return _CARD.format(
-        title=f"{config.model.name} on {config.data.source}",
+        title=f"{type(model).__name__} on {config.data.source}",
         architecture=type(model).__name__,
         parameters=count_parameters(model),
-        gflops=f"{count_flops(model) / 1e9:.3g}",
+        flops=flops_text(count_flops(model)),
+        summary=model.config.summary(),
         height=height,
         width=width,
         num_classes=len(names),

@@ -29,6 +29,7 @@ import torch
 from mlp_mixer.data.sources import BadImage, Source
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.config import TrainConfig
+from mlp_mixer.weights.store import write_aside
 
 
 class RunFolder:
@@ -76,9 +77,8 @@ class RunFolder:
             file.write(f"{bad.name}\t{bad.what}\n")
 
     def write_card(self, text: str) -> None:
-        """Writes the model card, best/README.md."""
-        self.best.mkdir(exist_ok=True)
-        (self.best / "README.md").write_text(text, encoding="utf-8")
+        """Writes the model card, best/README.md, beside the weights."""
+        write_aside(self.best / "README.md", text.encode())
 
 
 def planned_path(config: TrainConfig) -> Path:

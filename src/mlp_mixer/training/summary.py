@@ -11,7 +11,7 @@ from mlp_mixer.console import Reporter
 from mlp_mixer.data.sources import Source
 from mlp_mixer.evaluation.accuracy import Evaluation, evaluate
 from mlp_mixer.evaluation.pictures import save_figure, save_report
-from mlp_mixer.evaluation.throughput import count_flops, count_parameters
+from mlp_mixer.evaluation.throughput import count_flops, count_parameters, flops_text
 from mlp_mixer.models.layers import ImageClassifier
 from mlp_mixer.training.card import model_card
 from mlp_mixer.training.config import TrainConfig
@@ -51,16 +51,21 @@ def announce(
     for line in found[1:]:
         report.say(f"         {line}")
     report.say(
-        f"model    {type(model).__name__} (from {config.model.name}) at {height}x{width} pixels: "
-        f"{count_parameters(model):,} parameters, {count_flops(model) / 1e9:.3g} GFLOPs an image"
+        f"model    {type(model).__name__}, {model.config.summary()}, {height}x{width} pixels: "
+        f"{count_parameters(model):,} parameters, {flops_text(count_flops(model))} an image"
     )
     report.say(
         f"run      recipe {config.recipe}, seed {config.seed}: {config.epochs} epochs, "
         f"batch {config.batch_size}, {device}"
-        + (f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else "")
+        + (f" ({_threads()})" if device.type == "cpu" else "")
         + ", float32"
     )
     report.say(f"results  {run.path}")
+
+
+def _threads() -> str:
+    threads = torch.get_num_threads()
+    return "1 thread" if threads == 1 else f"{threads} threads"
 
 
 def finish(
