@@ -50,9 +50,9 @@ def test_the_run_folder(trained: mm.TrainResult):
     assert (config.recipe, config.epochs) == ("digits", 3)
     environment = json.loads((run / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
-    assert environment["data"]["training_images"] == 1151
+    assert environment["data"]["training_images"] == 1259
     steps = steps_of(run)
-    assert [step["step"] for step in steps] == [0, 10, 20, 30, 40, 50, 53]
+    assert [step["step"] for step in steps] == [0, 10, 20, 30, 40, 50, 58]
     assert steps[0]["loss"] == pytest.approx(np.log(10), rel=1e-5)  # a zero head knows nothing
     assert steps[-1]["loss"] < steps[0]["loss"]
 
@@ -87,12 +87,12 @@ def test_the_model_card(trained: mm.TrainResult):
     assert card.startswith("---\nlibrary_name: mlp_mixer\n")
     assert f"| 359 | digits:test | {trained.test.top1:.2%} |" in card
     assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in card
-    assert "seed 0: 3 epochs of 1,151 images" in card
+    assert "seed 0: 3 epochs of 1,259 images" in card
 
 
 def test_the_log_says_what_was_found_first(trained: mm.TrainResult):
     lines = (trained.run_folder / "log.txt").read_text().splitlines()
-    assert lines[0].startswith("data     digits: 1,151 images to train, 287 to validate")
+    assert lines[0].startswith("data     digits: 1,259 images to train, 179 to validate")
     assert "parameters" in "\n".join(lines[:4])
     assert lines[4] == f"results  {trained.run_folder}"
     assert any(line.startswith("test accuracy ") for line in lines)
@@ -121,6 +121,19 @@ def test_the_same_seed_gives_the_same_bits(class_folder: Path, tmp_path: Path):
         tiny_config(str(class_folder), tmp_path / "other", seed=1, **changes), quiet=True
     )
     assert [step["loss"] for step in steps_of(other.run_folder)] != [row[1] for row in losses[0]]
+
+
+def test_the_average_is_what_is_kept(class_folder, tmp_path, monkeypatch):
+    kept: list[loop.Trainer] = []
+    run = loop.Trainer.run
+    monkeypatch.setattr(loop.Trainer, "run", lambda self: (kept.append(self), run(self)))
+    config = tiny_config(
+        str(class_folder), tmp_path / "run", optimizer__average=0.9, evaluate_every=2
+    )
+    saved = mm.load_model(mm.train(config, quiet=True).run_folder).state_dict()
+    for name, value in kept[0].kept.state_dict().items():
+        assert torch.equal(saved[name], value)
+    assert not torch.equal(saved["stem.weight"], kept[0].model.stem.weight)
 
 
 def test_the_callers_random_numbers_are_left_alone(class_folder: Path, tmp_path: Path):

@@ -13,7 +13,12 @@ import mlp_mixer as mm
 from conftest import GOLDEN, tiny_model
 from google_layout import official_model, our_layout, our_name
 from mlp_mixer.training.config import OptimizerSettings
-from mlp_mixer.training.optimizer import build_optimizer, learning_rate, loss_function
+from mlp_mixer.training.optimizer import (
+    build_optimizer,
+    learning_rate,
+    loss_function,
+    update_average,
+)
 
 # Google's warm-up is 4 of 12 steps; big_vision's linear decay ends at 1e-5, relative.
 PRETRAIN = OptimizerSettings(
@@ -98,6 +103,19 @@ def test_no_warmup_starts_at_the_top():
     settings = OptimizerSettings(learning_rate=2.0, warmup=0.0)
     assert learning_rate(settings, 0, 10) == 2.0
     assert learning_rate(settings, 5, 10) == pytest.approx(1.0)
+
+
+def test_the_average_follows_the_weights():
+    average, model = tiny_model(), tiny_model()
+    for parameter in model.parameters():
+        torch.nn.init.ones_(parameter)
+    for parameter in average.parameters():
+        torch.nn.init.zeros_(parameter)
+    update_average(average, model, decay=0.9, step=0)  # 1/10 at first
+    update_average(average, model, decay=0.9, step=1000)
+    for parameter in average.parameters():
+        torch.testing.assert_close(parameter.data, torch.full_like(parameter, 1 - 0.1 * 0.9))
+    assert all((parameter == 1).all() for parameter in model.parameters())
 
 
 def test_losses():

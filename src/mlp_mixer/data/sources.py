@@ -163,9 +163,9 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
 
 
 def digits() -> dict[str, Source]:
-    """Returns the three splits of the scikit-learn digits: 1,151 / 287 / 359 images.
+    """Returns the three splits of the scikit-learn digits: 1,259 / 179 / 359 images.
 
-    The split is stratified and always the same: a fifth of every class for test, then a fifth of
+    The split is stratified and always the same: a fifth of every class for test, then an eighth of
     the rest for validation.
     """
     from sklearn.datasets import load_digits  # half a second, so only where it is used
@@ -176,7 +176,7 @@ def digits() -> dict[str, Source]:
     names = [str(digit) for digit in data.target_names]
     whole = EncodedImages("digits", names, data.target.astype(np.int64), files, "digits")
     rest, test = split_by_class(whole.labels, 0.2, seed=0)
-    kept, held_out = split_by_class(whole.labels[rest], 0.2, seed=1)
+    kept, held_out = split_by_class(whole.labels[rest], 0.125, seed=1)
     indices = {"train": rest[kept], "validation": rest[held_out], "test": test}
     return {split: subset(whole, at, f"digits:{split}") for split, at in indices.items()}
 

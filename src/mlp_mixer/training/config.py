@@ -110,6 +110,8 @@ class OptimizerSettings:
         schedule: "cosine" or "linear", from the warm-up's end down to `final` times the rate.
         warmup: share of all steps over which the rate rises linearly.
         final: learning rate at the last step, relative.
+        average: decay of the running average of the weights, which is what is then evaluated and
+            kept (Polyak averaging); 0 keeps the weights themselves.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -121,12 +123,13 @@ class OptimizerSettings:
     schedule: Literal["cosine", "linear"] = "cosine"
     warmup: float = 0.1
     final: float = 0.0
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "above 0")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
         _require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "above 0")
-        for name in ("beta1", "beta2", "warmup"):
+        for name in ("beta1", "beta2", "warmup", "average"):
             value = getattr(self, name)
             _require(0.0 <= value < 1.0, f"optimizer.{name}", value, "at least 0 and below 1")
         _require(0.0 <= self.final <= 1.0, "optimizer.final", self.final, "from 0 to 1")

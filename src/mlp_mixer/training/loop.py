@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 
@@ -29,7 +30,13 @@ from mlp_mixer.training.dataset import (
     open_training_data,
     refuse_too_many,
 )
-from mlp_mixer.training.optimizer import build_optimizer, learning_rate, loss_function, one_hot
+from mlp_mixer.training.optimizer import (
+    build_optimizer,
+    learning_rate,
+    loss_function,
+    one_hot,
+    update_average,
+)
 from mlp_mixer.training.pictures import training_batch
 from mlp_mixer.training.recipes import recipe
 from mlp_mixer.training.run_folder import RunFolder, check_unused, environment, planned_path
@@ -122,6 +129,8 @@ class Trainer:
         assert model.preprocessing is not None
         self.preprocessing = model.preprocessing
         self.optimizer = build_optimizer(model, config.optimizer)
+        # What is evaluated and kept: the weights themselves, or their running average.
+        self.kept = copy.deepcopy(model) if config.optimizer.average else model
         self.steps_per_epoch = len(splits.train) / config.batch_size
         self.num_steps = max(1, round(config.epochs * self.steps_per_epoch))
         self.best = (-1.0, -math.inf)
@@ -193,6 +202,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        if self.kept is not self.model:
+            update_average(self.kept, self.model, config.optimizer.average, step)
         if step % LOG_EVERY == 0 or step + 1 == self.num_steps:
             self.run_folder.log_step(
                 {
@@ -228,7 +239,7 @@ class Trainer:
         """Measures on the validation images, writes a line, and keeps the best weights."""
         config, seconds = self.config, time.perf_counter() - self.started
         result = evaluate(
-            self.model,
+            self.kept,
             self.splits.validation,
             batch_size=config.batch_size,
             num_workers=config.data.num_workers,
@@ -245,8 +256,8 @@ class Trainer:
         if is_best:
             self.best = (result.top1, -result.loss)
             folder = str(self.run_folder.best)
-            card = model_card(self.model, config, self.splits, folder, result, None)
-            save_model(self.model, self.run_folder.best)
+            card = model_card(self.kept, config, self.splits, folder, result, None)
+            save_model(self.kept, self.run_folder.best)
             self.run_folder.write_card(card)
         self.report.say(
             f"epoch {epoch:5.1f}/{config.epochs}   loss {training_loss:.4f}   validation "

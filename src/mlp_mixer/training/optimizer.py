@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mlp_mixer.training.config import OptimizerSettings
 
@@ -71,3 +72,20 @@ def loss_function(
         each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         return each.sum(dim=1).mean()
     return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Moves the running average of the weights towards the model's, in place.
+
+    The decay rises to `decay` over the first steps, so that the random start is soon forgotten.
+
+    Args:
+        average, model: of the same architecture.
+        decay: of the average, at least 0 and below 1.
+        step: from 0.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    means: list[Tensor] = list(average.parameters())
+    values: list[Tensor] = list(model.parameters())
+    get_ema_multi_avg_fn(decay)(means, values, step)
