@@ -97,8 +97,9 @@ def test_only_bad_images(class_folder: Path):
     for path in class_folder.rglob("*.png"):
         path.write_bytes(b"no image")
     source = open_splits(str(class_folder))["train"]
-    with pytest.raises(UserError, match="none of the images can be decoded"):
-        load(source, 0, 1)
+    for workers in (0, 1):
+        with pytest.raises(UserError, match=r"^none of the images can be decoded\nwhere: "):
+            load(source, 0, 1, num_workers=workers)
 
 
 def test_evaluation_reads_each_image_once_and_in_order(class_folder: Path):

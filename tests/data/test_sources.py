@@ -87,6 +87,7 @@ def test_classes_directly_in_the_folder(class_folder: Path):
 def test_which_split_a_name_means(class_folder: Path):
     assert open_source(str(class_folder)).name.endswith(":validation")
     assert len(open_source(f"{class_folder}:train")) == 20
+    assert len(open_source(f"{class_folder}:val")) == len(open_source(f"{class_folder}:validation"))
     make_class_folder(class_folder / "test", {"ant": 1, "bee": 1, "cat": 1})
     assert len(open_source(str(class_folder))) == 3
     with pytest.raises(UserError, match=r"no validation split[\s\S]*Known there: train"):

@@ -223,6 +223,15 @@ def test_allowed_bad_images_are_skipped_and_listed(class_folder, tmp_path):
     assert bad.read_bytes() == before  # never altered
 
 
+def test_bad_validation_images_are_listed_too(class_folder, tmp_path):
+    bad = class_folder / "val" / "cat" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:-60])
+    result = mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    assert str(bad) in (result.run_folder / "bad_files.txt").read_text()
+    assert f"left out of the accuracy: {bad}" in (result.run_folder / "log.txt").read_text()
+    assert len(result.validation.labels) == 8
+
+
 def test_too_many_damaged_images_stop_the_run(class_folder, tmp_path):
     for path in (class_folder / "train" / "bee").iterdir():
         path.write_bytes(path.read_bytes()[:-60])

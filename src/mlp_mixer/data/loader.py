@@ -63,12 +63,18 @@ def training_batches(
         batch_size: images a step.
         start, stop: steps.
         num_workers: processes that decode; None chooses, 0 decodes in this one.
+
+    Raises:
+        UserError: none of the images can be decoded.
     """
     images = _TrainingImages(source, preprocessing, transform, seed)
     positions = batches_of_positions(start, stop, batch_size)
     if num_workers is None:  # at least one, so that images are made ready during the step
         num_workers = max(1, _workers(source, preprocessing))
-    return _load(images, positions, num_workers)
+    for batch in _load(images, positions, num_workers):
+        if len(batch.labels) < batch_size:
+            raise UserError("none of the images can be decoded", where=source.name)
+        yield batch
 
 
 def evaluation_batches(
@@ -108,13 +114,13 @@ class _TrainingImages(Dataset[_Sample]):
     def __getitem__(self, position: int) -> _Sample:
         epoch, index = locate(self.seed, position, len(self.source))
         bad: list[BadImage] = []
-        for step in range(len(self.source)):
+        for step in range(len(self.source)):  # this image, or the next that can be decoded
             chosen = (index + step) % len(self.source)
             image = _decode(self.source, chosen, self.preprocessing.channels, bad)
             if image is not None:
                 image = self.transform(image, sample_generator(self.seed, epoch, index))
                 return to_tensor(image), int(self.source.labels[chosen]), chosen, bad
-        raise UserError("none of the images can be decoded", where=self.source.name)
+        return None, 0, index, bad
 
 
 @dataclass

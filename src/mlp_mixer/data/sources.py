@@ -4,8 +4,8 @@ A source is named by a string, SOURCE or SOURCE:SPLIT:
     digits             the scikit-learn digits: 1,797 real 8x8 scans, installed with a dependency
     FOLDER             FOLDER/train/<class>/*.jpg with val/ and test/ where they exist,
                        or FOLDER/<class>/*.jpg
-Splits are train, validation and test. Class names belong to the data: every split is matched by
-name, never by position. Nothing here ever writes to the user's files.
+Splits are train, validation (or val) and test. Class names belong to the data: every split is
+matched by name, never by position. Nothing here ever writes to the user's files.
 """
 
 from __future__ import annotations
@@ -277,8 +277,9 @@ def open_source(name: str) -> Source:
     Raises:
         UserError: there is no such source or no such split.
     """
-    base, colon, split = name.rpartition(":")
-    if not colon or split not in SPLIT_FOLDERS:
+    base, _, alias = name.rpartition(":")
+    split = next((each for each, aliases in SPLIT_FOLDERS.items() if alias in aliases), None)
+    if not base or split is None:
         splits = open_splits(name)
         return next(splits[each] for each in ("test", "validation", "train") if each in splits)
     splits = open_splits(base)

@@ -32,9 +32,9 @@ def digits() -> TrainConfig:
         ),
         data=DataSettings(source="digits"),
         augment=AugmentSettings(
-            crop="none", flip=False, rotate=10.0, scale=0.1, shear=0.1, shift=0.1
+            crop="none", flip=False, rotate=7.0, scale=0.07, shear=0.07, shift=0.07
         ),
-        optimizer=OptimizerSettings(learning_rate=2e-3, weight_decay=0.1, average=0.995),
+        optimizer=OptimizerSettings(learning_rate=2e-3, weight_decay=0.5, average=0.995),
         epochs=130,
         batch_size=64,
         evaluate_every=5,

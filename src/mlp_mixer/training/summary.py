@@ -86,6 +86,9 @@ def finish(
 
     validation = measure(splits.validation)
     test = None if splits.test is None else measure(splits.test)
+    for each in [*validation.bad, *(test.bad if test is not None else [])]:
+        run.log_bad_file(each)
+        report.say(f"left out of the accuracy: {each.name}: {each.what}", style="yellow")
     shown, source = (validation, splits.validation) if test is None else (test, splits.test)
     assert source is not None
     shown.save(run.path / ("validation" if test is None else "test"))
