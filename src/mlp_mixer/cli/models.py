@@ -20,7 +20,7 @@ def models(*, image_size: Size = None, num_classes: int = 1000) -> None:
     import torch
 
     from mlp_mixer.console import table
-    from mlp_mixer.evaluation.throughput import count_flops, count_parameters
+    from mlp_mixer.evaluation.throughput import count_parameters
     from mlp_mixer.models.catalog import create_model, list_models
 
     size, rows, skipped = parse_size(image_size), [], []
@@ -35,7 +35,7 @@ def models(*, image_size: Size = None, num_classes: int = 1000) -> None:
         parameters = count_parameters(model)
         height, width = model.config.image_size
         cells = [name, f"{height}x{width}", f"{parameters - head:,}", f"{parameters:,}"]
-        rows.append([*cells, f"{count_flops(model) / 1e9:.2f}", f"{model.config.num_tokens:,}"])
+        rows.append([*cells, f"{model.config.flops / 1e9:.2f}", f"{model.config.num_tokens:,}"])
     if not rows:
         raise UserError(skipped[0], where="--image-size")
     header = ["name", "pixels", "parameters", "with head", "GFLOPs", "tokens"]

@@ -59,7 +59,8 @@ class ImageClassifier(nn.Module):
     """The frame of every model here: images in, logits or features out, and what travels with it.
 
     Attributes:
-        config: the architecture: `image_size` (H, W), `in_channels`, `num_classes` and more.
+        config: the architecture: `image_size` (H, W), `in_channels`, `num_classes`,
+            `flops` of one image, `summary()` and what else the family has.
         class_names: one name a class in the order of the logits; None where they are unknown.
         preprocessing: what turns an image file into the input; None until weights bring it.
     """

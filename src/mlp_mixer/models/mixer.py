@@ -81,6 +81,19 @@ class MixerConfig:
         """Patches in a column and in a row: (H / P, W / P)."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
+    @property
+    def flops(self) -> int:
+        """Operations of one image, a multiply-add counted as two.
+
+        Biases, GELU and LayerNorm, below one per cent together, are left out, as is usual.
+        """
+        tokens, dim = self.num_tokens, self.hidden_dim
+        stem = tokens * self.in_channels * self.patch_size**2 * dim
+        token_mixing = 2 * dim * tokens * self.tokens_mlp_dim
+        channel_mixing = 2 * tokens * dim * self.channels_mlp_dim
+        head = dim * self.num_classes
+        return 2 * (stem + self.num_blocks * (token_mixing + channel_mixing) + head)
+
     def summary(self) -> str:
         """Returns the shape in a few words: "12 layers, patch 16, 768 channels"."""
         return f"{self.num_blocks} layers, patch {self.patch_size}, {self.hidden_dim} channels"

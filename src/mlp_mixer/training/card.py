@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from mlp_mixer.evaluation.accuracy import Evaluation
-from mlp_mixer.evaluation.throughput import count_flops, count_parameters, flops_text
+from mlp_mixer.evaluation.throughput import count_parameters, flops_text
 from mlp_mixer.models.layers import ImageClassifier
 from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.dataset import Splits
@@ -90,7 +90,7 @@ def model_card(
         title=f"{type(model).__name__} on {config.data.source}",
         architecture=type(model).__name__,
         parameters=count_parameters(model),
-        flops=flops_text(count_flops(model)),
+        flops=flops_text(model.config.flops),
         summary=model.config.summary(),
         height=height,
         width=width,

@@ -17,7 +17,6 @@ from mlp_mixer.data.transforms import normalize
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.accuracy import evaluate
 from mlp_mixer.evaluation.pictures import save_figure
-from mlp_mixer.evaluation.throughput import count_flops
 from mlp_mixer.models.catalog import create_model
 from mlp_mixer.models.device import choose_device
 from mlp_mixer.models.layers import ImageClassifier
@@ -89,7 +88,7 @@ def set_threads(config: TrainConfig, model: ImageClassifier) -> None:
     Where another process takes one of the cores, every meeting waits for the scheduler: such a step
     was measured 130 times slower on two threads than on one (docs/decisions.md, 9).
     """
-    operations = 3 * count_flops(model) * config.batch_size
+    operations = 3 * model.config.flops * config.batch_size
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     elif operations < SMALL_STEP:

@@ -11,7 +11,7 @@ from mlp_mixer.console import Reporter
 from mlp_mixer.data.sources import Source
 from mlp_mixer.evaluation.accuracy import Evaluation, evaluate
 from mlp_mixer.evaluation.pictures import save_figure, save_report
-from mlp_mixer.evaluation.throughput import count_flops, count_parameters, flops_text
+from mlp_mixer.evaluation.throughput import count_parameters, flops_text
 from mlp_mixer.models.layers import ImageClassifier
 from mlp_mixer.training.card import model_card
 from mlp_mixer.training.config import TrainConfig
@@ -52,7 +52,7 @@ def announce(
         report.say(f"         {line}")
     report.say(
         f"model    {type(model).__name__}, {model.config.summary()}, {height}x{width} pixels: "
-        f"{count_parameters(model):,} parameters, {flops_text(count_flops(model))} an image"
+        f"{count_parameters(model):,} parameters, {flops_text(model.config.flops)} an image"
     )
     report.say(
         f"run      recipe {config.recipe}, seed {config.seed}: {config.epochs} epochs, "
