@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from conftest import draw
-from mlp_mixer.data.augment import mixup, random_affine
+from mlp_mixer.data.augment import elastic, mixup, random_affine
 
 
 def test_no_strength_changes_nothing():
@@ -50,6 +50,27 @@ def test_the_same_generator_gives_the_same_picture():
     other = random_affine(draw(0), np.random.default_rng(6), **options)
     assert (np.asarray(first) == np.asarray(again)).all()
     assert (np.asarray(first) != np.asarray(other)).any()
+
+
+def test_elastic_of_no_strength_changes_nothing():
+    for image in (draw(0), draw(0).convert("L")):
+        out = elastic(image, np.random.default_rng(0), 0.0)
+        assert out.mode == image.mode
+        assert np.abs(np.asarray(out, int) - np.asarray(image, int)).max() <= 1
+
+
+def test_elastic_moves_by_its_strength():
+    """A dot in the middle sits on the grid's middle point: it moves by that normal draw."""
+    pixels = np.zeros((65, 65, 3), np.uint8)
+    pixels[31:34, 31:34] = 255
+    moves = []
+    for seed in range(300):
+        out = np.asarray(elastic(Image.fromarray(pixels), np.random.default_rng(seed), 0.05))
+        y, x = np.nonzero(out[..., 1] > 60)
+        if len(x):
+            moves += [x.mean() - 32, y.mean() - 32]
+    assert np.std(moves) == pytest.approx(0.05 * 65, rel=0.15)
+    assert abs(np.mean(moves)) < 0.5
 
 
 def test_mixup_blends_with_the_neighbour():

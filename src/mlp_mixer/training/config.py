@@ -75,6 +75,7 @@ class AugmentSettings:
         scale: largest relative change of width and height.
         shear: largest slant, pixels a pixel.
         shift: largest move, share of the picture's side.
+        elastic: standard deviation of a smooth random warp, share of the picture's side.
         mixup: strength p of mixup, 0 for none.
     """
 
@@ -85,6 +86,7 @@ class AugmentSettings:
     scale: float = 0.0
     shear: float = 0.0
     shift: float = 0.0
+    elastic: float = 0.0
     mixup: float = 0.0
 
     def __post_init__(self) -> None:
@@ -92,7 +94,7 @@ class AugmentSettings:
         rule = "two shares, 0 < smallest <= largest <= 1"
         _require(0.0 < low <= high <= 1.0, "augment.crop_area", self.crop_area, rule)
         _require(0.0 <= self.rotate <= 180.0, "augment.rotate", self.rotate, "from 0 to 180")
-        for name in ("scale", "shear", "shift", "mixup"):
+        for name in ("scale", "shear", "shift", "elastic", "mixup"):
             value = getattr(self, name)
             _require(0.0 <= value < 1.0, f"augment.{name}", value, "at least 0 and below 1")
 

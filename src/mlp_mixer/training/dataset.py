@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from mlp_mixer.data.augment import random_affine
+from mlp_mixer.data.augment import elastic, random_affine
 from mlp_mixer.data.sources import (
     BadImage,
     Source,
@@ -155,4 +155,6 @@ class Augmentation:
                 shear=settings.shear,
                 shift=settings.shift,
             )
+        if settings.elastic:
+            image = elastic(image, random, settings.elastic)
         return image
