@@ -24,6 +24,11 @@ def floor_of(part: str) -> int:
     return next(level for level, parts in enumerate(FLOORS) if part in parts)
 
 
+def is_module(name: str) -> bool:
+    place = PACKAGE.parent.joinpath(*name.split("."))
+    return place.with_suffix(".py").exists() or place.is_dir()
+
+
 def imports(path: Path) -> set[str]:
     """Modules of the package that a file imports, anywhere in it, also for types only."""
     found: set[str] = set()
@@ -33,7 +38,8 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             if node.module and node.module.split(".")[0] == "mlp_mixer":
-                found.add(node.module)
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {name for name in names if is_module(name)} or {node.module}
     return found
 
 

@@ -20,16 +20,21 @@ from rich.progress import (
 )
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Lets the caller see that the reader has gone; rich would end the process with code 1."""
+        raise
+
+
 class Reporter:
     """Says lines on the screen and keeps them in a log file.
 
     Args:
         quiet: say nothing on the screen; the log file is written all the same.
-        to_stderr: for verbs whose result goes to standard output.
     """
 
-    def __init__(self, *, quiet: bool = False, to_stderr: bool = False) -> None:
-        self.console = Console(quiet=quiet, stderr=to_stderr, highlight=False, soft_wrap=True)
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = _Console(quiet=quiet, highlight=False, soft_wrap=True, emoji=False)
         self._log: Path | None = None
         self._said: list[str] = []
 
@@ -48,7 +53,7 @@ class Reporter:
 
     def _flush(self) -> None:
         assert self._log is not None
-        with self._log.open("a", encoding="utf-8") as file:
+        with self._log.open("a", encoding="utf-8", errors="surrogateescape") as file:
             file.writelines(f"{line}\n" for line in self._said)
         self._said.clear()
 

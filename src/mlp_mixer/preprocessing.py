@@ -39,6 +39,9 @@ class Preprocessing:
             raise ValueError(f"resize must be one of {RESIZE_METHODS}, got {self.resize!r}")
         if self.channels not in (1, 3):
             raise ValueError(f"images have 1 (grey) or 3 (RGB) channels, got {self.channels}")
+        for name in ("mean", "std"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
         if self.std <= 0:
             raise ValueError(f"std must be above 0, got {self.std}")
 

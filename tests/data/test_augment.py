@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from conftest import draw
-from mlp_mixer.data.augment import elastic, mixup, random_affine
+from mlp_mixer.data.augment import mixup, warp
 
 
 def test_no_strength_changes_nothing():
     image = draw(0)
-    out = random_affine(image, np.random.default_rng(0))
+    out = warp(image, np.random.default_rng(0))
     assert (np.asarray(out) == np.asarray(image)).all()
 
 
@@ -22,7 +22,7 @@ def test_shift_moves_by_its_share():
     pixels[18:22, 18:22] = 255
     centers = []
     for seed in range(200):
-        out = random_affine(Image.fromarray(pixels), np.random.default_rng(seed), shift=0.2)
+        out = warp(Image.fromarray(pixels), np.random.default_rng(seed), shift=0.2)
         y, x = np.nonzero(np.asarray(out) > 100)
         centers.append((x.mean() - 19.5, y.mean() - 19.5))
     spread = np.abs(centers).max(axis=0)
@@ -35,7 +35,7 @@ def test_rotation_keeps_the_centre_and_turns_by_its_angle():
     pixels[19:22, 30:33] = 255
     angles = []
     for seed in range(200):
-        out = random_affine(Image.fromarray(pixels), np.random.default_rng(seed), rotate=30.0)
+        out = warp(Image.fromarray(pixels), np.random.default_rng(seed), rotate=30.0)
         y, x = np.nonzero(np.asarray(out) > 60)
         angles.append(np.degrees(np.arctan2(y.mean() - 20, x.mean() - 20)))
         assert np.hypot(y.mean() - 20, x.mean() - 20) == pytest.approx(11.0, abs=0.7)
@@ -44,17 +44,17 @@ def test_rotation_keeps_the_centre_and_turns_by_its_angle():
 
 
 def test_the_same_generator_gives_the_same_picture():
-    options = {"rotate": 10.0, "scale": 0.1, "shear": 0.1, "shift": 0.1}
-    first = random_affine(draw(0), np.random.default_rng(5), **options)
-    again = random_affine(draw(0), np.random.default_rng(5), **options)
-    other = random_affine(draw(0), np.random.default_rng(6), **options)
+    options = {"rotate": 10.0, "scale": 0.1, "shear": 0.1, "shift": 0.1, "elastic": 0.05}
+    first = warp(draw(0), np.random.default_rng(5), **options)
+    again = warp(draw(0), np.random.default_rng(5), **options)
+    other = warp(draw(0), np.random.default_rng(6), **options)
     assert (np.asarray(first) == np.asarray(again)).all()
     assert (np.asarray(first) != np.asarray(other)).any()
 
 
-def test_elastic_of_no_strength_changes_nothing():
+def test_grey_stays_grey():
     for image in (draw(0), draw(0).convert("L")):
-        out = elastic(image, np.random.default_rng(0), 0.0)
+        out = warp(image, np.random.default_rng(0), elastic=0.0)
         assert out.mode == image.mode
         assert np.abs(np.asarray(out, int) - np.asarray(image, int)).max() <= 1
 
@@ -65,7 +65,7 @@ def test_elastic_moves_by_its_strength():
     pixels[31:34, 31:34] = 255
     moves = []
     for seed in range(300):
-        out = np.asarray(elastic(Image.fromarray(pixels), np.random.default_rng(seed), 0.05))
+        out = np.asarray(warp(Image.fromarray(pixels), np.random.default_rng(seed), elastic=0.05))
         y, x = np.nonzero(out[..., 1] > 60)
         if len(x):
             moves += [x.mean() - 32, y.mean() - 32]

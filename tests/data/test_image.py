@@ -48,9 +48,10 @@ def test_jpeg_equals_pillow_within_rounding():
     assert np.abs(ours - pillows).max() <= 2
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_all_eight_orientations_give_one_picture(kind):
-    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    options: dict[str, object] = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    options |= {"lossless": True} if kind == "WEBP" else {}
     upright = np.asarray(decode(encode(arrow(), kind, **options), "x"), int)
     undo = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -71,6 +72,12 @@ def test_all_eight_orientations_give_one_picture(kind):
         decoded = np.asarray(decode(data, "x"), int)
         assert decoded.shape == upright.shape
         assert np.abs(decoded - upright).max() <= (40 if kind == "JPEG" else 0), orientation
+
+
+def test_an_untidy_jpeg_is_no_damaged_one():
+    data = encode(draw(1), "JPEG")
+    untidy = data[:-2] + b"abc" + data[-2:]  # stray bytes before the end: every viewer shows it
+    assert np.array_equal(np.asarray(decode(untidy, "x")), np.asarray(Image.open(io.BytesIO(data))))
 
 
 def test_an_invalid_orientation_is_taken_for_upright():
@@ -204,6 +211,18 @@ def test_damaged_files_give_an_image_or_a_user_error(data):
         file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(UserError):
         assert decode(bytes(file[: data.draw(st.integers(1, len(file)))]), "x").mode == "RGB"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_damaged_tiff_directories_give_an_image_or_a_user_error(data):
+    """The directory stands at the end of Pillow's TIFFs; wrong types there raise anything."""
+    file = bytearray(encode(Image.new("RGB", (4, 4)), "TIFF"))
+    start = int.from_bytes(file[4:8], "little")
+    for _ in range(data.draw(st.integers(1, 6))):
+        file[data.draw(st.integers(start, len(file) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(UserError):
+        assert decode(bytes(file), "x").mode == "RGB"
 
 
 def test_encode_png_round_trip():

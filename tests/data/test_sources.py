@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import draw, make_class_folder
+from mlp_mixer.data.folders import image_files, natural_order
 from mlp_mixer.data.image import decode
 from mlp_mixer.data.sources import (
     class_folder as read_class_folder,
@@ -15,7 +16,6 @@ from mlp_mixer.data.sources import (
 from mlp_mixer.data.sources import (
     match_classes,
     names_source,
-    natural_order,
     open_source,
     open_splits,
     relabel,
@@ -117,7 +117,7 @@ def test_natural_order_of_classes(tmp_path: Path):
     make_class_folder(tmp_path, {"10": 1, "9": 1, "a2": 1, "a10": 1, "B1": 1})
     names = read_class_folder(tmp_path, "x").class_names
     assert names == ["9", "10", "a2", "a10", "B1"]
-    assert sorted(["2", "x", "1x", "10"], key=natural_order) == ["1x", "2", "10", "x"]
+    assert sorted(["2", "x", "x\u00b2", "10"], key=natural_order) == ["2", "10", "x", "x\u00b2"]
 
 
 def test_other_files_are_passed_over(tmp_path: Path):
@@ -163,7 +163,7 @@ def test_case_twins(tmp_path: Path):
 
 def test_two_folders_for_one_split(class_folder: Path):
     make_class_folder(class_folder / "valid", {"ant": 1})
-    with pytest.raises(UserError, match="val and valid"):
+    with pytest.raises(UserError, match="two folders for one split: val and valid"):
         open_splits(str(class_folder))
 
 
@@ -217,3 +217,37 @@ def test_names_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert not names_source("photo.jpg")
     (tmp_path / "digits").mkdir()
     assert not names_source("digits")
+
+
+@pytest.mark.parametrize("names", [("Train", "Val", "TEST"), ("training", "valid", "Testing")])
+def test_split_folders_in_other_spellings(tmp_path: Path, names: tuple[str, str, str]):
+    for seed, name in enumerate(names):
+        make_class_folder(tmp_path / name, {"ant": 2, "bee": 2}, start=10 * seed)
+    splits = open_splits(str(tmp_path))
+    assert list(splits) == ["train", "validation", "test"]
+    assert splits["test"].class_names == ["ant", "bee"]
+
+
+def test_a_class_may_be_called_train(tmp_path: Path):
+    make_class_folder(tmp_path, {"bus": 2, "car": 2, "train": 2})
+    splits = open_splits(str(tmp_path))
+    assert list(splits) == ["train"]
+    assert splits["train"].class_names == ["bus", "car", "train"]
+
+
+def test_a_folder_that_looks_like_a_split(class_folder: Path):
+    make_class_folder(class_folder / "holdout", {"ant": 1, "bee": 1})
+    with pytest.raises(UserError, match="'holdout' has the same classes, but its name is no split"):
+        open_splits(str(class_folder))
+
+
+def test_image_files_are_files(tmp_path: Path):
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "._x.jpg").write_bytes(b"x")
+    (tmp_path / "x.jpg").write_bytes(b"x")
+    assert image_files(tmp_path) == [tmp_path / "x.jpg"]
+
+
+def test_a_near_name_of_a_folder(class_folder: Path):
+    with pytest.raises(UserError, match="Did you mean data"):
+        open_splits(str(class_folder.parent / "dta"))

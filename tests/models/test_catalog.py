@@ -70,11 +70,12 @@ def test_a_wrong_description_is_refused(change, message):
 def test_devices():
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(mm.UserError, match="unknown device 'gpu'"):
-        choose_device("gpu")
+    for name in ("gpu", "mps", "meta"):
+        with pytest.raises(mm.UserError, match=f"unknown device '{name}'"):
+            choose_device(name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there():
-    with pytest.raises(mm.UserError, match="no CUDA GPU"):
+    with pytest.raises(mm.UserError, match="finds 0 CUDA GPUs"):
         choose_device("cuda")

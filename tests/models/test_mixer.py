@@ -233,7 +233,7 @@ def test_another_size_than_built_for_names_both():
     [
         ({"dropout": 1.0}, "dropout must be in"),
         ({"stochastic_depth": -0.1}, "stochastic_depth must be in"),
-        ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
+        ({"num_blocks": 0}, "num_blocks must be a whole number of at least 1, got 0"),
         ({"gelu": "relu"}, "gelu must be"),
         ({"num_classes": -1}, "num_classes must be at least 0"),
     ],

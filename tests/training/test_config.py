@@ -25,12 +25,13 @@ def test_json_round_trip(name: str):
         ("optimizer.learning_rate=1", "optimizer.learning_rate", 1.0),
         ("optimizer.schedule=linear", "optimizer.schedule", "linear"),
         ("augment.flip=true", "augment.flip", True),
-        ("augment.crop_area=(0.5, 1)", "augment.crop_area", (0.5, 1.0)),
-        ("augment.crop_area=[0.5, 1]", "augment.crop_area", (0.5, 1.0)),
         ("model.image_size=(16, 32)", "model.image_size", (16, 32)),
         ("data.num_workers=null", "data.num_workers", None),
         ("model.overrides.num_blocks=6", "model.overrides.num_blocks", 6),
         ("model.overrides.gelu=exact", "model.overrides.gelu", "exact"),
+        ("data.source=2024", "data.source", "2024"),
+        ("data.source={[]}", "data.source", "{[]}"),
+        ("output=1e3", "output", "1e3"),
     ],
 )
 def test_one_setting(assignment: str, key: str, value: object):
@@ -60,19 +61,48 @@ def test_one_setting(assignment: str, key: str, value: object):
         ("optimizer.learning_rate=fast", "optimizer.learning_rate must be a value of type float"),
         ("optimizer.learning_rate=-1", "optimizer.learning_rate must be above 0, got -1"),
         ("optimizer.name=adam", r"optimizer.name must be one of .*got 'adam'[\s\S]*adamw"),
-        ("optimizer.name=sgd", "weight_decay=0.1 has no effect with sgd"),
-        ("augment.crop_area=(1, 0.5)", "augment.crop_area must be two shares"),
+        ("optimizer.name=sgd", "weight_decay=0.5 has no effect with sgd"),
         ("augment.crop_area=0.5", "augment.crop_area must be a value of type"),
         ("augment.mixup=1.5", "augment.mixup must be at least 0 and below 1"),
         ("data.holdout=1", "data.holdout must be above 0 and below 1"),
         ("model.image_size=big", "model.image_size must be a value of type"),
         ("model=small", "model must be an object|model"),
+        ("optimizer.learning_rate=1e400", "must be a finite number, got inf"),
+        ("seed=99999999999999999999999", "seed must be at least 0 and below"),
+        ("model.overrides.num_classes=5", r"model.overrides.num_classes is that of the data"),
+        ("model.overrides.image_size=32", r"model.overrides.image_size is model.image_size"),
+        ("augment.crop_area=(0.5, 1)", "has no effect with augment.crop=none"),
         ("label_smoothing=1", "label_smoothing must be at least 0 and below 1"),
     ],
 )
 def test_a_wrong_setting(assignment: str, message: str):
     with pytest.raises(mm.UserError, match=message):
         mm.recipe("digits").with_setting(assignment)
+
+
+def test_two_shares():
+    for text in ("(0.5, 1)", "[0.5, 1]"):
+        config = mm.recipe("scratch").with_setting(f"augment.crop_area={text}")
+        assert config.augment.crop_area == (0.5, 1.0)
+    with pytest.raises(mm.UserError, match="augment.crop_area must be two shares"):
+        mm.recipe("scratch").with_setting("augment.crop_area=(1, 0.5)")
+
+
+def test_another_model_brings_its_own_sizes():
+    """--model mixer_h14 must not build the recipe's small network under a large name."""
+    config = mm.recipe("digits").with_value("model.name", "mixer_b16")
+    assert config.model.overrides == {"stochastic_depth": 0.1}
+    config = config.with_setting("model.overrides.num_blocks=2")
+    assert config.model.overrides["num_blocks"] == 2
+    same = mm.recipe("digits").with_value("model.name", "mixer_s16")
+    assert same == mm.recipe("digits")
+
+
+def test_adams_settings_are_refused_with_sgd():
+    config = mm.recipe("digits").with_setting("optimizer.weight_decay=0")
+    assert config.with_setting("optimizer.name=sgd").optimizer.name == "sgd"
+    with pytest.raises(mm.UserError, match="beta2=0.9 has no effect with sgd"):
+        config.with_setting("optimizer.beta2=0.9").with_setting("optimizer.name=sgd")
 
 
 def test_a_setting_without_effect_is_refused():

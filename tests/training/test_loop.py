@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -145,8 +146,10 @@ def test_the_callers_random_numbers_are_left_alone(class_folder: Path, tmp_path:
 
 
 def test_without_val_some_images_are_held_out(class_folder: Path, tmp_path: Path):
-    shutil.rmtree(class_folder / "val")
     config = tiny_config(str(class_folder), tmp_path / "run", data__holdout=0.3)
+    with pytest.raises(mm.UserError, match="holdout 0.3 has no effect: the data has validation"):
+        mm.train(config, quiet=True)
+    shutil.rmtree(class_folder / "val")
     splits = open_training_data(config.data)
     names = [
         {split.item_name(at) for at in range(len(split))}
@@ -276,6 +279,37 @@ def test_an_infinite_gradient_stops_before_the_update(class_folder, tmp_path, mo
         mm.train(tiny_config(str(class_folder), tmp_path / "run", epochs=3), quiet=True)
     after = list(kept[0].model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_diverged_model_is_never_best(class_folder, tmp_path, monkeypatch):
+    measure = loop.evaluate
+
+    def diverged(*args, **kwargs):
+        result = measure(*args, **kwargs)
+        result.probabilities[:] = np.nan
+        return result
+
+    monkeypatch.setattr(loop, "evaluate", diverged)
+    with pytest.raises(mm.UserError, match="the validation loss is nan; the run has diverged"):
+        mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    assert not (tmp_path / "run" / "best").exists()
+
+
+def test_a_file_that_cannot_be_opened_is_a_bad_image(class_folder, tmp_path):
+    (class_folder / "train" / "ant" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    config = tiny_config(str(class_folder), tmp_path / "run", data__max_bad=0.1)
+    run = mm.train(config, quiet=True).run_folder
+    assert "gone.png\tcannot read the file" in (run / "bad_files.txt").read_text()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="any bytes make a file name on Unix")
+def test_a_file_name_that_is_no_text(class_folder, tmp_path):
+    ant = class_folder / "train" / "ant"
+    (ant / "0.png").rename(os.fsdecode(os.fsencode(ant) + b"/caf\xe9.png"))
+    run = mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True).run_folder
+    found = mm.predict(run, ant, output=tmp_path / "out.csv", num_workers=0)
+    assert len(found) == 6
+    assert b"caf\xe9.png" in (tmp_path / "out.csv").read_bytes()
 
 
 def test_ctrl_c_leaves_a_whole_best(class_folder, tmp_path, monkeypatch):

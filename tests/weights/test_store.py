@@ -143,6 +143,10 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path: Path):
         ({"architecture": {"family": "mixer"}}, "not a mixer architecture"),
         ({"preprocessing": {"image_size": [8, 8], "resize": "zoom"}}, "not a preprocessing"),
         ({"preprocessing": {"image_size": 8}}, "not a preprocessing"),
+        ({"preprocessing": {"image_size": [8, 8], "mean": "x"}}, "not a preprocessing"),
+        ({"preprocessing": {"image_size": [8, 16]}}, "the preprocessing gives"),
+        ({"class_names": ["ant", "bee"]}, "there are 2 class names for 3 classes"),
+        ({"class_names": 5}, "class_names must be a list of names, got 5"),
     ],
 )
 def test_a_description_that_does_not_fit(tmp_path: Path, change: dict[str, object], message: str):
@@ -152,6 +156,27 @@ def test_a_description_that_does_not_fit(tmp_path: Path, change: dict[str, objec
     safetensors.torch.save_file(dict(model.state_dict()), folder / "model.safetensors")
     with pytest.raises(mm.UserError, match=message):
         mm.load_model(folder)
+
+
+def test_config_json_is_what_counts_for_a_folder(tmp_path: Path):
+    """A class that is renamed by hand in config.json is renamed; others describe themselves."""
+    model, folder = saved(tmp_path)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"bee"', '"wasp"'))
+    assert mm.load_model(folder).class_names == ["ant", "wasp", "cat"]
+    mm.save_model(model, folder / "other.safetensors")
+    assert mm.load_model(folder / "other.safetensors").class_names == ["ant", "bee", "cat"]
+
+
+def test_loading_draws_no_random_numbers(tmp_path: Path):
+    _, folder = saved(tmp_path)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    model = mm.load_model(folder, num_classes=9)
+    assert torch.equal(torch.rand(1), expected)
+    assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
+    model(torch.zeros(1, 3, 8, 8)).sum().backward()
 
 
 def test_broken_json(tmp_path: Path):

@@ -36,7 +36,7 @@ def parse_size(text: str | None) -> int | tuple[int, int] | None:
     if text is None:
         return None
     parts = text.lower().split("x")
-    if not (1 <= len(parts) <= 2 and all(part.isdigit() and int(part) for part in parts)):
+    if not (1 <= len(parts) <= 2 and all(part.isdecimal() and int(part) for part in parts)):
         fix = "a number such as 224, or height x width such as 192x256"
         raise UserError(f"not an image size: {text!r}", where="--image-size", fix=fix)
     return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))

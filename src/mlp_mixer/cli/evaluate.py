@@ -48,8 +48,12 @@ def evaluate(
 
     report = Reporter()
     model, source = load_model(run), open_source(data)
-    if output is not None and Path(output).expanduser().is_file():
-        raise UserError("the output is a file, it must be a folder", where=output)
+    folder = None
+    if output is not None:
+        folder = Path(output).expanduser()
+        if folder.is_file():
+            raise UserError("the output is a file, it must be a folder", where=output)
+        folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     with report.progress(len(source), "images") as bar:
         result = measure(
             model,
@@ -61,8 +65,7 @@ def evaluate(
             on_batch=lambda batch: bar.advance(len(batch.labels) + len(batch.bad)),
         )
     print_evaluation(report, result)
-    if output is not None:
-        folder = Path(output).expanduser()
+    if folder is not None:
         result.save(folder)
         save_report(result, source, folder)
         report.say(f"written  {folder}")

@@ -7,6 +7,7 @@ images were bad; 130 stopped with Ctrl-C. No torch is imported before a verb run
 from __future__ import annotations
 
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [each for each in given if each != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names need not be valid text
+            stream.reconfigure(errors="surrogateescape")
     try:
         sys.exit(parse(given, VERBS) or 0)
     except UserError as error:
@@ -37,12 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {error.text()}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a full disk, a folder without permission
+        if debug or (error.filename is None and error.strerror is None):
+            raise
+        where = f"\nwhere: {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror}{where}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def parse(arguments: Sequence[str], verbs: dict[str, Callable[..., Any]]) -> Any:

@@ -37,7 +37,7 @@ def models(*, image_size: Size = None, num_classes: int = 1000) -> None:
         cells = [name, f"{height}x{width}", f"{parameters - head:,}", f"{parameters:,}"]
         rows.append([*cells, f"{model.config.flops / 1e9:.2f}", f"{model.config.num_tokens:,}"])
     if not rows:
-        raise UserError(skipped[0], where="--image-size")
+        raise UserError(skipped[0])
     header = ["name", "pixels", "parameters", "with head", "GFLOPs", "tokens"]
     print("\n".join(table(header, rows)))
     print("GFLOPs of one image with the head; a multiply-add counts as two.")

@@ -51,7 +51,7 @@ def train(
         epochs: passes over the training images.
         batch_size: images a step.
         learning_rate: the highest, after the warm-up.
-        holdout: share of each class held out for validation where the data has no val/.
+        holdout: share of each class held out for validation where the data has no val/ (0.1).
         seed: of the weights, the order of the images and every random number.
         device: auto, cpu or cuda.
         num_workers: processes that decode images.

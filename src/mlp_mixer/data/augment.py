@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 
-def random_affine(
+def warp(
     image: Image.Image,
     random: np.random.Generator,
     *,
@@ -19,8 +19,11 @@ def random_affine(
     scale: float = 0.0,
     shear: float = 0.0,
     shift: float = 0.0,
+    elastic: float = 0.0,
 ) -> Image.Image:
-    """Returns the picture turned, stretched, slanted and moved at random about its centre.
+    """Returns the picture turned, stretched, slanted, moved and bent at random, as writing varies.
+
+    All in one resampling (bilinear), because each would blur a small picture a little more.
 
     Args:
         image: the picture; what comes in from outside it is black.
@@ -29,42 +32,34 @@ def random_affine(
         scale: largest relative change of the width and, drawn on its own, of the height.
         shear: largest horizontal slant, pixels a pixel.
         shift: largest move, as a share of the width and of the height.
+        elastic: standard deviation of 3 x 3 random moves that are spread smoothly (bicubic) over
+            the picture, as a share of its sides; the idea of Simard et al. 2003.
     """
     draw = random.uniform(-1.0, 1.0, size=6)
     angle = math.radians(rotate) * draw[0]
     scale_x, scale_y = 1.0 + scale * draw[1], 1.0 + scale * draw[2]
     cos, sin = math.cos(angle), math.sin(angle)
-    # Pillow wants the map from the new picture to the old one.
-    a, b = scale_x * cos, -scale_x * sin + shear * draw[3]
-    d, e = scale_y * sin, scale_y * cos
-    center_x, center_y = image.width / 2, image.height / 2
-    c = center_x - a * center_x - b * center_y + shift * image.width * draw[4]
-    f = center_y - d * center_x - e * center_y + shift * image.height * draw[5]
-    matrix = (a, b, c, d, e, f)
-    return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR
+    # From a place in the new picture to that in the old one, in pixels from the centre.
+    matrix = torch.tensor(
+        [[scale_x * cos, -scale_x * sin + shear * draw[3]], [scale_y * sin, scale_y * cos]]
+    ).float()
+    width, height = image.size
+    y, x = torch.meshgrid(
+        torch.arange(height) - (height - 1) / 2,
+        torch.arange(width) - (width - 1) / 2,
+        indexing="ij",
     )
-
-
-def elastic(image: Image.Image, random: np.random.Generator, strength: float) -> Image.Image:
-    """Returns the picture warped smoothly at random, as handwriting varies.
-
-    A grid of 3 x 3 random moves is spread over the picture (bicubic) and every pixel is moved by
-    its own share of it. Source: the idea of Simard et al. 2003, on a coarser grid.
-
-    Args:
-        image: the picture; what comes in from outside it is black.
-        random: the sample's own generator.
-        strength: standard deviation of the moves, as a share of the picture's sides.
-    """
-    moves = torch.from_numpy(random.normal(size=(1, 2, 3, 3)).astype(np.float32))
-    size = (image.height, image.width)
-    field = F.interpolate(moves, size=size, mode="bicubic", align_corners=True)
-    still = F.affine_grid(torch.eye(2, 3)[None], [1, 1, *size], align_corners=False)
-    grid = still + 2.0 * strength * field.movedim(1, -1)  # the grid's unit is half a side
+    sides = torch.tensor([float(width), float(height)])
+    places = torch.stack([x, y], dim=-1) @ matrix.T  # (H, W, 2)
+    places = places + shift * sides * torch.from_numpy(draw[4:].astype(np.float32))
+    if elastic:
+        moves = torch.from_numpy(random.normal(size=(1, 2, 3, 3)).astype(np.float32))
+        field = F.interpolate(moves, size=(height, width), mode="bicubic", align_corners=True)
+        places = places + elastic * sides * field[0].movedim(0, -1)
     pixels = torch.from_numpy(np.array(image)).float()
-    channels = pixels[None, None] if pixels.dim() == 2 else pixels.movedim(-1, 0)[None]
-    warped = F.grid_sample(channels, grid, align_corners=False)[0].round().to(torch.uint8)
+    channels = pixels[None] if pixels.dim() == 2 else pixels.movedim(-1, 0)  # (channels, H, W)
+    grid = (2.0 * places / sides)[None]  # grid_sample's unit is half a side
+    warped = F.grid_sample(channels[None], grid, align_corners=False)[0].round().to(torch.uint8)
     return Image.fromarray(warped[0].numpy() if len(warped) == 1 else warped.movedim(0, -1).numpy())
 
 

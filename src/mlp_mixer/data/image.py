@@ -8,12 +8,11 @@ are scaled (not cut off), and of an animation the first frame is taken.
 from __future__ import annotations
 
 import io
-import struct
 import warnings
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from mlp_mixer.errors import UserError
 
@@ -35,7 +34,6 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _FIX = f"Images are {', '.join(FORMATS)} files; convert or remove this one"
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def read_header(data: bytes, where: object) -> Image.Image:
@@ -54,9 +52,9 @@ def read_header(data: bytes, where: object) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit below is stricter than Pillow's warning
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (UnidentifiedImageError, *_BROKEN) as error:
-        if isinstance(error, Image.DecompressionBombError):
-            raise UserError(f"the image is too large: {error}", where=where, fix=_FIX) from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"the image is too large: {error}", where=where, fix=_FIX) from error
+    except Exception as error:  # whatever a decoder makes of damaged bytes
         raise UserError("the file is not an image", where=where, fix=_FIX) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -81,12 +79,17 @@ def decode(data: bytes, where: object, channels: int = 3) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            image = _decode_jpeg(data, mode) if _plain_jpeg(image) else _to_mode(image, mode)
-    except _BROKEN as error:
+            if image.format == "JPEG" and image.mode in ("RGB", "L"):
+                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+                picture = _decode_jpeg(data, image, mode)
+            else:
+                image.load()  # turns a TIFF upright by itself and takes its orientation away
+                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+                picture = _to_mode(image, mode)
+    except Exception as error:  # whatever a decoder makes of damaged bytes
         what = f"the image is damaged: {str(error) or type(error).__name__}"
         raise UserError(what, where=where, fix=_FIX) from error
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -96,14 +99,13 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _plain_jpeg(image: Image.Image) -> bool:
-    return image.format == "JPEG" and image.mode in ("RGB", "L")
-
-
-def _decode_jpeg(data: bytes, mode: str) -> Image.Image:
-    if mode == "RGB":
-        return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB"))
-    return Image.fromarray(simplejpeg.decode_jpeg(data, "GRAY")[..., 0])
+def _decode_jpeg(data: bytes, image: Image.Image, mode: str) -> Image.Image:
+    try:
+        if mode == "RGB":
+            return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB"))
+        return Image.fromarray(simplejpeg.decode_jpeg(data, "GRAY")[..., 0])
+    except ValueError:  # also where the file is only untidy; Pillow refuses those cut short
+        return image.convert(mode)
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

@@ -91,7 +91,12 @@ def evaluation_batches(
         preprocessing: the input that the model expects.
         batch_size: images a batch; the last may have fewer.
         num_workers: processes that decode; None chooses, 0 decodes in this one.
+
+    Raises:
+        UserError: a batch size below 1 or workers below 0.
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     images = _EvaluationImages(source, preprocessing)
     indices = range(len(source))
     batches = (indices[at : at + batch_size] for at in range(0, len(indices), batch_size))
@@ -157,6 +162,8 @@ def _collate(samples: list[_Sample]) -> Batch:
 def _load(
     images: Dataset[_Sample], batches: Iterable[Iterable[int]], num_workers: int
 ) -> Iterator[Batch]:
+    if num_workers < 0:
+        raise UserError(f"num_workers must be at least 0, got {num_workers}")
     loader: Iterable[Batch] = DataLoader(
         images,
         batch_sampler=batches,  # pyright: ignore[reportArgumentType]  (any iterable of lists)

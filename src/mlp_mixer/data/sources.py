@@ -10,7 +10,6 @@ matched by name, never by position. Nothing here ever writes to the user's files
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +17,11 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from mlp_mixer.data.image import SUFFIXES, encode_png, read_header
-from mlp_mixer.errors import UserError, near_names
+from mlp_mixer.data.folders import find_splits, read_class_folders, split_named
+from mlp_mixer.data.image import encode_png, read_header
+from mlp_mixer.errors import UserError
 
-SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid"),
-    "test": ("test",),
-}
-_CLASS_FOLDERS = "a class folder: FOLDER/train/<class>/*.jpg (val/ and test/ if you have them)"
+_ORDER = {"train": 0, "validation": 1, "test": 2}
 
 
 @dataclass(frozen=True)
@@ -136,8 +131,8 @@ def subset(source: Source, indices: np.ndarray, name: str) -> View:
 
 def relabel(source: Source, class_names: list[str]) -> View:
     """Returns the same images under another class list that has all of the source's names."""
-    positions = np.array([class_names.index(name) for name in source.class_names], dtype=np.int64)
-    labels = positions[source.labels]
+    place = {name: at for at, name in enumerate(class_names)}
+    labels = np.array([place[name] for name in source.class_names], dtype=np.int64)[source.labels]
     return View(source.name, class_names, labels, source, np.arange(len(source)))
 
 
@@ -181,47 +176,15 @@ def digits() -> dict[str, Source]:
     return {split: subset(whole, at, f"digits:{split}") for split, at in indices.items()}
 
 
-def natural_order(name: str) -> tuple[list[object], str]:
-    """The sort key under which class "2" comes before class "10"."""
-    parts = re.split(r"(\d+)", name.casefold())
-    return [int(part) if part.isdigit() else part for part in parts], name
-
-
 def class_folder(folder: Path, name: str) -> ImageFiles:
-    """Returns the images of FOLDER/<class>/, at any depth below the class.
+    """Returns the images of FOLDER/<class>/ as a source.
 
     Raises:
         UserError: there are no class folders, a class is empty, or two differ in case only.
     """
-    classes = sorted(
-        (entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."),
-        key=natural_order,
-    )
-    if not classes:
-        raise UserError(
-            "no class folders found", where=folder, fix=f"Arrange it as {_CLASS_FOLDERS}"
-        )
-    twins = {a for a in classes for b in classes if a != b and a.casefold() == b.casefold()}
-    if twins:
-        what = f"class folders that differ only in case: {', '.join(sorted(twins))}"
-        raise UserError(what, where=folder, fix="Merge or rename them")
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, class_name in enumerate(classes):
-        found = sorted(
-            path
-            for path in (folder / class_name).rglob("*")
-            if path.suffix.lower() in SUFFIXES and path.name[0] != "."
-        )
-        if not found:
-            raise UserError(
-                f"class {class_name!r} has no images",
-                where=folder / class_name,
-                fix=f"Put images there ({' '.join(SUFFIXES)}) or remove the folder",
-            )
-        paths += found
-        labels += [label] * len(found)
-    return ImageFiles(name, classes, np.array(labels, dtype=np.int64), paths)
+    images = read_class_folders(folder)
+    labels = np.repeat(np.arange(len(images)), [len(paths) for paths in images.values()])
+    return ImageFiles(name, list(images), labels, [p for paths in images.values() for p in paths])
 
 
 def open_splits(name: str) -> dict[str, Source]:
@@ -233,37 +196,19 @@ def open_splits(name: str) -> dict[str, Source]:
         name: "digits" or the path of a folder.
 
     Raises:
-        UserError: there is no such source, or `class_folder` refuses a split.
+        UserError: there is no such source, or a split is not as it should be.
     """
     if name == "digits":
         return digits()
-    folder = Path(name).expanduser()
-    if not folder.exists():
-        siblings = (
-            [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        )
-        raise UserError(
-            f"no such data: {name!r}",
-            where=folder.absolute(),
-            fix=f"{near_names(folder.name, siblings)}Give 'digits' or the path of {_CLASS_FOLDERS}",
-        )
-    if not folder.is_dir():
-        raise UserError(f"not a folder: {name!r}", where=folder, fix=f"Give {_CLASS_FOLDERS}")
-    entries = {entry.name for entry in folder.iterdir() if entry.is_dir()}
-    splits: dict[str, Source] = {}
-    for split, folders in SPLIT_FOLDERS.items():
-        present = [candidate for candidate in folders if candidate in entries]
-        if len(present) > 1:
-            what = f"two folders for one split: {' and '.join(present)}"
-            raise UserError(what, where=folder, fix="Merge them or rename one")
-        if present:
-            splits[split] = class_folder(folder / present[0], f"{name}:{split}")
-    if splits and "train" in splits:
-        for split in splits:
-            splits[split] = match_classes(
-                splits[split], splits["train"].class_names, owner="train/", allow_missing=True
-            )
-    return splits or {"train": class_folder(folder, f"{name}:train")}
+    splits: dict[str, Source] = {
+        split: class_folder(path, f"{name}:{split}")
+        for split, path in sorted(find_splits(name).items(), key=lambda item: _ORDER[item[0]])
+    }
+    if "train" in splits:
+        names = splits["train"].class_names
+        for split, source in splits.items():
+            splits[split] = match_classes(source, names, owner="train/", allow_missing=True)
+    return splits
 
 
 def names_source(name: str) -> bool:
@@ -278,7 +223,7 @@ def open_source(name: str) -> Source:
         UserError: there is no such source or no such split.
     """
     base, _, alias = name.rpartition(":")
-    split = next((each for each, aliases in SPLIT_FOLDERS.items() if alias in aliases), None)
+    split = split_named(alias)
     if not base or split is None:
         splits = open_splits(name)
         return next(splits[each] for each in ("test", "validation", "train") if each in splits)
@@ -303,8 +248,9 @@ def match_classes(
     Raises:
         UserError: the source has other classes, or lacks some where it must not.
     """
-    unknown = [name for name in source.class_names if name not in class_names]
-    missing = [name for name in class_names if name not in source.class_names]
+    known, present = set(class_names), set(source.class_names)
+    unknown = [name for name in source.class_names if name not in known]
+    missing = [name for name in class_names if name not in present]
     if unknown or (missing and not allow_missing):
         what = [
             f"{owner} knows {len(class_names)} classes, {source.name} has {len(source.class_names)}"

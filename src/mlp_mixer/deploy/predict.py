@@ -6,12 +6,14 @@ import csv
 import glob
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from mlp_mixer.data.folders import image_files
 from mlp_mixer.data.image import SUFFIXES
 from mlp_mixer.data.loader import evaluation_batches
 from mlp_mixer.data.sources import ImageFiles, Source, names_source, open_source
@@ -41,13 +43,13 @@ class Prediction:
 
 def predict(
     model: ImageClassifier | str | Path,
-    images: str | Path | Sequence[str | Path] | Source,
+    images: str | Path | Iterable[str | Path] | Source,
     *,
     top_k: int = 5,
     output: str | Path | None = None,
     batch_size: int = 64,
     num_workers: int | None = None,
-    device: str = "auto",
+    device: str | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
     """Returns the most probable classes of every image, in order; bad images carry an error.
@@ -60,7 +62,7 @@ def predict(
         output: a .csv, .json or .jsonl file to write as well.
         batch_size: images a batch.
         num_workers: processes that decode; None chooses.
-        device: "auto" (the GPU where there is one), "cpu", "cuda".
+        device: "auto" (the GPU where there is one), "cpu", "cuda"; None leaves a model where it is.
         on_batch: called with the number of images of every batch once it is done.
 
     Raises:
@@ -72,14 +74,16 @@ def predict(
     target = None if output is None else check_output(output)
     if isinstance(images, str | Path):
         images = [images]
-    source = find_images(images) if isinstance(images, Sequence) else images
+    source = find_images(list(images)) if isinstance(images, Iterable) else images
     if not isinstance(model, ImageClassifier):
-        model = load_model(model)
-    model = model.to(choose_device(device))
+        model = load_model(model).to(choose_device(device or "auto"))
+    elif device is not None:
+        model = model.to(choose_device(device))
     predictions = list(_predict_source(model, source, top_k, batch_size, num_workers, on_batch))
     if target is not None:
         try:
-            write_aside(target, render(predictions, target.suffix).encode())
+            text = render(predictions, target.suffix)
+            write_aside(target, text.encode(errors="surrogateescape"))
         except OSError as error:
             what = f"cannot write the predictions: {error.strerror}"
             raise UserError(what, where=target, fix="Give another --output") from error
@@ -96,8 +100,12 @@ def check_output(output: str | Path) -> Path:
     if path.suffix not in OUTPUT_FORMATS:
         what = f"unknown output format {path.suffix!r}"
         raise UserError(what, where=path, fix=f"Known: {', '.join(OUTPUT_FORMATS)}")
+    if path.is_dir():
+        raise UserError("the output is a folder", where=path, fix="Give the name of a file")
     if not path.parent.is_dir():
         raise UserError("the output's folder does not exist", where=path.parent, fix="Make it")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError("the output's folder cannot be written to", where=path.parent)
     return path
 
 
@@ -115,7 +123,7 @@ def find_images(inputs: Sequence[str | Path]) -> Source:
     for given in map(str, inputs):
         path = Path(given).expanduser()
         if path.is_dir():
-            found = [each for each in sorted(path.rglob("*")) if each.suffix.lower() in SUFFIXES]
+            found = image_files(path)
         elif path.exists():
             found = [path]
         else:

@@ -151,12 +151,12 @@ class Evaluation:
 
 def evaluate(
     model: ImageClassifier,
-    data: Source | str,
+    data: Source | str | Path,
     *,
     batch_size: int = 64,
     num_workers: int | None = None,
     allow_missing_classes: bool = False,
-    device: str = "auto",
+    device: str | None = None,
     on_batch: Callable[[Batch], None] | None = None,
 ) -> Evaluation:
     """Returns what the model makes of every image of the data.
@@ -167,16 +167,21 @@ def evaluate(
         batch_size: images a batch.
         num_workers: processes that decode; None chooses.
         allow_missing_classes: go on where the data lacks some of the model's classes.
-        device: "auto" (the GPU where there is one), "cpu", "cuda".
+        device: "auto" (the GPU where there is one), "cpu", "cuda"; None: where it is.
         on_batch: called with every batch once it is done, for a progress bar.
 
     Raises:
         UserError: no such data, or its classes are not the model's.
     """
-    source = open_source(data) if isinstance(data, str) else data
+    if not isinstance(model, ImageClassifier):
+        raise UserError(
+            f"evaluate takes a model, got {model!r}", fix="mm.load_model(...) gives one"
+        )
+    source = open_source(str(data)) if isinstance(data, str | Path) else data
     names, preprocessing = classes_of(model), preprocessing_of(model)
     source = match_classes(source, names, owner="the model", allow_missing=allow_missing_classes)
-    model = model.to(choose_device(device))
+    if device is not None:
+        model = model.to(choose_device(device))
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     bad: list[BadImage] = []
     batches = evaluation_batches(

@@ -19,6 +19,10 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"unknown device {name!r}", fix="Known: auto, cpu, cuda, cuda:0") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA GPU that PyTorch can use", fix="--device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {name!r}", fix="Known: auto, cpu, cuda, cuda:0")
+    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= there:
+        what = f"device {name!r}: PyTorch finds {there} CUDA GPUs here"
+        raise UserError(what, fix="--device cpu" if there == 0 else "--device cuda:0")
     return device

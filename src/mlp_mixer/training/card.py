@@ -35,7 +35,7 @@ It tells apart {num_classes} classes: {classes}.
 ```python
 import mlp_mixer as mm
 
-for prediction in mm.predict("{folder}", ["photo.jpg"]):
+for prediction in mm.predict({quoted}, ["photo.jpg"]):
     print(prediction.path, prediction.classes)
 ```
 
@@ -77,8 +77,8 @@ def model_card(
     ]
     chosen = "The weights are those of the best validation accuracy;\n"
     chosen += (
-        "the test images were looked at once, at the end."
-        if test
+        "the test images are looked at once, at the end."
+        if splits.test
         else "there were no test images, so expect somewhat less on new ones."
     )
     names = splits.train.class_names
@@ -99,6 +99,7 @@ def model_card(
         results="\n".join(rows),
         chosen=chosen,
         folder=shlex.quote(folder),
+        quoted=repr(folder),
         resize=model.preprocessing.resize,
         low=(0 - mean) / std,
         high=(1 - mean) / std,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -37,6 +38,12 @@ class ModelSettings:
     image_size: int | tuple[int, int] = 224
     overrides: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("name", "image_size", "num_classes"):
+            if name in self.overrides:
+                other = "is that of the data" if name == "num_classes" else f"is model.{name}"
+                raise UserError(f"model.overrides.{name} {other}", fix="Leave it out here")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
@@ -44,20 +51,22 @@ class DataSettings:
 
     Args:
         source: as `mlp_mixer.data.sources` describes.
-        holdout: share of every class that is held out for validation where the data brings none.
+        holdout: share of every class to hold out for validation; only where the data brings no
+            validation images, and then None holds out a tenth.
         resize: how evaluation fits a picture to the model, see `mlp_mixer.preprocessing`.
         max_bad: the largest share of undecodable images at which a run goes on.
         num_workers: processes that decode; None chooses by the size of the data.
     """
 
     source: str = "digits"
-    holdout: float = 0.1
+    holdout: float | None = None
     resize: Literal["resize-crop", "resmall-crop", "squash"] = "resmall-crop"
     max_bad: float = 0.01
     num_workers: int | None = None
 
     def __post_init__(self) -> None:
-        _require(0.0 < self.holdout < 1.0, "data.holdout", self.holdout, "above 0 and below 1")
+        fits = self.holdout is None or 0.0 < self.holdout < 1.0
+        _require(fits, "data.holdout", self.holdout, "above 0 and below 1")
         _require(0.0 <= self.max_bad <= 1.0, "data.max_bad", self.max_bad, "from 0 to 1")
         workers = self.num_workers
         _require(workers is None or workers >= 0, "data.num_workers", workers, "at least 0")
@@ -90,6 +99,9 @@ class AugmentSettings:
     mixup: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.crop == "none" and self.crop_area != (0.05, 1.0):
+            what = f"augment.crop_area={self.crop_area} has no effect with augment.crop=none"
+            raise UserError(what, fix="--set augment.crop=inception")
         low, high = self.crop_area
         rule = "two shares, 0 < smallest <= largest <= 1"
         _require(0.0 < low <= high <= 1.0, "augment.crop_area", self.crop_area, rule)
@@ -135,11 +147,13 @@ class OptimizerSettings:
             value = getattr(self, name)
             _require(0.0 <= value < 1.0, f"optimizer.{name}", value, "at least 0 and below 1")
         _require(0.0 <= self.final <= 1.0, "optimizer.final", self.final, "from 0 to 1")
-        if self.name == "sgd" and self.weight_decay > 0:
-            raise UserError(
-                f"optimizer.weight_decay={self.weight_decay} has no effect with sgd",
-                fix="--set optimizer.weight_decay=0, as the paper fine-tunes",
-            )
+        for name, value, unused in (
+            ("weight_decay", self.weight_decay, 0.0),
+            ("beta2", self.beta2, 0.999),
+        ):
+            if self.name == "sgd" and value != unused:
+                what = f"optimizer.{name}={value} has no effect with sgd"
+                raise UserError(what, fix=f"--set optimizer.{name}={unused}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +193,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "evaluate_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.seed >= 0, "seed", self.seed, "at least 0")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2**63")
         threads = self.num_threads
         _require(threads is None or threads >= 1, "num_threads", threads, "at least 1")
         smoothing = self.label_smoothing
@@ -213,7 +227,21 @@ class TrainConfig:
         if not equals:
             what = f"--set takes section.name=value, got {assignment!r}"
             raise UserError(what, fix="for example --set optimizer.learning_rate=0.002")
-        return self.with_value(key.strip(), _literal(text.strip()))
+        key, text = key.strip(), text.strip()
+        value = _literal(text)
+        if not isinstance(value, str):
+            try:
+                return self.with_value(key, value)
+            except UserError:
+                if not isinstance(self._current(key), str | None):
+                    raise  # not a setting that holds text: the number is what is wrong
+        return self.with_value(key, text)
+
+    def _current(self, key: str) -> Any:
+        value: Any = self.to_json()
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
 
     def with_value(self, key: str, value: Any) -> TrainConfig:
         """Returns the configuration with one setting changed.
@@ -235,6 +263,11 @@ class TrainConfig:
             target = target[name]
         if names[-1] not in target and target is not values["model"]["overrides"]:
             _unknown_key(key, target)
+        if key == "model.name" and value != self.model.name:
+            # The recipe's own sizes belong to its own model; they would hide the one asked for.
+            kept = ("dropout", "stochastic_depth", "gelu", "in_channels")
+            overrides = self.model.overrides.items()
+            values["model"]["overrides"] = {k: v for k, v in overrides if k in kept}
         target[names[-1]] = value
         return _build(TrainConfig, values, path="")
 
@@ -252,7 +285,7 @@ def _literal(text: str) -> Any:
         return named[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -295,6 +328,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             return value
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
+            _require(math.isfinite(value), key, value, "a finite number")
             return float(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value

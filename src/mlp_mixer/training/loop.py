@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import time
+from typing import NoReturn
 
 import torch
 
@@ -60,7 +61,8 @@ def train(config: TrainConfig | str = "digits", *, quiet: bool = False) -> Train
     config = recipe(config) if isinstance(config, str) else config
     # Check everything before anything is written.
     device = choose_device(config.device)
-    check_unused(planned_path(config))
+    path = planned_path(config)
+    check_unused(path)
     splits = open_training_data(config.data)
     threads = torch.get_num_threads()
     with torch.random.fork_rng(), contextlib.ExitStack() as afterwards:
@@ -69,9 +71,10 @@ def train(config: TrainConfig | str = "digits", *, quiet: bool = False) -> Train
         torch.manual_seed(config.seed)
         model = build_model(config, splits.train.class_names).to(device)
         set_threads(config, model)
-        run, report = RunFolder(config), Reporter(quiet=quiet)
+        surroundings = environment(config, splits.train, device)
+        run, report = RunFolder(path, config), Reporter(quiet=quiet)
         report.log_to(run.path / "log.txt")
-        run.write_json("environment.json", environment(config, splits.train, device))
+        run.write_json("environment.json", surroundings)
         announce(report, config, splits, model, run, device)
         try:
             Trainer(config, splits, model, run, report, device).run()
@@ -135,6 +138,7 @@ class Trainer:
         self.best = (-1.0, -math.inf)
         self.bad = {each.name: each for each in splits.bad}
         self.started = time.perf_counter()
+        self.last_line = 0.0  # seconds
 
     def run(self) -> None:
         """Trains to the end; best/ holds the best weights whenever this is interrupted."""
@@ -192,11 +196,9 @@ class Trainer:
         rate = learning_rate(config.optimizer, step, self.num_steps)
         value, norm_value = loss.item(), norm.item()
         if not (math.isfinite(value) and math.isfinite(norm_value)):
-            raise UserError(
+            self.stop(
                 f"step {step}: loss {value}, gradient norm {norm_value} at learning rate {rate:g}; "
-                "stopped before the weights were changed",
-                where=self.run_folder.path,
-                fix=f"A lower rate: --learning-rate {config.optimizer.learning_rate / 3:.1g}",
+                "stopped before the weights were changed"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -216,13 +218,23 @@ class Trainer:
             )
         return value
 
+    def stop(self, what: str) -> NoReturn:
+        """Ends the run that has diverged; what best/ holds stays."""
+        rate = self.config.optimizer.learning_rate / 3
+        raise UserError(
+            what, where=self.run_folder.path, fix=f"A lower rate: --learning-rate {rate:.1g}"
+        )
+
     def show_step(self, bar: ProgressBar, step: int, losses: list[float]) -> None:
-        """Moves the progress bar on."""
+        """Moves the progress bar on; where there is none, says a line every half minute."""
         seconds = time.perf_counter() - self.started
         speed = (step + 1) * self.config.batch_size / seconds
         epoch = int(step / self.steps_per_epoch) + 1
         note = f"loss {sum(losses) / len(losses):.3f}  {speed:,.0f} images/s"
         bar.advance(1, note, f"epoch {epoch}/{self.config.epochs}")
+        if not self.report.console.is_terminal and seconds - self.last_line > 30:
+            self.report.say(f"step {step + 1:,} of {self.num_steps:,}   {note}   {seconds:.0f} s")
+            self.last_line = seconds
 
     def note_bad(self, batch: Batch) -> None:
         """Names each undecodable image once, and stops the run where there are too many."""
@@ -245,6 +257,8 @@ class Trainer:
             allow_missing_classes=True,
             device=str(self.device),
         )
+        if not math.isfinite(result.loss):
+            self.stop(f"step {step}: the validation loss is {result.loss}; the run has diverged")
         is_best = (result.top1, -result.loss) > self.best
         epoch = (step + 1) / self.steps_per_epoch
         values: dict[str, float] = {"epoch": round(epoch, 3), "step": step + 1}
@@ -262,3 +276,4 @@ class Trainer:
             f"epoch {epoch:5.1f}/{config.epochs}   loss {training_loss:.4f}   validation "
             f"{result.top1:7.2%}, loss {result.loss:.4f}   {seconds:6.1f} s{'   best' * is_best}"
         )
+        self.last_line = time.perf_counter() - self.started

@@ -36,15 +36,15 @@ class RunFolder:
     """The folder of one run, made when this object is made.
 
     Args:
-        config: of the run; `config.output` names the folder, None makes a new one under runs/.
+        path: of the folder, see `planned_path`.
+        config: of the run.
 
     Raises:
-        UserError: the folder exists and is not empty, or cannot be written.
+        UserError: it cannot be made.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.path = planned_path(config)
-        check_unused(self.path)
+    def __init__(self, path: Path, config: TrainConfig) -> None:
+        self.path = path
         self.plots, self.best = self.path / "plots", self.path / "best"
         try:
             self.plots.mkdir(parents=True)
@@ -56,7 +56,7 @@ class RunFolder:
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """Writes a JSON file into the folder."""
-        (self.path / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_aside(self.path / name, (json.dumps(values, indent=2) + "\n").encode())
 
     def log_step(self, values: dict[str, float]) -> None:
         """Adds a line to metrics.jsonl."""
@@ -73,7 +73,9 @@ class RunFolder:
 
     def log_bad_file(self, bad: BadImage) -> None:
         """Adds a line to bad_files.txt."""
-        with (self.path / "bad_files.txt").open("a", encoding="utf-8") as file:
+        with (self.path / "bad_files.txt").open(
+            "a", encoding="utf-8", errors="surrogateescape"
+        ) as file:
             file.write(f"{bad.name}\t{bad.what}\n")
 
     def write_card(self, text: str) -> None:
@@ -122,13 +124,17 @@ def environment(config: TrainConfig, source: Source, device: torch.device) -> di
 
 
 def fingerprint(source: Source) -> str:
-    """Returns the sha256 over the names, sizes and classes of the images (first 20,000)."""
+    """Returns the sha256 over every image's name and class and the bytes of 100 of them."""
     digest = hashlib.sha256(f"{len(source)} {source.class_names}".encode())
     labels = source.labels
-    for index in range(min(len(source), 20_000)):
-        digest.update(
-            f"{source.item_name(index)} {len(source.read(index))} {labels[index]}".encode()
-        )
+    for index in range(len(source)):
+        text = f"{source.item_name(index)}\t{labels[index]}\n"
+        digest.update(text.encode(errors="surrogateescape"))
+    for index in range(0, len(source), -(-len(source) // 100)):
+        try:
+            digest.update(source.read(index))
+        except UserError:
+            digest.update(b"unreadable")
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,9 +112,9 @@ def finish(
     name = "digits:test" if config.data.source == "digits" else example.item_name(0)
     data = f"{config.data.source}:{kind}" if not (test is None and splits.held_out) else None
     report.say("next")
-    report.say(f"         mixer predict {run.path} {name}")
+    report.say(f"         {shlex.join(['mixer', 'predict', str(run.path), name])}")
     if data is not None:
-        report.say(f"         mixer evaluate {run.path} --data {data}")
+        report.say(f"         {shlex.join(['mixer', 'evaluate', str(run.path), '--data', data])}")
     if config.data.source == "digits":
         report.say("         mixer train --data FOLDER --image-size 64     (your own images)")
     return TrainResult(run.path, validation, test)

@@ -1,7 +1,7 @@
 """load_model and save_model: one door between models and files.
 
 A model on disk is a folder with
-    model.safetensors   the tensors; its header carries the next file too, so it can travel alone
+    model.safetensors   the tensors; its header repeats the next file, so that it can travel alone
     config.json         architecture, class names, preprocessing
 Nothing that is loaded runs code. Every file is written aside and renamed when it is whole.
 """
@@ -112,12 +112,17 @@ def load_model(
             where=weights,
             fix="Leave image_size out; images of any size are resized to the model's",
         )
-    model = model_from_config(config)
+    with torch.device("meta"):  # shapes only: no memory, no random numbers
+        model = model_from_config(config)
     _check_tensors(model, tensors, weights)
-    model.load_state_dict(tensors)
-    model.class_names = description.get("class_names")
+    model.load_state_dict(tensors, assign=True)
+    model.class_names = _checked_names(description.get("class_names"), config.num_classes)
     if description.get("preprocessing") is not None:
         model.preprocessing = Preprocessing.from_json(description["preprocessing"])
+        preprocessed = (model.preprocessing.image_size, model.preprocessing.channels)
+        if preprocessed != (config.image_size, config.in_channels):
+            what = f"the preprocessing gives {preprocessed} (size, channels), the model takes "
+            raise UserError(f"{what}{(config.image_size, config.in_channels)}", where=weights)
     if num_classes is not None and num_classes != config.num_classes:
         model = with_new_head(model, num_classes)
     return model.eval()
@@ -125,9 +130,14 @@ def load_model(
 
 def with_new_head(model: ImageClassifier, num_classes: int) -> ImageClassifier:
     """Returns the model with a zero head of `num_classes` outputs, 0 for none; no class names."""
-    fresh = model_from_config(dataclasses.replace(model.config, num_classes=num_classes))
-    body = {name: v for name, v in model.state_dict().items() if not name.startswith("head.")}
-    fresh.load_state_dict(body, strict=False)
+    with torch.device("meta"):
+        fresh = model_from_config(dataclasses.replace(model.config, num_classes=num_classes))
+    trained = model.state_dict()
+    tensors = {
+        name: torch.zeros(shape.shape) if name.startswith("head.") else trained[name]
+        for name, shape in fresh.state_dict().items()
+    }
+    fresh.load_state_dict(tensors, assign=True)
     fresh.preprocessing = model.preprocessing
     return fresh
 
@@ -155,6 +165,16 @@ def find_weights(source: str | Path) -> Path:
     raise UserError(what, where=path, fix=fix)
 
 
+def _checked_names(names: Any, num_classes: int) -> list[str] | None:
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"class_names must be a list of names, got {names!r}")
+    if len(names) != num_classes:
+        raise UserError(f"there are {len(names)} class names for {num_classes} classes")
+    return names
+
+
 def _pixels(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
@@ -171,10 +191,11 @@ def _read(weights: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             fix="Copy or download it again",
         ) from error
     beside = weights.with_name(CONFIG)
-    if "mlp_mixer" in metadata:
+    # config.json describes the model.safetensors beside it; a file of another name, itself.
+    if beside.is_file() and (weights.name == WEIGHTS or "mlp_mixer" not in metadata):
+        text, where = beside.read_text(encoding="utf-8", errors="replace"), str(beside)
+    elif "mlp_mixer" in metadata:
         text, where = metadata["mlp_mixer"], f"{weights} (header)"
-    elif beside.is_file():
-        text, where = beside.read_text(), str(beside)
     else:
         what = "the file says nothing of its architecture and no config.json lies beside it"
         raise UserError(what, where=weights, fix="Put the config.json of its folder beside it")
