@@ -44,6 +44,18 @@ def test_the_digits_are_split_once_and_for_all():
     assert open_splits("digits")["test"].item_name(0) == "digits[5]"
 
 
+def test_other_splits_of_the_digits():
+    first, second = open_splits("digits@1"), open_splits("digits@2")
+    assert open_source("digits@1:val").name == "digits@1:validation"
+    names = [{s["test"].item_name(i) for i in range(len(s["test"]))} for s in (first, second)]
+    assert len(names[0] | names[1]) > 500
+    everything = [s.item_name(i) for s in first.values() for i in range(len(s))]
+    assert len(set(everything)) == 1797
+    assert (open_splits("digits@0")["test"].labels == open_splits("digits")["test"].labels).all()
+    with pytest.raises(UserError, match="unknown data 'digits@x'"):
+        open_splits("digits@x")
+
+
 def test_the_digits_are_the_real_pixels():
     from sklearn.datasets import load_digits
 
@@ -214,6 +226,7 @@ def test_a_file_that_vanished(class_folder: Path):
 def test_names_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert names_source("digits:test")
+    assert names_source("digits@1:test")
     assert not names_source("photo.jpg")
     (tmp_path / "digits").mkdir()
     assert not names_source("digits")

@@ -28,8 +28,9 @@ while True:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as Unix has them")
-def test_twelve_kills_while_saving(tmp_path: Path):
-    chance, folder, kills = random.Random(0), tmp_path / "best", 0
+def test_frozen_and_killed_while_saving(tmp_path: Path):
+    """Twelve looks at a saving process frozen at some instant, and three real kills."""
+    chance, folder, looks = random.Random(0), tmp_path / "best", 0
     for _ in range(3):
         command = [sys.executable, "-c", SAVER, str(folder)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
@@ -42,8 +43,45 @@ def test_twelve_kills_while_saving(tmp_path: Path):
                 values = {float(p.detach().mean()) for p in model.parameters()}
                 assert len(values) == 1  # all tensors of one and the same save
                 assert min(values) >= 1.0
-                kills += 1
+                looks += 1
                 child.send_signal(signal.SIGCONT)
             child.kill()
         assert len({float(p.detach().mean()) for p in mm.load_model(folder).parameters()}) == 1
-    assert kills == 12
+    assert looks == 12
+
+
+TRAINER = """
+import sys, mlp_mixer as mm
+config = mm.recipe("digits").with_value("output", sys.argv[1]).with_value("evaluate_every", 1)
+config = config.with_value("model.overrides.num_blocks", 1).with_value("device", "cpu")
+mm.train(config.with_value("data.num_workers", 0))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals as Unix has them")
+def test_a_killed_run_leaves_a_whole_model(tmp_path: Path):
+    chance = random.Random(1)
+    for number in range(3):
+        run = tmp_path / str(number)
+        command = [sys.executable, "-c", TRAINER, str(run)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            best = _read_until_best(child, chance.randint(1, 3))
+            time.sleep(chance.uniform(0.0, 0.5))
+            child.kill()
+        assert best >= 1
+        model = mm.load_model(run)
+        assert model.config.num_classes == 10
+        figures = (run / "results.csv").read_text().splitlines()
+        assert len(figures) >= 1 + best
+        assert (run / "best" / "README.md").read_text().startswith("---\nlibrary_name")
+
+
+def _read_until_best(child: subprocess.Popen[str], times: int) -> int:
+    """Reads what a run says until it has said "best" so many times."""
+    assert child.stdout is not None
+    seen = 0
+    while seen < times:
+        line = child.stdout.readline()
+        assert line, "the run ended before it was killed"
+        seen += line.rstrip().endswith("   best")
+    return seen

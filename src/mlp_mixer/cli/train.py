@@ -57,10 +57,11 @@ def train(
         num_workers: processes that decode images.
         settings: any other setting, as config.json of a run names it; may be given many times.
     """
+    from mlp_mixer.data.sources import names_source
     from mlp_mixer.training.loop import train as run_training
     from mlp_mixer.training.recipes import recipe as named_recipe
 
-    name = recipe or ("digits" if data in (None, "digits") else "scratch")
+    name = recipe or ("digits" if data is None or names_source(data) else "scratch")
     config = named_recipe(name)
     flags = {
         "data.source": data,

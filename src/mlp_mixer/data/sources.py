@@ -1,7 +1,8 @@
 """Where images come from: (encoded bytes, label) by index, with the class names.
 
 A source is named by a string, SOURCE or SOURCE:SPLIT:
-    digits             the scikit-learn digits: 1,797 real 8x8 scans, installed with a dependency
+    digits             the scikit-learn digits: 1,797 real 8x8 scans, installed with a dependency;
+                       digits@1, digits@2, ... are the same images split otherwise
     FOLDER             FOLDER/train/<class>/*.jpg with val/ and test/ where they exist,
                        or FOLDER/<class>/*.jpg
 Splits are train, validation (or val) and test. Class names belong to the data: every split is
@@ -10,6 +11,7 @@ matched by name, never by position. Nothing here ever writes to the user's files
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,11 +159,13 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
-def digits() -> dict[str, Source]:
+def digits(seed: int = 0) -> dict[str, Source]:
     """Returns the three splits of the scikit-learn digits: 1,259 / 179 / 359 images.
 
-    The split is stratified and always the same: a fifth of every class for test, then an eighth of
-    the rest for validation.
+    Stratified: a fifth of every class for test, then an eighth of the rest for validation.
+
+    Args:
+        seed: of the split; each gives one that is always the same, "digits" is that of seed 0.
     """
     from sklearn.datasets import load_digits  # half a second, so only where it is used
 
@@ -170,10 +174,11 @@ def digits() -> dict[str, Source]:
     files = [encode_png(picture) for picture in pixels]
     names = [str(digit) for digit in data.target_names]
     whole = EncodedImages("digits", names, data.target.astype(np.int64), files, "digits")
-    rest, test = split_by_class(whole.labels, 0.2, seed=0)
-    kept, held_out = split_by_class(whole.labels[rest], 0.125, seed=1)
+    rest, test = split_by_class(whole.labels, 0.2, seed=2 * seed)
+    kept, held_out = split_by_class(whole.labels[rest], 0.125, seed=2 * seed + 1)
     indices = {"train": rest[kept], "validation": rest[held_out], "test": test}
-    return {split: subset(whole, at, f"digits:{split}") for split, at in indices.items()}
+    name = f"digits@{seed}" if seed else "digits"
+    return {split: subset(whole, at, f"{name}:{split}") for split, at in indices.items()}
 
 
 def class_folder(folder: Path, name: str) -> ImageFiles:
@@ -198,8 +203,8 @@ def open_splits(name: str) -> dict[str, Source]:
     Raises:
         UserError: there is no such source, or a split is not as it should be.
     """
-    if name == "digits":
-        return digits()
+    if names_source(name):
+        return digits(_split_seed(name))
     splits: dict[str, Source] = {
         split: class_folder(path, f"{name}:{split}")
         for split, path in sorted(find_splits(name).items(), key=lambda item: _ORDER[item[0]])
@@ -212,8 +217,15 @@ def open_splits(name: str) -> dict[str, Source]:
 
 
 def names_source(name: str) -> bool:
-    """Returns whether the string names data that is not on disk: digits, digits:test, ..."""
-    return name.partition(":")[0] == "digits" and not Path(name).exists()
+    """Returns whether the string names data that is not on disk: digits, digits:test, digits@1."""
+    return re.split("[:@]", name)[0] == "digits" and not Path(name).exists()
+
+
+def _split_seed(name: str) -> int:
+    _, _, seed = name.partition("@")
+    if not (name == "digits" or seed.isdecimal()):
+        raise UserError(f"unknown data {name!r}", fix="digits, or digits@1 for another split")
+    return int(seed or 0)
 
 
 def open_source(name: str) -> Source:

@@ -32,10 +32,16 @@ def digits() -> TrainConfig:
         ),
         data=DataSettings(source="digits"),
         augment=AugmentSettings(
-            crop="none", flip=False, rotate=7.0, scale=0.07, shear=0.07, shift=0.07
+            crop="none",
+            flip=False,
+            rotate=7.0,
+            scale=0.07,
+            shear=0.07,
+            shift=0.07,
+            elastic=0.04,
         ),
         optimizer=OptimizerSettings(learning_rate=2e-3, weight_decay=0.5, average=0.995),
-        epochs=130,
+        epochs=100,
         batch_size=64,
         evaluate_every=5,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mlp_mixer.console import Reporter
-from mlp_mixer.data.sources import Source
+from mlp_mixer.data.sources import Source, names_source
 from mlp_mixer.evaluation.accuracy import Evaluation, evaluate
 from mlp_mixer.evaluation.pictures import save_figure, save_report
 from mlp_mixer.evaluation.throughput import count_parameters, flops_text
@@ -109,12 +109,12 @@ def finish(
     report.say(f"model    {run.best}")
     report.say(f"pictures {run.plots}: {', '.join(drawn)}")
     example = splits.test or splits.validation
-    name = "digits:test" if config.data.source == "digits" else example.item_name(0)
+    name = example.name if names_source(config.data.source) else example.item_name(0)
     data = f"{config.data.source}:{kind}" if not (test is None and splits.held_out) else None
     report.say("next")
     report.say(f"         {shlex.join(['mixer', 'predict', str(run.path), name])}")
     if data is not None:
         report.say(f"         {shlex.join(['mixer', 'evaluate', str(run.path), '--data', data])}")
-    if config.data.source == "digits":
+    if names_source(config.data.source):
         report.say("         mixer train --data FOLDER --image-size 64     (your own images)")
     return TrainResult(run.path, validation, test)
