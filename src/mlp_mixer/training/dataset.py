@@ -55,8 +55,8 @@ class Splits:
         parts.append(f"{len(self.test):,} to test" if self.test else "none to test")
         lines = [
             f"{', '.join(parts)}; {len(names)} classes",
-            f"training images a class: {counts[few]:,} ({names[few]}) to "
-            f"{counts[many]:,} ({names[many]})",
+            f"training images a class: {counts[few]:,}"
+            + ("" if few == many else f" ({names[few]}) to {counts[many]:,} ({names[many]})"),
         ]
         for split in (self.validation, self.test):
             if split is not None:
