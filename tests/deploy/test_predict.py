@@ -132,7 +132,15 @@ def test_a_model_without_class_names(album):
         mm.predict(tiny_model(), album, num_workers=0)
 
 
-def test_an_output_that_cannot_be_written(model, album, tmp_path):
-    (tmp_path / "out.csv").mkdir()
-    with pytest.raises(mm.UserError, match="cannot write the predictions: Is a directory"):
+def test_an_output_that_cannot_be_written(model, album, tmp_path, monkeypatch):
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(mm.UserError, match="the output is a folder"):
+        mm.predict(model, album, output=tmp_path / "folder.csv", num_workers=0)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mlp_mixer.weights.store.os.fsync", full)
+    with pytest.raises(mm.UserError, match="cannot write the predictions: No space left"):
         mm.predict(model, album, output=tmp_path / "out.csv", num_workers=0)
+    assert not list(tmp_path.glob("*out.csv*"))

@@ -247,7 +247,11 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(class_folder, tmp_p
     run = loop.Trainer.run
     monkeypatch.setattr(loop.Trainer, "run", lambda self: (kept.append(self), run(self)))
     config = tiny_config(
-        str(class_folder), tmp_path / "run", epochs=20, optimizer__learning_rate=1e20
+        str(class_folder),
+        tmp_path / "run",
+        epochs=20,
+        evaluate_every=20,
+        optimizer__learning_rate=1e20,
     )
     with pytest.raises(mm.UserError, match=r"step \d+: loss .*stopped before the weights"):
         mm.train(config, quiet=True)

@@ -228,20 +228,13 @@ class TrainConfig:
             what = f"--set takes section.name=value, got {assignment!r}"
             raise UserError(what, fix="for example --set optimizer.learning_rate=0.002")
         key, text = key.strip(), text.strip()
-        value = _literal(text)
-        if not isinstance(value, str):
+        try:
+            return self.with_value(key, _literal(text))
+        except UserError as error:
             try:
-                return self.with_value(key, value)
+                return self.with_value(key, text)  # a folder may be called 2024
             except UserError:
-                if not isinstance(self._current(key), str | None):
-                    raise  # not a setting that holds text: the number is what is wrong
-        return self.with_value(key, text)
-
-    def _current(self, key: str) -> Any:
-        value: Any = self.to_json()
-        for name in key.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        return value
+                raise error from None
 
     def with_value(self, key: str, value: Any) -> TrainConfig:
         """Returns the configuration with one setting changed.
