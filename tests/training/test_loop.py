@@ -16,7 +16,7 @@ from PIL import Image
 import mlp_mixer as mm
 from conftest import draw, make_class_folder, tiny_config
 from mlp_mixer.data.sources import open_splits
-from mlp_mixer.training import loop
+from mlp_mixer.training import loop, summary
 from mlp_mixer.training.dataset import Augmentation, open_training_data
 from mlp_mixer.training.run_folder import fingerprint, planned_path
 
@@ -122,6 +122,15 @@ def test_the_same_seed_gives_the_same_bits(class_folder: Path, tmp_path: Path):
         tiny_config(str(class_folder), tmp_path / "other", seed=1, **changes), quiet=True
     )
     assert [step["loss"] for step in steps_of(other.run_folder)] != [row[1] for row in losses[0]]
+
+
+def test_the_next_commands_can_be_pasted(monkeypatch):
+    """In an environment that is not activated, `mixer` alone would not be found."""
+    monkeypatch.setattr(summary.sys, "argv", [".venv/bin/mixer", "train"])
+    monkeypatch.setattr(summary.shutil, "which", lambda name: None)
+    assert summary._command() == ".venv/bin/mixer"
+    monkeypatch.setattr(summary.shutil, "which", lambda name: "/usr/bin/mixer")
+    assert summary._command() == "mixer"
 
 
 def test_the_average_is_what_is_kept(class_folder, tmp_path, monkeypatch):

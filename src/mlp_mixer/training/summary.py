@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +66,12 @@ def announce(
     report.say(f"results  {run.path}")
 
 
+def _command() -> str:
+    """How this machine's user starts `mixer`: with its path where it is not on the PATH."""
+    started = Path(sys.argv[0])
+    return str(started) if started.name == "mixer" and not shutil.which("mixer") else "mixer"
+
+
 def _threads() -> str:
     threads = torch.get_num_threads()
     return "1 thread" if threads == 1 else f"{threads} threads"
@@ -112,9 +120,10 @@ def finish(
     name = example.name if names_source(config.data.source) else example.item_name(0)
     data = f"{config.data.source}:{kind}" if not (test is None and splits.held_out) else None
     report.say("next")
-    report.say(f"         {shlex.join(['mixer', 'predict', str(run.path), name])}")
+    mixer = _command()
+    report.say(f"         {shlex.join([mixer, 'predict', str(run.path), name])}")
     if data is not None:
-        report.say(f"         {shlex.join(['mixer', 'evaluate', str(run.path), '--data', data])}")
+        report.say(f"         {shlex.join([mixer, 'evaluate', str(run.path), '--data', data])}")
     if names_source(config.data.source):
-        report.say("         mixer train --data FOLDER --image-size 64     (your own images)")
+        report.say(f"         {mixer} train --data FOLDER --image-size 64     (your own images)")
     return TrainResult(run.path, validation, test)
