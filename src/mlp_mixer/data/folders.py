@@ -69,7 +69,7 @@ def read_class_folders(folder: Path) -> dict[str, list[Path]]:
 
 
 def find_splits(name: str) -> dict[str, Path]:
-    """Returns the folder of each split; a folder of classes is its own train split.
+    """Returns the folder of each split, train first; a folder of classes is its own train split.
 
     A folder that is named like a split but has no folders in it is a class of that name.
 
@@ -102,4 +102,4 @@ def find_splits(name: str) -> dict[str, Path]:
         if folder / entry not in splits.values() and known & set(classes):
             what = f"the folder {entry!r} has the same classes, but its name is no split's"
             raise UserError(what, where=folder / entry, fix="Name it val or test, or move it away")
-    return splits
+    return {split: splits[split] for split in SPLIT_FOLDERS if split in splits}

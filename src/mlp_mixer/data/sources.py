@@ -23,8 +23,6 @@ from mlp_mixer.data.folders import find_splits, read_class_folders, split_named
 from mlp_mixer.data.image import encode_png, read_header
 from mlp_mixer.errors import UserError
 
-_ORDER = {"train": 0, "validation": 1, "test": 2}
-
 
 @dataclass(frozen=True)
 class BadImage:
@@ -206,8 +204,7 @@ def open_splits(name: str) -> dict[str, Source]:
     if names_source(name):
         return digits(_split_seed(name))
     splits: dict[str, Source] = {
-        split: class_folder(path, f"{name}:{split}")
-        for split, path in sorted(find_splits(name).items(), key=lambda item: _ORDER[item[0]])
+        split: class_folder(path, f"{name}:{split}") for split, path in find_splits(name).items()
     }
     if "train" in splits:
         names = splits["train"].class_names
