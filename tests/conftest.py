@@ -85,10 +85,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> mm.TrainResult:
     return mm.train(config.with_value("device", "cpu"), quiet=True)
 
 
-def tiny_model(num_classes: int = 7, **changes: object) -> mm.ImageClassifier:
+def tiny_model(
+    num_classes: int = 7, image_size: int | tuple[int, int] = 8, **changes: object
+) -> mm.ImageClassifier:
     """An 8x8-pixel Mixer with random weights everywhere, also in the head."""
     torch.manual_seed(0)
-    model = mm.create_model("mixer_s16", 8, num_classes, **{**TINY, **changes})
+    model = mm.create_model("mixer_s16", image_size, num_classes, **{**TINY, **changes})
     if model.head is not None:
         torch.nn.init.normal_(model.head.weight)
     return model

@@ -31,10 +31,13 @@ class Reporter:
 
     Args:
         quiet: say nothing on the screen; the log file is written all the same.
+        stderr: say it on standard error, where results go to standard output.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.console = _Console(quiet=quiet, highlight=False, soft_wrap=True, emoji=False)
+    def __init__(self, *, quiet: bool = False, stderr: bool = False) -> None:
+        self.console = _Console(
+            quiet=quiet, stderr=stderr, highlight=False, soft_wrap=True, emoji=False
+        )
         self._log: Path | None = None
         self._said: list[str] = []
 

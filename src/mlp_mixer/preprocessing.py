@@ -12,6 +12,7 @@ from mlp_mixer.errors import UserError
 #   resmall-crop  shorter side to 8/7 of the model's, cut the centre    (Table 3)
 #   squash        straight to the model's size                          (Google's fine-tuning code)
 RESIZE_METHODS = ("resize-crop", "resmall-crop", "squash")
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,11 @@ class Preprocessing:
         image_size: (H, W) of the input in pixels.
         resize: one of `RESIZE_METHODS`.
         channels: 3 for RGB, 1 for grey.
-        mean, std: of the pixel values on [0, 1]; 0.5 and 0.5 give Google's range of [-1, 1].
+        mean, std: of the pixel values on [0, 1], one number or one for each channel; 0.5 and 0.5
+            give Google's range of [-1, 1].
+        crop: the centre's share of the resized picture's side, (0, 1]; 7/8 is the paper's 224 of
+            256 (and timm's crop_pct 0.875). Without meaning for "squash".
+        interpolation: one of `INTERPOLATIONS`, with antialiasing.
 
     Raises:
         ValueError: a value is out of range.
@@ -31,8 +36,10 @@ class Preprocessing:
     image_size: tuple[int, int]
     resize: Literal["resize-crop", "resmall-crop", "squash"] = "resmall-crop"
     channels: int = 3
-    mean: float = 0.5
-    std: float = 0.5
+    mean: float | tuple[float, ...] = 0.5
+    std: float | tuple[float, ...] = 0.5
+    crop: float = 0.875
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
     def __post_init__(self) -> None:
         if self.resize not in RESIZE_METHODS:
@@ -40,10 +47,32 @@ class Preprocessing:
         if self.channels not in (1, 3):
             raise ValueError(f"images have 1 (grey) or 3 (RGB) channels, got {self.channels}")
         for name in ("mean", "std"):
-            if not isinstance(getattr(self, name), int | float):
-                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
-        if self.std <= 0:
-            raise ValueError(f"std must be above 0, got {self.std}")
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, value := tuple(value))
+            numbers = value if isinstance(value, tuple) else (value,) * self.channels
+            is_number = all(isinstance(each, int | float) for each in numbers)
+            if not is_number or len(numbers) != self.channels:
+                what = f"a number or {self.channels} of them, one for each channel"
+                raise ValueError(f"{name} must be {what}, got {value!r}")
+            if name == "std" and min(numbers) <= 0:
+                raise ValueError(f"std must be above 0, got {value}")
+        if not (isinstance(self.crop, int | float) and 0 < self.crop <= 1):
+            raise ValueError(f"crop must be above 0 and at most 1, got {self.crop!r}")
+        if self.interpolation not in INTERPOLATIONS:
+            what = f"interpolation must be one of {INTERPOLATIONS}"
+            raise ValueError(f"{what}, got {self.interpolation!r}")
+
+    def value_range(self) -> str:
+        """Returns what black and white become: "[-1, 1]", or mean and std where channels differ."""
+        if isinstance(self.mean, tuple) or isinstance(self.std, tuple):
+            return f"pixels on [0, 1] less the mean {self.mean}, over the std {self.std}"
+        return f"[{(0 - self.mean) / self.std:g}, {(1 - self.mean) / self.std:g}]"
+
+    def summary(self) -> str:
+        """Returns it in a few words: "resmall-crop 0.875, bilinear, values in [-1, 1]"."""
+        crop = "" if self.resize == "squash" else f" {self.crop:.4g}"
+        return f"{self.resize}{crop}, {self.interpolation}, values in {self.value_range()}"
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON values."""

@@ -11,15 +11,20 @@ from mlp_mixer.errors import UserError
 
 if TYPE_CHECKING:
     from mlp_mixer.data.sources import BadImage
+    from mlp_mixer.models.layers import ImageClassifier
 
 # The types of the flags, with what the help calls their values.
 Recipe = Annotated[Positional[str | None], arg(help_behavior_hint="", metavar="[RECIPE]")]
-Model = Annotated[Positional[str], arg(metavar="RUN")]
+Model = Annotated[Positional[str], arg(metavar="MODEL")]
+Target = Annotated[Positional[str], arg(metavar="OUT")]
 Inputs = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES")]
 Text = Annotated[str | None, arg(help_behavior_hint="", metavar="TEXT")]
 DataName = Annotated[str | None, arg(help_behavior_hint="", metavar="SOURCE")]
 RequiredData = Annotated[str, arg(metavar="SOURCE")]
 Size = Annotated[str | None, arg(help_behavior_hint="", metavar="PIXELS|HxW")]
+Source = Annotated[str | None, arg(help_behavior_hint="", metavar="FILE")]
+Format = Annotated[str | None, arg(help_behavior_hint="", metavar="FORMAT")]
+GrowthName = Annotated[str, arg(help_behavior_hint="(default: auto)", metavar="GROWTH")]
 Folder = Annotated[str | None, arg(help_behavior_hint="", metavar="FOLDER")]
 File = Annotated[str | None, arg(help_behavior_hint="", metavar="FILE")]
 Number = Annotated[int | None, arg(help_behavior_hint="", metavar="N")]
@@ -40,6 +45,23 @@ def parse_size(text: str | None) -> int | tuple[int, int] | None:
         fix = "a number such as 224, or height x width such as 192x256"
         raise UserError(f"not an image size: {text!r}", where="--image-size", fix=fix)
     return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def load_named(
+    source: str, image_size: str | None, growth: str, num_classes: int | None = None
+) -> ImageClassifier:
+    """Returns the model that the flags of a verb name.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    from mlp_mixer.weights.resolution import GROWTHS
+    from mlp_mixer.weights.store import load_model
+
+    if growth not in GROWTHS:
+        fix = f"Known: {', '.join(GROWTHS)}"
+        raise UserError(f"unknown growth {growth!r}", where="--growth", fix=fix)
+    return load_model(source, parse_size(image_size), num_classes, growth=growth)
 
 
 def warn_of_bad(bad: list[BadImage]) -> int:

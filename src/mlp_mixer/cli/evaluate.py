@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlp_mixer.cli.arguments import Folder, Model, Number, RequiredData, warn_of_bad
+from mlp_mixer.cli.arguments import (
+    Folder,
+    GrowthName,
+    Model,
+    Number,
+    RequiredData,
+    Size,
+    load_named,
+    warn_of_bad,
+)
 from mlp_mixer.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,10 +23,12 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    run: Model,
+    model: Model,
     /,
     *,
     data: RequiredData,
+    image_size: Size = None,
+    growth: GrowthName = "auto",
     output: Folder = None,
     allow_missing_classes: bool = False,
     batch_size: int = 64,
@@ -29,11 +40,15 @@ def evaluate(
     Examples of use:
         mixer evaluate runs/flowers --data FOLDER
         mixer evaluate runs/flowers --data FOLDER:validation --output report
+        mixer evaluate mixer_b16.i1k --data imagenet:validation --image-size 448
 
     Args:
-        run: a run folder, its best/ folder or a .safetensors file.
+        model: a run folder, a .safetensors, .npz or .pth file, a name of `mixer models --weights`,
+            or hf:owner/name.
         data: FOLDER or digits, with :train, :validation or :test behind it to choose a split;
             without it the test images, else the validation images, else all.
+        image_size: measure it at another size than its own.
+        growth: how to get there: block-diagonal, resample or auto.
         output: a folder for evaluation.json, per_class.csv, confusion.csv and the pictures.
         allow_missing_classes: go on where the data lacks some of the model's classes.
         batch_size: images a batch.
@@ -44,10 +59,9 @@ def evaluate(
     from mlp_mixer.data.sources import open_source
     from mlp_mixer.evaluation.accuracy import evaluate as measure
     from mlp_mixer.evaluation.pictures import save_report
-    from mlp_mixer.weights.store import load_model
 
     report = Reporter()
-    model, source = load_model(run), open_source(data)
+    net, source = load_named(model, image_size, growth), open_source(data)
     folder = None
     if output is not None:
         folder = Path(output).expanduser()
@@ -56,7 +70,7 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     with report.progress(len(source), "images") as bar:
         result = measure(
-            model,
+            net,
             source,
             batch_size=batch_size,
             num_workers=num_workers,

@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
-from mlp_mixer.cli.arguments import Size, parse_size
+from mlp_mixer.cli.arguments import Size, Source, parse_size
 from mlp_mixer.errors import UserError
 
 
-def models(*, image_size: Size = None, num_classes: int = 1000) -> None:
-    """List the architectures with their parameters, GFLOPs and tokens.
+def models(
+    *,
+    image_size: Size = None,
+    num_classes: int = 1000,
+    weights: bool = False,
+    inspect: Source = None,
+) -> None:
+    """List the architectures, the published weights, or what a weights file holds.
 
     Examples of use:
         mixer models
         mixer models --image-size 448
+        mixer models --weights
+        mixer models --inspect Mixer-B_16.npz
 
     Args:
         image_size: at this size; the default is the paper's 224.
         num_classes: outputs of the head, for the column "with head".
+        weights: list every published checkpoint: origin, size, preprocessing, accuracy, licence.
+        inspect: say what a file (or anything else that names a model) is, and list its tensors.
     """
+    size = parse_size(image_size)
+    if inspect is not None:
+        from mlp_mixer.weights.report import inspect_file
+
+        pair = (size, size) if isinstance(size, int) else size
+        print("\n".join(inspect_file(inspect, pair)))
+    elif weights:
+        from mlp_mixer.weights.report import list_checkpoints
+
+        print("\n".join(list_checkpoints()))
+    else:
+        print("\n".join(_architectures(size, num_classes)))
+
+
+def _architectures(size: int | tuple[int, int] | None, num_classes: int) -> list[str]:
     import torch
 
     from mlp_mixer.console import table
     from mlp_mixer.evaluation.throughput import count_parameters
     from mlp_mixer.models.catalog import create_model, list_models
 
-    size, rows, skipped = parse_size(image_size), [], []
+    rows, skipped = [], []
     for name in list_models():
         try:
             with torch.device("meta"):
@@ -39,7 +64,7 @@ def models(*, image_size: Size = None, num_classes: int = 1000) -> None:
     if not rows:
         raise UserError(skipped[0])
     header = ["name", "pixels", "parameters", "with head", "GFLOPs", "tokens"]
-    print("\n".join(table(header, rows)))
-    print("GFLOPs of one image with the head; a multiply-add counts as two.")
-    for line in skipped:
-        print(f"left out: {line}")
+    lines = table(header, rows)
+    lines.append("GFLOPs of one image with the head; a multiply-add counts as two.")
+    lines += [f"left out: {line}" for line in skipped]
+    return lines

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from mlp_mixer.cli.arguments import File, Inputs, Model, Number, warn_of_bad
+from mlp_mixer.cli.arguments import (
+    File,
+    GrowthName,
+    Inputs,
+    Model,
+    Number,
+    Size,
+    load_named,
+    warn_of_bad,
+)
 
 
 def predict(
-    run: Model,
+    model: Model,
     images: Inputs,
     /,
     *,
     top_k: int = 5,
+    image_size: Size = None,
+    growth: GrowthName = "auto",
     output: File = None,
     batch_size: int = 64,
     device: str = "auto",
@@ -22,11 +33,15 @@ def predict(
         mixer predict runs/flowers photo.jpg
         mixer predict runs/flowers FOLDER 'more/*.png' --output predictions.csv
         mixer predict runs/digits digits:test --top-k 1
+        mixer predict mixer_b16.i1k photo.jpg
 
     Args:
-        run: a run folder, its best/ folder or a .safetensors file.
+        model: a run folder, a .safetensors, .npz or .pth file, a name of `mixer models --weights`,
+            or hf:owner/name.
         images: files, folders (to any depth), patterns, or digits:test.
         top_k: classes for each image.
+        image_size: look at the images at another size than the model's own.
+        growth: how to get there: block-diagonal, resample or auto.
         output: a file to write to, its ending says how: .csv, .json or .jsonl.
         batch_size: images a batch.
         device: auto, cpu or cuda.
@@ -41,9 +56,10 @@ def predict(
     if output is not None:
         check_output(output)
     source = find_images(images)
+    net = load_named(model, image_size, growth)
     with report.progress(len(source), "images") as bar:
         predictions = classify(
-            run,
+            net,
             source,
             top_k=top_k,
             output=output,

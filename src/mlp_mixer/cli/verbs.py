@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from mlp_mixer.cli.convert import convert
 from mlp_mixer.cli.evaluate import evaluate
 from mlp_mixer.cli.models import models
 from mlp_mixer.cli.predict import predict
@@ -15,4 +16,5 @@ VERBS: dict[str, Callable[..., Any]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "convert": convert,
 }

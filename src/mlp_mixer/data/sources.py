@@ -257,6 +257,11 @@ def match_classes(
     Raises:
         UserError: the source has other classes, or lacks some where it must not.
     """
+    # A model of ImageNet calls a class "n01440764 tench"; folders have the WordNet id alone.
+    full = {name[:9]: name for name in class_names if re.match(r"n\d{8} ", name)}
+    if full:
+        names = [full.get(name, name) for name in source.class_names]
+        source = View(source.name, names, source.labels, source, np.arange(len(source)))
     known, present = set(class_names), set(source.class_names)
     unknown = [name for name in source.class_names if name not in known]
     missing = [name for name in class_names if name not in present]

@@ -23,19 +23,22 @@ def resize_for_evaluation(image: Image.Image, preprocessing: Preprocessing) -> I
     height, width = preprocessing.image_size
     if image.size == (width, height):
         return image
+    crop = preprocessing.crop
+    filters = {"bilinear": _BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    resampling = filters[preprocessing.interpolation]
     if preprocessing.resize == "squash":
-        return image.resize((width, height), _BILINEAR)
+        return image.resize((width, height), resampling)
     if preprocessing.resize == "resize-crop":
-        resized_width, resized_height = round(width * 8 / 7), round(height * 8 / 7)
+        resized_width, resized_height = round(width / crop), round(height / crop)
     else:
-        scale = max(width / image.width, height / image.height) * 8 / 7
+        scale = max(width / image.width, height / image.height) / crop
         resized_width = max(width, round(image.width * scale))
         resized_height = max(height, round(image.height * scale))
     # Cut the centre out of the original, then resize once: the same pixels, less work.
     x_scale, y_scale = image.width / resized_width, image.height / resized_height
     left, top = (resized_width - width) // 2, (resized_height - height) // 2
     box = (left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale)
-    return image.resize((width, height), _BILINEAR, box=box)
+    return image.resize((width, height), resampling, box=box)
 
 
 def inception_crop(
@@ -83,4 +86,17 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Returns uint8 images (N, channels, H, W) as the float32 input of the model."""
-    return images.float().div_(255.0).sub_(preprocessing.mean).div_(preprocessing.std)
+    mean, std = _per_channel(preprocessing.mean, images), _per_channel(preprocessing.std, images)
+    return images.float().div_(255.0).sub_(mean).div_(std)
+
+
+def denormalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Returns inputs of the model (N, channels, H, W) as pixel values on [0, 1]."""
+    mean, std = _per_channel(preprocessing.mean, images), _per_channel(preprocessing.std, images)
+    return images * std + mean
+
+
+def _per_channel(value: float | tuple[float, ...], images: Tensor) -> float | Tensor:
+    if not isinstance(value, tuple):
+        return value
+    return torch.tensor(value, device=images.device).view(1, -1, 1, 1)

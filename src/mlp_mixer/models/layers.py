@@ -98,6 +98,16 @@ def classes_of(model: ImageClassifier) -> list[str]:
         UserError: it carries none.
     """
     if not model.class_names:
+        head = getattr(model, "head", None)
+        if head is None:
+            what = "the model has no head: it gives features, not classes"
+            raise UserError(what, fix="Load it without num_classes=0, or use model.features()")
+        if not head.weight.any():
+            raise UserError(
+                f"the head for {model.config.num_classes} classes is new (all zeros): it has "
+                "learned nothing yet",
+                fix="Train it first, or load the weights without num_classes",
+            )
         raise UserError(
             "the model carries no class names",
             fix="Use weights that were trained with class names, or set model.class_names",

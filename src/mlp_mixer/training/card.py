@@ -43,8 +43,8 @@ for prediction in mm.predict({quoted}, ["photo.jpg"]):
 mixer predict {folder} photo.jpg
 ```
 
-Images of any size and mode are turned upright, resized and cut ({resize}) and scaled to
-{low:g}..{high:g}; the model carries this along.
+Images of any size and mode are turned upright and prepared as the model carries along:
+{preprocessing}.
 
 ## Training
 
@@ -85,7 +85,6 @@ def model_card(
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     height, width = model.config.image_size
     assert model.preprocessing is not None
-    mean, std = model.preprocessing.mean, model.preprocessing.std
     return _CARD.format(
         title=f"{type(model).__name__} on {config.data.source}",
         architecture=type(model).__name__,
@@ -100,9 +99,7 @@ def model_card(
         chosen=chosen,
         folder=shlex.quote(folder),
         quoted=repr(folder),
-        resize=model.preprocessing.resize,
-        low=(0 - mean) / std,
-        high=(1 - mean) / std,
+        preprocessing=model.preprocessing.summary(),
         recipe=config.recipe,
         seed=config.seed,
         epochs=config.epochs,

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from mlp_mixer.data.transforms import denormalize
 from mlp_mixer.evaluation.pictures import image_grid, shorten
 from mlp_mixer.preprocessing import Preprocessing
 
@@ -66,7 +67,7 @@ def training_batch(
         class_names: of the targets.
     """
     count = min(36, len(inputs))
-    values = inputs[:count] * preprocessing.std + preprocessing.mean
+    values = denormalize(inputs[:count], preprocessing)
     pixels = values.mul(255).round().clamp(0, 255).byte().cpu().permute(0, 2, 3, 1).numpy()
     images = [Image.fromarray(each[..., 0] if each.shape[2] == 1 else each) for each in pixels]
     captions = []

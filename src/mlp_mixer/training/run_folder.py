@@ -29,7 +29,7 @@ import torch
 from mlp_mixer.data.sources import BadImage, Source
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.config import TrainConfig
-from mlp_mixer.weights.store import write_aside
+from mlp_mixer.weights.files import write_aside
 
 
 class RunFolder:

@@ -1,0 +1,59 @@
+"""`mixer convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlp_mixer.cli.arguments import Format, GrowthName, Model, Number, Size, Target, load_named
+from mlp_mixer.errors import UserError
+
+
+def convert(
+    model: Model,
+    output: Target,
+    /,
+    *,
+    format: Format = None,
+    image_size: Size = None,
+    growth: GrowthName = "auto",
+    num_classes: Number = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a model in another format, at another image size, or with a new head.
+
+    Examples of use:
+        mixer convert mixer_b16.i21k b16.safetensors
+        mixer convert mixer_b16.i1k b16_448 --image-size 448
+        mixer convert runs/flowers flowers.npz --format google
+        mixer convert jx_mixer_b16_224-76587d61.pth b16.safetensors --num-classes 34
+
+    Args:
+        model: a run folder, a .safetensors, .npz or .pth file, a name of `mixer models --weights`,
+            or hf:owner/name.
+        output: a folder or .safetensors file (mlp_mixer, timm), or a .npz file (google).
+        format: mlp_mixer, google (arrays that Google's code loads) or timm (its names); without it
+            google for .npz, else mlp_mixer.
+        image_size: another size than the weights' own.
+        growth: how to get there: block-diagonal, resample or auto.
+        num_classes: put a new zero head for so many classes; 0 takes the head off.
+        overwrite: replace what is there.
+    """
+    from mlp_mixer.evaluation.throughput import count_parameters, flops_text
+    from mlp_mixer.weights.architecture import describe, precisely
+    from mlp_mixer.weights.store import FORMATS, check_target, save_model
+
+    if format is not None and format not in FORMATS:
+        fix = f"Known: {', '.join(FORMATS)}"
+        raise UserError(f"unknown format {format!r}", where="--format", fix=fix)
+    path = Path(output).expanduser()
+    chosen = format or ("google" if path.suffix == ".npz" else "mlp_mixer")
+    for each in check_target(path, chosen):
+        if each.exists() and not overwrite:
+            raise UserError("the output is there already", where=each, fix="Add --overwrite")
+    net = load_named(model, image_size, growth, num_classes)
+    written = save_model(net, path, chosen)
+    print(f"model    {describe(net.config)}")
+    print(f"         {count_parameters(net):,} parameters, {flops_text(net.config.flops)} an image")
+    print(f"written  {written} ({chosen}, {written.stat().st_size / 2**20:,.1f} MiB)")
+    for note in precisely(net.config, chosen):
+        print(f"note     {note}")

@@ -1,0 +1,215 @@
+"""Whose names a file's tensors have, which Mixer they make, and what does not fit.
+
+Shapes: P patch side, C channels, S tokens, D_S and D_C hidden units, L blocks.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mlp_mixer.errors import UserError
+from mlp_mixer.models.catalog import ARCHITECTURES, model_from_config
+from mlp_mixer.models.mixer import MixerConfig
+from mlp_mixer.weights import google, timm
+
+Tensors = dict[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _as_it_is(tensors: Tensors) -> Tensors:
+    return dict(tensors)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way of naming and laying out a Mixer's tensors.
+
+    Attributes:
+        title: how it is called in messages.
+        knows: whether a name is one of this layout.
+        to_ours, from_ours: between its names and layout and ours.
+        gelu: of models whose weights are so named.
+        is_loose: whether names and shapes leave a choice (numbers, axes of length one); they are
+            then compared by our names.
+    """
+
+    title: str
+    knows: Callable[[str], bool]
+    to_ours: Callable[[Tensors], Tensors]
+    from_ours: Callable[[Tensors], Tensors]
+    gelu: Literal["tanh", "exact"]
+    is_loose: bool = False
+
+
+_OUR_NAMES = re.compile(
+    r"(?:stem|pre_head_layer_norm|head|blocks\.\d+\.(?:layer_norm_[01]|"
+    r"(?:token|channel)_mixing\.dense_[01]))\.(?:weight|bias)"
+)
+OURS = Layout("mlp_mixer", lambda n: bool(_OUR_NAMES.fullmatch(n)), _as_it_is, _as_it_is, "tanh")
+LAYOUTS = (
+    OURS,
+    Layout("Google", google.is_second, google.to_ours, google.from_ours, "tanh"),
+    Layout(
+        "Google, first generation",
+        google.is_first,
+        google.to_ours,
+        google.first_from_ours,
+        "tanh",
+        is_loose=True,
+    ),
+    Layout("timm", timm.is_timm, timm.to_ours, timm.from_ours, "exact"),
+)
+
+
+def layout_of(tensors: Tensors, path: Path) -> Layout:
+    """Returns the layout that knows most of the names.
+
+    Raises:
+        UserError: none knows any.
+    """
+    best = max(LAYOUTS, key=lambda layout: sum(map(layout.knows, tensors)))
+    if not any(map(best.knows, tensors)):
+        first = ", ".join(list(tensors)[:4])
+        what = f"no MLP-Mixer: none of the {len(tensors)} tensors has a name of one ({first}, ...)"
+        raise UserError(what, where=path, fix="Google's, timm's and our own names are known")
+    return best
+
+
+def infer_config(
+    shapes: Shapes, layout: Layout, path: Path, image_size: tuple[int, int] | None = None
+) -> MixerConfig:
+    """Returns the architecture that the shapes of a file's tensors speak of.
+
+    Args:
+        shapes: by our names and layout.
+        layout: whose file it is; it decides the GELU.
+        path: for messages.
+        image_size: (H, W) that was asked for. It settles the weights' own size where the number of
+            tokens is not a square; otherwise the grid is taken to be square.
+
+    Raises:
+        UserError: a tensor that is needed is missing, or the shapes make no Mixer.
+    """
+
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        found = shapes.get(name)
+        if found is None:
+            key = next(iter(layout.from_ours({name: torch.empty((1,) * dimensions)})))
+            what = f"no MLP-Mixer: the names are {layout.title}'s, but {key} is missing"
+            raise UserError(what, where=path)
+        if len(found) != dimensions:
+            what = f"no MLP-Mixer: {name} has the shape {found}, {dimensions} axes are expected"
+            raise UserError(what, where=path)
+        return found
+
+    dim, channels, patch, patch_width = shape("stem.weight", 4)
+    if patch != patch_width:
+        raise UserError(f"the patch is {patch}x{patch_width} pixels, not square", where=path)
+    blocks = {int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))}
+    absent = sorted(set(range(max(blocks, default=0) + 1)) - blocks)
+    if absent:
+        raise UserError(f"block {absent[0]} is missing of {max(blocks, default=0) + 1}", where=path)
+    tokens_mlp_dim, num_tokens = shape("blocks.0.token_mixing.dense_0.weight", 2)
+    channels_mlp_dim, _ = shape("blocks.0.channel_mixing.dense_0.weight", 2)
+    num_classes = shape("head.weight", 2)[0] if "head.weight" in shapes else 0
+    try:
+        return MixerConfig(
+            image_size=_size_of(num_tokens, patch, image_size, path),
+            patch_size=patch,
+            hidden_dim=dim,
+            num_blocks=len(blocks),
+            tokens_mlp_dim=tokens_mlp_dim,
+            channels_mlp_dim=channels_mlp_dim,
+            num_classes=num_classes,
+            in_channels=channels,
+            gelu=layout.gelu,
+        )
+    except ValueError as error:
+        raise UserError(f"no MLP-Mixer: {error}", where=path) from error
+
+
+def _size_of(
+    num_tokens: int, patch: int, asked: tuple[int, int] | None, path: Path
+) -> tuple[int, int]:
+    side = math.isqrt(num_tokens)
+    if side * side == num_tokens:
+        return side * patch, side * patch
+    if asked is not None and asked[0] * asked[1] == num_tokens * patch**2:
+        return asked
+    raise UserError(
+        f"the weights are for {num_tokens} patches of {patch}x{patch} pixels, which is no square: "
+        "the file does not say the height and width",
+        where=path,
+        fix="Give their own image size as image_size=(H, W), on the command line --image-size HxW",
+    )
+
+
+def check_shapes(config: MixerConfig, layout: Layout, tensors: Tensors, path: Path) -> None:
+    """Compares a file's tensors, by its own names, with what an architecture wants.
+
+    Raises:
+        UserError: names each tensor that is missing, extra, misshapen or not of floating point.
+    """
+    if layout.is_loose:
+        tensors, layout = layout.to_ours(tensors), OURS
+    with torch.device("meta"):
+        wanted = layout.from_ours(model_from_config(config).state_dict())
+    expected = {name: tuple(value.shape) for name, value in wanted.items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    problems = [f"missing: {name} {expected[name]}" for name in expected if name not in found]
+    problems += [f"extra: {name} {found[name]}" for name in found if name not in expected]
+    problems += [
+        f"misshapen: {name} is {found[name]}, the architecture wants {expected[name]}"
+        for name in expected
+        if name in found and expected[name] != found[name]
+    ]
+    problems += [
+        f"not floating point: {name} is {str(tensors[name].dtype).removeprefix('torch.')}"
+        for name in expected
+        if name in found and not tensors[name].is_floating_point()
+    ]
+    if problems:
+        more = [f"... and {len(problems) - 20} more"] * (len(problems) > 20)
+        shown = "\n  ".join(problems[:20] + more)
+        what = f"the tensors do not fit the architecture ({describe(config)}):\n  {shown}"
+        raise UserError(what, where=path)
+
+
+def describe(config: MixerConfig) -> str:
+    """Returns an architecture in words: "mixer_b16, 224x224 pixels, 1,000 classes"."""
+    name = name_of(config)
+    height, width = config.image_size
+    classes = f"{config.num_classes:,} classes" if config.num_classes else "no head"
+    return f"{name or config.summary()}, {height}x{width} pixels, {classes}"
+
+
+def precisely(config: MixerConfig, format: str) -> list[str]:
+    """Returns what another program will do differently with a model in its own format."""
+    gelu = {"google": ("tanh", "Google's code"), "timm": ("exact", "timm")}.get(format)
+    if gelu is None or gelu[0] == config.gelu:
+        return []
+    what = f"{gelu[1]} computes the {gelu[0]} GELU, this model the {config.gelu} one"
+    return [f"{what}: its logits will differ in the fourth digit"]
+
+
+def name_of(config: MixerConfig) -> str | None:
+    """Returns the name of `list_models()` that has this shape, whatever the size and classes.
+
+    A model that has grown by tiles has wider token-mixing MLPs: "mixer_b16 grown to 4 tiles".
+    """
+    for name, named in ARCHITECTURES.items():
+        tiles, rest = divmod(config.tokens_mlp_dim, named.tokens_mlp_dim)
+        if rest == 0 and all(getattr(config, field) == getattr(named, field) for field in _SHAPE):
+            return name if tiles == 1 else f"{name} grown to {tiles} tiles"
+    return None
+
+
+_SHAPE = ("patch_size", "hidden_dim", "num_blocks", "channels_mlp_dim")

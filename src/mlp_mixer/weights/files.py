@@ -1,0 +1,199 @@
+"""A weights file of any container -> named tensors; nothing that is read runs code.
+
+What a file is, its first bytes say and not its name:
+    safetensors   ours, timm's and the hub's
+    npz           Google's; see npz.py
+    torch         .pth, .pt and .bin: a pickle, of which only tensors and plain values are taken
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mlp_mixer.errors import UserError
+from mlp_mixer.weights.npz import DAMAGE, damaged, read_npz
+
+COPY_AGAIN = "Copy or download it again"
+# Under these names training scripts keep the tensors beside their optimiser and settings.
+CONTAINERS = ("state_dict", "model", "model_state_dict")
+# What wrappers put before the names: data parallelism, compilation, trainers; Flax's trees.
+PREFIXES = ("module.", "_orig_mod.", "model.", "params/", "opt/target/", "target/")
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """What a file holds.
+
+    Attributes:
+        path: of the file.
+        container: "safetensors", "npz" or "torch".
+        tensors: by the file's own names, wrappers' prefixes taken off.
+        metadata: text that the file carries, by name.
+    """
+
+    path: Path
+    container: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def read_weights(path: Path) -> WeightsFile:
+    """Returns the tensors of a safetensors, .npz or torch file.
+
+    Raises:
+        UserError: it is none of these, damaged, empty, claims more than it has, or would run code.
+    """
+    container = container_of(path)
+    metadata: dict[str, str] = {}
+    if container == "safetensors":
+        tensors, metadata = _read_safetensors(path)
+    elif container == "npz":
+        tensors = read_npz(path)
+    else:
+        tensors = _read_torch(path)
+    tensors = _without_prefixes(tensors)
+    if not tensors:
+        raise UserError("the file holds no tensors", where=path)
+    return WeightsFile(path, container, tensors, metadata)
+
+
+def container_of(path: Path) -> str:
+    """Returns "safetensors", "npz" or "torch", by what the file begins with.
+
+    Raises:
+        UserError: it begins with something else, or is empty.
+    """
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise UserError("the file is empty", where=path, fix=COPY_AGAIN)
+    if start[:2] == b"PK":
+        return _container_of_archive(path)
+    if start[0] == 0x80 and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "torch"  # a bare pickle, as torch wrote before 1.6
+    if start[8:9] == b"{":
+        return "safetensors"
+    if start.lstrip()[:1] == b"<":
+        what = "a web page and not weights: a download that did not give the file"
+        raise UserError(what, where=path, fix="Download it again and look at what the page says")
+    what = "not a whole safetensors, .npz or .pth file: it begins like none of them"
+    raise UserError(what, where=path, fix=COPY_AGAIN)
+
+
+def _container_of_archive(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+    except DAMAGE as error:
+        raise damaged(path, error) from error
+    names = [info.filename for info in infos]
+    if any(name.endswith(".npy") for name in names):
+        return "npz"
+    if any(name.endswith("constants.pkl") for name in names):
+        raise UserError("a TorchScript archive holds a program: refused", where=path)
+    if any(name.endswith("data.pkl") for name in names):
+        if sum(info.file_size for info in infos) > path.stat().st_size:
+            what = "the file is compressed, which torch never does: refused"
+            raise UserError(what, where=path, fix="Do not trust where it came from")
+        return "torch"
+    raise UserError("an archive without weights (.npy or data.pkl)", where=path)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError, struct.error) as error:
+        what = f"not a whole safetensors file: {error}"
+        raise UserError(what, where=path, fix=COPY_AGAIN) from error
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        what = "a torch pickle under the name of a safetensors file: refused"
+        raise UserError(what, where=path, fix="Ask its author, or call it what it is (.pth)")
+    try:
+        # timm's training checkpoints hold their arguments in a Namespace, which runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except pickle.UnpicklingError as error:
+        blocked = re.search(r"(?:GLOBAL|global|class|instance of) [`']?([\w.]+)", str(error))
+        wants = f" ({blocked[1]})" if blocked else ""
+        what = f"the file is not plain tensors and could run code{wants}: refused"
+        fix = "Ask its author for a safetensors file"
+        raise UserError(what, where=path, fix=fix) from error
+    except Exception as error:  # whatever a damaged or hostile pickle leads to
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"not a whole .pth file: {first}", where=path, fix=COPY_AGAIN) from error
+    tensors = _state_dict(loaded)
+    size, claimed = path.stat().st_size, sum(each.nbytes for each in tensors.values())
+    if claimed > 2 * size + 2**20:
+        what = f"the tensors claim {claimed:,} bytes, the file has {size:,}"
+        raise UserError(what, where=path, fix="Do not trust where it came from")
+    return tensors
+
+
+def _state_dict(loaded: Any) -> dict[str, Tensor]:
+    """Returns the tensors of what torch.load gave: bare, or under one of `CONTAINERS`."""
+    for _ in range(3):
+        if not isinstance(loaded, Mapping):
+            return {}
+        inner = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), dict)), None)
+        if inner is None:
+            break
+        loaded = inner
+    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Takes wrappers' prefixes off the names; what stands beside `params/` is optimiser state."""
+    for _ in range(3):
+        prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in tensors)), None)
+        if prefix is None:
+            break
+        inside = {
+            name.removeprefix(prefix): value
+            for name, value in tensors.items()
+            if name.startswith(prefix)
+        }
+        is_tree = prefix.endswith("/")
+        if not is_tree and len(inside) < len(tensors):
+            break
+        tensors = inside
+    return tensors
+
+
+def write_aside(path: Path, content: bytes | Callable[[Path], None]) -> None:
+    """Writes a file under another name, brings it to disk, then renames it: whole or not at all.
+
+    Args:
+        path: of the file.
+        content: its bytes, or a function that writes them to the path that it is given.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        if callable(content):
+            content(aside)
+        else:
+            aside.write_bytes(content)
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

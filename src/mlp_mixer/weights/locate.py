@@ -1,0 +1,79 @@
+"""What the user calls a model -> the file with its weights, downloaded where it has to be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlp_mixer.console import Reporter
+from mlp_mixer.errors import UserError
+from mlp_mixer.models.catalog import ARCHITECTURES
+from mlp_mixer.weights import hub
+from mlp_mixer.weights.checkpoints import (
+    CHECKPOINTS,
+    Checkpoint,
+    checkpoint_of_file,
+    find_checkpoint,
+    unknown_checkpoint,
+)
+from mlp_mixer.weights.description import WEIGHTS
+from mlp_mixer.weights.download import Published, cache_folder, cached
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where weights lie.
+
+    Attributes:
+        path: of the file.
+        checkpoint: the published checkpoint that it is; None where it is none, or not known to be.
+    """
+
+    path: Path
+    checkpoint: Checkpoint | None = None
+
+
+def locate(source: str | Path, report: Reporter) -> Place:
+    """Returns the weights that a source means; what lies on the disk comes before names.
+
+    Args:
+        source: a run folder, a folder with model.safetensors, a file, a checkpoint's name or
+            "hf:owner/name[@revision]".
+        report: says what is downloaded.
+
+    Raises:
+        UserError: there is no such thing, it has no weights, or it cannot be downloaded.
+    """
+    text, path = str(source), Path(source).expanduser()
+    if path.is_dir():
+        return Place(_in_folder(path))
+    if path.exists():
+        if not path.is_file():
+            raise UserError("neither a file nor a folder", where=path)
+        return Place(path, checkpoint_of_file(path.name))
+    if text.startswith(hub.PREFIX):
+        return Place(hub.fetch(hub.parse(text)))
+    checkpoint = find_checkpoint(text)
+    if checkpoint is not None:
+        return Place(fetch_checkpoint(checkpoint, report), checkpoint)
+    if text in ARCHITECTURES:
+        published = [name for name in CHECKPOINTS if name.partition(".")[0] == text]
+        fix = f"Its published weights: {', '.join(published)}" if published else None
+        raise UserError(f"{text!r} is an architecture and has no weights of its own", fix=fix)
+    raise unknown_checkpoint(text)
+
+
+def fetch_checkpoint(checkpoint: Checkpoint, report: Reporter) -> Path:
+    """Returns the checked file of a published checkpoint, downloaded where it is not there yet."""
+    path = cache_folder() / checkpoint.name / checkpoint.file_name
+    published = Published(checkpoint.name, checkpoint.url, checkpoint.mebibytes, checkpoint.sha256)
+    return cached(published, path, report)
+
+
+def _in_folder(folder: Path) -> Path:
+    for candidate in (folder / "best" / WEIGHTS, folder / WEIGHTS):
+        if candidate.is_file():
+            return candidate
+    what = "the folder has no weights: neither best/model.safetensors nor model.safetensors"
+    fix = "Give the run folder of a training that reached its first evaluation, or a file"
+    raise UserError(what, where=folder, fix=fix)

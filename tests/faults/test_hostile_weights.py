@@ -1,0 +1,217 @@
+"""Nothing that is loaded runs code, and no file brings the machine down: one line each.
+
+engineering.md D.3, tests 6 to 8: from load_model, evaluate, predict, convert and --inspect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import resource
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import mlp_mixer as mm
+from conftest import GOLDEN, tiny_model
+
+MARKER = Path(os.environ.get("TMPDIR", "/tmp")) / f"mlp_mixer_attack_{os.getpid()}"
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {MARKER}",)
+
+
+def saved(value: object, old: bool = False) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file, _use_new_zipfile_serialization=not old)
+    return file.getvalue()
+
+
+def archive(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as out:
+        for name, content in members.items():
+            out.writestr(name, content)
+    return file.getvalue()
+
+
+def array(shape: str, dtype: str = "<f4", data: bytes = b"") -> bytes:
+    """A .npy member that claims any shape."""
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + data
+
+
+def object_array() -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **{"stem/kernel": np.array([Evil()], dtype=object)})
+    return file.getvalue()
+
+
+def safe(state: dict[str, torch.Tensor] | None = None) -> bytes:
+    return safetensors.torch.save(state or dict(tiny_model().state_dict()))
+
+
+def expanded() -> dict[str, torch.Tensor]:
+    """One number on disk that calls itself a terabyte."""
+    state = dict(tiny_model().state_dict())
+    state["stem.weight"] = torch.zeros(1).expand(2**38)
+    return state
+
+
+def huge_claim() -> bytes:
+    header = (
+        b'{"stem.weight":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'
+    )
+    return struct.pack("<Q", len(header)) + header + b"0000"
+
+
+HTML = b"<!doctype html>\n<html><title>404 not found</title></html>\n"
+GOOD_NPZ = (GOLDEN / "official_tiny_params.npz").read_bytes()
+ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "pickle.pth": (lambda: pickle.dumps(Evil()), "could run code|not a whole"),
+    "evil.pth": (lambda: saved({"state_dict": Evil()}), "could run code"),
+    "evil_old.pth": (lambda: saved({"model": Evil()}, old=True), "could run code"),
+    "module.pth": (lambda: saved(tiny_model()), "could run code"),
+    "evil.safetensors": (lambda: saved(Evil()), "under the name of a safetensors"),
+    "expanded.pth": (lambda: saved(expanded()), "the tensors claim"),
+    "script.pth": (lambda: archive({"a/constants.pkl": b"", "a/data.pkl": b""}), "program"),
+    "compressed.pth": (
+        lambda: archive({"a/data.pkl": bytes(10**6)}, zipfile.ZIP_DEFLATED),
+        "compressed, which torch never does",
+    ),
+    "cut.pth": (lambda: saved({"a": torch.zeros(9)})[:-100], "not a whole"),
+    "objects.npz": (object_array, "holds Python objects"),
+    "bomb.npz": (
+        lambda: archive({"stem/kernel.npy": bytes(200 * 2**20)}, zipfile.ZIP_DEFLATED),
+        "would unpack to 209,715,200",
+    ),
+    "claims.npz": (lambda: archive({"stem/kernel.npy": array("(1000000000000,)")}), "claims"),
+    "overflow.npz": (lambda: archive({"a.npy": array(f"({2**62}, 16)")}), "claims"),
+    "text.npz": (lambda: archive({"stem/kernel.npy": b"hello"}), "not an array"),
+    "strings.npz": (lambda: archive({"a.npy": array("(1,)", "<U4", b"0" * 16)}), "numbers"),
+    "twice.npz": (
+        lambda: GOOD_NPZ.replace(b"MixerBlock_1/", b"MixerBlock_0/"),
+        "more than once|not a whole",
+    ),
+    "cut.npz": (lambda: GOOD_NPZ[: len(GOOD_NPZ) // 2], "not a whole"),
+    "flipped.npz": (
+        lambda: GOOD_NPZ[:5000] + bytes([GOOD_NPZ[5000] ^ 1]) + GOOD_NPZ[5001:],
+        "CRC",
+    ),
+    "cut.safetensors": (lambda: safe()[:-50], "not a whole safetensors file"),
+    "huge_header.safetensors": (lambda: b"\xff" * 6 + bytes(2) + safe()[8:], "not a whole"),
+    "huge_claim.safetensors": (huge_claim, "not a whole"),
+    "integers.safetensors": (
+        lambda: safe({"stem.weight": torch.zeros(16, 3, 4, 4, dtype=torch.int64)}),
+        "missing",
+    ),
+    "other.zip": (lambda: archive({"readme.txt": b"hello"}), "without weights"),
+    "empty.npz": (lambda: b"", "the file is empty"),
+    "empty.safetensors": (lambda: b"", "the file is empty"),
+    "html.npz": (lambda: HTML, "a web page"),
+    "html.safetensors": (lambda: HTML, "a web page"),
+    "html.pth": (lambda: HTML, "a web page"),
+    "text.safetensors": (lambda: b"hello", "begins like none"),
+}
+
+
+@pytest.mark.parametrize("name", list(ATTACKS))
+def test_load_model_refuses(tmp_path: Path, name: str):
+    make, message = ATTACKS[name]
+    path = tmp_path / name
+    path.write_bytes(make())
+    with pytest.raises(mm.UserError, match=message) as caught:
+        mm.load_model(path)
+    what, where = caught.value.what, caught.value.where
+    assert str(path) in str(where)
+    assert len(what.splitlines()) == 1
+    assert len(what) < 300
+    assert not MARKER.exists()
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["evaluate", "FILE", "--data", "digits:test"],
+        ["predict", "FILE", "digits:test"],
+        ["convert", "FILE", "out.safetensors"],
+        ["models", "--inspect", "FILE"],
+    ],
+)
+@pytest.mark.parametrize("name", ["evil.pth", "objects.npz", "html.safetensors", "bomb.npz"])
+def test_every_verb_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, name: str, verb: list[str]
+):
+    from mlp_mixer.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(ATTACKS[name][0]())
+    with pytest.raises(SystemExit) as caught:
+        main([str(path) if each == "FILE" else each for each in verb])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert f"where: {path}" in error
+    assert "Traceback" not in error
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+    assert not MARKER.exists()
+
+
+def test_a_bomb_does_not_cost_memory(tmp_path: Path):
+    """A gigabyte in a megabyte: refused from the directory, nothing is unpacked."""
+    path = tmp_path / "bomb.npz"
+    path.write_bytes(archive({"a.npy": bytes(2**30)}, zipfile.ZIP_DEFLATED))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(mm.UserError, match="would unpack"):
+        mm.load_model(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+def test_the_attack_works_where_it_is_not_stopped():
+    """So that the marker's absence says something."""
+    code = f"import pickle; pickle.loads({pickle.dumps(Evil())!r})"
+    try:
+        subprocess.run([sys.executable, "-c", code], check=True)
+        assert MARKER.exists()
+    finally:
+        MARKER.unlink(missing_ok=True)
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(
+    kind=st.sampled_from(["npz", "safetensors", "pth"]),
+    place=st.floats(0, 1),
+    change=st.binary(min_size=0, max_size=12),
+    keep=st.floats(0.3, 1),
+)
+def test_any_damage_is_a_model_or_one_error(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, place: float, change: bytes, keep: float
+):
+    good = {
+        "npz": lambda: GOOD_NPZ,
+        "safetensors": safe,
+        "pth": lambda: saved(dict(tiny_model().state_dict())),
+    }[kind]()
+    at = int(place * len(good))
+    damaged = bytearray(good)
+    damaged[at : at + len(change)] = change
+    path = tmp_path_factory.mktemp("damaged") / f"model.{kind}"
+    path.write_bytes(damaged[: int(keep * len(damaged))] if place < 0.3 else damaged)
+    with contextlib.suppress(mm.UserError):  # and no other exception
+        assert isinstance(mm.load_model(path, quiet=True), mm.MlpMixer)
+    assert not MARKER.exists()

@@ -1,0 +1,112 @@
+"""timm's weights: its logits, its names back, its containers, its preprocessing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import mlp_mixer as mm
+from conftest import GOLDEN, tiny_model
+
+WEIGHTS = GOLDEN / "timm_tiny.safetensors"
+
+
+def test_the_golden_file_gives_timms_logits():
+    model = mm.load_model(WEIGHTS)
+    assert model.config.gelu == "exact"
+    with np.load(GOLDEN / "timm_tiny_io.npz") as io:
+        images = torch.from_numpy(io["images_nchw"])
+        assert (model(images) - torch.from_numpy(io["logits"])).abs().max() <= 1e-5
+        assert (model.features(images) - torch.from_numpy(io["pre_logits"])).abs().max() <= 1e-5
+
+
+def test_the_golden_round_trip_is_bit_for_bit(tmp_path: Path):
+    path = mm.save_model(mm.load_model(WEIGHTS), tmp_path / "out.safetensors", format="timm")
+    before, after = safetensors.torch.load_file(WEIGHTS), safetensors.torch.load_file(path)
+    assert set(before) == set(after)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_our_own_description_travels_in_timms_format(tmp_path: Path):
+    model = tiny_model(num_classes=2).eval()  # tanh, which timm's names alone do not say
+    model.class_names = ["ant", "bee"]
+    for place in (tmp_path / "one.safetensors", tmp_path / "folder"):
+        loaded = mm.load_model(mm.save_model(model, place, format="timm"))
+        assert loaded.config == model.config
+        assert loaded.class_names == ["ant", "bee"]
+
+
+def wrapped(kind: str) -> object:
+    state = safetensors.torch.load_file(WEIGHTS)
+    return {
+        "bare": state,
+        "state_dict": {"state_dict": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
+        "model": {"model": state, "optimizer": {"state": {}, "step": torch.zeros(3)}},
+        "parallel": {f"module.{name}": value for name, value in state.items()},
+        "compiled": {f"_orig_mod.module.{name}": value for name, value in state.items()},
+    }[kind]
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("kind", ["bare", "state_dict", "model", "parallel", "compiled"])
+def test_pth_files(tmp_path: Path, kind: str, old: bool):
+    path = tmp_path / "weights.pth"
+    torch.save(wrapped(kind), path, _use_new_zipfile_serialization=not old)
+    state, expected = mm.load_model(path).state_dict(), mm.load_model(WEIGHTS).state_dict()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def timm_folder(tmp_path: Path, **changes: object) -> Path:
+    """A model as the hub has it: model.safetensors and timm's config.json."""
+    settings = {
+        "input_size": [3, 32, 32],
+        "interpolation": "bilinear",
+        "crop_pct": 0.9,
+        "mean": [0.0, 0.0, 0.0],
+        "std": [1.0, 1.0, 1.0],
+        **changes,
+    }
+    shutil.copy(WEIGHTS, tmp_path / "model.safetensors")
+    config = {"architecture": "mixer_b16_224", "num_classes": 7, "pretrained_cfg": settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_timms_preprocessing_comes_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = mm.load_model(timm_folder(tmp_path))
+    expected = mm.Preprocessing(image_size=(32, 32), mean=0.0, std=1.0, crop=0.9)
+    assert model.preprocessing == expected
+    assert capsys.readouterr().err == ""
+    means = [0.485, 0.456, 0.406]
+    folder = timm_folder(tmp_path, mean=means, std=[0.2, 0.2, 0.2], interpolation="bicubic")
+    preprocessing = mm.load_model(folder).preprocessing
+    assert preprocessing is not None
+    assert preprocessing.mean == tuple(means)
+    assert (preprocessing.std, preprocessing.interpolation) == (0.2, "bicubic")
+    names = ["a", "b", "c", "d", "e", "f", "g"]
+    assert mm.load_model(timm_folder(tmp_path, label_names=names)).class_names == names
+    with pytest.raises(mm.UserError, match=r"not a preprocessing: std must be above 0"):
+        mm.load_model(timm_folder(tmp_path, std=[0, 0, 0]))
+
+
+def test_a_published_file_is_known_by_its_name(tmp_path: Path):
+    """timm's file names end in the hash of the file, so that they cannot mean another."""
+    path = tmp_path / "mixer_b16_224_miil-9229a591.pth"
+    torch.save(safetensors.torch.load_file(WEIGHTS), path)
+    with pytest.raises(mm.UserError, match=r"mixer_b16\.miil_in21k_ft_in1k has 1,000 classes"):
+        mm.load_model(path)
+
+
+def test_another_family_with_similar_names(tmp_path: Path):
+    path = tmp_path / "vit.safetensors"
+    names = ("norm.weight", "blocks.0.norm1.weight", "patch_embed.proj.weight", "head.bias")
+    safetensors.torch.save_file({name: torch.zeros(3) for name in names}, path)
+    with pytest.raises(mm.UserError, match=r"timm's, but stem\.proj\.weight is missing"):
+        mm.load_model(path)
