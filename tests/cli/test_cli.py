@@ -66,7 +66,7 @@ def test_typos(capsys):
     assert code == 2
     assert err == (
         "error: unknown verb 'trian'\n"
-        "to fix: Did you mean train? Known: models, train, evaluate, predict\n"
+        "to fix: Did you mean train? Known: models, train, evaluate, predict, convert\n"
     )
     code, out, err = mixer(capsys, "train", "--epoch", 3)
     assert code == 2

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
 
+import torch
+
 from mlp_mixer.errors import UserError, near_names
+from mlp_mixer.models.catalog import create_model
 from mlp_mixer.preprocessing import Preprocessing
 
 _BUCKET = "https://storage.googleapis.com/mixer_models"
@@ -61,6 +64,13 @@ class Checkpoint:
     def file_name(self) -> str:
         """The last part of the URL."""
         return self.url.rpartition("/")[2]
+
+    @property
+    def parameters_mebibytes(self) -> float:
+        """What its parameters take as float32, which is the file but for its header."""
+        with torch.device("meta"):
+            model = create_model(self.model, num_classes=self.num_classes)
+        return 4 * sum(each.numel() for each in model.parameters()) / 2**20
 
     def class_names(self) -> list[str] | None:
         """Returns WordNet ids with the first word of each, for ImageNet-1k; else None."""

@@ -86,7 +86,7 @@ def list_checkpoints() -> list[str]:
     """Returns a table of every published checkpoint, and what one should know of each."""
     rows = []
     for each in CHECKPOINTS.values():
-        size = f"{each.mebibytes:.1f}" if each.mebibytes else "-"
+        size = f"{each.mebibytes:.1f}" if each.mebibytes else f"~{each.parameters_mebibytes:.0f}"
         here = (cache_folder() / each.name / each.file_name).is_file()
         top1 = each.accuracy.split()[0] if each.accuracy[0].isdigit() else "-"
         cells = [each.name, f"{each.num_classes:,}", size, top1, each.gelu]

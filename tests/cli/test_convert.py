@@ -1,0 +1,185 @@
+"""mixer convert, models --weights and --inspect, and the flags for another size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import mlp_mixer as mm
+from conftest import GOLDEN, tiny_model
+from test_cli import mixer
+
+PARAMS = GOLDEN / "official_tiny_params.npz"
+TIMM = GOLDEN / "timm_tiny.safetensors"
+
+
+def logits(path: Path, size: int = 32) -> torch.Tensor:
+    torch.manual_seed(3)
+    return mm.load_model(path, quiet=True)(torch.randn(2, 3, size, size))
+
+
+def test_the_way_round_through_all_formats(capsys, tmp_path: Path):
+    steps = [
+        ("a", ()),
+        ("b.safetensors", ("--format", "timm")),
+        ("c.npz", ()),
+        ("d.safetensors", ("--format", "mlp_mixer")),
+    ]
+    source = PARAMS
+    for name, flags in steps:
+        code, out, err = mixer(capsys, "convert", source, tmp_path / name, *flags)
+        assert code == 0, err
+        assert f"written  {tmp_path / name}" in out
+        source = tmp_path / name
+    assert torch.equal(logits(source), logits(PARAMS))
+    mixer(capsys, "convert", source, tmp_path / "e.npz")
+    with np.load(PARAMS) as before, np.load(tmp_path / "e.npz") as after:
+        assert set(before) == set(after)
+        assert all(np.array_equal(before[key], after[key]) for key in before)
+
+
+def test_what_another_program_does_differently_is_said(capsys, tmp_path: Path):
+    _, out, _ = mixer(capsys, "convert", TIMM, tmp_path / "a.npz")
+    assert "note     Google's code computes the tanh GELU, this model the exact one" in out
+    _, out, _ = mixer(capsys, "convert", PARAMS, tmp_path / "b.safetensors", "--format", "timm")
+    assert "note     timm computes the exact GELU, this model the tanh one" in out
+    _, out, _ = mixer(capsys, "convert", PARAMS, tmp_path / "c.npz")
+    assert "note" not in out
+
+
+def test_another_size_and_head(capsys, tmp_path: Path):
+    target = tmp_path / "large"
+    flags = ("--image-size", "64x96", "--num-classes", "3")
+    code, out, err = mixer(capsys, "convert", PARAMS, target, *flags)
+    assert code == 0
+    assert "grown    32x32 -> 64x96 pixels: block-diagonal, 2x3 tiles" in err
+    assert "head     new, all zeros, for 3 classes; the weights had 7 classes" in err
+    assert "64x96 pixels, 3 classes" in out
+    assert json.loads((target / "config.json").read_text())["architecture"]["image_size"] == [
+        64,
+        96,
+    ]
+    flags = ("--image-size", "64", "--growth", "resample")
+    _, _, err = mixer(capsys, "convert", PARAMS, tmp_path / "other.npz", *flags)
+    assert "resampled (nearest)" in err
+
+
+def test_nothing_is_overwritten_unasked(capsys, tmp_path: Path):
+    target = tmp_path / "a.safetensors"
+    mixer(capsys, "convert", PARAMS, target)
+    before = target.read_bytes()
+    code, _, err = mixer(capsys, "convert", TIMM, target)
+    assert code == 2
+    assert "the output is there already" in err
+    assert "Add --overwrite" in err
+    assert target.read_bytes() == before
+    assert mixer(capsys, "convert", TIMM, target, "--overwrite")[0] == 0
+    assert torch.equal(logits(target), logits(TIMM))
+    code, out, _ = mixer(capsys, "convert", target, target, "--overwrite", "--image-size", "64")
+    assert code == 0  # onto itself
+    assert logits(target, 64).shape == (2, 7)
+    (tmp_path / "b.json").write_text("{}")  # would be replaced by what lies beside b.npz
+    assert mixer(capsys, "convert", PARAMS, tmp_path / "b.npz")[0] == 2
+    assert (tmp_path / "b.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((PARAMS, "x.npz", "--format", "onnx"), "unknown format 'onnx'"),
+        ((PARAMS, "x.pth"), "format mlp_mixer is a .safetensors file, got 'x.pth'"),
+        ((PARAMS, "x.npz", "--format", "timm"), "Call it x.safetensors"),
+        ((PARAMS, "x", "--format", "google"), "Call it x.npz"),
+        ((PARAMS, "x", "--image-size", "60"), "the nearest that is: 64x64"),
+        ((PARAMS, "x", "--image-size", "big"), "not an image size: 'big'"),
+        ((PARAMS, "x", "--growth", "magic"), "unknown growth 'magic'"),
+        ((PARAMS, "x", "--image-size", "48", "--growth", "block-diagonal"), "4x4 patches do not"),
+        ((PARAMS, "x", "--num-classes", "-3"), "num_classes must be at least 0, got -3"),
+        (("nowhere.npz", "x"), "no such model: 'nowhere.npz'"),
+        (("mixer_b16", "x"), "has no weights of its own"),
+    ],
+)
+def test_mistakes(capsys, tmp_path: Path, monkeypatch, arguments, message: str):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = mixer(capsys, "convert", *arguments)
+    assert code == 2
+    assert message in err
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect(capsys, tmp_path: Path):
+    code, out, _ = mixer(capsys, "models", "--inspect", PARAMS)
+    assert code == 0
+    assert "npz, 66,600 bytes, 42 tensors" in out
+    assert "3 layers, patch 8, 24 channels, 32x32 pixels, 7 classes" in out
+    assert "names          Google's" in out
+    assert "GELU           tanh" in out
+    assert "values in [-1, 1]" in out
+    row = ["MixerBlock_{0..2}/token_mixing/Dense_0/kernel", "16x12", "float32"]
+    assert row in [line.split() for line in out.splitlines()]
+    _, out, _ = mixer(capsys, "models", "--inspect", TIMM)
+    assert "GELU           exact" in out
+    assert "Google's is assumed" in out
+    model = mm.load_model(PARAMS, 64, quiet=True)
+    path = mm.save_model(model, tmp_path / "grown.safetensors")
+    _, out, _ = mixer(capsys, "models", "--inspect", path)
+    assert "blocks.{0..2}.token_mixing.dense_0.weight  48x64" in out
+    state = {**model.state_dict(), "stem.bias": torch.zeros(3)}
+    safetensors.torch.save_file(state, path)
+    code, out, _ = mixer(capsys, "models", "--inspect", path)
+    assert code == 0  # what is in it can still be read
+    assert "not a model    the tensors do not fit" in out
+    assert "stem.bias is (3,), the architecture wants (24,)" in out
+
+
+def test_known_shapes_have_names(capsys, tmp_path: Path):
+    with torch.device("meta"):
+        model = mm.create_model("mixer_s32", 448, tokens_mlp_dim=1024)
+    zeros = {name: torch.zeros(value.shape) for name, value in model.state_dict().items()}
+    safetensors.torch.save_file(zeros, tmp_path / "s32.safetensors")
+    _, out, _ = mixer(capsys, "models", "--inspect", tmp_path / "s32.safetensors")
+    assert "mixer_s32 grown to 4 tiles, 448x448 pixels, 1,000 classes" in out
+
+
+def test_the_published_weights(capsys, monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("MIXER_CACHE", str(tmp_path / "cache"))
+    code, out, _ = mixer(capsys, "models", "--weights")
+    assert code == 0
+    lines = out.splitlines()
+    assert sum(line.startswith("mixer_") for line in lines) == 2 * 17  # the table, then each
+    assert "that is wrong: it is ImageNet-1k from scratch" in out
+    assert "hf:timm/mixer_b16_224.miil_in21k" in out
+    assert f"Downloads go to {tmp_path / 'cache'} (MIXER_CACHE changes that)." in out
+    assert not (tmp_path / "cache").exists()
+
+
+def test_other_sizes_in_evaluate_and_predict(capsys, trained: mm.TrainResult, tmp_path: Path):
+    flags = ("--data", "digits:test", "--image-size", "32")
+    code, out, err = mixer(capsys, "evaluate", trained.run_folder, *flags)
+    assert code == 0
+    assert "8x8 -> 32x32 pixels: block-diagonal, 4x4 tiles" in err
+    assert "top-1" in out
+    flags = ("--image-size", "24", "--growth", "resample")
+    code, out, err = mixer(capsys, "predict", trained.run_folder, "digits:test", *flags)
+    assert code == 0
+    assert "resampled (nearest)" in err
+    path = tmp_path / "new.safetensors"
+    mixer(capsys, "convert", trained.run_folder, path, "--num-classes", "12")
+    for verb in (["evaluate", path, "--data", "digits:test"], ["predict", path, "digits:test"]):
+        code, _, err = mixer(capsys, *verb)
+        assert code == 2
+        assert "the head for 12 classes is new (all zeros)" in err
+        assert "Traceback" not in err
+
+
+def test_a_model_without_names_is_not_a_classifier(capsys, tmp_path: Path):
+    path = mm.save_model(tiny_model(num_classes=10), tmp_path / "x.safetensors")
+    code, _, err = mixer(capsys, "predict", path, "digits:test")
+    assert code == 2
+    assert "carries no class names" in err

@@ -1,0 +1,145 @@
+"""hf:owner/name against a hub of our own on loopback, and without a network."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mlp_mixer as mm
+from conftest import GOLDEN
+from mlp_mixer.weights import hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CONFIG = json.dumps(
+    {
+        "architecture": "mixer_b16_224",
+        "num_classes": 7,
+        "pretrained_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1], "crop_pct": 0.875},
+    }
+).encode()
+FILES = {
+    "model.safetensors": (GOLDEN / "timm_tiny.safetensors").read_bytes(),
+    "config.json": CONFIG,
+}
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    """A server that answers as the hub does for owner/tiny, branches main and v2."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, *, body: bool) -> None:
+            parts = self.path.strip("/").split("/")
+            code, name = "", parts[-1]
+            content = FILES.get(name, b"")
+            if parts[:2] != ["owner", "tiny"]:
+                code = "RepoNotFound"
+            elif parts[3] not in ("main", "v2", COMMIT):
+                code = "RevisionNotFound"
+            elif name not in FILES:
+                code = "EntryNotFound"
+            self.send_response(404 if code else 200)
+            if code:
+                content = b""
+                self.send_header("X-Error-Code", code)
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if body:
+                self.wfile.write(content)
+
+        def log_message(self, format: str, *args: object) -> None:
+            del format, args
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def load(source: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Loads in a process of its own: the hub's library reads its settings when imported."""
+    code = (
+        "import sys, mlp_mixer as mm\n"
+        "try:\n"
+        "    model = mm.load_model(sys.argv[1])\n"
+        "except mm.UserError as error:\n"
+        "    sys.exit('error: ' + error.text())\n"
+        "print(model.config.num_classes, model.config.gelu, model.preprocessing.value_range())\n"
+    )
+    settings = {**os.environ, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **environment}
+    settings.pop("HF_TOKEN", None)
+    return subprocess.run(
+        [sys.executable, "-c", code, source],
+        capture_output=True,
+        text=True,
+        env=settings,
+        timeout=60,
+    )
+
+
+def test_names():
+    assert hub.parse("hf:timm/mixer_b16_224.miil_in21k") == hub.HubModel(
+        "timm/mixer_b16_224.miil_in21k", None
+    )
+    assert hub.parse("hf:a/b@refs/pr/1").revision == "refs/pr/1"
+    for wrong in ("hf:", "hf:a", "hf:a/b/c", "hf:a/b@", "hf:a/b c"):
+        with pytest.raises(mm.UserError, match="not a model on the hub"):
+            hub.parse(wrong)
+
+
+def test_a_model_of_the_hub_and_then_offline(tmp_path: Path, endpoint: str):
+    online = load("hf:owner/tiny@v2", tmp_path, HF_ENDPOINT=endpoint)
+    assert online.stdout == "7 exact [0, 1]\n", online.stderr
+    offline = load("hf:owner/tiny@v2", tmp_path, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1")
+    assert offline.stdout == "7 exact [0, 1]\n", offline.stderr
+    blob = next(path for path in tmp_path.rglob("model.safetensors")).resolve()
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    damaged = load("hf:owner/tiny@v2", tmp_path, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1")
+    assert "the cached file is damaged" in damaged.stderr
+    assert f"Delete {blob}" in damaged.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hf:owner/nothing", "no model 'owner/nothing', or it is private"),
+        ("hf:owner/tiny@v9", "owner/tiny has no revision 'v9'"),
+    ],
+)
+def test_what_is_not_there(tmp_path: Path, endpoint: str, source: str, message: str):
+    result = load(source, tmp_path, HF_ENDPOINT=endpoint)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("settings", [{"HF_HUB_OFFLINE": "1"}, {}])
+def test_no_network_is_one_message(tmp_path: Path, settings: dict[str, str]):
+    nobody = "http://127.0.0.1:9"
+    result = load("hf:owner/tiny", tmp_path, HF_ENDPOINT=nobody, **settings)
+    assert result.returncode == 1
+    assert "owner/tiny is not in the cache and the hub cannot be reached" in result.stderr
+    assert "to fix: With a network: hf download owner/tiny" in result.stderr
+    assert str(tmp_path) in result.stderr
+    assert "Traceback" not in result.stderr
