@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import mlp_mixer as mm
+from mlp_mixer.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -94,3 +95,11 @@ def tiny_model(
     if model.head is not None:
         torch.nn.init.normal_(model.head.weight)
     return model
+
+
+def mixer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Runs the command in this process; returns exit code, standard output and error."""
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err

@@ -12,18 +12,9 @@ from pathlib import Path
 import pytest
 
 import mlp_mixer as mm
-from conftest import draw
+from conftest import draw, mixer
 from mlp_mixer.cli.arguments import parse_size
-from mlp_mixer.cli.main import main
 from mlp_mixer.cli.verbs import VERBS
-
-
-def mixer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Runs the command in this process; returns exit code, standard output and error."""
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return int(end.value.code or 0), out, err
 
 
 def process(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:

@@ -11,8 +11,7 @@ import safetensors.torch
 import torch
 
 import mlp_mixer as mm
-from conftest import GOLDEN, tiny_model
-from test_cli import mixer
+from conftest import GOLDEN, mixer, tiny_model
 
 PARAMS = GOLDEN / "official_tiny_params.npz"
 TIMM = GOLDEN / "timm_tiny.safetensors"
@@ -80,7 +79,7 @@ def test_nothing_is_overwritten_unasked(capsys, tmp_path: Path):
     assert target.read_bytes() == before
     assert mixer(capsys, "convert", TIMM, target, "--overwrite")[0] == 0
     assert torch.equal(logits(target), logits(TIMM))
-    code, out, _ = mixer(capsys, "convert", target, target, "--overwrite", "--image-size", "64")
+    code, _, _ = mixer(capsys, "convert", target, target, "--overwrite", "--image-size", "64")
     assert code == 0  # onto itself
     assert logits(target, 64).shape == (2, 7)
     (tmp_path / "b.json").write_text("{}")  # would be replaced by what lies beside b.npz
@@ -129,7 +128,8 @@ def test_inspect(capsys, tmp_path: Path):
     model = mm.load_model(PARAMS, 64, quiet=True)
     path = mm.save_model(model, tmp_path / "grown.safetensors")
     _, out, _ = mixer(capsys, "models", "--inspect", path)
-    assert "blocks.{0..2}.token_mixing.dense_0.weight  48x64" in out
+    row = ["blocks.{0..2}.token_mixing.dense_0.weight", "48x64", "float32"]
+    assert row in [line.split() for line in out.splitlines()]
     state = {**model.state_dict(), "stem.bias": torch.zeros(3)}
     safetensors.torch.save_file(state, path)
     code, out, _ = mixer(capsys, "models", "--inspect", path)

@@ -142,4 +142,4 @@ def test_no_network_is_one_message(tmp_path: Path, settings: dict[str, str]):
     assert "owner/tiny is not in the cache and the hub cannot be reached" in result.stderr
     assert "to fix: With a network: hf download owner/tiny" in result.stderr
     assert str(tmp_path) in result.stderr
-    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 3  # no warnings of the hub's library

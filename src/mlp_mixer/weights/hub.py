@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import socket
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlp_mixer.errors import UserError
-from mlp_mixer.weights.download import sha256_of
+from mlp_mixer.weights.download import is_offline, sha256_of
 
 PREFIX = "hf:"
 # In this order; a pickle only where there is nothing else, and read as plain tensors.
@@ -55,12 +58,15 @@ def fetch(model: HubModel) -> Path:
         UserError: no such model, revision or weights in it, no permission, or no network.
     """
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
+
+    # Without a network the hub's library tries for half a minute; one look is enough.
+    cache_only = is_offline() or not _is_reachable(constants.ENDPOINT)
 
     def get(name: str) -> Path | None:
         try:
             found = huggingface_hub.hf_hub_download(
-                model.owner_and_name, name, revision=model.revision
+                model.owner_and_name, name, revision=model.revision, local_files_only=cache_only
             )
         except errors.LocalEntryNotFoundError as error:
             known = huggingface_hub.try_to_load_from_cache(
@@ -69,7 +75,7 @@ def fetch(model: HubModel) -> Path:
             if known is huggingface_hub._CACHED_NO_EXIST:  # it was asked for before
                 return None
             what = f"{model.owner_and_name} is not in the cache and the hub cannot be reached"
-            where = f"{huggingface_hub.constants.HF_HUB_CACHE} ({name})"
+            where = f"{constants.HF_HUB_CACHE} ({name})"
             fix = f"With a network: {model.command}"
             raise UserError(what, where=where, fix=fix) from error
         except errors.RevisionNotFoundError as error:
@@ -101,6 +107,19 @@ def fetch(model: HubModel) -> Path:
             return path
     what = f"{model.owner_and_name} has none of {', '.join(WEIGHTS)}"
     raise UserError(what, where="the hub")
+
+
+def _is_reachable(endpoint: str) -> bool:
+    """Says whether somebody answers at an address; behind a proxy that cannot be known."""
+    parts = urllib.parse.urlsplit(endpoint)
+    if urllib.request.getproxies() or parts.hostname is None:
+        return True
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    try:
+        socket.create_connection((parts.hostname, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _check(path: Path) -> None:
