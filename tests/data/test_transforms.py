@@ -9,6 +9,7 @@ from PIL import Image
 
 from conftest import draw
 from mlp_mixer.data.transforms import (
+    denormalize,
     flip,
     inception_crop,
     normalize,
@@ -95,3 +96,60 @@ def test_normalize_gives_googles_range():
     scaled = normalize(values, Preprocessing(image_size=(1, 1))).flatten()
     torch.testing.assert_close(scaled, torch.tensor([-1.0, 1.0, -0.6]))
     assert values.flatten().tolist() == [0, 255, 51]
+
+
+def test_normalize_with_a_mean_and_deviation_for_each_channel():
+    values = torch.tensor([0, 255, 51], dtype=torch.uint8).reshape(1, 3, 1, 1).repeat(2, 1, 1, 1)
+    preprocessing = Preprocessing(image_size=(1, 1), mean=(0.5, 0.0, 0.2), std=(0.5, 2.0, 1.0))
+    scaled = normalize(values, preprocessing)
+    torch.testing.assert_close(scaled[1].flatten(), torch.tensor([-1.0, 0.5, 0.0]))
+    torch.testing.assert_close(denormalize(scaled, preprocessing), values / 255)
+    miil = Preprocessing(image_size=(1, 1), mean=0.0, std=1.0)
+    torch.testing.assert_close(normalize(values, miil), values / 255)
+    torch.testing.assert_close(denormalize(normalize(values, miil), miil), values / 255)
+
+
+def test_the_crop_and_the_interpolation_are_the_models():
+    ramp = np.broadcast_to(np.arange(256, dtype=float), (256, 256)).astype(np.uint8)
+    whole = Preprocessing(image_size=(128, 128), channels=1, crop=1.0)
+    cut = np.asarray(resize_for_evaluation(Image.fromarray(ramp), whole), float)
+    assert (cut[0, 0], cut[0, -1]) == pytest.approx((0.5, 254.5), abs=1)
+    half = Preprocessing(image_size=(128, 128), channels=1, crop=0.5)
+    cut = np.asarray(resize_for_evaluation(Image.fromarray(ramp), half), float)
+    assert (cut[0, 0], cut[0, -1]) == pytest.approx((64, 191), abs=1)
+    image = draw(3, (90, 70))
+    for interpolation, resampling in (
+        ("bilinear", Image.Resampling.BILINEAR),
+        ("bicubic", Image.Resampling.BICUBIC),
+    ):
+        preprocessing = Preprocessing(
+            image_size=(32, 32), resize="squash", interpolation=interpolation
+        )
+        resized = resize_for_evaluation(image, preprocessing)
+        assert resized.tobytes() == image.resize((32, 32), resampling).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": (0.5, 0.5)}, "mean must be a number or 3 of them"),
+        ({"std": (0.5, 0.0, 0.5)}, "std must be above 0"),
+        ({"std": "one"}, "std must be a number or 3"),
+        ({"crop": 0}, "crop must be above 0 and at most 1, got 0"),
+        ({"crop": 1.2}, "crop must be above 0 and at most 1, got 1.2"),
+        ({"interpolation": "area"}, "interpolation must be one of"),
+    ],
+)
+def test_a_preprocessing_that_is_none(change, message):
+    with pytest.raises(ValueError, match=message):
+        Preprocessing(image_size=(8, 8), **change)
+
+
+def test_a_preprocessing_says_itself():
+    preprocessing = Preprocessing(image_size=(8, 8), mean=(0.1, 0.2, 0.3), std=0.5)
+    assert Preprocessing.from_json(preprocessing.to_json()) == preprocessing
+    assert Preprocessing(image_size=(8, 8)).summary() == (
+        "resmall-crop 0.875, bilinear, values in [-1, 1]"
+    )
+    assert "less the mean (0.1, 0.2, 0.3)" in preprocessing.summary()
+    assert "crop" not in Preprocessing(image_size=(8, 8), resize="squash").summary()

@@ -112,6 +112,9 @@ def test_another_image_size_grows(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "8x8 -> 16x16 pixels: resampled" in capsys.readouterr().err
     with pytest.raises(mm.UserError, match=r"not divisible by the patch size 4.*12x12"):
         mm.load_model(folder, image_size=11)
+    for wrong in ("16", -8, (8, 8, 8), (8, 0), (8.0, 8)):
+        with pytest.raises(mm.UserError, match="not an image size"):
+            mm.load_model(folder, image_size=wrong)
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,10 @@ def test_timms_preprocessing_comes_along(tmp_path: Path, capsys: pytest.CaptureF
     assert (preprocessing.std, preprocessing.interpolation) == (0.2, "bicubic")
     names = ["a", "b", "c", "d", "e", "f", "g"]
     assert mm.load_model(timm_folder(tmp_path, label_names=names)).class_names == names
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["pretrained_cfg"]["label_names"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "label_names": names[::-1]}))
+    assert mm.load_model(tmp_path).class_names == names[::-1]
     with pytest.raises(mm.UserError, match=r"not a preprocessing: std must be above 0"):
         mm.load_model(timm_folder(tmp_path, std=[0, 0, 0]))
 

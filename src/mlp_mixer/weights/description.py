@@ -153,7 +153,8 @@ def _foreign(
                 preprocessing = timm.preprocessing_of(said, config.image_size, config.in_channels)
         except (ValueError, TypeError) as error:
             raise UserError(f"not a preprocessing: {error}", where=where) from error
-        labels = found.get("label_names") if isinstance(found, dict) else None
+        inner = found if isinstance(found, dict) else {}
+        labels = said.get("label_names") or inner.get("label_names")
         if isinstance(labels, list) and len(labels) == config.num_classes:
             names = [str(label) for label in labels]
     if preprocessing is not None:

@@ -62,8 +62,8 @@ def load_model(
             it cannot be brought to that size.
     """
     report = Reporter(quiet=quiet, stderr=True)
+    wanted = _height_and_width(image_size)
     place = locate(source, report)
-    wanted = (image_size, image_size) if isinstance(image_size, int) else image_size
     file = read_weights(place.path)
     description = describe(file, place.checkpoint, wanted)
     for note in description.notes:
@@ -74,9 +74,9 @@ def load_model(
     file.tensors.clear()  # what is replaced below need not stay in memory
     tensors = {name: tensors.pop(name).float().contiguous() for name in list(tensors)}
     preprocessing = description.preprocessing
-    if wanted is not None and tuple(wanted) != config.image_size:
+    if wanted is not None and wanted != config.image_size:
         old = config
-        config, how = resize_tokens(tensors, config, (wanted[0], wanted[1]), growth)
+        config, how = resize_tokens(tensors, config, wanted, growth)
         report.say(f"grown    {_pixels(old)} -> {_pixels(config)} pixels: {how}")
         if preprocessing is not None:
             preprocessing = dataclasses.replace(preprocessing, image_size=config.image_size)
@@ -89,6 +89,16 @@ def load_model(
         what = f"new, all zeros, for {num_classes:,} classes" if num_classes else "taken off"
         report.say(f"head     {what}; the weights had {config.num_classes:,} classes")
     return model.eval()
+
+
+def _height_and_width(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    if image_size is None:
+        return None
+    pair = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        fix = "a number of pixels, or (height, width)"
+        raise UserError(f"not an image size: {image_size!r}", where="image_size", fix=fix)
+    return pair
 
 
 def _pixels(config: MixerConfig) -> str:
