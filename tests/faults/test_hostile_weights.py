@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import pickle
 import resource
@@ -170,6 +171,41 @@ def test_every_verb_refuses(
     assert "Traceback" not in error
     assert [each.name for each in tmp_path.iterdir()] == [name]
     assert not MARKER.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_blocks": 10**9}, "says 1,000,000,000 blocks"),
+        ({"hidden_dim": 10**15}, "cannot be built|do not fit"),
+        ({"image_size": [10**12, 10**12]}, "cannot be built|do not fit"),
+        ({"image_size": "ab"}, "not a mixer architecture"),
+        ({"image_size": [8, 8, 8]}, "not a mixer architecture"),
+        ({"image_size": None}, "not a mixer architecture"),
+        ({"hidden_dim": 10**400}, "cannot be built|do not fit"),
+        ({"patch_size": 1.5}, "not a mixer architecture"),
+        ({"num_classes": True}, "cannot be built|do not fit"),
+        ({"dropout": "x"}, "not a mixer architecture"),
+        ({"gelu": ["exact"]}, "not a mixer architecture"),
+        ({"surprise": 1}, "not a mixer architecture"),
+    ],
+)
+def test_a_hostile_description(tmp_path: Path, change: dict[str, object], message: str):
+    path = mm.save_model(tiny_model(), tmp_path / "folder")
+    said = json.loads((path.parent / "config.json").read_text())
+    said["architecture"].update(change)
+    (path.parent / "config.json").write_text(json.dumps(said))
+    with pytest.raises(mm.UserError, match=message):
+        mm.load_model(path)
+
+
+def test_a_million_blocks_by_name(tmp_path: Path):
+    state = dict(tiny_model().state_dict())
+    state["blocks.999999999999.layer_norm_0.weight"] = torch.zeros(16)
+    state["blocks.999999.layer_norm_0.weight"] = torch.zeros(16)
+    safetensors.torch.save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(mm.UserError, match="block 2 is missing of 1000000"):
+        mm.load_model(tmp_path / "x.safetensors")
 
 
 def test_a_bomb_does_not_cost_memory(tmp_path: Path):

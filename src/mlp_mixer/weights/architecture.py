@@ -113,10 +113,11 @@ def infer_config(
     dim, channels, patch, patch_width = shape("stem.weight", 4)
     if patch != patch_width:
         raise UserError(f"the patch is {patch}x{patch_width} pixels, not square", where=path)
-    blocks = {int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))}
-    absent = sorted(set(range(max(blocks, default=0) + 1)) - blocks)
-    if absent:
-        raise UserError(f"block {absent[0]} is missing of {max(blocks, default=0) + 1}", where=path)
+    numbers = (re.match(r"blocks\.(\d{1,6})\.", name) for name in shapes)
+    blocks = {int(found[1]) for found in numbers if found}
+    absent = next(number for number in range(len(blocks) + 1) if number not in blocks)
+    if absent < len(blocks):
+        raise UserError(f"block {absent} is missing of {max(blocks) + 1}", where=path)
     tokens_mlp_dim, num_tokens = shape("blocks.0.token_mixing.dense_0.weight", 2)
     channels_mlp_dim, _ = shape("blocks.0.channel_mixing.dense_0.weight", 2)
     num_classes = shape("head.weight", 2)[0] if "head.weight" in shapes else 0
@@ -160,8 +161,15 @@ def check_shapes(config: MixerConfig, layout: Layout, tensors: Tensors, path: Pa
     """
     if layout.is_loose:
         tensors, layout = layout.to_ours(tensors), OURS
-    with torch.device("meta"):
-        wanted = layout.from_ours(model_from_config(config).state_dict())
+    if config.num_blocks > len(tensors):  # before a description's million blocks are built
+        what = f"the description says {config.num_blocks:,} blocks, the file has {len(tensors)} "
+        raise UserError(f"{what}tensors", where=path)
+    try:
+        with torch.device("meta"):
+            wanted = layout.from_ours(model_from_config(config).state_dict())
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond what a tensor can have
+        first = str(error).splitlines()[0]
+        raise UserError(f"the architecture cannot be built: {first}", where=path) from error
     expected = {name: tuple(value.shape) for name, value in wanted.items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     problems = [f"missing: {name} {expected[name]}" for name in expected if name not in found]
