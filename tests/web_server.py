@@ -20,6 +20,7 @@ class Behaviour:
         ranges: whether Range is understood.
         status: another answer than the file.
         stall: seconds of silence in the middle of each response, used up one by one.
+        wrong_part: answer a range with the file from its beginning, used up one by one.
         tag: the file's ETag.
         requests: the Range header of every request so far, None where there was none.
     """
@@ -29,6 +30,7 @@ class Behaviour:
     ranges: bool = True
     status: list[int] = field(default_factory=list)
     stall: list[float] = field(default_factory=list)
+    wrong_part: list[bool] = field(default_factory=list)
     tag: str = '"one"'
     requests: list[str | None] = field(default_factory=list)
 
@@ -51,8 +53,14 @@ def serve(behaviour: Behaviour) -> Iterator[str]:
             if asked and behaviour.ranges and current:
                 start = int(asked.removeprefix("bytes=").rstrip("-"))
                 if start >= len(content):
-                    self.send_error(416)
+                    self.send_response(416)
+                    self.send_header("Content-Range", f"bytes */{len(content)}")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
                     return
+                if behaviour.wrong_part:
+                    behaviour.wrong_part.pop(0)
+                    start = 0
                 self.send_response(206)
                 last = len(content) - 1
                 self.send_header("Content-Range", f"bytes {start}-{last}/{len(content)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ from mlp_mixer.errors import UserError
 #   resize-crop   squash to 8/7 of the model's size, cut the centre     (Table 2)
 #   resmall-crop  shorter side to 8/7 of the model's, cut the centre    (Table 3)
 #   squash        straight to the model's size                          (Google's fine-tuning code)
+# A picture that is no larger than the model's input, on both sides, is enlarged whole: nothing is
+# cut from it, so that small pictures show the same at every size that a model is brought to.
 RESIZE_METHODS = ("resize-crop", "resmall-crop", "squash")
 INTERPOLATIONS = ("bilinear", "bicubic")
 
@@ -51,7 +54,7 @@ class Preprocessing:
             if isinstance(value, list):
                 object.__setattr__(self, name, value := tuple(value))
             numbers = value if isinstance(value, tuple) else (value,) * self.channels
-            is_number = all(isinstance(each, int | float) for each in numbers)
+            is_number = all(type(each) in (int, float) and math.isfinite(each) for each in numbers)
             if not is_number or len(numbers) != self.channels:
                 what = f"a number or {self.channels} of them, one for each channel"
                 raise ValueError(f"{name} must be {what}, got {value!r}")
@@ -88,5 +91,5 @@ class Preprocessing:
         try:
             height, width = values["image_size"]
             return Preprocessing(**{**values, "image_size": (int(height), int(width))})
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"not a preprocessing: {values!r} ({error})") from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"not a preprocessing: {str(values)[:200]} ({error})") from error

@@ -96,7 +96,11 @@ def test_nothing_is_overwritten_unasked(capsys, tmp_path: Path):
         ((PARAMS, "x", "--format", "google"), "Call it x.npz"),
         ((PARAMS, "x", "--image-size", "60"), "the nearest that is: 64x64"),
         ((PARAMS, "x", "--image-size", "big"), "not an image size: 'big'"),
-        ((PARAMS, "x", "--growth", "magic"), "unknown growth 'magic'"),
+        ((PARAMS, "x", "--image-size", "64", "--growth", "magic"), "unknown growth 'magic'"),
+        ((PARAMS, "x", "--growth", "resample"), "none is given"),
+        ((PARAMS, "x", "--image-size", "800000"), "GiB, the machine has"),
+        ((PARAMS, "x", "--image-size", "9" * 5000), "not an image size"),
+        ((PARAMS, "x.NPZ"), "Call it x.safetensors"),
         ((PARAMS, "x", "--image-size", "48", "--growth", "block-diagonal"), "4x4 patches do not"),
         ((PARAMS, "x", "--num-classes", "-3"), "num_classes must be at least 0, got -3"),
         (("nowhere.npz", "x"), "no such model: 'nowhere.npz'"),
@@ -136,6 +140,29 @@ def test_inspect(capsys, tmp_path: Path):
     assert code == 0  # what is in it can still be read
     assert "not a model    the tensors do not fit" in out
     assert "stem.bias is (3,), the architecture wants (24,)" in out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--weights", "--inspect", "x"),
+        ("--weights", "--num-classes", "3"),
+        ("--weights", "--image-size", "448"),
+        ("--inspect", "x", "--num-classes", "3"),
+    ],
+)
+def test_flags_that_would_be_ignored(capsys, flags):
+    code, _, err = mixer(capsys, "models", *flags)
+    assert code == 2
+    assert "do not go together" in err
+
+
+def test_a_run_folder_is_not_converted_onto_itself(capsys, trained: mm.TrainResult):
+    before = (trained.run_folder / "config.json").read_bytes()
+    code, _, err = mixer(capsys, "convert", trained.run_folder, trained.run_folder, "--overwrite")
+    assert code == 2
+    assert "the output is a run folder" in err
+    assert (trained.run_folder / "config.json").read_bytes() == before
 
 
 def test_known_shapes_have_names(capsys, tmp_path: Path):

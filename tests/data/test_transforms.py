@@ -36,6 +36,21 @@ def test_a_picture_of_the_models_size_is_left_alone():
         assert (np.asarray(kept) == np.asarray(image)).all()
 
 
+@pytest.mark.parametrize("resize", RESIZE_METHODS)
+def test_small_pictures_show_the_same_at_every_size(resize):
+    """Nothing is cut from a picture that is no larger than the input: the border stays."""
+    image = Image.new("RGB", (32, 32), (255, 0, 0))
+    image.paste((0, 0, 255), (4, 4, 28, 28))
+    for size in (32, 48, 64, 96):
+        preprocessing = Preprocessing(image_size=(size, size), resize=resize)
+        pixels = np.asarray(resize_for_evaluation(image, preprocessing), float)
+        assert pixels[..., 0].mean() / 255 == pytest.approx(1 - (24 / 32) ** 2, abs=0.01)
+    larger = np.asarray(
+        resize_for_evaluation(image, Preprocessing(image_size=(28, 28), resize="resmall-crop"))
+    )
+    assert larger[..., 0].mean() / 255 < 0.35  # of a larger one the border is cut
+
+
 def test_resmall_crop_keeps_the_aspect_and_cuts_the_centre():
     """224 of a shorter side of 256: the share 7/8 of it, and as much of the longer side."""
     ramp = np.broadcast_to(np.arange(512, dtype=float) / 2, (256, 512)).astype(np.uint8)

@@ -89,6 +89,20 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "module.pth": (lambda: saved(tiny_model()), "could run code"),
     "evil.safetensors": (lambda: saved(Evil()), "under the name of a safetensors"),
     "expanded.pth": (lambda: saved(expanded()), "the tensors claim"),
+    "memory.pth": (lambda: saved({"a": bytearray(10)}), "could run code .*bytearray"),
+    "memory_old.pth": (lambda: saved({"a": bytearray(10)}, old=True), "could run code .*bytearray"),
+    "sparse.pth": (lambda: saved({"stem.weight": torch.eye(3).to_sparse()}), "could run code"),
+    "meta.pth": (
+        lambda: saved({"stem.weight": torch.zeros(3, device="meta")}),
+        "could run code|plain array",
+    ),
+    "negative.npz": (lambda: archive({"a.npy": array("(-1, -1)")}), "impossible shape"),
+    "axes.npz": (lambda: archive({"a.npy": array("(" + "1," * 70 + ")")}), "impossible shape"),
+    "nothing.npz": (lambda: archive({"a.npy": array(f"({2**70}, 0)")}), "impossible shape"),
+    "truth.npz": (lambda: archive({"a.npy": array("(True,)")}), "impossible shape|not an array"),
+    "long.npz": (lambda: archive({"a.npy": array("(1,)", "<f16", bytes(16))}), "numbers"),
+    "deep.npz": (lambda: archive({"a.npy": array("(" * 5000)}), "not an array|not a whole"),
+    "minus.npz": (lambda: archive({"a.npy": array("-" * 5000 + "1")}), "not an array|not a whole"),
     "script.pth": (lambda: archive({"a/constants.pkl": b"", "a/data.pkl": b""}), "program"),
     "compressed.pth": (
         lambda: archive({"a/data.pkl": bytes(10**6)}, zipfile.ZIP_DEFLATED),
@@ -188,6 +202,7 @@ def test_every_verb_refuses(
         ({"dropout": "x"}, "not a mixer architecture"),
         ({"gelu": ["exact"]}, "not a mixer architecture"),
         ({"surprise": 1}, "not a mixer architecture"),
+        ({"family": []}, "unknown model family"),
     ],
 )
 def test_a_hostile_description(tmp_path: Path, change: dict[str, object], message: str):
@@ -199,12 +214,49 @@ def test_a_hostile_description(tmp_path: Path, change: dict[str, object], messag
         mm.load_model(path)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 200_000,
+        '{"format": "mlp_mixer", "version": ' + "9" * 5000 + "}",
+        '{"format": "mlp_mixer", "version": 1, "architecture": {"family": "mixer"}}',
+        "[" + "1," * 500_000 + "1]",
+        "null",
+    ],
+)
+def test_hostile_json(tmp_path: Path, text: str):
+    path = mm.save_model(tiny_model(), tmp_path / "folder")
+    (path.parent / "config.json").write_text(text)
+    with pytest.raises(mm.UserError) as caught:
+        mm.load_model(path)
+    assert "config.json" in str(caught.value.where)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"preprocessing": {"image_size": [float("inf"), 8]}},
+        {"preprocessing": {"image_size": [8, 8], "std": float("nan")}},
+        {"preprocessing": {"image_size": [8, 8], "mean": float("inf")}},
+        {"preprocessing": {"image_size": [8, 8], "std": True}},
+        {"class_names": ["\ud800", "b", "c", "d", "e", "f", "g"]},
+    ],
+)
+def test_values_that_would_spoil_predictions(tmp_path: Path, change: dict[str, object]):
+    path = mm.save_model(tiny_model(), tmp_path / "folder")
+    said = {**json.loads((path.parent / "config.json").read_text()), **change}
+    (path.parent / "config.json").write_text(json.dumps(said))
+    with pytest.raises(mm.UserError, match="not a preprocessing|no valid text"):
+        mm.load_model(path)
+
+
 def test_a_million_blocks_by_name(tmp_path: Path):
     state = dict(tiny_model().state_dict())
     state["blocks.999999999999.layer_norm_0.weight"] = torch.zeros(16)
     state["blocks.999999.layer_norm_0.weight"] = torch.zeros(16)
     safetensors.torch.save_file(state, tmp_path / "x.safetensors")
-    with pytest.raises(mm.UserError, match="block 2 is missing of 1000000"):
+    with pytest.raises(mm.UserError, match="block 999,999 is there, but the file has"):
         mm.load_model(tmp_path / "x.safetensors")
 
 

@@ -93,6 +93,38 @@ def test_a_file_that_has_become_shorter_is_begun_again(tmp_path: Path):
     assert (tmp_path / "file").read_bytes() == CONTENT[:50_000]
 
 
+def test_a_whole_partial_file_is_not_fetched_again(tmp_path: Path):
+    """Killed while the sha256 was computed: everything is there already."""
+    (tmp_path / "file.partial").write_bytes(CONTENT)
+    (tmp_path / "file.partial.json").write_text('{"validator": "\\"one\\""}')
+    behaviour = Behaviour(CONTENT)
+    with serve(behaviour) as url:
+        cached(published(url), tmp_path / "file", QUIET)
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert behaviour.requests == ["bytes=300000-"]
+    assert names(tmp_path) == ["file", "file.sha256"]
+
+
+def test_another_part_than_asked_for_is_not_taken(tmp_path: Path):
+    behaviour = Behaviour(CONTENT, cut_after=[100_000], wrong_part=[True])
+    with serve(behaviour) as url:
+        cached(published(url), tmp_path / "file", QUIET)
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert behaviour.requests == [None, "bytes=100000-", None]
+
+
+def test_the_network_goes_away_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def gone(response: object) -> bytes:
+        raise OSError(113, "No route to host")
+
+    monkeypatch.setattr(download.http.client.HTTPResponse, "read1", lambda self, n: gone(self))
+    behaviour = Behaviour(CONTENT)
+    with serve(behaviour) as url, pytest.raises(mm.UserError, match="No route to host") as caught:
+        cached(published(url), tmp_path / "file", QUIET)
+    assert "cache" not in caught.value.what
+    assert len(behaviour.requests) == download.ATTEMPTS
+
+
 def test_a_server_without_ranges(tmp_path: Path):
     behaviour = Behaviour(CONTENT, cut_after=[100_000], ranges=False)
     with serve(behaviour) as url:
@@ -255,4 +287,8 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("MIXER_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setattr(download.sys, "platform", "linux")
+    monkeypatch.setenv("MIXER_CACHE", "~nosuchuser/x")
+    with pytest.raises(mm.UserError, match="~ cannot be resolved"):
+        cache_folder()
+    monkeypatch.delenv("MIXER_CACHE")
     assert cache_folder() == tmp_path / "xdg" / "mlp_mixer"

@@ -133,6 +133,15 @@ def test_which_growth_is_used():
         how((10, 24), "auto")
 
 
+@pytest.mark.parametrize("growth", ["block-diagonal", "resample"])
+def test_a_size_beyond_the_machine_is_refused_first(growth: str):
+    model = odd_model()
+    before = dict(model.state_dict())
+    with pytest.raises(mm.UserError, match=r"800000x1200000 pixels needs [\d,]+ GiB, the machine"):
+        resize_tokens(before, model.config, (800_000, 1_200_000), growth)
+    assert before.keys() == model.state_dict().keys()
+
+
 def test_everything_but_the_token_mixing_mlps_stays():
     model = odd_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -265,6 +266,104 @@ def test_weights_are_float32_in_memory(tmp_path: Path, dtype: torch.dtype):
     for name, value in loaded.state_dict().items():
         assert value.dtype == torch.float32
         assert torch.equal(value, state[name].float())
+
+
+def test_the_file_may_change_after_loading(tmp_path: Path):
+    """What `cp other model.safetensors` does: it empties the file under us."""
+    model, folder = saved(tmp_path)
+    pickled = tmp_path / "weights.pth"
+    torch.save(model.state_dict(), pickled)
+    for path in (folder / "model.safetensors", pickled):
+        loaded = mm.load_model(path, quiet=True)
+        with path.open("rb+") as file:
+            file.truncate(100)
+        assert torch.equal(loaded.stem.weight, model.stem.weight)
+        assert loaded(torch.zeros(1, 3, 8, 8)).isfinite().all()
+
+
+@pytest.mark.parametrize("format", ["mlp_mixer", "timm", "google"])
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_full_disk_leaves_weights_and_description_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, failing: int
+):
+    first, _ = saved(tmp_path, gelu="exact")
+    target = tmp_path / ("x.npz" if format == "google" else "x")
+    mm.save_model(first, target, format)
+    calls = []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == failing:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    second = tiny_model(num_classes=3, hidden_dim=8)
+    second.class_names = ["x", "y", "z"]
+    with pytest.raises(mm.UserError, match="No space left on device"):
+        mm.save_model(second, target, format)
+    calls.clear()
+    with pytest.raises(mm.UserError, match="No space left on device"):
+        mm.save_model(second, tmp_path / f"new{target.suffix}", format)
+    monkeypatch.undo()
+    assert_same_model(mm.load_model(target), first)
+    assert not [each for each in tmp_path.rglob("*") if each.is_file() and "new" in str(each)]
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_save_killed_between_its_renames_is_seen(tmp_path: Path):
+    """New weights beside the old description: the header, which is of the new ones, counts."""
+    _, folder = saved(tmp_path)
+    old = (folder / "config.json").read_bytes()
+    second = tiny_model(num_classes=3, gelu="exact").eval()
+    second.class_names = ["x", "y", "z"]
+    with torch.no_grad():
+        second.head.bias.add_(1)
+    mm.save_model(second, folder)
+    (folder / "config.json").write_bytes(old)
+    assert_same_model(mm.load_model(folder), second)
+
+
+def test_a_run_folder_is_not_overwritten(tmp_path: Path, trained: mm.TrainResult):
+    config = (trained.run_folder / "config.json").read_bytes()
+    with pytest.raises(mm.UserError, match="the output is a run folder; its model lies in best/"):
+        mm.save_model(tiny_model(), trained.run_folder)
+    (tmp_path / "config.json").write_bytes(config)
+    with pytest.raises(mm.UserError, match="it is not the description of a model"):
+        mm.save_model(tiny_model(), tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == config
+
+
+def test_files_can_be_read_by_whom_the_umask_says(tmp_path: Path):
+    _, folder = saved(tmp_path)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    (tmp_path / "plain").touch()
+    assert set(modes.values()) == {(tmp_path / "plain").stat().st_mode & 0o777}
+
+
+def test_leftovers_of_killed_saves_go(tmp_path: Path):
+    model, folder = saved(tmp_path)
+    old, fresh = (folder / f".model.safetensors.{pid}.partial" for pid in (1, 2))
+    for path in (old, fresh):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    mm.save_model(model, folder)
+    assert not old.exists()
+    assert fresh.exists()  # somebody may be writing it
+
+
+def test_odd_places(tmp_path: Path):
+    for source in ("~nosuchuser/x", "x" * 300, "~nosuchuser/x.npz"):
+        with pytest.raises(mm.UserError):
+            mm.load_model(source)
+    with pytest.raises(mm.UserError, match="~ cannot be resolved"):
+        mm.save_model(tiny_model(), "~nosuchuser/x")
+    with pytest.raises(mm.UserError, match="Call it x.safetensors"):
+        mm.save_model(tiny_model(), tmp_path / "x.safetensor")
+    with pytest.raises(mm.UserError, match="not valid UTF-8"):
+        mm.save_model(tiny_model(), tmp_path / "caf\udce9")
+    with pytest.raises(mm.UserError, match="needs [0-9,]+ GiB"):
+        mm.load_model(mm.save_model(tiny_model(), tmp_path / "x"), num_classes=10**12)
+    assert [each.name for each in tmp_path.iterdir()] == ["x"]
 
 
 def test_integers_are_no_weights(tmp_path: Path):

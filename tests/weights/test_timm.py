@@ -100,6 +100,54 @@ def test_timms_preprocessing_comes_along(tmp_path: Path, capsys: pytest.CaptureF
         mm.load_model(timm_folder(tmp_path, std=[0, 0, 0]))
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected", "note"),
+    [
+        ({"crop_mode": "squash"}, {"resize": "resize-crop"}, None),
+        ({"crop_mode": "border"}, {}, "crop mode 'border' is not offered here"),
+        ({"interpolation": "lanczos"}, {"interpolation": "bicubic"}, "interpolation 'lanczos'"),
+        ({"interpolation": None}, {"interpolation": "bicubic"}, None),
+        ({"crop_pct": None}, {"crop": 0.875}, None),
+    ],
+)
+def test_what_timm_says_otherwise(tmp_path: Path, capsys, settings, expected, note):
+    preprocessing = mm.load_model(timm_folder(tmp_path, **settings)).preprocessing
+    whole = {"mean": 0.0, "std": 1.0, "crop": 0.9, **expected}
+    assert preprocessing == mm.Preprocessing(image_size=(32, 32), **whole)
+    assert (note or "") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [(8, 12), (8, 32), (16, 16)])
+def test_rectangles_are_as_timm_says(tmp_path: Path, size: tuple[int, int]):
+    """2 x 8 patches are as many as 4 x 4."""
+    model = tiny_model(image_size=size, gelu="exact").eval()
+    path = mm.save_model(model, tmp_path / "model.safetensors", format="timm")
+    state = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(state, path)  # without our description
+    settings = {"input_size": [3, *size], "mean": [0.5] * 3, "std": [0.5] * 3}
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": settings}))
+    assert mm.load_model(tmp_path).config.image_size == size
+
+
+def test_a_grey_model_of_timms(tmp_path: Path):
+    model = tiny_model(image_size=32, in_channels=1, gelu="exact")
+    path = mm.save_model(model, tmp_path / "model.safetensors", format="timm")
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path)
+    means = {"mean": [0.3, 0.6, 0.9], "std": [0.5] * 3}
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": means}))
+    preprocessing = mm.load_model(tmp_path).preprocessing
+    assert preprocessing is not None
+    assert preprocessing.mean == pytest.approx(0.6)
+
+
+def test_the_config_of_another_file_does_not_count(tmp_path: Path):
+    """A .pth that lies in a folder of somebody else's model describes itself."""
+    folder = timm_folder(tmp_path)
+    torch.save(safetensors.torch.load_file(WEIGHTS), folder / "other.pth")
+    model = mm.load_model(folder / "other.pth", quiet=True)
+    assert model.preprocessing == mm.Preprocessing(image_size=(32, 32))
+
+
 def test_a_published_file_is_known_by_its_name(tmp_path: Path):
     """timm's file names end in the hash of the file, so that they cannot mean another."""
     path = tmp_path / "mixer_b16_224_miil-9229a591.pth"

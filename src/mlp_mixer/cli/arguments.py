@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -12,6 +12,7 @@ from mlp_mixer.errors import UserError
 if TYPE_CHECKING:
     from mlp_mixer.data.sources import BadImage
     from mlp_mixer.models.layers import ImageClassifier
+    from mlp_mixer.weights.resolution import Growth
 
 # The types of the flags, with what the help calls their values.
 Recipe = Annotated[Positional[str | None], arg(help_behavior_hint="", metavar="[RECIPE]")]
@@ -24,7 +25,7 @@ RequiredData = Annotated[str, arg(metavar="SOURCE")]
 Size = Annotated[str | None, arg(help_behavior_hint="", metavar="PIXELS|HxW")]
 Source = Annotated[str | None, arg(help_behavior_hint="", metavar="FILE")]
 Format = Annotated[str | None, arg(help_behavior_hint="", metavar="FORMAT")]
-GrowthName = Annotated[str, arg(help_behavior_hint="(default: auto)", metavar="GROWTH")]
+GrowthName = Annotated[str | None, arg(help_behavior_hint="(default: auto)", metavar="GROWTH")]
 Folder = Annotated[str | None, arg(help_behavior_hint="", metavar="FOLDER")]
 File = Annotated[str | None, arg(help_behavior_hint="", metavar="FILE")]
 Number = Annotated[int | None, arg(help_behavior_hint="", metavar="N")]
@@ -41,14 +42,15 @@ def parse_size(text: str | None) -> int | tuple[int, int] | None:
     if text is None:
         return None
     parts = text.lower().split("x")
-    if not (1 <= len(parts) <= 2 and all(part.isdecimal() and int(part) for part in parts)):
+    is_number = [part.isdecimal() and len(part) < 7 and int(part) > 0 for part in parts]
+    if not (1 <= len(parts) <= 2 and all(is_number)):
         fix = "a number such as 224, or height x width such as 192x256"
         raise UserError(f"not an image size: {text!r}", where="--image-size", fix=fix)
     return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
 
 
 def load_named(
-    source: str, image_size: str | None, growth: str, num_classes: int | None = None
+    source: str, image_size: str | None, growth: str | None, num_classes: int | None = None
 ) -> ImageClassifier:
     """Returns the model that the flags of a verb name.
 
@@ -58,10 +60,14 @@ def load_named(
     from mlp_mixer.weights.resolution import GROWTHS
     from mlp_mixer.weights.store import load_model
 
-    if growth not in GROWTHS:
+    if growth is not None and growth not in GROWTHS:
         fix = f"Known: {', '.join(GROWTHS)}"
         raise UserError(f"unknown growth {growth!r}", where="--growth", fix=fix)
-    return load_model(source, parse_size(image_size), num_classes, growth=growth)
+    if growth is not None and image_size is None:
+        what = "--growth says how to reach another image size, and none is given"
+        raise UserError(what, where="--growth", fix="Add --image-size, or leave --growth out")
+    size = parse_size(image_size)
+    return load_model(source, size, num_classes, growth=cast("Growth", growth or "auto"))
 
 
 def warn_of_bad(bad: list[BadImage]) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from mlp_mixer.cli.arguments import Format, GrowthName, Model, Number, Size, Target, load_named
 from mlp_mixer.errors import UserError
 
@@ -15,7 +13,7 @@ def convert(
     *,
     format: Format = None,
     image_size: Size = None,
-    growth: GrowthName = "auto",
+    growth: GrowthName = None,
     num_classes: Number = None,
     overwrite: bool = False,
 ) -> None:
@@ -35,22 +33,26 @@ def convert(
             google for .npz, else mlp_mixer.
         image_size: another size than the weights' own.
         growth: how to get there: block-diagonal, resample or auto.
-        num_classes: put a new zero head for so many classes; 0 takes the head off.
+        num_classes: put a new zero head for so many classes, unless the weights have just so many;
+            0 takes the head off.
         overwrite: replace what is there.
     """
     from mlp_mixer.evaluation.throughput import count_parameters, flops_text
     from mlp_mixer.weights.architecture import describe, precisely
+    from mlp_mixer.weights.files import expand
     from mlp_mixer.weights.store import FORMATS, check_target, save_model
 
     if format is not None and format not in FORMATS:
         fix = f"Known: {', '.join(FORMATS)}"
         raise UserError(f"unknown format {format!r}", where="--format", fix=fix)
-    path = Path(output).expanduser()
+    path = expand(output)
     chosen = format or ("google" if path.suffix == ".npz" else "mlp_mixer")
     for each in check_target(path, chosen):
-        if each.exists() and not overwrite:
+        if each is not None and each.exists() and not overwrite:
             raise UserError("the output is there already", where=each, fix="Add --overwrite")
     net = load_named(model, image_size, growth, num_classes)
+    if num_classes and net.state_dict()["head.weight"].any():
+        print(f"head     the trained one, it has {num_classes} classes already")
     written = save_model(net, path, chosen)
     print(f"model    {describe(net.config)}")
     print(f"         {count_parameters(net):,} parameters, {flops_text(net.config.flops)} an image")

@@ -28,7 +28,7 @@ def evaluate(
     *,
     data: RequiredData,
     image_size: Size = None,
-    growth: GrowthName = "auto",
+    growth: GrowthName = None,
     output: Folder = None,
     allow_missing_classes: bool = False,
     batch_size: int = 64,

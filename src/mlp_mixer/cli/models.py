@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from mlp_mixer.cli.arguments import Size, Source, parse_size
+from mlp_mixer.cli.arguments import Number, Size, Source, parse_size
 from mlp_mixer.errors import UserError
 
 
 def models(
     *,
     image_size: Size = None,
-    num_classes: int = 1000,
+    num_classes: Number = None,
     weights: bool = False,
     inspect: Source = None,
 ) -> None:
@@ -23,11 +23,18 @@ def models(
 
     Args:
         image_size: at this size; the default is the paper's 224.
-        num_classes: outputs of the head, for the column "with head".
+        num_classes: outputs of the head, for the column "with head" (1000).
         weights: list every published checkpoint: origin, size, preprocessing, accuracy, licence.
         inspect: say what a file (or anything else that names a model) is, and list its tensors.
     """
     size = parse_size(image_size)
+    flags = {"--weights": weights, "--inspect": inspect, "--num-classes": num_classes}
+    given = [name for name, value in flags.items() if value]
+    if weights and image_size is not None:
+        given.append("--image-size")
+    if len(given) > 1:
+        what = f"{' and '.join(given)} do not go together"
+        raise UserError(what, where="mixer models", fix="Give one of them")
     if inspect is not None:
         from mlp_mixer.weights.report import inspect_file
 
@@ -38,7 +45,7 @@ def models(
 
         print("\n".join(list_checkpoints()))
     else:
-        print("\n".join(_architectures(size, num_classes)))
+        print("\n".join(_architectures(size, 1000 if num_classes is None else num_classes)))
 
 
 def _architectures(size: int | tuple[int, int] | None, num_classes: int) -> list[str]:

@@ -21,7 +21,7 @@ def predict(
     *,
     top_k: int = 5,
     image_size: Size = None,
-    growth: GrowthName = "auto",
+    growth: GrowthName = None,
     output: File = None,
     batch_size: int = 64,
     device: str = "auto",

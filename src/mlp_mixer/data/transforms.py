@@ -23,7 +23,8 @@ def resize_for_evaluation(image: Image.Image, preprocessing: Preprocessing) -> I
     height, width = preprocessing.image_size
     if image.size == (width, height):
         return image
-    crop = preprocessing.crop
+    is_small = image.width <= width and image.height <= height
+    crop = 1.0 if is_small else preprocessing.crop
     filters = {"bilinear": _BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     resampling = filters[preprocessing.interpolation]
     if preprocessing.resize == "squash":

@@ -127,7 +127,7 @@ def config_from_json(values: dict[str, Any]) -> MixerConfig:
     """
     fields = dict(values)
     family = fields.pop("family", None)
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"unknown model family {family!r}", fix=f"Known: {', '.join(FAMILIES)}")
     if isinstance(fields.get("image_size"), list):
         fields["image_size"] = tuple(fields["image_size"])

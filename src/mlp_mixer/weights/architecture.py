@@ -84,7 +84,11 @@ def layout_of(tensors: Tensors, path: Path) -> Layout:
 
 
 def infer_config(
-    shapes: Shapes, layout: Layout, path: Path, image_size: tuple[int, int] | None = None
+    shapes: Shapes,
+    layout: Layout,
+    path: Path,
+    image_size: tuple[int, int] | None = None,
+    said_size: tuple[int, int] | None = None,
 ) -> MixerConfig:
     """Returns the architecture that the shapes of a file's tensors speak of.
 
@@ -94,6 +98,7 @@ def infer_config(
         path: for messages.
         image_size: (H, W) that was asked for. It settles the weights' own size where the number of
             tokens is not a square; otherwise the grid is taken to be square.
+        said_size: (H, W) that somebody wrote beside the file, which comes first where it fits.
 
     Raises:
         UserError: a tensor that is needed is missing, or the shapes make no Mixer.
@@ -115,18 +120,21 @@ def infer_config(
         raise UserError(f"the patch is {patch}x{patch_width} pixels, not square", where=path)
     numbers = (re.match(r"blocks\.(\d{1,6})\.", name) for name in shapes)
     blocks = {int(found[1]) for found in numbers if found}
-    absent = next(number for number in range(len(blocks) + 1) if number not in blocks)
-    if absent < len(blocks):
-        raise UserError(f"block {absent} is missing of {max(blocks) + 1}", where=path)
+    num_blocks = max(blocks, default=0) + 1
+    if num_blocks > len(shapes):  # check_shapes names what is missing of a likely number
+        what = f"block {max(blocks):,} is there, but the file has {len(shapes):,} tensors only"
+        raise UserError(what, where=path)
     tokens_mlp_dim, num_tokens = shape("blocks.0.token_mixing.dense_0.weight", 2)
     channels_mlp_dim, _ = shape("blocks.0.channel_mixing.dense_0.weight", 2)
-    num_classes = shape("head.weight", 2)[0] if "head.weight" in shapes else 0
+    has_head = "head.weight" in shapes or "head.bias" in shapes
+    num_classes = shape("head.weight", 2)[0] if has_head else 0
+    own_size = _size_of(num_tokens, patch, said_size, image_size, path)
     try:
         return MixerConfig(
-            image_size=_size_of(num_tokens, patch, image_size, path),
+            image_size=own_size,
             patch_size=patch,
             hidden_dim=dim,
-            num_blocks=len(blocks),
+            num_blocks=num_blocks,
             tokens_mlp_dim=tokens_mlp_dim,
             channels_mlp_dim=channels_mlp_dim,
             num_classes=num_classes,
@@ -138,13 +146,21 @@ def infer_config(
 
 
 def _size_of(
-    num_tokens: int, patch: int, asked: tuple[int, int] | None, path: Path
+    num_tokens: int,
+    patch: int,
+    said: tuple[int, int] | None,
+    asked: tuple[int, int] | None,
+    path: Path,
 ) -> tuple[int, int]:
+    def fits(size: tuple[int, int] | None) -> bool:
+        if size is None or size[0] % patch or size[1] % patch:
+            return False
+        return size[0] * size[1] == num_tokens * patch**2
+
     side = math.isqrt(num_tokens)
-    if side * side == num_tokens:
-        return side * patch, side * patch
-    if asked is not None and asked[0] * asked[1] == num_tokens * patch**2:
-        return asked
+    for size in (said, (side * patch, side * patch), asked):
+        if size is not None and fits(size):
+            return size
     raise UserError(
         f"the weights are for {num_tokens} patches of {patch}x{patch} pixels, which is no square: "
         "the file does not say the height and width",
@@ -188,7 +204,8 @@ def check_shapes(config: MixerConfig, layout: Layout, tensors: Tensors, path: Pa
         more = [f"... and {len(problems) - 20} more"] * (len(problems) > 20)
         shown = "\n  ".join(problems[:20] + more)
         what = f"the tensors do not fit the architecture ({describe(config)}):\n  {shown}"
-        raise UserError(what, where=path)
+        fix = "Is it the right file, and the right config.json beside it?"
+        raise UserError(what, where=path, fix=fix)
 
 
 def describe(config: MixerConfig) -> str:

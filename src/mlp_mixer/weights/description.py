@@ -1,8 +1,8 @@
 """What a weights file is: architecture, class names, preprocessing, and who says so.
 
-The first that is there counts: config.json beside a model.safetensors, <name>.json beside a .npz,
-the header of our own files, the list of published checkpoints, timm's config.json, and at last the
-tensors themselves.
+The first that is there counts: config.json beside a model.safetensors or <name>.json beside a .npz,
+if they were written with these weights; the header of our own files; the list of published
+checkpoints; timm's config.json; and at last the tensors themselves.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from mlp_mixer.weights import timm
 from mlp_mixer.weights.architecture import Layout, infer_config, layout_of
 from mlp_mixer.weights.checkpoints import Checkpoint
 from mlp_mixer.weights.files import WeightsFile
+from mlp_mixer.weights.npz import fingerprint
 
 FORMAT_VERSION = 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, PICKLED, CONFIG = "model.safetensors", "pytorch_model.bin", "config.json"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def describe(
     if said is not None and "architecture" in said and said.get("format") == "mlp_mixer":
         return _ours(said, where, layout, file)
     shapes = {name: tuple(each.shape) for name, each in layout.to_ours(file.tensors).items()}
-    config = infer_config(shapes, layout, file.path, image_size)
+    said_size = None if said is None else timm.image_size_of(said)
+    config = infer_config(shapes, layout, file.path, image_size, said_size)
     if checkpoint is not None:
         return _published(checkpoint, config, layout, file)
     return _foreign(said, where, config, layout)
@@ -71,43 +73,66 @@ def describe(
 
 def _written(file: WeightsFile) -> tuple[dict[str, Any] | None, str]:
     """Returns what is written about a file, and where; (None, "") where nothing is."""
-    beside = file.path.with_name(CONFIG)
-    sidecar = file.path.with_suffix(".json")
-    carried = file.metadata.get("mlp_mixer")
-    # config.json describes the weights beside it; a file of another name, itself.
-    is_its_own = file.path.name in (WEIGHTS, "pytorch_model.bin") or carried is None
+    carried = None
+    if "mlp_mixer" in file.metadata:
+        carried = _parsed(file.metadata["mlp_mixer"], f"{file.path} (header)")
+    path = None
     if file.container == "npz":
-        path = sidecar if sidecar.is_file() else None
-    else:
-        path = beside if beside.is_file() and is_its_own else None
-    if path is not None:
-        text, where = path.read_text(encoding="utf-8", errors="replace"), str(path)
-    elif carried is not None:
-        text, where = carried, f"{file.path} (header)"
-    else:
-        return None, ""
+        path = file.path.with_suffix(".json")
+    elif file.path.name in (WEIGHTS, PICKLED):  # a file of another name describes itself
+        path = file.path.with_name(CONFIG)
+    if path is not None and path.is_file():
+        try:
+            beside = _parsed(path.read_text(encoding="utf-8", errors="replace"), str(path))
+        except OSError as error:
+            raise UserError(f"cannot read it: {error.strerror}", where=path) from error
+        if _belongs(beside, carried, file):
+            return beside, str(path)
+    return (None, "") if carried is None else (carried, f"{file.path} (header)")
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"not a model description: {error!r}", where=where) from error
+    except (ValueError, RecursionError) as error:
+        what = f"not a model description: {str(error)[:200]}"
+        raise UserError(what, where=where) from error
     if not isinstance(found, dict):
-        raise UserError(f"not a model description: {found!r}", where=where)
-    return found, where
+        raise UserError(f"not a model description: {str(found)[:200]}", where=where)
+    return found
+
+
+def _belongs(beside: dict[str, Any], carried: dict[str, Any] | None, file: WeightsFile) -> bool:
+    """Says whether a description was written with these weights, as far as can be known.
+
+    A save that is killed between its two renames, or a copy of one of the two files, leaves a
+    description of other weights.
+    """
+    known = beside.get("weights")
+    if known is None:  # written by hand, by timm, or by an older version
+        return True
+    if file.container == "npz":
+        return known == fingerprint(file.path)
+    return carried is None or known == carried.get("weights")
 
 
 def _ours(said: dict[str, Any], where: str, layout: Layout, file: WeightsFile) -> Description:
     try:
         if said["version"] > FORMAT_VERSION:
-            what = f"written by a newer mlp_mixer (format {said['version']})"
+            what = f"written by a newer mlp_mixer (format {str(said['version'])[:20]})"
             raise UserError(what, where=where, fix="pip install --upgrade mlp_mixer")
         if not isinstance(said["architecture"], dict):
             raise TypeError("the architecture is not an object")
     except (KeyError, TypeError) as error:
         raise UserError(f"not a model description: {error!r}", where=where) from error
-    config = config_from_json(said["architecture"])
     preprocessing = None
-    if said.get("preprocessing") is not None:
-        preprocessing = Preprocessing.from_json(said["preprocessing"])
+    try:
+        config = config_from_json(said["architecture"])
+        if said.get("preprocessing") is not None:
+            preprocessing = Preprocessing.from_json(said["preprocessing"])
+    except UserError as error:
+        raise UserError(error.what[:400], where=where, fix=error.fix) from error
+    if preprocessing is not None:
         preprocessed = (preprocessing.image_size, preprocessing.channels)
         if preprocessed != (config.image_size, config.in_channels):
             what = f"the preprocessing gives {preprocessed} (size, channels), the model takes "
@@ -120,7 +145,10 @@ def _checked_names(names: Any, num_classes: int, where: str) -> list[str] | None
     if names is None:
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"class_names must be a list of names, got {names!r}", where=where)
+        what = f"class_names must be a list of names, got {str(names)[:200]}"
+        raise UserError(what, where=where)
+    if any("\ud800" <= letter <= "\udfff" for name in names for letter in name):
+        raise UserError("class_names hold letters that are no valid text", where=where)
     if len(names) != num_classes:
         what = f"there are {len(names)} class names for {num_classes} classes"
         raise UserError(what, where=where)
@@ -145,12 +173,14 @@ def _foreign(
     said: dict[str, Any] | None, where: str, config: MixerConfig, layout: Layout
 ) -> Description:
     """Weights of somebody else: preprocessing from timm's config.json, else assumed; said so."""
-    names, preprocessing = None, None
+    names, preprocessing, notes = None, None, []
     if said is not None:
         found = said.get("pretrained_cfg", said)
         try:
             if config.in_channels in (1, 3):
-                preprocessing = timm.preprocessing_of(said, config.image_size, config.in_channels)
+                preprocessing, notes = timm.preprocessing_of(
+                    said, config.image_size, config.in_channels
+                )
         except (ValueError, TypeError) as error:
             raise UserError(f"not a preprocessing: {error}", where=where) from error
         inner = found if isinstance(found, dict) else {}
@@ -158,11 +188,11 @@ def _foreign(
         if isinstance(labels, list) and len(labels) == config.num_classes:
             names = [str(label) for label in labels]
     if preprocessing is not None:
-        return Description(layout, config, names, preprocessing, f"the tensors and {where}")
-    notes = ()
+        said_by = f"the tensors and {where}"
+        return Description(layout, config, names, preprocessing, said_by, tuple(notes))
     if config.in_channels in (1, 3):
         preprocessing = Preprocessing(image_size=config.image_size, channels=config.in_channels)
         if layout.title != "Google":
             what = "the file does not say its preprocessing; Google's is assumed"
-            notes = (f"{what} ({preprocessing.summary()})",)
-    return Description(layout, config, names, preprocessing, "the tensors", notes)
+            notes = [f"{what} ({preprocessing.summary()})"]
+    return Description(layout, config, names, preprocessing, "the tensors", tuple(notes))

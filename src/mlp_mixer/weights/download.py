@@ -16,6 +16,7 @@ import os
 import shutil
 import ssl
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +28,7 @@ from filelock import FileLock
 
 from mlp_mixer.console import Reporter
 from mlp_mixer.errors import UserError
+from mlp_mixer.weights.files import expand
 
 ATTEMPTS = 4  # each goes on where the last one stopped
 PATIENCE = 30.0  # seconds without a byte
@@ -38,14 +40,17 @@ _MEBIBYTE = 2**20
 def cache_folder() -> Path:
     """Returns where downloads are kept: MIXER_CACHE, else mlp_mixer in the user's cache folder."""
     if chosen := os.environ.get("MIXER_CACHE"):
-        return Path(chosen).expanduser()
+        return expand(chosen)
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA", "~/AppData/Local")
     elif sys.platform == "darwin":
         base = "~/Library/Caches"
     else:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "mlp_mixer"
+    try:
+        return Path(base).expanduser() / "mlp_mixer"
+    except RuntimeError:  # a user without a home, as in containers
+        return Path(tempfile.gettempdir()) / "mlp_mixer"
 
 
 def is_offline() -> bool:
@@ -122,6 +127,10 @@ def _download(published: Published, path: Path, report: Reporter) -> None:
             if not isinstance(error.reason, TimeoutError):
                 raise _by_hand(published, path, f"no connection ({error.reason})") from error
             reason = "the server does not answer"
+        except UserError:
+            raise
+        except ValueError as error:  # an address that the server sent us to
+            raise _by_hand(published, path, f"not an address: {error}") from error
         except _BROKEN as error:
             reason = f"the connection broke ({str(error) or type(error).__name__})"
     else:
@@ -152,10 +161,15 @@ def _receive(published: Published, partial: Path, report: Reporter) -> None:
         request.add_header("Range", f"bytes={start}-")
         request.add_header("If-Range", validator)
     with _open(request, partial) as response:
-        length = response.headers.get("Content-Length")
+        if response is None:  # all of it is there already
+            return
+        length = response.headers.get("Content-Length", "")
         if response.status != 206:
             start = 0
-        total = None if length is None else start + int(length)
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            _forget(partial)
+            raise _Interrupted("the server gave another part of the file than asked for")
+        total = start + int(length) if length.isdecimal() else None
         _check_announced(published, total)
         free = shutil.disk_usage(partial.parent).free
         if total is not None and total - start > free:
@@ -169,17 +183,32 @@ def _receive(published: Published, partial: Path, report: Reporter) -> None:
 
 
 @contextlib.contextmanager
-def _open(request: urllib.request.Request, partial: Path) -> Iterator[http.client.HTTPResponse]:
+def _open(
+    request: urllib.request.Request, partial: Path
+) -> Iterator[http.client.HTTPResponse | None]:
+    """Gives the response, or None where the server says that the partial file is the whole."""
     try:
         response = urllib.request.urlopen(request, timeout=PATIENCE)
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
+        total = error.headers.get("Content-Range", "").removeprefix("bytes */")
         error.close()
-        _forget(partial)  # the partial file is longer than the file: begin again
-        raise _Interrupted("the file on the server has changed") from error
+        if total != str(_size_of(partial)):
+            _forget(partial)  # it is longer than the file: begin again
+            raise _Interrupted("the file on the server has changed") from error
+        yield None
+        return
     with response:
         yield response
+
+
+def _next_block(response: http.client.HTTPResponse) -> bytes:
+    """Returns what has come, at most a block; b"" at the end."""
+    try:
+        return response.read1(_BLOCK)
+    except OSError as error:  # no route any more, reset, timed out: not the disk's fault
+        raise _Interrupted(error.strerror or str(error) or type(error).__name__) from error
 
 
 def _copy(
@@ -193,7 +222,7 @@ def _copy(
     mebibytes = (total or 0) // _MEBIBYTE
     with partial.open("ab" if start else "wb") as file, report.progress(mebibytes, "MiB") as bar:
         bar.advance(shown, description=partial.name.removesuffix(".partial"))
-        while block := response.read1(_BLOCK):  # what has come, not more
+        while block := _next_block(response):
             file.write(block)
             done += len(block)
             bar.advance(done // _MEBIBYTE - shown)

@@ -9,15 +9,20 @@ What a file is, its first bytes say and not its name:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import glob
+import io
 import os
 import pickle
+import pickletools
 import re
 import struct
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -76,8 +81,15 @@ def container_of(path: Path) -> str:
     Raises:
         UserError: it begins with something else, or is empty.
     """
-    with path.open("rb") as file:
-        start = file.read(64)
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise UserError(f"cannot read the file: {error.strerror}", where=path) from error
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:  # the readers below want text
+        raise UserError("the name is not valid UTF-8", where=path, fix="Rename it") from error
     if not start:
         raise UserError("the file is empty", where=path, fix=COPY_AGAIN)
     if start[:2] == b"PK":
@@ -122,31 +134,80 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(what, where=path, fix=COPY_AGAIN) from error
 
 
+# What a pickle may name: tensors, their storages, and plain values. torch's restricted reader takes
+# more, such as bytearray(N), which is memory for nothing.
+_PLAIN = {
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_tensor",
+    "torch._utils _rebuild_parameter",
+    "collections OrderedDict",
+    "collections defaultdict",
+    "argparse Namespace",  # the settings in timm's training checkpoints
+    "torch Size",
+    "torch device",
+    "torch.serialization _get_layout",
+    "builtins set",
+    "__builtin__ set",
+    "builtins dict",
+    "__builtin__ dict",
+}
+_TORCH_TYPE = re.compile(r"torch \w*Storage|torch\.storage \w*Storage|torch \w+\d+")
+
+
 def _read_torch(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         what = "a torch pickle under the name of a safetensors file: refused"
         raise UserError(what, where=path, fix="Ask its author, or call it what it is (.pth)")
+    loaded: Any = None
     try:
-        # timm's training checkpoints hold their arguments in a Namespace, which runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except pickle.UnpicklingError as error:
-        blocked = re.search(r"(?:GLOBAL|global|class|instance of) [`']?([\w.]+)", str(error))
-        wants = f" ({blocked[1]})" if blocked else ""
-        what = f"the file is not plain tensors and could run code{wants}: refused"
-        fix = "Ask its author for a safetensors file"
-        raise UserError(what, where=path, fix=fix) from error
+        wanted = sorted(_globals(path))
+        blocked = [each for each in wanted if each not in _PLAIN and not _TORCH_TYPE.match(each)]
+        if not blocked:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                loaded = torch.load(
+                    path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+                )
+    except pickle.UnpicklingError:
+        blocked = ["something that torch refuses"]
     except Exception as error:  # whatever a damaged or hostile pickle leads to
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"not a whole .pth file: {first}", where=path, fix=COPY_AGAIN) from error
+    if blocked:
+        name = blocked[0].replace(" ", ".")[:80]
+        what = f"the file is not plain tensors and could run code ({name}): refused"
+        raise UserError(what, where=path, fix="Ask its author for a safetensors file")
     tensors = _state_dict(loaded)
+    for name, each in tensors.items():
+        if each.layout != torch.strided or each.device.type != "cpu":
+            raise UserError(f"{name} is not a plain array of numbers", where=path)
     size, claimed = path.stat().st_size, sum(each.nbytes for each in tensors.values())
     if claimed > 2 * size + 2**20:
         what = f"the tensors claim {claimed:,} bytes, the file has {size:,}"
         raise UserError(what, where=path, fix="Do not trust where it came from")
     return tensors
+
+
+def _globals(path: Path) -> set[str]:
+    """Returns what the pickles of a torch file name, as "module name"; nothing is run."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            name = next(each for each in archive.namelist() if each.endswith("data.pkl"))
+            return _globals_of(io.BytesIO(archive.read(name)))
+    found: set[str] = set()
+    with path.open("rb") as file:  # before torch 1.6: magic number, protocol, system, the object
+        for _ in range(4):
+            found |= _globals_of(file)
+    return found
+
+
+def _globals_of(file: IO[bytes]) -> set[str]:
+    found = set()
+    for operation, argument, _ in pickletools.genops(file):
+        if operation.name in ("GLOBAL", "INST"):
+            found.add(str(argument))
+        elif operation.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):  # torch writes none
+            found.add(operation.name)
+    return found
 
 
 def _state_dict(loaded: Any) -> dict[str, Tensor]:
@@ -179,21 +240,56 @@ def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def write_aside(path: Path, content: bytes | Callable[[Path], None]) -> None:
+def expand(path: str | Path) -> Path:
+    """Returns the path with ~ replaced.
+
+    Raises:
+        UserError: whose home is meant cannot be found out.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"~ cannot be resolved in {str(path)!r}", fix="Write it out") from error
+
+
+Content = bytes | Callable[[Path], None]
+
+
+def write_aside(path: Path, content: Content) -> None:
     """Writes a file under another name, brings it to disk, then renames it: whole or not at all.
 
     Args:
         path: of the file.
         content: its bytes, or a function that writes them to the path that it is given.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write_together({path: content})
+
+
+def write_together(contents: dict[Path, Content]) -> None:
+    """Writes several files aside, and renames them only when all are whole, in their order."""
+    asides = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in contents}
     try:
-        if callable(content):
-            content(aside)
-        else:
-            aside.write_bytes(content)
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        for path, content in contents.items():
+            _forget_killed(path)
+            asides[path].touch()
+            mode = asides[path].stat().st_mode  # as the umask wants it, whoever writes
+            if callable(content):
+                content(asides[path])
+            else:
+                asides[path].write_bytes(content)
+            asides[path].chmod(mode)
+            with asides[path].open("rb+") as file:
+                os.fsync(file.fileno())
+        for path, aside in asides.items():
+            os.replace(aside, path)
     finally:
-        aside.unlink(missing_ok=True)
+        for aside in asides.values():
+            aside.unlink(missing_ok=True)
+
+
+def _forget_killed(path: Path) -> None:
+    """Removes what writers of this file left behind when they were killed over a minute ago."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 60:
+                left.unlink()

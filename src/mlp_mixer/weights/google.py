@@ -28,8 +28,6 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from mlp_mixer.weights.files import write_aside
-
 Tensors = dict[str, Tensor]
 
 _SECOND = re.compile(
@@ -100,23 +98,19 @@ def first_from_ours(tensors: Tensors) -> Tensors:
 
 
 def write_npz(path: Path, tensors: Tensors) -> None:
-    """Writes tensors by our names as a file that Google's own code loads; whole or not at all.
+    """Writes tensors by our names as a file that Google's own code loads.
 
     Raises:
         OSError: the path cannot be written.
     """
-    arrays = {name: value.contiguous().numpy() for name, value in from_ours(tensors).items()}
-
-    def write(aside: Path) -> None:
-        with aside.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-
-    write_aside(path, write)
+    arrays = {name: each.float().contiguous().numpy() for name, each in from_ours(tensors).items()}
+    with path.open("wb") as file:
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]; numbers, never pickled
 
 
 def natural(name: str) -> list[tuple[int, str]]:
     """Returns a key for sorting by which MixerBlock_2 comes before MixerBlock_10."""
-    parts = re.split(r"(\d+)", name)
+    parts = re.split(r"(\d{1,18})", name)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 

@@ -74,7 +74,10 @@ def fetch(model: HubModel) -> Path:
             )
             if known is huggingface_hub._CACHED_NO_EXIST:  # it was asked for before
                 return None
-            what = f"{model.owner_and_name} is not in the cache and the hub cannot be reached"
+            reason = (
+                "the hub cannot be reached" if cache_only else f"the hub fails: {_cause(error)}"
+            )
+            what = f"{model.owner_and_name} is not in the cache and {reason}"
             where = f"{constants.HF_HUB_CACHE} ({name})"
             fix = f"With a network: {model.command}"
             raise UserError(what, where=where, fix=fix) from error
@@ -93,9 +96,8 @@ def fetch(model: HubModel) -> Path:
             ) from error
         except errors.EntryNotFoundError:
             return None
-        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-            first = (str(error) or type(error).__name__).splitlines()[0]
-            what = f"cannot fetch {model.owner_and_name}: {first}"
+        except Exception as error:  # whatever the hub's library and its network layer raise
+            what = f"cannot fetch {model.owner_and_name}: {_cause(error)}"
             raise UserError(what, where="the hub", fix=f"By hand: {model.command}") from error
         return Path(found)
 
@@ -107,6 +109,12 @@ def fetch(model: HubModel) -> Path:
             return path
     what = f"{model.owner_and_name} has none of {', '.join(WEIGHTS)}"
     raise UserError(what, where="the hub")
+
+
+def _cause(error: BaseException) -> str:
+    """Returns the first line of an error, or of what it was raised from."""
+    first = error.__cause__ or error
+    return (str(first) or type(first).__name__).splitlines()[0]
 
 
 def _is_reachable(endpoint: str) -> bool:

@@ -18,6 +18,7 @@ from mlp_mixer.weights.checkpoints import (
 )
 from mlp_mixer.weights.description import WEIGHTS
 from mlp_mixer.weights.download import Published, cache_folder, cached
+from mlp_mixer.weights.files import expand
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,23 @@ def locate(source: str | Path, report: Reporter) -> Place:
     Raises:
         UserError: there is no such thing, it has no weights, or it cannot be downloaded.
     """
-    text, path = str(source), Path(source).expanduser()
-    if path.is_dir():
-        return Place(_in_folder(path))
-    if path.exists():
-        if not path.is_file():
-            raise UserError("neither a file nor a folder", where=path)
-        return Place(path, checkpoint_of_file(path.name))
+    text = str(source)
     if text.startswith(hub.PREFIX):
-        return Place(hub.fetch(hub.parse(text)))
+        model = hub.parse(text)
+        is_published = model.revision is None and model.owner_and_name.startswith("timm/")
+        known = find_checkpoint(model.owner_and_name) if is_published else None
+        return Place(hub.fetch(model), known)
+    path = expand(source)
+    try:
+        if path.is_dir():
+            return Place(_in_folder(path))
+        if path.exists():
+            if not path.is_file():
+                raise UserError("neither a file nor a folder", where=path)
+            return Place(path, checkpoint_of_file(path.name))
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot look for a model there: {reason}", where=path) from error
     checkpoint = find_checkpoint(text)
     if checkpoint is not None:
         return Place(fetch_checkpoint(checkpoint, report), checkpoint)

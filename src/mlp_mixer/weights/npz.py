@@ -10,6 +10,7 @@ import lzma
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -21,6 +22,7 @@ from torch import Tensor
 from mlp_mixer.errors import UserError
 
 MAX_EXPANSION = 20  # times the size of the file; trained weights hardly compress
+MAX_MEMBERS = 100_000
 ALWAYS_ALLOWED = 64 * 2**20  # bytes; small files of zeros may compress as they like
 # What Python's zipfile raises for a damaged archive.
 DAMAGE = (
@@ -88,9 +90,19 @@ def read_npz(path: Path) -> dict[str, Tensor]:
         raise damaged(path, error) from error
 
 
+def fingerprint(path: Path) -> str:
+    """Returns a checksum of an archive's content, from the checksums in its directory."""
+    with zipfile.ZipFile(path) as archive:
+        sums = "".join(f"{info.filename} {info.CRC}\n" for info in archive.infolist())
+    return f"crc32:{zlib.crc32(sums.encode()):08x}"
+
+
 def damaged(path: Path, error: object) -> UserError:
     """Returns the error for an archive that cannot be read to its end."""
-    return UserError(f"not a whole .npz file: {error}", where=path, fix="Copy or download it again")
+    kind = path.suffix or "archive"
+    return UserError(
+        f"not a whole {kind} file: {error}", where=path, fix="Copy or download it again"
+    )
 
 
 def _check_sizes(path: Path, infos: list[zipfile.ZipInfo]) -> None:
@@ -98,10 +110,11 @@ def _check_sizes(path: Path, infos: list[zipfile.ZipInfo]) -> None:
     if claimed > max(ALWAYS_ALLOWED, MAX_EXPANSION * size):
         what = f"the file of {size:,} bytes would unpack to {claimed:,}; weights do not compress so"
         raise UserError(what, where=path, fix="Do not trust where it came from")
-    names = [info.filename for info in infos]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f"the archive holds {twice[0]!r} more than once", where=path)
+    if len(infos) > MAX_MEMBERS:
+        raise UserError(f"the archive holds {len(infos):,} arrays, no model does", where=path)
+    name, times = Counter(info.filename for info in infos).most_common(1)[0] if infos else ("", 1)
+    if times > 1:
+        raise UserError(f"the archive holds {name!r} more than once", where=path)
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Member:
@@ -111,13 +124,20 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Memb
             version = np.lib.format.read_magic(file)
             shape, fortran_order, dtype = _read_header(file, version)
             offset = file.tell()
-        except ValueError as error:
-            what = f"not an array: {str(error).splitlines()[0]}"
+        except DAMAGE:
+            raise
+        except Exception as error:  # NumPy parses the header as Python: many kinds of errors
+            what = f"not an array: {str(error).splitlines()[0][:200] if str(error) else error!r}"
             raise UserError(what, where=where) from error
     if dtype.hasobject:
         raise UserError("holds Python objects, which could run code: refused", where=where)
-    if not (dtype.kind in "fiu" or dtype == np.dtype("V2")):
+    is_number = dtype.kind in "fiu" and dtype.itemsize <= 8
+    if not (is_number or dtype == np.dtype("V2")):
         raise UserError(f"an array of {dtype} where numbers are expected", where=where)
+    if len(shape) > 8 or not all(type(side) is int and 0 <= side < 2**48 for side in shape):
+        raise UserError(
+            "an array of impossible shape: it claims more than there can be", where=where
+        )
     count = 1
     for side in shape:  # Python's integers: no overflow
         count *= side

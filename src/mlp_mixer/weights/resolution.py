@@ -23,6 +23,7 @@ Shapes: D hidden units of the token-mixing MLP, (h, w) the old grid, (H, W) the 
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Literal
 
 import torch
@@ -70,6 +71,9 @@ def resize_tokens(
     except ValueError as error:
         raise UserError(str(error)) from error
     factors = _whole_factors(config.grid, resized.grid)
+    tiles = factors[0] * factors[1] if factors is not None and growth != "resample" else 1
+    size = 2 * config.num_blocks * resized.num_tokens * tiles * config.tokens_mlp_dim
+    refuse_if_too_large(size, f"token mixing at {image_size[0]}x{image_size[1]} pixels")
     if growth == "block-diagonal" and factors is None:
         old, new = ("x".join(map(str, each)) for each in (config.grid, resized.grid))
         raise UserError(
@@ -79,11 +83,22 @@ def resize_tokens(
         )
     if factors is not None and growth != "resample":
         grow_block_diagonal(tensors, config, factors)
-        num_tiles = factors[0] * factors[1]
-        grown = dataclasses.replace(resized, tokens_mlp_dim=num_tiles * config.tokens_mlp_dim)
+        grown = dataclasses.replace(resized, tokens_mlp_dim=tiles * config.tokens_mlp_dim)
         return grown, f"block-diagonal, {factors[0]}x{factors[1]} tiles"
     resample(tensors, config, resized.grid, interpolation)
     return resized, f"resampled ({interpolation})"
+
+
+def refuse_if_too_large(num_parameters: int, what: str) -> None:
+    """Raises UserError where so many float32 numbers are more than the machine's memory."""
+    needed = 4 * num_parameters
+    try:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on this system
+        there = 2**40
+    if needed > there:
+        gibibytes = f"{needed / 2**30:,.0f} GiB, the machine has {there / 2**30:,.0f}"
+        raise UserError(f"{what} needs {gibibytes}", fix="Take a smaller number")
 
 
 def _whole_factors(old: tuple[int, int], new: tuple[int, int]) -> tuple[int, int] | None:

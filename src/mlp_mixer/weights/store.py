@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
+import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +23,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mlp_mixer.console import Reporter
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, near_names
 from mlp_mixer.models.catalog import config_to_json, model_from_config
 from mlp_mixer.models.layers import ImageClassifier
 from mlp_mixer.models.mixer import MixerConfig
 from mlp_mixer.weights import google, timm
 from mlp_mixer.weights.architecture import check_shapes
 from mlp_mixer.weights.description import CONFIG, FORMAT_VERSION, WEIGHTS, describe
-from mlp_mixer.weights.files import read_weights, write_aside
+from mlp_mixer.weights.files import Content, expand, read_weights, write_together
 from mlp_mixer.weights.locate import locate
-from mlp_mixer.weights.resolution import Growth, resize_tokens
+from mlp_mixer.weights.npz import fingerprint
+from mlp_mixer.weights.resolution import GROWTHS, Growth, refuse_if_too_large, resize_tokens
 
 FORMATS = ("mlp_mixer", "google", "timm")
 
@@ -72,8 +76,15 @@ def load_model(
     check_shapes(config, layout, file.tensors, place.path)
     tensors = layout.to_ours(file.tensors)
     file.tensors.clear()  # what is replaced below need not stay in memory
-    tensors = {name: tensors.pop(name).float().contiguous() for name in list(tensors)}
+    # A copy where the file is mapped into memory: somebody may write to it later.
+    mapped = file.container != "npz"
+    tensors = {
+        name: tensors.pop(name).to(torch.float32, copy=mapped).contiguous()
+        for name in list(tensors)
+    }
     preprocessing = description.preprocessing
+    if growth not in GROWTHS:
+        raise UserError(f"unknown growth {growth!r}", fix=f"Known: {', '.join(GROWTHS)}")
     if wanted is not None and wanted != config.image_size:
         old = config
         config, how = resize_tokens(tensors, config, wanted, growth)
@@ -94,11 +105,19 @@ def load_model(
 def _height_and_width(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if image_size is None:
         return None
-    pair = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+    try:
+        if isinstance(image_size, tuple | list):
+            height, width = (operator.index(side) for side in image_size)
+        else:
+            height = width = operator.index(image_size)
+        if not (0 < height < 2**31 and 0 < width < 2**31):
+            raise ValueError
+    except (TypeError, ValueError) as error:
         fix = "a number of pixels, or (height, width)"
-        raise UserError(f"not an image size: {image_size!r}", where="image_size", fix=fix)
-    return pair
+        raise UserError(
+            f"not an image size: {image_size!r}", where="image_size", fix=fix
+        ) from error
+    return height, width
 
 
 def _pixels(config: MixerConfig) -> str:
@@ -112,9 +131,12 @@ def with_new_head(model: ImageClassifier, num_classes: int) -> ImageClassifier:
         UserError: the number is below 0.
     """
     try:
-        config = dataclasses.replace(model.config, num_classes=num_classes)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        config = dataclasses.replace(model.config, num_classes=operator.index(num_classes))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"not a number of classes: {error}", where="num_classes") from error
+    refuse_if_too_large(
+        num_classes * model.config.hidden_dim, f"a head for {num_classes:,} classes"
+    )
     with torch.device("meta"):
         fresh = model_from_config(config)
     trained = model.state_dict()
@@ -143,64 +165,112 @@ def save_model(model: ImageClassifier, path: str | Path, format: str = "mlp_mixe
         UserError: an unknown format, a name that does not go with it, or the path cannot be
             written.
     """
-    path = Path(path).expanduser()
-    check_target(path, format)
-    text = json.dumps(model_to_json(model))
-    readable = (json.dumps(model_to_json(model), indent=2) + "\n").encode()
+    path = expand(path)
+    weights, beside = check_target(path, format)
     tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    said = {**model_to_json(model), "weights": _fingerprint(tensors)}
     try:
+        weights.parent.mkdir(parents=True, exist_ok=True)
         if format == "google":
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_aside(path.with_suffix(".json"), readable)
-            google.write_npz(path, tensors)
-            return path
-        if format == "timm":
-            tensors = timm.from_ours(tensors)
-        if path.suffix == ".safetensors":
-            path.parent.mkdir(parents=True, exist_ok=True)
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            write_aside(path / CONFIG, readable)
-            path = path / WEIGHTS
-        _write_safetensors(path, tensors, text)
+            _write_google(weights, beside, tensors, said)
+            return weights
+        names = timm.from_ours(tensors) if format == "timm" else tensors
+        metadata = {"format": "pt", "mlp_mixer": json.dumps(said)}
+
+        def write(aside: Path) -> None:
+            # Each tensor with memory of its own, as the format wants it.
+            whole = {name: value.contiguous().clone() for name, value in names.items()}
+            safetensors.torch.save_file(whole, aside, metadata=metadata)
+
+        contents: dict[Path, Content] = {weights: write}
+        if beside is not None:
+            contents[beside] = _readable(said)
+        write_together(contents)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write the model: {reason}", where=path) from error
-    return path
+    return weights
 
 
-def check_target(path: Path, format: str) -> list[Path]:
-    """Returns the files that `save_model` would write there.
+def _write_google(
+    path: Path, beside: Path | None, tensors: dict[str, Tensor], said: dict[str, Any]
+) -> None:
+    """Writes the arrays, and beside them what their layout has no place for."""
+    assert beside is not None
+
+    def describe_aside(aside: Path) -> None:
+        written = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        aside.write_bytes(_readable({**said, "weights": fingerprint(written)}))
+
+    def write(aside: Path) -> None:
+        google.write_npz(aside, tensors)
+
+    write_together({path: write, beside: describe_aside})
+
+
+def _readable(said: dict[str, Any]) -> bytes:
+    return (json.dumps(said, indent=2) + "\n").encode()
+
+
+def _fingerprint(tensors: dict[str, Tensor]) -> str:
+    """Returns a checksum by which a description and its weights know each other."""
+    checksum = 0
+    for value in tensors.values():
+        data = value.contiguous().view(-1).view(torch.uint8).numpy()
+        checksum = zlib.crc32(data.data, checksum)
+    return f"crc32:{checksum:08x}"
+
+
+def check_target(path: Path, format: str) -> tuple[Path, Path | None]:
+    """Returns the files that `save_model` would write there: weights, and a description or None.
 
     Raises:
-        UserError: an unknown format, or a name that does not go with it.
+        UserError: an unknown format, a name that does not go with it, or a folder of something
+            else.
     """
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}", fix=f"Known: {', '.join(FORMATS)}")
     expected = ".npz" if format == "google" else ".safetensors"
-    if path.suffix != expected and (format == "google" or path.suffix in _OTHER_SUFFIXES):
+    suffix = path.suffix
+    is_near = suffix.lower() in _SUFFIXES or near_names(suffix, [".safetensors", ".npz"])
+    if suffix != expected and (format == "google" or is_near):
         what = f"format {format} is a {expected} file, got {path.name!r}"
         raise UserError(what, where=path, fix=f"Call it {path.with_suffix(expected).name}")
-    if path.suffix == expected:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError("the name is not valid UTF-8", where=path, fix="Choose another") from error
+    if suffix == expected:
         if path.is_dir():
             raise UserError("the output is a folder, a file is meant", where=path)
-        return [path, path.with_suffix(".json")] if format == "google" else [path]
+        if format != "google":
+            return path, None
+        beside = path.with_suffix(".json")
+        _check_description(beside, "Choose another name")
+        return path, beside
     if path.is_file():
         raise UserError("the output is a file, a folder is meant", where=path)
-    return [path / WEIGHTS, path / CONFIG]
+    if (path / "best").is_dir():
+        what = "the output is a run folder; its model lies in best/"
+        raise UserError(what, where=path, fix="Give a new folder")
+    _check_description(path / CONFIG, "Give a new folder")
+    return path / WEIGHTS, path / CONFIG
 
 
-_OTHER_SUFFIXES = (".npz", ".pth", ".pt", ".bin", ".ckpt", ".onnx", ".json")
+def _check_description(path: Path, fix: str) -> None:
+    """Refuses to replace a JSON file that is not the description of a model of ours."""
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or found.get("format") != "mlp_mixer":
+        what = "this file would be replaced, and it is not the description of a model"
+        raise UserError(what, where=path, fix=fix)
 
 
-def _write_safetensors(path: Path, tensors: dict[str, Tensor], description: str) -> None:
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
-    metadata = {"format": "pt", "mlp_mixer": description}
-
-    def write(aside: Path) -> None:
-        safetensors.torch.save_file(tensors, aside, metadata=metadata)
-
-    write_aside(path, write)
+_SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".onnx", ".json")
 
 
 def model_to_json(model: ImageClassifier) -> dict[str, Any]:

@@ -13,11 +13,11 @@ Source: timm 1.0, models/mlp_mixer.py.
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from mlp_mixer.preprocessing import Preprocessing
+from mlp_mixer.preprocessing import INTERPOLATIONS, Preprocessing
 
 Tensors = dict[str, Tensor]
 
@@ -60,33 +60,57 @@ def _renamed(name: str, old: int, new: int) -> str:
 
 def preprocessing_of(
     config: dict[str, Any], image_size: tuple[int, int], channels: int
-) -> Preprocessing | None:
-    """Returns the preprocessing that timm's config.json describes, None where it does not.
+) -> tuple[Preprocessing | None, list[str]]:
+    """Returns the preprocessing that timm's config.json describes, and what could not be kept.
 
     Args:
-        config: of a model on the hub: "pretrained_cfg" with mean, std, crop_pct, interpolation.
+        config: of a model on the hub: "pretrained_cfg" with mean, std, crop_pct, interpolation,
+            crop_mode. What is missing has timm's defaults: bicubic, 0.875, the centre.
         image_size: (H, W) of the model.
         channels: of the model's input.
+
+    Returns:
+        None where nothing is described; and notes for the user.
 
     Raises:
         ValueError, TypeError: a value is out of range.
     """
     found = config.get("pretrained_cfg", config)
-    if not isinstance(found, dict) or "mean" not in found or "std" not in found:
-        return None
-    interpolation: Literal["bilinear", "bicubic"]
-    interpolation = "bicubic" if found.get("interpolation") == "bicubic" else "bilinear"
-    return Preprocessing(
+    if not isinstance(found, dict) or found.get("mean") is None or found.get("std") is None:
+        return None, []
+    notes = []
+    interpolation = found.get("interpolation") or "bicubic"
+    if interpolation not in INTERPOLATIONS:
+        notes.append(f"interpolation {interpolation!r} is not offered here; bicubic is used")
+        interpolation = "bicubic"
+    mode = found.get("crop_mode") or "center"
+    if mode not in ("center", "squash"):
+        notes.append(f"crop mode {mode!r} is not offered here; the centre is cut")
+    preprocessing = Preprocessing(
         image_size=image_size,
-        resize="squash" if found.get("crop_mode") == "squash" else "resmall-crop",
+        # timm's "squash" scales each side and then cuts: the paper's resize-crop.
+        resize="resize-crop" if mode == "squash" else "resmall-crop",
         channels=channels,
-        mean=_one_or_all(found["mean"]),
-        std=_one_or_all(found["std"]),
-        crop=float(found.get("crop_pct", 0.875)),
+        mean=_per_channel(found["mean"], channels),
+        std=_per_channel(found["std"], channels),
+        crop=float(found.get("crop_pct") or 0.875),
         interpolation=interpolation,
     )
+    return preprocessing, notes
 
 
-def _one_or_all(values: Any) -> float | tuple[float, ...]:
+def image_size_of(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Returns (H, W) of the "input_size" in timm's config.json; None where it is not there."""
+    found = config.get("pretrained_cfg", config)
+    size = found.get("input_size") if isinstance(found, dict) else None
+    if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int for n in size):
+        return None
+    return size[1], size[2]
+
+
+def _per_channel(values: Any, channels: int) -> float | tuple[float, ...]:
+    """One number where all are alike, and their mean for a grey model."""
     numbers = tuple(float(each) for each in (values if isinstance(values, list) else [values]))
+    if channels == 1 and len(numbers) == 3:
+        return sum(numbers) / 3
     return numbers[0] if len(set(numbers)) == 1 else numbers
