@@ -105,9 +105,7 @@ def test_resizing_maps(old: int, new: int, interpolation: str):
     assert torch.allclose(matrix.sum(dim=1), torch.ones(new, dtype=torch.float64))
     assert (matrix.abs().sum(dim=0) > 0).all()  # no cell is forgotten
     centre = torch.arange(old, dtype=torch.float64) - (old - 1) / 2
-    assert (
-        torch.cat([matrix @ centre, centre[-1:]]).diff() >= 0
-    ).all()  # and none has changed its place
+    assert ((matrix @ centre).diff() >= 0).all()  # and none has changed its place
     if old == new:
         assert torch.equal(matrix, torch.eye(old, dtype=torch.float64))
     flipped = matrix.flip(0).flip(1)

@@ -97,13 +97,19 @@ def first_from_ours(tensors: Tensors) -> Tensors:
     return arrays
 
 
-def write_npz(path: Path, tensors: Tensors) -> None:
+def write_npz(path: Path, tensors: Tensors, *, first_generation: bool = False) -> None:
     """Writes tensors by our names as a file that Google's own code loads.
+
+    Args:
+        path: of the file.
+        tensors: by our names.
+        first_generation: by the older names, which only big_vision reads.
 
     Raises:
         OSError: the path cannot be written.
     """
-    arrays = {name: each.float().contiguous().numpy() for name, each in from_ours(tensors).items()}
+    named = first_from_ours(tensors) if first_generation else from_ours(tensors)
+    arrays = {name: each.float().contiguous().numpy() for name, each in named.items()}
     with path.open("wb") as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]; numbers, never pickled
 

@@ -175,7 +175,7 @@ def save_model(model: ImageClassifier, path: str | Path, format: str = "mlp_mixe
             _write_google(weights, beside, tensors, said)
             return weights
         names = timm.from_ours(tensors) if format == "timm" else tensors
-        metadata = {"format": "pt", "mlp_mixer": json.dumps(said)}
+        metadata = {"mlp_mixer": json.dumps(said)}  # one entry: the library shuffles several
 
         def write(aside: Path) -> None:
             # Each tensor with memory of its own, as the format wants it.
