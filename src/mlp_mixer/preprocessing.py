@@ -31,6 +31,7 @@ class Preprocessing:
         crop: the centre's share of the resized picture's side, (0, 1]; 7/8 is the paper's 224 of
             256 (and timm's crop_pct 0.875). Without meaning for "squash".
         interpolation: one of `INTERPOLATIONS`, with antialiasing.
+        exif_orientation: turn photographs upright by their EXIF tag; the paper's code does not.
 
     Raises:
         ValueError: a value is out of range.
@@ -43,6 +44,7 @@ class Preprocessing:
     std: float | tuple[float, ...] = 0.5
     crop: float = 0.875
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    exif_orientation: bool = True
 
     def __post_init__(self) -> None:
         if self.resize not in RESIZE_METHODS:
@@ -65,6 +67,8 @@ class Preprocessing:
         if self.interpolation not in INTERPOLATIONS:
             what = f"interpolation must be one of {INTERPOLATIONS}"
             raise ValueError(f"{what}, got {self.interpolation!r}")
+        if not isinstance(self.exif_orientation, bool):
+            raise ValueError(f"exif_orientation is true or false, got {self.exif_orientation!r}")
 
     def value_range(self) -> str:
         """Returns what black and white become: "[-1, 1]", or mean and std where channels differ."""

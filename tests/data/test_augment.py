@@ -5,25 +5,32 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from conftest import draw
-from mlp_mixer.data.augment import mixup, warp
+from mlp_mixer.data.augment import (
+    cutmix,
+    mix,
+    mixup,
+    padded_crop,
+    permute_patches,
+    permute_pixels,
+    random_erasing,
+    warp,
+)
 
 
 def test_no_strength_changes_nothing():
-    image = draw(0)
-    out = warp(image, np.random.default_rng(0))
-    assert (np.asarray(out) == np.asarray(image)).all()
+    pixels = np.asarray(draw(0))
+    assert (warp(pixels, np.random.default_rng(0)) == pixels).all()
 
 
 def test_shift_moves_by_its_share():
-    pixels = np.zeros((40, 40), np.uint8)
+    pixels = np.zeros((40, 40, 1), np.uint8)
     pixels[18:22, 18:22] = 255
     centers = []
     for seed in range(200):
-        out = warp(Image.fromarray(pixels), np.random.default_rng(seed), shift=0.2)
-        y, x = np.nonzero(np.asarray(out) > 100)
+        out = warp(pixels, np.random.default_rng(seed), shift=0.2)
+        y, x = np.nonzero(out[..., 0] > 100)
         centers.append((x.mean() - 19.5, y.mean() - 19.5))
     spread = np.abs(centers).max(axis=0)
     assert (spread > 7.0).all()
@@ -31,12 +38,12 @@ def test_shift_moves_by_its_share():
 
 
 def test_rotation_keeps_the_centre_and_turns_by_its_angle():
-    pixels = np.zeros((41, 41), np.uint8)
+    pixels = np.zeros((41, 41, 1), np.uint8)
     pixels[19:22, 30:33] = 255
     angles = []
     for seed in range(200):
-        out = warp(Image.fromarray(pixels), np.random.default_rng(seed), rotate=30.0)
-        y, x = np.nonzero(np.asarray(out) > 60)
+        out = warp(pixels, np.random.default_rng(seed), rotate=30.0)
+        y, x = np.nonzero(out[..., 0] > 60)
         angles.append(np.degrees(np.arctan2(y.mean() - 20, x.mean() - 20)))
         assert np.hypot(y.mean() - 20, x.mean() - 20) == pytest.approx(11.0, abs=0.7)
     assert 27 < max(angles) < 32
@@ -45,18 +52,18 @@ def test_rotation_keeps_the_centre_and_turns_by_its_angle():
 
 def test_the_same_generator_gives_the_same_picture():
     options = {"rotate": 10.0, "scale": 0.1, "shear": 0.1, "shift": 0.1, "elastic": 0.05}
-    first = warp(draw(0), np.random.default_rng(5), **options)
-    again = warp(draw(0), np.random.default_rng(5), **options)
-    other = warp(draw(0), np.random.default_rng(6), **options)
-    assert (np.asarray(first) == np.asarray(again)).all()
-    assert (np.asarray(first) != np.asarray(other)).any()
+    pixels = np.asarray(draw(0))
+    first = warp(pixels, np.random.default_rng(5), **options)
+    again = warp(pixels, np.random.default_rng(5), **options)
+    other = warp(pixels, np.random.default_rng(6), **options)
+    assert (first == again).all()
+    assert (first != other).any()
 
 
 def test_grey_stays_grey():
-    for image in (draw(0), draw(0).convert("L")):
-        out = warp(image, np.random.default_rng(0), elastic=0.0)
-        assert out.mode == image.mode
-        assert np.abs(np.asarray(out, int) - np.asarray(image, int)).max() <= 1
+    for pixels in (np.asarray(draw(0)), np.asarray(draw(0))[..., :1]):
+        out = warp(pixels, np.random.default_rng(0), rotate=5.0)
+        assert (out.dtype, out.shape) == (np.uint8, pixels.shape)
 
 
 def test_elastic_moves_by_its_strength():
@@ -65,7 +72,7 @@ def test_elastic_moves_by_its_strength():
     pixels[31:34, 31:34] = 255
     moves = []
     for seed in range(300):
-        out = np.asarray(warp(Image.fromarray(pixels), np.random.default_rng(seed), elastic=0.05))
+        out = warp(pixels, np.random.default_rng(seed), elastic=0.05)
         y, x = np.nonzero(out[..., 1] > 60)
         if len(x):
             moves += [x.mean() - 32, y.mean() - 32]
@@ -98,3 +105,100 @@ def test_mixup_of_strength_zero_is_off():
     mixed, labels = mixup(images, targets, 0.0, np.random.default_rng(0))
     assert mixed is images
     assert labels is targets
+
+
+def test_a_padded_crop_moves_by_whole_pixels_and_fills_with_black():
+    pixels = np.asarray(draw(2, (32, 32))) // 2 + 100  # nothing black in it
+    places = set()
+    for seed in range(300):
+        out = padded_crop(pixels, np.random.default_rng(seed), 0.125)
+        assert out.shape == pixels.shape
+        rows, columns = np.flatnonzero(out.any(axis=(1, 2))), np.flatnonzero(out.any(axis=(0, 2)))
+        y = 32 - len(rows) if rows[0] == 0 else -(32 - len(rows))
+        x = 32 - len(columns) if columns[0] == 0 else -(32 - len(columns))
+        shown = out[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        part = pixels[max(0, y) : 32 + min(0, y), max(0, x) : 32 + min(0, x)]
+        assert (shown == part).all()
+        places.add((y, x))
+    assert {y for y, _ in places} == {x for _, x in places} == set(range(-4, 5))
+
+
+def test_erasing_leaves_what_is_outside_its_rectangle():
+    pixels = np.zeros((40, 30, 3), np.uint8)
+    shares = []
+    for seed in range(300):
+        out = random_erasing(pixels, np.random.default_rng(seed), 0.5)
+        rows, columns = np.nonzero(out.any(axis=2))
+        if len(rows):
+            box = (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+            assert (out.any(axis=2).sum() - box) == 0
+            shares.append(box / 1200)
+    assert 110 < len(shares) < 190
+    assert min(shares) < 0.05
+    assert 0.25 < max(shares) < 0.37
+    assert not pixels.any()
+    assert random_erasing(pixels, np.random.default_rng(0), 0.0) is pixels
+
+
+def test_cutmix_pastes_a_rectangle_and_counts_its_area():
+    images = torch.arange(3.0)[:, None, None, None].expand(3, 1, 16, 12).contiguous()
+    shares = []
+    for seed in range(200):
+        mixed, labels = cutmix(images, torch.eye(3), 1.0, np.random.default_rng(seed))
+        pasted = (mixed != images).float().mean(dim=(1, 2, 3))
+        assert (pasted == pasted[0]).all()
+        torch.testing.assert_close(labels[1], torch.tensor([pasted[0], 1 - pasted[0], 0.0]))
+        assert (mixed[1][mixed[1] != 1] == 0).all()  # the neighbour's
+        shares.append(float(pasted[0]))
+    assert min(shares) < 0.05
+    assert max(shares) > 0.9
+
+
+def test_with_mixup_and_cutmix_a_coin_decides():
+    images, targets = torch.randn(4, 1, 8, 8), torch.eye(4)
+    kinds = []
+    for seed in range(100):
+        mixed, _ = mix(
+            images, targets, np.random.default_rng(seed), mixup_strength=0.5, cutmix_strength=1.0
+        )
+        kinds.append(bool((mixed == images).any() or (mixed == images.roll(1, 0)).any()))
+    assert 30 < sum(kinds) < 70
+    same, _ = mix(images, targets, np.random.default_rng(0), mixup_strength=0, cutmix_strength=0)
+    assert same is images
+
+
+def test_permuted_patches_are_the_same_patches():
+    """Each patch of the result is one of the image's with its pixels in the one shared order."""
+    images = torch.arange(2 * 3 * 8 * 12).reshape(2, 3, 8, 12)
+    out = permute_patches(images, 4, seed=1)
+    assert not torch.equal(out, images)
+    assert torch.equal(out, permute_patches(images, 4, seed=1))
+    assert not torch.equal(out, permute_patches(images, 4, seed=2))
+
+    def patches(batch: torch.Tensor) -> torch.Tensor:
+        grid = batch.unfold(2, 4, 4).unfold(3, 4, 4)  # (N, channels, rows, columns, 4, 4)
+        return grid.reshape(2, 3, 6, 16)
+
+    before, after = patches(images), patches(out)
+    order = [
+        next(p for p in range(6) if set(before[0, 0, p].tolist()) == set(after[0, 0, q].tolist()))
+        for q in range(6)
+    ]
+    inside = [before[0, 0, order[0]].tolist().index(each) for each in after[0, 0, 0].tolist()]
+    assert sorted(order) == list(range(6))
+    assert inside != list(range(16))
+    assert torch.equal(after, before[:, :, order][..., inside])  # every image, channel and patch
+
+
+def test_permuted_pixels_are_the_same_pixels():
+    images = torch.arange(2 * 3 * 5 * 4).reshape(2, 3, 5, 4)
+    out = permute_pixels(images, seed=1)
+    order = out[0, 0].flatten().tolist()
+    assert sorted(order) == list(range(20))
+    assert order != list(range(20))
+    assert torch.equal(out.flatten(2), images.flatten(2)[..., order])
+
+
+def test_patches_that_do_not_divide_the_image():
+    with pytest.raises(ValueError, match="patches of 3 do not divide images of 8x8"):
+        permute_patches(torch.zeros(1, 1, 8, 8), 3, seed=0)

@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from mlp_mixer.data.loader import Batch, evaluation_batches, training_batches
+from conftest import tiny_config
+from mlp_mixer.data.image import EncodedImage
+from mlp_mixer.data.items import PackedStrings, Source, random_subset
+from mlp_mixer.data.loader import Batch, evaluation_batches, on_device, training_batches
 from mlp_mixer.data.sampler import batches_of_positions, epoch_order, locate, sample_generator
-from mlp_mixer.data.sources import Source, open_splits
+from mlp_mixer.data.sources import open_splits
 from mlp_mixer.data.transforms import inception_crop
 from mlp_mixer.errors import UserError
 from mlp_mixer.preprocessing import Preprocessing
+from mlp_mixer.training.dataset import Augmentation
 
 PREPROCESSING = Preprocessing(image_size=(8, 8))
 
 
-def crop(image: Image.Image, random: np.random.Generator) -> Image.Image:
+def crop(image: EncodedImage, random: np.random.Generator) -> np.ndarray:
     return inception_crop(image, (8, 8), random)
 
 
+def die_at_bee_3(image: EncodedImage, random: np.random.Generator) -> np.ndarray:
+    if str(image.where).endswith("bee/3.png"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return crop(image, random)
+
+
+def hang_at_bee_3(image: EncodedImage, random: np.random.Generator) -> np.ndarray:
+    if str(image.where).endswith("bee/3.png"):
+        time.sleep(1000)
+    return crop(image, random)
+
+
 def load(source: Source, start: int, stop: int, **options: object) -> list[Batch]:
-    arguments = {"seed": 3, "batch_size": 6, "num_workers": 0, **options}
-    return list(training_batches(source, PREPROCESSING, crop, start=start, stop=stop, **arguments))
+    return list(run(source, start, stop, **options))
+
+
+def run(source: Source, start: int, stop: int, **options: object) -> Iterator[Batch]:
+    arguments = {"seed": 3, "batch_size": 6, "num_workers": 0, "transform": crop, **options}
+    transform = arguments.pop("transform")
+    return training_batches(source, PREPROCESSING, transform, start=start, stop=stop, **arguments)
 
 
 def assert_same(first: list[Batch], second: list[Batch]) -> None:
@@ -62,9 +86,83 @@ def test_the_same_order_in_another_process():
     assert printed.stdout.strip() == str(epoch_order(1, 2, 30).tolist())
 
 
-def test_the_same_bits_with_and_without_workers(class_folder: Path):
+@pytest.mark.parametrize("augmented", [False, True])
+def test_the_same_bits_with_and_without_workers(class_folder: Path, augmented):
+    source, options = open_splits(str(class_folder))["train"], {}
+    if augmented:
+        config = tiny_config(str(class_folder), class_folder)
+        for key, value in {"randaugment": 15.0, "erasing": 0.5, "rotate": 9.0}.items():
+            config = config.with_value(f"augment.{key}", value)
+        options["transform"] = Augmentation(config.augment, PREPROCESSING)
+    alone = load(source, 0, 7, **options)
+    for workers in (1, 2, 4):
+        assert_same(alone, load(source, 0, 7, num_workers=workers, **options))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_every_batch_in_its_order(class_folder: Path, world_size):
     source = open_splits(str(class_folder))["train"]
-    assert_same(load(source, 0, 7), load(source, 0, 7, num_workers=2))
+    alone = load(source, 2, 8)
+    ranks = [load(source, 2, 8, rank=r, world_size=world_size) for r in range(world_size)]
+    for step, batch in enumerate(alone):
+        parts = [rank[step] for rank in ranks]
+        assert {len(part.labels) for part in parts} == {6 // world_size}
+        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+        assert torch.equal(torch.cat([part.indices for part in parts]), batch.indices)
+
+
+def test_ranks_that_cannot_share_a_batch(class_folder: Path):
+    source = open_splits(str(class_folder))["train"]
+    with pytest.raises(UserError, match="6 images cannot be shared equally by 4 processes"):
+        load(source, 0, 1, rank=1, world_size=4)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as Unix has them")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_worker_that_dies_is_named_with_its_image(class_folder: Path, workers):
+    source = open_splits(str(class_folder))["train"]
+    with pytest.raises(UserError, match=r"worker process \d, at .*bee/3\.png, ended") as caught:
+        load(source, 0, 8, num_workers=workers, transform=die_at_bee_3)
+    assert "--num-workers" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_hangs_is_named_with_its_image(class_folder: Path, workers):
+    source = open_splits(str(class_folder))["train"]
+    with pytest.raises(UserError, match=r"no batch for 1 seconds; worker .*, at .*bee/3\.png"):
+        load(source, 0, 8, num_workers=workers, transform=hang_at_bee_3, timeout=1.0)
+
+
+def test_batches_on_the_device(class_folder: Path):
+    source = open_splits(str(class_folder))["train"]
+    alone = load(source, 0, 4)
+    assert_same(alone, list(on_device(iter(alone), torch.device("cpu"))))
+    meta = list(on_device(iter(alone), torch.device("meta")))
+    assert [batch.images.device.type for batch in meta] == ["meta"] * 4
+
+
+def test_subsets_are_nested_and_seeded(class_folder: Path):
+    source = open_splits(str(class_folder))["train"]
+
+    def names(fraction: float, seed: int) -> list[str]:
+        part = random_subset(source, fraction, seed)
+        return [part.item_name(index) for index in range(len(part))]
+
+    sizes = [len(names(fraction, 1)) for fraction in (0.01, 0.1, 0.35, 1.0)]
+    assert sizes == [1, 2, 7, 20]
+    assert set(names(0.1, 1)) < set(names(0.35, 1)) < set(names(1.0, 1))
+    assert names(0.35, 1) != names(0.35, 2)
+    assert names(0.35, 1) == names(0.35, 1)
+
+
+def test_packed_strings_are_the_strings():
+    names = ["a", "", "\u00e4/\u732b.png", "x" * 300, "\udcff not text"]
+    packed = PackedStrings(names)
+    assert list(packed) == names
+    assert packed[-1] == names[-1]
+    assert list(packed[1:3]) == names[1:3]
+    with pytest.raises(IndexError):
+        packed[5]
 
 
 def test_a_start_at_step_n_is_the_same_as_getting_there(class_folder: Path):

@@ -8,21 +8,12 @@ import numpy as np
 import pytest
 
 from conftest import draw, make_class_folder
-from mlp_mixer.data.folders import image_files, natural_order
+from mlp_mixer.data.classes import in_class_order, match_classes, natural_order
+from mlp_mixer.data.folders import class_folder as read_class_folder
+from mlp_mixer.data.folders import image_files
 from mlp_mixer.data.image import decode
-from mlp_mixer.data.sources import (
-    class_folder as read_class_folder,
-)
-from mlp_mixer.data.sources import (
-    match_classes,
-    names_source,
-    open_source,
-    open_splits,
-    relabel,
-    split_by_class,
-    subset,
-    unreadable,
-)
+from mlp_mixer.data.items import relabel, split_by_class, subset, unreadable
+from mlp_mixer.data.sources import names_source, open_source, open_splits
 from mlp_mixer.errors import UserError
 
 
@@ -61,7 +52,7 @@ def test_the_digits_are_the_real_pixels():
 
     source = open_splits("digits")["test"]
     at = int(source.item_name(5).removeprefix("digits[").removesuffix("]"))
-    pixels = np.asarray(decode(source.read(5), "x", 1))
+    pixels = decode(source.read(5), "x", 1)[..., 0]
     assert (np.round(pixels / 255 * 16) == load_digits().images[at]).all()
     assert source.labels[5] == load_digits().target[at]
 
@@ -264,3 +255,34 @@ def test_image_files_are_files(tmp_path: Path):
 def test_a_near_name_of_a_folder(class_folder: Path):
     with pytest.raises(UserError, match="Did you mean data"):
         open_splits(str(class_folder.parent / "dta"))
+
+
+def test_hidden_folders_and_links_deep_inside(tmp_path: Path):
+    make_class_folder(tmp_path / "data", {"a": 1, "a/.cache": 1, "a/z": 1, "a/b": 1, "a.b": 1})
+    (tmp_path / "data" / "a" / "loop").symlink_to(tmp_path / "data", target_is_directory=True)
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "data" / "a" / "b")
+    source = read_class_folder(tmp_path / "data", "x")
+    assert source.class_names == ["a", "a.b", "linked"]
+    found = [source.item_name(at).removeprefix(f"{tmp_path}/data/") for at in range(len(source))]
+    assert found == ["a/0.png", "a/b/0.png", "a/z/0.png", "a.b/0.png", "linked/0.png"]
+    assert source.labels.tolist() == [0, 0, 0, 1, 2]
+
+
+def test_the_order_of_files_is_that_of_sorted_paths(tmp_path: Path):
+    make_class_folder(tmp_path, {"a": 12, "a/b": 2, "a/0": 2})
+    (tmp_path / "a" / "b.png").write_bytes(b"x")
+    assert image_files(tmp_path) == sorted(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("names", "ordered"),
+    [
+        (["10", "2", "1"], ["1", "2", "10"]),
+        (["10", "-2", "007", "7"], ["-2", "007", "7", "10"]),
+        (["b10", "b9", "A"], ["A", "b9", "b10"]),
+        (["10", "2", "x"], ["2", "10", "x"]),
+    ],
+)
+def test_class_order(names, ordered):
+    assert in_class_order(names) == ordered
+    assert in_class_order(reversed(names)) == ordered

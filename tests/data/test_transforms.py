@@ -2,51 +2,57 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from conftest import draw
+from conftest import draw, encode
+from mlp_mixer.data.image import EncodedImage
 from mlp_mixer.data.transforms import (
     denormalize,
     flip,
+    inception_box,
     inception_crop,
     normalize,
+    resize,
     resize_for_evaluation,
-    to_tensor,
 )
 from mlp_mixer.preprocessing import RESIZE_METHODS, Preprocessing
 
 
-@pytest.mark.parametrize("resize", RESIZE_METHODS)
+@pytest.mark.parametrize("method", RESIZE_METHODS)
 @pytest.mark.parametrize("size", [(1, 1), (4000, 3), (3, 4000), (500, 333), (8, 8), (16, 24)])
-def test_any_picture_gets_the_models_size(resize, size):
-    preprocessing = Preprocessing(image_size=(24, 16), resize=resize)
-    image = Image.new("RGB", size, (10, 200, 30))
-    resized = resize_for_evaluation(image, preprocessing)
-    assert resized.size == (16, 24)
-    assert np.asarray(resized)[12, 8].tolist() == [10, 200, 30]
+def test_any_picture_gets_the_models_size(method, size):
+    preprocessing = Preprocessing(image_size=(24, 16), resize=method)
+    pixels = np.full((*size[::-1], 3), (10, 200, 30), np.uint8)
+    resized = resize_for_evaluation(pixels, preprocessing)
+    assert (resized.dtype, resized.shape) == (np.uint8, (24, 16, 3))
+    assert resized[12, 8].tolist() == [10, 200, 30]
+    grey = resize_for_evaluation(pixels[..., :1], preprocessing)
+    assert grey.shape == (24, 16, 1)
 
 
 def test_a_picture_of_the_models_size_is_left_alone():
-    image = draw(0, (16, 24))
-    for resize in RESIZE_METHODS:
-        kept = resize_for_evaluation(image, Preprocessing(image_size=(24, 16), resize=resize))
-        assert (np.asarray(kept) == np.asarray(image)).all()
+    pixels = np.asarray(draw(0, (16, 24)))
+    for method in RESIZE_METHODS:
+        kept = resize_for_evaluation(pixels, Preprocessing(image_size=(24, 16), resize=method))
+        assert (kept == pixels).all()
 
 
-@pytest.mark.parametrize("resize", RESIZE_METHODS)
-def test_small_pictures_show_the_same_at_every_size(resize):
+@pytest.mark.parametrize("method", RESIZE_METHODS)
+def test_small_pictures_show_the_same_at_every_size(method):
     """Nothing is cut from a picture that is no larger than the input: the border stays."""
     image = Image.new("RGB", (32, 32), (255, 0, 0))
     image.paste((0, 0, 255), (4, 4, 28, 28))
+    framed = np.asarray(image)
     for size in (32, 48, 64, 96):
-        preprocessing = Preprocessing(image_size=(size, size), resize=resize)
-        pixels = np.asarray(resize_for_evaluation(image, preprocessing), float)
+        preprocessing = Preprocessing(image_size=(size, size), resize=method)
+        pixels = np.asarray(resize_for_evaluation(framed, preprocessing), float)
         assert pixels[..., 0].mean() / 255 == pytest.approx(1 - (24 / 32) ** 2, abs=0.01)
     larger = np.asarray(
-        resize_for_evaluation(image, Preprocessing(image_size=(28, 28), resize="resmall-crop"))
+        resize_for_evaluation(framed, Preprocessing(image_size=(28, 28), resize="resmall-crop"))
     )
     assert larger[..., 0].mean() / 255 < 0.35  # of a larger one the border is cut
 
@@ -55,55 +61,101 @@ def test_resmall_crop_keeps_the_aspect_and_cuts_the_centre():
     """224 of a shorter side of 256: the share 7/8 of it, and as much of the longer side."""
     ramp = np.broadcast_to(np.arange(512, dtype=float) / 2, (256, 512)).astype(np.uint8)
     preprocessing = Preprocessing(image_size=(224, 224), channels=1)
-    cut = np.asarray(resize_for_evaluation(Image.fromarray(ramp), preprocessing), float)
+    cut = np.asarray(resize_for_evaluation(ramp[..., None], preprocessing), float)
     assert (cut[0, 0], cut[0, -1]) == pytest.approx((144 / 2, (144 + 223) / 2), abs=1)
 
 
 def test_resize_crop_squashes():
     ramp = np.broadcast_to(np.arange(512, dtype=float) / 2, (256, 512)).astype(np.uint8)
     preprocessing = Preprocessing(image_size=(224, 224), resize="resize-crop", channels=1)
-    cut = np.asarray(resize_for_evaluation(Image.fromarray(ramp), preprocessing), float)
+    cut = np.asarray(resize_for_evaluation(ramp[..., None], preprocessing), float)
     assert (cut[0, 0], cut[0, -1]) == pytest.approx((16.5, 255 - 16.5), abs=1)
 
 
-def test_inception_crop_draws_its_share_of_the_picture():
-    y, x = np.mgrid[0:200, 0:240]
-    image = Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
-    shares, ratios = [], []
-    for seed in range(300):
-        crop = inception_crop(image, (64, 64), np.random.default_rng(seed), (0.1, 0.5))
-        pixels = np.asarray(crop, float)
-        width = (pixels[32, -1, 0] - pixels[32, 0, 0]) * 64 / 63
-        height = (pixels[-1, 32, 1] - pixels[0, 32, 1]) * 64 / 63
-        shares.append(width * height / (200 * 240))
-        ratios.append(width / height)
-    assert 0.09 < min(shares) < 0.15
-    assert 0.45 < max(shares) < 0.52
-    assert 0.70 < min(ratios) < 0.80
-    assert 1.25 < max(ratios) < 1.40
+def test_inception_boxes_are_drawn_as_tensorflow_draws_them():
+    """The aspect is uniform; given it, the height is uniform between its limits."""
+    boxes = []
+    for seed in range(2000):
+        random = np.random.default_rng(seed)
+        top, left, height, width = inception_box((400, 480), random, (0.1, 0.5))
+        assert 0 <= top <= 400 - height
+        assert 0 <= left <= 480 - width
+        boxes.append((height, width, top / max(1, 400 - height), left / max(1, 480 - width)))
+    heights, widths, tops, lefts = np.array(boxes).T
+    shares, ratios = heights * widths / (400 * 480), widths / heights
+    assert 0.098 < shares.min() < 0.11
+    assert 0.48 < shares.max() < 0.503
+    assert 0.745 < ratios.min() < 0.76
+    assert 1.32 < ratios.max() < 1.34
+    assert ratios.mean() == pytest.approx((3 / 4 + 4 / 3) / 2, abs=0.015)
+    low, high = np.sqrt(0.1 * 400 * 480 / ratios), np.sqrt(0.5 * 400 * 480 / ratios)
+    quantiles = (heights - low) / (np.minimum(high, 400) - low)
+    assert np.quantile(quantiles, (0.1, 0.5, 0.9)) == pytest.approx((0.1, 0.5, 0.9), abs=0.04)
+    for places in (tops, lefts):
+        assert np.quantile(places, (0.1, 0.5, 0.9)) == pytest.approx((0.1, 0.5, 0.9), abs=0.04)
 
 
-def test_inception_crop_of_a_very_long_picture():
-    crop = inception_crop(Image.new("RGB", (4000, 2)), (8, 8), np.random.default_rng(0))
-    assert crop.size == (8, 8)
+@pytest.mark.parametrize("size", [(1, 1), (2, 4000), (4000, 2), (3, 5), (20, 20), (1, 2)])
+def test_inception_boxes_of_any_picture(size):
+    for seed in range(50):
+        top, left, height, width = inception_box(size, np.random.default_rng(seed))
+        assert 0 <= top < top + height <= size[0]
+        assert 0 <= left < left + width <= size[1]
+    image = EncodedImage(encode(Image.new("RGB", size[::-1])), "x")
+    assert inception_crop(image, (8, 8), np.random.default_rng(0)).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("size", [(32, 32), (180, 200)])
+def test_inception_crop_shows_the_box_that_was_drawn(kind, size):
+    """At a reduced scale too: the places of a ramp say what part is shown."""
+    y, x = np.mgrid[0:240, 0:250]
+    data = encode(Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8)), kind)
+    for seed in range(100):
+        top, left, height, width = inception_box((240, 250), np.random.default_rng(seed))
+        crop = inception_crop(EncodedImage(data, "x"), size, np.random.default_rng(seed))
+        assert crop.shape == (*size, 3)
+        pixels = crop.astype(float)
+        shown = pixels[..., 1].mean(), pixels[..., 0].mean()
+        assert shown == pytest.approx((top + height / 2, left + width / 2), abs=6)
+        spread = (pixels[-1, :, 1] - pixels[0, :, 1]).mean()
+        assert spread == pytest.approx(height * (1 - 1 / size[0]), abs=10)
+
+
+def test_resize_is_bilinear_without_antialiasing():
+    """Against the formula: half-pixel centres, two neighbours a side, whatever the reduction."""
+    pixels = np.asarray(draw(5, (50, 37)))
+    for height, width in ((20, 16), (37, 50), (80, 90)):
+        y = np.clip((np.arange(height) + 0.5) * 37 / height - 0.5, 0, 36)
+        x = np.clip((np.arange(width) + 0.5) * 50 / width - 0.5, 0, 49)
+        rows, columns = np.minimum(y.astype(int), 35), np.minimum(x.astype(int), 48)
+        down, right = (y - rows)[:, None, None], (x - columns)[None, :, None]
+        upper = pixels[rows][:, columns] * (1 - right) + pixels[rows][:, columns + 1] * right
+        lower = (
+            pixels[rows + 1][:, columns] * (1 - right) + pixels[rows + 1][:, columns + 1] * right
+        )
+        expected = upper * (1 - down) + lower * down
+        assert np.abs(resize(pixels, (height, width)) - expected).max() <= 1.01
+    assert resize(pixels[..., :1], (8, 9)).shape == (8, 9, 1)
 
 
 def test_flip_is_a_fair_coin():
-    image = draw(0)
-    mirrored = np.asarray(image)[:, ::-1]
-    flipped = [
-        (np.asarray(flip(image, np.random.default_rng(seed))) == mirrored).all()
-        for seed in range(400)
-    ]
-    assert 160 < sum(flipped) < 240
+    for pixels in (np.asarray(draw(0)), np.asarray(draw(0))[..., :1]):
+        flipped = [
+            (flip(pixels, np.random.default_rng(seed)) == pixels[:, ::-1]).all()
+            for seed in range(400)
+        ]
+        assert 160 < sum(flipped) < 240
 
 
-def test_tensors():
-    image = draw(0)
-    tensor = to_tensor(image)
-    assert (tensor.dtype, tensor.shape) == (torch.uint8, (3, 30, 40))
-    assert tensor[:, 5, 7].tolist() == np.asarray(image)[5, 7].tolist()
-    assert to_tensor(image.convert("L")).shape == (1, 30, 40)
+def test_opencv_gives_the_same_bits_with_any_number_of_threads():
+    pixels, bits = np.asarray(draw(5, (700, 600))), []
+    before = cv2.getNumThreads()
+    for threads in (0, 1, 4):
+        cv2.setNumThreads(threads)
+        bits.append(resize(pixels, (300, 301)).tobytes())
+    cv2.setNumThreads(before)
+    assert len(set(bits)) == 1
 
 
 def test_normalize_gives_googles_range():
@@ -127,12 +179,13 @@ def test_normalize_with_a_mean_and_deviation_for_each_channel():
 def test_the_crop_and_the_interpolation_are_the_models():
     ramp = np.broadcast_to(np.arange(256, dtype=float), (256, 256)).astype(np.uint8)
     whole = Preprocessing(image_size=(128, 128), channels=1, crop=1.0)
-    cut = np.asarray(resize_for_evaluation(Image.fromarray(ramp), whole), float)
+    cut = np.asarray(resize_for_evaluation(ramp[..., None], whole), float)
     assert (cut[0, 0], cut[0, -1]) == pytest.approx((0.5, 254.5), abs=1)
     half = Preprocessing(image_size=(128, 128), channels=1, crop=0.5)
-    cut = np.asarray(resize_for_evaluation(Image.fromarray(ramp), half), float)
+    cut = np.asarray(resize_for_evaluation(ramp[..., None], half), float)
     assert (cut[0, 0], cut[0, -1]) == pytest.approx((64, 191), abs=1)
     image = draw(3, (90, 70))
+    pixels = np.asarray(image)
     for interpolation, resampling in (
         ("bilinear", Image.Resampling.BILINEAR),
         ("bicubic", Image.Resampling.BICUBIC),
@@ -140,7 +193,7 @@ def test_the_crop_and_the_interpolation_are_the_models():
         preprocessing = Preprocessing(
             image_size=(32, 32), resize="squash", interpolation=interpolation
         )
-        resized = resize_for_evaluation(image, preprocessing)
+        resized = resize_for_evaluation(pixels, preprocessing)
         assert resized.tobytes() == image.resize((32, 32), resampling).tobytes()
 
 
@@ -153,6 +206,7 @@ def test_the_crop_and_the_interpolation_are_the_models():
         ({"crop": 0}, "crop must be above 0 and at most 1, got 0"),
         ({"crop": 1.2}, "crop must be above 0 and at most 1, got 1.2"),
         ({"interpolation": "area"}, "interpolation must be one of"),
+        ({"exif_orientation": "no"}, "exif_orientation is true or false"),
     ],
 )
 def test_a_preprocessing_that_is_none(change, message):

@@ -11,7 +11,7 @@ from PIL import Image
 
 import mlp_mixer as mm
 from conftest import draw, encode
-from mlp_mixer.data.sources import EncodedImages
+from mlp_mixer.data.items import EncodedImages
 from mlp_mixer.evaluation import pictures
 
 

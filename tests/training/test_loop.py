@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,9 @@ import torch
 from PIL import Image
 
 import mlp_mixer as mm
-from conftest import draw, make_class_folder, tiny_config
+from conftest import draw, tiny_config
 from mlp_mixer.data.sources import open_splits
 from mlp_mixer.training import loop, summary
-from mlp_mixer.training.dataset import Augmentation, open_training_data
 from mlp_mixer.training.run_folder import fingerprint, planned_path
 
 PICTURES = ["confusion", "curves", "predictions", "train_batch", "worst_mistakes"]
@@ -154,31 +152,6 @@ def test_the_callers_random_numbers_are_left_alone(class_folder: Path, tmp_path:
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_without_val_some_images_are_held_out(class_folder: Path, tmp_path: Path):
-    config = tiny_config(str(class_folder), tmp_path / "run", data__holdout=0.3)
-    with pytest.raises(mm.UserError, match="holdout 0.3 has no effect: the data has validation"):
-        mm.train(config, quiet=True)
-    shutil.rmtree(class_folder / "val")
-    splits = open_training_data(config.data)
-    names = [
-        {split.item_name(at) for at in range(len(split))}
-        for split in (splits.train, splits.validation)
-    ]
-    assert splits.held_out
-    assert (len(names[0]), len(names[1])) == (14, 6)
-    assert not names[0] & names[1]
-    result = mm.train(config, quiet=True)
-    log = (result.run_folder / "log.txt").read_text()
-    assert "6 to validate (held out of the training images), none to test" in log
-    assert "mixer evaluate" not in log  # a held-out split has no name that evaluate could take
-
-
-def test_a_missing_class_in_val_is_said(class_folder: Path, tmp_path: Path):
-    shutil.rmtree(class_folder / "val" / "bee")
-    result = mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
-    assert "validation has no image of bee" in (result.run_folder / "log.txt").read_text()
-
-
 def test_grey_and_rectangular(class_folder: Path, tmp_path: Path):
     overrides = {**tiny_config("x", tmp_path).model.overrides, "in_channels": 1}
     config = tiny_config(
@@ -211,44 +184,6 @@ def test_mistakes_leave_nothing_behind(class_folder, tmp_path, changes, message)
     with pytest.raises(mm.UserError, match=message):
         mm.train(config, quiet=True)
     assert nothing_left(tmp_path)
-
-
-def test_a_file_that_is_no_image_stops_a_small_run_before_it_begins(class_folder, tmp_path):
-    (class_folder / "train" / "bee" / "3.png").write_text("<html>not found</html>")
-    with pytest.raises(mm.UserError, match=r"1 of 20 images cannot be decoded \(5.0%, the limit"):
-        mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
-    assert nothing_left(tmp_path)
-
-
-def test_allowed_bad_images_are_skipped_and_listed(class_folder, tmp_path):
-    bad = class_folder / "train" / "bee" / "3.png"
-    before = bad.read_bytes()[:-60]
-    bad.write_bytes(before)  # cut short: the header is fine, the pixels are not
-    html = class_folder / "train" / "ant" / "0.png"
-    html.write_text("<html>")
-    config = tiny_config(str(class_folder), tmp_path / "run", data__max_bad=0.2)
-    result = mm.train(config, quiet=True)
-    listed = (result.run_folder / "bad_files.txt").read_text().splitlines()
-    assert [line.split("\t")[0] for line in listed] == [str(html), str(bad)]
-    log = (result.run_folder / "log.txt").read_text()
-    assert log.count(str(bad)) == 1
-    assert bad.read_bytes() == before  # never altered
-
-
-def test_bad_validation_images_are_listed_too(class_folder, tmp_path):
-    bad = class_folder / "val" / "cat" / "1.png"
-    bad.write_bytes(bad.read_bytes()[:-60])
-    result = mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
-    assert str(bad) in (result.run_folder / "bad_files.txt").read_text()
-    assert f"left out of the accuracy: {bad}" in (result.run_folder / "log.txt").read_text()
-    assert len(result.validation.labels) == 8
-
-
-def test_too_many_damaged_images_stop_the_run(class_folder, tmp_path):
-    for path in (class_folder / "train" / "bee").iterdir():
-        path.write_bytes(path.read_bytes()[:-60])
-    with pytest.raises(mm.UserError, match=r"images cannot be decoded[\s\S]*bee/"):
-        mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
 
 
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(class_folder, tmp_path, monkeypatch):
@@ -360,32 +295,11 @@ def test_run_folders_get_names_of_their_own(tmp_path, monkeypatch):
     assert planned_path(mm.recipe("digits")) != first
 
 
-def test_one_class_is_no_task(tmp_path):
-    make_class_folder(tmp_path / "data", {"only": 4})
-    with pytest.raises(mm.UserError, match="there is only one class, 'only'"):
-        mm.train(tiny_config(str(tmp_path / "data"), tmp_path / "run"), quiet=True)
-
-
-def test_one_image_a_class_cannot_be_held_out(tmp_path):
-    make_class_folder(tmp_path / "data", {"a": 1, "b": 1})
-    with pytest.raises(mm.UserError, match="no class has two images"):
-        mm.train(tiny_config(str(tmp_path / "data"), tmp_path / "run"), quiet=True)
-
-
 def test_the_fingerprint_knows_the_data(class_folder):
     first = fingerprint(open_splits(str(class_folder))["train"])
     assert first == fingerprint(open_splits(str(class_folder))["train"])
     draw(500).save(class_folder / "train" / "ant" / "new.png")
     assert first != fingerprint(open_splits(str(class_folder))["train"])
-
-
-def test_augmentation_makes_the_models_size(class_folder):
-    for recipe in ("digits", "scratch"):
-        settings = mm.recipe(recipe).augment
-        augment = Augmentation(settings, mm.Preprocessing(image_size=(8, 12)))
-        for size in ((3, 50), (12, 8), (100, 70)):
-            out = augment(draw(1, size), np.random.default_rng(0))
-            assert (out.mode, out.size) == ("RGB", (12, 8))
 
 
 @pytest.mark.slow

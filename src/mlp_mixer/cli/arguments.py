@@ -10,7 +10,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from mlp_mixer.errors import UserError
 
 if TYPE_CHECKING:
-    from mlp_mixer.data.sources import BadImage
+    from mlp_mixer.data.items import BadImage
     from mlp_mixer.models.layers import ImageClassifier
     from mlp_mixer.weights.resolution import Growth
 

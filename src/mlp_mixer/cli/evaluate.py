@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ def evaluate(
     growth: GrowthName = None,
     output: Folder = None,
     allow_missing_classes: bool = False,
+    ignore_exif: bool = False,
     batch_size: int = 64,
     device: str = "auto",
     num_workers: Number = None,
@@ -45,12 +47,13 @@ def evaluate(
     Args:
         model: a run folder, a .safetensors, .npz or .pth file, a name of `mixer models --weights`,
             or hf:owner/name.
-        data: FOLDER or digits, with :train, :validation or :test behind it to choose a split;
-            without it the test images, else the validation images, else all.
+        data: any source that the verb train reads, with :train, :validation or :test behind it to
+            choose a split; without it the test images, else the validation images, else all.
         image_size: measure it at another size than its own.
         growth: how to get there: block-diagonal, resample or auto.
         output: a folder for evaluation.json, per_class.csv, confusion.csv and the pictures.
         allow_missing_classes: go on where the data lacks some of the model's classes.
+        ignore_exif: leave photographs as they are stored, not upright: the paper's protocol.
         batch_size: images a batch.
         device: auto, cpu or cuda.
         num_workers: processes that decode images.
@@ -62,6 +65,8 @@ def evaluate(
 
     report = Reporter()
     net, source = load_named(model, image_size, growth), open_source(data)
+    if ignore_exif and net.preprocessing is not None:
+        net.preprocessing = replace(net.preprocessing, exif_orientation=False)
     folder = None
     if output is not None:
         folder = Path(output).expanduser()

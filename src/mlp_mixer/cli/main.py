@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mlp_mixer.cli.verbs import VERBS
+from mlp_mixer.cli.verbs import GROUPS, VERBS
 from mlp_mixer.errors import UserError, near_names
 
 DESCRIPTION = """MLP-Mixer in PyTorch: train, evaluate and use all-MLP image classifiers.
@@ -61,26 +61,58 @@ def parse(arguments: Sequence[str], verbs: dict[str, Callable[..., Any]]) -> Any
     Raises:
         UserError: there is no such verb. (Wrong flags end the process with exit code 2.)
     """
-    import tyro
-
     given = list(arguments) or ["--help"]
     if given[0] == "--version":
         from importlib.metadata import version
 
         print(f"mlp_mixer {version('mlp_mixer')}")
         return 0
+    groups = _groups(verbs)
+    if given[0] in groups:  # "data check" and its like: two words
+        name, given = given[0], given[1:] or ["--help"]
+        return _choose(given, groups[name], f"mixer {name}", GROUPS[name])
+    single = {name: verb for name, verb in verbs.items() if " " not in name}
+    single |= {name: _group_entry(GROUPS[name]) for name in groups}
+    return _choose(given, single, "mixer", DESCRIPTION)
+
+
+def _choose(
+    given: list[str], verbs: dict[str, Callable[..., Any]], prog: str, description: str
+) -> Any:
+    """Parses the arguments of the verb that the first of them names, and calls it."""
+    import tyro
+
     if not given[0].startswith("-") and given[0] not in verbs:
         fix = f"{near_names(given[0], verbs)}Known: {', '.join(verbs)}"
-        raise UserError(f"unknown verb {given[0]!r}", fix=fix)
+        where = None if prog == "mixer" else prog
+        raise UserError(f"unknown verb {given[0]!r}", where=where, fix=fix)
     if given[0] not in verbs:  # the help of all verbs: a line for each
         verbs = {name: _with_summary(verb) for name, verb in verbs.items()}
     return tyro.extras.subcommand_cli_from_dict(
         verbs,
-        prog="mixer",
-        description=DESCRIPTION,
+        prog=prog,
+        description=description,
         args=given,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def _groups(verbs: dict[str, Callable[..., Any]]) -> dict[str, dict[str, Callable[..., Any]]]:
+    """The verbs of two words, by the first of them."""
+    groups: dict[str, dict[str, Callable[..., Any]]] = {}
+    for name, verb in verbs.items():
+        first, _, second = name.partition(" ")
+        if second:
+            groups.setdefault(first, {})[second] = verb
+    return groups
+
+
+def _group_entry(summary: str) -> Callable[[], None]:
+    def entry() -> None:
+        raise AssertionError("a group is parsed before its entry can be called")
+
+    entry.__doc__ = summary
+    return entry
 
 
 def _with_summary(verb: Callable[..., Any]) -> Callable[..., Any]:

@@ -38,7 +38,8 @@ def predict(
     Args:
         model: a run folder, a .safetensors, .npz or .pth file, a name of `mixer models --weights`,
             or hf:owner/name.
-        images: files, folders (to any depth), patterns, or digits:test.
+        images: files, folders (to any depth), patterns; or one source of data: digits:test,
+            list.csv, FOLDER:test, Parquet files, shards, hf:owner/name.
         top_k: classes for each image.
         image_size: look at the images at another size than the model's own.
         growth: how to get there: block-diagonal, resample or auto.
@@ -48,7 +49,7 @@ def predict(
         num_workers: processes that decode images.
     """
     from mlp_mixer.console import Reporter, table
-    from mlp_mixer.data.sources import BadImage
+    from mlp_mixer.data.items import BadImage
     from mlp_mixer.deploy.predict import check_output, find_images
     from mlp_mixer.deploy.predict import predict as classify
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mlp_mixer.cli.arguments import (
     Assignments,
     DataName,
+    File,
     Folder,
     Number,
     Real,
@@ -27,6 +28,9 @@ def train(
     batch_size: Number = None,
     learning_rate: Real = None,
     holdout: Real = None,
+    fraction: Real = None,
+    without: File = None,
+    max_bad: Real = None,
     seed: Number = None,
     device: Text = None,
     num_workers: Number = None,
@@ -40,11 +44,14 @@ def train(
         mixer train --data FOLDER --model mixer_s16 --epochs 100 --output runs/flowers
         mixer train digits --seed 1 --set optimizer.weight_decay=0.05
 
+        mixer train --data 'cifar10_*.parquet' --image-size 32 --fraction 0.1
+
     FOLDER has train/<class>/*.jpg, with val/ and test/ if you have them, or just <class>/*.jpg.
 
     Args:
         recipe: digits or scratch; without it digits, and scratch where --data is given.
-        data: a folder of class folders, or digits.
+        data: a folder of class folders or of packed shards, a .csv or .jsonl list, Parquet files,
+            hf:owner/name, or digits; with :train[:90%] behind it for a part.
         output: the run folder; the default is runs/<date>_<recipe>.
         model: a name of `mixer models`.
         image_size: what the model sees; the patch must divide it.
@@ -52,6 +59,9 @@ def train(
         batch_size: images a step.
         learning_rate: the highest, after the warm-up.
         holdout: share of each class held out for validation where the data has no val/ (0.1).
+        fraction: share of the training images to use, drawn at random (1).
+        without: images to leave out, as the flag --drop-list of the verb data check lists them.
+        max_bad: largest share of unreadable images at which a run goes on (0.01).
         seed: of the weights, the order of the images and every random number.
         device: auto, cpu or cuda.
         num_workers: processes that decode images.
@@ -72,6 +82,9 @@ def train(
         "batch_size": batch_size,
         "optimizer.learning_rate": learning_rate,
         "data.holdout": holdout,
+        "data.fraction": fraction,
+        "data.without": without,
+        "data.max_bad": max_bad,
         "seed": seed,
         "device": device,
         "data.num_workers": num_workers,

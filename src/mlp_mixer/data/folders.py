@@ -1,15 +1,22 @@
-"""Folders of images: which files count, class folders, and which folder is which split.
+"""Folders of images: which files count, class folders, and which folder or file is which split.
 
 Nothing here ever writes to the user's files.
 """
 
 from __future__ import annotations
 
+import os
 import re
+from array import array
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
+from mlp_mixer.data.classes import natural_order, refuse_twins
 from mlp_mixer.data.image import SUFFIXES
-from mlp_mixer.errors import UserError, near_names
+from mlp_mixer.data.items import ImageFiles, PackedStrings
+from mlp_mixer.errors import UserError
 
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
@@ -24,26 +31,62 @@ def split_named(name: str) -> str | None:
     return next((s for s, names in SPLIT_FOLDERS.items() if name.casefold() in names), None)
 
 
+def split_of_file(path: Path) -> str:
+    """Returns the split that a file's name has a word for: "x_test.parquet" -> "test"; else train.
+
+    Raises:
+        UserError: the name has words for two splits.
+    """
+    found = map(split_named, re.split(r"[-_.:]", path.name))
+    words = {split for split in found if split is not None}
+    if len(words) > 1:
+        what = f"the file's name has words for several splits: {path.name}"
+        raise UserError(what, where=path, fix="Rename the file, such as to NAME-train.parquet")
+    return words.pop() if words else "train"
+
+
 def image_files(folder: Path) -> list[Path]:
     """Returns the image files in the folder at any depth, by their endings, sorted; none hidden."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    return sorted(path for path in found if path.name[0] != "." and not path.is_dir())
+    return [folder / name for name in scan_images(str(folder))]
 
 
-def natural_order(name: str) -> tuple[list[tuple[bool, int, str]], str]:
-    """The sort key under which class "2" comes before class "10"."""
-    parts = re.split(r"([0-9]+)", name.casefold())
-    return [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in parts], name
+def scan_images(folder: str, inside: str = "") -> Iterator[str]:
+    """Yields the image files in the folder at any depth, as paths relative to it.
+
+    Sorted, folder by folder. Hidden files and folders are passed over; a link to a file is one, a
+    link to a folder deep inside is not followed, so that no circle of links is walked forever.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    for entry in _entries(os.path.join(folder, inside)):
+        if entry.name[0] == ".":
+            continue
+        path = os.path.join(inside, entry.name)
+        if entry.is_dir():
+            if not entry.is_symlink():
+                yield from scan_images(folder, path)
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+            yield path
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"cannot read the folder: {error.strerror}", where=folder) from error
 
 
 def subfolders(folder: Path) -> list[str]:
     """Returns the names of the folders directly in a folder, in natural order; none hidden."""
-    names = [entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."]
+    entries = _entries(str(folder))
+    names = [entry.name for entry in entries if entry.name[0] != "." and entry.is_dir()]
     return sorted(names, key=natural_order)
 
 
-def read_class_folders(folder: Path) -> dict[str, list[Path]]:
-    """Returns the images of FOLDER/<class>/, at any depth below the class, for each class.
+def class_folder(folder: Path, name: str) -> ImageFiles:
+    """Returns the images of FOLDER/<class>/, at any depth below the class, as a source.
 
     Raises:
         UserError: there are no class folders, a class is empty, or two differ in case only.
@@ -51,40 +94,35 @@ def read_class_folders(folder: Path) -> dict[str, list[Path]]:
     classes = subfolders(folder)
     if not classes:
         raise UserError("no class folders found", where=folder, fix=f"Arrange it as {LAYOUT}")
-    seen: dict[str, str] = {}
-    for name in classes:
-        twin = seen.setdefault(name.casefold(), name)
-        if twin != name:
-            what = f"class folders that differ only in case: {twin}, {name}"
-            raise UserError(what, where=folder, fix="Merge or rename them")
-    images = {name: image_files(folder / name) for name in classes}
-    for name, found in images.items():
-        if not found:
-            raise UserError(
-                f"class {name!r} has no images",
-                where=folder / name,
-                fix=f"Put images there ({' '.join(SUFFIXES)}) or remove the folder",
-            )
-    return images
+    refuse_twins(classes, folder)
+    counts = array("q")
+
+    def paths() -> Iterator[str]:
+        for each in classes:
+            counts.append(0)
+            for path in scan_images(str(folder / each)):
+                counts[-1] += 1
+                yield os.path.join(each, path)
+            if counts[-1] == 0:
+                raise UserError(
+                    f"class {each!r} has no images",
+                    where=folder / each,
+                    fix=f"Put images there ({' '.join(SUFFIXES)}) or remove the folder",
+                )
+
+    packed = PackedStrings(paths())
+    labels = np.repeat(np.arange(len(classes)), counts)
+    return ImageFiles(name, classes, labels, packed, str(folder))
 
 
-def find_splits(name: str) -> dict[str, Path]:
+def find_splits(folder: Path) -> dict[str, Path]:
     """Returns the folder of each split, train first; a folder of classes is its own train split.
 
     A folder that is named like a split but has no folders in it is a class of that name.
 
     Raises:
-        UserError: there is no such folder, or it cannot be told which split a folder is.
+        UserError: it cannot be told which split a folder is.
     """
-    folder = Path(name).expanduser()
-    if not folder.exists():
-        parent = folder.absolute().parent
-        siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-        near = near_names(folder.name, siblings)
-        fix = f"{near}Give 'digits' or {LAYOUT}"
-        raise UserError(f"no such data: {name!r}", where=folder.absolute(), fix=fix)
-    if not folder.is_dir():
-        raise UserError(f"not a folder: {name!r}", where=folder, fix=f"Give {LAYOUT}")
     inside = {entry: subfolders(folder / entry) for entry in subfolders(folder)}
     splits: dict[str, Path] = {}
     for entry, classes in inside.items():

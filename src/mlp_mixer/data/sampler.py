@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mlp_mixer.errors import UserError
+
 # What a generator is for, so that no two uses share random numbers.
 ORDER, SAMPLE, STEP = range(3)
 
@@ -44,7 +46,27 @@ def step_generator(seed: int, step: int) -> np.random.Generator:
     return generator(seed, STEP, step)
 
 
-def batches_of_positions(start: int, stop: int, batch_size: int) -> Iterator[list[int]]:
-    """Yields the positions of each step from `start` to `stop` - 1."""
+def batches_of_positions(
+    start: int, stop: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[list[int]]:
+    """Yields the positions that a rank reads at each step from `start` to `stop` - 1.
+
+    The ranks share a step's batch in consecutive parts, so that all together read what one alone
+    would, in the same order.
+
+    Args:
+        start, stop: steps.
+        batch_size: images a step, over all ranks.
+        rank: of this process, from 0.
+        world_size: processes; it must divide the batch size.
+
+    Raises:
+        UserError: it does not.
+    """
+    if batch_size % world_size:
+        what = f"a batch of {batch_size} images cannot be shared equally by {world_size} processes"
+        raise UserError(what, where="batch_size", fix=f"A multiple of {world_size}")
+    share = batch_size // world_size
     for step in range(start, stop):
-        yield list(range(step * batch_size, (step + 1) * batch_size))
+        first = step * batch_size + rank * share
+        yield list(range(first, first + share))

@@ -15,8 +15,9 @@ import numpy as np
 
 from mlp_mixer.data.folders import image_files
 from mlp_mixer.data.image import SUFFIXES
+from mlp_mixer.data.items import ImageFiles, PackedStrings, Source
 from mlp_mixer.data.loader import evaluation_batches
-from mlp_mixer.data.sources import ImageFiles, Source, names_source, open_source
+from mlp_mixer.data.sources import is_data, open_source
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.accuracy import predict_batch
 from mlp_mixer.models.device import choose_device
@@ -57,8 +58,8 @@ def predict(
 
     Args:
         model: a model with class names, or anything that `load_model` takes.
-        images: files, folders (searched to any depth), glob patterns, "digits:test", or what
-            `find_images` made of them.
+        images: files, folders (searched to any depth), glob patterns, one source of data such as
+            "digits:test" or "list.csv", or what `find_images` made of them.
         top_k: classes for each image; at most as many as the model has.
         output: a .csv, .json or .jsonl file to write as well.
         batch_size: images a batch.
@@ -118,7 +119,7 @@ def find_images(inputs: Sequence[str | Path]) -> Source:
     """
     if not inputs:
         raise UserError("no images given", fix="Give files, folders or patterns such as 'a/*.jpg'")
-    if len(inputs) == 1 and names_source(str(inputs[0])):
+    if len(inputs) == 1 and is_data(str(inputs[0])):
         return open_source(str(inputs[0]))
     paths: list[Path] = []
     for given in map(str, inputs):
@@ -135,7 +136,9 @@ def find_images(inputs: Sequence[str | Path]) -> Source:
             fix = f"Images end in {' '.join(SUFFIXES)}" if path.is_dir() else None
             raise UserError(f"{what}: {given!r}", where=path.absolute(), fix=fix)
         paths += found
-    return ImageFiles("images", ["unknown"], np.zeros(len(paths), dtype=np.int64), paths)
+    return ImageFiles(
+        "images", ["unknown"], np.zeros(len(paths), dtype=np.int64), PackedStrings(map(str, paths))
+    )
 
 
 def _predict_source(

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mlp_mixer.data.classes import match_classes
+from mlp_mixer.data.items import BadImage, Source
 from mlp_mixer.data.loader import Batch, evaluation_batches
-from mlp_mixer.data.sources import BadImage, Source, match_classes, open_source
+from mlp_mixer.data.sources import open_source
 from mlp_mixer.data.transforms import normalize
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.device import choose_device

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mlp_mixer.data.image import decode
-from mlp_mixer.data.sources import Source
+from mlp_mixer.data.image import decode, to_pillow
+from mlp_mixer.data.items import Source
 from mlp_mixer.evaluation.accuracy import Evaluation
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
@@ -82,7 +82,7 @@ def _grid(evaluation: Evaluation, source: Source, places: np.ndarray, title: str
         index, label = int(evaluation.indices[place]), int(evaluation.labels[place])
         predicted = int(evaluation.predictions[place])
         share = float(evaluation.probabilities[place, predicted])
-        images.append(decode(source.read(index), source.item_name(index)))
+        images.append(to_pillow(decode(source.read(index), source.item_name(index))))
         caption = f"{shorten(evaluation.class_names[predicted])} {share:.0%}"
         if predicted != label:
             caption += f"\ntrue: {shorten(evaluation.class_names[label])}"

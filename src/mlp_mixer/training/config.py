@@ -6,22 +6,12 @@ there is one, the nearest known key.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import math
-import types
-import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from mlp_mixer.errors import UserError, near_names
-
-Section = TypeVar("Section")
-
-
-def _require(condition: bool, key: str, value: object, rule: str) -> None:
-    if not condition:
-        raise UserError(f"{key} must be {rule}, got {value!r}")
+from mlp_mixer.errors import UserError
+from mlp_mixer.training.values import build, literal, refuse_key, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,23 +43,40 @@ class DataSettings:
         source: as `mlp_mixer.data.sources` describes.
         holdout: share of every class to hold out for validation; only where the data brings no
             validation images, and then None holds out a tenth.
+        fraction: share of the training images to use, drawn at random; a smaller one is part of a
+            larger one (the paper's figure 2).
+        fraction_seed: of that draw.
+        without: a list of images to leave out, as `mixer data check --drop-list` writes it.
         resize: how evaluation fits a picture to the model, see `mlp_mixer.preprocessing`.
+        exif_orientation: turn photographs upright by their EXIF tag; the paper's code does not.
         max_bad: the largest share of undecodable images at which a run goes on.
         num_workers: processes that decode; None chooses by the size of the data.
+        timeout: seconds without a batch after which a worker is taken for hanging; 0 for never.
     """
 
     source: str = "digits"
     holdout: float | None = None
+    fraction: float = 1.0
+    fraction_seed: int = 0
+    without: str | None = None
     resize: Literal["resize-crop", "resmall-crop", "squash"] = "resmall-crop"
+    exif_orientation: bool = True
     max_bad: float = 0.01
     num_workers: int | None = None
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         fits = self.holdout is None or 0.0 < self.holdout < 1.0
-        _require(fits, "data.holdout", self.holdout, "above 0 and below 1")
-        _require(0.0 <= self.max_bad <= 1.0, "data.max_bad", self.max_bad, "from 0 to 1")
+        require(fits, "data.holdout", self.holdout, "above 0 and below 1")
+        require(0.0 <= self.max_bad <= 1.0, "data.max_bad", self.max_bad, "from 0 to 1")
         workers = self.num_workers
-        _require(workers is None or workers >= 0, "data.num_workers", workers, "at least 0")
+        require(workers is None or workers >= 0, "data.num_workers", workers, "at least 0")
+        require(0.0 < self.fraction <= 1.0, "data.fraction", self.fraction, "above 0, at most 1")
+        require(self.fraction_seed >= 0, "data.fraction_seed", self.fraction_seed, "at least 0")
+        if self.fraction == 1.0 and self.fraction_seed != 0:
+            what = f"data.fraction_seed={self.fraction_seed} has no effect with all of the images"
+            raise UserError(what, fix="--set data.fraction=0.1")
+        require(self.timeout >= 0.0, "data.timeout", self.timeout, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,38 +84,64 @@ class AugmentSettings:
     """What happens to training images at random; the order is that of the fields.
 
     Args:
-        crop: "inception" cuts out a random rectangle, "none" resizes as evaluation does.
+        crop: "inception" cuts out a random rectangle, "none" resizes as evaluation does, "padded"
+            does so and moves the picture by whole pixels (for small ones).
         crop_area: the rectangle's smallest and largest share of the picture.
+        crop_padding: how far "padded" moves at most, share of the picture's side.
         flip: mirror every other picture left to right.
         rotate: largest angle, degrees.
         scale: largest relative change of width and height.
         shear: largest slant, pixels a pixel.
         shift: largest move, share of the picture's side.
         elastic: standard deviation of a smooth random warp, share of the picture's side.
+        randaugment: magnitude of RandAugment, about 0 to 20; None for none.
+        randaugment_layers: operations a picture.
+        erasing: probability of noise in a random rectangle.
         mixup: strength p of mixup, 0 for none.
+        cutmix: strength of cutmix, 0 for none; with mixup as well a coin decides each step.
     """
 
-    crop: Literal["inception", "none"] = "inception"
+    crop: Literal["inception", "padded", "none"] = "inception"
     crop_area: tuple[float, float] = (0.05, 1.0)
+    crop_padding: float = 0.125
     flip: bool = True
     rotate: float = 0.0
     scale: float = 0.0
     shear: float = 0.0
     shift: float = 0.0
     elastic: float = 0.0
+    randaugment: float | None = None
+    randaugment_layers: int = 2
+    erasing: float = 0.0
     mixup: float = 0.0
+    cutmix: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.crop == "none" and self.crop_area != (0.05, 1.0):
-            what = f"augment.crop_area={self.crop_area} has no effect with augment.crop=none"
+        if self.crop != "inception" and self.crop_area != (0.05, 1.0):
+            what = f"augment.crop_area={self.crop_area} has no effect with augment.crop={self.crop}"
             raise UserError(what, fix="--set augment.crop=inception")
+        if self.crop != "padded" and self.crop_padding != 0.125:
+            what = f"augment.crop_padding={self.crop_padding} has no effect with "
+            raise UserError(f"{what}augment.crop={self.crop}", fix="--set augment.crop=padded")
+        if self.randaugment is None and self.randaugment_layers != 2:
+            what = f"augment.randaugment_layers={self.randaugment_layers} has no effect without "
+            raise UserError(f"{what}augment.randaugment", fix="--set augment.randaugment=15")
         low, high = self.crop_area
         rule = "two shares, 0 < smallest <= largest <= 1"
-        _require(0.0 < low <= high <= 1.0, "augment.crop_area", self.crop_area, rule)
-        _require(0.0 <= self.rotate <= 180.0, "augment.rotate", self.rotate, "from 0 to 180")
-        for name in ("scale", "shear", "shift", "elastic", "mixup"):
+        require(0.0 < low <= high <= 1.0, "augment.crop_area", self.crop_area, rule)
+        require(0.0 <= self.rotate <= 180.0, "augment.rotate", self.rotate, "from 0 to 180")
+        for name in ("scale", "shear", "shift", "elastic", "crop_padding"):
             value = getattr(self, name)
-            _require(0.0 <= value < 1.0, f"augment.{name}", value, "at least 0 and below 1")
+            require(0.0 <= value < 1.0, f"augment.{name}", value, "at least 0 and below 1")
+        magnitude, layers = self.randaugment, self.randaugment_layers
+        fits = magnitude is None or 0.0 <= magnitude <= 30.0
+        require(fits, "augment.randaugment", magnitude, "from 0 to 30")
+        require(1 <= layers <= 16, "augment.randaugment_layers", layers, "from 1 to 16")
+        require(0.0 <= self.erasing <= 1.0, "augment.erasing", self.erasing, "from 0 to 1")
+        for name in ("mixup", "cutmix"):
+            require(
+                getattr(self, name) >= 0.0, f"augment.{name}", getattr(self, name), "at least 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,13 +173,13 @@ class OptimizerSettings:
     average: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "above 0")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
-        _require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "above 0")
+        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "above 0")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
+        require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "above 0")
         for name in ("beta1", "beta2", "warmup", "average"):
             value = getattr(self, name)
-            _require(0.0 <= value < 1.0, f"optimizer.{name}", value, "at least 0 and below 1")
-        _require(0.0 <= self.final <= 1.0, "optimizer.final", self.final, "from 0 to 1")
+            require(0.0 <= value < 1.0, f"optimizer.{name}", value, "at least 0 and below 1")
+        require(0.0 <= self.final <= 1.0, "optimizer.final", self.final, "from 0 to 1")
         for name, value, unused in (
             ("weight_decay", self.weight_decay, 0.0),
             ("beta2", self.beta2, 0.999),
@@ -192,12 +225,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "evaluate_every"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2**63")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2**63")
         threads = self.num_threads
-        _require(threads is None or threads >= 1, "num_threads", threads, "at least 1")
+        require(threads is None or threads >= 1, "num_threads", threads, "at least 1")
         smoothing = self.label_smoothing
-        _require(0.0 <= smoothing < 1.0, "label_smoothing", smoothing, "at least 0 and below 1")
+        require(0.0 <= smoothing < 1.0, "label_smoothing", smoothing, "at least 0 and below 1")
         if self.loss == "sigmoid" and smoothing > 0:
             raise UserError(
                 f"label_smoothing={smoothing} has no effect with the sigmoid loss",
@@ -215,7 +248,7 @@ class TrainConfig:
         Raises:
             UserError: an unknown key or a value of the wrong type, with the key's path.
         """
-        return _build(TrainConfig, values, path="")
+        return build(TrainConfig, values)
 
     def with_setting(self, assignment: str) -> TrainConfig:
         """Returns the configuration with one "section.name=value" changed.
@@ -229,7 +262,7 @@ class TrainConfig:
             raise UserError(what, fix="for example --set optimizer.learning_rate=0.002")
         key, text = key.strip(), text.strip()
         try:
-            return self.with_value(key, _literal(text))
+            return self.with_value(key, literal(text))
         except UserError as error:
             try:
                 return self.with_value(key, text)  # a folder may be called 2024
@@ -252,78 +285,14 @@ class TrainConfig:
             target, names = target["model"]["overrides"], names[2:]
         for depth, name in enumerate(names[:-1]):
             if not isinstance(target.get(name), dict):
-                _unknown_key(".".join(names[: depth + 1]), target)
+                refuse_key(".".join(names[: depth + 1]), target)
             target = target[name]
         if names[-1] not in target and target is not values["model"]["overrides"]:
-            _unknown_key(key, target)
+            refuse_key(key, target)
         if key == "model.name" and value != self.model.name:
             # The recipe's own sizes belong to its own model; they would hide the one asked for.
             kept = ("dropout", "stochastic_depth", "gelu", "in_channels")
             overrides = self.model.overrides.items()
             values["model"]["overrides"] = {k: v for k, v in overrides if k in kept}
         target[names[-1]] = value
-        return _build(TrainConfig, values, path="")
-
-
-def _unknown_key(key: str, known: dict[str, Any]) -> typing.NoReturn:
-    name = key.rpartition(".")[2]
-    fix = f"{near_names(name, known)}Known here: {', '.join(known)}"
-    raise UserError(f"unknown setting {key!r}", fix=fix)
-
-
-def _literal(text: str) -> Any:
-    """A Python literal (numbers, booleans, tuples), `null` and `true` as JSON has them, or text."""
-    named = {"null": None, "none": None, "true": True, "false": False}
-    if text.lower() in named:
-        return named[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return text
-
-
-def _build(kind: type[Section], values: Any, path: str) -> Section:
-    if not isinstance(values, dict):
-        raise UserError(f"{path or 'the configuration'} must be an object, got {values!r}")
-    hints = get_type_hints(kind)
-    arguments: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in hints:
-            _unknown_key(f"{path}{key}", hints)
-        arguments[key] = _convert(hints[key], value, f"{path}{key}")
-    return kind(**arguments)
-
-
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        assert isinstance(hint, type)
-        return _build(hint, value, f"{key}.")
-    origin, options = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        if value not in options:
-            names = [str(option) for option in options]
-            near = near_names(str(value), names)
-            raise UserError(
-                f"{key} must be one of {names}, got {value!r}", fix=near.strip() or None
-            )
-        return value
-    if origin in (types.UnionType, typing.Union):
-        for option in options:
-            try:
-                return _convert(option, value, key)
-            except UserError:
-                continue
-    elif origin is tuple:
-        if isinstance(value, list | tuple) and len(value) == len(options):
-            return tuple(_convert(o, v, key) for o, v in zip(options, value, strict=True))
-    elif origin is dict:
-        if isinstance(value, dict):
-            return value
-    elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            _require(math.isfinite(value), key, value, "a finite number")
-            return float(value)
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    kind = hint.__name__ if isinstance(hint, type) else str(hint)
-    raise UserError(f"{key} must be a value of type {kind}, got {value!r}")
+        return build(TrainConfig, values)

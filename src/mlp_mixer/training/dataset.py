@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image
 
-from mlp_mixer.data.augment import warp
-from mlp_mixer.data.sources import (
+from mlp_mixer.data.augment import padded_crop, random_erasing, warp
+from mlp_mixer.data.drop_list import read_drop_list, without
+from mlp_mixer.data.image import EncodedImage
+from mlp_mixer.data.items import (
     BadImage,
     Source,
-    open_splits,
+    random_subset,
     split_by_class,
     subset,
     unreadable,
 )
+from mlp_mixer.data.randaugment import randaugment
+from mlp_mixer.data.sources import open_splits
 from mlp_mixer.data.transforms import flip, inception_crop, resize_for_evaluation
 from mlp_mixer.errors import UserError
 from mlp_mixer.preprocessing import Preprocessing
@@ -34,6 +37,7 @@ class Splits:
         test: to measure once at the end; None where the data has none.
         held_out: whether validation was held out of the training images.
         bad: the training images whose header cannot be read.
+        notes: what else was done to the data, a line each.
     """
 
     train: Source
@@ -41,6 +45,7 @@ class Splits:
     test: Source | None
     held_out: bool
     bad: list[BadImage]
+    notes: list[str] = field(default_factory=list)
 
     def describe(self) -> list[str]:
         """Returns the lines that say what was found."""
@@ -58,6 +63,7 @@ class Splits:
             f"training images a class: {counts[few]:,}"
             + ("" if few == many else f" ({names[few]}) to {counts[many]:,} ({names[many]})"),
         ]
+        lines += self.notes
         for split in (self.validation, self.test):
             if split is not None:
                 present = set(np.unique(split.labels).tolist())
@@ -83,6 +89,13 @@ def open_training_data(settings: DataSettings) -> Splits:
     splits = open_splits(settings.source)
     if "train" not in splits:
         raise UserError("the data has no train split", where=settings.source)
+    notes: list[str] = []
+    if settings.without is not None:
+        drops, before = read_drop_list(settings.without), sum(map(len, splits.values()))
+        for name in splits.keys() - {"test"}:  # what is measured at the end stays whole
+            splits[name] = without(splits[name], drops, name)
+        left_out = before - sum(map(len, splits.values()))
+        notes.append(f"left out {left_out:,} images by {settings.without}")
     train, held_out = splits["train"], "validation" not in splits
     if len(train.class_names) < 2:
         what = f"there is only one class, {train.class_names[0]!r}; a classifier needs two"
@@ -99,11 +112,16 @@ def open_training_data(settings: DataSettings) -> Splits:
             what = f"holdout {settings.holdout} has no effect: the data has validation images"
             raise UserError(what, where=settings.source, fix="Leave it out")
         validation = splits["validation"]
+    if settings.fraction < 1.0:
+        notes.append(
+            f"training on {settings.fraction:.4g} of {len(train):,} images, drawn at random"
+        )
+        train = random_subset(train, settings.fraction, settings.fraction_seed)
     bad = check_readable(train, settings.max_bad)
     check_readable(validation, settings.max_bad)
     if "test" in splits:
         check_readable(splits["test"], settings.max_bad)
-    return Splits(train, validation, splits.get("test"), held_out, bad)
+    return Splits(train, validation, splits.get("test"), held_out, bad, notes)
 
 
 def check_readable(source: Source, most: float) -> list[BadImage]:
@@ -129,7 +147,7 @@ def refuse_too_many(bad: list[BadImage], of: int, most: float) -> None:
         raise UserError(
             f"{len(bad)} of {of:,} images cannot be decoded ({len(bad) / of:.1%}, "
             f"the limit is {most:.1%}):\n  {named}{more}",
-            fix="Mend or remove them, or allow more with --set data.max_bad=0.1",
+            fix="Mend or remove them, or allow more: --max-bad 0.1",
         )
 
 
@@ -140,15 +158,17 @@ class Augmentation:
     settings: AugmentSettings
     preprocessing: Preprocessing
 
-    def __call__(self, image: Image.Image, random: np.random.Generator) -> Image.Image:
+    def __call__(self, image: EncodedImage, random: np.random.Generator) -> np.ndarray:
         settings = self.settings
         if settings.crop == "inception":
             size = self.preprocessing.image_size
-            image = inception_crop(image, size, random, settings.crop_area)
+            pixels = inception_crop(image, size, random, settings.crop_area)
         else:
-            image = resize_for_evaluation(image, self.preprocessing)
+            pixels = resize_for_evaluation(image.decode(), self.preprocessing)
+            if settings.crop == "padded":
+                pixels = padded_crop(pixels, random, settings.crop_padding)
         if settings.flip:
-            image = flip(image, random)
+            pixels = flip(pixels, random)
         strengths = {
             "rotate": settings.rotate,
             "scale": settings.scale,
@@ -156,4 +176,10 @@ class Augmentation:
             "shift": settings.shift,
             "elastic": settings.elastic,
         }
-        return warp(image, random, **strengths) if any(strengths.values()) else image
+        if any(strengths.values()):
+            pixels = warp(pixels, random, **strengths)
+        if settings.randaugment is not None:
+            pixels = randaugment(pixels, settings.randaugment, random, settings.randaugment_layers)
+        if settings.erasing:
+            pixels = random_erasing(pixels, random, settings.erasing)
+        return pixels

@@ -11,8 +11,8 @@ from typing import NoReturn
 import torch
 
 from mlp_mixer.console import ProgressBar, Reporter
-from mlp_mixer.data.augment import mixup
-from mlp_mixer.data.loader import Batch, training_batches
+from mlp_mixer.data.augment import mix
+from mlp_mixer.data.loader import Batch, on_device, training_batches
 from mlp_mixer.data.sampler import step_generator
 from mlp_mixer.data.transforms import normalize
 from mlp_mixer.errors import UserError
@@ -110,6 +110,7 @@ def build_model(config: TrainConfig, class_names: list[str]) -> ImageClassifier:
         image_size=model.config.image_size,
         resize=config.data.resize,
         channels=model.config.in_channels,
+        exif_orientation=config.data.exif_orientation,
     )
     return model
 
@@ -154,11 +155,13 @@ class Trainer:
             start=0,
             stop=self.num_steps,
             num_workers=config.data.num_workers,
+            timeout=config.data.timeout,
+            pin_memory=self.device.type == "cuda",
         )
         for each in self.splits.bad:
             self.run_folder.log_bad_file(each)
         with self.report.progress(self.num_steps, "steps") as bar:
-            for step, batch in enumerate(batches):
+            for step, batch in enumerate(on_device(batches, self.device)):
                 self.note_bad(batch)
                 losses.append(self.train_step(step, batch))
                 self.show_step(bar, step, losses)
@@ -180,9 +183,12 @@ class Trainer:
         """
         config, random = self.config, step_generator(self.config.seed, step)
         torch.manual_seed(int(random.integers(2**63)))  # dropout and stochastic depth of this step
-        images = normalize(batch.images.to(self.device), self.preprocessing)
-        targets = one_hot(batch.labels.to(self.device), len(self.splits.train.class_names))
-        images, targets = mixup(images, targets, config.augment.mixup, random)
+        images = normalize(batch.images, self.preprocessing)
+        targets = one_hot(batch.labels, len(self.splits.train.class_names))
+        augment = config.augment
+        images, targets = mix(
+            images, targets, random, mixup_strength=augment.mixup, cutmix_strength=augment.cutmix
+        )
         if step == 0:
             names = self.splits.train.class_names
             figure = training_batch(images, targets, self.preprocessing, names)

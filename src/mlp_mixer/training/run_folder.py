@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from mlp_mixer.data.sources import BadImage, Source
+from mlp_mixer.data.items import BadImage, Source
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.weights.files import write_aside
@@ -106,7 +106,10 @@ def check_unused(path: Path) -> None:
 
 def environment(config: TrainConfig, source: Source, device: torch.device) -> dict[str, Any]:
     """Returns what environment.json holds: versions, hardware, command, seed, data fingerprint."""
-    packages = ("torch", "numpy", "pillow", "simplejpeg", "safetensors", "scikit-learn")
+    packages = (
+        *("torch", "numpy", "pillow", "simplejpeg", "opencv-python-headless"),
+        *("safetensors", "scikit-learn"),
+    )
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["mixer", *sys.argv[1:]]) if _is_command() else None,

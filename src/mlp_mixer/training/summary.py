@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from mlp_mixer.console import Reporter
-from mlp_mixer.data.sources import Source, names_source
+from mlp_mixer.data.items import Source
+from mlp_mixer.data.sources import names_source
 from mlp_mixer.evaluation.accuracy import Evaluation, evaluate
 from mlp_mixer.evaluation.pictures import save_figure, save_report
 from mlp_mixer.evaluation.throughput import count_parameters, flops_text
@@ -117,7 +118,7 @@ def finish(
     report.say(f"model    {run.best}")
     report.say(f"pictures {run.plots}: {', '.join(drawn)}")
     example = splits.test or splits.validation
-    name = example.name if names_source(config.data.source) else example.item_name(0)
+    name = example.item_name(0) if Path(example.item_name(0)).is_file() else example.name
     data = f"{config.data.source}:{kind}" if not (test is None and splits.held_out) else None
     report.say("next")
     mixer = _command()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import socket
-import urllib.parse
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlp_mixer.errors import UserError
+from mlp_mixer.network import is_reachable
 from mlp_mixer.weights.download import is_offline, sha256_of
 
 PREFIX = "hf:"
@@ -61,7 +59,7 @@ def fetch(model: HubModel) -> Path:
     from huggingface_hub import constants, errors
 
     # Without a network the hub's library tries for half a minute; one look is enough.
-    cache_only = is_offline() or not _is_reachable(constants.ENDPOINT)
+    cache_only = is_offline() or not is_reachable(constants.ENDPOINT)
 
     def get(name: str) -> Path | None:
         try:
@@ -115,19 +113,6 @@ def _cause(error: BaseException) -> str:
     """Returns the first line of an error, or of what it was raised from."""
     first = error.__cause__ or error
     return (str(first) or type(first).__name__).splitlines()[0]
-
-
-def _is_reachable(endpoint: str) -> bool:
-    """Says whether somebody answers at an address; behind a proxy that cannot be known."""
-    parts = urllib.parse.urlsplit(endpoint)
-    if urllib.request.getproxies() or parts.hostname is None:
-        return True
-    port = parts.port or (80 if parts.scheme == "http" else 443)
-    try:
-        socket.create_connection((parts.hostname, port), timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 def _check(path: Path) -> None:

@@ -1,0 +1,115 @@
+"""Memory of the loader on a source of a million images: the main process and each worker.
+
+    python benchmarks/loader_memory.py
+
+A thousand digits are packed into a tar shard and its index is repeated until it has a million
+entries, which is what a process holds of a real set of that size: place, label and a name of
+about 40 bytes for each. For each process: all that is resident, how much that is above a process
+that has only imported everything, and how much no other process shares (workers are forked).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from mlp_mixer.data.items import View, subset
+from mlp_mixer.data.loader import training_batches
+from mlp_mixer.data.shards import load_index
+from mlp_mixer.data.sources import open_splits
+from mlp_mixer.data.write_shards import pack_splits
+from mlp_mixer.preprocessing import Preprocessing
+from mlp_mixer.training.dataset import Augmentation
+from mlp_mixer.training.recipes import recipe
+
+
+def memory(pid: int | str) -> tuple[float, float]:
+    """(private, resident) MB of a process."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    values = {name: int(kib) * 1024 / 1e6 for name, kib in re.findall(r"(\w+):\s+(\d+) kB", text)}
+    return values["Private_Clean"] + values["Private_Dirty"], values["Rss"]
+
+
+def make_index(folder: Path, entries: int) -> None:
+    train = open_splits("digits")["train"]
+    pack_splits({"train": subset(train, np.arange(1000), "train")}, folder, shard_bytes=10**9)
+    path = folder / "train.index.safetensors"
+    index, times = load_index(path), entries // 1000
+    names = [f"train/class_{n % 1000:04}/photograph_{n:012}.jpeg".encode() for n in range(entries)]
+    repeated = {
+        name: np.tile(getattr(index, name), times)
+        for name in ("shard", "offset", "length", "label")
+    }
+    replace(
+        index,
+        **repeated,
+        names=np.frombuffer(b"".join(names), np.uint8),
+        name_ends=np.cumsum([0, *map(len, names)], dtype=np.int64),
+    ).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--entries", type=int, default=1_000_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if (
+        arguments.folder is None
+    ):  # the index is made in a process of its own, to measure a fresh one
+        with tempfile.TemporaryDirectory() as folder:
+            make_index(Path(folder), arguments.entries)
+            subprocess.run([sys.executable, *sys.argv, "--folder", folder], check=True)
+        return
+    _, before = memory("self")
+    started = time.perf_counter()
+    source = open_splits(arguments.folder)["train"]
+    seconds = time.perf_counter() - started
+    assert not isinstance(source, View)
+    assert len(source) == arguments.entries
+    preprocessing = Preprocessing(image_size=(32, 32))
+    batches = training_batches(
+        source,
+        preprocessing,
+        Augmentation(recipe("scratch").augment, preprocessing),
+        seed=0,
+        batch_size=64,
+        start=12_345,
+        stop=12_545,
+        num_workers=arguments.workers,
+    )
+    started = time.perf_counter()
+    next(batches)
+    first = time.perf_counter() - started
+    for _ in range(150):
+        next(batches)
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    print(
+        f"{len(source):,} images, opened in {seconds:.2f} s; first batch, of step 12,345, after "
+        f"{first:.2f} s"
+    )
+    print(f"imports alone   {before:6.0f} MB resident")
+    for name, pid in [("main process", "self"), *((f"worker {pid}", pid) for pid in children)]:
+        try:
+            private, resident = memory(pid)
+        except OSError:
+            continue  # not a worker: a helper process that has ended
+        print(
+            f"{name:15} {resident:6.0f} MB resident, {resident - before:4.0f} MB above imports, "
+            f"{private:4.0f} MB its own"
+        )
+    for _ in batches:
+        pass
+
+
+if __name__ == "__main__":
+    main()

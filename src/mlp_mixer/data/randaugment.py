@@ -1,0 +1,243 @@
+"""RandAugment as Google pre-trained Mixer with it: two of sixteen operations on 8-bit pixels.
+
+Source: Cubuk et al. 2020; the operations, their strengths and their quirks are those of the code
+behind the paper (big_vision, autoaugment.py). The magnitude runs from 0 to 10 and beyond: the
+paper's 15 and 20 are one and a half times and twice the scale. What may surprise:
+
+- Only the sign is random; the strength is the magnitude's. An operation is always applied.
+- At 15 and 20 `posterize` keeps 6 and 8 bits, at 0 none: the stronger, the less it does.
+- `solarize` has the threshold 25.6 * magnitude: from 10 on it does nothing.
+- `contrast` blends with the shade (number of pixels) / 256, which is 196 at 224 x 224, and not with
+  the picture's mean.
+- `color`, `contrast`, `brightness`, `sharpness` have the factor 0.1 + 0.18 * magnitude: 5 leaves a
+  picture as it is, 0 takes away nearly all, 15 is 2.8.
+- What comes in from outside is grey, 128. Nothing is interpolated: the nearest pixel is taken.
+
+Pixels moved and cut out are meant for 224 x 224 there; here they grow with the picture.
+
+Legend: H W pixels; a picture is uint8 (H, W, channels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+
+Operation = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
+
+FILL = 128
+_SIDE = 224  # pixels, for which Google's constants are meant
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
+
+
+def randaugment(
+    pixels: np.ndarray, magnitude: float, random: np.random.Generator, num_layers: int = 2
+) -> np.ndarray:
+    """Returns the picture after `num_layers` operations, drawn uniformly with replacement.
+
+    Args:
+        pixels: uint8 (H, W, channels).
+        magnitude: of every operation, at least 0; the paper's are 10, 15 and 20.
+        random: the sample's own generator.
+        num_layers: operations, one after the other; the paper's number is 2.
+    """
+    for number in random.integers(len(OPERATIONS), size=num_layers):
+        operation = _IN_ORDER[number]
+        pixels = operation(pixels, magnitude, random).reshape(pixels.shape)
+    return pixels
+
+
+def autocontrast(pixels: np.ndarray, _magnitude: float = 0, _random: object = None) -> np.ndarray:
+    """Returns each channel stretched to the whole range."""
+    tables = []
+    for channel in cv2.split(pixels):
+        low, high, *_ = cv2.minMaxLoc(channel)
+        values = np.arange(256, dtype=np.float64)
+        if high > low:
+            scale = 255.0 / (high - low)
+            values = np.clip(values * scale - low * scale, 0, 255)
+        tables.append(values)
+    return _look_up(pixels, *tables)
+
+
+def equalize(pixels: np.ndarray, _: float = 0, __: object = None) -> np.ndarray:
+    """Returns each channel with its values spread so that all are equally frequent."""
+    tables = []
+    for channel in cv2.split(pixels):
+        counts = cv2.calcHist([channel], [0], None, [256], [0, 256])[:, 0].astype(np.int64)
+        used = counts[counts > 0]
+        step = int(used.sum() - used[-1]) // 255
+        if step == 0:
+            tables.append(np.arange(256))
+        else:
+            tables.append(np.clip((np.cumsum(counts) - counts + step // 2) // step, 0, 255))
+    return _look_up(pixels, *tables)
+
+
+def invert(pixels: np.ndarray, _: float = 0, __: object = None) -> np.ndarray:
+    """Returns the negative."""
+    return 255 - pixels
+
+
+def posterize(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
+    """Returns the picture with its highest int(0.4 * magnitude) bits only."""
+    bits = min(int(0.4 * magnitude), 8)
+    return pixels & np.uint8(256 - (1 << (8 - bits)))
+
+
+def solarize(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
+    """Returns the picture with the values from int(25.6 * magnitude) up turned to the negative."""
+    threshold, values = int(25.6 * magnitude), np.arange(256)
+    if threshold > 255:
+        return pixels
+    return _look_up(pixels, np.where(values < threshold, values, 255 - values))
+
+
+def solarize_add(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
+    """Returns the picture with int(11 * magnitude) added to the values below 128."""
+    values = np.arange(256)
+    added = np.minimum(values + int(11 * magnitude), 255)
+    return _look_up(pixels, np.where(values < 128, added, values))
+
+
+def color(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
+    """Returns the picture with its colours strengthened or, below 5, taken out."""
+    if pixels.shape[2] == 1:
+        return pixels
+    grey = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return _blend(grey, pixels, _factor(magnitude))
+
+
+def contrast(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
+    """Returns the picture blended with, or away from, the shade (number of pixels) / 256."""
+    shade = np.float32(min(pixels.shape[0] * pixels.shape[1] // 256, 255))
+    values = np.arange(256, dtype=np.float32)  # not more exact than Pillow, or fractions differ
+    return _look_up(pixels, shade + np.float32(_factor(magnitude)) * (values - shade))
+
+
+def brightness(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
+    """Returns the picture brighter or, below 5, darker."""
+    values = np.arange(256, dtype=np.float32)
+    return _look_up(pixels, np.float32(_factor(magnitude)) * values)
+
+
+def sharpness(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
+    """Returns the picture sharper or, below 5, smoother; the outermost pixels stay."""
+    if min(pixels.shape[:2]) < 3:
+        return pixels
+    smooth = cv2.filter2D(pixels, -1, _SMOOTH).reshape(pixels.shape)
+    out = _blend(smooth, pixels, _factor(magnitude)).reshape(pixels.shape)
+    for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
+        out[edge] = pixels[edge]
+    return out
+
+
+def rotate(pixels: np.ndarray, magnitude: float, random: np.random.Generator) -> np.ndarray:
+    """Returns the picture turned by 3 * magnitude degrees about its centre, either way."""
+    angle = np.deg2rad(_sign(random) * 3.0 * magnitude)
+    cos, sin = np.cos(angle), np.sin(angle)
+    height, width = pixels.shape[:2]
+    x, y = (width - 1) / 2, (height - 1) / 2
+    return _affine(pixels, cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
+
+
+def shear_x(pixels: np.ndarray, magnitude: float, random: np.random.Generator) -> np.ndarray:
+    """Returns the picture slanted by 0.03 * magnitude pixels a row, either way."""
+    level = _sign(random) * 0.03 * magnitude
+    return _affine(pixels, 1.0, level, 0.0, 0.0, 1.0, 0.0)
+
+
+def shear_y(pixels: np.ndarray, magnitude: float, random: np.random.Generator) -> np.ndarray:
+    """Returns the picture slanted by 0.03 * magnitude pixels a column, either way."""
+    level = _sign(random) * 0.03 * magnitude
+    return _affine(pixels, 1.0, 0.0, 0.0, level, 1.0, 0.0)
+
+
+def translate_x(pixels: np.ndarray, magnitude: float, random: np.random.Generator) -> np.ndarray:
+    """Returns the picture moved sideways by 10 * magnitude of 224 pixels, either way."""
+    return _translate(pixels, magnitude, random, axis=1)
+
+
+def translate_y(pixels: np.ndarray, magnitude: float, random: np.random.Generator) -> np.ndarray:
+    """Returns the picture moved up or down by 10 * magnitude of 224 pixels."""
+    return _translate(pixels, magnitude, random, axis=0)
+
+
+def _translate(
+    pixels: np.ndarray, magnitude: float, random: np.random.Generator, axis: int
+) -> np.ndarray:
+    side = pixels.shape[axis]
+    shift = round(_sign(random) * 10.0 * magnitude * side / _SIDE)
+    out = np.full_like(pixels, FILL)
+    kept = max(0, side - abs(shift))
+    old, new = slice(max(0, shift), max(0, shift) + kept), slice(max(0, -shift), None)
+    new = slice(new.start, new.start + kept)
+    index = (slice(None),) * axis
+    out[(*index, new)] = pixels[(*index, old)]
+    return out
+
+
+def cutout(pixels: np.ndarray, magnitude: float, random: np.random.Generator) -> np.ndarray:
+    """Returns the picture with a grey square of twice int(4 * magnitude) of 224 pixels in it."""
+    out = pixels.copy()
+    spans = []
+    for side in pixels.shape[:2]:
+        half, center = round(int(4 * magnitude) * side / _SIDE), int(random.integers(side))
+        spans.append(slice(max(0, center - half), center + half))
+    out[spans[0], spans[1]] = FILL
+    return out
+
+
+OPERATIONS: dict[str, Operation] = {
+    "AutoContrast": autocontrast,
+    "Equalize": equalize,
+    "Invert": invert,
+    "Rotate": rotate,
+    "Posterize": posterize,
+    "Solarize": solarize,
+    "Color": color,
+    "Contrast": contrast,
+    "Brightness": brightness,
+    "Sharpness": sharpness,
+    "ShearX": shear_x,
+    "ShearY": shear_y,
+    "TranslateX": translate_x,
+    "TranslateY": translate_y,
+    "Cutout": cutout,
+    "SolarizeAdd": solarize_add,
+}
+_IN_ORDER = list(OPERATIONS.values())
+
+
+def _sign(random: np.random.Generator) -> float:
+    return -1.0 if random.random() < 0.5 else 1.0
+
+
+def _factor(magnitude: float) -> float:
+    return 0.1 + 0.18 * magnitude
+
+
+def _look_up(pixels: np.ndarray, *tables: np.ndarray) -> np.ndarray:
+    """The picture through one table for all channels, or one for each; fractions are cut off."""
+    table = np.clip(np.stack(tables, axis=-1), 0, 255).astype(np.uint8)  # (256, 1 or channels)
+    return cv2.LUT(pixels, table[None])
+
+
+def _blend(first: np.ndarray, second: np.ndarray, factor: float) -> np.ndarray:
+    """first + factor * (second - first), cut to 8 bits; OpenCV rounds where Pillow cuts off."""
+    return cv2.addWeighted(first, 1.0 - factor, second, factor, 1 / 512 - 0.5)
+
+
+def _affine(pixels: np.ndarray, *matrix: float) -> np.ndarray:
+    """The picture whose pixel (x, y) is the old one nearest to matrix * (x, y, 1)."""
+    height, width = pixels.shape[:2]
+    return cv2.warpAffine(
+        pixels,
+        np.array(matrix, dtype=np.float64).reshape(2, 3),
+        (width, height),
+        flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=(FILL, FILL, FILL, FILL),
+    )

@@ -1,0 +1,261 @@
+"""CSV and JSONL lists: columns, splits, classes by name, and the line of whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import draw, make_class_folder
+from mlp_mixer.data.sources import open_source, open_splits
+from mlp_mixer.errors import UserError
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder with images a/0.png to a/5.png and b/0.png to b/5.png."""
+    return make_class_folder(tmp_path, {"a": 6, "b": 6})
+
+
+def write(folder: Path, text: str | bytes, name: str = "list.csv") -> str:
+    data = text.encode() if isinstance(text, str) else text
+    (folder / name).write_bytes(data)
+    return str(folder / name)
+
+
+def write_jsonl(folder: Path, *rows: object) -> str:
+    return write(folder, "".join(json.dumps(row) + "\n" for row in rows), "list.jsonl")
+
+
+def named(name: str) -> dict[str, list[tuple[str, str]]]:
+    return {
+        split: [
+            ("/".join(Path(s.item_name(at)).parts[-2:]), s.class_names[s.labels[at]])
+            for at in range(len(s))
+        ]
+        for split, s in open_splits(name).items()
+    }
+
+
+def test_a_list_without_splits_is_train(images: Path):
+    name = write(images, "path,label\na/0.png,x\nb/1.png,y\na/2.png,x\n")
+    assert named(name) == {"train": [("a/0.png", "x"), ("b/1.png", "y"), ("a/2.png", "x")]}
+    source = open_source(name)
+    assert source.read(1) == (images / "b" / "1.png").read_bytes()
+    assert source.item_name(1) == str(images / "b" / "1.png")
+    assert source.name == f"{name}:train"
+    assert source.labels.dtype == np.int64
+
+
+def test_splits_in_a_column(images: Path):
+    rows = ["a/0.png,x,train", "b/1.png,y,val", "a/2.png,y,Train", "a/3.png,x,test"]
+    name = write(images, "path,label,split\n" + "\n".join(rows))
+    assert named(name) == {
+        "train": [("a/0.png", "x"), ("a/2.png", "y")],
+        "validation": [("b/1.png", "y")],
+        "test": [("a/3.png", "x")],
+    }
+    assert list(open_splits(name)) == ["train", "validation", "test"]
+    assert open_source(f"{name}:val").class_names == ["x", "y"]
+    assert len(open_source(f"{name}:train[50%:]")) == 1
+
+
+def test_the_order_of_rows_never_changes_the_classes(images: Path):
+    rows = [f"a/{at % 6}.png,{label}" for at, label in enumerate(["10", "9", "2", "10", "1"])]
+    expected = None
+    for order in (rows, rows[::-1], sorted(rows)):
+        source = open_source(write(images, "\n".join(["path,label", *order])))
+        assert source.class_names == ["1", "2", "9", "10"]
+        pairs = sorted((source.item_name(at), int(source.labels[at])) for at in range(5))
+        assert pairs == (expected := expected or pairs)
+
+
+def test_quotes_commas_and_semicolons(images: Path):
+    make_class_folder(images, {"c, d": 1})
+    plain = write(images, 'path,label\n"c, d/0.png","x ""y"", z"\n')
+    assert named(plain) == {"train": [("c, d/0.png", 'x "y", z')]}
+    assert named(write(images, "path;label\na/0.png;x\n")) == {"train": [("a/0.png", "x")]}
+    assert named(write(images, "path\tlabel\na/0.png\tx, y\n")) == {"train": [("a/0.png", "x, y")]}
+
+
+def test_byte_order_mark_and_windows_line_ends(images: Path):
+    text = "\ufeffpath,label\r\na/0.png,x\r\n\r\na/1.png,\u00e9\r\n"
+    source = open_source(write(images, text))
+    assert source.class_names == ["x", "\u00e9"]
+    assert source.read(1) == (images / "a" / "1.png").read_bytes()
+
+
+@pytest.mark.parametrize("image", ["path", "file", "FileName", "image", "file_name"])
+@pytest.mark.parametrize("label", ["label", "Class", "target"])
+def test_columns_are_found_by_their_names(images: Path, image: str, label: str):
+    name = write(images, f"id,{label}, {image} ,note\n7,x,a/0.png,n\n")
+    assert named(name) == {"train": [("a/0.png", "x")]}
+
+
+def test_columns_are_chosen(images: Path):
+    name = write(images, "file,image,class,target,kind\na/0.png,b/0.png,x,y,z\n")
+    with pytest.raises(UserError, match=r"several image columns: file, image[\s\S]*#image=file"):
+        open_splits(name)
+    with pytest.raises(UserError, match=r"several label columns: class, target[\s\S]*#label=class"):
+        open_splits(f"{name}#image=file")
+    assert named(f"{name}#image=image,label=kind") == {"train": [("b/0.png", "z")]}
+    with pytest.raises(UserError, match=r"no column 'knd'[\s\S]*Did you mean kind"):
+        open_splits(f"{name}#image=file,label=knd")
+    with pytest.raises(UserError, match="the option 'config' means nothing for a list"):
+        open_splits(f"{name}#config=x")
+
+
+def test_label_wins_over_other_names(images: Path):
+    name = write(images, "path,class,label\na/0.png,x,y\n")
+    assert named(name) == {"train": [("a/0.png", "y")]}
+
+
+def test_absolute_paths(images: Path, tmp_path_factory: pytest.TempPathFactory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    name = write(elsewhere, f"path,label\n{images / 'a' / '0.png'},x\n")
+    assert open_source(name).read(0) == (images / "a" / "0.png").read_bytes()
+
+
+def test_paths_are_relative_to_the_list(images: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(images / "a")
+    write(images, "path,label\nb/0.png,x\n")
+    assert open_source("../list.csv").read(0) == (images / "b" / "0.png").read_bytes()
+    monkeypatch.chdir(images)
+    assert open_source("list.csv").item_name(0) == "b/0.png"
+
+
+def test_a_file_name_that_is_no_text(images: Path):
+    name = b"\xff\xfe.png"
+    Path(images, name.decode(errors="surrogateescape")).write_bytes(b"x")
+    source = open_source(write(images, b"path,label\n" + name + b",x\n"))
+    assert source.read(0) == b"x"
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "line"),
+    [
+        ("", "the list is empty", ""),
+        ("\n\n", "the list is empty", ""),
+        ("path,label\n", "the list has no rows", ""),
+        ("path,label,path\na/0.png,x,y\n", "two columns have one name: 'path'", ", line 1"),
+        ("label,kind\nx,y\n", "no image column found; columns: label, kind", ""),
+        ("path,kind\na/0.png,y\n", "no label column found; columns: path, kind", ""),
+        ("a/0.png,x\na/1.png,y\n", "the list has no header", ", line 1"),
+        ("path,label\na/0.png,x\na/1.png\n", "1 fields, and the header has 2", ", line 3"),
+        ("path,label\na/0.png,x,y\n", "3 fields, and the header has 2", ", line 2"),
+        ("path,label\na/0.png,x\n,y\n", "the path is empty", ", line 3"),
+        ("path,label\na/0.png,x\n\na/1.png, \n", "the label is empty", ", line 4"),
+        ("path,label\na/0.png,Cat\na/1.png,cat\n", "Cat .line 2., cat", ", line 3"),
+        ('path,label\na/0.png,"x\na/1.png,y\n', "not CSV: unexpected end of data", ", line 3"),
+        ("path,label,split\na/0.png,x,train\na/1.png,x,trn\n", "unknown split 'trn'", ", line 3"),
+        ("path,label,split\na/0.png,x,\n", "the split is empty", ", line 2"),
+        (
+            "path,label,split\na/0.png,x,train\na/1.png,x,val\na/2.png,y,val\n",
+            "class 'y' has no image in train",
+            ", line 4",
+        ),
+        (b"path,label\na/0.png,\xff\n", "the label is not UTF-8", ", line 2"),
+        ("path,label\na/0.png,x\n".encode("utf-16"), "the list is UTF-16 text", ""),
+        ("path,label\n9/0.png,x\n", "the list's images are not there: '9/0.png'", ""),
+    ],
+)
+def test_mistakes_in_csv(images: Path, text: str | bytes, message: str, line: str):
+    name = write(images, text)
+    with pytest.raises(UserError, match=message) as raised:
+        open_splits(name)
+    assert raised.value.where in (name + line, str(images / "9" / "0.png"))
+    assert raised.value.fix
+
+
+def test_one_missing_file_is_a_bad_image_and_no_more(images: Path):
+    rows = [f"a/{at}.png,x" for at in range(6)]
+    source = open_source(write(images, "\n".join(["path,label", "gone.png,x", *rows])))
+    assert len(source) == 7
+    with pytest.raises(UserError, match="cannot read the file: No such file"):
+        source.read(0)
+
+
+def test_classes_that_a_split_lacks(images: Path):
+    name = write(images, "path,label,split\na/0.png,x,train\na/1.png,y,train\na/2.png,y,val\n")
+    validation = open_source(f"{name}:val")
+    assert validation.class_names == ["x", "y"]
+    assert validation.labels.tolist() == [1]
+
+
+def test_jsonl(images: Path):
+    name = write_jsonl(
+        images,
+        {"path": "a/0.png", "label": 10, "split": "train", "more": [1, {}]},
+        {"label": 2, "path": "a/1.png", "split": "train"},
+        {"label": 2, "path": "b/1.png", "split": "test"},
+    )
+    source = open_splits(name)
+    assert named(name)["test"] == [("b/1.png", "2")]
+    assert source["train"].class_names == ["2", "10"]
+    assert source["train"].labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1, 2]", "not a JSON object"),
+        ('{"path": "a/1.png"}', "the label must be text, got nothing"),
+        ('{"path": "a/1.png", "label": null}', "the label must be text, got nothing"),
+        ('{"path": "a/1.png", "label": true}', "the label must be text, got True"),
+        ('{"path": "a/1.png", "label": 1.5}', "the label must be text, got 1.5"),
+        ('{"path": 3, "label": "x"}', "the path must be text, got 3"),
+        ('{"path": "a\\u0000", "label": "x"}', "not the name of a file"),
+        ('{"path": "a\\ud800", "label": "x"}', "not the name of a file"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_mistakes_in_jsonl(images: Path, line: str, message: str):
+    name = write(images, '{"path": "a/0.png", "label": "x"}\n\n' + line + "\n", "list.jsonl")
+    with pytest.raises(UserError, match=message) as raised:
+        open_splits(name)
+    assert raised.value.where == f"{name}, line 3"
+    with pytest.raises(UserError, match="the list is empty"):
+        open_splits(write(images, "\n", "list.jsonl"))
+
+
+def test_a_long_list_is_light(images: Path):
+    """No object for each row: some hundred bytes a row would be a hundred MB here."""
+    count = 200_000
+    rows = "".join(f"a/{at % 6}.png,{at % 100}\n" for at in range(count))
+    name = write(images, "path,label\n" + rows)
+    tracemalloc.start()
+    source = open_source(name)
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(source) == count
+    assert source.class_names == [str(label) for label in range(100)]
+    assert (source.labels == np.arange(count) % 100).all()
+    assert kept < 60 * count
+    again = pickle.loads(pickle.dumps(source))
+    assert again.item_name(count - 1) == source.item_name(count - 1)
+
+
+def test_the_real_list_of_flowers(tmp_path: Path):
+    path = SHARED / "flowers102_labels_splits.csv"
+    if not path.exists():
+        pytest.skip(f"needs the shared data: {path}")
+    draw(1).save(tmp_path / "image_00001.jpg")
+    name = write(tmp_path, path.read_bytes())
+    splits = open_splits(name)
+    assert {split: len(s) for split, s in splits.items()} == {
+        "train": 1020,
+        "validation": 1020,
+        "test": 6149,
+    }
+    assert all(s.class_names == splits["train"].class_names for s in splits.values())
+    assert len(splits["train"].class_names) == 102
+    by_name = open_source(f"{name}#label=class_name:test")
+    assert "passion flower" in by_name.class_names
+    assert by_name.item_name(0) == str(tmp_path / "image_00001.jpg")

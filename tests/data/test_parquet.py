@@ -1,0 +1,359 @@
+"""Parquet files: bytes and labels, memory or row groups, columns, and damaged files."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import draw, encode
+from mlp_mixer.data import parquet_images
+from mlp_mixer.data.image import decode
+from mlp_mixer.data.parquet_images import ParquetImages
+from mlp_mixer.data.sources import open_source, open_splits
+from mlp_mixer.errors import UserError
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+PICTURES = [encode(draw(seed), "PNG" if seed % 2 else "JPEG") for seed in range(8)]
+
+
+def write(
+    path: Path,
+    labels: list[object],
+    names: list[str] | None = None,
+    *,
+    files: list[bytes | None] | None = None,
+    column: str = "image",
+    label: str = "label",
+    row_group_size: int = 3,
+    more: dict[str, list[object]] | None = None,
+    **options: object,
+) -> str:
+    """A file in the Hugging Face layout; PICTURES in turn, unless `files` are given."""
+    chosen = files or [PICTURES[at % len(PICTURES)] for at in range(len(labels))]
+    rows = [{"bytes": data, "path": f"{at}.png"} for at, data in enumerate(chosen)]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {column: pa.array(rows, kind), label: pa.array(labels), **(more or {})}
+    table = pa.table(columns)
+    if names is not None:
+        features = {column: {"_type": "Image"}, label: {"names": names, "_type": "ClassLabel"}}
+        info = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": info})
+    pq.write_table(table, path, row_group_size=row_group_size, **options)
+    return str(path)
+
+
+def damage(path: Path, row_group: int) -> None:
+    """Writes over the images of a row group."""
+    column = pq.ParquetFile(path).metadata.row_group(row_group).column(0)
+    data = bytearray(path.read_bytes())
+    begin = column.dictionary_page_offset or column.data_page_offset
+    data[begin : begin + column.total_compressed_size] = b"U" * column.total_compressed_size
+    path.write_bytes(data)
+
+
+def shared(name: str) -> str:
+    path = SHARED / name
+    if not list(SHARED.glob(name)):
+        pytest.skip(f"needs the shared data: {path}")
+    return str(path)
+
+
+@pytest.fixture(params=[True, False], ids=["held", "by row group"])
+def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the images are held in memory."""
+    if not request.param:
+        monkeypatch.setattr(parquet_images, "HELD_BYTES", 100)
+    return request.param
+
+
+def test_bytes_and_labels(tmp_path: Path, held: bool):
+    name = write(tmp_path / "x.parquet", [at % 2 for at in range(8)], ["cat", "ant"])
+    source = open_source(name)
+    assert isinstance(source, ParquetImages)
+    assert source.hold() is held
+    assert source.class_names == ["cat", "ant"]  # their order is the metadata's
+    assert source.labels.tolist() == [0, 1] * 4
+    assert source.labels.dtype == np.int64
+    for at in [*range(8), 7, 0, 5, 0]:
+        assert source.read(at) == PICTURES[at]
+        assert source.item_name(at) == f"{name}[{at}]"
+    for at in (-1, 8):
+        with pytest.raises(IndexError):
+            source.read(at)
+
+
+def test_several_files_of_a_split(tmp_path: Path, held: bool):
+    for number in (10, 2):
+        files: list[bytes | None] = [PICTURES[number % 8], PICTURES[1], PICTURES[2], PICTURES[3]]
+        write(tmp_path / f"train-{number}.parquet", ["b", "a", "b", "a"], files=files)
+    write(tmp_path / "valid-0.parquet", ["a"])
+    splits = open_splits(str(tmp_path))
+    assert {split: len(source) for split, source in splits.items()} == {"train": 8, "validation": 1}
+    train = splits["train"]
+    assert train.item_name(0) == f"{tmp_path / 'train-2.parquet'}[0]"
+    assert train.item_name(7) == f"{tmp_path / 'train-10.parquet'}[3]"
+    assert train.read(4) == PICTURES[2]
+    assert train.read(0) == PICTURES[2]
+    assert train.read(7) == PICTURES[3]
+    assert splits["validation"].class_names == ["a", "b"]
+    assert len(open_source(f"{tmp_path}/train-*.parquet")) == 8
+    assert len(open_source(f"{tmp_path}/*-[01]*.parquet:train[:50%]")) == 2
+
+
+def test_a_folder_with_data_below_it(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "test-00000-of-00001.parquet", ["a", "b"])
+    assert list(open_splits(str(tmp_path))) == ["test"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([10, 2, 1, 10], ["1", "2", "10"]),
+        (["10", "2", "1", "10"], ["1", "2", "10"]),
+        (["b10", "b9", "A", "b9"], ["A", "b9", "b10"]),
+    ],
+)
+def test_values_are_the_classes_where_none_are_named(tmp_path: Path, labels, names):
+    for order in (labels, labels[::-1]):
+        source = open_source(write(tmp_path / "x.parquet", order))
+        assert source.class_names == names
+        assert [names[label] for label in source.labels] == [str(label) for label in order]
+
+
+def test_splits_are_matched_by_name(tmp_path: Path):
+    write(tmp_path / "train.parquet", [0, 1, 2], ["ant", "bee", "cat"])
+    write(tmp_path / "test.parquet", [0, 1], ["cat", "ant"])
+    test = open_source(f"{tmp_path}:test")
+    assert test.class_names == ["ant", "bee", "cat"]
+    assert test.labels.tolist() == [2, 0]
+    write(tmp_path / "test.parquet", [0], ["dog"])
+    with pytest.raises(UserError, match="unknown to train/: 'dog'"):
+        open_splits(str(tmp_path))
+
+
+def test_only_the_wanted_split_is_read(tmp_path: Path):
+    write(tmp_path / "train.parquet", ["a", "b"] * 300, row_group_size=50)
+    write(tmp_path / "test.parquet", ["a", "b"])
+    damage(tmp_path / "train.parquet", 0)  # its images, not its labels
+    assert len(open_source(str(tmp_path))) == 2
+    with pytest.raises(UserError, match="cannot read the Parquet file"):
+        open_source(f"{tmp_path}:train")
+
+
+def test_columns_are_chosen(tmp_path: Path):
+    name = write(
+        tmp_path / "x.parquet", ["a"], column="photo", label="kind", more={"size": [3], "z": [1.5]}
+    )
+    with pytest.raises(UserError, match=r"no label column found; columns: photo, kind, size, z"):
+        open_source(name)
+    assert open_source(f"{name}#label=kind").class_names == ["a"]
+    assert open_source(f"{name}#label=size,image=photo").class_names == ["3"]
+    with pytest.raises(UserError, match="column 'z' is double, neither integers nor text"):
+        open_source(f"{name}#label=z")
+    with pytest.raises(UserError, match="column 'size' is int64, not struct<bytes"):
+        open_source(f"{name}#label=kind,image=size")
+    with pytest.raises(UserError, match=r"no column 'kindd'[\s\S]*Did you mean kind"):
+        open_source(f"{name}#label=kindd")
+    pq.write_table(pa.table({"image": [b"x"], "label": [1]}), tmp_path / "y.parquet")
+    with pytest.raises(UserError, match="no image column found; columns: image, label"):
+        open_source(f"{tmp_path / 'y.parquet'}")
+
+
+def test_files_that_do_not_belong_together(tmp_path: Path):
+    write(tmp_path / "train-0.parquet", [0], ["ant"])
+    write(tmp_path / "train-1.parquet", [0], ["bee"])
+    with pytest.raises(UserError, match=r"'label' has other classes than in .*train-0"):
+        open_splits(str(tmp_path))
+    write(tmp_path / "train-1.parquet", ["ant"])
+    with pytest.raises(UserError, match=r"'label' is string here and int64 in .*train-0"):
+        open_splits(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, -1], "the image has no label .-1."),
+        ([0, 1, 7], "label 7 is none of the 2 classes"),
+        ([0, 1, None], "the row has no label"),
+    ],
+)
+def test_labels_that_are_none(tmp_path: Path, labels, message):
+    name = write(tmp_path / "x.parquet", labels, ["ant", "bee"], row_group_size=1)
+    with pytest.raises(UserError, match=message) as raised:
+        open_source(name)
+    assert raised.value.where == f"{name}[2]"
+
+
+def test_a_test_split_without_labels_is_left_out(tmp_path: Path):
+    write(tmp_path / "train.parquet", [0, 1], ["ant", "bee"])
+    write(tmp_path / "test.parquet", [-1, -1], ["ant", "bee"])
+    assert list(open_splits(str(tmp_path))) == ["train"]
+    with pytest.raises(UserError, match="the data has no test split"):
+        open_source(f"{tmp_path}:test")
+    with pytest.raises(UserError, match="none of the images has a label"):
+        open_source(str(tmp_path / "test.parquet"))
+
+
+def test_case_twins(tmp_path: Path):
+    with pytest.raises(UserError, match="differ only in case: Cat, cat"):
+        open_source(write(tmp_path / "x.parquet", ["Cat", "cat"]))
+    with pytest.raises(UserError, match="two classes have one name: cat"):
+        open_source(write(tmp_path / "x.parquet", [0, 1], ["cat", "cat"]))
+
+
+def test_a_row_without_an_image(tmp_path: Path, held: bool):
+    files = [PICTURES[0], None, b"", PICTURES[3], None]
+    name = write(tmp_path / "x.parquet", ["a"] * 5, files=files)
+    source = open_source(name)
+    assert source.read(0) == PICTURES[0]
+    assert source.read(3) == PICTURES[3]
+    for row in (1, 2, 4):
+        with pytest.raises(UserError, match="the row has no image") as raised:
+            source.read(row)
+        assert raised.value.where == f"{name}[{row}]"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.999])
+def test_a_truncated_file(tmp_path: Path, share: float):
+    path = tmp_path / "x.parquet"
+    write(path, ["a"] * 6)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(UserError, match="cannot read the Parquet file") as raised:
+        open_source(str(path))
+    assert raised.value.where == str(path)
+
+
+def test_a_damaged_row_group(tmp_path: Path, held: bool):
+    path = tmp_path / "x.parquet"
+    write(path, ["a", "b"] * 3, compression="zstd")
+    damage(path, 1)
+    with pytest.raises(UserError, match="cannot read the Parquet file") as raised:
+        open_source(str(path)).read(4)
+    assert raised.value.where == f"{path}, row group 1, from row {path}[3]"
+
+
+def test_stored_small_and_large_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Copies of one image are stored once: the metadata's size is no bound."""
+    big = encode(draw(1, (200, 200)))
+    name = write(tmp_path / "x.parquet", ["a"] * 30, files=[big] * 30, row_group_size=10)
+    whole = open_source(name)
+    assert isinstance(whole, ParquetImages)
+    stored = whole._stored_bytes()
+    assert stored < 6 * len(big)
+    source = open_source(name)
+    assert source.hold()
+    assert source.read(29) == big
+    monkeypatch.setattr(parquet_images, "HELD_BYTES", 10 * len(big))
+    source = open_source(name)
+    assert not source.hold()
+    assert source.read(29) == big
+
+
+def _read_all(source: ParquetImages) -> list[bytes]:
+    return [source.read(at) for at in (7, 0, 3, 4)]
+
+
+def test_it_survives_pickling_and_forking(tmp_path: Path, held: bool):
+    source = open_source(write(tmp_path / "x.parquet", ["a", "b"] * 4))
+    expected = _read_all(source)  # files and row groups are open now
+    assert _read_all(pickle.loads(pickle.dumps(source))) == expected
+    if not held:
+        assert len(pickle.dumps(source)) < 2000
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(_read_all, [source] * 4) == [expected] * 4
+    process = multiprocessing.get_context("fork").Process(target=_expect, args=(source, expected))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def _expect(source: ParquetImages, expected: list[bytes]) -> None:
+    sys.exit(0 if _read_all(source) == expected else 5)
+
+
+def test_row_groups_are_kept_a_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parquet_images, "HELD_BYTES", 100)
+    source = open_source(write(tmp_path / "x.parquet", ["a"] * 24))
+    assert isinstance(source, ParquetImages)
+    read: list[int] = []
+    original = ParquetImages._read_group
+    monkeypatch.setattr(
+        ParquetImages, "_read_group", lambda s, group: read.append(group) or original(s, group)
+    )
+    for at in range(24):
+        source.read(at)
+    assert read == list(range(8))
+    assert len(source._kept) == 2
+
+
+def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    name = write(tmp_path / "x.parquet", ["a"])
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"needs pyarrow[\s\S]*pip install 'mlp_mixer\[data\]'"):
+        open_source(name)
+
+
+def test_patterns(tmp_path: Path):
+    write(tmp_path / "x.parquet", ["a"])
+    (tmp_path / "y.txt").write_text("y")
+    with pytest.raises(UserError, match=r"matches no file"):
+        open_source(f"{tmp_path}/z*.parquet")
+    with pytest.raises(UserError, match=r"matches .*y.txt[\s\S]*for .parquet files"):
+        open_source(f"{tmp_path}/*")
+
+
+def test_an_empty_file(tmp_path: Path):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({"image": pa.array([], kind), "label": pa.array([], pa.int64())})
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="the files have no rows"):
+        open_source(str(tmp_path / "x.parquet"))
+
+
+def test_the_real_flowers():
+    splits = open_splits(shared("flowers102_34c_*.parquet"))
+    assert {split: len(s) for split, s in splits.items()} == {
+        "train": 340,
+        "validation": 340,
+        "test": 272,
+    }
+    assert splits["train"].class_names[:2] == ["pink primrose", "sweet pea"]
+    for split, count in (("train", 10), ("validation", 10), ("test", 8)):
+        assert np.bincount(splits[split].labels).tolist() == [count] * 34
+        file = pq.read_table(SHARED / f"flowers102_34c_{split}.parquet")
+        for at in (0, 137, 271):
+            row = file.slice(at, 1).to_pylist()[0]
+            assert splits[split].read(at) == row["image"]["bytes"]
+            assert splits[split].labels[at] == row["label"]
+
+
+def test_the_real_cifar():
+    source = open_source(shared("cifar10_test.parquet"))
+    assert source.class_names[3] == "cat"
+    assert np.bincount(source.labels).tolist() == [1000] * 10
+    mean = np.mean([decode(source.read(at), "x") for at in range(0, 10_000, 20)], axis=(0, 1, 2))
+    assert np.abs(mean / 255 - [0.494, 0.485, 0.450]).max() < 0.02
+    with pytest.raises(UserError, match=r"several label columns: fine_label, coarse_label"):
+        open_source(shared("cifar100_subset_test.parquet"))
+    coarse = open_source(shared("cifar100_subset_test.parquet") + "#label=coarse_label")
+    assert np.bincount(coarse.labels).tolist() == [80] * 20
+    fine = open_source(shared("cifar100_subset_test.parquet") + "#label=fine_label:test[50%:]")
+    assert (len(fine), len(fine.class_names)) == (800, 100)
+    assert fine.read(0) == coarse.read(800)
+
+
+def test_the_real_samples_of_imagenet():
+    source = open_source(shared("imagenet_samples.parquet"))
+    assert (len(source), len(source.class_names)) == (94, 1000)
+    assert source.class_names[0] == "n01440764 tench"
+    assert all(decode(source.read(at), "x").ndim == 3 for at in range(0, 94, 10))

@@ -1,0 +1,235 @@
+"""Images as they come: damaged, turned, in odd modes, of odd shapes, and meant to do harm."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mlp_mixer as mm
+from conftest import draw, encode, make_class_folder, mixer, tiny_config, tiny_model
+from mlp_mixer.data.image import decode
+from mlp_mixer.data.items import ImageFiles
+from mlp_mixer.data.loader import evaluation_batches, training_batches
+from mlp_mixer.errors import UserError
+from mlp_mixer.preprocessing import Preprocessing
+from mlp_mixer.training.dataset import Augmentation
+
+UNDO = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def damaged(folder: Path) -> dict[str, Path]:
+    """One file of each kind of damage, named as images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    files = {
+        "cut.jpg": encode(draw(1, (200, 200)), "JPEG")[:-900],
+        "empty.jpg": b"",
+        "page.jpg": b"<!doctype html><html><title>404 Not Found</title></html>",
+        "noise.png": random.bytes(2000),
+        "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+    }
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return {name: folder / name for name in files}
+
+
+def test_bad_images_are_replaced_counted_and_listed_and_left_alone(tmp_path):
+    """The same replacements on every way through the data, with and without workers."""
+    data = make_class_folder(tmp_path / "data", {"a": 40, "b": 40})
+    bad = damaged(data / "a")
+    (data / "a" / "folder.jpg").mkdir()
+    (data / "a" / "pixel.png").write_bytes(encode(Image.new("RGB", (1, 1))))
+    before = {path: path.read_bytes() for path in bad.values()}
+    losses = []
+    for number, workers in enumerate((0, 2)):
+        config = tiny_config(
+            str(data), tmp_path / f"run{number}", data__max_bad=0.2, data__num_workers=workers
+        )
+        run = mm.train(config, quiet=True).run_folder
+        listed = [line.split("\t")[0] for line in (run / "bad_files.txt").read_text().splitlines()]
+        assert len(listed) == len(set(listed))
+        assert {Path(each).name for each in listed} == set(bad)
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        losses.append([line.split(",")[2] for line in lines])
+    assert losses[0] == losses[1]
+    assert {path: path.read_bytes() for path in bad.values()} == before
+    with pytest.raises(UserError, match=r"of 77 images cannot be decoded[\s\S]*--max-bad 0.1"):
+        mm.train(tiny_config(str(data), tmp_path / "strict"), quiet=True)
+    assert not (tmp_path / "strict").exists()
+
+
+def test_all_orientations_look_the_same_to_train_evaluate_and_predict(tmp_path):
+    upright = np.zeros((24, 16, 3), np.uint8)
+    upright[2:8, 2:4], upright[20:22, 6:14] = (250, 10, 10), (10, 250, 10)
+    paths = []
+    for orientation in range(1, 9):
+        stored, exif = Image.fromarray(upright), Image.Exif()
+        if orientation in UNDO:
+            stored = stored.transpose(UNDO[orientation])
+        exif[0x0112] = orientation
+        paths.append(str(tmp_path / f"{orientation}.png"))
+        stored.save(paths[-1], exif=exif)
+    source = ImageFiles("x", ["a", "b"], np.zeros(8, np.int64), paths)
+    preprocessing = Preprocessing(image_size=(8, 8))
+    settings = mm.recipe("digits").augment
+    still = Augmentation(
+        type(settings)(crop="none", flip=False), preprocessing
+    )  # nothing random: one picture
+    for name, batches in {
+        "train": training_batches(
+            source, preprocessing, still, seed=0, batch_size=8, start=0, stop=1, num_workers=0
+        ),
+        "evaluate": evaluation_batches(source, preprocessing, batch_size=8, num_workers=0),
+    }.items():
+        images = next(iter(batches)).images
+        assert (images == images[:1]).all(), name
+    model = tiny_model(num_classes=3)
+    model.class_names, model.preprocessing = ["a", "b", "c"], preprocessing
+    predictions = [each.classes for each in mm.predict(model, paths)]
+    assert all(each == predictions[0] for each in predictions)
+
+
+def png16(rows: np.ndarray) -> bytes:
+    """A PNG of 16-bit RGB samples (H, W, 3), which Pillow cannot write."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    height, width, _ = rows.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(lines))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_odd_modes():
+    red, blue = Image.new("RGB", (6, 4), (200, 30, 20)), Image.new("RGB", (6, 4), (0, 0, 200))
+    white, inks = [255, 255, 255], Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    palette = Image.new("P", (6, 4))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    expected: dict[str, tuple[bytes, list[int], int]] = {
+        "RGBA, transparent": (encode(Image.new("RGBA", (6, 4), (255, 0, 0, 0))), white, 0),
+        "LA, half transparent": (encode(Image.new("LA", (6, 4), (0, 128))), [127] * 3, 1),
+        "P with transparency bytes": (encode(palette, transparency=bytes([0, 255])), white, 0),
+        "1 bit": (encode(Image.new("1", (6, 4), 1)), white, 0),
+        "I;16": (encode(Image.fromarray(np.full((4, 6), 25700, np.uint16))), [100] * 3, 0),
+        "I;16 TIFF": (
+            encode(Image.fromarray(np.full((4, 6), 25700, np.uint16)), "TIFF"),
+            [100] * 3,
+            0,
+        ),
+        "16-bit RGB": (png16(np.full((4, 6, 3), 25700)), [100] * 3, 0),
+        "animated GIF": (encode(red, "GIF", save_all=True, append_images=[blue]), [200, 30, 20], 8),
+        "animated WebP": (
+            encode(red, "WEBP", save_all=True, append_images=[blue], lossless=True),
+            [200, 30, 20],
+            0,
+        ),
+        "CMYK JPEG": (encode(inks, "JPEG", quality=100), [255, 0, 0], 30),
+        "grey JPEG": (encode(Image.new("L", (16, 16), 90), "JPEG"), [90] * 3, 2),
+    }
+    for name, (data, color, tolerance) in expected.items():
+        pixels = decode(data, name)
+        assert (pixels.dtype, pixels.shape[2]) == (np.uint8, 3), name
+        assert np.abs(pixels[1, 1].astype(int) - color).max() <= tolerance, name
+
+
+def test_ycck_is_read_as_its_cmyk():
+    """The Adobe marker says that the inks are coded as brightness and colours: transform 2."""
+    inks = np.zeros((32, 32, 4), np.uint8)
+    inks[..., 1], inks[..., 2] = 255, 255
+    data = encode(Image.fromarray(inks, "CMYK"), "JPEG", quality=100)
+    place = data.index(b"Adobe") + 11
+    assert data[place] == 0
+    pixels = decode(data[:place] + b"\x02" + data[place + 1 :], "x")
+    assert pixels.shape == (32, 32, 3)
+
+
+BOMBS = """
+import struct, sys, time, zlib, resource
+from mlp_mixer.data.image import decode
+from mlp_mixer.errors import UserError
+
+def chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+def png(width, height, extra=b""):
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(30_000_000), 9))
+    return b"\\x89PNG\\r\\n\\x1a\\n" + header + extra + pixels + chunk(b"IEND", b"")
+
+text = chunk(b"zTXt", b"Comment\\0\\0" + zlib.compress(bytes(300_000_000), 9))
+files = {
+    "256 million pixels": png(16_000, 16_000),
+    "108 million pixels": png(10_400, 10_400),
+    "a line": png(65_500, 1),
+    "text": png(16_000, 16_000, text),
+}
+decode_error = lambda: decode(files["a line"][:40], "warm")
+try: decode_error()
+except UserError: pass
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for name, data in files.items():
+    started = time.process_time()
+    try:
+        decode(data, name)
+    except UserError as error:
+        assert name in str(error)
+    else:
+        sys.exit(f"{name} was decoded")
+    print(f"{name}: {time.process_time() - started:.4f} s")
+print("grown by", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, "MiB")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="measures memory as Unix does")
+def test_bombs_cost_nothing():
+    """Refused from the header: decoding would take hundreds of megabytes."""
+    done = subprocess.run([sys.executable, "-c", BOMBS], capture_output=True, text=True, check=True)
+    grown = int(done.stdout.rsplit("grown by ", 1)[1].split()[0])
+    assert grown < 100, done.stdout
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 4000), (4000, 3), (5, 7), (100, 37), (9, 8)])
+def test_any_shape_can_be_predicted(size, tmp_path):
+    draw(1, size).save(tmp_path / "x.png")
+    model = tiny_model(num_classes=3)
+    model.class_names, model.preprocessing = ["a", "b", "c"], Preprocessing(image_size=(8, 8))
+    (prediction,) = mm.predict(model, tmp_path / "x.png")
+    assert prediction.error is None
+    assert sum(share for _, share in prediction.classes) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_command_names_every_bad_image_and_goes_on(tmp_path, capsys):
+    model = tiny_model(num_classes=3)
+    model.class_names, model.preprocessing = ["a", "b", "c"], Preprocessing(image_size=(8, 8))
+    mm.save_model(model, tmp_path / "m.safetensors")
+    folder = tmp_path / "images"
+    bad = damaged(folder)
+    draw(1).save(folder / "good.png")
+    code, out, err = mixer(capsys, "predict", tmp_path / "m.safetensors", folder)
+    assert code == 3
+    assert "good.png" in out
+    for name in bad:
+        assert name in err

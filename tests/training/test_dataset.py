@@ -1,0 +1,145 @@
+"""The images of a run: splits, holding out, bad files, drop lists, augmentation."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mlp_mixer as mm
+from conftest import draw, encode, make_class_folder, tiny_config
+from mlp_mixer.data.drop_list import drop_list, write_drop_list
+from mlp_mixer.data.duplicates import find_duplicates
+from mlp_mixer.data.image import EncodedImage
+from mlp_mixer.data.sources import open_splits
+from mlp_mixer.training.dataset import Augmentation, open_training_data
+
+PICTURES = ["confusion", "curves", "predictions", "train_batch", "worst_mistakes"]
+
+
+def test_without_val_some_images_are_held_out(class_folder: Path, tmp_path: Path):
+    config = tiny_config(str(class_folder), tmp_path / "run", data__holdout=0.3)
+    with pytest.raises(mm.UserError, match="holdout 0.3 has no effect: the data has validation"):
+        mm.train(config, quiet=True)
+    shutil.rmtree(class_folder / "val")
+    splits = open_training_data(config.data)
+    names = [
+        {split.item_name(at) for at in range(len(split))}
+        for split in (splits.train, splits.validation)
+    ]
+    assert splits.held_out
+    assert (len(names[0]), len(names[1])) == (14, 6)
+    assert not names[0] & names[1]
+    result = mm.train(config, quiet=True)
+    log = (result.run_folder / "log.txt").read_text()
+    assert "6 to validate (held out of the training images), none to test" in log
+    assert "mixer evaluate" not in log  # a held-out split has no name that evaluate could take
+
+
+def test_a_missing_class_in_val_is_said(class_folder: Path, tmp_path: Path):
+    shutil.rmtree(class_folder / "val" / "bee")
+    result = mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    assert "validation has no image of bee" in (result.run_folder / "log.txt").read_text()
+
+
+def test_a_file_that_is_no_image_stops_a_small_run_before_it_begins(class_folder, tmp_path):
+    (class_folder / "train" / "bee" / "3.png").write_text("<html>not found</html>")
+    with pytest.raises(mm.UserError, match=r"1 of 20 images cannot be decoded \(5.0%, the limit"):
+        mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_allowed_bad_images_are_skipped_and_listed(class_folder, tmp_path):
+    bad = class_folder / "train" / "bee" / "3.png"
+    before = bad.read_bytes()[:-60]
+    bad.write_bytes(before)  # cut short: the header is fine, the pixels are not
+    html = class_folder / "train" / "ant" / "0.png"
+    html.write_text("<html>")
+    config = tiny_config(str(class_folder), tmp_path / "run", data__max_bad=0.2)
+    result = mm.train(config, quiet=True)
+    listed = (result.run_folder / "bad_files.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in listed] == [str(html), str(bad)]
+    log = (result.run_folder / "log.txt").read_text()
+    assert log.count(str(bad)) == 1
+    assert bad.read_bytes() == before  # never altered
+
+
+def test_bad_validation_images_are_listed_too(class_folder, tmp_path):
+    bad = class_folder / "val" / "cat" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:-60])
+    result = mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    assert str(bad) in (result.run_folder / "bad_files.txt").read_text()
+    assert f"left out of the accuracy: {bad}" in (result.run_folder / "log.txt").read_text()
+    assert len(result.validation.labels) == 8
+
+
+def test_too_many_damaged_images_stop_the_run(class_folder, tmp_path):
+    for path in (class_folder / "train" / "bee").iterdir():
+        path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(mm.UserError, match=r"images cannot be decoded[\s\S]*bee/"):
+        mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+
+
+def test_one_class_is_no_task(tmp_path):
+    make_class_folder(tmp_path / "data", {"only": 4})
+    with pytest.raises(mm.UserError, match="there is only one class, 'only'"):
+        mm.train(tiny_config(str(tmp_path / "data"), tmp_path / "run"), quiet=True)
+
+
+def test_one_image_a_class_cannot_be_held_out(tmp_path):
+    make_class_folder(tmp_path / "data", {"a": 1, "b": 1})
+    with pytest.raises(mm.UserError, match="no class has two images"):
+        mm.train(tiny_config(str(tmp_path / "data"), tmp_path / "run"), quiet=True)
+
+
+def test_augmentation_makes_the_models_size(class_folder):
+    everything = mm.recipe("scratch")
+    for setting in ("randaugment=15", "erasing=1.0", "crop_area=(0.05,1.0)", "crop=padded"):
+        everything = everything.with_setting(f"augment.{setting}")
+    for config in (mm.recipe("digits"), mm.recipe("scratch"), everything):
+        for channels in (1, 3):
+            preprocessing = mm.Preprocessing(image_size=(8, 12), channels=channels)
+            augment = Augmentation(config.augment, preprocessing)
+            for size in ((3, 50), (12, 8), (100, 70)):
+                image = EncodedImage(encode(draw(1, size)), "x", channels)
+                out = augment(image, np.random.default_rng(0))
+                assert (out.dtype, out.shape) == (np.uint8, (8, 12, channels))
+
+
+def test_every_augmentation_trains(class_folder, tmp_path):
+    changes = {
+        "augment__crop_area": (0.05, 1.0),
+        "augment__randaugment": 15.0,
+        "augment__erasing": 0.3,
+        "augment__mixup": 0.5,
+        "augment__cutmix": 1.0,
+        "data__fraction": 0.5,
+    }
+    result = mm.train(tiny_config(str(class_folder), tmp_path / "run", **changes), quiet=True)
+    said = (result.run_folder / "log.txt").read_text()
+    assert "10 images to train" in said
+
+
+def test_a_drop_list_leaves_training_and_validation_images_out_and_test_whole(tmp_path):
+    """The copies of test images go from train; the run says how many."""
+    data = tmp_path / "data"
+    for split, start in (("train", 0), ("val", 100), ("test", 200)):
+        make_class_folder(data / split, {"a": 5, "b": 5}, start=start)
+    for number in range(3):
+        copied = (data / "test" / "a" / f"{number}.png").read_bytes()
+        (data / "train" / "a" / f"copy{number}.png").write_bytes(copied)
+    (data / "test" / "b" / "again.png").write_bytes((data / "test" / "b" / "0.png").read_bytes())
+    drops = tmp_path / "copies.txt"
+    splits = open_splits(str(data))
+    write_drop_list(drop_list(find_duplicates(splits, num_workers=0), "data"), drops)
+    config = tiny_config(str(data), tmp_path / "run", data__without=str(drops))
+    run = mm.train(config, quiet=True).run_folder
+    said = (run / "log.txt").read_text()
+    assert "10 images to train, 10 to validate (the data's own), 11 to test" in said
+    assert "left out 3 images by" in said
+    draw(77).save(data / "train" / "a" / "new.png")
+    with pytest.raises(mm.UserError, match=r"was made for a train split of 13 images[\s\S]*has 14"):
+        mm.train(tiny_config(str(data), tmp_path / "other", data__without=str(drops)), quiet=True)
+    assert not (tmp_path / "other").exists()
