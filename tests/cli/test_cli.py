@@ -43,7 +43,7 @@ def test_importing_the_package_imports_no_torch():
 
 def test_every_verb_has_an_example(capsys):
     for verb in VERBS:
-        code, out, _ = mixer(capsys, verb, "--help")
+        code, out, _ = mixer(capsys, *verb.split(), "--help")
         assert code == 0
         assert f"    mixer {verb}" in out
 
@@ -57,8 +57,18 @@ def test_typos(capsys):
     assert code == 2
     assert err == (
         "error: unknown verb 'trian'\n"
-        "to fix: Did you mean train? Known: models, train, evaluate, predict, convert\n"
+        "to fix: Did you mean train? Known: models, train, evaluate, predict, convert, data\n"
     )
+    code, _, err = mixer(capsys, "data", "chek", "x")
+    assert code == 2
+    assert err == (
+        "error: unknown verb 'chek'\n"
+        "where: mixer data\n"
+        "to fix: Did you mean check or pack? Known: check, pack, index\n"
+    )
+    code, out, _ = mixer(capsys, "data")
+    assert code == 0
+    assert "check" in out
     code, out, err = mixer(capsys, "train", "--epoch", 3)
     assert code == 2
     assert "--epochs" in out + err

@@ -70,6 +70,8 @@ def check(
         )
     print_check(report, result)
     problems = _shard_problems(source)
+    if problems == []:
+        report.say("\nshards: every tar has the size, the sum and the members that its index says")
     if problems:
         _say_list(report, f"problems of the shards: {len(problems):,}", problems, None)
     if list_path is not None and result.duplicates is not None:
@@ -230,11 +232,11 @@ def _list_path(drop_list: str | None) -> Path | None:
     return path
 
 
-def _shard_problems(source: str) -> list[str]:
-    """What is wrong with tar shards of ours; nothing for other data."""
+def _shard_problems(source: str) -> list[str] | None:
+    """What is wrong with tar shards of ours; None for other data."""
     from mlp_mixer.data.foreign_shards import verify
     from mlp_mixer.data.shards import has_shards
     from mlp_mixer.data.source_names import parse_name
 
     folder = Path(parse_name(source).base).expanduser()
-    return verify(folder) if folder.is_dir() and has_shards(folder) else []
+    return verify(folder) if folder.is_dir() and has_shards(folder) else None

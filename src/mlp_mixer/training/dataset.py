@@ -88,7 +88,9 @@ def open_training_data(settings: DataSettings) -> Splits:
         raise UserError(what, where="--data", fix="--data FOLDER, with FOLDER/train/<class>/*.jpg")
     splits = open_splits(settings.source)
     if "train" not in splits:
-        raise UserError("the data has no train split", where=settings.source)
+        known = ", ".join(splits)
+        fix = f"Known there: {known}. Give a pattern or a folder that has both"
+        raise UserError("the data has no train split", where=settings.source, fix=fix)
     notes: list[str] = []
     if settings.without is not None:
         drops, before = read_drop_list(settings.without), sum(map(len, splits.values()))
@@ -113,10 +115,9 @@ def open_training_data(settings: DataSettings) -> Splits:
             raise UserError(what, where=settings.source, fix="Leave it out")
         validation = splits["validation"]
     if settings.fraction < 1.0:
-        notes.append(
-            f"training on {settings.fraction:.4g} of {len(train):,} images, drawn at random"
-        )
+        total = len(train)
         train = random_subset(train, settings.fraction, settings.fraction_seed)
+        notes.append(f"{len(train):,} of {total:,} training images, drawn at random")
     bad = check_readable(train, settings.max_bad)
     check_readable(validation, settings.max_bad)
     if "test" in splits:
