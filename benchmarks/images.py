@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 
 import mlp_mixer as mm
+from mlp_mixer.data.batches import collate
 from mlp_mixer.data.image import EncodedImage
-from mlp_mixer.data.loader import _collate
 from mlp_mixer.data.sources import open_splits
 from mlp_mixer.preprocessing import Preprocessing
 from mlp_mixer.training.dataset import Augmentation
@@ -44,7 +44,7 @@ def ours(magnitude: float | None) -> Callable[[list[bytes], int], torch.Tensor]:
             image = EncodedImage(data, index)
             random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, index))))
             samples.append((transform(image, random), 0, index, []))
-        return _collate(samples).images
+        return collate(samples).images
 
     return batch
 

@@ -152,6 +152,35 @@ def test_a_progressive_jpeg_is_decoded_whole():
     assert image.decode(fast=True, rows=10).shape == (300, 200, 3)
 
 
+def test_a_damaged_png_is_damaged_whoever_looks_at_its_tags_first():
+    """Pillow decodes a PNG to find its EXIF; a failure there must not pass for pixels."""
+    data = encode(draw(1, (64, 64)))
+    place = data.index(b"IDAT") + 4
+    refused = 0
+    for at in range(place + 20, place + 2000, 40):
+        damaged = bytearray(data)
+        damaged[at] ^= 0x55
+        accepted = []
+        for orientation in (True, False):
+            try:
+                decode(bytes(damaged), "x", exif_orientation=orientation)
+                accepted.append(True)
+            except UserError:
+                accepted.append(False)
+        assert accepted[0] == accepted[1]
+        refused += not accepted[0]
+    assert refused > 20
+
+
+@pytest.mark.parametrize("size", [(100, 1), (100, 3), (100, 7), (7, 100), (5, 5), (17, 9)])
+def test_jpegs_of_a_few_pixels_keep_their_size(size):
+    image = EncodedImage(encode(draw(1, size), "JPEG"), "x")
+    for reduction in (1, 2, 4, 8):
+        for fast in (False, True):
+            expected = tuple(-(-side // reduction) for side in image.size)
+            assert image.decode(reduction, fast=fast).shape[:2] == expected
+
+
 def test_the_fast_way_differs_by_little():
     y, x = np.mgrid[0:150, 0:210]
     smooth = np.stack([x, y, 255 - x], axis=-1).astype(np.uint8)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import draw, make_class_folder
+from conftest import draw, encode, make_class_folder
 from mlp_mixer.data.sources import open_source, open_splits
 from mlp_mixer.errors import UserError
 
@@ -259,3 +259,11 @@ def test_the_real_list_of_flowers(tmp_path: Path):
     by_name = open_source(f"{name}#label=class_name:test")
     assert "passion flower" in by_name.class_names
     assert by_name.item_name(0) == str(tmp_path / "image_00001.jpg")
+
+
+def test_a_split_that_the_first_row_lacks_is_no_training_data(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(encode(draw(1)))
+    rows = ['{"path": "a.png", "label": "x"}', '{"path": "a.png", "label": "y", "split": "test"}']
+    (tmp_path / "l.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UserError, match=r"the row has 'split', which the first[\s\S]*line 2"):
+        open_splits(str(tmp_path / "l.jsonl"))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +17,10 @@ import pytest
 import torch
 
 from conftest import tiny_config
+from mlp_mixer.data.batches import Batch, on_device
 from mlp_mixer.data.image import EncodedImage
 from mlp_mixer.data.items import PackedStrings, Source, random_subset
-from mlp_mixer.data.loader import Batch, evaluation_batches, on_device, training_batches
+from mlp_mixer.data.loader import evaluation_batches, training_batches
 from mlp_mixer.data.sampler import batches_of_positions, epoch_order, locate, sample_generator
 from mlp_mixer.data.sources import open_splits
 from mlp_mixer.data.transforms import inception_crop
@@ -52,6 +55,18 @@ def run(source: Source, start: int, stop: int, **options: object) -> Iterator[Ba
     arguments = {"seed": 3, "batch_size": 6, "num_workers": 0, "transform": crop, **options}
     transform = arguments.pop("transform")
     return training_batches(source, PREPROCESSING, transform, start=start, stop=stop, **arguments)
+
+
+# What a killed worker was about to send stays open; nothing else may.
+killed_workers = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+
+@pytest.fixture
+def tidy() -> Iterator[None]:
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def assert_same(first: list[Batch], second: list[Batch]) -> None:
@@ -117,17 +132,52 @@ def test_ranks_that_cannot_share_a_batch(class_folder: Path):
         load(source, 0, 1, rank=1, world_size=4)
 
 
+@killed_workers
 @pytest.mark.skipif(os.name == "nt", reason="signals as Unix has them")
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_worker_that_dies_is_named_with_its_image(class_folder: Path, workers):
+def test_a_worker_that_dies_is_named_with_its_image(class_folder: Path, workers, tidy):
     source = open_splits(str(class_folder))["train"]
     with pytest.raises(UserError, match=r"worker process \d, at .*bee/3\.png, ended") as caught:
         load(source, 0, 8, num_workers=workers, transform=die_at_bee_3)
     assert "--num-workers" in str(caught.value.fix)
 
 
+@killed_workers
+@pytest.mark.skipif(os.name == "nt", reason="signals as Unix has them")
+def test_a_worker_that_dies_while_the_model_works_is_named_at_the_next_batch(
+    class_folder: Path, tidy
+):
+    """torch's own handler would raise in the middle of the model."""
+    source = open_splits(str(class_folder))["train"]
+    batches = run(source, 0, 500, num_workers=1)
+    next(batches)
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    for child in children:
+        if b"multiprocessing" not in Path(f"/proc/{child}/cmdline").read_bytes():
+            os.kill(int(child), signal.SIGKILL)
+    for _ in range(100):
+        time.sleep(0.005)  # the model works; nothing may be raised here
+    with pytest.raises(UserError, match=r"worker process 0, (at|between) .*, ended"):
+        list(batches)
+
+
+@killed_workers
+def test_a_worker_that_dies_before_its_first_image_blames_none(
+    class_folder: Path, monkeypatch, tidy
+):
+    def die(watched: torch.Tensor, number: int) -> None:
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("mlp_mixer.data.loader._start_worker", die)
+    source = open_splits(str(class_folder))["train"]
+    with pytest.raises(UserError, match=r"^a worker process, before its first image, ended"):
+        load(source, 0, 50, num_workers=2)
+
+
+@killed_workers
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_worker_that_hangs_is_named_with_its_image(class_folder: Path, workers):
+def test_a_worker_that_hangs_is_named_with_its_image(class_folder: Path, workers, tidy):
     source = open_splits(str(class_folder))["train"]
     with pytest.raises(UserError, match=r"no batch for 1 seconds; worker .*, at .*bee/3\.png"):
         load(source, 0, 8, num_workers=workers, transform=hang_at_bee_3, timeout=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -286,3 +287,33 @@ def test_the_order_of_files_is_that_of_sorted_paths(tmp_path: Path):
 def test_class_order(names, ordered):
     assert in_class_order(names) == ordered
     assert in_class_order(reversed(names)) == ordered
+
+
+def test_a_class_named_like_a_split_loses_no_images(tmp_path: Path):
+    make_class_folder(tmp_path, {"train": 3, "bus": 3})
+    make_class_folder(tmp_path / "train", {"old": 1})
+    with pytest.raises(UserError, match="'train' has both folders and images, such as '0.png'"):
+        open_splits(str(tmp_path))
+
+
+def test_links_to_themselves_and_pipes_are_bad_images(class_folder: Path):
+    folder = class_folder / "train" / "ant"
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (class_folder / "train" / "bee" / "loop").symlink_to("loop")
+    os.mkfifo(folder / "pipe.png")
+    source = open_splits(str(class_folder))["train"]
+    found = {Path(each.name).name: each.what for each in unreadable(source)}
+    assert set(found) == {"loop.jpg", "pipe.png"}
+    assert "not a regular file" in found["pipe.png"]
+
+
+def test_numbers_of_any_length_are_ordered():
+    names = ["9" * 5000, "1" + "0" * 5000, "007", "7", "30", "x" + "1" * 5000]
+    assert [len(name) for name in in_class_order(names)] == [3, 1, 2, 5000, 5001, 5001]
+
+
+def test_an_unknown_home_and_no_name_at_all():
+    with pytest.raises(UserError, match="no such data: '~nosuchuser/x'"):
+        open_splits("~nosuchuser/x")
+    with pytest.raises(UserError, match="no data is named"):
+        open_splits("")

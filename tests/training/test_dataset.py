@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from mlp_mixer.data.drop_list import drop_list, write_drop_list
 from mlp_mixer.data.duplicates import find_duplicates
 from mlp_mixer.data.image import EncodedImage
 from mlp_mixer.data.sources import open_splits
+from mlp_mixer.data.write_shards import pack_splits
 from mlp_mixer.training.dataset import Augmentation, open_training_data
 
 PICTURES = ["confusion", "curves", "predictions", "train_batch", "worst_mistakes"]
@@ -69,9 +72,10 @@ def test_allowed_bad_images_are_skipped_and_listed(class_folder, tmp_path):
 def test_bad_validation_images_are_listed_too(class_folder, tmp_path):
     bad = class_folder / "val" / "cat" / "1.png"
     bad.write_bytes(bad.read_bytes()[:-60])
-    result = mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    config = tiny_config(str(class_folder), tmp_path / "run", data__max_bad=0.2)
+    result = mm.train(config, quiet=True)
     assert str(bad) in (result.run_folder / "bad_files.txt").read_text()
-    assert f"left out of the accuracy: {bad}" in (result.run_folder / "log.txt").read_text()
+    assert f"skipped  {bad}" in (result.run_folder / "log.txt").read_text()
     assert len(result.validation.labels) == 8
 
 
@@ -143,3 +147,33 @@ def test_a_drop_list_leaves_training_and_validation_images_out_and_test_whole(tm
     with pytest.raises(mm.UserError, match=r"was made for a train split of 13 images[\s\S]*has 14"):
         mm.train(tiny_config(str(data), tmp_path / "other", data__without=str(drops)), quiet=True)
     assert not (tmp_path / "other").exists()
+
+
+def test_names_that_figures_and_files_cannot_hold(tmp_path):
+    """Formulas for matplotlib, and bytes that are no text."""
+    data = tmp_path / os.fsdecode(b"ro\xffot")
+    make_class_folder(data, {"a$_x_$": 4, r"b$\frac$": 4})
+    result = mm.train(tiny_config(str(data), tmp_path / "run"), quiet=True)
+    assert (result.run_folder / "plots" / "confusion.png").exists()
+    assert (result.run_folder / "best" / "README.md").read_text(encoding="utf-8")
+    make_class_folder(data, {os.fsdecode(b"c\xff"): 4})
+    with pytest.raises(mm.UserError, match="the name of a class is not valid text"):
+        mm.train(tiny_config(str(data), tmp_path / "other"), quiet=True)
+
+
+def test_too_many_damaged_validation_images_stop_the_run(class_folder, tmp_path):
+    for path in (class_folder / "val" / "cat").iterdir():
+        path.write_bytes(path.read_bytes()[:-60])  # the header is good
+    with pytest.raises(mm.UserError, match="3 of 9 images cannot be decoded"):
+        mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+
+
+def test_the_commands_printed_for_shards_work(class_folder, tmp_path):
+    splits = {"train": open_splits(str(class_folder))["train"]}
+    pack_splits(splits, tmp_path / "shards", shard_bytes=10**6)
+    run = mm.train(tiny_config(str(tmp_path / "shards"), tmp_path / "run"), quiet=True).run_folder
+    said = (run / "log.txt").read_text()
+    line = next(line for line in said.splitlines() if " predict " in line)
+    named = shlex.split(line)[-1]
+    assert named == f"{tmp_path / 'shards'}:train"
+    assert len(mm.predict(run, named)) == 20

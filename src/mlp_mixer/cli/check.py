@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -215,7 +216,7 @@ def _folder_for(output: str | None) -> Path | None:
     """The folder, made before the work and not after it."""
     if output is None:
         return None
-    folder = Path(output).expanduser()
+    folder = Path(os.path.expanduser(output))
     if folder.is_file():
         raise UserError("the output is a file, it must be a folder", where=output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -225,7 +226,7 @@ def _folder_for(output: str | None) -> Path | None:
 def _list_path(drop_list: str | None) -> Path | None:
     if drop_list is None:
         return None
-    path = Path(drop_list).expanduser()
+    path = Path(os.path.expanduser(drop_list))
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
         raise UserError(f"the drop list {what}", where=path, fix="Give the path of a file")
@@ -238,5 +239,5 @@ def _shard_problems(source: str) -> list[str] | None:
     from mlp_mixer.data.shards import has_shards
     from mlp_mixer.data.source_names import parse_name
 
-    folder = Path(parse_name(source).base).expanduser()
+    folder = Path(os.path.expanduser(parse_name(source).base))
     return verify(folder) if folder.is_dir() and has_shards(folder) else None

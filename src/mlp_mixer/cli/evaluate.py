@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,7 +70,7 @@ def evaluate(
         net.preprocessing = replace(net.preprocessing, exif_orientation=False)
     folder = None
     if output is not None:
-        folder = Path(output).expanduser()
+        folder = Path(os.path.expanduser(output))
         if folder.is_file():
             raise UserError("the output is a file, it must be a folder", where=output)
         folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it

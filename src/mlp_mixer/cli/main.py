@@ -6,6 +6,7 @@ images were bad; 130 stopped with Ctrl-C. No torch is imported before a verb run
 
 from __future__ import annotations
 
+import codecs
 import functools
 import io
 import os
@@ -22,6 +23,17 @@ Begin with `mixer train`: without arguments it trains a small Mixer on real digi
 minute. `mixer VERB --help` has examples. `--debug` shows the traceback of an error."""
 
 
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """The bytes of a file name as they are; what is no part of a name, written out."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+codecs.register_error("mlp_mixer.escape", _escape)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one verb and ends the process with its exit code.
 
@@ -33,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = [each for each in given if each != "--debug"]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names need not be valid text
-            stream.reconfigure(errors="surrogateescape")
+            stream.reconfigure(errors="mlp_mixer.escape")
     try:
         sys.exit(parse(given, VERBS) or 0)
     except UserError as error:

@@ -34,17 +34,23 @@ def pack(source: SourceName, folder: OutputFolder, /, *, shard_size: ByteSize = 
         folder: where the shards go; it is made if it is not there.
         shard_size: the largest size of a tar file, such as 256MB or 1GB.
     """
+    import os
     import shlex
     from pathlib import Path
 
     from mlp_mixer.console import Reporter
+    from mlp_mixer.data.source_names import parse_name
     from mlp_mixer.data.sources import open_splits
     from mlp_mixer.data.write_shards import check_target, pack_splits
 
     report = Reporter()
     shard_bytes = parse_bytes(shard_size, "--shard-size")
-    target = Path(folder).expanduser()
+    target = Path(os.path.expanduser(folder))
     splits = open_splits(source)
+    origin = Path(os.path.expanduser(parse_name(source).base))
+    if target.exists() and origin.exists() and target.samefile(origin):
+        what = "the shards would lie among the data, and hide it"
+        raise UserError(what, where=target, fix="Give another folder")
     check_target(target, list(splits))
     total = sum(len(each) for each in splits.values())
     with report.progress(total, "images") as bar:
@@ -72,12 +78,13 @@ def index(folder: OutputFolder, /) -> None:
     Args:
         folder: the folder with the .tar files; the index goes there too.
     """
+    import os
     from pathlib import Path
 
     from mlp_mixer.data.foreign_shards import index_shards
     from mlp_mixer.data.shards import load_index
 
-    for path in index_shards(Path(folder).expanduser()):
+    for path in index_shards(Path(os.path.expanduser(folder))):
         found = load_index(path)
         tars = f"{len(found.shards):,} tar{'s' if len(found.shards) > 1 else ''}"
         print(f"written  {path}: {len(found):,} images in {tars}, {len(found.class_names)} classes")

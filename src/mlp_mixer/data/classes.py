@@ -11,10 +11,15 @@ from mlp_mixer.data.items import Source, View, relabel
 from mlp_mixer.errors import UserError
 
 
-def natural_order(name: str) -> tuple[list[tuple[bool, int, str]], str]:
+def natural_order(name: str) -> tuple[list[tuple[bool, int, str, str]], str]:
     """The sort key under which class "2" comes before class "10"."""
     parts = re.split(r"([0-9]+)", name.casefold())
-    return [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in parts], name
+    keys: list[tuple[bool, int, str, str]] = []
+    for part in parts:
+        # As text, for a number may be too long for int(): the longer one is the larger.
+        digits = part.lstrip("0") if part.isdecimal() else ""
+        keys.append((part.isdecimal(), len(digits), digits, part))
+    return keys, name
 
 
 def in_class_order(names: Iterable[str]) -> list[str]:
@@ -36,6 +41,11 @@ def refuse_twins(names: Iterable[str], where: object) -> None:
     """
     seen: dict[str, str] = {}
     for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            what = f"the name of a class is not valid text: {name!r}"
+            raise UserError(what, where=where, fix="Rename the class") from error
         twin = seen.get(name.casefold())
         if twin == name:
             raise UserError(f"two classes have one name: {name}", where=where, fix="Rename one")

@@ -132,7 +132,7 @@ def read_drop_list(path: str | Path) -> DropList:
     Raises:
         UserError: there is no such file, or a line of it is not as `write_drop_list` writes it.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     try:
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError as error:

@@ -63,11 +63,23 @@ def scan_images(folder: str, inside: str = "") -> Iterator[str]:
         if entry.name[0] == ".":
             continue
         path = os.path.join(inside, entry.name)
-        if entry.is_dir():
+        if _is_folder(entry):
             if not entry.is_symlink():
                 yield from scan_images(folder, path)
         elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
             yield path
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: a file that cannot be read
+        return False
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    is_named_so = os.path.splitext(entry.name)[1].lower() in SUFFIXES
+    return entry.name[0] != "." and is_named_so and not _is_folder(entry)
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
@@ -135,6 +147,12 @@ def find_splits(folder: Path) -> dict[str, Path]:
         splits[split] = folder / entry
     if not splits:
         return {"train": folder}
+    for path in splits.values():
+        loose = next((each.name for each in _entries(str(path)) if _is_image(each)), None)
+        if loose is not None:
+            what = f"the folder {path.name!r} has both folders and images, such as {loose!r}"
+            fix = "Put the images into class folders; a class needs another name than a split"
+            raise UserError(what, where=path, fix=fix)
     known = {each for path in splits.values() for each in inside[path.name]}
     for entry, classes in inside.items():
         if folder / entry not in splits.values() and known & set(classes):

@@ -90,6 +90,8 @@ def _samples(path: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
     key, image, label = "", None, None
     for member, text in _ended(_members(path)):
         folder, _, base = ("", "", "") if member is None else member.name.rpartition("/")
+        if base.startswith("."):  # what macOS adds, and other hidden files
+            continue
         stem, _, ending = base.partition(".")
         this = f"{folder}/{stem}"
         if member is None or this != key:

@@ -105,7 +105,7 @@ def open_hub(name: SourceName) -> dict[str, HubImages]:
 
 def _load(repository: str, revision: str | None, name: SourceName) -> Any:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         fix = "pip install 'mlp_mixer[data]'"
         what = "reading data sets of the hub needs the package datasets"
@@ -172,7 +172,7 @@ def _explained(
 
 
 def _open_split(dataset: Any, name: SourceName, title: str) -> HubImages | None:
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
 
     features = dict(dataset.features)
     images = [each for each, kind in features.items() if type(kind).__name__ == "Image"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -30,6 +31,7 @@ REDUCTIONS = (8, 4, 2)  # factors at which a JPEG decoder is faster the smaller 
 
 # Markers of a JPEG's header: EXIF and XMP; the pixels' size, by the two sequential codings.
 _APP1, _SEQUENTIAL = 0xE1, (0xC0, 0xC1)
+_PNG_EXIF = (b"eXIf", b"Raw profile type", b"tiff:Orientation")  # in some chunk of it
 _BLOCK_ROWS = 32  # a multiple of every height of a block of pixels that are coded together
 
 _FIX = f"Images are {', '.join(FORMATS)} files; convert or remove this one"
@@ -102,10 +104,14 @@ class EncodedImage:
         """The EXIF orientation, 1 to 8; 1 where there is none, or none that means anything."""
         if self._markers and _APP1 not in self._markers:  # where EXIF and XMP stand
             return 1
-        image = self._open()
+        if self.format == "PNG" and not any(name in self._data for name in _PNG_EXIF):
+            return 1
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                # On its own: Pillow decodes a PNG to find its tags, and after a failure there a
+                # second attempt on the same object takes the damaged pixels for good.
+                image = Image.open(io.BytesIO(self._data), formats=FORMATS)
                 value = image.getexif().get(ExifTags.Base.Orientation, 1)
         except Exception:  # a damaged EXIF block is no reason to refuse the pixels
             return 1
@@ -139,20 +145,21 @@ class EncodedImage:
     def _pixels(self, reduction: int, fast: bool, rows: int | None) -> np.ndarray:
         if self.format == "JPEG" and self.mode in ("RGB", "L"):
             colors = "RGB" if self.channels == 3 else "GRAY"
-            data, height, strict = self._data, self.size[0 if self._orientation < 5 else 1], True
+            stored = self.size if self._orientation < 5 else self.size[::-1]
+            data, (height, width), strict = self._data, stored, True
             if fast and rows is not None and self._can_stop(rows):
                 height, strict = -(-rows // _BLOCK_ROWS) * _BLOCK_ROWS, False
                 data = cut_rows(data, self._markers, height)
+            wanted = (-(-height // reduction), -(-width // reduction))
+            scale: dict[str, Any] = {}
+            if reduction > 1:
+                scale = {"min_height": wanted[0], "min_width": wanted[1], "min_factor": reduction}
             try:
-                return simplejpeg.decode_jpeg(
-                    data,
-                    colors,
-                    fastdct=fast,
-                    fastupsample=fast,
-                    min_height=-(-height // reduction),
-                    min_factor=reduction,
-                    strict=strict,
+                pixels = simplejpeg.decode_jpeg(
+                    data, colors, fastdct=fast, fastupsample=fast, strict=strict, **scale
                 )
+                if pixels.shape[:2] == wanted:  # not so for a few pixels, which any factor fits
+                    return pixels
             except ValueError:
                 pass  # also where the file is only untidy; Pillow refuses those cut short
         image = self._open()

@@ -7,6 +7,7 @@ names of a million images lie in one buffer (`PackedStrings`), not in a million 
 from __future__ import annotations
 
 import os
+import stat
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,11 @@ class PackedStrings(Sequence[str]):
         return os.fsdecode(self._packed[index])
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens a file without waiting for the other end where it is a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 @dataclass(frozen=True)
 class ImageFiles:
     """Image files on disk with their labels; `paths` may be relative to `folder`."""
@@ -116,7 +122,9 @@ class ImageFiles:
     def read(self, index: int) -> bytes:
         path = self.item_name(index)
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=_open_at_once) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise UserError("not a regular file", where=path)
                 return file.read()
         except OSError as error:
             raise UserError(f"cannot read the file: {error.strerror}", where=path) from error

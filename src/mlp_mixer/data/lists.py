@@ -40,7 +40,7 @@ def open_list(name: SourceName) -> dict[str, Source]:
     Raises:
         UserError: the list cannot be read, or names the line that is wrong in it.
     """
-    path = Path(name.base).expanduser()
+    path = Path(os.path.expanduser(name.base))
     name.refuse_options(("label", "image"), "a list")
     with _open(path) as file:
         columns, rows = (_read_jsonl if path.suffix.lower() == ".jsonl" else _read_csv)(file, path)
@@ -219,6 +219,11 @@ def _read_jsonl(file: TextIO, path: Path) -> tuple[list[str], _Rows]:
     def rows() -> _Rows:
         yield first[0], [first[1].get(column) for column in columns]
         for line, value in found:
+            for key in value.keys() - set(columns):
+                if key.casefold() in (*IMAGE_COLUMNS, *LABEL_COLUMNS, "split"):
+                    what = f"the row has {key!r}, which the first row lacks"
+                    fix = f"Give every row a {key!r}, or none"
+                    raise UserError(what, where=f"{path}, line {line}", fix=fix)
             yield line, [value.get(column) for column in columns]
 
     return columns, rows()

@@ -5,19 +5,22 @@ Legend: N batch, H W pixels; a picture is uint8 (H, W, channels).
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from mlp_mixer.data.batches import Batch, Sample, collate
 from mlp_mixer.data.image import EncodedImage
 from mlp_mixer.data.items import BadImage, Source
 from mlp_mixer.data.sampler import batches_of_positions, locate, sample_generator
@@ -29,65 +32,6 @@ from mlp_mixer.preprocessing import Preprocessing
 TrainingTransform = Callable[[EncodedImage, np.random.Generator], np.ndarray]
 
 TIMEOUT = 600.0  # seconds without a batch after which a worker is taken for hanging
-
-
-@dataclass
-class Batch:
-    """Images on their way to the model.
-
-    Attributes:
-        images: uint8 (N, channels, H, W).
-        labels: int64 (N,).
-        indices: int64 (N,), of the images in the source.
-        bad: the images that could not be decoded.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    bad: list[BadImage] = field(default_factory=list)
-
-    def pin_memory(self) -> Batch:
-        """Returns the batch in page-locked memory, from where a GPU copies on its own."""
-        images, labels = self.images.pin_memory(), self.labels.pin_memory()
-        return replace(self, images=images, labels=labels)
-
-    def to(self, device: torch.device) -> Batch:
-        """Returns the batch with images and labels on the device."""
-        images = self.images.to(device, non_blocking=True)
-        return replace(self, images=images, labels=self.labels.to(device, non_blocking=True))
-
-
-def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yields the batches with images and labels on the device.
-
-    To a GPU the next batch is copied on a stream of its own while the model works on this one; that
-    takes batches in page-locked memory (`pin_memory`).
-    """
-    if device.type != "cuda":
-        for batch in batches:
-            yield batch.to(device)
-        return
-    stream = torch.cuda.Stream(device)
-
-    def ready(batch: Batch, copied: torch.cuda.Event) -> Batch:
-        present = torch.cuda.current_stream(device)
-        present.wait_event(copied)
-        batch.images.record_stream(present)
-        batch.labels.record_stream(present)
-        return batch
-
-    waiting: tuple[Batch, torch.cuda.Event] | None = None
-    for batch in batches:
-        copied = torch.cuda.Event()
-        with torch.cuda.stream(stream):
-            following = batch.to(device), copied
-            copied.record(stream)
-        if waiting is not None:
-            yield ready(*waiting)
-        waiting = following
-    if waiting is not None:
-        yield ready(*waiting)
 
 
 def training_batches(
@@ -165,11 +109,7 @@ def evaluation_batches(
     return _load(images, batches, num_workers, timeout)
 
 
-# One image on its way into a batch: pixels (None if bad), label, index, what was bad.
-_Sample = tuple[np.ndarray | None, int, int, list[BadImage]]
-
-
-class _Images(Dataset[_Sample]):
+class _Images(Dataset[Sample]):
     """What both kinds share: reading an image, and a table of what each worker is at."""
 
     def __init__(self, source: Source, preprocessing: Preprocessing) -> None:
@@ -194,14 +134,14 @@ class _Images(Dataset[_Sample]):
             bad.append(BadImage(index, name, error.what))
             return None
 
-    def __getitem__(self, position: int) -> _Sample:
+    def __getitem__(self, position: int) -> Sample:
         sample = self.load(position)
         worker = get_worker_info()
         if worker is not None:
             self.watched.numpy()[worker.id, 1] = -1
         return sample
 
-    def load(self, position: int) -> _Sample:
+    def load(self, position: int) -> Sample:
         """Returns the image that belongs to the position."""
         raise NotImplementedError
 
@@ -209,6 +149,8 @@ class _Images(Dataset[_Sample]):
         """Returns which worker a message of the DataLoader means, and what that was at."""
         table, ids = self.watched.tolist(), [int(each) for each in re.findall(r"\d+", message)]
         known = [(start, n, at) for n, (pid, at, start) in enumerate(table) if pid in ids]
+        if ids and not known:
+            return "a worker process, before its first image"
         if not known:  # a time-out names none: the one that has been at its image the longest
             known = [(start, n, at) for n, (_, at, start) in enumerate(table) if at >= 0]
         if not known:
@@ -229,7 +171,7 @@ class _TrainingImages(_Images):
         super().__init__(source, preprocessing)
         self.transform, self.seed = transform, seed
 
-    def load(self, position: int) -> _Sample:
+    def load(self, position: int) -> Sample:
         epoch, index = locate(self.seed, position, len(self.source))
         bad: list[BadImage] = []
         for step in range(len(self.source)):  # this image, or the next that can be decoded
@@ -247,7 +189,7 @@ class _TrainingImages(_Images):
 
 
 class _EvaluationImages(_Images):
-    def load(self, position: int) -> _Sample:
+    def load(self, position: int) -> Sample:
         bad: list[BadImage] = []
         image = self.open(position, bad)
         if image is not None:
@@ -259,17 +201,8 @@ class _EvaluationImages(_Images):
         return None, 0, position, bad
 
 
-def _collate(samples: list[_Sample]) -> Batch:
-    good = [(pixels, label, index) for pixels, label, index, _ in samples if pixels is not None]
-    bad = [each for sample in samples for each in sample[3]]
-    images, labels, indices = zip(*good, strict=True) if good else ((), (), ())
-    # Channels stay last in memory: turning them here would copy every picture once more.
-    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) if images else torch.empty(0)
-    labels, indices = torch.tensor(labels).long(), torch.tensor(indices).long()
-    return Batch(stacked.to(torch.uint8), labels, indices, bad)
-
-
-def _start_worker(_: int) -> None:
+def _start_worker(watched: torch.Tensor, number: int) -> None:
+    watched.numpy()[number] = (os.getpid(), -1, time.monotonic_ns())
     cv2.setNumThreads(0)  # its threads do not survive the fork, and each worker has one core
 
 
@@ -290,19 +223,44 @@ def _load(
             images,
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]  (any iterable of lists)
             num_workers=num_workers,
-            collate_fn=_collate,
+            collate_fn=collate,
             timeout=timeout if num_workers else 0,
-            worker_init_fn=_start_worker,
+            worker_init_fn=functools.partial(_start_worker, images.watched),
             pin_memory=pin_memory,
         )
+        before = _set_on_child_end(signal.SIG_DFL)
         loaded = iter(loader)
+        _set_on_child_end(before)
     return _named_failures(images, loaded, timeout)
+
+
+def _raise_if_a_worker_died(*_: object) -> None:
+    torch._C._error_if_any_worker_fails()
+
+
+def _set_on_child_end(handler: Any) -> Any:
+    """Sets what happens when a child process ends; returns what happened before, or None."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if handler is None or not is_main or not hasattr(signal, "SIGCHLD"):
+        return None
+    return signal.signal(signal.SIGCHLD, handler)
 
 
 def _named_failures(images: _Images, batches: Iterator[Batch], timeout: float) -> Iterator[Batch]:
     """Yields the batches; a worker that dies or hangs becomes an error that names it."""
     try:
-        yield from batches
+        while True:
+            # torch raises wherever the main process happens to be when a worker dies, mostly in
+            # the model; looking here, and only here, it can be named.
+            before = _set_on_child_end(_raise_if_a_worker_died)
+            try:
+                _raise_if_a_worker_died()
+                batch = next(batches, None)
+            finally:
+                _set_on_child_end(before)
+            if batch is None:
+                return
+            yield batch
     except RuntimeError as error:
         message = str(error)
         if message.startswith("DataLoader worker (pid"):
@@ -310,7 +268,7 @@ def _named_failures(images: _Images, batches: Iterator[Batch], timeout: float) -
             fix = "Out of memory? Then fewer: --num-workers 1. Else look at that image"
         elif message.startswith("DataLoader timed out"):
             what = f"no batch for {timeout:g} seconds; {images.suspect('')}"
-            fix = "A slow disk or network? data.timeout is the limit in seconds, 0 for none"
+            fix = "A slow disk or network? In training --set data.timeout=SECONDS, 0 for no limit"
         else:
             raise
         raise UserError(what, where=images.source.name, fix=fix) from error

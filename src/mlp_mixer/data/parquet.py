@@ -85,6 +85,9 @@ def _open_split(files: list[str], name: SourceName, title: str) -> ParquetImages
         labels, names = labels_of_values(codes, encoded.dictionary.to_pylist())
         return ParquetImages(title, names, labels, files, column, table)
     item_name = ParquetImages(title, names, empty, files, column, table).item_name
+    if not pa.types.is_integer(values.type):
+        what = f"the labels are {values.type}, and the file's metadata says classes by number"
+        raise UserError(what, where=files[0], fix="Choose another column: SOURCE#label=COLUMN")
     checked = check_labels(values.to_numpy(zero_copy_only=False), names, item_name)
     return None if checked is None else ParquetImages(title, names, checked, files, column, table)
 

@@ -106,9 +106,14 @@ def load_index(path: Path) -> ShardIndex:
                 what = f"not an index of shards (version {_VERSION})"
                 raise UserError(what, where=path, fix=fix)
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-        class_names = list(described["class_names"])
+        class_names = described["class_names"]
+        if not isinstance(class_names, list):
+            raise ValueError("the class names are no list")
         shards = [Shard(str(name), int(size), sha) for name, size, sha in described["shards"]]
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (
+        *(SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError),
+        OverflowError,
+    ) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"the index is damaged: {error}", where=path, fix=fix) from error
@@ -130,8 +135,12 @@ def _contradiction(index: ShardIndex) -> str | None:
             return f"{len(array)} values of {name} for {count} images"
     if not all(isinstance(name, str) for name in index.class_names):
         return "class names that are no text"
-    if any(Path(each.name).name != each.name or not each.name for each in index.shards):
+    if any(not _is_file_name(each.name) for each in index.shards):
         return "a shard outside the folder"
+    if any(not 0 <= each.size < 2**63 for each in index.shards):
+        return "the size of a shard is none"
+    if not count:
+        return "no images"
     sizes = np.array([each.size for each in index.shards], dtype=np.int64)
     if count and not (0 <= index.label.min() <= index.label.max() < len(index.class_names)):
         return "a label that is no class"
@@ -145,6 +154,14 @@ def _contradiction(index: ShardIndex) -> str | None:
     if ends[0] != 0 or ends[-1] != len(index.names) or (np.diff(ends) < 0).any():
         return "names that do not fill their buffer"
     return None
+
+
+def _is_file_name(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return bool(name) and "\0" not in name and Path(name).name == name
 
 
 @dataclass

@@ -19,6 +19,7 @@ by name, never by position. Nothing here ever writes to the user's files.
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,7 +75,7 @@ def is_data(name: str) -> bool:
 
     A folder is taken for image files unless it holds shards or Parquet files, or a split is named.
     """
-    parsed, path = parse_name(name), Path(name).expanduser()
+    parsed, path = parse_name(name), Path(os.path.expanduser(name))
     if parsed.split or parsed.options or names_source(name):
         return True
     if path.is_dir():
@@ -108,7 +109,9 @@ def _open(name: SourceName, wanted: list[str], first: bool = False) -> dict[str,
 
 def _open_all(name: SourceName) -> Mapping[str, Source]:
     """The splits of a source, each with its own classes."""
-    path = Path(name.base).expanduser()
+    if not name.base.strip():
+        raise UserError("no data is named", fix=f"Give {_KINDS}")
+    path = Path(os.path.expanduser(name.base))
     if names_source(name.base):
         name.refuse_options((), "digits")
         return digits(_split_seed(name.base))

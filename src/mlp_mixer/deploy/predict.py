@@ -98,7 +98,7 @@ def check_output(output: str | Path) -> Path:
     Raises:
         UserError: its ending is not in `OUTPUT_FORMATS`, or its folder is not there.
     """
-    path = Path(output).expanduser()
+    path = Path(os.path.expanduser(output))
     if path.suffix not in OUTPUT_FORMATS:
         what = f"unknown output format {path.suffix!r}"
         raise UserError(what, where=path, fix=f"Known: {', '.join(OUTPUT_FORMATS)}")
@@ -123,7 +123,7 @@ def find_images(inputs: Sequence[str | Path]) -> Source:
         return open_source(str(inputs[0]))
     paths: list[Path] = []
     for given in map(str, inputs):
-        path = Path(given).expanduser()
+        path = Path(os.path.expanduser(given))
         if path.is_dir():
             found = image_files(path)
         elif path.exists():

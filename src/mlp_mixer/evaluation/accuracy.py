@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mlp_mixer.data.batches import Batch
 from mlp_mixer.data.classes import match_classes
 from mlp_mixer.data.items import BadImage, Source
-from mlp_mixer.data.loader import Batch, evaluation_batches
+from mlp_mixer.data.loader import TIMEOUT, evaluation_batches
 from mlp_mixer.data.sources import open_source
 from mlp_mixer.data.transforms import normalize
 from mlp_mixer.errors import UserError
@@ -139,12 +140,16 @@ class Evaluation:
         """Writes evaluation.json, per_class.csv and confusion.csv (rows: true) to the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "evaluation.json").write_text(json.dumps(self.to_json(), indent=2) + "\n")
-        with (folder / "per_class.csv").open("w", newline="") as file:
+        with (folder / "per_class.csv").open(
+            "w", newline="", encoding="utf-8", errors="surrogateescape"
+        ) as file:
             rows = self.per_class()
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        with (folder / "confusion.csv").open("w", newline="") as file:
+        with (folder / "confusion.csv").open(
+            "w", newline="", encoding="utf-8", errors="surrogateescape"
+        ) as file:
             table = csv.writer(file)
             table.writerow(["true class", *self.class_names])
             for name, row in zip(self.class_names, self.confusion.tolist(), strict=True):
@@ -159,6 +164,7 @@ def evaluate(
     num_workers: int | None = None,
     allow_missing_classes: bool = False,
     device: str | None = None,
+    timeout: float = TIMEOUT,
     on_batch: Callable[[Batch], None] | None = None,
 ) -> Evaluation:
     """Returns what the model makes of every image of the data.
@@ -170,6 +176,7 @@ def evaluate(
         num_workers: processes that decode; None chooses.
         allow_missing_classes: go on where the data lacks some of the model's classes.
         device: "auto" (the GPU where there is one), "cpu", "cuda"; None: where it is.
+        timeout: seconds to wait for images of the workers; 0 waits for ever.
         on_batch: called with every batch once it is done, for a progress bar.
 
     Raises:
@@ -187,7 +194,7 @@ def evaluate(
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     bad: list[BadImage] = []
     batches = evaluation_batches(
-        source, preprocessing, batch_size=batch_size, num_workers=num_workers
+        source, preprocessing, batch_size=batch_size, num_workers=num_workers, timeout=timeout
     )
     for batch in batches:
         bad += batch.bad

@@ -14,7 +14,7 @@ from mlp_mixer.data.duplicates import Duplicates
 from mlp_mixer.data.image import decode
 from mlp_mixer.data.items import Source
 from mlp_mixer.errors import UserError
-from mlp_mixer.evaluation.pictures import save_figure, shorten
+from mlp_mixer.evaluation.pictures import as_drawn, save_figure, shorten
 
 MOST_PAIRS = 24
 _CELLS = 72  # images in the grid of samples
@@ -76,7 +76,7 @@ def duplicate_pairs(duplicates: Duplicates) -> Figure:
         for (split, index), last in ((pair.first, what), (pair.second, " ")):
             source = duplicates.splits[split]
             name = shorten(source.class_names[int(source.labels[index])], 16)
-            cells.append((_small(source, index), f"{split}[{index}]\n{name}\n{last}"))
+            cells.append((_small(source, index), f"{as_drawn(split)}[{index}]\n{name}\n{last}"))
     title = f"duplicates, pair by pair: {len(duplicates):,}; the most different first"
     if len(order) < len(duplicates):
         title += f", {len(order)} of them"
@@ -92,7 +92,7 @@ def _grid(
     lines = max(caption.count("\n") + 1 for _, caption in cells)
     size = (max(1.25 * columns, 6.0), (1.25 + 0.13 * lines) * rows + 0.5)
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(as_drawn(title), fontsize=10)
     panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
     for number, axes in enumerate(panels):
         picture, caption = cells[number] if number < len(cells) else (None, "")

@@ -45,7 +45,8 @@ def confusion_matrix(evaluation: Evaluation) -> Figure:
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     axes.set_title(
-        f"{evaluation.data}: {evaluation.top1:.2%} of {len(evaluation.labels)} images right"
+        f"{as_drawn(evaluation.data)}: {evaluation.top1:.2%} of {len(evaluation.labels)} images "
+        "right"
     )
     if classes <= _MOST_NUMBERED:
         for row, column in zip(*np.nonzero(counts), strict=True):
@@ -109,7 +110,7 @@ def image_grid(
     rows = max(1, math.ceil(len(images) / columns))
     width = max(1.45 * columns, 5.0)
     figure = Figure(figsize=(width, 1.75 * rows + 0.6), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(as_drawn(title), fontsize=10)
     panels: list[Axes] = list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
     for axes in panels[len(images) :]:
         axes.set_axis_off()
@@ -127,11 +128,16 @@ def image_grid(
 
 
 def shorten(name: str, most: int = 22) -> str:
-    """Returns the name, cut in its middle where it is longer than `most` characters."""
-    if len(name) <= most:
-        return name
-    half = (most - 2) // 2
-    return f"{name[:half]}..{name[-half:]}"
+    """Returns the name for a figure, cut in its middle where it is longer than `most`."""
+    if len(name) > most:
+        half = (most - 2) // 2
+        name = f"{name[:half]}..{name[-half:]}"
+    return as_drawn(name)
+
+
+def as_drawn(text: str) -> str:
+    """Returns the text as matplotlib draws it: no formulas between "$", no invalid characters."""
+    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
 def save_report(evaluation: Evaluation, source: Source, folder: Path) -> list[str]:

@@ -12,7 +12,9 @@ import torch
 
 from mlp_mixer.console import ProgressBar, Reporter
 from mlp_mixer.data.augment import mix
-from mlp_mixer.data.loader import Batch, on_device, training_batches
+from mlp_mixer.data.batches import Batch, on_device
+from mlp_mixer.data.items import BadImage
+from mlp_mixer.data.loader import training_batches
 from mlp_mixer.data.sampler import step_generator
 from mlp_mixer.data.transforms import normalize
 from mlp_mixer.errors import UserError
@@ -137,7 +139,8 @@ class Trainer:
         self.steps_per_epoch = len(splits.train) / config.batch_size
         self.num_steps = max(1, round(config.epochs * self.steps_per_epoch))
         self.best = (-1.0, -math.inf)
-        self.bad = {each.name: each for each in splits.bad}
+        self.bad = {each.name: each for each in splits.bad}  # of the training images
+        self.named = set(self.bad)
         self.started = time.perf_counter()
         self.last_line = 0.0  # seconds
 
@@ -244,13 +247,19 @@ class Trainer:
 
     def note_bad(self, batch: Batch) -> None:
         """Names each undecodable image once, and stops the run where there are too many."""
-        for each in batch.bad:
-            if each.name not in self.bad:
-                self.bad[each.name] = each
-                self.run_folder.log_bad_file(each)
-                self.report.say(f"skipped  {each.name}: {each.what}", style="yellow")
+        for each in self.name_bad(batch.bad):
+            self.bad[each.name] = each
         most = self.config.data.max_bad
         refuse_too_many(list(self.bad.values()), len(self.splits.train), most)
+
+    def name_bad(self, bad: list[BadImage]) -> list[BadImage]:
+        """Says and lists the images that were not named before, and returns them."""
+        new = list({each.name: each for each in bad if each.name not in self.named}.values())
+        for each in new:
+            self.named.add(each.name)
+            self.run_folder.log_bad_file(each)
+            self.report.say(f"skipped  {each.name}: {each.what}", style="yellow")
+        return new
 
     def evaluate(self, step: int, training_loss: float) -> None:
         """Measures on the validation images, writes a line, and keeps the best weights."""
@@ -262,7 +271,10 @@ class Trainer:
             num_workers=config.data.num_workers,
             allow_missing_classes=True,
             device=str(self.device),
+            timeout=config.data.timeout,
         )
+        self.name_bad(result.bad)
+        refuse_too_many(result.bad, len(self.splits.validation), config.data.max_bad)
         if not math.isfinite(result.loss):
             self.stop(f"step {step}: the validation loss is {result.loss}; the run has diverged")
         is_best = (result.top1, -result.loss) > self.best

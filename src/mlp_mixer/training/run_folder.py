@@ -80,13 +80,13 @@ class RunFolder:
 
     def write_card(self, text: str) -> None:
         """Writes the model card, best/README.md, beside the weights."""
-        write_aside(self.best / "README.md", text.encode())
+        write_aside(self.best / "README.md", text.encode(errors="backslashreplace"))
 
 
 def planned_path(config: TrainConfig) -> Path:
     """Returns `config.output`, or the first unused runs/<date>_<recipe>."""
     if config.output is not None:
-        return Path(config.output).expanduser()
+        return Path(os.path.expanduser(config.output))
     stem = f"{datetime.now():%Y-%m-%d_%H%M}_{config.recipe}"
     path, number = Path("runs") / stem, 1
     while path.exists():
@@ -128,7 +128,7 @@ def environment(config: TrainConfig, source: Source, device: torch.device) -> di
 
 def fingerprint(source: Source) -> str:
     """Returns the sha256 over every image's name and class and the bytes of 100 of them."""
-    digest = hashlib.sha256(f"{len(source)} {source.class_names}".encode())
+    digest = hashlib.sha256(f"{len(source)} {source.class_names}".encode(errors="surrogateescape"))
     labels = source.labels
     for index in range(len(source)):
         text = f"{source.item_name(index)}\t{labels[index]}\n"

@@ -12,6 +12,7 @@ import torch
 
 from mlp_mixer.console import Reporter
 from mlp_mixer.data.items import Source
+from mlp_mixer.data.source_names import parse_name
 from mlp_mixer.data.sources import names_source
 from mlp_mixer.evaluation.accuracy import Evaluation, evaluate
 from mlp_mixer.evaluation.pictures import save_figure, save_report
@@ -92,11 +93,12 @@ def finish(
             num_workers=config.data.num_workers,
             allow_missing_classes=True,
             device=str(device),
+            timeout=config.data.timeout,
         )
 
     validation = measure(splits.validation)
     test = None if splits.test is None else measure(splits.test)
-    for each in [*validation.bad, *(test.bad if test is not None else [])]:
+    for each in test.bad if test is not None else []:  # those of validation were named before
         run.log_bad_file(each)
         report.say(f"left out of the accuracy: {each.name}: {each.what}", style="yellow")
     shown, source = (validation, splits.validation) if test is None else (test, splits.test)
@@ -118,8 +120,15 @@ def finish(
     report.say(f"model    {run.best}")
     report.say(f"pictures {run.plots}: {', '.join(drawn)}")
     example = splits.test or splits.validation
-    name = example.item_name(0) if Path(example.item_name(0)).is_file() else example.name
-    data = f"{config.data.source}:{kind}" if not (test is None and splits.held_out) else None
+    held_out = test is None and splits.held_out  # images that have no name as data
+    data = None if held_out else f"{config.data.source}:{kind}"
+    if Path(example.item_name(0)).is_file():
+        name = example.item_name(0)
+    elif held_out:
+        has_split = parse_name(config.data.source).split is not None
+        name = config.data.source if has_split else f"{config.data.source}:train"
+    else:
+        name = example.name
     report.say("next")
     mixer = _command()
     report.say(f"         {shlex.join([mixer, 'predict', str(run.path), name])}")

@@ -48,7 +48,7 @@ def cache_folder() -> Path:
     else:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
-        return Path(base).expanduser() / "mlp_mixer"
+        return Path(os.path.expanduser(base)) / "mlp_mixer"
     except RuntimeError:  # a user without a home, as in containers
         return Path(tempfile.gettempdir()) / "mlp_mixer"
 
