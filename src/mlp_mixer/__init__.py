@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from mlp_mixer.models.mixer import MixerConfig, MlpMixer
     from mlp_mixer.preprocessing import Preprocessing
     from mlp_mixer.training.config import TrainConfig
-    from mlp_mixer.training.loop import train
+    from mlp_mixer.training.finetune import FinetuneResult, finetune
+    from mlp_mixer.training.loop import resume, train
     from mlp_mixer.training.recipes import recipe
     from mlp_mixer.training.summary import TrainResult
     from mlp_mixer.weights.store import load_model, save_model
@@ -40,6 +41,9 @@ _HOME = {
     "TrainConfig": "training.config",
     "TrainResult": "training.summary",
     "train": "training.loop",
+    "resume": "training.loop",
+    "finetune": "training.finetune",
+    "FinetuneResult": "training.finetune",
     "recipe": "training.recipes",
     "Prediction": "deploy.predict",
     "predict": "deploy.predict",
@@ -47,6 +51,7 @@ _HOME = {
 
 __all__ = [
     "Evaluation",
+    "FinetuneResult",
     "ImageClassifier",
     "MixerConfig",
     "MlpMixer",
@@ -57,10 +62,12 @@ __all__ = [
     "UserError",
     "create_model",
     "evaluate",
+    "finetune",
     "list_models",
     "load_model",
     "predict",
     "recipe",
+    "resume",
     "save_model",
     "train",
 ]

@@ -61,7 +61,7 @@ class Reporter:
         self._said.clear()
 
     @contextmanager
-    def progress(self, total: int, unit: str) -> Iterator[ProgressBar]:
+    def progress(self, total: int, unit: str, done: int = 0) -> Iterator[ProgressBar]:
         """Shows a bar on a terminal while the block runs; in a pipe it shows nothing."""
         bar = Progress(
             TextColumn("{task.description}"),
@@ -75,7 +75,7 @@ class Reporter:
             disable=not self.console.is_terminal,
         )
         with bar:
-            yield ProgressBar(bar, bar.add_task("", total=total, note=""))
+            yield ProgressBar(bar, bar.add_task("", total=total, completed=done, note=""))
 
 
 class ProgressBar:

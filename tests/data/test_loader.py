@@ -165,11 +165,11 @@ def test_a_worker_that_dies_while_the_model_works_is_named_at_the_next_batch(
 def test_a_worker_that_dies_before_its_first_image_blames_none(
     class_folder: Path, monkeypatch, tidy
 ):
-    def die(watched: torch.Tensor, number: int) -> None:
+    def die(watched: torch.Tensor, closing: torch.Tensor, number: int) -> None:
         if number == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr("mlp_mixer.data.loader._start_worker", die)
+    monkeypatch.setattr("mlp_mixer.data.loader.start_worker", die)
     source = open_splits(str(class_folder))["train"]
     with pytest.raises(UserError, match=r"^a worker process, before its first image, ended"):
         load(source, 0, 50, num_workers=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -12,6 +12,7 @@ from mlp_mixer.errors import UserError
 if TYPE_CHECKING:
     from mlp_mixer.data.items import BadImage
     from mlp_mixer.models.layers import ImageClassifier
+    from mlp_mixer.training.config import TrainConfig
     from mlp_mixer.weights.resolution import Growth
 
 # The types of the flags, with what the help calls their values.
@@ -30,6 +31,8 @@ Folder = Annotated[str | None, arg(help_behavior_hint="", metavar="FOLDER")]
 File = Annotated[str | None, arg(help_behavior_hint="", metavar="FILE")]
 Number = Annotated[int | None, arg(help_behavior_hint="", metavar="N")]
 Real = Annotated[float | None, arg(help_behavior_hint="", metavar="X")]
+Rates = Annotated[tuple[float, ...] | None, arg(help_behavior_hint="", metavar="[LR ...]")]
+Seeds = Annotated[tuple[int, ...], arg(help_behavior_hint="", metavar="N ...")]
 Assignments = Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="KEY=VALUE")]
 
 
@@ -47,6 +50,16 @@ def parse_size(text: str | None) -> int | tuple[int, int] | None:
         fix = "a number such as 224, or height x width such as 192x256"
         raise UserError(f"not an image size: {text!r}", where="--image-size", fix=fix)
     return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def changed(config: TrainConfig, flags: dict[str, Any], settings: tuple[str, ...]) -> TrainConfig:
+    """Returns the settings after the flags that were given, and after every --set.
+
+    Raises:
+        UserError: no such setting, or a value that it cannot have.
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    return config.with_values(given, settings)
 
 
 def load_named(

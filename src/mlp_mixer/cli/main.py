@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         if debug:
             raise
-        print(f"error: {error.text()}", file=sys.stderr)
+        if _is_first_process() or error.what.startswith("rank "):
+            print(f"error: {error.text()}", file=sys.stderr, flush=True)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -65,6 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _is_first_process() -> bool:
+    """Whether this is the one of torchrun's processes that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def parse(arguments: Sequence[str], verbs: dict[str, Callable[..., Any]]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from mlp_mixer.cli.check import check
 from mlp_mixer.cli.convert import convert
 from mlp_mixer.cli.evaluate import evaluate
+from mlp_mixer.cli.finetune import finetune
 from mlp_mixer.cli.models import models
 from mlp_mixer.cli.pack import index, pack
 from mlp_mixer.cli.predict import predict
@@ -16,6 +17,7 @@ from mlp_mixer.cli.train import train
 VERBS: dict[str, Callable[..., Any]] = {
     "models": models,
     "train": train,
+    "finetune": finetune,
     "evaluate": evaluate,
     "predict": predict,
     "convert": convert,

@@ -5,17 +5,15 @@ Legend: N batch, H W pixels; a picture is uint8 (H, W, channels).
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import re
 import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -25,6 +23,7 @@ from mlp_mixer.data.image import EncodedImage
 from mlp_mixer.data.items import BadImage, Source
 from mlp_mixer.data.sampler import batches_of_positions, locate, sample_generator
 from mlp_mixer.data.transforms import resize_for_evaluation
+from mlp_mixer.data.workers import on_child_end, raise_if_one_died, start_worker
 from mlp_mixer.errors import UserError
 from mlp_mixer.preprocessing import Preprocessing
 
@@ -45,10 +44,11 @@ def training_batches(
     stop: int,
     rank: int = 0,
     world_size: int = 1,
+    with_neighbour: bool = False,
     num_workers: int | None = None,
     timeout: float = TIMEOUT,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields the batches of the steps `start` to `stop` - 1; step n is the same from any start.
 
     An image that cannot be decoded is replaced by the next good one and named in `Batch.bad`.
@@ -60,7 +60,7 @@ def training_batches(
         seed: of the order and of every random number.
         batch_size: images a step, over all ranks.
         start, stop: steps.
-        rank, world_size: which share of every batch to yield: `batches_of_positions`.
+        rank, world_size, with_neighbour: which share of every batch: `batches_of_positions`.
         num_workers: processes that decode; None chooses, 0 decodes in this one.
         timeout: seconds to wait for a batch of the workers; 0 waits for ever.
         pin_memory: put the batches into page-locked memory, for a GPU.
@@ -70,7 +70,9 @@ def training_batches(
             died or hung; then its number and the image that it was at are named.
     """
     images = _TrainingImages(source, preprocessing, transform, seed)
-    positions = batches_of_positions(start, stop, batch_size, rank, world_size)
+    positions = batches_of_positions(
+        start, stop, batch_size, rank, world_size, with_neighbour=with_neighbour
+    )
     if num_workers is None:  # at least one, so that images are made ready during the step
         num_workers = max(1, _workers(source, preprocessing))
     for batch in _load(images, positions, num_workers, timeout, pin_memory):
@@ -201,11 +203,6 @@ class _EvaluationImages(_Images):
         return None, 0, position, bad
 
 
-def _start_worker(watched: torch.Tensor, number: int) -> None:
-    watched.numpy()[number] = (os.getpid(), -1, time.monotonic_ns())
-    cv2.setNumThreads(0)  # its threads do not survive the fork, and each worker has one core
-
-
 def _load(
     images: _Images,
     batches: Iterable[Iterable[int]],
@@ -215,8 +212,11 @@ def _load(
 ) -> Iterator[Batch]:
     if num_workers < 0:
         raise UserError(f"num_workers must be at least 0, got {num_workers}")
+    closing = torch.zeros(1, dtype=torch.uint8)
     if num_workers:
         images.watched = torch.full((num_workers, 3), -1, dtype=torch.int64).share_memory_()
+        closing = closing.share_memory_()
+        atexit.register(closing.fill_, 1)  # before multiprocessing ends the workers and waits
     with warnings.catch_warnings():  # more workers than cores are the user's choice
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader: Iterable[Batch] = DataLoader(
@@ -225,39 +225,29 @@ def _load(
             num_workers=num_workers,
             collate_fn=collate,
             timeout=timeout if num_workers else 0,
-            worker_init_fn=functools.partial(_start_worker, images.watched),
+            worker_init_fn=functools.partial(start_worker, images.watched, closing),
             pin_memory=pin_memory,
         )
-        before = _set_on_child_end(signal.SIG_DFL)
+        before = on_child_end(signal.SIG_DFL)
         loaded = iter(loader)
-        _set_on_child_end(before)
-    return _named_failures(images, loaded, timeout)
+        on_child_end(before)
+    return _named_failures(images, loaded, timeout, closing)
 
 
-def _raise_if_a_worker_died(*_: object) -> None:
-    torch._C._error_if_any_worker_fails()
-
-
-def _set_on_child_end(handler: Any) -> Any:
-    """Sets what happens when a child process ends; returns what happened before, or None."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if handler is None or not is_main or not hasattr(signal, "SIGCHLD"):
-        return None
-    return signal.signal(signal.SIGCHLD, handler)
-
-
-def _named_failures(images: _Images, batches: Iterator[Batch], timeout: float) -> Iterator[Batch]:
+def _named_failures(
+    images: _Images, batches: Iterator[Batch], timeout: float, closing: torch.Tensor
+) -> Iterator[Batch]:
     """Yields the batches; a worker that dies or hangs becomes an error that names it."""
     try:
         while True:
             # torch raises wherever the main process happens to be when a worker dies, mostly in
             # the model; looking here, and only here, it can be named.
-            before = _set_on_child_end(_raise_if_a_worker_died)
+            before = on_child_end(raise_if_one_died)
             try:
-                _raise_if_a_worker_died()
+                raise_if_one_died()
                 batch = next(batches, None)
             finally:
-                _set_on_child_end(before)
+                on_child_end(before)
             if batch is None:
                 return
             yield batch
@@ -272,6 +262,9 @@ def _named_failures(images: _Images, batches: Iterator[Batch], timeout: float) -
         else:
             raise
         raise UserError(what, where=images.source.name, fix=fix) from error
+    finally:
+        closing.fill_(1)
+        atexit.unregister(closing.fill_)
 
 
 def _workers(source: Source, preprocessing: Preprocessing) -> int:

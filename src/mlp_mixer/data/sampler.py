@@ -47,7 +47,13 @@ def step_generator(seed: int, step: int) -> np.random.Generator:
 
 
 def batches_of_positions(
-    start: int, stop: int, batch_size: int, rank: int = 0, world_size: int = 1
+    start: int,
+    stop: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    with_neighbour: bool = False,
 ) -> Iterator[list[int]]:
     """Yields the positions that a rank reads at each step from `start` to `stop` - 1.
 
@@ -59,6 +65,8 @@ def batches_of_positions(
         batch_size: images a step, over all ranks.
         rank: of this process, from 0.
         world_size: processes; it must divide the batch size.
+        with_neighbour: add the image before the share (in a circle over the batch), last: mixup
+            blends each image with the one before it.
 
     Raises:
         UserError: it does not.
@@ -69,4 +77,5 @@ def batches_of_positions(
     share = batch_size // world_size
     for step in range(start, stop):
         first = step * batch_size + rank * share
-        yield list(range(first, first + share))
+        before = [step * batch_size + (rank * share - 1) % batch_size] if with_neighbour else []
+        yield [*range(first, first + share), *before]

@@ -23,7 +23,13 @@ class StochasticDepth(nn.Module):
 
     Args:
         probability: of dropping the branch, 0 <= probability < 1.
+
+    Attributes:
+        kept: (N,) 1 for each sample whose branch is kept and 0 for the others, as
+            `draw_stochastic_depth` draws it; None draws it here, from torch's global numbers.
     """
+
+    kept: Tensor | None = None
 
     def __init__(self, probability: float) -> None:
         super().__init__()
@@ -35,12 +41,43 @@ class StochasticDepth(nn.Module):
             return branch
         keep = 1.0 - self.probability
         mask_shape = (branch.shape[0],) + (1,) * (branch.dim() - 1)
-        mask = torch.empty(mask_shape, dtype=branch.dtype, device=branch.device).bernoulli_(keep)
+        if self.kept is None:
+            mask = torch.empty(mask_shape, dtype=branch.dtype, device=branch.device)
+            mask.bernoulli_(keep)
+        else:
+            mask = self.kept.view(mask_shape).to(branch.dtype)
         return branch * (mask / keep)
 
     def extra_repr(self) -> str:
         """What print(model) shows of it."""
         return f"probability={self.probability:.4g}"
+
+
+def draw_stochastic_depth(model: nn.Module, num_samples: int, random: torch.Generator) -> Tensor:
+    """Returns which branches of which samples are kept, float32 (branches, N).
+
+    Drawn outside of the model and for a whole batch, it is the same whatever share of the batch a
+    process or a micro-batch takes, on a CPU and on a GPU, compiled or not.
+
+    Args:
+        model: with any number of `StochasticDepth`, whose order is that of the rows.
+        num_samples: N.
+        random: a generator on the CPU.
+    """
+    keep = [1.0 - each.probability for each in _drops(model)]
+    drawn = torch.rand(len(keep), num_samples, generator=random)
+    return (drawn < torch.tensor(keep).view(-1, 1)).float()
+
+
+def set_stochastic_depth(model: nn.Module, kept: Tensor | None) -> None:
+    """Lets the model keep these branches, (branches, N), at its next calls; None: draw again."""
+    for row, each in enumerate(_drops(model)):
+        each.kept = None if kept is None else kept[row]
+
+
+def _drops(model: nn.Module) -> list[StochasticDepth]:
+    modules = (each for each in model.modules() if isinstance(each, StochasticDepth))
+    return [each for each in modules if each.probability > 0.0]
 
 
 def lecun_normal_(weight: Tensor) -> Tensor:

@@ -48,8 +48,8 @@ Images of any size and mode are turned upright and prepared as the model carries
 
 ## Training
 
-Recipe `{recipe}`, seed {seed}: {epochs} epochs of {train:,} images in batches of {batch};
-{optimizer}, learning rate {rate:g}, weight decay {decay:g}.
+Recipe `{recipe}`, seed {seed}: {length} of {train:,} images in batches of {batch};
+{start}{optimizer}, learning rate {rate:g}, weight decay {decay:g}.
 Every setting is in the run's `config.json`.
 
 ## Limits
@@ -65,7 +65,7 @@ def model_card(
     config: TrainConfig,
     splits: Splits,
     folder: str,
-    validation: Evaluation,
+    validation: Evaluation | None,
     test: Evaluation | None,
 ) -> str:
     """Returns the text of the card, in Markdown with the header that model hubs read."""
@@ -76,11 +76,14 @@ def model_card(
         for each in evaluations
     ]
     chosen = "The weights are those of the best validation accuracy;\n"
-    chosen += (
-        "the test images are looked at once, at the end."
-        if splits.test
-        else "there were no test images, so expect somewhat less on new ones."
-    )
+    if splits.validation is None:
+        chosen = "The weights are those of the last step;\n"
+    if splits.test:
+        chosen += "the test images are looked at once, at the end."
+    elif splits.validation is not None:
+        chosen += "there were no test images, so expect somewhat less on new ones."
+    else:
+        chosen += "all images were trained on, and none is left to measure the accuracy by."
     names = splits.train.class_names
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     height, width = model.config.image_size
@@ -102,7 +105,8 @@ def model_card(
         preprocessing=model.preprocessing.summary(),
         recipe=config.recipe,
         seed=config.seed,
-        epochs=config.epochs,
+        length=f"{config.steps:,} steps" if config.epochs is None else f"{config.epochs} epochs",
+        start="" if config.model.weights is None else f"from the weights {config.model.weights};\n",
         train=len(splits.train),
         batch=config.batch_size,
         optimizer=config.optimizer.name,

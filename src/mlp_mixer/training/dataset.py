@@ -22,7 +22,7 @@ from mlp_mixer.data.sources import open_splits
 from mlp_mixer.data.transforms import flip, inception_crop, resize_for_evaluation
 from mlp_mixer.errors import UserError
 from mlp_mixer.preprocessing import Preprocessing
-from mlp_mixer.training.config import AugmentSettings, DataSettings
+from mlp_mixer.training.settings import AugmentSettings, DataSettings
 
 # Headers are read before a run starts; of a larger set only so many, evenly spaced.
 _MOST_CHECKED = 5_000
@@ -33,7 +33,7 @@ class Splits:
     """The images of a run.
 
     Attributes:
-        train, validation: to learn from and to choose by.
+        train, validation: to learn from and to choose by; no validation keeps the last weights.
         test: to measure once at the end; None where the data has none.
         held_out: whether validation was held out of the training images.
         bad: the training images whose header cannot be read.
@@ -41,7 +41,7 @@ class Splits:
     """
 
     train: Source
-    validation: Source
+    validation: Source | None
     test: Source | None
     held_out: bool
     bad: list[BadImage]
@@ -53,10 +53,11 @@ class Splits:
         counts = np.bincount(self.train.labels, minlength=len(names))
         few, many = int(counts.argmin()), int(counts.argmax())
         origin = "held out of the training images" if self.held_out else "the data's own"
-        parts = [
-            f"{len(self.train):,} images to train",
-            f"{len(self.validation):,} to validate ({origin})",
-        ]
+        parts = [f"{len(self.train):,} images to train"]
+        if self.validation is None:
+            parts.append("none to validate")
+        else:
+            parts.append(f"{len(self.validation):,} to validate ({origin})")
         parts.append(f"{len(self.test):,} to test" if self.test else "none to test")
         lines = [
             f"{', '.join(parts)}; {len(names)} classes",
@@ -98,7 +99,9 @@ def open_training_data(settings: DataSettings) -> Splits:
             splits[name] = without(splits[name], drops, name)
         left_out = before - sum(map(len, splits.values()))
         notes.append(f"left out {left_out:,} images by {settings.without}")
-    train, held_out = splits["train"], "validation" not in splits
+    train: Source = splits["train"]
+    validation: Source | None = splits.get("validation")
+    held_out = validation is None and settings.holdout != 0.0
     if len(train.class_names) < 2:
         what = f"there is only one class, {train.class_names[0]!r}; a classifier needs two"
         raise UserError(what, where=settings.source)
@@ -107,21 +110,21 @@ def open_training_data(settings: DataSettings) -> Splits:
         if len(chosen) == 0:
             what = "no class has two images, so that none can be held out for validation"
             raise UserError(what, where=settings.source, fix="Add images or a val/ folder")
-        validation: Source = subset(train, chosen, f"{settings.source}:held-out")
+        validation = subset(train, chosen, f"{settings.source}:held-out")
         train = subset(train, kept, f"{settings.source}:train")
-    else:
-        if settings.holdout is not None:
-            what = f"holdout {settings.holdout} has no effect: the data has validation images"
-            raise UserError(what, where=settings.source, fix="Leave it out")
-        validation = splits["validation"]
+    elif settings.holdout == 0.0:
+        validation = None
+    elif settings.holdout is not None:
+        what = f"holdout {settings.holdout} has no effect: the data has validation images"
+        raise UserError(what, where=settings.source, fix="Leave it out")
     if settings.fraction < 1.0:
         total = len(train)
         train = random_subset(train, settings.fraction, settings.fraction_seed)
         notes.append(f"{len(train):,} of {total:,} training images, drawn at random")
     bad = check_readable(train, settings.max_bad)
-    check_readable(validation, settings.max_bad)
-    if "test" in splits:
-        check_readable(splits["test"], settings.max_bad)
+    for other in (validation, splits.get("test")):
+        if other is not None:
+            check_readable(other, settings.max_bad)
     return Splits(train, validation, splits.get("test"), held_out, bad, notes)
 
 

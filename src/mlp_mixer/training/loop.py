@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import time
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -18,39 +18,47 @@ from mlp_mixer.data.loader import training_batches
 from mlp_mixer.data.sampler import step_generator
 from mlp_mixer.data.transforms import normalize
 from mlp_mixer.errors import UserError
-from mlp_mixer.evaluation.accuracy import evaluate
 from mlp_mixer.evaluation.pictures import save_figure
-from mlp_mixer.models.catalog import create_model
-from mlp_mixer.models.device import choose_device
-from mlp_mixer.models.layers import ImageClassifier
-from mlp_mixer.preprocessing import Preprocessing
+from mlp_mixer.models.layers import draw_stochastic_depth
 from mlp_mixer.training.card import model_card
+from mlp_mixer.training.compute import Compute, choose_compute, settings_of_torch
 from mlp_mixer.training.config import TrainConfig
-from mlp_mixer.training.dataset import (
-    Augmentation,
-    Splits,
-    open_training_data,
-    refuse_too_many,
-)
-from mlp_mixer.training.optimizer import (
-    build_optimizer,
-    learning_rate,
-    loss_function,
-    one_hot,
-    update_average,
-)
-from mlp_mixer.training.pictures import training_batch
+from mlp_mixer.training.cost import duration
+from mlp_mixer.training.dataset import Augmentation, Splits, open_training_data, refuse_too_many
+from mlp_mixer.training.distributed import World, joined
+from mlp_mixer.training.losses import one_hot
+from mlp_mixer.training.measure import measure
+from mlp_mixer.training.pictures import curves, training_batch
 from mlp_mixer.training.recipes import recipe
-from mlp_mixer.training.run_folder import RunFolder, check_unused, environment, planned_path
-from mlp_mixer.training.summary import TrainResult, announce, finish
+from mlp_mixer.training.resume import config_of, goes_on
+from mlp_mixer.training.run_folder import RunFolder, environment, planned_path
+from mlp_mixer.training.schedule import check_warmup
+from mlp_mixer.training.start import build_model, length
+from mlp_mixer.training.state import RunState
+from mlp_mixer.training.step import NotFiniteError
+from mlp_mixer.training.stopping import StopRequest, end
+from mlp_mixer.training.summary import TrainResult, announce, finish, resume_command
 from mlp_mixer.weights.store import save_model
 
 LOG_EVERY = 10  # steps
-SMALL_STEP = 2e9  # floating-point operations
+_REDRAW_EVERY = 30.0  # seconds
+
+
+def resume(run: str | Path, *, quiet: bool = False) -> TrainResult:
+    """Continues a run from its newest whole checkpoint, as if it had never stopped.
+
+    Args:
+        run: its folder.
+        quiet: print nothing.
+
+    Raises:
+        UserError: it is no run folder of ours, or as `train`.
+    """
+    return train(config_of(run), quiet=quiet)
 
 
 def train(config: TrainConfig | str = "digits", *, quiet: bool = False) -> TrainResult:
-    """Trains a model from random weights and returns what it reached.
+    """Trains a model and returns what it reached; a run that was stopped goes on where it was.
 
     Args:
         config: a configuration, or the name of a recipe.
@@ -61,237 +69,267 @@ def train(config: TrainConfig | str = "digits", *, quiet: bool = False) -> Train
             had to stop: too many bad images, or a loss or gradient that is not finite.
     """
     config = recipe(config) if isinstance(config, str) else config
-    # Check everything before anything is written.
-    device = choose_device(config.device)
-    path = planned_path(config)
-    check_unused(path)
-    splits = open_training_data(config.data)
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(), contextlib.ExitStack() as afterwards:
+    with contextlib.ExitStack() as afterwards:
+        world, device = afterwards.enter_context(joined(config.device))
+        # Check everything before anything is written.
+        if world.size > 1 and config.output is None:
+            what = "several processes share one run folder, and a restart must find it again"
+            raise UserError(what, where="--output", fix="Give it a name: --output runs/NAME")
+        path = world.from_first(lambda: planned_path(config))
+        is_old = world.from_first(lambda: goes_on(path, config))
+        splits = open_training_data(config.data)
+        num_steps = length(config, splits)
+        check_warmup(config.optimizer, num_steps)
         # The caller's random numbers and threads stay as they are.
-        afterwards.callback(torch.set_num_threads, threads)
+        afterwards.enter_context(torch.random.fork_rng())
         torch.manual_seed(config.seed)
-        model = build_model(config, splits.train.class_names).to(device)
-        set_threads(config, model)
+        best, quiet_weights = path / "best", quiet or not world.is_first
+        names = splits.train.class_names
+        model = build_model(config, names, best if is_old else None, quiet=quiet_weights)
+        model = model.to(device)
+        flops = model.config.flops
+        compute = choose_compute(config, device, flops, num_steps, world.size)
+        afterwards.enter_context(settings_of_torch(compute, config, flops))
         surroundings = environment(config, splits.train, device)
-        run, report = RunFolder(path, config), Reporter(quiet=quiet)
-        report.log_to(run.path / "log.txt")
-        run.write_json("environment.json", surroundings)
-        announce(report, config, splits, model, run, device)
-        try:
-            Trainer(config, splits, model, run, report, device).run()
-        except KeyboardInterrupt:
-            report.say(f"\nstopped by hand; what was reached so far lies in {run.path}")
-            raise
-        return finish(config, splits, run, report, device)
-
-
-def set_threads(config: TrainConfig, model: ImageClassifier) -> None:
-    """Sets torch's processor threads to the configured number, or to 1 for a small model.
-
-    A step of a small model is hundreds of tiny operations, and torch's threads meet after each.
-    Where another process takes one of the cores, every meeting waits for the scheduler: such a step
-    was measured 130 times slower on two threads than on one (docs/decisions.md, 9).
-    """
-    operations = 3 * model.config.flops * config.batch_size
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    elif operations < SMALL_STEP:
-        torch.set_num_threads(1)
-
-
-def build_model(config: TrainConfig, class_names: list[str]) -> ImageClassifier:
-    """Returns the new model of a run, with the class names and preprocessing that it will carry."""
-    settings = config.model
-    model = create_model(settings.name, settings.image_size, len(class_names), **settings.overrides)
-    if model.config.in_channels not in (1, 3):
-        what = f"images are read with 1 or 3 channels, the model wants {model.config.in_channels}"
-        raise UserError(what, where="model.overrides.in_channels")
-    model.class_names = class_names
-    model.preprocessing = Preprocessing(
-        image_size=model.config.image_size,
-        resize=config.data.resize,
-        channels=model.config.in_channels,
-        exif_orientation=config.data.exif_orientation,
-    )
-    return model
+        report = Reporter(quiet=quiet or not world.is_first)
+        run = RunFolder(path, config, writes=world.is_first)
+        afterwards.callback(run.close)
+        if world.is_first:
+            report.log_to(run.path / "log.txt")
+        announce(report, config, splits, model, run, compute, num_steps, world)
+        state = afterwards.enter_context(
+            RunState(config, model, run, report, compute, world, num_steps)
+        )
+        state.begin(surroundings, is_old)
+        Trainer(config, splits, run, report, compute, world, state).run()
+        return finish(config, splits, run, report, device, world)
 
 
 class Trainer:
-    """The state of a run while it trains: model, optimiser, step and the best so far."""
+    """A run while it trains: what happens at each step, and between them."""
 
     def __init__(
         self,
         config: TrainConfig,
         splits: Splits,
-        model: ImageClassifier,
         run: RunFolder,
         report: Reporter,
-        device: torch.device,
+        compute: Compute,
+        world: World,
+        state: RunState,
     ) -> None:
-        self.config, self.splits, self.model = config, splits, model
-        self.run_folder, self.report, self.device = run, report, device
-        assert model.preprocessing is not None
-        self.preprocessing = model.preprocessing
-        self.optimizer = build_optimizer(model, config.optimizer)
-        # What is evaluated and kept: the weights themselves, or their running average.
-        self.kept = copy.deepcopy(model) if config.optimizer.average else model
+        self.config, self.splits, self.run_folder = config, splits, run
+        self.report, self.compute, self.world, self.state = report, compute, world, state
+        self.model, self.num_steps = state.model, state.num_steps
+        assert self.model.preprocessing is not None
+        self.preprocessing = self.model.preprocessing
         self.steps_per_epoch = len(splits.train) / config.batch_size
-        self.num_steps = max(1, round(config.epochs * self.steps_per_epoch))
-        self.best = (-1.0, -math.inf)
-        self.bad = {each.name: each for each in splits.bad}  # of the training images
-        self.named = set(self.bad)
-        self.started = time.perf_counter()
-        self.last_line = 0.0  # seconds
+        self.bad = {each.name: each for each in [*splits.bad, *run.named_bad_files()]}
+        self.named = {each.name for each in run.named_bad_files()}
+        self.new_bad: list[BadImage] = []
+        self.started, self.first_step = time.perf_counter(), state.step
+        self.last_line = self.last_drawn = 0.0  # seconds
+        self.said_estimate = False
 
     def run(self) -> None:
         """Trains to the end; best/ holds the best weights whenever this is interrupted."""
-        config, train = self.config, self.splits.train
-        evaluate_at = self.evaluation_steps()
-        losses: list[float] = []
+        config, state = self.config, self.state
+        if state.finished:
+            return
+        augment, due = config.augment, self.evaluation_steps()
         batches = training_batches(
-            train,
+            self.splits.train,
             self.preprocessing,
-            Augmentation(config.augment, self.preprocessing),
+            Augmentation(augment, self.preprocessing),
             seed=config.seed,
             batch_size=config.batch_size,
-            start=0,
+            start=state.step,
             stop=self.num_steps,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            with_neighbour=self.world.size > 1 and bool(augment.mixup or augment.cutmix),
             num_workers=config.data.num_workers,
             timeout=config.data.timeout,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.compute.device.type == "cuda",
         )
-        for each in self.splits.bad:
-            self.run_folder.log_bad_file(each)
-        with self.report.progress(self.num_steps, "steps") as bar:
-            for step, batch in enumerate(on_device(batches, self.device)):
+        self.name_bad(self.splits.bad)
+        with (
+            contextlib.closing(batches),
+            StopRequest() as stop,
+            self.report.progress(self.num_steps, "steps", state.step) as bar,
+        ):
+            for step, batch in enumerate(on_device(batches, self.compute.device), state.step):
                 self.note_bad(batch)
-                losses.append(self.train_step(step, batch))
-                self.show_step(bar, step, losses)
-                if step + 1 in evaluate_at:
-                    self.evaluate(step, sum(losses) / len(losses))
-                    losses.clear()
+                self.train_step(step, batch)
+                self.show_step(bar, step)
+                is_best = False
+                if step + 1 in due:
+                    is_best = self.evaluate()
+                number = self.world.largest(stop.signal)
+                if self.save_is_due(step + 1 in due) or number or state.finished:
+                    state.save(is_best=is_best)
+                if number:
+                    state.checkpoints.wait()
+                    self.report.say(f"\nstopped after step {step + 1:,} of {self.num_steps:,}")
+                    self.report.say(f"to go on: {resume_command(self.run_folder, self.world)}")
+                    end(number)
+                if state.finished:
+                    break
 
     def evaluation_steps(self) -> set[int]:
         """Returns the numbers of steps done after which the validation images are looked at."""
         every = self.config.evaluate_every
+        if self.config.epochs is None:
+            return {*range(every, self.num_steps, every), self.num_steps}
         epochs = range(every, self.config.epochs, every)
         return {round(epoch * self.steps_per_epoch) for epoch in epochs} | {self.num_steps}
 
-    def train_step(self, step: int, batch: Batch) -> float:
-        """Moves the weights by one batch and returns its loss.
+    def save_is_due(self, was_evaluated: bool) -> bool:
+        """Returns whether the full state is to be saved after this step."""
+        every = self.config.checkpoint_every
+        if every is None:
+            return was_evaluated
+        return self.state.step % every == 0 or self.state.step == self.num_steps
+
+    def train_step(self, step: int, batch: Batch) -> None:
+        """Moves the weights by one batch.
 
         Raises:
             UserError: the loss or the gradient is not finite; the weights are left as they were.
         """
         config, random = self.config, step_generator(self.config.seed, step)
-        torch.manual_seed(int(random.integers(2**63)))  # dropout and stochastic depth of this step
+        masks, dropout_seed = torch.Generator(), int(random.integers(2**62))
+        masks.manual_seed(dropout_seed)
         images = normalize(batch.images, self.preprocessing)
         targets = one_hot(batch.labels, len(self.splits.train.class_names))
-        augment = config.augment
-        images, targets = mix(
-            images, targets, random, mixup_strength=augment.mixup, cutmix_strength=augment.cutmix
-        )
-        if step == 0:
+        augment, share = config.augment, config.batch_size // self.world.size
+        if step < round(augment.mix_until * self.num_steps):
+            images, targets = mix(
+                *(images, targets, random),
+                mixup_strength=augment.mixup,
+                cutmix_strength=augment.cutmix,
+            )
+        images, targets = images[:share], targets[:share]  # without the neighbour
+        if step == 0 and self.world.is_first:
             names = self.splits.train.class_names
             figure = training_batch(images, targets, self.preprocessing, names)
             save_figure(figure, self.run_folder.plots / "train_batch.png")
-
-        self.model.train()
-        loss = loss_function(self.model(images), targets, config.loss, config.label_smoothing)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip_norm)
-        rate = learning_rate(config.optimizer, step, self.num_steps)
-        value, norm_value = loss.item(), norm.item()
-        if not (math.isfinite(value) and math.isfinite(norm_value)):
+        kept = draw_stochastic_depth(self.model, config.batch_size, masks)
+        kept = kept[:, self.world.rank * share : (self.world.rank + 1) * share]
+        kept = kept.to(self.compute.device)
+        try:
+            result = self.state.update(step, images, targets, kept, dropout_seed + self.world.rank)
+        except NotFiniteError as error:
+            found = error.result
             self.stop(
-                f"step {step}: loss {value}, gradient norm {norm_value} at learning rate {rate:g}; "
-                "stopped before the weights were changed"
+                f"step {step}: loss {found.loss}, gradient norm {found.gradient_norm} at learning "
+                f"rate {found.learning_rate:g}; stopped before the weights were changed"
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        if self.kept is not self.model:
-            update_average(self.kept, self.model, config.optimizer.average, step)
         if step % LOG_EVERY == 0 or step + 1 == self.num_steps:
             self.run_folder.log_step(
                 {
                     "step": step,
                     "epoch": round(step / self.steps_per_epoch, 4),
-                    "loss": value,
-                    "learning_rate": rate,
-                    "gradient_norm": norm_value,
-                    "seconds": round(time.perf_counter() - self.started, 3),
+                    "loss": result.loss,
+                    "learning_rate": result.learning_rate,
+                    "gradient_norm": result.gradient_norm,
+                    "seconds": round(self.state.seconds, 3),
                 }
             )
-        return value
 
     def stop(self, what: str) -> NoReturn:
-        """Ends the run that has diverged; what best/ holds stays."""
+        """Ends the run that has diverged; what best/ and checkpoints/ hold stays."""
+        self.state.checkpoints.wait()
+        last = self.state.last_checkpoint
+        what += f"; the last good checkpoint is {last}" if last else "; there is no checkpoint yet"
         rate = self.config.optimizer.learning_rate / 3
-        raise UserError(
-            what, where=self.run_folder.path, fix=f"A lower rate: --learning-rate {rate:.1g}"
-        )
+        fix = f"A lower rate, in a new run: --learning-rate {rate:.1g}"
+        raise UserError(what, where=self.run_folder.path, fix=fix)
 
-    def show_step(self, bar: ProgressBar, step: int, losses: list[float]) -> None:
+    def show_step(self, bar: ProgressBar, step: int) -> None:
         """Moves the progress bar on; where there is none, says a line every half minute."""
-        seconds = time.perf_counter() - self.started
-        speed = (step + 1) * self.config.batch_size / seconds
+        seconds, done = time.perf_counter() - self.started, step + 1 - self.first_step
+        speed = done * self.config.batch_size / seconds
+        rate = self.state.last_rate
+        note = f"loss {self.state.mean_loss:.3f}  rate {rate:.2g}  {speed:,.0f} images/s"
         epoch = int(step / self.steps_per_epoch) + 1
-        note = f"loss {sum(losses) / len(losses):.3f}  {speed:,.0f} images/s"
-        bar.advance(1, note, f"epoch {epoch}/{self.config.epochs}")
+        total = math.ceil(self.num_steps / self.steps_per_epoch - 1e-9)
+        bar.advance(1, note, f"epoch {epoch}/{total}")
+        left = (self.num_steps - step - 1) * seconds / done
+        if not self.said_estimate and seconds > 10 and done >= 10:
+            self.said_estimate = True
+            if left > 60:
+                self.report.say(f"speed    {speed:,.0f} images/s: about {duration(left)} to go")
         if not self.report.console.is_terminal and seconds - self.last_line > 30:
-            self.report.say(f"step {step + 1:,} of {self.num_steps:,}   {note}   {seconds:.0f} s")
+            left_text = f"{duration(left)} to go"
+            self.report.say(f"step {step + 1:,} of {self.num_steps:,}   {note}   {left_text}")
             self.last_line = seconds
 
     def note_bad(self, batch: Batch) -> None:
         """Names each undecodable image once, and stops the run where there are too many."""
-        for each in self.name_bad(batch.bad):
-            self.bad[each.name] = each
-        most = self.config.data.max_bad
-        refuse_too_many(list(self.bad.values()), len(self.splits.train), most)
+        for each in batch.bad:
+            if each.name not in self.bad:
+                self.bad[each.name] = each
+                self.new_bad.append(each)
+        self.name_bad(batch.bad)
+        refuse_too_many(list(self.bad.values()), len(self.splits.train), self.config.data.max_bad)
 
-    def name_bad(self, bad: list[BadImage]) -> list[BadImage]:
-        """Says and lists the images that were not named before, and returns them."""
-        new = list({each.name: each for each in bad if each.name not in self.named}.values())
-        for each in new:
-            self.named.add(each.name)
-            self.run_folder.log_bad_file(each)
-            self.report.say(f"skipped  {each.name}: {each.what}", style="yellow")
-        return new
+    def name_bad(self, bad: list[BadImage]) -> None:
+        """Says and lists the images that were not named before."""
+        for each in bad:
+            if each.name not in self.named:
+                self.named.add(each.name)
+                self.run_folder.log_bad_file(each)
+                self.report.say(f"skipped  {each.name}: {each.what}", style="yellow")
 
-    def evaluate(self, step: int, training_loss: float) -> None:
-        """Measures on the validation images, writes a line, and keeps the best weights."""
-        config, seconds = self.config, time.perf_counter() - self.started
-        result = evaluate(
-            self.kept,
-            self.splits.validation,
-            batch_size=config.batch_size,
-            num_workers=config.data.num_workers,
-            allow_missing_classes=True,
-            device=str(self.device),
-            timeout=config.data.timeout,
-        )
-        self.name_bad(result.bad)
-        refuse_too_many(result.bad, len(self.splits.validation), config.data.max_bad)
-        if not math.isfinite(result.loss):
-            self.stop(f"step {step}: the validation loss is {result.loss}; the run has diverged")
-        is_best = (result.top1, -result.loss) > self.best
-        epoch = (step + 1) / self.steps_per_epoch
-        values: dict[str, float] = {"epoch": round(epoch, 3), "step": step + 1}
-        values["training_loss"] = round(training_loss, 6)
-        values |= {f"validation_{name}": round(value, 6) for name, value in result.metrics()}
-        values |= {"seconds": round(seconds, 1), "best": int(is_best)}
-        self.run_folder.log_evaluation(values)
-        if is_best:
-            self.best = (result.top1, -result.loss)
-            folder = str(self.run_folder.best)
-            card = model_card(self.kept, config, self.splits, folder, result, None)
-            save_model(self.kept, self.run_folder.best)
-            self.run_folder.write_card(card)
-        self.report.say(
-            f"epoch {epoch:5.1f}/{config.epochs}   loss {training_loss:.4f}   validation "
-            f"{result.top1:7.2%}, loss {result.loss:.4f}   {seconds:6.1f} s{'   best' * is_best}"
-        )
+    def share_bad(self) -> None:
+        """Lets all processes know what each of them could not decode."""
+        for found in self.world.gather(self.new_bad):
+            self.name_bad(found)
+            self.bad |= {each.name: each for each in found}
+        self.new_bad = []
+
+    def evaluate(self) -> bool:
+        """Measures on the validation images, writes a line, keeps the best weights; is it the best?
+
+        Without validation images the last weights are the best.
+        """
+        config, state, validation = self.config, self.state, self.splits.validation
+        self.share_bad()
+        kept, folder = state.kept_model(), self.run_folder.best
+        epoch, loss = state.step / self.steps_per_epoch, state.mean_loss
+        result = None
+        if validation is not None:
+            result = measure(kept, validation, config, self.compute, self.world)
+            self.name_bad(result.bad)
+            refuse_too_many(result.bad, len(validation), config.data.max_bad)
+            if not math.isfinite(result.loss):
+                what = f"step {state.step - 1}: the validation loss is {result.loss}"
+                self.stop(f"{what}; the run has diverged")
+        is_best = state.note_result(None if result is None else (result.top1, -result.loss))
+        if is_best and self.world.is_first:
+            save_model(kept, folder)
+            self.run_folder.write_card(
+                model_card(kept, config, self.splits, str(folder), result, None)
+            )
+        text = f"epoch {epoch:5.1f}/{self.num_steps / self.steps_per_epoch:.0f}   loss {loss:.4f}"
+        if result is not None:
+            values: dict[str, float] = {"epoch": round(epoch, 3), "step": state.step}
+            values["training_loss"] = round(loss, 6)
+            values |= {f"validation_{name}": round(value, 6) for name, value in result.metrics()}
+            values |= {"seconds": round(state.seconds, 1), "best": int(is_best)}
+            self.run_folder.log_evaluation(values)
+            text += f"   validation {result.top1:7.2%}, loss {result.loss:.4f}"
+            self.redraw()
+        self.report.say(f"{text}   {state.seconds:6.1f} s{'   best' * (is_best and bool(result))}")
+        if state.patience_is_over():
+            self.report.say(f"stopped early: no better result in {config.patience} evaluations")
         self.last_line = time.perf_counter() - self.started
+        return is_best
+
+    def redraw(self) -> None:
+        """Draws the curves so far, now and then."""
+        seconds = time.perf_counter() - self.started
+        if self.world.is_first and seconds - self.last_drawn > _REDRAW_EVERY:
+            save_figure(curves(self.run_folder.path), self.run_folder.plots / "curves.png")
+            self.last_drawn = time.perf_counter() - self.started

@@ -19,10 +19,12 @@ from mlp_mixer.preprocessing import Preprocessing
 def curves(run: Path) -> Figure:
     """Returns loss, accuracy and learning rate over the epochs, read from the run's own files."""
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    with (run / "results.csv").open(newline="") as file:
-        results = [
-            {key: float(value) for key, value in row.items()} for row in csv.DictReader(file)
-        ]
+    results = []
+    if (run / "results.csv").exists():  # there is none without validation images
+        with (run / "results.csv").open(newline="") as file:
+            results = [
+                {key: float(value) for key, value in row.items()} for row in csv.DictReader(file)
+            ]
     epochs = np.array([step["epoch"] for step in steps])
     losses = np.array([step["loss"] for step in steps])
     evaluated = [row["epoch"] for row in results]
@@ -30,19 +32,22 @@ def curves(run: Path) -> Figure:
     loss, accuracy, rate = figure.subplots(1, 3)
     loss.plot(epochs, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
     loss.plot(epochs, smooth(losses), color="tab:blue", label="training, with augmentation")
-    validation = [row["validation_loss"] for row in results]
-    loss.plot(evaluated, validation, color="tab:orange", marker=".", label="validation")
     loss.set(title="loss", xlabel="epoch", yscale="log")
-    loss.legend()
-    top1 = [100 * row["validation_top1"] for row in results]
-    best = int(np.argmax([row["best"] * row["epoch"] for row in results]))
-    label = f"best: {top1[best]:.2f} % at epoch {evaluated[best]:.0f}"
-    circle = {"color": "tab:green", "fillstyle": "none", "markersize": 10, "label": label}
-    accuracy.plot(evaluated, top1, color="tab:orange", marker=".")
-    accuracy.plot(evaluated[best], top1[best], "o", **circle)
     accuracy.set(title="validation accuracy (%)", xlabel="epoch")
     accuracy.grid(alpha=0.3)
-    accuracy.legend(loc="lower right")
+    if results:
+        validation = [row["validation_loss"] for row in results]
+        loss.plot(evaluated, validation, color="tab:orange", marker=".", label="validation")
+        top1 = [100 * row["validation_top1"] for row in results]
+        best = int(np.argmax([row["best"] * row["epoch"] for row in results]))
+        label = f"best: {top1[best]:.2f} % at epoch {evaluated[best]:.0f}"
+        circle = {"color": "tab:green", "fillstyle": "none", "markersize": 10, "label": label}
+        accuracy.plot(evaluated, top1, color="tab:orange", marker=".")
+        accuracy.plot(evaluated[best], top1[best], "o", **circle)
+        accuracy.legend(loc="lower right")
+    else:
+        accuracy.text(0.5, 0.5, "no validation images", ha="center", transform=accuracy.transAxes)
+    loss.legend()
     rate.plot(epochs, [step["learning_rate"] for step in steps], color="tab:gray")
     rate.set(title="learning rate", xlabel="epoch")
     return figure

@@ -5,6 +5,7 @@ runs/<date>_<recipe>/
   metrics.jsonl     a line per logged step
   results.csv       a line per evaluation
   bad_files.txt     images that could not be decoded, if there were any
+  checkpoints/      step-00012000/: the full state, from which the run goes on
   best/             model.safetensors + config.json + README.md: what you ship
   test/             evaluation.json, per_class.csv, confusion.csv of best/
   plots/            curves, confusion, a training batch, predictions, worst mistakes
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import platform
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from mlp_mixer.data.items import BadImage, Source
 from mlp_mixer.errors import UserError
@@ -33,54 +36,134 @@ from mlp_mixer.weights.files import write_aside
 
 
 class RunFolder:
-    """The folder of one run, made when this object is made.
+    """The folder of one run, made where it is not there, and locked while this object is open.
 
     Args:
         path: of the folder, see `planned_path`.
         config: of the run.
+        writes: whether this process writes; the others of a run do nothing here.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be made, or another process trains in it.
     """
 
-    def __init__(self, path: Path, config: TrainConfig) -> None:
-        self.path = path
+    def __init__(self, path: Path, config: TrainConfig, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
         self.plots, self.best = self.path / "plots", self.path / "best"
+        self.checkpoints = self.path / "checkpoints"
+        self._results_header: list[str] | None = None
+        self._events: Any = None
+        self._lock = FileLock(self.path / ".lock", timeout=0)
+        if not writes:
+            return
         try:
-            self.plots.mkdir(parents=True)
+            self.plots.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
         except OSError as error:
+            if isinstance(error, Timeout):
+                what = "another process is training in this run folder"
+                fix = "Wait for it or stop it; or give another --output"
+                raise UserError(what, where=self.path, fix=fix) from error
             what = f"cannot make the run folder: {error.strerror}"
             raise UserError(what, where=self.path, fix="Give another --output") from error
         self.write_json("config.json", config.to_json())
-        self._results_header: list[str] | None = None
+
+    def close(self) -> None:
+        """Lets another process have the folder."""
+        if self._events is not None:
+            self._events.close()
+        if self.writes:
+            self._lock.release()
+            (self.path / ".lock").unlink(missing_ok=True)
+
+    def go_back_to(self, step: int) -> None:
+        """Takes out of the logs what was written after so many steps were done."""
+        if not self.writes:
+            return
+        metrics, results = self.path / "metrics.jsonl", self.path / "results.csv"
+        if metrics.exists():
+            lines = metrics.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if _step_of(line, step) < step]
+            write_aside(metrics, "".join(kept).encode())
+        if results.exists():
+            with results.open(newline="") as file:
+                header, *rows = list(csv.reader(file)) or [[]]
+            column = header.index("step") if "step" in header else 0
+            whole = [row for row in rows if len(row) == len(header) > 0]
+            rows = [row for row in whole if int(row[column]) <= step]
+            text = io.StringIO()
+            csv.writer(text).writerows([header, *rows] if rows else [])
+            self._results_header = header if rows else None
+            write_aside(results, text.getvalue().encode())
+            if not rows:
+                results.unlink()
+
+    def named_bad_files(self) -> list[BadImage]:
+        """Returns what bad_files.txt names already."""
+        try:
+            text = (self.path / "bad_files.txt").read_text("utf-8", "surrogateescape")
+        except FileNotFoundError:
+            return []
+        parts = (line.partition("\t") for line in text.splitlines())
+        return [BadImage(-1, name, what) for name, _, what in parts]
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """Writes a JSON file into the folder."""
-        write_aside(self.path / name, (json.dumps(values, indent=2) + "\n").encode())
+        if self.writes:
+            write_aside(self.path / name, (json.dumps(values, indent=2) + "\n").encode())
+
+    def open_events(self, step: int) -> None:
+        """Writes TensorBoard's event files too, from this step on.
+
+        Raises:
+            UserError: the package is not installed.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            what = "tensorboard=true needs the package tensorboard"
+            fix = "pip install 'mlp_mixer[tensorboard]'"
+            raise UserError(what, fix=fix) from error
+        if self.writes:
+            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
 
     def log_step(self, values: dict[str, float]) -> None:
         """Adds a line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        if self.writes:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(values) + "\n")
+            self._log_events("training", values)
 
     def log_evaluation(self, values: dict[str, float]) -> None:
         """Adds a line to results.csv; every line has the columns of the first."""
+        if not self.writes:
+            return
         with (self.path / "results.csv").open("a", newline="") as file:
             if self._results_header is None:
                 self._results_header = list(values)
                 csv.writer(file).writerow(values)
             csv.DictWriter(file, fieldnames=self._results_header).writerow(values)
+        self._log_events("evaluation", values)
+
+    def _log_events(self, group: str, values: dict[str, float]) -> None:
+        if self._events is not None:
+            step = int(values["step"])
+            for name, value in values.items():
+                if name != "step":
+                    self._events.add_scalar(f"{group}/{name}", value, step)
 
     def log_bad_file(self, bad: BadImage) -> None:
         """Adds a line to bad_files.txt."""
-        with (self.path / "bad_files.txt").open(
-            "a", encoding="utf-8", errors="surrogateescape"
-        ) as file:
-            file.write(f"{bad.name}\t{bad.what}\n")
+        if self.writes:
+            with (self.path / "bad_files.txt").open(
+                "a", encoding="utf-8", errors="surrogateescape"
+            ) as file:
+                file.write(f"{bad.name}\t{bad.what}\n")
 
     def write_card(self, text: str) -> None:
         """Writes the model card, best/README.md, beside the weights."""
-        write_aside(self.best / "README.md", text.encode(errors="backslashreplace"))
+        if self.writes:
+            write_aside(self.best / "README.md", text.encode(errors="backslashreplace"))
 
 
 def planned_path(config: TrainConfig) -> Path:
@@ -95,13 +178,12 @@ def planned_path(config: TrainConfig) -> Path:
     return path
 
 
-def check_unused(path: Path) -> None:
-    """Raises UserError where the path is a file or a folder with something in it."""
-    if path.is_file():
-        raise UserError("the run folder is a file", where=path, fix="Give another --output")
-    if path.is_dir() and any(path.iterdir()):
-        what = "the run folder exists and is not empty; a run never writes over another"
-        raise UserError(what, where=path, fix="Give another --output or remove it")
+def _step_of(line: str, otherwise: int) -> int:
+    """The step of a line of metrics.jsonl; a line that was cut off by a kill has none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return otherwise
 
 
 def environment(config: TrainConfig, source: Source, device: torch.device) -> dict[str, Any]:

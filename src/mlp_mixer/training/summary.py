@@ -14,13 +14,17 @@ from mlp_mixer.console import Reporter
 from mlp_mixer.data.items import Source
 from mlp_mixer.data.source_names import parse_name
 from mlp_mixer.data.sources import names_source
-from mlp_mixer.evaluation.accuracy import Evaluation, evaluate
+from mlp_mixer.evaluation.accuracy import Evaluation
 from mlp_mixer.evaluation.pictures import save_figure, save_report
 from mlp_mixer.evaluation.throughput import count_parameters, flops_text
 from mlp_mixer.models.layers import ImageClassifier
 from mlp_mixer.training.card import model_card
+from mlp_mixer.training.compute import Compute
 from mlp_mixer.training.config import TrainConfig
+from mlp_mixer.training.cost import operations
 from mlp_mixer.training.dataset import Splits
+from mlp_mixer.training.distributed import World
+from mlp_mixer.training.measure import measure
 from mlp_mixer.training.pictures import curves
 from mlp_mixer.training.run_folder import RunFolder
 from mlp_mixer.weights.store import load_model
@@ -32,12 +36,12 @@ class TrainResult:
 
     Attributes:
         run_folder: where everything lies.
-        validation: of the weights in best/.
+        validation: of the weights in best/; None where no images were held out.
         test: of the same weights; None where the data has no test images.
     """
 
     run_folder: Path
-    validation: Evaluation
+    validation: Evaluation | None
     test: Evaluation | None
 
 
@@ -47,7 +51,9 @@ def announce(
     splits: Splits,
     model: ImageClassifier,
     run: RunFolder,
-    device: torch.device,
+    compute: Compute,
+    num_steps: int,
+    world: World,
 ) -> None:
     """Says what was found and what will happen, before it happens."""
     height, width = model.config.image_size
@@ -55,17 +61,37 @@ def announce(
     report.say(f"data     {config.data.source}: {found[0]}")
     for line in found[1:]:
         report.say(f"         {line}")
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    all_of_them = trained == count_parameters(model)
     report.say(
         f"model    {type(model).__name__}, {model.config.summary()}, {height}x{width} pixels: "
         f"{count_parameters(model):,} parameters, {flops_text(model.config.flops)} an image"
+        + ("" if all_of_them else f"; only the {trained:,} of the head are trained")
     )
+    if config.model.weights is not None:
+        report.say(f"         begins with the weights {config.model.weights}")
+    long = f"{config.steps:,} steps" if config.epochs is None else f"{config.epochs} epochs"
+    where = f"{compute.device}"
+    if compute.device.type == "cpu":
+        where += f" ({_threads()})"
+    if world.size > 1:
+        where = f"{world.size} processes on {where}, sharding {config.sharding}"
     report.say(
-        f"run      recipe {config.recipe}, seed {config.seed}: {config.epochs} epochs, "
-        f"batch {config.batch_size}, {device}"
-        + (f" ({_threads()})" if device.type == "cpu" else "")
-        + ", float32"
+        f"run      recipe {config.recipe}, seed {config.seed}: {long}, "
+        f"batch {config.batch_size}, {where}, {compute.why}"
     )
+    images = num_steps * config.batch_size
+    sam = 1.0 - config.optimizer.sharpness_from if config.optimizer.sharpness else 0.0
+    total = operations(model.config.flops, images, sam)
+    report.say(f"cost     {total:.1e} operations, {images:,} images")
     report.say(f"results  {run.path}")
+
+
+def resume_command(run: RunFolder, world: World) -> str:
+    """Returns what to type so that the run goes on."""
+    if world.size > 1:
+        return "the same torchrun command again"
+    return shlex.join([_command(), "train", "--resume", str(run.path)])
 
 
 def _command() -> str:
@@ -80,48 +106,60 @@ def _threads() -> str:
 
 
 def finish(
-    config: TrainConfig, splits: Splits, run: RunFolder, report: Reporter, device: torch.device
+    config: TrainConfig,
+    splits: Splits,
+    run: RunFolder,
+    report: Reporter,
+    device: torch.device,
+    world: World,
 ) -> TrainResult:
     """Measures the best weights, draws the pictures, writes the card and says what to do next."""
+    world.wait()  # until the first process has written them
     model = load_model(run.best)
+    exact = Compute(device, "float32", False, "as `mixer evaluate` measures")
 
-    def measure(source: Source) -> Evaluation:
-        return evaluate(
-            model,
-            source,
-            batch_size=config.batch_size,
-            num_workers=config.data.num_workers,
-            allow_missing_classes=True,
-            device=str(device),
-            timeout=config.data.timeout,
-        )
+    def measured(source: Source | None) -> Evaluation | None:
+        return None if source is None else measure(model, source, config, exact, world)
 
-    validation = measure(splits.validation)
-    test = None if splits.test is None else measure(splits.test)
+    validation, test = measured(splits.validation), measured(splits.test)
+    if not world.is_first:
+        return TrainResult(run.path, validation, test)
     for each in test.bad if test is not None else []:  # those of validation were named before
         run.log_bad_file(each)
         report.say(f"left out of the accuracy: {each.name}: {each.what}", style="yellow")
-    shown, source = (validation, splits.validation) if test is None else (test, splits.test)
-    assert source is not None
-    shown.save(run.path / ("validation" if test is None else "test"))
     save_figure(curves(run.path), run.plots / "curves.png")
-    drawn = ["train_batch", "curves", *save_report(shown, source, run.plots)]
+    drawn = ["train_batch", "curves"]
+    shown, source = (test, splits.test) if test is not None else (validation, splits.validation)
+    if shown is not None and source is not None:
+        shown.save(run.path / ("validation" if test is None else "test"))
+        drawn += save_report(shown, source, run.plots)
     run.write_card(model_card(model, config, splits, str(run.best), validation, test))
-
-    wrong = int((shown.predictions != shown.labels).sum())
-    top5 = "" if shown.top5 is None else f", top-5 {shown.top5:.2%}"
     report.say("")
-    if test is None:
-        report.say("the data has no test images; this is the accuracy on the validation images,")
-        report.say("by which the weights were chosen, so expect somewhat less on new ones")
-    kind = "validation" if test is None else "test"
-    line = f"{kind} accuracy {shown.top1:.2%}{top5} ({len(shown.labels) - wrong} of "
-    report.say(f"{line}{len(shown.labels)} images right)", style="bold green")
+    if shown is not None:
+        _say_accuracy(report, shown, is_test=test is not None)
+    else:
+        report.say("all images were trained on, and none is left to measure the accuracy by")
     report.say(f"model    {run.best}")
     report.say(f"pictures {run.plots}: {', '.join(drawn)}")
-    example = splits.test or splits.validation
-    held_out = test is None and splits.held_out  # images that have no name as data
-    data = None if held_out else f"{config.data.source}:{kind}"
+    _say_next(report, config, splits, run)
+    return TrainResult(run.path, validation, test)
+
+
+def _say_accuracy(report: Reporter, shown: Evaluation, *, is_test: bool) -> None:
+    wrong = int((shown.predictions != shown.labels).sum())
+    top5 = "" if shown.top5 is None else f", top-5 {shown.top5:.2%}"
+    if not is_test:
+        report.say("the data has no test images; this is the accuracy on the validation images,")
+        report.say("by which the weights were chosen, so expect somewhat less on new ones")
+    line = f"{'test' if is_test else 'validation'} accuracy {shown.top1:.2%}{top5} "
+    line += f"({len(shown.labels) - wrong} of {len(shown.labels)} images right)"
+    report.say(line, style="bold green")
+
+
+def _say_next(report: Reporter, config: TrainConfig, splits: Splits, run: RunFolder) -> None:
+    """Says what to type next: commands that work as they stand."""
+    example = splits.test or splits.validation or splits.train
+    held_out = example is splits.validation and splits.held_out  # images without a name as data
     if Path(example.item_name(0)).is_file():
         name = example.item_name(0)
     elif held_out:
@@ -132,8 +170,8 @@ def finish(
     report.say("next")
     mixer = _command()
     report.say(f"         {shlex.join([mixer, 'predict', str(run.path), name])}")
-    if data is not None:
+    if not held_out and example is not splits.train:
+        data = f"{config.data.source}:{'test' if example is splits.test else 'validation'}"
         report.say(f"         {shlex.join([mixer, 'evaluate', str(run.path), '--data', data])}")
     if names_source(config.data.source):
         report.say(f"         {mixer} train --data FOLDER --image-size 64     (your own images)")
-    return TrainResult(run.path, validation, test)

@@ -55,6 +55,23 @@ def build(kind: type[Section], values: Any, path: str = "") -> Section:
     return kind(**arguments)
 
 
+def fits(kind: type, key: str, value: Any) -> bool:
+    """Returns whether a value has the type of the field that a path "section.name" leads to."""
+    hint: Any = kind
+    for name in key.split("."):
+        if not (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
+            return True  # inside a dict, whose values have no declared type
+        hints = get_type_hints(hint)
+        if name not in hints:
+            return True  # the key itself is refused elsewhere
+        hint = hints[name]
+    try:
+        _convert(hint, value, key)
+    except UserError:
+        return False
+    return True
+
+
 def _convert(hint: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         assert isinstance(hint, type)

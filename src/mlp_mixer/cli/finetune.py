@@ -1,0 +1,123 @@
+"""`mixer finetune`."""
+
+from __future__ import annotations
+
+from mlp_mixer.cli.arguments import (
+    Assignments,
+    Folder,
+    GrowthName,
+    Model,
+    Number,
+    Rates,
+    Real,
+    RequiredData,
+    Seeds,
+    Size,
+    Text,
+    changed,
+    parse_size,
+)
+
+
+def finetune(
+    checkpoint: Model,
+    /,
+    *,
+    data: RequiredData,
+    recipe: Text = None,
+    output: Folder = None,
+    image_size: Size = None,
+    growth: GrowthName = None,
+    steps: Number = None,
+    epochs: Number = None,
+    batch_size: Number = None,
+    learning_rate: Real = None,
+    grid: Rates = None,
+    seeds: Seeds = (),
+    holdout: Real = None,
+    device: Text = None,
+    num_workers: Number = None,
+    precision: Text = None,
+    compile: Text = None,
+    sharding: Text = None,
+    settings: Assignments = (),
+) -> None:
+    """Go on training from a checkpoint on your own images, at any image size.
+
+    Examples of use:
+        mixer finetune mixer_b16.i21k --data FOLDER --output runs/mine
+        mixer finetune mixer_b16.i21k --data FOLDER --image-size 448 --steps 200 --batch-size 32
+        mixer finetune runs/cifar10 --data FLOWERS --image-size 64 --grid --seeds 0 1 2
+        mixer finetune mixer_b16.i21k --data FOLDER --set model.trained=head
+
+    With --grid the learning rate is chosen on held-out training images, and with --seeds the final
+    runs on all training images give a mean and a standard deviation. The same command again goes
+    on where it was stopped.
+
+    Args:
+        checkpoint: a run folder, a weights file, a name of `mixer models --weights`, or
+            hf:owner/name.
+        data: a folder, list, Parquet files, shards or hf:owner/name, as for training.
+        recipe: finetune_imagenet, finetune_cifar, finetune_pets, finetune_flowers or finetune_vtab;
+            without it the BiT-HyperRule, by the number of training images.
+        output: the run folder; the default is runs/<date>_<recipe>.
+        image_size: what the model sees; another size than the checkpoint's grows it.
+        growth: block-diagonal or resample, how it grows; auto takes the first where that is whole.
+        steps: updates of the weights.
+        epochs: passes over the training images, in place of --steps.
+        batch_size: images a step.
+        learning_rate: the highest, after the warm-up.
+        grid: learning rates to choose from; without values those of the recipe.
+        seeds: of the final runs (0).
+        holdout: share of the training images to judge by.
+        device: auto, cpu or cuda.
+        num_workers: processes that decode images.
+        precision: float32 or bfloat16 products; auto takes what the processor is fast at.
+        compile: on, off or auto.
+        sharding: none or full, how several processes share the state; see docs/cluster.md.
+        settings: any other setting, as config.json of a run names it; may be given many times.
+    """
+    from mlp_mixer.data.sources import open_splits
+    from mlp_mixer.errors import UserError
+    from mlp_mixer.training.finetune import finetune as run_study
+    from mlp_mixer.training.finetuning_recipes import FINETUNING, LEARNING_RATES, finetune_for
+    from mlp_mixer.training.loop import train as run_training
+    from mlp_mixer.training.recipes import recipe as named_recipe
+
+    if recipe is not None and recipe not in FINETUNING:
+        named_recipe(recipe)  # an unknown one is refused there, with the nearest names
+        what = f"{recipe} trains from random weights"
+        raise UserError(what, where="--recipe", fix=f"Known here: {', '.join(FINETUNING)}")
+    if recipe is not None:
+        config = named_recipe(recipe)
+    else:
+        splits = open_splits(data)
+        if "train" not in splits:
+            raise UserError("the data has no train split", where=data, fix="Give train/ too")
+        config = finetune_for(len(splits["train"]))
+    if grid is not None and learning_rate is not None:
+        what = f"--learning-rate {learning_rate} has no effect beside --grid"
+        raise UserError(what, fix=f"--grid {learning_rate}, or leave --grid out")
+    flags = {
+        "model.weights": checkpoint,
+        "model.image_size": parse_size(image_size),
+        "model.growth": growth,
+        "data.source": data,
+        "data.holdout": holdout,
+        "output": output,
+        "steps": steps,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "optimizer.learning_rate": learning_rate,
+        "device": device,
+        "data.num_workers": num_workers,
+        "precision": precision,
+        "compile": compile,
+        "sharding": sharding,
+    }
+    config = changed(config, flags, settings)
+    if grid is None and len(seeds) < 2:
+        run_training(config.with_value("seed", seeds[0]) if seeds else config)
+        return
+    rates = () if grid is None else grid or LEARNING_RATES[config.recipe]
+    run_study(config, grid=rates, seeds=seeds or (config.seed,))

@@ -1,0 +1,49 @@
+"""What the loader's worker processes do about signals, and how their end is noticed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import cv2
+import torch
+from torch import Tensor
+
+
+def start_worker(watched: Tensor, closing: Tensor, number: int) -> None:
+    """Prepares a worker process: who it is, and which signals are not meant for it.
+
+    Ctrl-C and a cluster's SIGTERM reach the whole group of processes. The main process saves the
+    run then, and needs its workers until it has; so they go on until it closes them or is gone.
+
+    Args:
+        watched: int64 (workers, 3), the table that it writes its process number and time into.
+        closing: uint8 (1,) in shared memory, not 0 once a SIGTERM is meant for the worker.
+        number: of the worker.
+    """
+    watched.numpy()[number] = (os.getpid(), -1, time.monotonic_ns())
+    cv2.setNumThreads(0)  # its threads do not survive the fork, and each worker has one core
+    main_process = os.getppid()
+
+    def on_terminate(*_: object) -> None:
+        if closing.item() or os.getppid() != main_process:
+            os._exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, on_terminate)
+
+
+def raise_if_one_died(*_: object) -> None:
+    """Raises torch's RuntimeError, which names the process, where a worker has ended by itself."""
+    torch._C._error_if_any_worker_fails()
+
+
+def on_child_end(handler: Any) -> Any:
+    """Sets what happens when a child process ends; returns what happened before, or None."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if handler is None or not is_main or not hasattr(signal, "SIGCHLD"):
+        return None
+    return signal.signal(signal.SIGCHLD, handler)

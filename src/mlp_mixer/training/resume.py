@@ -1,0 +1,101 @@
+"""Which run a command means: a new one, or one of ours that goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlp_mixer.errors import UserError
+from mlp_mixer.training.config import TrainConfig
+
+# Settings that change where and how fast a run computes, but not what: they may differ when the
+# run goes on.
+_FREE = {
+    *("output", "device", "num_threads", "micro_batch_size", "compile", "sharding"),
+    *("tensorboard", "keep_checkpoints", "checkpoint_every", "data.num_workers", "data.timeout"),
+}
+# What is there of a run that was ended while its folder was being made.
+_BEGUN = {"plots", ".lock", "config.json"}
+
+
+def config_of(run: str | Path) -> TrainConfig:
+    """Returns the settings of a run folder, with that folder as its output.
+
+    Raises:
+        UserError: it is no run folder of ours.
+    """
+    folder = Path(run).expanduser()
+    path = folder / "config.json"
+    if not path.is_file():
+        what = "there is no such run folder" if not folder.exists() else "not a run folder"
+        fix = "Give the folder that `results` named when the run began"
+        raise UserError(f"{what}: it has no config.json", where=folder, fix=fix)
+    try:
+        values = json.loads(path.read_bytes())
+        if not isinstance(values, dict) or "recipe" not in values:
+            what = "this config.json is not that of a training run"
+            raise UserError(what, where=path, fix="Give the run folder, not best/")
+        return replace(TrainConfig.from_json(values), output=str(run))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise UserError(error.what, where=error.where or path, fix=error.fix) from error
+        raise UserError(f"not valid JSON: {error}", where=path) from error
+
+
+def goes_on(path: Path, config: TrainConfig) -> bool:
+    """Returns whether the folder holds this very run, to be continued; False for an unused one.
+
+    Args:
+        path: of the run folder.
+        config: what was asked for.
+
+    Raises:
+        UserError: something else is there, or a run with other settings.
+    """
+    if path.is_file():
+        raise UserError("the run folder is a file", where=path, fix="Give another --output")
+    if not path.is_dir():
+        return False
+    there = {each.name for each in path.iterdir() if not each.name.endswith(".partial")}
+    if not there or (there < _BEGUN and "config.json" not in there):
+        return False
+    if "config.json" not in there:
+        what = "the run folder exists and is not empty; a run never writes over another"
+        raise UserError(what, where=path, fix="Give another --output or remove it")
+    check_same(config_of(path), config)
+    if (path / "results.csv").exists() and not (path / "checkpoints").is_dir():
+        what = "the run folder holds a run that kept no checkpoints and cannot be continued"
+        raise UserError(what, where=path, fix="Give another --output or remove it")
+    return True
+
+
+def check_same(old: TrainConfig, new: TrainConfig) -> None:
+    """Raises UserError where two runs would compute different things, naming the settings."""
+    changes = differences(old, new)
+    if changes:
+        path = old.output
+        what = f"the run folder holds a run with other settings: {'; '.join(changes[:6])}"
+        fix = f"Give another --output, or go on with that run as it is: mixer train --resume {path}"
+        raise UserError(what, where=path, fix=fix)
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """Returns a line for each setting in which two runs would compute different things."""
+    before, after = _flat(old.to_json()), _flat(new.to_json())
+    return [
+        f"{key} is {before.get(key)!r} there and {after.get(key)!r} here"
+        for key in sorted(before.keys() | after.keys())
+        if key not in _FREE and before.get(key) != after.get(key)
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat

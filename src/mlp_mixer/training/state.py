@@ -1,0 +1,195 @@
+"""The state of a run: weights, optimisers, running average, and how far it has come."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlp_mixer.console import Reporter
+from mlp_mixer.errors import UserError
+from mlp_mixer.models.layers import ImageClassifier
+from mlp_mixer.training.checkpoint import Checkpoints
+from mlp_mixer.training.compute import Compute
+from mlp_mixer.training.config import TrainConfig
+from mlp_mixer.training.distributed import World, fill_whole, share_out
+from mlp_mixer.training.optimizer import build_optimizers, optimizer_tensors, update_average
+from mlp_mixer.training.run_folder import RunFolder
+from mlp_mixer.training.step import Updater
+
+
+class RunState:
+    """Everything that must be the same for a run to go on as if it had never stopped.
+
+    Attributes:
+        step: how many steps are done.
+        finished: whether the run has come to its end, by its length or by early stopping.
+        last_checkpoint: the newest that was begun; None before the first.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: ImageClassifier,
+        run: RunFolder,
+        report: Reporter,
+        compute: Compute,
+        world: World,
+        num_steps: int,
+    ) -> None:
+        self.config, self.run_folder, self.report = config, run, report
+        self.compute, self.world, self.num_steps = compute, world, num_steps
+        self.step, self.finished = 0, False
+        self.best: tuple[float, float] | None = None
+        self.since_best = 0
+        self.loss_sum, self.loss_count, self.last_rate = 0.0, 0, 0.0
+        self.seconds_before, self.started = 0.0, time.perf_counter()
+        self.last_checkpoint: Path | None = None
+        sharded = world.size > 1 and config.sharding == "full"
+        # What is evaluated and kept: the weights themselves, or a copy that is filled for it.
+        self.copy = copy.deepcopy(model) if config.optimizer.average or sharded else None
+        network = share_out(model, config.sharding, world)
+        self.model = model
+        self.optimizers = build_optimizers(model, config.optimizer)
+        self.average: dict[str, Tensor] = {}
+        if config.optimizer.average:
+            self.average = {
+                name: each.detach().clone()
+                for name, each in model.named_parameters()
+                if each.requires_grad
+            }
+        self.updater = Updater(
+            model, network, self.optimizers, config, compute, world, num_steps, report.say
+        )
+        self.checkpoints = Checkpoints(
+            run.checkpoints, max(1, config.keep_checkpoints), world.checkpoint_group, report.say
+        )
+
+    def __enter__(self) -> RunState:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.checkpoints.close()
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean training loss of the steps since the last evaluation."""
+        return self.loss_sum / max(self.loss_count, 1)
+
+    @property
+    def seconds(self) -> float:
+        """Time that the run has trained for, before and after every stop."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def begin(self, surroundings: dict[str, Any], is_old: bool) -> None:
+        """Begins the run, or brings it back to where its newest whole checkpoint was made.
+
+        Args:
+            surroundings: what environment.json holds.
+            is_old: whether the folder holds this run already.
+
+        Raises:
+            UserError: the run began with other data.
+        """
+        found, micro_batch_size = self.checkpoints.newest() if is_old else None, None
+        fingerprint = surroundings["data"]["fingerprint"]
+        if found is not None:
+            if found.values["data"] != fingerprint:
+                what = "the training images are not those that the run began with"
+                fix = "Bring them back, or begin a new run: --output FOLDER"
+                raise UserError(what, where=self.run_folder.path, fix=fix)
+            self.checkpoints.load(found, self.tensors())
+            self.step, self.last_checkpoint = found.step, found.path
+            self._fill(found.values)
+            if found.values["world_size"] == self.world.size:
+                micro_batch_size = found.values["micro_batch_size"]
+            self.report.say(f"resumed  after step {self.step:,} of {self.num_steps:,}")
+            was, now = found.values["precision"], self.compute.precision
+            if was != now:
+                self.report.say(f"note     the run computed in {was} before, and goes on in {now}")
+        elif is_old:
+            self.report.say("resumed  from the beginning: there is no whole checkpoint yet")
+        self.data = fingerprint
+        if is_old:
+            self.run_folder.go_back_to(self.step)
+        else:
+            self.run_folder.write_json("environment.json", surroundings)
+        self.updater.choose_micro_batch(micro_batch_size)
+        if self.config.tensorboard:
+            self.run_folder.open_events(self.step)
+        self.started = time.perf_counter()
+
+    def _fill(self, values: dict[str, Any]) -> None:
+        self.best = None if values["best"] is None else (values["best"][0], values["best"][1])
+        self.since_best = values["since_best"]
+        self.loss_sum, self.loss_count = values["loss_sum"], values["loss_count"]
+        self.seconds_before, self.finished = values["seconds"], values["finished"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns every tensor of the state by its name; filled in place they restore it."""
+        named = {f"model.{name}": each.detach() for name, each in self.model.named_parameters()}
+        named |= {f"average.{name}": each for name, each in self.average.items()}
+        states = optimizer_tensors(self.model, self.optimizers)
+        return named | {f"optimizer.{name}": each for name, each in states.items()}
+
+    def save(self, *, is_best: bool) -> None:
+        """Begins to write a checkpoint; training goes on while it is written."""
+        if self.config.keep_checkpoints == 0:
+            return
+        values = {
+            "config": self.config.to_json(),
+            "class_names": self.model.class_names,
+            "best": self.best,
+            "since_best": self.since_best,
+            "loss_sum": self.loss_sum,
+            "loss_count": self.loss_count,
+            "seconds": self.seconds,
+            "finished": self.finished,
+            "data": self.data,
+            "precision": self.compute.precision,
+            "world_size": self.world.size,
+            "micro_batch_size": self.updater.micro_batch_size,
+        }
+        self.checkpoints.save(self.step, self.tensors(), values, is_best=is_best)
+        self.last_checkpoint = self.run_folder.checkpoints / f"step-{self.step:08d}"
+
+    def update(
+        self, step: int, images: Tensor, targets: Tensor, kept: Tensor, dropout_seed: int
+    ) -> Any:
+        """Moves the weights and their average by one batch, see `Updater`."""
+        result = self.updater(step, images, targets, kept, dropout_seed)
+        if self.average:
+            update_average(self.average, self.model, self.config.optimizer.average, step)
+        self.step, self.last_rate = step + 1, result.learning_rate
+        self.finished = self.step == self.num_steps
+        self.loss_sum, self.loss_count = self.loss_sum + result.loss, self.loss_count + 1
+        return result
+
+    def note_result(self, result: tuple[float, float] | None) -> bool:
+        """Notes an evaluation (accuracy, minus loss); returns whether it is the best so far."""
+        self.loss_sum, self.loss_count = 0.0, 0
+        is_best = result is None or self.best is None or result > self.best
+        if result is not None and is_best:
+            self.best = result
+        self.since_best = 0 if is_best else self.since_best + 1
+        if self.patience_is_over():
+            self.finished = True
+        return is_best
+
+    def patience_is_over(self) -> bool:
+        """Returns whether the last evaluations brought nothing better for too long."""
+        patience = self.config.patience
+        return patience is not None and self.since_best >= patience
+
+    @torch.no_grad()
+    def kept_model(self) -> ImageClassifier:
+        """Returns the model that is evaluated and kept, whole, on every process."""
+        if self.copy is None:
+            return self.model
+        weights = {name: each.detach() for name, each in self.model.named_parameters()}
+        fill_whole(self.copy, (weights | self.average).items())
+        return self.copy

@@ -1,0 +1,58 @@
+"""SIGTERM and Ctrl-C: the run saves at the end of its step; a second signal ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+# torchrun passes on a signal that its whole process group has received already.
+_SAME_SIGNAL = 3.0  # seconds
+
+
+class StopRequest:
+    """Notices SIGTERM and SIGINT while its block runs.
+
+    Attributes:
+        signal: the number of the signal that came, 0 for none.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._came = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._notice)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self._came = number, now
+            os.write(2, b"\nstopping: the run saves at the end of this step\n")
+        elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._came > _SAME_SIGNAL:
+            os.write(2, b"\nstopped at once; the last checkpoint counts\n")
+            os._exit(128 + number)
+
+
+def end(number: int) -> None:
+    """Ends the run as the signal would have: KeyboardInterrupt, or exit code 143.
+
+    Raises:
+        KeyboardInterrupt: the signal is SIGINT.
+        SystemExit: any other, with 128 + its number.
+    """
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)

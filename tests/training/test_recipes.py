@@ -1,0 +1,273 @@
+"""The recipes: against the paper's tables, typed here once more, and against what documents say."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import shlex
+
+import pytest
+import torch
+
+import mlp_mixer as mm
+from conftest import ROOT
+from mlp_mixer.evaluation.throughput import count_parameters
+from mlp_mixer.models.catalog import model_config
+from mlp_mixer.training.cost import cost_line, num_images_seen, operations
+from mlp_mixer.training.finetuning_recipes import (
+    FINETUNING,
+    HOLDOUTS,
+    LEARNING_RATES,
+    finetune_for,
+)
+from mlp_mixer.training.pretraining_recipes import PRETRAINING
+from mlp_mixer.training.recipes import RECIPES
+
+# Table 4 of the paper, and Google's biases of the head.
+#                   model      epochs  rate   decay  magn. mixup depth  bias
+TABLE_4 = {
+    "imagenet_b16": ("mixer_b16", 300, 0.001, 0.1, 15, 0.5, 0.1, -6.9),
+    "imagenet_l16": ("mixer_l16", 300, 0.001, 0.1, 15, 0.5, 0.1, -6.9),
+    "imagenet21k_b16": ("mixer_b16", 300, 0.001, 0.1, 10, 0.2, 0.1, -10),
+    "imagenet21k_l16": ("mixer_l16", 300, 0.001, 0.1, 20, 0.5, 0.1, -10),
+    "jft_s32": ("mixer_s32", 5, 0.003, 0.03, None, 0, 0, -10),
+    "jft_s16": ("mixer_s16", 5, 0.003, 0.03, None, 0, 0, -10),
+    "jft_b32": ("mixer_b32", 7, 0.003, 0.03, None, 0, 0, -10),
+    "jft_b16": ("mixer_b16", 7, 0.003, 0.03, None, 0, 0, -10),
+    "jft_l32": ("mixer_l32", 7, 0.001, 0.03, None, 0, 0, -10),
+    "jft_l16": ("mixer_l16", 14, 0.001, 0.03, None, 0, 0, -10),
+    "jft_h14": ("mixer_h14", 14, 0.001, 0.03, None, 0, 0, -10),
+}
+
+# Appendix C, the ViT paper whose setup it follows, and Google's warm-ups.
+#                       steps warm-up  rate, grid, held out
+FOUR, THREE = (0.003, 0.01, 0.03, 0.06), (0.003, 0.01, 0.03)
+APPENDIX_C = {
+    "finetune_imagenet": (20_000, 500, 0.03, FOUR, 0.01),
+    "finetune_cifar": (10_000, 500, 0.03, FOUR, 0.02),
+    "finetune_pets": (500, 100, 0.03, FOUR, 0.1),
+    "finetune_flowers": (500, 100, 0.03, FOUR, 0.1),
+    "finetune_vtab": (2_500, 200, 0.01, THREE, 200 / 1000),
+}
+
+
+def architecture(config: mm.TrainConfig, num_classes: int = 10) -> mm.ImageClassifier:
+    with torch.device("meta"):
+        settings = config.model
+        return mm.create_model(
+            settings.name, settings.image_size, num_classes, **settings.overrides
+        )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds(name: str):
+    config = mm.recipe(name)
+    assert config.recipe == name == RECIPES[name].__name__
+    assert mm.TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert config == mm.recipe(name)
+    if name in FINETUNING:
+        assert config.model.weights == ""
+    else:
+        assert config.model.weights is None
+        assert count_parameters(architecture(config)) > 10_000
+    assert config.data.source == ("digits" if name == "digits" else "")
+
+
+def test_all_are_named():
+    assert set(PRETRAINING) == set(TABLE_4)
+    assert set(FINETUNING) == {"finetune", *APPENDIX_C}
+    others = {"digits", "scratch", "cifar10", "cifar10_best"}
+    assert set(RECIPES) == {*others, *PRETRAINING, *FINETUNING}
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("imagenet_b-16", "imagenet_b16"), ("finetune_cat", "finetune"), ("cifar", "cifar10")],
+)
+def test_an_unknown_recipe_names_the_nearest(name: str, near: str):
+    with pytest.raises(mm.UserError, match=rf"unknown recipe '{name}'[\s\S]*Did you mean .*{near}"):
+        mm.recipe(name)
+
+
+@pytest.mark.parametrize("name", TABLE_4)
+def test_pre_training_is_the_papers_table_4(name: str):
+    model, epochs, rate, decay, magnitude, mixup, depth, bias = TABLE_4[name]
+    config = mm.recipe(name)
+    augment, optimizer = config.augment, config.optimizer
+    assert (config.model.name, config.epochs, config.steps) == (model, epochs, None)
+    assert (optimizer.learning_rate, optimizer.weight_decay) == (rate, decay)
+    assert (augment.randaugment, augment.randaugment_layers) == (magnitude, 2)
+    assert (augment.mixup, augment.cutmix, augment.mix_until) == (mixup, 0, 1)
+    assert config.model.head_bias == bias
+    built = architecture(config).config
+    assert (built.stochastic_depth, built.dropout, built.gelu) == (depth, 0, "tanh")
+    assert built.image_size == (224, 224)
+    assert dataclasses.replace(built, stochastic_depth=0.0) == model_config(model, num_classes=10)
+    # What all rows share.
+    assert (optimizer.name, optimizer.beta1, optimizer.beta2) == ("adamw", 0.9, 0.999)
+    assert (optimizer.schedule, optimizer.warmup, optimizer.final) == ("linear", 10_000, 1e-5)
+    assert (optimizer.clip_norm, optimizer.average, optimizer.sharpness) == (1, 0, 0)
+    assert (config.batch_size, config.loss, config.label_smoothing) == (4096, "sigmoid", 0)
+    assert (augment.crop, augment.crop_area, augment.flip) == ("inception", (0.05, 1), True)
+    assert augment.erasing == augment.rotate == augment.scale == augment.elastic == 0
+
+
+@pytest.mark.parametrize("name", APPENDIX_C)
+def test_fine_tuning_is_the_papers_appendix_c(name: str):
+    steps, warmup, rate, grid, holdout = APPENDIX_C[name]
+    config = mm.recipe(name)
+    assert (config.steps, config.epochs, config.optimizer.warmup) == (steps, None, warmup)
+    assert config.optimizer.learning_rate == rate
+    assert rate in grid
+    assert LEARNING_RATES[name] == grid
+    assert HOLDOUTS[name] == holdout
+    assert config.augment.mixup == 0
+
+
+@pytest.mark.parametrize("name", FINETUNING)
+def test_what_fine_tuning_shares(name: str):
+    config = mm.recipe(name)
+    model, augment, optimizer = config.model, config.augment, config.optimizer
+    assert (model.name, model.image_size, model.weights) == ("", None, "")
+    assert (model.trained, model.head_bias) == ("all", 0)
+    assert model.overrides == {"stochastic_depth": 0.0}
+    assert (optimizer.name, optimizer.beta1, optimizer.weight_decay) == ("sgd", 0.9, 0)
+    assert (optimizer.schedule, optimizer.final, optimizer.clip_norm) == ("cosine", 0, 1)
+    assert (optimizer.average, optimizer.sharpness) == (0, 0)
+    assert (config.batch_size, config.loss, config.label_smoothing) == (512, "softmax", 0)
+    assert config.steps is not None
+    assert config.steps % config.evaluate_every == 0
+    assert config.data.holdout is None
+    is_vtab = name == "finetune_vtab"
+    assert augment.flip is not is_vtab
+    assert augment.crop == ("none" if is_vtab else "inception")
+    assert config.data.resize == ("squash" if is_vtab else "resmall-crop")
+    assert (augment.randaugment, augment.cutmix, augment.erasing) == (None, 0, 0)
+
+
+def test_grids_belong_to_recipes():
+    assert set(LEARNING_RATES) == set(HOLDOUTS) == set(FINETUNING)
+    for name, grid in LEARNING_RATES.items():
+        assert grid == tuple(sorted(grid))
+        assert 0 < HOLDOUTS[name] < 1
+
+
+@pytest.mark.parametrize(
+    ("num_images", "steps", "warmup", "mixup"),
+    [
+        (1, 500, 100, 0.0),
+        (19_999, 500, 100, 0.0),
+        (20_000, 10_000, 500, 0.1),
+        (499_999, 10_000, 500, 0.1),
+        (500_000, 20_000, 500, 0.1),
+        (300_000_000, 20_000, 500, 0.1),
+    ],
+)
+def test_the_hyper_rule(num_images: int, steps: int, warmup: int, mixup: float):
+    config = finetune_for(num_images)
+    assert (config.recipe, config.steps) == ("finetune", steps)
+    assert (config.optimizer.warmup, config.augment.mixup) == (warmup, mixup)
+    assert config.optimizer.learning_rate == 0.01
+    assert finetune_for(num_images, 0.06).optimizer.learning_rate == 0.06
+
+
+def test_the_hyper_rule_needs_images():
+    assert finetune_for(1) == mm.recipe("finetune")
+    with pytest.raises(mm.UserError, match="needs images, got 0"):
+        finetune_for(0)
+
+
+def test_the_cifar10_models():
+    small, best = mm.recipe("cifar10"), mm.recipe("cifar10_best")
+    assert count_parameters(architecture(small)) == 1_123_914 <= 1_130_000
+    assert count_parameters(architecture(best)) == 5_271_818
+    assert architecture(small).config.num_tokens == 64
+    assert architecture(best).config.num_tokens == 256
+    for config in (small, best):
+        augment = config.augment
+        assert architecture(config).config.image_size == (32, 32)
+        assert (augment.crop, augment.crop_padding * 32, augment.flip) == ("padded", 4, True)
+        assert augment.mixup > 0
+        assert augment.cutmix > 0
+        assert 0.5 < augment.mix_until < 1
+        assert config.data.holdout is None
+    changed = {"patch_size", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim", "stochastic_depth"}
+    differing = {
+        key for key, value in small.model.overrides.items() if best.model.overrides[key] != value
+    }
+    assert differing == changed
+
+
+def commands(name: str) -> list[str]:
+    """The indented command lines of a recipe's docstring, fenced by blank lines."""
+    return re.findall(r"\n\n(mixer .+)\n\n", inspect.getdoc(RECIPES[name]) or "")
+
+
+DOCUMENT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_says_its_command_and_what_to_expect(name: str):
+    text = inspect.getdoc(RECIPES[name]) or ""
+    found = commands(name)
+    assert len(found) == 1
+    words = shlex.split(found[0])
+    if name in FINETUNING:
+        assert words[1] == "finetune"
+        assert name == "finetune" or words[words.index("--recipe") + 1] == name
+    else:
+        assert words[1] == "train"
+        assert words[2:3] == [name] or name in ("digits", "scratch")
+    assert len(re.findall(r"^Expected\b.*: \S", text, flags=re.MULTILINE)) == 1
+    assert re.search(rf"^{re.escape(found[0])}", DOCUMENT, flags=re.MULTILINE)
+
+
+def rows(name: str) -> list[list[str]]:
+    """The cells of the document's rows that begin with a recipe's name."""
+    lines = re.findall(rf"^\| `{name}`.*\|$", DOCUMENT, flags=re.MULTILINE)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_the_documents_table_4(name: str):
+    model, epochs, rate, decay, magnitude, mixup, depth, _ = TABLE_4[name]
+    settings, _ = rows(name)
+    letter, patch = model[6].upper(), model[7:]
+    values = [f"{letter}/{patch}", str(epochs), str(rate), str(decay)]
+    values += [str(each) if each else "-" for each in (magnitude, mixup, depth)]
+    assert settings[1:8] == values
+    assert settings[8].split(" ")[0] in (inspect.getdoc(RECIPES[name]) or "")
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_the_documents_costs(name: str):
+    _, (_, images, total, speed, hours) = rows(name)
+    config, num_classes = mm.recipe(name), {"jft": 18291, "imagenet21k": 21843}
+    built = architecture(config, num_classes.get(name.split("_")[0], 1000))
+    seen = num_images_seen(config, int(images.replace(",", "")))
+    assert cost_line(built.config.flops, seen).startswith(f"{total} operations;")
+    expected = seen / float(speed.replace(",", "")) / 3600
+    assert float(hours.replace(",", "")) == pytest.approx(expected, abs=0.51)
+
+
+@pytest.mark.parametrize(("name", "num_images"), [("cifar10", 45_000), ("cifar10_best", 45_000)])
+def test_the_documents_short_runs(name: str, num_images: int):
+    (row,) = rows(name)
+    config = mm.recipe(name)
+    seen = num_images_seen(config, num_images)
+    total = operations(architecture(config).config.flops, seen)
+    assert float(row[6]) == pytest.approx(total, rel=0.05)
+    assert row[3:5] == [str(config.epochs), f"{config.batch_size:,}"]
+
+
+@pytest.mark.parametrize("name", APPENDIX_C)
+def test_the_documents_fine_tuning(name: str):
+    steps, warmup, rate, grid, holdout = APPENDIX_C[name]
+    row = rows(name)[0]
+    assert row[1:4] == [f"{steps:,}", str(warmup), str(rate)]
+    assert tuple(map(float, row[4].split())) == grid
+    assert row[5] == (
+        "200 of 1,000" if name == "finetune_vtab" else f"{holdout:.0%}".replace("%", " %")
+    )

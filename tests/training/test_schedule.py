@@ -1,0 +1,60 @@
+"""The learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from mlp_mixer.errors import UserError
+from mlp_mixer.training.schedule import check_warmup, learning_rate, warmup_steps
+from mlp_mixer.training.settings import OptimizerSettings
+
+
+@pytest.mark.parametrize("warmup", [0.1, 10])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_schedule(schedule: str, warmup: float):
+    settings = OptimizerSettings(learning_rate=2.0, schedule=schedule, warmup=warmup, final=0.01)
+    rates = [learning_rate(settings, step, 100) for step in range(101)]
+    assert rates[0] == 0.0
+    assert rates[5] == pytest.approx(1.0)
+    assert rates[10] == 2.0
+    assert rates[100] == pytest.approx(0.02)
+    assert rates[55] == pytest.approx(2.0 * (0.01 + 0.99 * 0.5))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    left = {"linear": 1 / 90, "cosine": 0.5 * (1 + math.cos(math.pi * 89 / 90))}[schedule]
+    assert rates[99] == pytest.approx(2.0 * (0.01 + 0.99 * left))  # the last step of the run
+    assert learning_rate(settings, 500, 100) == pytest.approx(0.02)
+
+
+def test_steps_and_a_share_are_told_apart():
+    paper = OptimizerSettings(warmup=10_000)  # Table 4, whatever the length of the run
+    assert [warmup_steps(paper, n) for n in (12_000, 92_897)] == [10_000, 10_000]
+    assert learning_rate(paper, 9_999, 92_897) < learning_rate(paper, 10_000, 92_897) == 1e-3
+    share = OptimizerSettings(warmup=0.25)
+    assert [warmup_steps(share, n) for n in (8, 100)] == [2, 25]
+    assert warmup_steps(OptimizerSettings(warmup=1), 100) == 1
+
+
+def test_no_warmup_starts_at_the_top():
+    settings = OptimizerSettings(learning_rate=2.0, warmup=0.0)
+    assert learning_rate(settings, 0, 10) == 2.0
+    assert learning_rate(settings, 5, 10) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("warmup", "num_steps"), [(10_000, 10_000), (58, 12), (0.9, 3)])
+def test_a_run_within_its_warmup_is_refused(warmup: float, num_steps: int):
+    with pytest.raises(UserError) as caught:
+        check_warmup(OptimizerSettings(warmup=warmup), num_steps)
+    assert f"optimizer.warmup={warmup}" in caught.value.what
+    assert f"run has {num_steps:,}" in caught.value.what
+    assert caught.value.fix is not None
+    assert "--set optimizer.warmup=0.1" in caught.value.fix
+
+
+@pytest.mark.parametrize(("warmup", "num_steps"), [(9_999, 10_000), (0.1, 1), (0.0, 1)])
+def test_a_run_beyond_its_warmup_is_accepted(warmup: float, num_steps: int):
+    settings = OptimizerSettings(warmup=warmup)
+    check_warmup(settings, num_steps)
+    assert learning_rate(settings, num_steps - 1, num_steps) == settings.learning_rate
