@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ def test_the_run_folder(trained: mm.TrainResult):
     run = trained.run_folder
     assert sorted(path.name for path in run.iterdir()) == [
         "best",
+        "checkpoints",
         "config.json",
         "environment.json",
         "log.txt",
@@ -93,7 +95,8 @@ def test_the_log_says_what_was_found_first(trained: mm.TrainResult):
     lines = (trained.run_folder / "log.txt").read_text().splitlines()
     assert lines[0].startswith("data     digits: 1,259 images to train, 179 to validate")
     assert "parameters" in "\n".join(lines[:4])
-    assert lines[4] == f"results  {trained.run_folder}"
+    assert lines[4].startswith("cost     3.1e+10 operations")
+    assert lines[5] == f"results  {trained.run_folder}"
     assert any(line.startswith("test accuracy ") for line in lines)
     assert f"         mixer evaluate {trained.run_folder} --data digits:test" in lines
 
@@ -139,7 +142,7 @@ def test_the_average_is_what_is_kept(class_folder, tmp_path, monkeypatch):
         str(class_folder), tmp_path / "run", optimizer__average=0.9, evaluate_every=2
     )
     saved = mm.load_model(mm.train(config, quiet=True).run_folder).state_dict()
-    for name, value in kept[0].kept.state_dict().items():
+    for name, value in kept[0].state.average.items():
         assert torch.equal(saved[name], value)
     assert not torch.equal(saved["stem.weight"], kept[0].model.stem.weight)
 
@@ -230,14 +233,14 @@ def test_an_infinite_gradient_stops_before_the_update(class_folder, tmp_path, mo
 
 
 def test_a_diverged_model_is_never_best(class_folder, tmp_path, monkeypatch):
-    measure = loop.evaluate
+    measure = loop.measure
 
     def diverged(*args, **kwargs):
         result = measure(*args, **kwargs)
         result.probabilities[:] = np.nan
         return result
 
-    monkeypatch.setattr(loop, "evaluate", diverged)
+    monkeypatch.setattr(loop, "measure", diverged)
     with pytest.raises(mm.UserError, match="the validation loss is nan; the run has diverged"):
         mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run" / "best").exists()
@@ -260,27 +263,39 @@ def test_a_file_name_that_is_no_text(class_folder, tmp_path):
     assert b"caf\xe9.png" in (tmp_path / "out.csv").read_bytes()
 
 
-def test_ctrl_c_leaves_a_whole_best(class_folder, tmp_path, monkeypatch):
+def test_ctrl_c_saves_the_run_and_says_how_to_go_on(class_folder, tmp_path, monkeypatch):
     step = loop.Trainer.train_step
 
     def interrupted(self, number, batch):
         if number == 6:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return step(self, number, batch)
 
     monkeypatch.setattr(loop.Trainer, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         mm.train(tiny_config(str(class_folder), tmp_path / "run", epochs=9), quiet=True)
     assert mm.load_model(tmp_path / "run").class_names == ["ant", "bee", "cat"]
-    assert "stopped by hand" in (tmp_path / "run" / "log.txt").read_text()
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "stopped after step 7 of 22" in log
+    assert f"mixer train --resume {tmp_path / 'run'}" in log
+    assert (tmp_path / "run" / "checkpoints" / "step-00000007" / "manifest.json").exists()
 
 
 def test_a_run_never_writes_over_another(class_folder, tmp_path):
-    mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    config = tiny_config(str(class_folder), tmp_path / "run")
+    first = mm.train(config, quiet=True)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(mm.UserError, match="exists and is not empty"):
-        mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    with pytest.raises(mm.UserError, match=r"with other settings: seed is 0 there and 1 here"):
+        mm.train(config.with_value("seed", 1), quiet=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    again = mm.train(config, quiet=True)  # the same: nothing to do but to measure
+    assert again.validation.top1 == first.validation.top1
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("x")
+    with pytest.raises(mm.UserError, match="exists and is not empty"):
+        mm.train(tiny_config(str(class_folder), tmp_path / "full"), quiet=True)
+    assert [each.name for each in (tmp_path / "full").iterdir()] == ["thesis.txt"]
     (tmp_path / "file").write_text("x")
     with pytest.raises(mm.UserError, match="the run folder is a file"):
         mm.train(tiny_config(str(class_folder), tmp_path / "file"), quiet=True)

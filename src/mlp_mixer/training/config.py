@@ -101,6 +101,9 @@ class TrainConfig:
                 f"label_smoothing={smoothing} has no effect with the sigmoid loss",
                 fix="--set label_smoothing=0 or --set loss=softmax",
             )
+        if self.optimizer.name == "muon" and self.model.trained == "head":
+            what = "Muon moves the matrices of the blocks, and model.trained=head leaves them alone"
+            raise UserError(what, fix="--set optimizer.name=adamw")
         if self.optimizer.name == "muon" and self.sharding == "full":
             what = "Muon needs whole matrices, and sharding=full gives every process a part of each"
             raise UserError(what, fix="--sharding none, or --set optimizer.name=adamw")

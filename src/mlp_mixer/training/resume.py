@@ -16,8 +16,8 @@ _FREE = {
     *("output", "device", "num_threads", "micro_batch_size", "compile", "sharding"),
     *("tensorboard", "keep_checkpoints", "checkpoint_every", "data.num_workers", "data.timeout"),
 }
-# What is there of a run that was ended while its folder was being made.
-_BEGUN = {"plots", ".lock", "config.json"}
+# What is there of a run that was ended before its first step.
+_BEGUN = {"plots", ".lock", "config.json", "environment.json", "log.txt"}
 
 
 def config_of(run: str | Path) -> TrainConfig:
@@ -59,7 +59,7 @@ def goes_on(path: Path, config: TrainConfig) -> bool:
     if not path.is_dir():
         return False
     there = {each.name for each in path.iterdir() if not each.name.endswith(".partial")}
-    if not there or (there < _BEGUN and "config.json" not in there):
+    if not there or ("plots" in there and there <= _BEGUN):
         return False
     if "config.json" not in there:
         what = "the run folder exists and is not empty; a run never writes over another"

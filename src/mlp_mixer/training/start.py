@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
+import torch
+
+from mlp_mixer.console import Reporter
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.catalog import create_model, model_from_config
 from mlp_mixer.models.layers import ImageClassifier, preprocessing_of
@@ -12,6 +16,7 @@ from mlp_mixer.preprocessing import Preprocessing
 from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.dataset import Splits
 from mlp_mixer.training.head import freeze_all_but_head, start_head_bias
+from mlp_mixer.training.manifest import verify
 from mlp_mixer.weights.store import load_model, with_new_head
 
 
@@ -31,8 +36,8 @@ def build_model(
     Args:
         config: of the run.
         class_names: of the training images.
-        best: the folder of the run's own best weights, where it has some: it goes on then, and does
-            not need the weights that it began with any more.
+        best: best/ of the run folder where the run goes on. With a whole checkpoint beside it, it
+            stands in for the weights that the run began with, which may be gone by now.
         quiet: do not say on standard error what became of trained weights.
 
     Raises:
@@ -40,14 +45,12 @@ def build_model(
     """
     settings = config.model
     if settings.weights is not None:
-        model = _from_weights(config, class_names, best, quiet=quiet)
+        model, class_names = _from_weights(config, class_names, best, quiet=quiet)
     else:
         size = settings.image_size
         assert size is not None
         model = create_model(settings.name, size, len(class_names), **settings.overrides)
-        if model.config.in_channels not in (1, 3):
-            what = f"images have 1 or 3 channels, the model wants {model.config.in_channels}"
-            raise UserError(what, where="model.overrides.in_channels")
+        _check_channels(model, "model.overrides.in_channels")
         model.preprocessing = Preprocessing(
             image_size=model.config.image_size, channels=model.config.in_channels
         )
@@ -64,27 +67,86 @@ def build_model(
     return model
 
 
+def _check_channels(model: ImageClassifier, where: str) -> None:
+    if model.config.in_channels not in (1, 3):
+        what = f"images have 1 or 3 channels, the model wants {model.config.in_channels}"
+        raise UserError(what, where=where)
+
+
 def _from_weights(
     config: TrainConfig, class_names: list[str], best: Path | None, *, quiet: bool
-) -> ImageClassifier:
+) -> tuple[ImageClassifier, list[str]]:
+    """Returns the model with its head in the order of the classes, and what it calls them."""
     settings = config.model
     if not settings.weights:
         what = f"the recipe {config.recipe} begins with trained weights, and none are given"
         fix = f"mixer finetune CHECKPOINT --recipe {config.recipe} --data SOURCE"
         raise UserError(what, where="model.weights", fix=fix)
-    own = best is not None and (best / "model.safetensors").is_file()
-    source = best if own and best is not None else settings.weights
-    model = load_model(source, settings.image_size, growth=settings.growth, quiet=quiet or own)
-    if model.class_names != class_names:
-        # With names of their own or none, the old outputs mean something else: a zero head, as the
-        # paper starts fine-tuning.
-        model = with_new_head(model, len(class_names))
-        if settings.head_bias:
-            start_head_bias(model, settings.head_bias)
-    if settings.overrides:
-        tensors = model.state_dict()
-        preprocessing = model.preprocessing
-        model = model_from_config(dataclasses.replace(model.config, **settings.overrides))
-        model.load_state_dict(tensors, assign=True)
+    source, is_own = settings.weights, False
+    if best is not None and _can_replace_first_weights(best):
+        source, is_own = str(best), True
+    report = Reporter(quiet=quiet or is_own, stderr=True)
+    model = load_model(
+        source, settings.image_size, growth=settings.growth, quiet=quiet or is_own
+    )
+    _check_channels(model, source)
+    model, names = _with_head_for(model, class_names, report)
+    if names is not None and settings.head_bias and not is_own:
+        what = f"model.head_bias={settings.head_bias} has no effect: the head is kept"
+        raise UserError(what, where=source, fix="--set model.head_bias=0")
+    if names is None and settings.head_bias:
+        start_head_bias(model, settings.head_bias)
+    if settings.overrides:  # those of `ModelSettings`, which need no other tensors
+        trained, preprocessing = model.state_dict(), model.preprocessing
+        with torch.device("meta"):
+            model = model_from_config(dataclasses.replace(model.config, **settings.overrides))
+        model.load_state_dict(trained, assign=True)
         model.preprocessing = preprocessing
-    return model
+    return model, names or class_names
+
+
+def _can_replace_first_weights(best: Path) -> bool:
+    """Whether the run has its own weights, and a whole checkpoint that fills what has moved on.
+
+    Without such a checkpoint the run begins again, with the weights that it began with.
+    """
+    if not (best / "model.safetensors").is_file():
+        return False
+    for folder in sorted((best.parent / "checkpoints").glob("step-*"), reverse=True):
+        try:
+            verify(folder)
+        except UserError:
+            continue
+        return True
+    return False
+
+
+def _with_head_for(
+    model: ImageClassifier, class_names: list[str], report: Reporter
+) -> tuple[ImageClassifier, list[str] | None]:
+    """Returns the model with a row of the head for each class; keeps a head that knows them all.
+
+    Classes are matched by name. The head of other classes, or of nameless ones, means something
+    else: a new head of zeros takes its place, as the paper starts fine-tuning.
+
+    Returns:
+        The model, and the classes as its own names have them; None with a new head.
+    """
+    known = model.class_names or []
+    # A model of ImageNet calls a class "n01440764 tench"; folders have the WordNet id alone.
+    full = {name[:9]: name for name in known if re.match(r"n\d{8} ", name)}
+    names = [full.get(name, name) for name in class_names]
+    place = {name: at for at, name in enumerate(known)}
+    if place.keys() != set(names):
+        had = model.config.num_classes
+        which = "other classes" if known else "classes without names"
+        was = f"the weights had {had:,} {which}" if had else "the weights had none"
+        report.say(f"head     new, all zeros, for {len(names):,} classes; {was}")
+        return with_new_head(model, len(class_names)), None
+    if names != known:
+        rows = torch.tensor([place[name] for name in names])
+        tensors = model.state_dict()
+        tensors |= {name: tensors[name][rows] for name in ("head.weight", "head.bias")}
+        model.load_state_dict(tensors, assign=True)
+    report.say(f"head     kept: the weights know these {len(names):,} classes")
+    return model, names

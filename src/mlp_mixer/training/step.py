@@ -145,7 +145,8 @@ class Updater:
     def gradient(self, images: Tensor, targets: Tensor, kept: Tensor, dropout_seed: int) -> float:
         """Puts the gradient of the mean loss into the parameters; returns this process's loss."""
         torch.manual_seed(dropout_seed)
-        self.model.train()
+        # Frozen features are those of evaluation, without dropped branches.
+        self.model.train(self.config.model.trained == "all")
         for each in self.parameters:
             each.grad = None
         count, total = len(images), 0.0

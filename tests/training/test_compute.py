@@ -1,0 +1,203 @@
+"""How a run computes: precision, compiling, threads, micro-batches; said in words, never hidden."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._inductor.exc import InductorError
+
+import mlp_mixer as mm
+from conftest import tiny_config, tiny_model
+from mlp_mixer.models.layers import draw_stochastic_depth, set_stochastic_depth
+from mlp_mixer.training import compute, step
+from mlp_mixer.training.compute import Compute, choose_compute, settings_of_torch
+
+CPU = torch.device("cpu")
+BIG, SMALL = 10**9, 10**6  # operations of an image's forward pass
+
+
+def config(**changes: object) -> mm.TrainConfig:
+    return mm.recipe("scratch").with_values(changes)
+
+
+def losses(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("fast", "flops", "expected", "why"),
+    [
+        (True, BIG, "bfloat16", "bfloat16 (this processor is fast at it)"),
+        (False, BIG, "float32", "float32 (this processor has no fast bfloat16)"),
+        (True, SMALL, "float32", "float32 (a small model)"),
+    ],
+)
+def test_precision_auto_goes_by_stated_rules(monkeypatch, fast, flops, expected, why):
+    monkeypatch.setattr(compute, "has_fast_bfloat16", lambda: fast)
+    found = choose_compute(config(), CPU, flops, 10)
+    assert (found.precision, found.why) == (expected, why)
+    assert found.autocast()._enabled == (expected == "bfloat16")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_explicit_precision_is_never_changed(monkeypatch, precision):
+    for fast in (True, False):
+        monkeypatch.setattr(compute, "has_fast_bfloat16", lambda fast=fast: fast)
+        for flops in (BIG, SMALL):
+            found = choose_compute(config(precision=precision), CPU, flops, 10)
+            assert (found.precision, found.why) == (precision, precision)
+
+
+def test_on_a_processor_auto_does_not_compile():
+    assert not choose_compute(config(), CPU, BIG, 10**6).compile
+
+
+def test_without_a_compiler_the_run_goes_on_and_says_so(class_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    run = mm.train(
+        tiny_config(str(class_folder), tmp_path / "run", compile="on", epochs=1), quiet=True
+    ).run_folder
+    assert "not compiled: no C++ compiler here" in (run / "log.txt").read_text()
+
+
+def test_a_compiler_that_fails_is_left_out(class_folder, tmp_path, monkeypatch):
+    def failing(network):
+        def call(images):
+            raise InductorError(RuntimeError("InvalidCxxCompiler: no working compiler"), None)
+
+        return call
+
+    monkeypatch.setattr(step.torch, "compile", failing)
+    monkeypatch.setattr(compute, "can_compile", lambda device: True)
+    plain = mm.train(tiny_config(str(class_folder), tmp_path / "plain", epochs=1), quiet=True)
+    run = mm.train(
+        tiny_config(str(class_folder), tmp_path / "run", compile="on", epochs=1), quiet=True
+    ).run_folder
+    assert "not compiled after all: " in (run / "log.txt").read_text()
+    assert losses(run) == losses(plain.run_folder)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")  # inside of torch
+def test_compiled_training_has_the_same_losses(class_folder, tmp_path):
+    if not compute.can_compile(CPU):
+        pytest.skip("no C++ compiler here")
+    settings = {
+        "epochs": 2,
+        "augment__mixup": 0.5,
+        "model__overrides": {**tiny_config("x", tmp_path).model.overrides, "stochastic_depth": 0.3},
+    }
+    plain = mm.train(tiny_config(str(class_folder), tmp_path / "plain", **settings), quiet=True)
+    run = mm.train(
+        tiny_config(str(class_folder), tmp_path / "run", compile="on", **settings), quiet=True
+    ).run_folder
+    log = (run / "log.txt").read_text()
+    assert "compiled" in log
+    assert "not compiled" not in log
+    assert losses(run) == pytest.approx(losses(plain.run_folder), rel=1e-5)
+
+
+def test_threads_and_products_come_back():
+    products = torch.backends.mkldnn.matmul
+    threads, before = torch.get_num_threads(), products.fp32_precision
+    found = Compute(CPU, "float32", False, "")
+    with settings_of_torch(found, config(num_threads=1), BIG):
+        assert torch.get_num_threads() == 1
+    with pytest.raises(RuntimeError), settings_of_torch(found, config(), SMALL):
+        raise RuntimeError
+    assert (torch.get_num_threads(), products.fp32_precision) == (threads, before)
+
+
+def test_onednn_is_only_taken_where_it_stays_float32(monkeypatch):
+    products = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+    found = Compute(CPU, "float32", False, "")
+    with settings_of_torch(found, config(), BIG):
+        taken = products.fp32_precision
+        x = torch.randn(300, 300, generator=torch.Generator().manual_seed(1))
+        exact = x.double() @ x.double().T
+        assert (F.linear(x, x) - exact).abs().max() < 1e-5 * exact.abs().max()
+    assert taken in ("bf16", before)
+
+    def rounded(x, w):
+        return (x.bfloat16() @ w.bfloat16().T).float()
+
+    monkeypatch.setattr(compute.F, "linear", rounded)
+    with settings_of_torch(found, config(), BIG):
+        assert products.fp32_precision == before
+
+
+def test_bfloat16_keeps_layer_norm_and_residual_in_float32():
+    """On a processor, LayerNorm in bfloat16 has a bias gradient that is wrong by tens of per cent."""
+    size = {"patch_size": 4, "hidden_dim": 64, "tokens_mlp_dim": 32, "channels_mlp_dim": 128}
+    model = mm.create_model("mixer_s16", 64, 10, num_blocks=4, **size)
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    images = torch.randn(32, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(32) % 10
+    gradients = {}
+    for precision in ("float32", "bfloat16"):
+        model.zero_grad()
+        with Compute(CPU, precision, False, "").autocast():
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
+        gradients[precision] = {name: p.grad.clone() for name, p in model.named_parameters()}
+    exact, close = gradients["float32"], gradients["bfloat16"]
+    for name in exact:
+        if "token_mixing.dense_1.bias" not in name:  # its gradient is zero but for rounding
+            error = (close[name] - exact[name]).norm() / exact[name].norm()
+            assert error < 0.05, name
+    name = "pre_head_layer_norm.bias"
+    assert (close[name] - exact[name]).norm() / exact[name].norm() < 0.02
+    assert any(not torch.equal(close[name], exact[name]) for name in exact)
+
+
+def test_stochastic_depth_drawn_outside_is_that_of_any_share():
+    model = tiny_model(num_blocks=3, stochastic_depth=0.5).train()
+    images = torch.randn(8, 3, 8, 8)
+    kept = draw_stochastic_depth(model, 8, torch.Generator().manual_seed(3))
+    assert kept.shape == (5, 8)  # the first of six MLPs is never dropped
+    again = draw_stochastic_depth(model, 8, torch.Generator().manual_seed(3))
+    assert torch.equal(kept, again)
+    set_stochastic_depth(model, kept)
+    whole = model(images)
+    parts = []
+    for part in (slice(0, 3), slice(3, 8)):
+        set_stochastic_depth(model, kept[:, part])
+        parts.append(model(images[part]))
+    assert torch.allclose(torch.cat(parts), whole, atol=1e-6)
+    set_stochastic_depth(model, None)
+    torch.manual_seed(0)
+    assert not torch.allclose(model(images), whole, atol=1e-3)
+    many = draw_stochastic_depth(model, 20_000, torch.Generator().manual_seed(0))
+    rates = [1.0 - 0.5 * mlp / 5 for mlp in range(1, 6)]
+    assert many.mean(dim=1).tolist() == pytest.approx(rates, abs=0.02)
+
+
+def test_micro_batches_add_up_to_the_batch(class_folder, tmp_path):
+    settings = {
+        "augment__mixup": 0.5,
+        "model__overrides": {**tiny_config("x", tmp_path).model.overrides, "stochastic_depth": 0.3},
+    }
+    whole = mm.train(tiny_config(str(class_folder), tmp_path / "whole", **settings), quiet=True)
+    parts = mm.train(
+        tiny_config(str(class_folder), tmp_path / "parts", micro_batch_size=3, **settings),
+        quiet=True,
+    )
+    assert losses(parts.run_folder) == pytest.approx(losses(whole.run_folder), abs=1e-6)
+    assert "8 images go through the model in 3 x 3" in (parts.run_folder / "log.txt").read_text()
+
+
+def test_a_batch_that_does_not_fit_is_split(class_folder, tmp_path, monkeypatch):
+    whole = mm.train(tiny_config(str(class_folder), tmp_path / "whole"), quiet=True)
+    monkeypatch.setattr(step, "free_memory", lambda device: 100_000)
+    parts = mm.train(tiny_config(str(class_folder), tmp_path / "parts"), quiet=True)
+    assert "8 images go through the model in" in (parts.run_folder / "log.txt").read_text()
+    assert losses(parts.run_folder) == pytest.approx(losses(whole.run_folder), abs=1e-6)
+    monkeypatch.setattr(step, "free_memory", lambda device: 20_000)
+    with pytest.raises(mm.UserError, match="one image at a time takes"):
+        mm.train(tiny_config(str(class_folder), tmp_path / "none"), quiet=True)
