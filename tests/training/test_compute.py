@@ -133,7 +133,7 @@ def test_onednn_is_only_taken_where_it_stays_float32(monkeypatch):
 
 
 def test_bfloat16_keeps_layer_norm_and_residual_in_float32():
-    """On a processor, LayerNorm in bfloat16 has a bias gradient that is wrong by tens of per cent."""
+    """On a processor LayerNorm in bfloat16 gets its bias gradient wrong by tens of per cent."""
     size = {"patch_size": 4, "hidden_dim": 64, "tokens_mlp_dim": 32, "channels_mlp_dim": 128}
     model = mm.create_model("mixer_s16", 64, 10, num_blocks=4, **size)
     torch.nn.init.normal_(model.head.weight, std=0.1)
@@ -201,3 +201,44 @@ def test_a_batch_that_does_not_fit_is_split(class_folder, tmp_path, monkeypatch)
     monkeypatch.setattr(step, "free_memory", lambda device: 20_000)
     with pytest.raises(mm.UserError, match="one image at a time takes"):
         mm.train(tiny_config(str(class_folder), tmp_path / "none"), quiet=True)
+
+
+def test_a_gpu_that_runs_out_of_memory_gets_smaller_parts(class_folder, tmp_path, monkeypatch):
+    whole = mm.train(tiny_config(str(class_folder), tmp_path / "whole"), quiet=True)
+    forward = step.Updater.predict
+
+    def small(self, images):
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, images)
+
+    monkeypatch.setattr(step.Updater, "predict", small)
+    parts = mm.train(tiny_config(str(class_folder), tmp_path / "parts"), quiet=True)
+    log = (parts.run_folder / "log.txt").read_text()
+    assert "4 images at once from here on" in log
+    assert "2 images at once from here on" in log
+    assert losses(parts.run_folder) == pytest.approx(losses(whole.run_folder), abs=1e-6)
+    monkeypatch.setattr(step.Updater, "predict", lambda self, images: small(self, range(9)))
+    with pytest.raises(mm.UserError, match="1 images at once do not fit into the GPU"):
+        mm.train(tiny_config(str(class_folder), tmp_path / "none"), quiet=True)
+
+
+def test_a_linear_probe_sees_the_features_of_evaluation(class_folder, tmp_path):
+    """Dropped branches would be noise on features that cannot learn to live with it."""
+    overrides = {**tiny_config("x", tmp_path).model.overrides, "stochastic_depth": 0.9}
+    base = tiny_config(str(class_folder), tmp_path / "base", model__overrides=overrides)
+    folder = mm.train(base, quiet=True).run_folder
+    changes = {"model.name": "", "model.weights": str(folder), "model.trained": "head"}
+    changes |= {"model.overrides": {}, "output": str(tmp_path / "probe"), "epochs": 1}
+    seen = []
+    forward = mm.MlpMixer.forward
+
+    def watched(self, images):
+        seen.append(self.training)
+        return forward(self, images)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mm.MlpMixer, "forward", watched)
+        mm.train(base.with_values(changes), quiet=True)
+    assert seen
+    assert not any(seen)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
 from mlp_mixer.cli.arguments import (
     Assignments,
     Folder,
     GrowthName,
-    Model,
     Number,
     Rates,
     Real,
@@ -18,9 +21,11 @@ from mlp_mixer.cli.arguments import (
     parse_size,
 )
 
+Checkpoint = Annotated[Positional[str], arg(metavar="CHECKPOINT")]
+
 
 def finetune(
-    checkpoint: Model,
+    checkpoint: Checkpoint,
     /,
     *,
     data: RequiredData,
@@ -50,9 +55,10 @@ def finetune(
         mixer finetune runs/cifar10 --data FLOWERS --image-size 64 --grid --seeds 0 1 2
         mixer finetune mixer_b16.i21k --data FOLDER --set model.trained=head
 
-    With --grid the learning rate is chosen on held-out training images, and with --seeds the final
-    runs on all training images give a mean and a standard deviation. The same command again goes
-    on where it was stopped.
+    The head is kept where the checkpoint has the classes of the data; other classes begin with a
+    head of zeros. With --grid the learning rate is chosen on held-out training images, and the
+    final run, one for each of --seeds, takes the best: their mean and standard deviation are told.
+    The same command with the same --output goes on where it was stopped.
 
     Args:
         checkpoint: a run folder, a weights file, a name of `mixer models --weights`, or
@@ -60,16 +66,18 @@ def finetune(
         data: a folder, list, Parquet files, shards or hf:owner/name, as for training.
         recipe: finetune_imagenet, finetune_cifar, finetune_pets, finetune_flowers or finetune_vtab;
             without it the BiT-HyperRule, by the number of training images.
-        output: the run folder; the default is runs/<date>_<recipe>.
+        output: the run folder; the default is runs/<date>_<recipe>. --grid and several --seeds
+            need one.
         image_size: what the model sees; another size than the checkpoint's grows it.
         growth: block-diagonal or resample, how it grows; auto takes the first where that is whole.
         steps: updates of the weights.
-        epochs: passes over the training images, in place of --steps.
+        epochs: passes over the training images, in place of --steps; about 20 evaluations.
         batch_size: images a step.
         learning_rate: the highest, after the warm-up.
         grid: learning rates to choose from; without values those of the recipe.
         seeds: of the final runs (0).
-        holdout: share of the training images to judge by.
+        holdout: share of the training images to judge by, for --grid and where the data has no
+            val/; the default is the recipe's for --grid, and 0.1.
         device: auto, cpu or cuda.
         num_workers: processes that decode images.
         precision: float32 or bfloat16 products; auto takes what the processor is fast at.
@@ -84,6 +92,12 @@ def finetune(
     from mlp_mixer.training.loop import train as run_training
     from mlp_mixer.training.recipes import recipe as named_recipe
 
+    if grid is not None and learning_rate is not None:
+        what = f"--learning-rate {learning_rate:g} has no effect beside --grid"
+        raise UserError(what, fix=f"--grid {learning_rate:g}, or leave --grid out")
+    if growth is not None and image_size is None:
+        what = "--growth says how to reach another image size, and none is given"
+        raise UserError(what, where="--growth", fix="Add --image-size, or leave --growth out")
     if recipe is not None and recipe not in FINETUNING:
         named_recipe(recipe)  # an unknown one is refused there, with the nearest names
         what = f"{recipe} trains from random weights"
@@ -93,11 +107,9 @@ def finetune(
     else:
         splits = open_splits(data)
         if "train" not in splits:
-            raise UserError("the data has no train split", where=data, fix="Give train/ too")
+            fix = f"Known there: {', '.join(splits)}. Give a source that has both"
+            raise UserError("the data has no train split", where=data, fix=fix)
         config = finetune_for(len(splits["train"]))
-    if grid is not None and learning_rate is not None:
-        what = f"--learning-rate {learning_rate} has no effect beside --grid"
-        raise UserError(what, fix=f"--grid {learning_rate}, or leave --grid out")
     flags = {
         "model.weights": checkpoint,
         "model.image_size": parse_size(image_size),
@@ -107,6 +119,7 @@ def finetune(
         "output": output,
         "steps": steps,
         "epochs": epochs,
+        "evaluate_every": None if epochs is None else max(1, epochs // 20),  # counts epochs then
         "batch_size": batch_size,
         "optimizer.learning_rate": learning_rate,
         "device": device,
@@ -116,8 +129,10 @@ def finetune(
         "sharding": sharding,
     }
     config = changed(config, flags, settings)
+    if seeds:
+        config = config.with_value("seed", seeds[0])
     if grid is None and len(seeds) < 2:
-        run_training(config.with_value("seed", seeds[0]) if seeds else config)
+        run_training(config)
         return
     rates = () if grid is None else grid or LEARNING_RATES[config.recipe]
     run_study(config, grid=rates, seeds=seeds or (config.seed,))

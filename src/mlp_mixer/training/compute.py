@@ -54,7 +54,7 @@ def choose_compute(
         world_size: processes that share a step.
 
     Raises:
-        UserError: bfloat16 or compiling was asked for and cannot be had.
+        UserError: bfloat16 was asked for on a GPU that has none.
     """
     operations = 3 * flops * config.batch_size // world_size
     reasons = []
@@ -63,6 +63,11 @@ def choose_compute(
         precision, why = _fast_precision(device, operations)
         reasons.append(f"{precision} ({why})")
     else:
+        if precision == "bfloat16" and device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            if major < 8:
+                what = f"this GPU has compute capability {major}.{minor}, and bfloat16 needs 8.0"
+                raise UserError(what, where="precision", fix="--precision float32")
         reasons.append(precision)
     compiles = config.compile == "on"
     if config.compile == "auto":
@@ -152,12 +157,3 @@ def free_memory(device: torch.device) -> int | None:
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
-
-
-def refuse_bfloat16_without_hardware(config: TrainConfig, device: torch.device) -> None:
-    """Raises UserError where bfloat16 was asked for on a GPU that cannot compute with it."""
-    if config.precision == "bfloat16" and device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            what = f"precision bfloat16: this GPU has compute capability {major}.{minor}, below 8.0"
-            raise UserError(what, fix="--precision float32")

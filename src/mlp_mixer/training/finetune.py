@@ -1,9 +1,10 @@
 """Fine-tuning: a rate chosen on held-out training images, final runs over seeds, mean and spread.
 
-One run is `train` with weights to begin with. With a grid or several seeds the output holds
+One run is `train` with weights to begin with. A grid or several seeds make a study, whose folder
+holds
   grid/lr-0.03/     a run for each rate: trained on a part of the training images, measured on the
                     rest, and never shown a test image
-  seed-0/           a run for each seed at the rate that was best, on all training images
+  seed-0/           a run for each seed, at the rate that was best
   finetune.json     what each of them reached
   best/             the model of the first seed: what you ship
 The same call again goes on where it was stopped.
@@ -11,6 +12,7 @@ The same call again goes on where it was stopped.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -28,7 +30,8 @@ from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.distributed import World, joined
 from mlp_mixer.training.finetuning_recipes import HOLDOUTS
 from mlp_mixer.training.loop import train
-from mlp_mixer.training.resume import check_same
+from mlp_mixer.training.resume import differences
+from mlp_mixer.training.step import NotFiniteError
 from mlp_mixer.training.summary import TrainResult
 from mlp_mixer.weights.files import expand, write_aside
 
@@ -41,7 +44,8 @@ class FinetuneResult:
 
     Attributes:
         folder: where everything lies.
-        grid: rate -> accuracy on the held-out training images; empty without a grid.
+        grid: rate -> accuracy on the held-out training images, None where the run diverged; empty
+            without a grid.
         learning_rate: of the final runs.
         measured_on: "test", or "validation" where the data has no test images.
         accuracies: seed -> accuracy of its final run.
@@ -49,7 +53,7 @@ class FinetuneResult:
     """
 
     folder: Path
-    grid: dict[float, float]
+    grid: dict[float, float | None]
     learning_rate: float
     measured_on: str
     accuracies: dict[int, float]
@@ -62,6 +66,14 @@ class FinetuneResult:
         object.__setattr__(self, "mean", statistics.fmean(values))
         object.__setattr__(self, "deviation", spread)
 
+    def summary(self) -> str:
+        """Returns "97.14% +- 0.16% (mean and standard deviation of seeds 0, 1, 2)"."""
+        seeds = [str(each) for each in self.accuracies]
+        if self.deviation is None:
+            return f"{self.mean:.2%} (seed {seeds[0]})"
+        spread = f"{self.mean:.2%} +- {self.deviation:.2%}"
+        return f"{spread} (mean and standard deviation of seeds {', '.join(seeds)})"
+
 
 def finetune(
     config: TrainConfig,
@@ -72,30 +84,36 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tunes with each rate of the grid, then with the best of them for each seed.
 
+    The runs of the grid are trained on a part of the training images and judged by the rest: the
+    share is `config.data.holdout`, or that of the recipe in `HOLDOUTS`. The final runs then train
+    on all of them, and keep the last weights; but where the data brings validation images, or has
+    no test images, they validate and keep the best weights, as any run.
+
     Args:
-        config: with `model.weights` and `output`; its own rate is taken where there is no grid, its
-            own seed in the grid.
-        grid: learning rates to choose from, on held-out training images; the share is that of
-            `HOLDOUTS`, or `config.data.holdout`.
+        config: with `model.weights` and `output`. Its own rate is taken where there is no grid, and
+            its own seed in the grid.
+        grid: learning rates to choose from; of equally good ones the lowest is taken.
         seeds: of the final runs.
-        quiet: print nothing.
+        quiet: print nothing; the log files are written all the same.
 
     Raises:
-        UserError: as `train`; or the output holds something else.
+        UserError: as `train`; or the output holds something else. Nothing has been written where it
+            is a setting or the data that is wrong.
     """
     if not config.model.weights:
         what = "fine-tuning begins with trained weights, and none are given"
         raise UserError(what, where="model.weights", fix="mixer finetune CHECKPOINT --data SOURCE")
     if config.output is None:
-        what = "several runs need a folder with a name, so that they can go on"
+        what = "a study of several runs needs a folder with a name, so that it can go on"
         raise UserError(what, where="--output", fix="--output runs/NAME")
-    if not seeds or len(set(seeds)) < len(seeds) or len(set(grid)) < len(grid):
-        what = f"each seed and each rate counts once, got seeds {[*seeds]} and rates {[*grid]}"
-        raise UserError(what, fix="--seeds 0 1 2")
+    for name, values in (("--grid", list(grid)), ("--seeds", list(seeds))):
+        if len(set(values)) < len(values):
+            listed = " ".join(f"{each:g}" for each in values)
+            raise UserError(f"each value counts once, got {listed}", where=name)
+    if not seeds:
+        raise UserError("the final runs need a seed", where="--seeds", fix="--seeds 0 1 2")
     with joined(config.device) as (world, _):
-        folder = expand(config.output)
-        study = _Study(config, grid, seeds, folder, world, quiet)
-        return study.run()
+        return _Study(config, grid, seeds, world, quiet).run()
 
 
 class _Study:
@@ -104,87 +122,158 @@ class _Study:
         config: TrainConfig,
         grid: Sequence[float],
         seeds: Sequence[int],
-        folder: Path,
         world: World,
         quiet: bool,
     ) -> None:
-        self.config, self.grid, self.seeds = config, list(grid), list(seeds)
-        self.folder, self.world, self.quiet = folder, world, quiet
+        assert config.output is not None
+        self.config, self.world, self.quiet = config, world, quiet
+        self.folder = expand(config.output)
+        self.splits = open_splits(config.data.source).keys()
+        self.measured_on = "test" if "test" in self.splits else "validation"
+        self.rates, self.seeds = [float(each) for each in grid], list(seeds)
+        # All settings are checked before the first run.
+        self.share = config.data.holdout
+        if self.share is None:
+            self.share = HOLDOUTS.get(config.recipe, 0.1)
+        self.grid = {f"grid/lr-{rate!r}": self.in_grid(rate) for rate in self.rates}
+        self.keeps_last = self.final(self.seeds[0]).data.holdout == 0.0
+        for seed in self.seeds:
+            self.final(seed)
+        self.refuse_what_cannot_be_measured()
         self.report = Reporter(quiet=quiet or not world.is_first)
-        self.splits = set(open_splits(config.data.source))
-        self.done: dict[str, float] = world.from_first(self.found)
-        if world.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.report.log_to(folder / "log.txt")
-            self.save()
+        self.done: dict[str, float | None] = world.from_first(self.found)
+        if world.is_first and self.done:
+            self.report.log_to(self.folder / "log.txt")
+
+    def in_grid(self, rate: float) -> TrainConfig:
+        """A run that sees training images alone: a part to learn from, the rest to judge by."""
+        source = self.config.data.source
+        source = source if parse_name(source).split else f"{source}:train"
+        changes = {"data.source": source, "data.holdout": self.share}
+        return self.config.with_values({**changes, "optimizer.learning_rate": rate})
+
+    def final(self, seed: int, rate: float | None = None) -> TrainConfig:
+        """A run that is measured on test images; after a grid it trains on all training images."""
+        changes: dict[str, Any] = {"seed": seed}
+        if rate is not None:
+            changes["optimizer.learning_rate"] = rate
+        if self.rates and "validation" in self.splits:
+            changes["data.holdout"] = None
+        elif self.rates and "test" in self.splits:
+            changes["data.holdout"] = 0.0
+            if self.config.patience is not None:
+                what = f"patience={self.config.patience} has no effect in the final runs: after "
+                what += "the grid they train on all training images and validate on none"
+                raise UserError(what, fix="--set patience=null, or leave --grid out")
+        return self.config.with_values(changes)
+
+    def refuse_what_cannot_be_measured(self) -> None:
+        if "train" not in self.splits:
+            fix = f"Known there: {', '.join(self.splits)}. Give a source that has both"
+            raise UserError("the data has no train split", where=self.config.data.source, fix=fix)
+        if self.config.data.holdout == 0.0 and (self.rates or "test" not in self.splits):
+            what = "holdout 0 leaves no images "
+            what += "to choose the rate by" if self.rates else "to measure the accuracy by"
+            raise UserError(what, where="--holdout", fix="--holdout 0.1, or leave it out")
 
     def run(self) -> FinetuneResult:
-        rate, reached = self.config.optimizer.learning_rate, {}
-        for number, each in enumerate(self.grid, 1):
-            self.say(f"--- rate {each:g}, {number} of {len(self.grid)}, on held-out images")
-            reached[each] = self.cell(f"grid/lr-{each:g}", self.in_grid(each))
+        try:
+            return self.run_cells()
+        except (KeyboardInterrupt, SystemExit):
+            self.say("the study goes on with the same command as before")
+            raise
+
+    def run_cells(self) -> FinetuneResult:
+        rate, seeds = self.config.optimizer.learning_rate, self.seeds
+        final = self.describe()
+        reached: dict[float, float | None] = {}
+        for number, each in enumerate(self.rates):
+            name = f"grid/lr-{each!r}"
+            title = f"rate {each:g}: {number + 1} of {len(self.rates)} in the grid"
+            reached[each] = self.cell(name, self.grid[name], title, in_grid=True)
         if reached:
-            rate = max(reached, key=lambda each: (reached[each], -each))  # of equals the lowest
-            self.say(f"\nchosen   rate {rate:g}, {reached[rate]:.2%} on held-out training images")
-        accuracies = {}
-        for number, seed in enumerate(self.seeds, 1):
-            self.say(f"--- seed {seed}, {number} of {len(self.seeds)}, rate {rate:g}")
-            accuracies[seed] = self.cell(f"seed-{seed}", self.final(rate, seed))
-        on = self.measured_on()
-        result = FinetuneResult(self.folder, reached, rate, on, accuracies)
+            rate = self.choose(reached)
+        accuracies: dict[int, float] = {}
+        for number, seed in enumerate(seeds):
+            title = f"seed {seed}: final run {number + 1} of {len(seeds)}, {final}"
+            accuracy = self.cell(f"seed-{seed}", self.final(seed, rate), title, in_grid=False)
+            assert accuracy is not None
+            accuracies[seed] = accuracy
+        result = FinetuneResult(self.folder, reached, rate, self.measured_on, accuracies)
         if self.world.is_first:
-            self.keep_first_seed()
+            self.keep_first_seed(result)
             self.save(result)
             self.tell(result)
         return result
 
-    def in_grid(self, rate: float) -> TrainConfig:
-        """A run that sees training images alone: a part to learn from, the rest to judge by."""
-        data = self.config.data
-        source = data.source if parse_name(data.source).split else f"{data.source}:train"
-        share = data.holdout or HOLDOUTS.get(self.config.recipe, 0.1)
-        changes = {"data.source": source, "data.holdout": share}
-        return self.config.with_values({**changes, "optimizer.learning_rate": rate})
+    def describe(self) -> str:
+        """Says what the study will do; returns what the final runs are trained on."""
+        parts = []
+        if self.rates:
+            rates = ", ".join(f"{each:g}" for each in self.rates)
+            parts.append(f"rates {rates}, judged on {self.share:.0%} of the training images")
+        parts.append(f"seed{'s' * (len(self.seeds) > 1)} {', '.join(map(str, self.seeds))}")
+        self.say(f"study    {'; then '.join(parts)}")
+        if "test" not in self.splits:
+            self.say("         the data has no test images: the final runs keep validation images,")
+            also = self.rates and "validation" not in self.splits
+            what = "the rate and the weights" if also else "the weights"
+            self.say(f"         and are measured on them, by which {what} are chosen too")
+        whole = self.keeps_last or "validation" in self.splits
+        return "on all training images" if whole else "on the training images less those held out"
 
-    def final(self, rate: float, seed: int) -> TrainConfig:
-        """A run on all training images; only where there is no test split is one held out."""
-        holdout = 0.0 if "test" in self.splits else None
-        changes = {"optimizer.learning_rate": rate, "seed": seed, "data.holdout": holdout}
-        if holdout == 0.0:
-            changes["patience"] = None
-        return self.config.with_values(changes)
-
-    def measured_on(self) -> str:
-        return "test" if "test" in self.splits else "validation"
-
-    def cell(self, name: str, config: TrainConfig) -> float:
-        """Runs one training, or takes what it reached before."""
+    def cell(self, name: str, config: TrainConfig, title: str, *, in_grid: bool) -> float | None:
+        """Runs one training, or takes what it reached before; None: a rate that diverged."""
         if name in self.done:
-            self.say(f"done     {name}: {self.done[name]:.2%}")
-            return self.done[name]
-        result = train(config.with_value("output", str(self.folder / name)), quiet=self.quiet)
-        self.done[name] = _accuracy(result)
+            accuracy = self.done[name]
+            self.say(f"done     {name}: {'diverged' if accuracy is None else f'{accuracy:.2%}'}")
+            return accuracy
+        self.say(f"\n=== {title}")
+        try:
+            result = train(config.with_value("output", str(self.folder / name)), quiet=self.quiet)
+            accuracy = self.accuracy_of(result, in_grid)
+        except UserError as error:
+            if not (in_grid and _has_diverged(error)):
+                raise
+            self.say(f"diverged {error.what}")
+            accuracy = None
+        self.done[name] = accuracy
         if self.world.is_first:
+            self.report.log_to(self.folder / "log.txt")
             self.save()
-        return self.done[name]
+        return accuracy
 
-    def keep_first_seed(self) -> None:
-        """Copies the first seed's model, aside and then under its name."""
-        best, aside = self.folder / "best", self.folder / ".best.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(self.folder / f"seed-{self.seeds[0]}" / "best", aside)
-        shutil.rmtree(best, ignore_errors=True)
-        os.rename(aside, best)
+    def accuracy_of(self, result: TrainResult, in_grid: bool) -> float:
+        """What a run counts for: where the final runs keep the last weights, so does the grid."""
+        if in_grid and self.keeps_last:
+            accuracy = self.world.from_first(lambda: _last_accuracy(result.run_folder))
+            self.say(f"reached  {accuracy:.2%} on the held-out images with its last weights")
+            return accuracy
+        shown = result.test if result.test is not None else result.validation
+        assert shown is not None
+        return shown.top1
 
-    def found(self) -> dict[str, float]:
+    def choose(self, reached: dict[float, float | None]) -> float:
+        """Returns the best rate, of equals the lowest."""
+        finite = {rate: accuracy for rate, accuracy in reached.items() if accuracy is not None}
+        if not finite:
+            rate = min(reached) / 10
+            what = "the run of every rate of the grid diverged"
+            raise UserError(what, where=self.folder, fix=f"Lower rates: --grid {rate:.1g}")
+        best = max(finite, key=lambda rate: (finite[rate], -rate))
+        self.say(f"\nchosen   rate {best:g}: {finite[best]:.2%} on held-out training images")
+        if len(reached) > 1 and best in (min(reached), max(reached)):
+            side = "lowest" if best == min(reached) else "highest"
+            self.say(f"         it is the {side} of the grid; one beyond it may be better")
+        return best
+
+    def found(self) -> dict[str, float | None]:
         """What the folder holds of this very study."""
         path = self.folder / _RESULTS
         if self.folder.is_file():
             raise UserError("the output is a file", where=self.folder, fix="Give another --output")
         if not path.is_file():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
-                what = "the folder exists and holds something else"
-                raise UserError(what, where=self.folder, fix="Give another --output")
+            self.refuse_other_things()
             return {}
         try:
             values = json.loads(path.read_bytes())
@@ -192,45 +281,85 @@ class _Study:
             grid, seeds, done = values["grid"], values["seeds"], dict(values["done"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"not the results of a fine-tuning: {error}", where=path) from error
-        check_same(old, self.config)
-        if grid != self.grid or seeds != self.seeds:
-            what = f"the folder holds a study with rates {grid} and seeds {seeds}"
-            raise UserError(what, where=self.folder, fix="Give another --output, or the same again")
+        changes = differences(old, self.config)
+        if grid != self.rates:
+            changes.append(f"the grid is {grid} there and {self.rates} here")
+        if seeds != self.seeds[: len(seeds)]:
+            changes.append(f"the seeds are {seeds} there and {self.seeds} here")
+        if changes:
+            what = f"the folder holds another study: {'; '.join(changes[:6])}"
+            fix = "Give another --output; seeds may be added behind those that are there"
+            raise UserError(what, where=self.folder, fix=fix)
         return done
+
+    def refuse_other_things(self) -> None:
+        """Refuses a folder that holds more than the first run of a study, not at its end yet."""
+        first = [*self.grid, f"seed-{self.seeds[0]}"][0]
+        folder, *inside = first.split("/")
+        there = _names(self.folder) - {folder}
+        there |= _names(self.folder / folder) - {*inside} if inside else set()
+        if there:
+            what = f"the folder holds something else: {', '.join(sorted(there)[:4])}"
+            raise UserError(what, where=self.folder, fix="Give another --output")
 
     def save(self, result: FinetuneResult | None = None) -> None:
         values: dict[str, Any] = {
             "config": self.config.to_json(),
-            "grid": self.grid,
+            "grid": self.rates,
             "seeds": self.seeds,
             "done": self.done,
         }
         if result is not None:
-            values["learning_rate"], values["measured_on"] = (
-                result.learning_rate,
-                self.measured_on(),
-            )
+            values["learning_rate"] = result.learning_rate
+            values["measured_on"] = result.measured_on
             values["mean"], values["deviation"] = result.mean, result.deviation
         write_aside(self.folder / _RESULTS, (json.dumps(values, indent=2) + "\n").encode())
 
+    def keep_first_seed(self, result: FinetuneResult) -> None:
+        """Copies the first seed's model, with a card that tells of all of them."""
+        source, best = self.folder / f"seed-{self.seeds[0]}" / "best", self.folder / "best"
+        if not best.exists():
+            aside = self.folder / ".best.partial"
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(source, aside)
+            os.rename(aside, best)
+        card = (source / "README.md").read_text("utf-8").replace(str(source), str(best))
+        card += f"\n## The study\n\nThis is the run with seed {self.seeds[0]}. "
+        card += f"Accuracy on the {result.measured_on} images: {result.summary()}.\n"
+        if self.rates:
+            card += f"The learning rate {result.learning_rate:g} was chosen on held-out training "
+            card += f"images from {', '.join(f'{each:g}' for each in self.rates)}.\n"
+        write_aside(best / "README.md", card.encode())
+
     def tell(self, result: FinetuneResult) -> None:
-        rows = [[f"rate {rate:g}", "held out", f"{each:.2%}"] for rate, each in result.grid.items()]
+        rows = [
+            [f"rate {rate:g}", "held out", "diverged" if each is None else f"{each:.2%}"]
+            for rate, each in result.grid.items()
+        ]
         on = result.measured_on
         rows += [[f"seed {seed}", on, f"{each:.2%}"] for seed, each in result.accuracies.items()]
         self.say("")
         for line in table(["run", "images", "accuracy"], rows, left=2):
             self.say(line)
-        spread = "" if result.deviation is None else f" +- {result.deviation:.2%}"
-        runs = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
-        text = f"{on} accuracy {result.mean:.2%}{spread} ({runs}, rate {result.learning_rate:g})"
+        self.say("")
+        text = f"{on} accuracy {result.summary()}, learning rate {result.learning_rate:g}"
         self.report.say(text, style="bold green")
-        self.say(f"model    {self.folder / 'best'} (that of seed {self.seeds[0]})")
+        self.say(f"model    {self.folder / 'best'} (of seed {self.seeds[0]})")
+        self.say(f"table    {self.folder / _RESULTS}")
 
     def say(self, text: str) -> None:
         self.report.say(text)
 
 
-def _accuracy(result: TrainResult) -> float:
-    shown = result.test or result.validation
-    assert shown is not None
-    return shown.top1
+def _names(folder: Path) -> set[str]:
+    there = [each.name for each in folder.iterdir()] if folder.is_dir() else []
+    return {name for name in there if not name.endswith(".partial")}
+
+
+def _last_accuracy(run: Path) -> float:
+    with (run / "results.csv").open(newline="") as file:
+        return float(list(csv.DictReader(file))[-1]["validation_top1"])
+
+
+def _has_diverged(error: UserError) -> bool:
+    return isinstance(error.__context__, NotFiniteError) or "has diverged" in error.what

@@ -31,7 +31,7 @@ from mlp_mixer.training.measure import measure
 from mlp_mixer.training.pictures import curves, training_batch
 from mlp_mixer.training.recipes import recipe
 from mlp_mixer.training.resume import config_of, goes_on
-from mlp_mixer.training.run_folder import RunFolder, environment, planned_path
+from mlp_mixer.training.run_folder import RunFolder, check_tensorboard, environment, planned_path
 from mlp_mixer.training.schedule import check_warmup
 from mlp_mixer.training.start import build_model, length
 from mlp_mixer.training.state import RunState
@@ -75,6 +75,8 @@ def train(config: TrainConfig | str = "digits", *, quiet: bool = False) -> Train
         if world.size > 1 and config.output is None:
             what = "several processes share one run folder, and a restart must find it again"
             raise UserError(what, where="--output", fix="Give it a name: --output runs/NAME")
+        if config.tensorboard:
+            check_tensorboard()
         path = world.from_first(lambda: planned_path(config))
         is_old = world.from_first(lambda: goes_on(path, config))
         splits = open_training_data(config.data)

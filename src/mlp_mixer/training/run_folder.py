@@ -66,7 +66,14 @@ class RunFolder:
                 raise UserError(what, where=self.path, fix=fix) from error
             what = f"cannot make the run folder: {error.strerror}"
             raise UserError(what, where=self.path, fix="Give another --output") from error
+        self._forget_killed()
         self.write_json("config.json", config.to_json())
+
+    def _forget_killed(self) -> None:
+        """Removes what a killed run was writing; nobody else writes here while it is locked."""
+        for folder in (self.path, self.plots, self.best, self.path / "test"):
+            for left in folder.glob(".*.partial"):
+                left.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Lets another process have the folder."""
@@ -113,17 +120,9 @@ class RunFolder:
             write_aside(self.path / name, (json.dumps(values, indent=2) + "\n").encode())
 
     def open_events(self, step: int) -> None:
-        """Writes TensorBoard's event files too, from this step on.
+        """Writes TensorBoard's event files too, from this step on; see `check_tensorboard`."""
+        from torch.utils.tensorboard import SummaryWriter
 
-        Raises:
-            UserError: the package is not installed.
-        """
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            what = "tensorboard=true needs the package tensorboard"
-            fix = "pip install 'mlp_mixer[tensorboard]'"
-            raise UserError(what, fix=fix) from error
         if self.writes:
             self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
 
@@ -176,6 +175,16 @@ def planned_path(config: TrainConfig) -> Path:
         number += 1
         path = Path("runs") / f"{stem}_{number}"
     return path
+
+
+def check_tensorboard() -> None:
+    """Raises UserError where the package that writes TensorBoard's files is not installed."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        what = "tensorboard=true needs the package tensorboard"
+        fix = "pip install 'mlp_mixer[tensorboard]'"
+        raise UserError(what, fix=fix) from error
 
 
 def _step_of(line: str, otherwise: int) -> int:

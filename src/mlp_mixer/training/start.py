@@ -86,9 +86,7 @@ def _from_weights(
     if best is not None and _can_replace_first_weights(best):
         source, is_own = str(best), True
     report = Reporter(quiet=quiet or is_own, stderr=True)
-    model = load_model(
-        source, settings.image_size, growth=settings.growth, quiet=quiet or is_own
-    )
+    model = load_model(source, settings.image_size, growth=settings.growth, quiet=quiet or is_own)
     _check_channels(model, source)
     model, names = _with_head_for(model, class_names, report)
     if names is not None and settings.head_bias and not is_own:
@@ -98,8 +96,12 @@ def _from_weights(
         start_head_bias(model, settings.head_bias)
     if settings.overrides:  # those of `ModelSettings`, which need no other tensors
         trained, preprocessing = model.state_dict(), model.preprocessing
+        try:
+            architecture = dataclasses.replace(model.config, **settings.overrides)
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error), where="model.overrides") from error
         with torch.device("meta"):
-            model = model_from_config(dataclasses.replace(model.config, **settings.overrides))
+            model = model_from_config(architecture)
         model.load_state_dict(trained, assign=True)
         model.preprocessing = preprocessing
     return model, names or class_names

@@ -116,7 +116,7 @@ class RunState:
         self.data = fingerprint
         if is_old:
             self.run_folder.go_back_to(self.step)
-        else:
+        if found is None:
             self.run_folder.write_json("environment.json", surroundings)
         self.updater.choose_micro_batch(micro_batch_size)
         if self.config.tensorboard:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.exc import InductorError
 
+from mlp_mixer.errors import UserError
 from mlp_mixer.models.layers import ImageClassifier, set_stochastic_depth
 from mlp_mixer.training.compute import Compute, free_memory
 from mlp_mixer.training.config import TrainConfig
@@ -84,14 +83,15 @@ class Updater:
         """Settles how many images pass through the model at once.
 
         Args:
-            before: what the run used before it was stopped; gradients are added up in the same
-                parts then, so that it goes on with the same bits. None: a new choice.
+            before: what the run used before it was stopped; unless the settings name a number,
+                gradients are added up in the same parts, so that it goes on with the same bits.
+                None: a new choice.
 
         Raises:
             UserError: not even one image fits into memory.
         """
         share = self.config.batch_size // self.world.size
-        chosen = before or self.config.micro_batch_size
+        chosen = self.config.micro_batch_size or before
         if chosen is None:
             chosen = -self.world.largest(-self._what_fits(share))  # the smallest of all processes
         self.micro_batch_size = min(chosen, share)
@@ -143,7 +143,26 @@ class Updater:
         return result
 
     def gradient(self, images: Tensor, targets: Tensor, kept: Tensor, dropout_seed: int) -> float:
-        """Puts the gradient of the mean loss into the parameters; returns this process's loss."""
+        """Puts the gradient of the mean loss into the parameters; returns this process's loss.
+
+        Raises:
+            UserError: the GPU's memory is too small, and parts half as large would not be either,
+                or other processes would have to take them too.
+        """
+        while True:
+            try:
+                return self._gradient(images, targets, kept, dropout_seed)
+            except torch.OutOfMemoryError as error:
+                half = self.micro_batch_size // 2
+                if half < 1 or self.world.size > 1:
+                    what = f"{self.micro_batch_size} images at once do not fit into the GPU"
+                    fix = f"--set micro_batch_size={max(1, half)}, or a smaller model or image size"
+                    raise UserError(what, where="micro_batch_size", fix=fix) from error
+            torch.cuda.empty_cache()
+            self.micro_batch_size = half
+            self.say(f"memory   too little for more: {half} images at once from here on")
+
+    def _gradient(self, images: Tensor, targets: Tensor, kept: Tensor, dropout_seed: int) -> float:
         torch.manual_seed(dropout_seed)
         # Frozen features are those of evaluation, without dropped branches.
         self.model.train(self.config.model.trained == "all")
@@ -171,7 +190,10 @@ class Updater:
             return self.network(images)
         try:
             return self.compiled(images)
-        except (TorchDynamoException, InductorError) as error:
+        except RuntimeError as error:
+            # By name: importing the compiler for its exceptions takes as long as importing torch.
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
             self.compiled = None
             first = str(error).strip().splitlines()[0][:200]
             self.say(f"note     not compiled after all: {first}")

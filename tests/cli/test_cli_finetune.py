@@ -1,0 +1,160 @@
+"""`mixer finetune` as a user types it: what is said, what is refused, and what it hands over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mlp_mixer as mm
+from conftest import make_class_folder, mixer, tiny_model
+from mlp_mixer.training import finetune as study
+from mlp_mixer.training import loop
+
+SHORT = ("--steps", 4, "--batch-size", 8, "--num-workers", 0, "--device", "cpu")
+SHORT += ("--set", "optimizer.warmup=1", "--set", "evaluate_every=2")
+
+
+@pytest.fixture
+def place(class_folder: Path) -> Path:
+    """A folder with weights of ant, bee and cat, and data of these with train/ and val/."""
+    torch.manual_seed(0)
+    model = tiny_model(3)
+    model.class_names = ["ant", "bee", "cat"]
+    mm.save_model(model, class_folder.parent / "weights")
+    return class_folder.parent
+
+
+@pytest.fixture
+def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[tuple[mm.TrainConfig, dict[str, Any]]]:
+    """Nothing is trained; what would be."""
+    calls: list[tuple[mm.TrainConfig, dict[str, Any]]] = []
+    monkeypatch.setattr(loop, "train", lambda config: calls.append((config, {})))
+    monkeypatch.setattr(study, "finetune", lambda config, **given: calls.append((config, given)))
+    return calls
+
+
+def test_one_run(capsys, place):
+    run = place / "run"
+    line = ("finetune", place / "weights", "--data", place / "data", "--output", run, *SHORT)
+    code, out, err = mixer(capsys, *line, "--image-size", 16, "--seeds", 7)
+    assert code == 0
+    assert "recipe finetune, seed 7: 4 steps, batch 8" in out
+    assert f"begins with the weights {place / 'weights'}" in out
+    assert f"mixer evaluate {run} --data {place / 'data'}:validation" in out
+    assert err == (
+        "grown    8x8 -> 16x16 pixels: block-diagonal, 2x2 tiles\n"
+        "head     kept: the weights know these 3 classes\n"
+    )
+    assert mm.load_model(run).config.image_size == (16, 16)
+    code, out, _ = mixer(capsys, "train", "--resume", run)
+    assert code == 0
+    assert "resumed  after step 4 of 4" in out
+
+
+def test_a_study(capsys, place):
+    make_class_folder(place / "data" / "test", {"ant": 2, "bee": 2}, start=400)
+    line = ("finetune", place / "weights", "--data", place / "data", "--output", place / "out")
+    line += (*SHORT, "--grid", 0.01, "--seeds", 4, 5)
+    code, out, _ = mixer(capsys, *line)
+    assert code == 0
+    assert out.startswith("study    rates 0.01, judged on 10% of the training images; then seeds 4")
+    assert "=== rate 0.01: 1 of 1 in the grid\n" in out
+    assert "=== seed 5: final run 2 of 2, on all training images\n" in out
+    assert "(mean and standard deviation of seeds 4, 5), learning rate 0.01\n" in out
+    again = mixer(capsys, *line)
+    assert again[0] == 0
+    assert again[1].splitlines()[-8:] == out.splitlines()[-8:]
+    code, out, _ = mixer(capsys, "predict", place / "out", place / "data" / "val" / "bee" / "0.png")
+    assert code == 0
+    assert "bee" in out
+    code, _, err = mixer(capsys, *line, "--set", "loss=sigmoid")
+    assert code == 2
+    assert "the folder holds another study: loss is 'softmax' there and 'sigmoid' here" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "rates", "seeds"),
+    [
+        (["--grid"], (0.003, 0.01, 0.03, 0.06), (0,)),
+        (["--grid", "--recipe", "finetune_vtab"], (0.003, 0.01, 0.03), (0,)),
+        (["--grid", "0.5", "--seeds", "3"], (0.5,), (3,)),
+        (["--seeds", "3", "4"], (), (3, 4)),
+        (["--grid", "--set", "seed=9"], (0.003, 0.01, 0.03, 0.06), (9,)),
+    ],
+)
+def test_the_grid_and_the_seeds(capsys, handed_over, flags, rates, seeds):
+    assert mixer(capsys, "finetune", "w", "--data", "digits", "--output", "o", *flags)[0] == 0
+    ((config, given),) = handed_over
+    assert given == {"grid": rates, "seeds": seeds}
+    assert (config.model.weights, config.output, config.seed) == ("w", "o", seeds[0])
+
+
+def test_the_recipe_goes_by_the_number_of_images(capsys, handed_over):
+    mixer(capsys, "finetune", "w", "--data", "digits", "--learning-rate", 0.5)
+    mixer(capsys, "finetune", "w", "--data", "digits", "--recipe", "finetune_cifar")
+    mixer(capsys, "finetune", "w", "--data", "digits", "--epochs", 40)
+    mixer(capsys, "finetune", "w", "--data", "digits", "--epochs", 40, "--set", "evaluate_every=5")
+    small, cifar, epochs, often = (config for config, _ in handed_over)
+    assert (small.recipe, small.steps, small.optimizer.learning_rate) == ("finetune", 500, 0.5)
+    assert (cifar.steps, cifar.optimizer.learning_rate) == (10_000, 0.03)
+    assert small.model.overrides == {"stochastic_depth": 0.0}
+    assert (epochs.epochs, epochs.steps, epochs.evaluate_every) == (40, None, 2)
+    assert often.evaluate_every == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "no such model: 'nowhere'"),
+        (["mixer_b16"], "'mixer_b16' is an architecture and has no weights of its own"),
+        (["EMPTY"], "the folder has no weights"),
+        ([""], "begins with trained weights, and none are given"),
+        (["WEIGHTS", "--recipe", "finetune_petz"], "unknown recipe 'finetune_petz'"),
+        (["WEIGHTS", "--recipe", "imagenet_b16"], "imagenet_b16 trains from random weights"),
+        (["WEIGHTS", "--grid", "--learning-rate", "1"], "--learning-rate 1 has no effect beside"),
+        (["WEIGHTS", "--growth", "resample"], "--growth says how to reach another image size"),
+        (["WEIGHTS", "--image-size", "8", "--growth", "x"], "model.growth must be one of"),
+        (["WEIGHTS", "--image-size", "9"], "not divisible by the patch size"),
+        (["WEIGHTS", "--seeds", "0", "0"], "each value counts once, got 0 0"),
+        (["WEIGHTS", "--grid", "0.1", "0.1"], "each value counts once, got 0.1 0.1"),
+        (["WEIGHTS", "--grid", "0"], "optimizer.learning_rate must be above 0, got 0.0"),
+        (["WEIGHTS", "--grid", "--output", "FILE"], "the output is a file"),
+        (["WEIGHTS", "--output", "FILE"], "the run folder is a file"),
+        (["WEIGHTS", "--grid", "--output", "DATA"], "the folder holds something else"),
+        (["WEIGHTS", "--data", "nowhere"], "no such data: 'nowhere'"),
+        (["WEIGHTS", "--data", "VAL"], "the data has no train split"),
+        (["WEIGHTS", "--data", "VAL", "--grid"], "the data has no train split"),
+        (["WEIGHTS", "--data", "VAL", "--recipe", "finetune_pets", "--grid"], "no train split"),
+        (["WEIGHTS", "--steps", "50"], "100 steps of warm-up, and the whole run has 50"),
+        (["WEIGHTS", "--set", "model.name=mixer_b16"], "model.name=mixer_b16 has no effect"),
+        (["WEIGHTS", "--set", "model.overrides.patch_size=2"], "it is that of the weights"),
+        (["WEIGHTS", "--set", "model.overrides.dropout=9"], "dropout"),
+    ],
+)
+def test_mistakes(capsys, place, monkeypatch, arguments, message):
+    monkeypatch.chdir(place)
+    (place / "empty").mkdir()
+    (place / "file").write_text("x")
+    data = place / "data"
+    names = {"WEIGHTS": place / "weights", "EMPTY": place / "empty", "FILE": place / "file"}
+    names |= {"DATA": data, "VAL": f"{data}:val"}
+    words = [names.get(each, each) for each in arguments]
+    defaults = [("--data", data), ("--output", place / "out"), ("--device", "cpu")]
+    words += [each for pair in defaults if pair[0] not in words for each in pair]
+    before = sorted(place.rglob("*"))
+    code, _, err = mixer(capsys, "finetune", *words)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2
+    assert len(errors) == 1
+    assert message in err
+    assert "Traceback" not in err
+    assert sorted(place.rglob("*")) == before  # nothing written
+
+
+def test_a_checkpoint_is_required(capsys):
+    code, out, err = mixer(capsys, "finetune", "--data", "digits")
+    assert code == 2
+    assert "CHECKPOINT" in out + err

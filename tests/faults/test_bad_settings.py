@@ -1,0 +1,205 @@
+"""A mistake in the command: exit code 2, one message, nothing made or changed (fault test 24)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import mlp_mixer as mm
+from conftest import mixer
+from mlp_mixer.training import loop
+from runs import files, make_data, run_config, train, typed_settings
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data and a finished run, which nothing here may change."""
+    folder = tmp_path_factory.mktemp("old")
+    train(run_config(make_data(folder / "data"), folder / "run", steps=4, evaluate_every=4))
+    return folder
+
+
+def refused(
+    capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object
+) -> tuple[str, list[str]]:
+    """Runs the command, checks that it did nothing, and returns the message and its lines."""
+    before = files(folder)
+    code, out, err = mixer(capsys, *arguments)
+    assert code == 2, err
+    assert out == ""
+    assert files(folder) == before
+    assert err.startswith("error: ")
+    assert err.count("error: ") == 1
+    assert "Traceback" not in err
+    return err, err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("typed", "message", "fix"),
+    [
+        ("--set optimizer.learning_rat=0.1", "unknown setting 'optimizer.learning_rat'", "learn"),
+        ("--set optimiser.name=sgd", "unknown setting 'optimiser'", "Did you mean optimizer"),
+        ("--set batch_size.x=1", "unknown setting 'batch_size'", None),
+        ("--set batch_size=eight", "batch_size must be a value of type int, got 'eight'", None),
+        ("--set batch_size=8.0", "batch_size must be a value of type int, got 8.0", None),
+        ("--set augment.flip=2", "augment.flip must be a value of type bool, got 2", None),
+        ("--set optimizer.learning_rate='1e-3'", "learning_rate must be .* got '1e-3'", None),
+        ("--set optimizer.learning_rate=nan", "learning_rate must be .*, got 'nan'", None),
+        ("--learning-rate inf", "learning_rate must be a finite number, got inf", None),
+        ("--batch-size=-8", "batch_size must be at least 1, got -8", None),
+        ("--epochs 0", "epochs must be at least 1, got 0", None),
+        ("--set data.num_workers=-1", "data.num_workers must be at least 0, got -1", None),
+        ("--set optimizer.weight_decay=-0.1", "weight_decay must be at least 0, got -0.1", None),
+        ("--seed=-1", "seed must be at least 0 and below", None),
+        ("--set loss=hinge", r"loss must be one of \['softmax', 'sigmoid'\], got 'hinge'", None),
+        ("--epochs 2 --steps 9", "epochs=2 and steps=9: one of them says", "--epochs N or"),
+        ("--set optimizer.name=sgd", "weight_decay=0.1 has no effect with sgd", "weight_decay=0"),
+        ("--set patience=3 --holdout 0", "patience=3 has no effect without validation", "null"),
+        ("--set keep_checkpoints=0 --set checkpoint_every=5", "no effect: none are kept", "=2"),
+        ("--set augment.elastic=-1", "augment.elastic must be at least 0 and below 1", None),
+        ("--set label_smoothing=0.1 --set loss=sigmoid", "no effect with the sigmoid loss", "=0"),
+        ("--holdout 0.2", "holdout 0.2 has no effect: the data has validation", "Leave it out"),
+        ("--set optimizer.warmup=900 --steps 30", "never reach its learning rate", "warmup"),
+        ("--set x", "--set takes section.name=value, got 'x'", "for example"),
+    ],
+)
+def test_settings(old, tmp_path, capsys, monkeypatch, typed, message, fix):
+    monkeypatch.setattr(loop, "announce", lambda *_: pytest.fail("the run began"))
+    run = tmp_path / "run"
+    given = ["train", "--data", old / "data", "--output", run, *typed.split()]
+    text, lines = refused(capsys, tmp_path, *given)
+    assert re.search(message, lines[0]), text
+    assert fix is None or fix in text.partition("to fix: ")[2]
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["--batch-size eight", "--learning-rate fast", "--epochs", "--set", "--nonsense 3", "recipe x"],
+)
+def test_flags(old, tmp_path, capsys, typed: str):
+    code, out, err = mixer(
+        capsys, "train", "--data", old / "data", "--output", tmp_path / "run", *typed.split()
+    )
+    assert code == 2
+    assert "Traceback" not in out + err
+    assert typed.split()[-1].removeprefix("--") in out + err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_only_the_model_shows_leaves_nothing_either(old, tmp_path, capsys):
+    """Muon has nothing to move in a linear probe."""
+    typed = ["--set", f"model.weights={old / 'run'}", "--set", "model.name=", "--image-size", "8"]
+    typed += ["--set", "model.trained=head", "--set", "optimizer.name=muon"]
+    run = tmp_path / "run"
+    text, _ = refused(
+        capsys, tmp_path, "train", "--data", old / "data", "--output", run, "--epochs", 20, *typed
+    )
+    assert "--set optimizer.name=adamw" in text
+    assert not run.exists()
+
+
+# The run folder
+
+
+def test_another_run_is_there(old, capsys):
+    config = run_config(old / "data", old / "run", steps=5, evaluate_every=4, seed=3)
+    config = config.with_values({"model.image_size": 16, "model.overrides.hidden_dim": 32})
+    text, _ = refused(capsys, old, *typed_settings(config))
+    assert text.startswith("error: the run folder holds a run with other settings: ")
+    for words in (
+        "model.overrides.hidden_dim is 16 there and 32 here",
+        "model.image_size is 8 there and 16 here",
+        "steps is 4 there and 5 here",
+        "seed is 0 there and 3 here",
+    ):
+        assert words in text
+    assert f"mixer train --resume {old / 'run'}" in text
+    text, _ = refused(capsys, old, "train", "--resume", old / "run", "--seed", 3)
+    assert "with other settings: seed is 0 there and 3 here" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "the settings have version 2, this program knows 1"),
+        ({"batch_siz": 8}, "unknown setting 'batch_siz'"),
+        ({"optimizer": {"learning_rate": "1e-3"}}, "optimizer.learning_rate must be .* '1e-3'"),
+        ({"batch_size": "8"}, "batch_size must be a value of type int, got '8'"),
+        ({"batch_size": -8}, "batch_size must be at least 1, got -8"),
+        ({"optimizer": 3}, "optimizer. must be an object, got 3"),
+        ({"steps": 4, "epochs": 4}, "epochs=4 and steps=4: one of them says how long to run"),
+        ([], "this config.json is not that of a training run"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_config_that_is_not_ours(tmp_path, capsys, change, message):
+    run = tmp_path / "run"
+    run.mkdir()
+    values = run_config(tmp_path / "data", run).to_json()
+    text = change if isinstance(change, str) else json.dumps(change)
+    (run / "config.json").write_text(
+        json.dumps({**values, **change}) if isinstance(change, dict) else text
+    )
+    text, lines = refused(capsys, tmp_path, "train", "--resume", run)
+    assert re.search(message, lines[0]), text
+    assert f"where: {run / 'config.json'}" in text
+
+
+def test_resume_of_what_is_no_run(old, tmp_path, capsys):
+    text, _ = refused(capsys, old, "train", "--resume", old / "run" / "best")
+    assert "not that of a training run" in text
+    assert "to fix: Give the run folder, not best/" in text
+    (tmp_path / "empty").mkdir()
+    for folder, what in ((tmp_path / "empty", "not a run folder"), (tmp_path / "no", "no such")):
+        text, _ = refused(capsys, tmp_path, "train", "--resume", folder)
+        assert what in text
+        assert f"where: {folder}" in text
+    assert not (tmp_path / "no").exists()
+    for extra in (["--output", tmp_path / "new"], ["digits"]):
+        text, _ = refused(capsys, tmp_path, "train", *extra, "--resume", old / "run")
+        assert "and --output has no effect" in text or "the recipe digits has no effect" in text
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_kept_no_checkpoints(tmp_path, capsys):
+    config = run_config(make_data(tmp_path / "data"), tmp_path / "run", steps=4, evaluate_every=4)
+    train(config.with_value("keep_checkpoints", 0))
+    text, _ = refused(capsys, tmp_path, "train", "--resume", tmp_path / "run")
+    assert "kept no checkpoints and cannot be continued" in text
+
+
+@pytest.mark.parametrize("place", ["file/run", "locked/run", "nowhere"])
+def test_a_run_folder_that_cannot_be_made(old, tmp_path, capsys, place: str):
+    run = tmp_path / place
+    if place == "file/run":
+        (tmp_path / "file").write_text("x")
+    elif place == "locked/run":
+        if os.name == "nt" or os.geteuid() == 0:
+            pytest.skip("the superuser may write everywhere")
+        (tmp_path / "locked").mkdir(mode=0o500)
+    else:  # where even the superuser cannot write
+        if not Path("/proc/self").exists():
+            pytest.skip("there is no /proc")
+        run = Path("/proc/nowhere/run")
+    code, out, err = mixer(capsys, "train", "--data", old / "data", "--output", run)
+    assert code == 2
+    assert err.startswith("error: cannot make the run folder: ")
+    assert f"where: {run}" in err
+    assert out == ""
+    assert not run.exists()
+
+
+def test_the_same_from_python(old, tmp_path):
+    config = run_config(old / "data", tmp_path / "run")
+    with pytest.raises(
+        mm.UserError, match="unknown setting 'batch_siz'\nto fix: Did you mean batch"
+    ):
+        config.with_value("batch_siz", 8)
+    with pytest.raises(mm.UserError, match="there is no such run folder"):
+        mm.resume(tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,176 @@
+"""SIGTERM and Ctrl-C: the run is saved and says how to go on (fault test 11)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlp_mixer.training import loop
+from runs import (
+    DROPOUT,
+    check_same,
+    digest,
+    losses_of,
+    make_data,
+    results_of,
+    run_config,
+    start,
+    steps_of,
+    train,
+    typed_settings,
+    unix,
+    until,
+)
+
+pytestmark = unix
+
+MIXER = Path(sys.executable).with_name("mixer")
+LONG = {**DROPOUT, "steps": 150, "evaluate_every": 50, "data__num_workers": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("signals") / "data")
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path) -> Path:
+    return train(run_config(data, data.parent / "straight"))
+
+
+@pytest.fixture(scope="module")
+def long(data: Path) -> Path:
+    """A longer run that nothing stopped."""
+    return train(run_config(data, data.parent / "long", **LONG))
+
+
+def popen(command: str) -> subprocess.Popen[str]:
+    """Starts a command as a terminal does, at the head of a group of processes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command,
+        shell=True,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+        env=environment,
+    )
+
+
+@pytest.mark.slow
+def test_the_command_itself(data: Path, long: Path, tmp_path: Path):
+    """Sent to the whole group, as a terminal and a cluster do: the loader workers get it too."""
+    stops = {tmp_path / "term": (signal.SIGTERM, 143), tmp_path / "int": (signal.SIGINT, 130)}
+    running: list[subprocess.Popen[str]] = []
+    printed: list[str] = []
+    try:
+        for run in stops:
+            words = [MIXER, *typed_settings(run_config(data, run, **LONG))]
+            running.append(popen(f"exec {shlex.join(map(str, words))}"))
+        waiting = dict(zip(stops, running, strict=True))
+        while waiting:
+            until(lambda: any(_steps(run)[2:] for run in waiting), 60.0)
+            run = next(run for run in waiting if _steps(run)[2:])
+            os.killpg(waiting.pop(run).pid, stops[run][0])
+        for process, (run, (_, code)) in zip(running, stops.items(), strict=True):
+            out, err = process.communicate(timeout=60)
+            assert process.returncode == code, out + err
+            assert "stopping: the run saves at the end of this step" in err
+            assert "Traceback" not in out + err
+            done = int(re.findall(r"stopped after step (\d+) of 150", out)[0])
+            assert (run / "checkpoints" / f"step-{done:08d}" / "manifest.json").exists()
+            assert done < 145
+            printed += re.findall(r"to go on: (.+)", out)
+        running = [popen(command) for command in printed]
+        logged = [each for each in steps_of(long) if each["step"] in (*range(0, 150, 10), 149)]
+        for process, run in zip(running, stops, strict=True):
+            out, err = process.communicate(timeout=60)
+            assert process.returncode == 0, out + err
+            assert re.search(r"resumed  after step \d+ of 150", out)
+            assert steps_of(run) == logged
+            assert results_of(run) == results_of(long)
+            assert digest(run / "best/model.safetensors") == digest(long / "best/model.safetensors")
+    finally:
+        for process in running:
+            process.kill()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_it_at_once(data, straight, tmp_path, number: int, code: int):
+    config = run_config(data, tmp_path / "run", checkpoint_every=6)
+    process = start(config, tmp_path / "said", "before_step(patch, 16, lambda _: time.sleep(600))")
+    saved = tmp_path / "run" / "checkpoints" / "step-00000012"
+    until(lambda: len(_steps(tmp_path / "run")) == 16 and saved.exists(), 30.0, process.said)
+    process.send(number)
+    until(lambda: "stopping: the run saves" in process.said(), 10.0, process.said)
+    assert process.poll() is None
+    process.send(number)
+    assert process.wait(5.0) == code
+    assert process.said().splitlines()[-1] == "stopped at once; the last checkpoint counts"
+    again = start(config, tmp_path / "again")
+    assert again.wait() == 0, again.said()
+    assert "resumed  after step 12 of 30" in again.said()
+    assert steps_of(tmp_path / "run") == steps_of(straight)
+
+
+def test_torchrun_passes_on_a_signal_that_came_already(data, straight, tmp_path):
+    """Ctrl-C reaches the whole group, and torchrun sends it once more: that is one request."""
+    config = run_config(data, tmp_path / "run")
+    fault = "before_step(patch, 16, lambda _: time.sleep(2))"
+    process = start(config, tmp_path / "said", fault, {"TORCHELASTIC_RUN_ID": "none"})
+    until(lambda: len(_steps(tmp_path / "run")) == 16, 30.0, process.said)
+    process.send(signal.SIGINT)
+    until(lambda: "stopping: the run saves" in process.said(), 10.0, process.said)
+    process.send(signal.SIGTERM)
+    assert process.wait() == 130
+    assert "stopped at once" not in process.said()
+    assert "stopped after step 17 of 30" in process.said()
+    check_same(train(config), straight)
+
+
+def test_in_the_middle_of_an_evaluation(data, straight, tmp_path, monkeypatch):
+    measure = loop.measure
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*arguments)
+
+    config = run_config(data, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "measure", interrupted)
+        with pytest.raises(SystemExit) as end:
+            train(config)
+    assert end.value.code == 143
+    assert results_of(tmp_path / "run") == results_of(straight)[:1]
+    assert len(losses_of(tmp_path / "run")) == 10
+    check_same(train(config), straight)
+
+
+def test_the_callers_handlers_come_back(data, tmp_path):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    train(run_config(data, tmp_path / "run"), stop_after=2)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_ctrl_c_while_the_pictures_are_drawn(data, straight, tmp_path):
+    """The training is done then, and the same command measures and draws."""
+    config = run_config(data, tmp_path / "run")
+    fault = "patch.setattr(summary, 'load_model', lambda _: os.kill(os.getpid(), signal.SIGINT))"
+    process = start(config, tmp_path / "said", fault)
+    assert process.wait() == 130
+    assert process.said().splitlines()[-1] == "stopped"
+    check_same(train(config), straight)
+
+
+def _steps(run: Path) -> list[str]:
+    path = run / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []

@@ -1,0 +1,309 @@
+"""Runs for the fault tests: how they are started, stopped and killed, and what they leave.
+
+`start` runs the command in a forked process: this file, run as a script, imports everything once
+and forks for every command, so that one costs a second and not five.
+"""
+
+from __future__ import annotations
+
+import atexit
+import csv
+import functools
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mlp_mixer as mm
+from conftest import TINY, make_class_folder, tiny_config
+from mlp_mixer.cli.main import main
+from mlp_mixer.training import loop, summary
+from mlp_mixer.training.resume import _flat
+
+unix = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks as Unix has them")
+
+# All that draws random numbers, and all that is state; dropout alone depends on the world size.
+RANDOM = {
+    "augment__randaugment": 15.0,
+    "augment__mixup": 0.5,
+    "augment__cutmix": 1.0,
+    "augment__mix_until": 0.8,
+    "optimizer__average": 0.9,
+    "optimizer__learning_rate": 0.01,
+    "model__overrides": {**TINY, "stochastic_depth": 0.3},
+}
+DROPOUT = {"model__overrides": {**TINY, "stochastic_depth": 0.3, "dropout": 0.1}}
+
+
+def run_config(data: Path, output: Path, **changes: object) -> mm.TrainConfig:
+    """Thirty steps of 8 of the 20 images: an epoch ends within a step."""
+    values: dict[str, object] = {"steps": 30, "evaluate_every": 10, **RANDOM, **changes}
+    return tiny_config(str(data), output, **values)
+
+
+def make_data(folder: Path) -> Path:
+    """Twenty training and nine validation images of three classes."""
+    make_class_folder(folder / "train", {"ant": 6, "bee": 8, "cat": 6})
+    make_class_folder(folder / "val", {"ant": 3, "bee": 3, "cat": 3}, start=100)
+    return folder
+
+
+# Runs in this process
+
+
+def watch_every_step(patch: pytest.MonkeyPatch) -> None:
+    """Every step is logged, and the pictures, most of a tiny run's time, are left out."""
+    patch.setattr(loop, "LOG_EVERY", 1)
+    for module, names in ((loop, ("curves", "training_batch")), (summary, ("curves",))):
+        for name in (*names, "save_figure"):
+            patch.setattr(module, name, lambda *_: None)
+    patch.setattr(summary, "save_report", lambda *_: [])
+
+
+def before_step(patch: pytest.MonkeyPatch, number: int, act: Callable[[Any], None]) -> None:
+    """Lets `act` happen, with the Trainer, before the step of that number."""
+    train_step = loop.Trainer.train_step
+
+    def acting(self: loop.Trainer, step: int, batch: Any) -> None:
+        if step == number:
+            act(self)
+        train_step(self, step, batch)
+
+    patch.setattr(loop.Trainer, "train_step", acting)
+
+
+def train(
+    config: mm.TrainConfig | Path,
+    stop_after: int | None = None,
+    by: signal.Signals = signal.SIGTERM,
+) -> Path:
+    """Trains, or resumes a folder, and returns the run folder; a signal stops it after a step."""
+    folder = config if isinstance(config, Path) else Path(str(config.output))
+    go_on: Callable[[Any], object] = functools.partial(
+        mm.resume if isinstance(config, Path) else mm.train, quiet=True
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        watch_every_step(patch)
+        if stop_after is None:
+            go_on(config)
+            return folder
+        before_step(patch, stop_after - 1, lambda _: os.kill(os.getpid(), by))
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as end:
+            go_on(config)
+        stopped = end.type is KeyboardInterrupt or end.value.code == 143
+        assert stopped == (by in (signal.SIGINT, signal.SIGTERM))
+    return folder
+
+
+# The command in a process of its own
+
+
+@dataclass
+class Process:
+    """A command that runs, or has ended.
+
+    Attributes:
+        pid: of the process, which leads a session and a group of its own.
+        text: what it says, on both streams.
+    """
+
+    pid: int
+    text: Path
+    code: int | None = None
+
+    def said(self) -> str:
+        return self.text.read_text()
+
+    def send(self, number: int, *, to_group: bool = False) -> None:
+        (os.killpg if to_group else os.kill)(self.pid, number)
+
+    def poll(self) -> int | None:
+        """Returns the exit code, minus the signal that ended it, or None while it runs."""
+        if self.code is None:
+            self.code = _nursery().ask({"poll": self.pid})
+        return self.code
+
+    def wait(self, seconds: float = 60.0) -> int:
+        """Returns the exit code."""
+        until(lambda: self.poll() is not None, seconds, self.said)
+        assert self.code is not None
+        return self.code
+
+    def kill(self) -> int:
+        self.send(signal.SIGKILL)
+        return self.wait()
+
+
+def start(
+    arguments: mm.TrainConfig | list[object],
+    text: Path,
+    fault: str = "",
+    environment: dict[str, str] | None = None,
+) -> Process:
+    """Starts the command.
+
+    Args:
+        arguments: as typed after `mixer`, or the settings of a run.
+        text: the file for what it says.
+        fault: Python code that it runs first, with the names of this module.
+        environment: variables, beside those of this process.
+    """
+    typed = arguments if isinstance(arguments, list) else typed_settings(arguments)
+    order = {"arguments": [str(each) for each in typed], "text": str(text), "fault": fault}
+    return Process(_nursery().ask({**order, "environment": environment or {}}), text)
+
+
+def start_two(
+    config: mm.TrainConfig, text: Path, fault: str = "", **environment: str
+) -> list[Process]:
+    """Starts the command as rank 0 and 1, as torchrun would; the texts end in .0 and .1."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+    return [
+        start(
+            config,
+            text.with_name(f"{text.name}.{rank}"),
+            fault,
+            {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+
+
+def typed_settings(config: mm.TrainConfig) -> list[object]:
+    """Returns what to type after `mixer` for this run."""
+    default, values = _flat(mm.recipe("scratch").to_json()), _flat(config.to_json())
+    del values["output"]
+    changed = [f"{key}={value}" for key, value in values.items() if value != default.get(key)]
+    settings = [word for each in changed for word in ("--set", each)]
+    return ["train", "scratch", "--output", str(config.output), *settings]
+
+
+def until(true: Callable[[], object], seconds: float, text: Callable[[], str] = str) -> None:
+    """Waits until something is true, and fails with the text where that takes too long."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, text()
+        time.sleep(0.005)
+
+
+class Nursery:
+    """The process that forks the commands."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def ask(self, order: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@functools.cache
+def _nursery() -> Nursery:
+    nursery = Nursery()
+    atexit.register(nursery.close)
+    return nursery
+
+
+def _fork_commands() -> None:
+    """What the nursery does: one line of JSON in, one out."""
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "poll" in order:
+            pid, status = os.waitpid(order["poll"], os.WNOHANG)
+            print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+            continue
+        child = os.fork()
+        if child:
+            print(child, flush=True)
+            continue
+        os.setsid()
+        for descriptor, path in ((0, os.devnull), (1, order["text"])):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), descriptor)
+        os.dup2(1, 2)
+        os.environ.update(order["environment"])
+        command(order["arguments"], order["fault"])
+
+
+def command(arguments: list[str], fault: str) -> None:
+    """The command, with every step logged, no pictures and a fault."""
+    sys.argv = ["mixer", *arguments]
+    with pytest.MonkeyPatch.context() as patch:
+        watch_every_step(patch)
+        exec(fault, {**globals(), "patch": patch})
+        main(arguments)
+
+
+# What a run leaves
+
+
+def steps_of(run: Path) -> list[dict[str, float]]:
+    """Returns the lines of metrics.jsonl without the times."""
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def losses_of(run: Path) -> list[float]:
+    """Returns the loss of each step; every step must be there once and in order."""
+    steps = steps_of(run)
+    assert [each["step"] for each in steps] == list(range(len(steps)))
+    return [each["loss"] for each in steps]
+
+
+def results_of(run: Path) -> list[dict[str, str]]:
+    """Returns the lines of results.csv without the times."""
+    with (run / "results.csv").open(newline="") as file:
+        return [{**row, "seconds": ""} for row in csv.DictReader(file)]
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check_same(run: Path, straight: Path) -> None:
+    """Two runs are the same in every logged number, in their last full state and in best/."""
+    assert len(losses_of(run)) == len(losses_of(straight))
+    assert steps_of(run) == steps_of(straight)
+    assert results_of(run) == results_of(straight)
+    states = [
+        sorted((each / "checkpoints").glob("step-*/*.distcp"))[-1] for each in (run, straight)
+    ]
+    assert states[0].parent.name == states[1].parent.name
+    assert digest(states[0]) == digest(states[1])
+    assert digest(run / "best/model.safetensors") == digest(straight / "best/model.safetensors")
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Returns every file with its content, and every folder, to see that nothing changed."""
+    found = sorted(folder.rglob("*"))
+    return {str(each): digest(each) if each.is_file() else "folder" for each in found}
+
+
+if __name__ == "__main__":
+    _fork_commands()

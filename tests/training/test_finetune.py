@@ -1,0 +1,429 @@
+"""Fine-tuning studies: the grid and its held-out images, the seeds, and how a study goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import mlp_mixer as mm
+from conftest import draw, make_class_folder, tiny_model
+from mlp_mixer.training import finetune as study
+from mlp_mixer.training import loop
+from mlp_mixer.training.summary import TrainResult
+
+COUNTS = {"ant": 10, "bee": 12, "cat": 10}
+
+
+def settings(folder: Path, output: str = "study", **changes: object) -> mm.TrainConfig:
+    """Six steps of eight images, from `folder`/weights on `folder`/data."""
+    values: dict[str, object] = {
+        "model.weights": str(folder / "weights"),
+        "data.source": str(folder / "data"),
+        "output": str(folder / output),
+        "steps": 6,
+        "batch_size": 8,
+        "evaluate_every": 3,
+        "optimizer.warmup": 1,
+        "device": "cpu",
+        "data.num_workers": 0,
+    }
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return mm.recipe("finetune").with_values(values)
+
+
+def make_place(folder: Path) -> Path:
+    """A folder with weights of other classes, and data with train/ and test/."""
+    torch.manual_seed(0)
+    model = tiny_model(4)
+    model.class_names = ["w", "x", "y", "z"]
+    mm.save_model(model, folder / "weights")
+    make_class_folder(folder / "data" / "train", COUNTS)
+    make_class_folder(folder / "data" / "test", {"ant": 3, "bee": 3, "cat": 4}, start=200)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return make_place(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, mm.FinetuneResult]:
+    """A study of two rates and two seeds; while its grid runs there are no test images at all."""
+    place = make_place(tmp_path_factory.mktemp("finished"))
+    test, hidden = place / "data" / "test", place / "hidden"
+    train = study.train
+
+    def without_test_images(config: mm.TrainConfig, **options: bool) -> TrainResult:
+        if "/grid/" not in str(config.output):
+            return train(config, **options)
+        test.rename(hidden)
+        try:
+            return train(config, **options)
+        finally:
+            hidden.rename(test)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "train", without_test_images)
+        return place, mm.finetune(settings(place), grid=[0.5, 0.01], seeds=[3, 0], quiet=True)
+
+
+Reach = Callable[[mm.TrainConfig], float]
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, reached: Reach) -> list[mm.TrainConfig]:
+    """Lets runs reach what the function says, without training; returns those that were asked."""
+    asked: list[mm.TrainConfig] = []
+
+    class Measured:
+        def __init__(self, top1: float) -> None:
+            self.top1 = top1
+
+    def train(config: mm.TrainConfig, quiet: bool) -> object:
+        asked.append(config)
+        accuracy = reached(config)
+        run = Path(str(config.output))
+        (run / "best").mkdir(parents=True, exist_ok=True)
+        (run / "best" / "README.md").write_text(f"# card\nmixer predict {run / 'best'} x.jpg\n")
+        (run / "results.csv").write_text(f"step,validation_top1\n3,0.9\n6,{accuracy}\n")
+        return TrainResult(run, Measured(0.9), Measured(accuracy))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(study, "train", train)
+    return asked
+
+
+def test_what_a_study_gives(finished):
+    place, result = finished
+    assert result.folder == place / "study"
+    assert list(result.grid) == [0.5, 0.01]
+    assert result.learning_rate == max(result.grid, key=lambda rate: (result.grid[rate], -rate))
+    assert result.measured_on == "test"
+    assert list(result.accuracies) == [3, 0]
+    values = list(result.accuracies.values())
+    assert result.mean == pytest.approx(sum(values) / 2)
+    assert result.deviation == pytest.approx(statistics.stdev(values))
+    for seed, accuracy in result.accuracies.items():
+        run = place / "study" / f"seed-{seed}"
+        assert json.loads((run / "test" / "evaluation.json").read_text())["top1"] == accuracy
+        config = json.loads((run / "config.json").read_text())
+        assert config["optimizer"]["learning_rate"] == result.learning_rate
+        assert config["seed"] == seed
+        environment = json.loads((run / "environment.json").read_text())
+        assert environment["data"]["training_images"] == sum(COUNTS.values())
+
+
+def test_the_grid_never_opens_the_test_images(finished):
+    """The fixture hid them; the grid's runs have the training images alone, less a tenth."""
+    place, result = finished
+    for rate in (0.5, 0.01):
+        run = place / "study" / "grid" / f"lr-{rate}"
+        config = json.loads((run / "config.json").read_text())
+        assert config["data"]["source"] == f"{place / 'data'}:train"
+        assert config["optimizer"]["learning_rate"] == rate
+        assert not (run / "test").exists()
+        found = json.loads((run / "validation" / "evaluation.json").read_text())
+        assert (found["images"], found["data"]) == (3, f"{place / 'data'}:train:held-out")
+        environment = json.loads((run / "environment.json").read_text())
+        assert environment["data"]["training_images"] == sum(COUNTS.values()) - 3
+        last = (run / "results.csv").read_text().splitlines()[-1].split(",")
+        assert result.grid[rate] == float(last[3])
+
+
+def test_the_folder_of_a_study(finished):
+    place, result = finished
+    folder = place / "study"
+    there = sorted(each.name for each in folder.iterdir())
+    assert there == ["best", "finetune.json", "grid", "log.txt", "seed-0", "seed-3"]
+    weights = (folder / "best" / "model.safetensors").read_bytes()
+    assert weights == (folder / "seed-3" / "best" / "model.safetensors").read_bytes()
+    card = (folder / "best" / "README.md").read_text()
+    assert f"mixer predict {folder / 'best'} photo.jpg" in card
+    assert "seed-3" not in card
+    assert result.summary() in card
+    values = json.loads((folder / "finetune.json").read_text())
+    assert values["mean"] == result.mean
+    assert values["done"]["seed-0"] == result.accuracies[0]
+    found = mm.predict(folder, [place / "data" / "test" / "ant" / "0.png"], num_workers=0)
+    assert {name for name, _ in found[0].classes} == {"ant", "bee", "cat"}
+
+
+def test_the_log_of_a_study(finished):
+    place, result = finished
+    lines = (place / "study" / "log.txt").read_text().splitlines()
+    assert (
+        lines[0]
+        == "study    rates 0.5, 0.01, judged on 10% of the training images; then seeds 3, 0"
+    )
+    assert f"seed 3     test        {result.accuracies[3]:.2%}" in lines
+    assert any(line.startswith(f"test accuracy {result.mean:.2%} +- ") for line in lines)
+    assert "mean and standard deviation of seeds 3, 0" in lines[-3]
+
+
+def test_the_same_again_only_reports(finished, monkeypatch, capsys):
+    place, result = finished
+    files = [each for each in (place / "study").rglob("*") if each.name != "log.txt"]
+    before = {each: each.read_bytes() for each in files if each.is_file()}
+    monkeypatch.setattr(study, "train", None)  # whoever trains fails
+    again = mm.finetune(settings(place), grid=[0.5, 0.01], seeds=[3, 0])
+    assert again == result
+    out = capsys.readouterr().out
+    assert "done     grid/lr-0.5: " in out
+    assert "===" not in out
+    assert {each: each.read_bytes() for each in before} == before
+
+
+def test_another_study_is_refused(finished):
+    place, _ = finished
+    before = (place / "study" / "finetune.json").read_bytes()
+    for changes, grid, seeds, message in [
+        ({"batch_size": 4}, [0.5, 0.01], [3, 0], "batch_size is 8 there and 4 here"),
+        ({}, [0.5], [3, 0], r"the grid is \[0.5, 0.01\] there and \[0.5\] here"),
+        ({}, [0.5, 0.01], [3], r"the seeds are \[3, 0\] there and \[3\] here"),
+        ({}, [0.5, 0.01], [0, 3], r"the seeds are \[3, 0\] there and \[0, 3\] here"),
+    ]:
+        with pytest.raises(mm.UserError, match=f"holds another study: {message}"):
+            mm.finetune(settings(place, **changes), grid=grid, seeds=seeds, quiet=True)
+    with pytest.raises(mm.UserError, match="exists and is not empty"):
+        mm.train(settings(place), quiet=True)
+    assert (place / "study" / "finetune.json").read_bytes() == before
+
+
+def test_seeds_can_be_added(place, monkeypatch):
+    asked = pretend(monkeypatch, lambda config: 0.5 + config.seed / 10)
+    first = mm.finetune(settings(place), grid=[0.1], seeds=[0], quiet=True)
+    assert (first.mean, first.deviation) == (0.5, None)
+    assert "50.00% (seed 0)" in (place / "study" / "best" / "README.md").read_text()
+    second = mm.finetune(settings(place), grid=[0.1], seeds=[0, 2], quiet=True)
+    assert [Path(str(each.output)).name for each in asked] == ["lr-0.1", "seed-0", "seed-2"]
+    assert second.mean == pytest.approx(0.6)
+    assert "seeds 0, 2" in (place / "study" / "best" / "README.md").read_text()
+
+
+def test_of_equal_rates_the_lowest(place, monkeypatch):
+    pretend(monkeypatch, lambda config: 0.25 if config.optimizer.learning_rate == 0.5 else 0.75)
+    result = mm.finetune(settings(place), grid=[0.5, 0.03, 0.01, 0.1], quiet=True)
+    assert result.learning_rate == 0.01
+    assert result.grid == {0.5: 0.25, 0.03: 0.75, 0.01: 0.75, 0.1: 0.75}
+    assert "it is the lowest of the grid" in (place / "study" / "log.txt").read_text()
+
+
+def test_the_grid_is_judged_by_the_weights_that_final_runs_keep(place, monkeypatch):
+    """By the last ones where the final runs validate on none, otherwise by the best."""
+    pretend(monkeypatch, lambda config: 0.25)  # of the last; the best have 0.9
+    result = mm.finetune(settings(place), grid=[0.1], quiet=True)
+    assert result.grid == {0.1: 0.25}
+    make_class_folder(place / "data" / "val", {"ant": 2, "bee": 2, "cat": 2}, start=300)
+    # No test: what was measured is validation.
+    (place / "data" / "test").rename(place / "hidden")
+    monkeypatch.undo()
+    asked = pretend(monkeypatch, lambda config: 0.25)
+    train = study.train
+
+    def untested(config, quiet):
+        result = train(config, quiet=quiet)
+        return TrainResult(result.run_folder, result.validation, None)
+
+    monkeypatch.setattr(study, "train", untested)
+    result = mm.finetune(settings(place, "other"), grid=[0.1], quiet=True)
+    assert result.grid == {0.1: 0.9}
+    assert [each.data.holdout for each in asked] == [0.1, None]
+
+
+def test_a_rate_that_diverges_is_passed_over(place):
+    result = mm.finetune(settings(place), grid=[1e30, 0.01], quiet=True)
+    assert list(result.grid) == [1e30, 0.01]
+    assert result.grid[1e30] is None
+    assert result.learning_rate == 0.01
+    lines = (place / "study" / "log.txt").read_text().splitlines()
+    assert "rate 1e+30  held out  diverged" in lines
+    assert any(line.startswith("diverged step ") for line in lines)
+    with pytest.raises(mm.UserError, match="the run of every rate of the grid diverged"):
+        mm.finetune(settings(place, "other"), grid=[1e30], quiet=True)
+    config = settings(place, "third", optimizer__learning_rate=1e30)
+    with pytest.raises(mm.UserError, match="stopped before the weights were changed"):
+        mm.finetune(config, seeds=[0, 1], quiet=True)  # without a grid there is no other rate
+
+
+def test_other_errors_of_a_run_are_not_divergence(place, monkeypatch):
+    def refused(config, quiet):
+        raise mm.UserError("the disk is full")
+
+    monkeypatch.setattr(study, "train", refused)
+    with pytest.raises(mm.UserError, match="the disk is full"):
+        mm.finetune(settings(place), grid=[0.1], quiet=True)
+
+
+def test_data_without_test_images(place, capsys):
+    (place / "data" / "test").rename(place / "hidden")
+    result = mm.finetune(settings(place), seeds=[1, 2])
+    assert result.measured_on == "validation"
+    out = capsys.readouterr().out
+    assert "the data has no test images: the final runs keep validation images," in out
+    assert "and are measured on them, by which the weights are chosen too" in out
+    assert "on the training images less those held out" in out
+    assert "29 images to train, 3 to validate (held out of the training images)" in out
+    assert f"validation accuracy {result.summary()}, learning rate 0.01" in out
+
+
+def test_what_the_runs_hold_out(place, monkeypatch):
+    """With a grid the final runs train on all training images; seeds alone repeat a run as is."""
+    asked = pretend(monkeypatch, lambda config: 0.5)
+    mm.finetune(settings(place, data__holdout=0.2), grid=[0.1], quiet=True)
+    mm.finetune(settings(place, "b", data__holdout=0.2), seeds=[5, 6], quiet=True)
+    mm.finetune(settings(place, "c", data__holdout=0.0), seeds=[5, 6], quiet=True)
+    mm.finetune(settings(place, "d", recipe="finetune_cifar"), grid=[0.1], quiet=True)
+    assert [each.data.holdout for each in asked] == [0.2, 0.0, 0.2, 0.2, 0.0, 0.0, 0.02, 0.0]
+    make_class_folder(place / "data" / "val", {"ant": 2, "bee": 2, "cat": 2}, start=300)
+    asked.clear()
+    mm.finetune(settings(place, "e", patience=2), grid=[0.1], quiet=True)
+    assert [each.data.holdout for each in asked] == [0.1, None]  # the final run: val/, and test/
+    assert [each.data.source.rpartition(":")[2] == "train" for each in asked] == [True, False]
+    asked.clear()
+    mm.finetune(settings(place, "f", data__source=f"{place / 'data'}:train"), grid=[0.1])
+    assert [each.data.source for each in asked] == [f"{place / 'data'}:train"] * 2
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from training.test_finetune import settings
+import mlp_mixer as mm
+from mlp_mixer.training import loop
+
+train_step = loop.Trainer.train_step
+
+def killed(self, number, batch):
+    if number == 4 and self.run_folder.path.name == "lr-0.2":
+        self.state.checkpoints.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+    train_step(self, number, batch)
+
+loop.Trainer.train_step = killed
+mm.finetune(settings(Path({place!r}), "killed"), grid=[0.1, 0.2], seeds=[0], quiet=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as Unix has them")
+def test_a_killed_study_goes_on_with_what_is_missing(place, monkeypatch):
+    tests = Path(__file__).parents[1]
+    code = KILLED.format(tests=str(tests), place=str(place))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    whole = mm.finetune(settings(place, "whole"), grid=[0.1, 0.2], seeds=[0], quiet=True)
+
+    asked, train = [], study.train
+
+    def noted(config, **options):
+        asked.append(Path(str(config.output)).name)
+        return train(config, **options)
+
+    monkeypatch.setattr(study, "train", noted)
+    first = place / "killed" / "grid" / "lr-0.1"
+    before = {each: each.stat().st_mtime_ns for each in first.rglob("*")}
+    again = mm.finetune(settings(place, "killed"), grid=[0.1, 0.2], seeds=[0], quiet=True)
+    assert asked == ["lr-0.2", "seed-0"]
+    assert {each: each.stat().st_mtime_ns for each in first.rglob("*")} == before
+    assert (
+        "resumed  after step 3 of 6"
+        in (place / "killed" / "grid" / "lr-0.2" / "log.txt").read_text()
+    )
+    assert (again.grid, again.accuracies) == (whole.grid, whole.accuracies)
+    for name in ("grid/lr-0.1", "grid/lr-0.2", "seed-0"):
+        weights = [
+            (place / each / name / "best" / "model.safetensors").read_bytes()
+            for each in ("killed", "whole")
+        ]
+        assert weights[0] == weights[1], name
+
+
+def test_a_study_that_is_stopped_in_its_first_run_goes_on(place, monkeypatch, capsys):
+    train_step = loop.Trainer.train_step
+
+    def stopped(self, number, batch):
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(self, number, batch)
+
+    monkeypatch.setattr(loop.Trainer, "train_step", stopped)
+    with pytest.raises(SystemExit) as end:
+        mm.finetune(settings(place), grid=[0.1], seeds=[0])
+    monkeypatch.undo()
+    assert end.value.code == 143
+    assert "the study goes on with the same command as before" in capsys.readouterr().out
+    assert [each.name for each in (place / "study").iterdir()] == ["grid"]
+    result = mm.finetune(settings(place), grid=[0.1], seeds=[0], quiet=True)
+    log = (place / "study" / "grid" / "lr-0.1" / "log.txt").read_text()
+    assert "resumed  after step 5 of 6" in log
+    assert list(result.accuracies) == [0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "grid", "seeds", "message"),
+    [
+        ({"model__weights": ""}, [], [0], "begins with trained weights, and none are given"),
+        ({"model__weights": "nowhere"}, [0.1], [0], "no such model: 'nowhere'"),
+        ({}, [], [0, 1, 0], "each value counts once, got 0 1 0"),
+        ({}, [0.1, 0.1], [0], "each value counts once, got 0.1 0.1"),
+        ({}, [], [], "the final runs need a seed"),
+        ({}, [], [0, -1], "seed must be at least 0"),
+        ({}, [0.1, -1.0], [0], "learning_rate must be above 0, got -1.0"),
+        ({"patience": 2}, [0.1], [0], "patience=2 has no effect in the final runs"),
+        ({"data__holdout": 0.0}, [0.1], [0], "holdout 0 leaves no images to choose the rate by"),
+        ({"data__source": "TEST"}, [0.1], [0], "the data has no train split"),
+        ({"data__source": "nowhere"}, [0.1], [0], "no such data: 'nowhere'"),
+        ({"model__image_size": 9}, [0.1], [0], "not divisible by the patch size"),
+        ({"optimizer__warmup": 6}, [0.1], [0], "it would never reach its learning rate"),
+        ({"output": "FILE"}, [0.1], [0], "the output is a file"),
+        ({"output": "FULL"}, [0.1], [0], "the folder holds something else: grid-only, th"),
+        ({"output": "FULL/grid-only"}, [0.1], [0], "the folder holds something else: lr-7"),
+        ({"output": "DAMAGED"}, [0.1], [0], "not the results of a fine-tuning"),
+    ],
+)
+def test_mistakes_write_nothing(place, changes, grid, seeds, message):
+    (place / "file").write_text("x")
+    (place / "full" / "grid-only" / "grid" / "lr-7").mkdir(parents=True)
+    (place / "full" / "thesis.txt").write_text("x")
+    (place / "damaged").mkdir()
+    (place / "damaged" / "finetune.json").write_text("{}")
+    names = {"TEST": f"{place / 'data'}:test", "FILE": place / "file", "FULL": place / "full"}
+    names |= {"FULL/grid-only": place / "full" / "grid-only", "DAMAGED": place / "damaged"}
+    changes = {
+        key: str(names.get(value, value)) if value in names else value
+        for key, value in changes.items()
+    }
+    before = sorted(place.rglob("*"))
+    with pytest.raises(mm.UserError, match=message):
+        mm.finetune(settings(place, **changes), grid=grid, seeds=seeds, quiet=True)
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_study_needs_a_name(place, monkeypatch):
+    monkeypatch.chdir(place)
+    config = settings(place).with_value("output", None)
+    with pytest.raises(mm.UserError, match="a study of several runs needs a folder with a name"):
+        mm.finetune(config, grid=[0.1], quiet=True)
+    assert sorted(each.name for each in place.iterdir()) == ["data", "weights"]
+
+
+def test_nothing_is_left_to_measure_by(place):
+    (place / "data" / "test").rename(place / "hidden")
+    with pytest.raises(mm.UserError, match="holdout 0 leaves no images to measure the accuracy"):
+        mm.finetune(settings(place, data__holdout=0.0), seeds=[0, 1], quiet=True)
+    assert not (place / "study").exists()
+
+
+def test_a_bad_image_is_told_of_by_its_run(place):
+    draw(1).save(place / "data" / "train" / "ant" / "new.png")
+    (place / "data" / "train" / "ant" / "new.png").write_bytes(b"not an image")
+    result = mm.finetune(settings(place, data__max_bad=0.1), grid=[0.1], quiet=True)
+    assert (result.folder / "seed-0" / "bad_files.txt").exists()

@@ -1,0 +1,261 @@
+"""A stopped run goes on as if it had never stopped: fault test 9, and when it must not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import mlp_mixer as mm
+from conftest import draw, mixer
+from mlp_mixer.training import loop
+from mlp_mixer.training.checkpoint import Checkpoints
+from runs import (
+    DROPOUT,
+    before_step,
+    check_same,
+    digest,
+    files,
+    losses_of,
+    make_data,
+    results_of,
+    run_config,
+    steps_of,
+    train,
+    typed_settings,
+    unix,
+    watch_every_step,
+)
+
+SGD = {"optimizer__weight_decay": 0.0, "optimizer__name": "sgd"}
+MUON = {"optimizer__name": "muon"}
+SHARPNESS = {"optimizer__sharpness": 0.05, "optimizer__sharpness_from": 0.3}
+PARTS = {"micro_batch_size": 3}
+CASES = {
+    "adamw": DROPOUT,
+    "sgd, sharpness, in parts": {**DROPOUT, **SGD, **SHARPNESS, **PARTS},
+    "muon, in parts, with workers": {**DROPOUT, **MUON, **PARTS, "data__num_workers": 2},
+    "adamw, sharpness, no average": {**DROPOUT, **SHARPNESS, "optimizer__average": 0.0},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("resume") / "data")
+
+
+@unix
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_repeats_the_bits(data: Path, tmp_path: Path, case: str):
+    """Stopped in mid-epoch by SIGTERM, resumed, stopped by Ctrl-C, and resumed by its settings.
+
+    The last part has two loader workers where there were none, and the other way round.
+    """
+    config = run_config(data, tmp_path / "straight", **CASES[case])
+    straight, run = train(config), tmp_path / "run"
+    assert len(losses_of(straight)) == 30
+    assert len(set(losses_of(straight))) >= 29  # or the same bits would prove little
+    config = config.with_value("output", str(run))
+    assert train(config, stop_after=13) == run
+    assert [each["step"] for each in steps_of(run)] == list(range(13))
+    train(run, stop_after=21, by=signal.SIGINT)
+    train(config.with_value("data.num_workers", 2 - (config.data.num_workers or 0)))
+    check_same(run, straight)
+    said = (run / "log.txt").read_text().splitlines()
+    assert [each for each in said if each.startswith("resumed")] == [
+        "resumed  after step 13 of 30",
+        "resumed  after step 21 of 30",
+    ]
+
+
+@unix
+def test_the_command_resumes_and_so_does_the_same_command(data, tmp_path, monkeypatch, capsys):
+    straight = train(run_config(data, tmp_path / "straight"))
+    run = tmp_path / "run"
+    config = run_config(data, run)
+    watch_every_step(monkeypatch)
+    with monkeypatch.context() as patch:
+        before_step(patch, 12, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        code, out, err = mixer(capsys, *typed_settings(config))
+        assert (code, err) == (143, "")
+        assert f"to go on: mixer train --resume {run}\n" in out
+        before_step(patch, 20, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        code, out, _ = mixer(capsys, "train", "--resume", run)
+        assert code == 143
+        assert "resumed  after step 13 of 30\n" in out
+    code, out, _ = mixer(capsys, *typed_settings(config))
+    assert code == 0
+    assert "resumed  after step 21 of 30\n" in out
+    check_same(run, straight)
+
+
+@unix
+def test_steps_after_the_last_checkpoint_are_repeated(data: Path, tmp_path: Path):
+    """An error two steps after a save: what the logs say of those steps is not there twice."""
+    straight = train(run_config(data, tmp_path / "straight", checkpoint_every=9))
+    config = run_config(data, tmp_path / "run", checkpoint_every=9)
+
+    def fail(_: object) -> None:
+        raise OSError("the network is gone")
+
+    with pytest.MonkeyPatch.context() as patch:
+        watch_every_step(patch)
+        before_step(patch, 12, fail)
+        with pytest.raises(OSError, match="the network is gone"):
+            mm.train(config, quiet=True)
+    run = tmp_path / "run"
+    assert len(results_of(run)) == 1  # of step 10, which comes again
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "lo')  # a kill in the middle of a line
+    with (run / "results.csv").open("a") as file:
+        file.write("4.8,12")
+    train(run)
+    check_same(run, straight)
+
+
+@unix
+def test_the_parts_of_a_step_stay_and_can_be_changed(data: Path, tmp_path: Path, monkeypatch):
+    """What was chosen for the memory is kept, for the bits; what is asked for now comes first."""
+    parts: list[int] = []
+    gradient = loop.RunState.update
+
+    def noting(self: loop.RunState, *arguments: object) -> object:
+        parts.append(self.updater.micro_batch_size)
+        return gradient(self, *arguments)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(loop.RunState, "update", noting)
+    monkeypatch.setattr("mlp_mixer.training.step.largest_micro_batch", lambda *_, **__: 5)
+    config = run_config(data, tmp_path / "run")
+    train(config, stop_after=3)
+    monkeypatch.setattr("mlp_mixer.training.step.largest_micro_batch", lambda *_, **__: 7)
+    train(config, stop_after=5)
+    train(config.with_value("micro_batch_size", 2), stop_after=7)
+    assert parts == [5, 5, 5, 5, 5, 2, 2]
+
+
+def test_other_images_are_refused(tmp_path: Path):
+    data, run = make_data(tmp_path / "data"), tmp_path / "run"
+    train(run_config(data, run), stop_after=13)
+    kept = tmp_path / "kept"
+    shutil.copytree(data, kept)
+    before = files(run / "checkpoints"), digest(run / "metrics.jsonl"), digest(run / "results.csv")
+    for change in ("one more", "another class", "other bytes"):
+        shutil.rmtree(data)
+        shutil.copytree(kept, data)
+        if change == "one more":
+            draw(900).save(data / "train" / "ant" / "new.png")
+        elif change == "another class":
+            (data / "train" / "ant" / "0.png").rename(data / "train" / "bee" / "zero.png")
+        else:
+            draw(901).save(data / "train" / "ant" / "0.png")
+        with pytest.raises(mm.UserError, match="not those that the run began with") as error:
+            train(run)
+        assert error.value.where == str(run)
+    after = files(run / "checkpoints"), digest(run / "metrics.jsonl"), digest(run / "results.csv")
+    assert after == before
+    shutil.rmtree(data)
+    shutil.copytree(kept, data)
+    assert len(losses_of(train(run))) == 30
+
+
+@unix
+def test_stopping_early(data: Path, tmp_path: Path, monkeypatch):
+    """The run ends at the first evaluation that is no better; best/ is of the one before."""
+    right, looked_at = iter([3, 6, 6, 9]), []
+    measure = loop.measure
+
+    def chosen(model, *arguments):
+        result = measure(model, *arguments)
+        looked_at.append({name: each.clone() for name, each in model.state_dict().items()})
+        result.probabilities[:] = 0.1
+        number = next(right)
+        for place, label in enumerate(result.labels):
+            result.probabilities[place, label if place < number else label - 1] = 0.8
+        return result
+
+    monkeypatch.setattr(loop, "measure", chosen)
+    changes = {"patience": 1, "evaluate_every": 4, "steps": 40, "checkpoint_every": 3}
+    config = run_config(data, tmp_path / "run", **changes)
+    train(config, stop_after=6)  # between the first and the second evaluation
+    run = train(config)
+    assert len(losses_of(run)) == 12
+    assert [row["best"] for row in results_of(run)] == ["1", "1", "0"]
+    assert [row["validation_top1"] for row in results_of(run)] == ["0.333333"] + ["0.666667"] * 2
+    assert "stopped early: no better result in 1 evaluations" in (run / "log.txt").read_text()
+    best = mm.load_model(run).state_dict()
+    same = [all(torch.equal(best[name], each[name]) for name in best) for each in looked_at]
+    assert same == [False, True, False]
+    before = files(run / "checkpoints") | files(run / "best")
+    monkeypatch.setattr(loop, "training_batches", lambda *_, **__: pytest.fail("it trained again"))
+    train(run)
+    readme = {str(run / "best/README.md"): ""}
+    assert {**files(run / "checkpoints"), **files(run / "best"), **readme} == {**before, **readme}
+    assert len(losses_of(run)) == 12
+
+
+def test_a_rate_without_measure(data: Path, tmp_path: Path):
+    """Fault test 14, Composer's way: the rate is 1e20."""
+    changes = {"optimizer__learning_rate": 1e20, "checkpoint_every": 1}
+    config = run_config(data, tmp_path / "run", **changes)
+    with pytest.raises(mm.UserError) as first:
+        train(config)
+    done = len(losses_of(tmp_path / "run"))
+    last = tmp_path / "run" / "checkpoints" / f"step-{done:08d}"
+    what = first.value.what
+    assert what.startswith(f"step {done}: loss ")
+    assert "gradient norm " in what
+    assert "at learning rate " in what
+    assert what.endswith(f"; the last good checkpoint is {last}")
+    checkpoints = Checkpoints(last.parent, say=lambda _: None)
+    found = checkpoints.newest()
+    checkpoints.close()
+    assert found is not None
+    assert found.path == last
+    with pytest.raises(mm.UserError) as again:  # it loads, and the same happens
+        train(tmp_path / "run")
+    assert again.value.what == what
+
+
+def test_an_infinite_gradient_changes_nothing(data: Path, tmp_path: Path, monkeypatch):
+    """Fault test 14: one number of one gradient is infinite, at step 17; resumed without it."""
+    straight = train(run_config(data, tmp_path / "straight", checkpoint_every=7))
+    config = run_config(data, tmp_path / "run", checkpoint_every=7)
+    trainers: list[loop.Trainer] = []
+    before: dict[str, torch.Tensor] = {}
+
+    def poison(trainer: loop.Trainer) -> None:
+        trainers.append(trainer)
+        tensors = trainer.state.tensors()
+        before.update({name: each.detach().clone() for name, each in tensors.items()})
+        place = torch.zeros_like(trainer.model.stem.weight).flatten()
+        place[5] = float("inf")
+        trainer.model.stem.weight.register_hook(lambda g: g + place.view_as(g))
+
+    with monkeypatch.context() as patch:
+        before_step(patch, 17, poison)
+        with pytest.raises(mm.UserError, match=r"step 17: loss .*gradient norm inf at") as error:
+            train(config)
+    last = tmp_path / "run" / "checkpoints" / "step-00000014"
+    assert f"the last good checkpoint is {last}" in error.value.what
+    assert error.value.fix is not None
+    after = trainers[0].state.tensors()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    check_same(train(tmp_path / "run"), straight)
+
+
+def test_a_run_killed_while_its_folder_was_made_begins_again(data: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    config = run_config(data, run)
+    (run / "plots").mkdir(parents=True)
+    (run / ".lock").touch()
+    (run / "config.json").write_text(json.dumps(config.to_json()))
+    (run / ".config.json.99999.partial").write_text("{")
+    train(config)
+    assert json.loads((run / "environment.json").read_text())["seed"] == 0
+    assert {each.name for each in run.rglob(".*")} == {".metadata"}  # of its checkpoints

@@ -1,0 +1,102 @@
+"""What a run writes, and what it takes back when it goes on from an earlier step."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlp_mixer as mm
+from conftest import tiny_config
+from mlp_mixer.data.items import BadImage
+from mlp_mixer.training.run_folder import RunFolder
+
+
+def filled(path: Path) -> RunFolder:
+    run = RunFolder(path, mm.recipe("digits"))
+    for step in range(0, 40, 10):
+        run.log_step({"step": step, "loss": 1.0 / (step + 1)})
+    for step in (15, 30):
+        run.log_evaluation({"epoch": step / 10, "step": step, "best": 1})
+    return run
+
+
+def test_going_back_takes_out_what_came_later(tmp_path: Path):
+    run = filled(tmp_path / "run")
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4')  # cut off by a kill
+    run.go_back_to(20)
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 10]
+    run.log_step({"step": 20, "loss": 0.5})
+    run.log_evaluation({"epoch": 3.0, "step": 30, "best": 0})
+    with (run.path / "results.csv").open(newline="") as file:
+        assert [(row["step"], row["best"]) for row in csv.DictReader(file)] == [
+            ("15", "1"),
+            ("30", "0"),
+        ]
+    run.go_back_to(0)
+    assert (run.path / "metrics.jsonl").read_text() == ""
+    assert not (run.path / "results.csv").exists()
+    run.log_evaluation({"epoch": 1.0, "step": 10, "best": 1})
+    assert (run.path / "results.csv").read_text().splitlines()[0] == "epoch,step,best"
+    run.close()
+
+
+def test_bad_files_are_known_again(tmp_path: Path):
+    run = RunFolder(tmp_path / "run", mm.recipe("digits"))
+    assert run.named_bad_files() == []
+    run.log_bad_file(BadImage(3, "dir/a b.png", "not an image"))
+    assert run.named_bad_files() == [BadImage(-1, "dir/a b.png", "not an image")]
+    run.close()
+
+
+def test_only_one_at_a_time(tmp_path: Path):
+    run = filled(tmp_path / "run")
+    with pytest.raises(mm.UserError, match="another process is training in this run folder"):
+        RunFolder(tmp_path / "run", mm.recipe("digits"))
+    run.close()
+    assert not (run.path / ".lock").exists()
+    RunFolder(tmp_path / "run", mm.recipe("digits")).close()
+
+
+def test_processes_that_do_not_write_leave_no_trace(tmp_path: Path):
+    run = RunFolder(tmp_path / "run", mm.recipe("digits"), writes=False)
+    run.log_step({"step": 0, "loss": 1.0})
+    run.log_evaluation({"step": 1})
+    run.log_bad_file(BadImage(0, "x", "y"))
+    run.write_json("environment.json", {})
+    run.write_card("text")
+    run.go_back_to(0)
+    run.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_that_is_not_there_is_one_error(class_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    config = tiny_config(str(class_folder), tmp_path / "run", tensorboard=True)
+    with pytest.raises(mm.UserError, match="needs the package tensorboard") as error:
+        mm.train(config, quiet=True)
+    assert error.value.fix == "pip install 'mlp_mixer[tensorboard]'"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside of tensorboard
+def test_tensorboard_has_the_losses_of_the_run(class_folder, tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="the package tensorboard is not installed",
+    )
+    run = mm.train(
+        tiny_config(str(class_folder), tmp_path / "run", tensorboard=True), quiet=True
+    ).run_folder
+    events = accumulator.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [(each.step, each.value) for each in events.Scalars("training/loss")]
+    assert [step for step, _ in found] == [line["step"] for line in lines]
+    assert [value for _, value in found] == pytest.approx([line["loss"] for line in lines])
+    assert len(events.Scalars("evaluation/validation_top1")) == 2

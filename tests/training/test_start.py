@@ -1,0 +1,296 @@
+"""What a run begins with: its length, and its model, new or from trained weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import mlp_mixer as mm
+from conftest import TINY, tiny_config, tiny_model
+from mlp_mixer.training import loop
+from mlp_mixer.training.dataset import open_training_data
+from mlp_mixer.training.start import build_model, length
+
+ANIMALS = ["ant", "bee", "cat"]
+OWN_RANGE = mm.Preprocessing(
+    image_size=(8, 8),
+    resize="squash",
+    mean=(0.1, 0.2, 0.3),
+    std=0.25,
+    crop=0.9,
+    interpolation="bicubic",
+)
+
+
+def model_of(names: list[str] | None, num_classes: int = 3, **changes: object):
+    model = tiny_model(num_classes, **changes)
+    with torch.no_grad():
+        for each in model.parameters():  # biases too
+            each.add_(torch.randn(each.shape) * 0.02)
+    model.class_names, model.preprocessing = names, OWN_RANGE
+    return model.eval()
+
+
+def finetuning(weights: object, output: object = "unused", **changes: object) -> mm.TrainConfig:
+    """A recipe's settings for a fine-tuning of six steps of eight images."""
+    values: dict[str, object] = {
+        "model.weights": str(weights),
+        "data.source": "unused",
+        "output": str(output),
+        "steps": 6,
+        "batch_size": 8,
+        "evaluate_every": 3,
+        "optimizer.warmup": 1,
+        "device": "cpu",
+        "data.num_workers": 0,
+    }
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return mm.recipe("finetune").with_values(values)
+
+
+@pytest.fixture
+def animals(tmp_path: Path) -> Path:
+    """Weights that know ant, bee and cat."""
+    return mm.save_model(model_of(ANIMALS), tmp_path / "animals").parent
+
+
+def images(size: int = 8) -> Tensor:
+    return torch.rand(4, 3, size, size, generator=torch.manual_seed(1)) * 2 - 1
+
+
+def same_but_head(model: mm.ImageClassifier, other: mm.ImageClassifier) -> bool:
+    theirs = other.state_dict()
+    named = {n: each for n, each in model.state_dict().items() if not n.startswith("head.")}
+    return bool(named) and all(torch.equal(each, theirs[name]) for name, each in named.items())
+
+
+def test_the_length(class_folder, tmp_path):
+    config = tiny_config(str(class_folder), tmp_path / "run", epochs=3)
+    splits = open_training_data(config.data)
+    assert len(splits.train) == 20
+    assert length(config, splits) == round(3 * 20 / 8)
+    assert length(config.with_value("batch_size", 512), splits) == 1
+    assert length(config.with_value("steps", 7), splits) == 7
+
+
+def test_a_new_model(tmp_path):
+    config = tiny_config("unused", tmp_path, model__overrides={**TINY, "stochastic_depth": 0.1})
+    model = build_model(config.with_value("model.head_bias", -2.0), ANIMALS)
+    assert model.class_names == ANIMALS
+    assert model.preprocessing == mm.Preprocessing(image_size=(8, 8))
+    assert model.config.stochastic_depth == 0.1
+    assert model.head.bias.tolist() == [-2.0] * 3
+
+
+def test_the_same_classes_keep_the_head(animals, capsys):
+    model = build_model(finetuning(animals), ANIMALS).eval()
+    assert model.class_names == ANIMALS
+    assert torch.equal(model(images()), mm.load_model(animals)(images()))
+    assert capsys.readouterr().err == "head     kept: the weights know these 3 classes\n"
+
+
+def test_classes_in_another_order_are_matched_by_name(animals):
+    model = build_model(finetuning(animals), ["cat", "ant", "bee"], quiet=True).eval()
+    assert model.class_names == ["cat", "ant", "bee"]
+    before = mm.load_model(animals)(images())
+    assert torch.equal(model(images()), before[:, [2, 0, 1]])
+    assert before[0].unique().numel() == 3
+
+
+def test_folders_of_imagenet_have_the_id_alone(tmp_path):
+    words = ["n01440764 tench", "n01443537 goldfish"]
+    path = mm.save_model(model_of(words, 2), tmp_path / "net").parent
+    model = build_model(finetuning(path), ["n01440764", "n01443537"], quiet=True)
+    assert model.class_names == words
+    assert torch.equal(model.head.weight, mm.load_model(path).head.weight)
+
+
+@pytest.mark.parametrize(
+    ("known", "number", "names", "was"),
+    [
+        (ANIMALS, 3, ["ant", "bee", "dog"], "3 other classes"),
+        (ANIMALS, 3, ["ant", "bee"], "3 other classes"),
+        (["a", "b"], 2, ANIMALS, "2 other classes"),
+        (None, 3, ANIMALS, "3 classes without names"),
+    ],
+)
+def test_other_classes_get_a_zero_head(tmp_path, capsys, known, number, names, was):
+    path = mm.save_model(model_of(known, number), tmp_path / "weights").parent
+    model = build_model(finetuning(path), names)
+    assert model.head.weight.shape == (len(names), 16)
+    assert not model.head.weight.any()
+    assert not model.head.bias.any()
+    assert same_but_head(model, mm.load_model(path))
+    said = f"head     new, all zeros, for {len(names)} classes; the weights had {was}\n"
+    assert capsys.readouterr().err == said
+
+
+def test_weights_without_a_head(tmp_path, capsys):
+    model = model_of(None, 0)
+    path = mm.save_model(model, tmp_path / "features").parent
+    found = build_model(finetuning(path), ANIMALS)
+    assert found.head.weight.shape == (3, 16)
+    assert same_but_head(found, model)
+    assert "for 3 classes; the weights had none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("format", "name"), [("google", "w.npz"), ("timm", "w.safetensors")])
+def test_weights_of_others(tmp_path, format, name):
+    """In Google's layout and with timm's names, also where nothing describes them."""
+    before = model_of(ANIMALS)
+    path = mm.save_model(before, tmp_path / name, format=format)
+    model = build_model(finetuning(path), ANIMALS, quiet=True).eval()
+    assert torch.allclose(model(images()), before(images()), atol=1e-6)
+    if format == "google":
+        path.with_suffix(".json").unlink()  # the names are gone with it
+        model = build_model(finetuning(path), ANIMALS, quiet=True)
+        assert not model.head.weight.any()
+        assert same_but_head(model, before)
+
+
+def test_a_run_of_ones_own(trained):
+    digits = [str(digit) for digit in range(10)]
+    model = build_model(finetuning(trained.run_folder), digits, quiet=True)
+    assert mm.load_model(trained.run_folder).config.stochastic_depth == 0.1
+    assert model.config.stochastic_depth == 0.0  # the recipe's
+    assert torch.equal(model.head.weight, mm.load_model(trained.run_folder).head.weight)
+
+
+@pytest.mark.parametrize(
+    ("size", "growth", "how"),
+    [
+        (16, "auto", "grown    8x8 -> 16x16 pixels: block-diagonal"),
+        (12, "auto", "grown    8x8 -> 12x12 pixels: resample"),
+        (16, "resample", "grown    8x8 -> 16x16 pixels: resample"),
+        ((8, 16), "auto", "grown    8x8 -> 8x16 pixels: block-diagonal"),
+    ],
+)
+def test_another_image_size(animals, capsys, size, growth, how):
+    config = finetuning(animals, model__image_size=size, model__growth=growth)
+    model = build_model(config, ANIMALS)
+    expected = mm.load_model(animals, size, growth=growth, quiet=True)
+    assert model.preprocessing.image_size == model.config.image_size == expected.config.image_size
+    assert same_but_head(model, expected)
+    assert torch.equal(model.head.weight, expected.head.weight)
+    assert capsys.readouterr().err.startswith(how)
+
+
+def test_a_size_that_cannot_be(animals):
+    with pytest.raises(mm.UserError, match="block-diagonal"):
+        build_model(
+            finetuning(animals, model__image_size=12, model__growth="block-diagonal"), ANIMALS
+        )
+    with pytest.raises(mm.UserError, match="not divisible"):
+        build_model(finetuning(animals, model__image_size=9), ANIMALS)
+
+
+def test_preprocessing_is_the_checkpoints_but_for_size_and_resize(animals):
+    changes = {"data__resize": "resize-crop", "data__exif_orientation": False}
+    config = finetuning(animals, model__image_size=16, **changes)
+    found = build_model(config, ["a", "b"], quiet=True).preprocessing
+    assert found == dataclasses.replace(
+        OWN_RANGE, image_size=(16, 16), resize="resize-crop", exif_orientation=False
+    )
+
+
+def test_overrides_need_no_other_tensors(animals):
+    overrides = {"stochastic_depth": 0.2, "dropout": 0.1}
+    model = build_model(finetuning(animals, model__overrides=overrides), ANIMALS, quiet=True)
+    assert (model.config.stochastic_depth, model.config.dropout) == (0.2, 0.1)
+    assert torch.equal(model.eval()(images()), mm.load_model(animals)(images()))
+    with pytest.raises(mm.UserError, match=r"stochastic_depth.*got 2"):
+        build_model(finetuning(animals, model__overrides={"stochastic_depth": 2}), ANIMALS)
+
+
+def test_a_bias_for_a_new_head_alone(animals):
+    model = build_model(finetuning(animals, model__head_bias=-1.5), ["a", "b"], quiet=True)
+    assert model.head.bias.tolist() == [-1.5, -1.5]
+    with pytest.raises(mm.UserError, match="head_bias=-1.5 has no effect: the head is kept"):
+        build_model(finetuning(animals, model__head_bias=-1.5), ANIMALS, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("", "begins with trained weights, and none are given"),
+        ("nowhere", "no such model: 'nowhere'"),
+        ("mixer_b16", "is an architecture and has no weights of its own"),
+    ],
+)
+def test_no_weights(weights, message):
+    with pytest.raises(mm.UserError, match=message):
+        build_model(finetuning(weights), ANIMALS)
+
+
+def test_weights_for_what_is_no_picture(tmp_path):
+    model = tiny_model(3, in_channels=2)
+    path = mm.save_model(model, tmp_path / "two").parent
+    with pytest.raises(mm.UserError, match="images have 1 or 3 channels, the model wants 2"):
+        build_model(finetuning(path), ANIMALS)
+
+
+def test_a_linear_probe_moves_only_the_head(animals, class_folder, tmp_path):
+    changes = {"model__trained": "head", "data__source": str(class_folder)}
+    result = mm.train(finetuning(animals, tmp_path / "run", **changes), quiet=True)
+    before, after = mm.load_model(animals), mm.load_model(result.run_folder)
+    assert same_but_head(after, before)
+    assert not torch.equal(after.head.weight, before.head.weight)
+    log = (result.run_folder / "log.txt").read_text()
+    assert "only the 51 of the head are trained" in log
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    train_step = loop.Trainer.train_step
+
+    def interrupted(self, number, batch):
+        if number == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(self, number, batch)
+
+    monkeypatch.setattr(loop.Trainer, "train_step", interrupted)
+
+
+@pytest.mark.parametrize("names", [ANIMALS, ["x", "y", "z"]], ids=["kept head", "new head"])
+def test_a_run_outlives_the_weights_that_it_began_with(
+    class_folder, tmp_path, monkeypatch, names, capsys
+):
+    path = mm.save_model(model_of(names), tmp_path / "weights").parent
+    changes = {"data__source": str(class_folder), "model__image_size": 16}
+    whole = mm.train(finetuning(path, tmp_path / "whole", **changes), quiet=True).run_folder
+    stop_at(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        mm.train(finetuning(path, tmp_path / "run", **changes), quiet=True)
+    monkeypatch.undo()
+    shutil.rmtree(path)
+    capsys.readouterr()
+    again = mm.resume(tmp_path / "run").run_folder
+    out, err = capsys.readouterr()
+    assert "resumed  after step 5 of 6" in out
+    assert err == ""  # nothing is grown a second time
+    weights = [(run / "best" / "model.safetensors").read_bytes() for run in (whole, again)]
+    assert weights[0] == weights[1]
+
+
+def test_without_a_whole_checkpoint_a_run_begins_with_its_first_weights(
+    animals, class_folder, tmp_path, monkeypatch
+):
+    """best/ has moved on by then, and would be another beginning."""
+    changes = {"data__source": str(class_folder), "keep_checkpoints": 1}
+    whole = mm.train(finetuning(animals, tmp_path / "whole", **changes), quiet=True).run_folder
+    stop_at(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        mm.train(finetuning(animals, tmp_path / "run", **changes), quiet=True)
+    monkeypatch.undo()
+    for file in (tmp_path / "run" / "checkpoints").glob("step-*/*.distcp"):
+        file.write_bytes(b"x" + file.read_bytes()[1:])  # the size is right
+    again = mm.resume(tmp_path / "run", quiet=True).run_folder
+    assert "resumed  from the beginning" in (again / "log.txt").read_text()
+    weights = [(run / "best" / "model.safetensors").read_bytes() for run in (whole, again)]
+    assert weights[0] == weights[1]
