@@ -159,8 +159,22 @@ def start(
         environment: variables, beside those of this process.
     """
     typed = arguments if isinstance(arguments, list) else typed_settings(arguments)
+    text.touch()
     order = {"arguments": [str(each) for each in typed], "text": str(text), "fault": fault}
-    return Process(_nursery().ask({**order, "environment": environment or {}}), text)
+    process = Process(_nursery().ask({**order, "environment": environment or {}}), text)
+    _started.append(process)
+    return process
+
+
+_started: list[Process] = []
+
+
+def kill_what_is_left() -> None:
+    """Kills the groups of processes that a failed test has left running."""
+    for process in _started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    _started.clear()
 
 
 def start_two(
@@ -220,6 +234,7 @@ class Nursery:
         return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
+        kill_what_is_left()
         self._process.kill()
         self._process.communicate()
 

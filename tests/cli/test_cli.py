@@ -57,7 +57,8 @@ def test_typos(capsys):
     assert code == 2
     assert err == (
         "error: unknown verb 'trian'\n"
-        "to fix: Did you mean train? Known: models, train, evaluate, predict, convert, data\n"
+        "to fix: Did you mean train? "
+        "Known: models, train, finetune, evaluate, predict, convert, data\n"
     )
     code, _, err = mixer(capsys, "data", "chek", "x")
     assert code == 2

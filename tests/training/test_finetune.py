@@ -3,52 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 import mlp_mixer as mm
-from conftest import draw, make_class_folder, tiny_model
+from conftest import draw, make_class_folder
 from mlp_mixer.training import finetune as study
-from mlp_mixer.training import loop
 from mlp_mixer.training.summary import TrainResult
-
-COUNTS = {"ant": 10, "bee": 12, "cat": 10}
-
-
-def settings(folder: Path, output: str = "study", **changes: object) -> mm.TrainConfig:
-    """Six steps of eight images, from `folder`/weights on `folder`/data."""
-    values: dict[str, object] = {
-        "model.weights": str(folder / "weights"),
-        "data.source": str(folder / "data"),
-        "output": str(folder / output),
-        "steps": 6,
-        "batch_size": 8,
-        "evaluate_every": 3,
-        "optimizer.warmup": 1,
-        "device": "cpu",
-        "data.num_workers": 0,
-    }
-    values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return mm.recipe("finetune").with_values(values)
-
-
-def make_place(folder: Path) -> Path:
-    """A folder with weights of other classes, and data with train/ and test/."""
-    torch.manual_seed(0)
-    model = tiny_model(4)
-    model.class_names = ["w", "x", "y", "z"]
-    mm.save_model(model, folder / "weights")
-    make_class_folder(folder / "data" / "train", COUNTS)
-    make_class_folder(folder / "data" / "test", {"ant": 3, "bee": 3, "cat": 4}, start=200)
-    return folder
+from studies import COUNTS, make_place, pretend, settings
 
 
 @pytest.fixture
@@ -75,30 +39,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, mm.Finetun
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "train", without_test_images)
         return place, mm.finetune(settings(place), grid=[0.5, 0.01], seeds=[3, 0], quiet=True)
-
-
-Reach = Callable[[mm.TrainConfig], float]
-
-
-def pretend(monkeypatch: pytest.MonkeyPatch, reached: Reach) -> list[mm.TrainConfig]:
-    """Lets runs reach what the function says, without training; returns those that were asked."""
-    asked: list[mm.TrainConfig] = []
-
-    class Measured:
-        def __init__(self, top1: float) -> None:
-            self.top1 = top1
-
-    def train(config: mm.TrainConfig, quiet: bool) -> object:
-        asked.append(config)
-        accuracy = reached(config)
-        run = Path(str(config.output))
-        (run / "best").mkdir(parents=True, exist_ok=True)
-        (run / "best" / "README.md").write_text(f"# card\nmixer predict {run / 'best'} x.jpg\n")
-        (run / "results.csv").write_text(f"step,validation_top1\n3,0.9\n6,{accuracy}\n")
-        return TrainResult(run, Measured(0.9), Measured(accuracy))  # type: ignore[arg-type]
-
-    monkeypatch.setattr(study, "train", train)
-    return asked
 
 
 def test_what_a_study_gives(finished):
@@ -290,121 +230,6 @@ def test_what_the_runs_hold_out(place, monkeypatch):
     asked.clear()
     mm.finetune(settings(place, "f", data__source=f"{place / 'data'}:train"), grid=[0.1])
     assert [each.data.source for each in asked] == [f"{place / 'data'}:train"] * 2
-
-
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from training.test_finetune import settings
-import mlp_mixer as mm
-from mlp_mixer.training import loop
-
-train_step = loop.Trainer.train_step
-
-def killed(self, number, batch):
-    if number == 4 and self.run_folder.path.name == "lr-0.2":
-        self.state.checkpoints.wait()
-        os.kill(os.getpid(), signal.SIGKILL)
-    train_step(self, number, batch)
-
-loop.Trainer.train_step = killed
-mm.finetune(settings(Path({place!r}), "killed"), grid=[0.1, 0.2], seeds=[0], quiet=True)
-"""
-
-
-@pytest.mark.skipif(os.name == "nt", reason="signals as Unix has them")
-def test_a_killed_study_goes_on_with_what_is_missing(place, monkeypatch):
-    tests = Path(__file__).parents[1]
-    code = KILLED.format(tests=str(tests), place=str(place))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    whole = mm.finetune(settings(place, "whole"), grid=[0.1, 0.2], seeds=[0], quiet=True)
-
-    asked, train = [], study.train
-
-    def noted(config, **options):
-        asked.append(Path(str(config.output)).name)
-        return train(config, **options)
-
-    monkeypatch.setattr(study, "train", noted)
-    first = place / "killed" / "grid" / "lr-0.1"
-    before = {each: each.stat().st_mtime_ns for each in first.rglob("*")}
-    again = mm.finetune(settings(place, "killed"), grid=[0.1, 0.2], seeds=[0], quiet=True)
-    assert asked == ["lr-0.2", "seed-0"]
-    assert {each: each.stat().st_mtime_ns for each in first.rglob("*")} == before
-    assert (
-        "resumed  after step 3 of 6"
-        in (place / "killed" / "grid" / "lr-0.2" / "log.txt").read_text()
-    )
-    assert (again.grid, again.accuracies) == (whole.grid, whole.accuracies)
-    for name in ("grid/lr-0.1", "grid/lr-0.2", "seed-0"):
-        weights = [
-            (place / each / name / "best" / "model.safetensors").read_bytes()
-            for each in ("killed", "whole")
-        ]
-        assert weights[0] == weights[1], name
-
-
-def test_a_study_that_is_stopped_in_its_first_run_goes_on(place, monkeypatch, capsys):
-    train_step = loop.Trainer.train_step
-
-    def stopped(self, number, batch):
-        if number == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(self, number, batch)
-
-    monkeypatch.setattr(loop.Trainer, "train_step", stopped)
-    with pytest.raises(SystemExit) as end:
-        mm.finetune(settings(place), grid=[0.1], seeds=[0])
-    monkeypatch.undo()
-    assert end.value.code == 143
-    assert "the study goes on with the same command as before" in capsys.readouterr().out
-    assert [each.name for each in (place / "study").iterdir()] == ["grid"]
-    result = mm.finetune(settings(place), grid=[0.1], seeds=[0], quiet=True)
-    log = (place / "study" / "grid" / "lr-0.1" / "log.txt").read_text()
-    assert "resumed  after step 5 of 6" in log
-    assert list(result.accuracies) == [0]
-
-
-@pytest.mark.parametrize(
-    ("changes", "grid", "seeds", "message"),
-    [
-        ({"model__weights": ""}, [], [0], "begins with trained weights, and none are given"),
-        ({"model__weights": "nowhere"}, [0.1], [0], "no such model: 'nowhere'"),
-        ({}, [], [0, 1, 0], "each value counts once, got 0 1 0"),
-        ({}, [0.1, 0.1], [0], "each value counts once, got 0.1 0.1"),
-        ({}, [], [], "the final runs need a seed"),
-        ({}, [], [0, -1], "seed must be at least 0"),
-        ({}, [0.1, -1.0], [0], "learning_rate must be above 0, got -1.0"),
-        ({"patience": 2}, [0.1], [0], "patience=2 has no effect in the final runs"),
-        ({"data__holdout": 0.0}, [0.1], [0], "holdout 0 leaves no images to choose the rate by"),
-        ({"data__source": "TEST"}, [0.1], [0], "the data has no train split"),
-        ({"data__source": "nowhere"}, [0.1], [0], "no such data: 'nowhere'"),
-        ({"model__image_size": 9}, [0.1], [0], "not divisible by the patch size"),
-        ({"optimizer__warmup": 6}, [0.1], [0], "it would never reach its learning rate"),
-        ({"output": "FILE"}, [0.1], [0], "the output is a file"),
-        ({"output": "FULL"}, [0.1], [0], "the folder holds something else: grid-only, th"),
-        ({"output": "FULL/grid-only"}, [0.1], [0], "the folder holds something else: lr-7"),
-        ({"output": "DAMAGED"}, [0.1], [0], "not the results of a fine-tuning"),
-    ],
-)
-def test_mistakes_write_nothing(place, changes, grid, seeds, message):
-    (place / "file").write_text("x")
-    (place / "full" / "grid-only" / "grid" / "lr-7").mkdir(parents=True)
-    (place / "full" / "thesis.txt").write_text("x")
-    (place / "damaged").mkdir()
-    (place / "damaged" / "finetune.json").write_text("{}")
-    names = {"TEST": f"{place / 'data'}:test", "FILE": place / "file", "FULL": place / "full"}
-    names |= {"FULL/grid-only": place / "full" / "grid-only", "DAMAGED": place / "damaged"}
-    changes = {
-        key: str(names.get(value, value)) if value in names else value
-        for key, value in changes.items()
-    }
-    before = sorted(place.rglob("*"))
-    with pytest.raises(mm.UserError, match=message):
-        mm.finetune(settings(place, **changes), grid=grid, seeds=seeds, quiet=True)
-    assert sorted(place.rglob("*")) == before
 
 
 def test_a_study_needs_a_name(place, monkeypatch):

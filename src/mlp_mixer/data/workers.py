@@ -26,14 +26,19 @@ def start_worker(watched: Tensor, closing: Tensor, number: int) -> None:
     """
     watched.numpy()[number] = (os.getpid(), -1, time.monotonic_ns())
     cv2.setNumThreads(0)  # its threads do not survive the fork, and each worker has one core
-    main_process = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        # A thread waits for SIGTERM: a handler would never run where the main thread hangs in C,
+        # and the main process would wait for this one for ever.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, args=(closing, os.getppid()), daemon=True).start()
 
-    def on_terminate(*_: object) -> None:
+
+def _end_when_told(closing: Tensor, main_process: int) -> None:
+    while True:
+        signal.sigwait({signal.SIGTERM})
         if closing.item() or os.getppid() != main_process:
             os._exit(128 + signal.SIGTERM)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, on_terminate)
 
 
 def raise_if_one_died(*_: object) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +29,7 @@ from mlp_mixer.models.device import choose_device
 from mlp_mixer.models.layers import ImageClassifier
 
 TIMEOUT = datetime.timedelta(minutes=30)  # the slowest process may be reading a cold disk
+_PATIENCE = 3.0  # seconds for the others to say, or to hear, why a process ended
 
 
 @dataclass(frozen=True)
@@ -149,9 +152,11 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
         chosen = choose_device(f"cuda:{local_rank}")
         torch.cuda.set_device(chosen)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    groups = dist.PrefixStore("groups", store)
+    dist.init_process_group(backend, timeout=TIMEOUT, store=groups, rank=rank, world_size=size)
+    notes = _Notes(dist.PrefixStore("notes", store), rank, size)
     try:
-        rank, size = dist.get_rank(), dist.get_world_size()
         alone = World(rank, size, local_rank)
         peers = tuple(alone.gather((socket.gethostname(), os.getpid())))
         group = dist.new_group(backend="gloo", timeout=TIMEOUT)
@@ -160,14 +165,56 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
         _joined.append((world, chosen))
         try:
             yield world, chosen
+        except UserError as error:
+            notes.leave(error)
+            raise
         except RuntimeError as error:
             if not _is_lost_connection(error):
                 raise
-            raise _lost(world, error) from error
+            found = _lost(world, notes, error)
+            notes.leave(None)
+            raise found from error
         finally:
             _joined.clear()
     finally:
         dist.destroy_process_group()
+        notes.wait_for_readers()
+
+
+class _Notes:
+    """What the processes leave for each other where they may meet in no collective any more.
+
+    An error of one process breaks the connections of all others, which say nothing of it; so it
+    leaves a note of the error first. The notes are kept by the first process, or by torchrun.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        self._store, self._rank, self._left = store, rank, False
+        self._others = [other for other in range(size) if other != rank]
+
+    def leave(self, error: UserError | None) -> None:
+        """Says by which error this process ends; None: by that of another."""
+        self._left = True
+        note = None if error is None else (error.what, error.where, error.fix)
+        with contextlib.suppress(RuntimeError):  # who kept the notes is gone
+            self._store.set(str(self._rank), json.dumps(note))
+
+    def found(self) -> dict[int, Any]:
+        """Returns the notes of the other processes so far."""
+        notes = {}
+        with contextlib.suppress(RuntimeError):
+            for rank in self._others:
+                if self._store.check([str(rank)]):
+                    notes[rank] = json.loads(self._store.get(str(rank)))
+        return notes
+
+    def wait_for_readers(self) -> None:
+        """Keeps the notes until the others have ended too, where this process has left one."""
+        end = time.monotonic() + _PATIENCE
+        while self._left and self._rank == 0 and time.monotonic() < end:
+            if len(self.found()) == len(self._others):
+                return
+            time.sleep(0.05)
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
@@ -175,10 +222,19 @@ def _is_lost_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistBackendError) or any(word in str(error) for word in words)
 
 
-def _lost(world: World, error: RuntimeError) -> UserError:
-    """Returns what a broken connection means: whose process is gone."""
-    gone = [rank for rank in world.dead() if rank != world.rank]
-    who = f"rank {', '.join(map(str, gone))}" if gone else "another process, on another machine,"
+def _lost(world: World, notes: _Notes, error: RuntimeError) -> UserError:
+    """Returns what a broken connection means: whose process is gone, and why."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        reasons = {rank: note for rank, note in notes.found().items() if note is not None}
+        gone = [rank for rank in world.dead() if rank != world.rank]
+        if reasons or gone or time.monotonic() > end:
+            break
+        time.sleep(0.05)
+    if reasons:
+        rank, (what, where, fix) = min(reasons.items())
+        return UserError(f"rank {rank}: {what}" if world.is_first else what, where=where, fix=fix)
+    who = f"rank {', '.join(map(str, gone))}" if gone else "another process"
     what = f"rank {world.rank}: {who} ended, and training cannot go on: "
     fix = "The same command again continues; torchrun --max-restarts N does so by itself"
     return UserError(what + str(error).splitlines()[0][:200], fix=fix)

@@ -13,12 +13,7 @@ The same call again goes on where it was stopped.
 from __future__ import annotations
 
 import csv
-import json
-import os
-import shutil
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,49 +25,10 @@ from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.distributed import World, joined
 from mlp_mixer.training.finetuning_recipes import HOLDOUTS
 from mlp_mixer.training.loop import train
-from mlp_mixer.training.resume import differences
 from mlp_mixer.training.step import NotFiniteError
+from mlp_mixer.training.study_folder import FinetuneResult, StudyFolder
 from mlp_mixer.training.summary import TrainResult
-from mlp_mixer.weights.files import expand, write_aside
-
-_RESULTS = "finetune.json"
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What the runs of a fine-tuning reached.
-
-    Attributes:
-        folder: where everything lies.
-        grid: rate -> accuracy on the held-out training images, None where the run diverged; empty
-            without a grid.
-        learning_rate: of the final runs.
-        measured_on: "test", or "validation" where the data has no test images.
-        accuracies: seed -> accuracy of its final run.
-        mean, deviation: of these; the deviation is the sample's, None for one seed.
-    """
-
-    folder: Path
-    grid: dict[float, float | None]
-    learning_rate: float
-    measured_on: str
-    accuracies: dict[int, float]
-    mean: float = field(init=False)
-    deviation: float | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        values = list(self.accuracies.values())
-        spread = statistics.stdev(values) if len(values) > 1 else None
-        object.__setattr__(self, "mean", statistics.fmean(values))
-        object.__setattr__(self, "deviation", spread)
-
-    def summary(self) -> str:
-        """Returns "97.14% +- 0.16% (mean and standard deviation of seeds 0, 1, 2)"."""
-        seeds = [str(each) for each in self.accuracies]
-        if self.deviation is None:
-            return f"{self.mean:.2%} (seed {seeds[0]})"
-        spread = f"{self.mean:.2%} +- {self.deviation:.2%}"
-        return f"{spread} (mean and standard deviation of seeds {', '.join(seeds)})"
+from mlp_mixer.weights.files import expand
 
 
 def finetune(
@@ -127,7 +83,6 @@ class _Study:
     ) -> None:
         assert config.output is not None
         self.config, self.world, self.quiet = config, world, quiet
-        self.folder = expand(config.output)
         self.splits = open_splits(config.data.source).keys()
         self.measured_on = "test" if "test" in self.splits else "validation"
         self.rates, self.seeds = [float(each) for each in grid], list(seeds)
@@ -141,9 +96,11 @@ class _Study:
             self.final(seed)
         self.refuse_what_cannot_be_measured()
         self.report = Reporter(quiet=quiet or not world.is_first)
-        self.done: dict[str, float | None] = world.from_first(self.found)
+        path, first = expand(config.output), [*self.grid, f"seed-{self.seeds[0]}"][0]
+        self.folder = StudyFolder(path, config, self.rates, self.seeds)
+        self.done: dict[str, float | None] = world.from_first(lambda: self.folder.done(first))
         if world.is_first and self.done:
-            self.report.log_to(self.folder / "log.txt")
+            self.report.log_to(path / "log.txt")
 
     def in_grid(self, rate: float) -> TrainConfig:
         """A run that sees training images alone: a part to learn from, the rest to judge by."""
@@ -199,10 +156,10 @@ class _Study:
             accuracy = self.cell(f"seed-{seed}", self.final(seed, rate), title, in_grid=False)
             assert accuracy is not None
             accuracies[seed] = accuracy
-        result = FinetuneResult(self.folder, reached, rate, self.measured_on, accuracies)
+        result = FinetuneResult(self.folder.path, reached, rate, self.measured_on, accuracies)
         if self.world.is_first:
-            self.keep_first_seed(result)
-            self.save(result)
+            self.folder.keep_first_seed(result)
+            self.folder.save(self.done, result)
             self.tell(result)
         return result
 
@@ -230,7 +187,9 @@ class _Study:
             return accuracy
         self.say(f"\n=== {title}")
         try:
-            result = train(config.with_value("output", str(self.folder / name)), quiet=self.quiet)
+            result = train(
+                config.with_value("output", str(self.folder.path / name)), quiet=self.quiet
+            )
             accuracy = self.accuracy_of(result, in_grid)
         except UserError as error:
             if not (in_grid and _has_diverged(error)):
@@ -239,8 +198,8 @@ class _Study:
             accuracy = None
         self.done[name] = accuracy
         if self.world.is_first:
-            self.report.log_to(self.folder / "log.txt")
-            self.save()
+            self.report.log_to(self.folder.path / "log.txt")
+            self.folder.save(self.done)
         return accuracy
 
     def accuracy_of(self, result: TrainResult, in_grid: bool) -> float:
@@ -259,77 +218,13 @@ class _Study:
         if not finite:
             rate = min(reached) / 10
             what = "the run of every rate of the grid diverged"
-            raise UserError(what, where=self.folder, fix=f"Lower rates: --grid {rate:.1g}")
+            raise UserError(what, where=self.folder.path, fix=f"Lower rates: --grid {rate:.1g}")
         best = max(finite, key=lambda rate: (finite[rate], -rate))
         self.say(f"\nchosen   rate {best:g}: {finite[best]:.2%} on held-out training images")
         if len(reached) > 1 and best in (min(reached), max(reached)):
             side = "lowest" if best == min(reached) else "highest"
             self.say(f"         it is the {side} of the grid; one beyond it may be better")
         return best
-
-    def found(self) -> dict[str, float | None]:
-        """What the folder holds of this very study."""
-        path = self.folder / _RESULTS
-        if self.folder.is_file():
-            raise UserError("the output is a file", where=self.folder, fix="Give another --output")
-        if not path.is_file():
-            self.refuse_other_things()
-            return {}
-        try:
-            values = json.loads(path.read_bytes())
-            old = TrainConfig.from_json(values["config"])
-            grid, seeds, done = values["grid"], values["seeds"], dict(values["done"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"not the results of a fine-tuning: {error}", where=path) from error
-        changes = differences(old, self.config)
-        if grid != self.rates:
-            changes.append(f"the grid is {grid} there and {self.rates} here")
-        if seeds != self.seeds[: len(seeds)]:
-            changes.append(f"the seeds are {seeds} there and {self.seeds} here")
-        if changes:
-            what = f"the folder holds another study: {'; '.join(changes[:6])}"
-            fix = "Give another --output; seeds may be added behind those that are there"
-            raise UserError(what, where=self.folder, fix=fix)
-        return done
-
-    def refuse_other_things(self) -> None:
-        """Refuses a folder that holds more than the first run of a study, not at its end yet."""
-        first = [*self.grid, f"seed-{self.seeds[0]}"][0]
-        folder, *inside = first.split("/")
-        there = _names(self.folder) - {folder}
-        there |= _names(self.folder / folder) - {*inside} if inside else set()
-        if there:
-            what = f"the folder holds something else: {', '.join(sorted(there)[:4])}"
-            raise UserError(what, where=self.folder, fix="Give another --output")
-
-    def save(self, result: FinetuneResult | None = None) -> None:
-        values: dict[str, Any] = {
-            "config": self.config.to_json(),
-            "grid": self.rates,
-            "seeds": self.seeds,
-            "done": self.done,
-        }
-        if result is not None:
-            values["learning_rate"] = result.learning_rate
-            values["measured_on"] = result.measured_on
-            values["mean"], values["deviation"] = result.mean, result.deviation
-        write_aside(self.folder / _RESULTS, (json.dumps(values, indent=2) + "\n").encode())
-
-    def keep_first_seed(self, result: FinetuneResult) -> None:
-        """Copies the first seed's model, with a card that tells of all of them."""
-        source, best = self.folder / f"seed-{self.seeds[0]}" / "best", self.folder / "best"
-        if not best.exists():
-            aside = self.folder / ".best.partial"
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(source, aside)
-            os.rename(aside, best)
-        card = (source / "README.md").read_text("utf-8").replace(str(source), str(best))
-        card += f"\n## The study\n\nThis is the run with seed {self.seeds[0]}. "
-        card += f"Accuracy on the {result.measured_on} images: {result.summary()}.\n"
-        if self.rates:
-            card += f"The learning rate {result.learning_rate:g} was chosen on held-out training "
-            card += f"images from {', '.join(f'{each:g}' for each in self.rates)}.\n"
-        write_aside(best / "README.md", card.encode())
 
     def tell(self, result: FinetuneResult) -> None:
         rows = [
@@ -344,16 +239,11 @@ class _Study:
         self.say("")
         text = f"{on} accuracy {result.summary()}, learning rate {result.learning_rate:g}"
         self.report.say(text, style="bold green")
-        self.say(f"model    {self.folder / 'best'} (of seed {self.seeds[0]})")
-        self.say(f"table    {self.folder / _RESULTS}")
+        self.say(f"model    {self.folder.path / 'best'} (of seed {self.seeds[0]})")
+        self.say(f"table    {self.folder.results}")
 
     def say(self, text: str) -> None:
         self.report.say(text)
-
-
-def _names(folder: Path) -> set[str]:
-    there = [each.name for each in folder.iterdir()] if folder.is_dir() else []
-    return {name for name in there if not name.endswith(".partial")}
 
 
 def _last_accuracy(run: Path) -> float:

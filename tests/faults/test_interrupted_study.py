@@ -1,0 +1,137 @@
+"""Fine-tuning studies that were killed, stopped or wrong from the start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlp_mixer as mm
+from mlp_mixer.training import finetune as study
+from mlp_mixer.training import loop
+from studies import make_place, settings
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return make_place(tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from studies import settings
+import mlp_mixer as mm
+from mlp_mixer.training import loop
+
+train_step = loop.Trainer.train_step
+
+def killed(self, number, batch):
+    if number == 4 and self.run_folder.path.name == "lr-0.2":
+        self.state.checkpoints.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+    train_step(self, number, batch)
+
+loop.Trainer.train_step = killed
+mm.finetune(settings(Path({place!r}), "killed"), grid=[0.1, 0.2], seeds=[0], quiet=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals as Unix has them")
+def test_a_killed_study_goes_on_with_what_is_missing(place, monkeypatch):
+    tests = Path(__file__).parents[1]
+    code = KILLED.format(tests=str(tests), place=str(place))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    whole = mm.finetune(settings(place, "whole"), grid=[0.1, 0.2], seeds=[0], quiet=True)
+
+    asked, train = [], study.train
+
+    def noted(config, **options):
+        asked.append(Path(str(config.output)).name)
+        return train(config, **options)
+
+    monkeypatch.setattr(study, "train", noted)
+    first = place / "killed" / "grid" / "lr-0.1"
+    before = {each: each.stat().st_mtime_ns for each in first.rglob("*")}
+    again = mm.finetune(settings(place, "killed"), grid=[0.1, 0.2], seeds=[0], quiet=True)
+    assert asked == ["lr-0.2", "seed-0"]
+    assert {each: each.stat().st_mtime_ns for each in first.rglob("*")} == before
+    assert (
+        "resumed  after step 3 of 6"
+        in (place / "killed" / "grid" / "lr-0.2" / "log.txt").read_text()
+    )
+    assert (again.grid, again.accuracies) == (whole.grid, whole.accuracies)
+    for name in ("grid/lr-0.1", "grid/lr-0.2", "seed-0"):
+        weights = [
+            (place / each / name / "best" / "model.safetensors").read_bytes()
+            for each in ("killed", "whole")
+        ]
+        assert weights[0] == weights[1], name
+
+
+def test_a_study_that_is_stopped_in_its_first_run_goes_on(place, monkeypatch, capsys):
+    train_step = loop.Trainer.train_step
+
+    def stopped(self, number, batch):
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(self, number, batch)
+
+    monkeypatch.setattr(loop.Trainer, "train_step", stopped)
+    with pytest.raises(SystemExit) as end:
+        mm.finetune(settings(place), grid=[0.1], seeds=[0])
+    monkeypatch.undo()
+    assert end.value.code == 143
+    assert "the study goes on with the same command as before" in capsys.readouterr().out
+    assert [each.name for each in (place / "study").iterdir()] == ["grid"]
+    result = mm.finetune(settings(place), grid=[0.1], seeds=[0], quiet=True)
+    log = (place / "study" / "grid" / "lr-0.1" / "log.txt").read_text()
+    assert "resumed  after step 5 of 6" in log
+    assert list(result.accuracies) == [0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "grid", "seeds", "message"),
+    [
+        ({"model__weights": ""}, [], [0], "begins with trained weights, and none are given"),
+        ({"model__weights": "nowhere"}, [0.1], [0], "no such model: 'nowhere'"),
+        ({}, [], [0, 1, 0], "each value counts once, got 0 1 0"),
+        ({}, [0.1, 0.1], [0], "each value counts once, got 0.1 0.1"),
+        ({}, [], [], "the final runs need a seed"),
+        ({}, [], [0, -1], "seed must be at least 0"),
+        ({}, [0.1, -1.0], [0], "learning_rate must be above 0, got -1.0"),
+        ({"patience": 2}, [0.1], [0], "patience=2 has no effect in the final runs"),
+        ({"data__holdout": 0.0}, [0.1], [0], "holdout 0 leaves no images to choose the rate by"),
+        ({"data__source": "TEST"}, [0.1], [0], "the data has no train split"),
+        ({"data__source": "nowhere"}, [0.1], [0], "no such data: 'nowhere'"),
+        ({"model__image_size": 9}, [0.1], [0], "not divisible by the patch size"),
+        ({"optimizer__warmup": 6}, [0.1], [0], "it would never reach its learning rate"),
+        ({"output": "FILE"}, [0.1], [0], "the output is a file"),
+        ({"output": "FULL"}, [0.1], [0], "the folder holds something else: grid-only, th"),
+        ({"output": "FULL/grid-only"}, [0.1], [0], "the folder holds something else: lr-7"),
+        ({"output": "DAMAGED"}, [0.1], [0], "not the results of a fine-tuning"),
+    ],
+)
+def test_mistakes_write_nothing(place, changes, grid, seeds, message):
+    (place / "file").write_text("x")
+    (place / "full" / "grid-only" / "grid" / "lr-7").mkdir(parents=True)
+    (place / "full" / "thesis.txt").write_text("x")
+    (place / "damaged").mkdir()
+    (place / "damaged" / "finetune.json").write_text("{}")
+    names = {"TEST": f"{place / 'data'}:test", "FILE": place / "file", "FULL": place / "full"}
+    names |= {"FULL/grid-only": place / "full" / "grid-only", "DAMAGED": place / "damaged"}
+    changes = {
+        key: str(names.get(value, value)) if value in names else value
+        for key, value in changes.items()
+    }
+    before = sorted(place.rglob("*"))
+    with pytest.raises(mm.UserError, match=message):
+        mm.finetune(settings(place, **changes), grid=grid, seeds=seeds, quiet=True)
+    assert sorted(place.rglob("*")) == before

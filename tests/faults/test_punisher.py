@@ -1,0 +1,129 @@
+"""Kills at random moments of a run, and two runs in one folder (fault tests 1, 9 and the punisher)."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from runs import (
+    DROPOUT,
+    check_same,
+    losses_of,
+    make_data,
+    run_config,
+    start,
+    train,
+    unix,
+    until,
+)
+
+pytestmark = unix
+
+KILLS = 30
+LONG = {**DROPOUT, "steps": 120, "evaluate_every": 16, "checkpoint_every": 5}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("punisher") / "data")
+
+
+@pytest.mark.slow
+def test_thirty_kills_change_nothing(data: Path, tmp_path: Path):
+    """At any time of a life, after some of its steps, and while a checkpoint is written."""
+    chance, run, killed = random.Random(0), tmp_path / "run", 0
+    config = run_config(data, run, **LONG)
+    for life in range(KILLS):
+        process = start(config, tmp_path / f"life {life}")
+        if life % 3 == 0:
+            time.sleep(chance.uniform(0.0, 0.6))
+        else:
+            more = len(_steps(run)) + chance.randrange(14)
+            is_due = [lambda more=more: len(_steps(run)) > more, lambda: _partial(run)][life % 3 - 1]
+            until(lambda p=process, due=is_due: due() or p.poll() is not None, 60.0, process.said)
+            time.sleep(chance.uniform(0.0, 0.03))
+        if process.poll() is None:
+            killed += process.kill() == -signal.SIGKILL
+        assert "error" not in process.said(), process.said()
+    process = start(config, tmp_path / "last")
+    assert process.wait() == 0, process.said()
+    assert killed >= KILLS - 5
+    starts = re.findall(r"resumed  after step (\d+)", (run / "log.txt").read_text())
+    assert len(set(starts)) >= 5  # it was killed here and there
+    assert [int(each) for each in starts] == sorted(map(int, starts))
+    straight = train(run_config(data, tmp_path / "straight", **LONG))
+    assert len(losses_of(straight)) == 120
+    check_same(run, straight)
+    assert {path.name for path in run.rglob(".*")} == {".metadata"}  # nothing half-written
+    assert {path.name for path in run.iterdir()} == {path.name for path in straight.iterdir()}
+
+
+WAITING = """
+def wait(trainer):
+    print("waiting", flush=True)
+    until(lambda: Path(FOLDER, "go").exists(), 60.0)
+before_step(patch, 16, wait)
+"""
+
+
+def test_a_second_run_in_the_folder_is_refused(data: Path, tmp_path: Path):
+    """With exit code 2, while the first goes on unharmed; the loader workers hold no lock."""
+    straight = train(run_config(data, tmp_path / "straight", data__num_workers=2))
+    config = run_config(data, tmp_path / "run", data__num_workers=2)
+    fault = WAITING.replace("FOLDER", repr(str(tmp_path)))
+    first = start(config, tmp_path / "first", fault)
+    until(lambda: "waiting" in first.said(), 60.0, first.said)
+    second = start(config, tmp_path / "second")
+    third = start(["train", "--resume", tmp_path / "run"], tmp_path / "third")
+    for process in (second, third):
+        assert process.wait() == 2
+        assert process.said() == (
+            "error: another process is training in this run folder\n"
+            f"where: {tmp_path / 'run'}\n"
+            "to fix: Wait for it or stop it; or give another --output\n"
+        )
+    (tmp_path / "go").touch()
+    assert first.wait() == 0, first.said()
+    check_same(tmp_path / "run", straight)
+
+
+def test_a_killed_run_leaves_no_lock(data: Path, tmp_path: Path):
+    """Its workers live on for some seconds; the same command goes on without waiting for them."""
+    config = run_config(data, tmp_path / "run", data__num_workers=2, checkpoint_every=5)
+    fault = WAITING.replace("FOLDER", repr(str(tmp_path)))
+    process = start(config, tmp_path / "first", fault)
+    until(lambda: "waiting" in process.said(), 60.0, process.said)
+    workers = _children(process.pid)
+    assert len(workers) == 2
+    assert process.kill() == -signal.SIGKILL
+    (tmp_path / "go").touch()
+    again = start(config, tmp_path / "again")
+    assert again.wait() == 0, again.said()
+    until(lambda: not any(map(_lives, workers)), 20.0)
+
+
+def _steps(run: Path) -> list[str]:
+    path = run / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _partial(run: Path) -> list[Path]:
+    return list(run.glob("checkpoints/.*.partial"))
+
+
+def _children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False

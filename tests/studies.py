@@ -1,0 +1,69 @@
+"""What tests of fine-tuning studies share: weights and data, and runs that only pretend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import mlp_mixer as mm
+from conftest import make_class_folder, tiny_model
+from mlp_mixer.training import finetune as study
+from mlp_mixer.training.summary import TrainResult
+
+COUNTS = {"ant": 10, "bee": 12, "cat": 10}
+
+
+def settings(folder: Path, output: str = "study", **changes: object) -> mm.TrainConfig:
+    """Six steps of eight images, from `folder`/weights on `folder`/data."""
+    values: dict[str, object] = {
+        "model.weights": str(folder / "weights"),
+        "data.source": str(folder / "data"),
+        "output": str(folder / output),
+        "steps": 6,
+        "batch_size": 8,
+        "evaluate_every": 3,
+        "optimizer.warmup": 1,
+        "device": "cpu",
+        "data.num_workers": 0,
+    }
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return mm.recipe("finetune").with_values(values)
+
+
+def make_place(folder: Path) -> Path:
+    """A folder with weights of other classes, and data with train/ and test/."""
+    torch.manual_seed(0)
+    model = tiny_model(4)
+    model.class_names = ["w", "x", "y", "z"]
+    mm.save_model(model, folder / "weights")
+    make_class_folder(folder / "data" / "train", COUNTS)
+    make_class_folder(folder / "data" / "test", {"ant": 3, "bee": 3, "cat": 4}, start=200)
+    return folder
+
+
+Reach = Callable[[mm.TrainConfig], float]
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, reached: Reach) -> list[mm.TrainConfig]:
+    """Lets runs reach what the function says, without training; returns those that were asked."""
+    asked: list[mm.TrainConfig] = []
+
+    class Measured:
+        def __init__(self, top1: float) -> None:
+            self.top1 = top1
+
+    def train(config: mm.TrainConfig, quiet: bool) -> object:
+        asked.append(config)
+        accuracy = reached(config)
+        run = Path(str(config.output))
+        (run / "best").mkdir(parents=True, exist_ok=True)
+        (run / "best" / "README.md").write_text(f"# card\nmixer predict {run / 'best'} x.jpg\n")
+        (run / "results.csv").write_text(f"step,validation_top1\n3,0.9\n6,{accuracy}\n")
+        test = None if "/grid/" in str(run) else Measured(accuracy)
+        return TrainResult(run, Measured(0.9), test)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(study, "train", train)
+    return asked
