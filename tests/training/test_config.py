@@ -131,3 +131,23 @@ def test_unknown_keys_in_a_file():
 def test_an_unknown_recipe():
     with pytest.raises(mm.UserError, match=r"unknown recipe 'digit'[\s\S]*Did you mean digits"):
         mm.recipe("digit")
+
+
+def test_steps_take_the_place_of_epochs_with_their_own_unit():
+    config = mm.recipe("digits")
+    assert (config.epochs, config.steps, config.evaluate_every) == (100, None, 5)
+    steps = config.with_value("steps", 2000)
+    assert (steps.epochs, steps.steps, steps.evaluate_every) == (None, 2000, 100)
+    assert config.with_values({"steps": 2000, "evaluate_every": 7}).evaluate_every == 7
+    assert config.with_value("epochs", 30).evaluate_every == 5
+    assert steps.with_value("epochs", 30).evaluate_every == 1
+    with pytest.raises(mm.UserError, match="epochs=3 and steps=4: one of them"):
+        config.with_values({"epochs": 3, "steps": 4})
+
+
+def test_the_order_of_settings_does_not_matter():
+    config = mm.recipe("cifar10")
+    changes = ["augment.mixup=0", "augment.cutmix=0", "augment.mix_until=1"]
+    assert config.with_values({}, changes) == config.with_values({}, changes[::-1])
+    with pytest.raises(mm.UserError, match="mix_until=0.92 has no effect"):
+        config.with_values({}, changes[:2])

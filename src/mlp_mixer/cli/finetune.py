@@ -119,7 +119,6 @@ def finetune(
         "output": output,
         "steps": steps,
         "epochs": epochs,
-        "evaluate_every": None if epochs is None else max(1, epochs // 20),  # counts epochs then
         "batch_size": batch_size,
         "optimizer.learning_rate": learning_rate,
         "device": device,

@@ -1,7 +1,7 @@
 """Entry of the `mixer` command: finds the verb, and turns every error into one message.
 
 Exit codes: 0 done; 1 a bug of ours, with its traceback; 2 a mistake of the user's; 3 done, but some
-images were bad; 130 stopped with Ctrl-C. No torch is imported before a verb runs.
+images were bad; 130 stopped with Ctrl-C, 143 with SIGTERM. No torch is imported before a verb runs.
 """
 
 from __future__ import annotations

@@ -177,6 +177,9 @@ class TrainConfig:
         for key, other in (("epochs", "steps"), ("steps", "epochs")):
             if changes.get(key) is not None and other not in changes:
                 values[other] = None  # one takes the place of the other
+                is_other = getattr(self, key) is None and isinstance(changes[key], int)
+                if is_other and "evaluate_every" not in changes:  # it has the length's unit
+                    values["evaluate_every"] = max(1, changes[key] // 20)
         return build(TrainConfig, values)
 
     def _put(self, values: dict[str, Any], key: str, value: Any) -> None:

@@ -50,10 +50,16 @@ def cost_line(flops_per_image: int, images: int, sharpness: float = 0.0) -> str:
     Args:
         flops_per_image, images, sharpness: as `operations` takes them.
     """
-    total, _, exponent = f"{operations(flops_per_image, images, sharpness):.1e}".partition("e")
     times = [f"{speed:,} {duration(images / speed)}" for speed in _SPEEDS]
     first = times[0].replace(" ", " images/s ", 1)
-    return f"{total}e{int(exponent)} operations; at {', at '.join([first, *times[1:]])}"
+    total = power(operations(flops_per_image, images, sharpness))
+    return f"{total} operations; at {', at '.join([first, *times[1:]])}"
+
+
+def power(number: int) -> str:
+    """Returns a large number as "1.1e16"."""
+    digits, _, exponent = f"{number:.1e}".partition("e")
+    return f"{digits}e{int(exponent)}"
 
 
 def estimate(seconds_per_step: float, steps_left: int) -> str:

@@ -29,7 +29,7 @@ from mlp_mixer.models.device import choose_device
 from mlp_mixer.models.layers import ImageClassifier
 
 TIMEOUT = datetime.timedelta(minutes=30)  # the slowest process may be reading a cold disk
-_PATIENCE = 3.0  # seconds for the others to say, or to hear, why a process ended
+_PATIENCE = 3.0  # seconds to look for the reason of a lost connection
 
 
 @dataclass(frozen=True)
@@ -171,50 +171,37 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
         except RuntimeError as error:
             if not _is_lost_connection(error):
                 raise
-            found = _lost(world, notes, error)
-            notes.leave(None)
-            raise found from error
+            raise _lost(world, notes, error) from error
         finally:
             _joined.clear()
     finally:
         dist.destroy_process_group()
-        notes.wait_for_readers()
 
 
 class _Notes:
     """What the processes leave for each other where they may meet in no collective any more.
 
     An error of one process breaks the connections of all others, which say nothing of it; so it
-    leaves a note of the error first. The notes are kept by the first process, or by torchrun.
+    leaves a note of the error first. The notes lie with torchrun, or else with the first process.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        self._store, self._rank, self._left = store, rank, False
+        self._store, self._rank = store, rank
         self._others = [other for other in range(size) if other != rank]
 
-    def leave(self, error: UserError | None) -> None:
-        """Says by which error this process ends; None: by that of another."""
-        self._left = True
-        note = None if error is None else (error.what, error.where, error.fix)
-        with contextlib.suppress(RuntimeError):  # who kept the notes is gone
-            self._store.set(str(self._rank), json.dumps(note))
+    def leave(self, error: UserError) -> None:
+        """Says by which error this process ends."""
+        with contextlib.suppress(RuntimeError):  # where the notes lay is gone
+            self._store.set(str(self._rank), json.dumps((error.what, error.where, error.fix)))
 
-    def found(self) -> dict[int, Any]:
-        """Returns the notes of the other processes so far."""
+    def found(self) -> dict[int, tuple[str, str | None, str | None]]:
+        """Returns the notes of other processes: what, where and fix by rank."""
         notes = {}
         with contextlib.suppress(RuntimeError):
             for rank in self._others:
                 if self._store.check([str(rank)]):
-                    notes[rank] = json.loads(self._store.get(str(rank)))
+                    notes[rank] = tuple(json.loads(self._store.get(str(rank))))
         return notes
-
-    def wait_for_readers(self) -> None:
-        """Keeps the notes until the others have ended too, where this process has left one."""
-        end = time.monotonic() + _PATIENCE
-        while self._left and self._rank == 0 and time.monotonic() < end:
-            if len(self.found()) == len(self._others):
-                return
-            time.sleep(0.05)
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
@@ -226,7 +213,7 @@ def _lost(world: World, notes: _Notes, error: RuntimeError) -> UserError:
     """Returns what a broken connection means: whose process is gone, and why."""
     end = time.monotonic() + _PATIENCE
     while True:
-        reasons = {rank: note for rank, note in notes.found().items() if note is not None}
+        reasons = notes.found()
         gone = [rank for rank in world.dead() if rank != world.rank]
         if reasons or gone or time.monotonic() > end:
             break

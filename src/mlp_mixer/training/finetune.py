@@ -25,7 +25,7 @@ from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.distributed import World, joined
 from mlp_mixer.training.finetuning_recipes import HOLDOUTS
 from mlp_mixer.training.loop import train
-from mlp_mixer.training.step import NotFiniteError
+from mlp_mixer.training.step import DivergedError
 from mlp_mixer.training.study_folder import FinetuneResult, StudyFolder
 from mlp_mixer.training.summary import TrainResult
 from mlp_mixer.weights.files import expand
@@ -187,12 +187,11 @@ class _Study:
             return accuracy
         self.say(f"\n=== {title}")
         try:
-            result = train(
-                config.with_value("output", str(self.folder.path / name)), quiet=self.quiet
-            )
+            config = config.with_value("output", str(self.folder.path / name))
+            result = train(config, quiet=self.quiet, in_study=True)
             accuracy = self.accuracy_of(result, in_grid)
-        except UserError as error:
-            if not (in_grid and _has_diverged(error)):
+        except DivergedError as error:
+            if not in_grid:
                 raise
             self.say(f"diverged {error.what}")
             accuracy = None
@@ -249,7 +248,3 @@ class _Study:
 def _last_accuracy(run: Path) -> float:
     with (run / "results.csv").open(newline="") as file:
         return float(list(csv.DictReader(file))[-1]["validation_top1"])
-
-
-def _has_diverged(error: UserError) -> bool:
-    return isinstance(error.__context__, NotFiniteError) or "has diverged" in error.what

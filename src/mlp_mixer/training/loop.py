@@ -35,7 +35,7 @@ from mlp_mixer.training.run_folder import RunFolder, check_tensorboard, environm
 from mlp_mixer.training.schedule import check_warmup
 from mlp_mixer.training.start import build_model, length
 from mlp_mixer.training.state import RunState
-from mlp_mixer.training.step import NotFiniteError
+from mlp_mixer.training.step import DivergedError, NotFiniteError
 from mlp_mixer.training.stopping import StopRequest, end
 from mlp_mixer.training.summary import TrainResult, announce, finish, resume_command
 from mlp_mixer.weights.store import save_model
@@ -57,16 +57,20 @@ def resume(run: str | Path, *, quiet: bool = False) -> TrainResult:
     return train(config_of(run), quiet=quiet)
 
 
-def train(config: TrainConfig | str = "digits", *, quiet: bool = False) -> TrainResult:
+def train(
+    config: TrainConfig | str = "digits", *, quiet: bool = False, in_study: bool = False
+) -> TrainResult:
     """Trains a model and returns what it reached; a run that was stopped goes on where it was.
 
     Args:
         config: a configuration, or the name of a recipe.
         quiet: print nothing; log.txt is written all the same.
+        in_study: it is one of many runs: do not say what to type next.
 
     Raises:
         UserError: a setting or the data is unusable (nothing has been written then), or the run
-            had to stop: too many bad images, or a loss or gradient that is not finite.
+            had to stop: too many bad images, or a loss or gradient that is not finite
+            (`DivergedError`).
     """
     config = recipe(config) if isinstance(config, str) else config
     with contextlib.ExitStack() as afterwards:
@@ -104,7 +108,7 @@ def train(config: TrainConfig | str = "digits", *, quiet: bool = False) -> Train
         )
         state.begin(surroundings, is_old)
         Trainer(config, splits, run, report, compute, world, state).run()
-        return finish(config, splits, run, report, device, world)
+        return finish(config, splits, run, report, device, world, in_study=in_study)
 
 
 class Trainer:
@@ -246,7 +250,7 @@ class Trainer:
         what += f"; the last good checkpoint is {last}" if last else "; there is no checkpoint yet"
         rate = self.config.optimizer.learning_rate / 3
         fix = f"A lower rate, in a new run: --learning-rate {rate:.1g}"
-        raise UserError(what, where=self.run_folder.path, fix=fix)
+        raise DivergedError(what, where=self.run_folder.path, fix=fix)
 
     def show_step(self, bar: ProgressBar, step: int) -> None:
         """Moves the progress bar on; where there is none, says a line every half minute."""

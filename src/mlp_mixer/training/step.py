@@ -41,6 +41,10 @@ class StepResult:
     learning_rate: float
 
 
+class DivergedError(UserError):
+    """A run that had to stop because its loss or gradient is not finite."""
+
+
 class NotFiniteError(ArithmeticError):
     """The loss or the gradient is not finite; the weights are as they were."""
 

@@ -21,7 +21,7 @@ from mlp_mixer.models.layers import ImageClassifier
 from mlp_mixer.training.card import model_card
 from mlp_mixer.training.compute import Compute
 from mlp_mixer.training.config import TrainConfig
-from mlp_mixer.training.cost import operations
+from mlp_mixer.training.cost import operations, power
 from mlp_mixer.training.dataset import Splits
 from mlp_mixer.training.distributed import World
 from mlp_mixer.training.measure import measure
@@ -70,7 +70,8 @@ def announce(
     )
     if config.model.weights is not None:
         report.say(f"         begins with the weights {config.model.weights}")
-    long = f"{config.steps:,} steps" if config.epochs is None else f"{config.epochs} epochs"
+    many, unit = (config.steps, "step") if config.epochs is None else (config.epochs, "epoch")
+    long = f"{many:,} {unit}{'s' if many != 1 else ''}"
     where = f"{compute.device}"
     if compute.device.type == "cpu":
         where += f" ({_threads()})"
@@ -83,7 +84,7 @@ def announce(
     images = num_steps * config.batch_size
     sam = 1.0 - config.optimizer.sharpness_from if config.optimizer.sharpness else 0.0
     total = operations(model.config.flops, images, sam)
-    report.say(f"cost     {total:.1e} operations, {images:,} images")
+    report.say(f"cost     {power(total)} operations, {images:,} images")
     report.say(f"results  {run.path}")
 
 
@@ -112,6 +113,8 @@ def finish(
     report: Reporter,
     device: torch.device,
     world: World,
+    *,
+    in_study: bool = False,
 ) -> TrainResult:
     """Measures the best weights, draws the pictures, writes the card and says what to do next."""
     world.wait()  # until the first process has written them
@@ -136,19 +139,20 @@ def finish(
     run.write_card(model_card(model, config, splits, str(run.best), validation, test))
     report.say("")
     if shown is not None:
-        _say_accuracy(report, shown, is_test=test is not None)
+        _say_accuracy(report, shown, is_test=test is not None, in_study=in_study)
     else:
         report.say("all images were trained on, and none is left to measure the accuracy by")
     report.say(f"model    {run.best}")
     report.say(f"pictures {run.plots}: {', '.join(drawn)}")
-    _say_next(report, config, splits, run)
+    if not in_study:
+        _say_next(report, config, splits, run)
     return TrainResult(run.path, validation, test)
 
 
-def _say_accuracy(report: Reporter, shown: Evaluation, *, is_test: bool) -> None:
+def _say_accuracy(report: Reporter, shown: Evaluation, *, is_test: bool, in_study: bool) -> None:
     wrong = int((shown.predictions != shown.labels).sum())
     top5 = "" if shown.top5 is None else f", top-5 {shown.top5:.2%}"
-    if not is_test:
+    if not is_test and not in_study:
         report.say("the data has no test images; this is the accuracy on the validation images,")
         report.say("by which the weights were chosen, so expect somewhat less on new ones")
     line = f"{'test' if is_test else 'validation'} accuracy {shown.top1:.2%}{top5} "
