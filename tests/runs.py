@@ -1,7 +1,8 @@
 """Runs for the fault tests: how they are started, stopped and killed, and what they leave.
 
 `start` runs the command in a forked process: this file, run as a script, imports everything once
-and forks for every command, so that one costs a second and not five.
+and forks for every command, so that one costs a second and not five. With arguments the script is
+the command itself.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import mlp_mixer as mm
 from conftest import TINY, make_class_folder, tiny_config
@@ -47,8 +49,9 @@ DROPOUT = {"model__overrides": {**TINY, "stochastic_depth": 0.3, "dropout": 0.1}
 
 def run_config(data: Path, output: Path, **changes: object) -> mm.TrainConfig:
     """Thirty steps of 8 of the 20 images: an epoch ends within a step."""
-    values: dict[str, object] = {"steps": 30, "evaluate_every": 10, **RANDOM, **changes}
-    return tiny_config(str(data), output, **values)
+    values: dict[str, object] = {**RANDOM, "steps": 30, "evaluate_every": 10, **changes}
+    long = {key: values.pop(key) for key in ("steps", "evaluate_every")}
+    return tiny_config(str(data), output, **values).with_values(long)
 
 
 def make_data(folder: Path) -> Path:
@@ -248,6 +251,9 @@ def _nursery() -> Nursery:
 
 def _fork_commands() -> None:
     """What the nursery does: one line of JSON in, one out."""
+    import torch._dynamo  # noqa: F401  # DDP imports it, which takes seconds
+
+    Image.preinit()
     for line in sys.stdin:
         order = json.loads(line)
         if "poll" in order:
@@ -321,4 +327,6 @@ def files(folder: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:  # by torchrun
+        command(sys.argv[1:], os.environ.get("FAULT", ""))
     _fork_commands()

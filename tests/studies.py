@@ -55,7 +55,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, reached: Reach) -> list[mm.TrainCon
         def __init__(self, top1: float) -> None:
             self.top1 = top1
 
-    def train(config: mm.TrainConfig, quiet: bool) -> object:
+    def train(config: mm.TrainConfig, *, quiet: bool, in_study: bool) -> object:
         asked.append(config)
         accuracy = reached(config)
         run = Path(str(config.output))

@@ -92,15 +92,10 @@ def test_flags(old, tmp_path, capsys, typed: str):
 
 
 def test_what_only_the_model_shows_leaves_nothing_either(old, tmp_path, capsys):
-    """Muon has nothing to move in a linear probe."""
-    typed = ["--set", f"model.weights={old / 'run'}", "--set", "model.name=", "--image-size", "8"]
-    typed += ["--set", "model.trained=head", "--set", "optimizer.name=muon"]
-    run = tmp_path / "run"
-    text, _ = refused(
-        capsys, tmp_path, "train", "--data", old / "data", "--output", run, "--epochs", 20, *typed
-    )
-    assert "--set optimizer.name=adamw" in text
-    assert not run.exists()
+    """The images are too small for its patches."""
+    typed = ["--data", old / "data", "--output", tmp_path / "run", "--image-size", 40]
+    text, _ = refused(capsys, tmp_path, "train", *typed, "--model", "mixer_s32")
+    assert "image size 40x40 is not divisible by the patch size 32" in text
 
 
 # The run folder
@@ -170,7 +165,7 @@ def test_a_run_that_kept_no_checkpoints(tmp_path, capsys):
     config = run_config(make_data(tmp_path / "data"), tmp_path / "run", steps=4, evaluate_every=4)
     train(config.with_value("keep_checkpoints", 0))
     text, _ = refused(capsys, tmp_path, "train", "--resume", tmp_path / "run")
-    assert "kept no checkpoints and cannot be continued" in text
+    assert "a run without checkpoints, which cannot be continued" in text
 
 
 @pytest.mark.parametrize("place", ["file/run", "locked/run", "nowhere"])

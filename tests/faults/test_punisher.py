@@ -1,4 +1,4 @@
-"""Kills at random moments of a run, and two runs in one folder (fault tests 1, 9 and the punisher)."""
+"""Kills at random moments of a run, and two runs in one folder (the small punisher)."""
 
 from __future__ import annotations
 
@@ -38,16 +38,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_thirty_kills_change_nothing(data: Path, tmp_path: Path):
     """At any time of a life, after some of its steps, and while a checkpoint is written."""
     chance, run, killed = random.Random(0), tmp_path / "run", 0
-    config = run_config(data, run, **LONG)
+    config, startup = run_config(data, run, **LONG), 0.0
     for life in range(KILLS):
-        process = start(config, tmp_path / f"life {life}")
-        if life % 3 == 0:
-            time.sleep(chance.uniform(0.0, 0.6))
-        else:
-            more = len(_steps(run)) + chance.randrange(14)
-            is_due = [lambda more=more: len(_steps(run)) > more, lambda: _partial(run)][life % 3 - 1]
-            until(lambda p=process, due=is_due: due() or p.poll() is not None, 60.0, process.said)
-            time.sleep(chance.uniform(0.0, 0.03))
+        process, begun = start(config, tmp_path / f"life {life}"), time.monotonic()
+        end = begun + chance.random() * startup
+        more = len(_steps(run)) + chance.randrange(14) * (life > 0)
+        signs = [
+            lambda end=end: time.monotonic() > end,
+            lambda more=more: len(_steps(run)) > more,
+            lambda: _partial(run),
+        ]
+        sign = signs[life % 3 if life else 1]
+        until(lambda p=process, sign=sign: sign() or p.poll() is not None, 60.0, process.said)
+        startup = startup or 1.1 * (time.monotonic() - begun)  # to the first step of the first
+        time.sleep(chance.uniform(0.0, 0.03) * (life % 3 > 0))
         if process.poll() is None:
             killed += process.kill() == -signal.SIGKILL
         assert "error" not in process.said(), process.said()
@@ -104,6 +108,8 @@ def test_a_killed_run_leaves_no_lock(data: Path, tmp_path: Path):
     assert process.kill() == -signal.SIGKILL
     (tmp_path / "go").touch()
     again = start(config, tmp_path / "again")
+    until(lambda: "resumed  after step" in again.said() or again.poll(), 30.0, again.said)
+    assert any(map(_lives, workers))  # or the test would show nothing
     assert again.wait() == 0, again.said()
     until(lambda: not any(map(_lives, workers)), 20.0)
 

@@ -194,7 +194,7 @@ def test_a_rate_that_diverges_is_passed_over(place):
 
 
 def test_other_errors_of_a_run_are_not_divergence(place, monkeypatch):
-    def refused(config, quiet):
+    def refused(config, *, quiet, in_study):
         raise mm.UserError("the disk is full")
 
     monkeypatch.setattr(study, "train", refused)

@@ -164,9 +164,10 @@ def test_other_images_are_refused(tmp_path: Path):
 
 
 @unix
-def test_stopping_early(data: Path, tmp_path: Path, monkeypatch):
-    """The run ends at the first evaluation that is no better; best/ is of the one before."""
-    right, looked_at = iter([3, 6, 6, 9]), []
+@pytest.mark.parametrize("patience", [1, 2])
+def test_stopping_early(data: Path, tmp_path: Path, monkeypatch, patience: int):
+    """The second evaluation is the best; the run ends `patience` later, and best/ is of that."""
+    right, looked_at = iter([3, 6, 6, 5, 9]), []
     measure = loop.measure
 
     def chosen(model, *arguments):
@@ -179,23 +180,25 @@ def test_stopping_early(data: Path, tmp_path: Path, monkeypatch):
         return result
 
     monkeypatch.setattr(loop, "measure", chosen)
-    changes = {"patience": 1, "evaluate_every": 4, "steps": 40, "checkpoint_every": 3}
+    changes = {"patience": patience, "evaluate_every": 4, "steps": 40, "checkpoint_every": 3}
     config = run_config(data, tmp_path / "run", **changes)
-    train(config, stop_after=6)  # between the first and the second evaluation
+    train(config, stop_after=4 * patience + 6)  # between the last evaluation and that before
     run = train(config)
-    assert len(losses_of(run)) == 12
-    assert [row["best"] for row in results_of(run)] == ["1", "1", "0"]
-    assert [row["validation_top1"] for row in results_of(run)] == ["0.333333"] + ["0.666667"] * 2
-    assert "stopped early: no better result in 1 evaluations" in (run / "log.txt").read_text()
+    assert len(losses_of(run)) == 4 * (2 + patience)
+    assert [row["best"] for row in results_of(run)] == ["1", "1", "0", "0"][: 2 + patience]
+    right_ones = ["0.333333", "0.666667", "0.666667", "0.555556"]
+    assert [row["validation_top1"] for row in results_of(run)] == right_ones[: 2 + patience]
+    said = f"stopped early: no better result in {patience} evaluations"
+    assert said in (run / "log.txt").read_text()
     best = mm.load_model(run).state_dict()
     same = [all(torch.equal(best[name], each[name]) for name in best) for each in looked_at]
-    assert same == [False, True, False]
+    assert same == [False, True, False, False][: 2 + patience]
     before = files(run / "checkpoints") | files(run / "best")
     monkeypatch.setattr(loop, "training_batches", lambda *_, **__: pytest.fail("it trained again"))
     train(run)
     readme = {str(run / "best/README.md"): ""}
     assert {**files(run / "checkpoints"), **files(run / "best"), **readme} == {**before, **readme}
-    assert len(losses_of(run)) == 12
+    assert len(losses_of(run)) == 4 * (2 + patience)
 
 
 def test_a_rate_without_measure(data: Path, tmp_path: Path):

@@ -12,11 +12,15 @@ import pytest
 import mlp_mixer as mm
 from conftest import tiny_config
 from mlp_mixer.data.items import BadImage
-from mlp_mixer.training.run_folder import RunFolder
+from mlp_mixer.training.run_folder import RunFolder, planned_path
+
+
+def config(path: Path) -> mm.TrainConfig:
+    return mm.recipe("digits").with_value("output", str(path))
 
 
 def filled(path: Path) -> RunFolder:
-    run = RunFolder(path, mm.recipe("digits"))
+    run = RunFolder(path, config(path))
     for step in range(0, 40, 10):
         run.log_step({"step": step, "loss": 1.0 / (step + 1)})
     for step in (15, 30):
@@ -47,7 +51,7 @@ def test_going_back_takes_out_what_came_later(tmp_path: Path):
 
 
 def test_bad_files_are_known_again(tmp_path: Path):
-    run = RunFolder(tmp_path / "run", mm.recipe("digits"))
+    run = RunFolder(tmp_path / "run", config(tmp_path / "run"))
     assert run.named_bad_files() == []
     run.log_bad_file(BadImage(3, "dir/a b.png", "not an image"))
     assert run.named_bad_files() == [BadImage(-1, "dir/a b.png", "not an image")]
@@ -57,14 +61,25 @@ def test_bad_files_are_known_again(tmp_path: Path):
 def test_only_one_at_a_time(tmp_path: Path):
     run = filled(tmp_path / "run")
     with pytest.raises(mm.UserError, match="another process is training in this run folder"):
-        RunFolder(tmp_path / "run", mm.recipe("digits"))
+        RunFolder(tmp_path / "run", config(tmp_path / "run"))
     run.close()
     assert not (run.path / ".lock").exists()
-    RunFolder(tmp_path / "run", mm.recipe("digits")).close()
+    RunFolder(tmp_path / "run", config(tmp_path / "run")).close()
+
+
+def test_runs_of_the_same_minute_get_folders_of_their_own(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    planned = planned_path(mm.recipe("digits"))
+    first, second = (RunFolder(planned, mm.recipe("digits")) for _ in range(2))
+    assert first.path == planned
+    assert second.path != planned
+    assert second.plots.is_dir()
+    first.close()
+    second.close()
 
 
 def test_processes_that_do_not_write_leave_no_trace(tmp_path: Path):
-    run = RunFolder(tmp_path / "run", mm.recipe("digits"), writes=False)
+    run = RunFolder(tmp_path / "run", config(tmp_path / "run"), writes=False)
     run.log_step({"step": 0, "loss": 1.0})
     run.log_evaluation({"step": 1})
     run.log_bad_file(BadImage(0, "x", "y"))

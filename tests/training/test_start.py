@@ -288,8 +288,13 @@ def test_without_a_whole_checkpoint_a_run_begins_with_its_first_weights(
     with pytest.raises(KeyboardInterrupt):
         mm.train(finetuning(animals, tmp_path / "run", **changes), quiet=True)
     monkeypatch.undo()
-    for file in (tmp_path / "run" / "checkpoints").glob("step-*/*.distcp"):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for file in checkpoints.glob("step-*/*.distcp"):
         file.write_bytes(b"x" + file.read_bytes()[1:])  # the size is right
+    with pytest.raises(mm.UserError, match=r"no checkpoint of this run can be read: step-"):
+        mm.resume(tmp_path / "run", quiet=True)  # what it reached is not written over
+    for folder in checkpoints.iterdir():  # as if it was killed while the first was written
+        shutil.rmtree(folder)
     again = mm.resume(tmp_path / "run", quiet=True).run_folder
     assert "resumed  from the beginning" in (again / "log.txt").read_text()
     weights = [(run / "best" / "model.safetensors").read_bytes() for run in (whole, again)]

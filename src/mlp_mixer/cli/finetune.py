@@ -110,6 +110,12 @@ def finetune(
             fix = f"Known there: {', '.join(splits)}. Give a source that has both"
             raise UserError("the data has no train split", where=data, fix=fix)
         config = finetune_for(len(splits["train"]))
+    for name, is_chosen in (("optimizer.learning_rate", grid is not None), ("seed", bool(seeds))):
+        if is_chosen and any(each.partition("=")[0].strip() == name for each in settings):
+            flag = "--seeds" if name == "seed" else "--grid"
+            raise UserError(
+                f"--set {name} has no effect beside {flag}", fix="Leave one of them out"
+            )
     flags = {
         "model.weights": checkpoint,
         "model.image_size": parse_size(image_size),

@@ -13,6 +13,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,9 +74,11 @@ def training_batches(
     positions = batches_of_positions(
         start, stop, batch_size, rank, world_size, with_neighbour=with_neighbour
     )
+    # Found here and not in the workers, each of which would hold the order of all images.
+    places = ([locate(seed, each, len(source)) for each in batch] for batch in positions)
     if num_workers is None:  # at least one, so that images are made ready during the step
         num_workers = max(1, _workers(source, preprocessing))
-    for batch in _load(images, positions, num_workers, timeout, pin_memory):
+    for batch in _load(images, places, num_workers, timeout, pin_memory):
         if len(batch.labels) < batch_size // world_size:
             raise UserError("none of the images can be decoded", where=source.name)
         yield batch
@@ -136,15 +139,15 @@ class _Images(Dataset[Sample]):
             bad.append(BadImage(index, name, error.what))
             return None
 
-    def __getitem__(self, position: int) -> Sample:
-        sample = self.load(position)
+    def __getitem__(self, place: Any) -> Sample:
+        sample = self.load(place)
         worker = get_worker_info()
         if worker is not None:
             self.watched.numpy()[worker.id, 1] = -1
         return sample
 
-    def load(self, position: int) -> Sample:
-        """Returns the image that belongs to the position."""
+    def load(self, place: Any) -> Sample:
+        """Returns the image of a place: (epoch, index) in training, the index in evaluation."""
         raise NotImplementedError
 
     def suspect(self, message: str) -> str:
@@ -173,8 +176,8 @@ class _TrainingImages(_Images):
         super().__init__(source, preprocessing)
         self.transform, self.seed = transform, seed
 
-    def load(self, position: int) -> Sample:
-        epoch, index = locate(self.seed, position, len(self.source))
+    def load(self, place: tuple[int, int]) -> Sample:
+        epoch, index = place
         bad: list[BadImage] = []
         for step in range(len(self.source)):  # this image, or the next that can be decoded
             chosen = (index + step) % len(self.source)
@@ -191,27 +194,29 @@ class _TrainingImages(_Images):
 
 
 class _EvaluationImages(_Images):
-    def load(self, position: int) -> Sample:
+    def load(self, place: int) -> Sample:
         bad: list[BadImage] = []
-        image = self.open(position, bad)
+        image = self.open(place, bad)
         if image is not None:
             try:
                 pixels = resize_for_evaluation(image.decode(), self.preprocessing)
-                return pixels, int(self.source.labels[position]), position, bad
+                return pixels, int(self.source.labels[place]), place, bad
             except UserError as error:
-                bad.append(BadImage(position, str(image.where), error.what))
-        return None, 0, position, bad
+                bad.append(BadImage(place, str(image.where), error.what))
+        return None, 0, place, bad
 
 
 def _load(
     images: _Images,
-    batches: Iterable[Iterable[int]],
+    batches: Iterable[Iterable[Any]],
     num_workers: int,
     timeout: float,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    if num_workers < 0:
-        raise UserError(f"num_workers must be at least 0, got {num_workers}")
+    most = most_workers()
+    if not 0 <= num_workers <= most:
+        what = f"num_workers must be from 0 to {most} on this machine, got {num_workers}"
+        raise UserError(what, fix="Leave it out: the number is chosen by the size of the data")
     closing = torch.zeros(1, dtype=torch.uint8)
     if num_workers:
         images.watched = torch.full((num_workers, 3), -1, dtype=torch.int64).share_memory_()
@@ -265,6 +270,11 @@ def _named_failures(
     finally:
         closing.fill_(1)
         atexit.unregister(closing.fill_)
+
+
+def most_workers() -> int:
+    """Returns the largest number of worker processes: beyond it they only take memory."""
+    return max(64, 8 * (os.cpu_count() or 1))
 
 
 def _workers(source: Source, preprocessing: Preprocessing) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -27,11 +28,18 @@ def start_worker(watched: Tensor, closing: Tensor, number: int) -> None:
     watched.numpy()[number] = (os.getpid(), -1, time.monotonic_ns())
     cv2.setNumThreads(0)  # its threads do not survive the fork, and each worker has one core
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _only_our_own
     if hasattr(signal, "pthread_sigmask"):
         # A thread waits for SIGTERM: a handler would never run where the main thread hangs in C,
         # and the main process would wait for this one for ever.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_told, args=(closing, os.getppid()), daemon=True).start()
+
+
+def _only_our_own(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Leaves out the traceback of the thread that was handing an image over as the run ended."""
+    if not issubclass(kind, (OSError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_when_told(closing: Tensor, main_process: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import os
 import socket
 import time
@@ -27,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.device import choose_device
 from mlp_mixer.models.layers import ImageClassifier
+from mlp_mixer.training.meeting import Notes, meet
 
 TIMEOUT = datetime.timedelta(minutes=30)  # the slowest process may be reading a cold disk
 _PATIENCE = 3.0  # seconds to look for the reason of a lost connection
@@ -152,10 +152,9 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
         chosen = choose_device(f"cuda:{local_rank}")
         torch.cuda.set_device(chosen)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    groups = dist.PrefixStore("groups", store)
-    dist.init_process_group(backend, timeout=TIMEOUT, store=groups, rank=rank, world_size=size)
-    notes = _Notes(dist.PrefixStore("notes", store), rank, size)
+    store, rank, size = meet(TIMEOUT)
+    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
+    notes = Notes(store, rank, size)
     try:
         alone = World(rank, size, local_rank)
         peers = tuple(alone.gather((socket.gethostname(), os.getpid())))
@@ -178,38 +177,12 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
         dist.destroy_process_group()
 
 
-class _Notes:
-    """What the processes leave for each other where they may meet in no collective any more.
-
-    An error of one process breaks the connections of all others, which say nothing of it; so it
-    leaves a note of the error first. The notes lie with torchrun, or else with the first process.
-    """
-
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        self._store, self._rank = store, rank
-        self._others = [other for other in range(size) if other != rank]
-
-    def leave(self, error: UserError) -> None:
-        """Says by which error this process ends."""
-        with contextlib.suppress(RuntimeError):  # where the notes lay is gone
-            self._store.set(str(self._rank), json.dumps((error.what, error.where, error.fix)))
-
-    def found(self) -> dict[int, tuple[str, str | None, str | None]]:
-        """Returns the notes of other processes: what, where and fix by rank."""
-        notes = {}
-        with contextlib.suppress(RuntimeError):
-            for rank in self._others:
-                if self._store.check([str(rank)]):
-                    notes[rank] = tuple(json.loads(self._store.get(str(rank))))
-        return notes
-
-
 def _is_lost_connection(error: RuntimeError) -> bool:
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
     return isinstance(error, dist.DistBackendError) or any(word in str(error) for word in words)
 
 
-def _lost(world: World, notes: _Notes, error: RuntimeError) -> UserError:
+def _lost(world: World, notes: Notes, error: RuntimeError) -> UserError:
     """Returns what a broken connection means: whose process is gone, and why."""
     end = time.monotonic() + _PATIENCE
     while True:

@@ -14,7 +14,7 @@ from mlp_mixer.console import ProgressBar, Reporter
 from mlp_mixer.data.augment import mix
 from mlp_mixer.data.batches import Batch, on_device
 from mlp_mixer.data.items import BadImage
-from mlp_mixer.data.loader import training_batches
+from mlp_mixer.data.loader import most_workers, training_batches
 from mlp_mixer.data.sampler import step_generator
 from mlp_mixer.data.transforms import normalize
 from mlp_mixer.errors import UserError
@@ -81,13 +81,23 @@ def train(
             raise UserError(what, where="--output", fix="Give it a name: --output runs/NAME")
         if config.tensorboard:
             check_tensorboard()
+        if config.batch_size % world.size:
+            what = (
+                f"a batch of {config.batch_size} images cannot be shared by {world.size} processes"
+            )
+            raise UserError(what, where="--batch-size", fix=f"A multiple of {world.size}")
+        workers = config.data.num_workers
+        if workers is not None and workers > most_workers():
+            what = f"num_workers must be at most {most_workers()} on this machine, got {workers}"
+            raise UserError(what, where="--num-workers")
         path = world.from_first(lambda: planned_path(config))
         is_old = world.from_first(lambda: goes_on(path, config))
         splits = open_training_data(config.data)
         num_steps = length(config, splits)
         check_warmup(config.optimizer, num_steps)
         # The caller's random numbers and threads stay as they are.
-        afterwards.enter_context(torch.random.fork_rng())
+        devices = [device] if device.type == "cuda" else []
+        afterwards.enter_context(torch.random.fork_rng(devices))
         torch.manual_seed(config.seed)
         best, quiet_weights = path / "best", quiet or not world.is_first
         names = splits.train.class_names
@@ -130,7 +140,8 @@ class Trainer:
         assert self.model.preprocessing is not None
         self.preprocessing = self.model.preprocessing
         self.steps_per_epoch = len(splits.train) / config.batch_size
-        self.bad = {each.name: each for each in [*splits.bad, *run.named_bad_files()]}
+        state.bad |= {each.name: each for each in splits.bad}
+        self.bad = state.bad
         self.named = {each.name for each in run.named_bad_files()}
         self.new_bad: list[BadImage] = []
         self.started, self.first_step = time.perf_counter(), state.step
@@ -161,7 +172,7 @@ class Trainer:
         self.name_bad(self.splits.bad)
         with (
             contextlib.closing(batches),
-            StopRequest() as stop,
+            StopRequest(saves=config.keep_checkpoints > 0) as stop,
             self.report.progress(self.num_steps, "steps", state.step) as bar,
         ):
             for step, batch in enumerate(on_device(batches, self.compute.device), state.step):
@@ -172,12 +183,15 @@ class Trainer:
                 if step + 1 in due:
                     is_best = self.evaluate()
                 number = self.world.largest(stop.signal)
-                if self.save_is_due(step + 1 in due) or number or state.finished:
+                if self.save_is_due(step + 1 in due) or is_best or number or state.finished:
                     state.save(is_best=is_best)
                 if number:
                     state.checkpoints.wait()
                     self.report.say(f"\nstopped after step {step + 1:,} of {self.num_steps:,}")
-                    self.report.say(f"to go on: {resume_command(self.run_folder, self.world)}")
+                    if config.keep_checkpoints:
+                        self.report.say(f"to go on: {resume_command(self.run_folder, self.world)}")
+                    else:
+                        self.report.say("the run keeps no checkpoints and cannot go on")
                     end(number)
                 if state.finished:
                     break
@@ -292,7 +306,7 @@ class Trainer:
         """Lets all processes know what each of them could not decode."""
         for found in self.world.gather(self.new_bad):
             self.name_bad(found)
-            self.bad |= {each.name: each for each in found}
+            self.bad.update({each.name: each for each in found})
         self.new_bad = []
 
     def evaluate(self) -> bool:

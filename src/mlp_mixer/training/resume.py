@@ -15,9 +15,10 @@ from mlp_mixer.training.config import TrainConfig
 _FREE = {
     *("output", "device", "num_threads", "micro_batch_size", "compile", "sharding"),
     *("tensorboard", "keep_checkpoints", "checkpoint_every", "data.num_workers", "data.timeout"),
+    "data.max_bad",
 }
 # What is there of a run that was ended before its first step.
-_BEGUN = {"plots", ".lock", "config.json", "environment.json", "log.txt"}
+_BEGUN = {"plots", "checkpoints", ".lock", "config.json", "environment.json", "log.txt"}
 
 
 def config_of(run: str | Path) -> TrainConfig:
@@ -59,14 +60,15 @@ def goes_on(path: Path, config: TrainConfig) -> bool:
     if not path.is_dir():
         return False
     there = {each.name for each in path.iterdir() if not each.name.endswith(".partial")}
-    if not there or ("plots" in there and there <= _BEGUN):
+    has_begun = any((path / "checkpoints").glob("*")) or not there <= _BEGUN
+    if not there or ("plots" in there and not has_begun):
         return False
     if "config.json" not in there:
         what = "the run folder exists and is not empty; a run never writes over another"
         raise UserError(what, where=path, fix="Give another --output or remove it")
     check_same(config_of(path), config)
-    if (path / "results.csv").exists() and not (path / "checkpoints").is_dir():
-        what = "the run folder holds a run that kept no checkpoints and cannot be continued"
+    if (path / "best").exists() and not (path / "checkpoints").is_dir():
+        what = "the run folder holds a run without checkpoints, which cannot be continued"
         raise UserError(what, where=path, fix="Give another --output or remove it")
     return True
 

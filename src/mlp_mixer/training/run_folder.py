@@ -48,24 +48,27 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, config: TrainConfig, *, writes: bool = True) -> None:
-        self.path, self.writes = path, writes
-        self.plots, self.best = self.path / "plots", self.path / "best"
-        self.checkpoints = self.path / "checkpoints"
-        self._results_header: list[str] | None = None
-        self._events: Any = None
-        self._lock = FileLock(self.path / ".lock", timeout=0)
-        if not writes:
-            return
+        self.writes = writes
         try:
+            self.path = _claimed(path, config) if config.output is None else path
+            self.plots, self.best = self.path / "plots", self.path / "best"
+            self.checkpoints = self.path / "checkpoints"
+            self._results_header: list[str] | None = None
+            self._events: Any = None
+            self._lock = FileLock(self.path / ".lock", timeout=0)
+            if not writes:
+                return
             self.plots.mkdir(parents=True, exist_ok=True)
+            if config.keep_checkpoints:
+                self.checkpoints.mkdir(exist_ok=True)
             self._lock.acquire()
         except OSError as error:
             if isinstance(error, Timeout):
                 what = "another process is training in this run folder"
                 fix = "Wait for it or stop it; or give another --output"
-                raise UserError(what, where=self.path, fix=fix) from error
+                raise UserError(what, where=path, fix=fix) from error
             what = f"cannot make the run folder: {error.strerror}"
-            raise UserError(what, where=self.path, fix="Give another --output") from error
+            raise UserError(what, where=path, fix="Give another --output") from error
         self._forget_killed()
         self.write_json("config.json", config.to_json())
 
@@ -80,8 +83,8 @@ class RunFolder:
         if self._events is not None:
             self._events.close()
         if self.writes:
+            (self.path / ".lock").unlink(missing_ok=True)  # while it is still ours
             self._lock.release()
-            (self.path / ".lock").unlink(missing_ok=True)
 
     def go_back_to(self, step: int) -> None:
         """Takes out of the logs what was written after so many steps were done."""
@@ -97,7 +100,12 @@ class RunFolder:
                 header, *rows = list(csv.reader(file)) or [[]]
             column = header.index("step") if "step" in header else 0
             whole = [row for row in rows if len(row) == len(header) > 0]
-            rows = [row for row in whole if int(row[column]) <= step]
+            try:
+                rows = [row for row in whole if float(row[column]) <= step]
+            except ValueError as error:
+                fix = "Bring it back as the run wrote it, or remove it: its lines are lost then"
+                what = f"a line of it has no step: {error}"
+                raise UserError(what, where=results, fix=fix) from error
             text = io.StringIO()
             csv.writer(text).writerows([header, *rows] if rows else [])
             self._results_header = header if rows else None
@@ -168,6 +176,11 @@ class RunFolder:
 def planned_path(config: TrainConfig) -> Path:
     """Returns `config.output`, or the first unused runs/<date>_<recipe>."""
     if config.output is not None:
+        try:
+            config.output.encode()
+        except UnicodeEncodeError as error:
+            what = f"the name {config.output!r} is not valid UTF-8"
+            raise UserError(what, where="--output", fix="Choose another") from error
         return Path(os.path.expanduser(config.output))
     stem = f"{datetime.now():%Y-%m-%d_%H%M}_{config.recipe}"
     path, number = Path("runs") / stem, 1
@@ -185,6 +198,16 @@ def check_tensorboard() -> None:
         what = "tensorboard=true needs the package tensorboard"
         fix = "pip install 'mlp_mixer[tensorboard]'"
         raise UserError(what, fix=fix) from error
+
+
+def _claimed(path: Path, config: TrainConfig) -> Path:
+    """Makes the folder that was planned, or the next where a run beside this one was faster."""
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            path = planned_path(config)
 
 
 def _step_of(line: str, otherwise: int) -> int:

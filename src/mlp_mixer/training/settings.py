@@ -54,6 +54,13 @@ class ModelSettings:
         if self.name:
             what = f"model.name={self.name} has no effect: the weights bring their architecture"
             raise UserError(what, where=f"model.weights={self.weights}", fix="--set model.name=")
+        if self.growth != "auto" and self.image_size is None:
+            what = f"model.growth={self.growth} has no effect at the weights' own image size"
+            raise UserError(what, fix="--image-size PIXELS")
+        if self.trained == "head" and any(self.overrides.values()):
+            name = next(each for each, value in self.overrides.items() if value)
+            what = f"model.overrides.{name} has no effect on features that are not trained"
+            raise UserError(what, fix=f"--set model.overrides.{name}=0")
         others = sorted(set(self.overrides) - {"dropout", "stochastic_depth"})
         if others:
             what = f"model.overrides.{others[0]} cannot be changed: it is that of the weights"

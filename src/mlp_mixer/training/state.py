@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mlp_mixer.console import Reporter
+from mlp_mixer.data.items import BadImage
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.layers import ImageClassifier
 from mlp_mixer.training.checkpoint import Checkpoints
@@ -20,6 +21,7 @@ from mlp_mixer.training.distributed import World, fill_whole, share_out
 from mlp_mixer.training.optimizer import build_optimizers, optimizer_tensors, update_average
 from mlp_mixer.training.run_folder import RunFolder
 from mlp_mixer.training.step import Updater
+from mlp_mixer.weights.store import save_model
 
 
 class RunState:
@@ -27,6 +29,7 @@ class RunState:
 
     Attributes:
         step: how many steps are done.
+        bad: the training images that could not be decoded, by name.
         finished: whether the run has come to its end, by its length or by early stopping.
         last_checkpoint: the newest that was begun; None before the first.
     """
@@ -45,7 +48,8 @@ class RunState:
         self.compute, self.world, self.num_steps = compute, world, num_steps
         self.step, self.finished = 0, False
         self.best: tuple[float, float] | None = None
-        self.since_best = 0
+        self.since_best, self.last_result_at = 0, 0
+        self.bad: dict[str, BadImage] = {}
         self.loss_sum, self.loss_count, self.last_rate = 0.0, 0, 0.0
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.last_checkpoint: Path | None = None
@@ -96,6 +100,8 @@ class RunState:
             UserError: the run began with other data.
         """
         found, micro_batch_size = self.checkpoints.newest() if is_old else None, None
+        if is_old and found is None:
+            self.world.from_first(self.refuse_to_begin_again)
         fingerprint = surroundings["data"]["fingerprint"]
         if found is not None:
             if found.values["data"] != fingerprint:
@@ -114,6 +120,8 @@ class RunState:
         elif is_old:
             self.report.say("resumed  from the beginning: there is no whole checkpoint yet")
         self.data = fingerprint
+        if found is not None:
+            self.mend_best()
         if is_old:
             self.run_folder.go_back_to(self.step)
         if found is None:
@@ -123,9 +131,40 @@ class RunState:
             self.run_folder.open_events(self.step)
         self.started = time.perf_counter()
 
+    def refuse_to_begin_again(self) -> None:
+        """Raises UserError where the run has come somewhere, but no checkpoint can be read."""
+        folder, best = self.run_folder.checkpoints, self.run_folder.best / "model.safetensors"
+        unread = sorted(each.name for each in folder.glob("step-*"))
+        if unread:
+            what = f"no checkpoint of this run can be read: {', '.join(unread)}, see above"
+        elif best.exists() and not folder.is_dir():
+            what = "the run has no checkpoints, and cannot go on"
+        else:
+            return  # it was stopped before the first was whole
+        fix = "Its best weights lie in best/. To train anew give another --output"
+        raise UserError(what, where=self.run_folder.path, fix=fix)
+
+    def mend_best(self) -> None:
+        """Writes the best weights again where somebody removed them, if this is their state."""
+        best = self.run_folder.best
+        gone = self.world.from_first(lambda: not (best / "model.safetensors").is_file())
+        if not gone or self.last_result_at == 0:
+            return
+        if self.since_best == 0 and self.last_result_at == self.step:
+            model = self.kept_model()
+            if self.world.is_first:
+                save_model(model, best)
+        elif self.finished:
+            what = "the best weights were removed, and the newest checkpoint has others"
+            raise UserError(what, where=best, fix="Train anew: --output FOLDER")
+        else:
+            self.best, self.since_best = None, 0
+            self.report.say("note     best/ was removed: the next evaluation is the best so far")
+
     def _fill(self, values: dict[str, Any]) -> None:
         self.best = None if values["best"] is None else (values["best"][0], values["best"][1])
-        self.since_best = values["since_best"]
+        self.since_best, self.last_result_at = values["since_best"], values["last_result_at"]
+        self.bad = {name: BadImage(-1, name, what) for name, what in values["bad"]}
         self.loss_sum, self.loss_count = values["loss_sum"], values["loss_count"]
         self.seconds_before, self.finished = values["seconds"], values["finished"]
 
@@ -145,6 +184,8 @@ class RunState:
             "class_names": self.model.class_names,
             "best": self.best,
             "since_best": self.since_best,
+            "last_result_at": self.last_result_at,
+            "bad": [[each.name, each.what] for each in self.bad.values()],
             "loss_sum": self.loss_sum,
             "loss_count": self.loss_count,
             "seconds": self.seconds,
@@ -171,7 +212,7 @@ class RunState:
 
     def note_result(self, result: tuple[float, float] | None) -> bool:
         """Notes an evaluation (accuracy, minus loss); returns whether it is the best so far."""
-        self.loss_sum, self.loss_count = 0.0, 0
+        self.loss_sum, self.loss_count, self.last_result_at = 0.0, 0, self.step
         is_best = result is None or self.best is None or result > self.best
         if result is not None and is_best:
             self.best = result

@@ -98,6 +98,8 @@ class Updater:
         chosen = self.config.micro_batch_size or before
         if chosen is None:
             chosen = -self.world.largest(-self._what_fits(share))  # the smallest of all processes
+        if chosen > share:
+            self.say(f"note     micro_batch_size {chosen} is more than a process's {share} images")
         self.micro_batch_size = min(chosen, share)
         if self.micro_batch_size < share:
             parts = math.ceil(share / self.micro_batch_size)

@@ -16,12 +16,15 @@ _SAME_SIGNAL = 3.0  # seconds
 class StopRequest:
     """Notices SIGTERM and SIGINT while its block runs.
 
+    Args:
+        saves: whether the run keeps checkpoints, for what is said.
+
     Attributes:
         signal: the number of the signal that came, 0 for none.
     """
 
-    def __init__(self) -> None:
-        self.signal = 0
+    def __init__(self, *, saves: bool = True) -> None:
+        self.signal, self.saves = 0, saves
         self._came = 0.0
         self._before: dict[int, Any] = {}
 
@@ -40,7 +43,8 @@ class StopRequest:
         now = time.monotonic()
         if not self.signal:
             self.signal, self._came = number, now
-            os.write(2, b"\nstopping: the run saves at the end of this step\n")
+            what = b"the run saves" if self.saves else b"the run stops"
+            os.write(2, b"\nstopping: " + what + b" at the end of this step\n")
         elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._came > _SAME_SIGNAL:
             os.write(2, b"\nstopped at once; the last checkpoint counts\n")
             os._exit(128 + number)

@@ -22,7 +22,7 @@ from mlp_mixer.training.card import model_card
 from mlp_mixer.training.compute import Compute
 from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.cost import operations, power
-from mlp_mixer.training.dataset import Splits
+from mlp_mixer.training.dataset import Splits, refuse_too_many
 from mlp_mixer.training.distributed import World
 from mlp_mixer.training.measure import measure
 from mlp_mixer.training.pictures import curves
@@ -77,6 +77,8 @@ def announce(
         where += f" ({_threads()})"
     if world.size > 1:
         where = f"{world.size} processes on {where}, sharding {config.sharding}"
+    elif config.sharding != "none":
+        where += f" (one process: sharding {config.sharding} has nothing to share)"
     report.say(
         f"run      recipe {config.recipe}, seed {config.seed}: {long}, "
         f"batch {config.batch_size}, {where}, {compute.why}"
@@ -127,8 +129,10 @@ def finish(
     validation, test = measured(splits.validation), measured(splits.test)
     if not world.is_first:
         return TrainResult(run.path, validation, test)
+    known = {each.name for each in run.named_bad_files()}
     for each in test.bad if test is not None else []:  # those of validation were named before
-        run.log_bad_file(each)
+        if each.name not in known:
+            run.log_bad_file(each)
         report.say(f"left out of the accuracy: {each.name}: {each.what}", style="yellow")
     save_figure(curves(run.path), run.plots / "curves.png")
     drawn = ["train_batch", "curves"]
@@ -144,6 +148,8 @@ def finish(
         report.say("all images were trained on, and none is left to measure the accuracy by")
     report.say(f"model    {run.best}")
     report.say(f"pictures {run.plots}: {', '.join(drawn)}")
+    if test is not None and splits.test is not None:
+        refuse_too_many(test.bad, len(splits.test), config.data.max_bad)
     if not in_study:
         _say_next(report, config, splits, run)
     return TrainResult(run.path, validation, test)

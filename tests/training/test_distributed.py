@@ -1,0 +1,314 @@
+"""Two processes train what one would, and one that ends never leaves the other waiting.
+
+Fault tests 10 and 12, and 11 as far as it concerns several processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import runs
+from mlp_mixer.data.sampler import locate
+from mlp_mixer.training.checkpoint import Checkpoints
+from runs import (
+    files,
+    losses_of,
+    make_data,
+    results_of,
+    run_config,
+    start,
+    start_two,
+    steps_of,
+    typed_settings,
+    unix,
+)
+
+pytestmark = [unix, pytest.mark.slow]
+
+PARTS = {"micro_batch_size": 3}  # of a share of four: gradients are added up before they are shared
+
+# Notes which images each process trained on at which step, but for the neighbour that mixup needs.
+NOTING = """
+def noting(self, step, batch, train_step=loop.Trainer.train_step):
+    own = batch.indices[: self.config.batch_size // self.world.size].tolist()
+    with Path(f"{self.run_folder.path}.images").open("a") as file:
+        file.write(json.dumps([step, self.world.rank, own]) + "\\n")
+    train_step(self, step, batch)
+
+patch.setattr(loop.Trainer, "train_step", noting)
+"""
+
+# A signal to one of the processes alone; NUMBER, STEP and RANK are put in.
+SIGNAL = """
+if os.environ.get("RANK", "RANK") == "RANK":
+    before_step(patch, STEP, lambda _: os.kill(os.getpid(), NUMBER))
+"""
+
+
+def fault(number: int, step: int, rank: int) -> str:
+    text = SIGNAL.replace('== "RANK"', f'== "{rank}"').replace(
+        '"RANK", "RANK"', f'"RANK", "{rank}"'
+    )
+    return text.replace("STEP", str(step)).replace("NUMBER", str(int(number)))
+
+
+def images_of(run: Path) -> list[list[int]]:
+    """Returns the images of each step's batch, in the order of the processes."""
+    parts = [json.loads(line) for line in Path(f"{run}.images").read_text().splitlines()]
+    steps = sorted({step for step, _, _ in parts})
+    assert steps == list(range(len(steps)))
+    return [
+        [each for number, _, own in sorted(parts) if number == step for each in own]
+        for step in steps
+    ]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("distributed") / "data")
+
+
+@pytest.fixture(scope="module")
+def single(data: Path) -> Path:
+    """A run of one process."""
+    process = start(run_config(data, data.parent / "single"), data.parent / "single text", NOTING)
+    assert process.wait() == 0, process.said()
+    return data.parent / "single"
+
+
+@pytest.fixture(scope="module")
+def double(data: Path) -> Path:
+    """The same run of two, with DDP."""
+    return train_two(data, "double", **PARTS)
+
+
+def train_two(data: Path, name: str, **changes: object) -> Path:
+    run = data.parent / name
+    first, second = start_two(
+        run_config(data, run, **changes), data.parent / f"{name} text", NOTING
+    )
+    assert (first.wait(), second.wait()) == (0, 0), first.said() + second.said()
+    assert second.said() == ""
+    assert "2 processes on cpu (1 thread), sharding" in first.said()
+    return run
+
+
+def check_near(run: Path, single: Path) -> None:
+    """The same images, and the same numbers but for how sums are rounded."""
+    expected = [[locate(0, step * 8 + n, 20)[1] for n in range(8)] for step in range(30)]
+    assert images_of(run) == images_of(single) == expected
+    assert losses_of(run) == pytest.approx(losses_of(single), abs=1e-6, rel=0)
+    for mine, other in zip(steps_of(run), steps_of(single), strict=True):
+        assert mine["learning_rate"] == other["learning_rate"]
+        assert mine["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
+    columns = ("step", "epoch", "validation_top1", "best")
+    figures = [
+        [[row[key] for key in columns] for row in results_of(each)] for each in (run, single)
+    ]
+    assert figures[0] == figures[1]
+    written = [
+        json.loads((each / "validation/evaluation.json").read_text()) for each in (run, single)
+    ]
+    for key in ("images", "top1", "confusion", "per_class", "bad_images"):
+        assert written[0][key] == written[1][key]
+    assert written[0]["images"] == 9
+    assert written[0]["loss"] == pytest.approx(written[1]["loss"], abs=1e-5)
+
+
+def test_ddp(single: Path, double: Path):
+    check_near(double, single)
+
+
+def test_fsdp(data: Path, single: Path):
+    check_near(train_two(data, "fsdp", sharding="full", **PARTS), single)
+
+
+def test_from_one_to_two_and_back(data: Path, single: Path, tmp_path: Path):
+    """Each part ends with a SIGTERM to one process, after which all stop after the same step."""
+    run, parts = tmp_path / "run", ["one", "none", "full", "one"]
+    for number, sharding in enumerate(parts):
+        last = [6, 14, 22, 29][number]
+        rank = 1 if sharding == "none" else 0
+        acts = NOTING + (fault(signal.SIGTERM, last, rank) if last < 29 else "")
+        text = tmp_path / f"part {number}"
+        config = run_config(data, run, sharding="full" if sharding == "full" else "none")
+        processes = (
+            [start(config, text, acts)] if sharding == "one" else start_two(config, text, acts)
+        )
+        codes = [process.wait() for process in processes]
+        said = [process.said() for process in processes]
+        if last == 29:
+            assert codes == [0], said
+            continue
+        assert codes == [143] * len(codes), said
+        assert f"stopped after step {last + 1} of 30" in said[0]
+        how = (
+            f"mixer train --resume {run}"
+            if sharding == "one"
+            else "the same torchrun command again"
+        )
+        assert f"to go on: {how}\n" in said[0]
+        assert said[1:] in ([], [""], ["\nstopping: the run saves at the end of this step\n"])
+        checkpoints = Checkpoints(run / "checkpoints", say=lambda line: pytest.fail(line))
+        found = checkpoints.newest()
+        checkpoints.close()
+        assert found is not None
+        assert found.step == last + 1
+        assert found.values["world_size"] == len(processes)
+    check_near(run, single)
+
+
+# One process ends
+
+
+@pytest.mark.parametrize(("rank", "sharding"), [(1, "none"), (0, "full")])
+def test_the_other_ends_too_and_names_it(data, tmp_path, rank: int, sharding: str):
+    config = run_config(data, tmp_path / "run", sharding=sharding, checkpoint_every=5)
+    processes = start_two(config, tmp_path / "text", fault(signal.SIGKILL, 16, rank))
+    other = processes[1 - rank]
+    assert processes[rank].wait() == -signal.SIGKILL
+    assert other.wait(10.0) == 2
+    error = other.said().partition("error: ")[2]
+    assert error.startswith(f"rank {1 - rank}: rank {rank} ended, and training cannot go on: ")
+    assert "to fix: The same command again continues" in error
+    assert "Traceback" not in other.said()
+
+
+KILLED_SAVING = """
+from mlp_mixer.training import dcp_storage
+
+def write_data(self, *arguments, write_data=dcp_storage.Writer.write_data):
+    if "step-00000015" in str(self._folder) and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write_data(self, *arguments)
+
+patch.setattr(dcp_storage.Writer, "write_data", write_data)
+"""
+
+
+def test_killed_while_it_saves(data: Path, double: Path, tmp_path: Path):
+    """The error is that of the end, and not one of the checkpoint that came to nothing by it."""
+    config = run_config(data, tmp_path / "run", checkpoint_every=5, **PARTS)
+    processes = start_two(config, tmp_path / "text", KILLED_SAVING)
+    assert [process.wait() for process in processes] == [2, -signal.SIGKILL]
+    assert "error: rank 0: rank 1 ended, and training cannot go on: " in processes[0].said()
+    names = {each.name for each in (tmp_path / "run/checkpoints").iterdir()}
+    assert "step-00000010" in names
+    assert "step-00000015" not in names
+    processes = start_two(config, tmp_path / "again")
+    assert [process.wait() for process in processes] == [0, 0], processes[0].said()
+    check_same_logs(tmp_path / "run", double)
+
+
+def check_same_logs(run: Path, other: Path) -> None:
+    assert steps_of(run) == steps_of(other)
+    assert results_of(run) == results_of(other)
+
+
+def test_torchrun_starts_both_again(data: Path, double: Path, tmp_path: Path):
+    """`--max-restarts 1`: one process is killed once, and the run ends as if nothing had been."""
+    config = run_config(data, tmp_path / "run", checkpoint_every=5, **PARTS)
+    once = f"""
+killed = Path({str(tmp_path / "killed")!r})
+def kill(_):
+    if not killed.exists():
+        killed.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+if os.environ["RANK"] == "1":
+    before_step(patch, 16, kill)
+"""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--max-restarts", "1", "--standalone", runs.__file__]
+    finished = subprocess.run(
+        [*torchrun, *(str(each) for each in typed_settings(config))],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FAULT": once, "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    said = finished.stdout + finished.stderr
+    assert finished.returncode == 0, said
+    assert (tmp_path / "killed").exists()
+    assert re.search(r"resumed  after step (10|15) of 30", said)
+    check_same_logs(tmp_path / "run", double)
+
+
+# An error of one process, and one of all
+
+
+BROKEN = """
+from mlp_mixer.data import loader
+
+def open(self, index, bad, open=loader._Images.open):
+    if index == 3:
+        bad.append(loader.BadImage(index, "three.png", "broken"))
+        return None
+    return open(self, index, bad)
+
+patch.setattr(loader._Images, "open", open)
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_only_one_process_meets_is_said_once(data: Path, tmp_path: Path, rank: int):
+    """Image 3 is first read by one of the processes, and is more than the share of bad ones."""
+    order = [locate(0, position, 20)[1] for position in range(20)]
+    index = order[4 * rank + 1]
+    text = BROKEN.replace("index == 3", f"index == {index}")
+    first, second = start_two(run_config(data, tmp_path / "run"), tmp_path / "text", text)
+    assert (first.wait(), second.wait()) == (2, 2)
+    error = "1 of 20 images cannot be decoded (5.0%, the limit is 1.0%):\n  three.png: broken\n"
+    prefix = "" if rank == 0 else "rank 1: "
+    assert f"error: {prefix}{error}" in first.said()
+    assert (first.said() + second.said()).count("three.png: broken") in (1, 2)  # "skipped" too
+    assert "Traceback" not in first.said() + second.said()
+    if rank == 1:
+        assert second.said() == ""
+
+
+POISON = """
+if os.environ["RANK"] == "1":
+    poison = lambda images, _: images * float("inf")
+    before_step(patch, 16, lambda _: patch.setattr(loop, "normalize", poison))
+"""
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_a_loss_that_is_not_finite_on_one_stops_both(data, tmp_path, sharding: str):
+    config = run_config(data, tmp_path / "run", sharding=sharding, checkpoint_every=8)
+    processes = start_two(config, tmp_path / "text", POISON)
+    assert [process.wait() for process in processes] == [2, 2]
+    assert "error: step 16: loss nan, gradient norm nan at" in processes[0].said()
+    last = tmp_path / "run" / "checkpoints" / "step-00000016"
+    assert f"the last good checkpoint is {last}\n" in processes[0].said()
+    assert processes[1].said() == ""
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("a batch of 9 images cannot be shared by 2 processes", {"batch_size": 9}),
+        ("the run folder holds a run with other settings: seed is 0 there", {"seed": 1}),
+        ("several processes share one run folder", {"output": None}),
+    ],
+)
+def test_a_mistake_is_said_once_and_makes_nothing(data, double, tmp_path, message, changes):
+    before = files(data.parent)
+    output = double if "seed" in changes else tmp_path / "run"
+    config = run_config(data, output).with_values(changes)
+    first, second = start_two(config, tmp_path / "text")
+    assert (first.wait(), second.wait()) == (2, 2)
+    assert message in first.said()
+    assert first.said().count("error: ") == 1
+    assert second.said() == ""
+    assert not (tmp_path / "run").exists()
+    assert files(data.parent) == before
