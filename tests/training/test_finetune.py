@@ -168,8 +168,8 @@ def test_the_grid_is_judged_by_the_weights_that_final_runs_keep(place, monkeypat
     asked = pretend(monkeypatch, lambda config: 0.25)
     train = study.train
 
-    def untested(config, quiet):
-        result = train(config, quiet=quiet)
+    def untested(config, *, quiet, in_study):
+        result = train(config, quiet=quiet, in_study=in_study)
         return TrainResult(result.run_folder, result.validation, None)
 
     monkeypatch.setattr(study, "train", untested)
