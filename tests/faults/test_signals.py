@@ -84,7 +84,7 @@ def test_the_command_itself(data: Path, long: Path, tmp_path: Path):
         for process, (run, (_, code)) in zip(running, stops.items(), strict=True):
             out, err = process.communicate(timeout=60)
             assert process.returncode == code, out + err
-            assert "stopping: the run saves at the end of this step" in err
+            assert err.count("stopping: the run saves at the end of this step") == 1
             assert "Traceback" not in out + err
             done = int(re.findall(r"stopped after step (\d+) of 150", out)[0])
             assert (run / "checkpoints" / f"step-{done:08d}" / "manifest.json").exists()

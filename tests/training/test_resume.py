@@ -110,11 +110,14 @@ def test_steps_after_the_last_checkpoint_are_repeated(data: Path, tmp_path: Path
             mm.train(config, quiet=True)
     run = tmp_path / "run"
     assert len(results_of(run)) == 1  # of step 10, which comes again
+    if (run / "checkpoints/step-00000010").exists():  # it was the best so far
+        shutil.rmtree(run / "checkpoints/step-00000010")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "lo')  # a kill in the middle of a line
     with (run / "results.csv").open("a") as file:
         file.write("4.8,12")
     train(run)
+    assert "resumed  after step 9 of 30" in (run / "log.txt").read_text()
     check_same(run, straight)
 
 
