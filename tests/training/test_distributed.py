@@ -227,16 +227,18 @@ if os.environ["RANK"] == "1":
 """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     torchrun += ["--max-restarts", "1", "--standalone", runs.__file__]
-    finished = subprocess.run(
+    with subprocess.Popen(
         [*torchrun, *(str(each) for each in typed_settings(config))],
         env={**os.environ, "OMP_NUM_THREADS": "1", "FAULT": once, "PYTHONPATH": ":".join(sys.path)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
-        check=False,
-    )
-    said = finished.stdout + finished.stderr
-    assert finished.returncode == 0, said
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=90)
+        finally:
+            process.terminate()  # it ends its processes then
+    assert process.returncode == 0, said
     assert (tmp_path / "killed").exists()
     assert re.search(r"resumed  after step (10|15) of 30", said)
     check_same_logs(tmp_path / "run", double)
