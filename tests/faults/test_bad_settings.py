@@ -181,7 +181,7 @@ def test_a_run_folder_that_cannot_be_made(old, tmp_path, capsys, place: str):
         if not Path("/proc/self").exists():
             pytest.skip("there is no /proc")
         run = Path("/proc/nowhere/run")
-    code, out, err = mixer(capsys, "train", "--data", old / "data", "--output", run)
+    code, out, err = mixer(capsys, *typed_settings(run_config(old / "data", run)))
     assert code == 2
     assert err.startswith("error: cannot make the run folder: ")
     assert f"where: {run}" in err

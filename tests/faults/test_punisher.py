@@ -77,9 +77,9 @@ before_step(patch, 16, wait)
 
 
 def test_a_second_run_in_the_folder_is_refused(data: Path, tmp_path: Path):
-    """With exit code 2, while the first goes on unharmed; the loader workers hold no lock."""
-    straight = train(run_config(data, tmp_path / "straight", data__num_workers=2))
-    config = run_config(data, tmp_path / "run", data__num_workers=2)
+    """With exit code 2, while the first goes on unharmed."""
+    straight = train(run_config(data, tmp_path / "straight"))
+    config = run_config(data, tmp_path / "run")
     fault = WAITING.replace("FOLDER", repr(str(tmp_path)))
     first = start(config, tmp_path / "first", fault)
     until(lambda: "waiting" in first.said(), 60.0, first.said)
