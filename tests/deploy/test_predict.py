@@ -140,7 +140,7 @@ def test_an_output_that_cannot_be_written(model, album, tmp_path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mlp_mixer.weights.files.os.fsync", full)
+    monkeypatch.setattr("mlp_mixer.disk.os.fsync", full)
     with pytest.raises(mm.UserError, match="cannot write the predictions: No space left"):
         mm.predict(model, album, output=tmp_path / "out.csv", num_workers=0)
     assert not list(tmp_path.glob("*out.csv*"))

@@ -15,9 +15,10 @@ from PIL import Image
 
 import mlp_mixer as mm
 from conftest import draw, tiny_config
+from mlp_mixer.data.fingerprint import fingerprint
 from mlp_mixer.data.sources import open_splits
 from mlp_mixer.training import loop, summary
-from mlp_mixer.training.run_folder import fingerprint, planned_path
+from mlp_mixer.training.run_folder import planned_path
 
 PICTURES = ["confusion", "curves", "predictions", "train_batch", "worst_mistakes"]
 

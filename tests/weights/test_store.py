@@ -14,7 +14,7 @@ import torch
 import mlp_mixer as mm
 from conftest import tiny_model
 from mlp_mixer.models.layers import classes_of, preprocessing_of
-from mlp_mixer.weights import files
+from mlp_mixer import disk
 
 
 def saved(tmp_path: Path, **changes: object) -> tuple[mm.ImageClassifier, Path]:
@@ -225,7 +225,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(disk.os, "fsync", full)
     with pytest.raises(mm.UserError, match="cannot write the model: No space left on device"):
         mm.save_model(tiny_model(num_classes=3, num_blocks=1), folder)
     monkeypatch.undo()
@@ -296,7 +296,7 @@ def test_a_full_disk_leaves_weights_and_description_together(
         if len(calls) == failing:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(disk.os, "fsync", full)
     second = tiny_model(num_classes=3, hidden_dim=8)
     second.class_names = ["x", "y", "z"]
     with pytest.raises(mm.UserError, match="No space left on device"):

@@ -37,9 +37,9 @@ def convert(
             0 takes the head off.
         overwrite: replace what is there.
     """
+    from mlp_mixer.disk import expand
     from mlp_mixer.evaluation.throughput import count_parameters, flops_text
     from mlp_mixer.weights.architecture import describe, precisely
-    from mlp_mixer.weights.files import expand
     from mlp_mixer.weights.store import FORMATS, check_target, save_model
 
     if format is not None and format not in FORMATS:

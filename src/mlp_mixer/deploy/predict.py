@@ -18,11 +18,11 @@ from mlp_mixer.data.image import SUFFIXES
 from mlp_mixer.data.items import ImageFiles, PackedStrings, Source
 from mlp_mixer.data.loader import evaluation_batches
 from mlp_mixer.data.sources import is_data, open_source
+from mlp_mixer.disk import write_aside
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.accuracy import predict_batch
 from mlp_mixer.models.device import choose_device
 from mlp_mixer.models.layers import ImageClassifier, classes_of, preprocessing_of
-from mlp_mixer.weights.files import write_aside
 from mlp_mixer.weights.store import load_model
 
 OUTPUT_FORMATS = (".csv", ".json", ".jsonl")

@@ -135,3 +135,18 @@ def config_from_json(values: dict[str, Any]) -> MixerConfig:
         return FAMILIES[family][0](**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"not a {family} architecture: {error}") from error
+
+
+def architecture_name(config: MixerConfig) -> str | None:
+    """Returns the name of `list_models()` that has this shape, whatever the size and classes.
+
+    A model that has grown by tiles has wider token-mixing MLPs: "mixer_b16 grown to 4 tiles".
+    """
+    for name, named in ARCHITECTURES.items():
+        tiles, rest = divmod(config.tokens_mlp_dim, named.tokens_mlp_dim)
+        if rest == 0 and all(getattr(config, field) == getattr(named, field) for field in _SHAPE):
+            return name if tiles == 1 else f"{name} grown to {tiles} tiles"
+    return None
+
+
+_SHAPE = ("patch_size", "hidden_dim", "num_blocks", "channels_mlp_dim")

@@ -100,11 +100,13 @@ class ImageClassifier(nn.Module):
             `flops` of one image, `summary()` and what else the family has.
         class_names: one name a class in the order of the logits; None where they are unknown.
         preprocessing: what turns an image file into the input; None until weights bring it.
+        source: what `load_model` was given; None for random weights.
     """
 
     config: Any
     class_names: list[str] | None = None
     preprocessing: Preprocessing | None = None
+    source: str | None = None
 
     def features(self, images: Tensor) -> Tensor:
         """Returns the pooled features (N, C) that the head reads, of images (N, channels, H, W)."""

@@ -20,6 +20,7 @@ from typing import Any
 from mlp_mixer.console import Reporter, table
 from mlp_mixer.data.source_names import parse_name
 from mlp_mixer.data.sources import open_splits
+from mlp_mixer.disk import expand
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.distributed import World, joined
@@ -28,7 +29,6 @@ from mlp_mixer.training.loop import train
 from mlp_mixer.training.step import DivergedError
 from mlp_mixer.training.study_folder import FinetuneResult, StudyFolder
 from mlp_mixer.training.summary import TrainResult
-from mlp_mixer.weights.files import expand
 
 
 def finetune(

@@ -14,25 +14,22 @@ runs/<date>_<recipe>/
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
-import platform
-import shlex
-import sys
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
+from mlp_mixer.data.fingerprint import fingerprint
 from mlp_mixer.data.items import BadImage, Source
+from mlp_mixer.disk import write_aside
+from mlp_mixer.environment import surroundings
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.config import TrainConfig
-from mlp_mixer.weights.files import write_aside
 
 
 class RunFolder:
@@ -220,50 +217,8 @@ def _step_of(line: str, otherwise: int) -> int:
 
 def environment(config: TrainConfig, source: Source, device: torch.device) -> dict[str, Any]:
     """Returns what environment.json holds: versions, hardware, command, seed, data fingerprint."""
-    packages = (
-        *("torch", "numpy", "pillow", "simplejpeg", "opencv-python-headless"),
-        *("safetensors", "scikit-learn"),
-    )
     return {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["mixer", *sys.argv[1:]]) if _is_command() else None,
-        "mlp_mixer": version("mlp_mixer"),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        **surroundings(device),
         "seed": config.seed,
         "data": {"training_images": len(source), "fingerprint": fingerprint(source)},
     }
-
-
-def fingerprint(source: Source) -> str:
-    """Returns the sha256 over every image's name and class and the bytes of 100 of them."""
-    digest = hashlib.sha256(f"{len(source)} {source.class_names}".encode(errors="surrogateescape"))
-    labels = source.labels
-    for index in range(len(source)):
-        text = f"{source.item_name(index)}\t{labels[index]}\n"
-        digest.update(text.encode(errors="surrogateescape"))
-    for index in range(0, len(source), -(-len(source) // 100)):
-        try:
-            digest.update(source.read(index))
-        except UserError:
-            digest.update(b"unreadable")
-    return digest.hexdigest()
-
-
-def _is_command() -> bool:
-    return Path(sys.argv[0]).name in ("mixer", "__main__.py")
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlp_mixer.disk import write_aside
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.resume import differences
-from mlp_mixer.weights.files import write_aside
 
 _RESULTS = "finetune.json"
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mlp_mixer.errors import UserError
-from mlp_mixer.models.catalog import ARCHITECTURES, model_from_config
+from mlp_mixer.models.catalog import architecture_name, model_from_config
 from mlp_mixer.models.mixer import MixerConfig
 from mlp_mixer.weights import google, timm
 
@@ -210,7 +210,7 @@ def check_shapes(config: MixerConfig, layout: Layout, tensors: Tensors, path: Pa
 
 def describe(config: MixerConfig) -> str:
     """Returns an architecture in words: "mixer_b16, 224x224 pixels, 1,000 classes"."""
-    name = name_of(config)
+    name = architecture_name(config)
     height, width = config.image_size
     classes = f"{config.num_classes:,} classes" if config.num_classes else "no head"
     return f"{name or config.summary()}, {height}x{width} pixels, {classes}"
@@ -223,18 +223,3 @@ def precisely(config: MixerConfig, format: str) -> list[str]:
         return []
     what = f"{gelu[1]} computes the {gelu[0]} GELU, this model the {config.gelu} one"
     return [f"{what}: its logits will differ in the fourth digit"]
-
-
-def name_of(config: MixerConfig) -> str | None:
-    """Returns the name of `list_models()` that has this shape, whatever the size and classes.
-
-    A model that has grown by tiles has wider token-mixing MLPs: "mixer_b16 grown to 4 tiles".
-    """
-    for name, named in ARCHITECTURES.items():
-        tiles, rest = divmod(config.tokens_mlp_dim, named.tokens_mlp_dim)
-        if rest == 0 and all(getattr(config, field) == getattr(named, field) for field in _SHAPE):
-            return name if tiles == 1 else f"{name} grown to {tiles} tiles"
-    return None
-
-
-_SHAPE = ("patch_size", "hidden_dim", "num_blocks", "channels_mlp_dim")

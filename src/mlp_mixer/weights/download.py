@@ -27,8 +27,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from mlp_mixer.console import Reporter
+from mlp_mixer.disk import expand
 from mlp_mixer.errors import UserError
-from mlp_mixer.weights.files import expand
 
 ATTEMPTS = 4  # each goes on where the last one stopped
 PATIENCE = 30.0  # seconds without a byte

@@ -9,17 +9,13 @@ What a file is, its first bytes say and not its name:
 from __future__ import annotations
 
 import argparse
-import contextlib
-import glob
 import io
-import os
 import pickle
 import pickletools
 import re
 import struct
-import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -238,58 +234,3 @@ def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             break
         tensors = inside
     return tensors
-
-
-def expand(path: str | Path) -> Path:
-    """Returns the path with ~ replaced.
-
-    Raises:
-        UserError: whose home is meant cannot be found out.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"~ cannot be resolved in {str(path)!r}", fix="Write it out") from error
-
-
-Content = bytes | Callable[[Path], None]
-
-
-def write_aside(path: Path, content: Content) -> None:
-    """Writes a file under another name, brings it to disk, then renames it: whole or not at all.
-
-    Args:
-        path: of the file.
-        content: its bytes, or a function that writes them to the path that it is given.
-    """
-    write_together({path: content})
-
-
-def write_together(contents: dict[Path, Content]) -> None:
-    """Writes several files aside, and renames them only when all are whole, in their order."""
-    asides = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in contents}
-    try:
-        for path, content in contents.items():
-            _forget_killed(path)
-            asides[path].touch()
-            mode = asides[path].stat().st_mode  # as the umask wants it, whoever writes
-            if callable(content):
-                content(asides[path])
-            else:
-                asides[path].write_bytes(content)
-            asides[path].chmod(mode)
-            with asides[path].open("rb+") as file:
-                os.fsync(file.fileno())
-        for path, aside in asides.items():
-            os.replace(aside, path)
-    finally:
-        for aside in asides.values():
-            aside.unlink(missing_ok=True)
-
-
-def _forget_killed(path: Path) -> None:
-    """Removes what writers of this file left behind when they were killed over a minute ago."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > 60:
-                left.unlink()

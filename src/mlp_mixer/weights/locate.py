@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlp_mixer.console import Reporter
+from mlp_mixer.disk import expand
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.catalog import ARCHITECTURES
 from mlp_mixer.weights import hub
@@ -18,7 +19,6 @@ from mlp_mixer.weights.checkpoints import (
 )
 from mlp_mixer.weights.description import WEIGHTS
 from mlp_mixer.weights.download import Published, cache_folder, cached
-from mlp_mixer.weights.files import expand
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mlp_mixer.console import Reporter
+from mlp_mixer.disk import Content, expand, write_together
 from mlp_mixer.errors import UserError, near_names
 from mlp_mixer.models.catalog import config_to_json, model_from_config
 from mlp_mixer.models.layers import ImageClassifier
@@ -30,7 +31,7 @@ from mlp_mixer.models.mixer import MixerConfig
 from mlp_mixer.weights import google, timm
 from mlp_mixer.weights.architecture import check_shapes
 from mlp_mixer.weights.description import CONFIG, FORMAT_VERSION, WEIGHTS, describe
-from mlp_mixer.weights.files import Content, expand, read_weights, write_together
+from mlp_mixer.weights.files import read_weights
 from mlp_mixer.weights.locate import locate
 from mlp_mixer.weights.npz import fingerprint
 from mlp_mixer.weights.resolution import GROWTHS, Growth, refuse_if_too_large, resize_tokens
@@ -99,6 +100,7 @@ def load_model(
         model = with_new_head(model, num_classes)
         what = f"new, all zeros, for {num_classes:,} classes" if num_classes else "taken off"
         report.say(f"head     {what}; the weights had {config.num_classes:,} classes")
+    model.source = str(source)
     return model.eval()
 
 
