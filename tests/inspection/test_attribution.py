@@ -1,0 +1,229 @@
+"""Response maps and occlusion, on models whose answers are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mlp_mixer as mm
+from conftest import TINY, draw, encode, tiny_model
+from mlp_mixer.inspection.attribution import (
+    occlusion,
+    occlusion_places,
+    read_image,
+    responses_of,
+    strongest,
+    unit_responses,
+)
+from mlp_mixer.inspection.token_mixing import TokenMixingLayer, model_units
+
+
+class OnePatch(mm.ImageClassifier):
+    """Looks at one patch of a 4x6 grid only: the brighter it is, the more it is class 2."""
+
+    def __init__(self, row: int, column: int) -> None:
+        super().__init__()
+        self.config = mm.MixerConfig(image_size=(16, 24), num_classes=3, **TINY)
+        self.stem = nn.Conv2d(3, 4, kernel_size=4, stride=4)
+        self.head = nn.Linear(1, 3)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.tensor([[0.0], [0.0], [4.0]]))
+            self.head.bias.zero_()
+        self.row, self.column, self.calls = row, column, []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls.append(len(images))
+        assert not self.training
+        patch = images[:, :, 4 * self.row :, 4 * self.column :][:, :, :4, :4]
+        return self.head(patch.mean(dim=(1, 2, 3))[:, None])
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 4), (3, 5)])
+def test_occlusion_finds_the_patch(place):
+    model = OnePatch(*place)
+    found = occlusion(model, torch.ones(1, 3, 16, 24), window=1)
+    assert found.drop.shape == found.patch_drop.shape == (4, 6)
+    # Bright gives e^4 / (e^4 + 2), grey (0 in the model's range of [-1, 1]) a third.
+    expected = np.zeros((4, 6))
+    expected[place] = np.e**4 / (np.e**4 + 2) - 1 / 3
+    assert found.drop == pytest.approx(expected, abs=1e-6)
+    assert found.patch_drop == pytest.approx(expected, abs=1e-6)
+    assert found.probability == pytest.approx(np.e**4 / (np.e**4 + 2))
+    assert (found.label, found.name) == (2, "class 2")
+
+
+def test_larger_windows_and_strides():
+    found = occlusion(OnePatch(1, 4), torch.ones(1, 3, 16, 24), window=3, stride=2)
+    # Rows start at 0 and, moved inwards, 1; columns at 0, 2 and 3: every patch is covered.
+    assert found.places[:, 0, 0].tolist() == [0, 1]
+    assert found.places[0, :, 1].tolist() == [0, 2, 3]
+    assert (found.drop > 0.1).tolist() == [[False, True, True]] * 2
+    assert np.unravel_index(found.patch_drop.argmax(), (4, 6))[1] in (3, 4, 5)
+    assert np.isfinite(found.patch_drop).all()
+
+
+def test_occlusion_in_batches():
+    model, sizes = OnePatch(1, 4), []
+    whole = occlusion(model, torch.ones(1, 3, 16, 24), window=1)
+    model.calls.clear()
+    parts = occlusion(
+        model, torch.ones(1, 3, 16, 24), window=1, batch_size=7, on_batch=sizes.append
+    )
+    assert model.calls == [1, 7, 7, 7, 3]
+    assert sizes == [7, 7, 7, 3]
+    assert parts.drop == pytest.approx(whole.drop)
+
+
+def test_the_model_and_the_image_stay_as_they_are():
+    model, image = OnePatch(1, 4).train(), torch.ones(1, 3, 16, 24)
+    occlusion(model, image)
+    assert model.training
+    assert (image == 1).all()
+
+
+def test_grey_is_grey_in_the_models_own_values():
+    model = OnePatch(1, 4)
+    model.preprocessing = mm.Preprocessing(image_size=(16, 24), mean=(0.5, 0.4, 0.3), std=0.1)
+    grey = torch.tensor([0.0, 1.0, 2.0]).view(1, 3, 1, 1).expand(1, 3, 16, 24)
+    found = occlusion(model, grey, window=1)
+    assert np.abs(found.drop).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(16, (1, 1, 16)), (56, (3, 1, 144)), ((64, 128), (3, 1, 14 * 30))]
+)
+def test_windows_by_default(size, expected):
+    model = tiny_model(image_size=size)
+    window, stride, places = occlusion_places(model)
+    assert (window, stride, places[..., 0].size) == expected
+
+
+def test_class_names_and_defaults():
+    model = OnePatch(1, 4)
+    model.class_names = ["a", "b", "bright"]
+    found = occlusion(model, torch.ones(1, 3, 16, 24))
+    assert (found.name, found.window, found.stride) == ("bright", 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window": 0}, "a window of 0 patches does not fit the grid of 4x6"),
+        ({"window": 5}, "a window of 5 patches does not fit the grid of 4x6"),
+        ({"window": 2, "stride": 3}, "a stride of 3 patches does not go with a window of 2"),
+        ({"stride": 0}, "a stride of 0 patches"),
+    ],
+)
+def test_windows_that_do_not_fit(settings, message):
+    with pytest.raises(mm.UserError, match=message):
+        occlusion(OnePatch(1, 4), torch.ones(1, 3, 16, 24), **settings)
+
+
+def test_no_class_to_explain():
+    image = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(mm.UserError, match="no head"):
+        occlusion(tiny_model(num_classes=0), image)
+    with pytest.raises(mm.UserError, match="a new head, all zeros"):
+        occlusion(mm.create_model("mixer_s16", 8, 3, **TINY), image)
+    broken = tiny_model()
+    torch.nn.init.constant_(broken.head.bias, float("nan"))
+    with pytest.raises(mm.UserError, match="not finite"):
+        occlusion(broken, image)
+
+
+def test_response_maps_by_hand():
+    """Two channels, a 1x3 grid, two units."""
+    weights = np.array([[[1.0, 0.0, -2.0]], [[0.0, 3.0, 0.0]]])
+    outgoing = np.array([[[0.0, -1.0, 2.0]], [[0.5, 0.0, 0.0]]])
+    tokens = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])  # (C, S)
+    activation = np.array([[3.0, 1.0], [4.0, -1.0]])  # (C, U)
+    first, second = responses_of(TokenMixingLayer(4, "x", weights, outgoing), tokens, activation)
+    assert first.read.tolist() == [[1 * (3 * 1 + 4 * 4), 0, -2 * (3 * 3 + 4 * 6)]]
+    assert second.read.tolist() == [[0, 3 * (2 - 5), 0]]
+    assert first.strength == 5.0
+    assert first.written is not None
+    assert first.written.tolist() == [[0, 5, 10]]
+    assert (second.layer, second.unit) == (4, 1)
+    assert [each.unit for each in strongest([second, first], 2)] == [0, 1]
+
+
+@pytest.mark.parametrize("size", [8, (8, 12)])
+def test_response_maps_of_a_model(size):
+    """`read` sums to h . (a - b), and `written` is what leaving the unit out changes."""
+    model = tiny_model(image_size=size).eval()
+    mixing = model.blocks[1].token_mixing
+    torch.nn.init.normal_(mixing.dense_0.bias)
+    image = torch.randn(1, 3, *model.config.image_size, generator=torch.Generator().manual_seed(1))
+    seen = {}
+    hooks = [
+        mixing.dense_0.register_forward_hook(lambda _, __, out: seen.update(drive=out)),
+        mixing.register_forward_hook(lambda _, __, out: seen.update(mixed=out)),
+    ]
+    with torch.no_grad():
+        model(image)
+        drive, mixed = seen["drive"][0].double(), seen["mixed"][0].clone()
+        found = unit_responses(model, model_units(model), image, 2)
+        active = nn.functional.gelu(drive, approximate="tanh")
+        excess = (active * (drive - mixing.dense_0.bias.double())).sum(dim=0)
+        assert [each.read.sum() for each in found] == pytest.approx(excess.tolist(), rel=1e-5)
+        unit = 3
+        mixing.dense_1.weight[:, unit] = 0
+        model(image)
+        change = (mixed - seen["mixed"][0]).norm(dim=0).view(model.config.grid)
+    for hook in hooks:
+        hook.remove()
+    written = found[unit].written
+    assert written is not None
+    assert torch.from_numpy(written).float().sub(change).abs().max() < 1e-5
+    assert written.max() > 0.01
+    assert not mixing.dense_0._forward_pre_hooks  # nothing is left behind
+
+
+def test_a_unit_that_reads_one_patch():
+    model = tiny_model().eval()
+    with torch.no_grad():
+        model.blocks[0].token_mixing.dense_0.weight[2] = torch.tensor([0.0, 0.0, 5.0, 0.0])
+    image = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    found = unit_responses(model, model_units(model), image, 1)[2]
+    assert np.argwhere(found.read).tolist() == [[1, 0]]
+    assert found.weights[1, 0] == 5.0
+
+
+def test_responses_that_are_not_finite():
+    model = tiny_model()
+    with pytest.raises(mm.UserError, match="layer 1 gives values that are not finite"):
+        unit_responses(model, model_units(model), torch.full((1, 3, 8, 8), float("nan")), 1)
+
+
+def test_images_are_read_as_the_model_wants_them(tmp_path: Path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encode(draw(1, (40, 30))))
+    model = tiny_model(image_size=(8, 12))
+    image, pixels = read_image(path, model)
+    assert image.shape == (1, 3, 8, 12)
+    assert pixels.shape == (8, 12, 3)
+    assert image.min() >= -1
+    again = (image[0].permute(1, 2, 0) + 1) * 127.5
+    assert again.numpy() == pytest.approx(pixels.astype(float), abs=1e-3)
+    grey, pixels = read_image(path, tiny_model(in_channels=1))
+    assert (grey.shape, pixels.shape) == ((1, 1, 8, 8), (8, 8, 1))
+
+
+def test_images_that_cannot_be_read(tmp_path: Path):
+    text = tmp_path / "a.png"
+    text.write_text("no image")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(encode(draw(1))[:200])
+    for path, message in [
+        (text, "not an image"),
+        (cut, "damaged"),
+        (tmp_path / "none.png", "No such file"),
+        (tmp_path, "Is a directory"),
+    ]:
+        with pytest.raises(mm.UserError, match=message) as error:
+            read_image(path, tiny_model())
+        assert error.value.where == str(path)

@@ -1,0 +1,166 @@
+"""Which weights are pictures of units, and what is said where they are none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mlp_mixer as mm
+from conftest import TINY, tiny_model
+from mlp_mixer.inspection.measure import measure_model, weight_correlations
+from mlp_mixer.inspection.token_mixing import model_units
+from mlp_mixer.weights.resolution import resize_tokens
+
+
+class OtherModel(mm.ImageClassifier):
+    """A model with a stem and nothing else that is like a Mixer."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.config = mm.MixerConfig(image_size=8, in_channels=channels, **TINY)
+        self.stem = nn.Conv2d(channels, 6, kernel_size=(3, 5), stride=2)
+
+
+def test_units_are_row_major_over_the_grid():
+    model = tiny_model(image_size=(8, 12))
+    first = model.blocks[0].token_mixing
+    with torch.no_grad():
+        first.dense_0.weight.zero_()
+        first.dense_0.weight[5, 4] = 2.0  # the patch in row 1, column 1 of a 2x3 grid
+        first.dense_1.weight.zero_()
+        first.dense_1.weight[2, 5] = -3.0  # row 0, column 2
+    found = model_units(model)
+    assert found.notes == []
+    assert [layer.name for layer in found.layers] == [f"blocks.{i}.token_mixing" for i in (0, 1)]
+    layer = found.layer(1)
+    assert layer.incoming.shape == (8, 2, 3)
+    assert layer.incoming.dtype == np.float64
+    assert np.argwhere(layer.incoming).tolist() == [[5, 1, 1]]
+    assert layer.outgoing is not None
+    assert np.argwhere(layer.outgoing).tolist() == [[5, 0, 2]]
+    assert layer.outgoing[5, 0, 2] == -3.0
+
+
+def test_the_stem_is_height_width_colour():
+    model = tiny_model()
+    stem = model_units(model).stem
+    assert stem is not None
+    assert stem.shape == (16, 4, 4, 3)
+    assert stem[3, 1, 2, 0] == pytest.approx(model.stem.weight[3, 0, 1, 2].item())
+
+
+def test_a_model_grown_by_blocks():
+    """Every unit of the small model is there once a tile, and sees only its own."""
+    model = tiny_model(image_size=8)
+    tensors = dict(model.state_dict())
+    config, _ = resize_tokens(tensors, model.config, (16, 16), "block-diagonal")
+    grown = mm.MlpMixer(config)
+    grown.load_state_dict(tensors)
+    measured = measure_model(grown)
+    incoming = measured.units.layer(1).incoming
+    assert incoming.shape == (32, 4, 4)
+    assert measured.incoming[0].locality == pytest.approx(np.ones(32))
+    small = model_units(model).layer(1).incoming
+    tiles = [incoming[:, y : y + 2, x : x + 2] for y in (0, 2) for x in (0, 2)]
+    for tile in tiles:
+        own = tile[np.abs(tile).any(axis=(1, 2))]
+        assert sorted(map(tuple, own.reshape(8, 4))) == sorted(map(tuple, small.reshape(8, 4)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"token_mixing": "untied"}, "layers 1, 2: weights of 16x8x4 are not"),
+        ({"token_mixing": "grouped", "token_groups": 2}, "layers 1, 2: a unit reads 8 values"),
+        ({"token_mixing": "views", "token_groups": 2}, "layers 1, 2: a unit reads 8 values"),
+    ],
+)
+def test_variants_of_token_mixing_are_named(changes, note):
+    found = model_units(tiny_model(**changes))
+    assert found.layers == []
+    assert [each.startswith(note) for each in found.notes] == [True]
+    assert found.stem is not None
+    with pytest.raises(mm.UserError, match="no token-mixing layer 1 that can be drawn"):
+        found.layer(1)
+
+
+def test_a_pyramid_shows_the_layers_that_read_the_grid():
+    found = model_units(tiny_model(image_size=16, pyramid=((0, 4),)))
+    assert [layer.number for layer in found.layers] == [1]
+    assert found.layers[0].outgoing is None
+    assert found.notes == [
+        "layer 2: a unit reads 4 values, not one for each of the 4x4 patches, and is not drawn"
+    ]
+
+
+def test_a_model_of_another_kind_has_its_stem():
+    found = model_units(OtherModel())
+    assert "no token-mixing MLP" in found.notes[0]
+    assert found.stem is not None
+    assert found.stem.shape == (6, 3, 5, 3)
+    with pytest.raises(mm.UserError, match="no layer 1: the model has 0"):
+        found.layer(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "stem"),
+    [("cycle_mlp_b1", 64, (64, 7, 7, 3)), ("vip_s14", 56, (384, 14, 14, 3))],
+)
+def test_the_other_families(name, size, stem):
+    found = model_units(mm.create_model(name, size, 3))
+    assert found.layers == []
+    assert len(found.notes) == 1
+    assert "figures 5 and 6 do not apply" in found.notes[0]
+    assert found.stem is not None
+    assert found.stem.shape == stem
+
+
+def test_channels_that_are_no_colours():
+    found = model_units(OtherModel(channels=4))
+    assert found.stem is None
+    assert "units of 4 channels are no colours" in found.notes[-1]
+
+
+def test_a_model_without_a_convolution():
+    model = OtherModel()
+    model.stem = nn.Identity()
+    assert "no convolution that reads the image" in model_units(model).notes[-1]
+
+
+def test_an_mlp_without_dense_layers():
+    model = tiny_model()
+    model.blocks[1].token_mixing = nn.Identity()
+    found = model_units(model)
+    assert [layer.number for layer in found.layers] == [1]
+    assert found.notes == ["layer 2: no MLP of two dense layers, its units are not drawn"]
+
+
+def test_weights_that_are_not_finite():
+    model = tiny_model()
+    with torch.no_grad():
+        model.blocks[0].token_mixing.dense_0.weight[0, 0] = float("nan")
+        model.blocks[1].token_mixing.dense_1.weight[0, 0] = float("inf")
+        model.stem.weight[0] = float("inf")
+    found = model_units(model)
+    assert found.notes[0] == "layer 1: weights that are not finite numbers, not drawn"
+    assert found.layer(2).outgoing is None
+    assert found.stem is None
+
+
+def test_no_such_layer():
+    with pytest.raises(
+        mm.UserError, match="no layer 3: the model has 2 token-mixing MLPs"
+    ) as error:
+        model_units(tiny_model()).layer(3)
+    assert error.value.fix == "Known: 1, 2"
+
+
+def test_likeness_of_two_models():
+    model = tiny_model()
+    one, other = measure_model(model), measure_model(mm.random_weights(model, 1))
+    assert weight_correlations(one, one) == pytest.approx({"1": 1, "2": 1, "stem": 1})
+    assert abs(weight_correlations(one, other)["stem"]) < 0.3
+    larger = measure_model(mm.random_weights(tiny_model(image_size=16)))
+    assert list(weight_correlations(one, larger)) == ["stem"]
