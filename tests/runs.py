@@ -181,7 +181,7 @@ def kill_what_is_left() -> None:
 
 
 def start_two(
-    config: mm.TrainConfig, text: Path, fault: str = "", **environment: str
+    config: mm.TrainConfig | list[object], text: Path, fault: str = "", **environment: str
 ) -> list[Process]:
     """Starts the command as rank 0 and 1, as torchrun would; the texts end in .0 and .1."""
     with socket.socket() as free:

@@ -13,7 +13,9 @@ from sklearn import metrics
 
 import mlp_mixer as mm
 from conftest import tiny_model
-from mlp_mixer.data.sources import open_splits
+from mlp_mixer.data.sources import open_source, open_splits
+from mlp_mixer.evaluation.accuracy import evaluate_part, join_parts
+from mlp_mixer.evaluation.measurement import read_measurement
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,54 @@ def test_a_certain_mistake_has_a_finite_loss():
     assert sure.top5 is None
 
 
+def from_logits(logits: np.ndarray, labels: list[int]) -> mm.Evaluation:
+    logits = logits.astype(np.float32)
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+    names = [str(number) for number in range(logits.shape[1])]
+    places = np.arange(len(labels))
+    return mm.Evaluation("x", names, np.array(labels), places, probabilities, logits=logits)
+
+
+def test_the_loss_is_not_clipped():
+    gap = from_logits(np.array([[0.0, 200.0], [200.0, 0.0], [0.0, 1e4]]), [0, 0, 0])
+    assert gap.losses.tolist() == [200.0, 0.0, 10_000.0]
+    assert gap.loss == 3400.0
+    assert gap.top1 == pytest.approx(1 / 3)
+
+
+def test_loss_and_top5_from_logits_against_scikit_learn():
+    random = np.random.default_rng(3)
+    logits = random.normal(size=(3000, 11)).astype(np.float32) * 4
+    result = from_logits(logits, random.integers(0, 11, size=3000).tolist())
+    exact = np.exp(logits.astype(float) - logits.max(axis=1, keepdims=True))
+    exact /= exact.sum(axis=1, keepdims=True)
+    loss = metrics.log_loss(result.labels, exact, labels=np.arange(11))
+    assert result.loss == pytest.approx(loss, rel=1e-9)
+    five = metrics.top_k_accuracy_score(result.labels, logits, k=5, labels=np.arange(11))
+    assert result.top5 == five
+    assert dict(result.figures()) == {
+        "top1": result.top1,
+        "top5": result.top5,
+        "loss": result.loss,
+        "expected_calibration_error": result.reliability.error,
+    }
+
+
+def test_classes_are_ordered_where_probabilities_are_all_zero():
+    """In float32 every probability but the first is 0; the logits still say which come next."""
+    logits = np.tile(np.array([0.0] + [-200.0 - n for n in range(7)]), (8, 1))
+    result = from_logits(logits, list(range(8)))
+    assert (result.probabilities[:, 1:] == 0).all()
+    assert result.top5 == 5 / 8
+
+
+def test_of_equal_classes_the_first_comes_first():
+    assert from_logits(np.zeros((8, 8)), list(range(8))).top5 == 5 / 8
+    assert from_logits(np.zeros((8, 8)), list(range(8))).top1 == 1 / 8
+    assert from_logits(np.full((8, 8), np.nan), list(range(8))).top5 == 0.0
+
+
 def test_files(result: mm.Evaluation, tmp_path: Path):
     result.save(tmp_path / "out")
     figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
@@ -77,6 +127,38 @@ def test_files(result: mm.Evaluation, tmp_path: Path):
         table = list(csv.reader(file))
     assert table[0] == ["true class", *result.class_names]
     assert [[int(cell) for cell in row[1:]] for row in table[1:]] == result.confusion.tolist()
+
+
+def test_the_header_of_the_file(class_folder: Path, tmp_path: Path):
+    model = model_for(["ant", "bee", "cat"])
+    model.source = "runs/mine"
+    result = mm.evaluate(model, str(class_folder), num_workers=0)
+    result.save(tmp_path / "out", model)
+    values = read_measurement(tmp_path / "out" / "evaluation.json")
+    assert values["kind"] == "evaluation"
+    assert values["model"]["source"] == "runs/mine"
+    assert values["protocol"] == {
+        "resize": "resmall-crop",
+        "crop": 0.875,
+        "image_size": [8, 8],
+        "interpolation": "bilinear",
+        "exif_orientation": True,
+    }
+    assert (values["images"], values["images_in_data"]) == (9, 9)
+    assert sum(row["images"] for row in values["reliability"]) == 9
+    assert len(values["reliability"]) == 15
+    result.save(tmp_path / "out")  # as a run does, which describes the model elsewhere
+    assert "model" not in read_measurement(tmp_path / "out" / "evaluation.json")
+
+
+def test_files_come_whole_or_not_at_all(result: mm.Evaluation, tmp_path: Path, monkeypatch):
+    result.save(tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr("mlp_mixer.disk.os.fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
+    result.data = "other"
+    with pytest.raises(OSError, match="full"):
+        result.save(tmp_path / "out")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def model_for(class_names: list[str]) -> mm.ImageClassifier:
@@ -144,3 +226,50 @@ def test_other_classes_are_refused(class_folder: Path):
         mm.evaluate(four, str(class_folder), num_workers=0)
     allowed = mm.evaluate(four, str(class_folder), num_workers=0, allow_missing_classes=True)
     assert allowed.confusion.shape == (4, 4)
+
+
+def same(first: mm.Evaluation, second: mm.Evaluation) -> bool:
+    names = ("labels", "indices", "logits", "probabilities")
+    equal = all(np.array_equal(getattr(first, n), getattr(second, n)) for n in names)
+    return equal and first.bad == second.bad and first.to_json() == second.to_json()
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 11])
+def test_parts_are_the_whole_bit_for_bit(class_folder: Path, size: int):
+    """Eleven processes for seven batches: some have nothing to do."""
+    (class_folder / "train" / "bee" / "1.png").write_bytes(b"x")
+    model, source = model_for(["ant", "bee", "cat"]), open_source(f"{class_folder}:train")
+    whole = mm.evaluate(model, source, batch_size=3, num_workers=0)
+    parts = [
+        evaluate_part(model, source, rank=rank, size=size, batch_size=3, num_workers=0)
+        for rank in range(size)
+    ]
+    assert same(join_parts(model, source, parts), whole)
+    assert len(whole.labels) == 19
+    assert [(each.index, Path(each.name).name) for each in whole.bad] == [(7, "1.png")]
+    assert (min(len(part.labels) for part in parts) == 0) == (size == 11)
+
+
+def test_logits_that_are_not_finite_are_refused(class_folder: Path):
+    model, calls = model_for(["ant", "bee", "cat"]), []
+
+    def spoil(_module: object, _inputs: object, logits: object) -> object:
+        calls.append(logits)
+        return logits * float("nan") if len(calls) == 2 else logits  # type: ignore[operator]
+
+    model.register_forward_hook(spoil)
+    with pytest.raises(mm.UserError, match="the logits of 2 of 9 images are not finite: nan") as no:
+        mm.evaluate(model, str(class_folder), batch_size=2, num_workers=0)
+    assert no.value.where == str(class_folder / "val" / "ant" / "2.png")
+    assert len(calls) == 5
+
+
+def test_models_that_cannot_be_measured(class_folder: Path):
+    with pytest.raises(mm.UserError, match="knows one class only, 'ant'"):
+        mm.evaluate(model_for(["ant"]), str(class_folder), num_workers=0)
+    with pytest.raises(mm.UserError, match="the model has no head"):
+        mm.evaluate(tiny_model(num_classes=0), str(class_folder), num_workers=0)
+    with pytest.raises(mm.UserError, match="batch_size must be at least 1, got 0"):
+        mm.evaluate(model_for(["ant", "bee"]), str(class_folder), batch_size=0)
+    with pytest.raises(mm.UserError, match="evaluate takes a model, got 'runs/mine'"):
+        mm.evaluate("runs/mine", str(class_folder))  # pyright: ignore[reportArgumentType]

@@ -45,6 +45,18 @@ def test_confusion(classes: int, tmp_path: Path):
     is_drawn(figure, tmp_path / "confusion.png")
 
 
+@pytest.mark.parametrize("images", [1, 50])
+def test_reliability_diagram(images: int, tmp_path: Path):
+    result, _ = evaluation(3, images, 1)
+    figure = pictures.reliability_diagram(result)
+    upper, lower = figure.axes
+    error = result.reliability.error
+    assert f"expected calibration error {error:.2%}, {images} images" in upper.get_title()
+    heights = [patch.get_height() for patch in lower.patches]  # pyright: ignore
+    assert heights == result.reliability.images.tolist()
+    is_drawn(figure, tmp_path / "reliability.png")
+
+
 @pytest.mark.parametrize("images", [1, 2, 5, 50])
 def test_prediction_grid(images: int, tmp_path: Path):
     result, source = evaluation(3, images, 1)

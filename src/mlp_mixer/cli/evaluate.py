@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
 
 from mlp_mixer.cli.arguments import (
+    File,
     Folder,
     GrowthName,
     Model,
@@ -21,7 +25,14 @@ from mlp_mixer.errors import UserError
 
 if TYPE_CHECKING:
     from mlp_mixer.console import Reporter
+    from mlp_mixer.data.items import Source
     from mlp_mixer.evaluation.accuracy import Evaluation
+    from mlp_mixer.evaluation.real import RealLabels
+    from mlp_mixer.models.layers import ImageClassifier
+
+_OWN = "(default: the model's own)"
+ResizeName = Annotated[str | None, arg(help_behavior_hint=_OWN, metavar="METHOD")]
+Crop = Annotated[float | None, arg(help_behavior_hint=_OWN, metavar="SHARE")]
 
 
 def evaluate(
@@ -31,6 +42,9 @@ def evaluate(
     data: RequiredData,
     image_size: Size = None,
     growth: GrowthName = None,
+    resize: ResizeName = None,
+    crop: Crop = None,
+    real: File = None,
     output: Folder = None,
     allow_missing_classes: bool = False,
     ignore_exif: bool = False,
@@ -38,12 +52,15 @@ def evaluate(
     device: str = "auto",
     num_workers: Number = None,
 ) -> int:
-    """Measure a trained model: top-1, top-5, each class, the confusion matrix.
+    """Measure a trained model: top-1, top-5, calibration, each class, the confusion matrix.
+
+    Under torchrun every process takes a share of the images; the figures are the same.
 
     Examples of use:
         mixer evaluate runs/flowers --data FOLDER
         mixer evaluate runs/flowers --data FOLDER:validation --output report
         mixer evaluate mixer_b16.i1k --data imagenet:validation --image-size 448
+        mixer evaluate mixer_b16.i1k --data imagenet:validation --real real.json
 
     Args:
         model: a run folder, a .safetensors, .npz or .pth file, a name of `mixer models --weights`,
@@ -52,44 +69,126 @@ def evaluate(
             choose a split; without it the test images, else the validation images, else all.
         image_size: measure it at another size than its own.
         growth: how to get there: block-diagonal, resample or auto.
+        resize: how a picture comes to the model's size: resize-crop (the paper's Table 2),
+            resmall-crop (its Table 3) or squash.
+        crop: the share of the resized picture's side that the centre crop keeps, at most 1; the
+            paper's is 0.875.
+        real: the file real.json of ImageNet ReaL; the data are validation images of ILSVRC-2012.
         output: a folder for evaluation.json, per_class.csv, confusion.csv and the pictures.
         allow_missing_classes: go on where the data lacks some of the model's classes.
         ignore_exif: leave photographs as they are stored, not upright: the paper's protocol.
-        batch_size: images a batch.
+        batch_size: images a batch, of each process.
         device: auto, cpu or cuda.
-        num_workers: processes that decode images.
+        num_workers: processes that decode images, for each process under torchrun.
     """
     from mlp_mixer.console import Reporter
     from mlp_mixer.data.sources import open_source
     from mlp_mixer.evaluation.accuracy import evaluate as measure
+    from mlp_mixer.evaluation.accuracy import refuse_not_finite
     from mlp_mixer.evaluation.pictures import save_report
+    from mlp_mixer.training.measure import evaluate_together
 
-    report = Reporter()
-    net, source = load_named(model, image_size, growth), open_source(data)
-    if ignore_exif and net.preprocessing is not None:
-        net.preprocessing = replace(net.preprocessing, exif_orientation=False)
-    folder = None
-    if output is not None:
-        folder = Path(os.path.expanduser(output))
-        if folder.is_file():
-            raise UserError("the output is a file, it must be a folder", where=output)
-        folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    with report.progress(len(source), "images") as bar:
-        result = measure(
-            net,
-            source,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            allow_missing_classes=allow_missing_classes,
-            device=device,
-            on_batch=lambda batch: bar.advance(len(batch.labels) + len(batch.bad)),
-        )
-    print_evaluation(report, result)
-    if folder is not None:
-        result.save(folder)
-        save_report(result, source, folder)
-        report.say(f"written  {folder}")
-    return warn_of_bad(result.bad)
+    with ExitStack() as stack:
+        world = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # one process needs no collectives
+            from mlp_mixer.training.distributed import joined
+
+            world, chosen = stack.enter_context(joined(device))
+            device = str(chosen)
+        rank, size = (0, 1) if world is None else (world.rank, world.size)
+        report = Reporter(quiet=rank != 0)
+        net, source = load_named(model, image_size, growth), open_source(data)
+        choose_protocol(net, resize, crop, ignore_exif)
+        labels = None if real is None else _real_labels(real, source, net)
+        folder = None if output is None else Path(os.path.expanduser(output))
+        if folder is not None and rank == 0:
+            make_folder(folder)  # before the work, not after it
+        with report.progress(len(source) // size, "images") as bar:
+            options: dict[str, Any] = {
+                "batch_size": batch_size,
+                "num_workers": num_workers,
+                "allow_missing_classes": allow_missing_classes,
+                "device": device,
+                "on_batch": lambda batch: bar.advance(len(batch.labels) + len(batch.bad)),
+            }
+            if world is None:
+                result = measure(net, source, **options)
+            else:
+                result = evaluate_together(net, source, world, **options)
+        refuse_not_finite(result, source)
+        if labels is not None:
+            result.real = labels.score(result.indices, result.predictions)
+        if rank != 0:
+            return 0  # whatever was bad: torchrun would end the first process, which still draws
+        if folder is not None:  # before the first line: a reader such as `| head` may go away
+            result.save(folder, net)
+            save_report(result, source, folder)
+        report.say(f"protocol {_in_words(net)}")
+        print_evaluation(report, result)
+        if folder is not None:
+            report.say(f"written  {folder}")
+        return warn_of_bad(result.bad)
+
+
+def choose_protocol(
+    net: ImageClassifier, resize: str | None, crop: float | None, ignore_exif: bool = False
+) -> None:
+    """Lets pictures become inputs of the model as the flags say, where they say something.
+
+    Raises:
+        UserError: no such method, a crop out of range, or one that has no effect.
+    """
+    from mlp_mixer.models.layers import preprocessing_of
+    from mlp_mixer.preprocessing import RESIZE_METHODS
+
+    own = preprocessing_of(net)
+    if resize is not None and resize not in RESIZE_METHODS:
+        fix = f"Known: {', '.join(RESIZE_METHODS)}"
+        raise UserError(f"unknown way to resize {resize!r}", where="--resize", fix=fix)
+    if crop is not None and (resize or own.resize) == "squash":
+        what = f"--crop {crop:g} has no effect: squash keeps the whole picture"
+        raise UserError(what, where="--crop", fix="Add --resize resize-crop or resmall-crop")
+    changes: dict[str, Any] = {
+        "resize": resize,
+        "crop": crop,
+        "exif_orientation": False if ignore_exif else None,
+    }
+    try:
+        given = {name: value for name, value in changes.items() if value is not None}
+        net.preprocessing = replace(own, **given)
+    except ValueError as error:
+        raise UserError(str(error), where="--crop", fix="The paper's is 0.875") from error
+
+
+def _in_words(net: ImageClassifier) -> str:
+    """The protocol: "224x224 pixels, resmall-crop 0.875, bilinear, ..., upright by EXIF"."""
+    from mlp_mixer.models.layers import preprocessing_of
+
+    own = preprocessing_of(net)
+    height, width = own.image_size
+    turned = "turned upright by EXIF" if own.exif_orientation else "EXIF ignored"
+    return f"{height}x{width} pixels, {own.summary()}, {turned}"
+
+
+def _real_labels(path: str, source: Source, net: ImageClassifier) -> RealLabels:
+    from mlp_mixer.evaluation.real import open_real
+    from mlp_mixer.models.layers import classes_of
+    from mlp_mixer.weights.checkpoints import CHECKPOINTS
+
+    imagenet = CHECKPOINTS["mixer_b16.i1k"].class_names()
+    assert imagenet is not None
+    return open_real(path, source, classes_of(net), imagenet)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of an output.
+
+    Raises:
+        UserError: it is a file.
+    """
+    if folder.is_file():
+        raise UserError("the output is a file, it must be a folder", where=folder)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def print_evaluation(report: Reporter, result: Evaluation) -> None:
@@ -101,7 +200,15 @@ def print_evaluation(report: Reporter, result: Evaluation) -> None:
     report.say(f"top-1    {result.top1:.2%} ({correct:,} right)")
     if result.top5 is not None:
         report.say(f"top-5    {result.top5:.2%}")
-    report.say(f"loss     {result.loss:.4f}")
+    if result.real is not None:
+        scored = result.real
+        report.say(
+            f"ReaL     {scored.accuracy:.2%} ({scored.correct:,} of {scored.images:,} scored "
+            f"images right; {scored.unlabelled:,} without a ReaL label are not scored)"
+        )
+    report.say(f"loss     {result.loss:.4f} (negative log-likelihood, nats)")
+    error, bins = result.reliability.error, len(result.reliability.images)
+    report.say(f"ECE      {error:.2%} (expected calibration error, {bins} bins)")
     rows = [row for row in result.per_class() if row["images"]]
     most = 20
     worst = sorted(rows, key=lambda row: row["recall"])[:most] if len(rows) > most else rows

@@ -117,10 +117,11 @@ def match_classes(
     Raises:
         UserError: the source has other classes, or lacks some where it must not.
     """
-    # A model of ImageNet calls a class "n01440764 tench"; folders have the WordNet id alone.
-    full = {name[:9]: name for name in class_names if re.match(r"n\d{8} ", name)}
+    # A model of ImageNet calls a class "n01440764 tench"; folders have the WordNet id alone, and
+    # others join the words otherwise.
+    full = {name[:9]: name for name in class_names if _WORDNET.match(name)}
     if full:
-        names = [full.get(name, name) for name in source.class_names]
+        names = [full.get(_wordnet_id(name), name) for name in source.class_names]
         source = View(source.name, names, source.labels, source, np.arange(len(source)))
     known, present = set(class_names), set(source.class_names)
     unknown = [name for name in source.class_names if name not in known]
@@ -141,6 +142,13 @@ def match_classes(
             fix = "Add images of them, or go on without with --allow-missing-classes"
         raise UserError("; ".join(what), where=source.name, fix=fix)
     return source if source.class_names == class_names else relabel(source, class_names)
+
+
+_WORDNET = re.compile(r"n\d{8}(?= |$)")
+
+
+def _wordnet_id(name: str) -> str:
+    return name[:9] if _WORDNET.match(name) else name
 
 
 def _some(names: list[str], most: int = 8) -> str:

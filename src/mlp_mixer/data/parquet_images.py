@@ -77,6 +77,29 @@ class ParquetImages:
             raise UserError("the row has no image", where=self.item_name(index))
         return data
 
+    def paths(self) -> list[str | None] | None:
+        """Returns what each image was called before it was packed; None where no file says it."""
+        return self.values_of(f"{self._column}.path")
+
+    def values_of(self, column: str) -> list[Any] | None:
+        """Returns another column's values, one for each image; None where a file has it not.
+
+        Args:
+            column: its name, with those of the parts of a struct behind it: "image.path".
+        """
+        values: list[Any] = []
+        for file in self._files:
+            reader = open_file(file)
+            known = {reader.schema.column(at).path for at in range(len(reader.schema.names))}
+            if column not in known:
+                return None
+            with damage_told(file):
+                for chunk in reader.read(columns=[column], use_threads=False).column(0).chunks:
+                    for part in column.split(".")[1:]:
+                        chunk = chunk.field(part)
+                    values += chunk.to_pylist()
+        return values
+
     def hold(self) -> bool:
         """Reads the images into memory unless they are too large; returns whether it did.
 

@@ -1,159 +1,32 @@
-"""A model and images -> exact counts: top-1, top-5, loss, per class, the confusion matrix.
+"""A model and images -> logits and their figures (`Evaluation`).
 
 Every image counts once; the last batch is never dropped. An image that cannot be decoded is left
-out of every count and named in `bad`.
+out of every count and named in `bad`. Several processes may each take a part (`evaluate_part`) and
+put their parts together (`join_parts`): the batches, and so the numbers, are those of one process.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mlp_mixer.data.batches import Batch
 from mlp_mixer.data.classes import match_classes
-from mlp_mixer.data.items import BadImage, Source
+from mlp_mixer.data.items import BadImage, Source, subset
 from mlp_mixer.data.loader import TIMEOUT, evaluation_batches
 from mlp_mixer.data.sources import open_source
 from mlp_mixer.data.transforms import normalize
 from mlp_mixer.errors import UserError
+from mlp_mixer.evaluation.figures import Evaluation
 from mlp_mixer.models.device import choose_device
 from mlp_mixer.models.layers import ImageClassifier, classes_of, preprocessing_of
 from mlp_mixer.preprocessing import Preprocessing
-
-
-@dataclass
-class Evaluation:
-    """What a model made of some labelled images; K classes, N images that could be decoded.
-
-    Attributes:
-        data: the name of the source.
-        class_names: the model's classes, K.
-        labels: int64 (N,), the true classes.
-        indices: int64 (N,), of the images in the source.
-        probabilities: float32 (N, K), the softmax of the logits.
-        bad: the images that could not be decoded.
-    """
-
-    data: str
-    class_names: list[str]
-    labels: np.ndarray
-    indices: np.ndarray
-    probabilities: np.ndarray
-    bad: list[BadImage] = field(default_factory=list)
-
-    @property
-    def predictions(self) -> np.ndarray:
-        """int64 (N,): the most probable class of each image."""
-        return self.probabilities.argmax(axis=1)
-
-    @property
-    def truth_probabilities(self) -> np.ndarray:
-        """float32 (N,): what the model gave the true class of each image."""
-        return self.probabilities[np.arange(len(self.labels)), self.labels]
-
-    @property
-    def top1(self) -> float:
-        """Share of the images whose most probable class is the true one."""
-        return float((self.predictions == self.labels).mean())
-
-    @property
-    def top5(self) -> float | None:
-        """Share of the images whose true class is among the 5 most probable; None for K <= 5."""
-        if len(self.class_names) <= 5:
-            return None
-        five = np.argpartition(self.probabilities, -5, axis=1)[:, -5:]
-        return float((five == self.labels[:, None]).any(axis=1).mean())
-
-    @property
-    def loss(self) -> float:
-        """Mean negative log-likelihood of the true classes, in nats."""
-        tiny = np.finfo(np.float32).tiny
-        return float(-np.log(np.maximum(self.truth_probabilities, tiny)).mean())
-
-    @property
-    def confusion(self) -> np.ndarray:
-        """int64 (K, K): images of the class of the row that were given the class of the column."""
-        classes = len(self.class_names)
-        flat = np.bincount(self.labels * classes + self.predictions, minlength=classes**2)
-        return flat.reshape(classes, classes)
-
-    def metrics(self) -> Iterator[tuple[str, float]]:
-        """Yields (name, value) of each figure."""
-        yield "top1", self.top1
-        if self.top5 is not None:
-            yield "top5", self.top5
-        yield "loss", self.loss
-
-    def worst_confusions(self, most: int) -> list[tuple[str, str, int]]:
-        """Returns (true class, predicted class, images) of the most frequent mistakes."""
-        wrong = self.confusion
-        np.fill_diagonal(wrong, 0)
-        order = np.argsort(-wrong, axis=None, kind="stable")[:most]
-        places = [divmod(int(at), len(self.class_names)) for at in order]
-        return [
-            (self.class_names[row], self.class_names[column], int(wrong[row, column]))
-            for row, column in places
-            if wrong[row, column]
-        ]
-
-    def per_class(self) -> list[dict[str, Any]]:
-        """Returns for each class: its name, images, correct, recall, precision (None if 0 / 0)."""
-        counts = self.confusion
-        rows = []
-        for index, name in enumerate(self.class_names):
-            images, given, correct = (
-                counts[index].sum(),
-                counts[:, index].sum(),
-                counts[index, index],
-            )
-            rows.append(
-                {
-                    "class": name,
-                    "images": int(images),
-                    "correct": int(correct),
-                    "recall": float(correct / images) if images else None,
-                    "precision": float(correct / given) if given else None,
-                }
-            )
-        return rows
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns every figure as JSON values."""
-        return {
-            "data": self.data,
-            "images": len(self.labels),
-            "bad_images": [{"image": each.name, "error": each.what} for each in self.bad],
-            **dict(self.metrics()),
-            "per_class": self.per_class(),
-            "class_names": self.class_names,
-            "confusion": self.confusion.tolist(),
-        }
-
-    def save(self, folder: Path) -> None:
-        """Writes evaluation.json, per_class.csv and confusion.csv (rows: true) to the folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "evaluation.json").write_text(json.dumps(self.to_json(), indent=2) + "\n")
-        with (folder / "per_class.csv").open(
-            "w", newline="", encoding="utf-8", errors="surrogateescape"
-        ) as file:
-            rows = self.per_class()
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        with (folder / "confusion.csv").open(
-            "w", newline="", encoding="utf-8", errors="surrogateescape"
-        ) as file:
-            table = csv.writer(file)
-            table.writerow(["true class", *self.class_names])
-            for name, row in zip(self.class_names, self.confusion.tolist(), strict=True):
-                table.writerow([name, *row])
 
 
 def evaluate(
@@ -180,42 +53,149 @@ def evaluate(
         on_batch: called with every batch once it is done, for a progress bar.
 
     Raises:
-        UserError: no such data, or its classes are not the model's.
+        UserError: no such data, or its classes are not the model's; the model has no head or knows
+            one class only; no image can be decoded, or the logits of one are not finite.
+    """
+    source = open_source(str(data)) if isinstance(data, str | Path) else data
+    part = evaluate_part(
+        model,
+        source,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        allow_missing_classes=allow_missing_classes,
+        device=device,
+        timeout=timeout,
+        on_batch=on_batch,
+    )
+    result = join_parts(model, source, [part])
+    refuse_not_finite(result, source)
+    return result
+
+
+@dataclass
+class Part:
+    """What a model made of a part of the images: the fields are those of `Evaluation`."""
+
+    labels: np.ndarray
+    indices: np.ndarray
+    logits: np.ndarray
+    bad: list[BadImage]
+
+
+def evaluate_part(
+    model: ImageClassifier,
+    source: Source,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    batch_size: int,
+    num_workers: int | None = None,
+    allow_missing_classes: bool = False,
+    device: str | None = None,
+    timeout: float = TIMEOUT,
+    on_batch: Callable[[Batch], None] | None = None,
+) -> Part:
+    """Returns what the model makes of a part of the images; it may be empty.
+
+    Whole batches are shared out, so that a model sees the same batches however many parts there
+    are, and answers with the same bits.
+
+    Args:
+        model: with class names.
+        source: all of the images.
+        rank, size: this is part `rank`, from 0, of `size`.
+        batch_size, num_workers, allow_missing_classes, device, timeout, on_batch: as `evaluate`.
+
+    Raises:
+        UserError: as `evaluate`; but a part may be empty, and its logits may not be finite.
     """
     if not isinstance(model, ImageClassifier):
         raise UserError(
             f"evaluate takes a model, got {model!r}", fix="mm.load_model(...) gives one"
         )
-    source = open_source(str(data)) if isinstance(data, str | Path) else data
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     names, preprocessing = classes_of(model), preprocessing_of(model)
-    source = match_classes(source, names, owner="the model", allow_missing=allow_missing_classes)
+    if len(names) == 1:
+        what = f"the model knows one class only, {names[0]!r}: whatever it is shown, it is right"
+        raise UserError(what, fix="Measure a model of two classes or more")
+    matched = match_classes(source, names, owner="the model", allow_missing=allow_missing_classes)
     if device is not None:
         model = model.to(choose_device(device))
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    bad: list[BadImage] = []
-    batches = evaluation_batches(
-        source, preprocessing, batch_size=batch_size, num_workers=num_workers, timeout=timeout
+    batches = math.ceil(len(source) / batch_size)
+    first, stop = (
+        min(batches * (rank + more) // size * batch_size, len(source)) for more in (0, 1)
     )
-    for batch in batches:
-        bad += batch.bad
+    share = subset(matched, np.arange(first, stop), source.name) if size > 1 else matched
+    empty = np.empty(0, dtype=np.int64)
+    parts = [(empty, empty, np.empty((0, len(names)), dtype=np.float32))]
+    bad: list[BadImage] = []
+    for batch in evaluation_batches(
+        share, preprocessing, batch_size=batch_size, num_workers=num_workers, timeout=timeout
+    ):
+        bad += [replace(each, index=each.index + first) for each in batch.bad]
         if len(batch.labels):
-            probabilities = predict_batch(model, batch, preprocessing)
-            parts.append((batch.labels.numpy(), batch.indices.numpy(), probabilities))
+            logits = logits_of_batch(model, batch, preprocessing).cpu().numpy()
+            parts.append((batch.labels.numpy(), batch.indices.numpy() + first, logits))
         if on_batch is not None:
             on_batch(batch)
-    if not parts:
+    labels, indices, logits = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return Part(labels, indices, logits, bad)
+
+
+def join_parts(model: ImageClassifier, source: Source, parts: Sequence[Part]) -> Evaluation:
+    """Returns all parts of the images as one evaluation.
+
+    Raises:
+        UserError: none of the images can be decoded.
+    """
+    labels, indices, logits = (
+        np.concatenate(each)
+        for each in zip(*((part.labels, part.indices, part.logits) for part in parts), strict=True)
+    )
+    if not len(labels):
         raise UserError("none of the images can be decoded", where=source.name)
-    labels, indices, probabilities = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return Evaluation(source.name, names, labels, indices, probabilities, bad)
+    return Evaluation(
+        source.name,
+        classes_of(model),
+        labels,
+        indices,
+        torch.from_numpy(logits).softmax(dim=1).numpy(),
+        [bad for part in parts for bad in part.bad],
+        logits,
+        preprocessing_of(model),
+    )
+
+
+def refuse_not_finite(result: Evaluation, source: Source) -> None:
+    """Refuses figures of logits that are NaN or infinite.
+
+    Raises:
+        UserError: names the first image that has such logits.
+    """
+    wrong = np.flatnonzero(~np.isfinite(result.scores).all(axis=1))
+    if len(wrong):
+        row = result.scores[wrong[0]]
+        value = row[~np.isfinite(row)][0]
+        what = f"the logits of {len(wrong):,} of {len(result.labels):,} images are not finite: "
+        raise UserError(
+            f"{what}{value} for the first of them",
+            where=source.item_name(int(result.indices[wrong[0]])),
+            fix="The weights are damaged or of a run that has diverged: take earlier ones",
+        )
 
 
 @torch.inference_mode()
-def predict_batch(model: ImageClassifier, batch: Batch, preprocessing: Preprocessing) -> np.ndarray:
-    """Returns the class probabilities (N, K), float32, of a batch. The model's mode is kept."""
+def logits_of_batch(model: ImageClassifier, batch: Batch, preprocessing: Preprocessing) -> Tensor:
+    """Returns the logits (N, K), float32, of a batch, on the model's device. Its mode is kept."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    images = normalize(batch.images.to(device), preprocessing)
-    probabilities = model(images).float().softmax(dim=1).cpu().numpy()
+    logits = model(normalize(batch.images.to(device), preprocessing)).float()
     model.train(was_training)
-    return probabilities
+    return logits
+
+
+def predict_batch(model: ImageClassifier, batch: Batch, preprocessing: Preprocessing) -> np.ndarray:
+    """Returns the class probabilities (N, K), float32, of a batch. The model's mode is kept."""
+    return logits_of_batch(model, batch, preprocessing).softmax(dim=1).cpu().numpy()

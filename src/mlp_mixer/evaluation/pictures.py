@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: the confusion matrix and grids of images with what the model said."""
+"""Pictures of an evaluation: the confusion matrix, the reliability diagram and grids of images."""
 
 from __future__ import annotations
 
@@ -56,6 +56,31 @@ def confusion_matrix(evaluation: Evaluation) -> Figure:
     return figure
 
 
+def reliability_diagram(evaluation: Evaluation) -> Figure:
+    """Returns accuracy against confidence in 15 bins, and how many images each bin has."""
+    bins = evaluation.reliability
+    width = 1.0 / len(bins.images)
+    middle = (np.arange(len(bins.images)) + 0.5) * width
+    figure = Figure(figsize=(6.0, 6.4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    filled = bins.images > 0
+    accuracy = bins.correct[filled] / bins.images[filled]
+    upper.bar(middle[filled], accuracy, 0.92 * width, color="#4c78a8", label="accuracy")
+    confidence = bins.confidence[filled] / bins.images[filled]
+    upper.plot(confidence, accuracy, "o", color="#222222", ms=4, label="at its mean confidence")
+    upper.plot([0, 1], [0, 1], "--", color="#888888", label="as sure as it is right")
+    upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
+    upper.legend(loc="upper left", fontsize=8)
+    upper.set_title(
+        f"{as_drawn(evaluation.data)}: expected calibration error {bins.error:.2%}, "
+        f"{len(evaluation.labels)} images",
+        fontsize=10,
+    )
+    lower.bar(middle, bins.images, 0.92 * width, color="#bbbbbb")
+    lower.set(xlabel="confidence (probability of the predicted class)", ylabel="images")
+    return figure
+
+
 def prediction_grid(evaluation: Evaluation, source: Source, most: int = 36) -> Figure:
     """Returns a grid of images, evenly taken over the data, with the predicted classes."""
     count = min(most, len(evaluation.labels))
@@ -68,7 +93,7 @@ def prediction_grid(evaluation: Evaluation, source: Source, most: int = 36) -> F
 def worst_mistakes(evaluation: Evaluation, source: Source, most: int = 25) -> Figure:
     """Returns the wrongly classified images whose true class got least; where there are none,
     the right ones with the least certain answer."""
-    order = np.argsort(evaluation.truth_probabilities, kind="stable")
+    order = np.argsort(-evaluation.losses, kind="stable")
     wrong = order[(evaluation.predictions != evaluation.labels)[order]]
     if len(wrong):
         title = f"{evaluation.data}: {len(wrong)} mistakes of {len(order)}, the worst first"
@@ -141,9 +166,11 @@ def as_drawn(text: str) -> str:
 
 
 def save_report(evaluation: Evaluation, source: Source, folder: Path) -> list[str]:
-    """Writes confusion.png, predictions.png and worst_mistakes.png; returns their names."""
+    """Writes confusion.png, reliability.png, predictions.png and worst_mistakes.png; returns their
+    names."""
     figures = {
         "confusion": confusion_matrix(evaluation),
+        "reliability": reliability_diagram(evaluation),
         "predictions": prediction_grid(evaluation, source),
         "worst_mistakes": worst_mistakes(evaluation, source),
     }

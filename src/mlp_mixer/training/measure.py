@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from mlp_mixer.data.items import Source, subset
-from mlp_mixer.evaluation.accuracy import Evaluation, evaluate
+from mlp_mixer.data.batches import Batch
+from mlp_mixer.data.items import Source
+from mlp_mixer.data.loader import TIMEOUT
+from mlp_mixer.evaluation.accuracy import Evaluation, evaluate_part, join_parts
 from mlp_mixer.models.layers import ImageClassifier
-from mlp_mixer.training.compute import Compute
-from mlp_mixer.training.config import TrainConfig
-from mlp_mixer.training.distributed import World
+
+if TYPE_CHECKING:  # what measures alone need not wait for torch's collectives
+    from mlp_mixer.training.compute import Compute
+    from mlp_mixer.training.config import TrainConfig
+    from mlp_mixer.training.distributed import World
 
 
 def measure(
     model: ImageClassifier, source: Source, config: TrainConfig, compute: Compute, world: World
 ) -> Evaluation:
-    """Returns what the model makes of all images; the same numbers on any number of processes.
+    """Returns what the model makes of all images, whatever its logits are.
 
     Args:
         model: whole, the same on every process.
@@ -25,32 +31,54 @@ def measure(
     Raises:
         UserError: none of the images can be decoded.
     """
-    first, last = (len(source) * (world.rank + more) // world.size for more in (0, 1))
-    share = source
-    if world.size > 1:
-        if len(source) < world.size:  # too few to share: all look at all of them
-            first, last = 0, len(source)
-        share = subset(source, np.arange(first, last), source.name)
-    batch_size = max(1, min(256, config.batch_size // world.size))
+    each = math.ceil(len(source) / world.size)  # no process is to wait for one full batch
     with compute.autocast():
-        own = evaluate(
+        return evaluate_together(
             model,
-            share,
-            batch_size=batch_size,
+            source,
+            world,
+            batch_size=max(1, min(256, config.batch_size // world.size, each)),
             num_workers=config.data.num_workers,
             allow_missing_classes=True,
             device=str(compute.device),
             timeout=config.data.timeout,
         )
-    if world.size == 1 or len(share) == len(source):
-        return own
-    parts: list[Evaluation] = world.gather(own)
-    starts = [len(source) * rank // world.size for rank in range(world.size)]
-    return Evaluation(
-        source.name,
-        own.class_names,
-        np.concatenate([each.labels for each in parts]),
-        np.concatenate([each.indices + at for each, at in zip(parts, starts, strict=True)]),
-        np.concatenate([each.probabilities for each in parts]),
-        [bad for each in parts for bad in each.bad],
+
+
+def evaluate_together(
+    model: ImageClassifier,
+    source: Source,
+    world: World,
+    *,
+    batch_size: int,
+    num_workers: int | None = None,
+    allow_missing_classes: bool = False,
+    device: str | None = None,
+    timeout: float = TIMEOUT,
+    on_batch: Callable[[Batch], None] | None = None,
+) -> Evaluation:
+    """Returns what the model makes of all images; with one batch size the batches, and so the
+    numbers, are the same on any number of processes.
+
+    Args:
+        model: whole, the same on every process.
+        source: all of the images.
+        world: the processes.
+        batch_size, num_workers, allow_missing_classes, device, timeout, on_batch: as of `evaluate`.
+
+    Raises:
+        UserError: as `evaluate`, but for logits that are not finite.
+    """
+    part = evaluate_part(
+        model,
+        source,
+        rank=world.rank,
+        size=world.size,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        allow_missing_classes=allow_missing_classes,
+        device=device,
+        timeout=timeout,
+        on_batch=on_batch,
     )
+    return join_parts(model, source, world.gather(part))

@@ -1,0 +1,248 @@
+"""`mixer evaluate`: protocols, ReaL, several processes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mlp_mixer as mm
+from conftest import draw, make_class_folder, mixer, tiny_model
+from mlp_mixer.evaluation.real import IMAGES
+from mlp_mixer.weights.checkpoints import CHECKPOINTS
+from runs import kill_what_is_left, start, start_two, unix
+
+IMAGENET = CHECKPOINTS["mixer_b16.i1k"].class_names() or []
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model of three classes with random weights, saved."""
+    net = tiny_model(num_classes=3, image_size=16)
+    net.class_names = ["ant", "bee", "cat"]
+    mm.save_model(net, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def imagenet(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A model of ImageNet's classes, six validation images, and their ReaL labels."""
+    net = tiny_model(num_classes=1000)
+    net.class_names = IMAGENET
+    mm.save_model(net, tmp_path / "net")
+    lists = [[number % 1000] for number in range(IMAGES)]
+    for number in range(1, 7):
+        folder = tmp_path / "val" / IMAGENET[number % 2][:9]
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(number).save(folder / f"ILSVRC2012_val_{number:08d}.png")
+        lists[number - 1] = list(range(1000)) if number < 4 else []  # any answer is right, or none
+    (tmp_path / "real.json").write_text(json.dumps(lists))
+    return tmp_path / "net", tmp_path / "val", tmp_path / "real.json"
+
+
+def test_what_it_says_and_writes(capsys, class_folder: Path, model: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    code, said, err = mixer(capsys, "evaluate", model, "--data", class_folder, "--output", out)
+    assert (code, err) == (0, "")
+    written = json.loads((out / "evaluation.json").read_text())
+    assert written["format"] == "mlp_mixer measurement"
+    assert written["model"]["source"] == str(model)
+    lines = said.splitlines()
+    assert lines[:5] == [
+        "protocol 16x16 pixels, resmall-crop 0.875, bilinear, values in [-1, 1], "
+        "turned upright by EXIF",
+        f"data     {class_folder}:validation: 9 images",
+        f"top-1    {written['top1']:.2%} ({round(9 * written['top1'])} right)",
+        f"loss     {written['loss']:.4f} (negative log-likelihood, nats)",
+        f"ECE      {written['expected_calibration_error']:.2%} "
+        "(expected calibration error, 15 bins)",
+    ]
+    assert lines[-1] == f"written  {out}"
+    assert (out / "reliability.png").stat().st_size > 5000
+
+
+def test_protocols(capsys, class_folder: Path, model: Path, tmp_path: Path):
+    """Each gives the figures of a model that carries it as its own."""
+    common = ("evaluate", model, "--data", class_folder, "--output")
+    losses: set[float] = set()
+    for flags, resize, crop, size in (
+        ((), "resmall-crop", 0.875, 16),
+        (("--resize", "resize-crop"), "resize-crop", 0.875, 16),
+        (("--resize", "squash"), "squash", 0.875, 16),
+        (("--resize", "resmall-crop", "--crop", 0.5), "resmall-crop", 0.5, 16),
+        (("--crop", 1, "--image-size", 32, "--ignore-exif"), "resmall-crop", 1.0, 32),
+    ):
+        out = tmp_path / f"out{len(losses)}"
+        code, said, err = mixer(capsys, *common, out, *flags)
+        assert code == 0
+        assert err.startswith("grown    16x16 -> 32x32 pixels" if size == 32 else "")
+        assert err.count("\n") == (size == 32)
+        words = f"{size}x{size} pixels, {resize}{'' if resize == 'squash' else f' {crop:g}'}, bil"
+        assert said.startswith(f"protocol {words}")
+        assert ("EXIF ignored" in said) == ("--ignore-exif" in flags)
+        written = json.loads((out / "evaluation.json").read_text())
+        assert written["protocol"]["resize"] == resize
+        assert written["protocol"]["crop"] == crop
+        assert written["protocol"]["image_size"] == [size, size]
+        assert written["protocol"]["exif_orientation"] == ("--ignore-exif" not in flags)
+        own = mm.load_model(model, size)
+        own.preprocessing = mm.Preprocessing(
+            image_size=(size, size),
+            resize=resize,
+            crop=crop,
+            exif_orientation="--ignore-exif" not in flags,
+        )
+        assert mm.evaluate(own, str(class_folder), num_workers=0).loss == written["loss"]
+        losses.add(written["loss"])
+    assert len(losses) == 5
+
+
+@pytest.mark.slow  # it draws a confusion matrix of 1,000 classes
+def test_real(capsys, imagenet: tuple[Path, Path, Path], tmp_path: Path):
+    net, images, real = imagenet
+    flags = ("--real", real, "--allow-missing-classes", "--output", tmp_path / "out")
+    code, said, err = mixer(capsys, "evaluate", net, "--data", images, *flags)
+    assert (code, err) == (0, "")
+    words = "(3 of 3 scored images right; 3 without a ReaL label are not scored)"
+    assert f"ReaL     100.00% {words}" in said
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert written["real"] == {"accuracy": 1.0, "images": 3, "correct": 3, "unlabelled": 3}
+    assert written["top1"] < 1.0
+
+
+def test_a_damaged_image_is_named(capsys, imagenet: tuple[Path, Path, Path]):
+    net, images, real = imagenet
+    next(iter(sorted(images.rglob("*_00000001.png")))).write_bytes(b"x")
+    flags = ("--real", real, "--allow-missing-classes")
+    code, said, err = mixer(capsys, "evaluate", net, "--data", images, *flags)
+    assert code == 3
+    assert "ILSVRC2012_val_00000001.png: the file is not an image" in err
+    assert "(2 of 2 scored images right; 3 without" in said
+    assert ": 5 images" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--resize", "crop"), "unknown way to resize 'crop'\nwhere: --resize\nto fix: Known: res"),
+        (("--crop", 0), "crop must be above 0 and at most 1, got 0.0\nwhere: --crop"),
+        (("--crop", "nan"), "crop must be above 0 and at most 1, got nan"),
+        (("--crop", 1.5), "crop must be above 0 and at most 1, got 1.5"),
+        (("--crop", 0.9, "--resize", "squash"), "--crop 0.9 has no effect: squash keeps"),
+        (("--real", "nowhere.json"), "cannot read the file: No such file or directory"),
+        (("--real", "REAL"), "ReaL needs ImageNet's 1,000 classes, the model knows 3"),
+        (("--output", "REAL"), "the output is a file, it must be a folder"),
+    ],
+)
+def test_flags_that_are_refused(capsys, class_folder, model, imagenet, flags, message, tmp_path):
+    given = [imagenet[2] if each == "REAL" else each for each in flags]
+    before = sorted(tmp_path.rglob("*"))
+    code, said, err = mixer(capsys, "evaluate", model, "--data", class_folder, *given)
+    assert (code, said) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_images_without_a_number_are_refused(capsys, imagenet: tuple[Path, Path, Path], tmp_path):
+    net, images, real = imagenet
+    (images / IMAGENET[0][:9] / "ILSVRC2012_val_00000002.png").rename(
+        images / IMAGENET[0][:9] / "a.png"
+    )
+    code, _, err = mixer(capsys, "evaluate", net, "--data", images, "--real", real)
+    assert code == 2
+    assert "no validation number in the name" in err
+    assert "ILSVRC2012_val_00000293.JPEG" in err
+
+
+def test_weights_that_give_nan(capsys, class_folder: Path, tmp_path: Path):
+    net = tiny_model(num_classes=3)
+    net.class_names = ["ant", "bee", "cat"]
+    torch.nn.init.constant_(net.head.weight, 3e38)
+    mm.save_model(net, tmp_path / "spoilt")
+    flags = ("--data", class_folder, "--output", tmp_path / "out")
+    code, said, err = mixer(capsys, "evaluate", tmp_path / "spoilt", *flags)
+    assert (code, said) == (2, "")
+    assert "of 9 images are not finite" in err
+    assert f"where: {class_folder / 'val' / 'ant' / '0.png'}" in err
+    assert not list((tmp_path / "out").iterdir())
+
+
+# Several processes
+
+
+@pytest.fixture
+def no_leftovers() -> Iterator[None]:
+    yield
+    kill_what_is_left()
+
+
+SAVE = """
+from mlp_mixer.evaluation.figures import Evaluation
+
+def save(self, folder, model=None, save=Evaluation.save):
+    save(self, folder, model)
+    import numpy
+    arrays = (self.labels, self.indices, self.logits, self.probabilities)
+    numpy.savez(folder / "arrays.npz", *arrays)
+
+patch.setattr(Evaluation, "save", save)
+"""
+
+
+@unix
+@pytest.mark.slow
+def test_two_processes_give_the_figures_of_one(no_leftovers, model: Path, tmp_path: Path):
+    data = make_class_folder(tmp_path / "data", {"ant": 6, "bee": 8, "cat": 7})
+    (data / "cat" / "3.png").write_bytes(b"x")
+    typed = ["evaluate", model, "--data", data, "--batch-size", 4, "--device", "cpu"]
+    one = start([*typed, "--output", tmp_path / "one"], tmp_path / "text", SAVE)
+    assert one.wait() == 3, one.said()
+    first, second = start_two([*typed, "--output", tmp_path / "two"], tmp_path / "said", SAVE)
+    assert (first.wait(), second.wait()) == (3, 0), first.said() + second.said()
+    assert second.said() == ""
+    assert first.said().replace("/two", "/one") == one.said()
+    assert "20 images" in first.said()
+    arrays = [np.load(tmp_path / each / "arrays.npz") for each in ("one", "two")]
+    for name in arrays[0].files:
+        assert np.array_equal(arrays[0][name], arrays[1][name])
+    written = [json.loads((tmp_path / n / "evaluation.json").read_text()) for n in ("one", "two")]
+    for each in written:
+        del each["environment"]
+    assert written[0] == written[1]
+    assert written[0]["images"] == 20
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
+        path.name for path in (tmp_path / "one").iterdir()
+    )
+
+
+@unix
+@pytest.mark.slow
+def test_a_mistake_is_said_once_by_two_processes(no_leftovers, model: Path, tmp_path: Path):
+    data = make_class_folder(tmp_path / "data", {"dog": 2, "bee": 2})
+    first, second = start_two(["evaluate", model, "--data", data], tmp_path / "said")
+    assert (first.wait(), second.wait()) == (2, 2)
+    assert "unknown to the model: 'dog'" in first.said()
+    assert first.said().count("error: ") == 1
+    assert second.said() == ""
+
+
+@unix
+@pytest.mark.slow
+def test_under_torchrun(no_leftovers, model: Path, tmp_path: Path):
+    data = make_class_folder(tmp_path / "data", {"ant": 6, "bee": 8, "cat": 7})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", "-m", "mlp_mixer", "evaluate", str(model), "--data", str(data)]
+    command += ["--device", "cpu", "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("top-1 ") == 1
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["images"] == 21

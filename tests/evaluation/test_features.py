@@ -1,0 +1,285 @@
+"""Frozen features: those of the model, kept on disk by what they depend on, trusted only whole."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mlp_mixer as mm
+from conftest import draw, make_class_folder, tiny_model
+from mlp_mixer.data.items import Source
+from mlp_mixer.data.loader import evaluation_batches
+from mlp_mixer.data.sources import open_splits
+from mlp_mixer.data.transforms import normalize
+from mlp_mixer.evaluation.features import Features, frozen_features, weights_hash
+from mlp_mixer.models.layers import preprocessing_of
+
+Compute = Callable[..., Features]
+
+
+@pytest.fixture
+def source(class_folder: Path) -> Source:
+    return open_splits(str(class_folder))["train"]
+
+
+@pytest.fixture
+def compute(source: Source, tmp_path: Path) -> Compute:
+    """Computes with defaults, and counts the batches that the model saw in `compute.batches`."""
+
+    def run(model: mm.ImageClassifier, **changes: Any) -> Features:
+        given = {"preprocessing": preprocessing_of(model), "source": source, **changes}
+        return frozen_features(
+            model,
+            given.pop("source"),
+            given.pop("preprocessing"),
+            **{"num_workers": 0, "batch_size": 8, "cache": tmp_path / "cache", **given},
+        )
+
+    return run
+
+
+def test_they_are_the_models(source: Source, compute: Compute):
+    model = tiny_model().train()
+    preprocessing = preprocessing_of(model)
+    found = compute(model, cache=None)
+    assert model.training
+    assert found.values.dtype == np.float32
+    assert found.values.shape == (20, 16)
+    assert found.indices.tolist() == list(range(20))
+    assert not found.from_cache
+    (batch,) = evaluation_batches(source, preprocessing, batch_size=20, num_workers=0)
+    with torch.inference_mode():
+        expected = model.eval().features(normalize(batch.images, preprocessing))
+    np.testing.assert_allclose(found.values, expected.numpy(), atol=1e-6)
+
+
+def test_evaluation_mode(compute: Compute):
+    plain, dropping = tiny_model(), tiny_model(stochastic_depth=0.5, dropout=0.5).train()
+    dropping.load_state_dict(plain.state_dict())
+    np.testing.assert_array_equal(
+        compute(plain, cache=None).values, compute(dropping, cache=None).values
+    )
+
+
+def test_a_hit_gives_equal_bits_and_runs_nothing(
+    compute: Compute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = tiny_model()
+    seen: list[int] = []
+    first = compute(model, on_batch=lambda batch: seen.append(len(batch.labels)))
+    assert seen == [8, 8, 4]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    monkeypatch.setattr(type(model), "features", lambda *_: pytest.fail("the model ran"))
+    second = compute(model, on_batch=lambda batch: pytest.fail("a batch"))
+    assert second.from_cache
+    assert second.values.dtype == np.float32
+    assert second.values.tobytes() == first.values.tobytes()
+    assert (second.indices == first.indices).all()
+    assert second.notes == []
+
+
+def other_weights(model: mm.ImageClassifier, given: dict[str, Any]) -> None:
+    model.blocks[0].layer_norm_0.bias.data[0] += 1e-6
+
+
+def other_buffer(model: mm.ImageClassifier, given: dict[str, Any]) -> None:
+    model.register_buffer("kept_nowhere", torch.zeros(1), persistent=False)
+
+
+def other_gelu(model: mm.ImageClassifier, given: dict[str, Any]) -> None:
+    model.config = replace(model.config, gelu="exact")
+
+
+def other_preprocessing(model: mm.ImageClassifier, given: dict[str, Any]) -> None:
+    given["preprocessing"] = replace(preprocessing_of(model), resize="squash")
+
+
+def other_precision(model: mm.ImageClassifier, given: dict[str, Any]) -> None:
+    given["precision"] = "bfloat16"
+
+
+def other_image(model: mm.ImageClassifier, given: dict[str, Any]) -> None:
+    draw(999).save(given["folder"] / "train" / "bee" / "7.png")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [other_weights, other_buffer, other_gelu, other_preprocessing, other_precision, other_image],
+)
+def test_what_changes_them_misses(change: Any, compute: Compute, class_folder: Path):
+    model = tiny_model()
+    compute(model)
+    given: dict[str, Any] = {"folder": class_folder}
+    change(model, given)
+    given.pop("folder")
+    again = compute(model, **given)
+    assert not again.from_cache
+    assert again.notes == []
+    assert compute(model, **given).from_cache
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def foreign(path: Path) -> None:
+    path.write_bytes(b"\xff" * 500)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty, foreign])
+def test_a_damaged_file_is_computed_anew_and_told(damage: Any, compute: Compute, tmp_path: Path):
+    model = tiny_model()
+    first = compute(model)
+    (path,) = (tmp_path / "cache").iterdir()
+    damage(path)
+    second = compute(model)
+    assert not second.from_cache
+    assert second.values.tobytes() == first.values.tobytes()
+    (note,) = second.notes
+    assert str(path) in note
+    assert "computed anew" in note
+    assert compute(model).from_cache  # mended
+
+
+def test_a_whole_file_under_another_name_is_not_trusted(compute: Compute, tmp_path: Path):
+    model = tiny_model()
+    compute(model)
+    (path,) = (tmp_path / "cache").iterdir()
+    other_weights(model, {})
+    first = compute(model)
+    (other,) = set((tmp_path / "cache").iterdir()) - {path}
+    other.write_bytes(path.read_bytes())
+    second = compute(model)
+    assert "it holds something else" in second.notes[0]
+    assert second.values.tobytes() == first.values.tobytes()
+
+
+def test_a_cache_that_cannot_be_written_is_told(compute: Compute, tmp_path: Path):
+    (tmp_path / "file").touch()
+    found = compute(tiny_model(), cache=tmp_path / "file")
+    assert len(found.values) == 20
+    assert "could not be kept" in found.notes[0]
+
+
+def test_bad_images_are_left_out_also_from_the_cache(compute: Compute, class_folder: Path):
+    bad = class_folder / "train" / "ant" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    model = tiny_model()
+    for is_kept in (False, True):
+        found = compute(model)
+        assert found.from_cache == is_kept
+        assert found.indices.tolist() == [0, 1, 2, *range(4, 20)]
+        assert len(found.values) == 19
+        assert [(each.index, each.name) for each in found.bad] == [(3, str(bad))]
+
+
+def test_nothing_can_be_decoded(tmp_path: Path, compute: Compute):
+    (tmp_path / "broken" / "train" / "a").mkdir(parents=True)
+    (tmp_path / "broken" / "train" / "a" / "1.png").write_bytes(b"no image")
+    source = open_splits(str(tmp_path / "broken"))["train"]
+    found = compute(tiny_model(), source=source)
+    assert len(found.indices) == 0
+    assert len(found.bad) == 1
+    assert not compute(tiny_model(), source=source).from_cache
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_name_the_image(
+    number: float, compute: Compute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = tiny_model()
+    right = type(model).features
+    batches: list[int] = []
+
+    def features(self: Any, images: torch.Tensor) -> torch.Tensor:
+        values = right(self, images).clone()
+        batches.append(len(values))
+        if len(batches) == 2:
+            values[3, 5] = number
+        return values
+
+    monkeypatch.setattr(type(model), "features", features)
+    with pytest.raises(mm.UserError, match=f"not finite: {number}") as error:
+        compute(model)
+    assert error.value.where is not None
+    assert error.value.where.endswith("bee/5.png")  # the image of index 11
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_model_without_features(compute: Compute):
+    class Featureless(mm.ImageClassifier):
+        config = tiny_model().config
+
+    with pytest.raises(mm.UserError, match=r"Featureless defines no features\(\)"):
+        compute(Featureless(), preprocessing=preprocessing_of(tiny_model()))
+    with pytest.raises(mm.UserError, match="unknown precision 'half'"):
+        compute(tiny_model(), precision="half")
+
+
+def test_features_of_another_shape(compute: Compute, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_model()
+    monkeypatch.setattr(type(model), "features", lambda self, images: images)
+    with pytest.raises(mm.UserError, match=r"gave \(8, 3, 8, 8\) for 8 images, not \(N, C\)"):
+        compute(model)
+
+
+def test_bfloat16_is_near_and_not_the_same(compute: Compute):
+    exact, short = compute(tiny_model()), compute(tiny_model(), precision="bfloat16")
+    assert short.values.dtype == np.float32
+    assert (short.values != exact.values).any()
+    np.testing.assert_allclose(short.values, exact.values, atol=0.05)
+
+
+def test_the_hash_covers_every_tensor():
+    model = tiny_model()
+    before = weights_hash(model)
+    assert weights_hash(tiny_model()) == before
+    for tensor in model.parameters():
+        kept = tensor.detach().clone()
+        tensor.data.view(-1)[-1] += 1
+        assert weights_hash(model) != before
+        tensor.data.copy_(kept)
+    assert weights_hash(model) == before
+
+
+def _compute_often(folder: str, cache: str) -> None:
+    torch.set_num_threads(1)
+    model, source = tiny_model(), open_splits(folder)["train"]
+    for _ in range(20):
+        found = frozen_features(
+            model, source, preprocessing_of(model), cache=Path(cache), num_workers=0
+        )
+        assert found.notes == []
+        for path in Path(cache).glob("*.safetensors"):
+            path.unlink(missing_ok=True)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_cache(tmp_path: Path):
+    make_class_folder(tmp_path / "data" / "train", {"a": 3, "b": 3})
+    context = multiprocessing.get_context("spawn")
+    arguments = (str(tmp_path / "data"), str(tmp_path / "cache"))
+    both = [context.Process(target=_compute_often, args=arguments) for _ in range(2)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join()
+    assert [each.exitcode for each in both] == [0, 0]
+    assert list((tmp_path / "cache").iterdir()) == []

@@ -1,0 +1,354 @@
+"""Draws against a literal copy of the rule, the solver against direct solves, both protocols."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import Ridge
+
+import mlp_mixer as mm
+from conftest import make_class_folder, tiny_model
+from mlp_mixer.data.items import subset
+from mlp_mixer.data.sources import open_splits
+from mlp_mixer.evaluation.features import frozen_features
+from mlp_mixer.evaluation.few_shot import SWEEP, choose_l2, fit_linear, fit_sweep, random_twin
+from mlp_mixer.models.layers import preprocessing_of
+
+FAST: dict[str, Any] = {"num_workers": 0, "batch_size": 16, "device": "cpu"}
+
+
+def drawn_features(n: int, c: int, classes: int = 4, seed: int = 0) -> tuple[Any, Any]:
+    random = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(classes), random.integers(0, classes, n - classes)])
+    scale = np.exp(random.normal(size=c))
+    values = (random.normal(size=(n, c)) + random.normal(size=(classes, c))[labels]) * scale + 3
+    return values.astype(np.float32), labels
+
+
+def standardized(features: Any, shots: Any) -> np.ndarray:
+    shots = shots.astype(np.float64)
+    x = (features - shots.mean(axis=0)) / (shots.std(axis=0) + 1e-5)
+    return np.hstack([x, np.full((len(x), 1), 100.0)])
+
+
+SIZES = [(9, 40), (200, 12), (16, 16), (17, 16), (15, 16), (4, 1)]  # (N, C)
+
+
+@pytest.mark.parametrize(("n", "c"), SIZES)
+@pytest.mark.parametrize("l2", [1024.0, 1.0, 2.0**19])
+def test_against_a_direct_solve(n: int, c: int, l2: float):
+    values, labels = drawn_features(n, c)
+    others, _ = drawn_features(30, c, seed=1)
+    x, y = standardized(values, values), 2.0 * np.eye(4)[labels] - 1.0
+    expected = np.linalg.solve(x.T @ x + l2 * np.eye(c + 1), x.T @ y)
+    probe = fit_linear(values, labels, 4, l2)
+    np.testing.assert_allclose(probe.weights, expected, atol=1e-6, rtol=1e-6)
+    scores = standardized(others, values) @ expected
+    np.testing.assert_allclose(probe.scores(others), scores, atol=1e-6)
+    assert (probe.predict(others) == scores.argmax(axis=1)).all()
+
+
+@pytest.mark.parametrize(("n", "c"), SIZES)
+def test_against_scikit_learn(n: int, c: int):
+    values, labels = drawn_features(n, c)
+    others, _ = drawn_features(30, c, seed=1)
+    ridge = Ridge(alpha=1024.0, fit_intercept=False, solver="cholesky")
+    ridge.fit(standardized(values, values), 2.0 * np.eye(4)[labels] - 1.0)
+    expected = ridge.predict(standardized(others, values))
+    np.testing.assert_allclose(fit_linear(values, labels, 4).scores(others), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "c"), [(12, 40), (200, 12)])
+def test_one_decomposition_serves_every_l2(n: int, c: int):
+    values, labels = drawn_features(n, c)
+    assert tuple(2.0**power for power in range(-10, 20)) == SWEEP
+    x, y = standardized(values, values), 2.0 * np.eye(4)[labels] - 1.0
+    for l2, probe in zip(SWEEP, fit_sweep(values, labels, 4, SWEEP), strict=True):
+        expected = np.linalg.solve(x.T @ x + l2 * np.eye(c + 1), x.T @ y)
+        np.testing.assert_allclose(probe.weights, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_feature_that_never_changes_does_no_harm():
+    values, labels = drawn_features(12, 5)
+    values[:, 2] = 0.1
+    others, _ = drawn_features(30, 5, seed=1)
+    probe = fit_linear(values, labels, 4)
+    without = fit_linear(np.delete(values, 2, axis=1), labels, 4)
+    expected = without.scores(np.delete(others, 2, axis=1))
+    np.testing.assert_allclose(probe.scores(others), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"l2": 0.0}, "l2 must be above 0 and finite, got 0.0"),
+        ({"l2": float("nan")}, "got nan"),
+        ({"num_classes": 3}, "labels from 0 to 3, with 3 classes"),
+        ({"labels": np.arange(3)}, "do not fit"),
+        ({"features": np.full((12, 5), np.nan)}, "not finite"),
+    ],
+)
+def test_what_the_solver_refuses(changes: dict[str, Any], match: str):
+    values, labels = drawn_features(12, 5)
+    with pytest.raises(mm.UserError, match=match):
+        fit_linear(**{"features": values, "labels": labels, "num_classes": 4, **changes})
+
+
+def colours(folder: Path, counts: dict[str, int], start: int = 0) -> None:
+    """FOLDER/<class>/<n>.png, each class a colour of its own with a little noise."""
+    hues = {"blue": (20, 20, 230), "green": (20, 230, 20), "red": (230, 20, 20)}
+    random = np.random.default_rng(start)
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = np.array(hues[name]) + random.integers(-15, 15, size=(8, 8, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number:02}.png")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three separable classes; one has fewer images to learn from."""
+    colours(tmp_path / "data" / "train", {"blue": 9, "green": 2, "red": 7})
+    colours(tmp_path / "data" / "test", {"blue": 4, "green": 3, "red": 5}, start=1)
+    return tmp_path / "data"
+
+
+def test_separable_classes_are_all_right(data: Path):
+    result = mm.few_shot(tiny_model(), str(data), shots=(1, 2), **FAST)
+    assert (result.num_train, result.num_test, result.num_classes) == (18, 12, 3)
+    assert result.test_split == "test"
+    assert result.seeds == (0, 1, 2)
+    assert result.chance == pytest.approx(1 / 3)
+    assert result.l2 == {1: 1024.0, 2: 1024.0}
+    assert result.preprocessing.resize == "resize-crop"
+    assert result.accuracies == {shots: dict.fromkeys((0, 1, 2), 1.0) for shots in (1, 2)}
+    assert dict(result.metrics())["2shot"] == 1.0
+    assert result.deviation(2) == 0.0
+    assert result.notes == []
+
+
+def test_a_class_with_fewer_images_than_shots(data: Path):
+    """All of its images are taken; among more of the others a large l2 forgets it."""
+    result = mm.few_shot(tiny_model(), str(data), shots=(5,), **FAST)
+    small = mm.few_shot(tiny_model(), str(data), shots=(5,), l2=1e-3, **FAST)
+    assert small.mean(5) == 1.0
+    assert 0.5 < result.mean(5) < 1.0
+    assert result.notes == [
+        "5 shots: 1 of 3 classes have fewer training images ('green' has 2); all that they have "
+        "are taken"
+    ]
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five classes that nothing tells apart, so that every choice of images shows."""
+    folder = tmp_path_factory.mktemp("noise")
+    names = "abcde"
+    make_class_folder(folder / "train", {name: 6 + at for at, name in enumerate(names)})
+    make_class_folder(folder / "val", dict.fromkeys(names, 12), start=500)
+    return folder
+
+
+def literal(model: mm.ImageClassifier, folder: Path, shots: int, seed: int) -> float:
+    """The rule, copied: features of all images, a draw for each class, a direct solve."""
+    splits = open_splits(str(folder))
+    preprocessing = replace(preprocessing_of(model), resize="resize-crop")
+    train = frozen_features(model, splits["train"], preprocessing, num_workers=0).values
+    test = frozen_features(model, splits["validation"], preprocessing, num_workers=0).values
+    labels, rng = splits["train"].labels, np.random.default_rng(seed)
+    order = [rng.permutation(np.where(labels == each)[0]) for each in range(5)]
+    chosen = np.concatenate([each[:shots] for each in order])
+    x, y = standardized(train[chosen], train[chosen]), 2.0 * np.eye(5)[labels[chosen]] - 1.0
+    weights = np.linalg.solve(x.T @ x + 1024.0 * np.eye(x.shape[1]), x.T @ y)
+    guess = (standardized(test, train[chosen]) @ weights).argmax(axis=1)
+    return float((guess == splits["validation"].labels).mean())
+
+
+def test_the_draws_are_those_of_the_rule(noise: Path):
+    model = tiny_model()
+    shots, seeds = (1, 3, 5), (0, 1, 7)
+    result = mm.few_shot(model, str(noise), shots=shots, seeds=seeds, **FAST)
+    expected = {n: {seed: literal(model, noise, n, seed) for seed in seeds} for n in shots}
+    assert result.accuracies == expected
+    assert len({value for each in expected.values() for value in each.values()}) > 3
+    assert result.test_split == "validation"
+    values = list(expected[3].values())
+    assert result.mean(3) == pytest.approx(np.mean(values))
+    assert result.deviation(3) == pytest.approx(np.std(values, ddof=1))
+    again = mm.few_shot(model, open_splits(str(noise)), shots=(5, 3), seeds=(7,), **FAST)
+    assert again.accuracies == {n: {7: expected[n][7]} for n in (5, 3)}
+    assert again.data == str(noise)
+
+
+def test_only_drawn_images_are_computed(noise: Path, tmp_path: Path):
+    given = {"shots": (1,), "seeds": (0,), "cache": tmp_path / "cache", **FAST}
+    seen: list[int] = []
+    first = mm.few_shot(
+        tiny_model(), str(noise), on_batch=lambda batch: seen.append(len(batch.labels)), **given
+    )
+    assert first.num_computed == sum(seen) == 5 + 60
+    second = mm.few_shot(tiny_model(), str(noise), on_batch=lambda batch: seen.clear(), **given)
+    assert second.num_computed == 0
+    assert sum(seen) == 65
+    assert second.accuracies == first.accuracies
+
+
+def test_bad_images_give_way_to_the_next(noise: Path, tmp_path: Path):
+    splits = open_splits(str(noise))
+    labels = splits["train"].labels
+    order = np.random.default_rng(3).permutation(np.where(labels == 0)[0])
+    kept = np.delete(np.arange(len(labels)), order[[0, 1]])
+
+    class Damaged:
+        name, class_names = "damaged:train", splits["train"].class_names
+        labels = splits["train"].labels
+
+        def __len__(self) -> int:
+            return len(splits["train"])
+
+        def read(self, index: int) -> bytes:
+            return b"damaged" if index in order[[0, 1]] else splits["train"].read(index)
+
+        def item_name(self, index: int) -> str:
+            return f"image {index}"
+
+    test = subset(splits["validation"], np.arange(10), "ten")
+    given = {"shots": (1, 2, 20), "seeds": (3,), **FAST}
+    found = mm.few_shot(tiny_model(), {"train": Damaged(), "test": test}, **given)
+    assert found.data == "damaged"
+    assert sorted(each.name for each in found.bad) == sorted(f"image {at}" for at in order[:2])
+    assert sorted(each.index for each in found.bad) == sorted(order[:2])
+    assert "20 shots: 5 of 5 classes have fewer training images ('a' has 4)" in found.notes[0]
+    # All that are left are taken, so the draw does not matter: as if the bad ones were not there.
+    train = subset(splits["train"], kept, "kept")
+    without = mm.few_shot(tiny_model(), {"train": train, "test": test}, **given)
+    assert found.accuracies[20] == without.accuracies[20]
+    assert without.bad == []
+
+
+def test_the_older_protocol(noise: Path):
+    model = tiny_model()
+    splits = open_splits(str(noise))
+    result = mm.few_shot(model, splits, shots=(1, 3), protocol="scenic", **FAST)
+    preprocessing = replace(preprocessing_of(model), resize="resize-crop")
+    train, test = (
+        frozen_features(model, splits[each], preprocessing, num_workers=0).values
+        for each in ("train", "validation")
+    )
+    labels = splits["train"].labels
+    for shots in (1, 3):
+        chosen = np.concatenate([np.flatnonzero(labels == each)[:shots] for each in range(5)])
+        for l2 in SWEEP:
+            guess = fit_linear(train[chosen], labels[chosen], 5, l2).predict(test)
+            expected = float((guess == splits["validation"].labels).mean())
+            assert result.sweep[shots][l2] == expected
+        best = max(result.sweep[shots].values())
+        assert result.accuracies[shots] == {0: best}
+        assert result.l2[shots] == max(l2 for l2 in SWEEP if result.sweep[shots][l2] == best)
+    assert result.seeds == ()
+    assert result.deviation(1) is None
+    assert [name for name, _ in result.metrics()] == ["1shot", "3shot"]
+
+
+def test_one_l2_for_several_data_sets(noise: Path):
+    result = mm.few_shot(tiny_model(), str(noise), shots=(1,), protocol="scenic", **FAST)
+    numbers = np.linspace(0.1, 0.4, len(SWEEP))
+    rising = replace(result, sweep={1: dict(zip(SWEEP, numbers, strict=True))})
+    # Worse and worse but for one, which is the best of these and in the middle of the others.
+    values = numbers[::-1].copy()
+    values[15] = 0.9
+    falling = replace(result, sweep={1: dict(zip(SWEEP, values, strict=True))})
+    both = choose_l2([rising, falling])
+    assert [each.l2 for each in both] == [{1: SWEEP[15]}] * 2
+    assert both[0].accuracies == {1: {0: numbers[15]}}
+    assert both[1].accuracies == {1: {0: 0.9}}
+    assert choose_l2([rising])[0].l2 == {1: SWEEP[-1]}
+    assert choose_l2([replace(falling, sweep={1: dict.fromkeys(SWEEP, 0.5)})])[0].l2 == {1: 2.0**19}
+
+
+def test_json(data: Path):
+    result = mm.few_shot(tiny_model(), str(data), shots=(2,), protocol="scenic", **FAST)
+    values = json.loads(json.dumps(result.to_json()))
+    assert values["accuracies"] == {"2": {"0": 1.0}}
+    assert values["deviation"] == {"2": None}
+    assert len(values["sweep"]["2"]) == 30
+    assert values["preprocessing"]["resize"] == "resize-crop"
+    values = mm.few_shot(tiny_model(), str(data), shots=(2,), seeds=(4, 5), **FAST).to_json()
+    assert values["accuracies"] == {"2": {"4": 1.0, "5": 1.0}}
+    assert (values["l2"], values["seeds"], values["sweep"]) == ({"2": 1024.0}, [4, 5], {})
+
+
+def test_a_random_twin():
+    model = tiny_model().eval()
+    state = torch.get_rng_state()
+    twin, again = random_twin(model, 3), random_twin(model, 3)
+    assert (torch.get_rng_state() == state).all()
+    assert twin.config == model.config
+    assert not twin.training
+    assert twin.preprocessing == model.preprocessing
+    assert (twin.stem.weight == again.stem.weight).all()
+    assert (twin.stem.weight != random_twin(model, 4).stem.weight).any()
+    assert (twin.stem.weight != model.stem.weight).any()
+
+    class Foreign(mm.ImageClassifier):
+        config = None
+
+    with pytest.raises(mm.UserError, match="no random weights for a Foreign"):
+        random_twin(Foreign())
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"shots": (0,)}, "shots are whole numbers of at least 1, got 0"),
+        ({"shots": (5, -1)}, "got -1"),
+        ({"shots": (1.5,)}, "got 1.5"),
+        ({"shots": ()}, "got none"),
+        ({"shots": (5, 1, 5)}, "a number twice: 5 1 5"),
+        ({"seeds": (-1,)}, "seeds are whole numbers of at least 0, got -1"),
+        ({"seeds": (1, 1)}, "a number twice: 1 1"),
+        ({"seeds": ()}, "got none"),
+        ({"l2": 0}, "l2 must be above 0 and finite, got 0"),
+        ({"l2": float("inf")}, "got inf"),
+        ({"l2": float("nan")}, "got nan"),
+        ({"protocol": "vtab"}, "unknown protocol 'vtab'"),
+        ({"resize": "crop"}, "unknown resize 'crop'"),
+        ({"precision": "auto"}, "unknown precision 'auto'"),
+        ({"protocol": "scenic", "seeds": (0,)}, "seeds has no effect"),
+        ({"protocol": "scenic", "l2": 1.0}, "l2 has no effect"),
+    ],
+)
+def test_settings_that_are_refused(settings: dict[str, Any], match: str):
+    with pytest.raises(mm.UserError, match=match):
+        mm.few_shot(tiny_model(), "digits", **settings)
+
+
+def test_data_that_is_refused(data: Path, tmp_path: Path):
+    model, splits = tiny_model(), open_splits(str(data))
+    with pytest.raises(mm.UserError, match="there is no train split"):
+        mm.few_shot(model, f"{data}:test", **FAST)
+    with pytest.raises(mm.UserError, match="no test and no validation split"):
+        mm.few_shot(model, {"train": splits["train"]}, **FAST)
+    one = subset(splits["train"], np.arange(9), "only blue")
+    with pytest.raises(mm.UserError, match="of one class only: 'blue'"):
+        mm.few_shot(model, {"train": one, "test": splits["test"]}, **FAST)
+    none = subset(splits["test"], np.arange(0), "nothing")
+    with pytest.raises(mm.UserError, match="there are no images"):
+        mm.few_shot(model, {"train": splits["train"], "test": none}, **FAST)
+    with pytest.raises(mm.UserError, match="takes a model"):
+        mm.few_shot("mixer_b16", str(data))  # pyright: ignore[reportArgumentType]
+    for path in (data / "test").rglob("*.png"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(mm.UserError, match="none of the test images can be decoded"):
+        mm.few_shot(model, str(data), **FAST)
+    for path in [*(data / "train" / "red").iterdir(), *(data / "train" / "green").iterdir()]:
+        path.write_bytes(b"damaged")
+    with pytest.raises(mm.UserError, match="fewer than two classes have images that can be"):
+        mm.few_shot(model, str(data), shots=(1,), **FAST)

@@ -1,0 +1,318 @@
+"""ImageNet ReaL: by hand on drawn data, and on real images with a model of known answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mlp_mixer as mm
+from conftest import draw, encode, tiny_model
+from mlp_mixer.data.classes import match_classes
+from mlp_mixer.data.hub_dataset import HubImages
+from mlp_mixer.data.items import EncodedImages, Source, subset
+from mlp_mixer.data.sources import open_source
+from mlp_mixer.data.write_shards import pack
+from mlp_mixer.evaluation.real import (
+    IMAGES,
+    RealLabels,
+    open_real,
+    places_in_imagenet,
+    read_real,
+    validation_ids,
+)
+from mlp_mixer.weights.checkpoints import CHECKPOINTS
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared images are not here")
+IMAGENET = CHECKPOINTS["mixer_b16.i1k"].class_names() or []
+
+
+class Told(mm.ImageClassifier):
+    """Answers what it was told, image after image."""
+
+    def __init__(self, answers: list[int], class_names: list[str]) -> None:
+        super().__init__()
+        self.config = tiny_model().config
+        self.class_names = class_names
+        self.head = torch.nn.Linear(1, len(class_names))
+        self.answers = iter(answers)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(len(images), len(self.class_names or []))
+        for row in logits:
+            row[next(self.answers)] = 9.0
+        return logits
+
+
+def write_real(path: Path, **labels: list[int]) -> Path:
+    """A file in which every image has the label 7, but for those given, by number."""
+    lists = [[7]] * IMAGES
+    for number, each in labels.items():
+        lists[int(number[1:]) - 1] = each
+    path.write_text(json.dumps(lists))
+    return path
+
+
+def test_the_score_by_hand():
+    labels = [frozenset[int]()] * IMAGES
+    labels[0], labels[1], labels[4] = frozenset({2}), frozenset({0, 2}), frozenset({1})
+    ids = np.array([5, 1, 2, 3, 2])
+    real = RealLabels(labels, ids, np.array([2, 1, 0]))  # the model's class 0 is ImageNet's 2
+    score = real.score(np.array([0, 1, 2, 3, 4]), np.array([1, 0, 1, 0, 2]))
+    assert (score.images, score.correct, score.unlabelled) == (4, 3, 1)
+    assert list(score.metrics()) == [("real", 0.75)]
+    assert score.to_json() == {"accuracy": 0.75, "images": 4, "correct": 3, "unlabelled": 1}
+    with pytest.raises(mm.UserError, match="none of the 1 images has a ReaL label"):
+        real.score(np.array([3]), np.array([0]))
+
+
+# The real file and real images
+
+
+@needs_shared
+def test_the_real_file():
+    labels = read_real(SHARED / "imagenet_real.json")
+    assert sum(map(bool, labels)) == 46_837
+    assert sum(map(len, labels)) == 57_553
+
+
+@needs_shared
+def test_real_validation_images_and_known_answers(tmp_path: Path):
+    """All answers are the original labels, but for three of the five that are checked by hand."""
+    source = open_source(str(SHARED / "imagenet_val_sample.parquet"))
+    labels = open_real(SHARED / "imagenet_real.json", source, IMAGENET, IMAGENET)
+    by_hand = {  # row: number, original label, ReaL labels, answer, scored, right
+        13: (5946, 170, set(), 170, False, False),
+        3: (1133, 834, {636, 834, 671}, 671, True, True),
+        6: (3095, 59, {64}, 59, True, False),
+        7: (3650, 101, {385, 386}, 386, True, True),
+        0: (10, 332, {332}, 331, True, False),
+    }
+    answers = source.labels.tolist()
+    for row, (number, original, real, answer, _, _) in by_hand.items():
+        assert (labels.ids[row], source.labels[row]) == (number, original)
+        assert labels.labels[number - 1] == real
+        answers[row] = answer
+    model = Told(answers, IMAGENET)
+    result = mm.evaluate(model, source, batch_size=47, num_workers=0, allow_missing_classes=True)
+    assert result.predictions.tolist() == answers
+    for row, (_, _, _, _, scored, right) in by_hand.items():
+        one = np.array([row])
+        if scored:
+            assert labels.score(one, result.predictions[one]).correct == right
+        else:
+            with pytest.raises(mm.UserError, match="none of the 1 images"):
+                labels.score(one, result.predictions[one])
+    score = labels.score(result.indices, result.predictions)
+    # 130 of the 144 have the original label among theirs; here 0 is wrong instead, and 7 right.
+    assert (score.images, score.correct, score.unlabelled) == (144, 130 - 1 + 1, 12)
+    assert result.top1 == (156 - 3) / 156
+    result.real = score
+    result.save(tmp_path)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["real"]["images"] == 144
+    assert dict(result.figures())["real"] == 130 / 144
+
+
+@needs_shared
+def test_the_answer_of_a_model_with_its_classes_in_another_order():
+    source = open_source(str(SHARED / "imagenet_val_sample.parquet:validation[:40]"))
+    turned = [name[:9] for name in reversed(IMAGENET)]
+    labels = open_real(SHARED / "imagenet_real.json", source, turned, IMAGENET)
+    model = Told([999 - label for label in source.labels.tolist()], turned)
+    result = mm.evaluate(model, source, num_workers=0, allow_missing_classes=True)
+    assert result.top1 == 1.0
+    straight = open_real(SHARED / "imagenet_real.json", source, IMAGENET, IMAGENET)
+    expected = straight.score(np.arange(40), source.labels)
+    assert labels.score(result.indices, result.predictions) == expected
+
+
+@needs_shared
+def test_a_damaged_image_is_not_scored():
+    source = open_source(str(SHARED / "imagenet_val_sample.parquet"))
+    files = [source.read(at) if at != 3 else b"x" for at in range(8)]
+    damaged = EncodedImages("x", source.class_names, source.labels[:8], files, "x")
+    labels = open_real(SHARED / "imagenet_real.json", source, IMAGENET, IMAGENET)
+    model = Told(np.delete(source.labels[:8], 3).tolist(), IMAGENET)
+    result = mm.evaluate(model, damaged, batch_size=3, num_workers=0, allow_missing_classes=True)
+    assert result.indices.tolist() == [0, 1, 2, 4, 5, 6, 7]
+    assert [each.index for each in result.bad] == [3]
+    score = labels.score(result.indices, result.predictions)
+    assert (score.images, score.correct, score.unlabelled) == (7, 5, 0)
+
+
+# The number of an image, from each kind of source
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Validation images 3, 17 and 50,000 in class folders."""
+    for name, number in (("n01440764", 17), ("n01440764", 50_000), ("n01443537", 3)):
+        (tmp_path / "val" / name).mkdir(parents=True, exist_ok=True)
+        draw(number).save(tmp_path / "val" / name / f"ILSVRC2012_val_{number:08d}.JPEG")
+    return tmp_path / "val"
+
+
+def test_numbers_of_files_in_folders(folder: Path):
+    source = open_source(str(folder))
+    assert validation_ids(source).tolist() == [17, 50_000, 3]
+    part = subset(source, np.array([2, 0]), "part")
+    assert validation_ids(part).tolist() == [3, 17]
+
+
+def test_numbers_in_packed_shards(folder: Path, tmp_path: Path):
+    pack(open_source(str(folder)), tmp_path / "shards", "validation")
+    source = open_source(str(tmp_path / "shards"))
+    assert sorted(validation_ids(source).tolist()) == [3, 17, 50_000]
+    assert ".tar:" in source.item_name(0)
+
+
+def parquet_file(
+    path: Path, columns: dict[str, list[int]], names: list[str | None] | None
+) -> Source:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    files = [encode(draw(seed)) for seed in range(3)]
+    images = [
+        {"bytes": data, **({} if names is None else {"path": name})}
+        for data, name in zip(files, names or [None] * 3, strict=True)
+    ]
+    table = pyarrow.table({"image": images, "label": ["a", "b", "a"], **columns})
+    parquet.write_table(table, path, row_group_size=2)
+    return open_source(str(path))
+
+
+def test_numbers_in_parquet_files(tmp_path: Path):
+    names: list[str | None] = [f"ILSVRC2012_val_0000000{n}_n01440764.JPEG" for n in (4, 2, 9)]
+    column = {"val_id": [30, 20, 10]}
+    assert validation_ids(parquet_file(tmp_path / "a.parquet", column, names)).tolist() == [4, 2, 9]
+    for others in (None, [names[0], None, "x.jpg"]):
+        source = parquet_file(tmp_path / "b.parquet", column, others)
+        assert validation_ids(source).tolist() == [30, 20, 10]
+        assert validation_ids(subset(source, np.array([2]), "x")).tolist() == [10]
+    with pytest.raises(mm.UserError, match=r"number in the name '.*c.parquet\[0\]' \(3 of 3"):
+        validation_ids(parquet_file(tmp_path / "c.parquet", {}, None))
+
+
+def test_numbers_in_a_hub_data_set(tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+    rows = [
+        {"bytes": encode(draw(n)), "path": f"ILSVRC2012_val_{n:08d}_n01440764.JPEG"} for n in (5, 8)
+    ]
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    whole = datasets.Dataset.from_dict({"image": rows}, features=features)
+    source = HubImages("hf:x", ["a"], np.zeros(2, dtype=np.int64), whole.select([1, 0]), "image")
+    assert validation_ids(source).tolist() == [8, 5]
+
+
+def rename(folder: Path, name: str) -> None:
+    path = folder / "n01440764" / "ILSVRC2012_val_00000017.JPEG"
+    path.rename(path.with_name(name))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda f: rename(f, "cat.JPEG"),
+            r"no validation number in the name '.*cat.JPEG' \(1 of 3",
+        ),
+        (lambda f: rename(f, "ILSVRC2012_val_000000170.JPEG"), "no validation number"),
+        (lambda f: rename(f, "ILSVRC2012_val_00050001.JPEG"), "1 to 50,000, this one is 50001"),
+        (lambda f: rename(f, "ILSVRC2012_val_00000000.JPEG"), "1 to 50,000, this one is 0"),
+        (lambda f: rename(f, "ILSVRC2012_val_00000003.JPEG"), "image 3 is 2 times in the data"),
+    ],
+)
+def test_names_that_are_refused(folder: Path, spoil: Callable[[Path], None], message: str):
+    spoil(folder)
+    with pytest.raises(mm.UserError, match=message) as no:
+        validation_ids(open_source(str(folder)))
+    assert Path(str(no.value.where)).is_file()
+    assert no.value.fix
+
+
+# Files and classes that are refused
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not JSON"),
+        ("[[1], [2]", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"a": 1}', r"a list of 50,000 lists, this is \{'a': 1\}"),
+        ("[[1], [2]]", "50,000 lists, one for each validation image, and here are 2"),
+        (json.dumps([[1]] * 49_999), "and here are 49,999"),
+        (json.dumps([[1]] * 49_999 + [3]), "not a list of labels: 3"),
+        (json.dumps([[1], [5, 1000]] + [[1]] * 49_998), "from 0 to 999, got 1000"),
+        (json.dumps([[1], [-1]] + [[1]] * 49_998), "from 0 to 999, got -1"),
+        (json.dumps([[1], [2.5]] + [[1]] * 49_998), "from 0 to 999, got 2.5"),
+        (json.dumps([[1], [True]] + [[1]] * 49_998), "from 0 to 999, got True"),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, text: str, message: str):
+    (tmp_path / "real.json").write_text(text)
+    with pytest.raises(mm.UserError, match=message) as no:
+        read_real(tmp_path / "real.json")
+    assert str(tmp_path / "real.json") in str(no.value.where)
+    assert "real.json of google-research/reassessed-imagenet" in str(no.value.fix)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path):
+    with pytest.raises(mm.UserError, match="cannot read the file: No such file"):
+        read_real(tmp_path / "real.json")
+    with pytest.raises(mm.UserError, match="cannot read the file: Is a directory"):
+        read_real(tmp_path)
+
+
+def test_the_place_of_a_wrong_label(tmp_path: Path):
+    path = write_real(tmp_path / "real.json", _293=[5, 2000])
+    with pytest.raises(mm.UserError) as no:
+        read_real(path)
+    assert no.value.where == f"{path}, entry 292 (image 293)"
+
+
+def test_class_lists():
+    synsets = [name[:9] for name in IMAGENET]
+    words = [name[10:] for name in IMAGENET]
+    joined = [f"{word.replace(' ', '_').title()}, something else" for word in words]
+    straight = list(range(1000))
+    for names in (IMAGENET, synsets, words, joined):
+        assert places_in_imagenet(names, IMAGENET).tolist() == straight
+    assert places_in_imagenet(synsets[::-1], IMAGENET).tolist() == straight[::-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda names: names[:999], "ImageNet's 1,000 classes, the model knows 999"),
+        (lambda names: ["ant", "bee"], "the model knows 2"),
+        (lambda names: ["n00000001 x", *names[1:]], "1 of the model's classes are not of ImageNet"),
+        (lambda names: [*names[:999], names[0]], "two of the model's classes have one WordNet id"),
+        (
+            lambda names: [name[10:] for name in reversed(names)],
+            "the model's class 0 is 'toilet tissue', ImageNet's is 'n01440764 tench'",
+        ),
+        (lambda names: list(map(str, range(1000))), "class 0 is '0', ImageNet's is"),
+    ],
+)
+def test_other_classes_are_refused(change: Callable[[list[str]], list[str]], message: str):
+    with pytest.raises(mm.UserError, match=message) as no:
+        places_in_imagenet(change(IMAGENET), IMAGENET)
+    assert no.value.fix == "ReaL is for models of ImageNet-1k: leave --real out"
+
+
+@pytest.mark.parametrize("own", [["n01440764 tench", "n01484850 great white shark"], None])
+def test_data_and_model_may_join_the_words_otherwise(own: list[str] | None):
+    """The WordNet id says which class it is; words behind it are joined in several ways."""
+    given = ["n01484850 great_white_shark", "n01440764"]
+    names = own or ["n01440764", "n01484850"]
+    source = EncodedImages("x", given, np.array([0, 1, 1]), [b""] * 3, "x")
+    matched = match_classes(source, names, owner="the model", allow_missing=False)
+    assert matched.class_names == names
+    assert matched.labels.tolist() == [1, 0, 0]
