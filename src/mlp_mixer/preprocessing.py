@@ -16,6 +16,10 @@ from mlp_mixer.errors import UserError
 # cut from it, so that small pictures show the same at every size that a model is brought to.
 RESIZE_METHODS = ("resize-crop", "resmall-crop", "squash")
 INTERPOLATIONS = ("bilinear", "bicubic")
+# What figure 4 does to every picture, the same each time, as the last step before the model:
+#   patches   the order of the patches, and the order of the pixels within them
+#   pixels    the order of all pixels
+PERMUTATIONS = ("none", "patches", "pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,9 @@ class Preprocessing:
             256 (and timm's crop_pct 0.875). Without meaning for "squash".
         interpolation: one of `INTERPOLATIONS`, with antialiasing.
         exif_orientation: turn photographs upright by their EXIF tag; the paper's code does not.
+        permutation: one of `PERMUTATIONS`, for the study of the paper's figure 4.
+        permutation_patch: side of a patch in pixels, of "patches" only; it divides both sides.
+        permutation_seed: of the draw.
 
     Raises:
         ValueError: a value is out of range.
@@ -45,6 +52,9 @@ class Preprocessing:
     crop: float = 0.875
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     exif_orientation: bool = True
+    permutation: Literal["none", "patches", "pixels"] = "none"
+    permutation_patch: int | None = None
+    permutation_seed: int = 0
 
     def __post_init__(self) -> None:
         if self.resize not in RESIZE_METHODS:
@@ -69,6 +79,24 @@ class Preprocessing:
             raise ValueError(f"{what}, got {self.interpolation!r}")
         if not isinstance(self.exif_orientation, bool):
             raise ValueError(f"exif_orientation is true or false, got {self.exif_orientation!r}")
+        self._check_permutation()
+
+    def _check_permutation(self) -> None:
+        kind, patch, seed = self.permutation, self.permutation_patch, self.permutation_seed
+        if kind not in PERMUTATIONS:
+            raise ValueError(f"permutation must be one of {PERMUTATIONS}, got {kind!r}")
+        if not isinstance(seed, int) or seed < 0 or (seed and kind == "none"):
+            what = "permutation_seed is a whole number of at least 0, and 0 without a permutation"
+            raise ValueError(f"{what}, got {seed!r}")
+        if (patch is not None) != (kind == "patches"):
+            what = f"permutation_patch goes with permutation='patches', got {patch!r} with {kind!r}"
+            raise ValueError(what)
+        if patch is not None:
+            is_number = isinstance(patch, int) and patch > 0
+            if not is_number or any(side % patch for side in self.image_size):
+                height, width = self.image_size
+                what = f"permutation_patch must divide {height}x{width} pixels, got {patch!r}"
+                raise ValueError(what)
 
     def value_range(self) -> str:
         """Returns what black and white become: "[-1, 1]", or mean and std where channels differ."""
@@ -79,7 +107,9 @@ class Preprocessing:
     def summary(self) -> str:
         """Returns it in a few words: "resmall-crop 0.875, bilinear, values in [-1, 1]"."""
         crop = "" if self.resize == "squash" else f" {self.crop:.4g}"
-        return f"{self.resize}{crop}, {self.interpolation}, values in {self.value_range()}"
+        permuted = "" if self.permutation == "none" else f", {self.permutation} permuted"
+        values = f"values in {self.value_range()}"
+        return f"{self.resize}{crop}, {self.interpolation}, {values}{permuted}"
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON values."""

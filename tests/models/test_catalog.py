@@ -9,7 +9,13 @@ import torch
 
 import mlp_mixer as mm
 from conftest import TINY
-from mlp_mixer.models.catalog import ARCHITECTURES, config_from_json, config_to_json
+from mlp_mixer.models.catalog import (
+    ARCHITECTURES,
+    architecture_name,
+    config_from_json,
+    config_to_json,
+    model_config,
+)
 from mlp_mixer.models.device import choose_device
 
 TABLE_1 = {  # P, C, L, D_S, D_C, S at 224 px
@@ -25,9 +31,11 @@ TABLE_1 = {  # P, C, L, D_S, D_C, S at 224 px
 
 
 def test_table_1():
-    assert mm.list_models() == list(TABLE_1)
+    others = [*(f"cycle_mlp_b{n}" for n in range(1, 6)), "vip_s14", "vip_s7", "vip_m7", "vip_l7"]
+    assert mm.list_models() == [*TABLE_1, *others]
     for name, (patch, dim, blocks, tokens_dim, channels_dim, tokens) in TABLE_1.items():
         config = ARCHITECTURES[name]
+        assert isinstance(config, mm.MixerConfig)
         assert (config.patch_size, config.hidden_dim, config.num_blocks) == (patch, dim, blocks)
         assert (config.tokens_mlp_dim, config.channels_mlp_dim) == (tokens_dim, channels_dim)
         assert (config.num_tokens, config.image_size) == (tokens, (224, 224))
@@ -50,6 +58,18 @@ def test_json_round_trip():
     values = json.loads(json.dumps(config_to_json(config)))
     assert values["family"] == "mixer"
     assert config_from_json(values) == config
+
+
+@pytest.mark.parametrize("name", ["mixer_l16", "cycle_mlp_b3", "vip_m7"])
+def test_names_of_architectures(name):
+    """Whatever the size, the classes and the colours; not with another width."""
+    config = model_config(name, 448, 3, in_channels=1, stochastic_depth=0.5)
+    assert architecture_name(config) == name
+    values = json.loads(json.dumps(config_to_json(config)))
+    assert config_from_json(values) == config
+    assert hash(config_from_json(values)) == hash(config)
+    change = {"hidden_dim": 512} if name[0] == "m" else {"mlp_ratios": (2, 2, 2, 2)}
+    assert architecture_name(model_config(name, **change)) is None
 
 
 @pytest.mark.parametrize(

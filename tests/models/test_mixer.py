@@ -65,7 +65,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts(name):
-    assert sorted(COUNTS) == sorted(mm.list_models())
+    assert set(COUNTS) == {each for each in mm.list_models() if each.startswith("mixer_")}
     for num_classes, expected in zip((0, 1000, 21843), COUNTS[name], strict=True):
         with torch.device("meta"):
             model = mm.create_model(name, num_classes=num_classes)

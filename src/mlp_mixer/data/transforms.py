@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from mlp_mixer.data.image import REDUCTIONS, EncodedImage, to_pillow
+from mlp_mixer.data.permutation import permute
 from mlp_mixer.preprocessing import Preprocessing
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -119,6 +120,27 @@ def inception_crop(
     return resize(pixels[top : top + height, left : left + width], size)
 
 
+def random_crop(
+    pixels: np.ndarray, preprocessing: Preprocessing, random: np.random.Generator
+) -> np.ndarray:
+    """Returns a random part, of the model's size, of the picture squashed to 8/7 of that.
+
+    That is how Google fine-tunes on VTAB (`resize|random_crop`), with the share `crop` of the
+    paper's evaluation (224 of 256) between the two sizes.
+
+    Args:
+        pixels: the picture.
+        preprocessing: with `image_size` and `crop`.
+        random: the sample's own generator.
+    """
+    height, width = preprocessing.image_size
+    whole = round(height / preprocessing.crop), round(width / preprocessing.crop)
+    resized = resize(pixels, whole)
+    top = int(random.integers(whole[0] - height + 1))
+    left = int(random.integers(whole[1] - width + 1))
+    return np.ascontiguousarray(resized[top : top + height, left : left + width])
+
+
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Returns the picture at (H, W) = `size`, bilinear without antialiasing, as TensorFlow."""
     height, width = size
@@ -134,8 +156,12 @@ def flip(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Returns uint8 images (N, channels, H, W) as the float32 input of the model."""
+    """Returns uint8 images (N, channels, H, W) as the float32 input of the model.
+
+    Here, after everything random, the pixels are permuted where the preprocessing says so.
+    """
     mean, std = _per_channel(preprocessing.mean, images), _per_channel(preprocessing.std, images)
+    images = permute(images, preprocessing)
     images = images.to(torch.float32, memory_format=torch.contiguous_format)
     return images.div_(255.0).sub_(mean).div_(std)
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from mlp_mixer.errors import UserError, near_names
-from mlp_mixer.models.layers import ImageClassifier
-from mlp_mixer.models.mixer import MixerConfig, MlpMixer
+from mlp_mixer.models.ablations import build_mixer
+from mlp_mixer.models.cycle_mlp import CycleMLP, CycleMLPConfig
+from mlp_mixer.models.layers import ImageClassifier, ModelConfig
+from mlp_mixer.models.mixer import MixerConfig
+from mlp_mixer.models.small_resnet import SmallResNet, SmallResNetConfig
+from mlp_mixer.models.timm_model import PREFIX, TimmConfig, TimmModel, timm_config
+from mlp_mixer.models.vision_permutator import VisionPermutator, VisionPermutatorConfig
 
 
 def _mixer(patch: int, dim: int, blocks: int, tokens_dim: int, channels_dim: int) -> MixerConfig:
@@ -20,8 +26,34 @@ def _mixer(patch: int, dim: int, blocks: int, tokens_dim: int, channels_dim: int
     )
 
 
-# Table 1 of the paper; S/8 is Google's later release (SAM-trained, not in the paper).
-ARCHITECTURES: dict[str, MixerConfig] = {
+def _cycle(
+    depths: tuple[int, ...], dims: tuple[int, ...], mlp_ratios: tuple[int, ...]
+) -> CycleMLPConfig:
+    return CycleMLPConfig(depths=depths, dims=dims, mlp_ratios=mlp_ratios)
+
+
+def _permutator(
+    patch: int,
+    depths: tuple[int, ...],
+    dims: tuple[int, ...],
+    segments: tuple[int, ...],
+    downsamples: tuple[bool, ...] = (False, False, False),
+) -> VisionPermutatorConfig:
+    return VisionPermutatorConfig(
+        patch_size=patch,
+        depths=depths,
+        dims=dims,
+        mlp_ratios=(3, 3, 3, 3),
+        segments=segments,
+        downsamples=downsamples,
+    )
+
+
+_NARROW, _WIDE = (64, 128, 320, 512), (96, 192, 384, 768)
+_FIRST = (True, False, False)
+
+ARCHITECTURES: dict[str, ModelConfig] = {
+    # Table 1 of the paper; S/8 is Google's later release (SAM-trained, not in the paper).
     #                    P     C   L  D_S   D_C
     "mixer_s32": _mixer(32, 512, 8, 256, 2048),
     "mixer_s16": _mixer(16, 512, 8, 256, 2048),
@@ -31,16 +63,38 @@ ARCHITECTURES: dict[str, MixerConfig] = {
     "mixer_l32": _mixer(32, 1024, 24, 512, 4096),
     "mixer_l16": _mixer(16, 1024, 24, 512, 4096),
     "mixer_h14": _mixer(14, 1280, 32, 640, 5120),
+    # CycleMLP, from its authors' code.
+    #                       depths         dims     hidden units of an MLP over its channels
+    "cycle_mlp_b1": _cycle((2, 2, 4, 2), _NARROW, (4, 4, 4, 4)),
+    "cycle_mlp_b2": _cycle((2, 3, 10, 3), _NARROW, (4, 4, 4, 4)),
+    "cycle_mlp_b3": _cycle((3, 4, 18, 3), _NARROW, (8, 8, 4, 4)),
+    "cycle_mlp_b4": _cycle((3, 8, 27, 3), _NARROW, (8, 8, 4, 4)),
+    "cycle_mlp_b5": _cycle((3, 4, 24, 3), _WIDE, (4, 4, 4, 4)),
+    # Vision Permutator, from its authors' code.
+    #                     P   depths         dims                  segments
+    "vip_s14": _permutator(14, (4, 3, 8, 3), (384,) * 4, (16,) * 4),
+    "vip_s7": _permutator(7, (4, 3, 8, 3), (192, 384, 384, 384), (32, 16, 16, 16), _FIRST),
+    "vip_m7": _permutator(
+        7, (4, 3, 14, 3), (256, 256, 512, 512), (32, 32, 16, 16), (False, True, False)
+    ),
+    "vip_l7": _permutator(7, (8, 8, 16, 4), (256, 512, 512, 512), (32, 16, 16, 16), _FIRST),
 }
 
-# The name of a configuration's class, as config.json has it -> (configuration, model).
-FAMILIES: dict[str, tuple[type[MixerConfig], type[ImageClassifier]]] = {
-    "mixer": (MixerConfig, MlpMixer),
+# Networks of another kind, to compare with; `create_model` takes their names too.
+COMPARISONS: dict[str, ModelConfig] = {"small_resnet": SmallResNetConfig()}
+
+# The name of a configuration's class, as config.json has it -> (configuration, what builds it).
+FAMILIES: dict[str, tuple[type[Any], Callable[[Any], ImageClassifier]]] = {
+    "mixer": (MixerConfig, build_mixer),
+    "cycle_mlp": (CycleMLPConfig, CycleMLP),
+    "vision_permutator": (VisionPermutatorConfig, VisionPermutator),
+    "small_resnet": (SmallResNetConfig, SmallResNet),
+    "timm": (TimmConfig, TimmModel),
 }
 
 
 def list_models() -> list[str]:
-    """Returns the names that `create_model` takes, smallest first within a family."""
+    """Returns the all-MLP models that `create_model` takes, smallest first within a family."""
     return list(ARCHITECTURES)
 
 
@@ -49,7 +103,7 @@ def model_config(
     image_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
     **overrides: Any,
-) -> MixerConfig:
+) -> ModelConfig:
     """Returns the configuration that `create_model` would build.
 
     Args:
@@ -61,12 +115,15 @@ def model_config(
     Raises:
         UserError: the name or a field is unknown, or a value does not fit.
     """
-    if name not in ARCHITECTURES:
+    if name.startswith(PREFIX):
+        return timm_config(name, image_size, num_classes, **overrides)
+    known = ARCHITECTURES | COMPARISONS
+    if name not in known:
         raise UserError(
             f"unknown model {name!r}",
-            fix=f"{near_names(name, ARCHITECTURES)}Known: {', '.join(ARCHITECTURES)}",
+            fix=f"{near_names(name, known)}Known: {', '.join(known)}",
         )
-    config = ARCHITECTURES[name]
+    config = known[name]
     fields = [field.name for field in dataclasses.fields(config)]
     for field in overrides:
         if field not in fields:
@@ -105,7 +162,7 @@ def create_model(
     return model_from_config(model_config(name, image_size, num_classes, **overrides))
 
 
-def model_from_config(config: MixerConfig) -> ImageClassifier:
+def model_from_config(config: ModelConfig) -> ImageClassifier:
     """Returns a new model with random weights for a configuration of any family."""
     for config_type, model_type in FAMILIES.values():
         if type(config) is config_type:
@@ -113,13 +170,13 @@ def model_from_config(config: MixerConfig) -> ImageClassifier:
     raise TypeError(f"no model family has the configuration {type(config).__name__}")
 
 
-def config_to_json(config: MixerConfig) -> dict[str, Any]:
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
     """Returns the architecture as JSON values: its fields and "family"."""
     family = next(name for name, (kind, _) in FAMILIES.items() if kind is type(config))
     return {"family": family, **dataclasses.asdict(config)}
 
 
-def config_from_json(values: dict[str, Any]) -> MixerConfig:
+def config_from_json(values: dict[str, Any]) -> ModelConfig:
     """Returns the configuration that `config_to_json` wrote.
 
     Raises:
@@ -129,24 +186,35 @@ def config_from_json(values: dict[str, Any]) -> MixerConfig:
     family = fields.pop("family", None)
     if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"unknown model family {family!r}", fix=f"Known: {', '.join(FAMILIES)}")
-    if isinstance(fields.get("image_size"), list):
-        fields["image_size"] = tuple(fields["image_size"])
+    for name, value in fields.items():
+        if isinstance(value, list):  # JSON has no tuples
+            fields[name] = tuple(value)
     try:
         return FAMILIES[family][0](**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"not a {family} architecture: {error}") from error
 
 
-def architecture_name(config: MixerConfig) -> str | None:
+def architecture_name(config: ModelConfig) -> str | None:
     """Returns the name of `list_models()` that has this shape, whatever the size and classes.
 
-    A model that has grown by tiles has wider token-mixing MLPs: "mixer_b16 grown to 4 tiles".
+    A model that has grown by tiles has wider token-mixing MLPs: "mixer_b16 grown to 4 tiles". A
+    variant of appendix A.1 says so: "mixer_b16 (untied token mixing)".
     """
     for name, named in ARCHITECTURES.items():
+        if type(named) is not type(config):
+            continue
+        if not isinstance(config, MixerConfig) or not isinstance(named, MixerConfig):
+            fields = {field.name for field in dataclasses.fields(named)} - _FREE
+            if all(getattr(config, field) == getattr(named, field) for field in fields):
+                return name
+            continue
         tiles, rest = divmod(config.tokens_mlp_dim, named.tokens_mlp_dim)
         if rest == 0 and all(getattr(config, field) == getattr(named, field) for field in _SHAPE):
-            return name if tiles == 1 else f"{name} grown to {tiles} tiles"
+            name = name if tiles == 1 else f"{name} grown to {tiles} tiles"
+            return f"{name} ({config.variant})" if config.variant else name
     return None
 
 
+_FREE = {"image_size", "num_classes", "in_channels", "stochastic_depth"}
 _SHAPE = ("patch_size", "hidden_dim", "num_blocks", "channels_mlp_dim")

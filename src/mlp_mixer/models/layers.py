@@ -6,7 +6,7 @@ Shapes: N batch, S tokens, C channels, H W pixels.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,39 @@ def lecun_normal_(weight: Tensor) -> Tensor:
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
+class ModelConfig(Protocol):
+    """What the configurations of all families have, each a frozen dataclass with fields of its own.
+
+    Attributes:
+        image_size: (H, W) in pixels.
+        num_classes: outputs of the head; 0 for none.
+        in_channels: of the input images.
+        hidden_dim: C, width of the features that the head reads.
+        flops: operations of one image, a multiply-add counted as two.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def image_size(self) -> tuple[int, int]: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def in_channels(self) -> int: ...
+
+    @property
+    def hidden_dim(self) -> int: ...
+
+    @property
+    def flops(self) -> int: ...
+
+    def summary(self) -> str:
+        """Returns the shape in a few words."""
+        ...
+
+
 class ImageClassifier(nn.Module):
     """The frame of every model here: images in, logits or features out, and what travels with it.
 
@@ -101,12 +134,14 @@ class ImageClassifier(nn.Module):
         class_names: one name a class in the order of the logits; None where they are unknown.
         preprocessing: what turns an image file into the input; None until weights bring it.
         source: what `load_model` was given; None for random weights.
+        why_one_size: why images of another size than the model's are refused.
     """
 
     config: Any
     class_names: list[str] | None = None
     preprocessing: Preprocessing | None = None
     source: str | None = None
+    why_one_size: ClassVar[str] = "its token-mixing MLPs have one weight for each patch"
 
     def features(self, images: Tensor) -> Tensor:
         """Returns the pooled features (N, C) that the head reads, of images (N, channels, H, W)."""
@@ -125,8 +160,8 @@ class ImageClassifier(nn.Module):
         if tuple(images.shape[2:]) != (height, width):
             raise ValueError(
                 f"the model was built for images of {height}x{width} pixels, got "
-                f"{images.shape[2]}x{images.shape[3]}: its token-mixing MLPs have one weight "
-                "for each patch. Resize the images or create the model with that image_size"
+                f"{images.shape[2]}x{images.shape[3]}: {self.why_one_size}. "
+                "Resize the images or create the model with that image_size"
             )
 
 

@@ -3,19 +3,23 @@
 To be read beside the paper's Listing 1, whose names and order it keeps, and equal to Google's own
 code (google-research/vision_transformer, models_mixer.py) to rounding: tanh GELU, LayerNorm epsilon
 1e-6, LayerNorm before the mean over tokens, zero head, row-major tokens. Appendix B's stochastic
-depth and dropout, which the listing leaves out, are here.
+depth and dropout, which the listing leaves out, are here; the token-mixing variants of appendix A.1
+are settings of the configuration, and their layers lie in `ablations.py`.
 
 Shapes: N batch, S tokens, C channels, P patch side, H W pixels.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
 
 from mlp_mixer.models.layers import ImageClassifier, StochasticDepth, lecun_normal_
+
+TOKEN_MIXING = ("shared", "untied", "grouped", "views")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,12 @@ class MixerConfig:
         stochastic_depth: s, probability of dropping the last MLP; it rises linearly from 0 at the
             first of the 2 * num_blocks MLPs (appendix B).
         gelu: "tanh" as Google's weights were trained, "exact" for weights trained in timm.
+        token_mixing: which weights mix the tokens, see `ablations.py`: one MLP for all channels
+            ("shared"), one for each ("untied"), one that sees `token_groups` neighbouring channels
+            at once ("grouped"), or so many learned views of all channels ("views").
+        token_groups: G, for "grouped" and "views"; it divides hidden_dim.
+        pyramid: (block, S') pairs: the token mixing of these blocks, counted from 0, brings the
+            tokens down to S', and all later blocks work on so many.
 
     Raises:
         ValueError: the patch does not divide the image, or a value is out of range.
@@ -51,6 +61,9 @@ class MixerConfig:
     dropout: float = 0.0
     stochastic_depth: float = 0.0
     gelu: Literal["tanh", "exact"] = "tanh"
+    token_mixing: Literal["shared", "untied", "grouped", "views"] = "shared"
+    token_groups: int = 1
+    pyramid: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.image_size, int):
@@ -76,6 +89,47 @@ class MixerConfig:
                 f"image size {height}x{width} is not divisible by the patch size "
                 f"{self.patch_size}; the nearest that is: {near[0]}x{near[1]}"
             )
+        self._check_variant()
+
+    def _check_variant(self) -> None:
+        if self.token_mixing not in TOKEN_MIXING:
+            known = ", ".join(TOKEN_MIXING)
+            raise ValueError(f"token_mixing must be one of {known}, got {self.token_mixing!r}")
+        groups = self.token_groups
+        if not isinstance(groups, int) or groups < 1 or self.hidden_dim % groups:
+            what = f"token_groups must divide hidden_dim, {self.hidden_dim}"
+            raise ValueError(f"{what}, got {groups!r}")
+        if groups > 1 and self.token_mixing not in ("grouped", "views"):
+            what = f"token_groups={groups} has no effect with token_mixing={self.token_mixing!r}"
+            raise ValueError(f"{what}; it is for 'grouped' and 'views'")
+        last_block, tokens = -1, self.num_tokens
+        try:
+            steps = tuple((int(block), int(fewer)) for block, fewer in self.pyramid)
+        except (TypeError, ValueError) as error:
+            what = "pyramid must be pairs of a block and its tokens, as [[4, 49]]"
+            raise ValueError(f"{what}, got {self.pyramid!r}") from error
+        for block, fewer in steps:
+            if not last_block < block < self.num_blocks:
+                what = f"the blocks of a pyramid rise from 0 to {self.num_blocks - 1}"
+                raise ValueError(f"{what}, got {self.pyramid!r}")
+            if not 1 <= fewer < tokens:
+                what = f"block {block} of the pyramid must bring {tokens} tokens down to fewer"
+                raise ValueError(f"{what}, got {fewer}")
+            last_block, tokens = block, fewer
+        object.__setattr__(self, "pyramid", steps)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is the paper's Mixer and none of appendix A.1."""
+        return self.token_mixing == "shared" and not self.pyramid
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The tokens before each block and, at last, those before the head: num_blocks + 1."""
+        steps, counts = dict(self.pyramid), [self.num_tokens]
+        for block in range(self.num_blocks):
+            counts.append(steps.get(block, counts[-1]))
+        return tuple(counts)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -88,16 +142,47 @@ class MixerConfig:
 
         Biases, GELU and LayerNorm, below one per cent together, are left out, as is usual.
         """
-        tokens, dim = self.num_tokens, self.hidden_dim
-        stem = tokens * self.in_channels * self.patch_size**2 * dim
-        token_mixing = 2 * dim * tokens * self.tokens_mlp_dim
-        channel_mixing = 2 * tokens * dim * self.channels_mlp_dim
-        head = dim * self.num_classes
-        return 2 * (stem + self.num_blocks * (token_mixing + channel_mixing) + head)
+        dim, counts = self.hidden_dim, self.tokens
+        total = self.num_tokens * self.in_channels * self.patch_size**2 * dim
+        for before, after in itertools.pairwise(counts):
+            total += dim * (before + after) * self.tokens_mlp_dim
+            total += 2 * after * dim * self.channels_mlp_dim
+            total += before * dim**2 if self.token_mixing == "views" else 0
+            total += dim * before * after if after < before else 0
+        return 2 * (total + dim * self.num_classes)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained values, by a closed formula: that of Table 1 and, beside it, the variants'."""
+        dim, counts = self.hidden_dim, self.tokens
+        total = (self.in_channels * self.patch_size**2 + 1) * dim + 2 * dim
+        for before, after in itertools.pairwise(counts):
+            inside, outside = before * self.token_groups, after * self.token_groups
+            mixing = (inside + 1) * self.tokens_mlp_dim + (self.tokens_mlp_dim + 1) * outside
+            total += mixing * (dim if self.token_mixing == "untied" else 1)
+            total += (dim + 1) * self.channels_mlp_dim + (self.channels_mlp_dim + 1) * dim
+            total += 4 * dim  # two LayerNorms
+            total += dim**2 if self.token_mixing == "views" else 0
+            total += before * after if after < before else 0
+        return total + ((dim + 1) * self.num_classes if self.num_classes else 0)
+
+    @property
+    def variant(self) -> str:
+        """What of appendix A.1 it has, in words; "" for the paper's own Mixer."""
+        words = {
+            "shared": [],
+            "untied": ["untied token mixing"],
+            "grouped": [f"channels in groups of {self.token_groups}"],
+            "views": [f"{self.token_groups} learned views"],
+        }[self.token_mixing]
+        if self.pyramid:
+            words = [*words, "pyramid " + " > ".join(map(str, dict.fromkeys(self.tokens)))]
+        return ", ".join(words)
 
     def summary(self) -> str:
         """Returns the shape in a few words: "12 layers, patch 16, 768 channels"."""
-        return f"{self.num_blocks} layers, patch {self.patch_size}, {self.hidden_dim} channels"
+        shape = f"{self.num_blocks} layers, patch {self.patch_size}, {self.hidden_dim} channels"
+        return f"{shape}, {self.variant}" if self.variant else shape
 
     @property
     def num_tokens(self) -> int:
@@ -155,21 +240,27 @@ class MlpMixer(ImageClassifier):
         self.config = config
         patch, dim, last_mlp = config.patch_size, config.hidden_dim, 2 * config.num_blocks - 1
         drops = [config.stochastic_depth * mlp / last_mlp for mlp in range(last_mlp + 1)]
+        if not config.is_plain and type(self) is MlpMixer:
+            raise ValueError(f"{config.summary()}: model_from_config builds it, MlpMixer does not")
         self.stem = nn.Conv2d(config.in_channels, dim, kernel_size=patch, stride=patch)
         self.blocks = nn.Sequential(
-            *(MixerBlock(config, *drops[2 * i : 2 * i + 2]) for i in range(config.num_blocks))
+            *(self.block(i, *drops[2 * i : 2 * i + 2]) for i in range(config.num_blocks))
         )
         self.pre_head_layer_norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, config.num_classes) if config.num_classes else None
         self.initialize()
+
+    def block(self, index: int, *drops: float) -> nn.Module:
+        """Returns a new mixer layer; `index` counts from 0."""
+        return MixerBlock(self.config, *drops)
 
     def initialize(self) -> None:
         """Draws new weights as Flax does: lecun-normal kernels, zero biases, a zero head."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 lecun_normal_(module.weight)
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         if self.head is not None:
             nn.init.zeros_(self.head.weight)
 

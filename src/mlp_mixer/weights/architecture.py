@@ -1,4 +1,4 @@
-"""Whose names a file's tensors have, which Mixer they make, and what does not fit.
+"""Whose names a file's tensors have, which architecture they make, and what does not fit.
 
 Shapes: P patch side, C channels, S tokens, D_S and D_C hidden units, L blocks.
 """
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.catalog import architecture_name, model_from_config
+from mlp_mixer.models.layers import ModelConfig
 from mlp_mixer.models.mixer import MixerConfig
-from mlp_mixer.weights import google, timm
+from mlp_mixer.weights import google, siblings, timm
 
 Tensors = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -30,7 +31,7 @@ def _as_it_is(tensors: Tensors) -> Tensors:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way of naming and laying out a Mixer's tensors.
+    """One way of naming and laying out a model's tensors.
 
     Attributes:
         title: how it is called in messages.
@@ -39,6 +40,7 @@ class Layout:
         gelu: of models whose weights are so named.
         is_loose: whether names and shapes leave a choice (numbers, axes of length one); they are
             then compared by our names.
+        family: of the models that have such names, as in `catalog.FAMILIES`.
     """
 
     title: str
@@ -47,6 +49,7 @@ class Layout:
     from_ours: Callable[[Tensors], Tensors]
     gelu: Literal["tanh", "exact"]
     is_loose: bool = False
+    family: str = "mixer"
 
 
 _OUR_NAMES = re.compile(
@@ -54,6 +57,23 @@ _OUR_NAMES = re.compile(
     r"(?:token|channel)_mixing\.dense_[01]))\.(?:weight|bias)"
 )
 OURS = Layout("mlp_mixer", lambda n: bool(_OUR_NAMES.fullmatch(n)), _as_it_is, _as_it_is, "tanh")
+_IN_TIMM_MODEL = re.compile(r"backbone\..+|head\.(?:weight|bias)")
+
+
+_RESNET_NAMES = re.compile(
+    r"stem\.weight|(?:norm|head)\.(?:weight|bias)|"
+    r"blocks\.\d+\.(?:norm_[01]\.(?:weight|bias)|(?:conv_[01]|shortcut)\.weight)"
+)
+
+
+def _is_small_resnet(name: str) -> bool:
+    return bool(_RESNET_NAMES.fullmatch(name))
+
+
+def _is_in_timm_model(name: str) -> bool:
+    return bool(_IN_TIMM_MODEL.fullmatch(name))
+
+
 LAYOUTS = (
     OURS,
     Layout("Google", google.is_second, google.to_ours, google.from_ours, "tanh"),
@@ -66,6 +86,19 @@ LAYOUTS = (
         is_loose=True,
     ),
     Layout("timm", timm.is_timm, timm.to_ours, timm.from_ours, "exact"),
+    Layout("CycleMLP", siblings.is_cycle_mlp, _as_it_is, _as_it_is, "exact", family="cycle_mlp"),
+    Layout(
+        "Vision Permutator",
+        siblings.is_permutator,
+        _as_it_is,
+        _as_it_is,
+        "exact",
+        family="vision_permutator",
+    ),
+    Layout(
+        "small ResNet", _is_small_resnet, _as_it_is, _as_it_is, "exact", family="small_resnet"
+    ),
+    Layout("timm model", _is_in_timm_model, _as_it_is, _as_it_is, "exact", family="timm"),
 )
 
 
@@ -79,7 +112,8 @@ def layout_of(tensors: Tensors, path: Path) -> Layout:
     if not any(map(best.knows, tensors)):
         first = ", ".join(list(tensors)[:4])
         what = f"no MLP-Mixer: none of the {len(tensors)} tensors has a name of one ({first}, ...)"
-        raise UserError(what, where=path, fix="Google's, timm's and our own names are known")
+        fix = "Google's, timm's and our own names are known, CycleMLP's and Vision Permutator's"
+        raise UserError(what, where=path, fix=fix)
     return best
 
 
@@ -89,7 +123,7 @@ def infer_config(
     path: Path,
     image_size: tuple[int, int] | None = None,
     said_size: tuple[int, int] | None = None,
-) -> MixerConfig:
+) -> ModelConfig:
     """Returns the architecture that the shapes of a file's tensors speak of.
 
     Args:
@@ -101,8 +135,16 @@ def infer_config(
         said_size: (H, W) that somebody wrote beside the file, which comes first where it fits.
 
     Raises:
-        UserError: a tensor that is needed is missing, or the shapes make no Mixer.
+        UserError: a tensor that is needed is missing, or the shapes make no model of the layout's
+            family.
     """
+    if layout.family in ("timm", "small_resnet"):
+        what = f"these are weights of a {layout.title}, and the file does not say of which"
+        raise UserError(what, where=path, fix="Bring the config.json that was written beside it")
+    if layout.family == "cycle_mlp":
+        return siblings.infer_cycle_mlp(shapes, path, said_size)
+    if layout.family == "vision_permutator":
+        return siblings.infer_permutator(shapes, path, said_size)
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         found = shapes.get(name)
@@ -169,7 +211,7 @@ def _size_of(
     )
 
 
-def check_shapes(config: MixerConfig, layout: Layout, tensors: Tensors, path: Path) -> None:
+def check_shapes(config: ModelConfig, layout: Layout, tensors: Tensors, path: Path) -> None:
     """Compares a file's tensors, by its own names, with what an architecture wants.
 
     Raises:
@@ -177,8 +219,9 @@ def check_shapes(config: MixerConfig, layout: Layout, tensors: Tensors, path: Pa
     """
     if layout.is_loose:
         tensors, layout = layout.to_ours(tensors), OURS
-    if config.num_blocks > len(tensors):  # before a description's million blocks are built
-        what = f"the description says {config.num_blocks:,} blocks, the file has {len(tensors)} "
+    num_blocks = getattr(config, "num_blocks", 0)
+    if num_blocks > len(tensors):  # before a description's million blocks are built
+        what = f"the description says {num_blocks:,} blocks, the file has {len(tensors)} "
         raise UserError(f"{what}tensors", where=path)
     try:
         with torch.device("meta"):
@@ -198,7 +241,9 @@ def check_shapes(config: MixerConfig, layout: Layout, tensors: Tensors, path: Pa
     problems += [
         f"not floating point: {name} is {str(tensors[name].dtype).removeprefix('torch.')}"
         for name in expected
-        if name in found and not tensors[name].is_floating_point()
+        if name in found
+        and wanted[name].is_floating_point()
+        and not tensors[name].is_floating_point()
     ]
     if problems:
         more = [f"... and {len(problems) - 20} more"] * (len(problems) > 20)
@@ -208,7 +253,7 @@ def check_shapes(config: MixerConfig, layout: Layout, tensors: Tensors, path: Pa
         raise UserError(what, where=path, fix=fix)
 
 
-def describe(config: MixerConfig) -> str:
+def describe(config: ModelConfig) -> str:
     """Returns an architecture in words: "mixer_b16, 224x224 pixels, 1,000 classes"."""
     name = architecture_name(config)
     height, width = config.image_size
@@ -216,8 +261,10 @@ def describe(config: MixerConfig) -> str:
     return f"{name or config.summary()}, {height}x{width} pixels, {classes}"
 
 
-def precisely(config: MixerConfig, format: str) -> list[str]:
+def precisely(config: ModelConfig, format: str) -> list[str]:
     """Returns what another program will do differently with a model in its own format."""
+    if not isinstance(config, MixerConfig):
+        return []
     gelu = {"google": ("tanh", "Google's code"), "timm": ("exact", "timm")}.get(format)
     if gelu is None or gelu[0] == config.gelu:
         return []

@@ -1,25 +1,30 @@
-"""Every published Mixer checkpoint: what it is, where it lies, what it needs, what it reaches.
+"""Every published checkpoint: what it is, where it lies, what it needs, what it reaches.
 
 Names are model, dot, origin, so that Google's four files called Mixer-B_16.npz do not collide.
 Sources: the listing of gs://mixer_models in vit_jax.ipynb (sizes), Table 3 of the paper, timm's
 default_cfgs and result tables, arXiv 2106.01548 (SAM). ImageNet-21k has no accuracy on ImageNet-1k
 without fine-tuning, and the fine-tuned models of the paper were never published.
+CycleMLP and Vision Permutator: their authors' READMEs and codes (the accuracies), and PaddleViT,
+which measured ports of the same weights.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Literal
 
 import torch
 
 from mlp_mixer.errors import UserError, near_names
-from mlp_mixer.models.catalog import create_model
+from mlp_mixer.models.catalog import architecture_name, create_model
+from mlp_mixer.models.layers import ModelConfig
 from mlp_mixer.preprocessing import Preprocessing
 
 _BUCKET = "https://storage.googleapis.com/mixer_models"
 _TIMM = "https://github.com/huggingface/pytorch-image-models/releases/download"
+_CYCLE = "https://github.com/ShoufaChen/CycleMLP/releases/download/v0.1"
+_DRIVE = "https://drive.google.com/file/d"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +34,8 @@ class Checkpoint:
     Attributes:
         name: model, dot, origin.
         model: its architecture, a name of `list_models()`.
-        url: of the file.
+        url: of the file; of a page for browsers where `by_hand`.
+        by_hand: the file's name where no program can fetch it, and somebody has to; else None.
         hub: the same weights on the hub, as owner/name; None where they are not there.
         mebibytes: published size; None where only the parameter count is known.
         sha256: published digits, the first eight or all; None where there are none.
@@ -44,6 +50,7 @@ class Checkpoint:
 
     name: str
     url: str
+    by_hand: str | None = None
     hub: str | None = None
     mebibytes: float | None = None
     sha256: str | None = None
@@ -62,8 +69,8 @@ class Checkpoint:
 
     @property
     def file_name(self) -> str:
-        """The last part of the URL."""
-        return self.url.rpartition("/")[2]
+        """The last part of the URL, or what the file is to be called."""
+        return self.by_hand or self.url.rpartition("/")[2]
 
     @property
     def parameters_mebibytes(self) -> float:
@@ -133,6 +140,47 @@ def _timm(
         gelu="exact",
         accuracy=accuracy,
         note=note,
+    )
+
+
+def _imagenet(crop: float, channels: int = 3) -> Preprocessing:
+    """ImageNet's mean and deviation; for a grey model their means."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return Preprocessing(
+        image_size=(224, 224),
+        channels=channels,
+        mean=mean if channels == 3 else sum(mean) / 3,
+        std=std if channels == 3 else sum(std) / 3,
+        crop=crop,
+        interpolation="bicubic",
+    )
+
+
+def _cycle(letter: str, readme: float, crop: float, port: float) -> Checkpoint:
+    return Checkpoint(
+        name=f"cycle_mlp_{letter}.i1k",
+        url=f"{_CYCLE}/CycleMLP_{letter.upper()}.pth",
+        num_classes=1000,
+        trained_on=_I1K,
+        preprocessing=_imagenet(crop),
+        gelu="exact",
+        accuracy=f"{readme} (its README, cut at 0.875); {port} (a port in PaddleViT, {crop})",
+        licence="MIT",
+    )
+
+
+def _permutator(size: str, readme: float, crop: float, port: float, drive: str) -> Checkpoint:
+    return Checkpoint(
+        name=f"vip_{size}.i1k",
+        url=f"{_DRIVE}/{drive}/view",
+        by_hand=f"vip_{size}.pth",
+        num_classes=1000,
+        trained_on=_I1K,
+        preprocessing=_imagenet(crop),
+        gelu="exact",
+        accuracy=f"{readme} (its README, cut at {crop}); {port} (a port in PaddleViT)",
+        licence="MIT; its README adds: for non-commercial use only",
+        note="on Google Drive, to be fetched with a browser",
     )
 
 
@@ -225,11 +273,19 @@ _ALL = (
         "pixels on [0, 1], not [-1, 1]",
         _MIIL,
     ),
+    _cycle("b1", 78.9, 0.9, 78.85),
+    _cycle("b2", 81.6, 0.9, 81.58),
+    _cycle("b3", 82.4, 0.9, 82.42),
+    _cycle("b4", 83.0, 0.875, 82.96),
+    _cycle("b5", 83.2, 0.875, 83.25),
+    _permutator("s7", 81.5, 0.9, 81.48, "1cX6eauDrsGsLSZnqsX7cl0oiKX8Dzv5z"),
+    _permutator("m7", 82.7, 0.9, 82.64, "15y5WMypthpbBFdc01E3mJCZit7q0Yn8m"),
+    _permutator("l7", 83.2, 0.875, 83.18, "14F5IXGXmB_3jrwK33Efae-WEb5D_G85c"),
 )
 CHECKPOINTS: dict[str, Checkpoint] = {each.name: each for each in _ALL}
 # timm's own names, which people have at hand.
 _BY_TIMM_NAME = {each.hub.removeprefix("timm/"): each for each in _ALL if each.hub}
-_BY_FILE = {each.file_name: each for each in _ALL if each.sha256}
+_BY_FILE = {each.file_name: each for each in _ALL if not each.url.startswith(_BUCKET)}
 
 
 def find_checkpoint(name: str) -> Checkpoint | None:
@@ -240,6 +296,22 @@ def find_checkpoint(name: str) -> Checkpoint | None:
 def checkpoint_of_file(name: str) -> Checkpoint | None:
     """Returns the checkpoint whose file has this name, where the name is unlike any other's."""
     return _BY_FILE.get(name)
+
+
+def authors_preprocessing(config: ModelConfig) -> Preprocessing | None:
+    """Returns what CycleMLP and Vision Permutator were published with, for a file that is silent.
+
+    None where the model takes neither grey nor coloured images.
+    """
+    if config.in_channels not in (1, 3):
+        return None
+    name = architecture_name(config)
+    crop = 0.9 if name in _CUT_LESS else 0.875
+    return replace(_imagenet(crop, config.in_channels), image_size=config.image_size)
+
+
+# `crop_pct` of the authors' `default_cfgs`.
+_CUT_LESS = {f"cycle_mlp_b{each}" for each in (1, 2, 3)} | {"vip_s14", "vip_s7", "vip_m7"}
 
 
 def unknown_checkpoint(name: str) -> UserError:

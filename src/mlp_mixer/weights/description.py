@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlp_mixer.errors import UserError
-from mlp_mixer.models.catalog import config_from_json
+from mlp_mixer.models.catalog import ARCHITECTURES, config_from_json
+from mlp_mixer.models.layers import ModelConfig
 from mlp_mixer.models.mixer import MixerConfig
+from mlp_mixer.models.staged import StagedConfig
 from mlp_mixer.preprocessing import Preprocessing
 from mlp_mixer.weights import timm
 from mlp_mixer.weights.architecture import Layout, infer_config, layout_of
-from mlp_mixer.weights.checkpoints import Checkpoint
+from mlp_mixer.weights.checkpoints import Checkpoint, authors_preprocessing
 from mlp_mixer.weights.files import WeightsFile
 from mlp_mixer.weights.npz import fingerprint
 
@@ -39,7 +41,7 @@ class Description:
     """
 
     layout: Layout
-    config: MixerConfig
+    config: ModelConfig
     class_names: list[str] | None
     preprocessing: Preprocessing | None
     said_by: str
@@ -156,12 +158,16 @@ def _checked_names(names: Any, num_classes: int, where: str) -> list[str] | None
 
 
 def _published(
-    checkpoint: Checkpoint, config: MixerConfig, layout: Layout, file: WeightsFile
+    checkpoint: Checkpoint, config: ModelConfig, layout: Layout, file: WeightsFile
 ) -> Description:
+    if type(config) is not type(ARCHITECTURES[checkpoint.model]):
+        what = f"{checkpoint.name} is another architecture than the file's, {config.summary()}"
+        raise UserError(what, where=file.path, fix="Give the file another name")
     if config.num_classes != checkpoint.num_classes:
         what = f"{checkpoint.name} has {checkpoint.num_classes:,} classes, the file "
         raise UserError(f"{what}{config.num_classes:,}: it is another one", where=file.path)
-    config = replace(config, gelu=checkpoint.gelu)
+    if isinstance(config, MixerConfig):
+        config = replace(config, gelu=checkpoint.gelu)
     preprocessing = replace(checkpoint.preprocessing, image_size=config.image_size)
     notes = (f"{checkpoint.name}: {checkpoint.note}",) if checkpoint.note else ()
     names = checkpoint.class_names()
@@ -170,7 +176,7 @@ def _published(
 
 
 def _foreign(
-    said: dict[str, Any] | None, where: str, config: MixerConfig, layout: Layout
+    said: dict[str, Any] | None, where: str, config: ModelConfig, layout: Layout
 ) -> Description:
     """Weights of somebody else: preprocessing from timm's config.json, else assumed; said so."""
     names, preprocessing, notes = None, None, []
@@ -190,7 +196,12 @@ def _foreign(
     if preprocessing is not None:
         said_by = f"the tensors and {where}"
         return Description(layout, config, names, preprocessing, said_by, tuple(notes))
-    if config.in_channels in (1, 3):
+    if isinstance(config, StagedConfig):  # as they were published, whoever trained these
+        preprocessing = authors_preprocessing(config)
+        if preprocessing is not None:
+            what = f"the file does not say its preprocessing; that of {layout.title}'s authors is"
+            notes = [f"{what} assumed ({preprocessing.summary()})"]
+    elif config.in_channels in (1, 3):
         preprocessing = Preprocessing(image_size=config.image_size, channels=config.in_channels)
         if layout.title != "Google":
             what = "the file does not say its preprocessing; Google's is assumed"

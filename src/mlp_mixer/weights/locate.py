@@ -9,6 +9,7 @@ from mlp_mixer.console import Reporter
 from mlp_mixer.disk import expand
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.catalog import ARCHITECTURES
+from mlp_mixer.models.timm_model import PREFIX
 from mlp_mixer.weights import hub
 from mlp_mixer.weights.checkpoints import (
     CHECKPOINTS,
@@ -51,6 +52,9 @@ def locate(source: str | Path, report: Reporter) -> Place:
         is_published = model.revision is None and model.owner_and_name.startswith("timm/")
         known = find_checkpoint(model.owner_and_name) if is_published else None
         return Place(hub.fetch(model), known)
+    if text.startswith(PREFIX):
+        what = f"{text!r} is a model of timm, which brings its own weights: no file can be shown"
+        raise UserError(what, fix=f"mixer evaluate {text} --data SOURCE")
     path = expand(source)
     try:
         if path.is_dir():
@@ -75,6 +79,10 @@ def locate(source: str | Path, report: Reporter) -> Place:
 def fetch_checkpoint(checkpoint: Checkpoint, report: Reporter) -> Path:
     """Returns the checked file of a published checkpoint, downloaded where it is not there yet."""
     path = cache_folder() / checkpoint.name / checkpoint.file_name
+    if checkpoint.by_hand and not path.is_file():
+        what = f"{checkpoint.name} lies on a page for browsers, no program can fetch it"
+        fix = f"Download it there and put it at {path}, or give the file you have got as the model"
+        raise UserError(what, where=checkpoint.url, fix=fix)
     published = Published(checkpoint.name, checkpoint.url, checkpoint.mebibytes, checkpoint.sha256)
     return cached(published, path, report)
 

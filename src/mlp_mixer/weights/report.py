@@ -47,7 +47,7 @@ def inspect_file(source: str | Path, image_size: tuple[int, int] | None = None) 
     lines += [
         f"model          {in_words(found.config)}",
         f"names          {found.layout.title}'s",
-        f"GELU           {found.config.gelu}",
+        f"GELU           {getattr(found.config, 'gelu', 'exact')}",
         f"classes        {shown}",
         f"preprocessing  {'unknown' if preprocessing is None else preprocessing.summary()}",
         f"says           {found.said_by}",
@@ -90,7 +90,8 @@ def list_checkpoints() -> list[str]:
         here = (cache_folder() / each.name / each.file_name).is_file()
         top1 = each.accuracy.split()[0] if each.accuracy[0].isdigit() else "-"
         cells = [each.name, f"{each.num_classes:,}", size, top1, each.gelu]
-        rows.append([*cells, each.preprocessing.value_range(), "yes" if here else "no"])
+        values = each.preprocessing.value_range()
+        rows.append([*cells, values if values[0] == "[" else "mean, std", "yes" if here else "no"])
     header = ["name", "classes", "MiB", "top-1", "GELU", "values", "here"]
     lines = table(header, rows)
     lines += ["All take 224x224 pixels. top-1 is on ImageNet-1k, as published; sources below.", ""]
@@ -100,7 +101,7 @@ def list_checkpoints() -> list[str]:
             f"  trained on  {each.trained_on}",
             f"  top-1       {each.accuracy}",
             f"  input       {each.preprocessing.summary()}",
-            f"  file        {each.url}",
+            f"  {'page' if each.by_hand else 'file'}        {each.url}",
         ]
         if each.hub:
             lines.append(f"  on the hub  hf:{each.hub}")

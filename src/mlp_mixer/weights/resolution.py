@@ -66,6 +66,10 @@ def resize_tokens(
     """
     if growth not in GROWTHS:
         raise UserError(f"unknown growth {growth!r}", fix=f"Known: {', '.join(GROWTHS)}")
+    if not config.is_plain:
+        what = f"this variant ({config.summary()}) cannot be brought to another image size"
+        fix = "Only the paper's own token mixing has a rule for that; train it at that size"
+        raise UserError(what, fix=fix)
     try:
         resized = dataclasses.replace(config, image_size=image_size)
     except ValueError as error:

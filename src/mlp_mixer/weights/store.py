@@ -26,15 +26,19 @@ from mlp_mixer.console import Reporter
 from mlp_mixer.disk import Content, expand, write_together
 from mlp_mixer.errors import UserError, near_names
 from mlp_mixer.models.catalog import config_to_json, model_from_config
-from mlp_mixer.models.layers import ImageClassifier
+from mlp_mixer.models.layers import ImageClassifier, ModelConfig
 from mlp_mixer.models.mixer import MixerConfig
+from mlp_mixer.models.timm_model import PREFIX, TimmModel, resized
+from mlp_mixer.preprocessing import Preprocessing
 from mlp_mixer.weights import google, timm
 from mlp_mixer.weights.architecture import check_shapes
 from mlp_mixer.weights.description import CONFIG, FORMAT_VERSION, WEIGHTS, describe
 from mlp_mixer.weights.files import read_weights
+from mlp_mixer.weights.growth import resize_model
 from mlp_mixer.weights.locate import locate
 from mlp_mixer.weights.npz import fingerprint
-from mlp_mixer.weights.resolution import GROWTHS, Growth, refuse_if_too_large, resize_tokens
+from mlp_mixer.weights.resolution import GROWTHS, Growth, refuse_if_too_large
+from mlp_mixer.weights.timm_pretrained import load_pretrained
 
 FORMATS = ("mlp_mixer", "google", "timm")
 
@@ -54,9 +58,10 @@ def load_model(
     Args:
         source: a run folder, a folder with model.safetensors (best/), a .safetensors, .npz
             (Google's layout) or .pth (timm's names) file, the name of a published checkpoint
-            ("mixer_b16.i21k", see `mixer models --weights`), or "hf:owner/name[@revision]".
+            ("mixer_b16.i21k", see `mixer models --weights`), "hf:owner/name[@revision]", or
+            "timm:NAME[.TAG]" where timm is installed.
         image_size: pixels, a number or (H, W); None keeps the weights' own. Another size changes
-            the token-mixing MLPs, see `mlp_mixer.weights.resolution`.
+            the layers that depend on it, see `mlp_mixer.weights.growth`.
         num_classes: None keeps the trained head; another number puts a new zero head in its place
             (and drops the class names), 0 takes the head off.
         growth: how to reach another image size: "block-diagonal", "resample" or "auto".
@@ -68,6 +73,9 @@ def load_model(
     """
     report = Reporter(quiet=quiet, stderr=True)
     wanted = _height_and_width(image_size)
+    if str(source).startswith(PREFIX):
+        theirs = load_pretrained(str(source), report)
+        return _finished(theirs, wanted, growth, num_classes, source, report)
     place = locate(source, report)
     file = read_weights(place.path)
     description = describe(file, place.checkpoint, wanted)
@@ -80,28 +88,67 @@ def load_model(
     # A copy where the file is mapped into memory: somebody may write to it later.
     mapped = file.container != "npz"
     tensors = {
-        name: tensors.pop(name).to(torch.float32, copy=mapped).contiguous()
-        for name in list(tensors)
+        name: _as_float32(tensors.pop(name), copy=mapped).contiguous() for name in list(tensors)
     }
     preprocessing = description.preprocessing
     if growth not in GROWTHS:
         raise UserError(f"unknown growth {growth!r}", fix=f"Known: {', '.join(GROWTHS)}")
-    if wanted is not None and wanted != config.image_size:
+    is_timm = layout.family == "timm"  # changes its size with the weights in it
+    if wanted is not None and wanted != config.image_size and not is_timm:
         old = config
-        config, how = resize_tokens(tensors, config, wanted, growth)
+        config, how = resize_model(tensors, config, wanted, growth)
         report.say(f"grown    {_pixels(old)} -> {_pixels(config)} pixels: {how}")
-        if preprocessing is not None:
-            preprocessing = dataclasses.replace(preprocessing, image_size=config.image_size)
+        preprocessing = _at_size(preprocessing, config.image_size, source)
     with torch.device("meta"):  # shapes only: no memory, no random numbers
         model = model_from_config(config)
-    model.load_state_dict(tensors, assign=True)
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except UserError as error:  # values that no model of the family has
+        raise UserError(error.what, where=place.path, fix=error.fix) from error
     model.class_names, model.preprocessing = description.class_names, preprocessing
-    if num_classes is not None and num_classes != config.num_classes:
+    return _finished(model, wanted, growth, num_classes, source, report)
+
+
+def _finished(
+    model: ImageClassifier,
+    wanted: tuple[int, int] | None,
+    growth: Growth,
+    num_classes: int | None,
+    source: str | Path,
+    report: Reporter,
+) -> ImageClassifier:
+    """Returns the model at the wanted size, where it is timm's, and with the wanted head."""
+    if isinstance(model, TimmModel):
+        if growth != "auto":
+            what = f"growth={growth!r} has no effect: a model of timm has no tokens to mix"
+            raise UserError(what, where=source, fix="Leave it out")
+        if wanted is not None and wanted != model.config.image_size:
+            old, model = model.config, resized(model, wanted)
+            report.say(f"resized  {_pixels(old)} -> {_pixels(model.config)} pixels, by timm")
+            model.preprocessing = _at_size(model.preprocessing, wanted, source)
+    had = model.config.num_classes
+    if num_classes is not None and num_classes != had:
         model = with_new_head(model, num_classes)
         what = f"new, all zeros, for {num_classes:,} classes" if num_classes else "taken off"
-        report.say(f"head     {what}; the weights had {config.num_classes:,} classes")
+        report.say(f"head     {what}; the weights had {had:,} classes")
     model.source = str(source)
     return model.eval()
+
+
+def _at_size(
+    preprocessing: Preprocessing | None, image_size: tuple[int, int], source: str | Path
+) -> Preprocessing | None:
+    if preprocessing is None:
+        return None
+    if preprocessing.permutation != "none":
+        what = "the model was trained on permuted pixels, which belong to one image size"
+        raise UserError(what, where=source, fix="Leave --image-size out")
+    return dataclasses.replace(preprocessing, image_size=image_size)
+
+
+def _as_float32(tensor: Tensor, *, copy: bool) -> Tensor:
+    """Returns numbers of any precision as float32; counters stay whole numbers."""
+    return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=copy)
 
 
 def _height_and_width(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -122,7 +169,7 @@ def _height_and_width(image_size: int | tuple[int, int] | None) -> tuple[int, in
     return height, width
 
 
-def _pixels(config: MixerConfig) -> str:
+def _pixels(config: ModelConfig) -> str:
     return f"{config.image_size[0]}x{config.image_size[1]}"
 
 
@@ -169,6 +216,7 @@ def save_model(model: ImageClassifier, path: str | Path, format: str = "mlp_mixe
     """
     path = expand(path)
     weights, beside = check_target(path, format)
+    refuse_unknown_there(model.config, format)
     tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     said = {**model_to_json(model), "weights": _fingerprint(tensors)}
     try:
@@ -192,6 +240,19 @@ def save_model(model: ImageClassifier, path: str | Path, format: str = "mlp_mixe
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write the model: {reason}", where=path) from error
     return weights
+
+
+def refuse_unknown_there(config: object, format: str) -> None:
+    """Refuses a format of another program that does not know such an architecture.
+
+    Raises:
+        UserError: the format is Google's or timm's, and the model is not the paper's own Mixer.
+    """
+    is_plain = isinstance(config, MixerConfig) and config.is_plain
+    if format != "mlp_mixer" and not is_plain:
+        summary = getattr(config, "summary", lambda: str(config))()
+        what = f"the format {format!r} has no place for this model ({summary})"
+        raise UserError(what, fix="--format mlp_mixer")
 
 
 def _write_google(

@@ -1,0 +1,222 @@
+"""What every model of `list_models()` can do, one test each; small in depth and width, not in kind.
+
+A new family adds its small sizes to `small`, and passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mlp_mixer as mm
+from mlp_mixer.models.catalog import ARCHITECTURES, config_from_json, config_to_json
+from mlp_mixer.models.cycle_mlp import CycleMLPConfig
+from mlp_mixer.models.layers import draw_stochastic_depth, set_stochastic_depth
+from mlp_mixer.models.mixer import MixerConfig
+from mlp_mixer.models.vision_permutator import VisionPermutatorConfig
+from staged_models import enliven
+
+NAMES = mm.list_models()
+FIRST_OF_FAMILY = ("mixer_s32", "cycle_mlp_b1", "vip_s7")
+
+
+def small(name: str) -> tuple[int, dict[str, Any]]:
+    """The image size, and the overrides that make an architecture small and keep its kind."""
+    config = ARCHITECTURES[name]
+    if isinstance(config, MixerConfig):
+        widths = {"hidden_dim": 16, "tokens_mlp_dim": 6, "channels_mlp_dim": 24, "num_blocks": 2}
+        return 2 * config.patch_size, widths
+    if isinstance(config, CycleMLPConfig):
+        return 32, {"depths": (1, 1, 2, 1), "dims": (8, 10, 12, 16)}
+    assert isinstance(config, VisionPermutatorConfig)
+    dims = tuple(dim // 32 for dim in config.dims)
+    halves = {"segments": (2, 2, 2, 2), "depths": (1, 1, 2, 1)}
+    return 4 * config.patch_size, {"dims": dims, **halves}
+
+
+def build(name: str, num_classes: int = 5, **changes: Any) -> mm.ImageClassifier:
+    size, overrides = small(name)
+    torch.manual_seed(0)
+    size = changes.pop("image_size", size)
+    return enliven(mm.create_model(name, size, num_classes, **overrides, **changes))
+
+
+def pictures(model: mm.ImageClassifier, num: int = 3) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(num, model.config.in_channels, *model.config.image_size)
+
+
+def gradients(model: mm.ImageClassifier, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of the loss on labels 0, 1, 2, ...; also under autocast."""
+    model.zero_grad()
+    F.cross_entropy(model(images).float(), torch.arange(len(images)) % 5).backward()
+    return {n: each.grad.clone() for n, each in model.named_parameters() if each.grad is not None}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward(name: str):
+    model = build(name).eval()
+    images = pictures(model)
+    logits, features = model(images), model.features(images)
+    assert logits.shape == (3, 5)
+    assert features.shape == (3, model.config.hidden_dim)
+    assert torch.isfinite(logits).all()
+    assert torch.equal(model.head(features), logits)  # pyright: ignore[reportCallIssue]
+    assert torch.equal(model(images[1:]), logits[1:]) or torch.allclose(
+        model(images[1:]), logits[1:], atol=1e-5
+    )
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
+    headless = build(name, num_classes=0)
+    assert headless.head is None
+    assert torch.equal(headless(images), headless.features(images))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backward_reaches_every_parameter(name: str):
+    model = build(name)
+    found = gradients(model, pictures(model))
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for parameter, gradient in found.items():
+        assert torch.isfinite(gradient).all(), parameter
+        is_silent = name.startswith("mixer") and parameter.endswith("token_mixing.dense_1.bias")
+        assert is_silent or gradient.abs().max() > 1e-8, parameter
+
+
+@pytest.mark.parametrize("name", FIRST_OF_FAMILY)
+def test_gradients_in_double_precision(name: str):
+    """Against differences, for the pictures and for every parameter."""
+    model = build(name, num_classes=2).double()
+    images = pictures(model, 1).double().requires_grad_()
+    shapes = {parameter: each.shape for parameter, each in model.named_parameters()}
+
+    def logits(images: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        pairs = zip(shapes.items(), parts, strict=True)
+        tensors = {parameter: part.view(shape) for (parameter, shape), part in pairs}
+        return torch.func.functional_call(model, tensors, images)
+
+    flat = torch.cat([each.detach().flatten() for each in model.parameters()]).requires_grad_()
+    assert torch.autograd.gradcheck(logits, (images, flat), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_save_and_load(name: str, tmp_path: Path):
+    model = build(name).eval()
+    model.class_names = list("abcde")
+    images = pictures(model)
+    for target in (tmp_path / "folder", tmp_path / "alone.safetensors"):
+        mm.save_model(model, target)
+        loaded = mm.load_model(target, quiet=True)
+        assert loaded.config == model.config
+        assert loaded.class_names == model.class_names
+        assert torch.equal(loaded(images), model(images))
+        ours, theirs = model.state_dict(), loaded.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert config_from_json(config_to_json(model.config)) == model.config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_classes(name: str, tmp_path: Path):
+    model = build(name).eval()
+    path = mm.save_model(model, tmp_path / "model")
+    images = pictures(model)
+    other = mm.load_model(path.parent, num_classes=3, quiet=True)
+    assert other(images).abs().max() == 0
+    assert other(images).shape == (3, 3)
+    assert torch.equal(other.features(images), model.features(images))
+    headless = mm.load_model(path.parent, num_classes=0, quiet=True)
+    assert torch.equal(headless(images), model.features(images))
+    again = mm.load_model(mm.save_model(headless, tmp_path / "headless"), num_classes=2, quiet=True)
+    assert again(images).shape == (3, 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_sizes_or_the_refusal(name: str, tmp_path: Path):
+    size, overrides = small(name)
+    path = mm.save_model(build(name).eval(), tmp_path / "model").parent
+    is_free = isinstance(ARCHITECTURES[name], CycleMLPConfig)
+    if is_free:
+        assert mm.create_model(name, size + 1, 5, **overrides).config.image_size == (size + 1,) * 2
+        odd = mm.load_model(path, image_size=(size + 5, size - 3), quiet=True)
+        assert odd(pictures(odd)).shape == (3, 5)
+    else:
+        with pytest.raises(mm.UserError, match="not divisible by"):
+            mm.create_model(name, size + 1, 5, **overrides)
+        with pytest.raises(mm.UserError, match="not divisible by"):
+            mm.load_model(path, image_size=size + 1, quiet=True)
+    wide = mm.load_model(path, image_size=(size, 2 * size), quiet=True)
+    assert wide(pictures(wide)).shape == (3, 5)
+    grey = build(name, in_channels=1)
+    assert grey(pictures(grey)).shape == (3, 5)
+    with pytest.raises(ValueError, match="built for images of"):
+        wide(torch.zeros(1, 3, size, size))
+    with pytest.raises(ValueError, match="built for 3 input channels, the images have 1"):
+        wide(torch.zeros(1, 1, size, 2 * size))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16(name: str):
+    """Products in bfloat16: logits and gradients near those of float32, which stay float32."""
+    model = build(name)
+    images = pictures(model, 8)
+    exact = model(images).detach()
+    wanted = gradients(model, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images).detach().float()
+        found = gradients(model, images)
+        assert model.features(images).dtype == torch.float32  # of the residual stream
+    assert 0 < (logits - exact).abs().max() < 0.06 * exact.abs().max()
+    largest = max(each.norm() for each in wanted.values())
+    for parameter, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - wanted[parameter]).norm() < 0.05 * largest, parameter
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stochastic_depth(name: str):
+    model = build(name, stochastic_depth=0.5).train()
+    images = pictures(model, 16)
+    kept = draw_stochastic_depth(model, 16, torch.Generator().manual_seed(0))
+    assert kept.shape[1] == 16
+    assert 0 < kept.mean() < 1
+    set_stochastic_depth(model, kept)
+    dropped = model(images)
+    assert torch.equal(model(images), dropped)
+    set_stochastic_depth(model, torch.ones_like(kept))
+    whole = model(images)
+    assert (whole - dropped).abs().max() > 1e-3
+    set_stochastic_depth(model, None)
+    model.eval()
+    plain = build(name).eval()
+    torch.testing.assert_close(model(images), plain(images))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIRST_OF_FAMILY)
+def test_compile(name: str):
+    model = build(name)
+    images = pictures(model)
+    wanted, exact = gradients(model, images), model(images)
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(images), exact, atol=1e-4, rtol=1e-4)
+    F.cross_entropy(compiled(images), torch.arange(3)).backward()
+    model.zero_grad()
+    F.cross_entropy(compiled(images), torch.arange(3)).backward()
+    for parameter, each in model.named_parameters():
+        torch.testing.assert_close(each.grad, wanted[parameter], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_operations_and_words(name: str):
+    """At full size: what is said of a model before it is built."""
+    config = ARCHITECTURES[name]
+    assert config.flops > 1e9
+    assert config.summary()
+    twice = dataclasses.replace(config, image_size=(448, 224))
+    assert 1.9 * config.flops < twice.flops < 3 * config.flops
