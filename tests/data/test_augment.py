@@ -12,8 +12,6 @@ from mlp_mixer.data.augment import (
     mix,
     mixup,
     padded_crop,
-    permute_patches,
-    permute_pixels,
     random_erasing,
     warp,
 )
@@ -165,40 +163,3 @@ def test_with_mixup_and_cutmix_a_coin_decides():
     assert 30 < sum(kinds) < 70
     same, _ = mix(images, targets, np.random.default_rng(0), mixup_strength=0, cutmix_strength=0)
     assert same is images
-
-
-def test_permuted_patches_are_the_same_patches():
-    """Each patch of the result is one of the image's with its pixels in the one shared order."""
-    images = torch.arange(2 * 3 * 8 * 12).reshape(2, 3, 8, 12)
-    out = permute_patches(images, 4, seed=1)
-    assert not torch.equal(out, images)
-    assert torch.equal(out, permute_patches(images, 4, seed=1))
-    assert not torch.equal(out, permute_patches(images, 4, seed=2))
-
-    def patches(batch: torch.Tensor) -> torch.Tensor:
-        grid = batch.unfold(2, 4, 4).unfold(3, 4, 4)  # (N, channels, rows, columns, 4, 4)
-        return grid.reshape(2, 3, 6, 16)
-
-    before, after = patches(images), patches(out)
-    order = [
-        next(p for p in range(6) if set(before[0, 0, p].tolist()) == set(after[0, 0, q].tolist()))
-        for q in range(6)
-    ]
-    inside = [before[0, 0, order[0]].tolist().index(each) for each in after[0, 0, 0].tolist()]
-    assert sorted(order) == list(range(6))
-    assert inside != list(range(16))
-    assert torch.equal(after, before[:, :, order][..., inside])  # every image, channel and patch
-
-
-def test_permuted_pixels_are_the_same_pixels():
-    images = torch.arange(2 * 3 * 5 * 4).reshape(2, 3, 5, 4)
-    out = permute_pixels(images, seed=1)
-    order = out[0, 0].flatten().tolist()
-    assert sorted(order) == list(range(20))
-    assert order != list(range(20))
-    assert torch.equal(out.flatten(2), images.flatten(2)[..., order])
-
-
-def test_patches_that_do_not_divide_the_image():
-    with pytest.raises(ValueError, match="patches of 3 do not divide images of 8x8"):
-        permute_patches(torch.zeros(1, 1, 8, 8), 3, seed=0)

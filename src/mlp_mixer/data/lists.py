@@ -31,11 +31,12 @@ _EXAMPLE = "Begin the list with a header such as path,label (or path,label,split
 _Rows = Iterator[tuple[int, list[object]]]
 
 
-def open_list(name: SourceName) -> dict[str, Source]:
+def open_list(name: SourceName, *, matched: bool = True) -> dict[str, Source]:
     """Returns the splits of a CSV or JSONL list; one without a `split` column is all train.
 
     Args:
         name: the list's own, with the columns as options where they are not found by their names.
+        matched: whether every class must have an image in train.
 
     Raises:
         UserError: the list cannot be read, or names the line that is wrong in it.
@@ -59,7 +60,7 @@ def open_list(name: SourceName) -> dict[str, Source]:
     if not len(whole):
         raise UserError("the list has no rows", where=path, fix=_EXAMPLE)
     _check_some_exist(whole, path)
-    return table.splits(whole, name.source)
+    return table.splits(whole, name.source, matched)
 
 
 class _Table:
@@ -123,12 +124,12 @@ class _Table:
     def _error(self, what: str, line: int, fix: str = "Correct or remove the line") -> UserError:
         return UserError(what, where=f"{self._path}, line {line}", fix=fix)
 
-    def splits(self, whole: ImageFiles, name: str) -> dict[str, Source]:
+    def splits(self, whole: ImageFiles, name: str, matched: bool) -> dict[str, Source]:
         codes = np.asarray(self._split_codes)
         rows = {split: np.flatnonzero(codes == at) for at, split in enumerate(SPLIT_FOLDERS)}
         rows = {split: found for split, found in rows.items() if len(found)}
         splits = {split: subset(whole, at, f"{name}:{split}") for split, at in rows.items()}
-        if "train" not in splits or len(splits) == 1:
+        if "train" not in splits or len(splits) == 1 or not matched:
             return dict(splits)
         known = np.zeros(len(whole.class_names), dtype=bool)
         known[splits["train"].labels] = True

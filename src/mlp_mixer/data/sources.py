@@ -10,6 +10,7 @@ A source is named by a string, SOURCE or SOURCE:SPLIT or SOURCE:SPLIT[PART]:
                        folder that has such files, in it or in data/ below it
     FOLDER             tar shards with an index, as `mixer data pack` writes them
     hf:owner/name      a data set of the Hugging Face hub; hf:owner/name@revision
+    FILE.json          a selection: parts of another source, perhaps under other labels
 SOURCE#label=COLUMN,image=COLUMN chooses columns, and config=NAME the configuration of a hub data
 set. Splits are train, validation (or val) and test; SOURCE:train[:90%] and SOURCE:train[90%:] are
 parts of one, SOURCE:test[100:200] another. Class names belong to the data: every split is matched
@@ -24,7 +25,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlp_mixer.data import hub_dataset, lists
+from mlp_mixer.data import hub_dataset, lists, selections
 from mlp_mixer.data.classes import match_classes, refuse_twins
 from mlp_mixer.data.digits import digits
 from mlp_mixer.data.folders import LAYOUT, SPLIT_FOLDERS, class_folder, find_splits, subfolders
@@ -54,6 +55,20 @@ def open_splits(name: str) -> dict[str, Source]:
     return _open(parsed, [parsed.split] if parsed.split else list(SPLIT_FOLDERS))
 
 
+def open_unmatched(name: str) -> dict[str, Source]:
+    """Returns the splits as `open_splits`, but each with the classes of its own.
+
+    That is for labels that are numbers, which a label rule puts into classes: a distance need not
+    occur in every split.
+
+    Raises:
+        UserError: as `open_splits`.
+    """
+    parsed = parse_name(name)
+    wanted = [parsed.split] if parsed.split else list(SPLIT_FOLDERS)
+    return _open(parsed, wanted, matched=False)
+
+
 def open_source(name: str) -> Source:
     """Returns one split: that of SOURCE:SPLIT, else of SOURCE the test, validation or train split.
 
@@ -80,13 +95,15 @@ def is_data(name: str) -> bool:
         return True
     if path.is_dir():
         return has_shards(path) or bool(_parquet_files(path))
-    is_file_of_images = path.suffix.lower() in (*lists.SUFFIXES, ".parquet")
+    is_file_of_images = path.suffix.lower() in (*lists.SUFFIXES, ".parquet", selections.SUFFIX)
     return is_file_of_images or (name.startswith(hub_dataset.PREFIX) and not path.exists())
 
 
-def _open(name: SourceName, wanted: list[str], first: bool = False) -> dict[str, Source]:
+def _open(
+    name: SourceName, wanted: list[str], first: bool = False, *, matched: bool = True
+) -> dict[str, Source]:
     """The splits that are wanted, or only the first of them, of those that the source has."""
-    found = _open_all(name)
+    found = _open_all(name, matched)
     if name.split is not None and name.split not in found:
         fix = f"Known there: {', '.join(found)}"
         raise UserError(f"the data has no {name.split} split", where=name.source, fix=fix)
@@ -98,7 +115,7 @@ def _open(name: SourceName, wanted: list[str], first: bool = False) -> dict[str,
         source = found[split]
         if isinstance(source, ParquetImages):
             source.hold()
-        if "train" in found:
+        if matched and "train" in found:
             names = found["train"].class_names
             source = match_classes(source, names, owner="train/", allow_missing=True)
         if name.part is not None:
@@ -107,7 +124,7 @@ def _open(name: SourceName, wanted: list[str], first: bool = False) -> dict[str,
     return opened
 
 
-def _open_all(name: SourceName) -> Mapping[str, Source]:
+def _open_all(name: SourceName, matched: bool) -> Mapping[str, Source]:
     """The splits of a source, each with its own classes."""
     if not name.base.strip():
         raise UserError("no data is named", fix=f"Give {_KINDS}")
@@ -121,7 +138,9 @@ def _open_all(name: SourceName) -> Mapping[str, Source]:
         return _open_folder(path, name)
     if path.exists():
         if path.suffix.lower() in lists.SUFFIXES:
-            return lists.open_list(name)
+            return lists.open_list(name, matched=matched)
+        if path.suffix.lower() == selections.SUFFIX:
+            return selections.open_selection(name, open_splits, open_unmatched)
         if path.suffix.lower() == ".parquet":
             return open_parquet([path], name)
         what = f"not a folder, and not a file of a known kind: {name.base!r}"
