@@ -15,10 +15,18 @@ if TYPE_CHECKING:
     from mlp_mixer.deploy.predict import Prediction, predict
     from mlp_mixer.errors import UserError
     from mlp_mixer.evaluation.accuracy import Evaluation, evaluate
+    from mlp_mixer.evaluation.few_shot import FewShot, few_shot
+    from mlp_mixer.evaluation.throughput import throughput
+    from mlp_mixer.evaluation.throughput_result import Throughput
+    from mlp_mixer.inspection.report import Inspection, inspect, random_weights
     from mlp_mixer.models.catalog import create_model, list_models
     from mlp_mixer.models.layers import ImageClassifier
     from mlp_mixer.models.mixer import MixerConfig, MlpMixer
     from mlp_mixer.preprocessing import Preprocessing
+    from mlp_mixer.studies.data_scale import DataScale, data_scale
+    from mlp_mixer.studies.report import Report, report
+    from mlp_mixer.studies.suite_result import SuiteResult
+    from mlp_mixer.studies.transfer import transfer, vtab
     from mlp_mixer.training.config import TrainConfig
     from mlp_mixer.training.finetune import FinetuneResult, finetune
     from mlp_mixer.training.loop import resume, train
@@ -38,6 +46,10 @@ _HOME = {
     "save_model": "weights.store",
     "Evaluation": "evaluation.accuracy",
     "evaluate": "evaluation.accuracy",
+    "Throughput": "evaluation.throughput_result",
+    "throughput": "evaluation.throughput",
+    "FewShot": "evaluation.few_shot",
+    "few_shot": "evaluation.few_shot",
     "TrainConfig": "training.config",
     "TrainResult": "training.summary",
     "train": "training.loop",
@@ -47,29 +59,53 @@ _HOME = {
     "recipe": "training.recipes",
     "Prediction": "deploy.predict",
     "predict": "deploy.predict",
+    "Inspection": "inspection.report",
+    "inspect": "inspection.report",
+    "random_weights": "inspection.report",
+    "DataScale": "studies.data_scale",
+    "data_scale": "studies.data_scale",
+    "Report": "studies.report",
+    "report": "studies.report",
+    "SuiteResult": "studies.suite_result",
+    "transfer": "studies.transfer",
+    "vtab": "studies.transfer",
 }
 
 __all__ = [
+    "DataScale",
     "Evaluation",
+    "FewShot",
     "FinetuneResult",
     "ImageClassifier",
+    "Inspection",
     "MixerConfig",
     "MlpMixer",
     "Prediction",
     "Preprocessing",
+    "Report",
+    "SuiteResult",
+    "Throughput",
     "TrainConfig",
     "TrainResult",
     "UserError",
     "create_model",
+    "data_scale",
     "evaluate",
+    "few_shot",
     "finetune",
+    "inspect",
     "list_models",
     "load_model",
     "predict",
+    "random_weights",
     "recipe",
+    "report",
     "resume",
     "save_model",
+    "throughput",
     "train",
+    "transfer",
+    "vtab",
 ]
 
 

@@ -55,10 +55,11 @@ def test_the_version(capsys):
 def test_typos(capsys):
     code, _, err = mixer(capsys, "trian")
     assert code == 2
+    known = [name for name in VERBS if " " not in name]
+    known += dict.fromkeys(name.split()[0] for name in VERBS if " " in name)
     assert err == (
         "error: unknown verb 'trian'\n"
-        "to fix: Did you mean train? "
-        "Known: models, train, finetune, evaluate, predict, convert, data\n"
+        f"to fix: Did you mean train or transfer? Known: {', '.join(known)}\n"
     )
     code, _, err = mixer(capsys, "data", "chek", "x")
     assert code == 2
@@ -83,9 +84,12 @@ def test_models(capsys):
     assert code == 0
     lines = out.splitlines()
     assert lines[0].split() == ["name", "pixels", "parameters", "with", "head", "GFLOPs", "tokens"]
-    rows = {line.split()[0]: line.split()[1:] for line in lines[2:10]}
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2:19]}
     assert list(rows) == mm.list_models()
     assert rows["mixer_b16"] == ["224x224", "59,111,472", "59,880,472", "25.20", "196"]
+    stages = ["3,136", "to", "49"]
+    assert rows["cycle_mlp_b1"] == ["224x224", "14,642,400", "15,155,400", "4.24", *stages]
+    assert rows["vip_s7"][3:] == ["13.80", "1,024", "to", "256"]
 
 
 def test_models_at_another_size(capsys):
@@ -93,9 +97,13 @@ def test_models_at_another_size(capsys):
     assert code == 0
     assert "64x96" in out
     assert "left out: cannot build mixer_h14: image size 64x96 is not divisible" in out
-    code, _, err = mixer(capsys, "models", "--image-size", "17")
+    code, out, _ = mixer(capsys, "models", "--image-size", "17")
+    assert code == 0
+    assert out.count("17x17 is not divisible by") == 8 + 4
+    assert [line.split()[0] for line in out.splitlines()[2:7]] == mm.list_models()[8:13]
+    code, _, err = mixer(capsys, "models", "--image-size", "3")
     assert code == 2
-    assert "image size 17x17 is not divisible by the patch size" in err
+    assert "image size 3x3 is not divisible by the patch size" in err
 
 
 @pytest.mark.parametrize("text", ["big", "0", "-3", "8x", "8x8x8", "1.5"])
@@ -136,6 +144,7 @@ def test_train_evaluate_predict(capsys, class_folder, tmp_path):
         "evaluation.json",
         "per_class.csv",
         "predictions.png",
+        "reliability.png",
         "worst_mistakes.png",
     ]
     top1 = json.loads((report / "evaluation.json").read_text())["top1"]

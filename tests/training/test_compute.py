@@ -12,6 +12,7 @@ from torch._inductor.exc import InductorError
 
 import mlp_mixer as mm
 from conftest import tiny_config, tiny_model
+from mlp_mixer.models import compute as rules
 from mlp_mixer.models.layers import draw_stochastic_depth, set_stochastic_depth
 from mlp_mixer.training import compute, step
 from mlp_mixer.training.compute import Compute, choose_compute, settings_of_torch
@@ -38,7 +39,7 @@ def losses(run: Path) -> list[float]:
     ],
 )
 def test_precision_auto_goes_by_stated_rules(monkeypatch, fast, flops, expected, why):
-    monkeypatch.setattr(compute, "has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(rules, "has_fast_bfloat16", lambda: fast)
     found = choose_compute(config(), CPU, flops, 10)
     assert (found.precision, found.why) == (expected, why)
     assert found.autocast()._enabled == (expected == "bfloat16")
@@ -47,7 +48,7 @@ def test_precision_auto_goes_by_stated_rules(monkeypatch, fast, flops, expected,
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_an_explicit_precision_is_never_changed(monkeypatch, precision):
     for fast in (True, False):
-        monkeypatch.setattr(compute, "has_fast_bfloat16", lambda fast=fast: fast)
+        monkeypatch.setattr(rules, "has_fast_bfloat16", lambda fast=fast: fast)
         for flops in (BIG, SMALL):
             found = choose_compute(config(precision=precision), CPU, flops, 10)
             assert (found.precision, found.why) == (precision, precision)
@@ -127,7 +128,7 @@ def test_onednn_is_only_taken_where_it_stays_float32(monkeypatch):
     def rounded(x, w):
         return (x.bfloat16() @ w.bfloat16().T).float()
 
-    monkeypatch.setattr(compute.F, "linear", rounded)
+    monkeypatch.setattr(F, "linear", rounded)
     with settings_of_torch(found, config(), BIG):
         assert products.fp32_precision == before
 

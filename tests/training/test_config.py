@@ -24,6 +24,7 @@ def test_json_round_trip(name: str):
         ("optimizer.learning_rate=1e-3", "optimizer.learning_rate", 0.001),
         ("optimizer.learning_rate=1", "optimizer.learning_rate", 1.0),
         ("optimizer.schedule=linear", "optimizer.schedule", "linear"),
+        ("optimizer.clip_norm=0", "optimizer.clip_norm", 0.0),
         ("augment.flip=true", "augment.flip", True),
         ("model.image_size=(16, 32)", "model.image_size", (16, 32)),
         ("data.num_workers=null", "data.num_workers", None),
@@ -151,3 +152,14 @@ def test_the_order_of_settings_does_not_matter():
     assert config.with_values({}, changes) == config.with_values({}, changes[::-1])
     with pytest.raises(mm.UserError, match="mix_until=0.92 has no effect"):
         config.with_values({}, changes[:2])
+
+
+def test_as_many_numbers_as_one_likes():
+    config = mm.recipe("digits").with_values(
+        {}, ["optimizer.schedule=steps", "optimizer.final=0", "optimizer.decay_at=(10, 20, 40, 50)"]
+    )
+    assert config.optimizer.decay_at == (10.0, 20.0, 40.0, 50.0)
+    assert mm.TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    for value in ("0.5", "(0.5, 'x')"):
+        with pytest.raises(mm.UserError, match="optimizer.decay_at must be a value of type"):
+            config.with_setting(f"optimizer.decay_at={value}")

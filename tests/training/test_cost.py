@@ -8,6 +8,7 @@ import torch
 import mlp_mixer as mm
 from conftest import ROOT, TINY, tiny_model
 from mlp_mixer.evaluation.throughput import count_parameters
+from mlp_mixer.models.catalog import model_config
 from mlp_mixer.models.mixer import MixerConfig
 from mlp_mixer.training.cost import (
     TrainingMemory,
@@ -20,6 +21,9 @@ from mlp_mixer.training.cost import (
     operations,
     training_memory,
 )
+from mlp_mixer.training.kept import kept_of_one_image
+from mlp_mixer.training.optimizer import build_optimizers
+from staged_models import small_cycle, small_permutator
 
 # 4 tokens of 3 channels, one layer of 5 and 7 hidden units, 2 x 2 pixels of one channel, 6 classes.
 BY_HAND = MixerConfig(
@@ -190,6 +194,57 @@ def test_the_largest_micro_batch():
     with pytest.raises(mm.UserError, match=r"0\.00 GB are left"):
         largest_micro_batch(config, 24, -5)
     assert largest_micro_batch(config, 24, 11 * one + 24 * pixels, bfloat16=True) == 12
+
+
+def test_other_families_are_counted_as_autograd_keeps():
+    for model in (small_cycle(10), small_permutator(10), tiny_model(10, 16, gelu="exact")):
+        for bfloat16 in (False, True):
+            counted, largest = kept_of_one_image(model.config, bfloat16)
+            expected = kept_bytes(model, bfloat16, "softmax")
+            assert counted == pytest.approx(expected, rel=0.15)
+            assert 0 < largest < counted
+    config = small_cycle(10).config
+    counted, largest = kept_of_one_image(config, False)
+    assert activation_bytes(config) == counted
+    each, pixels = counted + 4 * largest, 4 * 3 * 16 * 16
+    assert largest_micro_batch(config, 8, 8 * (each + pixels)) == 8
+    assert largest_micro_batch(config, 8, 8 * (each + pixels) - 1) == 4
+    with pytest.raises(mm.UserError, match=r"stages of 1, 2 blocks, 9 to 12 channels, 16x16"):
+        largest_micro_batch(config, 8, each)
+
+
+def test_the_count_and_the_formula_agree_on_a_mixer():
+    for bfloat16 in (False, True):
+        counted, _ = kept_of_one_image(tiny_model(10, 64, **MIDDLE).config, bfloat16)
+        formula = activation_bytes(tiny_model(10, 64, **MIDDLE).config, bfloat16=bfloat16)
+        assert formula == pytest.approx(counted, rel=0.01)
+
+
+def test_counting_draws_no_random_number():
+    before = torch.get_rng_state()
+    kept_of_one_image(small_permutator(3).config, False)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    kept_of_one_image(model_config("vip_s7", 28, 9, depths=(1, 1, 1, 1)), False)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.set_rng_state(before)
+
+
+def test_muon_moves_the_dense_weights_of_all_families():
+    for model in (small_cycle(10), small_permutator(10)):
+        moved = sum(
+            each.numel()
+            for name, each in model.named_parameters()
+            if name.startswith("network.") and each.dim() == 2
+        )
+        settings = mm.recipe("cifar10")
+        size = 4 * count_parameters(model)
+        memory = training_memory(model.config, count_parameters(model), settings)
+        assert memory.optimizer == 2 * size - 4 * moved
+        muon, adam = build_optimizers(model, settings.optimizer)
+        held = [each for group in muon.param_groups for each in group["params"]]
+        assert sum(each.numel() for each in held) == moved
+        assert len(adam.param_groups) == 2
 
 
 def test_an_unknown_architecture():

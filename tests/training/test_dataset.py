@@ -19,7 +19,7 @@ from mlp_mixer.data.sources import open_splits
 from mlp_mixer.data.write_shards import pack_splits
 from mlp_mixer.training.dataset import Augmentation, open_training_data
 
-PICTURES = ["confusion", "curves", "predictions", "train_batch", "worst_mistakes"]
+PICTURES = [*("confusion", "curves", "predictions", "reliability", "train_batch", "worst_mistakes")]
 
 
 def test_without_val_some_images_are_held_out(class_folder: Path, tmp_path: Path):

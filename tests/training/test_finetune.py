@@ -252,3 +252,25 @@ def test_a_bad_image_is_told_of_by_its_run(place):
     (place / "data" / "train" / "ant" / "new.png").write_bytes(b"not an image")
     result = mm.finetune(settings(place, data__max_bad=0.1), grid=[0.1], quiet=True)
     assert (result.folder / "seed-0" / "bad_files.txt").exists()
+
+
+def test_a_grid_with_images_of_its_own(place, monkeypatch, capsys):
+    """Where a benchmark says which images the rate is chosen by."""
+    make_class_folder(place / "grid" / "train", COUNTS, start=400)
+    make_class_folder(place / "grid" / "val", {"ant": 2, "bee": 2, "cat": 2}, start=500)
+    asked = pretend(monkeypatch, lambda config: 0.5)
+    source = str(place / "grid")
+    mm.finetune(settings(place), grid=[0.1, 0.2], grid_source=source)
+    assert [each.data.source for each in asked] == [source, source, str(place / "data")]
+    assert [each.data.holdout for each in asked] == [None, None, 0.0]
+    assert "judged on the images that are set apart for it" in capsys.readouterr().out
+    with pytest.raises(mm.UserError, match=r"grid_source is '.*/grid' there and None here"):
+        mm.finetune(settings(place), grid=[0.1, 0.2], quiet=True)
+    for options, changes, message in [
+        ({"grid_source": source}, {}, "has no effect without a grid"),
+        ({"grid_source": source, "grid": [0.1]}, {"data__holdout": 0.1}, "beside grid_source"),
+        ({"grid_source": str(place / "data"), "grid": [0.1]}, {}, "and has test, train"),
+    ]:
+        with pytest.raises(mm.UserError, match=message):
+            mm.finetune(settings(place, "other", **changes), quiet=True, **options)
+    assert not (place / "other").exists()

@@ -20,7 +20,7 @@ from mlp_mixer.data.sources import open_splits
 from mlp_mixer.training import loop, summary
 from mlp_mixer.training.run_folder import planned_path
 
-PICTURES = ["confusion", "curves", "predictions", "train_batch", "worst_mistakes"]
+PICTURES = [*("confusion", "curves", "predictions", "reliability", "train_batch", "worst_mistakes")]
 
 
 def steps_of(run: Path) -> list[dict[str, float]]:
@@ -238,7 +238,7 @@ def test_a_diverged_model_is_never_best(class_folder, tmp_path, monkeypatch):
 
     def diverged(*args, **kwargs):
         result = measure(*args, **kwargs)
-        result.probabilities[:] = np.nan
+        result.logits[:] = np.nan
         return result
 
     monkeypatch.setattr(loop, "measure", diverged)

@@ -8,7 +8,7 @@ import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import mlp_mixer as mm
-from conftest import GOLDEN, tiny_model
+from conftest import GOLDEN, tiny_config, tiny_model
 from google_layout import official_model, our_layout, our_name
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.head import freeze_all_but_head
@@ -207,3 +207,17 @@ def test_the_average_has_the_bits_of_torchs_average_over_modules():
 
 def test_the_public_names():
     assert mm.TrainConfig().optimizer == OptimizerSettings()
+
+
+def test_no_clipping(class_folder, tmp_path):
+    """0 is none: the same as a norm that no gradient reaches, unlike one that each does."""
+    names = {0.0: "none", 1e9: "large", 1e-3: "small"}
+    for norm, name in names.items():
+        sgd = {"name": "sgd", "weight_decay": 0.0, "learning_rate": 0.1, "clip_norm": norm}
+        config = tiny_config(str(class_folder), tmp_path / name)
+        config = config.with_values({f"optimizer.{key}": value for key, value in sgd.items()})
+        mm.train(config, quiet=True)
+    weights = (tmp_path / each / "best" / "model.safetensors" for each in names.values())
+    found = [each.read_bytes() for each in weights]
+    assert found[0] == found[1]
+    assert found[0] != found[2]

@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import shlex
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from mlp_mixer.training.finetuning_recipes import (
 )
 from mlp_mixer.training.pretraining_recipes import PRETRAINING
 from mlp_mixer.training.recipes import RECIPES
+from mlp_mixer.training.sibling_recipes import SIBLINGS
 
 # Table 4 of the paper, and Google's biases of the head.
 #                   model      epochs  rate   decay  magn. mixup depth  bias
@@ -52,6 +54,13 @@ APPENDIX_C = {
     "finetune_vtab": (2_500, 200, 0.01, THREE, 200 / 1000),
 }
 
+# What appendix A.2 tried, one thing each, on top of fine-tuning without Inception crops.
+APPENDIX_A2: dict[str, dict[str, Any]] = {
+    "finetune_mixup": {"augment.mixup": 0.1},
+    "finetune_average": {"optimizer.average": 0.9999},
+    "finetune_inception": {"augment.crop": "inception"},
+}
+
 
 def architecture(config: mm.TrainConfig, num_classes: int = 10) -> mm.ImageClassifier:
     with torch.device("meta"):
@@ -77,9 +86,10 @@ def test_every_recipe_builds(name: str):
 
 def test_all_are_named():
     assert set(PRETRAINING) == set(TABLE_4)
-    assert set(FINETUNING) == {"finetune", *APPENDIX_C}
-    others = {"digits", "scratch", "cifar10", "cifar10_best"}
-    assert set(RECIPES) == {*others, *PRETRAINING, *FINETUNING}
+    assert set(FINETUNING) == {"finetune", *APPENDIX_C, *APPENDIX_A2}
+    others = {"digits", "scratch", "cifar10", "cifar10_best", "cifar10_compare"}
+    assert set(SIBLINGS) == {"imagenet_cycle_mlp_b1", "imagenet_vip_s7"}
+    assert set(RECIPES) == {*others, *PRETRAINING, *SIBLINGS, *FINETUNING}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +136,14 @@ def test_fine_tuning_is_the_papers_appendix_c(name: str):
     assert config.augment.mixup == 0
 
 
-@pytest.mark.parametrize("name", FINETUNING)
+@pytest.mark.parametrize(("name", "own"), APPENDIX_A2.items())
+def test_appendix_a2_is_one_flag_each(name: str, own: dict[str, Any]):
+    config = mm.recipe(name)
+    without = mm.recipe("finetune_pets").with_values({"recipe": name, "augment.crop": "none"} | own)
+    assert config == without
+
+
+@pytest.mark.parametrize("name", ["finetune", *APPENDIX_C])
 def test_what_fine_tuning_shares(name: str):
     config = mm.recipe(name)
     model, augment, optimizer = config.model, config.augment, config.optimizer
@@ -214,7 +231,9 @@ def test_each_says_its_command_and_what_to_expect(name: str):
     found = commands(name)
     assert len(found) == 1
     words = shlex.split(found[0])
-    if name in FINETUNING:
+    if name == "cifar10_compare":
+        assert words[1] == "permute"  # whose default it is
+    elif name in FINETUNING:
         assert words[1] == "finetune"
         assert name == "finetune" or words[words.index("--recipe") + 1] == name
     else:
@@ -252,11 +271,14 @@ def test_the_documents_costs(name: str):
     assert float(hours.replace(",", "")) == pytest.approx(expected, abs=0.51)
 
 
-@pytest.mark.parametrize(("name", "num_images"), [("cifar10", 45_000), ("cifar10_best", 45_000)])
+@pytest.mark.parametrize(
+    ("name", "num_images"),
+    [("cifar10", 45_000), ("cifar10_best", 45_000), ("cifar10_compare", 45_000)],
+)
 def test_the_documents_short_runs(name: str, num_images: int):
     (row,) = rows(name)
     config = mm.recipe(name)
-    seen = num_images_seen(config, num_images)
+    seen = num_images_seen(config, 45_000)
     total = operations(architecture(config).config.flops, seen)
     assert float(row[6]) == pytest.approx(total, rel=0.05)
     assert row[3:5] == [str(config.epochs), f"{config.batch_size:,}"]

@@ -58,3 +58,35 @@ def test_a_run_beyond_its_warmup_is_accepted(warmup: float, num_steps: int):
     settings = OptimizerSettings(warmup=warmup)
     check_warmup(settings, num_steps)
     assert learning_rate(settings, num_steps - 1, num_steps) == settings.learning_rate
+
+
+def test_stepwise_decay():
+    """As task_adaptation and bit_hyperrule.py: the boundary's own step has the rate before."""
+    settings = OptimizerSettings(learning_rate=2.0, schedule="steps", warmup=8)
+    rates = [learning_rate(settings, step, 100) for step in range(101)]
+    assert (rates[0], rates[4], rates[8]) == (0.0, 1.0, 2.0)
+    at = [rates[step] for step in (30, 31, 60, 61, 90, 91, 100)]
+    assert at == pytest.approx([2.0, 0.2, 0.2, 0.02, 0.02, 0.002, 0.002])
+    in_steps = OptimizerSettings(schedule="steps", warmup=0, decay_at=(5, 7), decay_factor=0.5)
+    assert [learning_rate(in_steps, step, 10) / 1e-3 for step in range(4, 10)] == pytest.approx(
+        [1, 1, 0.5, 0.5, 0.25, 0.25]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decay_at": (0.5,)}, r"optimizer.decay_at=\(0.5,\) has no effect with cosine decay"),
+        ({"decay_factor": 0.5}, "optimizer.decay_factor=0.5 has no effect with cosine decay"),
+        ({"schedule": "steps", "final": 0.1}, "optimizer.final=0.1 has no effect with stepwise"),
+        ({"schedule": "steps", "decay_factor": 1.0}, "decay_factor must be above 0 and below 1"),
+        ({"schedule": "steps", "decay_at": ()}, "optimizer.decay_at must be ascending shares"),
+        ({"schedule": "steps", "decay_at": (0.6, 0.3)}, "decay_at must be ascending"),
+        ({"schedule": "steps", "decay_at": (0.5, 20.0)}, "decay_at must be ascending"),
+        ({"schedule": "steps", "decay_at": (2.5,)}, "decay_at must be ascending"),
+        ({"schedule": "steps", "decay_at": (0.0,)}, "decay_at must be ascending"),
+    ],
+)
+def test_a_decay_that_cannot_be(changes: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        OptimizerSettings(**changes)

@@ -11,6 +11,7 @@ def models(
     image_size: Size = None,
     num_classes: Number = None,
     weights: bool = False,
+    comparison: bool = False,
     inspect: Source = None,
 ) -> None:
     """List the architectures, the published weights, or what a weights file holds.
@@ -19,18 +20,21 @@ def models(
         mixer models
         mixer models --image-size 448
         mixer models --weights
+        mixer models --comparison
         mixer models --inspect Mixer-B_16.npz
 
     Args:
         image_size: at this size; the default is the paper's 224.
         num_classes: outputs of the head, for the column "with head" (1000).
         weights: list every published checkpoint: origin, size, preprocessing, accuracy, licence.
+        comparison: list the systems that the paper compares with, which timm builds.
         inspect: say what a file (or anything else that names a model) is, and list its tensors.
     """
     size = parse_size(image_size)
-    flags = {"--weights": weights, "--inspect": inspect, "--num-classes": num_classes}
+    flags = {"--weights": weights, "--comparison": comparison, "--inspect": inspect}
+    flags |= {"--num-classes": num_classes}
     given = [name for name, value in flags.items() if value]
-    if weights and image_size is not None:
+    if (weights or comparison) and image_size is not None:
         given.append("--image-size")
     if len(given) > 1:
         what = f"{' and '.join(given)} do not go together"
@@ -44,6 +48,10 @@ def models(
         from mlp_mixer.weights.report import list_checkpoints
 
         print("\n".join(list_checkpoints()))
+    elif comparison:
+        from mlp_mixer.models.comparison_systems import list_comparison
+
+        print("\n".join(list_comparison()))
     else:
         print("\n".join(_architectures(size, 1000 if num_classes is None else num_classes)))
 
@@ -67,11 +75,15 @@ def _architectures(size: int | tuple[int, int] | None, num_classes: int) -> list
         parameters = count_parameters(model)
         height, width = model.config.image_size
         cells = [name, f"{height}x{width}", f"{parameters - head:,}", f"{parameters:,}"]
-        rows.append([*cells, f"{model.config.flops / 1e9:.2f}", f"{model.config.num_tokens:,}"])
+        grids = getattr(model.config, "grids", ())  # of a model in stages; their first and last
+        counts = [h * w for h, w in (grids[0], grids[-1])] if grids else [model.config.num_tokens]
+        tokens = " to ".join(f"{each:,}" for each in dict.fromkeys(counts))
+        rows.append([*cells, f"{model.config.flops / 1e9:.2f}", tokens])
     if not rows:
         raise UserError(skipped[0])
     header = ["name", "pixels", "parameters", "with head", "GFLOPs", "tokens"]
     lines = table(header, rows)
     lines.append("GFLOPs of one image with the head; a multiply-add counts as two.")
+    lines.append("Where two numbers of tokens stand: of the first stage and of the last.")
     lines += [f"left out: {line}" for line in skipped]
     return lines

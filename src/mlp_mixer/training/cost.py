@@ -1,4 +1,5 @@
-"""What training costs: operations, time and memory. Pure functions, small enough to check by hand.
+"""What training costs: operations, time and memory. Pure functions, small enough to check by hand;
+only the memory of other families than the Mixer is counted by the computer, see `kept.py`.
 
 Legend: N images, S tokens, C channels, D_S and D_C hidden units of the token-mixing and the
 channel-mixing MLPs.
@@ -7,10 +8,12 @@ channel-mixing MLPs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.mixer import MixerConfig
 from mlp_mixer.training.config import TrainConfig
+from mlp_mixer.training.kept import block_matrices, is_known, kept_of_one_image
 
 # Images a second of the line on costs: a processor, a small GPU, a large one.
 _SPEEDS = (10, 100, 1000)
@@ -145,9 +148,9 @@ def training_memory(
 
 
 def _block_matrices(config: object) -> int:
-    """The weights of the mixer blocks' dense layers; 0 where the architecture is not known."""
-    if not isinstance(config, MixerConfig):
-        return 0
+    """The weights of the blocks' dense layers; 0 where the architecture is not known."""
+    if not isinstance(config, MixerConfig) or not config.is_plain:
+        return block_matrices(config) if is_known(config) else 0
     tokens = 2 * config.num_tokens * config.tokens_mlp_dim
     return config.num_blocks * (tokens + 2 * config.hidden_dim * config.channels_mlp_dim)
 
@@ -166,7 +169,8 @@ def activation_bytes(config: object, *, bfloat16: bool = False) -> int | None:
 
     What is added to the residual stream is not kept. Around the blocks: the image, the input of the
     last LayerNorm, the features, and logits and targets. Measured without torch.compile, which
-    computes some of it again rather than keep it, and so needs less.
+    computes some of it again rather than keep it, and so needs less. Of other families the same is
+    counted by `kept_of_one_image`.
 
     Args:
         config: of the model.
@@ -175,8 +179,8 @@ def activation_bytes(config: object, *, bfloat16: bool = False) -> int | None:
     Returns:
         None for an architecture that is not known here.
     """
-    if not isinstance(config, MixerConfig):
-        return None
+    if not isinstance(config, MixerConfig) or not config.is_plain:
+        return kept_of_one_image(config, bfloat16)[0] if is_known(config) else None
     width = 2 if bfloat16 else 4
     tokens, dim = config.num_tokens, config.hidden_dim
     stream = tokens * dim
@@ -189,12 +193,12 @@ def activation_bytes(config: object, *, bfloat16: bool = False) -> int | None:
     return config.num_blocks * block + around
 
 
-def _pixels(config: MixerConfig) -> int:
+def _pixels(config: Any) -> int:
     return config.in_channels * config.image_size[0] * config.image_size[1]
 
 
 def largest_micro_batch(
-    config: object, batch: int, available_bytes: int, *, bfloat16: bool = False
+    config: Any, batch: int, available_bytes: int, *, bfloat16: bool = False
 ) -> int | None:
     """Returns how many images a process can pass through the model at once.
 
@@ -217,10 +221,12 @@ def largest_micro_batch(
     kept = activation_bytes(config, bfloat16=bfloat16)
     if kept is None:
         return None
-    assert isinstance(config, MixerConfig)
-    tokens, dim = config.num_tokens, config.hidden_dim
-    hidden = max(dim * config.tokens_mlp_dim, tokens * config.channels_mlp_dim)
-    each = kept + 2 * (2 if bfloat16 else 4) * hidden + 2 * 4 * tokens * dim
+    if isinstance(config, MixerConfig) and config.is_plain:
+        tokens, dim = config.num_tokens, config.hidden_dim
+        hidden = max(dim * config.tokens_mlp_dim, tokens * config.channels_mlp_dim)
+        each = kept + 2 * (2 if bfloat16 else 4) * hidden + 2 * 4 * tokens * dim
+    else:
+        each = kept + 4 * kept_of_one_image(config, bfloat16)[1]
     room = available_bytes - batch * 4 * _pixels(config)
     fitting = [number for number in range(1, batch + 1) if batch % number == 0]
     fitting = [number for number in fitting if number * each <= room]

@@ -19,7 +19,7 @@ from mlp_mixer.data.items import (
 )
 from mlp_mixer.data.randaugment import randaugment
 from mlp_mixer.data.sources import open_splits
-from mlp_mixer.data.transforms import flip, inception_crop, resize_for_evaluation
+from mlp_mixer.data.transforms import flip, inception_crop, random_crop, resize_for_evaluation
 from mlp_mixer.errors import UserError
 from mlp_mixer.preprocessing import Preprocessing
 from mlp_mixer.training.settings import AugmentSettings, DataSettings
@@ -167,6 +167,8 @@ class Augmentation:
         if settings.crop == "inception":
             size = self.preprocessing.image_size
             pixels = inception_crop(image, size, random, settings.crop_area)
+        elif settings.crop == "random":
+            pixels = random_crop(image.decode(), self.preprocessing, random)
         else:
             pixels = resize_for_evaluation(image.decode(), self.preprocessing)
             if settings.crop == "padded":

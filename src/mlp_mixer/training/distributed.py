@@ -108,6 +108,12 @@ class World:
             raise UserError(values[0].what, where=values[0].where, fix=values[0].fix)
         return values[0]
 
+    def take_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites tensors, the same ones on every process, with those of the first process."""
+        if self.size > 1:
+            for each in tensors:
+                dist.broadcast(each, src=0)
+
     def wait(self) -> None:
         """Returns when all processes have come here."""
         if self.size > 1:

@@ -36,6 +36,7 @@ def finetune(
     *,
     grid: Sequence[float] = (),
     seeds: Sequence[int] = (0,),
+    grid_source: str | None = None,
     quiet: bool = False,
 ) -> FinetuneResult:
     """Fine-tunes with each rate of the grid, then with the best of them for each seed.
@@ -50,6 +51,8 @@ def finetune(
             its own seed in the grid.
         grid: learning rates to choose from; of equally good ones the lowest is taken.
         seeds: of the final runs.
+        grid_source: data with a train and a validation split that the grid's runs take in place of
+            a part of the training images and the rest, where a benchmark says which these are.
         quiet: print nothing; the log files are written all the same.
 
     Raises:
@@ -69,7 +72,7 @@ def finetune(
     if not seeds:
         raise UserError("the final runs need a seed", where="--seeds", fix="--seeds 0 1 2")
     with joined(config.device) as (world, _):
-        return _Study(config, grid, seeds, world, quiet).run()
+        return _Study(config, grid, seeds, world, quiet, grid_source).run()
 
 
 class _Study:
@@ -80,9 +83,11 @@ class _Study:
         seeds: Sequence[int],
         world: World,
         quiet: bool,
+        grid_source: str | None,
     ) -> None:
         assert config.output is not None
         self.config, self.world, self.quiet = config, world, quiet
+        self.grid_source = grid_source
         self.splits = open_splits(config.data.source).keys()
         self.measured_on = "test" if "test" in self.splits else "validation"
         self.rates, self.seeds = [float(each) for each in grid], list(seeds)
@@ -90,6 +95,7 @@ class _Study:
         self.share = config.data.holdout
         if self.share is None:
             self.share = HOLDOUTS.get(config.recipe, 0.1)
+        self.check_grid_source()
         self.grid = {f"grid/lr-{rate!r}": self.in_grid(rate) for rate in self.rates}
         self.keeps_last = self.final(self.seeds[0]).data.holdout == 0.0
         for seed in self.seeds:
@@ -97,7 +103,7 @@ class _Study:
         self.refuse_what_cannot_be_measured()
         self.report = Reporter(quiet=quiet or not world.is_first)
         path, first = expand(config.output), [*self.grid, f"seed-{self.seeds[0]}"][0]
-        self.folder = StudyFolder(path, config, self.rates, self.seeds)
+        self.folder = StudyFolder(path, config, self.rates, self.seeds, grid_source)
         self.done: dict[str, float | None] = world.from_first(lambda: self.folder.done(first))
         if world.is_first and self.done:
             self.report.log_to(path / "log.txt")
@@ -106,7 +112,9 @@ class _Study:
         """A run that sees training images alone: a part to learn from, the rest to judge by."""
         source = self.config.data.source
         source = source if parse_name(source).split else f"{source}:train"
-        changes = {"data.source": source, "data.holdout": self.share}
+        changes: dict[str, Any] = {"data.source": source, "data.holdout": self.share}
+        if self.grid_source is not None:
+            changes = {"data.source": self.grid_source, "data.holdout": None}
         return self.config.with_values({**changes, "optimizer.learning_rate": rate})
 
     def final(self, seed: int, rate: float | None = None) -> TrainConfig:
@@ -123,6 +131,21 @@ class _Study:
                 what += "the grid they train on all training images and validate on none"
                 raise UserError(what, fix="--set patience=null, or leave --grid out")
         return self.config.with_values(changes)
+
+    def check_grid_source(self) -> None:
+        """Refuses data for the grid where there is no grid, or that cannot be judged by."""
+        if self.grid_source is None:
+            return
+        what = f"grid_source={self.grid_source} has no effect "
+        if not self.rates:
+            raise UserError(f"{what}without a grid", fix="Give learning rates, or leave it out")
+        if self.config.data.holdout is not None:
+            what = f"data.holdout={self.config.data.holdout} has no effect beside grid_source"
+            raise UserError(what, fix="Leave one of them out")
+        there = set(open_splits(self.grid_source))
+        if there != {"train", "validation"}:
+            what = f"the grid needs train and validation images, and has {', '.join(sorted(there))}"
+            raise UserError(what, where=self.grid_source)
 
     def refuse_what_cannot_be_measured(self) -> None:
         if "train" not in self.splits:
@@ -168,7 +191,9 @@ class _Study:
         parts = []
         if self.rates:
             rates = ", ".join(f"{each:g}" for each in self.rates)
-            parts.append(f"rates {rates}, judged on {self.share:.0%} of the training images")
+            by = f"{self.share:.0%} of the training images"
+            by = by if self.grid_source is None else "the images that are set apart for it"
+            parts.append(f"rates {rates}, judged on {by}")
         parts.append(f"seed{'s' * (len(self.seeds) > 1)} {', '.join(map(str, self.seeds))}")
         self.say(f"study    {'; then '.join(parts)}")
         if "test" not in self.splits:

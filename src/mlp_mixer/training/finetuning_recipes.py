@@ -38,6 +38,9 @@ LEARNING_RATES: dict[str, tuple[float, ...]] = {
     "finetune_pets": _GRID,
     "finetune_flowers": _GRID,
     "finetune_vtab": (0.003, 0.01, 0.03),
+    "finetune_mixup": _GRID,
+    "finetune_average": _GRID,
+    "finetune_inception": _GRID,
 }
 
 # Recipe -> share of the training images that the rate is chosen by (of VTAB's 1,000 it is 200).
@@ -48,6 +51,9 @@ HOLDOUTS: dict[str, float] = {
     "finetune_pets": 0.1,
     "finetune_flowers": 0.1,
     "finetune_vtab": 0.2,
+    "finetune_mixup": 0.1,
+    "finetune_average": 0.1,
+    "finetune_inception": 0.1,
 }
 
 # Training images below which a set is "small", and "medium" (bit_hyperrule.py).
@@ -65,6 +71,7 @@ def _finetune(
     crop: Literal["inception", "none"] = "inception",
     flip: bool = True,
     resize: Literal["resmall-crop", "squash"] = "resmall-crop",
+    average: float = 0.0,
 ) -> TrainConfig:
     return TrainConfig(
         recipe=recipe,
@@ -81,6 +88,7 @@ def _finetune(
             beta1=0.9,
             schedule="cosine",
             warmup=warmup,
+            average=average,
         ),
         epochs=None,
         steps=steps,
@@ -199,6 +207,58 @@ def finetune_vtab() -> TrainConfig:
     )
 
 
+def _appendix_a2(
+    recipe: str,
+    *,
+    mixup: float = 0.0,
+    average: float = 0.0,
+    crop: Literal["inception", "none"] = "none",
+) -> TrainConfig:
+    """Returns one of the things that appendix A.2 tried, and nothing else beside it."""
+    return _finetune(
+        recipe,
+        steps=500,
+        warmup=100,
+        evaluate_every=100,
+        mixup=mixup,
+        average=average,
+        crop=crop,
+    )
+
+
+def finetune_mixup() -> TrainConfig:
+    """Appendix A.2: mixup of strength 0.1, which is BiT's, on whole pictures.
+
+    mixer finetune mixer_b16.i21k --recipe finetune_mixup --data FOLDER --grid
+
+    Expected: no consistent gain, with weights of JFT-300M (the paper). Compare with
+    `--set augment.mixup=0`.
+    """
+    return _appendix_a2("finetune_mixup", mixup=0.1)
+
+
+def finetune_average() -> TrainConfig:
+    """Appendix A.2: Polyak averaging of the weights, by 0.9999 a step as in the ViT paper.
+
+    mixer finetune mixer_b16.i21k --recipe finetune_average --data FOLDER --grid
+
+    Expected: no consistent gain, with weights of JFT-300M (the paper). Compare with
+    `--set optimizer.average=0`.
+    """
+    return _appendix_a2("finetune_average", average=0.9999)
+
+
+def finetune_inception() -> TrainConfig:
+    """Appendix A.2: Inception crops, of 5 to 100 % of the picture.
+
+    mixer finetune mixer_b16.i21k --recipe finetune_inception --data FOLDER --grid
+
+    Expected: no gain, with weights of JFT-300M (the paper). Compare with
+    `--set augment.crop=none`.
+    """
+    return _appendix_a2("finetune_inception", crop="inception")
+
+
 FINETUNING: dict[str, Callable[[], TrainConfig]] = {
     "finetune": finetune,
     "finetune_imagenet": finetune_imagenet,
@@ -206,4 +266,7 @@ FINETUNING: dict[str, Callable[[], TrainConfig]] = {
     "finetune_pets": finetune_pets,
     "finetune_flowers": finetune_flowers,
     "finetune_vtab": finetune_vtab,
+    "finetune_mixup": finetune_mixup,
+    "finetune_average": finetune_average,
+    "finetune_inception": finetune_inception,
 }

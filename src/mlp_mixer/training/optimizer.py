@@ -70,7 +70,8 @@ def is_kernel(name: str, parameter: Tensor) -> bool:
 
 
 def _hidden_kernels(trained: dict[str, nn.Parameter]) -> list[str]:
-    in_blocks = {name: each for name, each in trained.items() if name.startswith("blocks.")}
+    inside = ("blocks.", "network.")  # of a Mixer; of CycleMLP and Vision Permutator
+    in_blocks = {name: each for name, each in trained.items() if name.startswith(inside)}
     return [name for name, each in in_blocks.items() if is_kernel(name, each) and each.dim() == 2]
 
 

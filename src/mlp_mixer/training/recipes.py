@@ -19,6 +19,7 @@ from mlp_mixer.training.settings import (
     ModelSettings,
     OptimizerSettings,
 )
+from mlp_mixer.training.sibling_recipes import SIBLINGS
 
 
 def digits() -> TrainConfig:
@@ -174,12 +175,46 @@ def cifar10_best() -> TrainConfig:
     )
 
 
+def cifar10_compare() -> TrainConfig:
+    """A small Mixer on CIFAR-10 with settings that suit other networks too, to compare them.
+
+    mixer permute --data 'cifar10_*.parquet' --output runs/permute --steps 1000
+
+    Expected: benchmarks/permutation.md and benchmarks/ablations.md.
+
+    The optimiser is AdamW, since Muon is for the dense layers of mixer blocks alone, and there is
+    nothing that only a long run profits from.
+    """
+    overrides: dict[str, Any] = {
+        "patch_size": 4,
+        "hidden_dim": 96,
+        "num_blocks": 6,
+        "tokens_mlp_dim": 48,
+        "channels_mlp_dim": 384,
+    }
+    return TrainConfig(
+        recipe="cifar10_compare",
+        model=ModelSettings(name="mixer_s16", image_size=32, overrides=overrides),
+        data=DataSettings(source="", resize="squash"),
+        augment=AugmentSettings(crop="padded", flip=True),
+        optimizer=OptimizerSettings(
+            learning_rate=2e-3, weight_decay=0.05, schedule="cosine", warmup=0.1, average=0.99
+        ),
+        epochs=20,
+        batch_size=128,
+        label_smoothing=0.1,
+        evaluate_every=1,
+    )
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "digits": digits,
     "scratch": scratch,
     "cifar10": cifar10,
     "cifar10_best": cifar10_best,
+    "cifar10_compare": cifar10_compare,
     **PRETRAINING,
+    **SIBLINGS,
     **FINETUNING,
 }
 

@@ -1,6 +1,8 @@
 """The learning rate: a pure function of the step, which starts at step 0 with a rate of 0.
 
-Source: `create_learning_rate_schedule` of big_vision's `utils.py`.
+Source: `create_learning_rate_schedule` of big_vision's `utils.py`; the stepwise decay is that of
+google-research/task_adaptation and of `bit_hyperrule.py`: the step of the boundary itself still has
+the rate before.
 """
 
 from __future__ import annotations
@@ -12,22 +14,26 @@ from mlp_mixer.training.settings import OptimizerSettings
 
 
 def learning_rate(settings: OptimizerSettings, step: int, num_steps: int) -> float:
-    """Returns the rate of a step: a linear rise to the peak, then cosine or linear decay.
+    """Returns the rate of a step: a linear rise to the peak, then cosine, linear or stepwise decay.
 
     Args:
-        settings: with `learning_rate`, `warmup`, `schedule` and `final`.
+        settings: with `learning_rate`, `warmup`, `schedule` and what belongs to it.
         step: from 0.
         num_steps: of the whole run.
     """
     warmup = warmup_steps(settings, num_steps)
     progress = (step - warmup) / max(num_steps - warmup, 1)
     progress = min(max(progress, 0.0), 1.0)
+    rise = min(1.0, step / warmup) if warmup else 1.0
+    if settings.schedule == "steps":
+        ends = (round(at * num_steps) if at < 1 else at for at in settings.decay_at)
+        scale = settings.decay_factor ** sum(step > end for end in ends)
+        return settings.learning_rate * scale * rise
     if settings.schedule == "cosine":
         decay = 0.5 * (1.0 + math.cos(math.pi * progress))
     else:
         decay = 1.0 - progress
     scale = settings.final + (1.0 - settings.final) * decay
-    rise = min(1.0, step / warmup) if warmup else 1.0
     return settings.learning_rate * scale * rise
 
 

@@ -5,6 +5,7 @@ Every value is one somebody chose; one that would have no effect is refused, nev
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -82,6 +83,10 @@ class DataSettings:
         without: a list of images to leave out, as `mixer data check --drop-list` writes it.
         resize: how evaluation fits a picture to the model, see `mlp_mixer.preprocessing`.
         exif_orientation: turn photographs upright by their EXIF tag; the paper's code does not.
+        permutation: of the pixels of every picture, see `mlp_mixer.preprocessing` (figure 4 of the
+            paper); None is none, and that of the `weights` where the run begins with some.
+        permutation_patch: side of the patches in pixels, for "patches".
+        permutation_seed: of the draw.
         max_bad: the largest share of undecodable images at which a run goes on.
         num_workers: processes that decode; None chooses by the size of the data.
         timeout: seconds without a batch after which a worker is taken for hanging; 0 for never.
@@ -94,6 +99,9 @@ class DataSettings:
     without: str | None = None
     resize: Literal["resize-crop", "resmall-crop", "squash"] = "resmall-crop"
     exif_orientation: bool = True
+    permutation: Literal["none", "patches", "pixels"] | None = None
+    permutation_patch: int | None = None
+    permutation_seed: int = 0
     max_bad: float = 0.01
     num_workers: int | None = None
     timeout: float = 600.0
@@ -110,6 +118,16 @@ class DataSettings:
             what = f"data.fraction_seed={self.fraction_seed} has no effect with all of the images"
             raise UserError(what, fix="--set data.fraction=0.1")
         require(self.timeout >= 0.0, "data.timeout", self.timeout, "at least 0")
+        patch, seed = self.permutation_patch, self.permutation_seed
+        require(patch is None or patch > 0, "data.permutation_patch", patch, "at least 1")
+        require(seed >= 0, "data.permutation_seed", seed, "at least 0")
+        if (patch is not None) != (self.permutation == "patches"):
+            what = f"data.permutation_patch={patch} with data.permutation={self.permutation}: "
+            what += "'patches' needs it, and nothing else takes it"
+            raise UserError(what, fix="--set data.permutation=patches data.permutation_patch=16")
+        if seed and self.permutation not in ("patches", "pixels"):
+            what = f"data.permutation_seed={seed} has no effect without data.permutation"
+            raise UserError(what, fix="--set data.permutation=pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +136,8 @@ class AugmentSettings:
 
     Args:
         crop: "inception" cuts out a random rectangle, "none" resizes as evaluation does, "padded"
-            does so and moves the picture by whole pixels (for small ones).
+            does so and moves the picture by whole pixels (for small ones), "random" squashes it to
+            8/7 of the model's size (one over the model's `crop`) and cuts out a random part.
         crop_area: the rectangle's smallest and largest share of the picture.
         crop_padding: how far "padded" moves at most, share of the picture's side.
         flip: mirror every other picture left to right.
@@ -135,7 +154,7 @@ class AugmentSettings:
         mix_until: share of the run after which there is no mixup and no cutmix any more.
     """
 
-    crop: Literal["inception", "padded", "none"] = "inception"
+    crop: Literal["inception", "padded", "random", "none"] = "inception"
     crop_area: tuple[float, float] = (0.05, 1.0)
     crop_padding: float = 0.125
     flip: bool = True
@@ -194,10 +213,13 @@ class OptimizerSettings:
         weight_decay: decoupled, times the learning rate; on kernels only.
         beta1, beta2: of Adam; beta1 is the momentum of SGD.
         momentum: of Muon.
-        clip_norm: global norm to which the gradient is clipped.
-        schedule: "cosine" or "linear", from the warm-up's end down to `final` times the rate.
+        clip_norm: global norm to which the gradient is clipped; 0 for none.
+        schedule: "cosine" or "linear", from the warm-up's end down to `final` times the rate; or
+            "steps", which multiplies the rate by `decay_factor` behind each of `decay_at`.
         warmup: how long the rate rises linearly: below 1 a share of all steps, else steps.
         final: learning rate at the last step, relative.
+        decay_at: of "steps", ascending: below 1 shares of all steps, else steps.
+        decay_factor: of "steps".
         average: decay of the running average of the weights, which is what is then evaluated and
             kept (Polyak averaging); 0 keeps the weights themselves.
         sharpness: radius rho of sharpness-aware minimisation, 0 for none: the gradient is taken
@@ -212,9 +234,11 @@ class OptimizerSettings:
     beta2: float = 0.999
     momentum: float = 0.95
     clip_norm: float = 1.0
-    schedule: Literal["cosine", "linear"] = "cosine"
+    schedule: Literal["cosine", "linear", "steps"] = "cosine"
     warmup: float = 0.1
     final: float = 0.0
+    decay_at: tuple[float, ...] = (0.3, 0.6, 0.9)
+    decay_factor: float = 0.1
     average: float = 0.0
     sharpness: float = 0.0
     sharpness_from: float = 0.0
@@ -224,7 +248,7 @@ class OptimizerSettings:
         for name in ("weight_decay", "warmup", "sharpness"):
             value = getattr(self, name)
             require(value >= 0, f"optimizer.{name}", value, "at least 0")
-        require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "above 0")
+        require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "at least 0")
         for name in ("beta1", "beta2", "momentum", "average", "sharpness_from"):
             value = getattr(self, name)
             require(0.0 <= value < 1.0, f"optimizer.{name}", value, "at least 0 and below 1")
@@ -232,6 +256,7 @@ class OptimizerSettings:
         rule = "a share below 1 or a whole number of steps"
         require(is_whole, "optimizer.warmup", self.warmup, rule)
         require(0.0 <= self.final <= 1.0, "optimizer.final", self.final, "from 0 to 1")
+        self._check_decay()
         unused: dict[str, tuple[tuple[str, float], ...]]
         unused = {"sgd": (("weight_decay", 0.0), ("beta2", 0.999), ("momentum", 0.95))}
         unused["adamw"] = (("momentum", 0.95),)
@@ -243,3 +268,24 @@ class OptimizerSettings:
         if self.sharpness_from and not self.sharpness:
             what = f"optimizer.sharpness_from={self.sharpness_from} has no effect without sharpness"
             raise UserError(what, fix="--set optimizer.sharpness=0.1")
+
+    def _check_decay(self) -> None:
+        at, factor = self.decay_at, self.decay_factor
+        if self.schedule != "steps":
+            for name, value, default in (
+                ("decay_at", at, (0.3, 0.6, 0.9)),
+                ("decay_factor", factor, 0.1),
+            ):
+                if value != default:
+                    what = f"optimizer.{name}={value} has no effect with {self.schedule} decay"
+                    raise UserError(what, fix="--set optimizer.schedule=steps")
+            return
+        if self.final:
+            what = f"optimizer.final={self.final} has no effect with stepwise decay"
+            raise UserError(what, fix="--set optimizer.decay_factor=0.1, or another schedule")
+        require(0.0 < factor < 1.0, "optimizer.decay_factor", factor, "above 0 and below 1")
+        is_share = all(0.0 < each < 1.0 for each in at)
+        is_step = all(each >= 1.0 and each == round(each) for each in at)
+        rises = all(a < b for a, b in itertools.pairwise(at))
+        rule = "ascending shares below 1, or ascending whole numbers of steps"
+        require(bool(at) and (is_share or is_step) and rises, "optimizer.decay_at", at, rule)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,11 +60,15 @@ def build_model(
     if settings.trained == "head":
         freeze_all_but_head(model)
     model.class_names = class_names
-    model.preprocessing = dataclasses.replace(
-        preprocessing_of(model),
-        resize=config.data.resize,
-        exif_orientation=config.data.exif_orientation,
-    )
+    data = config.data
+    changes: dict[str, Any] = {"resize": data.resize, "exif_orientation": data.exif_orientation}
+    if data.permutation is not None:
+        names = ("permutation", "permutation_patch", "permutation_seed")
+        changes |= {name: getattr(data, name) for name in names}
+    try:
+        model.preprocessing = dataclasses.replace(preprocessing_of(model), **changes)
+    except ValueError as error:
+        raise UserError(str(error), where="data.permutation") from error
     return model
 
 

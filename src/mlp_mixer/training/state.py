@@ -171,6 +171,7 @@ class RunState:
     def tensors(self) -> dict[str, Tensor]:
         """Returns every tensor of the state by its name; filled in place they restore it."""
         named = {f"model.{name}": each.detach() for name, each in self.model.named_parameters()}
+        named |= {f"model.{name}": each for name, each in _statistics(self.model).items()}
         named |= {f"average.{name}": each for name, each in self.average.items()}
         states = optimizer_tensors(self.model, self.optimizers)
         return named | {f"optimizer.{name}": each for name, each in states.items()}
@@ -179,6 +180,7 @@ class RunState:
         """Begins to write a checkpoint; training goes on while it is written."""
         if self.config.keep_checkpoints == 0:
             return
+        self.world.take_from_first(_statistics(self.model).values())
         values = {
             "config": self.config.to_json(),
             "class_names": self.model.class_names,
@@ -229,8 +231,21 @@ class RunState:
     @torch.no_grad()
     def kept_model(self) -> ImageClassifier:
         """Returns the model that is evaluated and kept, whole, on every process."""
+        statistics = _statistics(self.model)
+        self.world.take_from_first(statistics.values())
         if self.copy is None:
             return self.model
+        for name, target in _statistics(self.copy).items():
+            target.copy_(statistics[name])
         weights = {name: each.detach() for name, each in self.model.named_parameters()}
         fill_whole(self.copy, (weights | self.average).items())
         return self.copy
+
+
+def _statistics(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Returns what a model saves beside its parameters: batch normalisation's running means.
+
+    Each process has its own, of its share of a batch; those of the first are the run's.
+    """
+    saved = model.state_dict().keys()
+    return {name: each for name, each in model.named_buffers() if name in saved}

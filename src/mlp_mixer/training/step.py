@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mlp_mixer.errors import UserError
+from mlp_mixer.models.compute import free_memory
 from mlp_mixer.models.layers import ImageClassifier, set_stochastic_depth
-from mlp_mixer.training.compute import Compute, free_memory
+from mlp_mixer.training.compute import Compute
 from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.cost import largest_micro_batch
 from mlp_mixer.training.distributed import World, gradients_kept_here
@@ -141,7 +142,7 @@ class Updater:
         if radius:
             with sharpest_point(self.parameters, radius):
                 self.gradient(images, targets, kept, dropout_seed)
-        norm = clip(self.parameters, settings.clip_norm)
+        norm = clip(self.parameters, settings.clip_norm or math.inf)
         result = StepResult(self.world.mean(local), norm.item(), rate)
         if not (math.isfinite(result.loss) and math.isfinite(result.gradient_norm)):
             raise NotFiniteError(result)

@@ -67,13 +67,20 @@ class StudyFolder:
         config: of the study.
         rates: of its grid.
         seeds: of its final runs.
+        grid_source: data of the grid, where it has some of its own.
     """
 
     def __init__(
-        self, path: Path, config: TrainConfig, rates: list[float], seeds: list[int]
+        self,
+        path: Path,
+        config: TrainConfig,
+        rates: list[float],
+        seeds: list[int],
+        grid_source: str | None = None,
     ) -> None:
         self.path, self.results = path, path / _RESULTS
         self.config, self.rates, self.seeds = config, rates, seeds
+        self.grid_source = grid_source
 
     def done(self, first: str) -> dict[str, float | None]:
         """Returns what the runs of this very study have reached so far, by their folders' names.
@@ -98,6 +105,9 @@ class StudyFolder:
                 f"not the results of a fine-tuning: {error}", where=self.results
             ) from error
         changes = differences(old, self.config)
+        if values.get("grid_source") != self.grid_source:
+            there = values.get("grid_source")
+            changes.append(f"grid_source is {there!r} there and {self.grid_source!r} here")
         if grid != self.rates:
             changes.append(f"the grid is {grid} there and {self.rates} here")
         if seeds != self.seeds[: len(seeds)]:
@@ -125,6 +135,8 @@ class StudyFolder:
             "seeds": self.seeds,
             "done": done,
         }
+        if self.grid_source is not None:
+            values["grid_source"] = self.grid_source
         if result is not None:
             values["learning_rate"] = result.learning_rate
             values["measured_on"] = result.measured_on

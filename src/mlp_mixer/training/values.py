@@ -92,6 +92,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             except UserError:
                 continue
     elif origin is tuple:
+        if isinstance(value, list | tuple) and options[1:] == (...,):
+            return tuple(_convert(options[0], each, key) for each in value)
         if isinstance(value, list | tuple) and len(value) == len(options):
             return tuple(_convert(o, v, key) for o, v in zip(options, value, strict=True))
     elif origin is dict:

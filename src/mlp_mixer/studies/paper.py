@@ -1,0 +1,179 @@
+"""The paper's Tables 1, 2 and 3 as printed (arXiv 2105.01601): data to compare with, never ours.
+
+Every value is the printed text, so that no digit is added or lost; None stands where the paper has
+a dash. `number` gives the value for a picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Family = Literal["MLP", "attention", "convolution"]
+
+# What the pre-training cost and the throughput of the paper were measured on.
+HARDWARE = "TPUv3"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A column of Table 1, of models for 224 pixels.
+
+    Attributes:
+        name: in the paper; `model`: ours.
+        layers, patch, hidden, sequence, channels_dim, tokens_dim: L, P, C, S, D_C, D_S.
+        parameters: in millions, without the head.
+    """
+
+    name: str
+    model: str
+    layers: int
+    patch: int
+    hidden: int
+    sequence: int
+    channels_dim: int
+    tokens_dim: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row of Table 2 or Table 3; accuracies in per cent, as printed.
+
+    Attributes:
+        data: of the pre-training.
+        model: as printed.
+        pixels: side of the image at fine-tuning; None in Table 2.
+        epochs: of the pre-training; None in Table 2.
+        imagenet, real, avg5, vtab: top-1 after the transfer.
+        throughput: images a second on a TPUv3 core.
+        core_days: of the pre-training on TPUv3, in thousands: "0.41k".
+    """
+
+    data: str
+    model: str
+    imagenet: str | None
+    real: str | None
+    avg5: str | None
+    vtab: str | None
+    throughput: str | None
+    core_days: str
+    pixels: int | None = None
+    epochs: int | None = None
+
+    @property
+    def family(self) -> Family:
+        """The kind of network, as the paper colours it."""
+        if self.model.startswith("Mixer"):
+            return "MLP"
+        return "attention" if self.model.startswith(("ViT", "HaloNet")) else "convolution"
+
+
+def number(text: str | None) -> float | None:
+    """Returns the value of a printed one: 410.0 of "0.41k", 85.8 of "85.8", None of a dash."""
+    if text is None:
+        return None
+    return round(1000 * float(text[:-1]), 6) if text.endswith("k") else float(text)
+
+
+TABLE_1 = (
+    #                               L   P     C    S   D_C  D_S  millions
+    Architecture("S/32", "mixer_s32", 8, 32, 512, 49, 2048, 256, 19),
+    Architecture("S/16", "mixer_s16", 8, 16, 512, 196, 2048, 256, 18),
+    Architecture("B/32", "mixer_b32", 12, 32, 768, 49, 3072, 384, 60),
+    Architecture("B/16", "mixer_b16", 12, 16, 768, 196, 3072, 384, 59),
+    Architecture("L/32", "mixer_l32", 24, 32, 1024, 49, 4096, 512, 206),
+    Architecture("L/16", "mixer_l16", 24, 16, 1024, 196, 4096, 512, 207),
+    Architecture("H/14", "mixer_h14", 32, 14, 1280, 256, 5120, 640, 431),
+)
+
+_I1K, _I21K, _JFT, _WEAK = "ImageNet", "ImageNet-21k", "JFT-300M", "un- or weakly labelled"
+
+# Mixers fine-tuned at 448 pixels and evaluated by "resize-crop"; means of three runs.
+TABLE_2 = (
+    #                              ImageNet  ReaL    Avg 5    VTAB    img/s  core-days
+    Result(_I21K, "HaloNet", "85.8", None, None, None, "120", "0.10k"),
+    Result(_I21K, "Mixer-L/16", "84.15", "87.86", "93.91", "74.95", "105", "0.41k"),
+    Result(_I21K, "ViT-L/16", "85.30", "88.62", "94.39", "72.72", "32", "0.18k"),
+    Result(_I21K, "BiT-R152x4", "85.39", None, "94.04", "70.64", "26", "0.94k"),
+    Result(_JFT, "NFNet-F4+", "89.2", None, None, None, "46", "1.86k"),
+    Result(_JFT, "Mixer-H/14", "87.94", "90.18", "95.71", "75.33", "40", "1.01k"),
+    Result(_JFT, "BiT-R152x4", "87.54", "90.54", "95.33", "76.29", "26", "9.90k"),
+    Result(_JFT, "ViT-H/14", "88.55", "90.72", "95.97", "77.63", "15", "2.30k"),
+    Result(_WEAK, "MPL", "90.0", "91.12", None, None, None, "20.48k"),
+    Result(_WEAK, "ALIGN", "88.64", None, None, "79.99", "15", "14.82k"),
+)
+
+
+def _row(
+    data: str,
+    model: str,
+    pixels: int,
+    epochs: int,
+    imagenet: str,
+    real: str,
+    avg5: str | None,
+    throughput: str,
+    core_days: str,
+) -> Result:
+    return Result(
+        data, model, imagenet, real, avg5, None, throughput, core_days, pixels=pixels, epochs=epochs
+    )
+
+
+# Evaluated by "resmall-crop"; means of three runs.
+TABLE_3 = (
+    #                            px  epochs  ImNet    ReaL    Avg 5    img/s  core-days
+    _row(_I1K, "Mixer-B/16", 224, 300, "76.44", "82.36", "88.33", "1384", "0.01k"),
+    _row(_I1K, "ViT-B/16", 224, 300, "79.67", "84.97", "90.79", "861", "0.02k"),
+    _row(_I1K, "Mixer-L/16", 224, 300, "71.76", "77.08", "87.25", "419", "0.04k"),
+    _row(_I1K, "ViT-L/16", 224, 300, "76.11", "80.93", "89.66", "280", "0.05k"),
+    _row(_I21K, "Mixer-B/16", 224, 300, "80.64", "85.80", "92.50", "1384", "0.15k"),
+    _row(_I21K, "ViT-B/16", 224, 300, "84.59", "88.93", "94.16", "861", "0.18k"),
+    _row(_I21K, "Mixer-L/16", 224, 300, "82.89", "87.54", "93.63", "419", "0.41k"),
+    _row(_I21K, "ViT-L/16", 224, 300, "84.46", "88.35", "94.49", "280", "0.55k"),
+    _row(_I21K, "Mixer-L/16", 448, 300, "83.91", "87.75", "93.86", "105", "0.41k"),
+    _row(_JFT, "Mixer-S/32", 224, 5, "68.70", "75.83", "87.13", "11489", "0.01k"),
+    _row(_JFT, "Mixer-B/32", 224, 7, "75.53", "81.94", "90.99", "4208", "0.05k"),
+    _row(_JFT, "Mixer-S/16", 224, 5, "73.83", "80.60", "89.50", "3994", "0.03k"),
+    _row(_JFT, "BiT-R50x1", 224, 7, "73.69", "81.92", None, "2159", "0.08k"),
+    _row(_JFT, "Mixer-B/16", 224, 7, "80.00", "85.56", "92.60", "1384", "0.08k"),
+    _row(_JFT, "Mixer-L/32", 224, 7, "80.67", "85.62", "93.24", "1314", "0.12k"),
+    _row(_JFT, "BiT-R152x1", 224, 7, "79.12", "86.12", None, "932", "0.14k"),
+    _row(_JFT, "BiT-R50x2", 224, 7, "78.92", "86.06", None, "890", "0.14k"),
+    _row(_JFT, "BiT-R152x2", 224, 14, "83.34", "88.90", None, "356", "0.58k"),
+    _row(_JFT, "Mixer-L/16", 224, 7, "84.05", "88.14", "94.51", "419", "0.23k"),
+    _row(_JFT, "Mixer-L/16", 224, 14, "84.82", "88.48", "94.77", "419", "0.45k"),
+    _row(_JFT, "ViT-L/16", 224, 14, "85.63", "89.16", "95.21", "280", "0.65k"),
+    _row(_JFT, "Mixer-H/14", 224, 14, "86.32", "89.14", "95.49", "194", "1.01k"),
+    _row(_JFT, "BiT-R200x3", 224, 14, "84.73", "89.58", None, "141", "1.78k"),
+    _row(_JFT, "Mixer-L/16", 448, 14, "86.78", "89.72", "95.13", "105", "0.45k"),
+    _row(_JFT, "ViT-H/14", 224, 14, "86.65", "89.56", "95.57", "87", "2.30k"),
+    _row(_JFT, "ViT-L/16", 512, 14, "87.76", "90.54", "95.63", "32", "0.65k"),
+)
+
+# Figure 2, left: Table 2, and the large ViT-L/16 and Mixer-L/16 on JFT-300M of Table 3. (It also
+# has a BiT-R200x3 at a resolution for which no table prints a value.)
+FIGURE_2 = (*TABLE_2, *(row for row in TABLE_3 if row.data == _JFT and (row.pixels or 0) > 224))
+# Figure 3: all of them pre-trained on JFT-300M and fine-tuned at 224 pixels.
+FIGURE_3 = tuple(row for row in TABLE_3 if row.data == _JFT and row.pixels == 224)
+
+# Figure 2, right: share of the pre-training images -> epochs, so that all runs are equally long.
+DATA_SCALE = {0.03: 233, 0.1: 70, 0.3: 23, 1.0: 7}
+
+
+def frontier(points: list[tuple[float, float]], *, more_is_better: bool = False) -> list[int]:
+    """Returns which points no other one beats in both, from the least accurate to the most.
+
+    Args:
+        points: (cost or throughput, accuracy).
+        more_is_better: of the first, as for a throughput.
+    """
+    sign = -1.0 if more_is_better else 1.0
+    order = sorted(range(len(points)), key=lambda at: (sign * points[at][0], -points[at][1]))
+    best, kept = float("-inf"), []
+    for at in order:
+        if points[at][1] > best:
+            best = points[at][1]
+            kept.append(at)
+    return kept

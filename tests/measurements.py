@@ -1,0 +1,162 @@
+"""Measurement files made by hand, as the verbs write them, for tests of the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlp_mixer.weights.checkpoints import find_checkpoint
+
+ARCHITECTURE = {
+    "family": "mixer",
+    "image_size": [224, 224],
+    "patch_size": 16,
+    "hidden_dim": 768,
+    "num_blocks": 12,
+    "tokens_mlp_dim": 384,
+    "channels_mlp_dim": 3072,
+    "num_classes": 1000,
+}
+
+
+def measured(kind: str, **values: Any) -> dict[str, Any]:
+    """What every measurement has; the device is a GPU that nobody has."""
+    environment = {
+        "date": "2026-11-21T12:00:00+00:00",
+        "command": f"mixer {kind} as typed",
+        "mlp_mixer": "0.1.0",
+        "python": "3.11.7",
+        "packages": {"torch": "2.13.0"},
+        "processor": "Test CPU",
+        "threads": 2,
+        "device": "cpu",
+    }
+    header = {"format": "mlp_mixer measurement", "version": 1, "kind": kind}
+    return {**header, "environment": environment, **values}
+
+
+def model(name: str = "mixer_b16", source: str = "mixer_b16.i21k") -> dict[str, Any]:
+    return {
+        "name": name,
+        "source": source,
+        "architecture": ARCHITECTURE,
+        "image_size": [224, 224],
+    }
+
+
+def imagenet(**changes: Any) -> dict[str, Any]:
+    """An evaluation on the 50,000 validation images of ImageNet."""
+    checkpoint = find_checkpoint("mixer_b16.i1k")
+    assert checkpoint is not None
+    names = checkpoint.class_names()
+    assert names is not None
+    values: dict[str, Any] = {
+        "model": model(),
+        "data": "imagenet:validation",
+        "images": 50_000,
+        "top1": 0.61234,
+        "protocol": {"resize": "resmall-crop", "crop": 0.875},
+        "per_class": [{"class": name, "images": 50} for name in names],
+        "class_names": names,
+    }
+    return measured("evaluation", **{**values, **changes})
+
+
+def small_evaluation(**changes: Any) -> dict[str, Any]:
+    """An evaluation on ten classes."""
+    names = [f"class {at}" for at in range(10)]
+    values = {"data": "cifar10:test", "images": 10_000, "top1": 0.54321, "class_names": names}
+    counts = [{"class": name, "images": 1000} for name in names]
+    return imagenet(**{**values, "per_class": counts, **changes})
+
+
+def few_shot(**changes: Any) -> dict[str, Any]:
+    result = {
+        "data": "flowers",
+        "test_split": "test",
+        "test_images": 272,
+        "classes": 34,
+        "protocol": "big_vision",
+        "seeds": [0, 1, 2],
+        "mean": {"1": 0.2111, "5": 0.4222},
+        "deviation": {"1": 0.0123, "5": None},
+    }
+    floor = {"weights": "random", "seed": 0, "results": [{**result, "mean": {"1": 0.0333}}]}
+    values = {"model": model(), "results": [result], "floor": floor}
+    return measured("few-shot", **{**values, **changes})
+
+
+def throughput(**changes: Any) -> dict[str, Any]:
+    entry = {
+        "name": "mixer_b16",
+        "model": model(source="random"),
+        "mode": "inference",
+        "precision": "float32",
+        "compiled": False,
+        "threads": 2,
+        "best": {"batch_size": 8, "images_per_second": 12.3456},
+    }
+    training = {**entry, "mode": "training", "best": {"batch_size": 4, "images_per_second": 3.21}}
+    broken = {**entry, "best": None, "error": "out of memory"}
+    values = {"rounds": 5, "seconds": 2.0, "models": [entry, training, broken]}
+    return measured("throughput", **{**values, **changes})
+
+
+def suite(kind: str, tasks: int, total: int, **changes: Any) -> dict[str, Any]:
+    """A suite with so many of its tasks done."""
+    done = {
+        f"task{at}": {
+            "accuracy": 0.7,
+            "deviation": 0.01,
+            "seeds": [0, 1, 2],
+            "source": f"folder{at}",
+            "image_size": 224,
+            "resize": "resize-crop",
+        }
+        for at in range(tasks)
+    }
+    missing = [f"task{at}" for at in range(tasks, total)]
+    values = {
+        "model": model(),
+        "checkpoint": "mixer_b16.i21k",
+        "protocol": "paper",
+        "changes": [],
+        "tasks": done,
+        "mean": 0.7,
+        "partial": bool(missing),
+        "missing": missing,
+    }
+    return measured(kind, **{**values, **changes})
+
+
+def data_scale(**changes: Any) -> dict[str, Any]:
+    points = [
+        {
+            "model": name,
+            "label": name,
+            "fraction": share,
+            "images": round(45_000 * share),
+            "epochs": 0.5 / share,
+            "steps": 400,
+            "runs": 1,
+            "validation": 0.3 + 0.1 * share,
+            "few_shot": 0.05 + 0.02 * share + 0.01 * at,
+            "deviation": 0.002,
+            "deviation_of": "draws of the shots, one run",
+            "seconds": 10.0,
+        }
+        for at, name in enumerate(("mixer_s16", "mixer_b16"))
+        for share in (0.03, 0.1, 0.3, 1.0)
+    ]
+    settings = {"few_shot_data": "cifar100", "shots": 5, "few_shot_seeds": [0, 1, 2]}
+    values = {"data": {"source": "cifar10"}, "settings": settings, "points": points}
+    return measured("data-scale", **{**values, "partial": False, "missing": [], **changes})
+
+
+def write(folder: Path, **files: dict[str, Any]) -> Path:
+    """Writes NAME=measurement as NAME.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(values, indent=2))
+    return folder

@@ -1,0 +1,246 @@
+"""The table of VTAB's tasks, and how a user's data serves one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mlp_mixer as mm
+from conftest import draw, make_class_folder
+from mlp_mixer.studies.task_sources import (
+    check_images,
+    named_tasks,
+    open_plan,
+    plan_1k,
+    plan_whole,
+    resolved,
+)
+from mlp_mixer.studies.vtab_tasks import AVG5, VTAB, list_tasks
+from mlp_mixer.training.finetuning_recipes import FINETUNING
+
+
+def test_the_table():
+    assert len(VTAB) == 19
+    groups = Counter(task.group for task in VTAB.values())
+    assert groups == {"natural": 7, "specialised": 4, "structured": 8}
+    assert sum(task.num_classes for task in VTAB.values()) == 940
+    assert [name for name, task in VTAB.items() if task.image_size == 224] == [
+        *("cifar100", "svhn", "eurosat", "dsprites_x", "dsprites_orientation")
+    ]
+    assert {task.image_size for task in VTAB.values()} == {224, 448}
+    assert [name for name, task in VTAB.items() if not task.crop] == [
+        *("clevr_count", "clevr_distance", "dmlab", "kitti_distance", "dsprites_x")
+    ]
+    assert [name for name, task in VTAB.items() if not task.flip] == [
+        *("dsprites_x", "dsprites_orientation", "smallnorb_azimuth")
+    ]
+    assert len({(task.tfds, task.name) for task in VTAB.values()}) == 19
+
+
+def test_the_splits_of_the_table():
+    assert {task.train for task in VTAB.values()} == {"train[:800]"}
+    by_name = {name: (task.validation, task.test) for name, task in VTAB.items()}
+    assert by_name["cifar100"] == ("train[45000:45200]", "test")
+    assert by_name["eurosat"] == ("train[16200:16400]", "train[21600:]")
+    assert by_name["clevr_count"] == ("train[63000:63200]", "validation")
+    assert by_name["dsprites_x"] == ("train[589824:590024]", "train[663552:]")
+    assert by_name["smallnorb_azimuth"] == ("test[:200]", "test[50%:]")
+    for validation, _ in by_name.values():  # 200 images each
+        first, _, last = validation.partition("[")[2].rstrip("]").partition(":")
+        assert int(last) - int(first or 0) == 200
+
+
+def test_the_classes_of_the_label_rules():
+    rules = {name: task.labels for name, task in VTAB.items() if task.labels is not None}
+    assert len(rules) == 5
+    for name, rule in rules.items():
+        assert rule.num_classes == VTAB[name].num_classes
+        assert VTAB[name].number
+    vehicle = rules["kitti_distance"].classes_of(np.array([-5.0, 8.0, 8.1, 20.0, 900.0, 1000.0]))
+    assert vehicle.tolist() == [0, 0, 1, 1, 2, 3]
+    nearest = rules["clevr_distance"].classes_of(np.array([7.0, 8.5, 9.0, 9.5, 10.0, 10.1]))
+    assert nearest.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_five():
+    assert list(AVG5) == ["imagenet", "cifar10", "cifar100", "pets", "flowers102"]
+    assert [task.num_classes for task in AVG5.values()] == [1000, 10, 100, 37, 102]
+    assert {task.recipe for task in AVG5.values()} < set(FINETUNING)
+
+
+def test_the_list():
+    text = "\n".join(list_tasks())
+    for name, task in VTAB.items():
+        assert name in text
+        assert task.tfds in text
+    assert "label_orientation: 40 values in 16 bins" in text
+
+
+def make_list(folder: Path, images: dict[str, int], label: str = "{at}") -> str:
+    """A list of very many images that are one file; returns its name."""
+    folder.mkdir(exist_ok=True)
+    draw(0).save(folder / "a.png")
+    lines = ["path,label,split"]
+    for split, many in images.items():
+        labels = (eval(f"f'{label}'", {"at": at % 7, "n": at}) for at in range(many))
+        lines += [f"a.png,{each},{split}" for each in labels]
+    (folder / "list.csv").write_text("\n".join(lines) + "\n")
+    return str(folder / "list.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "rule", "final", "chosen"),
+    [
+        # the index ranges of the suite
+        ("dtd", {"train": 1880, "val": 1880, "test": 50}, "official", None, "validation[:200]"),
+        ("pets", {"train": 3680, "test": 30}, "official", None, "train[2944:3144]"),
+        ("smallnorb_azimuth", {"train": 1001, "test": 500}, "official", None, "test[:200]"),
+        # 1,000 images and fewer are taken as they are
+        ("pets", {"train": 1000, "test": 30}, "own", ("train[:800]", "train[800:]"), "train[800:]"),
+        ("dtd", {"train": 800, "val": 200, "test": 9}, "own", None, "validation[:200]"),
+        ("dtd", {"train": 50, "val": 20, "test": 9}, "own", None, "validation[:20]"),
+        ("dtd", {"train": 50, "val": 20}, "own", ("train[:40]", "train[40:]"), "train[40:]"),
+        # where the ranges do not fit
+        ("pets", {"train": 1500, "test": 30}, "first", None, "train[800:1000]"),
+        ("pets", {"train": 1500, "val": 300, "test": 30}, "first", None, "validation[:200]"),
+        ("pets", {"train": 1500, "val": 30, "test": 30}, "first", None, "train[800:1000]"),
+        ("eurosat", {"train": 1500}, "first", None, "train[800:1000]"),
+        ("dtd", {"train": 1500, "val": 300}, "first", None, "train[800:1000]"),
+    ],
+)
+def test_what_is_taken(tmp_path, name, images, rule, final, chosen):
+    plan = plan_1k(VTAB[name], make_list(tmp_path, images))
+    assert plan.rule == rule
+    assert plan.grid is not None
+    assert plan.grid.splits["validation"] == (chosen,)
+    assert plan.final.splits["train"] == (*plan.grid.splits["train"], chosen)
+    assert final is None or plan.final.splits["train"] == final
+    splits, grid = open_plan(plan.final), open_plan(plan.grid)
+    learnt = len(grid["train"]) + len(grid["validation"])
+    assert len(splits["train"]) == learnt == plan.images["train"]
+    assert len(splits["test"]) == plan.images["test"] > 0
+    assert plan.num_classes == 7
+    said = "\n".join(plan.describe())
+    assert f"7 classes, where the task has {VTAB[name].num_classes}" in said
+    assert ("where the task has 1,000" in said) == (learnt != 1000)
+
+
+def test_nothing_that_is_measured_on_is_learnt_from(tmp_path):
+    """The rows of a list are told apart by their numbers as classes."""
+    for name, images in [("eurosat", {"train": 1300}), ("pets", {"train": 900, "val": 40})]:
+        plan = plan_1k(VTAB[name], make_list(tmp_path, images, "{n}"))
+        train, test = (open_plan(plan.final)[split] for split in ("train", "test"))
+        if name == "eurosat":
+            assert not set(train.labels) & set(test.labels)
+            assert sorted([*train.labels, *test.labels]) == list(range(1300))
+        else:
+            assert plan.final.splits["test"] == ("validation",)
+            assert not any("validation" in part for part in plan.final.splits["train"])
+
+
+def test_classes_in_order_are_spread(tmp_path):
+    """The first 800 images of class folders would be of a class or two."""
+    make_class_folder(tmp_path, {"a": 1})
+    lines = ["path,label,split"]
+    lines += [f"a/0.png,{at // 300},train" for at in range(1200)] + ["a/0.png,0,test"] * 4
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    plan = plan_1k(VTAB["pets"], str(tmp_path / "list.csv"))
+    assert np.bincount(open_plan(plan.final)["train"].labels).tolist() == [250] * 4
+
+
+def test_labels_that_are_numbers(tmp_path):
+    raw = make_list(tmp_path / "raw", {"train": 300, "test": 20}, "{n % 40}")
+    plan = plan_1k(VTAB["dsprites_orientation"], raw)
+    assert plan.final.labels == VTAB["dsprites_orientation"].labels
+    assert plan.num_classes == 16
+    assert "labels: label_orientation, 40 values in 16 bins" in plan.notes
+    test = open_plan(plan.final)["test"]
+    assert test.labels.tolist() == [int(n / 2.5) for n in range(20)]
+    done = make_list(tmp_path / "done", {"train": 300, "test": 20}, "{n % 16}")
+    plan = plan_1k(VTAB["dsprites_orientation"], done)
+    assert plan.final.labels is None
+    assert "labels: the classes 0 to 15, taken as they are" in plan.notes
+    distances = make_list(tmp_path / "near", {"train": 300, "test": 20}, "{n / 16 + 0.01}")
+    plan = plan_1k(VTAB["clevr_distance"], distances)
+    assert open_plan(plan.final)["test"].labels.tolist() == [0] * 20
+    assert "5 of the 6 classes are among the training images" not in plan.notes
+    wrong = make_list(tmp_path / "wrong", {"train": 300, "test": 20}, "{n % 41}")
+    with pytest.raises(mm.UserError, match="the label '40' has no class by the rule"):
+        plan_1k(VTAB["dsprites_orientation"], wrong)
+
+
+def test_all_of_a_source(tmp_path):
+    source = make_list(tmp_path, {"train": 30, "val": 20, "test": 10})
+    plan = plan_whole(AVG5["flowers102"], source)
+    assert plan.final.splits == {"train": ("train", "validation"), "test": ("test",)}
+    assert (plan.rule, plan.grid, plan.images["train"]) == ("whole", None, 50)
+    source = make_list(tmp_path, {"train": 30, "val": 20})
+    plan = plan_whole(AVG5["imagenet"], source)
+    assert plan.final.splits == {"train": ("train",), "test": ("validation",)}
+
+
+@pytest.mark.parametrize("plan", [plan_1k, plan_whole])
+def test_data_that_cannot_serve(tmp_path, plan):
+    make_class_folder(tmp_path / "data" / "train", {"a": 3, "b": 3})
+    with pytest.raises(mm.UserError, match="the data has no images to measure on"):
+        plan(AVG5["pets"], str(tmp_path / "data"))
+    make_class_folder(tmp_path / "one" / "train", {"a": 30})
+    make_class_folder(tmp_path / "one" / "test", {"a": 3})
+    with pytest.raises(mm.UserError, match="there is only one class, 'a'; a task needs two"):
+        plan(AVG5["pets"], str(tmp_path / "one"))
+    with pytest.raises(mm.UserError, match="the data has no train split"):
+        plan(AVG5["pets"], f"{tmp_path / 'one'}:test")
+    make_class_folder(tmp_path / "data" / "test", {"a": 3, "b": 3})
+    (tmp_path / "data" / "test" / "a" / "1.png").write_text("no image")
+    with pytest.raises(mm.UserError, match="1 of 6 images cannot be decoded"):
+        check_images(plan(AVG5["pets"], str(tmp_path / "data")), 0.01)
+
+
+def test_the_names_of_tasks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "sub" / "tasks.json"
+    file.parent.mkdir()
+    file.write_text('{"svhn": "digits", "dtd": "here.csv#label=x", "pets": "hf:a/b"}')
+    found = named_tasks(["cifar100=x*.parquet#label=fine_label"], str(file), VTAB)
+    assert found == {
+        "cifar100": f"{tmp_path}/x*.parquet#label=fine_label",
+        "dtd": f"{tmp_path}/sub/here.csv#label=x",
+        "pets": "hf:a/b",
+        "svhn": "digits",
+    }
+    assert list(found) == [name for name in VTAB if name in found]
+    assert resolved("/abs:test") == "/abs:test"
+
+
+@pytest.mark.parametrize(
+    ("assignments", "text", "message"),
+    [
+        (["cifar10=x"], None, r"unknown task 'cifar10'[\s\S]*Did you mean cifar100"),
+        (["pets"], None, "--task takes NAME=SOURCE, got 'pets'"),
+        (["pets="], None, "--task takes NAME=SOURCE, got 'pets='"),
+        (["pets=digits", "pets=digits@1"], None, "the task pets is named twice: digits, digits@1"),
+        (["pets=digits"], '{"pets": "digits"}', "the task pets is named twice"),
+        ([], '{"pets": "digits", "pets": "digits"}', "the task pets is named twice"),
+        ([], None, "no task is named"),
+        ([], "{}", "no task is named"),
+        ([], "[1]", "not an object of tasks"),
+        ([], '{"pets": 3}', "not an object of tasks"),
+        ([], '{"pets": " "}', "not an object of tasks"),
+        ([], "{", "not JSON"),
+    ],
+)
+def test_wrong_names(tmp_path, assignments, text, message):
+    file = None
+    if text is not None:
+        file = str(tmp_path / "tasks.json")
+        Path(file).write_text(text)
+    with pytest.raises(mm.UserError, match=message):
+        named_tasks(assignments, file, VTAB)
+
+
+def test_a_file_of_tasks_that_is_not_there(tmp_path):
+    with pytest.raises(mm.UserError, match="cannot read the file: No such file"):
+        named_tasks([], str(tmp_path / "no.json"), VTAB)

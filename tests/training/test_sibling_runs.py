@@ -1,0 +1,129 @@
+"""CycleMLP and Vision Permutator in runs: training, stopping, resuming, fine-tuning, predicting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mlp_mixer as mm
+from conftest import ROOT
+from mlp_mixer.models.catalog import ARCHITECTURES, model_config
+from mlp_mixer.training.sibling_recipes import SIBLINGS
+from runs import check_same, losses_of, make_data, run_config, train, unix
+from staged_models import SMALL_CYCLE, SMALL_PERMUTATOR
+
+MODELS: dict[str, dict[str, Any]] = {
+    "cycle_mlp_b1": {**SMALL_CYCLE, "stem_kernel": 3, "stem_stride": 2},
+    "vip_s7": SMALL_PERMUTATOR,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("siblings") / "data")
+
+
+def config_of(data: Path, output: Path, name: str, **changes: Any) -> mm.TrainConfig:
+    overrides = {**MODELS[name], "stochastic_depth": 0.3}
+    config = run_config(data, output, **{"steps": 8, "evaluate_every": 4, **changes})
+    return config.with_values({"model.name": name, "model.overrides": overrides})
+
+
+@unix
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_resumed_run_repeats_the_bits(data: Path, tmp_path: Path, name: str, optimizer: str):
+    """In parts of three images, stopped in the middle."""
+    changes = {"optimizer__name": optimizer, "micro_batch_size": 3}
+    straight = train(config_of(data, tmp_path / "straight", name, **changes))
+    assert len(set(losses_of(straight))) == 8
+    run = train(config_of(data, tmp_path / "run", name, **changes), stop_after=5)
+    train(run)
+    check_same(run, straight)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_from_training_to_predictions(data: Path, tmp_path: Path, name: str):
+    config = config_of(data, tmp_path / "run", name, precision="bfloat16")
+    result = mm.train(config, quiet=True)
+    model = mm.load_model(result.run_folder)
+    assert model.class_names == ["ant", "bee", "cat"]
+    assert result.validation is not None
+    again = mm.evaluate(mm.load_model(result.run_folder), f"{data}:val", num_workers=0)
+    assert 0 <= again.top1 <= 1
+    tuned = config.with_values(
+        {
+            "model.name": "",
+            "model.weights": str(result.run_folder),
+            "model.image_size": 16,
+            "model.overrides": {"stochastic_depth": 0.0},
+            "output": str(tmp_path / "tuned"),
+            "steps": 2,
+            "evaluate_every": 1,
+        }
+    )
+    tuned = mm.train(tuned, quiet=True)
+    larger = mm.load_model(tuned.run_folder)
+    assert larger.config.image_size == (16, 16)
+    assert larger.config.stochastic_depth == 0
+    picture = next((data / "val" / "bee").glob("*.png"))
+    (prediction,) = mm.predict(tuned.run_folder, [str(picture)])
+    assert {name for name, _ in prediction.classes} == {"ant", "bee", "cat"}
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "epochs", "warmup", "rate", "batch"),
+    [
+        ("imagenet_cycle_mlp_b1", "cycle_mlp_b1", 300, 5, 1e-3, 1024),
+        ("imagenet_vip_s7", "vip_s7", 310, 20, 2e-3, 2048),
+    ],
+)
+def test_the_authors_settings(
+    name: str, model: str, epochs: int, warmup: int, rate: float, batch: int
+):
+    config = mm.recipe(name)
+    optimizer, augment = config.optimizer, config.augment
+    assert (config.model.name, config.epochs, config.batch_size) == (model, epochs, batch)
+    assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == (
+        "adamw",
+        rate,
+        0.05,
+    )
+    assert optimizer.warmup * epochs == pytest.approx(warmup)
+    assert optimizer.final * rate == pytest.approx(1e-5)
+    assert (optimizer.schedule, optimizer.average, optimizer.clip_norm) == ("cosine", 0, 1e6)
+    assert (augment.randaugment, augment.randaugment_layers, augment.erasing) == (9, 2, 0.25)
+    assert (augment.mixup, augment.cutmix, augment.mix_until) == (0.8, 1, 1)
+    assert (augment.crop, augment.crop_area, augment.flip) == ("inception", (0.08, 1), True)
+    assert (config.loss, config.label_smoothing) == ("softmax", 0.1)
+    assert config.model.overrides == {"stochastic_depth": 0.1}
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2:6] == [str(epochs), str(warmup), str(rate), f"{batch:,}"]
+    doc = SIBLINGS[name].__doc__ or ""
+    assert cells[6].split(" by")[0] in doc
+    assert "augmentation here lacks" in doc
+
+
+def test_the_documents_numbers():
+    """docs/models.md: parameters, operations and grids of every row."""
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    found = {}
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        if cells[0].strip("`") in ARCHITECTURES:
+            found[cells[0].strip("`")] = cells[1:4]
+    assert len(found) == 3 + 9
+    for name, (parameters, gflops, grids) in found.items():
+        config: Any = model_config(name)
+        with torch.device("meta"):
+            model = mm.create_model(name)
+        assert f"{sum(each.numel() for each in model.parameters()):,}" == parameters
+        assert f"{config.flops / 1e9:.2f}" == gflops
+        sides = getattr(config, "grids", None) or [config.grid]
+        assert grids == ", ".join(str(height) for height, _ in sides)
