@@ -1,6 +1,6 @@
 """What every model of `list_models()` can do, one test each; small in depth and width, not in kind.
 
-A new family adds its small sizes to `small`, and passes.
+A new family adds its small sizes to `small`, and passes. The last section is the place of exports.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import mlp_mixer as mm
 from mlp_mixer.models.catalog import ARCHITECTURES, config_from_json, config_to_json
+from mlp_mixer.models.compute import can_compile
 from mlp_mixer.models.cycle_mlp import CycleMLPConfig
 from mlp_mixer.models.layers import draw_stochastic_depth, set_stochastic_depth
 from mlp_mixer.models.mixer import MixerConfig
@@ -198,6 +199,8 @@ def test_stochastic_depth(name: str):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")  # inside of torch
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="needs a C++ compiler")
 @pytest.mark.parametrize("name", FIRST_OF_FAMILY)
 def test_compile(name: str):
     model = build(name)
@@ -220,3 +223,6 @@ def test_operations_and_words(name: str):
     assert config.summary()
     twice = dataclasses.replace(config, image_size=(448, 224))
     assert 1.9 * config.flops < twice.flops < 3 * config.flops
+
+
+# Exports: one test over FIRST_OF_FAMILY for each format, once `deploy/export.py` is there.

@@ -13,8 +13,8 @@ import torch
 
 import mlp_mixer as mm
 from conftest import tiny_model
-from mlp_mixer.models.layers import classes_of, preprocessing_of
 from mlp_mixer import disk
+from mlp_mixer.models.layers import classes_of, preprocessing_of
 
 
 def saved(tmp_path: Path, **changes: object) -> tuple[mm.ImageClassifier, Path]:

@@ -76,12 +76,13 @@ class VariantBlock(MixerBlock):
         super().__init__(config, drop_token_mixing, drop_channel_mixing)
         dim, hidden, groups = config.hidden_dim, config.tokens_mlp_dim, config.token_groups
         before, after = config.tokens[index : index + 2]
+        dense_0: nn.Module = nn.Linear(before * groups, hidden)
+        dense_1: nn.Module = nn.Linear(hidden, after * groups)
         if config.token_mixing == "untied":
-            self.token_mixing.dense_0 = UntiedLinear(dim, before, hidden)
-            self.token_mixing.dense_1 = UntiedLinear(dim, hidden, after)
-        else:
-            self.token_mixing.dense_0 = nn.Linear(before * groups, hidden)
-            self.token_mixing.dense_1 = nn.Linear(hidden, after * groups)
+            dense_0 = UntiedLinear(dim, before, hidden)
+            dense_1 = UntiedLinear(dim, hidden, after)
+        self.token_mixing.add_module("dense_0", dense_0)  # in the place of the paper's own
+        self.token_mixing.add_module("dense_1", dense_1)
         self.groups = groups
         has_views, is_smaller = config.token_mixing == "views", after < before
         self.views = nn.Linear(dim, dim, bias=False) if has_views else None

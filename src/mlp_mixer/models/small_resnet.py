@@ -64,6 +64,11 @@ class SmallResNetConfig:
         return [self.width * 2**stage for stage in range(self.num_stages)]
 
     @property
+    def hidden_dim(self) -> int:
+        """Channels of the last stage, which the head reads."""
+        return self.widths[-1]
+
+    @property
     def flops(self) -> int:
         """Operations of one image, a multiply-add counted as two; norms and ReLU left out."""
         height, width = self.image_size

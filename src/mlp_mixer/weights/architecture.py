@@ -95,9 +95,7 @@ LAYOUTS = (
         "exact",
         family="vision_permutator",
     ),
-    Layout(
-        "small ResNet", _is_small_resnet, _as_it_is, _as_it_is, "exact", family="small_resnet"
-    ),
+    Layout("small ResNet", _is_small_resnet, _as_it_is, _as_it_is, "exact", family="small_resnet"),
     Layout("timm model", _is_in_timm_model, _as_it_is, _as_it_is, "exact", family="timm"),
 )
 

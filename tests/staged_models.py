@@ -1,0 +1,80 @@
+"""What the tests of CycleMLP and Vision Permutator share: small ones, and the golden recipe.
+
+The golden logits were computed by the authors' codes (ShoufaChen/CycleMLP at 4e062a0,
+Andrew-Qibin/VisionPermutator at 2cab2ce) in float64, from weights that numpy draws.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import mlp_mixer as mm
+
+# A few pixels, a few channels, all of the parts; image sizes that go with them.
+SMALL_CYCLE: dict[str, Any] = {"depths": (1, 2), "dims": (9, 12), "mlp_ratios": (4, 2)}
+SMALL_PERMUTATOR: dict[str, Any] = {
+    "patch_size": 2,
+    "depths": (1, 2),
+    "dims": (8, 12),
+    "mlp_ratios": (3, 2),
+    "segments": (4, 2),
+    "downsamples": (True,),
+}
+
+
+def small_cycle(num_classes: int = 5, image_size: Any = 16, **changes: Any) -> mm.ImageClassifier:
+    """With a stem of 16 / 4 = 4 positions a side and random numbers everywhere."""
+    torch.manual_seed(0)
+    overrides = {**SMALL_CYCLE, **changes}
+    return enliven(mm.create_model("cycle_mlp_b1", image_size, num_classes, **overrides))
+
+
+def small_permutator(
+    num_classes: int = 5, image_size: Any = 8, **changes: Any
+) -> mm.ImageClassifier:
+    """With 8 / 2 = 4 positions a side and random numbers everywhere."""
+    torch.manual_seed(0)
+    overrides = {**SMALL_PERMUTATOR, **changes}
+    return enliven(mm.create_model("vip_s7", image_size, num_classes, **overrides))
+
+
+def enliven(model: mm.ImageClassifier) -> mm.ImageClassifier:
+    """Fills the parameters so that every part of the network is heard in the logits."""
+    with torch.no_grad():
+        for name, each in model.named_parameters():
+            spread = 0.1 if each.dim() == 1 else each[0].numel() ** -0.5
+            each.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, spread)
+    return model
+
+
+def fill_golden(model: nn.Module) -> None:
+    """Gives the model the golden weights: the i-th of the sorted names has numpy's seed i."""
+    tensors = model.state_dict()
+    names = sorted(name for name in tensors if not name.endswith(".offset"))
+    for seed, name in enumerate(names):
+        shape = tuple(tensors[name].shape)
+        drawn = np.random.RandomState(seed).standard_normal(shape)
+        if len(shape) > 1:
+            drawn = drawn / np.sqrt(drawn.size / shape[0])
+        else:
+            is_scale = "norm" in name and name.endswith("weight")
+            drawn = 0.1 * drawn + (1.0 if is_scale else 0.0)
+        tensors[name] = torch.from_numpy(drawn.astype(np.float32))
+    model.load_state_dict(tensors)
+
+
+def check_golden(name: str, first: list[float], total: float, size: float, largest: int) -> None:
+    """Compares the logits of a golden picture with the authors' code's, to 1e-5."""
+    model = mm.create_model(name).eval()
+    fill_golden(model)
+    drawn = np.random.RandomState(1234).standard_normal((1, 3, 224, 224))
+    with torch.no_grad():
+        logits = model(torch.from_numpy(drawn.astype(np.float32)))[0].double()
+    assert (logits[:4] - torch.tensor(first, dtype=torch.float64)).abs().max() <= 1e-5
+    assert abs(logits.abs().mean().item() - size) <= 1e-5
+    assert abs(logits.sum().item() - total) <= 1e-4  # of a thousand numbers
+    assert int(logits.argmax()) == largest
