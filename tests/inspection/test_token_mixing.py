@@ -73,8 +73,8 @@ def test_a_model_grown_by_blocks():
     ("changes", "note"),
     [
         ({"token_mixing": "untied"}, "layers 1, 2: weights of 16x8x4 are not"),
-        ({"token_mixing": "grouped", "token_groups": 2}, "layers 1, 2: a unit reads 8 values"),
-        ({"token_mixing": "views", "token_groups": 2}, "layers 1, 2: a unit reads 8 values"),
+        ({"token_mixing": "grouped", "token_groups": 2}, "layers 1, 2: a unit reads 2 channels"),
+        ({"token_mixing": "views", "token_groups": 2}, "layers 1, 2: a unit reads 2 channels"),
     ],
 )
 def test_variants_of_token_mixing_are_named(changes, note):
@@ -91,8 +91,15 @@ def test_a_pyramid_shows_the_layers_that_read_the_grid():
     assert [layer.number for layer in found.layers] == [1]
     assert found.layers[0].outgoing is None
     assert found.notes == [
-        "layer 2: a unit reads 4 values, not one for each of the 4x4 patches, and is not drawn"
+        "layer 2: a unit reads 4 tokens of a pyramid, which are no patches: not drawn"
     ]
+
+
+def test_groups_that_make_up_the_number_of_patches_are_no_patches():
+    changes = {"token_mixing": "grouped", "token_groups": 4, "pyramid": ((0, 4),)}
+    found = model_units(tiny_model(image_size=16, **changes))
+    assert found.layers == []
+    assert found.notes == ["layers 1, 2: a unit reads 4 channels at once, and is not drawn"]
 
 
 def test_a_model_of_another_kind_has_its_stem():

@@ -196,6 +196,12 @@ def test_bfloat16_products_keep_the_residual_stream(settings):
         ({"pyramid": ((1, 0),)}, "down to fewer"),
         ({"pyramid": (4,)}, "pairs of a block and its tokens"),
         ({"token_mixing": "grouped", "token_groups": 0}, "must divide"),
+        ({"token_mixing": "grouped", "token_groups": True}, "must divide"),
+        ({"pyramid": ((1.5, 4.7),)}, "pairs of a block and its tokens"),
+        ({"pyramid": ("14",)}, "pairs of a block and its tokens"),
+        ({"pyramid": {}}, "pairs of a block and its tokens"),
+        ({"num_blocks": True}, "whole number"),
+        ({"stochastic_depth": "0.1"}, r"in \[0, 1\)"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, words):

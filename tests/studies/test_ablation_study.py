@@ -83,7 +83,7 @@ def test_the_study_measures_accuracy_and_cost(tmp_path: Path, capsys):
     [
         (["--variants", "untide"], "untied"),
         (["--variants", "shared", "shared"], "each variant once"),
-        (["--model", "small_resnet"], "plain Mixer"),
+        (["--model", "vip_s7", "--image-size", "14"], "plain Mixer"),
         (["--set", "model.overrides.token_mixing=untied"], "plain Mixer"),
         (["--seeds", "1", "1"], "each seed once"),
     ],

@@ -64,7 +64,7 @@ def evaluate(
 
     Args:
         model: a run folder, a .safetensors, .npz or .pth file, a name of `mixer models --weights`,
-            or hf:owner/name.
+            or hf:owner/name; or a file of the verb export, run by its own runtime.
         data: any source that the verb train reads, with :train, :validation or :test behind it to
             choose a split; without it the test images, else the validation images, else all.
         image_size: measure it at another size than its own.
@@ -97,7 +97,8 @@ def evaluate(
             device = str(chosen)
         rank, size = (0, 1) if world is None else (world.rank, world.size)
         report = Reporter(quiet=rank != 0)
-        net, source = load_named(model, image_size, growth), open_source(data)
+        net = load_named(model, image_size, growth, exported=True)
+        source = open_source(data)
         choose_protocol(net, resize, crop, ignore_exif)
         labels = None if real is None else _real_labels(real, source, net)
         folder = None if output is None else Path(os.path.expanduser(output))

@@ -28,6 +28,7 @@ _DATA = {
     "imagenet21k_": (14_000_000, 21_843, "ImageNet-21k, the paper's round number"),
     "jft_": (300_000_000, 18_291, "JFT-300M, the paper's round number"),
     "cifar10": (45_000, 10, "CIFAR-10 less the tenth that is held out"),
+    "digits": (1_259, 10, "the scikit-learn digits' training images"),
 }
 
 
@@ -88,7 +89,8 @@ def throughput(
         raise UserError("no model to measure", fix="mixer throughput mixer_s32")
     if images is not None and (recipe is None or images < 1):
         what = "has no effect without --recipe" if recipe is None else "must be at least 1"
-        raise UserError(f"--images {images} {what}", where="--images", fix="Leave it out")
+        fix = "Leave it out" if recipe is None else "--images N, with the number of the data"
+        raise UserError(f"--images {images} {what}", where="--images", fix=fix)
     if compile not in ("on", "off"):
         raise UserError(f"unknown value {compile!r}", where="--compile", fix="on or off")
     if len(set(models)) < len(models):

@@ -18,6 +18,7 @@ from torch import nn
 
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.layers import ImageClassifier
+from mlp_mixer.models.mixer import MixerConfig
 
 Floats = NDArray[np.float64]
 
@@ -92,7 +93,7 @@ def model_units(model: ImageClassifier) -> ModelUnits:
     grid = patch_grid(model)
     layers, refused = [], {}
     for number, (name, module) in enumerate(modules, start=1):
-        reason = why_no_picture(module, grid)
+        reason = _why_not_patches(model, number - 1) or why_no_picture(module, grid)
         if reason is not None:
             refused.setdefault(reason, []).append(number)
             continue
@@ -112,6 +113,19 @@ def model_units(model: ImageClassifier) -> ModelUnits:
         )
     stem, note = _stem_units(model)
     return ModelUnits(layers, len(modules), stem, notes + ([note] if note else []))
+
+
+def _why_not_patches(model: ImageClassifier, block: int) -> str | None:
+    """Returns why the token mixing of a block does not read one value for each patch, or None."""
+    config = model.config
+    if not isinstance(config, MixerConfig):
+        return None
+    if config.token_groups > 1:
+        return f"a unit reads {config.token_groups} channels at once, and is not drawn"
+    if config.tokens[block] != config.num_tokens:
+        tokens = config.tokens[block]
+        return f"a unit reads {tokens} tokens of a pyramid, which are no patches: not drawn"
+    return None
 
 
 def why_no_picture(module: nn.Module, grid: tuple[int, int] | None) -> str | None:

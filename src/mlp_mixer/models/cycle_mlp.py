@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlp_mixer.errors import UserError
+from mlp_mixer.models.layers import is_number
 from mlp_mixer.models.staged import (
     Block,
     Convolution,
@@ -31,7 +32,6 @@ from mlp_mixer.models.staged import (
     StagedConfig,
     blocks_and_head_macs,
     drop_rates,
-    is_number,
 )
 
 STEPS = 3  # the cycle of the published models: 0, +1, -1

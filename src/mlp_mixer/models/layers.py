@@ -92,6 +92,17 @@ def lecun_normal_(weight: Tensor) -> Tensor:
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
+def is_number(value: Any, least: int = 1) -> bool:
+    """Says whether a value is a whole number (and no truth value) of at least so much."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_share(value: Any) -> bool:
+    """Says whether a value is a number of at least 0 and below 1: a probability that is not 1."""
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and 0.0 <= value < 1.0
+
+
 class ModelConfig(Protocol):
     """What the configurations of all families have, each a frozen dataclass with fields of its own.
 

@@ -17,7 +17,13 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from mlp_mixer.models.layers import ImageClassifier, StochasticDepth, lecun_normal_
+from mlp_mixer.models.layers import (
+    ImageClassifier,
+    StochasticDepth,
+    is_number,
+    is_share,
+    lecun_normal_,
+)
 
 TOKEN_MIXING = ("shared", "untied", "grouped", "views")
 
@@ -72,13 +78,13 @@ class MixerConfig:
         sizes = ("patch_size", "hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")
         for name in (*sizes, "in_channels"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not is_number(value):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if not isinstance(self.num_classes, int) or self.num_classes < 0:
+        if not is_number(self.num_classes, 0):
             raise ValueError(f"num_classes must be at least 0, got {self.num_classes}")
         for name in ("dropout", "stochastic_depth"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+            if not is_share(getattr(self, name)):
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
         if self.gelu not in ("tanh", "exact"):
             raise ValueError(f"gelu must be 'tanh' or 'exact', got {self.gelu!r}")
         if min(height, width) < 1 or height % self.patch_size or width % self.patch_size:
@@ -96,7 +102,7 @@ class MixerConfig:
             known = ", ".join(TOKEN_MIXING)
             raise ValueError(f"token_mixing must be one of {known}, got {self.token_mixing!r}")
         groups = self.token_groups
-        if not isinstance(groups, int) or groups < 1 or self.hidden_dim % groups:
+        if not is_number(groups) or self.hidden_dim % groups:
             what = f"token_groups must divide hidden_dim, {self.hidden_dim}"
             raise ValueError(f"{what}, got {groups!r}")
         if groups > 1 and self.token_mixing not in ("grouped", "views"):
@@ -104,10 +110,14 @@ class MixerConfig:
             raise ValueError(f"{what}; it is for 'grouped' and 'views'")
         last_block, tokens = -1, self.num_tokens
         try:
-            steps = tuple((int(block), int(fewer)) for block, fewer in self.pyramid)
-        except (TypeError, ValueError) as error:
+            steps = tuple((block, fewer) for block, fewer in self.pyramid)
+        except (TypeError, ValueError):
+            steps = None
+        is_list = isinstance(self.pyramid, tuple | list) and steps is not None
+        if not is_list or not all(is_number(each, 0) for step in steps or () for each in step):
             what = "pyramid must be pairs of a block and its tokens, as [[4, 49]]"
-            raise ValueError(f"{what}, got {self.pyramid!r}") from error
+            raise ValueError(f"{what}, got {self.pyramid!r}")
+        assert steps is not None
         for block, fewer in steps:
             if not last_block < block < self.num_blocks:
                 what = f"the blocks of a pyramid rise from 0 to {self.num_blocks - 1}"

@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mlp_mixer.models.layers import ImageClassifier, StochasticDepth
+from mlp_mixer.models.layers import ImageClassifier, StochasticDepth, is_number, is_share
 
 EPSILON = 1e-5
 
@@ -72,8 +72,8 @@ class StagedConfig:
             raise ValueError(f"{what}, got {self.in_channels!r}")
         if not is_number(self.num_classes, 0):
             raise ValueError(f"num_classes must be at least 0, got {self.num_classes}")
-        if not 0.0 <= self.stochastic_depth < 1.0:
-            raise ValueError(f"stochastic_depth must be in [0, 1), got {self.stochastic_depth}")
+        if not is_share(self.stochastic_depth):
+            raise ValueError(f"stochastic_depth must be in [0, 1), got {self.stochastic_depth!r}")
 
     def check_stages(self, *names: str) -> None:
         """Raises ValueError unless these fields have one value for each stage."""
@@ -118,11 +118,6 @@ def checked(name: str, values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple) or not values or not all(map(is_number, values)):
         raise ValueError(f"{name} must be whole numbers of at least 1, got {values!r}")
     return values
-
-
-def is_number(value: Any, least: int = 1) -> bool:
-    """Says whether a value is a whole number (and no truth value) of at least so much."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 class Mlp(nn.Module):

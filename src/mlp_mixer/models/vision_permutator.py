@@ -24,6 +24,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from mlp_mixer.models.layers import is_number
 from mlp_mixer.models.staged import (
     Block,
     Convolution,
@@ -33,7 +34,6 @@ from mlp_mixer.models.staged import (
     blocks_and_head_macs,
     checked,
     drop_rates,
-    is_number,
 )
 
 

@@ -156,7 +156,7 @@ def _figure(
 ) -> Figure:
     """A row of the paper's panels, and below it a row of ours."""
     groups: dict[tuple[str, str], list[Point]] = {}
-    for point in ours:
+    for point in dict.fromkeys(ours):  # a run and an evaluation of it are the same point
         groups.setdefault((point.hardware, point.data), []).append(point)
     shown = sorted(groups.items(), key=lambda each: -len(each[1]))[:MOST_PANELS]
     columns, rows = max(len(printed), len(shown), 1), 1 + bool(shown)

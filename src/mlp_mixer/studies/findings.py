@@ -6,6 +6,7 @@ named in the report, or is an error where it was asked for by name.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -275,6 +276,10 @@ def read_run(path: Path) -> dict[str, Any]:
         for line in (path / "metrics.jsonl").read_text().splitlines()[-1:]:
             last = json.loads(line)
             seconds, steps = float(last["seconds"]), int(last["step"]) + 1
+    if (path / "results.csv").is_file():  # the last evaluation comes after the last logged step
+        with (path / "results.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                seconds = max(seconds, float(row.get("seconds") or 0.0))
     evaluation, split = None, None
     for name in ("test", "validation"):
         file = path / name / "evaluation.json"

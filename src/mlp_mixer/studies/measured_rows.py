@@ -38,6 +38,7 @@ class Accuracy:
         shape: what models of the same speed have in common.
         data, images, top1, real: what was measured; `real` is None without ReaL labels.
         resize: how the pictures were fitted; None where that is not known.
+        departs: that, where it is neither of the paper's protocols; "" where it is.
         not_imagenet: why this is not ImageNet's top-1; None where it is.
         days, hardware: of its training from random weights; None where that is not known.
         number: of the measurement.
@@ -52,6 +53,7 @@ class Accuracy:
     top1: float
     real: float | None
     resize: str | None
+    departs: str
     not_imagenet: str | None
     days: float | None
     hardware: str | None
@@ -111,6 +113,7 @@ def accuracies(findings: Findings) -> list[Accuracy]:
                 top1=values["top1"],
                 real=real["accuracy"] if is_whole and real is not None else None,
                 resize=protocol.get("resize"),
+                departs=_departs(protocol),
                 not_imagenet=reason,
                 days=days,
                 hardware=None if days is None else hardware(each.values["environment"]),
@@ -118,6 +121,16 @@ def accuracies(findings: Findings) -> list[Accuracy]:
             )
         )
     return found
+
+
+def _departs(protocol: dict[str, Any]) -> str:
+    """Returns a protocol in words where it is neither of the paper's, 224 of 256 and so on."""
+    resize, crop = protocol.get("resize"), protocol.get("crop")
+    if resize is None:
+        return "protocol unknown"
+    if resize == "squash":
+        return "squash"
+    return "" if crop is None or abs(crop - 0.875) < 1e-6 else f"{resize} {crop:.4g}"
 
 
 def why_not_imagenet(values: dict[str, Any]) -> str | None:
@@ -220,9 +233,10 @@ def table_rows(findings: Findings, table: int) -> list[Row]:
         if (2 if each.resize == "resize-crop" else 3) != table:
             continue
         own = row(each.source, each.model, each.image_size, "ImageNet")
-        own.cells["ImageNet"] = percent(each.top1)
+        mark = f" ({each.departs})" if each.departs else ""
+        own.cells["ImageNet"] = percent(each.top1) + mark
         if each.real is not None:
-            own.cells["ReaL"] = percent(each.real)
+            own.cells["ReaL"] = percent(each.real) + mark
         if each.days is not None:
             own.cells["device-days"] = f"{plain(each.days)} on {each.hardware}"
         fast = speed_of(each.shape, all_speeds).values()
@@ -267,6 +281,7 @@ def suite_mean(suite: Measured) -> str:
     is_whole = done == total and not suite.values["partial"] and not suite.values["missing"]
     marks = [] if is_whole else [f"partial: {done} of {total} tasks"]
     marks += ["changed protocol"] if suite.values.get("changes") else []
+    marks += ["other data"] if any(each.get("departs") for each in tasks.values()) else []
     return percent(mean) + (f" ({', '.join(marks)})" if marks else "")
 
 

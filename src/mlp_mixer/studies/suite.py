@@ -107,11 +107,14 @@ class _Runner:
         there = sorted(each.name for each in self.path.iterdir()) if self.path.is_dir() else []
         there = [name for name in there if not name.endswith(".partial")]
         if _FILE not in there:
-            if there:
-                what = f"the folder holds something else: {', '.join(there[:4])}"
+            others = [name for name in there if name not in ("log.txt", _DATA)]
+            if others:
+                what = f"the folder holds something else: {', '.join(others[:4])}"
                 raise UserError(what, where=self.path, fix="Give another --output")
             return {}
         values = read_measurement(self.path / _FILE)
+        if not values.get("tasks") and not {*there} - {_FILE, "log.txt", _DATA}:
+            return {}  # it was stopped before its first run: nothing depends on its settings
         tasks, names = values.get("tasks"), dict(values.get("sources") or {})
         changes = [] if values.get("kind") == self.suite.kind else [f"it is {values.get('kind')}"]
         changes += [
@@ -171,10 +174,10 @@ class _Runner:
     def run(self) -> SuiteResult:
         if self.world.is_first:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.save()  # before anything else is there: whose folder this is
             (self.path / _DATA).mkdir(exist_ok=True)
             self.report.log_to(self.path / "log.txt")
         self.describe()
-        self.save()
         names = self.pending()
         try:
             for number, name in enumerate(names):
@@ -293,6 +296,7 @@ def _entry(plan: Plan, config: TrainConfig, result: FinetuneResult) -> dict[str,
         "parts": {name: list(parts) for name, parts in plan.final.splits.items()},
         "labels": None if plan.final.labels is None else plan.final.labels.describe(),
         "classes": plan.num_classes,
+        "departs": plan.departs(),
         "group": plan.task.group,
         "image_size": f"{height}x{width}" if height != width else height,
         "steps": config.steps,

@@ -38,6 +38,11 @@ class SuiteResult:
         """Whether tasks of the suite are missing."""
         return bool(self.missing)
 
+    @property
+    def of_other_data(self) -> list[str]:
+        """The tasks whose data is not the official one, as far as can be known."""
+        return [name for name, each in self.tasks.items() if each.get("departs")]
+
     def summary(self) -> str:
         """Returns "mean of 3 of 19 tasks, partial: 41.20%"."""
         assert self.mean is not None
@@ -59,9 +64,13 @@ class SuiteResult:
         lines.append(self.summary())
         if self.partial:
             lines.append(f"missing  {', '.join(self.missing)}")
-        if self.partial or self.changes:
+        others = self.of_other_data
+        for name in others:
+            lines.append(f"note     {name}: {', '.join(self.tasks[name]['departs'])}")
+        if self.partial or self.changes or others:
             why = ["tasks are missing"] if self.partial else []
             why += ["the protocol is changed"] if self.changes else []
+            why += ["the data is not the official one"] if others else []
             lines.append(f"note     not comparable with published means: {' and '.join(why)}")
         return lines
 

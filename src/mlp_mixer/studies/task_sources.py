@@ -56,6 +56,19 @@ class Plan:
     num_classes: int
     notes: tuple[str, ...]
 
+    def departs(self) -> list[str]:
+        """Returns in what the data is not the official one of the task, as far as can be known."""
+        found = []
+        if self.num_classes != self.task.num_classes:
+            found.append(f"{self.num_classes} classes, not {self.task.num_classes}")
+        if self.rule == "first":
+            found.append("not the suite's index ranges")
+        wanted = {"train": _LEARN + _CHOOSE} if self.rule != "whole" else self.task.images or {}
+        for name, number in wanted.items():
+            if self.images[name] != number:
+                found.append(f"{self.images[name]:,} {name} images, not {number:,}")
+        return found
+
     def describe(self) -> list[str]:
         """Returns the lines that say it."""
         parts = self.final.splits
@@ -91,23 +104,25 @@ def named_tasks(
         UserError: an unknown task, one that is named twice, or none at all.
     """
     named: list[tuple[str, str]] = [] if file is None else _read_tasks(file)
+    in_file = len(named)
     for each in assignments:
         name, equals, source = each.partition("=")
         if not equals or not source.strip():
             raise UserError(f"--task takes NAME=SOURCE, got {each!r}", fix="--task pets=FOLDER")
         named.append((name.strip(), resolved(source.strip())))
     tasks: dict[str, str] = {}
-    for name, source in named:
+    for number, (name, source) in enumerate(named):
+        where = file if number < in_file else "--task"
         if name not in known:
             fix = f"{near_names(name, known)}Known: {', '.join(known)}"
-            raise UserError(f"unknown task {name!r}", where="--task", fix=fix)
+            raise UserError(f"unknown task {name!r}", where=where, fix=fix)
         if name in tasks:
             what = f"the task {name} is named twice: {tasks[name]}, {source}"
-            raise UserError(what, where="--task", fix="Leave one of them out")
+            raise UserError(what, where=where, fix="Leave one of them out")
         tasks[name] = source
     if not tasks:
         fix = f"--task NAME=SOURCE, or --tasks FILE.json. Known: {', '.join(known)}"
-        raise UserError("no task is named", where="--task", fix=fix)
+        raise UserError("no task is named", where=file or "--task", fix=fix)
     return {name: tasks[name] for name in known if name in tasks}
 
 
@@ -115,12 +130,12 @@ def _read_tasks(file: str) -> list[tuple[str, str]]:
     path = expand(file)
     fix = 'Write it as {"pets": "FOLDER", "cifar100": "hf:owner/name"}'
     try:
-        pairs: Any = json.loads(path.read_bytes(), object_pairs_hook=list)
+        pairs: Any = json.loads(path.read_bytes(), object_pairs_hook=tuple)
     except OSError as error:
         raise UserError(f"cannot read the file: {error.strerror}", where=path) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {str(error)[:200]}", where=path, fix=fix) from error
-    is_pairs = isinstance(pairs, list) and all(
+    is_pairs = isinstance(pairs, tuple) and all(
         isinstance(each, tuple) and isinstance(each[1], str) and each[1].strip() for each in pairs
     )
     if not is_pairs:

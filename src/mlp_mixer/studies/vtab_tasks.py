@@ -35,6 +35,7 @@ class Task:
         labels: the rule that makes its classes from numbers; None where they are classes already.
         number: what the number is that the rule takes.
         recipe: of its fine-tuning.
+        images: "train" and "test" images of the official data, where all are taken.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Task:
     labels: LabelRule | None = None
     number: str = ""
     recipe: str = "finetune_vtab"
+    images: dict[str, int] | None = None
 
     @property
     def image_size(self) -> int:
@@ -119,17 +121,26 @@ _VTAB = (
 
 _ALL = ("train", "", "test")
 
+_CIFAR = {"train": 50_000, "test": 10_000}
 _AVG5 = (
     Task(
         *("imagenet", "", 1000, "imagenet2012", "train", "", "validation", (500, 375)),
         recipe="finetune_imagenet",
+        images={"train": 1_281_167, "test": 50_000},
     ),
-    Task("cifar10", "", 10, "cifar10", *_ALL, (32, 32), recipe="finetune_cifar"),
-    Task("cifar100", "", 100, "cifar100", *_ALL, (32, 32), recipe="finetune_cifar"),
-    Task("pets", "", 37, "oxford_iiit_pet", *_ALL, (450, 400), recipe="finetune_pets"),
+    Task(*("cifar10", "", 10, "cifar10", *_ALL, (32, 32)), recipe="finetune_cifar", images=_CIFAR),
+    Task(
+        *("cifar100", "", 100, "cifar100", *_ALL, (32, 32)), recipe="finetune_cifar", images=_CIFAR
+    ),
+    Task(
+        *("pets", "", 37, "oxford_iiit_pet", *_ALL, (450, 400)),
+        recipe="finetune_pets",
+        images={"train": 3_680, "test": 3_669},
+    ),
     Task(
         *("flowers102", "", 102, "oxford_flowers102", "train, validation", "", "test", (600, 500)),
         recipe="finetune_flowers",
+        images={"train": 2_040, "test": 6_149},
     ),
 )
 

@@ -25,9 +25,10 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[Opti
     """Returns the optimisers over the parameters that require a gradient; `update` steps them.
 
     One for "adamw" and "sgd". For "muon" two: Muon (Jordan et al. 2024) for the 2-D kernels inside
-    `model.blocks`, which are the dense weights of token and channel mixing, and AdamW for the rest:
-    stem, head, norms and biases. Muon's updates are scaled to the size of Adam's (Liu et al. 2025,
-    arXiv 2502.16982, section 2.2), so that both take the same rate and decay.
+    the blocks, which are the dense weights of token and channel mixing, and AdamW for the rest:
+    stem, head, norms and biases, and kernels with a third axis (untied token mixing, CycleFC).
+    Muon's updates are scaled to the size of Adam's (Liu et al. 2025, arXiv 2502.16982, section
+    2.2), so that both take the same rate and decay.
 
     Their state exists from here on, as it is before the first step: all zeros. torch would make it
     within that step; so a run has the same tensors at all times, and can be saved before it begins.

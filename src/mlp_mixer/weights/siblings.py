@@ -59,10 +59,9 @@ def infer_cycle_mlp(shapes: Shapes, path: Path, image_size: Size | None) -> Cycl
     if kernel != CycleMLPConfig.stem_kernel:
         what = f"the stem's window is {kernel} pixels wide, and the file does not say its stride"
         raise UserError(what, where=path, fix="Give it with the config.json that we write")
+    fields, _ = _skeleton(shapes, path, "CycleMLP")
     try:
-        return CycleMLPConfig(
-            image_size=image_size or (224, 224), **_skeleton(shapes, path, "CycleMLP")[0]
-        )
+        return CycleMLPConfig(image_size=image_size or (224, 224), **fields)
     except ValueError as error:
         raise UserError(f"no CycleMLP: {error}", where=path) from error
 
