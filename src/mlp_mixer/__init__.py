@@ -12,7 +12,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlp_mixer.deploy.export import export
+    from mlp_mixer.deploy.export_report import ExportReport
     from mlp_mixer.deploy.predict import Prediction, predict
+    from mlp_mixer.deploy.runner import ExportedModel, open_exported
     from mlp_mixer.errors import UserError
     from mlp_mixer.evaluation.accuracy import Evaluation, evaluate
     from mlp_mixer.evaluation.few_shot import FewShot, few_shot
@@ -57,6 +60,10 @@ _HOME = {
     "finetune": "training.finetune",
     "FinetuneResult": "training.finetune",
     "recipe": "training.recipes",
+    "export": "deploy.export",
+    "ExportReport": "deploy.export_report",
+    "ExportedModel": "deploy.runner",
+    "open_exported": "deploy.runner",
     "Prediction": "deploy.predict",
     "predict": "deploy.predict",
     "Inspection": "inspection.report",
@@ -74,6 +81,8 @@ _HOME = {
 __all__ = [
     "DataScale",
     "Evaluation",
+    "ExportReport",
+    "ExportedModel",
     "FewShot",
     "FinetuneResult",
     "ImageClassifier",
@@ -91,11 +100,13 @@ __all__ = [
     "create_model",
     "data_scale",
     "evaluate",
+    "export",
     "few_shot",
     "finetune",
     "inspect",
     "list_models",
     "load_model",
+    "open_exported",
     "predict",
     "random_weights",
     "recipe",

@@ -116,7 +116,7 @@ def test_nothing_but_bad_files(model, album):
         (["*.nothing"], {}, "no such file or folder"),
         (["EMPTY"], {}, "the folder has no images"),
         (["GREY"], {"top_k": 0}, "top_k must be at least 1, got 0"),
-        (["GREY"], {"output": "out.parquet"}, "unknown output format '.parquet'"),
+        (["GREY"], {"output": "out.xml"}, "unknown output format '.xml'"),
         (["GREY"], {"output": "no/such/folder/out.csv"}, "the output's folder does not exist"),
     ],
 )

@@ -63,13 +63,26 @@ def changed(config: TrainConfig, flags: dict[str, Any], settings: tuple[str, ...
 
 
 def load_named(
-    source: str, image_size: str | None, growth: str | None, num_classes: int | None = None
+    source: str,
+    image_size: str | None,
+    growth: str | None,
+    num_classes: int | None = None,
+    *,
+    exported: bool = False,
 ) -> ImageClassifier:
     """Returns the model that the flags of a verb name.
 
+    Args:
+        source, image_size, growth, num_classes: as of `load_model`.
+        exported: take files of the verb export too, which only compute logits.
+
     Raises:
-        UserError: as `load_model`.
+        UserError: as `load_model`; or an exported file where none is taken.
     """
+    from mlp_mixer.deploy.runner import is_exported, open_exported
+
+    if is_exported(source):
+        return open_exported(refuse_changes(source, image_size, growth, exported))
     from mlp_mixer.weights.resolution import GROWTHS
     from mlp_mixer.weights.store import load_model
 
@@ -81,6 +94,22 @@ def load_named(
         raise UserError(what, where="--growth", fix="Add --image-size, or leave --growth out")
     size = parse_size(image_size)
     return load_model(source, size, num_classes, growth=cast("Growth", growth or "auto"))
+
+
+def refuse_changes(source: str, image_size: str | None, growth: str | None, exported: bool) -> str:
+    """Returns the name of an exported file that is taken as it is.
+
+    Raises:
+        UserError: the verb needs weights, or it is to have another image size.
+    """
+    if not exported:
+        what = "an exported file has no weights to work on: it only computes logits"
+        raise UserError(what, where=source, fix="Give the run or the weights it was made from")
+    flag = "--image-size" if image_size is not None else "--growth" if growth is not None else None
+    if flag is not None:
+        what = "an exported file has one image size, which cannot be changed"
+        raise UserError(what, where=flag, fix="Leave it out, or export it at that size")
+    return source
 
 
 def warn_of_bad(bad: list[BadImage]) -> int:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from mlp_mixer.cli.arguments import (
-    File,
-    GrowthName,
-    Inputs,
-    Model,
-    Number,
-    Size,
-    load_named,
-    warn_of_bad,
-)
+import os
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
+
+from mlp_mixer.cli.arguments import File, GrowthName, Inputs, Model, Number, Size, load_named
+from mlp_mixer.cli.predict_lines import NAMED, Seen, follower, say_rows, say_speed, warn
+from mlp_mixer.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mlp_mixer.console import Reporter
+    from mlp_mixer.data.items import Source
+    from mlp_mixer.deploy.answers import Question
+    from mlp_mixer.deploy.plan import Plan
+    from mlp_mixer.deploy.rows import OnRows
+    from mlp_mixer.models.layers import ImageClassifier
+    from mlp_mixer.training.distributed import World
+
+TopK = Annotated[int | None, arg(help_behavior_hint="(default: 5)", metavar="N")]
+Precision = Annotated[str | None, arg(help_behavior_hint="(default: float32)", metavar="NAME")]
+FormatName = Annotated[str | None, arg(help_behavior_hint="(default: csv)", metavar="FORMAT")]
 
 
 def predict(
@@ -19,72 +34,165 @@ def predict(
     images: Inputs,
     /,
     *,
-    top_k: int = 5,
+    top_k: TopK = None,
+    features: bool = False,
     image_size: Size = None,
     growth: GrowthName = None,
     output: File = None,
+    format: FormatName = None,
+    part_size: Number = None,
+    precision: Precision = None,
     batch_size: int = 64,
     device: str = "auto",
     num_workers: Number = None,
 ) -> int:
-    """Classify images: files, folders and patterns.
+    """Classify images: files, folders and patterns, or any source of data.
+
+    An output with an ending is one file. One without is a folder of part files and a manifest: the
+    same command again writes the parts that are missing, and under torchrun the processes share
+    them.
 
     Examples of use:
         mixer predict runs/flowers photo.jpg
         mixer predict runs/flowers FOLDER 'more/*.png' --output predictions.csv
+        find photos -name '*.jpg' | mixer predict runs/flowers - --output predictions.jsonl
         mixer predict runs/digits digits:test --top-k 1
-        mixer predict mixer_b16.i1k photo.jpg
+        mixer predict mixer_b16.i1k photos --features --output features.parquet
+        mixer predict mixer_b16.i1k shards:test --output predictions --format parquet
 
     Args:
         model: a run folder, a .safetensors, .npz or .pth file, a name of `mixer models --weights`,
-            or hf:owner/name.
-        images: files, folders (to any depth), patterns; or one source of data: digits:test,
-            list.csv, FOLDER:test, Parquet files, shards, hf:owner/name.
+            or hf:owner/name; or a file of the verb export, run by its own runtime.
+        images: files, folders (to any depth), patterns, - for a list of paths on standard input;
+            or one source of data: digits:test, list.csv, FOLDER:test, Parquet files, shards,
+            hf:owner/name.
         top_k: classes for each image.
+        features: the pooled features that the head reads, and no classes.
         image_size: look at the images at another size than the model's own.
         growth: how to get there: block-diagonal, resample or auto.
-        output: a file to write to, its ending says how: .csv, .json or .jsonl.
-        batch_size: images a batch.
+        output: a file to write to, its ending says how: .csv, .json, .jsonl or .parquet; or a
+            folder for parts, a name without an ending.
+        format: of the parts: csv, jsonl or parquet.
+        part_size: images a part; chosen, at most about 10,000, where it is left out.
+        precision: of the products: float32, bfloat16 or auto.
+        batch_size: images a batch, of each process.
         device: auto, cpu or cuda.
-        num_workers: processes that decode images.
+        num_workers: processes that decode images, for each process under torchrun.
     """
-    from mlp_mixer.console import Reporter, table
-    from mlp_mixer.data.items import BadImage
-    from mlp_mixer.deploy.predict import check_output, find_images
-    from mlp_mixer.deploy.predict import predict as classify
+    from mlp_mixer.console import Reporter
+    from mlp_mixer.deploy.answers import make_question, move
+    from mlp_mixer.deploy.inputs import STANDARD_INPUT, find_images, read_list
+    from mlp_mixer.deploy.plan import check_folder, is_folder
+    from mlp_mixer.deploy.predict import check_output
 
-    report = Reporter()
-    if output is not None:
-        check_output(output)
-    source = find_images(images)
-    net = load_named(model, image_size, growth)
-    with report.progress(len(source), "images") as bar:
-        predictions = classify(
-            net,
-            source,
-            top_k=top_k,
-            output=output,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            device=device,
-            on_batch=bar.advance,
+    if top_k is not None and top_k < 1:  # before anything is read
+        raise UserError(f"top_k must be at least 1, got {top_k}", where="--top-k")
+    in_parts = output is not None and is_folder(output)
+    _refuse_idle(output, in_parts, features, {"--format": format, "--part-size": part_size})
+    with ExitStack() as stack:
+        world: World | None = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # one process needs no collectives
+            if not in_parts:
+                what = "several processes need a folder to write their parts to"
+                fix = "--output FOLDER, a name without an ending"
+                raise UserError(what, where="--output", fix=fix)
+            from mlp_mixer.training.distributed import joined
+
+            world, chosen = stack.enter_context(joined(device))
+            device = str(chosen)
+        path = None
+        if output is not None and in_parts:
+            path = check_folder(output, format or "csv", part_size)
+        elif output is not None:
+            path = check_output(output)
+        listed = None
+        if world is not None and STANDARD_INPUT in images:  # of which there is one for all
+            listed = world.from_first(read_list)
+        source = find_images(images, listed)
+        net = move(load_named(model, image_size, growth, exported=True), device)
+        question = make_question(
+            net, top_k=top_k, features=features, precision=precision, batch_size=batch_size
         )
-    good = [each for each in predictions if each.error is None]
-    rows = [[each.path, *(f"{name} {share:.1%}" for name, share in each.classes)] for each in good]
-    most = 40
-    if rows:
-        ranks = [f"{rank}." for rank in range(1, len(rows[0]))]
-        for line in table(["image", *ranks], rows[:most], left=len(rows[0])):
-            report.say(line)
-    if len(rows) > most:
-        where = f"in {output}" if output else "with --output FILE"
-        report.say(f"... and {len(rows) - most:,} more, {where}")
-    if output is not None:
-        report.say(f"written  {output}: {len(predictions):,} images")
-    bad = [
-        BadImage(at, each.path, each.error)
-        for at, each in enumerate(predictions)
-        if each.error is not None
-    ]
-    code = warn_of_bad(bad)
-    return 2 if not good else code
+        report = Reporter(quiet=world is not None and not world.is_first)
+        options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
+        if path is None or not in_parts:
+            return _at_once(report, net, source, question, path, options)
+        options |= {"kind": format or "csv", "part_size": part_size, "world": world}
+        return _in_parts(report, net, source, question, path, options)
+
+
+def _refuse_idle(
+    output: str | None, in_parts: bool, features: bool, of_parts: dict[str, object]
+) -> None:
+    """Refuses flags that would have no effect."""
+    if features and output is None:
+        what = "--features are written to a file, and none is named"
+        raise UserError(what, where="--features", fix="Add --output FILE.parquet, .csv or .jsonl")
+    for flag, value in of_parts.items():
+        if value is not None and not in_parts:
+            what = f"{flag} {value} has no effect: it is for the parts of a folder"
+            fix = "--output FOLDER, a name without an ending; the ending of a file is its format"
+            raise UserError(what, where=flag, fix=fix)
+
+
+def _at_once(
+    report: Reporter,
+    net: ImageClassifier,
+    source: Source,
+    question: Question,
+    path: Path | None,
+    options: dict[str, Any],
+) -> int:
+    """All images to one file, or to the screen."""
+    from mlp_mixer.deploy.predict import predict_to_file
+    from mlp_mixer.deploy.rows import predict_rows
+
+    seen, started = Seen(), time.monotonic()
+    with report.progress(len(source), "images") as bar:
+        follow = follower(bar, seen)
+        if path is None:
+            for rows in predict_rows(net, source, question, **options):
+                follow(rows)
+        else:
+            predict_to_file(net, source, question, path, **options, on_rows=follow)
+    say_rows(report, seen, None if path is None else str(path))
+    if path is not None:
+        report.say(f"written  {path}: {seen.images:,} images")
+    say_speed(report, seen.images, time.monotonic() - started)
+    return warn(seen.first_bad, seen.bad, seen.images)
+
+
+def _in_parts(
+    report: Reporter,
+    net: ImageClassifier,
+    source: Source,
+    question: Question,
+    folder: Path,
+    options: dict[str, Any],
+) -> int:
+    """The missing parts of a folder, those of this process."""
+    from mlp_mixer.deploy.parts import bad_images, predict_parts
+
+    world: World | None = options["world"]
+    seen, started = Seen(), time.monotonic()
+    with ExitStack() as shown:
+
+        def begin(plan: Plan) -> OnRows:
+            there = plan.parts - len(plan.missing)
+            if there:
+                report.say(f"parts    {there:,} of {plan.parts:,} are there already")
+            total = plan.count(plan.share(world))
+            bar = shown.enter_context(report.progress(total, "images"))
+            if world is not None:
+                bar.advance(0, description=f"rank 0 of {world.size}")
+            return follower(bar, seen)
+
+        plan = predict_parts(net, source, question, folder, **options, on_plan=begin)
+    images = seen.images if world is None else sum(world.gather(seen.images))
+    if world is not None and not world.is_first:
+        return 0  # whatever was bad: torchrun would end the first process, which still speaks
+    report.say(f"written  {folder}: {plan.parts:,} parts, {plan.images:,} images")
+    if images:
+        say_speed(report, images, time.monotonic() - started)
+    bad, first_bad = bad_images(plan, NAMED)  # also those of parts that were there already
+    return warn(first_bad, bad, plan.images)

@@ -8,6 +8,7 @@ from typing import Any
 from mlp_mixer.cli.check import check
 from mlp_mixer.cli.convert import convert
 from mlp_mixer.cli.evaluate import evaluate
+from mlp_mixer.cli.export import export
 from mlp_mixer.cli.few_shot import few_shot
 from mlp_mixer.cli.finetune import finetune
 from mlp_mixer.cli.inspect import inspect
@@ -35,6 +36,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
     "throughput": throughput,
     "convert": convert,
+    "export": export,
     "permute": permute,
     "report": report,
     "study data-scale": data_scale,

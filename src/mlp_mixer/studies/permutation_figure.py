@@ -36,7 +36,7 @@ def permutation_figure(
     models = list(dict.fromkeys(row["model"] for row in rows))
     width = max(8.4, 4.6 * len(models))
     figure = Figure(figsize=(width, 6.6), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=(1.0, 2.3))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(0.75, 2.3))
     top, bottom = parts
     _draw_examples(top, examples)
     panels = bottom.subplots(1, len(models), squeeze=False, sharey=True)[0]

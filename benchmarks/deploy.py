@@ -1,0 +1,155 @@
+"""Images a second of a Mixer on a processor: our default predict, and its exported files.
+
+    python benchmarks/deploy.py --model mixer_b16 --threads 2
+
+Every variant runs in a process of its own that waits for its turn, so that no runtime's threads
+stand in another's way; the turns alternate, and the median counts. Weights are random (each matrix
+with a variance of 1 / inputs) and images are noise, also those that int8 is calibrated with: this
+measures speed. What int8 costs in accuracy, `mixer export` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import mlp_mixer as mm
+from mlp_mixer.deploy.answers import predict_logits
+from mlp_mixer.deploy.exported_files import write_graph
+from mlp_mixer.deploy.int8 import calibrate
+from mlp_mixer.deploy.metadata import description_of
+from mlp_mixer.deploy.onnx_graph import graph_module, halved, inputs_of, to_onnx
+from mlp_mixer.environment import processor
+from mlp_mixer.models.compute import torch_set_to
+from mlp_mixer.models.layers import preprocessing_of
+
+# The variant -> the file that it runs, and by which runtime; None is our own model.
+VARIANTS = {
+    "torch float32": (None, "float32"),
+    "torch, predict's auto": (None, "auto"),
+    "ONNX Runtime float32": ("float32.onnx", "onnxruntime"),
+    "ONNX Runtime bfloat16 weights": ("bfloat16.onnx", "onnxruntime"),
+    "ONNX Runtime int8": ("int8.onnx", "onnxruntime"),
+    "OpenVINO float32": ("float32.xml", "openvino"),
+    "OpenVINO bfloat16": ("bfloat16.xml", "openvino"),
+    "OpenVINO int8": ("int8.xml", "openvino"),
+}
+
+
+def build(name: str, size: int, num_blocks: int | None) -> mm.ImageClassifier:
+    torch.manual_seed(0)
+    overrides = {} if num_blocks is None else {"num_blocks": num_blocks}
+    model = mm.create_model(name, size, **overrides).eval()
+    assert model.head is not None
+    torch.nn.init.normal_(model.head.weight, std=model.config.hidden_dim**-0.5)
+    return model
+
+
+def pixels(model: mm.ImageClassifier, count: int, seed: int = 0) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    shape = (count, model.config.in_channels, *model.config.image_size)
+    return torch.randint(0, 256, shape, generator=random).byte()
+
+
+def write_files(model: mm.ImageClassifier, folder: Path, threads: int) -> None:
+    graph = to_onnx(*graph_module(model, uint8_input=False))
+    own = preprocessing_of(model)
+    noise = [inputs_of(pixels(model, 8, at + 1), own, uint8_input=False) for at in range(2)]
+    found = calibrate(graph, lambda: noise, threads, "")
+    graphs = {"float32": graph, "bfloat16": halved(graph), "int8": found.file(0)[0]}
+    for precision, each in graphs.items():
+        about = description_of(model, precision, uint8_input=False)
+        for suffix in (".onnx", ".xml"):
+            write_graph(each, about, folder / f"{precision}{suffix}")
+
+
+def work(pipe, variant: str, options: argparse.Namespace, folder: Path) -> None:
+    """One variant: computes a batch whenever it is asked, and answers with the seconds it took."""
+    torch.set_num_threads(options.threads)
+    file, how = VARIANTS[variant]
+    model = build(options.model, options.image_size, options.num_blocks)
+    batch = pixels(model, options.batch_size)
+    precision = None
+    if file is None:
+        fast = model.config.flops * options.batch_size
+        from mlp_mixer.models.compute import fast_precision
+
+        precision = fast_precision(torch.device("cpu"), fast)[0] if how == "auto" else how
+    else:
+        model = mm.open_exported(folder / file, runtime=how, num_threads=options.threads)
+    # Within one outer autocast, weights are cast once.
+    with (
+        torch_set_to(torch.device("cpu"), "float32", options.threads),
+        torch.inference_mode(),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
+    ):
+        logits = predict_logits(model, batch, precision).float().numpy()
+        pipe.send((logits, precision))
+        while pipe.recv():
+            started = time.perf_counter()
+            predict_logits(model, batch, precision)
+            pipe.send(time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="mixer_b16")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--num-blocks", type=int, help="fewer than the model's own, to try it out")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = build(options.model, options.image_size, options.num_blocks)
+        write_files(model, folder, options.threads)
+        context = multiprocessing.get_context("spawn")
+        pipes, workers, exact = {}, [], None
+        errors, said = {}, {}
+        for variant in VARIANTS:
+            pipes[variant], other = context.Pipe()
+            workers.append(
+                context.Process(target=work, args=(other, variant, options, folder), daemon=True)
+            )
+            workers[-1].start()
+            logits, precision = pipes[variant].recv()
+            exact = logits if exact is None else exact
+            errors[variant] = np.abs(logits - exact).max() / np.abs(exact).max()
+            said[variant] = f"{variant} ({precision})" if "auto" in variant else variant
+        times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        for count in range(options.rounds + 1):  # the first is a warm-up
+            for variant, pipe in pipes.items():
+                pipe.send(True)
+                seconds = pipe.recv()
+                if count:
+                    times[variant].append(seconds)
+        for pipe in pipes.values():
+            pipe.send(False)
+        for worker in workers:
+            worker.join()
+        print(f"{options.model}, {options.image_size} px, batches of {options.batch_size}")
+        print(f"{processor()}, {options.threads} threads, torch {torch.__version__}\n")
+        print("| variant | images/s | least | most | MiB | largest error of a logit |")
+        print("| --- | ---: | ---: | ---: | ---: | ---: |")
+        for variant, each in times.items():
+            rates = [options.batch_size / seconds for seconds in each]
+            file = VARIANTS[variant][0]
+            path = None if file is None else (folder / file)
+            weights = path and (path.with_suffix(".bin") if path.suffix == ".xml" else path)
+            size = f"{weights.stat().st_size / 2**20:.1f}" if weights else ""
+            print(
+                f"| {said[variant]} | {statistics.median(rates):.1f} | {min(rates):.1f} "
+                f"| {max(rates):.1f} | {size} | {errors[variant]:.1e} |"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""What a model answers to images: the one place where predictions meet a model.
+
+A model is one with weights, or an exported file with the runtime that runs it.
+
+Legend: N batch, K classes, C features, H W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mlp_mixer.data.transforms import normalize
+from mlp_mixer.deploy.runner import ExportedModel
+from mlp_mixer.errors import UserError
+from mlp_mixer.evaluation.features import weights_hash
+from mlp_mixer.models.compute import check_bfloat16, fast_precision
+from mlp_mixer.models.device import choose_device
+from mlp_mixer.models.layers import ImageClassifier, classes_of, preprocessing_of
+
+PRECISIONS = ("float32", "bfloat16", "auto")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about every image.
+
+    Attributes:
+        top_k: so many of the most probable classes; None asks for the features.
+        precision: of the products, "float32" or "bfloat16"; None is that of an exported file.
+        width: numbers in an answer: classes, at most as many as there are, or features.
+    """
+
+    top_k: int | None
+    precision: str | None
+    width: int
+
+    @property
+    def features(self) -> bool:
+        """Whether the features are asked for, and not classes."""
+        return self.top_k is None
+
+
+def make_question(
+    model: ImageClassifier,
+    *,
+    top_k: int | None = None,
+    features: bool = False,
+    precision: str | None = None,
+    batch_size: int = 64,
+) -> Question:
+    """Returns the question, checked against what the model can answer.
+
+    Args:
+        model: on its device.
+        top_k: classes for each image; None is 5, or none for features.
+        features: ask for the pooled features that the head reads.
+        precision: one of `PRECISIONS`; None is float32.
+        batch_size: images a batch, which "auto" goes by.
+
+    Raises:
+        UserError: a value out of range, or the model has no class names or gives no features.
+    """
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k must be at least 1, got {top_k}", where="--top-k")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    if features and top_k is not None:
+        what = f"top_k {top_k} has no effect: features are asked for, not classes"
+        raise UserError(what, where="--top-k", fix="Leave out --top-k or --features")
+    chosen = _choose_precision(model, precision, batch_size)
+    if features:
+        if isinstance(model, ExportedModel):
+            what = "an exported file gives classes, not features"
+            raise UserError(what, where="--features", fix="Use the model that it was made from")
+        if type(model).features is ImageClassifier.features:
+            what = f"the model gives no features: {type(model).__name__} defines no features()"
+            raise UserError(what, fix="Give its class a method features(images) -> (N, C)")
+        return Question(None, chosen, model.config.hidden_dim)
+    most = min(top_k or 5, len(classes_of(model)))
+    return Question(most, chosen, most)
+
+
+def _choose_precision(model: ImageClassifier, name: str | None, batch_size: int) -> str | None:
+    if isinstance(model, ExportedModel):
+        if name is not None:
+            what = f"precision {name!r} has no effect: an exported file has its own"
+            raise UserError(what, where="--precision", fix="Leave it out")
+        return None
+    if name not in (None, *PRECISIONS):
+        fix = f"Known: {', '.join(PRECISIONS)}"
+        raise UserError(f"unknown precision {name!r}", where="--precision", fix=fix)
+    device = device_of(model)
+    if name == "bfloat16":
+        check_bfloat16(device)
+    if name == "auto":
+        return fast_precision(device, model.config.flops * batch_size)[0]
+    return name or "float32"
+
+
+def device_of(model: ImageClassifier) -> torch.device:
+    """Returns where the model computes."""
+    return next(model.parameters()).device
+
+
+def move(model: ImageClassifier, device: str | None) -> ImageClassifier:
+    """Returns the model on a device; None leaves it where it is.
+
+    Raises:
+        UserError: no such device, or the model is an exported file, which has its own.
+    """
+    if not isinstance(model, ExportedModel):
+        return model if device is None else model.to(choose_device(device))
+    if device not in (None, "auto", "cpu"):
+        what = f"device {device!r}: an exported file runs on the processor"
+        raise UserError(what, where="--device", fix="Leave it out")
+    return model
+
+
+def identity(model: ImageClassifier) -> str:
+    """Returns the sha256 of all that a model is: its architecture and weights, or its file."""
+    if not isinstance(model, ExportedModel):
+        return weights_hash(model)
+    digest, file = hashlib.sha256(), Path(str(model.source))
+    for path in (file, file.with_suffix(".bin")):  # of OpenVINO's two the second has the weights
+        if path.exists() and (path == file or file.suffix == ".xml"):
+            with path.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def predict_logits(model: ImageClassifier, images: Tensor, precision: str | None = None) -> Tensor:
+    """Returns the logits of images, float32 (N, K), on the model's device. Its mode is kept.
+
+    Args:
+        model: any.
+        images: uint8 (N, channels, H, W), of the model's size.
+        precision: of the products; None is float32, or that of an exported file.
+    """
+    if isinstance(model, ExportedModel):
+        return model(images).float()  # which takes pixels as they are
+    return _run(model, model, images, precision)
+
+
+@torch.inference_mode()
+def predict_features(
+    model: ImageClassifier, images: Tensor, precision: str | None = None
+) -> Tensor:
+    """Returns the pooled features of images, float32 (N, C); arguments as `predict_logits`.
+
+    Raises:
+        UserError: the model gives something of another shape.
+    """
+    features = _run(model, model.features, images, precision)
+    expected = (len(images), model.config.hidden_dim)
+    if tuple(features.shape) != expected:
+        what = f"features() gave {tuple(features.shape)} for {len(images)} images, not {expected}"
+        raise UserError(what, where=type(model).__name__)
+    return features
+
+
+def _run(
+    model: ImageClassifier,
+    function: Callable[[Tensor], Tensor],
+    images: Tensor,
+    precision: str | None,
+) -> Tensor:
+    device = device_of(model)
+    with (
+        _evaluating(model),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"),
+    ):
+        return function(normalize(images.to(device), preprocessing_of(model))).float()
+
+
+@contextmanager
+def _evaluating(model: ImageClassifier) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.inference_mode()
+def answer(
+    model: ImageClassifier, images: Tensor, question: Question
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what the model answers, on its device; a GPU may still be at work on it.
+
+    Args:
+        model, images: as of `predict_logits`.
+        question: what is asked.
+
+    Returns:
+        values: float32 (N, width), the probabilities in falling order, or the features.
+        classes: int64 (N, width), which classes these are; (N, 0) of features.
+        finite: bool (N,), whether the model's numbers for an image are.
+    """
+    if question.features:
+        features = predict_features(model, images, question.precision)
+        none = torch.empty(len(images), 0, dtype=torch.int64)
+        return features, none, features.isfinite().all(dim=1)
+    logits = predict_logits(model, images, question.precision)
+    finite = logits.isfinite().all(dim=1)
+    # Sorted and not torch.topk, which may take any of two classes that are equally probable.
+    ordered, classes = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+    return ordered[:, : question.width], classes[:, : question.width], finite

@@ -1,0 +1,174 @@
+"""`mixer predict`: lists, folders of parts, what is shown, what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlp_mixer as mm
+from conftest import draw, make_class_folder, mixer, tiny_model
+from mlp_mixer.cli.predict_lines import Seen, follower
+from mlp_mixer.data.sources import open_splits
+from mlp_mixer.data.write_shards import pack_splits
+from mlp_mixer.deploy.rows import Prediction
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    model = tiny_model(num_classes=3)
+    model.class_names = ["ant", "bee", "cat"]
+    return mm.save_model(model, tmp_path / "model.safetensors")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return make_class_folder(tmp_path / "photos", {"x": 5})
+
+
+def give(monkeypatch: pytest.MonkeyPatch, data: bytes, is_terminal: bool = False) -> None:
+    """Puts something on standard input."""
+    stream = io.BytesIO(data)
+    stream.isatty = lambda: is_terminal  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stream))
+
+
+@pytest.mark.parametrize("separator", ["\n", "\r\n", "\0"])
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_list_on_standard_input(capsys, monkeypatch, model, photos, tmp_path, separator, ended):
+    name = "with\nnewline.png" if separator == "\0" else " with spaces.png"
+    draw(3).save(photos / name)
+    paths = [photos / "x" / "3.png", photos / name, photos / "gone.png", photos / "x" / "0.png"]
+    text = separator.join(map(str, paths)) + separator * ended
+    monkeypatch.setattr("mlp_mixer.deploy.inputs._BLOCK", 7)  # no path is whole in a block
+    if separator == "\0":
+        monkeypatch.setattr("mlp_mixer.deploy.inputs._BLOCK", 7 + len(text))
+    give(monkeypatch, text.encode())
+    output = tmp_path / "out.jsonl"
+    code, out, err = mixer(capsys, "predict", model, "-", "--output", output)
+    assert code == 3
+    assert "written" in out
+    assert "images/s" in out
+    assert err == f"bad image: {paths[2]}: cannot read the file: No such file or directory\n"
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["path"] for row in rows] == [str(path) for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("data", "terminal", "message"),
+    [
+        (b"", False, "no images on standard input"),
+        (b"\n\n", False, "no images on standard input"),
+        (b"", True, "standard input is a terminal"),
+    ],
+)
+def test_no_list_on_standard_input(capsys, monkeypatch, model, data, terminal, message):
+    give(monkeypatch, data, terminal)
+    code, _, err = mixer(capsys, "predict", model, "-")
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_folder_of_parts(capsys, model, photos, tmp_path, kind):
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+    flags = ("--output", tmp_path / "out", "--part-size", 2, "--format", kind)
+    code, out, err = mixer(capsys, "predict", model, photos, *flags)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == f"written  {tmp_path / 'out'}: 3 parts, 5 images"
+    assert lines[1].startswith("time ")
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["manifest.json", *(f"part-0000{n}-of-00003.{kind}" for n in range(3))]
+    code, out, err = mixer(capsys, "predict", model, photos, *flags)
+    assert (code, err) == (0, "")
+    there, written = out.splitlines()
+    assert there == "parts    3 of 3 are there already"
+    assert written.startswith("written")
+    code, _, err = mixer(capsys, "predict", model, photos, *flags, "--top-k", 1)
+    assert code == 2
+    assert "the folder holds another job: top_k was 3 and is now 1" in err
+
+
+def test_shards_by_name(capsys, model, photos, tmp_path):
+    pack_splits(open_splits(str(photos)), tmp_path / "shards")
+    output = tmp_path / "out.csv"
+    code, _, err = mixer(capsys, "predict", model, tmp_path / "shards", "--output", output)
+    assert (code, err) == (0, "")
+    assert len(output.read_text().splitlines()) == 6
+
+
+def test_features_are_said_and_written(capsys, photos, tmp_path):
+    path = mm.save_model(tiny_model(num_classes=3), tmp_path / "nameless.safetensors")
+    output = tmp_path / "out.csv"
+    code, out, err = mixer(capsys, "predict", path, photos, "--features", "--output", output)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == f"written  {output}: 5 images"
+    assert output.read_text().startswith("path,feature_0,feature_1,")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--features"], "--features are written to a file, and none is named"),
+        (["--features", "--top-k", "2", "--output", "x.csv"], "top_k 2 has no effect"),
+        (["--format", "csv"], "--format csv has no effect: it is for the parts of a folder"),
+        (["--part-size", "9", "--output", "x.csv"], "--part-size 9 has no effect"),
+        (["--output", "out", "--part-size", "0"], "part_size must be at least 1, got 0"),
+        (["--output", "out", "--format", "json"], "unknown format of parts 'json'"),
+        (["--output", "photos"], "the output's folder holds something else"),
+        (["--output", "model.safetensors/"], "the output is a file, and a folder is needed"),
+        (["--output", "out", "--precision", "half"], "unknown precision 'half'"),
+        (["--output", "out", "--batch-size", "0"], "batch_size must be at least 1"),
+        (["--output", "out", "--top-k", "0"], "top_k must be at least 1, got 0"),
+    ],
+)
+def test_mistakes(capsys, monkeypatch, model, photos, tmp_path, flags, message):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = mixer(capsys, "predict", model, photos, *flags)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert message in err
+    assert sorted(tmp_path.rglob("*")) == before  # nothing written
+
+
+def test_several_processes_need_a_folder(capsys, monkeypatch, model, photos):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = mixer(capsys, "predict", model, photos, "--output", "x.csv")
+    assert code == 2
+    assert "several processes need a folder to write their parts to" in err
+
+
+def test_many_bad_images_are_counted_and_some_are_named(capsys, model, photos):
+    for number in range(25):
+        (photos / f"{number:02}.png").write_text("x")
+    code, out, err = mixer(capsys, "predict", model, photos)
+    assert code == 3
+    assert err.count("bad image: ") == 20
+    assert err.endswith("... and 5 more bad images\n")
+    assert out.count(".png") == 5
+
+
+def test_the_bar_says_images_a_second():
+    said: list[tuple[int, str | None]] = []
+
+    class Bar:
+        def advance(self, amount: int, note: str | None = None) -> None:
+            said.append((amount, note))
+
+    times = iter([0.0, *(2.0 * n for n in range(1, 100))])
+    seen = Seen()
+    follow = follower(Bar(), seen, lambda: next(times))  # pyright: ignore[reportArgumentType]
+    for _ in range(40):
+        follow([Prediction("a", [("cat", 1.0)])] * 10)
+    for _ in range(40):
+        follow([Prediction("a", error="bad")] * 20)
+    assert said[0] == (10, "5 images/s")
+    assert said[-1] == (20, "10 images/s")  # of the last batches
+    assert (seen.images, seen.bad, len(seen.first), len(seen.first_bad)) == (1200, 800, 40, 20)
+    assert seen.first_bad[0].index == 400

@@ -1,0 +1,374 @@
+"""Folders of part files: restarted, refused, shared out, killed, on a full disk."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mlp_mixer as mm
+from conftest import draw, encode, make_class_folder, tiny_model
+from mlp_mixer.data.items import EncodedImages, PackedBytes, Source, subset
+from mlp_mixer.deploy.answers import make_question
+from mlp_mixer.deploy.inputs import find_images
+from mlp_mixer.deploy.parts import predict_parts
+from mlp_mixer.deploy.plan import Plan, check_folder, choose_part_size, is_folder
+from mlp_mixer.deploy.predict import predict_to_file
+from mlp_mixer.preprocessing import Preprocessing
+from runs import kill_what_is_left, start, start_two, unix
+
+NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
+
+
+def named(**changes: Any) -> mm.ImageClassifier:
+    model = tiny_model(num_classes=7, **changes)
+    model.class_names = NAMES
+    return model
+
+
+@pytest.fixture
+def model() -> mm.ImageClassifier:
+    return named()
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    """Twenty images, the eighth of them bad."""
+    folder = make_class_folder(tmp_path / "album", {"x": 9, "y": 10})
+    (folder / "x" / "6_bad.png").write_text("no image")
+    return folder
+
+
+def parts(model: mm.ImageClassifier, source: Source | Path, folder: Path, **options: Any) -> Plan:
+    found = find_images([source]) if isinstance(source, Path) else source
+    values: dict[str, Any] = {"part_size": 8, "batch_size": 4, "num_workers": 0, **options}
+    question = values.pop("question", None) or make_question(model, top_k=2)
+    return predict_parts(model, found, question, folder, **values)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every part, and of nothing else: no file may be left over."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    del found["manifest.json"]
+    return found
+
+
+def test_parts_hold_the_rows_of_one_file(model, album, tmp_path):
+    plan = parts(model, album, tmp_path / "out")
+    assert (plan.parts, plan.images, plan.part_size) == (3, 20, 8)
+    found = contents(tmp_path / "out")
+    bad = found.pop("bad-00000-of-00003.csv").decode().splitlines()
+    assert bad == ["index,path,error", f"7,{album}/x/6_bad.png,the file is not an image"]
+    assert sorted(found) == [f"part-0000{n}-of-00003.csv" for n in range(3)]
+    one = mm.predict(model, album, top_k=2, num_workers=0, batch_size=4, output=tmp_path / "o.csv")
+    lines = (tmp_path / "o.csv").read_bytes().splitlines()
+    by_part = [found[name].splitlines() for name in sorted(found)]
+    assert all(part[0] == lines[0] for part in by_part)
+    assert [line for part in by_part for line in part[1:]] == lines[1:]
+    assert [len(part) - 1 for part in by_part] == [8, 8, 4]
+    assert one[7].error == "the file is not an image"
+    assert b"6_bad.png,,,,,the file is not an image" in by_part[0][8]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("batch_size", [4, 3])
+def test_a_restart_writes_only_what_is_missing(model, album, tmp_path, kind, batch_size):
+    """Batches of 3 do not fit into parts of 8: the bytes must not depend on what was there."""
+    pytest.importorskip("pyarrow")
+    options = {"kind": kind, "batch_size": batch_size}
+    parts(model, album, tmp_path / "out", **options)
+    whole, manifest = contents(tmp_path / "out"), (tmp_path / "out/manifest.json").read_bytes()
+    for gone in ({0}, {1, 2}, {0, 2}, {0, 1, 2}, set()):
+        for number in gone:
+            (tmp_path / "out" / f"part-0000{number}-of-00003.{kind}").unlink()
+        times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("part*")}
+        seen: list[int] = []
+
+        def begin(plan: Plan, seen=seen, gone=gone):
+            assert plan.missing == sorted(gone)
+            return lambda rows: seen.append(len(rows))
+
+        parts(model, album, tmp_path / "out", **options, part_size=None, on_plan=begin)
+        assert contents(tmp_path / "out") == whole
+        assert all(path.stat().st_mtime_ns == at for path, at in times.items())
+        assert sum(seen) == sum((8, 8, 4)[number] for number in gone)
+    assert (tmp_path / "out/manifest.json").read_bytes() == manifest
+
+
+def test_a_smaller_batch_may_go_on(model, album, tmp_path):
+    """After a lack of memory: what the rows say is the same."""
+    parts(model, album, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    (tmp_path / "out/part-00001-of-00003.csv").unlink()
+    parts(model, album, tmp_path / "out", batch_size=1)
+    after = contents(tmp_path / "out")
+    for name in before:
+        pairs = zip(before[name].decode().split(","), after[name].decode().split(","), strict=True)
+        for was, now in pairs:
+            try:
+                assert float(was) == pytest.approx(float(now), abs=2e-6)
+            except ValueError:
+                assert was == now
+
+
+def _another_model(model, album):
+    return {"model": named(channels_mlp_dim=64)}
+
+
+def _other_weights(model, album):
+    next(model.parameters()).data.mul_(1.5)
+    return {}
+
+
+def _other_names(model, album):
+    model.class_names = list(reversed(NAMES))
+    return {}
+
+
+def _other_input(model, album):
+    model.preprocessing = Preprocessing(image_size=(8, 8), resize="squash")
+    return {}
+
+
+def _other_image(model, album):
+    draw(77).save(album / "x" / "3.png")
+    return {}
+
+
+def _one_more(model, album):
+    draw(77).save(album / "x" / "new.png")
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_another_model, "another job: it is another model"),
+        (_other_weights, "another job: it is another model"),
+        (_other_names, "another job: its class names are others"),
+        (_other_input, "another job: preprocessing was"),
+        (_other_image, "another job: the images are others"),
+        (_one_more, "another job: the images are others: there were 20, and now 21"),
+        (lambda model, _: {"question": make_question(model, top_k=3)}, "top_k was 2 and is now 3"),
+        (
+            lambda model, _: {"question": make_question(model, features=True)},
+            "answer was classes and is now features",
+        ),
+        (
+            lambda model, _: {"question": make_question(model, top_k=2, precision="bfloat16")},
+            "precision was float32 and is now bfloat16",
+        ),
+        (lambda *_: {"kind": "jsonl"}, "format was csv and is now jsonl"),
+        (lambda *_: {"part_size": 7}, "part_size was 8 and is now 7"),
+    ],
+)
+def test_another_job_is_refused(model, album, tmp_path, change, message):
+    parts(model, album, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    values = {"model": model, **change(model, album)}
+    with pytest.raises(mm.UserError, match=message):
+        parts(values.pop("model"), album, tmp_path / "out", **values)
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "the manifest is damaged"),
+        ("[]", "holds something else"),
+        ('{"format": "mlp_mixer predictions", "version": 9}', "another mlp_mixer .version 9"),
+        ('{"format": "mlp_mixer predictions", "version": 1}', "the manifest is damaged: no part"),
+        (
+            '{"format": "mlp_mixer predictions", "version": 1, "table": {"part_size": 8}}',
+            "another job",
+        ),
+    ],
+)
+def test_a_manifest_that_is_none(model, album, tmp_path, text, message):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/manifest.json").write_text(text)
+    with pytest.raises(mm.UserError, match=message):
+        parts(model, album, tmp_path / "out")
+    assert contents(tmp_path / "out") == {}
+
+
+def test_what_is_a_folder(tmp_path):
+    (tmp_path / "there.v2").mkdir()
+    assert is_folder("predictions")
+    assert is_folder("some/predictions.v2/")
+    assert is_folder(tmp_path / "there.v2")
+    assert not is_folder("predictions.csv")
+    assert not is_folder("predictions.xml")
+
+
+def test_folders_that_cannot_be(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "holiday.jpg").write_text("x")
+    cases: tuple[tuple[Path, dict[str, Any], str], ...] = (
+        (tmp_path / "file", {}, "the output is a file, and a folder is needed"),
+        (tmp_path / "file" / "deep", {}, "cannot be written to"),
+        (tmp_path / "mine", {}, "holds something else, such as 'holiday.jpg'"),
+        (tmp_path / "new", {"kind": "json"}, "unknown format of parts 'json'"),
+        (tmp_path / "new", {"part_size": 0}, "part_size must be at least 1, got 0"),
+    )
+    for folder, options, message in cases:
+        with pytest.raises(mm.UserError, match=message):
+            check_folder(folder, **options)
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(mm.UserError, match="cannot be written to"):
+        check_folder(tmp_path / "new" / "deep")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_size_of_parts():
+    assert choose_part_size(1_000_000, 64, 8) == 10_048  # whole batches
+    assert choose_part_size(1_000, 64, 1) == 256  # four parts
+    assert choose_part_size(1_000, 64, 8) == 64
+    assert choose_part_size(3, 64, 1) == 64
+
+
+def test_a_full_disk_leaves_nothing_half_written(model, album, tmp_path, monkeypatch):
+    synced: list[int] = []
+
+    def full(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) > 2:  # the manifest and the bad images, but no part
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlp_mixer.disk.os.fsync", full)
+        with pytest.raises(mm.UserError, match="cannot write the predictions: No space left"):
+            parts(model, album, tmp_path / "out")
+    assert sorted(contents(tmp_path / "out")) == ["bad-00000-of-00003.csv"]
+    parts(model, album, tmp_path / "out")
+    parts(model, album, tmp_path / "straight")
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+def test_what_a_killed_process_left_is_swept_away(model, album, tmp_path):
+    parts(model, album, tmp_path / "out")
+    (tmp_path / "out/.part-00001-of-00003.csv.123.partial").write_text("half a row")
+    parts(model, album, tmp_path / "out")
+    assert len(contents(tmp_path / "out")) == 4
+
+
+def repeated(times: int) -> Source:
+    """A million images have not to be there to be many."""
+    files = PackedBytes([encode(draw(seed, (8, 8))) for seed in range(4)])
+    few = EncodedImages("few", ["a"], np.zeros(4, np.int64), files, "few")
+    return subset(few, np.arange(times) % 4, "repeated")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ""])
+def test_memory_does_not_grow_with_the_images(model, tmp_path, suffix, monkeypatch):
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr("mlp_mixer.deploy.tables._ROW_GROUP", 1000)
+    question = make_question(model, top_k=5)
+
+    def peak(images: int) -> int:
+        path, source = tmp_path / f"{images}{suffix}", repeated(images)
+        options: dict[str, Any] = {"batch_size": 50, "num_workers": 0}
+        tracemalloc.start()
+        if suffix:
+            predict_to_file(model, source, question, path, **options)
+        else:
+            predict_parts(model, source, question, path, part_size=100, **options)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(100)  # what is imported and compiled once
+    few, many = peak(500), peak(4000)
+    # Rows held would be 3,500 times about 1 kB; labels and indices are 16 bytes an image.
+    assert many - few < 400_000, (few, many)
+
+
+@pytest.fixture
+def no_leftovers() -> Iterator[None]:
+    yield
+    kill_what_is_left()
+
+
+@pytest.fixture
+def saved(model, tmp_path) -> Path:
+    return mm.save_model(model, tmp_path / "model")
+
+
+# Ends, or waits, before the batch of a number; `rows` is where the batches come from.
+KILLED = """
+from mlp_mixer.deploy import parts
+predict_rows = parts.predict_rows
+def rows(*arguments, **options):
+    for number, batch in enumerate(predict_rows(*arguments, **options)):
+        if number == {number}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+patch.setattr(parts, "predict_rows", rows)
+"""
+
+
+@unix
+@pytest.mark.slow
+def test_killed_and_started_again(no_leftovers, saved, album, tmp_path):
+    typed = ["predict", saved, album, "--part-size", 8, "--batch-size", 4, "--device", "cpu"]
+    straight = start([*typed, "--output", tmp_path / "straight"], tmp_path / "text")
+    assert straight.wait() == 3, straight.said()
+    typed += ["--output", tmp_path / "out"]
+    for number, there in ((0, 0), (3, 1), (1, 1), (2, 2)):
+        killed = start(typed, tmp_path / "killed", KILLED.format(number=number))
+        assert killed.wait() == -9, killed.said()
+        assert len(list((tmp_path / "out").glob("part-*"))) == there, number
+    again = start(typed, tmp_path / "again")
+    assert again.wait() == 3, again.said()
+    assert "2 of 3 are there already" in again.said()
+    assert "6_bad.png: the file is not an image" in again.said()  # though another came upon it
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+@unix
+@pytest.mark.slow
+def test_two_processes_give_the_rows_of_one(no_leftovers, saved, album, tmp_path):
+    typed = ["predict", saved, album, "--part-size", 4, "--batch-size", 2, "--device", "cpu"]
+    one = start([*typed, "--output", tmp_path / "one"], tmp_path / "text")
+    assert one.wait() == 3, one.said()
+    first, second = start_two([*typed, "--output", tmp_path / "two"], tmp_path / "said")
+    assert (first.wait(), second.wait()) == (3, 0), first.said() + second.said()
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert len(list((tmp_path / "one").glob("part-*-of-00005.csv"))) == 5
+    assert second.said() == ""
+    assert "6_bad.png: the file is not an image" in first.said()
+    assert "5 parts, 20 images" in first.said()
+    manifests = [json.loads((tmp_path / n / "manifest.json").read_text()) for n in ("one", "two")]
+    for each in manifests:
+        del each["about"]
+    assert manifests[0] == manifests[1]
+
+
+@unix
+@pytest.mark.slow
+def test_one_of_two_fails_and_both_go_on_later(no_leftovers, saved, album, tmp_path):
+    typed = ["predict", saved, album, "--part-size", 4, "--batch-size", 2, "--device", "cpu"]
+    typed += ["--output", tmp_path / "out"]
+    fault = """
+if os.environ["RANK"] == "1":
+    from mlp_mixer.deploy import parts
+    def full(*_, **__):
+        raise mm.UserError("cannot write the predictions: No space left on device")
+    patch.setattr(parts, "write_rows", full)
+"""
+    first, second = start_two(typed, tmp_path / "said", fault)
+    assert (first.wait(), second.wait()) == (2, 2), first.said() + second.said()
+    assert "rank 1: cannot write the predictions: No space left on device" in second.said()
+    assert "rank 1 ended before its parts were written" in first.said()
+    assert len(contents(tmp_path / "out")) == 3  # those of rank 0
+    one = start(typed, tmp_path / "text")
+    assert one.wait() == 3, one.said()
+    found = contents(tmp_path / "out")
+    assert len(found.pop("bad-00001-of-00005.csv").splitlines()) == 2
+    assert len([row for data in found.values() for row in data.splitlines()[1:]]) == 20
