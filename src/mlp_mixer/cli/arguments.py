@@ -62,6 +62,28 @@ def changed(config: TrainConfig, flags: dict[str, Any], settings: tuple[str, ...
     return config.with_values(given, settings)
 
 
+def overrides_of(assignments: tuple[str, ...], flag: str) -> dict[str, Any]:
+    """Returns {"width": 40} of ("width=40",).
+
+    Args:
+        assignments: KEY=VALUE each.
+        flag: that gave them, for the message.
+
+    Raises:
+        UserError: one of them is written otherwise.
+    """
+    from mlp_mixer.training.values import literal
+
+    found: dict[str, Any] = {}
+    for each in assignments:
+        key, equals, value = each.partition("=")
+        if not equals or not key.strip():
+            what = f"a setting is written KEY=VALUE, got {each!r}"
+            raise UserError(what, where=flag, fix=f"{flag} num_blocks=4")
+        found[key.strip()] = literal(value.strip())
+    return found
+
+
 def load_named(
     source: str,
     image_size: str | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import UseAppendAction, arg
 
@@ -16,6 +16,7 @@ from mlp_mixer.cli.arguments import (
     Size,
     Text,
     changed,
+    overrides_of,
     parse_size,
 )
 
@@ -108,25 +109,10 @@ def permute(
     permutation(
         config,
         comparison=None if comparison == "none" else comparison,
-        comparison_overrides=_overrides(comparison_set),
+        comparison_overrides=overrides_of(comparison_set, "--comparison-set"),
         patch_size=patch_size,
         permutation_seed=permutation_seed,
         seeds=seeds,
         few_shot_data=few_shot_data,
         shots=shots,
     )
-
-
-def _overrides(assignments: tuple[str, ...]) -> dict[str, Any]:
-    """Returns {"width": 40} of ("width=40",)."""
-    from mlp_mixer.errors import UserError
-    from mlp_mixer.training.values import literal
-
-    found: dict[str, Any] = {}
-    for each in assignments:
-        key, equals, value = each.partition("=")
-        if not equals or not key.strip():
-            what = f"a setting is written KEY=VALUE, got {each!r}"
-            raise UserError(what, where="--comparison-set", fix="--comparison-set width=40")
-        found[key.strip()] = literal(value.strip())
-    return found

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from tyro.conf import Positional, arg
 
-from mlp_mixer.cli.arguments import File, Number, Real, Size, Text, parse_size
+from mlp_mixer.cli.arguments import (
+    Assignments,
+    File,
+    Number,
+    Real,
+    Size,
+    Text,
+    overrides_of,
+    parse_size,
+)
 from mlp_mixer.errors import UserError, near_names
 
 if TYPE_CHECKING:
@@ -48,6 +57,7 @@ def throughput(
     images: Number = None,
     device: str = "auto",
     threads: Number = None,
+    settings: Assignments = (),
     output: File = None,
 ) -> int:
     """Measure images a second, latency, memory and the share of the machine's peak.
@@ -57,6 +67,7 @@ def throughput(
         mixer throughput mixer_s16 mixer_b16 runs/mine --output throughput.json
         mixer throughput mixer_b16 timm:vit_base_patch16_224 --batch-sizes 1 8 32
         mixer throughput mixer_s16 --mode training --precision float32
+        mixer throughput mixer_s16 --set token_mixing=untied --batch-sizes 8
         mixer throughput --recipe imagenet_b16
 
     Several models take turns, so that a disturbance falls on all of them; all are in memory
@@ -79,12 +90,17 @@ def throughput(
         images: training images of the recipe's data, where they are not known.
         device: auto, cpu or cuda.
         threads: of the processor; without it torch's own choice.
+        settings: a field of the architectures, such as token_mixing=untied; may be given many
+            times.
         output: a .json file for every figure.
     """
     if recipe is not None and (models or mode == "inference"):
         given = models[0] if models else "--mode inference"
         what = f"{given} has no effect with --recipe, which times its own model's training"
         raise UserError(what, where="--recipe", fix="Leave one of them out")
+    if recipe is not None and settings:
+        what = f"--set {settings[0]} has no effect with --recipe, which brings its own model"
+        raise UserError(what, where="--set", fix="Leave one of them out")
     if recipe is None and not models:
         raise UserError("no model to measure", fix="mixer throughput mixer_s32")
     if images is not None and (recipe is None or images < 1):
@@ -117,7 +133,7 @@ def throughput(
         builds[recipe] = _build_of_recipe(config, size, classes, device)
         cost = (config, seen, data)
     for name in models:
-        builds[name] = _build(name, size, device)
+        builds[name] = _build(name, size, device, overrides_of(settings, "--set"))
     report = Reporter()
     tell = _progress(report)
     result = measure(
@@ -162,7 +178,7 @@ def _progress(report: Any) -> Callable[[str], None]:
 
 
 def _build(
-    name: str, size: int | tuple[int, int] | None, device: str
+    name: str, size: int | tuple[int, int] | None, device: str, overrides: dict[str, Any]
 ) -> Callable[[], ImageClassifier]:
     """Returns what builds a model; a name that means nothing is refused at once.
 
@@ -175,7 +191,10 @@ def _build(
     from mlp_mixer.weights.store import load_model
 
     if name in list_models() or (name.startswith("timm:") and "." not in name):
-        return _new(lambda: create_model(name, size), device)
+        return _new(lambda: create_model(name, size, **overrides), device)
+    if overrides:
+        what = f"--set {next(iter(overrides))} has no effect on {name}: its weights say what it is"
+        raise UserError(what, where="--set", fix="Name an architecture of `mixer models`")
     is_remote = name.startswith(("hf:", "timm:"))
     if not (is_remote or find_checkpoint(name) or expand(name).exists()):
         names = [*list_models(), *CHECKPOINTS]
