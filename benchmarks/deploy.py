@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import mlp_mixer as mm
-from mlp_mixer.deploy.answers import predict_logits
+from mlp_mixer.deploy.answers import make_question, make_ready, predict_logits
 from mlp_mixer.deploy.exported_files import write_graph
 from mlp_mixer.deploy.int8 import calibrate
 from mlp_mixer.deploy.metadata import description_of
@@ -49,6 +49,7 @@ def build(name: str, size: int, num_blocks: int | None) -> mm.ImageClassifier:
     model = mm.create_model(name, size, **overrides).eval()
     assert model.head is not None
     torch.nn.init.normal_(model.head.weight, std=model.config.hidden_dim**-0.5)
+    model.class_names = [f"class {index}" for index in range(model.config.num_classes)]
     return model
 
 
@@ -76,25 +77,18 @@ def work(pipe, variant: str, options: argparse.Namespace, folder: Path) -> None:
     file, how = VARIANTS[variant]
     model = build(options.model, options.image_size, options.num_blocks)
     batch = pixels(model, options.batch_size)
-    precision = None
-    if file is None:
-        fast = model.config.flops * options.batch_size
-        from mlp_mixer.models.compute import fast_precision
-
-        precision = fast_precision(torch.device("cpu"), fast)[0] if how == "auto" else how
-    else:
+    if file is not None:
         model = mm.open_exported(folder / file, runtime=how, num_threads=options.threads)
-    # Within one outer autocast, weights are cast once.
-    with (
-        torch_set_to(torch.device("cpu"), "float32", options.threads),
-        torch.inference_mode(),
-        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
-    ):
-        logits = predict_logits(model, batch, precision).float().numpy()
-        pipe.send((logits, precision))
+    with torch_set_to(torch.device("cpu"), "float32", options.threads):
+        question = make_question(
+            model, precision=None if file else how, batch_size=options.batch_size
+        )
+        ready = make_ready(model, question)
+        logits = predict_logits(ready, batch).float().numpy()
+        pipe.send((logits, question.precision))
         while pipe.recv():
             started = time.perf_counter()
-            predict_logits(model, batch, precision)
+            predict_logits(ready, batch)
             pipe.send(time.perf_counter() - started)
 
 

@@ -4,20 +4,25 @@
 
 Both sides run in this process and take turns; the median of the rounds counts. timm's side is its
 own transform pipeline and its own batching (create_transform with use_prefetcher, fast_collate):
-like ours it ends with 8-bit pixels, which are scaled on the device. It needs timm and torchvision
-beside torch; two operators that torchvision's import asks of a CUDA build are registered empty.
+like ours it ends with 8-bit pixels, which are scaled on the device. Where timm is not installed,
+this goes on in an environment that has it beside ours, made on the first call (peers.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import cv2
 import numpy as np
+import peers
 import torch
 from PIL import Image
 
@@ -80,16 +85,18 @@ def speed(side: Callable[[list[bytes], int], torch.Tensor], files: list[bytes], 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("data", help="a source with JPEG files")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, default=952)
+    parser.add_argument("--environments", type=Path, default=peers.DEFAULT_FOLDER)
     arguments = parser.parse_args()
+    if importlib.util.find_spec("timm") is None:
+        python = str(peers.python_of("timm", arguments.environments))
+        os.execv(python, [python, *sys.argv])
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    peers.import_timm()
     splits = open_splits(arguments.data).values()
     files = [source.read(index) for source in splits for index in range(len(source))]
     files = files[: arguments.images]

@@ -23,6 +23,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ import mlp_mixer as mm
 from mlp_mixer.data.items import Source, subset
 from mlp_mixer.data.loader import evaluation_batches
 from mlp_mixer.data.sources import open_source
-from mlp_mixer.deploy.answers import Question, answer, device_of, make_question
+from mlp_mixer.deploy.answers import Question, answer, device_of, make_question, make_ready
 from mlp_mixer.deploy.parts import predict_parts
 from mlp_mixer.deploy.plan import Plan
 from mlp_mixer.deploy.predict import predict_to_file
@@ -48,15 +49,13 @@ def decoding(model: mm.ImageClassifier, source: Source, options: dict[str, int])
         pass
 
 
-def computing(
-    model: mm.ImageClassifier, source: Source, options: dict[str, int], question: Question
-) -> None:
+def computing(ready: Any, source: Source, options: dict[str, int], question: Question) -> None:
     size, images = options["batch_size"], len(source)
-    height, width = model.config.image_size
+    height, width = ready.model.config.image_size
     pixels = torch.randint(0, 256, (size, height, width, 3), dtype=torch.uint8)
     batch = pixels.permute(0, 3, 1, 2)  # channels last in memory, as the loader's are
     for at in range(0, images, size):
-        for each in answer(model, batch[: min(size, images - at)], question):
+        for each in answer(ready, batch[: min(size, images - at)], question):
             each.cpu()
 
 
@@ -71,15 +70,16 @@ def speed(arguments: argparse.Namespace) -> None:
     question = make_question(
         model, top_k=5, precision=arguments.precision, batch_size=arguments.batch_size
     )
+    ready = make_ready(model, question)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "predictions.csv"
         sides = {
             "decoding alone": lambda: decoding(model, source, options),
-            "model alone": lambda: computing(model, source, options, question),
+            "model alone": lambda: computing(ready, source, options, question),
             "whole verb": lambda: predict_to_file(model, source, question, target, **options),
         }
         first = repeated(source, arguments.batch_size)
-        computing(model, first, options, question)
+        computing(ready, first, options, question)
         predict_to_file(model, first, question, target, **options)
         rates: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(arguments.rounds):

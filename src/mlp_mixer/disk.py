@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mlp_mixer.errors import UserError
@@ -23,6 +25,8 @@ def expand(path: str | Path) -> Path:
     except RuntimeError as error:
         raise UserError(f"~ cannot be resolved in {str(path)!r}", fix="Write it out") from error
 
+
+_FOLDER, _LOCK = ".partial", ".lock"
 
 Content = bytes | Callable[[Path], None]
 
@@ -57,6 +61,37 @@ def write_together(contents: dict[Path, Content]) -> None:
     finally:
         for aside in asides.values():
             aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def aside_folder(path: Path) -> Iterator[Path]:
+    """Gives a folder beside a path for what will become that file; it is removed in the end.
+
+    Folders that processes left behind when they were killed are removed first. A living process
+    holds a lock on its own, which the system takes back from one that ends, however it ends.
+
+    Args:
+        path: of the file to be.
+    """
+    from filelock import FileLock, Timeout  # a fifth of a second, so only where it is used
+
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_FOLDER}"):
+        with contextlib.suppress(OSError, Timeout), FileLock(left / _LOCK, timeout=0):
+            shutil.rmtree(left, ignore_errors=True)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_FOLDER, dir=path.parent))
+        lock = FileLock(folder / _LOCK, timeout=60)
+        try:
+            lock.acquire()
+            break
+        except OSError:  # another process took it, not locked yet, for one left behind
+            if folder.exists():
+                raise
+    try:
+        yield folder
+    finally:
+        lock.release()  # first: some systems keep files that are open
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _forget_killed(path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shlex
 import sys
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ import torch
 _PACKAGES = (
     *("torch", "numpy", "pillow", "simplejpeg", "opencv-python-headless"),
     *("safetensors", "scikit-learn"),
+)
+# Named where they are installed: what runs exported files, and reads data and models of others.
+_OPTIONAL = (
+    *("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino"),
+    *("pyarrow", "datasets", "timm"),
 )
 
 
@@ -30,13 +36,22 @@ def surroundings(device: torch.device) -> dict[str, Any]:
         "command": command(),
         "mlp_mixer": version("mlp_mixer"),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in _PACKAGES},
+        "packages": packages(),
         "platform": platform.platform(),
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
     }
+
+
+def packages() -> dict[str, str]:
+    """Returns the versions of the packages that a figure may depend on, of those that are there."""
+    found = {name: version(name) for name in _PACKAGES}
+    for name in _OPTIONAL:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def command() -> str | None:

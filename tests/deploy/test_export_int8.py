@@ -19,7 +19,7 @@ from mlp_mixer.deploy.int8 import calibrate
 from mlp_mixer.deploy.onnx_graph import graph_module, halved, to_onnx
 from mlp_mixer.deploy.quantize import Ranges, find_products, measure_ranges, quantized
 from mlp_mixer.models.layers import preprocessing_of
-from staged_models import small_cycle, small_permutator
+from staged_models import small_cycle
 
 WHY = "pip install 'mlp_mixer[export]'"
 onnx = pytest.importorskip("onnx", reason=WHY)
@@ -200,7 +200,6 @@ def test_int8_that_costs_too_much_is_not_written(model: mm.ImageClassifier, tmp_
         (lambda: tiny_model(token_mixing="views", token_groups=4), 11),
         (lambda: tiny_model(token_mixing="untied"), 5),  # its own products have no matrix
         (small_cycle, 25),
-        (small_permutator, 25),
     ],
 )
 def test_int8_of_other_families(build: Callable[[], mm.ImageClassifier], layers: int):

@@ -1,4 +1,4 @@
-"""CycleMLP: its authors' logits, sizes and counts; the shifts; images of any size; errors."""
+"""CycleMLP: its tensors; the shifts; new weights; images of any size; errors."""
 
 from __future__ import annotations
 
@@ -7,60 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import mlp_mixer as mm
 from mlp_mixer.models.catalog import ARCHITECTURES
 from mlp_mixer.models.cycle_mlp import CycleFC, CycleMLPConfig, runs_of
 from mlp_mixer.models.layers import StochasticDepth
-from staged_models import check_golden, small_cycle
+from staged_models import small_cycle
 
-GOLDEN = {
-    "cycle_mlp_b1": ([0.517229, 0.118039, -0.038621, 0.951164], -3.50672, 0.400535, 364),
-    "cycle_mlp_b2": ([-0.173672, 0.136614, 0.868855, 0.231556], 15.34931, 0.394153, 487),
-    "cycle_mlp_b4": ([0.356184, -0.080879, 0.199518, 0.308029], 12.10518, 0.486444, 39),
-}
-#                parameters, entries of the state dict, elements of offsets, GMACs
-COUNTS = {
-    "cycle_mlp_b1": (15_155_400, 222, 10_752, "2.122"),
-    "cycle_mlp_b2": (26_802_504, 390, 20_992, "3.876"),
-    "cycle_mlp_b3": (38_385_720, 600, 32_000, "6.831"),
-    "cycle_mlp_b4": (51_796_552, 873, 45_568, "10.027"),
-    "cycle_mlp_b5": (75_747_280, 726, 50_304, "12.232"),
-}
-SLOW = pytest.mark.slow
+# Elements of the offsets of B1 and so on.
+OFFSETS = {1: 10_752, 2: 20_992, 3: 32_000, 4: 45_568, 5: 50_304}
 
 
-@pytest.mark.parametrize(
-    "name", ["cycle_mlp_b1", *(pytest.param(f"cycle_mlp_b{n}", marks=SLOW) for n in (2, 4))]
-)
-def test_logits_equal_the_authors(name: str):
-    check_golden(name, *GOLDEN[name])
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_counts(name: str):
-    parameters, entries, offsets, gmacs = COUNTS[name]
+@pytest.mark.parametrize("number", OFFSETS)
+def test_counts_of_the_offsets(number: int):
     with torch.device("meta"):
-        model = mm.create_model(name)
-    assert sum(each.numel() for each in model.parameters()) == parameters
-    tensors = model.state_dict()
-    assert len(tensors) == entries
-    assert sum(v.numel() for k, v in tensors.items() if k.endswith(".offset")) == offsets
-    assert f"{model.config.flops / 2e9:.3f}" == gmacs
-
-
-@pytest.mark.parametrize(
-    ("size", "changes"), [(16, {}), ((21, 34), {"in_channels": 1, "num_classes": 0}), (5, {})]
-)
-def test_operations_are_those_that_torch_counts(size: Any, changes: dict[str, Any]):
-    model = small_cycle(**{"image_size": size, **changes})
-    config = model.config
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, config.in_channels, *config.image_size))
-    assert counter.get_total_flops() == config.flops
+        tensors = mm.create_model(f"cycle_mlp_b{number}").state_dict()
+    assert sum(v.numel() for k, v in tensors.items() if k.endswith(".offset")) == OFFSETS[number]
 
 
 def test_the_published_tensors():
@@ -161,17 +124,6 @@ def test_offsets_that_cannot_be(value: float, message: str):
     tensors["network.0.0.attn.sfc_w.offset"] = torch.full((1, 18, 1, 1), value)
     with pytest.raises(mm.UserError, match=message):
         model.load_state_dict(tensors)
-
-
-def test_layer_norm_epsilon_and_gelu():
-    model = small_cycle()
-    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    assert len(norms) == 2 * 3 + 1
-    assert {norm.eps for norm in norms} == {1e-5}
-    x = torch.linspace(-4, 4, 100)
-    gelus = [module for module in model.modules() if isinstance(module, nn.GELU)]
-    assert len(gelus) == 2 * 3
-    assert all(torch.equal(gelu(x), F.gelu(x, approximate="none")) for gelu in gelus)
 
 
 def test_new_weights():

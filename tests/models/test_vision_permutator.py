@@ -1,4 +1,4 @@
-"""Vision Permutator: its authors' logits, sizes and counts; both branches; image sizes; errors."""
+"""Vision Permutator: its stages and tensors; both branches; image sizes; errors."""
 
 from __future__ import annotations
 
@@ -7,66 +7,32 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import mlp_mixer as mm
 from mlp_mixer.models.catalog import ARCHITECTURES
 from mlp_mixer.models.layers import StochasticDepth
 from mlp_mixer.models.vision_permutator import PermutatorFusion, VisionPermutatorConfig
-from staged_models import check_golden, small_permutator
+from staged_models import small_permutator
 
-GOLDEN = {
-    "vip_s14": ([-0.970299, -0.817247, 0.014708, 1.238866], -16.03232, 0.403018, 357),
-    "vip_s7": ([-0.237898, -0.182930, 0.936684, -0.606181], 3.03158, 0.371115, 930),
-    "vip_l7": ([0.112851, 0.407333, 0.027924, -0.018620], -3.32785, 0.398873, 196),
-}
-#            parameters, entries of the state dict, GMACs, places of the stages in `network`
-COUNTS = {
-    "vip_s14": (29_892_904, 312, "6.856", (0, 1, 2, 3)),
-    "vip_s7": (25_114_984, 314, "6.902", (0, 2, 3, 4)),
-    "vip_m7": (55_272_488, 416, "16.284", (0, 1, 3, 4)),
-    "vip_l7": (87_784_936, 620, "24.340", (0, 2, 3, 4)),
-}
+# Places of the stages in `network`.
+PLACES = {"s14": (0, 1, 2, 3), "s7": (0, 2, 3, 4), "m7": (0, 1, 3, 4), "l7": (0, 2, 3, 4)}
 
 
-@pytest.mark.parametrize(
-    "name", ["vip_s7", *(pytest.param(n, marks=pytest.mark.slow) for n in ("vip_s14", "vip_l7"))]
-)
-def test_logits_equal_the_authors(name: str):
-    check_golden(name, *GOLDEN[name])
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_counts(name: str):
-    parameters, entries, gmacs, places = COUNTS[name]
+@pytest.mark.parametrize("name", PLACES)
+def test_the_places_of_the_stages(name: str):
     with torch.device("meta"):
-        model = mm.create_model(name)
-    assert sum(each.numel() for each in model.parameters()) == parameters
-    assert len(model.state_dict()) == entries
-    assert f"{model.config.flops / 2e9:.3f}" == gmacs
+        model = mm.create_model(f"vip_{name}")
     found = [at for at, part in enumerate(model.network) if isinstance(part, nn.Sequential)]
-    assert tuple(found) == model.config.stage_indices == places
+    assert tuple(found) == model.config.stage_indices == PLACES[name]
 
 
 def test_the_authors_rule_of_segments():
     """At 224 pixels the segments are as many as the grid has rows, and the maps are C x C."""
-    for name in COUNTS:
-        config = ARCHITECTURES[name]
+    for name in PLACES:
+        config = ARCHITECTURES[f"vip_{name}"]
         assert isinstance(config, VisionPermutatorConfig)
         assert config.grids == tuple((g, g) for g in config.segments)
-
-
-@pytest.mark.parametrize(
-    ("size", "changes"), [(8, {}), ((12, 4), {"in_channels": 1, "num_classes": 0}), (16, {})]
-)
-def test_operations_are_those_that_torch_counts(size: Any, changes: dict[str, Any]):
-    model = small_permutator(**{"image_size": size, **changes})
-    config = model.config
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, config.in_channels, *config.image_size))
-    assert counter.get_total_flops() == config.flops
 
 
 def test_the_published_tensors():
@@ -122,16 +88,6 @@ def test_the_fusion_by_its_equation():
         for branch, values in enumerate((h, w, c)):
             expected[..., k] += share[branch].view(2, 1, 1) * values[..., k]
     torch.testing.assert_close(mixing(x), mixing.proj(expected))
-
-
-def test_layer_norm_epsilon_and_gelu():
-    model = small_permutator()
-    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    assert len(norms) == 2 * 3 + 1
-    assert {norm.eps for norm in norms} == {1e-5}
-    x = torch.linspace(-4, 4, 100)
-    gelus = [module for module in model.modules() if isinstance(module, nn.GELU)]
-    assert all(torch.equal(gelu(x), F.gelu(x, approximate="none")) for gelu in gelus)
 
 
 def test_stochastic_depth_rises_linearly_over_the_blocks():

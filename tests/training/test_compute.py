@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -133,18 +134,40 @@ def test_onednn_is_only_taken_where_it_stays_float32(monkeypatch):
         assert products.fp32_precision == before
 
 
-def test_bfloat16_keeps_layer_norm_and_residual_in_float32():
+def test_what_is_compiled_is_kept_where_the_user_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIXER_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compute.keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+    assert (tmp_path / "compiled").is_dir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    compute.keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MIXER_CACHE", str(tmp_path / "file"))
+    compute.keep_compiled()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")  # inside of torch
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_bfloat16_keeps_layer_norm_and_residual_in_float32(compiled):
     """On a processor LayerNorm in bfloat16 gets its bias gradient wrong by tens of per cent."""
+    if compiled and not compute.can_compile(CPU):
+        pytest.skip("no C++ compiler here")
     size = {"patch_size": 4, "hidden_dim": 64, "tokens_mlp_dim": 32, "channels_mlp_dim": 128}
     model = mm.create_model("mixer_s16", 64, 10, num_blocks=4, **size)
     torch.nn.init.normal_(model.head.weight, std=0.1)
+    network = torch.compile(model) if compiled else model
     images = torch.randn(32, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(32) % 10
     gradients = {}
     for precision in ("float32", "bfloat16"):
         model.zero_grad()
         with Compute(CPU, precision, False, "").autocast():
-            logits = model(images)
+            logits = network(images)
         F.cross_entropy(logits.float(), labels).backward()
         gradients[precision] = {name: p.grad.clone() for name, p in model.named_parameters()}
     exact, close = gradients["float32"], gradients["bfloat16"]

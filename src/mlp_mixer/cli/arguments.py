@@ -134,6 +134,21 @@ def refuse_changes(source: str, image_size: str | None, growth: str | None, expo
     return source
 
 
+def refuse_device(source: str, device: str) -> str:
+    """Returns the device that a flag names; of an exported file, the processor.
+
+    Raises:
+        UserError: another is named for an exported file.
+    """
+    from mlp_mixer.deploy.runner import is_exported
+    from mlp_mixer.models.device import refuse_other_devices
+
+    if not is_exported(source):
+        return device
+    refuse_other_devices(device)
+    return "cpu"
+
+
 def warn_of_bad(bad: list[BadImage]) -> int:
     """Names the bad images (the first 20) on standard error; returns the exit code, 0 or 3."""
     for each in bad[:20]:

@@ -19,6 +19,7 @@ from mlp_mixer.cli.arguments import (
     RequiredData,
     Size,
     load_named,
+    refuse_device,
     warn_of_bad,
 )
 from mlp_mixer.errors import UserError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _OWN = "(default: the model's own)"
 ResizeName = Annotated[str | None, arg(help_behavior_hint=_OWN, metavar="METHOD")]
+Precision = Annotated[str | None, arg(help_behavior_hint="(default: float32)", metavar="NAME")]
 Crop = Annotated[float | None, arg(help_behavior_hint=_OWN, metavar="SHARE")]
 
 
@@ -50,6 +52,7 @@ def evaluate(
     ignore_exif: bool = False,
     batch_size: int = 64,
     device: str = "auto",
+    precision: Precision = None,
     num_workers: Number = None,
 ) -> int:
     """Measure a trained model: top-1, top-5, calibration, each class, the confusion matrix.
@@ -79,6 +82,8 @@ def evaluate(
         ignore_exif: leave photographs as they are stored, not upright: the paper's protocol.
         batch_size: images a batch, of each process.
         device: auto, cpu or cuda.
+        precision: of the products: float32, bfloat16, or auto: bfloat16 where the device is fast at
+            it and the model is not small. An exported file has its own.
         num_workers: processes that decode images, for each process under torchrun.
     """
     from mlp_mixer.console import Reporter
@@ -86,8 +91,11 @@ def evaluate(
     from mlp_mixer.evaluation.accuracy import evaluate as measure
     from mlp_mixer.evaluation.accuracy import refuse_not_finite
     from mlp_mixer.evaluation.pictures import save_report
+    from mlp_mixer.models.device import put
+    from mlp_mixer.models.inference import choose_precision
     from mlp_mixer.training.measure import evaluate_together
 
+    device = refuse_device(model, device)
     with ExitStack() as stack:
         world = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # one process needs no collectives
@@ -97,8 +105,9 @@ def evaluate(
             device = str(chosen)
         rank, size = (0, 1) if world is None else (world.rank, world.size)
         report = Reporter(quiet=rank != 0)
-        net = load_named(model, image_size, growth, exported=True)
+        net = put(load_named(model, image_size, growth, exported=True), device)
         source = open_source(data)
+        products, why = choose_precision(net, precision)
         choose_protocol(net, resize, crop, ignore_exif)
         labels = None if real is None else _real_labels(real, source, net)
         folder = None if output is None else Path(os.path.expanduser(output))
@@ -110,6 +119,7 @@ def evaluate(
                 "num_workers": num_workers,
                 "allow_missing_classes": allow_missing_classes,
                 "device": device,
+                "precision": precision,
                 "on_batch": lambda batch: bar.advance(len(batch.labels) + len(batch.bad)),
             }
             if world is None:
@@ -125,6 +135,8 @@ def evaluate(
             result.save(folder, net)
             save_report(result, source, folder)
         report.say(f"protocol {_in_words(net)}")
+        if precision is not None:
+            report.say(f"products {products} ({why})")
         print_evaluation(report, result)
         if folder is not None:
             report.say(f"written  {folder}")

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mlp_mixer.cli.process import keep_freed_memory
 from mlp_mixer.cli.verbs import GROUPS, VERBS
 from mlp_mixer.errors import UserError, near_names
 
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names need not be valid text
             stream.reconfigure(errors="mlp_mixer.escape")
+    keep_freed_memory()
     try:
         sys.exit(parse(given, VERBS) or 0)
     except UserError as error:

@@ -66,7 +66,7 @@ def pack(source: SourceName, folder: OutputFolder, /, *, shard_size: ByteSize = 
     return warn_of_bad([bad for each in packed.values() for bad in each.bad])
 
 
-def index(folder: OutputFolder, /) -> None:
+def index(folder: OutputFolder, /, *, unlabelled: bool = False) -> None:
     """Write the index that makes WebDataset tars of another tool a source of data.
 
     Images are KEY.jpg (or .png, ...) with their labels in KEY.cls or KEY.json; the split is read
@@ -74,9 +74,11 @@ def index(folder: OutputFolder, /) -> None:
 
     Examples of use:
         mixer data index downloads/imagenet-shards
+        mixer data index downloads/photos --unlabelled
 
     Args:
         folder: the folder with the .tar files; the index goes there too.
+        unlabelled: the images have no labels: for the verb predict only.
     """
     import os
     from pathlib import Path
@@ -84,10 +86,11 @@ def index(folder: OutputFolder, /) -> None:
     from mlp_mixer.data.foreign_shards import index_shards
     from mlp_mixer.data.shards import load_index
 
-    for path in index_shards(Path(os.path.expanduser(folder))):
+    for path in index_shards(Path(os.path.expanduser(folder)), labels=not unlabelled):
         found = load_index(path)
         tars = f"{len(found.shards):,} tar{'s' if len(found.shards) > 1 else ''}"
-        print(f"written  {path}: {len(found):,} images in {tars}, {len(found.class_names)} classes")
+        classes = "no labels" if unlabelled else f"{len(found.class_names)} classes"
+        print(f"written  {path}: {len(found):,} images in {tars}, {classes}")
 
 
 def parse_bytes(text: str, where: str) -> int:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from mlp_mixer.cli.arguments import File, GrowthName, Inputs, Model, Number, Size, load_named
+from mlp_mixer.cli.arguments import (
+    File,
+    GrowthName,
+    Inputs,
+    Model,
+    Number,
+    Size,
+    load_named,
+    refuse_device,
+)
 from mlp_mixer.cli.predict_lines import NAMED, Seen, follower, say_rows, say_speed, warn
 from mlp_mixer.errors import UserError
 
@@ -25,7 +34,7 @@ if TYPE_CHECKING:
     from mlp_mixer.training.distributed import World
 
 TopK = Annotated[int | None, arg(help_behavior_hint="(default: 5)", metavar="N")]
-Precision = Annotated[str | None, arg(help_behavior_hint="(default: float32)", metavar="NAME")]
+Precision = Annotated[str | None, arg(help_behavior_hint="(default: auto)", metavar="NAME")]
 FormatName = Annotated[str | None, arg(help_behavior_hint="(default: csv)", metavar="FORMAT")]
 
 
@@ -74,7 +83,8 @@ def predict(
             folder for parts, a name without an ending.
         format: of the parts: csv, jsonl or parquet.
         part_size: images a part; chosen, at most about 10,000, where it is left out.
-        precision: of the products: float32, bfloat16 or auto.
+        precision: of the products: float32, bfloat16, or auto: bfloat16 where the device is fast at
+            it and the model is not small.
         batch_size: images a batch, of each process.
         device: auto, cpu or cuda.
         num_workers: processes that decode images, for each process under torchrun.
@@ -87,6 +97,7 @@ def predict(
 
     if top_k is not None and top_k < 1:  # before anything is read
         raise UserError(f"top_k must be at least 1, got {top_k}", where="--top-k")
+    device = refuse_device(model, device)
     in_parts = output is not None and is_folder(output)
     _refuse_idle(output, in_parts, features, {"--format": format, "--part-size": part_size})
     with ExitStack() as stack:
@@ -158,7 +169,7 @@ def _at_once(
     say_rows(report, seen, None if path is None else str(path))
     if path is not None:
         report.say(f"written  {path}: {seen.images:,} images")
-    say_speed(report, seen.images, time.monotonic() - started)
+    say_speed(report, seen.images, time.monotonic() - started, question)
     return warn(seen.first_bad, seen.bad, seen.images)
 
 
@@ -193,6 +204,6 @@ def _in_parts(
         return 0  # whatever was bad: torchrun would end the first process, which still speaks
     report.say(f"written  {folder}: {plan.parts:,} parts, {plan.images:,} images")
     if images:
-        say_speed(report, images, time.monotonic() - started)
+        say_speed(report, images, time.monotonic() - started, question)
     bad, first_bad = bad_images(plan, NAMED)  # also those of parts that were there already
     return warn(first_bad, bad, plan.images)

@@ -14,6 +14,7 @@ from mlp_mixer.cli.arguments import warn_of_bad
 if TYPE_CHECKING:
     from mlp_mixer.console import ProgressBar, Reporter
     from mlp_mixer.data.items import BadImage
+    from mlp_mixer.deploy.answers import Question
     from mlp_mixer.deploy.rows import Prediction, Rows
 
 _SHOWN = 40  # rows on the screen
@@ -108,6 +109,7 @@ def say_rows(report: Reporter, seen: Seen, output: str | None) -> None:
             report.say(f"... and {more:,} more, {where}")
 
 
-def say_speed(report: Reporter, images: int, seconds: float) -> None:
-    """Prints how long it took."""
-    report.say(f"time     {seconds:,.1f} s: {images / max(seconds, 1e-9):,.1f} images/s")
+def say_speed(report: Reporter, images: int, seconds: float, question: Question) -> None:
+    """Prints how long it took, and in which precision."""
+    how = f", {question.precision} ({question.why})" if question.precision else ""
+    report.say(f"time     {seconds:,.1f} s: {images / max(seconds, 1e-9):,.1f} images/s{how}")

@@ -17,6 +17,7 @@ from mlp_mixer.cli.pack import index, pack
 from mlp_mixer.cli.permute import permute
 from mlp_mixer.cli.predict import predict
 from mlp_mixer.cli.report import report
+from mlp_mixer.cli.serve import serve
 from mlp_mixer.cli.study import data_scale
 from mlp_mixer.cli.study_ablations import ablations
 from mlp_mixer.cli.throughput import throughput
@@ -37,6 +38,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "throughput": throughput,
     "convert": convert,
     "export": export,
+    "serve": serve,
     "permute": permute,
     "report": report,
     "study data-scale": data_scale,

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlp_mixer.data.classes import natural_order, refuse_twins
 from mlp_mixer.data.image import SUFFIXES
-from mlp_mixer.data.items import ImageFiles, PackedStrings
+from mlp_mixer.data.items import ImageFiles, PackedStrings, no_labels
 from mlp_mixer.errors import UserError
 
 SPLIT_FOLDERS = {
@@ -125,6 +125,19 @@ def class_folder(folder: Path, name: str) -> ImageFiles:
     packed = PackedStrings(paths())
     labels = np.repeat(np.arange(len(classes)), counts)
     return ImageFiles(name, classes, labels, packed, str(folder))
+
+
+def flat_folder(folder: Path, name: str) -> ImageFiles:
+    """Returns the images in a folder at any depth as a source without labels.
+
+    Raises:
+        UserError: there are none.
+    """
+    paths = PackedStrings(scan_images(str(folder)))
+    if not len(paths):
+        fix = f"Images end in {' '.join(SUFFIXES)}"
+        raise UserError("the folder has no images", where=folder, fix=fix)
+    return ImageFiles(name, *no_labels(len(paths)), paths, str(folder))
 
 
 def find_splits(folder: Path) -> dict[str, Path]:

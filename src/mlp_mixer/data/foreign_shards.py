@@ -22,7 +22,7 @@ from mlp_mixer.errors import UserError
 _LABEL_BYTES = 2**20  # a .cls or .json above that is none
 
 
-def index_shards(folder: Path) -> list[Path]:
+def index_shards(folder: Path, *, labels: bool = True) -> list[Path]:
     """Writes an index beside the tars that another tool wrote; returns the files written.
 
     A member KEY.jpg (or .png, ...) has its label in KEY.cls, an integer or text, or in KEY.json
@@ -31,6 +31,8 @@ def index_shards(folder: Path) -> list[Path]:
 
     Args:
         folder: with the tars.
+        labels: whether there are labels; without them the index is for predictions only, and
+            whatever labels there are, are passed over.
 
     Raises:
         UserError: there are no tars, or there is an index already, a tar is damaged or compressed,
@@ -44,7 +46,7 @@ def index_shards(folder: Path) -> list[Path]:
     for split in SPLIT_FOLDERS:
         if index_path(folder, split).exists():
             raise UserError("the folder has an index already", where=index_path(folder, split))
-    indices = {split: _index(paths) for split, paths in by_split.items()}
+    indices = {split: _index(paths, labels) for split, paths in by_split.items()}
     written: list[Path] = []
     for split in sorted(indices, key=lambda split: split == "train"):
         path = index_path(folder, split)
@@ -55,13 +57,13 @@ def index_shards(folder: Path) -> list[Path]:
     return written
 
 
-def _index(paths: list[Path]) -> ShardIndex:
+def _index(paths: list[Path], labelled: bool) -> ShardIndex:
     offsets, lengths, numbers, codes = array("q"), array("q"), array("i"), array("q")
     names, name_ends = bytearray(), array("q", [0])
     values: dict[str, int] = {}
     shards: list[Shard] = []
     for path in paths:
-        for member, label in _samples(path):
+        for member, label in _samples(path, labelled):
             codes.append(values.setdefault(label, len(values)))
             offsets.append(member.offset_data)
             lengths.append(member.size)
@@ -72,6 +74,8 @@ def _index(paths: list[Path]) -> ShardIndex:
     if not len(codes):
         raise UserError("the tars have no images", where=paths[0], fix=f"Endings: {SUFFIXES}")
     labels, class_names = labels_of_values(np.array(codes), list(values))
+    if not labelled:
+        labels, class_names = np.full(len(codes), -1, dtype=np.int64), []
     refuse_twins(class_names, paths[0].parent)
     return ShardIndex(
         class_names,
@@ -85,8 +89,11 @@ def _index(paths: list[Path]) -> ShardIndex:
     )
 
 
-def _samples(path: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
-    """Yields every image of a tar with its label; the members of a sample lie one after another."""
+def _samples(path: Path, labelled: bool = True) -> Iterator[tuple[tarfile.TarInfo, str]]:
+    """Yields every image of a tar with its label, or with "" where labels are not looked at.
+
+    The members of a sample lie one after another.
+    """
     key, image, label = "", None, None
     for member, text in _ended(_members(path)):
         folder, _, base = ("", "", "") if member is None else member.name.rpartition("/")
@@ -96,17 +103,18 @@ def _samples(path: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
         this = f"{folder}/{stem}"
         if member is None or this != key:
             if image is not None:
-                if label is None:
+                if label is None and labelled:
                     what = f"the image has no label: {image.name}"
-                    fix = "Every KEY.jpg needs a KEY.cls, or a KEY.json with a label"
+                    fix = "Every KEY.jpg needs a KEY.cls, or a KEY.json with a label; or, to "
+                    fix += f"predict only: mixer data index {path.parent} --unlabelled"
                     raise UserError(what, where=path, fix=fix)
-                yield image, label
+                yield image, label or ""
             key, image, label = this, None, None
         if member is None:
             return
-        if text is not None:
+        if text is not None and labelled:
             label = _label(ending.lower(), text, f"{path}:{member.name}") or label
-        elif os.path.splitext(base)[1].lower() in SUFFIXES:
+        elif text is None and os.path.splitext(base)[1].lower() in SUFFIXES:
             if image is not None:
                 what = f"two images of one sample: {image.name}, {member.name}"
                 raise UserError(what, where=path, fix="A sample has one image")
@@ -197,7 +205,7 @@ def _verify_shard(path: Path, shard: Shard, index: ShardIndex, number: int) -> l
         return [f"{path}: {error.strerror}"]
     members: dict[int, tuple[int, str | None]] = {}
     try:
-        for member, label in _samples(path):
+        for member, label in _samples(path, bool(index.class_names)):
             members[member.offset_data] = member.size, label
     except UserError as error:
         return [*problems, f"{path}: {error.what}"]
@@ -209,7 +217,7 @@ def _verify_shard(path: Path, shard: Shard, index: ShardIndex, number: int) -> l
             problems.append(f"{name}: no member of the tar begins at byte {offset}")
         elif size != length:
             problems.append(f"{name}: {size} bytes in the tar, the index says {length}")
-        elif text not in (str(label), index.class_names[label]):
+        elif index.class_names and text not in (str(label), index.class_names[label]):
             expected = index.class_names[label]
             problems.append(f"{name}: label {text!r} in the tar, the index says {expected!r}")
     return problems

@@ -16,6 +16,7 @@ import numpy as np
 
 from mlp_mixer.data.classes import check_labels, labels_of_values
 from mlp_mixer.data.folders import SPLIT_FOLDERS, split_named
+from mlp_mixer.data.items import no_labels
 from mlp_mixer.data.source_names import SourceName, choose_column
 from mlp_mixer.errors import UserError
 from mlp_mixer.network import is_reachable
@@ -65,12 +66,13 @@ class HubImages:
         return data
 
 
-def open_hub(name: SourceName) -> dict[str, HubImages]:
+def open_hub(name: SourceName, *, labels: bool = True) -> dict[str, HubImages]:
     """Returns the splits of a data set of the hub, those called train, validation and test.
 
     Args:
         name: hf:owner/name or hf:owner/name@revision, with `config`, `image` and `label` as
             options.
+        labels: whether they are needed; without them no column of labels is looked for.
 
     Raises:
         UserError: `datasets` is not installed, there is no such data set, revision, configuration
@@ -95,11 +97,13 @@ def open_hub(name: SourceName) -> dict[str, HubImages]:
         raise UserError(what, where=name.source, fix="Save the splits you need as Parquet files")
     splits: dict[str, HubImages] = {}
     for split in (each for each in SPLIT_FOLDERS if each in by_split):
-        source = _open_split(loaded[by_split[split]], name, f"{name.source}:{split}")
+        dataset, title = loaded[by_split[split]], f"{name.source}:{split}"
+        source = (_open_split if labels else _open_unlabelled)(dataset, name, title)
         if source is not None:
             splits[split] = source
     if not splits:
-        raise UserError("none of the images has a label", where=name.source)
+        what = "none of the images has a label" if labels else "the data set has no rows"
+        raise UserError(what, where=name.source)
     return splits
 
 
@@ -171,9 +175,14 @@ def _explained(
     return UserError(what, where=name.base, fix=f"See https://huggingface.co/datasets/{repository}")
 
 
-def _open_split(dataset: Any, name: SourceName, title: str) -> HubImages | None:
-    import datasets  # pyright: ignore[reportMissingImports]
+def _open_unlabelled(dataset: Any, name: SourceName, title: str) -> HubImages | None:
+    column = _image_column(dataset, name, title)
+    if not len(dataset):
+        return None
+    return HubImages(title, *no_labels(len(dataset)), _undecoded(dataset, column), column)
 
+
+def _image_column(dataset: Any, name: SourceName, title: str) -> str:
     features = dict(dataset.features)
     images = [each for each, kind in features.items() if type(kind).__name__ == "Image"]
     columns = list(features)
@@ -181,6 +190,19 @@ def _open_split(dataset: Any, name: SourceName, title: str) -> HubImages | None:
     if column not in images:
         what = f"column {column!r} is {features[column]}, not of images"
         raise UserError(what, where=title, fix=f"Columns of images: {', '.join(images) or 'none'}")
+    return column
+
+
+def _undecoded(dataset: Any, column: str) -> Any:
+    import datasets  # pyright: ignore[reportMissingImports]
+
+    return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+
+def _open_split(dataset: Any, name: SourceName, title: str) -> HubImages | None:
+    column = _image_column(dataset, name, title)
+    features = dict(dataset.features)
+    columns = list(features)
     classes = [each for each, kind in features.items() if type(kind).__name__ == "ClassLabel"]
     named = [each for each in columns if each.casefold() in _LABEL_NAMES]
     label = choose_column("label", name, columns, classes or named, ("label",), title)
@@ -205,5 +227,4 @@ def _open_split(dataset: Any, name: SourceName, title: str) -> HubImages | None:
         )
     if labels is None:
         return None
-    undecoded = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return HubImages(title, names, labels, undecoded, column)
+    return HubImages(title, names, labels, _undecoded(dataset, column), column)

@@ -173,6 +173,11 @@ class View:
         return self.source.item_name(int(self.indices[index]))
 
 
+def no_labels(number: int) -> tuple[list[str], np.ndarray]:
+    """Returns the class names and labels of so many images that have none: all "unknown"."""
+    return ["unknown"], np.zeros(number, dtype=np.int64)
+
+
 def subset(source: Source, indices: np.ndarray, name: str) -> View:
     """Returns the images of these indices, int64 (n,), as a source of its own."""
     return View(name, source.class_names, source.labels[indices], source, indices)
@@ -183,6 +188,11 @@ def relabel(source: Source, class_names: list[str]) -> View:
     place = {name: at for at, name in enumerate(class_names)}
     labels = np.array([place[name] for name in source.class_names], dtype=np.int64)[source.labels]
     return View(source.name, class_names, labels, source, np.arange(len(source)))
+
+
+def without_labels(source: Source) -> View:
+    """Returns the same images without their labels."""
+    return View(source.name, *no_labels(len(source)), source, np.arange(len(source)))
 
 
 def random_subset(source: Source, fraction: float, seed: int) -> Source:

@@ -1,4 +1,4 @@
-"""Lists of labelled images: a CSV or JSONL file with a path and a label in every row.
+"""Lists of images: a CSV or JSONL file with a path in every row, and a label if it has one.
 
 The columns are found by their names in the header; a `split` column gives the splits. Paths are
 relative to the list's own folder. The order of the rows never changes the order of the classes.
@@ -19,7 +19,7 @@ import numpy as np
 from mlp_mixer.data import image
 from mlp_mixer.data.classes import labels_of_values
 from mlp_mixer.data.folders import SPLIT_FOLDERS, split_named
-from mlp_mixer.data.items import ImageFiles, PackedStrings, Source, subset
+from mlp_mixer.data.items import ImageFiles, PackedStrings, Source, no_labels, subset
 from mlp_mixer.data.source_names import SourceName, choose_column
 from mlp_mixer.errors import UserError
 
@@ -31,12 +31,13 @@ _EXAMPLE = "Begin the list with a header such as path,label (or path,label,split
 _Rows = Iterator[tuple[int, list[object]]]
 
 
-def open_list(name: SourceName, *, matched: bool = True) -> dict[str, Source]:
+def open_list(name: SourceName, *, matched: bool = True, labels: bool = True) -> dict[str, Source]:
     """Returns the splits of a CSV or JSONL list; one without a `split` column is all train.
 
     Args:
         name: the list's own, with the columns as options where they are not found by their names.
         matched: whether every class must have an image in train.
+        labels: whether they are needed; without them no column of labels is looked for.
 
     Raises:
         UserError: the list cannot be read, or names the line that is wrong in it.
@@ -48,14 +49,10 @@ def open_list(name: SourceName, *, matched: bool = True) -> dict[str, Source]:
         path_column = choose_column(
             "image", name, columns, _known(columns, IMAGE_COLUMNS), (), path
         )
-        rest = [column for column in columns if column != path_column]
-        preferred = [column for column in rest if column.casefold() == "label"]
-        label = choose_column(
-            "label", name, columns, _known(rest, LABEL_COLUMNS), preferred[:1], path
-        )
+        label = _label_column(name, columns, path_column, path) if labels else None
         split = next((column for column in columns if column.casefold() == "split"), None)
-        places = [columns.index(column) for column in (path_column, label)]
-        table = _Table(path, None if split is None else columns.index(split), *places)
+        places = [None if each is None else columns.index(each) for each in (split, label)]
+        table = _Table(path, columns.index(path_column), *places)
         whole = table.read(rows, name.source)
     if not len(whole):
         raise UserError("the list has no rows", where=path, fix=_EXAMPLE)
@@ -63,10 +60,17 @@ def open_list(name: SourceName, *, matched: bool = True) -> dict[str, Source]:
     return table.splits(whole, name.source, matched)
 
 
+def _label_column(name: SourceName, columns: list[str], path_column: str, path: Path) -> str:
+    rest = [column for column in columns if column != path_column]
+    preferred = [column for column in rest if column.casefold() == "label"]
+    known = _known(rest, LABEL_COLUMNS)
+    return choose_column("label", name, columns, known, preferred[:1], path)
+
+
 class _Table:
     """Reads the rows of a list, and remembers of each its line and its split."""
 
-    def __init__(self, path: Path, split: int | None, image: int, label: int) -> None:
+    def __init__(self, path: Path, image: int, split: int | None, label: int | None) -> None:
         self._path, self._split, self._image, self._label = path, split, image, label
         self._lines, self._split_codes, self._codes = array("q"), array("b"), array("q")
         self._values: dict[str, int] = {}
@@ -74,7 +78,10 @@ class _Table:
 
     def read(self, rows: _Rows, name: str) -> ImageFiles:
         paths = PackedStrings(self._read(rows))
-        labels, names = labels_of_values(np.asarray(self._codes), list(self._values))
+        if self._label is None:
+            names, labels = no_labels(len(paths))
+        else:
+            labels, names = labels_of_values(np.asarray(self._codes), list(self._values))
         folder = str(self._path.parent)
         return ImageFiles(name, names, labels, paths, "" if folder == "." else folder)
 
@@ -84,7 +91,8 @@ class _Table:
             path = self._text(cells[self._image], "path", line)
             if "\0" in path or not _is_encodable(path):
                 raise self._error(f"not the name of a file: {path!r}", line)
-            self._codes.append(self._code(cells[self._label], line))
+            if self._label is not None:
+                self._codes.append(self._code(cells[self._label], line))
             split = "train"
             if self._split is not None:
                 text = self._text(cells[self._split], "split", line).strip()

@@ -14,6 +14,7 @@ import numpy as np
 
 from mlp_mixer.data.classes import check_labels, labels_of_values, natural_order
 from mlp_mixer.data.folders import SPLIT_FOLDERS, split_of_file
+from mlp_mixer.data.items import no_labels
 from mlp_mixer.data.parquet_images import ParquetImages, damage_told, open_file
 from mlp_mixer.data.source_names import SourceName, choose_column
 from mlp_mixer.errors import UserError
@@ -21,12 +22,15 @@ from mlp_mixer.errors import UserError
 _LABEL_NAMES = ("label", "labels", "class", "target")
 
 
-def open_parquet(files: list[Path], name: SourceName) -> dict[str, ParquetImages]:
+def open_parquet(
+    files: list[Path], name: SourceName, *, labels: bool = True
+) -> dict[str, ParquetImages]:
     """Returns the splits of Parquet files, by the words in the files' names; no image is read.
 
     Args:
         files: at least one; files without a word for a split are train.
         name: the source's own, with the columns as options.
+        labels: whether they are needed; without them no column of labels is looked for.
 
     Raises:
         UserError: pyarrow is not installed, a file is damaged or has not the columns, or an image
@@ -38,12 +42,43 @@ def open_parquet(files: list[Path], name: SourceName) -> dict[str, ParquetImages
         by_split.setdefault(split_of_file(path), []).append(str(path))
     found: dict[str, ParquetImages] = {}
     for split in (each for each in SPLIT_FOLDERS if each in by_split):
-        source = _open_split(by_split[split], name, f"{name.source}:{split}")
+        title = f"{name.source}:{split}"
+        opener = _open_split if labels else _open_unlabelled
+        source = opener(by_split[split], name, title)
         if source is not None:
             found[split] = source
     if not found:
         raise UserError("none of the images has a label", where=name.source)
     return found
+
+
+def _open_unlabelled(files: list[str], name: SourceName, title: str) -> ParquetImages:
+    first = open_file(files[0]).schema_arrow
+    column = _image_column(first, name, files[0])
+    table = _groups(files, (column,))
+    rows = sum(open_file(file).metadata.num_rows for file in files)
+    if rows == 0:
+        raise UserError("the files have no rows", where=", ".join(files[:3]))
+    return ParquetImages(title, *no_labels(rows), files, column, table)
+
+
+def _groups(files: list[str], wanted: tuple[str, ...]) -> np.ndarray:
+    """The row groups of files that belong together, as `ParquetImages` takes them."""
+    kinds = open_file(files[0]).schema_arrow
+    groups: list[tuple[int, int, int]] = []
+    row = 0
+    for at, file in enumerate(files):
+        reader = open_file(file)
+        for each in wanted:
+            kind = kinds.field(each).type
+            other = each in reader.schema_arrow.names and reader.schema_arrow.field(each).type
+            if other != kind:
+                what = f"column {each!r} is {other or 'missing'} here and {kind} in {files[0]}"
+                raise UserError(what, where=file, fix="Give files that belong together")
+        for group in range(reader.num_row_groups):
+            groups.append((at, group, row))
+            row += reader.metadata.row_group(group).num_rows
+    return np.array(groups, dtype=np.int64).reshape(-1, 3)
 
 
 def _open_split(files: list[str], name: SourceName, title: str) -> ParquetImages | None:
@@ -52,16 +87,9 @@ def _open_split(files: list[str], name: SourceName, title: str) -> ParquetImages
     first = open_file(files[0])
     column, label = _columns(first.schema_arrow, name, files[0])
     names = class_names_of(first.schema_arrow, label)
-    groups: list[tuple[int, int, int]] = []
-    columns, row = [], 0
-    for at, file in enumerate(files):
+    table, columns = _groups(files, (column, label)), []
+    for file in files:
         reader = open_file(file)
-        for wanted in (column, label):
-            kind = first.schema_arrow.field(wanted).type
-            other = wanted in reader.schema_arrow.names and reader.schema_arrow.field(wanted).type
-            if other != kind:
-                what = f"column {wanted!r} is {other or 'missing'} here and {kind} in {files[0]}"
-                raise UserError(what, where=file, fix="Give files that belong together")
         if class_names_of(reader.schema_arrow, label) != names:
             what = f"column {label!r} has other classes than in {files[0]}"
             raise UserError(what, where=file, fix="Give files that belong together")
@@ -71,14 +99,10 @@ def _open_split(files: list[str], name: SourceName, title: str) -> ParquetImages
             null = int(np.flatnonzero(column_of_labels.is_null().to_numpy())[0])
             raise UserError(f"the row has no {label}", where=f"{file}[{null}]")
         columns += column_of_labels.chunks
-        for group in range(reader.num_row_groups):
-            groups.append((at, group, row))
-            row += reader.metadata.row_group(group).num_rows
-    if row == 0:
+    if not any(map(len, columns)):
         raise UserError("the files have no rows", where=", ".join(files[:3]))
     values = pa.chunked_array(columns).combine_chunks()
-    table = np.array(groups, dtype=np.int64).reshape(-1, 3)
-    empty = np.zeros(row, dtype=np.int64)
+    empty = np.zeros(len(values), dtype=np.int64)
     if names is None:
         encoded = values.dictionary_encode()
         codes = np.asarray(encoded.indices.to_numpy(zero_copy_only=False))
@@ -92,8 +116,7 @@ def _open_split(files: list[str], name: SourceName, title: str) -> ParquetImages
     return None if checked is None else ParquetImages(title, names, checked, files, column, table)
 
 
-def _columns(schema: Any, name: SourceName, file: str) -> tuple[str, str]:
-    """The columns of the images and of the labels."""
+def _image_column(schema: Any, name: SourceName, file: str) -> str:
     import pyarrow.types as types
 
     def is_image(kind: Any) -> bool:
@@ -108,6 +131,14 @@ def _columns(schema: Any, name: SourceName, file: str) -> tuple[str, str]:
     if column not in images:
         what = f"column {column!r} is {schema.field(column).type}, not struct<bytes: binary, path>"
         raise UserError(what, where=file, fix="Give a file in the Hugging Face image layout")
+    return column
+
+
+def _columns(schema: Any, name: SourceName, file: str) -> tuple[str, str]:
+    """The columns of the images and of the labels."""
+    import pyarrow.types as types
+
+    column = _image_column(schema, name, file)
     kinds = {field.name: field.type for field in schema}
     fitting = {
         each: types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)

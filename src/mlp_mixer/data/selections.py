@@ -10,6 +10,7 @@ A split is made of parts of the source's splits, in their order. `labels` may be
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -160,12 +161,32 @@ def open_selection(
         UserError: it is no selection, or the source lacks what it selects.
     """
     name.refuse_options((), "a selection")
+    selection = _read_named(name)
+    return select(selection, (open_unmatched if selection.labels else open_splits), name.source)
+
+
+def open_unlabelled(name: SourceName, opener: Callable[[str], Opened]) -> dict[str, Source]:
+    """Returns the splits of a selection whose labels nobody needs; as `open_selection`.
+
+    Args:
+        name: of its file.
+        opener: opens the source that it selects from, without labels.
+
+    Raises:
+        UserError: as `open_selection`.
+    """
+    name.refuse_options((), "a selection")
+    selection = dataclasses.replace(_read_named(name), labels=None)
+    return select(selection, opener, name.source)
+
+
+def _read_named(name: SourceName) -> Selection:
     path = Path(name.base).expanduser()
     selection = read_selection(path)
     if Path(parse_name(selection.source).base).suffix.lower() == SUFFIX:
         what = f"a selection of a selection: {selection.source!r}"
         raise UserError(what, where=path, fix="Name the source itself")
-    return select(selection, (open_unmatched if selection.labels else open_splits), name.source)
+    return selection
 
 
 def select(selection: Selection, opener: Callable[[str], Opened], name: str) -> dict[str, Source]:

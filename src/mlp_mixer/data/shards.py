@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from mlp_mixer.data.folders import SPLIT_FOLDERS
+from mlp_mixer.data.items import no_labels
 from mlp_mixer.errors import UserError
 
 INDEX_SUFFIX = ".index.safetensors"
@@ -40,11 +41,11 @@ class ShardIndex:
     """Where the images of a split lie.
 
     Attributes:
-        class_names: the classes.
+        class_names: the classes; none where the images have no labels.
         shards: the tar files, in the index's own folder.
         shard: int32 (num_images,), the place in `shards`.
         offset, length: int64 (num_images,), bytes.
-        label: int64 (num_images,).
+        label: int64 (num_images,); -1 where the images have no labels.
         names: uint8, the images' names one after another.
         name_ends: int64 (num_images + 1,), from 0.
     """
@@ -142,7 +143,11 @@ def _contradiction(index: ShardIndex) -> str | None:
     if not count:
         return "no images"
     sizes = np.array([each.size for each in index.shards], dtype=np.int64)
-    if count and not (0 <= index.label.min() <= index.label.max() < len(index.class_names)):
+    if index.class_names:
+        has_others = not 0 <= index.label.min() <= index.label.max() < len(index.class_names)
+    else:
+        has_others = bool((index.label != -1).any())
+    if has_others:
         return "a label that is no class"
     if count and not (0 <= index.shard.min() <= index.shard.max() < len(sizes)):
         return "an image in no shard"
@@ -178,12 +183,12 @@ class ShardImages:
     @property
     def class_names(self) -> list[str]:
         """The classes."""
-        return self.index.class_names
+        return self.index.class_names or no_labels(0)[0]
 
     @property
     def labels(self) -> np.ndarray:
         """int64 (num_images,)."""
-        return self.index.label
+        return self.index.label if self.index.class_names else no_labels(len(self))[1]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -242,22 +247,30 @@ def index_path(folder: Path, split: str) -> Path:
     return folder / f"{split}{INDEX_SUFFIX}"
 
 
-def open_shards(folder: Path, name: str, splits: Sequence[str] = ()) -> dict[str, ShardImages]:
+def open_shards(
+    folder: Path, name: str, splits: Sequence[str] = (), *, labels: bool = True
+) -> dict[str, ShardImages]:
     """Returns the splits that a folder of shards has an index of; the shards' sizes are checked.
 
     Args:
         folder: the folder.
         name: what to call it on screen.
         splits: look at these only; empty for all.
+        labels: whether they are needed.
 
     Raises:
-        UserError: an index is damaged, or a shard is missing or has another size.
+        UserError: an index is damaged, or a shard is missing or has another size; or labels are
+            needed and the images have none.
     """
     found: dict[str, ShardImages] = {}
     for split in splits or SPLIT_FOLDERS:
         path = index_path(folder, split)
         if path.exists():
             index = load_index(path)
+            if labels and not index.class_names:
+                what = "the images have no labels: the index was written for predictions only"
+                fix = f"Where there are labels: remove it, then mixer data index {folder}"
+                raise UserError(what, where=path, fix=fix)
             _check_sizes(folder, index)
             found[split] = ShardImages(f"{name}:{split}", str(folder), index)
     return found

@@ -19,17 +19,25 @@ by name, never by position. Nothing here ever writes to the user's files.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlp_mixer.data import hub_dataset, lists, selections
 from mlp_mixer.data.classes import match_classes, refuse_twins
 from mlp_mixer.data.digits import digits
-from mlp_mixer.data.folders import LAYOUT, SPLIT_FOLDERS, class_folder, find_splits, subfolders
-from mlp_mixer.data.items import Source
+from mlp_mixer.data.folders import (
+    LAYOUT,
+    SPLIT_FOLDERS,
+    class_folder,
+    find_splits,
+    flat_folder,
+    subfolders,
+)
+from mlp_mixer.data.items import Source, without_labels
 from mlp_mixer.data.parquet import open_parquet
 from mlp_mixer.data.parquet_images import ParquetImages
 from mlp_mixer.data.shards import has_shards, open_shards
@@ -80,6 +88,30 @@ def open_source(name: str) -> Source:
     return next(iter(_open(parsed, wanted, first=True).values()))
 
 
+def open_images(name: str, order: Sequence[str] = ("test", "validation", "train")) -> Source:
+    """Returns one split of data whose labels nobody needs: the same images, labelled or not.
+
+    Labels are looked at only where they are asked for by SOURCE#label=COLUMN, and where there are
+    parts such as test[:90%]: of labelled data these are the same as everywhere else. Images without
+    labels are all of one class, "unknown".
+
+    Args:
+        name: as the module describes; a folder may also have its images directly in it.
+        order: of a name without a split, the first of these that there is.
+
+    Raises:
+        UserError: there is no such source or no such split.
+    """
+    parsed = parse_name(name)
+    wanted = [parsed.split] if parsed.split else list(order)
+    if "label" in parsed.options:
+        return next(iter(_open(parsed, wanted, first=True).values()))
+    if parsed.part is not None or Path(parsed.base).suffix.lower() == selections.SUFFIX:
+        with contextlib.suppress(UserError):  # whatever is wrong but the labels is told below
+            return next(iter(_open(parsed, wanted, first=True).values()))
+    return next(iter(_open(parsed, wanted, first=True, labels=False).values()))
+
+
 def names_source(name: str) -> bool:
     """Returns whether the string names data that is not on disk: digits, digits:test, digits@1."""
     return re.split("[:@]", name)[0] == "digits" and not Path(name).exists()
@@ -100,22 +132,27 @@ def is_data(name: str) -> bool:
 
 
 def _open(
-    name: SourceName, wanted: list[str], first: bool = False, *, matched: bool = True
+    name: SourceName,
+    wanted: list[str],
+    first: bool = False,
+    *,
+    matched: bool = True,
+    labels: bool = True,
 ) -> dict[str, Source]:
     """The splits that are wanted, or only the first of them, of those that the source has."""
-    found = _open_all(name, matched)
+    found = _open_all(name, matched and labels, labels)
     if name.split is not None and name.split not in found:
         fix = f"Known there: {', '.join(found)}"
         raise UserError(f"the data has no {name.split} split", where=name.source, fix=fix)
     chosen = [split for split in wanted if split in found][: 1 if first else None]
-    for source in found.values():
+    for source in found.values() if labels else ():
         refuse_twins(source.class_names, source.name)
     opened: dict[str, Source] = {}
     for split in chosen:
         source = found[split]
         if isinstance(source, ParquetImages):
             source.hold()
-        if matched and "train" in found:
+        if matched and labels and "train" in found:
             names = found["train"].class_names
             source = match_classes(source, names, owner="train/", allow_missing=True)
         if name.part is not None:
@@ -124,8 +161,8 @@ def _open(
     return opened
 
 
-def _open_all(name: SourceName, matched: bool) -> Mapping[str, Source]:
-    """The splits of a source, each with its own classes."""
+def _open_all(name: SourceName, matched: bool, labels: bool) -> Mapping[str, Source]:
+    """The splits of a source, each with its own classes; without labels where none are needed."""
     if not name.base.strip():
         raise UserError("no data is named", fix=f"Give {_KINDS}")
     path = Path(os.path.expanduser(name.base))
@@ -133,22 +170,24 @@ def _open_all(name: SourceName, matched: bool) -> Mapping[str, Source]:
         name.refuse_options((), "digits")
         return digits(_split_seed(name.base))
     if name.base.startswith(hub_dataset.PREFIX) and not path.exists():
-        return hub_dataset.open_hub(name)
+        return hub_dataset.open_hub(name, labels=labels)
     if path.is_dir():
-        return _open_folder(path, name)
+        return _open_folder(path, name, labels)
     if path.exists():
         if path.suffix.lower() in lists.SUFFIXES:
-            return lists.open_list(name, matched=matched)
+            return lists.open_list(name, matched=matched, labels=labels)
         if path.suffix.lower() == selections.SUFFIX:
+            if not labels:
+                return selections.open_unlabelled(name, _open_unlabelled)
             return selections.open_selection(name, open_splits, open_unmatched)
         if path.suffix.lower() == ".parquet":
-            return open_parquet([path], name)
+            return open_parquet([path], name, labels=labels)
         what = f"not a folder, and not a file of a known kind: {name.base!r}"
         raise UserError(what, where=path, fix=f"Give {_KINDS}")
     if glob.has_magic(name.base):
         files = [Path(each) for each in sorted(glob.glob(str(path), recursive=True))]
         if files and all(each.suffix.lower() == ".parquet" for each in files):
-            return open_parquet(files, name)
+            return open_parquet(files, name, labels=labels)
         other = next((each for each in files if each.suffix.lower() != ".parquet"), None)
         what = f"the pattern {name.base!r} matches " + (f"{other}" if other else "no file")
         raise UserError(what, where=path.absolute(), fix="A pattern is for .parquet files")
@@ -158,17 +197,24 @@ def _open_all(name: SourceName, matched: bool) -> Mapping[str, Source]:
     raise UserError(f"no such data: {name.base!r}", where=path.absolute(), fix=fix)
 
 
-def _open_folder(path: Path, name: SourceName) -> Mapping[str, Source]:
+def _open_unlabelled(name: str) -> dict[str, Source]:
+    found = _open(parse_name(name), list(SPLIT_FOLDERS), labels=False)
+    return {split: without_labels(source) for split, source in found.items()}
+
+
+def _open_folder(path: Path, name: SourceName, labels: bool) -> Mapping[str, Source]:
     if has_shards(path):
         name.refuse_options((), "shards")
-        return open_shards(path, name.source)
+        return open_shards(path, name.source, labels=labels)
     files = _parquet_files(path)
     if files:
-        return open_parquet(files, name)
+        return open_parquet(files, name, labels=labels)
     name.refuse_options((), "class folders")
     if any(path.glob("*.tar")) and not subfolders(path):
         what = "the folder has tar files and no index of them"
         raise UserError(what, where=path, fix=f"Write one, once: mixer data index {path}")
+    if not labels and not subfolders(path):
+        return {"train": flat_folder(path, name.source)}
     splits = find_splits(path)
     return {split: class_folder(each, f"{name.source}:{split}") for split, each in splits.items()}
 

@@ -8,8 +8,6 @@ Legend: N batch, K classes, C features, H W pixels.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +18,9 @@ from mlp_mixer.data.transforms import normalize
 from mlp_mixer.deploy.runner import ExportedModel
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.features import weights_hash
-from mlp_mixer.models.compute import check_bfloat16, fast_precision
-from mlp_mixer.models.device import choose_device
+from mlp_mixer.models.device import put
+from mlp_mixer.models.inference import Inference, choose_precision
 from mlp_mixer.models.layers import ImageClassifier, classes_of, preprocessing_of
-
-PRECISIONS = ("float32", "bfloat16", "auto")
 
 
 @dataclass(frozen=True)
@@ -35,11 +31,13 @@ class Question:
         top_k: so many of the most probable classes; None asks for the features.
         precision: of the products, "float32" or "bfloat16"; None is that of an exported file.
         width: numbers in an answer: classes, at most as many as there are, or features.
+        why: this precision, in words.
     """
 
     top_k: int | None
     precision: str | None
     width: int
+    why: str = ""
 
     @property
     def features(self) -> bool:
@@ -61,8 +59,8 @@ def make_question(
         model: on its device.
         top_k: classes for each image; None is 5, or none for features.
         features: ask for the pooled features that the head reads.
-        precision: one of `PRECISIONS`; None is float32.
-        batch_size: images a batch, which "auto" goes by.
+        precision: float32, bfloat16 or auto, which None is.
+        batch_size: images a batch.
 
     Raises:
         UserError: a value out of range, or the model has no class names or gives no features.
@@ -74,7 +72,7 @@ def make_question(
     if features and top_k is not None:
         what = f"top_k {top_k} has no effect: features are asked for, not classes"
         raise UserError(what, where="--top-k", fix="Leave out --top-k or --features")
-    chosen = _choose_precision(model, precision, batch_size)
+    chosen, why = _choose_precision(model, precision)
     if features:
         if isinstance(model, ExportedModel):
             what = "an exported file gives classes, not features"
@@ -82,26 +80,14 @@ def make_question(
         if type(model).features is ImageClassifier.features:
             what = f"the model gives no features: {type(model).__name__} defines no features()"
             raise UserError(what, fix="Give its class a method features(images) -> (N, C)")
-        return Question(None, chosen, model.config.hidden_dim)
+        return Question(None, chosen, model.config.hidden_dim, why)
     most = min(top_k or 5, len(classes_of(model)))
-    return Question(most, chosen, most)
+    return Question(most, chosen, most, why)
 
 
-def _choose_precision(model: ImageClassifier, name: str | None, batch_size: int) -> str | None:
-    if isinstance(model, ExportedModel):
-        if name is not None:
-            what = f"precision {name!r} has no effect: an exported file has its own"
-            raise UserError(what, where="--precision", fix="Leave it out")
-        return None
-    if name not in (None, *PRECISIONS):
-        fix = f"Known: {', '.join(PRECISIONS)}"
-        raise UserError(f"unknown precision {name!r}", where="--precision", fix=fix)
-    device = device_of(model)
-    if name == "bfloat16":
-        check_bfloat16(device)
-    if name == "auto":
-        return fast_precision(device, model.config.flops * batch_size)[0]
-    return name or "float32"
+def _choose_precision(model: ImageClassifier, name: str | None) -> tuple[str | None, str]:
+    chosen, why = choose_precision(model, name, "auto")
+    return (None if isinstance(model, ExportedModel) else chosen), why
 
 
 def device_of(model: ImageClassifier) -> torch.device:
@@ -115,12 +101,7 @@ def move(model: ImageClassifier, device: str | None) -> ImageClassifier:
     Raises:
         UserError: no such device, or the model is an exported file, which has its own.
     """
-    if not isinstance(model, ExportedModel):
-        return model if device is None else model.to(choose_device(device))
-    if device not in (None, "auto", "cpu"):
-        what = f"device {device!r}: an exported file runs on the processor"
-        raise UserError(what, where="--device", fix="Leave it out")
-    return model
+    return put(model, device)
 
 
 def identity(model: ImageClassifier) -> str:
@@ -135,69 +116,49 @@ def identity(model: ImageClassifier) -> str:
     return digest.hexdigest()
 
 
+def make_ready(model: ImageClassifier, question: Question) -> Inference:
+    """Returns the model ready to answer a question for many batches."""
+    return Inference(model, question.precision or "float32")
+
+
 @torch.inference_mode()
-def predict_logits(model: ImageClassifier, images: Tensor, precision: str | None = None) -> Tensor:
-    """Returns the logits of images, float32 (N, K), on the model's device. Its mode is kept.
+def predict_logits(ready: Inference, images: Tensor) -> Tensor:
+    """Returns the logits of images, float32 (N, K), on the model's device.
 
     Args:
-        model: any.
+        ready: see `make_ready`.
         images: uint8 (N, channels, H, W), of the model's size.
-        precision: of the products; None is float32, or that of an exported file.
     """
-    if isinstance(model, ExportedModel):
-        return model(images).float()  # which takes pixels as they are
-    return _run(model, model, images, precision)
+    if isinstance(ready.model, ExportedModel):
+        return ready.model(images).float()  # which takes pixels as they are
+    return ready.logits(_normal(ready, images))
 
 
 @torch.inference_mode()
-def predict_features(
-    model: ImageClassifier, images: Tensor, precision: str | None = None
-) -> Tensor:
+def predict_features(ready: Inference, images: Tensor) -> Tensor:
     """Returns the pooled features of images, float32 (N, C); arguments as `predict_logits`.
 
     Raises:
         UserError: the model gives something of another shape.
     """
-    features = _run(model, model.features, images, precision)
-    expected = (len(images), model.config.hidden_dim)
+    features = ready.features(_normal(ready, images))
+    expected = (len(images), ready.model.config.hidden_dim)
     if tuple(features.shape) != expected:
         what = f"features() gave {tuple(features.shape)} for {len(images)} images, not {expected}"
-        raise UserError(what, where=type(model).__name__)
+        raise UserError(what, where=type(ready.model).__name__)
     return features
 
 
-def _run(
-    model: ImageClassifier,
-    function: Callable[[Tensor], Tensor],
-    images: Tensor,
-    precision: str | None,
-) -> Tensor:
-    device = device_of(model)
-    with (
-        _evaluating(model),
-        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"),
-    ):
-        return function(normalize(images.to(device), preprocessing_of(model))).float()
-
-
-@contextmanager
-def _evaluating(model: ImageClassifier) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+def _normal(ready: Inference, images: Tensor) -> Tensor:
+    return normalize(images.to(ready.device), preprocessing_of(ready.model))
 
 
 @torch.inference_mode()
-def answer(
-    model: ImageClassifier, images: Tensor, question: Question
-) -> tuple[Tensor, Tensor, Tensor]:
+def answer(ready: Inference, images: Tensor, question: Question) -> tuple[Tensor, Tensor, Tensor]:
     """Returns what the model answers, on its device; a GPU may still be at work on it.
 
     Args:
-        model, images: as of `predict_logits`.
+        ready, images: as of `predict_logits`.
         question: what is asked.
 
     Returns:
@@ -206,10 +167,10 @@ def answer(
         finite: bool (N,), whether the model's numbers for an image are.
     """
     if question.features:
-        features = predict_features(model, images, question.precision)
+        features = predict_features(ready, images)
         none = torch.empty(len(images), 0, dtype=torch.int64)
         return features, none, features.isfinite().all(dim=1)
-    logits = predict_logits(model, images, question.precision)
+    logits = predict_logits(ready, images)
     finite = logits.isfinite().all(dim=1)
     # Sorted and not torch.topk, which may take any of two classes that are equally probable.
     ordered, classes = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 
 from mlp_mixer.data.items import Source, subset
 from mlp_mixer.data.loader import evaluation_batches
-from mlp_mixer.data.sources import open_source, open_splits
+from mlp_mixer.data.sources import open_images, open_source
 from mlp_mixer.data.transforms import normalize
 from mlp_mixer.deploy.export_report import (
     ExportReport,
@@ -44,7 +43,7 @@ from mlp_mixer.deploy.int8 import Calibration, calibrate
 from mlp_mixer.deploy.metadata import Description, description_of
 from mlp_mixer.deploy.onnx_graph import graph_module, halved, inputs_of, to_onnx
 from mlp_mixer.deploy.runner import ExportedModel
-from mlp_mixer.disk import write_together
+from mlp_mixer.disk import aside_folder
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.accuracy import evaluate
 from mlp_mixer.evaluation.figures import Evaluation
@@ -166,10 +165,10 @@ def export(
         tell,
     )
     with (
-        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
+        aside_folder(path) as folder,
         torch_set_to(torch.device("cpu"), "float32", num_threads),
     ):
-        aside = Path(folder) / path.name
+        aside = folder / path.name
         report = _make(job, aside)
         if report.passed:
             _put_in_place(job, report, aside)
@@ -184,8 +183,7 @@ def _for_calibration(source: str | Source) -> Source:
     """The source; of one with several splits, where none is named, the training images."""
     if not isinstance(source, str):
         return source
-    splits = open_splits(source)
-    return splits.get("train") or next(iter(splits.values()))
+    return open_images(source, ("train", "validation", "test"))
 
 
 def _spread(source: Source, most: int) -> Source:
@@ -331,17 +329,23 @@ def _notes(job: _Job) -> list[str]:
 
 
 def _put_in_place(job: _Job, report: ExportReport, aside: Path) -> None:
-    """Renames the files, and writes the reports beside them."""
+    """Renames the files, and writes the reports beside them.
+
+    What was there before goes first, the file that a runtime is given before all: a kill in between
+    leaves no pair of old and new, and no report of another file.
+    """
     values: dict[str, Any] = report.to_json(job.model)
     title = f"{job.output.name}, exported from {job.model.source or 'a model'}"
-    as_json, as_markdown = reports_of(job.output)
-    for written, wanted in zip(files_of(aside), files_of(job.output), strict=True):
-        with written.open("rb+") as file:
+    as_json, as_markdown = reports_of(aside)
+    as_json.write_bytes((json.dumps(values, indent=2) + "\n").encode(errors="surrogateescape"))
+    as_markdown.write_bytes(report.markdown(title).encode(errors="surrogateescape"))
+    made = [*files_of(aside), as_json, as_markdown]
+    for each in made:
+        with each.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(written, wanted)
-    write_together(
-        {
-            as_json: (json.dumps(values, indent=2) + "\n").encode(errors="surrogateescape"),
-            as_markdown: report.markdown(title).encode(errors="surrogateescape"),
-        }
-    )
+    if len(files_of(job.output)) > 1:
+        job.output.unlink(missing_ok=True)
+    for each in reports_of(job.output):
+        each.unlink(missing_ok=True)
+    for each in made:
+        os.replace(each, job.output.with_name(each.name))

@@ -1,4 +1,4 @@
-"""Packages that only exporting needs: imported when used, and one line where they are absent."""
+"""Packages that only some verbs need: imported when used, and one line where they are absent."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ EXTRAS = {
     "onnxscript": "export",
     "onnxruntime": "export",
     "openvino": "openvino",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "python_multipart": "serve",
 }
 
 

@@ -9,12 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-import numpy as np
-
 from mlp_mixer.data.folders import scan_images
 from mlp_mixer.data.image import SUFFIXES
-from mlp_mixer.data.items import ImageFiles, PackedStrings, Source
-from mlp_mixer.data.sources import is_data, open_source
+from mlp_mixer.data.items import ImageFiles, PackedStrings, Source, no_labels
+from mlp_mixer.data.sources import is_data, open_images
 from mlp_mixer.errors import UserError
 
 STANDARD_INPUT = "-"
@@ -37,9 +35,9 @@ def find_images(inputs: Sequence[str | Path], listed: Sequence[str] | None = Non
     if given.count(STANDARD_INPUT) > 1:
         raise UserError("'-' is given more than once: standard input is read once", fix="Give one")
     if len(given) == 1 and is_data(given[0]):
-        return open_source(given[0])
+        return open_images(given[0])
     paths = PackedStrings(_paths(given, listed))
-    return ImageFiles("images", ["unknown"], np.zeros(len(paths), dtype=np.int64), paths)
+    return ImageFiles("images", *no_labels(len(paths)), paths)
 
 
 def _paths(inputs: list[str], listed: Sequence[str] | None) -> Iterator[str]:
@@ -57,6 +55,10 @@ def _paths(inputs: list[str], listed: Sequence[str] | None) -> Iterator[str]:
         if not found:
             what = "the folder has no images" if path.is_dir() else "no such file or folder"
             fix = f"Images end in {' '.join(SUFFIXES)}" if path.is_dir() else None
+            if path.is_dir() and any(path.glob("*.tar")):
+                what = "the folder has tar files and no index of them"
+                fix = f"Write one, once: mixer data index {path}"
+                fix += " (with --unlabelled where the images have no labels)"
             raise UserError(f"{what}: {given!r}", where=path.absolute(), fix=fix)
 
 

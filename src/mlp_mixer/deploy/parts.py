@@ -27,12 +27,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlp_mixer.data.items import BadImage, Source, subset
-from mlp_mixer.deploy.answers import Question
+from mlp_mixer.deploy.answers import Question, make_ready
 from mlp_mixer.deploy.plan import MANIFEST, Plan, choose_part_size, describe, open_plan
 from mlp_mixer.deploy.rows import OnRows, Rows, predict_rows, watched
 from mlp_mixer.deploy.tables import write_rows
 from mlp_mixer.disk import write_aside
 from mlp_mixer.errors import UserError
+from mlp_mixer.models.inference import Inference
 from mlp_mixer.models.layers import ImageClassifier
 
 if TYPE_CHECKING:  # one process needs no collectives
@@ -83,10 +84,11 @@ def predict_parts(
     mine = plan.share(world)
     # One loader for all parts keeps its workers busy from one to the next.
     in_step = plan.part_size % batch_size == 0
+    ready = make_ready(model, question)
     try:
         for group in [mine] if in_step else [[part] for part in mine]:
             if group:
-                _write_group(model, source, question, plan, group, batch_size, num_workers, on_rows)
+                _write_group(ready, source, question, plan, group, batch_size, num_workers, on_rows)
     except UserError as error:
         if world is None or world.is_first:
             raise
@@ -101,7 +103,7 @@ def predict_parts(
 
 
 def _write_group(
-    model: ImageClassifier,
+    ready: Inference,
     source: Source,
     question: Question,
     plan: Plan,
@@ -112,7 +114,14 @@ def _write_group(
 ) -> None:
     indices = np.concatenate([np.arange(*plan.bounds(part)) for part in group])
     images = subset(source, indices, source.name)
-    rows = predict_rows(model, images, question, batch_size=batch_size, num_workers=num_workers)
+    rows = predict_rows(
+        ready.model,
+        images,
+        question,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        ready=ready,
+    )
     with contextlib.closing(watched(rows, on_rows)) as batches:
         for part in group:
             first, stop = plan.bounds(part)

@@ -135,6 +135,7 @@ def describe(model: ImageClassifier, source: Source, question: Question) -> dict
         },
         "about": {
             "model": str(getattr(model, "source", None)),
+            "runtime": getattr(model, "runtime", None),  # of an exported file
             "images": source.name,
             "width": question.width,
             "environment": surroundings(device_of(model)),

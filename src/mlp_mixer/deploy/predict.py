@@ -48,7 +48,8 @@ def predict(
         batch_size: images a batch.
         num_workers: processes that decode; None chooses.
         device: "auto" (the GPU where there is one), "cpu", "cuda"; None leaves a model where it is.
-        precision: of the products: "float32", which None is, "bfloat16" or "auto".
+        precision: of the products: "float32", "bfloat16", or "auto", which None is: bfloat16 where
+            the device is fast at it and the model is not small.
         on_batch: called with the number of images of every batch once it is done.
 
     Raises:

@@ -12,7 +12,8 @@ from torch import Tensor
 from mlp_mixer.data.batches import Batch, on_device
 from mlp_mixer.data.items import Source
 from mlp_mixer.data.loader import evaluation_batches
-from mlp_mixer.deploy.answers import Question, answer, device_of
+from mlp_mixer.deploy.answers import Question, answer, make_ready
+from mlp_mixer.models.inference import Inference
 from mlp_mixer.models.layers import ImageClassifier, preprocessing_of
 
 NOT_FINITE = "the model's numbers for this image are not finite"
@@ -46,6 +47,7 @@ def predict_rows(
     *,
     batch_size: int,
     num_workers: int | None = None,
+    ready: Inference | None = None,
 ) -> Generator[Rows, None, None]:
     """Yields a row for every image, in order, `batch_size` rows at a time.
 
@@ -57,6 +59,7 @@ def predict_rows(
         question: what is asked about each.
         batch_size: images a batch; the last may have fewer.
         num_workers: processes that decode; None chooses.
+        ready: the model as `make_ready` made it; None makes it so.
 
     Raises:
         UserError: a worker died or hung, or a number is out of range.
@@ -64,13 +67,14 @@ def predict_rows(
     batches: Iterable[Batch] = evaluation_batches(
         source, preprocessing_of(model), batch_size=batch_size, num_workers=num_workers
     )
-    device = device_of(model)
+    ready = ready or make_ready(model, question)
+    device = ready.device
     if device.type == "cuda":
         batches = on_device((_pinned(batch) for batch in batches), device)
     names = None if question.features else model.class_names
     waiting: tuple[Batch, tuple[Tensor, Tensor, Tensor] | None] | None = None
     for batch in batches:
-        found = answer(model, batch.images, question) if len(batch.labels) else None
+        found = answer(ready, batch.images, question) if len(batch.labels) else None
         if device.type == "cpu":  # nothing is gained by waiting
             yield _rows(source, names, batch, found)
             continue

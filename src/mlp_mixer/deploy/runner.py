@@ -82,7 +82,10 @@ class ExportedModel(ImageClassifier):
 
     Attributes:
         about, runtime, run: as given.
+        on_processor_only: no device can be chosen.
     """
+
+    on_processor_only = True
 
     def __init__(self, about: Description, run: Run, runtime: str, source: Path) -> None:
         super().__init__()
@@ -116,6 +119,26 @@ class ExportedModel(ImageClassifier):
         return torch.from_numpy(
             self.run(inputs_of(images, self.about.preprocessing, uint8_input=takes_pixels))
         )
+
+    def features(self, images: Tensor) -> Tensor:
+        """Refused: the file computes logits only.
+
+        Raises:
+            UserError: always.
+        """
+        raise self._lacks("features")
+
+    def state_dict(self, *_: Any, **__: Any) -> Any:
+        """Refused: the weights are the runtime's.
+
+        Raises:
+            UserError: always.
+        """
+        raise self._lacks("weights")
+
+    def _lacks(self, what: str) -> UserError:
+        fix = "Use the model that it was made from"
+        return UserError(f"an exported file gives logits, not {what}", where=self.source, fix=fix)
 
     def _apply(self, *_: Any, **__: Any) -> ExportedModel:
         return self  # it stays on the processor, wherever images and labels are

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mlp_mixer.data.batches import Batch
 from mlp_mixer.data.classes import match_classes
@@ -24,9 +23,9 @@ from mlp_mixer.data.sources import open_source
 from mlp_mixer.data.transforms import normalize
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.figures import Evaluation
-from mlp_mixer.models.device import choose_device
+from mlp_mixer.models.device import put
+from mlp_mixer.models.inference import Inference, choose_precision
 from mlp_mixer.models.layers import ImageClassifier, classes_of, preprocessing_of
-from mlp_mixer.preprocessing import Preprocessing
 
 
 def evaluate(
@@ -37,6 +36,7 @@ def evaluate(
     num_workers: int | None = None,
     allow_missing_classes: bool = False,
     device: str | None = None,
+    precision: str | None = None,
     timeout: float = TIMEOUT,
     on_batch: Callable[[Batch], None] | None = None,
 ) -> Evaluation:
@@ -49,6 +49,8 @@ def evaluate(
         num_workers: processes that decode; None chooses.
         allow_missing_classes: go on where the data lacks some of the model's classes.
         device: "auto" (the GPU where there is one), "cpu", "cuda"; None: where it is.
+        precision: of the products: "float32", which None is, "bfloat16", or "auto": bfloat16 where
+            the device is fast at it and the model is not small. An exported file has its own.
         timeout: seconds to wait for images of the workers; 0 waits for ever.
         on_batch: called with every batch once it is done, for a progress bar.
 
@@ -64,6 +66,7 @@ def evaluate(
         num_workers=num_workers,
         allow_missing_classes=allow_missing_classes,
         device=device,
+        precision=precision,
         timeout=timeout,
         on_batch=on_batch,
     )
@@ -92,6 +95,7 @@ def evaluate_part(
     num_workers: int | None = None,
     allow_missing_classes: bool = False,
     device: str | None = None,
+    precision: str | None = None,
     timeout: float = TIMEOUT,
     on_batch: Callable[[Batch], None] | None = None,
 ) -> Part:
@@ -104,14 +108,16 @@ def evaluate_part(
         model: with class names.
         source: all of the images.
         rank, size: this is part `rank`, from 0, of `size`.
-        batch_size, num_workers, allow_missing_classes, device, timeout, on_batch: as `evaluate`.
+        batch_size, num_workers, allow_missing_classes, device, precision, timeout, on_batch: as
+            `evaluate`.
 
     Raises:
         UserError: as `evaluate`; but a part may be empty, and its logits may not be finite.
     """
     if not isinstance(model, ImageClassifier):
         raise UserError(
-            f"evaluate takes a model, got {model!r}", fix="mm.load_model(...) gives one"
+            f"evaluate takes a model, got {model!r}",
+            fix="mm.load_model(...) gives one; of an exported file, mm.open_exported(FILE)",
         )
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
@@ -120,8 +126,8 @@ def evaluate_part(
         what = f"the model knows one class only, {names[0]!r}: whatever it is shown, it is right"
         raise UserError(what, fix="Measure a model of two classes or more")
     matched = match_classes(source, names, owner="the model", allow_missing=allow_missing_classes)
-    if device is not None:
-        model = model.to(choose_device(device))
+    model = put(model, device)
+    ready = Inference(model, choose_precision(model, precision)[0])
     batches = math.ceil(len(source) / batch_size)
     first, stop = (
         min(batches * (rank + more) // size * batch_size, len(source)) for more in (0, 1)
@@ -135,7 +141,8 @@ def evaluate_part(
     ):
         bad += [replace(each, index=each.index + first) for each in batch.bad]
         if len(batch.labels):
-            logits = logits_of_batch(model, batch, preprocessing).cpu().numpy()
+            images = normalize(batch.images.to(ready.device), preprocessing)
+            logits = ready.logits(images).cpu().numpy()
             parts.append((batch.labels.numpy(), batch.indices.numpy() + first, logits))
         if on_batch is not None:
             on_batch(batch)
@@ -183,19 +190,3 @@ def refuse_not_finite(result: Evaluation, source: Source) -> None:
             where=source.item_name(int(result.indices[wrong[0]])),
             fix="The weights are damaged or of a run that has diverged: take earlier ones",
         )
-
-
-@torch.inference_mode()
-def logits_of_batch(model: ImageClassifier, batch: Batch, preprocessing: Preprocessing) -> Tensor:
-    """Returns the logits (N, K), float32, of a batch, on the model's device. Its mode is kept."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    logits = model(normalize(batch.images.to(device), preprocessing)).float()
-    model.train(was_training)
-    return logits
-
-
-def predict_batch(model: ImageClassifier, batch: Batch, preprocessing: Preprocessing) -> np.ndarray:
-    """Returns the class probabilities (N, K), float32, of a batch. The model's mode is kept."""
-    return logits_of_batch(model, batch, preprocessing).softmax(dim=1).cpu().numpy()

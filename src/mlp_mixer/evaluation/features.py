@@ -31,12 +31,13 @@ from mlp_mixer.data.loader import TIMEOUT, evaluation_batches
 from mlp_mixer.data.transforms import normalize
 from mlp_mixer.disk import write_aside
 from mlp_mixer.errors import UserError
+from mlp_mixer.models.inference import Inference
 from mlp_mixer.models.layers import ImageClassifier
 from mlp_mixer.preprocessing import Preprocessing
 
 Precision = Literal["float32", "bfloat16"]
 PRECISIONS = get_args(Precision)
-FORMAT = "mlp_mixer features 1"
+FORMAT = "mlp_mixer features 2"
 # What can change the numbers when it is upgraded.
 _PACKAGES = ("mlp_mixer", "torch", "pillow", "simplejpeg", "opencv-python-headless")
 
@@ -108,10 +109,11 @@ def frozen_features(
     batches = evaluation_batches(
         source, preprocessing, batch_size=batch_size, num_workers=num_workers, timeout=timeout
     )
+    ready = Inference(model, precision)
     for batch in batches:
         bad += batch.bad
         if len(batch.labels):
-            parts.append(_features_of(model, batch, preprocessing, precision, source))
+            parts.append(_features_of(ready, batch, preprocessing, source))
             indices.append(batch.indices.numpy())
         if on_batch is not None:
             on_batch(batch)
@@ -125,25 +127,14 @@ def frozen_features(
 
 @torch.inference_mode()
 def _features_of(
-    model: ImageClassifier,
-    batch: Batch,
-    preprocessing: Preprocessing,
-    precision: Precision,
-    source: Source,
+    ready: Inference, batch: Batch, preprocessing: Preprocessing, source: Source
 ) -> np.ndarray:
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    try:
-        images = normalize(batch.images.to(device), preprocessing)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            features = model.features(images)
-    finally:
-        model.train(was_training)
+    images = normalize(batch.images.to(ready.device), preprocessing)
+    features = ready.features(images)
     if features.dim() != 2 or len(features) != len(images):
         what = f"features() gave {tuple(features.shape)} for {len(images)} images, not (N, C)"
-        raise UserError(what, where=type(model).__name__)
-    values = features.float().cpu().numpy()
+        raise UserError(what, where=type(ready.model).__name__)
+    values = features.cpu().numpy()
     wrong = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(wrong):
         number = values[wrong[0]][~np.isfinite(values[wrong[0]])][0]

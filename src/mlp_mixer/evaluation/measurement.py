@@ -47,6 +47,7 @@ def describe(model: ImageClassifier) -> dict[str, Any]:
     return {
         "name": architecture_name(model.config) or model.config.summary(),
         "source": model.source,
+        **({"runtime": model.runtime} if hasattr(model, "runtime") else {}),  # of an exported file
         "architecture": config_to_json(model.config),
         "image_size": list(model.config.image_size),
         "parameters": sum(each.numel() for each in model.parameters()),

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.memory import peak_growth
 from mlp_mixer.models.compute import free_memory
+from mlp_mixer.models.inference import Inference
 from mlp_mixer.models.layers import ImageClassifier
 
 Mode = Literal["inference", "training"]
@@ -57,6 +58,9 @@ class TimedModel:
             self._optimizer = torch.optim.AdamW(self.trained, lr=0.0, weight_decay=0.1, fused=True)
         model.train(mode == "training")
         self._network: Any = torch.compile(model, dynamic=False) if compile else model
+        # What the verbs predict and evaluate compute with.
+        inference = mode == "inference" and not compile
+        self._ready = Inference(model, precision) if inference else None
 
     def prepare(self, batch_size: int) -> None:
         """Draws so many random images and labels."""
@@ -101,15 +105,17 @@ class TimedModel:
     def state_bytes(self) -> int:
         """Returns the bytes of what is there between steps: weights, buffers, the optimizer's.
 
-        In inference with bfloat16, autocast keeps the kernels a second time in that precision.
+        In inference the kernels are kept a second time, packed or, in bfloat16, by autocast.
         """
         tensors = [*self.model.parameters(), *self.model.buffers()]
         if self._optimizer is not None:
             for state in self._optimizer.state.values():
                 tensors += [each for each in state.values() if isinstance(each, Tensor)]
         total = sum(each.nbytes for each in tensors)
-        if self.mode == "inference" and self.precision == "bfloat16":
-            total += sum(2 * each.numel() for each in self.model.parameters() if each.dim() > 1)
+        half, packed = self.precision == "bfloat16", self._ready is not None and self._ready.packed
+        if self.mode == "inference" and (half or packed):
+            width = 2 if half else 4
+            total += sum(width * each.numel() for each in self.model.parameters() if each.dim() > 1)
         return total
 
     def batch_bytes(self, batch_size: int) -> int:
@@ -120,7 +126,7 @@ class TimedModel:
     def close(self) -> None:
         """Puts back what was changed: mode, buffers, gradients, a head that was all zeros."""
         self.release()
-        self._optimizer = None
+        self._optimizer = self._ready = None
         with torch.no_grad():
             for weight in self._woken:
                 weight.zero_()
@@ -133,6 +139,10 @@ class TimedModel:
     @torch.no_grad()
     def _infer(self) -> None:
         # Within an outer context of the caller's, around all steps, weights are cast only once.
+        if self._ready is not None:
+            assert self.images is not None
+            self._ready.logits(self.images)
+            return
         half = self.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             self._network(self.images)

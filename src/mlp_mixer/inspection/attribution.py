@@ -35,7 +35,12 @@ from mlp_mixer.data.permutation import permute
 from mlp_mixer.data.transforms import normalize, resize_for_evaluation
 from mlp_mixer.disk import expand
 from mlp_mixer.errors import UserError
-from mlp_mixer.inspection.token_mixing import ModelUnits, TokenMixingLayer, stem_convolution
+from mlp_mixer.inspection.token_mixing import (
+    ModelUnits,
+    TokenMixingLayer,
+    patch_grid,
+    stem_convolution,
+)
 from mlp_mixer.models.layers import ImageClassifier, preprocessing_of
 
 Floats = NDArray[np.float64]
@@ -103,8 +108,24 @@ def read_image(path: str | Path, model: ImageClassifier) -> tuple[Tensor, NDArra
     except OSError as error:
         what = f"cannot read the image: {error.strerror}"
         raise UserError(what, where=place, fix="Give an image file") from error
+    return decode_image(data, place, model)
+
+
+def decode_image(
+    data: bytes, where: object, model: ImageClassifier
+) -> tuple[Tensor, NDArray[np.uint8]]:
+    """Returns what `read_image` does, of an encoded file that is at hand.
+
+    Args:
+        data: the encoded file.
+        where: its name, for the error.
+        model: whose preprocessing is used.
+
+    Raises:
+        UserError: it cannot be decoded.
+    """
     rules = preprocessing_of(model)
-    image = EncodedImage(data, place, rules.channels, exif_orientation=rules.exif_orientation)
+    image = EncodedImage(data, where, rules.channels, exif_orientation=rules.exif_orientation)
     pixels = resize_for_evaluation(image.decode(), rules)
     raw = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
     if rules.permutation != "none":  # shown as the model sees it
@@ -250,13 +271,16 @@ def occlusion_grid(model: ImageClassifier) -> tuple[int, int, tuple[int, int]]:
     Of a model whose stem's patches overlap, it is the step of the stem.
 
     Raises:
-        UserError: the model has no stem to tell.
+        UserError: the model has neither a stem nor a grid to tell.
     """
-    stem = stem_convolution(model)
-    if stem is None:
-        raise UserError(f"{type(model).__name__} has no patches that a window could cover")
+    stem, grid = stem_convolution(model), patch_grid(model)
     height, width = model.config.image_size
-    down, right = int(stem.stride[0]), int(stem.stride[1])
+    if stem is not None:
+        down, right = int(stem.stride[0]), int(stem.stride[1])
+    elif grid is not None:  # an exported file has no modules to ask
+        down, right = height // grid[0], width // grid[1]
+    else:
+        raise UserError(f"{type(model).__name__} has no patches that a window could cover")
     return height // down, width // right, (down, right)
 
 
@@ -295,8 +319,9 @@ def _starts(patches: int, window: int, stride: int) -> NDArray[np.int64]:
 @torch.inference_mode()
 def _probabilities(model: ImageClassifier, images: Tensor) -> Floats:
     weight = getattr(getattr(model, "head", None), "weight", None)
-    if weight is None or not bool(weight.any()):
-        what = "no head: there is no class" if weight is None else "a new head, all zeros: no class"
+    is_new = weight is not None and not bool(weight.any())
+    if model.config.num_classes == 0 or is_new:
+        what = "a new head, all zeros: no class" if is_new else "no head: there is no class"
         raise UserError(
             f"the model has {what} whose probability could drop", fix="Use trained weights"
         )

@@ -2,9 +2,41 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
+from torch import nn
 
 from mlp_mixer.errors import UserError
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def put(model: Net, device: str | None) -> Net:
+    """Returns the model on a device; None leaves it where it is.
+
+    Args:
+        model: any; one that has `on_processor_only` stays on the processor, also of "auto".
+        device: a name, as of `choose_device`.
+
+    Raises:
+        UserError: no such device, or another than the processor for a model that stays there.
+    """
+    if not getattr(model, "on_processor_only", False):
+        return model if device is None else model.to(choose_device(device))
+    refuse_other_devices(device)
+    return model
+
+
+def refuse_other_devices(device: str | None) -> None:
+    """Refuses a device that an exported file cannot be brought to.
+
+    Raises:
+        UserError: it is named, and not the processor.
+    """
+    if device not in (None, "auto", "cpu"):
+        what = f"device {device!r}: an exported file runs on the processor"
+        raise UserError(what, where="--device", fix="Leave it out")
 
 
 def choose_device(name: str) -> torch.device:

@@ -142,6 +142,7 @@ class ImageClassifier(nn.Module):
     Attributes:
         config: the architecture: `image_size` (H, W), `in_channels`, `num_classes`,
             `flops` of one image, `summary()` and what else the family has.
+        head: from the features to the logits; None for a model without classes.
         class_names: one name a class in the order of the logits; None where they are unknown.
         preprocessing: what turns an image file into the input; None until weights bring it.
         source: what `load_model` was given; None for random weights.
@@ -149,6 +150,7 @@ class ImageClassifier(nn.Module):
     """
 
     config: Any
+    head: nn.Linear | None
     class_names: list[str] | None = None
     preprocessing: Preprocessing | None = None
     source: str | None = None
@@ -157,6 +159,18 @@ class ImageClassifier(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Returns the pooled features (N, C) that the head reads, of images (N, channels, H, W)."""
         raise TypeError(f"{type(self).__name__} defines no features()")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns logits (N, num_classes), or the features (N, C) of a model without a head.
+
+        Args:
+            images: (N, channels, H, W), in the range that the weights were trained on.
+
+        Raises:
+            ValueError: the images have another size or other channels than the model.
+        """
+        x = self.features(images)
+        return x if self.head is None else self.head(x)
 
     def check_images(self, images: Tensor) -> None:
         """Raises ValueError unless `images` has the shape that this model was built for."""

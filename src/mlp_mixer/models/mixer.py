@@ -162,6 +162,11 @@ class MixerConfig:
         return 2 * (total + dim * self.num_classes)
 
     @property
+    def widest(self) -> int:
+        """Values of one image's largest activation, a hidden layer of the first block."""
+        return max(self.hidden_dim * self.tokens_mlp_dim, self.num_tokens * self.channels_mlp_dim)
+
+    @property
     def num_parameters(self) -> int:
         """Trained values, by a closed formula: that of Table 1 and, beside it, the variants'."""
         dim, counts = self.hidden_dim, self.tokens

@@ -150,8 +150,3 @@ class SmallResNet(ImageClassifier):
         self.check_images(images)
         x = self.stem(images).to(self.norm.weight.dtype)
         return F.relu(self.norm(self.blocks(x))).mean(dim=(2, 3))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns logits (N, num_classes), or the features (N, C) of a model without a head."""
-        x = self.features(images)
-        return x if self.head is None else self.head(x)

@@ -102,6 +102,12 @@ class StagedConfig:
         """Positions of the first stage's grid, the finest."""
         return self.grids[0][0] * self.grids[0][1]
 
+    @property
+    def widest(self) -> int:
+        """Values of one image's largest activation, a hidden layer of a block's MLP."""
+        stages = zip(self.grids, self.dims, self.mlp_ratios, strict=True)
+        return max(height * width * dim * ratio for (height, width), dim, ratio in stages)
+
     def summary(self) -> str:
         """Returns the shape in a few words: "stages of 2, 2, 4, 2 blocks, 64 to 512 channels"."""
         blocks = ", ".join(map(str, self.depths))
@@ -253,18 +259,6 @@ class StagedClassifier(ImageClassifier):
         for part in self.network:
             x = part(x)
         return self.norm(x).mean(dim=(1, 2))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns logits (N, num_classes), or the features (N, C) of a model without a head.
-
-        Args:
-            images: (N, channels, H, W); the published weights expect ImageNet's mean and deviation.
-
-        Raises:
-            ValueError: the images have another size or other channels than the model.
-        """
-        x = self.features(images)
-        return x if self.head is None else self.head(x)
 
 
 def drop_rates(config: StagedConfig) -> list[list[float]]:

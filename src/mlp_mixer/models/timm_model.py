@@ -121,18 +121,6 @@ class TimmModel(ImageClassifier):
         self.check_images(images)
         return _features(self.backbone, images)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns logits (N, num_classes), or the features (N, C) of a model without a head.
-
-        Args:
-            images: (N, channels, H, W), in the range that the weights were trained on.
-
-        Raises:
-            ValueError: the images have another size or other channels than the model.
-        """
-        x = self.features(images)
-        return x if self.head is None else self.head(x)
-
 
 def import_timm() -> Any:
     """Returns the module timm.

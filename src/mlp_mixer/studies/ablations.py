@@ -8,8 +8,6 @@ steps and seeds. The folder holds
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from mlp_mixer.console import table
-from mlp_mixer.disk import write_aside
 from mlp_mixer.errors import UserError, near_names
 from mlp_mixer.evaluation.throughput import throughput
 from mlp_mixer.models.catalog import create_model, model_config
 from mlp_mixer.models.mixer import MixerConfig
-from mlp_mixer.studies.cells import Cell, CellStudy
+from mlp_mixer.studies.cells import CellStudy
+from mlp_mixer.studies.study_file import Cell, check_random_weights, check_seeds, write_csv
 from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.summary import TrainResult
 
@@ -82,12 +80,8 @@ def ablations(
             something else. Nothing has been written where it is a setting or the data that is
             wrong.
     """
-    if config.model.weights is not None:
-        what = "the study trains from random weights"
-        raise UserError(what, where=f"model.weights={config.model.weights}", fix="Leave it out")
-    if not seeds or len(set(seeds)) < len(seeds):
-        listed = " ".join(map(str, seeds)) or "none"
-        raise UserError(f"give each seed once, got {listed}", where="--seeds", fix="--seeds 0 1 2")
+    check_random_weights(config)
+    check_seeds(seeds)
     base = model_config(config.model.name, config.model.image_size, 2, **config.model.overrides)
     if not isinstance(base, MixerConfig) or not base.is_plain:
         what = f"the variants are those of a plain Mixer, and the model is {base.summary()}"
@@ -120,7 +114,7 @@ def ablations(
         costs = _costs(config, {name: known[name] for name in chosen}, classes, seconds)
         rows = [{**row, **costs[row["variant"]]} for row in rows]
         study.save(done, lambda _: {"rows": rows})
-        _write_csv(study.path / "ablations.csv", rows)
+        write_csv(study.path / "ablations.csv", rows)
         _tell(study, rows)
     return Ablations(study.path, rows)
 
@@ -168,14 +162,6 @@ def _costs(
             "precision": row.precision,
         }
     return found
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_aside(path, text.getvalue().encode())
 
 
 def _tell(study: CellStudy, rows: list[dict[str, Any]]) -> None:

@@ -6,22 +6,16 @@ cells/<name>/     the run of one of them
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from mlp_mixer.console import Reporter
-from mlp_mixer.disk import expand
-from mlp_mixer.errors import UserError
-from mlp_mixer.evaluation.measurement import measurement, read_measurement, write_measurement
+from mlp_mixer.studies.study_file import Cell, StudyFile, check_output
 from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.distributed import joined
 from mlp_mixer.training.loop import train
-from mlp_mixer.training.resume import differences
+from mlp_mixer.training.run_folder import read_results
 from mlp_mixer.training.summary import TrainResult
-
-Cell = dict[str, Any]  # what one run has reached, as JSON values
 
 
 class CellStudy:
@@ -53,13 +47,12 @@ class CellStudy:
         *,
         quiet: bool = False,
     ) -> None:
-        if config.output is None:
-            what = "a study of several runs needs a folder with a name, so that it can go on"
-            raise UserError(what, where="--output", fix="--output runs/NAME")
-        self.kind, self.config, self.cells = kind, config, cells
-        self.settings, self.measure, self.quiet = settings, measure, quiet
-        self.path = expand(config.output)
+        self.path = check_output(config)
         self.file = self.path / f"{kind}.json"
+        self.config, self.cells, self.measure, self.quiet = config, cells, measure, quiet
+        self.results = StudyFile(
+            self.file, kind, config, settings, cells, lambda cell: float(cell["accuracy"])
+        )
         self.report, self.is_first = Reporter(quiet=quiet), True
 
     def run(self, summarize: Callable[[dict[str, Cell]], dict[str, Any]]) -> dict[str, Cell]:
@@ -71,7 +64,7 @@ class CellStudy:
         with joined(self.config.device) as (world, _):
             self.is_first = world.is_first
             self.report = Reporter(quiet=self.quiet or not world.is_first)
-            done: dict[str, Cell] = world.from_first(self.done)
+            done: dict[str, Cell] = world.from_first(self.results.done)
             if world.is_first:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.report.log_to(self.path / "log.txt")
@@ -102,7 +95,7 @@ class CellStudy:
         if shown is None:
             shown, on = result.validation, "validation"
         assert shown is not None
-        rows = _rows(result.run_folder / "results.csv")
+        rows = read_results(result.run_folder)
         return {
             "model": config.model.name,
             "seed": config.seed,
@@ -115,64 +108,8 @@ class CellStudy:
             **self.measure(config, result),
         }
 
-    def done(self) -> dict[str, Cell]:
-        """Returns what the runs of this very study have reached so far.
-
-        Raises:
-            UserError: the folder holds something else, or another study.
-        """
-        if self.path.is_file():
-            raise UserError("the output is a file", where=self.path, fix="Give another --output")
-        if not self.file.is_file():
-            there = {each.name for each in self.path.iterdir()} if self.path.is_dir() else set()
-            others = sorted(name for name in there - {"log.txt"} if not name.endswith(".partial"))
-            if others:
-                what = f"the folder holds something else: {', '.join(others[:4])}"
-                raise UserError(what, where=self.path, fix="Give another --output")
-            return {}
-        values = read_measurement(self.file)
-        try:
-            if values["kind"] != self.kind:
-                raise ValueError(f"it is of the kind {values['kind']!r}")
-            old, before = TrainConfig.from_json(values["config"]), dict(values["settings"])
-            done = {str(name): dict(cell) for name, cell in values["cells"].items()}
-            for cell in done.values():
-                float(cell["accuracy"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            what = f"not the results of such a study: {error}"
-            raise UserError(what, where=self.file, fix="Give another --output") from error
-        if not done and not (self.path / "cells").is_dir():
-            return {}  # it was stopped before its first run: nothing depends on its settings
-        changes = differences(old, self.config)
-        changes += [
-            f"{key} is {before.get(key)!r} there and {value!r} here"
-            for key, value in self.settings.items()
-            if before.get(key) != value
-        ]
-        changes += [f"{name} is there and not asked for" for name in done if name not in self.cells]
-        if changes:
-            what = f"the folder holds another study: {'; '.join(changes[:6])}"
-            fix = "Give another --output; runs may be added to those there"
-            raise UserError(what, where=self.path, fix=fix)
-        return done
-
     def save(
         self, done: dict[str, Cell], summarize: Callable[[dict[str, Cell]], dict[str, Any]]
     ) -> None:
         """Writes the measurement."""
-        missing = [name for name in self.cells if name not in done]
-        figures = {
-            "data": self.config.data.source,
-            "settings": self.settings,
-            **summarize(done),
-            "partial": bool(missing),
-            "missing": missing,
-            "cells": done,
-            "config": self.config.to_json(),
-        }
-        write_measurement(self.file, measurement(self.kind, None, figures))
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        self.results.save(self.config.data.source, done, summarize(done))

@@ -11,7 +11,6 @@ The same call again goes on where it was stopped.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +20,19 @@ import torch
 
 from mlp_mixer.console import Reporter, table
 from mlp_mixer.data.sources import open_splits
-from mlp_mixer.disk import expand
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.draws import check_settings
 from mlp_mixer.evaluation.few_shot import few_shot, num_images
 from mlp_mixer.models.catalog import model_config
-from mlp_mixer.studies.data_scale_folder import Cell, DataScaleFolder, points
+from mlp_mixer.studies.data_scale_folder import data_scale_file, points, write_cells
 from mlp_mixer.studies.figures import data_scale_figure, save_picture
 from mlp_mixer.studies.paper import DATA_SCALE
+from mlp_mixer.studies.study_file import Cell, check_output, check_random_weights
 from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.dataset import open_training_data
 from mlp_mixer.training.distributed import World, joined
 from mlp_mixer.training.loop import train
+from mlp_mixer.training.run_folder import read_results
 from mlp_mixer.training.schedule import check_warmup
 from mlp_mixer.weights.store import load_model
 
@@ -84,15 +84,11 @@ def data_scale(
         UserError: as `train`; or the output holds something else. Nothing has been written where it
             is a setting or the data that is wrong.
     """
-    if config.output is None:
-        what = "a study of several runs needs a folder with a name, so that it can go on"
-        raise UserError(what, where="--output", fix="--output runs/NAME")
+    check_output(config)
     if config.steps is None:
         what = "every run of the study has the same number of steps, and none is given"
         raise UserError(what, where="--steps", fix="--steps 10000")
-    if config.model.weights is not None:
-        what = "the study trains from random weights"
-        raise UserError(what, where=f"model.weights={config.model.weights}", fix="Leave it out")
+    check_random_weights(config)
     lists: dict[str, Sequence[Any]] = {"--models": models, "--fractions": fractions}
     lists |= {"--seeds": seeds, "--few-shot-seeds": few_shot_seeds}
     if config.data.fraction < 1.0:
@@ -123,7 +119,6 @@ class _Study:
         joint: tuple[World, torch.device],
         quiet: bool,
     ) -> None:
-        assert config.output is not None
         assert config.steps is not None
         self.config, self.settings, self.quiet = config, settings, quiet
         self.world, self.device = joint
@@ -144,13 +139,14 @@ class _Study:
             what = "the best weights are chosen by validation images, and there are none"
             raise UserError(what, where="--holdout", fix="--holdout 0.1, or leave it out")
         self.images = len(splits.train)
-        self.folder = DataScaleFolder(expand(config.output), config, settings, list(self.cells))
-        self.folder.data = {
+        self.path = check_output(config)
+        self.file = data_scale_file(self.path, config, settings, list(self.cells))
+        self.data = {
             "source": config.data.source,
             "training_images": self.images,
             "validation_images": len(splits.validation),
         }
-        self.done: dict[str, Cell] = self.world.from_first(self.folder.done)
+        self.done: dict[str, Cell] = self.world.from_first(self.file.done)
         self.report = Reporter(quiet=quiet or not self.world.is_first)
 
     def of_cell(self, model: str, fraction: float, seed: int) -> TrainConfig:
@@ -184,8 +180,8 @@ class _Study:
         try:
             self.describe()
             if self.world.is_first:
-                self.folder.path.mkdir(parents=True, exist_ok=True)
-                self.report.log_to(self.folder.path / "log.txt")
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.report.log_to(self.path / "log.txt")
             self.save()
             for number, (name, config) in enumerate(self.cells.items()):
                 if name in self.done:
@@ -202,11 +198,11 @@ class _Study:
         if self.world.is_first:
             self.draw(found)
             self.tell(found)
-        return DataScale(self.folder.path, found)
+        return DataScale(self.path, found)
 
     def measure_cell(self, name: str, config: TrainConfig) -> Cell:
         """Trains one cell, or goes on with it, and measures its best weights."""
-        path = self.folder.path / name
+        path = self.path / name
         result = train(config.with_value("output", str(path)), quiet=self.quiet, in_study=True)
         assert result.validation is not None
         reached = {
@@ -227,8 +223,7 @@ class _Study:
         Raises:
             UserError: the few-shot data is unusable.
         """
-        with (run / "results.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_results(run)
         best = [row for row in rows if row["best"] == "1"][-1]
         shots = self.settings["shots"]
         found = few_shot(
@@ -255,7 +250,8 @@ class _Study:
         """Writes data_scale.json and data_scale.csv; returns the points."""
         found = points(self.done.values(), self.models, self.fractions)
         if self.world.is_first:
-            self.folder.save(self.done, found)
+            self.file.save(self.data, self.done, {"points": found})
+            write_cells(self.path, [self.done[name] for name in self.cells if name in self.done])
         return found
 
     def describe(self) -> None:
@@ -268,7 +264,7 @@ class _Study:
         )
         self.say(
             f"data     {self.config.data.source}: {self.images:,} images to train, "
-            f"{self.folder.data['validation_images']:,} to validate, the same for every share"
+            f"{self.data['validation_images']:,} to validate, the same for every share"
         )
         for fraction in self.fractions:
             images = f"{self.num_images(fraction):,} images"
@@ -289,7 +285,7 @@ class _Study:
             found, label, settings["few_shot_data"], self.config.data.source, self.steps
         )
         for kind in ("png", "svg"):
-            save_picture(figure, self.folder.path / f"data_scale.{kind}")
+            save_picture(figure, self.path / f"data_scale.{kind}")
 
     def tell(self, found: list[dict[str, Any]]) -> None:
         shots = f"{self.settings['shots']}-shot"
@@ -312,8 +308,8 @@ class _Study:
                 self.say(label)
         for line in table(headers, rows):
             self.say(line)
-        self.say(f"\nfigure   {self.folder.path / 'data_scale.png'}")
-        self.say(f"table    {self.folder.path / 'data_scale.csv'}")
+        self.say(f"\nfigure   {self.path / 'data_scale.png'}")
+        self.say(f"table    {self.path / 'data_scale.csv'}")
 
     def say(self, text: str) -> None:
         self.report.say(text)

@@ -6,108 +6,45 @@ data_scale.csv      a line for each cell
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlp_mixer.disk import write_aside
-from mlp_mixer.errors import UserError
-from mlp_mixer.evaluation.measurement import measurement, read_measurement, write_measurement
+from mlp_mixer.studies.study_file import Cell, StudyFile, write_csv
 from mlp_mixer.training.config import TrainConfig
-from mlp_mixer.training.resume import differences
 
-KIND = "data-scale"
-Cell = dict[str, Any]  # what one run has reached, as JSON values
-
-_OF_CELL = {"model.name", "seed"}  # each run has its own
 _NOT_IN_CSV = {"label", "few_shot_accuracies", "few_shot_test", "notes"}
 
 
-class DataScaleFolder:
-    """The folder of one study; only the process that writes calls its methods.
+def data_scale_file(
+    folder: Path, config: TrainConfig, settings: dict[str, Any], cells: list[str]
+) -> StudyFile:
+    """Returns data_scale.json of a study, which may be there already or not.
 
     Args:
-        path: of the folder.
+        folder: of the study.
         config: of the runs.
         settings: of the measurement.
         cells: the names of all runs.
-
-    Attributes:
-        data: what the file says of the training data.
     """
+    return StudyFile(
+        folder / "data_scale.json",
+        "data-scale",
+        config,
+        settings,
+        cells,
+        check=lambda cell: points([cell], [], []),
+        called="a data-scale study",
+        own={"model.name", "seed"},
+        addable="models, fractions and seeds",
+    )
 
-    def __init__(
-        self, path: Path, config: TrainConfig, settings: dict[str, Any], cells: list[str]
-    ) -> None:
-        self.path, self.file = path, path / "data_scale.json"
-        self.config, self.settings, self.cells = config, settings, cells
-        self.data: dict[str, Any] = {}
 
-    def done(self) -> dict[str, Cell]:
-        """Returns what the cells of this very study have reached so far, by their names.
-
-        Raises:
-            UserError: the folder holds something else, or another study.
-        """
-        if self.path.is_file():
-            raise UserError("the output is a file", where=self.path, fix="Give another --output")
-        if not self.file.is_file():
-            there = {each.name for each in self.path.iterdir()} if self.path.is_dir() else set()
-            there = {name for name in there if not name.endswith(".partial")} - {"log.txt"}
-            if there:
-                what = f"the folder holds something else: {', '.join(sorted(there)[:4])}"
-                raise UserError(what, where=self.path, fix="Give another --output")
-            return {}
-        values = read_measurement(self.file)
-        try:
-            if values["kind"] != KIND:
-                raise ValueError(f"it is of the kind {values['kind']!r}")
-            old, before = TrainConfig.from_json(values["config"]), dict(values["settings"])
-            done = {str(name): dict(cell) for name, cell in values["cells"].items()}
-            points(done.values(), [], [])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            what = f"not the results of a data-scale study: {error}"
-            raise UserError(what, where=self.file, fix="Give another --output") from error
-        if not done and not (self.path / "cells").is_dir():
-            return {}  # it was stopped before its first run: nothing depends on its settings
-        changes = [
-            each for each in differences(old, self.config) if each.split(" is ")[0] not in _OF_CELL
-        ]
-        changes += [
-            f"{key} is {before.get(key)!r} there and {value!r} here"
-            for key, value in self.settings.items()
-            if before.get(key) != value
-        ]
-        changes += [f"{name} is there and not asked for" for name in done if name not in self.cells]
-        if changes:
-            what = f"the folder holds another study: {'; '.join(changes[:6])}"
-            fix = "Give another --output; models, fractions and seeds may be added to those there"
-            raise UserError(what, where=self.path, fix=fix)
-        return done
-
-    def save(self, done: dict[str, Cell], found: list[dict[str, Any]]) -> None:
-        """Writes data_scale.json and, where there is a finished cell, data_scale.csv."""
-        missing = [name for name in self.cells if name not in done]
-        figures = {
-            "data": self.data,
-            "settings": self.settings,
-            "points": found,
-            "partial": bool(missing),
-            "missing": missing,
-            "cells": done,
-            "config": self.config.to_json(),
-        }
-        write_measurement(self.file, measurement(KIND, None, figures))
-        if done:
-            text = io.StringIO()
-            columns = [key for key in next(iter(done.values())) if key not in _NOT_IN_CSV]
-            writer = csv.DictWriter(text, columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(done[name] for name in self.cells if name in done)
-            write_aside(self.file.with_suffix(".csv"), text.getvalue().encode())
+def write_cells(folder: Path, cells: list[Cell]) -> None:
+    """Writes data_scale.csv, where there is a finished run."""
+    if cells:
+        write_csv(folder / "data_scale.csv", cells, _NOT_IN_CSV)
 
 
 def points(

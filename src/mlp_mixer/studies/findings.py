@@ -6,7 +6,6 @@ named in the report, or is an error where it was asked for by name.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from mlp_mixer.disk import expand
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.measurement import FORMAT, read_measurement
 from mlp_mixer.models.catalog import architecture_name, config_from_json
+from mlp_mixer.training.run_folder import read_results
 
 # Studies with tables and figures of their own in their folders; the report names them.
 NAMED_ONLY = ("permutation", "ablations")
@@ -276,10 +276,8 @@ def read_run(path: Path) -> dict[str, Any]:
         for line in (path / "metrics.jsonl").read_text().splitlines()[-1:]:
             last = json.loads(line)
             seconds, steps = float(last["seconds"]), int(last["step"]) + 1
-    if (path / "results.csv").is_file():  # the last evaluation comes after the last logged step
-        with (path / "results.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                seconds = max(seconds, float(row.get("seconds") or 0.0))
+    for row in read_results(path):  # the last evaluation comes after the last logged step
+        seconds = max(seconds, float(row.get("seconds") or 0.0))
     evaluation, split = None, None
     for name in ("test", "validation"):
         file = path / name / "evaluation.json"

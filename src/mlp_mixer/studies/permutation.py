@@ -33,15 +33,14 @@ from mlp_mixer.evaluation.few_shot import few_shot, num_images
 from mlp_mixer.models.catalog import model_config
 from mlp_mixer.models.mixer import MlpMixer
 from mlp_mixer.preprocessing import PERMUTATIONS, Preprocessing
-from mlp_mixer.studies.cells import Cell, CellStudy
+from mlp_mixer.studies.cells import CellStudy
 from mlp_mixer.studies.figures import save_picture
-from mlp_mixer.studies.permutation_figure import permutation_figure
+from mlp_mixer.studies.permutation_figure import TITLES, permutation_figure
+from mlp_mixer.studies.study_file import Cell, check_random_weights, check_seeds
 from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.dataset import open_training_data
 from mlp_mixer.training.summary import TrainResult
 from mlp_mixer.weights.store import load_model
-
-WHAT = {"none": "as they are", "patches": "patches and pixels in them", "pixels": "all pixels"}
 
 
 @dataclass(frozen=True)
@@ -87,12 +86,8 @@ def permutation(
         UserError: as `train`; or the output holds something else. Nothing has been written where it
             is a setting or the data that is wrong.
     """
-    if config.model.weights is not None:
-        what = "the study trains from random weights"
-        raise UserError(what, where=f"model.weights={config.model.weights}", fix="Leave it out")
-    if not seeds or len(set(seeds)) < len(seeds):
-        listed = " ".join(map(str, seeds)) or "none"
-        raise UserError(f"give each seed once, got {listed}", where="--seeds", fix="--seeds 0 1 2")
+    check_random_weights(config)
+    check_seeds(seeds)
     if config.data.permutation is not None:
         what = f"data.permutation={config.data.permutation} has no effect: the study has its own"
         raise UserError(what, fix="Leave it out")
@@ -197,7 +192,7 @@ def _tell(
         spread = "" if row["deviation"] is None else f" +- {row['deviation']:.2%}"
         drop = "-" if row["permutation"] == "none" or row["drop"] is None else f"{row['drop']:.1%}"
         cells.append(
-            [row["model"], WHAT[row["permutation"]], f"{row['accuracy']:.2%}{spread}", drop]
+            [row["model"], TITLES[row["permutation"]], f"{row['accuracy']:.2%}{spread}", drop]
         )
         if few_shot_data is not None:
             cells[-1].append(f"{row['few_shot']:.2%}")

@@ -11,11 +11,11 @@ from matplotlib.ticker import MaxNLocator
 
 from mlp_mixer.evaluation.pictures import as_drawn, shorten
 from mlp_mixer.preprocessing import PERMUTATIONS
-from mlp_mixer.studies.cells import Cell
+from mlp_mixer.studies.study_file import Cell
 
 # The paper's colours: blue as they are, green the patches, orange all pixels.
 _COLORS = {"none": "#1c7ed6", "patches": "#2b8a3e", "pixels": "#e8590c"}
-_TITLES = {"none": "as they are", "patches": "patches and pixels in them", "pixels": "all pixels"}
+TITLES = {"none": "as they are", "patches": "patches and pixels in them", "pixels": "all pixels"}
 _INK, _GRID = "#333333", "#dddddd"
 
 
@@ -48,7 +48,7 @@ def permutation_figure(
                 if cell["model"] == model and name.split("/")[1] == kind
             ]
             row = next(r for r in rows if r["model"] == model and r["permutation"] == kind)
-            label = f"{_TITLES[kind]}: {row['accuracy']:.1%}"
+            label = f"{TITLES[kind]}: {row['accuracy']:.1%}"
             if kind != "none" and row["drop"] is not None:
                 label += f" (drop {row['drop']:.0%})"
             for number, cell in enumerate(own):
@@ -82,7 +82,7 @@ def _draw_examples(part: Any, examples: Sequence[Sequence[np.ndarray]]) -> None:
     """The examples in three groups, one for each order, as the paper has them."""
     groups = part.subfigures(1, len(PERMUTATIONS))
     for at, (group, kind) in enumerate(zip(groups, PERMUTATIONS, strict=True)):
-        group.suptitle(_TITLES[kind], fontsize=10, color=_COLORS[kind])
+        group.suptitle(TITLES[kind], fontsize=10, color=_COLORS[kind])
         panels = group.subplots(1, max(1, len(examples)), squeeze=False)[0]
         for axes in panels:
             axes.set_axis_off()

@@ -28,7 +28,12 @@ from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.distributed import World, joined
 from mlp_mixer.training.finetune import finetune
 from mlp_mixer.training.schedule import check_warmup
-from mlp_mixer.training.study_folder import FinetuneResult
+from mlp_mixer.training.study_folder import (
+    FinetuneResult,
+    changed_values,
+    names_in,
+    refuse_other_things,
+)
 from mlp_mixer.weights.store import load_model
 
 _FILE, _DATA = "suite.json", "data"
@@ -102,26 +107,16 @@ class _Runner:
 
     def before(self) -> dict[str, dict[str, Any]]:
         """What this very suite has measured so far; refuses a folder of something else."""
-        if self.path.is_file():
-            raise UserError("the output is a file", where=self.path, fix="Give another --output")
-        there = sorted(each.name for each in self.path.iterdir()) if self.path.is_dir() else []
-        there = [name for name in there if not name.endswith(".partial")]
-        if _FILE not in there:
-            others = [name for name in there if name not in ("log.txt", _DATA)]
-            if others:
-                what = f"the folder holds something else: {', '.join(others[:4])}"
-                raise UserError(what, where=self.path, fix="Give another --output")
+        there = names_in(self.path) - {_FILE, _DATA, "log.txt"}
+        if not (self.path / _FILE).exists():
+            refuse_other_things(self.path, there)
             return {}
         values = read_measurement(self.path / _FILE)
-        if not values.get("tasks") and not {*there} - {_FILE, "log.txt", _DATA}:
+        if not values.get("tasks") and not there:
             return {}  # it was stopped before its first run: nothing depends on its settings
         tasks, names = values.get("tasks"), dict(values.get("sources") or {})
         changes = [] if values.get("kind") == self.suite.kind else [f"it is {values.get('kind')}"]
-        changes += [
-            f"{key} is {values.get(key)!r} there and {value!r} here"
-            for key, value in self.identity.items()
-            if values.get(key) != value
-        ]
+        changes += changed_values(values, self.identity)
         changes += [
             f"the data of {name} is {names[name]} there and {source} here"
             for name, source in self.suite.sources.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from mlp_mixer.models.compute import (
     torch_set_to,
 )
 from mlp_mixer.training.config import TrainConfig
+from mlp_mixer.weights.download import cache_folder
 
 LONG_RUN = 2_000  # steps after which compiling, about a minute, has paid for itself on a GPU
 
@@ -76,6 +78,17 @@ def choose_compute(
     if compiles:
         reasons.append("compiled")
     return Compute(device, precision, compiles, ", ".join(reasons))
+
+
+def keep_compiled() -> None:
+    """Lets a later process find what torch.compile makes in this one, unless the user says where.
+
+    torch's own place for it is the folder for temporary files, which a restart may empty.
+    """
+    folder = cache_folder() / "compiled"
+    with contextlib.suppress(OSError):  # torch's own place, then
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 @contextlib.contextmanager

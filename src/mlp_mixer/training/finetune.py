@@ -12,9 +12,7 @@ The same call again goes on where it was stopped.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mlp_mixer.console import Reporter, table
@@ -26,6 +24,7 @@ from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.distributed import World, joined
 from mlp_mixer.training.finetuning_recipes import HOLDOUTS
 from mlp_mixer.training.loop import train
+from mlp_mixer.training.run_folder import read_results
 from mlp_mixer.training.step import DivergedError
 from mlp_mixer.training.study_folder import FinetuneResult, StudyFolder
 from mlp_mixer.training.summary import TrainResult
@@ -229,7 +228,8 @@ class _Study:
     def accuracy_of(self, result: TrainResult, in_grid: bool) -> float:
         """What a run counts for: where the final runs keep the last weights, so does the grid."""
         if in_grid and self.keeps_last:
-            accuracy = self.world.from_first(lambda: _last_accuracy(result.run_folder))
+            last = self.world.from_first(lambda: read_results(result.run_folder))[-1]
+            accuracy = float(last["validation_top1"])
             self.say(f"reached  {accuracy:.2%} on the held-out images with its last weights")
             return accuracy
         shown = result.test if result.test is not None else result.validation
@@ -268,8 +268,3 @@ class _Study:
 
     def say(self, text: str) -> None:
         self.report.say(text)
-
-
-def _last_accuracy(run: Path) -> float:
-    with (run / "results.csv").open(newline="") as file:
-        return float(list(csv.DictReader(file))[-1]["validation_top1"])

@@ -32,17 +32,17 @@ def measure(
         UserError: none of the images can be decoded.
     """
     each = math.ceil(len(source) / world.size)  # no process is to wait for one full batch
-    with compute.autocast():
-        return evaluate_together(
-            model,
-            source,
-            world,
-            batch_size=max(1, min(256, config.batch_size // world.size, each)),
-            num_workers=config.data.num_workers,
-            allow_missing_classes=True,
-            device=str(compute.device),
-            timeout=config.data.timeout,
-        )
+    return evaluate_together(
+        model,
+        source,
+        world,
+        batch_size=max(1, min(256, config.batch_size // world.size, each)),
+        num_workers=config.data.num_workers,
+        allow_missing_classes=True,
+        device=str(compute.device),
+        precision=compute.precision,
+        timeout=config.data.timeout,
+    )
 
 
 def evaluate_together(
@@ -54,6 +54,7 @@ def evaluate_together(
     num_workers: int | None = None,
     allow_missing_classes: bool = False,
     device: str | None = None,
+    precision: str | None = None,
     timeout: float = TIMEOUT,
     on_batch: Callable[[Batch], None] | None = None,
 ) -> Evaluation:
@@ -64,7 +65,8 @@ def evaluate_together(
         model: whole, the same on every process.
         source: all of the images.
         world: the processes.
-        batch_size, num_workers, allow_missing_classes, device, timeout, on_batch: as of `evaluate`.
+        batch_size, num_workers, allow_missing_classes, device, precision, timeout, on_batch: as
+            of `evaluate`.
 
     Raises:
         UserError: as `evaluate`, but for logits that are not finite.
@@ -78,6 +80,7 @@ def evaluate_together(
         num_workers=num_workers,
         allow_missing_classes=allow_missing_classes,
         device=device,
+        precision=precision,
         timeout=timeout,
         on_batch=on_batch,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -14,17 +13,14 @@ from torch import Tensor
 from mlp_mixer.data.transforms import denormalize
 from mlp_mixer.evaluation.pictures import image_grid, shorten
 from mlp_mixer.preprocessing import Preprocessing
+from mlp_mixer.training.run_folder import read_results
 
 
 def curves(run: Path) -> Figure:
     """Returns loss, accuracy and learning rate over the epochs, read from the run's own files."""
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    results = []
-    if (run / "results.csv").exists():  # there is none without validation images
-        with (run / "results.csv").open(newline="") as file:
-            results = [
-                {key: float(value) for key, value in row.items()} for row in csv.DictReader(file)
-            ]
+    # There are none without validation images.
+    results = [{key: float(value) for key, value in row.items()} for row in read_results(run)]
     epochs = np.array([step["epoch"] for step in steps])
     losses = np.array([step["loss"] for step in steps])
     evaluated = [row["epoch"] for row in results]

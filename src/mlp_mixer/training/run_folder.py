@@ -197,6 +197,15 @@ def check_tensorboard() -> None:
         raise UserError(what, fix=fix) from error
 
 
+def read_results(run: Path) -> list[dict[str, str]]:
+    """Returns the lines of a run's results.csv by their columns; none where there is no file."""
+    path = run / "results.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def _claimed(path: Path, config: TrainConfig) -> Path:
     """Makes the folder that was planned, or the next where a run beside this one was faster."""
     while True:

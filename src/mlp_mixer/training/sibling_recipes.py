@@ -58,7 +58,7 @@ def _imagenet(
             name="adamw",
             learning_rate=learning_rate,
             weight_decay=0.05,
-            clip_norm=1e6,  # none
+            clip_norm=0.0,
             schedule="cosine",
             warmup=warmup_epochs / epochs,
             final=1e-5 / learning_rate,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.compute import free_memory
 from mlp_mixer.models.layers import ImageClassifier, set_stochastic_depth
-from mlp_mixer.training.compute import Compute
+from mlp_mixer.training.compute import Compute, keep_compiled
 from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.cost import largest_micro_batch
 from mlp_mixer.training.distributed import World, gradients_kept_here
@@ -81,7 +81,10 @@ class Updater:
         self.config, self.compute, self.world = config, compute, world
         self.num_steps, self.say = num_steps, say
         self.micro_batch_size = config.batch_size // world.size
-        self.compiled = torch.compile(network) if compute.compile else None
+        self.compiled = None
+        if compute.compile:
+            keep_compiled()
+            self.compiled = torch.compile(network)
         self.parameters = [each for each in model.parameters() if each.requires_grad]
 
     def choose_micro_batch(self, before: int | None) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import statistics
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,13 @@ class StudyFolder:
         Raises:
             UserError: the folder holds something else, or another study.
         """
-        if self.path.is_file():
-            raise UserError("the output is a file", where=self.path, fix="Give another --output")
-        if not self.results.is_file():
-            self._refuse_other_things(first)
+        there = names_in(self.path)
+        if not self.results.is_file():  # it may hold the first run, not at its end yet
+            folder, *inside = first.split("/")
+            there -= {folder}
+            if inside:
+                there |= names_in(self.path / folder) - {*inside}
+            refuse_other_things(self.path, there)
             return {}
         try:
             values = json.loads(self.results.read_bytes())
@@ -105,9 +109,7 @@ class StudyFolder:
                 f"not the results of a fine-tuning: {error}", where=self.results
             ) from error
         changes = differences(old, self.config)
-        if values.get("grid_source") != self.grid_source:
-            there = values.get("grid_source")
-            changes.append(f"grid_source is {there!r} there and {self.grid_source!r} here")
+        changes += changed_values(values, {"grid_source": self.grid_source})
         if grid != self.rates:
             changes.append(f"the grid is {grid} there and {self.rates} here")
         if seeds != self.seeds[: len(seeds)]:
@@ -117,15 +119,6 @@ class StudyFolder:
             fix = "Give another --output; seeds may be added behind those that are there"
             raise UserError(what, where=self.path, fix=fix)
         return done
-
-    def _refuse_other_things(self, first: str) -> None:
-        """Refuses a folder that holds more than the first run of a study, not at its end yet."""
-        folder, *inside = first.split("/")
-        there = _names(self.path) - {folder}
-        there |= _names(self.path / folder) - {*inside} if inside else set()
-        if there:
-            what = f"the folder holds something else: {', '.join(sorted(there)[:4])}"
-            raise UserError(what, where=self.path, fix="Give another --output")
 
     def save(self, done: dict[str, float | None], result: FinetuneResult | None = None) -> None:
         """Writes finetune.json."""
@@ -160,6 +153,29 @@ class StudyFolder:
         write_aside(best / "README.md", card.encode())
 
 
-def _names(folder: Path) -> set[str]:
+def names_in(folder: Path) -> set[str]:
+    """Returns what a study's folder holds, but for what is half-written.
+
+    Raises:
+        UserError: it is a file.
+    """
+    if folder.is_file():
+        raise UserError("the output is a file", where=folder, fix="Give another --output")
     there = [each.name for each in folder.iterdir()] if folder.is_dir() else []
     return {name for name in there if not name.endswith(".partial")}
+
+
+def refuse_other_things(folder: Path, there: Iterable[str]) -> None:
+    """Raises UserError where a folder without a study holds these, which no study begins with."""
+    if there := sorted(there):
+        what = f"the folder holds something else: {', '.join(there[:4])}"
+        raise UserError(what, where=folder, fix="Give another --output")
+
+
+def changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each of the values now that was another before."""
+    return [
+        f"{key} is {before.get(key)!r} there and {value!r} here"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from mlp_mixer.weights.checkpoints import (
 )
 from mlp_mixer.weights.description import WEIGHTS
 from mlp_mixer.weights.download import Published, cache_folder, cached
+
+EXPORTED = (".onnx", ".xml", ".pt2")  # the endings of the verb export
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,12 @@ def locate(source: str | Path, report: Reporter) -> Place:
         what = f"{text!r} is a model of timm, which brings its own weights: no file can be shown"
         raise UserError(what, fix=f"mixer evaluate {text} --data SOURCE")
     path = expand(source)
+    if path.suffix.lower() in EXPORTED and not os.path.isdir(path):
+        what = "an exported file has no weights to load: it only computes logits"
+        fix = "Give the run or the weights that it was made from"
+        if path.suffix.lower() != ".pt2":
+            fix += ". To use the file: mm.open_exported(FILE), `mixer predict FILE`"
+        raise UserError(what, where=path, fix=fix)
     try:
         if path.is_dir():
             return Place(_in_folder(path))

@@ -1,0 +1,131 @@
+"""The images of an HTTP request, within the limits; what is refused and why."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Mapping
+
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import Message, Receive
+
+from mlp_mixer.deploy.service import Limits, megabytes
+
+FIELD = "images"
+_SEND = f"send image files as multipart/form-data in the field {FIELD!r}, or one as image/*"
+_SECONDS_TO_SEND = 60  # that a client has for its request
+_DRAINED, _SECONDS_TO_DRAIN = 400_000_000, 10  # of a refused body
+
+
+class Refused(Exception):
+    """A request that is not answered: the status and the message."""
+
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, headers
+
+
+class _Body:
+    """The body of a request, up to a limit.
+
+    Args:
+        receive: of the request.
+        most: bytes.
+        message: what is said of more.
+    """
+
+    def __init__(self, receive: Receive, most: int, message: str) -> None:
+        self._receive, self.most, self.message = receive, most, message
+        self.seen, self.is_whole = 0, False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self.seen += len(message.get("body", b""))
+        self.is_whole = not message.get("more_body", False)
+        if self.seen > self.most:
+            raise Refused(413, self.message)
+        return message
+
+    async def drain(self) -> None:
+        """Reads on, so that a client that only listens when it has sent all gets its answer."""
+        self.most = sys.maxsize
+        end = self.seen + _DRAINED
+        try:
+            async with asyncio.timeout(_SECONDS_TO_DRAIN):
+                while not self.is_whole and self.seen < end:
+                    await self.receive()
+        except TimeoutError:
+            pass
+
+
+async def read_images(
+    request: Request, limits: Limits, *, many: bool
+) -> tuple[list[tuple[str, bytes]], bool]:
+    """Returns (name, encoded file) of the images of a request, and whether it is one without form.
+
+    Args:
+        request: none of whose body has been read.
+        limits: of it.
+        many: more images than one are taken.
+
+    Raises:
+        Refused: another type of content, no image, too many or too much.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    is_form = kind == "multipart/form-data"
+    most = limits.request_bytes if is_form else limits.image_bytes
+    what = "request" if is_form else "image"
+    message = f"the {what} has more than {megabytes(most)}, the limit"
+    body = _Body(request.receive, most, message)
+    length = request.headers.get("content-length", "")
+    try:
+        if not (is_form or kind.startswith("image/") or kind == "application/octet-stream"):
+            shown = f"content of type {kind[:100]!r}" if kind else "content without a type"
+            raise Refused(415, f"{shown} is not taken: {_SEND}")
+        if length.isdecimal() and int(length) > most:
+            raise Refused(413, message)
+        async with asyncio.timeout(_SECONDS_TO_SEND):
+            reader = Request(request.scope, body.receive)
+            if is_form:
+                return await _from_form(reader, limits.images if many else 1), False
+            data = await reader.body()
+    except TimeoutError:
+        message = f"the request did not arrive within {_SECONDS_TO_SEND} seconds"
+        raise Refused(408, message) from None
+    except Refused:
+        # curl waits for a word before it sends, and needs no draining.
+        if "expect" not in request.headers:
+            await body.drain()
+        raise
+    if not data:
+        raise Refused(400, f"no image in the request: {_SEND}")
+    return [("image", data)], True
+
+
+async def _from_form(request: Request, most: int) -> list[tuple[str, bytes]]:
+    try:
+        form = await request.form(max_files=most, max_fields=0)
+    except HTTPException as error:
+        detail = str(error.detail)
+        if detail.startswith("Too many files"):
+            images = "1 image" if most == 1 else f"{most} images"
+            raise Refused(413, f"more than {images} in one request, the limit here") from error
+        if detail.startswith("Too many fields"):
+            message = f"a field without a file: image files go into the field {FIELD!r}"
+            raise Refused(400, message) from error
+        raise Refused(400, f"the form cannot be read: {detail}") from error
+    try:
+        images = []
+        for field, file in form.multi_items():
+            if field != FIELD:
+                message = f"unknown field {field[:100]!r}: image files go into the field {FIELD!r}"
+                raise Refused(400, message)
+            assert isinstance(file, UploadFile)
+            images.append((file.filename or "image", await file.read()))
+    finally:
+        await form.close()
+    if not images:
+        raise Refused(400, f"no image in the request: {_SEND}")
+    return images

@@ -1,0 +1,189 @@
+"""`mixer serve` in a real browser: Chromium without a window, by its own driver.
+
+Needs `pip install selenium` and the programs chromium and chromedriver; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mlp_mixer as mm
+from mlp_mixer.data.sources import open_source
+from serving import serving
+
+pytest.importorskip("uvicorn", reason="the extra serve is absent")
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+from selenium.webdriver.chrome.service import Service  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
+DRIVER = shutil.which("chromedriver")
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium here"),
+    pytest.mark.skipif(DRIVER is None, reason="no chromedriver here"),
+]
+
+# What a browser does when a file is dropped or pasted: no driver has a command for that.
+GIVE = """
+    const [how, name, content] = arguments;
+    const data = new DataTransfer();
+    data.items.add(new File([content], name, { type: "image/png" }));
+    const options = { dataTransfer: data, clipboardData: data, bubbles: true, cancelable: true };
+    document.body.dispatchEvent(
+        how === "drop" ? new DragEvent(how, options) : new ClipboardEvent(how, options));
+"""
+
+
+@pytest.fixture(scope="module")
+def url(trained: mm.TrainResult) -> Iterator[str]:
+    with serving(trained.run_folder) as (address, _):
+        yield address
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,900"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        driver.get("about:blank")
+        for kind in ("browser", "performance"):
+            driver.get_log(kind)  # of the page that a browser begins with
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture(scope="module")
+def digit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("digit") / "digit.png"
+    path.write_bytes(open_source("digits:test").read(0))
+    return path
+
+
+def wait(browser: Any, script: str) -> Any:
+    """Returns what a script gives once it is true."""
+    return WebDriverWait(browser, 60).until(lambda each: each.execute_script(f"return {script}"))
+
+
+def text(browser: Any, place: str) -> str:
+    return browser.find_element(By.CSS_SELECTOR, place).text
+
+
+def choose(browser: Any, *paths: Path) -> None:
+    browser.find_element(By.ID, "file").send_keys("\n".join(map(str, paths)))
+
+
+def check_requests(browser: Any, url: str) -> set[str]:
+    """Returns the paths that were asked for; nobody but the server was, and nothing went wrong."""
+    assert browser.get_log("browser") == []
+    messages = [json.loads(each["message"])["message"] for each in browser.get_log("performance")]
+    asked = {
+        each["params"]["request"]["url"]
+        for each in messages
+        if each["method"] == "Network.requestWillBeSent"
+    }
+    own = (f"{url}/", "data:", "blob:", "about:", "chrome:")
+    strangers = [each for each in asked if not each.startswith(own)]
+    assert strangers == []
+    return {each.removeprefix(url) for each in asked if each.startswith(url)}
+
+
+def test_an_image_and_what_it_excites(browser, url, digit, trained):
+    (expected,) = mm.predict(trained.run_folder, digit)
+    browser.get(url)
+    wait(browser, "document.querySelectorAll('#layer option').length > 1")
+    assert "10 classes · 8x8 pixels · float32" in text(browser, "#about")
+    choose(browser, digit)
+    wait(browser, "document.querySelectorAll('#classes li').length == 5")
+    names = [each.text for each in browser.find_elements(By.CSS_SELECTOR, "#classes .name")]
+    assert names == [name for name, _ in expected.classes]
+    assert text(browser, "#classes .value") == f"{100 * expected.classes[0][1]:.1f} %"
+    widths = browser.execute_script(
+        "return [...document.querySelectorAll('.bar')].map(b => b.getBoundingClientRect().width)"
+    )
+    assert len(widths) == 5
+    assert widths == sorted(widths, reverse=True)
+    wait(browser, "document.querySelector('#occlusion .note').textContent.includes('falls')")
+    assert f"The probability of {expected.classes[0][0]}," in text(browser, "#occlusion .note")
+    shown = wait(browser, "[...document.images].filter(i => i.naturalWidth > 0 && i.offsetWidth)")
+    sources = [each.get_attribute("id") for each in shown]
+    assert {"picture", "seen", "map"} <= set(sources)
+    assert len(shown) == 3 + 3 * 4 * 3  # layers, units, pictures of each
+    assert all(each.get_attribute("alt") for each in shown)
+    browser.find_element(By.CSS_SELECTOR, "#layer option[value='4']").click()
+    wait(browser, "document.querySelector('#layers h3').textContent.startsWith('Layer 4')")
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#layers .unit")) == 4
+    asked = check_requests(browser, url)
+    assert {"/", "/page.css", "/page.js", "/model", "/predict", "/occlusion", "/units"} <= asked
+    assert "/units?layer=4" in asked
+
+
+def test_several_images_one_of_them_broken(browser, url, digit, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(digit.read_bytes()[:60])
+    tiff = tmp_path / "photo.tiff"  # which browsers do not show
+    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(tiff)
+    browser.get(url)
+    wait(browser, "document.querySelectorAll('#layer option').length > 1")
+    choose(browser, broken, digit, tiff)
+    wait(browser, "document.getElementById('error').offsetWidth > 0")
+    assert text(browser, "#error").startswith("Not classified: the image is damaged")
+    assert text(browser, "#status") == "3 images, 1 of them could not be classified."
+    assert not browser.find_element(By.ID, "occlusion").is_displayed()
+    buttons = browser.find_elements(By.CSS_SELECTOR, "#strip button")
+    labels = [each.get_attribute("aria-label") for each in buttons]
+    assert labels[0] == "broken.png: no answer"
+    assert labels[1].startswith("digit.png: ")
+    buttons[2].click()
+    wait(browser, "document.getElementById('picture').naturalWidth == 8")  # as the model sees it
+    assert text(browser, "#answer-title") == "photo.tiff"
+    assert not browser.find_element(By.ID, "error").is_displayed()
+    check_requests(browser, url)
+
+
+@pytest.mark.parametrize("how", ["drop", "paste"])
+def test_a_file_that_is_dropped_or_pasted(browser, url, how):
+    browser.get(url)
+    wait(browser, "document.querySelectorAll('#layer option').length > 1")
+    browser.execute_script(GIVE, how, "<b>given</b>.png", "no image")
+    wait(browser, "document.getElementById('error').offsetWidth > 0")
+    assert text(browser, "#error") == "Not classified: the file is not an image"
+    assert text(browser, "#answer-title") == "<b>given</b>.png"
+    check_requests(browser, url)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone(browser, url, digit, scheme):
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(url)
+    wait(browser, "document.querySelectorAll('#layer option').length > 1")
+    choose(browser, digit)
+    wait(browser, "document.getElementById('map').naturalWidth > 0")
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+    color = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    brightness = sum(int(each) for each in color.removeprefix("rgb(").rstrip(")").split(","))
+    assert (brightness > 384) == (scheme == "light")
+    check_requests(browser, url)

@@ -1,0 +1,202 @@
+"""Exports that are killed: no half file, and nothing is left behind for long."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import mlp_mixer as mm
+from conftest import tiny_model
+from mlp_mixer.deploy import export as module
+from mlp_mixer.deploy.export_request import reports_of
+from mlp_mixer.deploy.exported_files import files_of
+from mlp_mixer.disk import aside_folder
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals as Unix has them")
+
+KILLS = """
+import json, os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import mlp_mixer as mm
+from conftest import tiny_model
+from mlp_mixer.deploy import export as module
+from mlp_mixer.deploy.export_report import ExportReport, Parity
+from mlp_mixer.deploy.exported_files import files_of
+
+path, replace, seen = Path(sys.argv[1]), os.replace, []
+before = {each.name: each.read_bytes() for each in path.parent.iterdir()}
+parity = Parity("x", 1, 0.0, 1.0, 1.0)
+
+def end():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def child(instant):  # counts what is done; the kill comes at one of these
+    def step():
+        nonlocal instant
+        instant -= 1
+        if instant < 0:
+            end()
+
+    def make(job, aside):
+        step()
+        for each in files_of(aside):
+            each.write_bytes(b"new")
+            step()
+        return ExportReport(
+            str(path), {}, "x", "float32", "none", (8, 8), False, 1, 1, parity, {}
+        )
+
+    def counted(source, target):
+        replace(source, target)
+        step()
+
+    module._make, os.replace = make, counted
+    module.check_request = lambda output, **_: (Path(output), "x")
+    mm.export(tiny_model(), path, overwrite=True)
+    os._exit(0)
+
+for instant in range(20):
+    number = os.fork()
+    if number == 0:
+        child(instant)
+    ended = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+    files = {each.name: each.read_text() for each in path.parent.iterdir() if each.is_file()}
+    hidden = [each.name for each in path.parent.iterdir() if each.is_dir()]
+    seen.append((files, hidden))
+    if ended == 0:
+        break
+    assert ended == -signal.SIGKILL, ended
+    for name in files:
+        (path.parent / name).unlink()
+    for name, data in before.items():
+        (path.parent / name).write_bytes(data)
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.xml"])
+def test_killed_at_every_instant(tmp_path: Path, name: str):
+    """The parent of the killed puts the files back, and leaves what is hidden to the next one."""
+    path = tmp_path / name
+    files = [each.name for each in files_of(path)]
+    reports = [each.name for each in reports_of(path)]
+    for each in (*files, *reports):
+        (tmp_path / each).write_bytes(b"old")
+    command = [sys.executable, "-c", KILLS, str(path), str(Path(__file__).parents[1])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    *killed, (last, hidden) = json.loads(done.stdout)
+    assert len(killed) == 1 + 2 * len(files) + len(reports)
+    for found, left in killed:
+        assert len(left) == 1  # its own: that of the one before is gone
+        assert set(found) <= {*files, *reports}
+        values = {found[each] for each in files if each in found}
+        if name in found:  # what a runtime is given
+            assert len(values) == 1
+        assert "old" not in {found.get(each) for each in reports} or values == {"old"}
+    assert [found for found, _ in killed if name not in found] or len(files) == 1
+    assert hidden == []
+    assert set(last) == {*files, *reports}
+    assert {last[each] for each in files} == {"new"}
+    assert "old" not in last.values()
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+import mlp_mixer as mm
+from conftest import tiny_model
+
+def tell(line):
+    if line == "timing":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+mm.export(tiny_model(), sys.argv[1], tell=tell)
+"""
+
+
+@pytest.mark.slow
+def test_a_real_export_sweeps_what_a_killed_one_left(tmp_path: Path):
+    path = tmp_path / "m.pt2"
+    command = [sys.executable, "-c", KILLED, str(path), str(Path(__file__).parents[1])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (left,) = tmp_path.iterdir()
+    assert (left / "m.pt2").stat().st_size > 1000
+    assert mm.export(tiny_model(), path).passed
+    names = sorted(each.name for each in tmp_path.iterdir())
+    assert names == ["m.pt2", "m.pt2.report.json", "m.pt2.report.md"]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from mlp_mixer.disk import aside_folder
+with aside_folder(Path(sys.argv[1])) as folder:
+    (folder / "work").write_bytes(b"work")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_living_process_keeps_its_folder(tmp_path: Path):
+    path = tmp_path / "a [1].onnx"
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        theirs = Path(other.stdout.readline().strip())
+        os.utime(theirs, (0, 0))  # however old it is
+        with aside_folder(path) as ours:
+            assert ours != theirs
+            assert (theirs / "work").read_bytes() == b"work"
+        assert list(tmp_path.iterdir()) == [theirs]
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    assert (theirs / "work").exists()
+    elsewhere = tmp_path / "b.onnx"
+    with aside_folder(elsewhere):
+        assert theirs.exists()  # of another file
+    with aside_folder(path) as ours:
+        assert list(tmp_path.iterdir()) == [ours]
+        assert ours.parent == tmp_path  # so that a rename is enough
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_make", fail)
+    with pytest.raises(KeyboardInterrupt):
+        mm.export(tiny_model(), tmp_path / "m.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_taken_before_it_is_locked(tmp_path: Path, monkeypatch):
+    """Another process may take a folder without a lock for one that was left behind."""
+    import tempfile
+
+    make: Callable[..., str] = tempfile.mkdtemp
+    made: list[str] = []
+
+    def taken(**options: object) -> str:
+        made.append(make(**options))
+        if len(made) == 1:
+            os.rmdir(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", taken)
+    with aside_folder(tmp_path / "m.onnx") as folder:
+        assert str(folder) == made[-1]
+        (folder / "work").write_bytes(b"work")
+    assert made
+    assert not list(tmp_path.iterdir())

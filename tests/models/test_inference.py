@@ -1,0 +1,196 @@
+"""The fast path without gradients: packed dense layers equal torch's own, and touch nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mlp_mixer as mm
+from mlp_mixer.errors import UserError
+from mlp_mixer.models import inference
+from mlp_mixer.models.inference import Inference, PackedDense, can_pack, choose_precision, pack
+
+needs_packing = pytest.mark.skipif(
+    not can_pack("float32"), reason="this torch or processor has no packed products"
+)
+needs_bfloat16 = pytest.mark.skipif(
+    not can_pack("bfloat16"), reason="this processor has no fast bfloat16"
+)
+MODELS = {
+    "mixer": ("mixer_s32", {"num_blocks": 2}),
+    "exact GELU": ("mixer_s32", {"num_blocks": 2, "gelu": "exact"}),
+    "untied": ("mixer_s32", {"num_blocks": 1, "token_mixing": "untied"}),
+    "grouped": ("mixer_s32", {"num_blocks": 1, "token_mixing": "grouped", "token_groups": 2}),
+    "cycle": ("cycle_mlp_b1", {}),
+    "permutator": ("vip_s14", {"depths": (1, 1, 1, 1)}),
+}
+
+
+def build(name: str) -> mm.ImageClassifier:
+    torch.manual_seed(0)
+    catalog_name, overrides = MODELS[name]
+    model = mm.create_model(catalog_name, num_classes=10, **overrides).eval()
+    assert isinstance(model.head, nn.Linear)
+    with torch.no_grad():
+        model.head.weight.normal_(std=0.1)
+        for each in model.parameters():
+            if each.dim() == 1:
+                each.add_(0.1 * torch.randn_like(each))
+    return model
+
+
+def draw(model: mm.ImageClassifier, count: int) -> Tensor:
+    random = torch.Generator().manual_seed(1)
+    return torch.randn(count, 3, *model.config.image_size, generator=random)
+
+
+@pytest.fixture(autouse=True)
+def packs_small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "SMALL_STEP", 0)
+
+
+@needs_packing
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_float32_equals_the_plain_model(name: str) -> None:
+    model = build(name)
+    images = draw(model, 3)
+    ready = Inference(model, "float32")
+    assert ready.packed
+    for found, plain in ((ready.logits, model), (ready.features, model.features)):
+        with torch.no_grad():
+            expected = plain(images)
+        torch.testing.assert_close(found(images), expected, rtol=1e-5, atol=2e-5)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("name", ["mixer", "exact GELU", "cycle", "permutator"])
+def test_packed_bfloat16_is_as_near_to_float32_as_autocast(name: str) -> None:
+    model = build(name)
+    images = draw(model, 3)
+    with torch.no_grad():
+        exact = model(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = model(images).float()
+    found = Inference(model, "bfloat16").logits(images)
+    assert found.dtype == torch.float32
+    scale = exact.abs().max()
+    assert 0 < (found - exact).abs().max() / scale < 2e-2
+    assert (found - exact).abs().max() < 2 * (plain - exact).abs().max()
+
+
+@needs_bfloat16
+def test_logits_are_not_rounded_to_bfloat16() -> None:
+    logits = Inference(build("mixer"), "bfloat16").logits(draw(build("mixer"), 2))
+    assert (logits != logits.bfloat16().float()).any()
+
+
+@needs_packing
+def test_the_model_stays_as_it_was() -> None:
+    model = build("mixer").train()
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    kinds = [type(each) for each in model.modules()]
+    ready = Inference(model, "float32")
+    ready.logits(draw(model, 2))
+    assert model.training
+    assert [type(each) for each in model.modules()] == kinds
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+    assert all(each.requires_grad for each in model.parameters())
+
+
+@needs_packing
+def test_what_is_not_packed_is_shared_and_not_copied() -> None:
+    model = build("mixer")
+    places = {each.data_ptr() for each in model.parameters()}
+    packed = pack(model, "float32")
+    rest = list(packed.parameters())
+    assert rest
+    assert {each.data_ptr() for each in rest} <= places
+    assert not any(type(each) is nn.Linear for each in packed.modules())
+
+
+@needs_packing
+def test_weights_that_changed_since_are_taken_by_the_next_one() -> None:
+    model = build("mixer")
+    images = draw(model, 1)
+    first = Inference(model, "float32").logits(images)
+    with torch.no_grad():
+        model.get_submodule("blocks.0.channel_mixing.dense_0").weight.mul_(3.0)  # pyright: ignore
+        expected = model(images)
+    found = Inference(model, "float32").logits(images)
+    assert not torch.allclose(found, first)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+
+
+@needs_packing
+def test_a_batch_is_cut_into_equal_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("mixer")
+    images = draw(model, 7)
+    whole = Inference(model, "float32")
+    assert whole.most is not None
+    assert whole.most >= 7
+    monkeypatch.setattr(inference, "LARGEST_ACTIVATION", 3 * 4 * model.config.widest)
+    cut = Inference(model, "float32")
+    assert cut.most == 3
+    torch.testing.assert_close(cut.logits(images), whole.logits(images), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(inference, "LARGEST_ACTIVATION", 1)  # not even one image: one by one
+    assert Inference(model, "float32").most == 1
+
+
+@needs_packing
+def test_nan_is_not_hidden() -> None:
+    model = build("mixer")
+    images = draw(model, 2)
+    images[1, 0, 0, 0] = torch.nan
+    logits = Inference(model, "float32").logits(images)
+    assert logits[0].isfinite().all()
+    assert logits[1].isnan().all()
+
+
+@needs_packing
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_dense_layer_of_any_shape(bias: bool) -> None:
+    torch.manual_seed(0)
+    for inputs, outputs, shape in ((7, 5, (3,)), (196, 384, (2, 9)), (1, 1, (4, 2, 2))):
+        dense = nn.Linear(inputs, outputs, bias=bias)
+        x = torch.randn(*shape, inputs)
+        with torch.inference_mode():
+            torch.testing.assert_close(PackedDense(dense, torch.float32)(x), dense(x))
+            turned = torch.randn(2, inputs, 6).transpose(1, 2)
+            torch.testing.assert_close(PackedDense(dense, torch.float32)(turned), dense(turned))
+
+
+def test_a_model_without_packed_products_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "can_pack", lambda _: False)
+    model = build("mixer")
+    images = draw(model, 2)
+    ready = Inference(model, "float32")
+    assert not ready.packed
+    with torch.no_grad():
+        assert torch.equal(ready.logits(images), model(images))
+
+
+def test_a_small_model_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model = mm.create_model("mixer_s32", image_size=32, num_blocks=1, num_classes=10)
+    assert not Inference(model, "float32").packed
+    assert choose_precision(model, "auto") == ("float32", "a small model")
+
+
+def test_an_operator_that_computes_something_else_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    can_pack.cache_clear()
+    try:
+        monkeypatch.setattr(PackedDense, "forward", lambda self, x: torch.zeros(2, 40, 48))
+        assert not can_pack("float32")
+    finally:
+        can_pack.cache_clear()
+
+
+def test_precisions() -> None:
+    model = build("mixer")
+    assert choose_precision(model, "float32") == ("float32", "chosen")
+    assert choose_precision(model, "auto")[0] in ("float32", "bfloat16")
+    with pytest.raises(UserError, match="unknown precision 'half'"):
+        choose_precision(model, "half")
