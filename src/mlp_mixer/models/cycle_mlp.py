@@ -127,10 +127,11 @@ class CycleFC(nn.Module):
         nn.init.trunc_normal_(self.weight, std=0.02)
         self.most = most
         half = STEPS // 2
-        shifts = (torch.arange(dim) + half) % STEPS - half
-        still = torch.zeros_like(shifts)
-        pair = (still, shifts) if along == "width" else (shifts, still)
-        self.register_buffer("offset", torch.stack(pair, dim=1).float().reshape(1, -1, 1, 1))
+        shifts = [(channel + half) % STEPS - half for channel in range(dim)]
+        pairs = [(0, shift) if along == "width" else (shift, 0) for shift in shifts]
+        # From a list: arithmetic on the meta device would import the compiler, a second's work.
+        offset = torch.tensor(pairs, dtype=torch.float32).reshape(1, -1, 1, 1)
+        self.register_buffer("offset", offset)
         steps = [(start + half) % STEPS - half for start in range(min(STEPS, dim))]
         self.runs: list[Run] = [
             (0, step, slice(start, None, STEPS))
