@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mlp_mixer.deploy.runner import ExportedModel
 from mlp_mixer.evaluation.measurement import measurement
+from mlp_mixer.models.inference import Inference
 from mlp_mixer.models.layers import ImageClassifier
 
 # The largest difference of a logit, relative to the largest logit, that is rounding. Of int8 the
@@ -212,7 +213,8 @@ def measure_speed(
     """Returns the speed of models that take turns, by their names.
 
     Args:
-        models: on the processor; threads and precision as they are set.
+        models: on the processor, with threads as they are set; a model computes in float32, as the
+            verb evaluate lets it.
         images: a batch, inputs of a model; of an exported file with uint8 input they are pixels.
         rounds: in each, every model computes the batch once and then single images.
         clock: seconds that only rise.
@@ -224,13 +226,17 @@ def measure_speed(
         is_pixels = isinstance(model, ExportedModel) and model.about.uint8_input
         return images.new_zeros(images.shape).byte() if is_pixels else images
 
+    runs = {
+        name: model if isinstance(model, ExportedModel) else Inference(model).logits
+        for name, model in models.items()
+    }
     with torch.inference_mode():
         for count in range(rounds + 1):  # the first is a warm-up
-            for name, model in models.items():
-                batch = given(model)
+            for name, run in runs.items():
+                batch = given(models[name])
                 for place, part in ((batches, batch), *([(singles, batch[:1])] * _LATENCIES)):
                     started = clock()
-                    model(part)
+                    run(part)
                     if count:
                         place[name].append(clock() - started)
     return {
