@@ -194,3 +194,40 @@ def test_precisions() -> None:
     assert choose_precision(model, "auto")[0] in ("float32", "bfloat16")
     with pytest.raises(UserError, match="unknown precision 'half'"):
         choose_precision(model, "half")
+
+
+class Foreign(nn.Module):
+    """A module of somebody else, which reads its layer's weight instead of calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(512, 512)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.dense.weight + self.dense.bias
+
+
+@needs_packing
+def test_layers_of_other_code_and_with_hooks_stay() -> None:
+    model = build("mixer")
+    model.blocks.append(Foreign())  # pyright: ignore
+    seen: list[int] = []
+    hooked = model.get_submodule("blocks.0.channel_mixing.dense_1")
+    hooked.register_forward_hook(lambda *_: seen.append(1))
+    images = draw(model, 2)
+    ready = Inference(model, "float32")
+    assert ready.packed
+    with torch.no_grad():
+        expected = model(images)
+    seen.clear()
+    torch.testing.assert_close(ready.logits(images), expected, rtol=1e-5, atol=2e-5)
+    assert seen == [1]
+
+
+def test_float64_stays_float64() -> None:
+    model = build("mixer").double()
+    ready = Inference(model, "float32")
+    assert not ready.packed
+    images = draw(model, 2).double()
+    with torch.no_grad():
+        assert torch.equal(ready.logits(images), model(images).float())

@@ -101,7 +101,8 @@ class Inference:
         has_weights = not getattr(model, "on_processor_only", False)  # an exported file has none
         is_large = model.config.flops * _IMAGES >= SMALL_STEP
         on_processor = self.device.type == "cpu" and has_weights
-        self.packed = on_processor and is_large and can_pack(precision)
+        has_layers = on_processor and is_large and bool(packable(model))
+        self.packed = has_layers and can_pack(precision)
         self._network = pack(model, precision) if self.packed else model
         self.most: int | None = None
         widest = getattr(model.config, "widest", None)
@@ -188,6 +189,27 @@ class ExactDense(nn.Linear):
             return F.linear(input.float(), self.weight, self.bias)
 
 
+def packable(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Returns the dense layers that may be exchanged: the module that calls each, and its name.
+
+    Those that our own modules call, in float32 and without hooks: other code, such as timm's, may
+    read a layer's weight instead of calling it.
+    """
+    found = []
+    for module in model.modules():
+        is_ours = type(module).__module__.startswith("mlp_mixer.")
+        for name, child in module.named_children():
+            if (
+                (is_ours or type(module) is nn.Sequential)
+                and not (module is model and name == "head")
+                and type(child) is nn.Linear
+                and child.weight.dtype == torch.float32
+                and not (child._forward_hooks or child._forward_pre_hooks)
+            ):
+                found.append((module, name))
+    return found
+
+
 def pack(model: ImageClassifier, precision: str) -> ImageClassifier:
     """Returns a copy with packed dense layers, in evaluation mode; all else is shared.
 
@@ -198,20 +220,16 @@ def pack(model: ImageClassifier, precision: str) -> ImageClassifier:
     shared = {id(each): each for each in (*model.parameters(), *model.buffers())}
     network = copy.deepcopy(model, shared).eval()
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    for module in list(network.modules()):
-        first = _BEFORE_GELU.get(type(module))
-        if first is not None and type(getattr(module, first)) is nn.Linear:
-            gelu = module.get_submodule("gelu")
-            assert isinstance(gelu, nn.GELU)
-            setattr(module, first, PackedDense(getattr(module, first), dtype, gelu.approximate))
+    for module, name in packable(network):
+        gelu = None
+        if _BEFORE_GELU.get(type(module)) == name:
+            after = module.get_submodule("gelu")
+            assert isinstance(after, nn.GELU)
+            gelu = after.approximate
             module.add_module("gelu", nn.Identity())
-        for name, child in module.named_children():
-            if type(child) is not nn.Linear:
-                continue
-            if module is network and name == "head":
-                child.__class__ = ExactDense
-            else:
-                setattr(module, name, PackedDense(child, dtype))
+        setattr(module, name, PackedDense(getattr(module, name), dtype, gelu))
+    if type(network.head) is nn.Linear:
+        network.head.__class__ = ExactDense
     return network
 
 
