@@ -141,19 +141,23 @@ class Updater:
         settings = self.config.optimizer
         rate = learning_rate(settings, step, self.num_steps)
         radius = sharpness_at(settings, step, self.num_steps)
-        local = self.gradient(images, targets, kept, dropout_seed)
+        loss = self.gradient(images, targets, kept, dropout_seed)
         if radius:
             with sharpest_point(self.parameters, radius):
                 self.gradient(images, targets, kept, dropout_seed)
         norm = clip(self.parameters, settings.clip_norm or math.inf)
-        result = StepResult(self.world.mean(local), norm.item(), rate)
+        # The step's one wait for a GPU: nothing may move before both are known to be finite.
+        local, length = torch.stack((loss, norm.double())).tolist()
+        result = StepResult(self.world.mean(local), length, rate)
         if not (math.isfinite(result.loss) and math.isfinite(result.gradient_norm)):
             raise NotFiniteError(result)
         update(self.optimizers, rate)
         return result
 
-    def gradient(self, images: Tensor, targets: Tensor, kept: Tensor, dropout_seed: int) -> float:
+    def gradient(self, images: Tensor, targets: Tensor, kept: Tensor, dropout_seed: int) -> Tensor:
         """Puts the gradient of the mean loss into the parameters; returns this process's loss.
+
+        It is a scalar, float64, which a GPU may still be computing.
 
         Raises:
             UserError: the GPU's memory is too small, and parts half as large would not be either,
@@ -172,13 +176,13 @@ class Updater:
             self.micro_batch_size = half
             self.say(f"memory   too little for more: {half} images at once from here on")
 
-    def _gradient(self, images: Tensor, targets: Tensor, kept: Tensor, dropout_seed: int) -> float:
+    def _gradient(self, images: Tensor, targets: Tensor, kept: Tensor, dropout_seed: int) -> Tensor:
         torch.manual_seed(dropout_seed)
         # Frozen features are those of evaluation, without dropped branches.
         self.model.train(self.config.model.trained == "all")
         for each in self.parameters:
             each.grad = None
-        count, total = len(images), 0.0
+        count, total = len(images), images.new_zeros((), dtype=torch.float64)
         for start in range(0, count, self.micro_batch_size):
             part = slice(start, start + self.micro_batch_size)
             set_stochastic_depth(self.model, kept[:, part])
@@ -191,7 +195,7 @@ class Updater:
                 )
                 loss = loss * (len(logits) / count)
                 loss.backward()
-            total += loss.item()
+            total += loss.detach()
         return total
 
     def predict(self, images: Tensor) -> Tensor:
