@@ -162,7 +162,9 @@ def test_the_callers_handlers_come_back(data, tmp_path):
 def test_ctrl_c_while_the_pictures_are_drawn(data, straight, tmp_path):
     """The training is done then, and the same command measures and draws."""
     config = run_config(data, tmp_path / "run")
-    fault = "patch.setattr(summary, 'load_model', lambda _: os.kill(os.getpid(), signal.SIGINT))"
+    # The signal may reach another thread first: the sleep is where it then arrives.
+    stop = "(os.kill(os.getpid(), signal.SIGINT), time.sleep(10))"
+    fault = f"patch.setattr(summary, 'load_model', lambda _: {stop})"
     process = start(config, tmp_path / "said", fault)
     assert process.wait() == 130
     assert process.said().splitlines()[-1] == "stopped"
