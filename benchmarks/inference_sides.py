@@ -67,22 +67,10 @@ def of_torch() -> dict[str, Any]:
 
 
 def timms_model(job: dict[str, Any]) -> Any:
-    """timm's Mixer as its `create_model` builds it, with any number of blocks."""
-    peers.import_timm()
+    """timm's Mixer with the job's weights."""
     import torch
-    from timm.models.mlp_mixer import MlpMixer
 
-    model = MlpMixer(
-        num_classes=job["num_classes"],
-        img_size=job["image_size"],
-        patch_size=job["patch_size"],
-        num_blocks=job["num_blocks"],
-        embed_dim=job["hidden_dim"],
-        mlp_ratio=(
-            job["tokens_mlp_dim"] / job["hidden_dim"],
-            job["channels_mlp_dim"] / job["hidden_dim"],
-        ),
-    )
+    model = peers.timms_mixer(job)
     arrays = np.load(Path(job["folder"]) / "weights.npz")
     model.load_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays.files})
     return model.eval()

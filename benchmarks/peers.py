@@ -5,6 +5,7 @@ Imports nothing but Python's own library: it is read in all of these environment
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -96,6 +97,7 @@ def versions(*names: str) -> dict[str, str]:
     return found
 
 
+@functools.cache
 def import_timm() -> Any:
     """Imports timm; torchvision is a build for a GPU that fails to load beside a torch without.
 
@@ -120,6 +122,23 @@ def import_timm() -> Any:
     import timm
 
     return timm
+
+
+def timms_mixer(job: dict[str, Any], **options: Any) -> Any:
+    """timm's Mixer of a job's shape, with any number of blocks, from random weights."""
+    import_timm()
+    from timm.models.mlp_mixer import MlpMixer
+
+    dim = job["hidden_dim"]
+    return MlpMixer(
+        num_classes=job["num_classes"],
+        img_size=job["image_size"],
+        patch_size=job["patch_size"],
+        num_blocks=job["num_blocks"],
+        embed_dim=dim,
+        mlp_ratio=(job["tokens_mlp_dim"] / dim, job["channels_mlp_dim"] / dim),
+        **options,
+    )
 
 
 _KEPT: list[Any] = []

@@ -84,20 +84,10 @@ def timms(job: dict[str, Any]) -> tuple[Step, str]:
     timm = peers.import_timm()
     import torch
     import torch.nn.functional as F
-    from timm.models.mlp_mixer import MlpMixer
     from timm.optim import create_optimizer_v2
     from timm.utils import dispatch_clip_grad
 
-    ratio = (job["tokens_mlp_dim"] / job["hidden_dim"], job["channels_mlp_dim"] / job["hidden_dim"])
-    model = MlpMixer(
-        num_classes=job["num_classes"],
-        img_size=job["image_size"],
-        patch_size=job["patch_size"],
-        num_blocks=job["num_blocks"],
-        embed_dim=job["hidden_dim"],
-        mlp_ratio=ratio,
-        drop_path_rate=DROP,
-    ).train()
+    model = peers.timms_mixer(job, drop_path_rate=DROP).train()
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1)
     network: Any = torch.compile(model) if job["compile"] else model
     images, labels = images_and_labels(job)

@@ -26,6 +26,20 @@ def expand(path: str | Path) -> Path:
         raise UserError(f"~ cannot be resolved in {str(path)!r}", fix="Write it out") from error
 
 
+def check_place(path: Path) -> None:
+    """Refuses the path of an output file that cannot be written there.
+
+    Raises:
+        UserError: it is a folder, or its own folder is not there or cannot be written to.
+    """
+    if path.is_dir():
+        raise UserError("the output is a folder", where=path, fix="Give the name of a file")
+    if not path.parent.is_dir():
+        raise UserError("the output's folder does not exist", where=path.parent, fix="Make it")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError("the output's folder cannot be written to", where=path.parent)
+
+
 _FOLDER, _LOCK = ".partial", ".lock"
 
 Content = bytes | Callable[[Path], None]

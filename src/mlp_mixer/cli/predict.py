@@ -90,10 +90,11 @@ def predict(
         num_workers: processes that decode images, for each process under torchrun.
     """
     from mlp_mixer.console import Reporter
-    from mlp_mixer.deploy.answers import make_question, move
+    from mlp_mixer.deploy.answers import make_question
     from mlp_mixer.deploy.inputs import STANDARD_INPUT, find_images, read_list
     from mlp_mixer.deploy.plan import check_folder, is_folder
     from mlp_mixer.deploy.predict import check_output
+    from mlp_mixer.models.device import put
 
     if top_k is not None and top_k < 1:  # before anything is read
         raise UserError(f"top_k must be at least 1, got {top_k}", where="--top-k")
@@ -120,7 +121,7 @@ def predict(
         if world is not None and STANDARD_INPUT in images:  # of which there is one for all
             listed = world.from_first(read_list)
         source = find_images(images, listed)
-        net = move(load_named(model, image_size, growth, exported=True), device)
+        net = put(load_named(model, image_size, growth, exported=True), device)
         question = make_question(
             net, top_k=top_k, features=features, precision=precision, batch_size=batch_size
         )

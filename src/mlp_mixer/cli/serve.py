@@ -66,10 +66,10 @@ def serve(
     check_packages()
     with open_socket(host, port) as listening:  # before the weights, which take longer
         from mlp_mixer.console import Reporter
-        from mlp_mixer.deploy.answers import move
         from mlp_mixer.deploy.service import Limits, Service
+        from mlp_mixer.models.device import put
 
-        net = move(load_named(model, image_size, growth, exported=True), device)
+        net = put(load_named(model, image_size, growth, exported=True), device)
         limits = Limits.of(max_images, max_megabytes)
         service = Service(net, model, top_k=top_k, precision=precision, limits=limits)
         if not is_local(listening):

@@ -18,7 +18,6 @@ from mlp_mixer.data.transforms import normalize
 from mlp_mixer.deploy.runner import ExportedModel
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.features import weights_hash
-from mlp_mixer.models.device import put
 from mlp_mixer.models.inference import Inference, choose_precision
 from mlp_mixer.models.layers import ImageClassifier, classes_of, preprocessing_of
 
@@ -93,15 +92,6 @@ def _choose_precision(model: ImageClassifier, name: str | None) -> tuple[str | N
 def device_of(model: ImageClassifier) -> torch.device:
     """Returns where the model computes."""
     return next(model.parameters()).device
-
-
-def move(model: ImageClassifier, device: str | None) -> ImageClassifier:
-    """Returns the model on a device; None leaves it where it is.
-
-    Raises:
-        UserError: no such device, or the model is an exported file, which has its own.
-    """
-    return put(model, device)
 
 
 def identity(model: ImageClassifier) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from mlp_mixer.deploy.exported_files import PRECISIONS, choose_format, files_of
 from mlp_mixer.deploy.extras import needed
-from mlp_mixer.disk import expand
+from mlp_mixer.disk import check_place, expand
 from mlp_mixer.errors import UserError
 
 _PACKAGES = {
@@ -89,12 +88,7 @@ def _check_settings(
 
 
 def _check_output(path: Path, overwrite: bool) -> None:
-    if path.is_dir():
-        raise UserError("the output is a folder", where=path, fix="Give the name of a file")
-    if not path.parent.is_dir():
-        raise UserError("the output's folder does not exist", where=path.parent, fix="Make it")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError("the output's folder cannot be written to", where=path.parent)
+    check_place(path)
     for each in (*files_of(path), *reports_of(path)):
         if each.is_dir():
             raise UserError("a folder is in the way of the output", where=each)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mlp_mixer.data.items import Source
-from mlp_mixer.deploy.answers import Question, make_question, move
+from mlp_mixer.deploy.answers import Question, make_question
 from mlp_mixer.deploy.inputs import find_images
 from mlp_mixer.deploy.rows import OnRows, Prediction, Rows, predict_rows, watched
 from mlp_mixer.deploy.runner import is_exported, open_exported
 from mlp_mixer.deploy.tables import FILE_FORMATS, check_format, render, write_rows
-from mlp_mixer.disk import expand
+from mlp_mixer.disk import check_place, expand
 from mlp_mixer.errors import UserError
+from mlp_mixer.models.device import put
 from mlp_mixer.models.layers import ImageClassifier
 from mlp_mixer.weights.store import load_model
 
@@ -64,9 +64,9 @@ def predict(
     source = find_images(list(images)) if isinstance(images, Iterable) else images
     if isinstance(model, str | Path):
         opened = open_exported(model) if is_exported(model) else load_model(model)
-        model = move(opened, device or "auto")
+        model = put(opened, device or "auto")
     else:
-        model = move(model, device)
+        model = put(model, device)
     question = make_question(
         model, top_k=top_k, features=features, precision=precision, batch_size=batch_size
     )
@@ -137,11 +137,6 @@ def check_output(output: str | Path) -> Path:
         what = f"unknown output format {path.suffix!r}"
         fix = f"Known: {', '.join(FILE_FORMATS)}; `mixer predict` takes a folder as well"
         raise UserError(what, where=path, fix=fix)
-    if path.is_dir():
-        raise UserError("the output is a folder", where=path, fix="Give the name of a file")
-    if not path.parent.is_dir():
-        raise UserError("the output's folder does not exist", where=path.parent, fix="Make it")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError("the output's folder cannot be written to", where=path.parent)
+    check_place(path)
     check_format(path.suffix)
     return path

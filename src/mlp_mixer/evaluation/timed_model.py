@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.memory import peak_growth
 from mlp_mixer.models.compute import free_memory
-from mlp_mixer.models.inference import Inference
+from mlp_mixer.models.inference import Inference, evaluating
 from mlp_mixer.models.layers import ImageClassifier
 
 Mode = Literal["inference", "training"]
@@ -180,12 +180,12 @@ def count_flops(model: ImageClassifier) -> int:
 
     Products of matrices and convolutions; a multiply-add counts as two.
     """
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     image = torch.zeros(1, model.config.in_channels, *model.config.image_size, device=device)
-    try:
-        with torch.autocast(device.type, enabled=False), FlopCounterMode(display=False) as counter:
-            model(image)
-    finally:
-        model.train(was_training)
+    with (
+        evaluating(model),
+        torch.autocast(device.type, enabled=False),
+        FlopCounterMode(display=False) as counter,
+    ):
+        model(image)
     return counter.get_total_flops()

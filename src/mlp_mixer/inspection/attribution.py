@@ -41,6 +41,7 @@ from mlp_mixer.inspection.token_mixing import (
     patch_grid,
     stem_convolution,
 )
+from mlp_mixer.models.inference import evaluating
 from mlp_mixer.models.layers import ImageClassifier, preprocessing_of
 
 Floats = NDArray[np.float64]
@@ -332,10 +333,5 @@ def _probabilities(model: ImageClassifier, images: Tensor) -> Floats:
 
 
 def _run(model: ImageClassifier, images: Tensor) -> Tensor:
-    was_training = model.training
-    model.eval()
-    try:
-        device = next(model.parameters()).device
-        return model(images.to(device))
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        return model(images.to(next(model.parameters()).device))
