@@ -44,7 +44,11 @@ def ours(job: dict[str, Any]) -> tuple[Step, str]:
 
     keep_freed_memory()  # as the command does
     size, classes, batch = job["image_size"], job["num_classes"], job["batch"]
-    overrides: dict[str, Any] = {"stochastic_depth": DROP, "num_blocks": job["num_blocks"]}
+    overrides: dict[str, Any] = {
+        "stochastic_depth": DROP,
+        "num_blocks": job["num_blocks"],
+        "gelu": job["gelu"],
+    }
     config = mm.recipe("scratch").with_values(
         {
             "model.name": job["model"],

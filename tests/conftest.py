@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,15 @@ from mlp_mixer.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
+
+# A job in the background of a script ignores Ctrl-C, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Processes of `pytest -n` share the cores, and so does what they start.
+_neighbours = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _neighbours > 1:
+    torch.set_num_threads(max(1, torch.get_num_threads() // _neighbours))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
 def draw(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import signal
 import subprocess
@@ -17,9 +16,7 @@ def serving(model: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[st
     """Runs the server for the block; gives its address, from the line that it prints."""
     command = [sys.executable, "-m", "mlp_mixer", "serve", str(model), "--port", "0", *flags]
     pipe = subprocess.PIPE
-    # A job in the background of a script ignores Ctrl-C, and so would the server.
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed)
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

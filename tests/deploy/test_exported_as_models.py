@@ -85,6 +85,9 @@ def test_what_needs_weights_or_features_is_refused(exported: ExportedModel, tmp_
         (lambda: mm.few_shot(exported, "digits", shots=(1,)), "logits, not features"),
         (lambda: mm.predict(exported, "digits:test", features=True), "classes, not features"),
         (lambda: mm.export(exported, tmp_path / "new.pt2"), "logits, not weights|already"),
+        (lambda: mm.inspect(exported), "no weights to work on"),
+        (lambda: mm.inspect(tiny_model(), compare=exported), "no weights to work on"),
+        (lambda: mm.throughput({"file": exported}), "no weights to work on"),
     ):
         with pytest.raises(mm.UserError, match=message):
             use()

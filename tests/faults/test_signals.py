@@ -122,13 +122,14 @@ def test_a_second_signal_ends_it_at_once(data, straight, tmp_path, number: int, 
 
 def test_torchrun_passes_on_a_signal_that_came_already(data, straight, tmp_path):
     """Ctrl-C reaches the whole group, and torchrun sends it once more: that is one request."""
-    config = run_config(data, tmp_path / "run")
-    fault = "before_step(patch, 16, lambda _: time.sleep(2))"
+    config, go_on = run_config(data, tmp_path / "run"), tmp_path / "go on"
+    fault = f"before_step(patch, 16, lambda _: until(Path({str(go_on)!r}).exists, 30.0))"
     process = start(config, tmp_path / "said", fault, {"TORCHELASTIC_RUN_ID": "none"})
     until(lambda: len(_steps(tmp_path / "run")) == 16, 30.0, process.said)
     process.send(signal.SIGINT)
     until(lambda: "stopping: the run saves" in process.said(), 10.0, process.said)
     process.send(signal.SIGTERM)
+    go_on.touch()
     assert process.wait() == 130
     assert "stopped at once" not in process.said()
     assert "stopped after step 17 of 30" in process.said()

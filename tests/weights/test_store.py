@@ -268,6 +268,20 @@ def test_weights_are_float32_in_memory(tmp_path: Path, dtype: torch.dtype):
         assert torch.equal(value, state[name].float())
 
 
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+@pytest.mark.parametrize("format", ["mlp_mixer", "google"])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, bad: str, format: str):
+    model, path = tiny_model(), tmp_path / ("m.npz" if format == "google" else "m.safetensors")
+    weight = model.blocks[1].channel_mixing.dense_0.weight
+    weight.data[0] = 3e38  # a number, as the infinite sum is not
+    mm.save_model(model, path, format)
+    assert mm.load_model(path, quiet=True).state_dict().keys() == model.state_dict().keys()
+    weight.data[1, :2] = float(bad)
+    mm.save_model(model, path, format)
+    with pytest.raises(mm.UserError, match=r"blocks.1.*weight holds NaN or infinity: 2 of its"):
+        mm.load_model(path, quiet=True)
+
+
 def test_the_file_may_change_after_loading(tmp_path: Path):
     """What `cp other model.safetensors` does: it empties the file under us."""
     model, folder = saved(tmp_path)

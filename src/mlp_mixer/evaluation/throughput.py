@@ -36,7 +36,7 @@ from mlp_mixer.models.compute import (
     free_memory,
     torch_set_to,
 )
-from mlp_mixer.models.device import choose_device
+from mlp_mixer.models.device import choose_device, refuse_exported
 from mlp_mixer.models.layers import ImageClassifier
 
 Build = Callable[[], ImageClassifier]
@@ -94,7 +94,8 @@ def throughput(
 
     Raises:
         UserError: a value out of range, a setting without effect, no such device, bfloat16 on a GPU
-            without it, no compiler, or a model without a head that is to be trained.
+            without it, no compiler, an exported file, or a model without a head that is to be
+            trained.
     """
     plan = _checked_plan(batch_sizes, seconds, rounds, budget)
     if not models:
@@ -205,6 +206,7 @@ def _build(
 ) -> int:
     """Makes one model ready to be timed; returns the bytes promised to all of them until now."""
     model = given if isinstance(given, ImageClassifier) else given()
+    refuse_exported(model)
     model = model.to(result.device)
     row.header, row.flops = describe(model), model.config.flops
     passes = 3 if row.mode == "training" else 1

@@ -46,7 +46,7 @@ from mlp_mixer.inspection.measure import (
 )
 from mlp_mixer.inspection.pictures import VECTORS, save_figure
 from mlp_mixer.models.catalog import model_from_config
-from mlp_mixer.models.device import choose_device
+from mlp_mixer.models.device import choose_device, refuse_exported
 from mlp_mixer.models.layers import ImageClassifier
 
 FIRST_LAYERS, STRONGEST = 3, 4
@@ -126,11 +126,14 @@ def inspect(
         on_batch: called with the number of covered images of every batch once it is done.
 
     Raises:
-        UserError: no such layer or unit, an image that cannot be read, an output that is a file, or
-            a setting without effect.
+        UserError: an exported file, no such layer or unit, an image that cannot be read, an output
+            that is a file, or a setting without effect.
     """
     if not isinstance(model, ImageClassifier):
         raise UserError(f"inspect takes a model, got {model!r}", fix="mm.load_model(...) gives one")
+    for each in (model, compare):
+        if each is not None:
+            refuse_exported(each)
     _check_settings(output, layers, image, units, window, stride, vector, batch_size)
     folder = None if output is None else _make_folder(output)
     if device is not None:

@@ -58,3 +58,15 @@ def choose_device(name: str) -> torch.device:
         what = f"device {name!r}: PyTorch finds {there} CUDA GPUs here"
         raise UserError(what, fix="--device cpu" if there == 0 else "--device cuda:0")
     return device
+
+
+def refuse_exported(model: nn.Module) -> None:
+    """Refuses a model that is an exported file, for what needs the weights.
+
+    Raises:
+        UserError: it is one.
+    """
+    if getattr(model, "on_processor_only", False):
+        what = "an exported file has no weights to work on: it only computes logits"
+        fix = "Give the model or the run that it was made from"
+        raise UserError(what, where=getattr(model, "source", None), fix=fix)

@@ -14,6 +14,7 @@ import json
 import operator
 import os
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,8 @@ def load_model(
         quiet: do not say on standard error what is downloaded, changed or assumed.
 
     Raises:
-        UserError: nothing is there, it is damaged or would run code, its tensors make no model, or
-            it cannot be brought to that size.
+        UserError: nothing is there, it is damaged or would run code, its tensors make no model or
+            hold NaN, or it cannot be brought to that size.
     """
     report = Reporter(quiet=quiet, stderr=True)
     wanted = _height_and_width(image_size)
@@ -90,6 +91,7 @@ def load_model(
     tensors = {
         name: _as_float32(tensors.pop(name), copy=mapped).contiguous() for name in list(tensors)
     }
+    _refuse_not_finite(tensors, place.path)
     preprocessing = description.preprocessing
     if growth not in GROWTHS:
         raise UserError(f"unknown growth {growth!r}", fix=f"Known: {', '.join(GROWTHS)}")
@@ -149,6 +151,17 @@ def _at_size(
 def _as_float32(tensor: Tensor, *, copy: bool) -> Tensor:
     """Returns numbers of any precision as float32; counters stay whole numbers."""
     return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=copy)
+
+
+def _refuse_not_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuses weights that are no numbers, as of a training that diverged: so is every answer."""
+    for name, tensor in tensors.items():
+        # The sum is finite for all but huge values, and costs a tenth of looking at each.
+        if not tensor.is_floating_point() or tensor.sum().isfinite() or tensor.isfinite().all():
+            continue
+        bad = int(tensor.numel() - tensor.isfinite().sum())
+        what = f"{name} holds NaN or infinity: {bad:,} of its {tensor.numel():,} values"
+        raise UserError(what, where=path, fix="Take a checkpoint from before training diverged")
 
 
 def _height_and_width(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
