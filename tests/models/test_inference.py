@@ -79,10 +79,21 @@ def test_packed_bfloat16_is_as_near_to_float32_as_autocast(name: str) -> None:
     assert (found - exact).abs().max() < 2 * (plain - exact).abs().max()
 
 
-@needs_bfloat16
-def test_logits_are_not_rounded_to_bfloat16() -> None:
-    logits = Inference(build("mixer"), "bfloat16").logits(draw(build("mixer"), 2))
+@pytest.mark.parametrize("packs", [pytest.param(True, marks=needs_bfloat16), False])
+def test_logits_are_not_rounded_to_bfloat16(monkeypatch: pytest.MonkeyPatch, packs: bool) -> None:
+    """Nor where the layers are torch's own, as on a GPU."""
+    model = build("mixer")
+    monkeypatch.setattr(inference, "can_pack", lambda _: packs)
+    images = draw(model, 2)
+    ready = Inference(model, "bfloat16")
+    assert ready.packed == packs
+    logits = ready.logits(images)
     assert (logits != logits.bfloat16().float()).any()
+    assert model.head is not None
+    with torch.no_grad():
+        expected = model.head(ready.features(images))
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert type(model.head) is nn.Linear
 
 
 @needs_packing

@@ -103,7 +103,10 @@ class Inference:
         on_processor = self.device.type == "cpu" and has_weights
         has_layers = on_processor and is_large and bool(packable(model))
         self.packed = has_layers and can_pack(precision)
-        self._network = pack(model, precision) if self.packed else model
+        if self.packed:
+            self._network = pack(model, precision)
+        else:
+            self._network = _with_exact_head(model) if precision == "bfloat16" else model
         self.most: int | None = None
         widest = getattr(model.config, "widest", None)
         if self.packed and widest:
@@ -217,8 +220,7 @@ def pack(model: ImageClassifier, precision: str) -> ImageClassifier:
         model: on a processor.
         precision: "float32" or "bfloat16", of the products.
     """
-    shared = {id(each): each for each in (*model.parameters(), *model.buffers())}
-    network = copy.deepcopy(model, shared).eval()
+    network = _with_exact_head(model)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     for module, name in packable(network):
         gelu = None
@@ -228,7 +230,14 @@ def pack(model: ImageClassifier, precision: str) -> ImageClassifier:
             gelu = after.approximate
             module.add_module("gelu", nn.Identity())
         setattr(module, name, PackedDense(getattr(module, name), dtype, gelu))
-    if type(network.head) is nn.Linear:
+    return network
+
+
+def _with_exact_head(model: ImageClassifier) -> ImageClassifier:
+    """Returns a copy in evaluation mode that shares all tensors; its head stays float32."""
+    shared = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    network = copy.deepcopy(model, shared).eval()
+    if type(network.head) is nn.Linear and network.head.weight.dtype == torch.float32:
         network.head.__class__ = ExactDense
     return network
 
