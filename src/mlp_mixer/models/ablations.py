@@ -94,7 +94,7 @@ class VariantBlock(MixerBlock):
         y = self.mix_tokens(y if self.views is None else self.views(y))
         if self.shortcut is not None:
             short = self.shortcut(x.transpose(1, 2)).transpose(1, 2)
-            x = short.to(x.dtype)  # under autocast the residual stream stays float32
+            x = short.to(x.dtype).contiguous()  # the residual stream stays float32 under autocast
         x = x + self.drop_0(y)
         y = self.channel_mixing(self.layer_norm_1(x))
         return x + self.drop_1(y)

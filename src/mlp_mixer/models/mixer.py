@@ -287,8 +287,9 @@ class MlpMixer(ImageClassifier):
         """
         self.check_images(images)
         x = self.stem(images).flatten(2).transpose(1, 2)  # (N, S, C), row-major over the grid
-        # Under autocast the stem gives bfloat16; the residual stream keeps the weights' float32.
-        x = x.to(self.pre_head_layer_norm.weight.dtype)
+        # Under autocast the stem gives bfloat16; the residual stream keeps the weights' float32. A
+        # token's channels lie side by side, or each LayerNorm would copy them to be so.
+        x = x.to(self.pre_head_layer_norm.weight.dtype).contiguous()
         x = self.pre_head_layer_norm(self.blocks(x))
         return x.mean(dim=1)
 
