@@ -124,9 +124,10 @@ def refuse_changes(source: str, image_size: str | None, growth: str | None, expo
     Raises:
         UserError: the verb needs weights, or it is to have another image size.
     """
+    from mlp_mixer.models.device import no_weights
+
     if not exported:
-        what = "an exported file has no weights to work on: it only computes logits"
-        raise UserError(what, where=source, fix="Give the run or the weights it was made from")
+        raise no_weights(source)
     flag = "--image-size" if image_size is not None else "--growth" if growth is not None else None
     if flag is not None:
         what = "an exported file has one image size, which cannot be changed"

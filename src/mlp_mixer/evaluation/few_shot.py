@@ -39,7 +39,7 @@ from mlp_mixer.evaluation.draws import (
 from mlp_mixer.evaluation.features import Features, Precision, frozen_features
 from mlp_mixer.evaluation.linear_probe import LinearProbe, fit_linear, fit_sweep
 from mlp_mixer.models.catalog import model_from_config
-from mlp_mixer.models.device import choose_device
+from mlp_mixer.models.device import put
 from mlp_mixer.models.layers import ImageClassifier, preprocessing_of
 from mlp_mixer.preprocessing import Preprocessing
 
@@ -186,8 +186,7 @@ def few_shot(
         fix = "mm.load_model(...) gives one"
         raise UserError(f"few_shot takes a model, got {model!r}", fix=fix)
     train, test, test_split, name = _splits(data)
-    if device is not None:
-        model = model.to(choose_device(device))
+    model = put(model, device)
     preprocessing = replace(preprocessing_of(model), resize=settings.resize)
     runs: list[Features] = []  # of all parts of the data, for what they say
 

@@ -46,7 +46,7 @@ from mlp_mixer.inspection.measure import (
 )
 from mlp_mixer.inspection.pictures import VECTORS, save_figure
 from mlp_mixer.models.catalog import model_from_config
-from mlp_mixer.models.device import choose_device, refuse_exported
+from mlp_mixer.models.device import put, refuse_exported
 from mlp_mixer.models.layers import ImageClassifier
 
 FIRST_LAYERS, STRONGEST = 3, 4
@@ -136,8 +136,7 @@ def inspect(
             refuse_exported(each)
     _check_settings(output, layers, image, units, window, stride, vector, batch_size)
     folder = None if output is None else _make_folder(output)
-    if device is not None:
-        model = model.to(choose_device(device))
+    model = put(model, device)
     measured = measure_model(model, names[0], outgoing=outgoing)
     compared = None if compare is None else measure_model(compare, names[1], outgoing=outgoing)
     drawable = [each.number for each in measured.units.layers]

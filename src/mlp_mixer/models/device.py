@@ -67,6 +67,10 @@ def refuse_exported(model: nn.Module) -> None:
         UserError: it is one.
     """
     if getattr(model, "on_processor_only", False):
-        what = "an exported file has no weights to work on: it only computes logits"
-        fix = "Give the model or the run that it was made from"
-        raise UserError(what, where=getattr(model, "source", None), fix=fix)
+        raise no_weights(getattr(model, "source", None))
+
+
+def no_weights(source: object) -> UserError:
+    """Returns the error of an exported file where weights are needed; `source` names it."""
+    what = "an exported file has no weights to work on: it only computes logits"
+    return UserError(what, where=source, fix="Give the run or the weights it was made from")

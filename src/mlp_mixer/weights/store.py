@@ -157,11 +157,12 @@ def _refuse_not_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Refuses weights that are no numbers, as of a training that diverged: so is every answer."""
     for name, tensor in tensors.items():
         # The sum is finite for all but huge values, and costs a tenth of looking at each.
-        if not tensor.is_floating_point() or tensor.sum().isfinite() or tensor.isfinite().all():
+        if not tensor.is_floating_point() or tensor.sum().isfinite():
             continue
-        bad = int(tensor.numel() - tensor.isfinite().sum())
-        what = f"{name} holds NaN or infinity: {bad:,} of its {tensor.numel():,} values"
-        raise UserError(what, where=path, fix="Take a checkpoint from before training diverged")
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        if bad:
+            what = f"{name} holds NaN or infinity: {bad:,} of its {tensor.numel():,} values"
+            raise UserError(what, where=path, fix="Take a checkpoint from before training diverged")
 
 
 def _height_and_width(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
