@@ -44,10 +44,8 @@ PILLOW: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "AutoContrast": lambda image, _: ImageOps.autocontrast(image),
     "Equalize": lambda image, _: ImageOps.equalize(image),
     "Invert": lambda image, _: ImageOps.invert(image),
-    "Posterize": lambda image, m: (  # Pillow refuses 0 bits
-        ImageOps.posterize(image, min(int(m / 10 * 4), 8)) if m >= 2.5 else image.point(lambda _: 0)
-    ),
-    "Solarize": lambda image, m: ImageOps.solarize(image, int(m / 10 * 256)),
+    "Posterize": lambda image, m: ImageOps.posterize(image, min(max(int(m / 10 * 4), 1), 8)),
+    "Solarize": lambda image, m: ImageOps.solarize(image, int(m / 10 * 256) % 256),
     "Color": lambda image, m: ImageEnhance.Color(image).enhance(factor(m)),
     "Contrast": contrast,
     "Brightness": lambda image, m: ImageEnhance.Brightness(image).enhance(factor(m)),
@@ -136,9 +134,13 @@ def test_what_the_documentation_says_of_the_magnitudes():
     pixels = picture()
     for name in ("Color", "Contrast", "Brightness", "Sharpness"):
         assert np.abs(apply(name, pixels, 5).astype(int) - pixels).max() <= 1
-    assert (apply("Solarize", pixels, 10) == pixels).all()
-    assert (apply("Solarize", pixels, 15) == pixels).all()
-    assert not apply("Posterize", pixels, 0).any()
+    for magnitude in (10, 20):  # TensorFlow wraps the thresholds 256 and 512 to 0
+        assert (apply("Solarize", pixels, magnitude) == 255 - pixels).all()
+    at_128 = np.where(pixels < 128, pixels, 255 - pixels)  # 384 wraps to 128
+    assert (apply("Solarize", pixels, 15) == at_128).all()
+    assert (at_128 != pixels).any()
+    assert (apply("Posterize", pixels, 0) == (pixels & 128)).all()
+    assert (apply("Posterize", pixels, 20) == pixels).all()
     assert len(np.unique(apply("Posterize", pixels, 15) & 3)) == 1
     assert math.isclose(factor(15), 2.8)
 

@@ -5,8 +5,9 @@ behind the paper (big_vision, autoaugment.py). The magnitude runs from 0 to 10 a
 paper's 15 and 20 are one and a half times and twice the scale. What may surprise:
 
 - Only the sign is random; the strength is the magnitude's. An operation is always applied.
-- At 15 and 20 `posterize` keeps 6 and 8 bits, at 0 none: the stronger, the less it does.
-- `solarize` has the threshold 25.6 * magnitude: from 10 on it does nothing.
+- At 15 and 20 `posterize` keeps 6 and 8 bits, at 0 one: the stronger, the less it does.
+- `solarize` has the threshold 25.6 * magnitude, and TensorFlow wraps it in 8 bits: 256 and 512, of
+  10 and 20, become 0 (the negative of the whole image), and 384, of 15, becomes 128.
 - `contrast` blends with the shade (number of pixels) / 256, which is 196 at 224 x 224, and not with
   the picture's mean.
 - `color`, `contrast`, `brightness`, `sharpness` have the factor 0.1 + 0.18 * magnitude: 5 leaves a
@@ -82,16 +83,14 @@ def invert(pixels: np.ndarray, _: float = 0, __: object = None) -> np.ndarray:
 
 
 def posterize(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
-    """Returns the picture with its highest int(0.4 * magnitude) bits only."""
-    bits = min(int(0.4 * magnitude), 8)
+    """Returns the picture with its highest int(0.4 * magnitude) bits only, at least one."""
+    bits = min(max(int(0.4 * magnitude), 1), 8)  # TensorFlow shifts by 7 at most
     return pixels & np.uint8(256 - (1 << (8 - bits)))
 
 
 def solarize(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
-    """Returns the picture with the values from int(25.6 * magnitude) up turned to the negative."""
-    threshold, values = int(25.6 * magnitude), np.arange(256)
-    if threshold > 255:
-        return pixels
+    """Returns the picture with the values from int(25.6 * magnitude) % 256 up inverted."""
+    threshold, values = int(25.6 * magnitude) % 256, np.arange(256)
     return _look_up(pixels, np.where(values < threshold, values, 255 - values))
 
 
