@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import mlp_mixer as mm
+from conftest import tiny_model
 
 SAVER = """
 import sys, torch, mlp_mixer as mm
@@ -48,6 +51,46 @@ def test_frozen_and_killed_while_saving(tmp_path: Path):
             child.kill()
         assert len({float(p.detach().mean()) for p in mm.load_model(folder).parameters()}) == 1
     assert looks == 12
+
+
+LARGE = """
+import sys, mlp_mixer as mm
+model = mm.create_model("mixer_s16", 224, 10, num_blocks=4)
+print("saving", flush=True)
+while True:
+    mm.save_model(model, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals as Unix has them")
+def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path):
+    """Killed while weights are written: nothing of the library's own may stay for ever."""
+    folder = tmp_path / "model"
+    command = [sys.executable, "-c", LARGE, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        until = time.monotonic() + 60
+        while time.monotonic() < until:  # the weights are some megabytes on their way
+            child.send_signal(signal.SIGSTOP)
+            sizes = [each.stat().st_size for each in _hidden(folder) if each.is_file()]
+            if sum(sizes) > 1e6:
+                break
+            child.send_signal(signal.SIGCONT)
+            time.sleep(0.001)
+        child.kill()
+    assert any(each.is_file() and each.stat().st_size > 1e6 for each in _hidden(folder))
+    for each in folder.glob(".*"):
+        os.utime(each, (0, 0))  # it was killed long ago
+    mm.save_model(tiny_model(), folder)
+    assert sorted(each.name for each in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def _hidden(folder: Path) -> list[Path]:
+    with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+        return [each for each in folder.rglob("*") if "/." in str(each.relative_to(folder.parent))]
+    return []
 
 
 TRAINER = """

@@ -50,6 +50,18 @@ def test_going_back_takes_out_what_came_later(tmp_path: Path):
     run.close()
 
 
+def test_what_a_killed_run_was_writing_goes(tmp_path: Path):
+    run = filled(tmp_path / "run")
+    run.close()
+    folder = run.path / "best" / ".model.safetensors.abc.partial"
+    folder.mkdir(parents=True)
+    (folder / ".tmpAbCdEf").write_bytes(b"half")
+    (run.path / ".metrics.jsonl.1.partial").write_bytes(b"half")
+    RunFolder(run.path, config(run.path)).close()
+    assert not list((run.path / "best").iterdir())
+    assert not list(run.path.glob("*.partial"))
+
+
 def test_bad_files_are_known_again(tmp_path: Path):
     run = RunFolder(tmp_path / "run", config(tmp_path / "run"))
     assert run.named_bad_files() == []

@@ -17,6 +17,7 @@ import csv
 import io
 import json
 import os
+import shutil
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,10 @@ class RunFolder:
         """Removes what a killed run was writing; nobody else writes here while it is locked."""
         for folder in (self.path, self.plots, self.best, self.path / "test"):
             for left in folder.glob(".*.partial"):
-                left.unlink(missing_ok=True)
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Lets another process have the folder."""

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mlp_mixer.console import Reporter
-from mlp_mixer.disk import Content, expand, write_together
+from mlp_mixer.disk import Content, aside_folder, expand, write_together
 from mlp_mixer.errors import UserError, near_names
 from mlp_mixer.models.catalog import config_to_json, model_from_config
 from mlp_mixer.models.layers import ImageClassifier, ModelConfig
@@ -244,7 +244,11 @@ def save_model(model: ImageClassifier, path: str | Path, format: str = "mlp_mixe
         def write(aside: Path) -> None:
             # Each tensor with memory of its own, as the format wants it.
             whole = {name: value.contiguous().clone() for name, value in names.items()}
-            safetensors.torch.save_file(whole, aside, metadata=metadata)
+            # The library writes a temporary file beside its target and leaves it when it fails or
+            # is killed: it goes with this folder, at the latest in the next save.
+            with aside_folder(weights) as folder:
+                safetensors.torch.save_file(whole, folder / WEIGHTS, metadata=metadata)
+                os.replace(folder / WEIGHTS, aside)
 
         contents: dict[Path, Content] = {weights: write}
         if beside is not None:
