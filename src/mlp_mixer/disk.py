@@ -78,7 +78,9 @@ def write_together(contents: dict[Path, Content]) -> None:
 
 
 @contextlib.contextmanager
-def aside_folder(path: Path) -> Iterator[Path]:
+def aside_folder(
+    path: Path, on_left: Callable[[Path], object] = lambda folder: None
+) -> Iterator[Path]:
     """Gives a folder beside a path for what will become that file; it is removed in the end.
 
     Folders that processes left behind when they were killed are removed first. A living process
@@ -86,11 +88,13 @@ def aside_folder(path: Path) -> Iterator[Path]:
 
     Args:
         path: of the file to be.
+        on_left: called with each folder that was left behind before it is removed.
     """
     from filelock import FileLock, Timeout  # a fifth of a second, so only where it is used
 
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{_FOLDER}"):
         with contextlib.suppress(OSError, Timeout), FileLock(left / _LOCK, timeout=0):
+            on_left(left)
             shutil.rmtree(left, ignore_errors=True)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_FOLDER, dir=path.parent))

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from conftest import draw, encode, make_class_folder
-from mlp_mixer.data import write_shards
 from mlp_mixer.data.foreign_shards import verify
 from mlp_mixer.data.items import EncodedImages, Source, subset
 from mlp_mixer.data.shards import Shard, ShardImages, ShardIndex, load_index
@@ -159,31 +158,6 @@ def test_a_stop_in_the_middle_leaves_nothing(tmp_path: Path, after: int):
     assert not (tmp_path / "new").exists()
     pack_splits(splits, tmp_path / "new", shard_bytes=9_000)
     assert verify(tmp_path / "new") == []
-
-
-@pytest.mark.parametrize("after", range(4))
-def test_a_kill_among_the_renames(tmp_path: Path, monkeypatch, after: int):
-    """No index without its shards, and none of train without the other."""
-    rename, left = os.rename, [after]
-
-    def killed(*paths: object) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise Stop
-        rename(*paths)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(write_shards.os, "rename", killed)
-    splits: dict[str, Source] = {"train": made(), "test": made()}
-    with pytest.raises(Stop):
-        pack_splits(splits, tmp_path, shard_bytes=10**6)
-    for split in ("train", "test"):
-        if (tmp_path / f"{split}.index.safetensors").exists():
-            assert split == "test"
-            assert after == 3
-            assert (tmp_path / "train-000000.tar").exists()
-    if after < 3:
-        with pytest.raises(UserError):
-            open_splits(str(tmp_path))
 
 
 def test_what_is_there_is_never_written_over(tmp_path: Path):

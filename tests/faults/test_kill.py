@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 
 import mlp_mixer as mm
 from conftest import tiny_model
@@ -85,6 +86,19 @@ def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path):
         os.utime(each, (0, 0))  # it was killed long ago
     mm.save_model(tiny_model(), folder)
     assert sorted(each.name for each in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_what_the_library_writes_is_removed_when_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(tensors: object, target: Path, metadata: object) -> None:
+        target.with_name(".tmpAbCdEf").write_bytes(b"half")
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(mm.UserError, match="No space left on device"):
+        mm.save_model(tiny_model(), tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
 
 
 def _hidden(folder: Path) -> list[Path]:

@@ -41,7 +41,7 @@ def pack(source: SourceName, folder: OutputFolder, /, *, shard_size: ByteSize = 
     from mlp_mixer.console import Reporter
     from mlp_mixer.data.source_names import parse_name
     from mlp_mixer.data.sources import open_splits
-    from mlp_mixer.data.write_shards import check_target, pack_splits
+    from mlp_mixer.data.write_shards import pack_splits
 
     report = Reporter()
     shard_bytes = parse_bytes(shard_size, "--shard-size")
@@ -51,7 +51,6 @@ def pack(source: SourceName, folder: OutputFolder, /, *, shard_size: ByteSize = 
     if target.exists() and origin.exists() and target.samefile(origin):
         what = "the shards would lie among the data, and hide it"
         raise UserError(what, where=target, fix="Give another folder")
-    check_target(target, list(splits))
     total = sum(len(each) for each in splits.values())
     with report.progress(total, "images") as bar:
         packed = pack_splits(splits, target, shard_bytes=shard_bytes, on_item=bar.advance)

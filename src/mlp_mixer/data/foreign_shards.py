@@ -16,7 +16,8 @@ import numpy as np
 from mlp_mixer.data.classes import labels_of_values, refuse_twins
 from mlp_mixer.data.folders import SPLIT_FOLDERS, natural_order, split_of_file
 from mlp_mixer.data.image import SUFFIXES
-from mlp_mixer.data.shards import Shard, ShardIndex, index_path, load_index
+from mlp_mixer.data.shards import PACKING, Shard, ShardIndex, index_path, load_index
+from mlp_mixer.disk import write_aside
 from mlp_mixer.errors import UserError
 
 _LABEL_BYTES = 2**20  # a .cls or .json above that is none
@@ -38,6 +39,10 @@ def index_shards(folder: Path, *, labels: bool = True) -> list[Path]:
         UserError: there are no tars, or there is an index already, a tar is damaged or compressed,
             or an image has no label.
     """
+    for aside in folder.glob(f"{PACKING}*"):  # at whatever stage: these tars are not another tool's
+        what = f"the folder holds {aside.name}, which an unfinished mixer data pack left"
+        fix = "Run the same mixer data pack again; or remove it, and the tars that it wrote"
+        raise UserError(what, where=folder, fix=fix)
     by_split: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.tar"), key=lambda path: natural_order(path.name)):
         by_split.setdefault(split_of_file(path), []).append(path)
@@ -50,9 +55,7 @@ def index_shards(folder: Path, *, labels: bool = True) -> list[Path]:
     written: list[Path] = []
     for split in sorted(indices, key=lambda split: split == "train"):
         path = index_path(folder, split)
-        aside = path.with_name(f".{path.name}.partial")
-        indices[split].save(aside)
-        os.replace(aside, path)
+        write_aside(path, indices[split].save)
         written.append(path)
     return written
 

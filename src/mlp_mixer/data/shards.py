@@ -23,6 +23,8 @@ from mlp_mixer.data.items import no_labels
 from mlp_mixer.errors import UserError
 
 INDEX_SUFFIX = ".index.safetensors"
+PACKING = ".packing"  # begins the name of a folder in which shards are written
+PUBLISHED = "names.txt"  # there, before the first rename: the names of all files
 _KEY, _VERSION = "mlp_mixer_shards", 1
 _OPEN_SHARDS = 64  # descriptors in each process; a process may have 1,024 as a rule
 
@@ -240,6 +242,28 @@ class _Descriptor:
 def has_shards(folder: Path) -> bool:
     """Returns whether the folder has an index of shards."""
     return any(index_path(folder, split).exists() for split in SPLIT_FOLDERS)
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Refuses a folder that has only some of the files of a `mixer data pack`.
+
+    Raises:
+        UserError: the command was killed while it renamed them, or is at it now.
+    """
+    for aside in folder.glob(f"{PACKING}*"):
+        if half_published(aside):
+            what = f"mixer data pack was killed before all files were in place: see {aside.name}"
+            fix = "Run the same mixer data pack again: it starts over"
+            raise UserError(what, where=folder, fix=fix)
+
+
+def half_published(aside: Path) -> list[str]:
+    """Returns the files of a `mixer data pack` of which only some were renamed; else none."""
+    try:
+        names = [*filter(_is_file_name, (aside / PUBLISHED).read_text().splitlines())]
+    except (OSError, ValueError):  # it had not come so far
+        return []
+    return names if any((aside / name).exists() for name in names) else []
 
 
 def index_path(folder: Path, split: str) -> Path:

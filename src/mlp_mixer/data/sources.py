@@ -40,7 +40,7 @@ from mlp_mixer.data.folders import (
 from mlp_mixer.data.items import Source, without_labels
 from mlp_mixer.data.parquet import open_parquet
 from mlp_mixer.data.parquet_images import ParquetImages
-from mlp_mixer.data.shards import has_shards, open_shards
+from mlp_mixer.data.shards import has_shards, open_shards, refuse_unfinished
 from mlp_mixer.data.source_names import SourceName, parse_name, part_of
 from mlp_mixer.errors import UserError, near_names
 
@@ -203,6 +203,7 @@ def _open_unlabelled(name: str) -> dict[str, Source]:
 
 
 def _open_folder(path: Path, name: SourceName, labels: bool) -> Mapping[str, Source]:
+    refuse_unfinished(path)
     if has_shards(path):
         name.refuse_options((), "shards")
         return open_shards(path, name.source, labels=labels)

@@ -1,16 +1,14 @@
 """Writing tar shards and their index; see `shards` for the layout.
 
-Everything is written into a hidden folder first and renamed at the end, the indices last, so that a
-kill leaves nothing that is taken for data. The same images give the same bytes.
+Everything is written into a hidden folder first and renamed at the end, the indices last. A kill
+between renames is known by the list of names in that folder. The same images give the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tarfile
-import tempfile
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +20,8 @@ import numpy as np
 from mlp_mixer.data.folders import SPLIT_FOLDERS, split_named
 from mlp_mixer.data.image import EncodedImage
 from mlp_mixer.data.items import BadImage, Source
-from mlp_mixer.data.shards import Shard, ShardIndex, index_path
+from mlp_mixer.data.shards import PACKING, PUBLISHED, Shard, ShardIndex, half_published, index_path
+from mlp_mixer.disk import aside_folder, write_aside
 from mlp_mixer.errors import UserError
 
 SHARD_BYTES = 256 * 10**6
@@ -93,41 +92,52 @@ def pack_splits(
             fix = f"Known: {', '.join(SPLIT_FOLDERS)}"
             raise UserError(f"no split is called {name!r}", where=folder, fix=fix)
         named[split] = source
-    check_target(folder, list(named))
+    if folder.exists() and not folder.is_dir():
+        raise UserError("the output is a file", where=folder, fix="Give the name of a folder")
     made = next((each for each in [*reversed(folder.parents), folder] if not each.exists()), None)
     folder.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".packing-", dir=folder))
     done = False
     try:
-        packed = {
-            split: _write(source, aside, split, shard_bytes, on_item)
-            for split, source in named.items()
-        }
-        check_target(folder, list(named))  # nobody else may have come first
-        for each in packed.values():
-            for shard in each.shards:
-                os.rename(aside / shard.name, folder / shard.name)
-        _sync(folder)
-        # Train last: of a kill in between, no training set without its test set can be left.
-        for split in sorted(packed, key=lambda split: split == "train"):
-            os.rename(index_path(aside, split), index_path(folder, split))
-        _sync(folder)
+        with aside_folder(folder / PACKING[1:], on_left=_take_back) as aside:
+            _check_target(folder, list(named))
+            packed = {
+                split: _write(source, aside, split, shard_bytes, on_item)
+                for split, source in named.items()
+            }
+            _check_target(folder, list(named))  # nobody else may have come first
+            try:
+                _publish(packed, aside)
+            except BaseException:
+                _take_back(aside)
+                raise
         done = True
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
         if not done and made is not None:
             _remove_empty(folder, made)
     return packed
 
 
-def check_target(folder: Path, splits: list[str]) -> None:
-    """Refuses a folder that has shards or an index of one of the splits already.
+def _publish(packed: Mapping[str, Packed], aside: Path) -> None:
+    """Renames everything into the folder above."""
+    names = [shard.name for each in packed.values() for shard in each.shards]
+    # Train last: of a kill in between, no training set without its test set can be left.
+    indices = [index_path(aside, split).name for split in sorted(packed, key="train".__eq__)]
+    write_aside(aside / PUBLISHED, "\n".join([*names, *indices]).encode())
+    _sync(aside)
+    for batch in (names, indices):
+        for name in batch:
+            os.rename(aside / name, aside.parent / name)
+        _sync(aside.parent)
 
-    Raises:
-        UserError: it has, or it is no folder.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError("the output is a file", where=folder, fix="Give the name of a folder")
+
+def _take_back(aside: Path) -> None:
+    """Removes what was renamed of a set of files that is not complete."""
+    for name in half_published(aside):
+        (aside.parent / name).unlink(missing_ok=True)
+
+
+def _check_target(folder: Path, splits: list[str]) -> None:
+    """Refuses a folder that has shards or an index of one of the splits already."""
     for split in splits:
         found = [*folder.glob(f"{split}-*.tar"), *folder.glob(index_path(folder, split).name)]
         if found:
