@@ -8,14 +8,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.settings import (
+    IDLE,
     AugmentSettings,
     DataSettings,
     ModelSettings,
     OptimizerSettings,
+    refuse_idle,
 )
 from mlp_mixer.training.values import build, fits, literal, refuse_key, require
 
@@ -87,20 +90,13 @@ class TrainConfig:
             what = f"epochs={self.epochs} and steps={self.steps}: one of them says how long to run"
             raise UserError(what, fix="--epochs N or --steps N")
         require(self.keep_checkpoints >= 0, "keep_checkpoints", self.keep_checkpoints, "at least 0")
-        if self.checkpoint_every is not None and self.keep_checkpoints == 0:
-            what = f"checkpoint_every={self.checkpoint_every} has no effect: none are kept"
-            raise UserError(what, fix="--set keep_checkpoints=2")
+        refuse_idle(self, "")
         require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2**63")
         if self.patience is not None and self.data.holdout == 0.0:
             what = f"patience={self.patience} has no effect without validation images"
             raise UserError(what, fix="--set patience=null, or --holdout 0.1")
         smoothing = self.label_smoothing
         require(0.0 <= smoothing < 1.0, "label_smoothing", smoothing, "at least 0 and below 1")
-        if self.loss == "sigmoid" and smoothing > 0:
-            raise UserError(
-                f"label_smoothing={smoothing} has no effect with the sigmoid loss",
-                fix="--set label_smoothing=0 or --set loss=softmax",
-            )
         if self.optimizer.name == "muon" and self.model.trained == "head":
             what = "Muon moves the matrices of the blocks, and model.trained=head leaves them alone"
             raise UserError(what, fix="--set optimizer.name=adamw")
@@ -152,6 +148,9 @@ class TrainConfig:
     ) -> TrainConfig:
         """Returns the configuration with settings changed together: only the result must be valid.
 
+        A setting of before that has no effect beside the changes, such as `augment.crop_area` with
+        `augment.crop=none`, gives way to its default; one among the changes is refused.
+
         Args:
             changes: path of a setting, "section.name" -> value of its type.
             assignments: "section.name=value", from first to last, after the changes.
@@ -172,14 +171,27 @@ class TrainConfig:
             changes[key] = text if is_text else value
         values = self.to_json()
         del values["version"]
-        for key, value in changes.items():
-            self._put(values, key, value)
+        # Another model first: it takes the recipe's own sizes away, never those asked for.
+        for key in sorted(changes, key=lambda key: key not in ("model.weights", "model.name")):
+            self._put(values, key, changes[key])
         for key, other in (("epochs", "steps"), ("steps", "epochs")):
             if changes.get(key) is not None and other not in changes:
                 values[other] = None  # one takes the place of the other
                 is_other = getattr(self, key) is None and isinstance(changes[key], int)
                 if is_other and "evaluate_every" not in changes:  # it has the length's unit
                     values["evaluate_every"] = max(1, changes[key] // 20)
+        if changes.get("model.trained") == "head" and "model.overrides" not in changes:
+            for name in values["model"]["overrides"]:  # nothing is dropped where nothing is trained
+                if f"model.overrides.{name}" not in changes:
+                    values["model"]["overrides"][name] = 0.0
+        for section, settings in IDLE.items():
+            target = values[section] if section else values
+            if section in changes or not isinstance(target, dict):
+                continue  # it was given whole
+            for each in settings:
+                key = f"{section}.{each.name}" if section else each.name
+                if key not in changes and each.is_idle(SimpleNamespace(**target)):
+                    target[each.name] = each.value
         return build(TrainConfig, values)
 
     def _put(self, values: dict[str, Any], key: str, value: Any) -> None:
@@ -193,9 +205,13 @@ class TrainConfig:
             target = target[name]
         if names[-1] not in target and target is not values["model"]["overrides"]:
             refuse_key(key, target)
-        if key == "model.name" and value != self.model.name:
+        is_other = value is not None and value != getattr(self.model, names[-1], None)
+        if key in ("model.name", "model.weights") and is_other:
             # The recipe's own sizes belong to its own model; they would hide the one asked for.
-            kept = ("dropout", "stochastic_depth", "gelu", "in_channels")
+            kept = ["dropout", "stochastic_depth"]
+            kept += ["gelu", "in_channels"] if key == "model.name" else []
             overrides = values["model"]["overrides"].items()
             values["model"]["overrides"] = {k: v for k, v in overrides if k in kept}
+        if key == "model.weights" and is_other and self.model.weights is None:
+            values["model"] |= {"name": "", "image_size": None}  # the weights bring their own
         target[names[-1]] = value

@@ -1,16 +1,76 @@
 """The sections of a run's settings: checked dataclasses.
 
-Every value is one somebody chose; one that would have no effect is refused, never ignored.
+Every value is one somebody chose; one that would have no effect is refused, never ignored. What a
+recipe chose gives way: see `TrainConfig.with_values`.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.values import require
+
+
+class Idle(NamedTuple):
+    """A setting that has no effect under some values of its section, and is `value` then.
+
+    Attributes:
+        name: of the setting.
+        value: of a setting without effect.
+        is_idle: given the section, whether the setting has no effect.
+        why: it has none; {0} is the section.
+    """
+
+    name: str
+    value: Any
+    is_idle: Callable[[Any], bool]
+    why: str
+
+
+_CROP, _NAME, _DECAY = "with augment.crop={0.crop}", "with {0.name}", "with {0.schedule} decay"
+_MIX, _AUGMENT = "without mixup and cutmix", "without augment.randaugment"
+_SEED = "without data.permutation"
+# Section, "" for the settings outside of any, -> what depends on its other settings.
+IDLE: dict[str, tuple[Idle, ...]] = {
+    "": (
+        Idle("label_smoothing", 0.0, lambda s: s.loss == "sigmoid", "with the sigmoid loss"),
+        Idle("checkpoint_every", None, lambda s: s.keep_checkpoints == 0, "where none are kept"),
+    ),
+    "data": (
+        Idle("fraction_seed", 0, lambda s: s.fraction == 1.0, "with all of the images"),
+        Idle("permutation_patch", None, lambda s: s.permutation != "patches", "without patches"),
+        Idle("permutation_seed", 0, lambda s: s.permutation in (None, "none"), _SEED),
+    ),
+    "augment": (
+        Idle("mix_until", 1.0, lambda s: not (s.mixup or s.cutmix), _MIX),
+        Idle("crop_area", (0.05, 1.0), lambda s: s.crop != "inception", _CROP),
+        Idle("crop_padding", 0.125, lambda s: s.crop != "padded", _CROP),
+        Idle("randaugment_layers", 2, lambda s: s.randaugment is None, _AUGMENT),
+    ),
+    "optimizer": (
+        Idle("weight_decay", 0.0, lambda s: s.name == "sgd", _NAME),
+        Idle("beta2", 0.999, lambda s: s.name == "sgd", _NAME),
+        Idle("momentum", 0.95, lambda s: s.name != "muon", _NAME),
+        Idle("sharpness_from", 0.0, lambda s: not s.sharpness, "without sharpness"),
+        Idle("decay_at", (0.3, 0.6, 0.9), lambda s: s.schedule != "steps", _DECAY),
+        Idle("decay_factor", 0.1, lambda s: s.schedule != "steps", _DECAY),
+        Idle("final", 0.0, lambda s: s.schedule == "steps", "with stepwise decay"),
+    ),
+}
+
+
+def refuse_idle(settings: object, section: str) -> None:
+    """Raises UserError for a setting that was given and has no effect."""
+    for each in IDLE[section]:
+        value = getattr(settings, each.name)
+        if value != each.value and each.is_idle(settings):
+            key = f"{section}.{each.name}" if section else each.name
+            what = f"{key}={value} has no effect {each.why.format(settings)}"
+            raise UserError(what, fix=f"Leave {key} out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,20 +174,14 @@ class DataSettings:
         require(workers is None or workers >= 0, "data.num_workers", workers, "at least 0")
         require(0.0 < self.fraction <= 1.0, "data.fraction", self.fraction, "above 0, at most 1")
         require(self.fraction_seed >= 0, "data.fraction_seed", self.fraction_seed, "at least 0")
-        if self.fraction == 1.0 and self.fraction_seed != 0:
-            what = f"data.fraction_seed={self.fraction_seed} has no effect with all of the images"
-            raise UserError(what, fix="--set data.fraction=0.1")
+        refuse_idle(self, "data")
         require(self.timeout >= 0.0, "data.timeout", self.timeout, "at least 0")
         patch, seed = self.permutation_patch, self.permutation_seed
         require(patch is None or patch > 0, "data.permutation_patch", patch, "at least 1")
         require(seed >= 0, "data.permutation_seed", seed, "at least 0")
-        if (patch is not None) != (self.permutation == "patches"):
-            what = f"data.permutation_patch={patch} with data.permutation={self.permutation}: "
-            what += "'patches' needs it, and nothing else takes it"
-            raise UserError(what, fix="--set data.permutation=patches data.permutation_patch=16")
-        if seed and self.permutation not in ("patches", "pixels"):
-            what = f"data.permutation_seed={seed} has no effect without data.permutation"
-            raise UserError(what, fix="--set data.permutation=pixels")
+        if patch is None and self.permutation == "patches":
+            what = "data.permutation=patches needs data.permutation_patch"
+            raise UserError(what, fix="--set data.permutation_patch=16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,18 +226,7 @@ class AugmentSettings:
 
     def __post_init__(self) -> None:
         require(0.0 < self.mix_until <= 1.0, "augment.mix_until", self.mix_until, "in (0, 1]")
-        if self.mix_until < 1.0 and not (self.mixup or self.cutmix):
-            what = f"augment.mix_until={self.mix_until} has no effect without mixup and cutmix"
-            raise UserError(what, fix="--set augment.mixup=0.5")
-        if self.crop != "inception" and self.crop_area != (0.05, 1.0):
-            what = f"augment.crop_area={self.crop_area} has no effect with augment.crop={self.crop}"
-            raise UserError(what, fix="--set augment.crop=inception")
-        if self.crop != "padded" and self.crop_padding != 0.125:
-            what = f"augment.crop_padding={self.crop_padding} has no effect with "
-            raise UserError(f"{what}augment.crop={self.crop}", fix="--set augment.crop=padded")
-        if self.randaugment is None and self.randaugment_layers != 2:
-            what = f"augment.randaugment_layers={self.randaugment_layers} has no effect without "
-            raise UserError(f"{what}augment.randaugment", fix="--set augment.randaugment=15")
+        refuse_idle(self, "augment")
         low, high = self.crop_area
         rule = "two shares, 0 < smallest <= largest <= 1"
         require(0.0 < low <= high <= 1.0, "augment.crop_area", self.crop_area, rule)
@@ -256,33 +299,12 @@ class OptimizerSettings:
         rule = "a share below 1 or a whole number of steps"
         require(is_whole, "optimizer.warmup", self.warmup, rule)
         require(0.0 <= self.final <= 1.0, "optimizer.final", self.final, "from 0 to 1")
-        self._check_decay()
-        unused: dict[str, tuple[tuple[str, float], ...]]
-        unused = {"sgd": (("weight_decay", 0.0), ("beta2", 0.999), ("momentum", 0.95))}
-        unused["adamw"] = (("momentum", 0.95),)
-        for name, default in unused.get(self.name, ()):
-            value = getattr(self, name)
-            if value != default:
-                what = f"optimizer.{name}={value} has no effect with {self.name}"
-                raise UserError(what, fix=f"--set optimizer.{name}={default}")
-        if self.sharpness_from and not self.sharpness:
-            what = f"optimizer.sharpness_from={self.sharpness_from} has no effect without sharpness"
-            raise UserError(what, fix="--set optimizer.sharpness=0.1")
+        refuse_idle(self, "optimizer")
+        if self.schedule == "steps":
+            self._check_decay()
 
     def _check_decay(self) -> None:
         at, factor = self.decay_at, self.decay_factor
-        if self.schedule != "steps":
-            for name, value, default in (
-                ("decay_at", at, (0.3, 0.6, 0.9)),
-                ("decay_factor", factor, 0.1),
-            ):
-                if value != default:
-                    what = f"optimizer.{name}={value} has no effect with {self.schedule} decay"
-                    raise UserError(what, fix="--set optimizer.schedule=steps")
-            return
-        if self.final:
-            what = f"optimizer.final={self.final} has no effect with stepwise decay"
-            raise UserError(what, fix="--set optimizer.decay_factor=0.1, or another schedule")
         require(0.0 < factor < 1.0, "optimizer.decay_factor", factor, "above 0 and below 1")
         is_share = all(0.0 < each < 1.0 for each in at)
         is_step = all(each >= 1.0 and each == round(each) for each in at)
