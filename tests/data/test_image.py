@@ -30,14 +30,16 @@ def arrow() -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "TIFF", "PPM", "WEBP", "JPEG"])
+@pytest.mark.parametrize(
+    "kind", ["PNG", "BMP", "DIB", "GIF", "TIFF", "PPM", "WEBP", "JPEG", "AVIF", "MPO"]
+)
 def test_every_format(kind):
     image = draw(1)
     options = {"lossless": True} if kind == "WEBP" else {}
     decoded = decode(encode(image, kind, **options), "x")
     assert (decoded.dtype, decoded.shape) == (np.uint8, (30, 40, 3))
     assert EncodedImage(encode(image, kind, **options), "x").size == (30, 40)
-    exact = kind in ("PNG", "BMP", "TIFF", "PPM", "WEBP")
+    exact = kind in ("PNG", "BMP", "DIB", "TIFF", "PPM", "WEBP")
     difference = np.abs(np.asarray(decoded, int) - np.asarray(image, int)).max()
     assert difference == 0 if exact else difference < 60
 
@@ -49,9 +51,11 @@ def test_jpeg_equals_pillow_within_rounding():
     assert np.abs(ours - pillows).max() <= 2
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_all_eight_orientations_give_one_picture(kind):
-    options: dict[str, object] = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    options: dict[str, object] = {}
+    if kind in ("JPEG", "AVIF"):
+        options = {"quality": 100, "subsampling": 0 if kind == "JPEG" else "4:4:4"}
     options |= {"lossless": True} if kind == "WEBP" else {}
     upright = np.asarray(decode(encode(arrow(), kind, **options), "x"), int)
     undo = {
@@ -74,7 +78,9 @@ def test_all_eight_orientations_give_one_picture(kind):
         decoded = image.decode().astype(int)
         assert image.size == decoded.shape[:2]
         assert decoded.shape == upright.shape
-        assert np.abs(decoded - upright).max() <= (40 if kind == "JPEG" else 0), orientation
+        assert np.abs(decoded - upright).max() <= (40 if kind in ("JPEG", "AVIF") else 0), (
+            orientation
+        )
 
 
 def test_the_papers_protocol_leaves_pictures_as_they_are_stored():
@@ -230,14 +236,6 @@ def test_a_palette_with_a_transparent_entry():
     assert pixels[0].tolist() == [[255, 255, 255], [40, 50, 60]]
 
 
-def test_a_16_bit_ramp_stays_a_ramp():
-    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, axis=0)
-    pixels = np.asarray(decode(encode(Image.fromarray(ramp)), "x"))[0, :, 0].astype(int)
-    assert (pixels[0], pixels[-1]) == (0, 255)
-    assert len(np.unique(pixels)) == 256
-    assert (np.diff(pixels) == 1).all()
-
-
 def test_cmyk_and_one_bit():
     cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))  # red ink
     red, green, blue = np.asarray(decode(encode(cmyk, "JPEG"), "x"))[0, 0].astype(int)
@@ -246,12 +244,6 @@ def test_cmyk_and_one_bit():
     assert blue < 60
     bits = Image.fromarray(np.array([[True, False]] * 2))
     assert np.asarray(decode(encode(bits), "x"))[0].tolist() == [[255] * 3, [0] * 3]
-
-
-def test_the_first_frame_of_an_animation():
-    first, second = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
-    data = encode(first, "GIF", save_all=True, append_images=[second])
-    assert np.asarray(decode(data, "x"))[0, 0].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -264,7 +256,9 @@ def test_the_first_frame_of_an_animation():
         (encode(draw(1), "JPEG")[:300], "damaged|not an image"),
         (encode(draw(1), "PNG")[:-300], "damaged"),
         (encode(draw(1), "GIF")[:-300], "damaged"),
-        (encode(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), "damaged.*no stated range"),
+        (encode(draw(1), "AVIF")[:-300], "damaged"),
+        (encode(draw(1), "MPO")[:-300], "damaged"),
+        (encode(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), "range is not stated"),
     ],
 )
 def test_what_is_no_image_is_refused_by_name(data, message):
@@ -326,6 +320,7 @@ def test_any_bytes_give_an_image_or_a_user_error(data):
         b"\x89PNG\r\n\x1a\n",
         b"GIF89a",
         b"RIFF",
+        b"\0\0\0\x20ftypavif\0\0\0\0avifmif1",
         b"II*\0",
         b"P6",
     ):
@@ -336,7 +331,7 @@ def test_any_bytes_give_an_image_or_a_user_error(data):
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_damaged_files_give_an_image_or_a_user_error(data):
-    kind = data.draw(st.sampled_from(["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM"]))
+    kind = data.draw(st.sampled_from(["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF"]))
     file = bytearray(encode(draw(3), kind))
     for _ in range(data.draw(st.integers(1, 8))):
         file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))

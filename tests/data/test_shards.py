@@ -22,7 +22,7 @@ from mlp_mixer.data.write_shards import pack as pack_split
 from mlp_mixer.data.write_shards import pack_splits
 from mlp_mixer.errors import UserError
 
-KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 
 
 def made(count: int = 12, names: tuple[str, ...] = ("ant", "bee", "cat")) -> EncodedImages:
@@ -126,7 +126,7 @@ def test_unreadable_images_are_left_out_and_named(tmp_path: Path):
     packed = pack_split(broken, tmp_path, "train")
     assert [(each.index, each.name, each.what) for each in packed.bad] == [
         (3, "made[3]", "the file is empty"),
-        (7, "made[7]", "the file is not an image"),
+        (7, "made[7]", "the file is not an image that can be read: it is an HTML page"),
     ]
     good = subset(source, np.setdiff1d(np.arange(12), [3, 7]), "good")
     again = open_source(str(tmp_path))

@@ -1,8 +1,9 @@
 """The only decoder: encoded bytes -> upright 8-bit pixels, for every verb.
 
 The header is read first: only the formats of `FORMATS` are opened, and nothing above `MAX_PIXELS`
-or `MAX_SIDE` is decoded. EXIF rotation is applied, transparency is blended on white, 16-bit samples
-are scaled (not cut off), and of an animation the first frame is taken.
+or `MAX_SIDE` is decoded. EXIF rotation is applied, transparency is blended on white, and of an
+animation the first frame is taken. Samples of 12 and 16 bits are scaled (not cut off); those whose
+range is not stated (32 bits, signed, floating-point) are refused.
 
 Legend: H W pixels; a picture is uint8 (H, W, channels) with 3 channels (RGB) or 1 (grey).
 """
@@ -10,6 +11,7 @@ Legend: H W pixels; a picture is uint8 (H, W, channels) with 3 channels (RGB) or
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from typing import Any
 
@@ -19,11 +21,11 @@ from PIL import ExifTags, Image
 
 from mlp_mixer.errors import UserError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "PPM")
 # Files with these endings are taken for images when a folder is read.
 SUFFIXES = (
-    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif"),
+    *(".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
 MAX_PIXELS = 89_478_485  # Pillow's own limit, 1/4 GiB of 24-bit pixels; there only a warning
 MAX_SIDE = 32_767  # pixels; what fits the 16-bit coordinates of image libraries
@@ -51,9 +53,11 @@ class EncodedImage:
         size: (H, W) of the picture once it is upright.
         format: one of `FORMATS`.
         mode: Pillow's word for the pixels in the file: "RGB", "L", "CMYK", "I;16", ...
+        bits: of a sample, where there are more than 8: 12 or 16; else 8.
 
     Raises:
-        UserError: not an image, a format outside `FORMATS`, or too large.
+        UserError: not an image, a format outside `FORMATS`, samples without a stated range, or too
+            large.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class EncodedImage:
     ) -> None:
         self.where, self.channels = where, channels
         self._data, self._image = data, None
+        self.bits, self._zero_is_white = 8, False
         self._markers = find_markers(data)
         if not data:
             raise UserError("the file is empty", where=where, fix=_FIX)
@@ -83,8 +88,42 @@ class EncodedImage:
             else:
                 if colors in ("YCbCr", "RGB", "Gray"):
                     return "JPEG", "L" if colors == "Gray" else "RGB", (int(height), int(width))
+        if self._data[:2] in (b"II", b"MM"):
+            self._read_tiff_samples()
         image = self._open()
+        if image.mode == "F":
+            raise _no_range("floating-point", self.where)
+        is_deep_png = image.format == "PNG" and self._data[24] == 16
+        if is_deep_png or (image.mode.startswith("I") and self.bits == 8):
+            self.bits = 16
         return str(image.format), image.mode, (image.height, image.width)
+
+    def _read_tiff_samples(self) -> None:
+        """Finds what a TIFF's samples are, which Pillow's mode does not tell."""
+        from PIL import TiffImagePlugin as tiff  # 70 ms
+
+        for order in (tiff.II, tiff.MM):  # kinds that Pillow decodes, but knows for one order only
+            for white in (0, 1):
+                tiff.OPEN_INFO.setdefault((order, white, (1,), 1, (12,), ()), ("I;16", "I;12"))
+        tiff.OPEN_INFO.setdefault((tiff.MM, 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
+        try:
+            is_big = self._data[2:4] in (b"\0+", b"+\0")
+            file = io.BytesIO(self._data)
+            tags = tiff.ImageFileDirectory_v2(file.read(16 if is_big else 8))
+            file.seek(tags.next)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tags.load(file)
+            kind = max(tags.get(tiff.SAMPLEFORMAT, (1,)))
+            bits = max(tags.get(tiff.BITSPERSAMPLE, (1,)))
+            self._zero_is_white = tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 0
+        except Exception:  # damaged, or no TIFF; Pillow has the last word
+            return
+        if kind in (2, 3):
+            raise _no_range("signed integer" if kind == 2 else "floating-point", self.where)
+        if bits > 16:
+            raise _no_range(f"{bits}-bit", self.where)
+        self.bits = max(8, bits)
 
     def _open(self) -> Image.Image:
         """The picture as Pillow opens it, with no pixel decoded."""
@@ -97,7 +136,8 @@ class EncodedImage:
                 what = f"the image is too large: {error}"
                 raise UserError(what, where=self.where, fix=_FIX) from error
             except Exception as error:  # whatever a decoder makes of damaged bytes
-                raise UserError("the file is not an image", where=self.where, fix=_FIX) from error
+                what, fix = what_else(self._data)
+                raise UserError(what, where=self.where, fix=fix) from error
         return self._image
 
     def _read_orientation(self) -> int:
@@ -164,9 +204,32 @@ class EncodedImage:
                 pass  # also where the file is only untidy; Pillow refuses those cut short
         image = self._open()
         image.load()
-        picture = _to_mode(image, "RGB" if self.channels == 3 else "L")
+        picture = self._to_8_bits(image).convert("RGB" if self.channels == 3 else "L")
         pixels = np.asarray(picture if reduction == 1 else picture.reduce(reduction))
         return pixels if pixels.ndim == 3 else pixels[..., None]
+
+    def _to_8_bits(self, image: Image.Image) -> Image.Image:
+        """The picture with 8 bits a sample, opaque: what is transparent is blended on white."""
+        clear = image.info.get("transparency") if self.bits > 8 else None
+        if image.mode.startswith("I"):  # 12 or 16 bits; convert() would cut at 255 and not scale
+            samples = np.asarray(image).astype(np.uint32)
+            pixels = samples * 255 // (2**self.bits - 1)
+            if self._zero_is_white:  # Pillow inverts those of up to 8 bits only
+                pixels = 255 - pixels
+            if clear is not None:
+                pixels[samples == clear] = 255
+            return Image.fromarray(pixels.astype(np.uint8))
+        if isinstance(clear, tuple):  # the transparent colour of a 16-bit PNG
+            # Pillow keeps the upper byte of each sample; taken for little-endian, it is the lower.
+            low = Image.open(io.BytesIO(self._data), formats=("PNG",))
+            low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+            pixels = np.array(image)
+            pixels[(pixels.astype(np.uint16) << 8 | np.asarray(low) == clear).all(axis=-1)] = 255
+            return Image.fromarray(pixels)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image
 
     def _can_stop(self, rows: int) -> bool:
         """Whether a decoder may stop after so many rows: a whole, plain JPEG that has more.
@@ -177,6 +240,39 @@ class EncodedImage:
         is_whole = self._data.endswith(b"\xff\xd9")
         has_more = rows + _BLOCK_ROWS < self.size[0]
         return is_plain and is_whole and has_more and self._orientation == 1
+
+
+def _no_range(kind: str, where: object) -> UserError:
+    what = f"the image has {kind} samples, whose range is not stated"
+    return UserError(what, where=where, fix="Scale them to unsigned 8 or 16 bits and save it again")
+
+
+# What files that are taken for images turn out to be, by their first bytes; and what to do.
+_CONVERT = "Convert it to JPEG or PNG"
+_OTHERS = (
+    (rb"....ftyp(hei|hev|mif1|msf1)", "a HEIC image", f"{_CONVERT}: heif-convert IN OUT.jpg"),
+    (rb"....ftypavi[fs]", "AVIF, but damaged, or Pillow is built without AVIF", _FIX),
+    (rb"....ftypcrx |FUJIFILM|IIRO|IIU\0", "a camera's raw file", _CONVERT),
+    (rb"....ftyp", "a video", "Extract its frames: ffmpeg -i IN frames/%05d.png"),
+    (rb"\0\0\0\x0cJXL |\xff\x0a", "a JPEG XL image", f"{_CONVERT}: djxl IN OUT.png"),
+    (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000 image", _CONVERT),
+    (rb"8BPS", "a Photoshop document", _CONVERT),
+    (rb"%PDF|%!PS", "a PDF or PostScript document", _CONVERT),
+    (rb"\s*<(!doctype html|html|head|body)", "an HTML page", "Download the image again"),
+    (rb"\s*<(\?xml|!doctype svg|!--|svg)", "an SVG drawing or other XML", _CONVERT),
+    (rb"version https://git-lfs", "a git-LFS pointer without the image itself", "git lfs pull"),
+    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "an archive", "Unpack it"),
+    (rb"II\*\0|MM\0\*", "a TIFF with samples of a kind that is not read, or damaged", _CONVERT),
+    (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM", "an image whose header is damaged", _FIX),
+)
+
+
+def what_else(data: bytes) -> tuple[str, str]:
+    """Returns what is wrong with a file that does not open as an image, and what to do."""
+    for pattern, kind, fix in _OTHERS:
+        if re.match(pattern, data[:1000], re.DOTALL | re.IGNORECASE):
+            return f"the file is not an image that can be read: it is {kind}", fix
+    return "the file is not an image", _FIX
 
 
 def find_markers(data: bytes) -> dict[int, int]:
@@ -253,15 +349,3 @@ def encode_png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG")
     return file.getvalue()
-
-
-def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a sample; convert() would cut at 255 and not scale
-        samples = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
-        return Image.fromarray((samples // 257).astype(np.uint8)).convert(mode)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no stated range")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
