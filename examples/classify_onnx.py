@@ -17,7 +17,8 @@ def resize(image, how):
     """The picture at the model's size: the whole of it, or its centre, as the model was trained."""
     height, width = how["image_size"]
     is_small = image.width <= width and image.height <= height
-    crop = 1.0 if is_small or how["resize"] == "squash" else how["crop"]
+    is_whole = how["resize"] == "squash" or (is_small and not how.get("crop_small"))
+    crop = 1.0 if is_whole else how["crop"]
     if how["resize"] == "resmall-crop":  # the shorter side to size / crop, else both sides
         scale = max(width / image.width, height / image.height) / crop
         whole = max(width, round(image.width * scale)), max(height, round(image.height * scale))

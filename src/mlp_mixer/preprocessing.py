@@ -12,8 +12,8 @@ from mlp_mixer.errors import UserError
 #   resize-crop   squash to 8/7 of the model's size, cut the centre     (Table 2)
 #   resmall-crop  shorter side to 8/7 of the model's, cut the centre    (Table 3)
 #   squash        straight to the model's size                          (Google's fine-tuning code)
-# A picture that is no larger than the model's input, on both sides, is enlarged whole: nothing is
-# cut from it, so that small pictures show the same at every size that a model is brought to.
+# An image that is no larger than the model's input, on both sides, is enlarged whole unless
+# `crop_small` is set: so small images show the same at every size that a model is brought to.
 RESIZE_METHODS = ("resize-crop", "resmall-crop", "squash")
 INTERPOLATIONS = ("bilinear", "bicubic")
 # What figure 4 does to every picture, the same each time, as the last step before the model:
@@ -34,6 +34,8 @@ class Preprocessing:
             give Google's range of [-1, 1].
         crop: the centre's share of the resized picture's side, (0, 1]; 7/8 is the paper's 224 of
             256 (and timm's crop_pct 0.875). Without meaning for "squash".
+        crop_small: crop images that are no larger than the input too, as the paper does
+            (CIFAR: 32 -> 256 -> the centre's 224), instead of enlarging them whole.
         interpolation: one of `INTERPOLATIONS`, with antialiasing.
         exif_orientation: turn photographs upright by their EXIF tag; the paper's code does not.
         permutation: one of `PERMUTATIONS`, for the study of the paper's figure 4.
@@ -50,6 +52,7 @@ class Preprocessing:
     mean: float | tuple[float, ...] = 0.5
     std: float | tuple[float, ...] = 0.5
     crop: float = 0.875
+    crop_small: bool = False
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     exif_orientation: bool = True
     permutation: Literal["none", "patches", "pixels"] = "none"
@@ -77,8 +80,9 @@ class Preprocessing:
         if self.interpolation not in INTERPOLATIONS:
             what = f"interpolation must be one of {INTERPOLATIONS}"
             raise ValueError(f"{what}, got {self.interpolation!r}")
-        if not isinstance(self.exif_orientation, bool):
-            raise ValueError(f"exif_orientation is true or false, got {self.exif_orientation!r}")
+        for name in ("crop_small", "exif_orientation"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is true or false, got {getattr(self, name)!r}")
         self._check_permutation()
 
     def _check_permutation(self) -> None:
@@ -109,11 +113,15 @@ class Preprocessing:
         crop = "" if self.resize == "squash" else f" {self.crop:.4g}"
         permuted = "" if self.permutation == "none" else f", {self.permutation} permuted"
         values = f"values in {self.value_range()}"
-        return f"{self.resize}{crop}, {self.interpolation}, {values}{permuted}"
+        small = ", small images cropped too" if self.crop_small and crop else ""
+        return f"{self.resize}{crop}, {self.interpolation}, {values}{permuted}{small}"
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the fields as JSON values."""
-        return asdict(self)
+        """Returns the fields as JSON values; `crop_small` only where it is set.
+
+        Versions without it read the others, and refuse what they would crop otherwise.
+        """
+        return {name: v for name, v in asdict(self).items() if name != "crop_small" or v}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Preprocessing:

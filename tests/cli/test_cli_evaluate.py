@@ -103,6 +103,23 @@ def test_protocols(capsys, class_folder: Path, model: Path, tmp_path: Path):
     assert len(losses) == 5
 
 
+def test_a_crop_that_is_asked_for_reaches_small_images(capsys, class_folder, model, tmp_path):
+    """Of 48 pixels, images of 40x30 are small: enlarged whole unless `--crop` is given."""
+    common = ("evaluate", model, "--data", class_folder, "--image-size", 48, "--output")
+    found = []
+    for flags in ((), ("--crop", 0.875)):
+        code, said, _ = mixer(capsys, *common, tmp_path / f"out{len(found)}", *flags)
+        assert code == 0
+        assert ("small images cropped too" in said) == bool(flags)
+        written = json.loads((tmp_path / f"out{len(found)}" / "evaluation.json").read_text())
+        assert written["protocol"].get("crop_small") == (True if flags else None)
+        own = mm.load_model(model, 48, quiet=True)
+        own.preprocessing = mm.Preprocessing(image_size=(48, 48), crop_small=bool(flags))
+        assert mm.evaluate(own, str(class_folder), num_workers=0).loss == written["loss"]
+        found.append(written["loss"])
+    assert found[0] != found[1]
+
+
 @pytest.mark.slow  # it draws a confusion matrix of 1,000 classes
 def test_real(capsys, imagenet: tuple[Path, Path, Path], tmp_path: Path):
     net, images, real = imagenet

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -56,6 +58,21 @@ def test_small_pictures_show_the_same_at_every_size(method):
         resize_for_evaluation(framed, Preprocessing(image_size=(28, 28), resize="resmall-crop"))
     )
     assert larger[..., 0].mean() / 255 < 0.35  # of a larger one the border is cut
+
+
+@pytest.mark.parametrize("method", ["resize-crop", "resmall-crop"])
+@pytest.mark.parametrize("side", [32, 224])
+def test_small_pictures_are_cropped_where_the_protocol_says_so(method, side):
+    """The paper's on CIFAR: 32 -> 256 -> the centre's 224, on both sides of the limit."""
+    image = draw(3, (side, side)).resize((side, side))
+    protocol = Preprocessing(image_size=(224, 224), resize=method, crop_small=True)
+    found = resize_for_evaluation(np.asarray(image), protocol)
+    whole = image.resize((256, 256), Image.Resampling.BILINEAR)
+    expected = np.asarray(whole.crop((16, 16, 240, 240)), int)
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    kept = resize_for_evaluation(np.asarray(image), replace(protocol, crop=1.0))
+    default = resize_for_evaluation(np.asarray(image), replace(protocol, crop_small=False))
+    assert (kept == default).all()
 
 
 def test_resmall_crop_keeps_the_aspect_and_cuts_the_centre():

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mlp_mixer as mm
-from conftest import ROOT, mixer, tiny_model
+from conftest import ROOT, draw, mixer, tiny_model
 from mlp_mixer.data.sources import open_source
 from mlp_mixer.data.transforms import normalize
 from mlp_mixer.deploy import export_report
@@ -230,3 +230,23 @@ def test_the_example_needs_nothing_of_ours(
         command = [sys.executable, str(program), str(path), str(tmp_path / "a.png")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout == f"{tmp_path / 'a.png'}: {classes}\n"
+
+
+def test_the_example_crops_small_images_where_the_file_says_so(tmp_path: Path):
+    model = tiny_model(image_size=16)
+    model.class_names = [f"class {at}" for at in range(7)]
+    draw(0, (12, 10)).save(tmp_path / "a.png")
+    said = []
+    for crop_small in (False, True):
+        model.preprocessing = mm.Preprocessing(image_size=(16, 16), crop=0.6, crop_small=crop_small)
+        mm.export(model, tmp_path / "m.onnx", overwrite=True)
+        expected = mm.predict(model, [tmp_path / "a.png"], top_k=5)[0].classes
+        program = str(ROOT / "examples" / "classify_onnx.py")
+        command = [sys.executable, program, str(tmp_path / "m.onnx"), str(tmp_path / "a.png")]
+        said.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        assert said[-1].endswith(
+            ", ".join(f"{name} {share:.1%}" for name, share in expected) + "\n"
+        )
+        found = mm.predict(tmp_path / "m.onnx", [tmp_path / "a.png"], top_k=5)[0].classes
+        assert [name for name, _ in found] == [name for name, _ in expected]
+    assert said[0] != said[1]

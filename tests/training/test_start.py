@@ -200,6 +200,37 @@ def test_preprocessing_is_the_checkpoints_but_for_size_and_resize(animals):
     )
 
 
+def test_a_crop_of_the_runs_own_reaches_small_images(animals, tmp_path):
+    changes = {"data__resize": "resmall-crop", "data__crop": 0.75}
+    model = build_model(finetuning(animals, **changes), ["a", "b"], quiet=True)
+    assert model.preprocessing == dataclasses.replace(
+        OWN_RANGE, resize="resmall-crop", crop=0.75, crop_small=True
+    )
+    mm.save_model(model, tmp_path / "saved")
+    again = build_model(finetuning(tmp_path / "saved"), ["a", "b"], quiet=True)
+    assert (again.preprocessing.crop, again.preprocessing.crop_small) == (0.75, True)
+    scratch = tiny_config("unused", tmp_path / "run", data__crop=0.75)
+    found = build_model(scratch, ["a", "b"]).preprocessing
+    assert (found.crop, found.crop_small) == (0.75, True)
+    with pytest.raises(mm.UserError, match=r"data\.crop=0\.9 has no effect"):
+        finetuning(animals, data__resize="squash", data__crop=0.9)
+    with pytest.raises(mm.UserError, match=r"data\.crop must be .*1\.5"):
+        finetuning(animals, data__crop=1.5)
+
+
+def test_files_say_nothing_new_unless_small_images_are_cropped():
+    """Older files load, and older versions load what needs nothing that is new."""
+    assert "crop_small" not in OWN_RANGE.to_json()
+    assert mm.Preprocessing.from_json(OWN_RANGE.to_json()) == OWN_RANGE
+    cropped = dataclasses.replace(OWN_RANGE, crop_small=True)
+    assert mm.Preprocessing.from_json(cropped.to_json()) == cropped
+    with pytest.raises(mm.UserError, match="crop_small is true or false, got 1"):
+        mm.Preprocessing.from_json({**OWN_RANGE.to_json(), "crop_small": 1})
+    before = finetuning("weights").to_json()
+    del before["data"]["crop"]
+    assert mm.TrainConfig.from_json(before) == finetuning("weights")
+
+
 def test_overrides_need_no_other_tensors(animals):
     overrides = {"stochastic_depth": 0.2, "dropout": 0.1}
     model = build_model(finetuning(animals, model__overrides=overrides), ANIMALS, quiet=True)

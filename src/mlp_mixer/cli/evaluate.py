@@ -74,8 +74,8 @@ def evaluate(
         growth: how to get there: block-diagonal, resample or auto.
         resize: how a picture comes to the model's size: resize-crop (the paper's Table 2),
             resmall-crop (its Table 3) or squash.
-        crop: the share of the resized picture's side that the centre crop keeps, at most 1; the
-            paper's is 0.875.
+        crop: the share of the resized picture's side that the centre crop keeps, at most 1, of
+            images smaller than the model's input as well; the paper's is 0.875.
         real: the file real.json of ImageNet ReaL; the data are validation images of ILSVRC-2012.
         output: a folder for evaluation.json, per_class.csv, confusion.csv and the pictures.
         allow_missing_classes: go on where the data lacks some of the model's classes.
@@ -164,6 +164,7 @@ def choose_protocol(
     changes: dict[str, Any] = {
         "resize": resize,
         "crop": crop,
+        "crop_small": None if crop is None else True,
         "exif_orientation": False if ignore_exif else None,
     }
     try:

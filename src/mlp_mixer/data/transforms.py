@@ -29,10 +29,11 @@ def resize_for_evaluation(pixels: np.ndarray, preprocessing: Preprocessing) -> n
     """Returns the picture at the model's size, by the model's own method (`RESIZE_METHODS`)."""
     height, width = preprocessing.image_size
     given_height, given_width = pixels.shape[:2]
-    if (given_height, given_width) == (height, width):
-        return pixels
     is_small = given_width <= width and given_height <= height
-    crop = 1.0 if is_small else preprocessing.crop
+    is_whole = preprocessing.resize == "squash" or (is_small and not preprocessing.crop_small)
+    if is_whole and (given_height, given_width) == (height, width):
+        return pixels
+    crop = 1.0 if is_whole else preprocessing.crop
     if preprocessing.resize == "squash":
         resized_height, resized_width = height, width
     elif preprocessing.resize == "resize-crop":

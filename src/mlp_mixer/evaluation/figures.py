@@ -179,7 +179,8 @@ class Evaluation:
         if self.preprocessing is not None:
             known = self.preprocessing.to_json()
             names = ("resize", "crop", "image_size", "interpolation", "exif_orientation")
-            values["protocol"] = {name: known[name] for name in names}
+            known = {name: known[name] for name in (*names, "crop_small") if name in known}
+            values["protocol"] = known
         if self.real is not None:
             values["real"] = self.real.to_json()
         values["per_class"] = self.per_class()

@@ -142,6 +142,8 @@ class DataSettings:
         fraction_seed: of that draw.
         without: a list of images to leave out, as `mixer data check --drop-list` writes it.
         resize: how evaluation fits a picture to the model, see `mlp_mixer.preprocessing`.
+        crop: share of the resized picture's side that it keeps, of small images too (the paper's
+            is 0.875); None is that of the weights, or 0.875, with small images enlarged whole.
         exif_orientation: turn photographs upright by their EXIF tag; the paper's code does not.
         permutation: of the pixels of every picture, see `mlp_mixer.preprocessing` (figure 4 of the
             paper); None is none, and that of the `weights` where the run begins with some.
@@ -158,6 +160,7 @@ class DataSettings:
     fraction_seed: int = 0
     without: str | None = None
     resize: Literal["resize-crop", "resmall-crop", "squash"] = "resmall-crop"
+    crop: float | None = None
     exif_orientation: bool = True
     permutation: Literal["none", "patches", "pixels"] | None = None
     permutation_patch: int | None = None
@@ -169,6 +172,11 @@ class DataSettings:
     def __post_init__(self) -> None:
         fits = self.holdout is None or 0.0 <= self.holdout < 1.0
         require(fits, "data.holdout", self.holdout, "at least 0 and below 1")
+        fits = self.crop is None or 0.0 < self.crop <= 1.0
+        require(fits, "data.crop", self.crop, "above 0 and at most 1")
+        if self.crop is not None and self.resize == "squash":
+            what = f"data.crop={self.crop:g} has no effect with data.resize=squash"
+            raise UserError(what, fix="--set data.resize=resmall-crop")
         require(0.0 <= self.max_bad <= 1.0, "data.max_bad", self.max_bad, "from 0 to 1")
         workers = self.num_workers
         require(workers is None or workers >= 0, "data.num_workers", workers, "at least 0")

@@ -62,6 +62,8 @@ def build_model(
     model.class_names = class_names
     data = config.data
     changes: dict[str, Any] = {"resize": data.resize, "exif_orientation": data.exif_orientation}
+    if data.crop is not None:
+        changes |= {"crop": data.crop, "crop_small": True}
     if data.permutation is not None:
         names = ("permutation", "permutation_patch", "permutation_seed")
         changes |= {name: getattr(data, name) for name in names}
