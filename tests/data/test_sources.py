@@ -14,7 +14,7 @@ from mlp_mixer.data.folders import class_folder as read_class_folder
 from mlp_mixer.data.folders import image_files
 from mlp_mixer.data.image import decode
 from mlp_mixer.data.items import relabel, split_by_class, subset, unreadable
-from mlp_mixer.data.sources import names_source, open_source, open_splits
+from mlp_mixer.data.sources import names_source, notes_of, open_source, open_splits
 from mlp_mixer.errors import UserError
 
 
@@ -234,10 +234,81 @@ def test_split_folders_in_other_spellings(tmp_path: Path, names: tuple[str, str,
 
 
 def test_a_class_may_be_called_train(tmp_path: Path):
-    make_class_folder(tmp_path, {"bus": 2, "car": 2, "train": 2})
+    make_class_folder(tmp_path / "train", {"bus": 2, "car": 2, "train": 2})
+    make_class_folder(tmp_path / "test", {"bus": 1, "car": 1, "train": 1}, start=9)
+    for source in (open_source(str(tmp_path)), open_source(str(tmp_path / "train"))):
+        assert source.class_names == ["bus", "car", "train"]
+
+
+@pytest.mark.parametrize("names", [("train_set", "test_set"), ("Training-Data", "val_images")])
+@pytest.mark.parametrize("doubled", [False, True])
+def test_names_of_splits_with_more_words(tmp_path: Path, names: tuple[str, str], doubled: bool):
+    for name in names:
+        folder = tmp_path / name / (name if doubled else "")
+        make_class_folder(folder, {"cat": 2, "dog": 1})
+    (tmp_path / "predictions").mkdir()
+    splits = open_splits(str(tmp_path))
+    assert list(splits) == ["train", "test" if "test_set" in names else "validation"]
+    assert {tuple(source.class_names) for source in splits.values()} == {("cat", "dog")}
+    assert {len(source) for source in splits.values()} == {3}
+    assert notes_of(splits) == []
+
+
+@pytest.mark.parametrize(
+    ("folders", "named"),
+    [
+        (["train", "test"], ["train", "test"]),
+        (["train"], ["train"]),
+        (["train_images", "test_images"], ["train_images", "test_images"]),
+        (["fold0", "fold_1", "Fold 2"], ["fold0", "fold_1", "Fold 2"]),
+        (["ok", "nok", "test"], ["'test'", "ok", "train/<class>"]),
+        (["ok", "nok", "test_set"], ["'test_set'", "ok"]),
+        (["fold0/train", "fold0/val", "fold1/train", "fold1/val"], ["fold0", "train, val"]),
+        (["fold0/cat", "fold0/dog", "fold1/cat", "fold1/dog", "fold1/cow"], ["fold0", "cat, dog"]),
+        (["photos/train/cat", "photos/test/cat"], ["photos", "test, train"]),
+        (["bottle/train/good", "bottle/test/bad", "cable/train/good"], ["bottle", "train"]),
+        (["train/site1/cat", "train/site1/dog", "train/site2/cat", "train/site2/dog"], ["site1"]),
+        (["seg_train/seg_train/sea", "seg_test/seg_test/sea"], ["seg_train", "seg_test"]),
+        (["train/train", "train/test"], ["test, train"]),
+    ],
+)
+def test_folders_that_are_no_classes(tmp_path: Path, folders: list[str], named: list[str]):
+    make_class_folder(tmp_path / "data", dict.fromkeys(folders, 2))
+    with pytest.raises(UserError) as refused:
+        open_splits(str(tmp_path / "data"))
+    for each in named:
+        assert each in str(refused.value)
+    assert refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("folders", "classes"),
+    [
+        (["cat/images", "dog/images"], ["cat", "dog"]),
+        (["animal/dog", "animal/cat", "plant/rose"], ["animal", "plant"]),
+        (["cat", "cat/old", "cat/new", "dog", "dog/old", "dog/new"], ["cat", "dog"]),
+        (["test tube", "train station"], ["test tube", "train station"]),
+        (["fold1", "plain"], ["fold1", "plain"]),
+        (["train/dev", "train/ops", "test/dev"], ["dev", "ops"]),
+    ],
+)
+def test_folders_that_are_classes(tmp_path: Path, folders: list[str], classes: list[str]):
+    make_class_folder(tmp_path / "data", {})
+    for folder in folders:
+        (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+        draw(1).save(tmp_path / "data" / folder / "0.png")
+    assert open_splits(str(tmp_path / "data"))["train"].class_names == classes
+
+
+def test_folders_beside_the_splits_are_named(tmp_path: Path):
+    make_class_folder(tmp_path, {"train/day": 2, "train/night": 2, "bus": 1, "test": 1})
+    (tmp_path / "docs").mkdir()
     splits = open_splits(str(tmp_path))
     assert list(splits) == ["train"]
-    assert splits["train"].class_names == ["bus", "car", "train"]
+    (note,) = notes_of(splits)
+    assert "bus" in note
+    assert "test" in note
+    assert "docs" not in note
 
 
 def test_a_folder_that_looks_like_a_split(class_folder: Path):

@@ -99,6 +99,12 @@ def print_check(report: Reporter, result: Report) -> None:
     headers = ["split", "images", "classes", "images a class", "bytes", "smallest HxW", "largest"]
     for line in table(headers, rows):
         report.say(line)
+    names = [
+        *dict.fromkeys(each for split in result.splits.values() for each in split.class_counts)
+    ]
+    report.say(f"\nclasses: {', '.join(names[:_MOST])}" + _more(names))
+    for note in result.notes:
+        report.say(f"note: {note}")
     report.say()
     for name, split in result.splits.items():
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in split.formats.items())
@@ -110,8 +116,7 @@ def print_check(report: Reporter, result: Report) -> None:
             report.say(f"  special: {odd}")
         missing = split.missing_classes()
         if missing:
-            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-            report.say(f"  classes without images: {', '.join(missing[:8])}{more}")
+            report.say(f"  classes without images: {', '.join(missing[:_MOST])}{_more(missing)}")
     for what, key, place in (
         ("unreadable images", "unreadable", "bad_files.txt"),
         (f"tiny images, a side under {TINY_SIDE} px", "tiny", "check.json"),
@@ -185,6 +190,10 @@ def _row(name: str, split: SplitReport) -> list[str]:
         f"{h}x{w}" for key in ("smallest", "largest") for h, w in [split.sizes.get(key, (0, 0))]
     ]
     return [name, f"{split.num_images:,}", classes, a_class, format_bytes(split.num_bytes), *ends]
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - _MOST:,} more" if len(names) > _MOST else ""
 
 
 def _plural(number: int, what: str) -> str:

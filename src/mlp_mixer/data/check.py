@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import numpy as np
 from mlp_mixer.data.duplicates import Duplicates, find_duplicates
 from mlp_mixer.data.items import BadImage, Source
 from mlp_mixer.data.scan import Scan, scan
+from mlp_mixer.data.sources import notes_of
 
 TINY_SIDE = 16  # pixels; below it an image is named as tiny
 HUGE_PIXELS, HUGE_BYTES = 20_000_000, 20_000_000  # above either, as huge
@@ -65,11 +66,13 @@ class Report:
         source: what the data was called.
         splits: a report each.
         duplicates: None where they were not looked for.
+        notes: what else was found, a line each.
     """
 
     source: str
     splits: dict[str, SplitReport]
     duplicates: Duplicates | None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def unreadable(self) -> dict[str, list[BadImage]]:
@@ -85,7 +88,8 @@ class Report:
                 values[key] = [vars(each) for each in values[key]]
             splits[split] = {**values, "missing_classes": report.missing_classes()}
         duplicates = None if self.duplicates is None else _duplicates_json(self.duplicates)
-        return {"source": self.source, "splits": splits, "duplicates": duplicates}
+        found = {"splits": splits, "duplicates": duplicates, "notes": self.notes}
+        return {"source": self.source, **found}
 
     def save(self, folder: Path) -> list[str]:
         """Writes check.json, bad_files.txt and duplicates.csv; returns the names written."""
@@ -131,7 +135,7 @@ def check_source(
     if duplicates != "off":
         near = duplicates == "near"
         found = find_duplicates(splits, near=near, num_workers=num_workers, scans=scans)
-    return Report(source, reports, found)
+    return Report(source, reports, found, notes_of(splits))
 
 
 def describe_split(source: Source, scanned: Scan) -> SplitReport:

@@ -27,8 +27,9 @@ LAYOUT = "class folders: FOLDER/train/<class>/*.jpg (val/ and test/ if you have 
 
 
 def split_named(name: str) -> str | None:
-    """Returns the split that a name means: "Val" -> "validation"; None if it means none."""
-    return next((s for s, names in SPLIT_FOLDERS.items() if name.casefold() in names), None)
+    """Returns the split that a name means: "Val", "val_set" -> "validation"; None for others."""
+    word = re.sub(r"[-_. ]?(dataset|sets?|data|images|imgs)$", "", name.casefold())
+    return next((split for split, names in SPLIT_FOLDERS.items() if word in names), None)
 
 
 def split_of_file(path: Path) -> str:
@@ -37,8 +38,8 @@ def split_of_file(path: Path) -> str:
     Raises:
         UserError: the name has words for two splits.
     """
-    found = map(split_named, re.split(r"[-_.:]", path.name))
-    words = {split for split in found if split is not None}
+    found = re.split(r"[-_.:]", path.name.casefold())
+    words = {split for split, names in SPLIT_FOLDERS.items() if not set(names).isdisjoint(found)}
     if len(words) > 1:
         what = f"the file's name has words for several splits: {path.name}"
         raise UserError(what, where=path, fix="Rename the file, such as to NAME-train.parquet")
@@ -82,6 +83,11 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
     return entry.name[0] != "." and is_named_so and not _is_folder(entry)
 
 
+def _loose_image(folder: Path) -> str | None:
+    """The name of an image directly in the folder, if there is one."""
+    return next((entry.name for entry in _entries(str(folder)) if _is_image(entry)), None)
+
+
 def _entries(folder: str) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
@@ -93,20 +99,19 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 def subfolders(folder: Path) -> list[str]:
     """Returns the names of the folders directly in a folder, in natural order; none hidden."""
     entries = _entries(str(folder))
-    names = [entry.name for entry in entries if entry.name[0] != "." and entry.is_dir()]
+    names = [entry.name for entry in entries if entry.name[0] != "." and _is_folder(entry)]
     return sorted(names, key=natural_order)
 
 
-def class_folder(folder: Path, name: str) -> ImageFiles:
+def class_folder(folder: Path, name: str, notes: tuple[str, ...] = ()) -> ImageFiles:
     """Returns the images of FOLDER/<class>/, at any depth below the class, as a source.
 
     Raises:
-        UserError: there are no class folders, a class is empty, or two differ in case only.
+        UserError: there are no class folders, or a class is empty.
     """
     classes = subfolders(folder)
     if not classes:
         raise UserError("no class folders found", where=folder, fix=f"Arrange it as {LAYOUT}")
-    refuse_twins(classes, folder)
     counts = array("q")
 
     def paths() -> Iterator[str]:
@@ -124,7 +129,63 @@ def class_folder(folder: Path, name: str) -> ImageFiles:
 
     packed = PackedStrings(paths())
     labels = np.repeat(np.arange(len(classes)), counts)
-    return ImageFiles(name, classes, labels, packed, str(folder))
+    names = [each.strip() or each for each in classes]
+    return ImageFiles(name, names, labels, packed, str(folder), notes)
+
+
+def refuse_other_folders(folder: Path) -> None:
+    """Refuses folders in the place of classes that are splits, folds or wrappers in truth.
+
+    A class may be called "train" where its folder's own name is a split's: FOLDER/train/train.
+
+    Raises:
+        UserError: they are, or names of classes look the same.
+    """
+    classes = subfolders(folder)
+    refuse_twins(classes, folder)
+    listed = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" * (len(classes) > 8))
+    shared = _shared_subfolders(folder, classes)
+    if any(map(split_named, shared)) or (len(shared) > 1 and len(classes) > 1):
+        what = f"each of the folders {listed} has subfolders {', '.join(shared[:8])}: not classes"
+        fix = f"Give the folder to use, such as {folder / classes[0]}. If they are the classes: put"
+        fix += " the images directly into their folders, or give a list (.csv) with path,label"
+        raise UserError(what, where=folder, fix=fix)
+    splits = [each for each in classes if split_named(each)]
+    parts = [each for each in classes if split_named(each) or re.fullmatch(_FOLD, each)]
+    is_split = split_named(folder.absolute().name) is not None
+    if parts == classes and len(classes) > is_split:
+        what = f"folders that are splits and have no class folders in them: {listed}"
+        raise UserError(what, where=folder, fix=f"Arrange it as {LAYOUT}")
+    if splits and not is_split:
+        what = f"the folder {splits[0]!r} is named as a split, but lies among classes: {listed}"
+        fix = (
+            f"Put its images into class folders, {splits[0]}/<class>, or move it away. If it is a "
+        )
+        fix += f"class: move all class folders into one for the split, {folder / 'train'}/<class>"
+        raise UserError(what, where=folder / splits[0], fix=fix)
+    known: dict[tuple[str, ...], tuple[str, str]] = {}
+    for each in classes:  # seg_train, seg_test
+        words = re.split(r"[-_. ]+", each)
+        for split, at in ((split_named(word), at) for at, word in enumerate(words)):
+            rest = (*words[:at], "", *words[at + 1 :])
+            if split and known.setdefault(rest, (split, each))[0] != split:
+                what = f"the folders {known[rest][1]} and {each} are splits, not classes"
+                fix = f"Rename them to train, val and test, with the classes below: {LAYOUT}"
+                raise UserError(what, where=folder, fix=fix)
+
+
+_FOLD = r"(?i)folds?[-_. ]?\d+"
+
+
+def _shared_subfolders(folder: Path, classes: list[str]) -> list[str]:
+    """The subfolders that each of these folders has; none where one has images directly in it."""
+    shared: set[str] | None = None
+    for each in classes:
+        names = subfolders(folder / each)
+        shared = set(names) if shared is None else shared & set(names)
+        if not shared or _loose_image(folder / each) is not None:
+            return []
+    return sorted(shared or (), key=natural_order)
 
 
 def flat_folder(folder: Path, name: str) -> ImageFiles:
@@ -140,35 +201,46 @@ def flat_folder(folder: Path, name: str) -> ImageFiles:
     return ImageFiles(name, *no_labels(len(paths)), paths, str(folder))
 
 
-def find_splits(folder: Path) -> dict[str, Path]:
+def find_splits(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """Returns the folder of each split, train first; a folder of classes is its own train split.
 
-    A folder that is named like a split but has no folders in it is a class of that name.
+    A folder that is named like a split but has no folders in it is none. Of test/test/<class> the
+    inner one is the split.
+
+    Returns:
+        the folders, and the names of others with images, which are not used.
 
     Raises:
         UserError: it cannot be told which split a folder is.
     """
-    inside = {entry: subfolders(folder / entry) for entry in subfolders(folder)}
     splits: dict[str, Path] = {}
-    for entry, classes in inside.items():
-        split = split_named(entry)
+    known: set[str] = set()
+    others: dict[str, list[str]] = {}
+    for entry in subfolders(folder):
+        split, path, classes = split_named(entry), folder / entry, subfolders(folder / entry)
+        loose = _loose_image(path) if split and classes else None
+        if len(classes) == 1 and split and split_named(classes[0]) == split and not loose:
+            path /= classes[0]
+            classes = subfolders(path)
+            loose = _loose_image(path) if classes else None
         if split is None or not classes:
+            others[entry] = classes
             continue
         if split in splits:
-            what = f"two folders for one split: {splits[split].name} and {entry}"
+            inside = [each.relative_to(folder) for each in (splits[split], path)]
+            what = f"two folders for one split: {inside[0]} and {inside[1]}"
             raise UserError(what, where=folder, fix="Merge them or rename one")
-        splits[split] = folder / entry
-    if not splits:
-        return {"train": folder}
-    for path in splits.values():
-        loose = next((each.name for each in _entries(str(path)) if _is_image(each)), None)
         if loose is not None:
             what = f"the folder {path.name!r} has both folders and images, such as {loose!r}"
             fix = "Put the images into class folders; a class needs another name than a split"
             raise UserError(what, where=path, fix=fix)
-    known = {each for path in splits.values() for each in inside[path.name]}
-    for entry, classes in inside.items():
-        if folder / entry not in splits.values() and known & set(classes):
+        splits[split] = path
+        known.update(classes)
+    if not splits:
+        return {"train": folder}, []
+    for entry, classes in others.items():
+        if known & set(classes):
             what = f"the folder {entry!r} has the same classes, but its name is no split's"
             raise UserError(what, where=folder / entry, fix="Name it val or test, or move it away")
-    return {split: splits[split] for split in SPLIT_FOLDERS if split in splits}
+    unused = [entry for entry in others if next(scan_images(str(folder / entry)), None)]
+    return {split: splits[split] for split in SPLIT_FOLDERS if split in splits}, unused

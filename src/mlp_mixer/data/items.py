@@ -108,13 +108,17 @@ def _open_at_once(path: str, flags: int) -> int:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files on disk with their labels; `paths` may be relative to `folder`."""
+    """Image files on disk with their labels; `paths` may be relative to `folder`.
+
+    `notes` say what else was found there, a line each.
+    """
 
     name: str
     class_names: list[str]
     labels: np.ndarray
     paths: Sequence[str]
     folder: str = ""
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -35,9 +35,10 @@ from mlp_mixer.data.folders import (
     class_folder,
     find_splits,
     flat_folder,
+    refuse_other_folders,
     subfolders,
 )
-from mlp_mixer.data.items import Source, without_labels
+from mlp_mixer.data.items import ImageFiles, Source, View, without_labels
 from mlp_mixer.data.parquet import open_parquet
 from mlp_mixer.data.parquet_images import ParquetImages
 from mlp_mixer.data.shards import has_shards, open_shards, refuse_unfinished
@@ -110,6 +111,16 @@ def open_images(name: str, order: Sequence[str] = ("test", "validation", "train"
         with contextlib.suppress(UserError):  # whatever is wrong but the labels is told below
             return next(iter(_open(parsed, wanted, first=True).values()))
     return next(iter(_open(parsed, wanted, first=True, labels=False).values()))
+
+
+def notes_of(splits: Mapping[str, Source]) -> list[str]:
+    """Returns what there is to say of data beside its images, a line each."""
+    notes: dict[str, None] = {}
+    for source in splits.values():
+        while isinstance(source, View):
+            source = source.source
+        notes.update(dict.fromkeys(source.notes if isinstance(source, ImageFiles) else ()))
+    return list(notes)
 
 
 def names_source(name: str) -> bool:
@@ -216,8 +227,17 @@ def _open_folder(path: Path, name: SourceName, labels: bool) -> Mapping[str, Sou
         raise UserError(what, where=path, fix=f"Write one, once: mixer data index {path}")
     if not labels and not subfolders(path):
         return {"train": flat_folder(path, name.source)}
-    splits = find_splits(path)
-    return {split: class_folder(each, f"{name.source}:{split}") for split, each in splits.items()}
+    splits, unused = find_splits(path)
+    notes: tuple[str, ...] = ()
+    if labels:
+        for folder in splits.values():
+            refuse_other_folders(folder)
+        if unused:
+            notes = (f"not used: {', '.join(unused)} (not splits with class folders)",)
+    return {
+        split: class_folder(folder, f"{name.source}:{split}", notes)
+        for split, folder in splits.items()
+    }
 
 
 def _parquet_files(path: Path) -> list[Path]:

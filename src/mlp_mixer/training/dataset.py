@@ -18,7 +18,7 @@ from mlp_mixer.data.items import (
     unreadable,
 )
 from mlp_mixer.data.randaugment import randaugment
-from mlp_mixer.data.sources import open_splits
+from mlp_mixer.data.sources import notes_of, open_splits
 from mlp_mixer.data.transforms import flip, inception_crop, random_crop, resize_for_evaluation
 from mlp_mixer.errors import UserError
 from mlp_mixer.preprocessing import Preprocessing
@@ -92,7 +92,7 @@ def open_training_data(settings: DataSettings) -> Splits:
         known = ", ".join(splits)
         fix = f"Known there: {known}. Give a pattern or a folder that has both"
         raise UserError("the data has no train split", where=settings.source, fix=fix)
-    notes: list[str] = []
+    notes = notes_of(splits)
     if settings.without is not None:
         drops, before = read_drop_list(settings.without), sum(map(len, splits.values()))
         for name in splits.keys() - {"test"}:  # what is measured at the end stays whole
