@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from mlp_mixer.errors import UserError
 
@@ -24,6 +26,28 @@ def expand(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"~ cannot be resolved in {str(path)!r}", fix="Write it out") from error
+
+
+_DEEPEST = 100  # of lists within lists in JSON
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Returns what a JSON text means.
+
+    Raises:
+        ValueError: it is not JSON, or nested so deeply that whoever follows it would not return.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"nested more than {_DEEPEST} deep") from error
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_DEEPEST):
+        groups = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for group in groups for each in group if isinstance(each, dict | list)]
+        if not level:
+            return value
+    raise ValueError(f"nested more than {_DEEPEST} deep")
 
 
 def check_place(path: Path) -> None:

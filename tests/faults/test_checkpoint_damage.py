@@ -200,3 +200,15 @@ def test_a_malicious_index_runs_nothing(
     if change is hidden_payload:  # it would have worked
         pickle.loads(raw)
         assert marker.exists()
+
+
+def test_an_index_nested_beyond_what_can_be_hashed(tmp_path: Path):
+    """A tuple within a tuple, a million times, as a key: the process would die of it."""
+    save(tmp_path / "checkpoints", 1, 2)
+    folder = tmp_path / "checkpoints" / "step-00000002"
+    (folder / ".metadata").write_bytes(b"\x80\x02})" + b"\x85" * 1_000_000 + b"Ns.")
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, 2, False, {"number": 2})
+    lines: list[str] = []
+    assert whole_number(tmp_path / "checkpoints", lines) == 1
+    assert str(folder / ".metadata") in lines[0]

@@ -80,6 +80,15 @@ def huge_claim() -> bytes:
     return struct.pack("<Q", len(header)) + header + b"0000"
 
 
+def deep(old: bool = False, step: bytes = b"\x85", times: int = 1_000_000) -> bytes:
+    """A tuple within a tuple within ...: hashing it, as a key, would end the process."""
+    pickled = b"\x80\x02})" + step * times + b"Ns."
+    if not old:
+        return archive({"x/other_data.pkl": b"N.", "x/data.pkl": pickled, "x/version": b"3\n"})
+    start = b"".join(pickle.dumps(each, 2) for each in (0x1950A86A20F9469CFC6C, 1001, {}))
+    return start + pickled + pickle.dumps([], 2)
+
+
 HTML = b"<!doctype html>\n<html><title>404 not found</title></html>\n"
 GOOD_NPZ = (GOLDEN / "official_tiny_params.npz").read_bytes()
 ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
@@ -103,6 +112,9 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "long.npz": (lambda: archive({"a.npy": array("(1,)", "<f16", bytes(16))}), "numbers"),
     "deep.npz": (lambda: archive({"a.npy": array("(" * 5000)}), "not an array|not a whole"),
     "minus.npz": (lambda: archive({"a.npy": array("-" * 5000 + "1")}), "not an array|not a whole"),
+    "deep_tuple.pth": (deep, "more than 50 deep"),
+    "deep_tuple_old.pth": (lambda: deep(old=True), "more than 50 deep"),
+    "doubled_tuple.pth": (lambda: deep(step=b"2\x86", times=45), "more than 50 deep"),
     "script.pth": (lambda: archive({"a/constants.pkl": b"", "a/data.pkl": b""}), "program"),
     "compressed.pth": (
         lambda: archive({"a/data.pkl": bytes(10**6)}, zipfile.ZIP_DEFLATED),

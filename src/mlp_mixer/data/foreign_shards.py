@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tarfile
 from array import array
@@ -17,7 +16,7 @@ from mlp_mixer.data.classes import labels_of_values, refuse_twins
 from mlp_mixer.data.folders import SPLIT_FOLDERS, natural_order, split_of_file
 from mlp_mixer.data.image import SUFFIXES
 from mlp_mixer.data.shards import PACKING, Shard, ShardIndex, index_path, load_index
-from mlp_mixer.disk import write_aside
+from mlp_mixer.disk import parse_json, write_aside
 from mlp_mixer.errors import UserError
 
 _LABEL_BYTES = 2**20  # a .cls or .json above that is none
@@ -158,13 +157,13 @@ def _label(ending: str, text: bytes, where: str) -> str | None:
     """The label in a .cls or .json; None where a .json has none."""
     try:
         if ending.endswith("json"):
-            value = json.loads(text)
+            value = parse_json(text)
             value = value.get("label", value.get("cls")) if isinstance(value, dict) else None
             if value is None:
                 return None
         else:
             value = text.decode().strip()
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"the label cannot be read: {error}", where=where) from error
     if isinstance(value, bool) or not isinstance(value, int | str) or str(value).strip() == "":
         raise UserError(f"a label is an integer or text, got {value!r}", where=where)

@@ -7,7 +7,6 @@ relative to the list's own folder. The order of the rows never changes the order
 from __future__ import annotations
 
 import csv
-import json
 import os
 from array import array
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from mlp_mixer.data.classes import labels_of_values
 from mlp_mixer.data.folders import SPLIT_FOLDERS, split_named
 from mlp_mixer.data.items import ImageFiles, PackedStrings, Source, no_labels, subset
 from mlp_mixer.data.source_names import SourceName, choose_column
+from mlp_mixer.disk import parse_json
 from mlp_mixer.errors import UserError
 
 SUFFIXES = (".csv", ".jsonl")
@@ -207,8 +207,8 @@ def _read_jsonl(file: TextIO, path: Path) -> tuple[list[str], _Rows]:
             if not text.strip():
                 continue
             try:
-                value = json.loads(text)
-            except (ValueError, RecursionError) as error:
+                value = parse_json(text)
+            except ValueError as error:
                 reason = str(error).partition(":")[0]
                 where = f"{path}, line {line}"
                 fix = 'Every line is an object: {"path": "a.jpg", "label": "cat"}'

@@ -6,7 +6,6 @@ sorted. How the images are read is in `parquet_images`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from mlp_mixer.data.folders import SPLIT_FOLDERS, split_of_file
 from mlp_mixer.data.items import no_labels
 from mlp_mixer.data.parquet_images import ParquetImages, damage_told, open_file
 from mlp_mixer.data.source_names import SourceName, choose_column
+from mlp_mixer.disk import parse_json
 from mlp_mixer.errors import UserError
 
 _LABEL_NAMES = ("label", "labels", "class", "target")
@@ -156,7 +156,7 @@ def _columns(schema: Any, name: SourceName, file: str) -> tuple[str, str]:
 def class_names_of(schema: Any, column: str) -> list[str] | None:
     """Returns the names that the Hugging Face metadata of a schema gives a column's classes."""
     try:
-        described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        described = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))
         feature = described["info"]["features"][column]
         names = feature["names"] if feature["_type"] == "ClassLabel" else None
     except (ValueError, LookupError, TypeError):

@@ -24,7 +24,7 @@ from mlp_mixer.data.folders import SPLIT_FOLDERS
 from mlp_mixer.data.items import Source
 from mlp_mixer.data.label_rules import LabelRule, apply_rule, rule_from_json
 from mlp_mixer.data.source_names import SourceName, parse_name, part_of
-from mlp_mixer.disk import write_aside
+from mlp_mixer.disk import parse_json, write_aside
 from mlp_mixer.errors import UserError
 
 SUFFIX = ".json"
@@ -110,10 +110,10 @@ def read_selection(path: Path) -> Selection:
         UserError: it is none.
     """
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read the file: {error.strerror}", where=path) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"not a selection of images: {str(error)[:200]}", where=path) from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         fix = "As data, a .json file is a selection; see docs/transfer.md. A list is .jsonl"

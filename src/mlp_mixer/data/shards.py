@@ -20,6 +20,7 @@ import numpy as np
 
 from mlp_mixer.data.folders import SPLIT_FOLDERS
 from mlp_mixer.data.items import no_labels
+from mlp_mixer.disk import parse_json
 from mlp_mixer.errors import UserError
 
 INDEX_SUFFIX = ".index.safetensors"
@@ -104,7 +105,7 @@ def load_index(path: Path) -> ShardIndex:
     try:
         with safe_open(str(path), framework="np") as file:
             metadata: dict[str, str] = file.metadata() or {}
-            described = json.loads(metadata.get(_KEY, "{}"))
+            described = parse_json(metadata.get(_KEY, "{}"))
             if described.get("version") != _VERSION:
                 what = f"not an index of shards (version {_VERSION})"
                 raise UserError(what, where=path, fix=fix)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlp_mixer.disk import parse_json
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.catalog import config_from_json, config_to_json
 from mlp_mixer.models.layers import ImageClassifier, ModelConfig, preprocessing_of
@@ -106,13 +107,13 @@ def from_text(values: dict[str, str], path: Path) -> Description:
         what = "the file does not say what its classes and its preprocessing are"
         raise UserError(what, where=path, fix="Only files of `mixer export` are used here")
     try:
-        own: dict[str, Any] = json.loads(values["mlp_mixer"])
-        names = json.loads(values["class_names"])
+        own: dict[str, Any] = parse_json(values["mlp_mixer"])
+        names = parse_json(values["class_names"])
         if own["version"] > VERSION:
             what = f"written by a newer mlp_mixer (version {str(own['version'])[:20]})"
             raise UserError(what, where=path, fix="pip install --upgrade mlp_mixer")
         config = config_from_json(own["architecture"])
-        preprocessing = Preprocessing.from_json(json.loads(values["preprocessing"]))
+        preprocessing = Preprocessing.from_json(parse_json(values["preprocessing"]))
         is_list = isinstance(names, list) and all(isinstance(each, str) for each in names)
         if names is not None and not (is_list and len(names) == config.num_classes):
             raise ValueError("the class names are not those of the logits")
@@ -129,6 +130,6 @@ def from_text(values: dict[str, str], path: Path) -> Description:
         )
     except UserError as error:
         raise UserError(error.what, where=path, fix=error.fix) from error
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         what = f"the file's description is damaged: {str(error)[:200]}"
         raise UserError(what, where=path, fix="Export it again") from error

@@ -19,7 +19,7 @@ from mlp_mixer.data.fingerprint import fingerprint
 from mlp_mixer.data.items import Source
 from mlp_mixer.deploy.answers import Question, device_of, identity
 from mlp_mixer.deploy.tables import FILE_FORMATS, PART_FORMATS, check_format, writing
-from mlp_mixer.disk import expand, write_aside
+from mlp_mixer.disk import expand, parse_json, write_aside
 from mlp_mixer.environment import surroundings
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.layers import ImageClassifier, preprocessing_of
@@ -178,10 +178,10 @@ def choose_part_size(images: int, batch_size: int, processes: int) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read the manifest: {error.strerror}", where=path) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         what = f"the manifest is damaged: {str(error)[:200]}"
         raise UserError(what, where=path, fix="Give another --output") from error
     if not isinstance(values, dict) or values.get("format") != _FORMAT:

@@ -29,7 +29,7 @@ from mlp_mixer.data.fingerprint import fingerprint
 from mlp_mixer.data.items import BadImage, Source
 from mlp_mixer.data.loader import TIMEOUT, evaluation_batches
 from mlp_mixer.data.transforms import normalize
-from mlp_mixer.disk import write_aside
+from mlp_mixer.disk import parse_json, write_aside
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.inference import Inference
 from mlp_mixer.models.layers import ImageClassifier
@@ -194,7 +194,7 @@ def _read(path: Path, key: str, notes: list[str]) -> Features | None:
             raise ValueError("its numbers are of another type")
         if metadata.get("sha256") != _checksum(key, values, indices, metadata["bad"]):
             raise ValueError("its checksum is wrong")
-        bad = [BadImage(**each) for each in json.loads(metadata["bad"])]
+        bad = [BadImage(**each) for each in parse_json(metadata["bad"])]
     except FileNotFoundError:  # another process has just removed it
         return None
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mlp_mixer.disk import write_aside
+from mlp_mixer.disk import parse_json, write_aside
 from mlp_mixer.environment import surroundings
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.catalog import architecture_name, config_to_json
@@ -68,10 +68,10 @@ def read_measurement(path: Path) -> dict[str, Any]:
         UserError: it is no measurement, or of a newer version.
     """
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read the file: {error.strerror}", where=path) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"not a measurement: {str(error)[:200]}", where=path) from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UserError("not a measurement of mlp_mixer", where=path)

@@ -7,7 +7,6 @@ done with ImageNet?"; the file is real.json of google-research/reassessed-imagen
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 from mlp_mixer.data.hub_dataset import HubImages
 from mlp_mixer.data.items import Source, View
 from mlp_mixer.data.parquet_images import ParquetImages
-from mlp_mixer.disk import expand
+from mlp_mixer.disk import expand, parse_json
 from mlp_mixer.errors import UserError
 
 IMAGES, CLASSES = 50_000, 1000
@@ -125,10 +124,10 @@ def read_real(path: str | Path) -> list[frozenset[int]]:
     """
     path = expand(path)
     try:
-        lists = json.loads(path.read_bytes())
+        lists = parse_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read the file: {error.strerror}", where=path, fix=_FILE) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         what = f"the ReaL labels are not JSON: {str(error)[:200]}"
         raise UserError(what, where=path, fix=_FILE) from error
     if not isinstance(lists, list):

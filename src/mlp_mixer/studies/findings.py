@@ -6,7 +6,6 @@ named in the report, or is an error where it was asked for by name.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlp_mixer.disk import expand
+from mlp_mixer.disk import expand, parse_json
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.measurement import FORMAT, read_measurement
 from mlp_mixer.models.catalog import architecture_name, config_from_json
@@ -268,13 +267,13 @@ def read_run(path: Path) -> dict[str, Any]:
     Raises:
         UserError, ValueError, KeyError, TypeError: the folder is not whole.
     """
-    config = json.loads((path / "config.json").read_bytes())
-    environment = json.loads((path / "environment.json").read_bytes())
+    config = parse_json((path / "config.json").read_bytes())
+    environment = parse_json((path / "environment.json").read_bytes())
     _need("recipe" in config, "config.json is not that of a run")
     seconds, steps = 0.0, 0
     if (path / "metrics.jsonl").is_file():
         for line in (path / "metrics.jsonl").read_text().splitlines()[-1:]:
-            last = json.loads(line)
+            last = parse_json(line)
             seconds, steps = float(last["seconds"]), int(last["step"]) + 1
     for row in read_results(path):  # the last evaluation comes after the last logged step
         seconds = max(seconds, float(row.get("seconds") or 0.0))
@@ -282,7 +281,7 @@ def read_run(path: Path) -> dict[str, Any]:
     for name in ("test", "validation"):
         file = path / name / "evaluation.json"
         if evaluation is None and file.is_file():
-            evaluation, split = json.loads(file.read_bytes()), name
+            evaluation, split = parse_json(file.read_bytes()), name
             _check_evaluation(evaluation)
     log = path / "log.txt"
     log_text = log.read_text("utf-8", "replace") if log.is_file() else ""
@@ -305,7 +304,7 @@ def _model_of(run: Path) -> dict[str, Any]:
     file = run / "best" / "config.json"
     if not file.is_file():
         return {}
-    values = json.loads(file.read_bytes())
+    values = parse_json(file.read_bytes())
     config = config_from_json(values["architecture"])
     return {
         "name": architecture_name(config) or config.summary(),

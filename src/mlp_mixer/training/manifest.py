@@ -18,6 +18,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
+from mlp_mixer.disk import parse_json
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.dcp_storage import parse_index
 
@@ -85,7 +86,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     raw = _read(path)
     try:
-        content = json.loads(raw)
+        content = parse_json(raw)
         digest = content["sha256"]
         head, _, tail = raw.rpartition(digest.encode())
         if hashlib.sha256(head + _BLANK.encode() + tail).hexdigest() != digest:
@@ -102,7 +103,7 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(step, bool(content["is_best"]), values, files)
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError("it is damaged: not a whole manifest", where=path) from error
 
 

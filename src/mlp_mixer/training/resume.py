@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlp_mixer.disk import parse_json
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.config import TrainConfig
 
@@ -34,12 +34,12 @@ def config_of(run: str | Path) -> TrainConfig:
         fix = "Give the folder that `results` named when the run began"
         raise UserError(f"{what}: it has no config.json", where=folder, fix=fix)
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(path.read_bytes())
         if not isinstance(values, dict) or "recipe" not in values:
             what = "this config.json is not that of a training run"
             raise UserError(what, where=path, fix="Give the run folder, not best/")
         return replace(TrainConfig.from_json(values), output=str(run))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         if isinstance(error, UserError):
             raise UserError(error.what, where=error.where or path, fix=error.fix) from error
         raise UserError(f"not valid JSON: {error}", where=path) from error

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlp_mixer.disk import write_aside
+from mlp_mixer.disk import parse_json, write_aside
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.resume import differences
@@ -101,7 +101,7 @@ class StudyFolder:
             refuse_other_things(self.path, there)
             return {}
         try:
-            values = json.loads(self.results.read_bytes())
+            values = parse_json(self.results.read_bytes())
             old = TrainConfig.from_json(values["config"])
             grid, seeds, done = values["grid"], values["seeds"], dict(values["done"])
         except (ValueError, KeyError, TypeError) as error:

@@ -7,10 +7,10 @@ checkpoints; timm's config.json; and at last the tensors themselves.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mlp_mixer.disk import parse_json
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.catalog import ARCHITECTURES, config_from_json
 from mlp_mixer.models.layers import ModelConfig
@@ -95,8 +95,8 @@ def _written(file: WeightsFile) -> tuple[dict[str, Any] | None, str]:
 
 def _parsed(text: str, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(text)
+    except ValueError as error:
         what = f"not a model description: {str(error)[:200]}"
         raise UserError(what, where=where) from error
     if not isinstance(found, dict):

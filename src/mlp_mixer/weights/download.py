@@ -27,7 +27,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from mlp_mixer.console import Reporter
-from mlp_mixer.disk import expand
+from mlp_mixer.disk import expand, parse_json
 from mlp_mixer.errors import UserError
 
 ATTEMPTS = 4  # each goes on where the last one stopped
@@ -321,7 +321,7 @@ def _note(partial: Path) -> Path:
 
 def _validator(partial: Path) -> str | None:
     try:
-        return json.loads(_note(partial).read_text())["validator"]
+        return parse_json(_note(partial).read_text())["validator"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -185,24 +185,63 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 def _globals(path: Path) -> set[str]:
     """Returns what the pickles of a torch file name, as "module name"; nothing is run."""
+    found: set[str] = set()
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            name = next(each for each in archive.namelist() if each.endswith("data.pkl"))
-            return _globals_of(io.BytesIO(archive.read(name)))
-    found: set[str] = set()
-    with path.open("rb") as file:  # before torch 1.6: magic number, protocol, system, the object
-        for _ in range(4):
-            found |= _globals_of(file)
+            for info in archive.infolist():
+                if info.filename.endswith("data.pkl"):
+                    found |= names_in_pickle(io.BytesIO(archive.read(info)))
+        return found
+    with path.open("rb") as file:  # before torch 1.6: magic number, protocol, system, object, keys
+        for _ in range(5):
+            found |= names_in_pickle(file)
     return found
 
 
-def _globals_of(file: IO[bytes]) -> set[str]:
-    found = set()
-    for operation, argument, _ in pickletools.genops(file):
-        if operation.name in ("GLOBAL", "INST"):
+_DEEPEST = 50  # values within values: a tuple as deep as its file is long cannot be hashed
+_MOST_SHARED = 1000  # values for each operation: tuples of the same tuple twice grow as 2^n
+_FILLING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
+
+
+def names_in_pickle(file: IO[bytes]) -> set[str]:
+    """Returns what a pickle names, as "module name"; nothing is run.
+
+    Raises:
+        ValueError: it is damaged, or its values are nested too deeply for what will read it.
+    """
+    found: set[str] = set()
+    # For every value on the stack, how deep it is and of how many values; None is a mark.
+    stack: list[tuple[int, int] | None] = []
+    memo: dict[Any, tuple[int, int] | None] = {}
+    for count, (operation, argument, _) in enumerate(pickletools.genops(file), 1):
+        name, before = operation.name, operation.stack_before
+        if name in ("GLOBAL", "INST"):
             found.add(str(argument))
-        elif operation.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):  # torch writes none
-            found.add(operation.name)
+        elif name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):  # torch writes none
+            found.add(name)
+        if name == "MARK":
+            stack.append(None)
+        elif "PUT" in name or name == "MEMOIZE":
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "DUP":
+            stack.append(stack[-1])
+        else:
+            taken: list[tuple[int, int]] = []
+            if pickletools.markobject in before:
+                while (value := stack.pop()) is not None:
+                    taken.append(value)
+                before = before[: before.index(pickletools.markobject)]
+            taken += [value for _ in before if (value := stack.pop()) is not None]
+            inside = taken[:-1] if name in _FILLING else taken
+            depth = max((1 + each for each, _ in inside), default=0)
+            if name in _FILLING:
+                depth = max(depth, taken[-1][0])
+            size = 1 + sum(each for _, each in taken)
+            if depth > _DEEPEST or size > _MOST_SHARED * count:
+                raise ValueError(f"values within values, more than {_DEEPEST} deep")
+            stack += [(depth, size)] * len(operation.stack_after)
     return found
 
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mlp_mixer.console import Reporter
-from mlp_mixer.disk import Content, aside_folder, expand, write_together
+from mlp_mixer.disk import Content, aside_folder, expand, parse_json, write_together
 from mlp_mixer.errors import UserError, near_names
 from mlp_mixer.models.catalog import config_to_json, model_from_config
 from mlp_mixer.models.layers import ImageClassifier, ModelConfig
@@ -343,8 +343,8 @@ def _check_description(path: Path, fix: str) -> None:
     if not path.is_file():
         return
     try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        found = parse_json(path.read_bytes())
+    except ValueError:
         found = None
     if not isinstance(found, dict) or found.get("format") != "mlp_mixer":
         what = "this file would be replaced, and it is not the description of a model"
