@@ -171,3 +171,9 @@ def test_a_model_of_timm_becomes_a_file(tmp_path: Path, monkeypatch, suffix: str
 def test_evaluate_refuses_a_precision_for_an_exported_file(exported) -> None:
     with pytest.raises(mm.UserError, match="an exported file has its own"):
         mm.evaluate(exported, "digits:test", precision="bfloat16")
+
+
+def test_a_file_without_class_names_has_logits_all_the_same(exported: ExportedModel):
+    exported.class_names = None
+    with pytest.raises(mm.UserError, match="carries no class names"):
+        mm.predict(exported, "digits:test[:5]", num_workers=0)

@@ -38,8 +38,8 @@ class Told(mm.ImageClassifier):
     def __init__(self, answers: list[int], class_names: list[str]) -> None:
         super().__init__()
         self.config = tiny_model().config
-        self.class_names = class_names
         self.head = torch.nn.Linear(1, len(class_names))
+        self.class_names = class_names
         self.answers = iter(answers)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -162,7 +162,7 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path: Path):
         ({"preprocessing": {"image_size": [8, 8], "mean": "x"}}, "not a preprocessing"),
         ({"preprocessing": {"image_size": [8, 16]}}, "the preprocessing gives"),
         ({"class_names": ["ant", "bee"]}, "there are 2 class names for 3 classes"),
-        ({"class_names": 5}, "class_names must be a list of names, got 5"),
+        ({"class_names": 5}, "class names are a list of text, got 5"),
     ],
 )
 def test_a_description_that_does_not_fit(tmp_path: Path, change: dict[str, object], message: str):

@@ -6,6 +6,7 @@ Shapes: N batch, S tokens, C channels, H W pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -143,7 +144,8 @@ class ImageClassifier(nn.Module):
         config: the architecture: `image_size` (H, W), `in_channels`, `num_classes`,
             `flops` of one image, `summary()` and what else the family has.
         head: from the features to the logits; None for a model without classes.
-        class_names: one name a class in the order of the logits; None where they are unknown.
+        class_names: one name a class in the order of the logits; None where they are unknown. Any
+            sequence of text can be set; of another length than the logits it is a UserError.
         preprocessing: what turns an image file into the input; None until weights bring it.
         source: what `load_model` was given; None for random weights.
         why_one_size: why images of another size than the model's are refused.
@@ -151,10 +153,20 @@ class ImageClassifier(nn.Module):
 
     config: Any
     head: nn.Linear | None
-    class_names: list[str] | None = None
     preprocessing: Preprocessing | None = None
     source: str | None = None
     why_one_size: ClassVar[str] = "its token-mixing MLPs have one weight for each patch"
+
+    _class_names: list[str] | None = None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """See the class."""
+        return self._class_names
+
+    @class_names.setter
+    def class_names(self, names: Iterable[str] | None) -> None:
+        self._class_names = None if names is None else checked_names(names, _num_logits(self))
 
     def features(self, images: Tensor) -> Tensor:
         """Returns the pooled features (N, C) that the head reads, of images (N, channels, H, W)."""
@@ -190,6 +202,28 @@ class ImageClassifier(nn.Module):
             )
 
 
+def checked_names(names: object, num_classes: int, where: object = "class_names") -> list[str]:
+    """Returns class names as a list.
+
+    Raises:
+        UserError: they are not `num_classes` names, or not text.
+    """
+    is_list = isinstance(names, Iterable) and not isinstance(names, str | bytes | Mapping | Set)
+    listed = list(names) if is_list else [names]
+    wrong = [name for name in listed if not isinstance(name, str)]
+    if wrong or not is_list:
+        what = f"class names are a list of text, got {(wrong or listed)[0]!r:.200}"
+        raise UserError(what, where=where, fix="One name a class, in the order of the logits")
+    if len(listed) != num_classes:
+        what = f"there are {len(listed):,} class names for {num_classes:,} classes"
+        raise UserError(what, where=where, fix="One name a class, in the order of the logits")
+    return [str(name) for name in listed]
+
+
+def _num_logits(model: ImageClassifier) -> int:
+    return getattr(getattr(model, "head", None), "out_features", model.config.num_classes)
+
+
 def classes_of(model: ImageClassifier) -> list[str]:
     """Returns the model's class names.
 
@@ -198,10 +232,10 @@ def classes_of(model: ImageClassifier) -> list[str]:
     """
     if not model.class_names:
         head = getattr(model, "head", None)
-        if head is None:
+        if _num_logits(model) == 0:
             what = "the model has no head: it gives features, not classes"
             raise UserError(what, fix="Load it without num_classes=0, or use model.features()")
-        if not head.weight.any():
+        if head is not None and not head.weight.any():
             raise UserError(
                 f"the head for {model.config.num_classes} classes is new (all zeros): it has "
                 "learned nothing yet",
@@ -211,7 +245,7 @@ def classes_of(model: ImageClassifier) -> list[str]:
             "the model carries no class names",
             fix="Use weights that were trained with class names, or set model.class_names",
         )
-    return model.class_names
+    return checked_names(model.class_names, _num_logits(model))  # somebody may have added one
 
 
 def preprocessing_of(model: ImageClassifier) -> Preprocessing:

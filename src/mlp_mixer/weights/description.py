@@ -13,7 +13,7 @@ from typing import Any
 from mlp_mixer.disk import parse_json
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.catalog import ARCHITECTURES, config_from_json
-from mlp_mixer.models.layers import ModelConfig
+from mlp_mixer.models.layers import ModelConfig, checked_names
 from mlp_mixer.models.mixer import MixerConfig
 from mlp_mixer.models.staged import StagedConfig
 from mlp_mixer.preprocessing import Preprocessing
@@ -146,14 +146,9 @@ def _ours(said: dict[str, Any], where: str, layout: Layout, file: WeightsFile) -
 def _checked_names(names: Any, num_classes: int, where: str) -> list[str] | None:
     if names is None:
         return None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        what = f"class_names must be a list of names, got {str(names)[:200]}"
-        raise UserError(what, where=where)
+    names = checked_names(names, num_classes, where)
     if any("\ud800" <= letter <= "\udfff" for name in names for letter in name):
         raise UserError("class_names hold letters that are no valid text", where=where)
-    if len(names) != num_classes:
-        what = f"there are {len(names)} class names for {num_classes} classes"
-        raise UserError(what, where=where)
     return names
 
 
