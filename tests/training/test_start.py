@@ -115,8 +115,7 @@ def test_folders_of_imagenet_have_the_id_alone(tmp_path):
 @pytest.mark.parametrize(
     ("known", "number", "names", "was"),
     [
-        (ANIMALS, 3, ["ant", "bee", "dog"], "3 other classes"),
-        (ANIMALS, 3, ["ant", "bee"], "3 other classes"),
+        (ANIMALS, 3, ["Ant", "bees", "dog"], "3 other classes"),
         (["a", "b"], 2, ANIMALS, "2 other classes"),
         (None, 3, ANIMALS, "3 classes without names"),
     ],
@@ -130,6 +129,38 @@ def test_other_classes_get_a_zero_head(tmp_path, capsys, known, number, names, w
     assert same_but_head(model, mm.load_model(path))
     said = f"head     new, all zeros, for {len(names)} classes; the weights had {was}\n"
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["ant", "bee"], "kept 2 of 3 classes, none new"),
+        (["cat", "dog", "ant"], "kept 2 of 3 classes, 1 new, zeros: dog"),
+        (["cat", "bee", "ant", "dog"], "kept 3 of 3 classes, 1 new, zeros: dog"),
+        (["dog", "Ant", "bee"], "kept 1 of 3 classes, 2 new, zeros: dog, Ant"),
+    ],
+)
+def test_the_rows_of_known_classes_are_kept(animals, capsys, names, said):
+    before = mm.load_model(animals)
+    model = build_model(finetuning(animals, model__head_bias=0.0), names)
+    assert capsys.readouterr().err == f"head     {said}\n"
+    assert model.class_names == names
+    assert same_but_head(model, before)
+    for row, name in enumerate(names):
+        weight, bias = model.head.weight[row], model.head.bias[row]
+        if name in ANIMALS:
+            assert torch.equal(weight, before.head.weight[ANIMALS.index(name)])
+            assert torch.equal(bias, before.head.bias[ANIMALS.index(name)])
+        else:
+            assert not weight.any() and not bias.any()
+
+
+def test_a_bias_for_the_new_rows_alone(animals):
+    before = mm.load_model(animals)
+    model = build_model(finetuning(animals, model__head_bias=-1.5), ["dog", "bee"], quiet=True)
+    assert model.head.bias.tolist() == [-1.5, before.head.bias[1].item()]
+    with pytest.raises(mm.UserError, match="head_bias=-1.5 has no effect: the head is kept"):
+        build_model(finetuning(animals, model__head_bias=-1.5), ["ant", "bee"], quiet=True)
 
 
 def test_weights_without_a_head(tmp_path, capsys):

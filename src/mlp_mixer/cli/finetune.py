@@ -55,8 +55,8 @@ def finetune(
         mixer finetune runs/cifar10 --data FLOWERS --image-size 64 --grid --seeds 0 1 2
         mixer finetune mixer_b16.i21k --data FOLDER --set model.trained=head
 
-    The head is kept where the checkpoint has the classes of the data; other classes begin with a
-    head of zeros. With --grid the learning rate is chosen on held-out training images, and the
+    The rows of the head are kept for classes that the checkpoint knows by name; other classes begin
+    with zeros. With --grid the learning rate is chosen on held-out training images, and the
     final run, one for each of --seeds, takes the best: their mean and standard deviation are told.
     The same command with the same --output goes on where it was stopped.
 

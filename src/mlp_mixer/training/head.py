@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import nn
 
 from mlp_mixer.errors import UserError
@@ -18,8 +21,8 @@ def freeze_all_but_head(model: nn.Module) -> None:
     head.requires_grad_(True)
 
 
-def start_head_bias(model: nn.Module, value: float) -> None:
-    """Fills the bias of `model.head`, in place; for a head that has learned nothing yet.
+def start_head_bias(model: nn.Module, value: float, rows: Sequence[int] | None = None) -> None:
+    """Fills the bias of `model.head`, in place; for rows that have learned nothing yet, None: all.
 
     Google begins with -6.9, about the logarithm of 1/1000, on ImageNet-1k's 1000 classes and the
     sigmoid loss (big_vision, `configs/mlp_mixer_i1k.py`, `init_head_bias`).
@@ -27,7 +30,8 @@ def start_head_bias(model: nn.Module, value: float) -> None:
     Raises:
         UserError: the model has no head.
     """
-    nn.init.constant_(_head_of(model).bias, value)
+    with torch.no_grad():
+        _head_of(model).bias[slice(None) if rows is None else list(rows)] = value
 
 
 def _head_of(model: nn.Module) -> nn.Linear:

@@ -95,12 +95,12 @@ def _from_weights(
     report = Reporter(quiet=quiet or is_own, stderr=True)
     model = load_model(source, settings.image_size, growth=settings.growth, quiet=quiet or is_own)
     _check_channels(model, source)
-    model, names = _with_head_for(model, class_names, report)
-    if names is not None and settings.head_bias and not is_own:
+    model, names, new = _with_head_for(model, class_names, report)
+    if settings.head_bias and not new and not is_own:
         what = f"model.head_bias={settings.head_bias} has no effect: the head is kept"
         raise UserError(what, where=source, fix="--set model.head_bias=0")
-    if names is None and settings.head_bias:
-        start_head_bias(model, settings.head_bias)
+    if settings.head_bias and new:
+        start_head_bias(model, settings.head_bias, new)
     if settings.overrides:  # those of `ModelSettings`, which need no other tensors
         trained, preprocessing = model.state_dict(), model.preprocessing
         try:
@@ -111,7 +111,7 @@ def _from_weights(
             model = model_from_config(architecture)
         model.load_state_dict(trained, assign=True)
         model.preprocessing = preprocessing
-    return model, names or class_names
+    return model, names
 
 
 def _can_replace_first_weights(best: Path) -> bool:
@@ -132,30 +132,38 @@ def _can_replace_first_weights(best: Path) -> bool:
 
 def _with_head_for(
     model: ImageClassifier, class_names: list[str], report: Reporter
-) -> tuple[ImageClassifier, list[str] | None]:
-    """Returns the model with a row of the head for each class; keeps a head that knows them all.
+) -> tuple[ImageClassifier, list[str], list[int]]:
+    """Returns the model with a row of the head for each class, those that it knows as they are.
 
-    Classes are matched by name. The head of other classes, or of nameless ones, means something
-    else: a new head of zeros takes its place, as the paper starts fine-tuning.
+    Classes are matched by name. Those that the weights do not know begin with zeros, as the paper
+    starts fine-tuning.
 
     Returns:
-        The model, and the classes as its own names have them; None with a new head.
+        The model; the classes, by its own names where it knows them; and the new rows.
     """
-    known = model.class_names or []
+    known, had = model.class_names or [], model.config.num_classes
     # A model of ImageNet calls a class "n01440764 tench"; folders have the WordNet id alone.
     full = {name[:9]: name for name in known if re.match(r"n\d{8} ", name)}
     names = [full.get(name, name) for name in class_names]
     place = {name: at for at, name in enumerate(known)}
-    if place.keys() != set(names):
-        had = model.config.num_classes
+    kept = [row for row, name in enumerate(names) if name in place]
+    new = [row for row, name in enumerate(names) if name not in place]
+    if names != known:
+        trained, model = model, with_new_head(model, len(names))
+        if kept:
+            assert trained.head is not None and model.head is not None
+            rows = [place[names[row]] for row in kept]
+            with torch.no_grad():
+                model.head.weight[kept] = trained.head.weight[rows]
+                model.head.bias[kept] = trained.head.bias[rows]
+    if not kept:
         which = "other classes" if known else "classes without names"
         was = f"the weights had {had:,} {which}" if had else "the weights had none"
         report.say(f"head     new, all zeros, for {len(names):,} classes; {was}")
-        return with_new_head(model, len(class_names)), None
-    if names != known:
-        rows = torch.tensor([place[name] for name in names])
-        tensors = model.state_dict()
-        tensors |= {name: tensors[name][rows] for name in ("head.weight", "head.bias")}
-        model.load_state_dict(tensors, assign=True)
-    report.say(f"head     kept: the weights know these {len(names):,} classes")
-    return model, names
+    elif len(kept) == len(names) == had:
+        report.say(f"head     kept: the weights know these {len(names):,} classes")
+    else:
+        some = ", ".join(names[row] for row in new[:8]) + ", ..." * (len(new) > 8)
+        added = f"{len(new):,} new, zeros: {some}" if new else "none new"
+        report.say(f"head     kept {len(kept):,} of {had:,} classes, {added}")
+    return model, names, new
