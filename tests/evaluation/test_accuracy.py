@@ -58,6 +58,16 @@ def test_worst_confusions(result: mm.Evaluation):
     assert result.confusion.trace() > 0  # not changed by it
 
 
+def test_classes_that_are_never_predicted_are_named():
+    """Of those that the data has: not d, which has no image."""
+    labels = np.array([0, 0, 1, 2])
+    given = np.float32([[0.9, 0.1, 0, 0], [0.2, 0.8, 0, 0], [0.6, 0.4, 0, 0], [1, 0, 0, 0]])
+    found = mm.Evaluation("x", ["a", "b", "c", "d"], labels, np.arange(4), given)
+    assert found.warnings() == ["never predicted: c"]
+    given[3] = [0, 0, 1, 0]
+    assert found.warnings() == []
+
+
 def test_a_certain_mistake_has_a_finite_loss():
     sure = mm.Evaluation("x", ["a", "b"], np.array([0]), np.array([0]), np.float32([[0.0, 1.0]]))
     assert math.isfinite(sure.loss)

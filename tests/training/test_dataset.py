@@ -47,11 +47,44 @@ def test_a_missing_class_in_val_is_said(class_folder: Path, tmp_path: Path):
     assert "validation has no image of bee" in (result.run_folder / "log.txt").read_text()
 
 
-def test_a_file_that_is_no_image_stops_a_small_run_before_it_begins(class_folder, tmp_path):
-    (class_folder / "train" / "bee" / "3.png").write_text("<html>not found</html>")
-    with pytest.raises(mm.UserError, match=r"1 of 20 images cannot be decoded \(5.0%, the limit"):
-        mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+def test_a_few_bad_images_stop_no_small_run(class_folder, tmp_path):
+    """1 of 20, or 5: less than half of them and not all of a class, whatever --max-bad says."""
+    for name in ("ant/0", "ant/1", "bee/3", "cat/0", "cat/1"):
+        (class_folder / "train" / f"{name}.png").write_text("<html>not found</html>")
+    (class_folder / "val" / "bee" / "0.png").write_text("")
+    run = mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True).run_folder
+    assert len((run / "bad_files.txt").read_text().splitlines()) == 6
+    log = (run / "log.txt").read_text()
+    assert "warning: 5 of 20 training images cannot be read and are skipped" in log
+    assert f"6 bad images left out, named in {run / 'bad_files.txt'}" in log
+
+
+@pytest.mark.parametrize(
+    ("bad", "changes", "message"),
+    [
+        (["bee/3"], {"data__max_bad": 0.0}, r"1 of 20 .* limit is 0.0%"),
+        (["ant/0", "ant/1", "ant/2", "bee/0", "bee/1", "cat/0"], {}, r"6 of 20 .*1.0% or 5 images"),
+        ([f"cat/{n}" for n in range(5)], {}, r"5 of 20 .* all images of the class 'cat'"),
+    ],
+)
+def test_more_bad_images_stop_a_run_before_it_begins(class_folder, tmp_path, bad, changes, message):
+    for path in (class_folder / "train" / "cat").glob("[5-9]*.png"):
+        path.rename(class_folder / "train" / "bee" / f"1{path.name}")
+    for name in bad:
+        (class_folder / "train" / f"{name}.png").write_text("<html>not found</html>")
+    with pytest.raises(mm.UserError, match=message) as error:
+        mm.train(tiny_config(str(class_folder), tmp_path / "run", **changes), quiet=True)
+    assert f"{bad[0]}.png" in error.value.what
     assert not (tmp_path / "run").exists()
+
+
+def test_half_of_the_images_are_too_many(class_folder, tmp_path):
+    for name in ("ant/0", "bee/1", "cat/0", "cat/1"):
+        (class_folder / "val" / f"{name}.png").write_text("")
+    for path in class_folder.glob("val/*/[2-9]*.png"):
+        path.unlink()
+    with pytest.raises(mm.UserError, match=r"4 of \d images cannot be decoded .*1.0% or 2 images"):
+        mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
 
 
 def test_allowed_bad_images_are_skipped_and_listed(class_folder, tmp_path):

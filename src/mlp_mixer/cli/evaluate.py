@@ -223,6 +223,8 @@ def print_evaluation(report: Reporter, result: Evaluation) -> None:
     report.say(f"loss     {result.loss:.4f} (negative log-likelihood, nats)")
     error, bins = result.reliability.error, len(result.reliability.images)
     report.say(f"ECE      {error:.2%} (expected calibration error, {bins} bins)")
+    for line in result.warnings():
+        report.say(f"warning  {line}", style="yellow")
     rows = [row for row in result.per_class() if row["images"]]
     most = 20
     worst = sorted(rows, key=lambda row: row["recall"])[:most] if len(rows) > most else rows

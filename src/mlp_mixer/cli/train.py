@@ -72,7 +72,8 @@ def train(
         holdout: share of each class held out for validation where the data has no val/ (0.1).
         fraction: share of the training images to use, drawn at random (1).
         without: images to leave out, as the flag --drop-list of the verb data check lists them.
-        max_bad: largest share of unreadable images at which a run goes on (0.01).
+        max_bad: largest share of unreadable images at which a run goes on (0.01); up to 5 images
+            stop no run, unless it is 0.
         seed: of the weights, the order of the images and every random number.
         device: auto, cpu or cuda.
         num_workers: processes that decode images.

@@ -165,6 +165,13 @@ class Evaluation:
             )
         return rows
 
+    def warnings(self) -> list[str]:
+        """Returns what the figures hide, a line each."""
+        given, had = self.confusion.sum(axis=0), self.confusion.sum(axis=1)
+        never = [self.class_names[at] for at in np.flatnonzero((given == 0) & (had > 0))]
+        more = f" and {len(never) - 8:,} more" if len(never) > 8 else ""
+        return [f"never predicted: {', '.join(never[:8])}{more}"] if never else []
+
     def to_json(self) -> dict[str, Any]:
         """Returns every figure as JSON values."""
         values: dict[str, Any] = {

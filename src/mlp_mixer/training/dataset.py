@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from mlp_mixer.training.settings import AugmentSettings, DataSettings
 
 # Headers are read before a run starts; of a larger set only so many, evenly spaced.
 _MOST_CHECKED = 5_000
+_FREE = 5  # bad images that stop no run, however few there are in all
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,8 @@ class Splits:
                 if absent:
                     lines.append(f"{split.name} has no image of {', '.join(absent[:8])}")
         if self.bad:
-            lines.append(
-                f"{len(self.bad)} unreadable images will be skipped: {self.bad[0].name} ..."
-            )
+            some = f"{len(self.bad):,} of {len(self.train):,} training images"
+            lines.append(f"warning: {some} cannot be read and are skipped: {self.bad[0].name} ...")
         return lines
 
 
@@ -132,27 +133,43 @@ def check_readable(source: Source, most: float) -> list[BadImage]:
     """Returns the images whose header cannot be read.
 
     Raises:
-        UserError: their share is above `most`.
+        UserError: there are too many of them, see `refuse_too_many`.
     """
     step = -(-len(source) // _MOST_CHECKED)
     checked = source
     if step > 1:
         checked = subset(source, np.arange(0, len(source), step), source.name)
     bad = unreadable(checked)
-    refuse_too_many(bad, len(checked), most)
-    return bad
+    refuse_too_many(bad, checked, most)
+    return [replace(each, index=each.index * step) for each in bad]
 
 
-def refuse_too_many(bad: list[BadImage], of: int, most: float) -> None:
-    """Raises UserError where more than the share `most` of `of` images is bad, naming some."""
-    if len(bad) > most * of:
-        named = "\n  ".join(f"{each.name}: {each.what}" for each in bad[:5])
-        more = f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise UserError(
-            f"{len(bad)} of {of:,} images cannot be decoded ({len(bad) / of:.1%}, "
-            f"the limit is {most:.1%}):\n  {named}{more}",
-            fix="Mend or remove them, or allow more: --max-bad 0.1",
-        )
+def refuse_too_many(bad: list[BadImage], source: Source, most: float) -> None:
+    """Refuses data of which more images are bad than the share `most`, and more than 5 or half.
+
+    A class with nothing but bad images is refused too, unless the share allows that many.
+
+    Raises:
+        UserError: names some of the images.
+    """
+    of = len(source)
+    if len(bad) <= most * of:
+        return
+    free = min(_FREE, (of - 1) // 2) if most else 0
+    counts, labels = np.bincount(source.labels), source.labels[[each.index for each in bad]]
+    emptied = np.flatnonzero((np.bincount(labels, minlength=len(counts)) == counts) & (counts > 0))
+    if len(bad) <= free and not len(emptied):
+        return
+    named = "\n  ".join(f"{each.name}: {each.what}" for each in bad[:5])
+    more = f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
+    share, enough = len(bad) / of, max(0.1, math.ceil(10 * len(bad) / of) / 10)
+    limit = f"the limit is {most:.1%}" + (f" or {free} images" if free > most * of else "")
+    if len(bad) <= free:
+        limit = f"they are all images of the class {source.class_names[emptied[0]]!r}"
+    raise UserError(
+        f"{len(bad)} of {of:,} images cannot be decoded ({share:.1%}, {limit}):\n  {named}{more}",
+        fix=f"Fix or remove them, or allow more: --max-bad {enough:g}",
+    )
 
 
 @dataclass(frozen=True)

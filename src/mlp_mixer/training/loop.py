@@ -292,7 +292,7 @@ class Trainer:
                 self.bad[each.name] = each
                 self.new_bad.append(each)
         self.name_bad(batch.bad)
-        refuse_too_many(list(self.bad.values()), len(self.splits.train), self.config.data.max_bad)
+        refuse_too_many(list(self.bad.values()), self.splits.train, self.config.data.max_bad)
 
     def name_bad(self, bad: list[BadImage]) -> None:
         """Says and lists the images that were not named before."""
@@ -322,7 +322,7 @@ class Trainer:
         if validation is not None:
             result = measure(kept, validation, config, self.compute, self.world)
             self.name_bad(result.bad)
-            refuse_too_many(result.bad, len(validation), config.data.max_bad)
+            refuse_too_many(result.bad, validation, config.data.max_bad)
             if not math.isfinite(result.loss):
                 what = f"step {state.step - 1}: the validation loss is {result.loss}"
                 self.stop(f"{what}; the run has diverged")

@@ -149,7 +149,8 @@ class DataSettings:
             paper); None is none, and that of the `weights` where the run begins with some.
         permutation_patch: side of the patches in pixels, for "patches".
         permutation_seed: of the draw.
-        max_bad: the largest share of undecodable images at which a run goes on.
+        max_bad: the largest share of undecodable images at which a run goes on; up to 5 images stop
+            none, unless this is 0, they are half of a split or all images of a class.
         num_workers: processes that decode; None chooses by the size of the data.
         timeout: seconds without a batch after which a worker is taken for hanging; 0 for never.
     """

@@ -151,7 +151,8 @@ def _with_head_for(
     if names != known:
         trained, model = model, with_new_head(model, len(names))
         if kept:
-            assert trained.head is not None and model.head is not None
+            assert trained.head is not None
+            assert model.head is not None
             rows = [place[names[row]] for row in kept]
             with torch.no_grad():
                 model.head.weight[kept] = trained.head.weight[rows]

@@ -164,7 +164,11 @@ class RunState:
     def _fill(self, values: dict[str, Any]) -> None:
         self.best = None if values["best"] is None else (values["best"][0], values["best"][1])
         self.since_best, self.last_result_at = values["since_best"], values["last_result_at"]
-        self.bad = {name: BadImage(-1, name, what) for name, what in values["bad"]}
+        # Where an older version kept no index, the last image stands in: only its class counts.
+        self.bad = {
+            name: BadImage(index[0] if index else -1, name, what)
+            for name, what, *index in values["bad"]
+        }
         self.loss_sum, self.loss_count = values["loss_sum"], values["loss_count"]
         self.seconds_before, self.finished = values["seconds"], values["finished"]
 
@@ -187,7 +191,7 @@ class RunState:
             "best": self.best,
             "since_best": self.since_best,
             "last_result_at": self.last_result_at,
-            "bad": [[each.name, each.what] for each in self.bad.values()],
+            "bad": [[each.name, each.what, each.index] for each in self.bad.values()],
             "loss_sum": self.loss_sum,
             "loss_count": self.loss_count,
             "seconds": self.seconds,

@@ -146,10 +146,14 @@ def finish(
         _say_accuracy(report, shown, is_test=test is not None, in_study=in_study)
     else:
         report.say("all images were trained on, and none is left to measure the accuracy by")
+    skipped = {each.name for each in run.named_bad_files()}
+    if skipped:
+        what = f"warning  {len(skipped):,} bad image{'s' * (len(skipped) > 1)} left out, named in "
+        report.say(f"{what}{run.path / 'bad_files.txt'}", style="yellow")
     report.say(f"model    {run.best}")
     report.say(f"pictures {run.plots}: {', '.join(drawn)}")
     if test is not None and splits.test is not None:
-        refuse_too_many(test.bad, len(splits.test), config.data.max_bad)
+        refuse_too_many(test.bad, splits.test, config.data.max_bad)
     if not in_study:
         _say_next(report, config, splits, run)
     return TrainResult(run.path, validation, test)
@@ -164,6 +168,8 @@ def _say_accuracy(report: Reporter, shown: Evaluation, *, is_test: bool, in_stud
     line = f"{'test' if is_test else 'validation'} accuracy {shown.top1:.2%}{top5} "
     line += f"({len(shown.labels) - wrong} of {len(shown.labels)} images right)"
     report.say(line, style="bold green")
+    for line in shown.warnings():
+        report.say(f"warning  {line}", style="yellow")
 
 
 def _say_next(report: Reporter, config: TrainConfig, splits: Splits, run: RunFolder) -> None:
