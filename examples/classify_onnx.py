@@ -3,14 +3,43 @@
 python examples/classify_onnx.py FILE.onnx photo.jpg [more.jpg ...]
 """
 
+import io
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def decode(path, how):
+    """The picture upright, opaque and with 8 bits a sample, as `decoding` in the file says."""
+    file = io.BytesIO(Path(path).read_bytes())
+    image = Image.open(file)
+    tags, tiles = getattr(image, "tag_v2", {}), str(image.tile)
+    clear, bits = image.info.get("transparency"), max(tags.get(258, (16,)))  # BitsPerSample
+    if image.mode == "F" or bits > 16 or max(tags.get(339, (1,))) > 1:  # SampleFormat
+        raise ValueError(f"{path}: the range of the samples is not stated")
+    upright = ImageOps.exif_transpose if how["exif_orientation"] else Image.Image.copy
+    image = upright(image)
+    if image.mode.startswith("I"):  # 12 or 16 bits, which convert() would cut at 255
+        samples = np.asarray(image).astype(int)
+        pixels = samples * 255 // (2**bits - 1)
+        pixels = 255 - pixels if tags.get(262) == 0 else pixels  # 0 is white
+        image = Image.fromarray(np.where(samples == clear, 255, pixels).astype(np.uint8))
+    elif "RGB;16B" in tiles and clear:  # Pillow keeps the upper bytes: with the lower ones
+        low = Image.open(file)
+        low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+        samples = np.asarray(image).astype(int) * 256 + np.asarray(upright(low))
+        is_clear = (samples == clear).all(axis=-1, keepdims=True)
+        image = Image.fromarray(np.where(is_clear, 255, np.asarray(image)).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB" if how["channels"] == 3 else "L")
 
 
 def resize(image, how):
@@ -30,20 +59,26 @@ def resize(image, how):
     return image.resize((width, height), FILTERS[how["interpolation"]], box=box)
 
 
-session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-about = session.get_modelmeta().custom_metadata_map
-how, classes = json.loads(about["preprocessing"]), json.loads(about["class_names"])
-takes_pixels = session.get_inputs()[0].type == "tensor(uint8)"
-for path in sys.argv[2:]:
-    image = Image.open(path)
-    image = ImageOps.exif_transpose(image) if how["exif_orientation"] else image
-    image = resize(image.convert("RGB" if how["channels"] == 3 else "L"), how)
-    pixels = np.asarray(image).reshape(1, image.height, image.width, -1)  # (1, H, W, channels)
-    if not takes_pixels:
-        pixels = (pixels / np.float32(255) - np.float32(how["mean"])) / np.float32(how["std"])
-        pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-    logits = session.run(None, {"images": pixels})[0][0]
-    shares = np.exp(logits - logits.max())
-    shares /= shares.sum()
-    best = ", ".join(f"{classes[at]} {shares[at]:.1%}" for at in np.argsort(-shares)[:5])
-    print(f"{path}: {best}")
+def main(file, paths):
+    """Prints the five most probable classes of every picture."""
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    about = session.get_modelmeta().custom_metadata_map
+    how, classes = json.loads(about["preprocessing"]), json.loads(about["class_names"])
+    takes_pixels = session.get_inputs()[0].type == "tensor(uint8)"
+    for path in paths:
+        image = resize(decode(path, how), how)
+        pixels = np.asarray(image).reshape(1, image.height, image.width, -1)  # (1, H, W, channels)
+        if not takes_pixels:
+            pixels = (pixels / np.float32(255) - np.float32(how["mean"])) / np.float32(how["std"])
+            pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+        logits = session.run(None, {"images": pixels})[0][0]
+        shares = np.exp(logits - logits.max())
+        shares /= shares.sum()
+        best = np.argsort(-shares, kind="stable")[:5]
+        print(
+            f"{path}:", ", ".join(f"{classes[k] if classes else k} {shares[k]:.1%}" for k in best)
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

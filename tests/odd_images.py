@@ -134,6 +134,11 @@ def _named() -> dict[str, tuple[bytes, tuple[int, int, int]]]:
 
 
 NAMED = _named()
+# What our decoder reads, but Pillow alone does not open.
+NOT_BY_PILLOW = [
+    *(f"tiff16_be{zipped}_min_is_white" for zipped in ("", "_zip")),
+    *("tiff12_be", "tiff12_be_min_is_white", "tiff12_le_min_is_white"),
+]
 # Samples whose range nobody knows; what the message must say of them.
 REFUSED = {
     "uint32": (tiff(full(4_000_000_000), 32), "32-bit"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import safetensors.torch
 import torch
 
 import mlp_mixer as mm
-from conftest import GOLDEN, mixer, tiny_model
+from conftest import GOLDEN, draw, mixer, tiny_model
 
 PARAMS = GOLDEN / "official_tiny_params.npz"
 TIMM = GOLDEN / "timm_tiny.safetensors"
@@ -205,8 +206,20 @@ def test_other_sizes_in_evaluate_and_predict(capsys, trained: mm.TrainResult, tm
         assert "Traceback" not in err
 
 
-def test_a_model_without_names_is_not_a_classifier(capsys, tmp_path: Path):
-    path = mm.save_model(tiny_model(num_classes=10), tmp_path / "x.safetensors")
-    code, _, err = mixer(capsys, "predict", path, "digits:test")
+def test_a_model_without_names_predicts_numbers_and_is_not_measured(capsys, tmp_path: Path):
+    model = tiny_model(num_classes=10)
+    draw(1).save(tmp_path / "a.png")
+    path = mm.save_model(model, tmp_path / "x.safetensors")
+    code, out, err = mixer(capsys, "predict", path, tmp_path / "a.png")
+    assert code == 0
+    assert err.startswith("note: the model carries no class names")
+    assert len(set(re.findall(r"(\d) [\d.]+%", out))) == 5
+    code, _, err = mixer(capsys, "evaluate", path, "--data", "digits:test")
     assert code == 2
-    assert "carries no class names" in err
+    assert "the model carries no class names" in err
+    assert "save_model" in err
+    model.class_names = list("abcdefghij")  # what the message says to do
+    path = mm.save_model(model, tmp_path / "named.safetensors")
+    code, out, err = mixer(capsys, "predict", path, tmp_path / "a.png")
+    assert (code, err) == (0, "")
+    assert len(set(re.findall(r"([a-j]) [\d.]+%", out))) == 5

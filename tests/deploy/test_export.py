@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, UnidentifiedImageError
 
 import mlp_mixer as mm
-from conftest import ROOT, draw, mixer, tiny_model
+from conftest import ROOT, draw, encode, mixer, tiny_model
+from mlp_mixer.data.image import decode
 from mlp_mixer.data.sources import open_source
 from mlp_mixer.data.transforms import normalize
 from mlp_mixer.deploy import export_report
 from mlp_mixer.models.layers import preprocessing_of
+from odd_images import NAMED, NOT_BY_PILLOW, REFUSED
 from staged_models import small_cycle, small_permutator
 
 WHY = "pip install 'mlp_mixer[export]'"
@@ -213,6 +219,89 @@ def test_evaluate_runs_the_file(
         assert (code, "one image size" in err) == (2, True)
     code, _, err = mixer(capsys, "convert", pixels_file, tmp_path / "x.safetensors")
     assert (code, "no weights" in err) == (2, True)
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    """examples/classify_onnx.py as a module."""
+    place = ROOT / "examples" / "classify_onnx.py"
+    spec = importlib.util.spec_from_file_location("classify_onnx", place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def nameless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a model without class names."""
+    path = tmp_path_factory.mktemp("nameless") / "x.onnx"
+    mm.export(tiny_model(num_classes=7), path)
+    return path
+
+
+def test_the_example_answers_as_we_do_for_every_kind_of_image(
+    example: ModuleType, nameless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kinds = {
+        **{name: data for name, (data, _) in NAMED.items() if name not in NOT_BY_PILLOW},
+        "turned": encode(draw(1), exif=exif),
+        "jpeg": encode(draw(2), "JPEG", quality=95, exif=exif),
+        "grey_jpeg": encode(draw(3).convert("L"), "JPEG", quality=95),
+        "cmyk_jpeg": encode(draw(4).convert("CMYK"), "JPEG"),
+    }
+    for name, data in kinds.items():
+        (tmp_path / name).write_bytes(data)
+    paths = [str(tmp_path / name) for name in kinds]
+    example.main(str(nameless), paths)
+    lines = capsys.readouterr().out.splitlines()
+    for line, expected in zip(lines, mm.predict(nameless, paths, num_workers=0), strict=True):
+        assert expected.error is None
+        path, _, answers = line.rpartition(": ")
+        assert path == expected.path
+        shares = {each.split()[0]: float(each.split()[1][:-1]) for each in answers.split(",")}
+        for best, share in expected.classes:
+            assert shares[best] == pytest.approx(share * 100, abs=0.5), line
+
+
+def test_the_example_gives_the_pixels_of_the_decoder(example: ModuleType, tmp_path: Path):
+    path = tmp_path / "x"
+    for channels in (3, 1):
+        how = {"exif_orientation": True, "channels": channels}
+        for name, (data, _) in NAMED.items():
+            path.write_bytes(data)
+            try:
+                image = example.decode(path, how)
+            except UnidentifiedImageError:
+                assert name in NOT_BY_PILLOW
+                continue
+            pixels = np.asarray(image).reshape(5, 5, channels)
+            assert (pixels == decode(data, name, channels)).all(), name
+    for data, _ in REFUSED.values():
+        path.write_bytes(data)
+        with pytest.raises((ValueError, UnidentifiedImageError)):
+            example.decode(path, {"exif_orientation": True, "channels": 3})
+
+
+def test_a_file_without_class_names_has_numbers_and_says_how_images_are_decoded(
+    nameless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "a.png").write_bytes(encode(draw(1)))
+    flags = ("--top-k", "7")
+    code, out, err = mixer(capsys, "predict", nameless, tmp_path / "a.png", *flags)
+    assert code == 0
+    assert "the model carries no class names" in err
+    assert sorted(re.findall(r"(\d) [\d.]+%", out)) == list("0123456")
+    code, _, err = mixer(capsys, "evaluate", nameless, "--data", "digits:test")
+    assert code == 2
+    assert "carries no class names" in err
+    assert "Export it again" in err
+    said = {each.key: each.value for each in onnx.load(nameless).metadata_props}
+    for word in ("EXIF", "2^bits - 1", "white", "first frame", "refused"):
+        assert word.lower() in said["decoding"].lower()
 
 
 def test_the_example_needs_nothing_of_ours(

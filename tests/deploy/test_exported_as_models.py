@@ -176,4 +176,6 @@ def test_evaluate_refuses_a_precision_for_an_exported_file(exported) -> None:
 def test_a_file_without_class_names_has_logits_all_the_same(exported: ExportedModel):
     exported.class_names = None
     with pytest.raises(mm.UserError, match="carries no class names"):
-        mm.predict(exported, "digits:test[:5]", num_workers=0)
+        mm.evaluate(exported, "digits:test[:5]", num_workers=0)
+    (found,) = mm.predict(exported, "digits:test[:1]", top_k=10, num_workers=0)
+    assert sorted(name for name, _ in found.classes) == list("0123456789")

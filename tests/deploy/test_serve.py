@@ -371,7 +371,10 @@ def test_an_exported_file_has_a_map_and_no_units(tmp_path):
 
 
 def test_models_without_classes():
-    with pytest.raises(mm.UserError, match="no class names"):
-        Service(tiny_model(), "x")
+    with pytest.raises(mm.UserError, match="no head"):
+        Service(tiny_model(num_classes=0), "x")
+    with connected(Service(tiny_model(num_classes=3), "x")) as client:
+        found = client.post("/predict", files=form(PNG)).json()
+    assert {each["name"] for each in found[0]["classes"]} == {"0", "1", "2"}
     with pytest.raises(mm.UserError, match="all zeros"):
         Service(mm.create_model("mixer_s16", 8, 3, **TINY), "x")

@@ -150,6 +150,13 @@ def refuse_device(source: str, device: str) -> str:
     return "cpu"
 
 
+def warn_of_numbers(net: ImageClassifier) -> None:
+    """Says on standard error where classes have numbers for names."""
+    if not net.class_names:
+        note = "the model carries no class names: classes are called by their number, from 0"
+        print(f"note: {note}", file=sys.stderr)
+
+
 def warn_of_bad(bad: list[BadImage]) -> int:
     """Names the bad images (the first 20) on standard error; returns the exit code, 0 or 3."""
     for each in bad[:20]:

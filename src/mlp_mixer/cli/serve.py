@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from mlp_mixer.cli.arguments import GrowthName, Model, Size, load_named
+from mlp_mixer.cli.arguments import GrowthName, Model, Size, load_named, warn_of_numbers
 from mlp_mixer.errors import UserError
 
 TopK = Annotated[int | None, arg(help_behavior_hint="(default: 5)", metavar="N")]
@@ -70,6 +70,7 @@ def serve(
         from mlp_mixer.models.device import put
 
         net = put(load_named(model, image_size, growth, exported=True), device)
+        warn_of_numbers(net)
         limits = Limits.of(max_images, max_megabytes)
         service = Service(net, model, top_k=top_k, precision=precision, limits=limits)
         if not is_local(listening):

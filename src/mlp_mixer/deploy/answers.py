@@ -62,7 +62,7 @@ def make_question(
         batch_size: images a batch.
 
     Raises:
-        UserError: a value out of range, or the model has no class names or gives no features.
+        UserError: a value out of range, or the model gives no classes or no features.
     """
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k must be at least 1, got {top_k}", where="--top-k")
@@ -80,7 +80,7 @@ def make_question(
             what = f"the model gives no features: {type(model).__name__} defines no features()"
             raise UserError(what, fix="Give its class a method features(images) -> (N, C)")
         return Question(None, chosen, model.config.hidden_dim, why)
-    most = min(top_k or 5, len(classes_of(model)))
+    most = min(top_k or 5, len(classes_of(model, or_numbers=True)))
     return Question(most, chosen, most, why)
 
 

@@ -3,6 +3,7 @@
 class_names     a JSON list in the order of the logits, or null
 preprocessing   a JSON object: image_size, resize, crop, mean, std, ... of `Preprocessing`
 input           in words: what goes in
+decoding        in words: how an image file becomes the pixels that are resized
 mlp_mixer       a JSON object: format, version, precision, architecture, ...
 """
 
@@ -21,6 +22,12 @@ from mlp_mixer.preprocessing import Preprocessing
 
 FORMAT, VERSION = "mlp_mixer export", 1
 NAMES = ("class_names", "preprocessing", "input", "mlp_mixer")
+DECODING = (
+    "The first frame; turned upright by EXIF where exif_orientation is true. Samples of 12 and 16"
+    " bits become value * 255 / (2^bits - 1), rounded down (in colour the upper byte); a TIFF where"
+    " 0 is white is inverted; 32-bit, signed and floating-point samples are refused. What is"
+    " transparent is blended on white. Then RGB, or grey (L) for channels = 1, as Pillow converts."
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ def to_text(about: Description) -> dict[str, str]:
         "class_names": json.dumps(about.class_names),
         "preprocessing": json.dumps(about.preprocessing.to_json()),
         "input": about.input_in_words(),
+        "decoding": DECODING,
         "mlp_mixer": json.dumps(own),
     }
 

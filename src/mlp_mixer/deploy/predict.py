@@ -39,7 +39,8 @@ def predict(
     batch, and `predict_parts` of the module `parts`, which can be stopped and started again.
 
     Args:
-        model: a model with class names, an exported file, or anything that `load_model` takes.
+        model: a model, an exported file, or anything that `load_model` takes; without class names
+            the classes are called "0", "1", ...
         images: files, folders (searched to any depth), glob patterns, one source of data such as
             "digits:test" or "list.csv", or what `find_images` made of them.
         top_k: classes for each image, at most as many as the model has; None is 5.

@@ -14,7 +14,7 @@ from mlp_mixer.data.items import Source
 from mlp_mixer.data.loader import evaluation_batches
 from mlp_mixer.deploy.answers import Question, answer, make_ready
 from mlp_mixer.models.inference import Inference
-from mlp_mixer.models.layers import ImageClassifier, preprocessing_of
+from mlp_mixer.models.layers import ImageClassifier, classes_of, preprocessing_of
 
 NOT_FINITE = "the model's numbers for this image are not finite"
 
@@ -71,7 +71,7 @@ def predict_rows(
     device = ready.device
     if device.type == "cuda":
         batches = on_device((_pinned(batch) for batch in batches), device)
-    names = None if question.features else model.class_names
+    names = None if question.features else classes_of(model, or_numbers=True)
     waiting: tuple[Batch, tuple[Tensor, Tensor, Tensor] | None] | None = None
     for batch in batches:
         found = answer(ready, batch.images, question) if len(batch.labels) else None

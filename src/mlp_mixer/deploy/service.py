@@ -110,14 +110,14 @@ class Service:
     """A model that answers; not for two threads at once.
 
     Args:
-        model: on its device, with class names.
+        model: on its device, with a head.
         name: of the model, as it was asked for.
         top_k: classes for each image; None is 5.
         precision: of the products, as of `make_question`.
         limits: of a request.
 
     Raises:
-        UserError: a value out of range, or the model has no class names.
+        UserError: a value out of range, or the model gives no classes.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Service:
         self.source = name
         # The last part of a path; the name of a checkpoint has no other.
         self.name = Path(name).resolve().name if Path(name).exists() else name
-        self.num_classes = len(classes_of(model))
+        self.num_classes = len(classes_of(model, or_numbers=True))
         self._precision = precision
         self.question = self._ask(top_k)
         self._ready = make_ready(model, self.question)

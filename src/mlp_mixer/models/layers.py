@@ -224,14 +224,18 @@ def _num_logits(model: ImageClassifier) -> int:
     return getattr(getattr(model, "head", None), "out_features", model.config.num_classes)
 
 
-def classes_of(model: ImageClassifier) -> list[str]:
+def classes_of(model: ImageClassifier, *, or_numbers: bool = False) -> list[str]:
     """Returns the model's class names.
 
+    Args:
+        model: any.
+        or_numbers: call the classes "0", "1", ... where the model carries no names.
+
     Raises:
-        UserError: it carries none.
+        UserError: it carries none, or has no classes at all.
     """
     if not model.class_names:
-        head = getattr(model, "head", None)
+        head = getattr(model, "head", None)  # an exported file keeps it to itself
         if _num_logits(model) == 0:
             what = "the model has no head: it gives features, not classes"
             raise UserError(what, fix="Load it without num_classes=0, or use model.features()")
@@ -241,10 +245,13 @@ def classes_of(model: ImageClassifier) -> list[str]:
                 "learned nothing yet",
                 fix="Train it first, or load the weights without num_classes",
             )
-        raise UserError(
-            "the model carries no class names",
-            fix="Use weights that were trained with class names, or set model.class_names",
-        )
+        if or_numbers:
+            return [str(number) for number in range(_num_logits(model))]
+        fix = "Set them in Python, once: model = mm.load_model(FILE); model.class_names = [...]; "
+        fix += "mm.save_model(model, 'named.safetensors')"
+        if head is None:
+            fix = "Export it again from a model that carries them"
+        raise UserError("the model carries no class names", where=model.source, fix=fix)
     return checked_names(model.class_names, _num_logits(model))  # somebody may have added one
 
 
