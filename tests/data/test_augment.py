@@ -16,6 +16,8 @@ from mlp_mixer.data.augment import (
     warp,
 )
 
+pytestmark = pytest.mark.numerics
+
 
 def test_no_strength_changes_nothing():
     pixels = np.asarray(draw(0))

@@ -19,6 +19,8 @@ from conftest import draw, encode
 from mlp_mixer.data.image import MAX_SIDE, SUFFIXES, EncodedImage, decode, encode_png
 from mlp_mixer.errors import UserError
 
+pytestmark = pytest.mark.numerics
+
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 

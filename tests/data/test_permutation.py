@@ -15,6 +15,8 @@ from conftest import TINY
 from mlp_mixer.data.permutation import patch_orders, permute, pixel_order
 from mlp_mixer.data.transforms import normalize
 
+pytestmark = pytest.mark.numerics
+
 
 def rules(
     kind: Any = "patches", size: tuple[int, int] = (8, 12), seed: int = 3

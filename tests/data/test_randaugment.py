@@ -11,6 +11,8 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from mlp_mixer.data.randaugment import FILL, OPERATIONS, randaugment
 
+pytestmark = pytest.mark.numerics
+
 MAGNITUDES = (0, 3, 5, 10, 15, 20)
 
 

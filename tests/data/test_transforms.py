@@ -24,6 +24,8 @@ from mlp_mixer.data.transforms import (
 )
 from mlp_mixer.preprocessing import RESIZE_METHODS, Preprocessing
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.mark.parametrize("method", RESIZE_METHODS)
 @pytest.mark.parametrize("size", [(1, 1), (4000, 3), (3, 4000), (500, 333), (8, 8), (16, 24)])

@@ -17,6 +17,8 @@ from mlp_mixer.data.sources import open_source, open_splits
 from mlp_mixer.evaluation.accuracy import evaluate_part, join_parts
 from mlp_mixer.evaluation.measurement import read_measurement
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.fixture(scope="module")
 def result() -> mm.Evaluation:

@@ -7,6 +7,8 @@ import pytest
 
 from mlp_mixer.evaluation.calibration import reliability
 
+pytestmark = pytest.mark.numerics
+
 
 def direct(confidence: np.ndarray, right: np.ndarray, bins: int) -> float:
     """The definition, image by image, in float64."""

@@ -23,6 +23,8 @@ from mlp_mixer.models.layers import preprocessing_of
 
 Compute = Callable[..., Features]
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.fixture
 def source(class_folder: Path) -> Source:

@@ -21,6 +21,8 @@ from mlp_mixer.evaluation.features import frozen_features
 from mlp_mixer.evaluation.few_shot import SWEEP, choose_l2, fit_linear, fit_sweep, random_twin
 from mlp_mixer.models.layers import preprocessing_of
 
+pytestmark = pytest.mark.numerics
+
 FAST: dict[str, Any] = {"num_workers": 0, "batch_size": 16, "device": "cpu"}
 
 

@@ -14,6 +14,8 @@ from conftest import draw, encode
 from mlp_mixer.data.items import EncodedImages
 from mlp_mixer.evaluation import pictures
 
+pytestmark = pytest.mark.usefixtures("real_pictures")
+
 
 def evaluation(classes: int, images: int, wrong: int) -> tuple[mm.Evaluation, EncodedImages]:
     names = [f"a rather long name of class {number}" for number in range(classes)]

@@ -21,6 +21,8 @@ from mlp_mixer.inspection.attribution import (
 )
 from mlp_mixer.inspection.token_mixing import TokenMixingLayer, model_units
 
+pytestmark = pytest.mark.numerics
+
 
 class OnePatch(mm.ImageClassifier):
     """Looks at one patch of a 4x6 grid only: the brighter it is, the more it is class 2."""

@@ -13,6 +13,8 @@ from mlp_mixer.inspection.measure import measure_model, weight_correlations
 from mlp_mixer.inspection.token_mixing import model_units
 from mlp_mixer.weights.resolution import resize_tokens
 
+pytestmark = pytest.mark.numerics
+
 
 class OtherModel(mm.ImageClassifier):
     """A model with a stem and nothing else that is like a Mixer."""

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from mlp_mixer.inspection import units as measures
 
+pytestmark = pytest.mark.numerics
+
 GRIDS = [(8, 8), (4, 12), (7, 5), (1, 9), (1, 1)]
 
 

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import mlp_mixer as mm
-from conftest import TINY
+from conftest import TINY, check_every_gradient
 from mlp_mixer.models.ablations import MixerVariant, UntiedLinear, VariantBlock
 from mlp_mixer.models.catalog import architecture_name, model_config
 from mlp_mixer.models.mixer import MixerConfig
+
+pytestmark = pytest.mark.numerics
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "untied": {"token_mixing": "untied"},
@@ -142,11 +144,10 @@ def test_gradients_are_right_and_reach_every_parameter(settings):
     model = build(**settings).double()
     x = images(2, model.config.image_size).double()
     model(x).pow(2).sum().backward()
+    check_every_gradient(model)
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
-        assert gradient is not None, name
-        assert gradient.isfinite().all(), name
-        assert gradient.any(), name
+        assert gradient is not None
         place = tuple(int(at) for at in (gradient.abs() == gradient.abs().max()).nonzero()[0])
         values = []
         for step in (1e-5, -1e-5):

@@ -16,6 +16,9 @@ from mlp_mixer.models.layers import StochasticDepth
 from staged_models import small_cycle
 
 # Elements of the offsets of B1 and so on.
+
+pytestmark = pytest.mark.numerics
+
 OFFSETS = {1: 10_752, 2: 20_992, 3: 32_000, 4: 45_568, 5: 50_304}
 
 

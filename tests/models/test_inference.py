@@ -11,6 +11,7 @@ from mlp_mixer.errors import UserError
 from mlp_mixer.models import inference
 from mlp_mixer.models.inference import Inference, PackedDense, can_pack, choose_precision, pack
 
+pytestmark = pytest.mark.numerics
 needs_packing = pytest.mark.skipif(
     not can_pack("float32"), reason="this torch or processor has no packed products"
 )
@@ -22,6 +23,7 @@ MODELS = {
     "exact GELU": ("mixer_s32", {"num_blocks": 2, "gelu": "exact"}),
     "untied": ("mixer_s32", {"num_blocks": 1, "token_mixing": "untied"}),
     "grouped": ("mixer_s32", {"num_blocks": 1, "token_mixing": "grouped", "token_groups": 2}),
+    "pyramid": ("mixer_s32", {"num_blocks": 2, "pyramid": ((1, 20),)}),
     "cycle": ("cycle_mlp_b1", {}),
     "permutator": ("vip_s14", {"depths": (1, 1, 1, 1)}),
 }
@@ -205,6 +207,27 @@ def test_precisions() -> None:
     assert choose_precision(model, "auto")[0] in ("float32", "bfloat16")
     with pytest.raises(UserError, match="unknown precision 'half'"):
         choose_precision(model, "half")
+
+
+@needs_packing
+@pytest.mark.parametrize("change", ["mixer", "pyramid", "grouped", "hook", "reader"])
+def test_biases_without_effect_are_left_out(change: str) -> None:
+    """Those that the LayerNorms take away, see `MixerBlock`; all others are added."""
+    model = build(change if change in MODELS else "mixer")
+    if change == "hook":
+        model.get_submodule("blocks.0").register_forward_hook(lambda *_: None)
+    if change == "reader":
+        model.get_submodule("blocks.1").layer_norm_1 = nn.Identity()
+    images = draw(model, 2)
+    before = Inference(model, "float32").logits(images)
+    with torch.no_grad():
+        for name, each in model.named_parameters():
+            if name.endswith("token_mixing.dense_1.bias"):
+                each.normal_(std=10.0)
+        expected = model(images)
+    found = Inference(model, "float32").logits(images)
+    assert torch.equal(found, before) == (change in ("mixer", "pyramid"))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 class Foreign(nn.Module):

@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import mlp_mixer as mm
 from mlp_mixer.models.small_resnet import SmallResNetConfig
 
+pytestmark = pytest.mark.numerics
+
 
 def build(
     size: int | tuple[int, int] = 12, classes: int = 3, **settings: int

@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import mlp_mixer as mm
 from staged_models import check_golden, small_cycle, small_permutator
 
+pytestmark = pytest.mark.numerics
+
 GOLDEN = {
     "cycle_mlp_b1": ([0.517229, 0.118039, -0.038621, 0.951164], -3.50672, 0.400535, 364),
     "cycle_mlp_b2": ([-0.173672, 0.136614, 0.868855, 0.231556], 15.34931, 0.394153, 487),

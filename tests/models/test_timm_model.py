@@ -20,6 +20,8 @@ from mlp_mixer.models.catalog import config_from_json, config_to_json
 from mlp_mixer.models.comparison_systems import HAND_BUILT, PAPER_SYSTEMS, SYSTEMS
 from mlp_mixer.models.timm_model import TimmConfig, TimmModel, import_timm, own_image_size
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.fixture
 def timm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,9 @@ from mlp_mixer.models.vision_permutator import PermutatorFusion, VisionPermutato
 from staged_models import small_permutator
 
 # Places of the stages in `network`.
+
+pytestmark = pytest.mark.numerics
+
 PLACES = {"s14": (0, 1, 2, 3), "s7": (0, 2, 3, 4), "m7": (0, 1, 3, 4), "l7": (0, 2, 3, 4)}
 
 

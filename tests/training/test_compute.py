@@ -18,6 +18,8 @@ from mlp_mixer.models.layers import draw_stochastic_depth, set_stochastic_depth
 from mlp_mixer.training import compute, step
 from mlp_mixer.training.compute import Compute, choose_compute, settings_of_torch
 
+pytestmark = pytest.mark.numerics
+
 CPU = torch.device("cpu")
 BIG, SMALL = 10**9, 10**6  # operations of an image's forward pass
 

@@ -9,6 +9,8 @@ from conftest import tiny_model
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.head import freeze_all_but_head, start_head_bias
 
+pytestmark = pytest.mark.numerics
+
 
 def test_everything_but_the_head_is_frozen():
     model = tiny_model()

@@ -9,6 +9,8 @@ import torch
 
 from mlp_mixer.training.losses import loss_function, one_hot
 
+pytestmark = pytest.mark.numerics
+
 
 def test_losses_by_hand():
     logits, targets = torch.tensor([[2.0, -1.0]]), torch.tensor([[0.8, 0.2]])

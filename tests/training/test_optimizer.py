@@ -18,6 +18,9 @@ from mlp_mixer.training.schedule import learning_rate
 from mlp_mixer.training.settings import OptimizerSettings
 
 # Google's warm-up is 4 of 12 steps; big_vision's linear decay ends at 1e-5, relative.
+
+pytestmark = pytest.mark.numerics
+
 PRETRAIN = OptimizerSettings(
     learning_rate=3e-3, weight_decay=1.0, schedule="linear", warmup=4 / 12, final=1e-5
 )

@@ -11,6 +11,8 @@ from conftest import tiny_model
 from mlp_mixer.training.settings import OptimizerSettings
 from mlp_mixer.training.sharpness import sharpest_point, sharpness_at
 
+pytestmark = pytest.mark.numerics
+
 
 def logistic_gradient(w: np.ndarray, b: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Of the mean log-loss, written out: the average of (p - y) times the input, b last."""

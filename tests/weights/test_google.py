@@ -13,6 +13,8 @@ import mlp_mixer as mm
 from conftest import GOLDEN, tiny_model
 from mlp_mixer.weights import google
 
+pytestmark = pytest.mark.numerics
+
 PARAMS = GOLDEN / "official_tiny_params.npz"
 
 

@@ -12,6 +12,8 @@ from mlp_mixer.models.catalog import model_from_config
 from mlp_mixer.weights.growth import grow_map, resample_map, resize_model
 from staged_models import small_cycle, small_permutator
 
+pytestmark = pytest.mark.numerics
+
 PLAIN = {"depths": (2,), "dims": (12,), "mlp_ratios": (2,), "segments": (3,), "downsamples": ()}
 
 

@@ -12,6 +12,8 @@ from conftest import tiny_model
 from mlp_mixer.models.catalog import model_from_config
 from mlp_mixer.weights.resolution import resample, resize_tokens, resizing
 
+pytestmark = pytest.mark.numerics
+
 
 def odd_model(**changes: object) -> mm.ImageClassifier:
     """A 2x3 grid of patches and random biases, so that no symmetry hides a wrong order."""

@@ -19,6 +19,8 @@ from mlp_mixer.weights.checkpoints import CHECKPOINTS
 from staged_models import enliven
 from web_server import Behaviour, serve
 
+pytestmark = pytest.mark.numerics
+
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 

@@ -15,6 +15,8 @@ import torch
 import mlp_mixer as mm
 from conftest import GOLDEN, tiny_model
 
+pytestmark = pytest.mark.numerics
+
 WEIGHTS = GOLDEN / "timm_tiny.safetensors"
 
 

@@ -31,7 +31,7 @@ from mlp_mixer.models.compute import (
     has_fast_bfloat16,
 )
 from mlp_mixer.models.layers import ImageClassifier
-from mlp_mixer.models.mixer import MlpBlock
+from mlp_mixer.models.mixer import MlpBlock, MlpMixer
 from mlp_mixer.models.staged import Mlp
 
 # An activation above 32 MiB is given back to the system and paged in anew by glibc at every layer,
@@ -163,12 +163,19 @@ class PackedDense(nn.Module):
         dtype: of the products and of what it returns, float32 or bfloat16.
         gelu: computed on the result while it lies in the cache: "tanh", or "none" as torch calls
             the exact one; None for no GELU.
+        has_bias: False leaves the layer's bias out.
     """
 
-    def __init__(self, dense: nn.Linear, dtype: torch.dtype, gelu: str | None = None) -> None:
+    def __init__(
+        self,
+        dense: nn.Linear,
+        dtype: torch.dtype,
+        gelu: str | None = None,
+        has_bias: bool = True,
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = dense.in_features, dense.out_features
-        weight, bias = dense.weight.detach().to(dtype), dense.bias
+        weight, bias = dense.weight.detach().to(dtype), dense.bias if has_bias else None
         self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.dtype, self.gelu = dtype, gelu
@@ -224,6 +231,7 @@ def pack(model: ImageClassifier, precision: str) -> ImageClassifier:
     """
     network = _with_exact_head(model)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    without_effect = _biases_without_effect(network)
     for module, name in packable(network):
         gelu = None
         if _BEFORE_GELU.get(type(module)) == name:
@@ -231,8 +239,28 @@ def pack(model: ImageClassifier, precision: str) -> ImageClassifier:
             assert isinstance(after, nn.GELU)
             gelu = after.approximate
             module.add_module("gelu", nn.Identity())
-        setattr(module, name, PackedDense(getattr(module, name), dtype, gelu))
+        dense = getattr(module, name)
+        has_bias = id(dense.bias) not in without_effect
+        setattr(module, name, PackedDense(dense, dtype, gelu, has_bias))
     return network
+
+
+def _biases_without_effect(network: ImageClassifier) -> set[int]:
+    """Returns the ids of the biases that `MixerBlock` says change no logit.
+
+    None where anything but our own blocks and their LayerNorms may read the tokens.
+    """
+    if not isinstance(network, MlpMixer) or network.config.token_mixing != "shared":
+        return set()
+    parts = (network, *network.blocks)
+    norms = sum(type(each) is nn.LayerNorm for each in network.modules())
+    if (
+        norms != 2 * len(network.blocks) + 1
+        or not all(type(each).__module__.startswith("mlp_mixer.models.") for each in parts)
+        or any(each._forward_hooks or each._forward_pre_hooks for each in network.modules())
+    ):
+        return set()
+    return {id(block.get_parameter("token_mixing.dense_1.bias")) for block in network.blocks}
 
 
 def _with_exact_head(model: ImageClassifier) -> ImageClassifier:

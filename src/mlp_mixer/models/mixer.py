@@ -220,6 +220,12 @@ class MlpBlock(nn.Sequential):
 class MixerBlock(nn.Module):
     """Token mixing, then channel mixing, each with a LayerNorm before and a skip around it.
 
+    The output bias of the token mixing changes no logit and has no gradient but rounding: it adds
+    one number to all channels of a token, and whatever reads the tokens, the last LayerNorm
+    included, takes the mean over channels away. It is here because the paper's code and Google's
+    files have it; inference with packed weights leaves it out. (A pyramid's shortcut mixes such
+    numbers among tokens and never among channels. Untied, grouped and views' biases do count.)
+
     Args:
         config: the architecture.
         drop_token_mixing, drop_channel_mixing: stochastic depth of the two branches.
