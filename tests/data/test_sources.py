@@ -203,7 +203,7 @@ def test_unreadable_headers_are_named(class_folder: Path):
     source = open_splits(str(class_folder))["train"]
     bad = unreadable(source)
     assert [(Path(each.name).name, each.what) for each in bad] == [
-        ("3.png", "the file is not an image")
+        ("3.png", "the file is not an image that can be read: it is an HTML page")
     ]
     assert source.item_name(bad[0].index) == bad[0].name
 

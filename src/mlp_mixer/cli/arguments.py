@@ -157,6 +157,14 @@ def warn_of_numbers(net: ImageClassifier) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
+def warn_of_notes(*sources: Any) -> None:
+    """Says on standard error what else was found where the images lie."""
+    from mlp_mixer.data.sources import notes_of
+
+    for note in notes_of({str(at): source for at, source in enumerate(sources)}):
+        print(f"note: {note}", file=sys.stderr)
+
+
 def warn_of_bad(bad: list[BadImage]) -> int:
     """Names the bad images (the first 20) on standard error; returns the exit code, 0 or 3."""
     for each in bad[:20]:

@@ -21,6 +21,7 @@ from mlp_mixer.cli.arguments import (
     load_named,
     refuse_device,
     warn_of_bad,
+    warn_of_notes,
 )
 from mlp_mixer.errors import UserError
 
@@ -107,6 +108,8 @@ def evaluate(
         report = Reporter(quiet=rank != 0)
         net = put(load_named(model, image_size, growth, exported=True), device)
         source = open_source(data)
+        if rank == 0:
+            warn_of_notes(source)
         products, why = choose_precision(net, precision)
         choose_protocol(net, resize, crop, ignore_exif)
         labels = None if real is None else _real_labels(real, source, net)

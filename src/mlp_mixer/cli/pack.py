@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from mlp_mixer.cli.arguments import warn_of_bad
+from mlp_mixer.cli.arguments import warn_of_bad, warn_of_notes
 from mlp_mixer.errors import UserError
 
 SourceName = Annotated[Positional[str], arg(metavar="SOURCE")]
@@ -47,6 +47,7 @@ def pack(source: SourceName, folder: OutputFolder, /, *, shard_size: ByteSize = 
     shard_bytes = parse_bytes(shard_size, "--shard-size")
     target = Path(os.path.expanduser(folder))
     splits = open_splits(source)
+    warn_of_notes(*splits.values())
     origin = Path(os.path.expanduser(parse_name(source).base))
     if target.exists() and origin.exists() and target.samefile(origin):
         what = "the shards would lie among the data, and hide it"

@@ -18,6 +18,7 @@ from mlp_mixer.cli.arguments import (
     Size,
     load_named,
     refuse_device,
+    warn_of_notes,
     warn_of_numbers,
 )
 from mlp_mixer.cli.predict_lines import NAMED, Seen, follower, say_rows, say_speed, warn
@@ -127,8 +128,10 @@ def predict(
             net, top_k=top_k, features=features, precision=precision, batch_size=batch_size
         )
         report = Reporter(quiet=world is not None and not world.is_first)
-        if not features and (world is None or world.is_first):
-            warn_of_numbers(net)
+        if world is None or world.is_first:
+            warn_of_notes(source)
+            if not features:
+                warn_of_numbers(net)
         options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
         if path is None or not in_parts:
             return _at_once(report, net, source, question, path, options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,22 @@ SPLIT_FOLDERS = {
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing"),
 }
+# Images that are not read, but counted and named where a folder of images has some.
+_UNREAD = frozenset(
+    re.findall(
+        r"\.\w+",
+        """.heic .heif .hif .jxl .jxr .jp2 .j2k .jpf .jpx .jpm .svg .psd .psb .xcf .tga .ico .eps
+        .dng .raw .cr2 .cr3 .crw .nef .nrw .arw .sr2 .srf .srw .orf .rw2 .rwl .raf .pef .3fr .iiq
+        .x3f .exr .hdr .dcm .dicom .fits .npy .pfm .dds .qoi .pcx .sgi .ras .wmf .emf .pict""",
+    )
+)
+# What a NAS, an archive or a file system adds; thumbnails of the images, for example.
+_OF_THE_SYSTEM = frozenset(
+    (
+        *("@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", "__macosx", "$recycle.bin"),
+        *("system volume information", "lost+found"),
+    )
+)
 LAYOUT = "class folders: FOLDER/train/<class>/*.jpg (val/ and test/ if you have them)"
 
 
@@ -51,24 +68,67 @@ def image_files(folder: Path) -> list[Path]:
     return [folder / name for name in scan_images(str(folder))]
 
 
-def scan_images(folder: str, inside: str = "") -> Iterator[str]:
+def scan_images(
+    folder: str, inside: str = "", passed_over: Counter[str] | None = None
+) -> Iterator[str]:
     """Yields the image files in the folder at any depth, as paths relative to it.
 
     Sorted, folder by folder. Hidden files and folders are passed over; a link to a file is one, a
     link to a folder deep inside is not followed, so that no circle of links is walked forever.
 
+    Args:
+        folder: to scan.
+        inside: the folder in it to begin at.
+        passed_over: counts the other files: by ending where they seem to be images, else as "".
+
     Raises:
         UserError: a folder cannot be read.
     """
     for entry in _entries(os.path.join(folder, inside)):
-        if entry.name[0] == ".":
+        if _is_hidden(entry.name):
             continue
         path = os.path.join(inside, entry.name)
         if _is_folder(entry):
             if not entry.is_symlink():
-                yield from scan_images(folder, path)
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+                yield from scan_images(folder, path, passed_over)
+            continue
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if suffix in SUFFIXES:
             yield path
+        elif passed_over is not None:  # ".jpg_large" seems to be an image, too
+            passed_over[suffix if suffix in _UNREAD or suffix.startswith(SUFFIXES) else ""] += 1
+
+
+def say_passed_over(passed_over: Counter[str], folder: Path | None = None) -> tuple[str, ...]:
+    """Returns the note on the files that seem to be images and are not read; none for none."""
+    named = Counter({suffix: count for suffix, count in passed_over.items() if suffix})
+    number = named.total()
+    if not number:
+        return ()
+    where = f" in {folder.name}" if folder else ""
+    fix = "convert them to JPEG or PNG to use them"
+    files = f"{number:,} file{'' if number == 1 else 's'}"
+    return (f"{files} passed over{where}: {_listed(named)} ({fix})",)
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{name or 'other files'} {count:,}" for name, count in counts.most_common(12))
+
+
+def no_images(folder: Path, what: str = "the folder") -> UserError:
+    """Returns the error for a folder without images, which says what lies there instead."""
+    passed_over: Counter[str] = Counter()
+    for _ in scan_images(str(folder), passed_over=passed_over):
+        pass
+    fix = f"Images end in {' '.join(SUFFIXES)}"
+    if any(passed_over):
+        fix = f"Convert them to JPEG or PNG. {fix}"
+    there = f", but {_listed(passed_over)}" if passed_over else ""
+    return UserError(f"{what} has no images{there}", where=folder.absolute(), fix=fix)
+
+
+def _is_hidden(name: str) -> bool:
+    return name[0] == "." or name.casefold() in _OF_THE_SYSTEM
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -80,7 +140,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
     is_named_so = os.path.splitext(entry.name)[1].lower() in SUFFIXES
-    return entry.name[0] != "." and is_named_so and not _is_folder(entry)
+    return not _is_hidden(entry.name) and is_named_so and not _is_folder(entry)
 
 
 def _loose_image(folder: Path) -> str | None:
@@ -99,7 +159,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 def subfolders(folder: Path) -> list[str]:
     """Returns the names of the folders directly in a folder, in natural order; none hidden."""
     entries = _entries(str(folder))
-    names = [entry.name for entry in entries if entry.name[0] != "." and _is_folder(entry)]
+    names = [entry.name for entry in entries if not _is_hidden(entry.name) and _is_folder(entry)]
     return sorted(names, key=natural_order)
 
 
@@ -112,25 +172,23 @@ def class_folder(folder: Path, name: str, notes: tuple[str, ...] = ()) -> ImageF
     classes = subfolders(folder)
     if not classes:
         raise UserError("no class folders found", where=folder, fix=f"Arrange it as {LAYOUT}")
-    counts = array("q")
+    counts, passed_over = array("q"), Counter[str]()
 
     def paths() -> Iterator[str]:
         for each in classes:
             counts.append(0)
-            for path in scan_images(str(folder / each)):
+            for path in scan_images(str(folder / each), passed_over=passed_over):
                 counts[-1] += 1
                 yield os.path.join(each, path)
             if counts[-1] == 0:
-                raise UserError(
-                    f"class {each!r} has no images",
-                    where=folder / each,
-                    fix=f"Put images there ({' '.join(SUFFIXES)}) or remove the folder",
-                )
+                raise no_images(folder / each, f"class {each!r}")
 
     packed = PackedStrings(paths())
     labels = np.repeat(np.arange(len(classes)), counts)
     names = [each.strip() or each for each in classes]
-    return ImageFiles(name, names, labels, packed, str(folder), notes)
+    return ImageFiles(
+        name, names, labels, packed, str(folder), (*notes, *say_passed_over(passed_over, folder))
+    )
 
 
 def refuse_other_folders(folder: Path) -> None:
@@ -194,11 +252,12 @@ def flat_folder(folder: Path, name: str) -> ImageFiles:
     Raises:
         UserError: there are none.
     """
-    paths = PackedStrings(scan_images(str(folder)))
+    passed_over: Counter[str] = Counter()
+    paths = PackedStrings(scan_images(str(folder), passed_over=passed_over))
     if not len(paths):
-        fix = f"Images end in {' '.join(SUFFIXES)}"
-        raise UserError("the folder has no images", where=folder, fix=fix)
-    return ImageFiles(name, *no_labels(len(paths)), paths, str(folder))
+        raise no_images(folder)
+    notes = say_passed_over(passed_over, folder)
+    return ImageFiles(name, *no_labels(len(paths)), paths, str(folder), notes)
 
 
 def find_splits(folder: Path) -> tuple[dict[str, Path], list[str]]:

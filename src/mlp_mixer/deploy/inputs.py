@@ -5,12 +5,12 @@ from __future__ import annotations
 import glob
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from mlp_mixer.data.folders import scan_images
-from mlp_mixer.data.image import SUFFIXES
+from mlp_mixer.data.folders import no_images, say_passed_over, scan_images
 from mlp_mixer.data.items import ImageFiles, PackedStrings, Source, no_labels
 from mlp_mixer.data.sources import is_data, open_images
 from mlp_mixer.errors import UserError
@@ -36,11 +36,15 @@ def find_images(inputs: Sequence[str | Path], listed: Sequence[str] | None = Non
         raise UserError("'-' is given more than once: standard input is read once", fix="Give one")
     if len(given) == 1 and is_data(given[0]):
         return open_images(given[0])
-    paths = PackedStrings(_paths(given, listed))
-    return ImageFiles("images", *no_labels(len(paths)), paths)
+    passed_over: Counter[str] = Counter()
+    paths = PackedStrings(_paths(given, listed, passed_over))
+    notes = say_passed_over(passed_over)
+    return ImageFiles("images", *no_labels(len(paths)), paths, notes=notes)
 
 
-def _paths(inputs: list[str], listed: Sequence[str] | None) -> Iterator[str]:
+def _paths(
+    inputs: list[str], listed: Sequence[str] | None, passed_over: Counter[str]
+) -> Iterator[str]:
     for given in inputs:
         if given == STANDARD_INPUT:
             yield from read_list() if listed is None else listed
@@ -49,22 +53,25 @@ def _paths(inputs: list[str], listed: Sequence[str] | None) -> Iterator[str]:
             what = f"{given!r} is a source of data, which stands alone"
             raise UserError(what, fix="Give it to a command of its own")
         path, found = Path(os.path.expanduser(given)), 0
-        for each in _files(path):
+        for each in _files(path, passed_over):
             found += 1
             yield each
-        if not found:
-            what = "the folder has no images" if path.is_dir() else "no such file or folder"
-            fix = f"Images end in {' '.join(SUFFIXES)}" if path.is_dir() else None
-            if path.is_dir() and any(path.glob("*.tar")):
-                what = "the folder has tar files and no index of them"
-                fix = f"Write one, once: mixer data index {path}"
-                fix += " (with --unlabelled where the images have no labels)"
-            raise UserError(f"{what}: {given!r}", where=path.absolute(), fix=fix)
+        if found:
+            continue
+        if not path.is_dir():
+            raise UserError(f"no such file or folder: {given!r}", where=path.absolute())
+        if any(path.glob("*.tar")):
+            what = f"the folder has tar files and no index of them: {given!r}"
+            fix = f"Write one, once: mixer data index {path}"
+            fix += " (with --unlabelled where the images have no labels)"
+            raise UserError(what, where=path.absolute(), fix=fix)
+        raise no_images(path)
 
 
-def _files(path: Path) -> Iterator[str]:
+def _files(path: Path, passed_over: Counter[str]) -> Iterator[str]:
     if path.is_dir():
-        yield from (os.path.join(path, name) for name in scan_images(str(path)))
+        found = scan_images(str(path), passed_over=passed_over)
+        yield from (os.path.join(path, name) for name in found)
     elif path.exists():
         yield str(path)
     else:
