@@ -159,16 +159,21 @@ def test_labels_that_are_none(fake: Fake):
     with pytest.raises(UserError, match=r"no label \(-1\)[\s\S]*where: hf:a/b:train\[1\]"):
         open_splits("hf:a/b")
     fake({"train": dataset(["a", None])})
-    with pytest.raises(UserError, match=r"the row has no label[\s\S]*train\[1\]"):
+    with pytest.raises(UserError, match=r"the label is empty[\s\S]*train\[1\]"):
         open_splits("hf:a/b")
     fake({"train": dataset(["a", 1.5])})
-    with pytest.raises(UserError, match="has 1.5, neither an integer nor text"):
+    with pytest.raises(UserError, match="a label is a whole number or text, got 1.5"):
         open_splits("hf:a/b")
+    fake({"train": dataset([["a"], ["b"]])})
+    with pytest.raises(UserError, match="got .'a'."):
+        open_splits("hf:a/b")
+    fake({"train": dataset([0, 1]), "test": dataset([-1, -1])})
+    assert list(open_splits("hf:a/b")) == ["train"]
     fake({"train": dataset([-1], names)})
     with pytest.raises(UserError, match="none of the images has a label"):
         open_splits("hf:a/b")
     fake({"train": dataset(["Cat", "cat"])})
-    with pytest.raises(UserError, match="differ only in case: Cat, cat"):
+    with pytest.raises(UserError, match="differ only in case: Cat .*, cat"):
         open_splits("hf:a/b")
 
 

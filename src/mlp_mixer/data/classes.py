@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -33,44 +35,138 @@ def in_class_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=natural_order)
 
 
+def class_key(name: str) -> str:
+    """Returns what names of one class share that differ in what nobody sees or means.
+
+    That is: blanks, invisible characters, Unicode form, and the format of a whole number: "7" of
+    "007" and "7.0".
+    """
+    seen = "".join(each for each in name if unicodedata.category(each) != "Cf")
+    text = " ".join(unicodedata.normalize("NFC", seen).split())
+    number = re.fullmatch(r"(-?)0*([0-9]+)(?:\.0*)?", text)
+    return number[1] + number[2] if number else text
+
+
 def refuse_twins(names: Iterable[str], where: object) -> None:
-    """Refuses class names that are equal, or differ in case only.
+    """Refuses class names that are equal, or differ in case or in what `class_key` leaves out.
+
+    Args:
+        names: any; only names that are not text have no key.
+        where: the place of all, or a function that gives the place of each.
 
     Raises:
         UserError: two are; on some file systems their folders would be one.
     """
+    place = where if callable(where) else lambda _: where
     seen: dict[str, str] = {}
     for name in names:
         try:
             name.encode()
         except UnicodeEncodeError as error:
             what = f"the name of a class is not valid text: {name!r}"
-            raise UserError(what, where=where, fix="Rename the class") from error
-        twin = seen.get(name.casefold())
+            raise UserError(what, where=place(name), fix="Rename the class") from error
+        key = class_key(class_key(name).casefold())
+        twin = seen.get(key)
+        seen[key] = name
+        if twin is None:
+            continue
         if twin == name:
-            raise UserError(f"two classes have one name: {name}", where=where, fix="Rename one")
-        if twin is not None:
-            what = f"classes that differ only in case: {twin}, {name}"
-            raise UserError(what, where=where, fix="Merge or rename them")
-        seen[name.casefold()] = name
+            what = f"two classes have one name: {name}"
+            raise UserError(what, where=place(name), fix="Rename one")
+        first = f" ({place(twin)})" if callable(where) else ""
+        if twin.casefold() == name.casefold():
+            what = f"classes that differ only in case: {twin}{first}, {name}"
+        else:
+            what = f"classes with the same name, written differently: {_escaped(twin)}{first}, "
+            what += _escaped(name)
+        raise UserError(what, where=place(name), fix="Merge or rename them")
 
 
-def labels_of_values(codes: np.ndarray, values: Sequence[object]) -> tuple[np.ndarray, list[str]]:
+def _escaped(name: str) -> str:
+    return re.sub(r"\\x(..)", r"\\u00\1", ascii(name))
+
+
+def label_text(value: object) -> str:
+    """Returns the class name that a cell stands for: text, a whole number, true or false.
+
+    Raises:
+        UserError: it stands for none; the place is left to the caller.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = "" if value is None else str(value).strip()
+    if text.casefold() in ("", "nan", "<na>"):
+        what = f"the label is empty: {text!r}" if text else "the label is empty"
+        raise UserError(what, fix=f"Give it a label, or remove it; {_UNLABELLED}")
+    if not isinstance(value, int | str):
+        what = f"a label is a whole number or text, got {text[:80]}"
+        raise UserError(what, fix="Give every image one label")
+    return text
+
+
+_UNLABELLED = "`mixer predict` reads images without labels"
+
+
+class Cells:
+    """The different cells of a column of labels, whatever their type; each has a number."""
+
+    def __init__(self) -> None:
+        self.values: list[object] = []
+        self._codes: dict[object, int] = {}
+
+    def code(self, value: object) -> int:
+        """Returns the place of a cell in `values`, at the end of which a new one is put."""
+        key = value if isinstance(value, str) else (repr(value),)
+        code = self._codes.setdefault(key, len(self.values))
+        if code == len(self.values):
+            self.values.append(value)
+        return code
+
+
+def labels_of_values(
+    codes: np.ndarray,
+    values: Sequence[object],
+    where: Callable[[int], object],
+    *,
+    are_numbers: bool = False,
+) -> tuple[np.ndarray, list[str]]:
     """Returns the labels and the sorted class names of a column of class names or numbers.
 
     Args:
         codes: int (num_images,), an index into `values` each.
         values: the different values of the column, in any order; those of no image are no class.
+        where: the place of an image, for the error.
+        are_numbers: whether they are for a label rule, so that "9", "9.0" and -1 may be among them.
 
     Returns:
         labels, int64 (num_images,), and the class names.
+
+    Raises:
+        UserError: names the first image whose value is not a class: empty, -1 among the classes
+            0, 1, ..., or written in two ways.
     """
-    present = np.zeros(len(values), dtype=bool)
-    present[codes] = True
-    texts = [str(value) for value in values]
-    names = in_class_order({text for text, used in zip(texts, present, strict=True) if used})
+    used, first = np.unique(codes, return_index=True)
+    texts: dict[int, str] = {}
+    rows: dict[str, int] = {}
+    for code, row in sorted(zip(used.tolist(), first.tolist(), strict=True), key=lambda at: at[1]):
+        try:
+            texts[code] = label_text(values[code])
+        except UserError as error:
+            raise UserError(error.what, where=where(row), fix=error.fix) from None
+        rows.setdefault(texts[code], row)
+    if not are_numbers:
+        refuse_twins(rows, lambda name: where(rows[name]))
+        # -1 and 1 are two classes, and so are -2 and -1; beside 0, 1, ... it means: no label.
+        others = rows.keys() - {"-1"}
+        if "-1" in rows and others != {"1"} and all(name.isdecimal() for name in others):
+            fix = f"Remove these images, or give the class another name; {_UNLABELLED}"
+            raise UserError("the image has no label (-1)", where=where(rows["-1"]), fix=fix)
+    names = in_class_order(rows)
     place = {name: at for at, name in enumerate(names)}
-    table = np.array([place.get(text, -1) for text in texts], dtype=np.int64)
+    table = np.full(len(values), -1, dtype=np.int64)
+    table[list(texts)] = [place[text] for text in texts.values()]
     return table[codes], names
 
 
@@ -99,14 +195,26 @@ def check_labels(
         other = f"label {value} is none of the {len(class_names)} classes"
         what = f"{missing if value == -1 else other}; {len(wrong):,} such images"
         fix = "Remove the images without a class from the data"
+        fix += f"; {_UNLABELLED}" if value == -1 else ""
         raise UserError(what, where=item_name(int(wrong[0])), fix=fix)
     return labels
+
+
+def combined_names(names: Sequence[str]) -> list[str]:
+    """Returns the class names that read like several labels, such as "cat|dog" beside "cat"."""
+    words = {name: re.split(r"[\s|,;]+", name) for name in names}
+    combined = [name for name in names if len(words[name]) > 1]
+    each_has_a_class = all(not words.keys().isdisjoint(words[name]) for name in combined)
+    different = {word for some in words.values() for word in some}
+    return combined if each_has_a_class and len(different) < len(names) else []
 
 
 def match_classes(
     source: Source, class_names: list[str], *, owner: str, allow_missing: bool
 ) -> Source:
     """Returns the source with its labels in the order of `class_names`, matched by name.
+
+    A name that is there in another Unicode form or the like (see `class_key`) is the same class.
 
     Args:
         source: any.
@@ -120,10 +228,15 @@ def match_classes(
     # A model of ImageNet calls a class "n01440764 tench"; folders have the WordNet id alone, and
     # others join the words otherwise.
     full = {name[:9]: name for name in class_names if _WORDNET.match(name)}
-    if full:
-        names = [full.get(_wordnet_id(name), name) for name in source.class_names]
+    known, spelled = set(class_names), Counter(map(class_key, class_names))
+    full |= {key: name for name in class_names if spelled[key := class_key(name)] == 1}
+    names = [
+        name if name in known else full.get(_wordnet_id(name), full.get(class_key(name), name))
+        for name in source.class_names
+    ]
+    if names != source.class_names:
         source = View(source.name, names, source.labels, source, np.arange(len(source)))
-    known, present = set(class_names), set(source.class_names)
+    present = set(source.class_names)
     unknown = [name for name in source.class_names if name not in known]
     missing = [name for name in class_names if name not in present]
     if unknown or (missing and not allow_missing):
@@ -131,9 +244,9 @@ def match_classes(
             f"{owner} knows {len(class_names)} classes, {source.name} has {len(source.class_names)}"
         ]
         if unknown:
-            what.append(f"unknown to {owner}: {_some(unknown)}")
+            what.append(f"unknown to {owner}: {some_of(unknown)}")
         if missing:
-            what.append(f"missing in the data: {_some(missing)}")
+            what.append(f"missing in the data: {some_of(missing)}")
         if len(unknown) == len(source.class_names):
             fix = "These are other classes altogether: take a model that was trained on them"
         elif unknown:
@@ -151,6 +264,7 @@ def _wordnet_id(name: str) -> str:
     return name[:9] if _WORDNET.match(name) else name
 
 
-def _some(names: list[str], most: int = 8) -> str:
+def some_of(names: list[str], most: int = 8) -> str:
+    """Returns the first of some names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(repr(name) for name in names[:most]) + more

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from mlp_mixer.data.classes import labels_of_values, refuse_twins
+from mlp_mixer.data.classes import label_text, labels_of_values
 from mlp_mixer.data.folders import SPLIT_FOLDERS, natural_order, split_of_file
 from mlp_mixer.data.image import SUFFIXES
 from mlp_mixer.data.shards import PACKING, Shard, ShardIndex, index_path, load_index
@@ -75,10 +75,14 @@ def _index(paths: list[Path], labelled: bool) -> ShardIndex:
         shards.append(Shard(path.name, path.stat().st_size, None))
     if not len(codes):
         raise UserError("the tars have no images", where=paths[0], fix=f"Endings: {SUFFIXES}")
-    labels, class_names = labels_of_values(np.array(codes), list(values))
-    if not labelled:
-        labels, class_names = np.full(len(codes), -1, dtype=np.int64), []
-    refuse_twins(class_names, paths[0].parent)
+    labels, class_names = np.full(len(codes), -1, dtype=np.int64), []
+    if labelled:
+
+        def where(at: int) -> str:
+            name = os.fsdecode(bytes(names[name_ends[at] : name_ends[at + 1]]))
+            return f"{paths[0].parent / shards[numbers[at]].name}:{name}"
+
+        labels, class_names = labels_of_values(np.array(codes), list(values), where)
     return ShardIndex(
         class_names,
         shards,
@@ -165,9 +169,10 @@ def _label(ending: str, text: bytes, where: str) -> str | None:
             value = text.decode().strip()
     except ValueError as error:
         raise UserError(f"the label cannot be read: {error}", where=where) from error
-    if isinstance(value, bool) or not isinstance(value, int | str) or str(value).strip() == "":
-        raise UserError(f"a label is an integer or text, got {value!r}", where=where)
-    return str(value).strip()
+    try:
+        return label_text(value)
+    except UserError as error:
+        raise UserError(error.what, where=where, fix=error.fix) from None
 
 
 def verify(folder: Path) -> list[str]:

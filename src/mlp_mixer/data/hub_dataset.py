@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from mlp_mixer.data.classes import check_labels, labels_of_values
+from mlp_mixer.data.classes import Cells, check_labels, labels_of_values
 from mlp_mixer.data.folders import SPLIT_FOLDERS, split_named
 from mlp_mixer.data.items import no_labels
-from mlp_mixer.data.source_names import SourceName, choose_column
+from mlp_mixer.data.source_names import LABEL_COLUMNS, SourceName, choose_column
 from mlp_mixer.errors import UserError
 from mlp_mixer.network import is_reachable
 
 PREFIX = "hf:"
-_LABEL_NAMES = ("label", "labels", "class", "target")
 
 
 @dataclass
@@ -204,27 +203,21 @@ def _open_split(dataset: Any, name: SourceName, title: str) -> HubImages | None:
     features = dict(dataset.features)
     columns = list(features)
     classes = [each for each, kind in features.items() if type(kind).__name__ == "ClassLabel"]
-    named = [each for each in columns if each.casefold() in _LABEL_NAMES]
+    named = [each for each in columns if each.casefold() in LABEL_COLUMNS]
     label = choose_column("label", name, columns, classes or named, ("label",), title)
 
     values = dataset.select_columns([label])[label][:]
     if not values:
         return None
-    if any(value is None for value in values):
-        row = next(at for at, value in enumerate(values) if value is None)
-        raise UserError(f"the row has no {label}", where=f"{title}[{row}]")
-    if label in classes:
+    if label in classes and None not in values:
         names = list(features[label].names)
         labels = check_labels(np.array(values), names, lambda at: f"{title}[{at}]")
     else:
-        strange = next((each for each in values if not isinstance(each, int | str)), None)
-        if strange is not None:
-            what = f"column {label!r} has {strange!r}, neither an integer nor text"
-            raise UserError(what, where=title, fix=f"Choose another: '{name.base}#label=COLUMN'")
-        distinct = {value: at for at, value in enumerate(dict.fromkeys(values))}
-        labels, names = labels_of_values(
-            np.array([distinct[value] for value in values]), list(distinct)
-        )
+        cells = Cells()
+        codes = np.array([cells.code(value) for value in values])
+        if cells.values == [-1]:
+            return None
+        labels, names = labels_of_values(codes, cells.values, lambda at: f"{title}[{at}]")
     if labels is None:
         return None
     return HubImages(title, names, labels, _undecoded(dataset, column), column)

@@ -1,4 +1,4 @@
-"""Lists of images: a CSV or JSONL file with a path in every row, and a label if it has one.
+"""Lists of images: a CSV (.tsv, .txt) or JSONL file with a path in every row, and perhaps a label.
 
 The columns are found by their names in the header; a `split` column gives the splits. Paths are
 relative to the list's own folder. The order of the rows never changes the order of the classes.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,23 +17,30 @@ from typing import TextIO
 import numpy as np
 
 from mlp_mixer.data import image
-from mlp_mixer.data.classes import labels_of_values
+from mlp_mixer.data.classes import Cells, labels_of_values
 from mlp_mixer.data.folders import SPLIT_FOLDERS, split_named
 from mlp_mixer.data.items import ImageFiles, PackedStrings, Source, no_labels, subset
 from mlp_mixer.data.source_names import SourceName, choose_column
 from mlp_mixer.disk import parse_json
 from mlp_mixer.errors import UserError
 
-SUFFIXES = (".csv", ".jsonl")
+SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
 IMAGE_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "img")
 LABEL_COLUMNS = ("label", "class", "target")
+# Columns that somebody may think are heeded.
+_SPLITS_OR_GROUPS = (
+    r"(?i)(?<![a-z])(is_?)?(val|valid|validation|test|train|training|holdout|set|subset|partition|phase"
+    r"|folds?|groups?|patients?|subjects?|persons?|video|clip|sequence|session|site|slide|study)"
+    r"[-_ ]?(id|no|nr|num|number|name|idx|index)?(?![a-z])"
+)
+_MOST_FOLDERS = 10_000  # whose links are resolved
 _EXAMPLE = "Begin the list with a header such as path,label (or path,label,split)"
 # A row: the number of its line and its cells; None where a cell is not there.
 _Rows = Iterator[tuple[int, list[object]]]
 
 
 def open_list(name: SourceName, *, matched: bool = True, labels: bool = True) -> dict[str, Source]:
-    """Returns the splits of a CSV or JSONL list; one without a `split` column is all train.
+    """Returns the splits of a list; one without a `split` column is all train.
 
     Args:
         name: the list's own, with the columns as options where they are not found by their names.
@@ -53,9 +61,21 @@ def open_list(name: SourceName, *, matched: bool = True, labels: bool = True) ->
         split = next((column for column in columns if column.casefold() == "split"), None)
         places = [None if each is None else columns.index(each) for each in (split, label)]
         table = _Table(path, columns.index(path_column), *places)
-        whole = table.read(rows, name.source)
-    if not len(whole):
+        paths = PackedStrings(table.read(rows))
+    if not len(paths):
         raise UserError("the list has no rows", where=path, fix=_EXAMPLE)
+    notes: list[str] = []
+    names, codes = no_labels(len(paths))
+    if label is not None:
+        codes, names = table.labels(are_numbers=not matched)
+        rest = (each for each in columns if each not in (path_column, label, split))
+        unused = [each for each in rest if re.search(_SPLITS_OR_GROUPS, each)]
+        if unused:
+            said = "only a column 'split' says which images are held out"
+            notes.append(f"columns that are not used: {', '.join(unused)} ({said})")
+        notes += table.check_repeats(paths, names, codes)
+    folder = "" if str(path.parent) == "." else str(path.parent)
+    whole = ImageFiles(name.source, names, codes, paths, folder, tuple(notes))
     _check_some_exist(whole, path)
     return table.splits(whole, name.source, matched)
 
@@ -68,31 +88,30 @@ def _label_column(name: SourceName, columns: list[str], path_column: str, path: 
 
 
 class _Table:
-    """Reads the rows of a list, and remembers of each its line and its split."""
+    """Reads the rows of a list, and remembers of each its line, its split and its label."""
 
     def __init__(self, path: Path, image: int, split: int | None, label: int | None) -> None:
         self._path, self._split, self._image, self._label = path, split, image, label
         self._lines, self._split_codes, self._codes = array("q"), array("b"), array("q")
-        self._values: dict[str, int] = {}
-        self._folded: dict[str, tuple[str, int]] = {}
+        self._cells = Cells()
+        self._files = array("q")  # a hash of each image's real path
+        self._folders: dict[str, str] = {}
+        self._from_windows: bool | None = None
 
-    def read(self, rows: _Rows, name: str) -> ImageFiles:
-        paths = PackedStrings(self._read(rows))
-        if self._label is None:
-            names, labels = no_labels(len(paths))
-        else:
-            labels, names = labels_of_values(np.asarray(self._codes), list(self._values))
-        folder = str(self._path.parent)
-        return ImageFiles(name, names, labels, paths, "" if folder == "." else folder)
-
-    def _read(self, rows: _Rows) -> Iterator[str]:
+    def read(self, rows: _Rows) -> Iterator[str]:
+        """Yields the path of every row."""
         splits = list(SPLIT_FOLDERS)
         for line, cells in rows:
             path = self._text(cells[self._image], "path", line)
             if "\0" in path or not _is_encodable(path):
                 raise self._error(f"not the name of a file: {path!r}", line)
+            if "\\" in path:
+                if self._from_windows is None:  # the name of a file may have backslashes, too
+                    self._from_windows = not os.path.lexists(self._path.parent / path)
+                path = path.replace("\\", "/") if self._from_windows else path
             if self._label is not None:
-                self._codes.append(self._code(cells[self._label], line))
+                self._codes.append(self._cells.code(cells[self._label]))
+                self._files.append(hash(self._real(path)))
             split = "train"
             if self._split is not None:
                 text = self._text(cells[self._split], "split", line).strip()
@@ -105,21 +124,57 @@ class _Table:
             self._lines.append(line)
             yield path
 
-    def _code(self, value: object, line: int) -> int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = str(value)
-        label = self._text(value, "label", line).strip()
-        if label not in self._values:
-            try:
-                label.encode()
-            except UnicodeEncodeError:
-                raise self._error(f"the label is not UTF-8: {label!r}", line) from None
-            twin, first = self._folded.setdefault(label.casefold(), (label, line))
-            if twin != label:
-                what = f"classes that differ only in case: {twin} (line {first}), {label}"
-                raise self._error(what, line, "Write it in one way")
-            self._values[label] = len(self._values)
-        return self._values[label]
+    def labels(self, *, are_numbers: bool) -> tuple[np.ndarray, list[str]]:
+        """Returns the labels of the rows and the class names."""
+        codes, values = np.asarray(self._codes), self._cells.values
+        return labels_of_values(codes, values, self._place, are_numbers=are_numbers)
+
+    def check_repeats(
+        self, paths: PackedStrings, names: list[str], labels: np.ndarray
+    ) -> Iterator[str]:
+        """Yields a note on images that several rows name.
+
+        Raises:
+            UserError: these rows are in different splits, or have different labels.
+        """
+        order = np.argsort(np.asarray(self._files), kind="stable")
+        same = np.flatnonzero(np.diff(np.asarray(self._files)[order]) == 0)
+        pairs = np.stack([order[same], order[same + 1]])  # each row and the next of its image
+        splits = np.asarray(self._split_codes)
+        differ = (splits[pairs[0]] != splits[pairs[1]]) | (labels[pairs[0]] != labels[pairs[1]])
+        for first, second in sorted(pairs[:, differ].T.tolist(), key=lambda pair: pair[1]):
+            if self._real(paths[first]) != self._real(paths[second]):
+                continue  # equal hashes of different paths
+            lines = [f"line {self._lines[row]}" for row in (first, second)]
+            if splits[first] != splits[second]:
+                known = [list(SPLIT_FOLDERS)[splits[row]] for row in (first, second)]
+                what, fix = "an image is in two splits", "Keep one of the two lines"
+            else:
+                known = [repr(names[labels[row]]) for row in (first, second)]
+                what = "an image has two labels"
+                fix = "Keep one of the two lines: an image has one label here"
+            what += f": {known[0]} ({lines[0]}) and {known[1]} ({lines[1]}): {paths[second]!r}"
+            raise self._error(what, self._lines[second], fix)
+        if len(same):
+            lines = " and ".join(str(self._lines[row]) for row in pairs[:, 0])
+            yield (
+                f"{len(same):,} rows name an image again, such as lines {lines}: it counts twice,"
+                " and where validation is held out of train it may be in both"
+            )
+
+    def _real(self, path: str) -> str:
+        """The path without links among its folders; of very many folders only without ".."."""
+        path = path.replace(os.sep, "/")
+        at = path.rfind("/") + 1
+        folder = self._folders.get(path[:at])
+        if folder is None:
+            is_known = len(self._folders) < _MOST_FOLDERS
+            folder = (os.path.realpath if is_known else os.path.abspath)(
+                self._path.parent / path[:at]
+            )
+            if is_known:
+                self._folders[path[:at]] = folder
+        return f"{folder}/{path[at:]}"
 
     def _text(self, value: object, what: str, line: int) -> str:
         if not isinstance(value, str):
@@ -128,6 +183,9 @@ class _Table:
         if not value.strip():
             raise self._error(f"the {what} is empty", line)
         return value
+
+    def _place(self, row: int) -> str:
+        return f"{self._path}, line {self._lines[row]}"
 
     def _error(self, what: str, line: int, fix: str = "Correct or remove the line") -> UserError:
         return UserError(what, where=f"{self._path}, line {line}", fix=fix)
@@ -163,18 +221,23 @@ def _open(path: Path) -> TextIO:
 
 
 def _read_csv(file: TextIO, path: Path) -> tuple[list[str], _Rows]:
-    header = file.readline()
-    file.seek(0)
-    delimiter = max(",;\t", key=header.count)
+    header, start = file.readline(), 0
+    told = re.fullmatch(r'"?sep=(.)"?\s*', header)  # the first line of some lists of Excel
+    if told:
+        start = file.tell()
+        header = file.readline()
+    file.seek(start)
+    delimiter = told[1] if told else max(",;\t", key=header.count)
     reader = csv.reader(file, delimiter=delimiter, strict=True)
+    before = 1 if told else 0
 
     def rows() -> _Rows:
         try:
             for cells in reader:
                 if cells:
-                    yield reader.line_num, list(cells)
+                    yield before + reader.line_num, list(cells)
         except csv.Error as error:
-            where = f"{path}, line {reader.line_num}"
+            where = f"{path}, line {before + reader.line_num}"
             fix = 'A field with a comma or a quote stands in quotes: "a, ""b"""'
             raise UserError(f"not CSV: {error}", where=where, fix=fix) from error
 
@@ -186,7 +249,7 @@ def _read_csv(file: TextIO, path: Path) -> tuple[list[str], _Rows]:
     if twice is not None:
         what = f"two columns have one name: {twice!r}"
         raise UserError(what, where=f"{path}, line 1", fix="Rename or remove one")
-    if any(each.lower().endswith(image.SUFFIXES) for each in columns):
+    if any(word.lower().endswith(image.SUFFIXES) for each in columns for word in each.split()):
         what = f"the list has no header; its first line is {header.strip()[:80]!r}"
         raise UserError(what, where=f"{path}, line 1", fix=_EXAMPLE)
 
@@ -256,4 +319,8 @@ def _check_some_exist(whole: ImageFiles, path: Path) -> None:
     if not any(os.path.lexists(whole.item_name(at)) for at in some):
         what = f"the list's images are not there: {whole.paths[0]!r}"
         fix = "Paths in a list are relative to the list's own folder"
+        if re.match(r"[A-Za-z]:/", whole.paths[0]):
+            fix += "; those of a drive of Windows are nowhere else"
+        if any(os.path.exists(whole.item_name(0) + ending) for ending in image.SUFFIXES):
+            fix = "Write the names of the files with their endings"
         raise UserError(what, where=whole.item_name(0), fix=fix)

@@ -15,11 +15,9 @@ from mlp_mixer.data.classes import check_labels, labels_of_values, natural_order
 from mlp_mixer.data.folders import SPLIT_FOLDERS, split_of_file
 from mlp_mixer.data.items import no_labels
 from mlp_mixer.data.parquet_images import ParquetImages, damage_told, open_file
-from mlp_mixer.data.source_names import SourceName, choose_column
+from mlp_mixer.data.source_names import LABEL_COLUMNS, SourceName, choose_column
 from mlp_mixer.disk import parse_json
 from mlp_mixer.errors import UserError
-
-_LABEL_NAMES = ("label", "labels", "class", "target")
 
 
 def open_parquet(
@@ -33,8 +31,8 @@ def open_parquet(
         labels: whether they are needed; without them no column of labels is looked for.
 
     Raises:
-        UserError: pyarrow is not installed, a file is damaged or has not the columns, or an image
-            has no label.
+        UserError: pyarrow is not installed, a file is damaged or has not the columns, or a cell of
+            the labels stands for no class (see `label_text`).
     """
     name.refuse_options(("label", "image"), "Parquet files")
     by_split: dict[str, list[str]] = {}
@@ -94,26 +92,28 @@ def _open_split(files: list[str], name: SourceName, title: str) -> ParquetImages
             what = f"column {label!r} has other classes than in {files[0]}"
             raise UserError(what, where=file, fix="Give files that belong together")
         with damage_told(file):
-            column_of_labels = reader.read(columns=[label], use_threads=False).column(label)
-        if column_of_labels.null_count:
-            null = int(np.flatnonzero(column_of_labels.is_null().to_numpy())[0])
-            raise UserError(f"the row has no {label}", where=f"{file}[{null}]")
-        columns += column_of_labels.chunks
+            columns += reader.read(columns=[label], use_threads=False).column(label).chunks
     if not any(map(len, columns)):
         raise UserError("the files have no rows", where=", ".join(files[:3]))
-    values = pa.chunked_array(columns).combine_chunks()
-    empty = np.zeros(len(values), dtype=np.int64)
-    if names is None:
-        encoded = values.dictionary_encode()
-        codes = np.asarray(encoded.indices.to_numpy(zero_copy_only=False))
-        labels, names = labels_of_values(codes, encoded.dictionary.to_pylist())
-        return ParquetImages(title, names, labels, files, column, table)
-    item_name = ParquetImages(title, names, empty, files, column, table).item_name
-    if not pa.types.is_integer(values.type):
-        what = f"the labels are {values.type}, and the file's metadata says classes by number"
-        raise UserError(what, where=files[0], fix="Choose another column: SOURCE#label=COLUMN")
-    checked = check_labels(values.to_numpy(zero_copy_only=False), names, item_name)
-    return None if checked is None else ParquetImages(title, names, checked, files, column, table)
+    values = pa.chunked_array(columns)
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    source = ParquetImages(title, [], np.zeros(len(values), np.int64), files, column, table)
+    if names is not None and not values.null_count:
+        if not pa.types.is_integer(values.type):
+            what = f"the labels are {values.type}, and the file's metadata says classes by number"
+            raise UserError(what, where=files[0], fix="Choose another column: SOURCE#label=COLUMN")
+        labels = check_labels(values.to_numpy(), names, source.item_name)
+    else:
+        encoded = values.combine_chunks().dictionary_encode(null_encoding="encode")
+        codes, distinct = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+        if distinct == [-1]:
+            return None
+        labels, names = labels_of_values(codes, distinct, source.item_name)
+    if labels is None:
+        return None
+    source.class_names, source.labels = names, labels
+    return source
 
 
 def _image_column(schema: Any, name: SourceName, file: str) -> str:
@@ -127,7 +127,8 @@ def _image_column(schema: Any, name: SourceName, file: str) -> str:
         )
 
     images = [field.name for field in schema if is_image(field.type)]
-    column = choose_column("image", name, schema.names, images, ("image", "img"), file)
+    named = [each for each in schema.names if each in ("image", "img")]
+    column = choose_column("image", name, schema.names, images or named, ("image", "img"), file)
     if column not in images:
         what = f"column {column!r} is {schema.field(column).type}, not struct<bytes: binary, path>"
         raise UserError(what, where=file, fix="Give a file in the Hugging Face image layout")
@@ -139,16 +140,20 @@ def _columns(schema: Any, name: SourceName, file: str) -> tuple[str, str]:
     import pyarrow.types as types
 
     column = _image_column(schema, name, file)
-    kinds = {field.name: field.type for field in schema}
-    fitting = {
-        each: types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
-        for each, kind in kinds.items()
-    }
+
+    def fits(name: str) -> bool:
+        kind = schema.field(name).type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        is_text = types.is_string(kind) or types.is_large_string(kind)
+        is_number = types.is_integer(kind) or types.is_floating(kind)
+        return is_text or is_number or types.is_boolean(kind)
+
     classes = [each for each in schema.names if class_names_of(schema, each) is not None]
-    named = [each for each in schema.names if fitting[each] and each.casefold() in _LABEL_NAMES]
-    label = choose_column("label", name, schema.names, classes or named, ("label",), file)
-    if not fitting[label]:
-        what = f"column {label!r} is {kinds[label]}, neither integers nor text"
+    named = [each for each in schema.names if each.casefold() in LABEL_COLUMNS]
+    chosen = classes or list(filter(fits, named)) or named
+    label = choose_column("label", name, schema.names, chosen, ("label",), file)
+    if not fits(label):
+        what = f"column {label!r} is {schema.field(label).type}, neither numbers nor text"
         raise UserError(what, where=file, fix=f"Choose another: '{name.base}#label=COLUMN'")
     return column, label
 

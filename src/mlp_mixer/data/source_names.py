@@ -19,6 +19,7 @@ from mlp_mixer.data.items import Source, View, subset
 from mlp_mixer.errors import UserError, near_names
 
 OPTIONS = ("label", "image", "config")
+LABEL_COLUMNS = ("label", "labels", "class", "target")
 _PART_FIX = "A part is written as SOURCE:train[:90%], SOURCE:train[90%:] or SOURCE:test[100:200]"
 
 

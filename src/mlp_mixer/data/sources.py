@@ -5,7 +5,7 @@ A source is named by a string, SOURCE or SOURCE:SPLIT or SOURCE:SPLIT[PART]:
                        digits@1, digits@2, ... are the same images split otherwise
     FOLDER             FOLDER/train/<class>/*.jpg with val/ and test/ where they exist,
                        or FOLDER/<class>/*.jpg
-    FILE.csv, .jsonl   a list with a path, a label and perhaps a split in every row
+    FILE.csv, .jsonl   a list with a path, a label and perhaps a split in every row; also .tsv, .txt
     FILE.parquet       images in the Hugging Face layout; also a pattern ("dir/x_*.parquet"), or a
                        folder that has such files, in it or in data/ below it
     FOLDER             tar shards with an index, as `mixer data pack` writes them
@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlp_mixer.data import hub_dataset, lists, selections
-from mlp_mixer.data.classes import match_classes, refuse_twins
+from mlp_mixer.data.classes import combined_names, match_classes, refuse_twins, some_of
 from mlp_mixer.data.digits import digits
 from mlp_mixer.data.folders import (
     LAYOUT,
@@ -45,7 +45,9 @@ from mlp_mixer.data.shards import has_shards, open_shards, refuse_unfinished
 from mlp_mixer.data.source_names import SourceName, parse_name, part_of
 from mlp_mixer.errors import UserError, near_names
 
-_KINDS = f"digits, a list (.csv, .jsonl), Parquet files, shards, hf:owner/name, or {LAYOUT}"
+_KINDS = (
+    f"digits, a list (.csv, .tsv, .txt, .jsonl), Parquet files, shards, hf:owner/name, or {LAYOUT}"
+)
 
 
 def open_splits(name: str) -> dict[str, Source]:
@@ -120,6 +122,10 @@ def notes_of(splits: Mapping[str, Source]) -> list[str]:
         while isinstance(source, View):
             source = source.source
         notes.update(dict.fromkeys(source.notes if isinstance(source, ImageFiles) else ()))
+        combined = combined_names(source.class_names)
+        if combined:
+            said = "an image has one label here, and each of them is a class of its own"
+            notes[f"classes that read like several labels: {some_of(combined)} ({said})"] = None
     return list(notes)
 
 
