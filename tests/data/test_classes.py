@@ -1,0 +1,142 @@
+"""Class names: their order, those that look the same, and what is matched by them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import make_class_folder
+from mlp_mixer.data.classes import in_class_order, match_classes, natural_order
+from mlp_mixer.data.folders import class_folder as read_class_folder
+from mlp_mixer.data.sources import notes_of, open_splits
+from mlp_mixer.errors import UserError
+
+
+def test_natural_order_of_classes(tmp_path: Path):
+    make_class_folder(tmp_path, {"10": 1, "9": 1, "a2": 1, "a10": 1, "B1": 1})
+    names = read_class_folder(tmp_path, "x").class_names
+    assert names == ["9", "10", "a2", "a10", "B1"]
+    assert sorted(["2", "x", "x\u00b2", "10"], key=natural_order) == ["2", "10", "x", "x\u00b2"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shown"),
+    [
+        ("Cat", "cat", ["Cat", "cat"]),
+        ("caf\u00e9", "cafe\u0301", [r"'caf\u00e9'", r"'cafe\u0301'"]),
+        ("cat", "cat ", ["'cat'", "'cat '"]),
+        ("cat", "cat\u200b", ["'cat'", r"'cat\u200b'"]),
+        ("sea blue", "sea\u00a0blue", ["'sea blue'", r"'sea\u00a0blue'"]),
+        ("sea blue", "Sea  blue", ["'sea blue'", "'Sea  blue'"]),
+        ("0", "0.0", ["'0'", "'0.0'"]),
+        ("-7", "-007", ["'-7'", "'-007'"]),
+        ("1", "1.", ["'1'", "'1.'"]),
+    ],
+)
+def test_names_that_look_the_same(tmp_path: Path, one: str, other: str, shown: list[str]):
+    make_class_folder(tmp_path, {one: 1, other: 1, "dog": 1})
+    with pytest.raises(UserError) as refused:
+        open_splits(str(tmp_path))
+    for name in shown:
+        assert name in refused.value.what
+    assert "dog" not in str(refused.value)
+    rows = "".join(f"{at}.png,{label}\n" for at, label in enumerate([one, "dog", f"{other}_"]))
+    (tmp_path / "list.csv").write_text(f"path,label\n{rows}".replace("_", ""))
+    (tmp_path / "0.png").write_bytes(b"x")
+    if one.strip() == other.strip():  # blanks around a label are no part of it
+        assert open_splits(str(tmp_path / "list.csv"))["train"].class_names == [one, "dog"]
+        return
+    with pytest.raises(UserError, match="line 2") as refused:
+        open_splits(str(tmp_path / "list.csv"))
+    assert refused.value.where == f"{tmp_path / 'list.csv'}, line 4"
+
+
+@pytest.mark.parametrize("names", [("1.1", "1.10"), ("a b", "ab"), ("x2", "x\u00b2"), ("1", "1e0")])
+def test_names_that_are_different(tmp_path: Path, names: tuple[str, str]):
+    make_class_folder(tmp_path, dict.fromkeys(names, 1))
+    assert set(open_splits(str(tmp_path))["train"].class_names) == set(names)
+
+
+def test_a_class_is_the_same_in_another_unicode_form(tmp_path: Path):
+    """A zip that was packed on macOS has the other form."""
+    make_class_folder(tmp_path / "train", {"caf\u00e9": 1, "tea": 2, "7": 1})
+    make_class_folder(tmp_path / "test", {"cafe\u0301": 3, "tea ": 1, "07": 2}, start=9)
+    test = open_splits(str(tmp_path))["test"]
+    assert test.class_names == ["7", "caf\u00e9", "tea"]
+    assert np.bincount(test.labels).tolist() == [2, 3, 1]
+    assert "cafe\u0301" in test.item_name(2)
+    known = ["tea", "cafe\u0301", "7"]
+    matched = match_classes(test, known, owner="the model", allow_missing=False)
+    assert matched.class_names == known
+    assert np.bincount(matched.labels).tolist() == [1, 3, 2]
+
+
+def test_another_form_of_a_name_that_is_there_twice_is_no_match(class_folder: Path):
+    """An old model may know both; and letters may be classes, so that case counts."""
+    source = open_splits(str(class_folder))["train"]
+    for known in (["ant", "bee", "cat ", "cat."], ["ant", "bee", "cat ", "0", " cat"]):
+        if "cat." in known:
+            assert match_classes(source, known, owner="x", allow_missing=True).class_names == known
+        else:
+            with pytest.raises(UserError, match="unknown to x: 'cat'"):
+                match_classes(source, known, owner="x", allow_missing=True)
+    with pytest.raises(UserError, match="unknown to x: 'ant'"):
+        match_classes(source, ["Ant", "bee", "cat"], owner="x", allow_missing=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "combined"),
+    [
+        (["cat", "dog", "cat dog"], ["cat dog"]),
+        (["cat", "dog", "cat, dog", "cow", "cow|dog"], ["cat, dog", "cow|dog"]),
+        (["blue", "blue big", "red", "red big", "red big round"], None),
+        (["great white shark", "tiger shark", "shark"], []),
+        (["sea lion", "lion", "seal"], []),
+        (["n01440764 tench", "n01443537 goldfish"], []),
+    ],
+)
+def test_names_that_read_like_several_labels(tmp_path: Path, names, combined):
+    make_class_folder(tmp_path, dict.fromkeys(names, 1))
+    notes = notes_of(open_splits(str(tmp_path)))
+    expected = [name for name in names if " " in name] if combined is None else combined
+    assert len(notes) == bool(expected)
+    assert all(repr(name) in notes[0] for name in expected)
+
+
+def test_match_classes_by_name(class_folder: Path):
+    source = open_splits(str(class_folder))["train"]
+    matched = match_classes(
+        source, ["cat", "dog", "ant", "bee"], owner="the model", allow_missing=True
+    )
+    assert matched.class_names == ["cat", "dog", "ant", "bee"]
+    for index in range(len(source)):
+        true = source.class_names[source.labels[index]]
+        assert matched.class_names[matched.labels[index]] == true
+        assert matched.read(index) == source.read(index)
+    with pytest.raises(
+        UserError, match=r"missing in the data: 'dog'[\s\S]*--allow-missing-classes"
+    ):
+        match_classes(source, ["cat", "dog", "ant", "bee"], owner="the model", allow_missing=False)
+    with pytest.raises(UserError, match="unknown to the model: 'ant', 'bee'"):
+        match_classes(source, ["cat"], owner="the model", allow_missing=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "ordered"),
+    [
+        (["10", "2", "1"], ["1", "2", "10"]),
+        (["10", "-2", "007", "7"], ["-2", "007", "7", "10"]),
+        (["b10", "b9", "A"], ["A", "b9", "b10"]),
+        (["10", "2", "x"], ["2", "10", "x"]),
+    ],
+)
+def test_class_order(names, ordered):
+    assert in_class_order(names) == ordered
+    assert in_class_order(reversed(names)) == ordered
+
+
+def test_numbers_of_any_length_are_ordered():
+    names = ["9" * 5000, "1" + "0" * 5000, "007", "7", "30", "x" + "1" * 5000]
+    assert [len(name) for name in in_class_order(names)] == [3, 1, 2, 5000, 5001, 5001]
