@@ -249,6 +249,27 @@ def test_the_disk_is_full_at_some_byte(tmp_path: Path, monkeypatch: pytest.Monke
     assert whole_number(tmp_path) == 2
 
 
+def test_the_free_space_is_that_beside_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Measured later it would say that more is free than is needed."""
+    checkpoints, measure, seen = save(tmp_path, 1), shutil.disk_usage, []
+
+    def noting(path: Path) -> object:
+        seen.append((tmp_path / ".step-00000002.partial").is_dir())
+        return measure(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FullDisk, "room", 5_000)
+        patch.setattr(filesystem.FileSystem, "create_stream", stream_on_full_disk)
+        patch.setattr(shutil, "disk_usage", noting)
+        checkpoints.save(2, state(2), {})
+        with pytest.raises(UserError, match="the disk is full"):
+            checkpoints.wait()
+    assert seen == [True]
+    checkpoints.close()
+
+
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_the_disk_is_full_when_a_file_is_brought_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int

@@ -200,3 +200,23 @@ def test_a_folder_that_is_taken_before_it_is_locked(tmp_path: Path, monkeypatch)
         (folder / "work").write_bytes(b"work")
     assert made
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.xml", "m.pt2"])
+def test_a_disk_that_takes_no_more_is_one_error(tmp_path: Path, name: str):
+    """A limit on the size of files stands for the full disk: the writers meet it as they would."""
+    resource = pytest.importorskip("resource", reason="limits as Unix has them")
+    if name != "m.pt2":
+        pytest.importorskip("onnxscript", reason="the extra export is not installed")
+    if name == "m.xml":
+        pytest.importorskip("openvino", reason="the extra export is not installed")
+    model, path = tiny_model(), tmp_path / name
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
+    try:
+        with pytest.raises(mm.UserError, match="cannot be written") as told:
+            mm.export(model, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(path) in str(told.value)
+    assert not list(tmp_path.iterdir())

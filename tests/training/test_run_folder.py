@@ -12,6 +12,7 @@ import pytest
 import mlp_mixer as mm
 from conftest import tiny_config
 from mlp_mixer.data.items import BadImage
+from mlp_mixer.training.pictures import curves
 from mlp_mixer.training.run_folder import RunFolder, planned_path
 
 
@@ -47,6 +48,54 @@ def test_going_back_takes_out_what_came_later(tmp_path: Path):
     assert not (run.path / "results.csv").exists()
     run.log_evaluation({"epoch": 1.0, "step": 10, "best": 1})
     assert (run.path / "results.csv").read_text().splitlines()[0] == "epoch,step,best"
+    run.close()
+
+
+DAMAGE = {
+    "empty": lambda data: b"",
+    "all NUL": lambda data: bytes(len(data)),
+    "much NUL": lambda data: bytes(300_000),
+    "cut in its first line": lambda data: data[:7],
+    "NUL at the end": lambda data: data[:-9] + bytes(9),
+    "not UTF-8": lambda data: b"\xff\xfe" + data,
+    "not UTF-8 in a line": lambda data: data.replace(b"1", b"\xff", 2),
+    "other values": lambda data: data.replace(b"\n", b'\n[1]\n"step"\n{"step": []}\n1,2\n', 1),
+    "no last line end": lambda data: data.rstrip(),
+    "deep": lambda data: data + b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGE))
+def test_damaged_logs_do_not_stop_a_run(tmp_path: Path, damage: str):
+    """A log is not the state: what can be read of it is kept, and what is left out is said."""
+    run = RunFolder(tmp_path / "run", config(tmp_path / "run"))
+    for step in range(4):
+        values = {"step": step, "epoch": step / 2, "loss": 2.0, "learning_rate": 0.1}
+        run.log_step(values)
+    evaluation = {"validation_loss": 1.0, "validation_top1": 0.5, "best": 1}
+    for step in (2, 4):
+        run.log_evaluation({"epoch": step / 2, "step": step, **evaluation})
+    for name in ("metrics.jsonl", "results.csv"):
+        path = run.path / name
+        path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    curves(run.path)
+    notes = run.go_back_to(4)
+    assert len(notes) == (0 if damage in ("empty", "no last line end") else 2), notes
+    assert all("metrics.jsonl" in note or "results.csv" in note for note in notes)
+    assert run.go_back_to(4) == []
+    run.log_step({"step": 4, "epoch": 2.0, "loss": 1.0, "learning_rate": 0.1})
+    run.log_evaluation({"epoch": 3.0, "step": 6, **evaluation})
+    metrics = [
+        json.loads(line)["step"] for line in (run.path / "metrics.jsonl").read_text().splitlines()
+    ]
+    with (run.path / "results.csv").open(newline="") as file:
+        results = [int(row["step"]) for row in csv.DictReader(file)]
+    assert metrics[-1] == 4
+    assert results[-1] == 6
+    assert metrics == sorted(set(metrics))
+    if damage in ("other values", "no last line end"):
+        assert (metrics, results) == ([0, 1, 2, 3, 4], [2, 4, 6])
+    curves(run.path)
     run.close()
 
 

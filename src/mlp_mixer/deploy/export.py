@@ -9,9 +9,11 @@ meant for. One that fails is never there.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,8 +173,20 @@ def export(
         aside = folder / path.name
         report = _make(job, aside)
         if report.passed:
-            _put_in_place(job, report, aside)
+            with _writing(job):
+                _put_in_place(job, report, aside)
     return report
+
+
+@contextlib.contextmanager
+def _writing(job: _Job) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(job.output.parent).free
+        what = f"the file cannot be written: {error.strerror}; {free:,} bytes are free there"
+        fix = "Make room there, or give another output"
+        raise UserError(what, where=job.output, fix=fix) from error
 
 
 def _opened(source: str | Path | Source) -> Source:
@@ -200,11 +214,14 @@ def _make(job: _Job, aside: Path) -> ExportReport:
     net, example = graph_module(job.model, uint8_input=job.about.uint8_input)
     original = None if job.data is None else _measure(job, job.model)
     if job.format == "torch-export":
-        write_program(net, example, job.about, aside)
+        with _writing(job):
+            write_program(net, example, job.about, aside)
         return _report(job, aside, job.about, original)
     graph = to_onnx(net, example)
     if job.about.precision != "int8":
-        write_graph(halved(graph) if job.about.precision == "bfloat16" else graph, job.about, aside)
+        made = halved(graph) if job.about.precision == "bfloat16" else graph
+        with _writing(job):
+            write_graph(made, job.about, aside)
         return _report(job, aside, job.about, original)
     assert original is not None
     job.tell("calibrating")
@@ -218,7 +235,8 @@ def _make_int8(job: _Job, found: Calibration, aside: Path, original: Evaluation)
     while True:
         graph, kept = found.file(count)
         about = replace(job.about, kept=tuple(kept))
-        write_graph(graph, about, aside)
+        with _writing(job):
+            write_graph(graph, about, aside)
         job.tell(f"measuring int8, {count} layers in float32")
         file = open_written(aside, about, job.num_threads)
         parity = _parity(job, file, original)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import io
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,11 @@ def write_graph(graph: Any, about: Description, path: Path) -> None:
         return
     openvino = needed("openvino")  # read_model and save_model send no telemetry, its tools do
     model = openvino.Core().read_model(content)
-    openvino.save_model(model, str(path), compress_to_fp16=False)
+    try:
+        openvino.save_model(model, str(path), compress_to_fp16=False)
+    except RuntimeError as error:  # "basic_ios::clear: iostream error"
+        reason = str(error).splitlines()[0]
+        raise OSError(errno.EIO, f"the disk is full or fails ({reason})") from error
 
 
 def write_program(net: nn.Module, example: Tensor, about: Description, path: Path) -> None:
@@ -86,7 +92,9 @@ def write_program(net: nn.Module, example: Tensor, about: Description, path: Pat
     program = torch.export.export(net, (example,), dynamic_shapes=({0: batch},))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names the files of this machine
-    torch.export.save(program, path, extra_files=to_text(about))
+    content = io.BytesIO()  # on a full disk torch's own writer aborts the process
+    torch.export.save(program, content, extra_files=to_text(about))
+    path.write_bytes(content.getbuffer())
 
 
 def with_bfloat16_products(net: nn.Module) -> nn.Module:

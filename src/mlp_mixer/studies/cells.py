@@ -14,7 +14,7 @@ from mlp_mixer.studies.study_file import Cell, StudyFile, check_output
 from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.distributed import joined
 from mlp_mixer.training.loop import train
-from mlp_mixer.training.run_folder import read_results
+from mlp_mixer.training.run_folder import no_results, read_results
 from mlp_mixer.training.summary import TrainResult
 
 
@@ -96,6 +96,8 @@ class CellStudy:
             shown, on = result.validation, "validation"
         assert shown is not None
         rows = read_results(result.run_folder)
+        if not rows:
+            raise no_results(result.run_folder)
         return {
             "model": config.model.name,
             "seed": config.seed,

@@ -32,7 +32,7 @@ from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.dataset import open_training_data
 from mlp_mixer.training.distributed import World, joined
 from mlp_mixer.training.loop import train
-from mlp_mixer.training.run_folder import read_results
+from mlp_mixer.training.run_folder import no_results, read_results
 from mlp_mixer.training.schedule import check_warmup
 from mlp_mixer.weights.store import load_model
 
@@ -224,7 +224,9 @@ class _Study:
             UserError: the few-shot data is unusable.
         """
         rows = read_results(run)
-        best = [row for row in rows if row["best"] == "1"][-1]
+        best = next((row for row in reversed(rows) if row["best"] == "1"), None)
+        if best is None:
+            raise no_results(run)
         shots = self.settings["shots"]
         found = few_shot(
             load_model(run),

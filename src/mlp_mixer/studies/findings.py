@@ -18,7 +18,7 @@ from mlp_mixer.disk import expand, parse_json
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.measurement import FORMAT, read_measurement
 from mlp_mixer.models.catalog import architecture_name, config_from_json
-from mlp_mixer.training.run_folder import read_results
+from mlp_mixer.training.run_folder import read_metrics, read_results
 
 # Studies with tables and figures of their own in their folders; the report names them.
 NAMED_ONLY = ("permutation", "ablations")
@@ -271,10 +271,8 @@ def read_run(path: Path) -> dict[str, Any]:
     environment = parse_json((path / "environment.json").read_bytes())
     _need("recipe" in config, "config.json is not that of a run")
     seconds, steps = 0.0, 0
-    if (path / "metrics.jsonl").is_file():
-        for line in (path / "metrics.jsonl").read_text().splitlines()[-1:]:
-            last = parse_json(line)
-            seconds, steps = float(last["seconds"]), int(last["step"]) + 1
+    for last in read_metrics(path)[-1:]:
+        seconds, steps = float(last["seconds"]), int(last["step"]) + 1
     for row in read_results(path):  # the last evaluation comes after the last logged step
         seconds = max(seconds, float(row.get("seconds") or 0.0))
     evaluation, split = None, None

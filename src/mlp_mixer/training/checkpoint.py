@@ -222,23 +222,17 @@ class Checkpoints:
                 no_dist=self._group is None,
             )
         except CheckpointException as error:
+            place = next(each for each in (self.folder, *self.folder.parents) if each.exists())
+            free = shutil.disk_usage(place).free  # beside what was written of it
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             reasons = [each for each, _ in error.failures.values()]
             if any(isinstance(each, OSError) and each.errno in _FULL for each in reasons):
-                raise self._disk_full(target, staged) from error
+                raise _disk_full(target, staged, free) from error
             fix = "Mend that and resume the run; the checkpoint before this one is whole"
             raise self._failure(error, "written", target, fix) from error
         finally:
             writer.has_begun.set()
-
-    def _disk_full(self, target: Path, staged: dict[str, Tensor]) -> UserError:
-        needed = sum(each.numel() * each.element_size() for each in staged.values())
-        place = next(each for each in (self.folder, *self.folder.parents) if each.exists())
-        free = shutil.disk_usage(place).free
-        what = f"the disk is full: the checkpoint needs {needed:,} bytes, {free:,} are free"
-        fix = "Make room and resume the run; the checkpoint before this one is whole"
-        return UserError(what, where=target, fix=fix)
 
     def _failure(self, error: CheckpointException, done: str, path: Path, fix: str) -> UserError:
         """Returns the error of the user that a rank met, or one line for each rank that failed."""
@@ -321,6 +315,13 @@ class Checkpoints:
         except OSError as error:
             what = f"the checkpoints cannot be read: {error.strerror}"
             raise UserError(what, where=self.folder) from error
+
+
+def _disk_full(target: Path, staged: dict[str, Tensor], free: int) -> UserError:
+    needed = sum(each.numel() * each.element_size() for each in staged.values())
+    what = f"the disk is full: the checkpoint needs {needed:,} bytes, {free:,} are free"
+    fix = "Make room and resume the run; the checkpoint before this one is whole"
+    return UserError(what, where=target, fix=fix)
 
 
 def _remove(path: Path) -> None:

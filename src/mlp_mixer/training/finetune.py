@@ -24,7 +24,7 @@ from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.distributed import World, joined
 from mlp_mixer.training.finetuning_recipes import HOLDOUTS
 from mlp_mixer.training.loop import train
-from mlp_mixer.training.run_folder import read_results
+from mlp_mixer.training.run_folder import no_results, read_results
 from mlp_mixer.training.step import DivergedError
 from mlp_mixer.training.study_folder import FinetuneResult, StudyFolder
 from mlp_mixer.training.summary import TrainResult
@@ -228,8 +228,10 @@ class _Study:
     def accuracy_of(self, result: TrainResult, in_grid: bool) -> float:
         """What a run counts for: where the final runs keep the last weights, so does the grid."""
         if in_grid and self.keeps_last:
-            last = self.world.from_first(lambda: read_results(result.run_folder))[-1]
-            accuracy = float(last["validation_top1"])
+            rows = self.world.from_first(lambda: read_results(result.run_folder))
+            if not rows:
+                raise no_results(result.run_folder)
+            accuracy = float(rows[-1]["validation_top1"])
             self.say(f"reached  {accuracy:.2%} on the held-out images with its last weights")
             return accuracy
         shown = result.test if result.test is not None else result.validation

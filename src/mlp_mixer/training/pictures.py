@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,13 @@ from torch import Tensor
 from mlp_mixer.data.transforms import denormalize
 from mlp_mixer.evaluation.pictures import image_grid, shorten
 from mlp_mixer.preprocessing import Preprocessing
-from mlp_mixer.training.run_folder import read_results
+from mlp_mixer.training.run_folder import read_metrics, read_results
 
 
 def curves(run: Path) -> Figure:
     """Returns loss, accuracy and learning rate over the epochs, read from the run's own files."""
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    needed = {"epoch", "loss", "learning_rate"}
+    steps = [each for each in read_metrics(run) if needed <= each.keys()]
     # There are none without validation images.
     results = [{key: float(value) for key, value in row.items()} for row in read_results(run)]
     epochs = np.array([step["epoch"] for step in steps])
@@ -27,7 +27,8 @@ def curves(run: Path) -> Figure:
     figure = Figure(figsize=(13, 4), layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
     loss.plot(epochs, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    loss.plot(epochs, smooth(losses), color="tab:blue", label="training, with augmentation")
+    if steps:  # a damaged log may have none
+        loss.plot(epochs, smooth(losses), color="tab:blue", label="training, with augmentation")
     loss.set(title="loss", xlabel="epoch", yscale="log")
     accuracy.set(title="validation accuracy (%)", xlabel="epoch")
     accuracy.grid(alpha=0.3)
@@ -43,7 +44,8 @@ def curves(run: Path) -> Figure:
         accuracy.legend(loc="lower right")
     else:
         accuracy.text(0.5, 0.5, "no validation images", ha="center", transform=accuracy.transAxes)
-    loss.legend()
+    if steps or results:
+        loss.legend()
     rate.plot(epochs, [step["learning_rate"] for step in steps], color="tab:gray")
     rate.set(title="learning rate", xlabel="epoch")
     return figure

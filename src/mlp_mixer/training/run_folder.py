@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from mlp_mixer.data.fingerprint import fingerprint
 from mlp_mixer.data.items import BadImage, Source
-from mlp_mixer.disk import write_aside
+from mlp_mixer.disk import parse_json, write_aside
 from mlp_mixer.environment import surroundings
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.config import TrainConfig
@@ -87,32 +87,31 @@ class RunFolder:
             (self.path / ".lock").unlink(missing_ok=True)  # while it is still ours
             self._lock.release()
 
-    def go_back_to(self, step: int) -> None:
-        """Takes out of the logs what was written after so many steps were done."""
+    def go_back_to(self, step: int) -> list[str]:
+        """Takes out of the logs what was written after so many steps were done.
+
+        Returns:
+            A line for each log of which something could not be read, and is left out from now on.
+        """
         if not self.writes:
-            return
-        metrics, results = self.path / "metrics.jsonl", self.path / "results.csv"
+            return []
+        metrics, results, notes = self.path / "metrics.jsonl", self.path / "results.csv", []
         if metrics.exists():
-            lines = metrics.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line, step) < step]
-            write_aside(metrics, "".join(kept).encode())
+            lines, dropped = _metrics_in(metrics)
+            kept = [line for line, values in lines if values["step"] < step]
+            write_aside(metrics, b"".join(kept))
+            notes += _dropped_from(metrics, dropped)
         if results.exists():
-            with results.open(newline="") as file:
-                header, *rows = list(csv.reader(file)) or [[]]
-            column = header.index("step") if "step" in header else 0
-            whole = [row for row in rows if len(row) == len(header) > 0]
-            try:
-                rows = [row for row in whole if float(row[column]) <= step]
-            except ValueError as error:
-                fix = "Bring it back as the run wrote it, or remove it: its lines are lost then"
-                what = f"a line of it has no step: {error}"
-                raise UserError(what, where=results, fix=fix) from error
+            header, rows, dropped = _results_in(results)
+            rows = [row for row in rows if float(row[header.index("step")]) <= step]
             text = io.StringIO()
             csv.writer(text).writerows([header, *rows] if rows else [])
             self._results_header = header if rows else None
             write_aside(results, text.getvalue().encode())
             if not rows:
                 results.unlink()
+            notes += _dropped_from(results, dropped)
+        return notes
 
     def named_bad_files(self) -> list[BadImage]:
         """Returns what bad_files.txt names already."""
@@ -201,13 +200,64 @@ def check_tensorboard() -> None:
         raise UserError(what, fix=fix) from error
 
 
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """Returns the lines of a run's metrics.jsonl that can be read."""
+    path = run / "metrics.jsonl"
+    return [values for _, values in _metrics_in(path)[0]] if path.is_file() else []
+
+
 def read_results(run: Path) -> list[dict[str, str]]:
     """Returns the lines of a run's results.csv by their columns; none where there is no file."""
     path = run / "results.csv"
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    header, rows, _ = _results_in(path)
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def no_results(run: Path) -> UserError:
+    """Returns the error for a finished run whose results.csv lacks what is needed of it."""
+    what, fix = "the results of this run are damaged", "Remove the run's folder: it is trained anew"
+    return UserError(what, where=run / "results.csv", fix=fix)
+
+
+# Logs are not synced to disk: a kill may cut the last line, and a power cut may leave anything.
+
+
+def _metrics_in(path: Path) -> tuple[list[tuple[bytes, dict[str, float]]], int]:
+    """Returns the lines that can be read, with their values, and how many others there are."""
+    lines, found = path.read_bytes().splitlines(), []
+    for line in lines:
+        try:
+            values = parse_json(line)
+            if "step" in values and all(isinstance(each, int | float) for each in values.values()):
+                found.append((line + b"\n", values))
+        except (ValueError, TypeError, AttributeError):
+            pass
+    return found, len(lines) - len(found)
+
+
+def _results_in(path: Path) -> tuple[list[str], list[list[str]], int]:
+    """Returns the columns, the lines of numbers for all of them, and how many others there are."""
+    lines = [line.split(",") for line in path.read_text("utf-8", "replace").splitlines()]
+    if not lines or "step" not in lines[0] or not all(map(str.isidentifier, lines[0])):
+        return [], [], len(lines)
+    header, *rows = lines
+    whole = [row for row in rows if len(row) == len(header) and all(map(_is_number, row))]
+    return header, whole, len(rows) - len(whole)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _dropped_from(path: Path, count: int) -> list[str]:
+    lines = "a damaged line is" if count == 1 else f"{count:,} damaged lines are"
+    return [f"{path.name}: {lines} left out"] if count else []
 
 
 def _claimed(path: Path, config: TrainConfig) -> Path:
@@ -218,14 +268,6 @@ def _claimed(path: Path, config: TrainConfig) -> Path:
             return path
         except FileExistsError:
             path = planned_path(config)
-
-
-def _step_of(line: str, otherwise: int) -> int:
-    """The step of a line of metrics.jsonl; a line that was cut off by a kill has none."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return otherwise
 
 
 def environment(config: TrainConfig, source: Source, device: torch.device) -> dict[str, Any]:

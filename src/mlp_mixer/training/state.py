@@ -123,7 +123,8 @@ class RunState:
         if found is not None:
             self.mend_best()
         if is_old:
-            self.run_folder.go_back_to(self.step)
+            for note in self.run_folder.go_back_to(self.step):
+                self.report.say(f"note     {note}")
         if found is None:
             self.run_folder.write_json("environment.json", surroundings)
         self.updater.choose_micro_batch(micro_batch_size)
