@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mlp_mixer.deploy.predict import Prediction, predict
     from mlp_mixer.deploy.runner import ExportedModel, open_exported
     from mlp_mixer.errors import UserError
-    from mlp_mixer.evaluation.accuracy import Evaluation, evaluate
+    from mlp_mixer.evaluation.accuracy import Evaluation
     from mlp_mixer.evaluation.few_shot import FewShot, few_shot
     from mlp_mixer.evaluation.throughput import throughput
     from mlp_mixer.evaluation.throughput_result import Throughput
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mlp_mixer.training.config import TrainConfig
     from mlp_mixer.training.finetune import FinetuneResult, finetune
     from mlp_mixer.training.loop import resume, train
+    from mlp_mixer.training.measure import evaluate
     from mlp_mixer.training.recipes import recipe
     from mlp_mixer.training.summary import TrainResult
     from mlp_mixer.weights.store import load_model, save_model
@@ -48,7 +49,7 @@ _HOME = {
     "load_model": "weights.store",
     "save_model": "weights.store",
     "Evaluation": "evaluation.accuracy",
-    "evaluate": "evaluation.accuracy",
+    "evaluate": "training.measure",
     "Throughput": "evaluation.throughput_result",
     "throughput": "evaluation.throughput",
     "FewShot": "evaluation.few_shot",

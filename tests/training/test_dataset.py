@@ -38,7 +38,7 @@ def test_without_val_some_images_are_held_out(class_folder: Path, tmp_path: Path
     result = mm.train(config, quiet=True)
     log = (result.run_folder / "log.txt").read_text()
     assert "6 to validate (held out of the training images), none to test" in log
-    assert "mixer evaluate" not in log  # a held-out split has no name that evaluate could take
+    assert f"mixer evaluate {result.run_folder} --data {class_folder}:validation\n" in log
 
 
 def test_a_missing_class_in_val_is_said(class_folder: Path, tmp_path: Path):

@@ -39,6 +39,7 @@ def test_the_run_folder(trained: mm.TrainResult):
         "plots",
         "results.csv",
         "test",
+        "training_images.txt",
     ]
     assert sorted(path.name for path in (run / "best").iterdir()) == [
         "README.md",

@@ -167,6 +167,43 @@ def test_other_images_are_refused(tmp_path: Path):
 
 
 @unix
+def test_images_that_were_moved_are_the_same(data: Path, tmp_path: Path, monkeypatch, capsys):
+    """Renamed, then relative and from another working directory, with a bad image among them."""
+    here, there, other = (tmp_path / name for name in ("here", "there", "other"))
+    shutil.copytree(data, here)
+    (here / "train" / "bee" / "1.png").write_bytes(b"")
+    shutil.copytree(here, other)
+    draw(902).save(other / "val" / "ant" / "0.png")
+    straight = train(run_config(here, tmp_path / "straight"))
+    config = run_config(here, tmp_path / "run")
+    run = train(config, stop_after=13)
+    here.rename(there)
+    with pytest.raises(mm.UserError, match=r"no such data[\s\S]*--data WHERE_IT_IS"):
+        mm.resume(run, quiet=True)
+    before = digest(run / "config.json"), digest(run / "log.txt")
+    with pytest.raises(mm.UserError, match="the images are not those .*other.*") as error:
+        mm.train(config.with_value("data.source", str(other)), quiet=True)
+    assert str(here) in error.value.what
+    assert (digest(run / "config.json"), digest(run / "log.txt")) == before
+    train(config.with_value("data.source", str(there)), stop_after=21)
+    monkeypatch.chdir(tmp_path)
+    watch_every_step(monkeypatch)
+    code, out, err = mixer(capsys, "train", "--resume", "run", "--data", "there")
+    assert (code, err) == (0, "")
+    assert "resumed  after step 21 of 30\n" in out
+    check_same(run, straight)
+    assert json.loads((run / "config.json").read_text())["data"]["source"] == "there"
+
+
+def test_longer_training_is_a_new_run(data: Path, tmp_path: Path, capsys):
+    run = train(run_config(data, tmp_path / "run", steps=1))
+    code, _, err = mixer(capsys, "train", "--resume", run, "--steps", 2)
+    assert code == 2
+    assert "steps is 1 there and 2 here" in err
+    assert f"mixer finetune {run} --data SOURCE" in err
+
+
+@unix
 @pytest.mark.parametrize("patience", [1, 2])
 def test_stopping_early(data: Path, tmp_path: Path, monkeypatch, patience: int):
     """The second evaluation is the best; the run ends `patience` later, and best/ is of that."""

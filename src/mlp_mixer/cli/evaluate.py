@@ -70,7 +70,8 @@ def evaluate(
         model: a run folder, a .safetensors, .npz or .pth file, a name of `mixer models --weights`,
             or hf:owner/name; or a file of the verb export, run by its own runtime.
         data: any source that the verb train reads, with :train, :validation or :test behind it to
-            choose a split; without it the test images, else the validation images, else all.
+            choose a split; without it the test images, else the validation images, which are the
+            run's own where it held them out of this data, else all.
         image_size: measure it at another size than its own.
         growth: how to get there: block-diagonal, resample or auto.
         resize: how a picture comes to the model's size: resize-crop (the paper's Table 2),
@@ -88,13 +89,13 @@ def evaluate(
         num_workers: processes that decode images, for each process under torchrun.
     """
     from mlp_mixer.console import Reporter
-    from mlp_mixer.data.sources import open_source
-    from mlp_mixer.evaluation.accuracy import evaluate as measure
     from mlp_mixer.evaluation.accuracy import refuse_not_finite
     from mlp_mixer.evaluation.pictures import save_report
     from mlp_mixer.models.device import put
     from mlp_mixer.models.inference import choose_precision
+    from mlp_mixer.training.measure import evaluate as measure
     from mlp_mixer.training.measure import evaluate_together
+    from mlp_mixer.training.own_images import open_measured
 
     device = refuse_device(model, device)
     with ExitStack() as stack:
@@ -107,7 +108,8 @@ def evaluate(
         rank, size = (0, 1) if world is None else (world.rank, world.size)
         report = Reporter(quiet=rank != 0)
         net = put(load_named(model, image_size, growth, exported=True), device)
-        source = open_source(data)
+        measured = open_measured(net.source, data, count=rank == 0)
+        source = measured.source
         if rank == 0:
             warn_of_notes(source)
         products, why = choose_precision(net, precision)
@@ -130,6 +132,7 @@ def evaluate(
             else:
                 result = evaluate_together(net, source, world, **options)
         refuse_not_finite(result, source)
+        measured.describe(result)
         if labels is not None:
             result.real = labels.score(result.indices, result.predictions)
         if rank != 0:
@@ -213,7 +216,12 @@ def print_evaluation(report: Reporter, result: Evaluation) -> None:
     from mlp_mixer.console import table
 
     correct = int((result.predictions == result.labels).sum())
-    report.say(f"data     {result.data}: {len(result.labels):,} images")
+    what = f"{len(result.labels):,} images"
+    if result.are_held_out:
+        what = f"the {len(result.labels):,} held-out images of this run"
+    report.say(f"data     {result.data}: {what}")
+    for line in result.warnings():
+        report.say(f"warning  {line}", style="yellow")
     report.say(f"top-1    {result.top1:.2%} ({correct:,} right)")
     if result.top5 is not None:
         report.say(f"top-5    {result.top5:.2%}")
@@ -226,8 +234,6 @@ def print_evaluation(report: Reporter, result: Evaluation) -> None:
     report.say(f"loss     {result.loss:.4f} (negative log-likelihood, nats)")
     error, bins = result.reliability.error, len(result.reliability.images)
     report.say(f"ECE      {error:.2%} (expected calibration error, {bins} bins)")
-    for line in result.warnings():
-        report.say(f"warning  {line}", style="yellow")
     rows = [row for row in result.per_class() if row["images"]]
     most = 20
     worst = sorted(rows, key=lambda row: row["recall"])[:most] if len(rows) > most else rows

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mlp_mixer.data.duplicates import Duplicates
+from mlp_mixer.data.fingerprint import own_names
 from mlp_mixer.data.items import Source, subset
 from mlp_mixer.errors import UserError
 
@@ -76,7 +77,7 @@ def drop_list(duplicates: Duplicates, source: str) -> DropList:
     """
     ranks = {name: _PROTECTED.index(name) for name in duplicates.splits if name in _PROTECTED}
     dropped: list[Dropped] = []
-    own = {name: _own_names(data) for name, data in duplicates.splits.items()}
+    own = {name: own_names(data) for name, data in duplicates.splits.items()}
     gone: set[int] = set()
     for image in sorted(duplicates.partners):
         split, index = duplicates.locate(image)
@@ -105,7 +106,7 @@ def fingerprint(source: Source) -> str:
     Data that was moved as a whole keeps its fingerprint.
     """
     digest = hashlib.sha256()
-    for name in _own_names(source):
+    for name in own_names(source):
         digest.update(os.fsencode(name) + b"\0")
     return digest.hexdigest()
 
@@ -180,7 +181,7 @@ def without(source: Source, drops: DropList, split: str) -> Source:
         what = f"the drop list was made for a {split} split of {number:,} images"
         raise UserError(f"{what}, {source.name} has {len(source):,}", where=where, fix=_FIX)
     mine = [each for each in drops.dropped if each.split == split]
-    own = _own_names(source)
+    own = own_names(source)
     for each in mine:
         actual = own[each.index] if each.index < len(source) else "not there"
         if each.name != actual:
@@ -197,17 +198,6 @@ def without(source: Source, drops: DropList, split: str) -> Source:
     if not keep.any():
         raise UserError(f"the drop list leaves no image of the {split} split", where=where)
     return subset(source, np.flatnonzero(keep), source.name)
-
-
-def _own_names(source: Source) -> list[str]:
-    """The names of all images without the folder that they share."""
-    names = [source.item_name(index) for index in range(len(source))]
-    if not names:
-        return []
-    low, high = min(names), max(names)  # what these two share all share
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False))
-    start = low.rfind("/", 0, sum(1 for _ in same)) + 1
-    return [name[start:] for name in names]
 
 
 def _escape(text: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, overload
 
@@ -235,15 +235,22 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
-def unreadable(source: Source) -> list[BadImage]:
+def unreadable(source: Source, on_read: Callable[[bytes], None] | None = None) -> list[BadImage]:
     """Returns every image whose header cannot be read.
 
     Pixels are not decoded, so that a damaged image can still turn up later.
+
+    Args:
+        source: the images.
+        on_read: called with the encoded file of each that can be read.
     """
     found: list[BadImage] = []
     for index in range(len(source)):
         try:
-            EncodedImage(source.read(index), source.item_name(index))
+            encoded = source.read(index)
+            EncodedImage(encoded, source.item_name(index))
+            if on_read is not None:
+                on_read(encoded)
         except UserError as error:
             found.append(BadImage(index, source.item_name(index), error.what))
     return found

@@ -47,10 +47,10 @@ from mlp_mixer.deploy.onnx_graph import graph_module, halved, inputs_of, to_onnx
 from mlp_mixer.deploy.runner import ExportedModel
 from mlp_mixer.disk import aside_folder
 from mlp_mixer.errors import UserError
-from mlp_mixer.evaluation.accuracy import evaluate
 from mlp_mixer.evaluation.figures import Evaluation
 from mlp_mixer.models.compute import torch_set_to
 from mlp_mixer.models.layers import ImageClassifier, preprocessing_of
+from mlp_mixer.training.measure import evaluate
 from mlp_mixer.weights.store import load_model
 
 MAX_ACCURACY_DROP = 0.5  # points

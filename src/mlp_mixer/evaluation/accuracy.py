@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,60 +18,12 @@ from mlp_mixer.data.batches import Batch
 from mlp_mixer.data.classes import match_classes
 from mlp_mixer.data.items import BadImage, Source, subset
 from mlp_mixer.data.loader import TIMEOUT, evaluation_batches
-from mlp_mixer.data.sources import open_source
 from mlp_mixer.data.transforms import normalize
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.figures import Evaluation
 from mlp_mixer.models.device import put
 from mlp_mixer.models.inference import Inference, choose_precision
 from mlp_mixer.models.layers import ImageClassifier, classes_of, preprocessing_of
-
-
-def evaluate(
-    model: ImageClassifier,
-    data: Source | str | Path,
-    *,
-    batch_size: int = 64,
-    num_workers: int | None = None,
-    allow_missing_classes: bool = False,
-    device: str | None = None,
-    precision: str | None = None,
-    timeout: float = TIMEOUT,
-    on_batch: Callable[[Batch], None] | None = None,
-) -> Evaluation:
-    """Returns what the model makes of every image of the data.
-
-    Args:
-        model: with class names; `load_model` gives one.
-        data: a source, or its name: "digits:test", "FOLDER", "FOLDER:validation".
-        batch_size: images a batch.
-        num_workers: processes that decode; None chooses.
-        allow_missing_classes: go on where the data lacks some of the model's classes.
-        device: "auto" (the GPU where there is one), "cpu", "cuda"; None: where it is.
-        precision: of the products: "float32", which None is, "bfloat16", or "auto": bfloat16 where
-            the device is fast at it and the model is not small. An exported file has its own.
-        timeout: seconds to wait for images of the workers; 0 waits for ever.
-        on_batch: called with every batch once it is done, for a progress bar.
-
-    Raises:
-        UserError: no such data, or its classes are not the model's; the model has no head or knows
-            one class only; no image can be decoded, or the logits of one are not finite.
-    """
-    source = open_source(str(data)) if isinstance(data, str | Path) else data
-    part = evaluate_part(
-        model,
-        source,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        allow_missing_classes=allow_missing_classes,
-        device=device,
-        precision=precision,
-        timeout=timeout,
-        on_batch=on_batch,
-    )
-    result = join_parts(model, source, [part])
-    refuse_not_finite(result, source)
-    return result
 
 
 @dataclass
@@ -109,10 +60,10 @@ def evaluate_part(
         source: all of the images.
         rank, size: this is part `rank`, from 0, of `size`.
         batch_size, num_workers, allow_missing_classes, device, precision, timeout, on_batch: as
-            `evaluate`.
+            the public `evaluate`.
 
     Raises:
-        UserError: as `evaluate`; but a part may be empty, and its logits may not be finite.
+        UserError: as there; but a part may be empty, and its logits may not be finite.
     """
     if not isinstance(model, ImageClassifier):
         raise UserError(

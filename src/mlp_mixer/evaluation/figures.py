@@ -40,6 +40,9 @@ class Evaluation:
             that are too small for float32 are all 0. None where only `probabilities` are known.
         preprocessing: what made inputs of the images; None where it is unknown.
         real: the ImageNet ReaL score; None where it was not asked for.
+        are_held_out: whether the images are those that the model's run held out.
+        trained_on: how many of the images the model's run was trained on; None where unknown.
+        notes: what else the figures hide, a line each.
     """
 
     data: str
@@ -51,6 +54,9 @@ class Evaluation:
     logits: np.ndarray | None = None
     preprocessing: Preprocessing | None = None
     real: RealScore | None = None
+    are_held_out: bool = False
+    trained_on: int | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def scores(self) -> np.ndarray:
@@ -170,7 +176,8 @@ class Evaluation:
         given, had = self.confusion.sum(axis=0), self.confusion.sum(axis=1)
         never = [self.class_names[at] for at in np.flatnonzero((given == 0) & (had > 0))]
         more = f" and {len(never) - 8:,} more" if len(never) > 8 else ""
-        return [f"never predicted: {', '.join(never[:8])}{more}"] if never else []
+        lines = [f"never predicted: {', '.join(never[:8])}{more}"] if never else []
+        return [*self.notes, *lines]
 
     def to_json(self) -> dict[str, Any]:
         """Returns every figure as JSON values."""
@@ -179,6 +186,9 @@ class Evaluation:
             "images": len(self.labels),
             "images_in_data": len(self.labels) + len(self.bad),
             "bad_images": [{"image": each.name, "error": each.what} for each in self.bad],
+            "are_held_out": self.are_held_out,
+            "trained_on": self.trained_on,
+            "warnings": self.warnings(),
             **dict(self.metrics()),
             "expected_calibration_error": self.reliability.error,
             "reliability": self.reliability.to_json(),

@@ -202,7 +202,7 @@ class ImageClassifier(nn.Module):
             )
 
 
-def checked_names(names: object, num_classes: int, where: object = "class_names") -> list[str]:
+def checked_names(names: Any, num_classes: int, where: object = "class_names") -> list[str]:
     """Returns class names as a list.
 
     Raises:

@@ -9,6 +9,7 @@ import numpy as np
 
 from mlp_mixer.data.augment import padded_crop, random_erasing, warp
 from mlp_mixer.data.drop_list import read_drop_list, without
+from mlp_mixer.data.fingerprint import image_key
 from mlp_mixer.data.image import EncodedImage
 from mlp_mixer.data.items import (
     BadImage,
@@ -26,7 +27,7 @@ from mlp_mixer.preprocessing import Preprocessing
 from mlp_mixer.training.settings import AugmentSettings, DataSettings
 
 # Headers are read before a run starts; of a larger set only so many, evenly spaced.
-_MOST_CHECKED = 5_000
+MOST_CHECKED = 5_000
 _FREE = 5  # bad images that stop no run, however few there are in all
 
 
@@ -40,6 +41,7 @@ class Splits:
         held_out: whether validation was held out of the training images.
         bad: the training images whose header cannot be read.
         notes: what else was done to the data, a line each.
+        keys: by which the run knows its training images again, see `image_key`; of up to 5,000.
     """
 
     train: Source
@@ -48,6 +50,7 @@ class Splits:
     held_out: bool
     bad: list[BadImage]
     notes: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
 
     def describe(self) -> list[str]:
         """Returns the lines that say what was found."""
@@ -80,10 +83,24 @@ class Splits:
 
 
 def open_training_data(settings: DataSettings) -> Splits:
+    """Returns the splits that a run uses, of which it looks at the headers of the images.
+
+    Raises:
+        UserError: as `split_data`, or too many images are unreadable.
+    """
+    splits, keys = split_data(settings), []
+    bad = check_readable(splits.train, settings.max_bad, keys)
+    for other in (splits.validation, splits.test):
+        if other is not None:
+            check_readable(other, settings.max_bad)
+    return replace(splits, bad=bad, keys=keys)
+
+
+def split_data(settings: DataSettings) -> Splits:
     """Returns the splits that a run uses; validation is held out of train where the data has none.
 
     Raises:
-        UserError: the data is not there, a class is empty, or too many images are unreadable.
+        UserError: the data is not there, or a class is empty.
     """
     if not settings.source:
         what = "the recipe needs data"
@@ -122,24 +139,22 @@ def open_training_data(settings: DataSettings) -> Splits:
         total = len(train)
         train = random_subset(train, settings.fraction, settings.fraction_seed)
         notes.append(f"{len(train):,} of {total:,} training images, drawn at random")
-    bad = check_readable(train, settings.max_bad)
-    for other in (validation, splits.get("test")):
-        if other is not None:
-            check_readable(other, settings.max_bad)
-    return Splits(train, validation, splits.get("test"), held_out, bad, notes)
+    return Splits(train, validation, splits.get("test"), held_out, [], notes)
 
 
-def check_readable(source: Source, most: float) -> list[BadImage]:
-    """Returns the images whose header cannot be read.
+def check_readable(source: Source, most: float, keys: list[str] | None = None) -> list[BadImage]:
+    """Returns the images whose header cannot be read, and adds the keys of the others to a list.
 
     Raises:
         UserError: there are too many of them, see `refuse_too_many`.
     """
-    step = -(-len(source) // _MOST_CHECKED)
+    step = -(-len(source) // MOST_CHECKED)
     checked = source
     if step > 1:
         checked = subset(source, np.arange(0, len(source), step), source.name)
-    bad = unreadable(checked)
+    bad = unreadable(
+        checked, None if keys is None else lambda encoded: keys.append(image_key(encoded))
+    )
     refuse_too_many(bad, checked, most)
     return [replace(each, index=each.index * step) for each in bad]
 

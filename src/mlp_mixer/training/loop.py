@@ -16,6 +16,7 @@ from mlp_mixer.data.batches import Batch, on_device
 from mlp_mixer.data.items import BadImage
 from mlp_mixer.data.loader import most_workers, training_batches
 from mlp_mixer.data.sampler import step_generator
+from mlp_mixer.data.source_names import parse_name
 from mlp_mixer.data.transforms import normalize
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.pictures import save_figure
@@ -30,7 +31,7 @@ from mlp_mixer.training.losses import one_hot
 from mlp_mixer.training.measure import measure
 from mlp_mixer.training.pictures import curves, training_batch
 from mlp_mixer.training.recipes import recipe
-from mlp_mixer.training.resume import config_of, goes_on
+from mlp_mixer.training.resume import check_same_images, config_of, goes_on
 from mlp_mixer.training.run_folder import RunFolder, check_tensorboard, environment, planned_path
 from mlp_mixer.training.schedule import check_warmup
 from mlp_mixer.training.start import build_model, length
@@ -92,7 +93,15 @@ def train(
             raise UserError(what, where="--num-workers")
         path = world.from_first(lambda: planned_path(config))
         is_old = world.from_first(lambda: goes_on(path, config))
-        splits = open_training_data(config.data)
+        try:
+            splits = open_training_data(config.data)
+        except UserError as error:
+            if is_old and not Path(parse_name(config.data.source).base).expanduser().exists():
+                fix = f"Was it moved? mixer train --resume {path} --data WHERE_IT_IS"
+                raise UserError(error.what, where=error.where, fix=fix) from error
+            raise
+        if is_old:
+            world.from_first(lambda: check_same_images(path, config, splits))
         num_steps = length(config, splits)
         check_warmup(config.optimizer, num_steps)
         # The caller's random numbers and threads stay as they are.
@@ -106,7 +115,7 @@ def train(
         flops = model.config.flops
         compute = choose_compute(config, device, flops, num_steps, world.size)
         afterwards.enter_context(settings_of_torch(compute, config, flops))
-        surroundings = environment(config, splits.train, device)
+        surroundings = environment(config, splits, device)
         report = Reporter(quiet=quiet or not world.is_first)
         run = RunFolder(path, config, writes=world.is_first)
         afterwards.callback(run.close)
@@ -116,7 +125,7 @@ def train(
         state = afterwards.enter_context(
             RunState(config, model, run, report, compute, world, num_steps)
         )
-        state.begin(surroundings, is_old)
+        state.begin(surroundings, is_old, splits)
         Trainer(config, splits, run, report, compute, world, state).run()
         return finish(config, splits, run, report, device, world, in_study=in_study)
 

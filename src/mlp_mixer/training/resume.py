@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlp_mixer.data.fingerprint import is_fingerprint_of
 from mlp_mixer.disk import parse_json
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.config import TrainConfig
+from mlp_mixer.training.dataset import Splits
 
 # Settings that change where and how fast a run computes, but not what: they may differ when the
 # run goes on.
@@ -19,6 +21,7 @@ _FREE = {
 }
 # What is there of a run that was ended before its first step.
 _BEGUN = {"plots", "checkpoints", ".lock", "config.json", "environment.json", "log.txt"}
+_BEGUN |= {"training_images.txt"}
 
 
 def config_of(run: str | Path) -> TrainConfig:
@@ -74,12 +77,47 @@ def goes_on(path: Path, config: TrainConfig) -> bool:
 
 
 def check_same(old: TrainConfig, new: TrainConfig) -> None:
-    """Raises UserError where two runs would compute different things, naming the settings."""
+    """Raises UserError where two runs would compute different things, naming the settings.
+
+    Where the images lie is none of them; see `check_same_images`.
+    """
     changes = differences(old, new)
+    changes = [each for each in changes if each.partition(" ")[0] != "data.source"]
     if changes:
         path = old.output
         what = f"the run folder holds a run with other settings: {'; '.join(changes[:6])}"
         fix = f"Give another --output, or go on with that run as it is: mixer train --resume {path}"
+        if any(each.partition(" ")[0] in ("epochs", "steps") for each in changes):
+            fix += f". To train its weights for longer: mixer finetune {path} --data SOURCE"
+        raise UserError(what, where=path, fix=fix)
+
+
+def check_same_images(path: Path, config: TrainConfig, splits: Splits) -> None:
+    """Refuses to go on with other images than a run began with; they may have been moved.
+
+    Args:
+        path: of the run folder.
+        config: what was asked for.
+        splits: its images.
+
+    Raises:
+        UserError: the images are others, as far as can be known.
+    """
+    old = config_of(path).data.source
+    try:
+        known = parse_json((path / "environment.json").read_bytes())["data"]
+        is_same = is_fingerprint_of(known["fingerprint"], splits.train)
+        if old != config.data.source:
+            for name, source in (("validation", splits.validation), ("test", splits.test)):
+                if known.get(name) is not None:  # an older version kept none
+                    is_same &= source is not None and is_fingerprint_of(known[name], source)
+    except (OSError, ValueError, KeyError, TypeError):
+        is_same = old == config.data.source  # the checkpoints tell
+    if not is_same:
+        what = "the images are not those that the run began with"
+        if old != config.data.source:
+            what += f": data.source is {old!r} there and {config.data.source!r} here"
+        fix = "Bring them back, or begin a new run: --output FOLDER"
         raise UserError(what, where=path, fix=fix)
 
 

@@ -4,6 +4,7 @@ runs/<date>_<recipe>/
   config.json  environment.json  log.txt
   metrics.jsonl     a line per logged step
   results.csv       a line per evaluation
+  training_images.txt  a key for each training image, of up to 5,000, see `image_key`
   bad_files.txt     images that could not be decoded, if there were any
   checkpoints/      step-00012000/: the full state, from which the run goes on
   best/             model.safetensors + config.json + README.md: what you ship
@@ -26,11 +27,14 @@ import torch
 from filelock import FileLock, Timeout
 
 from mlp_mixer.data.fingerprint import fingerprint
-from mlp_mixer.data.items import BadImage, Source
+from mlp_mixer.data.items import BadImage
 from mlp_mixer.disk import parse_json, write_aside
 from mlp_mixer.environment import surroundings
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.config import TrainConfig
+from mlp_mixer.training.dataset import Splits
+
+TRAINING_IMAGES = "training_images.txt"
 
 
 class RunFolder:
@@ -126,6 +130,12 @@ class RunFolder:
         """Writes a JSON file into the folder."""
         if self.writes:
             write_aside(self.path / name, (json.dumps(values, indent=2) + "\n").encode())
+
+    def write_keys(self, keys: list[str]) -> None:
+        """Writes by what the training images are known again."""
+        if self.writes:
+            text = "".join(f"{key}\n" for key in keys)
+            write_aside(self.path / TRAINING_IMAGES, text.encode())
 
     def open_events(self, step: int) -> None:
         """Writes TensorBoard's event files too, from this step on; see `check_tensorboard`."""
@@ -270,10 +280,12 @@ def _claimed(path: Path, config: TrainConfig) -> Path:
             path = planned_path(config)
 
 
-def environment(config: TrainConfig, source: Source, device: torch.device) -> dict[str, Any]:
-    """Returns what environment.json holds: versions, hardware, command, seed, data fingerprint."""
-    return {
-        **surroundings(device),
-        "seed": config.seed,
-        "data": {"training_images": len(source), "fingerprint": fingerprint(source)},
+def environment(config: TrainConfig, splits: Splits, device: torch.device) -> dict[str, Any]:
+    """Returns what environment.json holds: versions, hardware, command, seed, fingerprints."""
+    data: dict[str, Any] = {
+        "training_images": len(splits.train),
+        "fingerprint": fingerprint(splits.train, moved=True),
     }
+    for name, source in (("validation", splits.validation), ("test", splits.test)):
+        data[name] = None if source is None else fingerprint(source, moved=True)
+    return {**surroundings(device), "seed": config.seed, "data": data}

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from mlp_mixer.console import Reporter
-from mlp_mixer.data.items import BadImage
+from mlp_mixer.data.fingerprint import is_fingerprint_of
+from mlp_mixer.data.items import BadImage, Source
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.layers import ImageClassifier
 from mlp_mixer.training.checkpoint import Checkpoints
 from mlp_mixer.training.compute import Compute
 from mlp_mixer.training.config import TrainConfig
+from mlp_mixer.training.dataset import Splits
 from mlp_mixer.training.distributed import World, fill_whole, share_out
 from mlp_mixer.training.optimizer import build_optimizers, optimizer_tensors, update_average
 from mlp_mixer.training.run_folder import RunFolder
@@ -89,12 +91,13 @@ class RunState:
         """Time that the run has trained for, before and after every stop."""
         return self.seconds_before + time.perf_counter() - self.started
 
-    def begin(self, surroundings: dict[str, Any], is_old: bool) -> None:
+    def begin(self, surroundings: dict[str, Any], is_old: bool, splits: Splits) -> None:
         """Begins the run, or brings it back to where its newest whole checkpoint was made.
 
         Args:
             surroundings: what environment.json holds.
             is_old: whether the folder holds this run already.
+            splits: its images.
 
         Raises:
             UserError: the run began with other data.
@@ -102,15 +105,14 @@ class RunState:
         found, micro_batch_size = self.checkpoints.newest() if is_old else None, None
         if is_old and found is None:
             self.world.from_first(self.refuse_to_begin_again)
-        fingerprint = surroundings["data"]["fingerprint"]
         if found is not None:
-            if found.values["data"] != fingerprint:
-                what = "the training images are not those that the run began with"
+            if not is_fingerprint_of(found.values["data"], splits.train):
+                what = "the images are not those that the run began with"
                 fix = "Bring them back, or begin a new run: --output FOLDER"
                 raise UserError(what, where=self.run_folder.path, fix=fix)
             self.checkpoints.load(found, self.tensors())
             self.step, self.last_checkpoint = found.step, found.path
-            self._fill(found.values)
+            self._fill(found.values, splits.train)
             if found.values["world_size"] == self.world.size:
                 micro_batch_size = found.values["micro_batch_size"]
             self.report.say(f"resumed  after step {self.step:,} of {self.num_steps:,}")
@@ -119,13 +121,14 @@ class RunState:
                 self.report.say(f"note     the run computed in {was} before, and goes on in {now}")
         elif is_old:
             self.report.say("resumed  from the beginning: there is no whole checkpoint yet")
-        self.data = fingerprint
+        self.data = surroundings["data"]["fingerprint"]
         if found is not None:
             self.mend_best()
         if is_old:
             for note in self.run_folder.go_back_to(self.step):
                 self.report.say(f"note     {note}")
         if found is None:
+            self.run_folder.write_keys(splits.keys)
             self.run_folder.write_json("environment.json", surroundings)
         self.updater.choose_micro_batch(micro_batch_size)
         if self.config.tensorboard:
@@ -162,14 +165,14 @@ class RunState:
             self.best, self.since_best = None, 0
             self.report.say("note     best/ was removed: the next evaluation is the best so far")
 
-    def _fill(self, values: dict[str, Any]) -> None:
+    def _fill(self, values: dict[str, Any], images: Source) -> None:
         self.best = None if values["best"] is None else (values["best"][0], values["best"][1])
         self.since_best, self.last_result_at = values["since_best"], values["last_result_at"]
-        # Where an older version kept no index, the last image stands in: only its class counts.
-        self.bad = {
-            name: BadImage(index[0] if index else -1, name, what)
-            for name, what, *index in values["bad"]
-        }
+        for name, what, *index in values["bad"]:
+            # Where an older version kept no index, the last image stands in: its class counts.
+            at = index[0] if index else -1
+            name = images.item_name(at) if index else name  # the images may have been moved
+            self.bad[name] = BadImage(at, name, what)
         self.loss_sum, self.loss_count = values["loss_sum"], values["loss_count"]
         self.seconds_before, self.finished = values["seconds"], values["finished"]
 

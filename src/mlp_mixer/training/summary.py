@@ -186,8 +186,9 @@ def _say_next(report: Reporter, config: TrainConfig, splits: Splits, run: RunFol
     report.say("next")
     mixer = _command()
     report.say(f"         {shlex.join([mixer, 'predict', str(run.path), name])}")
-    if not held_out and example is not splits.train:
-        data = f"{config.data.source}:{'test' if example is splits.test else 'validation'}"
+    if example is not splits.train:
+        source = parse_name(config.data.source).source if held_out else config.data.source
+        data = f"{source}:{'test' if example is splits.test else 'validation'}"
         report.say(f"         {shlex.join([mixer, 'evaluate', str(run.path), '--data', data])}")
     if names_source(config.data.source):
         report.say(f"         {mixer} train --data FOLDER --image-size 64     (your own images)")

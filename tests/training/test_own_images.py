@@ -1,0 +1,134 @@
+"""Which images a run was trained on, and which it held out, wherever they lie now."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import mlp_mixer as mm
+from conftest import draw, make_class_folder, mixer, tiny_config
+from mlp_mixer.data.items import Source
+from mlp_mixer.training import own_images
+from mlp_mixer.training.dataset import Splits, open_training_data
+from mlp_mixer.training.own_images import open_measured
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data, 20 images without splits, and run, which held 2 of them out."""
+    place = tmp_path_factory.mktemp("own")
+    make_class_folder(place / "data", {"ant": 10, "bee": 10})
+    mm.train(tiny_config(str(place / "data"), place / "run", steps=1), quiet=True)
+    return place
+
+
+def names(source: Source) -> set[str]:
+    paths = (Path(source.item_name(index)) for index in range(len(source)))
+    return {f"{path.parent.name}/{path.stem}" for path in paths}
+
+
+def splits_of(made: Path) -> Splits:
+    return open_training_data(own_images.config_of(made / "run").data)
+
+
+def test_the_commands_that_the_run_prints_measure_the_held_out_images(made, capsys, tmp_path):
+    log = (made / "run" / "log.txt").read_text()
+    for data in (made / "data", f"{made / 'data'}:validation"):
+        code, out, _ = mixer(capsys, "evaluate", made / "run", "--data", data, "--output", tmp_path)
+        assert code == 0
+        assert "the 2 held-out images of this run" in out
+        assert "trained on" not in out
+        said = json.loads((tmp_path / "evaluation.json").read_text())
+        assert (said["images"], said["are_held_out"], said["trained_on"]) == (2, True, 0)
+        validation = json.loads((made / "run" / "validation" / "evaluation.json").read_text())
+        assert (said["top1"], said["loss"]) == (validation["top1"], validation["loss"])
+    assert f"mixer evaluate {made / 'run'} --data {made / 'data'}:validation\n" in log
+
+
+def test_training_images_are_counted(made, capsys, tmp_path):
+    code, out, _ = mixer(
+        capsys, "evaluate", made / "run", "--data", f"{made / 'data'}:train", "--output", tmp_path
+    )
+    assert code == 0
+    assert "18 of 20 images were trained on" in out
+    said = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (said["images"], said["are_held_out"], said["trained_on"]) == (20, False, 18)
+
+
+@pytest.mark.parametrize("source", ["run", "run/best", "run/best/model.safetensors"])
+def test_from_python(made, source):
+    model = mm.load_model(made / source)
+    found = mm.evaluate(model, made / "data", num_workers=0)
+    assert (len(found.labels), found.are_held_out, found.trained_on) == (2, True, 0)
+    model.source = None  # weights of nowhere
+    found = mm.evaluate(model, made / "data", num_workers=0)
+    assert (len(found.labels), found.are_held_out, found.trained_on) == (20, False, None)
+
+
+def test_moved_data_is_the_same_data(made, tmp_path, monkeypatch):
+    shutil.copytree(made / "data", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for name in (str(tmp_path / "moved"), "moved", "moved/", "moved:validation"):
+        found = open_measured(str(made / "run"), name)
+        assert found.are_held_out
+        assert names(found.source) == names(splits_of(made).validation)
+
+
+def test_data_with_splits_of_its_own_is_measured_by_them(made, tmp_path):
+    """And its training images are known where they lie in another split, under another name."""
+    make_class_folder(tmp_path / "new" / "test", {"ant": 2, "bee": 2}, start=500)
+    make_class_folder(tmp_path / "new" / "train", {"ant": 2, "bee": 2}, start=600)
+    trained = [splits_of(made).train.item_name(at) for at in range(2)]
+    found = open_measured(str(made / "run"), str(tmp_path / "new"))
+    assert (len(found.source), found.are_held_out) == (4, False)
+    assert (found.trained_on, found.notes) == (0, ())
+    for number in range(2):
+        shutil.copy(trained[number], tmp_path / "new" / "test" / "ant" / f"copy{number}.png")
+    found = open_measured(str(made / "run"), str(tmp_path / "new"))
+    assert (len(found.source), found.trained_on) == (6, 2)
+    assert found.notes == ("2 of 6 images were trained on",)
+
+
+def test_images_of_the_run_beside_new_ones(made, tmp_path):
+    shutil.copytree(made / "data", tmp_path / "more")
+    for number in range(3):
+        draw(700 + number).save(tmp_path / "more" / "bee" / f"new{number}.png")
+    found = open_measured(str(made / "run"), str(tmp_path / "more"))
+    assert (len(found.source), found.are_held_out, found.trained_on) == (23, False, 18)
+    with pytest.raises(mm.UserError, match="no validation split"):
+        open_measured(str(made / "run"), f"{tmp_path / 'more'}:validation")
+
+
+def test_a_run_on_a_part_of_the_images(made, tmp_path):
+    make_class_folder(tmp_path / "data" / "train", {"ant": 10, "bee": 10})
+    source = f"{tmp_path / 'data'}:train[:80%]"
+    config = tiny_config(source, tmp_path / "run", steps=1, data__holdout=0.25)
+    run = mm.train(config, quiet=True).run_folder
+    log = (run / "log.txt").read_text()
+    assert f"mixer evaluate {run} --data {tmp_path / 'data'}:validation\n" in log
+    found = open_measured(str(run), f"{tmp_path / 'data'}:validation")
+    assert (len(found.source), found.are_held_out) == (4, True)
+    assert open_measured(str(run), f"{tmp_path / 'data'}:train[80%:]").trained_on == 0
+    assert open_measured(str(run), f"{tmp_path / 'data'}:train").trained_on == 12
+
+
+def test_large_data_is_looked_at_in_part(made, monkeypatch):
+    monkeypatch.setattr(own_images, "MOST_CHECKED", 7)
+    found = open_measured(str(made / "run"), f"{made / 'data'}:train")
+    assert found.trained_on == pytest.approx(18, abs=3)
+    assert found.notes[0].startswith("about ")
+
+
+def test_what_an_older_run_does_not_know_is_said(made, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    (run / "training_images.txt").unlink()
+    found = open_measured(str(run), f"{made / 'data'}:train")
+    assert found.trained_on is None
+    assert "not known" in found.notes[0]
+    assert open_measured(str(run), str(made / "data")).are_held_out
+    (run / "environment.json").unlink()
+    assert not open_measured(str(run), str(made / "data")).are_held_out
