@@ -53,6 +53,7 @@ def test_a_socket_of_this_machine():
         (["x", "--top-k", "0"], "top_k must be at least 1, got 0"),
         (["x", "--max-images", "0"], "max_images must be at least 1"),
         (["x", "--max-megabytes", "nan"], "max_megabytes must be from 0.001 to 1000, got nan"),
+        (["x", "--max-megapixels", "0"], "max_megapixels must be from 0.001 to 100,000, got 0"),
         (["x", "--growth", "auto"], "--growth says how to reach another image size"),
     ],
 )

@@ -27,6 +27,7 @@ def serve(
     device: str = "auto",
     max_images: int = 64,
     max_megabytes: float = 20.0,
+    max_megapixels: float = 200.0,
 ) -> None:
     """Show a model on a local web page, and answer programs over HTTP.
 
@@ -51,6 +52,7 @@ def serve(
         device: auto, cpu or cuda.
         max_images: in one request.
         max_megabytes: of one image file.
+        max_megapixels: of all images of one request: a small file may unpack to gigabytes.
     """
     if top_k is not None and top_k < 1:  # before anything is read
         raise UserError(f"top_k must be at least 1, got {top_k}", where="--top-k")
@@ -59,6 +61,9 @@ def serve(
     if not 0.001 <= max_megabytes <= 1000:
         what = f"max_megabytes must be from 0.001 to 1000, got {max_megabytes}"
         raise UserError(what, where="--max-megabytes")
+    if not 0.001 <= max_megapixels <= 100_000:
+        what = f"max_megapixels must be from 0.001 to 100,000, got {max_megapixels}"
+        raise UserError(what, where="--max-megapixels")
 
     from mlp_mixer.deploy.serve import check_packages, is_local, open_socket
     from mlp_mixer.deploy.serve import serve as answer
@@ -71,7 +76,7 @@ def serve(
 
         net = put(load_named(model, image_size, growth, exported=True), device)
         warn_of_numbers(net)
-        limits = Limits.of(max_images, max_megabytes)
+        limits = Limits.of(max_images, max_megabytes, max_megapixels)
         service = Service(net, model, top_k=top_k, precision=precision, limits=limits)
         if not is_local(listening):
             print(

@@ -11,10 +11,14 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from mlp_mixer.deploy.extras import needed
 from mlp_mixer.deploy.service import Service
 from mlp_mixer.errors import UserError
+
+if TYPE_CHECKING:
+    import uvicorn
 
 PACKAGES = ("starlette", "uvicorn", "python_multipart")
 _SECONDS_TO_END = 2  # that a request in progress has after Ctrl-C
@@ -107,16 +111,26 @@ def serve(
         UserError: the extra is not installed.
         KeyboardInterrupt: it was ended with Ctrl-C.
     """
+    server = make_server(service, is_local(listening), host)
+    with listening:
+        if on_ready is not None:
+            on_ready(address_of(listening, host))
+        server.run(sockets=[listening])
+
+
+def make_server(service: Service, local: bool, host: str) -> uvicorn.Server:
+    """Returns what answers, see `serve`; `local` where only this machine can reach it."""
     check_packages()
     import uvicorn
 
-    from mlp_mixer.deploy.web import make_app
+    from mlp_mixer.deploy.web import Connection, make_app
 
-    hosts = frozenset((*_LOOPBACK, host.lower())) if is_local(listening) else None
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # of forms that are none
+    hosts = frozenset((*_LOOPBACK, host.lower())) if local else None
     config = uvicorn.Config(
         make_app(service, hosts),
         loop="asyncio",
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -124,10 +138,9 @@ def serve(
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        backlog=max(
+            1, Connection.most // 8
+        ),  # asyncio accepts so many before it looks at the first
         timeout_graceful_shutdown=_SECONDS_TO_END,
     )
-    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # of forms that are none
-    with listening:
-        if on_ready is not None:
-            on_ready(address_of(listening, host))
-        uvicorn.Server(config).run(sockets=[listening])
+    return uvicorn.Server(config)

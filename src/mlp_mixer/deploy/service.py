@@ -57,17 +57,19 @@ class Limits:
         images: in one request.
         image_bytes: of one image, encoded.
         request_bytes: of the whole request.
+        pixels: of all images of a request, which a small file may have many of.
     """
 
     images: int = 64
     image_bytes: int = 20_000_000
     request_bytes: int = 100_000_000
+    pixels: int = 200_000_000
 
     @staticmethod
-    def of(images: int, megabytes: float) -> Limits:
-        """Returns the limits for so many images of at most so many megabytes each."""
-        most = round(megabytes * 1e6)
-        return Limits(images, most, max(Limits.request_bytes, most + 100_000))
+    def of(images: int, megabytes: float, megapixels: float = 200.0) -> Limits:
+        """Returns the limits for images of at most so many megabytes each, and pixels together."""
+        most, pixels = round(megabytes * 1e6), round(megapixels * 1e6)
+        return Limits(images, most, max(Limits.request_bytes, most + 100_000), pixels)
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ class Service:
                 "images": self.limits.images,
                 "image_bytes": self.limits.image_bytes,
                 "request_bytes": self.limits.request_bytes,
+                "request_pixels": self.limits.pixels,
                 "pixels": MAX_PIXELS,
                 "side": MAX_SIDE,
                 "formats": list(FORMATS),

@@ -15,6 +15,7 @@ whose client has gone is given up.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import sys
 import threading
@@ -25,6 +26,7 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
 
+import h11
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -32,12 +34,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlp_mixer.deploy.service import Check, Service
-from mlp_mixer.deploy.uploads import Refused, read_images
+from mlp_mixer.deploy.uploads import Refused, Room, read_images
 from mlp_mixer.errors import UserError
 
-PLACES = 8  # requests that are read, wait or are computed at the same time
+PLACES = 8  # requests that have arrived, and wait or are computed
+_SENT_AT_ONCE = 4  # times the largest request, by all clients together
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -64,7 +68,7 @@ def make_app(service: Service, hosts: frozenset[str] | None, places: int = PLACE
     Args:
         service: what is asked.
         hosts: names that requests may address it by, in lower case; None allows all.
-        places: requests that are read, wait or are computed at the same time.
+        places: requests that have arrived, and wait or are computed at the same time.
     """
     desk = _Desk(service, places)
 
@@ -213,11 +217,13 @@ class _Desk:
 
     Args:
         service: asked by one thread.
-        places: requests at the same time; those beyond are told to come again.
+        places: requests that have arrived; those beyond are told to come again. One that is still
+            being sent takes none, so that slow clients do not keep out the others.
     """
 
     def __init__(self, service: Service, places: int) -> None:
         self.service, self.places, self.taken = service, places, 0
+        self.room = Room(_SENT_AT_ONCE * service.limits.request_bytes)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="mixer-serve")
 
     async def answer(
@@ -238,18 +244,22 @@ class _Desk:
         Raises:
             Refused: the request is not as it should be, or too many others are waiting.
         """
-        if self.taken >= self.places:
-            message = f"{self.taken} requests are waiting; try again later"
-            raise Refused(503, message, {"Retry-After": "2"})
+        self._refuse_if_full()
+        images, is_single = await read_images(request, self.service.limits, self.room, many=many)
+        self._refuse_if_full()
         self.taken += 1
         try:
-            images, is_single = await read_images(request, self.service.limits, many=many)
             found = await self._compute(request, lambda check: work(images, check))
         finally:
             self.taken -= 1
         if is_single and many and found[0]["error"] is not None:
             raise Refused(422, found[0]["error"])
         return found
+
+    def _refuse_if_full(self) -> None:
+        if self.taken >= self.places:
+            message = f"{self.taken} requests are waiting; try again later"
+            raise Refused(503, message, {"Retry-After": "2"})
 
     async def _compute(self, request: Request, work: Callable[[Check], Any]) -> Any:
         given_up = threading.Event()
@@ -277,3 +287,67 @@ class _Desk:
 async def _until_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _half_of_the_descriptors() -> int:
+    """How many files and connections the process may have open by the system, halved."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 256
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 256 if soft == resource.RLIM_INFINITY else soft // 2
+
+
+class Connection(H11Protocol):
+    """A client: one of so many, which has so long for the head of a request and for the answer.
+
+    Attributes:
+        most: connections at the same time; those beyond are told so and closed.
+        seconds_for_head: from when the client may send a request, or has its answer.
+        seconds_for_answer: to take it, after it has been given.
+    """
+
+    most = min(256, _half_of_the_descriptors())
+    seconds_for_head, seconds_for_answer = 10.0, 60.0
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.most:
+            self._refuse("503 Service Unavailable", "too many connections; try again later")
+        else:
+            self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()  # closes when all is sent, which may be never
+        self.loop.call_later(self.seconds_for_answer, self.transport.abort)
+
+    def _watch(self) -> None:
+        is_answered = self.cycle is not None and self.cycle.response_complete
+        if self.conn.their_state is not h11.IDLE and not is_answered:
+            self._unwatch()
+        elif self._timer is None:
+            message = f"no request arrived within {self.seconds_for_head:g} seconds"
+            late = functools.partial(self._refuse, "408 Request Timeout", message)
+            self._timer = self.loop.call_later(self.seconds_for_head, late)
+
+    def _unwatch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _refuse(self, status: str, message: str) -> None:
+        if not self.transport.is_closing():
+            body = json.dumps({"error": message}).encode()
+            head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            self.transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            self.transport.close()

@@ -36,7 +36,7 @@ async function ask(address, files, signal) {
     if (signal?.aborted) throw error;
     return { error: `The server answered with status ${response.status}.` };
   });
-  if (!response.ok) throw new Error(answer.error);
+  if (!response.ok) throw Object.assign(new Error(answer.error), { status: response.status });
   return answer;
 }
 
@@ -121,12 +121,19 @@ async function add(files) {
   show(added[0]);
   const wanted = added.filter((each) => !each.error);
   let done = added.length - wanted.length;
-  for (const part of parts(wanted)) {
+  const waiting = parts(wanted);
+  for (let part; (part = waiting.shift()); ) {
     $("status").textContent = `Looking at ${count(added.length - done, "image")} ...`;
     try {
       const answers = await ask("/predict", part);
       part.forEach((each, at) => Object.assign(each, answers[at], { name: each.name }));
     } catch (error) {
+      if (error.status === 413 && part.length > 1) {
+        // Too many pixels together, which only the server knows.
+        const half = part.length >> 1;
+        waiting.unshift(part.slice(0, half), part.slice(half));
+        continue;
+      }
       for (const each of part) each.error = error.message;
     }
     done += part.length;
