@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -120,11 +122,15 @@ def real_pictures() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> mm.TrainResult:
-    """A short run on the digits; nobody may change its folder."""
-    config = mm.recipe("digits").with_value("epochs", 3)
-    config = config.with_value("output", str(tmp_path_factory.mktemp("trained") / "run"))
-    with saving(save_figure):
-        return mm.train(config.with_value("device", "cpu"), quiet=True)
+    """A short run on the digits, one for all processes; nobody may change its folder."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "trained"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "result").exists():
+            changes = {"epochs": 3, "output": str(folder / "run"), "device": "cpu"}
+            config = mm.recipe("digits").with_values({**changes, "data.num_workers": 0})
+            (folder / "result").write_bytes(pickle.dumps(mm.train(config, quiet=True)))
+        return pickle.loads((folder / "result").read_bytes())
 
 
 def tiny_model(
