@@ -234,6 +234,7 @@ def test_debug_shows_the_traceback():
     assert "Traceback" not in plain.stderr
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_crash(trained):
     """The reader takes one line and goes; both ways of printing end as `| head` expects."""
     for line in (["models"], ["predict", str(trained.run_folder), "digits:test"]):
@@ -250,6 +251,7 @@ def test_names_with_colons_are_no_pictures(capsys, trained):
     assert "data     digits:train: 1,259 images" in out  # and not digits, a railway car, 1,259
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals as Unix has them")
 def test_ctrl_c_says_stopped_and_keeps_what_was_reached(tmp_path: Path):
     import signal

@@ -42,7 +42,8 @@ def quick(models, **settings):
         ("mixer_b32", (64, 96), {"num_classes": 0}),
         ("mixer_h14", 28, {"in_channels": 1}),
         ("mixer_s16", 8, TINY),
-        *((name, None, {}) for name in mm.list_models()),
+        *((name, None, {}) for name in ("mixer_s32", "cycle_mlp_b1", "vip_s7")),
+        *(pytest.param(name, None, {}, marks=pytest.mark.slow) for name in mm.list_models()),
     ],
 )
 def test_flops_equal_torchs_count(name, size, changes):
@@ -72,8 +73,9 @@ def test_flops_in_words():
     assert flops_text(2_770_000) == "2.77 MFLOPs"
 
 
-@pytest.mark.parametrize("mode", ["inference", "training"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("mode", "precision"), [("inference", "float32"), ("training", "bfloat16")]
+)
 def test_the_json_of_a_measurement(mode, precision):
     result = quick({"a": tiny_model(), "b": tiny_model}, mode=mode, precision=precision)
     values = json.loads(json.dumps(result.to_json()))
