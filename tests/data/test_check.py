@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import draw, encode, make_class_folder
+from conftest import draw, encode, make_class_folder, tiny_config
 from mlp_mixer.cli.check import check
 from mlp_mixer.data import check as module
 from mlp_mixer.data.check import check_source, format_bytes
@@ -19,6 +20,8 @@ from mlp_mixer.data.sources import open_splits
 from mlp_mixer.data.write_shards import pack_splits
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.check_pictures import samples
+from mlp_mixer.training.dataset import open_training_data
+from odd_images import png16, tiff
 
 
 @pytest.fixture
@@ -201,6 +204,39 @@ def test_mistakes_are_told_before_the_work(class_folder: Path, tmp_path: Path):
         check(str(class_folder), output=str(tmp_path / "file"))
     with pytest.raises(UserError, match="does not exist"):
         check(str(class_folder), drop_list=str(tmp_path / "none" / "list.txt"))
+
+
+def test_12_bit_values_in_16_bit_files_are_named(tmp_path: Path, capsys):
+    folder = make_class_folder(tmp_path / "data", {"ant": 4, "bee": 4})
+    dark = np.full((20, 20), 600, np.uint16)
+    dark[3, 3] = 4095
+    Image.fromarray(dark).save(folder / "ant" / "dark.png")
+    (folder / "bee" / "dark.png").write_bytes(png16(np.stack([dark, dark // 2, dark], axis=-1)))
+    (folder / "bee" / "inverted.tif").write_bytes(tiff(np.full(25, 65_000), 16, photometric=0))
+    Image.fromarray(dark * 16).save(folder / "ant" / "bright.png")
+    report = check_source(open_splits(str(folder)), "x", num_workers=0).splits["train"]
+    assert report.oddities["16-bit"] == 4
+    found = {each.name.removeprefix(str(folder)): each.what for each in report.dark}
+    assert list(found) == ["/ant/dark.png", "/bee/dark.png", "/bee/inverted.tif"]
+    assert [re.findall(r"[\d,]+", what)[0] for what in found.values()] == ["4,095", "4,095", "535"]
+    assert check(str(folder)) == 0
+    out = capsys.readouterr().out
+    assert "brightest sample 4,095 of 65,535" in out
+    assert "by 16" in out
+
+
+@pytest.mark.parametrize("scale", [1, 16])
+def test_training_says_that_16_bit_images_are_nearly_black(tmp_path: Path, scale: int):
+    for name in ("ant", "bee"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for at in range(4):
+            samples = np.full((9, 9), 3_000 + 300 * at, np.uint16)
+            Image.fromarray(samples * scale).save(tmp_path / "data" / name / f"{at}.png")
+    config = tiny_config(str(tmp_path / "data"), tmp_path / "run")
+    lines = open_training_data(config.data).describe()
+    said = [line for line in lines if "nearly black" in line]
+    assert len(said) == (1 if scale == 1 else 0)
+    assert scale != 1 or "3,900 of 65,535" in said[0]
 
 
 def test_samples_of_very_many_classes_say_so(tmp_path: Path):

@@ -91,6 +91,7 @@ def print_check(report: Reporter, result: Report) -> None:
     """Prints the report: a table of the splits, what is odd, what is wrong, what is there twice."""
     from mlp_mixer.console import table
     from mlp_mixer.data.check import HUGE_PIXELS, TINY_SIDE, format_bytes
+    from mlp_mixer.data.image import DARK
 
     number = sum(split.num_images for split in result.splits.values())
     size = format_bytes(sum(split.num_bytes for split in result.splits.values()))
@@ -121,6 +122,7 @@ def print_check(report: Reporter, result: Report) -> None:
         ("unreadable images", "unreadable", "bad_files.txt"),
         (f"tiny images, a side under {TINY_SIDE} px", "tiny", "check.json"),
         (f"huge images, over {HUGE_PIXELS // 10**6} megapixels or 20 MB", "huge", "check.json"),
+        (f"16-bit images, nearly black: no sample above {DARK:,} of 65,535", "dark", "check.json"),
     ):
         lines = [
             f"{name}[{each.index}] {each.name}: {each.what}"
@@ -131,6 +133,10 @@ def print_check(report: Reporter, result: Report) -> None:
             report.say(f"\n{what}: all")
         elif lines:
             _say_list(report, f"{what}: {len(lines):,}", lines, place)
+            if key == "dark":
+                report.say(
+                    "  to fix: scale the values up (12 bits: by 16) and save the images again"
+                )
     if not result.unreadable:
         report.say("\nunreadable images: none")
     if result.duplicates is not None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mlp_mixer.data.duplicates import Duplicates, find_duplicates
+from mlp_mixer.data.image import DARK
 from mlp_mixer.data.items import BadImage, Source
 from mlp_mixer.data.scan import Scan, scan
 from mlp_mixer.data.sources import notes_of
@@ -35,8 +36,8 @@ class SplitReport:
             readable.
         size_summary: how the sizes are spread, in words.
         oddities: how many images are turned by EXIF, have alpha, are 16-bit, CMYK or animated.
-        tiny, huge: (index, name, what) of images with a side under 16 pixels, of images above 20
-            megapixels or 20 MB.
+        tiny, huge, dark: (index, name, what) of images with a side under 16 pixels, of images above
+            20 megapixels or 20 MB, of 16-bit images without a sample above `DARK`.
         unreadable: images that cannot be decoded.
     """
 
@@ -51,6 +52,7 @@ class SplitReport:
     oddities: dict[str, int]
     tiny: list[BadImage]
     huge: list[BadImage]
+    dark: list[BadImage]
     unreadable: list[BadImage]
 
     def missing_classes(self) -> list[str]:
@@ -84,7 +86,7 @@ class Report:
         splits = {}
         for split, report in self.splits.items():
             values = dict(vars(report))
-            for key in ("tiny", "huge", "unreadable"):
+            for key in ("tiny", "huge", "dark", "unreadable"):
                 values[key] = [vars(each) for each in values[key]]
             splits[split] = {**values, "missing_classes": report.missing_classes()}
         duplicates = None if self.duplicates is None else _duplicates_json(self.duplicates)
@@ -152,15 +154,12 @@ def describe_split(source: Source, scanned: Scan) -> SplitReport:
         for key, rank in ranks.items():
             sizes[key] = (int(heights[order[rank]]), int(widths[order[rank]]))
 
-    def named(flags: np.ndarray) -> list[BadImage]:
-        return [
-            BadImage(
-                int(places[at]),
-                source.item_name(int(places[at])),
-                f"{heights[at]}x{widths[at]} pixels, {format_bytes(int(facts['num_bytes'][at]))}",
-            )
-            for at in np.flatnonzero(flags)
-        ]
+    def named(flags: np.ndarray, what: Callable[[int], str]) -> list[BadImage]:
+        found = [(int(at), int(places[at])) for at in np.flatnonzero(flags)]
+        return [BadImage(place, source.item_name(place), what(at)) for at, place in found]
+
+    def size(at: int) -> str:
+        return f"{heights[at]}x{widths[at]} pixels, {format_bytes(int(facts['num_bytes'][at]))}"
 
     modes = _count(facts["mode"])
     oddities = {
@@ -180,8 +179,12 @@ def describe_split(source: Source, scanned: Scan) -> SplitReport:
         sizes=sizes,
         size_summary=_spread(heights, widths),
         oddities=oddities,
-        tiny=named(np.minimum(heights, widths) < TINY_SIDE),
-        huge=named((areas > HUGE_PIXELS) | (facts["num_bytes"] > HUGE_BYTES)),
+        tiny=named(np.minimum(heights, widths) < TINY_SIDE, size),
+        huge=named((areas > HUGE_PIXELS) | (facts["num_bytes"] > HUGE_BYTES), size),
+        dark=named(
+            facts["deep"] & (facts["brightest"] <= DARK),
+            lambda at: f"brightest sample {facts['brightest'][at]:,} of 65,535",
+        ),
         unreadable=scanned.unreadable,
     )
 

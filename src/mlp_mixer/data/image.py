@@ -29,6 +29,7 @@ SUFFIXES = (
 )
 MAX_PIXELS = 89_478_485  # Pillow's own limit, 1/4 GiB of 24-bit pixels; there only a warning
 MAX_SIDE = 32_767  # pixels; what fits the 16-bit coordinates of image libraries
+DARK = 16_383  # where no 16-bit sample is above it, the values are probably of 14 bits or fewer
 REDUCTIONS = (8, 4, 2)  # factors at which a JPEG decoder is faster the smaller the picture
 
 # Markers of a JPEG's header: EXIF and XMP; the pixels' size, by the two sequential codings.
@@ -230,6 +231,22 @@ class EncodedImage:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image
+
+    def brightest(self) -> int | None:
+        """Returns the largest of 16-bit samples, in colour its upper byte; None for other images.
+
+        12-bit values in a 16-bit file are nearly black, and nothing in the file says so.
+
+        Raises:
+            UserError: as of `decode`.
+        """
+        if self.bits != 16 or self.mode == "CMYK":  # which is ink, and not light
+            return None
+        self.decode()
+        samples = np.asarray(self._open())
+        if samples.ndim == 3:
+            return int(samples[..., :3].max()) << 8 | 255
+        return 65_535 - int(samples.min()) if self._zero_is_white else int(samples.max())
 
     def _can_stop(self, rows: int) -> bool:
         """Whether a decoder may stop after so many rows: a whole, plain JPEG that has more.

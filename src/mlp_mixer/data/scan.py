@@ -45,8 +45,9 @@ FACTS = np.dtype(
         ("mode", "S8"),
         ("turned", "?"),  # by its EXIF tag
         ("alpha", "?"),
-        ("deep", "?"),  # 16 bits a sample
         ("animated", "?"),
+        ("deep", "?"),  # 16 bits a sample
+        ("brightest", "u2"),  # of them
     ]
 )
 _CHUNK = 64  # images that a worker takes at a time
@@ -168,23 +169,23 @@ def _facts(data: bytes, where: str) -> tuple[Any, ...]:
         *(True, perceptual_hash(pixels), texture),
         *(hashlib.blake2b(data, digest_size=16).digest(), digest.digest()),
         *(len(data), *pixels.shape[:2], image.format, image.mode, *_oddities(data, image)),
+        *(image.bits == 16, image.brightest() or 0),
     )
 
 
-def _oddities(data: bytes, image: EncodedImage) -> tuple[bool, bool, bool, bool]:
-    """Whether it is turned by its EXIF tag, has alpha, has 16-bit samples, is animated."""
+def _oddities(data: bytes, image: EncodedImage) -> tuple[bool, bool, bool]:
+    """Whether it is turned by its EXIF tag, has alpha, is animated."""
     if image.format == "JPEG" and b"Exif\0\0" not in data:
-        return False, False, False, False  # nearly all images: Pillow need not look
+        return False, False, False  # nearly all images: Pillow need not look
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             opened = Image.open(io.BytesIO(data), formats=FORMATS)
             turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-            deep = opened.mode.startswith("I;16") or (opened.format == "PNG" and data[24] == 16)
             animated = getattr(opened, "n_frames", 1) > 1 and opened.format != "TIFF"
-            return turned, opened.has_transparency_data, deep, animated
+            return turned, opened.has_transparency_data, animated
     except Exception:  # damaged metadata of an image that could be decoded
-        return False, False, image.mode.startswith("I;16"), False
+        return False, False, False
 
 
 def _scan_chunk(

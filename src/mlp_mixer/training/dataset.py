@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, field, replace
 
@@ -10,7 +11,7 @@ import numpy as np
 from mlp_mixer.data.augment import padded_crop, random_erasing, warp
 from mlp_mixer.data.drop_list import read_drop_list, without
 from mlp_mixer.data.fingerprint import image_key
-from mlp_mixer.data.image import EncodedImage
+from mlp_mixer.data.image import DARK, EncodedImage
 from mlp_mixer.data.items import (
     BadImage,
     Source,
@@ -28,6 +29,7 @@ from mlp_mixer.training.settings import AugmentSettings, DataSettings
 
 # Headers are read before a run starts; of a larger set only so many, evenly spaced.
 MOST_CHECKED = 5_000
+_MOST_DECODED = 32  # of those with 16 bits a sample
 _FREE = 5  # bad images that stop no run, however few there are in all
 
 
@@ -93,7 +95,7 @@ def open_training_data(settings: DataSettings) -> Splits:
     for other in (splits.validation, splits.test):
         if other is not None:
             check_readable(other, settings.max_bad)
-    return replace(splits, bad=bad, keys=keys)
+    return replace(splits, bad=bad, keys=keys, notes=[*splits.notes, *_dark(splits.train)])
 
 
 def split_data(settings: DataSettings) -> Splits:
@@ -140,6 +142,20 @@ def split_data(settings: DataSettings) -> Splits:
         train = random_subset(train, settings.fraction, settings.fraction_seed)
         notes.append(f"{len(train):,} of {total:,} training images, drawn at random")
     return Splits(train, validation, splits.get("test"), held_out, [], notes)
+
+
+def _dark(source: Source) -> list[str]:
+    """The note on 16-bit images whose values have fewer bits and are nearly black, if so."""
+    brightest: list[int] = []
+    for index in range(0, len(source), len(source) // _MOST_DECODED + 1):
+        with contextlib.suppress(UserError):  # told elsewhere
+            found = EncodedImage(source.read(index), source.item_name(index)).brightest()
+            brightest += [] if found is None else [found]
+    if not brightest or max(brightest) > DARK:
+        return []
+    what = f"16-bit images whose brightest sample is {max(brightest):,} of 65,535"
+    looked = f"{len(brightest)} looked at"
+    return [f"{what} ({looked}): nearly black as 8 bits; mixer data check says more"]
 
 
 def check_readable(source: Source, most: float, keys: list[str] | None = None) -> list[BadImage]:
