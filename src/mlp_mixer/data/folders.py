@@ -123,7 +123,7 @@ def no_images(folder: Path, what: str = "the folder") -> UserError:
     fix = f"Images end in {' '.join(SUFFIXES)}"
     if any(passed_over):
         fix = f"Convert them to JPEG or PNG. {fix}"
-    there = f", but {_listed(passed_over)}" if passed_over else ""
+    there = f" that are read, but has {_listed(passed_over)}" if passed_over else ""
     return UserError(f"{what} has no images{there}", where=folder.absolute(), fix=fix)
 
 
