@@ -102,7 +102,7 @@ def test_names_that_read_like_several_labels(tmp_path: Path, names, combined):
     notes = notes_of(open_splits(str(tmp_path)))
     expected = [name for name in names if " " in name] if combined is None else combined
     assert len(notes) == bool(expected)
-    assert all(repr(name) in notes[0] for name in expected)
+    assert all(repr(name) in notes[0] for name in expected[:3])
 
 
 def test_match_classes_by_name(class_folder: Path):

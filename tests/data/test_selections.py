@@ -65,9 +65,10 @@ def test_a_selection_trains(class_folder: Path, tmp_path: Path):
 
 def test_numbers_become_classes(tmp_path: Path):
     """A distance of the test images need not be one of the training images."""
-    draw(0).save(tmp_path / "a.png")
+    draw(0).save(tmp_path / "0.png")
     rows = [("train", 1.5), ("train", 9.25), ("train", 3), ("test", 8.0), ("test", 8.125)]
-    lines = ["path,distance,split"] + [f"a.png,{number},{split}" for split, number in rows]
+    lines = ["path,distance,split"]
+    lines += [f"{at}.png,{number},{split}" for at, (split, number) in enumerate(rows)]
     (tmp_path / "list.csv").write_text("\n".join(lines))
     source = f"{tmp_path / 'list.csv'}#label=distance"
     with pytest.raises(mm.UserError, match="class '8.0' has no image in train"):

@@ -80,13 +80,13 @@ def test_the_list():
 
 
 def make_list(folder: Path, images: dict[str, int], label: str = "{at}") -> str:
-    """A list of very many images that are one file; returns its name."""
+    """A list of very many images, the first of which is there; returns its name."""
     folder.mkdir(exist_ok=True)
-    draw(0).save(folder / "a.png")
+    draw(0).save(folder / f"{next(iter(images))}0.png")
     lines = ["path,label,split"]
     for split, many in images.items():
         labels = (eval(f"f'{label}'", {"at": at % 7, "n": at}) for at in range(many))
-        lines += [f"a.png,{each},{split}" for each in labels]
+        lines += [f"{split}{at}.png,{each},{split}" for at, each in enumerate(labels)]
     (folder / "list.csv").write_text("\n".join(lines) + "\n")
     return str(folder / "list.csv")
 
@@ -145,7 +145,7 @@ def test_classes_in_order_are_spread(tmp_path):
     """The first 800 images of class folders would be of a class or two."""
     make_class_folder(tmp_path, {"a": 1})
     lines = ["path,label,split"]
-    lines += [f"a/0.png,{at // 300},train" for at in range(1200)] + ["a/0.png,0,test"] * 4
+    lines += [f"a/{at}.png,{at // 300},train" for at in range(1200)] + ["b/0.png,0,test"] * 4
     (tmp_path / "list.csv").write_text("\n".join(lines))
     plan = plan_1k(VTAB["pets"], str(tmp_path / "list.csv"))
     assert np.bincount(open_plan(plan.final)["train"].labels).tolist() == [250] * 4

@@ -125,7 +125,7 @@ def notes_of(splits: Mapping[str, Source]) -> list[str]:
         combined = combined_names(source.class_names)
         if combined:
             said = "an image has one label here, and each of them is a class of its own"
-            notes[f"classes that read like several labels: {some_of(combined)} ({said})"] = None
+            notes[f"classes that read like several labels: {some_of(combined, 3)} ({said})"] = None
     return list(notes)
 
 
