@@ -67,19 +67,20 @@ def test_numbers_become_classes(tmp_path: Path):
     """A distance of the test images need not be one of the training images."""
     draw(0).save(tmp_path / "0.png")
     rows = [("train", 1.5), ("train", 9.25), ("train", 3), ("test", 8.0), ("test", 8.125)]
+    rows += [("test", 8), ("train", -1)]
     lines = ["path,distance,split"]
     lines += [f"{at}.png,{number},{split}" for at, (split, number) in enumerate(rows)]
     (tmp_path / "list.csv").write_text("\n".join(lines))
     source = f"{tmp_path / 'list.csv'}#label=distance"
-    with pytest.raises(mm.UserError, match="class '8.0' has no image in train"):
+    with pytest.raises(mm.UserError, match="'8.0' .*, '8'"):
         open_splits(source)
-    assert len(open_unmatched(source)["test"]) == 2
-    file, rule = tmp_path / "near.json", LabelRule("between", (0.0, 8.0, 100.0))
+    assert len(open_unmatched(source)["test"]) == 3
+    file, rule = tmp_path / "near.json", LabelRule("between", (-2.0, 8.0, 100.0))
     write_selection(file, Selection(source, {"train": ("train",), "test": ("test",)}, rule))
     splits = open_splits(str(file))
     assert splits["train"].class_names == splits["test"].class_names == ["0", "1"]
-    assert splits["train"].labels.tolist() == [0, 1, 0]
-    assert splits["test"].labels.tolist() == [0, 1]
+    assert splits["train"].labels.tolist() == [0, 1, 0, 0]
+    assert splits["test"].labels.tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize(

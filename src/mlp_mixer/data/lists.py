@@ -251,7 +251,8 @@ def _read_csv(file: TextIO, path: Path) -> tuple[list[str], _Rows]:
         raise UserError(what, where=f"{path}, line 1", fix="Rename or remove one")
     if any(word.lower().endswith(image.SUFFIXES) for each in columns for word in each.split()):
         what = f"the list has no header; its first line is {header.strip()[:80]!r}"
-        raise UserError(what, where=f"{path}, line 1", fix=_EXAMPLE)
+        fix = f"{_EXAMPLE}. Paths alone: mixer predict MODEL - < {path}"
+        raise UserError(what, where=f"{path}, line 1", fix=fix)
 
     def checked() -> _Rows:
         for line, cells in found:

@@ -162,7 +162,7 @@ def _open(
         fix = f"Known there: {', '.join(found)}"
         raise UserError(f"the data has no {name.split} split", where=name.source, fix=fix)
     chosen = [split for split in wanted if split in found][: 1 if first else None]
-    for source in found.values() if labels else ():
+    for source in found.values() if labels and matched else ():  # else numbers for a rule
         refuse_twins(source.class_names, source.name)
     opened: dict[str, Source] = {}
     for split in chosen:
