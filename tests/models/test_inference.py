@@ -21,10 +21,10 @@ needs_bfloat16 = pytest.mark.skipif(
 MODELS = {
     "mixer": ("mixer_s32", {"num_blocks": 2}),
     "exact GELU": ("mixer_s32", {"num_blocks": 2, "gelu": "exact"}),
-    "untied": ("mixer_s32", {"num_blocks": 1, "token_mixing": "untied"}),
+    "untied": ("mixer_s32", {"num_blocks": 1, "hidden_dim": 64, "token_mixing": "untied"}),
     "grouped": ("mixer_s32", {"num_blocks": 1, "token_mixing": "grouped", "token_groups": 2}),
     "pyramid": ("mixer_s32", {"num_blocks": 2, "pyramid": ((1, 20),)}),
-    "cycle": ("cycle_mlp_b1", {}),
+    "cycle": ("cycle_mlp_b1", {"depths": (1, 1, 1, 1)}),
     "permutator": ("vip_s14", {"depths": (1, 1, 1, 1)}),
 }
 
