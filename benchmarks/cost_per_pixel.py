@@ -22,7 +22,6 @@ import figures
 import torch
 
 import mlp_mixer as mm
-from mlp_mixer.cli.process import keep_freed_memory
 from mlp_mixer.deploy.answers import make_question, make_ready, predict_logits
 
 COLUMNS = {
@@ -127,7 +126,6 @@ def show(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    keep_freed_memory()  # as the command does
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--model", default="mixer_b16")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 320, 448, 640, 896])

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 import mlp_mixer as mm
-from mlp_mixer.cli.process import keep_freed_memory
 from mlp_mixer.deploy.answers import make_question, make_ready, predict_logits
 from mlp_mixer.deploy.exported_files import write_graph
 from mlp_mixer.deploy.int8 import calibrate
@@ -74,7 +73,6 @@ def write_files(model: mm.ImageClassifier, folder: Path, threads: int) -> None:
 
 def work(pipe, variant: str, options: argparse.Namespace, folder: Path) -> None:
     """One variant: computes a batch whenever it is asked, and answers with the seconds it took."""
-    keep_freed_memory()  # as the command does
     torch.set_num_threads(options.threads)
     file, how = VARIANTS[variant]
     model = build(options.model, options.image_size, options.num_blocks)

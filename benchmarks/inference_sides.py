@@ -43,10 +43,8 @@ def ours(job: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     import torch
 
     import mlp_mixer as mm
-    from mlp_mixer.cli.process import keep_freed_memory
     from mlp_mixer.deploy.answers import make_question, make_ready, predict_logits
 
-    keep_freed_memory()  # as the command does
     model = mm.load_model(Path(job["folder"]) / "ours", quiet=True)
     pixels = torch.from_numpy(np.load(Path(job["folder"]) / "pixels.npy"))
     # channels last in memory, as the loader's batches are

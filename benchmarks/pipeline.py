@@ -25,7 +25,6 @@ import figures
 import torch
 
 import mlp_mixer as mm
-from mlp_mixer.cli.process import keep_freed_memory
 from mlp_mixer.data.augment import mix
 from mlp_mixer.data.batches import Batch, on_device
 from mlp_mixer.data.loader import training_batches
@@ -143,7 +142,6 @@ class Parts:
 
 
 def main() -> None:
-    keep_freed_memory()  # as the command does
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("data", help="a source with a train split")
     parser.add_argument("--recipe", default="scratch", help="its augmentation and optimizer")

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 
 import mlp_mixer as mm
-from mlp_mixer.cli.process import keep_freed_memory
 from mlp_mixer.data.items import Source, subset
 from mlp_mixer.data.loader import evaluation_batches
 from mlp_mixer.data.sources import open_source
@@ -173,7 +172,6 @@ def memory(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    keep_freed_memory()  # as the command does
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)

@@ -35,14 +35,12 @@ def ours(job: dict[str, Any]) -> tuple[Step, str]:
     import torch.nn.functional as F
 
     import mlp_mixer as mm
-    from mlp_mixer.cli.process import keep_freed_memory
     from mlp_mixer.models.layers import draw_stochastic_depth
     from mlp_mixer.training.compute import choose_compute, settings_of_torch
     from mlp_mixer.training.distributed import World
     from mlp_mixer.training.optimizer import build_optimizers
     from mlp_mixer.training.step import Updater
 
-    keep_freed_memory()  # as the command does
     size, classes, batch = job["image_size"], job["num_classes"], job["batch"]
     overrides: dict[str, Any] = {
         "stochastic_depth": DROP,

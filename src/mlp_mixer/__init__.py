@@ -3,13 +3,16 @@
     import mlp_mixer as mm
     model = mm.create_model("mixer_b16", image_size=224, num_classes=10)
 
-Importing this costs milliseconds: each name is loaded when it is first used.
+Importing this costs milliseconds: each name is loaded when it is first used. Import it before torch
+where you can: then torch's threads wait without keeping a core busy (docs/predict.md).
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from mlp_mixer.process import sleep_soon
 
 if TYPE_CHECKING:
     from mlp_mixer.deploy.export import export
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from mlp_mixer.training.recipes import recipe
     from mlp_mixer.training.summary import TrainResult
     from mlp_mixer.weights.store import load_model, save_model
+
+sleep_soon()  # before anything here imports torch
 
 _HOME = {
     "create_model": "models.catalog",

@@ -24,6 +24,7 @@ from mlp_mixer.data.loader import evaluation_batches, training_batches
 from mlp_mixer.data.sampler import batches_of_positions, epoch_order, locate, sample_generator
 from mlp_mixer.data.sources import open_splits
 from mlp_mixer.data.transforms import inception_crop
+from mlp_mixer.data.workers import NICENESS
 from mlp_mixer.errors import UserError
 from mlp_mixer.preprocessing import Preprocessing
 from mlp_mixer.training.dataset import Augmentation
@@ -50,6 +51,10 @@ def hang_at_bee_3(image: EncodedImage, random: np.random.Generator) -> np.ndarra
     if str(image.where).endswith("bee/3.png"):
         time.sleep(1000)
     return crop(image, random)
+
+
+def niceness(image: EncodedImage, random: np.random.Generator) -> np.ndarray:
+    return np.full_like(crop(image, random), os.nice(0))
 
 
 def load(source: Source, start: int, stop: int, **options: object) -> list[Batch]:
@@ -186,6 +191,13 @@ def test_a_worker_that_hangs_is_named_with_its_image(class_folder: Path, workers
     source = open_splits(str(class_folder))["train"]
     with pytest.raises(UserError, match=r"no batch for 1 seconds; worker .*, at .*bee/3\.png"):
         load(source, 0, 8, num_workers=workers, transform=hang_at_bee_3, timeout=1.0)
+
+
+@pytest.mark.skipif(not hasattr(os, "nice"), reason="this system has no priorities of that kind")
+def test_workers_give_way_to_the_process_that_computes(class_folder: Path, tidy):
+    source = open_splits(str(class_folder))["train"]
+    (batch,) = load(source, 0, 1, num_workers=1, transform=niceness)
+    assert batch.images.unique().tolist() == [min(os.nice(0) + NICENESS, 19)]
 
 
 def test_batches_on_the_device(class_folder: Path):

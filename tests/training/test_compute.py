@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from torch._inductor.exc import InductorError
 
 import mlp_mixer as mm
 from conftest import tiny_config, tiny_model
+from mlp_mixer.evaluation.timed_model import Mode, TimedModel
+from mlp_mixer.inspection.attribution import occlusion, read_image
 from mlp_mixer.models import compute as rules
+from mlp_mixer.models.compute import SMALL_STEP, torch_set_to
 from mlp_mixer.models.layers import draw_stochastic_depth, set_stochastic_depth
 from mlp_mixer.training import compute, step
 from mlp_mixer.training.compute import Compute, choose_compute, settings_of_torch
@@ -115,6 +119,91 @@ def test_threads_and_products_come_back():
     with pytest.raises(RuntimeError), settings_of_torch(found, config(), SMALL):
         raise RuntimeError
     assert (torch.get_num_threads(), products.fp32_precision) == (threads, before)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def threads_seen(model: mm.ImageClassifier) -> list[int]:
+    """A list that grows by torch's number of threads whenever the model computes."""
+    seen: list[int] = []
+    model.stem.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    return seen
+
+
+VERBS: dict[str, Callable[[mm.ImageClassifier, Path], object]] = {
+    "predict": lambda model, data: mm.predict(model, data),
+    "features": lambda model, data: mm.predict(model, data, features=True),
+    "evaluate": lambda model, data: mm.evaluate(model, f"{data}:validation"),
+    "few_shot": lambda model, data: mm.few_shot(model, data, shots=[2]),
+    "map": lambda model, data: occlusion(model, read_image(data / "val/ant/0.png", model)[0]),
+    "throughput": lambda model, _: timed(model, "inference"),
+    "training": lambda model, _: timed(model, "training"),
+}
+
+
+def timed(model: mm.ImageClassifier, mode: Mode) -> int:
+    """Times a model as `mixer throughput` does; returns the threads that are said of it."""
+    found = TimedModel(model, mode, "float32", compile=False)
+    found.prepare(8)
+    found.run(1)
+    return found.threads(8)
+
+
+@pytest.mark.parametrize(("least", "expected"), [(SMALL_STEP, 1), (0, 2)])
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_small_batch_takes_one_thread_in_every_verb(
+    class_folder, two_threads, monkeypatch, verb, least, expected
+):
+    monkeypatch.setattr(rules, "SMALL_STEP", least)
+    model = tiny_model(num_classes=3).to(CPU)
+    model.class_names = ["ant", "bee", "cat"]
+    seen = threads_seen(model)
+    VERBS[verb](model, class_folder)
+    assert set(seen) == {expected}
+    assert torch.get_num_threads() == 2
+
+
+def test_threads_come_back_after_an_error(class_folder, two_threads):
+    model = tiny_model(num_classes=3)
+    model.class_names = ["ant", "bee", "cat"]
+    model.stem.register_forward_hook(lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        mm.predict(model, class_folder)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "flops", "expected"), [(None, SMALL, 1), (None, BIG, 2), (2, SMALL, 2), (1, BIG, 1)]
+)
+def test_a_run_evaluates_with_the_threads_of_its_steps(
+    class_folder, two_threads, given, flops, expected
+):
+    model = tiny_model(num_classes=3)
+    model.class_names = ["ant", "bee", "cat"]
+    seen = threads_seen(model)
+    found = Compute(CPU, "float32", False, "")
+    with settings_of_torch(found, config(num_threads=given), flops):
+        assert torch.get_num_threads() == expected
+        mm.evaluate(model, str(class_folder))
+    assert set(seen) == {expected}
+    mm.evaluate(model, str(class_folder))
+    assert seen[-1] == 1
+
+
+def test_chosen_threads_count_for_small_batches_too(two_threads):
+    model = tiny_model()
+    seen = threads_seen(model)
+    with torch_set_to(CPU, "float32", 2):
+        assert timed(model, "training") == 2
+        assert timed(model, "inference") == 2
+    assert set(seen) == {2}
+    assert timed(model, "inference") == seen[-1] == 1
 
 
 def test_onednn_is_only_taken_where_it_stays_float32(monkeypatch):

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mlp_mixer.cli.process import keep_freed_memory
 from mlp_mixer.cli.verbs import GROUPS, VERBS
 from mlp_mixer.errors import UserError, near_names
+from mlp_mixer.process import keep_freed_memory
 
 DESCRIPTION = """MLP-Mixer in PyTorch: train, evaluate and use all-MLP image classifiers.
 

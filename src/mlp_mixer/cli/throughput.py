@@ -89,7 +89,7 @@ def throughput(
             step; in place of models.
         images: training images of the recipe's data, where they are not known.
         device: auto, cpu or cuda.
-        threads: of the processor; without it torch's own choice.
+        threads: of the processor; without it torch's own choice, and one for a small batch.
         settings: a field of the architectures, such as token_mixing=untied; may be given many
             times.
         output: a .json file for every figure.

@@ -29,6 +29,8 @@ def _machine(result: Throughput) -> list[str]:
     found, where = result.environment, result.device
     device = found["processor"] if where.type == "cpu" else found["device"]
     of = f", {_plural(result.threads, 'thread')} of {_plural(found['cores'], 'core')}"
+    if any(each.threads not in (None, result.threads) for each in result.models):
+        of += " (1 for small batches)"
     step = "inference" if result.models[0].mode == "inference" else "a training step (AdamW)"
     compiled = "compiled" if result.compiled else "not compiled"
     lines = [

@@ -13,6 +13,8 @@ import cv2
 import torch
 from torch import Tensor
 
+NICENESS = 5  # below the process that computes: it waits for a core less, and for images as little
+
 
 def start_worker(watched: Tensor, closing: Tensor, number: int) -> None:
     """Prepares a worker process: who it is, and which signals are not meant for it.
@@ -25,6 +27,8 @@ def start_worker(watched: Tensor, closing: Tensor, number: int) -> None:
         closing: uint8 (1,) in shared memory, not 0 once a SIGTERM is meant for the worker.
         number: of the worker.
     """
+    if hasattr(os, "nice"):
+        os.nice(NICENESS)
     watched.numpy()[number] = (os.getpid(), -1, time.monotonic_ns())
     cv2.setNumThreads(0)  # its threads do not survive the fork, and each worker has one core
     signal.signal(signal.SIGINT, signal.SIG_IGN)

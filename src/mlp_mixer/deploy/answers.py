@@ -156,6 +156,11 @@ def answer(ready: Inference, images: Tensor, question: Question) -> tuple[Tensor
         classes: int64 (N, width), which classes these are; (N, 0) of features.
         finite: bool (N,), whether the model's numbers for an image are.
     """
+    with ready.few_threads(len(images)):
+        return _answer(ready, images, question)
+
+
+def _answer(ready: Inference, images: Tensor, question: Question) -> tuple[Tensor, Tensor, Tensor]:
     if question.features:
         features = predict_features(ready, images)
         none = torch.empty(len(images), 0, dtype=torch.int64)

@@ -116,7 +116,7 @@ def export(
         max_accuracy_drop: points of top-1 that the file may lose on `data`; None is 0.5.
         overwrite: replace what is there.
         batch_size: images a batch where the speed is measured.
-        num_threads: of the processor; None is torch's number.
+        num_threads: of the processor; None is torch's number, and one for a small batch of torch's.
         num_workers: processes that decode images; None chooses.
         tell: is told what is done next.
 
@@ -150,7 +150,7 @@ def export(
     if preprocessing_of(net).permutation != "none" and not uint8_input:
         what = "the model was trained on permuted pixels, whose order would not be in the file"
         raise UserError(what, where="--uint8-input", fix="Add it: the order comes into the graph")
-    num_threads = num_threads or torch.get_num_threads()
+    chosen_threads, num_threads = num_threads, num_threads or torch.get_num_threads()
     job = _Job(
         net,
         path,
@@ -168,7 +168,7 @@ def export(
     )
     with (
         aside_folder(path) as folder,
-        torch_set_to(torch.device("cpu"), "float32", num_threads),
+        torch_set_to(torch.device("cpu"), "float32", chosen_threads),
     ):
         aside = folder / path.name
         report = _make(job, aside)

@@ -132,7 +132,7 @@ class ExportReport:
                     "speed",
                     f"{name}: {each.images_per_second:,.1f} images/s in batches of "
                     f"{self.batch_size}, {each.latency_ms:.3g} ms for one image "
-                    f"({self.num_threads} threads)",
+                    f"(threads: at most {self.num_threads})",
                 )
             )
         if self.calibration is not None:

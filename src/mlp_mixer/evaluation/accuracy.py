@@ -92,8 +92,9 @@ def evaluate_part(
     ):
         bad += [replace(each, index=each.index + first) for each in batch.bad]
         if len(batch.labels):
-            images = normalize(batch.images.to(ready.device), preprocessing)
-            logits = ready.logits(images).cpu().numpy()
+            with ready.few_threads(len(batch.labels)):
+                images = normalize(batch.images.to(ready.device), preprocessing)
+                logits = ready.logits(images).cpu().numpy()
             parts.append((batch.labels.numpy(), batch.indices.numpy() + first, logits))
         if on_batch is not None:
             on_batch(batch)

@@ -129,8 +129,9 @@ def frozen_features(
 def _features_of(
     ready: Inference, batch: Batch, preprocessing: Preprocessing, source: Source
 ) -> np.ndarray:
-    images = normalize(batch.images.to(ready.device), preprocessing)
-    features = ready.features(images)
+    with ready.few_threads(len(batch.labels)):
+        images = normalize(batch.images.to(ready.device), preprocessing)
+        features = ready.features(images)
     if features.dim() != 2 or len(features) != len(images):
         what = f"features() gave {tuple(features.shape)} for {len(images)} images, not (N, C)"
         raise UserError(what, where=type(ready.model).__name__)

@@ -81,7 +81,7 @@ def throughput(
         precision: of the products, "float32", "bfloat16" or "auto".
         compile: use torch.compile; its time is not counted.
         device: "auto" (the GPU where there is one), "cpu", "cuda".
-        num_threads: of the processor; None is torch's own choice.
+        num_threads: of the processor; None is torch's own choice, and one for a small batch.
         batch_sizes: to measure; None doubles from 1 for as long as the rate rises.
         seconds: timed at each batch size, over all rounds.
         rounds: in which the models take turns; the median counts.
@@ -194,6 +194,8 @@ def _measure(
             assert isinstance(row.course.subject, TimedModel)
             row.state_bytes = row.course.subject.state_bytes()
             row.batch_bytes = row.course.subject.batch_bytes(1)
+            if row.course.best is not None:
+                row.threads = row.course.subject.threads(row.course.best.batch_size)
     _peaks(there, result.device, clock, tell)
 
 

@@ -28,6 +28,7 @@ class ModelThroughput:
         peak: the machine's own products in that precision; None where that was not reached.
         state_bytes: of weights, buffers and the optimizer's state.
         batch_bytes: of one image.
+        threads: of the processor, at the best batch size; None where nothing was measured.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ModelThroughput:
     peak: Peak | None = None
     state_bytes: int = 0
     batch_bytes: int = 0
+    threads: int | None = None
 
     @property
     def images_per_second(self) -> float | None:
@@ -90,6 +92,7 @@ class ModelThroughput:
             "model": self.header,
             "mode": self.mode,
             "precision": self.precision,
+            "threads": self.threads,
             "image_size": self.header.get("image_size"),
             "points": points,
             "best": next((p for p in points if best and p["batch_size"] == best.batch_size), None),
@@ -111,7 +114,7 @@ class Throughput:
     Attributes:
         models: in the order in which they were given.
         device: that computed.
-        threads: of the processor.
+        threads: of the processor, at most.
         compiled: whether torch.compile was used.
         plan: how long was measured.
         environment: versions, hardware, date and command.
@@ -128,7 +131,7 @@ class Throughput:
 
     def to_json(self) -> dict[str, Any]:
         """Returns a measurement of the kind "throughput", see `evaluation.measurement`."""
-        shared = {"compiled": self.compiled, "threads": self.threads, "device": str(self.device)}
+        shared = {"compiled": self.compiled, "device": str(self.device)}
         on_gpu = self.device.type == "cuda"
         figures = {
             "interrupted": self.interrupted,

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.memory import peak_growth
-from mlp_mixer.models.compute import free_memory
+from mlp_mixer.models.compute import few_threads, free_memory, threads_for
 from mlp_mixer.models.inference import Inference, evaluating
 from mlp_mixer.models.layers import ImageClassifier
 
@@ -75,13 +75,23 @@ class TimedModel:
 
     def run(self, times: int) -> None:
         """Computes so many steps, and returns when the device is done with them."""
-        for _ in range(times):
-            if self.mode == "training":
-                self._train()
-            else:
-                self._infer()
+        assert self.images is not None
+        with few_threads(self.device, self._operations(len(self.images))):
+            for _ in range(times):
+                if self.mode == "training":
+                    self._train()
+                else:
+                    self._infer()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def _operations(self, batch_size: int) -> int:
+        passes = 3 if self.mode == "training" else 1  # itself and two gradients
+        return passes * self.model.config.flops * batch_size
+
+    def threads(self, batch_size: int) -> int:
+        """Returns the processor threads that compute a step of so many images."""
+        return threads_for(self._operations(batch_size))
 
     def growth(self) -> int | None:
         """Runs one step and returns by how many bytes memory rose; None where that is unknown."""

@@ -41,6 +41,7 @@ from mlp_mixer.inspection.token_mixing import (
     patch_grid,
     stem_convolution,
 )
+from mlp_mixer.models.compute import few_threads
 from mlp_mixer.models.inference import evaluating
 from mlp_mixer.models.layers import ImageClassifier, preprocessing_of
 
@@ -333,5 +334,6 @@ def _probabilities(model: ImageClassifier, images: Tensor) -> Floats:
 
 
 def _run(model: ImageClassifier, images: Tensor) -> Tensor:
-    with evaluating(model):
-        return model(images.to(next(model.parameters()).device))
+    device = next(model.parameters()).device
+    with evaluating(model), few_threads(device, model.config.flops * len(images)):
+        return model(images.to(device))

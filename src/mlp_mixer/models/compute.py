@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from mlp_mixer.errors import UserError
 
 SMALL_STEP = 2e9  # floating-point operations
+_threads_are_chosen: ContextVar[bool] = ContextVar("_threads_are_chosen", default=False)
 
 
 def fast_precision(device: torch.device, operations: int) -> tuple[str, str]:
@@ -65,18 +67,46 @@ def can_compile(device: torch.device) -> bool:
     return any(shutil.which(name) for name in names)
 
 
+def threads_for(operations: float) -> int:
+    """Returns how many processor threads a step of so many operations takes: one, or all there are.
+
+    A small one takes a single thread: it is hundreds of tiny operations, and torch's threads meet
+    after each. Where another process takes one of the cores, every meeting waits for the scheduler:
+    such a step was 130 times slower on two threads than on one (docs/decisions.md, 9).
+    """
+    is_small = operations < SMALL_STEP and not _threads_are_chosen.get()
+    return 1 if is_small else torch.get_num_threads()
+
+
+@contextlib.contextmanager
+def few_threads(device: torch.device, operations: float) -> Iterator[None]:
+    """Takes `threads_for` a step on a processor for the block; the caller's number comes back."""
+    before, threads = torch.get_num_threads(), threads_for(operations)
+    if device.type != "cpu" or threads == before:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @contextlib.contextmanager
 def torch_set_to(
-    device: torch.device, precision: str, num_threads: int | None = None
+    device: torch.device, precision: str, num_threads: int | None = None, *, fixed: bool = False
 ) -> Iterator[None]:
     """Sets torch's threads and products for the block; the caller's own come back after it.
 
     Args:
         device: that computes.
         precision: of the products; float32 ones on a processor go to oneDNN where they stay so.
-        num_threads: of the processor; None leaves them.
+        num_threads: of the processor, for small steps too; None leaves them.
+        fixed: leave them for small steps too.
     """
     threads = torch.get_num_threads()
+    is_chosen = fixed or num_threads is not None or _threads_are_chosen.get()
+    chosen = _threads_are_chosen.set(is_chosen)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     products: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
@@ -88,6 +118,7 @@ def torch_set_to(
     finally:
         products.fp32_precision = before
         torch.set_num_threads(threads)
+        _threads_are_chosen.reset(chosen)
 
 
 def _prefer_onednn(products: Any) -> None:

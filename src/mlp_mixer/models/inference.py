@@ -16,7 +16,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
 import torch
@@ -28,6 +28,7 @@ from mlp_mixer.models.compute import (
     SMALL_STEP,
     check_bfloat16,
     fast_precision,
+    few_threads,
     has_fast_bfloat16,
 )
 from mlp_mixer.models.layers import ImageClassifier
@@ -113,6 +114,10 @@ class Inference:
             width = 2 if precision == "bfloat16" else 4
             self.most = max(1, LARGEST_ACTIVATION // (widest * width))
 
+    def few_threads(self, num_images: int) -> AbstractContextManager[None]:
+        """Returns the context in which so many images are prepared and computed."""
+        return few_threads(self.device, self.model.config.flops * num_images)
+
     def logits(self, images: Tensor) -> Tensor:
         """Returns the logits, float32 (N, K), on the model's device; features without a head.
 
@@ -135,6 +140,7 @@ class Inference:
         # A copy is in evaluation mode ever since it was made; to set it takes a millisecond.
         is_copy = self._network is not self.model
         with (
+            self.few_threads(len(images)),
             nullcontext() if is_copy else evaluating(self._network),
             torch.autocast(self.device.type, torch.bfloat16, enabled=half),
         ):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mlp_mixer.errors import UserError
 from mlp_mixer.preprocessing import Preprocessing
+from mlp_mixer.process import keep_freed_memory
 
 
 class StochasticDepth(nn.Module):
@@ -158,6 +159,10 @@ class ImageClassifier(nn.Module):
     why_one_size: ClassVar[str] = "its token-mixing MLPs have one weight for each patch"
 
     _class_names: list[str] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        keep_freed_memory()
 
     @property
     def class_names(self) -> list[str] | None:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from mlp_mixer.models.compute import (
-    SMALL_STEP,
     can_compile,
     check_bfloat16,
     fast_precision,
+    threads_for,
     torch_set_to,
 )
 from mlp_mixer.training.config import TrainConfig
@@ -95,12 +95,10 @@ def keep_compiled() -> None:
 def settings_of_torch(compute: Compute, config: TrainConfig, flops: int) -> Iterator[None]:
     """Sets torch's threads and products for the block; the caller's own come back after it.
 
-    A step of a small model is hundreds of tiny operations, and torch's threads meet after each.
-    Where another process takes one of the cores, every meeting waits for the scheduler: such a step
-    was measured 130 times slower on two threads than on one (docs/decisions.md, 9).
+    Evaluations of the run compute with as many threads as its steps.
     """
     threads = config.num_threads
-    if threads is None and 3 * flops * config.batch_size < SMALL_STEP:
+    if threads is None and threads_for(3 * flops * config.batch_size) == 1:
         threads = 1
-    with torch_set_to(compute.device, compute.precision, threads):
+    with torch_set_to(compute.device, compute.precision, threads, fixed=True):
         yield

@@ -1,13 +1,30 @@
-"""What the process of the command asks of the system, before any verb runs."""
+"""What this process asks of the system: threads that soon sleep, and memory that is kept."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import sys
+
+# How long threads of OpenMP that wait for the others look again and again before they sleep: turns
+# of a loop (libgomp's default is 300,000, some 3 ms) and ms (Intel's and LLVM's, 200). Meanwhile
+# they keep the core from whoever has the work that they wait for (benchmarks/shared_machine.md).
+SPIN_COUNT, BLOCK_TIME = 10_000, 1
 
 # glibc's <malloc.h>: what may be set, by number.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _NEVER = -1
+
+
+def sleep_soon() -> None:
+    """Lets waiting threads of OpenMP sleep soon, unless the user has chosen.
+
+    OpenMP reads it as torch is imported: after that nothing can be done. Child processes inherit.
+    """
+    if "torch" in sys.modules or "OMP_WAIT_POLICY" in os.environ:
+        return
+    os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
+    os.environ.setdefault("KMP_BLOCKTIME", str(BLOCK_TIME))
 
 
 def keep_freed_memory() -> bool:
@@ -15,8 +32,8 @@ def keep_freed_memory() -> bool:
 
     glibc gives large blocks back to the system as soon as they are free, and the next layer's
     activations are paged in anew: of a training step of Mixer-S/16 that was 8 per cent
-    (benchmarks/training.md). The process of a verb ends with its work, so that nothing is gained by
-    giving memory back earlier; a program that imports the package decides this for itself.
+    (benchmarks/training.md). It is done where a model is created, since such a process is there to
+    compute: what it frees is there for its next batch, but not for other processes until it ends.
 
     Returns:
         Whether it was done: not where the user has chosen (MALLOC_..., GLIBC_TUNABLES), nor with
