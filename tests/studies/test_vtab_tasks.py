@@ -194,8 +194,9 @@ def test_data_that_cannot_serve(tmp_path, plan):
     with pytest.raises(mm.UserError, match="the data has no train split"):
         plan(AVG5["pets"], f"{tmp_path / 'one'}:test")
     make_class_folder(tmp_path / "data" / "test", {"a": 3, "b": 3})
-    (tmp_path / "data" / "test" / "a" / "1.png").write_text("no image")
-    with pytest.raises(mm.UserError, match="1 of 6 images cannot be decoded"):
+    for name in ("a/0.png", "a/1.png", "b/1.png"):
+        (tmp_path / "data" / "test" / name).write_text("no image")
+    with pytest.raises(mm.UserError, match="3 of 6 images cannot be decoded"):
         check_images(plan(AVG5["pets"], str(tmp_path / "data")), 0.01)
 
 
