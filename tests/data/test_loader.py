@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import pytest
 import torch
 
 from conftest import tiny_config
+from mlp_mixer.data import workers
 from mlp_mixer.data.batches import Batch, on_device
 from mlp_mixer.data.image import EncodedImage
 from mlp_mixer.data.items import PackedStrings, Source, random_subset
@@ -120,8 +123,84 @@ def test_the_same_bits_with_and_without_workers(class_folder: Path, augmented):
             config = config.with_value(f"augment.{key}", value)
         options["transform"] = Augmentation(config.augment, PREPROCESSING)
     alone = load(source, 0, 7, **options)
-    for workers in (1, 2, 4):
-        assert_same(alone, load(source, 0, 7, num_workers=workers, **options))
+    for number in (1, 2, 4):
+        assert_same(alone, load(source, 0, 7, num_workers=number, **options))
+
+
+@pytest.mark.parametrize("free", [2**20 + 100, 2**20 + 1200, None])  # a batch takes 1,152 bytes
+def test_the_same_bits_through_a_pipe(class_folder: Path, monkeypatch, free: int | None):
+    monkeypatch.setattr(workers, "shared_memory", lambda: free)
+    monkeypatch.setattr(workers, "_said", [])
+    source = open_splits(str(class_folder))["train"]
+    alone, piped = load(source, 0, 7), load(source, 0, 7, num_workers=2)
+    assert_same(alone, piped)
+    assert {each.images.stride() for each in alone} == {each.images.stride() for each in piped}
+    assert all(each.images.is_shared() == (free != 2**20 + 100) for each in piped)
+    for number, each in enumerate(piped):
+        each.images.fill_(number)  # each has memory of its own
+    assert [int(each.images.max()) for each in piped] == list(range(7))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
+def test_what_shared_memory_is_too_small_for_is_said_once(monkeypatch, capsys):
+    free = 64 * 2**20
+    monkeypatch.setattr(
+        workers.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free)
+    )
+    monkeypatch.setattr(workers, "_said", [])
+    batch = 128 * 224 * 224 * 3
+    assert workers.workers_that_start(8, batch // 16) == 8
+    assert capsys.readouterr().err == ""
+    assert [workers.workers_that_start(8, batch) for _ in range(2)] == [8, 8]
+    said = capsys.readouterr().err
+    assert said.count("note ") == 1
+    assert "/dev/shm has 64 MiB free for 17 x 18" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_without_shared_memory_there_are_no_workers(class_folder, monkeypatch, capsys, how: str):
+    free = 2**30 if how == "read-only" else 4096
+    monkeypatch.setattr(
+        workers.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free)
+    )
+    if how == "read-only":
+        monkeypatch.setattr(workers.os, "access", lambda *_: False)
+    monkeypatch.setattr(workers, "_said", [])
+    monkeypatch.setattr(multiprocessing.Process, "start", lambda _: pytest.fail("a process"))
+    source = open_splits(str(class_folder))["train"]
+    assert_same(load(source, 0, 3, num_workers=2), load(source, 0, 3))
+    assert "/dev/shm is full or read-only" in capsys.readouterr().err
+
+
+def test_processes_are_forked_unless_the_user_says_otherwise(monkeypatch):
+    """Python 3.14 has another default."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    for methods, chosen, right in (
+        (["fork", "spawn", "forkserver"], None, "fork"),
+        (["fork", "spawn", "forkserver"], "spawn", "spawn"),
+        (["forkserver", "spawn", "fork"], None, "fork"),
+        (["forkserver", "spawn", "fork"], "forkserver", "fork"),  # torch may have asked for it
+        (["forkserver", "spawn", "fork"], "spawn", "spawn"),
+    ):
+        monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda m=methods: m)
+        monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none, c=chosen: c)
+        assert workers.worker_context().get_start_method() == right
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn", "fork"])
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: None)
+    assert workers.worker_context().get_start_method() == "spawn"
+
+
+def test_more_processes_than_the_system_gives(class_folder: Path, monkeypatch):
+    def no_more(_: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(multiprocessing.context.ForkProcess, "start", no_more)
+    source = open_splits(str(class_folder))["train"]
+    with pytest.raises(UserError, match="cannot be started.*temporarily unavailable") as caught:
+        load(source, 0, 3, num_workers=2)
+    assert "--num-workers 0" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -144,11 +223,11 @@ def test_ranks_that_cannot_share_a_batch(class_folder: Path):
 
 @killed_workers
 @pytest.mark.skipif(os.name == "nt", reason="signals as Unix has them")
-@pytest.mark.parametrize("workers", [1, 3])
-def test_a_worker_that_dies_is_named_with_its_image(class_folder: Path, workers, tidy):
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_worker_that_dies_is_named_with_its_image(class_folder: Path, number, tidy):
     source = open_splits(str(class_folder))["train"]
     with pytest.raises(UserError, match=r"worker process \d, at .*bee/3\.png, ended") as caught:
-        load(source, 0, 8, num_workers=workers, transform=die_at_bee_3)
+        load(source, 0, 8, num_workers=number, transform=die_at_bee_3)
     assert "--num-workers" in str(caught.value.fix)
 
 
@@ -186,11 +265,11 @@ def test_a_worker_that_dies_before_its_first_image_blames_none(
 
 
 @killed_workers
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_worker_that_hangs_is_named_with_its_image(class_folder: Path, workers, tidy):
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_worker_that_hangs_is_named_with_its_image(class_folder: Path, number, tidy):
     source = open_splits(str(class_folder))["train"]
     with pytest.raises(UserError, match=r"no batch for 1 seconds; worker .*, at .*bee/3\.png"):
-        load(source, 0, 8, num_workers=workers, transform=hang_at_bee_3, timeout=1.0)
+        load(source, 0, 8, num_workers=number, transform=hang_at_bee_3, timeout=1.0)
 
 
 @pytest.mark.skipif(not hasattr(os, "nice"), reason="this system has no priorities of that kind")
@@ -262,16 +341,16 @@ def test_only_bad_images(class_folder: Path):
     for path in class_folder.rglob("*.png"):
         path.write_bytes(b"no image")
     source = open_splits(str(class_folder))["train"]
-    for workers in (0, 1):
+    for number in (0, 1):
         with pytest.raises(UserError, match=r"^none of the images can be decoded\nwhere: "):
-            load(source, 0, 1, num_workers=workers)
+            load(source, 0, 1, num_workers=number)
 
 
 def test_evaluation_reads_each_image_once_and_in_order(class_folder: Path):
     (class_folder / "train" / "ant" / "4.png").write_bytes(b"")
     source = open_splits(str(class_folder))["train"]
-    for workers in (0, 2):
-        batches = list(evaluation_batches(source, PREPROCESSING, batch_size=6, num_workers=workers))
+    for number in (0, 2):
+        batches = list(evaluation_batches(source, PREPROCESSING, batch_size=6, num_workers=number))
         indices = [index for batch in batches for index in batch.indices.tolist()]
         assert indices == [index for index in range(20) if index != 4]
         assert [each.index for batch in batches for each in batch.bad] == [4]

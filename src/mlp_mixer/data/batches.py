@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,13 @@ class Batch:
     indices: Tensor
     bad: list[BadImage] = field(default_factory=list)
 
+    def __reduce__(self) -> Any:
+        """Sends it to another process: pixels in shared memory stay there, all else is copied."""
+        images: Tensor | np.ndarray = self.images
+        if len(self.images) and not self.images.is_shared():
+            images = self.images.permute(0, 2, 3, 1).numpy()
+        return _received, (images, self.labels.numpy(), self.indices.numpy(), self.bad)
+
     def pin_memory(self) -> Batch:
         """Returns the batch in page-locked memory, from where a GPU copies on its own."""
         images, labels = self.images.pin_memory(), self.labels.pin_memory()
@@ -43,6 +51,14 @@ class Batch:
         """Returns the batch with images and labels on the device."""
         images = self.images.to(device, non_blocking=True)
         return replace(self, images=images, labels=self.labels.to(device, non_blocking=True))
+
+
+def _received(
+    images: Tensor | np.ndarray, labels: np.ndarray, indices: np.ndarray, bad: list[BadImage]
+) -> Batch:
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), bad)
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

@@ -24,7 +24,17 @@ from mlp_mixer.data.image import EncodedImage
 from mlp_mixer.data.items import BadImage, Source
 from mlp_mixer.data.sampler import batches_of_positions, locate, sample_generator
 from mlp_mixer.data.transforms import resize_for_evaluation
-from mlp_mixer.data.workers import on_child_end, raise_if_one_died, start_worker
+from mlp_mixer.data.workers import (
+    check_guard,
+    collate_and_share,
+    on_child_end,
+    raise_if_one_died,
+    start_worker,
+    starting,
+    while_waiting,
+    worker_context,
+    workers_that_start,
+)
 from mlp_mixer.errors import UserError
 from mlp_mixer.preprocessing import Preprocessing
 
@@ -32,6 +42,8 @@ from mlp_mixer.preprocessing import Preprocessing
 TrainingTransform = Callable[[EncodedImage, np.random.Generator], np.ndarray]
 
 TIMEOUT = 600.0  # seconds without a batch after which a worker is taken for hanging
+_LOOK_UP = 1.0  # seconds after which torch tells that no batch came
+_NONE_CAME = "DataLoader timed out"
 
 
 def training_batches(
@@ -78,8 +90,9 @@ def training_batches(
     places = ([locate(seed, each, len(source)) for each in batch] for batch in positions)
     if num_workers is None:  # at least one, so that images are made ready during the step
         num_workers = max(1, _workers(source, preprocessing))
-    for batch in _load(images, places, num_workers, timeout, pin_memory):
-        if len(batch.labels) < batch_size // world_size:
+    share = batch_size // world_size
+    for batch in _load(images, places, share, num_workers, timeout, pin_memory):
+        if len(batch.labels) < share:
             raise UserError("none of the images can be decoded", where=source.name)
         yield batch
 
@@ -111,7 +124,7 @@ def evaluation_batches(
     batches = (indices[at : at + batch_size] for at in range(0, len(indices), batch_size))
     if num_workers is None:
         num_workers = _workers(source, preprocessing)
-    return _load(images, batches, num_workers, timeout)
+    return _load(images, batches, batch_size, num_workers, timeout)
 
 
 class _Images(Dataset[Sample]):
@@ -121,6 +134,12 @@ class _Images(Dataset[Sample]):
         self.source, self.preprocessing = source, preprocessing
         # For each worker: its process, the image that it is at (-1: none), when it began (ns).
         self.watched = torch.empty(0, 3, dtype=torch.int64)
+
+    @property
+    def pixels(self) -> int:
+        """Bytes of one image in a batch."""
+        height, width = self.preprocessing.image_size
+        return height * width * self.preprocessing.channels
 
     def open(self, index: int, bad: list[BadImage]) -> EncodedImage | None:
         """Returns the image with its header read, or None and a line in `bad`."""
@@ -209,6 +228,7 @@ class _EvaluationImages(_Images):
 def _load(
     images: _Images,
     batches: Iterable[Iterable[Any]],
+    batch_size: int,
     num_workers: int,
     timeout: float,
     pin_memory: bool = False,
@@ -217,24 +237,31 @@ def _load(
     if not 0 <= num_workers <= most:
         what = f"num_workers must be from 0 to {most} on this machine, got {num_workers}"
         raise UserError(what, fix="Leave it out: the number is chosen by the size of the data")
+    num_workers = workers_that_start(
+        num_workers, min(batch_size, len(images.source)) * images.pixels
+    )
     closing = torch.zeros(1, dtype=torch.uint8)
     if num_workers:
+        check_guard()
         images.watched = torch.full((num_workers, 3), -1, dtype=torch.int64).share_memory_()
         closing = closing.share_memory_()
         atexit.register(closing.fill_, 1)  # before multiprocessing ends the workers and waits
-    with warnings.catch_warnings():  # more workers than cores are the user's choice
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
+    with warnings.catch_warnings():
+        # More workers than cores are the user's choice; they use none of this process's threads.
+        warnings.filterwarnings("ignore", message="This DataLoader will create|.*use of fork")
         loader: Iterable[Batch] = DataLoader(
             images,
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]  (any iterable of lists)
             num_workers=num_workers,
-            collate_fn=collate,
-            timeout=timeout if num_workers else 0,
+            collate_fn=collate_and_share if num_workers else collate,
+            timeout=_LOOK_UP if num_workers else 0,
             worker_init_fn=functools.partial(start_worker, images.watched, closing),
+            multiprocessing_context=worker_context() if num_workers else None,
             pin_memory=pin_memory,
         )
         before = on_child_end(signal.SIG_DFL)
-        loaded = iter(loader)
+        with starting():
+            loaded = iter(loader)
         on_child_end(before)
     return _named_failures(images, loaded, timeout, closing)
 
@@ -250,7 +277,7 @@ def _named_failures(
             before = on_child_end(raise_if_one_died)
             try:
                 raise_if_one_died()
-                batch = next(batches, None)
+                batch = _wait(batches, timeout)
             finally:
                 on_child_end(before)
             if batch is None:
@@ -261,7 +288,7 @@ def _named_failures(
         if message.startswith("DataLoader worker (pid"):
             what = f"{images.suspect(message)}, ended without a word: {message}"
             fix = "Out of memory? Then fewer: --num-workers 1. Else look at that image"
-        elif message.startswith("DataLoader timed out"):
+        elif message.startswith(_NONE_CAME):
             what = f"no batch for {timeout:g} seconds; {images.suspect('')}"
             fix = "A slow disk or network? In training --set data.timeout=SECONDS, 0 for no limit"
         else:
@@ -270,6 +297,19 @@ def _named_failures(
     finally:
         closing.fill_(1)
         atexit.unregister(closing.fill_)
+
+
+def _wait(batches: Iterator[Batch], timeout: float) -> Batch | None:
+    """Returns the next batch, None at the end; looks up now and then, as a worker may have died."""
+    begun = time.monotonic()
+    while True:
+        try:
+            return next(batches, None)
+        except RuntimeError as error:
+            waited = time.monotonic() - begun
+            if not str(error).startswith(_NONE_CAME) or 0 < timeout <= waited:
+                raise
+        while_waiting.get()()
 
 
 def most_workers() -> int:

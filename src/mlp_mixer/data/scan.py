@@ -28,6 +28,12 @@ from PIL import ExifTags, Image
 
 from mlp_mixer.data.image import FORMATS, EncodedImage
 from mlp_mixer.data.items import BadImage, Source
+from mlp_mixer.data.workers import (
+    check_guard,
+    starting,
+    worker_context,
+    workers_that_start,
+)
 from mlp_mixer.errors import UserError
 
 THUMBNAIL = 16  # pixels a side
@@ -233,12 +239,20 @@ def _pool(
         num_workers = min(8, os.cpu_count() or 1) if num_images > _FEW else 0
     if num_workers < 0:
         raise UserError(f"num_workers must be at least 0, got {num_workers}")
+    num_workers = workers_that_start(num_workers)
     if num_workers == 0:
         yield lambda function, chunks: map(functools.partial(function, sources), chunks)
         return
-    pool = ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(sources,))
+    check_guard()
+    with starting():
+        pool = ProcessPoolExecutor(num_workers, worker_context(), _start_worker, (sources,))
+
+    def run(function: Callable[..., Any], chunks: list[Any]) -> Iterator[Any]:
+        with starting():
+            return pool.map(functools.partial(_in_worker, function), chunks)
+
     try:
-        yield lambda function, chunks: pool.map(functools.partial(_in_worker, function), chunks)
+        yield run
     except BrokenProcessPool as error:
         what = "a process that reads the images was killed; perhaps the memory is full"
         raise UserError(what, fix="Use fewer --num-workers; 0 reads in one process") from error

@@ -18,6 +18,7 @@ from typing import Any
 from mlp_mixer.console import Reporter, table
 from mlp_mixer.data.source_names import parse_name
 from mlp_mixer.data.sources import open_splits
+from mlp_mixer.data.workers import check_guard
 from mlp_mixer.disk import expand
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.config import TrainConfig
@@ -58,6 +59,7 @@ def finetune(
         UserError: as `train`; or the output holds something else. Nothing has been written where it
             is a setting or the data that is wrong.
     """
+    check_guard(config.data.num_workers)
     if not config.model.weights:
         what = "fine-tuning begins with trained weights, and none are given"
         raise UserError(what, where="model.weights", fix="mixer finetune CHECKPOINT --data SOURCE")

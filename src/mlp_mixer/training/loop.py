@@ -18,6 +18,7 @@ from mlp_mixer.data.loader import most_workers, training_batches
 from mlp_mixer.data.sampler import step_generator
 from mlp_mixer.data.source_names import parse_name
 from mlp_mixer.data.transforms import normalize
+from mlp_mixer.data.workers import check_guard
 from mlp_mixer.errors import UserError
 from mlp_mixer.evaluation.pictures import save_figure
 from mlp_mixer.models.layers import draw_stochastic_depth
@@ -37,7 +38,7 @@ from mlp_mixer.training.schedule import check_warmup
 from mlp_mixer.training.start import build_model, length
 from mlp_mixer.training.state import RunState
 from mlp_mixer.training.step import DivergedError, NotFiniteError
-from mlp_mixer.training.stopping import StopRequest, end
+from mlp_mixer.training.stopping import NoBatchCame, StopRequest, end
 from mlp_mixer.training.summary import TrainResult, announce, finish, resume_command
 from mlp_mixer.weights.store import save_model
 
@@ -74,6 +75,7 @@ def train(
             (`DivergedError`).
     """
     config = recipe(config) if isinstance(config, str) else config
+    check_guard(config.data.num_workers)
     with contextlib.ExitStack() as afterwards:
         world, device = afterwards.enter_context(joined(config.device))
         # Check everything before anything is written.
@@ -184,26 +186,38 @@ class Trainer:
             StopRequest(saves=config.keep_checkpoints > 0) as stop,
             self.report.progress(self.num_steps, "steps", state.step) as bar,
         ):
-            for step, batch in enumerate(on_device(batches, self.compute.device), state.step):
-                self.note_bad(batch)
-                self.train_step(step, batch)
-                self.show_step(bar, step)
-                is_best = False
-                if step + 1 in due:
-                    is_best = self.evaluate()
-                number = self.world.largest(stop.signal)
-                if self.save_is_due(step + 1 in due) or is_best or number or state.finished:
-                    state.save(is_best=is_best)
-                if number:
-                    state.checkpoints.wait()
-                    self.report.say(f"\nstopped after step {step + 1:,} of {self.num_steps:,}")
-                    if config.keep_checkpoints:
-                        self.report.say(f"to go on: {resume_command(self.run_folder, self.world)}")
-                    else:
-                        self.report.say("the run keeps no checkpoints and cannot go on")
-                    end(number)
-                if state.finished:
-                    break
+            try:
+                for step, batch in enumerate(on_device(batches, self.compute.device), state.step):
+                    self.note_bad(batch)
+                    self.train_step(step, batch)
+                    self.show_step(bar, step)
+                    is_best = False
+                    if step + 1 in due:
+                        is_best = self.evaluate()
+                    number = self.world.largest(stop.signal)
+                    if self.save_is_due(step + 1 in due) or is_best or number or state.finished:
+                        state.save(is_best=is_best)
+                    if number:
+                        self.end(number)
+                    if state.finished:
+                        break
+            except NoBatchCame:
+                # Not in the middle of an evaluation, which would be left out when the run goes on;
+                # and of several processes only this one may be waiting.
+                between = state.step not in due or state.step == state.last_result_at
+                if state.step and between and self.world.size == 1:
+                    state.save(is_best=False)
+                self.end(stop.signal)
+
+    def end(self, number: int) -> NoReturn:
+        """Ends the run as the signal wants it, and says how to go on."""
+        self.state.checkpoints.wait()
+        self.report.say(f"\nstopped after step {self.state.step:,} of {self.num_steps:,}")
+        if self.config.keep_checkpoints:
+            self.report.say(f"to go on: {resume_command(self.run_folder, self.world)}")
+        else:
+            self.report.say("the run keeps no checkpoints and cannot go on")
+        end(number)
 
     def evaluation_steps(self) -> set[int]:
         """Returns the numbers of steps done after which the validation images are looked at."""

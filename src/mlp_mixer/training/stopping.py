@@ -7,14 +7,22 @@ import signal
 import threading
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
+
+from mlp_mixer.data.workers import while_waiting
 
 # torchrun passes on a signal that its whole process group has received already.
 _SAME_SIGNAL = 3.0  # seconds
 
 
+class NoBatchCame(Exception):
+    """A signal came while a batch was waited for, which may never come."""
+
+
 class StopRequest:
     """Notices SIGTERM and SIGINT while its block runs.
+
+    A loader that waits for a batch then raises `NoBatchCame`.
 
     Args:
         saves: whether the run keeps checkpoints, for what is said.
@@ -32,12 +40,18 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._notice)
+        self._token = while_waiting.set(self._stop_waiting)
         return self
 
     def __exit__(self, *_: object) -> None:
+        while_waiting.reset(self._token)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+
+    def _stop_waiting(self) -> None:
+        if self.signal:
+            raise NoBatchCame
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -50,7 +64,7 @@ class StopRequest:
             os._exit(128 + number)
 
 
-def end(number: int) -> None:
+def end(number: int) -> NoReturn:
     """Ends the run as the signal would have: KeyboardInterrupt, or exit code 143.
 
     Raises:

@@ -1,0 +1,158 @@
+"""Worker processes that cannot start as usual: no guard, little shared memory, no answer."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlp_mixer as mm
+from conftest import tiny_config
+from runs import DROPOUT, check_same, make_data, run_config, start, steps_of, train, unix, until
+
+SCRIPT = """
+import multiprocessing
+import sys
+
+import mlp_mixer as mm
+
+def work():
+    config = mm.TrainConfig.from_json({config})
+    result = mm.train(config, quiet=True)
+    tested = mm.evaluate(mm.load_model(result.run_folder), {data!r} + ":validation", num_workers=2)
+    print("reached", tested.top1, result.history[-1]["validation_top1"])
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method({method!r})
+{call}
+"""
+GUARDED, BARE = "    work()", "work()"
+
+
+def run_script(folder: Path, method: str, call: str) -> subprocess.CompletedProcess[str]:
+    config = tiny_config(str(make_data(folder / "data")), folder / "run", data__num_workers=2)
+    text = SCRIPT.format(
+        config=config.to_json(), data=str(folder / "data"), method=method, call=call
+    )
+    (folder / "script.py").write_text(text)
+    return subprocess.run(
+        [sys.executable, folder / "script.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_script_without_a_guard(tmp_path: Path, method: str):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip("not on this system")
+    done = run_script(tmp_path, method, BARE)
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1  # that of the script, none of the workers
+    assert "__name__ == '__main__'" in done.stderr.splitlines()[-1]
+    assert str(tmp_path / "script.py") in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_script_with_a_guard(tmp_path: Path, method: str):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip("not on this system")
+    done = run_script(tmp_path, method, GUARDED)
+    assert (done.returncode, done.stderr) == (0, "")
+    reached = done.stdout.split()
+    assert reached[0] == "reached"
+    assert reached[1] == reached[2]
+    config = tiny_config(str(tmp_path / "data"), tmp_path / "here", data__num_workers=0)
+    mm.train(config, quiet=True)
+    assert steps_of(tmp_path / "run") == steps_of(tmp_path / "here")
+
+
+def test_a_process_of_the_users_that_runs_the_script_again(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(mm.UserError, match="Guard"):
+        mm.train(tiny_config(str(make_data(tmp_path / "data")), tmp_path / "run"), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+# A worker that never answers
+
+HANG = """
+import torch.utils.data._utils as parts
+patch.setattr(parts, "MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds that it may take to end
+def hang(self, image, random, call=loop.Augmentation.__call__):
+    log = Path(FOLDER, "run", "metrics.jsonl")
+    if STEPS and not (log.exists() and len(log.read_text().splitlines()) >= STEPS):
+        return call(self, image, random)
+    Path(FOLDER, "hangs").touch()
+    while True:
+        time.sleep(1)
+
+patch.setattr(loop.Augmentation, "__call__", hang)
+"""
+
+
+@unix
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_signal_while_a_batch_is_waited_for(tmp_path: Path, steps: int):
+    data = make_data(tmp_path / "data")
+    config = run_config(data, tmp_path / "run", **DROPOUT, data__num_workers=1)
+    fault = HANG.replace("STEPS", str(steps)).replace("FOLDER", repr(str(tmp_path)))
+    process = start(config, tmp_path / "said", fault)
+    until((tmp_path / "hangs").exists, 60.0, process.said)
+    process.send(signal.SIGTERM)
+    assert process.wait(30.0) == 143
+    assert "Traceback" not in process.said()
+    done = int(re.findall(r"stopped after step (\d+) of 30", process.said())[0])
+    assert (done > 0) == (steps > 0)
+    check_same(train(config), train(run_config(data, tmp_path / "straight", **DROPOUT)))
+    if steps:
+        assert f"resumed  after step {done} " in (tmp_path / "run" / "log.txt").read_text()
+
+
+# A small /dev/shm, as Docker's: a file system of its own in a namespace of its own
+
+LOAD = """
+import sys
+from mlp_mixer.data.loader import evaluation_batches
+from mlp_mixer.data.sources import open_splits
+from mlp_mixer.preprocessing import Preprocessing
+source, size = open_splits(sys.argv[1])["train"], Preprocessing(image_size=(64, 64))
+def load(num_workers):
+    batches = evaluation_batches(source, size, batch_size=10, num_workers=num_workers, timeout=60)
+    return [each.images.tolist() for each in batches]
+print("same" if load(2) == load(0) else "other")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["size=1200k", "size=64k", "size=4k", "size=2m,ro"])
+def test_a_small_place_for_shared_memory(tmp_path: Path, options: str):
+    mount = f"mount -t tmpfs -o {options} tmpfs /dev/shm && "
+    enter = ["unshare", "--mount", "sh", "-c"]
+    try:
+        tried = subprocess.run([*enter, mount + "true"], capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no unshare here")
+    if tried.returncode:
+        pytest.skip("no permission to mount a file system")
+    make_data(tmp_path / "data")
+    done = subprocess.run(
+        [*enter, mount + 'exec "$0" "$@"', sys.executable, "-c", LOAD, tmp_path / "data"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (0, "same\n"), done.stderr
+    assert done.stderr.startswith("note     /dev/shm")
+    assert done.stderr.count("\n") == 1
