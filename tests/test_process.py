@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -98,3 +99,20 @@ def test_torchs_openmp_reads_it() -> None:
     if "GOMP_SPINCOUNT" not in done.stderr:
         pytest.skip("torch brings another OpenMP")
     assert f"GOMP_SPINCOUNT = '{SPIN_COUNT}'" in done.stderr
+
+
+STREAMS = """
+import sys
+from mlp_mixer.process import open_standard_streams
+open_standard_streams()
+print("nowhere"), print("nowhere", file=sys.stderr)
+with open(sys.argv[1], "w") as file:
+    file.write(f"{file.fileno() > 2} {sys.stdin.read()!r}")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="closes streams as a Unix shell does")
+def test_closed_standard_streams_are_empty_and_take_everything(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STREAMS, tmp_path / "file"]
+    subprocess.run(["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *command], check=True)
+    assert (tmp_path / "file").read_text() == "True ''"

@@ -7,8 +7,10 @@ exception that derives from ValueError.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -38,3 +40,29 @@ def near_names(name: str, known: Iterable[str]) -> str:
     """Returns 'Did you mean X or Y? ' for the known names nearest to `name`, or ''."""
     near = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.5)
     return f"Did you mean {' or '.join(near)}? " if near else ""
+
+
+# How numpy, torch, CUDA, ONNX Runtime and C++ say that they got no memory.
+_NO_MEMORY = (
+    r"can't allocate memory|Cannot allocate memory|Unable to allocate|[Oo]ut of memory|bad_alloc"
+    r"|[Ff]ailed to allocate memory|MemoryError"
+)
+
+
+@contextlib.contextmanager
+def named_memory_errors() -> Iterator[None]:
+    """Turns what any library raises for want of memory into one `UserError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, MemoryError) and not re.search(_NO_MEMORY, text):
+            raise
+        asked = re.search(r"(?:allocate|buffer of size:?) (\d+(?: bytes)?|[\d.]+ .?iB)", text)
+        what = "there is not enough memory"
+        if asked:
+            amount = asked[1].removesuffix(" bytes")
+            amount = f"{int(amount) / 2**30:,.2f} GiB" if amount.isdecimal() else amount
+            what += f": {amount} were asked for at once"
+        fix = "A smaller --batch-size, --image-size or model, or fewer --num-workers"
+        raise UserError(what, fix=fix) from error

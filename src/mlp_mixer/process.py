@@ -6,6 +6,8 @@ import ctypes
 import os
 import sys
 
+from mlp_mixer.errors import UserError
+
 # How long threads of OpenMP that wait for the others look again and again before they sleep: turns
 # of a loop (libgomp's default is 300,000, some 3 ms) and ms (Intel's and LLVM's, 200). Meanwhile
 # they keep the core from whoever has the work that they wait for (benchmarks/shared_machine.md).
@@ -48,3 +50,26 @@ def keep_freed_memory() -> bool:
     # An older glibc takes no threshold above 32 MiB; setting one ends that it moves by itself.
     taken = mallopt(_MMAP_THRESHOLD, 2**30) or mallopt(_MMAP_THRESHOLD, 2**25)
     return bool(taken and mallopt(_TRIM_THRESHOLD, _NEVER) and mallopt(_TOP_PAD, 2**26))
+
+
+def open_standard_streams() -> None:
+    """Opens /dev/null where standard input, output or error is closed, as in `mixer ... <&-`.
+
+    The next file to be opened would take its number, and get what is meant for the stream.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, number)
+            if null != number:
+                os.close(null)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
+
+
+def refuse_removed_folder() -> None:
+    """Raises UserError where the working directory is no longer there; torch would not load."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        what = "the working directory has been removed"
+        raise UserError(what, fix="Change into a folder that exists: cd") from error

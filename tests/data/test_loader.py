@@ -196,7 +196,7 @@ def test_more_processes_than_the_system_gives(class_folder: Path, monkeypatch):
     def no_more(_: object) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(multiprocessing.context.ForkProcess, "start", no_more)
+    monkeypatch.setattr(multiprocessing.get_context("fork").Process, "start", no_more)
     source = open_splits(str(class_folder))["train"]
     with pytest.raises(UserError, match="cannot be started.*temporarily unavailable") as caught:
         load(source, 0, 3, num_workers=2)

@@ -7,10 +7,14 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import mlp_mixer as mm
 from conftest import mixer
+from mlp_mixer.errors import named_memory_errors
+from mlp_mixer.models import compute
 from mlp_mixer.training import loop
 from runs import files, make_data, run_config, train, typed_settings
 
@@ -64,6 +68,11 @@ def refused(
         ("--set label_smoothing=0.1 --set loss=sigmoid", "no effect with the sigmoid loss", "=0"),
         ("--holdout 0.2", "holdout 0.2 has no effect: the data has validation", "Leave it out"),
         ("--set optimizer.warmup=900 --steps 30", "never reach its learning rate", "warmup"),
+        ("--set num_threads=100000", "threads must be from 1 to [0-9]+ .*, got 100000", "out"),
+        ("--set model.overrides.hidden_dim=99999999999", "weights needs [0-9,]+ GiB", "smaller"),
+        ("--set model.overrides.num_blocks=1000000000000", "10,000 blocks, got 1,000,000,0", None),
+        ("--image-size 960000", "weights needs [0-9,]+ GiB, the machine has", "smaller"),
+        ("--model cycle_mlp_b1 --set model.overrides.dims=[64,128,320,9999999]", "GiB", "smaller"),
         ("--set x", "--set takes section.name=value, got 'x'", "for example"),
     ],
 )
@@ -96,6 +105,50 @@ def test_what_only_the_model_shows_leaves_nothing_either(old, tmp_path, capsys):
     typed = ["--data", old / "data", "--output", tmp_path / "run", "--image-size", 40]
     text, _ = refused(capsys, tmp_path, "train", *typed, "--model", "mixer_s32")
     assert "image size 40x40 is not divisible by the patch size 32" in text
+
+
+def test_what_the_optimizer_needs_is_counted_before_the_run(old, tmp_path, capsys, monkeypatch):
+    """A model's weights fit; with gradients and both moments they do not."""
+    weights = 4 * mm.create_model("mixer_s32", 32, 3, num_blocks=1).config.num_parameters
+    monkeypatch.setattr(compute, "total_memory", lambda _: 3 * weights)
+    typed = ["--image-size", 32, "--model", "mixer_s32", "--set", "model.overrides.num_blocks=1"]
+    given = ["train", "--data", old / "data", "--output", tmp_path / "run", *typed]
+    text, _ = refused(capsys, tmp_path, *given)
+    assert re.search(r"training [0-9,]+ weights with adamw needs", text)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: torch.empty(2**50),
+        lambda: np.empty(2**60, np.uint8),
+        lambda: bytearray(2**60),
+    ],
+)
+def test_memory_that_cannot_be_had(capsys, monkeypatch, ask):
+    with pytest.raises(mm.UserError, match="not enough memory") as caught, named_memory_errors():
+        ask()
+    assert "--batch-size" in str(caught.value.fix)
+    monkeypatch.setattr("mlp_mixer.cli.main.parse", lambda *_: ask())
+    code, out, err = mixer(capsys, "models")
+    assert (code, out, err.count("error: "), err.count("Traceback")) == (2, "", 1, 0)
+
+
+def test_how_much_memory_was_asked_for():
+    with pytest.raises(mm.UserError, match=r"4,194,304\.00 GiB"), named_memory_errors():
+        torch.empty(2**50)
+    with pytest.raises(RuntimeError, match="^another$"), named_memory_errors():
+        raise RuntimeError("another")
+
+
+def test_a_removed_working_directory(capsys, monkeypatch):
+    def removed() -> str:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "getcwd", removed)
+    code, out, err = mixer(capsys, "--version")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: the working directory has been removed")
 
 
 # The run folder

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlp_mixer.cli.verbs import GROUPS, VERBS
-from mlp_mixer.errors import UserError, near_names
-from mlp_mixer.process import keep_freed_memory
+from mlp_mixer.errors import UserError, named_memory_errors, near_names
+from mlp_mixer.process import keep_freed_memory, open_standard_streams, refuse_removed_folder
 
 DESCRIPTION = """MLP-Mixer in PyTorch: train, evaluate and use all-MLP image classifiers.
 
@@ -44,12 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [each for each in given if each != "--debug"]
+    open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names need not be valid text
             stream.reconfigure(errors="mlp_mixer.escape")
     keep_freed_memory()
     try:
-        sys.exit(parse(given, VERBS) or 0)
+        refuse_removed_folder()
+        with named_memory_errors():
+            sys.exit(parse(given, VERBS) or 0)
     except UserError as error:
         if debug:
             raise

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from multiprocessing.context import BaseContext
 from typing import Any
 
 import cv2
@@ -37,7 +36,7 @@ _said: list[str] = []
 while_waiting: ContextVar[Callable[[], None]] = ContextVar("while_waiting", default=lambda: None)
 
 
-def worker_context() -> BaseContext:
+def worker_context() -> Any:
     """Returns how worker processes start: as the user has set it, else by fork on Linux.
 
     Python 3.14 no longer forks by default, because of threads; a worker uses none of its parent's,

@@ -12,7 +12,7 @@ from mlp_mixer.deploy.rows import OnRows, Prediction, Rows, predict_rows, watche
 from mlp_mixer.deploy.runner import is_exported, open_exported
 from mlp_mixer.deploy.tables import FILE_FORMATS, check_format, render, write_rows
 from mlp_mixer.disk import check_place, expand
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, named_memory_errors
 from mlp_mixer.models.device import put
 from mlp_mixer.models.layers import ImageClassifier
 from mlp_mixer.weights.store import load_model
@@ -20,6 +20,7 @@ from mlp_mixer.weights.store import load_model
 __all__ = ["Prediction", "check_output", "find_images", "predict", "predict_to_file", "render"]
 
 
+@named_memory_errors()
 def predict(
     model: ImageClassifier | str | Path,
     images: str | Path | Iterable[str | Path] | Source,

@@ -19,7 +19,7 @@ from mlp_mixer.data.classes import match_classes
 from mlp_mixer.data.items import BadImage, Source, subset
 from mlp_mixer.data.loader import TIMEOUT, evaluation_batches
 from mlp_mixer.data.transforms import normalize
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, named_memory_errors
 from mlp_mixer.evaluation.figures import Evaluation
 from mlp_mixer.models.device import put
 from mlp_mixer.models.inference import Inference, choose_precision
@@ -36,6 +36,7 @@ class Part:
     bad: list[BadImage]
 
 
+@named_memory_errors()
 def evaluate_part(
     model: ImageClassifier,
     source: Source,

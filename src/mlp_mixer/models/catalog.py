@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from mlp_mixer.errors import UserError, near_names
 from mlp_mixer.models.ablations import build_mixer
+from mlp_mixer.models.compute import refuse_if_too_large
 from mlp_mixer.models.cycle_mlp import CycleMLP, CycleMLPConfig
 from mlp_mixer.models.layers import ImageClassifier, ModelConfig
 from mlp_mixer.models.mixer import MixerConfig
@@ -93,6 +96,9 @@ FAMILIES: dict[str, tuple[type[Any], Callable[[Any], ImageClassifier]]] = {
 }
 
 
+_MOST_BLOCKS = 10_000  # whose objects alone take seconds and gigabytes
+
+
 def list_models() -> list[str]:
     """Returns the all-MLP models that `create_model` takes, smallest first within a family."""
     return list(ARCHITECTURES)
@@ -163,11 +169,31 @@ def create_model(
 
 
 def model_from_config(config: ModelConfig) -> ImageClassifier:
-    """Returns a new model with random weights for a configuration of any family."""
+    """Returns a new model with random weights for a configuration of any family.
+
+    Raises:
+        UserError: it has too many blocks, or its weights are larger than all memory.
+    """
+    _refuse_too_large(config)
     for config_type, model_type in FAMILIES.values():
         if type(config) is config_type:
             return model_type(config)
     raise TypeError(f"no model family has the configuration {type(config).__name__}")
+
+
+def _refuse_too_large(config: ModelConfig) -> None:
+    """Looks at the numbers alone: building what does not fit takes minutes before it fails."""
+    blocks = getattr(config, "num_blocks", 0)
+    if blocks > _MOST_BLOCKS:
+        raise UserError(f"a model has at most {_MOST_BLOCKS:,} blocks, got {blocks:,}")
+    values = 0
+    if isinstance(config, MixerConfig):
+        values = config.num_parameters
+    elif isinstance(config, CycleMLPConfig | VisionPermutatorConfig):  # of the MLPs alone
+        stages = zip(config.depths, config.dims, config.mlp_ratios, strict=True)
+        values = sum(2 * depth * ratio * dim**2 for depth, dim, ratio in stages)
+    if torch.get_default_device().type != "meta":
+        refuse_if_too_large(values, f"a model of {values:,} weights")
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:

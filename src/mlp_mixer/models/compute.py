@@ -108,6 +108,7 @@ def torch_set_to(
     is_chosen = fixed or num_threads is not None or _threads_are_chosen.get()
     chosen = _threads_are_chosen.set(is_chosen)
     if num_threads is not None:
+        check_threads(num_threads)
         torch.set_num_threads(num_threads)
     products: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = products.fp32_precision
@@ -136,13 +137,40 @@ def _prefer_onednn(products: Any) -> None:
         products.fp32_precision = before
 
 
+def check_threads(num_threads: int) -> None:
+    """Raises UserError for more threads than a machine can use: the system may give no more."""
+    most = max(256, 8 * (os.cpu_count() or 1))
+    if not 1 <= num_threads <= most:
+        what = f"threads must be from 1 to {most} on this machine, got {num_threads}"
+        raise UserError(what, where="num_threads", fix="Leave it out: torch takes the cores")
+
+
 def free_memory(device: torch.device) -> int | None:
     """Returns how many bytes can still be had on the device; None where that is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return _memory("MemAvailable")
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Returns the bytes of the device, of a processor with what it can swap; None: not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return _memory("MemTotal", "SwapTotal")
+
+
+def _memory(*names: str) -> int | None:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        return sum(int(lines[name].split()[0]) * 1024 for name in names)
     except (OSError, KeyError, ValueError):
         return None
+
+
+def refuse_if_too_large(num_values: int, what: str, device: str | torch.device = "cpu") -> None:
+    """Raises UserError where so many float32 values are more than all memory of the device."""
+    there, needed = total_memory(torch.device(device)) or 2**40, 4 * num_values
+    if needed > there:
+        gibibytes = f"{needed / 2**30:,.0f} GiB, the machine has {there / 2**30:,.0f}"
+        raise UserError(f"{what} needs {gibibytes}", fix="Take a smaller number")

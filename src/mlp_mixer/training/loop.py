@@ -19,13 +19,14 @@ from mlp_mixer.data.sampler import step_generator
 from mlp_mixer.data.source_names import parse_name
 from mlp_mixer.data.transforms import normalize
 from mlp_mixer.data.workers import check_guard
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, named_memory_errors
 from mlp_mixer.evaluation.pictures import save_figure
+from mlp_mixer.models.compute import refuse_if_too_large
 from mlp_mixer.models.layers import draw_stochastic_depth
 from mlp_mixer.training.card import model_card
 from mlp_mixer.training.compute import Compute, choose_compute, settings_of_torch
 from mlp_mixer.training.config import TrainConfig
-from mlp_mixer.training.cost import duration
+from mlp_mixer.training.cost import duration, training_memory
 from mlp_mixer.training.dataset import Augmentation, Splits, open_training_data, refuse_too_many
 from mlp_mixer.training.distributed import World, joined
 from mlp_mixer.training.losses import one_hot
@@ -59,6 +60,7 @@ def resume(run: str | Path, *, quiet: bool = False) -> TrainResult:
     return train(config_of(run), quiet=quiet)
 
 
+@named_memory_errors()
 def train(
     config: TrainConfig | str = "digits", *, quiet: bool = False, in_study: bool = False
 ) -> TrainResult:
@@ -116,6 +118,13 @@ def train(
         model = model.to(device)
         flops = model.config.flops
         compute = choose_compute(config, device, flops, num_steps, world.size)
+        trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+        half = compute.precision == "bfloat16"
+        need = training_memory(
+            model.config, trained, config, bfloat16=half, num_processes=world.size
+        )
+        what = f"training {trained:,} weights with {config.optimizer.name}"
+        refuse_if_too_large(need.state // 4, what, device)
         afterwards.enter_context(settings_of_torch(compute, config, flops))
         surroundings = environment(config, splits, device)
         report = Reporter(quiet=quiet or not world.is_first)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from mlp_mixer.errors import UserError
+from mlp_mixer.models.compute import refuse_if_too_large
 from mlp_mixer.models.cycle_mlp import CycleMLPConfig
 from mlp_mixer.models.layers import ModelConfig
 from mlp_mixer.models.mixer import MixerConfig
@@ -34,7 +35,6 @@ from mlp_mixer.weights.resolution import (
     GROWTHS,
     Growth,
     Tensors,
-    refuse_if_too_large,
     resize_tokens,
     resizing,
 )

@@ -23,7 +23,6 @@ Shapes: D hidden units of the token-mixing MLP, (h, w) the old grid, (H, W) the 
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Literal
 
 import torch
@@ -31,6 +30,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mlp_mixer.errors import UserError
+from mlp_mixer.models.compute import refuse_if_too_large
 from mlp_mixer.models.mixer import MixerConfig
 
 Growth = Literal["auto", "block-diagonal", "resample"]
@@ -91,18 +91,6 @@ def resize_tokens(
         return grown, f"block-diagonal, {factors[0]}x{factors[1]} tiles"
     resample(tensors, config, resized.grid, interpolation)
     return resized, f"resampled ({interpolation})"
-
-
-def refuse_if_too_large(num_parameters: int, what: str) -> None:
-    """Raises UserError where so many float32 numbers are more than the machine's memory."""
-    needed = 4 * num_parameters
-    try:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on this system
-        there = 2**40
-    if needed > there:
-        gibibytes = f"{needed / 2**30:,.0f} GiB, the machine has {there / 2**30:,.0f}"
-        raise UserError(f"{what} needs {gibibytes}", fix="Take a smaller number")
 
 
 def _whole_factors(old: tuple[int, int], new: tuple[int, int]) -> tuple[int, int] | None:

@@ -27,6 +27,7 @@ from mlp_mixer.console import Reporter
 from mlp_mixer.disk import Content, aside_folder, expand, parse_json, write_together
 from mlp_mixer.errors import UserError, near_names
 from mlp_mixer.models.catalog import config_to_json, model_from_config
+from mlp_mixer.models.compute import refuse_if_too_large
 from mlp_mixer.models.layers import ImageClassifier, ModelConfig
 from mlp_mixer.models.mixer import MixerConfig
 from mlp_mixer.models.timm_model import PREFIX, TimmModel, resized
@@ -38,7 +39,7 @@ from mlp_mixer.weights.files import read_weights
 from mlp_mixer.weights.growth import resize_model
 from mlp_mixer.weights.locate import locate
 from mlp_mixer.weights.npz import fingerprint
-from mlp_mixer.weights.resolution import GROWTHS, Growth, refuse_if_too_large
+from mlp_mixer.weights.resolution import GROWTHS, Growth
 from mlp_mixer.weights.timm_pretrained import load_pretrained
 
 FORMATS = ("mlp_mixer", "google", "timm")
