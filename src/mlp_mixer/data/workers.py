@@ -65,15 +65,15 @@ def check_guard(num_workers: int | None = None) -> None:
         if _PROBING in os.environ:
             os._exit(_UNGUARDED)  # the main process says why
         raise _missing_guard()  # the user's own process
-    method = worker_context().get_start_method()
-    if num_workers != 0 and method != "fork" and not multiprocessing.current_process().daemon:
-        _probe(method)
+    context, is_daemon = worker_context(), multiprocessing.current_process().daemon
+    if num_workers != 0 and context.get_start_method() != "fork" and not is_daemon:
+        _probe(context)
 
 
 @functools.cache
-def _probe(method: str) -> None:
+def _probe(context: Any) -> None:
     os.environ[_PROBING] = "1"
-    probe = multiprocessing.get_context(method).Process(target=os.getpid, daemon=True)
+    probe = context.Process(target=os.getpid, daemon=True)
     try:
         with starting():
             probe.start()
