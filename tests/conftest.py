@@ -35,6 +35,9 @@ if _neighbours > 1:
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
+NO_PROCESS = 2**22 + 1  # Linux gives no process such a number
+
+
 def draw(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
     """A picture, width x height, of noise on a colour that the seed chooses."""
     random = np.random.default_rng(seed)

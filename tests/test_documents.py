@@ -16,6 +16,7 @@ from conftest import ROOT
 from mlp_mixer.cli.main import parse
 from mlp_mixer.cli.verbs import VERBS
 from mlp_mixer.training.loop import build_model
+from mlp_mixer.weights.checkpoints import CHECKPOINTS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HELP = [verb.__doc__ or "" for verb in VERBS.values()]
@@ -99,3 +100,8 @@ def test_the_public_names():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in re.findall(r"\bmm\.(\w+)", readme):
         assert name in mm.__all__, f"the README uses mm.{name}"
+
+
+def test_the_number_of_checkpoints():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"(\d+) published checkpoints", text) == [str(len(CHECKPOINTS))]

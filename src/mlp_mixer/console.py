@@ -19,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mlp_mixer.disk import naming
+
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
@@ -56,7 +58,10 @@ class Reporter:
 
     def _flush(self) -> None:
         assert self._log is not None
-        with self._log.open("a", encoding="utf-8", errors="surrogateescape") as file:
+        with (
+            naming(self._log),
+            self._log.open("a", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             file.writelines(f"{line}\n" for line in self._said)
         self._said.clear()
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
+import heapq
 import re
 from collections.abc import Iterable, Iterator
 
@@ -37,9 +39,43 @@ class UserError(ValueError):
 
 
 def near_names(name: str, known: Iterable[str]) -> str:
-    """Returns 'Did you mean X or Y? ' for the known names nearest to `name`, or ''."""
-    near = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.5)
-    return f"Did you mean {' or '.join(near)}? " if near else ""
+    """Returns 'Did you mean X or Y? ' for known names that `name` is nearly, or ''.
+
+    Of a name with dots the last part may stand for the whole.
+    """
+    wanted = name.lower()
+
+    def likeness(each: str) -> float:
+        ends = {each.lower(), each.lower().rpartition(".")[2]}
+        return max(difflib.SequenceMatcher(None, end, wanted).ratio() for end in ends)
+
+    near = heapq.nlargest(3, ((likeness(each), each) for each in known))
+    names = [each for likely, each in near if likely >= 0.65]
+    return f"Did you mean {' or '.join(names)}? " if names else ""
+
+
+def plural(number: int, noun: str) -> str:
+    """Returns "1 image" or "1,234 images", as of any noun that takes an s, or es behind an s."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+# What to do about an error of the system, by its number.
+_FIXES = {
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT), "Free some space there, or give a place on another disk"
+    ),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        "Give a place that you may use, or change its mode",
+    ),
+    errno.EMFILE: "Raise the limit of open files (ulimit -n), or take fewer: --num-workers 1",
+    errno.ENAMETOOLONG: "Give a shorter name",
+}
+
+
+def fix_of(error: OSError) -> str | None:
+    """Returns what to do about a full disk and its like, for the end of a message."""
+    return None if error.errno is None else _FIXES.get(error.errno)
 
 
 # How numpy, torch, CUDA, ONNX Runtime and C++ say that they got no memory.

@@ -121,7 +121,7 @@ def test_features_are_said_and_written(capsys, photos, tmp_path):
         (["--output", "out", "--part-size", "0"], "part_size must be at least 1, got 0"),
         (["--output", "out", "--format", "json"], "unknown format of parts 'json'"),
         (["--output", "photos"], "the output's folder holds something else"),
-        (["--output", "model.safetensors/"], "the output is a file, and a folder is needed"),
+        (["--output", "model.safetensors/"], "the output is a file"),
         (["--output", "out", "--precision", "half"], "unknown precision 'half'"),
         (["--output", "out", "--batch-size", "0"], "batch_size must be at least 1"),
         (["--output", "out", "--top-k", "0"], "top_k must be at least 1, got 0"),

@@ -36,7 +36,11 @@ def test_a_report(capsys, tmp_path, monkeypatch):
         "picture  report/pictures/throughput.png",
     ]
     assert "54.32" in (tmp_path / "report" / "report.md").read_text()
-    assert mixer(capsys, "report", "in/deep/f.json")[0] == 0  # an older report is replaced
+    code, _, err = mixer(capsys, "report", "in/deep/f.json")
+    assert code == 2
+    assert "report.md" in err
+    assert "54.32" in (tmp_path / "report" / "report.md").read_text()
+    assert mixer(capsys, "report", "in/deep/f.json", "--overwrite")[0] == 0
     assert "54.32" not in (tmp_path / "report" / "report.md").read_text()
 
 
@@ -44,7 +48,7 @@ def test_a_report_is_no_measurement_and_its_folder_may_be_searched(capsys, tmp_p
     monkeypatch.chdir(write(tmp_path / "in", e=small_evaluation()))
     assert mixer(capsys, "report", ".")[0] == 0
     before = Path("report/report.md").read_text()
-    assert mixer(capsys, "report", ".")[0] == 0
+    assert mixer(capsys, "report", ".", "--overwrite")[0] == 0
     assert Path("report/report.md").read_text() == before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 
 import mlp_mixer as mm
-from conftest import draw, encode, make_class_folder, tiny_model
+from conftest import NO_PROCESS, draw, encode, make_class_folder, tiny_model
 from mlp_mixer.data.items import EncodedImages, PackedBytes, Source, subset
 from mlp_mixer.deploy.answers import make_question
 from mlp_mixer.deploy.inputs import find_images
 from mlp_mixer.deploy.parts import predict_parts
 from mlp_mixer.deploy.plan import Plan, check_folder, choose_part_size, is_folder
 from mlp_mixer.deploy.predict import predict_to_file
+from mlp_mixer.disk import partial_of
 from mlp_mixer.preprocessing import Preprocessing
 from runs import kill_what_is_left, start, start_two, unix
 
@@ -211,7 +213,7 @@ def test_folders_that_cannot_be(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "holiday.jpg").write_text("x")
     cases: tuple[tuple[Path, dict[str, Any], str], ...] = (
-        (tmp_path / "file", {}, "the output is a file, and a folder is needed"),
+        (tmp_path / "file", {}, "the output is a file"),
         (tmp_path / "file" / "deep", {}, "cannot be written to"),
         (tmp_path / "mine", {}, "holds something else, such as 'holiday.jpg'"),
         (tmp_path / "new", {"kind": "json"}, "unknown format of parts 'json'"),
@@ -253,9 +255,13 @@ def test_a_full_disk_leaves_nothing_half_written(model, album, tmp_path, monkeyp
 
 def test_what_a_killed_process_left_is_swept_away(model, album, tmp_path):
     parts(model, album, tmp_path / "out")
-    (tmp_path / "out/.part-00001-of-00003.csv.123.partial").write_text("half a row")
+    part = tmp_path / "out/part-00001-of-00003.csv"
+    dead, living = partial_of(part, NO_PROCESS), partial_of(part, os.getppid())
+    dead.write_text("half a row")
+    living.write_text("somebody else's half a row")
     parts(model, album, tmp_path / "out")
-    assert len(contents(tmp_path / "out")) == 4
+    assert (dead.exists(), living.exists()) == (False, True)
+    assert len(contents(tmp_path / "out")) == 4 + 1
 
 
 def repeated(times: int) -> Source:

@@ -154,7 +154,7 @@ def test_a_variant_is_said_and_the_rest_is_drawn(tmp_path):
     both = mm.inspect(model, compare=random_weights(model))
     assert both.notes == found.notes  # what is true of both is said once
     with pytest.raises(mm.UserError, match="no token-mixing layer 1 that can be drawn"):
-        mm.inspect(model, output=tmp_path, layers=[1])
+        mm.inspect(model, output=tmp_path, layers=[1], overwrite=True)
 
 
 def test_different_shapes_can_be_compared(tmp_path):

@@ -49,6 +49,8 @@ def test_an_unknown_name_gives_near_ones():
 def test_an_unknown_setting_gives_near_ones():
     with pytest.raises(mm.UserError, match=r"no setting 'drop_out'[\s\S]*Did you mean dropout"):
         mm.create_model("mixer_b16", drop_out=0.1)
+    with pytest.raises(mm.UserError, match=r"mm\.load_model\(\"mixer_b16\.i21k\"\)"):
+        mm.create_model("mixer_b16", pretrained=True)
     with pytest.raises(mm.UserError, match="cannot build mixer_s16"):
         mm.create_model("mixer_s16", num_blocks="many")
 

@@ -86,8 +86,8 @@ def test_the_folder_of_a_study(finished):
     weights = (folder / "best" / "model.safetensors").read_bytes()
     assert weights == (folder / "seed-3" / "best" / "model.safetensors").read_bytes()
     card = (folder / "best" / "README.md").read_text()
-    assert f"mixer predict {folder / 'best'} photo.jpg" in card
-    assert "seed-3" not in card
+    assert "mixer predict . photo.jpg" in card
+    assert str(place) not in card
     assert result.summary() in card
     values = json.loads((folder / "finetune.json").read_text())
     assert values["mean"] == result.mean

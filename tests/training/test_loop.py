@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from conftest import draw, tiny_config
 from mlp_mixer.data.fingerprint import fingerprint
 from mlp_mixer.data.sources import open_splits
 from mlp_mixer.training import loop, summary
+from mlp_mixer.training.pictures import curves
 from mlp_mixer.training.run_folder import planned_path
 
 PICTURES = [*("confusion", "curves", "predictions", "reliability", "train_batch", "worst_mistakes")]
@@ -52,7 +54,7 @@ def test_the_run_folder(trained: mm.TrainResult):
     assert environment["packages"]["torch"] == torch.__version__
     assert environment["data"]["training_images"] == 1259
     steps = steps_of(run)
-    assert [step["step"] for step in steps] == [0, 10, 20, 30, 40, 50, 58]
+    assert [step["step"] for step in steps] == list(range(59))  # of a short run, every one
     assert steps[0]["loss"] == pytest.approx(np.log(10), rel=1e-5)  # a zero head knows nothing
     assert steps[-1]["loss"] < steps[0]["loss"]
 
@@ -91,10 +93,38 @@ def test_test_images_are_measured_at_the_end(trained: mm.TrainResult):
 
 def test_the_model_card(trained: mm.TrainResult):
     card = (trained.run_folder / "best" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: mlp_mixer\n")
+    assert card.startswith('---\nlibrary_name: "mlp_mixer"\n')
     assert f"| 359 | digits:test | {trained.test.top1:.2%} |" in card
     assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in card
     assert "seed 0: 3 epochs of 1,259 images" in card
+
+
+@pytest.mark.parametrize(("length", "total"), [({"epochs": 7}, "7"), ({"steps": 4}, "1.6")])
+def test_the_screen_ends_with_the_last_epoch(class_folder: Path, tmp_path: Path, length, total):
+    config = tiny_config(str(class_folder), tmp_path / "run").with_values(
+        {"evaluate_every": 2, **length}
+    )
+    mm.train(config, quiet=True)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    shown = re.findall(r"^epoch +([\d.]+)/([\d.]+) ", log, flags=re.MULTILINE)
+    assert float(shown[-1][0]) == float(total)
+    assert {end for _, end in shown} == {total}
+
+
+def test_the_loss_has_plain_numbers(tmp_path: Path):
+    for losses in ([1.83, 1.8, 1.76], [2.3, 0.4, 0.02]):
+        lines = [
+            json.dumps({"epoch": at, "loss": loss, "learning_rate": 0.1})
+            for at, loss in enumerate(losses)
+        ]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+        figure = curves(tmp_path)
+        figure.draw_without_rendering()
+        axis = figure.axes[0].yaxis
+        labels = [each.get_text() for each in axis.get_ticklabels(which="both")]
+        low, high = figure.axes[0].get_ylim()
+        seen = [float(text) for text in labels if text and low <= float(text) <= high]
+        assert len(seen) >= 2
 
 
 def test_the_log_says_what_was_found_first(trained: mm.TrainResult):

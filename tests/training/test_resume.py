@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import mlp_mixer as mm
-from conftest import draw, mixer
+from conftest import NO_PROCESS, draw, mixer
+from mlp_mixer.disk import partial_of
 from mlp_mixer.training import loop
 from mlp_mixer.training.checkpoint import Checkpoints
 from runs import (
@@ -299,7 +300,7 @@ def test_a_run_killed_while_its_folder_was_made_begins_again(data: Path, tmp_pat
     (run / "plots").mkdir(parents=True)
     (run / ".lock").touch()
     (run / "config.json").write_text(json.dumps(config.to_json()))
-    (run / ".config.json.99999.partial").write_text("{")
+    partial_of(run / "config.json", NO_PROCESS).write_text("{")
     train(config)
     assert json.loads((run / "environment.json").read_text())["seed"] == 0
     assert {each.name for each in run.rglob(".*")} == {".metadata"}  # of its checkpoints

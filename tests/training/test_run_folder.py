@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import mlp_mixer as mm
-from conftest import tiny_config
+from conftest import NO_PROCESS, tiny_config
 from mlp_mixer.data.items import BadImage
+from mlp_mixer.disk import partial_of
 from mlp_mixer.training.pictures import curves
 from mlp_mixer.training.run_folder import RunFolder, planned_path
 
@@ -105,7 +106,7 @@ def test_what_a_killed_run_was_writing_goes(tmp_path: Path):
     folder = run.path / "best" / ".model.safetensors.abc.partial"
     folder.mkdir(parents=True)
     (folder / ".tmpAbCdEf").write_bytes(b"half")
-    (run.path / ".metrics.jsonl.1.partial").write_bytes(b"half")
+    partial_of(run.path / "metrics.jsonl", NO_PROCESS).write_bytes(b"half")
     RunFolder(run.path, config(run.path)).close()
     assert not list((run.path / "best").iterdir())
     assert not list(run.path.glob("*.partial"))

@@ -12,8 +12,9 @@ import safetensors.torch
 import torch
 
 import mlp_mixer as mm
-from conftest import tiny_model
+from conftest import NO_PROCESS, tiny_model
 from mlp_mixer import disk
+from mlp_mixer.disk import partial_of
 from mlp_mixer.models.layers import classes_of, preprocessing_of
 
 
@@ -227,7 +228,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(disk.os, "fsync", full)
     with pytest.raises(mm.UserError, match="cannot write the model: No space left on device"):
-        mm.save_model(tiny_model(num_classes=3, num_blocks=1), folder)
+        mm.save_model(tiny_model(num_classes=3, num_blocks=1), folder, overwrite=True)
     monkeypatch.undo()
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert_same_model(mm.load_model(folder), model)
@@ -277,7 +278,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, bad: str, forma
     mm.save_model(model, path, format)
     assert mm.load_model(path, quiet=True).state_dict().keys() == model.state_dict().keys()
     weight.data[1, :2] = float(bad)
-    mm.save_model(model, path, format)
+    mm.save_model(model, path, format, overwrite=True)
     with pytest.raises(mm.UserError, match=r"blocks.1.*weight holds NaN or infinity: 2 of its"):
         mm.load_model(path, quiet=True)
 
@@ -314,7 +315,7 @@ def test_a_full_disk_leaves_weights_and_description_together(
     second = tiny_model(num_classes=3, hidden_dim=8)
     second.class_names = ["x", "y", "z"]
     with pytest.raises(mm.UserError, match="No space left on device"):
-        mm.save_model(second, target, format)
+        mm.save_model(second, target, format, overwrite=True)
     calls.clear()
     with pytest.raises(mm.UserError, match="No space left on device"):
         mm.save_model(second, tmp_path / f"new{target.suffix}", format)
@@ -332,7 +333,7 @@ def test_a_save_killed_between_its_renames_is_seen(tmp_path: Path):
     second.class_names = ["x", "y", "z"]
     with torch.no_grad():
         second.head.bias.add_(1)
-    mm.save_model(second, folder)
+    mm.save_model(second, folder, overwrite=True)
     (folder / "config.json").write_bytes(old)
     assert_same_model(mm.load_model(folder), second)
 
@@ -356,13 +357,15 @@ def test_files_can_be_read_by_whom_the_umask_says(tmp_path: Path):
 
 def test_leftovers_of_killed_saves_go(tmp_path: Path):
     model, folder = saved(tmp_path)
-    old, fresh = (folder / f".model.safetensors.{pid}.partial" for pid in (1, 2))
-    for path in (old, fresh):
+    pids = (NO_PROCESS, os.getppid())
+    dead, living = (partial_of(folder / "model.safetensors", pid) for pid in pids)
+    for path in (dead, living):
         path.write_bytes(b"half")
-    os.utime(old, (0, 0))
-    mm.save_model(model, folder)
-    assert not old.exists()
-    assert fresh.exists()  # somebody may be writing it
+    with pytest.raises(mm.UserError, match="there already"):
+        mm.save_model(model, folder)
+    mm.save_model(model, folder, overwrite=True)
+    assert not dead.exists()
+    assert living.exists()  # it may be writing
 
 
 def test_odd_places(tmp_path: Path):

@@ -10,6 +10,8 @@ from tyro.conf import Positional, UseAppendAction, arg
 from mlp_mixer.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mlp_mixer.data.items import BadImage
     from mlp_mixer.models.layers import ImageClassifier
     from mlp_mixer.training.config import TrainConfig
@@ -163,6 +165,38 @@ def warn_of_notes(*sources: Any) -> None:
 
     for note in notes_of({str(at): source for at, source in enumerate(sources)}):
         print(f"note: {note}", file=sys.stderr)
+
+
+def check_json(output: str | None, example: str, *, overwrite: bool) -> Path | None:
+    """Returns the path of a measurement to be written; None for none and for standard output.
+
+    Args:
+        output: as --output has it.
+        example: a name for the message.
+        overwrite: it may be there.
+
+    Raises:
+        UserError: it is no .json file, is there, or cannot be written.
+    """
+    from mlp_mixer.disk import STANDARD_OUTPUT, check_output_file, expand
+
+    if output is None or output == STANDARD_OUTPUT:
+        return None
+    path = expand(output)
+    if path.suffix != ".json" or path.is_dir():
+        raise UserError(f"not a .json file: {output!r}", where="--output", fix=example)
+    check_output_file(path, overwrite=overwrite, parents=True)
+    return path
+
+
+def write_json(path: Path | None, values: dict[str, Any]) -> None:
+    """Writes a measurement to a file, or to standard output."""
+    from mlp_mixer.evaluation.measurement import to_text, write_measurement
+
+    if path is None:
+        print(to_text(values), end="", flush=True)
+    else:
+        write_measurement(path, values)
 
 
 def warn_of_bad(bad: list[BadImage]) -> int:

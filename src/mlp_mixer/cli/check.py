@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from mlp_mixer.cli.arguments import File, Folder, Number
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, plural
 
 if TYPE_CHECKING:
     from mlp_mixer.console import Reporter
@@ -28,6 +28,7 @@ def check(
     duplicates: Wanted = "near",
     drop_list: File = None,
     output: Folder = None,
+    overwrite: bool = False,
     num_workers: Number = None,
 ) -> int:
     """Look at data before training: what is in it, what is damaged, what is there twice.
@@ -46,21 +47,40 @@ def check(
             behind it that one.
         duplicates: near (encoded again, scaled, lightened, a little cut), exact or off.
         drop_list: a file for the list of images to leave out: those of train that are in validation
-            or test too, those of validation that are in test, and later copies in one split.
+            or test too, those of validation that are in test, and later copies in one split; - is
+            standard output.
         output: a folder for check.json, bad_files.txt, duplicates.csv and the pictures.
+        overwrite: replace those that are there, and the drop list.
         num_workers: processes that read images.
     """
     from mlp_mixer.console import Reporter
-    from mlp_mixer.data.check import check_source
-    from mlp_mixer.data.sources import open_splits
+    from mlp_mixer.data.check import FILES, check_source
+    from mlp_mixer.data.sources import open_splits, read_from
+    from mlp_mixer.disk import (
+        STANDARD_OUTPUT,
+        check_output_file,
+        check_output_folder,
+        expand,
+        refuse_inputs,
+    )
 
     if drop_list is not None and duplicates == "off":
         what = "a drop list names duplicates, and --duplicates off looks for none"
         raise UserError(what, where="--drop-list", fix="Leave one of the two out")
-    report = Reporter()
+    report = Reporter(stderr=drop_list == STANDARD_OUTPUT)
+    outputs: list[Path] = []
+    folder = None if output is None else expand(output)
+    if folder is not None:
+        check_output_folder(folder, FILES, overwrite=overwrite)
+        outputs += [folder, *map(folder.joinpath, FILES)]
+    if drop_list not in (None, STANDARD_OUTPUT):
+        check_output_file(expand(drop_list), overwrite=overwrite)
+        outputs.append(expand(drop_list))
     splits = open_splits(source)
-    folder = _folder_for(output)
-    list_path = _list_path(drop_list)
+    items = (each.item_name(at) for each in splits.values() for at in range(len(each)))
+    refuse_inputs(outputs, read_from(source), items)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     with report.progress(sum(map(len, splits.values())), "images") as bar:
         result = check_source(
             splits,
@@ -75,8 +95,8 @@ def check(
         report.say("\nshards: every tar has the size, the sum and the members that its index says")
     if problems:
         _say_list(report, f"problems of the shards: {len(problems):,}", problems, None)
-    if list_path is not None and result.duplicates is not None:
-        _write_list(report, result.duplicates, source, list_path)
+    if drop_list is not None and result.duplicates is not None:
+        _write_list(report, result.duplicates, source, drop_list)
     if folder is None:
         report.say("\nthe whole lists, and pictures of samples and duplicates: --output FOLDER")
     else:
@@ -95,7 +115,7 @@ def print_check(report: Reporter, result: Report) -> None:
 
     number = sum(split.num_images for split in result.splits.values())
     size = format_bytes(sum(split.num_bytes for split in result.splits.values()))
-    report.say(f"data     {result.source}: {number:,} images, {size}\n")
+    report.say(f"data     {result.source}: {plural(number, 'image')}, {size}\n")
     rows = [_row(name, split) for name, split in result.splits.items()]
     headers = ["split", "images", "classes", "images a class", "bytes", "smallest HxW", "largest"]
     for line in table(headers, rows):
@@ -154,11 +174,13 @@ def print_duplicates(report: Reporter, found: Duplicates) -> None:
         counts = np.bincount(found.kind, minlength=len(KINDS))
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in zip(KINDS, counts, strict=True))
         report.say(
-            f"\nduplicates: {len(found):,} pairs ({kinds}) in {len(found.groups()):,} groups"
+            f"\nduplicates: {plural(len(found), 'pair')} ({kinds}) in "
+            f"{plural(len(found.groups()), 'group')}"
         )
         names = list(found.splits)
         rows = [[name, *(f"{found.count_with(name, o):,}" for o in names)] for name in names]
-        for line in table(["images of", *(f"also in {name}" for name in names)], rows):
+        report.say("images with a duplicate, by where they are and where that is")
+        for line in table(["split", *(f"in {name}" for name in names)], rows):
             report.say(line)
     else:
         report.say("\nduplicates: none")
@@ -171,16 +193,16 @@ def print_duplicates(report: Reporter, found: Duplicates) -> None:
             ends.append(f"{split}[{index}] {data.item_name(index)} ({label})")
         lines.append(f"{' and '.join(ends)}: {pair.kind}")
     if lines:
-        title = f"duplicates of different classes: {_plural(len(lines), 'pair')}"
+        title = f"duplicates of different classes: {plural(len(lines), 'pair')}"
         _say_list(report, title, lines, "duplicates.csv")
     if found.num_plain:
         said = "have hardly any texture or fewer than 16 pixels a side"
-        report.say(f"{found.num_plain:,} images {said}: compared for equal pixels only")
+        report.say(f"{plural(found.num_plain, 'image')} {said}: compared for equal pixels only")
     if found.distance < DISTANCE or found.unchecked:
         report.say(
             f"so many pictures are alike that near duplicates were looked for within"
             f" {found.distance} bits of the hash only, not {DISTANCE};"
-            f" {found.unchecked:,} pairs with equal hashes were not compared"
+            f" {plural(found.unchecked, 'pair')} with equal hashes were not compared"
         )
 
 
@@ -202,10 +224,6 @@ def _more(names: list[str]) -> str:
     return f" and {len(names) - _MOST:,} more" if len(names) > _MOST else ""
 
 
-def _plural(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
 def _say_list(report: Reporter, title: str, lines: list[str], place: str | None) -> None:
     report.say(f"\n{title}")
     for line in lines[:_MOST]:
@@ -215,37 +233,20 @@ def _say_list(report: Reporter, title: str, lines: list[str], place: str | None)
         report.say(f"  ... and {len(lines) - _MOST:,} more{where}")
 
 
-def _write_list(report: Reporter, found: Duplicates, source: str, path: Path) -> None:
-    from mlp_mixer.data.drop_list import drop_list, write_drop_list
+def _write_list(report: Reporter, found: Duplicates, source: str, path: str) -> None:
+    from mlp_mixer.data.drop_list import drop_list, to_text, write_drop_list
+    from mlp_mixer.disk import STANDARD_OUTPUT, expand
 
     drops = drop_list(found, source)
-    write_drop_list(drops, path)
+    if path == STANDARD_OUTPUT:
+        print(to_text(drops), end="", flush=True)
+    else:
+        write_drop_list(drops, expand(path))
     by_split = {
         name: sum(1 for each in drops.dropped if each.split == name) for name in found.splits
     }
     said = ", ".join(f"{count:,} of {name}" for name, count in by_split.items() if count)
     report.say(f"\ndrop list  {path}: {said or 'no images'}")
-
-
-def _folder_for(output: str | None) -> Path | None:
-    """The folder, made before the work and not after it."""
-    if output is None:
-        return None
-    folder = Path(os.path.expanduser(output))
-    if folder.is_file():
-        raise UserError("the output is a file, it must be a folder", where=output)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _list_path(drop_list: str | None) -> Path | None:
-    if drop_list is None:
-        return None
-    path = Path(os.path.expanduser(drop_list))
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
-        raise UserError(f"the drop list {what}", where=path, fix="Give the path of a file")
-    return path
 
 
 def _shard_problems(source: str) -> list[str] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlp_mixer.cli.arguments import Format, GrowthName, Model, Number, Size, Target, load_named
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, plural
 
 
 def convert(
@@ -37,9 +37,10 @@ def convert(
             0 takes the head off.
         overwrite: replace what is there.
     """
-    from mlp_mixer.disk import expand
+    from mlp_mixer.disk import expand, refuse_inputs
     from mlp_mixer.evaluation.throughput import count_parameters, flops_text
     from mlp_mixer.weights.architecture import describe, precisely
+    from mlp_mixer.weights.locate import files_of
     from mlp_mixer.weights.store import FORMATS, check_target, save_model
 
     if format is not None and format not in FORMATS:
@@ -47,13 +48,12 @@ def convert(
         raise UserError(f"unknown format {format!r}", where="--format", fix=fix)
     path = expand(output)
     chosen = format or ("google" if path.suffix == ".npz" else "mlp_mixer")
-    for each in check_target(path, chosen):
-        if each is not None and each.exists() and not overwrite:
-            raise UserError("the output is there already", where=each, fix="Add --overwrite")
+    refuse_inputs([each for each in check_target(path, chosen) if each], files_of(model))
+    check_target(path, chosen, overwrite=overwrite)
     net = load_named(model, image_size, growth, num_classes)
     if num_classes and net.state_dict()["head.weight"].any():
-        print(f"head     the trained one, it has {num_classes} classes already")
-    written = save_model(net, path, chosen)
+        print(f"head     the trained one, it has {plural(num_classes, 'class')} already")
+    written = save_model(net, path, chosen, overwrite=overwrite)
     print(f"model    {describe(net.config)}")
     print(f"         {count_parameters(net):,} parameters, {flops_text(net.config.flops)} an image")
     print(f"written  {written} ({chosen}, {written.stat().st_size / 2**20:,.1f} MiB)")

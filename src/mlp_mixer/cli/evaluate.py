@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
@@ -23,7 +22,7 @@ from mlp_mixer.cli.arguments import (
     warn_of_bad,
     warn_of_notes,
 )
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, plural
 
 if TYPE_CHECKING:
     from mlp_mixer.console import Reporter
@@ -49,6 +48,7 @@ def evaluate(
     crop: Crop = None,
     real: File = None,
     output: Folder = None,
+    overwrite: bool = False,
     allow_missing_classes: bool = False,
     ignore_exif: bool = False,
     batch_size: int = 64,
@@ -80,6 +80,7 @@ def evaluate(
             images smaller than the model's input as well; the paper's is 0.875.
         real: the file real.json of ImageNet ReaL; the data are validation images of ILSVRC-2012.
         output: a folder for evaluation.json, per_class.csv, confusion.csv and the pictures.
+        overwrite: replace those that are there.
         allow_missing_classes: go on where the data lacks some of the model's classes.
         ignore_exif: leave photographs as they are stored, not upright: the paper's protocol.
         batch_size: images a batch, of each process.
@@ -89,8 +90,11 @@ def evaluate(
         num_workers: processes that decode images, for each process under torchrun.
     """
     from mlp_mixer.console import Reporter
+    from mlp_mixer.data.sources import read_from
+    from mlp_mixer.disk import check_output_folder, expand, refuse_inputs
     from mlp_mixer.evaluation.accuracy import refuse_not_finite
-    from mlp_mixer.evaluation.pictures import save_report
+    from mlp_mixer.evaluation.figures import FILES
+    from mlp_mixer.evaluation.pictures import REPORT, save_report
     from mlp_mixer.models.device import put
     from mlp_mixer.models.inference import choose_precision
     from mlp_mixer.training.measure import evaluate as measure
@@ -98,6 +102,7 @@ def evaluate(
     from mlp_mixer.training.own_images import open_measured
 
     device = refuse_device(model, device)
+    folder = None if output is None else expand(output)
     with ExitStack() as stack:
         world = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # one process needs no collectives
@@ -107,6 +112,9 @@ def evaluate(
             device = str(chosen)
         rank, size = (0, 1) if world is None else (world.rank, world.size)
         report = Reporter(quiet=rank != 0)
+        names = [*FILES, *(f"{name}.png" for name in REPORT)]
+        if folder is not None and rank == 0:
+            check_output_folder(folder, names, overwrite=overwrite)
         net = put(load_named(model, image_size, growth, exported=True), device)
         measured = open_measured(net.source, data, count=rank == 0)
         source = measured.source
@@ -115,9 +123,10 @@ def evaluate(
         products, why = choose_precision(net, precision)
         choose_protocol(net, resize, crop, ignore_exif)
         labels = None if real is None else _real_labels(real, source, net)
-        folder = None if output is None else Path(os.path.expanduser(output))
         if folder is not None and rank == 0:
-            make_folder(folder)  # before the work, not after it
+            items = map(source.item_name, range(len(source)))
+            refuse_inputs([folder, *map(folder.joinpath, names)], read_from(data), items)
+            folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
         with report.progress(len(source) // size, "images") as bar:
             options: dict[str, Any] = {
                 "batch_size": batch_size,
@@ -138,7 +147,7 @@ def evaluate(
         if rank != 0:
             return 0  # whatever was bad: torchrun would end the first process, which still draws
         if folder is not None:  # before the first line: a reader such as `| head` may go away
-            result.save(folder, net)
+            result.save(folder, net, overwrite=True)
             save_report(result, source, folder)
         report.say(f"protocol {_in_words(net)}")
         if precision is not None:
@@ -200,23 +209,12 @@ def _real_labels(path: str, source: Source, net: ImageClassifier) -> RealLabels:
     return open_real(path, source, classes_of(net), imagenet)
 
 
-def make_folder(folder: Path) -> None:
-    """Makes the folder of an output.
-
-    Raises:
-        UserError: it is a file.
-    """
-    if folder.is_file():
-        raise UserError("the output is a file, it must be a folder", where=folder)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
 def print_evaluation(report: Reporter, result: Evaluation) -> None:
     """Prints the figures of an evaluation, its classes (the worst 20) and worst confusions."""
     from mlp_mixer.console import table
 
     correct = int((result.predictions == result.labels).sum())
-    what = f"{len(result.labels):,} images"
+    what = plural(len(result.labels), "image")
     if result.are_held_out:
         what = f"the {len(result.labels):,} held-out images of this run"
     report.say(f"data     {result.data}: {what}")
@@ -238,7 +236,7 @@ def print_evaluation(report: Reporter, result: Evaluation) -> None:
     most = 20
     worst = sorted(rows, key=lambda row: row["recall"])[:most] if len(rows) > most else rows
     if len(rows) > most:
-        report.say(f"\nthe {most} worst of {len(rows)} classes (all with --output)")
+        report.say(f"\nthe {most} worst of {plural(len(rows), 'class')} (all with --output)")
     else:
         report.say()
     cells = [

@@ -73,6 +73,7 @@ def export(
     from mlp_mixer.console import Reporter
     from mlp_mixer.deploy.export import check_request
     from mlp_mixer.deploy.export import export as write
+    from mlp_mixer.disk import expand, naming
 
     options = {
         "format": format,
@@ -90,9 +91,10 @@ def export(
     report = Reporter()
     progress = Reporter(stderr=True)
     net = load_named(model, image_size, growth)
-    result = write(
-        net, output, **options, num_workers=num_workers, tell=lambda line: progress.say(line)
-    )
+    with naming(expand(output)):
+        result = write(
+            net, output, **options, num_workers=num_workers, tell=lambda line: progress.say(line)
+        )
     for line in result.lines():
         report.say(line)
     if not result.passed:

@@ -17,10 +17,12 @@ from mlp_mixer.cli.arguments import (
     Real,
     Seeds,
     Size,
+    check_json,
     load_named,
     warn_of_bad,
+    write_json,
 )
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, plural
 
 if TYPE_CHECKING:
     from mlp_mixer.console import Reporter
@@ -49,6 +51,7 @@ def few_shot(
     ignore_exif: bool = False,
     precision: str = "float32",
     output: File = None,
+    overwrite: bool = False,
     cache: Folder = None,
     no_cache: bool = False,
     batch_size: int = 64,
@@ -80,7 +83,8 @@ def few_shot(
         resize: resize-crop (Google's few-shot evaluation), resmall-crop or squash.
         ignore_exif: leave photographs as they are stored, not upright: the paper's protocol.
         precision: float32 or bfloat16, of the model's products.
-        output: a .json file for every figure.
+        output: a .json file for every figure; - for standard output.
+        overwrite: replace a file that is there.
         cache: a folder that keeps the features for the next time; the default is features/ in the
             folder of the downloads.
         no_cache: keep no features and read none.
@@ -89,11 +93,12 @@ def few_shot(
         num_workers: processes that decode images.
     """
     from mlp_mixer.console import Reporter
-    from mlp_mixer.data.sources import open_splits
-    from mlp_mixer.disk import expand
+    from mlp_mixer.data.sources import open_splits, read_from
+    from mlp_mixer.disk import STANDARD_OUTPUT, refuse_inputs
     from mlp_mixer.evaluation import few_shot as measure
-    from mlp_mixer.evaluation.measurement import measurement, write_measurement
+    from mlp_mixer.evaluation.measurement import measurement
     from mlp_mixer.models.layers import preprocessing_of
+    from mlp_mixer.weights.locate import files_of
 
     settings = measure.check_settings(
         shots=shots,
@@ -106,18 +111,19 @@ def few_shot(
     if len(set(data)) < len(data):
         raise UserError("the same data twice", where="--data", fix="Name each source once")
     kept = _cache_folder(cache, no_cache)
-    target = None if output is None else expand(output)
-    if target is not None:
-        if target.suffix != ".json" or target.is_dir():
-            raise UserError(f"not a .json file: {output!r}", where="--output", fix="few_shot.json")
-        target.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    target = check_json(output, "few_shot.json", overwrite=overwrite)
     splits = {name: open_splits(name) for name in data}
+    outputs = [each for each in (target, None if cache is None else kept) if each is not None]
+    inputs = [place for name in data for place in read_from(name)]
+    refuse_inputs(outputs, [*inputs, *files_of(model)])
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     total = sum(measure.num_images(each, settings) for each in splits.values())
     net = load_named(model, image_size, growth)
     if ignore_exif:
         net.preprocessing = replace(preprocessing_of(net), exif_orientation=False)
     nets = [net, measure.random_twin(net, FLOOR_SEED)] if floor else [net]
-    report = Reporter()
+    report = Reporter(stderr=output == STANDARD_OUTPUT)
     results: list[list[FewShot]] = []  # of the model, then of the floor: one for each source
     with report.progress(total * len(nets), "images") as bar:
         for each in nets:
@@ -141,7 +147,7 @@ def few_shot(
             ]
             found = [replace(each, data=name) for each, name in zip(found, data, strict=True)]
             results.append(measure.choose_l2(found) if protocol == "scenic" else found)
-    if target is not None:
+    if output is not None:
         figures = {"results": [each.to_json() for each in results[0]], "floor": None}
         if floor:
             figures["floor"] = {
@@ -150,7 +156,7 @@ def few_shot(
                 "results": [each.to_json() for each in results[1]],
             }
         # Before anything is said: who reads it may go away, as `| head` does.
-        write_measurement(target, measurement("few-shot", net, figures))
+        write_json(target, measurement("few-shot", net, figures))
     report.say(f"model     {model}: {net.config.summary()}")
     _print_head(report, results, kept)
     for at in range(len(data)):
@@ -162,7 +168,7 @@ def few_shot(
 
 def _cache_folder(cache: str | None, no_cache: bool) -> Path | None:
     """Returns where features are kept, None for nowhere."""
-    from mlp_mixer.disk import expand
+    from mlp_mixer.disk import check_output_folder, expand
     from mlp_mixer.weights.download import cache_folder
 
     if no_cache:
@@ -172,11 +178,8 @@ def _cache_folder(cache: str | None, no_cache: bool) -> Path | None:
         return None
     if cache is None:
         return cache_folder() / "features"
-    folder = expand(cache)
-    if folder.exists() and not folder.is_dir():
-        raise UserError("the cache is a file, it must be a folder", where=cache)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    check_output_folder(expand(cache))
+    return expand(cache)
 
 
 def _print_head(report: Reporter, results: list[list[FewShot]], cache: Path | None) -> None:
@@ -194,7 +197,7 @@ def _print_head(report: Reporter, results: list[list[FewShot]], cache: Path | No
     report.say(f"images    {height}x{width} pixels, {first.preprocessing.summary()}")
     computed = sum(each.num_computed for found in results for each in found)
     where = "no cache" if cache is None else f"cache {cache}"
-    report.say(f"features  {first.precision}; of {computed:,} images computed now; {where}")
+    report.say(f"features  {first.precision}; of {plural(computed, 'image')} computed now; {where}")
     if len(results) > 1:
         report.say(f"floor     the same architecture with random weights, seed {FLOOR_SEED}")
 
@@ -204,10 +207,10 @@ def _print_source(report: Reporter, results: list[FewShot]) -> None:
     from mlp_mixer.console import table
 
     first = results[0]
-    report.say(
-        f"\ndata      {first.data}: {first.num_classes} classes (chance {first.chance:.2%}), "
-        f"{first.num_train:,} training images, {first.num_test:,} {first.test_split} images"
-    )
+    classes = f"{plural(first.num_classes, 'class')} (chance {first.chance:.2%})"
+    counts = plural(first.num_train, "training image")
+    counts += f", {plural(first.num_test, f'{first.test_split} image')}"
+    report.say(f"\ndata      {first.data}: {classes}, {counts}")
     for note in dict.fromkeys(note for each in results for note in each.notes):
         report.say(f"note      {note}")
     scenic = first.protocol == "scenic"

@@ -35,6 +35,7 @@ def inspect(
     /,
     *,
     output: Folder = None,
+    overwrite: bool = False,
     compare: Other = None,
     seed: Number = None,
     layers: Layers = None,
@@ -62,6 +63,7 @@ def inspect(
             or hf:owner/name.
         output: a folder for figures 5, 6 and 7 of the paper and the numbers; without it they are
             only printed.
+        overwrite: replace files that are there.
         compare: another model to set beside it; random is the same architecture, untrained.
         seed: of the random weights (0).
         layers: whose units figure 6 shows, counted from 1, or all; the first three without it.
@@ -108,6 +110,7 @@ def inspect(
         found = look_inside(
             net,
             output=output,
+            overwrite=overwrite,
             compare=other,
             layers=wanted,
             outgoing=outgoing,

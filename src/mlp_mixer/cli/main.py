@@ -11,11 +11,12 @@ import functools
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlp_mixer.cli.verbs import GROUPS, VERBS
-from mlp_mixer.errors import UserError, named_memory_errors, near_names
+from mlp_mixer.errors import UserError, fix_of, named_memory_errors, near_names
 from mlp_mixer.process import keep_freed_memory, open_standard_streams, refuse_removed_folder
 
 DESCRIPTION = """MLP-Mixer in PyTorch: train, evaluate and use all-MLP image classifiers.
@@ -55,18 +56,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(parse(given, VERBS) or 0)
     except UserError as error:
         if debug:
-            raise
-        if _is_first_process() or error.what.startswith("rank "):
+            traceback.print_exc()
+        elif _is_first_process() or error.what.startswith("rank "):
             print(f"error: {error.text()}", file=sys.stderr, flush=True)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:  # a full disk, a folder without permission
-        if debug or (error.filename is None and error.strerror is None):
+        if error.errno is None or error.strerror is None:
             raise
-        where = f"\nwhere: {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror}{where}", file=sys.stderr)
+        if debug:
+            traceback.print_exc()
+        else:
+            shown = UserError(error.strerror, where=error.filename, fix=fix_of(error))
+            print(f"error: {shown.text()}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -106,7 +110,10 @@ def _choose(
     import tyro
 
     if not given[0].startswith("-") and given[0] not in verbs:
-        fix = f"{near_names(given[0], verbs)}Known: {', '.join(verbs)}"
+        flag = f"--{given[0]}"
+        near = near_names(given[0], verbs)
+        near = f"Did you mean mixer {flag}? " if flag in ("--version", "--help") else near
+        fix = f"{near}Known: {', '.join(verbs)}"
         where = None if prog == "mixer" else prog
         raise UserError(f"unknown verb {given[0]!r}", where=where, fix=fix)
     if given[0] not in verbs:  # the help of all verbs: a line for each

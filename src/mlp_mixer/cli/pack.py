@@ -8,7 +8,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from mlp_mixer.cli.arguments import warn_of_bad, warn_of_notes
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, plural
 
 SourceName = Annotated[Positional[str], arg(metavar="SOURCE")]
 OutputFolder = Annotated[Positional[str], arg(metavar="FOLDER")]
@@ -34,32 +34,28 @@ def pack(source: SourceName, folder: OutputFolder, /, *, shard_size: ByteSize = 
         folder: where the shards go; it is made if it is not there.
         shard_size: the largest size of a tar file, such as 256MB or 1GB.
     """
-    import os
     import shlex
-    from pathlib import Path
 
     from mlp_mixer.console import Reporter
-    from mlp_mixer.data.source_names import parse_name
-    from mlp_mixer.data.sources import open_splits
+    from mlp_mixer.data.sources import open_splits, read_from
     from mlp_mixer.data.write_shards import pack_splits
+    from mlp_mixer.disk import check_output_folder, expand, naming, refuse_inputs
 
     report = Reporter()
     shard_bytes = parse_bytes(shard_size, "--shard-size")
-    target = Path(os.path.expanduser(folder))
+    target = expand(folder)
+    check_output_folder(target)
     splits = open_splits(source)
     warn_of_notes(*splits.values())
-    origin = Path(os.path.expanduser(parse_name(source).base))
-    if target.exists() and origin.exists() and target.samefile(origin):
-        what = "the shards would lie among the data, and hide it"
-        raise UserError(what, where=target, fix="Give another folder")
+    refuse_inputs([target], read_from(source))
     total = sum(len(each) for each in splits.values())
-    with report.progress(total, "images") as bar:
+    with report.progress(total, "images") as bar, naming(target):
         packed = pack_splits(splits, target, shard_bytes=shard_bytes, on_item=bar.advance)
     for split, each in packed.items():
         size = sum(shard.size for shard in each.shards)
-        tars = f"{len(each.shards):,} shard{'s' if len(each.shards) > 1 else ''}"
+        tars = plural(len(each.shards), "shard")
         out = f", {len(each.bad):,} left out" if each.bad else ""
-        report.say(f"{split:10} {each.num_images:,} images in {tars}, {size:,} bytes{out}")
+        report.say(f"{split:10} {plural(each.num_images, 'image')} in {tars}, {size:,} bytes{out}")
     report.say(f"written    {target}")
     if "train" in packed:
         report.say(f"next       {shlex.join(['mixer', 'train', '--data', str(target)])}")
@@ -88,9 +84,9 @@ def index(folder: OutputFolder, /, *, unlabelled: bool = False) -> None:
 
     for path in index_shards(Path(os.path.expanduser(folder)), labels=not unlabelled):
         found = load_index(path)
-        tars = f"{len(found.shards):,} tar{'s' if len(found.shards) > 1 else ''}"
-        classes = "no labels" if unlabelled else f"{len(found.class_names)} classes"
-        print(f"written  {path}: {len(found):,} images in {tars}, {classes}")
+        tars = plural(len(found.shards), "tar")
+        classes = "no labels" if unlabelled else plural(len(found.class_names), "class")
+        print(f"written  {path}: {plural(len(found), 'image')} in {tars}, {classes}")
 
 
 def parse_bytes(text: str, where: str) -> int:

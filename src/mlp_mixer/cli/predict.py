@@ -22,7 +22,7 @@ from mlp_mixer.cli.arguments import (
     warn_of_numbers,
 )
 from mlp_mixer.cli.predict_lines import NAMED, Seen, follower, say_rows, say_speed, warn
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, plural
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,6 +50,7 @@ def predict(
     image_size: Size = None,
     growth: GrowthName = None,
     output: File = None,
+    overwrite: bool = False,
     format: FormatName = None,
     part_size: Number = None,
     precision: Precision = None,
@@ -67,7 +68,7 @@ def predict(
         mixer predict runs/flowers photo.jpg
         mixer predict runs/flowers FOLDER 'more/*.png' --output predictions.csv
         find photos -name '*.jpg' | mixer predict runs/flowers - --output predictions.jsonl
-        mixer predict runs/digits digits:test --top-k 1
+        mixer predict runs/digits digits:test --top-k 1 --output -
         mixer predict mixer_b16.i1k photos --features --output features.parquet
         mixer predict mixer_b16.i1k shards:test --output predictions --format parquet
 
@@ -81,9 +82,10 @@ def predict(
         features: the pooled features that the head reads, and no classes.
         image_size: look at the images at another size than the model's own.
         growth: how to get there: block-diagonal, resample or auto.
-        output: a file to write to, its ending says how: .csv, .json, .jsonl or .parquet; or a
-            folder for parts, a name without an ending.
-        format: of the parts: csv, jsonl or parquet.
+        output: a file to write to, its ending says how: .csv, .json, .jsonl or .parquet; a folder
+            for parts, a name without an ending; or - for standard output.
+        overwrite: replace a file that is there.
+        format: of the parts: csv, jsonl or parquet; of standard output: csv or jsonl.
         part_size: images a part; chosen, at most about 10,000, where it is left out.
         precision: of the products: float32, bfloat16, or auto: bfloat16 where the device is fast at
             it and the model is not small.
@@ -95,14 +97,16 @@ def predict(
     from mlp_mixer.deploy.answers import make_question
     from mlp_mixer.deploy.inputs import STANDARD_INPUT, find_images, read_list
     from mlp_mixer.deploy.plan import check_folder, is_folder
-    from mlp_mixer.deploy.predict import check_output
+    from mlp_mixer.deploy.predict import check_output, refuse_read
+    from mlp_mixer.disk import STANDARD_OUTPUT
     from mlp_mixer.models.device import put
 
     if top_k is not None and top_k < 1:  # before anything is read
         raise UserError(f"top_k must be at least 1, got {top_k}", where="--top-k")
     device = refuse_device(model, device)
     in_parts = output is not None and is_folder(output)
-    _refuse_idle(output, in_parts, features, {"--format": format, "--part-size": part_size})
+    to_stdout = output == STANDARD_OUTPUT
+    _refuse_idle(output, in_parts, features, overwrite, format, part_size)
     with ExitStack() as stack:
         world: World | None = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # one process needs no collectives
@@ -117,40 +121,58 @@ def predict(
         path = None
         if output is not None and in_parts:
             path = check_folder(output, format or "csv", part_size)
-        elif output is not None:
-            path = check_output(output)
+        elif output is not None and not to_stdout:
+            path = check_output(output, overwrite=overwrite)
         listed = None
         if world is not None and STANDARD_INPUT in images:  # of which there is one for all
             listed = world.from_first(read_list)
         source = find_images(images, listed)
+        if path is not None:
+            refuse_read(path, model, images, source)
         net = put(load_named(model, image_size, growth, exported=True), device)
         question = make_question(
             net, top_k=top_k, features=features, precision=precision, batch_size=batch_size
         )
-        report = Reporter(quiet=world is not None and not world.is_first)
+        report = Reporter(quiet=world is not None and not world.is_first, stderr=to_stdout)
         if world is None or world.is_first:
             warn_of_notes(source)
             if not features:
                 warn_of_numbers(net)
         options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
         if path is None or not in_parts:
+            if to_stdout:
+                options["suffix"] = f".{format or 'csv'}"
             return _at_once(report, net, source, question, path, options)
         options |= {"kind": format or "csv", "part_size": part_size, "world": world}
         return _in_parts(report, net, source, question, path, options)
 
 
 def _refuse_idle(
-    output: str | None, in_parts: bool, features: bool, of_parts: dict[str, object]
+    output: str | None,
+    in_parts: bool,
+    features: bool,
+    overwrite: bool,
+    format: str | None,
+    part_size: int | None,
 ) -> None:
     """Refuses flags that would have no effect."""
     if features and output is None:
         what = "--features are written to a file, and none is named"
         raise UserError(what, where="--features", fix="Add --output FILE.parquet, .csv or .jsonl")
-    for flag, value in of_parts.items():
-        if value is not None and not in_parts:
+    if overwrite and (output in (None, "-") or in_parts):
+        what = "--overwrite has no effect: it is for one file; a folder keeps the parts it has"
+        raise UserError(what, where="--overwrite", fix="Leave it out, or give --output FILE.csv")
+    if output == "-" and format == "parquet":
+        what = "Parquet cannot be written to standard output"
+        raise UserError(what, where="--format", fix="--format csv or jsonl, or --output FILE")
+    allowed = {"--format": output == "-" or in_parts, "--part-size": in_parts}
+    for flag, value in {"--format": format, "--part-size": part_size}.items():
+        if value is not None and not allowed[flag]:
             what = f"{flag} {value} has no effect: it is for the parts of a folder"
             fix = "--output FOLDER, a name without an ending; the ending of a file is its format"
             raise UserError(what, where=flag, fix=fix)
+    if output == "-" and format not in (None, "csv", "jsonl"):
+        raise UserError(f"unknown format {format!r}", where="--format", fix="csv or jsonl")
 
 
 def _at_once(
@@ -161,21 +183,22 @@ def _at_once(
     path: Path | None,
     options: dict[str, Any],
 ) -> int:
-    """All images to one file, or to the screen."""
+    """All images to one file, to standard output, or the first to the screen."""
     from mlp_mixer.deploy.predict import predict_to_file
     from mlp_mixer.deploy.rows import predict_rows
 
     seen, started = Seen(), time.monotonic()
     with report.progress(len(source), "images") as bar:
         follow = follower(bar, seen)
-        if path is None:
+        if path is None and "suffix" not in options:
             for rows in predict_rows(net, source, question, **options):
                 follow(rows)
         else:
             predict_to_file(net, source, question, path, **options, on_rows=follow)
-    say_rows(report, seen, None if path is None else str(path))
+    if "suffix" not in options:
+        say_rows(report, seen, None if path is None else str(path))
     if path is not None:
-        report.say(f"written  {path}: {seen.images:,} images")
+        report.say(f"written  {path}: {plural(seen.images, 'image')}")
     say_speed(report, seen.images, time.monotonic() - started, question)
     return warn(seen.first_bad, seen.bad, seen.images)
 
@@ -209,7 +232,7 @@ def _in_parts(
     images = seen.images if world is None else sum(world.gather(seen.images))
     if world is not None and not world.is_first:
         return 0  # whatever was bad: torchrun would end the first process, which still speaks
-    report.say(f"written  {folder}: {plan.parts:,} parts, {plan.images:,} images")
+    report.say(f"written  {folder}: {plural(plan.parts, 'part')}, {plural(plan.images, 'image')}")
     if images:
         say_speed(report, images, time.monotonic() - started, question)
     bad, first_bad = bad_images(plan, NAMED)  # also those of parts that were there already

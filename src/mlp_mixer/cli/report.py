@@ -14,6 +14,7 @@ def report(
     /,
     *,
     output: Annotated[str, arg(metavar="FOLDER")] = "report",
+    overwrite: bool = False,
 ) -> None:
     """Write the paper's Tables 1, 2 and 3 with your measurements beside them, and the figures.
 
@@ -28,6 +29,7 @@ def report(
     Args:
         runs: run folders, measurement files, and folders that are searched for them.
         output: a folder for report.md, report.html and pictures.
+        overwrite: replace the report that is there.
     """
     from collections import Counter
 
@@ -35,7 +37,7 @@ def report(
     from mlp_mixer.studies.report import report as write_report
 
     console = Reporter()
-    result = write_report(runs, output)
+    result = write_report(runs, output, overwrite=overwrite)
     kinds = Counter(each.kind for each in result.findings.measured)
     listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     console.say(f"found    {listed}")

@@ -13,10 +13,12 @@ from mlp_mixer.cli.arguments import (
     Real,
     Size,
     Text,
+    check_json,
     overrides_of,
     parse_size,
+    write_json,
 )
-from mlp_mixer.errors import UserError, near_names
+from mlp_mixer.errors import UserError, near_names, plural
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +61,7 @@ def throughput(
     threads: Number = None,
     settings: Assignments = (),
     output: File = None,
+    overwrite: bool = False,
 ) -> int:
     """Measure images a second, latency, memory and the share of the machine's peak.
 
@@ -92,7 +95,8 @@ def throughput(
         threads: of the processor; without it torch's own choice, and one for a small batch.
         settings: a field of the architectures, such as token_mixing=untied; may be given many
             times.
-        output: a .json file for every figure.
+        output: a .json file for every figure; - for standard output.
+        overwrite: replace a file that is there.
     """
     if recipe is not None and (models or mode == "inference"):
         given = models[0] if models else "--mode inference"
@@ -115,15 +119,13 @@ def throughput(
 
     from mlp_mixer.cli.throughput_lines import cost_lines, lines_of
     from mlp_mixer.console import Reporter
-    from mlp_mixer.disk import expand
-    from mlp_mixer.evaluation.measurement import write_measurement
+    from mlp_mixer.disk import STANDARD_OUTPUT, refuse_inputs
     from mlp_mixer.evaluation.throughput import throughput as measure
+    from mlp_mixer.weights.locate import files_of
 
-    target = None if output is None else expand(output)
+    target = check_json(output, "throughput.json", overwrite=overwrite)
     if target is not None:
-        if target.suffix != ".json" or target.is_dir():
-            fix = "throughput.json"
-            raise UserError(f"not a .json file: {output!r}", where="--output", fix=fix)
+        refuse_inputs([target], [file for name in models for file in files_of(name)])
         target.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     mode = mode or ("inference" if recipe is None else "training")
     size, builds = parse_size(image_size), {}
@@ -134,7 +136,7 @@ def throughput(
         cost = (config, seen, data)
     for name in models:
         builds[name] = _build(name, size, device, overrides_of(settings, "--set"))
-    report = Reporter()
+    report = Reporter(stderr=output == STANDARD_OUTPUT)
     tell = _progress(report)
     result = measure(
         builds,
@@ -158,8 +160,9 @@ def throughput(
         for line in said:
             report.say(line)
         values["recipe"] = figures
+    if output is not None:
+        write_json(target, values)
     if target is not None:
-        write_measurement(target, values)
         report.say(f"written  {output}{' (incomplete)' if result.interrupted else ''}")
     if result.interrupted:
         raise KeyboardInterrupt
@@ -242,14 +245,14 @@ def _recipe(name: str, images: int | None) -> tuple[TrainConfig, int, int, str]:
     found = next((each for start, each in _DATA.items() if name.startswith(start)), None)
     number, classes, of = found or (None, 1000, "")
     if config.steps is not None and images is not None:
-        what = f"--images {images} has no effect: {name} is {config.steps:,} steps long"
+        what = f"--images {images} has no effect: {name} is {plural(config.steps, 'step')} long"
         raise UserError(what, where="--images", fix="Leave it out")
     if images is not None:
         number, of = images, "as given"
     if number is None:
         what = f"how many training images {name} has is not known"
         raise UserError(what, where="--recipe", fix="Add --images N")
-    return config, num_images_seen(config, number), classes, f"{number:,} images ({of})"
+    return config, num_images_seen(config, number), classes, f"{plural(number, 'image')} ({of})"
 
 
 def _build_of_recipe(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mlp_mixer.console import table
-from mlp_mixer.training.cost import operations, power
+from mlp_mixer.errors import plural
+from mlp_mixer.training.cost import operations, planned, power
 
 if TYPE_CHECKING:
     from mlp_mixer.evaluation.throughput_result import ModelThroughput, Throughput
@@ -28,14 +29,14 @@ def lines_of(result: Throughput) -> list[str]:
 def _machine(result: Throughput) -> list[str]:
     found, where = result.environment, result.device
     device = found["processor"] if where.type == "cpu" else found["device"]
-    of = f", {_plural(result.threads, 'thread')} of {_plural(found['cores'], 'core')}"
+    of = f", {plural(result.threads, 'thread')} of {plural(found['cores'], 'core')}"
     if any(each.threads not in (None, result.threads) for each in result.models):
         of += " (1 for small batches)"
     step = "inference" if result.models[0].mode == "inference" else "a training step (AdamW)"
     compiled = "compiled" if result.compiled else "not compiled"
     lines = [
         f"machine  {device}{of if where.type == 'cpu' else ''}, torch {found['packages']['torch']}",
-        f"timed    {step}, {compiled}, median of {_plural(result.plan.rounds, 'round')} "
+        f"timed    {step}, {compiled}, median of {plural(result.plan.rounds, 'round')} "
         f"in {result.plan.seconds:g} s at each batch size",
     ]
     peaks = {each.precision: each.peak for each in result.models if each.peak is not None}
@@ -48,10 +49,6 @@ def _machine(result: Throughput) -> list[str]:
             f"{rows}x{inputs} by {inputs}x{outputs}"
         )
     return lines
-
-
-def _plural(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _main_table(there: list[ModelThroughput]) -> list[str]:
@@ -182,13 +179,11 @@ def cost_lines(
     assert rate is not None
     days = seen * (1.0 + sam) / rate / 86_400
     figures["device_days"] = days
-    length = (
-        f"{config.epochs} epochs of {data}" if config.steps is None else f"{config.steps:,} steps"
-    )
+    length = planned(config) + (f" of {data}" if config.steps is None else "")
     twice = f", {sam:.0%} of them twice (sharpness-aware)" if sam else ""
     lines = [
         "",
-        f"recipe   {config.recipe}: {length}, {seen:,} images{twice}",
+        f"recipe   {config.recipe}: {length}, {plural(seen, 'image')}{twice}",
         f"cost     {power(total)} operations; at {_digits(rate)} images/s "
         f"{_digits(days)} days of this device",
         "         The step alone: reading images, evaluation and checkpoints are not in it.",

@@ -17,7 +17,10 @@ from mlp_mixer.data.image import DARK
 from mlp_mixer.data.items import BadImage, Source
 from mlp_mixer.data.scan import Scan, scan
 from mlp_mixer.data.sources import notes_of
+from mlp_mixer.disk import write_aside
 
+# What the verb writes into a folder.
+FILES = ("check.json", "bad_files.txt", "duplicates.csv", "samples.png", "duplicates.png")
 TINY_SIDE = 16  # pixels; below it an image is named as tiny
 HUGE_PIXELS, HUGE_BYTES = 20_000_000, 20_000_000  # above either, as huge
 
@@ -105,9 +108,7 @@ class Report:
         if self.duplicates is not None:
             texts["duplicates.csv"] = _duplicates_csv(self.duplicates)
         for name, text in texts.items():
-            aside = folder / f".{name}.partial"
-            aside.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
-            aside.replace(folder / name)
+            write_aside(folder / name, text.encode(errors="surrogateescape"))
         return list(texts)
 
 

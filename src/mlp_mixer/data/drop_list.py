@@ -18,6 +18,7 @@ import numpy as np
 from mlp_mixer.data.duplicates import Duplicates
 from mlp_mixer.data.fingerprint import own_names
 from mlp_mixer.data.items import Source, subset
+from mlp_mixer.disk import write_aside
 from mlp_mixer.errors import UserError
 
 _TITLE = "# mlp_mixer drop list 1"
@@ -111,8 +112,8 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-def write_drop_list(drops: DropList, path: Path) -> None:
-    """Writes the list aside, then renames it; the folder must exist."""
+def to_text(drops: DropList) -> str:
+    """Returns what the file of a list holds."""
     lines = [_TITLE, f"# source\t{_escape(drops.source)}"]
     for split, (number, names) in drops.splits.items():
         lines.append(f"# split\t{split}\t{number}\t{names}")
@@ -121,10 +122,12 @@ def write_drop_list(drops: DropList, path: Path) -> None:
         lines.append(
             "\t".join((each.split, str(each.index), _escape(each.name), _escape(each.why)))
         )
-    aside = path.with_name(f".{path.name}.partial")
-    text = "".join(f"{line}\n" for line in lines)
-    aside.write_text(text, encoding="utf-8", errors="surrogateescape")
-    aside.replace(path)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def write_drop_list(drops: DropList, path: Path) -> None:
+    """Writes the list whole or not at all; the folder must exist."""
+    write_aside(path, to_text(drops).encode(errors="surrogateescape"))
 
 
 def read_drop_list(path: str | Path) -> DropList:

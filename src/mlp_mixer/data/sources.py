@@ -23,7 +23,7 @@ import contextlib
 import glob
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mlp_mixer.data import hub_dataset, lists, selections
@@ -36,6 +36,7 @@ from mlp_mixer.data.folders import (
     find_splits,
     flat_folder,
     refuse_other_folders,
+    split_named,
     subfolders,
 )
 from mlp_mixer.data.items import ImageFiles, Source, View, without_labels
@@ -127,6 +128,35 @@ def notes_of(splits: Mapping[str, Source]) -> list[str]:
             said = "an image has one label here, and each of them is a class of its own"
             notes[f"classes that read like several labels: {some_of(combined, 3)} ({said})"] = None
     return list(notes)
+
+
+def read_from(name: str | Path) -> Iterator[str]:
+    """Yields the files and folders on this machine that a source of data is read from.
+
+    The same of a file, folder or pattern of images. Of a list that is the list, not its images.
+    """
+    path = os.path.expanduser(name if isinstance(name, Path) else parse_name(name).base)
+    if os.path.isdir(path):
+        yield path
+        yield from _linked_folders(path)
+    elif os.path.exists(path):
+        yield path
+        if path.lower().endswith(selections.SUFFIX):
+            with contextlib.suppress(UserError):  # which is told where the data is opened
+                yield from read_from(selections.read_selection(Path(path)).source)
+    else:
+        yield from glob.glob(path, recursive=True)
+
+
+def _linked_folders(folder: str) -> Iterator[str]:
+    """The folders of splits and classes that are links to elsewhere."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith(".") and entry.is_dir():
+                if entry.is_symlink():
+                    yield entry.path
+                if split_named(entry.name):
+                    yield from _linked_folders(entry.path)
 
 
 def names_source(name: str) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mlp_mixer.deploy.runner import ExportedModel
+from mlp_mixer.errors import plural
 from mlp_mixer.evaluation.measurement import measurement
 from mlp_mixer.models.inference import Inference
 from mlp_mixer.models.layers import ImageClassifier
@@ -114,7 +115,7 @@ class ExportReport:
             ("file", sizes),
             ("format", f"{self.format}, {self.precision}, run by {self.runtime}"),
             ("input", f"{height}x{width} pixels, {goes_in}, any batch"),
-            ("compared", f"{found.num_images:,} images: {found.images}"),
+            ("compared", f"{plural(found.num_images, 'image')}: {found.images}"),
             (
                 "logits",
                 f"largest difference {found.largest_difference:.2g}, "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlp_mixer.data.sources import read_from
 from mlp_mixer.deploy.exported_files import PRECISIONS, choose_format, files_of
 from mlp_mixer.deploy.extras import needed
-from mlp_mixer.disk import check_place, expand
+from mlp_mixer.disk import check_output_file, expand, refuse_inputs
 from mlp_mixer.errors import UserError
 
 _PACKAGES = {
@@ -48,7 +49,11 @@ def check_request(
         if value is not None and not 1 <= value <= 2**20:
             what = f"{name} is from 1 to {2**20:,}, got {value:,}"
             raise UserError(what, where=f"--{name}", fix=f"--{name} 8")
-    _check_output(path, overwrite)
+    for each in (path, *files_of(path), *reports_of(path)):
+        check_output_file(each, overwrite=overwrite)
+        for source in (data, calibration):
+            if isinstance(source, str | Path):
+                refuse_inputs([each], read_from(source))
     for name in _PACKAGES[chosen]:
         needed(name)
     return path, chosen
@@ -85,15 +90,6 @@ def _check_settings(
     if max_accuracy_drop is not None and not 0.0 <= max_accuracy_drop <= 100.0:
         what = f"max_accuracy_drop is points from 0 to 100, got {max_accuracy_drop:g}"
         raise UserError(what, where="--max-accuracy-drop", fix="--max-accuracy-drop 0.5")
-
-
-def _check_output(path: Path, overwrite: bool) -> None:
-    check_place(path)
-    for each in (*files_of(path), *reports_of(path)):
-        if each.is_dir():
-            raise UserError("a folder is in the way of the output", where=each)
-        if each.exists() and not overwrite:
-            raise UserError("the output is there already", where=each, fix="Add --overwrite")
 
 
 def reports_of(path: Path) -> tuple[Path, Path]:

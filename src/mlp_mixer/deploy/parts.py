@@ -31,7 +31,7 @@ from mlp_mixer.deploy.answers import Question, make_ready
 from mlp_mixer.deploy.plan import MANIFEST, Plan, choose_part_size, describe, open_plan
 from mlp_mixer.deploy.rows import OnRows, Rows, predict_rows, watched
 from mlp_mixer.deploy.tables import write_rows
-from mlp_mixer.disk import write_aside
+from mlp_mixer.disk import forget_killed, write_aside
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.inference import Inference
 from mlp_mixer.models.layers import ImageClassifier
@@ -97,8 +97,7 @@ def predict_parts(
         ) from error
     _wait_for_all(plan, world)
     if world is None or world.is_first:
-        for left in folder.glob(".*.partial"):  # of processes that were killed
-            left.unlink(missing_ok=True)
+        forget_killed(folder)
     return plan
 
 

@@ -19,7 +19,7 @@ from mlp_mixer.data.fingerprint import fingerprint
 from mlp_mixer.data.items import Source
 from mlp_mixer.deploy.answers import Question, device_of, identity
 from mlp_mixer.deploy.tables import FILE_FORMATS, PART_FORMATS, check_format, writing
-from mlp_mixer.disk import expand, parse_json, write_aside
+from mlp_mixer.disk import STANDARD_OUTPUT, check_output_folder, expand, parse_json, write_aside
 from mlp_mixer.environment import surroundings
 from mlp_mixer.errors import UserError
 from mlp_mixer.models.layers import ImageClassifier, preprocessing_of
@@ -80,7 +80,7 @@ class Plan:
 def is_folder(output: str | Path) -> bool:
     """Returns whether an output is to be a folder of parts: it is one, or it has no ending."""
     path = expand(output)
-    if path.suffix in FILE_FORMATS:
+    if path.suffix in FILE_FORMATS or str(output) == STANDARD_OUTPUT:
         return False
     return str(output).endswith(("/", os.sep)) or not path.suffix or path.is_dir()
 
@@ -104,11 +104,7 @@ def check_folder(output: str | Path, kind: str = "csv", part_size: int | None = 
         raise UserError(f"part_size must be at least 1, got {part_size}", where="--part-size")
     check_format(f".{kind}")
     folder = expand(output)
-    if folder.exists() and not folder.is_dir():
-        raise UserError("the output is a file, and a folder is needed for parts", where=folder)
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError("the output's folder cannot be written to", where=there)
+    check_output_folder(folder)
     if folder.is_dir() and not (folder / MANIFEST).exists():
         other = next((each for each in os.listdir(folder) if each[0] != "."), None)
         if other is not None:

@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mlp_mixer.data.items import Source
+from mlp_mixer.data.sources import read_from
 from mlp_mixer.deploy.answers import Question, make_question
-from mlp_mixer.deploy.inputs import find_images
+from mlp_mixer.deploy.inputs import STANDARD_INPUT, find_images
 from mlp_mixer.deploy.rows import OnRows, Prediction, Rows, predict_rows, watched
 from mlp_mixer.deploy.runner import is_exported, open_exported
 from mlp_mixer.deploy.tables import FILE_FORMATS, check_format, render, write_rows
-from mlp_mixer.disk import check_place, expand
+from mlp_mixer.disk import check_output_file, expand, refuse_inputs
 from mlp_mixer.errors import UserError, named_memory_errors
 from mlp_mixer.models.device import put
 from mlp_mixer.models.layers import ImageClassifier
+from mlp_mixer.weights.locate import files_of
 from mlp_mixer.weights.store import load_model
 
 __all__ = ["Prediction", "check_output", "find_images", "predict", "predict_to_file", "render"]
@@ -28,6 +30,7 @@ def predict(
     top_k: int | None = None,
     features: bool = False,
     output: str | Path | None = None,
+    overwrite: bool = False,
     batch_size: int = 64,
     num_workers: int | None = None,
     device: str | None = None,
@@ -47,6 +50,7 @@ def predict(
         top_k: classes for each image, at most as many as the model has; None is 5.
         features: return the pooled features that the head reads, and no classes.
         output: a .csv, .json, .jsonl or .parquet file to write as well.
+        overwrite: replace a file that is there.
         batch_size: images a batch.
         num_workers: processes that decode; None chooses.
         device: "auto" (the GPU where there is one), "cpu", "cuda"; None leaves a model where it is.
@@ -55,15 +59,18 @@ def predict(
         on_batch: called with the number of images of every batch once it is done.
 
     Raises:
-        UserError: no such model or image, an output format that is not known or cannot be written,
-            or a number out of range.
+        UserError: no such model or image, an output that is there, is read, cannot be written or
+            has an unknown format, or a number out of range.
     """
     if top_k is not None and top_k < 1:  # before anything is read
         raise UserError(f"top_k must be at least 1, got {top_k}", where="--top-k")
-    target = None if output is None else check_output(output)
+    target = None if output is None else check_output(output, overwrite=overwrite)
     if isinstance(images, str | Path):
         images = [images]
-    source = find_images(list(images)) if isinstance(images, Iterable) else images
+    given = list(images) if isinstance(images, Iterable) else []
+    source = find_images(given) if isinstance(images, Iterable) else images
+    if target is not None:
+        refuse_read(target, model, given, source)
     if isinstance(model, str | Path):
         opened = open_exported(model) if is_exported(model) else load_model(model)
         model = put(opened, device or "auto")
@@ -101,7 +108,8 @@ def predict_to_file(
     model: ImageClassifier,
     source: Source,
     question: Question,
-    path: Path,
+    path: Path | None,
+    suffix: str | None = None,
     *,
     batch_size: int = 64,
     num_workers: int | None = None,
@@ -113,7 +121,8 @@ def predict_to_file(
         model: on its device.
         source: the images.
         question: what is asked about each, see `make_question`.
-        path: as `check_output` gave it.
+        path: as `check_output` gave it; None writes to standard output as the rows come.
+        suffix: the format, ".csv" or another of `FILE_FORMATS`; None goes by the path.
         batch_size, num_workers: as of `predict`.
         on_rows: called with the rows of every batch.
 
@@ -123,22 +132,39 @@ def predict_to_file(
     rows = predict_rows(model, source, question, batch_size=batch_size, num_workers=num_workers)
     batches = watched(rows, on_rows)
     try:
-        write_rows(path, path.suffix, batches, question)
+        write_rows(path, suffix or (".csv" if path is None else path.suffix), batches, question)
     finally:
         batches.close()
 
 
-def check_output(output: str | Path) -> Path:
+def check_output(output: str | Path, *, overwrite: bool = False) -> Path:
     """Returns the path of a file that predictions can be written to.
 
     Raises:
-        UserError: its ending is none of `FILE_FORMATS`, or its folder is not there.
+        UserError: its ending is none of `FILE_FORMATS`, its folder is not there, or it is there.
     """
     path = expand(output)
     if path.suffix not in FILE_FORMATS:
         what = f"unknown output format {path.suffix!r}"
         fix = f"Known: {', '.join(FILE_FORMATS)}; `mixer predict` takes a folder as well"
         raise UserError(what, where=path, fix=fix)
-    check_place(path)
+    check_output_file(path, overwrite=overwrite)
     check_format(path.suffix)
     return path
+
+
+def refuse_read(output: Path, model: object, images: Iterable[str | Path], source: Source) -> None:
+    """Refuses a file or folder of predictions that is, or lies in, what they are made of.
+
+    Args:
+        output: the file or folder.
+        model: its name; a model in memory has no files.
+        images: as they were named.
+        source: what was found.
+
+    Raises:
+        UserError: names both.
+    """
+    inputs = [place for each in images if each != STANDARD_INPUT for place in read_from(each)]
+    inputs += files_of(model) if isinstance(model, str | Path) else []
+    refuse_inputs([output], inputs, map(source.item_name, range(len(source))))

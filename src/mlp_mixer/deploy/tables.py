@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ def check_format(suffix: str) -> None:
 
 
 def write_rows(
-    path: Path,
+    path: Path | None,
     suffix: str,
     batches: Iterable[Rows],
     question: Question,
@@ -48,7 +49,7 @@ def write_rows(
     """Writes rows to a file, whole or not at all; a batch is in memory at a time.
 
     Args:
-        path: of the file, whatever it is called.
+        path: of the file, whatever it is called; None writes text to standard output.
         suffix: one of `FILE_FORMATS`.
         batches: of rows.
         question: that they answer.
@@ -68,6 +69,10 @@ def write_rows(
         if then is not None:
             then()
 
+    if path is None:
+        write_text(sys.stdout, suffix, batches, width=width, features=features)
+        sys.stdout.flush()
+        return
     with writing(path):
         write_aside(path, write)
 

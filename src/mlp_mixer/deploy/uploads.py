@@ -14,7 +14,7 @@ from starlette.types import Message, Receive
 
 from mlp_mixer.data.image import EncodedImage
 from mlp_mixer.deploy.service import Limits, megabytes
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, plural
 
 FIELD = "images"
 _SEND = f"send image files as multipart/form-data in the field {FIELD!r}, or one as image/*"
@@ -164,8 +164,9 @@ async def _from_form(request: Request, most: int) -> list[tuple[str, bytes]]:
     except MultiPartException as error:
         detail = error.message
         if detail.startswith("Too many files"):
-            images = "1 image" if most == 1 else f"{most} images"
-            raise Refused(413, f"more than {images} in one request, the limit here") from error
+            raise Refused(
+                413, f"more than {plural(most, 'image')} in one request, the limit here"
+            ) from error
         if detail.startswith("Too many fields"):
             message = f"a field without a file: image files go into the field {FIELD!r}"
             raise Refused(400, message) from error

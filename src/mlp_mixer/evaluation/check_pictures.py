@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from mlp_mixer.data.duplicates import Duplicates
 from mlp_mixer.data.image import decode
 from mlp_mixer.data.items import Source
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, plural
 from mlp_mixer.evaluation.pictures import as_drawn, save_figure, shorten
 
 MOST_PAIRS = 24
@@ -49,9 +49,10 @@ def samples(source: Source, seed: int = 0) -> Figure:
         chosen = present[np.linspace(0, len(present) - 1, _CELLS).round().astype(int)]
     columns = 6 if each == 6 else 12
     random = np.random.default_rng(seed)
-    title = f"{source.name}: {len(source):,} images, up to {each} of each of {len(present)} classes"
+    classes = plural(len(present), "class")
+    title = f"{source.name}: {plural(len(source), 'image')}, up to {each} of each of {classes}"
     if len(chosen) < len(present):
-        title = f"{source.name}: an image of each of {len(chosen)} out of {len(present)} classes"
+        title = f"{source.name}: an image of each of {len(chosen)} out of {classes}"
     cells: list[tuple[np.ndarray | None, str]] = []
     for label in chosen:
         members = random.permutation(np.flatnonzero(source.labels == label))

@@ -17,12 +17,14 @@ import numpy as np
 import torch
 
 from mlp_mixer.data.items import BadImage
-from mlp_mixer.disk import write_together
+from mlp_mixer.disk import check_output_folder, write_together
 from mlp_mixer.evaluation.calibration import Reliability, reliability
 from mlp_mixer.evaluation.measurement import measurement
 from mlp_mixer.evaluation.real import RealScore
 from mlp_mixer.models.layers import ImageClassifier
 from mlp_mixer.preprocessing import Preprocessing
+
+FILES = ("per_class.csv", "confusion.csv", "evaluation.json")  # what `Evaluation.save` writes
 
 
 @dataclass
@@ -203,24 +205,33 @@ class Evaluation:
         values["per_class"] = self.per_class()
         return {**values, "class_names": self.class_names, "confusion": self.confusion.tolist()}
 
-    def save(self, folder: Path, model: ImageClassifier | None = None) -> None:
+    def save(
+        self, folder: Path, model: ImageClassifier | None = None, *, overwrite: bool = False
+    ) -> None:
         """Writes evaluation.json, per_class.csv and confusion.csv (rows: true) to the folder.
 
         Args:
             folder: made where it is not there; the files come whole or not at all.
             model: that was measured, to be described in evaluation.json.
+            overwrite: replace the files that are there.
+
+        Raises:
+            UserError: one of them is there, or the folder cannot be written to.
         """
+        check_output_folder(folder, FILES, overwrite=overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         values = measurement("evaluation", model, self.to_json())
         rows = self.per_class()
+        text = json.dumps(values, indent=2) + "\n"
         counts = zip(self.class_names, self.confusion.tolist(), strict=True)
         per_class = [list(rows[0]), *(list(row.values()) for row in rows)]
         confusion = [["true class", *self.class_names], *([name, *row] for name, row in counts)]
         write_together(
             {
-                folder / "per_class.csv": _csv(per_class),
-                folder / "confusion.csv": _csv(confusion),
-                folder / "evaluation.json": (json.dumps(values, indent=2) + "\n").encode(),
+                folder / name: content
+                for name, content in zip(
+                    FILES, (_csv(per_class), _csv(confusion), text.encode()), strict=True
+                )
             }
         )
 

@@ -56,9 +56,14 @@ def describe(model: ImageClassifier) -> dict[str, Any]:
     }
 
 
+def to_text(values: dict[str, Any]) -> str:
+    """Returns what the file of a measurement holds."""
+    return json.dumps(values, indent=2) + "\n"
+
+
 def write_measurement(path: Path, values: dict[str, Any]) -> None:
     """Writes a measurement whole or not at all; the folder must exist."""
-    write_aside(path, (json.dumps(values, indent=2) + "\n").encode(errors="surrogateescape"))
+    write_aside(path, to_text(values).encode(errors="surrogateescape"))
 
 
 def read_measurement(path: Path) -> dict[str, Any]:

@@ -13,17 +13,19 @@ from PIL import Image
 
 from mlp_mixer.data.image import decode, to_pillow
 from mlp_mixer.data.items import Source
+from mlp_mixer.disk import write_aside
+from mlp_mixer.errors import plural
 from mlp_mixer.evaluation.accuracy import Evaluation
 
+# What `save_report` writes.
+REPORT = ("confusion", "reliability", "predictions", "worst_mistakes")
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 _MOST_NUMBERED, _MOST_NAMED = 20, 60  # classes up to which cells carry numbers, axes all names
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes the figure as a PNG, aside and then renamed; the folder must exist."""
-    aside = path.with_name(f".{path.name}.partial")
-    figure.savefig(aside, format="png", dpi=120)
-    aside.replace(path)
+    """Writes the figure as a PNG, whole or not at all; the folder must exist."""
+    write_aside(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
 
 
 def confusion_matrix(evaluation: Evaluation) -> Figure:
@@ -45,8 +47,8 @@ def confusion_matrix(evaluation: Evaluation) -> Figure:
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     axes.set_title(
-        f"{as_drawn(evaluation.data)}: {evaluation.top1:.2%} of {len(evaluation.labels)} images "
-        "right"
+        f"{as_drawn(evaluation.data)}: {evaluation.top1:.2%} of "
+        f"{plural(len(evaluation.labels), 'image')} right"
     )
     if classes <= _MOST_NUMBERED:
         for row, column in zip(*np.nonzero(counts), strict=True):
@@ -73,7 +75,7 @@ def reliability_diagram(evaluation: Evaluation) -> Figure:
     upper.legend(loc="upper left", fontsize=8)
     upper.set_title(
         f"{as_drawn(evaluation.data)}: expected calibration error {bins.error:.2%}, "
-        f"{len(evaluation.labels)} images",
+        f"{plural(len(evaluation.labels), 'image')}",
         fontsize=10,
     )
     lower.bar(middle, bins.images, 0.92 * width, color="#bbbbbb")
@@ -86,7 +88,8 @@ def prediction_grid(evaluation: Evaluation, source: Source, most: int = 36) -> F
     count = min(most, len(evaluation.labels))
     places = np.linspace(0, len(evaluation.labels) - 1, count).round().astype(int)
     right = int((evaluation.predictions == evaluation.labels)[places].sum())
-    title = f"{evaluation.data}: {count} images, {right} right (green), {count - right} wrong (red)"
+    title = f"{evaluation.data}: {plural(count, 'image')}, {right} right (green), "
+    title += f"{count - right} wrong (red)"
     return _grid(evaluation, source, places, title)
 
 
@@ -166,14 +169,13 @@ def as_drawn(text: str) -> str:
 
 
 def save_report(evaluation: Evaluation, source: Source, folder: Path) -> list[str]:
-    """Writes confusion.png, reliability.png, predictions.png and worst_mistakes.png; returns their
-    names."""
-    figures = {
-        "confusion": confusion_matrix(evaluation),
-        "reliability": reliability_diagram(evaluation),
-        "predictions": prediction_grid(evaluation, source),
-        "worst_mistakes": worst_mistakes(evaluation, source),
-    }
-    for name, figure in figures.items():
+    """Writes the figures of `REPORT` as PNG; returns their names."""
+    figures = (
+        confusion_matrix(evaluation),
+        reliability_diagram(evaluation),
+        prediction_grid(evaluation, source),
+        worst_mistakes(evaluation, source),
+    )
+    for name, figure in zip(REPORT, figures, strict=True):
         save_figure(figure, folder / f"{name}.png")
-    return list(figures)
+    return list(REPORT)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from mlp_mixer.disk import Content, expand, write_together
+from mlp_mixer.disk import Content, check_output_folder, expand, refuse_inputs, write_together
 from mlp_mixer.errors import UserError
 from mlp_mixer.inspection.attribution import (
     Occlusion,
@@ -93,6 +93,7 @@ def inspect(
     model: ImageClassifier,
     *,
     output: str | Path | None = None,
+    overwrite: bool = False,
     compare: ImageClassifier | None = None,
     layers: Sequence[int] | None = None,
     outgoing: bool = False,
@@ -111,6 +112,7 @@ def inspect(
     Args:
         model: of any family; what does not apply to it is said in `notes`.
         output: a folder for the pictures and the numbers; None only measures.
+        overwrite: replace files that are there.
         compare: a model to set beside it; `random_weights` gives one that has learned nothing.
         layers: numbers of the layers that figure 6 shows, from 1; None: the first three.
         outgoing: measure and draw the outgoing weights as well, in the order of the incoming.
@@ -127,7 +129,7 @@ def inspect(
 
     Raises:
         UserError: an exported file, no such layer or unit, an image that cannot be read, an output
-            that is a file, or a setting without effect.
+            that is a file or has such files already, or a setting without effect.
     """
     if not isinstance(model, ImageClassifier):
         raise UserError(f"inspect takes a model, got {model!r}", fix="mm.load_model(...) gives one")
@@ -135,7 +137,10 @@ def inspect(
         if each is not None:
             refuse_exported(each)
     _check_settings(output, layers, image, units, window, stride, vector, batch_size)
-    folder = None if output is None else _make_folder(output)
+    folder = None if output is None else expand(output)
+    if folder is not None:
+        check_output_folder(folder, ("inspection.json", "units.csv"), overwrite=overwrite)
+        folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     model = put(model, device)
     measured = measure_model(model, names[0], outgoing=outgoing)
     compared = None if compare is None else measure_model(compare, names[1], outgoing=outgoing)
@@ -164,7 +169,11 @@ def inspect(
         figures = {**weight_figures(measured, chosen, compared), **figures}
         if measured.incoming:
             figures["layers"] = layers_figure(measured, compared)
-        _write(found, figures, folder, vector or VECTORS[0])
+        contents = _contents(found, figures, folder, vector or VECTORS[0])
+        check_output_folder(folder, [path.name for path in contents], overwrite=overwrite)
+        refuse_inputs(contents, [] if image is None else [image])
+        write_together(contents)
+        found.files.extend(path.name for path in contents)
     return found
 
 
@@ -236,14 +245,6 @@ def _check_settings(
             raise UserError(f"{flag} names none", where=flag, fix="Give numbers from 1")
 
 
-def _make_folder(output: str | Path) -> Path:
-    folder = expand(output)
-    if folder.exists() and not folder.is_dir():
-        raise UserError("the output is a file, it must be a folder", where=output)
-    folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    return folder
-
-
 def _responses(
     model: ImageClassifier,
     measured: ModelMeasures,
@@ -267,8 +268,10 @@ def _responses(
     return [maps[layer][unit - 1] for layer, unit in dict.fromkeys(units)]
 
 
-def _write(found: Inspection, figures: dict[str, Figure], folder: Path, vector: str) -> None:
-    """Writes everything aside, and renames it only when all of it is whole."""
+def _contents(
+    found: Inspection, figures: dict[str, Figure], folder: Path, vector: str
+) -> dict[Path, Content]:
+    """Returns what is written, by its place."""
     contents: dict[Path, Content] = {}
     for name, figure in figures.items():
         for kind in ("png", vector):
@@ -277,8 +280,7 @@ def _write(found: Inspection, figures: dict[str, Figure], folder: Path, vector: 
     contents[folder / "units.csv"] = _units_csv(found).encode(errors="surrogateescape")
     text = json.dumps(found.to_json(), indent=2, default=np.ndarray.tolist) + "\n"
     contents[folder / "inspection.json"] = text.encode(errors="surrogateescape")
-    write_together(contents)
-    found.files.extend(path.name for path in contents)
+    return contents
 
 
 def _saver(figure: Figure, kind: str) -> Callable[[Path], None]:

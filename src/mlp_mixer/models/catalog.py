@@ -132,6 +132,10 @@ def model_config(
     config = known[name]
     fields = [field.name for field in dataclasses.fields(config)]
     for field in overrides:
+        if field == "pretrained":  # as timm and torchvision call it
+            fix = 'Trained weights have names of their own: mm.load_model("mixer_b16.i21k"); '
+            fix += "`mixer models --weights` lists them"
+            raise UserError("create_model draws random weights: it has no 'pretrained'", fix=fix)
         if field not in fields:
             raise UserError(
                 f"model {name} has no setting {field!r}",

@@ -20,7 +20,7 @@ import torch
 
 from mlp_mixer.console import Reporter, table
 from mlp_mixer.data.sources import open_splits
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, plural
 from mlp_mixer.evaluation.draws import check_settings
 from mlp_mixer.evaluation.few_shot import few_shot, num_images
 from mlp_mixer.models.catalog import model_config
@@ -260,16 +260,16 @@ class _Study:
         """Says what the study will do."""
         seeds = sorted({config.seed for config in self.cells.values()})
         self.say(
-            f"study    {len(self.cells)} runs of {self.steps:,} steps, "
-            f"{self.config.batch_size} images each; "
+            f"study    {plural(len(self.cells), 'run')} of {plural(self.steps, 'step')}, "
+            f"{plural(self.config.batch_size, 'image')} each; "
             f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
         )
         self.say(
-            f"data     {self.config.data.source}: {self.images:,} images to train, "
+            f"data     {self.config.data.source}: {plural(self.images, 'image')} to train, "
             f"{self.data['validation_images']:,} to validate, the same for every share"
         )
         for fraction in self.fractions:
-            images = f"{self.num_images(fraction):,} images"
+            images = plural(self.num_images(fraction), "image")
             line = f"         {100 * fraction:.4g} %: {images}, {self.epochs(fraction):,.4g} epochs"
             of_paper = DATA_SCALE.get(fraction)
             self.say(line + (f" (the paper, on JFT-300M: {of_paper})" if of_paper else ""))

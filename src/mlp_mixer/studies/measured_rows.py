@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, plural
 from mlp_mixer.evaluation.real import IMAGES
 from mlp_mixer.models.catalog import config_from_json, config_to_json
 from mlp_mixer.studies.findings import Findings, Measured
@@ -279,7 +279,7 @@ def suite_mean(suite: Measured) -> str:
     done = sum(each.get("accuracy") is not None for each in tasks.values())
     total = _SUITE_TASKS[suite.kind]
     is_whole = done == total and not suite.values["partial"] and not suite.values["missing"]
-    marks = [] if is_whole else [f"partial: {done} of {total} tasks"]
+    marks = [] if is_whole else [f"partial: {done} of {plural(total, 'task')}"]
     marks += ["changed protocol"] if suite.values.get("changes") else []
     marks += ["other data"] if any(each.get("departs") for each in tasks.values()) else []
     return percent(mean) + (f" ({', '.join(marks)})" if marks else "")
@@ -341,7 +341,7 @@ def _what(each: Measured) -> Iterator[str]:
             yield "not at its end: no accuracy"
         else:
             split = f" ({values['split']} split)" if each.kind == "run" else ""
-            yield f"data {evaluation['data']}{split}, {evaluation['images']:,} images"
+            yield f"data {evaluation['data']}{split}, {plural(evaluation['images'], 'image')}"
             if evaluation.get("protocol"):
                 yield f"protocol {_flat(evaluation['protocol'])}"
             reason = why_not_imagenet(evaluation)

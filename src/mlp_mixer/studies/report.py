@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from mlp_mixer.disk import expand, write_aside
-from mlp_mixer.errors import UserError
+from mlp_mixer.disk import check_output_folder, expand, refuse_inputs, write_aside
 from mlp_mixer.evaluation.throughput import count_parameters
 from mlp_mixer.models.catalog import create_model
 from mlp_mixer.studies import figures, paper
@@ -53,22 +52,25 @@ class Report:
     pictures: list[Path]
 
 
-def report(paths: Sequence[str | Path], output: str | Path = "report") -> Report:
+def report(
+    paths: Sequence[str | Path], output: str | Path = "report", *, overwrite: bool = False
+) -> Report:
     """Writes the paper's tables with our measurements beside them, as Markdown and HTML.
 
     Args:
         paths: run folders, measurement files, and folders that are searched for them.
-        output: the folder of the report; an older report in it is replaced.
+        output: the folder of the report.
+        overwrite: replace a report that is there.
 
     Raises:
-        UserError: nothing to report, a damaged file asked for by name, or the output is a file.
+        UserError: nothing to report, a damaged file asked for by name, or the output is a file,
+            has a report already, or lies in a run.
     """
     folder = expand(output)
-    for each in (folder, folder / "pictures"):
-        if each.exists() and not each.is_dir():
-            what = "the output is a file, it must be a folder"
-            raise UserError(what, where=each, fix="Give another --output")
+    check_output_folder(folder, ("report.md", "report.html"), overwrite=overwrite)
+    check_output_folder(folder / "pictures")
     findings = collect(paths)
+    refuse_inputs([folder], (each.path for each in findings.measured))
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     blocks = _blocks(findings, folder / "pictures")
     write_aside(folder / "report.md", to_markdown(blocks).encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mlp_mixer.errors import plural
 from mlp_mixer.studies import figures, paper
 from mlp_mixer.studies.findings import NAMED_ONLY, Findings, Measured
 from mlp_mixer.studies.measured_rows import (
@@ -84,9 +85,11 @@ def data_scale(findings: Findings, folder: Path) -> list[Block]:
             for point in points
         ]
         head = ["model", "share", "images", "epochs", "validation", f"{shots}-shot", "runs", "how"]
-        caption = f"{points[0]['steps']:,} steps on {source}; {shots}-shot accuracy on {where}"
+        caption = (
+            f"{plural(points[0]['steps'], 'step')} on {source}; {shots}-shot accuracy on {where}"
+        )
         if each.values["partial"]:
-            caption += f"; partial: {len(each.values.get('missing', []))} runs are missing"
+            caption += f"; partial: {plural(len(each.values.get('missing', [])), 'run')} missing"
         blocks += [
             Picture(f"pictures/{name}.png", f"Measured here [{each.number}]: {caption}."),
             Table("measured here", head, rows, left=1, caption=caption),

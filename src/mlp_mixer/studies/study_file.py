@@ -81,7 +81,7 @@ class StudyFile:
             UserError: the folder holds something else, or another study.
         """
         folder = self.path.parent
-        there = names_in(folder)
+        there = names_in(folder, self.config.data.source, self.settings.get("few_shot_data"))
         if not self.path.is_file():
             refuse_other_things(folder, there - {"log.txt"})
             return {}

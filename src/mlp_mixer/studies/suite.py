@@ -18,7 +18,7 @@ from typing import Any
 from mlp_mixer.console import Reporter
 from mlp_mixer.data.selections import write_selection
 from mlp_mixer.disk import expand
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, plural
 from mlp_mixer.evaluation.measurement import measurement, read_measurement, write_measurement
 from mlp_mixer.models.layers import ImageClassifier
 from mlp_mixer.studies.suite_result import SuiteResult, suite_result
@@ -107,7 +107,7 @@ class _Runner:
 
     def before(self) -> dict[str, dict[str, Any]]:
         """What this very suite has measured so far; refuses a folder of something else."""
-        there = names_in(self.path) - {_FILE, _DATA, "log.txt"}
+        there = names_in(self.path, *self.suite.sources.values()) - {_FILE, _DATA, "log.txt"}
         if not (self.path / _FILE).exists():
             refuse_other_things(self.path, there)
             return {}
@@ -158,7 +158,7 @@ class _Runner:
             name, error = wrong[0]
             raise UserError(f"task {name}: {error.what}", where=error.where, fix=error.fix)
         if wrong:
-            many = f"{len(wrong)} of {len(self.configs)} tasks cannot be run"
+            many = f"{len(wrong)} of {plural(len(self.configs), 'task')} cannot be run"
             listed = [
                 f"{name}: {error.what}" + (f" ({error.where})" if error.where else "")
                 for name, error in wrong
@@ -181,7 +181,7 @@ class _Runner:
                 self.save()
         except (KeyboardInterrupt, SystemExit):
             every = len(self.suite.sources)
-            done = f"{every - len(self.pending())} of {every} tasks are measured"
+            done = f"{every - len(self.pending())} of {plural(every, 'task')} are measured"
             self.say(f"the suite goes on with the same command as before; {done}")
             raise
         result = self.result()
@@ -196,7 +196,9 @@ class _Runner:
         """Says what will be done with which images."""
         suite = self.suite
         asked, every = len(suite.sources), len(suite.known)
-        self.say(f"suite    {suite.protocol}: {asked} of {every} tasks, {_seeds(suite.seeds)}")
+        self.say(
+            f"suite    {suite.protocol}: {asked} of {plural(every, 'task')}, {_seeds(suite.seeds)}"
+        )
         if suite.changes:
             self.say(f"changed  not the official protocol: {', '.join(suite.changes)}")
         for name, each in self.done.items():

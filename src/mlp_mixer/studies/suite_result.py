@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlp_mixer.console import table
+from mlp_mixer.errors import plural
 from mlp_mixer.studies.vtab_tasks import GROUPS, Task
 
 
@@ -47,7 +48,11 @@ class SuiteResult:
         """Returns "mean of 3 of 19 tasks, partial: 41.20%"."""
         assert self.mean is not None
         many, all_of_them = len(self.tasks), len(self.tasks) + len(self.missing)
-        of = f"{many} of {all_of_them} tasks, partial" if self.partial else f"{many} tasks"
+        of = (
+            f"{many} of {plural(all_of_them, 'task')}, partial"
+            if self.partial
+            else plural(many, "task")
+        )
         return f"mean of {of}: {self.mean:.2%}"
 
     def lines(self, known: Mapping[str, Task]) -> list[str]:
@@ -60,7 +65,7 @@ class SuiteResult:
         for group, mean in self.groups.items():
             every = [name for name, task in known.items() if task.group == group]
             have = sum(name in self.tasks for name in every)
-            lines.append(f"{group:<12} {mean:.2%} ({have} of {len(every)} tasks)")
+            lines.append(f"{group:<12} {mean:.2%} ({have} of {plural(len(every), 'task')})")
         lines.append(self.summary())
         if self.partial:
             lines.append(f"missing  {', '.join(self.missing)}")

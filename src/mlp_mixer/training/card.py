@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-import shlex
+import json
+import os
 
+from mlp_mixer.data.hub_dataset import PREFIX
+from mlp_mixer.data.source_names import parse_name
 from mlp_mixer.evaluation.accuracy import Evaluation
 from mlp_mixer.evaluation.throughput import count_parameters, flops_text
+from mlp_mixer.models.catalog import architecture_name, config_to_json
 from mlp_mixer.models.layers import ImageClassifier
+from mlp_mixer.models.mixer import MixerConfig
+from mlp_mixer.models.timm_model import TimmConfig
 from mlp_mixer.training.config import TrainConfig
+from mlp_mixer.training.cost import planned
 from mlp_mixer.training.dataset import Splits
+from mlp_mixer.weights.checkpoints import find_checkpoint
+
+# A family -> its name and its paper.
+_FAMILIES = {
+    "mixer": ("MLP-Mixer", "Tolstikhin et al. 2021, arXiv 2105.01601"),
+    "cycle_mlp": ("CycleMLP", "Chen et al. 2022, arXiv 2107.10224"),
+    "vision_permutator": ("Vision Permutator", "Hou et al. 2022, arXiv 2106.12368"),
+    "small_resnet": ("Small ResNet", "pre-activation as in He et al. 2016, arXiv 1603.05027"),
+}
 
 _CARD = """---
-library_name: mlp_mixer
-pipeline_tag: image-classification
-tags: [mlp-mixer, image-classification]
+{header}
 ---
 
 # {title}
@@ -32,15 +46,18 @@ It tells apart {num_classes} classes: {classes}.
 
 ## Use
 
+In this folder, with the package mlp_mixer installed ("." is the folder; elsewhere give its path, or
+hf:owner/name once it lies on the hub):
+
 ```python
 import mlp_mixer as mm
 
-for prediction in mm.predict({quoted}, ["photo.jpg"]):
+for prediction in mm.predict(".", ["photo.jpg"]):
     print(prediction.path, prediction.classes)
 ```
 
 ```
-mixer predict {folder} photo.jpg
+mixer predict . photo.jpg
 ```
 
 Images of any size and mode are turned upright and prepared as the model carries along:
@@ -56,7 +73,11 @@ Every setting is in the run's `config.json`.
 
 It has only ever seen the images named above: for pictures of another kind, from another camera or
 of other classes its answers mean nothing, and its probabilities are not calibrated.
-Architecture: MLP-Mixer, Tolstikhin et al. 2021, arXiv 2105.01601.
+
+Architecture: {architecture}, {paper}.
+
+Licence: the code that made it, mlp_mixer, is Apache-2.0. That of these weights is for whoever
+trained them to choose, and depends on the images{begun}.
 """
 
 
@@ -64,14 +85,23 @@ def model_card(
     model: ImageClassifier,
     config: TrainConfig,
     splits: Splits,
-    folder: str,
     validation: Evaluation | None,
     test: Evaluation | None,
 ) -> str:
-    """Returns the text of the card, in Markdown with the header that model hubs read."""
+    """Returns the text of the card, in Markdown with the header that model hubs read.
+
+    It names no path of this machine: the folder is there to be given away.
+    """
+    data = config.data.source
+    base = parse_name(data).base
+
+    def public(name: str) -> str:
+        called = base if base.startswith(PREFIX) else os.path.basename(os.path.abspath(base))
+        return called + name.removeprefix(base) if name.startswith(base) else name
+
     evaluations = [evaluation for evaluation in (validation, test) if evaluation is not None]
     rows = [
-        f"| {len(each.labels):,} | {each.data} | {each.top1:.2%} | "
+        f"| {len(each.labels):,} | {public(each.data)} | {each.top1:.2%} | "
         f"{'-' if each.top5 is None else f'{each.top5:.2%}'} | {each.loss:.4f} |"
         for each in evaluations
     ]
@@ -88,9 +118,37 @@ def model_card(
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     height, width = model.config.image_size
     assert model.preprocessing is not None
+    family, architecture, paper = _architecture(model)
+    title = f"{architecture} on {public(data)}"
+    weights = config.model.weights
+    known = None if weights is None else find_checkpoint(weights)
+    begun = "" if weights is None else f" and on the weights that it began with, {_name(weights)}"
+    if known is not None:
+        begun += f" ({known.licence})"
+    results = [
+        {
+            "task": {"type": "image-classification"},
+            "dataset": {"name": public(each.data), "type": public(base)},
+            "metrics": [{"type": "accuracy", "name": "top-1", "value": round(each.top1, 6)}],
+        }
+        for each in evaluations
+    ]
+    header = {
+        "library_name": "mlp_mixer",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", family],
+        "datasets": [_on_hub(base)] if base.startswith(PREFIX) else None,
+        "base_model": None if weights is None else _base_model(weights),
+        "metrics": ["accuracy"] if evaluations else None,
+        "model-index": [{"name": title, "results": results}] if results else None,
+    }
+    lines = [f"{key}: {json.dumps(value)}" for key, value in header.items() if value]
     return _CARD.format(
-        title=f"{type(model).__name__} on {config.data.source}",
-        architecture=type(model).__name__,
+        header="\n".join([*lines, "# license: not stated; see the end of this page"]),
+        title=title,
+        architecture=architecture,
+        paper=paper,
+        begun=begun,
         parameters=count_parameters(model),
         flops=flops_text(model.config.flops),
         summary=model.config.summary(),
@@ -100,16 +158,47 @@ def model_card(
         classes=shown,
         results="\n".join(rows),
         chosen=chosen,
-        folder=shlex.quote(folder),
-        quoted=repr(folder),
         preprocessing=model.preprocessing.summary(),
         recipe=config.recipe,
         seed=config.seed,
-        length=f"{config.steps:,} steps" if config.epochs is None else f"{config.epochs} epochs",
-        start="" if config.model.weights is None else f"from the weights {config.model.weights};\n",
+        length=planned(config),
+        start="" if weights is None else f"from the weights {_name(weights)};\n",
         train=len(splits.train),
         batch=config.batch_size,
         optimizer=config.optimizer.name,
         rate=config.optimizer.learning_rate,
         decay=config.optimizer.weight_decay,
     )
+
+
+def _architecture(model: ImageClassifier) -> tuple[str, str, str]:
+    """The hub's tag of a model's family, the name of its architecture, and the paper."""
+    config = model.config
+    if isinstance(config, TimmConfig):
+        return "timm", config.name, "as timm has it, whose documentation names the paper"
+    name, paper = _FAMILIES[config_to_json(config)["family"]]
+    tag = name.lower().replace(" ", "-")
+    if isinstance(config, MixerConfig) and config.variant:
+        paper += f", changed as in its appendix A.1: {config.variant}"
+        name += " variant"
+    known = architecture_name(config)
+    return tag, f"{name} {known}" if known else name, paper
+
+
+def _name(weights: str) -> str:
+    """What trained weights are called elsewhere: of a path its last part."""
+    if weights.startswith(("hf:", "timm:")):
+        return weights
+    return os.path.basename(os.path.normpath(weights).removesuffix(f"{os.sep}best"))
+
+
+def _base_model(weights: str) -> str | None:
+    """The owner/name of weights that lie on the hub."""
+    known = find_checkpoint(weights)
+    if weights.startswith("timm:"):
+        return f"timm/{weights.removeprefix('timm:')}"
+    return _on_hub(weights) if weights.startswith(PREFIX) else known and known.hub
+
+
+def _on_hub(name: str) -> str:
+    return name.removeprefix(PREFIX).partition("@")[0]

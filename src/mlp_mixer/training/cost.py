@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, plural
 from mlp_mixer.models.mixer import MixerConfig
 from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.kept import block_matrices, is_known, kept_of_one_image
@@ -31,6 +31,13 @@ def num_images_seen(config: TrainConfig, num_images: int) -> int:
         return config.steps * config.batch_size
     assert config.epochs is not None
     return config.epochs * num_images
+
+
+def planned(config: TrainConfig) -> str:
+    """Returns how long a run is: "1 epoch" or "1,000 steps"."""
+    if config.epochs is not None:
+        return plural(config.epochs, "epoch")
+    return plural(config.steps or 0, "step")
 
 
 def operations(flops_per_image: int, images: int, sharpness: float = 0.0) -> int:

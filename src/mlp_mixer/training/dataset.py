@@ -23,7 +23,7 @@ from mlp_mixer.data.items import (
 from mlp_mixer.data.randaugment import randaugment
 from mlp_mixer.data.sources import notes_of, open_splits
 from mlp_mixer.data.transforms import flip, inception_crop, random_crop, resize_for_evaluation
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, plural
 from mlp_mixer.preprocessing import Preprocessing
 from mlp_mixer.training.settings import AugmentSettings, DataSettings
 
@@ -60,14 +60,14 @@ class Splits:
         counts = np.bincount(self.train.labels, minlength=len(names))
         few, many = int(counts.argmin()), int(counts.argmax())
         origin = "held out of the training images" if self.held_out else "the data's own"
-        parts = [f"{len(self.train):,} images to train"]
+        parts = [f"{plural(len(self.train), 'image')} to train"]
         if self.validation is None:
             parts.append("none to validate")
         else:
             parts.append(f"{len(self.validation):,} to validate ({origin})")
         parts.append(f"{len(self.test):,} to test" if self.test else "none to test")
         lines = [
-            f"{', '.join(parts)}; {len(names)} classes",
+            f"{', '.join(parts)}; {plural(len(names), 'class')}",
             f"training images a class: {counts[few]:,}"
             + ("" if few == many else f" ({names[few]}) to {counts[many]:,} ({names[many]})"),
         ]
@@ -79,7 +79,7 @@ class Splits:
                 if absent:
                     lines.append(f"{split.name} has no image of {', '.join(absent[:8])}")
         if self.bad:
-            some = f"{len(self.bad):,} of {len(self.train):,} training images"
+            some = f"{len(self.bad):,} of {plural(len(self.train), 'training image')}"
             lines.append(f"warning: {some} cannot be read and are skipped: {self.bad[0].name} ...")
         return lines
 
@@ -118,7 +118,7 @@ def split_data(settings: DataSettings) -> Splits:
         for name in splits.keys() - {"test"}:  # what is measured at the end stays whole
             splits[name] = without(splits[name], drops, name)
         left_out = before - sum(map(len, splits.values()))
-        notes.append(f"left out {left_out:,} images by {settings.without}")
+        notes.append(f"left out {plural(left_out, 'image')} by {settings.without}")
     train: Source = splits["train"]
     validation: Source | None = splits.get("validation")
     held_out = validation is None and settings.holdout != 0.0
@@ -140,7 +140,7 @@ def split_data(settings: DataSettings) -> Splits:
     if settings.fraction < 1.0:
         total = len(train)
         train = random_subset(train, settings.fraction, settings.fraction_seed)
-        notes.append(f"{len(train):,} of {total:,} training images, drawn at random")
+        notes.append(f"{len(train):,} of {plural(total, 'training image')}, drawn at random")
     return Splits(train, validation, splits.get("test"), held_out, [], notes)
 
 

@@ -17,8 +17,10 @@ from mlp_mixer.data.items import BadImage
 from mlp_mixer.data.loader import most_workers, training_batches
 from mlp_mixer.data.sampler import step_generator
 from mlp_mixer.data.source_names import parse_name
+from mlp_mixer.data.sources import read_from
 from mlp_mixer.data.transforms import normalize
 from mlp_mixer.data.workers import check_guard
+from mlp_mixer.disk import check_output_folder, refuse_inputs
 from mlp_mixer.errors import UserError, named_memory_errors
 from mlp_mixer.evaluation.pictures import save_figure
 from mlp_mixer.models.compute import refuse_if_too_large
@@ -43,7 +45,7 @@ from mlp_mixer.training.stopping import NoBatchCame, StopRequest, end
 from mlp_mixer.training.summary import TrainResult, announce, finish, resume_command
 from mlp_mixer.weights.store import save_model
 
-LOG_EVERY = 10  # steps
+LOG_EVERY, SHORT = 10, 200  # steps; a run of fewer than `SHORT` logs every one
 _REDRAW_EVERY = 30.0  # seconds
 
 
@@ -106,6 +108,9 @@ def train(
             raise
         if is_old:
             world.from_first(lambda: check_same_images(path, config, splits))
+        elif world.is_first:
+            check_output_folder(path)
+            refuse_inputs([path], read_from(config.data.source))
         num_steps = length(config, splits)
         check_warmup(config.optimizer, num_steps)
         # The caller's random numbers and threads stay as they are.
@@ -160,6 +165,7 @@ class Trainer:
         assert self.model.preprocessing is not None
         self.preprocessing = self.model.preprocessing
         self.steps_per_epoch = len(splits.train) / config.batch_size
+        self.epochs = config.epochs or self.num_steps / self.steps_per_epoch
         state.bad |= {each.name: each for each in splits.bad}
         self.bad = state.bad
         self.named = {each.name for each in run.named_bad_files()}
@@ -277,7 +283,7 @@ class Trainer:
                 f"step {step}: loss {found.loss}, gradient norm {found.gradient_norm} at learning "
                 f"rate {found.learning_rate:g}; stopped before the weights were changed"
             )
-        if step % LOG_EVERY == 0 or step + 1 == self.num_steps:
+        if self.num_steps < SHORT or step % LOG_EVERY == 0 or step + 1 == self.num_steps:
             self.run_folder.log_step(
                 {
                     "step": step,
@@ -304,8 +310,8 @@ class Trainer:
         speed = done * self.config.batch_size / seconds
         rate = self.state.last_rate
         note = f"loss {self.state.mean_loss:.3f}  rate {rate:.2g}  {speed:,.0f} images/s"
-        epoch = int(step / self.steps_per_epoch) + 1
-        total = math.ceil(self.num_steps / self.steps_per_epoch - 1e-9)
+        total = math.ceil(self.epochs - 1e-9)
+        epoch = min(int(self.epochs * step / self.num_steps + 1e-9) + 1, total)
         bar.advance(1, note, f"epoch {epoch}/{total}")
         left = (self.num_steps - step - 1) * seconds / done
         if not self.said_estimate and seconds > 10 and done >= 10:
@@ -360,11 +366,12 @@ class Trainer:
                 self.stop(f"{what}; the run has diverged")
         is_best = state.note_result(None if result is None else (result.top1, -result.loss))
         if is_best and self.world.is_first:
-            save_model(kept, folder)
-            self.run_folder.write_card(
-                model_card(kept, config, self.splits, str(folder), result, None)
-            )
-        text = f"epoch {epoch:5.1f}/{self.num_steps / self.steps_per_epoch:.0f}   loss {loss:.4f}"
+            save_model(kept, folder, overwrite=True)
+            self.run_folder.write_card(model_card(kept, config, self.splits, result, None))
+        # Of --epochs, whose steps are rounded to whole ones: the last ends the last epoch.
+        shown = self.epochs * state.step / self.num_steps
+        total = f"{self.epochs:.1f}".removesuffix(".0")
+        text = f"epoch {shown:5.1f}/{total}   loss {loss:.4f}"
         if result is not None:
             values: dict[str, float] = {"epoch": round(epoch, 3), "step": state.step}
             values["training_loss"] = round(loss, 6)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from PIL import Image
 from torch import Tensor
 
@@ -30,6 +31,8 @@ def curves(run: Path) -> Figure:
     if steps:  # a damaged log may have none
         loss.plot(epochs, smooth(losses), color="tab:blue", label="training, with augmentation")
     loss.set(title="loss", xlabel="epoch", yscale="log")
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    loss.yaxis.set_major_formatter(plain)
     accuracy.set(title="validation accuracy (%)", xlabel="epoch")
     accuracy.grid(alpha=0.3)
     if results:
@@ -44,6 +47,8 @@ def curves(run: Path) -> Figure:
         accuracy.legend(loc="lower right")
     else:
         accuracy.text(0.5, 0.5, "no validation images", ha="center", transform=accuracy.transAxes)
+    low, high = loss.get_ylim()
+    loss.yaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
     if steps or results:
         loss.legend()
     rate.plot(epochs, [step["learning_rate"] for step in steps], color="tab:gray")

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from mlp_mixer.data.fingerprint import fingerprint
 from mlp_mixer.data.items import BadImage
-from mlp_mixer.disk import parse_json, write_aside
+from mlp_mixer.disk import forget_killed, naming, parse_json, write_aside
 from mlp_mixer.environment import surroundings
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.config import TrainConfig
@@ -75,13 +75,12 @@ class RunFolder:
         self.write_json("config.json", config.to_json())
 
     def _forget_killed(self) -> None:
-        """Removes what a killed run was writing; nobody else writes here while it is locked."""
+        """Removes what a killed run was writing."""
         for folder in (self.path, self.plots, self.best, self.path / "test"):
             for left in folder.glob(".*.partial"):
                 if left.is_dir():
                     shutil.rmtree(left, ignore_errors=True)
-                else:
-                    left.unlink(missing_ok=True)
+            forget_killed(folder)
 
     def close(self) -> None:
         """Lets another process have the folder."""
@@ -147,19 +146,19 @@ class RunFolder:
     def log_step(self, values: dict[str, float]) -> None:
         """Adds a line to metrics.jsonl."""
         if self.writes:
-            with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(values) + "\n")
+            self._append("metrics.jsonl", json.dumps(values) + "\n")
             self._log_events("training", values)
 
     def log_evaluation(self, values: dict[str, float]) -> None:
         """Adds a line to results.csv; every line has the columns of the first."""
         if not self.writes:
             return
-        with (self.path / "results.csv").open("a", newline="") as file:
-            if self._results_header is None:
-                self._results_header = list(values)
-                csv.writer(file).writerow(values)
-            csv.DictWriter(file, fieldnames=self._results_header).writerow(values)
+        text = io.StringIO()
+        if self._results_header is None:
+            self._results_header = list(values)
+            csv.writer(text).writerow(values)
+        csv.DictWriter(text, fieldnames=self._results_header).writerow(values)
+        self._append("results.csv", text.getvalue())
         self._log_events("evaluation", values)
 
     def _log_events(self, group: str, values: dict[str, float]) -> None:
@@ -169,13 +168,14 @@ class RunFolder:
                 if name != "step":
                     self._events.add_scalar(f"{group}/{name}", value, step)
 
+    def _append(self, name: str, text: str) -> None:
+        with naming(self.path / name), (self.path / name).open("ab") as file:
+            file.write(text.encode(errors="surrogateescape"))
+
     def log_bad_file(self, bad: BadImage) -> None:
         """Adds a line to bad_files.txt."""
         if self.writes:
-            with (self.path / "bad_files.txt").open(
-                "a", encoding="utf-8", errors="surrogateescape"
-            ) as file:
-                file.write(f"{bad.name}\t{bad.what}\n")
+            self._append("bad_files.txt", f"{bad.name}\t{bad.what}\n")
 
     def write_card(self, text: str) -> None:
         """Writes the model card, best/README.md, beside the weights."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mlp_mixer.console import Reporter
-from mlp_mixer.errors import UserError
+from mlp_mixer.errors import UserError, plural
 from mlp_mixer.models.catalog import create_model, model_from_config
 from mlp_mixer.models.layers import ImageClassifier, preprocessing_of
 from mlp_mixer.preprocessing import Preprocessing
@@ -160,11 +160,11 @@ def _with_head_for(
     if not kept:
         which = "other classes" if known else "classes without names"
         was = f"the weights had {had:,} {which}" if had else "the weights had none"
-        report.say(f"head     new, all zeros, for {len(names):,} classes; {was}")
+        report.say(f"head     new, all zeros, for {plural(len(names), 'class')}; {was}")
     elif len(kept) == len(names) == had:
-        report.say(f"head     kept: the weights know these {len(names):,} classes")
+        report.say(f"head     kept: the weights know these {plural(len(names), 'class')}")
     else:
         some = ", ".join(names[row] for row in new[:8]) + ", ..." * (len(new) > 8)
         added = f"{len(new):,} new, zeros: {some}" if new else "none new"
-        report.say(f"head     kept {len(kept):,} of {had:,} classes, {added}")
+        report.say(f"head     kept {len(kept):,} of {plural(had, 'class')}, {added}")
     return model, names, new

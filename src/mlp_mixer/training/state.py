@@ -157,7 +157,7 @@ class RunState:
         if self.since_best == 0 and self.last_result_at == self.step:
             model = self.kept_model()
             if self.world.is_first:
-                save_model(model, best)
+                save_model(model, best, overwrite=True)
         elif self.finished:
             what = "the best weights were removed, and the newest checkpoint has others"
             raise UserError(what, where=best, fix="Train anew: --output FOLDER")

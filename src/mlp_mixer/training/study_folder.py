@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlp_mixer.disk import parse_json, write_aside
+from mlp_mixer.data.sources import read_from
+from mlp_mixer.disk import check_output_folder, parse_json, refuse_inputs, write_aside
 from mlp_mixer.errors import UserError
 from mlp_mixer.training.config import TrainConfig
 from mlp_mixer.training.resume import differences
@@ -92,7 +93,7 @@ class StudyFolder:
         Raises:
             UserError: the folder holds something else, or another study.
         """
-        there = names_in(self.path)
+        there = names_in(self.path, self.config.data.source, self.grid_source)
         if not self.results.is_file():  # it may hold the first run, not at its end yet
             folder, *inside = first.split("/")
             there -= {folder}
@@ -144,7 +145,7 @@ class StudyFolder:
             shutil.rmtree(aside, ignore_errors=True)
             shutil.copytree(source, aside)
             os.rename(aside, best)
-        card = (source / "README.md").read_text("utf-8").replace(str(source), str(best))
+        card = (source / "README.md").read_text("utf-8")
         card += f"\n## The study\n\nThis is the run with seed {self.seeds[0]}. "
         card += f"Accuracy on the {result.measured_on} images: {result.summary()}.\n"
         if self.rates:
@@ -153,15 +154,20 @@ class StudyFolder:
         write_aside(best / "README.md", card.encode())
 
 
-def names_in(folder: Path) -> set[str]:
+def names_in(folder: Path, *sources: str | None) -> set[str]:
     """Returns what a study's folder holds, but for what is half-written.
 
+    Args:
+        folder: of the study.
+        sources: the data that it reads, in which a new folder may not lie.
+
     Raises:
-        UserError: it is a file.
+        UserError: it is a file, cannot be written to, or lies in the data.
     """
-    if folder.is_file():
-        raise UserError("the output is a file", where=folder, fix="Give another --output")
+    check_output_folder(folder)
     there = [each.name for each in folder.iterdir()] if folder.is_dir() else []
+    if not there:
+        refuse_inputs([folder], (place for each in sources if each for place in read_from(each)))
     return {name for name in there if not name.endswith(".partial")}
 
 

@@ -14,6 +14,7 @@ from mlp_mixer.console import Reporter
 from mlp_mixer.data.items import Source
 from mlp_mixer.data.source_names import parse_name
 from mlp_mixer.data.sources import names_source
+from mlp_mixer.errors import plural
 from mlp_mixer.evaluation.accuracy import Evaluation
 from mlp_mixer.evaluation.pictures import save_figure, save_report
 from mlp_mixer.evaluation.throughput import count_parameters, flops_text
@@ -21,7 +22,7 @@ from mlp_mixer.models.layers import ImageClassifier
 from mlp_mixer.training.card import model_card
 from mlp_mixer.training.compute import Compute
 from mlp_mixer.training.config import TrainConfig
-from mlp_mixer.training.cost import operations, power
+from mlp_mixer.training.cost import operations, planned, power
 from mlp_mixer.training.dataset import Splits, refuse_too_many
 from mlp_mixer.training.distributed import World
 from mlp_mixer.training.measure import measure
@@ -70,8 +71,6 @@ def announce(
     )
     if config.model.weights is not None:
         report.say(f"         begins with the weights {config.model.weights}")
-    many, unit = (config.steps, "step") if config.epochs is None else (config.epochs, "epoch")
-    long = f"{many:,} {unit}{'s' if many != 1 else ''}"
     where = f"{compute.device}"
     if compute.device.type == "cpu":
         where += f" ({_threads()})"
@@ -80,13 +79,13 @@ def announce(
     elif config.sharding != "none":
         where += f" (one process: sharding {config.sharding} has nothing to share)"
     report.say(
-        f"run      recipe {config.recipe}, seed {config.seed}: {long}, "
+        f"run      recipe {config.recipe}, seed {config.seed}: {planned(config)}, "
         f"batch {config.batch_size}, {where}, {compute.why}"
     )
     images = num_steps * config.batch_size
     sam = 1.0 - config.optimizer.sharpness_from if config.optimizer.sharpness else 0.0
     total = operations(model.config.flops, images, sam)
-    report.say(f"cost     {power(total)} operations, {images:,} images")
+    report.say(f"cost     {power(total)} operations, {plural(images, 'image')}")
     report.say(f"results  {run.path}")
 
 
@@ -104,8 +103,7 @@ def _command() -> str:
 
 
 def _threads() -> str:
-    threads = torch.get_num_threads()
-    return "1 thread" if threads == 1 else f"{threads} threads"
+    return plural(torch.get_num_threads(), "thread")
 
 
 def finish(
@@ -138,9 +136,9 @@ def finish(
     drawn = ["train_batch", "curves"]
     shown, source = (test, splits.test) if test is not None else (validation, splits.validation)
     if shown is not None and source is not None:
-        shown.save(run.path / ("validation" if test is None else "test"))
+        shown.save(run.path / ("validation" if test is None else "test"), overwrite=True)
         drawn += save_report(shown, source, run.plots)
-    run.write_card(model_card(model, config, splits, str(run.best), validation, test))
+    run.write_card(model_card(model, config, splits, validation, test))
     report.say("")
     if shown is not None:
         _say_accuracy(report, shown, is_test=test is not None, in_study=in_study)
@@ -166,7 +164,7 @@ def _say_accuracy(report: Reporter, shown: Evaluation, *, is_test: bool, in_stud
         report.say("the data has no test images; this is the accuracy on the validation images,")
         report.say("by which the weights were chosen, so expect somewhat less on new ones")
     line = f"{'test' if is_test else 'validation'} accuracy {shown.top1:.2%}{top5} "
-    line += f"({len(shown.labels) - wrong} of {len(shown.labels)} images right)"
+    line += f"({len(shown.labels) - wrong} of {plural(len(shown.labels), 'image')} right)"
     report.say(line, style="bold green")
     for line in shown.warnings():
         report.say(f"warning  {line}", style="yellow")

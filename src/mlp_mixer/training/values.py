@@ -20,10 +20,32 @@ def require(condition: bool, key: str, value: object, rule: str) -> None:
         raise UserError(f"{key} must be {rule}, got {value!r}")
 
 
+# What other programs call a setting -> ours.
+_ELSEWHERE = {
+    **dict.fromkeys(
+        ("ema", "ema_decay", "model_ema", "model_ema_decay"),
+        "optimizer.average, such as --set optimizer.average=0.9",
+    ),
+    **dict.fromkeys(("lr", "lr0", "base_lr"), "optimizer.learning_rate, or --learning-rate"),
+    "wd": "optimizer.weight_decay",
+    "grad_clip": "optimizer.clip_norm",
+    "drop_path": "model.overrides.stochastic_depth",
+    "drop_rate": "model.overrides.dropout",
+    **dict.fromkeys(
+        ("class_weights", "class_weight", "cls_pw"),
+        "none: every image counts alike. What each class reaches is told by `mixer evaluate`",
+    ),
+}
+
+
 def refuse_key(key: str, known: dict[str, Any]) -> typing.NoReturn:
-    """Raises UserError for an unknown key, with the nearest known ones."""
+    """Raises UserError for an unknown key, with ours where another name is meant, or near ones."""
     name = key.rpartition(".")[2]
-    fix = f"{near_names(name, known)}Known here: {', '.join(known)}"
+    if name in _ELSEWHERE:
+        raise UserError(f"unknown setting {key!r}", fix=f"Here that is {_ELSEWHERE[name]}")
+    inside = {section: values for section, values in known.items() if isinstance(values, dict)}
+    names = [*known, *(f"{section}.{each}" for section in inside for each in inside[section])]
+    fix = f"{near_names(name, names)}Known here: {', '.join(known)}"
     raise UserError(f"unknown setting {key!r}", fix=fix)
 
 

@@ -19,7 +19,7 @@ from mlp_mixer.weights.checkpoints import (
     find_checkpoint,
     unknown_checkpoint,
 )
-from mlp_mixer.weights.description import WEIGHTS
+from mlp_mixer.weights.description import CONFIG, WEIGHTS
 from mlp_mixer.weights.download import Published, cache_folder, cached
 
 EXPORTED = (".onnx", ".xml", ".pt2")  # the endings of the verb export
@@ -83,6 +83,13 @@ def locate(source: str | Path, report: Reporter) -> Place:
         fix = f"Its published weights: {', '.join(published)}" if published else None
         raise UserError(f"{text!r} is an architecture and has no weights of its own", fix=fix)
     raise unknown_checkpoint(text)
+
+
+def files_of(source: str | Path) -> list[Path]:
+    """Returns the files that a model of the user's is read from, where such a one is there."""
+    path = expand(source)
+    names = [folder / name for folder in (path / "best", path) for name in (WEIGHTS, CONFIG)]
+    return names if path.is_dir() else [path, path.with_suffix(".json"), path.with_suffix(".bin")]
 
 
 def fetch_checkpoint(checkpoint: Checkpoint, report: Reporter) -> Path:

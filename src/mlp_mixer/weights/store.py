@@ -24,8 +24,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mlp_mixer.console import Reporter
-from mlp_mixer.disk import Content, aside_folder, expand, parse_json, write_together
-from mlp_mixer.errors import UserError, near_names
+from mlp_mixer.disk import (
+    Content,
+    aside_folder,
+    check_output_folder,
+    expand,
+    parse_json,
+    partial_of,
+    write_together,
+)
+from mlp_mixer.errors import UserError, fix_of, near_names, plural
 from mlp_mixer.models.catalog import config_to_json, model_from_config
 from mlp_mixer.models.compute import refuse_if_too_large
 from mlp_mixer.models.layers import ImageClassifier, ModelConfig
@@ -132,8 +140,8 @@ def _finished(
     had = model.config.num_classes
     if num_classes is not None and num_classes != had:
         model = with_new_head(model, num_classes)
-        what = f"new, all zeros, for {num_classes:,} classes" if num_classes else "taken off"
-        report.say(f"head     {what}; the weights had {had:,} classes")
+        what = f"new, all zeros, for {plural(num_classes, 'class')}" if num_classes else "taken off"
+        report.say(f"head     {what}; the weights had {plural(had, 'class')}")
     model.source = str(source)
     return model.eval()
 
@@ -199,7 +207,7 @@ def with_new_head(model: ImageClassifier, num_classes: int) -> ImageClassifier:
     except (TypeError, ValueError) as error:
         raise UserError(f"not a number of classes: {error}", where="num_classes") from error
     refuse_if_too_large(
-        num_classes * model.config.hidden_dim, f"a head for {num_classes:,} classes"
+        num_classes * model.config.hidden_dim, f"a head for {plural(num_classes, 'class')}"
     )
     with torch.device("meta"):
         fresh = model_from_config(config)
@@ -213,7 +221,13 @@ def with_new_head(model: ImageClassifier, num_classes: int) -> ImageClassifier:
     return fresh
 
 
-def save_model(model: ImageClassifier, path: str | Path, format: str = "mlp_mixer") -> Path:
+def save_model(
+    model: ImageClassifier,
+    path: str | Path,
+    format: str = "mlp_mixer",
+    *,
+    overwrite: bool = False,
+) -> Path:
     """Writes the model, and returns the path of the weights.
 
     Args:
@@ -224,13 +238,14 @@ def save_model(model: ImageClassifier, path: str | Path, format: str = "mlp_mixe
         format: "mlp_mixer"; "google", the arrays that Google's own code loads; "timm", its names.
             Google's code computes the tanh GELU and timm's the exact one, whatever
             `model.config.gelu` says.
+        overwrite: replace a model that is there.
 
     Raises:
-        UserError: an unknown format, a name that does not go with it, or the path cannot be
-            written.
+        UserError: an unknown format, a name that does not go with it, or the path is there already
+            or cannot be written.
     """
     path = expand(path)
-    weights, beside = check_target(path, format)
+    weights, beside = check_target(path, format, overwrite=overwrite)
     refuse_unknown_there(model.config, format)
     tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     said = {**model_to_json(model), "weights": _fingerprint(tensors)}
@@ -256,8 +271,9 @@ def save_model(model: ImageClassifier, path: str | Path, format: str = "mlp_mixe
             contents[beside] = _readable(said)
         write_together(contents)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write the model: {reason}", where=path) from error
+        what = f"cannot write the model: {getattr(error, 'strerror', None) or error}"
+        fix = fix_of(error) if isinstance(error, OSError) else None
+        raise UserError(what, where=path, fix=fix) from error
     return weights
 
 
@@ -281,8 +297,7 @@ def _write_google(
     assert beside is not None
 
     def describe_aside(aside: Path) -> None:
-        written = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        aside.write_bytes(_readable({**said, "weights": fingerprint(written)}))
+        aside.write_bytes(_readable({**said, "weights": fingerprint(partial_of(path))}))
 
     def write(aside: Path) -> None:
         google.write_npz(aside, tensors)
@@ -303,13 +318,22 @@ def _fingerprint(tensors: dict[str, Tensor]) -> str:
     return f"crc32:{checksum:08x}"
 
 
-def check_target(path: Path, format: str) -> tuple[Path, Path | None]:
+def check_target(path: Path, format: str, *, overwrite: bool = True) -> tuple[Path, Path | None]:
     """Returns the files that `save_model` would write there: weights, and a description or None.
 
     Raises:
-        UserError: an unknown format, a name that does not go with it, or a folder of something
-            else.
+        UserError: an unknown format, a name that does not go with it, a folder of something else,
+            or files that are there and may not be replaced.
     """
+    weights, beside = _target(path, format)
+    for each in (weights, beside):
+        if not overwrite and each is not None and os.path.lexists(each):
+            fix = "Add --overwrite (in Python overwrite=True)"
+            raise UserError("the output is there already", where=each, fix=fix)
+    return weights, beside
+
+
+def _target(path: Path, format: str) -> tuple[Path, Path | None]:
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}", fix=f"Known: {', '.join(FORMATS)}")
     expected = ".npz" if format == "google" else ".safetensors"
@@ -330,8 +354,7 @@ def check_target(path: Path, format: str) -> tuple[Path, Path | None]:
         beside = path.with_suffix(".json")
         _check_description(beside, "Choose another name")
         return path, beside
-    if path.is_file():
-        raise UserError("the output is a file, a folder is meant", where=path)
+    check_output_folder(path)
     if (path / "best").is_dir():
         what = "the output is a run folder; its model lies in best/"
         raise UserError(what, where=path, fix="Give a new folder")

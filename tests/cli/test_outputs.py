@@ -1,0 +1,203 @@
+"""What every verb does alike with its outputs: nothing is replaced unasked, and no input ever."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlp_mixer as mm
+from conftest import make_class_folder, mixer, tiny_model
+from mlp_mixer import disk
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a model, images in class folders, a list and a link to the data."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        make_class_folder(tmp_path / "data" / split, {"ant": 2, "bee": 2}, start=len(split))
+    model = tiny_model(num_classes=2)
+    model.class_names = ["ant", "bee"]
+    mm.save_model(model, "model.safetensors")
+    mm.save_model(model, "model")
+    rows = [f"data/{split}/{name}/0.png,{name}\n" for split in ("test",) for name in ("ant", "bee")]
+    Path("list.csv").write_text("path,label\n" + "".join(rows))
+    Path("link").symlink_to("data/test")
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+IN_DATA = [
+    "predict model.safetensors list.csv --output list.csv",
+    "predict model.safetensors data/test --output data/test/ant/rows.csv",
+    "predict model.safetensors data/test --output link/parts",
+    "predict model.safetensors data/test:test --output data/test/rows.csv",
+    "predict model data/test --output model/config.json",
+    "data check list.csv --drop-list list.csv",
+    "data check list.csv --drop-list data/test/ant/0.png",
+    "data check data --drop-list data/drop.txt",
+    "data check data --output data/test/cat",
+    "data pack data data/test/packed",
+    "evaluate model.safetensors --data data --output data/test/ant",
+    "evaluate model.safetensors --data data:test --output link/ant",
+    "few-shot model.safetensors --data data --output data/few.json --no-cache",
+    "few-shot model.safetensors --data data --cache data/train/cache",
+    "convert model.safetensors ./link/../../model.safetensors --num-classes 3",
+    "convert model model --num-classes 3",
+    "export model.safetensors --output data/test/ant/m.pt2 --data data",
+    "train --data data --image-size 8 --output data/train/run",
+    "finetune model.safetensors --data data --output link/run --seeds 0 1",
+    "permute --data data --image-size 8 --output data/train/study",
+    "report model.json --output model.json",
+    "report model --output model/report",
+    "throughput model --output model/config.json",
+]
+
+
+NEVER_OVER = ("train", "finetune", "permute", "data pack")
+
+
+@pytest.mark.parametrize("line", IN_DATA)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_no_output_in_an_input(capsys, place: Path, line: str, overwrite: bool):
+    if overwrite and ("parts" in line or line.startswith(NEVER_OVER)):
+        pytest.skip("no such flag here")
+    before = contents(place)
+    code, _, err = mixer(capsys, *line.split(), *["--overwrite"] * overwrite)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert contents(place) == before
+
+
+AGAIN = [
+    "predict model.safetensors data/test --output rows.csv",
+    "data check data --duplicates exact --drop-list drop.txt",
+    "data check data --output checked",
+    "evaluate model.safetensors --data data --output report",
+    "inspect model.safetensors --output inside",
+    "convert model.safetensors other.npz",
+    "convert model.safetensors folder",
+]
+
+
+@pytest.mark.parametrize("line", AGAIN)
+def test_what_is_there_is_replaced_only_when_asked(capsys, place: Path, line: str):
+    code, _, err = mixer(capsys, *line.split())
+    assert code == 0, err
+    first = contents(place)
+    code, _, err = mixer(capsys, *line.split())
+    assert code == 2
+    assert "overwrite" in err
+    assert contents(place) == first
+    code, _, err = mixer(capsys, *line.split(), "--overwrite")
+    assert code == 0, err
+    assert contents(place).keys() == first.keys()
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_rows_on_standard_output(capsys, place: Path, form: str):
+    flags = [] if form == "csv" else ["--format", form]
+    code, out, err = mixer(
+        capsys, "predict", "model.safetensors", "data/test", "--output", "-", *flags
+    )
+    assert code == 0
+    mixer(capsys, "predict", "model.safetensors", "data/test", "--output", f"rows.{form}")
+    assert out == Path(f"rows.{form}").read_text()
+    assert "images/s" in err
+    rows = list(csv.DictReader(io.StringIO(out))) if form == "csv" else out.splitlines()
+    assert len(rows) == 4
+    assert not Path("-").exists()
+
+
+def test_other_single_files_on_standard_output(capsys, place: Path):
+    flags = ["--no-cache", "--shots", "1", "--seeds", "0"]
+    code, out, err = mixer(capsys, "few-shot", "model", "--data", "data", "--output", "-", *flags)
+    assert code == 0
+    assert json.loads(out)["kind"] == "few-shot"
+    assert "accuracy" in err
+    code, out, err = mixer(capsys, "data", "check", "data", "--drop-list", "-")
+    assert code == 0
+    assert out.startswith("# mlp_mixer drop list 1\n")
+    assert "images" in err
+    assert not Path("-").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "evaluate model --data data --output -",
+        "data check data --output -",
+        "data pack data -",
+        "inspect model --output -",
+        "convert model -",
+        "export model --output -",
+        "report model --output -",
+        "train --data data --image-size 8 --output -",
+        "finetune model --data data --output -",
+        "predict model data/test --output - --format parquet",
+        "predict model data/test --output - --overwrite",
+    ],
+)
+def test_nothing_for_standard_output(capsys, place: Path, line: str):
+    before = contents(place)
+    code, _, err = mixer(capsys, *line.split())
+    assert code == 2
+    assert err.startswith("error: ")
+    assert contents(place) == before
+    assert not Path("-").exists()
+
+
+def test_the_reader_of_the_rows_may_go_away(place: Path):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "mlp_mixer", "predict", "model.safetensors", "data/test"]
+    with subprocess.Popen(
+        [*command, "--output", "-"], stdout=write, stderr=subprocess.PIPE, text=True
+    ) as process:
+        os.close(write)
+        assert process.stderr is not None
+        err = process.stderr.read()
+    assert process.returncode == 141
+    assert "Traceback" not in err
+    assert "error" not in err
+
+
+def test_a_full_disk_has_a_place_and_a_fix(capsys, place: Path, monkeypatch):
+    def fill(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(disk.os, "fsync", fill)
+    code, _, err = mixer(
+        capsys, "evaluate", "model.safetensors", "--data", "data", "--output", "report"
+    )
+    assert code == 2
+    what, where, fix = err.splitlines()
+    assert what == "error: No space left on device"
+    assert where.startswith("where: report/")
+    assert fix.startswith("to fix: ")
+
+
+def test_from_python(place: Path):
+    rows = mm.predict("model.safetensors", ["data/test"], output="rows.csv")
+    with pytest.raises(mm.UserError, match=r"rows\.csv"):
+        mm.predict("model.safetensors", ["data/test"], output="rows.csv")
+    assert mm.predict("model.safetensors", "data/test", output="rows.csv", overwrite=True) == rows
+    with pytest.raises(mm.UserError, match="read"):
+        mm.predict("model", "list.csv", output="list.csv", overwrite=True)
+    model = mm.load_model("model")
+    result = mm.evaluate(model, "data:test")
+    result.save(place / "report")
+    with pytest.raises(mm.UserError, match="there already"):
+        result.save(place / "report")
+    result.save(place / "report", overwrite=True)

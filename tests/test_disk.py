@@ -1,0 +1,95 @@
+"""Outputs: what may be written where, whole or not at all, and by whom what is left is removed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from conftest import NO_PROCESS
+from mlp_mixer import disk
+from mlp_mixer.errors import UserError
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for name in ("data/red/a.png", "elsewhere/b.png", "list.csv"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("content")
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    os.link(tmp_path / "list.csv", tmp_path / "hard.csv")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("output", "read"),
+    [
+        ("list.csv", "list.csv"),
+        ("./elsewhere/../list.csv", "list.csv"),
+        ("hard.csv", "list.csv"),
+        ("data", "data"),
+        ("data/red/new/deep.csv", "data"),
+        ("link/red", "data"),
+        ("data/red", "link"),
+    ],
+)
+def test_an_output_in_an_input(data: Path, monkeypatch, output: str, read: str):
+    monkeypatch.chdir(data)
+    with pytest.raises(UserError) as error:
+        disk.refuse_inputs([Path("fine.csv"), Path(output)], ["not there", read])
+    assert read in error.value.what
+    assert error.value.where == str(Path(output))
+
+
+def test_outputs_beside_the_inputs(data: Path):
+    read = [data / "data", data / "list.csv", data / "not there"]
+    outputs = [data / "elsewhere", data / "other.csv", data / "data2", data / "list.csv2"]
+    disk.refuse_inputs(outputs, read, [str(data / "elsewhere/b.png")])
+
+
+def test_an_output_that_is_one_of_many_images(data: Path):
+    images = [str(data / "data/red/a.png"), str(data / "elsewhere/b.png")]
+    with pytest.raises(UserError, match=r"b\.png"):
+        disk.refuse_inputs([data / "elsewhere/b.png"], [], images)
+
+
+def test_what_is_there_is_replaced_only_when_asked(data: Path):
+    with pytest.raises(UserError, match="overwrite"):
+        disk.check_output_file(data / "list.csv", overwrite=False)
+    disk.check_output_file(data / "list.csv", overwrite=True)
+    disk.check_output_folder(data, ["other"])
+    with pytest.raises(UserError, match="overwrite"):
+        disk.check_output_folder(data, ["other", "list.csv"])
+    disk.check_output_folder(data, ["other", "list.csv"], overwrite=True)
+
+
+@pytest.mark.parametrize("folder", ["-", "list.csv"])
+def test_no_folder(data: Path, monkeypatch, folder: str):
+    monkeypatch.chdir(data)
+    with pytest.raises(UserError):
+        disk.check_output_folder(Path(folder))
+
+
+def test_partial_files_of_living_processes_stay(tmp_path: Path):
+    mine, of_dead = (disk.partial_of(tmp_path / "a.csv", each) for each in (None, NO_PROCESS))
+    assert str(os.getpid()) in mine.name
+    elsewhere = mine.with_name(f".a.csv.00000000-{NO_PROCESS}.partial")
+    old = mine.with_name(".a.csv.partial")
+    for path in (mine, of_dead, elsewhere, old):
+        path.write_text("half")
+    os.utime(old, (0, 0))
+    disk.forget_killed(tmp_path)
+    assert set(tmp_path.iterdir()) == {mine, elsewhere}
+
+
+def test_a_full_disk_is_named(tmp_path: Path):
+    def fill(_: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="space") as error:
+        disk.write_aside(tmp_path / "a.csv", fill)
+    assert error.value.filename == str(tmp_path / "a.csv")
+    assert not list(tmp_path.iterdir())
