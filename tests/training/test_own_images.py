@@ -45,6 +45,7 @@ def test_the_commands_that_the_run_prints_measure_the_held_out_images(made, caps
         assert (said["images"], said["are_held_out"], said["trained_on"]) == (2, True, 0)
         validation = json.loads((made / "run" / "validation" / "evaluation.json").read_text())
         assert (said["top1"], said["loss"]) == (validation["top1"], validation["loss"])
+        assert validation["are_held_out"] is True
     assert f"mixer evaluate {made / 'run'} --data {made / 'data'}:validation\n" in log
 
 

@@ -218,8 +218,6 @@ def print_evaluation(report: Reporter, result: Evaluation) -> None:
     if result.are_held_out:
         what = f"the {len(result.labels):,} held-out images of this run"
     report.say(f"data     {result.data}: {what}")
-    for line in result.warnings():
-        report.say(f"warning  {line}", style="yellow")
     report.say(f"top-1    {result.top1:.2%} ({correct:,} right)")
     if result.top5 is not None:
         report.say(f"top-5    {result.top5:.2%}")
@@ -232,6 +230,8 @@ def print_evaluation(report: Reporter, result: Evaluation) -> None:
     report.say(f"loss     {result.loss:.4f} (negative log-likelihood, nats)")
     error, bins = result.reliability.error, len(result.reliability.images)
     report.say(f"ECE      {error:.2%} (expected calibration error, {bins} bins)")
+    for line in result.warnings():
+        report.say(f"warning  {line}", style="yellow")
     rows = [row for row in result.per_class() if row["images"]]
     most = 20
     worst = sorted(rows, key=lambda row: row["recall"])[:most] if len(rows) > most else rows

@@ -125,6 +125,8 @@ def finish(
         return None if source is None else measure(model, source, config, exact, world)
 
     validation, test = measured(splits.validation), measured(splits.test)
+    if validation is not None:
+        validation.are_held_out = splits.held_out
     if not world.is_first:
         return TrainResult(run.path, validation, test)
     known = {each.name for each in run.named_bad_files()}
