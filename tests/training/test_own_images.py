@@ -36,12 +36,13 @@ def splits_of(made: Path) -> Splits:
 
 def test_the_commands_that_the_run_prints_measure_the_held_out_images(made, capsys, tmp_path):
     log = (made / "run" / "log.txt").read_text()
-    for data in (made / "data", f"{made / 'data'}:validation"):
-        code, out, _ = mixer(capsys, "evaluate", made / "run", "--data", data, "--output", tmp_path)
+    for number, data in enumerate((made / "data", f"{made / 'data'}:validation")):
+        report = tmp_path / str(number)
+        code, out, _ = mixer(capsys, "evaluate", made / "run", "--data", data, "--output", report)
         assert code == 0
         assert "the 2 held-out images of this run" in out
         assert "trained on" not in out
-        said = json.loads((tmp_path / "evaluation.json").read_text())
+        said = json.loads((report / "evaluation.json").read_text())
         assert (said["images"], said["are_held_out"], said["trained_on"]) == (2, True, 0)
         validation = json.loads((made / "run" / "validation" / "evaluation.json").read_text())
         assert (said["top1"], said["loss"]) == (validation["top1"], validation["loss"])
