@@ -17,11 +17,6 @@ from mlp_mixer.cli.arguments import parse_size
 from mlp_mixer.cli.verbs import VERBS
 
 
-def process(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mlp_mixer", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, **options)
-
-
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["predict", "--help"], []])
 def test_help_imports_no_torch(arguments):
     code = (
@@ -229,14 +224,12 @@ def test_mistakes(capsys, trained, class_folder, tmp_path, monkeypatch, argument
     assert sorted(tmp_path.rglob("*")) == before  # nothing written
 
 
-def test_debug_shows_the_traceback():
-    done = process("train", "nothing", "--debug")
-    assert done.returncode == 2
-    assert "Traceback" in done.stderr
-    assert "unknown recipe 'nothing'" in done.stderr
-    plain = process("train", "nothing")
-    assert (plain.returncode, plain.stdout) == (2, "")
-    assert "Traceback" not in plain.stderr
+@pytest.mark.parametrize("flags", [["--debug"], []])
+def test_debug_shows_the_traceback(capsys, flags):
+    code, out, err = mixer(capsys, "train", "nothing", *flags)
+    assert (code, out) == (2, "")
+    assert "unknown recipe 'nothing'" in err
+    assert ("Traceback" in err) == bool(flags)
 
 
 @pytest.mark.slow
