@@ -309,6 +309,11 @@ def _wait(batches: Iterator[Batch], timeout: float) -> Batch | None:
             waited = time.monotonic() - begun
             if not str(error).startswith(_NONE_CAME) or 0 < timeout <= waited:
                 raise
+        except (ConnectionError, EOFError):  # a worker died while it handed a batch over
+            for _ in range(50):  # until the system has told of its end
+                raise_if_one_died()
+                time.sleep(0.1)
+            raise
         while_waiting.get()()
 
 
