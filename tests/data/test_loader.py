@@ -141,6 +141,20 @@ def test_the_same_bits_through_a_pipe(class_folder: Path, monkeypatch, free: int
     assert [int(each.images.max()) for each in piped] == list(range(7))
 
 
+@killed_workers
+@pytest.mark.skipif(os.name == "nt", reason="what is set here reaches forked processes")
+def test_a_batch_that_cannot_be_handed_over(class_folder: Path, monkeypatch, tidy, capfd):
+    def full(_: Batch) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Batch, "__reduce__", full)
+    source = open_splits(str(class_folder))["train"]
+    with pytest.raises(UserError, match="no memory to hand over a batch") as caught:
+        load(source, 0, 3, num_workers=1)
+    assert "--num-workers 0" in str(caught.value.fix)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
 def test_what_shared_memory_is_too_small_for_is_said_once(monkeypatch, capsys):
     free = 64 * 2**20

@@ -27,6 +27,7 @@ from mlp_mixer.data.transforms import resize_for_evaluation
 from mlp_mixer.data.workers import (
     check_guard,
     collate_and_share,
+    could_not_send,
     on_child_end,
     raise_if_one_died,
     start_worker,
@@ -288,6 +289,9 @@ def _named_failures(
         if message.startswith("DataLoader worker (pid"):
             what = f"{images.suspect(message)}, ended without a word: {message}"
             fix = "Out of memory? Then fewer: --num-workers 1. Else look at that image"
+            if could_not_send(batches):
+                what = "a worker process has no memory to hand over a batch"
+                fix = "A smaller --batch-size, or --num-workers 0"
         elif message.startswith(_NONE_CAME):
             what = f"no batch for {timeout:g} seconds; {images.suspect('')}"
             fix = "A slow disk or network? In training --set data.timeout=SECONDS, 0 for no limit"

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from multiprocessing.queues import Queue
 from typing import Any
 
 import cv2
@@ -23,7 +24,7 @@ from mlp_mixer.console import Reporter
 from mlp_mixer.data.batches import Batch, Sample, collate
 from mlp_mixer.errors import UserError
 
-_UNGUARDED = 85  # exit code of a process that `check_guard` ended
+_UNGUARDED, _UNSENT = 85, 86  # exit codes: ended by `check_guard`; a batch could not be handed over
 _PROBING = "_MLP_MIXER_PROBES_GUARD"
 
 NICENESS = 5  # below the process that computes: it waits for a core less, and for images as little
@@ -178,11 +179,22 @@ def start_worker(watched: Tensor, closing: Tensor, number: int) -> None:
     cv2.setNumThreads(0)  # its threads do not survive the fork, and each worker has one core
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = _only_our_own
+    # Where a batch cannot be sent, it would print a traceback and nobody would notice.
+    Queue._on_queue_feeder_error = _cannot_send  # pyright: ignore[reportAttributeAccessIssue]
     if hasattr(signal, "pthread_sigmask"):
         # A thread waits for SIGTERM: a handler would never run where the main thread hangs in C,
         # and the main process would wait for this one for ever.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_told, args=(closing, os.getppid()), daemon=True).start()
+
+
+def _cannot_send(*_: object) -> None:
+    os._exit(_UNSENT)
+
+
+def could_not_send(loaded: object) -> bool:
+    """Returns whether a worker of torch's iterator ended since it could not hand over a batch."""
+    return any(each.exitcode == _UNSENT for each in getattr(loaded, "_workers", []))
 
 
 def _only_our_own(kind: type[BaseException], error: BaseException, trace: Any) -> None:
