@@ -54,7 +54,8 @@ def test_what_it_says_and_writes(capsys, class_folder: Path, model: Path, tmp_pa
     written = json.loads((out / "evaluation.json").read_text())
     assert written["format"] == "mlp_mixer measurement"
     assert written["model"]["source"] == str(model)
-    lines = said.splitlines()
+    # An untrained model may never say one of the classes, which is a warning.
+    lines = [line for line in said.splitlines() if not line.startswith("warning")]
     assert lines[:5] == [
         "protocol 16x16 pixels, resmall-crop 0.875, bilinear, values in [-1, 1], "
         "turned upright by EXIF",

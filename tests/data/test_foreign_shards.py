@@ -125,7 +125,7 @@ def test_the_verb_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_tar(tmp_path / "a.tar", [("0.png", encode(draw(1))), ("0.cls", b"cat")])
     index(str(tmp_path))
     out = capsys.readouterr().out
-    assert out == f"written  {tmp_path}/train.index.safetensors: 1 images in 1 tar, 1 classes\n"
+    assert out == f"written  {tmp_path}/train.index.safetensors: 1 image in 1 tar, 1 class\n"
     assert open_source(str(tmp_path)).class_names == ["cat"]
 
 

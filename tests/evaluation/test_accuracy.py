@@ -159,7 +159,9 @@ def test_the_header_of_the_file(class_folder: Path, tmp_path: Path):
     assert (values["images"], values["images_in_data"]) == (9, 9)
     assert sum(row["images"] for row in values["reliability"]) == 9
     assert len(values["reliability"]) == 15
-    result.save(tmp_path / "out")  # as a run does, which describes the model elsewhere
+    result.save(
+        tmp_path / "out", overwrite=True
+    )  # as a run does, which describes the model elsewhere
     assert "model" not in read_measurement(tmp_path / "out" / "evaluation.json")
 
 
@@ -169,7 +171,7 @@ def test_files_come_whole_or_not_at_all(result: mm.Evaluation, tmp_path: Path, m
     monkeypatch.setattr("mlp_mixer.disk.os.fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
     result.data = "other"
     with pytest.raises(OSError, match="full"):
-        result.save(tmp_path / "out")
+        result.save(tmp_path / "out", overwrite=True)
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 import mlp_mixer as mm
 from conftest import draw, encode
 from mlp_mixer.data.items import EncodedImages
+from mlp_mixer.errors import plural
 from mlp_mixer.evaluation import pictures
 
 pytestmark = pytest.mark.usefixtures("real_pictures")
@@ -53,7 +54,7 @@ def test_reliability_diagram(images: int, tmp_path: Path):
     figure = pictures.reliability_diagram(result)
     upper, lower = figure.axes
     error = result.reliability.error
-    assert f"expected calibration error {error:.2%}, {images} images" in upper.get_title()
+    assert f"expected calibration error {error:.2%}, {plural(images, 'image')}" in upper.get_title()
     heights = [patch.get_height() for patch in lower.patches]  # pyright: ignore
     assert heights == result.reliability.images.tolist()
     is_drawn(figure, tmp_path / "reliability.png")

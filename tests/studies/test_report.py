@@ -198,7 +198,7 @@ def test_a_suite_that_only_says_that_it_is_whole_is_partial(tmp_path, drawn):
 def test_data_scale(tmp_path, drawn):
     found = made(tmp_path, d=data_scale(partial=True, missing=["cells/x"]))
     text = found["Figure 2, right"]
-    assert "partial: 1 runs are missing" in text
+    assert "partial: 1 run missing" in text
     _, row, *rest = ours(text)
     assert row[:6] == [r"mixer\_s16", "3 %", "1,350", "16.67", "30.30", "5.06 +- 0.20"]
     assert len(rest) == 7

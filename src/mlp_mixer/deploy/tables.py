@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from mlp_mixer.deploy.answers import Question
 from mlp_mixer.deploy.rows import Prediction, Rows
-from mlp_mixer.disk import write_aside
+from mlp_mixer.disk import naming, write_aside
 from mlp_mixer.errors import UserError
 
 FILE_FORMATS = (".csv", ".json", ".jsonl", ".parquet")
@@ -70,8 +70,9 @@ def write_rows(
             then()
 
     if path is None:
-        write_text(sys.stdout, suffix, batches, width=width, features=features)
-        sys.stdout.flush()
+        with naming(Path("standard output")):
+            write_text(sys.stdout, suffix, batches, width=width, features=features)
+            sys.stdout.flush()
         return
     with writing(path):
         write_aside(path, write)

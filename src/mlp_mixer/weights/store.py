@@ -273,7 +273,7 @@ def save_model(
     except (OSError, SafetensorError) as error:
         what = f"cannot write the model: {getattr(error, 'strerror', None) or error}"
         fix = fix_of(error) if isinstance(error, OSError) else None
-        raise UserError(what, where=path, fix=fix) from error
+        raise UserError(what, where=path, fix=fix or "Give a place with room for it") from error
     return weights
 
 
