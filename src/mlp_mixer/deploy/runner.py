@@ -20,6 +20,7 @@ from mlp_mixer.deploy.metadata import NAMES, Description, from_text
 from mlp_mixer.deploy.onnx_graph import inputs_of
 from mlp_mixer.disk import expand
 from mlp_mixer.errors import UserError
+from mlp_mixer.models.compute import check_threads
 from mlp_mixer.models.layers import ImageClassifier
 
 SUFFIXES = {".onnx": "onnxruntime", ".xml": "openvino"}
@@ -66,6 +67,8 @@ def open_exported(
     if suffix == ".xml" and not path.with_suffix(".bin").is_file():
         what = "the weights of an OpenVINO model lie in a .bin beside it, and there is none"
         raise UserError(what, where=path.with_suffix(".bin"), fix="Copy both files")
+    if num_threads is not None:
+        check_threads(num_threads)
     threads = num_threads or torch.get_num_threads()
     opener = _open_openvino if (runtime or SUFFIXES[suffix]) == "openvino" else _open_onnx
     return opener(path, threads)
