@@ -205,8 +205,8 @@ def no_leftovers() -> Iterator[None]:
 SAVE = """
 from mlp_mixer.evaluation.figures import Evaluation
 
-def save(self, folder, model=None, save=Evaluation.save):
-    save(self, folder, model)
+def save(self, folder, model=None, save=Evaluation.save, **options):
+    save(self, folder, model, **options)
     import numpy
     arrays = (self.labels, self.indices, self.logits, self.probabilities)
     numpy.savez(folder / "arrays.npz", *arrays)

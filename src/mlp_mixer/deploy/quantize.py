@@ -1,11 +1,11 @@
 """A float32 ONNX graph -> the same graph with its dense layers in int8.
 
 Static, post-training: the range of every layer's input is measured on real images and written into
-the file. Weights are symmetric int8 with a scale for each output unit, inputs are uint8 with one
-scale and zero point: the pair that x86 processors multiply in one instruction (VNNI). It is written
-as QuantizeLinear and DequantizeLinear around ordinary products (QDQ), which ONNX Runtime and
-OpenVINO both turn into their own int8 kernels. Source: Jacob et al. 2018 (arXiv 1712.05877); the
-ONNX operators of these names.
+the file. Inputs are uint8 with one scale and zero point; weights are symmetric int8 with a scale
+for each output unit, of which 7 bits are used: without VNNI an x86 processor adds two products in
+16 bits, where 255 x 127 twice would saturate. It is written as QuantizeLinear and DequantizeLinear
+around ordinary products (QDQ), which ONNX Runtime and OpenVINO both turn into their own int8
+kernels. Source: Jacob et al. 2018 (arXiv 1712.05877); the ONNX operators of these names.
 
 Convolutions (the stem, and what joins the stages of the staged families), LayerNorm, GELU, sums and
 products whose weights are no matrix stay in float32.
@@ -24,7 +24,7 @@ from mlp_mixer.deploy.onnx_graph import constants_of, copied, layer_of
 from mlp_mixer.deploy.runner import onnx_session
 from mlp_mixer.errors import UserError
 
-LEVELS_OF_INPUTS, LARGEST_WEIGHT = 255, 127
+LEVELS_OF_INPUTS, LARGEST_WEIGHT = 255, 63
 
 
 @dataclass(frozen=True)
