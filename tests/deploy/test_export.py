@@ -153,6 +153,7 @@ def test_pixels_go_in_and_a_permutation_is_inside(tmp_path: Path):
     assert given.elem_type == onnx.TensorProto.UINT8
 
 
+@pytest.mark.slow
 def test_bfloat16_halves_the_file(tmp_path: Path):
     model = tiny_model(hidden_dim=64, channels_mlp_dim=256)
     for precision in ("float32", "bfloat16"):
@@ -164,6 +165,7 @@ def test_bfloat16_halves_the_file(tmp_path: Path):
         assert_equal(mm.open_exported(tmp_path / "bfloat16.onnx"), model)
 
 
+@pytest.mark.slow
 def test_a_grown_run_from_the_command_line(
     trained: mm.TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -304,6 +306,7 @@ def test_a_file_without_class_names_has_numbers_and_says_how_images_are_decoded(
         assert word.lower() in said["decoding"].lower()
 
 
+@pytest.mark.slow
 def test_the_example_needs_nothing_of_ours(
     trained: mm.TrainResult, pixels_file: Path, tmp_path: Path
 ):
@@ -321,6 +324,7 @@ def test_the_example_needs_nothing_of_ours(
         assert done.stdout == f"{tmp_path / 'a.png'}: {classes}\n"
 
 
+@pytest.mark.slow
 def test_the_example_crops_small_images_where_the_file_says_so(tmp_path: Path):
     model = tiny_model(image_size=16)
     model.class_names = [f"class {at}" for at in range(7)]

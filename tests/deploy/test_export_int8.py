@@ -170,6 +170,7 @@ def test_the_layer_that_suffers_stays_in_float32(model: mm.ImageClassifier, tmp_
     assert f"float32     {OUTLIER}" in text
 
 
+@pytest.mark.slow
 def test_int8_that_costs_too_much_is_not_written(model: mm.ImageClassifier, tmp_path: Path):
     with torch.no_grad():  # beyond what leaving out half of the layers can mend
         worse = named_model()
@@ -265,6 +266,7 @@ def test_openvino(precision: str, tmp_path: Path):
         mm.open_exported(path)
 
 
+@pytest.mark.slow
 def test_openvino_runs_an_onnx_file_too(graph: object, model: mm.ImageClassifier, tmp_path: Path):
     pytest.importorskip("openvino", reason="pip install 'mlp_mixer[openvino]'")
     mm.export(model, tmp_path / "m.onnx")

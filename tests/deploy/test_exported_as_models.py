@@ -123,7 +123,7 @@ def test_packages_are_named_where_they_are_installed(monkeypatch: pytest.MonkeyP
     assert found.items() >= there.items()
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+@pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=pytest.mark.slow), ".xml"])
 def test_predict_takes_the_name_of_a_file(tmp_path: Path, suffix: str):
     pytest.importorskip("onnxscript", reason=WHY)
     pytest.importorskip("onnxruntime" if suffix == ".onnx" else "openvino", reason=WHY)
@@ -147,7 +147,7 @@ def test_predict_refuses_a_program(tmp_path: Path):
             mm.predict(name, "digits:test")
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
 def test_a_model_of_timm_becomes_a_file(tmp_path: Path, monkeypatch, suffix: str):
     if suffix == ".onnx":
         pytest.importorskip("onnxscript", reason=WHY)

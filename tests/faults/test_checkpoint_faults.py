@@ -129,6 +129,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @unix
 def test_killed_at_twenty_moments_of_a_run(tmp_path: Path, nursery: Nursery):
     chance, partial, newest = random.Random(0), 0, 0

@@ -31,6 +31,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as Unix has them")
 def test_frozen_and_killed_while_saving(tmp_path: Path):
     """Twelve looks at a saving process frozen at some instant, and three real kills."""
@@ -115,6 +116,7 @@ mm.train(config.with_value("data.num_workers", 0))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as Unix has them")
 def test_a_killed_run_leaves_a_whole_model(tmp_path: Path):
     chance = random.Random(1)

@@ -104,7 +104,10 @@ def test_the_command_itself(data: Path, long: Path, tmp_path: Path):
             process.kill()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_second_signal_ends_it_at_once(data, straight, tmp_path, number: int, code: int):
     config = run_config(data, tmp_path / "run", checkpoint_every=6)
     process = start(config, tmp_path / "said", "before_step(patch, 16, lambda _: time.sleep(600))")
@@ -120,6 +123,7 @@ def test_a_second_signal_ends_it_at_once(data, straight, tmp_path, number: int, 
     assert "resumed  after step 12 of 30" in (tmp_path / "run" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_torchrun_passes_on_a_signal_that_came_already(data, straight, tmp_path):
     """Ctrl-C reaches the whole group, and torchrun sends it once more: that is one request."""
     config, go_on = run_config(data, tmp_path / "run"), tmp_path / "go on"
@@ -160,6 +164,7 @@ def test_the_callers_handlers_come_back(data, tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_pictures_are_drawn(data, straight, tmp_path):
     """The training is done then, and the same command measures and draws."""
     config = run_config(data, tmp_path / "run")

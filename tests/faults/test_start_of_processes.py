@@ -97,6 +97,7 @@ patch.setattr(loop.Augmentation, "__call__", hang)
 """
 
 
+@pytest.mark.slow
 @unix
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_signal_while_a_batch_is_waited_for(tmp_path: Path, steps: int):

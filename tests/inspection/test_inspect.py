@@ -113,12 +113,14 @@ def test_the_default_is_the_first_three_layers(tmp_path, photo):
     assert [each.layer for each in found.responses] == [1] * 4 + [2] * 4 + [3] * 4
 
 
+@pytest.mark.slow
 def test_pdf(tmp_path):
     mm.inspect(tiny_model(), output=tmp_path, layers=[2], vector="pdf")
     assert (tmp_path / "figure6_layer2.pdf").read_bytes().startswith(b"%PDF")
     assert not list(tmp_path.glob("*.svg"))
 
 
+@pytest.mark.slow
 def test_the_same_again_gives_the_same_files(tmp_path):
     for folder in ("a", "b"):
         mm.inspect(tiny_model(), output=tmp_path / folder, layers=[1])

@@ -127,10 +127,12 @@ def test_ddp(single: Path, double: Path):
     check_near(double, single)
 
 
+@pytest.mark.slow
 def test_fsdp(data: Path, single: Path):
     check_near(train_two(data, "fsdp", sharding="full", **PARTS), single)
 
 
+@pytest.mark.slow
 def test_from_one_to_two_and_back(data: Path, single: Path, tmp_path: Path):
     """Each part ends with a SIGTERM to one process, after which all stop after the same step."""
     run, parts = tmp_path / "run", ["one", "none", "full", "one"]
@@ -169,6 +171,7 @@ def test_from_one_to_two_and_back(data: Path, single: Path, tmp_path: Path):
 # One process ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "sharding"), [(1, "none"), (0, "full")])
 def test_the_other_ends_too_and_names_it(data, tmp_path, rank: int, sharding: str):
     config = run_config(data, tmp_path / "run", sharding=sharding, checkpoint_every=5)
@@ -194,6 +197,7 @@ patch.setattr(dcp_storage.Writer, "write_data", write_data)
 """
 
 
+@pytest.mark.slow
 def test_killed_while_it_saves(data: Path, double: Path, tmp_path: Path):
     """The error is that of the end, and not one of the checkpoint that came to nothing by it."""
     config = run_config(data, tmp_path / "run", checkpoint_every=5, **PARTS)
@@ -213,6 +217,7 @@ def check_same_logs(run: Path, other: Path) -> None:
     assert results_of(run) == results_of(other)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_both_again(data: Path, double: Path, tmp_path: Path):
     """`--max-restarts 1`: one process is killed once, and the run ends as if nothing had been."""
     config = run_config(data, tmp_path / "run", checkpoint_every=5, **PARTS)
@@ -260,6 +265,7 @@ patch.setattr(loader._Images, "open", open)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_only_one_process_meets_is_said_once(data: Path, tmp_path: Path, rank: int):
     """Image 3 is first read by one of the processes, and is more than the share of bad ones."""
@@ -284,6 +290,7 @@ if os.environ["RANK"] == "1":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_a_loss_that_is_not_finite_on_one_stops_both(data, tmp_path, sharding: str):
     config = run_config(data, tmp_path / "run", sharding=sharding, checkpoint_every=8)
@@ -295,6 +302,7 @@ def test_a_loss_that_is_not_finite_on_one_stops_both(data, tmp_path, sharding: s
     assert processes[1].said() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
