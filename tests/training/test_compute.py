@@ -203,6 +203,8 @@ def test_chosen_threads_count_for_small_batches_too(two_threads):
         assert timed(model, "training") == 2
         assert timed(model, "inference") == 2
     assert set(seen) == {2}
+    with pytest.raises(mm.UserError), torch_set_to(CPU, "float32", 100_000):
+        pass
     assert timed(model, "inference") == seen[-1] == 1
 
 

@@ -105,11 +105,11 @@ def torch_set_to(
         fixed: leave them for small steps too.
     """
     threads = torch.get_num_threads()
-    is_chosen = fixed or num_threads is not None or _threads_are_chosen.get()
-    chosen = _threads_are_chosen.set(is_chosen)
     if num_threads is not None:
         check_threads(num_threads)
         torch.set_num_threads(num_threads)
+    is_chosen = fixed or num_threads is not None or _threads_are_chosen.get()
+    chosen = _threads_are_chosen.set(is_chosen)
     products: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = products.fp32_precision
     try:
