@@ -21,8 +21,8 @@ from typing import Any
 import figures
 import torch
 
-import mlp_mixer as mm
-from mlp_mixer.deploy.answers import make_question, make_ready, predict_logits
+import allmlp as am
+from allmlp.deploy.answers import make_question, make_ready, predict_logits
 
 COLUMNS = {
     "size": "left",
@@ -36,9 +36,9 @@ COLUMNS = {
 }
 
 
-def model_of(name: str, size: int, tokens_mlp_dim: int, blocks: int) -> mm.ImageClassifier:
+def model_of(name: str, size: int, tokens_mlp_dim: int, blocks: int) -> am.ImageClassifier:
     torch.manual_seed(0)
-    model = mm.create_model(
+    model = am.create_model(
         name, size, 1000, tokens_mlp_dim=tokens_mlp_dim, num_blocks=blocks
     ).eval()
     assert model.head is not None
@@ -50,7 +50,7 @@ def model_of(name: str, size: int, tokens_mlp_dim: int, blocks: int) -> mm.Image
 def measure(precision: str | None, options: argparse.Namespace) -> dict[str, Any]:
     """Returns the figures of all sizes in one precision."""
     with torch.device("meta"):
-        own: Any = mm.create_model(options.model, 224, 1000).config
+        own: Any = am.create_model(options.model, 224, 1000).config
     blocks = options.num_blocks or own.num_blocks
     computed: str | None = None
     sides: dict[int, tuple[Any, torch.Tensor]] = {}

@@ -20,15 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import mlp_mixer as mm
-from mlp_mixer.deploy.answers import make_question, make_ready, predict_logits
-from mlp_mixer.deploy.exported_files import write_graph
-from mlp_mixer.deploy.int8 import calibrate
-from mlp_mixer.deploy.metadata import description_of
-from mlp_mixer.deploy.onnx_graph import graph_module, halved, inputs_of, to_onnx
-from mlp_mixer.environment import processor
-from mlp_mixer.models.compute import torch_set_to
-from mlp_mixer.models.layers import preprocessing_of
+import allmlp as am
+from allmlp.deploy.answers import make_question, make_ready, predict_logits
+from allmlp.deploy.exported_files import write_graph
+from allmlp.deploy.int8 import calibrate
+from allmlp.deploy.metadata import description_of
+from allmlp.deploy.onnx_graph import graph_module, halved, inputs_of, to_onnx
+from allmlp.environment import processor
+from allmlp.models.compute import torch_set_to
+from allmlp.models.layers import preprocessing_of
 
 # The variant -> the file that it runs, and by which runtime; None is our own model.
 VARIANTS = {
@@ -43,23 +43,23 @@ VARIANTS = {
 }
 
 
-def build(name: str, size: int, num_blocks: int | None) -> mm.ImageClassifier:
+def build(name: str, size: int, num_blocks: int | None) -> am.ImageClassifier:
     torch.manual_seed(0)
     overrides = {} if num_blocks is None else {"num_blocks": num_blocks}
-    model = mm.create_model(name, size, **overrides).eval()
+    model = am.create_model(name, size, **overrides).eval()
     assert model.head is not None
     torch.nn.init.normal_(model.head.weight, std=model.config.hidden_dim**-0.5)
     model.class_names = [f"class {index}" for index in range(model.config.num_classes)]
     return model
 
 
-def pixels(model: mm.ImageClassifier, count: int, seed: int = 0) -> torch.Tensor:
+def pixels(model: am.ImageClassifier, count: int, seed: int = 0) -> torch.Tensor:
     random = torch.Generator().manual_seed(seed)
     shape = (count, model.config.in_channels, *model.config.image_size)
     return torch.randint(0, 256, shape, generator=random).byte()
 
 
-def write_files(model: mm.ImageClassifier, folder: Path, threads: int) -> None:
+def write_files(model: am.ImageClassifier, folder: Path, threads: int) -> None:
     graph = to_onnx(*graph_module(model, uint8_input=False))
     own = preprocessing_of(model)
     noise = [inputs_of(pixels(model, 8, at + 1), own, uint8_input=False) for at in range(2)]
@@ -78,7 +78,7 @@ def work(pipe, variant: str, options: argparse.Namespace, folder: Path) -> None:
     model = build(options.model, options.image_size, options.num_blocks)
     batch = pixels(model, options.batch_size)
     if file is not None:
-        model = mm.open_exported(folder / file, runtime=how, num_threads=options.threads)
+        model = am.open_exported(folder / file, runtime=how, num_threads=options.threads)
     with torch_set_to(torch.device("cpu"), "float32", options.threads):
         question = make_question(
             model, precision=None if file else how, batch_size=options.batch_size

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import mlp_mixer as mm
+import allmlp as am
 
 
 def main() -> None:
@@ -29,11 +29,11 @@ def measure(seeds: list[int], sources: dict[int, str]) -> None:
     print("| ---: | --- | ---: | ---: | ---: | ---: |")
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
-            config = mm.recipe("digits").with_value("seed", seed)
+            config = am.recipe("digits").with_value("seed", seed)
             config = config.with_value("data.source", sources[seed])
             config = config.with_value("output", str(Path(folder) / "run"))
             started = time.perf_counter()
-            result = mm.train(config, quiet=True)
+            result = am.train(config, quiet=True)
             seconds = time.perf_counter() - started
         assert result.test is not None
         test, validation = result.test, result.validation

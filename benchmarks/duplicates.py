@@ -18,11 +18,11 @@ from functools import partial
 import cv2
 import numpy as np
 
-from mlp_mixer.data.drop_list import drop_list
-from mlp_mixer.data.duplicates import CORRELATION, DISTANCE, KINDS, correlation, find_duplicates
-from mlp_mixer.data.image import decode
-from mlp_mixer.data.scan import perceptual_hash, thumbnail
-from mlp_mixer.data.sources import open_splits
+from allmlp.data.drop_list import drop_list
+from allmlp.data.duplicates import CORRELATION, DISTANCE, KINDS, correlation, find_duplicates
+from allmlp.data.image import decode
+from allmlp.data.scan import perceptual_hash, thumbnail
+from allmlp.data.sources import open_splits
 
 
 def main() -> None:

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlp_mixer.environment import processor
-from mlp_mixer.evaluation.measurement import measurement, write_measurement
-from mlp_mixer.models.layers import ImageClassifier
+from allmlp.environment import processor
+from allmlp.evaluation.measurement import measurement, write_measurement
+from allmlp.models.layers import ImageClassifier
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -17,14 +17,14 @@ import statistics
 import time
 from pathlib import Path
 
-import mlp_mixer as mm
-from mlp_mixer.models.catalog import config_to_json
+import allmlp as am
+from allmlp.models.catalog import config_to_json
 
 RATES = (3e-4, 1e-3, 3e-3)
 
 
-def common(given: argparse.Namespace) -> mm.TrainConfig:
-    return mm.recipe("scratch").with_values(
+def common(given: argparse.Namespace) -> am.TrainConfig:
+    return am.recipe("scratch").with_values(
         {
             "steps": given.steps,
             "evaluate_every": given.steps,
@@ -37,7 +37,7 @@ def common(given: argparse.Namespace) -> mm.TrainConfig:
     )
 
 
-def begun_with(side: str, given: argparse.Namespace) -> mm.TrainConfig:
+def begun_with(side: str, given: argparse.Namespace) -> am.TrainConfig:
     if side == "fine-tuned":
         return common(given).with_values(
             {
@@ -47,7 +47,7 @@ def begun_with(side: str, given: argparse.Namespace) -> mm.TrainConfig:
                 "model.overrides": {"stochastic_depth": 0.0},
             }
         )
-    grown = config_to_json(mm.load_model(given.checkpoint, given.image_size, quiet=True).config)
+    grown = config_to_json(am.load_model(given.checkpoint, given.image_size, quiet=True).config)
     sizes = ("patch_size", "hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")
     return common(given).with_values(
         {
@@ -57,8 +57,8 @@ def begun_with(side: str, given: argparse.Namespace) -> mm.TrainConfig:
     )
 
 
-def run(config: mm.TrainConfig, output: Path) -> float:
-    result = mm.train(config.with_value("output", str(output)), quiet=True)
+def run(config: am.TrainConfig, output: Path) -> float:
+    result = am.train(config.with_value("output", str(output)), quiet=True)
     shown = result.test or result.validation
     assert shown is not None
     return shown.top1

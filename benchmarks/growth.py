@@ -18,19 +18,19 @@ from pathlib import Path
 
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
 
 GROW = """
 import json, re, sys, time
-import torch, mlp_mixer as mm
-from mlp_mixer.weights import store  # all imports before the measurement
-mm.load_model, mm.create_model
+import torch, allmlp as am
+from allmlp.weights import store  # all imports before the measurement
+am.load_model, am.create_model
 def peak_kib():  # of this process image; ru_maxrss would include the parent's
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = peak_kib()
 started = time.perf_counter()
 size = None if sys.argv[2] == "None" else int(sys.argv[2])
-model = mm.load_model(sys.argv[1], size, growth=sys.argv[3], quiet=True)
+model = am.load_model(sys.argv[1], size, growth=sys.argv[3], quiet=True)
 for parameter in model.parameters():
     parameter.data.sum()  # every page is there
 seconds = time.perf_counter() - started
@@ -42,23 +42,23 @@ print(json.dumps({"seconds": seconds, "peak_MiB": peak / 1024, "model_MiB": new 
 
 def write_random(name: str, folder: Path) -> dict[str, Path]:
     torch.manual_seed(0)
-    model = mm.create_model(name)
+    model = am.create_model(name)
     for parameter in model.parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, std=0.1)
         else:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
     return {
-        ".npz": mm.save_model(model, folder / f"{name}.npz", format="google"),
-        ".safetensors": mm.save_model(model, folder / f"{name}.safetensors"),
+        ".npz": am.save_model(model, folder / f"{name}.npz", format="google"),
+        ".safetensors": am.save_model(model, folder / f"{name}.safetensors"),
     }
 
 
 def identity(path: Path, factor: int) -> None:
     """Prints how far the grown logits are from the mean over the tiles of the old logits."""
-    old, side = mm.load_model(path, quiet=True), 224
+    old, side = am.load_model(path, quiet=True), 224
     started = time.perf_counter()
-    new = mm.load_model(path, side * factor, growth="block-diagonal", quiet=True)
+    new = am.load_model(path, side * factor, growth="block-diagonal", quiet=True)
     seconds = time.perf_counter() - started
     images = torch.rand(2, 3, side * factor, side * factor) * 2 - 1
     starts = range(0, side * factor, side)

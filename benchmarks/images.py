@@ -26,20 +26,20 @@ import peers
 import torch
 from PIL import Image
 
-import mlp_mixer as mm
-from mlp_mixer.data.batches import collate
-from mlp_mixer.data.image import EncodedImage
-from mlp_mixer.data.sources import open_splits
-from mlp_mixer.preprocessing import Preprocessing
-from mlp_mixer.training.dataset import Augmentation
+import allmlp as am
+from allmlp.data.batches import collate
+from allmlp.data.image import EncodedImage
+from allmlp.data.sources import open_splits
+from allmlp.preprocessing import Preprocessing
+from allmlp.training.dataset import Augmentation
 
 BATCH = 64
 
 
 def ours(magnitude: float | None) -> Callable[[list[bytes], int], torch.Tensor]:
-    augment = mm.recipe("scratch").with_value("augment.crop_area", (0.05, 1.0)).augment
+    augment = am.recipe("scratch").with_value("augment.crop_area", (0.05, 1.0)).augment
     if magnitude is not None:
-        config = mm.recipe("scratch").with_value("augment.randaugment", magnitude)
+        config = am.recipe("scratch").with_value("augment.randaugment", magnitude)
         augment = config.with_value("augment.crop_area", (0.05, 1.0)).augment
     transform = Augmentation(augment, Preprocessing(image_size=(224, 224)))
 

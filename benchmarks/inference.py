@@ -32,8 +32,8 @@ import peers
 import torch
 import turns
 
-import mlp_mixer as mm
-from mlp_mixer.weights.timm import from_ours
+import allmlp as am
+from allmlp.weights.timm import from_ours
 
 BASE = "timm, as it comes"
 CASES = ("mixer_b16:1", "mixer_b16:8", "mixer_b16:32", "mixer_s16:8", "mixer_l16:8")
@@ -71,9 +71,9 @@ COLUMNS = {
 }
 
 
-def build(name: str, num_blocks: int | None, size: int) -> mm.ImageClassifier:
+def build(name: str, num_blocks: int | None, size: int) -> am.ImageClassifier:
     overrides = {} if num_blocks is None else {"num_blocks": num_blocks}
-    model = mm.create_model(name, size, 1000, gelu="exact", **overrides).eval()
+    model = am.create_model(name, size, 1000, gelu="exact", **overrides).eval()
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for each in model.parameters():
@@ -86,7 +86,7 @@ def build(name: str, num_blocks: int | None, size: int) -> mm.ImageClassifier:
 
 
 @torch.inference_mode()
-def write_inputs(model: mm.ImageClassifier, batch: int, folder: Path) -> None:
+def write_inputs(model: am.ImageClassifier, batch: int, folder: Path) -> None:
     """Writes the weights, the images and the logits that are expected."""
     size = model.config.image_size
     pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, *size), dtype=np.uint8)
@@ -96,7 +96,7 @@ def write_inputs(model: mm.ImageClassifier, batch: int, folder: Path) -> None:
     named = from_ours(dict(model.state_dict()))
     arrays: dict[str, Any] = {name: each.numpy() for name, each in named.items()}
     np.savez(folder / "weights.npz", **arrays)
-    mm.save_model(model, folder / "ours")
+    am.save_model(model, folder / "ours")
 
 
 def one_case(case: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One side of benchmarks/inference.py, in the environment of its package.
 
-A job names the folder with the weights (weights.npz by timm's names, ours/ as `mm.save_model`
+A job names the folder with the weights (weights.npz by timm's names, ours/ as `am.save_model`
 writes it), the images (pixels.npy, uint8), and which side this is. Every side computes the logits
 of the same images with the same weights; all but ours get pixels that are scaled already.
 """
@@ -42,10 +42,10 @@ def ours(job: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     """What `mixer predict` does with a batch that is decoded, up to the logits."""
     import torch
 
-    import mlp_mixer as mm
-    from mlp_mixer.deploy.answers import make_question, make_ready, predict_logits
+    import allmlp as am
+    from allmlp.deploy.answers import make_question, make_ready, predict_logits
 
-    model = mm.load_model(Path(job["folder"]) / "ours", quiet=True)
+    model = am.load_model(Path(job["folder"]) / "ours", quiet=True)
     pixels = torch.from_numpy(np.load(Path(job["folder"]) / "pixels.npy"))
     # channels last in memory, as the loader's batches are
     pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -61,7 +61,7 @@ def ours(job: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
 def of_torch() -> dict[str, Any]:
     import torch
 
-    return {"versions": peers.versions("torch", "timm", "mlp_mixer"), "of": torch.__version__}
+    return {"versions": peers.versions("torch", "timm", "allmlp"), "of": torch.__version__}
 
 
 def timms_model(job: dict[str, Any]) -> Any:

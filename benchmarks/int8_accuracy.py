@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-import mlp_mixer as mm
-from mlp_mixer.data.items import Source
-from mlp_mixer.data.selections import join
-from mlp_mixer.data.sources import open_splits
-from mlp_mixer.environment import packages, processor
+import allmlp as am
+from allmlp.data.items import Source
+from allmlp.data.selections import join
+from allmlp.data.sources import open_splits
+from allmlp.environment import packages, processor
 
 RUNS = ("torch", "onnxruntime", "openvino")  # what computes
 FILES = {
@@ -36,8 +36,8 @@ def trained(options: argparse.Namespace) -> Path:
     """Returns the run folder, trained to its end."""
     folder = Path(options.output) / "run"
     if (folder / "checkpoints").exists():
-        return Path(mm.resume(folder).run_folder)
-    config = mm.recipe("scratch").with_values(
+        return Path(am.resume(folder).run_folder)
+    config = am.recipe("scratch").with_values(
         {
             "data.source": options.data,
             "model.name": options.model,
@@ -48,20 +48,20 @@ def trained(options: argparse.Namespace) -> Path:
         },
         options.set,
     )
-    return Path(mm.train(config).run_folder)
+    return Path(am.train(config).run_folder)
 
 
-def correct(result: mm.Evaluation) -> int:
+def correct(result: am.Evaluation) -> int:
     return int((result.predictions == result.labels).sum())
 
 
-def standard_error(exact: mm.Evaluation, found: mm.Evaluation) -> float:
+def standard_error(exact: am.Evaluation, found: am.Evaluation) -> float:
     """Of the drop in points: both saw the same images, so it is that of the differences."""
     right = [(each.predictions == each.labels).astype(float) for each in (exact, found)]
     return 100.0 * float(np.std(right[0] - right[1], ddof=1)) / len(right[0]) ** 0.5
 
 
-def print_rows(source: Source, results: dict[str, mm.Evaluation], notes: dict[str, str]) -> None:
+def print_rows(source: Source, results: dict[str, am.Evaluation], notes: dict[str, str]) -> None:
     print(f"\n{source.name}: {len(source):,} images\n")
     print("| | top-1 | right | drop, points | same class | largest error of a logit | | MiB |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |")
@@ -95,11 +95,11 @@ def main() -> None:
     splits = open_splits(options.data)
     held_out = [splits["validation"], splits["test"]]
     sources = [join(held_out, "validation and test"), splits["test"]]
-    model = mm.load_model(run)
-    files: dict[str, mm.ImageClassifier] = {"original, torch float32": model}
+    model = am.load_model(run)
+    files: dict[str, am.ImageClassifier] = {"original, torch float32": model}
     notes: dict[str, str] = {}
     for name, (file, precision) in FILES.items():
-        report = mm.export(
+        report = am.export(
             model,
             folder / file,
             precision=precision,
@@ -111,7 +111,7 @@ def main() -> None:
         if not report.passed:
             print(f"{name}: {'; '.join(report.failures)}")
             continue
-        files[name] = mm.open_exported(folder / file)
+        files[name] = am.open_exported(folder / file)
         kept = "" if precision != "int8" else f"{len(report.kept)} of {report.num_layers} layers"
         size = sum(report.files.values()) / 2**20
         notes[name] = f"{kept + ' in float32' if kept else ''}|{size:.1f}"
@@ -120,7 +120,7 @@ def main() -> None:
     print(f"{processor()}, {versions}")
     for source in sources:
         results = {
-            name: mm.evaluate(each, source, allow_missing_classes=True)
+            name: am.evaluate(each, source, allow_missing_classes=True)
             for name, each in files.items()
         }
         print_rows(source, results, notes)

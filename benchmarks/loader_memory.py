@@ -22,14 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mlp_mixer.data.items import View, subset
-from mlp_mixer.data.loader import training_batches
-from mlp_mixer.data.shards import load_index
-from mlp_mixer.data.sources import open_splits
-from mlp_mixer.data.write_shards import pack_splits
-from mlp_mixer.preprocessing import Preprocessing
-from mlp_mixer.training.dataset import Augmentation
-from mlp_mixer.training.recipes import recipe
+from allmlp.data.items import View, subset
+from allmlp.data.loader import training_batches
+from allmlp.data.shards import load_index
+from allmlp.data.sources import open_splits
+from allmlp.data.write_shards import pack_splits
+from allmlp.preprocessing import Preprocessing
+from allmlp.training.dataset import Augmentation
+from allmlp.training.recipes import recipe
 
 
 def memory(pid: int | str) -> tuple[float, float]:

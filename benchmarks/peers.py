@@ -25,7 +25,7 @@ REQUIREMENTS = {
     "openvino": ("openvino==2026.4.1", "numpy"),
 }
 BESIDE_TORCH = ("timm",)
-DEFAULT_FOLDER = Path.home() / ".cache" / "mlp_mixer_benchmarks"
+DEFAULT_FOLDER = Path.home() / ".cache" / "allmlp_benchmarks"
 
 
 class PeerError(RuntimeError):

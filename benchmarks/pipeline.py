@@ -24,22 +24,22 @@ from typing import Any
 import figures
 import torch
 
-import mlp_mixer as mm
-from mlp_mixer.data.augment import mix
-from mlp_mixer.data.batches import Batch, on_device
-from mlp_mixer.data.loader import training_batches
-from mlp_mixer.data.sampler import step_generator
-from mlp_mixer.data.transforms import normalize
-from mlp_mixer.models.device import choose_device
-from mlp_mixer.models.layers import draw_stochastic_depth, preprocessing_of
-from mlp_mixer.preprocessing import Preprocessing
-from mlp_mixer.training.compute import choose_compute, settings_of_torch
-from mlp_mixer.training.config import TrainConfig
-from mlp_mixer.training.dataset import Augmentation, open_training_data
-from mlp_mixer.training.distributed import World
-from mlp_mixer.training.losses import one_hot
-from mlp_mixer.training.optimizer import build_optimizers
-from mlp_mixer.training.step import Updater
+import allmlp as am
+from allmlp.data.augment import mix
+from allmlp.data.batches import Batch, on_device
+from allmlp.data.loader import training_batches
+from allmlp.data.sampler import step_generator
+from allmlp.data.transforms import normalize
+from allmlp.models.device import choose_device
+from allmlp.models.layers import draw_stochastic_depth, preprocessing_of
+from allmlp.preprocessing import Preprocessing
+from allmlp.training.compute import choose_compute, settings_of_torch
+from allmlp.training.config import TrainConfig
+from allmlp.training.dataset import Augmentation, open_training_data
+from allmlp.training.distributed import World
+from allmlp.training.losses import one_hot
+from allmlp.training.optimizer import build_optimizers
+from allmlp.training.step import Updater
 
 STEPS = 1_000  # of the run that the step is taken from; the rate and `auto` go by it
 COLUMNS = {"part": "left", "images/s": "right", "least to most": "right"}
@@ -47,7 +47,7 @@ COLUMNS = {"part": "left", "images/s": "right", "least to most": "right"}
 
 def config_of(options: argparse.Namespace) -> TrainConfig:
     overrides = {} if options.num_blocks is None else {"num_blocks": options.num_blocks}
-    return mm.recipe(options.recipe).with_values(
+    return am.recipe(options.recipe).with_values(
         {
             "model.name": options.model,
             "model.image_size": options.image_size,
@@ -71,7 +71,7 @@ class Parts:
         self.classes = len(self.splits.train.class_names)
         size, overrides = config.model.image_size, config.model.overrides
         torch.manual_seed(0)
-        self.model = mm.create_model(config.model.name, size, self.classes, **overrides)
+        self.model = am.create_model(config.model.name, size, self.classes, **overrides)
         self.model.preprocessing = Preprocessing(image_size=self.model.config.image_size)
         self.model = self.model.to(self.device)
         self.compute = choose_compute(config, self.device, self.model.config.flops, STEPS)

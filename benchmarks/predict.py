@@ -28,23 +28,23 @@ from typing import Any
 import numpy as np
 import torch
 
-import mlp_mixer as mm
-from mlp_mixer.data.items import Source, subset
-from mlp_mixer.data.loader import evaluation_batches
-from mlp_mixer.data.sources import open_source
-from mlp_mixer.deploy.answers import Question, answer, device_of, make_question, make_ready
-from mlp_mixer.deploy.parts import predict_parts
-from mlp_mixer.deploy.plan import Plan
-from mlp_mixer.deploy.predict import predict_to_file
-from mlp_mixer.deploy.rows import OnRows, Rows
-from mlp_mixer.models.layers import preprocessing_of
+import allmlp as am
+from allmlp.data.items import Source, subset
+from allmlp.data.loader import evaluation_batches
+from allmlp.data.sources import open_source
+from allmlp.deploy.answers import Question, answer, device_of, make_question, make_ready
+from allmlp.deploy.parts import predict_parts
+from allmlp.deploy.plan import Plan
+from allmlp.deploy.predict import predict_to_file
+from allmlp.deploy.rows import OnRows, Rows
+from allmlp.models.layers import preprocessing_of
 
 
 def repeated(source: Source, images: int) -> Source:
     return subset(source, np.arange(images) % len(source), f"{source.name}, repeated")
 
 
-def decoding(model: mm.ImageClassifier, source: Source, options: dict[str, int]) -> None:
+def decoding(model: am.ImageClassifier, source: Source, options: dict[str, int]) -> None:
     for _ in evaluation_batches(source, preprocessing_of(model), **options):
         pass
 
@@ -60,7 +60,7 @@ def computing(ready: Any, source: Source, options: dict[str, int], question: Que
 
 
 def speed(arguments: argparse.Namespace) -> None:
-    model = mm.create_model(arguments.model, arguments.image_size, 1000)
+    model = am.create_model(arguments.model, arguments.image_size, 1000)
     torch.nn.init.normal_(model.head.weight)
     model.class_names = [f"class {n}" for n in range(1000)]
     model = model.to(arguments.device).eval()
@@ -120,7 +120,7 @@ def resident(pid: int | str) -> float:
 def memory(arguments: argparse.Namespace) -> None:
     shape = {"patch_size": 4, "hidden_dim": 16, "num_blocks": 1}
     shape |= {"tokens_mlp_dim": 8, "channels_mlp_dim": 16}
-    model = mm.create_model("mixer_s16", 8, 10, **shape).eval()
+    model = am.create_model("mixer_s16", 8, 10, **shape).eval()
     torch.nn.init.normal_(model.head.weight)
     model.class_names = [str(n) for n in range(10)]
     before = resident("self")

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate, pad
 
-import mlp_mixer as mm
-from mlp_mixer.data.image import decode
-from mlp_mixer.data.sources import open_splits
-from mlp_mixer.models.catalog import model_from_config
-from mlp_mixer.weights.resolution import resample
+import allmlp as am
+from allmlp.data.image import decode
+from allmlp.data.sources import open_splits
+from allmlp.models.catalog import model_from_config
+from allmlp.weights.resolution import resample
 
 BATCH = 128
 
@@ -82,7 +82,7 @@ def fine_tune(model, size: int, images: Tensor, labels: Tensor, rate: float, see
 
 
 def resampled(run: str, size: int, interpolation: str):
-    model = mm.load_model(run, quiet=True)
+    model = am.load_model(run, quiet=True)
     config = dataclasses.replace(model.config, image_size=(size, size))
     tensors = dict(model.state_dict())
     resample(tensors, model.config, config.grid, interpolation)
@@ -105,13 +105,13 @@ def main() -> None:
     splits = open_splits(options.data)
     images, labels = pixels_of(splits["train"])
     test_images, test_labels = pixels_of(splits["test"])
-    base = mm.load_model(options.run, quiet=True)
+    base = am.load_model(options.run, quiet=True)
     own = base.config.image_size[0]
     print(f"{own} px, as trained: {accuracy(base, own, test_images, test_labels):.2%}", flush=True)
     for size in options.sizes:
         models = {}
         if size % own == 0:
-            models["block-diagonal"] = mm.load_model(
+            models["block-diagonal"] = am.load_model(
                 options.run, size, growth="block-diagonal", quiet=True
             )
         for kind in ("nearest", "bilinear", "bicubic"):

@@ -47,10 +47,10 @@ def repeated(run: Callable[[], int], seconds: float) -> float:
 def training(work: str) -> Rate:
     from pipeline import Parts
 
-    import mlp_mixer as mm
-    from mlp_mixer.training.compute import settings_of_torch
+    import allmlp as am
+    from allmlp.training.compute import settings_of_torch
 
-    config = mm.recipe("cifar10").with_values({"data.source": "digits", "device": "cpu"})
+    config = am.recipe("cifar10").with_values({"data.source": "digits", "device": "cpu"})
     parts = Parts(config, STEPS)
 
     def step() -> int:
@@ -67,15 +67,15 @@ def training(work: str) -> Rate:
 def predicting(work: str, setting: str) -> Rate:
     import torch
 
-    import mlp_mixer as mm
-    from mlp_mixer.deploy.answers import answer, make_question, make_ready
-    from mlp_mixer.models.compute import torch_set_to
+    import allmlp as am
+    from allmlp.deploy.answers import answer, make_question, make_ready
+    from allmlp.models.compute import torch_set_to
 
-    batch, small = int(work.rpartition(" ")[2]), mm.recipe("digits").model
+    batch, small = int(work.rpartition(" ")[2]), am.recipe("digits").model
     if work.startswith("B/16"):
-        model = mm.create_model("mixer_b16", 224, 10)
+        model = am.create_model("mixer_b16", 224, 10)
     else:
-        model = mm.create_model(small.name, small.image_size, 10, **small.overrides)
+        model = am.create_model(small.name, small.image_size, 10, **small.overrides)
     model.class_names = [str(number) for number in range(10)]
     question = make_question(model, batch_size=batch)
     ready = make_ready(model, question)
@@ -97,8 +97,8 @@ def predicting(work: str, setting: str) -> Rate:
 def serve(setting: str) -> None:
     """Runs in the process of a setting: answers (work, seconds) with images per second."""
     if setting == LIBGOMP:
-        import torch  # noqa: F401  (before mlp_mixer, which would set a spin count)
-    import mlp_mixer  # noqa: F401  (before whatever imports torch)
+        import torch  # noqa: F401  (before allmlp, which would set a spin count)
+    import allmlp  # noqa: F401  (before whatever imports torch)
 
     known: dict[str, Rate] = {}
     for line in sys.stdin:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import mlp_mixer as mm
+import allmlp as am
 
 EMPTY = "python -c pass"
 COLUMNS = {
@@ -37,19 +37,19 @@ def commands(name: str, size: int, num_blocks: int | None, folder: Path) -> dict
     """Writes a model and a photograph; returns what is run."""
     overrides = {} if num_blocks is None else {"num_blocks": num_blocks}
     torch.manual_seed(0)
-    model = mm.create_model(name, size, 1000, **overrides)
+    model = am.create_model(name, size, 1000, **overrides)
     assert model.head is not None
     torch.nn.init.normal_(model.head.weight, std=model.config.hidden_dim**-0.5)
     model.class_names = [f"class {index}" for index in range(1000)]
     weights, photo = folder / "model.safetensors", folder / "photo.jpg"
-    mm.save_model(model, weights)
+    am.save_model(model, weights)
     small = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     Image.fromarray(small).resize((640, 480)).save(photo, quality=90)
-    python, mixer = [sys.executable, "-c"], [sys.executable, "-m", "mlp_mixer"]
-    load = f"import mlp_mixer as mm; mm.load_model({str(weights)!r}, quiet=True)"
+    python, mixer = [sys.executable, "-c"], [sys.executable, "-m", "allmlp"]
+    load = f"import allmlp as am; am.load_model({str(weights)!r}, quiet=True)"
     return {
         EMPTY: [*python, "pass"],
-        "import mlp_mixer": [*python, "import mlp_mixer"],
+        "import allmlp": [*python, "import allmlp"],
         "import torch": [*python, "import torch"],
         "mixer --help": [*mixer, "--help"],
         "mixer train --help": [*mixer, "train", "--help"],

@@ -26,7 +26,7 @@ import peers
 import torch
 import turns
 
-import mlp_mixer as mm
+import allmlp as am
 
 BASE = "timm, its defaults (float32, eager)"
 CLASSES = 1000
@@ -70,7 +70,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the figures of all sides."""
     overrides = {} if options.num_blocks is None else {"num_blocks": options.num_blocks}
     with torch.device("meta"):
-        config = mm.create_model(options.model, options.image_size, CLASSES, **overrides).config
+        config = am.create_model(options.model, options.image_size, CLASSES, **overrides).config
     shape = ("patch_size", "hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")
     job = {name: getattr(config, name) for name in shape}
     job |= {"model": options.model, "image_size": options.image_size, "num_classes": CLASSES}

@@ -34,12 +34,12 @@ def ours(job: dict[str, Any]) -> tuple[Step, str]:
     import torch
     import torch.nn.functional as F
 
-    import mlp_mixer as mm
-    from mlp_mixer.models.layers import draw_stochastic_depth
-    from mlp_mixer.training.compute import choose_compute, settings_of_torch
-    from mlp_mixer.training.distributed import World
-    from mlp_mixer.training.optimizer import build_optimizers
-    from mlp_mixer.training.step import Updater
+    import allmlp as am
+    from allmlp.models.layers import draw_stochastic_depth
+    from allmlp.training.compute import choose_compute, settings_of_torch
+    from allmlp.training.distributed import World
+    from allmlp.training.optimizer import build_optimizers
+    from allmlp.training.step import Updater
 
     size, classes, batch = job["image_size"], job["num_classes"], job["batch"]
     overrides: dict[str, Any] = {
@@ -47,7 +47,7 @@ def ours(job: dict[str, Any]) -> tuple[Step, str]:
         "num_blocks": job["num_blocks"],
         "gelu": job["gelu"],
     }
-    config = mm.recipe("scratch").with_values(
+    config = am.recipe("scratch").with_values(
         {
             "model.name": job["model"],
             "model.image_size": size,
@@ -59,7 +59,7 @@ def ours(job: dict[str, Any]) -> tuple[Step, str]:
         }
     )
     images, labels = images_and_labels(job)
-    model = mm.create_model(job["model"], size, classes, **overrides)
+    model = am.create_model(job["model"], size, classes, **overrides)
     device, flops = torch.device("cpu"), model.config.flops
     compute = choose_compute(config, device, flops, STEPS)
     optimizers = build_optimizers(model, config.optimizer)
@@ -129,7 +129,7 @@ def prepare(job: dict[str, Any]) -> tuple[Callable[[], dict[str, Any]], dict[str
         return {"loss": loss}
 
     told = {"why": why, "first": first, "first_loss": first_loss}
-    return timed, {**told, "versions": peers.versions("torch", "timm", "mlp_mixer")}
+    return timed, {**told, "versions": peers.versions("torch", "timm", "allmlp")}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlp_mixer.models import timm_model
+from allmlp.models import timm_model
 
 
 @dataclass

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
 
 
 def our_name(key: str) -> str:
@@ -23,8 +23,8 @@ def our_layout(key: str, value: np.ndarray) -> torch.Tensor:
     return tensor.T if key.endswith("kernel") else tensor
 
 
-def official_model(params: dict[str, np.ndarray], **sizes: int) -> mm.MlpMixer:
-    model = mm.MlpMixer(mm.MixerConfig(**sizes))
+def official_model(params: dict[str, np.ndarray], **sizes: int) -> am.MlpMixer:
+    model = am.MlpMixer(am.MixerConfig(**sizes))
     state = {our_name(key): our_layout(key, value) for key, value in params.items()}
     model.load_state_dict(state)
     return model

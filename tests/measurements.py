@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlp_mixer.weights.checkpoints import find_checkpoint
+from allmlp.weights.checkpoints import find_checkpoint
 
 ARCHITECTURE = {
     "family": "mixer",
@@ -25,14 +25,14 @@ def measured(kind: str, **values: Any) -> dict[str, Any]:
     environment = {
         "date": "2026-11-21T12:00:00+00:00",
         "command": f"mixer {kind} as typed",
-        "mlp_mixer": "0.1.0",
+        "allmlp": "0.1.0",
         "python": "3.11.7",
         "packages": {"torch": "2.13.0"},
         "processor": "Test CPU",
         "threads": 2,
         "device": "cpu",
     }
-    header = {"format": "mlp_mixer measurement", "version": 1, "kind": kind}
+    header = {"format": "allmlp measurement", "version": 1, "kind": kind}
     return {**header, "environment": environment, **values}
 
 

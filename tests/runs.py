@@ -26,11 +26,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.cli.main import main
+from allmlp.training import loop, summary
+from allmlp.training.resume import _flat
 from conftest import TINY, make_class_folder, tiny_config
-from mlp_mixer.cli.main import main
-from mlp_mixer.training import loop, summary
-from mlp_mixer.training.resume import _flat
 
 unix = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks as Unix has them")
 
@@ -47,7 +47,7 @@ RANDOM = {
 DROPOUT = {"model__overrides": {**TINY, "stochastic_depth": 0.3, "dropout": 0.1}}
 
 
-def run_config(data: Path, output: Path, **changes: object) -> mm.TrainConfig:
+def run_config(data: Path, output: Path, **changes: object) -> am.TrainConfig:
     """Thirty steps of 8 of the 20 images: an epoch ends within a step."""
     values: dict[str, object] = {**RANDOM, "steps": 30, "evaluate_every": 10, **changes}
     long = {key: values.pop(key) for key in ("steps", "evaluate_every")}
@@ -86,14 +86,14 @@ def before_step(patch: pytest.MonkeyPatch, number: int, act: Callable[[Any], Non
 
 
 def train(
-    config: mm.TrainConfig | Path,
+    config: am.TrainConfig | Path,
     stop_after: int | None = None,
     by: signal.Signals = signal.SIGTERM,
 ) -> Path:
     """Trains, or resumes a folder, and returns the run folder; a signal stops it after a step."""
     folder = config if isinstance(config, Path) else Path(str(config.output))
     go_on: Callable[[Any], object] = functools.partial(
-        mm.resume if isinstance(config, Path) else mm.train, quiet=True
+        am.resume if isinstance(config, Path) else am.train, quiet=True
     )
     with pytest.MonkeyPatch.context() as patch:
         watch_every_step(patch)
@@ -148,7 +148,7 @@ class Process:
 
 
 def start(
-    arguments: mm.TrainConfig | list[object],
+    arguments: am.TrainConfig | list[object],
     text: Path,
     fault: str = "",
     environment: dict[str, str] | None = None,
@@ -181,7 +181,7 @@ def kill_what_is_left() -> None:
 
 
 def start_two(
-    config: mm.TrainConfig | list[object], text: Path, fault: str = "", **environment: str
+    config: am.TrainConfig | list[object], text: Path, fault: str = "", **environment: str
 ) -> list[Process]:
     """Starts the command as rank 0 and 1, as torchrun would; the texts end in .0 and .1."""
     with socket.socket() as free:
@@ -199,9 +199,9 @@ def start_two(
     ]
 
 
-def typed_settings(config: mm.TrainConfig) -> list[object]:
+def typed_settings(config: am.TrainConfig) -> list[object]:
     """Returns what to type after `mixer` for this run."""
-    default, values = _flat(mm.recipe("scratch").to_json()), _flat(config.to_json())
+    default, values = _flat(am.recipe("scratch").to_json()), _flat(config.to_json())
     del values["output"]
     changed = [f"{key}={value}" for key, value in values.items() if value != default.get(key)]
     settings = [word for each in changed for word in ("--set", each)]

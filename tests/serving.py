@@ -14,7 +14,7 @@ from pathlib import Path
 @contextmanager
 def serving(model: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Runs the server for the block; gives its address, from the line that it prints."""
-    command = [sys.executable, "-m", "mlp_mixer", "serve", str(model), "--port", "0", *flags]
+    command = [sys.executable, "-m", "allmlp", "serve", str(model), "--port", "0", *flags]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
     try:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-import mlp_mixer as mm
+import allmlp as am
 
 # A few pixels, a few channels, all of the parts; image sizes that go with them.
 SMALL_CYCLE: dict[str, Any] = {"depths": (1, 2), "dims": (9, 12), "mlp_ratios": (4, 2)}
@@ -26,23 +26,23 @@ SMALL_PERMUTATOR: dict[str, Any] = {
 }
 
 
-def small_cycle(num_classes: int = 5, image_size: Any = 16, **changes: Any) -> mm.ImageClassifier:
+def small_cycle(num_classes: int = 5, image_size: Any = 16, **changes: Any) -> am.ImageClassifier:
     """With a stem of 16 / 4 = 4 positions a side and random numbers everywhere."""
     torch.manual_seed(0)
     overrides = {**SMALL_CYCLE, **changes}
-    return enliven(mm.create_model("cycle_mlp_b1", image_size, num_classes, **overrides))
+    return enliven(am.create_model("cycle_mlp_b1", image_size, num_classes, **overrides))
 
 
 def small_permutator(
     num_classes: int = 5, image_size: Any = 8, **changes: Any
-) -> mm.ImageClassifier:
+) -> am.ImageClassifier:
     """With 8 / 2 = 4 positions a side and random numbers everywhere."""
     torch.manual_seed(0)
     overrides = {**SMALL_PERMUTATOR, **changes}
-    return enliven(mm.create_model("vip_s7", image_size, num_classes, **overrides))
+    return enliven(am.create_model("vip_s7", image_size, num_classes, **overrides))
 
 
-def enliven(model: mm.ImageClassifier) -> mm.ImageClassifier:
+def enliven(model: am.ImageClassifier) -> am.ImageClassifier:
     """Fills the parameters so that every part of the network is heard in the logits."""
     with torch.no_grad():
         for name, each in model.named_parameters():
@@ -69,7 +69,7 @@ def fill_golden(model: nn.Module) -> None:
 
 def check_golden(name: str, first: list[float], total: float, size: float, largest: int) -> None:
     """Compares the logits of a golden picture with the authors' code's, to 1e-5."""
-    model = mm.create_model(name).eval()
+    model = am.create_model(name).eval()
     fill_golden(model)
     drawn = np.random.RandomState(1234).standard_normal((1, 3, 224, 224))
     with torch.no_grad():

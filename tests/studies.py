@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.training import finetune as study
+from allmlp.training.summary import TrainResult
 from conftest import make_class_folder, tiny_model
-from mlp_mixer.training import finetune as study
-from mlp_mixer.training.summary import TrainResult
 
 COUNTS = {"ant": 10, "bee": 12, "cat": 10}
 
 
-def settings(folder: Path, output: str = "study", **changes: object) -> mm.TrainConfig:
+def settings(folder: Path, output: str = "study", **changes: object) -> am.TrainConfig:
     """Six steps of eight images, from `folder`/weights on `folder`/data."""
     values: dict[str, object] = {
         "model.weights": str(folder / "weights"),
@@ -30,7 +30,7 @@ def settings(folder: Path, output: str = "study", **changes: object) -> mm.Train
         "data.num_workers": 0,
     }
     values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return mm.recipe("finetune").with_values(values)
+    return am.recipe("finetune").with_values(values)
 
 
 def make_place(folder: Path) -> Path:
@@ -38,24 +38,24 @@ def make_place(folder: Path) -> Path:
     torch.manual_seed(0)
     model = tiny_model(4)
     model.class_names = ["w", "x", "y", "z"]
-    mm.save_model(model, folder / "weights")
+    am.save_model(model, folder / "weights")
     make_class_folder(folder / "data" / "train", COUNTS)
     make_class_folder(folder / "data" / "test", {"ant": 3, "bee": 3, "cat": 4}, start=200)
     return folder
 
 
-Reach = Callable[[mm.TrainConfig], float]
+Reach = Callable[[am.TrainConfig], float]
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, reached: Reach) -> list[mm.TrainConfig]:
+def pretend(monkeypatch: pytest.MonkeyPatch, reached: Reach) -> list[am.TrainConfig]:
     """Lets runs reach what the function says, without training; returns those that were asked."""
-    asked: list[mm.TrainConfig] = []
+    asked: list[am.TrainConfig] = []
 
     class Measured:
         def __init__(self, top1: float) -> None:
             self.top1 = top1
 
-    def train(config: mm.TrainConfig, *, quiet: bool, in_study: bool) -> object:
+    def train(config: am.TrainConfig, *, quiet: bool, in_study: bool) -> object:
         asked.append(config)
         accuracy = reached(config)
         run = Path(str(config.output))

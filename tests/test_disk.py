@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from allmlp import disk
+from allmlp.errors import UserError
 from conftest import NO_PROCESS
-from mlp_mixer import disk
-from mlp_mixer.errors import UserError
 
 
 @pytest.fixture

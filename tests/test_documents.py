@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.cli.main import parse
+from allmlp.cli.verbs import VERBS
+from allmlp.training.loop import build_model
+from allmlp.weights.checkpoints import CHECKPOINTS
 from conftest import ROOT
-from mlp_mixer.cli.main import parse
-from mlp_mixer.cli.verbs import VERBS
-from mlp_mixer.training.loop import build_model
-from mlp_mixer.weights.checkpoints import CHECKPOINTS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HELP = [verb.__doc__ or "" for verb in VERBS.values()]
@@ -51,7 +51,7 @@ def test_every_printed_command_parses(line: str, monkeypatch: pytest.MonkeyPatch
     verbs = {name: recorded(verb, calls) for name, verb in VERBS.items()}
     if is_training := words[1] == "train" and "--resume" not in words:
         verbs["train"] = VERBS["train"]
-        monkeypatch.setattr("mlp_mixer.training.loop.train", calls.append)
+        monkeypatch.setattr("allmlp.training.loop.train", calls.append)
     parse(words[1:], verbs)
     assert len(calls) == 1
     if is_training:
@@ -68,7 +68,7 @@ def test_a_wrong_line_would_be_seen():
         "mixer trin x",
         "mixer modelss",
     ]
-    with pytest.raises(mm.UserError, match="unknown verb"):
+    with pytest.raises(am.UserError, match="unknown verb"):
         parse(["modelss"], VERBS)
     with pytest.raises(SystemExit):
         parse(["train", "--no-such-flag"], VERBS)
@@ -91,15 +91,15 @@ def test_links_lead_somewhere(path: Path):
 
 
 def test_the_public_names():
-    assert mm.__all__ == sorted(mm.__all__)
-    for name in mm.__all__:
-        assert getattr(mm, name) is not None
-        assert name in dir(mm)
+    assert am.__all__ == sorted(am.__all__)
+    for name in am.__all__:
+        assert getattr(am, name) is not None
+        assert name in dir(am)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = mm.nothing
+        _ = am.nothing
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in re.findall(r"\bmm\.(\w+)", readme):
-        assert name in mm.__all__, f"the README uses mm.{name}"
+        assert name in am.__all__, f"the README uses am.{name}"
 
 
 def test_the_number_of_checkpoints():

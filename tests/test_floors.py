@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import mlp_mixer
+import allmlp
 
-PACKAGE = Path(mlp_mixer.__file__).parent
+PACKAGE = Path(allmlp.__file__).parent
 # Upward. What lies directly in the package is one folder under all floors; `__init__` is the door.
 FLOORS = [
     {"errors", "preprocessing", "console", "network", "disk", "environment", "process"},
@@ -34,10 +34,10 @@ def imports(path: Path) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("mlp_mixer")}
+            found |= {alias.name for alias in node.names if alias.name.startswith("allmlp")}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            if node.module and node.module.split(".")[0] == "mlp_mixer":
+            if node.module and node.module.split(".")[0] == "allmlp":
                 names = {f"{node.module}.{alias.name}" for alias in node.names}
                 found |= {name for name in names if is_module(name)} or {node.module}
     return found
@@ -47,7 +47,7 @@ def modules() -> dict[str, Path]:
     found = {}
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
-        found[".".join(("mlp_mixer", *parts)).removesuffix(".__init__")] = path
+        found[".".join(("allmlp", *parts)).removesuffix(".__init__")] = path
     return found
 
 
@@ -58,7 +58,7 @@ def test_no_import_goes_upward():
         if part in DOORS:
             continue
         for target in imports(path):
-            assert target != "mlp_mixer", f"{name} imports the package's door"
+            assert target != "allmlp", f"{name} imports the package's door"
             other = target.split(".")[1]
             if other == part or {other, part} <= FLOORS[0]:
                 continue

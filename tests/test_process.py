@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from mlp_mixer.process import BLOCK_TIME, SPIN_COUNT, keep_freed_memory
+from allmlp.process import BLOCK_TIME, SPIN_COUNT, keep_freed_memory
 
 OPENMP = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 
 COUNT = """
 import resource, sys
 import numpy as np
-from mlp_mixer.process import keep_freed_memory
+from allmlp.process import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit("not done")
 if sys.argv[1] == "model":
-    import mlp_mixer as mm
-    mm.create_model("mixer_s16", 16, 2, num_blocks=1, hidden_dim=8)
+    import allmlp as am
+    am.create_model("mixer_s16", 16, 2, num_blocks=1, hidden_dim=8)
 def use():
     blocks = [np.ones(3_000_000, np.float32) for _ in range(4)]  # 48 MB
 use()
@@ -71,7 +71,7 @@ def openmp_after(code: str, **given: str) -> list[str | None]:
     return ast.literal_eval(done.stdout.decode())
 
 
-@pytest.mark.parametrize("code", ["import mlp_mixer", "import mlp_mixer.cli.main"])
+@pytest.mark.parametrize("code", ["import allmlp", "import allmlp.cli.main"])
 def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(code: str) -> None:
     spin, block = str(SPIN_COUNT), str(BLOCK_TIME)
     assert openmp_after(code) == [spin, block, None]
@@ -81,14 +81,14 @@ def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(code: str) ->
 
 
 def test_nothing_is_set_once_torch_is_there() -> None:
-    code = "import sys; sys.modules['torch'] = sys; import mlp_mixer"
+    code = "import sys; sys.modules['torch'] = sys; import allmlp"
     assert openmp_after(code) == [None, None, None]
 
 
 @pytest.mark.slow
 def test_torchs_openmp_reads_it() -> None:
     clean = {name: value for name, value in os.environ.items() if name not in OPENMP}
-    command = [sys.executable, "-c", "import mlp_mixer, torch"]
+    command = [sys.executable, "-c", "import allmlp, torch"]
     done = subprocess.run(
         command,
         env={**clean, "OMP_DISPLAY_ENV": "VERBOSE"},
@@ -103,7 +103,7 @@ def test_torchs_openmp_reads_it() -> None:
 
 STREAMS = """
 import sys
-from mlp_mixer.process import open_standard_streams
+from allmlp.process import open_standard_streams
 open_standard_streams()
 print("nowhere"), print("nowhere", file=sys.stderr)
 with open(sys.argv[1], "w") as file:

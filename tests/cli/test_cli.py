@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.cli.arguments import parse_size
+from allmlp.cli.verbs import VERBS
 from conftest import draw, mixer
-from mlp_mixer.cli.arguments import parse_size
-from mlp_mixer.cli.verbs import VERBS
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["predict", "--help"], []])
 def test_help_imports_no_torch(arguments):
     code = (
-        "import sys; from mlp_mixer.cli.main import main\n"
+        "import sys; from allmlp.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit as end: code = end.code\n"
         "heavy = {'torch', 'numpy', 'matplotlib', 'sklearn', 'PIL'} & set(sys.modules)\n"
@@ -32,7 +32,7 @@ def test_help_imports_no_torch(arguments):
 
 
 def test_importing_the_package_imports_no_torch():
-    code = "import sys, mlp_mixer; dir(mlp_mixer); sys.exit('torch' in sys.modules)"
+    code = "import sys, allmlp; dir(allmlp); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -44,7 +44,7 @@ def test_every_verb_has_an_example(capsys):
 
 
 def test_the_version(capsys):
-    assert mixer(capsys, "--version")[:2] == (0, f"mlp_mixer {mm.__version__}\n")
+    assert mixer(capsys, "--version")[:2] == (0, f"allmlp {am.__version__}\n")
 
 
 def test_typos(capsys):
@@ -82,7 +82,7 @@ def test_models(capsys):
     lines = out.splitlines()
     assert lines[0].split() == ["name", "pixels", "parameters", "with", "head", "GFLOPs", "tokens"]
     rows = {line.split()[0]: line.split()[1:] for line in lines[2:19]}
-    assert list(rows) == mm.list_models()
+    assert list(rows) == am.list_models()
     assert rows["mixer_b16"] == ["224x224", "59,111,472", "59,880,472", "25.20", "196"]
     stages = ["3,136", "to", "49"]
     assert rows["cycle_mlp_b1"] == ["224x224", "14,642,400", "15,155,400", "4.24", *stages]
@@ -97,7 +97,7 @@ def test_models_at_another_size(capsys):
     code, out, _ = mixer(capsys, "models", "--image-size", "17")
     assert code == 0
     assert out.count("17x17 is not divisible by") == 8 + 4
-    assert [line.split()[0] for line in out.splitlines()[2:7]] == mm.list_models()[8:13]
+    assert [line.split()[0] for line in out.splitlines()[2:7]] == am.list_models()[8:13]
     code, _, err = mixer(capsys, "models", "--image-size", "3")
     assert code == 2
     assert "image size 3x3 is not divisible by the patch size" in err
@@ -236,7 +236,7 @@ def test_debug_shows_the_traceback(capsys, flags):
 def test_a_closed_pipe_is_no_crash(trained):
     """The reader takes one line and goes; both ways of printing end as `| head` expects."""
     for line in (["models"], ["predict", str(trained.run_folder), "digits:test"]):
-        command = f"{shlex.join([sys.executable, '-m', 'mlp_mixer', *line])} | read -r first"
+        command = f"{shlex.join([sys.executable, '-m', 'allmlp', *line])} | read -r first"
         ended = f"{command}; exit ${{PIPESTATUS[0]}}"
         done = subprocess.run(["bash", "-c", ended], capture_output=True, text=True)
         assert "Traceback" not in done.stderr
@@ -255,7 +255,7 @@ def test_ctrl_c_says_stopped_and_keeps_what_was_reached(tmp_path: Path):
     import signal
     import time
 
-    command = [sys.executable, "-m", "mlp_mixer", "train", "--output", "run", "--device", "cpu"]
+    command = [sys.executable, "-m", "allmlp", "train", "--output", "run", "--device", "cpu"]
     child = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -276,4 +276,4 @@ def test_ctrl_c_says_stopped_and_keeps_what_was_reached(tmp_path: Path):
         f"{Path(sys.executable).parent}/", ""
     )
     assert "Traceback" not in err
-    assert mm.load_model(tmp_path / "run").config.num_classes == 10
+    assert am.load_model(tmp_path / "run").config.num_classes == 10

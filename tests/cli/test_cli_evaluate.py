@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.evaluation.real import IMAGES
+from allmlp.weights.checkpoints import CHECKPOINTS
 from conftest import draw, make_class_folder, mixer, tiny_model
-from mlp_mixer.evaluation.real import IMAGES
-from mlp_mixer.weights.checkpoints import CHECKPOINTS
 from runs import kill_what_is_left, start, start_two, unix
 
 IMAGENET = CHECKPOINTS["mixer_b16.i1k"].class_names() or []
@@ -26,7 +26,7 @@ def model(tmp_path: Path) -> Path:
     """A model of three classes with random weights, saved."""
     net = tiny_model(num_classes=3, image_size=16)
     net.class_names = ["ant", "bee", "cat"]
-    mm.save_model(net, tmp_path / "model")
+    am.save_model(net, tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -35,7 +35,7 @@ def imagenet(tmp_path: Path) -> tuple[Path, Path, Path]:
     """A model of ImageNet's classes, six validation images, and their ReaL labels."""
     net = tiny_model(num_classes=1000)
     net.class_names = IMAGENET
-    mm.save_model(net, tmp_path / "net")
+    am.save_model(net, tmp_path / "net")
     lists = [[number % 1000] for number in range(IMAGES)]
     for number in range(1, 7):
         folder = tmp_path / "val" / IMAGENET[number % 2][:9]
@@ -52,7 +52,7 @@ def test_what_it_says_and_writes(capsys, class_folder: Path, model: Path, tmp_pa
     code, said, err = mixer(capsys, "evaluate", model, "--data", class_folder, "--output", out)
     assert (code, err) == (0, "")
     written = json.loads((out / "evaluation.json").read_text())
-    assert written["format"] == "mlp_mixer measurement"
+    assert written["format"] == "allmlp measurement"
     assert written["model"]["source"] == str(model)
     # An untrained model may never say one of the classes, which is a warning.
     lines = [line for line in said.splitlines() if not line.startswith("warning")]
@@ -93,14 +93,14 @@ def test_protocols(capsys, class_folder: Path, model: Path, tmp_path: Path):
         assert written["protocol"]["crop"] == crop
         assert written["protocol"]["image_size"] == [size, size]
         assert written["protocol"]["exif_orientation"] == ("--ignore-exif" not in flags)
-        own = mm.load_model(model, size)
-        own.preprocessing = mm.Preprocessing(
+        own = am.load_model(model, size)
+        own.preprocessing = am.Preprocessing(
             image_size=(size, size),
             resize=resize,
             crop=crop,
             exif_orientation="--ignore-exif" not in flags,
         )
-        assert mm.evaluate(own, str(class_folder), num_workers=0).loss == written["loss"]
+        assert am.evaluate(own, str(class_folder), num_workers=0).loss == written["loss"]
         losses.add(written["loss"])
     assert len(losses) == 5
 
@@ -115,9 +115,9 @@ def test_a_crop_that_is_asked_for_reaches_small_images(capsys, class_folder, mod
         assert ("small images cropped too" in said) == bool(flags)
         written = json.loads((tmp_path / f"out{len(found)}" / "evaluation.json").read_text())
         assert written["protocol"].get("crop_small") == (True if flags else None)
-        own = mm.load_model(model, 48, quiet=True)
-        own.preprocessing = mm.Preprocessing(image_size=(48, 48), crop_small=bool(flags))
-        assert mm.evaluate(own, str(class_folder), num_workers=0).loss == written["loss"]
+        own = am.load_model(model, 48, quiet=True)
+        own.preprocessing = am.Preprocessing(image_size=(48, 48), crop_small=bool(flags))
+        assert am.evaluate(own, str(class_folder), num_workers=0).loss == written["loss"]
         found.append(written["loss"])
     assert found[0] != found[1]
 
@@ -184,7 +184,7 @@ def test_weights_that_give_nan(capsys, class_folder: Path, tmp_path: Path):
     net = tiny_model(num_classes=3)
     net.class_names = ["ant", "bee", "cat"]
     torch.nn.init.constant_(net.head.weight, 3e38)
-    mm.save_model(net, tmp_path / "spoilt")
+    am.save_model(net, tmp_path / "spoilt")
     flags = ("--data", class_folder, "--output", tmp_path / "out")
     code, said, err = mixer(capsys, "evaluate", tmp_path / "spoilt", *flags)
     assert (code, said) == (2, "")
@@ -203,7 +203,7 @@ def no_leftovers() -> Iterator[None]:
 
 
 SAVE = """
-from mlp_mixer.evaluation.figures import Evaluation
+from allmlp.evaluation.figures import Evaluation
 
 def save(self, folder, model=None, save=Evaluation.save, **options):
     save(self, folder, model, **options)
@@ -257,7 +257,7 @@ def test_a_mistake_is_said_once_by_two_processes(no_leftovers, model: Path, tmp_
 def test_under_torchrun(no_leftovers, model: Path, tmp_path: Path):
     data = make_class_folder(tmp_path / "data", {"ant": 6, "bee": 8, "cat": 7})
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", "-m", "mlp_mixer", "evaluate", str(model), "--data", str(data)]
+    command += ["--standalone", "-m", "allmlp", "evaluate", str(model), "--data", str(data)]
     command += ["--device", "cpu", "--output", str(tmp_path / "out")]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.cli.few_shot import few_shot
+from allmlp.evaluation.measurement import read_measurement
 from conftest import make_class_folder, mixer, tiny_model
-from mlp_mixer.cli.few_shot import few_shot
-from mlp_mixer.evaluation.measurement import read_measurement
 
 SHORT = ("--num-workers", 0, "--device", "cpu")
 
@@ -21,7 +21,7 @@ def place(class_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = tiny_model(3)
     for parameter in model.parameters():  # not the floor's, which are drawn with the same seed
         torch.nn.init.normal_(parameter, std=0.3)
-    mm.save_model(model, class_folder.parent / "weights")
+    am.save_model(model, class_folder.parent / "weights")
     monkeypatch.setenv("MIXER_CACHE", str(class_folder.parent / "cache"))
     return class_folder.parent
 
@@ -51,8 +51,8 @@ def test_a_measurement(capsys, place):
         *(f"{one[seed]:.2%}" for seed in "012"),
         *(f"{floor['mean']['1']:.2%}", "+-", f"{floor['deviation']['1']:.2%}"),
     ]
-    model = mm.load_model(place / "weights", quiet=True)
-    direct = mm.few_shot(model, place / "data", shots=(1, 7), num_workers=0)
+    model = am.load_model(place / "weights", quiet=True)
+    direct = am.few_shot(model, place / "data", shots=(1, 7), num_workers=0)
     assert result["accuracies"] == direct.to_json()["accuracies"]
     assert floor["accuracies"] != result["accuracies"]
     assert values["floor"]["seed"] == 0
@@ -166,7 +166,7 @@ def test_the_figures_are_written_before_they_are_told(place, monkeypatch):
     def gone(*_: object, **__: object) -> None:
         raise BrokenPipeError
 
-    monkeypatch.setattr("mlp_mixer.console.Reporter.say", gone)
+    monkeypatch.setattr("allmlp.console.Reporter.say", gone)
     given = {"data": (str(place / "data"),), "shots": (1,), "output": str(place / "fs.json")}
     with pytest.raises(BrokenPipeError):
         few_shot(str(place / "weights"), **given, device="cpu", num_workers=0)

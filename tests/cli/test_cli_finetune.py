@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.training import finetune as study
+from allmlp.training import loop
 from conftest import make_class_folder, mixer, tiny_model
-from mlp_mixer.training import finetune as study
-from mlp_mixer.training import loop
 
 SHORT = ("--steps", 4, "--batch-size", 8, "--num-workers", 0, "--device", "cpu")
 SHORT += ("--set", "optimizer.warmup=1", "--set", "evaluate_every=2")
@@ -23,14 +23,14 @@ def place(class_folder: Path) -> Path:
     torch.manual_seed(0)
     model = tiny_model(3)
     model.class_names = ["ant", "bee", "cat"]
-    mm.save_model(model, class_folder.parent / "weights")
+    am.save_model(model, class_folder.parent / "weights")
     return class_folder.parent
 
 
 @pytest.fixture
-def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[tuple[mm.TrainConfig, dict[str, Any]]]:
+def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[tuple[am.TrainConfig, dict[str, Any]]]:
     """Nothing is trained; what would be."""
-    calls: list[tuple[mm.TrainConfig, dict[str, Any]]] = []
+    calls: list[tuple[am.TrainConfig, dict[str, Any]]] = []
     monkeypatch.setattr(loop, "train", lambda config: calls.append((config, {})))
     monkeypatch.setattr(study, "finetune", lambda config, **given: calls.append((config, given)))
     return calls
@@ -48,7 +48,7 @@ def test_one_run(capsys, place):
         "grown    8x8 -> 16x16 pixels: block-diagonal, 2x2 tiles\n"
         "head     kept: the weights know these 3 classes\n"
     )
-    assert mm.load_model(run).config.image_size == (16, 16)
+    assert am.load_model(run).config.image_size == (16, 16)
     code, out, _ = mixer(capsys, "train", "--resume", run)
     assert code == 0
     assert "resumed  after step 4 of 4" in out

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import mlp_mixer as mm
+import allmlp as am
 from conftest import draw, mixer, tiny_model
 
 
@@ -15,7 +15,7 @@ from conftest import draw, mixer, tiny_model
 def saved(tmp_path: Path) -> Path:
     model = tiny_model(image_size=(16, 24), num_classes=2)
     model.class_names = ["ant", "bee"]
-    mm.save_model(model, tmp_path / "model")
+    am.save_model(model, tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -39,15 +39,15 @@ def test_random_weights_beside_it(capsys, saved):
     assert code == 0
     assert "compared random weights, seed 3" in out
     row = next(line for line in out.splitlines() if line.startswith("1 "))
-    found = mm.inspect(mm.load_model(saved, quiet=True))
-    other = mm.inspect(mm.random_weights(mm.load_model(saved, quiet=True), 3))
+    found = am.inspect(am.load_model(saved, quiet=True))
+    other = am.inspect(am.random_weights(am.load_model(saved, quiet=True), 3))
     means = [each.model.incoming[0].frequency.mean() for each in (found, other)]
     assert f"{means[0]:.3f} | {means[1]:.3f}" in row
     assert "Correlation of the two models' weights" in out
 
 
 def test_another_model_beside_it(capsys, saved, tmp_path):
-    mm.save_model(tiny_model(num_blocks=3), tmp_path / "other")
+    am.save_model(tiny_model(num_blocks=3), tmp_path / "other")
     code, out, _ = mixer(capsys, "inspect", saved, "--compare", tmp_path / "other", "--outgoing")
     assert code == 0
     assert f"compared {tmp_path / 'other'}" in out

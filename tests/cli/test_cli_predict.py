@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.cli.predict_lines import Seen, follower
+from allmlp.data.sources import open_splits
+from allmlp.data.write_shards import pack_splits
+from allmlp.deploy.rows import Prediction
 from conftest import draw, make_class_folder, mixer, tiny_model
-from mlp_mixer.cli.predict_lines import Seen, follower
-from mlp_mixer.data.sources import open_splits
-from mlp_mixer.data.write_shards import pack_splits
-from mlp_mixer.deploy.rows import Prediction
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     model = tiny_model(num_classes=3)
     model.class_names = ["ant", "bee", "cat"]
-    return mm.save_model(model, tmp_path / "model.safetensors")
+    return am.save_model(model, tmp_path / "model.safetensors")
 
 
 @pytest.fixture
@@ -43,9 +43,9 @@ def test_a_list_on_standard_input(capsys, monkeypatch, model, photos, tmp_path, 
     draw(3).save(photos / name)
     paths = [photos / "x" / "3.png", photos / name, photos / "gone.png", photos / "x" / "0.png"]
     text = separator.join(map(str, paths)) + separator * ended
-    monkeypatch.setattr("mlp_mixer.deploy.inputs._BLOCK", 7)  # no path is whole in a block
+    monkeypatch.setattr("allmlp.deploy.inputs._BLOCK", 7)  # no path is whole in a block
     if separator == "\0":
-        monkeypatch.setattr("mlp_mixer.deploy.inputs._BLOCK", 7 + len(text))
+        monkeypatch.setattr("allmlp.deploy.inputs._BLOCK", 7 + len(text))
     give(monkeypatch, text.encode())
     output = tmp_path / "out.jsonl"
     code, out, err = mixer(capsys, "predict", model, "-", "--output", output)
@@ -103,7 +103,7 @@ def test_shards_by_name(capsys, model, photos, tmp_path):
 
 
 def test_features_are_said_and_written(capsys, photos, tmp_path):
-    path = mm.save_model(tiny_model(num_classes=3), tmp_path / "nameless.safetensors")
+    path = am.save_model(tiny_model(num_classes=3), tmp_path / "nameless.safetensors")
     output = tmp_path / "out.csv"
     code, out, err = mixer(capsys, "predict", path, photos, "--features", "--output", output)
     assert (code, err) == (0, "")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from allmlp.studies import data_scale as study
+from allmlp.studies import figures
 from conftest import mixer
 from measurements import few_shot, measured, small_evaluation, throughput, write
-from mlp_mixer.studies import data_scale as study
-from mlp_mixer.studies import figures
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_what_is_not_understood_is_named(capsys, tmp_path):
         *("new.json", "newer.json", "cut.json", "less.json", "more.json", "nan.json", "run")
     }
     assert "of the unknown kind 'flights'" in left["new.json"]
-    assert "written by a newer mlp_mixer (version 2)" in left["newer.json"]
+    assert "written by a newer allmlp (version 2)" in left["newer.json"]
     assert "not a measurement: " in left["cut.json"]
     assert "damaged: what a measurement of the kind 'few-shot' holds" in left["less.json"]
     assert "not a share: 1.5" in left["more.json"]
@@ -93,7 +93,7 @@ def test_what_is_not_understood_is_named(capsys, tmp_path):
         (["EMPTY"], "no run and no measurement found"),
         (["UNKNOWN"], "is left out: of the unknown kind 'flights'"),
         (["GOOD", "CUT"], "not a measurement: "),
-        (["GOOD", "NEWER"], "written by a newer mlp_mixer (version 2)"),
+        (["GOOD", "NEWER"], "written by a newer allmlp (version 2)"),
         (["GOOD", "LESS"], "damaged: what a measurement of the kind 'few-shot' holds"),
         (["GOOD", "TEXT"], "not a measurement"),
         (["GOOD", "--output", "TEXT"], "the output is a file, it must be a folder"),

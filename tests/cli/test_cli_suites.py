@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.studies import transfer as suites
 from conftest import make_class_folder, mixer, tiny_model
-from mlp_mixer.studies import transfer as suites
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory: weights, and data with train/ and test/."""
     torch.manual_seed(0)
-    mm.save_model(tiny_model(4), tmp_path / "weights")
+    am.save_model(tiny_model(4), tmp_path / "weights")
     make_class_folder(tmp_path / "data" / "train", {"ant": 6, "bee": 6})
     make_class_folder(tmp_path / "data" / "test", {"ant": 3, "bee": 3}, start=100)
     monkeypatch.chdir(tmp_path)

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
+from allmlp import save_model
+from allmlp.evaluation import throughput as module
+from allmlp.evaluation.measurement import read_measurement
+from allmlp.evaluation.peak import Peak
+from allmlp.training.recipes import RECIPES, recipe
 from conftest import mixer, tiny_model
-from mlp_mixer import save_model
-from mlp_mixer.evaluation import throughput as module
-from mlp_mixer.evaluation.measurement import read_measurement
-from mlp_mixer.evaluation.peak import Peak
-from mlp_mixer.training.recipes import RECIPES, recipe
 
 QUICK = ("--device", "cpu", "--seconds", "0.001", "--rounds", "1", "--batch-sizes", "1", "2")
 
@@ -67,7 +67,7 @@ def test_a_training_step_at_another_size(capsys, saved):
 
 
 def test_a_model_that_fails_is_named_and_the_others_are_measured(capsys, saved, monkeypatch):
-    monkeypatch.setattr("mlp_mixer.models.compute.free_memory", lambda device: 10**6)
+    monkeypatch.setattr("allmlp.models.compute.free_memory", lambda device: 10**6)
     code, out, _ = mixer(capsys, "throughput", "mixer_s32", saved, *QUICK)
     assert code == 0
     assert "failed   mixer_s32: memory: the weights take 0.1 GB, 0.0 GB are free" in out

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import mlp_mixer as mm
-from mlp_mixer.cli.main import main
-from mlp_mixer.models.catalog import model_config
-from mlp_mixer.models.mixer import MixerConfig
+import allmlp as am
+from allmlp.cli.main import main
+from allmlp.models.catalog import model_config
+from allmlp.models.mixer import MixerConfig
 
 SMALL = ["hidden_dim=16", "num_blocks=2", "tokens_mlp_dim=8", "channels_mlp_dim=32"]
 
@@ -41,6 +41,7 @@ def test_the_table_of_models(capsys):
     assert next(line for line in lines if line.startswith("mixer_s16")).endswith("196 to 49")
 
 
+@pytest.mark.slow
 def test_throughput_of_a_variant(tmp_path: Path, capsys):
     settings = flags("token_mixing=grouped", "token_groups=4", *SMALL)
     size = ["--image-size", "32", "--batch-sizes", "1", "--seconds", "0.02", "--rounds", "1"]
@@ -59,15 +60,24 @@ def test_a_variant_is_trained_and_goes_everywhere(tmp_path: Path, capsys):
     run = tmp_path / "run"
     steps = ["--steps", "4", "--set", "evaluate_every=2", "--num-workers", "0"]
     assert mixer("train", "digits", *settings, *steps, "--output", run) == 0
-    model = mm.load_model(run)
+    model = am.load_model(run)
     assert model.config.pyramid == ((1, 4),)
     assert mixer("models", "--inspect", run) == 0
     assert "channels in groups of 4, pyramid 16 > 4" in capsys.readouterr().out
     assert mixer("evaluate", run, "--data", "digits:test", "--num-workers", "0") == 0
-    tuned = ["--steps", "2", "--set", "optimizer.warmup=1", "--batch-size", "16"]
+    tuned = [
+        "--steps",
+        "2",
+        "--set",
+        "optimizer.warmup=1",
+        "--batch-size",
+        "16",
+        "--num-workers",
+        "0",
+    ]
     fine = tmp_path / "fine"
     assert mixer("finetune", run, "--data", "digits", *tuned, "--output", fine) == 0
-    assert mm.load_model(fine).config.token_groups == 4
+    assert am.load_model(fine).config.token_groups == 4
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
 from conftest import GOLDEN, draw, mixer, tiny_model
 
 PARAMS = GOLDEN / "official_tiny_params.npz"
@@ -20,7 +20,7 @@ TIMM = GOLDEN / "timm_tiny.safetensors"
 
 def logits(path: Path, size: int = 32) -> torch.Tensor:
     torch.manual_seed(3)
-    return mm.load_model(path, quiet=True)(torch.randn(2, 3, size, size))
+    return am.load_model(path, quiet=True)(torch.randn(2, 3, size, size))
 
 
 def test_the_way_round_through_all_formats(capsys, tmp_path: Path):
@@ -28,7 +28,7 @@ def test_the_way_round_through_all_formats(capsys, tmp_path: Path):
         ("a", ()),
         ("b.safetensors", ("--format", "timm")),
         ("c.npz", ()),
-        ("d.safetensors", ("--format", "mlp_mixer")),
+        ("d.safetensors", ("--format", "allmlp")),
     ]
     source = PARAMS
     for name, flags in steps:
@@ -93,7 +93,7 @@ def test_nothing_is_overwritten_unasked(capsys, tmp_path: Path):
     ("arguments", "message"),
     [
         ((PARAMS, "x.npz", "--format", "onnx"), "unknown format 'onnx'"),
-        ((PARAMS, "x.pth"), "format mlp_mixer is a .safetensors file, got 'x.pth'"),
+        ((PARAMS, "x.pth"), "format allmlp is a .safetensors file, got 'x.pth'"),
         ((PARAMS, "x.npz", "--format", "timm"), "Call it x.safetensors"),
         ((PARAMS, "x", "--format", "google"), "Call it x.npz"),
         ((PARAMS, "x", "--image-size", "60"), "the nearest that is: 64x64"),
@@ -131,8 +131,8 @@ def test_inspect(capsys, tmp_path: Path):
     _, out, _ = mixer(capsys, "models", "--inspect", TIMM)
     assert "GELU           exact" in out
     assert "Google's is assumed" in out
-    model = mm.load_model(PARAMS, 64, quiet=True)
-    path = mm.save_model(model, tmp_path / "grown.safetensors")
+    model = am.load_model(PARAMS, 64, quiet=True)
+    path = am.save_model(model, tmp_path / "grown.safetensors")
     _, out, _ = mixer(capsys, "models", "--inspect", path)
     row = ["blocks.{0..2}.token_mixing.dense_0.weight", "48x64", "float32"]
     assert row in [line.split() for line in out.splitlines()]
@@ -159,7 +159,7 @@ def test_flags_that_would_be_ignored(capsys, flags):
     assert "do not go together" in err
 
 
-def test_a_run_folder_is_not_converted_onto_itself(capsys, trained: mm.TrainResult):
+def test_a_run_folder_is_not_converted_onto_itself(capsys, trained: am.TrainResult):
     before = (trained.run_folder / "config.json").read_bytes()
     code, _, err = mixer(capsys, "convert", trained.run_folder, trained.run_folder, "--overwrite")
     assert code == 2
@@ -169,7 +169,7 @@ def test_a_run_folder_is_not_converted_onto_itself(capsys, trained: mm.TrainResu
 
 def test_known_shapes_have_names(capsys, tmp_path: Path):
     with torch.device("meta"):
-        model = mm.create_model("mixer_s32", 448, tokens_mlp_dim=1024)
+        model = am.create_model("mixer_s32", 448, tokens_mlp_dim=1024)
     zeros = {name: torch.zeros(value.shape) for name, value in model.state_dict().items()}
     safetensors.torch.save_file(zeros, tmp_path / "s32.safetensors")
     _, out, _ = mixer(capsys, "models", "--inspect", tmp_path / "s32.safetensors")
@@ -188,7 +188,7 @@ def test_the_published_weights(capsys, monkeypatch, tmp_path: Path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_other_sizes_in_evaluate_and_predict(capsys, trained: mm.TrainResult, tmp_path: Path):
+def test_other_sizes_in_evaluate_and_predict(capsys, trained: am.TrainResult, tmp_path: Path):
     flags = ("--data", "digits:test", "--image-size", "32")
     code, out, err = mixer(capsys, "evaluate", trained.run_folder, *flags)
     assert code == 0
@@ -210,7 +210,7 @@ def test_other_sizes_in_evaluate_and_predict(capsys, trained: mm.TrainResult, tm
 def test_a_model_without_names_predicts_numbers_and_is_not_measured(capsys, tmp_path: Path):
     model = tiny_model(num_classes=10)
     draw(1).save(tmp_path / "a.png")
-    path = mm.save_model(model, tmp_path / "x.safetensors")
+    path = am.save_model(model, tmp_path / "x.safetensors")
     code, out, err = mixer(capsys, "predict", path, tmp_path / "a.png")
     assert code == 0
     assert err.startswith("note: the model carries no class names")
@@ -220,7 +220,7 @@ def test_a_model_without_names_predicts_numbers_and_is_not_measured(capsys, tmp_
     assert "the model carries no class names" in err
     assert "save_model" in err
     model.class_names = list("abcdefghij")  # what the message says to do
-    path = mm.save_model(model, tmp_path / "named.safetensors")
+    path = am.save_model(model, tmp_path / "named.safetensors")
     code, out, err = mixer(capsys, "predict", path, tmp_path / "a.png")
     assert (code, err) == (0, "")
     assert len(set(re.findall(r"([a-j]) [\d.]+%", out))) == 5

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp import disk
 from conftest import make_class_folder, mixer, tiny_model
-from mlp_mixer import disk
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         make_class_folder(tmp_path / "data" / split, {"ant": 2, "bee": 2}, start=len(split))
     model = tiny_model(num_classes=2)
     model.class_names = ["ant", "bee"]
-    mm.save_model(model, "model.safetensors")
-    mm.save_model(model, "model")
+    am.save_model(model, "model.safetensors")
+    am.save_model(model, "model")
     rows = [f"data/{split}/{name}/0.png,{name}\n" for split in ("test",) for name in ("ant", "bee")]
     Path("list.csv").write_text("path,label\n" + "".join(rows))
     Path("link").symlink_to("data/test")
@@ -128,7 +128,7 @@ def test_other_single_files_on_standard_output(capsys, place: Path):
     assert "accuracy" in err
     code, out, err = mixer(capsys, "data", "check", "data", "--drop-list", "-")
     assert code == 0
-    assert out.startswith("# mlp_mixer drop list 1\n")
+    assert out.startswith("# allmlp drop list 1\n")
     assert "images" in err
     assert not Path("-").exists()
 
@@ -161,7 +161,7 @@ def test_nothing_for_standard_output(capsys, place: Path, line: str):
 def test_the_reader_of_the_rows_may_go_away(place: Path):
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "mlp_mixer", "predict", "model.safetensors", "data/test"]
+    command = [sys.executable, "-m", "allmlp", "predict", "model.safetensors", "data/test"]
     with subprocess.Popen(
         [*command, "--output", "-"], stdout=write, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -189,15 +189,15 @@ def test_a_full_disk_has_a_place_and_a_fix(capsys, place: Path, monkeypatch):
 
 
 def test_from_python(place: Path):
-    rows = mm.predict("model.safetensors", ["data/test"], output="rows.csv")
-    with pytest.raises(mm.UserError, match=r"rows\.csv"):
-        mm.predict("model.safetensors", ["data/test"], output="rows.csv")
-    assert mm.predict("model.safetensors", "data/test", output="rows.csv", overwrite=True) == rows
-    with pytest.raises(mm.UserError, match="read"):
-        mm.predict("model", "list.csv", output="list.csv", overwrite=True)
-    model = mm.load_model("model")
-    result = mm.evaluate(model, "data:test")
+    rows = am.predict("model.safetensors", ["data/test"], output="rows.csv")
+    with pytest.raises(am.UserError, match=r"rows\.csv"):
+        am.predict("model.safetensors", ["data/test"], output="rows.csv")
+    assert am.predict("model.safetensors", "data/test", output="rows.csv", overwrite=True) == rows
+    with pytest.raises(am.UserError, match="read"):
+        am.predict("model", "list.csv", output="list.csv", overwrite=True)
+    model = am.load_model("model")
+    result = am.evaluate(model, "data:test")
     result.save(place / "report")
-    with pytest.raises(mm.UserError, match="there already"):
+    with pytest.raises(am.UserError, match="there already"):
         result.save(place / "report")
     result.save(place / "report", overwrite=True)

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import draw
-from mlp_mixer.data.augment import (
+from allmlp.data.augment import (
     cutmix,
     mix,
     mixup,
@@ -15,6 +14,7 @@ from mlp_mixer.data.augment import (
     random_erasing,
     warp,
 )
+from conftest import draw
 
 pytestmark = pytest.mark.numerics
 

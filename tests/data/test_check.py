@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from allmlp.cli.check import check
+from allmlp.data import check as module
+from allmlp.data.check import check_source, format_bytes
+from allmlp.data.drop_list import read_drop_list, without
+from allmlp.data.sources import open_splits
+from allmlp.data.write_shards import pack_splits
+from allmlp.errors import UserError
+from allmlp.evaluation.check_pictures import samples
+from allmlp.training.dataset import open_training_data
 from conftest import draw, encode, make_class_folder, tiny_config
-from mlp_mixer.cli.check import check
-from mlp_mixer.data import check as module
-from mlp_mixer.data.check import check_source, format_bytes
-from mlp_mixer.data.drop_list import read_drop_list, without
-from mlp_mixer.data.sources import open_splits
-from mlp_mixer.data.write_shards import pack_splits
-from mlp_mixer.errors import UserError
-from mlp_mixer.evaluation.check_pictures import samples
-from mlp_mixer.training.dataset import open_training_data
 from odd_images import png16, tiff
 
 

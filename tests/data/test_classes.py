@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from allmlp.data.classes import in_class_order, match_classes, natural_order
+from allmlp.data.folders import class_folder as read_class_folder
+from allmlp.data.sources import notes_of, open_splits
+from allmlp.errors import UserError
 from conftest import make_class_folder
-from mlp_mixer.data.classes import in_class_order, match_classes, natural_order
-from mlp_mixer.data.folders import class_folder as read_class_folder
-from mlp_mixer.data.sources import notes_of, open_splits
-from mlp_mixer.errors import UserError
 
 
 def test_natural_order_of_classes(tmp_path: Path):

@@ -12,20 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from conftest import draw, encode
-from mlp_mixer.data import duplicates as module
-from mlp_mixer.data.drop_list import (
+from allmlp.data import duplicates as module
+from allmlp.data.drop_list import (
     drop_list,
     fingerprint,
     read_drop_list,
     without,
     write_drop_list,
 )
-from mlp_mixer.data.duplicates import Duplicates, find_duplicates
-from mlp_mixer.data.hamming import find_near_pairs
-from mlp_mixer.data.items import EncodedImages, PackedBytes, Source
-from mlp_mixer.data.scan import perceptual_hash, scan
-from mlp_mixer.errors import UserError
+from allmlp.data.duplicates import Duplicates, find_duplicates
+from allmlp.data.hamming import find_near_pairs
+from allmlp.data.items import EncodedImages, PackedBytes, Source
+from allmlp.data.scan import perceptual_hash, scan
+from allmlp.errors import UserError
+from conftest import draw, encode
 
 
 def photo(seed: int, size: tuple[int, int] = (90, 70)) -> Image.Image:

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.data.folders import class_folder as read_class_folder
+from allmlp.data.folders import image_files
+from allmlp.data.image import SUFFIXES
+from allmlp.data.sources import notes_of, open_images, open_source, open_splits
+from allmlp.errors import UserError
 from conftest import draw, encode, make_class_folder, mixer, tiny_model
-from mlp_mixer.data.folders import class_folder as read_class_folder
-from mlp_mixer.data.folders import image_files
-from mlp_mixer.data.image import SUFFIXES
-from mlp_mixer.data.sources import notes_of, open_images, open_source, open_splits
-from mlp_mixer.errors import UserError
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_commands_say_what_was_passed_over(mixed: Path, tmp_path: Path, capsys):
     assert SAID in json.loads((tmp_path / "report" / "check.json").read_text())["notes"][0]
     model = tiny_model(num_classes=2)
     model.class_names = ["cat", "dog"]
-    weights = mm.save_model(model, tmp_path / "m.safetensors")
+    weights = am.save_model(model, tmp_path / "m.safetensors")
     output = tmp_path / "x.csv"
     code, _, err = mixer(capsys, "predict", weights, mixed, "--output", output)
     assert code == 0
@@ -88,7 +88,7 @@ def test_a_class_of_files_that_are_not_read_says_what_lies_there(tmp_path: Path,
         open_splits(str(folder))
     assert "Convert" in str(no.value.fix)
     with pytest.raises(UserError, match=r"the folder has no images.*\.heic 3"):
-        mm.predict(tiny_model(), [folder / "cat"])
+        am.predict(tiny_model(), [folder / "cat"])
     with pytest.raises(UserError, match=r"the folder has no images.*\.heic 3"):
         open_images(f"{folder / 'cat'}:train")
 
@@ -98,7 +98,7 @@ def test_every_ending_is_found_and_read(tmp_path: Path):
     for ending in SUFFIXES:
         kind = kinds.get(ending, "JPEG")
         (tmp_path / f"x{ending.upper()}").write_bytes(encode(draw(1), kind))
-    found = mm.predict(tiny_model(), [tmp_path], num_workers=0)
+    found = am.predict(tiny_model(), [tmp_path], num_workers=0)
     assert len(found) == len(SUFFIXES)
     assert [each.path for each in found if each.error] == []
 

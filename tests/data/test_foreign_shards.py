@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from allmlp.cli.pack import index, pack, parse_bytes
+from allmlp.data.foreign_shards import index_shards, verify
+from allmlp.data.items import Source
+from allmlp.data.sources import open_source, open_splits
+from allmlp.errors import UserError
 from conftest import draw, encode
-from mlp_mixer.cli.pack import index, pack, parse_bytes
-from mlp_mixer.data.foreign_shards import index_shards, verify
-from mlp_mixer.data.items import Source
-from mlp_mixer.data.sources import open_source, open_splits
-from mlp_mixer.errors import UserError
 
 
 def content(source: Source) -> list[tuple[bytes, str]]:

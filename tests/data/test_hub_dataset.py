@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from allmlp.data import hub_dataset
+from allmlp.data.sources import names_source, open_source, open_splits
+from allmlp.errors import UserError
 from conftest import draw, encode
-from mlp_mixer.data import hub_dataset
-from mlp_mixer.data.sources import names_source, open_source, open_splits
-from mlp_mixer.errors import UserError
 
 PICTURES = [encode(draw(seed)) for seed in range(4)]
 
@@ -245,7 +245,7 @@ def test_no_revision(fake: Fake):
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'mlp_mixer\[data\]'"):
+    with pytest.raises(UserError, match=r"pip install 'allmlp\[data\]'"):
         open_splits("hf:a/b")
 
 

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from allmlp.data.image import MAX_SIDE, SUFFIXES, EncodedImage, decode, encode_png
+from allmlp.errors import UserError
 from conftest import draw, encode
-from mlp_mixer.data.image import MAX_SIDE, SUFFIXES, EncodedImage, decode, encode_png
-from mlp_mixer.errors import UserError
 
 pytestmark = pytest.mark.numerics
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from allmlp.data.image import EncodedImage, decode
+from allmlp.errors import UserError
 from conftest import draw, encode
-from mlp_mixer.data.image import EncodedImage, decode
-from mlp_mixer.errors import UserError
 from odd_images import NAMED, REFUSED, png16, tiff
 
 

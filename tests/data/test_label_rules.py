@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlp_mixer.data.items import EncodedImages
-from mlp_mixer.data.label_rules import LabelRule, apply_rule, is_applied, rule_from_json
-from mlp_mixer.errors import UserError
+from allmlp.data.items import EncodedImages
+from allmlp.data.label_rules import LabelRule, apply_rule, is_applied, rule_from_json
+from allmlp.errors import UserError
 
 NAN = float("nan")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from allmlp.data.sources import notes_of, open_images, open_source, open_splits
+from allmlp.errors import UserError
 from conftest import draw, encode, make_class_folder
-from mlp_mixer.data.sources import notes_of, open_images, open_source, open_splits
-from mlp_mixer.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

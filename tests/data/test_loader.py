@@ -18,19 +18,19 @@ import numpy as np
 import pytest
 import torch
 
+from allmlp.data import workers
+from allmlp.data.batches import Batch, on_device
+from allmlp.data.image import EncodedImage
+from allmlp.data.items import PackedStrings, Source, random_subset
+from allmlp.data.loader import evaluation_batches, training_batches
+from allmlp.data.sampler import batches_of_positions, epoch_order, locate, sample_generator
+from allmlp.data.sources import open_splits
+from allmlp.data.transforms import inception_crop
+from allmlp.data.workers import NICENESS
+from allmlp.errors import UserError
+from allmlp.preprocessing import Preprocessing
+from allmlp.training.dataset import Augmentation
 from conftest import tiny_config
-from mlp_mixer.data import workers
-from mlp_mixer.data.batches import Batch, on_device
-from mlp_mixer.data.image import EncodedImage
-from mlp_mixer.data.items import PackedStrings, Source, random_subset
-from mlp_mixer.data.loader import evaluation_batches, training_batches
-from mlp_mixer.data.sampler import batches_of_positions, epoch_order, locate, sample_generator
-from mlp_mixer.data.sources import open_splits
-from mlp_mixer.data.transforms import inception_crop
-from mlp_mixer.data.workers import NICENESS
-from mlp_mixer.errors import UserError
-from mlp_mixer.preprocessing import Preprocessing
-from mlp_mixer.training.dataset import Augmentation
 
 PREPROCESSING = Preprocessing(image_size=(8, 8))
 
@@ -107,7 +107,7 @@ def test_epochs_and_seeds_differ():
 
 
 def test_the_same_order_in_another_process():
-    code = "from mlp_mixer.data.sampler import *; print(epoch_order(1, 2, 30).tolist())"
+    code = "from allmlp.data.sampler import *; print(epoch_order(1, 2, 30).tolist())"
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
@@ -237,7 +237,7 @@ def test_ranks_that_cannot_share_a_batch(class_folder: Path):
 
 @killed_workers
 @pytest.mark.skipif(os.name == "nt", reason="signals as Unix has them")
-@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("number", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_worker_that_dies_is_named_with_its_image(class_folder: Path, number, tidy):
     source = open_splits(str(class_folder))["train"]
     with pytest.raises(UserError, match=r"worker process \d, at .*bee/3\.png, ended") as caught:
@@ -272,12 +272,13 @@ def test_a_worker_that_dies_before_its_first_image_blames_none(
         if number == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr("mlp_mixer.data.loader.start_worker", die)
+    monkeypatch.setattr("allmlp.data.loader.start_worker", die)
     source = open_splits(str(class_folder))["train"]
     with pytest.raises(UserError, match=r"^a worker process, before its first image, ended"):
         load(source, 0, 50, num_workers=2)
 
 
+@pytest.mark.slow
 @killed_workers
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_worker_that_hangs_is_named_with_its_image(class_folder: Path, number, tidy):

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from allmlp.data import parquet_images
+from allmlp.data.image import decode
+from allmlp.data.parquet_images import ParquetImages
+from allmlp.data.sources import open_source, open_splits
+from allmlp.errors import UserError
 from conftest import draw, encode
-from mlp_mixer.data import parquet_images
-from mlp_mixer.data.image import decode
-from mlp_mixer.data.parquet_images import ParquetImages
-from mlp_mixer.data.sources import open_source, open_splits
-from mlp_mixer.errors import UserError
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -336,7 +336,7 @@ def test_row_groups_are_kept_a_few(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     name = write(tmp_path / "x.parquet", ["a"])
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match=r"needs pyarrow[\s\S]*pip install 'mlp_mixer\[data\]'"):
+    with pytest.raises(UserError, match=r"needs pyarrow[\s\S]*pip install 'allmlp\[data\]'"):
         open_source(name)
 
 

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.data.permutation import patch_orders, permute, pixel_order
+from allmlp.data.transforms import normalize
 from conftest import TINY
-from mlp_mixer.data.permutation import patch_orders, permute, pixel_order
-from mlp_mixer.data.transforms import normalize
 
 pytestmark = pytest.mark.numerics
 
 
 def rules(
     kind: Any = "patches", size: tuple[int, int] = (8, 12), seed: int = 3
-) -> mm.Preprocessing:
-    return mm.Preprocessing(
+) -> am.Preprocessing:
+    return am.Preprocessing(
         image_size=size,
         permutation=kind,
         permutation_patch=4 if kind == "patches" else None,
@@ -65,7 +65,7 @@ def test_patches_move_whole_and_their_pixels_within_them_alike():
 
 def test_none_changes_nothing():
     images = numbered()
-    plain = mm.Preprocessing(image_size=(8, 12))
+    plain = am.Preprocessing(image_size=(8, 12))
     assert permute(images, plain) is images
     assert pixel_order(plain) is None
 
@@ -87,12 +87,12 @@ def test_pixels_really_leave_their_neighbourhood():
 
 
 def test_it_travels_with_the_weights(tmp_path: Path):
-    model = mm.create_model("mixer_s16", 8, 2, **TINY)
+    model = am.create_model("mixer_s16", 8, 2, **TINY)
     model.preprocessing = rules(size=(8, 8))
-    mm.save_model(model, tmp_path / "model")
-    assert mm.load_model(tmp_path / "model").preprocessing == rules(size=(8, 8))
-    with pytest.raises(mm.UserError, match="permuted pixels"):
-        mm.load_model(tmp_path / "model", image_size=16)
+    am.save_model(model, tmp_path / "model")
+    assert am.load_model(tmp_path / "model").preprocessing == rules(size=(8, 8))
+    with pytest.raises(am.UserError, match="permuted pixels"):
+        am.load_model(tmp_path / "model", image_size=16)
 
 
 @pytest.mark.parametrize(
@@ -109,4 +109,4 @@ def test_it_travels_with_the_weights(tmp_path: Path):
 )
 def test_values_that_do_not_fit(values, words):
     with pytest.raises(ValueError, match=words):
-        mm.Preprocessing(image_size=(8, 12), **values)
+        am.Preprocessing(image_size=(8, 12), **values)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from mlp_mixer.data.randaugment import FILL, OPERATIONS, randaugment
+from allmlp.data.randaugment import FILL, OPERATIONS, randaugment
 
 pytestmark = pytest.mark.numerics
 

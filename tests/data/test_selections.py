@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.data.label_rules import LabelRule
+from allmlp.data.selections import Selection, read_selection, write_selection
+from allmlp.data.sources import is_data, open_source, open_splits, open_unmatched
 from conftest import draw, make_class_folder
-from mlp_mixer.data.label_rules import LabelRule
-from mlp_mixer.data.selections import Selection, read_selection, write_selection
-from mlp_mixer.data.sources import is_data, open_source, open_splits, open_unmatched
 
-WHOLE = {"format": "mlp_mixer selection", "version": 1, "source": "digits"}
+WHOLE = {"format": "allmlp selection", "version": 1, "source": "digits"}
 
 
 def write(path: Path, **changes: object) -> Path:
@@ -54,10 +54,10 @@ def test_a_selection_trains(class_folder: Path, tmp_path: Path):
     file = tmp_path / "some.json"
     splits = {"train": ("train",), "validation": ("validation[:6]",), "test": ("validation[6:]",)}
     write_selection(file, Selection(str(class_folder), splits))
-    config = mm.recipe("digits").with_values(
+    config = am.recipe("digits").with_values(
         {"data.source": str(file), "output": str(tmp_path / "run"), "epochs": 1, "device": "cpu"}
     )
-    result = mm.train(config, quiet=True)
+    result = am.train(config, quiet=True)
     assert result.validation is not None
     assert result.test is not None
     assert (len(result.validation.labels), len(result.test.labels)) == (6, 3)
@@ -72,7 +72,7 @@ def test_numbers_become_classes(tmp_path: Path):
     lines += [f"{at}.png,{number},{split}" for at, (split, number) in enumerate(rows)]
     (tmp_path / "list.csv").write_text("\n".join(lines))
     source = f"{tmp_path / 'list.csv'}#label=distance"
-    with pytest.raises(mm.UserError, match="'8.0' .*, '8'"):
+    with pytest.raises(am.UserError, match="'8.0' .*, '8'"):
         open_splits(source)
     assert len(open_unmatched(source)["test"]) == 3
     file, rule = tmp_path / "near.json", LabelRule("between", (-2.0, 8.0, 100.0))
@@ -87,7 +87,7 @@ def test_numbers_become_classes(tmp_path: Path):
     ("changes", "message"),
     [
         ({"format": "other"}, "not a selection of images"),
-        ({"version": 2}, r"written by another mlp_mixer \(version 2\)"),
+        ({"version": 2}, r"written by another allmlp \(version 2\)"),
         ({"source": None}, "has no source, or its splits are not lists"),
         ({"splits": {}}, "has no source, or its splits are not lists"),
         ({"splits": {"train": []}}, "has no source, or its splits are not lists"),
@@ -110,19 +110,19 @@ def test_what_is_no_selection(class_folder: Path, changes: dict, message: str):
     if changes.get("source") == "FOLDER":
         changes = {**changes, "source": str(class_folder)}
     write(file, **changes)
-    with pytest.raises(mm.UserError, match=message):
+    with pytest.raises(am.UserError, match=message):
         open_splits(str(file))
 
 
 def test_files_that_are_no_selection(tmp_path: Path):
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(mm.UserError, match=r"not a selection of images: Expecting"):
+    with pytest.raises(am.UserError, match=r"not a selection of images: Expecting"):
         open_splits(str(tmp_path / "a.json"))
     (tmp_path / "b.json").write_text("[" * 100_000)
-    with pytest.raises(mm.UserError, match=r"not a selection of images"):
+    with pytest.raises(am.UserError, match=r"not a selection of images"):
         open_splits(str(tmp_path / "b.json"))
     (tmp_path / "c.json").mkdir()
     make_class_folder(tmp_path / "c.json", {"a": 1, "b": 1})
     assert len(open_splits(str(tmp_path / "c.json"))["train"]) == 2  # a folder of that name
-    with pytest.raises(mm.UserError, match="the option 'label' means nothing for a selection"):
+    with pytest.raises(am.UserError, match="the option 'label' means nothing for a selection"):
         open_splits(f"{write(tmp_path / 'd.json')}#label=x")

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from allmlp.data.foreign_shards import verify
+from allmlp.data.items import EncodedImages, Source, subset
+from allmlp.data.shards import Shard, ShardImages, ShardIndex, load_index
+from allmlp.data.sources import open_source, open_splits
+from allmlp.data.write_shards import pack as pack_split
+from allmlp.data.write_shards import pack_splits
+from allmlp.errors import UserError
 from conftest import draw, encode, make_class_folder
-from mlp_mixer.data.foreign_shards import verify
-from mlp_mixer.data.items import EncodedImages, Source, subset
-from mlp_mixer.data.shards import Shard, ShardImages, ShardIndex, load_index
-from mlp_mixer.data.sources import open_source, open_splits
-from mlp_mixer.data.write_shards import pack as pack_split
-from mlp_mixer.data.write_shards import pack_splits
-from mlp_mixer.errors import UserError
 
 KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 
@@ -271,11 +271,11 @@ def test_an_index_that_contradicts_itself(tmp_path: Path, changes, message: str)
 def test_another_safetensors_file(tmp_path: Path):
     from safetensors.numpy import save_file
 
-    for metadata in (None, {"mlp_mixer_shards": '{"version": 2}'}):
+    for metadata in (None, {"allmlp_shards": '{"version": 2}'}):
         save_file({"x": np.zeros(1)}, tmp_path / "train.index.safetensors", metadata)
         with pytest.raises(UserError, match="not an index of shards"):
             open_splits(str(tmp_path))
-    save_file({"x": np.zeros(1)}, tmp_path / "train.index.safetensors", {"mlp_mixer_shards": "[1]"})
+    save_file({"x": np.zeros(1)}, tmp_path / "train.index.safetensors", {"allmlp_shards": "[1]"})
     with pytest.raises(UserError, match="the index is damaged"):
         open_splits(str(tmp_path))
 
@@ -303,7 +303,7 @@ def test_it_survives_pickling_and_forking(tmp_path: Path):
 
 
 def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mlp_mixer.data.shards._OPEN_SHARDS", 3)
+    monkeypatch.setattr("allmlp.data.shards._OPEN_SHARDS", 3)
     pack_split(made(), tmp_path, "train", shard_bytes=1)
     source = open_source(str(tmp_path))
     assert isinstance(source, ShardImages)
@@ -346,7 +346,7 @@ def test_metadata_is_json(tmp_path: Path):
 
     pack_split(made(), tmp_path, "train")
     with safe_open(str(tmp_path / "train.index.safetensors"), framework="np") as file:
-        described = json.loads(file.metadata()["mlp_mixer_shards"])
+        described = json.loads(file.metadata()["allmlp_shards"])
         assert described["class_names"] == ["ant", "bee", "cat"]
         name, size, sha256 = described["shards"][0]
         assert (name, size) == ("train-000000.tar", (tmp_path / name).stat().st_size)

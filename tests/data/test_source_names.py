@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from allmlp.data.folders import split_of_file
+from allmlp.data.source_names import SourceName, parse_name
+from allmlp.data.sources import open_source, open_splits
+from allmlp.errors import UserError
 from conftest import make_class_folder
-from mlp_mixer.data.folders import split_of_file
-from mlp_mixer.data.source_names import SourceName, parse_name
-from mlp_mixer.data.sources import open_source, open_splits
-from mlp_mixer.errors import UserError
 
 
 @pytest.mark.parametrize(

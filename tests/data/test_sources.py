@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from allmlp.data.image import decode
+from allmlp.data.items import relabel, split_by_class, subset, unreadable
+from allmlp.data.sources import names_source, open_source, open_splits
+from allmlp.errors import UserError
 from conftest import draw, make_class_folder
-from mlp_mixer.data.image import decode
-from mlp_mixer.data.items import relabel, split_by_class, subset, unreadable
-from mlp_mixer.data.sources import names_source, open_source, open_splits
-from mlp_mixer.errors import UserError
 
 
 def test_the_digits_are_split_once_and_for_all():

@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import draw, encode
-from mlp_mixer.data.image import EncodedImage
-from mlp_mixer.data.transforms import (
+from allmlp.data.image import EncodedImage
+from allmlp.data.transforms import (
     denormalize,
     flip,
     inception_box,
@@ -22,7 +21,8 @@ from mlp_mixer.data.transforms import (
     resize,
     resize_for_evaluation,
 )
-from mlp_mixer.preprocessing import RESIZE_METHODS, Preprocessing
+from allmlp.preprocessing import RESIZE_METHODS, Preprocessing
+from conftest import draw, encode
 
 pytestmark = pytest.mark.numerics
 

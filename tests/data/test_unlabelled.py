@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from allmlp.cli.pack import index
+from allmlp.data import hub_dataset
+from allmlp.data.foreign_shards import index_shards, verify
+from allmlp.data.items import Source
+from allmlp.data.shards import load_index
+from allmlp.data.sources import open_images, open_source, open_splits
+from allmlp.data.write_shards import pack_splits
+from allmlp.errors import UserError
 from conftest import draw, encode, make_class_folder
-from mlp_mixer.cli.pack import index
-from mlp_mixer.data import hub_dataset
-from mlp_mixer.data.foreign_shards import index_shards, verify
-from mlp_mixer.data.items import Source
-from mlp_mixer.data.shards import load_index
-from mlp_mixer.data.sources import open_images, open_source, open_splits
-from mlp_mixer.data.write_shards import pack_splits
-from mlp_mixer.errors import UserError
 
 PICTURES = [encode(draw(seed)) for seed in range(6)]
 
@@ -137,7 +137,7 @@ def test_a_part_of_labelled_data_is_the_same_part(class_folder: Path, tmp_path: 
     assert content(part) == content(known)
     assert len(set(known.labels.tolist())) == 3  # spread over the classes, so it needs them
     file = tmp_path / "some.json"
-    values = {"format": "mlp_mixer selection", "version": 1, "source": str(class_folder)}
+    values = {"format": "allmlp selection", "version": 1, "source": str(class_folder)}
     file.write_text(json.dumps({**values, "splits": {"test": ["train[70%:]"]}}))
     assert content(open_images(str(file))) == content(known)
 
@@ -145,7 +145,7 @@ def test_a_part_of_labelled_data_is_the_same_part(class_folder: Path, tmp_path: 
 def test_a_selection_of_images_without_labels(tmp_path: Path):
     path = write_parquet(tmp_path / "x.parquet")
     file = tmp_path / "some.json"
-    values = {"format": "mlp_mixer selection", "version": 1, "source": str(path)}
+    values = {"format": "allmlp selection", "version": 1, "source": str(path)}
     rule = {"rule": "bins", "numbers": [3, 2]}
     for more in ({}, {"labels": rule}):
         parts = {"train": ["train[4:]", "train[:1]"]}

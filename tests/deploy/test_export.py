@@ -16,31 +16,31 @@ import pytest
 import torch
 from PIL import Image, UnidentifiedImageError
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.data.image import decode
+from allmlp.data.sources import open_source
+from allmlp.data.transforms import normalize
+from allmlp.deploy import export_report
+from allmlp.models.layers import preprocessing_of
 from conftest import ROOT, draw, encode, mixer, tiny_model
-from mlp_mixer.data.image import decode
-from mlp_mixer.data.sources import open_source
-from mlp_mixer.data.transforms import normalize
-from mlp_mixer.deploy import export_report
-from mlp_mixer.models.layers import preprocessing_of
 from odd_images import NAMED, NOT_BY_PILLOW, REFUSED
 from staged_models import small_cycle, small_permutator
 
-WHY = "pip install 'mlp_mixer[export]'"
+WHY = "pip install 'allmlp[export]'"
 onnx = pytest.importorskip("onnx", reason=WHY)
 pytest.importorskip("onnxscript", reason=WHY)
 pytest.importorskip("onnxruntime", reason=WHY)
 
 
-def small_resnet() -> mm.ImageClassifier:
+def small_resnet() -> am.ImageClassifier:
     torch.manual_seed(0)
-    model = mm.create_model("small_resnet", 8, 5, width=8, num_stages=2, num_blocks=1)
+    model = am.create_model("small_resnet", 8, 5, width=8, num_stages=2, num_blocks=1)
     assert model.head is not None
     torch.nn.init.normal_(model.head.weight)
     return model
 
 
-FAMILIES: dict[str, Callable[[], mm.ImageClassifier]] = {
+FAMILIES: dict[str, Callable[[], am.ImageClassifier]] = {
     "not square": lambda: tiny_model(
         3, (8, 12), gelu="exact", in_channels=1, token_mixing="untied"
     ),
@@ -54,14 +54,14 @@ FAMILIES: dict[str, Callable[[], mm.ImageClassifier]] = {
 }
 
 
-def random_images(model: mm.ImageClassifier, count: int) -> torch.Tensor:
+def random_images(model: am.ImageClassifier, count: int) -> torch.Tensor:
     random = torch.Generator().manual_seed(count)
     shape = (count, model.config.in_channels, *model.config.image_size)
     return torch.randint(0, 256, shape, generator=random).byte()
 
 
 @torch.no_grad()
-def assert_equal(file: mm.ExportedModel, model: mm.ImageClassifier, limit: float = 1e-4) -> None:
+def assert_equal(file: am.ExportedModel, model: am.ImageClassifier, limit: float = 1e-4) -> None:
     """Compares logits for a batch of one and of three images, to a share of the largest."""
     model.eval()
     for count in (1, 3):
@@ -74,9 +74,9 @@ def assert_equal(file: mm.ExportedModel, model: mm.ImageClassifier, limit: float
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_as_onnx(family: str, tmp_path: Path):
     model = FAMILIES[family]()
-    report = mm.export(model, tmp_path / "m.onnx")
+    report = am.export(model, tmp_path / "m.onnx")
     assert report.passed, report.failures
-    assert_equal(mm.open_exported(tmp_path / "m.onnx"), model)
+    assert_equal(am.open_exported(tmp_path / "m.onnx"), model)
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def test_every_family_as_onnx(family: str, tmp_path: Path):
 )
 def test_torch_export(family: str, precision: str, tmp_path: Path):
     model = FAMILIES[family]().eval()
-    report = mm.export(model, tmp_path / "m.pt2", precision=precision)
+    report = am.export(model, tmp_path / "m.pt2", precision=precision)
     assert report.passed, report.failures
     program = torch.export.load(tmp_path / "m.pt2").module()
     images = normalize(random_images(model, 5), preprocessing_of(model))
@@ -106,13 +106,13 @@ def test_a_file_is_one_file_and_tells_nothing_of_this_machine(tmp_path: Path):
     model = tiny_model()
     model.class_names = [f"class {at} é\n" for at in range(7)]
     model.source = "/home/somebody/runs/secret"
-    report = mm.export(model, tmp_path / "m.onnx")
+    report = am.export(model, tmp_path / "m.onnx")
     names = {each.name for each in tmp_path.iterdir()}
     assert names == {"m.onnx", "m.onnx.report.json", "m.onnx.report.md"}
     content = (tmp_path / "m.onnx").read_bytes()
     for word in (b"/work", b"site-packages", b"somebody", b".py", str(tmp_path).encode()):
         assert word not in content
-    file = mm.open_exported(tmp_path / "m.onnx")
+    file = am.open_exported(tmp_path / "m.onnx")
     assert file.class_names == model.class_names
     assert file.preprocessing == preprocessing_of(model)
     assert file.config == model.config
@@ -130,14 +130,14 @@ def test_a_file_is_one_file_and_tells_nothing_of_this_machine(tmp_path: Path):
 
 def test_pixels_go_in_and_a_permutation_is_inside(tmp_path: Path):
     model = tiny_model()
-    how = mm.Preprocessing(
+    how = am.Preprocessing(
         image_size=(8, 8), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), permutation="pixels"
     )
     model.preprocessing = how
-    with pytest.raises(mm.UserError, match="permuted pixels"):
-        mm.export(model, tmp_path / "m.onnx")
-    mm.export(model, tmp_path / "m.onnx", uint8_input=True)
-    file = mm.open_exported(tmp_path / "m.onnx")
+    with pytest.raises(am.UserError, match="permuted pixels"):
+        am.export(model, tmp_path / "m.onnx")
+    am.export(model, tmp_path / "m.onnx", uint8_input=True)
+    file = am.open_exported(tmp_path / "m.onnx")
     pixels = random_images(model, 3)
     with torch.no_grad():
         exact = model.eval()(normalize(pixels, how))
@@ -157,17 +157,17 @@ def test_pixels_go_in_and_a_permutation_is_inside(tmp_path: Path):
 def test_bfloat16_halves_the_file(tmp_path: Path):
     model = tiny_model(hidden_dim=64, channels_mlp_dim=256)
     for precision in ("float32", "bfloat16"):
-        mm.export(model, tmp_path / f"{precision}.onnx", precision=precision)
+        am.export(model, tmp_path / f"{precision}.onnx", precision=precision)
     sizes = [(tmp_path / f"{each}.onnx").stat().st_size for each in ("float32", "bfloat16")]
     assert sizes[1] < 0.6 * sizes[0]
-    assert_equal(mm.open_exported(tmp_path / "bfloat16.onnx"), model, limit=0.05)
+    assert_equal(am.open_exported(tmp_path / "bfloat16.onnx"), model, limit=0.05)
     with pytest.raises(AssertionError):
-        assert_equal(mm.open_exported(tmp_path / "bfloat16.onnx"), model)
+        assert_equal(am.open_exported(tmp_path / "bfloat16.onnx"), model)
 
 
 @pytest.mark.slow
 def test_a_grown_run_from_the_command_line(
-    trained: mm.TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: am.TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     run, output = trained.run_folder, tmp_path / "digits16.onnx"
     code, out, err = mixer(
@@ -177,14 +177,14 @@ def test_a_grown_run_from_the_command_line(
     assert "16x16 pixels" in out
     assert "compared   50 images" in out
     assert out.endswith(f"written  {output}\n")
-    assert_equal(mm.open_exported(output), mm.load_model(run, 16, quiet=True))
+    assert_equal(am.open_exported(output), am.load_model(run, 16, quiet=True))
     code, _, err = mixer(capsys, "export", run, "--output", output)
     assert code == 2
     assert "the output is there already" in err
 
 
 def test_a_file_that_fails_is_not_left_behind(
-    trained: mm.TrainResult,
+    trained: am.TrainResult,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -201,14 +201,14 @@ def test_a_file_that_fails_is_not_left_behind(
 
 
 @pytest.fixture(scope="module")
-def pixels_file(trained: mm.TrainResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pixels_file(trained: am.TrainResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pixels") / "m.onnx"
-    mm.export(trained.run_folder, path, uint8_input=True)
+    am.export(trained.run_folder, path, uint8_input=True)
     return path
 
 
 def test_evaluate_runs_the_file(
-    trained: mm.TrainResult, pixels_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    trained: am.TrainResult, pixels_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     lines = []
     for model in (trained.run_folder, pixels_file):
@@ -239,7 +239,7 @@ def example() -> ModuleType:
 def nameless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of a model without class names."""
     path = tmp_path_factory.mktemp("nameless") / "x.onnx"
-    mm.export(tiny_model(num_classes=7), path)
+    am.export(tiny_model(num_classes=7), path)
     return path
 
 
@@ -260,7 +260,7 @@ def test_the_example_answers_as_we_do_for_every_kind_of_image(
     paths = [str(tmp_path / name) for name in kinds]
     example.main(str(nameless), paths)
     lines = capsys.readouterr().out.splitlines()
-    for line, expected in zip(lines, mm.predict(nameless, paths, num_workers=0), strict=True):
+    for line, expected in zip(lines, am.predict(nameless, paths, num_workers=0), strict=True):
         assert expected.error is None
         path, _, answers = line.rpartition(": ")
         assert path == expected.path
@@ -308,16 +308,16 @@ def test_a_file_without_class_names_has_numbers_and_says_how_images_are_decoded(
 
 @pytest.mark.slow
 def test_the_example_needs_nothing_of_ours(
-    trained: mm.TrainResult, pixels_file: Path, tmp_path: Path
+    trained: am.TrainResult, pixels_file: Path, tmp_path: Path
 ):
     (tmp_path / "a.png").write_bytes(open_source("digits:test").read(0))
     program = ROOT / "examples" / "classify_onnx.py"
     text = program.read_text()
-    assert "mlp_mixer" not in text
+    assert "allmlp" not in text
     assert "import torch" not in text
-    expected = mm.predict(trained.run_folder, [tmp_path / "a.png"], top_k=5)
+    expected = am.predict(trained.run_folder, [tmp_path / "a.png"], top_k=5)
     classes = ", ".join(f"{name} {share:.1%}" for name, share in expected[0].classes)
-    mm.export(trained.run_folder, tmp_path / "floats.onnx")
+    am.export(trained.run_folder, tmp_path / "floats.onnx")
     for path in (tmp_path / "floats.onnx", pixels_file):
         command = [sys.executable, str(program), str(path), str(tmp_path / "a.png")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -331,15 +331,15 @@ def test_the_example_crops_small_images_where_the_file_says_so(tmp_path: Path):
     draw(0, (12, 10)).save(tmp_path / "a.png")
     said = []
     for crop_small in (False, True):
-        model.preprocessing = mm.Preprocessing(image_size=(16, 16), crop=0.6, crop_small=crop_small)
-        mm.export(model, tmp_path / "m.onnx", overwrite=True)
-        expected = mm.predict(model, [tmp_path / "a.png"], top_k=5)[0].classes
+        model.preprocessing = am.Preprocessing(image_size=(16, 16), crop=0.6, crop_small=crop_small)
+        am.export(model, tmp_path / "m.onnx", overwrite=True)
+        expected = am.predict(model, [tmp_path / "a.png"], top_k=5)[0].classes
         program = str(ROOT / "examples" / "classify_onnx.py")
         command = [sys.executable, program, str(tmp_path / "m.onnx"), str(tmp_path / "a.png")]
         said.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         assert said[-1].endswith(
             ", ".join(f"{name} {share:.1%}" for name, share in expected) + "\n"
         )
-        found = mm.predict(tmp_path / "m.onnx", [tmp_path / "a.png"], top_k=5)[0].classes
+        found = am.predict(tmp_path / "m.onnx", [tmp_path / "a.png"], top_k=5)[0].classes
         assert [name for name, _ in found] == [name for name, _ in expected]
     assert said[0] != said[1]

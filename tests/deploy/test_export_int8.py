@@ -11,17 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.data.items import EncodedImages, PackedBytes
+from allmlp.data.transforms import normalize
+from allmlp.deploy.int8 import calibrate
+from allmlp.deploy.onnx_graph import graph_module, halved, to_onnx
+from allmlp.deploy.quantize import Ranges, find_products, measure_ranges, quantized
+from allmlp.models.layers import preprocessing_of
 from conftest import encode, mixer, tiny_model
-from mlp_mixer.data.items import EncodedImages, PackedBytes
-from mlp_mixer.data.transforms import normalize
-from mlp_mixer.deploy.int8 import calibrate
-from mlp_mixer.deploy.onnx_graph import graph_module, halved, to_onnx
-from mlp_mixer.deploy.quantize import Ranges, find_products, measure_ranges, quantized
-from mlp_mixer.models.layers import preprocessing_of
 from staged_models import small_cycle
 
-WHY = "pip install 'mlp_mixer[export]'"
+WHY = "pip install 'allmlp[export]'"
 onnx = pytest.importorskip("onnx", reason=WHY)
 pytest.importorskip("onnxscript", reason=WHY)
 onnxruntime = pytest.importorskip("onnxruntime", reason=WHY)
@@ -29,7 +29,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason=WHY)
 OUTLIER = "blocks.1.channel_mixing.dense_0"
 
 
-def noise(model: mm.ImageClassifier, count: int, name: str) -> EncodedImages:
+def noise(model: am.ImageClassifier, count: int, name: str) -> EncodedImages:
     """Images of noise that have the model's own answers for labels: it is always right."""
     height, width = model.config.image_size
     pixels = np.random.default_rng(len(name)).integers(0, 256, (count, height, width, 3), np.uint8)
@@ -41,14 +41,14 @@ def noise(model: mm.ImageClassifier, count: int, name: str) -> EncodedImages:
     return EncodedImages(name, model.class_names, labels, files, name)
 
 
-def named_model(**changes: object) -> mm.ImageClassifier:
+def named_model(**changes: object) -> am.ImageClassifier:
     model = tiny_model(hidden_dim=32, **changes)
     model.class_names = list("abcdefg")
     return model
 
 
 @pytest.fixture(scope="module")
-def model() -> mm.ImageClassifier:
+def model() -> am.ImageClassifier:
     """One whose layer OUTLIER sees one huge number, which it does not use: int8 sees only that."""
     made = named_model()
     with torch.no_grad():
@@ -59,7 +59,7 @@ def model() -> mm.ImageClassifier:
 
 
 @pytest.fixture(scope="module")
-def graph(model: mm.ImageClassifier) -> object:
+def graph(model: am.ImageClassifier) -> object:
     return to_onnx(*graph_module(model, uint8_input=False))
 
 
@@ -69,7 +69,7 @@ def run(graph: object, images: np.ndarray) -> np.ndarray:
     return session.run(None, {"images": images})[0]
 
 
-def test_ranges_are_those_of_the_layers(model: mm.ImageClassifier, graph: object):
+def test_ranges_are_those_of_the_layers(model: am.ImageClassifier, graph: object):
     products = find_products(graph)
     names = {each.layer: each for each in products}
     assert len(products) == 9  # four layers in each of two blocks, and the head
@@ -86,9 +86,9 @@ def test_ranges_are_those_of_the_layers(model: mm.ImageClassifier, graph: object
     ranges = found[names[OUTLIER].inputs]
     np.testing.assert_allclose(ranges.largest, seen[0].amax(1).numpy(), rtol=1e-5)
     np.testing.assert_allclose(ranges.least, seen[0].amin(1).numpy(), rtol=1e-3)
-    with pytest.raises(mm.UserError, match="not finite"):
+    with pytest.raises(am.UserError, match="not finite"):
         measure_ranges(graph, products, [np.full((1, 3, 8, 8), np.nan, np.float32)], 1)
-    with pytest.raises(mm.UserError, match="no image"):
+    with pytest.raises(am.UserError, match="no image"):
         measure_ranges(graph, products, [], 1)
 
 
@@ -148,9 +148,9 @@ def test_onnx_runtime_multiplies_in_int8(graph: object, tmp_path: Path):
     assert not {"MatMul", "Gemm", "FusedMatMul", "DequantizeLinear"} & set(kinds)
 
 
-def test_the_layer_that_suffers_stays_in_float32(model: mm.ImageClassifier, tmp_path: Path):
+def test_the_layer_that_suffers_stays_in_float32(model: am.ImageClassifier, tmp_path: Path):
     path = tmp_path / "m.onnx"
-    report = mm.export(
+    report = am.export(
         model,
         path,
         precision="int8",
@@ -164,14 +164,14 @@ def test_the_layer_that_suffers_stays_in_float32(model: mm.ImageClassifier, tmp_
     assert report.attempts[0][1] > 10.0  # with every layer in int8
     assert report.attempts[-1][1] <= 10.0
     assert report.parity.num_images == 60
-    assert mm.open_exported(path).about.kept == tuple(report.kept)
+    assert am.open_exported(path).about.kept == tuple(report.kept)
     text = "\n".join(report.lines())
     assert f"int8        {9 - len(report.kept)} of 9 dense layers" in text
     assert f"float32     {OUTLIER}" in text
 
 
 @pytest.mark.slow
-def test_int8_that_costs_too_much_is_not_written(model: mm.ImageClassifier, tmp_path: Path):
+def test_int8_that_costs_too_much_is_not_written(model: am.ImageClassifier, tmp_path: Path):
     with torch.no_grad():  # beyond what leaving out half of the layers can mend
         worse = named_model()
         for block in worse.blocks:
@@ -186,7 +186,7 @@ def test_int8_that_costs_too_much_is_not_written(model: mm.ImageClassifier, tmp_
             block.token_mixing.dense_0.bias[0] = 1e6
             block.token_mixing.dense_1.weight[:, 0] = 0.0
     test = noise(worse, 60, "test")
-    report = mm.export(worse, tmp_path / "m.onnx", precision="int8", calibration=test, data=test)
+    report = am.export(worse, tmp_path / "m.onnx", precision="int8", calibration=test, data=test)
     assert not report.passed
     assert report.path is None
     assert not list(tmp_path.iterdir())
@@ -203,7 +203,7 @@ def test_int8_that_costs_too_much_is_not_written(model: mm.ImageClassifier, tmp_
         (small_cycle, 25),
     ],
 )
-def test_int8_of_other_families(build: Callable[[], mm.ImageClassifier], layers: int):
+def test_int8_of_other_families(build: Callable[[], am.ImageClassifier], layers: int):
     net = build().eval()
     made = to_onnx(*graph_module(net, uint8_input=False))
     images = torch.randn(8, 3, *net.config.image_size, generator=torch.Generator().manual_seed(1))
@@ -216,16 +216,16 @@ def test_int8_of_other_families(build: Callable[[], mm.ImageClassifier], layers:
 
 
 def test_a_network_of_convolutions_is_refused(tmp_path: Path):
-    net = mm.create_model("small_resnet", 8, 7, width=8, num_stages=2, num_blocks=1)
+    net = am.create_model("small_resnet", 8, 7, width=8, num_stages=2, num_blocks=1)
     net.class_names = list("abcdefg")
     test = noise(net, 4, "test")
-    with pytest.raises(mm.UserError, match="next to none: small ResNet"):
-        mm.export(net, tmp_path / "m.onnx", precision="int8", calibration=test, data=test)
+    with pytest.raises(am.UserError, match="next to none: small ResNet"):
+        am.export(net, tmp_path / "m.onnx", precision="int8", calibration=test, data=test)
 
 
 @pytest.mark.slow
 def test_int8_of_real_digits_and_the_calibration_split(
-    trained: mm.TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: am.TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     flags = ("--precision", "int8", "--calibration", "digits", "--calibration-images", 100)
     code, out, err = mixer(
@@ -239,18 +239,18 @@ def test_int8_of_real_digits_and_the_calibration_split(
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
 def test_openvino(precision: str, tmp_path: Path):
-    pytest.importorskip("openvino", reason="pip install 'mlp_mixer[openvino]'")
+    pytest.importorskip("openvino", reason="pip install 'allmlp[openvino]'")
     plain = named_model()
     own: dict[str, object] = {}
     if precision == "int8":
         own = {"calibration": noise(plain, 40, "calibration"), "data": noise(plain, 60, "test")}
         own["max_accuracy_drop"] = 15.0
     path = tmp_path / "m.xml"
-    report = mm.export(plain, path, precision=precision, uint8_input=True, **own)  # pyright: ignore
+    report = am.export(plain, path, precision=precision, uint8_input=True, **own)  # pyright: ignore
     assert report.passed, report.lines()
     assert set(report.files) == {"m.xml", "m.bin"}
     assert any("two files" in each for each in report.notes)
-    file = mm.open_exported(path)
+    file = am.open_exported(path)
     assert file.class_names == plain.class_names
     assert file.about.precision == precision
     assert file.runtime.startswith("openvino 2")
@@ -262,17 +262,17 @@ def test_openvino(precision: str, tmp_path: Path):
         assert (file(images) - exact).abs().max() <= limit * exact.abs().max()
     assert b"/work" not in path.read_bytes()
     (tmp_path / "m.bin").unlink()
-    with pytest.raises(mm.UserError, match=r"lie in a \.bin"):
-        mm.open_exported(path)
+    with pytest.raises(am.UserError, match=r"lie in a \.bin"):
+        am.open_exported(path)
 
 
 @pytest.mark.slow
-def test_openvino_runs_an_onnx_file_too(graph: object, model: mm.ImageClassifier, tmp_path: Path):
-    pytest.importorskip("openvino", reason="pip install 'mlp_mixer[openvino]'")
-    mm.export(model, tmp_path / "m.onnx")
+def test_openvino_runs_an_onnx_file_too(graph: object, model: am.ImageClassifier, tmp_path: Path):
+    pytest.importorskip("openvino", reason="pip install 'allmlp[openvino]'")
+    am.export(model, tmp_path / "m.onnx")
     images = torch.randn(3, 3, 8, 8)
     first, second = (
-        mm.open_exported(tmp_path / "m.onnx", runtime=runtime)(images)
+        am.open_exported(tmp_path / "m.onnx", runtime=runtime)(images)
         for runtime in ("onnxruntime", "openvino")
     )
     assert (first - second).abs().max() <= 1e-4 * first.abs().max()

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.deploy.export_report import Parity, compare, failures, measure_speed
+from allmlp.deploy.exported_files import choose_format, with_bfloat16_products
+from allmlp.deploy.extras import needed
+from allmlp.deploy.metadata import description_of, from_text, to_text
+from allmlp.deploy.onnx_graph import LARGEST, check_size
+from allmlp.deploy.runner import ExportedModel
 from conftest import mixer, tiny_model
-from mlp_mixer.deploy.export_report import Parity, compare, failures, measure_speed
-from mlp_mixer.deploy.exported_files import choose_format, with_bfloat16_products
-from mlp_mixer.deploy.extras import needed
-from mlp_mixer.deploy.metadata import description_of, from_text, to_text
-from mlp_mixer.deploy.onnx_graph import LARGEST, check_size
-from mlp_mixer.deploy.runner import ExportedModel
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "format": ("m.onnx", {"format": "tflite"}, "unknown format 'tflite'"),
@@ -61,8 +61,8 @@ def test_requests_that_are_refused(name: str, tmp_path: Path):
         (tmp_path / each).write_bytes(b"theirs")
     before = {each: each.stat().st_mtime_ns for each in tmp_path.iterdir()}
     output, settings, message = REFUSED[name]
-    with pytest.raises(mm.UserError, match=message):
-        mm.export(tiny_model(), tmp_path / output, **settings)
+    with pytest.raises(am.UserError, match=message):
+        am.export(tiny_model(), tmp_path / output, **settings)
     assert {each: each.stat().st_mtime_ns for each in tmp_path.iterdir()} == before
 
 
@@ -80,16 +80,16 @@ def test_the_command_refuses_before_it_reads_weights(
 
 
 def test_a_model_in_memory_has_its_size(tmp_path: Path):
-    with pytest.raises(mm.UserError, match="image_size=16 has no effect"):
-        mm.export(tiny_model(), tmp_path / "m.pt2", image_size=16)
+    with pytest.raises(am.UserError, match="image_size=16 has no effect"):
+        am.export(tiny_model(), tmp_path / "m.pt2", image_size=16)
 
 
 def test_an_absent_package_is_one_line(monkeypatch: pytest.MonkeyPatch):
     for module, extra in (("onnxruntime", "export"), ("openvino", "openvino")):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(mm.UserError, match=f"needs {module}") as error:
+        with pytest.raises(am.UserError, match=f"needs {module}") as error:
             needed(module)
-        assert error.value.fix == f"pip install 'mlp_mixer[{extra}]'"
+        assert error.value.fix == f"pip install 'allmlp[{extra}]'"
 
 
 def test_the_formats_by_their_endings():
@@ -100,7 +100,7 @@ def test_the_formats_by_their_endings():
 
 def test_weights_that_fit_into_no_file():
     check_size(LARGEST - 1)
-    with pytest.raises(mm.UserError, match=r"3\.00 GiB, and an ONNX file holds at most 2"):
+    with pytest.raises(am.UserError, match=r"3\.00 GiB, and an ONNX file holds at most 2"):
         check_size(3 * 2**30)
 
 
@@ -114,7 +114,7 @@ def test_a_description_comes_back():
 
 
 def changed(text: dict[str, str], **changes: object) -> dict[str, str]:
-    return {**text, "mlp_mixer": json.dumps({**json.loads(text["mlp_mixer"]), **changes})}
+    return {**text, "allmlp": json.dumps({**json.loads(text["allmlp"]), **changes})}
 
 
 def test_descriptions_that_are_damaged():
@@ -124,15 +124,15 @@ def test_descriptions_that_are_damaged():
     path = Path("m.onnx")
     for wrong, message in (
         ({}, "does not say what its classes"),
-        (changed(text, version=99), "newer mlp_mixer"),
+        (changed(text, version=99), "newer allmlp"),
         (changed(text, version="x"), "damaged"),
         (changed(text, architecture={"family": "gpt"}), "unknown model family"),
-        ({**text, "mlp_mixer": "["}, "damaged"),
+        ({**text, "allmlp": "["}, "damaged"),
         ({**text, "class_names": '["a"]'}, "class names are not those"),
         ({**text, "class_names": "[1, 2]"}, "class names are not those"),
         ({**text, "preprocessing": '{"image_size": [16, 16]}'}, "another image size"),
     ):
-        with pytest.raises(mm.UserError, match=message) as error:
+        with pytest.raises(am.UserError, match=message) as error:
             from_text(wrong, path)
         assert error.value.where == "m.onnx"
 
@@ -143,23 +143,23 @@ def test_files_that_are_not_opened(tmp_path: Path):
         ("m.tflite", "not an exported file"),
         ("m.onnx", "no such file"),
     ):
-        with pytest.raises(mm.UserError, match=message):
-            mm.open_exported(tmp_path / name)
+        with pytest.raises(am.UserError, match=message):
+            am.open_exported(tmp_path / name)
     (tmp_path / "m.xml").write_bytes(b"<net/>")
-    with pytest.raises(mm.UserError, match=r"lie in a \.bin"):
-        mm.open_exported(tmp_path / "m.xml")
-    with pytest.raises(mm.UserError, match="does not read OpenVINO"):
-        mm.open_exported(tmp_path / "m.xml", runtime="onnxruntime")
-    with pytest.raises(mm.UserError, match="unknown runtime"):
-        mm.open_exported(tmp_path / "m.xml", runtime="tensorrt")
+    with pytest.raises(am.UserError, match=r"lie in a \.bin"):
+        am.open_exported(tmp_path / "m.xml")
+    with pytest.raises(am.UserError, match="does not read OpenVINO"):
+        am.open_exported(tmp_path / "m.xml", runtime="onnxruntime")
+    with pytest.raises(am.UserError, match="unknown runtime"):
+        am.open_exported(tmp_path / "m.xml", runtime="tensorrt")
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>no</html>", b"\x08\x0a" + 200 * b"\x00"])
 def test_damaged_onnx_files(content: bytes, tmp_path: Path):
-    pytest.importorskip("onnxruntime", reason="pip install 'mlp_mixer[export]'")
+    pytest.importorskip("onnxruntime", reason="pip install 'allmlp[export]'")
     (tmp_path / "m.onnx").write_bytes(content)
-    with pytest.raises(mm.UserError, match="cannot read the file|does not say"):
-        mm.open_exported(tmp_path / "m.onnx")
+    with pytest.raises(am.UserError, match="cannot read the file|does not say"):
+        am.open_exported(tmp_path / "m.onnx")
 
 
 def test_the_criteria():

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import allmlp as am
 import fake_timm
-import mlp_mixer as mm
+from allmlp import environment
+from allmlp.data.sources import open_source
+from allmlp.deploy.metadata import description_of
+from allmlp.deploy.runner import ExportedModel
+from allmlp.models.device import put
 from conftest import mixer, tiny_model
-from mlp_mixer import environment
-from mlp_mixer.data.sources import open_source
-from mlp_mixer.deploy.metadata import description_of
-from mlp_mixer.deploy.runner import ExportedModel
-from mlp_mixer.models.device import put
 
-WHY = "pip install 'mlp_mixer[export]'"
+WHY = "pip install 'allmlp[export]'"
 
 
 @pytest.fixture
@@ -48,16 +48,16 @@ def test_another_device_is_refused_by_both_verbs(capsys, tmp_path, verb, device)
 
 def test_another_device_is_refused_from_python(exported: ExportedModel, monkeypatch):
     data = open_source("digits:test[:20]")
-    with pytest.raises(mm.UserError, match="device 'cuda': an exported file runs on"):
-        mm.evaluate(exported, data, device="cuda", allow_missing_classes=True)
+    with pytest.raises(am.UserError, match="device 'cuda': an exported file runs on"):
+        am.evaluate(exported, data, device="cuda", allow_missing_classes=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    found = mm.evaluate(
+    found = am.evaluate(
         exported, data, device="auto", allow_missing_classes=True, num_workers=0
     )  # where there is a GPU too
     assert len(found.labels) == 20
     assert put(exported, None) is exported
-    with pytest.raises(mm.UserError, match="unknown device 'mps'"):
+    with pytest.raises(am.UserError, match="unknown device 'mps'"):
         put(tiny_model(), "mps")
 
 
@@ -65,44 +65,44 @@ def test_another_device_is_refused_from_python(exported: ExportedModel, monkeypa
 def test_weights_are_not_loaded_from_exported_files(tmp_path: Path, name: str):
     (tmp_path / name).write_bytes(b"")
     for source in (tmp_path / name, str(tmp_path / name), tmp_path / "nowhere" / name):
-        with pytest.raises(mm.UserError, match="an exported file has no weights") as error:
-            mm.load_model(source)
-        says_how = "mm.open_exported(FILE), `mixer predict FILE`" in str(error.value.fix)
+        with pytest.raises(am.UserError, match="an exported file has no weights") as error:
+            am.load_model(source)
+        says_how = "am.open_exported(FILE), `mixer predict FILE`" in str(error.value.fix)
         assert says_how == (name != "m.pt2")
-    with pytest.raises(mm.UserError, match=r"evaluate takes a model[\s\S]*mm\.open_exported"):
-        mm.evaluate(str(tmp_path / name), "digits:test")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(mm.UserError, match="no weights"):
-        mm.export(tmp_path / name, tmp_path / "new.pt2")
+    with pytest.raises(am.UserError, match=r"evaluate takes a model[\s\S]*am\.open_exported"):
+        am.evaluate(str(tmp_path / name), "digits:test")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(am.UserError, match="no weights"):
+        am.export(tmp_path / name, tmp_path / "new.pt2")
     run = tmp_path / "folder" / name
-    mm.save_model(tiny_model(), run.parent)
+    am.save_model(tiny_model(), run.parent)
     run.parent.rename(tmp_path / f"run.{name}")
-    assert mm.load_model(tmp_path / f"run.{name}").config.num_classes == 7  # a folder is a run
+    assert am.load_model(tmp_path / f"run.{name}").config.num_classes == 7  # a folder is a run
 
 
 def test_what_needs_weights_or_features_is_refused(exported: ExportedModel, tmp_path: Path):
     for use, message in (
-        (lambda: mm.save_model(exported, tmp_path / "x.safetensors"), "logits, not weights"),
-        (lambda: mm.few_shot(exported, "digits", shots=(1,)), "logits, not features"),
-        (lambda: mm.predict(exported, "digits:test", features=True), "classes, not features"),
-        (lambda: mm.export(exported, tmp_path / "new.pt2"), "logits, not weights|already"),
-        (lambda: mm.inspect(exported), "no weights to work on"),
-        (lambda: mm.inspect(tiny_model(), compare=exported), "no weights to work on"),
-        (lambda: mm.throughput({"file": exported}), "no weights to work on"),
+        (lambda: am.save_model(exported, tmp_path / "x.safetensors"), "logits, not weights"),
+        (lambda: am.few_shot(exported, "digits", shots=(1,)), "logits, not features"),
+        (lambda: am.predict(exported, "digits:test", features=True), "classes, not features"),
+        (lambda: am.export(exported, tmp_path / "new.pt2"), "logits, not weights|already"),
+        (lambda: am.inspect(exported), "no weights to work on"),
+        (lambda: am.inspect(tiny_model(), compare=exported), "no weights to work on"),
+        (lambda: am.throughput({"file": exported}), "no weights to work on"),
     ):
-        with pytest.raises(mm.UserError, match=message):
+        with pytest.raises(am.UserError, match=message):
             use()
     assert [each.name for each in tmp_path.iterdir()] == ["x.onnx"]
 
 
 def test_what_ran_is_named(exported: ExportedModel, tmp_path: Path):
     data = open_source("digits:test[:20]")
-    found = mm.evaluate(exported, data, allow_missing_classes=True, num_workers=0)
+    found = am.evaluate(exported, data, allow_missing_classes=True, num_workers=0)
     found.save(tmp_path / "report", exported)
     values = json.loads((tmp_path / "report" / "evaluation.json").read_text())
     assert values["model"]["runtime"] == "none 1.0"
     model = tiny_model(10)
     model.class_names = exported.class_names
-    mm.evaluate(model, data, allow_missing_classes=True, num_workers=0).save(tmp_path, model)
+    am.evaluate(model, data, allow_missing_classes=True, num_workers=0).save(tmp_path, model)
     assert "runtime" not in json.loads((tmp_path / "evaluation.json").read_text())["model"]
 
 
@@ -130,10 +130,10 @@ def test_predict_takes_the_name_of_a_file(tmp_path: Path, suffix: str):
     model = tiny_model(10)
     model.class_names = [str(digit) for digit in range(10)]
     path = tmp_path / f"m{suffix}"
-    assert mm.export(model, path).passed
-    exact = mm.predict(model, "digits:test[:5]", num_workers=0)
+    assert am.export(model, path).passed
+    exact = am.predict(model, "digits:test[:5]", num_workers=0)
     for name in (str(path), path):
-        found = mm.predict(name, "digits:test[:5]", num_workers=0)
+        found = am.predict(name, "digits:test[:5]", num_workers=0)
         for a, b in zip(exact, found, strict=True):
             assert a.path == b.path
             assert [k for k, _ in a.classes] == [k for k, _ in b.classes]
@@ -143,8 +143,8 @@ def test_predict_takes_the_name_of_a_file(tmp_path: Path, suffix: str):
 def test_predict_refuses_a_program(tmp_path: Path):
     (tmp_path / "m.pt2").write_bytes(b"")
     for name in (str(tmp_path / "m.pt2"), tmp_path / "m.pt2"):
-        with pytest.raises(mm.UserError, match="a torch-export file is a program"):
-            mm.predict(name, "digits:test")
+        with pytest.raises(am.UserError, match="a torch-export file is a program"):
+            am.predict(name, "digits:test")
 
 
 @pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
@@ -156,26 +156,26 @@ def test_a_model_of_timm_becomes_a_file(tmp_path: Path, monkeypatch, suffix: str
     path = tmp_path / f"m{suffix}"
     with monkeypatch.context() as patch:
         fake_timm.install(patch)
-        model = mm.create_model("timm:fake_cnn", num_classes=5).eval()
+        model = am.create_model("timm:fake_cnn", num_classes=5).eval()
         torch.nn.init.normal_(model.head.weight)
-        assert mm.export(model, path).passed
+        assert am.export(model, path).passed
         with torch.no_grad():
             exact = model(images)
     if suffix == ".pt2":
         found = torch.export.load(path).module()(images)
     else:  # without timm
-        found = mm.open_exported(path)(images)
+        found = am.open_exported(path)(images)
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_evaluate_refuses_a_precision_for_an_exported_file(exported) -> None:
-    with pytest.raises(mm.UserError, match="an exported file has its own"):
-        mm.evaluate(exported, "digits:test", precision="bfloat16")
+    with pytest.raises(am.UserError, match="an exported file has its own"):
+        am.evaluate(exported, "digits:test", precision="bfloat16")
 
 
 def test_a_file_without_class_names_has_logits_all_the_same(exported: ExportedModel):
     exported.class_names = None
-    with pytest.raises(mm.UserError, match="carries no class names"):
-        mm.evaluate(exported, "digits:test[:5]", num_workers=0)
-    (found,) = mm.predict(exported, "digits:test[:1]", top_k=10, num_workers=0)
+    with pytest.raises(am.UserError, match="carries no class names"):
+        am.evaluate(exported, "digits:test[:5]", num_workers=0)
+    (found,) = am.predict(exported, "digits:test[:1]", top_k=10, num_workers=0)
     assert sorted(name for name, _ in found.classes) == list("0123456789")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-import mlp_mixer as mm
+import allmlp as am
 from conftest import draw, make_class_folder, tiny_model
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
 
 @pytest.fixture
-def model() -> mm.ImageClassifier:
+def model() -> am.ImageClassifier:
     model = tiny_model(num_classes=7)
     model.class_names = NAMES
     return model
@@ -32,7 +32,7 @@ def album(tmp_path: Path) -> Path:
 
 
 def test_a_folder_to_any_depth_in_order(model, album):
-    found = mm.predict(model, album, num_workers=0, batch_size=2, device="cpu")
+    found = am.predict(model, album, num_workers=0, batch_size=2, device="cpu")
     names = [Path(each.path).name for each in found]
     assert names == ["grey.JPG", "0.png", "00_bad.png", "1.png", "0.png"]
     assert [each.error for each in found] == [None, None, "the file is not an image", None, None]
@@ -46,8 +46,8 @@ def test_a_folder_to_any_depth_in_order(model, album):
 
 
 def test_the_same_answer_alone_and_among_others(model, album):
-    among = mm.predict(model, album, top_k=7, num_workers=0)[3]
-    alone = mm.predict(model, among.path, top_k=7, num_workers=0)[0]
+    among = am.predict(model, album, top_k=7, num_workers=0)[3]
+    alone = am.predict(model, among.path, top_k=7, num_workers=0)[0]
     assert [name for name, _ in alone.classes] == [name for name, _ in among.classes]
     for (_, a), (_, b) in zip(alone.classes, among.classes, strict=True):
         assert a == pytest.approx(b, abs=1e-6)
@@ -56,13 +56,13 @@ def test_the_same_answer_alone_and_among_others(model, album):
 
 def test_files_folders_and_patterns_together(model, album):
     inputs = [album / "grey.JPG", str(album / "x" / "[01].png"), album / "y"]
-    found = mm.predict(model, inputs, top_k=1, num_workers=0)
+    found = am.predict(model, inputs, top_k=1, num_workers=0)
     assert [Path(each.path).name for each in found] == ["grey.JPG", "0.png", "1.png", "0.png"]
     assert all(len(each.classes) == 1 for each in found)
 
 
-def test_the_digits_by_name(trained: mm.TrainResult):
-    found = mm.predict(trained.run_folder, "digits:test", top_k=20)
+def test_the_digits_by_name(trained: am.TrainResult):
+    found = am.predict(trained.run_folder, "digits:test", top_k=20)
     assert len(found) == 359
     assert len(found[0].classes) == 10  # at most as many as there are
     right = sum(
@@ -73,7 +73,7 @@ def test_the_digits_by_name(trained: mm.TrainResult):
 
 
 def test_csv(model, album, tmp_path):
-    found = mm.predict(model, album, top_k=2, output=tmp_path / "out.csv", num_workers=0)
+    found = am.predict(model, album, top_k=2, output=tmp_path / "out.csv", num_workers=0)
     with (tmp_path / "out.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [
@@ -93,7 +93,7 @@ def test_csv(model, album, tmp_path):
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_json(model, album, tmp_path, suffix):
     path = tmp_path / f"out{suffix}"
-    found = mm.predict(model, album, top_k=2, output=path, num_workers=0)
+    found = am.predict(model, album, top_k=2, output=path, num_workers=0)
     text = path.read_text()
     rows = json.loads(text) if suffix == ".json" else [json.loads(x) for x in text.splitlines()]
     assert [row["path"] for row in rows] == [each.path for each in found]
@@ -104,7 +104,7 @@ def test_json(model, album, tmp_path, suffix):
 
 
 def test_nothing_but_bad_files(model, album):
-    found = mm.predict(model, album / "x" / "00_bad.png", num_workers=0)
+    found = am.predict(model, album / "x" / "00_bad.png", num_workers=0)
     assert [each.error for each in found] == ["the file is not an image"]
 
 
@@ -123,13 +123,13 @@ def test_nothing_but_bad_files(model, album):
 def test_mistakes(model, album, tmp_path, inputs, options, message):
     (tmp_path / "empty").mkdir()
     places = {"EMPTY": tmp_path / "empty", "GREY": album / "grey.JPG"}
-    with pytest.raises(mm.UserError, match=message):
-        mm.predict(model, [places.get(each, each) for each in inputs], num_workers=0, **options)
+    with pytest.raises(am.UserError, match=message):
+        am.predict(model, [places.get(each, each) for each in inputs], num_workers=0, **options)
 
 
 def test_a_model_without_class_names_has_numbers(model, album):
-    named = mm.predict(model, album, num_workers=0)
-    found = mm.predict(tiny_model(), album, num_workers=0)
+    named = am.predict(model, album, num_workers=0)
+    found = am.predict(tiny_model(), album, num_workers=0)
     for ours, theirs in zip(found, named, strict=True):
         numbers = [(str(NAMES.index(name)), share) for name, share in theirs.classes]
         assert ours.classes == numbers
@@ -137,13 +137,13 @@ def test_a_model_without_class_names_has_numbers(model, album):
 
 def test_an_output_that_cannot_be_written(model, album, tmp_path, monkeypatch):
     (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(mm.UserError, match="the output is a folder"):
-        mm.predict(model, album, output=tmp_path / "folder.csv", num_workers=0)
+    with pytest.raises(am.UserError, match="the output is a folder"):
+        am.predict(model, album, output=tmp_path / "folder.csv", num_workers=0)
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mlp_mixer.disk.os.fsync", full)
-    with pytest.raises(mm.UserError, match="cannot write the predictions: No space left"):
-        mm.predict(model, album, output=tmp_path / "out.csv", num_workers=0)
+    monkeypatch.setattr("allmlp.disk.os.fsync", full)
+    with pytest.raises(am.UserError, match="cannot write the predictions: No space left"):
+        am.predict(model, album, output=tmp_path / "out.csv", num_workers=0)
     assert not list(tmp_path.glob("*out.csv*"))

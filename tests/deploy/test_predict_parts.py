@@ -12,29 +12,29 @@ from typing import Any
 import numpy as np
 import pytest
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.data.items import EncodedImages, PackedBytes, Source, subset
+from allmlp.deploy.answers import make_question
+from allmlp.deploy.inputs import find_images
+from allmlp.deploy.parts import predict_parts
+from allmlp.deploy.plan import Plan, check_folder, choose_part_size, is_folder
+from allmlp.deploy.predict import predict_to_file
+from allmlp.disk import partial_of
+from allmlp.preprocessing import Preprocessing
 from conftest import NO_PROCESS, draw, encode, make_class_folder, tiny_model
-from mlp_mixer.data.items import EncodedImages, PackedBytes, Source, subset
-from mlp_mixer.deploy.answers import make_question
-from mlp_mixer.deploy.inputs import find_images
-from mlp_mixer.deploy.parts import predict_parts
-from mlp_mixer.deploy.plan import Plan, check_folder, choose_part_size, is_folder
-from mlp_mixer.deploy.predict import predict_to_file
-from mlp_mixer.disk import partial_of
-from mlp_mixer.preprocessing import Preprocessing
 from runs import kill_what_is_left, start, start_two, unix
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
 
-def named(**changes: Any) -> mm.ImageClassifier:
+def named(**changes: Any) -> am.ImageClassifier:
     model = tiny_model(num_classes=7, **changes)
     model.class_names = NAMES
     return model
 
 
 @pytest.fixture
-def model() -> mm.ImageClassifier:
+def model() -> am.ImageClassifier:
     return named()
 
 
@@ -46,7 +46,7 @@ def album(tmp_path: Path) -> Path:
     return folder
 
 
-def parts(model: mm.ImageClassifier, source: Source | Path, folder: Path, **options: Any) -> Plan:
+def parts(model: am.ImageClassifier, source: Source | Path, folder: Path, **options: Any) -> Plan:
     found = find_images([source]) if isinstance(source, Path) else source
     values: dict[str, Any] = {"part_size": 8, "batch_size": 4, "num_workers": 0, **options}
     question = values.pop("question", None) or make_question(model, top_k=2)
@@ -67,7 +67,7 @@ def test_parts_hold_the_rows_of_one_file(model, album, tmp_path):
     bad = found.pop("bad-00000-of-00003.csv").decode().splitlines()
     assert bad == ["index,path,error", f"7,{album}/x/6_bad.png,the file is not an image"]
     assert sorted(found) == [f"part-0000{n}-of-00003.csv" for n in range(3)]
-    one = mm.predict(model, album, top_k=2, num_workers=0, batch_size=4, output=tmp_path / "o.csv")
+    one = am.predict(model, album, top_k=2, num_workers=0, batch_size=4, output=tmp_path / "o.csv")
     lines = (tmp_path / "o.csv").read_bytes().splitlines()
     by_part = [found[name].splitlines() for name in sorted(found)]
     assert all(part[0] == lines[0] for part in by_part)
@@ -173,7 +173,7 @@ def test_another_job_is_refused(model, album, tmp_path, change, message):
     parts(model, album, tmp_path / "out")
     before = contents(tmp_path / "out")
     values = {"model": model, **change(model, album)}
-    with pytest.raises(mm.UserError, match=message):
+    with pytest.raises(am.UserError, match=message):
         parts(values.pop("model"), album, tmp_path / "out", **values)
     assert contents(tmp_path / "out") == before
 
@@ -183,10 +183,10 @@ def test_another_job_is_refused(model, album, tmp_path, change, message):
     [
         ("{", "the manifest is damaged"),
         ("[]", "holds something else"),
-        ('{"format": "mlp_mixer predictions", "version": 9}', "another mlp_mixer .version 9"),
-        ('{"format": "mlp_mixer predictions", "version": 1}', "the manifest is damaged: no part"),
+        ('{"format": "allmlp predictions", "version": 9}', "another allmlp .version 9"),
+        ('{"format": "allmlp predictions", "version": 1}', "the manifest is damaged: no part"),
         (
-            '{"format": "mlp_mixer predictions", "version": 1, "table": {"part_size": 8}}',
+            '{"format": "allmlp predictions", "version": 1, "table": {"part_size": 8}}',
             "another job",
         ),
     ],
@@ -194,7 +194,7 @@ def test_another_job_is_refused(model, album, tmp_path, change, message):
 def test_a_manifest_that_is_none(model, album, tmp_path, text, message):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/manifest.json").write_text(text)
-    with pytest.raises(mm.UserError, match=message):
+    with pytest.raises(am.UserError, match=message):
         parts(model, album, tmp_path / "out")
     assert contents(tmp_path / "out") == {}
 
@@ -220,10 +220,10 @@ def test_folders_that_cannot_be(tmp_path, monkeypatch):
         (tmp_path / "new", {"part_size": 0}, "part_size must be at least 1, got 0"),
     )
     for folder, options, message in cases:
-        with pytest.raises(mm.UserError, match=message):
+        with pytest.raises(am.UserError, match=message):
             check_folder(folder, **options)
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(mm.UserError, match="cannot be written to"):
+    with pytest.raises(am.UserError, match="cannot be written to"):
         check_folder(tmp_path / "new" / "deep")
     assert not (tmp_path / "new").exists()
 
@@ -244,8 +244,8 @@ def test_a_full_disk_leaves_nothing_half_written(model, album, tmp_path, monkeyp
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlp_mixer.disk.os.fsync", full)
-        with pytest.raises(mm.UserError, match="cannot write the predictions: No space left"):
+        patch.setattr("allmlp.disk.os.fsync", full)
+        with pytest.raises(am.UserError, match="cannot write the predictions: No space left"):
             parts(model, album, tmp_path / "out")
     assert sorted(contents(tmp_path / "out")) == ["bad-00000-of-00003.csv"]
     parts(model, album, tmp_path / "out")
@@ -271,10 +271,12 @@ def repeated(times: int) -> Source:
     return subset(few, np.arange(times) % 4, "repeated")
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".parquet", ""])
+@pytest.mark.parametrize(
+    "suffix", [".csv", *(pytest.param(each, marks=pytest.mark.slow) for each in (".parquet", ""))]
+)
 def test_memory_does_not_grow_with_the_images(model, tmp_path, suffix, monkeypatch):
     pytest.importorskip("pyarrow")
-    monkeypatch.setattr("mlp_mixer.deploy.tables._ROW_GROUP", 200)
+    monkeypatch.setattr("allmlp.deploy.tables._ROW_GROUP", 200)
     question = make_question(model, top_k=5)
 
     def peak(images: int) -> int:
@@ -303,12 +305,12 @@ def no_leftovers() -> Iterator[None]:
 
 @pytest.fixture
 def saved(model, tmp_path) -> Path:
-    return mm.save_model(model, tmp_path / "model")
+    return am.save_model(model, tmp_path / "model")
 
 
 # Ends, or waits, before the batch of a number; `rows` is where the batches come from.
 KILLED = """
-from mlp_mixer.deploy import parts
+from allmlp.deploy import parts
 predict_rows = parts.predict_rows
 def rows(*arguments, **options):
     for number, batch in enumerate(predict_rows(*arguments, **options)):
@@ -363,9 +365,9 @@ def test_one_of_two_fails_and_both_go_on_later(no_leftovers, saved, album, tmp_p
     typed += ["--output", tmp_path / "out"]
     fault = """
 if os.environ["RANK"] == "1":
-    from mlp_mixer.deploy import parts
+    from allmlp.deploy import parts
     def full(*_, **__):
-        raise mm.UserError("cannot write the predictions: No space left on device")
+        raise am.UserError("cannot write the predictions: No space left on device")
     patch.setattr(parts, "write_rows", full)
 """
     first, second = start_two(typed, tmp_path / "said", fault)

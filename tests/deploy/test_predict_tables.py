@@ -13,23 +13,23 @@ import numpy as np
 import pytest
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.data.image import decode
+from allmlp.data.transforms import normalize, resize_for_evaluation
+from allmlp.deploy.answers import identity
+from allmlp.deploy.inputs import find_images
+from allmlp.deploy.metadata import description_of
+from allmlp.deploy.predict import render
+from allmlp.deploy.rows import NOT_FINITE, Prediction
+from allmlp.deploy.runner import ExportedModel
+from allmlp.preprocessing import Preprocessing
 from conftest import draw, make_class_folder, tiny_model
-from mlp_mixer.data.image import decode
-from mlp_mixer.data.transforms import normalize, resize_for_evaluation
-from mlp_mixer.deploy.answers import identity
-from mlp_mixer.deploy.inputs import find_images
-from mlp_mixer.deploy.metadata import description_of
-from mlp_mixer.deploy.predict import render
-from mlp_mixer.deploy.rows import NOT_FINITE, Prediction
-from mlp_mixer.deploy.runner import ExportedModel
-from mlp_mixer.preprocessing import Preprocessing
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
 
 @pytest.fixture
-def model() -> mm.ImageClassifier:
+def model() -> am.ImageClassifier:
     model = tiny_model(num_classes=7)
     model.class_names = NAMES
     return model
@@ -56,7 +56,7 @@ def inputs_of(album: Path) -> torch.Tensor:
 @torch.inference_mode()
 def test_probabilities_are_the_models(model, album):
     expected = model(inputs_of(album)).softmax(dim=1).numpy()
-    found = mm.predict(model, album, top_k=7, num_workers=0, batch_size=3)
+    found = am.predict(model, album, top_k=7, num_workers=0, batch_size=3)
     good = [each for each in found if each.error is None]
     assert len(good) == 4
     for row, each in zip(expected, good, strict=True):
@@ -71,7 +71,7 @@ def test_features_are_the_models(model, album):
     model.class_names = None
     expected = model.features(inputs_of(album)).numpy()
     model.train()
-    found = mm.predict(model, album, features=True, num_workers=0, batch_size=3)
+    found = am.predict(model, album, features=True, num_workers=0, batch_size=3)
     assert model.training
     assert [each.error is None for each in found] == [True, True, False, True, True]
     values = [each.features for each in found if each.features is not None]
@@ -84,7 +84,7 @@ def test_written_features_are_exact(model, album, tmp_path, suffix):
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
     path = tmp_path / f"out{suffix}"
-    found = mm.predict(model, album, features=True, output=path, num_workers=0, batch_size=2)
+    found = am.predict(model, album, features=True, output=path, num_workers=0, batch_size=2)
     rows = read(path)
     assert [row["path"] for row in rows] == [each.path for each in found]
     for row, each in zip(rows, found, strict=True):
@@ -113,9 +113,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def test_parquet(model, album, tmp_path, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr("mlp_mixer.deploy.tables._ROW_GROUP", 9)  # three rows of two classes
+    monkeypatch.setattr("allmlp.deploy.tables._ROW_GROUP", 9)  # three rows of two classes
     path = tmp_path / "out.parquet"
-    found = mm.predict(model, album, top_k=2, output=path, num_workers=0, batch_size=1)
+    found = am.predict(model, album, top_k=2, output=path, num_workers=0, batch_size=1)
     file = parquet.ParquetFile(path)
     assert file.num_row_groups == 2
     kinds = {field.name: str(field.type) for field in file.schema_arrow}
@@ -146,7 +146,7 @@ def test_names_that_are_no_text(model, tmp_path):
     except OSError:
         pytest.skip("this disk takes names in UTF-8 only")
     for suffix in (".csv", ".jsonl", ".parquet"):
-        mm.predict(model, tmp_path / name, output=tmp_path / f"out{suffix}", num_workers=0)
+        am.predict(model, tmp_path / name, output=tmp_path / f"out{suffix}", num_workers=0)
     assert b"/caf\xe9.png," in (tmp_path / "out.csv").read_bytes()
     assert json.loads((tmp_path / "out.jsonl").read_text())["path"] == str(tmp_path / name)
     stored = parquet.read_table(tmp_path / "out.parquet")["path"][0].as_py()
@@ -155,8 +155,8 @@ def test_names_that_are_no_text(model, tmp_path):
 
 def test_parquet_needs_a_package(model, album, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
-    with pytest.raises(mm.UserError, match=r"needs pyarrow\nto fix: pip install"):
-        mm.predict(model, album, output=tmp_path / "out.parquet")
+    with pytest.raises(am.UserError, match=r"needs pyarrow\nto fix: pip install"):
+        am.predict(model, album, output=tmp_path / "out.parquet")
 
 
 def test_an_empty_json_list():
@@ -170,7 +170,7 @@ def test_an_empty_json_list():
 def test_numbers_that_are_none_are_rows_with_an_error(model, album):
     """The bias of one class: every image's logits have a NaN, and still every image has a row."""
     model.head.bias.data[3] = float("nan")
-    found = mm.predict(model, album, num_workers=0)
+    found = am.predict(model, album, num_workers=0)
     assert [each.error for each in found].count(NOT_FINITE) == 4
     assert all(each.classes == [] for each in found)
 
@@ -180,16 +180,16 @@ def test_equal_probabilities_keep_the_order_of_the_classes(album):
     model.class_names = [f"{n:02}" for n in range(40)]
     model.head.weight.data[:] = model.head.weight.data[0]
     model.head.bias.data.zero_()
-    (found, *_) = mm.predict(model, album, top_k=9, num_workers=0)
+    (found, *_) = am.predict(model, album, top_k=9, num_workers=0)
     assert [name for name, _ in found.classes] == model.class_names[:9]
 
 
 def test_precision(model, album):
     exact, half, chosen = (
-        mm.predict(model, album, top_k=7, precision=each, num_workers=0)
+        am.predict(model, album, top_k=7, precision=each, num_workers=0)
         for each in ("float32", "bfloat16", "auto")
     )
-    assert exact == mm.predict(model, album, top_k=7, num_workers=0)
+    assert exact == am.predict(model, album, top_k=7, num_workers=0)
     assert chosen == exact  # a small model gains nothing from bfloat16
     assert half != exact
     for a, b in zip(exact, half, strict=True):
@@ -209,20 +209,20 @@ def test_precision(model, album):
     ],
 )
 def test_mistakes_of_a_question(model, album, tmp_path, options, message):
-    with pytest.raises(mm.UserError, match=message):
-        mm.predict(model, album, output=tmp_path / "out.csv", **options)
+    with pytest.raises(am.UserError, match=message):
+        am.predict(model, album, output=tmp_path / "out.csv", **options)
     assert not list(tmp_path.glob("*out*"))
 
 
 def test_a_model_without_features(album):
-    class Bare(mm.ImageClassifier):
+    class Bare(am.ImageClassifier):
         pass
 
     bare = Bare()
     bare.config = tiny_model().config
     bare.weight = torch.nn.Parameter(torch.zeros(1))
-    with pytest.raises(mm.UserError, match="Bare defines no features"):
-        mm.predict(bare, album, features=True)
+    with pytest.raises(am.UserError, match="Bare defines no features"):
+        am.predict(bare, album, features=True)
 
 
 def test_a_list_stands_for_a_dash(tmp_path):
@@ -234,11 +234,11 @@ def test_a_list_stands_for_a_dash(tmp_path):
         (["-", "-"], "more than once"),
         ([tmp_path / "a.png", "digits:test"], "'digits:test' is a source of data, which stands"),
     ):
-        with pytest.raises(mm.UserError, match=message):
+        with pytest.raises(am.UserError, match=message):
             find_images(inputs, listed)
 
 
-def exported(model: mm.ImageClassifier, path: Path) -> ExportedModel:
+def exported(model: am.ImageClassifier, path: Path) -> ExportedModel:
     """An exported file whose runtime is the model itself."""
 
     def run(images: np.ndarray) -> np.ndarray:
@@ -252,7 +252,7 @@ def exported(model: mm.ImageClassifier, path: Path) -> ExportedModel:
 
 def test_an_exported_file_answers_as_its_model(model, album, tmp_path):
     file = exported(model, tmp_path / "x.onnx")
-    ours, its = (mm.predict(each, album, top_k=7, num_workers=0) for each in (model, file))
+    ours, its = (am.predict(each, album, top_k=7, num_workers=0) for each in (model, file))
     for a, b in zip(ours, its, strict=True):
         assert (a.path, a.error) == (b.path, b.error)
         assert [name for name, _ in a.classes] == [name for name, _ in b.classes]
@@ -280,5 +280,5 @@ def test_an_exported_file_is_known_by_its_bytes(model, tmp_path):
     ],
 )
 def test_what_an_exported_file_cannot_do(model, album, tmp_path, options, message):
-    with pytest.raises(mm.UserError, match=message):
-        mm.predict(exported(model, tmp_path / "x.onnx"), album, **options)
+    with pytest.raises(am.UserError, match=message):
+        am.predict(exported(model, tmp_path / "x.onnx"), album, **options)

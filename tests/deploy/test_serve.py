@@ -15,15 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.deploy.service import Limits, Service
+from allmlp.inspection.attribution import occlusion, read_image
 from conftest import TINY, draw, encode, tiny_model
-from mlp_mixer.deploy.service import Limits, Service
-from mlp_mixer.inspection.attribution import occlusion, read_image
 
 starlette_client = pytest.importorskip("starlette.testclient", reason="the extra serve is absent")
 pytest.importorskip("python_multipart", reason="the extra serve is absent")
 pytest.importorskip("uvicorn", reason="the extra serve is absent")
-from mlp_mixer.deploy.web import make_app  # noqa: E402
+from allmlp.deploy.web import make_app  # noqa: E402
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 HOSTS = frozenset({"127.0.0.1", "localhost"})
@@ -75,7 +75,7 @@ SCOPE = {
 def test_classes_are_those_of_predict(client, service, tmp_path):
     for seed in (1, 2):
         draw(seed).save(tmp_path / f"{seed}.png")
-    expected = mm.predict(service.model, tmp_path, num_workers=0)
+    expected = am.predict(service.model, tmp_path, num_workers=0)
     answer = client.post("/predict", files=form(encode(draw(1)), encode(draw(2))))
     assert answer.status_code == 200
     assert [each["name"] for each in answer.json()] == ["0.png", "1.png"]
@@ -313,7 +313,7 @@ def test_a_request_whose_client_has_gone_is_given_up(service, monkeypatch):
 
 
 def test_a_client_that_never_ends_its_request(service, monkeypatch):
-    monkeypatch.setattr("mlp_mixer.deploy.uploads._SECONDS_TO_SEND", 0.05)
+    monkeypatch.setattr("allmlp.deploy.uploads._SECONDS_TO_SEND", 0.05)
     said = []
 
     async def receive() -> dict[str, object]:
@@ -352,10 +352,10 @@ def test_an_exported_file_has_a_map_and_no_units(tmp_path):
     pytest.importorskip("onnxruntime", reason="the extra export is absent")
     model = tiny_model(num_classes=7)
     model.class_names = NAMES
-    mm.export(model, tmp_path / "bugs.onnx")
+    am.export(model, tmp_path / "bugs.onnx")
     with connected(Service(model, "x")) as client:
         expected = client.post("/occlusion", files=form(PNG)).json()
-    service = Service(mm.open_exported(tmp_path / "bugs.onnx"), str(tmp_path / "bugs.onnx"))
+    service = Service(am.open_exported(tmp_path / "bugs.onnx"), str(tmp_path / "bugs.onnx"))
     assert service.about()["name"] == "bugs.onnx"
     assert service.about()["runtime"].startswith("onnxruntime ")
     with connected(service) as client:
@@ -371,10 +371,10 @@ def test_an_exported_file_has_a_map_and_no_units(tmp_path):
 
 
 def test_models_without_classes():
-    with pytest.raises(mm.UserError, match="no head"):
+    with pytest.raises(am.UserError, match="no head"):
         Service(tiny_model(num_classes=0), "x")
     with connected(Service(tiny_model(num_classes=3), "x")) as client:
         found = client.post("/predict", files=form(PNG)).json()
     assert {each["name"] for each in found[0]["classes"]} == {"0", "1", "2"}
-    with pytest.raises(mm.UserError, match="all zeros"):
-        Service(mm.create_model("mixer_s16", 8, 3, **TINY), "x")
+    with pytest.raises(am.UserError, match="all zeros"):
+        Service(am.create_model("mixer_s16", 8, 3, **TINY), "x")

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import mlp_mixer as mm
-from mlp_mixer.data.sources import open_source
+import allmlp as am
+from allmlp.data.sources import open_source
 from serving import serving
 
 pytest.importorskip("uvicorn", reason="the extra serve is absent")
@@ -51,7 +51,7 @@ GIVE = """
 
 
 @pytest.fixture(scope="module")
-def url(trained: mm.TrainResult) -> Iterator[str]:
+def url(trained: am.TrainResult) -> Iterator[str]:
     with serving(trained.run_folder) as (address, _):
         yield address
 
@@ -109,7 +109,7 @@ def check_requests(browser: Any, url: str) -> set[str]:
 
 
 def test_an_image_and_what_it_excites(browser, url, digit, trained):
-    (expected,) = mm.predict(trained.run_folder, digit)
+    (expected,) = am.predict(trained.run_folder, digit)
     browser.get(url)
     wait(browser, "document.querySelectorAll('#layer option').length > 1")
     assert "10 classes · 8x8 pixels · float32" in text(browser, "#about")

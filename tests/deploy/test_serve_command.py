@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.deploy import extras
+from allmlp.deploy.serve import address_of, is_local, open_socket
 from conftest import draw, encode, mixer, tiny_model
-from mlp_mixer.deploy import extras
-from mlp_mixer.deploy.serve import address_of, is_local, open_socket
 from serving import serving
 
 pytest.importorskip("starlette", reason="the extra serve is absent")
@@ -29,18 +29,18 @@ def test_a_socket_of_this_machine():
         port = first.getsockname()[1]
         assert is_local(first)
         assert address_of(first, "127.0.0.1") == f"http://127.0.0.1:{port}"
-        with pytest.raises(mm.UserError, match=f"port {port} is taken") as error:
+        with pytest.raises(am.UserError, match=f"port {port} is taken") as error:
             open_socket("127.0.0.1", port)
         assert f"--port {port + 1}" in (error.value.fix or "")
     with open_socket("0.0.0.0", 0) as everywhere:
         assert not is_local(everywhere)
         assert address_of(everywhere, "::").startswith("http://[::]:")
     for port in (-1, 65536, 99999):
-        with pytest.raises(mm.UserError, match=f"no such port: {port}"):
+        with pytest.raises(am.UserError, match=f"no such port: {port}"):
             open_socket("127.0.0.1", port)
-    with pytest.raises(mm.UserError, match="no address of this machine"):
+    with pytest.raises(am.UserError, match="no address of this machine"):
         open_socket("192.0.2.1", 0)
-    with pytest.raises(mm.UserError, match="unknown host"):
+    with pytest.raises(am.UserError, match="unknown host"):
         open_socket("no host", 0)
 
 
@@ -78,7 +78,7 @@ def test_without_the_extra(capsys, monkeypatch):
     code, _, err = mixer(capsys, "serve", "x")
     assert code == 2
     assert "this needs uvicorn, which is not installed" in err
-    assert "pip install 'mlp_mixer[serve]'" in err
+    assert "pip install 'allmlp[serve]'" in err
 
 
 def test_a_taken_port_on_the_command_line(capsys):
@@ -95,7 +95,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_model(num_classes=7)
     model.class_names = NAMES
     path = tmp_path_factory.mktemp("weights") / "bugs.safetensors"
-    mm.save_model(model, path)
+    am.save_model(model, path)
     return path
 
 

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.deploy.serve import make_server, open_socket
+from allmlp.deploy.service import Limits, Service
 from conftest import draw, encode, tiny_model
-from mlp_mixer.deploy.serve import make_server, open_socket
-from mlp_mixer.deploy.service import Limits, Service
 from serving import serving
 
 WHY = "the extra serve is absent"
 starlette_client = pytest.importorskip("starlette.testclient", reason=WHY)
 pytest.importorskip("python_multipart", reason=WHY)
 pytest.importorskip("uvicorn", reason=WHY)
-from mlp_mixer.deploy.web import Connection, make_app  # noqa: E402
+from allmlp.deploy.web import Connection, make_app  # noqa: E402
 
 PNG = encode(draw(3))
 HEAD = b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\n"
@@ -200,7 +200,7 @@ def test_connections_beyond_the_descriptors(tmp_path: Path):
     resource = pytest.importorskip("resource", reason="limits as Unix has them")
     model = tiny_model(num_classes=3)
     model.class_names = ["ant", "bee", "cat"]
-    mm.save_model(model, tmp_path / "bugs")
+    am.save_model(model, tmp_path / "bugs")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
     with ExitStack() as limit:

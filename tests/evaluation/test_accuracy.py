@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.data.sources import open_source, open_splits
+from allmlp.evaluation.accuracy import evaluate_part, join_parts
+from allmlp.evaluation.measurement import read_measurement
 from conftest import tiny_model
-from mlp_mixer.data.sources import open_source, open_splits
-from mlp_mixer.evaluation.accuracy import evaluate_part, join_parts
-from mlp_mixer.evaluation.measurement import read_measurement
 
 pytestmark = pytest.mark.numerics
 
 
 @pytest.fixture(scope="module")
-def result() -> mm.Evaluation:
+def result() -> am.Evaluation:
     random = np.random.default_rng(0)
     labels = random.integers(0, 7, size=200)
     labels[labels == 5] = 4  # a class without images
@@ -29,10 +29,10 @@ def result() -> mm.Evaluation:
     exponentials = np.exp(logits)
     probabilities = (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float32)
     names = [f"class {number}" for number in range(7)]
-    return mm.Evaluation("drawn", names, labels, np.arange(200), probabilities)
+    return am.Evaluation("drawn", names, labels, np.arange(200), probabilities)
 
 
-def test_against_scikit_learn(result: mm.Evaluation):
+def test_against_scikit_learn(result: am.Evaluation):
     truth, guess, classes = result.labels, result.predictions, np.arange(7)
     assert result.top1 == pytest.approx(metrics.accuracy_score(truth, guess))
     five = metrics.top_k_accuracy_score(truth, result.probabilities, k=5, labels=classes)
@@ -49,7 +49,7 @@ def test_against_scikit_learn(result: mm.Evaluation):
         assert (row["precision"] or 0.0) == pytest.approx(p)
 
 
-def test_worst_confusions(result: mm.Evaluation):
+def test_worst_confusions(result: am.Evaluation):
     confusions = result.worst_confusions(4)
     counts = [count for _, _, count in confusions]
     assert counts == sorted(counts, reverse=True)
@@ -64,26 +64,26 @@ def test_classes_that_are_never_predicted_are_named():
     """Of those that the data has: not d, which has no image."""
     labels = np.array([0, 0, 1, 2])
     given = np.float32([[0.9, 0.1, 0, 0], [0.2, 0.8, 0, 0], [0.6, 0.4, 0, 0], [1, 0, 0, 0]])
-    found = mm.Evaluation("x", ["a", "b", "c", "d"], labels, np.arange(4), given)
+    found = am.Evaluation("x", ["a", "b", "c", "d"], labels, np.arange(4), given)
     assert found.warnings() == ["never predicted: c"]
     given[3] = [0, 0, 1, 0]
     assert found.warnings() == []
 
 
 def test_a_certain_mistake_has_a_finite_loss():
-    sure = mm.Evaluation("x", ["a", "b"], np.array([0]), np.array([0]), np.float32([[0.0, 1.0]]))
+    sure = am.Evaluation("x", ["a", "b"], np.array([0]), np.array([0]), np.float32([[0.0, 1.0]]))
     assert math.isfinite(sure.loss)
     assert sure.loss > 80
     assert sure.top5 is None
 
 
-def from_logits(logits: np.ndarray, labels: list[int]) -> mm.Evaluation:
+def from_logits(logits: np.ndarray, labels: list[int]) -> am.Evaluation:
     logits = logits.astype(np.float32)
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
     names = [str(number) for number in range(logits.shape[1])]
     places = np.arange(len(labels))
-    return mm.Evaluation("x", names, np.array(labels), places, probabilities, logits=logits)
+    return am.Evaluation("x", names, np.array(labels), places, probabilities, logits=logits)
 
 
 def test_the_loss_is_not_clipped():
@@ -125,7 +125,7 @@ def test_of_equal_classes_the_first_comes_first():
     assert from_logits(np.full((8, 8), np.nan), list(range(8))).top5 == 0.0
 
 
-def test_files(result: mm.Evaluation, tmp_path: Path):
+def test_files(result: am.Evaluation, tmp_path: Path):
     result.save(tmp_path / "out")
     figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert figures["top1"] == result.top1
@@ -144,7 +144,7 @@ def test_files(result: mm.Evaluation, tmp_path: Path):
 def test_the_header_of_the_file(class_folder: Path, tmp_path: Path):
     model = model_for(["ant", "bee", "cat"])
     model.source = "runs/mine"
-    result = mm.evaluate(model, str(class_folder), num_workers=0)
+    result = am.evaluate(model, str(class_folder), num_workers=0)
     result.save(tmp_path / "out", model)
     values = read_measurement(tmp_path / "out" / "evaluation.json")
     assert values["kind"] == "evaluation"
@@ -165,17 +165,17 @@ def test_the_header_of_the_file(class_folder: Path, tmp_path: Path):
     assert "model" not in read_measurement(tmp_path / "out" / "evaluation.json")
 
 
-def test_files_come_whole_or_not_at_all(result: mm.Evaluation, tmp_path: Path, monkeypatch):
+def test_files_come_whole_or_not_at_all(result: am.Evaluation, tmp_path: Path, monkeypatch):
     result.save(tmp_path / "out")
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr("mlp_mixer.disk.os.fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("allmlp.disk.os.fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
     result.data = "other"
     with pytest.raises(OSError, match="full"):
         result.save(tmp_path / "out", overwrite=True)
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-def model_for(class_names: list[str]) -> mm.ImageClassifier:
+def model_for(class_names: list[str]) -> am.ImageClassifier:
     model = tiny_model(num_classes=len(class_names))
     model.class_names = class_names
     return model
@@ -184,7 +184,7 @@ def model_for(class_names: list[str]) -> mm.ImageClassifier:
 def test_every_image_counts_once_whatever_the_batch(class_folder: Path):
     model = model_for(["ant", "bee", "cat"])
     results = [
-        mm.evaluate(model, f"{class_folder}:train", batch_size=size, num_workers=0, device="cpu")
+        am.evaluate(model, f"{class_folder}:train", batch_size=size, num_workers=0, device="cpu")
         for size in (1, 7, 64)
     ]
     for each in results:
@@ -201,8 +201,8 @@ def test_the_order_of_classes_does_not_matter(class_folder: Path):
     turned.head.weight.data = model.head.weight.data[order].clone()
     turned.head.bias.data = model.head.bias.data[order].clone()
     options = {"num_workers": 0, "device": "cpu"}
-    first = mm.evaluate(model, str(class_folder), **options)
-    second = mm.evaluate(turned, str(class_folder), **options)
+    first = am.evaluate(model, str(class_folder), **options)
+    second = am.evaluate(turned, str(class_folder), **options)
     assert first.top1 == second.top1
     named = [[e.class_names[i] for i in e.predictions] for e in (first, second)]
     assert named[0] == named[1]
@@ -210,14 +210,14 @@ def test_the_order_of_classes_does_not_matter(class_folder: Path):
 
 def test_the_models_mode_is_kept(class_folder: Path):
     model = model_for(["ant", "bee", "cat"]).train()
-    mm.evaluate(model, str(class_folder), num_workers=0, device="cpu")
+    am.evaluate(model, str(class_folder), num_workers=0, device="cpu")
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_bad_images_are_left_out_and_named(class_folder: Path):
     (class_folder / "val" / "bee" / "1.png").write_bytes(b"x")
-    result = mm.evaluate(model_for(["ant", "bee", "cat"]), str(class_folder), num_workers=0)
+    result = am.evaluate(model_for(["ant", "bee", "cat"]), str(class_folder), num_workers=0)
     assert len(result.labels) == 8
     assert [Path(each.name).name for each in result.bad] == ["1.png"]
     assert result.to_json()["bad_images"][0]["error"] == "the file is not an image"
@@ -226,23 +226,23 @@ def test_bad_images_are_left_out_and_named(class_folder: Path):
 def test_nothing_but_bad_images(class_folder: Path):
     for path in (class_folder / "val").rglob("*.png"):
         path.write_bytes(b"x")
-    with pytest.raises(mm.UserError, match="none of the images can be decoded"):
-        mm.evaluate(model_for(["ant", "bee", "cat"]), str(class_folder), num_workers=0)
+    with pytest.raises(am.UserError, match="none of the images can be decoded"):
+        am.evaluate(model_for(["ant", "bee", "cat"]), str(class_folder), num_workers=0)
 
 
 def test_other_classes_are_refused(class_folder: Path):
     with pytest.raises(
-        mm.UserError, match="unknown to the model: 'cat'; missing in the data: 'dog'"
+        am.UserError, match="unknown to the model: 'cat'; missing in the data: 'dog'"
     ):
-        mm.evaluate(model_for(["ant", "bee", "dog"]), str(class_folder), num_workers=0)
+        am.evaluate(model_for(["ant", "bee", "dog"]), str(class_folder), num_workers=0)
     four = model_for(["ant", "bee", "cat", "dog"])
-    with pytest.raises(mm.UserError, match="--allow-missing-classes"):
-        mm.evaluate(four, str(class_folder), num_workers=0)
-    allowed = mm.evaluate(four, str(class_folder), num_workers=0, allow_missing_classes=True)
+    with pytest.raises(am.UserError, match="--allow-missing-classes"):
+        am.evaluate(four, str(class_folder), num_workers=0)
+    allowed = am.evaluate(four, str(class_folder), num_workers=0, allow_missing_classes=True)
     assert allowed.confusion.shape == (4, 4)
 
 
-def same(first: mm.Evaluation, second: mm.Evaluation) -> bool:
+def same(first: am.Evaluation, second: am.Evaluation) -> bool:
     names = ("labels", "indices", "logits", "probabilities")
     equal = all(np.array_equal(getattr(first, n), getattr(second, n)) for n in names)
     return equal and first.bad == second.bad and first.to_json() == second.to_json()
@@ -253,7 +253,7 @@ def test_parts_are_the_whole_bit_for_bit(class_folder: Path, size: int):
     """Eleven processes for seven batches: some have nothing to do."""
     (class_folder / "train" / "bee" / "1.png").write_bytes(b"x")
     model, source = model_for(["ant", "bee", "cat"]), open_source(f"{class_folder}:train")
-    whole = mm.evaluate(model, source, batch_size=3, num_workers=0)
+    whole = am.evaluate(model, source, batch_size=3, num_workers=0)
     parts = [
         evaluate_part(model, source, rank=rank, size=size, batch_size=3, num_workers=0)
         for rank in range(size)
@@ -272,18 +272,18 @@ def test_logits_that_are_not_finite_are_refused(class_folder: Path):
         return logits * float("nan") if len(calls) == 2 else logits  # type: ignore[operator]
 
     model.register_forward_hook(spoil)
-    with pytest.raises(mm.UserError, match="the logits of 2 of 9 images are not finite: nan") as no:
-        mm.evaluate(model, str(class_folder), batch_size=2, num_workers=0)
+    with pytest.raises(am.UserError, match="the logits of 2 of 9 images are not finite: nan") as no:
+        am.evaluate(model, str(class_folder), batch_size=2, num_workers=0)
     assert no.value.where == str(class_folder / "val" / "ant" / "2.png")
     assert len(calls) == 5
 
 
 def test_models_that_cannot_be_measured(class_folder: Path):
-    with pytest.raises(mm.UserError, match="knows one class only, 'ant'"):
-        mm.evaluate(model_for(["ant"]), str(class_folder), num_workers=0)
-    with pytest.raises(mm.UserError, match="the model has no head"):
-        mm.evaluate(tiny_model(num_classes=0), str(class_folder), num_workers=0)
-    with pytest.raises(mm.UserError, match="batch_size must be at least 1, got 0"):
-        mm.evaluate(model_for(["ant", "bee"]), str(class_folder), batch_size=0)
-    with pytest.raises(mm.UserError, match="evaluate takes a model, got 'runs/mine'"):
-        mm.evaluate("runs/mine", str(class_folder))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(am.UserError, match="knows one class only, 'ant'"):
+        am.evaluate(model_for(["ant"]), str(class_folder), num_workers=0)
+    with pytest.raises(am.UserError, match="the model has no head"):
+        am.evaluate(tiny_model(num_classes=0), str(class_folder), num_workers=0)
+    with pytest.raises(am.UserError, match="batch_size must be at least 1, got 0"):
+        am.evaluate(model_for(["ant", "bee"]), str(class_folder), batch_size=0)
+    with pytest.raises(am.UserError, match="evaluate takes a model, got 'runs/mine'"):
+        am.evaluate("runs/mine", str(class_folder))  # pyright: ignore[reportArgumentType]

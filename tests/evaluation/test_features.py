@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.data.items import Source
+from allmlp.data.loader import evaluation_batches
+from allmlp.data.sources import open_splits
+from allmlp.data.transforms import normalize
+from allmlp.evaluation.features import Features, frozen_features, weights_hash
+from allmlp.models.layers import preprocessing_of
 from conftest import draw, make_class_folder, tiny_model
-from mlp_mixer.data.items import Source
-from mlp_mixer.data.loader import evaluation_batches
-from mlp_mixer.data.sources import open_splits
-from mlp_mixer.data.transforms import normalize
-from mlp_mixer.evaluation.features import Features, frozen_features, weights_hash
-from mlp_mixer.models.layers import preprocessing_of
 
 Compute = Callable[..., Features]
 
@@ -35,7 +35,7 @@ def source(class_folder: Path) -> Source:
 def compute(source: Source, tmp_path: Path) -> Compute:
     """Computes with defaults, and counts the batches that the model saw in `compute.batches`."""
 
-    def run(model: mm.ImageClassifier, **changes: Any) -> Features:
+    def run(model: am.ImageClassifier, **changes: Any) -> Features:
         given = {"preprocessing": preprocessing_of(model), "source": source, **changes}
         return frozen_features(
             model,
@@ -87,27 +87,27 @@ def test_a_hit_gives_equal_bits_and_runs_nothing(
     assert second.notes == []
 
 
-def other_weights(model: mm.ImageClassifier, given: dict[str, Any]) -> None:
+def other_weights(model: am.ImageClassifier, given: dict[str, Any]) -> None:
     model.blocks[0].layer_norm_0.bias.data[0] += 1e-6
 
 
-def other_buffer(model: mm.ImageClassifier, given: dict[str, Any]) -> None:
+def other_buffer(model: am.ImageClassifier, given: dict[str, Any]) -> None:
     model.register_buffer("kept_nowhere", torch.zeros(1), persistent=False)
 
 
-def other_gelu(model: mm.ImageClassifier, given: dict[str, Any]) -> None:
+def other_gelu(model: am.ImageClassifier, given: dict[str, Any]) -> None:
     model.config = replace(model.config, gelu="exact")
 
 
-def other_preprocessing(model: mm.ImageClassifier, given: dict[str, Any]) -> None:
+def other_preprocessing(model: am.ImageClassifier, given: dict[str, Any]) -> None:
     given["preprocessing"] = replace(preprocessing_of(model), resize="squash")
 
 
-def other_precision(model: mm.ImageClassifier, given: dict[str, Any]) -> None:
+def other_precision(model: am.ImageClassifier, given: dict[str, Any]) -> None:
     given["precision"] = "bfloat16"
 
 
-def other_image(model: mm.ImageClassifier, given: dict[str, Any]) -> None:
+def other_image(model: am.ImageClassifier, given: dict[str, Any]) -> None:
     draw(999).save(given["folder"] / "train" / "bee" / "7.png")
 
 
@@ -218,7 +218,7 @@ def test_features_that_are_not_finite_name_the_image(
         return values
 
     monkeypatch.setattr(type(model), "features", features)
-    with pytest.raises(mm.UserError, match=f"not finite: {number}") as error:
+    with pytest.raises(am.UserError, match=f"not finite: {number}") as error:
         compute(model)
     assert error.value.where is not None
     assert error.value.where.endswith("bee/5.png")  # the image of index 11
@@ -226,19 +226,19 @@ def test_features_that_are_not_finite_name_the_image(
 
 
 def test_a_model_without_features(compute: Compute):
-    class Featureless(mm.ImageClassifier):
+    class Featureless(am.ImageClassifier):
         config = tiny_model().config
 
-    with pytest.raises(mm.UserError, match=r"Featureless defines no features\(\)"):
+    with pytest.raises(am.UserError, match=r"Featureless defines no features\(\)"):
         compute(Featureless(), preprocessing=preprocessing_of(tiny_model()))
-    with pytest.raises(mm.UserError, match="unknown precision 'half'"):
+    with pytest.raises(am.UserError, match="unknown precision 'half'"):
         compute(tiny_model(), precision="half")
 
 
 def test_features_of_another_shape(compute: Compute, monkeypatch: pytest.MonkeyPatch):
     model = tiny_model()
     monkeypatch.setattr(type(model), "features", lambda self, images: images)
-    with pytest.raises(mm.UserError, match=r"gave \(8, 3, 8, 8\) for 8 images, not \(N, C\)"):
+    with pytest.raises(am.UserError, match=r"gave \(8, 3, 8, 8\) for 8 images, not \(N, C\)"):
         compute(model)
 
 

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from sklearn.linear_model import Ridge
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.data.items import subset
+from allmlp.data.sources import open_splits
+from allmlp.evaluation.features import frozen_features
+from allmlp.evaluation.few_shot import SWEEP, choose_l2, fit_linear, fit_sweep, random_twin
+from allmlp.models.layers import preprocessing_of
 from conftest import make_class_folder, tiny_model
-from mlp_mixer.data.items import subset
-from mlp_mixer.data.sources import open_splits
-from mlp_mixer.evaluation.features import frozen_features
-from mlp_mixer.evaluation.few_shot import SWEEP, choose_l2, fit_linear, fit_sweep, random_twin
-from mlp_mixer.models.layers import preprocessing_of
 
 pytestmark = pytest.mark.numerics
 
@@ -99,7 +99,7 @@ def test_a_feature_that_never_changes_does_no_harm():
 )
 def test_what_the_solver_refuses(changes: dict[str, Any], match: str):
     values, labels = drawn_features(12, 5)
-    with pytest.raises(mm.UserError, match=match):
+    with pytest.raises(am.UserError, match=match):
         fit_linear(**{"features": values, "labels": labels, "num_classes": 4, **changes})
 
 
@@ -123,7 +123,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_separable_classes_are_all_right(data: Path):
-    result = mm.few_shot(tiny_model(), str(data), shots=(1, 2), **FAST)
+    result = am.few_shot(tiny_model(), str(data), shots=(1, 2), **FAST)
     assert (result.num_train, result.num_test, result.num_classes) == (18, 12, 3)
     assert result.test_split == "test"
     assert result.seeds == (0, 1, 2)
@@ -138,8 +138,8 @@ def test_separable_classes_are_all_right(data: Path):
 
 def test_a_class_with_fewer_images_than_shots(data: Path):
     """All of its images are taken; among more of the others a large l2 forgets it."""
-    result = mm.few_shot(tiny_model(), str(data), shots=(5,), **FAST)
-    small = mm.few_shot(tiny_model(), str(data), shots=(5,), l2=1e-3, **FAST)
+    result = am.few_shot(tiny_model(), str(data), shots=(5,), **FAST)
+    small = am.few_shot(tiny_model(), str(data), shots=(5,), l2=1e-3, **FAST)
     assert small.mean(5) == 1.0
     assert 0.5 < result.mean(5) < 1.0
     assert result.notes == [
@@ -158,7 +158,7 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def literal(model: mm.ImageClassifier, folder: Path, shots: int, seed: int) -> float:
+def literal(model: am.ImageClassifier, folder: Path, shots: int, seed: int) -> float:
     """The rule, copied: features of all images, a draw for each class, a direct solve."""
     splits = open_splits(str(folder))
     preprocessing = replace(preprocessing_of(model), resize="resize-crop")
@@ -176,7 +176,7 @@ def literal(model: mm.ImageClassifier, folder: Path, shots: int, seed: int) -> f
 def test_the_draws_are_those_of_the_rule(noise: Path):
     model = tiny_model()
     shots, seeds = (1, 3, 5), (0, 1, 7)
-    result = mm.few_shot(model, str(noise), shots=shots, seeds=seeds, **FAST)
+    result = am.few_shot(model, str(noise), shots=shots, seeds=seeds, **FAST)
     expected = {n: {seed: literal(model, noise, n, seed) for seed in seeds} for n in shots}
     assert result.accuracies == expected
     assert len({value for each in expected.values() for value in each.values()}) > 3
@@ -184,7 +184,7 @@ def test_the_draws_are_those_of_the_rule(noise: Path):
     values = list(expected[3].values())
     assert result.mean(3) == pytest.approx(np.mean(values))
     assert result.deviation(3) == pytest.approx(np.std(values, ddof=1))
-    again = mm.few_shot(model, open_splits(str(noise)), shots=(5, 3), seeds=(7,), **FAST)
+    again = am.few_shot(model, open_splits(str(noise)), shots=(5, 3), seeds=(7,), **FAST)
     assert again.accuracies == {n: {7: expected[n][7]} for n in (5, 3)}
     assert again.data == str(noise)
 
@@ -192,11 +192,11 @@ def test_the_draws_are_those_of_the_rule(noise: Path):
 def test_only_drawn_images_are_computed(noise: Path, tmp_path: Path):
     given = {"shots": (1,), "seeds": (0,), "cache": tmp_path / "cache", **FAST}
     seen: list[int] = []
-    first = mm.few_shot(
+    first = am.few_shot(
         tiny_model(), str(noise), on_batch=lambda batch: seen.append(len(batch.labels)), **given
     )
     assert first.num_computed == sum(seen) == 5 + 60
-    second = mm.few_shot(tiny_model(), str(noise), on_batch=lambda batch: seen.clear(), **given)
+    second = am.few_shot(tiny_model(), str(noise), on_batch=lambda batch: seen.clear(), **given)
     assert second.num_computed == 0
     assert sum(seen) == 65
     assert second.accuracies == first.accuracies
@@ -223,14 +223,14 @@ def test_bad_images_give_way_to_the_next(noise: Path, tmp_path: Path):
 
     test = subset(splits["validation"], np.arange(10), "ten")
     given = {"shots": (1, 2, 20), "seeds": (3,), **FAST}
-    found = mm.few_shot(tiny_model(), {"train": Damaged(), "test": test}, **given)
+    found = am.few_shot(tiny_model(), {"train": Damaged(), "test": test}, **given)
     assert found.data == "damaged"
     assert sorted(each.name for each in found.bad) == sorted(f"image {at}" for at in order[:2])
     assert sorted(each.index for each in found.bad) == sorted(order[:2])
     assert "20 shots: 5 of 5 classes have fewer training images ('a' has 4)" in found.notes[0]
     # All that are left are taken, so the draw does not matter: as if the bad ones were not there.
     train = subset(splits["train"], kept, "kept")
-    without = mm.few_shot(tiny_model(), {"train": train, "test": test}, **given)
+    without = am.few_shot(tiny_model(), {"train": train, "test": test}, **given)
     assert found.accuracies[20] == without.accuracies[20]
     assert without.bad == []
 
@@ -238,7 +238,7 @@ def test_bad_images_give_way_to_the_next(noise: Path, tmp_path: Path):
 def test_the_older_protocol(noise: Path):
     model = tiny_model()
     splits = open_splits(str(noise))
-    result = mm.few_shot(model, splits, shots=(1, 3), protocol="scenic", **FAST)
+    result = am.few_shot(model, splits, shots=(1, 3), protocol="scenic", **FAST)
     preprocessing = replace(preprocessing_of(model), resize="resize-crop")
     train, test = (
         frozen_features(model, splits[each], preprocessing, num_workers=0).values
@@ -260,7 +260,7 @@ def test_the_older_protocol(noise: Path):
 
 
 def test_one_l2_for_several_data_sets(noise: Path):
-    result = mm.few_shot(tiny_model(), str(noise), shots=(1,), protocol="scenic", **FAST)
+    result = am.few_shot(tiny_model(), str(noise), shots=(1,), protocol="scenic", **FAST)
     numbers = np.linspace(0.1, 0.4, len(SWEEP))
     rising = replace(result, sweep={1: dict(zip(SWEEP, numbers, strict=True))})
     # Worse and worse but for one, which is the best of these and in the middle of the others.
@@ -276,13 +276,13 @@ def test_one_l2_for_several_data_sets(noise: Path):
 
 
 def test_json(data: Path):
-    result = mm.few_shot(tiny_model(), str(data), shots=(2,), protocol="scenic", **FAST)
+    result = am.few_shot(tiny_model(), str(data), shots=(2,), protocol="scenic", **FAST)
     values = json.loads(json.dumps(result.to_json()))
     assert values["accuracies"] == {"2": {"0": 1.0}}
     assert values["deviation"] == {"2": None}
     assert len(values["sweep"]["2"]) == 30
     assert values["preprocessing"]["resize"] == "resize-crop"
-    values = mm.few_shot(tiny_model(), str(data), shots=(2,), seeds=(4, 5), **FAST).to_json()
+    values = am.few_shot(tiny_model(), str(data), shots=(2,), seeds=(4, 5), **FAST).to_json()
     assert values["accuracies"] == {"2": {"4": 1.0, "5": 1.0}}
     assert (values["l2"], values["seeds"], values["sweep"]) == ({"2": 1024.0}, [4, 5], {})
 
@@ -299,10 +299,10 @@ def test_a_random_twin():
     assert (twin.stem.weight != random_twin(model, 4).stem.weight).any()
     assert (twin.stem.weight != model.stem.weight).any()
 
-    class Foreign(mm.ImageClassifier):
+    class Foreign(am.ImageClassifier):
         config = None
 
-    with pytest.raises(mm.UserError, match="no random weights for a Foreign"):
+    with pytest.raises(am.UserError, match="no random weights for a Foreign"):
         random_twin(Foreign())
 
 
@@ -328,29 +328,29 @@ def test_a_random_twin():
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, Any], match: str):
-    with pytest.raises(mm.UserError, match=match):
-        mm.few_shot(tiny_model(), "digits", **settings)
+    with pytest.raises(am.UserError, match=match):
+        am.few_shot(tiny_model(), "digits", **settings)
 
 
 def test_data_that_is_refused(data: Path, tmp_path: Path):
     model, splits = tiny_model(), open_splits(str(data))
-    with pytest.raises(mm.UserError, match="there is no train split"):
-        mm.few_shot(model, f"{data}:test", **FAST)
-    with pytest.raises(mm.UserError, match="no test and no validation split"):
-        mm.few_shot(model, {"train": splits["train"]}, **FAST)
+    with pytest.raises(am.UserError, match="there is no train split"):
+        am.few_shot(model, f"{data}:test", **FAST)
+    with pytest.raises(am.UserError, match="no test and no validation split"):
+        am.few_shot(model, {"train": splits["train"]}, **FAST)
     one = subset(splits["train"], np.arange(9), "only blue")
-    with pytest.raises(mm.UserError, match="of one class only: 'blue'"):
-        mm.few_shot(model, {"train": one, "test": splits["test"]}, **FAST)
+    with pytest.raises(am.UserError, match="of one class only: 'blue'"):
+        am.few_shot(model, {"train": one, "test": splits["test"]}, **FAST)
     none = subset(splits["test"], np.arange(0), "nothing")
-    with pytest.raises(mm.UserError, match="there are no images"):
-        mm.few_shot(model, {"train": splits["train"], "test": none}, **FAST)
-    with pytest.raises(mm.UserError, match="takes a model"):
-        mm.few_shot("mixer_b16", str(data))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(am.UserError, match="there are no images"):
+        am.few_shot(model, {"train": splits["train"], "test": none}, **FAST)
+    with pytest.raises(am.UserError, match="takes a model"):
+        am.few_shot("mixer_b16", str(data))  # pyright: ignore[reportArgumentType]
     for path in (data / "test").rglob("*.png"):
         path.write_bytes(b"damaged")
-    with pytest.raises(mm.UserError, match="none of the test images can be decoded"):
-        mm.few_shot(model, str(data), **FAST)
+    with pytest.raises(am.UserError, match="none of the test images can be decoded"):
+        am.few_shot(model, str(data), **FAST)
     for path in [*(data / "train" / "red").iterdir(), *(data / "train" / "green").iterdir()]:
         path.write_bytes(b"damaged")
-    with pytest.raises(mm.UserError, match="fewer than two classes have images that can be"):
-        mm.few_shot(model, str(data), shots=(1,), **FAST)
+    with pytest.raises(am.UserError, match="fewer than two classes have images that can be"):
+        am.few_shot(model, str(data), shots=(1,), **FAST)

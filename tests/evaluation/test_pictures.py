@@ -9,16 +9,16 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.data.items import EncodedImages
+from allmlp.errors import plural
+from allmlp.evaluation import pictures
 from conftest import draw, encode
-from mlp_mixer.data.items import EncodedImages
-from mlp_mixer.errors import plural
-from mlp_mixer.evaluation import pictures
 
 pytestmark = pytest.mark.usefixtures("real_pictures")
 
 
-def evaluation(classes: int, images: int, wrong: int) -> tuple[mm.Evaluation, EncodedImages]:
+def evaluation(classes: int, images: int, wrong: int) -> tuple[am.Evaluation, EncodedImages]:
     names = [f"a rather long name of class {number}" for number in range(classes)]
     labels = np.arange(images) % classes
     predicted = labels.copy()
@@ -27,7 +27,7 @@ def evaluation(classes: int, images: int, wrong: int) -> tuple[mm.Evaluation, En
     probabilities[np.arange(images), predicted] += np.linspace(0.9, 0.6, images)
     files = [encode(draw(number, (20 + number % 7, 24))) for number in range(images)]
     source = EncodedImages("drawn", names, labels, files, "drawn")
-    return mm.Evaluation("drawn", names, labels, np.arange(images), probabilities), source
+    return am.Evaluation("drawn", names, labels, np.arange(images), probabilities), source
 
 
 def is_drawn(figure: Figure, path: Path) -> None:

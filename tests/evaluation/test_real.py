@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import mlp_mixer as mm
-from conftest import draw, encode, tiny_model
-from mlp_mixer.data.classes import match_classes
-from mlp_mixer.data.hub_dataset import HubImages
-from mlp_mixer.data.items import EncodedImages, Source, subset
-from mlp_mixer.data.sources import open_source
-from mlp_mixer.data.write_shards import pack
-from mlp_mixer.evaluation.real import (
+import allmlp as am
+from allmlp.data.classes import match_classes
+from allmlp.data.hub_dataset import HubImages
+from allmlp.data.items import EncodedImages, Source, subset
+from allmlp.data.sources import open_source
+from allmlp.data.write_shards import pack
+from allmlp.evaluation.real import (
     IMAGES,
     RealLabels,
     open_real,
@@ -25,14 +24,15 @@ from mlp_mixer.evaluation.real import (
     read_real,
     validation_ids,
 )
-from mlp_mixer.weights.checkpoints import CHECKPOINTS
+from allmlp.weights.checkpoints import CHECKPOINTS
+from conftest import draw, encode, tiny_model
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared images are not here")
 IMAGENET = CHECKPOINTS["mixer_b16.i1k"].class_names() or []
 
 
-class Told(mm.ImageClassifier):
+class Told(am.ImageClassifier):
     """Answers what it was told, image after image."""
 
     def __init__(self, answers: list[int], class_names: list[str]) -> None:
@@ -67,7 +67,7 @@ def test_the_score_by_hand():
     assert (score.images, score.correct, score.unlabelled) == (4, 3, 1)
     assert list(score.metrics()) == [("real", 0.75)]
     assert score.to_json() == {"accuracy": 0.75, "images": 4, "correct": 3, "unlabelled": 1}
-    with pytest.raises(mm.UserError, match="none of the 1 images has a ReaL label"):
+    with pytest.raises(am.UserError, match="none of the 1 images has a ReaL label"):
         real.score(np.array([3]), np.array([0]))
 
 
@@ -99,14 +99,14 @@ def test_real_validation_images_and_known_answers(tmp_path: Path):
         assert labels.labels[number - 1] == real
         answers[row] = answer
     model = Told(answers, IMAGENET)
-    result = mm.evaluate(model, source, batch_size=47, num_workers=0, allow_missing_classes=True)
+    result = am.evaluate(model, source, batch_size=47, num_workers=0, allow_missing_classes=True)
     assert result.predictions.tolist() == answers
     for row, (_, _, _, _, scored, right) in by_hand.items():
         one = np.array([row])
         if scored:
             assert labels.score(one, result.predictions[one]).correct == right
         else:
-            with pytest.raises(mm.UserError, match="none of the 1 images"):
+            with pytest.raises(am.UserError, match="none of the 1 images"):
                 labels.score(one, result.predictions[one])
     score = labels.score(result.indices, result.predictions)
     # 130 of the 144 have the original label among theirs; here 0 is wrong instead, and 7 right.
@@ -124,7 +124,7 @@ def test_the_answer_of_a_model_with_its_classes_in_another_order():
     turned = [name[:9] for name in reversed(IMAGENET)]
     labels = open_real(SHARED / "imagenet_real.json", source, turned, IMAGENET)
     model = Told([999 - label for label in source.labels.tolist()], turned)
-    result = mm.evaluate(model, source, num_workers=0, allow_missing_classes=True)
+    result = am.evaluate(model, source, num_workers=0, allow_missing_classes=True)
     assert result.top1 == 1.0
     straight = open_real(SHARED / "imagenet_real.json", source, IMAGENET, IMAGENET)
     expected = straight.score(np.arange(40), source.labels)
@@ -138,7 +138,7 @@ def test_a_damaged_image_is_not_scored():
     damaged = EncodedImages("x", source.class_names, source.labels[:8], files, "x")
     labels = open_real(SHARED / "imagenet_real.json", source, IMAGENET, IMAGENET)
     model = Told(np.delete(source.labels[:8], 3).tolist(), IMAGENET)
-    result = mm.evaluate(model, damaged, batch_size=3, num_workers=0, allow_missing_classes=True)
+    result = am.evaluate(model, damaged, batch_size=3, num_workers=0, allow_missing_classes=True)
     assert result.indices.tolist() == [0, 1, 2, 4, 5, 6, 7]
     assert [each.index for each in result.bad] == [3]
     score = labels.score(result.indices, result.predictions)
@@ -195,7 +195,7 @@ def test_numbers_in_parquet_files(tmp_path: Path):
         source = parquet_file(tmp_path / "b.parquet", column, others)
         assert validation_ids(source).tolist() == [30, 20, 10]
         assert validation_ids(subset(source, np.array([2]), "x")).tolist() == [10]
-    with pytest.raises(mm.UserError, match=r"number in the name '.*c.parquet\[0\]' \(3 of 3"):
+    with pytest.raises(am.UserError, match=r"number in the name '.*c.parquet\[0\]' \(3 of 3"):
         validation_ids(parquet_file(tmp_path / "c.parquet", {}, None))
 
 
@@ -230,7 +230,7 @@ def rename(folder: Path, name: str) -> None:
 )
 def test_names_that_are_refused(folder: Path, spoil: Callable[[Path], None], message: str):
     spoil(folder)
-    with pytest.raises(mm.UserError, match=message) as no:
+    with pytest.raises(am.UserError, match=message) as no:
         validation_ids(open_source(str(folder)))
     assert Path(str(no.value.where)).is_file()
     assert no.value.fix
@@ -257,22 +257,22 @@ def test_names_that_are_refused(folder: Path, spoil: Callable[[Path], None], mes
 )
 def test_files_that_are_refused(tmp_path: Path, text: str, message: str):
     (tmp_path / "real.json").write_text(text)
-    with pytest.raises(mm.UserError, match=message) as no:
+    with pytest.raises(am.UserError, match=message) as no:
         read_real(tmp_path / "real.json")
     assert str(tmp_path / "real.json") in str(no.value.where)
     assert "real.json of google-research/reassessed-imagenet" in str(no.value.fix)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path):
-    with pytest.raises(mm.UserError, match="cannot read the file: No such file"):
+    with pytest.raises(am.UserError, match="cannot read the file: No such file"):
         read_real(tmp_path / "real.json")
-    with pytest.raises(mm.UserError, match="cannot read the file: Is a directory"):
+    with pytest.raises(am.UserError, match="cannot read the file: Is a directory"):
         read_real(tmp_path)
 
 
 def test_the_place_of_a_wrong_label(tmp_path: Path):
     path = write_real(tmp_path / "real.json", _293=[5, 2000])
-    with pytest.raises(mm.UserError) as no:
+    with pytest.raises(am.UserError) as no:
         read_real(path)
     assert no.value.where == f"{path}, entry 292 (image 293)"
 
@@ -302,7 +302,7 @@ def test_class_lists():
     ],
 )
 def test_other_classes_are_refused(change: Callable[[list[str]], list[str]], message: str):
-    with pytest.raises(mm.UserError, match=message) as no:
+    with pytest.raises(am.UserError, match=message) as no:
         places_in_imagenet(change(IMAGENET), IMAGENET)
     assert no.value.fix == "ReaL is for models of ImageNet-1k: leave --real out"
 

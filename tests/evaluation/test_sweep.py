@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-import mlp_mixer as mm
-from mlp_mixer.evaluation.sweep import Course, Plan, percentile, sweep, time_latency
+import allmlp as am
+from allmlp.evaluation.sweep import Course, Plan, percentile, sweep, time_latency
 
 
 class Clock:
@@ -175,7 +175,7 @@ def test_too_little_memory_for_a_larger_batch_only_ends_the_sweep():
     assert list(rates(course)) == [1, 2]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), mm.UserError("a mistake")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), am.UserError("a mistake")])
 def test_a_stop_and_a_mistake_go_through(error: BaseException):
     clock = Clock()
     course = Course("a", Fake(clock, rising_to_four, fails_at=2, error=error))  # pyright: ignore[reportArgumentType]

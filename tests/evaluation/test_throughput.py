@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.evaluation import throughput as module
+from allmlp.evaluation.memory import peak_growth
+from allmlp.evaluation.peak import Peak, measure_peak
+from allmlp.evaluation.throughput import count_parameters, flops_text
+from allmlp.evaluation.timed_model import TimedModel, count_flops
+from allmlp.models.compute import fast_precision
 from conftest import TINY, tiny_model
-from mlp_mixer.evaluation import throughput as module
-from mlp_mixer.evaluation.memory import peak_growth
-from mlp_mixer.evaluation.peak import Peak, measure_peak
-from mlp_mixer.evaluation.throughput import count_parameters, flops_text
-from mlp_mixer.evaluation.timed_model import TimedModel, count_flops
-from mlp_mixer.models.compute import fast_precision
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def _quick_peak(monkeypatch: pytest.MonkeyPatch):
 
 def quick(models, **settings):
     given = {"device": "cpu", "batch_sizes": (1, 2), "seconds": 0.001, "rounds": 2}
-    return mm.throughput(models, **{**given, **settings})
+    return am.throughput(models, **{**given, **settings})
 
 
 @pytest.mark.parametrize(
@@ -43,12 +43,12 @@ def quick(models, **settings):
         ("mixer_h14", 28, {"in_channels": 1}),
         ("mixer_s16", 8, TINY),
         *((name, None, {}) for name in ("mixer_s32", "cycle_mlp_b1", "vip_s7")),
-        *(pytest.param(name, None, {}, marks=pytest.mark.slow) for name in mm.list_models()),
+        *(pytest.param(name, None, {}, marks=pytest.mark.slow) for name in am.list_models()),
     ],
 )
 def test_flops_equal_torchs_count(name, size, changes):
     with torch.device("meta"):
-        model = mm.create_model(name, size, **changes).eval()
+        model = am.create_model(name, size, **changes).eval()
         images = torch.empty(1, model.config.in_channels, *model.config.image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
@@ -79,7 +79,7 @@ def test_flops_in_words():
 def test_the_json_of_a_measurement(mode, precision):
     result = quick({"a": tiny_model(), "b": tiny_model}, mode=mode, precision=precision)
     values = json.loads(json.dumps(result.to_json()))
-    assert (values["format"], values["kind"]) == ("mlp_mixer measurement", "throughput")
+    assert (values["format"], values["kind"]) == ("allmlp measurement", "throughput")
     assert values["environment"]["packages"]["torch"] == torch.__version__
     assert values["interrupted"] is False
     assert [each["name"] for each in values["models"]] == ["a", "b"]
@@ -108,7 +108,7 @@ def test_the_json_of_a_measurement(mode, precision):
 
 
 def test_memory_counts_weights_state_batch_and_step(monkeypatch):
-    monkeypatch.setattr("mlp_mixer.evaluation.timed_model.peak_growth", lambda act, device: 1000)
+    monkeypatch.setattr("allmlp.evaluation.timed_model.peak_growth", lambda act, device: 1000)
     model = tiny_model()
     weights, image = 4 * count_parameters(model), 4 * 3 * 8 * 8
     kernels = sum(each.numel() for each in model.parameters() if each.dim() > 1)
@@ -119,7 +119,7 @@ def test_memory_counts_weights_state_batch_and_step(monkeypatch):
     (row,) = quick({"a": model}, batch_sizes=[2], mode="training").models
     steps = 4 * len(list(model.parameters()))  # AdamW counts them, a float32 each
     assert row.memory_bytes == 3 * weights + steps + 2 * image + 1000
-    monkeypatch.setattr("mlp_mixer.evaluation.timed_model.peak_growth", lambda act, device: None)
+    monkeypatch.setattr("allmlp.evaluation.timed_model.peak_growth", lambda act, device: None)
     (row,) = quick({"a": model}, batch_sizes=[2]).models
     assert row.memory_bytes is None
 
@@ -276,27 +276,27 @@ def test_the_peak_is_the_best_of_several_products():
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
-    with pytest.raises(mm.UserError, match=message):
+    with pytest.raises(am.UserError, match=message):
         quick({"a": tiny_model}, **settings)
 
 
 def test_what_a_gpu_lacks_is_refused(monkeypatch):
     monkeypatch.setattr(module, "choose_device", lambda name: torch.device("cuda:0"))
-    with pytest.raises(mm.UserError, match="threads=2 has no effect on a GPU"):
+    with pytest.raises(am.UserError, match="threads=2 has no effect on a GPU"):
         quick({"a": tiny_model}, num_threads=2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    with pytest.raises(mm.UserError, match=r"7\.5, and bfloat16 needs 8\.0"):
+    with pytest.raises(am.UserError, match=r"7\.5, and bfloat16 needs 8\.0"):
         quick({"a": tiny_model}, precision="bfloat16")
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setattr(module, "can_compile", lambda device: False)
-    with pytest.raises(mm.UserError, match="there is none here"):
+    with pytest.raises(am.UserError, match="there is none here"):
         quick({"a": tiny_model}, compile=True)
 
 
 def test_no_models_and_no_head_are_refused():
-    with pytest.raises(mm.UserError, match="no model"):
+    with pytest.raises(am.UserError, match="no model"):
         quick({})
-    with pytest.raises(mm.UserError, match="a training step needs a head"):
+    with pytest.raises(am.UserError, match="a training step needs a head"):
         quick({"a": tiny_model(num_classes=0, num_blocks=1)}, mode="training")

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.errors import named_memory_errors
+from allmlp.models import compute
+from allmlp.training import loop
 from conftest import mixer
-from mlp_mixer.errors import named_memory_errors
-from mlp_mixer.models import compute
-from mlp_mixer.training import loop
 from runs import files, make_data, run_config, train, typed_settings
 
 
@@ -121,7 +121,7 @@ def test_what_only_the_model_shows_leaves_nothing_either(old, tmp_path, capsys):
 
 def test_what_the_optimizer_needs_is_counted_before_the_run(old, tmp_path, capsys, monkeypatch):
     """A model's weights fit; with gradients and both moments they do not."""
-    weights = 4 * mm.create_model("mixer_s32", 32, 3, num_blocks=1).config.num_parameters
+    weights = 4 * am.create_model("mixer_s32", 32, 3, num_blocks=1).config.num_parameters
     monkeypatch.setattr(compute, "total_memory", lambda _: 3 * weights)
     typed = ["--image-size", 32, "--model", "mixer_s32", "--set", "model.overrides.num_blocks=1"]
     given = ["train", "--data", old / "data", "--output", tmp_path / "run", *typed]
@@ -138,16 +138,16 @@ def test_what_the_optimizer_needs_is_counted_before_the_run(old, tmp_path, capsy
     ],
 )
 def test_memory_that_cannot_be_had(capsys, monkeypatch, ask):
-    with pytest.raises(mm.UserError, match="not enough memory") as caught, named_memory_errors():
+    with pytest.raises(am.UserError, match="not enough memory") as caught, named_memory_errors():
         ask()
     assert "--batch-size" in str(caught.value.fix)
-    monkeypatch.setattr("mlp_mixer.cli.main.parse", lambda *_: ask())
+    monkeypatch.setattr("allmlp.cli.main.parse", lambda *_: ask())
     code, out, err = mixer(capsys, "models")
     assert (code, out, err.count("error: "), err.count("Traceback")) == (2, "", 1, 0)
 
 
 def test_how_much_memory_was_asked_for():
-    with pytest.raises(mm.UserError, match=r"4,194,304\.00 GiB"), named_memory_errors():
+    with pytest.raises(am.UserError, match=r"4,194,304\.00 GiB"), named_memory_errors():
         torch.empty(2**50)
     with pytest.raises(RuntimeError, match="^another$"), named_memory_errors():
         raise RuntimeError("another")
@@ -257,9 +257,9 @@ def test_a_run_folder_that_cannot_be_made(old, tmp_path, capsys, place: str):
 def test_the_same_from_python(old, tmp_path):
     config = run_config(old / "data", tmp_path / "run")
     with pytest.raises(
-        mm.UserError, match="unknown setting 'batch_siz'\nto fix: Did you mean batch"
+        am.UserError, match="unknown setting 'batch_siz'\nto fix: Did you mean batch"
     ):
         config.with_value("batch_siz", 8)
-    with pytest.raises(mm.UserError, match="there is no such run folder"):
-        mm.resume(tmp_path / "run")
+    with pytest.raises(am.UserError, match="there is no such run folder"):
+        am.resume(tmp_path / "run")
     assert not (tmp_path / "run").exists()

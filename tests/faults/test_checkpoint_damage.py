@@ -15,9 +15,9 @@ import torch
 from test_checkpoint_faults import save, state, unix, whole_number
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from mlp_mixer.errors import UserError
-from mlp_mixer.training.checkpoint import Checkpoint, Checkpoints
-from mlp_mixer.training.manifest import MANIFEST, read_manifest, verify, write_manifest
+from allmlp.errors import UserError
+from allmlp.training.checkpoint import Checkpoint, Checkpoints
+from allmlp.training.manifest import MANIFEST, read_manifest, verify, write_manifest
 
 
 def damage_flip(path: Path) -> None:

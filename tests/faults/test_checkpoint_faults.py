@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 
-from mlp_mixer.errors import UserError
-from mlp_mixer.training.checkpoint import Checkpoints
-from mlp_mixer.training.manifest import MANIFEST
+from allmlp.errors import UserError
+from allmlp.training.checkpoint import Checkpoints
+from allmlp.training.manifest import MANIFEST
 
 unix = pytest.mark.skipif(sys.platform == "win32", reason="signals as Unix has them")
 

@@ -9,27 +9,27 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.data.sources import open_source
+from allmlp.training.resume import config_of
 from conftest import tiny_model
-from mlp_mixer.data.sources import open_source
-from mlp_mixer.training.resume import config_of
 
 
 def shard_index(folder: Path, deep: str) -> Path:
     path = folder / "train.index.safetensors"
     tensors = {"label": np.zeros(1, np.int64)}
-    safetensors.numpy.save_file(tensors, path, {"mlp_mixer_shards": deep})
+    safetensors.numpy.save_file(tensors, path, {"allmlp_shards": deep})
     return path
 
 
 def weights_header(folder: Path, deep: str) -> Path:
     path = folder / "model.safetensors"
-    safetensors.numpy.save_file({"a": np.zeros(1)}, path, {"mlp_mixer": deep})
+    safetensors.numpy.save_file({"a": np.zeros(1)}, path, {"allmlp": deep})
     return path
 
 
 def weights_config(folder: Path, deep: str) -> Path:
-    mm.save_model(tiny_model(), folder)
+    am.save_model(tiny_model(), folder)
     (folder / "config.json").write_text(deep)
     return folder / "config.json"
 
@@ -44,8 +44,8 @@ def written(name: str) -> Callable[[Path, str], Path]:
 
 READERS: dict[str, tuple[Callable[[Path, str], Path], Callable[[Path], object]]] = {
     "index of shards": (shard_index, lambda path: open_source(str(path.parent))),
-    "header of weights": (weights_header, mm.load_model),
-    "description of weights": (weights_config, lambda path: mm.load_model(path.parent)),
+    "header of weights": (weights_header, am.load_model),
+    "description of weights": (weights_config, lambda path: am.load_model(path.parent)),
     "run": (written("config.json"), lambda path: config_of(path.parent)),
     "list": (written("list.jsonl"), lambda path: open_source(str(path))),
     "selection": (written("selection.json"), lambda path: open_source(str(path))),
@@ -57,7 +57,7 @@ READERS: dict[str, tuple[Callable[[Path, str], Path], Callable[[Path], object]]]
 def test_deep_json_is_one_error(tmp_path: Path, name: str, depth: int):
     write, read = READERS[name]
     path = write(tmp_path, '{"a":' * depth + "1" + "}" * depth)
-    with pytest.raises(mm.UserError) as told:
+    with pytest.raises(am.UserError) as told:
         read(path)
     assert str(path) in str(told.value)
     assert len(str(told.value)) < 1000

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.data.image import decode
+from allmlp.data.items import ImageFiles
+from allmlp.data.loader import evaluation_batches, training_batches
+from allmlp.errors import UserError
+from allmlp.preprocessing import Preprocessing
+from allmlp.training.dataset import Augmentation
 from conftest import draw, encode, make_class_folder, mixer, tiny_config, tiny_model
-from mlp_mixer.data.image import decode
-from mlp_mixer.data.items import ImageFiles
-from mlp_mixer.data.loader import evaluation_batches, training_batches
-from mlp_mixer.errors import UserError
-from mlp_mixer.preprocessing import Preprocessing
-from mlp_mixer.training.dataset import Augmentation
 
 UNDO = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -60,7 +60,7 @@ def test_bad_images_are_replaced_counted_and_listed_and_left_alone(tmp_path):
         config = tiny_config(
             str(data), tmp_path / f"run{number}", data__max_bad=0.2, data__num_workers=workers
         )
-        run = mm.train(config, quiet=True).run_folder
+        run = am.train(config, quiet=True).run_folder
         listed = [line.split("\t")[0] for line in (run / "bad_files.txt").read_text().splitlines()]
         assert len(listed) == len(set(listed))
         assert {Path(each).name for each in listed} == set(bad)
@@ -69,7 +69,7 @@ def test_bad_images_are_replaced_counted_and_listed_and_left_alone(tmp_path):
     assert losses[0] == losses[1]
     assert {path: path.read_bytes() for path in bad.values()} == before
     with pytest.raises(UserError, match=r"of 77 images cannot be decoded[\s\S]*--max-bad 0.1"):
-        mm.train(tiny_config(str(data), tmp_path / "strict", data__max_bad=0.0), quiet=True)
+        am.train(tiny_config(str(data), tmp_path / "strict", data__max_bad=0.0), quiet=True)
     assert not (tmp_path / "strict").exists()
 
 
@@ -86,7 +86,7 @@ def test_all_orientations_look_the_same_to_train_evaluate_and_predict(tmp_path):
         stored.save(paths[-1], exif=exif)
     source = ImageFiles("x", ["a", "b"], np.zeros(8, np.int64), paths)
     preprocessing = Preprocessing(image_size=(8, 8))
-    settings = mm.recipe("digits").augment
+    settings = am.recipe("digits").augment
     still = Augmentation(
         type(settings)(crop="none", flip=False), preprocessing
     )  # nothing random: one picture
@@ -100,7 +100,7 @@ def test_all_orientations_look_the_same_to_train_evaluate_and_predict(tmp_path):
         assert (images == images[:1]).all(), name
     model = tiny_model(num_classes=3)
     model.class_names, model.preprocessing = ["a", "b", "c"], preprocessing
-    predictions = [each.classes for each in mm.predict(model, paths)]
+    predictions = [each.classes for each in am.predict(model, paths)]
     assert all(each == predictions[0] for each in predictions)
 
 
@@ -168,8 +168,8 @@ def test_ycck_is_read_as_its_cmyk():
 
 BOMBS = """
 import struct, sys, time, zlib, resource
-from mlp_mixer.data.image import decode
-from mlp_mixer.errors import UserError
+from allmlp.data.image import decode
+from allmlp.errors import UserError
 
 def chunk(kind, body):
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -216,7 +216,7 @@ def test_any_shape_can_be_predicted(size, tmp_path):
     draw(1, size).save(tmp_path / "x.png")
     model = tiny_model(num_classes=3)
     model.class_names, model.preprocessing = ["a", "b", "c"], Preprocessing(image_size=(8, 8))
-    (prediction,) = mm.predict(model, tmp_path / "x.png")
+    (prediction,) = am.predict(model, tmp_path / "x.png")
     assert prediction.error is None
     assert sum(share for _, share in prediction.classes) == pytest.approx(1.0, abs=1e-5)
 
@@ -224,7 +224,7 @@ def test_any_shape_can_be_predicted(size, tmp_path):
 def test_the_command_names_every_bad_image_and_goes_on(tmp_path, capsys):
     model = tiny_model(num_classes=3)
     model.class_names, model.preprocessing = ["a", "b", "c"], Preprocessing(image_size=(8, 8))
-    mm.save_model(model, tmp_path / "m.safetensors")
+    am.save_model(model, tmp_path / "m.safetensors")
     folder = tmp_path / "images"
     bad = damaged(folder)
     draw(1).save(folder / "good.png")

@@ -25,10 +25,10 @@ import pytest
 import safetensors.torch
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
 from conftest import GOLDEN, tiny_model
 
-MARKER = Path(os.environ.get("TMPDIR", "/tmp")) / f"mlp_mixer_attack_{os.getpid()}"
+MARKER = Path(os.environ.get("TMPDIR", "/tmp")) / f"allmlp_attack_{os.getpid()}"
 
 
 class Evil:
@@ -161,8 +161,8 @@ def test_load_model_refuses(tmp_path: Path, name: str):
     make, message = ATTACKS[name]
     path = tmp_path / name
     path.write_bytes(make())
-    with pytest.raises(mm.UserError, match=message) as caught:
-        mm.load_model(path)
+    with pytest.raises(am.UserError, match=message) as caught:
+        am.load_model(path)
     what, where = caught.value.what, caught.value.where
     assert str(path) in str(where)
     assert len(what.splitlines()) == 1
@@ -183,7 +183,7 @@ def test_load_model_refuses(tmp_path: Path, name: str):
 def test_every_verb_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, name: str, verb: list[str]
 ):
-    from mlp_mixer.cli.main import main
+    from allmlp.cli.main import main
 
     monkeypatch.chdir(tmp_path)
     path = tmp_path / name
@@ -218,29 +218,29 @@ def test_every_verb_refuses(
     ],
 )
 def test_a_hostile_description(tmp_path: Path, change: dict[str, object], message: str):
-    path = mm.save_model(tiny_model(), tmp_path / "folder")
+    path = am.save_model(tiny_model(), tmp_path / "folder")
     said = json.loads((path.parent / "config.json").read_text())
     said["architecture"].update(change)
     (path.parent / "config.json").write_text(json.dumps(said))
-    with pytest.raises(mm.UserError, match=message):
-        mm.load_model(path)
+    with pytest.raises(am.UserError, match=message):
+        am.load_model(path)
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "[" * 200_000,
-        '{"format": "mlp_mixer", "version": ' + "9" * 5000 + "}",
-        '{"format": "mlp_mixer", "version": 1, "architecture": {"family": "mixer"}}',
+        '{"format": "allmlp", "version": ' + "9" * 5000 + "}",
+        '{"format": "allmlp", "version": 1, "architecture": {"family": "mixer"}}',
         "[" + "1," * 500_000 + "1]",
         "null",
     ],
 )
 def test_hostile_json(tmp_path: Path, text: str):
-    path = mm.save_model(tiny_model(), tmp_path / "folder")
+    path = am.save_model(tiny_model(), tmp_path / "folder")
     (path.parent / "config.json").write_text(text)
-    with pytest.raises(mm.UserError) as caught:
-        mm.load_model(path)
+    with pytest.raises(am.UserError) as caught:
+        am.load_model(path)
     assert "config.json" in str(caught.value.where)
     assert len(str(caught.value)) < 1000
 
@@ -256,11 +256,11 @@ def test_hostile_json(tmp_path: Path, text: str):
     ],
 )
 def test_values_that_would_spoil_predictions(tmp_path: Path, change: dict[str, object]):
-    path = mm.save_model(tiny_model(), tmp_path / "folder")
+    path = am.save_model(tiny_model(), tmp_path / "folder")
     said = {**json.loads((path.parent / "config.json").read_text()), **change}
     (path.parent / "config.json").write_text(json.dumps(said))
-    with pytest.raises(mm.UserError, match="not a preprocessing|no valid text"):
-        mm.load_model(path)
+    with pytest.raises(am.UserError, match="not a preprocessing|no valid text"):
+        am.load_model(path)
 
 
 def test_a_million_blocks_by_name(tmp_path: Path):
@@ -268,8 +268,8 @@ def test_a_million_blocks_by_name(tmp_path: Path):
     state["blocks.999999999999.layer_norm_0.weight"] = torch.zeros(16)
     state["blocks.999999.layer_norm_0.weight"] = torch.zeros(16)
     safetensors.torch.save_file(state, tmp_path / "x.safetensors")
-    with pytest.raises(mm.UserError, match="block 999,999 is there, but the file has"):
-        mm.load_model(tmp_path / "x.safetensors")
+    with pytest.raises(am.UserError, match="block 999,999 is there, but the file has"):
+        am.load_model(tmp_path / "x.safetensors")
 
 
 def test_a_bomb_does_not_cost_memory(tmp_path: Path):
@@ -277,8 +277,8 @@ def test_a_bomb_does_not_cost_memory(tmp_path: Path):
     path = tmp_path / "bomb.npz"
     path.write_bytes(archive({"a.npy": bytes(2**28)}, zipfile.ZIP_DEFLATED))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(mm.UserError, match="would unpack"):
-        mm.load_model(path)
+    with pytest.raises(am.UserError, match="would unpack"):
+        am.load_model(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
 
@@ -312,6 +312,6 @@ def test_any_damage_is_a_model_or_one_error(
     damaged[at : at + len(change)] = change
     path = tmp_path_factory.mktemp("damaged") / f"model.{kind}"
     path.write_bytes(damaged[: int(keep * len(damaged))] if place < 0.3 else damaged)
-    with contextlib.suppress(mm.UserError):  # and no other exception
-        assert isinstance(mm.load_model(path, quiet=True), mm.MlpMixer)
+    with contextlib.suppress(am.UserError):  # and no other exception
+        assert isinstance(am.load_model(path, quiet=True), am.MlpMixer)
     assert not MARKER.exists()

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.deploy import export as module
+from allmlp.deploy.export_request import reports_of
+from allmlp.deploy.exported_files import files_of
+from allmlp.disk import aside_folder
 from conftest import tiny_model
-from mlp_mixer.deploy import export as module
-from mlp_mixer.deploy.export_request import reports_of
-from mlp_mixer.deploy.exported_files import files_of
-from mlp_mixer.disk import aside_folder
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals as Unix has them")
 
@@ -25,11 +25,11 @@ KILLS = """
 import json, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-import mlp_mixer as mm
+import allmlp as am
 from conftest import tiny_model
-from mlp_mixer.deploy import export as module
-from mlp_mixer.deploy.export_report import ExportReport, Parity
-from mlp_mixer.deploy.exported_files import files_of
+from allmlp.deploy import export as module
+from allmlp.deploy.export_report import ExportReport, Parity
+from allmlp.deploy.exported_files import files_of
 
 path, replace, seen = Path(sys.argv[1]), os.replace, []
 before = {each.name: each.read_bytes() for each in path.parent.iterdir()}
@@ -60,7 +60,7 @@ def child(instant):  # counts what is done; the kill comes at one of these
 
     module._make, os.replace = make, counted
     module.check_request = lambda output, **_: (Path(output), "x")
-    mm.export(tiny_model(), path, overwrite=True)
+    am.export(tiny_model(), path, overwrite=True)
     os._exit(0)
 
 for instant in range(20):
@@ -82,6 +82,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["m.onnx", "m.xml"])
 def test_killed_at_every_instant(tmp_path: Path, name: str):
     """The parent of the killed puts the files back, and leaves what is hidden to the next one."""
@@ -111,14 +112,14 @@ def test_killed_at_every_instant(tmp_path: Path, name: str):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[2])
-import mlp_mixer as mm
+import allmlp as am
 from conftest import tiny_model
 
 def tell(line):
     if line == "timing":
         os.kill(os.getpid(), signal.SIGKILL)
 
-mm.export(tiny_model(), sys.argv[1], tell=tell)
+am.export(tiny_model(), sys.argv[1], tell=tell)
 """
 
 
@@ -130,7 +131,7 @@ def test_a_real_export_sweeps_what_a_killed_one_left(tmp_path: Path):
     assert done.returncode == -signal.SIGKILL, done.stderr
     (left,) = tmp_path.iterdir()
     assert (left / "m.pt2").stat().st_size > 1000
-    assert mm.export(tiny_model(), path).passed
+    assert am.export(tiny_model(), path).passed
     names = sorted(each.name for each in tmp_path.iterdir())
     assert names == ["m.pt2", "m.pt2.report.json", "m.pt2.report.md"]
 
@@ -138,7 +139,7 @@ def test_a_real_export_sweeps_what_a_killed_one_left(tmp_path: Path):
 HOLDER = """
 import sys
 from pathlib import Path
-from mlp_mixer.disk import aside_folder
+from allmlp.disk import aside_folder
 with aside_folder(Path(sys.argv[1])) as folder:
     (folder / "work").write_bytes(b"work")
     print(folder, flush=True)
@@ -177,7 +178,7 @@ def test_an_error_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(module, "_make", fail)
     with pytest.raises(KeyboardInterrupt):
-        mm.export(tiny_model(), tmp_path / "m.pt2")
+        am.export(tiny_model(), tmp_path / "m.pt2")
     assert not list(tmp_path.iterdir())
 
 
@@ -202,7 +203,9 @@ def test_a_folder_that_is_taken_before_it_is_locked(tmp_path: Path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["m.onnx", "m.xml", "m.pt2"])
+@pytest.mark.parametrize(
+    "name", ["m.pt2", *(pytest.param(each, marks=pytest.mark.slow) for each in ("m.onnx", "m.xml"))]
+)
 def test_a_disk_that_takes_no_more_is_one_error(tmp_path: Path, name: str):
     """A limit on the size of files stands for the full disk: the writers meet it as they would."""
     resource = pytest.importorskip("resource", reason="limits as Unix has them")
@@ -214,8 +217,8 @@ def test_a_disk_that_takes_no_more_is_one_error(tmp_path: Path, name: str):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
     try:
-        with pytest.raises(mm.UserError, match="cannot be written") as told:
-            mm.export(model, path)
+        with pytest.raises(am.UserError, match="cannot be written") as told:
+            am.export(model, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(path) in str(told.value)

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from mlp_mixer.data.foreign_shards import index_shards
-from mlp_mixer.data.sources import open_source, open_splits
-from mlp_mixer.data.write_shards import pack, pack_splits
-from mlp_mixer.errors import UserError
+from allmlp.data.foreign_shards import index_shards
+from allmlp.data.sources import open_source, open_splits
+from allmlp.data.write_shards import pack, pack_splits
+from allmlp.errors import UserError
 
 KILLS = """
 import os, shutil, signal, sys
 from pathlib import Path
-from mlp_mixer.data.sources import open_splits
-from mlp_mixer.data.write_shards import pack_splits
+from allmlp.data.sources import open_splits
+from allmlp.data.write_shards import pack_splits
 
 def end(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import mlp_mixer as mm
-from mlp_mixer.training import finetune as study
-from mlp_mixer.training import loop
+import allmlp as am
+from allmlp.training import finetune as study
+from allmlp.training import loop
 from studies import make_place, settings
 
 
@@ -26,8 +26,8 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from studies import settings
-import mlp_mixer as mm
-from mlp_mixer.training import loop
+import allmlp as am
+from allmlp.training import loop
 
 train_step = loop.Trainer.train_step
 
@@ -38,7 +38,7 @@ def killed(self, number, batch):
     train_step(self, number, batch)
 
 loop.Trainer.train_step = killed
-mm.finetune(settings(Path({place!r}), "killed"), grid=[0.1, 0.2], seeds=[0], quiet=True)
+am.finetune(settings(Path({place!r}), "killed"), grid=[0.1, 0.2], seeds=[0], quiet=True)
 """
 
 
@@ -49,7 +49,7 @@ def test_a_killed_study_goes_on_with_what_is_missing(place, monkeypatch):
     code = KILLED.format(tests=str(tests), place=str(place))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    whole = mm.finetune(settings(place, "whole"), grid=[0.1, 0.2], seeds=[0], quiet=True)
+    whole = am.finetune(settings(place, "whole"), grid=[0.1, 0.2], seeds=[0], quiet=True)
 
     asked, train = [], study.train
 
@@ -60,7 +60,7 @@ def test_a_killed_study_goes_on_with_what_is_missing(place, monkeypatch):
     monkeypatch.setattr(study, "train", noted)
     first = place / "killed" / "grid" / "lr-0.1"
     before = {each: each.stat().st_mtime_ns for each in first.rglob("*")}
-    again = mm.finetune(settings(place, "killed"), grid=[0.1, 0.2], seeds=[0], quiet=True)
+    again = am.finetune(settings(place, "killed"), grid=[0.1, 0.2], seeds=[0], quiet=True)
     assert asked == ["lr-0.2", "seed-0"]
     assert {each: each.stat().st_mtime_ns for each in first.rglob("*")} == before
     assert (
@@ -86,12 +86,12 @@ def test_a_study_that_is_stopped_in_its_first_run_goes_on(place, monkeypatch, ca
 
     monkeypatch.setattr(loop.Trainer, "train_step", stopped)
     with pytest.raises(SystemExit) as end:
-        mm.finetune(settings(place), grid=[0.1], seeds=[0])
+        am.finetune(settings(place), grid=[0.1], seeds=[0])
     monkeypatch.undo()
     assert end.value.code == 143
     assert "the study goes on with the same command as before" in capsys.readouterr().out
     assert [each.name for each in (place / "study").iterdir()] == ["grid"]
-    result = mm.finetune(settings(place), grid=[0.1], seeds=[0], quiet=True)
+    result = am.finetune(settings(place), grid=[0.1], seeds=[0], quiet=True)
     log = (place / "study" / "grid" / "lr-0.1" / "log.txt").read_text()
     assert "resumed  after step 5 of 6" in log
     assert list(result.accuracies) == [0]
@@ -132,6 +132,6 @@ def test_mistakes_write_nothing(place, changes, grid, seeds, message):
         for key, value in changes.items()
     }
     before = sorted(place.rglob("*"))
-    with pytest.raises(mm.UserError, match=message):
-        mm.finetune(settings(place, **changes), grid=grid, seeds=seeds, quiet=True)
+    with pytest.raises(am.UserError, match=message):
+        am.finetune(settings(place, **changes), grid=grid, seeds=seeds, quiet=True)
     assert sorted(place.rglob("*")) == before

@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-import mlp_mixer as mm
+import allmlp as am
 from conftest import tiny_model
 
 SAVER = """
-import sys, torch, mlp_mixer as mm
+import sys, torch, allmlp as am
 sizes = dict(patch_size=4, hidden_dim=64, num_blocks=2, tokens_mlp_dim=64, channels_mlp_dim=256)
-model = mm.create_model("mixer_s16", 32, 10, **sizes)
+model = am.create_model("mixer_s16", 32, 10, **sizes)
 number = 0
 while True:
     number += 1
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, number)
-    mm.save_model(model, sys.argv[1])
+    am.save_model(model, sys.argv[1])
     print(number, flush=True)
 """
 
@@ -44,23 +44,23 @@ def test_frozen_and_killed_while_saving(tmp_path: Path):
                 child.stdout.readline()
                 time.sleep(chance.uniform(0.0, 0.02))
                 child.send_signal(signal.SIGSTOP)  # frozen in the middle: nothing more is written
-                model = mm.load_model(folder)
+                model = am.load_model(folder)
                 values = {float(p.detach().mean()) for p in model.parameters()}
                 assert len(values) == 1  # all tensors of one and the same save
                 assert min(values) >= 1.0
                 looks += 1
                 child.send_signal(signal.SIGCONT)
             child.kill()
-        assert len({float(p.detach().mean()) for p in mm.load_model(folder).parameters()}) == 1
+        assert len({float(p.detach().mean()) for p in am.load_model(folder).parameters()}) == 1
     assert looks == 12
 
 
 LARGE = """
-import sys, mlp_mixer as mm
-model = mm.create_model("mixer_s16", 224, 10, num_blocks=4)
+import sys, allmlp as am
+model = am.create_model("mixer_s16", 224, 10, num_blocks=4)
 print("saving", flush=True)
 while True:
-    mm.save_model(model, sys.argv[1])
+    am.save_model(model, sys.argv[1])
 """
 
 
@@ -85,7 +85,7 @@ def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path):
     assert any(each.is_file() and each.stat().st_size > 1e6 for each in _hidden(folder))
     for each in folder.glob(".*"):
         os.utime(each, (0, 0))  # it was killed long ago
-    mm.save_model(tiny_model(), folder)
+    am.save_model(tiny_model(), folder)
     assert sorted(each.name for each in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -97,8 +97,8 @@ def test_what_the_library_writes_is_removed_when_it_fails(
         raise safetensors.SafetensorError("No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(mm.UserError, match="No space left on device"):
-        mm.save_model(tiny_model(), tmp_path / "new")
+    with pytest.raises(am.UserError, match="No space left on device"):
+        am.save_model(tiny_model(), tmp_path / "new")
     assert not list((tmp_path / "new").iterdir())
 
 
@@ -109,10 +109,10 @@ def _hidden(folder: Path) -> list[Path]:
 
 
 TRAINER = """
-import sys, mlp_mixer as mm
-config = mm.recipe("digits").with_value("output", sys.argv[1]).with_value("evaluate_every", 1)
+import sys, allmlp as am
+config = am.recipe("digits").with_value("output", sys.argv[1]).with_value("evaluate_every", 1)
 config = config.with_value("model.overrides.num_blocks", 1).with_value("device", "cpu")
-mm.train(config.with_value("data.num_workers", 0))
+am.train(config.with_value("data.num_workers", 0))
 """
 
 
@@ -128,7 +128,7 @@ def test_a_killed_run_leaves_a_whole_model(tmp_path: Path):
             time.sleep(chance.uniform(0.0, 0.5))
             child.kill()
         assert best >= 1
-        model = mm.load_model(run)
+        model = am.load_model(run)
         assert model.config.num_classes == 10
         figures = (run / "results.csv").read_text().splitlines()
         assert len(figures) >= 1 + best

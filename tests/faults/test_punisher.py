@@ -97,6 +97,7 @@ def test_a_second_run_in_the_folder_is_refused(data: Path, tmp_path: Path):
     check_same(tmp_path / "run", straight)
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_lock(data: Path, tmp_path: Path):
     """Its workers live on for some seconds; the same command goes on without waiting for them."""
     config = run_config(data, tmp_path / "run", data__num_workers=2, checkpoint_every=5)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mlp_mixer.training import loop
+from allmlp.training import loop
 from runs import (
     DROPOUT,
     check_same,
@@ -103,6 +103,7 @@ def test_the_command_itself(data: Path, long: Path, tmp_path: Path):
             process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],

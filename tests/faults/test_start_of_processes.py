@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import mlp_mixer as mm
+import allmlp as am
 from conftest import tiny_config
 from runs import DROPOUT, check_same, make_data, run_config, start, steps_of, train, unix, until
 
@@ -19,10 +19,10 @@ SCRIPT = """
 import multiprocessing
 import sys
 
-import mlp_mixer as mm
+import allmlp as am
 
 def work():
-    result = mm.train(mm.TrainConfig.from_json({config}), quiet=True)
+    result = am.train(am.TrainConfig.from_json({config}), quiet=True)
     print("reached", result.validation.top1)
 
 if __name__ == "__main__":
@@ -67,7 +67,7 @@ def test_a_script_with_a_guard(tmp_path: Path, method: str):
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     changes = {"epochs": 1, "data__num_workers": 0}
     config = tiny_config(str(tmp_path / "data"), tmp_path / "here", **changes)
-    result = mm.train(config, quiet=True)
+    result = am.train(config, quiet=True)
     assert result.validation is not None
     assert done.stdout.split() == ["reached", str(result.validation.top1)]
     assert steps_of(tmp_path / "run") == steps_of(tmp_path / "here")
@@ -75,8 +75,8 @@ def test_a_script_with_a_guard(tmp_path: Path, method: str):
 
 def test_a_process_of_the_users_that_runs_the_script_again(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
-    with pytest.raises(mm.UserError, match="Guard"):
-        mm.train(tiny_config(str(make_data(tmp_path / "data")), tmp_path / "run"), quiet=True)
+    with pytest.raises(am.UserError, match="Guard"):
+        am.train(tiny_config(str(make_data(tmp_path / "data")), tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -120,9 +120,9 @@ def test_a_signal_while_a_batch_is_waited_for(tmp_path: Path, steps: int):
 
 LOAD = """
 import sys
-from mlp_mixer.data.loader import evaluation_batches
-from mlp_mixer.data.sources import open_splits
-from mlp_mixer.preprocessing import Preprocessing
+from allmlp.data.loader import evaluation_batches
+from allmlp.data.sources import open_splits
+from allmlp.preprocessing import Preprocessing
 source, size = open_splits(sys.argv[1])["train"], Preprocessing(image_size=(64, 64))
 def load(num_workers):
     batches = evaluation_batches(source, size, batch_size=10, num_workers=num_workers, timeout=60)

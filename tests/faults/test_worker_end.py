@@ -43,6 +43,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(run_config(make_data(folder / "data"), folder / "straight", **CHANGES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["killed", pytest.param("hangs", marks=pytest.mark.slow)])
 def test_it_is_named_and_the_run_goes_on_later(straight: Path, tmp_path: Path, kind: str):
     data = straight.parent / "data"

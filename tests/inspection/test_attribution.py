@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import mlp_mixer as mm
-from conftest import TINY, draw, encode, tiny_model
-from mlp_mixer.inspection.attribution import (
+import allmlp as am
+from allmlp.inspection.attribution import (
     occlusion,
     occlusion_places,
     read_image,
@@ -19,17 +18,18 @@ from mlp_mixer.inspection.attribution import (
     strongest,
     unit_responses,
 )
-from mlp_mixer.inspection.token_mixing import TokenMixingLayer, model_units
+from allmlp.inspection.token_mixing import TokenMixingLayer, model_units
+from conftest import TINY, draw, encode, tiny_model
 
 pytestmark = pytest.mark.numerics
 
 
-class OnePatch(mm.ImageClassifier):
+class OnePatch(am.ImageClassifier):
     """Looks at one patch of a 4x6 grid only: the brighter it is, the more it is class 2."""
 
     def __init__(self, row: int, column: int) -> None:
         super().__init__()
-        self.config = mm.MixerConfig(image_size=(16, 24), num_classes=3, **TINY)
+        self.config = am.MixerConfig(image_size=(16, 24), num_classes=3, **TINY)
         self.stem = nn.Conv2d(3, 4, kernel_size=4, stride=4)
         self.head = nn.Linear(1, 3)
         with torch.no_grad():
@@ -89,7 +89,7 @@ def test_the_model_and_the_image_stay_as_they_are():
 
 def test_grey_is_grey_in_the_models_own_values():
     model = OnePatch(1, 4)
-    model.preprocessing = mm.Preprocessing(image_size=(16, 24), mean=(0.5, 0.4, 0.3), std=0.1)
+    model.preprocessing = am.Preprocessing(image_size=(16, 24), mean=(0.5, 0.4, 0.3), std=0.1)
     grey = torch.tensor([0.0, 1.0, 2.0]).view(1, 3, 1, 1).expand(1, 3, 16, 24)
     found = occlusion(model, grey, window=1)
     assert np.abs(found.drop).max() < 1e-6
@@ -121,19 +121,19 @@ def test_class_names_and_defaults():
     ],
 )
 def test_windows_that_do_not_fit(settings, message):
-    with pytest.raises(mm.UserError, match=message):
+    with pytest.raises(am.UserError, match=message):
         occlusion(OnePatch(1, 4), torch.ones(1, 3, 16, 24), **settings)
 
 
 def test_no_class_to_explain():
     image = torch.zeros(1, 3, 8, 8)
-    with pytest.raises(mm.UserError, match="no head"):
+    with pytest.raises(am.UserError, match="no head"):
         occlusion(tiny_model(num_classes=0), image)
-    with pytest.raises(mm.UserError, match="a new head, all zeros"):
-        occlusion(mm.create_model("mixer_s16", 8, 3, **TINY), image)
+    with pytest.raises(am.UserError, match="a new head, all zeros"):
+        occlusion(am.create_model("mixer_s16", 8, 3, **TINY), image)
     broken = tiny_model()
     torch.nn.init.constant_(broken.head.bias, float("nan"))
-    with pytest.raises(mm.UserError, match="not finite"):
+    with pytest.raises(am.UserError, match="not finite"):
         occlusion(broken, image)
 
 
@@ -197,7 +197,7 @@ def test_a_unit_that_reads_one_patch():
 
 def test_responses_that_are_not_finite():
     model = tiny_model()
-    with pytest.raises(mm.UserError, match="layer 1 gives values that are not finite"):
+    with pytest.raises(am.UserError, match="layer 1 gives values that are not finite"):
         unit_responses(model, model_units(model), torch.full((1, 3, 8, 8), float("nan")), 1)
 
 
@@ -226,6 +226,6 @@ def test_images_that_cannot_be_read(tmp_path: Path):
         (tmp_path / "none.png", "No such file"),
         (tmp_path, "Is a directory"),
     ]:
-        with pytest.raises(mm.UserError, match=message) as error:
+        with pytest.raises(am.UserError, match=message) as error:
             read_image(path, tiny_model())
         assert error.value.where == str(path)

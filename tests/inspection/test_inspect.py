@@ -1,4 +1,4 @@
-"""mm.inspect: the numbers, the files, what is refused, and what does not apply."""
+"""am.inspect: the numbers, the files, what is refused, and what does not apply."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from test_attribution import OnePatch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.inspection.report import random_weights
 from conftest import draw, encode, tiny_model
-from mlp_mixer.inspection.report import random_weights
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def photo(tmp_path: Path) -> Path:
 
 def test_numbers_without_a_folder():
     model = tiny_model(image_size=(8, 12))
-    found = mm.inspect(model)
+    found = am.inspect(model)
     assert found.files == []
     assert found.compared is None
     said = found.to_json()
@@ -50,7 +50,7 @@ def test_units_with_opposites_are_counted():
     with torch.no_grad():
         weight = model.blocks[0].token_mixing.dense_0.weight
         weight[4:] = -weight[:4]
-    found = mm.inspect(model, compare=random_weights(model, 5)).to_json()
+    found = am.inspect(model, compare=random_weights(model, 5)).to_json()
     assert found["model"]["layers"][0]["incoming"]["opposite_share"] == 1.0
     assert found["compared"]["layers"][0]["incoming"]["opposite_share"] < 1.0
     assert set(found["weights_correlation"]) == {"1", "2", "stem"}
@@ -68,7 +68,7 @@ def test_random_weights_say_their_seed_and_leave_torchs():
 
 def test_everything_is_written(tmp_path, photo):
     model = tiny_model(image_size=(16, 24), num_blocks=4)
-    found = mm.inspect(
+    found = am.inspect(
         model,
         output=tmp_path / "out" / "inside",
         compare=random_weights(model),
@@ -106,7 +106,7 @@ def test_everything_is_written(tmp_path, photo):
 
 
 def test_the_default_is_the_first_three_layers(tmp_path, photo):
-    found = mm.inspect(tiny_model(num_blocks=5), output=tmp_path / "a", image=photo, vector="none")
+    found = am.inspect(tiny_model(num_blocks=5), output=tmp_path / "a", image=photo, vector="none")
     drawn = {name for name in found.files if name.startswith("figure6")}
     assert drawn == {f"figure6_layer{number}.png" for number in (1, 2, 3)}
     assert not any(name.endswith(("svg", "pdf")) for name in found.files)
@@ -115,7 +115,7 @@ def test_the_default_is_the_first_three_layers(tmp_path, photo):
 
 @pytest.mark.slow
 def test_pdf(tmp_path):
-    mm.inspect(tiny_model(), output=tmp_path, layers=[2], vector="pdf")
+    am.inspect(tiny_model(), output=tmp_path, layers=[2], vector="pdf")
     assert (tmp_path / "figure6_layer2.pdf").read_bytes().startswith(b"%PDF")
     assert not list(tmp_path.glob("*.svg"))
 
@@ -123,7 +123,7 @@ def test_pdf(tmp_path):
 @pytest.mark.slow
 def test_the_same_again_gives_the_same_files(tmp_path):
     for folder in ("a", "b"):
-        mm.inspect(tiny_model(), output=tmp_path / folder, layers=[1])
+        am.inspect(tiny_model(), output=tmp_path / folder, layers=[1])
     files = sorted((tmp_path / "a").iterdir())
     assert [path.name for path in files if path.suffix == ".svg"] == [
         "figure5.svg",
@@ -137,7 +137,7 @@ def test_the_same_again_gives_the_same_files(tmp_path):
 
 def test_a_model_of_another_kind(tmp_path, photo):
     """Figure 7 and the occlusion map of what has no token-mixing MLP."""
-    found = mm.inspect(OnePatch(1, 1), output=tmp_path / "a", image=photo, vector="none")
+    found = am.inspect(OnePatch(1, 1), output=tmp_path / "a", image=photo, vector="none")
     assert sorted(found.files) == ["figure7.png", "inspection.json", "occlusion.png", "units.csv"]
     assert found.responses == []
     assert found.notes == [
@@ -149,18 +149,18 @@ def test_a_model_of_another_kind(tmp_path, photo):
 
 def test_a_variant_is_said_and_the_rest_is_drawn(tmp_path):
     model = tiny_model(token_mixing="untied")
-    found = mm.inspect(model, output=tmp_path, compare=tiny_model(), vector="none")
+    found = am.inspect(model, output=tmp_path, compare=tiny_model(), vector="none")
     assert {"figure7.png", "figure5_compared.png"} <= set(found.files)
     assert "figure5.png" not in found.files
     assert len(found.notes) == 1
-    both = mm.inspect(model, compare=random_weights(model))
+    both = am.inspect(model, compare=random_weights(model))
     assert both.notes == found.notes  # what is true of both is said once
-    with pytest.raises(mm.UserError, match="no token-mixing layer 1 that can be drawn"):
-        mm.inspect(model, output=tmp_path, layers=[1], overwrite=True)
+    with pytest.raises(am.UserError, match="no token-mixing layer 1 that can be drawn"):
+        am.inspect(model, output=tmp_path, layers=[1], overwrite=True)
 
 
 def test_different_shapes_can_be_compared(tmp_path):
-    found = mm.inspect(
+    found = am.inspect(
         tiny_model(num_blocks=1), output=tmp_path, compare=tiny_model(image_size=16), vector="none"
     )
     assert found.compared is not None
@@ -191,8 +191,8 @@ def test_what_is_refused(tmp_path, photo):
         ({"output": folder, "image": photo, "batch_size": 0}, "the batch size must be at least 1"),
     ]
     for settings, message in wrong:
-        with pytest.raises(mm.UserError, match=message):
-            mm.inspect(model, **settings)
+        with pytest.raises(am.UserError, match=message):
+            am.inspect(model, **settings)
     assert not list(folder.glob("*"))  # nothing half-written
-    with pytest.raises(mm.UserError, match="inspect takes a model"):
-        mm.inspect("runs/mine")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(am.UserError, match="inspect takes a model"):
+        am.inspect("runs/mine")  # pyright: ignore[reportArgumentType]

@@ -13,9 +13,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mlp_mixer.inspection import image_pictures, pictures
-from mlp_mixer.inspection.attribution import Occlusion, UnitResponse
-from mlp_mixer.inspection.units import pair_opposites
+from allmlp.inspection import image_pictures, pictures
+from allmlp.inspection.attribution import Occlusion, UnitResponse
+from allmlp.inspection.units import pair_opposites
 
 
 def pixels_of(figure: Figure, folder: Path) -> np.ndarray:

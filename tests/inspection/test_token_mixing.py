@@ -7,21 +7,21 @@ import pytest
 import torch
 from torch import nn
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.inspection.measure import measure_model, weight_correlations
+from allmlp.inspection.token_mixing import model_units
+from allmlp.weights.resolution import resize_tokens
 from conftest import TINY, tiny_model
-from mlp_mixer.inspection.measure import measure_model, weight_correlations
-from mlp_mixer.inspection.token_mixing import model_units
-from mlp_mixer.weights.resolution import resize_tokens
 
 pytestmark = pytest.mark.numerics
 
 
-class OtherModel(mm.ImageClassifier):
+class OtherModel(am.ImageClassifier):
     """A model with a stem and nothing else that is like a Mixer."""
 
     def __init__(self, channels: int = 3) -> None:
         super().__init__()
-        self.config = mm.MixerConfig(image_size=8, in_channels=channels, **TINY)
+        self.config = am.MixerConfig(image_size=8, in_channels=channels, **TINY)
         self.stem = nn.Conv2d(channels, 6, kernel_size=(3, 5), stride=2)
 
 
@@ -58,7 +58,7 @@ def test_a_model_grown_by_blocks():
     model = tiny_model(image_size=8)
     tensors = dict(model.state_dict())
     config, _ = resize_tokens(tensors, model.config, (16, 16), "block-diagonal")
-    grown = mm.MlpMixer(config)
+    grown = am.MlpMixer(config)
     grown.load_state_dict(tensors)
     measured = measure_model(grown)
     incoming = measured.units.layer(1).incoming
@@ -84,7 +84,7 @@ def test_variants_of_token_mixing_are_named(changes, note):
     assert found.layers == []
     assert [each.startswith(note) for each in found.notes] == [True]
     assert found.stem is not None
-    with pytest.raises(mm.UserError, match="no token-mixing layer 1 that can be drawn"):
+    with pytest.raises(am.UserError, match="no token-mixing layer 1 that can be drawn"):
         found.layer(1)
 
 
@@ -109,7 +109,7 @@ def test_a_model_of_another_kind_has_its_stem():
     assert "no token-mixing MLP" in found.notes[0]
     assert found.stem is not None
     assert found.stem.shape == (6, 3, 5, 3)
-    with pytest.raises(mm.UserError, match="no layer 1: the model has 0"):
+    with pytest.raises(am.UserError, match="no layer 1: the model has 0"):
         found.layer(1)
 
 
@@ -118,7 +118,7 @@ def test_a_model_of_another_kind_has_its_stem():
     [("cycle_mlp_b1", 64, (64, 7, 7, 3)), ("vip_s14", 56, (384, 14, 14, 3))],
 )
 def test_the_other_families(name, size, stem):
-    found = model_units(mm.create_model(name, size, 3))
+    found = model_units(am.create_model(name, size, 3))
     assert found.layers == []
     assert len(found.notes) == 1
     assert "figures 5 and 6 do not apply" in found.notes[0]
@@ -160,7 +160,7 @@ def test_weights_that_are_not_finite():
 
 def test_no_such_layer():
     with pytest.raises(
-        mm.UserError, match="no layer 3: the model has 2 token-mixing MLPs"
+        am.UserError, match="no layer 3: the model has 2 token-mixing MLPs"
     ) as error:
         model_units(tiny_model()).layer(3)
     assert error.value.fix == "Known: 1, 2"
@@ -168,8 +168,8 @@ def test_no_such_layer():
 
 def test_likeness_of_two_models():
     model = tiny_model()
-    one, other = measure_model(model), measure_model(mm.random_weights(model, 1))
+    one, other = measure_model(model), measure_model(am.random_weights(model, 1))
     assert weight_correlations(one, one) == pytest.approx({"1": 1, "2": 1, "stem": 1})
     assert abs(weight_correlations(one, other)["stem"]) < 0.3
-    larger = measure_model(mm.random_weights(tiny_model(image_size=16)))
+    larger = measure_model(am.random_weights(tiny_model(image_size=16)))
     assert list(weight_correlations(one, larger)) == ["stem"]

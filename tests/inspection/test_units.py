@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlp_mixer.inspection import units as measures
+from allmlp.inspection import units as measures
 
 pytestmark = pytest.mark.numerics
 

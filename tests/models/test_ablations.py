@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.models.ablations import MixerVariant, UntiedLinear, VariantBlock
+from allmlp.models.catalog import architecture_name, model_config
+from allmlp.models.mixer import MixerConfig
 from conftest import TINY, check_every_gradient
-from mlp_mixer.models.ablations import MixerVariant, UntiedLinear, VariantBlock
-from mlp_mixer.models.catalog import architecture_name, model_config
-from mlp_mixer.models.mixer import MixerConfig
 
 pytestmark = pytest.mark.numerics
 
@@ -30,10 +30,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(size: Any = (12, 16), classes: int = 5, seed: int = 0, **settings: Any) -> mm.MlpMixer:
+def build(size: Any = (12, 16), classes: int = 5, seed: int = 0, **settings: Any) -> am.MlpMixer:
     torch.manual_seed(seed)
-    model = mm.create_model("mixer_s16", size, classes, **{**TINY, "num_blocks": 3, **settings})
-    assert isinstance(model, mm.MlpMixer)
+    model = am.create_model("mixer_s16", size, classes, **{**TINY, "num_blocks": 3, **settings})
+    assert isinstance(model, am.MlpMixer)
     assert model.head is not None
     torch.nn.init.normal_(model.head.weight)
     return model
@@ -49,7 +49,7 @@ def images(number: int = 3, size: tuple[int, int] = (12, 16), seed: int = 1) -> 
     return torch.randn(number, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
-def plain_twin(model: mm.MlpMixer, tensors: dict[str, Tensor]) -> mm.MlpMixer:
+def plain_twin(model: am.MlpMixer, tensors: dict[str, Tensor]) -> am.MlpMixer:
     twin = build(classes=model.config.num_classes)
     twin.load_state_dict(tensors)
     return twin
@@ -76,7 +76,7 @@ def test_one_group_is_the_plain_one():
     grouped = build(token_mixing="grouped", token_groups=1)
     assert isinstance(grouped, MixerVariant)
     plain = plain_twin(grouped, grouped.state_dict())
-    assert type(plain) is mm.MlpMixer
+    assert type(plain) is am.MlpMixer
     assert torch.equal(grouped(images()), plain(images()))
 
 
@@ -128,7 +128,7 @@ def test_parameters_and_operations_by_the_closed_formula(settings):
 def test_the_formula_holds_for_the_papers_models(name):
     config = mixer_config(name)
     with torch.device("meta"):
-        model = mm.create_model(name)
+        model = am.create_model(name)
     assert sum(each.numel() for each in model.parameters()) == config.num_parameters
 
 
@@ -170,8 +170,8 @@ def test_initial_weights_have_the_variance_of_their_fan_in():
 def test_saved_and_loaded(settings, tmp_path: Path):
     model = build(**settings).eval()
     model.class_names = list("abcde")
-    mm.save_model(model, tmp_path / "model")
-    loaded = mm.load_model(tmp_path / "model")
+    am.save_model(model, tmp_path / "model")
+    loaded = am.load_model(tmp_path / "model")
     assert loaded.config == model.config
     assert torch.equal(loaded(images()), model(images()))
 
@@ -206,27 +206,27 @@ def test_bfloat16_products_keep_the_residual_stream(settings):
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, words):
-    with pytest.raises(mm.UserError, match=words):
+    with pytest.raises(am.UserError, match=words):
         build(**settings)
 
 
 def test_the_plain_class_refuses_a_variants_configuration():
     with pytest.raises(ValueError, match="learned views"):
-        mm.MlpMixer(mixer_config("mixer_s32", token_mixing="views", token_groups=2))
+        am.MlpMixer(mixer_config("mixer_s32", token_mixing="views", token_groups=2))
 
 
 def test_a_variant_is_not_saved_in_another_programs_format(tmp_path: Path):
     model = build(token_mixing="grouped", token_groups=2)
     for format, name in (("google", "m.npz"), ("timm", "m.safetensors")):
-        with pytest.raises(mm.UserError, match="groups of 2"):
-            mm.save_model(model, tmp_path / name, format=format)
+        with pytest.raises(am.UserError, match="groups of 2"):
+            am.save_model(model, tmp_path / name, format=format)
     assert not list(tmp_path.iterdir())
 
 
 def test_another_image_size_is_refused_with_the_reason(tmp_path: Path):
-    mm.save_model(build((16, 16), pyramid=((1, 7),)), tmp_path / "model")
-    with pytest.raises(mm.UserError, match="pyramid"):
-        mm.load_model(tmp_path / "model", image_size=32)
+    am.save_model(build((16, 16), pyramid=((1, 7),)), tmp_path / "model")
+    with pytest.raises(am.UserError, match="pyramid"):
+        am.load_model(tmp_path / "model", image_size=32)
 
 
 def test_a_variant_is_called_by_its_name():

@@ -7,16 +7,16 @@ import json
 import pytest
 import torch
 
-import mlp_mixer as mm
-from conftest import TINY
-from mlp_mixer.models.catalog import (
+import allmlp as am
+from allmlp.models.catalog import (
     ARCHITECTURES,
     architecture_name,
     config_from_json,
     config_to_json,
     model_config,
 )
-from mlp_mixer.models.device import choose_device
+from allmlp.models.device import choose_device
+from conftest import TINY
 
 TABLE_1 = {  # P, C, L, D_S, D_C, S at 224 px
     "mixer_s32": (32, 512, 8, 256, 2048, 49),
@@ -32,31 +32,31 @@ TABLE_1 = {  # P, C, L, D_S, D_C, S at 224 px
 
 def test_table_1():
     others = [*(f"cycle_mlp_b{n}" for n in range(1, 6)), "vip_s14", "vip_s7", "vip_m7", "vip_l7"]
-    assert mm.list_models() == [*TABLE_1, *others]
+    assert am.list_models() == [*TABLE_1, *others]
     for name, (patch, dim, blocks, tokens_dim, channels_dim, tokens) in TABLE_1.items():
         config = ARCHITECTURES[name]
-        assert isinstance(config, mm.MixerConfig)
+        assert isinstance(config, am.MixerConfig)
         assert (config.patch_size, config.hidden_dim, config.num_blocks) == (patch, dim, blocks)
         assert (config.tokens_mlp_dim, config.channels_mlp_dim) == (tokens_dim, channels_dim)
         assert (config.num_tokens, config.image_size) == (tokens, (224, 224))
 
 
 def test_an_unknown_name_gives_near_ones():
-    with pytest.raises(mm.UserError, match=r"unknown model 'mixer_b61'[\s\S]*Did you mean mixer_b"):
-        mm.create_model("mixer_b61")
+    with pytest.raises(am.UserError, match=r"unknown model 'mixer_b61'[\s\S]*Did you mean mixer_b"):
+        am.create_model("mixer_b61")
 
 
 def test_an_unknown_setting_gives_near_ones():
-    with pytest.raises(mm.UserError, match=r"no setting 'drop_out'[\s\S]*Did you mean dropout"):
-        mm.create_model("mixer_b16", drop_out=0.1)
-    with pytest.raises(mm.UserError, match=r"mm\.load_model\(\"mixer_b16\.i21k\"\)"):
-        mm.create_model("mixer_b16", pretrained=True)
-    with pytest.raises(mm.UserError, match="cannot build mixer_s16"):
-        mm.create_model("mixer_s16", num_blocks="many")
+    with pytest.raises(am.UserError, match=r"no setting 'drop_out'[\s\S]*Did you mean dropout"):
+        am.create_model("mixer_b16", drop_out=0.1)
+    with pytest.raises(am.UserError, match=r"am\.load_model\(\"mixer_b16\.i21k\"\)"):
+        am.create_model("mixer_b16", pretrained=True)
+    with pytest.raises(am.UserError, match="cannot build mixer_s16"):
+        am.create_model("mixer_s16", num_blocks="many")
 
 
 def test_json_round_trip():
-    config = mm.create_model("mixer_s16", (8, 16), 3, **{**TINY, "gelu": "exact"}).config
+    config = am.create_model("mixer_s16", (8, 16), 3, **{**TINY, "gelu": "exact"}).config
     values = json.loads(json.dumps(config_to_json(config)))
     assert values["family"] == "mixer"
     assert config_from_json(values) == config
@@ -85,7 +85,7 @@ def test_names_of_architectures(name):
 )
 def test_a_wrong_description_is_refused(change, message):
     values = {**config_to_json(ARCHITECTURES["mixer_s16"]), **change}
-    with pytest.raises(mm.UserError, match=message):
+    with pytest.raises(am.UserError, match=message):
         config_from_json(values)
 
 
@@ -93,11 +93,11 @@ def test_devices():
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("gpu", "mps", "meta"):
-        with pytest.raises(mm.UserError, match=f"unknown device '{name}'"):
+        with pytest.raises(am.UserError, match=f"unknown device '{name}'"):
             choose_device(name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there():
-    with pytest.raises(mm.UserError, match="finds 0 CUDA GPUs"):
+    with pytest.raises(am.UserError, match="finds 0 CUDA GPUs"):
         choose_device("cuda")

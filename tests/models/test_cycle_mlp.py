@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-import mlp_mixer as mm
-from mlp_mixer.models.catalog import ARCHITECTURES
-from mlp_mixer.models.cycle_mlp import CycleFC, CycleMLPConfig, runs_of
-from mlp_mixer.models.layers import StochasticDepth
+import allmlp as am
+from allmlp.models.catalog import ARCHITECTURES
+from allmlp.models.cycle_mlp import CycleFC, CycleMLPConfig, runs_of
+from allmlp.models.layers import StochasticDepth
 from staged_models import small_cycle
 
 # Elements of the offsets of B1 and so on.
@@ -25,14 +25,14 @@ OFFSETS = {1: 10_752, 2: 20_992, 3: 32_000, 4: 45_568, 5: 50_304}
 @pytest.mark.parametrize("number", OFFSETS)
 def test_counts_of_the_offsets(number: int):
     with torch.device("meta"):
-        tensors = mm.create_model(f"cycle_mlp_b{number}").state_dict()
+        tensors = am.create_model(f"cycle_mlp_b{number}").state_dict()
     assert sum(v.numel() for k, v in tensors.items() if k.endswith(".offset")) == OFFSETS[number]
 
 
 def test_the_published_tensors():
     """Names and shapes of a block of B1, as the authors' file has them."""
     with torch.device("meta"):
-        tensors = mm.create_model("cycle_mlp_b1").state_dict()
+        tensors = am.create_model("cycle_mlp_b1").state_dict()
     shapes = {name: tuple(each.shape) for name, each in tensors.items()}
     block = {name[12:]: s for name, s in shapes.items() if name.startswith("network.0.1.")}
     of_fc = {"weight": (64, 64, 1, 1), "bias": (64,), "offset": (1, 128, 1, 1)}
@@ -125,13 +125,13 @@ def test_offsets_that_cannot_be(value: float, message: str):
     model = small_cycle()
     tensors = model.state_dict()
     tensors["network.0.0.attn.sfc_w.offset"] = torch.full((1, 18, 1, 1), value)
-    with pytest.raises(mm.UserError, match=message):
+    with pytest.raises(am.UserError, match=message):
         model.load_state_dict(tensors)
 
 
 def test_new_weights():
     torch.manual_seed(0)
-    model = mm.create_model("cycle_mlp_b1", depths=(1, 1, 1, 1))
+    model = am.create_model("cycle_mlp_b1", depths=(1, 1, 1, 1))
     for name, each in model.named_parameters():
         if "norm" in name:
             assert torch.equal(each, torch.full_like(each, float(name.endswith("weight")))), name
@@ -195,7 +195,7 @@ def test_the_published_grids():
     ],
 )
 def test_values_out_of_range(changes: dict[str, Any], message: str):
-    with pytest.raises(mm.UserError, match=message):
+    with pytest.raises(am.UserError, match=message):
         small_cycle(**changes)
 
 

@@ -13,19 +13,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.models.catalog import ARCHITECTURES, config_from_json, config_to_json
+from allmlp.models.compute import can_compile
+from allmlp.models.cycle_mlp import CycleMLPConfig
+from allmlp.models.layers import draw_stochastic_depth, set_stochastic_depth
+from allmlp.models.mixer import MixerConfig
+from allmlp.models.vision_permutator import VisionPermutatorConfig
 from conftest import check_every_gradient
-from mlp_mixer.models.catalog import ARCHITECTURES, config_from_json, config_to_json
-from mlp_mixer.models.compute import can_compile
-from mlp_mixer.models.cycle_mlp import CycleMLPConfig
-from mlp_mixer.models.layers import draw_stochastic_depth, set_stochastic_depth
-from mlp_mixer.models.mixer import MixerConfig
-from mlp_mixer.models.vision_permutator import VisionPermutatorConfig
 from staged_models import enliven
 
 pytestmark = pytest.mark.numerics
 
-NAMES = mm.list_models()
+NAMES = am.list_models()
 FIRST_OF_FAMILY = ("mixer_s32", "cycle_mlp_b1", "vip_s7")
 
 
@@ -43,19 +43,19 @@ def small(name: str) -> tuple[int, dict[str, Any]]:
     return 4 * config.patch_size, {"dims": dims, **halves}
 
 
-def build(name: str, num_classes: int = 5, **changes: Any) -> mm.ImageClassifier:
+def build(name: str, num_classes: int = 5, **changes: Any) -> am.ImageClassifier:
     size, overrides = small(name)
     torch.manual_seed(0)
     size = changes.pop("image_size", size)
-    return enliven(mm.create_model(name, size, num_classes, **overrides, **changes))
+    return enliven(am.create_model(name, size, num_classes, **overrides, **changes))
 
 
-def pictures(model: mm.ImageClassifier, num: int = 3) -> torch.Tensor:
+def pictures(model: am.ImageClassifier, num: int = 3) -> torch.Tensor:
     torch.manual_seed(1)
     return torch.randn(num, model.config.in_channels, *model.config.image_size)
 
 
-def gradients(model: mm.ImageClassifier, images: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(model: am.ImageClassifier, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Of the loss on labels 0, 1, 2, ...; also under autocast."""
     model.zero_grad()
     F.cross_entropy(model(images), torch.arange(len(images)) % 5).backward()
@@ -110,8 +110,8 @@ def test_save_and_load(name: str, tmp_path: Path):
     model.class_names = list("abcde")
     images = pictures(model)
     for target in (tmp_path / "folder", tmp_path / "alone.safetensors"):
-        mm.save_model(model, target)
-        loaded = mm.load_model(target, quiet=True)
+        am.save_model(model, target)
+        loaded = am.load_model(target, quiet=True)
         assert loaded.config == model.config
         assert loaded.class_names == model.class_names
         assert torch.equal(loaded(images), model(images))
@@ -124,33 +124,33 @@ def test_save_and_load(name: str, tmp_path: Path):
 @pytest.mark.parametrize("name", NAMES)
 def test_other_classes(name: str, tmp_path: Path):
     model = build(name).eval()
-    path = mm.save_model(model, tmp_path / "model")
+    path = am.save_model(model, tmp_path / "model")
     images = pictures(model)
-    other = mm.load_model(path.parent, num_classes=3, quiet=True)
+    other = am.load_model(path.parent, num_classes=3, quiet=True)
     assert other(images).abs().max() == 0
     assert other(images).shape == (3, 3)
     assert torch.equal(other.features(images), model.features(images))
-    headless = mm.load_model(path.parent, num_classes=0, quiet=True)
+    headless = am.load_model(path.parent, num_classes=0, quiet=True)
     assert torch.equal(headless(images), model.features(images))
-    again = mm.load_model(mm.save_model(headless, tmp_path / "headless"), num_classes=2, quiet=True)
+    again = am.load_model(am.save_model(headless, tmp_path / "headless"), num_classes=2, quiet=True)
     assert again(images).shape == (3, 2)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_odd_sizes_or_the_refusal(name: str, tmp_path: Path):
     size, overrides = small(name)
-    path = mm.save_model(build(name).eval(), tmp_path / "model").parent
+    path = am.save_model(build(name).eval(), tmp_path / "model").parent
     is_free = isinstance(ARCHITECTURES[name], CycleMLPConfig)
     if is_free:
-        assert mm.create_model(name, size + 1, 5, **overrides).config.image_size == (size + 1,) * 2
-        odd = mm.load_model(path, image_size=(size + 5, size - 3), quiet=True)
+        assert am.create_model(name, size + 1, 5, **overrides).config.image_size == (size + 1,) * 2
+        odd = am.load_model(path, image_size=(size + 5, size - 3), quiet=True)
         assert odd(pictures(odd)).shape == (3, 5)
     else:
-        with pytest.raises(mm.UserError, match="not divisible by"):
-            mm.create_model(name, size + 1, 5, **overrides)
-        with pytest.raises(mm.UserError, match="not divisible by"):
-            mm.load_model(path, image_size=size + 1, quiet=True)
-    wide = mm.load_model(path, image_size=(size, 2 * size), quiet=True)
+        with pytest.raises(am.UserError, match="not divisible by"):
+            am.create_model(name, size + 1, 5, **overrides)
+        with pytest.raises(am.UserError, match="not divisible by"):
+            am.load_model(path, image_size=size + 1, quiet=True)
+    wide = am.load_model(path, image_size=(size, 2 * size), quiet=True)
     assert wide(pictures(wide)).shape == (3, 5)
     grey = build(name, in_channels=1)
     assert grey(pictures(grey)).shape == (3, 5)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import mlp_mixer as mm
-from mlp_mixer.errors import UserError
-from mlp_mixer.models import inference
-from mlp_mixer.models.inference import Inference, PackedDense, can_pack, choose_precision, pack
+import allmlp as am
+from allmlp.errors import UserError
+from allmlp.models import inference
+from allmlp.models.inference import Inference, PackedDense, can_pack, choose_precision, pack
 
 pytestmark = pytest.mark.numerics
 needs_packing = pytest.mark.skipif(
@@ -29,10 +29,10 @@ MODELS = {
 }
 
 
-def build(name: str) -> mm.ImageClassifier:
+def build(name: str) -> am.ImageClassifier:
     torch.manual_seed(0)
     catalog_name, overrides = MODELS[name]
-    model = mm.create_model(catalog_name, num_classes=10, **overrides).eval()
+    model = am.create_model(catalog_name, num_classes=10, **overrides).eval()
     assert isinstance(model.head, nn.Linear)
     with torch.no_grad():
         model.head.weight.normal_(std=0.1)
@@ -42,7 +42,7 @@ def build(name: str) -> mm.ImageClassifier:
     return model
 
 
-def draw(model: mm.ImageClassifier, count: int) -> Tensor:
+def draw(model: am.ImageClassifier, count: int) -> Tensor:
     random = torch.Generator().manual_seed(1)
     return torch.randn(count, 3, *model.config.image_size, generator=random)
 
@@ -185,7 +185,7 @@ def test_a_model_without_packed_products_is_plain(monkeypatch: pytest.MonkeyPatc
 
 def test_a_small_model_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    model = mm.create_model("mixer_s32", image_size=32, num_blocks=1, num_classes=10)
+    model = am.create_model("mixer_s32", image_size=32, num_blocks=1, num_classes=10)
     assert not Inference(model, "float32").packed
     assert choose_precision(model, "auto") == ("float32", "a small model")
 

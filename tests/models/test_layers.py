@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.models.layers import ImageClassifier, StochasticDepth
 from conftest import tiny_model
-from mlp_mixer.models.layers import ImageClassifier, StochasticDepth
 
 
 def test_the_frame_itself_computes_nothing():
@@ -49,9 +49,9 @@ def test_class_names_may_be_any_sequence_of_text(kind):
 def test_other_class_names_are_refused_where_they_are_set(names, message):
     model = tiny_model(num_classes=3)
     model.class_names = ["x", "y", "z"]
-    with pytest.raises(mm.UserError, match=message):
+    with pytest.raises(am.UserError, match=message):
         model.class_names = names
     assert model.class_names == ["x", "y", "z"]
     model.class_names.append("w")
-    with pytest.raises(mm.UserError, match="4 class names for 3 classes"):
-        mm.predict(model, "digits:test")
+    with pytest.raises(am.UserError, match="4 class names for 3 classes"):
+        am.predict(model, "digits:test")

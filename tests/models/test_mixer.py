@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.models.layers import StochasticDepth, lecun_normal_
+from allmlp.models.mixer import MlpBlock
 from conftest import GOLDEN, TINY, tiny_model
 from google_layout import official_model, our_layout, our_name
-from mlp_mixer.models.layers import StochasticDepth, lecun_normal_
-from mlp_mixer.models.mixer import MlpBlock
 
 pytestmark = pytest.mark.numerics
 
 
 @pytest.fixture(scope="module")
-def golden() -> tuple[mm.MlpMixer, dict[str, np.ndarray], dict[str, np.ndarray]]:
+def golden() -> tuple[am.MlpMixer, dict[str, np.ndarray], dict[str, np.ndarray]]:
     with np.load(GOLDEN / "official_tiny_params.npz") as file:
         params = dict(file)
     with np.load(GOLDEN / "official_tiny_io.npz") as file:
@@ -67,10 +67,10 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts(name):
-    assert set(COUNTS) == {each for each in mm.list_models() if each.startswith("mixer_")}
+    assert set(COUNTS) == {each for each in am.list_models() if each.startswith("mixer_")}
     for num_classes, expected in zip((0, 1000, 21843), COUNTS[name], strict=True):
         with torch.device("meta"):
-            model = mm.create_model(name, num_classes=num_classes)
+            model = am.create_model(name, num_classes=num_classes)
         assert sum(parameter.numel() for parameter in model.parameters()) == expected
 
 
@@ -78,7 +78,7 @@ def test_parameter_counts(name):
     ("size", "channels", "classes"), [(8, 3, 5), ((8, 16), 1, 2), ((20, 4), 7, 1), (4, 3, 0)]
 )
 def test_any_size_channels_and_classes(size, channels, classes):
-    model = mm.create_model("mixer_s16", size, classes, **{**TINY, "in_channels": channels})
+    model = am.create_model("mixer_s16", size, classes, **{**TINY, "in_channels": channels})
     height, width = (size, size) if isinstance(size, int) else size
     images = torch.randn(2, channels, height, width)
     assert model.config.num_tokens == height * width // 16
@@ -101,7 +101,7 @@ def test_features_feed_the_head():
 
 def test_tokens_are_row_major_over_the_grid():
     """A weight that reads one token only sees one patch: token t is row t // 4, column t % 4."""
-    model = mm.create_model("mixer_s16", (8, 16), 0, **TINY)
+    model = am.create_model("mixer_s16", (8, 16), 0, **TINY)
     images = torch.zeros(1, 3, 8, 16)
     images[:, :, 4:8, 12:16] = 1.0  # row 1, column 3 of a 2 x 4 grid
     tokens = model.stem(images).flatten(2).transpose(1, 2)[0] - model.stem.bias
@@ -110,7 +110,7 @@ def test_tokens_are_row_major_over_the_grid():
 
 def test_initialisers_are_flaxs():
     torch.manual_seed(0)
-    model = mm.create_model("mixer_s32", 64, 10)
+    model = am.create_model("mixer_s32", 64, 10)
     for name, parameter in model.named_parameters():
         if name.startswith("head."):
             assert parameter.abs().max() == 0, name
@@ -193,7 +193,7 @@ def test_evaluation_is_deterministic_and_training_is_not():
 def test_the_residual_stream_stays_float32_under_autocast():
     """CPU bf16 LayerNorm gives a bias gradient that is wrong by tens of per cent."""
     torch.manual_seed(0)
-    model = mm.create_model("mixer_s16", 32, 10, **{**TINY, "hidden_dim": 64})
+    model = am.create_model("mixer_s16", 32, 10, **{**TINY, "hidden_dim": 64})
     torch.nn.init.normal_(model.head.weight)
     images, labels = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
     F.cross_entropy(model(images), labels).backward()
@@ -230,8 +230,8 @@ def test_whether_the_output_biases_of_the_token_mixing_count(changes, counts):
 
 
 def test_an_indivisible_size_names_both_numbers():
-    with pytest.raises(mm.UserError, match=r"200x224.*patch size 16.*nearest.*192x224"):
-        mm.create_model("mixer_b16", (200, 224))
+    with pytest.raises(am.UserError, match=r"200x224.*patch size 16.*nearest.*192x224"):
+        am.create_model("mixer_b16", (200, 224))
 
 
 def test_another_size_than_built_for_names_both():
@@ -255,4 +255,4 @@ def test_another_size_than_built_for_names_both():
 )
 def test_values_out_of_range(change, message):
     with pytest.raises(ValueError, match=message):
-        mm.MixerConfig(**{"image_size": (8, 8), **TINY, **change})
+        am.MixerConfig(**{"image_size": (8, 8), **TINY, **change})

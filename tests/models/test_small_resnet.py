@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import mlp_mixer as mm
-from mlp_mixer.models.small_resnet import SmallResNetConfig
+import allmlp as am
+from allmlp.models.small_resnet import SmallResNetConfig
 
 pytestmark = pytest.mark.numerics
 
 
 def build(
     size: int | tuple[int, int] = 12, classes: int = 3, **settings: int
-) -> mm.ImageClassifier:
+) -> am.ImageClassifier:
     torch.manual_seed(0)
-    return mm.create_model("small_resnet", size, classes, **{"width": 8, **settings})
+    return am.create_model("small_resnet", size, classes, **{"width": 8, **settings})
 
 
 @pytest.mark.parametrize(
@@ -35,10 +35,10 @@ def test_operations_by_the_closed_formula(size, settings):
 
 
 def test_it_is_as_large_as_it_says():
-    model = mm.create_model("small_resnet", 32, 10)
+    model = am.create_model("small_resnet", 32, 10)
     assert sum(each.numel() for each in model.parameters()) == 696_234
     assert model.config.summary() == "small ResNet, 3 stages of 2 blocks, 32 channels"
-    assert "small_resnet" not in mm.list_models()
+    assert "small_resnet" not in am.list_models()
 
 
 def test_it_learns_and_its_head_begins_at_zero():
@@ -61,8 +61,8 @@ def test_it_learns_and_its_head_begins_at_zero():
 def test_saved_and_loaded(tmp_path: Path):
     model = build().eval()
     model.class_names = ["a", "b", "c"]
-    mm.save_model(model, tmp_path / "model")
-    loaded = mm.load_model(tmp_path / "model")
+    am.save_model(model, tmp_path / "model")
+    loaded = am.load_model(tmp_path / "model")
     images = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
     assert torch.equal(loaded(images), model(images))
     assert loaded.config == model.config

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import mlp_mixer as mm
+import allmlp as am
 from staged_models import check_golden, small_cycle, small_permutator
 
 pytestmark = pytest.mark.numerics
@@ -51,7 +51,7 @@ def test_logits_equal_the_authors(name: str):
 def test_counts(name: str):
     parameters, entries, gmacs = COUNTS[name]
     with torch.device("meta"):
-        model = mm.create_model(name)
+        model = am.create_model(name)
     assert sum(each.numel() for each in model.parameters()) == parameters
     assert len(model.state_dict()) == entries
     assert f"{model.config.flops / 2e9:.3f}" == gmacs
@@ -69,7 +69,7 @@ def test_counts(name: str):
     ],
 )
 def test_operations_are_those_that_torch_counts(
-    small: Callable[..., mm.ImageClassifier], size: Any, changes: dict[str, Any]
+    small: Callable[..., am.ImageClassifier], size: Any, changes: dict[str, Any]
 ):
     model = small(**{"image_size": size, **changes})
     config = model.config
@@ -79,7 +79,7 @@ def test_operations_are_those_that_torch_counts(
 
 
 @pytest.mark.parametrize("small", [small_cycle, small_permutator])
-def test_layer_norm_epsilon_and_gelu(small: Callable[[], mm.ImageClassifier]):
+def test_layer_norm_epsilon_and_gelu(small: Callable[[], am.ImageClassifier]):
     model = small()
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     assert len(norms) == 2 * 3 + 1

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+import allmlp as am
 import fake_timm
-import mlp_mixer as mm
+from allmlp.models import timm_model
+from allmlp.models.catalog import config_from_json, config_to_json
+from allmlp.models.comparison_systems import HAND_BUILT, PAPER_SYSTEMS, SYSTEMS
+from allmlp.models.timm_model import TimmConfig, TimmModel, import_timm, own_image_size
 from conftest import mixer
-from mlp_mixer.models import timm_model
-from mlp_mixer.models.catalog import config_from_json, config_to_json
-from mlp_mixer.models.comparison_systems import HAND_BUILT, PAPER_SYSTEMS, SYSTEMS
-from mlp_mixer.models.timm_model import TimmConfig, TimmModel, import_timm, own_image_size
 
 pytestmark = pytest.mark.numerics
 
@@ -33,7 +33,7 @@ def images(size: int = 16, number: int = 2) -> torch.Tensor:
 
 
 def test_create_gives_our_frame(timm: None):
-    model = mm.create_model("timm:fake_cnn", num_classes=5).eval()
+    model = am.create_model("timm:fake_cnn", num_classes=5).eval()
     assert isinstance(model, TimmModel)
     assert model.config == TimmConfig(name="fake_cnn", image_size=(16, 16), num_classes=5)
     assert isinstance(model.head, torch.nn.Linear)
@@ -47,25 +47,25 @@ def test_create_gives_our_frame(timm: None):
 
 
 def test_no_head_gives_features(timm: None):
-    model = mm.create_model("timm:fake_bit", num_classes=0, in_channels=1).eval()
+    model = am.create_model("timm:fake_bit", num_classes=0, in_channels=1).eval()
     assert model.head is None
     assert model(images()[:, :1]).shape == (2, fake_timm.WIDTH)
 
 
 def test_images_of_another_size_are_refused(timm: None):
-    model = mm.create_model("timm:fake_cnn")
+    model = am.create_model("timm:fake_cnn")
     with pytest.raises(ValueError, match=r"16x16 pixels, got 8x8: timm builds it for one size"):
         model(images(8))
 
 
 def test_flops_are_twice_the_multiply_adds(timm: None):
-    config = mm.create_model("timm:fake_cnn", image_size=(8, 16), num_classes=5).config
+    config = am.create_model("timm:fake_cnn", image_size=(8, 16), num_classes=5).config
     assert config.flops == 2 * (8 * 16 * 3 * 9 * fake_timm.WIDTH + fake_timm.WIDTH * 5)
     assert config.hidden_dim == fake_timm.WIDTH
 
 
 def test_measuring_draws_no_random_numbers(timm: None):
-    first = mm.create_model("timm:fake_vit", image_size=24)
+    first = am.create_model("timm:fake_vit", image_size=24)
     torch.manual_seed(0)
     again = TimmModel(first.config)
     timm_model._measured.cache_clear()
@@ -77,23 +77,23 @@ def test_measuring_draws_no_random_numbers(timm: None):
 
 @pytest.mark.parametrize("name", ["fake_vit", "fake_mlp"])
 def test_sizes_that_a_model_is_built_for(timm: None, name: str):
-    model: Any = mm.create_model(f"timm:{name}", image_size=(8, 24))
+    model: Any = am.create_model(f"timm:{name}", image_size=(8, 24))
     assert model.backbone.pos_embed.shape == (1, fake_timm.WIDTH, 2, 6)
 
 
 def test_on_the_meta_device_constants_are_real(timm: None):
     with torch.device("meta"):
-        model: Any = mm.create_model("timm:fake_cnn", num_classes=2)
+        model: Any = am.create_model("timm:fake_cnn", num_classes=2)
     assert all(each.is_meta for each in model.parameters())
     assert not model.backbone.constant.is_meta
-    trained = mm.create_model("timm:fake_cnn", num_classes=2)
+    trained = am.create_model("timm:fake_cnn", num_classes=2)
     torch.nn.init.ones_(trained.head.weight)
     model.load_state_dict(trained.state_dict(), assign=True)
     assert torch.equal(model.eval()(images()), trained.eval()(images()))
 
 
 def test_json_round_trip(timm: None):
-    config = mm.create_model("timm:fake_cnn", (8, 16), 3, dropout=0.5).config
+    config = am.create_model("timm:fake_cnn", (8, 16), 3, dropout=0.5).config
     values = json.loads(json.dumps(config_to_json(config)))
     assert values["family"] == "timm"
     assert config_from_json(values) == config
@@ -116,14 +116,14 @@ def test_json_round_trip(timm: None):
     ],
 )
 def test_what_cannot_be_built_is_refused(timm: None, name: str, settings: Any, message: str):
-    with pytest.raises(mm.UserError, match=message):
-        mm.create_model(name, **settings)
+    with pytest.raises(am.UserError, match=message):
+        am.create_model(name, **settings)
 
 
 def test_absent_timm_names_the_command(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    for call in (mm.create_model, mm.load_model):
-        with pytest.raises(mm.UserError, match=r"not installed[\s\S]*pip install timm"):
+    for call in (am.create_model, am.load_model):
+        with pytest.raises(am.UserError, match=r"not installed[\s\S]*pip install timm"):
             call("timm:resnet18")
 
 
@@ -141,7 +141,7 @@ def test_a_timm_that_cannot_be_imported(
     (tmp_path / "timm" / "__init__.py").write_text(line)
     monkeypatch.delitem(sys.modules, "timm", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(mm.UserError, match=f"timm cannot be imported: .*{message}"):
+    with pytest.raises(am.UserError, match=f"timm cannot be imported: .*{message}"):
         import_timm()
 
 
@@ -175,7 +175,7 @@ def real_timm() -> Any:
                 library.define(name + boxes)
         try:
             yield import_timm()
-        except mm.UserError as error:
+        except am.UserError as error:
             pytest.skip(f"timm is there and cannot be imported: {error.what}")
     timm_model._measured.cache_clear()
 
@@ -185,14 +185,14 @@ def real_timm() -> Any:
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.paper_name)
 def test_parameters_of_the_comparison_systems(real_timm: Any, system: Any):
     with torch.device("meta"):
-        model = mm.create_model(system.model)
+        model = am.create_model(system.model)
     assert sum(each.numel() for each in model.parameters()) == system.parameters
     assert model.config.image_size == own_image_size(system.model.removeprefix("timm:"))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_flops_of_vit_count_attention(real_timm: Any):
-    assert mm.create_model("timm:vit_tiny_patch16_224").config.flops / 2e9 == pytest.approx(
+    assert am.create_model("timm:vit_tiny_patch16_224").config.flops / 2e9 == pytest.approx(
         1.2537, abs=1e-3
     )
 
@@ -200,7 +200,7 @@ def test_flops_of_vit_count_attention(real_timm: Any):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto"])
 def test_logits_are_those_of_timm(real_timm: Any, name: str):
-    from mlp_mixer.weights.timm_pretrained import from_timm
+    from allmlp.weights.timm_pretrained import from_timm
 
     theirs = real_timm.create_model(name, num_classes=3).eval()
     torch.nn.init.normal_(theirs.get_classifier().weight)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-import mlp_mixer as mm
-from mlp_mixer.models.catalog import ARCHITECTURES
-from mlp_mixer.models.layers import StochasticDepth
-from mlp_mixer.models.vision_permutator import PermutatorFusion, VisionPermutatorConfig
+import allmlp as am
+from allmlp.models.catalog import ARCHITECTURES
+from allmlp.models.layers import StochasticDepth
+from allmlp.models.vision_permutator import PermutatorFusion, VisionPermutatorConfig
 from staged_models import small_permutator
 
 # Places of the stages in `network`.
@@ -25,7 +25,7 @@ PLACES = {"s14": (0, 1, 2, 3), "s7": (0, 2, 3, 4), "m7": (0, 1, 3, 4), "l7": (0,
 @pytest.mark.parametrize("name", PLACES)
 def test_the_places_of_the_stages(name: str):
     with torch.device("meta"):
-        model = mm.create_model(f"vip_{name}")
+        model = am.create_model(f"vip_{name}")
     found = [at for at, part in enumerate(model.network) if isinstance(part, nn.Sequential)]
     assert tuple(found) == model.config.stage_indices == PLACES[name]
 
@@ -40,7 +40,7 @@ def test_the_authors_rule_of_segments():
 
 def test_the_published_tensors():
     with torch.device("meta"):
-        tensors = mm.create_model("vip_s7").state_dict()
+        tensors = am.create_model("vip_s7").state_dict()
     shapes = {name: tuple(each.shape) for name, each in tensors.items()}
     block = {name[12:]: s for name, s in shapes.items() if name.startswith("network.2.1.")}
     assert block == {
@@ -118,14 +118,14 @@ def test_other_sizes_have_other_maps(size: Any):
 
 def test_the_published_sizes():
     with pytest.raises(
-        mm.UserError,
+        am.UserError,
         match=r"224x200 .*by 14 \(the patch size 7, as the grid is halved once\);.*: 224x196",
     ):
-        mm.create_model("vip_s7", (224, 200))
+        am.create_model("vip_s7", (224, 200))
     with pytest.raises(
-        mm.UserError, match="230x230 is not divisible by the patch size 14; the nearest"
+        am.UserError, match="230x230 is not divisible by the patch size 14; the nearest"
     ):
-        mm.create_model("vip_s14", 230)
+        am.create_model("vip_s14", 230)
     config = ARCHITECTURES["vip_m7"]
     assert isinstance(config, VisionPermutatorConfig)
     wide = dataclasses.replace(config, image_size=(448, 56))
@@ -145,5 +145,5 @@ def test_the_published_sizes():
     ],
 )
 def test_values_out_of_range(changes: dict[str, Any], message: str):
-    with pytest.raises(mm.UserError, match=message):
+    with pytest.raises(am.UserError, match=message):
         small_permutator(**changes)

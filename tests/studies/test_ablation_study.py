@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.cli.main import main
+from allmlp.models.catalog import create_model, model_config
+from allmlp.models.mixer import MixerConfig
+from allmlp.studies import ablations as ablations_module
+from allmlp.studies.ablations import ablations, variants_of
+from allmlp.training.config import TrainConfig
 from conftest import TINY
-from mlp_mixer.cli.main import main
-from mlp_mixer.models.catalog import create_model, model_config
-from mlp_mixer.models.mixer import MixerConfig
-from mlp_mixer.studies import ablations as ablations_module
-from mlp_mixer.studies.ablations import ablations, variants_of
-from mlp_mixer.training.config import TrainConfig
 
 
 def tiny_config(folder: Path, **changes: Any) -> TrainConfig:
@@ -30,7 +30,7 @@ def tiny_config(folder: Path, **changes: Any) -> TrainConfig:
         "data.num_workers": 0,
         "output": str(folder),
     }
-    return mm.recipe("digits").with_values({**values, **changes})
+    return am.recipe("digits").with_values({**values, **changes})
 
 
 def mixer(**settings: Any) -> MixerConfig:
@@ -70,7 +70,7 @@ def test_the_study_measures_accuracy_and_cost(tmp_path: Path, capsys):
     values = json.loads((tmp_path / "study" / "ablations.json").read_text())
     assert values["partial"] is False
     assert values["rows"] == found.rows
-    loaded = mm.load_model(tmp_path / "study" / "cells" / "pyramid" / "seed-1")
+    loaded = am.load_model(tmp_path / "study" / "cells" / "pyramid" / "seed-1")
     assert loaded.config.pyramid == ((1, 4),)
     said = capsys.readouterr().out
     assert "mean and standard deviation of 2 seeds" in said
@@ -97,6 +97,7 @@ def test_mistakes_are_told_before_anything_is_written(tmp_path: Path, capsys, fl
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.slow
 def test_costs_do_not_depend_on_the_runs():
     config = tiny_config(Path("unused"))
     known = {"shared": {}, "grouped-4": {"token_mixing": "grouped", "token_groups": 4}}

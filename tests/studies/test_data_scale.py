@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.evaluation.measurement import read_measurement
+from allmlp.studies import data_scale as study
+from allmlp.studies.data_scale import DataScale, data_scale
+from allmlp.training import loop
+from allmlp.training.dataset import open_training_data
 from conftest import TINY, make_class_folder
-from mlp_mixer.evaluation.measurement import read_measurement
-from mlp_mixer.studies import data_scale as study
-from mlp_mixer.studies.data_scale import DataScale, data_scale
-from mlp_mixer.training import loop
-from mlp_mixer.training.dataset import open_training_data
 from runs import watch_every_step
 
 COUNTS = {"ant": 40, "bee": 50, "cat": 30}
@@ -36,7 +36,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def settings(place: Path, folder: str = "study", **changes: object) -> mm.TrainConfig:
+def settings(place: Path, folder: str = "study", **changes: object) -> am.TrainConfig:
     values: dict[str, object] = {
         "model.name": "any",
         "model.image_size": 8,
@@ -51,7 +51,7 @@ def settings(place: Path, folder: str = "study", **changes: object) -> mm.TrainC
         "data.num_workers": 0,
     }
     values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return mm.recipe("scratch").with_values(values)
+    return am.recipe("scratch").with_values(values)
 
 
 def run(place: Path, folder: str = "study", **changes: Any) -> DataScale:
@@ -63,11 +63,11 @@ def run(place: Path, folder: str = "study", **changes: Any) -> DataScale:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[mm.TrainConfig]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[am.TrainConfig]:
     """Nothing is trained: a run reaches what its name says. Returns those that were asked for."""
-    configs: list[mm.TrainConfig] = []
+    configs: list[am.TrainConfig] = []
 
-    def train(config: mm.TrainConfig, *, quiet: bool, in_study: bool) -> Any:
+    def train(config: am.TrainConfig, *, quiet: bool, in_study: bool) -> Any:
         assert in_study
         configs.append(config)
         folder = Path(str(config.output))
@@ -152,7 +152,7 @@ def test_a_finished_cell_is_never_run_twice(place, asked):
     more = run(place, models=["mixer_s16", "mixer_b16"], fractions=[0.1, 0.5, 1.0], seeds=[0, 1])
     assert len(asked) == 12
     assert len(more.points) == 6
-    with pytest.raises(mm.UserError, match="seed-1 is there and not asked for"):
+    with pytest.raises(am.UserError, match="seed-1 is there and not asked for"):
         run(place, models=["mixer_s16", "mixer_b16"], fractions=[0.1, 0.5, 1.0])
 
 
@@ -209,7 +209,7 @@ def test_a_study_that_was_stopped_ends_like_one_that_was_not(place, monkeypatch)
     assert 0.0 <= again.points[0]["few_shot"] <= 1.0
 
 
-def names(config: mm.TrainConfig) -> tuple[set[str], set[str]]:
+def names(config: am.TrainConfig) -> tuple[set[str], set[str]]:
     """The images that a run trains on, and those that it validates on."""
     splits = open_training_data(config.data)
     assert splits.validation is not None
@@ -279,12 +279,12 @@ def test_mistakes_write_nothing(place, changes, message):
         name = changes.pop("output")
         changes["output"] = None if name is None else str(place / places[name])
     before = sorted(place.rglob("*"))
-    with pytest.raises(mm.UserError, match=message):
+    with pytest.raises(am.UserError, match=message):
         run(place, **changes)
     assert sorted(place.rglob("*")) == before
 
 
-OTHER = {"format": "mlp_mixer measurement", "version": 1, "kind": "vtab"}
+OTHER = {"format": "allmlp measurement", "version": 1, "kind": "vtab"}
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ OTHER = {"format": "mlp_mixer measurement", "version": 1, "kind": "vtab"}
 def test_a_folder_of_another_study_is_refused(place, asked, changes, message):
     run(place)
     before = (place / "study" / "data_scale.json").read_bytes()
-    with pytest.raises(mm.UserError, match=message):
+    with pytest.raises(am.UserError, match=message):
         run(place, **changes)
     assert (place / "study" / "data_scale.json").read_bytes() == before
     assert len(asked) == 2

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from allmlp.models.catalog import model_config
+from allmlp.models.mixer import MixerConfig
+from allmlp.studies import paper
 from conftest import GOLDEN
-from mlp_mixer.models.catalog import model_config
-from mlp_mixer.models.mixer import MixerConfig
-from mlp_mixer.studies import paper
 
 
 def table(number: int) -> tuple[list[str], list[list[str]]]:

@@ -12,27 +12,27 @@ import pytest
 import torch
 from PIL import Image
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.cli.main import main
+from allmlp.data.permutation import permute
+from allmlp.evaluation.accuracy import Evaluation
+from allmlp.studies import cells as cells_module
+from allmlp.studies.permutation import permutation, permuted_twin, rows_of
+from allmlp.training.config import TrainConfig
+from allmlp.training.summary import TrainResult
 from conftest import TINY
-from mlp_mixer.cli.main import main
-from mlp_mixer.data.permutation import permute
-from mlp_mixer.evaluation.accuracy import Evaluation
-from mlp_mixer.studies import cells as cells_module
-from mlp_mixer.studies.permutation import permutation, permuted_twin, rows_of
-from mlp_mixer.training.config import TrainConfig
-from mlp_mixer.training.summary import TrainResult
 
 
-def rules(patch: int = 2) -> mm.Preprocessing:
-    return mm.Preprocessing(
+def rules(patch: int = 2) -> am.Preprocessing:
+    return am.Preprocessing(
         image_size=(8, 8), permutation="patches", permutation_patch=patch, permutation_seed=5
     )
 
 
-def digits_mixer(seed: int = 0) -> mm.MlpMixer:
+def digits_mixer(seed: int = 0) -> am.MlpMixer:
     torch.manual_seed(seed)
-    model = mm.create_model("mixer_s16", 8, 10, **{**TINY, "patch_size": 2})
-    assert isinstance(model, mm.MlpMixer)
+    model = am.create_model("mixer_s16", 8, 10, **{**TINY, "patch_size": 2})
+    assert isinstance(model, am.MlpMixer)
     assert model.head is not None
     torch.nn.init.normal_(model.head.weight, std=0.1)
     model.class_names = [str(each) for each in range(10)]
@@ -50,7 +50,7 @@ def tiny_config(folder: Path, **changes: Any) -> TrainConfig:
         "data.num_workers": 0,
         "output": str(folder),
     }
-    return mm.recipe("digits").with_values({**values, **changes})
+    return am.recipe("digits").with_values({**values, **changes})
 
 
 def test_a_permuted_twin_makes_the_same_of_permuted_pictures():
@@ -68,8 +68,8 @@ def test_both_training_runs_have_the_same_losses(tmp_path: Path):
     model.preprocessing = dataclasses.replace(
         settings, permutation="none", permutation_patch=None, permutation_seed=0
     )
-    mm.save_model(model, tmp_path / "plain")
-    mm.save_model(permuted_twin(model, settings), tmp_path / "twin")
+    am.save_model(model, tmp_path / "plain")
+    am.save_model(permuted_twin(model, settings), tmp_path / "twin")
     common = {
         "model.name": "",
         "model.image_size": None,
@@ -90,7 +90,7 @@ def test_both_training_runs_have_the_same_losses(tmp_path: Path):
             "data.permutation_seed": 5 if kind == "patches" else 0,
             "output": str(tmp_path / f"run-{name}"),
         }
-        result = mm.train(mm.recipe("digits").with_values(common | changes), quiet=True)
+        result = am.train(am.recipe("digits").with_values(common | changes), quiet=True)
         lines = (tmp_path / f"run-{name}" / "metrics.jsonl").read_text().splitlines()
         losses[name] = [json.loads(line)["loss"] for line in lines]
         assert result.test is not None
@@ -100,6 +100,7 @@ def test_both_training_runs_have_the_same_losses(tmp_path: Path):
     assert np.abs(tests["plain"] - tests["twin"]).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_the_study_from_start_to_table_and_picture(tmp_path: Path, capsys):
     found = permutation(
         tiny_config(tmp_path / "study"),
@@ -132,7 +133,7 @@ def test_the_study_from_start_to_table_and_picture(tmp_path: Path, capsys):
     runs = tmp_path / "study" / "cells" / "mixer_s16"
     configs = {kind: json.loads((runs / kind / "seed-0/config.json").read_text()) for kind in names}
     assert {each["seed"] for each in configs.values()} == {0}
-    kept = {kind: mm.load_model(runs / kind / "seed-0").preprocessing for kind in names}
+    kept = {kind: am.load_model(runs / kind / "seed-0").preprocessing for kind in names}
     for kind, each in kept.items():
         assert each is not None
         assert each.permutation == kind
@@ -179,13 +180,13 @@ def test_an_interrupted_study_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_another_study_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cells_module, "train", pretended_run)
     permutation(tiny_config(tmp_path / "a"), comparison=None, quiet=True)
-    with pytest.raises(mm.UserError, match="another study"):
+    with pytest.raises(am.UserError, match="another study"):
         permutation(tiny_config(tmp_path / "a", steps=3), comparison=None, quiet=True)
-    with pytest.raises(mm.UserError, match="permutation_seed is 0 there and 1 here"):
+    with pytest.raises(am.UserError, match="permutation_seed is 0 there and 1 here"):
         permutation(tiny_config(tmp_path / "a"), comparison=None, permutation_seed=1, quiet=True)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.tex").write_text("mine")
-    with pytest.raises(mm.UserError, match=r"something else: thesis.tex"):
+    with pytest.raises(am.UserError, match=r"something else: thesis.tex"):
         permutation(tiny_config(tmp_path / "b"), comparison=None, quiet=True)
 
 

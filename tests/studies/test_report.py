@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from allmlp.studies import figures
+from allmlp.studies.report import report
 from measurements import (
     data_scale,
     few_shot,
@@ -26,8 +28,6 @@ from measurements import (
     throughput,
     write,
 )
-from mlp_mixer.studies import figures
-from mlp_mixer.studies.report import report
 
 TABLES = ("Table 1", "Table 2", "Table 3")
 
@@ -344,7 +344,7 @@ def test_the_pictures_and_the_page(tmp_path):
 
 
 def test_labels_cover_no_point_and_no_other_label():
-    from mlp_mixer.studies import paper
+    from allmlp.studies import paper
 
     figure = figures.cost_figure([("Figure 2", paper.FIGURE_2)], [])
     figure.draw_without_rendering()

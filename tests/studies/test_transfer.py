@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.evaluation.measurement import read_measurement
+from allmlp.studies.suite_result import suite_result
+from allmlp.studies.vtab_tasks import AVG5, VTAB
+from allmlp.training import finetune as study
+from allmlp.training import loop
+from allmlp.training.schedule import learning_rate, warmup_steps
 from conftest import make_class_folder, tiny_model
-from mlp_mixer.evaluation.measurement import read_measurement
-from mlp_mixer.studies.suite_result import suite_result
-from mlp_mixer.studies.vtab_tasks import AVG5, VTAB
-from mlp_mixer.training import finetune as study
-from mlp_mixer.training import loop
-from mlp_mixer.training.schedule import learning_rate, warmup_steps
 from runs import watch_every_step
 from studies import pretend
 
@@ -30,7 +30,7 @@ FREE = {"device": "cpu", "data.num_workers": 0}
 def make_suite_place(folder: Path) -> Path:
     """Weights of other classes; "pets" with train/ and test/, "dtd" with val/ too."""
     torch.manual_seed(0)
-    mm.save_model(tiny_model(4), folder / "weights")
+    am.save_model(tiny_model(4), folder / "weights")
     counts = {"ant": 8, "bee": 7, "cat": 6}
     for name, start in (("pets", 0), ("dtd", 500)):
         make_class_folder(folder / name / "train", counts, start=start)
@@ -46,10 +46,10 @@ def place(tmp_path: Path) -> Path:
 
 def run(
     place: Path, output: str = "out", tasks: str = "pets dtd", **changes: Any
-) -> mm.SuiteResult:
+) -> am.SuiteResult:
     sources = {name: str(place / name) for name in tasks.split()}
     given = {**SMALL, "changes": FREE, "quiet": True, **changes}
-    return mm.vtab(str(place / "weights"), sources, str(place / output), **given)
+    return am.vtab(str(place / "weights"), sources, str(place / output), **given)
 
 
 class Interrupted:
@@ -60,7 +60,7 @@ class Interrupted:
         self.stop_at = ""
         train = study.train
 
-        def counted(config: mm.TrainConfig, **options: bool) -> Any:
+        def counted(config: am.TrainConfig, **options: bool) -> Any:
             name = "/".join(Path(str(config.output)).parts[-2:])
             if name == self.stop_at:
                 raise KeyboardInterrupt
@@ -112,7 +112,7 @@ def test_interrupted_and_gone_on(place, watched, capsys):
     check_what_is_written(place, result)
 
 
-def check_what_is_written(place: Path, result: mm.SuiteResult) -> None:
+def check_what_is_written(place: Path, result: am.SuiteResult) -> None:
     values = read_measurement(place / "out" / "suite.json")
     assert (values["kind"], values["checkpoint"]) == ("vtab", str(place / "weights"))
     assert values["model"]["source"] == str(place / "weights")
@@ -139,28 +139,28 @@ def check_what_is_written(place: Path, result: mm.SuiteResult) -> None:
     assert not (place / "out" / "pets" / "grid" / "lr-0.01" / "test").exists()
 
 
-Asked = list[mm.TrainConfig]
+Asked = list[am.TrainConfig]
 
 
 def pretended(
-    monkeypatch: pytest.MonkeyPatch, accuracy: Callable[[mm.TrainConfig], float]
+    monkeypatch: pytest.MonkeyPatch, accuracy: Callable[[am.TrainConfig], float]
 ) -> Asked:
     """Nothing is trained, and no model is brought to a size."""
-    monkeypatch.setattr("mlp_mixer.studies.suite.load_model", lambda *_, **__: tiny_model(4))
+    monkeypatch.setattr("allmlp.studies.suite.load_model", lambda *_, **__: tiny_model(4))
     return pretend(monkeypatch, accuracy)
 
 
-def by_name(asked: Asked) -> dict[str, mm.TrainConfig]:
+def by_name(asked: Asked) -> dict[str, am.TrainConfig]:
     return {"/".join(Path(str(each.output)).parts[-3:]): each for each in asked}
 
 
 def test_the_papers_protocol(place, monkeypatch):
     asked = pretended(monkeypatch, lambda config: 0.5 + config.seed / 10)
     sources = {"pets": str(place / "pets"), "kitti_distance": "digits"}
-    with pytest.raises(mm.UserError, match="task kitti_distance: the rule takes numbers"):
-        mm.vtab("w", {**sources, "kitti_distance": str(place / "dtd")}, str(place / "o"))
+    with pytest.raises(am.UserError, match="task kitti_distance: the rule takes numbers"):
+        am.vtab("w", {**sources, "kitti_distance": str(place / "dtd")}, str(place / "o"))
     sources = {"pets": str(place / "pets"), "dsprites_x": "digits"}
-    result = mm.vtab("w", sources, str(place / "out"), changes=FREE, quiet=True)
+    result = am.vtab("w", sources, str(place / "out"), changes=FREE, quiet=True)
     assert result.changes == []
     runs = by_name(asked)
     assert len(runs) == 2 * (3 + 3)
@@ -185,7 +185,7 @@ def test_the_papers_protocol(place, monkeypatch):
 def test_the_lightweight_protocol(place, monkeypatch):
     asked = pretended(monkeypatch, lambda config: 0.5)
     given = {"changes": FREE, "quiet": True, "protocol": "lightweight"}
-    result = mm.vtab("w", {"pets": str(place / "pets")}, str(place / "out"), **given)
+    result = am.vtab("w", {"pets": str(place / "pets")}, str(place / "out"), **given)
     (config,) = asked
     assert result.changes == []
     assert (config.steps, config.batch_size, config.seed) == (1000, 64, 0)
@@ -199,7 +199,7 @@ def test_the_lightweight_protocol(place, monkeypatch):
     assert ends == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
     asked.clear()
     given |= {"steps": 100, "seeds": [3]}
-    result = mm.vtab("w", {"pets": str(place / "pets")}, str(place / "short"), **given)
+    result = am.vtab("w", {"pets": str(place / "pets")}, str(place / "short"), **given)
     assert result.changes == ["steps 100", "seeds 3"]
     (config,) = asked
     assert (config.seed, warmup_steps(config.optimizer, 100)) == (3, 8)
@@ -211,7 +211,7 @@ def test_avg5(place, monkeypatch):
     rate = {0.003: 0.1, 0.01: 0.9, 0.03: 0.2, 0.06: 0.3}
     asked = pretended(monkeypatch, lambda config: rate[config.optimizer.learning_rate])
     sources = {name: str(place / "pets") for name in AVG5}
-    result = mm.transfer("w", sources, str(place / "out"), changes=FREE, quiet=True)
+    result = am.transfer("w", sources, str(place / "out"), changes=FREE, quiet=True)
     runs = by_name(asked)
     assert len(runs) == 5 * (4 + 3)
     assert {name: runs[f"out/{name}/seed-0"].steps for name in AVG5} == {
@@ -237,13 +237,13 @@ def test_avg5(place, monkeypatch):
     assert result.tasks["pets"]["deviation"] == 0.0
     asked.clear()
     given = {"image_size": 448, "resize": "resize-crop", "changes": FREE, "quiet": True}
-    result = mm.transfer("w", {"pets": str(place / "pets")}, str(place / "large"), **given)
+    result = am.transfer("w", {"pets": str(place / "pets")}, str(place / "large"), **given)
     assert {each.model.image_size for each in asked} == {448}
     assert {each.data.resize for each in asked} == {"resize-crop"}
     assert result.changes == []
     assert result.summary() == "mean of 1 of 5 tasks, partial: 90.00%"
-    with pytest.raises(mm.UserError, match="unknown suite 'vtab'"):
-        mm.transfer("w", {"pets": "digits"}, "o", suite="vtab")
+    with pytest.raises(am.UserError, match="unknown suite 'vtab'"):
+        am.transfer("w", {"pets": "digits"}, "o", suite="vtab")
 
 
 def test_one_rate_is_taken_as_it_is(place, monkeypatch):
@@ -273,22 +273,22 @@ def test_another_suite_is_refused(place, monkeypatch):
         ({"protocol": "lightweight"}, "protocol is 'VTAB-1k, protocol paper' there and"),
         ({"seeds": [0, 1]}, r"seeds is \[0\] there and \[0, 1\] here"),
     ]:
-        with pytest.raises(mm.UserError, match=f"holds another suite: [^;]*;? ?.*{message}"):
+        with pytest.raises(am.UserError, match=f"holds another suite: [^;]*;? ?.*{message}"):
             run(place, tasks="pets", **{"grid": [0.2], **changes})
     (place / "pets").rename(place / "moved")
     moved = {"pets": str(place / "moved")}
-    with pytest.raises(mm.UserError, match=r"the data of pets is .*/pets there and .*/moved here"):
-        mm.vtab(
+    with pytest.raises(am.UserError, match=r"the data of pets is .*/pets there and .*/moved here"):
+        am.vtab(
             str(place / "weights"),
             moved,
             str(place / "out"),
             **{**SMALL, "grid": [0.2], "changes": FREE, "quiet": True},
         )
-    with pytest.raises(mm.UserError, match="holds another suite: it is vtab"):
-        mm.transfer(str(place / "weights"), moved, str(place / "out"), quiet=True)
+    with pytest.raises(am.UserError, match="holds another suite: it is vtab"):
+        am.transfer(str(place / "weights"), moved, str(place / "out"), quiet=True)
     other = tiny_model(4, hidden_dim=32)
-    monkeypatch.setattr("mlp_mixer.studies.suite.load_model", lambda *_, **__: other)
-    with pytest.raises(mm.UserError, match="weights_sha256 is"):
+    monkeypatch.setattr("allmlp.studies.suite.load_model", lambda *_, **__: other)
+    with pytest.raises(am.UserError, match="weights_sha256 is"):
         run(place, tasks="dtd", grid=[0.2])
     assert (place / "out" / "suite.json").read_bytes() == before
 
@@ -299,7 +299,7 @@ def test_all_that_is_wrong_is_said_before_the_first_run(place, monkeypatch):
     make_class_folder(place / "svhn" / "test", {"one": 4})
     for path in (place / "dtd" / "train" / "ant").iterdir():
         path.write_text("no image")
-    with pytest.raises(mm.UserError) as caught:
+    with pytest.raises(am.UserError) as caught:
         run(place, tasks="pets dtd svhn sun397")
     lines = caught.value.what.splitlines()
     assert lines[0] == "3 of 4 tasks cannot be run:"
@@ -335,14 +335,14 @@ def test_mistakes(place, monkeypatch, changes, message):
     monkeypatch.setattr(study, "train", None)
     (place / "file").write_text("x")
     before = sorted(place.rglob("*"))
-    with pytest.raises(mm.UserError, match=message):
+    with pytest.raises(am.UserError, match=message):
         run(place, **{"tasks": "pets", **changes})
     assert sorted(place.rglob("*")) == before
 
 
 def test_no_such_checkpoint(place):
-    with pytest.raises(mm.UserError, match="no such model: 'nowhere'"):
-        mm.vtab("nowhere", {"pets": str(place / "pets")}, str(place / "out"), quiet=True)
+    with pytest.raises(am.UserError, match="no such model: 'nowhere'"):
+        am.vtab("nowhere", {"pets": str(place / "pets")}, str(place / "out"), quiet=True)
 
 
 def test_settings_that_change_nothing_are_no_change(place, monkeypatch):

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import mlp_mixer as mm
-from conftest import draw, make_class_folder
-from mlp_mixer.studies.task_sources import (
+import allmlp as am
+from allmlp.studies.task_sources import (
     check_images,
     named_tasks,
     open_plan,
@@ -18,8 +17,9 @@ from mlp_mixer.studies.task_sources import (
     plan_whole,
     resolved,
 )
-from mlp_mixer.studies.vtab_tasks import AVG5, VTAB, list_tasks
-from mlp_mixer.training.finetuning_recipes import FINETUNING
+from allmlp.studies.vtab_tasks import AVG5, VTAB, list_tasks
+from allmlp.training.finetuning_recipes import FINETUNING
+from conftest import draw, make_class_folder
 
 
 def test_the_table():
@@ -168,7 +168,7 @@ def test_labels_that_are_numbers(tmp_path):
     assert open_plan(plan.final)["test"].labels.tolist() == [0] * 20
     assert "5 of the 6 classes are among the training images" not in plan.notes
     wrong = make_list(tmp_path / "wrong", {"train": 300, "test": 20}, "{n % 41}")
-    with pytest.raises(mm.UserError, match="the label '40' has no class by the rule"):
+    with pytest.raises(am.UserError, match="the label '40' has no class by the rule"):
         plan_1k(VTAB["dsprites_orientation"], wrong)
 
 
@@ -185,18 +185,18 @@ def test_all_of_a_source(tmp_path):
 @pytest.mark.parametrize("plan", [plan_1k, plan_whole])
 def test_data_that_cannot_serve(tmp_path, plan):
     make_class_folder(tmp_path / "data" / "train", {"a": 3, "b": 3})
-    with pytest.raises(mm.UserError, match="the data has no images to measure on"):
+    with pytest.raises(am.UserError, match="the data has no images to measure on"):
         plan(AVG5["pets"], str(tmp_path / "data"))
     make_class_folder(tmp_path / "one" / "train", {"a": 30})
     make_class_folder(tmp_path / "one" / "test", {"a": 3})
-    with pytest.raises(mm.UserError, match="there is only one class, 'a'; a task needs two"):
+    with pytest.raises(am.UserError, match="there is only one class, 'a'; a task needs two"):
         plan(AVG5["pets"], str(tmp_path / "one"))
-    with pytest.raises(mm.UserError, match="the data has no train split"):
+    with pytest.raises(am.UserError, match="the data has no train split"):
         plan(AVG5["pets"], f"{tmp_path / 'one'}:test")
     make_class_folder(tmp_path / "data" / "test", {"a": 3, "b": 3})
     for name in ("a/0.png", "a/1.png", "b/1.png"):
         (tmp_path / "data" / "test" / name).write_text("no image")
-    with pytest.raises(mm.UserError, match="3 of 6 images cannot be decoded"):
+    with pytest.raises(am.UserError, match="3 of 6 images cannot be decoded"):
         check_images(plan(AVG5["pets"], str(tmp_path / "data")), 0.01)
 
 
@@ -238,10 +238,10 @@ def test_wrong_names(tmp_path, assignments, text, message):
     if text is not None:
         file = str(tmp_path / "tasks.json")
         Path(file).write_text(text)
-    with pytest.raises(mm.UserError, match=message):
+    with pytest.raises(am.UserError, match=message):
         named_tasks(assignments, file, VTAB)
 
 
 def test_a_file_of_tasks_that_is_not_there(tmp_path):
-    with pytest.raises(mm.UserError, match="cannot read the file: No such file"):
+    with pytest.raises(am.UserError, match="cannot read the file: No such file"):
         named_tasks([], str(tmp_path / "no.json"), VTAB)

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.data.digits import digits
+from allmlp.evaluation.accuracy import Evaluation
+from allmlp.preprocessing import Preprocessing
+from allmlp.training.card import model_card
+from allmlp.training.dataset import Splits
 from conftest import draw, mixer, tiny_config, tiny_model
-from mlp_mixer.data.digits import digits
-from mlp_mixer.evaluation.accuracy import Evaluation
-from mlp_mixer.preprocessing import Preprocessing
-from mlp_mixer.training.card import model_card
-from mlp_mixer.training.dataset import Splits
 
 
 def header_of(card: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def card_of(model: Any, tmp_path: Path, measured: bool = True, **changes: Any) -
 )  # fmt: skip
 def test_every_family(tmp_path: Path, name, overrides, called, paper, tag):
     size = None if name == "vip_s7" else 32
-    model = mm.create_model(name, size, 2, **overrides)
+    model = am.create_model(name, size, 2, **overrides)
     card = card_of(model, tmp_path)
     line = next(line for line in card.splitlines() if line.startswith("Architecture: "))
     assert called in line
@@ -67,7 +67,7 @@ def test_every_family(tmp_path: Path, name, overrides, called, paper, tag):
 
 def test_the_fields_of_the_hub(tmp_path: Path):
     header = header_of(card_of(tiny_model(), tmp_path, model__weights="mixer_b16.timm_i21k"))
-    assert header["library_name"] == "mlp_mixer"
+    assert header["library_name"] == "allmlp"
     assert header["pipeline_tag"] == "image-classification"
     assert header["metrics"] == ["accuracy"]
     assert header["base_model"].startswith("timm/mixer_b16")
@@ -94,7 +94,7 @@ def test_no_path_of_this_machine(tmp_path: Path):
 
 
 def test_the_code_works_where_the_folder_is(
-    capsys, trained: mm.TrainResult, tmp_path: Path, monkeypatch
+    capsys, trained: am.TrainResult, tmp_path: Path, monkeypatch
 ):
     folder = trained.run_folder / "best"
     card = (folder / "README.md").read_text()

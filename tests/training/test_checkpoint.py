@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-from mlp_mixer.errors import UserError
-from mlp_mixer.training.checkpoint import Checkpoint, Checkpoints
-from mlp_mixer.training.dcp_storage import Writer
+from allmlp.errors import UserError
+from allmlp.training.checkpoint import Checkpoint, Checkpoints
+from allmlp.training.dcp_storage import Writer
 
 
 def state(number: int) -> dict[str, Tensor]:
@@ -98,7 +98,7 @@ def test_the_manifest_tells_what_is_there(tmp_path: Path):
     folder = tmp_path / "step-00000007"
     content = json.loads((folder / "manifest.json").read_bytes())
     assert (content["format"], content["step"], content["is_best"]) == (1, 7, False)
-    assert content["mlp_mixer"] == version("mlp_mixer")
+    assert content["allmlp"] == version("allmlp")
     assert sorted([*content["files"], "manifest.json"]) == names(folder)
     for name, entry in content["files"].items():
         data = (folder / name).read_bytes()

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from test_checkpoint import bits, blank, names, newest, state
 from torch import Tensor
 
-from mlp_mixer.errors import UserError
-from mlp_mixer.training.checkpoint import Checkpoints
-from mlp_mixer.training.dcp_storage import Writer
+from allmlp.errors import UserError
+from allmlp.training.checkpoint import Checkpoints
+from allmlp.training.dcp_storage import Writer
 
 
 def run_two(work: str, folder: Path) -> None:

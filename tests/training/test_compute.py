@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch._inductor.exc import InductorError
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.evaluation.timed_model import Mode, TimedModel
+from allmlp.inspection.attribution import occlusion, read_image
+from allmlp.models import compute as rules
+from allmlp.models.compute import SMALL_STEP, torch_set_to
+from allmlp.models.layers import draw_stochastic_depth, set_stochastic_depth
+from allmlp.training import compute, step
+from allmlp.training.compute import Compute, choose_compute, settings_of_torch
 from conftest import tiny_config, tiny_model
-from mlp_mixer.evaluation.timed_model import Mode, TimedModel
-from mlp_mixer.inspection.attribution import occlusion, read_image
-from mlp_mixer.models import compute as rules
-from mlp_mixer.models.compute import SMALL_STEP, torch_set_to
-from mlp_mixer.models.layers import draw_stochastic_depth, set_stochastic_depth
-from mlp_mixer.training import compute, step
-from mlp_mixer.training.compute import Compute, choose_compute, settings_of_torch
 
 pytestmark = pytest.mark.numerics
 
@@ -28,8 +28,8 @@ CPU = torch.device("cpu")
 BIG, SMALL = 10**9, 10**6  # operations of an image's forward pass
 
 
-def config(**changes: object) -> mm.TrainConfig:
-    return mm.recipe("scratch").with_values(changes)
+def config(**changes: object) -> am.TrainConfig:
+    return am.recipe("scratch").with_values(changes)
 
 
 def losses(run: Path) -> list[float]:
@@ -67,7 +67,7 @@ def test_on_a_processor_auto_does_not_compile():
 
 def test_without_a_compiler_the_run_goes_on_and_says_so(class_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/g++")
-    run = mm.train(
+    run = am.train(
         tiny_config(str(class_folder), tmp_path / "run", compile="on", epochs=1), quiet=True
     ).run_folder
     assert "not compiled: no C++ compiler here" in (run / "log.txt").read_text()
@@ -82,8 +82,8 @@ def test_a_compiler_that_fails_is_left_out(class_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(step.torch, "compile", failing)
     monkeypatch.setattr(compute, "can_compile", lambda device: True)
-    plain = mm.train(tiny_config(str(class_folder), tmp_path / "plain", epochs=1), quiet=True)
-    run = mm.train(
+    plain = am.train(tiny_config(str(class_folder), tmp_path / "plain", epochs=1), quiet=True)
+    run = am.train(
         tiny_config(str(class_folder), tmp_path / "run", compile="on", epochs=1), quiet=True
     ).run_folder
     assert "not compiled after all: " in (run / "log.txt").read_text()
@@ -100,8 +100,8 @@ def test_compiled_training_has_the_same_losses(class_folder, tmp_path):
         "augment__mixup": 0.5,
         "model__overrides": {**tiny_config("x", tmp_path).model.overrides, "stochastic_depth": 0.3},
     }
-    plain = mm.train(tiny_config(str(class_folder), tmp_path / "plain", **settings), quiet=True)
-    run = mm.train(
+    plain = am.train(tiny_config(str(class_folder), tmp_path / "plain", **settings), quiet=True)
+    run = am.train(
         tiny_config(str(class_folder), tmp_path / "run", compile="on", **settings), quiet=True
     ).run_folder
     log = (run / "log.txt").read_text()
@@ -129,25 +129,25 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def threads_seen(model: mm.ImageClassifier) -> list[int]:
+def threads_seen(model: am.ImageClassifier) -> list[int]:
     """A list that grows by torch's number of threads whenever the model computes."""
     seen: list[int] = []
     model.stem.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
     return seen
 
 
-VERBS: dict[str, Callable[[mm.ImageClassifier, Path], object]] = {
-    "predict": lambda model, data: mm.predict(model, data),
-    "features": lambda model, data: mm.predict(model, data, features=True),
-    "evaluate": lambda model, data: mm.evaluate(model, f"{data}:validation"),
-    "few_shot": lambda model, data: mm.few_shot(model, data, shots=[2]),
+VERBS: dict[str, Callable[[am.ImageClassifier, Path], object]] = {
+    "predict": lambda model, data: am.predict(model, data),
+    "features": lambda model, data: am.predict(model, data, features=True),
+    "evaluate": lambda model, data: am.evaluate(model, f"{data}:validation"),
+    "few_shot": lambda model, data: am.few_shot(model, data, shots=[2]),
     "map": lambda model, data: occlusion(model, read_image(data / "val/ant/0.png", model)[0]),
     "throughput": lambda model, _: timed(model, "inference"),
     "training": lambda model, _: timed(model, "training"),
 }
 
 
-def timed(model: mm.ImageClassifier, mode: Mode) -> int:
+def timed(model: am.ImageClassifier, mode: Mode) -> int:
     """Times a model as `mixer throughput` does; returns the threads that are said of it."""
     found = TimedModel(model, mode, "float32", compile=False)
     found.prepare(8)
@@ -174,7 +174,7 @@ def test_threads_come_back_after_an_error(class_folder, two_threads):
     model.class_names = ["ant", "bee", "cat"]
     model.stem.register_forward_hook(lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError):
-        mm.predict(model, class_folder)
+        am.predict(model, class_folder)
     assert torch.get_num_threads() == 2
 
 
@@ -190,9 +190,9 @@ def test_a_run_evaluates_with_the_threads_of_its_steps(
     found = Compute(CPU, "float32", False, "")
     with settings_of_torch(found, config(num_threads=given), flops):
         assert torch.get_num_threads() == expected
-        mm.evaluate(model, str(class_folder))
+        am.evaluate(model, str(class_folder))
     assert set(seen) == {expected}
-    mm.evaluate(model, str(class_folder))
+    am.evaluate(model, str(class_folder))
     assert seen[-1] == 1
 
 
@@ -203,7 +203,7 @@ def test_chosen_threads_count_for_small_batches_too(two_threads):
         assert timed(model, "training") == 2
         assert timed(model, "inference") == 2
     assert set(seen) == {2}
-    with pytest.raises(mm.UserError), torch_set_to(CPU, "float32", 100_000):
+    with pytest.raises(am.UserError), torch_set_to(CPU, "float32", 100_000):
         pass
     assert timed(model, "inference") == seen[-1] == 1
 
@@ -251,7 +251,7 @@ def test_bfloat16_keeps_layer_norm_and_residual_in_float32(compiled):
     if compiled and not compute.can_compile(CPU):
         pytest.skip("no C++ compiler here")
     size = {"patch_size": 4, "hidden_dim": 64, "tokens_mlp_dim": 32, "channels_mlp_dim": 128}
-    model = mm.create_model("mixer_s16", 64, 10, num_blocks=4, **size)
+    model = am.create_model("mixer_s16", 64, 10, num_blocks=4, **size)
     torch.nn.init.normal_(model.head.weight, std=0.1)
     network = torch.compile(model) if compiled else model
     images = torch.randn(32, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -300,8 +300,8 @@ def test_micro_batches_add_up_to_the_batch(class_folder, tmp_path):
         "augment__mixup": 0.5,
         "model__overrides": {**tiny_config("x", tmp_path).model.overrides, "stochastic_depth": 0.3},
     }
-    whole = mm.train(tiny_config(str(class_folder), tmp_path / "whole", **settings), quiet=True)
-    parts = mm.train(
+    whole = am.train(tiny_config(str(class_folder), tmp_path / "whole", **settings), quiet=True)
+    parts = am.train(
         tiny_config(str(class_folder), tmp_path / "parts", micro_batch_size=3, **settings),
         quiet=True,
     )
@@ -310,18 +310,18 @@ def test_micro_batches_add_up_to_the_batch(class_folder, tmp_path):
 
 
 def test_a_batch_that_does_not_fit_is_split(class_folder, tmp_path, monkeypatch):
-    whole = mm.train(tiny_config(str(class_folder), tmp_path / "whole"), quiet=True)
+    whole = am.train(tiny_config(str(class_folder), tmp_path / "whole"), quiet=True)
     monkeypatch.setattr(step, "free_memory", lambda device: 100_000)
-    parts = mm.train(tiny_config(str(class_folder), tmp_path / "parts"), quiet=True)
+    parts = am.train(tiny_config(str(class_folder), tmp_path / "parts"), quiet=True)
     assert "8 images go through the model in" in (parts.run_folder / "log.txt").read_text()
     assert losses(parts.run_folder) == pytest.approx(losses(whole.run_folder), abs=1e-6)
     monkeypatch.setattr(step, "free_memory", lambda device: 20_000)
-    with pytest.raises(mm.UserError, match="one image at a time takes"):
-        mm.train(tiny_config(str(class_folder), tmp_path / "none"), quiet=True)
+    with pytest.raises(am.UserError, match="one image at a time takes"):
+        am.train(tiny_config(str(class_folder), tmp_path / "none"), quiet=True)
 
 
 def test_a_gpu_that_runs_out_of_memory_gets_smaller_parts(class_folder, tmp_path, monkeypatch):
-    whole = mm.train(tiny_config(str(class_folder), tmp_path / "whole"), quiet=True)
+    whole = am.train(tiny_config(str(class_folder), tmp_path / "whole"), quiet=True)
     forward = step.Updater.predict
 
     def small(self, images):
@@ -330,32 +330,32 @@ def test_a_gpu_that_runs_out_of_memory_gets_smaller_parts(class_folder, tmp_path
         return forward(self, images)
 
     monkeypatch.setattr(step.Updater, "predict", small)
-    parts = mm.train(tiny_config(str(class_folder), tmp_path / "parts"), quiet=True)
+    parts = am.train(tiny_config(str(class_folder), tmp_path / "parts"), quiet=True)
     log = (parts.run_folder / "log.txt").read_text()
     assert "4 images at once from here on" in log
     assert "2 images at once from here on" in log
     assert losses(parts.run_folder) == pytest.approx(losses(whole.run_folder), abs=1e-6)
     monkeypatch.setattr(step.Updater, "predict", lambda self, images: small(self, range(9)))
-    with pytest.raises(mm.UserError, match="1 images at once do not fit into the GPU"):
-        mm.train(tiny_config(str(class_folder), tmp_path / "none"), quiet=True)
+    with pytest.raises(am.UserError, match="1 images at once do not fit into the GPU"):
+        am.train(tiny_config(str(class_folder), tmp_path / "none"), quiet=True)
 
 
 def test_a_linear_probe_sees_the_features_of_evaluation(class_folder, tmp_path):
     """Dropped branches would be noise on features that cannot learn to live with it."""
     overrides = {**tiny_config("x", tmp_path).model.overrides, "stochastic_depth": 0.9}
     base = tiny_config(str(class_folder), tmp_path / "base", model__overrides=overrides)
-    folder = mm.train(base, quiet=True).run_folder
+    folder = am.train(base, quiet=True).run_folder
     changes = {"model.name": "", "model.weights": str(folder), "model.trained": "head"}
     changes |= {"model.overrides": {}, "output": str(tmp_path / "probe"), "epochs": 1}
     seen = []
-    forward = mm.MlpMixer.forward
+    forward = am.MlpMixer.forward
 
     def watched(self, images):
         seen.append(self.training)
         return forward(self, images)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mm.MlpMixer, "forward", watched)
-        mm.train(base.with_values(changes), quiet=True)
+        patch.setattr(am.MlpMixer, "forward", watched)
+        am.train(base.with_values(changes), quiet=True)
     assert seen
     assert not any(seen)

@@ -6,15 +6,15 @@ import json
 
 import pytest
 
-import mlp_mixer as mm
-from mlp_mixer.training.recipes import RECIPES
+import allmlp as am
+from allmlp.training.recipes import RECIPES
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_json_round_trip(name: str):
-    config = mm.recipe(name)
+    config = am.recipe(name)
     assert config.recipe == name
-    assert mm.TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert am.TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_json_round_trip(name: str):
     ],
 )
 def test_one_setting(assignment: str, key: str, value: object):
-    config = mm.recipe("digits").with_setting(assignment)
+    config = am.recipe("digits").with_setting(assignment)
     found: object = config
     for name in key.split("."):
         found = found[name] if isinstance(found, dict) else getattr(found, name)
@@ -88,26 +88,26 @@ def test_one_setting(assignment: str, key: str, value: object):
     ],
 )
 def test_a_wrong_setting(assignment: str, message: str):
-    with pytest.raises(mm.UserError, match=message):
-        mm.recipe("digits").with_setting(assignment)
+    with pytest.raises(am.UserError, match=message):
+        am.recipe("digits").with_setting(assignment)
 
 
 def test_two_shares():
     for text in ("(0.5, 1)", "[0.5, 1]"):
-        config = mm.recipe("scratch").with_setting(f"augment.crop_area={text}")
+        config = am.recipe("scratch").with_setting(f"augment.crop_area={text}")
         assert config.augment.crop_area == (0.5, 1.0)
-    with pytest.raises(mm.UserError, match="augment.crop_area must be two shares"):
-        mm.recipe("scratch").with_setting("augment.crop_area=(1, 0.5)")
+    with pytest.raises(am.UserError, match="augment.crop_area must be two shares"):
+        am.recipe("scratch").with_setting("augment.crop_area=(1, 0.5)")
 
 
 def test_another_model_brings_its_own_sizes():
     """--model mixer_h14 must not build the recipe's small network under a large name."""
-    config = mm.recipe("digits").with_value("model.name", "mixer_b16")
+    config = am.recipe("digits").with_value("model.name", "mixer_b16")
     assert config.model.overrides == {"stochastic_depth": 0.1}
     config = config.with_setting("model.overrides.num_blocks=2")
     assert config.model.overrides["num_blocks"] == 2
-    same = mm.recipe("digits").with_value("model.name", "mixer_s16")
-    assert same == mm.recipe("digits")
+    same = am.recipe("digits").with_value("model.name", "mixer_s16")
+    assert same == am.recipe("digits")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_another_model_brings_its_own_sizes():
     ],
 )
 def test_a_value_of_the_recipe_never_blocks_what_is_asked_for(recipe, assignments, own):
-    config = mm.recipe(recipe).with_values({}, assignments)
+    config = am.recipe(recipe).with_values({}, assignments)
     found = config.to_json()
     for key, value in own.items():
         place = found
@@ -143,7 +143,7 @@ def test_a_value_of_the_recipe_never_blocks_what_is_asked_for(recipe, assignment
         for section in sections:
             place = place[section]
         assert place[name] == value, key
-    assert mm.TrainConfig.from_json(json.loads(json.dumps(found))) == config
+    assert am.TrainConfig.from_json(json.loads(json.dumps(found))) == config
 
 
 @pytest.mark.parametrize(
@@ -156,57 +156,57 @@ def test_a_value_of_the_recipe_never_blocks_what_is_asked_for(recipe, assignment
 )
 def test_a_value_that_was_asked_for_and_has_no_effect_is_refused(assignments, message):
     for order in (assignments, assignments[::-1]):
-        with pytest.raises(mm.UserError, match=message):
-            mm.recipe("scratch").with_values({}, order)
+        with pytest.raises(am.UserError, match=message):
+            am.recipe("scratch").with_values({}, order)
 
 
 def test_a_file_with_a_value_without_effect_is_refused():
-    values = mm.recipe("scratch").to_json()
+    values = am.recipe("scratch").to_json()
     values["augment"]["crop"] = "none"
-    with pytest.raises(mm.UserError, match="augment.crop_area"):
-        mm.TrainConfig.from_json(values)
+    with pytest.raises(am.UserError, match="augment.crop_area"):
+        am.TrainConfig.from_json(values)
 
 
 def test_unknown_keys_in_a_file():
-    values = mm.recipe("digits").to_json()
+    values = am.recipe("digits").to_json()
     values["optimizer"]["lr"] = 0.1
-    with pytest.raises(mm.UserError, match=r"unknown setting 'optimizer\.lr'"):
-        mm.TrainConfig.from_json(values)
+    with pytest.raises(am.UserError, match=r"unknown setting 'optimizer\.lr'"):
+        am.TrainConfig.from_json(values)
 
 
 def test_an_unknown_recipe():
-    with pytest.raises(mm.UserError, match=r"unknown recipe 'digit'[\s\S]*Did you mean digits"):
-        mm.recipe("digit")
+    with pytest.raises(am.UserError, match=r"unknown recipe 'digit'[\s\S]*Did you mean digits"):
+        am.recipe("digit")
 
 
 def test_steps_take_the_place_of_epochs_with_their_own_unit():
-    config = mm.recipe("digits")
+    config = am.recipe("digits")
     assert (config.epochs, config.steps, config.evaluate_every) == (100, None, 5)
     steps = config.with_value("steps", 2000)
     assert (steps.epochs, steps.steps, steps.evaluate_every) == (None, 2000, 100)
     assert config.with_values({"steps": 2000, "evaluate_every": 7}).evaluate_every == 7
     assert config.with_value("epochs", 30).evaluate_every == 5
     assert steps.with_value("epochs", 30).evaluate_every == 1
-    with pytest.raises(mm.UserError, match="epochs=3 and steps=4: one of them"):
+    with pytest.raises(am.UserError, match="epochs=3 and steps=4: one of them"):
         config.with_values({"epochs": 3, "steps": 4})
 
 
 def test_the_order_of_settings_does_not_matter():
-    config = mm.recipe("cifar10")
+    config = am.recipe("cifar10")
     changes = ["augment.mixup=0", "augment.cutmix=0", "augment.mix_until=1"]
     assert config.with_values({}, changes) == config.with_values({}, changes[::-1])
     changes = ["model.overrides.num_blocks=2", "model.name=mixer_b16"]
     config = config.with_values({}, changes)
-    assert config == mm.recipe("cifar10").with_values({}, changes[::-1])
+    assert config == am.recipe("cifar10").with_values({}, changes[::-1])
     assert config.model.overrides["num_blocks"] == 2
 
 
 def test_as_many_numbers_as_one_likes():
-    config = mm.recipe("digits").with_values(
+    config = am.recipe("digits").with_values(
         {}, ["optimizer.schedule=steps", "optimizer.final=0", "optimizer.decay_at=(10, 20, 40, 50)"]
     )
     assert config.optimizer.decay_at == (10.0, 20.0, 40.0, 50.0)
-    assert mm.TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert am.TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     for value in ("0.5", "(0.5, 'x')"):
-        with pytest.raises(mm.UserError, match="optimizer.decay_at must be a value of type"):
+        with pytest.raises(am.UserError, match="optimizer.decay_at must be a value of type"):
             config.with_setting(f"optimizer.decay_at={value}")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-import mlp_mixer as mm
-from conftest import ROOT, TINY, tiny_model
-from mlp_mixer.evaluation.throughput import count_parameters
-from mlp_mixer.models.catalog import model_config
-from mlp_mixer.models.mixer import MixerConfig
-from mlp_mixer.training.cost import (
+import allmlp as am
+from allmlp.evaluation.throughput import count_parameters
+from allmlp.models.catalog import model_config
+from allmlp.models.mixer import MixerConfig
+from allmlp.training.cost import (
     TrainingMemory,
     activation_bytes,
     cost_line,
@@ -21,8 +20,9 @@ from mlp_mixer.training.cost import (
     operations,
     training_memory,
 )
-from mlp_mixer.training.kept import kept_of_one_image
-from mlp_mixer.training.optimizer import build_optimizers
+from allmlp.training.kept import kept_of_one_image
+from allmlp.training.optimizer import build_optimizers
+from conftest import ROOT, TINY, tiny_model
 from staged_models import small_cycle, small_permutator
 
 # 4 tokens of 3 channels, one layer of 5 and 7 hidden units, 2 x 2 pixels of one channel, 6 classes.
@@ -47,9 +47,9 @@ def test_operations_by_hand():
 
 
 def test_the_images_of_a_run():
-    digits = mm.recipe("digits")
+    digits = am.recipe("digits")
     assert num_images_seen(digits, 1293) == 100 * 1293
-    assert num_images_seen(mm.recipe("finetune_pets"), 3680) == 500 * 512
+    assert num_images_seen(am.recipe("finetune_pets"), 3680) == 500 * 512
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,9 @@ def test_cost_line():
 
 def test_state_by_hand():
     """100 parameters of 4 bytes; SGD has one moment, Adam two, Muon one for blocks' matrices."""
-    adam = mm.recipe("scratch")
+    adam = am.recipe("scratch")
 
-    def state(settings: mm.TrainConfig, **more: object) -> dict[str, int]:
+    def state(settings: am.TrainConfig, **more: object) -> dict[str, int]:
         memory = training_memory(BY_HAND, 100, settings, **more)  # pyright: ignore[reportArgumentType]
         parts = ("parameters", "gradients", "optimizer", "average", "copies")
         values = {name: getattr(memory, name) for name in parts}
@@ -106,7 +106,7 @@ def test_state_by_hand():
     assert state(sharp) == {**plain, "average": 400, "copies": 400}
     matrices = 2 * 4 * 5 + 2 * 3 * 7
     assert state(adam.with_value("optimizer.name", "muon"))["optimizer"] == 800 - 4 * matrices
-    sgd = mm.recipe("finetune")
+    sgd = am.recipe("finetune")
     assert state(sgd) == {**plain, "optimizer": 400}
     assert state(sgd.with_value("optimizer.beta1", 0.0))["optimizer"] == 0
     shared = sharp.with_value("sharding", "full")
@@ -123,7 +123,7 @@ def test_activations_by_hand():
     assert activation_bytes(BY_HAND, bfloat16=True) == half + norm + 2 * (4 + 3) + 2 * 4 * 6
 
 
-def kept_bytes(model: mm.ImageClassifier, bfloat16: bool, loss: str) -> float:
+def kept_bytes(model: am.ImageClassifier, bfloat16: bool, loss: str) -> float:
     """What autograd keeps of one image: every storage once, no parameter and no copy of one."""
     num_images, size = 4, model.config.image_size
     classes = model.config.num_classes
@@ -189,9 +189,9 @@ def test_the_largest_micro_batch():
     assert largest_micro_batch(config, 24, 11 * one + 24 * pixels) == 8
     assert largest_micro_batch(config, 23, 22 * one + 23 * pixels) == 1
     assert largest_micro_batch(config, 24, one + 24 * pixels) == 1
-    with pytest.raises(mm.UserError, match=r"0\.01 GB beside the weights[\s\S]*bfloat16"):
+    with pytest.raises(am.UserError, match=r"0\.01 GB beside the weights[\s\S]*bfloat16"):
         largest_micro_batch(config, 24, one + 24 * pixels - 1)
-    with pytest.raises(mm.UserError, match=r"0\.00 GB are left"):
+    with pytest.raises(am.UserError, match=r"0\.00 GB are left"):
         largest_micro_batch(config, 24, -5)
     assert largest_micro_batch(config, 24, 11 * one + 24 * pixels, bfloat16=True) == 12
 
@@ -209,7 +209,7 @@ def test_other_families_are_counted_as_autograd_keeps():
     each, pixels = counted + 4 * largest, 4 * 3 * 16 * 16
     assert largest_micro_batch(config, 8, 8 * (each + pixels)) == 8
     assert largest_micro_batch(config, 8, 8 * (each + pixels) - 1) == 4
-    with pytest.raises(mm.UserError, match=r"stages of 1, 2 blocks, 9 to 12 channels, 16x16"):
+    with pytest.raises(am.UserError, match=r"stages of 1, 2 blocks, 9 to 12 channels, 16x16"):
         largest_micro_batch(config, 8, each)
 
 
@@ -237,7 +237,7 @@ def test_muon_moves_the_dense_weights_of_all_families():
             for name, each in model.named_parameters()
             if name.startswith("network.") and each.dim() == 2
         )
-        settings = mm.recipe("cifar10")
+        settings = am.recipe("cifar10")
         size = 4 * count_parameters(model)
         memory = training_memory(model.config, count_parameters(model), settings)
         assert memory.optimizer == 2 * size - 4 * moved
@@ -250,7 +250,7 @@ def test_muon_moves_the_dense_weights_of_all_families():
 def test_an_unknown_architecture():
     assert activation_bytes(object()) is None
     assert largest_micro_batch(object(), 8, 1) is None
-    memory = training_memory(object(), 100, mm.recipe("cifar10"))
+    memory = training_memory(object(), 100, am.recipe("cifar10"))
     assert memory.activations is None
     assert memory.optimizer == 800
 
@@ -258,11 +258,11 @@ def test_an_unknown_architecture():
 def test_the_documents_mixer_h14():
     """Every amount of the table in docs/cluster.md that is not an estimate."""
     with torch.device("meta"):
-        models = [mm.create_model("mixer_h14", num_classes=n) for n in (0, 1000, 18291)]
+        models = [am.create_model("mixer_h14", num_classes=n) for n in (0, 1000, 18291)]
     counts = [count_parameters(model) for model in models]
-    config, settings = models[2].config, mm.recipe("jft_h14")
+    config, settings = models[2].config, am.recipe("jft_h14")
 
-    def memory(num_processes: int, settings: mm.TrainConfig = settings) -> TrainingMemory:
+    def memory(num_processes: int, settings: am.TrainConfig = settings) -> TrainingMemory:
         return training_memory(
             config, counts[2], settings, bfloat16=True, num_processes=num_processes
         )

@@ -10,22 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.data.drop_list import drop_list, write_drop_list
+from allmlp.data.duplicates import find_duplicates
+from allmlp.data.image import EncodedImage
+from allmlp.data.sources import open_splits
+from allmlp.data.write_shards import pack_splits
+from allmlp.training.dataset import Augmentation, open_training_data
 from conftest import draw, encode, make_class_folder, tiny_config
-from mlp_mixer.data.drop_list import drop_list, write_drop_list
-from mlp_mixer.data.duplicates import find_duplicates
-from mlp_mixer.data.image import EncodedImage
-from mlp_mixer.data.sources import open_splits
-from mlp_mixer.data.write_shards import pack_splits
-from mlp_mixer.training.dataset import Augmentation, open_training_data
 
 PICTURES = [*("confusion", "curves", "predictions", "reliability", "train_batch", "worst_mistakes")]
 
 
 def test_without_val_some_images_are_held_out(class_folder: Path, tmp_path: Path):
     config = tiny_config(str(class_folder), tmp_path / "run", data__holdout=0.3)
-    with pytest.raises(mm.UserError, match="holdout 0.3 has no effect: the data has validation"):
-        mm.train(config, quiet=True)
+    with pytest.raises(am.UserError, match="holdout 0.3 has no effect: the data has validation"):
+        am.train(config, quiet=True)
     shutil.rmtree(class_folder / "val")
     splits = open_training_data(config.data)
     names = [
@@ -35,7 +35,7 @@ def test_without_val_some_images_are_held_out(class_folder: Path, tmp_path: Path
     assert splits.held_out
     assert (len(names[0]), len(names[1])) == (14, 6)
     assert not names[0] & names[1]
-    result = mm.train(config, quiet=True)
+    result = am.train(config, quiet=True)
     log = (result.run_folder / "log.txt").read_text()
     assert "6 to validate (held out of the training images), none to test" in log
     assert f"mixer evaluate {result.run_folder} --data {class_folder}:validation\n" in log
@@ -43,7 +43,7 @@ def test_without_val_some_images_are_held_out(class_folder: Path, tmp_path: Path
 
 def test_a_missing_class_in_val_is_said(class_folder: Path, tmp_path: Path):
     shutil.rmtree(class_folder / "val" / "bee")
-    result = mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    result = am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
     assert "validation has no image of bee" in (result.run_folder / "log.txt").read_text()
 
 
@@ -52,7 +52,7 @@ def test_a_few_bad_images_stop_no_small_run(class_folder, tmp_path):
     for name in ("ant/0", "ant/1", "bee/3", "cat/0", "cat/1"):
         (class_folder / "train" / f"{name}.png").write_text("<html>not found</html>")
     (class_folder / "val" / "bee" / "0.png").write_text("")
-    run = mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True).run_folder
+    run = am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True).run_folder
     assert len((run / "bad_files.txt").read_text().splitlines()) == 6
     log = (run / "log.txt").read_text()
     assert "warning: 5 of 20 training images cannot be read and are skipped" in log
@@ -72,8 +72,8 @@ def test_more_bad_images_stop_a_run_before_it_begins(class_folder, tmp_path, bad
         path.rename(class_folder / "train" / "bee" / f"1{path.name}")
     for name in bad:
         (class_folder / "train" / f"{name}.png").write_text("<html>not found</html>")
-    with pytest.raises(mm.UserError, match=message) as error:
-        mm.train(tiny_config(str(class_folder), tmp_path / "run", **changes), quiet=True)
+    with pytest.raises(am.UserError, match=message) as error:
+        am.train(tiny_config(str(class_folder), tmp_path / "run", **changes), quiet=True)
     assert f"{bad[0]}.png" in error.value.what
     assert not (tmp_path / "run").exists()
 
@@ -83,8 +83,8 @@ def test_half_of_the_images_are_too_many(class_folder, tmp_path):
         (class_folder / "val" / f"{name}.png").write_text("")
     for path in class_folder.glob("val/*/[2-9]*.png"):
         path.unlink()
-    with pytest.raises(mm.UserError, match=r"4 of \d images cannot be decoded .*1.0% or 2 images"):
-        mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    with pytest.raises(am.UserError, match=r"4 of \d images cannot be decoded .*1.0% or 2 images"):
+        am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
 
 
 def test_allowed_bad_images_are_skipped_and_listed(class_folder, tmp_path):
@@ -94,7 +94,7 @@ def test_allowed_bad_images_are_skipped_and_listed(class_folder, tmp_path):
     html = class_folder / "train" / "ant" / "0.png"
     html.write_text("<html>")
     config = tiny_config(str(class_folder), tmp_path / "run", data__max_bad=0.2)
-    result = mm.train(config, quiet=True)
+    result = am.train(config, quiet=True)
     listed = (result.run_folder / "bad_files.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in listed] == [str(html), str(bad)]
     log = (result.run_folder / "log.txt").read_text()
@@ -106,7 +106,7 @@ def test_bad_validation_images_are_listed_too(class_folder, tmp_path):
     bad = class_folder / "val" / "cat" / "1.png"
     bad.write_bytes(bad.read_bytes()[:-60])
     config = tiny_config(str(class_folder), tmp_path / "run", data__max_bad=0.2)
-    result = mm.train(config, quiet=True)
+    result = am.train(config, quiet=True)
     assert str(bad) in (result.run_folder / "bad_files.txt").read_text()
     assert f"skipped  {bad}" in (result.run_folder / "log.txt").read_text()
     assert len(result.validation.labels) == 8
@@ -115,29 +115,29 @@ def test_bad_validation_images_are_listed_too(class_folder, tmp_path):
 def test_too_many_damaged_images_stop_the_run(class_folder, tmp_path):
     for path in (class_folder / "train" / "bee").iterdir():
         path.write_bytes(path.read_bytes()[:-60])
-    with pytest.raises(mm.UserError, match=r"images cannot be decoded[\s\S]*bee/"):
-        mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    with pytest.raises(am.UserError, match=r"images cannot be decoded[\s\S]*bee/"):
+        am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
 
 
 def test_one_class_is_no_task(tmp_path):
     make_class_folder(tmp_path / "data", {"only": 4})
-    with pytest.raises(mm.UserError, match="there is only one class, 'only'"):
-        mm.train(tiny_config(str(tmp_path / "data"), tmp_path / "run"), quiet=True)
+    with pytest.raises(am.UserError, match="there is only one class, 'only'"):
+        am.train(tiny_config(str(tmp_path / "data"), tmp_path / "run"), quiet=True)
 
 
 def test_one_image_a_class_cannot_be_held_out(tmp_path):
     make_class_folder(tmp_path / "data", {"a": 1, "b": 1})
-    with pytest.raises(mm.UserError, match="no class has two images"):
-        mm.train(tiny_config(str(tmp_path / "data"), tmp_path / "run"), quiet=True)
+    with pytest.raises(am.UserError, match="no class has two images"):
+        am.train(tiny_config(str(tmp_path / "data"), tmp_path / "run"), quiet=True)
 
 
 def test_augmentation_makes_the_models_size(class_folder):
-    everything = mm.recipe("scratch")
+    everything = am.recipe("scratch")
     for setting in ("randaugment=15", "erasing=1.0", "crop_area=(0.05,1.0)", "crop=padded"):
         everything = everything.with_setting(f"augment.{setting}")
-    for config in (mm.recipe("digits"), mm.recipe("scratch"), everything):
+    for config in (am.recipe("digits"), am.recipe("scratch"), everything):
         for channels in (1, 3):
-            preprocessing = mm.Preprocessing(image_size=(8, 12), channels=channels)
+            preprocessing = am.Preprocessing(image_size=(8, 12), channels=channels)
             augment = Augmentation(config.augment, preprocessing)
             for size in ((3, 50), (12, 8), (100, 70)):
                 image = EncodedImage(encode(draw(1, size)), "x", channels)
@@ -154,7 +154,7 @@ def test_every_augmentation_trains(class_folder, tmp_path):
         "augment__cutmix": 1.0,
         "data__fraction": 0.5,
     }
-    result = mm.train(tiny_config(str(class_folder), tmp_path / "run", **changes), quiet=True)
+    result = am.train(tiny_config(str(class_folder), tmp_path / "run", **changes), quiet=True)
     said = (result.run_folder / "log.txt").read_text()
     assert "10 images to train" in said
 
@@ -172,13 +172,13 @@ def test_a_drop_list_leaves_training_and_validation_images_out_and_test_whole(tm
     splits = open_splits(str(data))
     write_drop_list(drop_list(find_duplicates(splits, num_workers=0), "data"), drops)
     config = tiny_config(str(data), tmp_path / "run", data__without=str(drops))
-    run = mm.train(config, quiet=True).run_folder
+    run = am.train(config, quiet=True).run_folder
     said = (run / "log.txt").read_text()
     assert "10 images to train, 10 to validate (the data's own), 11 to test" in said
     assert "left out 3 images by" in said
     draw(77).save(data / "train" / "a" / "new.png")
-    with pytest.raises(mm.UserError, match=r"was made for a train split of 13 images[\s\S]*has 14"):
-        mm.train(tiny_config(str(data), tmp_path / "other", data__without=str(drops)), quiet=True)
+    with pytest.raises(am.UserError, match=r"was made for a train split of 13 images[\s\S]*has 14"):
+        am.train(tiny_config(str(data), tmp_path / "other", data__without=str(drops)), quiet=True)
     assert not (tmp_path / "other").exists()
 
 
@@ -186,27 +186,27 @@ def test_names_that_figures_and_files_cannot_hold(tmp_path):
     """Formulas for matplotlib, and bytes that are no text."""
     data = tmp_path / os.fsdecode(b"ro\xffot")
     make_class_folder(data, {"a$_x_$": 4, r"b$\frac$": 4})
-    result = mm.train(tiny_config(str(data), tmp_path / "run"), quiet=True)
+    result = am.train(tiny_config(str(data), tmp_path / "run"), quiet=True)
     assert (result.run_folder / "plots" / "confusion.png").exists()
     assert (result.run_folder / "best" / "README.md").read_text(encoding="utf-8")
     make_class_folder(data, {os.fsdecode(b"c\xff"): 4})
-    with pytest.raises(mm.UserError, match="the name of a class is not valid text"):
-        mm.train(tiny_config(str(data), tmp_path / "other"), quiet=True)
+    with pytest.raises(am.UserError, match="the name of a class is not valid text"):
+        am.train(tiny_config(str(data), tmp_path / "other"), quiet=True)
 
 
 def test_too_many_damaged_validation_images_stop_the_run(class_folder, tmp_path):
     for path in (class_folder / "val" / "cat").iterdir():
         path.write_bytes(path.read_bytes()[:-60])  # the header is good
-    with pytest.raises(mm.UserError, match="3 of 9 images cannot be decoded"):
-        mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    with pytest.raises(am.UserError, match="3 of 9 images cannot be decoded"):
+        am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
 
 
 def test_the_commands_printed_for_shards_work(class_folder, tmp_path):
     splits = {"train": open_splits(str(class_folder))["train"]}
     pack_splits(splits, tmp_path / "shards", shard_bytes=10**6)
-    run = mm.train(tiny_config(str(tmp_path / "shards"), tmp_path / "run"), quiet=True).run_folder
+    run = am.train(tiny_config(str(tmp_path / "shards"), tmp_path / "run"), quiet=True).run_folder
     said = (run / "log.txt").read_text()
     line = next(line for line in said.splitlines() if " predict " in line)
     named = shlex.split(line)[-1]
     assert named == f"{tmp_path / 'shards'}:train"
-    assert len(mm.predict(run, named)) == 20
+    assert len(am.predict(run, named)) == 20

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import runs
-from mlp_mixer.data.sampler import locate
-from mlp_mixer.training.checkpoint import Checkpoints
+from allmlp.data.sampler import locate
+from allmlp.training.checkpoint import Checkpoints
 from runs import (
     files,
     losses_of,
@@ -186,7 +186,7 @@ def test_the_other_ends_too_and_names_it(data, tmp_path, rank: int, sharding: st
 
 
 KILLED_SAVING = """
-from mlp_mixer.training import dcp_storage
+from allmlp.training import dcp_storage
 
 def write_data(self, *arguments, write_data=dcp_storage.Writer.write_data):
     if "step-00000015" in str(self._folder) and os.environ["RANK"] == "1":
@@ -253,7 +253,7 @@ if os.environ["RANK"] == "1":
 
 
 BROKEN = """
-from mlp_mixer.data import loader
+from allmlp.data import loader
 
 def open(self, index, bad, open=loader._Images.open):
     if index == 3:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.training import loop
 from conftest import tiny_config
-from mlp_mixer.training import loop
 
 
 def stopped_run(
     class_folder: Path, path: Path, monkeypatch: pytest.MonkeyPatch, at: int, **changes: object
-) -> mm.TrainConfig:
+) -> am.TrainConfig:
     config = tiny_config(str(class_folder), path, **changes)
     step = loop.Trainer.train_step
 
@@ -28,40 +28,40 @@ def stopped_run(
     with monkeypatch.context() as patch:
         patch.setattr(loop.Trainer, "train_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            mm.train(config, quiet=True)
+            am.train(config, quiet=True)
     return config
 
 
 @pytest.mark.parametrize("changes", [{}, {"data__holdout": 0.0}])
 def test_a_run_without_its_checkpoints_is_not_trained_again(class_folder, tmp_path, changes):
-    run = mm.train(tiny_config(str(class_folder), tmp_path / "run", **changes), quiet=True)
+    run = am.train(tiny_config(str(class_folder), tmp_path / "run", **changes), quiet=True)
     shutil.rmtree(run.run_folder / "checkpoints")
     before = (run.run_folder / "best" / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(mm.UserError, match="without checkpoints, which cannot be continued"):
-        mm.resume(run.run_folder, quiet=True)
+    with pytest.raises(am.UserError, match="without checkpoints, which cannot be continued"):
+        am.resume(run.run_folder, quiet=True)
     assert (run.run_folder / "best" / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_a_run_that_kept_none_is_not_trained_again(class_folder, tmp_path):
     config = tiny_config(str(class_folder), tmp_path / "run", keep_checkpoints=0, data__holdout=0.0)
-    mm.train(config, quiet=True)
-    with pytest.raises(mm.UserError, match="without checkpoints"):
-        mm.train(config, quiet=True)
+    am.train(config, quiet=True)
+    with pytest.raises(am.UserError, match="without checkpoints"):
+        am.train(config, quiet=True)
 
 
 def test_best_weights_that_were_removed_come_back(class_folder, tmp_path, monkeypatch):
-    whole = mm.train(tiny_config(str(class_folder), tmp_path / "whole"), quiet=True)
+    whole = am.train(tiny_config(str(class_folder), tmp_path / "whole"), quiet=True)
     config = stopped_run(class_folder, tmp_path / "run", monkeypatch, 3)
     shutil.rmtree(tmp_path / "run" / "best")
-    again = mm.train(config, quiet=True)
+    again = am.train(config, quiet=True)
     assert again.validation.top1 == pytest.approx(whole.validation.top1, abs=0.4)
     assert (tmp_path / "run" / "best" / "README.md").exists()
-    finished = mm.train(
+    finished = am.train(
         tiny_config(str(class_folder), tmp_path / "end", data__holdout=0.0), quiet=True
     ).run_folder
     weights = (finished / "best" / "model.safetensors").read_bytes()
     shutil.rmtree(finished / "best")
-    mm.resume(finished, quiet=True)
+    am.resume(finished, quiet=True)
     assert (finished / "best" / "model.safetensors").read_bytes() == weights
 
 
@@ -75,18 +75,18 @@ def test_bad_validation_images_are_no_bad_training_images(class_folder, tmp_path
         shutil.copy(
             class_folder / "val" / "bee" / "9.png", class_folder / "val" / "bee" / f"{number}.png"
         )
-    mm.train(tiny_config(str(class_folder), tmp_path / "whole", **changes), quiet=True)
+    am.train(tiny_config(str(class_folder), tmp_path / "whole", **changes), quiet=True)
     config = stopped_run(class_folder, tmp_path / "run", monkeypatch, 7, **changes)
-    mm.train(config, quiet=True)
+    am.train(config, quiet=True)
     lines = (tmp_path / "run" / "bad_files.txt").read_text().splitlines()
     assert len(lines) == 2
-    assert mm.resume(tmp_path / "run", quiet=True)
+    assert am.resume(tmp_path / "run", quiet=True)
     assert (tmp_path / "run" / "bad_files.txt").read_text().splitlines() == lines
 
 
 def test_a_higher_limit_on_bad_images_lets_a_run_go_on(class_folder, tmp_path, monkeypatch):
     config = stopped_run(class_folder, tmp_path / "run", monkeypatch, 3)
-    mm.train(config.with_value("data.max_bad", 0.5), quiet=True)
+    am.train(config.with_value("data.max_bad", 0.5), quiet=True)
 
 
 def test_a_stop_without_checkpoints_promises_nothing(class_folder, tmp_path, monkeypatch, capfd):
@@ -98,7 +98,7 @@ def test_a_stop_without_checkpoints_promises_nothing(class_folder, tmp_path, mon
 
 
 def test_the_best_state_is_saved_whenever_it_comes(class_folder, tmp_path):
-    run = mm.train(
+    run = am.train(
         tiny_config(str(class_folder), tmp_path / "run", checkpoint_every=100, epochs=2), quiet=True
     ).run_folder
     assert (run / "checkpoints" / "step-00000002").is_dir()  # the first evaluation is the best
@@ -110,13 +110,13 @@ def test_mistakes_are_found_before_anything_is_written(class_folder, tmp_path):
         ({"output": "r/\udcff"}, "is not valid UTF-8"),
     ):
         output = Path(changes.pop("output", tmp_path / "run"))
-        with pytest.raises(mm.UserError, match=message):
-            mm.train(tiny_config(str(class_folder), output, **changes), quiet=True)
+        with pytest.raises(am.UserError, match=message):
+            am.train(tiny_config(str(class_folder), output, **changes), quiet=True)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(mm.UserError, match="num_workers must be from 0 to"):
-        mm.evaluate(
-            mm.load_model(
-                mm.train(tiny_config(str(class_folder), tmp_path / "a"), quiet=True).run_folder
+    with pytest.raises(am.UserError, match="num_workers must be from 0 to"):
+        am.evaluate(
+            am.load_model(
+                am.train(tiny_config(str(class_folder), tmp_path / "a"), quiet=True).run_folder
             ),
             f"{class_folder}:validation",
             num_workers=100_000,
@@ -133,5 +133,5 @@ def test_mistakes_are_found_before_anything_is_written(class_folder, tmp_path):
 )
 def test_settings_without_effect_are_refused(changes, message):
     given = {"model.weights": "w", "model.name": "", "model.overrides": {}, **changes}
-    with pytest.raises(mm.UserError, match=message):
-        mm.recipe("scratch").with_values(given)
+    with pytest.raises(am.UserError, match=message):
+        am.recipe("scratch").with_values(given)

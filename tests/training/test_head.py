@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from allmlp.errors import UserError
+from allmlp.training.head import freeze_all_but_head, start_head_bias
 from conftest import tiny_model
-from mlp_mixer.errors import UserError
-from mlp_mixer.training.head import freeze_all_but_head, start_head_bias
 
 pytestmark = pytest.mark.numerics
 

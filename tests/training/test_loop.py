@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.data.fingerprint import fingerprint
+from allmlp.data.sources import open_splits
+from allmlp.training import loop, summary
+from allmlp.training.pictures import curves
+from allmlp.training.run_folder import planned_path
 from conftest import draw, tiny_config
-from mlp_mixer.data.fingerprint import fingerprint
-from mlp_mixer.data.sources import open_splits
-from mlp_mixer.training import loop, summary
-from mlp_mixer.training.pictures import curves
-from mlp_mixer.training.run_folder import planned_path
 
 PICTURES = [*("confusion", "curves", "predictions", "reliability", "train_batch", "worst_mistakes")]
 
@@ -29,7 +29,7 @@ def steps_of(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_run_folder(trained: mm.TrainResult):
+def test_the_run_folder(trained: am.TrainResult):
     run = trained.run_folder
     assert sorted(path.name for path in run.iterdir()) == [
         "best",
@@ -48,7 +48,7 @@ def test_the_run_folder(trained: mm.TrainResult):
         "config.json",
         "model.safetensors",
     ]
-    config = mm.TrainConfig.from_json(json.loads((run / "config.json").read_text()))
+    config = am.TrainConfig.from_json(json.loads((run / "config.json").read_text()))
     assert (config.recipe, config.epochs) == ("digits", 3)
     environment = json.loads((run / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
@@ -60,21 +60,21 @@ def test_the_run_folder(trained: mm.TrainResult):
 
 
 def test_its_pictures(real_pictures: None, class_folder: Path, tmp_path: Path):
-    run = mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True).run_folder
+    run = am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True).run_folder
     for name in PICTURES:
         pixels = np.asarray(Image.open(run / "plots" / f"{name}.png").convert("L"))
         assert pixels.std() > 5, name
 
 
-def test_results_and_best(trained: mm.TrainResult, class_folder: Path, tmp_path: Path):
-    result = mm.train(tiny_config(str(class_folder), tmp_path / "run", epochs=4), quiet=True)
+def test_results_and_best(trained: am.TrainResult, class_folder: Path, tmp_path: Path):
+    result = am.train(tiny_config(str(class_folder), tmp_path / "run", epochs=4), quiet=True)
     with (result.run_folder / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["2", "5", "8", "10"]
     best = [row for row in rows if row["best"] == "1"][-1]
     assert float(best["validation_top1"]) == max(float(row["validation_top1"]) for row in rows)
-    again = mm.evaluate(
-        mm.load_model(result.run_folder), f"{class_folder}:validation", num_workers=0
+    again = am.evaluate(
+        am.load_model(result.run_folder), f"{class_folder}:validation", num_workers=0
     )
     assert again.top1 == pytest.approx(float(best["validation_top1"]), abs=1e-6)
     assert again.loss == pytest.approx(float(best["validation_loss"]), abs=1e-5)
@@ -82,18 +82,18 @@ def test_results_and_best(trained: mm.TrainResult, class_folder: Path, tmp_path:
     assert (result.run_folder / "validation" / "evaluation.json").exists()
 
 
-def test_test_images_are_measured_at_the_end(trained: mm.TrainResult):
+def test_test_images_are_measured_at_the_end(trained: am.TrainResult):
     assert trained.test is not None
     assert trained.test.data == "digits:test"
     written = json.loads((trained.run_folder / "test" / "evaluation.json").read_text())
-    again = mm.evaluate(mm.load_model(trained.run_folder), "digits:test")
+    again = am.evaluate(am.load_model(trained.run_folder), "digits:test")
     assert written["top1"] == trained.test.top1 == again.top1
     assert written["images"] == 359
 
 
-def test_the_model_card(trained: mm.TrainResult):
+def test_the_model_card(trained: am.TrainResult):
     card = (trained.run_folder / "best" / "README.md").read_text()
-    assert card.startswith('---\nlibrary_name: "mlp_mixer"\n')
+    assert card.startswith('---\nlibrary_name: "allmlp"\n')
     assert f"| 359 | digits:test | {trained.test.top1:.2%} |" in card
     assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in card
     assert "seed 0: 3 epochs of 1,259 images" in card
@@ -104,7 +104,7 @@ def test_the_screen_ends_with_the_last_epoch(class_folder: Path, tmp_path: Path,
     config = tiny_config(str(class_folder), tmp_path / "run").with_values(
         {"evaluate_every": 2, **length}
     )
-    mm.train(config, quiet=True)
+    am.train(config, quiet=True)
     log = (tmp_path / "run" / "log.txt").read_text()
     shown = re.findall(r"^epoch +([\d.]+)/([\d.]+) ", log, flags=re.MULTILINE)
     assert float(shown[-1][0]) == float(total)
@@ -127,7 +127,7 @@ def test_the_loss_has_plain_numbers(tmp_path: Path):
         assert len(seen) >= 2
 
 
-def test_the_log_says_what_was_found_first(trained: mm.TrainResult):
+def test_the_log_says_what_was_found_first(trained: am.TrainResult):
     lines = (trained.run_folder / "log.txt").read_text().splitlines()
     assert lines[0].startswith("data     digits: 1,259 images to train, 179 to validate")
     assert "parameters" in "\n".join(lines[:4])
@@ -149,13 +149,13 @@ def test_the_same_seed_gives_the_same_bits(class_folder: Path, tmp_path: Path):
         config = tiny_config(
             str(class_folder), tmp_path / str(number), data__num_workers=workers, **changes
         )
-        runs.append(mm.train(config, quiet=True).run_folder)
+        runs.append(am.train(config, quiet=True).run_folder)
     keep = ("step", "loss", "learning_rate", "gradient_norm")
     losses = [[[step[key] for key in keep] for step in steps_of(run)] for run in runs]
     assert losses[0] == losses[1] == losses[2]
     weights = [(run / "best" / "model.safetensors").read_bytes() for run in runs]
     assert weights[0] == weights[1] == weights[2]
-    other = mm.train(
+    other = am.train(
         tiny_config(str(class_folder), tmp_path / "other", seed=1, **changes), quiet=True
     )
     assert [step["loss"] for step in steps_of(other.run_folder)] != [row[1] for row in losses[0]]
@@ -177,7 +177,7 @@ def test_the_average_is_what_is_kept(class_folder, tmp_path, monkeypatch):
     config = tiny_config(
         str(class_folder), tmp_path / "run", optimizer__average=0.9, evaluate_every=2
     )
-    saved = mm.load_model(mm.train(config, quiet=True).run_folder).state_dict()
+    saved = am.load_model(am.train(config, quiet=True).run_folder).state_dict()
     for name, value in kept[0].state.average.items():
         assert torch.equal(saved[name], value)
     assert not torch.equal(saved["stem.weight"], kept[0].model.stem.weight)
@@ -187,7 +187,7 @@ def test_the_callers_random_numbers_are_left_alone(class_folder: Path, tmp_path:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -196,8 +196,8 @@ def test_grey_and_rectangular(class_folder: Path, tmp_path: Path):
     config = tiny_config(
         str(class_folder), tmp_path / "run", model__overrides=overrides, model__image_size=(8, 12)
     )
-    model = mm.load_model(mm.train(config, quiet=True).run_folder)
-    assert model.preprocessing == mm.Preprocessing(image_size=(8, 12), channels=1)
+    model = am.load_model(am.train(config, quiet=True).run_folder)
+    assert model.preprocessing == am.Preprocessing(image_size=(8, 12), channels=1)
     assert model(torch.zeros(1, 1, 8, 12)).shape == (1, 3)
 
 
@@ -220,8 +220,8 @@ def test_mistakes_leave_nothing_behind(class_folder, tmp_path, changes, message)
     config = tiny_config(str(class_folder), tmp_path / "run", **changes)
     if "in_channels" in str(changes):
         config = config.with_value("model.image_size", 16)
-    with pytest.raises(mm.UserError, match=message):
-        mm.train(config, quiet=True)
+    with pytest.raises(am.UserError, match=message):
+        am.train(config, quiet=True)
     assert nothing_left(tmp_path)
 
 
@@ -236,8 +236,8 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(class_folder, tmp_p
         evaluate_every=20,
         optimizer__learning_rate=1e20,
     )
-    with pytest.raises(mm.UserError, match=r"step \d+: loss .*stopped before the weights"):
-        mm.train(config, quiet=True)
+    with pytest.raises(am.UserError, match=r"step \d+: loss .*stopped before the weights"):
+        am.train(config, quiet=True)
     assert all(torch.isfinite(p).all() for p in kept[0].model.parameters())
 
 
@@ -262,8 +262,8 @@ def test_an_infinite_gradient_stops_before_the_update(class_folder, tmp_path, mo
 
     before: list[torch.Tensor] = []
     monkeypatch.setattr(loop.Trainer, "run", poisoned)
-    with pytest.raises(mm.UserError, match=r"step 3: loss .* gradient norm (inf|nan)"):
-        mm.train(tiny_config(str(class_folder), tmp_path / "run", epochs=3), quiet=True)
+    with pytest.raises(am.UserError, match=r"step 3: loss .* gradient norm (inf|nan)"):
+        am.train(tiny_config(str(class_folder), tmp_path / "run", epochs=3), quiet=True)
     after = list(kept[0].model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
@@ -277,15 +277,15 @@ def test_a_diverged_model_is_never_best(class_folder, tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(loop, "measure", diverged)
-    with pytest.raises(mm.UserError, match="the validation loss is nan; the run has diverged"):
-        mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    with pytest.raises(am.UserError, match="the validation loss is nan; the run has diverged"):
+        am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run" / "best").exists()
 
 
 def test_a_file_that_cannot_be_opened_is_a_bad_image(class_folder, tmp_path):
     (class_folder / "train" / "ant" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     config = tiny_config(str(class_folder), tmp_path / "run", data__max_bad=0.1)
-    run = mm.train(config, quiet=True).run_folder
+    run = am.train(config, quiet=True).run_folder
     assert "gone.png\tcannot read the file" in (run / "bad_files.txt").read_text()
 
 
@@ -293,8 +293,8 @@ def test_a_file_that_cannot_be_opened_is_a_bad_image(class_folder, tmp_path):
 def test_a_file_name_that_is_no_text(class_folder, tmp_path):
     ant = class_folder / "train" / "ant"
     (ant / "0.png").rename(os.fsdecode(os.fsencode(ant) + b"/caf\xe9.png"))
-    run = mm.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True).run_folder
-    found = mm.predict(run, ant, output=tmp_path / "out.csv", num_workers=0)
+    run = am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True).run_folder
+    found = am.predict(run, ant, output=tmp_path / "out.csv", num_workers=0)
     assert len(found) == 6
     assert b"caf\xe9.png" in (tmp_path / "out.csv").read_bytes()
 
@@ -309,8 +309,8 @@ def test_ctrl_c_saves_the_run_and_says_how_to_go_on(class_folder, tmp_path, monk
 
     monkeypatch.setattr(loop.Trainer, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        mm.train(tiny_config(str(class_folder), tmp_path / "run", epochs=9), quiet=True)
-    assert mm.load_model(tmp_path / "run").class_names == ["ant", "bee", "cat"]
+        am.train(tiny_config(str(class_folder), tmp_path / "run", epochs=9), quiet=True)
+    assert am.load_model(tmp_path / "run").class_names == ["ant", "bee", "cat"]
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "stopped after step 7 of 22" in log
     assert f"mixer train --resume {tmp_path / 'run'}" in log
@@ -319,31 +319,31 @@ def test_ctrl_c_saves_the_run_and_says_how_to_go_on(class_folder, tmp_path, monk
 
 def test_a_run_never_writes_over_another(class_folder, tmp_path):
     config = tiny_config(str(class_folder), tmp_path / "run")
-    first = mm.train(config, quiet=True)
+    first = am.train(config, quiet=True)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(mm.UserError, match=r"with other settings: seed is 0 there and 1 here"):
-        mm.train(config.with_value("seed", 1), quiet=True)
+    with pytest.raises(am.UserError, match=r"with other settings: seed is 0 there and 1 here"):
+        am.train(config.with_value("seed", 1), quiet=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-    again = mm.train(config, quiet=True)  # the same: nothing to do but to measure
+    again = am.train(config, quiet=True)  # the same: nothing to do but to measure
     assert again.validation.top1 == first.validation.top1
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
-    with pytest.raises(mm.UserError, match="exists and is not empty"):
-        mm.train(tiny_config(str(class_folder), tmp_path / "full"), quiet=True)
+    with pytest.raises(am.UserError, match="exists and is not empty"):
+        am.train(tiny_config(str(class_folder), tmp_path / "full"), quiet=True)
     assert [each.name for each in (tmp_path / "full").iterdir()] == ["thesis.txt"]
     (tmp_path / "file").write_text("x")
-    with pytest.raises(mm.UserError, match="the run folder is a file"):
-        mm.train(tiny_config(str(class_folder), tmp_path / "file"), quiet=True)
+    with pytest.raises(am.UserError, match="the run folder is a file"):
+        am.train(tiny_config(str(class_folder), tmp_path / "file"), quiet=True)
 
 
 def test_run_folders_get_names_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = planned_path(mm.recipe("digits"))
+    first = planned_path(am.recipe("digits"))
     assert first.parent == Path("runs")
     assert first.name.endswith("_digits")
     first.mkdir(parents=True)
-    assert planned_path(mm.recipe("digits")) != first
+    assert planned_path(am.recipe("digits")) != first
 
 
 def test_the_fingerprint_knows_the_data(class_folder):
@@ -356,6 +356,6 @@ def test_the_fingerprint_knows_the_data(class_folder):
 @pytest.mark.slow
 def test_a_mixer_learns_the_digits(tmp_path):
     """A third of the recipe's length; the whole recipe is the README's first command."""
-    config = mm.recipe("digits").with_value("epochs", 40)
-    result = mm.train(config.with_value("output", str(tmp_path / "run")), quiet=True)
+    config = am.recipe("digits").with_value("epochs", 40)
+    result = am.train(config.with_value("output", str(tmp_path / "run")), quiet=True)
     assert result.test.top1 > 0.96

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mlp_mixer.training.losses import loss_function, one_hot
+from allmlp.training.losses import loss_function, one_hot
 
 pytestmark = pytest.mark.numerics
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.errors import UserError
+from allmlp.training.head import freeze_all_but_head
+from allmlp.training.losses import loss_function
+from allmlp.training.optimizer import build_optimizers, clip, update, update_average
+from allmlp.training.schedule import learning_rate
+from allmlp.training.settings import OptimizerSettings
 from conftest import GOLDEN, tiny_config, tiny_model
 from google_layout import official_model, our_layout, our_name
-from mlp_mixer.errors import UserError
-from mlp_mixer.training.head import freeze_all_but_head
-from mlp_mixer.training.losses import loss_function
-from mlp_mixer.training.optimizer import build_optimizers, clip, update, update_average
-from mlp_mixer.training.schedule import learning_rate
-from mlp_mixer.training.settings import OptimizerSettings
 
 # Google's warm-up is 4 of 12 steps; big_vision's linear decay ends at 1e-5, relative.
 
@@ -209,7 +209,7 @@ def test_the_average_has_the_bits_of_torchs_average_over_modules():
 
 
 def test_the_public_names():
-    assert mm.TrainConfig().optimizer == OptimizerSettings()
+    assert am.TrainConfig().optimizer == OptimizerSettings()
 
 
 def test_no_clipping(class_folder, tmp_path):
@@ -219,7 +219,7 @@ def test_no_clipping(class_folder, tmp_path):
         sgd = {"name": "sgd", "weight_decay": 0.0, "learning_rate": 0.1, "clip_norm": norm}
         config = tiny_config(str(class_folder), tmp_path / name)
         config = config.with_values({f"optimizer.{key}": value for key, value in sgd.items()})
-        mm.train(config, quiet=True)
+        am.train(config, quiet=True)
     weights = (tmp_path / each / "best" / "model.safetensors" for each in names.values())
     found = [each.read_bytes() for each in weights]
     assert found[0] == found[1]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.training.head import freeze_all_but_head
+from allmlp.training.losses import loss_function
+from allmlp.training.optimizer import build_optimizers, clip, optimizer_tensors, update
+from allmlp.training.schedule import learning_rate
+from allmlp.training.settings import OptimizerSettings
 from conftest import tiny_model
-from mlp_mixer.training.head import freeze_all_but_head
-from mlp_mixer.training.losses import loss_function
-from mlp_mixer.training.optimizer import build_optimizers, clip, optimizer_tensors, update
-from mlp_mixer.training.schedule import learning_rate
-from mlp_mixer.training.settings import OptimizerSettings
 
 SETTINGS = {
     "adamw": OptimizerSettings(learning_rate=0.01, warmup=2),
@@ -24,7 +24,7 @@ SETTINGS = {
 
 
 def learn(
-    model: mm.ImageClassifier,
+    model: am.ImageClassifier,
     optimizers: list[torch.optim.Optimizer],
     settings: OptimizerSettings,
     steps: range,
@@ -59,7 +59,7 @@ CASES.remove(("muon", True))  # refused: it has nothing to move
 def test_going_on_from_the_tensors_repeats_the_bits(name: str, is_probe: bool, saved_after: int):
     settings = SETTINGS[name]
 
-    def begin(seed: int) -> tuple[mm.ImageClassifier, list[torch.optim.Optimizer]]:
+    def begin(seed: int) -> tuple[am.ImageClassifier, list[torch.optim.Optimizer]]:
         model = tiny_model()
         torch.manual_seed(seed)
         for parameter in model.parameters():

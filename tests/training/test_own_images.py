@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.data.items import Source
+from allmlp.training import own_images
+from allmlp.training.dataset import Splits, open_training_data
+from allmlp.training.own_images import open_measured
 from conftest import draw, make_class_folder, mixer, tiny_config
-from mlp_mixer.data.items import Source
-from mlp_mixer.training import own_images
-from mlp_mixer.training.dataset import Splits, open_training_data
-from mlp_mixer.training.own_images import open_measured
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data, 20 images without splits, and run, which held 2 of them out."""
     place = tmp_path_factory.mktemp("own")
     make_class_folder(place / "data", {"ant": 10, "bee": 10})
-    mm.train(tiny_config(str(place / "data"), place / "run", steps=1), quiet=True)
+    am.train(tiny_config(str(place / "data"), place / "run", steps=1), quiet=True)
     return place
 
 
@@ -62,11 +62,11 @@ def test_training_images_are_counted(made, capsys, tmp_path):
 
 @pytest.mark.parametrize("source", ["run", "run/best", "run/best/model.safetensors"])
 def test_from_python(made, source):
-    model = mm.load_model(made / source)
-    found = mm.evaluate(model, made / "data", num_workers=0)
+    model = am.load_model(made / source)
+    found = am.evaluate(model, made / "data", num_workers=0)
     assert (len(found.labels), found.are_held_out, found.trained_on) == (2, True, 0)
     model.source = None  # weights of nowhere
-    found = mm.evaluate(model, made / "data", num_workers=0)
+    found = am.evaluate(model, made / "data", num_workers=0)
     assert (len(found.labels), found.are_held_out, found.trained_on) == (20, False, None)
 
 
@@ -100,7 +100,7 @@ def test_images_of_the_run_beside_new_ones(made, tmp_path):
         draw(700 + number).save(tmp_path / "more" / "bee" / f"new{number}.png")
     found = open_measured(str(made / "run"), str(tmp_path / "more"))
     assert (len(found.source), found.are_held_out, found.trained_on) == (23, False, 18)
-    with pytest.raises(mm.UserError, match="no validation split"):
+    with pytest.raises(am.UserError, match="no validation split"):
         open_measured(str(made / "run"), f"{tmp_path / 'more'}:validation")
 
 
@@ -108,7 +108,7 @@ def test_a_run_on_a_part_of_the_images(made, tmp_path):
     make_class_folder(tmp_path / "data" / "train", {"ant": 10, "bee": 10})
     source = f"{tmp_path / 'data'}:train[:80%]"
     config = tiny_config(source, tmp_path / "run", steps=1, data__holdout=0.25)
-    run = mm.train(config, quiet=True).run_folder
+    run = am.train(config, quiet=True).run_folder
     log = (run / "log.txt").read_text()
     assert f"mixer evaluate {run} --data {tmp_path / 'data'}:validation\n" in log
     found = open_measured(str(run), f"{tmp_path / 'data'}:validation")

@@ -12,20 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-import mlp_mixer as mm
-from conftest import ROOT
-from mlp_mixer.evaluation.throughput import count_parameters
-from mlp_mixer.models.catalog import model_config
-from mlp_mixer.training.cost import cost_line, num_images_seen, operations
-from mlp_mixer.training.finetuning_recipes import (
+import allmlp as am
+from allmlp.evaluation.throughput import count_parameters
+from allmlp.models.catalog import model_config
+from allmlp.training.cost import cost_line, num_images_seen, operations
+from allmlp.training.finetuning_recipes import (
     FINETUNING,
     HOLDOUTS,
     LEARNING_RATES,
     finetune_for,
 )
-from mlp_mixer.training.pretraining_recipes import PRETRAINING
-from mlp_mixer.training.recipes import RECIPES
-from mlp_mixer.training.sibling_recipes import SIBLINGS
+from allmlp.training.pretraining_recipes import PRETRAINING
+from allmlp.training.recipes import RECIPES
+from allmlp.training.sibling_recipes import SIBLINGS
+from conftest import ROOT
 
 # Table 4 of the paper, and Google's biases of the head.
 #                   model      epochs  rate   decay  magn. mixup depth  bias
@@ -62,20 +62,20 @@ APPENDIX_A2: dict[str, dict[str, Any]] = {
 }
 
 
-def architecture(config: mm.TrainConfig, num_classes: int = 10) -> mm.ImageClassifier:
+def architecture(config: am.TrainConfig, num_classes: int = 10) -> am.ImageClassifier:
     with torch.device("meta"):
         settings = config.model
-        return mm.create_model(
+        return am.create_model(
             settings.name, settings.image_size, num_classes, **settings.overrides
         )
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_builds(name: str):
-    config = mm.recipe(name)
+    config = am.recipe(name)
     assert config.recipe == name == RECIPES[name].__name__
-    assert mm.TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
-    assert config == mm.recipe(name)
+    assert am.TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert config == am.recipe(name)
     if name in FINETUNING:
         assert config.model.weights == ""
     else:
@@ -97,14 +97,14 @@ def test_all_are_named():
     [("imagenet_b-16", "imagenet_b16"), ("finetune_cat", "finetune"), ("cifar", "cifar10")],
 )
 def test_an_unknown_recipe_names_the_nearest(name: str, near: str):
-    with pytest.raises(mm.UserError, match=rf"unknown recipe '{name}'[\s\S]*Did you mean .*{near}"):
-        mm.recipe(name)
+    with pytest.raises(am.UserError, match=rf"unknown recipe '{name}'[\s\S]*Did you mean .*{near}"):
+        am.recipe(name)
 
 
 @pytest.mark.parametrize("name", TABLE_4)
 def test_pre_training_is_the_papers_table_4(name: str):
     model, epochs, rate, decay, magnitude, mixup, depth, bias = TABLE_4[name]
-    config = mm.recipe(name)
+    config = am.recipe(name)
     augment, optimizer = config.augment, config.optimizer
     assert (config.model.name, config.epochs, config.steps) == (model, epochs, None)
     assert (optimizer.learning_rate, optimizer.weight_decay) == (rate, decay)
@@ -127,7 +127,7 @@ def test_pre_training_is_the_papers_table_4(name: str):
 @pytest.mark.parametrize("name", APPENDIX_C)
 def test_fine_tuning_is_the_papers_appendix_c(name: str):
     steps, warmup, rate, grid, holdout = APPENDIX_C[name]
-    config = mm.recipe(name)
+    config = am.recipe(name)
     assert (config.steps, config.epochs, config.optimizer.warmup) == (steps, None, warmup)
     assert config.optimizer.learning_rate == rate
     assert rate in grid
@@ -138,14 +138,14 @@ def test_fine_tuning_is_the_papers_appendix_c(name: str):
 
 @pytest.mark.parametrize(("name", "own"), APPENDIX_A2.items())
 def test_appendix_a2_is_one_flag_each(name: str, own: dict[str, Any]):
-    config = mm.recipe(name)
-    without = mm.recipe("finetune_pets").with_values({"recipe": name, "augment.crop": "none"} | own)
+    config = am.recipe(name)
+    without = am.recipe("finetune_pets").with_values({"recipe": name, "augment.crop": "none"} | own)
     assert config == without
 
 
 @pytest.mark.parametrize("name", ["finetune", *APPENDIX_C])
 def test_what_fine_tuning_shares(name: str):
-    config = mm.recipe(name)
+    config = am.recipe(name)
     model, augment, optimizer = config.model, config.augment, config.optimizer
     assert (model.name, model.image_size, model.weights) == ("", None, "")
     assert (model.trained, model.head_bias) == ("all", 0)
@@ -191,13 +191,13 @@ def test_the_hyper_rule(num_images: int, steps: int, warmup: int, mixup: float):
 
 
 def test_the_hyper_rule_needs_images():
-    assert finetune_for(1) == mm.recipe("finetune")
-    with pytest.raises(mm.UserError, match="needs images, got 0"):
+    assert finetune_for(1) == am.recipe("finetune")
+    with pytest.raises(am.UserError, match="needs images, got 0"):
         finetune_for(0)
 
 
 def test_the_cifar10_models():
-    small, best = mm.recipe("cifar10"), mm.recipe("cifar10_best")
+    small, best = am.recipe("cifar10"), am.recipe("cifar10_best")
     assert count_parameters(architecture(small)) == 1_123_914 <= 1_130_000
     assert count_parameters(architecture(best)) == 5_271_818
     assert architecture(small).config.num_tokens == 64
@@ -263,7 +263,7 @@ def test_the_documents_table_4(name: str):
 @pytest.mark.parametrize("name", PRETRAINING)
 def test_the_documents_costs(name: str):
     _, (_, images, total, speed, hours) = rows(name)
-    config, num_classes = mm.recipe(name), {"jft": 18291, "imagenet21k": 21843}
+    config, num_classes = am.recipe(name), {"jft": 18291, "imagenet21k": 21843}
     built = architecture(config, num_classes.get(name.split("_")[0], 1000))
     seen = num_images_seen(config, int(images.replace(",", "")))
     assert cost_line(built.config.flops, seen).startswith(f"{total} operations;")
@@ -277,7 +277,7 @@ def test_the_documents_costs(name: str):
 )
 def test_the_documents_short_runs(name: str, num_images: int):
     (row,) = rows(name)
-    config = mm.recipe(name)
+    config = am.recipe(name)
     seen = num_images_seen(config, 45_000)
     total = operations(architecture(config).config.flops, seen)
     assert float(row[6]) == pytest.approx(total, rel=0.05)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.disk import partial_of
+from allmlp.training import loop
+from allmlp.training.checkpoint import Checkpoints
 from conftest import NO_PROCESS, draw, mixer
-from mlp_mixer.disk import partial_of
-from mlp_mixer.training import loop
-from mlp_mixer.training.checkpoint import Checkpoints
 from runs import (
     DROPOUT,
     before_step,
@@ -51,7 +51,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @unix
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["adamw", *(pytest.param(each, marks=pytest.mark.slow) for each in [*CASES][1:])]
+)
 def test_a_resumed_run_repeats_the_bits(data: Path, tmp_path: Path, case: str):
     """Stopped in mid-epoch by SIGTERM, resumed, stopped by Ctrl-C, and resumed by its settings.
 
@@ -108,7 +110,7 @@ def test_steps_after_the_last_checkpoint_are_repeated(data: Path, tmp_path: Path
         watch_every_step(patch)
         before_step(patch, 12, fail)
         with pytest.raises(OSError, match="the network is gone"):
-            mm.train(config, quiet=True)
+            am.train(config, quiet=True)
     run = tmp_path / "run"
     assert len(results_of(run)) == 1  # of step 10, which comes again
     if (run / "checkpoints/step-00000010").exists():  # it was the best so far
@@ -133,10 +135,10 @@ def test_the_parts_of_a_step_stay_and_can_be_changed(data: Path, tmp_path: Path,
         return gradient(self, *arguments)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(loop.RunState, "update", noting)
-    monkeypatch.setattr("mlp_mixer.training.step.largest_micro_batch", lambda *_, **__: 5)
+    monkeypatch.setattr("allmlp.training.step.largest_micro_batch", lambda *_, **__: 5)
     config = run_config(data, tmp_path / "run")
     train(config, stop_after=3)
-    monkeypatch.setattr("mlp_mixer.training.step.largest_micro_batch", lambda *_, **__: 7)
+    monkeypatch.setattr("allmlp.training.step.largest_micro_batch", lambda *_, **__: 7)
     train(config, stop_after=5)
     train(config.with_value("micro_batch_size", 2), stop_after=7)
     assert parts == [5, 5, 5, 5, 5, 2, 2]
@@ -157,7 +159,7 @@ def test_other_images_are_refused(tmp_path: Path):
             (data / "train" / "ant" / "0.png").rename(data / "train" / "bee" / "zero.png")
         else:
             draw(901).save(data / "train" / "ant" / "0.png")
-        with pytest.raises(mm.UserError, match="not those that the run began with") as error:
+        with pytest.raises(am.UserError, match="not those that the run began with") as error:
             train(run)
         assert error.value.where == str(run)
     after = files(run / "checkpoints"), digest(run / "metrics.jsonl"), digest(run / "results.csv")
@@ -179,11 +181,11 @@ def test_images_that_were_moved_are_the_same(data: Path, tmp_path: Path, monkeyp
     config = run_config(here, tmp_path / "run")
     run = train(config, stop_after=13)
     here.rename(there)
-    with pytest.raises(mm.UserError, match=r"no such data[\s\S]*--data WHERE_IT_IS"):
-        mm.resume(run, quiet=True)
+    with pytest.raises(am.UserError, match=r"no such data[\s\S]*--data WHERE_IT_IS"):
+        am.resume(run, quiet=True)
     before = digest(run / "config.json"), digest(run / "log.txt")
-    with pytest.raises(mm.UserError, match="the images are not those .*other.*") as error:
-        mm.train(config.with_value("data.source", str(other)), quiet=True)
+    with pytest.raises(am.UserError, match="the images are not those .*other.*") as error:
+        am.train(config.with_value("data.source", str(other)), quiet=True)
     assert str(here) in error.value.what
     assert (digest(run / "config.json"), digest(run / "log.txt")) == before
     train(config.with_value("data.source", str(there)), stop_after=21)
@@ -232,7 +234,7 @@ def test_stopping_early(data: Path, tmp_path: Path, monkeypatch, patience: int):
     assert [row["validation_top1"] for row in results_of(run)] == right_ones[: 2 + patience]
     said = f"stopped early: no better result in {patience} evaluations"
     assert said in (run / "log.txt").read_text()
-    best = mm.load_model(run).state_dict()
+    best = am.load_model(run).state_dict()
     same = [all(torch.equal(best[name], each[name]) for name in best) for each in looked_at]
     assert same == [False, True, False, False][: 2 + patience]
     before = files(run / "checkpoints") | files(run / "best")
@@ -247,7 +249,7 @@ def test_a_rate_without_measure(data: Path, tmp_path: Path):
     """Fault test 14, Composer's way: the rate is 1e20."""
     changes = {"optimizer__learning_rate": 1e20, "checkpoint_every": 1}
     config = run_config(data, tmp_path / "run", **changes)
-    with pytest.raises(mm.UserError) as first:
+    with pytest.raises(am.UserError) as first:
         train(config)
     done = len(losses_of(tmp_path / "run"))
     last = tmp_path / "run" / "checkpoints" / f"step-{done:08d}"
@@ -261,7 +263,7 @@ def test_a_rate_without_measure(data: Path, tmp_path: Path):
     checkpoints.close()
     assert found is not None
     assert found.path == last
-    with pytest.raises(mm.UserError) as again:  # it loads, and the same happens
+    with pytest.raises(am.UserError) as again:  # it loads, and the same happens
         train(tmp_path / "run")
     assert again.value.what == what
 
@@ -283,7 +285,7 @@ def test_an_infinite_gradient_changes_nothing(data: Path, tmp_path: Path, monkey
 
     with monkeypatch.context() as patch:
         before_step(patch, 17, poison)
-        with pytest.raises(mm.UserError, match=r"step 17: loss .*gradient norm inf at") as error:
+        with pytest.raises(am.UserError, match=r"step 17: loss .*gradient norm inf at") as error:
             train(config)
     last = tmp_path / "run" / "checkpoints" / "step-00000014"
     assert f"the last good checkpoint is {last}" in error.value.what

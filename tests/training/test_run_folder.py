@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.data.items import BadImage
+from allmlp.disk import partial_of
+from allmlp.training.pictures import curves
+from allmlp.training.run_folder import RunFolder, planned_path
 from conftest import NO_PROCESS, tiny_config
-from mlp_mixer.data.items import BadImage
-from mlp_mixer.disk import partial_of
-from mlp_mixer.training.pictures import curves
-from mlp_mixer.training.run_folder import RunFolder, planned_path
 
 
-def config(path: Path) -> mm.TrainConfig:
-    return mm.recipe("digits").with_value("output", str(path))
+def config(path: Path) -> am.TrainConfig:
+    return am.recipe("digits").with_value("output", str(path))
 
 
 def filled(path: Path) -> RunFolder:
@@ -122,7 +122,7 @@ def test_bad_files_are_known_again(tmp_path: Path):
 
 def test_only_one_at_a_time(tmp_path: Path):
     run = filled(tmp_path / "run")
-    with pytest.raises(mm.UserError, match="another process is training in this run folder"):
+    with pytest.raises(am.UserError, match="another process is training in this run folder"):
         RunFolder(tmp_path / "run", config(tmp_path / "run"))
     run.close()
     assert not (run.path / ".lock").exists()
@@ -131,8 +131,8 @@ def test_only_one_at_a_time(tmp_path: Path):
 
 def test_runs_of_the_same_minute_get_folders_of_their_own(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    planned = planned_path(mm.recipe("digits"))
-    first, second = (RunFolder(planned, mm.recipe("digits")) for _ in range(2))
+    planned = planned_path(am.recipe("digits"))
+    first, second = (RunFolder(planned, am.recipe("digits")) for _ in range(2))
     assert first.path == planned
     assert second.path != planned
     assert second.plots.is_dir()
@@ -155,9 +155,9 @@ def test_processes_that_do_not_write_leave_no_trace(tmp_path: Path):
 def test_tensorboard_that_is_not_there_is_one_error(class_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     config = tiny_config(str(class_folder), tmp_path / "run", tensorboard=True)
-    with pytest.raises(mm.UserError, match="needs the package tensorboard") as error:
-        mm.train(config, quiet=True)
-    assert error.value.fix == "pip install 'mlp_mixer[tensorboard]'"
+    with pytest.raises(am.UserError, match="needs the package tensorboard") as error:
+        am.train(config, quiet=True)
+    assert error.value.fix == "pip install 'allmlp[tensorboard]'"
     assert not (tmp_path / "run").exists()
 
 
@@ -167,7 +167,7 @@ def test_tensorboard_has_the_losses_of_the_run(class_folder, tmp_path):
         "tensorboard.backend.event_processing.event_accumulator",
         reason="the package tensorboard is not installed",
     )
-    run = mm.train(
+    run = am.train(
         tiny_config(str(class_folder), tmp_path / "run", tensorboard=True), quiet=True
     ).run_folder
     events = accumulator.EventAccumulator(str(run / "tensorboard"))

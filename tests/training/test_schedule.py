@@ -7,9 +7,9 @@ import math
 
 import pytest
 
-from mlp_mixer.errors import UserError
-from mlp_mixer.training.schedule import check_warmup, learning_rate, warmup_steps
-from mlp_mixer.training.settings import OptimizerSettings
+from allmlp.errors import UserError
+from allmlp.training.schedule import check_warmup, learning_rate, warmup_steps
+from allmlp.training.settings import OptimizerSettings
 
 
 @pytest.mark.parametrize("warmup", [0.1, 10])

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from allmlp.training.settings import OptimizerSettings
+from allmlp.training.sharpness import sharpest_point, sharpness_at
 from conftest import tiny_model
-from mlp_mixer.training.settings import OptimizerSettings
-from mlp_mixer.training.sharpness import sharpest_point, sharpness_at
 
 pytestmark = pytest.mark.numerics
 

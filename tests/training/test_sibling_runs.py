@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.models.catalog import ARCHITECTURES, model_config
+from allmlp.training.sibling_recipes import SIBLINGS
 from conftest import ROOT
-from mlp_mixer.models.catalog import ARCHITECTURES, model_config
-from mlp_mixer.training.sibling_recipes import SIBLINGS
 from runs import check_same, losses_of, make_data, run_config, train, unix
 from staged_models import SMALL_CYCLE, SMALL_PERMUTATOR
 
@@ -26,12 +26,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("siblings") / "data")
 
 
-def config_of(data: Path, output: Path, name: str, **changes: Any) -> mm.TrainConfig:
+def config_of(data: Path, output: Path, name: str, **changes: Any) -> am.TrainConfig:
     overrides = {**MODELS[name], "stochastic_depth": 0.3}
     config = run_config(data, output, **{"steps": 8, "evaluate_every": 4, **changes})
     return config.with_values({"model.name": name, "model.overrides": overrides})
 
 
+@pytest.mark.slow
 @unix
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("name", MODELS)
@@ -48,11 +49,11 @@ def test_a_resumed_run_repeats_the_bits(data: Path, tmp_path: Path, name: str, o
 @pytest.mark.parametrize("name", MODELS)
 def test_from_training_to_predictions(data: Path, tmp_path: Path, name: str):
     config = config_of(data, tmp_path / "run", name, precision="bfloat16")
-    result = mm.train(config, quiet=True)
-    model = mm.load_model(result.run_folder)
+    result = am.train(config, quiet=True)
+    model = am.load_model(result.run_folder)
     assert model.class_names == ["ant", "bee", "cat"]
     assert result.validation is not None
-    again = mm.evaluate(mm.load_model(result.run_folder), f"{data}:val", num_workers=0)
+    again = am.evaluate(am.load_model(result.run_folder), f"{data}:val", num_workers=0)
     assert 0 <= again.top1 <= 1
     tuned = config.with_values(
         {
@@ -65,12 +66,12 @@ def test_from_training_to_predictions(data: Path, tmp_path: Path, name: str):
             "evaluate_every": 1,
         }
     )
-    tuned = mm.train(tuned, quiet=True)
-    larger = mm.load_model(tuned.run_folder)
+    tuned = am.train(tuned, quiet=True)
+    larger = am.load_model(tuned.run_folder)
     assert larger.config.image_size == (16, 16)
     assert larger.config.stochastic_depth == 0
     picture = next((data / "val" / "bee").glob("*.png"))
-    (prediction,) = mm.predict(tuned.run_folder, [str(picture)])
+    (prediction,) = am.predict(tuned.run_folder, [str(picture)])
     assert {name for name, _ in prediction.classes} == {"ant", "bee", "cat"}
 
 
@@ -84,7 +85,7 @@ def test_from_training_to_predictions(data: Path, tmp_path: Path, name: str):
 def test_the_authors_settings(
     name: str, model: str, epochs: int, warmup: int, rate: float, batch: int
 ):
-    config = mm.recipe(name)
+    config = am.recipe(name)
     optimizer, augment = config.optimizer, config.augment
     assert (config.model.name, config.epochs, config.batch_size) == (model, epochs, batch)
     assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == (
@@ -122,7 +123,7 @@ def test_the_documents_numbers():
     for name, (parameters, gflops, grids) in found.items():
         config: Any = model_config(name)
         with torch.device("meta"):
-            model = mm.create_model(name)
+            model = am.create_model(name)
         assert f"{sum(each.numel() for each in model.parameters()):,}" == parameters
         assert f"{config.flops / 1e9:.2f}" == gflops
         sides = getattr(config, "grids", None) or [config.grid]

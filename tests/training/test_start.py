@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.training import loop
+from allmlp.training.dataset import open_training_data
+from allmlp.training.start import build_model, length
 from conftest import TINY, tiny_config, tiny_model
-from mlp_mixer.training import loop
-from mlp_mixer.training.dataset import open_training_data
-from mlp_mixer.training.start import build_model, length
 
 ANIMALS = ["ant", "bee", "cat"]
-OWN_RANGE = mm.Preprocessing(
+OWN_RANGE = am.Preprocessing(
     image_size=(8, 8),
     resize="squash",
     mean=(0.1, 0.2, 0.3),
@@ -38,7 +38,7 @@ def model_of(names: list[str] | None, num_classes: int = 3, **changes: object):
     return model.eval()
 
 
-def finetuning(weights: object, output: object = "unused", **changes: object) -> mm.TrainConfig:
+def finetuning(weights: object, output: object = "unused", **changes: object) -> am.TrainConfig:
     """A recipe's settings for a fine-tuning of six steps of eight images."""
     values: dict[str, object] = {
         "model.weights": str(weights),
@@ -52,20 +52,20 @@ def finetuning(weights: object, output: object = "unused", **changes: object) ->
         "data.num_workers": 0,
     }
     values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return mm.recipe("finetune").with_values(values)
+    return am.recipe("finetune").with_values(values)
 
 
 @pytest.fixture
 def animals(tmp_path: Path) -> Path:
     """Weights that know ant, bee and cat."""
-    return mm.save_model(model_of(ANIMALS), tmp_path / "animals").parent
+    return am.save_model(model_of(ANIMALS), tmp_path / "animals").parent
 
 
 def images(size: int = 8) -> Tensor:
     return torch.rand(4, 3, size, size, generator=torch.manual_seed(1)) * 2 - 1
 
 
-def same_but_head(model: mm.ImageClassifier, other: mm.ImageClassifier) -> bool:
+def same_but_head(model: am.ImageClassifier, other: am.ImageClassifier) -> bool:
     theirs = other.state_dict()
     named = {n: each for n, each in model.state_dict().items() if not n.startswith("head.")}
     return bool(named) and all(torch.equal(each, theirs[name]) for name, each in named.items())
@@ -84,7 +84,7 @@ def test_a_new_model(tmp_path):
     config = tiny_config("unused", tmp_path, model__overrides={**TINY, "stochastic_depth": 0.1})
     model = build_model(config.with_value("model.head_bias", -2.0), ANIMALS)
     assert model.class_names == ANIMALS
-    assert model.preprocessing == mm.Preprocessing(image_size=(8, 8))
+    assert model.preprocessing == am.Preprocessing(image_size=(8, 8))
     assert model.config.stochastic_depth == 0.1
     assert model.head.bias.tolist() == [-2.0] * 3
 
@@ -92,24 +92,24 @@ def test_a_new_model(tmp_path):
 def test_the_same_classes_keep_the_head(animals, capsys):
     model = build_model(finetuning(animals), ANIMALS).eval()
     assert model.class_names == ANIMALS
-    assert torch.equal(model(images()), mm.load_model(animals)(images()))
+    assert torch.equal(model(images()), am.load_model(animals)(images()))
     assert capsys.readouterr().err == "head     kept: the weights know these 3 classes\n"
 
 
 def test_classes_in_another_order_are_matched_by_name(animals):
     model = build_model(finetuning(animals), ["cat", "ant", "bee"], quiet=True).eval()
     assert model.class_names == ["cat", "ant", "bee"]
-    before = mm.load_model(animals)(images())
+    before = am.load_model(animals)(images())
     assert torch.equal(model(images()), before[:, [2, 0, 1]])
     assert before[0].unique().numel() == 3
 
 
 def test_folders_of_imagenet_have_the_id_alone(tmp_path):
     words = ["n01440764 tench", "n01443537 goldfish"]
-    path = mm.save_model(model_of(words, 2), tmp_path / "net").parent
+    path = am.save_model(model_of(words, 2), tmp_path / "net").parent
     model = build_model(finetuning(path), ["n01440764", "n01443537"], quiet=True)
     assert model.class_names == words
-    assert torch.equal(model.head.weight, mm.load_model(path).head.weight)
+    assert torch.equal(model.head.weight, am.load_model(path).head.weight)
 
 
 @pytest.mark.parametrize(
@@ -121,12 +121,12 @@ def test_folders_of_imagenet_have_the_id_alone(tmp_path):
     ],
 )
 def test_other_classes_get_a_zero_head(tmp_path, capsys, known, number, names, was):
-    path = mm.save_model(model_of(known, number), tmp_path / "weights").parent
+    path = am.save_model(model_of(known, number), tmp_path / "weights").parent
     model = build_model(finetuning(path), names)
     assert model.head.weight.shape == (len(names), 16)
     assert not model.head.weight.any()
     assert not model.head.bias.any()
-    assert same_but_head(model, mm.load_model(path))
+    assert same_but_head(model, am.load_model(path))
     said = f"head     new, all zeros, for {len(names)} classes; the weights had {was}\n"
     assert capsys.readouterr().err == said
 
@@ -141,7 +141,7 @@ def test_other_classes_get_a_zero_head(tmp_path, capsys, known, number, names, w
     ],
 )
 def test_the_rows_of_known_classes_are_kept(animals, capsys, names, said):
-    before = mm.load_model(animals)
+    before = am.load_model(animals)
     model = build_model(finetuning(animals, model__head_bias=0.0), names)
     assert capsys.readouterr().err == f"head     {said}\n"
     assert model.class_names == names
@@ -157,16 +157,16 @@ def test_the_rows_of_known_classes_are_kept(animals, capsys, names, said):
 
 
 def test_a_bias_for_the_new_rows_alone(animals):
-    before = mm.load_model(animals)
+    before = am.load_model(animals)
     model = build_model(finetuning(animals, model__head_bias=-1.5), ["dog", "bee"], quiet=True)
     assert model.head.bias.tolist() == [-1.5, before.head.bias[1].item()]
-    with pytest.raises(mm.UserError, match="head_bias=-1.5 has no effect: the head is kept"):
+    with pytest.raises(am.UserError, match="head_bias=-1.5 has no effect: the head is kept"):
         build_model(finetuning(animals, model__head_bias=-1.5), ["ant", "bee"], quiet=True)
 
 
 def test_weights_without_a_head(tmp_path, capsys):
     model = model_of(None, 0)
-    path = mm.save_model(model, tmp_path / "features").parent
+    path = am.save_model(model, tmp_path / "features").parent
     found = build_model(finetuning(path), ANIMALS)
     assert found.head.weight.shape == (3, 16)
     assert same_but_head(found, model)
@@ -177,7 +177,7 @@ def test_weights_without_a_head(tmp_path, capsys):
 def test_weights_of_others(tmp_path, format, name):
     """In Google's layout and with timm's names, also where nothing describes them."""
     before = model_of(ANIMALS)
-    path = mm.save_model(before, tmp_path / name, format=format)
+    path = am.save_model(before, tmp_path / name, format=format)
     model = build_model(finetuning(path), ANIMALS, quiet=True).eval()
     assert torch.allclose(model(images()), before(images()), atol=1e-6)
     if format == "google":
@@ -190,9 +190,9 @@ def test_weights_of_others(tmp_path, format, name):
 def test_a_run_of_ones_own(trained):
     digits = [str(digit) for digit in range(10)]
     model = build_model(finetuning(trained.run_folder), digits, quiet=True)
-    assert mm.load_model(trained.run_folder).config.stochastic_depth == 0.1
+    assert am.load_model(trained.run_folder).config.stochastic_depth == 0.1
     assert model.config.stochastic_depth == 0.0  # the recipe's
-    assert torch.equal(model.head.weight, mm.load_model(trained.run_folder).head.weight)
+    assert torch.equal(model.head.weight, am.load_model(trained.run_folder).head.weight)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_run_of_ones_own(trained):
 def test_another_image_size(animals, capsys, size, growth, how):
     config = finetuning(animals, model__image_size=size, model__growth=growth)
     model = build_model(config, ANIMALS)
-    expected = mm.load_model(animals, size, growth=growth, quiet=True)
+    expected = am.load_model(animals, size, growth=growth, quiet=True)
     assert model.preprocessing.image_size == model.config.image_size == expected.config.image_size
     assert same_but_head(model, expected)
     assert torch.equal(model.head.weight, expected.head.weight)
@@ -215,11 +215,11 @@ def test_another_image_size(animals, capsys, size, growth, how):
 
 
 def test_a_size_that_cannot_be(animals):
-    with pytest.raises(mm.UserError, match="block-diagonal"):
+    with pytest.raises(am.UserError, match="block-diagonal"):
         build_model(
             finetuning(animals, model__image_size=12, model__growth="block-diagonal"), ANIMALS
         )
-    with pytest.raises(mm.UserError, match="not divisible"):
+    with pytest.raises(am.UserError, match="not divisible"):
         build_model(finetuning(animals, model__image_size=9), ANIMALS)
 
 
@@ -238,44 +238,44 @@ def test_a_crop_of_the_runs_own_reaches_small_images(animals, tmp_path):
     assert model.preprocessing == dataclasses.replace(
         OWN_RANGE, resize="resmall-crop", crop=0.75, crop_small=True
     )
-    mm.save_model(model, tmp_path / "saved")
+    am.save_model(model, tmp_path / "saved")
     again = build_model(finetuning(tmp_path / "saved"), ["a", "b"], quiet=True)
     assert (again.preprocessing.crop, again.preprocessing.crop_small) == (0.75, True)
     scratch = tiny_config("unused", tmp_path / "run", data__crop=0.75)
     found = build_model(scratch, ["a", "b"]).preprocessing
     assert (found.crop, found.crop_small) == (0.75, True)
-    with pytest.raises(mm.UserError, match=r"data\.crop=0\.9 has no effect"):
+    with pytest.raises(am.UserError, match=r"data\.crop=0\.9 has no effect"):
         finetuning(animals, data__resize="squash", data__crop=0.9)
-    with pytest.raises(mm.UserError, match=r"data\.crop must be .*1\.5"):
+    with pytest.raises(am.UserError, match=r"data\.crop must be .*1\.5"):
         finetuning(animals, data__crop=1.5)
 
 
 def test_files_say_nothing_new_unless_small_images_are_cropped():
     """Older files load, and older versions load what needs nothing that is new."""
     assert "crop_small" not in OWN_RANGE.to_json()
-    assert mm.Preprocessing.from_json(OWN_RANGE.to_json()) == OWN_RANGE
+    assert am.Preprocessing.from_json(OWN_RANGE.to_json()) == OWN_RANGE
     cropped = dataclasses.replace(OWN_RANGE, crop_small=True)
-    assert mm.Preprocessing.from_json(cropped.to_json()) == cropped
-    with pytest.raises(mm.UserError, match="crop_small is true or false, got 1"):
-        mm.Preprocessing.from_json({**OWN_RANGE.to_json(), "crop_small": 1})
+    assert am.Preprocessing.from_json(cropped.to_json()) == cropped
+    with pytest.raises(am.UserError, match="crop_small is true or false, got 1"):
+        am.Preprocessing.from_json({**OWN_RANGE.to_json(), "crop_small": 1})
     before = finetuning("weights").to_json()
     del before["data"]["crop"]
-    assert mm.TrainConfig.from_json(before) == finetuning("weights")
+    assert am.TrainConfig.from_json(before) == finetuning("weights")
 
 
 def test_overrides_need_no_other_tensors(animals):
     overrides = {"stochastic_depth": 0.2, "dropout": 0.1}
     model = build_model(finetuning(animals, model__overrides=overrides), ANIMALS, quiet=True)
     assert (model.config.stochastic_depth, model.config.dropout) == (0.2, 0.1)
-    assert torch.equal(model.eval()(images()), mm.load_model(animals)(images()))
-    with pytest.raises(mm.UserError, match=r"stochastic_depth.*got 2"):
+    assert torch.equal(model.eval()(images()), am.load_model(animals)(images()))
+    with pytest.raises(am.UserError, match=r"stochastic_depth.*got 2"):
         build_model(finetuning(animals, model__overrides={"stochastic_depth": 2}), ANIMALS)
 
 
 def test_a_bias_for_a_new_head_alone(animals):
     model = build_model(finetuning(animals, model__head_bias=-1.5), ["a", "b"], quiet=True)
     assert model.head.bias.tolist() == [-1.5, -1.5]
-    with pytest.raises(mm.UserError, match="head_bias=-1.5 has no effect: the head is kept"):
+    with pytest.raises(am.UserError, match="head_bias=-1.5 has no effect: the head is kept"):
         build_model(finetuning(animals, model__head_bias=-1.5), ANIMALS, quiet=True)
 
 
@@ -288,21 +288,21 @@ def test_a_bias_for_a_new_head_alone(animals):
     ],
 )
 def test_no_weights(weights, message):
-    with pytest.raises(mm.UserError, match=message):
+    with pytest.raises(am.UserError, match=message):
         build_model(finetuning(weights), ANIMALS)
 
 
 def test_weights_for_what_is_no_picture(tmp_path):
     model = tiny_model(3, in_channels=2)
-    path = mm.save_model(model, tmp_path / "two").parent
-    with pytest.raises(mm.UserError, match="images have 1 or 3 channels, the model wants 2"):
+    path = am.save_model(model, tmp_path / "two").parent
+    with pytest.raises(am.UserError, match="images have 1 or 3 channels, the model wants 2"):
         build_model(finetuning(path), ANIMALS)
 
 
 def test_a_linear_probe_moves_only_the_head(animals, class_folder, tmp_path):
     changes = {"model__trained": "head", "data__source": str(class_folder)}
-    result = mm.train(finetuning(animals, tmp_path / "run", **changes), quiet=True)
-    before, after = mm.load_model(animals), mm.load_model(result.run_folder)
+    result = am.train(finetuning(animals, tmp_path / "run", **changes), quiet=True)
+    before, after = am.load_model(animals), am.load_model(result.run_folder)
     assert same_but_head(after, before)
     assert not torch.equal(after.head.weight, before.head.weight)
     log = (result.run_folder / "log.txt").read_text()
@@ -324,16 +324,16 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def test_a_run_outlives_the_weights_that_it_began_with(
     class_folder, tmp_path, monkeypatch, names, capsys
 ):
-    path = mm.save_model(model_of(names), tmp_path / "weights").parent
+    path = am.save_model(model_of(names), tmp_path / "weights").parent
     changes = {"data__source": str(class_folder), "model__image_size": 16}
-    whole = mm.train(finetuning(path, tmp_path / "whole", **changes), quiet=True).run_folder
+    whole = am.train(finetuning(path, tmp_path / "whole", **changes), quiet=True).run_folder
     stop_at(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
-        mm.train(finetuning(path, tmp_path / "run", **changes), quiet=True)
+        am.train(finetuning(path, tmp_path / "run", **changes), quiet=True)
     monkeypatch.undo()
     shutil.rmtree(path)
     capsys.readouterr()
-    again = mm.resume(tmp_path / "run").run_folder
+    again = am.resume(tmp_path / "run").run_folder
     out, err = capsys.readouterr()
     assert "resumed  after step 5 of 6" in out
     assert err == ""  # nothing is grown a second time
@@ -346,19 +346,19 @@ def test_without_a_whole_checkpoint_a_run_begins_with_its_first_weights(
 ):
     """best/ has moved on by then, and would be another beginning."""
     changes = {"data__source": str(class_folder), "keep_checkpoints": 1}
-    whole = mm.train(finetuning(animals, tmp_path / "whole", **changes), quiet=True).run_folder
+    whole = am.train(finetuning(animals, tmp_path / "whole", **changes), quiet=True).run_folder
     stop_at(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
-        mm.train(finetuning(animals, tmp_path / "run", **changes), quiet=True)
+        am.train(finetuning(animals, tmp_path / "run", **changes), quiet=True)
     monkeypatch.undo()
     checkpoints = tmp_path / "run" / "checkpoints"
     for file in checkpoints.glob("step-*/*.distcp"):
         file.write_bytes(b"x" + file.read_bytes()[1:])  # the size is right
-    with pytest.raises(mm.UserError, match=r"no checkpoint of this run can be read: step-"):
-        mm.resume(tmp_path / "run", quiet=True)  # what it reached is not written over
+    with pytest.raises(am.UserError, match=r"no checkpoint of this run can be read: step-"):
+        am.resume(tmp_path / "run", quiet=True)  # what it reached is not written over
     for folder in checkpoints.iterdir():  # as if it was killed while the first was written
         shutil.rmtree(folder)
-    again = mm.resume(tmp_path / "run", quiet=True).run_folder
+    again = am.resume(tmp_path / "run", quiet=True).run_folder
     assert "resumed  from the beginning" in (again / "log.txt").read_text()
     weights = [(run / "best" / "model.safetensors").read_bytes() for run in (whole, again)]
     assert weights[0] == weights[1]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import mlp_mixer as mm
-from mlp_mixer.models.catalog import ARCHITECTURES
-from mlp_mixer.weights import checkpoints, download
-from mlp_mixer.weights.checkpoints import CHECKPOINTS, checkpoint_of_file, find_checkpoint
+import allmlp as am
+from allmlp.models.catalog import ARCHITECTURES
+from allmlp.weights import checkpoints, download
+from allmlp.weights.checkpoints import CHECKPOINTS, checkpoint_of_file, find_checkpoint
 from web_server import Behaviour, serve
 
 
@@ -81,19 +81,19 @@ def test_imagenet_classes():
     ],
 )
 def test_unknown_names(name: str, message: str):
-    with pytest.raises(mm.UserError, match=message):
-        mm.load_model(name)
+    with pytest.raises(am.UserError, match=message):
+        am.load_model(name)
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mm.ImageClassifier:
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> am.ImageClassifier:
     """A small model in the place of mixer_s32.gsam, its Google file on a server of our own."""
     torch.manual_seed(1)
     sizes = {"hidden_dim": 16, "num_blocks": 2, "tokens_mlp_dim": 8, "channels_mlp_dim": 16}
-    model = mm.create_model("mixer_s32", 64, 1000, **sizes).eval()
+    model = am.create_model("mixer_s32", 64, 1000, **sizes).eval()
     assert model.head is not None
     torch.nn.init.normal_(model.head.weight)
-    path = mm.save_model(model, tmp_path / "Mixer-S_32.npz", format="google")
+    path = am.save_model(model, tmp_path / "Mixer-S_32.npz", format="google")
     monkeypatch.setenv("MIXER_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(download, "PAUSE", 0.01)
@@ -109,13 +109,13 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mm.ImageClassifier
 
 
 def test_loading_by_name(
-    small: mm.ImageClassifier, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: am.ImageClassifier, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    loaded = mm.load_model("mixer_s32.gsam")
+    loaded = am.load_model("mixer_s32.gsam")
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(loaded(images), small(images))
     assert loaded.class_names == CHECKPOINTS["mixer_b16.i1k"].class_names()
-    assert loaded.preprocessing == mm.Preprocessing(image_size=(64, 64))
+    assert loaded.preprocessing == am.Preprocessing(image_size=(64, 64))
     error = capsys.readouterr().err
     assert "fetching mixer_s32.gsam" in error
     assert "again    the connection broke (the connection ended after 20,000 of" in error
@@ -125,24 +125,24 @@ def test_loading_by_name(
         "Mixer-S_32.npz",
         "Mixer-S_32.npz.sha256",
     ]
-    grown = mm.load_model("mixer_s32.gsam", image_size=128, num_classes=3)
+    grown = am.load_model("mixer_s32.gsam", image_size=128, num_classes=3)
     assert grown.config.image_size == (128, 128)
     assert "fetching" not in capsys.readouterr().err
 
 
-def test_a_saved_copy_says_all_of_it(small: mm.ImageClassifier, tmp_path: Path):
-    path = mm.save_model(mm.load_model("mixer_s32.gsam", quiet=True), tmp_path / "folder")
+def test_a_saved_copy_says_all_of_it(small: am.ImageClassifier, tmp_path: Path):
+    path = am.save_model(am.load_model("mixer_s32.gsam", quiet=True), tmp_path / "folder")
     said = json.loads((path.parent / "config.json").read_text())
     assert said["class_names"][1] == "n01443537 goldfish"
     assert said["architecture"]["gelu"] == "tanh"
 
 
 def test_imagenet_folders_are_matched_by_their_wordnet_ids(
-    small: mm.ImageClassifier, tmp_path: Path
+    small: am.ImageClassifier, tmp_path: Path
 ):
     from conftest import make_class_folder
 
     folder = make_class_folder(tmp_path / "imagenet", {"n01443537": 2, "n15075141": 1})
-    model = mm.load_model("mixer_s32.gsam", quiet=True)
-    result = mm.evaluate(model, str(folder), allow_missing_classes=True, num_workers=0)
+    model = am.load_model("mixer_s32.gsam", quiet=True)
+    result = am.evaluate(model, str(folder), allow_missing_classes=True, num_workers=0)
     assert result.labels.tolist() == [1, 1, 999]

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import mlp_mixer as mm
-from mlp_mixer.console import Reporter
-from mlp_mixer.weights import download
-from mlp_mixer.weights.download import Published, cache_folder, cached
+import allmlp as am
+from allmlp.console import Reporter
+from allmlp.weights import download
+from allmlp.weights.download import Published, cache_folder, cached
 from web_server import Behaviour, serve
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -63,7 +63,7 @@ def test_an_interrupted_download_goes_on_by_itself(tmp_path: Path):
 def test_an_interrupted_download_goes_on_the_next_time(tmp_path: Path):
     behaviour = Behaviour(CONTENT, cut_after=[100_000, 10, 10, 10])
     with serve(behaviour) as url:
-        with pytest.raises(mm.UserError, match=r"100,030 bytes are kept and continued") as caught:
+        with pytest.raises(am.UserError, match=r"100,030 bytes are kept and continued") as caught:
             cached(published(url), tmp_path / "file", QUIET)
         assert "the connection ended after 100,030 of 300,000 bytes" in str(caught.value)
         assert names(tmp_path) == ["file.partial", "file.partial.json"]
@@ -76,7 +76,7 @@ def test_an_interrupted_download_goes_on_the_next_time(tmp_path: Path):
 def test_a_file_that_changes_in_between_is_begun_again(tmp_path: Path):
     behaviour = Behaviour(CONTENT, cut_after=[100_000] + [0] * 3)
     with serve(behaviour) as url:
-        with pytest.raises(mm.UserError, match="kept and continued"):
+        with pytest.raises(am.UserError, match="kept and continued"):
             cached(published(url), tmp_path / "file", QUIET)
         behaviour.content, behaviour.tag = CONTENT[::-1], '"two"'
         cached(published(url), tmp_path / "file", QUIET)
@@ -86,7 +86,7 @@ def test_a_file_that_changes_in_between_is_begun_again(tmp_path: Path):
 def test_a_file_that_has_become_shorter_is_begun_again(tmp_path: Path):
     behaviour = Behaviour(CONTENT, cut_after=[100_000] + [0] * 3)
     with serve(behaviour) as url:
-        with pytest.raises(mm.UserError, match="kept and continued"):
+        with pytest.raises(am.UserError, match="kept and continued"):
             cached(published(url), tmp_path / "file", QUIET)
         behaviour.content = CONTENT[:50_000]  # under the same tag
         cached(published(url), tmp_path / "file", QUIET)
@@ -119,7 +119,7 @@ def test_the_network_goes_away_in_the_middle(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(download.http.client.HTTPResponse, "read1", lambda self, n: gone(self))
     behaviour = Behaviour(CONTENT)
-    with serve(behaviour) as url, pytest.raises(mm.UserError, match="No route to host") as caught:
+    with serve(behaviour) as url, pytest.raises(am.UserError, match="No route to host") as caught:
         cached(published(url), tmp_path / "file", QUIET)
     assert "cache" not in caught.value.what
     assert len(behaviour.requests) == download.ATTEMPTS
@@ -136,7 +136,7 @@ def test_a_server_without_ranges(tmp_path: Path):
 def test_a_changed_file_is_refused(tmp_path: Path, known: dict[str, object]):
     with (
         serve(Behaviour(CONTENT)) as url,
-        pytest.raises(mm.UserError, match="not the published file") as caught,
+        pytest.raises(am.UserError, match="not the published file") as caught,
     ):
         cached(published(url, **known), tmp_path / "file", QUIET)
     assert ("300,000 bytes" in str(caught.value)) == ("mebibytes" in known)
@@ -148,7 +148,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path):
     """The server itself has half the file: its length is right, its size is not."""
     with (
         serve(Behaviour(CONTENT[:150_000])) as url,
-        pytest.raises(mm.UserError, match=r"150,000 bytes where 0.29 MiB is expected"),
+        pytest.raises(am.UserError, match=r"150,000 bytes where 0.29 MiB is expected"),
     ):
         cached(published(url, mebibytes=0.29), tmp_path / "file", QUIET)
     assert names(tmp_path) == []
@@ -159,7 +159,7 @@ def test_no_such_file(tmp_path: Path, status: int):
     behaviour = Behaviour(CONTENT, status=[status] * 9)
     with (
         serve(behaviour) as url,
-        pytest.raises(mm.UserError, match=f"the server says {status}") as caught,
+        pytest.raises(am.UserError, match=f"the server says {status}") as caught,
     ):
         cached(published(url), tmp_path / "file", QUIET)
     message = str(caught.value)
@@ -175,7 +175,7 @@ def test_a_server_in_trouble_is_asked_again(tmp_path: Path):
         cached(published(url), tmp_path / "file", QUIET)
     assert (tmp_path / "file").read_bytes() == CONTENT
     behaviour = Behaviour(CONTENT, status=[503] * 9)
-    with serve(behaviour) as url, pytest.raises(mm.UserError, match="the server says 503"):
+    with serve(behaviour) as url, pytest.raises(am.UserError, match="the server says 503"):
         cached(published(url), tmp_path / "other", QUIET)
     assert len(behaviour.requests) == download.ATTEMPTS
 
@@ -194,7 +194,7 @@ def test_a_slow_server_is_waited_for_and_a_silent_one_is_left(
     assert behaviour.requests[1] is not None  # the half that had come was kept
     with (
         serve(Behaviour(CONTENT, stall=[2.0] * 4)) as url,
-        pytest.raises(mm.UserError, match=r"the connection broke \(.*timed out"),
+        pytest.raises(am.UserError, match=r"the connection broke \(.*timed out"),
     ):
         cached(published(url), tmp_path / "dead", QUIET)
 
@@ -202,13 +202,13 @@ def test_a_slow_server_is_waited_for_and_a_silent_one_is_left(
 def test_no_network_is_one_message_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     known = published("http://127.0.0.1:9/file")
     started = time.monotonic()
-    with pytest.raises(mm.UserError, match="no connection") as caught:
+    with pytest.raises(am.UserError, match="no connection") as caught:
         cached(known, tmp_path / "file", QUIET)
     assert time.monotonic() - started < 5  # it does not try again and again
     assert f"Fetch that file by other means and put it at {tmp_path / 'file'}" in str(caught.value)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with serve(behaviour := Behaviour(CONTENT)) as url:
-        with pytest.raises(mm.UserError, match="HF_HUB_OFFLINE forbids downloads"):
+        with pytest.raises(am.UserError, match="HF_HUB_OFFLINE forbids downloads"):
             cached(published(url), tmp_path / "file", QUIET)
         assert behaviour.requests == []
     (tmp_path / "file").write_bytes(CONTENT)  # put there by hand, as the message says
@@ -223,7 +223,7 @@ def test_a_damaged_cache_is_noticed(tmp_path: Path):
         flipped = bytearray(CONTENT)
         flipped[1000] ^= 1
         path.write_bytes(flipped)
-        with pytest.raises(mm.UserError, match=r"damaged: sha256 [\s\S]*Delete it") as caught:
+        with pytest.raises(am.UserError, match=r"damaged: sha256 [\s\S]*Delete it") as caught:
             cached(published(url), path, QUIET)
         assert str(path) in str(caught.value)
         path.unlink()
@@ -241,7 +241,7 @@ def test_a_later_change_on_the_server_is_noticed(tmp_path: Path):
         path.unlink()
         behaviour.content = CONTENT[:-1] + b"x"
         with pytest.raises(
-            mm.UserError, match=f"has changed since it was fetched first[\\s\\S]*{SHA256}"
+            am.UserError, match=f"has changed since it was fetched first[\\s\\S]*{SHA256}"
         ):
             cached(published(url), path, QUIET)
     assert names(tmp_path) == ["file.sha256"]
@@ -269,7 +269,7 @@ def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: Usage)
     with (
         serve(Behaviour(CONTENT)) as url,
-        pytest.raises(mm.UserError, match=r"needs 300,000 bytes, 1,000 are free"),
+        pytest.raises(am.UserError, match=r"needs 300,000 bytes, 1,000 are free"),
     ):
         cached(published(url), tmp_path / "file", QUIET)
     assert names(tmp_path) == []
@@ -277,7 +277,7 @@ def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(mm.UserError, match=r"cannot write to the cache[\s\S]*MIXER_CACHE"):
+    with pytest.raises(am.UserError, match=r"cannot write to the cache[\s\S]*MIXER_CACHE"):
         cached(published("http://127.0.0.1:9/x"), tmp_path / "file" / "x" / "y", QUIET)
 
 
@@ -288,7 +288,7 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setattr(download.sys, "platform", "linux")
     monkeypatch.setenv("MIXER_CACHE", "~nosuchuser/x")
-    with pytest.raises(mm.UserError, match="~ cannot be resolved"):
+    with pytest.raises(am.UserError, match="~ cannot be resolved"):
         cache_folder()
     monkeypatch.delenv("MIXER_CACHE")
-    assert cache_folder() == tmp_path / "xdg" / "mlp_mixer"
+    assert cache_folder() == tmp_path / "xdg" / "allmlp"

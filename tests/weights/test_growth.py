@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import mlp_mixer as mm
-from mlp_mixer.models.catalog import model_from_config
-from mlp_mixer.weights.growth import grow_map, resample_map, resize_model
+import allmlp as am
+from allmlp.models.catalog import model_from_config
+from allmlp.weights.growth import grow_map, resample_map, resize_model
 from staged_models import small_cycle, small_permutator
 
 pytestmark = pytest.mark.numerics
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.numerics
 PLAIN = {"depths": (2,), "dims": (12,), "mlp_ratios": (2,), "segments": (3,), "downsamples": ()}
 
 
-def resized(model: mm.ImageClassifier, size: tuple[int, int], growth: str) -> mm.ImageClassifier:
+def resized(model: am.ImageClassifier, size: tuple[int, int], growth: str) -> am.ImageClassifier:
     tensors = dict(model.state_dict())
     config, _ = resize_model(tensors, model.config, size, growth)  # pyright: ignore[reportArgumentType]
     grown = model_from_config(config)
@@ -90,36 +90,36 @@ def test_a_block_diagonal_map():
 
 
 def test_sizes_of_a_permutator_that_cannot_be(tmp_path: Path):
-    path = mm.save_model(small_permutator().eval(), tmp_path / "model").parent
-    with pytest.raises(mm.UserError, match="4x4 patches do not become 6x4 in this way"):
-        mm.load_model(path, image_size=(12, 8), growth="block-diagonal", quiet=True)
-    with pytest.raises(mm.UserError, match="image size 10x10 is not divisible by 4"):
-        mm.load_model(path, image_size=10, quiet=True)
-    with pytest.raises(mm.UserError, match=r"token mixing at 4000000x4 pixels needs [\d,]+ GiB"):
-        mm.load_model(path, image_size=(4_000_000, 4), quiet=True)
+    path = am.save_model(small_permutator().eval(), tmp_path / "model").parent
+    with pytest.raises(am.UserError, match="4x4 patches do not become 6x4 in this way"):
+        am.load_model(path, image_size=(12, 8), growth="block-diagonal", quiet=True)
+    with pytest.raises(am.UserError, match="image size 10x10 is not divisible by 4"):
+        am.load_model(path, image_size=10, quiet=True)
+    with pytest.raises(am.UserError, match=r"token mixing at 4000000x4 pixels needs [\d,]+ GiB"):
+        am.load_model(path, image_size=(4_000_000, 4), quiet=True)
 
 
 def test_what_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    permutator = mm.save_model(small_permutator().eval(), tmp_path / "permutator").parent
-    cycle = mm.save_model(small_cycle().eval(), tmp_path / "cycle").parent
-    mm.load_model(permutator, image_size=16)
+    permutator = am.save_model(small_permutator().eval(), tmp_path / "permutator").parent
+    cycle = am.save_model(small_cycle().eval(), tmp_path / "cycle").parent
+    am.load_model(permutator, image_size=16)
     assert "grown    8x8 -> 16x16 pixels: block-diagonal, 2x2 tiles" in capsys.readouterr().err
-    mm.load_model(permutator, image_size=12)
+    am.load_model(permutator, image_size=12)
     assert "grown    8x8 -> 12x12 pixels: resampled (nearest)" in capsys.readouterr().err
-    mm.load_model(cycle, image_size=(21, 40))
+    am.load_model(cycle, image_size=(21, 40))
     assert "16x16 -> 21x40 pixels: the weights stay as they are" in capsys.readouterr().err
 
 
 def test_no_weight_of_cycle_mlp_depends_on_the_size(tmp_path: Path):
     model = small_cycle().eval()
-    path = mm.save_model(model, tmp_path / "cycle").parent
-    large = mm.load_model(path, image_size=(33, 18), quiet=True)
+    path = am.save_model(model, tmp_path / "cycle").parent
+    large = am.load_model(path, image_size=(33, 18), quiet=True)
     ours, theirs = model.state_dict(), large.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert large.config.image_size == (33, 18)
-    with pytest.raises(mm.UserError, match="growth 'resample' has no effect: no weight of Cycle"):
-        mm.load_model(path, image_size=32, growth="resample", quiet=True)
-    with pytest.raises(mm.UserError, match="image size 3x9 is below the stem's stride"):
-        mm.load_model(path, image_size=(3, 9), quiet=True)
-    with pytest.raises(mm.UserError, match="unknown growth 'bigger'"):
+    with pytest.raises(am.UserError, match="growth 'resample' has no effect: no weight of Cycle"):
+        am.load_model(path, image_size=32, growth="resample", quiet=True)
+    with pytest.raises(am.UserError, match="image size 3x9 is below the stem's stride"):
+        am.load_model(path, image_size=(3, 9), quiet=True)
+    with pytest.raises(am.UserError, match="unknown growth 'bigger'"):
         resize_model({}, model.config, (32, 32), "bigger")  # pyright: ignore[reportArgumentType]

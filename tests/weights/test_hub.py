@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.weights import hub
 from conftest import GOLDEN
-from mlp_mixer.weights import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = json.dumps(
@@ -78,10 +78,10 @@ def endpoint() -> Iterator[str]:
 def load(source: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Loads in a process of its own: the hub's library reads its settings when imported."""
     code = (
-        "import sys, mlp_mixer as mm\n"
+        "import sys, allmlp as am\n"
         "try:\n"
-        "    model = mm.load_model(sys.argv[1])\n"
-        "except mm.UserError as error:\n"
+        "    model = am.load_model(sys.argv[1])\n"
+        "except am.UserError as error:\n"
         "    sys.exit('error: ' + error.text())\n"
         "print(model.config.num_classes, model.config.gelu, model.preprocessing.value_range())\n"
     )
@@ -102,7 +102,7 @@ def test_names():
     )
     assert hub.parse("hf:a/b@refs/pr/1").revision == "refs/pr/1"
     for wrong in ("hf:", "hf:a", "hf:a/b/c", "hf:a/b@", "hf:a/b c"):
-        with pytest.raises(mm.UserError, match="not a model on the hub"):
+        with pytest.raises(am.UserError, match="not a model on the hub"):
             hub.parse(wrong)
 
 
@@ -124,7 +124,7 @@ def test_a_model_of_the_hub_and_then_offline(tmp_path: Path, endpoint: str):
     ("source", "message"),
     [
         ("hf:owner/nothing", "no model 'owner/nothing', or it is private"),
-        ("hf:owner/tiny@v9", "owner/tiny has no revision 'v9'"),
+        pytest.param("hf:owner/tiny@v9", "owner/tiny has no revision 'v9'", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_not_there(tmp_path: Path, endpoint: str, source: str, message: str):
@@ -134,7 +134,9 @@ def test_what_is_not_there(tmp_path: Path, endpoint: str, source: str, message: 
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("settings", [{"HF_HUB_OFFLINE": "1"}, {}])
+@pytest.mark.parametrize(
+    "settings", [pytest.param({"HF_HUB_OFFLINE": "1"}, marks=pytest.mark.slow), {}]
+)
 def test_no_network_is_one_message(tmp_path: Path, settings: dict[str, str]):
     nobody = "http://127.0.0.1:9"
     result = load("hf:owner/tiny", tmp_path, HF_ENDPOINT=nobody, **settings)

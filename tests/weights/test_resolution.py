@@ -7,15 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.models.catalog import model_from_config
+from allmlp.weights.resolution import resample, resize_tokens, resizing
 from conftest import tiny_model
-from mlp_mixer.models.catalog import model_from_config
-from mlp_mixer.weights.resolution import resample, resize_tokens, resizing
 
 pytestmark = pytest.mark.numerics
 
 
-def odd_model(**changes: object) -> mm.ImageClassifier:
+def odd_model(**changes: object) -> am.ImageClassifier:
     """A 2x3 grid of patches and random biases, so that no symmetry hides a wrong order."""
     model = tiny_model(image_size=(8, 12), **changes).eval()
     for parameter in model.parameters():
@@ -25,8 +25,8 @@ def odd_model(**changes: object) -> mm.ImageClassifier:
 
 
 def resized(
-    model: mm.ImageClassifier, size: tuple[int, int], growth: str, interpolation: str = "nearest"
-) -> mm.ImageClassifier:
+    model: am.ImageClassifier, size: tuple[int, int], growth: str, interpolation: str = "nearest"
+) -> am.ImageClassifier:
     tensors = dict(model.state_dict())
     config, _ = resize_tokens(tensors, model.config, size, growth, interpolation)
     grown = model_from_config(config)
@@ -125,11 +125,11 @@ def test_which_growth_is_used():
     assert how((12, 24), "auto") == "resampled (nearest)"
     assert how((4, 4), "auto") == "resampled (nearest)"
     assert how((16, 24), "resample") == "resampled (nearest)"
-    with pytest.raises(mm.UserError, match=r"2x3 patches do not become 3x6 [\s\S]*resample"):
+    with pytest.raises(am.UserError, match=r"2x3 patches do not become 3x6 [\s\S]*resample"):
         how((12, 24), "block-diagonal")
-    with pytest.raises(mm.UserError, match="unknown growth 'bilinear'"):
+    with pytest.raises(am.UserError, match="unknown growth 'bilinear'"):
         how((12, 24), "bilinear")
-    with pytest.raises(mm.UserError, match="10x24 is not divisible by the patch size 4"):
+    with pytest.raises(am.UserError, match="10x24 is not divisible by the patch size 4"):
         how((10, 24), "auto")
 
 
@@ -137,7 +137,7 @@ def test_which_growth_is_used():
 def test_a_size_beyond_the_machine_is_refused_first(growth: str):
     model = odd_model()
     before = dict(model.state_dict())
-    with pytest.raises(mm.UserError, match=r"800000x1200000 pixels needs [\d,]+ GiB, the machine"):
+    with pytest.raises(am.UserError, match=r"800000x1200000 pixels needs [\d,]+ GiB, the machine"):
         resize_tokens(before, model.config, (800_000, 1_200_000), growth)
     assert before.keys() == model.state_dict().keys()
 
@@ -164,8 +164,8 @@ def test_a_grown_model_trains():
 
 def test_grown_weights_can_be_saved_and_grown_again(tmp_path):
     model = odd_model()
-    path = mm.save_model(resized(model, (16, 24), "auto"), tmp_path / "grown.npz", format="google")
-    again = mm.load_model(path, image_size=(8, 12), growth="resample", quiet=True)
+    path = am.save_model(resized(model, (16, 24), "auto"), tmp_path / "grown.npz", format="google")
+    again = am.load_model(path, image_size=(8, 12), growth="resample", quiet=True)
     assert again.config == dataclasses.replace(model.config, tokens_mlp_dim=32)
 
 

@@ -12,10 +12,10 @@ import pytest
 import safetensors.torch
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp.weights import checkpoints, download
+from allmlp.weights.checkpoints import CHECKPOINTS
 from conftest import mixer
-from mlp_mixer.weights import checkpoints, download
-from mlp_mixer.weights.checkpoints import CHECKPOINTS
 from staged_models import enliven
 from web_server import Behaviour, serve
 
@@ -24,15 +24,15 @@ pytestmark = pytest.mark.numerics
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-def published(family: str, num_classes: int = 7, **changes: Any) -> mm.ImageClassifier:
+def published(family: str, num_classes: int = 7, **changes: Any) -> am.ImageClassifier:
     """A small one as its authors would publish it: 224 pixels, segments as many as rows."""
     torch.manual_seed(0)
     if family == "cycle":
         shape = {"depths": (1, 2), "dims": (8, 12), "mlp_ratios": (4, 2), "stem_stride": 4}
-        return enliven(mm.create_model("cycle_mlp_b1", 224, num_classes, **{**shape, **changes}))
+        return enliven(am.create_model("cycle_mlp_b1", 224, num_classes, **{**shape, **changes}))
     shape = {"patch_size": 56, "depths": (1, 1, 2), "dims": (8, 8, 12), "mlp_ratios": (3, 3, 2)}
     shape |= {"segments": (4, 4, 2), "downsamples": (False, True)}
-    return enliven(mm.create_model("vip_s7", 224, num_classes, **{**shape, **changes}))
+    return enliven(am.create_model("vip_s7", 224, num_classes, **{**shape, **changes}))
 
 
 def wrapped(kind: str, state: dict[str, torch.Tensor]) -> object:
@@ -49,11 +49,11 @@ def wrapped(kind: str, state: dict[str, torch.Tensor]) -> object:
 def test_containers(tmp_path: Path, family: str, kind: str, capsys: pytest.CaptureFixture[str]):
     model = published(family).eval()
     torch.save(wrapped(kind, model.state_dict()), tmp_path / "weights.pth")
-    loaded = mm.load_model(tmp_path / "weights.pth")
+    loaded = am.load_model(tmp_path / "weights.pth")
     assert loaded.config == model.config
     images = torch.randn(2, 3, 224, 224)
     assert torch.equal(loaded(images), model(images))
-    wanted = mm.Preprocessing(image_size=(224, 224), interpolation="bicubic", **IMAGENET)
+    wanted = am.Preprocessing(image_size=(224, 224), interpolation="bicubic", **IMAGENET)
     assert loaded.preprocessing == wanted
     title = {"cycle": "CycleMLP", "permutator": "Vision Permutator"}[family]
     assert f"note     the file does not say its preprocessing; that of {title}'s" in (
@@ -65,13 +65,13 @@ def test_containers(tmp_path: Path, family: str, kind: str, capsys: pytest.Captu
 def test_grey_and_headless(tmp_path: Path, family: str):
     model = published(family, num_classes=0, in_channels=1).eval()
     safetensors.torch.save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    loaded = mm.load_model(tmp_path / "weights.safetensors", quiet=True)
+    loaded = am.load_model(tmp_path / "weights.safetensors", quiet=True)
     assert loaded.config == model.config
     assert loaded.preprocessing is not None
     assert loaded.preprocessing.mean == pytest.approx(0.449)
     many = published(family, in_channels=5).eval()
     safetensors.torch.save_file(many.state_dict(), tmp_path / "many.safetensors")
-    assert mm.load_model(tmp_path / "many.safetensors", quiet=True).preprocessing is None
+    assert am.load_model(tmp_path / "many.safetensors", quiet=True).preprocessing is None
 
 
 def test_other_offsets_in_a_file_are_computed(tmp_path: Path):
@@ -80,15 +80,15 @@ def test_other_offsets_in_a_file_are_computed(tmp_path: Path):
     name = "network.0.0.attn.sfc_h.offset"
     tensors[name] = tensors[name].flip(1)
     torch.save({"model": tensors}, tmp_path / "other.pth")
-    loaded, images = mm.load_model(tmp_path / "other.pth", quiet=True), torch.randn(1, 3, 224, 224)
+    loaded, images = am.load_model(tmp_path / "other.pth", quiet=True), torch.randn(1, 3, 224, 224)
     assert torch.equal(loaded.state_dict()[name], tensors[name])
     assert (loaded(images) - model(images)).abs().max() > 1e-4
-    again = mm.load_model(mm.save_model(loaded, tmp_path / "saved"), num_classes=0, quiet=True)
+    again = am.load_model(am.save_model(loaded, tmp_path / "saved"), num_classes=0, quiet=True)
     assert torch.equal(again(images), loaded.features(images))
     tensors[name] = tensors[name] + 0.25
     torch.save({"model": tensors}, tmp_path / "broken.pth")
-    with pytest.raises(mm.UserError, match=r"an offset is 1.25[\s\S]*where: .*broken.pth"):
-        mm.load_model(tmp_path / "broken.pth", quiet=True)
+    with pytest.raises(am.UserError, match=r"an offset is 1.25[\s\S]*where: .*broken.pth"):
+        am.load_model(tmp_path / "broken.pth", quiet=True)
 
 
 def without(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
@@ -115,26 +115,26 @@ def without(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tens
 def test_missing_tensors_are_named(tmp_path: Path, family: str, gone: str, message: str):
     tensors = without(published(family).state_dict(), gone)
     safetensors.torch.save_file(tensors, tmp_path / "weights.safetensors")
-    with pytest.raises(mm.UserError, match=message):
-        mm.load_model(tmp_path / "weights.safetensors", quiet=True)
+    with pytest.raises(am.UserError, match=message):
+        am.load_model(tmp_path / "weights.safetensors", quiet=True)
 
 
 def test_shapes_that_do_not_say_enough(tmp_path: Path):
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(published("cycle", stem_kernel=5).state_dict(), path)
-    with pytest.raises(mm.UserError, match="window is 5 pixels wide, and the file does not say"):
-        mm.load_model(path, quiet=True)
+    with pytest.raises(am.UserError, match="window is 5 pixels wide, and the file does not say"):
+        am.load_model(path, quiet=True)
     safetensors.torch.save_file(published("permutator").state_dict(), path)
-    grown = mm.load_model(path, image_size=448, quiet=True)
+    grown = am.load_model(path, image_size=448, quiet=True)
     safetensors.torch.save_file(grown.state_dict(), path)
-    with pytest.raises(mm.UserError, match="16x16 weights at 8 channels: the file does not say"):
-        mm.load_model(path, quiet=True)
+    with pytest.raises(am.UserError, match="16x16 weights at 8 channels: the file does not say"):
+        am.load_model(path, quiet=True)
     tensors = published("cycle").state_dict()
     tensors["network.999999.0.mlp.fc1.weight"] = torch.zeros(4, 4)
     tensors["network.0.99999.mlp.fc1.weight"] = torch.zeros(4, 4)
     safetensors.torch.save_file(tensors, path)
-    with pytest.raises(mm.UserError, match=r"block 99,999 is there, but the file has \d+ tensors"):
-        mm.load_model(path, quiet=True)
+    with pytest.raises(am.UserError, match=r"block 99,999 is there, but the file has \d+ tensors"):
+        am.load_model(path, quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -148,20 +148,20 @@ def test_shapes_that_do_not_say_enough(tmp_path: Path):
     ],
 )
 def test_a_false_description(tmp_path: Path, change: dict[str, Any], message: str):
-    path = mm.save_model(published("cycle"), tmp_path / "model")
+    path = am.save_model(published("cycle"), tmp_path / "model")
     said = json.loads((path.parent / "config.json").read_text())
     said["architecture"] |= change
     (path.parent / "config.json").write_text(json.dumps(said))
-    with pytest.raises(mm.UserError, match=message):
-        mm.load_model(path, quiet=True)
+    with pytest.raises(am.UserError, match=message):
+        am.load_model(path, quiet=True)
 
 
 @pytest.mark.parametrize("format", ["google", "timm"])
 @pytest.mark.parametrize("family", ["cycle", "permutator"])
 def test_formats_of_others_are_refused(tmp_path: Path, family: str, format: str):
     target = tmp_path / ("x.npz" if format == "google" else "x.safetensors")
-    with pytest.raises(mm.UserError, match=f"'{format}' has no place for this model"):
-        mm.save_model(published(family), target, format=format)
+    with pytest.raises(am.UserError, match=f"'{format}' has no place for this model"):
+        am.save_model(published(family), target, format=format)
     assert not target.exists()
 
 
@@ -193,26 +193,26 @@ def test_a_published_file_by_its_name(tmp_path: Path, monkeypatch: pytest.Monkey
     with serve(Behaviour(path.read_bytes())) as url:
         here = dataclasses.replace(entry, url=f"{url}/CycleMLP_B5.pth")
         monkeypatch.setitem(checkpoints.CHECKPOINTS, entry.name, here)
-        fetched = mm.load_model("cycle_mlp_b5.i1k", quiet=True)
-    for loaded in (fetched, mm.load_model(path, quiet=True)):
+        fetched = am.load_model("cycle_mlp_b5.i1k", quiet=True)
+    for loaded in (fetched, am.load_model(path, quiet=True)):
         assert loaded.preprocessing == entry.preprocessing
         assert loaded.class_names is not None
         assert loaded.class_names[0] == "n01440764 tench"
     other = tmp_path / "CycleMLP_B1.pth"
     torch.save(published("permutator", num_classes=1000).state_dict(), other)
-    with pytest.raises(mm.UserError, match=r"cycle_mlp_b1.i1k is another architecture"):
-        mm.load_model(other, quiet=True)
+    with pytest.raises(am.UserError, match=r"cycle_mlp_b1.i1k is another architecture"):
+        am.load_model(other, quiet=True)
 
 
 def test_a_file_that_somebody_has_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MIXER_CACHE", str(tmp_path))
     place = tmp_path / "vip_l7.i1k" / "vip_l7.pth"
     message = r"on a page for browsers[\s\S]*where: https://drive.google.com/[\s\S]*put it at "
-    with pytest.raises(mm.UserError, match=message + str(place)):
-        mm.load_model("vip_l7.i1k")
+    with pytest.raises(am.UserError, match=message + str(place)):
+        am.load_model("vip_l7.i1k")
     place.parent.mkdir()
     torch.save({"state_dict": published("permutator", 1000).state_dict()}, place)
-    loaded = mm.load_model("vip_l7.i1k", quiet=True)
+    loaded = am.load_model("vip_l7.i1k", quiet=True)
     assert loaded.preprocessing == CHECKPOINTS["vip_l7.i1k"].preprocessing
     assert loaded.class_names is not None
 

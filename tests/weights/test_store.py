@@ -11,23 +11,23 @@ import pytest
 import safetensors.torch
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
+from allmlp import disk
+from allmlp.disk import partial_of
+from allmlp.models.layers import classes_of, preprocessing_of
 from conftest import NO_PROCESS, tiny_model
-from mlp_mixer import disk
-from mlp_mixer.disk import partial_of
-from mlp_mixer.models.layers import classes_of, preprocessing_of
 
 
-def saved(tmp_path: Path, **changes: object) -> tuple[mm.ImageClassifier, Path]:
+def saved(tmp_path: Path, **changes: object) -> tuple[am.ImageClassifier, Path]:
     model = tiny_model(num_classes=3, **changes)
     model.class_names = ["ant", "bee", "cat"]
-    model.preprocessing = mm.Preprocessing(image_size=(8, 8), resize="squash", std=0.25)
+    model.preprocessing = am.Preprocessing(image_size=(8, 8), resize="squash", std=0.25)
     folder = tmp_path / "model"
-    mm.save_model(model, folder)
+    am.save_model(model, folder)
     return model, folder
 
 
-def assert_same_model(first: mm.ImageClassifier, second: mm.ImageClassifier) -> None:
+def assert_same_model(first: am.ImageClassifier, second: am.ImageClassifier) -> None:
     assert first.config == second.config
     assert first.class_names == second.class_names
     assert first.preprocessing == second.preprocessing
@@ -41,7 +41,7 @@ def assert_same_model(first: mm.ImageClassifier, second: mm.ImageClassifier) -> 
 def test_folder_round_trip(tmp_path: Path):
     model, folder = saved(tmp_path, gelu="exact", stochastic_depth=0.1)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
-    loaded = mm.load_model(folder)
+    loaded = am.load_model(folder)
     assert_same_model(loaded, model)
     assert not loaded.training
     described = json.loads((folder / "config.json").read_text())
@@ -52,15 +52,15 @@ def test_folder_round_trip(tmp_path: Path):
 
 def test_a_file_that_travels_alone(tmp_path: Path):
     model, _ = saved(tmp_path)
-    path = mm.save_model(model, tmp_path / "new" / "alone.safetensors")
-    assert_same_model(mm.load_model(path), model)
-    assert_same_model(mm.load_model(str(path)), model)
+    path = am.save_model(model, tmp_path / "new" / "alone.safetensors")
+    assert_same_model(am.load_model(path), model)
+    assert_same_model(am.load_model(str(path)), model)
 
 
 def test_a_foreign_header_uses_the_config_beside(tmp_path: Path):
     model, folder = saved(tmp_path)
     safetensors.torch.save_file(dict(model.state_dict()), folder / "model.safetensors")
-    assert_same_model(mm.load_model(folder), model)
+    assert_same_model(am.load_model(folder), model)
 
 
 def test_without_any_description_the_tensors_say_what_they_are(
@@ -69,54 +69,54 @@ def test_without_any_description_the_tensors_say_what_they_are(
     model, folder = saved(tmp_path)
     safetensors.torch.save_file(dict(model.state_dict()), folder / "model.safetensors")
     (folder / "config.json").unlink()
-    loaded = mm.load_model(folder)
+    loaded = am.load_model(folder)
     assert loaded.config == model.config
     assert loaded.class_names is None
-    assert loaded.preprocessing == mm.Preprocessing(image_size=(8, 8))
+    assert loaded.preprocessing == am.Preprocessing(image_size=(8, 8))
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "does not say its preprocessing; Google's is assumed" in captured.err
-    mm.load_model(folder, quiet=True)
+    am.load_model(folder, quiet=True)
     assert capsys.readouterr().err == ""
 
 
-def test_a_run_folder_means_its_best(trained: mm.TrainResult):
-    model = mm.load_model(trained.run_folder)
-    assert_same_model(model, mm.load_model(trained.run_folder / "best"))
+def test_a_run_folder_means_its_best(trained: am.TrainResult):
+    model = am.load_model(trained.run_folder)
+    assert_same_model(model, am.load_model(trained.run_folder / "best"))
     assert model.class_names == [str(digit) for digit in range(10)]
 
 
 def test_another_class_count_puts_a_zero_head(tmp_path: Path):
     model, folder = saved(tmp_path)
-    loaded = mm.load_model(folder, num_classes=5)
+    loaded = am.load_model(folder, num_classes=5)
     images = torch.randn(2, 3, 8, 8)
     assert loaded.config.num_classes == 5
     assert loaded.class_names is None
     assert loaded.preprocessing == model.preprocessing
     assert torch.equal(loaded(images), torch.zeros(2, 5))
     assert torch.equal(loaded.features(images), model.eval().features(images))
-    assert mm.load_model(folder, num_classes=0)(images).shape == (2, 16)
-    assert mm.load_model(folder, num_classes=3).class_names == ["ant", "bee", "cat"]
+    assert am.load_model(folder, num_classes=0)(images).shape == (2, 16)
+    assert am.load_model(folder, num_classes=3).class_names == ["ant", "bee", "cat"]
 
 
 def test_another_image_size_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     _, folder = saved(tmp_path)
-    assert mm.load_model(folder, image_size=8).config.image_size == (8, 8)
+    assert am.load_model(folder, image_size=8).config.image_size == (8, 8)
     assert capsys.readouterr().err == ""
-    grown = mm.load_model(folder, image_size=(16, 24))
+    grown = am.load_model(folder, image_size=(16, 24))
     assert grown.config.image_size == (16, 24)
-    assert grown.preprocessing == mm.Preprocessing(image_size=(16, 24), resize="squash", std=0.25)
+    assert grown.preprocessing == am.Preprocessing(image_size=(16, 24), resize="squash", std=0.25)
     assert grown.class_names == ["ant", "bee", "cat"]
     assert "8x8 -> 16x24 pixels: block-diagonal, 2x3 tiles" in capsys.readouterr().err
-    mm.load_model(folder, image_size=12)
+    am.load_model(folder, image_size=12)
     assert "8x8 -> 12x12 pixels: resampled" in capsys.readouterr().err
-    mm.load_model(folder, image_size=16, growth="resample")
+    am.load_model(folder, image_size=16, growth="resample")
     assert "8x8 -> 16x16 pixels: resampled" in capsys.readouterr().err
-    with pytest.raises(mm.UserError, match=r"not divisible by the patch size 4.*12x12"):
-        mm.load_model(folder, image_size=11)
+    with pytest.raises(am.UserError, match=r"not divisible by the patch size 4.*12x12"):
+        am.load_model(folder, image_size=11)
     for wrong in ("16", -8, (8, 8, 8), (8, 0), (8.0, 8)):
-        with pytest.raises(mm.UserError, match="not an image size"):
-            mm.load_model(folder, image_size=wrong)
+        with pytest.raises(am.UserError, match="not an image size"):
+            am.load_model(folder, image_size=wrong)
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,8 @@ def test_damaged_files_are_one_clear_error(tmp_path: Path, damage: str):
             "huge header": b"\xff\xff\xff\xff\xff\xff\x00\x00" + content[8:],
         }[damage]
     )
-    with pytest.raises(mm.UserError, match="not a whole safetensors file") as caught:
-        mm.load_model(folder)
+    with pytest.raises(am.UserError, match="not a whole safetensors file") as caught:
+        am.load_model(folder)
     assert str(path) in str(caught.value)
 
 
@@ -144,8 +144,8 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path: Path):
     state["stem.weights"] = state.pop("stem.weight")
     state["head.weight"] = torch.zeros(4, 16)
     safetensors.torch.save_file(state, folder / "model.safetensors")
-    with pytest.raises(mm.UserError) as caught:
-        mm.load_model(folder)
+    with pytest.raises(am.UserError) as caught:
+        am.load_model(folder)
     message = str(caught.value)
     assert "missing: stem.weight (16, 3, 4, 4)" in message
     assert "extra: stem.weights (16, 3, 4, 4)" in message
@@ -155,7 +155,7 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 99}, "written by a newer mlp_mixer"),
+        ({"version": 99}, "written by a newer allmlp"),
         ({"architecture": None}, "not a model description"),
         ({"architecture": {"family": "mixer"}}, "not a mixer architecture"),
         ({"preprocessing": {"image_size": [8, 8], "resize": "zoom"}}, "not a preprocessing"),
@@ -171,8 +171,8 @@ def test_a_description_that_does_not_fit(tmp_path: Path, change: dict[str, objec
     described = {**json.loads((folder / "config.json").read_text()), **change}
     (folder / "config.json").write_text(json.dumps(described))
     safetensors.torch.save_file(dict(model.state_dict()), folder / "model.safetensors")
-    with pytest.raises(mm.UserError, match=message):
-        mm.load_model(folder)
+    with pytest.raises(am.UserError, match=message):
+        am.load_model(folder)
 
 
 def test_config_json_is_what_counts_for_a_folder(tmp_path: Path):
@@ -180,9 +180,9 @@ def test_config_json_is_what_counts_for_a_folder(tmp_path: Path):
     model, folder = saved(tmp_path)
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"bee"', '"wasp"'))
-    assert mm.load_model(folder).class_names == ["ant", "wasp", "cat"]
-    mm.save_model(model, folder / "other.safetensors")
-    assert mm.load_model(folder / "other.safetensors").class_names == ["ant", "bee", "cat"]
+    assert am.load_model(folder).class_names == ["ant", "wasp", "cat"]
+    am.save_model(model, folder / "other.safetensors")
+    assert am.load_model(folder / "other.safetensors").class_names == ["ant", "bee", "cat"]
 
 
 def test_loading_draws_no_random_numbers(tmp_path: Path):
@@ -190,7 +190,7 @@ def test_loading_draws_no_random_numbers(tmp_path: Path):
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    model = mm.load_model(folder, num_classes=9)
+    model = am.load_model(folder, num_classes=9)
     assert torch.equal(torch.rand(1), expected)
     assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
     model(torch.zeros(1, 3, 8, 8)).sum().backward()
@@ -200,22 +200,22 @@ def test_broken_json(tmp_path: Path):
     model, folder = saved(tmp_path)
     (folder / "config.json").write_text("{")
     safetensors.torch.save_file(dict(model.state_dict()), folder / "model.safetensors")
-    with pytest.raises(mm.UserError, match="not a model description"):
-        mm.load_model(folder)
+    with pytest.raises(am.UserError, match="not a model description"):
+        am.load_model(folder)
 
 
 def test_nothing_there(tmp_path: Path):
-    with pytest.raises(mm.UserError, match=r"no such model: '.*nowhere'"):
-        mm.load_model(tmp_path / "nowhere")
-    with pytest.raises(mm.UserError, match="the folder has no weights"):
-        mm.load_model(tmp_path)
+    with pytest.raises(am.UserError, match=r"no such model: '.*nowhere'"):
+        am.load_model(tmp_path / "nowhere")
+    with pytest.raises(am.UserError, match="the folder has no weights"):
+        am.load_model(tmp_path)
 
 
 def test_an_unknown_format(tmp_path: Path):
     with pytest.raises(
-        mm.UserError, match=r"unknown format 'onnx'[\s\S]*Known: mlp_mixer, google, timm"
+        am.UserError, match=r"unknown format 'onnx'[\s\S]*Known: allmlp, google, timm"
     ):
-        mm.save_model(tiny_model(), tmp_path / "x", format="onnx")
+        am.save_model(tiny_model(), tmp_path / "x", format="onnx")
     assert not (tmp_path / "x").exists()
 
 
@@ -227,35 +227,35 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(disk.os, "fsync", full)
-    with pytest.raises(mm.UserError, match="cannot write the model: No space left on device"):
-        mm.save_model(tiny_model(num_classes=3, num_blocks=1), folder, overwrite=True)
+    with pytest.raises(am.UserError, match="cannot write the model: No space left on device"):
+        am.save_model(tiny_model(num_classes=3, num_blocks=1), folder, overwrite=True)
     monkeypatch.undo()
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
-    assert_same_model(mm.load_model(folder), model)
+    assert_same_model(am.load_model(folder), model)
 
 
 def test_what_a_model_carries():
     model = tiny_model(num_classes=2)
-    with pytest.raises(mm.UserError, match="carries no class names"):
+    with pytest.raises(am.UserError, match="carries no class names"):
         classes_of(model)
-    assert preprocessing_of(model) == mm.Preprocessing(image_size=(8, 8))
+    assert preprocessing_of(model) == am.Preprocessing(image_size=(8, 8))
     assert re.match(r"images have 1 .*or 3", str(_error_of_two_channels()))
 
 
 def test_a_new_head_is_not_used_by_accident(
-    tmp_path: Path, trained: mm.TrainResult, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, trained: am.TrainResult, capsys: pytest.CaptureFixture[str]
 ):
-    model = mm.load_model(trained.run_folder, num_classes=12)
+    model = am.load_model(trained.run_folder, num_classes=12)
     assert "new, all zeros, for 12 classes; the weights had 10" in capsys.readouterr().err
-    with pytest.raises(mm.UserError, match=r"the head for 12 classes is new \(all zeros\)"):
-        mm.evaluate(model, "digits:test")
-    path = mm.save_model(model, tmp_path / "new.safetensors")
-    with pytest.raises(mm.UserError, match=r"the head for 12 classes is new \(all zeros\)"):
-        mm.predict(path, "digits:test")
-    with pytest.raises(mm.UserError, match="the model has no head"):
-        mm.predict(mm.load_model(trained.run_folder, num_classes=0), "digits:test")
-    with pytest.raises(mm.UserError, match="num_classes must be at least 0, got -1"):
-        mm.load_model(trained.run_folder, num_classes=-1)
+    with pytest.raises(am.UserError, match=r"the head for 12 classes is new \(all zeros\)"):
+        am.evaluate(model, "digits:test")
+    path = am.save_model(model, tmp_path / "new.safetensors")
+    with pytest.raises(am.UserError, match=r"the head for 12 classes is new \(all zeros\)"):
+        am.predict(path, "digits:test")
+    with pytest.raises(am.UserError, match="the model has no head"):
+        am.predict(am.load_model(trained.run_folder, num_classes=0), "digits:test")
+    with pytest.raises(am.UserError, match="num_classes must be at least 0, got -1"):
+        am.load_model(trained.run_folder, num_classes=-1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -263,24 +263,24 @@ def test_weights_are_float32_in_memory(tmp_path: Path, dtype: torch.dtype):
     model, folder = saved(tmp_path)
     state = {name: value.to(dtype) for name, value in model.state_dict().items()}
     safetensors.torch.save_file(state, folder / "model.safetensors")
-    loaded = mm.load_model(folder)
+    loaded = am.load_model(folder)
     for name, value in loaded.state_dict().items():
         assert value.dtype == torch.float32
         assert torch.equal(value, state[name].float())
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf"])
-@pytest.mark.parametrize("format", ["mlp_mixer", "google"])
+@pytest.mark.parametrize("format", ["allmlp", "google"])
 def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, bad: str, format: str):
     model, path = tiny_model(), tmp_path / ("m.npz" if format == "google" else "m.safetensors")
     weight = model.blocks[1].channel_mixing.dense_0.weight
     weight.data[0] = 3e38  # a number, as the infinite sum is not
-    mm.save_model(model, path, format)
-    assert mm.load_model(path, quiet=True).state_dict().keys() == model.state_dict().keys()
+    am.save_model(model, path, format)
+    assert am.load_model(path, quiet=True).state_dict().keys() == model.state_dict().keys()
     weight.data[1, :2] = float(bad)
-    mm.save_model(model, path, format, overwrite=True)
-    with pytest.raises(mm.UserError, match=r"blocks.1.*weight holds NaN or infinity: 2 of its"):
-        mm.load_model(path, quiet=True)
+    am.save_model(model, path, format, overwrite=True)
+    with pytest.raises(am.UserError, match=r"blocks.1.*weight holds NaN or infinity: 2 of its"):
+        am.load_model(path, quiet=True)
 
 
 def test_the_file_may_change_after_loading(tmp_path: Path):
@@ -289,21 +289,21 @@ def test_the_file_may_change_after_loading(tmp_path: Path):
     pickled = tmp_path / "weights.pth"
     torch.save(model.state_dict(), pickled)
     for path in (folder / "model.safetensors", pickled):
-        loaded = mm.load_model(path, quiet=True)
+        loaded = am.load_model(path, quiet=True)
         with path.open("rb+") as file:
             file.truncate(100)
         assert torch.equal(loaded.stem.weight, model.stem.weight)
         assert loaded(torch.zeros(1, 3, 8, 8)).isfinite().all()
 
 
-@pytest.mark.parametrize("format", ["mlp_mixer", "timm", "google"])
+@pytest.mark.parametrize("format", ["allmlp", "timm", "google"])
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_full_disk_leaves_weights_and_description_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, failing: int
 ):
     first, _ = saved(tmp_path, gelu="exact")
     target = tmp_path / ("x.npz" if format == "google" else "x")
-    mm.save_model(first, target, format)
+    am.save_model(first, target, format)
     calls = []
 
     def full(descriptor: int) -> None:
@@ -314,13 +314,13 @@ def test_a_full_disk_leaves_weights_and_description_together(
     monkeypatch.setattr(disk.os, "fsync", full)
     second = tiny_model(num_classes=3, hidden_dim=8)
     second.class_names = ["x", "y", "z"]
-    with pytest.raises(mm.UserError, match="No space left on device"):
-        mm.save_model(second, target, format, overwrite=True)
+    with pytest.raises(am.UserError, match="No space left on device"):
+        am.save_model(second, target, format, overwrite=True)
     calls.clear()
-    with pytest.raises(mm.UserError, match="No space left on device"):
-        mm.save_model(second, tmp_path / f"new{target.suffix}", format)
+    with pytest.raises(am.UserError, match="No space left on device"):
+        am.save_model(second, tmp_path / f"new{target.suffix}", format)
     monkeypatch.undo()
-    assert_same_model(mm.load_model(target), first)
+    assert_same_model(am.load_model(target), first)
     assert not [each for each in tmp_path.rglob("*") if each.is_file() and "new" in str(each)]
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -333,18 +333,18 @@ def test_a_save_killed_between_its_renames_is_seen(tmp_path: Path):
     second.class_names = ["x", "y", "z"]
     with torch.no_grad():
         second.head.bias.add_(1)
-    mm.save_model(second, folder, overwrite=True)
+    am.save_model(second, folder, overwrite=True)
     (folder / "config.json").write_bytes(old)
-    assert_same_model(mm.load_model(folder), second)
+    assert_same_model(am.load_model(folder), second)
 
 
-def test_a_run_folder_is_not_overwritten(tmp_path: Path, trained: mm.TrainResult):
+def test_a_run_folder_is_not_overwritten(tmp_path: Path, trained: am.TrainResult):
     config = (trained.run_folder / "config.json").read_bytes()
-    with pytest.raises(mm.UserError, match="the output is a run folder; its model lies in best/"):
-        mm.save_model(tiny_model(), trained.run_folder)
+    with pytest.raises(am.UserError, match="the output is a run folder; its model lies in best/"):
+        am.save_model(tiny_model(), trained.run_folder)
     (tmp_path / "config.json").write_bytes(config)
-    with pytest.raises(mm.UserError, match="it is not the description of a model"):
-        mm.save_model(tiny_model(), tmp_path)
+    with pytest.raises(am.UserError, match="it is not the description of a model"):
+        am.save_model(tiny_model(), tmp_path)
     assert (tmp_path / "config.json").read_bytes() == config
 
 
@@ -361,25 +361,25 @@ def test_leftovers_of_killed_saves_go(tmp_path: Path):
     dead, living = (partial_of(folder / "model.safetensors", pid) for pid in pids)
     for path in (dead, living):
         path.write_bytes(b"half")
-    with pytest.raises(mm.UserError, match="there already"):
-        mm.save_model(model, folder)
-    mm.save_model(model, folder, overwrite=True)
+    with pytest.raises(am.UserError, match="there already"):
+        am.save_model(model, folder)
+    am.save_model(model, folder, overwrite=True)
     assert not dead.exists()
     assert living.exists()  # it may be writing
 
 
 def test_odd_places(tmp_path: Path):
     for source in ("~nosuchuser/x", "x" * 300, "~nosuchuser/x.npz"):
-        with pytest.raises(mm.UserError):
-            mm.load_model(source)
-    with pytest.raises(mm.UserError, match="~ cannot be resolved"):
-        mm.save_model(tiny_model(), "~nosuchuser/x")
-    with pytest.raises(mm.UserError, match="Call it x.safetensors"):
-        mm.save_model(tiny_model(), tmp_path / "x.safetensor")
-    with pytest.raises(mm.UserError, match="not valid UTF-8"):
-        mm.save_model(tiny_model(), tmp_path / "caf\udce9")
-    with pytest.raises(mm.UserError, match="needs [0-9,]+ GiB"):
-        mm.load_model(mm.save_model(tiny_model(), tmp_path / "x"), num_classes=10**12)
+        with pytest.raises(am.UserError):
+            am.load_model(source)
+    with pytest.raises(am.UserError, match="~ cannot be resolved"):
+        am.save_model(tiny_model(), "~nosuchuser/x")
+    with pytest.raises(am.UserError, match="Call it x.safetensors"):
+        am.save_model(tiny_model(), tmp_path / "x.safetensor")
+    with pytest.raises(am.UserError, match="not valid UTF-8"):
+        am.save_model(tiny_model(), tmp_path / "caf\udce9")
+    with pytest.raises(am.UserError, match="needs [0-9,]+ GiB"):
+        am.load_model(am.save_model(tiny_model(), tmp_path / "x"), num_classes=10**12)
     assert [each.name for each in tmp_path.iterdir()] == ["x"]
 
 
@@ -387,11 +387,11 @@ def test_integers_are_no_weights(tmp_path: Path):
     model, folder = saved(tmp_path)
     state = {**model.state_dict(), "stem.bias": torch.zeros(16, dtype=torch.int64)}
     safetensors.torch.save_file(state, folder / "model.safetensors")
-    with pytest.raises(mm.UserError, match=r"not floating point: stem\.bias is int64"):
-        mm.load_model(folder)
+    with pytest.raises(am.UserError, match=r"not floating point: stem\.bias is int64"):
+        am.load_model(folder)
 
 
 def _error_of_two_channels() -> ValueError:
     with pytest.raises(ValueError, match="got 2") as caught:
-        mm.Preprocessing(image_size=(8, 8), channels=2)
+        am.Preprocessing(image_size=(8, 8), channels=2)
     return caught.value

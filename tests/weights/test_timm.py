@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-import mlp_mixer as mm
+import allmlp as am
 from conftest import GOLDEN, tiny_model
 
 pytestmark = pytest.mark.numerics
@@ -21,7 +21,7 @@ WEIGHTS = GOLDEN / "timm_tiny.safetensors"
 
 
 def test_the_golden_file_gives_timms_logits():
-    model = mm.load_model(WEIGHTS)
+    model = am.load_model(WEIGHTS)
     assert model.config.gelu == "exact"
     with np.load(GOLDEN / "timm_tiny_io.npz") as io:
         images = torch.from_numpy(io["images_nchw"])
@@ -30,7 +30,7 @@ def test_the_golden_file_gives_timms_logits():
 
 
 def test_the_golden_round_trip_is_bit_for_bit(tmp_path: Path):
-    path = mm.save_model(mm.load_model(WEIGHTS), tmp_path / "out.safetensors", format="timm")
+    path = am.save_model(am.load_model(WEIGHTS), tmp_path / "out.safetensors", format="timm")
     before, after = safetensors.torch.load_file(WEIGHTS), safetensors.torch.load_file(path)
     assert set(before) == set(after)
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -40,7 +40,7 @@ def test_our_own_description_travels_in_timms_format(tmp_path: Path):
     model = tiny_model(num_classes=2).eval()  # tanh, which timm's names alone do not say
     model.class_names = ["ant", "bee"]
     for place in (tmp_path / "one.safetensors", tmp_path / "folder"):
-        loaded = mm.load_model(mm.save_model(model, place, format="timm"))
+        loaded = am.load_model(am.save_model(model, place, format="timm"))
         assert loaded.config == model.config
         assert loaded.class_names == ["ant", "bee"]
 
@@ -61,7 +61,7 @@ def wrapped(kind: str) -> object:
 def test_pth_files(tmp_path: Path, kind: str, old: bool):
     path = tmp_path / "weights.pth"
     torch.save(wrapped(kind), path, _use_new_zipfile_serialization=not old)
-    state, expected = mm.load_model(path).state_dict(), mm.load_model(WEIGHTS).state_dict()
+    state, expected = am.load_model(path).state_dict(), am.load_model(WEIGHTS).state_dict()
     assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
@@ -82,24 +82,24 @@ def timm_folder(tmp_path: Path, **changes: object) -> Path:
 
 
 def test_timms_preprocessing_comes_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    model = mm.load_model(timm_folder(tmp_path))
-    expected = mm.Preprocessing(image_size=(32, 32), mean=0.0, std=1.0, crop=0.9)
+    model = am.load_model(timm_folder(tmp_path))
+    expected = am.Preprocessing(image_size=(32, 32), mean=0.0, std=1.0, crop=0.9)
     assert model.preprocessing == expected
     assert capsys.readouterr().err == ""
     means = [0.485, 0.456, 0.406]
     folder = timm_folder(tmp_path, mean=means, std=[0.2, 0.2, 0.2], interpolation="bicubic")
-    preprocessing = mm.load_model(folder).preprocessing
+    preprocessing = am.load_model(folder).preprocessing
     assert preprocessing is not None
     assert preprocessing.mean == tuple(means)
     assert (preprocessing.std, preprocessing.interpolation) == (0.2, "bicubic")
     names = ["a", "b", "c", "d", "e", "f", "g"]
-    assert mm.load_model(timm_folder(tmp_path, label_names=names)).class_names == names
+    assert am.load_model(timm_folder(tmp_path, label_names=names)).class_names == names
     config = json.loads((tmp_path / "config.json").read_text())
     del config["pretrained_cfg"]["label_names"]
     (tmp_path / "config.json").write_text(json.dumps({**config, "label_names": names[::-1]}))
-    assert mm.load_model(tmp_path).class_names == names[::-1]
-    with pytest.raises(mm.UserError, match=r"not a preprocessing: std must be above 0"):
-        mm.load_model(timm_folder(tmp_path, std=[0, 0, 0]))
+    assert am.load_model(tmp_path).class_names == names[::-1]
+    with pytest.raises(am.UserError, match=r"not a preprocessing: std must be above 0"):
+        am.load_model(timm_folder(tmp_path, std=[0, 0, 0]))
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ def test_timms_preprocessing_comes_along(tmp_path: Path, capsys: pytest.CaptureF
     ],
 )
 def test_what_timm_says_otherwise(tmp_path: Path, capsys, settings, expected, note):
-    preprocessing = mm.load_model(timm_folder(tmp_path, **settings)).preprocessing
+    preprocessing = am.load_model(timm_folder(tmp_path, **settings)).preprocessing
     whole = {"mean": 0.0, "std": 1.0, "crop": 0.9, **expected}
-    assert preprocessing == mm.Preprocessing(image_size=(32, 32), **whole)
+    assert preprocessing == am.Preprocessing(image_size=(32, 32), **whole)
     assert (note or "") in capsys.readouterr().err
 
 
@@ -123,21 +123,21 @@ def test_what_timm_says_otherwise(tmp_path: Path, capsys, settings, expected, no
 def test_rectangles_are_as_timm_says(tmp_path: Path, size: tuple[int, int]):
     """2 x 8 patches are as many as 4 x 4."""
     model = tiny_model(image_size=size, gelu="exact").eval()
-    path = mm.save_model(model, tmp_path / "model.safetensors", format="timm")
+    path = am.save_model(model, tmp_path / "model.safetensors", format="timm")
     state = safetensors.torch.load_file(path)
     safetensors.torch.save_file(state, path)  # without our description
     settings = {"input_size": [3, *size], "mean": [0.5] * 3, "std": [0.5] * 3}
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": settings}))
-    assert mm.load_model(tmp_path).config.image_size == size
+    assert am.load_model(tmp_path).config.image_size == size
 
 
 def test_a_grey_model_of_timms(tmp_path: Path):
     model = tiny_model(image_size=32, in_channels=1, gelu="exact")
-    path = mm.save_model(model, tmp_path / "model.safetensors", format="timm")
+    path = am.save_model(model, tmp_path / "model.safetensors", format="timm")
     safetensors.torch.save_file(safetensors.torch.load_file(path), path)
     means = {"mean": [0.3, 0.6, 0.9], "std": [0.5] * 3}
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": means}))
-    preprocessing = mm.load_model(tmp_path).preprocessing
+    preprocessing = am.load_model(tmp_path).preprocessing
     assert preprocessing is not None
     assert preprocessing.mean == pytest.approx(0.6)
 
@@ -146,21 +146,21 @@ def test_the_config_of_another_file_does_not_count(tmp_path: Path):
     """A .pth that lies in a folder of somebody else's model describes itself."""
     folder = timm_folder(tmp_path)
     torch.save(safetensors.torch.load_file(WEIGHTS), folder / "other.pth")
-    model = mm.load_model(folder / "other.pth", quiet=True)
-    assert model.preprocessing == mm.Preprocessing(image_size=(32, 32))
+    model = am.load_model(folder / "other.pth", quiet=True)
+    assert model.preprocessing == am.Preprocessing(image_size=(32, 32))
 
 
 def test_a_published_file_is_known_by_its_name(tmp_path: Path):
     """timm's file names end in the hash of the file, so that they cannot mean another."""
     path = tmp_path / "mixer_b16_224_miil-9229a591.pth"
     torch.save(safetensors.torch.load_file(WEIGHTS), path)
-    with pytest.raises(mm.UserError, match=r"mixer_b16\.miil_in21k_ft_in1k has 1,000 classes"):
-        mm.load_model(path)
+    with pytest.raises(am.UserError, match=r"mixer_b16\.miil_in21k_ft_in1k has 1,000 classes"):
+        am.load_model(path)
 
 
 def test_another_family_with_similar_names(tmp_path: Path):
     path = tmp_path / "vit.safetensors"
     names = ("norm.weight", "blocks.0.norm1.weight", "patch_embed.proj.weight", "head.bias")
     safetensors.torch.save_file({name: torch.zeros(3) for name in names}, path)
-    with pytest.raises(mm.UserError, match=r"timm's, but stem\.proj\.weight is missing"):
-        mm.load_model(path)
+    with pytest.raises(am.UserError, match=r"timm's, but stem\.proj\.weight is missing"):
+        am.load_model(path)

@@ -11,11 +11,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import allmlp as am
 import fake_timm
-import mlp_mixer as mm
-from mlp_mixer.training import loop
-from mlp_mixer.training.loop import resume
-from mlp_mixer.weights import hub, timm_pretrained
+from allmlp.training import loop
+from allmlp.training.loop import resume
+from allmlp.weights import hub, timm_pretrained
 
 Saved = dict[str, Tensor]
 
@@ -53,7 +53,7 @@ def images(size: int = 16) -> Tensor:
 
 @pytest.mark.parametrize("name", ["fake_cnn.first", "fake_bit.i21k", "fake_vit.a"])
 def test_logits_are_timms(fetched: list[str], name: str):
-    model = mm.load_model(f"timm:{name}", quiet=True)
+    model = am.load_model(f"timm:{name}", quiet=True)
     assert fetched == [f"timm/{name}"]
     assert model.source == f"timm:{name}"
     assert not model.training
@@ -65,10 +65,10 @@ def test_logits_are_timms(fetched: list[str], name: str):
 
 
 def test_class_names_and_preprocessing_come_along(fetched: list[str]):
-    model = mm.load_model("timm:fake_cnn.first", quiet=True)
+    model = am.load_model("timm:fake_cnn.first", quiet=True)
     assert model.class_names is not None
     assert model.class_names[0] == "n01440764 tench"
-    assert mm.load_model("timm:fake_bit.i21k", quiet=True).class_names is None
+    assert am.load_model("timm:fake_bit.i21k", quiet=True).class_names is None
     found = model.preprocessing
     assert found is not None
     assert (found.mean, found.std) == ((0.4, 0.5, 0.6), (0.2, 0.2, 0.3))
@@ -76,7 +76,7 @@ def test_class_names_and_preprocessing_come_along(fetched: list[str]):
 
 
 def test_another_size_and_head(fetched: list[str], capsys: pytest.CaptureFixture[str]):
-    model: Any = mm.load_model("timm:fake_vit.a", image_size=(8, 24), num_classes=3)
+    model: Any = am.load_model("timm:fake_vit.a", image_size=(8, 24), num_classes=3)
     assert model.config.image_size == model.preprocessing.image_size == (8, 24)
     assert model.backbone.pos_embed.shape[2:] == (2, 6)
     assert model.head.weight.shape == (3, fake_timm.WIDTH)
@@ -84,7 +84,7 @@ def test_another_size_and_head(fetched: list[str], capsys: pytest.CaptureFixture
     err = capsys.readouterr().err
     assert "resized  16x16 -> 8x24 pixels, by timm" in err
     assert "new, all zeros, for 3 classes; the weights had 4" in err
-    assert mm.load_model("timm:fake_cnn.first", num_classes=0, quiet=True).head is None
+    assert am.load_model("timm:fake_cnn.first", num_classes=0, quiet=True).head is None
 
 
 @pytest.mark.parametrize(
@@ -105,53 +105,53 @@ def test_another_size_and_head(fetched: list[str], capsys: pytest.CaptureFixture
 def test_what_cannot_be_loaded_is_refused(
     fetched: list[str], source: str, settings: Any, message: str
 ):
-    with pytest.raises(mm.UserError, match=message):
-        mm.load_model(f"timm:{source}", quiet=True, **settings)
+    with pytest.raises(am.UserError, match=message):
+        am.load_model(f"timm:{source}", quiet=True, **settings)
 
 
 def test_a_file_of_another_model(fetched: list[str], tmp_path: Path):
     (tmp_path / "hub").mkdir()
     file = tmp_path / "hub" / "fake_bit.i21k.safetensors"
     safetensors.torch.save_file({"x": torch.zeros(2)}, file)
-    with pytest.raises(mm.UserError, match=r"timm cannot load fake_bit.i21k: .*Missing key"):
-        mm.load_model("timm:fake_bit", quiet=True)
+    with pytest.raises(am.UserError, match=r"timm cannot load fake_bit.i21k: .*Missing key"):
+        am.load_model("timm:fake_bit", quiet=True)
 
 
 def test_saved_and_loaded(fetched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    model = mm.load_model("timm:fake_vit.a", image_size=8, quiet=True)
-    mm.save_model(model, tmp_path / "saved")
-    again = mm.load_model(tmp_path / "saved", quiet=True)
+    model = am.load_model("timm:fake_vit.a", image_size=8, quiet=True)
+    am.save_model(model, tmp_path / "saved")
+    again = am.load_model(tmp_path / "saved", quiet=True)
     assert again.config == model.config
     assert again.preprocessing == model.preprocessing
     assert torch.equal(again(images(8)), model(images(8)))
     assert again.state_dict()["backbone.bn.num_batches_tracked"].dtype == torch.int64
-    larger: Any = mm.load_model(tmp_path / "saved", image_size=24, num_classes=2, quiet=True)
+    larger: Any = am.load_model(tmp_path / "saved", image_size=24, num_classes=2, quiet=True)
     assert larger.backbone.pos_embed.shape[2:] == (6, 6)
     for format, file in (("google", "a.npz"), ("timm", "a.safetensors")):
-        with pytest.raises(mm.UserError, match=rf"'{format}' has no place for this.*fake_vit"):
-            mm.save_model(model, tmp_path / file, format=format)
+        with pytest.raises(am.UserError, match=rf"'{format}' has no place for this.*fake_vit"):
+            am.save_model(model, tmp_path / file, format=format)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(mm.UserError, match="pip install timm"):
-        mm.load_model(tmp_path / "saved", quiet=True)
+    with pytest.raises(am.UserError, match="pip install timm"):
+        am.load_model(tmp_path / "saved", quiet=True)
 
 
 def test_tensors_without_a_description(fetched: list[str], tmp_path: Path):
-    tensors = mm.load_model("timm:fake_vit.a", quiet=True).state_dict()
+    tensors = am.load_model("timm:fake_vit.a", quiet=True).state_dict()
     safetensors.torch.save_file(dict(tensors), tmp_path / "a.safetensors")
-    with pytest.raises(mm.UserError, match="the file does not say of which"):
-        mm.load_model(tmp_path / "a.safetensors")
+    with pytest.raises(am.UserError, match="the file does not say of which"):
+        am.load_model(tmp_path / "a.safetensors")
 
 
 def test_tensors_of_another_shape(fetched: list[str], tmp_path: Path):
-    model = mm.load_model("timm:fake_vit.a", quiet=True)
-    mm.save_model(model, tmp_path / "saved")
+    model = am.load_model("timm:fake_vit.a", quiet=True)
+    am.save_model(model, tmp_path / "saved")
     config = tmp_path / "saved" / "config.json"
     config.write_text(config.read_text().replace('"num_classes": 4', '"num_classes": 5'))
-    with pytest.raises(mm.UserError, match=r"misshapen: head.weight is \(4, 6\)"):
-        mm.load_model(tmp_path / "saved")
+    with pytest.raises(am.UserError, match=r"misshapen: head.weight is \(4, 6\)"):
+        am.load_model(tmp_path / "saved")
 
 
-def digits(output: Path, **changes: object) -> mm.TrainConfig:
+def digits(output: Path, **changes: object) -> am.TrainConfig:
     values: dict[str, object] = {
         "data.source": "digits",
         "data.num_workers": 0,
@@ -168,7 +168,7 @@ def digits(output: Path, **changes: object) -> mm.TrainConfig:
         "output": str(output),
     }
     changed = {name.replace("__", "."): value for name, value in changes.items()}
-    return mm.recipe("scratch").with_values({**values, **changed})
+    return am.recipe("scratch").with_values({**values, **changed})
 
 
 def weights(run: Path) -> Saved:
@@ -181,7 +181,7 @@ def test_a_run_goes_on_with_its_running_means(
 ):
     changes = {"model__name": "timm:fake_cnn", "optimizer__average": 0.5}
     whole = digits(tmp_path / "whole", **changes)
-    mm.train(whole, quiet=True)
+    am.train(whole, quiet=True)
     train_step = loop.Trainer.train_step
 
     def killed(self: loop.Trainer, step: int, batch: Any) -> None:
@@ -192,7 +192,7 @@ def test_a_run_goes_on_with_its_running_means(
 
     monkeypatch.setattr(loop.Trainer, "train_step", killed)
     with pytest.raises(KeyboardInterrupt):
-        mm.train(digits(tmp_path / "stopped", **changes), quiet=True)
+        am.train(digits(tmp_path / "stopped", **changes), quiet=True)
     monkeypatch.setattr(loop.Trainer, "train_step", train_step)
     resume(tmp_path / "stopped", quiet=True)
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
@@ -206,13 +206,13 @@ def test_a_run_goes_on_with_its_running_means(
 @pytest.mark.slow
 def test_fine_tuning_the_head_alone(fetched: list[str], tmp_path: Path):
     changes = {"model__name": "", "model__weights": "timm:fake_cnn.first", "model__trained": "head"}
-    mm.train(digits(tmp_path / "run", **changes), quiet=True)
+    am.train(digits(tmp_path / "run", **changes), quiet=True)
     found, before = weights(tmp_path / "run"), theirs("fake_cnn.first").state_dict()
     assert found["head.weight"].shape == (10, fake_timm.WIDTH)
     assert found["head.weight"].any()
     for name, value in before.items():
         if not name.startswith("fc."):
             assert torch.equal(found[f"backbone.{name}"], value), name
-    kept = mm.load_model(tmp_path / "run", quiet=True)
+    kept = am.load_model(tmp_path / "run", quiet=True)
     assert kept.class_names == [str(digit) for digit in range(10)]
-    assert len(mm.evaluate(kept, "digits:test").labels) == 359
+    assert len(am.evaluate(kept, "digits:test").labels) == 359

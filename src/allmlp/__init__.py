@@ -1,0 +1,142 @@
+"""MLP-Mixer in PyTorch: train, evaluate, look inside and deploy all-MLP vision models.
+
+    import allmlp as am
+    model = am.create_model("mixer_b16", image_size=224, num_classes=10)
+
+Importing this costs milliseconds: each name is loaded when it is first used. Import it before torch
+where you can: then torch's threads wait without keeping a core busy (docs/predict.md).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from allmlp.process import sleep_soon
+
+if TYPE_CHECKING:
+    from allmlp.deploy.export import export
+    from allmlp.deploy.export_report import ExportReport
+    from allmlp.deploy.predict import Prediction, predict
+    from allmlp.deploy.runner import ExportedModel, open_exported
+    from allmlp.errors import UserError
+    from allmlp.evaluation.accuracy import Evaluation
+    from allmlp.evaluation.few_shot import FewShot, few_shot
+    from allmlp.evaluation.throughput import throughput
+    from allmlp.evaluation.throughput_result import Throughput
+    from allmlp.inspection.report import Inspection, inspect, random_weights
+    from allmlp.models.catalog import create_model, list_models
+    from allmlp.models.layers import ImageClassifier
+    from allmlp.models.mixer import MixerConfig, MlpMixer
+    from allmlp.preprocessing import Preprocessing
+    from allmlp.studies.data_scale import DataScale, data_scale
+    from allmlp.studies.report import Report, report
+    from allmlp.studies.suite_result import SuiteResult
+    from allmlp.studies.transfer import transfer, vtab
+    from allmlp.training.config import TrainConfig
+    from allmlp.training.finetune import FinetuneResult, finetune
+    from allmlp.training.loop import resume, train
+    from allmlp.training.measure import evaluate
+    from allmlp.training.recipes import recipe
+    from allmlp.training.summary import TrainResult
+    from allmlp.weights.store import load_model, save_model
+
+sleep_soon()  # before anything here imports torch
+
+_HOME = {
+    "create_model": "models.catalog",
+    "list_models": "models.catalog",
+    "ImageClassifier": "models.layers",
+    "MixerConfig": "models.mixer",
+    "MlpMixer": "models.mixer",
+    "Preprocessing": "preprocessing",
+    "UserError": "errors",
+    "load_model": "weights.store",
+    "save_model": "weights.store",
+    "Evaluation": "evaluation.accuracy",
+    "evaluate": "training.measure",
+    "Throughput": "evaluation.throughput_result",
+    "throughput": "evaluation.throughput",
+    "FewShot": "evaluation.few_shot",
+    "few_shot": "evaluation.few_shot",
+    "TrainConfig": "training.config",
+    "TrainResult": "training.summary",
+    "train": "training.loop",
+    "resume": "training.loop",
+    "finetune": "training.finetune",
+    "FinetuneResult": "training.finetune",
+    "recipe": "training.recipes",
+    "export": "deploy.export",
+    "ExportReport": "deploy.export_report",
+    "ExportedModel": "deploy.runner",
+    "open_exported": "deploy.runner",
+    "Prediction": "deploy.predict",
+    "predict": "deploy.predict",
+    "Inspection": "inspection.report",
+    "inspect": "inspection.report",
+    "random_weights": "inspection.report",
+    "DataScale": "studies.data_scale",
+    "data_scale": "studies.data_scale",
+    "Report": "studies.report",
+    "report": "studies.report",
+    "SuiteResult": "studies.suite_result",
+    "transfer": "studies.transfer",
+    "vtab": "studies.transfer",
+}
+
+__all__ = [
+    "DataScale",
+    "Evaluation",
+    "ExportReport",
+    "ExportedModel",
+    "FewShot",
+    "FinetuneResult",
+    "ImageClassifier",
+    "Inspection",
+    "MixerConfig",
+    "MlpMixer",
+    "Prediction",
+    "Preprocessing",
+    "Report",
+    "SuiteResult",
+    "Throughput",
+    "TrainConfig",
+    "TrainResult",
+    "UserError",
+    "create_model",
+    "data_scale",
+    "evaluate",
+    "export",
+    "few_shot",
+    "finetune",
+    "inspect",
+    "list_models",
+    "load_model",
+    "open_exported",
+    "predict",
+    "random_weights",
+    "recipe",
+    "report",
+    "resume",
+    "save_model",
+    "throughput",
+    "train",
+    "transfer",
+    "vtab",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version(__name__)
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

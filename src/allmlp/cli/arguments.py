@@ -1,0 +1,208 @@
+"""What the flags of several verbs share: their types, and how bad images are told."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from allmlp.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from allmlp.data.items import BadImage
+    from allmlp.models.layers import ImageClassifier
+    from allmlp.training.config import TrainConfig
+    from allmlp.weights.resolution import Growth
+
+# The types of the flags, with what the help calls their values.
+Recipe = Annotated[Positional[str | None], arg(help_behavior_hint="", metavar="[RECIPE]")]
+Model = Annotated[Positional[str], arg(metavar="MODEL")]
+Target = Annotated[Positional[str], arg(metavar="OUT")]
+Inputs = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES")]
+Text = Annotated[str | None, arg(help_behavior_hint="", metavar="TEXT")]
+DataName = Annotated[str | None, arg(help_behavior_hint="", metavar="SOURCE")]
+RequiredData = Annotated[str, arg(metavar="SOURCE")]
+Size = Annotated[str | None, arg(help_behavior_hint="", metavar="PIXELS|HxW")]
+Source = Annotated[str | None, arg(help_behavior_hint="", metavar="FILE")]
+Format = Annotated[str | None, arg(help_behavior_hint="", metavar="FORMAT")]
+GrowthName = Annotated[str | None, arg(help_behavior_hint="(default: auto)", metavar="GROWTH")]
+Folder = Annotated[str | None, arg(help_behavior_hint="", metavar="FOLDER")]
+File = Annotated[str | None, arg(help_behavior_hint="", metavar="FILE")]
+Number = Annotated[int | None, arg(help_behavior_hint="", metavar="N")]
+Real = Annotated[float | None, arg(help_behavior_hint="", metavar="X")]
+Rates = Annotated[tuple[float, ...] | None, arg(help_behavior_hint="", metavar="[LR ...]")]
+Seeds = Annotated[tuple[int, ...], arg(help_behavior_hint="", metavar="N ...")]
+Assignments = Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="KEY=VALUE")]
+
+
+def parse_size(text: str | None) -> int | tuple[int, int] | None:
+    """Returns 224 of "224" and (192, 256) of "192x256".
+
+    Raises:
+        UserError: the text is neither.
+    """
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    is_number = [part.isdecimal() and len(part) < 7 and int(part) > 0 for part in parts]
+    if not (1 <= len(parts) <= 2 and all(is_number)):
+        fix = "a number such as 224, or height x width such as 192x256"
+        raise UserError(f"not an image size: {text!r}", where="--image-size", fix=fix)
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def changed(config: TrainConfig, flags: dict[str, Any], settings: tuple[str, ...]) -> TrainConfig:
+    """Returns the settings after the flags that were given, and after every --set.
+
+    Raises:
+        UserError: no such setting, or a value that it cannot have.
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    return config.with_values(given, settings)
+
+
+def overrides_of(assignments: tuple[str, ...], flag: str) -> dict[str, Any]:
+    """Returns {"width": 40} of ("width=40",).
+
+    Args:
+        assignments: KEY=VALUE each.
+        flag: that gave them, for the message.
+
+    Raises:
+        UserError: one of them is written otherwise.
+    """
+    from allmlp.training.values import literal
+
+    found: dict[str, Any] = {}
+    for each in assignments:
+        key, equals, value = each.partition("=")
+        if not equals or not key.strip():
+            what = f"a setting is written KEY=VALUE, got {each!r}"
+            raise UserError(what, where=flag, fix=f"{flag} num_blocks=4")
+        found[key.strip()] = literal(value.strip())
+    return found
+
+
+def load_named(
+    source: str,
+    image_size: str | None,
+    growth: str | None,
+    num_classes: int | None = None,
+    *,
+    exported: bool = False,
+) -> ImageClassifier:
+    """Returns the model that the flags of a verb name.
+
+    Args:
+        source, image_size, growth, num_classes: as of `load_model`.
+        exported: take files of the verb export too, which only compute logits.
+
+    Raises:
+        UserError: as `load_model`; or an exported file where none is taken.
+    """
+    from allmlp.deploy.runner import is_exported, open_exported
+
+    if is_exported(source):
+        return open_exported(refuse_changes(source, image_size, growth, exported))
+    from allmlp.weights.resolution import GROWTHS
+    from allmlp.weights.store import load_model
+
+    if growth is not None and growth not in GROWTHS:
+        fix = f"Known: {', '.join(GROWTHS)}"
+        raise UserError(f"unknown growth {growth!r}", where="--growth", fix=fix)
+    if growth is not None and image_size is None:
+        what = "--growth says how to reach another image size, and none is given"
+        raise UserError(what, where="--growth", fix="Add --image-size, or leave --growth out")
+    size = parse_size(image_size)
+    return load_model(source, size, num_classes, growth=cast("Growth", growth or "auto"))
+
+
+def refuse_changes(source: str, image_size: str | None, growth: str | None, exported: bool) -> str:
+    """Returns the name of an exported file that is taken as it is.
+
+    Raises:
+        UserError: the verb needs weights, or it is to have another image size.
+    """
+    from allmlp.models.device import no_weights
+
+    if not exported:
+        raise no_weights(source)
+    flag = "--image-size" if image_size is not None else "--growth" if growth is not None else None
+    if flag is not None:
+        what = "an exported file has one image size, which cannot be changed"
+        raise UserError(what, where=flag, fix="Leave it out, or export it at that size")
+    return source
+
+
+def refuse_device(source: str, device: str) -> str:
+    """Returns the device that a flag names; of an exported file, the processor.
+
+    Raises:
+        UserError: another is named for an exported file.
+    """
+    from allmlp.deploy.runner import is_exported
+    from allmlp.models.device import refuse_other_devices
+
+    if not is_exported(source):
+        return device
+    refuse_other_devices(device)
+    return "cpu"
+
+
+def warn_of_numbers(net: ImageClassifier) -> None:
+    """Says on standard error where classes have numbers for names."""
+    if not net.class_names:
+        note = "the model carries no class names: classes are called by their number, from 0"
+        print(f"note: {note}", file=sys.stderr)
+
+
+def warn_of_notes(*sources: Any) -> None:
+    """Says on standard error what else was found where the images lie."""
+    from allmlp.data.sources import notes_of
+
+    for note in notes_of({str(at): source for at, source in enumerate(sources)}):
+        print(f"note: {note}", file=sys.stderr)
+
+
+def check_json(output: str | None, example: str, *, overwrite: bool) -> Path | None:
+    """Returns the path of a measurement to be written; None for none and for standard output.
+
+    Args:
+        output: as --output has it.
+        example: a name for the message.
+        overwrite: it may be there.
+
+    Raises:
+        UserError: it is no .json file, is there, or cannot be written.
+    """
+    from allmlp.disk import STANDARD_OUTPUT, check_output_file, expand
+
+    if output is None or output == STANDARD_OUTPUT:
+        return None
+    path = expand(output)
+    if path.suffix != ".json" or path.is_dir():
+        raise UserError(f"not a .json file: {output!r}", where="--output", fix=example)
+    check_output_file(path, overwrite=overwrite, parents=True)
+    return path
+
+
+def write_json(path: Path | None, values: dict[str, Any]) -> None:
+    """Writes a measurement to a file, or to standard output."""
+    from allmlp.evaluation.measurement import to_text, write_measurement
+
+    if path is None:
+        print(to_text(values), end="", flush=True)
+    else:
+        write_measurement(path, values)
+
+
+def warn_of_bad(bad: list[BadImage]) -> int:
+    """Names the bad images (the first 20) on standard error; returns the exit code, 0 or 3."""
+    for each in bad[:20]:
+        print(f"bad image: {each.name}: {each.what}", file=sys.stderr)
+    if len(bad) > 20:
+        print(f"... and {len(bad) - 20} more bad images", file=sys.stderr)
+    return 3 if bad else 0

@@ -1,0 +1,117 @@
+"""What the program says: lines on the screen and in a log file, and a progress bar on a terminal.
+
+In a pipe there are plain lines only, so that a log file stays readable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from allmlp.disk import naming
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Lets the caller see that the reader has gone; rich would end the process with code 1."""
+        raise
+
+
+class Reporter:
+    """Says lines on the screen and keeps them in a log file.
+
+    Args:
+        quiet: say nothing on the screen; the log file is written all the same.
+        stderr: say it on standard error, where results go to standard output.
+    """
+
+    def __init__(self, *, quiet: bool = False, stderr: bool = False) -> None:
+        self.console = _Console(
+            quiet=quiet, stderr=stderr, highlight=False, soft_wrap=True, emoji=False
+        )
+        self._log: Path | None = None
+        self._said: list[str] = []
+
+    def say(self, text: str = "", style: str | None = None) -> None:
+        """Prints a line and logs it."""
+        self.console.print(text, style=style, markup=False)
+        self.console.file.flush()  # in a pipe, lines come as they are said
+        self._said.append(text)
+        if self._log is not None:
+            self._flush()
+
+    def log_to(self, path: Path) -> None:
+        """Writes what was said so far, and from now on, to a file."""
+        self._log = path
+        self._flush()
+
+    def _flush(self) -> None:
+        assert self._log is not None
+        with (
+            naming(self._log),
+            self._log.open("a", encoding="utf-8", errors="surrogateescape") as file,
+        ):
+            file.writelines(f"{line}\n" for line in self._said)
+        self._said.clear()
+
+    @contextmanager
+    def progress(self, total: int, unit: str, done: int = 0) -> Iterator[ProgressBar]:
+        """Shows a bar on a terminal while the block runs; in a pipe it shows nothing."""
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        with bar:
+            yield ProgressBar(bar, bar.add_task("", total=total, completed=done, note=""))
+
+
+class ProgressBar:
+    """A running bar of `Reporter.progress`."""
+
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar, self._task = bar, task
+
+    def advance(self, amount: int, note: str | None = None, description: str | None = None) -> None:
+        """Moves the bar on and changes the texts that are given."""
+        self._bar.update(self._task, advance=amount, description=description)
+        if note is not None:
+            self._bar.tasks[0].fields["note"] = note
+
+
+def table(headers: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
+    """Returns the lines of a plain table: a header, a rule and the rows, two spaces between.
+
+    Args:
+        headers: one for each column.
+        rows: cells as they are to be shown.
+        left: so many columns from the first are aligned left, the others right.
+    """
+    widths = [max(len(row[at]) for row in [headers, *rows]) for at in range(len(headers))]
+
+    def line(cells: list[str]) -> str:
+        aligned = (
+            cell.ljust(width) if at < left else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join(aligned).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return [line(headers), rule, *(line(row) for row in rows)]

@@ -1,0 +1,368 @@
+"""The only decoder: encoded bytes -> upright 8-bit pixels, for every verb.
+
+The header is read first: only the formats of `FORMATS` are opened, and nothing above `MAX_PIXELS`
+or `MAX_SIDE` is decoded. EXIF rotation is applied, transparency is blended on white, and of an
+animation the first frame is taken. Samples of 12 and 16 bits are scaled (not cut off); those whose
+range is not stated (32 bits, signed, floating-point) are refused.
+
+Legend: H W pixels; a picture is uint8 (H, W, channels) with 3 channels (RGB) or 1 (grey).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from PIL import ExifTags, Image
+
+from allmlp.errors import UserError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "PPM")
+# Files with these endings are taken for images when a folder is read.
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif"),
+    *(".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+MAX_PIXELS = 89_478_485  # Pillow's own limit, 1/4 GiB of 24-bit pixels; there only a warning
+MAX_SIDE = 32_767  # pixels; what fits the 16-bit coordinates of image libraries
+DARK = 16_383  # where no 16-bit sample is above it, the values are probably of 14 bits or fewer
+REDUCTIONS = (8, 4, 2)  # factors at which a JPEG decoder is faster the smaller the picture
+
+# Markers of a JPEG's header: EXIF and XMP; the pixels' size, by the two sequential codings.
+_APP1, _SEQUENTIAL = 0xE1, (0xC0, 0xC1)
+_PNG_EXIF = (b"eXIf", b"Raw profile type", b"tiff:Orientation")  # in some chunk of it
+_BLOCK_ROWS = 32  # a multiple of every height of a block of pixels that are coded together
+
+_FIX = f"Images are {', '.join(FORMATS)} files; convert or remove this one"
+
+
+class EncodedImage:
+    """An encoded picture whose header has been read: its size is known, no pixel is decoded.
+
+    Args:
+        data: the encoded file.
+        where: its name, for the errors.
+        channels: 3 for RGB, 1 for grey.
+        exif_orientation: turn the picture upright by its EXIF tag. (The paper's code does not; a
+            TIFF always is.)
+
+    Attributes:
+        size: (H, W) of the picture once it is upright.
+        format: one of `FORMATS`.
+        mode: Pillow's word for the pixels in the file: "RGB", "L", "CMYK", "I;16", ...
+        bits: of a sample, where there are more than 8: 12 or 16; else 8.
+
+    Raises:
+        UserError: not an image, a format outside `FORMATS`, samples without a stated range, or too
+            large.
+    """
+
+    def __init__(
+        self, data: bytes, where: object, channels: int = 3, *, exif_orientation: bool = True
+    ) -> None:
+        self.where, self.channels = where, channels
+        self._data, self._image = data, None
+        self.bits, self._zero_is_white = 8, False
+        self._markers = find_markers(data)
+        if not data:
+            raise UserError("the file is empty", where=where, fix=_FIX)
+        self.format, self.mode, (height, width) = self._read_header()
+        if height * width > MAX_PIXELS or max(height, width) > MAX_SIDE:
+            what = f"the image has {width}x{height} pixels; the limits are {MAX_PIXELS:,} in all"
+            fix = "Make it smaller or remove it"
+            raise UserError(f"{what} and {MAX_SIDE:,} a side", where=where, fix=fix)
+        # Pillow turns a TIFF upright by itself, its size too.
+        wanted = exif_orientation and self.format != "TIFF"
+        self._orientation = self._read_orientation() if wanted else 1
+        self.size = (width, height) if self._orientation >= 5 else (height, width)
+
+    def _read_header(self) -> tuple[str, str, tuple[int, int]]:
+        if self._data[:3] == b"\xff\xd8\xff":
+            try:  # twenty times as fast as Pillow
+                height, width, colors, _ = simplejpeg.decode_jpeg_header(self._data)
+            except ValueError:
+                pass  # an untidy one; Pillow has the last word
+            else:
+                if colors in ("YCbCr", "RGB", "Gray"):
+                    return "JPEG", "L" if colors == "Gray" else "RGB", (int(height), int(width))
+        if self._data[:2] in (b"II", b"MM"):
+            self._read_tiff_samples()
+        image = self._open()
+        if image.mode == "F":
+            raise _no_range("floating-point", self.where)
+        is_deep_png = image.format == "PNG" and self._data[24] == 16
+        if is_deep_png or (image.mode.startswith("I") and self.bits == 8):
+            self.bits = 16
+        return str(image.format), image.mode, (image.height, image.width)
+
+    def _read_tiff_samples(self) -> None:
+        """Finds what a TIFF's samples are, which Pillow's mode does not tell."""
+        from PIL import TiffImagePlugin as tiff  # 70 ms
+
+        for order in (tiff.II, tiff.MM):  # kinds that Pillow decodes, but knows for one order only
+            for white in (0, 1):
+                tiff.OPEN_INFO.setdefault((order, white, (1,), 1, (12,), ()), ("I;16", "I;12"))
+        tiff.OPEN_INFO.setdefault((tiff.MM, 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
+        try:
+            is_big = self._data[2:4] in (b"\0+", b"+\0")
+            file = io.BytesIO(self._data)
+            tags = tiff.ImageFileDirectory_v2(file.read(16 if is_big else 8))
+            file.seek(tags.next)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tags.load(file)
+            kind = max(tags.get(tiff.SAMPLEFORMAT, (1,)))
+            bits = max(tags.get(tiff.BITSPERSAMPLE, (1,)))
+            self._zero_is_white = tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 0
+        except Exception:  # damaged, or no TIFF; Pillow has the last word
+            return
+        if kind in (2, 3):
+            raise _no_range("signed integer" if kind == 2 else "floating-point", self.where)
+        if bits > 16:
+            raise _no_range(f"{bits}-bit", self.where)
+        self.bits = max(8, bits)
+
+    def _open(self) -> Image.Image:
+        """The picture as Pillow opens it, with no pixel decoded."""
+        if self._image is None:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # our limits are stricter than its warning
+                    self._image = Image.open(io.BytesIO(self._data), formats=FORMATS)
+            except Image.DecompressionBombError as error:
+                what = f"the image is too large: {error}"
+                raise UserError(what, where=self.where, fix=_FIX) from error
+            except Exception as error:  # whatever a decoder makes of damaged bytes
+                what, fix = what_else(self._data)
+                raise UserError(what, where=self.where, fix=fix) from error
+        return self._image
+
+    def _read_orientation(self) -> int:
+        """The EXIF orientation, 1 to 8; 1 where there is none, or none that means anything."""
+        if self._markers and _APP1 not in self._markers:  # where EXIF and XMP stand
+            return 1
+        if self.format == "PNG" and not any(name in self._data for name in _PNG_EXIF):
+            return 1
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                # On its own: Pillow decodes a PNG to find its tags, and after a failure there a
+                # second attempt on the same object takes the damaged pixels for good.
+                image = Image.open(io.BytesIO(self._data), formats=FORMATS)
+                value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # a damaged EXIF block is no reason to refuse the pixels
+            return 1
+        return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+    def decode(
+        self, reduction: int = 1, *, fast: bool = False, rows: int | None = None
+    ) -> np.ndarray:
+        """Returns the pixels, uint8 (H, W, channels), contiguous.
+
+        Args:
+            reduction: 2, 4 or 8 gives the picture at that fraction of its size (sides rounded up),
+                for training; it saves time with JPEG only.
+            fast: decode a JPEG a tenth faster and slightly less exactly, for training: the fast
+                inverse transform (TensorFlow's default, so Google's), colours enlarged plainly.
+            rows: so many of the upper rows are enough (counted before the reduction); with `fast`,
+                those below may be absent.
+
+        Raises:
+            UserError: the pixels are damaged or cut short.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pixels = self._pixels(reduction, fast, rows)
+        except Exception as error:  # whatever a decoder makes of damaged bytes
+            what = f"the image is damaged: {str(error) or type(error).__name__}"
+            raise UserError(what, where=self.where, fix=_FIX) from error
+        return turn_upright(pixels, self._orientation)
+
+    def _pixels(self, reduction: int, fast: bool, rows: int | None) -> np.ndarray:
+        if self.format == "JPEG" and self.mode in ("RGB", "L"):
+            colors = "RGB" if self.channels == 3 else "GRAY"
+            stored = self.size if self._orientation < 5 else self.size[::-1]
+            data, (height, width), strict = self._data, stored, True
+            if fast and rows is not None and self._can_stop(rows):
+                height, strict = -(-rows // _BLOCK_ROWS) * _BLOCK_ROWS, False
+                data = cut_rows(data, self._markers, height)
+            wanted = (-(-height // reduction), -(-width // reduction))
+            scale: dict[str, Any] = {}
+            if reduction > 1:
+                scale = {"min_height": wanted[0], "min_width": wanted[1], "min_factor": reduction}
+            try:
+                pixels = simplejpeg.decode_jpeg(
+                    data, colors, fastdct=fast, fastupsample=fast, strict=strict, **scale
+                )
+                if pixels.shape[:2] == wanted:  # not so for a few pixels, which any factor fits
+                    return pixels
+            except ValueError:
+                pass  # also where the file is only untidy; Pillow refuses those cut short
+        image = self._open()
+        image.load()
+        picture = self._to_8_bits(image).convert("RGB" if self.channels == 3 else "L")
+        pixels = np.asarray(picture if reduction == 1 else picture.reduce(reduction))
+        return pixels if pixels.ndim == 3 else pixels[..., None]
+
+    def _to_8_bits(self, image: Image.Image) -> Image.Image:
+        """The picture with 8 bits a sample, opaque: what is transparent is blended on white."""
+        clear = image.info.get("transparency") if self.bits > 8 else None
+        if image.mode.startswith("I"):  # 12 or 16 bits; convert() would cut at 255 and not scale
+            samples = np.asarray(image).astype(np.uint32)
+            pixels = samples * 255 // (2**self.bits - 1)
+            if self._zero_is_white:  # Pillow inverts those of up to 8 bits only
+                pixels = 255 - pixels
+            if clear is not None:
+                pixels[samples == clear] = 255
+            return Image.fromarray(pixels.astype(np.uint8))
+        if isinstance(clear, tuple):  # the transparent colour of a 16-bit PNG
+            # Pillow keeps the upper byte of each sample; taken for little-endian, it is the lower.
+            low = Image.open(io.BytesIO(self._data), formats=("PNG",))
+            low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+            pixels = np.array(image)
+            pixels[(pixels.astype(np.uint16) << 8 | np.asarray(low) == clear).all(axis=-1)] = 255
+            return Image.fromarray(pixels)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image
+
+    def brightest(self) -> int | None:
+        """Returns the largest of 16-bit samples, in colour its upper byte; None for other images.
+
+        12-bit values in a 16-bit file are nearly black, and nothing in the file says so.
+
+        Raises:
+            UserError: as of `decode`.
+        """
+        if self.bits != 16 or self.mode == "CMYK":  # which is ink, and not light
+            return None
+        self.decode()
+        samples = np.asarray(self._open())
+        if samples.ndim == 3:
+            return int(samples[..., :3].max()) << 8 | 255
+        return 65_535 - int(samples.min()) if self._zero_is_white else int(samples.max())
+
+    def _can_stop(self, rows: int) -> bool:
+        """Whether a decoder may stop after so many rows: a whole, plain JPEG that has more.
+
+        A file without its end goes the usual way, so that one cut short is found whatever is asked.
+        """
+        is_plain = any(marker in self._markers for marker in _SEQUENTIAL)
+        is_whole = self._data.endswith(b"\xff\xd9")
+        has_more = rows + _BLOCK_ROWS < self.size[0]
+        return is_plain and is_whole and has_more and self._orientation == 1
+
+
+def _no_range(kind: str, where: object) -> UserError:
+    what = f"the image has {kind} samples, whose range is not stated"
+    return UserError(what, where=where, fix="Scale them to unsigned 8 or 16 bits and save it again")
+
+
+# What files that are taken for images turn out to be, by their first bytes; and what to do.
+_CONVERT = "Convert it to JPEG or PNG"
+_OTHERS = (
+    (rb"....ftyp(hei|hev|mif1|msf1)", "a HEIC image", f"{_CONVERT}: heif-convert IN OUT.jpg"),
+    (rb"....ftypavi[fs]", "AVIF, but damaged, or Pillow is built without AVIF", _FIX),
+    (rb"....ftypcrx |FUJIFILM|IIRO|IIU\0", "a camera's raw file", _CONVERT),
+    (rb"....ftyp", "a video", "Extract its frames: ffmpeg -i IN frames/%05d.png"),
+    (rb"\0\0\0\x0cJXL |\xff\x0a", "a JPEG XL image", f"{_CONVERT}: djxl IN OUT.png"),
+    (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000 image", _CONVERT),
+    (rb"8BPS", "a Photoshop document", _CONVERT),
+    (rb"%PDF|%!PS", "a PDF or PostScript document", _CONVERT),
+    (rb"\s*<(!doctype html|html|head|body)", "an HTML page", "Download the image again"),
+    (rb"\s*<(\?xml|!doctype svg|!--|svg)", "an SVG drawing or other XML", _CONVERT),
+    (rb"version https://git-lfs", "a git-LFS pointer without the image itself", "git lfs pull"),
+    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "an archive", "Unpack it"),
+    (rb"II\*\0|MM\0\*", "a TIFF with samples of a kind that is not read, or damaged", _CONVERT),
+    (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM", "an image whose header is damaged", _FIX),
+)
+
+
+def what_else(data: bytes) -> tuple[str, str]:
+    """Returns what is wrong with a file that does not open as an image, and what to do."""
+    for pattern, kind, fix in _OTHERS:
+        if re.match(pattern, data[:1000], re.DOTALL | re.IGNORECASE):
+            return f"the file is not an image that can be read: it is {kind}", fix
+    return "the file is not an image", _FIX
+
+
+def find_markers(data: bytes) -> dict[int, int]:
+    """Returns where the segments of a JPEG's header lie: {marker: offset behind its length}.
+
+    Empty for what is not a JPEG, or one whose header is not plain to the beginning of the pixels.
+    """
+    markers: dict[int, int] = {}
+    if data[:2] != b"\xff\xd8":
+        return markers
+    position = 2
+    while data[position : position + 1] == b"\xff" and position + 4 <= len(data):
+        marker = data[position + 1]
+        if marker == 0xDA:  # the pixels begin
+            return markers
+        if marker == 0xFF:  # a filling byte
+            position += 1
+            continue
+        markers.setdefault(marker, position + 4)
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return {}
+
+
+def cut_rows(data: bytes, markers: dict[int, int], rows: int) -> bytes:
+    """Returns the JPEG with a header that says it has only so many rows.
+
+    A decoder reads that far and passes over the rest: the upper rows are the same bits, for less.
+
+    Args:
+        data: a sequential JPEG.
+        markers: of it, by `find_markers`.
+        rows: at most those that it has.
+    """
+    place = next(markers[marker] for marker in _SEQUENTIAL if marker in markers) + 1
+    return data[:place] + rows.to_bytes(2, "big") + data[place + 2 :]
+
+
+def decode(
+    data: bytes, where: object, channels: int = 3, *, exif_orientation: bool = True
+) -> np.ndarray:
+    """Returns the upright picture, uint8 (H, W, channels).
+
+    Args:
+        data: the encoded file.
+        where: its name, for the error.
+        channels: 3 for RGB, 1 for grey.
+        exif_orientation: turn it upright by its EXIF tag.
+
+    Raises:
+        UserError: not an image, too large, damaged or cut short; `where` is in the message.
+    """
+    image = EncodedImage(data, where, channels, exif_orientation=exif_orientation)
+    return image.decode()
+
+
+def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Returns the picture (H, W, channels) turned and mirrored by its EXIF orientation, 1 to 8."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)  # 5: as it is; 6 to 8: mirrored below
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def to_pillow(pixels: np.ndarray) -> Image.Image:
+    """Returns the picture (H, W, channels) as one of Pillow's, in mode RGB or L."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Returns the PNG file of 8-bit `pixels`, (H, W) grey or (H, W, 3) RGB."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()

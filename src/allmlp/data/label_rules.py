@@ -1,0 +1,133 @@
+"""Label rules: numbers measured on images -> classes, as some benchmarks make their tasks.
+
+Three rules are enough for all of VTAB's; each gives the classes the names "0", "1", ...
+    shift    (first, classes)        the number less `first`: 3 to 10 objects are 8 classes
+    bins     (values, classes)       neighbours of 0 to values - 1: floor(n * classes / values)
+    between  (t0, t1, ..., tn)       class k for t_k < x <= t_k+1: n classes of distances
+Source: the preprocessing functions of google-research/task_adaptation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from allmlp.data.items import Source, View
+from allmlp.errors import UserError
+
+RULES = ("shift", "bins", "between")
+
+
+@dataclass(frozen=True)
+class LabelRule:
+    """How a number becomes a class.
+
+    Args:
+        rule: one of `RULES`.
+        numbers: as the module describes.
+
+    Raises:
+        UserError: there is no such rule, or these are no numbers for it.
+    """
+
+    rule: str
+    numbers: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        numbers = self.numbers
+        fits = self.rule in RULES and all(
+            isinstance(each, int | float) and math.isfinite(each) for each in numbers
+        )
+        if fits and self.rule == "between":
+            fits = len(numbers) > 2 and all(np.diff(numbers) > 0)
+        elif fits:
+            fits = len(numbers) == 2 and all(each == round(each) for each in numbers)
+            fits = fits and numbers[1] >= 2
+            fits = fits and (self.rule != "bins" or numbers[0] >= numbers[1])
+        if not fits:
+            what = f"not a label rule: {self.rule!r} of {list(numbers)}"
+            raise UserError(what, fix=f"Known: {', '.join(RULES)}")
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.numbers) - 1 if self.rule == "between" else int(self.numbers[1])
+
+    def describe(self) -> str:
+        """Returns it in words: "n - 3", "40 values in 16 bins", "cut at 0, 8, ..., 100"."""
+        listed = [f"{each:g}" for each in self.numbers]
+        if self.rule == "shift":
+            return f"n - {listed[0]}"
+        if self.rule == "bins":
+            return f"{listed[0]} values in {listed[1]} bins"
+        return f"cut at {', '.join(listed)}"
+
+    def classes_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Returns the class of each number, int64; -1 where it has none.
+
+        Args:
+            numbers: float64 (n,).
+        """
+        if self.rule == "between":
+            found = np.searchsorted(np.array(self.numbers), numbers, side="left") - 1
+        else:
+            is_whole = np.isfinite(numbers) & (numbers == np.floor(numbers))
+            whole = np.where(is_whole, numbers, -np.inf)
+            first, classes = self.numbers
+            if self.rule == "shift":
+                found = whole - first
+            else:
+                found = np.where(whole < first, np.floor(whole / (first / classes)), -1)
+        found = np.where(np.isnan(numbers), -1, found)
+        return np.where((found >= 0) & (found < self.num_classes), found, -1).astype(np.int64)
+
+
+def is_applied(rule: LabelRule, class_names: Sequence[str]) -> bool:
+    """Returns whether the classes are the rule's own already: whole numbers below their number."""
+    own = {str(each) for each in range(rule.num_classes)}
+    return set(class_names) <= own
+
+
+def apply_rule(source: Source, rule: LabelRule) -> View:
+    """Returns the same images under the classes that the rule makes of the names of their own.
+
+    Args:
+        source: whose class names are numbers, such as "9.25".
+        rule: for these.
+
+    Raises:
+        UserError: a name is no number, or a number that has no class.
+    """
+    numbers = np.array([_number(name, source.name) for name in source.class_names])
+    table = rule.classes_of(numbers)
+    wrong = [name for name, at in zip(source.class_names, table, strict=True) if at < 0]
+    if wrong:
+        what = f"the label {wrong[0]!r} has no class by the rule: {rule.describe()}"
+        fix = "Give the labels before the rule, or whole numbers from 0 that are its classes"
+        raise UserError(what, where=source.name, fix=fix)
+    names = [str(each) for each in range(rule.num_classes)]
+    return View(source.name, names, table[source.labels], source, np.arange(len(source)))
+
+
+def rule_from_json(values: Any) -> LabelRule:
+    """Returns the rule of {"rule": ..., "numbers": [...]}.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return LabelRule(values["rule"], tuple(values["numbers"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"not a label rule: {str(values)[:200]}") from error
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        what = f"the rule takes numbers, and the data has a class {text!r}"
+        raise UserError(what, where=where, fix="Choose the column of the numbers") from error

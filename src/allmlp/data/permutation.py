@@ -1,0 +1,64 @@
+"""The two fixed permutations of the paper's figure 4 (section 3.4): the same for every picture.
+
+Legend: H W pixels, P patch side, S patches.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from allmlp.preprocessing import Preprocessing
+
+
+def pixel_order(preprocessing: Preprocessing) -> np.ndarray | None:
+    """Returns where each pixel comes from, int64 (H * W,), row-major; None without a permutation.
+
+    permuted.reshape(-1)[i] is image.reshape(-1)[order[i]].
+    """
+    kind, seed = preprocessing.permutation, preprocessing.permutation_seed
+    height, width = preprocessing.image_size
+    if kind == "none":
+        return None
+    if kind == "pixels":
+        return np.random.default_rng(seed).permutation(height * width)
+    patch = preprocessing.permutation_patch
+    assert patch is not None
+    patches, inside = patch_orders(preprocessing)
+    rows, columns = height // patch, width // patch
+    # The pixel numbers as (S, P * P): a row for each patch, its pixels row by row.
+    numbers = np.arange(height * width).reshape(rows, patch, columns, patch)
+    numbers = numbers.transpose(0, 2, 1, 3).reshape(rows * columns, patch * patch)
+    permuted = numbers[patches][:, inside].reshape(rows, columns, patch, patch)
+    return permuted.transpose(0, 2, 1, 3).reshape(-1)
+
+
+def patch_orders(preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
+    """Returns where each patch (S,) and each pixel within its patch (P * P,) comes from.
+
+    Args:
+        preprocessing: with permutation "patches".
+    """
+    patch = preprocessing.permutation_patch
+    assert patch is not None
+    height, width = preprocessing.image_size
+    random = np.random.default_rng(preprocessing.permutation_seed)
+    patches = random.permutation((height // patch) * (width // patch))
+    return patches, random.permutation(patch * patch)
+
+
+@functools.lru_cache(maxsize=8)
+def _order_on(preprocessing: Preprocessing, device: torch.device) -> Tensor | None:
+    order = pixel_order(preprocessing)
+    return None if order is None else torch.from_numpy(order).to(device)
+
+
+def permute(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Returns images (N, channels, H, W) with their pixels in the order of the preprocessing."""
+    order = _order_on(preprocessing, images.device)
+    if order is None:
+        return images
+    return images.flatten(2).index_select(2, order).view_as(images)

@@ -1,0 +1,84 @@
+"""Which image at which step, and every random number of it: pure functions, no state.
+
+Training reads one endless sequence of positions: epoch after epoch, each a new permutation of all
+images. A batch is `batch_size` consecutive positions and may cross from one epoch into the next, so
+no image is left out and none comes twice before all have come once, whatever the batch size. Step n
+reads positions n * batch_size to (n + 1) * batch_size - 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+
+from allmlp.errors import UserError
+
+# What a generator is for, so that no two uses share random numbers.
+ORDER, SAMPLE, STEP = range(3)
+
+
+def generator(seed: int, use: int, *numbers: int) -> np.random.Generator:
+    """Returns the generator that belongs to (seed, use, *numbers), always the same."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, use, *numbers))))
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    """Returns the permutation of the indices 0 to num_images - 1 that the epoch reads."""
+    kind = np.uint32 if num_images <= 2**32 else np.int64  # the same order, half the memory
+    order = np.arange(num_images, dtype=kind)
+    generator(seed, ORDER, epoch).shuffle(order)
+    return order
+
+
+def locate(seed: int, position: int, num_images: int) -> tuple[int, int]:
+    """Returns (epoch, index) of a position of the endless sequence."""
+    epoch, place = divmod(position, num_images)
+    return epoch, int(epoch_order(seed, epoch, num_images)[place])
+
+
+def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """Returns the generator of everything random about one image in one epoch."""
+    return generator(seed, SAMPLE, epoch, index)
+
+
+def step_generator(seed: int, step: int) -> np.random.Generator:
+    """Returns the generator of everything random about one step (mixup, dropout masks)."""
+    return generator(seed, STEP, step)
+
+
+def batches_of_positions(
+    start: int,
+    stop: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    with_neighbour: bool = False,
+) -> Iterator[list[int]]:
+    """Yields the positions that a rank reads at each step from `start` to `stop` - 1.
+
+    The ranks share a step's batch in consecutive parts, so that all together read what one alone
+    would, in the same order.
+
+    Args:
+        start, stop: steps.
+        batch_size: images a step, over all ranks.
+        rank: of this process, from 0.
+        world_size: processes; it must divide the batch size.
+        with_neighbour: add the image before the share (in a circle over the batch), last: mixup
+            blends each image with the one before it.
+
+    Raises:
+        UserError: it does not.
+    """
+    if batch_size % world_size:
+        what = f"a batch of {batch_size} images cannot be shared equally by {world_size} processes"
+        raise UserError(what, where="batch_size", fix=f"A multiple of {world_size}")
+    share = batch_size // world_size
+    for step in range(start, stop):
+        first = step * batch_size + rank * share
+        before = [step * batch_size + (rank * share - 1) % batch_size] if with_neighbour else []
+        yield [*range(first, first + share), *before]

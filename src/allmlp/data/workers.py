@@ -1,0 +1,223 @@
+"""How worker processes start, share their batches, take signals, and how their end is noticed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from multiprocessing.queues import Queue
+from typing import Any
+
+import cv2
+import torch
+from torch import Tensor
+
+from allmlp.console import Reporter
+from allmlp.data.batches import Batch, Sample, collate
+from allmlp.errors import UserError
+
+_UNGUARDED, _UNSENT = 85, 86  # exit codes: ended by `check_guard`; a batch could not be handed over
+_PROBING = "_ALLMLP_PROBES_GUARD"
+
+NICENESS = 5  # below the process that computes: it waits for a core less, and for images as little
+
+_SHARED = "/dev/shm"  # where Linux keeps shared memory and semaphores
+_SPARE = 2**20  # bytes that batches leave free there
+_said: list[str] = []
+
+# Is called about once a second while a batch is waited for, and may raise.
+while_waiting: ContextVar[Callable[[], None]] = ContextVar("while_waiting", default=lambda: None)
+
+
+def worker_context() -> Any:
+    """Returns how worker processes start: as the user has set it, else by fork on Linux.
+
+    Python 3.14 no longer forks by default, because of threads; a worker uses none of its parent's,
+    nor its GPU, and spares a script its guard.
+    """
+    default = multiprocessing.get_all_start_methods()[0]
+    method = multiprocessing.get_start_method(allow_none=True) or default
+    if sys.platform == "linux" and method == default:
+        method = "fork"
+    return multiprocessing.get_context(method)
+
+
+def check_guard(num_workers: int | None = None) -> None:
+    """Refuses a script whose worker processes would run it again, and train too.
+
+    Where processes are not forked, each imports the script. One is started here to see where that
+    leads: without a guard to this function, again, which ends it.
+
+    Args:
+        num_workers: to be started; 0 needs no guard.
+
+    Raises:
+        UserError: the script has no guard, or no process can be started.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        if _PROBING in os.environ:
+            os._exit(_UNGUARDED)  # the main process says why
+        raise _missing_guard()  # the user's own process
+    context, is_daemon = worker_context(), multiprocessing.current_process().daemon
+    if num_workers != 0 and context.get_start_method() != "fork" and not is_daemon:
+        _probe(context)
+
+
+@functools.cache
+def _probe(context: Any) -> None:
+    os.environ[_PROBING] = "1"
+    probe = context.Process(target=os.getpid, daemon=True)
+    try:
+        with starting():
+            probe.start()
+        probe.join()
+    except (EOFError, ConnectionError) as error:  # a newer fork server imports the script itself
+        raise _missing_guard() from error
+    finally:
+        del os.environ[_PROBING]
+    if probe.exitcode == _UNGUARDED:
+        raise _missing_guard()
+    if probe.exitcode:
+        what = f"a worker process ended with code {probe.exitcode} while it imported the script"
+        raise UserError(what, where=_script(), fix="See above; or take num_workers=0")
+
+
+def _missing_guard() -> UserError:
+    what = "each worker process runs the script again from its top"
+    fix = "Guard what it does:  if __name__ == '__main__':  (or take num_workers=0)"
+    return UserError(what, where=_script(), fix=fix)
+
+
+def _script() -> str | None:
+    return getattr(sys.modules["__main__"], "__file__", None)
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Names what keeps worker processes from starting in the block.
+
+    Raises:
+        UserError: the system gives no more processes, semaphores or memory.
+    """
+    try:
+        yield
+    except ConnectionError:
+        raise
+    except OSError as error:
+        what = f"worker processes cannot be started: {error}"
+        raise UserError(what, fix="Fewer, or none: --num-workers 0") from error
+
+
+def shared_memory() -> int | None:
+    """Returns how many bytes of shared memory are free; None where the system sets no limit."""
+    if not os.path.isdir(_SHARED):
+        return None
+    return shutil.disk_usage(_SHARED).free if os.access(_SHARED, os.W_OK) else 0
+
+
+def workers_that_start(wanted: int, batch_bytes: int = 0) -> int:
+    """Returns how many workers there can be, and says what shared memory is too small for.
+
+    Args:
+        wanted: number of workers; their semaphores and tables take a page of memory each.
+        batch_bytes: of one batch; each worker has two on their way, and one is at work.
+    """
+    free = shared_memory()
+    if free is None or not wanted:
+        return wanted
+    if free < 4096 * (32 + 4 * wanted):
+        _say_once(f"{_SHARED} is full or read-only: images are decoded without worker processes")
+        return 0
+    if free < (2 * wanted + 1) * batch_bytes + _SPARE:
+        size = f"{free / 2**20:,.0f} MiB free for {2 * wanted + 1} x {batch_bytes / 2**20:,.0f}"
+        _say_once(
+            f"{_SHARED} has {size}: batches that do not fit go through pipes, which is slower"
+        )
+    return wanted
+
+
+def _say_once(text: str) -> None:
+    if not _said:
+        _said.append(text)
+        Reporter(stderr=True).say(f"note     {text}")
+
+
+def collate_and_share(samples: list[Sample]) -> Batch:
+    """Returns the samples as a batch in shared memory, or, where that is too small, outside it.
+
+    A pipe copies it then, which is slower and always works.
+    """
+    batch, free = collate(samples), shared_memory()
+    if free is None or free > batch.images.nbytes + _SPARE:
+        with contextlib.suppress(RuntimeError, OSError):  # another process has just taken it
+            batch.images.share_memory_()
+    return batch
+
+
+def start_worker(watched: Tensor, closing: Tensor, number: int) -> None:
+    """Prepares a worker process: who it is, and which signals are not meant for it.
+
+    Ctrl-C and a cluster's SIGTERM reach the whole group of processes. The main process saves the
+    run then, and needs its workers until it has; so they go on until it closes them or is gone.
+
+    Args:
+        watched: int64 (workers, 3), the table that it writes its process number and time into.
+        closing: uint8 (1,) in shared memory, not 0 once a SIGTERM is meant for the worker.
+        number: of the worker.
+    """
+    if hasattr(os, "nice"):
+        os.nice(NICENESS)
+    watched.numpy()[number] = (os.getpid(), -1, time.monotonic_ns())
+    cv2.setNumThreads(0)  # its threads do not survive the fork, and each worker has one core
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _only_our_own
+    # Where a batch cannot be sent, it would print a traceback and nobody would notice.
+    Queue._on_queue_feeder_error = _cannot_send  # pyright: ignore[reportAttributeAccessIssue]
+    if hasattr(signal, "pthread_sigmask"):
+        # A thread waits for SIGTERM: a handler would never run where the main thread hangs in C,
+        # and the main process would wait for this one for ever.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, args=(closing, os.getppid()), daemon=True).start()
+
+
+def _cannot_send(*_: object) -> None:
+    os._exit(_UNSENT)
+
+
+def could_not_send(loaded: object) -> bool:
+    """Returns whether a worker of torch's iterator ended since it could not hand over a batch."""
+    return any(each.exitcode == _UNSENT for each in getattr(loaded, "_workers", []))
+
+
+def _only_our_own(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Leaves out the traceback of the thread that was handing an image over as the run ended."""
+    if not issubclass(kind, (OSError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _end_when_told(closing: Tensor, main_process: int) -> None:
+    while True:
+        signal.sigwait({signal.SIGTERM})
+        if closing.item() or os.getppid() != main_process:
+            os._exit(128 + signal.SIGTERM)
+
+
+def raise_if_one_died(*_: object) -> None:
+    """Raises torch's RuntimeError, which names the process, where a worker has ended by itself."""
+    torch._C._error_if_any_worker_fails()
+
+
+def on_child_end(handler: Any) -> Any:
+    """Sets what happens when a child process ends; returns what happened before, or None."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if handler is None or not is_main or not hasattr(signal, "SIGCHLD"):
+        return None
+    return signal.signal(signal.SIGCHLD, handler)

@@ -1,0 +1,73 @@
+"""What a figure was measured with: versions, hardware, command, date."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shlex
+import sys
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allmlp.names import NAME
+
+_PACKAGES = (
+    *("torch", "numpy", "pillow", "simplejpeg", "opencv-python-headless"),
+    *("safetensors", "scikit-learn"),
+)
+# Named where they are installed: what runs exported files, and reads data and models of others.
+_OPTIONAL = (
+    *("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino"),
+    *("pyarrow", "datasets", "timm"),
+)
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """Returns the date, the command, the versions and the hardware, as JSON values.
+
+    Args:
+        device: that computes.
+    """
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": command(),
+        NAME: version(NAME),
+        "python": platform.python_version(),
+        "packages": packages(),
+        "platform": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+    }
+
+
+def packages() -> dict[str, str]:
+    """Returns the versions of the packages that a figure may depend on, of those that are there."""
+    found = {name: version(name) for name in _PACKAGES}
+    for name in _OPTIONAL:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def command() -> str | None:
+    """Returns what was typed, or None where no `mixer` command runs."""
+    is_command = Path(sys.argv[0]).name in ("mixer", "__main__.py")
+    return shlex.join(["mixer", *sys.argv[1:]]) if is_command else None
+
+
+def processor() -> str:
+    """Returns the name of the processor."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,102 @@
+"""L2-regularised linear regression on features, as a classifier; float64 throughout.
+
+    X   the features, less their mean over the shots, over their deviation + 1e-5, and a constant
+        feature of 100, so large that the bias it stands for is hardly regularised
+    Y   +1 at the class of a shot, -1 at the others
+    W   (X'X + l2)^-1 X'Y, which is X'(XX' + l2)^-1 Y: solved in the smaller of the dimensions
+
+One eigendecomposition serves every l2. Source: big_vision evaluators/fewshot_lsr.py.
+
+Legend: N shots, C features, K classes, M other images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from allmlp.errors import UserError
+
+BIAS_FEATURE = 100.0
+_BLOCK = 8192  # images that are scored at once
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """A linear classifier of features.
+
+    Attributes:
+        mean, std: float64 (C,), of the shots; std has the 1e-5 in it.
+        weights: float64 (C + 1, K); the last row belongs to the constant feature.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    weights: np.ndarray
+
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """Returns float64 (M, K): the larger, the likelier the class; features are (M, C)."""
+        return _standardized(features, self.mean, self.std) @ self.weights
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """Returns int64 (M,): the class of the largest score; features are (M, C)."""
+        blocks = range(0, len(features), _BLOCK)
+        parts = [self.scores(features[at : at + _BLOCK]).argmax(axis=1) for at in blocks]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def fit_linear(
+    features: np.ndarray, labels: np.ndarray, num_classes: int, l2: float = 1024.0
+) -> LinearProbe:
+    """Returns the classifier that fits the shots.
+
+    Args:
+        features: (N, C), of any floating type.
+        labels: integers (N,) in 0 .. K - 1.
+        num_classes: K.
+        l2: weight of the squared coefficients, above 0.
+
+    Raises:
+        UserError: the arrays do not fit together, a feature is not finite, or l2 is not above 0.
+    """
+    return next(fit_sweep(features, labels, num_classes, [l2]))
+
+
+def fit_sweep(
+    features: np.ndarray, labels: np.ndarray, num_classes: int, l2s: Sequence[float]
+) -> Iterator[LinearProbe]:
+    """Yields the classifier for each l2; the arguments are those of `fit_linear`."""
+    features, labels = np.asarray(features), np.asarray(labels)
+    if features.ndim != 2 or labels.shape != (len(features),) or not len(features):
+        what = f"features (N, C) and labels (N,) do not fit: {features.shape}, {labels.shape}"
+        raise UserError(what)
+    if labels.min() < 0 or labels.max() >= num_classes:
+        what = f"labels from {labels.min()} to {labels.max()}, with {num_classes} classes"
+        raise UserError(what, fix=f"Labels are from 0 to {num_classes - 1}")
+    if not np.isfinite(features).all():
+        wrong = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
+        raise UserError("a feature is not finite", where=f"row {wrong} of the features")
+    for l2 in l2s:
+        if not 0 < l2 < float("inf"):
+            raise UserError(f"l2 must be above 0 and finite, got {l2}", where="l2", fix="1024")
+    exact = features.astype(np.float64)
+    mean, std = exact.mean(axis=0), exact.std(axis=0) + 1e-5
+    x = _standardized(exact, mean, std)  # (N, C + 1)
+    y = np.full((len(x), num_classes), -1.0)
+    y[np.arange(len(x)), labels] = 1.0
+    if x.shape[0] >= x.shape[1]:
+        eigenvalues, vectors = np.linalg.eigh(x.T @ x)
+        left, right = vectors, vectors.T @ (x.T @ y)
+    else:
+        eigenvalues, vectors = np.linalg.eigh(x @ x.T)
+        left, right = x.T @ vectors, vectors.T @ y
+    eigenvalues = np.maximum(eigenvalues, 0.0)  # rounding makes some of the zeros negative
+    for l2 in l2s:
+        yield LinearProbe(mean, std, (left / (eigenvalues + l2)) @ right)
+
+
+def _standardized(features: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    x = (features.astype(np.float64) - mean) / std
+    return np.concatenate([x, np.full((len(x), 1), BIAS_FEATURE)], axis=1)

@@ -1,0 +1,305 @@
+"""How a model computes many batches without gradients: on a processor, with packed weights.
+
+torch's own dense layers bring their weights into the order in which oneDNN multiplies them at every
+call, or hand float32 products to MKL, which is slow on processors that are not Intel's. Here that
+is done once, and an MLP's GELU is computed while the product lies in the cache. The network stays
+the one that is written in its file: a copy of it has other dense layers and shares all the rest.
+It equals torch's own to rounding, needs no compiler, and is as fast as one that torch.compile
+froze (benchmarks/inference.md).
+
+Shapes: N batch, K classes, C features.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from allmlp.errors import UserError
+from allmlp.models.compute import (
+    SMALL_STEP,
+    check_bfloat16,
+    fast_precision,
+    few_threads,
+    has_fast_bfloat16,
+)
+from allmlp.models.layers import ImageClassifier
+from allmlp.models.mixer import MlpBlock, MlpMixer
+from allmlp.models.staged import Mlp
+
+# An activation above 32 MiB is given back to the system and paged in anew by glibc at every layer,
+# and falls out of the cache: 32 images of Mixer-B/16 at once were 10 % slower than 8 or 16.
+LARGEST_ACTIVATION = 24 * 2**20  # bytes
+PRECISIONS = ("float32", "bfloat16", "auto")
+# Whether a model is small goes by this many images, whatever the batch is: what a model answers to
+# an image is not to depend on how many come with it.
+_IMAGES = 8
+# The MLPs, and which of their dense layers the GELU, called "gelu", follows.
+_BEFORE_GELU: dict[type[nn.Module], str] = {MlpBlock: "dense_0", Mlp: "fc1"}
+
+
+def choose_precision(
+    model: ImageClassifier, name: str | None, default: str = "float32"
+) -> tuple[str, str]:
+    """Returns the precision of a model's products without gradients, and why.
+
+    Args:
+        model: on its device.
+        name: one of `PRECISIONS`; "auto" takes bfloat16 where the device is fast at it and the
+            model is not small. None is the default.
+        default: another of them.
+
+    Returns:
+        "float32" or "bfloat16", and the rule in words, or "chosen".
+
+    Raises:
+        UserError: no such precision, the device has no bfloat16, or the model is an exported file,
+            which has its own.
+    """
+    if getattr(model, "on_processor_only", False):
+        if name is not None:
+            what = f"precision {name!r} has no effect: an exported file has its own"
+            raise UserError(what, where="--precision", fix="Leave it out")
+        return "float32", "of the file"
+    why = "chosen" if name else "the default"
+    name = name or default
+    if name not in PRECISIONS:
+        fix = f"Known: {', '.join(PRECISIONS)}"
+        raise UserError(f"unknown precision {name!r}", where="--precision", fix=fix)
+    device = next(model.parameters()).device
+    if name == "auto":
+        return fast_precision(device, model.config.flops * _IMAGES)
+    if name == "bfloat16":
+        check_bfloat16(device)
+    return name, why
+
+
+class Inference:
+    """A model ready to compute batches without gradients, in evaluation mode.
+
+    The weights are those at the time it is made; the model itself, and its mode, stay as they are.
+
+    Args:
+        model: on its device.
+        precision: of the products, "float32" or "bfloat16"; the results are float32 either way.
+
+    Attributes:
+        packed: whether the dense layers are packed, see `can_pack`.
+        most: images that pass through the network at once; larger batches are cut.
+    """
+
+    def __init__(self, model: ImageClassifier, precision: str = "float32") -> None:
+        self.model, self.precision = model, precision
+        self.device = next(model.parameters()).device
+        has_weights = not getattr(model, "on_processor_only", False)  # an exported file has none
+        is_large = model.config.flops * _IMAGES >= SMALL_STEP
+        on_processor = self.device.type == "cpu" and has_weights
+        has_layers = on_processor and is_large and bool(packable(model))
+        self.packed = has_layers and can_pack(precision)
+        if self.packed:
+            self._network = pack(model, precision)
+        else:
+            self._network = _with_exact_head(model) if precision == "bfloat16" else model
+        self.most: int | None = None
+        widest = getattr(model.config, "widest", None)
+        if self.packed and widest:
+            width = 2 if precision == "bfloat16" else 4
+            self.most = max(1, LARGEST_ACTIVATION // (widest * width))
+
+    def few_threads(self, num_images: int) -> AbstractContextManager[None]:
+        """Returns the context in which so many images are prepared and computed."""
+        return few_threads(self.device, self.model.config.flops * num_images)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Returns the logits, float32 (N, K), on the model's device; features without a head.
+
+        Args:
+            images: float32 (N, channels, H, W), normalised, on the model's device.
+        """
+        return self._compute(self._network, images)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Returns the pooled features, float32 (N, C), on the model's device.
+
+        Args:
+            images: as of `logits`.
+        """
+        return self._compute(self._network.features, images)
+
+    @torch.inference_mode()
+    def _compute(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        half = self.precision == "bfloat16"
+        # A copy is in evaluation mode ever since it was made; to set it takes a millisecond.
+        is_copy = self._network is not self.model
+        with (
+            self.few_threads(len(images)),
+            nullcontext() if is_copy else evaluating(self._network),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=half),
+        ):
+            if self.most is None or len(images) <= self.most:
+                return function(images).float()
+            parts = images.tensor_split(math.ceil(len(images) / self.most))
+            return torch.cat([function(each).float() for each in parts])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode for the block; its own mode comes back after it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+class PackedDense(nn.Module):
+    """A dense layer whose weights lie as oneDNN multiplies them; it has no gradient.
+
+    Args:
+        dense: whose weights are taken.
+        dtype: of the products and of what it returns, float32 or bfloat16.
+        gelu: computed on the result while it lies in the cache: "tanh", or "none" as torch calls
+            the exact one; None for no GELU.
+        has_bias: False leaves the layer's bias out.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Linear,
+        dtype: torch.dtype,
+        gelu: str | None = None,
+        has_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        weight, bias = dense.weight.detach().to(dtype), dense.bias if has_bias else None
+        self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.dtype, self.gelu = dtype, gelu
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        """Returns the dense layer's result, in its own precision."""
+        after = ("none", "") if self.gelu is None else ("gelu", self.gelu)
+        return torch.ops.mkldnn._linear_pointwise(
+            x.to(self.dtype), self.weight, self.bias, after[0], [], after[1]
+        )
+
+
+class ExactDense(nn.Linear):
+    """A dense layer that stays float32 under autocast.
+
+    The head's products are few, and bfloat16 would round a logit of 10 to a 16th: two probable
+    classes become equal.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # (N, C) -> (N, K)
+        """Returns the logits, float32."""
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.float(), self.weight, self.bias)
+
+
+def packable(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Returns the dense layers that may be exchanged: the module that calls each, and its name.
+
+    Those that our own modules call, in float32 and without hooks: other code, such as timm's, may
+    read a layer's weight instead of calling it.
+    """
+    found = []
+    for module in model.modules():
+        is_ours = type(module).__module__.startswith("allmlp.")
+        for name, child in module.named_children():
+            if (
+                (is_ours or type(module) is nn.Sequential)
+                and not (module is model and name == "head")
+                and type(child) is nn.Linear
+                and child.weight.dtype == torch.float32
+                and not (child._forward_hooks or child._forward_pre_hooks)
+            ):
+                found.append((module, name))
+    return found
+
+
+def pack(model: ImageClassifier, precision: str) -> ImageClassifier:
+    """Returns a copy with packed dense layers, in evaluation mode; all else is shared.
+
+    Args:
+        model: on a processor.
+        precision: "float32" or "bfloat16", of the products.
+    """
+    network = _with_exact_head(model)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    without_effect = _biases_without_effect(network)
+    for module, name in packable(network):
+        gelu = None
+        if _BEFORE_GELU.get(type(module)) == name:
+            after = module.get_submodule("gelu")
+            assert isinstance(after, nn.GELU)
+            gelu = after.approximate
+            module.add_module("gelu", nn.Identity())
+        dense = getattr(module, name)
+        has_bias = id(dense.bias) not in without_effect
+        setattr(module, name, PackedDense(dense, dtype, gelu, has_bias))
+    return network
+
+
+def _biases_without_effect(network: ImageClassifier) -> set[int]:
+    """Returns the ids of the biases that `MixerBlock` says change no logit.
+
+    None where anything but our own blocks and their LayerNorms may read the tokens.
+    """
+    if not isinstance(network, MlpMixer) or network.config.token_mixing != "shared":
+        return set()
+    parts = (network, *network.blocks)
+    norms = sum(type(each) is nn.LayerNorm for each in network.modules())
+    if (
+        norms != 2 * len(network.blocks) + 1
+        or not all(type(each).__module__.startswith("allmlp.models.") for each in parts)
+        or any(each._forward_hooks or each._forward_pre_hooks for each in network.modules())
+    ):
+        return set()
+    return {id(block.get_parameter("token_mixing.dense_1.bias")) for block in network.blocks}
+
+
+def _with_exact_head(model: ImageClassifier) -> ImageClassifier:
+    """Returns a copy in evaluation mode that shares all tensors; its head stays float32."""
+    shared = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    network = copy.deepcopy(model, shared).eval()
+    if type(network.head) is nn.Linear and network.head.weight.dtype == torch.float32:
+        network.head.__class__ = ExactDense
+    return network
+
+
+@functools.cache
+def can_pack(precision: str) -> bool:
+    """Returns whether packed products are there, fast and right on this processor.
+
+    torch's operators for it are not part of its documented interface: their result is looked at.
+
+    Args:
+        precision: "float32" or "bfloat16".
+    """
+    if precision == "bfloat16" and not has_fast_bfloat16():
+        return False
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    dense = cast(nn.Linear, nn.utils.skip_init(nn.Linear, 64, 48))
+    random = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for each in (dense.weight, dense.bias):
+            each.copy_(torch.randn(each.shape, generator=random) / 8)
+        x = torch.randn(2, 40, 64, generator=random)
+        try:
+            exact = F.gelu(dense.double()(x.double()), approximate="tanh")
+            found = PackedDense(dense.float(), dtype, "tanh")(x)
+        except (AttributeError, RuntimeError):  # another build of torch, another processor
+            return False
+        error = (found.double() - exact).abs().max() / exact.abs().max()
+    return bool(error <= (2e-2 if precision == "bfloat16" else 1e-5))

@@ -1,0 +1,152 @@
+"""A small residual convolutional network: what a Mixer is compared with where there is no timm.
+
+It is no network of the paper, whose figure 4 has a ResNet50x1 of BiT. It has that network's habits
+at the size of small pictures: pre-activation (He et al. 2016), GroupNorm and ReLU, no biases in the
+convolutions, the mean over the last grid, a head of zeros.
+
+Shapes: N batch, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from allmlp.models.layers import ImageClassifier
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallResNetConfig:
+    """The architecture of a `SmallResNet`.
+
+    Args:
+        image_size: (H, W) in pixels, one number for a square; at least 4.
+        width: channels of the first stage, a multiple of 8; each stage has twice those before it.
+        num_stages: the grid is halved between them.
+        num_blocks: residual blocks of a stage, two 3 x 3 convolutions each.
+        num_classes: outputs of the head; 0 leaves the head out.
+        in_channels: channels of the input images.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    image_size: tuple[int, int] = (32, 32)
+    width: int = 32
+    num_stages: int = 3
+    num_blocks: int = 2
+    num_classes: int = 1000
+    in_channels: int = 3
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", (self.image_size, self.image_size))
+        for name in ("width", "num_stages", "num_blocks", "in_channels"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.width % 8:
+            raise ValueError(f"width must be a multiple of 8, got {self.width}")
+        if not isinstance(self.num_classes, int) or self.num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0, got {self.num_classes}")
+        least = 2 ** (self.num_stages - 1)
+        if min(self.image_size) < least:
+            height, width = self.image_size
+            what = f"{self.num_stages} stages need at least {least} pixels a side"
+            raise ValueError(f"{what}, got {height}x{width}")
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each stage."""
+        return [self.width * 2**stage for stage in range(self.num_stages)]
+
+    @property
+    def hidden_dim(self) -> int:
+        """Channels of the last stage, which the head reads."""
+        return self.widths[-1]
+
+    @property
+    def flops(self) -> int:
+        """Operations of one image, a multiply-add counted as two; norms and ReLU left out."""
+        height, width = self.image_size
+        total = height * width * 9 * self.in_channels * self.width
+        before = self.width
+        for stage, dim in enumerate(self.widths):
+            if stage:  # the first block halves the grid, rounded up
+                height, width = -(-height // 2), -(-width // 2)
+            area = height * width
+            total += area * 9 * dim * (before + (2 * self.num_blocks - 1) * dim)
+            total += area * before * dim if stage else 0
+            before = dim
+        return 2 * (total + before * self.num_classes)
+
+    def summary(self) -> str:
+        """Returns the shape in a few words: "small ResNet, 3 stages of 2 blocks, 32 channels"."""
+        stages = f"{self.num_stages} stages of {self.num_blocks} blocks"
+        return f"small ResNet, {stages}, {self.width} channels"
+
+
+def _convolution(before: int, after: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, ReLU, convolution, twice, and a skip connection around them."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.norm_0 = nn.GroupNorm(8, before)
+        self.conv_0 = _convolution(before, after, stride)
+        self.norm_1 = nn.GroupNorm(8, after)
+        self.conv_1 = _convolution(after, after)
+        is_same = before == after and stride == 1
+        self.shortcut = None if is_same else nn.Conv2d(before, after, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C', H / stride, W / stride)
+        y = F.relu(self.norm_0(x))
+        if self.shortcut is not None:
+            x = self.shortcut(y).to(x.dtype)  # under autocast the stream stays float32
+        y = F.relu(self.norm_1(self.conv_0(y)))
+        return x + self.conv_1(y)
+
+
+class SmallResNet(ImageClassifier):
+    """A stem, stages of residual blocks, GroupNorm and ReLU, the mean over the grid, a head."""
+
+    config: SmallResNetConfig
+
+    def __init__(self, config: SmallResNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.width, *config.widths]
+        blocks = []
+        for stage, (before, after) in enumerate(itertools.pairwise(widths)):
+            blocks.append(ResidualBlock(before, after, 2 if stage else 1))
+            blocks += [ResidualBlock(after, after, 1) for _ in range(config.num_blocks - 1)]
+        self.stem = _convolution(config.in_channels, config.width)
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.GroupNorm(8, widths[-1])
+        self.head = nn.Linear(widths[-1], config.num_classes) if config.num_classes else None
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Draws new weights: He-normal convolutions, a zero head."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def features(self, images: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, C)
+        """Returns the mean over the last grid, which the head reads.
+
+        Raises:
+            ValueError: the images have another size or other channels than the model.
+        """
+        self.check_images(images)
+        x = self.stem(images).to(self.norm.weight.dtype)
+        return F.relu(self.norm(self.blocks(x))).mean(dim=(2, 3))

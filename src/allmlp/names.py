@@ -1,0 +1,25 @@
+"""The name of this package, and the one that its files carried before version 0.2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+NAME, OLD_NAME = "allmlp", "mlp_mixer"
+
+Value = TypeVar("Value")
+
+
+def is_format(found: object, expected: str) -> bool:
+    """Whether a file's format is the expected one, under the present name or the old one."""
+    return found in (expected, expected.replace(NAME, OLD_NAME))
+
+
+def own_entry(entries: Mapping[str, Value]) -> Value | None:
+    """Returns the entry of a file's header that carries our name, the present one or the old."""
+    return entries.get(NAME, entries.get(OLD_NAME))
+
+
+def extra(name: str) -> str:
+    """Returns the command that installs an optional group of dependencies."""
+    return f"pip install '{NAME}[{name}]'"

@@ -1,0 +1,204 @@
+"""The model card: what best/README.md says, written from the run."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from allmlp.data.hub_dataset import PREFIX
+from allmlp.data.source_names import parse_name
+from allmlp.evaluation.accuracy import Evaluation
+from allmlp.evaluation.throughput import count_parameters, flops_text
+from allmlp.models.catalog import architecture_name, config_to_json
+from allmlp.models.layers import ImageClassifier
+from allmlp.models.mixer import MixerConfig
+from allmlp.models.timm_model import TimmConfig
+from allmlp.training.config import TrainConfig
+from allmlp.training.cost import planned
+from allmlp.training.dataset import Splits
+from allmlp.weights.checkpoints import find_checkpoint
+
+# A family -> its name and its paper.
+_FAMILIES = {
+    "mixer": ("MLP-Mixer", "Tolstikhin et al. 2021, arXiv 2105.01601"),
+    "cycle_mlp": ("CycleMLP", "Chen et al. 2022, arXiv 2107.10224"),
+    "vision_permutator": ("Vision Permutator", "Hou et al. 2022, arXiv 2106.12368"),
+    "small_resnet": ("Small ResNet", "pre-activation as in He et al. 2016, arXiv 1603.05027"),
+}
+
+_CARD = """---
+{header}
+---
+
+# {title}
+
+{architecture}, {summary}: {parameters:,} parameters, {flops} an image.
+Input: {height}x{width} pixels.
+It tells apart {num_classes} classes: {classes}.
+
+## Accuracy
+
+| images | split | top-1 | top-5 | loss |
+| ---: | --- | ---: | ---: | ---: |
+{results}
+
+{chosen}
+
+## Use
+
+In this folder, with the package allmlp installed ("." is the folder; elsewhere give its path, or
+hf:owner/name once it lies on the hub):
+
+```python
+import allmlp as am
+
+for prediction in am.predict(".", ["photo.jpg"]):
+    print(prediction.path, prediction.classes)
+```
+
+```
+mixer predict . photo.jpg
+```
+
+Images of any size and mode are turned upright and prepared as the model carries along:
+{preprocessing}.
+
+## Training
+
+Recipe `{recipe}`, seed {seed}: {length} of {train:,} images in batches of {batch};
+{start}{optimizer}, learning rate {rate:g}, weight decay {decay:g}.
+Every setting is in the run's `config.json`.
+
+## Limits
+
+It has only ever seen the images named above: for pictures of another kind, from another camera or
+of other classes its answers mean nothing, and its probabilities are not calibrated.
+
+Architecture: {architecture}, {paper}.
+
+Licence: the code that made it, allmlp, is Apache-2.0. That of these weights is for whoever
+trained them to choose, and depends on the images{begun}.
+"""
+
+
+def model_card(
+    model: ImageClassifier,
+    config: TrainConfig,
+    splits: Splits,
+    validation: Evaluation | None,
+    test: Evaluation | None,
+) -> str:
+    """Returns the text of the card, in Markdown with the header that model hubs read.
+
+    It names no path of this machine: the folder is there to be given away.
+    """
+    data = config.data.source
+    base = parse_name(data).base
+
+    def public(name: str) -> str:
+        called = base if base.startswith(PREFIX) else os.path.basename(os.path.abspath(base))
+        return called + name.removeprefix(base) if name.startswith(base) else name
+
+    evaluations = [evaluation for evaluation in (validation, test) if evaluation is not None]
+    rows = [
+        f"| {len(each.labels):,} | {public(each.data)} | {each.top1:.2%} | "
+        f"{'-' if each.top5 is None else f'{each.top5:.2%}'} | {each.loss:.4f} |"
+        for each in evaluations
+    ]
+    chosen = "The weights are those of the best validation accuracy;\n"
+    if splits.validation is None:
+        chosen = "The weights are those of the last step;\n"
+    if splits.test:
+        chosen += "the test images are looked at once, at the end."
+    elif splits.validation is not None:
+        chosen += "there were no test images, so expect somewhat less on new ones."
+    else:
+        chosen += "all images were trained on, and none is left to measure the accuracy by."
+    names = splits.train.class_names
+    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    height, width = model.config.image_size
+    assert model.preprocessing is not None
+    family, architecture, paper = _architecture(model)
+    title = f"{architecture} on {public(data)}"
+    weights = config.model.weights
+    known = None if weights is None else find_checkpoint(weights)
+    begun = "" if weights is None else f" and on the weights that it began with, {_name(weights)}"
+    if known is not None:
+        begun += f" ({known.licence})"
+    results = [
+        {
+            "task": {"type": "image-classification"},
+            "dataset": {"name": public(each.data), "type": public(base)},
+            "metrics": [{"type": "accuracy", "name": "top-1", "value": round(each.top1, 6)}],
+        }
+        for each in evaluations
+    ]
+    header = {
+        "library_name": "allmlp",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", family],
+        "datasets": [_on_hub(base)] if base.startswith(PREFIX) else None,
+        "base_model": None if weights is None else _base_model(weights),
+        "metrics": ["accuracy"] if evaluations else None,
+        "model-index": [{"name": title, "results": results}] if results else None,
+    }
+    lines = [f"{key}: {json.dumps(value)}" for key, value in header.items() if value]
+    return _CARD.format(
+        header="\n".join([*lines, "# license: not stated; see the end of this page"]),
+        title=title,
+        architecture=architecture,
+        paper=paper,
+        begun=begun,
+        parameters=count_parameters(model),
+        flops=flops_text(model.config.flops),
+        summary=model.config.summary(),
+        height=height,
+        width=width,
+        num_classes=len(names),
+        classes=shown,
+        results="\n".join(rows),
+        chosen=chosen,
+        preprocessing=model.preprocessing.summary(),
+        recipe=config.recipe,
+        seed=config.seed,
+        length=planned(config),
+        start="" if weights is None else f"from the weights {_name(weights)};\n",
+        train=len(splits.train),
+        batch=config.batch_size,
+        optimizer=config.optimizer.name,
+        rate=config.optimizer.learning_rate,
+        decay=config.optimizer.weight_decay,
+    )
+
+
+def _architecture(model: ImageClassifier) -> tuple[str, str, str]:
+    """The hub's tag of a model's family, the name of its architecture, and the paper."""
+    config = model.config
+    if isinstance(config, TimmConfig):
+        return "timm", config.name, "as timm has it, whose documentation names the paper"
+    name, paper = _FAMILIES[config_to_json(config)["family"]]
+    tag = name.lower().replace(" ", "-")
+    if isinstance(config, MixerConfig) and config.variant:
+        paper += f", changed as in its appendix A.1: {config.variant}"
+        name += " variant"
+    known = architecture_name(config)
+    return tag, f"{name} {known}" if known else name, paper
+
+
+def _name(weights: str) -> str:
+    """What trained weights are called elsewhere: of a path its last part."""
+    if weights.startswith(("hf:", "timm:")):
+        return weights
+    return os.path.basename(os.path.normpath(weights).removesuffix(f"{os.sep}best"))
+
+
+def _base_model(weights: str) -> str | None:
+    """The owner/name of weights that lie on the hub."""
+    known = find_checkpoint(weights)
+    if weights.startswith("timm:"):
+        return f"timm/{weights.removeprefix('timm:')}"
+    return _on_hub(weights) if weights.startswith(PREFIX) else known and known.hub
+
+
+def _on_hub(name: str) -> str:
+    return name.removeprefix(PREFIX).partition("@")[0]

@@ -1,0 +1,239 @@
+"""The three splits of a run and what is done to a training picture."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from allmlp.data.augment import padded_crop, random_erasing, warp
+from allmlp.data.drop_list import read_drop_list, without
+from allmlp.data.fingerprint import image_key
+from allmlp.data.image import DARK, EncodedImage
+from allmlp.data.items import (
+    BadImage,
+    Source,
+    random_subset,
+    split_by_class,
+    subset,
+    unreadable,
+)
+from allmlp.data.randaugment import randaugment
+from allmlp.data.sources import notes_of, open_splits
+from allmlp.data.transforms import flip, inception_crop, random_crop, resize_for_evaluation
+from allmlp.errors import UserError, plural
+from allmlp.preprocessing import Preprocessing
+from allmlp.training.settings import AugmentSettings, DataSettings
+
+# Headers are read before a run starts; of a larger set only so many, evenly spaced.
+MOST_CHECKED = 5_000
+_MOST_DECODED = 32  # of those with 16 bits a sample
+_FREE = 5  # bad images that stop no run, however few there are in all
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The images of a run.
+
+    Attributes:
+        train, validation: to learn from and to choose by; no validation keeps the last weights.
+        test: to measure once at the end; None where the data has none.
+        held_out: whether validation was held out of the training images.
+        bad: the training images whose header cannot be read.
+        notes: what else was done to the data, a line each.
+        keys: by which the run knows its training images again, see `image_key`; of up to 5,000.
+    """
+
+    train: Source
+    validation: Source | None
+    test: Source | None
+    held_out: bool
+    bad: list[BadImage]
+    notes: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+
+    def describe(self) -> list[str]:
+        """Returns the lines that say what was found."""
+        names = self.train.class_names
+        counts = np.bincount(self.train.labels, minlength=len(names))
+        few, many = int(counts.argmin()), int(counts.argmax())
+        origin = "held out of the training images" if self.held_out else "the data's own"
+        parts = [f"{plural(len(self.train), 'image')} to train"]
+        if self.validation is None:
+            parts.append("none to validate")
+        else:
+            parts.append(f"{len(self.validation):,} to validate ({origin})")
+        parts.append(f"{len(self.test):,} to test" if self.test else "none to test")
+        lines = [
+            f"{', '.join(parts)}; {plural(len(names), 'class')}",
+            f"training images a class: {counts[few]:,}"
+            + ("" if few == many else f" ({names[few]}) to {counts[many]:,} ({names[many]})"),
+        ]
+        lines += self.notes
+        for split in (self.validation, self.test):
+            if split is not None:
+                present = set(np.unique(split.labels).tolist())
+                absent = [name for at, name in enumerate(names) if at not in present]
+                if absent:
+                    lines.append(f"{split.name} has no image of {', '.join(absent[:8])}")
+        if self.bad:
+            some = f"{len(self.bad):,} of {plural(len(self.train), 'training image')}"
+            lines.append(f"warning: {some} cannot be read and are skipped: {self.bad[0].name} ...")
+        return lines
+
+
+def open_training_data(settings: DataSettings) -> Splits:
+    """Returns the splits that a run uses, of which it looks at the headers of the images.
+
+    Raises:
+        UserError: as `split_data`, or too many images are unreadable.
+    """
+    splits, keys = split_data(settings), []
+    bad = check_readable(splits.train, settings.max_bad, keys)
+    for other in (splits.validation, splits.test):
+        if other is not None:
+            check_readable(other, settings.max_bad)
+    return replace(splits, bad=bad, keys=keys, notes=[*splits.notes, *_dark(splits.train)])
+
+
+def split_data(settings: DataSettings) -> Splits:
+    """Returns the splits that a run uses; validation is held out of train where the data has none.
+
+    Raises:
+        UserError: the data is not there, or a class is empty.
+    """
+    if not settings.source:
+        what = "the recipe needs data"
+        raise UserError(what, where="--data", fix="--data FOLDER, with FOLDER/train/<class>/*.jpg")
+    splits = open_splits(settings.source)
+    if "train" not in splits:
+        known = ", ".join(splits)
+        fix = f"Known there: {known}. Give a pattern or a folder that has both"
+        raise UserError("the data has no train split", where=settings.source, fix=fix)
+    notes = notes_of(splits)
+    if settings.without is not None:
+        drops, before = read_drop_list(settings.without), sum(map(len, splits.values()))
+        for name in splits.keys() - {"test"}:  # what is measured at the end stays whole
+            splits[name] = without(splits[name], drops, name)
+        left_out = before - sum(map(len, splits.values()))
+        notes.append(f"left out {plural(left_out, 'image')} by {settings.without}")
+    train: Source = splits["train"]
+    validation: Source | None = splits.get("validation")
+    held_out = validation is None and settings.holdout != 0.0
+    if len(train.class_names) < 2:
+        what = f"there is only one class, {train.class_names[0]!r}; a classifier needs two"
+        raise UserError(what, where=settings.source)
+    if held_out:
+        kept, chosen = split_by_class(train.labels, settings.holdout or 0.1, seed=0)
+        if len(chosen) == 0:
+            what = "no class has two images, so that none can be held out for validation"
+            raise UserError(what, where=settings.source, fix="Add images or a val/ folder")
+        validation = subset(train, chosen, f"{settings.source}:held-out")
+        train = subset(train, kept, f"{settings.source}:train")
+    elif settings.holdout == 0.0:
+        validation = None
+    elif settings.holdout is not None:
+        what = f"holdout {settings.holdout} has no effect: the data has validation images"
+        raise UserError(what, where=settings.source, fix="Leave it out")
+    if settings.fraction < 1.0:
+        total = len(train)
+        train = random_subset(train, settings.fraction, settings.fraction_seed)
+        notes.append(f"{len(train):,} of {plural(total, 'training image')}, drawn at random")
+    return Splits(train, validation, splits.get("test"), held_out, [], notes)
+
+
+def _dark(source: Source) -> list[str]:
+    """The note on 16-bit images whose values have fewer bits and are nearly black, if so."""
+    brightest: list[int] = []
+    for index in range(0, len(source), len(source) // _MOST_DECODED + 1):
+        with contextlib.suppress(UserError):  # told elsewhere
+            found = EncodedImage(source.read(index), source.item_name(index)).brightest()
+            brightest += [] if found is None else [found]
+    if not brightest or max(brightest) > DARK:
+        return []
+    what = f"16-bit images whose brightest sample is {max(brightest):,} of 65,535"
+    looked = f"{len(brightest)} looked at"
+    return [f"{what} ({looked}): nearly black as 8 bits; mixer data check says more"]
+
+
+def check_readable(source: Source, most: float, keys: list[str] | None = None) -> list[BadImage]:
+    """Returns the images whose header cannot be read, and adds the keys of the others to a list.
+
+    Raises:
+        UserError: there are too many of them, see `refuse_too_many`.
+    """
+    step = -(-len(source) // MOST_CHECKED)
+    checked = source
+    if step > 1:
+        checked = subset(source, np.arange(0, len(source), step), source.name)
+    bad = unreadable(
+        checked, None if keys is None else lambda encoded: keys.append(image_key(encoded))
+    )
+    refuse_too_many(bad, checked, most)
+    return [replace(each, index=each.index * step) for each in bad]
+
+
+def refuse_too_many(bad: list[BadImage], source: Source, most: float) -> None:
+    """Refuses data of which more images are bad than the share `most`, and more than 5 or half.
+
+    A class with nothing but bad images is refused too, unless the share allows that many.
+
+    Raises:
+        UserError: names some of the images.
+    """
+    of = len(source)
+    if len(bad) <= most * of:
+        return
+    free = min(_FREE, (of - 1) // 2) if most else 0
+    counts, labels = np.bincount(source.labels), source.labels[[each.index for each in bad]]
+    emptied = np.flatnonzero((np.bincount(labels, minlength=len(counts)) == counts) & (counts > 0))
+    if len(bad) <= free and not len(emptied):
+        return
+    named = "\n  ".join(f"{each.name}: {each.what}" for each in bad[:5])
+    more = f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
+    share, enough = len(bad) / of, max(0.1, math.ceil(10 * len(bad) / of) / 10)
+    limit = f"the limit is {most:.1%}" + (f" or {free} images" if free > most * of else "")
+    if len(bad) <= free:
+        limit = f"they are all images of the class {source.class_names[emptied[0]]!r}"
+    raise UserError(
+        f"{len(bad)} of {of:,} images cannot be decoded ({share:.1%}, {limit}):\n  {named}{more}",
+        fix=f"Fix or remove them, or allow more: --max-bad {enough:g}",
+    )
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to one training picture, with its own random numbers."""
+
+    settings: AugmentSettings
+    preprocessing: Preprocessing
+
+    def __call__(self, image: EncodedImage, random: np.random.Generator) -> np.ndarray:
+        settings = self.settings
+        if settings.crop == "inception":
+            size = self.preprocessing.image_size
+            pixels = inception_crop(image, size, random, settings.crop_area)
+        elif settings.crop == "random":
+            pixels = random_crop(image.decode(), self.preprocessing, random)
+        else:
+            pixels = resize_for_evaluation(image.decode(), self.preprocessing)
+            if settings.crop == "padded":
+                pixels = padded_crop(pixels, random, settings.crop_padding)
+        if settings.flip:
+            pixels = flip(pixels, random)
+        strengths = {
+            "rotate": settings.rotate,
+            "scale": settings.scale,
+            "shear": settings.shear,
+            "shift": settings.shift,
+            "elastic": settings.elastic,
+        }
+        if any(strengths.values()):
+            pixels = warp(pixels, random, **strengths)
+        if settings.randaugment is not None:
+            pixels = randaugment(pixels, settings.randaugment, random, settings.randaugment_layers)
+        if settings.erasing:
+            pixels = random_erasing(pixels, random, settings.erasing)
+        return pixels

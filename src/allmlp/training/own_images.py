@@ -1,0 +1,136 @@
+"""Which of some images a run was trained on, and which it held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from allmlp.data.fingerprint import image_key, is_fingerprint_of
+from allmlp.data.items import Source
+from allmlp.data.source_names import SourceName, parse_name
+from allmlp.data.sources import open_source, open_splits
+from allmlp.disk import parse_json
+from allmlp.errors import UserError
+from allmlp.evaluation.accuracy import Evaluation
+from allmlp.training.config import TrainConfig
+from allmlp.training.dataset import MOST_CHECKED, Splits, split_data
+from allmlp.training.resume import config_of
+from allmlp.training.run_folder import TRAINING_IMAGES
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Images to measure a model on.
+
+    Attributes:
+        source: the images.
+        are_held_out: whether they are those that the model's run held out.
+        trained_on: how many of them the run was trained on; None where that is not known.
+        notes: what the figures hide, a line each.
+    """
+
+    source: Source
+    are_held_out: bool = False
+    trained_on: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def describe(self, result: Evaluation) -> Evaluation:
+        """Returns the result of the measurement, which now says what was measured."""
+        result.are_held_out, result.trained_on = self.are_held_out, self.trained_on
+        result.notes = list(self.notes)
+        return result
+
+
+def open_measured(model: str | None, name: str, *, count: bool = True) -> Measured:
+    """Returns the images that a name of data means to a model: `open_source`, but for two things.
+
+    Where its run held images out of data that has no validation split, they are the validation
+    images of that data, also of the name without a split if there are no test images. And it is
+    said how many of the images the run was trained on.
+
+    Args:
+        model: the path that it was loaded from.
+        name: of the data.
+        count: look at up to 5,000 of the images for those that the run was trained on.
+
+    Raises:
+        UserError: there is no such data or no such split.
+    """
+    run = _run_of(model)
+    if run is None:
+        return Measured(open_source(name))
+    path, config = run
+    own = _own_splits(path, config, name)
+    if own is not None and own.validation is not None:
+        return Measured(own.validation, are_held_out=True, trained_on=0)
+    source = open_source(name)
+    if not count:
+        return Measured(source)
+    found = _count(path, source)
+    if found is None:
+        note = "which of these images the run was trained on is not known: an older version made it"
+        return Measured(source, notes=(note,))
+    number, about = found
+    note = f"{about}{number:,} of {len(source):,} images were trained on"
+    return Measured(source, trained_on=number, notes=(note,) if number else ())
+
+
+def _run_of(model: str | None) -> tuple[Path, TrainConfig] | None:
+    """The run that weights come from: of its folder, of best/ in it, or of a study's folder."""
+    path = Path(model or "").expanduser()
+    if model is None or not path.exists():
+        return None
+    path = path.parent if path.is_file() else path
+    path = path.parent if path.absolute().name == "best" else path
+    try:
+        study = parse_json((path / "finetune.json").read_bytes())
+        path /= f"seed-{study['seeds'][0]}"
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        pass  # no study
+    try:
+        return path, config_of(path)
+    except UserError:
+        return None
+
+
+def _own_splits(path: Path, config: TrainConfig, name: str) -> Splits | None:
+    """The run's splits, where the name means the images that it held out."""
+    asked, own = parse_name(name), parse_name(config.data.source)
+    if asked.part is not None or asked.split not in (None, "validation"):
+        return None
+    whole = replace(asked, split=None)
+    there = open_splits(_text(whole))
+    if "validation" in there or (asked.split is None and "test" in there):
+        return None
+    moved = replace(own, base=asked.base, options=asked.options or own.options)
+    try:
+        splits = split_data(replace(config.data, source=_text(moved)))
+        known = parse_json((path / "environment.json").read_bytes())["data"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):  # other data, or nothing is known
+        return None
+    return splits if splits.held_out and is_fingerprint_of(known, splits.train) else None
+
+
+def _text(name: SourceName) -> str:
+    return name.source + (f":{name.split}{name.part or ''}" if name.split else "")
+
+
+def _count(path: Path, source: Source) -> tuple[int, str] | None:
+    """How many of the images the run was trained on, and "about " where not all were looked at."""
+    try:
+        keys = (path / TRAINING_IMAGES).read_text("ascii").split()
+        known = parse_json((path / "environment.json").read_bytes())["data"]
+        total = int(known["training_images"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    own, found = set(keys), 0
+    looked_at = range(0, len(source), -(-len(source) // MOST_CHECKED))
+    for index in looked_at:
+        try:
+            found += image_key(source.read(index)) in own
+        except UserError:
+            continue  # told of as a bad image
+    if max(total, len(source)) <= MOST_CHECKED:
+        return found, ""
+    scale = len(source) / len(looked_at) * total / max(1, len(keys))
+    return min(len(source), round(found * scale)), "about "

@@ -1,0 +1,76 @@
+"""SIGTERM and Ctrl-C: the run saves at the end of its step; a second signal ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any, NoReturn
+
+from allmlp.data.workers import while_waiting
+
+# torchrun passes on a signal that its whole process group has received already.
+_SAME_SIGNAL = 3.0  # seconds
+
+
+class NoBatchCame(Exception):
+    """A signal came while a batch was waited for, which may never come."""
+
+
+class StopRequest:
+    """Notices SIGTERM and SIGINT while its block runs.
+
+    A loader that waits for a batch then raises `NoBatchCame`.
+
+    Args:
+        saves: whether the run keeps checkpoints, for what is said.
+
+    Attributes:
+        signal: the number of the signal that came, 0 for none.
+    """
+
+    def __init__(self, *, saves: bool = True) -> None:
+        self.signal, self.saves = 0, saves
+        self._came = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._notice)
+        self._token = while_waiting.set(self._stop_waiting)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while_waiting.reset(self._token)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _stop_waiting(self) -> None:
+        if self.signal:
+            raise NoBatchCame
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self._came = number, now
+            what = b"the run saves" if self.saves else b"the run stops"
+            os.write(2, b"\nstopping: " + what + b" at the end of this step\n")
+        elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._came > _SAME_SIGNAL:
+            os.write(2, b"\nstopped at once; the last checkpoint counts\n")
+            os._exit(128 + number)
+
+
+def end(number: int) -> NoReturn:
+    """Ends the run as the signal would have: KeyboardInterrupt, or exit code 143.
+
+    Raises:
+        KeyboardInterrupt: the signal is SIGINT.
+        SystemExit: any other, with 128 + its number.
+    """
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)

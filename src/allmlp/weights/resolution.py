@@ -1,0 +1,181 @@
+"""Trained weights at another image size: the paper's block-diagonal growth, and any other size.
+
+Only the token-mixing MLPs depend on the number of patches. Their weights are pictures on the grid
+of patches: a hidden unit reads a picture of incoming weights and writes one of outgoing weights.
+
+block-diagonal  (section 3 and appendix C of the paper; both sides grow by whole numbers)
+    The image is cut into K_h x K_w tiles of the old size, and every tile has its own copy of the
+    old token-mixing MLP: S and D_S grow by K_h * K_w. Right after it
+        logits(large image) = mean over its tiles of the old logits(tile).
+    Tokens are row-major over the whole grid and not tile after tile, so the blocks are permuted.
+
+resample  (any size, larger or smaller; D_S stays)
+    The tokens of the new grid are resized to the old one, mixed there, and what the MLP adds is
+    resized back. Both resizings are linear maps A (new to old) and B (old to new) whose rows sum
+    to one, so they become part of the weights: W_0 A, B W_1, B b_1. Right after it
+        token mixing(x) = B . old token mixing(A . x)
+    and constant pictures excite the hidden units exactly as before. With "nearest" and a whole
+    factor, the logits of a grid in which every token is repeated are those of the old grid.
+
+Shapes: D hidden units of the token-mixing MLP, (h, w) the old grid, (H, W) the new one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from allmlp.errors import UserError
+from allmlp.models.compute import refuse_if_too_large
+from allmlp.models.mixer import MixerConfig
+
+Growth = Literal["auto", "block-diagonal", "resample"]
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+GROWTHS = ("auto", "block-diagonal", "resample")
+Tensors = dict[str, Tensor]
+
+
+def resize_tokens(
+    tensors: Tensors,
+    config: MixerConfig,
+    image_size: tuple[int, int],
+    growth: Growth = "auto",
+    interpolation: Interpolation = "nearest",
+) -> tuple[MixerConfig, str]:
+    """Changes a Mixer's tensors, in place, to those of another image size.
+
+    Args:
+        tensors: by our names, as `model.state_dict()` has them; only those of the token-mixing
+            MLPs are replaced, one after the other.
+        config: the architecture that they belong to.
+        image_size: (H, W) in pixels of the new model.
+        growth: "block-diagonal", "resample", or "auto": block-diagonal where both sides grow by
+            whole numbers, else resample.
+        interpolation: of "resample".
+
+    Returns:
+        The new architecture, and which growth was used in words.
+
+    Raises:
+        UserError: the patch does not divide the size, the growth is unknown, or block-diagonal
+            growth does not lead to that size.
+    """
+    if growth not in GROWTHS:
+        raise UserError(f"unknown growth {growth!r}", fix=f"Known: {', '.join(GROWTHS)}")
+    if not config.is_plain:
+        what = f"this variant ({config.summary()}) cannot be brought to another image size"
+        fix = "Only the paper's own token mixing has a rule for that; train it at that size"
+        raise UserError(what, fix=fix)
+    try:
+        resized = dataclasses.replace(config, image_size=image_size)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    factors = _whole_factors(config.grid, resized.grid)
+    tiles = factors[0] * factors[1] if factors is not None and growth != "resample" else 1
+    size = 2 * config.num_blocks * resized.num_tokens * tiles * config.tokens_mlp_dim
+    refuse_if_too_large(size, f"token mixing at {image_size[0]}x{image_size[1]} pixels")
+    if growth == "block-diagonal" and factors is None:
+        old, new = ("x".join(map(str, each)) for each in (config.grid, resized.grid))
+        raise UserError(
+            f"block-diagonal growth multiplies each side by a whole number; {old} patches do not "
+            f"become {new} in this way",
+            fix="--growth resample (or auto) takes any size",
+        )
+    if factors is not None and growth != "resample":
+        grow_block_diagonal(tensors, config, factors)
+        grown = dataclasses.replace(resized, tokens_mlp_dim=tiles * config.tokens_mlp_dim)
+        return grown, f"block-diagonal, {factors[0]}x{factors[1]} tiles"
+    resample(tensors, config, resized.grid, interpolation)
+    return resized, f"resampled ({interpolation})"
+
+
+def _whole_factors(old: tuple[int, int], new: tuple[int, int]) -> tuple[int, int] | None:
+    if new[0] % old[0] or new[1] % old[1]:
+        return None
+    return new[0] // old[0], new[1] // old[1]
+
+
+def grow_block_diagonal(tensors: Tensors, config: MixerConfig, factors: tuple[int, int]) -> None:
+    """Gives each of K_h x K_w tiles its own copy of the token-mixing MLPs, in place.
+
+    Args:
+        tensors: by our names.
+        config: the architecture that they belong to.
+        factors: (K_h, K_w), tiles in a column and in a row.
+    """
+    (high, wide), (h, w), units = factors, config.grid, config.tokens_mlp_dim
+    num_tiles, num_tokens = high * wide, high * h * wide * w
+    for block in range(config.num_blocks):
+        name = f"blocks.{block}.token_mixing"
+        incoming = tensors.pop(f"{name}.dense_0.weight").view(units, h, w)
+        outgoing = tensors.pop(f"{name}.dense_1.weight").view(h, w, units)
+        # The new grid's rows are (tile row, row in the tile), its columns likewise: written into
+        # this view, the blocks land where row-major order over the whole grid wants them.
+        grown_in = incoming.new_zeros(num_tiles, units, high, h, wide, w)
+        grown_out = outgoing.new_zeros(high, h, wide, w, num_tiles, units)
+        for row in range(high):
+            for column in range(wide):
+                tile = row * wide + column
+                grown_in[tile, :, row, :, column, :] = incoming
+                grown_out[row, :, column, :, tile, :] = outgoing
+        bias = tensors[f"{name}.dense_1.bias"].view(h, w)
+        tensors[f"{name}.dense_0.weight"] = grown_in.view(num_tiles * units, num_tokens)
+        tensors[f"{name}.dense_0.bias"] = tensors[f"{name}.dense_0.bias"].repeat(num_tiles)
+        tensors[f"{name}.dense_1.weight"] = grown_out.view(num_tokens, num_tiles * units)
+        tensors[f"{name}.dense_1.bias"] = bias.repeat(high, wide).view(num_tokens)
+
+
+def resample(
+    tensors: Tensors, config: MixerConfig, grid: tuple[int, int], interpolation: Interpolation
+) -> None:
+    """Resizes the weight pictures of the token-mixing MLPs to another grid of patches, in place.
+
+    Args:
+        tensors: by our names.
+        config: the architecture that they belong to.
+        grid: (H, W), the new grid.
+        interpolation: "nearest", or "bilinear" and "bicubic" with antialiasing.
+    """
+    (h, w), units, num_tokens = config.grid, config.tokens_mlp_dim, grid[0] * grid[1]
+    rows_in, columns_in = (
+        resizing(new, old, interpolation) for new, old in zip(grid, (h, w), strict=True)
+    )
+    rows_out, columns_out = (
+        resizing(old, new, interpolation) for new, old in zip(grid, (h, w), strict=True)
+    )
+    for block in range(config.num_blocks):
+        name = f"blocks.{block}.token_mixing"
+        incoming = tensors.pop(f"{name}.dense_0.weight").view(units, h, w)
+        outgoing = tensors.pop(f"{name}.dense_1.weight").view(h, w, units)
+        bias = tensors.pop(f"{name}.dense_1.bias").view(h, w)
+        # In float64, so that the rounding of the maps does not add to that of the model.
+        read = rows_in.T @ (incoming.double() @ columns_in)  # (D, H, W)
+        written = rows_out @ (outgoing.double().permute(2, 0, 1) @ columns_out.T)
+        added = rows_out @ bias.double() @ columns_out.T
+        dtype = incoming.dtype
+        tensors[f"{name}.dense_0.weight"] = read.reshape(units, num_tokens).to(dtype)
+        tensors[f"{name}.dense_1.weight"] = (
+            written.permute(1, 2, 0).reshape(num_tokens, units).to(dtype)
+        )
+        tensors[f"{name}.dense_1.bias"] = added.reshape(num_tokens).to(dtype)
+
+
+def resizing(old: int, new: int, interpolation: Interpolation) -> Tensor:
+    """Returns the linear map (new, old) that resizes a line of `old` cells; its rows sum to one.
+
+    "nearest" repeats cells where the line grows and averages them where it shrinks.
+    """
+    identity = torch.eye(old, dtype=torch.float64)
+    if interpolation != "nearest":
+        # One picture, a line in each column. (torch resizes pictures of width one wrongly.)
+        picture = identity[None, None]
+        matrix = interpolate(picture, size=(new, old), mode=interpolation, antialias=True)[0, 0]
+    elif new >= old:
+        matrix = identity[(torch.arange(new) * 2 + 1) * old // (2 * new)]
+    else:
+        matrix = resizing(new, old, "nearest").T
+    return (matrix / matrix.sum(dim=1, keepdim=True)).contiguous()
