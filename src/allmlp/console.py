@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from allmlp.disk import naming
+from allmlp.io import path_in_errors
 
 
 class _Console(Console):
@@ -59,7 +59,7 @@ class Reporter:
     def _flush(self) -> None:
         assert self._log is not None
         with (
-            naming(self._log),
+            path_in_errors(self._log),
             self._log.open("a", encoding="utf-8", errors="surrogateescape") as file,
         ):
             file.writelines(f"{line}\n" for line in self._said)

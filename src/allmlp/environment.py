@@ -27,7 +27,7 @@ _OPTIONAL = (
 )
 
 
-def surroundings(device: torch.device) -> dict[str, Any]:
+def environment_info(device: torch.device) -> dict[str, Any]:
     """Returns the date, the command, the versions and the hardware, as JSON values.
 
     Args:

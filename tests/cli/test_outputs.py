@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 import allmlp as am
-from allmlp import disk
 from conftest import make_class_folder, mixer, tiny_model
 
 
@@ -177,7 +176,7 @@ def test_a_full_disk_has_a_place_and_a_fix(capsys, place: Path, monkeypatch):
     def fill(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(disk.os, "fsync", fill)
+    monkeypatch.setattr("allmlp.io.os.fsync", fill)
     code, _, err = mixer(
         capsys, "evaluate", "model.safetensors", "--data", "data", "--output", "report"
     )

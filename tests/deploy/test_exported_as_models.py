@@ -117,7 +117,7 @@ def test_packages_are_named_where_they_are_installed(monkeypatch: pytest.MonkeyP
         return version(name)
 
     monkeypatch.setattr(environment, "version", fake)
-    found = environment.surroundings(torch.device("cpu"))["packages"]
+    found = environment.environment_info(torch.device("cpu"))["packages"]
     assert found["torch"] == torch.__version__
     assert set(found) == {*environment._PACKAGES, *there}
     assert found.items() >= there.items()

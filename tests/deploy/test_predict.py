@@ -143,7 +143,7 @@ def test_an_output_that_cannot_be_written(model, album, tmp_path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("allmlp.disk.os.fsync", full)
+    monkeypatch.setattr("allmlp.io.os.fsync", full)
     with pytest.raises(am.UserError, match="cannot write the predictions: No space left"):
         am.predict(model, album, output=tmp_path / "out.csv", num_workers=0)
     assert not list(tmp_path.glob("*out.csv*"))

@@ -19,7 +19,7 @@ from allmlp.deploy.inputs import find_images
 from allmlp.deploy.parts import predict_parts
 from allmlp.deploy.plan import Plan, check_folder, choose_part_size, is_folder
 from allmlp.deploy.predict import predict_to_file
-from allmlp.disk import partial_of
+from allmlp.io import partial_path
 from allmlp.preprocessing import Preprocessing
 from conftest import NO_PROCESS, draw, encode, make_class_folder, tiny_model
 from runs import kill_what_is_left, start, start_two, unix
@@ -244,7 +244,7 @@ def test_a_full_disk_leaves_nothing_half_written(model, album, tmp_path, monkeyp
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("allmlp.disk.os.fsync", full)
+        patch.setattr("allmlp.io.os.fsync", full)
         with pytest.raises(am.UserError, match="cannot write the predictions: No space left"):
             parts(model, album, tmp_path / "out")
     assert sorted(contents(tmp_path / "out")) == ["bad-00000-of-00003.csv"]
@@ -256,7 +256,7 @@ def test_a_full_disk_leaves_nothing_half_written(model, album, tmp_path, monkeyp
 def test_what_a_killed_process_left_is_swept_away(model, album, tmp_path):
     parts(model, album, tmp_path / "out")
     part = tmp_path / "out/part-00001-of-00003.csv"
-    dead, living = partial_of(part, NO_PROCESS), partial_of(part, os.getppid())
+    dead, living = partial_path(part, NO_PROCESS), partial_path(part, os.getppid())
     dead.write_text("half a row")
     living.write_text("somebody else's half a row")
     parts(model, album, tmp_path / "out")

@@ -168,7 +168,7 @@ def test_the_header_of_the_file(class_folder: Path, tmp_path: Path):
 def test_files_come_whole_or_not_at_all(result: am.Evaluation, tmp_path: Path, monkeypatch):
     result.save(tmp_path / "out")
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr("allmlp.disk.os.fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("allmlp.io.os.fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
     result.data = "other"
     with pytest.raises(OSError, match="full"):
         result.save(tmp_path / "out", overwrite=True)

@@ -16,7 +16,7 @@ import allmlp as am
 from allmlp.deploy import export as module
 from allmlp.deploy.export_request import reports_of
 from allmlp.deploy.exported_files import files_of
-from allmlp.disk import aside_folder
+from allmlp.io import staging_folder
 from conftest import tiny_model
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals as Unix has them")
@@ -139,8 +139,8 @@ def test_a_real_export_sweeps_what_a_killed_one_left(tmp_path: Path):
 HOLDER = """
 import sys
 from pathlib import Path
-from allmlp.disk import aside_folder
-with aside_folder(Path(sys.argv[1])) as folder:
+from allmlp.io import staging_folder
+with staging_folder(Path(sys.argv[1])) as folder:
     (folder / "work").write_bytes(b"work")
     print(folder, flush=True)
     sys.stdin.read()
@@ -156,7 +156,7 @@ def test_a_living_process_keeps_its_folder(tmp_path: Path):
         assert other.stdout is not None
         theirs = Path(other.stdout.readline().strip())
         os.utime(theirs, (0, 0))  # however old it is
-        with aside_folder(path) as ours:
+        with staging_folder(path) as ours:
             assert ours != theirs
             assert (theirs / "work").read_bytes() == b"work"
         assert list(tmp_path.iterdir()) == [theirs]
@@ -164,9 +164,9 @@ def test_a_living_process_keeps_its_folder(tmp_path: Path):
         other.wait()
     assert (theirs / "work").exists()
     elsewhere = tmp_path / "b.onnx"
-    with aside_folder(elsewhere):
+    with staging_folder(elsewhere):
         assert theirs.exists()  # of another file
-    with aside_folder(path) as ours:
+    with staging_folder(path) as ours:
         assert list(tmp_path.iterdir()) == [ours]
         assert ours.parent == tmp_path  # so that a rename is enough
     assert not list(tmp_path.iterdir())
@@ -196,7 +196,7 @@ def test_a_folder_that_is_taken_before_it_is_locked(tmp_path: Path, monkeypatch)
         return made[-1]
 
     monkeypatch.setattr(tempfile, "mkdtemp", taken)
-    with aside_folder(tmp_path / "m.onnx") as folder:
+    with staging_folder(tmp_path / "m.onnx") as folder:
         assert str(folder) == made[-1]
         (folder / "work").write_bytes(b"work")
     assert made

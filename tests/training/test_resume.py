@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import allmlp as am
-from allmlp.disk import partial_of
+from allmlp.io import partial_path
 from allmlp.training import loop
 from allmlp.training.checkpoint import Checkpoints
 from conftest import NO_PROCESS, draw, mixer
@@ -302,7 +302,7 @@ def test_a_run_killed_while_its_folder_was_made_begins_again(data: Path, tmp_pat
     (run / "plots").mkdir(parents=True)
     (run / ".lock").touch()
     (run / "config.json").write_text(json.dumps(config.to_json()))
-    partial_of(run / "config.json", NO_PROCESS).write_text("{")
+    partial_path(run / "config.json", NO_PROCESS).write_text("{")
     train(config)
     assert json.loads((run / "environment.json").read_text())["seed"] == 0
     assert {each.name for each in run.rglob(".*")} == {".metadata"}  # of its checkpoints

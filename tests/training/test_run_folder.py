@@ -11,7 +11,7 @@ import pytest
 
 import allmlp as am
 from allmlp.data.items import BadImage
-from allmlp.disk import partial_of
+from allmlp.io import partial_path
 from allmlp.training.pictures import curves
 from allmlp.training.run_folder import RunFolder, planned_path
 from conftest import NO_PROCESS, tiny_config
@@ -106,7 +106,7 @@ def test_what_a_killed_run_was_writing_goes(tmp_path: Path):
     folder = run.path / "best" / ".model.safetensors.abc.partial"
     folder.mkdir(parents=True)
     (folder / ".tmpAbCdEf").write_bytes(b"half")
-    partial_of(run.path / "metrics.jsonl", NO_PROCESS).write_bytes(b"half")
+    partial_path(run.path / "metrics.jsonl", NO_PROCESS).write_bytes(b"half")
     RunFolder(run.path, config(run.path)).close()
     assert not list((run.path / "best").iterdir())
     assert not list(run.path.glob("*.partial"))

@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 
 import allmlp as am
-from allmlp import disk
-from allmlp.disk import partial_of
+from allmlp import io
+from allmlp.io import partial_path
 from allmlp.models.layers import classes_of, preprocessing_of
 from conftest import NO_PROCESS, tiny_model
 
@@ -226,7 +226,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(disk.os, "fsync", full)
+    monkeypatch.setattr(io.os, "fsync", full)
     with pytest.raises(am.UserError, match="cannot write the model: No space left on device"):
         am.save_model(tiny_model(num_classes=3, num_blocks=1), folder, overwrite=True)
     monkeypatch.undo()
@@ -311,7 +311,7 @@ def test_a_full_disk_leaves_weights_and_description_together(
         if len(calls) == failing:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(disk.os, "fsync", full)
+    monkeypatch.setattr(io.os, "fsync", full)
     second = tiny_model(num_classes=3, hidden_dim=8)
     second.class_names = ["x", "y", "z"]
     with pytest.raises(am.UserError, match="No space left on device"):
@@ -358,7 +358,7 @@ def test_files_can_be_read_by_whom_the_umask_says(tmp_path: Path):
 def test_leftovers_of_killed_saves_go(tmp_path: Path):
     model, folder = saved(tmp_path)
     pids = (NO_PROCESS, os.getppid())
-    dead, living = (partial_of(folder / "model.safetensors", pid) for pid in pids)
+    dead, living = (partial_path(folder / "model.safetensors", pid) for pid in pids)
     for path in (dead, living):
         path.write_bytes(b"half")
     with pytest.raises(am.UserError, match="there already"):

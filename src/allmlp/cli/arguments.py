@@ -178,7 +178,7 @@ def check_json(output: str | None, example: str, *, overwrite: bool) -> Path | N
     Raises:
         UserError: it is no .json file, is there, or cannot be written.
     """
-    from allmlp.disk import STANDARD_OUTPUT, check_output_file, expand
+    from allmlp.io import STANDARD_OUTPUT, check_output_file, expand
 
     if output is None or output == STANDARD_OUTPUT:
         return None

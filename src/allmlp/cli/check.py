@@ -56,12 +56,12 @@ def check(
     from allmlp.console import Reporter
     from allmlp.data.check import FILES, check_source
     from allmlp.data.sources import open_splits, read_from
-    from allmlp.disk import (
+    from allmlp.io import (
         STANDARD_OUTPUT,
+        check_not_inputs,
         check_output_file,
         check_output_folder,
         expand,
-        refuse_inputs,
     )
 
     if drop_list is not None and duplicates == "off":
@@ -78,7 +78,7 @@ def check(
         outputs.append(expand(drop_list))
     splits = open_splits(source)
     items = (each.item_name(at) for each in splits.values() for at in range(len(each)))
-    refuse_inputs(outputs, read_from(source), items)
+    check_not_inputs(outputs, read_from(source), items)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     with report.progress(sum(map(len, splits.values())), "images") as bar:
@@ -235,7 +235,7 @@ def _say_list(report: Reporter, title: str, lines: list[str], place: str | None)
 
 def _write_list(report: Reporter, found: Duplicates, source: str, path: str) -> None:
     from allmlp.data.drop_list import drop_list, to_text, write_drop_list
-    from allmlp.disk import STANDARD_OUTPUT, expand
+    from allmlp.io import STANDARD_OUTPUT, expand
 
     drops = drop_list(found, source)
     if path == STANDARD_OUTPUT:

@@ -37,8 +37,8 @@ def convert(
             0 takes the head off.
         overwrite: replace what is there.
     """
-    from allmlp.disk import expand, refuse_inputs
     from allmlp.evaluation.throughput import count_parameters, flops_text
+    from allmlp.io import check_not_inputs, expand
     from allmlp.weights.architecture import describe, precisely
     from allmlp.weights.locate import files_of
     from allmlp.weights.store import FORMATS, check_target, save_model
@@ -48,7 +48,7 @@ def convert(
         raise UserError(f"unknown format {format!r}", where="--format", fix=fix)
     path = expand(output)
     chosen = format or ("google" if path.suffix == ".npz" else "allmlp")
-    refuse_inputs([each for each in check_target(path, chosen) if each], files_of(model))
+    check_not_inputs([each for each in check_target(path, chosen) if each], files_of(model))
     check_target(path, chosen, overwrite=overwrite)
     net = load_named(model, image_size, growth, num_classes)
     if num_classes and net.state_dict()["head.weight"].any():

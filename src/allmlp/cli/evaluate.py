@@ -91,10 +91,10 @@ def evaluate(
     """
     from allmlp.console import Reporter
     from allmlp.data.sources import read_from
-    from allmlp.disk import check_output_folder, expand, refuse_inputs
     from allmlp.evaluation.accuracy import refuse_not_finite
     from allmlp.evaluation.figures import FILES
     from allmlp.evaluation.pictures import REPORT, save_report
+    from allmlp.io import check_not_inputs, check_output_folder, expand
     from allmlp.models.device import put
     from allmlp.models.inference import choose_precision
     from allmlp.training.measure import evaluate as measure
@@ -125,7 +125,7 @@ def evaluate(
         labels = None if real is None else _real_labels(real, source, net)
         if folder is not None and rank == 0:
             items = map(source.item_name, range(len(source)))
-            refuse_inputs([folder, *map(folder.joinpath, names)], read_from(data), items)
+            check_not_inputs([folder, *map(folder.joinpath, names)], read_from(data), items)
             folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
         with report.progress(len(source) // size, "images") as bar:
             options: dict[str, Any] = {

@@ -73,7 +73,7 @@ def export(
     from allmlp.console import Reporter
     from allmlp.deploy.export import check_request
     from allmlp.deploy.export import export as write
-    from allmlp.disk import expand, naming
+    from allmlp.io import expand, path_in_errors
 
     options = {
         "format": format,
@@ -91,7 +91,7 @@ def export(
     report = Reporter()
     progress = Reporter(stderr=True)
     net = load_named(model, image_size, growth)
-    with naming(expand(output)):
+    with path_in_errors(expand(output)):
         result = write(
             net, output, **options, num_workers=num_workers, tell=lambda line: progress.say(line)
         )

@@ -94,9 +94,9 @@ def few_shot(
     """
     from allmlp.console import Reporter
     from allmlp.data.sources import open_splits, read_from
-    from allmlp.disk import STANDARD_OUTPUT, refuse_inputs
     from allmlp.evaluation import few_shot as measure
     from allmlp.evaluation.measurement import measurement
+    from allmlp.io import STANDARD_OUTPUT, check_not_inputs
     from allmlp.models.layers import preprocessing_of
     from allmlp.weights.locate import files_of
 
@@ -115,7 +115,7 @@ def few_shot(
     splits = {name: open_splits(name) for name in data}
     outputs = [each for each in (target, None if cache is None else kept) if each is not None]
     inputs = [place for name in data for place in read_from(name)]
-    refuse_inputs(outputs, [*inputs, *files_of(model)])
+    check_not_inputs(outputs, [*inputs, *files_of(model)])
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     total = sum(measure.num_images(each, settings) for each in splits.values())
@@ -168,7 +168,7 @@ def few_shot(
 
 def _cache_folder(cache: str | None, no_cache: bool) -> Path | None:
     """Returns where features are kept, None for nowhere."""
-    from allmlp.disk import check_output_folder, expand
+    from allmlp.io import check_output_folder, expand
     from allmlp.weights.download import cache_folder
 
     if no_cache:

@@ -39,7 +39,7 @@ def pack(source: SourceName, folder: OutputFolder, /, *, shard_size: ByteSize = 
     from allmlp.console import Reporter
     from allmlp.data.sources import open_splits, read_from
     from allmlp.data.write_shards import pack_splits
-    from allmlp.disk import check_output_folder, expand, naming, refuse_inputs
+    from allmlp.io import check_not_inputs, check_output_folder, expand, path_in_errors
 
     report = Reporter()
     shard_bytes = parse_bytes(shard_size, "--shard-size")
@@ -47,9 +47,9 @@ def pack(source: SourceName, folder: OutputFolder, /, *, shard_size: ByteSize = 
     check_output_folder(target)
     splits = open_splits(source)
     warn_of_notes(*splits.values())
-    refuse_inputs([target], read_from(source))
+    check_not_inputs([target], read_from(source))
     total = sum(len(each) for each in splits.values())
-    with report.progress(total, "images") as bar, naming(target):
+    with report.progress(total, "images") as bar, path_in_errors(target):
         packed = pack_splits(splits, target, shard_bytes=shard_bytes, on_item=bar.advance)
     for split, each in packed.items():
         size = sum(shard.size for shard in each.shards)

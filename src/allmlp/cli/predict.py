@@ -98,7 +98,7 @@ def predict(
     from allmlp.deploy.inputs import STANDARD_INPUT, find_images, read_list
     from allmlp.deploy.plan import check_folder, is_folder
     from allmlp.deploy.predict import check_output, refuse_read
-    from allmlp.disk import STANDARD_OUTPUT
+    from allmlp.io import STANDARD_OUTPUT
     from allmlp.models.device import put
 
     if top_k is not None and top_k < 1:  # before anything is read

@@ -119,13 +119,13 @@ def throughput(
 
     from allmlp.cli.throughput_lines import cost_lines, lines_of
     from allmlp.console import Reporter
-    from allmlp.disk import STANDARD_OUTPUT, refuse_inputs
     from allmlp.evaluation.throughput import throughput as measure
+    from allmlp.io import STANDARD_OUTPUT, check_not_inputs
     from allmlp.weights.locate import files_of
 
     target = check_json(output, "throughput.json", overwrite=overwrite)
     if target is not None:
-        refuse_inputs([target], [file for name in models for file in files_of(name)])
+        check_not_inputs([target], [file for name in models for file in files_of(name)])
         target.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     mode = mode or ("inference" if recipe is None else "training")
     size, builds = parse_size(image_size), {}
@@ -188,7 +188,7 @@ def _build(
     Raises:
         UserError: there is no such model, or it does not take that size.
     """
-    from allmlp.disk import expand
+    from allmlp.io import expand
     from allmlp.models.catalog import create_model, list_models
     from allmlp.weights.checkpoints import CHECKPOINTS, find_checkpoint
     from allmlp.weights.store import load_model

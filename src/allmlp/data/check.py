@@ -17,7 +17,7 @@ from allmlp.data.image import DARK
 from allmlp.data.items import BadImage, Source
 from allmlp.data.scan import Scan, scan
 from allmlp.data.sources import notes_of
-from allmlp.disk import write_aside
+from allmlp.io import atomic_write
 
 # What the verb writes into a folder.
 FILES = ("check.json", "bad_files.txt", "duplicates.csv", "samples.png", "duplicates.png")
@@ -108,7 +108,7 @@ class Report:
         if self.duplicates is not None:
             texts["duplicates.csv"] = _duplicates_csv(self.duplicates)
         for name, text in texts.items():
-            write_aside(folder / name, text.encode(errors="surrogateescape"))
+            atomic_write(folder / name, text.encode(errors="surrogateescape"))
         return list(texts)
 
 

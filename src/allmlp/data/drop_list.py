@@ -18,8 +18,8 @@ import numpy as np
 from allmlp.data.duplicates import Duplicates
 from allmlp.data.fingerprint import own_names
 from allmlp.data.items import Source, subset
-from allmlp.disk import write_aside
 from allmlp.errors import UserError
+from allmlp.io import atomic_write
 from allmlp.names import is_format
 
 _TITLE = "# allmlp drop list 1"
@@ -128,7 +128,7 @@ def to_text(drops: DropList) -> str:
 
 def write_drop_list(drops: DropList, path: Path) -> None:
     """Writes the list whole or not at all; the folder must exist."""
-    write_aside(path, to_text(drops).encode(errors="surrogateescape"))
+    atomic_write(path, to_text(drops).encode(errors="surrogateescape"))
 
 
 def read_drop_list(path: str | Path) -> DropList:

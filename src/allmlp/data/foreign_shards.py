@@ -16,8 +16,8 @@ from allmlp.data.classes import label_text, labels_of_values
 from allmlp.data.folders import SPLIT_FOLDERS, natural_order, split_of_file
 from allmlp.data.image import SUFFIXES
 from allmlp.data.shards import PACKING, Shard, ShardIndex, index_path, load_index
-from allmlp.disk import parse_json, write_aside
 from allmlp.errors import UserError
+from allmlp.io import atomic_write, parse_json
 
 _LABEL_BYTES = 2**20  # a .cls or .json above that is none
 
@@ -54,7 +54,7 @@ def index_shards(folder: Path, *, labels: bool = True) -> list[Path]:
     written: list[Path] = []
     for split in sorted(indices, key=lambda split: split == "train"):
         path = index_path(folder, split)
-        write_aside(path, indices[split].save)
+        atomic_write(path, indices[split].save)
         written.append(path)
     return written
 

@@ -19,8 +19,8 @@ from allmlp.data.folders import SPLIT_FOLDERS, split_named
 from allmlp.data.items import no_labels
 from allmlp.data.source_names import LABEL_COLUMNS, SourceName, choose_column
 from allmlp.errors import UserError
+from allmlp.io import is_reachable
 from allmlp.names import extra
-from allmlp.network import is_reachable
 
 PREFIX = "hf:"
 

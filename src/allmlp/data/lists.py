@@ -21,8 +21,8 @@ from allmlp.data.classes import Cells, labels_of_values
 from allmlp.data.folders import SPLIT_FOLDERS, split_named
 from allmlp.data.items import ImageFiles, PackedStrings, Source, no_labels, subset
 from allmlp.data.source_names import SourceName, choose_column
-from allmlp.disk import parse_json
 from allmlp.errors import UserError
+from allmlp.io import parse_json
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
 IMAGE_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "img")

@@ -16,8 +16,8 @@ from allmlp.data.folders import SPLIT_FOLDERS, split_of_file
 from allmlp.data.items import no_labels
 from allmlp.data.parquet_images import ParquetImages, damage_told, open_file
 from allmlp.data.source_names import LABEL_COLUMNS, SourceName, choose_column
-from allmlp.disk import parse_json
 from allmlp.errors import UserError
+from allmlp.io import parse_json
 
 
 def open_parquet(

@@ -24,8 +24,8 @@ from allmlp.data.folders import SPLIT_FOLDERS
 from allmlp.data.items import Source
 from allmlp.data.label_rules import LabelRule, apply_rule, rule_from_json
 from allmlp.data.source_names import SourceName, parse_name, part_of
-from allmlp.disk import parse_json, write_aside
 from allmlp.errors import UserError
+from allmlp.io import atomic_write, parse_json
 from allmlp.names import NAME, is_format
 
 SUFFIX = ".json"
@@ -101,7 +101,7 @@ def join(parts: Sequence[Source], name: str) -> Source:
 def write_selection(path: Path, selection: Selection) -> None:
     """Writes a selection file whole or not at all."""
     text = json.dumps(selection.to_json(), indent=2) + "\n"
-    write_aside(path, text.encode(errors="surrogateescape"))
+    atomic_write(path, text.encode(errors="surrogateescape"))
 
 
 def read_selection(path: Path) -> Selection:

@@ -20,8 +20,8 @@ import numpy as np
 
 from allmlp.data.folders import SPLIT_FOLDERS
 from allmlp.data.items import no_labels
-from allmlp.disk import parse_json
 from allmlp.errors import UserError
+from allmlp.io import parse_json
 
 INDEX_SUFFIX = ".index.safetensors"
 PACKING = ".packing"  # begins the name of a folder in which shards are written

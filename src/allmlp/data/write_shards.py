@@ -21,8 +21,8 @@ from allmlp.data.folders import SPLIT_FOLDERS, split_named
 from allmlp.data.image import EncodedImage
 from allmlp.data.items import BadImage, Source
 from allmlp.data.shards import PACKING, PUBLISHED, Shard, ShardIndex, half_published, index_path
-from allmlp.disk import aside_folder, write_aside
 from allmlp.errors import UserError
+from allmlp.io import atomic_write, fsync, staging_folder
 
 SHARD_BYTES = 256 * 10**6
 _BLOCK = tarfile.BLOCKSIZE
@@ -98,7 +98,7 @@ def pack_splits(
     folder.mkdir(parents=True, exist_ok=True)
     done = False
     try:
-        with aside_folder(folder / PACKING[1:], on_left=_take_back) as aside:
+        with staging_folder(folder / PACKING[1:], on_left=_take_back) as aside:
             _check_target(folder, list(named))
             packed = {
                 split: _write(source, aside, split, shard_bytes, on_item)
@@ -122,12 +122,12 @@ def _publish(packed: Mapping[str, Packed], aside: Path) -> None:
     names = [shard.name for each in packed.values() for shard in each.shards]
     # Train last: of a kill in between, no training set without its test set can be left.
     indices = [index_path(aside, split).name for split in sorted(packed, key="train".__eq__)]
-    write_aside(aside / PUBLISHED, "\n".join([*names, *indices]).encode())
-    _sync(aside)
+    atomic_write(aside / PUBLISHED, "\n".join([*names, *indices]).encode())
+    fsync(aside)
     for batch in (names, indices):
         for name in batch:
             os.rename(aside / name, aside.parent / name)
-        _sync(aside.parent)
+        fsync(aside.parent)
 
 
 def _take_back(aside: Path) -> None:
@@ -264,15 +264,3 @@ def _remove_empty(folder: Path, top: Path) -> None:
             return
         if each == top:
             return
-
-
-def _sync(folder: Path) -> None:
-    """Makes the renames in a folder last through a power cut, where the system can."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

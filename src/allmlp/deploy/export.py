@@ -45,9 +45,9 @@ from allmlp.deploy.int8 import Calibration, calibrate
 from allmlp.deploy.metadata import Description, description_of
 from allmlp.deploy.onnx_graph import graph_module, halved, inputs_of, to_onnx
 from allmlp.deploy.runner import ExportedModel
-from allmlp.disk import aside_folder
 from allmlp.errors import UserError
 from allmlp.evaluation.figures import Evaluation
+from allmlp.io import staging_folder
 from allmlp.models.compute import torch_set_to
 from allmlp.models.layers import ImageClassifier, preprocessing_of
 from allmlp.training.measure import evaluate
@@ -167,7 +167,7 @@ def export(
         tell,
     )
     with (
-        aside_folder(path) as folder,
+        staging_folder(path) as folder,
         torch_set_to(torch.device("cpu"), "float32", chosen_threads),
     ):
         aside = folder / path.name

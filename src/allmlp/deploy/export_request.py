@@ -7,8 +7,8 @@ from pathlib import Path
 from allmlp.data.sources import read_from
 from allmlp.deploy.exported_files import PRECISIONS, choose_format, files_of
 from allmlp.deploy.extras import needed
-from allmlp.disk import check_output_file, expand, refuse_inputs
 from allmlp.errors import UserError
+from allmlp.io import check_not_inputs, check_output_file, expand
 
 _PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -53,7 +53,7 @@ def check_request(
         check_output_file(each, overwrite=overwrite)
         for source in (data, calibration):
             if isinstance(source, str | Path):
-                refuse_inputs([each], read_from(source))
+                check_not_inputs([each], read_from(source))
     for name in _PACKAGES[chosen]:
         needed(name)
     return path, chosen

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from allmlp.disk import parse_json
 from allmlp.errors import UserError
+from allmlp.io import parse_json
 from allmlp.models.catalog import config_from_json, config_to_json
 from allmlp.models.layers import ImageClassifier, ModelConfig, preprocessing_of
 from allmlp.names import NAME, OLD_NAME, own_entry

@@ -31,8 +31,8 @@ from allmlp.deploy.answers import Question, make_ready
 from allmlp.deploy.plan import MANIFEST, Plan, choose_part_size, describe, open_plan
 from allmlp.deploy.rows import OnRows, Rows, predict_rows, watched
 from allmlp.deploy.tables import write_rows
-from allmlp.disk import forget_killed, write_aside
 from allmlp.errors import UserError
+from allmlp.io import atomic_write, remove_stale
 from allmlp.models.inference import Inference
 from allmlp.models.layers import ImageClassifier
 
@@ -97,7 +97,7 @@ def predict_parts(
         ) from error
     _wait_for_all(plan, world)
     if world is None or world.is_first:
-        forget_killed(folder)
+        remove_stale(folder)
     return plan
 
 
@@ -153,7 +153,7 @@ def _write_bad(path: Path, bad: list[BadImage]) -> None:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["index", "path", "error"])
     writer.writerows((each.index, each.name, each.what) for each in bad)
-    write_aside(path, file.getvalue().encode(errors="surrogateescape"))
+    atomic_write(path, file.getvalue().encode(errors="surrogateescape"))
 
 
 def bad_images(plan: Plan, most: int) -> tuple[int, list[BadImage]]:

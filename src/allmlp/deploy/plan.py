@@ -19,9 +19,9 @@ from allmlp.data.fingerprint import fingerprint
 from allmlp.data.items import Source
 from allmlp.deploy.answers import Question, device_of, identity
 from allmlp.deploy.tables import FILE_FORMATS, PART_FORMATS, check_format, writing
-from allmlp.disk import STANDARD_OUTPUT, check_output_folder, expand, parse_json, write_aside
-from allmlp.environment import surroundings
+from allmlp.environment import environment_info
 from allmlp.errors import UserError
+from allmlp.io import STANDARD_OUTPUT, atomic_write, check_output_folder, expand, parse_json
 from allmlp.models.layers import ImageClassifier, preprocessing_of
 from allmlp.names import is_format
 
@@ -135,7 +135,7 @@ def describe(model: ImageClassifier, source: Source, question: Question) -> dict
             "runtime": getattr(model, "runtime", None),  # of an exported file
             "images": source.name,
             "width": question.width,
-            "environment": surroundings(device_of(model)),
+            "environment": environment_info(device_of(model)),
         },
     }
 
@@ -158,7 +158,7 @@ def open_plan(folder: Path, job: dict[str, Any], kind: str, part_size: int | Non
         text = json.dumps(values, indent=1) + "\n"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_aside(path, text.encode(errors="surrogateescape"))
+            atomic_write(path, text.encode(errors="surrogateescape"))
     plan = Plan(folder, f".{kind}", number, table["part_size"], [])
     missing = [part for part in range(plan.parts) if not plan.path(part).exists()]
     return Plan(folder, plan.suffix, number, plan.part_size, missing)

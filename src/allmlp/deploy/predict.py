@@ -12,8 +12,8 @@ from allmlp.deploy.inputs import STANDARD_INPUT, find_images
 from allmlp.deploy.rows import OnRows, Prediction, Rows, predict_rows, watched
 from allmlp.deploy.runner import is_exported, open_exported
 from allmlp.deploy.tables import FILE_FORMATS, check_format, render, write_rows
-from allmlp.disk import check_output_file, expand, refuse_inputs
 from allmlp.errors import UserError, named_memory_errors
+from allmlp.io import check_not_inputs, check_output_file, expand
 from allmlp.models.device import put
 from allmlp.models.layers import ImageClassifier
 from allmlp.weights.locate import files_of
@@ -167,4 +167,4 @@ def refuse_read(output: Path, model: object, images: Iterable[str | Path], sourc
     """
     inputs = [place for each in images if each != STANDARD_INPUT for place in read_from(each)]
     inputs += files_of(model) if isinstance(model, str | Path) else []
-    refuse_inputs([output], inputs, map(source.item_name, range(len(source))))
+    check_not_inputs([output], inputs, map(source.item_name, range(len(source))))

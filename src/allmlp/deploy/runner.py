@@ -18,8 +18,8 @@ from allmlp.data.transforms import denormalize
 from allmlp.deploy.extras import needed
 from allmlp.deploy.metadata import NAMES, Description, from_text
 from allmlp.deploy.onnx_graph import inputs_of
-from allmlp.disk import expand
 from allmlp.errors import UserError
+from allmlp.io import expand
 from allmlp.models.compute import check_threads
 from allmlp.models.layers import ImageClassifier
 

@@ -17,8 +17,8 @@ from typing import Any, TextIO
 
 from allmlp.deploy.answers import Question
 from allmlp.deploy.rows import Prediction, Rows
-from allmlp.disk import naming, write_aside
 from allmlp.errors import UserError
+from allmlp.io import atomic_write, path_in_errors
 from allmlp.names import extra
 
 FILE_FORMATS = (".csv", ".json", ".jsonl", ".parquet")
@@ -71,12 +71,12 @@ def write_rows(
             then()
 
     if path is None:
-        with naming(Path("standard output")):
+        with path_in_errors(Path("standard output")):
             write_text(sys.stdout, suffix, batches, width=width, features=features)
             sys.stdout.flush()
         return
     with writing(path):
-        write_aside(path, write)
+        atomic_write(path, write)
 
 
 @contextmanager

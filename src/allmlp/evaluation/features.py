@@ -29,8 +29,8 @@ from allmlp.data.fingerprint import fingerprint
 from allmlp.data.items import BadImage, Source
 from allmlp.data.loader import TIMEOUT, evaluation_batches
 from allmlp.data.transforms import normalize
-from allmlp.disk import parse_json, write_aside
 from allmlp.errors import UserError
+from allmlp.io import atomic_write, parse_json
 from allmlp.models.inference import Inference
 from allmlp.models.layers import ImageClassifier
 from allmlp.preprocessing import Preprocessing
@@ -217,7 +217,7 @@ def _write(path: Path, key: str, features: Features) -> None:
     tensors = {"features": features.values, "indices": features.indices}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(path, safetensors.numpy.save(tensors, metadata))
+        atomic_write(path, safetensors.numpy.save(tensors, metadata))
     except OSError as error:
         reason = f"{error.strerror or error}: {path.parent}"
         features.notes.append(f"the features could not be kept for the next time: {reason}")

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from allmlp.data.items import BadImage
-from allmlp.disk import check_output_folder, write_together
 from allmlp.evaluation.calibration import Reliability, reliability
 from allmlp.evaluation.measurement import measurement
 from allmlp.evaluation.real import RealScore
+from allmlp.io import atomic_write_all, check_output_folder
 from allmlp.models.layers import ImageClassifier
 from allmlp.preprocessing import Preprocessing
 
@@ -226,7 +226,7 @@ class Evaluation:
         counts = zip(self.class_names, self.confusion.tolist(), strict=True)
         per_class = [list(rows[0]), *(list(row.values()) for row in rows)]
         confusion = [["true class", *self.class_names], *([name, *row] for name, row in counts)]
-        write_together(
+        atomic_write_all(
             {
                 folder / name: content
                 for name, content in zip(

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from allmlp.disk import parse_json, write_aside
-from allmlp.environment import surroundings
+from allmlp.environment import environment_info
 from allmlp.errors import UserError
+from allmlp.io import atomic_write, parse_json
 from allmlp.models.catalog import architecture_name, config_to_json
 from allmlp.models.layers import ImageClassifier, preprocessing_of
 from allmlp.names import NAME, is_format
@@ -40,7 +40,7 @@ def measurement(
     values: dict[str, Any] = {"format": FORMAT, "version": VERSION, "kind": kind}
     if model is not None:
         values["model"] = describe(model)
-    return {**values, "environment": surroundings(device), **figures}
+    return {**values, "environment": environment_info(device), **figures}
 
 
 def describe(model: ImageClassifier) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def to_text(values: dict[str, Any]) -> str:
 
 def write_measurement(path: Path, values: dict[str, Any]) -> None:
     """Writes a measurement whole or not at all; the folder must exist."""
-    write_aside(path, to_text(values).encode(errors="surrogateescape"))
+    atomic_write(path, to_text(values).encode(errors="surrogateescape"))
 
 
 def read_measurement(path: Path) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from PIL import Image
 
 from allmlp.data.image import decode, to_pillow
 from allmlp.data.items import Source
-from allmlp.disk import write_aside
 from allmlp.errors import plural
 from allmlp.evaluation.accuracy import Evaluation
+from allmlp.io import atomic_write
 
 # What `save_report` writes.
 REPORT = ("confusion", "reliability", "predictions", "worst_mistakes")
@@ -25,7 +25,7 @@ _MOST_NUMBERED, _MOST_NAMED = 20, 60  # classes up to which cells carry numbers,
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes the figure as a PNG, whole or not at all; the folder must exist."""
-    write_aside(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
+    atomic_write(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
 
 
 def confusion_matrix(evaluation: Evaluation) -> Figure:

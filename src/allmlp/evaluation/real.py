@@ -18,8 +18,8 @@ import numpy as np
 from allmlp.data.hub_dataset import HubImages
 from allmlp.data.items import Source, View
 from allmlp.data.parquet_images import ParquetImages
-from allmlp.disk import expand, parse_json
 from allmlp.errors import UserError
+from allmlp.io import expand, parse_json
 
 IMAGES, CLASSES = 50_000, 1000
 EXPECTED_NAME = "ILSVRC2012_val_00000293.JPEG"

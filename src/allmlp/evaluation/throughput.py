@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from allmlp.environment import surroundings
+from allmlp.environment import environment_info
 from allmlp.errors import UserError
 from allmlp.evaluation.measurement import describe
 from allmlp.evaluation.peak import measure_peak
@@ -127,7 +127,7 @@ def throughput(
             afterwards.enter_context(torch.autocast(where.type, torch.bfloat16, enabled=False))
         rows = [ModelThroughput(name, mode, Course(name), {"name": name}) for name in models]
         result = Throughput(
-            rows, where, torch.get_num_threads(), compile, plan, surroundings(where)
+            rows, where, torch.get_num_threads(), compile, plan, environment_info(where)
         )
         try:
             _measure(result, models, precision, clock, tell, afterwards)

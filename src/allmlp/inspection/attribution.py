@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from allmlp.data.image import EncodedImage
 from allmlp.data.permutation import permute
 from allmlp.data.transforms import normalize, resize_for_evaluation
-from allmlp.disk import expand
 from allmlp.errors import UserError
 from allmlp.inspection.token_mixing import (
     ModelUnits,
@@ -41,6 +40,7 @@ from allmlp.inspection.token_mixing import (
     patch_grid,
     stem_convolution,
 )
+from allmlp.io import expand
 from allmlp.models.compute import few_threads
 from allmlp.models.inference import evaluating
 from allmlp.models.layers import ImageClassifier, preprocessing_of

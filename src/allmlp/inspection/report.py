@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from allmlp.disk import Content, check_output_folder, expand, refuse_inputs, write_together
 from allmlp.errors import UserError
 from allmlp.inspection.attribution import (
     Occlusion,
@@ -45,6 +44,7 @@ from allmlp.inspection.measure import (
     weight_correlations,
 )
 from allmlp.inspection.pictures import VECTORS, save_figure
+from allmlp.io import Content, atomic_write_all, check_not_inputs, check_output_folder, expand
 from allmlp.models.catalog import model_from_config
 from allmlp.models.device import put, refuse_exported
 from allmlp.models.layers import ImageClassifier
@@ -171,8 +171,8 @@ def inspect(
             figures["layers"] = layers_figure(measured, compared)
         contents = _contents(found, figures, folder, vector or VECTORS[0])
         check_output_folder(folder, [path.name for path in contents], overwrite=overwrite)
-        refuse_inputs(contents, [] if image is None else [image])
-        write_together(contents)
+        check_not_inputs(contents, [] if image is None else [image])
+        atomic_write_all(contents)
         found.files.extend(path.name for path in contents)
     return found
 

@@ -22,8 +22,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from allmlp.disk import write_aside
 from allmlp.evaluation.pictures import as_drawn, shorten
+from allmlp.io import atomic_write
 from allmlp.studies.paper import HARDWARE, Result, frontier, number
 
 # The paper's colours of the three kinds of networks; what was measured here has one of its own.
@@ -64,7 +64,7 @@ def save_picture(figure: Figure, path: Path) -> None:
         with mpl.rc_context({"svg.hashsalt": "allmlp", "svg.fonttype": "none"}):
             figure.savefig(aside, format=kind, dpi=150, metadata=metadata)
 
-    write_aside(path, write)
+    atomic_write(path, write)
 
 
 def data_scale_figure(

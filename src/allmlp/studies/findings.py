@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from allmlp.disk import expand, parse_json
 from allmlp.errors import UserError
 from allmlp.evaluation.measurement import FORMAT, read_measurement
+from allmlp.io import expand, parse_json
 from allmlp.models.catalog import architecture_name, config_from_json
 from allmlp.training.run_folder import read_metrics, read_results
 

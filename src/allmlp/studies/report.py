@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from allmlp.disk import check_output_folder, expand, refuse_inputs, write_aside
 from allmlp.evaluation.throughput import count_parameters
+from allmlp.io import atomic_write, check_not_inputs, check_output_folder, expand
 from allmlp.models.catalog import create_model
 from allmlp.studies import figures, paper
 from allmlp.studies import report_sections as sections
@@ -70,11 +70,11 @@ def report(
     check_output_folder(folder, ("report.md", "report.html"), overwrite=overwrite)
     check_output_folder(folder / "pictures")
     findings = collect(paths)
-    refuse_inputs([folder], (each.path for each in findings.measured))
+    check_not_inputs([folder], (each.path for each in findings.measured))
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     blocks = _blocks(findings, folder / "pictures")
-    write_aside(folder / "report.md", to_markdown(blocks).encode())
-    write_aside(folder / "report.html", to_html(blocks, folder).encode())
+    atomic_write(folder / "report.md", to_markdown(blocks).encode())
+    atomic_write(folder / "report.html", to_html(blocks, folder).encode())
     drawn = [folder / each.path for each in blocks if isinstance(each, Picture)]
     return Report(folder, findings, drawn)
 

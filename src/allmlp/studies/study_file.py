@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from allmlp.disk import expand, write_aside
 from allmlp.errors import UserError
 from allmlp.evaluation.measurement import measurement, read_measurement, write_measurement
+from allmlp.io import atomic_write, expand
 from allmlp.training.config import TrainConfig
 from allmlp.training.resume import differences
 from allmlp.training.study_folder import changed_values, names_in, refuse_other_things
@@ -137,4 +137,4 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]], leave_out: Collection[
     writer = csv.DictWriter(text, columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
-    write_aside(path, text.getvalue().encode())
+    atomic_write(path, text.getvalue().encode())

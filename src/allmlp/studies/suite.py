@@ -17,9 +17,9 @@ from typing import Any
 
 from allmlp.console import Reporter
 from allmlp.data.selections import write_selection
-from allmlp.disk import expand
 from allmlp.errors import UserError, plural
 from allmlp.evaluation.measurement import measurement, read_measurement, write_measurement
+from allmlp.io import expand
 from allmlp.models.layers import ImageClassifier
 from allmlp.studies.suite_result import SuiteResult, suite_result
 from allmlp.studies.task_sources import Plan, check_images

@@ -24,8 +24,8 @@ from allmlp.data.label_rules import is_applied
 from allmlp.data.selections import Selection, select, split_and_part
 from allmlp.data.source_names import part_of
 from allmlp.data.sources import names_source, open_splits, open_unmatched
-from allmlp.disk import expand
 from allmlp.errors import UserError, near_names
+from allmlp.io import expand
 from allmlp.studies.vtab_tasks import Task
 from allmlp.training.dataset import check_readable
 

@@ -29,12 +29,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from allmlp.errors import UserError
+from allmlp.io import fsync
 from allmlp.training.dcp_storage import Reader, StrictPlanner, Writer, without_hint
 from allmlp.training.manifest import (
     folder_name,
     read_index,
     read_manifest,
-    sync,
     verify,
     write_manifest,
 )
@@ -261,8 +261,8 @@ class Checkpoints:
             _remove(target)
         partial.rename(target)
         self._damaged.discard(target.name)
-        sync(self.folder)
-        sync(self.folder.parent)
+        fsync(self.folder)
+        fsync(self.folder.parent)
         try:
             self._retain(target)
         except (OSError, UserError) as error:  # the run is better off with one checkpoint too many

@@ -19,8 +19,8 @@ from allmlp.console import Reporter, table
 from allmlp.data.source_names import parse_name
 from allmlp.data.sources import open_splits
 from allmlp.data.workers import check_guard
-from allmlp.disk import expand
 from allmlp.errors import UserError
+from allmlp.io import expand
 from allmlp.training.config import TrainConfig
 from allmlp.training.distributed import World, joined
 from allmlp.training.finetuning_recipes import HOLDOUTS

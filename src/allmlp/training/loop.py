@@ -20,9 +20,9 @@ from allmlp.data.source_names import parse_name
 from allmlp.data.sources import read_from
 from allmlp.data.transforms import normalize
 from allmlp.data.workers import check_guard
-from allmlp.disk import check_output_folder, refuse_inputs
 from allmlp.errors import UserError, named_memory_errors
 from allmlp.evaluation.pictures import save_figure
+from allmlp.io import check_not_inputs, check_output_folder
 from allmlp.models.compute import refuse_if_too_large
 from allmlp.models.layers import draw_stochastic_depth
 from allmlp.training.card import model_card
@@ -110,7 +110,7 @@ def train(
             world.from_first(lambda: check_same_images(path, config, splits))
         elif world.is_first:
             check_output_folder(path)
-            refuse_inputs([path], read_from(config.data.source))
+            check_not_inputs([path], read_from(config.data.source))
         num_steps = length(config, splits)
         check_warmup(config.optimizer, num_steps)
         # The caller's random numbers and threads stay as they are.

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import stat
-import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from allmlp.disk import parse_json
 from allmlp.errors import UserError
+from allmlp.io import fsync, parse_json
 from allmlp.training.dcp_storage import parse_index
 
 MANIFEST = "manifest.json"
@@ -74,7 +73,7 @@ def write_manifest(folder: Path, step: int, is_best: bool, values: dict[str, Any
         file.write(f"{head}{hashlib.sha256(blank.encode()).hexdigest()}{tail}".encode())
         file.flush()
         os.fsync(file.fileno())
-    sync(folder)
+    fsync(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -143,17 +142,6 @@ def read_index(folder: Path, manifest: Manifest) -> Metadata:
 def folder_name(step: int) -> str:
     """Returns the name of the folder of a step."""
     return f"step-{step:08d}"
-
-
-def sync(path: Path) -> None:
-    """Brings a file, or the list of names of a folder, to disk."""
-    if sys.platform == "win32":  # which cannot open folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(path: Path) -> str:

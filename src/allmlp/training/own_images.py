@@ -9,9 +9,9 @@ from allmlp.data.fingerprint import image_key, is_fingerprint_of
 from allmlp.data.items import Source
 from allmlp.data.source_names import SourceName, parse_name
 from allmlp.data.sources import open_source, open_splits
-from allmlp.disk import parse_json
 from allmlp.errors import UserError
 from allmlp.evaluation.accuracy import Evaluation
+from allmlp.io import parse_json
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import MOST_CHECKED, Splits, split_data
 from allmlp.training.resume import config_of

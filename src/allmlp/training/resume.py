@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from allmlp.data.fingerprint import is_fingerprint_of
-from allmlp.disk import parse_json
 from allmlp.errors import UserError
+from allmlp.io import parse_json
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits
 

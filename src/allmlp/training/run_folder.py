@@ -28,9 +28,9 @@ from filelock import FileLock, Timeout
 
 from allmlp.data.fingerprint import fingerprint
 from allmlp.data.items import BadImage
-from allmlp.disk import forget_killed, naming, parse_json, write_aside
-from allmlp.environment import surroundings
+from allmlp.environment import environment_info
 from allmlp.errors import UserError
+from allmlp.io import atomic_write, parse_json, path_in_errors, remove_stale
 from allmlp.names import extra
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits
@@ -81,7 +81,7 @@ class RunFolder:
             for left in folder.glob(".*.partial"):
                 if left.is_dir():
                     shutil.rmtree(left, ignore_errors=True)
-            forget_killed(folder)
+            remove_stale(folder)
 
     def close(self) -> None:
         """Lets another process have the folder."""
@@ -103,7 +103,7 @@ class RunFolder:
         if metrics.exists():
             lines, dropped = _metrics_in(metrics)
             kept = [line for line, values in lines if values["step"] < step]
-            write_aside(metrics, b"".join(kept))
+            atomic_write(metrics, b"".join(kept))
             notes += _dropped_from(metrics, dropped)
         if results.exists():
             header, rows, dropped = _results_in(results)
@@ -111,7 +111,7 @@ class RunFolder:
             text = io.StringIO()
             csv.writer(text).writerows([header, *rows] if rows else [])
             self._results_header = header if rows else None
-            write_aside(results, text.getvalue().encode())
+            atomic_write(results, text.getvalue().encode())
             if not rows:
                 results.unlink()
             notes += _dropped_from(results, dropped)
@@ -129,13 +129,13 @@ class RunFolder:
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """Writes a JSON file into the folder."""
         if self.writes:
-            write_aside(self.path / name, (json.dumps(values, indent=2) + "\n").encode())
+            atomic_write(self.path / name, (json.dumps(values, indent=2) + "\n").encode())
 
     def write_keys(self, keys: list[str]) -> None:
         """Writes by what the training images are known again."""
         if self.writes:
             text = "".join(f"{key}\n" for key in keys)
-            write_aside(self.path / TRAINING_IMAGES, text.encode())
+            atomic_write(self.path / TRAINING_IMAGES, text.encode())
 
     def open_events(self, step: int) -> None:
         """Writes TensorBoard's event files too, from this step on; see `check_tensorboard`."""
@@ -170,7 +170,7 @@ class RunFolder:
                     self._events.add_scalar(f"{group}/{name}", value, step)
 
     def _append(self, name: str, text: str) -> None:
-        with naming(self.path / name), (self.path / name).open("ab") as file:
+        with path_in_errors(self.path / name), (self.path / name).open("ab") as file:
             file.write(text.encode(errors="surrogateescape"))
 
     def log_bad_file(self, bad: BadImage) -> None:
@@ -181,7 +181,7 @@ class RunFolder:
     def write_card(self, text: str) -> None:
         """Writes the model card, best/README.md, beside the weights."""
         if self.writes:
-            write_aside(self.best / "README.md", text.encode(errors="backslashreplace"))
+            atomic_write(self.best / "README.md", text.encode(errors="backslashreplace"))
 
 
 def planned_path(config: TrainConfig) -> Path:
@@ -289,4 +289,4 @@ def environment(config: TrainConfig, splits: Splits, device: torch.device) -> di
     }
     for name, source in (("validation", splits.validation), ("test", splits.test)):
         data[name] = None if source is None else fingerprint(source, moved=True)
-    return {**surroundings(device), "seed": config.seed, "data": data}
+    return {**environment_info(device), "seed": config.seed, "data": data}

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from allmlp.data.sources import read_from
-from allmlp.disk import check_output_folder, parse_json, refuse_inputs, write_aside
 from allmlp.errors import UserError
+from allmlp.io import atomic_write, check_not_inputs, check_output_folder, parse_json
 from allmlp.training.config import TrainConfig
 from allmlp.training.resume import differences
 
@@ -135,7 +135,7 @@ class StudyFolder:
             values["learning_rate"] = result.learning_rate
             values["measured_on"] = result.measured_on
             values["mean"], values["deviation"] = result.mean, result.deviation
-        write_aside(self.results, (json.dumps(values, indent=2) + "\n").encode())
+        atomic_write(self.results, (json.dumps(values, indent=2) + "\n").encode())
 
     def keep_first_seed(self, result: FinetuneResult) -> None:
         """Copies the first seed's model, with a card that tells of all of them."""
@@ -151,7 +151,7 @@ class StudyFolder:
         if self.rates:
             card += f"The learning rate {result.learning_rate:g} was chosen on held-out training "
             card += f"images from {', '.join(f'{each:g}' for each in self.rates)}.\n"
-        write_aside(best / "README.md", card.encode())
+        atomic_write(best / "README.md", card.encode())
 
 
 def names_in(folder: Path, *sources: str | None) -> set[str]:
@@ -167,7 +167,7 @@ def names_in(folder: Path, *sources: str | None) -> set[str]:
     check_output_folder(folder)
     there = [each.name for each in folder.iterdir()] if folder.is_dir() else []
     if not there:
-        refuse_inputs([folder], (place for each in sources if each for place in read_from(each)))
+        check_not_inputs([folder], (place for each in sources if each for place in read_from(each)))
     return {name for name in there if not name.endswith(".partial")}
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from allmlp.disk import parse_json
 from allmlp.errors import UserError
+from allmlp.io import parse_json
 from allmlp.models.catalog import ARCHITECTURES, config_from_json
 from allmlp.models.layers import ModelConfig, checked_names
 from allmlp.models.mixer import MixerConfig

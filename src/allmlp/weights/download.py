@@ -27,8 +27,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from allmlp.console import Reporter
-from allmlp.disk import expand, parse_json
 from allmlp.errors import UserError
+from allmlp.io import expand, parse_json
 
 ATTEMPTS = 4  # each goes on where the last one stopped
 PATIENCE = 30.0  # seconds without a byte

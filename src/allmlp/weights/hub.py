@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from allmlp.errors import UserError
-from allmlp.network import is_reachable
+from allmlp.io import is_reachable
 from allmlp.weights.download import is_offline, sha256_of
 
 PREFIX = "hf:"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from allmlp.console import Reporter
-from allmlp.disk import expand
 from allmlp.errors import UserError
+from allmlp.io import expand
 from allmlp.models.catalog import ARCHITECTURES
 from allmlp.models.timm_model import PREFIX
 from allmlp.weights import hub

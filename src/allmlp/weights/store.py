@@ -24,16 +24,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from allmlp.console import Reporter
-from allmlp.disk import (
+from allmlp.errors import UserError, fix_of, near_names, plural
+from allmlp.io import (
     Content,
-    aside_folder,
+    atomic_write_all,
     check_output_folder,
     expand,
     parse_json,
-    partial_of,
-    write_together,
+    partial_path,
+    staging_folder,
 )
-from allmlp.errors import UserError, fix_of, near_names, plural
 from allmlp.models.catalog import config_to_json, model_from_config
 from allmlp.models.compute import refuse_if_too_large
 from allmlp.models.layers import ImageClassifier, ModelConfig
@@ -263,14 +263,14 @@ def save_model(
             whole = {name: value.contiguous().clone() for name, value in names.items()}
             # The library writes a temporary file beside its target and leaves it when it fails or
             # is killed: it goes with this folder, at the latest in the next save.
-            with aside_folder(weights) as folder:
+            with staging_folder(weights) as folder:
                 safetensors.torch.save_file(whole, folder / WEIGHTS, metadata=metadata)
                 os.replace(folder / WEIGHTS, aside)
 
         contents: dict[Path, Content] = {weights: write}
         if beside is not None:
             contents[beside] = _readable(said)
-        write_together(contents)
+        atomic_write_all(contents)
     except (OSError, SafetensorError) as error:
         what = f"cannot write the model: {getattr(error, 'strerror', None) or error}"
         fix = fix_of(error) if isinstance(error, OSError) else None
@@ -298,12 +298,12 @@ def _write_google(
     assert beside is not None
 
     def describe_aside(aside: Path) -> None:
-        aside.write_bytes(_readable({**said, "weights": fingerprint(partial_of(path))}))
+        aside.write_bytes(_readable({**said, "weights": fingerprint(partial_path(path))}))
 
     def write(aside: Path) -> None:
         google.write_npz(aside, tensors)
 
-    write_together({path: write, beside: describe_aside})
+    atomic_write_all({path: write, beside: describe_aside})
 
 
 def _readable(said: dict[str, Any]) -> bytes:

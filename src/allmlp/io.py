@@ -1,4 +1,4 @@
-"""Paths as users write them, and files that are written whole or not at all."""
+"""Paths, JSON, atomic writes, checks of output paths, and whether a host answers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import json
 import os
 import platform
 import shutil
+import socket
 import sys
 import tempfile
 import time
+import urllib.parse
+import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -104,7 +107,7 @@ def _check_writable(folder: Path) -> None:
         raise UserError("the output's folder cannot be written to", where=there)
 
 
-def refuse_inputs(
+def check_not_inputs(
     outputs: Iterable[Path], inputs: Iterable[str | Path], images: Iterable[str] = ()
 ) -> None:
     """Refuses outputs that are, or lie in, what is read: by whatever name or link.
@@ -141,7 +144,7 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def path_in_errors(path: Path) -> Iterator[None]:
     """Puts the path into an error of the system that names none, as that of a full disk does."""
     try:
         yield
@@ -157,23 +160,23 @@ _FORGOTTEN = 24 * 3600.0  # seconds without a change after which nobody writes a
 Content = bytes | Callable[[Path], None]
 
 
-def write_aside(path: Path, content: Content) -> None:
+def atomic_write(path: Path, content: Content) -> None:
     """Writes a file under another name, brings it to disk, then renames it: whole or not at all.
 
     Args:
         path: of the file.
         content: its bytes, or a function that writes them to the path that it is given.
     """
-    write_together({path: content})
+    atomic_write_all({path: content})
 
 
-def write_together(contents: dict[Path, Content]) -> None:
+def atomic_write_all(contents: dict[Path, Content]) -> None:
     """Writes several files aside, and renames them only when all are whole, in their order."""
-    asides = {path: partial_of(path) for path in contents}
+    asides = {path: partial_path(path) for path in contents}
     try:
         for path, content in contents.items():
-            forget_killed(path.parent, path.name)
-            with naming(path):
+            remove_stale(path.parent, path.name)
+            with path_in_errors(path):
                 asides[path].touch()
                 mode = asides[path].stat().st_mode  # as the umask wants it, whoever writes
                 if callable(content):
@@ -190,7 +193,7 @@ def write_together(contents: dict[Path, Content]) -> None:
             aside.unlink(missing_ok=True)
 
 
-def partial_of(path: Path, process: int | None = None) -> Path:
+def partial_path(path: Path, process: int | None = None) -> Path:
     """Returns what a process of this machine, or this one, calls a file while it writes it."""
     return path.with_name(f".{path.name}.{_machine()}-{process or os.getpid()}.partial")
 
@@ -203,7 +206,7 @@ def _machine() -> str:
     return f"{zlib.crc32(f'{platform.node()}{numbers}'.encode()):08x}"
 
 
-def forget_killed(folder: Path, name: str = "") -> None:
+def remove_stale(folder: Path, name: str = "") -> None:
     """Removes the partial files of processes that were killed, and leaves those of living ones.
 
     Args:
@@ -231,8 +234,19 @@ def _lives(process: int) -> bool:
     return True
 
 
+def fsync(path: Path) -> None:
+    """Flushes a file, or the names in a folder, to disk."""
+    if sys.platform == "win32":  # which cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
-def aside_folder(
+def staging_folder(
     path: Path, on_left: Callable[[Path], object] = lambda folder: None
 ) -> Iterator[Path]:
     """Gives a folder beside a path for what will become that file; it is removed in the end.
@@ -264,3 +278,19 @@ def aside_folder(
     finally:
         lock.release()  # first: some systems keep files that are open
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_reachable(endpoint: str) -> bool:
+    """Whether a host answers; True behind a proxy, where that cannot be known.
+
+    Asked before the libraries are, which retry for half a minute.
+    """
+    parts = urllib.parse.urlsplit(endpoint)
+    if urllib.request.getproxies() or parts.hostname is None:
+        return True
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    try:
+        socket.create_connection((parts.hostname, port), timeout=5.0).close()
+    except OSError:
+        return False
+    return True

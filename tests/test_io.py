@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from allmlp import disk
+from allmlp import io
 from allmlp.errors import UserError
 from conftest import NO_PROCESS
 
@@ -39,7 +39,7 @@ def data(tmp_path: Path) -> Path:
 def test_an_output_in_an_input(data: Path, monkeypatch, output: str, read: str):
     monkeypatch.chdir(data)
     with pytest.raises(UserError) as error:
-        disk.refuse_inputs([Path("fine.csv"), Path(output)], ["not there", read])
+        io.check_not_inputs([Path("fine.csv"), Path(output)], ["not there", read])
     assert read in error.value.what
     assert error.value.where == str(Path(output))
 
@@ -47,41 +47,41 @@ def test_an_output_in_an_input(data: Path, monkeypatch, output: str, read: str):
 def test_outputs_beside_the_inputs(data: Path):
     read = [data / "data", data / "list.csv", data / "not there"]
     outputs = [data / "elsewhere", data / "other.csv", data / "data2", data / "list.csv2"]
-    disk.refuse_inputs(outputs, read, [str(data / "elsewhere/b.png")])
+    io.check_not_inputs(outputs, read, [str(data / "elsewhere/b.png")])
 
 
 def test_an_output_that_is_one_of_many_images(data: Path):
     images = [str(data / "data/red/a.png"), str(data / "elsewhere/b.png")]
     with pytest.raises(UserError, match=r"b\.png"):
-        disk.refuse_inputs([data / "elsewhere/b.png"], [], images)
+        io.check_not_inputs([data / "elsewhere/b.png"], [], images)
 
 
 def test_what_is_there_is_replaced_only_when_asked(data: Path):
     with pytest.raises(UserError, match="overwrite"):
-        disk.check_output_file(data / "list.csv", overwrite=False)
-    disk.check_output_file(data / "list.csv", overwrite=True)
-    disk.check_output_folder(data, ["other"])
+        io.check_output_file(data / "list.csv", overwrite=False)
+    io.check_output_file(data / "list.csv", overwrite=True)
+    io.check_output_folder(data, ["other"])
     with pytest.raises(UserError, match="overwrite"):
-        disk.check_output_folder(data, ["other", "list.csv"])
-    disk.check_output_folder(data, ["other", "list.csv"], overwrite=True)
+        io.check_output_folder(data, ["other", "list.csv"])
+    io.check_output_folder(data, ["other", "list.csv"], overwrite=True)
 
 
 @pytest.mark.parametrize("folder", ["-", "list.csv"])
 def test_no_folder(data: Path, monkeypatch, folder: str):
     monkeypatch.chdir(data)
     with pytest.raises(UserError):
-        disk.check_output_folder(Path(folder))
+        io.check_output_folder(Path(folder))
 
 
 def test_partial_files_of_living_processes_stay(tmp_path: Path):
-    mine, of_dead = (disk.partial_of(tmp_path / "a.csv", each) for each in (None, NO_PROCESS))
+    mine, of_dead = (io.partial_path(tmp_path / "a.csv", each) for each in (None, NO_PROCESS))
     assert str(os.getpid()) in mine.name
     elsewhere = mine.with_name(f".a.csv.00000000-{NO_PROCESS}.partial")
     old = mine.with_name(".a.csv.partial")
     for path in (mine, of_dead, elsewhere, old):
         path.write_text("half")
     os.utime(old, (0, 0))
-    disk.forget_killed(tmp_path)
+    io.remove_stale(tmp_path)
     assert set(tmp_path.iterdir()) == {mine, elsewhere}
 
 
@@ -90,6 +90,6 @@ def test_a_full_disk_is_named(tmp_path: Path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(OSError, match="space") as error:
-        disk.write_aside(tmp_path / "a.csv", fill)
+        io.atomic_write(tmp_path / "a.csv", fill)
     assert error.value.filename == str(tmp_path / "a.csv")
     assert not list(tmp_path.iterdir())
