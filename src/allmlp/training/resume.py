@@ -121,13 +121,18 @@ def check_same_images(path: Path, config: TrainConfig, splits: Splits) -> None:
         raise UserError(what, where=path, fix=fix)
 
 
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """Returns the settings that decide what a run computes: path of the setting -> JSON value."""
+    return {key: value for key, value in _flat(config.to_json()).items() if key not in _FREE}
+
+
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """Returns a line for each setting in which two runs would compute different things."""
-    before, after = _flat(old.to_json()), _flat(new.to_json())
+    before, after = identity(old), identity(new)
     return [
         f"{key} is {before.get(key)!r} there and {after.get(key)!r} here"
         for key in sorted(before.keys() | after.keys())
-        if key not in _FREE and before.get(key) != after.get(key)
+        if before.get(key) != after.get(key)
     ]
 
 
