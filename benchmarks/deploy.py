@@ -27,8 +27,8 @@ from allmlp.deploy.int8 import calibrate
 from allmlp.deploy.metadata import description_of
 from allmlp.deploy.onnx_graph import graph_module, halved, inputs_of, to_onnx
 from allmlp.environment import processor
-from allmlp.models.compute import torch_set_to
 from allmlp.models.layers import preprocessing_of
+from allmlp.runtime.device import torch_settings
 
 # The variant -> the file that it runs, and by which runtime; None is our own model.
 VARIANTS = {
@@ -79,7 +79,7 @@ def work(pipe, variant: str, options: argparse.Namespace, folder: Path) -> None:
     batch = pixels(model, options.batch_size)
     if file is not None:
         model = am.open_exported(folder / file, runtime=how, num_threads=options.threads)
-    with torch_set_to(torch.device("cpu"), "float32", options.threads):
+    with torch_settings(torch.device("cpu"), "float32", options.threads):
         question = make_question(
             model, precision=None if file else how, batch_size=options.batch_size
         )

@@ -30,13 +30,12 @@ from allmlp.data.batches import Batch, on_device
 from allmlp.data.loader import training_batches
 from allmlp.data.sampler import step_generator
 from allmlp.data.transforms import normalize
-from allmlp.models.device import choose_device
 from allmlp.models.layers import draw_stochastic_depth, preprocessing_of
 from allmlp.preprocessing import Preprocessing
-from allmlp.training.compute import choose_compute, settings_of_torch
+from allmlp.runtime.device import choose_device, choose_policy, torch_settings
+from allmlp.runtime.world import World
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Augmentation, open_training_data
-from allmlp.training.distributed import World
 from allmlp.training.losses import one_hot
 from allmlp.training.optimizer import build_optimizers
 from allmlp.training.step import Updater
@@ -74,7 +73,13 @@ class Parts:
         self.model = am.create_model(config.model.name, size, self.classes, **overrides)
         self.model.preprocessing = Preprocessing(image_size=self.model.config.image_size)
         self.model = self.model.to(self.device)
-        self.compute = choose_compute(config, self.device, self.model.config.flops, STEPS)
+        self.compute = choose_policy(
+            self.device,
+            config.precision,
+            config.compile,
+            operations=3 * self.model.config.flops * config.batch_size,
+            num_steps=STEPS,
+        )
         optimizers = build_optimizers(self.model, config.optimizer)
         self.update = Updater(
             *(self.model, self.model, optimizers, config, self.compute, World(), STEPS, print)
@@ -164,7 +169,12 @@ def main() -> None:
         "both together": parts.together,
     }
     rates: dict[str, list[float]] = {name: [] for name in sides}
-    with settings_of_torch(parts.compute, config, parts.model.config.flops):
+    with torch_settings(
+        parts.device,
+        parts.compute.precision,
+        config.num_threads,
+        step_operations=3 * parts.model.config.flops * config.batch_size,
+    ):
         parts.computing()
         for turn in range(options.rounds):
             for name in sorted(sides, reverse=bool(turn % 2)):

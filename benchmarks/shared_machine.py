@@ -48,7 +48,7 @@ def training(work: str) -> Rate:
     from pipeline import Parts
 
     import allmlp as am
-    from allmlp.training.compute import settings_of_torch
+    from allmlp.runtime.device import torch_settings
 
     config = am.recipe("cifar10").with_values({"data.source": "digits", "device": "cpu"})
     parts = Parts(config, STEPS)
@@ -58,7 +58,12 @@ def training(work: str) -> Rate:
         return config.batch_size
 
     def rate(seconds: float) -> float:
-        with settings_of_torch(parts.compute, config, parts.model.config.flops):
+        with torch_settings(
+            parts.device,
+            parts.compute.precision,
+            config.num_threads,
+            step_operations=3 * parts.model.config.flops * config.batch_size,
+        ):
             return parts.together() if work == "recipe" else repeated(step, seconds)
 
     return rate
@@ -69,7 +74,7 @@ def predicting(work: str, setting: str) -> Rate:
 
     import allmlp as am
     from allmlp.deploy.answers import answer, make_question, make_ready
-    from allmlp.models.compute import torch_set_to
+    from allmlp.runtime.device import torch_settings
 
     batch, small = int(work.rpartition(" ")[2]), am.recipe("digits").model
     if work.startswith("B/16"):
@@ -87,7 +92,7 @@ def predicting(work: str, setting: str) -> Rate:
 
     def rate(seconds: float) -> float:
         # All threads for small batches too; the precision named here leaves the products alone.
-        fixed = torch_set_to(ready.device, "bfloat16", fixed=True)
+        fixed = torch_settings(ready.device, "bfloat16", fixed=True)
         with contextlib.nullcontext() if setting == OURS else fixed:
             return repeated(run, seconds)
 

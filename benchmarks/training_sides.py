@@ -36,8 +36,8 @@ def ours(job: dict[str, Any]) -> tuple[Step, str]:
 
     import allmlp as am
     from allmlp.models.layers import draw_stochastic_depth
-    from allmlp.training.compute import choose_compute, settings_of_torch
-    from allmlp.training.distributed import World
+    from allmlp.runtime.device import choose_policy, torch_settings
+    from allmlp.runtime.world import World
     from allmlp.training.optimizer import build_optimizers
     from allmlp.training.step import Updater
 
@@ -61,13 +61,24 @@ def ours(job: dict[str, Any]) -> tuple[Step, str]:
     images, labels = images_and_labels(job)
     model = am.create_model(job["model"], size, classes, **overrides)
     device, flops = torch.device("cpu"), model.config.flops
-    compute = choose_compute(config, device, flops, STEPS)
+    compute = choose_policy(
+        device,
+        config.precision,
+        config.compile,
+        operations=3 * flops * config.batch_size,
+        num_steps=STEPS,
+    )
     optimizers = build_optimizers(model, config.optimizer)
     said: list[str] = []
     updater = Updater(model, model, optimizers, config, compute, World(), STEPS, said.append)
     targets = F.one_hot(labels, classes).float()
     random = torch.Generator().manual_seed(0)
-    settings = settings_of_torch(compute, config, flops)
+    settings = torch_settings(
+        device,
+        compute.precision,
+        config.num_threads,
+        step_operations=3 * flops * config.batch_size,
+    )
     settings.__enter__()  # for as long as this process lives, as in a run
     _KEPT.append(settings)
 

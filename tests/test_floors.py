@@ -10,7 +10,8 @@ import allmlp
 PACKAGE = Path(allmlp.__file__).parent
 # Upward. What lies directly in the package is one folder under all floors; `__init__` is the door.
 FLOORS = [
-    {"errors", "preprocessing", "console", "io", "environment", "process"},
+    {"errors", "preprocessing", "console", "io", "environment"},
+    {"runtime"},
     {"models", "data"},
     {"weights", "evaluation", "inspection"},
     {"training"},

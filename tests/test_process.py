@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from allmlp.process import BLOCK_TIME, SPIN_COUNT, keep_freed_memory
+from allmlp.runtime.process import BLOCK_TIME, SPIN_COUNT, keep_freed_memory
 
 OPENMP = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 
 COUNT = """
 import resource, sys
 import numpy as np
-from allmlp.process import keep_freed_memory
+from allmlp.runtime.process import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit("not done")
 if sys.argv[1] == "model":
@@ -103,7 +103,7 @@ def test_torchs_openmp_reads_it() -> None:
 
 STREAMS = """
 import sys
-from allmlp.process import open_standard_streams
+from allmlp.runtime.process import open_standard_streams
 open_standard_streams()
 print("nowhere"), print("nowhere", file=sys.stderr)
 with open(sys.argv[1], "w") as file:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from allmlp.process import sleep_soon
+from allmlp.runtime.process import sleep_soon
 
 if TYPE_CHECKING:
     from allmlp.deploy.export import export

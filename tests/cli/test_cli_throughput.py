@@ -67,7 +67,7 @@ def test_a_training_step_at_another_size(capsys, saved):
 
 
 def test_a_model_that_fails_is_named_and_the_others_are_measured(capsys, saved, monkeypatch):
-    monkeypatch.setattr("allmlp.models.compute.free_memory", lambda device: 10**6)
+    monkeypatch.setattr("allmlp.runtime.device.free_memory", lambda device: 10**6)
     code, out, _ = mixer(capsys, "throughput", "mixer_s32", saved, *QUICK)
     assert code == 0
     assert "failed   mixer_s32: memory: the weights take 0.1 GB, 0.0 GB are free" in out

@@ -15,7 +15,7 @@ from allmlp import environment
 from allmlp.data.sources import open_source
 from allmlp.deploy.metadata import description_of
 from allmlp.deploy.runner import ExportedModel
-from allmlp.models.device import put
+from allmlp.runtime.device import to_device
 from conftest import mixer, tiny_model
 
 WHY = "pip install 'allmlp[export]'"
@@ -56,9 +56,9 @@ def test_another_device_is_refused_from_python(exported: ExportedModel, monkeypa
         exported, data, device="auto", allow_missing_classes=True, num_workers=0
     )  # where there is a GPU too
     assert len(found.labels) == 20
-    assert put(exported, None) is exported
+    assert to_device(exported, None) is exported
     with pytest.raises(am.UserError, match="unknown device 'mps'"):
-        put(tiny_model(), "mps")
+        to_device(tiny_model(), "mps")
 
 
 @pytest.mark.parametrize("name", ["m.onnx", "m.XML", "m.pt2"])

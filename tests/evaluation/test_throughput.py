@@ -15,7 +15,7 @@ from allmlp.evaluation.memory import peak_growth
 from allmlp.evaluation.peak import Peak, measure_peak
 from allmlp.evaluation.throughput import count_parameters, flops_text
 from allmlp.evaluation.timed_model import TimedModel, count_flops
-from allmlp.models.compute import fast_precision
+from allmlp.runtime.device import fast_precision
 from conftest import TINY, tiny_model
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ import torch
 
 import allmlp as am
 from allmlp.errors import named_memory_errors
-from allmlp.models import compute
+from allmlp.runtime import device as compute
 from allmlp.training import loop
 from conftest import mixer
 from runs import files, make_data, run_config, train, typed_settings

@@ -15,7 +15,7 @@ from allmlp.models.catalog import (
     config_to_json,
     model_config,
 )
-from allmlp.models.device import choose_device
+from allmlp.runtime.device import choose_device
 from conftest import TINY
 
 TABLE_1 = {  # P, C, L, D_S, D_C, S at 224 px

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 
 import allmlp as am
 from allmlp.models.catalog import ARCHITECTURES, config_from_json, config_to_json
-from allmlp.models.compute import can_compile
 from allmlp.models.cycle_mlp import CycleMLPConfig
 from allmlp.models.layers import draw_stochastic_depth, set_stochastic_depth
 from allmlp.models.mixer import MixerConfig
 from allmlp.models.vision_permutator import VisionPermutatorConfig
+from allmlp.runtime.device import can_compile
 from conftest import check_every_gradient
 from staged_models import enliven
 

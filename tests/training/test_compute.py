@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,10 @@ from torch._inductor.exc import InductorError
 import allmlp as am
 from allmlp.evaluation.timed_model import Mode, TimedModel
 from allmlp.inspection.attribution import occlusion, read_image
-from allmlp.models import compute as rules
-from allmlp.models.compute import SMALL_STEP, torch_set_to
 from allmlp.models.layers import draw_stochastic_depth, set_stochastic_depth
-from allmlp.training import compute, step
-from allmlp.training.compute import Compute, choose_compute, settings_of_torch
+from allmlp.runtime import device as compute
+from allmlp.runtime.device import SMALL_STEP, ComputePolicy, choose_policy, torch_settings
+from allmlp.training import step
 from conftest import tiny_config, tiny_model
 
 pytestmark = pytest.mark.numerics
@@ -28,8 +28,12 @@ CPU = torch.device("cpu")
 BIG, SMALL = 10**9, 10**6  # operations of an image's forward pass
 
 
-def config(**changes: object) -> am.TrainConfig:
-    return am.recipe("scratch").with_values(changes)
+def policy(flops: int, precision: str = "auto") -> ComputePolicy:
+    return choose_policy(CPU, precision, "auto", operations=96 * flops, num_steps=10)
+
+
+def settings(flops: int, num_threads: int | None = None) -> AbstractContextManager[None]:
+    return torch_settings(CPU, "float32", num_threads, step_operations=96 * flops)
 
 
 def losses(run: Path) -> list[float]:
@@ -46,8 +50,8 @@ def losses(run: Path) -> list[float]:
     ],
 )
 def test_precision_auto_goes_by_stated_rules(monkeypatch, fast, flops, expected, why):
-    monkeypatch.setattr(rules, "has_fast_bfloat16", lambda: fast)
-    found = choose_compute(config(), CPU, flops, 10)
+    monkeypatch.setattr(compute, "has_fast_bfloat16", lambda: fast)
+    found = policy(flops)
     assert (found.precision, found.why) == (expected, why)
     assert found.autocast()._enabled == (expected == "bfloat16")
 
@@ -55,14 +59,14 @@ def test_precision_auto_goes_by_stated_rules(monkeypatch, fast, flops, expected,
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_an_explicit_precision_is_never_changed(monkeypatch, precision):
     for fast in (True, False):
-        monkeypatch.setattr(rules, "has_fast_bfloat16", lambda fast=fast: fast)
+        monkeypatch.setattr(compute, "has_fast_bfloat16", lambda fast=fast: fast)
         for flops in (BIG, SMALL):
-            found = choose_compute(config(precision=precision), CPU, flops, 10)
+            found = policy(flops, precision)
             assert (found.precision, found.why) == (precision, precision)
 
 
 def test_on_a_processor_auto_does_not_compile():
-    assert not choose_compute(config(), CPU, BIG, 10**6).compile
+    assert not choose_policy(CPU, "auto", "auto", operations=BIG, num_steps=10**6).compile
 
 
 def test_without_a_compiler_the_run_goes_on_and_says_so(class_folder, tmp_path, monkeypatch):
@@ -113,10 +117,9 @@ def test_compiled_training_has_the_same_losses(class_folder, tmp_path):
 def test_threads_and_products_come_back():
     products = torch.backends.mkldnn.matmul
     threads, before = torch.get_num_threads(), products.fp32_precision
-    found = Compute(CPU, "float32", False, "")
-    with settings_of_torch(found, config(num_threads=1), BIG):
+    with settings(BIG, 1):
         assert torch.get_num_threads() == 1
-    with pytest.raises(RuntimeError), settings_of_torch(found, config(), SMALL):
+    with pytest.raises(RuntimeError), settings(SMALL):
         raise RuntimeError
     assert (torch.get_num_threads(), products.fp32_precision) == (threads, before)
 
@@ -160,7 +163,7 @@ def timed(model: am.ImageClassifier, mode: Mode) -> int:
 def test_a_small_batch_takes_one_thread_in_every_verb(
     class_folder, two_threads, monkeypatch, verb, least, expected
 ):
-    monkeypatch.setattr(rules, "SMALL_STEP", least)
+    monkeypatch.setattr(compute, "SMALL_STEP", least)
     model = tiny_model(num_classes=3).to(CPU)
     model.class_names = ["ant", "bee", "cat"]
     seen = threads_seen(model)
@@ -187,8 +190,7 @@ def test_a_run_evaluates_with_the_threads_of_its_steps(
     model = tiny_model(num_classes=3)
     model.class_names = ["ant", "bee", "cat"]
     seen = threads_seen(model)
-    found = Compute(CPU, "float32", False, "")
-    with settings_of_torch(found, config(num_threads=given), flops):
+    with settings(flops, given):
         assert torch.get_num_threads() == expected
         am.evaluate(model, str(class_folder))
     assert set(seen) == {expected}
@@ -199,11 +201,11 @@ def test_a_run_evaluates_with_the_threads_of_its_steps(
 def test_chosen_threads_count_for_small_batches_too(two_threads):
     model = tiny_model()
     seen = threads_seen(model)
-    with torch_set_to(CPU, "float32", 2):
+    with torch_settings(CPU, "float32", 2):
         assert timed(model, "training") == 2
         assert timed(model, "inference") == 2
     assert set(seen) == {2}
-    with pytest.raises(am.UserError), torch_set_to(CPU, "float32", 100_000):
+    with pytest.raises(am.UserError), torch_settings(CPU, "float32", 100_000):
         pass
     assert timed(model, "inference") == seen[-1] == 1
 
@@ -211,8 +213,7 @@ def test_chosen_threads_count_for_small_batches_too(two_threads):
 def test_onednn_is_only_taken_where_it_stays_float32(monkeypatch):
     products = torch.backends.mkldnn.matmul
     before = products.fp32_precision
-    found = Compute(CPU, "float32", False, "")
-    with settings_of_torch(found, config(), BIG):
+    with settings(BIG):
         taken = products.fp32_precision
         x = torch.randn(300, 300, generator=torch.Generator().manual_seed(1))
         exact = x.double() @ x.double().T
@@ -223,24 +224,22 @@ def test_onednn_is_only_taken_where_it_stays_float32(monkeypatch):
         return (x.bfloat16() @ w.bfloat16().T).float()
 
     monkeypatch.setattr(F, "linear", rounded)
-    with settings_of_torch(found, config(), BIG):
+    with settings(BIG):
         assert products.fp32_precision == before
 
 
 def test_what_is_compiled_is_kept_where_the_user_says(monkeypatch, tmp_path):
-    monkeypatch.setenv("MIXER_CACHE", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    compute.keep_compiled()
+    compute.keep_compiled(tmp_path / "compiled")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
     assert (tmp_path / "compiled").is_dir()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
-    compute.keep_compiled()
+    compute.keep_compiled(tmp_path / "compiled")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     (tmp_path / "file").touch()
-    monkeypatch.setenv("MIXER_CACHE", str(tmp_path / "file"))
-    compute.keep_compiled()
+    compute.keep_compiled(tmp_path / "file" / "compiled")
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
@@ -259,7 +258,7 @@ def test_bfloat16_keeps_layer_norm_and_residual_in_float32(compiled):
     gradients = {}
     for precision in ("float32", "bfloat16"):
         model.zero_grad()
-        with Compute(CPU, precision, False, "").autocast():
+        with ComputePolicy(CPU, precision, False, "").autocast():
             logits = network(images)
         F.cross_entropy(logits.float(), labels).backward()
         gradients[precision] = {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -126,7 +126,7 @@ def refuse_changes(source: str, image_size: str | None, growth: str | None, expo
     Raises:
         UserError: the verb needs weights, or it is to have another image size.
     """
-    from allmlp.models.device import no_weights
+    from allmlp.runtime.device import no_weights
 
     if not exported:
         raise no_weights(source)
@@ -144,11 +144,11 @@ def refuse_device(source: str, device: str) -> str:
         UserError: another is named for an exported file.
     """
     from allmlp.deploy.runner import is_exported
-    from allmlp.models.device import refuse_other_devices
+    from allmlp.runtime.device import check_device_of_exported
 
     if not is_exported(source):
         return device
-    refuse_other_devices(device)
+    check_device_of_exported(device)
     return "cpu"
 
 

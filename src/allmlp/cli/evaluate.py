@@ -95,8 +95,8 @@ def evaluate(
     from allmlp.evaluation.figures import FILES
     from allmlp.evaluation.pictures import REPORT, save_report
     from allmlp.io import check_not_inputs, check_output_folder, expand
-    from allmlp.models.device import put
     from allmlp.models.inference import choose_precision
+    from allmlp.runtime.device import to_device
     from allmlp.training.measure import evaluate as measure
     from allmlp.training.measure import evaluate_together
     from allmlp.training.own_images import open_measured
@@ -106,16 +106,16 @@ def evaluate(
     with ExitStack() as stack:
         world = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # one process needs no collectives
-            from allmlp.training.distributed import joined
+            from allmlp.runtime.world import join_world
 
-            world, chosen = stack.enter_context(joined(device))
+            world, chosen = stack.enter_context(join_world(device))
             device = str(chosen)
         rank, size = (0, 1) if world is None else (world.rank, world.size)
         report = Reporter(quiet=rank != 0)
         names = [*FILES, *(f"{name}.png" for name in REPORT)]
         if folder is not None and rank == 0:
             check_output_folder(folder, names, overwrite=overwrite)
-        net = put(load_named(model, image_size, growth, exported=True), device)
+        net = to_device(load_named(model, image_size, growth, exported=True), device)
         measured = open_measured(net.source, data, count=rank == 0)
         source = measured.source
         if rank == 0:

@@ -17,7 +17,7 @@ from typing import Any
 
 from allmlp.cli.verbs import GROUPS, VERBS
 from allmlp.errors import UserError, fix_of, named_memory_errors, near_names
-from allmlp.process import keep_freed_memory, open_standard_streams, refuse_removed_folder
+from allmlp.runtime.process import keep_freed_memory, open_standard_streams, refuse_removed_folder
 
 DESCRIPTION = """MLP-Mixer in PyTorch: train, evaluate and use all-MLP image classifiers.
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from allmlp.deploy.plan import Plan
     from allmlp.deploy.rows import OnRows
     from allmlp.models.layers import ImageClassifier
-    from allmlp.training.distributed import World
+    from allmlp.runtime.world import World
 
 TopK = Annotated[int | None, arg(help_behavior_hint="(default: 5)", metavar="N")]
 Precision = Annotated[str | None, arg(help_behavior_hint="(default: auto)", metavar="NAME")]
@@ -99,7 +99,7 @@ def predict(
     from allmlp.deploy.plan import check_folder, is_folder
     from allmlp.deploy.predict import check_output, refuse_read
     from allmlp.io import STANDARD_OUTPUT
-    from allmlp.models.device import put
+    from allmlp.runtime.device import to_device
 
     if top_k is not None and top_k < 1:  # before anything is read
         raise UserError(f"top_k must be at least 1, got {top_k}", where="--top-k")
@@ -114,9 +114,9 @@ def predict(
                 what = "several processes need a folder to write their parts to"
                 fix = "--output FOLDER, a name without an ending"
                 raise UserError(what, where="--output", fix=fix)
-            from allmlp.training.distributed import joined
+            from allmlp.runtime.world import join_world
 
-            world, chosen = stack.enter_context(joined(device))
+            world, chosen = stack.enter_context(join_world(device))
             device = str(chosen)
         path = None
         if output is not None and in_parts:
@@ -125,16 +125,16 @@ def predict(
             path = check_output(output, overwrite=overwrite)
         listed = None
         if world is not None and STANDARD_INPUT in images:  # of which there is one for all
-            listed = world.from_first(read_list)
+            listed = world.broadcast_from_rank0(read_list)
         source = find_images(images, listed)
         if path is not None:
             refuse_read(path, model, images, source)
-        net = put(load_named(model, image_size, growth, exported=True), device)
+        net = to_device(load_named(model, image_size, growth, exported=True), device)
         question = make_question(
             net, top_k=top_k, features=features, precision=precision, batch_size=batch_size
         )
-        report = Reporter(quiet=world is not None and not world.is_first, stderr=to_stdout)
-        if world is None or world.is_first:
+        report = Reporter(quiet=world is not None and not world.is_main, stderr=to_stdout)
+        if world is None or world.is_main:
             warn_of_notes(source)
             if not features:
                 warn_of_numbers(net)
@@ -230,7 +230,7 @@ def _in_parts(
 
         plan = predict_parts(net, source, question, folder, **options, on_plan=begin)
     images = seen.images if world is None else sum(world.gather(seen.images))
-    if world is not None and not world.is_first:
+    if world is not None and not world.is_main:
         return 0  # whatever was bad: torchrun would end the first process, which still speaks
     report.say(f"written  {folder}: {plural(plan.parts, 'part')}, {plural(plan.images, 'image')}")
     if images:

@@ -72,9 +72,9 @@ def serve(
     with open_socket(host, port) as listening:  # before the weights, which take longer
         from allmlp.console import Reporter
         from allmlp.deploy.service import Limits, Service
-        from allmlp.models.device import put
+        from allmlp.runtime.device import to_device
 
-        net = put(load_named(model, image_size, growth, exported=True), device)
+        net = to_device(load_named(model, image_size, growth, exported=True), device)
         warn_of_numbers(net)
         limits = Limits.of(max_images, max_megabytes, max_megapixels)
         service = Service(net, model, top_k=top_k, precision=precision, limits=limits)

@@ -211,8 +211,7 @@ def _new(create: Callable[[], ImageClassifier], device: str) -> Callable[[], Ima
     import torch
 
     from allmlp.evaluation.throughput import count_parameters
-    from allmlp.models.compute import free_memory
-    from allmlp.models.device import choose_device
+    from allmlp.runtime.device import choose_device, free_memory
 
     with torch.device("meta"):
         needed = 4 * count_parameters(create())

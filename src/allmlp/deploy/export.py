@@ -48,8 +48,8 @@ from allmlp.deploy.runner import ExportedModel
 from allmlp.errors import UserError
 from allmlp.evaluation.figures import Evaluation
 from allmlp.io import staging_folder
-from allmlp.models.compute import torch_set_to
 from allmlp.models.layers import ImageClassifier, preprocessing_of
+from allmlp.runtime.device import torch_settings
 from allmlp.training.measure import evaluate
 from allmlp.weights.store import load_model
 
@@ -168,7 +168,7 @@ def export(
     )
     with (
         staging_folder(path) as folder,
-        torch_set_to(torch.device("cpu"), "float32", chosen_threads),
+        torch_settings(torch.device("cpu"), "float32", chosen_threads),
     ):
         aside = folder / path.name
         report = _make(job, aside)

@@ -37,7 +37,7 @@ from allmlp.models.inference import Inference
 from allmlp.models.layers import ImageClassifier
 
 if TYPE_CHECKING:  # one process needs no collectives
-    from allmlp.training.distributed import World
+    from allmlp.runtime.world import World
 
 
 def predict_parts(
@@ -79,7 +79,7 @@ def predict_parts(
             wanted = choose_part_size(len(source), batch_size, processes)
         return open_plan(folder, job, kind, wanted)
 
-    plan = begin() if world is None else world.from_first(begin)
+    plan = begin() if world is None else world.broadcast_from_rank0(begin)
     on_rows = None if on_plan is None else on_plan(plan)
     mine = plan.share(world)
     # One loader for all parts keeps its workers busy from one to the next.
@@ -90,13 +90,13 @@ def predict_parts(
             if group:
                 _write_group(ready, source, question, plan, group, batch_size, num_workers, on_rows)
     except UserError as error:
-        if world is None or world.is_first:
+        if world is None or world.is_main:
             raise
         raise UserError(
             f"rank {world.rank}: {error.what}", where=error.where, fix=error.fix
         ) from error
     _wait_for_all(plan, world)
-    if world is None or world.is_first:
+    if world is None or world.is_main:
         remove_stale(folder)
     return plan
 
@@ -185,7 +185,7 @@ def _wait_for_all(plan: Plan, world: World | None) -> None:
     while world is not None and world.size > 1:
         if wanted <= set(os.listdir(plan.folder)):
             return
-        gone = [rank for rank in world.dead() if rank != world.rank]
+        gone = [rank for rank in world.dead_ranks() if rank != world.rank]
         if gone and not wanted <= set(os.listdir(plan.folder)):
             what = f"rank {gone[0]} ended before its parts were written"
             raise UserError(what, where=plan.folder, fix="The same command again continues")

@@ -26,7 +26,7 @@ from allmlp.models.layers import ImageClassifier, preprocessing_of
 from allmlp.names import is_format
 
 if TYPE_CHECKING:  # one process needs no collectives
-    from allmlp.training.distributed import World
+    from allmlp.runtime.world import World
 
 MANIFEST = "manifest.json"
 PART_SIZE = 10_000  # images, at most, where the user names no number

@@ -14,8 +14,8 @@ from allmlp.deploy.runner import is_exported, open_exported
 from allmlp.deploy.tables import FILE_FORMATS, check_format, render, write_rows
 from allmlp.errors import UserError, named_memory_errors
 from allmlp.io import check_not_inputs, check_output_file, expand
-from allmlp.models.device import put
 from allmlp.models.layers import ImageClassifier
+from allmlp.runtime.device import to_device
 from allmlp.weights.locate import files_of
 from allmlp.weights.store import load_model
 
@@ -73,9 +73,9 @@ def predict(
         refuse_read(target, model, given, source)
     if isinstance(model, str | Path):
         opened = open_exported(model) if is_exported(model) else load_model(model)
-        model = put(opened, device or "auto")
+        model = to_device(opened, device or "auto")
     else:
-        model = put(model, device)
+        model = to_device(model, device)
     question = make_question(
         model, top_k=top_k, features=features, precision=precision, batch_size=batch_size
     )

@@ -20,8 +20,8 @@ from allmlp.deploy.metadata import NAMES, Description, from_text
 from allmlp.deploy.onnx_graph import inputs_of
 from allmlp.errors import UserError
 from allmlp.io import expand
-from allmlp.models.compute import check_threads
 from allmlp.models.layers import ImageClassifier
+from allmlp.runtime.device import check_threads
 
 SUFFIXES = {".onnx": "onnxruntime", ".xml": "openvino"}
 RUNTIMES = ("onnxruntime", "openvino")

@@ -21,9 +21,9 @@ from allmlp.data.loader import TIMEOUT, evaluation_batches
 from allmlp.data.transforms import normalize
 from allmlp.errors import UserError, named_memory_errors
 from allmlp.evaluation.figures import Evaluation
-from allmlp.models.device import put
 from allmlp.models.inference import Inference, choose_precision
 from allmlp.models.layers import ImageClassifier, classes_of, preprocessing_of
+from allmlp.runtime.device import to_device
 
 
 @dataclass
@@ -78,7 +78,7 @@ def evaluate_part(
         what = f"the model knows one class only, {names[0]!r}: whatever it is shown, it is right"
         raise UserError(what, fix="Measure a model of two classes or more")
     matched = match_classes(source, names, owner="the model", allow_missing=allow_missing_classes)
-    model = put(model, device)
+    model = to_device(model, device)
     ready = Inference(model, choose_precision(model, precision)[0])
     batches = math.ceil(len(source) / batch_size)
     first, stop = (

@@ -39,9 +39,9 @@ from allmlp.evaluation.draws import (
 from allmlp.evaluation.features import Features, Precision, frozen_features
 from allmlp.evaluation.linear_probe import LinearProbe, fit_linear, fit_sweep
 from allmlp.models.catalog import model_from_config
-from allmlp.models.device import put
 from allmlp.models.layers import ImageClassifier, preprocessing_of
 from allmlp.preprocessing import Preprocessing
+from allmlp.runtime.device import to_device
 
 SWEEP = tuple(2.0**power for power in range(-10, 20))
 
@@ -186,7 +186,7 @@ def few_shot(
         fix = "am.load_model(...) gives one"
         raise UserError(f"few_shot takes a model, got {model!r}", fix=fix)
     train, test, test_split, name = _splits(data)
-    model = put(model, device)
+    model = to_device(model, device)
     preprocessing = replace(preprocessing_of(model), resize=settings.resize)
     runs: list[Features] = []  # of all parts of the data, for what they say
 

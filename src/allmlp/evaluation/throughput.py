@@ -29,15 +29,16 @@ from allmlp.evaluation.sweep import (
 )
 from allmlp.evaluation.throughput_result import ModelThroughput, Throughput
 from allmlp.evaluation.timed_model import Mode, TimedModel, count_flops
-from allmlp.models.compute import (
+from allmlp.models.layers import ImageClassifier
+from allmlp.runtime.device import (
     can_compile,
     check_bfloat16,
+    check_has_weights,
+    choose_device,
     fast_precision,
     free_memory,
-    torch_set_to,
+    torch_settings,
 )
-from allmlp.models.device import choose_device, refuse_exported
-from allmlp.models.layers import ImageClassifier
 
 Build = Callable[[], ImageClassifier]
 _BATCH = 64  # by which "auto" judges whether a model is small, unless batch sizes are chosen
@@ -120,7 +121,7 @@ def throughput(
         )
         raise UserError(what, where="threads", fix="--threads 2, or leave it out")
     with contextlib.ExitStack() as afterwards:
-        afterwards.enter_context(torch_set_to(where, "float32", num_threads))
+        afterwards.enter_context(torch_settings(where, "float32", num_threads))
         if compile:
             afterwards.enter_context(_compiles_for_every_shape())
         if mode == "inference":  # what autocast has cast is kept until this ends
@@ -208,7 +209,7 @@ def _build(
 ) -> int:
     """Makes one model ready to be timed; returns the bytes promised to all of them until now."""
     model = given if isinstance(given, ImageClassifier) else given()
-    refuse_exported(model)
+    check_has_weights(model)
     model = model.to(result.device)
     row.header, row.flops = describe(model), model.config.flops
     passes = 3 if row.mode == "training" else 1

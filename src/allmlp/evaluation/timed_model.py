@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from allmlp.errors import UserError
 from allmlp.evaluation.memory import peak_growth
-from allmlp.models.compute import few_threads, free_memory, threads_for
 from allmlp.models.inference import Inference, evaluating
 from allmlp.models.layers import ImageClassifier
+from allmlp.runtime.device import free_memory, step_threads, threads_for
 
 Mode = Literal["inference", "training"]
 
@@ -76,7 +76,7 @@ class TimedModel:
     def run(self, times: int) -> None:
         """Computes so many steps, and returns when the device is done with them."""
         assert self.images is not None
-        with few_threads(self.device, self._operations(len(self.images))):
+        with step_threads(self.device, self._operations(len(self.images))):
             for _ in range(times):
                 if self.mode == "training":
                     self._train()

@@ -41,9 +41,9 @@ from allmlp.inspection.token_mixing import (
     stem_convolution,
 )
 from allmlp.io import expand
-from allmlp.models.compute import few_threads
 from allmlp.models.inference import evaluating
 from allmlp.models.layers import ImageClassifier, preprocessing_of
+from allmlp.runtime.device import step_threads
 
 Floats = NDArray[np.float64]
 
@@ -335,5 +335,5 @@ def _probabilities(model: ImageClassifier, images: Tensor) -> Floats:
 
 def _run(model: ImageClassifier, images: Tensor) -> Tensor:
     device = next(model.parameters()).device
-    with evaluating(model), few_threads(device, model.config.flops * len(images)):
+    with evaluating(model), step_threads(device, model.config.flops * len(images)):
         return model(images.to(device))

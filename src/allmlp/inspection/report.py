@@ -46,8 +46,8 @@ from allmlp.inspection.measure import (
 from allmlp.inspection.pictures import VECTORS, save_figure
 from allmlp.io import Content, atomic_write_all, check_not_inputs, check_output_folder, expand
 from allmlp.models.catalog import model_from_config
-from allmlp.models.device import put, refuse_exported
 from allmlp.models.layers import ImageClassifier
+from allmlp.runtime.device import check_has_weights, to_device
 
 FIRST_LAYERS, STRONGEST = 3, 4
 
@@ -135,13 +135,13 @@ def inspect(
         raise UserError(f"inspect takes a model, got {model!r}", fix="am.load_model(...) gives one")
     for each in (model, compare):
         if each is not None:
-            refuse_exported(each)
+            check_has_weights(each)
     _check_settings(output, layers, image, units, window, stride, vector, batch_size)
     folder = None if output is None else expand(output)
     if folder is not None:
         check_output_folder(folder, ("inspection.json", "units.csv"), overwrite=overwrite)
         folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    model = put(model, device)
+    model = to_device(model, device)
     measured = measure_model(model, names[0], outgoing=outgoing)
     compared = None if compare is None else measure_model(compare, names[1], outgoing=outgoing)
     drawable = [each.number for each in measured.units.layers]

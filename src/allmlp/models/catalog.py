@@ -10,13 +10,13 @@ import torch
 
 from allmlp.errors import UserError, near_names
 from allmlp.models.ablations import build_mixer
-from allmlp.models.compute import refuse_if_too_large
 from allmlp.models.cycle_mlp import CycleMLP, CycleMLPConfig
 from allmlp.models.layers import ImageClassifier, ModelConfig
 from allmlp.models.mixer import MixerConfig
 from allmlp.models.small_resnet import SmallResNet, SmallResNetConfig
 from allmlp.models.timm_model import PREFIX, TimmConfig, TimmModel, timm_config
 from allmlp.models.vision_permutator import VisionPermutator, VisionPermutatorConfig
+from allmlp.runtime.device import check_fits_memory
 
 
 def _mixer(patch: int, dim: int, blocks: int, tokens_dim: int, channels_dim: int) -> MixerConfig:
@@ -197,7 +197,7 @@ def _refuse_too_large(config: ModelConfig) -> None:
         stages = zip(config.depths, config.dims, config.mlp_ratios, strict=True)
         values = sum(2 * depth * ratio * dim**2 for depth, dim, ratio in stages)
     if torch.get_default_device().type != "meta":
-        refuse_if_too_large(values, f"a model of {values:,} weights")
+        check_fits_memory(values, f"a model of {values:,} weights")
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:

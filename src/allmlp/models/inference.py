@@ -24,16 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allmlp.errors import UserError
-from allmlp.models.compute import (
-    SMALL_STEP,
-    check_bfloat16,
-    fast_precision,
-    few_threads,
-    has_fast_bfloat16,
-)
 from allmlp.models.layers import ImageClassifier
 from allmlp.models.mixer import MlpBlock, MlpMixer
 from allmlp.models.staged import Mlp
+from allmlp.runtime.device import (
+    SMALL_STEP,
+    check_bfloat16,
+    fast_precision,
+    has_fast_bfloat16,
+    step_threads,
+)
 
 # An activation above 32 MiB is given back to the system and paged in anew by glibc at every layer,
 # and falls out of the cache: 32 images of Mixer-B/16 at once were 10 % slower than 8 or 16.
@@ -116,7 +116,7 @@ class Inference:
 
     def few_threads(self, num_images: int) -> AbstractContextManager[None]:
         """Returns the context in which so many images are prepared and computed."""
-        return few_threads(self.device, self.model.config.flops * num_images)
+        return step_threads(self.device, self.model.config.flops * num_images)
 
     def logits(self, images: Tensor) -> Tensor:
         """Returns the logits, float32 (N, K), on the model's device; features without a head.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from allmlp.errors import UserError
 from allmlp.preprocessing import Preprocessing
-from allmlp.process import keep_freed_memory
+from allmlp.runtime.process import keep_freed_memory
 
 
 class StochasticDepth(nn.Module):

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from allmlp.console import Reporter
+from allmlp.runtime.world import join_world
 from allmlp.studies.study_file import Cell, StudyFile, check_output
 from allmlp.training.config import TrainConfig
-from allmlp.training.distributed import joined
 from allmlp.training.loop import train
 from allmlp.training.run_folder import no_results, read_results
 from allmlp.training.summary import TrainResult
@@ -61,11 +61,11 @@ class CellStudy:
         Args:
             summarize: what the finished cells make together, for the file; after every run.
         """
-        with joined(self.config.device) as (world, _):
-            self.is_first = world.is_first
-            self.report = Reporter(quiet=self.quiet or not world.is_first)
-            done: dict[str, Cell] = world.from_first(self.results.done)
-            if world.is_first:
+        with join_world(self.config.device) as (world, _):
+            self.is_first = world.is_main
+            self.report = Reporter(quiet=self.quiet or not world.is_main)
+            done: dict[str, Cell] = world.broadcast_from_rank0(self.results.done)
+            if world.is_main:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.report.log_to(self.path / "log.txt")
                 self.save(done, summarize)
@@ -79,10 +79,10 @@ class CellStudy:
                     result = train(
                         config.with_value("output", output), quiet=self.quiet, in_study=True
                     )
-                    done[name] = world.from_first(
+                    done[name] = world.broadcast_from_rank0(
                         lambda config=config, result=result: self.of_run(config, result)
                     )
-                    if world.is_first:
+                    if world.is_main:
                         self.save(done, summarize)
             except (KeyboardInterrupt, SystemExit):
                 self.report.say("the study goes on with the same command as before")

@@ -24,13 +24,13 @@ from allmlp.errors import UserError, plural
 from allmlp.evaluation.draws import check_settings
 from allmlp.evaluation.few_shot import few_shot, num_images
 from allmlp.models.catalog import model_config
+from allmlp.runtime.world import World, join_world
 from allmlp.studies.data_scale_folder import data_scale_file, points, write_cells
 from allmlp.studies.figures import data_scale_figure, save_picture
 from allmlp.studies.paper import DATA_SCALE
 from allmlp.studies.study_file import Cell, check_output, check_random_weights
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import open_training_data
-from allmlp.training.distributed import World, joined
 from allmlp.training.loop import train
 from allmlp.training.run_folder import no_results, read_results
 from allmlp.training.schedule import check_warmup
@@ -104,7 +104,7 @@ def data_scale(
     num_images(open_splits(few_shot_data), measure)  # it has what the measurement needs
     settings = {"few_shot_data": few_shot_data, "shots": shots}
     settings["few_shot_seeds"] = list(few_shot_seeds)
-    with joined(config.device) as joint:
+    with join_world(config.device) as joint:
         return _Study(config, settings, models, fractions, seeds, joint, quiet).run()
 
 
@@ -146,8 +146,8 @@ class _Study:
             "training_images": self.images,
             "validation_images": len(splits.validation),
         }
-        self.done: dict[str, Cell] = self.world.from_first(self.file.done)
-        self.report = Reporter(quiet=quiet or not self.world.is_first)
+        self.done: dict[str, Cell] = self.world.broadcast_from_rank0(self.file.done)
+        self.report = Reporter(quiet=quiet or not self.world.is_main)
 
     def of_cell(self, model: str, fraction: float, seed: int) -> TrainConfig:
         """Returns the settings of one run."""
@@ -179,7 +179,7 @@ class _Study:
     def run(self) -> DataScale:
         try:
             self.describe()
-            if self.world.is_first:
+            if self.world.is_main:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.report.log_to(self.path / "log.txt")
             self.save()
@@ -195,7 +195,7 @@ class _Study:
             self.say("the study goes on with the same command as before")
             raise
         found = self.save()
-        if self.world.is_first:
+        if self.world.is_main:
             self.draw(found)
             self.tell(found)
         return DataScale(self.path, found)
@@ -215,7 +215,7 @@ class _Study:
             "steps": self.steps,
             "validation": result.validation.top1,
         }
-        return self.world.from_first(lambda: {**reached, **self.of_best(path)})
+        return self.world.broadcast_from_rank0(lambda: {**reached, **self.of_best(path)})
 
     def of_best(self, run: Path) -> Cell:
         """Returns at which step the best weights were reached, and what their features are worth.
@@ -251,7 +251,7 @@ class _Study:
     def save(self) -> list[dict[str, Any]]:
         """Writes data_scale.json and data_scale.csv; returns the points."""
         found = points(self.done.values(), self.models, self.fractions)
-        if self.world.is_first:
+        if self.world.is_main:
             self.file.save(self.data, self.done, {"points": found})
             write_cells(self.path, [self.done[name] for name in self.cells if name in self.done])
         return found

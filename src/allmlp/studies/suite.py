@@ -21,11 +21,11 @@ from allmlp.errors import UserError, plural
 from allmlp.evaluation.measurement import measurement, read_measurement, write_measurement
 from allmlp.io import expand
 from allmlp.models.layers import ImageClassifier
+from allmlp.runtime.world import World, join_world
 from allmlp.studies.suite_result import SuiteResult, suite_result
 from allmlp.studies.task_sources import Plan, check_images
 from allmlp.studies.vtab_tasks import Task
 from allmlp.training.config import TrainConfig
-from allmlp.training.distributed import World, joined
 from allmlp.training.finetune import finetune
 from allmlp.training.schedule import check_warmup
 from allmlp.training.study_folder import (
@@ -78,15 +78,15 @@ def run_suite(suite: Suite, output: str, *, quiet: bool = False) -> SuiteResult:
             something else. Nothing has been written then.
     """
     device = suite.config(next(iter(suite.known.values()))).device
-    with joined(device) as (world, _):
+    with join_world(device) as (world, _):
         return _Runner(suite, expand(output), world, quiet).run()
 
 
 class _Runner:
     def __init__(self, suite: Suite, path: Path, world: World, quiet: bool) -> None:
         self.suite, self.path, self.world, self.quiet = suite, path, world, quiet
-        self.report = Reporter(quiet=quiet or not world.is_first)
-        model = load_model(suite.checkpoint, quiet=quiet or not world.is_first)
+        self.report = Reporter(quiet=quiet or not world.is_main)
+        model = load_model(suite.checkpoint, quiet=quiet or not world.is_main)
         self.identity: dict[str, Any] = {
             "checkpoint": suite.checkpoint,
             "weights_sha256": weights_digest(model),
@@ -96,7 +96,7 @@ class _Runner:
         }
         self.header = measurement(suite.kind, model, {})
         self.sources: dict[str, str] = {}  # also of tasks that were measured before
-        self.done: dict[str, dict[str, Any]] = world.from_first(self.before)
+        self.done: dict[str, dict[str, Any]] = world.broadcast_from_rank0(self.before)
         self.configs = {name: suite.config(suite.known[name]) for name in self.pending()}
         self.check_settings()
         self.plans = self.check_all()
@@ -167,7 +167,7 @@ class _Runner:
         return plans
 
     def run(self) -> SuiteResult:
-        if self.world.is_first:
+        if self.world.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
             self.save()  # before anything else is there: whose folder this is
             (self.path / _DATA).mkdir(exist_ok=True)
@@ -218,11 +218,11 @@ class _Runner:
         final, grid = ((self.path / _DATA) / f"{name}{end}.json" for end in ("", "-grid"))
         rates = list(suite.rates(plan.task))
         has_grid = len(rates) > 1
-        if self.world.is_first:
+        if self.world.is_main:
             write_selection(final, plan.final)
             if plan.grid is not None and has_grid:
                 write_selection(grid, plan.grid)
-        self.world.wait()
+        self.world.barrier()
         values: dict[str, Any] = {
             "model.weights": suite.checkpoint,
             "data.source": str(final),
@@ -242,7 +242,7 @@ class _Runner:
 
     def save(self) -> None:
         """Writes suite.json."""
-        if not self.world.is_first:
+        if not self.world.is_main:
             return
         result, suite = self.result(), self.suite
         values = {

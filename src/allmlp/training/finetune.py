@@ -21,8 +21,8 @@ from allmlp.data.sources import open_splits
 from allmlp.data.workers import check_guard
 from allmlp.errors import UserError
 from allmlp.io import expand
+from allmlp.runtime.world import World, join_world
 from allmlp.training.config import TrainConfig
-from allmlp.training.distributed import World, joined
 from allmlp.training.finetuning_recipes import HOLDOUTS
 from allmlp.training.loop import train
 from allmlp.training.run_folder import no_results, read_results
@@ -72,7 +72,7 @@ def finetune(
             raise UserError(f"each value counts once, got {listed}", where=name)
     if not seeds:
         raise UserError("the final runs need a seed", where="--seeds", fix="--seeds 0 1 2")
-    with joined(config.device) as (world, _):
+    with join_world(config.device) as (world, _):
         return _Study(config, grid, seeds, world, quiet, grid_source).run()
 
 
@@ -102,11 +102,13 @@ class _Study:
         for seed in self.seeds:
             self.final(seed)
         self.refuse_what_cannot_be_measured()
-        self.report = Reporter(quiet=quiet or not world.is_first)
+        self.report = Reporter(quiet=quiet or not world.is_main)
         path, first = expand(config.output), [*self.grid, f"seed-{self.seeds[0]}"][0]
         self.folder = StudyFolder(path, config, self.rates, self.seeds, grid_source)
-        self.done: dict[str, float | None] = world.from_first(lambda: self.folder.done(first))
-        if world.is_first and self.done:
+        self.done: dict[str, float | None] = world.broadcast_from_rank0(
+            lambda: self.folder.done(first)
+        )
+        if world.is_main and self.done:
             self.report.log_to(path / "log.txt")
 
     def in_grid(self, rate: float) -> TrainConfig:
@@ -181,7 +183,7 @@ class _Study:
             assert accuracy is not None
             accuracies[seed] = accuracy
         result = FinetuneResult(self.folder.path, reached, rate, self.measured_on, accuracies)
-        if self.world.is_first:
+        if self.world.is_main:
             self.folder.keep_first_seed(result)
             self.folder.save(self.done, result)
             self.tell(result)
@@ -222,7 +224,7 @@ class _Study:
             self.say(f"diverged {error.what}")
             accuracy = None
         self.done[name] = accuracy
-        if self.world.is_first:
+        if self.world.is_main:
             self.report.log_to(self.folder.path / "log.txt")
             self.folder.save(self.done)
         return accuracy
@@ -230,7 +232,7 @@ class _Study:
     def accuracy_of(self, result: TrainResult, in_grid: bool) -> float:
         """What a run counts for: where the final runs keep the last weights, so does the grid."""
         if in_grid and self.keeps_last:
-            rows = self.world.from_first(lambda: read_results(result.run_folder))
+            rows = self.world.broadcast_from_rank0(lambda: read_results(result.run_folder))
             if not rows:
                 raise no_results(result.run_folder)
             accuracy = float(rows[-1]["validation_top1"])

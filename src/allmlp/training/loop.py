@@ -23,14 +23,13 @@ from allmlp.data.workers import check_guard
 from allmlp.errors import UserError, named_memory_errors
 from allmlp.evaluation.pictures import save_figure
 from allmlp.io import check_not_inputs, check_output_folder
-from allmlp.models.compute import refuse_if_too_large
 from allmlp.models.layers import draw_stochastic_depth
+from allmlp.runtime.device import ComputePolicy, check_fits_memory, choose_policy, torch_settings
+from allmlp.runtime.world import World, join_world
 from allmlp.training.card import model_card
-from allmlp.training.compute import Compute, choose_compute, settings_of_torch
 from allmlp.training.config import TrainConfig
 from allmlp.training.cost import duration, training_memory
 from allmlp.training.dataset import Augmentation, Splits, open_training_data, refuse_too_many
-from allmlp.training.distributed import World, joined
 from allmlp.training.losses import one_hot
 from allmlp.training.measure import measure
 from allmlp.training.pictures import curves, training_batch
@@ -81,7 +80,7 @@ def train(
     config = recipe(config) if isinstance(config, str) else config
     check_guard(config.data.num_workers)
     with contextlib.ExitStack() as afterwards:
-        world, device = afterwards.enter_context(joined(config.device))
+        world, device = afterwards.enter_context(join_world(config.device))
         # Check everything before anything is written.
         if world.size > 1 and config.output is None:
             what = "several processes share one run folder, and a restart must find it again"
@@ -97,8 +96,8 @@ def train(
         if workers is not None and workers > most_workers():
             what = f"num_workers must be at most {most_workers()} on this machine, got {workers}"
             raise UserError(what, where="--num-workers")
-        path = world.from_first(lambda: planned_path(config))
-        is_old = world.from_first(lambda: goes_on(path, config))
+        path = world.broadcast_from_rank0(lambda: planned_path(config))
+        is_old = world.broadcast_from_rank0(lambda: goes_on(path, config))
         try:
             splits = open_training_data(config.data)
         except UserError as error:
@@ -107,8 +106,8 @@ def train(
                 raise UserError(error.what, where=error.where, fix=fix) from error
             raise
         if is_old:
-            world.from_first(lambda: check_same_images(path, config, splits))
-        elif world.is_first:
+            world.broadcast_from_rank0(lambda: check_same_images(path, config, splits))
+        elif world.is_main:
             check_output_folder(path)
             check_not_inputs([path], read_from(config.data.source))
         num_steps = length(config, splits)
@@ -117,25 +116,38 @@ def train(
         devices = [device] if device.type == "cuda" else []
         afterwards.enter_context(torch.random.fork_rng(devices))
         torch.manual_seed(config.seed)
-        best, quiet_weights = path / "best", quiet or not world.is_first
+        best, quiet_weights = path / "best", quiet or not world.is_main
         names = splits.train.class_names
         model = build_model(config, names, best if is_old else None, quiet=quiet_weights)
         model = model.to(device)
         flops = model.config.flops
-        compute = choose_compute(config, device, flops, num_steps, world.size)
+        compute = choose_policy(
+            device,
+            config.precision,
+            config.compile,
+            operations=3 * flops * config.batch_size // world.size,
+            num_steps=num_steps,
+        )
         trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
         half = compute.precision == "bfloat16"
         need = training_memory(
             model.config, trained, config, bfloat16=half, num_processes=world.size
         )
         what = f"training {trained:,} weights with {config.optimizer.name}"
-        refuse_if_too_large(need.state // 4, what, device)
-        afterwards.enter_context(settings_of_torch(compute, config, flops))
+        check_fits_memory(need.state // 4, what, device)
+        afterwards.enter_context(
+            torch_settings(
+                device,
+                compute.precision,
+                config.num_threads,
+                step_operations=3 * flops * config.batch_size,
+            )
+        )
         surroundings = environment(config, splits, device)
-        report = Reporter(quiet=quiet or not world.is_first)
-        run = RunFolder(path, config, writes=world.is_first)
+        report = Reporter(quiet=quiet or not world.is_main)
+        run = RunFolder(path, config, writes=world.is_main)
         afterwards.callback(run.close)
-        if world.is_first:
+        if world.is_main:
             report.log_to(run.path / "log.txt")
         announce(report, config, splits, model, run, compute, num_steps, world)
         state = afterwards.enter_context(
@@ -155,7 +167,7 @@ class Trainer:
         splits: Splits,
         run: RunFolder,
         report: Reporter,
-        compute: Compute,
+        compute: ComputePolicy,
         world: World,
         state: RunState,
     ) -> None:
@@ -209,7 +221,7 @@ class Trainer:
                     is_best = False
                     if step + 1 in due:
                         is_best = self.evaluate()
-                    number = self.world.largest(stop.signal)
+                    number = self.world.all_reduce_max(stop.signal)
                     if self.save_is_due(step + 1 in due) or is_best or number or state.finished:
                         state.save(is_best=is_best)
                     if number:
@@ -268,7 +280,7 @@ class Trainer:
                 cutmix_strength=augment.cutmix,
             )
         images, targets = images[:share], targets[:share]  # without the neighbour
-        if step == 0 and self.world.is_first:
+        if step == 0 and self.world.is_main:
             names = self.splits.train.class_names
             figure = training_batch(images, targets, self.preprocessing, names)
             save_figure(figure, self.run_folder.plots / "train_batch.png")
@@ -365,7 +377,7 @@ class Trainer:
                 what = f"step {state.step - 1}: the validation loss is {result.loss}"
                 self.stop(f"{what}; the run has diverged")
         is_best = state.note_result(None if result is None else (result.top1, -result.loss))
-        if is_best and self.world.is_first:
+        if is_best and self.world.is_main:
             save_model(kept, folder, overwrite=True)
             self.run_folder.write_card(model_card(kept, config, self.splits, result, None))
         # Of --epochs, whose steps are rounded to whole ones: the last ends the last epoch.
@@ -389,6 +401,6 @@ class Trainer:
     def redraw(self) -> None:
         """Draws the curves so far, now and then."""
         seconds = time.perf_counter() - self.started
-        if self.world.is_first and seconds - self.last_drawn > _REDRAW_EVERY:
+        if self.world.is_main and seconds - self.last_drawn > _REDRAW_EVERY:
             save_figure(curves(self.run_folder.path), self.run_folder.plots / "curves.png")
             self.last_drawn = time.perf_counter() - self.started

@@ -20,9 +20,9 @@ from allmlp.models.layers import ImageClassifier
 from allmlp.training.own_images import Measured, open_measured
 
 if TYPE_CHECKING:  # what measures alone need not wait for torch's collectives
-    from allmlp.training.compute import Compute
+    from allmlp.runtime.device import ComputePolicy
+    from allmlp.runtime.world import World
     from allmlp.training.config import TrainConfig
-    from allmlp.training.distributed import World
 
 
 def evaluate(
@@ -76,7 +76,11 @@ def evaluate(
 
 
 def measure(
-    model: ImageClassifier, source: Source, config: TrainConfig, compute: Compute, world: World
+    model: ImageClassifier,
+    source: Source,
+    config: TrainConfig,
+    compute: ComputePolicy,
+    world: World,
 ) -> Evaluation:
     """Returns what the model makes of all images, whatever its logits are.
 

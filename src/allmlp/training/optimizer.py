@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from allmlp.errors import UserError
-from allmlp.training.distributed import whole
+from allmlp.runtime.world import full_tensor
 from allmlp.training.settings import OptimizerSettings
 
 
@@ -112,7 +112,7 @@ def clip(parameters: Iterable[Tensor], most: float) -> Tensor:
     Returns:
         The norm before clipping, over all shards: a scalar on the parameters' device.
     """
-    return whole(clip_grad_norm_(parameters, most))
+    return full_tensor(clip_grad_norm_(parameters, most))
 
 
 def update(optimizers: list[Optimizer], rate: float) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from allmlp.training.distributed import whole
+from allmlp.runtime.world import full_tensor
 from allmlp.training.settings import OptimizerSettings
 
 
@@ -58,7 +58,7 @@ def sharpest_point(parameters: Iterable[Tensor], radius: float) -> Iterator[None
 @torch.no_grad()
 def _climb(parameters: list[Tensor], radius: float) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = whole(get_total_norm(gradients))
+    norm = full_tensor(get_total_norm(gradients))
     scale = torch.where(norm == 0.0, 0.0, radius / norm)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.add_(gradient * scale)

@@ -15,11 +15,11 @@ from allmlp.data.fingerprint import is_fingerprint_of
 from allmlp.data.items import BadImage, Source
 from allmlp.errors import UserError
 from allmlp.models.layers import ImageClassifier
+from allmlp.runtime.device import ComputePolicy
+from allmlp.runtime.world import World, copy_full_parameters, parallelize
 from allmlp.training.checkpoint import Checkpoints
-from allmlp.training.compute import Compute
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits
-from allmlp.training.distributed import World, fill_whole, share_out
 from allmlp.training.optimizer import build_optimizers, optimizer_tensors, update_average
 from allmlp.training.run_folder import RunFolder
 from allmlp.training.step import Updater
@@ -42,7 +42,7 @@ class RunState:
         model: ImageClassifier,
         run: RunFolder,
         report: Reporter,
-        compute: Compute,
+        compute: ComputePolicy,
         world: World,
         num_steps: int,
     ) -> None:
@@ -58,7 +58,7 @@ class RunState:
         sharded = world.size > 1 and config.sharding == "full"
         # What is evaluated and kept: the weights themselves, or a copy that is filled for it.
         self.copy = copy.deepcopy(model) if config.optimizer.average or sharded else None
-        network = share_out(model, config.sharding, world)
+        network = parallelize(model, config.sharding, world)
         self.model = model
         self.optimizers = build_optimizers(model, config.optimizer)
         self.average: dict[str, Tensor] = {}
@@ -104,7 +104,7 @@ class RunState:
         """
         found, micro_batch_size = self.checkpoints.newest() if is_old else None, None
         if is_old and found is None:
-            self.world.from_first(self.refuse_to_begin_again)
+            self.world.broadcast_from_rank0(self.refuse_to_begin_again)
         if found is not None:
             if not is_fingerprint_of(found.values["data"], splits.train):
                 what = "the images are not those that the run began with"
@@ -151,12 +151,12 @@ class RunState:
     def mend_best(self) -> None:
         """Writes the best weights again where somebody removed them, if this is their state."""
         best = self.run_folder.best
-        gone = self.world.from_first(lambda: not (best / "model.safetensors").is_file())
+        gone = self.world.broadcast_from_rank0(lambda: not (best / "model.safetensors").is_file())
         if not gone or self.last_result_at == 0:
             return
         if self.since_best == 0 and self.last_result_at == self.step:
             model = self.kept_model()
-            if self.world.is_first:
+            if self.world.is_main:
                 save_model(model, best, overwrite=True)
         elif self.finished:
             what = "the best weights were removed, and the newest checkpoint has others"
@@ -188,7 +188,7 @@ class RunState:
         """Begins to write a checkpoint; training goes on while it is written."""
         if self.config.keep_checkpoints == 0:
             return
-        self.world.take_from_first(_statistics(self.model).values())
+        self.world.broadcast_tensors(_statistics(self.model).values())
         values = {
             "config": self.config.to_json(),
             "class_names": self.model.class_names,
@@ -240,13 +240,13 @@ class RunState:
     def kept_model(self) -> ImageClassifier:
         """Returns the model that is evaluated and kept, whole, on every process."""
         statistics = _statistics(self.model)
-        self.world.take_from_first(statistics.values())
+        self.world.broadcast_tensors(statistics.values())
         if self.copy is None:
             return self.model
         for name, target in _statistics(self.copy).items():
             target.copy_(statistics[name])
         weights = {name: each.detach() for name, each in self.model.named_parameters()}
-        fill_whole(self.copy, (weights | self.average).items())
+        copy_full_parameters(self.copy, (weights | self.average).items())
         return self.copy
 
 

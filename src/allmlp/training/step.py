@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from allmlp.errors import UserError
-from allmlp.models.compute import free_memory
 from allmlp.models.layers import ImageClassifier, set_stochastic_depth
-from allmlp.training.compute import Compute, keep_compiled
+from allmlp.runtime.device import ComputePolicy, free_memory, keep_compiled
+from allmlp.runtime.world import World, no_sync
 from allmlp.training.config import TrainConfig
 from allmlp.training.cost import largest_micro_batch
-from allmlp.training.distributed import World, gradients_kept_here
 from allmlp.training.losses import loss_function
 from allmlp.training.optimizer import clip, update
 from allmlp.training.schedule import learning_rate
 from allmlp.training.sharpness import sharpest_point, sharpness_at
+from allmlp.weights.download import cache_folder
 
 _USABLE = 0.8  # of the free memory; torch's own buffers and other programs need some
 
@@ -59,7 +59,7 @@ class Updater:
 
     Args:
         model: whose parameters move.
-        network: how it is called: the model itself, shared out (`share_out`), or compiled.
+        network: how it is called: the model itself, shared out (`parallelize`), or compiled.
         optimizers: over the parameters, see `build_optimizers`.
         config, compute, world: of the run.
         num_steps: of the whole run.
@@ -72,7 +72,7 @@ class Updater:
         network: nn.Module,
         optimizers: list[torch.optim.Optimizer],
         config: TrainConfig,
-        compute: Compute,
+        compute: ComputePolicy,
         world: World,
         num_steps: int,
         say: Callable[[str], None],
@@ -83,7 +83,7 @@ class Updater:
         self.micro_batch_size = config.batch_size // world.size
         self.compiled = None
         if compute.compile:
-            keep_compiled()
+            keep_compiled(cache_folder() / "compiled")
             self.compiled = torch.compile(network)
         self.parameters = [each for each in model.parameters() if each.requires_grad]
 
@@ -101,7 +101,9 @@ class Updater:
         share = self.config.batch_size // self.world.size
         chosen = self.config.micro_batch_size or before
         if chosen is None:
-            chosen = -self.world.largest(-self._what_fits(share))  # the smallest of all processes
+            chosen = -self.world.all_reduce_max(
+                -self._what_fits(share)
+            )  # the smallest of all processes
         if chosen > share:
             self.say(f"note     micro_batch_size {chosen} is more than a process's {share} images")
         self.micro_batch_size = min(chosen, share)
@@ -148,7 +150,7 @@ class Updater:
         norm = clip(self.parameters, settings.clip_norm or math.inf)
         # The step's one wait for a GPU: nothing may move before both are known to be finite.
         local, length = torch.stack((loss, norm.double())).tolist()
-        result = StepResult(self.world.mean(local), length, rate)
+        result = StepResult(self.world.all_reduce_mean(local), length, rate)
         if not (math.isfinite(result.loss) and math.isfinite(result.gradient_norm)):
             raise NotFiniteError(result)
         update(self.optimizers, rate)
@@ -187,7 +189,7 @@ class Updater:
             part = slice(start, start + self.micro_batch_size)
             set_stochastic_depth(self.model, kept[:, part])
             is_last = part.stop >= count
-            with gradients_kept_here(self.network, not is_last):
+            with no_sync(self.network, not is_last):
                 with self.compute.autocast():
                     logits = self.predict(images[part])
                 loss = loss_function(

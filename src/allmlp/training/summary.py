@@ -19,12 +19,12 @@ from allmlp.evaluation.accuracy import Evaluation
 from allmlp.evaluation.pictures import save_figure, save_report
 from allmlp.evaluation.throughput import count_parameters, flops_text
 from allmlp.models.layers import ImageClassifier
+from allmlp.runtime.device import ComputePolicy
+from allmlp.runtime.world import World
 from allmlp.training.card import model_card
-from allmlp.training.compute import Compute
 from allmlp.training.config import TrainConfig
 from allmlp.training.cost import operations, planned, power
 from allmlp.training.dataset import Splits, refuse_too_many
-from allmlp.training.distributed import World
 from allmlp.training.measure import measure
 from allmlp.training.pictures import curves
 from allmlp.training.run_folder import RunFolder
@@ -52,7 +52,7 @@ def announce(
     splits: Splits,
     model: ImageClassifier,
     run: RunFolder,
-    compute: Compute,
+    compute: ComputePolicy,
     num_steps: int,
     world: World,
 ) -> None:
@@ -117,9 +117,9 @@ def finish(
     in_study: bool = False,
 ) -> TrainResult:
     """Measures the best weights, draws the pictures, writes the card and says what to do next."""
-    world.wait()  # until the first process has written them
+    world.barrier()  # until the first process has written them
     model = load_model(run.best)
-    exact = Compute(device, "float32", False, "as `mixer evaluate` measures")
+    exact = ComputePolicy(device, "float32", False, "as `mixer evaluate` measures")
 
     def measured(source: Source | None) -> Evaluation | None:
         return None if source is None else measure(model, source, config, exact, world)
@@ -127,7 +127,7 @@ def finish(
     validation, test = measured(splits.validation), measured(splits.test)
     if validation is not None:
         validation.are_held_out = splits.held_out
-    if not world.is_first:
+    if not world.is_main:
         return TrainResult(run.path, validation, test)
     known = {each.name for each in run.named_bad_files()}
     for each in test.bad if test is not None else []:  # those of validation were named before

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from allmlp.errors import UserError
-from allmlp.models.compute import refuse_if_too_large
 from allmlp.models.cycle_mlp import CycleMLPConfig
 from allmlp.models.layers import ModelConfig
 from allmlp.models.mixer import MixerConfig
 from allmlp.models.vision_permutator import VisionPermutatorConfig
+from allmlp.runtime.device import check_fits_memory
 from allmlp.weights.resolution import (
     GROWTHS,
     Growth,
@@ -87,7 +87,7 @@ def _resize_permutator(
         depth * (height**2 + width**2) * (dim // segments) ** 2
         for (height, width), dim, segments, depth in stages
     )
-    refuse_if_too_large(numbers, f"token mixing at {pixels} pixels")
+    check_fits_memory(numbers, f"token mixing at {pixels} pixels")
     (h, w), (height, width) = old.grids[0], new.grids[0]
     is_whole = height % h == 0 and width % w == 0
     if growth == "block-diagonal" and not is_whole:

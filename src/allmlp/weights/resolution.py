@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from allmlp.errors import UserError
-from allmlp.models.compute import refuse_if_too_large
 from allmlp.models.mixer import MixerConfig
+from allmlp.runtime.device import check_fits_memory
 
 Growth = Literal["auto", "block-diagonal", "resample"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
@@ -77,7 +77,7 @@ def resize_tokens(
     factors = _whole_factors(config.grid, resized.grid)
     tiles = factors[0] * factors[1] if factors is not None and growth != "resample" else 1
     size = 2 * config.num_blocks * resized.num_tokens * tiles * config.tokens_mlp_dim
-    refuse_if_too_large(size, f"token mixing at {image_size[0]}x{image_size[1]} pixels")
+    check_fits_memory(size, f"token mixing at {image_size[0]}x{image_size[1]} pixels")
     if growth == "block-diagonal" and factors is None:
         old, new = ("x".join(map(str, each)) for each in (config.grid, resized.grid))
         raise UserError(

@@ -35,12 +35,12 @@ from allmlp.io import (
     staging_folder,
 )
 from allmlp.models.catalog import config_to_json, model_from_config
-from allmlp.models.compute import refuse_if_too_large
 from allmlp.models.layers import ImageClassifier, ModelConfig
 from allmlp.models.mixer import MixerConfig
 from allmlp.models.timm_model import PREFIX, TimmModel, resized
 from allmlp.names import NAME, is_format
 from allmlp.preprocessing import Preprocessing
+from allmlp.runtime.device import check_fits_memory
 from allmlp.weights import google, timm
 from allmlp.weights.architecture import check_shapes
 from allmlp.weights.description import CONFIG, FORMAT_VERSION, WEIGHTS, describe
@@ -207,7 +207,7 @@ def with_new_head(model: ImageClassifier, num_classes: int) -> ImageClassifier:
         config = dataclasses.replace(model.config, num_classes=operator.index(num_classes))
     except (TypeError, ValueError) as error:
         raise UserError(f"not a number of classes: {error}", where="num_classes") from error
-    refuse_if_too_large(
+    check_fits_memory(
         num_classes * model.config.hidden_dim, f"a head for {plural(num_classes, 'class')}"
     )
     with torch.device("meta"):

@@ -1,17 +1,19 @@
-"""Several processes that train one model: the only file with collectives.
+"""Several processes that work on one model: the only file with collectives.
 
-torchrun starts the processes and tells each its rank by environment variables; without them there
-is one process, and nothing here does anything. Every process reads its share of every batch, so
-that all together read what one alone would.
+torchrun starts the processes and gives each its rank by environment variables; without them there
+is one process, and nothing here does anything. Every process reads its part of every batch, so that
+all together read what one process alone would.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,21 +21,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from allmlp.errors import UserError
-from allmlp.models.device import choose_device
-from allmlp.models.layers import ImageClassifier
-from allmlp.training.meeting import Notes, meet
+from allmlp.runtime.device import choose_device
 
 TIMEOUT = datetime.timedelta(minutes=30)  # the slowest process may be reading a cold disk
 _PATIENCE = 3.0  # seconds to look for the reason of a lost connection
 
 
 @dataclass(frozen=True)
-class _Refusal:
+class _Failure:
     """A UserError on its way to the other processes."""
 
     what: str
@@ -43,11 +45,11 @@ class _Refusal:
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together, and which of them this is.
+    """The processes that work together, and which of them this is.
 
     Attributes:
         rank: of this process, from 0.
-        size: how many there are.
+        size: number of processes.
         local_rank: from 0 on each machine; it chooses the GPU.
         peers: for each rank its machine and process number.
         checkpoint_group: for checkpoints, which are written beside the training; None for one
@@ -61,20 +63,20 @@ class World:
     checkpoint_group: dist.ProcessGroup | None = None
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def mean(self, value: float) -> float:
-        """Returns the mean of every process's number."""
+    def all_reduce_mean(self, value: float) -> float:
+        """Returns the mean of all processes' numbers."""
         if self.size == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(total)
         return total.item() / self.size
 
-    def largest(self, value: int) -> int:
-        """Returns the largest of every process's number."""
+    def all_reduce_max(self, value: int) -> int:
+        """Returns the largest of all processes' numbers."""
         if self.size == 1:
             return value
         most = torch.tensor(value, dtype=torch.int64)
@@ -82,51 +84,47 @@ class World:
         return int(most)
 
     def gather(self, value: Any) -> list[Any]:
-        """Returns every process's value, by rank. (They trust each other: it may be any object.)"""
+        """Returns all processes' values by rank. (They trust each other: any object.)"""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
-    def from_first(self, function: Callable[[], Any]) -> Any:
-        """Returns what the function returns on the first process, which alone calls it.
-
-        Raises:
-            UserError: the function raised it there; then all processes do.
-        """
+    def broadcast_from_rank0(self, function: Callable[[], Any]) -> Any:
+        """Calls the function on rank 0 and returns its result, or raises its UserError, on all."""
         if self.size == 1:
             return function()
         values: list[Any] = [None]
-        if self.is_first:
+        if self.is_main:
             try:
                 values = [function()]
             except UserError as error:
-                values = [_Refusal(error.what, error.where, error.fix)]
+                values = [_Failure(error.what, error.where, error.fix)]
         dist.broadcast_object_list(values, src=0)
-        if isinstance(values[0], _Refusal):
+        if isinstance(values[0], _Failure):
             raise UserError(values[0].what, where=values[0].where, fix=values[0].fix)
         return values[0]
 
-    def take_from_first(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrites tensors, the same ones on every process, with those of the first process."""
+    def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites tensors, the same ones on every process, with those of rank 0."""
         if self.size > 1:
-            for each in tensors:
-                dist.broadcast(each, src=0)
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
-    def wait(self) -> None:
-        """Returns when all processes have come here."""
+    def barrier(self) -> None:
+        """Waits until all processes have come here."""
         if self.size > 1:
             dist.barrier()
 
-    def dead(self) -> list[int]:
-        """Returns the ranks on this machine whose process is no more."""
+    def dead_ranks(self) -> list[int]:
+        """Returns the ranks on this machine whose process has ended."""
         here = socket.gethostname()
         return [n for n, (host, pid) in enumerate(self.peers) if host == here and not _lives(pid)]
 
 
-def launched() -> bool:
-    """Returns whether torchrun, or something that speaks like it, started this process."""
+def is_distributed() -> bool:
+    """Returns whether torchrun, or a launcher with its variables, started this process."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
@@ -134,16 +132,13 @@ _joined: list[tuple[World, torch.device]] = []  # what this process has joined, 
 
 
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[tuple[World, torch.device]]:
-    """Joins the other processes while the block runs; yields the world and this one's device.
+def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
+    """Joins the other processes within the block; yields the world and this process's device.
 
     Args:
         device: "auto", "cpu", "cuda"; with several processes each takes the GPU of its local rank.
-
-    Raises:
-        UserError: no such device, fewer GPUs than processes, or another process ended.
     """
-    if not launched():
+    if not is_distributed():
         yield World(), choose_device(device)
         return
     if _joined:  # a study joins once, for all of its runs
@@ -154,13 +149,13 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
     if chosen.type == "cuda":
         if chosen.index is not None:
             what = f"device {device!r} names one GPU for {os.environ['WORLD_SIZE']} processes"
-            raise UserError(what, fix="--device cuda: each process takes its own")
+            raise UserError(what, where="device", fix="Take cuda: each process gets its own GPU")
         chosen = choose_device(f"cuda:{local_rank}")
         torch.cuda.set_device(chosen)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    store, rank, size = meet(TIMEOUT)
+    store, rank, size = _rendezvous(TIMEOUT)
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
-    notes = Notes(store, rank, size)
+    notes = _Notes(store, rank, size)
     try:
         alone = World(rank, size, local_rank)
         peers = tuple(alone.gather((socket.gethostname(), os.getpid())))
@@ -183,23 +178,79 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
         dist.destroy_process_group()
 
 
+def _rendezvous(timeout: datetime.timedelta) -> tuple[Store, int, int]:
+    """Returns a store that only the processes of this start use, the rank, and the world size.
+
+    torchrun has one store for all its restarts, and what dead processes have written there would
+    mislead the living: to addresses where nobody listens any more (pytorch/pytorch#135712). So rank
+    0 draws a name for the part of the store that is used. A name drawn by each of the others shows
+    that it has been answered itself, and not the process that had its rank before.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello/{rank}", name)
+        name = store.get(f"answer/{name}").decode()  # waits for it
+        store.set(f"{name}/heard/{rank}", "")
+        return PrefixStore(name, store), rank, size
+    waiting, end = set(range(1, size)), time.monotonic() + timeout.total_seconds()
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"{name}/heard/{other}"]):
+                waiting.remove(other)
+            elif store.check([f"hello/{other}"]):
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", name)
+        if time.monotonic() > end:
+            ranks = ", ".join(map(str, sorted(waiting)))
+            raise UserError(f"rank {ranks} did not come in {timeout.total_seconds():.0f} seconds")
+        time.sleep(0.01)
+    return PrefixStore(name, store), rank, size
+
+
+class _Notes:
+    """What processes leave for each other in the store, where they meet in no collective any more.
+
+    An error of one process breaks the connections of all others without a reason; so it leaves a
+    note of the error first.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        self._store, self._rank = PrefixStore("notes", store), rank
+        self._others = [other for other in range(size) if other != rank]
+
+    def leave(self, error: UserError) -> None:
+        """Leaves the error by which this process ends."""
+        with contextlib.suppress(RuntimeError):  # the process that kept the store has ended
+            self._store.set(str(self._rank), json.dumps((error.what, error.where, error.fix)))
+
+    def found(self) -> dict[int, tuple[str, str | None, str | None]]:
+        """Returns the notes of other processes: what, where and fix by rank."""
+        notes = {}
+        with contextlib.suppress(RuntimeError):
+            for rank in self._others:
+                if self._store.check([str(rank)]):
+                    notes[rank] = tuple(json.loads(self._store.get(str(rank))))
+        return notes
+
+
 def _is_lost_connection(error: RuntimeError) -> bool:
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
     return isinstance(error, dist.DistBackendError) or any(word in str(error) for word in words)
 
 
-def _lost(world: World, notes: Notes, error: RuntimeError) -> UserError:
-    """Returns what a broken connection means: whose process is gone, and why."""
+def _lost(world: World, notes: _Notes, error: RuntimeError) -> UserError:
+    """Returns what a broken connection means: which process has ended, and why."""
     end = time.monotonic() + _PATIENCE
     while True:
         reasons = notes.found()
-        gone = [rank for rank in world.dead() if rank != world.rank]
+        gone = [rank for rank in world.dead_ranks() if rank != world.rank]
         if reasons or gone or time.monotonic() > end:
             break
         time.sleep(0.05)
     if reasons:
         rank, (what, where, fix) = min(reasons.items())
-        return UserError(f"rank {rank}: {what}" if world.is_first else what, where=where, fix=fix)
+        return UserError(f"rank {rank}: {what}" if world.is_main else what, where=where, fix=fix)
     who = f"rank {', '.join(map(str, gone))}" if gone else "another process"
     what = f"rank {world.rank}: {who} ended, and training cannot go on: "
     fix = "The same command again continues; torchrun --max-restarts N does so by itself"
@@ -221,13 +272,13 @@ def _lives(pid: int) -> bool:
     return not os.path.isdir("/proc/self")
 
 
-def share_out(model: ImageClassifier, sharding: str, world: World) -> nn.Module:
+def parallelize(model: nn.Module, sharding: str, world: World) -> nn.Module:
     """Returns the model as all processes train it; its parameters stay those of `model`.
 
     Args:
         model: on its device, with the same weights on every process.
         sharding: "none": every process has all of the state (DDP); "full": each has a part of every
-            parameter, gradient and optimiser state (FSDP2), and `model` itself becomes sharded.
+            parameter, gradient and optimizer state (FSDP2), and `model` itself becomes sharded.
         world: of this run.
     """
     if world.size == 1:
@@ -243,31 +294,31 @@ def share_out(model: ImageClassifier, sharding: str, world: World) -> nn.Module:
 
 
 @contextlib.contextmanager
-def gradients_kept_here(network: nn.Module, here: bool) -> Iterator[None]:
-    """Lets the block's gradients add up on each process; the next block outside shares them.
+def no_sync(network: nn.Module, accumulate: bool = True) -> Iterator[None]:
+    """Accumulates gradients on each process within the block; the next one outside reduces them.
 
     Args:
-        network: what `share_out` returned.
-        here: whether to; False changes nothing.
+        network: what `parallelize` returned.
+        accumulate: False changes nothing.
     """
     if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(not here)
+        network.set_requires_gradient_sync(not accumulate)
         yield
-    elif here and isinstance(network, DistributedDataParallel):
+    elif accumulate and isinstance(network, DistributedDataParallel):
         with network.no_sync():
             yield
     else:
         yield
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Returns all of a tensor of which every process may have a part; all must ask for it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Returns all of a tensor that may be sharded over the processes; a collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
-def fill_whole(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Writes named parameters, whole or in parts, into an ordinary model of the same names."""
+def copy_full_parameters(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copies named parameters, full or sharded, into an ordinary model with the same names."""
     targets = dict(model.named_parameters())
     for name, tensor in tensors:
-        targets[name].copy_(whole(tensor))
+        targets[name].copy_(full_tensor(tensor))

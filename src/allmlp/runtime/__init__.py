@@ -1,0 +1,1 @@
+"""Where the program computes: device, precision, threads, processes."""

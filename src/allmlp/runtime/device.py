@@ -1,0 +1,297 @@
+"""How this machine computes: device, precision, compiling, threads, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from allmlp.errors import UserError
+
+SMALL_STEP = 2e9  # floating-point operations
+LONG_RUN = 2_000  # steps after which compiling, about a minute, has paid for itself on a GPU
+Net = TypeVar("Net", bound=nn.Module)
+_threads_are_chosen: ContextVar[bool] = ContextVar("_threads_are_chosen", default=False)
+
+
+# --- device ---------------------------------------------------------------------------------------
+
+
+def choose_device(name: str) -> torch.device:
+    """Returns the device of a name; "auto" is the GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        fix = "Known: auto, cpu, cuda, cuda:0"
+        raise UserError(f"unknown device {name!r}", where="device", fix=fix)
+    available = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= available:
+        what = f"device {name!r}: PyTorch finds {available} CUDA GPUs here"
+        fix = f"Take {'cpu' if available == 0 else 'cuda:0'}"
+        raise UserError(what, where="device", fix=fix)
+    return device
+
+
+def to_device(model: Net, device: str | None) -> Net:
+    """Returns the model on a device; None leaves it where it is, and exported files stay on CPU."""
+    if getattr(model, "on_processor_only", False):
+        check_device_of_exported(device)
+        return model
+    return model if device is None else model.to(choose_device(device))
+
+
+def check_device_of_exported(device: str | None) -> None:
+    """Raises UserError for any device but the CPU, on which exported files run."""
+    if device not in (None, "auto", "cpu"):
+        what = f"device {device!r}: an exported file runs on the CPU"
+        raise UserError(what, where="device", fix="Leave it out")
+
+
+def check_has_weights(model: nn.Module) -> None:
+    """Raises UserError for an exported file, which only computes logits."""
+    if getattr(model, "on_processor_only", False):
+        raise no_weights(getattr(model, "source", None))
+
+
+def no_weights(source: object) -> UserError:
+    """Returns the error of an exported file where weights are needed; `source` names it."""
+    what = "an exported file has no weights to work on: it only computes logits"
+    return UserError(what, where=source, fix="Give the run or the weights it was made from")
+
+
+# --- precision and compiling ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ComputePolicy:
+    """How a run computes.
+
+    Attributes:
+        device: that computes.
+        precision: of the matrix products, "float32" or "bfloat16".
+        compile: whether torch.compile is used.
+        why: what was chosen and by which rule, in words.
+    """
+
+    device: torch.device
+    precision: str
+    compile: bool
+    why: str
+
+    def autocast(self) -> torch.autocast:
+        """Returns the context in which the model computes."""
+        is_half = self.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_half)
+
+
+def choose_policy(
+    device: torch.device, precision: str, compile: str, *, operations: int, num_steps: int
+) -> ComputePolicy:
+    """Returns how a run computes; what the user chose is never changed.
+
+    Args:
+        device: that computes.
+        precision: "float32", "bfloat16" or "auto".
+        compile: "on", "off" or "auto".
+        operations: floating-point operations of one step of this process.
+        num_steps: of the whole run.
+    """
+    reasons = []
+    if precision == "auto":
+        precision, why = fast_precision(device, operations)
+        reasons.append(f"{precision} ({why})")
+    else:
+        if precision == "bfloat16":
+            check_bfloat16(device)
+        reasons.append(precision)
+    compiles = compile == "on"
+    if compile == "auto":
+        compiles = device.type == "cuda" and num_steps >= LONG_RUN and can_compile(device)
+    elif compiles and not can_compile(device):
+        compiles = False
+        reasons.append("not compiled: no C++ compiler here")
+    if compiles:
+        reasons.append("compiled")
+    return ComputePolicy(device, precision, compiles, ", ".join(reasons))
+
+
+def fast_precision(device: torch.device, operations: int) -> tuple[str, str]:
+    """Returns the precision that a device is fast at for a step of this size, and why."""
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return "bfloat16", "this GPU is fast at it"
+        return "float32", "this GPU has no fast bfloat16"
+    if operations < SMALL_STEP:  # casting costs a small step more than it gains
+        return "float32", "a small model"
+    if has_fast_bfloat16():
+        return "bfloat16", "this processor is fast at it"
+    return "float32", "this processor has no fast bfloat16"
+
+
+def check_bfloat16(device: torch.device) -> None:
+    """Raises UserError for a GPU without bfloat16."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            what = f"this GPU has compute capability {major}.{minor}, and bfloat16 needs 8.0"
+            raise UserError(what, where="precision", fix="Take float32")
+
+
+def has_fast_bfloat16() -> bool:
+    """Returns whether the processor multiplies bfloat16 in hardware (AVX512_BF16 or AMX)."""
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("amx_tile"))
+
+
+def can_compile(device: torch.device) -> bool:
+    """Returns whether torch.compile finds the compiler that it needs."""
+    named = os.environ.get("CXX") or os.environ.get("CC")
+    if named:
+        return shutil.which(named.split()[0]) is not None
+    names = ("g++", "clang++", "c++") if device.type == "cpu" else ("gcc", "cc", "clang")
+    return any(shutil.which(name) for name in names)
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keeps what torch.compile makes in a folder, unless the user has chosen one.
+
+    torch's own default is the folder for temporary files, which a restart may empty.
+    """
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+# --- threads --------------------------------------------------------------------------------------
+
+
+def threads_for(operations: float) -> int:
+    """Returns how many CPU threads a step of this many operations takes: one, or all of torch's.
+
+    A small step takes a single thread: it is hundreds of tiny operations, and torch's threads meet
+    after each. Where another process takes one of the cores, every meeting waits for the scheduler:
+    such a step was 130 times slower on two threads than on one (docs/decisions.md, 9).
+    """
+    is_small = operations < SMALL_STEP and not _threads_are_chosen.get()
+    return 1 if is_small else torch.get_num_threads()
+
+
+@contextlib.contextmanager
+def step_threads(device: torch.device, operations: float) -> Iterator[None]:
+    """Sets `threads_for` a step on a CPU within the block; the caller's number comes back."""
+    before, threads = torch.get_num_threads(), threads_for(operations)
+    if device.type != "cpu" or threads == before:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def torch_settings(
+    device: torch.device,
+    precision: str,
+    num_threads: int | None = None,
+    *,
+    step_operations: float | None = None,
+) -> Iterator[None]:
+    """Sets torch's threads and matrix products within the block; the caller's come back after it.
+
+    Args:
+        device: that computes.
+        precision: of the products; oneDNN multiplies float32 on a CPU where that stays float32.
+        num_threads: of the CPU, also for small steps; None leaves them.
+        step_operations: of a training run's step, whose number of threads its evaluations share.
+    """
+    threads = torch.get_num_threads()
+    if num_threads is not None:
+        check_threads(num_threads)
+    elif step_operations is not None and threads_for(step_operations) == 1:
+        num_threads = 1
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    is_chosen = num_threads is not None or step_operations is not None
+    chosen = _threads_are_chosen.set(is_chosen or _threads_are_chosen.get())
+    products: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    before = products.fp32_precision
+    try:
+        if device.type == "cpu" and precision == "float32":
+            _prefer_onednn(products)
+        yield
+    finally:
+        products.fp32_precision = before
+        torch.set_num_threads(threads)
+        _threads_are_chosen.reset(chosen)
+
+
+def _prefer_onednn(products: Any) -> None:
+    """Lets oneDNN multiply float32 matrices, where that stays float32.
+
+    MKL, torch's own choice, is about half as fast on processors other than Intel's. By its name
+    the setting permits bfloat16; what this processor really does with it is measured here.
+    """
+    before = products.fp32_precision
+    random = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(256, 256, generator=random) for _ in range(2))
+    exact = x.double() @ w.double().T
+    products.fp32_precision = "bf16"
+    if (F.linear(x, w) - exact).abs().max() > 1e-5 * exact.abs().max():
+        products.fp32_precision = before
+
+
+def check_threads(num_threads: int) -> None:
+    """Raises UserError for more threads than the system may be able to start."""
+    most = max(256, 8 * (os.cpu_count() or 1))
+    if not 1 <= num_threads <= most:
+        what = f"threads must be from 1 to {most} on this machine, got {num_threads}"
+        raise UserError(what, where="num_threads", fix="Leave it out to use all cores")
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Returns the bytes that are free on the device; None where that is unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return _memory("MemAvailable")
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Returns the bytes of the device, for a CPU including swap; None where that is unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return _memory("MemTotal", "SwapTotal")
+
+
+def _memory(*names: str) -> int | None:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return sum(int(lines[name].split()[0]) * 1024 for name in names)
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def check_fits_memory(num_values: int, what: str, device: str | torch.device = "cpu") -> None:
+    """Raises UserError if this many float32 values exceed all memory of the device."""
+    available, needed = total_memory(torch.device(device)) or 2**40, 4 * num_values
+    if needed > available:
+        gibibytes = f"{needed / 2**30:,.0f} GiB, the machine has {available / 2**30:,.0f}"
+        raise UserError(f"{what} needs {gibibytes}", fix="Take a smaller number")
