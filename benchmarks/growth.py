@@ -30,7 +30,7 @@ def peak_kib():  # of this process image; ru_maxrss would include the parent's
 before = peak_kib()
 started = time.perf_counter()
 size = None if sys.argv[2] == "None" else int(sys.argv[2])
-model = am.load_model(sys.argv[1], size, growth=sys.argv[3], quiet=True)
+model = am.load_model(sys.argv[1], size, resize_weights=sys.argv[3], quiet=True)
 for parameter in model.parameters():
     parameter.data.sum()  # every page is there
 seconds = time.perf_counter() - started
@@ -58,7 +58,7 @@ def identity(path: Path, factor: int) -> None:
     """Prints how far the grown logits are from the mean over the tiles of the old logits."""
     old, side = am.load_model(path, quiet=True), 224
     started = time.perf_counter()
-    new = am.load_model(path, side * factor, growth="block-diagonal", quiet=True)
+    new = am.load_model(path, side * factor, resize_weights="block-diagonal", quiet=True)
     seconds = time.perf_counter() - started
     images = torch.rand(2, 3, side * factor, side * factor) * 2 - 1
     starts = range(0, side * factor, side)

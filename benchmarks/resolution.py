@@ -112,7 +112,7 @@ def main() -> None:
         models = {}
         if size % own == 0:
             models["block-diagonal"] = am.load_model(
-                options.run, size, growth="block-diagonal", quiet=True
+                options.run, size, resize_weights="block-diagonal", quiet=True
             )
         for kind in ("nearest", "bilinear", "bicubic"):
             models[f"resample ({kind})"] = resampled(options.run, size, kind)

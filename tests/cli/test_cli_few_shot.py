@@ -133,7 +133,7 @@ def test_another_size_and_resize(capsys, place):
         (("--protocol", "scenic", "--seeds", 1), "seeds has no effect"),
         (("--precision", "half"), "unknown precision 'half'"),
         (("--resize", "x"), "unknown resize 'x'"),
-        (("--growth", "resample"), "--growth says how to reach another image size"),
+        (("--resize-weights", "resample"), "--resize-weights says how to reach another image size"),
         (("--no-cache", "--cache", "x"), "--no-cache keeps no features"),
         (("--output", "figures.csv"), "not a .json file: 'figures.csv'"),
         (("--device", "tpu"), "unknown device 'tpu'"),

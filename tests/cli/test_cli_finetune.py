@@ -115,8 +115,11 @@ def test_the_recipe_goes_by_the_number_of_images(capsys, handed_over):
         (["WEIGHTS", "--recipe", "finetune_petz"], "unknown recipe 'finetune_petz'"),
         (["WEIGHTS", "--recipe", "imagenet_b16"], "imagenet_b16 trains from random weights"),
         (["WEIGHTS", "--grid", "--learning-rate", "1"], "--learning-rate 1 has no effect beside"),
-        (["WEIGHTS", "--growth", "resample"], "--growth says how to reach another image size"),
-        (["WEIGHTS", "--image-size", "8", "--growth", "x"], "model.growth must be one of"),
+        (
+            ["WEIGHTS", "--resize-weights", "resample"],
+            "--resize-weights says how to reach another image size",
+        ),
+        (["WEIGHTS", "--image-size", "8", "--resize-weights", "x"], "model.growth must be one of"),
         (["WEIGHTS", "--image-size", "9"], "not divisible by the patch size"),
         (["WEIGHTS", "--seeds", "0", "0"], "each value counts once, got 0 0"),
         (["WEIGHTS", "--grid", "0.1", "0.1"], "each value counts once, got 0.1 0.1"),

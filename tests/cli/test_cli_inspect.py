@@ -89,7 +89,7 @@ def test_pictures_of_an_image(capsys, saved, tmp_path):
         (["--output", "OUT", "--image", "x.png"], "cannot read the image: No such file"),
         (["--layers", "1"], "--layers is for the pictures"),
         (["--output", "OUT", "--vector", "eps"], "unknown vector format 'eps'"),
-        (["--growth", "auto"], "--growth says how to reach another image size"),
+        (["--resize-weights", "auto"], "--resize-weights says how to reach another image size"),
     ],
 )
 def test_mistakes_are_one_message(capsys, saved, tmp_path, arguments, message):

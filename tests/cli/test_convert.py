@@ -64,7 +64,7 @@ def test_another_size_and_head(capsys, tmp_path: Path):
         64,
         96,
     ]
-    flags = ("--image-size", "64", "--growth", "resample")
+    flags = ("--image-size", "64", "--resize-weights", "resample")
     _, _, err = mixer(capsys, "convert", PARAMS, tmp_path / "other.npz", *flags)
     assert "resampled (nearest)" in err
 
@@ -98,12 +98,18 @@ def test_nothing_is_overwritten_unasked(capsys, tmp_path: Path):
         ((PARAMS, "x", "--format", "google"), "Call it x.npz"),
         ((PARAMS, "x", "--image-size", "60"), "the nearest that is: 64x64"),
         ((PARAMS, "x", "--image-size", "big"), "not an image size: 'big'"),
-        ((PARAMS, "x", "--image-size", "64", "--growth", "magic"), "unknown growth 'magic'"),
-        ((PARAMS, "x", "--growth", "resample"), "none is given"),
+        (
+            (PARAMS, "x", "--image-size", "64", "--resize-weights", "magic"),
+            "unknown resize_weights 'magic'",
+        ),
+        ((PARAMS, "x", "--resize-weights", "resample"), "none is given"),
         ((PARAMS, "x", "--image-size", "800000"), "GiB, the machine has"),
         ((PARAMS, "x", "--image-size", "9" * 5000), "not an image size"),
         ((PARAMS, "x.NPZ"), "Call it x.safetensors"),
-        ((PARAMS, "x", "--image-size", "48", "--growth", "block-diagonal"), "4x4 patches do not"),
+        (
+            (PARAMS, "x", "--image-size", "48", "--resize-weights", "block-diagonal"),
+            "4x4 patches do not",
+        ),
         ((PARAMS, "x", "--num-classes", "-3"), "num_classes must be at least 0, got -3"),
         (("nowhere.npz", "x"), "no such model: 'nowhere.npz'"),
         (("mixer_b16", "x"), "has no weights of its own"),
@@ -194,7 +200,7 @@ def test_other_sizes_in_evaluate_and_predict(capsys, trained: am.TrainResult, tm
     assert code == 0
     assert "8x8 -> 32x32 pixels: block-diagonal, 4x4 tiles" in err
     assert "top-1" in out
-    flags = ("--image-size", "24", "--growth", "resample")
+    flags = ("--image-size", "24", "--resize-weights", "resample")
     code, out, err = mixer(capsys, "predict", trained.run_folder, "digits:test", *flags)
     assert code == 0
     assert "resampled (nearest)" in err

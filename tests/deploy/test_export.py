@@ -216,7 +216,7 @@ def test_evaluate_runs_the_file(
         assert code == 0, err
         lines.append([line for line in out.splitlines() if line.startswith(("top-1", "loss"))])
     assert lines[0] == lines[1]
-    for flags in (["--image-size", 16], ["--growth", "resample"]):
+    for flags in (["--image-size", 16], ["--resize-weights", "resample"]):
         code, _, err = mixer(capsys, "evaluate", pixels_file, "--data", "digits:test", *flags)
         assert (code, "one image size" in err) == (2, True)
     code, _, err = mixer(capsys, "convert", pixels_file, tmp_path / "x.safetensors")

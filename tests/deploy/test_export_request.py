@@ -74,9 +74,9 @@ def test_the_command_refuses_before_it_reads_weights(
     code, _, err = mixer(capsys, "export", "no/such/run", "--output", tmp_path / "m.pt2")
     assert (code, "no/such/run" in err) == (2, True)
     code, _, err = mixer(
-        capsys, "export", "x", "--output", tmp_path / "m.pt2", "--growth", "resample"
+        capsys, "export", "x", "--output", tmp_path / "m.pt2", "--resize-weights", "resample"
     )
-    assert (code, "--growth" in err) == (2, True)
+    assert (code, "--resize-weights" in err) == (2, True)
 
 
 def test_a_model_in_memory_has_its_size(tmp_path: Path):

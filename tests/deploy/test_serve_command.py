@@ -54,7 +54,10 @@ def test_a_socket_of_this_machine():
         (["x", "--max-images", "0"], "max_images must be at least 1"),
         (["x", "--max-megabytes", "nan"], "max_megabytes must be from 0.001 to 1000, got nan"),
         (["x", "--max-megapixels", "0"], "max_megapixels must be from 0.001 to 100,000, got 0"),
-        (["x", "--growth", "auto"], "--growth says how to reach another image size"),
+        (
+            ["x", "--resize-weights", "auto"],
+            "--resize-weights says how to reach another image size",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line(capsys, arguments, message):

@@ -207,7 +207,7 @@ def test_a_run_of_ones_own(trained):
 def test_another_image_size(animals, capsys, size, growth, how):
     config = finetuning(animals, model__image_size=size, model__growth=growth)
     model = build_model(config, ANIMALS)
-    expected = am.load_model(animals, size, growth=growth, quiet=True)
+    expected = am.load_model(animals, size, resize_weights=growth, quiet=True)
     assert model.preprocessing.image_size == model.config.image_size == expected.config.image_size
     assert same_but_head(model, expected)
     assert torch.equal(model.head.weight, expected.head.weight)

@@ -92,7 +92,7 @@ def test_a_block_diagonal_map():
 def test_sizes_of_a_permutator_that_cannot_be(tmp_path: Path):
     path = am.save_model(small_permutator().eval(), tmp_path / "model").parent
     with pytest.raises(am.UserError, match="4x4 patches do not become 6x4 in this way"):
-        am.load_model(path, image_size=(12, 8), growth="block-diagonal", quiet=True)
+        am.load_model(path, image_size=(12, 8), resize_weights="block-diagonal", quiet=True)
     with pytest.raises(am.UserError, match="image size 10x10 is not divisible by 4"):
         am.load_model(path, image_size=10, quiet=True)
     with pytest.raises(am.UserError, match=r"token mixing at 4000000x4 pixels needs [\d,]+ GiB"):
@@ -117,9 +117,9 @@ def test_no_weight_of_cycle_mlp_depends_on_the_size(tmp_path: Path):
     ours, theirs = model.state_dict(), large.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert large.config.image_size == (33, 18)
-    with pytest.raises(am.UserError, match="growth 'resample' has no effect: no weight of Cycle"):
-        am.load_model(path, image_size=32, growth="resample", quiet=True)
+    with pytest.raises(am.UserError, match="resize_weights 'resample' has no effect: no weight"):
+        am.load_model(path, image_size=32, resize_weights="resample", quiet=True)
     with pytest.raises(am.UserError, match="image size 3x9 is below the stem's stride"):
         am.load_model(path, image_size=(3, 9), quiet=True)
-    with pytest.raises(am.UserError, match="unknown growth 'bigger'"):
+    with pytest.raises(am.UserError, match="unknown resize_weights 'bigger'"):
         resize_model({}, model.config, (32, 32), "bigger")  # pyright: ignore[reportArgumentType]

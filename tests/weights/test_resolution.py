@@ -127,7 +127,7 @@ def test_which_growth_is_used():
     assert how((16, 24), "resample") == "resampled (nearest)"
     with pytest.raises(am.UserError, match=r"2x3 patches do not become 3x6 [\s\S]*resample"):
         how((12, 24), "block-diagonal")
-    with pytest.raises(am.UserError, match="unknown growth 'bilinear'"):
+    with pytest.raises(am.UserError, match="unknown resize_weights 'bilinear'"):
         how((12, 24), "bilinear")
     with pytest.raises(am.UserError, match="10x24 is not divisible by the patch size 4"):
         how((10, 24), "auto")
@@ -165,7 +165,7 @@ def test_a_grown_model_trains():
 def test_grown_weights_can_be_saved_and_grown_again(tmp_path):
     model = odd_model()
     path = am.save_model(resized(model, (16, 24), "auto"), tmp_path / "grown.npz", format="google")
-    again = am.load_model(path, image_size=(8, 12), growth="resample", quiet=True)
+    again = am.load_model(path, image_size=(8, 12), resize_weights="resample", quiet=True)
     assert again.config == dataclasses.replace(model.config, tokens_mlp_dim=32)
 
 

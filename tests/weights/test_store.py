@@ -110,7 +110,7 @@ def test_another_image_size_grows(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "8x8 -> 16x24 pixels: block-diagonal, 2x3 tiles" in capsys.readouterr().err
     am.load_model(folder, image_size=12)
     assert "8x8 -> 12x12 pixels: resampled" in capsys.readouterr().err
-    am.load_model(folder, image_size=16, growth="resample")
+    am.load_model(folder, image_size=16, resize_weights="resample")
     assert "8x8 -> 16x16 pixels: resampled" in capsys.readouterr().err
     with pytest.raises(am.UserError, match=r"not divisible by the patch size 4.*12x12"):
         am.load_model(folder, image_size=11)

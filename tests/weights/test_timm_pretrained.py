@@ -97,7 +97,11 @@ def test_another_size_and_head(fetched: list[str], capsys: pytest.CaptureFixture
         ("fake_two", {}, "2 classifiers, one is meant"),
         ("fake_odd", {}, "computes more behind its features than one dense layer"),
         ("fake_mlp", {"image_size": 24}, "cannot bring the weights of fake_mlp from 16x16 to 24"),
-        ("fake_cnn.first", {"growth": "resample"}, "growth='resample' has no effect"),
+        (
+            "fake_cnn.first",
+            {"resize_weights": "resample"},
+            "resize_weights='resample' has no effect",
+        ),
         ("fake_cnn.first", {"image_size": 0}, "not an image size: 0"),
         ("fake_cnn.first", {"num_classes": -1}, "num_classes must be at least 0"),
     ],

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from allmlp.data.items import BadImage
     from allmlp.models.layers import ImageClassifier
     from allmlp.training.config import TrainConfig
-    from allmlp.weights.resolution import Growth
 
 # The types of the flags, with what the help calls their values.
 Recipe = Annotated[Positional[str | None], arg(help_behavior_hint="", metavar="[RECIPE]")]
@@ -28,7 +27,7 @@ RequiredData = Annotated[str, arg(metavar="SOURCE")]
 Size = Annotated[str | None, arg(help_behavior_hint="", metavar="PIXELS|HxW")]
 Source = Annotated[str | None, arg(help_behavior_hint="", metavar="FILE")]
 Format = Annotated[str | None, arg(help_behavior_hint="", metavar="FORMAT")]
-GrowthName = Annotated[str | None, arg(help_behavior_hint="(default: auto)", metavar="GROWTH")]
+ResizeWeights = Annotated[str | None, arg(help_behavior_hint="(default: auto)", metavar="METHOD")]
 Folder = Annotated[str | None, arg(help_behavior_hint="", metavar="FOLDER")]
 File = Annotated[str | None, arg(help_behavior_hint="", metavar="FILE")]
 Number = Annotated[int | None, arg(help_behavior_hint="", metavar="N")]
@@ -89,7 +88,7 @@ def overrides_of(assignments: tuple[str, ...], flag: str) -> dict[str, Any]:
 def load_named(
     source: str,
     image_size: str | None,
-    growth: str | None,
+    resize_weights: str | None,
     num_classes: int | None = None,
     *,
     exported: bool = False,
@@ -97,7 +96,7 @@ def load_named(
     """Returns the model that the flags of a verb name.
 
     Args:
-        source, image_size, growth, num_classes: as of `load_model`.
+        source, image_size, resize_weights, num_classes: as of `load_model`.
         exported: take files of the verb export too, which only compute logits.
 
     Raises:
@@ -106,21 +105,29 @@ def load_named(
     from allmlp.deploy.runner import is_exported, open_exported
 
     if is_exported(source):
-        return open_exported(refuse_changes(source, image_size, growth, exported))
-    from allmlp.weights.resolution import GROWTHS
+        return open_exported(refuse_changes(source, image_size, resize_weights, exported))
+    from allmlp.weights.resolution import RESIZE_WEIGHTS
     from allmlp.weights.store import load_model
 
-    if growth is not None and growth not in GROWTHS:
-        fix = f"Known: {', '.join(GROWTHS)}"
-        raise UserError(f"unknown growth {growth!r}", where="--growth", fix=fix)
-    if growth is not None and image_size is None:
-        what = "--growth says how to reach another image size, and none is given"
-        raise UserError(what, where="--growth", fix="Add --image-size, or leave --growth out")
+    if resize_weights is not None and resize_weights not in RESIZE_WEIGHTS:
+        fix = f"Known: {', '.join(RESIZE_WEIGHTS)}"
+        raise UserError(
+            f"unknown resize_weights {resize_weights!r}", where="--resize-weights", fix=fix
+        )
+    if resize_weights is not None and image_size is None:
+        what = "--resize-weights says how to reach another image size, and none is given"
+        raise UserError(
+            what, where="--resize-weights", fix="Add --image-size, or leave --resize-weights out"
+        )
     size = parse_size(image_size)
-    return load_model(source, size, num_classes, growth=cast("Growth", growth or "auto"))
+    return load_model(
+        source, size, num_classes, resize_weights=cast("Any", resize_weights or "auto")
+    )
 
 
-def refuse_changes(source: str, image_size: str | None, growth: str | None, exported: bool) -> str:
+def refuse_changes(
+    source: str, image_size: str | None, resize_weights: str | None, exported: bool
+) -> str:
     """Returns the name of an exported file that is taken as it is.
 
     Raises:
@@ -130,7 +137,13 @@ def refuse_changes(source: str, image_size: str | None, growth: str | None, expo
 
     if not exported:
         raise no_weights(source)
-    flag = "--image-size" if image_size is not None else "--growth" if growth is not None else None
+    flag = (
+        "--image-size"
+        if image_size is not None
+        else "--resize-weights"
+        if resize_weights is not None
+        else None
+    )
     if flag is not None:
         what = "an exported file has one image size, which cannot be changed"
         raise UserError(what, where=flag, fix="Leave it out, or export it at that size")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from allmlp.cli.arguments import Format, GrowthName, Model, Number, Size, Target, load_named
+from allmlp.cli.arguments import Format, Model, Number, ResizeWeights, Size, Target, load_named
 from allmlp.errors import UserError, plural
 
 
@@ -13,7 +13,7 @@ def convert(
     *,
     format: Format = None,
     image_size: Size = None,
-    growth: GrowthName = None,
+    resize_weights: ResizeWeights = None,
     num_classes: Number = None,
     overwrite: bool = False,
 ) -> None:
@@ -32,7 +32,7 @@ def convert(
         format: allmlp, google (arrays that Google's code loads) or timm (its names); without it
             google for .npz, else allmlp.
         image_size: another size than the weights' own.
-        growth: how to get there: block-diagonal, resample or auto.
+        resize_weights: how to reach that size: block-diagonal, resample or auto.
         num_classes: put a new zero head for so many classes, unless the weights have just so many;
             0 takes the head off.
         overwrite: replace what is there.
@@ -50,7 +50,7 @@ def convert(
     chosen = format or ("google" if path.suffix == ".npz" else "allmlp")
     check_not_inputs([each for each in check_target(path, chosen) if each], files_of(model))
     check_target(path, chosen, overwrite=overwrite)
-    net = load_named(model, image_size, growth, num_classes)
+    net = load_named(model, image_size, resize_weights, num_classes)
     if num_classes and net.state_dict()["head.weight"].any():
         print(f"head     the trained one, it has {plural(num_classes, 'class')} already")
     written = save_model(net, path, chosen, overwrite=overwrite)

@@ -12,10 +12,10 @@ from tyro.conf import arg
 from allmlp.cli.arguments import (
     File,
     Folder,
-    GrowthName,
     Model,
     Number,
     RequiredData,
+    ResizeWeights,
     Size,
     load_named,
     refuse_device,
@@ -43,7 +43,7 @@ def evaluate(
     *,
     data: RequiredData,
     image_size: Size = None,
-    growth: GrowthName = None,
+    resize_weights: ResizeWeights = None,
     resize: ResizeName = None,
     crop: Crop = None,
     real: File = None,
@@ -73,7 +73,7 @@ def evaluate(
             choose a split; without it the test images, else the validation images, which are the
             run's own where it held them out of this data, else all.
         image_size: measure it at another size than its own.
-        growth: how to get there: block-diagonal, resample or auto.
+        resize_weights: how to reach that size: block-diagonal, resample or auto.
         resize: how a picture comes to the model's size: resize-crop (the paper's Table 2),
             resmall-crop (its Table 3) or squash.
         crop: the share of the resized picture's side that the centre crop keeps, at most 1, of
@@ -115,7 +115,7 @@ def evaluate(
         names = [*FILES, *(f"{name}.png" for name in REPORT)]
         if folder is not None and rank == 0:
             check_output_folder(folder, names, overwrite=overwrite)
-        net = to_device(load_named(model, image_size, growth, exported=True), device)
+        net = to_device(load_named(model, image_size, resize_weights, exported=True), device)
         measured = open_measured(net.source, data, count=rank == 0)
         source = measured.source
         if rank == 0:

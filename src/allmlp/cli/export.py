@@ -9,10 +9,10 @@ from tyro.conf import arg
 from allmlp.cli.arguments import (
     DataName,
     Format,
-    GrowthName,
     Model,
     Number,
     Real,
+    ResizeWeights,
     Size,
     load_named,
 )
@@ -30,7 +30,7 @@ def export(
     format: Format = None,
     precision: str = "float32",
     image_size: Size = None,
-    growth: GrowthName = None,
+    resize_weights: ResizeWeights = None,
     uint8_input: bool = False,
     data: DataName = None,
     max_accuracy_drop: Points = None,
@@ -59,7 +59,7 @@ def export(
         format: onnx, openvino or torch-export; without it by the ending of the output.
         precision: float32, bfloat16 or int8.
         image_size: another size than the weights' own.
-        growth: how to get there: block-diagonal, resample or auto.
+        resize_weights: how to reach that size: block-diagonal, resample or auto.
         uint8_input: the file takes uint8 images, channels last, and normalises them inside.
         data: labelled images on which the model and the file are measured; int8 needs them.
         max_accuracy_drop: points of top-1 that the file may lose on them.
@@ -90,7 +90,7 @@ def export(
     check_request(output, **options)  # before the weights are read
     report = Reporter()
     progress = Reporter(stderr=True)
-    net = load_named(model, image_size, growth)
+    net = load_named(model, image_size, resize_weights)
     with path_in_errors(expand(output)):
         result = write(
             net, output, **options, num_workers=num_workers, tell=lambda line: progress.say(line)

@@ -11,10 +11,10 @@ from tyro.conf import arg
 from allmlp.cli.arguments import (
     File,
     Folder,
-    GrowthName,
     Model,
     Number,
     Real,
+    ResizeWeights,
     Seeds,
     Size,
     check_json,
@@ -46,7 +46,7 @@ def few_shot(
     protocol: str = "big_vision",
     l2: L2 = None,
     image_size: Size = None,
-    growth: GrowthName = None,
+    resize_weights: ResizeWeights = None,
     resize: str = "resize-crop",
     ignore_exif: bool = False,
     precision: str = "float32",
@@ -79,7 +79,7 @@ def few_shot(
             each class, and of 30 l2 the one that does best on the test images).
         l2: weight of the squared coefficients.
         image_size: measure it at another size than its own.
-        growth: how to get there: block-diagonal, resample or auto.
+        resize_weights: how to reach that size: block-diagonal, resample or auto.
         resize: resize-crop (Google's few-shot evaluation), resmall-crop or squash.
         ignore_exif: leave photographs as they are stored, not upright: the paper's protocol.
         precision: float32 or bfloat16, of the model's products.
@@ -119,7 +119,7 @@ def few_shot(
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     total = sum(measure.num_images(each, settings) for each in splits.values())
-    net = load_named(model, image_size, growth)
+    net = load_named(model, image_size, resize_weights)
     if ignore_exif:
         net.preprocessing = replace(preprocessing_of(net), exif_orientation=False)
     nets = [net, measure.random_twin(net, FLOOR_SEED)] if floor else [net]

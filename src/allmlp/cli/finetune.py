@@ -9,11 +9,11 @@ from tyro.conf import Positional, arg
 from allmlp.cli.arguments import (
     Assignments,
     Folder,
-    GrowthName,
     Number,
     Rates,
     Real,
     RequiredData,
+    ResizeWeights,
     Seeds,
     Size,
     Text,
@@ -32,7 +32,7 @@ def finetune(
     recipe: Text = None,
     output: Folder = None,
     image_size: Size = None,
-    growth: GrowthName = None,
+    resize_weights: ResizeWeights = None,
     steps: Number = None,
     epochs: Number = None,
     batch_size: Number = None,
@@ -69,7 +69,8 @@ def finetune(
         output: the run folder; the default is runs/<date>_<recipe>. --grid and several --seeds
             need one.
         image_size: what the model sees; another size than the checkpoint's grows it.
-        growth: block-diagonal or resample, how it grows; auto takes the first where that is whole.
+        resize_weights: block-diagonal or resample; auto takes the first where both sides grow
+            by whole factors.
         steps: updates of the weights.
         epochs: passes over the training images, in place of --steps; about 20 evaluations.
         batch_size: images a step.
@@ -95,9 +96,11 @@ def finetune(
     if grid is not None and learning_rate is not None:
         what = f"--learning-rate {learning_rate:g} has no effect beside --grid"
         raise UserError(what, fix=f"--grid {learning_rate:g}, or leave --grid out")
-    if growth is not None and image_size is None:
-        what = "--growth says how to reach another image size, and none is given"
-        raise UserError(what, where="--growth", fix="Add --image-size, or leave --growth out")
+    if resize_weights is not None and image_size is None:
+        what = "--resize-weights says how to reach another image size, and none is given"
+        raise UserError(
+            what, where="--resize-weights", fix="Add --image-size, or leave --resize-weights out"
+        )
     if recipe is not None and recipe not in FINETUNING:
         named_recipe(recipe)  # an unknown one is refused there, with the nearest names
         what = f"{recipe} trains from random weights"
@@ -119,7 +122,7 @@ def finetune(
     flags = {
         "model.weights": checkpoint,
         "model.image_size": parse_size(image_size),
-        "model.growth": growth,
+        "model.growth": resize_weights,
         "data.source": data,
         "data.holdout": holdout,
         "output": output,

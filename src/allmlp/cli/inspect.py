@@ -9,9 +9,9 @@ from tyro.conf import arg
 from allmlp.cli.arguments import (
     File,
     Folder,
-    GrowthName,
     Model,
     Number,
+    ResizeWeights,
     Size,
     Text,
     load_named,
@@ -46,7 +46,7 @@ def inspect(
     stride: Number = None,
     vector: Vector = None,
     image_size: Size = None,
-    growth: GrowthName = None,
+    resize_weights: ResizeWeights = None,
     batch_size: Number = None,
     device: Text = None,
 ) -> None:
@@ -74,7 +74,7 @@ def inspect(
         stride: patches between two places of the window.
         vector: what is written beside each PNG, for papers.
         image_size: look at it at another size than its own.
-        growth: how to get there: block-diagonal, resample or auto.
+        resize_weights: how to reach that size: block-diagonal, resample or auto.
         batch_size: covered images a batch (64).
         device: auto, cpu or cuda, for the image.
     """
@@ -94,13 +94,13 @@ def inspect(
     from allmlp.inspection.token_mixing import model_units
 
     report = Reporter()
-    net = load_named(model, image_size, growth)
+    net = load_named(model, image_size, resize_weights)
     other, other_name = None, ""
     if compare == "random":
         other = random_weights(net, seed or 0)
         other_name = f"random weights, seed {seed or 0}"
     elif compare is not None:
-        other, other_name = load_named(compare, image_size, growth), compare
+        other, other_name = load_named(compare, image_size, resize_weights), compare
     wanted = None
     if layers is not None:
         drawable = [each.number for each in model_units(net).layers]

@@ -11,10 +11,10 @@ from tyro.conf import arg
 
 from allmlp.cli.arguments import (
     File,
-    GrowthName,
     Inputs,
     Model,
     Number,
+    ResizeWeights,
     Size,
     load_named,
     refuse_device,
@@ -48,7 +48,7 @@ def predict(
     top_k: TopK = None,
     features: bool = False,
     image_size: Size = None,
-    growth: GrowthName = None,
+    resize_weights: ResizeWeights = None,
     output: File = None,
     overwrite: bool = False,
     format: FormatName = None,
@@ -81,7 +81,7 @@ def predict(
         top_k: classes for each image.
         features: the pooled features that the head reads, and no classes.
         image_size: look at the images at another size than the model's own.
-        growth: how to get there: block-diagonal, resample or auto.
+        resize_weights: how to reach that size: block-diagonal, resample or auto.
         output: a file to write to, its ending says how: .csv, .json, .jsonl or .parquet; a folder
             for parts, a name without an ending; or - for standard output.
         overwrite: replace a file that is there.
@@ -129,7 +129,7 @@ def predict(
         source = find_images(images, listed)
         if path is not None:
             refuse_read(path, model, images, source)
-        net = to_device(load_named(model, image_size, growth, exported=True), device)
+        net = to_device(load_named(model, image_size, resize_weights, exported=True), device)
         question = make_question(
             net, top_k=top_k, features=features, precision=precision, batch_size=batch_size
         )

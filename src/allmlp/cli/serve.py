@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from allmlp.cli.arguments import GrowthName, Model, Size, load_named, warn_of_numbers
+from allmlp.cli.arguments import Model, ResizeWeights, Size, load_named, warn_of_numbers
 from allmlp.errors import UserError
 
 TopK = Annotated[int | None, arg(help_behavior_hint="(default: 5)", metavar="N")]
@@ -22,7 +22,7 @@ def serve(
     port: int = 8000,
     top_k: TopK = None,
     image_size: Size = None,
-    growth: GrowthName = None,
+    resize_weights: ResizeWeights = None,
     precision: Precision = None,
     device: str = "auto",
     max_images: int = 64,
@@ -47,7 +47,7 @@ def serve(
         port: the number to listen on; 0 lets the system choose.
         top_k: classes for each image.
         image_size: look at the images at another size than the model's own.
-        growth: how to get there: block-diagonal, resample or auto.
+        resize_weights: how to reach that size: block-diagonal, resample or auto.
         precision: of the products of the classes: float32, bfloat16 or auto; maps are in float32.
         device: auto, cpu or cuda.
         max_images: in one request.
@@ -74,7 +74,7 @@ def serve(
         from allmlp.deploy.service import Limits, Service
         from allmlp.runtime.device import to_device
 
-        net = to_device(load_named(model, image_size, growth, exported=True), device)
+        net = to_device(load_named(model, image_size, resize_weights, exported=True), device)
         warn_of_numbers(net)
         limits = Limits.of(max_images, max_megabytes, max_megapixels)
         service = Service(net, model, top_k=top_k, precision=precision, limits=limits)

@@ -93,7 +93,9 @@ def _from_weights(
     if best is not None and _can_replace_first_weights(best):
         source, is_own = str(best), True
     report = Reporter(quiet=quiet or is_own, stderr=True)
-    model = load_model(source, settings.image_size, growth=settings.growth, quiet=quiet or is_own)
+    model = load_model(
+        source, settings.image_size, resize_weights=settings.growth, quiet=quiet or is_own
+    )
     _check_channels(model, source)
     model, names, new = _with_head_for(model, class_names, report)
     if settings.head_bias and not new and not is_own:

@@ -32,8 +32,8 @@ from allmlp.models.mixer import MixerConfig
 from allmlp.models.vision_permutator import VisionPermutatorConfig
 from allmlp.runtime.device import check_fits_memory
 from allmlp.weights.resolution import (
-    GROWTHS,
-    Growth,
+    RESIZE_WEIGHTS,
+    ResizeWeights,
     Tensors,
     resize_tokens,
     resizing,
@@ -41,7 +41,10 @@ from allmlp.weights.resolution import (
 
 
 def resize_model(
-    tensors: Tensors, config: ModelConfig, image_size: tuple[int, int], growth: Growth = "auto"
+    tensors: Tensors,
+    config: ModelConfig,
+    image_size: tuple[int, int],
+    resize_weights: ResizeWeights = "auto",
 ) -> tuple[ModelConfig, str]:
     """Changes a model's tensors, in place, to those of another image size.
 
@@ -49,7 +52,7 @@ def resize_model(
         tensors: by our names, as `model.state_dict()` has them.
         config: the architecture that they belong to.
         image_size: (H, W) in pixels of the new model.
-        growth: as `resize_tokens` takes it.
+        resize_weights: as `resize_tokens` takes it.
 
     Returns:
         The new architecture, and how it was reached in words.
@@ -58,9 +61,11 @@ def resize_model(
         UserError: the architecture cannot have that size, or has no rule that leads to it.
     """
     if isinstance(config, MixerConfig):
-        return resize_tokens(tensors, config, image_size, growth)
-    if growth not in GROWTHS:
-        raise UserError(f"unknown growth {growth!r}", fix=f"Known: {', '.join(GROWTHS)}")
+        return resize_tokens(tensors, config, image_size, resize_weights)
+    if resize_weights not in RESIZE_WEIGHTS:
+        raise UserError(
+            f"unknown resize_weights {resize_weights!r}", fix=f"Known: {', '.join(RESIZE_WEIGHTS)}"
+        )
     if not isinstance(config, CycleMLPConfig | VisionPermutatorConfig):
         what = f"{config.summary()} cannot be brought to another image size"
         raise UserError(what, fix="Leave the image size out")
@@ -69,16 +74,19 @@ def resize_model(
     except ValueError as error:
         raise UserError(str(error)) from error
     if isinstance(resized, CycleMLPConfig):
-        if growth != "auto":
-            what = f"growth {growth!r} has no effect: no weight of CycleMLP depends on the size"
+        if resize_weights != "auto":
+            what = f"resize_weights {resize_weights!r} has no effect: no weight depends on it"
             raise UserError(what, fix="Leave it out")
         return resized, "the weights stay as they are"
     assert isinstance(config, VisionPermutatorConfig)
-    return resized, _resize_permutator(tensors, config, resized, growth)
+    return resized, _resize_permutator(tensors, config, resized, resize_weights)
 
 
 def _resize_permutator(
-    tensors: Tensors, old: VisionPermutatorConfig, new: VisionPermutatorConfig, growth: Growth
+    tensors: Tensors,
+    old: VisionPermutatorConfig,
+    new: VisionPermutatorConfig,
+    resize_weights: ResizeWeights,
 ) -> str:
     """Changes the maps of all blocks, in place; returns how, in words."""
     pixels = "x".join(map(str, new.image_size))
@@ -90,13 +98,13 @@ def _resize_permutator(
     check_fits_memory(numbers, f"token mixing at {pixels} pixels")
     (h, w), (height, width) = old.grids[0], new.grids[0]
     is_whole = height % h == 0 and width % w == 0
-    if growth == "block-diagonal" and not is_whole:
+    if resize_weights == "block-diagonal" and not is_whole:
         raise UserError(
             f"block-diagonal growth multiplies each side by a whole number; {h}x{w} patches do not "
             f"become {height}x{width} in this way",
-            fix="--growth resample (or auto) takes any size",
+            fix="resize_weights=resample (or auto) takes any size",
         )
-    is_blocks = is_whole and growth != "resample"
+    is_blocks = is_whole and resize_weights != "resample"
     change = grow_map if is_blocks else resample_map
     for stage, index in enumerate(old.stage_indices):
         size = old.dims[stage] // old.segments[stage]

@@ -33,9 +33,9 @@ from allmlp.errors import UserError
 from allmlp.models.mixer import MixerConfig
 from allmlp.runtime.device import check_fits_memory
 
-Growth = Literal["auto", "block-diagonal", "resample"]
+ResizeWeights = Literal["auto", "block-diagonal", "resample"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
-GROWTHS = ("auto", "block-diagonal", "resample")
+RESIZE_WEIGHTS = ("auto", "block-diagonal", "resample")
 Tensors = dict[str, Tensor]
 
 
@@ -43,7 +43,7 @@ def resize_tokens(
     tensors: Tensors,
     config: MixerConfig,
     image_size: tuple[int, int],
-    growth: Growth = "auto",
+    resize_weights: ResizeWeights = "auto",
     interpolation: Interpolation = "nearest",
 ) -> tuple[MixerConfig, str]:
     """Changes a Mixer's tensors, in place, to those of another image size.
@@ -53,7 +53,7 @@ def resize_tokens(
             MLPs are replaced, one after the other.
         config: the architecture that they belong to.
         image_size: (H, W) in pixels of the new model.
-        growth: "block-diagonal", "resample", or "auto": block-diagonal where both sides grow by
+        resize_weights: "block-diagonal", "resample", or "auto": the first where both sides grow by
             whole numbers, else resample.
         interpolation: of "resample".
 
@@ -64,8 +64,10 @@ def resize_tokens(
         UserError: the patch does not divide the size, the growth is unknown, or block-diagonal
             growth does not lead to that size.
     """
-    if growth not in GROWTHS:
-        raise UserError(f"unknown growth {growth!r}", fix=f"Known: {', '.join(GROWTHS)}")
+    if resize_weights not in RESIZE_WEIGHTS:
+        raise UserError(
+            f"unknown resize_weights {resize_weights!r}", fix=f"Known: {', '.join(RESIZE_WEIGHTS)}"
+        )
     if not config.is_plain:
         what = f"this variant ({config.summary()}) cannot be brought to another image size"
         fix = "Only the paper's own token mixing has a rule for that; train it at that size"
@@ -75,17 +77,17 @@ def resize_tokens(
     except ValueError as error:
         raise UserError(str(error)) from error
     factors = _whole_factors(config.grid, resized.grid)
-    tiles = factors[0] * factors[1] if factors is not None and growth != "resample" else 1
+    tiles = factors[0] * factors[1] if factors is not None and resize_weights != "resample" else 1
     size = 2 * config.num_blocks * resized.num_tokens * tiles * config.tokens_mlp_dim
     check_fits_memory(size, f"token mixing at {image_size[0]}x{image_size[1]} pixels")
-    if growth == "block-diagonal" and factors is None:
+    if resize_weights == "block-diagonal" and factors is None:
         old, new = ("x".join(map(str, each)) for each in (config.grid, resized.grid))
         raise UserError(
             f"block-diagonal growth multiplies each side by a whole number; {old} patches do not "
             f"become {new} in this way",
-            fix="--growth resample (or auto) takes any size",
+            fix="resize_weights=resample (or auto) takes any size",
         )
-    if factors is not None and growth != "resample":
+    if factors is not None and resize_weights != "resample":
         grow_block_diagonal(tensors, config, factors)
         grown = dataclasses.replace(resized, tokens_mlp_dim=tiles * config.tokens_mlp_dim)
         return grown, f"block-diagonal, {factors[0]}x{factors[1]} tiles"

@@ -48,7 +48,7 @@ from allmlp.weights.files import read_weights
 from allmlp.weights.growth import resize_model
 from allmlp.weights.locate import locate
 from allmlp.weights.npz import fingerprint
-from allmlp.weights.resolution import GROWTHS, Growth
+from allmlp.weights.resolution import RESIZE_WEIGHTS, ResizeWeights
 from allmlp.weights.timm_pretrained import load_pretrained
 
 FORMATS = (NAME, "google", "timm")
@@ -59,7 +59,7 @@ def load_model(
     image_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
     *,
-    growth: Growth = "auto",
+    resize_weights: ResizeWeights = "auto",
     quiet: bool = False,
 ) -> ImageClassifier:
     """Returns a trained model in evaluation mode, with its class names and preprocessing.
@@ -75,7 +75,7 @@ def load_model(
             the layers that depend on it, see `allmlp.weights.growth`.
         num_classes: None keeps the trained head; another number puts a new zero head in its place
             (and drops the class names), 0 takes the head off.
-        growth: how to reach another image size: "block-diagonal", "resample" or "auto".
+        resize_weights: how to reach another image size: "block-diagonal", "resample" or "auto".
         quiet: do not say on standard error what is downloaded, changed or assumed.
 
     Raises:
@@ -86,7 +86,7 @@ def load_model(
     wanted = _height_and_width(image_size)
     if str(source).startswith(PREFIX):
         theirs = load_pretrained(str(source), report)
-        return _finished(theirs, wanted, growth, num_classes, source, report)
+        return _finished(theirs, wanted, resize_weights, num_classes, source, report)
     place = locate(source, report)
     file = read_weights(place.path)
     description = describe(file, place.checkpoint, wanted)
@@ -103,12 +103,14 @@ def load_model(
     }
     _refuse_not_finite(tensors, place.path)
     preprocessing = description.preprocessing
-    if growth not in GROWTHS:
-        raise UserError(f"unknown growth {growth!r}", fix=f"Known: {', '.join(GROWTHS)}")
+    if resize_weights not in RESIZE_WEIGHTS:
+        raise UserError(
+            f"unknown resize_weights {resize_weights!r}", fix=f"Known: {', '.join(RESIZE_WEIGHTS)}"
+        )
     is_timm = layout.family == "timm"  # changes its size with the weights in it
     if wanted is not None and wanted != config.image_size and not is_timm:
         old = config
-        config, how = resize_model(tensors, config, wanted, growth)
+        config, how = resize_model(tensors, config, wanted, resize_weights)
         report.say(f"grown    {_pixels(old)} -> {_pixels(config)} pixels: {how}")
         preprocessing = _at_size(preprocessing, config.image_size, source)
     with torch.device("meta"):  # shapes only: no memory, no random numbers
@@ -118,21 +120,21 @@ def load_model(
     except UserError as error:  # values that no model of the family has
         raise UserError(error.what, where=place.path, fix=error.fix) from error
     model.class_names, model.preprocessing = description.class_names, preprocessing
-    return _finished(model, wanted, growth, num_classes, source, report)
+    return _finished(model, wanted, resize_weights, num_classes, source, report)
 
 
 def _finished(
     model: ImageClassifier,
     wanted: tuple[int, int] | None,
-    growth: Growth,
+    resize_weights: ResizeWeights,
     num_classes: int | None,
     source: str | Path,
     report: Reporter,
 ) -> ImageClassifier:
     """Returns the model at the wanted size, where it is timm's, and with the wanted head."""
     if isinstance(model, TimmModel):
-        if growth != "auto":
-            what = f"growth={growth!r} has no effect: a model of timm has no tokens to mix"
+        if resize_weights != "auto":
+            what = f"resize_weights={resize_weights!r} has no effect: timm resizes its own models"
             raise UserError(what, where=source, fix="Leave it out")
         if wanted is not None and wanted != model.config.image_size:
             old, model = model.config, resized(model, wanted)
