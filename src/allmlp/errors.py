@@ -12,7 +12,8 @@ import difflib
 import errno
 import heapq
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 
 class UserError(ValueError):
@@ -22,10 +23,14 @@ class UserError(ValueError):
         what: what is wrong, with the offending value.
         where: the file, flag or class that it concerns; None where `what` names it.
         fix: what to do or to type; None only where nothing can be done.
+        code: the kind of mistake, for programs and tests; it does not change with the wording.
     """
 
-    def __init__(self, what: str, *, where: object = None, fix: str | None = None) -> None:
+    def __init__(
+        self, what: str, *, where: object = None, fix: str | None = None, code: str = "invalid"
+    ) -> None:
         self.what, self.where, self.fix = what, None if where is None else str(where), fix
+        self.code = code
         super().__init__(self.text())
 
     def text(self) -> str:
@@ -52,6 +57,59 @@ def near_names(name: str, known: Iterable[str]) -> str:
     near = heapq.nlargest(3, ((likeness(each), each) for each in known))
     names = [each for likely, each in near if likely >= 0.65]
     return f"Did you mean {' or '.join(names)}? " if names else ""
+
+
+def one_of(name: str, value: Any, choices: Iterable[Any], where: object = None) -> Any:
+    """Returns the value; it must be one of the choices."""
+    known = list(choices)
+    if value not in known:
+        texts = [str(choice) for choice in known]
+        fix = f"{near_names(str(value), texts)}Known: {', '.join(texts)}"
+        raise UserError(f"unknown {name} {value!r}", where=where, fix=fix, code="unknown-name")
+    return value
+
+
+def at_least(name: str, value: Any, least: float, where: object = None) -> Any:
+    """Returns the value; it must be None or at least so large (NaN is not)."""
+    if value is not None and not value >= least:
+        what = f"{name} must be at least {least}, got {value!r}"
+        raise UserError(what, where=where, code="out-of-range")
+    return value
+
+
+def between(
+    name: str,
+    value: Any,
+    low: float,
+    high: float,
+    *,
+    above: bool = False,
+    below: bool = False,
+    where: object = None,
+) -> Any:
+    """Returns the value; it must be None or lie from low to high.
+
+    Args:
+        above, below: low or high themselves are not allowed.
+    """
+    if value is None:
+        return None
+    if not (low < value if above else low <= value) or not (
+        value < high if below else value <= high
+    ):
+        rule = (
+            f"{'above' if above else 'at least'} {low} and {'below' if below else 'at most'} {high}"
+        )
+        raise UserError(f"{name} must be {rule}, got {value!r}", where=where, code="out-of-range")
+    return value
+
+
+def needs(given: Mapping[str, Any], name: str, value: Any) -> None:
+    """Checks that no option of `given` is set (None and False are unset) without the other one."""
+    for option, its_value in given.items():
+        if its_value not in (None, False) and value in (None, False):
+            what = f"{option} needs {name}, and that is not given"
+            raise UserError(what, fix=f"Add {name}, or leave {option} out", code="needs")
 
 
 def plural(number: int, noun: str) -> str:

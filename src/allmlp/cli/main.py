@@ -7,14 +7,14 @@ images were bad; 130 stopped with Ctrl-C, 143 with SIGTERM. No torch is imported
 from __future__ import annotations
 
 import codecs
-import functools
 import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from allmlp.cli.table import Command
 from allmlp.cli.verbs import GROUPS, VERBS
 from allmlp.errors import UserError, fix_of, named_memory_errors, near_names
 from allmlp.runtime.process import keep_freed_memory, open_standard_streams, refuse_removed_folder
@@ -22,7 +22,7 @@ from allmlp.runtime.process import keep_freed_memory, open_standard_streams, ref
 DESCRIPTION = """MLP-Mixer in PyTorch: train, evaluate and use all-MLP image classifiers.
 
 Begin with `mixer train`: without arguments it trains a small Mixer on real digits, in about a
-minute. `mixer VERB --help` has examples. `--debug` shows the traceback of an error."""
+minute. `mixer COMMAND --help` has examples. `--debug` shows the traceback of an error."""
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -82,7 +82,7 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def parse(arguments: Sequence[str], verbs: dict[str, Callable[..., Any]]) -> Any:
+def parse(arguments: Sequence[str], verbs: dict[str, Any]) -> Any:
     """Parses the arguments, calls the verb that they name and returns what it returns.
 
     Raises:
@@ -99,58 +99,52 @@ def parse(arguments: Sequence[str], verbs: dict[str, Callable[..., Any]]) -> Any
         name, given = given[0], given[1:] or ["--help"]
         return _choose(given, groups[name], f"mixer {name}", GROUPS[name])
     single = {name: verb for name, verb in verbs.items() if " " not in name}
-    single |= {name: _group_entry(GROUPS[name]) for name in groups}
+    single |= dict.fromkeys(groups, None)
     return _choose(given, single, "mixer", DESCRIPTION)
 
 
-def _choose(
-    given: list[str], verbs: dict[str, Callable[..., Any]], prog: str, description: str
-) -> Any:
-    """Parses the arguments of the verb that the first of them names, and calls it."""
-    import tyro
-
-    if not given[0].startswith("-") and given[0] not in verbs:
-        flag = f"--{given[0]}"
-        near = near_names(given[0], verbs)
+def _choose(given: list[str], verbs: dict[str, Any], prog: str, description: str) -> Any:
+    """Parses the arguments of the command that the first of them names, and runs it."""
+    name = given[0]
+    if name in ("-h", "--help"):
+        print(_help(verbs, prog, description))
+        return 0
+    if name not in verbs:
+        flag = f"--{name}"
+        near = near_names(name, verbs)
         near = f"Did you mean mixer {flag}? " if flag in ("--version", "--help") else near
         fix = f"{near}Known: {', '.join(verbs)}"
         where = None if prog == "mixer" else prog
-        raise UserError(f"unknown verb {given[0]!r}", where=where, fix=fix)
-    if given[0] not in verbs:  # the help of all verbs: a line for each
-        verbs = {name: _with_summary(verb) for name, verb in verbs.items()}
-    return tyro.extras.subcommand_cli_from_dict(
-        verbs,
-        prog=prog,
-        description=description,
-        args=given,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+        raise UserError(f"unknown command {name!r}", where=where, fix=fix, code="unknown-name")
+    command = verbs[name]
+    if isinstance(command, Command):
+        return command.run(f"{prog} {name}".removeprefix("mixer "), given[1:])
+    import tyro
+
+    config = (tyro.conf.FlagCreatePairsOff,)
+    return tyro.cli(command, prog=f"{prog} {name}", args=given[1:], config=config)
 
 
-def _groups(verbs: dict[str, Callable[..., Any]]) -> dict[str, dict[str, Callable[..., Any]]]:
+def _help(verbs: dict[str, Any], prog: str, description: str) -> str:
+    """The help of a group of commands: a line for each."""
+    width = max(map(len, verbs))
+    lines = [f"usage: {prog} COMMAND [OPTIONS]", "", description, "", "commands:"]
+    for name, command in verbs.items():
+        if command is None:
+            summary = GROUPS[name]
+        elif isinstance(command, Command):
+            summary = command.summary
+        else:
+            summary = (command.__doc__ or "").partition("\n")[0]
+        lines += [f"  {name:{width}}  {summary}"]
+    return "\n".join(lines)
+
+
+def _groups(verbs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The verbs of two words, by the first of them."""
-    groups: dict[str, dict[str, Callable[..., Any]]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for name, verb in verbs.items():
         first, _, second = name.partition(" ")
         if second:
             groups.setdefault(first, {})[second] = verb
     return groups
-
-
-def _group_entry(summary: str) -> Callable[[], None]:
-    def entry() -> None:
-        raise AssertionError("a group is parsed before its entry can be called")
-
-    entry.__doc__ = summary
-    return entry
-
-
-def _with_summary(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the verb with the first line of its docstring only."""
-
-    @functools.wraps(verb)
-    def short(*args: Any, **kwargs: Any) -> Any:
-        return verb(*args, **kwargs)
-
-    short.__doc__ = (verb.__doc__ or "").partition("\n")[0]
-    return short

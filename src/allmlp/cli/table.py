@@ -1,0 +1,145 @@
+"""Commands from their options: the flags of a dataclass, and the call of the function behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from allmlp.options import ImageSize, Repeated, documentation
+
+POSITIONAL = {
+    "model": "A run folder, a .safetensors, .npz or .pth file, a name of `mixer models --weights`, "
+    "hf:owner/name, or an exported file where the command takes one.",
+    "images": "Images, folders, or any source of data.",
+    "recipe": "A name of docs/recipes.md.",
+    "output": "The file or folder to write.",
+    "data": "A folder of class folders, a .csv or .jsonl list, Parquet, hf:owner/name, or digits.",
+}
+METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what parses, what runs and what prints.
+
+    Args:
+        module: in allmlp, that owns the other three names.
+        options: the dataclass of its flags; its docstring is the help, with examples.
+        function: called with the positional arguments and the options.
+        show: called with its result and the options; prints, and returns the exit code or None.
+        positional: names of arguments without a flag; "recipe?" may be left out, "images*" is many.
+        summary: its line in `mixer --help`.
+    """
+
+    module: str
+    options: str
+    function: str
+    summary: str
+    show: str | None = None
+    positional: tuple[str, ...] = ()
+
+    def run(self, name: str, given: list[str]) -> int | None:
+        """Parses the arguments and runs the command; returns its exit code."""
+        import tyro
+
+        module = importlib.import_module(f"allmlp.{self.module}")
+        kind = getattr(module, self.options)
+        arguments = _arguments(kind, self.positional)
+        values = vars(
+            tyro.cli(
+                arguments,
+                prog=f"mixer {name}",
+                description=inspect.cleandoc(kind.__doc__ or ""),
+                args=given,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+        )
+        positional = [values.pop(_bare(argument)) for argument in self.positional]
+        options = kind(**values)
+        result = getattr(module, self.function)(*positional, options)
+        return None if self.show is None else getattr(module, self.show)(result, options)
+
+
+def _bare(name: str) -> str:
+    return name.rstrip("?*")
+
+
+def _arguments(kind: type, positional: tuple[str, ...]) -> type:
+    """Returns a dataclass of all arguments, annotated for tyro."""
+    from tyro.conf import Positional, arg
+
+    fields: list[Any] = []
+    for argument in positional:
+        name = _bare(argument)
+        plain: Any = tuple[str, ...] if argument.endswith("*") else str
+        default = dataclasses.MISSING
+        metavar = name.upper()
+        if argument.endswith("?"):
+            plain, default, metavar = str | None, None, f"[{metavar}]"
+        told = arg(help=POSITIONAL[name], metavar=metavar, help_behavior_hint="")
+        fields.append(_field(name, Annotated[Positional[plain], told], default))
+    texts, hints = documentation(kind), typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        if field.init:
+            hint = _annotated(hints[field.name], field, texts.get(field.name, ""))
+            fields.append(_field(field.name, hint, field.default, field.default_factory))
+    return dataclasses.make_dataclass("Arguments", fields, kw_only=True)
+
+
+def _field(name: str, hint: Any, default: Any, factory: Any = dataclasses.MISSING) -> Any:
+    if factory is not dataclasses.MISSING:
+        return (name, hint, dataclasses.field(default_factory=factory))
+    if default is dataclasses.MISSING:
+        return (name, hint)
+    return (name, hint, dataclasses.field(default=default))
+
+
+def _annotated(hint: Any, field: dataclasses.Field[Any], text: str) -> Any:
+    """Returns the type of an option with what tyro needs: its help, and how its value is shown."""
+    from tyro.conf import UseAppendAction, arg
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    shown: dict[str, Any] = {"help": text}
+    if field.default in (None, False, ()):
+        shown["help_behavior_hint"] = ""
+    if "flag" in field.metadata:
+        shown["name"] = field.metadata["flag"]
+    kinds = [part for part in _parts(hint) if part is not types.NoneType]
+    if hint == Repeated:
+        metavar = field.metadata.get("metavar", "TEXT")
+        return Annotated[UseAppendAction[tuple[str, ...]], arg(**shown, metavar=metavar)]
+    if set(kinds) == set(_parts(ImageSize)):
+        size = PrimitiveConstructorSpec(1, "PIXELS|HxW", _parsed_size, _is_size, _size_text)
+        return Annotated[hint, size, arg(**shown)]
+    metavar = field.metadata.get("metavar", METAVARS.get(kinds[0]) if len(kinds) == 1 else None)
+    if metavar is not None:
+        shown["metavar"] = metavar
+    return Annotated[hint, arg(**shown)]
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _parsed_size(words: list[str]) -> int | tuple[int, int]:
+    parts = words[0].lower().split("x")
+    is_number = [part.isdecimal() and len(part) < 7 and int(part) > 0 for part in parts]
+    if not (1 <= len(parts) <= 2 and all(is_number)):
+        example = "a number such as 224, or height x width such as 192x256"
+        raise ValueError(f"not an image size: {words[0]!r}; it is {example}")
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or isinstance(value, int | tuple)
+
+
+def _size_text(value: Any) -> list[str]:
+    return ["x".join(map(str, value)) if isinstance(value, tuple) else str(value)]

@@ -1,0 +1,131 @@
+"""Options, written once: a frozen dataclass is a command's flags, a function's keywords and JSON.
+
+The dataclass stands in the module that owns the command, with a docstring under each field. Its
+function begins with `options = make(ExportOptions, options, fields)`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import textwrap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from allmlp.errors import UserError, near_names
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+Precision = Literal["auto", "float32", "bfloat16"]
+ImageSize = int | tuple[int, int]  # pixels: a side, or (height, width); 192x256 on the command line
+Repeated = Annotated[tuple[str, ...], "repeated"]  # a flag that is given once for each value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What all options have in common: unknown names and values of a wrong type are refused."""
+
+    __pydantic_config__ = {"extra": "forbid", "arbitrary_types_allowed": True}  # noqa: RUF012
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions(Options):
+    """Where and how a command computes."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Precision = "auto"
+    """Of the matrix products; auto takes bfloat16 where the device is fast at it and the model large enough."""  # noqa: E501
+    batch_size: int = 64
+    """Images per batch and process."""
+    num_workers: int | None = None
+    """Processes that decode images; chosen by the size of the data if not given."""
+
+
+Kind = TypeVar("Kind")
+
+
+def make(kind: type[Kind], options: Kind | None, fields: dict[str, Any]) -> Kind:
+    """Returns the options after the given keywords; with neither, the defaults.
+
+    Raises:
+        UserError: an unknown name (code "unknown-name"), or a value of the wrong type.
+    """
+    values = {}
+    if options is not None:
+        if not isinstance(options, kind):
+            raise UserError(f"options must be {kind.__name__}, got {type(options).__name__}")
+        values = {field.name: getattr(options, field.name) for field in dataclasses.fields(kind)}
+    return validated(kind, {**values, **fields})
+
+
+def validated(kind: type[Kind], values: Any, where: object = None) -> Kind:
+    """Returns the dataclass of such values, checked and converted by pydantic.
+
+    Args:
+        values: keyword arguments, or JSON.
+        where: a file, for the message.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        inner = first.get("ctx", {}).get("error")
+        if isinstance(inner, UserError):
+            raise inner from None
+        raise _user_error(kind, first, where) from None
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _user_error(kind: type, error: Any, where: object) -> UserError:
+    name = ".".join(str(part) for part in error["loc"])
+    value = repr(error["input"])
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = [field.name for field in dataclasses.fields(kind)]
+        fix = f"{near_names(str(error['loc'][-1]), known)}Known: {', '.join(known)}"
+        return UserError(f"unknown option {name!r}", where=where, fix=fix, code="unknown-name")
+    if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return UserError(f"{name} is required", where=where, code="missing")
+    what = f"{name}: {error['msg'].removeprefix('Input ')}, got {value[:100]}"
+    code = "unknown-name" if error["type"] == "literal_error" else "wrong-type"
+    return UserError(what, where=where, code=code)
+
+
+def documentation(kind: type) -> dict[str, str]:
+    """Returns the text under each field of a dataclass, its bases' fields included."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(base):
+            found |= _own_documentation(base)
+    for field in dataclasses.fields(kind):
+        if "doc" in field.metadata:
+            found[field.name] = field.metadata["doc"]
+    return found
+
+
+def _own_documentation(kind: type) -> dict[str, str]:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError):  # made by make_dataclass: its fields carry metadata["doc"]
+        return {}
+    definition = tree.body[0]
+    assert isinstance(definition, ast.ClassDef)
+    found, name = {}, None
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:
+            found[name] = inspect.cleandoc(str(node.value.value)).replace("\n", " ")
+            name = None
+    return found
