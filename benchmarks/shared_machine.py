@@ -50,7 +50,8 @@ def training(work: str) -> Rate:
     import allmlp as am
     from allmlp.runtime.device import torch_settings
 
-    config = am.recipe("cifar10").with_values({"data.source": "digits", "device": "cpu"})
+    values = {"data.source": "digits", "device": "cpu", "batch_size": 128}
+    config = am.recipe("cifar10").with_values(values)
     parts = Parts(config, STEPS)
 
     def step() -> int:
