@@ -16,9 +16,8 @@ from filelock import FileLock
 from PIL import Image
 
 import allmlp as am
+from allmlp import plots
 from allmlp.cli.main import main
-from allmlp.evaluation import check_pictures, pictures
-from allmlp.training import loop, summary
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -97,28 +96,28 @@ def tiny_config(source: str, output: Path, **changes: object) -> am.TrainConfig:
     return config
 
 
-REPORT = ("confusion_matrix", "reliability_diagram", "prediction_grid", "worst_mistakes")
-DRAWN = [(pictures, name) for name in REPORT] + [(loop, "training_batch")]
-SAVED = [(module, "save_figure") for module in (pictures, check_pictures, loop, summary)]
-REAL = [(module, name, getattr(module, name)) for module, name in DRAWN + SAVED]
+DRAWN = (
+    *("confusion_matrix", "reliability_diagram", "prediction_grid", "worst_mistakes"),
+    "training_batch",
+)
+REAL = {name: getattr(plots, name) for name in (*DRAWN, "save")}
 
 
 @pytest.fixture(scope="session", autouse=True)
-def blank_pictures() -> Iterator[None]:
+def blank_figures() -> Iterator[None]:
     """One pixel each: to draw them is nine tenths of a tiny run's time."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in DRAWN:
-            patch.setattr(module, name, lambda *_: None)
+        for name in DRAWN:
+            patch.setattr(plots, name, lambda *_: None)
         pixel = Image.new("L", (1, 1))
-        for module, name in SAVED:
-            patch.setattr(module, name, lambda _, path: pixel.save(path, "PNG"))
+        patch.setattr(plots, "save", lambda _, path: pixel.save(path, "PNG"))
         yield
 
 
 @pytest.fixture
-def real_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name, function in REAL:
-        monkeypatch.setattr(module, name, function)
+def real_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, function in REAL.items():
+        monkeypatch.setattr(plots, name, function)
 
 
 @pytest.fixture(scope="session")

@@ -27,8 +27,9 @@ import pytest
 from PIL import Image
 
 import allmlp as am
+from allmlp import plots
 from allmlp.cli.main import main
-from allmlp.training import loop, summary
+from allmlp.training import loop
 from allmlp.training.resume import _flat
 from conftest import TINY, make_class_folder, tiny_config
 
@@ -67,10 +68,9 @@ def make_data(folder: Path) -> Path:
 def watch_every_step(patch: pytest.MonkeyPatch) -> None:
     """Every step is logged, and the pictures, most of a tiny run's time, are left out."""
     patch.setattr(loop, "LOG_EVERY", 1)
-    for module, names in ((loop, ("curves", "training_batch")), (summary, ("curves",))):
-        for name in (*names, "save_figure"):
-            patch.setattr(module, name, lambda *_: None)
-    patch.setattr(summary, "save_report", lambda *_: [])
+    for name in ("curves", "training_batch", "save"):
+        patch.setattr(plots, name, lambda *_: None)
+    patch.setattr(plots, "save_evaluation", lambda *_: [])
 
 
 def before_step(patch: pytest.MonkeyPatch, number: int, act: Callable[[Any], None]) -> None:

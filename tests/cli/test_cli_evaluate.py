@@ -46,7 +46,7 @@ def imagenet(tmp_path: Path) -> tuple[Path, Path, Path]:
     return tmp_path / "net", tmp_path / "val", tmp_path / "real.json"
 
 
-@pytest.mark.usefixtures("real_pictures")
+@pytest.mark.usefixtures("real_figures")
 def test_what_it_says_and_writes(capsys, class_folder: Path, model: Path, tmp_path: Path):
     out = tmp_path / "out"
     code, said, err = mixer(capsys, "evaluate", model, "--data", class_folder, "--output", out)

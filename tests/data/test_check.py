@@ -18,7 +18,6 @@ from allmlp.data.drop_list import read_drop_list, without
 from allmlp.data.sources import open_splits
 from allmlp.data.write_shards import pack_splits
 from allmlp.errors import UserError
-from allmlp.evaluation.check_pictures import samples
 from allmlp.training.dataset import open_training_data
 from conftest import draw, encode, make_class_folder, tiny_config
 from odd_images import png16, tiff
@@ -237,12 +236,3 @@ def test_training_says_that_16_bit_images_are_nearly_black(tmp_path: Path, scale
     said = [line for line in lines if "nearly black" in line]
     assert len(said) == (1 if scale == 1 else 0)
     assert scale != 1 or "3,900 of 65,535" in said[0]
-
-
-def test_samples_of_very_many_classes_say_so(tmp_path: Path):
-    folder = make_class_folder(tmp_path / "data", {f"class{n}": 1 for n in range(80)})
-    figure = samples(open_splits(str(folder))["train"])
-    assert "an image of each of 72 out of 80 classes" in figure.get_suptitle()
-    few = make_class_folder(tmp_path / "few", {"ant": 2, "bee": 9})
-    figure = samples(open_splits(str(few))["train"])
-    assert sum(1 for axes in figure.axes if axes.images) == 8

@@ -12,7 +12,6 @@ import pytest
 import allmlp as am
 from allmlp.data.items import BadImage
 from allmlp.io import partial_path
-from allmlp.training.pictures import curves
 from allmlp.training.run_folder import RunFolder, planned_path
 from conftest import NO_PROCESS, tiny_config
 
@@ -79,7 +78,7 @@ def test_damaged_logs_do_not_stop_a_run(tmp_path: Path, damage: str):
     for name in ("metrics.jsonl", "results.csv"):
         path = run.path / name
         path.write_bytes(DAMAGE[damage](path.read_bytes()))
-    curves(run.path)
+    run.draw_curves()
     notes = run.go_back_to(4)
     assert len(notes) == (0 if damage in ("empty", "no last line end") else 2), notes
     assert all("metrics.jsonl" in note or "results.csv" in note for note in notes)
@@ -96,7 +95,7 @@ def test_damaged_logs_do_not_stop_a_run(tmp_path: Path, damage: str):
     assert metrics == sorted(set(metrics))
     if damage in ("other values", "no last line end"):
         assert (metrics, results) == ([0, 1, 2, 3, 4], [2, 4, 6])
-    curves(run.path)
+    run.draw_curves()
     run.close()
 
 

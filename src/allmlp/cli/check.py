@@ -100,9 +100,9 @@ def check(
     if folder is None:
         report.say("\nthe whole lists, and pictures of samples and duplicates: --output FOLDER")
     else:
-        from allmlp.evaluation.check_pictures import save_pictures
+        from allmlp.plots import save_check
 
-        written = [*result.save(folder), *save_pictures(splits, result.duplicates, folder)]
+        written = [*result.save(folder), *save_check(splits, result.duplicates, folder)]
         report.say(f"\nwritten  {folder}: {', '.join(written)}")
     return 3 if result.unreadable or problems else 0
 

@@ -93,9 +93,9 @@ def evaluate(
     from allmlp.data.sources import read_from
     from allmlp.evaluation.accuracy import refuse_not_finite
     from allmlp.evaluation.figures import FILES
-    from allmlp.evaluation.pictures import REPORT, save_report
     from allmlp.io import check_not_inputs, check_output_folder, expand
     from allmlp.models.inference import choose_precision
+    from allmlp.plots import EVALUATION, save_evaluation
     from allmlp.runtime.device import to_device
     from allmlp.training.measure import evaluate as measure
     from allmlp.training.measure import evaluate_together
@@ -112,7 +112,7 @@ def evaluate(
             device = str(chosen)
         rank, size = (0, 1) if world is None else (world.rank, world.size)
         report = Reporter(quiet=rank != 0)
-        names = [*FILES, *(f"{name}.png" for name in REPORT)]
+        names = [*FILES, *(f"{name}.png" for name in EVALUATION)]
         if folder is not None and rank == 0:
             check_output_folder(folder, names, overwrite=overwrite)
         net = to_device(load_named(model, image_size, resize_weights, exported=True), device)
@@ -148,7 +148,7 @@ def evaluate(
             return 0  # whatever was bad: torchrun would end the first process, which still draws
         if folder is not None:  # before the first line: a reader such as `| head` may go away
             result.save(folder, net, overwrite=True)
-            save_report(result, source, folder)
+            save_evaluation(result, source, folder)
         report.say(f"protocol {_in_words(net)}")
         if precision is not None:
             report.say(f"products {products} ({why})")

@@ -22,8 +22,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from allmlp.evaluation.pictures import as_drawn, shorten
 from allmlp.io import atomic_write
+from allmlp.plots import escape, shorten
 from allmlp.studies.paper import HARDWARE, Result, frontier, number
 
 # The paper's colours of the three kinds of networks; what was measured here has one of its own.
@@ -86,7 +86,7 @@ def data_scale_figure(
         own = sorted((p for p in points if p["model"] == model), key=lambda p: p["images"])
         images = [each["images"] for each in own]
         style: dict[str, Any] = {"color": _LINES[at % 6], "marker": _MARKERS[at % 6]}
-        style |= {"markersize": 6, "linewidth": 1.8, "label": as_drawn(own[0]["label"])}
+        style |= {"markersize": 6, "linewidth": 1.8, "label": escape(own[0]["label"])}
         few.errorbar(
             images,
             [100 * each["few_shot"] for each in own],
@@ -98,7 +98,7 @@ def data_scale_figure(
         upstream.plot(images, [100 * each["validation"] for each in own], **style)
     ticks = sorted({each["images"]: each["fraction"] for each in points}.items())
     few.set_title(f"few-shot on {shorten(measured_on, 44)}", fontsize=10, color=_INK)
-    few.set_ylabel(as_drawn(label))
+    few.set_ylabel(escape(label))
     upstream.set_title("upstream: held-out images, best weights", fontsize=10, color=_INK)
     upstream.set_ylabel("validation top-1 (%)")
     for axes in (few, upstream):

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from allmlp.evaluation.pictures import as_drawn, shorten
+from allmlp.plots import escape, shorten
 from allmlp.preprocessing import PERMUTATIONS
 from allmlp.studies.study_file import Cell
 
@@ -61,9 +61,9 @@ def permutation_figure(
                     marker="o",
                     markersize=3.5,
                     linewidth=1.7,
-                    label=as_drawn(label) if number == 0 else None,
+                    label=escape(label) if number == 0 else None,
                 )
-        axes.set_title(as_drawn(model), fontsize=11, color=_INK)
+        axes.set_title(escape(model), fontsize=11, color=_INK)
         axes.set_xlabel("step")
         axes.grid(color=_GRID, linewidth=0.7)
         axes.set_axisbelow(True)
@@ -74,7 +74,7 @@ def permutation_figure(
     panels[0].set_ylabel("validation top-1 (%)")
     panels[0].set_ylim(bottom=0)
     measured = f"{rows[0]['measured_on']} accuracy of the best weights in the legends"
-    figure.suptitle(as_drawn(f"{shorten(data, 60)}: {measured}"), fontsize=10, color="#555555")
+    figure.suptitle(escape(f"{shorten(data, 60)}: {measured}"), fontsize=10, color="#555555")
     return figure
 
 

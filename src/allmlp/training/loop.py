@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import torch
 
+from allmlp import plots
 from allmlp.console import ProgressBar, Reporter
 from allmlp.data.augment import mix
 from allmlp.data.batches import Batch, on_device
@@ -21,7 +22,6 @@ from allmlp.data.sources import read_from
 from allmlp.data.transforms import normalize
 from allmlp.data.workers import check_guard
 from allmlp.errors import UserError, named_memory_errors
-from allmlp.evaluation.pictures import save_figure
 from allmlp.io import check_not_inputs, check_output_folder
 from allmlp.models.layers import draw_stochastic_depth
 from allmlp.runtime.device import ComputePolicy, check_fits_memory, choose_policy, torch_settings
@@ -32,7 +32,6 @@ from allmlp.training.cost import duration, training_memory
 from allmlp.training.dataset import Augmentation, Splits, open_training_data, refuse_too_many
 from allmlp.training.losses import one_hot
 from allmlp.training.measure import measure
-from allmlp.training.pictures import curves, training_batch
 from allmlp.training.recipes import recipe
 from allmlp.training.resume import check_same_images, config_of, goes_on
 from allmlp.training.run_folder import RunFolder, check_tensorboard, environment, planned_path
@@ -282,8 +281,8 @@ class Trainer:
         images, targets = images[:share], targets[:share]  # without the neighbour
         if step == 0 and self.world.is_main:
             names = self.splits.train.class_names
-            figure = training_batch(images, targets, self.preprocessing, names)
-            save_figure(figure, self.run_folder.plots / "train_batch.png")
+            figure = plots.training_batch(images, targets, self.preprocessing, names)
+            plots.save(figure, self.run_folder.plots / "train_batch.png")
         kept = draw_stochastic_depth(self.model, config.batch_size, masks)
         kept = kept[:, self.world.rank * share : (self.world.rank + 1) * share]
         kept = kept.to(self.compute.device)
@@ -402,5 +401,5 @@ class Trainer:
         """Draws the curves so far, now and then."""
         seconds = time.perf_counter() - self.started
         if self.world.is_main and seconds - self.last_drawn > _REDRAW_EVERY:
-            save_figure(curves(self.run_folder.path), self.run_folder.plots / "curves.png")
+            self.run_folder.draw_curves()
             self.last_drawn = time.perf_counter() - self.started

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from allmlp import plots
 from allmlp.data.fingerprint import fingerprint
 from allmlp.data.items import BadImage
 from allmlp.environment import environment_info
@@ -177,6 +178,11 @@ class RunFolder:
         """Adds a line to bad_files.txt."""
         if self.writes:
             self._append("bad_files.txt", f"{bad.name}\t{bad.what}\n")
+
+    def draw_curves(self) -> None:
+        """Draws the loss, accuracy and learning rate so far."""
+        figure = plots.curves(read_metrics(self.path), read_results(self.path))
+        plots.save(figure, self.plots / "curves.png")
 
     def write_card(self, text: str) -> None:
         """Writes the model card, best/README.md, beside the weights."""

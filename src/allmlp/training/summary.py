@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
+from allmlp import plots
 from allmlp.console import Reporter
 from allmlp.data.items import Source
 from allmlp.data.source_names import parse_name
 from allmlp.data.sources import names_source
 from allmlp.errors import plural
 from allmlp.evaluation.accuracy import Evaluation
-from allmlp.evaluation.pictures import save_figure, save_report
 from allmlp.evaluation.throughput import count_parameters, flops_text
 from allmlp.models.layers import ImageClassifier
 from allmlp.runtime.device import ComputePolicy
@@ -26,7 +26,6 @@ from allmlp.training.config import TrainConfig
 from allmlp.training.cost import operations, planned, power
 from allmlp.training.dataset import Splits, refuse_too_many
 from allmlp.training.measure import measure
-from allmlp.training.pictures import curves
 from allmlp.training.run_folder import RunFolder
 from allmlp.weights.store import load_model
 
@@ -134,12 +133,12 @@ def finish(
         if each.name not in known:
             run.log_bad_file(each)
         report.say(f"left out of the accuracy: {each.name}: {each.what}", style="yellow")
-    save_figure(curves(run.path), run.plots / "curves.png")
+    run.draw_curves()
     drawn = ["train_batch", "curves"]
     shown, source = (test, splits.test) if test is not None else (validation, splits.validation)
     if shown is not None and source is not None:
         shown.save(run.path / ("validation" if test is None else "test"), overwrite=True)
-        drawn += save_report(shown, source, run.plots)
+        drawn += plots.save_evaluation(shown, source, run.plots)
     run.write_card(model_card(model, config, splits, validation, test))
     report.say("")
     if shown is not None:

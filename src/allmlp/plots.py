@@ -1,0 +1,365 @@
+"""The figures of training, evaluation and data check, and how all figures are drawn and saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+from numpy.typing import NDArray
+
+from allmlp.data.image import decode, to_pillow
+from allmlp.data.transforms import denormalize
+from allmlp.errors import UserError, plural
+from allmlp.io import atomic_write
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from allmlp.data.duplicates import Duplicates
+    from allmlp.data.items import Source
+    from allmlp.preprocessing import Preprocessing
+
+Evaluation = Any  # the class of evaluation/, which stands above
+# What `save_evaluation` writes.
+EVALUATION = ("confusion", "reliability", "predictions", "worst_mistakes")
+GREEN, RED, GREY = "#1a7f37", "#cf222e", "#888888"
+_PAIR_COLORS = ("#0969da", "#bc4c00")
+_MAX_NUMBERED, _MAX_NAMED = 20, 60  # classes up to which cells have counts, axes have all names
+_MAX_SAMPLES, _MAX_PAIRS = 72, 24
+_THUMBNAIL = 224  # pixels of the longer side
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Returns an empty figure; sizes in inches."""
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def writer(figure: Figure, kind: str) -> Callable[[Path], None]:
+    """Returns what writes a figure as "png", "svg" or "pdf"; equal figures give equal bytes."""
+    dates: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    style = {"svg.hashsalt": "allmlp", "svg.fonttype": "none", "pdf.fonttype": 42}
+
+    def write(path: Path) -> None:
+        with matplotlib.rc_context(style):
+            figure.savefig(path, format=kind, metadata=dates.get(kind))
+
+    return write
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure atomically, in the format that its name ends in; the folder must exist."""
+    atomic_write(path, writer(figure, path.suffix.removeprefix(".")))
+
+
+def escape(text: str) -> str:
+    """Returns text that matplotlib draws literally: no formulas, no invalid characters."""
+    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
+
+
+def shorten(name: str, most: int = 22) -> str:
+    """Returns the name for a figure, cut in the middle where it is longer than `most`."""
+    if len(name) > most:
+        half = (most - 2) // 2
+        name = f"{name[:half]}..{name[-half:]}"
+    return escape(name)
+
+
+def show(axes: Axes, pixels: NDArray[Any], **options: Any) -> Any:
+    """Draws an image, (H, W) or (H, W, 1 or 3), with sharp pixels and no ticks."""
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if pixels.dtype == np.uint8:
+        options = {"cmap": "gray", "vmin": 0, "vmax": 255, **options}
+    axes.set_xticks([])
+    axes.set_yticks([])
+    return axes.imshow(pixels, interpolation="nearest", **options)
+
+
+def grid(
+    images: Sequence[NDArray[np.uint8] | None],
+    captions: Sequence[str],
+    title: str,
+    *,
+    columns: int | None = None,
+    colors: Sequence[str] = (),
+) -> Figure:
+    """Returns images in rows and columns with a caption above each; None leaves a cell empty.
+
+    `colors` are those of captions and frames, black and grey without.
+    """
+    count = max(len(images), 1)
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    rows = math.ceil(count / columns)
+    lines = max((caption.count("\n") + 1 for caption in captions), default=1)
+    figure = new_figure(max(1.4 * columns, 5.0), (1.35 + 0.15 * lines) * rows + 0.5)
+    figure.suptitle(escape(title), fontsize=10)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, image, caption, color in zip_longest(panels, images, captions, colors):
+        axes.set_title(caption or "", fontsize=8, color=color or "black")
+        if image is None:
+            axes.set_axis_off()
+            continue
+        show(axes, image)
+        axes.spines[:].set(color=color or GREY, linewidth=2.0 if color else 0.8)
+    return figure
+
+
+def _thumbnail(source: Source, index: int) -> NDArray[np.uint8] | None:
+    try:
+        image = to_pillow(decode(source.read(index), source.item_name(index)))
+    except UserError:
+        return None
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return np.asarray(image)
+
+
+# Evaluation
+
+
+def save_evaluation(evaluation: Evaluation, source: Source, folder: Path) -> list[str]:
+    """Writes the figures of `EVALUATION` as PNG; returns their names."""
+    figures = (
+        confusion_matrix(evaluation),
+        reliability_diagram(evaluation),
+        prediction_grid(evaluation, source),
+        worst_mistakes(evaluation, source),
+    )
+    for name, figure in zip(EVALUATION, figures, strict=True):
+        save(figure, folder / f"{name}.png")
+    return list(EVALUATION)
+
+
+def confusion_matrix(evaluation: Evaluation) -> Figure:
+    """Returns the confusion matrix: rows are true classes, shades the fractions of each row."""
+    counts = evaluation.confusion
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    classes = len(counts)
+    side = min(4.0 + 0.38 * classes, 16.0)
+    figure = new_figure(side + 0.8, side)
+    axes = figure.subplots()
+    mesh = axes.imshow(fractions, cmap="Blues", vmin=0.0, vmax=1.0)
+    figure.colorbar(mesh, ax=axes, label="fraction of the true class", shrink=0.8)
+    step = math.ceil(classes / _MAX_NAMED)
+    names = [shorten(name, 18) for name in evaluation.class_names[::step]]
+    positions = range(0, classes, step)
+    slant = 0 if max(map(len, names)) <= 2 else 90
+    axes.set_xticks(positions, names, rotation=slant, fontsize=8)
+    axes.set_yticks(positions, names, fontsize=8)
+    axes.set(xlabel="predicted", ylabel="true")
+    images = plural(len(evaluation.labels), "image")
+    axes.set_title(f"{escape(evaluation.data)}: {evaluation.top1:.2%} of {images} correct")
+    if classes <= _MAX_NUMBERED:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            color = "white" if fractions[row, column] > 0.5 else "black"
+            text = str(counts[row, column])
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+    return figure
+
+
+def reliability_diagram(evaluation: Evaluation) -> Figure:
+    """Returns accuracy against confidence in 15 bins, and the number of images in each bin."""
+    bins = evaluation.reliability
+    width = 1.0 / len(bins.images)
+    middle = (np.arange(len(bins.images)) + 0.5) * width
+    figure = new_figure(6.0, 6.4)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    filled = bins.images > 0
+    accuracy = bins.correct[filled] / bins.images[filled]
+    upper.bar(middle[filled], accuracy, 0.92 * width, color="#4c78a8", label="accuracy")
+    confidence = bins.confidence[filled] / bins.images[filled]
+    upper.plot(confidence, accuracy, "o", color="#222222", ms=4, label="at the mean confidence")
+    upper.plot([0, 1], [0, 1], "--", color=GREY, label="perfect calibration")
+    upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
+    upper.legend(loc="upper left", fontsize=8)
+    title = f"{escape(evaluation.data)}: expected calibration error {bins.error:.2%}, "
+    upper.set_title(title + plural(len(evaluation.labels), "image"), fontsize=10)
+    lower.bar(middle, bins.images, 0.92 * width, color="#bbbbbb")
+    lower.set(xlabel="confidence (probability of the predicted class)", ylabel="images")
+    return figure
+
+
+def prediction_grid(evaluation: Evaluation, source: Source, most: int = 36) -> Figure:
+    """Returns images taken evenly over the data, with their predicted classes."""
+    count = min(most, len(evaluation.labels))
+    rows = np.linspace(0, len(evaluation.labels) - 1, count).round().astype(int)
+    correct = int((evaluation.predictions == evaluation.labels)[rows].sum())
+    title = f"{evaluation.data}: {plural(count, 'image')}, {correct} correct (green), "
+    return _predictions(evaluation, source, rows, f"{title}{count - correct} wrong (red)")
+
+
+def worst_mistakes(evaluation: Evaluation, source: Source, most: int = 25) -> Figure:
+    """Returns the misclassified images whose true class has the lowest probability.
+
+    Without any, the correct ones with the least certain prediction.
+    """
+    order = np.argsort(-evaluation.losses, kind="stable")
+    wrong = order[(evaluation.predictions != evaluation.labels)[order]]
+    if len(wrong):
+        title = f"{evaluation.data}: {len(wrong)} mistakes of {len(order)}, worst first"
+        return _predictions(evaluation, source, wrong[:most], title)
+    title = f"{evaluation.data}: no mistakes of {len(order)}, least certain first"
+    return _predictions(evaluation, source, order[:most], title)
+
+
+def _predictions(evaluation: Evaluation, source: Source, rows: np.ndarray, title: str) -> Figure:
+    images, captions, colors = [], [], []
+    for row in rows:
+        label, predicted = int(evaluation.labels[row]), int(evaluation.predictions[row])
+        images.append(_thumbnail(source, int(evaluation.indices[row])))
+        probability = float(evaluation.probabilities[row, predicted])
+        caption = f"{shorten(evaluation.class_names[predicted])} {probability:.0%}"
+        if predicted != label:
+            caption += f"\ntrue: {shorten(evaluation.class_names[label])}"
+        captions.append(caption)
+        colors.append(GREEN if predicted == label else RED)
+    return grid(images, captions, title, colors=colors)
+
+
+# Training
+
+
+def curves(metrics: Sequence[Mapping[str, float]], results: Sequence[Mapping[str, Any]]) -> Figure:
+    """Returns loss, accuracy and learning rate over the epochs.
+
+    Args:
+        metrics: the lines of a run's metrics.jsonl; those without a loss are left out.
+        results: the rows of its results.csv; empty without validation images.
+    """
+    needed = {"epoch", "loss", "learning_rate"}
+    steps = [line for line in metrics if needed <= line.keys()]
+    rows = [{key: float(value) for key, value in row.items()} for row in results]
+    epochs = np.array([step["epoch"] for step in steps])
+    losses = np.array([step["loss"] for step in steps])
+    evaluated = [row["epoch"] for row in rows]
+    figure = new_figure(13, 4)
+    loss, accuracy, rate = figure.subplots(1, 3)
+    loss.plot(epochs, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+    if steps:  # a damaged log may have none
+        loss.plot(epochs, _smooth(losses), color="tab:blue", label="training, with augmentation")
+    loss.set(title="loss", xlabel="epoch", yscale="log")
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    loss.yaxis.set_major_formatter(plain)
+    accuracy.set(title="validation accuracy (%)", xlabel="epoch")
+    accuracy.grid(alpha=0.3)
+    if rows:
+        validation = [row["validation_loss"] for row in rows]
+        loss.plot(evaluated, validation, color="tab:orange", marker=".", label="validation")
+        top1 = [100 * row["validation_top1"] for row in rows]
+        best = int(np.argmax([row["best"] * row["epoch"] for row in rows]))
+        label = f"best: {top1[best]:.2f} % at epoch {evaluated[best]:.0f}"
+        circle = {"color": "tab:green", "fillstyle": "none", "markersize": 10, "label": label}
+        accuracy.plot(evaluated, top1, color="tab:orange", marker=".", clip_on=False)
+        accuracy.plot(evaluated[best], top1[best], "o", clip_on=False, zorder=3, **circle)
+        accuracy.legend(loc="lower right")
+        accuracy.set_ylim(top=100)  # margins would reach beyond
+    else:
+        accuracy.text(0.5, 0.5, "no validation images", ha="center", transform=accuracy.transAxes)
+    low, high = loss.get_ylim()
+    loss.yaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
+    if steps or rows:
+        loss.legend()
+    rate.plot(epochs, [step["learning_rate"] for step in steps], color="tab:gray")
+    rate.set(title="learning rate", xlabel="epoch")
+    return figure
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """The running mean over a fiftieth of the values, as long as the input."""
+    width = max(1, len(values) // 50)
+    padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
+    return np.convolve(padded, np.ones(width) / width, mode="valid")
+
+
+def training_batch(
+    inputs: Tensor, targets: Tensor, preprocessing: Preprocessing, class_names: Sequence[str]
+) -> Figure:
+    """Returns the first images of a batch after all augmentations, with their targets.
+
+    Args:
+        inputs: (N, channels, H, W), the input of the model.
+        targets: (N, num_classes), the targets of the loss.
+        preprocessing: undone for the figure.
+        class_names: of the targets.
+    """
+    count = min(36, len(inputs))
+    values = denormalize(inputs[:count], preprocessing)
+    images = values.mul(255).round().clamp(0, 255).byte().cpu().permute(0, 2, 3, 1).numpy()
+    captions = []
+    for target in targets[:count]:
+        weights, classes = target.topk(min(2, len(class_names)))
+        parts = [
+            shorten(class_names[index]) + (f" {weight:.0%}" if weight < 0.995 else "")
+            for weight, index in zip(weights.tolist(), classes.tolist(), strict=True)
+            if weight > 0.005
+        ]
+        captions.append("\n".join(parts))
+    height, width = preprocessing.image_size
+    title = f"the first training batch as the model sees it ({height}x{width} pixels)"
+    return grid(list(images), captions, title)
+
+
+# Data check
+
+
+def save_check(
+    splits: Mapping[str, Source], duplicates: Duplicates | None, folder: Path
+) -> list[str]:
+    """Writes samples.png and, if there are duplicates, duplicates.png; returns their names."""
+    figures = {"samples.png": samples(next(iter(splits.values())))}
+    if duplicates is not None and len(duplicates):
+        figures["duplicates.png"] = duplicate_pairs(duplicates)
+    else:
+        (folder / "duplicates.png").unlink(missing_ok=True)  # of an earlier check
+    for name, figure in figures.items():
+        save(figure, folder / name)
+    return list(figures)
+
+
+def samples(source: Source, seed: int = 0) -> Figure:
+    """Returns random images of every class, or of some where there are very many classes."""
+    present = np.unique(source.labels)
+    per_class = next((n for n, most in ((6, 12), (3, 24), (2, 36)) if len(present) <= most), 1)
+    chosen, classes = present, plural(len(present), "class")
+    title = f"{source.name}: {plural(len(source), 'image')}, up to {per_class} of each of {classes}"
+    if len(present) > _MAX_SAMPLES:
+        chosen = present[np.linspace(0, len(present) - 1, _MAX_SAMPLES).round().astype(int)]
+        title = f"{source.name}: one image of each of {_MAX_SAMPLES} out of {classes}"
+    random = np.random.default_rng(seed)
+    images, captions = [], []
+    for label in chosen:
+        members = random.permutation(np.flatnonzero(source.labels == label))
+        found = []
+        for index in members[: 2 * per_class]:  # more than needed: some may be unreadable
+            image = _thumbnail(source, int(index)) if len(found) < per_class else None
+            if image is not None:
+                found.append(image)
+        images += [*found, *[None] * (per_class - len(found))]
+        captions += [shorten(source.class_names[label], 14), *[""] * (per_class - 1)]
+    return grid(images, captions, title, columns=6 if per_class == 6 else 12)
+
+
+def duplicate_pairs(duplicates: Duplicates) -> Figure:
+    """Returns pairs of duplicates side by side, the most different first."""
+    order = duplicates.most_different_first()[:_MAX_PAIRS]
+    images, captions, colors = [], [], []
+    for at, number in enumerate(order):
+        pair = duplicates.pair(int(number))
+        kind = pair.kind if pair.difference == 0 else f"{pair.kind} {pair.difference:.3f}"
+        for (split, index), last in ((pair.first, kind), (pair.second, " ")):
+            source = duplicates.splits[split]
+            name = shorten(source.class_names[int(source.labels[index])], 16)
+            images.append(_thumbnail(source, index))
+            captions.append(f"{escape(split)}[{index}]\n{name}\n{last}")
+            colors.append(_PAIR_COLORS[at % 2])
+    title = f"{len(duplicates):,} pairs of duplicates, the most different first"
+    if len(order) < len(duplicates):
+        title += f" ({len(order)} shown)"
+    return grid(images, captions, title, columns=8, colors=colors)
