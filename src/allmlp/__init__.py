@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from allmlp.evaluation.few_shot import FewShot, few_shot
     from allmlp.evaluation.throughput import throughput
     from allmlp.evaluation.throughput_result import Throughput
-    from allmlp.inspection.report import Inspection, inspect, random_weights
-    from allmlp.models.catalog import create_model, list_models
+    from allmlp.inspection.inspect import Inspection, inspect
+    from allmlp.models.catalog import create_model, list_models, random_weights
     from allmlp.models.layers import ImageClassifier
     from allmlp.models.mixer import MixerConfig, MlpMixer
     from allmlp.preprocessing import Preprocessing
@@ -72,9 +72,9 @@ _HOME = {
     "open_exported": "deploy.runner",
     "Prediction": "deploy.predict",
     "predict": "deploy.predict",
-    "Inspection": "inspection.report",
-    "inspect": "inspection.report",
-    "random_weights": "inspection.report",
+    "Inspection": "inspection.inspect",
+    "inspect": "inspection.inspect",
+    "random_weights": "models.catalog",
     "DataScale": "studies.data_scale",
     "data_scale": "studies.data_scale",
     "Report": "studies.report",

@@ -37,9 +37,9 @@ _MAX_SAMPLES, _MAX_PAIRS = 72, 24
 _THUMBNAIL = 224  # pixels of the longer side
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, dpi: int = 120) -> Figure:
     """Returns an empty figure; sizes in inches."""
-    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 def writer(figure: Figure, kind: str) -> Callable[[Path], None]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from sklearn.linear_model import Ridge
 
@@ -17,7 +16,7 @@ import allmlp as am
 from allmlp.data.items import subset
 from allmlp.data.sources import open_splits
 from allmlp.evaluation.features import frozen_features
-from allmlp.evaluation.few_shot import SWEEP, choose_l2, fit_linear, fit_sweep, random_twin
+from allmlp.evaluation.few_shot import SWEEP, choose_l2, fit_linear, fit_sweep
 from allmlp.models.layers import preprocessing_of
 from conftest import make_class_folder, tiny_model
 
@@ -285,25 +284,6 @@ def test_json(data: Path):
     values = am.few_shot(tiny_model(), str(data), shots=(2,), seeds=(4, 5), **FAST).to_json()
     assert values["accuracies"] == {"2": {"4": 1.0, "5": 1.0}}
     assert (values["l2"], values["seeds"], values["sweep"]) == ({"2": 1024.0}, [4, 5], {})
-
-
-def test_a_random_twin():
-    model = tiny_model().eval()
-    state = torch.get_rng_state()
-    twin, again = random_twin(model, 3), random_twin(model, 3)
-    assert (torch.get_rng_state() == state).all()
-    assert twin.config == model.config
-    assert not twin.training
-    assert twin.preprocessing == model.preprocessing
-    assert (twin.stem.weight == again.stem.weight).all()
-    assert (twin.stem.weight != random_twin(model, 4).stem.weight).any()
-    assert (twin.stem.weight != model.stem.weight).any()
-
-    class Foreign(am.ImageClassifier):
-        config = None
-
-    with pytest.raises(am.UserError, match="no random weights for a Foreign"):
-        random_twin(Foreign())
 
 
 @pytest.mark.parametrize(

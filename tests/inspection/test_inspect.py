@@ -1,4 +1,4 @@
-"""am.inspect: the numbers, the files, what is refused, and what does not apply."""
+"""am.inspect and `mixer inspect`: the numbers, the files, wrong options, what does not apply."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from PIL import Image
 from test_attribution import OnePatch
 
 import allmlp as am
-from allmlp.inspection.report import random_weights
-from conftest import draw, encode, tiny_model
+from conftest import draw, encode, mixer, tiny_model
 
 
 @pytest.fixture
@@ -24,78 +23,65 @@ def photo(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model = tiny_model(image_size=(16, 24), num_classes=2)
+    model.class_names = ["ant", "bee"]
+    am.save_model(model, tmp_path / "model")
+    return tmp_path / "model"
+
+
 def test_numbers_without_a_folder():
     model = tiny_model(image_size=(8, 12))
-    found = am.inspect(model)
-    assert found.files == []
-    assert found.compared is None
-    said = found.to_json()
-    assert said["definitions"]["frequency"].startswith("spectral centroid")
-    assert "is kept" in said["definitions"]["frequency"]
-    assert said["definitions"]["histogram_edges"][-1] == 0.75
-    assert said["model"]["architecture"]["patch_size"] == 4
-    assert [layer["layer"] for layer in said["model"]["layers"]] == [1, 2]
-    incoming = said["model"]["layers"][0]["incoming"]
-    assert incoming["units"] == 8
-    assert sum(incoming["frequency"]["histogram"]) == 8
-    assert len(incoming["frequency"]["histogram"]) == 15
-    assert 0 <= incoming["opposite_share"] <= 1
-    assert incoming["locality_of_a_constant"] == pytest.approx(2 / 6)
-    assert "outgoing" not in said["model"]["layers"][0]
-    assert said["model"]["stem"]["units"] == 16
-
-
-def test_units_with_opposites_are_counted():
-    model = tiny_model(image_size=16)
     with torch.no_grad():
         weight = model.blocks[0].token_mixing.dense_0.weight
         weight[4:] = -weight[:4]
-    found = am.inspect(model, compare=random_weights(model, 5)).to_json()
-    assert found["model"]["layers"][0]["incoming"]["opposite_share"] == 1.0
-    assert found["compared"]["layers"][0]["incoming"]["opposite_share"] < 1.0
-    assert set(found["weights_correlation"]) == {"1", "2", "stem"}
-
-
-def test_random_weights_say_their_seed_and_leave_torchs():
-    model = tiny_model()
-    before = torch.random.get_rng_state()
-    first, again, other = (random_weights(model, seed) for seed in (1, 1, 2))
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert not first.training
-    assert torch.equal(first.stem.weight, again.stem.weight)
-    assert not torch.equal(first.stem.weight, other.stem.weight)
+    found = am.inspect(model, compare=am.random_weights(model, 5))
+    assert found.files == []
+    values = found.to_json()
+    assert values["definitions"]["histogram_edges"][-1] == 0.75
+    assert values["model"]["architecture"]["patch_size"] == 4
+    assert [layer["layer"] for layer in values["model"]["layers"]] == [1, 2]
+    layer = values["model"]["layers"][0]
+    assert layer["incoming"]["units"] == sum(layer["incoming"]["frequency"]["histogram"]) == 8
+    assert layer["incoming"]["locality_of_a_constant"] == pytest.approx(2 / 6)
+    assert "outgoing" not in layer
+    assert values["model"]["stem"]["units"] == 16
+    assert layer["incoming"]["opposite_share"] == 1.0
+    assert values["compared"]["layers"][0]["incoming"]["opposite_share"] < 1.0
+    assert set(values["weights_correlation"]) == {"1", "2", "stem"}
 
 
 def test_everything_is_written(tmp_path, photo):
     model = tiny_model(image_size=(16, 24), num_blocks=4)
+    folder = tmp_path / "out" / "inside"
     found = am.inspect(
         model,
-        output=tmp_path / "out" / "inside",
-        compare=random_weights(model),
+        output=folder,
+        compare="random",
         layers=[4, 1],
         outgoing=True,
         image=photo,
-        units=[(2, 8), (4, 1), (2, 1)],
+        units=[(2, 8), "4:1", (2, 1)],
         vector="none",
         batch_size=5,
     )
-    folder = tmp_path / "out" / "inside"
-    pictures = {
+    drawn = {
         *("figure5", "figure5_outgoing", "figure7", "layers", "occlusion", "responses"),
         *("figure6_layer1", "figure6_layer1_outgoing", "figure6_layer4", "figure6_layer4_outgoing"),
         *("figure5_compared", "figure5_outgoing_compared", "figure7_compared"),
     }
-    expected = {f"{name}.png" for name in pictures} | {"inspection.json", "units.csv"}
+    expected = {f"{name}.png" for name in drawn} | {"inspection.json", "units.csv"}
     assert {path.name for path in folder.iterdir()} == expected == set(found.files)
-    for name in pictures:
+    for name in drawn:
         assert np.asarray(Image.open(folder / f"{name}.png").convert("L")).std() > 10, name
-    said = json.loads((folder / "inspection.json").read_text())
-    assert said == json.loads(json.dumps(found.to_json(), default=np.ndarray.tolist))
-    # Of four chosen the order is the given one; layers and units count from 1.
-    assert [(each["layer"], each["unit"]) for each in said["responses"]] == [(2, 8), (4, 1), (2, 1)]
-    assert np.array(said["responses"][0]["read"]).shape == (4, 6)
-    assert np.array(said["occlusion"]["patch_drop"]).shape == (4, 6)
-    assert said["occlusion"]["class"] == f"class {said['occlusion']['class_index']}"
+    values = json.loads((folder / "inspection.json").read_text())
+    assert values == json.loads(json.dumps(found.to_json(), default=np.ndarray.tolist))
+    responses = values["responses"]
+    assert [(each["layer"], each["unit"]) for each in responses] == [(2, 8), (4, 1), (2, 1)]
+    assert np.array(responses[0]["read"]).shape == (4, 6)
+    assert np.array(values["occlusion"]["patch_drop"]).shape == (4, 6)
+    assert values["occlusion"]["class"] == f"class {values['occlusion']['class_index']}"
     with (folder / "units.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * (4 * 2 * 8 + 16)  # models; layers, directions and units; the stem
@@ -109,90 +95,109 @@ def test_the_default_is_the_first_three_layers(tmp_path, photo):
     found = am.inspect(tiny_model(num_blocks=5), output=tmp_path / "a", image=photo, vector="none")
     drawn = {name for name in found.files if name.startswith("figure6")}
     assert drawn == {f"figure6_layer{number}.png" for number in (1, 2, 3)}
-    assert not any(name.endswith(("svg", "pdf")) for name in found.files)
     assert [each.layer for each in found.responses] == [1] * 4 + [2] * 4 + [3] * 4
 
 
 @pytest.mark.slow
-def test_pdf(tmp_path):
-    am.inspect(tiny_model(), output=tmp_path, layers=[2], vector="pdf")
-    assert (tmp_path / "figure6_layer2.pdf").read_bytes().startswith(b"%PDF")
-    assert not list(tmp_path.glob("*.svg"))
-
-
-@pytest.mark.slow
-def test_the_same_again_gives_the_same_files(tmp_path):
+@pytest.mark.parametrize("vector", ["svg", "pdf"])
+def test_the_same_again_gives_the_same_files(tmp_path, vector):
     for folder in ("a", "b"):
-        am.inspect(tiny_model(), output=tmp_path / folder, layers=[1])
+        am.inspect(tiny_model(), output=tmp_path / folder, layers=[1], vector=vector)
     files = sorted((tmp_path / "a").iterdir())
-    assert [path.name for path in files if path.suffix == ".svg"] == [
-        "figure5.svg",
-        "figure6_layer1.svg",
-        "figure7.svg",
-        "layers.svg",
-    ]
+    drawn = {path.stem for path in files if path.suffix == f".{vector}"}
+    assert drawn == {"figure5", "figure6_layer1", "figure7", "layers"}
     for path in files:
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
-def test_a_model_of_another_kind(tmp_path, photo):
-    """Figure 7 and the occlusion map of what has no token-mixing MLP."""
+def test_models_of_other_kinds(tmp_path, photo):
     found = am.inspect(OnePatch(1, 1), output=tmp_path / "a", image=photo, vector="none")
     assert sorted(found.files) == ["figure7.png", "inspection.json", "occlusion.png", "units.csv"]
-    assert found.responses == []
-    assert found.notes == [
-        "a OnePatch has no token-mixing MLP, whose hidden units read every patch: "
-        "figures 5 and 6 do not apply"
-    ]
-    assert "responses" in found.to_json()
-
-
-def test_a_variant_is_said_and_the_rest_is_drawn(tmp_path):
+    assert (found.responses, len(found.notes)) == ([], 1)
     model = tiny_model(token_mixing="untied")
-    found = am.inspect(model, output=tmp_path, compare=tiny_model(), vector="none")
+    other = tiny_model(image_size=16)
+    found = am.inspect(model, output=tmp_path / "b", compare=other, vector="none")
     assert {"figure7.png", "figure5_compared.png"} <= set(found.files)
     assert "figure5.png" not in found.files
-    assert len(found.notes) == 1
-    both = am.inspect(model, compare=random_weights(model))
-    assert both.notes == found.notes  # what is true of both is said once
-    with pytest.raises(am.UserError, match="no token-mixing layer 1 that can be drawn"):
-        am.inspect(model, output=tmp_path, layers=[1], overwrite=True)
+    both = am.inspect(model, compare="random")
+    assert both.notes == found.notes  # what is true of both is named once
+    with pytest.raises(am.UserError, match="layer 1"):
+        am.inspect(model, output=tmp_path, layers=[1])
 
 
-def test_different_shapes_can_be_compared(tmp_path):
-    found = am.inspect(
-        tiny_model(num_blocks=1), output=tmp_path, compare=tiny_model(image_size=16), vector="none"
-    )
+@pytest.mark.parametrize(
+    ("settings", "code", "named"),
+    [
+        ({"output": "FILE"}, "invalid", "file"),
+        ({"output": "OUT", "layers": [3]}, "unknown-name", "3"),
+        ({"output": "OUT", "layers": []}, "out-of-range", "layers"),
+        ({"layers": [1]}, "needs", "output"),
+        ({"vector": "eps"}, "unknown-name", "eps"),
+        ({"units": ["1:1"]}, "needs", "image"),
+        ({"window": 1}, "needs", "image"),
+        ({"stride": 1}, "needs", "image"),
+        ({"image": "PHOTO", "units": ["3"]}, "invalid", "3"),
+        ({"image": "PHOTO", "units": [(1, 9)]}, "out-of-range", "9"),
+        ({"image": "PHOTO", "units": [(1, 0)]}, "out-of-range", "0"),
+        ({"image": "PHOTO", "units": [(4, 1)]}, "unknown-name", "4"),
+        ({"image": "PHOTO", "window": 7}, "out-of-range", "7"),
+        ({"image": "FILE"}, "invalid", "file"),
+        ({"image": "PHOTO", "batch_size": 0}, "out-of-range", "0"),
+        ({"compare": "nothing"}, "invalid", "nothing"),
+    ],
+)
+def test_wrong_options(tmp_path, photo, settings, code, named):
+    (tmp_path / "file").write_text("x")
+    places = {"FILE": tmp_path / "file", "OUT": tmp_path / "out", "PHOTO": photo}
+    given = {
+        name: places.get(value, value) if isinstance(value, str) else value
+        for name, value in settings.items()
+    }
+    with pytest.raises(am.UserError, match=named) as error:
+        am.inspect(tiny_model(), **given)
+    assert error.value.code == code
+    assert not list(tmp_path.glob("out/*"))  # nothing half-written
+
+
+def test_the_command_prints_the_numbers(capsys, saved, tmp_path):
+    am.save_model(tiny_model(num_blocks=3), tmp_path / "other")
+    code, out, _ = mixer(capsys, "inspect", saved)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == f"model    {saved}: 16x24 pixels, 2 layers, patch 4, 16 channels"
+    assert [line.split()[:2] for line in lines[4:7]] == [["1", "8"], ["2", "8"], ["stem", "16"]]
+    code, out, _ = mixer(capsys, "inspect", saved, "--compare", "random", "--seed", 3)
+    row = next(line for line in out.splitlines() if line.startswith("1 "))
+    found = am.inspect(saved, compare="random", seed=3)
     assert found.compared is not None
-    assert len(found.compared.incoming) == 2
-    assert (tmp_path / "layers.png").exists()
+    means = [each.incoming[0].frequency.mean() for each in (found.model, found.compared)]
+    assert f"{means[0]:.3f} | {means[1]:.3f}" in row
+    code, out, _ = mixer(capsys, "inspect", saved, "--compare", tmp_path / "other", "--outgoing")
+    row = next(line for line in out.splitlines() if line.startswith("3 outgoing"))
+    assert row.split()[2:5] == ["-", "|", "8"]
+    code, out, _ = mixer(capsys, "inspect", saved, "--image-size", "32x48")
+    assert code == 0
+    assert "32x48 pixels" in out
+    row = next(line for line in out.splitlines() if line.startswith("1 "))
+    assert row.split()[1] == "32"  # four tiles of eight units
 
 
-def test_what_is_refused(tmp_path, photo):
-    model, folder = tiny_model(), tmp_path / "folder"
-    file = tmp_path / "file"
-    file.write_text("x")
-    wrong = [
-        ({"output": file}, "the output is a file"),
-        ({"output": folder, "layers": [3]}, "no layer 3: the model has 2"),
-        ({"output": folder, "layers": []}, "--layers names none"),
-        ({"layers": [1]}, "--layers is for the pictures"),
-        ({"vector": "svg"}, "--vector is for the pictures"),
-        ({"image": photo}, "--image is for the pictures"),
-        ({"output": folder, "vector": "eps"}, "unknown vector format 'eps'"),
-        ({"output": folder, "units": [(1, 1)]}, "--units is for what one image excites"),
-        ({"output": folder, "window": 1}, "--window is for what one image excites"),
-        ({"output": folder, "stride": 1}, "--stride is for what one image excites"),
-        ({"output": folder, "image": photo, "units": [(1, 9)]}, "no unit 9 in layer 1"),
-        ({"output": folder, "image": photo, "units": [(1, 0)]}, "no unit 0 in layer 1"),
-        ({"output": folder, "image": photo, "units": [(4, 1)]}, "no layer 4"),
-        ({"output": folder, "image": photo, "window": 7}, "a window of 7 patches does not fit"),
-        ({"output": folder, "image": file}, "not an image"),
-        ({"output": folder, "image": photo, "batch_size": 0}, "the batch size must be at least 1"),
-    ]
-    for settings, message in wrong:
-        with pytest.raises(am.UserError, match=message):
-            am.inspect(model, **settings)
-    assert not list(folder.glob("*"))  # nothing half-written
-    with pytest.raises(am.UserError, match="inspect takes a model"):
-        am.inspect("runs/mine")  # pyright: ignore[reportArgumentType]
+def test_the_command_draws_an_image(capsys, saved, photo, tmp_path):
+    folder = tmp_path / "inside"
+    code, out, _ = mixer(
+        capsys, "inspect", saved, "--output", folder, "--layers", "all", "--vector", "none",
+        "--image", photo, "--units", "1:2", "2:8", "--window", 2, "--stride", 2,
+    )  # fmt: skip
+    assert code == 0
+    values = json.loads((folder / "inspection.json").read_text())
+    assert values["model"]["name"] == str(saved)
+    predicted = f"{values['occlusion']['class']} {values['occlusion']['probability']:.1%}"
+    assert f"image    {photo}: {predicted}" in out
+    assert "1:2, 2:8" in out
+    drawn = {path.name for path in folder.glob("*.png")}
+    assert {"figure6_layer1.png", "figure6_layer2.png"} <= drawn
+    assert f"{len(drawn)} figures" in out
+    code, _, err = mixer(capsys, "inspect", saved, "--output", folder, "--layers", "1", "2")
+    assert (code, "overwrite" in err) == (2, True)
+    code, _, err = mixer(capsys, "inspect", saved, "--output", folder, "--layers", "one")
+    assert (code, "one" in err) == (2, True)

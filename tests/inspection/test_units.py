@@ -17,7 +17,7 @@ GRIDS = [(8, 8), (4, 12), (7, 5), (1, 9), (1, 1)]
 
 
 def cosine(grid: tuple[int, int], cycles: tuple[int, int]) -> np.ndarray:
-    """A wave of so many whole cycles over the grid's height and width."""
+    """A wave with whole numbers of cycles over the grid's height and width."""
     y, x = np.mgrid[: grid[0], : grid[1]]
     return np.cos(2 * np.pi * (cycles[0] * y / grid[0] + cycles[1] * x / grid[1]) + 0.3)
 
@@ -35,33 +35,37 @@ def test_a_cosine_has_its_own_frequency(grid, cycles):
     assert measures.spatial_frequency(-7e-9 * cosine(grid, cycles)[None]) == pytest.approx(found)
 
 
-def test_the_frequency_of_two_waves_is_weighted_with_their_power():
+def test_frequency_is_weighted_by_power_and_keeps_the_mean():
     mixed = 2 * cosine((8, 8), (0, 1)) + cosine((8, 8), (0, 3))
     assert measures.spatial_frequency(mixed[None])[0] == pytest.approx((4 * 1 + 3) / 5 / 8)
+    with_mean = cosine((8, 8), (0, 2)) + math.sqrt(0.5)  # half of the power has frequency 0
+    assert measures.spatial_frequency(with_mean[None])[0] == pytest.approx(0.25 / 2)
+    board = np.indices((8, 8)).sum(axis=0) % 2 * 2.0 - 1.0
+    assert measures.spatial_frequency(board[None])[0] == pytest.approx(math.sqrt(0.5))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_a_constant(grid):
+def test_constants_and_points(grid):
     found = measures.measure_units(np.full((1, *grid), -3.0))
     assert found.frequency == pytest.approx([0.0], abs=1e-12)
-    assert found.locality == pytest.approx([measures.window_share(grid)])
+    assert found.locality == pytest.approx([measures.window_fraction(grid)])
     assert found.partner.tolist() == [-1]  # it is alone
-    assert found.opposite_share is None
+    assert found.opposite_fraction is None
+    point = np.zeros((1, *grid))
+    point[0, -1, grid[1] // 2] = -0.1
+    assert measures.locality(point) == pytest.approx([1.0])
 
 
-def test_the_mean_is_kept():
-    wave = cosine((8, 8), (0, 2))
-    with_mean = measures.spatial_frequency((wave + math.sqrt(0.5))[None])[0]
-    assert with_mean == pytest.approx(0.25 / 2)  # half of the power has the frequency 0
+def test_the_best_window_is_found_and_does_not_wrap():
+    assert measures.window_fraction((8, 6)) == 0.25
+    assert measures.window_fraction((7, 7)) == pytest.approx(16 / 49)  # half is rounded up
+    block = np.zeros((1, 6, 8))
+    block[0, 2:5, 3:7] = 1.0
+    assert measures.locality(block) == pytest.approx([1.0])
+    assert measures.locality(np.roll(block, 3, axis=2)) == pytest.approx([0.5])
 
 
-def test_a_chessboard_has_the_highest_frequency():
-    board = np.indices((8, 8)).sum(axis=0) % 2 * 2.0 - 1.0
-    assert measures.spatial_frequency(board[None])[0] == pytest.approx(math.sqrt(0.5))
-    assert measures.FREQUENCY_EDGES[-1] > math.sqrt(0.5)
-
-
-def test_colours_are_summed():
+def test_channels_are_summed():
     red = np.stack([cosine((4, 4), (0, 1)), np.zeros((4, 4)), np.zeros((4, 4))], axis=-1)
     blue = np.roll(red, 2, axis=-1)
     assert measures.spatial_frequency([red, red + blue]) == pytest.approx([0.25, 0.25])
@@ -69,34 +73,25 @@ def test_colours_are_summed():
 
 
 def test_a_unit_and_its_negative_are_a_pair():
-    base = noise(5, (4, 6))
-    found = measures.measure_units(np.concatenate([base, -2 * base]))
+    units = np.concatenate([noise(5, (4, 6)), -2 * noise(5, (4, 6))])
+    found = measures.measure_units(units)
     assert found.partner.tolist() == [5, 6, 7, 8, 9, 0, 1, 2, 3, 4]
     assert found.partner_correlation == pytest.approx(-np.ones(10))
-    assert found.opposite_share == 1.0
-    order = measures.pair_opposites(np.concatenate([base, -2 * base]))
+    assert found.opposite_fraction == 1.0
+    order = measures.pair_opposites(units)
     assert all(abs(first - second) == 5 for first, second in order.reshape(-1, 2))
-    pairs = measures.pair_correlations(np.concatenate([base, -2 * base])[order])
-    assert pairs == pytest.approx(-np.ones(5))
+    assert measures.pair_correlations(units[order]) == pytest.approx(-np.ones(5))
+    constants = [np.ones((4, 4)), -np.ones((4, 4)), cosine((4, 4), (1, 0))]
+    found = measures.measure_units(constants)
+    assert (found.partner[:2].tolist(), found.opposite_fraction) == ([1, 0], 2 / 3)
 
 
-def test_constants_are_opposites_too():
-    found = measures.measure_units([np.ones((4, 4)), -np.ones((4, 4)), cosine((4, 4), (1, 0))])
-    assert found.partner[:2].tolist() == [1, 0]
-    assert found.opposite_share == pytest.approx(2 / 3)
-
-
-def test_the_order_is_by_frequency():
+def test_pairs_are_ordered_by_frequency_and_a_partner_is_used_once():
     waves = [cosine((8, 8), (0, cycles)) for cycles in (3, 1, 2)]
     order = measures.pair_opposites([*waves, *(-wave for wave in waves)])
-    assert order[::2].tolist() == [1, 2, 0]
-    assert order[1::2].tolist() == [4, 5, 3]
-
-
-def test_a_partner_is_used_once():
-    """Two units want the same opposite: the one of the lower frequency has it."""
+    assert order.tolist() == [1, 4, 2, 5, 0, 3]
     low, high = np.ones((4, 4)), np.ones((4, 4))
-    high[0, 0] = 0.5
+    high[0, 0] = 0.5  # both want -low: the lower frequency has it
     order = measures.pair_opposites([high, low, -low, cosine((4, 4), (2, 2))])
     assert order.tolist() == [1, 2, 0, 3]
 
@@ -121,64 +116,33 @@ def test_every_unit_appears_once(count, height, width, zeros, seed):
     assert (found.partner != np.arange(count)).all()
 
 
-def test_zero_units_are_counted_apart():
+def test_zero_units_enter_no_other_number():
     values = np.concatenate([np.zeros((2, 4, 4)), noise(3, (4, 4))])
     found = measures.measure_units(values)
     assert found.is_zero.tolist() == [True, True, False, False, False]
     assert not np.isin(found.partner[2:], [0, 1]).any()
     assert measures.pair_opposites(values)[-1] in (0, 1)
-    said = found.to_json()
-    assert (said["units"], said["zero_units"]) == (5, 2)
-    assert sum(said["frequency"]["histogram"]) == 3
+    values = found.to_json()
+    assert (values["units"], values["zero_units"]) == (5, 2)
+    assert sum(values["frequency"]["histogram"]) == 3
+    assert values["frequency"]["mean"] == pytest.approx(np.nanmean(found.frequency))
+    assert values["locality"]["quantiles"]["0.5"] == pytest.approx(np.nanmedian(found.locality))
     nothing = measures.measure_units(np.zeros((2, 4, 4))).to_json()
-    assert nothing["opposite_share"] is None
-    assert nothing["frequency"]["mean"] is None
+    assert (nothing["opposite_share"], nothing["frequency"]["mean"]) == (None, None)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_a_point_is_local(grid):
-    point = np.zeros((1, *grid))
-    point[0, -1, grid[1] // 2] = -0.1
-    assert measures.locality(point) == pytest.approx([1.0])
-
-
-def test_locality_of_a_constant_is_a_quarter():
-    assert measures.locality(np.ones((1, 8, 6))) == pytest.approx([0.25])
-    assert measures.window_share((7, 7)) == pytest.approx(16 / 49)  # half is rounded up
-
-
-def test_the_best_window_is_found_and_does_not_wrap():
-    block = np.zeros((1, 6, 8))
-    block[0, 2:5, 3:7] = 1.0
-    assert measures.locality(block) == pytest.approx([1.0])
-    assert measures.locality(np.roll(block, 3, axis=2)) == pytest.approx([0.5])
-
-
-def test_extreme_weights():
-    tiny, huge = 1e-200 * noise(3, (4, 4)), 1e200 * noise(3, (4, 4))
-    for values in (tiny, huge):
-        found, plain = measures.measure_units(values), measures.measure_units(noise(3, (4, 4)))
+def test_extreme_weights_and_float32():
+    plain = measures.measure_units(noise(3, (4, 4)))
+    for scale in (1e-200, 1e200):
+        found = measures.measure_units(scale * noise(3, (4, 4)))
         assert found.frequency == pytest.approx(plain.frequency)
         assert found.partner_correlation == pytest.approx(plain.partner_correlation)
-
-
-def test_float32_is_measured_in_float64():
-    values = noise(4, (6, 6)).astype(np.float32)
-    assert measures.correlations(values).dtype == np.float64
-    assert np.diag(measures.correlations(values)) == pytest.approx(np.ones(4), abs=1e-15)
+    assert measures.correlations(noise(4, (6, 6)).astype(np.float32)).dtype == np.float64
 
 
 @pytest.mark.parametrize(
     "wrong", [np.zeros((4, 4)), np.zeros((0, 4, 4)), np.full((1, 2, 2), np.nan)]
 )
-def test_what_is_no_unit(wrong):
+def test_wrong_units(wrong):
     with pytest.raises(ValueError, match="units"):
         measures.measure_units(wrong)
-
-
-def test_quantiles_and_histogram():
-    values = np.array([0.04, 0.06, 0.06, 0.72, np.nan])
-    said = measures.distribution(values)
-    assert said["mean"] == pytest.approx(0.22)
-    assert said["quantiles"]["0.5"] == pytest.approx(0.06)
-    assert measures.frequency_histogram(values).tolist() == [1, 2, *[0] * 12, 1]

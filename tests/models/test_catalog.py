@@ -16,7 +16,7 @@ from allmlp.models.catalog import (
     model_config,
 )
 from allmlp.runtime.device import choose_device
-from conftest import TINY
+from conftest import TINY, tiny_model
 
 TABLE_1 = {  # P, C, L, D_S, D_C, S at 224 px
     "mixer_s32": (32, 512, 8, 256, 2048, 49),
@@ -101,3 +101,22 @@ def test_devices():
 def test_a_gpu_that_is_not_there():
     with pytest.raises(am.UserError, match="finds 0 CUDA GPUs"):
         choose_device("cuda")
+
+
+def test_random_weights():
+    model = tiny_model().eval()
+    state = torch.get_rng_state()
+    twin, again = am.random_weights(model, 3), am.random_weights(model, 3)
+    assert (torch.get_rng_state() == state).all()
+    assert twin.config == model.config
+    assert not twin.training
+    assert twin.preprocessing == model.preprocessing
+    assert (twin.stem.weight == again.stem.weight).all()
+    assert (twin.stem.weight != am.random_weights(model, 4).stem.weight).any()
+    assert (twin.stem.weight != model.stem.weight).any()
+
+    class Foreign(am.ImageClassifier):
+        config = None
+
+    with pytest.raises(am.UserError, match="Foreign"):
+        am.random_weights(Foreign())

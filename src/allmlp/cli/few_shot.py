@@ -97,6 +97,7 @@ def few_shot(
     from allmlp.evaluation import few_shot as measure
     from allmlp.evaluation.measurement import measurement
     from allmlp.io import STANDARD_OUTPUT, check_not_inputs
+    from allmlp.models.catalog import random_weights
     from allmlp.models.layers import preprocessing_of
     from allmlp.weights.locate import files_of
 
@@ -122,7 +123,7 @@ def few_shot(
     net = load_named(model, image_size, resize_weights)
     if ignore_exif:
         net.preprocessing = replace(preprocessing_of(net), exif_orientation=False)
-    nets = [net, measure.random_twin(net, FLOOR_SEED)] if floor else [net]
+    nets = [net, random_weights(net, FLOOR_SEED)] if floor else [net]
     report = Reporter(stderr=output == STANDARD_OUTPUT)
     results: list[list[FewShot]] = []  # of the model, then of the floor: one for each source
     with report.progress(total * len(nets), "images") as bar:

@@ -105,6 +105,7 @@ def _annotated(hint: Any, field: dataclasses.Field[Any], text: str) -> Any:
     from tyro.conf import UseAppendAction, arg
     from tyro.constructors import PrimitiveConstructorSpec
 
+    hint = field.metadata.get("type", hint)  # where Python takes more, such as a model
     shown: dict[str, Any] = {"help": text}
     if field.default in (None, False, ()):
         shown["help_behavior_hint"] = ""

@@ -11,7 +11,6 @@ from allmlp.cli.evaluate import evaluate
 from allmlp.cli.export import export
 from allmlp.cli.few_shot import few_shot
 from allmlp.cli.finetune import finetune
-from allmlp.cli.inspect import inspect
 from allmlp.cli.models import models
 from allmlp.cli.pack import index, pack
 from allmlp.cli.permute import permute
@@ -20,6 +19,7 @@ from allmlp.cli.report import report
 from allmlp.cli.serve import serve
 from allmlp.cli.study import data_scale
 from allmlp.cli.study_ablations import ablations
+from allmlp.cli.table import Command
 from allmlp.cli.throughput import throughput
 from allmlp.cli.train import train
 from allmlp.cli.transfer import transfer
@@ -34,7 +34,14 @@ VERBS: dict[str, Callable[..., Any]] = {
     "vtab": vtab,
     "transfer": transfer,
     "predict": predict,
-    "inspect": inspect,
+    "inspect": Command(
+        "inspection.inspect",
+        "InspectOptions",
+        "inspect",
+        "Look inside: what the token-mixing units have learned, and what one image excites.",
+        "show",
+        ("model",),
+    ),
     "throughput": throughput,
     "convert": convert,
     "export": export,

@@ -33,9 +33,8 @@ from allmlp.inspection.attribution import (
     strongest,
     unit_responses,
 )
-from allmlp.inspection.image_pictures import blend
-from allmlp.inspection.pictures import unit_pixels
-from allmlp.inspection.report import FIRST_LAYERS, STRONGEST
+from allmlp.inspection.figures import blend, unit_pixels
+from allmlp.inspection.inspect import FIRST_LAYERS, STRONGEST
 from allmlp.inspection.token_mixing import model_units
 from allmlp.models.layers import ImageClassifier, classes_of, preprocessing_of
 

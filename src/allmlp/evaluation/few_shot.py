@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from allmlp.data.batches import Batch
 from allmlp.data.classes import match_classes
@@ -38,7 +37,6 @@ from allmlp.evaluation.draws import (
 )
 from allmlp.evaluation.features import Features, Precision, frozen_features
 from allmlp.evaluation.linear_probe import LinearProbe, fit_linear, fit_sweep
-from allmlp.models.catalog import model_from_config
 from allmlp.models.layers import ImageClassifier, preprocessing_of
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.device import to_device
@@ -273,25 +271,6 @@ def choose_l2(results: Sequence[FewShot]) -> list[FewShot]:
         )
         for each in results
     ]
-
-
-def random_twin(model: ImageClassifier, seed: int = 0) -> ImageClassifier:
-    """Returns a model of the same architecture with random weights: the floor of a comparison.
-
-    It has the same preprocessing, device and mode; torch's global random numbers are kept.
-
-    Raises:
-        UserError: the model is of no family that can be built by its configuration.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        try:
-            twin = model_from_config(model.config)
-        except TypeError as error:
-            what = f"no random weights for a {type(model).__name__}: {error}"
-            raise UserError(what, fix="Measure it without the floor") from error
-    twin.preprocessing = model.preprocessing
-    return twin.to(next(model.parameters()).device).train(model.training)
 
 
 def num_images(data: Mapping[str, Source], settings: Settings) -> int:

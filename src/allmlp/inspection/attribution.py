@@ -1,22 +1,6 @@
-"""What one image excites: where token-mixing units read and write, and what the class hangs on.
+"""What one image excites: what token-mixing units read and write, and what a prediction rests on.
 
-Response maps. A token-mixing MLP reads y (C, S), the normalised tokens of one image, and its unit u
-has in channel c the drive a[c] = sum_s w[u, s] y[c, s] + b[u] and the activation h[c] = GELU(a[c]).
-For each patch s:
-
-    read     r[s] = w[u, s] * sum_c h[c] y[c, s]
-             The share of the patch in the response: sum_s r[s] = sum_c h[c] (a[c] - b[u]), exactly.
-             Signed: positive where the patch drives the unit to what it says, negative where it
-             holds it back.
-    written  e[s] = |v[s, u]| * sqrt(sum_c h[c]^2), v the outgoing weights
-             The size (Euclidean, over channels) of what the unit adds to the patch's token. Its
-             shape over the patches is that of |v| whatever the image: every channel is mixed by
-             the same v. The image decides how strong it is.
-
-Occlusion. A window of grey patches slides over the image; where it covers a patch, the probability
-of the predicted class drops. Zeiler and Fergus 2014.
-
-Legend: N batch, S patches, G_H G_W their grid, C channels, U units, H W pixels.
+Legend: S patches, G_H G_W their grid, C channels, U units, H W pixels.
 """
 
 from __future__ import annotations
@@ -24,86 +8,77 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from allmlp.data.image import EncodedImage
 from allmlp.data.permutation import permute
 from allmlp.data.transforms import normalize, resize_for_evaluation
-from allmlp.errors import UserError
+from allmlp.errors import UserError, between
 from allmlp.inspection.token_mixing import (
     ModelUnits,
     TokenMixingLayer,
     patch_grid,
     stem_convolution,
 )
+from allmlp.inspection.units import Floats
 from allmlp.io import expand
 from allmlp.models.inference import evaluating
 from allmlp.models.layers import ImageClassifier, preprocessing_of
 from allmlp.runtime.device import step_threads
 
-Floats = NDArray[np.float64]
-
 
 @dataclass(frozen=True)
 class UnitResponse:
-    """What one token-mixing unit does to one image.
+    """What one token-mixing unit does to one image; maps are (G_H, G_W), see `responses_of`."""
 
-    Attributes:
-        layer: number, from 1.
-        unit: number, from 0.
-        weights: (G_H, G_W) the unit's incoming weights.
-        read: (G_H, G_W) signed, as the module says.
-        written: (G_H, G_W) not negative; None where the layer writes no such grid.
-        strength: sqrt(sum_c h[c]^2), how strongly the image excites the unit.
-    """
-
-    layer: int
-    unit: int
-    weights: Floats
+    layer: int  # from 1
+    unit: int  # from 0
+    weights: Floats  # incoming
     read: Floats
-    written: Floats | None
+    written: Floats | None  # None where the layer does not write to such a grid
     strength: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the maps as JSON values; layer and unit count from 1."""
+        written = None if self.written is None else self.written.tolist()
+        maps = {"strength": self.strength, "read": self.read.tolist(), "written": written}
+        return {"layer": self.layer, "unit": self.unit + 1, **maps}
 
 
 @dataclass(frozen=True)
 class Occlusion:
-    """How the probability of a class drops where the image is covered.
+    """How the probability of the predicted class drops where the image is covered."""
 
-    Attributes:
-        label: the class, from 0.
-        name: of the class; "class 3" where the model carries no names.
-        probability: of it, of the whole image.
-        drop: (rows, columns) the drop of the probability for each place of the window; negative
-            where covering helps.
-        places: (rows, columns, 2) the window's first patch (down, right) at each place.
-        patch_drop: (G_H, G_W) the mean drop over the windows that cover the patch.
-        window, stride: in patches.
-    """
-
-    label: int
+    label: int  # from 0
     name: str
     probability: float
-    drop: Floats
-    places: NDArray[np.int64]
-    patch_drop: Floats
-    window: int
+    drop: Floats  # (rows, columns) of the window's positions; negative where covering helps
+    places: NDArray[np.int64]  # (rows, columns, 2) the window's first patch (down, right)
+    patch_drop: Floats  # (G_H, G_W) the mean over the windows that cover the patch
+    window: int  # patches
     stride: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the map as JSON values; patches count from 0."""
+        return {
+            "class": self.name,
+            "class_index": self.label,
+            "probability": self.probability,
+            "window": self.window,
+            "stride": self.stride,
+            "places": self.places.tolist(),
+            "drop": self.drop.tolist(),
+            "patch_drop": self.patch_drop.tolist(),
+        }
 
 
 def read_image(path: str | Path, model: ImageClassifier) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Returns the image as the model sees it: its input (1, channels, H, W), and its pixels.
-
-    Args:
-        path: an image file.
-        model: whose preprocessing is used.
-
-    Raises:
-        UserError: no such file, or it cannot be decoded.
-    """
+    """Returns the input of the model, (1, channels, H, W), and its pixels (H, W, channels)."""
     place = expand(path)
     try:
         data = place.read_bytes()
@@ -116,16 +91,7 @@ def read_image(path: str | Path, model: ImageClassifier) -> tuple[Tensor, NDArra
 def decode_image(
     data: bytes, where: object, model: ImageClassifier
 ) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Returns what `read_image` does, of an encoded file that is at hand.
-
-    Args:
-        data: the encoded file.
-        where: its name, for the error.
-        model: whose preprocessing is used.
-
-    Raises:
-        UserError: it cannot be decoded.
-    """
+    """Returns what `read_image` does, from an encoded file in memory; `where` names it."""
     rules = preprocessing_of(model)
     image = EncodedImage(data, where, rules.channels, exif_orientation=rules.exif_orientation)
     pixels = resize_for_evaluation(image.decode(), rules)
@@ -139,49 +105,38 @@ def decode_image(
 def unit_responses(
     model: ImageClassifier, units: ModelUnits, image: Tensor, layer: int
 ) -> list[UnitResponse]:
-    """Returns what every unit of one token-mixing MLP does to the image, in the units' order.
-
-    Args:
-        model: in any mode; it is run in evaluation mode.
-        units: of this model, by `model_units`.
-        image: (1, channels, H, W), the model's input.
-        layer: number, from 1.
-
-    Raises:
-        UserError: no such layer, its units are no pictures, or values that are not finite.
-    """
+    """Returns what every unit of a token-mixing MLP (from 1) does to the model's input."""
     chosen = units.layer(layer)
     module = model.get_submodule(chosen.name)
-    seen: dict[str, Tensor] = {}
-
-    def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        seen["tokens"] = given[0]
-
-    def keep_active(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        seen["activation"] = given[0]
-
+    inputs: list[Tensor] = []  # of the two dense layers: y (1, C, S) and h (1, C, U)
     hooks = [
-        module.get_submodule("dense_0").register_forward_pre_hook(keep),
-        module.get_submodule("dense_1").register_forward_pre_hook(keep_active),
+        module.get_submodule(name).register_forward_pre_hook(lambda _, given: inputs.extend(given))
+        for name in ("dense_0", "dense_1")
     ]
     try:
         _run(model, image)
     finally:
         for hook in hooks:
             hook.remove()
-    tokens = seen["tokens"].double().cpu().numpy()[0]  # (C, S)
-    activation = seen["activation"].double().cpu().numpy()[0]  # (C, U)
+    tokens, activation = (value.double().cpu().numpy()[0] for value in inputs)
     if not (np.isfinite(tokens).all() and np.isfinite(activation).all()):
-        raise UserError(f"layer {layer} gives values that are not finite", where="the image")
+        raise UserError(f"layer {layer} computes values that are not finite", where="the image")
     return responses_of(chosen, tokens, activation)
 
 
 def responses_of(layer: TokenMixingLayer, tokens: Floats, activation: Floats) -> list[UnitResponse]:
-    """Returns the response maps of a layer's units, from what it read and what its units said.
+    """Returns the response maps of a layer's units, from what the layer computes for an image.
+
+    Unit u has in channel c the pre-activation a[c] = sum_s w[u, s] y[c, s] + b[u] and the
+    activation h[c] = GELU(a[c]). For each patch s:
+
+        read     w[u, s] * sum_c h[c] y[c, s]: the patch's part of the response, positive where it
+                 excites the unit. Over all patches they add up to sum_c h[c] (a[c] - b[u]).
+        written  |v[s, u]| * strength, with v the outgoing weights and strength sqrt(sum_c h[c]^2):
+                 the norm, over channels, of what the unit adds to the token.
 
     Args:
-        layer: its weights.
-        tokens: y, (C, S).
+        tokens: y, (C, S), the normalised tokens.
         activation: h, (C, U).
     """
     grid = layer.incoming.shape[1:]
@@ -206,8 +161,8 @@ def responses_of(layer: TokenMixingLayer, tokens: Floats, activation: Floats) ->
 def strongest(responses: Sequence[UnitResponse], most: int) -> list[UnitResponse]:
     """Returns the units that add most to the tokens: by the energy of `written`, largest first."""
     sizes = [
-        np.sqrt((each.written**2).sum()) if each.written is not None else each.strength
-        for each in responses
+        response.strength if response.written is None else np.sqrt((response.written**2).sum())
+        for response in responses
     ]
     order = np.argsort(-np.array(sizes), kind="stable")[:most]
     return [responses[at] for at in order]
@@ -220,28 +175,15 @@ def occlusion(
     window: int | None = None,
     stride: int | None = None,
     batch_size: int = 64,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], object] = lambda count: None,
 ) -> Occlusion:
-    """Returns where the probability of the predicted class drops when the image is covered.
+    """Returns where the predicted probability drops under a sliding window of grey patches.
 
-    The covering is middle grey, 0.5 on pixel values of [0, 1]. The windows of the last row and
-    column are moved inwards where the stride would leave patches uncovered.
-
-    Args:
-        model: with a head; class names are not needed.
-        image: (1, channels, H, W), the model's input.
-        window: side of the window in patches; None takes a fifth of the shorter side, rounded.
-        stride: patches between two places, at most the window; None takes a third of it, rounded
-            down, and at least 1.
-        batch_size: covered images a batch.
-        on_batch: called with the number of covered images of every batch once it is done.
-
-    Raises:
-        UserError: the window does not fit, the model has no head or a new one, or its
-            probabilities are not finite.
+    Zeiler and Fergus 2014. The windows of the last row and column are moved inwards where the
+    stride would leave patches uncovered. `on_batch` is called with the number of covered images.
     """
     window, stride, places = occlusion_places(model, window, stride)
-    rows, columns, (down, right) = occlusion_grid(model)
+    rows, columns, (down, right) = _occlusion_grid(model)
     whole = _probabilities(model, image)[0]
     label = int(whole.argmax())
     rules = preprocessing_of(model)
@@ -256,8 +198,7 @@ def occlusion(
             y, x = top * down, left * right
             covered[at, :, y : y + window * down, x : x + window * right] = grey[0]
         parts.append(whole[label] - _probabilities(model, covered)[:, label])
-        if on_batch is not None:
-            on_batch(len(part))
+        on_batch(len(part))
     drop = np.concatenate(parts).reshape(places.shape[:2])
     total, count = np.zeros((rows, columns)), np.zeros((rows, columns))
     for (top, left), value in zip(flat, drop.ravel(), strict=True):
@@ -267,19 +208,13 @@ def occlusion(
     return Occlusion(label, name, float(whole[label]), drop, places, total / count, window, stride)
 
 
-def occlusion_grid(model: ImageClassifier) -> tuple[int, int, tuple[int, int]]:
-    """Returns patches in a column, in a row, and the (height, width) of one in pixels.
-
-    Of a model whose stem's patches overlap, it is the step of the stem.
-
-    Raises:
-        UserError: the model has neither a stem nor a grid to tell.
-    """
+def _occlusion_grid(model: ImageClassifier) -> tuple[int, int, tuple[int, int]]:
+    """Patches in a column, in a row, and the (height, width) of one (one step of the stem)."""
     stem, grid = stem_convolution(model), patch_grid(model)
     height, width = model.config.image_size
     if stem is not None:
         down, right = int(stem.stride[0]), int(stem.stride[1])
-    elif grid is not None:  # an exported file has no modules to ask
+    elif grid is not None:  # an exported file has no modules
         down, right = height // grid[0], width // grid[1]
     else:
         raise UserError(f"{type(model).__name__} has no patches that a window could cover")
@@ -289,26 +224,16 @@ def occlusion_grid(model: ImageClassifier) -> tuple[int, int, tuple[int, int]]:
 def occlusion_places(
     model: ImageClassifier, window: int | None = None, stride: int | None = None
 ) -> tuple[int, int, NDArray[np.int64]]:
-    """Returns the window's side, the stride and all places of the window, (rows, columns, 2).
+    """Returns the window's side, the stride, and all positions of the window (rows, columns, 2).
 
-    Args:
-        model: whose patches are covered.
-        window, stride: as `occlusion`.
-
-    Raises:
-        UserError: the window does not fit the grid, or the stride the window.
+    By default the side is a fifth of the grid's shorter side, and the stride a third of that.
     """
-    rows, columns, _ = occlusion_grid(model)
+    rows, columns, _ = _occlusion_grid(model)
     most = min(rows, columns)
-    if window is None:
-        window = max(1, round(most / 5))
-    if not 1 <= window <= most:
-        what = f"a window of {window} patches does not fit the grid of {rows}x{columns}"
-        raise UserError(what, where="--window", fix=f"1 to {most}")
+    window = max(1, round(most / 5)) if window is None else window
+    between("window", window, 1, most)
     stride = max(1, window // 3) if stride is None else stride
-    if not 1 <= stride <= window:
-        what = f"a stride of {stride} patches does not go with a window of {window}"
-        raise UserError(what, where="--stride", fix=f"1 to {window}, so that no patch is left out")
+    between("stride", stride, 1, window)  # so that no patch is left out
     tops, lefts = _starts(rows, window, stride), _starts(columns, window, stride)
     return window, stride, np.stack(np.meshgrid(tops, lefts, indexing="ij"), axis=-1)
 
@@ -323,13 +248,11 @@ def _probabilities(model: ImageClassifier, images: Tensor) -> Floats:
     weight = getattr(getattr(model, "head", None), "weight", None)
     is_new = weight is not None and not bool(weight.any())
     if model.config.num_classes == 0 or is_new:
-        what = "a new head, all zeros: no class" if is_new else "no head: there is no class"
-        raise UserError(
-            f"the model has {what} whose probability could drop", fix="Use trained weights"
-        )
+        what = "a new head, all zeros" if is_new else "no head"
+        raise UserError(f"the model has {what}: it predicts no class", fix="Use trained weights")
     probabilities = _run(model, images).double().softmax(dim=1).cpu().numpy()
     if not np.isfinite(probabilities).all():
-        raise UserError("the model gives probabilities that are not finite", where="the image")
+        raise UserError("the probabilities are not finite", where="the image")
     return probabilities
 
 

@@ -1,159 +1,115 @@
-"""The hidden units of a model's token-mixing MLPs and of its stem, as pictures of weights.
+"""The hidden units of a model's token-mixing MLPs and of its stem, and their measures.
 
-Figures 5, 6 and 7 of the paper show them: the incoming weights of a hidden unit of a token-mixing
-MLP, one for each patch, and the patch embedding's units, one colour for each pixel. Models whose
-token-mixing is of another kind give what they have, and a line that says what does not apply.
-
-Legend: U hidden units, G_H G_W patches in a column and in a row, C channels, P patch side.
+Legend: U hidden units, G_H G_W patches in a column and in a row, C channels, P patch size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from allmlp.errors import UserError
+from allmlp.inspection.units import FREQUENCY_EDGES, OPPOSITE, Floats, UnitMeasures, measure_units
+from allmlp.models.catalog import config_to_json
 from allmlp.models.layers import ImageClassifier
 from allmlp.models.mixer import MixerConfig
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class TokenMixingLayer:
-    """One token-mixing MLP.
+    """One token-mixing MLP."""
 
-    Attributes:
-        number: of the layer, from 1 as in the paper.
-        name: of the module, "blocks.0.token_mixing".
-        incoming: (U, G_H, G_W) what each hidden unit reads of each patch.
-        outgoing: (U, G_H, G_W) what it writes to each patch; None where it writes no such grid.
-    """
-
-    number: int
-    name: str
-    incoming: Floats
-    outgoing: Floats | None
+    number: int  # from 1, as in the paper
+    name: str  # of the module
+    incoming: Floats  # (U, G_H, G_W) what each hidden unit reads from each patch
+    outgoing: Floats | None  # (U, G_H, G_W) what it writes; None where that is not a grid
 
 
 @dataclass(frozen=True)
 class ModelUnits:
-    """What of a model can be drawn.
-
-    Attributes:
-        layers: the token-mixing MLPs whose units are pictures, in order.
-        num_layers: how many token-mixing MLPs the model has, readable or not.
-        stem: (C, P, P, channels) the units of the first convolution, or None.
-        notes: a line for each thing that does not apply to this model.
-    """
+    """The units of a model that can be drawn."""
 
     layers: list[TokenMixingLayer]
-    num_layers: int
-    stem: Floats | None
-    notes: list[str] = field(default_factory=list)
+    num_layers: int  # also those that cannot be drawn
+    stem: Floats | None  # (C, P, P, channels) the first convolution
+    notes: list[str]  # what does not apply to this model
 
     def layer(self, number: int) -> TokenMixingLayer:
-        """Returns the layer of a number, from 1.
-
-        Raises:
-            UserError: the model has no such layer, or its units are no pictures.
-        """
-        found = next((each for each in self.layers if each.number == number), None)
+        """Returns the layer of a number, from 1."""
+        found = next((layer for layer in self.layers if layer.number == number), None)
         if found is not None:
             return found
-        fix = None
-        if self.layers:
-            fix = f"Known: {', '.join(str(each.number) for each in self.layers)}"
-        elif self.notes:
-            fix = f"{self.notes[0]}"
-        what = f"no token-mixing layer {number} that can be drawn"
+        known = ", ".join(str(layer.number) for layer in self.layers)
+        what = f"layer {number} cannot be drawn"
         if not 1 <= number <= self.num_layers:
             what = f"no layer {number}: the model has {self.num_layers} token-mixing MLPs"
-        raise UserError(what, where="--layers", fix=fix)
+        fix = f"Known: {known}" if known else "".join(self.notes[:1]) or None
+        raise UserError(what, where="layers", fix=fix, code="unknown-name")
 
 
 def model_units(model: ImageClassifier) -> ModelUnits:
-    """Returns the units of every token-mixing MLP and of the stem.
-
-    A token-mixing MLP is a module of the name `token_mixing` whose two dense layers, `dense_0` and
-    `dense_1`, have one weight for each patch of the grid and are shared by all channels.
-
-    Args:
-        model: of any family.
-    """
+    """Returns the units of every module called `token_mixing` and of the stem, in any family."""
     modules = [
         (name, module)
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == "token_mixing"
     ]
     grid = patch_grid(model)
-    layers, refused = [], {}
+    layers: list[TokenMixingLayer] = []
+    not_drawn: dict[str, list[int]] = {}
     for number, (name, module) in enumerate(modules, start=1):
-        reason = _why_not_patches(model, number - 1) or why_no_picture(module, grid)
+        reason = _reason_not_drawn(model, number, module, grid)
         if reason is not None:
-            refused.setdefault(reason, []).append(number)
+            not_drawn.setdefault(reason, []).append(number)
             continue
-        weights = _dense_weights(module)
         assert grid is not None
-        assert weights is not None
-        incoming, outgoing = _array(weights[0]), _array(weights[1])  # (U, S), (S, U)
-        fits = outgoing.ndim == 2 and outgoing.shape == incoming.shape[::-1]
-        pictures = incoming.reshape(-1, *grid)
-        written = outgoing.T.reshape(-1, *grid) if fits and np.isfinite(outgoing).all() else None
-        layers.append(TokenMixingLayer(number, name, pictures, written))
-    notes = [f"layer{_numbers(which)}: {reason}" for reason, which in refused.items()]
+        incoming, outgoing = (_array(getattr(module, f"dense_{at}").weight) for at in (0, 1))
+        is_grid = outgoing.shape == incoming.shape[::-1] and np.isfinite(outgoing).all()
+        written = outgoing.T.reshape(-1, *grid) if is_grid else None  # of (S, U)
+        layers.append(TokenMixingLayer(number, name, incoming.reshape(-1, *grid), written))
+    notes = [f"layer{_listed(numbers)} not drawn: {why}" for why, numbers in not_drawn.items()]
     if not modules:
-        notes.append(
-            f"{_family(model)} has no token-mixing MLP, whose hidden units read every patch: "
-            "figures 5 and 6 do not apply"
-        )
+        family = type(model).__name__
+        notes.append(f"figures 5 and 6 do not apply: {family} has no token-mixing MLP")
     stem, note = _stem_units(model)
     return ModelUnits(layers, len(modules), stem, notes + ([note] if note else []))
 
 
-def _why_not_patches(model: ImageClassifier, block: int) -> str | None:
-    """Returns why the token mixing of a block does not read one value for each patch, or None."""
+def _reason_not_drawn(
+    model: ImageClassifier, number: int, module: nn.Module, grid: tuple[int, int] | None
+) -> str | None:
+    """Why the units of a token-mixing module are not maps over the patches, or None."""
     config = model.config
-    if not isinstance(config, MixerConfig):
-        return None
-    if config.token_groups > 1:
-        return f"a unit reads {config.token_groups} channels at once, and is not drawn"
-    if config.tokens[block] != config.num_tokens:
-        tokens = config.tokens[block]
-        return f"a unit reads {tokens} tokens of a pyramid, which are no patches: not drawn"
-    return None
-
-
-def why_no_picture(module: nn.Module, grid: tuple[int, int] | None) -> str | None:
-    """Returns why the units of a token-mixing module are no pictures over the grid, or None."""
-    weights = _dense_weights(module)
-    if weights is None:
-        return "no MLP of two dense layers, its units are not drawn"
+    if isinstance(config, MixerConfig):
+        if config.token_groups > 1:
+            return f"a unit reads {config.token_groups} channels at once"
+        tokens = config.tokens[number - 1]
+        if tokens != config.num_tokens:
+            return f"a unit reads {tokens} tokens of a pyramid, which are not patches"
+    weights = [getattr(getattr(module, f"dense_{at}", None), "weight", None) for at in (0, 1)]
     weight = weights[0]
+    if not isinstance(weight, torch.Tensor) or weights[1] is None:
+        return "it is not an MLP of two dense layers"
     if weight.dim() != 2:
         shape = "x".join(map(str, weight.shape))
-        return (
-            f"weights of {shape} are not (hidden units, patches): they are not shared by all "
-            "channels, and not drawn"
-        )
+        return f"weights of {shape} are not (hidden units, patches) shared by all channels"
     if grid is None:
-        return "the model has no grid of patches, its units are not drawn"
+        return "the model has no grid of patches"
     if weight.shape[1] != grid[0] * grid[1]:
-        return (
-            f"a unit reads {weight.shape[1]} values, not one for each of the {grid[0]}x{grid[1]} "
-            "patches, and is not drawn"
-        )
+        patches = f"{grid[0]}x{grid[1]} patches"
+        return f"a unit reads {weight.shape[1]} values, not one for each of the {patches}"
     if not bool(torch.isfinite(weight).all()):
-        return "weights that are not finite numbers, not drawn"
+        return "some weights are not finite"
     return None
 
 
 def patch_grid(model: ImageClassifier) -> tuple[int, int] | None:
-    """Returns (G_H, G_W), the patches in a column and in a row; None for a model without."""
+    """Returns (G_H, G_W), or None for a model without a grid of patches."""
     grid = getattr(model.config, "grid", None)
     if isinstance(grid, tuple) and len(grid) == 2:
         return int(grid[0]), int(grid[1])
@@ -169,38 +125,144 @@ def stem_convolution(model: ImageClassifier) -> nn.Conv2d | None:
 
 
 def _stem_units(model: ImageClassifier) -> tuple[Floats | None, str | None]:
-    """The stem's units; or a line that says why there is no picture of them."""
+    """The units of the stem, or why there is no figure of them."""
     stem = stem_convolution(model)
     if stem is None:
-        return None, f"{_family(model)} has no convolution that reads the image: no figure 7"
+        return None, f"no figure 7: {type(model).__name__} has no convolution that reads the image"
     if stem.in_channels not in (1, 3) or stem.groups != 1:
-        return None, f"units of {stem.in_channels} channels are no colours: no figure 7"
+        return None, f"no figure 7: units of {stem.in_channels} channels are not colours"
     units = _array(stem.weight).transpose(0, 2, 3, 1)  # (C, P, P, channels)
     if not np.isfinite(units).all():
-        return None, "the stem's weights are not finite numbers: no figure 7"
+        return None, "no figure 7: some weights of the stem are not finite"
     return units, None
-
-
-def _dense_weights(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
-    before = getattr(getattr(module, "dense_0", None), "weight", None)
-    after = getattr(getattr(module, "dense_1", None), "weight", None)
-    if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
-        return before, after
-    return None
 
 
 def _array(weight: torch.Tensor) -> Floats:
     return weight.detach().to("cpu", torch.float64).numpy()
 
 
-def _family(model: ImageClassifier) -> str:
-    return f"a {type(model).__name__}"
-
-
-def _numbers(numbers: list[int]) -> str:
+def _listed(numbers: list[int]) -> str:
     """[3] -> " 3", [1, 2, 3] -> "s 1 to 3", [1, 4] -> "s 1, 4"."""
     if len(numbers) == 1:
         return f" {numbers[0]}"
     if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
         return f"s {numbers[0]} to {numbers[-1]}"
     return f"s {', '.join(map(str, numbers))}"
+
+
+@dataclass(frozen=True)
+class ModelMeasures:
+    """The measures of a model's units; of the stem, the frequency is in cycles per pixel."""
+
+    name: str
+    architecture: dict[str, Any]
+    units: ModelUnits
+    incoming: list[UnitMeasures]  # of `units.layers`
+    outgoing: list[UnitMeasures | None]  # likewise; empty if not asked for
+    stem: UnitMeasures | None
+
+    def parts(self) -> Iterator[tuple[str, str, UnitMeasures]]:
+        """Yields the layer ("1", ..., "stem"), "incoming" or "outgoing", and the measures."""
+        for at, layer in enumerate(self.units.layers):
+            yield str(layer.number), "incoming", self.incoming[at]
+            outgoing = self.outgoing[at] if self.outgoing else None
+            if outgoing is not None:
+                yield str(layer.number), "outgoing", outgoing
+        if self.stem is not None:
+            yield "stem", "incoming", self.stem
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the numbers of every layer as JSON values."""
+        layers = []
+        for at, layer in enumerate(self.units.layers):
+            values: dict[str, Any] = {
+                "layer": layer.number,
+                "module": layer.name,
+                "grid": list(self.incoming[at].grid),
+                "incoming": self.incoming[at].to_json(),
+            }
+            if self.outgoing:
+                outgoing = self.outgoing[at]
+                values["outgoing"] = None if outgoing is None else outgoing.to_json()
+            layers.append(values)
+        return {
+            "name": self.name,
+            "architecture": self.architecture,
+            "layers": layers,
+            "stem": None if self.stem is None else self.stem.to_json(),
+        }
+
+    def unit_rows(self) -> Iterator[list[Any]]:
+        """Yields layer, weights, unit, frequency, locality, opposite, correlation of every unit.
+
+        Layers and units count from 1; "" where a unit has no such number.
+        """
+        for layer, weights, measures in self.parts():
+            for unit, partner in enumerate(measures.partner.tolist()):
+                values: list[Any] = [""] * 4
+                if not measures.is_zero[unit]:
+                    values[:2] = (
+                        f"{measures.frequency[unit]:.6f}",
+                        f"{measures.locality[unit]:.6f}",
+                    )
+                    if partner >= 0:
+                        values[2:] = (partner + 1, f"{measures.partner_correlation[unit]:.6f}")
+                yield [layer, weights, unit + 1, *values]
+
+
+def measure_model(
+    model: ImageClassifier, name: str = "model", *, outgoing: bool = False
+) -> ModelMeasures:
+    """Returns the measures of every token-mixing MLP of a model of any family, and of its stem."""
+    units = model_units(model)
+    return ModelMeasures(
+        name,
+        config_to_json(model.config),
+        units,
+        [measure_units(layer.incoming) for layer in units.layers],
+        [
+            None if layer.outgoing is None else measure_units(layer.outgoing)
+            for layer in (units.layers if outgoing else [])
+        ],
+        None if units.stem is None else measure_units(units.stem),
+    )
+
+
+def weight_correlations(first: ModelMeasures, second: ModelMeasures) -> dict[str, float]:
+    """Returns the correlation of all incoming weights of two models, by layer and "stem".
+
+    Only where both have the same shape. 1 for a model and itself; near 0 for unrelated ones.
+    """
+    pairs = {"stem": (first.units.stem, second.units.stem)}
+    others = {layer.number: layer.incoming for layer in second.units.layers}
+    for layer in first.units.layers:
+        pairs[str(layer.number)] = (layer.incoming, others.get(layer.number))
+    found = {}
+    for label, (one, other) in pairs.items():
+        if one is None or other is None or one.shape != other.shape:
+            continue
+        norms = np.linalg.norm(one) * np.linalg.norm(other)
+        if norms > 0:
+            found[label] = float((one * other).sum() / norms)
+    return found
+
+
+# What the numbers of inspection.json mean, as they stand in it.
+DEFINITIONS = {
+    "counting": "layers and units from 1",
+    "frequency": (
+        "spectral centroid: the mean of |f| over the 2-D Fourier transform of a unit's weights, "
+        "weighted by its power; the mean of the weights (f = 0) is kept. Cycles per patch; of the "
+        "stem, cycles per pixel, with the power summed over the colours"
+    ),
+    "histogram_edges": [round(float(edge), 3) for edge in FREQUENCY_EDGES],
+    "correlation": "u . v / (|u| |v|), without removing the mean",
+    "partner_correlation": "of each unit with its most negative other unit of the layer",
+    "opposite_share": f"fraction of units whose partner_correlation is below {OPPOSITE}",
+    "weights_correlation": "of all incoming weights of a layer with those of the compared model",
+    "locality": (
+        "fraction of a unit's energy in the best axis-aligned window of half the height and half "
+        "the width, rounded up"
+    ),
+    "zero_units": "units whose weights are all zero; no other number includes them",
+}

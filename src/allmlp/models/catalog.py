@@ -185,6 +185,22 @@ def model_from_config(config: ModelConfig) -> ImageClassifier:
     raise TypeError(f"no model family has the configuration {type(config).__name__}")
 
 
+def random_weights(model: ImageClassifier, seed: int = 0) -> ImageClassifier:
+    """Returns random weights for the same architecture, preprocessing, device and mode.
+
+    torch's global random numbers stay unchanged.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            twin = model_from_config(model.config)
+        except TypeError as error:
+            what = f"cannot build a {type(model).__name__} with random weights: {error}"
+            raise UserError(what) from error
+    twin.preprocessing = model.preprocessing
+    return twin.to(next(model.parameters()).device).train(model.training)
+
+
 def _refuse_too_large(config: ModelConfig) -> None:
     """Looks at the numbers alone: building what does not fit takes minutes before it fails."""
     blocks = getattr(config, "num_blocks", 0)

@@ -1,0 +1,306 @@
+"""Figures 5, 6 and 7 of the paper, the measures over the layers, and what one image excites.
+
+Every weight is a square of whole pixels, in PNG and vector files alike: nothing is interpolated.
+Blue is negative, white zero, red positive, each unit on its own scale; in figure 7 grey is zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from allmlp.inspection.attribution import Occlusion, UnitResponse
+from allmlp.inspection.token_mixing import ModelMeasures, TokenMixingLayer
+from allmlp.inspection.units import (
+    OPPOSITE,
+    Floats,
+    pair_correlations,
+    pair_opposites,
+    window_fraction,
+)
+from allmlp.plots import escape, new_figure, shorten, show
+
+Pixels = NDArray[np.uint8]
+Panel = tuple[str, list[Pixels], list[str]]  # title; cells of equal size; a caption beneath each
+
+DPI = 300
+DIVERGING, SEQUENTIAL = "RdBu_r", "viridis"
+_FIRST, _PAIRS, _NARROW, _WIDE = 3, 32, 4, 10  # layers and pairs of figure 5; columns of pairs
+_COLORS = ("#0b5394", "#b45f06")
+_DARKEST = 0.6  # brightness of a map where the image beneath it is black
+_MINUS = "\N{MINUS SIGN}"
+# Sizes in pixels at `DPI`.
+_UNIT, _STEM_UNIT, _INNER, _CAPTION, _MARGIN, _LINE, _PAGE = 80, 64, 3, 26, 24, 40, 1000
+
+
+def unit_pixels(unit: Floats) -> Pixels:
+    """Returns the weights (G_H, G_W) as colours (G_H, G_W, 3), symmetric about zero."""
+    return (matplotlib.colormaps[DIVERGING](_scaled(unit))[..., :3] * 255).round().astype(np.uint8)
+
+
+def color_pixels(unit: Floats) -> Pixels:
+    """Returns the weights (P, P, 1 or 3) as colours (P, P, 3): grey is zero."""
+    return np.repeat((_scaled(unit) * 255).round().astype(np.uint8), 3 // unit.shape[2], axis=2)
+
+
+def _scaled(unit: Floats) -> Floats:
+    largest = float(np.abs(unit).max())
+    return 0.5 + unit / (2 * largest) if largest > 0 else np.full(unit.shape, 0.5)
+
+
+def _enlarged(pixels: Pixels, side: int) -> Pixels:
+    """Every pixel as a square, up to about `side` pixels in all, with a thin frame."""
+    factor = max(1, round(side / max(pixels.shape[:2])))
+    pixels = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+    return np.pad(pixels, ((1, 1), (1, 1), (0, 0)), constant_values=150)
+
+
+def weight_figures(
+    measured: ModelMeasures, layers: Sequence[int], compared: ModelMeasures | None = None
+) -> dict[str, Figure]:
+    """Returns figures 5, 6 (of the given layers) and 7 by name, and 5 and 7 of a second model."""
+    figures: dict[str, Figure] = {}
+    for model, suffix in ((measured, ""), (compared, "_compared")):
+        if model is None:
+            continue
+        for kind in ("", "_outgoing") if model.outgoing else ("",):
+            first = [pair_panel(layer, kind, most=_PAIRS) for layer in model.units.layers[:_FIRST]]
+            if any(first):
+                figures[f"figure5{kind}{suffix}"] = pair_page(model.name, first, kind, _NARROW)
+            for number in layers if model is measured else ():
+                panel = pair_panel(model.units.layer(number), kind, numbered=True)
+                if panel is not None:
+                    page = pair_page(model.name, [panel], kind, _WIDE)
+                    figures[f"figure6_layer{number}{kind}"] = page
+        if model.units.stem is not None and model.stem is not None:
+            order = np.argsort(np.nan_to_num(model.stem.frequency, nan=1.0), kind="stable")
+            figures[f"figure7{suffix}"] = stem_page(model.name, model.units.stem[order])
+    return figures
+
+
+def pair_panel(
+    layer: TokenMixingLayer, kind: str = "", *, most: int | None = None, numbered: bool = False
+) -> Panel | None:
+    """Returns the pairs of a layer, or `most` taken evenly over the order of figure 5."""
+    units = layer.outgoing if kind else layer.incoming
+    if units is None:
+        return None
+    order = pair_opposites(layer.incoming)
+    pairs = math.ceil(len(order) / 2)
+    chosen = np.unique(np.linspace(0, pairs - 1, min(pairs, most or pairs)).round().astype(int))
+    shown = f"all {len(order)} units" if len(chosen) == pairs else f"{len(chosen)} of {pairs} pairs"
+    cells, captions = [], []
+    for pair in chosen:
+        numbers = order[2 * pair : 2 * pair + 2]
+        parts = [_enlarged(unit_pixels(units[number]), _UNIT) for number in numbers]
+        white = np.full_like(parts[0], 255)
+        second = parts[1] if len(parts) == 2 else white
+        cells.append(np.concatenate([parts[0], white[:, :_INNER], second], axis=1))
+        words = [str(number + 1) for number in numbers] if numbered else []
+        if len(numbers) == 2:
+            value = float(pair_correlations(units[numbers])[0])
+            words.insert(1, "-" if np.isnan(value) else f"{value:+.2f}".replace("-", _MINUS))
+        captions.append("   ".join(words))
+    return f"Layer {layer.number}: {shown}", cells, captions
+
+
+def pair_page(name: str, panels: Sequence[Panel | None], kind: str, columns: int) -> Figure:
+    """Returns figure 5 or 6."""
+    what = "outgoing weights, in the order of the incoming ones" if kind else "incoming weights"
+    notes = (
+        f"Colours: each unit from {_MINUS}max|w| (blue) through 0 (white) to +max|w| (red).",
+        "Below each pair: its correlation. Order: lowest spatial frequency first.",
+    )
+    drawn = [panel for panel in panels if panel is not None]
+    return _page(name, f"hidden units of token-mixing MLPs, {what}", drawn, columns, notes)
+
+
+def stem_page(name: str, units: Floats) -> Figure:
+    """Returns figure 7: the units (C, P, P, 1 or 3), in the given order."""
+    cells = [_enlarged(color_pixels(unit), _STEM_UNIT) for unit in units]
+    title = f"stem: {len(units)} units of {units.shape[1]}x{units.shape[2]} pixels"
+    columns = max(16, math.ceil(math.sqrt(1.5 * len(units))))
+    note = "Lowest spatial frequency first. Grey is zero, each unit on its own scale."
+    return _page(name, title, [("", cells, [])], columns, [note])
+
+
+def _page(
+    name: str, title: str, panels: Sequence[Panel], columns: int, notes: Sequence[str]
+) -> Figure:
+    """Panels side by side, laid out in whole pixels so that no weight is cut unevenly."""
+    height, width = panels[0][1][0].shape[:2]
+    most = max(len(cells) for _, cells, _ in panels)
+    longest = max((len(text) for _, _, captions in panels for text in captions), default=0)
+    caption = _CAPTION if longest else 0
+    across = max(width, 12 * longest) + (12 if caption else 6)  # from a cell to the next one
+    down = height + caption + (14 if caption else 6)
+    panel_width = max(min(columns, most) * across, 560)
+    total_width = max(len(panels) * (panel_width + _MARGIN) + _MARGIN, _PAGE)
+    top = _MARGIN + (3 if panels[0][0] else 2) * _LINE
+    bottom = top + math.ceil(most / columns) * down + 10
+    total_height = bottom + 28 * len(notes) + _MARGIN
+    sheet = np.full((total_height, total_width, 3), 255, dtype=np.uint8)
+    figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+
+    def write(x: float, y: float, text: str, size: float = 5, **style: Any) -> None:
+        axes.text(x, y, text, va="top", fontsize=size, **style)
+
+    write(_MARGIN, _MARGIN, shorten(name, 44), 7.5, weight="bold")
+    write(_MARGIN, _MARGIN + _LINE, title, 6.5)
+    for at, (heading, cells, captions) in enumerate(panels):
+        left = _MARGIN + at * (panel_width + _MARGIN)
+        write(left, top - _LINE, heading, 6.5)
+        for number, cell in enumerate(cells):
+            y, x = top + number // columns * down, left + number % columns * across
+            x += (across - width) // 2 if caption else 0
+            sheet[y : y + height, x : x + width] = cell
+            if captions:
+                write(x + width / 2, y + height + 4, captions[number], 4.6, ha="center")
+    for line, note in enumerate(notes):
+        write(_MARGIN, bottom + 28 * line, note)
+    extent = (0, total_width, total_height, 0)
+    axes.imshow(sheet, interpolation="none", extent=extent, aspect="auto")
+    axes.set_axis_off()
+    return figure
+
+
+def layers_figure(measured: ModelMeasures, compared: ModelMeasures | None = None) -> Figure:
+    """Returns frequency, best opposite and locality over the layers, of one or two models."""
+    figure = new_figure(7.2, 2.7, DPI)
+    panels = figure.subplots(1, 3)
+    constant = window_fraction(measured.incoming[0].grid)
+    columns = (
+        ("frequency", "spatial frequency (cycles per patch)", None),
+        ("partner_correlation", "correlation with the best opposite", OPPOSITE),
+        ("locality", "energy in the best quarter-window", constant),
+    )
+    models = [model for model in (measured, compared) if model is not None and model.incoming]
+    for axes, (attribute, label, dotted) in zip(panels, columns, strict=True):
+        for model, color in zip(models, _COLORS, strict=False):
+            numbers = [layer.number for layer in model.units.layers]
+            values = [_quartiles(getattr(measures, attribute)) for measures in model.incoming]
+            low, middle, high = np.transpose(values)
+            name = escape(model.name)
+            axes.plot(numbers, middle, color=color, marker=".", linewidth=1.2, label=name)
+            axes.fill_between(numbers, low, high, color=color, alpha=0.2, linewidth=0)
+        if dotted is not None:
+            axes.axhline(dotted, color="#777777", linewidth=0.8, linestyle=":")
+        axes.set_xlabel("layer", fontsize=7)
+        axes.set_ylabel(label, fontsize=7)
+        axes.tick_params(labelsize=6.5)
+        axes.grid(alpha=0.25, linewidth=0.5)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[1].set_ylim(-1.03, 0.03)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper left", ncols=2, fontsize=7, frameon=False)
+    note = (
+        "Lines: median over the units; bands: quartiles. Dotted: the threshold of opposites, "
+        f"{_MINUS}{-OPPOSITE}; the locality of a constant, {constant:.2f}."
+    )
+    figure.supxlabel(note, fontsize=6)
+    return figure
+
+
+def _quartiles(values: Floats) -> Floats:
+    known = values[~np.isnan(values)]
+    return np.quantile(known, (0.25, 0.5, 0.75)) if len(known) else np.full(3, np.nan)
+
+
+def occlusion_figure(pixels: Pixels, result: Occlusion, title: str = "") -> Figure:
+    """Returns the image (H, W, channels) and the drop of its class's probability over it."""
+    drop = 100 * result.patch_drop
+    largest = max(float(np.abs(drop).max()), 1e-6)
+    figure = new_figure(7.2, 2.05 * _ratio(pixels) + 0.7, DPI)
+    if title:
+        figure.suptitle(escape(title), fontsize=8, fontweight="bold")
+    whole, under, alone = figure.subplots(1, 3)
+    show(whole, pixels)
+    whole.set_title(escape(f"predicted: {result.name}, {result.probability:.1%}"), fontsize=7)
+    show(under, blend(pixels, drop, largest))
+    window = f"{result.window}x{result.window} patches, stride {result.stride}"
+    under.set_title(f"covered by a grey window of\n{window}", fontsize=7)
+    mesh = _show_map(alone, drop, pixels, DIVERGING, -largest, largest)
+    alone.set_title("mean over the windows\nthat cover a patch", fontsize=7)
+    bar = figure.colorbar(mesh, ax=alone, shrink=0.82, pad=0.04)
+    bar.set_label(escape(f"drop of p({result.name}), points"), fontsize=6.5)
+    bar.ax.tick_params(labelsize=6)
+    return figure
+
+
+def response_figure(pixels: Pixels, responses: Sequence[UnitResponse], title: str) -> Figure:
+    """Returns for each unit its weights, where it reads and where it writes, beside the image."""
+    layers = sorted({response.layer for response in responses})
+    by_layer = [[unit for unit in responses if unit.layer == layer] for layer in layers]
+    rows, cell, image = max(map(len, by_layer)), 0.8, 1.4
+    height = rows * (cell * _ratio(pixels) + 0.1) + 1.1
+    figure = new_figure(image + 3 * cell * len(layers) + 0.4, height, DPI)
+    figure.suptitle(escape(title), fontsize=9, fontweight="bold")
+    widths = [image, *[cell] * (3 * len(layers))]
+    grid = figure.add_gridspec(rows, len(widths), width_ratios=widths)
+    axes = figure.add_subplot(grid[:, 0])
+    show(axes, pixels)
+    axes.set_title("the image", fontsize=7)
+    axes.set_anchor("N")
+    for at, units in enumerate(by_layer):
+        for row, unit in enumerate(units):
+            panels = [figure.add_subplot(grid[row, 1 + 3 * at + column]) for column in range(3)]
+            _draw_response(panels, unit, pixels)
+            if row == 0:
+                for axes, name in zip(panels, ("weights", "read", "written"), strict=True):
+                    axes.set_title(f"layer {unit.layer}\n{name}", fontsize=7)
+    note = (
+        "Weights, read: red positive, blue negative, symmetric about 0. Written: from 0 (dark) to "
+        "the largest (yellow). Each map has its own scale."
+    )
+    figure.supxlabel(note, fontsize=6)
+    return figure
+
+
+def _draw_response(panels: Sequence[Axes], unit: UnitResponse, pixels: Pixels) -> None:
+    weights, read, written = panels
+    scale = _largest(unit.weights)
+    _show_map(weights, unit.weights, pixels, DIVERGING, -scale, scale)
+    weights.set_ylabel(f"unit {unit.unit + 1}", fontsize=6.5)
+    show(read, blend(pixels, unit.read, _largest(unit.read)))
+    if unit.written is None:
+        written.set_axis_off()
+    else:
+        _show_map(written, unit.written, pixels, SEQUENTIAL, 0.0, _largest(unit.written))
+
+
+def _largest(values: Floats) -> float:
+    return max(float(np.abs(values).max()), 1e-30)
+
+
+def _show_map(
+    axes: Axes, values: Floats, pixels: Pixels, cmap: str, low: float, high: float
+) -> Any:
+    """Draws a map of patches in the shape of the image."""
+    extent = (0, pixels.shape[1], pixels.shape[0], 0)
+    return show(axes, values, cmap=cmap, vmin=low, vmax=high, extent=extent)
+
+
+def _ratio(pixels: Pixels) -> float:
+    return min(max(pixels.shape[0] / pixels.shape[1], 0.4), 2.5)
+
+
+def blend(pixels: Pixels, values: Floats, largest: float) -> NDArray[np.float64]:
+    """Returns the colours of a map of patches from -largest to largest, shaded by the image.
+
+    (H, W, 3) on [0, 1], from pixels (H, W, 1 or 3) and values (G_H, G_W).
+    """
+    height, width = pixels.shape[:2]
+    down = np.minimum(np.arange(height) * values.shape[0] // height, values.shape[0] - 1)
+    right = np.minimum(np.arange(width) * values.shape[1] // width, values.shape[1] - 1)
+    spread = values[down][:, right]
+    colors = matplotlib.colormaps[DIVERGING](0.5 + spread / (2 * largest))[..., :3]
+    grey = pixels.mean(axis=2, keepdims=True) / 255.0
+    return colors * (_DARKEST + (1 - _DARKEST) * grey)
