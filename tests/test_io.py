@@ -1,4 +1,4 @@
-"""Outputs: what may be written where, whole or not at all, and by whom what is left is removed."""
+"""Output paths, atomic writes, and the partial files that killed processes leave."""
 
 from __future__ import annotations
 
@@ -56,25 +56,27 @@ def test_an_output_that_is_one_of_many_images(data: Path):
         io.check_not_inputs([data / "elsewhere/b.png"], [], images)
 
 
-def test_what_is_there_is_replaced_only_when_asked(data: Path):
-    with pytest.raises(UserError, match="overwrite"):
+def test_existing_files_are_replaced_only_with_overwrite(data: Path):
+    with pytest.raises(UserError) as error:
         io.check_output_file(data / "list.csv", overwrite=False)
+    assert error.value.code == "exists"
     io.check_output_file(data / "list.csv", overwrite=True)
     io.check_output_folder(data, ["other"])
-    with pytest.raises(UserError, match="overwrite"):
+    with pytest.raises(UserError, match=r"list\.csv") as error:
         io.check_output_folder(data, ["other", "list.csv"])
+    assert error.value.code == "exists"
     io.check_output_folder(data, ["other", "list.csv"], overwrite=True)
 
 
 @pytest.mark.parametrize("folder", ["-", "list.csv"])
-def test_no_folder(data: Path, monkeypatch, folder: str):
+def test_outputs_that_are_not_a_folder(data: Path, monkeypatch, folder: str):
     monkeypatch.chdir(data)
     with pytest.raises(UserError):
         io.check_output_folder(Path(folder))
 
 
 def test_partial_files_of_living_processes_stay(tmp_path: Path):
-    mine, of_dead = (io.partial_path(tmp_path / "a.csv", each) for each in (None, NO_PROCESS))
+    mine, of_dead = (io.partial_path(tmp_path / "a.csv", pid) for pid in (None, NO_PROCESS))
     assert str(os.getpid()) in mine.name
     elsewhere = mine.with_name(f".a.csv.00000000-{NO_PROCESS}.partial")
     old = mine.with_name(".a.csv.partial")

@@ -26,113 +26,90 @@ STANDARD_OUTPUT = "-"  # as the name of an output
 
 
 def expand(path: str | Path) -> Path:
-    """Returns the path with ~ replaced.
-
-    Raises:
-        UserError: whose home is meant cannot be found out.
-    """
+    """Returns the path with ~ replaced."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"~ cannot be resolved in {str(path)!r}", fix="Write it out") from error
 
 
-_DEEPEST = 100  # of lists within lists in JSON
+_MAX_DEPTH = 100  # of lists within lists in JSON
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Returns what a JSON text means.
-
-    Raises:
-        ValueError: it is not JSON, or nested so deeply that whoever follows it would not return.
-    """
+    """Returns the value of a JSON text; ValueError also where it is nested too deeply to walk."""
     try:
         value = json.loads(text)
     except RecursionError as error:
-        raise ValueError(f"nested more than {_DEEPEST} deep") from error
+        raise ValueError(f"nested more than {_MAX_DEPTH} deep") from error
     level = [value] if isinstance(value, dict | list) else []
-    for _ in range(_DEEPEST):
-        groups = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [each for group in groups for each in group if isinstance(each, dict | list)]
+    for _ in range(_MAX_DEPTH):
+        groups = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for group in groups for item in group if isinstance(item, dict | list)]
         if not level:
             return value
-    raise ValueError(f"nested more than {_DEEPEST} deep")
+    raise ValueError(f"nested more than {_MAX_DEPTH} deep")
 
 
 def check_output_file(path: Path, *, overwrite: bool, parents: bool = False) -> None:
-    """Refuses the path of an output file that cannot or may not be written.
-
-    Args:
-        path: of the file.
-        overwrite: it may be there already.
-        parents: its folder need not be there: the caller makes it.
-
-    Raises:
-        UserError: it is a folder or is there already, or its own folder is not there or cannot be
-            written to.
-    """
+    """Checks that a file can and may be written; `parents`: the caller makes its folder."""
     if path.is_dir():
         raise UserError("the output is a folder", where=path, fix="Give the name of a file")
     if not (parents or path.parent.is_dir()):
         raise UserError("the output's folder does not exist", where=path.parent, fix="Make it")
     _check_writable(path.parent)
-    if not overwrite and os.path.lexists(path):
-        raise UserError("the output is there already", where=path, fix="Add --overwrite")
+    if not overwrite:
+        _check_free(path)
 
 
 def check_output_folder(
     folder: Path, names: Iterable[str] = (), *, overwrite: bool = False
 ) -> None:
-    """Refuses an output folder that cannot be written to, or has one of the files already.
-
-    Raises:
-        UserError: it is a file or standard output, cannot be written to, or a file is there.
-    """
+    """Checks that a folder can be written to, and that it has none of these files yet."""
     if str(folder) == STANDARD_OUTPUT:
-        what = "a folder is written, which cannot go to standard output"
+        what = "the output is a folder, which cannot go to standard output"
         raise UserError(what, where="-", fix="Give the name of a folder")
     if os.path.lexists(folder) and not folder.is_dir():
         what = "the output is a file, it must be a folder"
         raise UserError(what, where=folder, fix="Give another name")
     _check_writable(folder)
-    for name in names:
-        if not overwrite and os.path.lexists(folder / name):
-            fix = "Add --overwrite, or give another folder"
-            raise UserError("the output is there already", where=folder / name, fix=fix)
+    if not overwrite:
+        for name in names:
+            _check_free(folder / name)
 
 
 def _check_writable(folder: Path) -> None:
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError("the output's folder cannot be written to", where=there)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError("the output's folder cannot be written to", where=existing)
+
+
+def _check_free(path: Path) -> None:
+    if os.path.lexists(path):
+        fix = "Set overwrite, or give another name"
+        raise UserError("the output exists already", where=path, fix=fix, code="exists")
 
 
 def check_not_inputs(
     outputs: Iterable[Path], inputs: Iterable[str | Path], images: Iterable[str] = ()
 ) -> None:
-    """Refuses outputs that are, or lie in, what is read: by whatever name or link.
+    """Checks that no output is, or lies in, an input, under any name or link.
 
-    Args:
-        outputs: files and folders, there or not.
-        inputs: files and folders; those that are not there do not matter.
-        images: more files, perhaps a million: only an output that is there can be one of them.
-
-    Raises:
-        UserError: names the output and the input.
+    `images` are more files, perhaps a million: only an output that exists can be one of them.
     """
     held: dict[tuple[int, int], Path] = {}
     replaces = False
     for output in outputs:
         real = Path(os.path.realpath(output))
         replaces |= real.exists()
-        for each in (real, *real.parents):
-            if found := _identity(each):
+        for path in (real, *real.parents):
+            if found := _identity(path):
                 held.setdefault(found, output)
-    for each in chain(inputs, images if replaces else ()):
-        output = held.get(_identity(each) or (-1, -1))
+    for read in chain(inputs, images if replaces else ()):
+        output = held.get(_identity(read) or (-1, -1))
         if output is not None:
-            what = "the output is, or lies in, what is read: "
-            raise UserError(f"{what}{each}", where=output, fix="Give a place outside of it")
+            what = f"the output is, or lies in, an input that is read: {read}"
+            raise UserError(what, where=output, fix="Give a place outside of it")
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:
@@ -145,7 +122,7 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
 
 @contextlib.contextmanager
 def path_in_errors(path: Path) -> Iterator[None]:
-    """Puts the path into an error of the system that names none, as that of a full disk does."""
+    """Adds the path to errors of the system that have none, such as a full disk."""
     try:
         yield
     except OSError as error:
@@ -154,52 +131,50 @@ def path_in_errors(path: Path) -> Iterator[None]:
         raise
 
 
-_FOLDER, _LOCK = ".partial", ".lock"
-_FORGOTTEN = 24 * 3600.0  # seconds without a change after which nobody writes a file any more
+_PARTIAL, _LOCK = ".partial", ".lock"
+_STALE = 24 * 3600.0  # seconds without a change after which no process writes a file any more
 
 Content = bytes | Callable[[Path], None]
 
 
 def atomic_write(path: Path, content: Content) -> None:
-    """Writes a file under another name, brings it to disk, then renames it: whole or not at all.
+    """Writes a file, whole or not at all: under a temporary name, flushed to disk, then renamed.
 
-    Args:
-        path: of the file.
-        content: its bytes, or a function that writes them to the path that it is given.
+    `content` is its bytes, or a function that writes them to a given path.
     """
     atomic_write_all({path: content})
 
 
 def atomic_write_all(contents: dict[Path, Content]) -> None:
-    """Writes several files aside, and renames them only when all are whole, in their order."""
-    asides = {path: partial_path(path) for path in contents}
+    """Writes several files and renames them, in their order, only when all are complete."""
+    partial = {path: partial_path(path) for path in contents}
     try:
         for path, content in contents.items():
             remove_stale(path.parent, path.name)
             with path_in_errors(path):
-                asides[path].touch()
-                mode = asides[path].stat().st_mode  # as the umask wants it, whoever writes
+                partial[path].touch()
+                mode = partial[path].stat().st_mode  # of the umask, whatever the writer sets
                 if callable(content):
-                    content(asides[path])
+                    content(partial[path])
                 else:
-                    asides[path].write_bytes(content)
-                asides[path].chmod(mode)
-                with asides[path].open("rb+") as file:
+                    partial[path].write_bytes(content)
+                partial[path].chmod(mode)
+                with partial[path].open("rb+") as file:
                     os.fsync(file.fileno())
-        for path, aside in asides.items():
-            os.replace(aside, path)
+        for path, written in partial.items():
+            os.replace(written, path)
     finally:
-        for aside in asides.values():
-            aside.unlink(missing_ok=True)
+        for written in partial.values():
+            written.unlink(missing_ok=True)
 
 
 def partial_path(path: Path, process: int | None = None) -> Path:
-    """Returns what a process of this machine, or this one, calls a file while it writes it."""
+    """Returns the temporary name under which a process of this machine writes a file."""
     return path.with_name(f".{path.name}.{_machine()}-{process or os.getpid()}.partial")
 
 
 def _machine() -> str:
-    """This machine, or container of it: where the numbers of processes mean something."""
+    """The machine or container, in which a process number has a meaning."""
     numbers = ""
     with contextlib.suppress(OSError):
         numbers = os.readlink("/proc/self/ns/pid")
@@ -207,18 +182,13 @@ def _machine() -> str:
 
 
 def remove_stale(folder: Path, name: str = "") -> None:
-    """Removes the partial files of processes that were killed, and leaves those of living ones.
-
-    Args:
-        folder: where they lie.
-        name: of the file that they were to be; any where it is empty.
-    """
+    """Removes the partial files (of one name) that killed processes left in a folder."""
     start = f".{glob.escape(name)}." if name else "."
-    for left in folder.glob(f"{start}*.partial"):
-        machine, _, process = left.name.removesuffix(".partial").rpartition(".")[2].partition("-")
+    for left in folder.glob(f"{start}*{_PARTIAL}"):
+        machine, _, process = left.name.removesuffix(_PARTIAL).rpartition(".")[2].partition("-")
         with contextlib.suppress(OSError):
             is_dead = machine == _machine() and process.isdecimal() and not _lives(int(process))
-            if is_dead or time.time() - left.stat().st_mtime > _FORGOTTEN:
+            if is_dead or time.time() - left.stat().st_mtime > _STALE:
                 left.unlink()
 
 
@@ -249,23 +219,19 @@ def fsync(path: Path) -> None:
 def staging_folder(
     path: Path, on_left: Callable[[Path], object] = lambda folder: None
 ) -> Iterator[Path]:
-    """Gives a folder beside a path for what will become that file; it is removed in the end.
+    """Gives a temporary folder beside a path for the files that will be renamed to it.
 
-    Folders that processes left behind when they were killed are removed first. A living process
-    holds a lock on its own, which the system takes back from one that ends, however it ends.
-
-    Args:
-        path: of the file to be.
-        on_left: called with each folder that was left behind before it is removed.
+    Folders that killed processes left behind are removed first, after `on_left` was called with
+    each. A living process holds a lock, which the system releases however the process ends.
     """
-    from filelock import FileLock, Timeout  # a fifth of a second, so only where it is used
+    from filelock import FileLock, Timeout  # takes 0.2 s to import
 
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_FOLDER}"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_PARTIAL}"):
         with contextlib.suppress(OSError, Timeout), FileLock(left / _LOCK, timeout=0):
             on_left(left)
             shutil.rmtree(left, ignore_errors=True)
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_FOLDER, dir=path.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
         lock = FileLock(folder / _LOCK, timeout=60)
         try:
             lock.acquire()
