@@ -240,7 +240,7 @@ def curves(metrics: Sequence[Mapping[str, float]], results: Sequence[Mapping[str
     losses = np.array([step["loss"] for step in steps])
     evaluated = [row["epoch"] for row in rows]
     figure = new_figure(13, 4)
-    loss, accuracy, rate = figure.subplots(1, 3)
+    loss, accuracy, rate = figure.subplots(1, 3, sharex=True)
     loss.plot(epochs, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
     if steps:  # a damaged log may have none
         loss.plot(epochs, _smooth(losses), color="tab:blue", label="training, with augmentation")

@@ -202,29 +202,32 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
     if options.image is not None:
         is_path = not isinstance(model, ImageClassifier)
         net = to_device(net, "auto" if is_path and options.device is None else options.device)
-        pixels_in, pixels = read_image(options.image, net)
-        responses = _responses(net, measured, pixels_in, options)
-        covered = _occlusion(net, pixels_in, options)
+        image, pixels = read_image(options.image, net)
+        responses = _responses(net, measured, image, options)
+        covered = _occlusion(net, image, options)
         title = options.image.name
-        figures["occlusion"] = lambda: occlusion_figure(pixels, covered, title)
-        if responses:
-            what = f"{title}: what token-mixing units read and write"
-            figures["responses"] = lambda: response_figure(pixels, responses, what)
+        if folder is not None:
+            figures["occlusion"] = occlusion_figure(pixels, covered, title)
+        if folder is not None and responses:
+            title += ": what token-mixing units read and write"
+            figures["responses"] = response_figure(pixels, responses, title)
     height, width = net.config.image_size
     summary = f"{height}x{width} pixels, {net.config.summary()}"
     found = Inspection(measured, compared, covered, responses, notes, summary)
     if folder is not None:
-        drawn = weight_figures(measured, list(dict.fromkeys(layers)), compared)
-        drawn |= {name: draw() for name, draw in figures.items()}
+        figures |= weight_figures(measured, list(dict.fromkeys(layers)), compared)
         if measured.incoming:
-            drawn["layers"] = layers_figure(measured, compared)
-        _write(found, drawn, folder, options)
+            figures["layers"] = layers_figure(measured, compared)
+        _write(found, figures, folder, options)
     return found
 
 
 def _loaded(model: AnyModel, options: InspectOptions, name: str) -> tuple[ImageClassifier, str]:
     if isinstance(model, ImageClassifier):
         check_has_weights(model)
+        if options.image_size is not None:
+            fix = "Give it to load_model, or give a path"
+            raise UserError("image_size is for a model that is loaded from a path", fix=fix)
         return model, name
     resize = {"image_size": options.image_size, "resize_weights": options.resize_weights}
     return load_model(model, **resize), str(model)
