@@ -1,15 +1,16 @@
-"""What tests of fine-tuning studies share: weights and data, and runs that only pretend."""
+"""What tests of studies share: weights and data, and runs that only pretend."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import allmlp as am
-from allmlp.training import finetune as study
+from allmlp import sweep
 from allmlp.training.summary import TrainResult
 from conftest import make_class_folder, tiny_model
 
@@ -44,26 +45,27 @@ def make_place(folder: Path) -> Path:
     return folder
 
 
-Reach = Callable[[am.TrainConfig], float]
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, reached: Callable[[am.TrainConfig], float]
+) -> list[am.TrainConfig]:
+    """Runs reach what the function says, without training; returns those that were asked for.
 
-
-def pretend(monkeypatch: pytest.MonkeyPatch, reached: Reach) -> list[am.TrainConfig]:
-    """Lets runs reach what the function says, without training; returns those that were asked."""
+    The best weights have 0.9 on validation images, the last ones what was reached.
+    """
     asked: list[am.TrainConfig] = []
 
-    class Measured:
-        def __init__(self, top1: float) -> None:
-            self.top1 = top1
-
-    def train(config: am.TrainConfig, *, quiet: bool, in_study: bool) -> object:
+    def train(config: am.TrainConfig, *, quiet: bool, in_study: bool) -> TrainResult:
         asked.append(config)
         accuracy = reached(config)
         run = Path(str(config.output))
         (run / "best").mkdir(parents=True, exist_ok=True)
         (run / "best" / "README.md").write_text(f"# card\nmixer predict {run / 'best'} x.jpg\n")
-        (run / "results.csv").write_text(f"step,validation_top1\n3,0.9\n6,{accuracy}\n")
-        test = None if "/grid/" in str(run) else Measured(accuracy)
-        return TrainResult(run, Measured(0.9), test)  # type: ignore[arg-type]
+        (run / "best" / "model.safetensors").write_text(str(accuracy))
+        text = f"step,seconds,best,validation_top1\n3,1.0,1,0.9\n6,3.5,0,{accuracy}\n"
+        (run / "results.csv").write_text(text)
+        measured = {"labels": range(10), "class_names": ["a", "b"]}
+        test = None if "/grid/" in str(run) else SimpleNamespace(top1=accuracy, **measured)
+        return TrainResult(run, SimpleNamespace(top1=0.9, **measured), test)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(sweep, "train", train)
     return asked

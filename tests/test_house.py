@@ -17,8 +17,9 @@ FLOORS = [
     {"weights", "plots"},
     {"evaluation", "inspection"},
     {"training"},
-    {"deploy", "finetune", "sweep", "benchmark"},
-    {"paper", "studies"},
+    {"sweep"},
+    {"deploy", "finetuning", "benchmark"},
+    {"paper"},
     {"cli"},
 ]
 DOORS = {"__init__", "__main__"}

@@ -24,17 +24,13 @@ if TYPE_CHECKING:
     from allmlp.evaluation.few_shot import FewShot, few_shot
     from allmlp.evaluation.throughput import throughput
     from allmlp.evaluation.throughput_result import Throughput
+    from allmlp.finetuning import FinetuneResult, finetune
     from allmlp.inspection.inspect import Inspection, inspect
     from allmlp.models.catalog import create_model, list_models, random_weights
     from allmlp.models.layers import ImageClassifier
     from allmlp.models.mixer import MixerConfig, MlpMixer
     from allmlp.preprocessing import Preprocessing
-    from allmlp.studies.data_scale import DataScale, data_scale
-    from allmlp.studies.report import Report, report
-    from allmlp.studies.suite_result import SuiteResult
-    from allmlp.studies.transfer import transfer, vtab
     from allmlp.training.config import TrainConfig
-    from allmlp.training.finetune import FinetuneResult, finetune
     from allmlp.training.loop import resume, train
     from allmlp.training.measure import evaluate
     from allmlp.training.recipes import recipe
@@ -63,8 +59,8 @@ _HOME = {
     "TrainResult": "training.summary",
     "train": "training.loop",
     "resume": "training.loop",
-    "finetune": "training.finetune",
-    "FinetuneResult": "training.finetune",
+    "finetune": "finetuning",
+    "FinetuneResult": "finetuning",
     "recipe": "training.recipes",
     "export": "deploy.export",
     "ExportReport": "deploy.export_report",
@@ -75,17 +71,9 @@ _HOME = {
     "Inspection": "inspection.inspect",
     "inspect": "inspection.inspect",
     "random_weights": "models.catalog",
-    "DataScale": "studies.data_scale",
-    "data_scale": "studies.data_scale",
-    "Report": "studies.report",
-    "report": "studies.report",
-    "SuiteResult": "studies.suite_result",
-    "transfer": "studies.transfer",
-    "vtab": "studies.transfer",
 }
 
 __all__ = [
-    "DataScale",
     "Evaluation",
     "ExportReport",
     "ExportedModel",
@@ -97,14 +85,11 @@ __all__ = [
     "MlpMixer",
     "Prediction",
     "Preprocessing",
-    "Report",
-    "SuiteResult",
     "Throughput",
     "TrainConfig",
     "TrainResult",
     "UserError",
     "create_model",
-    "data_scale",
     "evaluate",
     "export",
     "few_shot",
@@ -116,13 +101,10 @@ __all__ = [
     "predict",
     "random_weights",
     "recipe",
-    "report",
     "resume",
     "save_model",
     "throughput",
     "train",
-    "transfer",
-    "vtab",
 ]
 
 

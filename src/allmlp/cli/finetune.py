@@ -88,7 +88,7 @@ def finetune(
     """
     from allmlp.data.sources import open_splits
     from allmlp.errors import UserError
-    from allmlp.training.finetune import finetune as run_study
+    from allmlp.finetuning import finetune as run_study
     from allmlp.training.finetuning_recipes import FINETUNING, LEARNING_RATES, finetune_for
     from allmlp.training.loop import train as run_training
     from allmlp.training.recipes import recipe as named_recipe

@@ -18,6 +18,7 @@ POSITIONAL = {
     "hf:owner/name, or an exported file where the command takes one.",
     "images": "Images, folders, or any source of data.",
     "recipe": "A name of docs/recipes.md.",
+    "runs": "Run folders, measurement files, and folders that are searched for them.",
     "output": "The file or folder to write.",
     "data": "A folder of class folders, a .csv or .jsonl list, Parquet, hf:owner/name, or digits.",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from allmlp.cli.check import check
@@ -13,26 +12,48 @@ from allmlp.cli.few_shot import few_shot
 from allmlp.cli.finetune import finetune
 from allmlp.cli.models import models
 from allmlp.cli.pack import index, pack
-from allmlp.cli.permute import permute
 from allmlp.cli.predict import predict
-from allmlp.cli.report import report
 from allmlp.cli.serve import serve
-from allmlp.cli.study import data_scale
-from allmlp.cli.study_ablations import ablations
 from allmlp.cli.table import Command
 from allmlp.cli.throughput import throughput
 from allmlp.cli.train import train
-from allmlp.cli.transfer import transfer
-from allmlp.cli.vtab import vtab
 
-VERBS: dict[str, Callable[..., Any]] = {
+PAPER = {
+    "paper vtab": Command(
+        *("paper.vtab", "VtabOptions", "vtab"),
+        "Fine-tune a checkpoint on the 19 tasks of VTAB-1k.",
+        *("show", ("model?",)),
+    ),
+    "paper avg5": Command(
+        *("paper.avg5", "Avg5Options", "avg5"),
+        "Fine-tune a checkpoint on ImageNet, CIFAR-10, CIFAR-100, Pets and Flowers.",
+        positional=("model",),
+    ),
+    "paper data-scale": Command(
+        *("paper.data_scale", "DataScaleOptions", "data_scale"),
+        "Figure 2, right: train on growing fractions of the images, equally long.",
+    ),
+    "paper permutation": Command(
+        *("paper.permutation", "PermutationOptions", "permutation"),
+        "Figure 4: train on shuffled pixels.",
+    ),
+    "paper ablations": Command(
+        *("paper.ablations", "AblationsOptions", "ablations"),
+        "Appendix A.1: the token-mixing variants under one budget.",
+    ),
+    "paper tables": Command(
+        *("paper.tables", "TablesOptions", "tables"),
+        "The paper's Tables 1, 2 and 3 and figures with your measurements beside them.",
+        *("show", ("runs*",)),
+    ),
+}
+
+VERBS: dict[str, Any] = {
     "models": models,
     "train": train,
     "finetune": finetune,
     "evaluate": evaluate,
     "few-shot": few_shot,
-    "vtab": vtab,
-    "transfer": transfer,
     "predict": predict,
     "inspect": Command(
         "inspection.inspect",
@@ -46,10 +67,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "convert": convert,
     "export": export,
     "serve": serve,
-    "permute": permute,
-    "report": report,
-    "study data-scale": data_scale,
-    "study ablations": ablations,
+    **PAPER,
     "data check": check,
     "data pack": pack,
     "data index": index,
@@ -57,6 +75,6 @@ VERBS: dict[str, Callable[..., Any]] = {
 
 # What the help says of verbs of two words, by the first.
 GROUPS: dict[str, str] = {
-    "study": "Many runs that make a figure or a table of the paper: data-scale, ablations.",
+    "paper": "The paper's experiments: vtab, avg5, data-scale, permutation, ablations, tables.",
     "data": "Look at data before training (data check), and pack it for fast reading (data pack).",
 }

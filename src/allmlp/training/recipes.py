@@ -178,7 +178,7 @@ def cifar10_best() -> TrainConfig:
 def cifar10_compare() -> TrainConfig:
     """A small Mixer on CIFAR-10 with settings that suit other networks too, to compare them.
 
-    mixer permute --data 'cifar10_*.parquet' --output runs/permute --steps 1000
+    mixer paper permutation --data 'cifar10_*.parquet' --output runs/permute --steps 1000
 
     Expected: benchmarks/permutation.md and benchmarks/ablations.md.
 

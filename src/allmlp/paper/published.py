@@ -1,32 +1,20 @@
 """The paper's Tables 1, 2 and 3 as printed (arXiv 2105.01601): data to compare with, never ours.
 
-Every value is the printed text, so that no digit is added or lost; None stands where the paper has
-a dash. `number` gives the value for a picture.
+Every value is the printed text, so that no digit is added or lost; None is a dash in the paper.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
-Family = Literal["MLP", "attention", "convolution"]
-
-# What the pre-training cost and the throughput of the paper were measured on.
-HARDWARE = "TPUv3"
+HARDWARE = "TPUv3"  # of the throughput, and of the cost of pre-training
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A column of Table 1, of models for 224 pixels.
-
-    Attributes:
-        name: in the paper; `model`: ours.
-        layers, patch, hidden, sequence, channels_dim, tokens_dim: L, P, C, S, D_C, D_S.
-        parameters: in millions, without the head.
-    """
+class Architecture(NamedTuple):
+    """A column of Table 1, for 224 pixels; parameters in millions, without the head."""
 
     name: str
-    model: str
+    model: str  # ours
     layers: int
     patch: int
     hidden: int
@@ -36,21 +24,10 @@ class Architecture:
     parameters: int
 
 
-@dataclass(frozen=True)
-class Result:
-    """A row of Table 2 or Table 3; accuracies in per cent, as printed.
+class Result(NamedTuple):
+    """A row of Table 2 or 3: top-1 in per cent, images/s per core, thousands of core-days."""
 
-    Attributes:
-        data: of the pre-training.
-        model: as printed.
-        pixels: side of the image at fine-tuning; None in Table 2.
-        epochs: of the pre-training; None in Table 2.
-        imagenet, real, avg5, vtab: top-1 after the transfer.
-        throughput: images a second on a TPUv3 core.
-        core_days: of the pre-training on TPUv3, in thousands: "0.41k".
-    """
-
-    data: str
+    data: str  # of the pre-training
     model: str
     imagenet: str | None
     real: str | None
@@ -58,12 +35,12 @@ class Result:
     vtab: str | None
     throughput: str | None
     core_days: str
-    pixels: int | None = None
-    epochs: int | None = None
+    pixels: int | None = None  # of the fine-tuning; Table 3 only
+    epochs: int | None = None  # of the pre-training; Table 3 only
 
     @property
-    def family(self) -> Family:
-        """The kind of network, as the paper colours it."""
+    def family(self) -> str:
+        """MLP, attention or convolution, as the paper colours it."""
         if self.model.startswith("Mixer"):
             return "MLP"
         return "attention" if self.model.startswith(("ViT", "HaloNet")) else "convolution"
@@ -105,20 +82,10 @@ TABLE_2 = (
 )
 
 
-def _row(
-    data: str,
-    model: str,
-    pixels: int,
-    epochs: int,
-    imagenet: str,
-    real: str,
-    avg5: str | None,
-    throughput: str,
-    core_days: str,
-) -> Result:
-    return Result(
-        data, model, imagenet, real, avg5, None, throughput, core_days, pixels=pixels, epochs=epochs
-    )
+def _row(data: str, model: str, pixels: int, epochs: int, *printed: str | None) -> Result:
+    imagenet, real, avg5, throughput, core_days = printed
+    assert core_days is not None
+    return Result(data, model, imagenet, real, avg5, None, throughput, core_days, pixels, epochs)
 
 
 # Evaluated by "resmall-crop"; means of three runs.
@@ -158,21 +125,20 @@ FIGURE_2 = (*TABLE_2, *(row for row in TABLE_3 if row.data == _JFT and (row.pixe
 # Figure 3: all of them pre-trained on JFT-300M and fine-tuned at 224 pixels.
 FIGURE_3 = tuple(row for row in TABLE_3 if row.data == _JFT and row.pixels == 224)
 
-# Figure 2, right: share of the pre-training images -> epochs, so that all runs are equally long.
+# Figure 2, right: fraction of the pre-training images -> epochs, so that all runs are equally long.
 DATA_SCALE = {0.03: 233, 0.1: 70, 0.3: 23, 1.0: 7}
 
 
 def frontier(points: list[tuple[float, float]], *, more_is_better: bool = False) -> list[int]:
-    """Returns which points no other one beats in both, from the least accurate to the most.
+    """Returns which points no other beats in both, from the least accurate to the most.
 
     Args:
         points: (cost or throughput, accuracy).
         more_is_better: of the first, as for a throughput.
     """
     sign = -1.0 if more_is_better else 1.0
-    order = sorted(range(len(points)), key=lambda at: (sign * points[at][0], -points[at][1]))
     best, kept = float("-inf"), []
-    for at in order:
+    for at in sorted(range(len(points)), key=lambda at: (sign * points[at][0], -points[at][1])):
         if points[at][1] > best:
             best = points[at][1]
             kept.append(at)

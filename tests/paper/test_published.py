@@ -6,7 +6,7 @@ import pytest
 
 from allmlp.models.catalog import model_config
 from allmlp.models.mixer import MixerConfig
-from allmlp.studies import paper
+from allmlp.paper import published as paper
 from conftest import GOLDEN
 
 

@@ -1,0 +1,254 @@
+"""Fine-tuning: a learning rate chosen on held-out training images, final runs over seeds.
+
+One run is `train` with weights to begin with. A grid or several seeds make a study; in its folder
+  grid/lr-0.03/     a run for each rate: trained on a part of the training images, judged by the
+                    rest, and never shown a test image
+  seed-0/           a run for each seed, at the best rate
+  results.jsonl     what each of them reached, see `sweep`; finetune.json: the mean of the seeds
+  best/             the model of the first seed: what you ship
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from allmlp.console import table
+from allmlp.data.source_names import parse_name
+from allmlp.data.sources import open_splits
+from allmlp.data.workers import check_guard
+from allmlp.errors import UserError
+from allmlp.io import atomic_write
+from allmlp.runtime.world import join_world
+from allmlp.sweep import Row, Sweep, mean_and_deviation, study_folder
+from allmlp.training.config import TrainConfig
+from allmlp.training.finetuning_recipes import HOLDOUTS
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What the runs of a fine-tuning reached.
+
+    Attributes:
+        folder: of the study.
+        grid: learning rate -> accuracy on the held-out training images, None where the run
+            diverged; empty without a grid.
+        learning_rate: of the final runs.
+        measured_on: "test", or "validation" where the data has no test images.
+        accuracies: seed -> accuracy of its final run.
+    """
+
+    folder: Path
+    grid: dict[float, float | None]
+    learning_rate: float
+    measured_on: str
+    accuracies: dict[int, float]
+
+    @property
+    def mean(self) -> float:
+        """Of the accuracies."""
+        return mean_and_deviation(list(self.accuracies.values()))[0]
+
+    @property
+    def deviation(self) -> float | None:
+        """The sample's standard deviation of the accuracies; None for one seed."""
+        return mean_and_deviation(list(self.accuracies.values()))[1]
+
+    def summary(self) -> str:
+        """Returns "97.14% +- 0.16% (mean and standard deviation of seeds 0, 1, 2)"."""
+        seeds = ", ".join(map(str, self.accuracies))
+        if self.deviation is None:
+            return f"{self.mean:.2%} (seed {seeds})"
+        spread = f"{self.mean:.2%} +- {self.deviation:.2%}"
+        return f"{spread} (mean and standard deviation of seeds {seeds})"
+
+
+def finetune(
+    config: TrainConfig,
+    *,
+    grid: Sequence[float] = (),
+    seeds: Sequence[int] = (0,),
+    grid_source: str | None = None,
+    quiet: bool = False,
+) -> FinetuneResult:
+    """Fine-tunes with each learning rate of the grid, then with the best of them for each seed.
+
+    The runs of the grid are trained on a part of the training images and judged by the rest: the
+    fraction is `config.data.holdout`, or that of the recipe in `HOLDOUTS`. The final runs then
+    train on all of them, and keep the last weights; but where the data has validation images, or
+    no test images, they validate and keep the best weights, as any run. The same call again
+    resumes what was interrupted.
+
+    Args:
+        config: with `model.weights` and `output`. Its own rate is taken without a grid, and its own
+            seed in the grid.
+        grid: learning rates to choose from; of equally good ones the lowest is taken.
+        seeds: of the final runs.
+        grid_source: data with a train and a validation split for the runs of the grid, where a
+            benchmark prescribes them.
+        quiet: print nothing; the log files are written all the same.
+
+    Raises:
+        UserError: as `train`; or the output holds something else. Nothing has been written where a
+            setting or the data is wrong.
+    """
+    check_guard(config.data.num_workers)
+    if not config.model.weights:
+        what = "fine-tuning begins with trained weights, and none are given"
+        raise UserError(what, where="model.weights", fix="mixer finetune CHECKPOINT --data SOURCE")
+    if not seeds:
+        raise UserError("the final runs need a seed", where="seeds", fix="seeds: 0 1 2")
+    splits = set(open_splits(config.data.source))
+    if "train" not in splits:
+        fix = f"Known there: {', '.join(splits)}. Give a source that has both"
+        raise UserError("the data has no train split", where=config.data.source, fix=fix)
+    if config.data.holdout == 0.0 and (grid or "test" not in splits):
+        what = f"holdout 0 leaves no images to {'choose the rate' if grid else 'measure'} by"
+        raise UserError(what, where="data.holdout", fix="holdout: 0.1, or leave it out")
+    rates = list(dict.fromkeys(float(rate) for rate in grid))
+    # All settings are checked before the first run.
+    for_grid = {rate: _in_grid(config, rate, grid_source) for rate in rates}
+    finals = {seed: _final(config, seed, splits, bool(rates)) for seed in seeds}
+    own = ("grid", "best", "finetune.json", *(f"seed-{seed}" for seed in seeds))
+    path = study_folder(
+        config.output, own, [config.data.source, *([grid_source] * bool(grid_source))]
+    )
+    with join_world(config.device) as (world, _):
+        sweep = Sweep(path, world, quiet=quiet)
+        _announce(sweep, for_grid, seeds, splits, grid_source)
+        keeps_last = finals[seeds[0]].data.holdout == 0.0
+        reached = {
+            rate: _judge(sweep, f"grid/lr-{rate!r}", run, keeps_last)
+            for rate, run in for_grid.items()
+        }
+        best = _choose(sweep, reached) if reached else config.optimizer.learning_rate
+        rows: dict[int, Row] = {}
+        for number, (seed, run) in enumerate(finals.items(), 1):
+            title = f"seed {seed}: final run {number} of {len(finals)}"
+            run = run.with_value("optimizer.learning_rate", best)
+            rows[seed] = sweep.run(f"seed-{seed}", run, title=title)
+        first = rows[seeds[0]]
+        accuracies = {seed: row["accuracy"] for seed, row in rows.items()}
+        result = FinetuneResult(path, reached, best, first["measured_on"], accuracies)
+        if world.is_main:
+            _save(config, result, path / first["folder"] / "best")
+            _report(sweep, result)
+        return result
+
+
+def _in_grid(config: TrainConfig, rate: float, grid_source: str | None) -> TrainConfig:
+    """A run that sees training images alone: a part to learn from, the rest to be judged by."""
+    changes: dict[str, Any] = {"data.source": grid_source, "data.holdout": None}
+    if grid_source is None:
+        source, holdout = config.data.source, config.data.holdout
+        changes = {
+            "data.source": source if parse_name(source).split else f"{source}:train",
+            "data.holdout": HOLDOUTS.get(config.recipe, 0.1) if holdout is None else holdout,
+        }
+    return config.with_values({**changes, "optimizer.learning_rate": rate})
+
+
+def _final(config: TrainConfig, seed: int, splits: set[str], has_grid: bool) -> TrainConfig:
+    """A run that is measured on test images; after a grid it trains on all training images."""
+    changes: dict[str, Any] = {"seed": seed}
+    if has_grid and "validation" in splits:
+        changes["data.holdout"] = None
+    elif has_grid and "test" in splits:
+        changes["data.holdout"] = 0.0
+    return config.with_values(changes)
+
+
+def _judge(sweep: Sweep, name: str, config: TrainConfig, keeps_last: bool) -> float | None:
+    """Returns what a rate counts for: where the final runs keep the last weights, it does too."""
+    row = sweep.run(
+        name, config, title=f"grid: rate {config.optimizer.learning_rate:g}", may_diverge=True
+    )
+    return row["curve"][-1][1] if keeps_last and row["accuracy"] is not None else row["accuracy"]
+
+
+def _choose(sweep: Sweep, reached: dict[float, float | None]) -> float:
+    """Returns the best rate, of equals the lowest."""
+    finite = {rate: accuracy for rate, accuracy in reached.items() if accuracy is not None}
+    if not finite:
+        what, lower = "the run of every rate of the grid diverged", min(reached) / 10
+        raise UserError(what, where=sweep.path, fix=f"Lower rates, grid: {lower:.1g}")
+    best = max(finite, key=lambda rate: (finite[rate], -rate))
+    sweep.say(f"\nchosen   rate {best:g}: {finite[best]:.2%} on held-out training images")
+    if len(reached) > 1 and best in (min(reached), max(reached)):
+        side = "lowest" if best == min(reached) else "highest"
+        sweep.say(f"         the {side} of the grid; one beyond it may be better")
+    return best
+
+
+def _announce(
+    sweep: Sweep,
+    grid: dict[float, TrainConfig],
+    seeds: Sequence[int],
+    splits: set[str],
+    grid_source: str | None,
+) -> None:
+    """Prints what the study will do."""
+    text = ""
+    for run in list(grid.values())[:1]:
+        by = "the images set apart for it"
+        if grid_source is None:
+            by = f"{run.data.holdout:.0%} of the training images"
+        text = f"rates {', '.join(f'{rate:g}' for rate in grid)}, judged on {by}; then "
+    sweep.say(f"study    {text}seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
+    if "test" not in splits:
+        what = "the rate and the weights" if grid and "validation" not in splits else "the weights"
+        sweep.say("         the data has no test images: the final runs are measured on validation")
+        sweep.say(f"         images, by which {what} are chosen too")
+
+
+def _save(config: TrainConfig, result: FinetuneResult, source: Path) -> None:
+    """Writes finetune.json, and the first seed's model with a card that reports all seeds."""
+    best, staged = result.folder / "best", result.folder / ".best.partial"
+    weights = [folder / "model.safetensors" for folder in (source, best)]
+    if not weights[1].is_file() or not filecmp.cmp(*weights):
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.copytree(source, staged)
+        shutil.rmtree(best, ignore_errors=True)
+        os.rename(staged, best)
+    seed = next(iter(result.accuracies))
+    card = (source / "README.md").read_text("utf-8")
+    card += f"\n## The study\n\nThis is the run with seed {seed}. "
+    card += f"Accuracy on the {result.measured_on} images: {result.summary()}.\n"
+    if result.grid:
+        card += f"The learning rate {result.learning_rate:g} was chosen on held-out training "
+        card += f"images from {', '.join(f'{rate:g}' for rate in result.grid)}.\n"
+    atomic_write(best / "README.md", card.encode(errors="surrogateescape"))
+    values = {
+        "config": config.to_json(),
+        "grid": [[rate, accuracy] for rate, accuracy in result.grid.items()],
+        "seeds": list(result.accuracies),
+        "accuracies": list(result.accuracies.values()),
+        "learning_rate": result.learning_rate,
+        "measured_on": result.measured_on,
+        "mean": result.mean,
+        "deviation": result.deviation,
+    }
+    text = json.dumps(values, indent=2) + "\n"
+    atomic_write(result.folder / "finetune.json", text.encode(errors="surrogateescape"))
+
+
+def _report(sweep: Sweep, result: FinetuneResult) -> None:
+    """Prints the table of all runs."""
+    rows = [
+        [f"rate {rate:g}", "held out", "diverged" if top1 is None else f"{top1:.2%}"]
+        for rate, top1 in result.grid.items()
+    ]
+    on = result.measured_on
+    rows += [[f"seed {seed}", on, f"{top1:.2%}"] for seed, top1 in result.accuracies.items()]
+    for line in ["", *table(["run", "images", "accuracy"], rows, left=2), ""]:
+        sweep.say(line)
+    text = f"{on} accuracy {result.summary()}, learning rate {result.learning_rate:g}"
+    sweep.say(text, style="bold green")
+    sweep.say(f"model    {result.folder / 'best'} (of seed {next(iter(result.accuracies))})")
+    sweep.say(f"table    {result.folder / 'finetune.json'}")

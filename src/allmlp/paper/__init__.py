@@ -1,0 +1,1 @@
+"""The experiments of the paper, on top of everything else; nothing else imports them."""

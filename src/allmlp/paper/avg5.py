@@ -1,0 +1,92 @@
+""" "Avg 5": the mean over ImageNet, CIFAR-10, CIFAR-100, Pets and Flowers (the paper, appendix C).
+
+The learning rate is chosen on held-out training images; then a run for each seed trains on all of
+them. Steps, rates and held-out fractions are those of each set's recipe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from allmlp.options import make
+from allmlp.paper.suite import (
+    Suite,
+    SuiteOptions,
+    SuiteResult,
+    Task,
+    as_tasks,
+    plan_whole,
+    run_suite,
+)
+from allmlp.training.config import TrainConfig
+from allmlp.training.finetuning_recipes import LEARNING_RATES
+from allmlp.training.recipes import recipe
+
+
+def _task(
+    name: str, classes: int, tfds: str, pixels: tuple[int, int], kind: str, train: int, test: int
+) -> Task:
+    images = {"train": train, "test": test}
+    recipe = f"finetune_{kind}"
+    return Task(name, "", classes, tfds, "", "", "", pixels, recipe=recipe, images=images)
+
+
+_TASKS = (
+    _task("imagenet", 1000, "imagenet2012", (500, 375), "imagenet", 1_281_167, 50_000),
+    _task("cifar10", 10, "cifar10", (32, 32), "cifar", 50_000, 10_000),
+    _task("cifar100", 100, "cifar100", (32, 32), "cifar", 50_000, 10_000),
+    _task("pets", 37, "oxford_iiit_pet", (450, 400), "pets", 3_680, 3_669),
+    _task("flowers102", 102, "oxford_flowers102", (600, 500), "flowers", 2_040, 6_149),
+)
+AVG5: dict[str, Task] = {task.name: task for task in _TASKS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Avg5Options(SuiteOptions):
+    """Fine-tune a checkpoint on ImageNet, CIFAR-10, CIFAR-100, Pets and Flowers: "Avg 5".
+
+    Examples of use:
+        mixer paper avg5 mixer_b16.i21k --tasks tasks.json --output runs/avg5
+        mixer paper avg5 mixer_b16.i21k --task pets=FOLDER --task cifar10=FILES --output runs/two
+        mixer paper avg5 runs/mine --tasks tasks.json --output runs/large --image-size 448
+
+    The tasks are imagenet, cifar10, cifar100, pets and flowers102. The learning rate is chosen on
+    held-out training images; then a run for each seed (0 1 2) trains on all of them, at 224 pixels.
+    The mean of fewer than five is marked partial. The same command resumes an interrupted suite;
+    tasks may be added.
+    """
+
+    resize: Literal["resmall-crop", "resize-crop", "squash"] = "resmall-crop"
+    """How test images are brought to the model's size: resmall-crop (the paper's Table 3), resize-crop (its Table 2, at 448 pixels) or squash."""  # noqa: E501
+
+
+def avg5(
+    checkpoint: str, options: Avg5Options | None = None, *, quiet: bool = False, **fields: Any
+) -> SuiteResult:
+    """Fine-tunes a checkpoint on the sets of "Avg 5", or resumes that.
+
+    Args:
+        checkpoint: as `load_model` takes it.
+        options, fields: see `Avg5Options`; `tasks` may be a mapping of tasks to sources.
+        quiet: print nothing.
+    """
+    options = make(Avg5Options, options, as_tasks(fields))
+    size = options.image_size or 224
+    official = size if size in (224, 448, (224, 224), (448, 448)) else 224
+
+    def config(task: Task) -> TrainConfig:
+        values = {"model.image_size": official, "data.resize": options.resize}
+        return recipe(task.recipe).with_values(values)
+
+    side = "x".join(map(str, size)) if isinstance(size, tuple) else size
+    suite = Suite(
+        kind="avg5",
+        known=AVG5,
+        protocol=f"Avg 5 at {side} pixels, {options.resize}",
+        config=config,
+        rates=lambda task: LEARNING_RATES[task.recipe],
+        seeds=(0, 1, 2),
+        plan=plan_whole,
+    )
+    return run_suite(suite, checkpoint, options, quiet=quiet)

@@ -1,0 +1,213 @@
+"""VTAB-1k: the 19 tasks of Zhai et al. 2019 as data, and its two official protocols.
+
+  paper         Google's ViT and Mixer: 2,500 steps of 512 images, cosine from the best of three
+                rates after 200 steps of warm-up, clipped at norm 1, a random crop and a flip where
+                the task allows them, 224 or 448 pixels by the task, three seeds
+  lightweight   task_adaptation: 1,000 steps of 64 images, rate 0.01 divided by 10 after steps 300,
+                600 and 900, 80 steps of warm-up, no clipping, no augmentation, 224 pixels
+Both: SGD with momentum 0.9, a new head of zeros, images squashed to the model's size; 800 images to
+train and 200 to choose the rate by, then all 1,000. The score is the mean of the tasks' accuracies.
+
+The index ranges are those of task_adaptation, in the order in which tfds stores the images. Crop
+and flip are those of appendix F of Big Transfer (Kolesnikov et al. 2020), which Google's ViT and
+Mixer took over: neither where it would change the answer. The paper brings Mixers to 224 pixels for
+sets of small images and to 448 for large ones. Small is the BiT-HyperRule's: fewer than 96 x 96
+pixels, so that Patch Camelyon and smallNORB, of just 96 x 96, count as large.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from allmlp.console import table
+from allmlp.data.label_rules import LabelRule
+from allmlp.errors import UserError
+from allmlp.options import make
+from allmlp.paper.suite import (
+    GROUPS,
+    Suite,
+    SuiteOptions,
+    SuiteResult,
+    Task,
+    as_tasks,
+    plan_1k,
+    run_suite,
+)
+from allmlp.training.config import TrainConfig
+from allmlp.training.finetuning_recipes import LEARNING_RATES
+from allmlp.training.recipes import recipe
+
+_N, _SP, _ST = GROUPS
+_T = "train[:800]"
+_V = "validation[:200]"
+_CLOSEST = LabelRule("between", (0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0))
+_VEHICLE = LabelRule("between", (-100.0, 8.0, 20.0, 999.0, 1e9))
+_X, _ORIENTATION = LabelRule("bins", (32, 16)), LabelRule("bins", (40, 16))
+_COUNT = LabelRule("shift", (3, 8))
+_DSPRITES = ("dsprites:2", _T, "train[589824:590024]", "train[663552:]", (64, 64))
+_NORB = ("smallnorb:2", _T, "test[:200]", "test[50%:]", (96, 96))
+_CLEVR = ("clevr:3", _T, "train[63000:63200]", "validation", (480, 320))
+_RETINA = "diabetic_retinopathy_detection/btgraham-300:3"
+
+_TASKS = (
+    Task("caltech101", _N, 102, "caltech101:3", _T, "train[2754:2954]", "test", (300, 200)),
+    Task("cifar100", _N, 100, "cifar100:3", _T, "train[45000:45200]", "test", (32, 32)),
+    Task("dtd", _N, 47, "dtd:3", _T, _V, "test", (500, 450)),
+    Task("flowers102", _N, 102, "oxford_flowers102:2", _T, _V, "test", (600, 500)),
+    Task("pets", _N, 37, "oxford_iiit_pet:3", _T, "train[2944:3144]", "test", (450, 400)),
+    Task("sun397", _N, 397, "sun397/tfds:4", _T, _V, "test", (500, 400)),
+    Task("svhn", _N, 10, "svhn_cropped:3", _T, "train[65931:66131]", "test", (32, 32)),
+    Task("patch_camelyon", _SP, 2, "patch_camelyon:2", _T, _V, "test", (96, 96)),
+    Task(
+        *("eurosat", _SP, 10, "eurosat/rgb:2", _T, "train[16200:16400]", "train[21600:]", (64, 64))
+    ),
+    Task(
+        *("resisc45", _SP, 45, "resisc45:3", _T, "train[18900:19100]", "train[25200:]", (256, 256))
+    ),
+    Task("diabetic_retinopathy", _SP, 5, _RETINA, _T, _V, "test", (300, 300)),
+    Task("clevr_count", _ST, 8, *_CLEVR, crop=False, labels=_COUNT, number="objects"),
+    Task(
+        *("clevr_distance", _ST, 6, *_CLEVR),
+        crop=False,
+        labels=_CLOSEST,
+        number="distance of the nearest object",
+    ),
+    Task("dmlab", _ST, 6, "dmlab:2.0.1", _T, _V, "test", (480, 360), crop=False),
+    Task(
+        *("kitti_distance", _ST, 4, "kitti:3.1.0", _T, _V, "test", (1224, 370)),
+        crop=False,
+        labels=_VEHICLE,
+        number="metres to the nearest vehicle, 1000 for none",
+    ),
+    Task(
+        *("dsprites_x", _ST, 16, *_DSPRITES),
+        crop=False,
+        flip=False,
+        labels=_X,
+        number="label_x_position",
+    ),
+    Task(
+        *("dsprites_orientation", _ST, 16, *_DSPRITES),
+        flip=False,
+        labels=_ORIENTATION,
+        number="label_orientation",
+    ),
+    Task("smallnorb_azimuth", _ST, 18, *_NORB, flip=False),
+    Task("smallnorb_elevation", _ST, 9, *_NORB),
+)
+VTAB: dict[str, Task] = {task.name: task for task in _TASKS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VtabOptions(SuiteOptions):
+    """Fine-tune a checkpoint on the 19 tasks of VTAB-1k, as many of them as you have.
+
+    Examples of use:
+        mixer paper vtab --list
+        mixer paper vtab mixer_b16.i21k --tasks tasks.json --output runs/vtab
+        mixer paper vtab mixer_b16.i21k --task pets=FOLDER --task svhn=hf:owner/name --output runs/v
+        mixer paper vtab runs/mine --tasks tasks.json --protocol lightweight --output runs/light
+
+    Each task has 800 images to train and 200 to choose the learning rate by, then all 1,000. The
+    mean of fewer than 19 tasks is marked partial. The same command resumes an interrupted suite;
+    tasks may be added.
+    """
+
+    protocol: Literal["paper", "lightweight"] = "paper"
+    """paper (2,500 steps of 512 images, a grid of rates, three seeds, 224 or 448 pixels) or lightweight (1,000 steps of 64 images, one rate, one seed, 224 pixels)."""  # noqa: E501
+    list_tasks: bool = field(default=False, metadata={"flag": "list"})
+    """List the tasks, and what data is expected for them."""
+
+
+def vtab(
+    checkpoint: str | None = None,
+    options: VtabOptions | None = None,
+    *,
+    quiet: bool = False,
+    **fields: Any,
+) -> SuiteResult | None:
+    """Fine-tunes a checkpoint on tasks of VTAB-1k, or resumes that; None where they are listed.
+
+    Args:
+        checkpoint: as `load_model` takes it.
+        options, fields: see `VtabOptions`; `tasks` may be a mapping of tasks to sources.
+        quiet: print nothing.
+    """
+    options = make(VtabOptions, options, as_tasks(fields))
+    if options.list_tasks:
+        return None
+    if checkpoint is None:
+        fix = "mixer paper vtab CHECKPOINT --task NAME=SOURCE --output FOLDER"
+        raise UserError("no checkpoint is named", fix=fix, code="missing")
+    is_paper = options.protocol == "paper"
+    suite = Suite(
+        kind="vtab",
+        known=VTAB,
+        protocol=f"VTAB-1k, protocol {options.protocol}",
+        config=_paper if is_paper else _lightweight,
+        rates=lambda _: LEARNING_RATES["finetune_vtab"] if is_paper else (0.01,),
+        seeds=(0, 1, 2) if is_paper else (0,),
+        plan=plan_1k,
+    )
+    return run_suite(suite, checkpoint, options, quiet=quiet)
+
+
+def _paper(task: Task) -> TrainConfig:
+    values = {
+        "augment.crop": "random" if task.crop else "none",
+        "augment.flip": task.flip,
+        "model.image_size": task.image_size,
+    }
+    return recipe("finetune_vtab").with_values(values)
+
+
+def _lightweight(_: Task) -> TrainConfig:
+    values = {
+        "steps": 1000,
+        "batch_size": 64,
+        "evaluate_every": 200,
+        "model.image_size": 224,
+        "optimizer.learning_rate": 0.01,
+        "optimizer.schedule": "steps",
+        "optimizer.decay_at": (300.0, 600.0, 900.0),
+        "optimizer.warmup": 80.0,
+        "optimizer.clip_norm": 0.0,
+    }
+    return recipe("finetune_vtab").with_values(values)
+
+
+def show(result: SuiteResult | None, _: VtabOptions) -> None:
+    """Prints the list of tasks, if that was asked for; a suite has printed its result."""
+    if result is None:
+        print("\n".join(task_lines()))
+
+
+def task_lines() -> list[str]:
+    """Returns the lines of `mixer paper vtab --list`."""
+    head = ["task", "group", "classes", "pixels", "crop", "flip", "to train, choose, test"]
+    rows = [
+        [
+            *(task.name, task.group, str(task.num_classes), str(task.image_size)),
+            *("yes" if allowed else "no" for allowed in (task.crop, task.flip)),
+            f"{task.tfds}  {task.train}, {task.validation}, {task.test}",
+        ]
+        for task in VTAB.values()
+    ]
+    width = max(len(row[-1]) for row in [head, *rows])
+    padded = [[*row[:-1], row[-1].ljust(width)] for row in [head, *rows]]  # left-aligned
+    lines = table(padded[0], padded[1:], left=2)
+    lines += ["", "Labels that are made from numbers; the classes themselves will do as well:"]
+    for task in VTAB.values():
+        if task.labels is not None:
+            lines.append(f"  {task.name:<21} {task.number}: {task.labels.describe()}")
+    return [
+        *lines,
+        "",
+        "Give the data of a task as --task NAME=SOURCE or in a file, --tasks tasks.json:",
+        '  {"cifar100": "hf:owner/name#label=fine_label", "flowers102": "FOLDER"}',
+        "A SOURCE is what `mixer train --data` reads, with a train and a test split. All images",
+        "of one with at most 1,000 training images are taken; of others the index ranges above if",
+        "they fit, else the first 800 and the next 200. tfds stores images in an order of its own,",
+        "and only in that order they are exactly VTAB-1k's.",
+    ]

@@ -1,1 +1,0 @@
-"""Many runs -> a table or a figure of the paper."""

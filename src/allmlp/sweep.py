@@ -1,0 +1,214 @@
+"""Many training runs in one folder: finished ones are skipped, interrupted ones resume.
+
+results.jsonl has a line for each finished run, under the hash of its settings and of its images.
+The same command trains what is missing; with a changed setting a run is another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from allmlp.console import Reporter
+from allmlp.data.fingerprint import fingerprint
+from allmlp.data.sources import open_splits, read_from
+from allmlp.errors import UserError
+from allmlp.io import atomic_write, check_not_inputs, check_output_folder, expand, parse_json
+from allmlp.runtime.world import World
+from allmlp.training.config import TrainConfig
+from allmlp.training.loop import train
+from allmlp.training.resume import config_of, identity
+from allmlp.training.run_folder import no_results, read_results
+from allmlp.training.step import DivergedError
+from allmlp.training.summary import TrainResult
+
+Row = dict[str, Any]  # what a run has reached, as JSON values
+Measure = Callable[[TrainConfig, TrainResult], Row]
+RESULTS = "results.jsonl"
+
+
+def study_folder(output: str | None, own: Iterable[str], inputs: Iterable[str]) -> Path:
+    """Returns the folder of a study; it must be new, or have nothing but what a study writes.
+
+    Args:
+        output: its name.
+        own: names of the files and folders that a study has there.
+        inputs: data that the study reads, in which its folder may not lie.
+    """
+    if output is None:
+        what = "a study of several runs needs a named folder, so that it can resume"
+        raise UserError(what, where="output", fix="output: runs/NAME")
+    path = expand(output)
+    check_output_folder(path)
+    there = [item.name for item in path.iterdir()] if path.is_dir() else []
+    if not there:
+        check_not_inputs([path], (place for source in inputs for place in read_from(source)))
+    others = {name for name in there if not name.endswith(".partial")} - {*own, "log.txt", RESULTS}
+    if others and RESULTS not in there:
+        what = f"the folder holds something else: {', '.join(sorted(others)[:4])}"
+        raise UserError(what, where=path, fix="Give another output")
+    return path
+
+
+class Sweep:
+    """The runs of a study and what they have reached; each process of `world` has one.
+
+    Args:
+        path: of the folder, as `study_folder` returns it.
+        world: the processes that train together.
+        quiet: print nothing; log.txt is written all the same.
+    """
+
+    def __init__(self, path: Path, world: World, *, quiet: bool = False) -> None:
+        self.path, self.world, self.quiet = path, world, quiet
+        self.report = Reporter(quiet=quiet or not world.is_main)
+        self.rows: dict[str, Row] = world.broadcast_from_rank0(self._read)
+        self._images: dict[str, str] = {}
+        self._log()
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """Prints a line, and logs it as soon as the folder exists."""
+        self.report.say(text, style)
+
+    def run(
+        self,
+        name: str,
+        config: TrainConfig,
+        measure: Measure | None = None,
+        *,
+        title: str | None = None,
+        may_diverge: bool = False,
+    ) -> Row:
+        """Returns what a run has reached: trains or resumes it unless it is finished.
+
+        Args:
+            name: of its folder.
+            config: its settings; the output is chosen here.
+            measure: returns more of what it reached; only the main process calls it.
+            title: what to print when it begins.
+            may_diverge: then the accuracy is None; otherwise the error passes.
+        """
+        key = self.key(config)
+        if key in self.rows:
+            self.say(f"done     {name}: {_shown(self.rows[key])}")
+            return self.rows[key]
+        folder = self.world.broadcast_from_rank0(lambda: self._folder(name, key, config))
+        config = config.with_value("output", str(self.path / folder))
+        self.say(f"\n=== {title or name}")
+        try:
+            result = train(config, quiet=self.quiet, in_study=True)
+            row = self.world.broadcast_from_rank0(lambda: self._reached(config, result, measure))
+        except DivergedError as error:
+            if not may_diverge:
+                raise
+            self.say(f"diverged {error.what}")
+            row = {"accuracy": None}
+        except (KeyboardInterrupt, SystemExit):
+            self.say("the study resumes with the same command")
+            raise
+        self.rows[key] = {"key": key, "name": name, "folder": folder, **row}
+        if self.world.is_main:
+            lines = "".join(f"{json.dumps(row)}\n" for row in self.rows.values())
+            atomic_write(self.path / RESULTS, lines.encode(errors="surrogateescape"))
+            self._log()
+        return self.rows[key]
+
+    def run_all(
+        self,
+        runs: Mapping[str, TrainConfig],
+        measure: Measure | None,
+        save: Callable[[dict[str, Row]], object],
+    ) -> dict[str, Row]:
+        """Returns what all of the runs have reached; the main process saves after each."""
+        keys = {name: self.key(config) for name, config in runs.items()}
+        done = {name: self.rows[key] for name, key in keys.items() if key in self.rows}
+        for number, (name, config) in enumerate(runs.items(), 1):
+            is_new = name not in done
+            title = f"{name}: run {number} of {len(runs)}"
+            done[name] = self.run(name, config, measure, title=title)
+            if is_new and self.world.is_main:
+                save(done)
+        done = {name: done[name] for name in runs}
+        if self.world.is_main:
+            save(done)
+        return done
+
+    def key(self, config: TrainConfig) -> str:
+        """Returns the hash of what a run computes: its settings and images, wherever they lie."""
+        values = identity(config)
+        source = values.pop("data.source")
+        if source not in self._images:
+            self._images[source] = self.world.broadcast_from_rank0(lambda: _images_in(source))
+        text = json.dumps([values, self._images[source]], sort_keys=True)
+        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+
+    def _read(self) -> dict[str, Row]:
+        rows: dict[str, Row] = {}
+        file = self.path / RESULTS
+        for line in file.read_bytes().splitlines() if file.is_file() else ():
+            try:
+                row = parse_json(line)
+                rows[row["key"]] = row
+            except (ValueError, LookupError, TypeError):
+                continue  # a damaged line: its run is measured again, not trained again
+        return rows
+
+    def _folder(self, name: str, key: str, config: TrainConfig) -> str:
+        """Returns the name of a run's folder: its own unless another run has taken that."""
+        taken = name in {row.get("folder") for row in self.rows.values()}
+        if not taken and (self.path / name / "config.json").is_file():
+            before, now = identity(config_of(self.path / name)), identity(config)
+            taken = {**before, "data.source": None} != {**now, "data.source": None}
+        return f"{name}-{key[:8]}" if taken else name
+
+    def _reached(self, config: TrainConfig, result: TrainResult, measure: Measure | None) -> Row:
+        is_test = result.test is not None
+        shown = result.test if is_test else result.validation
+        rows = read_results(result.run_folder)
+        if shown is None or (result.validation is not None and not rows):
+            raise no_results(result.run_folder)
+        return {
+            "model": config.model.name,
+            "seed": config.seed,
+            "accuracy": shown.top1,
+            "measured_on": "test" if is_test else "validation",
+            "images": len(shown.labels),
+            "classes": len(shown.class_names),
+            "curve": [[int(float(row["step"])), float(row["validation_top1"])] for row in rows],
+            "seconds": float(rows[-1]["seconds"]) if rows else None,
+            **(measure(config, result) if measure else {}),
+        }
+
+    def _log(self) -> None:
+        if self.world.is_main and self.path.is_dir():
+            self.report.log_to(self.path / "log.txt")
+
+
+def _images_in(source: str) -> str:
+    splits = open_splits(source).items()
+    return " ".join(f"{name} {fingerprint(images, moved=True)}" for name, images in splits)
+
+
+def _shown(row: Row) -> str:
+    return "diverged" if row["accuracy"] is None else f"{row['accuracy']:.2%}"
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Returns the mean and the sample's standard deviation, None for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def summarize(rows: Sequence[Row]) -> Row:
+    """Returns what runs that differ in their seeds have reached together."""
+    accuracy, deviation = mean_and_deviation([row["accuracy"] for row in rows])
+    return {
+        "runs": len(rows),
+        "measured_on": rows[0]["measured_on"],
+        "images": rows[0]["images"],
+        "accuracy": accuracy,
+        "deviation": deviation,
+    }

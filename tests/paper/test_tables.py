@@ -1,0 +1,406 @@
+"""The tables: what was measured stands where it belongs, and nowhere else."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from allmlp.paper import figures
+from allmlp.paper.tables import tables
+from conftest import mixer
+from measurements import (
+    data_scale,
+    few_shot,
+    imagenet,
+    measured,
+    model,
+    small_evaluation,
+    suite,
+    throughput,
+    write,
+)
+
+TABLES = ("Table 1", "Table 2", "Table 3")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[figures.Point]]:
+    """Nothing is drawn; the points of ours that would be, by the figure."""
+    points: dict[str, list[figures.Point]] = {}
+
+    def blank(panels: Any, ours: Any, *, throughput: bool) -> None:
+        points["throughput" if throughput else "cost"] = list(ours)
+
+    def save(figure: Any, path: Path) -> None:
+        path.with_name(f"{path.name}.png").write_bytes(b"png")
+
+    monkeypatch.setattr(figures, "pareto_figure", blank)
+    monkeypatch.setattr(figures, "data_scale_figure", lambda *given: None)
+    monkeypatch.setattr(figures, "save", save)
+    return points
+
+
+def sections(folder: Path) -> dict[str, str]:
+    """The sections of report.md, by the beginning of their headings."""
+    parts = (folder / "report.md").read_text(encoding="utf-8").split("\n## ")
+    return {re.split(r"[:\n]", part)[0]: part for part in parts}
+
+
+def ours(section: str) -> list[dict[str, str]]:
+    """The rows measured here, by their columns."""
+    lines = [line for line in section.splitlines() if line.startswith("| measured here |")]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")][1:] for line in lines]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+
+
+def papers(folder: Path) -> list[str]:
+    """Every line of the paper's tables."""
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line.startswith("| paper |")]
+
+
+def made(tmp_path: Path, **files: dict[str, Any]) -> dict[str, str]:
+    tables([write(tmp_path / "in", **files)], output=str(tmp_path / "out"))
+    return sections(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("resize", "at"), [("resize-crop", "Table 2"), ("resmall-crop", "Table 3")]
+)
+def test_imagenet_stands_beside_the_table_of_its_protocol(tmp_path, drawn, resize, at):
+    real = {"accuracy": 0.71, "images": 46_837}
+    found = made(tmp_path, e=imagenet(protocol={"resize": resize}, real=real))
+    (cells,) = ours(found[at])
+    assert (cells["ImageNet"], cells["ReaL"]) == ("61.23", "71.00")
+    assert cells["model"] == r"mixer\_b16 (mixer\_b16.i21k)"
+    assert cells["pre-trained on"] == "ImageNet-21k"
+    assert {cells[name] for name in ("Avg 5", "VTAB-1k", "img/s", "device-days")} == {"-"}
+    for name, text in found.items():
+        assert ("61.23" in text) == (name == at), name
+    how = found["How it was measured"]
+    assert all(text in how for text in ("as typed", "2026-11-21", "Test CPU, 2 threads"))
+
+
+NAMES = imagenet()["class_names"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"class_names": NAMES[:999]},
+        {"class_names": None},
+        {"class_names": [f"class {at}" for at in range(1000)]},
+        {"class_names": [*NAMES[:999], NAMES[0]]},
+        {"images": 49_999},
+        {"per_class": [{"images": 49}, {"images": 51}]},
+        {"per_class": None},
+    ],
+)
+def test_what_is_not_imagenet_stands_in_no_column_of_the_papers(tmp_path, drawn, changes):
+    real = {"accuracy": 0.71, "images": 46_837}
+    found = made(tmp_path, e=imagenet(data="imagenet:validation", real=real, **changes))
+    for name in TABLES:
+        assert "61.23" not in found[name]
+        assert "71.00" not in found[name]
+    assert [row["top-1"] for row in ours(found["Accuracy on other data"])] == ["61.23"]
+    assert "not ImageNet validation" in found["How it was measured"]
+
+
+def test_real_counts_only_over_all_of_its_images(tmp_path, drawn):
+    found = made(tmp_path, e=imagenet(real={"accuracy": 0.71, "images": 46_836}))
+    assert ours(found["Table 3"])[0]["ReaL"] == "-"
+    assert "71.00" not in "".join(found.values())
+
+
+def test_throughput_names_its_hardware_and_is_in_no_column_of_the_papers(tmp_path, drawn):
+    found = made(tmp_path, t=throughput(), e=small_evaluation())
+    (row,) = ours(found["Table 3"])
+    assert row["img/s"] == "12.35 on Test CPU, 2 threads, float32"
+    assert (row["ImageNet"], row["model"]) == ("-", r"mixer\_b16, speed alone")
+    assert not ours(found["Table 2"] + "| measured here | x |")
+    rows = ours(found["Throughput"])
+    assert [row["images/s"] for row in rows] == ["12.35", "3.21"]  # the third has none
+    assert {row["hardware"] for row in rows} == {"Test CPU, 2 threads"}
+    (point,) = drawn["throughput"]
+    assert (point.x, point.accuracy) == (12.3456, 0.54321)
+    assert (point.hardware, point.data) == ("Test CPU, 2 threads", "cifar10:test")
+
+
+def test_throughput_joins_the_accuracy_of_the_same_shape_alone(tmp_path, drawn):
+    newer = {**model()["architecture"], "pyramid": [], "token_groups": 1}  # as older files lack
+    other = model(name="mixer_s16")
+    other["architecture"] = {**other["architecture"], "hidden_dim": 512}
+    files = {"a": imagenet(model={**model(), "architecture": newer})}
+    found = made(tmp_path, t=throughput(), **files, b=imagenet(model=other, top1=0.4))
+    rows = ours(found["Table 3"])
+    assert [row["img/s"] for row in rows] == ["12.35 on Test CPU, 2 threads, float32", "-"]
+    assert len(drawn["throughput"]) == 1
+
+
+def test_two_measurements_of_one_model_are_two_rows(tmp_path, drawn):
+    rows = ours(made(tmp_path, a=imagenet(), b=imagenet(top1=0.5))["Table 3"])
+    assert [row["ImageNet"] for row in rows] == ["61.23", "50.00"]
+    assert [row["how"] for row in rows] == [r"\[1\]", r"\[2\]"]
+
+
+def test_few_shot(tmp_path, drawn):
+    found = made(tmp_path, f=few_shot())
+    row, baseline = ours(found["Few-shot accuracy"])
+    assert list(row) == ["model", "data", "1-shot", "5-shot", "how"]
+    assert [*row.values()] == [r"mixer\_b16.i21k", "flowers", "21.11 +- 1.23", "42.22", r"\[1\]"]
+    assert "random weights" in baseline["model"]
+    assert (baseline["1-shot"], baseline["5-shot"]) == ("3.33 +- 1.23", "-")
+    for name in TABLES:
+        assert "21.11" not in found[name]
+
+
+def test_means_of_suites(tmp_path, drawn):
+    found = made(
+        tmp_path,
+        whole=suite("vtab", 19, 19),
+        part=suite("transfer", 3, 5),  # as older files call it
+        other=suite("avg5", 5, 5, checkpoint="runs/x", changes=["100 steps, not 500"]),
+        few=suite("vtab", 3, 3, checkpoint="runs/y"),  # only says that nothing is missing
+    )
+    rows = ours(found["Table 2"])
+    assert {(row["Avg 5"], row["VTAB-1k"]) for row in rows} == {
+        ("70.00 (partial: 3 of 5 tasks)", "70.00"),
+        ("70.00 (changed protocol)", "-"),
+        ("-", "70.00 (partial: 3 of 19 tasks)"),
+    }
+    text = found[r"Avg 5 of mixer\_b16.i21k"]
+    assert "missing" in text
+    assert "task3, task4" in text
+    first = ours(text)[0]
+    assert (first["task"], first["top-1"]) == ("task0", "70.00 +- 1.00")
+    assert (first["runs"], first["data"]) == ("3", "folder0")
+    assert "70.00" not in found["Table 3"]
+
+
+def test_data_scale(tmp_path, drawn):
+    found = made(tmp_path, d=data_scale(partial=True, missing=["cells/x"]))
+    text = found["Figure 2, right"]
+    assert "partial: 1 run missing" in text
+    row, *rest = ours(text)
+    assert [*row.values()][:6] == [
+        *(r"mixer\_s16", "3 %", "1,350", "16.67", "30.30", "5.06 +- 0.20")
+    ]
+    assert len(rest) == 7
+    assert "figures/data_scale_1.png" in text
+
+
+def last_second(run: Path) -> float:
+    """When the run last logged: the evaluation at its end comes after the last step."""
+    with (run / "results.csv").open(newline="") as file:
+        evaluated = [float(row["seconds"]) for row in csv.DictReader(file)]
+    return max(
+        *evaluated, json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+    )
+
+
+def test_a_run_folder(tmp_path, drawn, trained):
+    tables([trained.run_folder], output=str(tmp_path / "out"))
+    found = sections(tmp_path / "out")
+    (cells,) = ours(found["Training cost"])
+    seconds = last_second(trained.run_folder)
+    assert float(cells["device-days"]) == pytest.approx(seconds / 86_400, rel=0.01)
+    assert cells["from"] == "random weights"
+    steps = int(cells["steps"].replace(",", ""))
+    assert cells["images seen"] == f"{64 * steps:,}"
+    (point,) = drawn["cost"]
+    assert point.accuracy == trained.test.top1
+    assert "digits:test" in found["Accuracy on other data"]
+
+
+def test_a_fine_tuned_run_has_no_cost_of_pre_training(tmp_path, drawn, trained):
+    run = tmp_path / "in" / "run"
+    shutil.copytree(trained.run_folder, run)
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["weights"] = "mixer_b16.i21k"
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "log.txt").write_text("run      recipe digits, seed 0: batch 64, 4 processes on cpu\n")
+    tables([tmp_path / "in"], output=str(tmp_path / "out"))
+    assert drawn["cost"] == []
+    (cells,) = ours(sections(tmp_path / "out")["Training cost"])
+    days = 4 * last_second(run) / 86_400
+    assert float(cells["device-days"]) == pytest.approx(days, rel=0.01)
+
+
+def everything(folder: Path) -> Path:
+    return write(
+        folder,
+        a=imagenet(protocol={"resize": "resize-crop"}),
+        b=imagenet(format="mlp_mixer measurement"),
+        c=small_evaluation(),
+        d=few_shot(),
+        e=throughput(),
+        f=suite("vtab", 19, 19),
+        g=suite("avg5", 2, 5),
+        h=data_scale(),
+        i=measured("ablations", cells={}),
+    )
+
+
+def test_the_papers_rows_are_the_same_whatever_was_measured(tmp_path, drawn):
+    tables([write(tmp_path / "one", f=few_shot())], output=str(tmp_path / "first"))
+    result = tables([everything(tmp_path / "all")], output=str(tmp_path / "second"))
+    assert len(result.measured) == 9
+    first, second = papers(tmp_path / "first"), papers(tmp_path / "second")
+    assert first == second
+    assert len(first) == 8 + 11 + 27
+    assert not any("Test CPU" in line for line in first)
+    text = (tmp_path / "second" / "report.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert all(re.match(r"\| (paper|measured here|---) \|", line) for line in rows)
+    assert "ablations: " in sections(tmp_path / "second")["How it was measured"]
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.images: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag == "img":
+            self.images.append(dict(attrs)["src"] or "")
+        elif tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_strings_are_escaped(tmp_path, drawn):
+    bad = "<script>alert('a|b')</script> `x` ![i](http://x) \udcff\n# head"
+    values = few_shot(model=model(source=bad))
+    values["results"][0]["data"] = bad
+    task = suite("vtab", 1, 19, checkpoint=bad)
+    scale = data_scale()
+    for point in scale["points"]:
+        point["label"] = bad
+    evaluation = small_evaluation(data=bad, model=model(name=bad, source=bad))
+    made(tmp_path, e=evaluation, f=values, t=task, d=scale)
+    page = Page()
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    page.feed(text)
+    assert page.open == []
+    assert "script" not in page.tags
+    assert "&lt;script&gt;" in text
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "<script>" not in text
+    assert "![i](http" not in text
+    assert r"a\|b" in text
+    assert not any(line.startswith("# head") for line in text.splitlines())
+    for rows in (part for part in text.split("\n\n") if part.startswith("| ")):
+        counts = {len(re.findall(r"(?<!\\)\|", line)) for line in rows.splitlines()}
+        assert len(counts) == 1, rows
+
+
+@pytest.mark.slow
+def test_the_figures_and_the_page(tmp_path):
+    result = tables([everything(tmp_path / "in")], output=str(tmp_path / "out"))
+    drawn = [path for path in result.files if path.suffix == ".png"]
+    assert [path.name for path in drawn] == ["cost.png", "throughput.png", "data_scale_8.png"]
+    for path in drawn:
+        pixels = np.asarray(Image.open(path).convert("L"))
+        assert min(pixels.shape) > 500
+        assert pixels.std() > 10
+        svg = ElementTree.parse(path.with_suffix(".svg"))
+        assert svg.getroot().tag.endswith("svg")
+    texts = (tmp_path / "out" / "figures" / "throughput.svg").read_text()
+    assert all(text in texts for text in ("as printed", "measured here", "on Test CPU, 2 threads"))
+    page = Page()
+    page.feed((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert len(page.images) == 3
+    assert all(source.startswith("data:image/png;base64,iVBOR") for source in page.images)
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+def test_the_command(capsys, drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "in" / "deep", e=small_evaluation(), f=few_shot(), t=throughput())
+    (tmp_path / "in" / "settings.json").write_text("{}")
+    (tmp_path / "in" / "other.json").write_text("not JSON")
+    code, out, err = mixer(capsys, "paper", "tables", "in", "in/deep/e.json")
+    assert (code, err) == (0, "")
+    assert "1 evaluation, 1 few-shot, 1 throughput" in out
+    assert "report/report.md" in out
+    report = tmp_path / "report" / "report.md"
+    assert "54.32" in report.read_text()
+    code, _, err = mixer(capsys, "paper", "tables", "in/deep/f.json")
+    assert code == 2
+    assert "report.md" in err
+    assert "54.32" in report.read_text()
+    assert mixer(capsys, "paper", "tables", "in/deep/f.json", "--overwrite")[0] == 0
+    assert "54.32" not in report.read_text()
+    assert (
+        mixer(capsys, "paper", "tables", ".", "--overwrite")[0] == 0
+    )  # a report is no measurement
+
+
+def damaged(values: dict[str, Any]) -> str:
+    return json.dumps(values)[:-200]
+
+
+def test_what_is_not_understood_is_named(drawn, tmp_path):
+    folder = write(tmp_path / "in", good=few_shot(), new=measured("flights"))
+    (folder / "newer.json").write_text(json.dumps({**few_shot(), "version": 2}))
+    (folder / "cut.json").write_text(damaged(few_shot()))
+    (folder / "less.json").write_text(json.dumps(measured("few-shot", results=[{"data": "x"}])))
+    (folder / "more.json").write_text(json.dumps(small_evaluation(top1=1.5)))
+    (folder / "nan.json").write_text(json.dumps(small_evaluation(top1=float("nan"))))
+    (folder / "run").mkdir()
+    (folder / "run" / "config.json").write_text('{"recipe": "digits"}')
+    (folder / "run" / "environment.json").write_text("{")
+    result = tables([folder], output=str(tmp_path / "out"))
+    assert {path.name for path, _ in result.left_out} == {
+        *("new.json", "newer.json", "cut.json", "less.json", "more.json", "nan.json", "run")
+    }
+    listed = sections(tmp_path / "out")["Not understood, and left out"]
+    assert sum(line.startswith("- ") for line in listed.splitlines()) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "no run"),
+        (["nowhere"], "nowhere"),
+        (["EMPTY"], "empty"),
+        (["UNKNOWN"], "flights"),
+        (["GOOD", "CUT"], "cut.json"),
+        (["GOOD", "NEWER"], "version 2"),
+        (["GOOD", "LESS"], "less.json"),
+        (["GOOD", "TEXT"], "text"),
+        (["GOOD", "--output", "TEXT"], "text"),
+    ],
+)
+def test_mistakes(capsys, tmp_path, arguments, named):
+    folder = write(tmp_path, good=few_shot(), newer={**few_shot(), "version": 2})
+    write(tmp_path, less=measured("few-shot", results=[{"data": "x"}]))
+    write(tmp_path / "unknown", new=measured("flights"))
+    (tmp_path / "cut.json").write_text(damaged(few_shot()))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").write_text("x")
+    names = {"EMPTY": "empty", "UNKNOWN": "unknown", "TEXT": "text"}
+    names |= {name: f"{name.lower()}.json" for name in ("GOOD", "CUT", "NEWER", "LESS")}
+    words = [folder / names[word] if word in names else word for word in arguments]
+    words += [] if "--output" in words else ["--output", tmp_path / "out"]
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = mixer(capsys, "paper", "tables", *words)
+    assert code == 2
+    assert named in out + err
+    assert "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before

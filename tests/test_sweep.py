@@ -1,0 +1,74 @@
+"""The sweep engine: what makes a run another one, and where runs lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import allmlp as am
+from allmlp.runtime.world import World
+from allmlp.sweep import RESULTS, Sweep, study_folder, summarize
+from conftest import draw, make_class_folder
+from studies import make_place, pretend, settings
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return make_place(tmp_path)
+
+
+def run(place: Path, name: str = "a", **changes: object) -> dict:
+    return Sweep(place / "study", World(), quiet=True).run(name, settings(place, **changes))
+
+
+def test_a_finished_run_is_skipped_and_a_changed_one_has_a_folder_of_its_own(place, monkeypatch):
+    asked = pretend(monkeypatch, lambda config: config.optimizer.learning_rate)
+    first = run(place)
+    assert run(place) == run(place, num_threads=1) == first
+    other = run(place, optimizer__learning_rate=0.5)
+    assert (first["folder"], first["accuracy"], other["accuracy"]) == ("a", 0.01, 0.5)
+    assert other["folder"].startswith("a-")
+    assert run(place) == first
+    assert [Path(str(config.output)).name for config in asked] == ["a", other["folder"]]
+
+
+def test_moved_images_are_the_same_and_changed_ones_are_not(place, monkeypatch):
+    asked = pretend(monkeypatch, lambda config: 0.5)
+    run(place)
+    (place / "data").rename(place / "moved")
+    run(place, data__source=str(place / "moved"))
+    assert len(asked) == 1
+    draw(99).save(place / "moved" / "train" / "ant" / "0.png")
+    run(place, data__source=str(place / "moved"))
+    assert len(asked) == 2
+
+
+def test_a_damaged_line_costs_one_measurement(place, monkeypatch):
+    asked = pretend(monkeypatch, lambda config: 0.5)
+    run(place, "a")
+    run(place, "b", seed=1)
+    file = place / "study" / RESULTS
+    file.write_bytes(file.read_bytes()[:-20])
+    rows = [run(place, "a"), run(place, "b", seed=1)]
+    assert [Path(str(config.output)).name for config in asked] == ["a", "b", "b"]
+    assert [row["accuracy"] for row in rows] == [0.5, 0.5]
+
+
+def test_the_folder_of_a_study(place):
+    with pytest.raises(am.UserError, match="named folder"):
+        study_folder(None, (), ())
+    with pytest.raises(am.UserError, match=r"weights|config\.json"):
+        study_folder(str(place / "weights"), ("seed-0",), ())
+    with pytest.raises(am.UserError, match="data"):
+        study_folder(str(place / "data" / "out"), (), [str(place / "data")])
+    make_class_folder(place / "study" / "seed-0", {"x": 1})
+    assert study_folder(str(place / "study"), ("seed-0",), ()) == place / "study"
+
+
+def test_the_mean_over_seeds():
+    row = {"measured_on": "test", "images": 9}
+    found = summarize([{**row, "accuracy": 0.4}, {**row, "accuracy": 0.6}])
+    assert (found["runs"], found["accuracy"]) == (2, pytest.approx(0.5))
+    assert found["deviation"] == pytest.approx(0.02**0.5)
+    assert summarize([{**row, "accuracy": 0.4}])["deviation"] is None
