@@ -17,12 +17,12 @@ from conftest import make_class_folder, tiny_model
 COUNTS = {"ant": 10, "bee": 12, "cat": 10}
 
 
-def settings(folder: Path, output: str = "study", **changes: object) -> am.TrainConfig:
+def settings(folder: Path, output: str | None = "study", **changes: object) -> am.TrainConfig:
     """Six steps of eight images, from `folder`/weights on `folder`/data."""
     values: dict[str, object] = {
         "model.weights": str(folder / "weights"),
         "data.source": str(folder / "data"),
-        "output": str(folder / output),
+        "output": None if output is None else str(folder / output),
         "steps": 6,
         "batch_size": 8,
         "evaluate_every": 3,

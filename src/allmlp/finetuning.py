@@ -116,9 +116,8 @@ def finetune(
     for_grid = {rate: _in_grid(config, rate, grid_source) for rate in rates}
     finals = {seed: _final(config, seed, splits, bool(rates)) for seed in seeds}
     own = ("grid", "best", "finetune.json", *(f"seed-{seed}" for seed in seeds))
-    path = study_folder(
-        config.output, own, [config.data.source, *([grid_source] * bool(grid_source))]
-    )
+    inputs = [config.data.source] if grid_source is None else [config.data.source, grid_source]
+    path = study_folder(config.output, own, inputs)
     with join_world(config.device) as (world, _):
         sweep = Sweep(path, world, quiet=quiet)
         _announce(sweep, for_grid, seeds, splits, grid_source)
@@ -210,8 +209,8 @@ def _announce(
 def _save(config: TrainConfig, result: FinetuneResult, source: Path) -> None:
     """Writes finetune.json, and the first seed's model with a card that reports all seeds."""
     best, staged = result.folder / "best", result.folder / ".best.partial"
-    weights = [folder / "model.safetensors" for folder in (source, best)]
-    if not weights[1].is_file() or not filecmp.cmp(*weights):
+    weights = "model.safetensors"
+    if not (best / weights).is_file() or not filecmp.cmp(source / weights, best / weights):
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(source, staged)
         shutil.rmtree(best, ignore_errors=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import allmlp as am
-from allmlp.training import finetune as study
+from allmlp import finetuning as study
 from allmlp.training import loop
 from conftest import make_class_folder, mixer, tiny_model
 
@@ -61,8 +61,8 @@ def test_a_study(capsys, place):
     code, out, _ = mixer(capsys, *line)
     assert code == 0
     assert out.startswith("study    rates 0.01, judged on 10% of the training images; then seeds 4")
-    assert "=== rate 0.01: 1 of 1 in the grid\n" in out
-    assert "=== seed 5: final run 2 of 2, on all training images\n" in out
+    assert "=== grid: rate 0.01\n" in out
+    assert "=== seed 5: final run 2 of 2\n" in out
     assert "(mean and standard deviation of seeds 4, 5), learning rate 0.01\n" in out
     again = mixer(capsys, *line)
     assert again[0] == 0
@@ -70,9 +70,6 @@ def test_a_study(capsys, place):
     code, out, _ = mixer(capsys, "predict", place / "out", place / "data" / "val" / "bee" / "0.png")
     assert code == 0
     assert "bee" in out
-    code, _, err = mixer(capsys, *line, "--set", "loss=sigmoid")
-    assert code == 2
-    assert "the folder holds another study: loss is 'softmax' there and 'sigmoid' here" in err
 
 
 @pytest.mark.parametrize(
@@ -121,8 +118,6 @@ def test_the_recipe_goes_by_the_number_of_images(capsys, handed_over):
         ),
         (["WEIGHTS", "--image-size", "8", "--resize-weights", "x"], "model.growth must be one of"),
         (["WEIGHTS", "--image-size", "9"], "not divisible by the patch size"),
-        (["WEIGHTS", "--seeds", "0", "0"], "each value counts once, got 0 0"),
-        (["WEIGHTS", "--grid", "0.1", "0.1"], "each value counts once, got 0.1 0.1"),
         (["WEIGHTS", "--grid", "0"], "optimizer.learning_rate must be above 0, got 0.0"),
         (["WEIGHTS", "--grid", "--output", "FILE"], "the output is a file"),
         (["WEIGHTS", "--output", "FILE"], "the run folder is a file"),

@@ -57,14 +57,14 @@ IN_DATA = [
     "export model.safetensors --output data/test/ant/m.pt2 --data data",
     "train --data data --image-size 8 --output data/train/run",
     "finetune model.safetensors --data data --output link/run --seeds 0 1",
-    "permute --data data --image-size 8 --output data/train/study",
-    "report model.json --output model.json",
-    "report model --output model/report",
+    "paper permutation --data data --image-size 8 --output data/train/study",
+    "paper tables model.json --output model.json",
+    "paper tables model --output model/report",
     "throughput model --output model/config.json",
 ]
 
 
-NEVER_OVER = ("train", "finetune", "permute", "data pack")
+NEVER_OVER = ("train", "finetune", "paper permutation", "data pack")
 
 
 @pytest.mark.parametrize("line", IN_DATA)
@@ -141,7 +141,7 @@ def test_other_single_files_on_standard_output(capsys, place: Path):
         "inspect model --output -",
         "convert model -",
         "export model --output -",
-        "report model --output -",
+        "paper tables model --output -",
         "train --data data --image-size 8 --output -",
         "finetune model --data data --output -",
         "predict model data/test --output - --format parquet",

@@ -110,7 +110,7 @@ def test_a_run_for_each_model_fraction_and_seed(place, asked):
     assert "changed to" in first["label"]  # its sizes are not those of its name
 
 
-def test_what_a_data_scale_study_writes(place, asked):
+def test_what_a_data_scale_study_writes(place, asked, real_figures):
     result = run(place)
     values = read_measurement(place / "study" / "data_scale.json")
     assert (values["kind"], values["points"]) == ("data-scale", result.points)
@@ -263,7 +263,7 @@ def digits(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_permutation_study_from_start_to_figure(tmp_path: Path):
+def test_the_permutation_study_from_start_to_figure(tmp_path: Path, real_figures):
     small = ("width=8", "num_stages=1", "num_blocks=1")
     few = {"few_shot_data": "digits", "shots": 1}
     found = permutation(quiet=True, **digits(tmp_path / "study"), comparison_set=small, **few)

@@ -310,7 +310,7 @@ def test_strings_are_escaped(tmp_path, drawn):
 
 
 @pytest.mark.slow
-def test_the_figures_and_the_page(tmp_path):
+def test_the_figures_and_the_page(tmp_path, real_figures):
     result = tables([everything(tmp_path / "in")], output=str(tmp_path / "out"))
     drawn = [path for path in result.files if path.suffix == ".png"]
     assert [path.name for path in drawn] == ["cost.png", "throughput.png", "data_scale_8.png"]

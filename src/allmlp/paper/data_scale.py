@@ -153,7 +153,12 @@ def data_scale(
             write_study(file, config, settings, runs, done, data=data, points=found)
             write_csv(path / "data_scale.csv", list(done.values()), _NOT_IN_CSV)
 
-        _announce(sweep, options, len(runs), data, fractions, config.batch_size)
+        for fraction in fractions:
+            images = max(1, round(fraction * len(splits.train)))
+            epochs = (options.steps or 0) * config.batch_size / images
+            of_paper = f" (the paper: {DATA_SCALE[fraction]})" if fraction in DATA_SCALE else ""
+            text = f"{plural(images, 'image')}, {epochs:,.4g} epochs{of_paper}"
+            sweep.say(f"subset   {100 * fraction:.4g} %: {text}")
         done = sweep.run_all(runs, measure, save_rows)
         found = points(done.values(), options.models, fractions)
         if world.is_main:
@@ -227,33 +232,6 @@ def _point(runs: list[Row]) -> dict[str, Any]:
         "deviation_of": None if deviation is None else of,
         "seconds": sum(row["seconds"] for row in runs),
     }
-
-
-def _announce(
-    sweep: Sweep,
-    options: DataScaleOptions,
-    num_runs: int,
-    data: Mapping[str, Any],
-    fractions: Sequence[float],
-    batch_size: int,
-) -> None:
-    """Prints what the study will do."""
-    assert options.steps is not None
-    length = f"{plural(options.steps, 'step')} of {plural(batch_size, 'image')}"
-    seeds = ", ".join(map(str, options.seeds))
-    sweep.say(f"study    {plural(num_runs, 'run')} of {length}; seeds {seeds}")
-    train, validate = data["training_images"], data["validation_images"]
-    what = f"{plural(train, 'image')} to train, {validate:,} to validate for all fractions"
-    sweep.say(f"data     {options.data}: {what}")
-    for fraction in fractions:
-        images = max(1, round(fraction * train))
-        epochs = f"{options.steps * batch_size / images:,.4g} epochs"
-        of_paper = DATA_SCALE.get(fraction)
-        epochs += f" (the paper, on JFT-300M: {of_paper})" if of_paper else ""
-        sweep.say(f"         {100 * fraction:.4g} %: {plural(images, 'image')}, {epochs}")
-    draws = ", ".join(map(str, options.few_shot_seeds))
-    on = f"{options.shots}-shot linear accuracy on {options.few_shot_data}, draws {draws}"
-    sweep.say(f"measured {on}, of the weights with the best validation accuracy")
 
 
 def _report(

@@ -1,4 +1,4 @@
-"""What the studies that train from random weights share: their options, and the file they write."""
+"""What the experiments share: options, and the file that a study writes."""
 
 from __future__ import annotations
 
@@ -19,39 +19,47 @@ from allmlp.training.recipes import recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyOptions(Options):
-    """What all studies have in common; what is not given is the recipe's."""
+class PaperOptions(Options):
+    """What all experiments have in common; what is not given is the recipe's or the protocol's."""
+
+    output: str | None = field(default=None, metadata={"metavar": "FOLDER"})
+    """The folder of the study; required."""
+    image_size: ImageSize | None = None
+    """Of the networks."""
+    steps: int | None = None
+    """Updates of the weights in every run."""
+    batch_size: int | None = None
+    """Images per step."""
+    seeds: tuple[int, ...] = field(default=(), metadata={"metavar": "N ..."})
+    """Of the weights and the order of images; a run for each."""
+    device: str | None = None
+    """auto, cpu, cuda or cuda:N."""
+    num_workers: int | None = None
+    """Processes that decode images; chosen by the size of the data if not given."""
+    settings: Repeated = field(default=(), metadata={"flag": "set", "metavar": "KEY=VALUE"})
+    """Any other setting, as config.json of a run names it; may be given many times."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions(PaperOptions):
+    """What the studies that train from random weights have in common."""
 
     data: str = field(metadata={"metavar": "SOURCE"})
     """Images to train on: any source that `mixer train` reads."""
-    output: str = field(metadata={"metavar": "FOLDER"})
-    """The folder of the study."""
     recipe: str = "cifar10_compare"
     """The settings of all runs; a name of docs/recipes.md."""
-    image_size: ImageSize | None = None
-    """Of the networks."""
     seeds: tuple[int, ...] = field(default=(0,), metadata={"metavar": "N ..."})
     """Of the weights and the order of images; a run for each."""
     epochs: int | None = None
-    """Passes over the training images."""
-    steps: int | None = None
-    """Updates of the weights, in place of epochs."""
-    batch_size: int | None = None
-    """Images per step."""
+    """Passes over the training images, in place of steps."""
     learning_rate: float | None = None
     """The highest, after the warm-up."""
     holdout: float | None = None
     """Fraction of the training images to validate on, if the data has no val/."""
     evaluate_every: int | None = None
     """Epochs, or steps with --steps, between evaluations."""
-    device: str | None = None
-    """auto, cpu, cuda or cuda:N."""
-    num_workers: int | None = None
-    """Processes that decode images."""
     precision: Precision | None = None
     """Of the matrix products."""
-    settings: Repeated = field(default=(), metadata={"flag": "set", "metavar": "KEY=VALUE"})
-    """Any other setting, as config.json of a run names it; may be given many times."""
 
     def __post_init__(self) -> None:
         if not self.seeds:
@@ -91,7 +99,7 @@ def write_study(
     config: TrainConfig,
     settings: Mapping[str, Any],
     runs: Iterable[str],
-    rows: Mapping[str, Row],
+    done: Mapping[str, Row],
     **figures: Any,
 ) -> None:
     """Writes the measurement of a study.
@@ -101,16 +109,16 @@ def write_study(
         config: what the runs share.
         settings: what else the study depends on.
         runs: the names of all runs.
-        rows: what the finished ones have reached.
+        done: what the finished ones have reached.
         figures: what they come to together.
     """
-    missing = [name for name in runs if name not in rows]
+    missing = [name for name in runs if name not in done]
     values = {
         "settings": dict(settings),
         **figures,
         "partial": bool(missing),
         "missing": missing,
-        "cells": dict(rows),
+        "cells": dict(done),
         "config": config.to_json(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

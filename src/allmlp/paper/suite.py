@@ -37,7 +37,8 @@ from allmlp.evaluation.features import weights_hash
 from allmlp.evaluation.measurement import measurement, read_measurement, write_measurement
 from allmlp.finetuning import FinetuneResult, finetune
 from allmlp.io import expand
-from allmlp.options import ImageSize, Options, Repeated
+from allmlp.options import Repeated
+from allmlp.paper.study import PaperOptions
 from allmlp.runtime.world import World, join_world
 from allmlp.sweep import study_folder
 from allmlp.training.config import TrainConfig
@@ -52,35 +53,22 @@ _TRAIN, _CHOOSE = 800, 200
 
 @dataclass(frozen=True)
 class Task:
-    """A task of a suite.
-
-    Attributes:
-        group: one of `GROUPS`; "" in Avg 5.
-        num_classes: of the official data.
-        tfds: its data set in tfds.
-        train, validation, test: the official parts, in the order of tfds.
-        pixels: typical width and height of its images.
-        crop, flip: whether training may crop and flip.
-        labels: the rule that makes its classes of numbers; None where they are classes already.
-        number: the number that the rule takes.
-        recipe: of its fine-tuning.
-        images: number of "train" and "test" images of the official data, where all are taken.
-    """
+    """A task of a suite, with the official numbers and parts of its data."""
 
     name: str
-    group: str
+    group: str  # one of `GROUPS`; "" in Avg 5
     num_classes: int
-    tfds: str
-    train: str
+    tfds: str  # its data set
+    train: str  # parts in the order of tfds
     validation: str
     test: str
-    pixels: tuple[int, int]
-    crop: bool = True
+    pixels: tuple[int, int]  # typical width and height
+    crop: bool = True  # whether training may crop
     flip: bool = True
-    labels: LabelRule | None = None
-    number: str = ""
+    labels: LabelRule | None = None  # makes its classes of a number
+    number: str = ""  # that the rule takes
     recipe: str = "finetune_vtab"
-    images: Mapping[str, int] = field(default_factory=dict)
+    images: Mapping[str, int] = field(default_factory=dict)  # train and test, if all are taken
 
     @property
     def image_size(self) -> int:
@@ -90,31 +78,15 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuiteOptions(Options):
+class SuiteOptions(PaperOptions):
     """What all suites have in common."""
 
     task: Repeated = field(default=(), metadata={"metavar": "NAME=SOURCE"})
     """The data of a task, NAME=SOURCE; may be given many times. Any source that training reads."""
     tasks: str | None = None
     """A JSON file of the same, {"pets": "FOLDER"}; its paths are relative to its folder."""
-    output: str | None = None
-    """The folder of the suite; required."""
-    image_size: ImageSize | None = None
-    """Of the model, for every task; the protocol's if not given."""
-    steps: int | None = None
-    """Of every run; the warm-up keeps its fraction of them."""
-    batch_size: int | None = None
-    """Images per step."""
     grid: tuple[float, ...] = field(default=(), metadata={"metavar": "LR ..."})
     """Learning rates to choose from; a single one is taken without a grid."""
-    seeds: tuple[int, ...] = field(default=(), metadata={"metavar": "N ..."})
-    """Of the final runs; the protocol's if not given."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    num_workers: int | None = None
-    """Processes that decode images; chosen by the size of the data if not given."""
-    settings: Repeated = field(default=(), metadata={"flag": "set", "metavar": "KEY=VALUE"})
-    """Any other setting, as config.json of a run names it; may be given many times."""
 
 
 # Settings that a suite makes itself.
@@ -126,25 +98,15 @@ _OWN |= {"model.weights": "the checkpoint"}
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite and its protocol.
+    """A suite and its official protocol."""
 
-    Attributes:
-        kind: of the measurement.
-        known: all tasks.
-        protocol: its name.
-        config: the official settings of a task's runs.
-        rates: learning rates of a task's grid; a single one is taken without a grid.
-        seeds: of the final runs.
-        plan: how a source serves a task.
-    """
-
-    kind: str
+    kind: str  # of the measurement
     known: Mapping[str, Task]
     protocol: str
     config: Callable[[Task], TrainConfig]
-    rates: Callable[[Task], tuple[float, ...]]
+    rates: Callable[[Task], tuple[float, ...]]  # a single one is taken without a grid
     seeds: tuple[int, ...]
-    plan: Callable[[Task, str], Plan]
+    plan: Callable[[Task, str], Plan]  # task, source -> the images
 
 
 # The data of a task
@@ -152,23 +114,14 @@ class Suite:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a source serves a task.
-
-    Attributes:
-        source: its name, as it can be opened from any folder.
-        rule: "own", "official", "first" or "whole"; see the module.
-        final: what the final runs train on, and are measured on.
-        grid: what the runs of the grid train on and are judged by; None holds a fraction out.
-        images: number of "train", "held_out" (a part of these; None for a fraction), "test" images.
-        notes: what else is reported.
-    """
+    """How a source serves a task."""
 
     task: Task
-    source: str
-    rule: str
-    final: Selection
-    grid: Selection | None
-    images: dict[str, int | None]
+    source: str  # its name, as it can be opened from any folder
+    rule: str  # see the module
+    final: Selection  # of the final runs
+    grid: Selection | None  # of the grid; None holds a fraction of the training images out
+    images: dict[str, int | None]  # of "train", "held_out" (a part of these) and "test"
     num_classes: int
     notes: tuple[str, ...]
 
@@ -311,13 +264,7 @@ def _checked(
 def named_tasks(
     assignments: Iterable[str], file: str | None, known: Mapping[str, Task]
 ) -> dict[str, str]:
-    """Returns task -> source, in the suite's order.
-
-    Args:
-        assignments: "NAME=SOURCE" each; relative paths are relative to the working directory.
-        file: a JSON object of names and sources, whose relative paths are relative to its folder.
-        known: the tasks of the suite.
-    """
+    """Returns task -> source, in the suite's order; a file's paths are relative to its folder."""
     named: list[tuple[str, str]] = [] if file is None else _read_tasks(file)
     for assignment in assignments:
         name, _, source = assignment.partition("=")
@@ -470,17 +417,16 @@ def run_suite(
     config = {name: _config(suite.config(suite.known[name]), options) for name in sources}
     own = ("suite.json", "data", *suite.known)
     path = study_folder(options.output, own, sources.values())
-    with join_world(options.device) as (world, _):
+    with join_world(options.device or "auto") as (world, _):
         return _Run(suite, checkpoint, options, sources, config, path, world, quiet).run()
 
 
 def _config(official: TrainConfig, options: SuiteOptions) -> TrainConfig:
     """The settings of a task's runs; warm-up and decay keep their fractions of the steps."""
-    values: dict[str, Any] = {"device": options.device, "data.num_workers": options.num_workers}
-    if options.image_size is not None:
-        values["model.image_size"] = options.image_size
-    if options.batch_size is not None:
-        values["batch_size"] = options.batch_size
+    names = {"device": "device", "batch_size": "batch_size"}
+    names |= {"num_workers": "data.num_workers", "image_size": "model.image_size"}
+    given = {key: getattr(options, name) for name, key in names.items()}
+    values: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if options.steps is not None and options.steps != official.steps:
         assert official.steps is not None
         optimizer, length = official.optimizer, official.steps
@@ -513,25 +459,25 @@ def _changes(suite: Suite, options: SuiteOptions) -> list[str]:
     return list(found.values())
 
 
+@dataclass
 class _Run:
-    def __init__(
-        self,
-        suite: Suite,
-        checkpoint: str,
-        options: SuiteOptions,
-        sources: dict[str, str],
-        configs: dict[str, TrainConfig],
-        path: Path,
-        world: World,
-        quiet: bool,
-    ) -> None:
-        self.suite, self.checkpoint, self.options, self.quiet = suite, checkpoint, options, quiet
-        self.sources, self.configs, self.path, self.world = sources, configs, path, world
-        self.report = Reporter(quiet=quiet or not world.is_main)
+    suite: Suite
+    checkpoint: str
+    options: SuiteOptions
+    sources: dict[str, str]
+    configs: dict[str, TrainConfig]
+    path: Path
+    world: World
+    quiet: bool
+
+    def __post_init__(self) -> None:
+        suite, options, world = self.suite, self.options, self.world
+        quiet = self.quiet or not world.is_main
+        self.report = Reporter(quiet=quiet)
         self.changes, self.seeds = _changes(suite, options), list(options.seeds or suite.seeds)
-        model = load_model(checkpoint, quiet=quiet or not world.is_main)
+        model = load_model(self.checkpoint, quiet=quiet)
         self.header = measurement(suite.kind, model, {}) | {
-            "checkpoint": checkpoint,
+            "checkpoint": self.checkpoint,
             "weights_sha256": weights_hash(model),
             "protocol": suite.protocol,
             "changes": self.changes,
@@ -554,7 +500,6 @@ class _Run:
         return dict(values.get("sources") or {}), dict(values.get("tasks") or {})
 
     def rates(self, name: str) -> tuple[float, ...]:
-        """The learning rates of a task."""
         return self.options.grid or self.suite.rates(self.suite.known[name])
 
     def check_all(self) -> dict[str, Plan]:
@@ -568,6 +513,8 @@ class _Run:
                 check_warmup(config.optimizer, config.steps)
                 for rate in self.rates(name):
                     config.with_value("optimizer.learning_rate", rate)
+                for seed in self.seeds:
+                    config.with_value("seed", seed)
                 plans[name] = self.suite.plan(self.suite.known[name], self.sources[name])
                 for split in open_plan(plans[name].final).values():
                     check_readable(split, config.data.max_bad)
@@ -605,7 +552,6 @@ class _Run:
         return result
 
     def describe(self) -> None:
-        """Prints what will be done with which images."""
         say, seeds = self.report.say, ", ".join(map(str, self.seeds))
         of = f"{len(self.plans)} of {plural(len(self.suite.known), 'task')}"
         say(f"suite    {self.suite.protocol}: {of}, seed{'s' * (len(self.seeds) > 1)} {seeds}")
@@ -648,7 +594,6 @@ class _Run:
         return _entry(plan, config, result)
 
     def save(self) -> None:
-        """Writes suite.json."""
         if self.world.is_main:
             result = self.result()
             values = {
@@ -663,7 +608,6 @@ class _Run:
             write_measurement(self.path / "suite.json", values)
 
     def result(self) -> SuiteResult:
-        """What is measured so far."""
         return suite_result(self.path, self.suite.known, self.done, self.changes)
 
 

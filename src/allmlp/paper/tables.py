@@ -254,40 +254,40 @@ def _read_run(path: Path) -> dict[str, Any]:
     return {**values, "steps": steps, "evaluation": evaluation, "days": days}
 
 
+def _cells(columns: str, *values: object) -> Cells:
+    texts = (None if value is None else str(value) for value in values)
+    return dict(zip(columns.split(", "), texts, strict=True))
+
+
 def _contribute(one: Measured) -> Iterator[tuple[str, Cells]]:
     """Yields (section, cells) of the tables of ours; keeps the accuracy and the speeds."""
-    values, how = one.values, {"how": f"[{one.number}]"}
+    values, how = one.values, f"[{one.number}]"
     model, machine = values.get("model") or {}, hardware(values["environment"])
     if one.kind == "run":
-        weights, steps = values["config"].get("model", {}).get("weights"), values["steps"]
-        unfinished = " (not finished)" if values["evaluation"] is None else ""
-        yield (
-            "Training cost",
-            {
-                "run": str(one.path),
-                "from": "random weights" if weights is None else str(weights),
-                "data": str(values["config"].get("data", {}).get("source")),
-                "steps": f"{steps:,}{unfinished}",
-                "images seen": f"{steps * values['config'].get('batch_size', 0):,}",
-                "device-days": _plain(values["days"]),
-                "device": machine,
-                **how,
-            },
-        )
-        values = values["evaluation"]
-    if one.kind in ("run", "evaluation") and values is not None:
-        one.accuracy = accuracy = _accuracy(one, values, model)
-        if accuracy["not_imagenet"] is not None:
-            cells = {
-                "model": accuracy["model"],
-                "source": accuracy["source"],
-                "data": accuracy["data"],
-                "images": f"{values['images']:,}",
-                "px": _size(model.get("image_size")),
-                "top-1": percent(accuracy["top1"]),
-                "device-days": _cost(accuracy),
-            }
-            yield _OTHER, {**cells, **how}
+        config, steps = values["config"], values["steps"]
+        weights, source = config.get("model", {}).get("weights"), config.get("data", {})
+        length = f"{steps:,}{' (not finished)' * (values['evaluation'] is None)}"
+        images = f"{steps * config.get('batch_size', 0):,}"
+        columns = "run, from, data, steps, images seen, device-days, device, how"
+        cells = (one.path, weights or "random weights", source.get("source"), length, images)
+        cells += (_plain(values["days"]), machine, how)
+        yield "Training cost", _cells(columns, *cells)
+    evaluation = values if one.kind == "evaluation" else values.get("evaluation")
+    if evaluation is not None:
+        one.accuracy = found = _accuracy(one, evaluation, model)
+        if found["not_imagenet"] is not None:
+            columns = "model, source, data, images, px, top-1, device-days, how"
+            cells = (found["model"], found["source"], found["data"], f"{evaluation['images']:,}")
+            cells += (found["size"], percent(found["top1"]), _cost(found), how)
+            yield _OTHER, _cells(columns, *cells)
+    for entry in values["models"] if one.kind == "throughput" else ():
+        if (best := entry["best"]) is not None:
+            speed = _speed(one, entry)
+            one.speeds.append(speed)
+            columns = "model, px, mode, precision, batch, images/s, hardware, how"
+            cells = (speed["model"], speed["size"], speed["mode"], speed["precision"])
+            cells += (f"{best['batch_size']:,}", f"{speed['speed']:,.4g}", speed["hardware"], how)
+            yield "Throughput", _cells(columns, *cells)
     if one.kind == "few-shot":
         names = [str(model.get("source") or model.get("name")), "random weights"]
         floor = values.get("floor") or {"results": []}
@@ -297,79 +297,68 @@ def _contribute(one: Measured) -> Iterator[tuple[str, Cells]]:
                     f"{int(shots)}-shot": _spread(mean, result["deviation"].get(shots))
                     for shots, mean in result["mean"].items()
                 }
-                cells = {"model": name, "data": str(result["data"]), **accuracies}
-                yield "Few-shot accuracy", {**cells, **how}
-    if one.kind == "throughput":
-        for entry in values["models"]:
-            if (best := entry["best"]) is not None:
-                one.speeds.append(_speed(one, entry))
-                cells = {"model": one.speeds[-1]["model"], "px": one.speeds[-1]["size"]}
-                cells |= {name: str(entry.get(name)) for name in ("mode", "precision", "compiled")}
-                cells["batch"] = f"{best['batch_size']:,}"
-                cells["images/s"] = f"{best['images_per_second']:,.4g}"
-                cells["hardware"] = one.speeds[-1]["hardware"]
-                yield "Throughput", {**cells, **how}
+                first = _cells("model, data", name, result["data"])
+                yield "Few-shot accuracy", {**first, **accuracies, "how": how}
     if one.kind in _SUITES:
         title = f"{_SUITES[one.kind][0]} of {values.get('checkpoint')}"
+        columns = "task, top-1, runs, data, how"
         for name, task in values["tasks"].items():
             accuracy = _spread(task["accuracy"], task.get("deviation"))
-            cells = {"task": name, "top-1": accuracy, "runs": str(len(task.get("seeds") or []))}
-            yield title, {**cells, "data": str(task.get("source")), **how}
-        yield title, {"task": "mean", "top-1": _suite_mean(one), "runs": None, "data": None, **how}
+            runs = len(task.get("seeds") or [])
+            yield title, _cells(columns, name, accuracy, runs, task.get("source"), how)
+        yield title, _cells(columns, "mean", _suite_mean(one), None, None, how)
         if missing := ", ".join(map(str, values["missing"])):
-            yield title, {"task": f"missing: {missing}"}
+            yield title, _cells("task", f"missing: {missing}")
     if one.kind == "data-scale":
-        shots, where = values["settings"]["shots"], values["settings"]["few_shot_data"]
-        partial = f"partial: {plural(len(values.get('missing', [])), 'run')} missing, "
-        how = {"how": f"{partial * values['partial']}{how['how']}"}
+        settings, partial = values["settings"], ""
+        if values["partial"]:
+            partial = f"partial: {plural(len(values.get('missing', [])), 'run')} missing, "
+        few = f"{settings['shots']}-shot: {settings['few_shot_data']}".replace(", ", " ")
+        columns = f"model, fraction, images, epochs, validation, {few}, runs, how"
         for point in values["points"]:
-            cells = {
-                "model": str(point["label"]),
-                "fraction": f"{100 * point['fraction']:.4g} %",
-                "images": f"{point['images']:,}",
-                "epochs": f"{point['epochs']:,.4g}",
-                "validation": percent(point["validation"]),
-                f"{shots}-shot, {where}": _spread(point["few_shot"], point["deviation"]),
-                "runs": str(point["runs"]),
-            }
-            yield _SCALE, {**cells, **how}
+            cells = (point["label"], f"{100 * point['fraction']:.4g} %", f"{point['images']:,}")
+            cells += (f"{point['epochs']:,.4g}", percent(point["validation"]))
+            cells += (_spread(point["few_shot"], point["deviation"]), point["runs"])
+            yield _SCALE, _cells(columns, *cells, f"{partial}{how}")
 
 
 def _accuracy(one: Measured, found: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     """What an evaluation found, as Table 2 or 3 and the figures need it."""
-    real, reason = found.get("real"), why_not_imagenet(found)
-    protocol = found.get("protocol") or model.get("preprocessing") or {}
+    real, protocol = found.get("real"), found.get("protocol") or model.get("preprocessing") or {}
     resize, crop = protocol.get("resize"), protocol.get("crop")
     mark = " (protocol unknown)" if resize is None else f" ({resize})"
     if resize in ("resmall-crop", "resize-crop"):  # the paper's, 224 of 256 and so on
         mark = "" if crop is None or abs(crop - 0.875) < 1e-6 else f" ({resize} {crop:.4g})"
     weights = one.values.get("config", {}).get("model", {}).get("weights")
     return {
-        "model": str(model.get("name", "unknown")),
+        **_of_model(model, one),
         "source": str(model.get("source") or one.path),
-        "size": _size(model.get("image_size")),
-        "shape": _shape(model),
         "data": str(found["data"]),
         "top1": float(found["top1"]),
         "real": float(real["accuracy"]) if real and real["images"] == REAL_IMAGES else None,
         "resize": resize,
         "mark": mark,
-        "not_imagenet": reason,
+        "not_imagenet": why_not_imagenet(found),
         "days": one.values.get("days") or None if weights is None else None,
-        "hardware": hardware(one.values["environment"]),
     }
 
 
 def _speed(one: Measured, entry: dict[str, Any]) -> dict[str, Any]:
     return {
+        **_of_model(entry["model"], one, entry.get("threads")),
         "number": one.number,
-        "model": str(entry["model"].get("name") or entry.get("name") or "unknown"),
-        "size": _size(entry["model"].get("image_size")),
-        "shape": _shape(entry["model"]),
         "mode": entry.get("mode"),
         "precision": f"{entry.get('precision')}{', compiled' * bool(entry.get('compiled'))}",
         "speed": float(entry["best"]["images_per_second"]),
-        "hardware": hardware(one.values["environment"], entry.get("threads")),
+    }
+
+
+def _of_model(model: dict[str, Any], one: Measured, threads: object = None) -> dict[str, Any]:
+    return {
+        "model": str(model.get("name") or "unknown"),
+        "size": _size(model.get("image_size")),
+        "shape": _shape(model),
+        "hardware": hardware(one.values["environment"], threads),
     }
 
 
@@ -501,10 +490,10 @@ def _sections(
             cells = {title: getattr(result, name) for title, name in own.items()}
             printed.append({k: None if v is None else str(v) for k, v in cells.items()})
         title = f"Table {number}: {'transfer, throughput and cost' if number == 2 else 'scale'}"
-        rows = _our_rows(found, number)
+        ours = _our_rows(found, number)
         fits = "resize-crop" if number == 2 else "resmall-crop, or as marked"
-        ours = [Table("measured here", rows, f"ImageNet and ReaL by {fits}")] if rows else []
-        yield title, [Table("paper", printed, caption), *ours]
+        here = [Table("measured here", ours, f"ImageNet and ReaL by {fits}")] if ours else []
+        yield title, [Table("paper", printed, caption), *here]
     yield "Figures 2 and 3: accuracy against cost and throughput", list(_pareto(found, folder))
     rows: dict[str, list[Cells]] = {}
     for one in found:
