@@ -128,7 +128,7 @@ def test_what_a_data_scale_study_writes(place, asked, real_figures):
     pixels = np.asarray(Image.open(place / "study" / "data_scale.png").convert("L"))
     assert pixels.std() > 5
     assert "<svg" in (place / "study" / "data_scale.svg").read_text()
-    (point, _) = run(place, "other", few_shot_seeds=(7,)).points
+    (point, _) = run(place, "single", few_shot_seeds=(7,)).points
     assert (point["deviation"], point["deviation_of"]) == (None, None)
 
 

@@ -69,7 +69,7 @@ def test_interrupted_and_resumed(place, monkeypatch):
         stop_at = name
         with pytest.raises(KeyboardInterrupt):
             run(place, grid=[0.01, 0.1])
-    assert runs == [*["grid/lr-0.01", "grid/lr-0.1"] * 2, "dtd/seed-0"]
+    assert runs == [*(grid := ["grid/lr-0.01", "grid/lr-0.1"]), "dtd/seed-0", *grid]
     half = read_measurement(place / "out" / "suite.json")
     assert (list(half["tasks"]), half["partial"]) == (["dtd"], True)
     runs.clear()
