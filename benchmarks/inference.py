@@ -33,7 +33,7 @@ import torch
 import turns
 
 import allmlp as am
-from allmlp.weights.timm import from_ours
+from allmlp.weights.layouts import timm_from_ours as from_ours
 
 BASE = "timm, as it comes"
 CASES = ("mixer_b16:1", "mixer_b16:8", "mixer_b16:32", "mixer_s16:8", "mixer_l16:8")

@@ -24,7 +24,7 @@ import allmlp as am
 from allmlp.data.image import decode
 from allmlp.data.sources import open_splits
 from allmlp.models.catalog import model_from_config
-from allmlp.weights.resolution import resample
+from allmlp.models.resize import resample
 
 BATCH = 128
 

@@ -18,11 +18,10 @@ class Behaviour:
         content: of /file, whatever follows in the path.
         cut_after: bytes of a response after which the connection ends; used up one by one.
         ranges: whether Range is understood.
-        status: another answer than the file.
+        status: answers to HEAD other than the file, used up one by one.
         stall: seconds of silence in the middle of each response, used up one by one.
-        wrong_part: answer a range with the file from its beginning, used up one by one.
         tag: the file's ETag.
-        requests: the Range header of every request so far, None where there was none.
+        requests: the Range header of every GET so far, None where there was none.
     """
 
     content: bytes
@@ -30,7 +29,6 @@ class Behaviour:
     ranges: bool = True
     status: list[int] = field(default_factory=list)
     stall: list[float] = field(default_factory=list)
-    wrong_part: list[bool] = field(default_factory=list)
     tag: str = '"one"'
     requests: list[str | None] = field(default_factory=list)
 
@@ -42,12 +40,18 @@ def serve(behaviour: Behaviour) -> Iterator[str]:
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_GET(self) -> None:
-            asked = self.headers.get("Range")
-            behaviour.requests.append(asked)
+        def do_HEAD(self) -> None:
             if behaviour.status:
                 self.send_error(behaviour.status.pop(0))
                 return
+            self.send_response(200)
+            self.send_header("ETag", behaviour.tag)
+            self.send_header("Content-Length", str(len(behaviour.content)))
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            asked = self.headers.get("Range")
+            behaviour.requests.append(asked)
             content, start = behaviour.content, 0
             current = self.headers.get("If-Range", behaviour.tag) == behaviour.tag
             if asked and behaviour.ranges and current:
@@ -58,9 +62,6 @@ def serve(behaviour: Behaviour) -> Iterator[str]:
                     self.send_header("Content-Length", "0")
                     self.end_headers()
                     return
-                if behaviour.wrong_part:
-                    behaviour.wrong_part.pop(0)
-                    start = 0
                 self.send_response(206)
                 last = len(content) - 1
                 self.send_header("Content-Range", f"bytes {start}-{last}/{len(content)}")

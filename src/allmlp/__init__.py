@@ -28,14 +28,17 @@ if TYPE_CHECKING:
     from allmlp.inspection.inspect import Inspection, inspect
     from allmlp.models.catalog import create_model, list_models, random_weights
     from allmlp.models.layers import ImageClassifier
-    from allmlp.models.mixer import MixerConfig, MlpMixer
+    from allmlp.models.mixer import MlpMixer
+    from allmlp.models.mixer_config import MixerConfig
     from allmlp.preprocessing import Preprocessing
     from allmlp.training.config import TrainConfig
     from allmlp.training.loop import resume, train
     from allmlp.training.measure import evaluate
     from allmlp.training.recipes import recipe
     from allmlp.training.summary import TrainResult
-    from allmlp.weights.store import load_model, save_model
+    from allmlp.weights.checkpoints import list_checkpoints
+    from allmlp.weights.load import load_model
+    from allmlp.weights.save import save_model
 
 sleep_soon()  # before anything here imports torch
 
@@ -43,12 +46,13 @@ _HOME = {
     "create_model": "models.catalog",
     "list_models": "models.catalog",
     "ImageClassifier": "models.layers",
-    "MixerConfig": "models.mixer",
+    "MixerConfig": "models.mixer_config",
     "MlpMixer": "models.mixer",
     "Preprocessing": "preprocessing",
     "UserError": "errors",
-    "load_model": "weights.store",
-    "save_model": "weights.store",
+    "list_checkpoints": "weights.checkpoints",
+    "load_model": "weights.load",
+    "save_model": "weights.save",
     "Evaluation": "evaluation.accuracy",
     "evaluate": "training.measure",
     "Throughput": "evaluation.throughput_result",
@@ -95,6 +99,7 @@ __all__ = [
     "few_shot",
     "finetune",
     "inspect",
+    "list_checkpoints",
     "list_models",
     "load_model",
     "open_exported",

@@ -83,7 +83,7 @@ def test_protocols(capsys, class_folder: Path, model: Path, tmp_path: Path):
         out = tmp_path / f"out{len(losses)}"
         code, said, err = mixer(capsys, *common, out, *flags)
         assert code == 0
-        assert err.startswith("grown    16x16 -> 32x32 pixels" if size == 32 else "")
+        assert err.startswith("resized  16x16 -> 32x32 pixels" if size == 32 else "")
         assert err.count("\n") == (size == 32)
         words = f"{size}x{size} pixels, {resize}{'' if resize == 'squash' else f' {crop:g}'}, bil"
         assert said.startswith(f"protocol {words}")

@@ -118,7 +118,7 @@ def test_another_size_and_resize(capsys, place):
     assert code == 0
     assert "images    16x16 pixels, squash, bilinear" in out
     assert "seeds 0 1 2, l2 0.5\n" in out
-    assert "grown    8x8 -> 16x16" in err
+    assert "resized  8x8 -> 16x16" in err
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_one_run(capsys, place):
     assert f"begins with the weights {place / 'weights'}" in out
     assert f"mixer evaluate {run} --data {place / 'data'}:validation" in out
     assert err == (
-        "grown    8x8 -> 16x16 pixels: block-diagonal, 2x2 tiles\n"
+        "resized  8x8 -> 16x16 pixels: block-diagonal, 2x2 tiles\n"
         "head     kept: the weights know these 3 classes\n"
     )
     assert am.load_model(run).config.image_size == (16, 16)

@@ -10,7 +10,7 @@ import pytest
 import allmlp as am
 from allmlp.cli.main import main
 from allmlp.models.catalog import model_config
-from allmlp.models.mixer import MixerConfig
+from allmlp.models.mixer_config import MixerConfig
 
 SMALL = ["hidden_dim=16", "num_blocks=2", "tokens_mlp_dim=8", "channels_mlp_dim=32"]
 
@@ -35,7 +35,7 @@ def test_the_table_of_models(capsys):
     assert row[3] == f"{config.num_parameters:,}"
     assert row[4] == f"{config.flops / 1e9:.2f}"
     assert not any(line.startswith("vip_s7") for line in lines)
-    assert lines[-1].startswith("left out, for want of such a setting: cycle_mlp_b1")
+    assert lines[-1].startswith("left out, without such a setting: cycle_mlp_b1")
     assert mixer("models", *flags("pyramid=[[2,49]]")) == 0
     lines = capsys.readouterr().out.splitlines()
     assert next(line for line in lines if line.startswith("mixer_s16")).endswith("196 to 49")

@@ -57,7 +57,7 @@ def test_another_size_and_head(capsys, tmp_path: Path):
     flags = ("--image-size", "64x96", "--num-classes", "3")
     code, out, err = mixer(capsys, "convert", PARAMS, target, *flags)
     assert code == 0
-    assert "grown    32x32 -> 64x96 pixels: block-diagonal, 2x3 tiles" in err
+    assert "resized  32x32 -> 64x96 pixels: block-diagonal, 2x3 tiles" in err
     assert "head     new, all zeros, for 3 classes; the weights had 7 classes" in err
     assert "64x96 pixels, 3 classes" in out
     assert json.loads((target / "config.json").read_text())["architecture"]["image_size"] == [
@@ -75,8 +75,8 @@ def test_nothing_is_overwritten_unasked(capsys, tmp_path: Path):
     before = target.read_bytes()
     code, _, err = mixer(capsys, "convert", TIMM, target)
     assert code == 2
-    assert "the output is there already" in err
-    assert "Add --overwrite" in err
+    assert "already" in err
+    assert "overwrite" in err
     assert target.read_bytes() == before
     assert mixer(capsys, "convert", TIMM, target, "--overwrite")[0] == 0
     assert torch.equal(logits(target), logits(TIMM))
@@ -92,7 +92,7 @@ def test_nothing_is_overwritten_unasked(capsys, tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((PARAMS, "x.npz", "--format", "onnx"), "unknown format 'onnx'"),
+        ((PARAMS, "x.npz", "--format", "onnx"), "nvalid choice"),
         ((PARAMS, "x.pth"), "format allmlp is a .safetensors file, got 'x.pth'"),
         ((PARAMS, "x.npz", "--format", "timm"), "Call it x.safetensors"),
         ((PARAMS, "x", "--format", "google"), "Call it x.npz"),
@@ -100,9 +100,9 @@ def test_nothing_is_overwritten_unasked(capsys, tmp_path: Path):
         ((PARAMS, "x", "--image-size", "big"), "not an image size: 'big'"),
         (
             (PARAMS, "x", "--image-size", "64", "--resize-weights", "magic"),
-            "unknown resize_weights 'magic'",
+            "nvalid choice",
         ),
-        ((PARAMS, "x", "--resize-weights", "resample"), "none is given"),
+        ((PARAMS, "x", "--resize-weights", "resample"), "resize_weights needs image_size"),
         ((PARAMS, "x", "--image-size", "800000"), "GiB, the machine has"),
         ((PARAMS, "x", "--image-size", "9" * 5000), "not an image size"),
         ((PARAMS, "x.NPZ"), "Call it x.safetensors"),

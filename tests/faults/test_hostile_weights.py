@@ -91,78 +91,65 @@ def deep(old: bool = False, step: bytes = b"\x85", times: int = 1_000_000) -> by
 
 HTML = b"<!doctype html>\n<html><title>404 not found</title></html>\n"
 GOOD_NPZ = (GOLDEN / "official_tiny_params.npz").read_bytes()
-ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "pickle.pth": (lambda: pickle.dumps(Evil()), "could run code|not a whole"),
-    "evil.pth": (lambda: saved({"state_dict": Evil()}), "could run code"),
-    "evil_old.pth": (lambda: saved({"model": Evil()}, old=True), "could run code"),
-    "module.pth": (lambda: saved(tiny_model()), "could run code"),
-    "evil.safetensors": (lambda: saved(Evil()), "under the name of a safetensors"),
-    "expanded.pth": (lambda: saved(expanded()), "the tensors claim"),
-    "memory.pth": (lambda: saved({"a": bytearray(10)}), "could run code .*bytearray"),
-    "memory_old.pth": (lambda: saved({"a": bytearray(10)}, old=True), "could run code .*bytearray"),
-    "sparse.pth": (lambda: saved({"stem.weight": torch.eye(3).to_sparse()}), "could run code"),
-    "meta.pth": (
-        lambda: saved({"stem.weight": torch.zeros(3, device="meta")}),
-        "could run code|plain array",
+ATTACKS: dict[str, Callable[[], bytes]] = {
+    "pickle.pth": lambda: pickle.dumps(Evil()),
+    "evil.pth": lambda: saved({"state_dict": Evil()}),
+    "evil_old.pth": lambda: saved({"model": Evil()}, old=True),
+    "module.pth": lambda: saved(tiny_model()),
+    "evil.safetensors": lambda: saved(Evil()),
+    "expanded.pth": lambda: saved(expanded()),
+    "memory.pth": lambda: saved({"a": bytearray(10)}),
+    "memory_old.pth": lambda: saved({"a": bytearray(10)}, old=True),
+    "sparse.pth": lambda: saved({"stem.weight": torch.eye(3).to_sparse()}),
+    "meta.pth": lambda: saved({"stem.weight": torch.zeros(3, device="meta")}),
+    "negative.npz": lambda: archive({"a.npy": array("(-1, -1)")}),
+    "axes.npz": lambda: archive({"a.npy": array("(" + "1," * 70 + ")")}),
+    "nothing.npz": lambda: archive({"a.npy": array(f"({2**70}, 0)")}),
+    "truth.npz": lambda: archive({"a.npy": array("(True,)")}),
+    "long.npz": lambda: archive({"a.npy": array("(1,)", "<f16", bytes(16))}),
+    "deep.npz": lambda: archive({"a.npy": array("(" * 5000)}),
+    "minus.npz": lambda: archive({"a.npy": array("-" * 5000 + "1")}),
+    "deep_tuple.pth": deep,
+    "deep_tuple_old.pth": lambda: deep(old=True),
+    "doubled_tuple.pth": lambda: deep(step=b"q\x01h\x01\x86", times=45),
+    "script.pth": lambda: archive({"a/constants.pkl": b"", "a/data.pkl": b""}),
+    "compressed.pth": lambda: archive({"a/data.pkl": bytes(10**6)}, zipfile.ZIP_DEFLATED),
+    "cut.pth": lambda: saved({"a": torch.zeros(9)})[:-100],
+    "objects.npz": object_array,
+    "bomb.npz": lambda: archive({"stem/kernel.npy": bytes(200 * 2**20)}, zipfile.ZIP_DEFLATED),
+    "claims.npz": lambda: archive({"stem/kernel.npy": array("(1000000000000,)")}),
+    "overflow.npz": lambda: archive({"a.npy": array(f"({2**62}, 16)")}),
+    "text.npz": lambda: archive({"stem/kernel.npy": b"hello"}),
+    "strings.npz": lambda: archive({"a.npy": array("(1,)", "<U4", b"0" * 16)}),
+    "twice.npz": lambda: GOOD_NPZ.replace(b"MixerBlock_1/", b"MixerBlock_0/"),
+    "cut.npz": lambda: GOOD_NPZ[: len(GOOD_NPZ) // 2],
+    "flipped.npz": lambda: GOOD_NPZ[:5000] + bytes([GOOD_NPZ[5000] ^ 1]) + GOOD_NPZ[5001:],
+    "cut.safetensors": lambda: safe()[:-50],
+    "huge_header.safetensors": lambda: b"\xff" * 6 + bytes(2) + safe()[8:],
+    "huge_claim.safetensors": huge_claim,
+    "integers.safetensors": lambda: safe(
+        {"stem.weight": torch.zeros(16, 3, 4, 4, dtype=torch.int64)}
     ),
-    "negative.npz": (lambda: archive({"a.npy": array("(-1, -1)")}), "impossible shape"),
-    "axes.npz": (lambda: archive({"a.npy": array("(" + "1," * 70 + ")")}), "impossible shape"),
-    "nothing.npz": (lambda: archive({"a.npy": array(f"({2**70}, 0)")}), "impossible shape"),
-    "truth.npz": (lambda: archive({"a.npy": array("(True,)")}), "impossible shape|not an array"),
-    "long.npz": (lambda: archive({"a.npy": array("(1,)", "<f16", bytes(16))}), "numbers"),
-    "deep.npz": (lambda: archive({"a.npy": array("(" * 5000)}), "not an array|not a whole"),
-    "minus.npz": (lambda: archive({"a.npy": array("-" * 5000 + "1")}), "not an array|not a whole"),
-    "deep_tuple.pth": (deep, "more than 50 deep"),
-    "deep_tuple_old.pth": (lambda: deep(old=True), "more than 50 deep"),
-    "doubled_tuple.pth": (lambda: deep(step=b"2\x86", times=45), "more than 50 deep"),
-    "script.pth": (lambda: archive({"a/constants.pkl": b"", "a/data.pkl": b""}), "program"),
-    "compressed.pth": (
-        lambda: archive({"a/data.pkl": bytes(10**6)}, zipfile.ZIP_DEFLATED),
-        "compressed, which torch never does",
-    ),
-    "cut.pth": (lambda: saved({"a": torch.zeros(9)})[:-100], "not a whole"),
-    "objects.npz": (object_array, "holds Python objects"),
-    "bomb.npz": (
-        lambda: archive({"stem/kernel.npy": bytes(200 * 2**20)}, zipfile.ZIP_DEFLATED),
-        "would unpack to 209,715,200",
-    ),
-    "claims.npz": (lambda: archive({"stem/kernel.npy": array("(1000000000000,)")}), "claims"),
-    "overflow.npz": (lambda: archive({"a.npy": array(f"({2**62}, 16)")}), "claims"),
-    "text.npz": (lambda: archive({"stem/kernel.npy": b"hello"}), "not an array"),
-    "strings.npz": (lambda: archive({"a.npy": array("(1,)", "<U4", b"0" * 16)}), "numbers"),
-    "twice.npz": (
-        lambda: GOOD_NPZ.replace(b"MixerBlock_1/", b"MixerBlock_0/"),
-        "more than once|not a whole",
-    ),
-    "cut.npz": (lambda: GOOD_NPZ[: len(GOOD_NPZ) // 2], "not a whole"),
-    "flipped.npz": (
-        lambda: GOOD_NPZ[:5000] + bytes([GOOD_NPZ[5000] ^ 1]) + GOOD_NPZ[5001:],
-        "CRC",
-    ),
-    "cut.safetensors": (lambda: safe()[:-50], "not a whole safetensors file"),
-    "huge_header.safetensors": (lambda: b"\xff" * 6 + bytes(2) + safe()[8:], "not a whole"),
-    "huge_claim.safetensors": (huge_claim, "not a whole"),
-    "integers.safetensors": (
-        lambda: safe({"stem.weight": torch.zeros(16, 3, 4, 4, dtype=torch.int64)}),
-        "missing",
-    ),
-    "other.zip": (lambda: archive({"readme.txt": b"hello"}), "without weights"),
-    "empty.npz": (lambda: b"", "the file is empty"),
-    "empty.safetensors": (lambda: b"", "the file is empty"),
-    "html.npz": (lambda: HTML, "a web page"),
-    "html.safetensors": (lambda: HTML, "a web page"),
-    "html.pth": (lambda: HTML, "a web page"),
-    "text.safetensors": (lambda: b"hello", "begins like none"),
+    "other.zip": lambda: archive({"readme.txt": b"hello"}),
+    "empty.npz": lambda: b"",
+    "empty.safetensors": lambda: b"",
+    "html.npz": lambda: HTML,
+    "html.safetensors": lambda: HTML,
+    "html.pth": lambda: HTML,
+    "text.safetensors": lambda: b"hello",
 }
+# What must be called unsafe; the others are damaged, or no weights.
+UNSAFE = {"evil.pth", "evil_old.pth", "module.pth", "evil.safetensors", "expanded.pth", "bomb.npz"}
+UNSAFE |= {"script.pth", "compressed.pth", "twice.npz"}
 
 
 @pytest.mark.parametrize("name", list(ATTACKS))
 def test_load_model_refuses(tmp_path: Path, name: str):
-    make, message = ATTACKS[name]
     path = tmp_path / name
-    path.write_bytes(make())
-    with pytest.raises(am.UserError, match=message) as caught:
+    path.write_bytes(ATTACKS[name]())
+    with pytest.raises(am.UserError) as caught:
         am.load_model(path)
+    assert (caught.value.code == "unsafe") == (name in UNSAFE)
     what, where = caught.value.what, caught.value.where
     assert str(path) in str(where)
     assert len(what.splitlines()) == 1
@@ -187,7 +174,7 @@ def test_every_verb_refuses(
 
     monkeypatch.chdir(tmp_path)
     path = tmp_path / name
-    path.write_bytes(ATTACKS[name][0]())
+    path.write_bytes(ATTACKS[name]())
     with pytest.raises(SystemExit) as caught:
         main([str(path) if each == "FILE" else each for each in verb])
     assert caught.value.code == 2
@@ -259,7 +246,7 @@ def test_values_that_would_spoil_predictions(tmp_path: Path, change: dict[str, o
     path = am.save_model(tiny_model(), tmp_path / "folder")
     said = {**json.loads((path.parent / "config.json").read_text()), **change}
     (path.parent / "config.json").write_text(json.dumps(said))
-    with pytest.raises(am.UserError, match="not a preprocessing|no valid text"):
+    with pytest.raises(am.UserError, match="not a preprocessing|not valid text"):
         am.load_model(path)
 
 
@@ -268,7 +255,7 @@ def test_a_million_blocks_by_name(tmp_path: Path):
     state["blocks.999999999999.layer_norm_0.weight"] = torch.zeros(16)
     state["blocks.999999.layer_norm_0.weight"] = torch.zeros(16)
     safetensors.torch.save_file(state, tmp_path / "x.safetensors")
-    with pytest.raises(am.UserError, match="block 999,999 is there, but the file has"):
+    with pytest.raises(am.UserError, match="block 999,999"):
         am.load_model(tmp_path / "x.safetensors")
 
 
@@ -277,7 +264,7 @@ def test_a_bomb_does_not_cost_memory(tmp_path: Path):
     path = tmp_path / "bomb.npz"
     path.write_bytes(archive({"a.npy": bytes(2**28)}, zipfile.ZIP_DEFLATED))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(am.UserError, match="would unpack"):
+    with pytest.raises(am.UserError, match="unpack"):
         am.load_model(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import allmlp as am
 from allmlp.inspection.token_mixing import measure_model, model_units, weight_correlations
-from allmlp.weights.resolution import resize_tokens
+from allmlp.weights.load import resize_model
 from conftest import TINY, tiny_model
 
 pytestmark = pytest.mark.numerics
@@ -51,7 +51,7 @@ def test_a_model_grown_by_blocks():
     """Every unit of the small model is there once per tile, and reads only its own."""
     model = tiny_model(image_size=8)
     tensors = dict(model.state_dict())
-    config, _ = resize_tokens(tensors, model.config, (16, 16), "block-diagonal")
+    config, _ = resize_model(tensors, model.config, (16, 16), "block-diagonal")
     grown = am.MlpMixer(config)
     grown.load_state_dict(tensors)
     measured = measure_model(grown)

@@ -9,13 +9,12 @@ import torch
 
 import allmlp as am
 from allmlp.models.catalog import (
-    ARCHITECTURES,
     architecture_name,
+    architectures,
     config_from_json,
     config_to_json,
     model_config,
 )
-from allmlp.runtime.device import choose_device
 from conftest import TINY, tiny_model
 
 TABLE_1 = {  # P, C, L, D_S, D_C, S at 224 px
@@ -34,7 +33,7 @@ def test_table_1():
     others = [*(f"cycle_mlp_b{n}" for n in range(1, 6)), "vip_s14", "vip_s7", "vip_m7", "vip_l7"]
     assert am.list_models() == [*TABLE_1, *others]
     for name, (patch, dim, blocks, tokens_dim, channels_dim, tokens) in TABLE_1.items():
-        config = ARCHITECTURES[name]
+        config = architectures()[name]
         assert isinstance(config, am.MixerConfig)
         assert (config.patch_size, config.hidden_dim, config.num_blocks) == (patch, dim, blocks)
         assert (config.tokens_mlp_dim, config.channels_mlp_dim) == (tokens_dim, channels_dim)
@@ -84,23 +83,9 @@ def test_names_of_architectures(name):
     ],
 )
 def test_a_wrong_description_is_refused(change, message):
-    values = {**config_to_json(ARCHITECTURES["mixer_s16"]), **change}
+    values = {**config_to_json(architectures()["mixer_s16"]), **change}
     with pytest.raises(am.UserError, match=message):
         config_from_json(values)
-
-
-def test_devices():
-    assert choose_device("cpu") == torch.device("cpu")
-    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("gpu", "mps", "meta"):
-        with pytest.raises(am.UserError, match=f"unknown device '{name}'"):
-            choose_device(name)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there():
-    with pytest.raises(am.UserError, match="finds 0 CUDA GPUs"):
-        choose_device("cuda")
 
 
 def test_random_weights():

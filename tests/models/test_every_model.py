@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 import allmlp as am
-from allmlp.models.catalog import ARCHITECTURES, config_from_json, config_to_json
+from allmlp.models.catalog import architectures, config_from_json, config_to_json
 from allmlp.models.cycle_mlp import CycleMLPConfig
 from allmlp.models.layers import draw_stochastic_depth, set_stochastic_depth
-from allmlp.models.mixer import MixerConfig
+from allmlp.models.mixer_config import MixerConfig
 from allmlp.models.vision_permutator import VisionPermutatorConfig
 from allmlp.runtime.device import can_compile
 from conftest import check_every_gradient
@@ -31,7 +31,7 @@ FIRST_OF_FAMILY = ("mixer_s32", "cycle_mlp_b1", "vip_s7")
 
 def small(name: str) -> tuple[int, dict[str, Any]]:
     """The image size, and the overrides that make an architecture small and keep its kind."""
-    config = ARCHITECTURES[name]
+    config = architectures()[name]
     if isinstance(config, MixerConfig):
         widths = {"hidden_dim": 16, "tokens_mlp_dim": 6, "channels_mlp_dim": 24, "num_blocks": 2}
         return 2 * config.patch_size, widths
@@ -140,7 +140,7 @@ def test_other_classes(name: str, tmp_path: Path):
 def test_odd_sizes_or_the_refusal(name: str, tmp_path: Path):
     size, overrides = small(name)
     path = am.save_model(build(name).eval(), tmp_path / "model").parent
-    is_free = isinstance(ARCHITECTURES[name], CycleMLPConfig)
+    is_free = isinstance(architectures()[name], CycleMLPConfig)
     if is_free:
         assert am.create_model(name, size + 1, 5, **overrides).config.image_size == (size + 1,) * 2
         odd = am.load_model(path, image_size=(size + 5, size - 3), quiet=True)
@@ -218,7 +218,7 @@ def test_compile(name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_operations_and_words(name: str):
     """At full size: what is said of a model before it is built."""
-    config = ARCHITECTURES[name]
+    config = architectures()[name]
     assert config.flops > 1e9
     assert config.summary()
     twice = dataclasses.replace(config, image_size=(448, 224))

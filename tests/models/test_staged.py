@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import allmlp as am
+from allmlp.models.layers import StochasticDepth
 from staged_models import check_golden, small_cycle, small_permutator
 
 pytestmark = pytest.mark.numerics
@@ -88,3 +89,12 @@ def test_layer_norm_epsilon_and_gelu(small: Callable[[], am.ImageClassifier]):
     gelus = [module for module in model.modules() if isinstance(module, nn.GELU)]
     assert len(gelus) == 2 * 3
     assert all(torch.equal(gelu(x), F.gelu(x, approximate="none")) for gelu in gelus)
+
+
+def test_stochastic_depth_rises_linearly_over_the_blocks():
+    for model, expected in (
+        (small_cycle(depths=(2, 3), stochastic_depth=0.2), [0, 0.05, 0.1, 0.15, 0.2]),
+        (small_permutator(stochastic_depth=0.3), [0, 0.15, 0.3]),
+    ):
+        drops = [m.probability for m in model.modules() if isinstance(m, StochasticDepth)]
+        assert drops == pytest.approx([rate for rate in expected for _ in range(2)])

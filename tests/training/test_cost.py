@@ -8,7 +8,7 @@ import torch
 import allmlp as am
 from allmlp.evaluation.throughput import count_parameters
 from allmlp.models.catalog import model_config
-from allmlp.models.mixer import MixerConfig
+from allmlp.models.mixer_config import MixerConfig
 from allmlp.training.cost import (
     TrainingMemory,
     activation_bytes,

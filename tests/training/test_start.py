@@ -198,10 +198,10 @@ def test_a_run_of_ones_own(trained):
 @pytest.mark.parametrize(
     ("size", "growth", "how"),
     [
-        (16, "auto", "grown    8x8 -> 16x16 pixels: block-diagonal"),
-        (12, "auto", "grown    8x8 -> 12x12 pixels: resample"),
-        (16, "resample", "grown    8x8 -> 16x16 pixels: resample"),
-        ((8, 16), "auto", "grown    8x8 -> 8x16 pixels: block-diagonal"),
+        (16, "auto", "resized  8x8 -> 16x16 pixels: block-diagonal"),
+        (12, "auto", "resized  8x8 -> 12x12 pixels: resample"),
+        (16, "resample", "resized  8x8 -> 16x16 pixels: resample"),
+        ((8, 16), "auto", "resized  8x8 -> 8x16 pixels: block-diagonal"),
     ],
 )
 def test_another_image_size(animals, capsys, size, growth, how):

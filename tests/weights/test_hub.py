@@ -97,12 +97,10 @@ def load(source: str, home: Path, **environment: str) -> subprocess.CompletedPro
 
 
 def test_names():
-    assert hub.parse("hf:timm/mixer_b16_224.miil_in21k") == hub.HubModel(
-        "timm/mixer_b16_224.miil_in21k", None
-    )
-    assert hub.parse("hf:a/b@refs/pr/1").revision == "refs/pr/1"
+    assert hub.parse("hf:timm/mixer_b16_224.miil_in21k") == ("timm/mixer_b16_224.miil_in21k", None)
+    assert hub.parse("hf:a/b@refs/pr/1") == ("a/b", "refs/pr/1")
     for wrong in ("hf:", "hf:a", "hf:a/b/c", "hf:a/b@", "hf:a/b c"):
-        with pytest.raises(am.UserError, match="not a model on the hub"):
+        with pytest.raises(am.UserError):
             hub.parse(wrong)
 
 

@@ -106,8 +106,8 @@ def load_named(
 
     if is_exported(source):
         return open_exported(refuse_changes(source, image_size, resize_weights, exported))
-    from allmlp.weights.resolution import RESIZE_WEIGHTS
-    from allmlp.weights.store import load_model
+    from allmlp.models.resize import RESIZE_WEIGHTS
+    from allmlp.weights.load import load_model
 
     if resize_weights is not None and resize_weights not in RESIZE_WEIGHTS:
         fix = f"Known: {', '.join(RESIZE_WEIGHTS)}"

@@ -99,7 +99,7 @@ def few_shot(
     from allmlp.io import STANDARD_OUTPUT, check_not_inputs
     from allmlp.models.catalog import random_weights
     from allmlp.models.layers import preprocessing_of
-    from allmlp.weights.locate import files_of
+    from allmlp.weights.load import files_of
 
     settings = measure.check_settings(
         shots=shots,

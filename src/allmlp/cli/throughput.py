@@ -121,7 +121,7 @@ def throughput(
     from allmlp.console import Reporter
     from allmlp.evaluation.throughput import throughput as measure
     from allmlp.io import STANDARD_OUTPUT, check_not_inputs
-    from allmlp.weights.locate import files_of
+    from allmlp.weights.load import files_of
 
     target = check_json(output, "throughput.json", overwrite=overwrite)
     if target is not None:
@@ -191,7 +191,7 @@ def _build(
     from allmlp.io import expand
     from allmlp.models.catalog import create_model, list_models
     from allmlp.weights.checkpoints import CHECKPOINTS, find_checkpoint
-    from allmlp.weights.store import load_model
+    from allmlp.weights.load import load_model
 
     if name in list_models() or (name.startswith("timm:") and "." not in name):
         return _new(lambda: create_model(name, size, **overrides), device)

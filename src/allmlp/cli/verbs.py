@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from allmlp.cli.check import check
-from allmlp.cli.convert import convert
 from allmlp.cli.evaluate import evaluate
 from allmlp.cli.export import export
 from allmlp.cli.few_shot import few_shot
 from allmlp.cli.finetune import finetune
-from allmlp.cli.models import models
 from allmlp.cli.pack import index, pack
 from allmlp.cli.predict import predict
 from allmlp.cli.serve import serve
@@ -49,7 +47,13 @@ PAPER = {
 }
 
 VERBS: dict[str, Any] = {
-    "models": models,
+    "models": Command(
+        "cli.models",
+        "ModelsOptions",
+        "models",
+        "List the architectures, the published weights, or what a weights file holds.",
+        "show",
+    ),
     "train": train,
     "finetune": finetune,
     "evaluate": evaluate,
@@ -64,7 +68,14 @@ VERBS: dict[str, Any] = {
         ("model",),
     ),
     "throughput": throughput,
-    "convert": convert,
+    "convert": Command(
+        "weights.convert",
+        "ConvertOptions",
+        "convert",
+        "Write a model in another format, at another image size, or with a new head.",
+        "show",
+        ("model", "output"),
+    ),
     "export": export,
     "serve": serve,
     **PAPER,

@@ -51,7 +51,7 @@ from allmlp.io import staging_folder
 from allmlp.models.layers import ImageClassifier, preprocessing_of
 from allmlp.runtime.device import torch_settings
 from allmlp.training.measure import evaluate
-from allmlp.weights.store import load_model
+from allmlp.weights.load import load_model
 
 MAX_ACCURACY_DROP = 0.5  # points
 CALIBRATION_IMAGES = 1000

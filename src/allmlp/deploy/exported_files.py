@@ -17,9 +17,6 @@ from allmlp.deploy.metadata import Description, to_text
 from allmlp.deploy.onnx_graph import copied, finish
 from allmlp.deploy.runner import ExportedModel, open_exported
 from allmlp.errors import UserError
-from allmlp.models.ablations import UntiedLinear
-from allmlp.models.cycle_mlp import CycleFC
-from allmlp.models.small_resnet import ResidualBlock
 
 # The formats, and how the names of their files end.
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2"}
@@ -103,17 +100,10 @@ def with_bfloat16_products(net: nn.Module) -> nn.Module:
     The stem, and the convolutions between stages, whose results are the stream, are left alone.
     """
     made = copy.deepcopy(net)
-    inside = [
-        each
-        for block in made.modules()
-        if isinstance(block, ResidualBlock)
-        for each in block.children()
-        if isinstance(each, nn.Conv2d)
-    ]
-    dense = (nn.Linear, UntiedLinear, CycleFC)
-    for each in [*inside, *(each for each in made.modules() if isinstance(each, dense))]:
-        each.to(torch.bfloat16)
-        each.register_forward_pre_hook(_to_bfloat16)
+    for module in made.modules():
+        if isinstance(module, nn.Linear) or getattr(module, "half_products", False):
+            module.to(torch.bfloat16)
+            module.register_forward_pre_hook(_to_bfloat16)
     head = getattr(getattr(made, "model", made), "head", None)
     if head is not None:
         head.register_forward_hook(_to_float32)

@@ -16,8 +16,7 @@ from allmlp.errors import UserError, named_memory_errors
 from allmlp.io import check_not_inputs, check_output_file, expand
 from allmlp.models.layers import ImageClassifier
 from allmlp.runtime.device import to_device
-from allmlp.weights.locate import files_of
-from allmlp.weights.store import load_model
+from allmlp.weights.load import files_of, load_model
 
 __all__ = ["Prediction", "check_output", "find_images", "predict", "predict_to_file", "render"]
 

@@ -43,11 +43,11 @@ from allmlp.inspection.units import OPPOSITE, UnitMeasures
 from allmlp.io import Content, atomic_write_all, check_not_inputs, check_output_folder, expand
 from allmlp.models.catalog import random_weights
 from allmlp.models.layers import ImageClassifier
+from allmlp.models.resize import ResizeWeights
 from allmlp.options import ImageSize, Options, make
 from allmlp.plots import writer
 from allmlp.runtime.device import check_has_weights, to_device
-from allmlp.weights.resolution import ResizeWeights
-from allmlp.weights.store import load_model
+from allmlp.weights.load import load_model
 
 FIRST_LAYERS, STRONGEST = 3, 4
 

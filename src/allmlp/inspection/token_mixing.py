@@ -17,7 +17,7 @@ from allmlp.errors import UserError
 from allmlp.inspection.units import FREQUENCY_EDGES, OPPOSITE, Floats, UnitMeasures, measure_units
 from allmlp.models.catalog import config_to_json
 from allmlp.models.layers import ImageClassifier
-from allmlp.models.mixer import MixerConfig
+from allmlp.models.mixer_config import MixerConfig
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
 """CycleMLP: A MLP-like Architecture for Dense Prediction (Chen et al. 2022, arXiv 2107.10224).
 
-Its token mixing does not depend on the size of the picture. A dense layer over the channels reads
+Its token mixing does not depend on the image size. A dense layer over the channels reads
 each channel from a neighbouring position: channel c from the one beside it by
     0, +1, -1, 0, +1, -1, ...
 along the width in one branch and along the height in the other, zeros beyond the border. So a layer
-sees three positions at the price of one, and many layers see far.
+sees three positions at the cost of one, and many layers see far.
 
-Equal to its authors' code (ShoufaChen/CycleMLP), where the same is a deformable convolution whose
-offsets are a buffer of the state dict: here the shifts are taken from that buffer. The paper's
-figure 4 draws another order of them than the code has; the code is what was trained.
+Equal to its authors' code (ShoufaChen/CycleMLP), where it is a deformable convolution whose
+offsets are a buffer of the state dict: here the shifts are read from that buffer. The paper's
+figure 4 draws them in another order than the code; the code is what was trained.
 
 Shapes: N batch, (H, W) a stage's grid, C its channels; channels come last between stem and head.
 """
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allmlp.errors import UserError
-from allmlp.models.layers import is_number
+from allmlp.models.layers import Family, check_config, shape_of
 from allmlp.models.staged import (
     Block,
     Convolution,
@@ -32,6 +32,8 @@ from allmlp.models.staged import (
     StagedConfig,
     blocks_and_head_macs,
     drop_rates,
+    imagenet_preprocessing,
+    infer_stages,
 )
 
 STEPS = 3  # the cycle of the published models: 0, +1, -1
@@ -43,7 +45,7 @@ class CycleMLPConfig(StagedConfig):
 
     Args:
         stem_kernel: side of the stem's window in pixels.
-        stem_stride: pixels from one window of the stem to the next; the picture must be at least so
+        stem_stride: pixels from one window of the stem to the next; the image must be at least that
             large, and may otherwise be of any size.
 
     The other fields are those of `StagedConfig`.
@@ -57,10 +59,7 @@ class CycleMLPConfig(StagedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("stem_kernel", "stem_stride"):
-            if not is_number(getattr(self, name)):
-                what = f"{name} must be a whole number of at least 1"
-                raise ValueError(f"{what}, got {getattr(self, name)!r}")
+        check_config(self, "stem_kernel", "stem_stride")
         if self.stem_kernel < self.stem_stride:
             raise ValueError(
                 f"a stem_kernel of {self.stem_kernel} pixels with a stem_stride of "
@@ -74,7 +73,7 @@ class CycleMLPConfig(StagedConfig):
 
     @property
     def stem_padding(self) -> int:
-        """Zeros around the picture: 2 for the published stem."""
+        """Zeros around the image: 2 for the published stem."""
         return (self.stem_kernel - self.stem_stride + 1) // 2
 
     @property
@@ -88,8 +87,8 @@ class CycleMLPConfig(StagedConfig):
     def flops(self) -> int:
         """Operations of one image, a multiply-add counted as two.
 
-        Of convolutions and dense layers; biases, GELU, LayerNorm and what weighs the branches are
-        left out, as is usual.
+        Of convolutions and dense layers; biases, GELU, LayerNorm and the weights of the branches
+        are left out, as is usual.
         """
         areas = [height * width for height, width in self.grids]
         stem = areas[0] * self.stem_kernel**2 * self.in_channels * self.dims[0]
@@ -107,18 +106,12 @@ class CycleFC(nn.Module):
 
         out[n, i, j] = bias + sum over c of weight[:, c] x[n, i + dy_c, j + dx_c, c]
 
-    with zeros beyond the border.
-
-    Args:
-        dim: C.
-        along: "width" shifts to the side, "height" up and down.
-        most: shifts of more positions are refused when a state dict brings them.
-
-    Attributes:
-        offset: (1, 2C, 1, 1), dy and dx of each channel in turn; the published layout.
+    with zeros beyond the border. The buffer `offset`, (1, 2C, 1, 1), has dy and dx of each channel
+    in turn, the published layout; a state dict may not bring shifts beyond `most` positions.
     """
 
     offset: Tensor
+    half_products: ClassVar[bool] = True  # an export may compute them in bfloat16
 
     def __init__(self, dim: int, along: str, most: int) -> None:
         super().__init__()
@@ -134,9 +127,7 @@ class CycleFC(nn.Module):
         self.register_buffer("offset", offset)
         steps = [(start + half) % STEPS - half for start in range(min(STEPS, dim))]
         self.runs: list[Run] = [
-            (0, step, slice(start, None, STEPS))
-            if along == "width"
-            else (step, 0, slice(start, None, STEPS))
+            (*((0, step) if along == "width" else (step, 0)), slice(start, None, STEPS))
             for start, step in enumerate(steps)
         ]
         self.register_load_state_dict_post_hook(_read_offset)
@@ -152,7 +143,7 @@ class CycleFC(nn.Module):
             padded[:, top + dy : top + dy + height, left + dx : left + dx + width, channels]
             for dy, dx, (_, _, channels) in zip(down, right, self.runs, strict=True)
         ]
-        # The channels stand by their shifts now, and so must the columns of the weight.
+        # The channels are ordered by their shifts now, and so must be the columns of the weight.
         weight = self.weight[:, :, 0, 0]
         columns = torch.cat([weight[:, channels] for _, _, channels in self.runs], dim=1)
         return F.linear(torch.cat(shifted, dim=3), columns, self.bias)
@@ -164,11 +155,7 @@ def _limited(shift: int, side: int) -> int:
 
 
 def _read_offset(module: nn.Module, _: Any) -> None:
-    """Takes the shifts from the buffer that has just been loaded.
-
-    Raises:
-        UserError: they are no whole numbers, or beyond the picture.
-    """
+    """Reads the shifts from the buffer that has just been loaded."""
     assert isinstance(module, CycleFC)
     if module.offset.is_meta:
         return
@@ -176,15 +163,8 @@ def _read_offset(module: nn.Module, _: Any) -> None:
 
 
 def runs_of(offset: Tensor, most: int) -> list[Run]:
-    """Returns the shifts of a published `offset` buffer, and the channels that have each.
-
-    Args:
-        offset: (1, 2C, 1, 1), dy and dx of each channel in turn.
-        most: the largest shift that makes sense, in positions.
-
-    Raises:
-        UserError: a shift is no whole number or larger than that.
-    """
+    """Returns the shifts of a published `offset` buffer, and the channels of each; UserError if one
+    is not whole or larger than `most`, the image."""
     values = offset.detach().reshape(-1, 2).double().cpu()
     wrong = ~(torch.isfinite(values) & (values == values.round()))
     if wrong.any():
@@ -193,7 +173,7 @@ def runs_of(offset: Tensor, most: int) -> list[Run]:
         raise UserError(what, fix="Only weights with integer offsets are computed here")
     if (values.abs() > most).any():
         value = float(values.abs().max())
-        what = f"an offset of CycleMLP shifts by {value:g} positions, beyond a picture of {most}"
+        what = f"an offset of CycleMLP shifts by {value:g} positions, beyond an image of {most}"
         raise UserError(what, fix="Is it the right file?")
     of_shift: dict[tuple[int, int], list[int]] = {}
     for channel, (dy, dx) in enumerate(values.long().tolist()):
@@ -215,8 +195,8 @@ def _slices(channels: list[int]) -> list[slice]:
 
 
 class CycleFusion(Fusion):
-    """The token mixing of a CycleMLP block. The published names call the branch along the width
-    `sfc_h` and the one along the height `sfc_w`."""
+    """The token mixing of a block. The published names call the branch along the width `sfc_h` and
+    the one along the height `sfc_w`."""
 
     def __init__(self, dim: int, most: int) -> None:
         super().__init__(dim)
@@ -251,3 +231,46 @@ class CycleMLP(StagedClassifier):
             blocks = (Block(CycleFusion(dim, most), dim, ratio * dim, drop) for drop in drops)
             parts.append(nn.Sequential(*blocks))
         super().__init__(config, stem, parts)
+
+
+def _resize(tensors: Any, old: Any, new: CycleMLPConfig, method: str) -> tuple[Any, str]:
+    if method != "auto":
+        what = f"resize_weights={method!r} has no effect: no weight of CycleMLP depends on the size"
+        raise UserError(what, fix="Leave it out")
+    return new, "the weights do not depend on it"
+
+
+def _infer(shapes: Any, written: Any, asked: Any) -> CycleMLPConfig:
+    kernel = shape_of(shapes, "patch_embed.proj.weight", 4)[2]
+    if kernel != CycleMLPConfig.stem_kernel:
+        what = f"the stem's window is {kernel} pixels wide, and the file does not say its stride"
+        raise ValueError(f"{what}: it needs the config.json that we write")
+    return CycleMLPConfig(image_size=written or (224, 224), **infer_stages(shapes)[0])
+
+
+_NARROW, _WIDE = (64, 128, 320, 512), (96, 192, 384, 768)
+_SHAPES = {  # of its authors' code: depths, dims, hidden units of an MLP over its channels
+    "cycle_mlp_b1": ((2, 2, 4, 2), _NARROW, (4, 4, 4, 4)),
+    "cycle_mlp_b2": ((2, 3, 10, 3), _NARROW, (4, 4, 4, 4)),
+    "cycle_mlp_b3": ((3, 4, 18, 3), _NARROW, (8, 8, 4, 4)),
+    "cycle_mlp_b4": ((3, 8, 27, 3), _NARROW, (8, 8, 4, 4)),
+    "cycle_mlp_b5": ((3, 4, 24, 3), _WIDE, (4, 4, 4, 4)),
+}
+# `crop_pct` of the authors' `default_cfgs` is 0.9 for these depths and widths, else 0.875.
+_CUT_LESS = [_SHAPES[f"cycle_mlp_b{number}"] for number in (1, 2, 3)]
+FAMILY = Family(
+    name="cycle_mlp",
+    title="CycleMLP",
+    paper="Chen et al. 2022, arXiv 2107.10224",
+    config=CycleMLPConfig,
+    build=CycleMLP,
+    architectures={
+        name: CycleMLPConfig(depths=depths, dims=dims, mlp_ratios=ratios)
+        for name, (depths, dims, ratios) in _SHAPES.items()
+    },
+    resize=_resize,
+    infer=_infer,
+    preprocessing=lambda config: imagenet_preprocessing(
+        config, 0.9 if (config.depths, config.dims, config.mlp_ratios) in _CUT_LESS else 0.875
+    ),
+)

@@ -25,8 +25,6 @@ from torch import Tensor, nn
 
 from allmlp.errors import UserError
 from allmlp.models.layers import ImageClassifier
-from allmlp.models.mixer import MlpBlock, MlpMixer
-from allmlp.models.staged import Mlp
 from allmlp.runtime.device import (
     SMALL_STEP,
     check_bfloat16,
@@ -42,8 +40,6 @@ PRECISIONS = ("float32", "bfloat16", "auto")
 # Whether a model is small goes by this many images, whatever the batch is: what a model answers to
 # an image is not to depend on how many come with it.
 _IMAGES = 8
-# The MLPs, and which of their dense layers the GELU, called "gelu", follows.
-_BEFORE_GELU: dict[type[nn.Module], str] = {MlpBlock: "dense_0", Mlp: "fc1"}
 
 
 def choose_precision(
@@ -240,7 +236,7 @@ def pack(model: ImageClassifier, precision: str) -> ImageClassifier:
     without_effect = _biases_without_effect(network)
     for module, name in packable(network):
         gelu = None
-        if _BEFORE_GELU.get(type(module)) == name:
+        if getattr(type(module), "before_gelu", None) == name:  # an MLP, whose GELU is "gelu"
             after = module.get_submodule("gelu")
             assert isinstance(after, nn.GELU)
             gelu = after.approximate
@@ -252,21 +248,16 @@ def pack(model: ImageClassifier, precision: str) -> ImageClassifier:
 
 
 def _biases_without_effect(network: ImageClassifier) -> set[int]:
-    """Returns the ids of the biases that `MixerBlock` says change no logit.
-
-    None where anything but our own blocks and their LayerNorms may read the tokens.
-    """
-    if not isinstance(network, MlpMixer) or network.config.token_mixing != "shared":
+    """Returns the ids of the biases that the model says change no logit; none of them where
+    anything but our own blocks and their LayerNorms may read the tokens."""
+    biases = network.biases_without_effect()
+    parts = [network, *network.children(), *getattr(network, "blocks", ())]
+    is_ours = all(type(part).__module__.startswith(("allmlp.models.", "torch.")) for part in parts)
+    norms = sum(type(module) is nn.LayerNorm for module in network.modules())
+    hooks = any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+    if not biases or not is_ours or hooks or norms != 2 * len(biases) + 1:
         return set()
-    parts = (network, *network.blocks)
-    norms = sum(type(each) is nn.LayerNorm for each in network.modules())
-    if (
-        norms != 2 * len(network.blocks) + 1
-        or not all(type(each).__module__.startswith("allmlp.models.") for each in parts)
-        or any(each._forward_hooks or each._forward_pre_hooks for each in network.modules())
-    ):
-        return set()
-    return {id(block.get_parameter("token_mixing.dense_1.bias")) for block in network.blocks}
+    return {id(bias) for bias in biases}
 
 
 def _with_exact_head(model: ImageClassifier) -> ImageClassifier:

@@ -1,4 +1,5 @@
-"""What several architectures share: stochastic depth, initialisers and the frame of a classifier.
+"""What all architectures share: stochastic depth, initialisers, the frame of a classifier, and the
+record of a family.
 
 Shapes: N batch, S tokens, C channels, H W pixels.
 """
@@ -6,7 +7,9 @@ Shapes: N batch, S tokens, C channels, H W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Set
+import re
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -18,19 +21,12 @@ from allmlp.runtime.process import keep_freed_memory
 
 
 class StochasticDepth(nn.Module):
-    """Drops a residual branch whole, for each sample on its own, in training only.
+    """Drops a residual branch as a whole, per sample, in training only (Huang et al. 2016).
 
-    A kept branch is scaled by 1 / (1 - probability), so that its expectation is that of evaluation,
-    where nothing is dropped. Source: Huang et al. 2016; the paper's appendix B.
-
-    Args:
-        probability: of dropping the branch, 0 <= probability < 1.
-
-    Attributes:
-        kept: (N,) 1 for each sample whose branch is kept and 0 for the others, as
-            `draw_stochastic_depth` draws it; None draws it here, from torch's global numbers.
+    A kept branch is scaled by 1 / (1 - probability): its expectation is that of evaluation.
     """
 
+    # (N,) 1 for a sample whose branch is kept, of `draw_stochastic_depth`; None: drawn here.
     kept: Tensor | None = None
 
     def __init__(self, probability: float) -> None:
@@ -51,42 +47,35 @@ class StochasticDepth(nn.Module):
         return branch * (mask / keep)
 
     def extra_repr(self) -> str:
-        """What print(model) shows of it."""
         return f"probability={self.probability:.4g}"
 
 
 def draw_stochastic_depth(model: nn.Module, num_samples: int, random: torch.Generator) -> Tensor:
     """Returns which branches of which samples are kept, float32 (branches, N).
 
-    Drawn outside of the model and for a whole batch, it is the same whatever share of the batch a
-    process or a micro-batch takes, on a CPU and on a GPU, compiled or not.
-
-    Args:
-        model: with any number of `StochasticDepth`, whose order is that of the rows.
-        num_samples: N.
-        random: a generator on the CPU.
+    Drawn outside the model and for a whole batch, it is the same however processes and
+    micro-batches split the batch, on a CPU and on a GPU, compiled or not.
     """
-    keep = [1.0 - each.probability for each in _drops(model)]
+    keep = [1.0 - drop.probability for drop in _drops(model)]
     drawn = torch.rand(len(keep), num_samples, generator=random)
     return (drawn < torch.tensor(keep).view(-1, 1)).float()
 
 
 def set_stochastic_depth(model: nn.Module, kept: Tensor | None) -> None:
-    """Lets the model keep these branches, (branches, N), at its next calls; None: draw again."""
-    for row, each in enumerate(_drops(model)):
-        each.kept = None if kept is None else kept[row]
+    """Makes the model keep these branches, (branches, N), in its next calls; None: draw again."""
+    for row, drop in enumerate(_drops(model)):
+        drop.kept = None if kept is None else kept[row]
 
 
 def _drops(model: nn.Module) -> list[StochasticDepth]:
-    modules = (each for each in model.modules() if isinstance(each, StochasticDepth))
-    return [each for each in modules if each.probability > 0.0]
+    drops = (module for module in model.modules() if isinstance(module, StochasticDepth))
+    return [drop for drop in drops if drop.probability > 0.0]
 
 
 def lecun_normal_(weight: Tensor) -> Tensor:
-    """Fills `weight` in place as Flax initialises a kernel, and returns it.
+    """Fills `weight`, (out, in, ...), in place as Flax initialises a kernel, and returns it.
 
-    A normal truncated at two standard deviations, whose variance after truncation is 1 / fan_in.
-    fan_in is all but the first axis: (out, in) of a dense layer, (out, in, P, P) of the stem.
+    A normal truncated at two standard deviations whose variance after truncation is 1 / fan_in.
     """
     variance_of_truncated_unit_normal = 0.87962566103423978**2
     fan_in = weight[0].numel()
@@ -94,62 +83,80 @@ def lecun_normal_(weight: Tensor) -> Tensor:
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
-def is_number(value: Any, least: int = 1) -> bool:
-    """Says whether a value is a whole number (and no truth value) of at least so much."""
+def is_integer(value: Any, least: int = 1) -> bool:
+    """Returns whether a value is an integer (not a bool) of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def is_share(value: Any) -> bool:
-    """Says whether a value is a number of at least 0 and below 1: a probability that is not 1."""
-    is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and 0.0 <= value < 1.0
+def check_config(config: Any, *integers: str) -> None:
+    """Checks the fields that all configurations have and these `integers` of at least 1, and makes
+    image_size (H, W)."""
+    size = config.image_size
+    size = (size, size) if isinstance(size, int) else size
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(map(is_integer, size)):
+        raise ValueError(f"image_size must be a number of pixels or (height, width), got {size!r}")
+    object.__setattr__(config, "image_size", tuple(size))
+    for name in (*integers, "in_channels"):
+        if not is_integer(getattr(config, name)):
+            what = f"{name} must be a whole number of at least 1"
+            raise ValueError(f"{what}, got {getattr(config, name)!r}")
+    if not is_integer(config.num_classes, 0):
+        raise ValueError(f"num_classes must be at least 0, got {config.num_classes!r}")
+    for name in ("dropout", "stochastic_depth"):
+        value = getattr(config, name, 0.0)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and 0.0 <= value < 1.0):
+            raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+
+
+def check_divisible(image_size: tuple[int, int], unit: int, words: str) -> None:
+    """Raises ValueError unless `unit` divides both sides; `words` name it."""
+    height, width = image_size
+    if height % unit or width % unit:
+        near = [max(1, round(side / unit)) * unit for side in image_size]
+        raise ValueError(
+            f"image size {height}x{width} is not divisible by {words}; "
+            f"the nearest that is: {near[0]}x{near[1]}"
+        )
 
 
 class ModelConfig(Protocol):
-    """What the configurations of all families have, each a frozen dataclass with fields of its own.
-
-    Attributes:
-        image_size: (H, W) in pixels.
-        num_classes: outputs of the head; 0 for none.
-        in_channels: of the input images.
-        hidden_dim: C, width of the features that the head reads.
-        flops: operations of one image, a multiply-add counted as two.
-    """
+    """What the configurations of all families have, each a frozen dataclass with its own fields."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
-    def image_size(self) -> tuple[int, int]: ...
+    def image_size(self) -> tuple[int, int]: ...  # (H, W) in pixels
 
     @property
-    def num_classes(self) -> int: ...
+    def num_classes(self) -> int: ...  # outputs of the head; 0 without one
 
     @property
     def in_channels(self) -> int: ...
 
     @property
-    def hidden_dim(self) -> int: ...
+    def hidden_dim(self) -> int: ...  # C, width of the features that the head reads
 
     @property
-    def flops(self) -> int: ...
+    def flops(self) -> int: ...  # of one image, a multiply-add counted as two
 
-    def summary(self) -> str:
-        """Returns the shape in a few words."""
-        ...
+    def summary(self) -> str: ...  # the shape in a few words
 
 
 class ImageClassifier(nn.Module):
     """The frame of every model here: images in, logits or features out, and what travels with it.
 
+    The weights of its residual blocks lie in `blocks.` or `network.`.
+
     Attributes:
-        config: the architecture: `image_size` (H, W), `in_channels`, `num_classes`,
-            `flops` of one image, `summary()` and what else the family has.
+        config: the architecture: `image_size` (H, W), `in_channels`, `num_classes`, `flops` of one
+            image, `summary()` and the fields of the family.
         head: from the features to the logits; None for a model without classes.
-        class_names: one name a class in the order of the logits; None where they are unknown. Any
+        class_names: one name per class in the order of the logits; None if they are unknown. Any
             sequence of text can be set; of another length than the logits it is a UserError.
         preprocessing: what turns an image file into the input; None until weights bring it.
         source: what `load_model` was given; None for random weights.
-        why_one_size: why images of another size than the model's are refused.
+        why_one_size: why images of another size than the model's are an error.
     """
 
     config: Any
@@ -184,10 +191,14 @@ class ImageClassifier(nn.Module):
             images: (N, channels, H, W), in the range that the weights were trained on.
 
         Raises:
-            ValueError: the images have another size or other channels than the model.
+            ValueError: the images have another size or number of channels than the model.
         """
         x = self.features(images)
         return x if self.head is None else self.head(x)
+
+    def biases_without_effect(self) -> list[nn.Parameter]:
+        """Returns the biases that change no logit, which inference with packed weights skips."""
+        return []
 
     def check_images(self, images: Tensor) -> None:
         """Raises ValueError unless `images` has the shape that this model was built for."""
@@ -207,21 +218,97 @@ class ImageClassifier(nn.Module):
             )
 
 
-def checked_names(names: Any, num_classes: int, where: object = "class_names") -> list[str]:
-    """Returns class names as a list.
+def is_hidden_kernel(name: str, parameter: Tensor) -> bool:
+    """Returns whether a parameter is a matrix inside a residual block, as Muon orthogonalises."""
+    is_kernel = parameter.dim() == 2 and not name.endswith("bias")
+    return is_kernel and name.startswith(("blocks.", "network."))
 
-    Raises:
-        UserError: they are not `num_classes` names, or not text.
+
+Tensors = dict[str, Tensor]
+Size = tuple[int, int]
+
+
+def _same_shape(config: Any, named: Any) -> str | None:
+    """Returns "" if a configuration differs from a named one in size, classes and colours only."""
+    free = {"image_size", "num_classes", "in_channels", "stochastic_depth"}
+    fields = [field for field in named.__dataclass_fields__ if field not in free]
+    same = all(getattr(config, field) == getattr(named, field) for field in fields)
+    return "" if same else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """All that the rest of the package knows about a kind of model; `catalog.py` lists them.
+
+    Attributes:
+        name: as config.json has it.
+        title, paper: for messages and model cards.
+        config: the class of its configurations.
+        build: configuration -> model with random weights.
+        architectures: the named configurations, at 224 pixels and with 1000 classes.
+        tell: (configuration, a named one) -> what to write behind the name, or None if it has
+            another shape.
+        resize: (tensors by our names, old and new configuration, method) changes the tensors in
+            place; returns the new configuration and how it was done, in words.
+        infer: (shapes by our names, (H, W) if somebody wrote it down, (H, W) that the user asked
+            for) -> the configuration of weights without a description. ValueError says what does
+            not fit. None: the shapes do not say it.
+        preprocessing: configuration -> the input that published weights expect, for files that do
+            not say it; None: Google's.
     """
+
+    name: str
+    title: str
+    paper: str
+    config: type[Any]
+    build: Callable[[Any], ImageClassifier]
+    architectures: Mapping[str, Any] = field(default_factory=dict)
+    tell: Callable[[Any, Any], str | None] = _same_shape
+    resize: Callable[[Tensors, Any, Any, str], tuple[Any, str]] | None = None
+    infer: Callable[[Mapping[str, tuple[int, ...]], Size | None, Size | None], Any] | None = None
+    preprocessing: Callable[[Any], Preprocessing] | None = None
+
+
+class MissingTensor(ValueError):
+    """A tensor that `Family.infer` needs is missing; `name` is ours, the file may use another."""
+
+    def __init__(self, name: str, axes: int) -> None:
+        self.name, self.axes = name, axes
+        super().__init__(f"{name} is missing")
+
+
+def shape_of(shapes: Mapping[str, tuple[int, ...]], name: str, axes: int) -> tuple[int, ...]:
+    """Returns the shape of a tensor that must have so many axes, for `Family.infer`."""
+    found = shapes.get(name)
+    if found is None:
+        raise MissingTensor(name, axes)
+    if len(found) != axes or 0 in found:
+        raise ValueError(f"{name} has the shape {found}, {axes} axes are expected")
+    return found
+
+
+def count_blocks(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
+    """Returns 1 + the largest number that `pattern`, with one group, finds in the names."""
+    found = (re.match(pattern, name) for name in shapes)
+    count = 1 + max((int(match[1]) for match in found if match), default=-1)
+    if count > len(shapes):  # a likely number is checked by comparing all names
+        what = f"block {count - 1:,} is there, but the file has {len(shapes):,} tensors only"
+        raise ValueError(what)
+    return count
+
+
+def checked_names(names: Any, num_classes: int, where: object = "class_names") -> list[str]:
+    """Returns class names as a list, or raises UserError."""
     is_list = isinstance(names, Iterable) and not isinstance(names, str | bytes | Mapping | Set)
     listed = list(names) if is_list else [names]
     wrong = [name for name in listed if not isinstance(name, str)]
+    what = None
     if wrong or not is_list:
         what = f"class names are a list of text, got {(wrong or listed)[0]!r:.200}"
-        raise UserError(what, where=where, fix="One name a class, in the order of the logits")
-    if len(listed) != num_classes:
+    elif len(listed) != num_classes:
         what = f"there are {len(listed):,} class names for {num_classes:,} classes"
-        raise UserError(what, where=where, fix="One name a class, in the order of the logits")
+    if what is not None:
+        raise UserError(what, where=where, fix="One name per class, in the order of the logits")
     return [str(name) for name in listed]
 
 
@@ -230,38 +317,30 @@ def _num_logits(model: ImageClassifier) -> int:
 
 
 def classes_of(model: ImageClassifier, *, or_numbers: bool = False) -> list[str]:
-    """Returns the model's class names.
-
-    Args:
-        model: any.
-        or_numbers: call the classes "0", "1", ... where the model carries no names.
-
-    Raises:
-        UserError: it carries none, or has no classes at all.
-    """
-    if not model.class_names:
-        head = getattr(model, "head", None)  # an exported file keeps it to itself
-        if _num_logits(model) == 0:
-            what = "the model has no head: it gives features, not classes"
-            raise UserError(what, fix="Load it without num_classes=0, or use model.features()")
-        if head is not None and not head.weight.any():
-            raise UserError(
-                f"the head for {model.config.num_classes} classes is new (all zeros): it has "
-                "learned nothing yet",
-                fix="Train it first, or load the weights without num_classes",
-            )
-        if or_numbers:
-            return [str(number) for number in range(_num_logits(model))]
-        fix = "Set them in Python, once: model = am.load_model(FILE); model.class_names = [...]; "
-        fix += "am.save_model(model, 'named.safetensors')"
-        if head is None:
-            fix = "Export it again from a model that carries them"
-        raise UserError("the model carries no class names", where=model.source, fix=fix)
-    return checked_names(model.class_names, _num_logits(model))  # somebody may have added one
+    """Returns the model's class names, or "0", "1", ... if it carries none and `or_numbers`."""
+    if model.class_names:
+        return checked_names(model.class_names, _num_logits(model))  # somebody may have added one
+    head = getattr(model, "head", None)  # an exported file does not show it
+    if _num_logits(model) == 0:
+        what = "the model has no head: it gives features, not classes"
+        raise UserError(what, fix="Load it without num_classes=0, or use model.features()")
+    if head is not None and not head.weight.any():
+        raise UserError(
+            f"the head for {model.config.num_classes} classes is new (all zeros): it has "
+            "learned nothing yet",
+            fix="Train it first, or load the weights without num_classes",
+        )
+    if or_numbers:
+        return [str(number) for number in range(_num_logits(model))]
+    fix = "Set them in Python, once: model = am.load_model(FILE); model.class_names = [...]; "
+    fix += "am.save_model(model, 'named.safetensors')"
+    if head is None:
+        fix = "Export it again from a model that carries them"
+    raise UserError("the model carries no class names", where=model.source, fix=fix)
 
 
 def preprocessing_of(model: ImageClassifier) -> Preprocessing:
-    """Returns the model's preprocessing, or Google's for its image size where it carries none."""
+    """Returns the model's preprocessing, or Google's for its image size if it carries none."""
     if model.preprocessing is not None:
         return model.preprocessing
     return Preprocessing(image_size=model.config.image_size, channels=model.config.in_channels)

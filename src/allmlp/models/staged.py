@@ -6,12 +6,12 @@
     end       LayerNorm, mean over positions, head
 
 The token mixing of a block has three branches, along the height, along the width and over the
-channels, and a softmax for each channel weighs them by what the whole picture looks like
-(`Fusion`). What differs between the two families is how a branch mixes.
+channels, and a softmax for each channel weights them by the whole image (`Fusion`). The two
+families differ in how a branch mixes.
 
-Names and shapes of the tensors are those of the authors' codes, so that their files load as they
-are (ShoufaChen/CycleMLP, Andrew-Qibin/VisionPermutator): `patch_embed.proj`, `network.N.B...`,
-`norm`, `head`. LayerNorm has torch's epsilon of 1e-5, the GELU is exact.
+Names and shapes of the tensors are those of the authors' codes, so that their files load unchanged
+(ShoufaChen/CycleMLP, Andrew-Qibin/VisionPermutator): `patch_embed.proj`, `network.N.B...`, `norm`,
+`head`. LayerNorm has torch's epsilon of 1e-5, the GELU is exact.
 
 Shapes: N batch, (H, W) a stage's grid, C its channels; channels come last between stem and head.
 """
@@ -19,25 +19,34 @@ Shapes: N batch, (H, W) a stage's grid, C its channels; channels come last betwe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from allmlp.models.layers import ImageClassifier, StochasticDepth, is_number, is_share
+from allmlp.models.layers import (
+    ImageClassifier,
+    StochasticDepth,
+    check_config,
+    count_blocks,
+    is_integer,
+    shape_of,
+)
+from allmlp.preprocessing import Preprocessing
 
 EPSILON = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagedConfig:
-    """What the architectures of both families have; a list may be given for a tuple.
+    """The fields of both families; a list may be given for a tuple.
 
     Args:
         image_size: (H, W) in pixels, one number for a square.
         depths: blocks of each stage.
-        dims: C, channels of each stage; at least 4, for a quarter of them weighs the branches.
+        dims: C, channels of each stage; at least 4, as a quarter of them weights the branches.
         mlp_ratios: hidden units of a block's MLP over its channels, for each stage.
         num_classes: outputs of the head; 0 leaves the head out: the model returns its features.
         in_channels: channels of the input images.
@@ -45,7 +54,7 @@ class StagedConfig:
             rises linearly from 0 at the first.
 
     Raises:
-        ValueError: a value is out of range, or the stages are not equally many everywhere.
+        ValueError: a value is out of range, or a field has another number of stages.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -57,30 +66,23 @@ class StagedConfig:
     stochastic_depth: float = 0.0
 
     def __post_init__(self) -> None:
-        size = self.image_size
-        size = (size, size) if isinstance(size, int) else checked("image_size", size)
-        object.__setattr__(self, "image_size", size)
-        if len(size) != 2:
-            raise ValueError(f"image_size is a number or (height, width), got {size}")
-        for name in ("depths", "dims", "mlp_ratios"):
-            object.__setattr__(self, name, checked(name, getattr(self, name)))
+        check_config(self)
         self.check_stages("depths", "dims", "mlp_ratios")
         if min(self.dims) < 4:
             raise ValueError(f"dims must be at least 4, got {self.dims}")
-        if not is_number(self.in_channels):
-            what = "in_channels must be a whole number of at least 1"
-            raise ValueError(f"{what}, got {self.in_channels!r}")
-        if not is_number(self.num_classes, 0):
-            raise ValueError(f"num_classes must be at least 0, got {self.num_classes}")
-        if not is_share(self.stochastic_depth):
-            raise ValueError(f"stochastic_depth must be in [0, 1), got {self.stochastic_depth!r}")
 
     def check_stages(self, *names: str) -> None:
-        """Raises ValueError unless these fields have one value for each stage."""
-        counts = {name: len(getattr(self, name)) for name in names}
-        if len(set(counts.values())) > 1:
-            said = ", ".join(f"{name} has {count}" for name, count in counts.items())
-            raise ValueError(f"each stage has its own value: {said}")
+        """Makes these fields tuples of one whole number of at least 1 for each stage."""
+        for name in names:
+            values = getattr(self, name)
+            values = tuple(values) if isinstance(values, list | tuple) else ()
+            if not values or not all(map(is_integer, values)):
+                what = f"{name} must be whole numbers of at least 1"
+                raise ValueError(f"{what}, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, values)
+            if len(values) != len(self.depths):
+                what = f"{name} has {len(values)} values for {len(self.depths)} stages"
+                raise ValueError(f"{what} (of depths)")
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
@@ -98,9 +100,20 @@ class StagedConfig:
         return sum(self.depths)
 
     @property
+    def tokens(self) -> tuple[int, ...]:
+        """Positions of each stage's grid, the finest first."""
+        return tuple(height * width for height, width in self.grids)
+
+    @property
     def num_tokens(self) -> int:
         """Positions of the first stage's grid, the finest."""
-        return self.grids[0][0] * self.grids[0][1]
+        return self.tokens[0]
+
+    @property
+    def least_parameters(self) -> int:
+        """Trained values of the blocks' MLPs alone."""
+        stages = zip(self.depths, self.dims, self.mlp_ratios, strict=True)
+        return sum(2 * depth * ratio * dim**2 for depth, dim, ratio in stages)
 
     @property
     def widest(self) -> int:
@@ -114,20 +127,10 @@ class StagedConfig:
         return f"stages of {blocks} blocks, {self.dims[0]} to {self.dims[-1]} channels"
 
 
-def checked(name: str, values: Any) -> tuple[int, ...]:
-    """Returns a field's values as a tuple.
-
-    Raises:
-        ValueError: they are not whole numbers of at least 1.
-    """
-    values = tuple(values) if isinstance(values, list | tuple) else values
-    if not isinstance(values, tuple) or not values or not all(map(is_number, values)):
-        raise ValueError(f"{name} must be whole numbers of at least 1, got {values!r}")
-    return values
-
-
 class Mlp(nn.Module):
     """Two dense layers with an exact GELU between them, over the channels."""
+
+    before_gelu: ClassVar[str] = "fc1"  # for inference with packed weights
 
     def __init__(self, dim: int, hidden: int, out: int) -> None:
         super().__init__()
@@ -140,13 +143,10 @@ class Mlp(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Token mixing: three branches, weighed for each channel of each picture, and a dense layer.
+    """Token mixing: three branches, weighted for each channel of each image, and a dense layer.
 
-    The weights come from the mean, over the picture, of the sum of the branches (not of their mean)
+    The weights come from the mean, over the image, of the sum of the branches (not of their mean)
     and sum to one over the branches.
-
-    Args:
-        dim: C.
     """
 
     def __init__(self, dim: int) -> None:
@@ -156,7 +156,7 @@ class Fusion(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the branches of height and width of x, (N, H, W, C), each of its shape."""
+        """Returns the branches of height and width, each of the shape of x, (N, H, W, C)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:  # (N, H, W, C) -> (N, H, W, C)
@@ -164,20 +164,13 @@ class Fusion(nn.Module):
         third = self.mlp_c(x)
         pooled = (first + second + third).mean(dim=(1, 2))  # (N, C)
         logits = self.reweight(pooled).unflatten(1, (-1, 3))  # (N, C, 3): channels before branches
-        share = logits.softmax(dim=2).to(first.dtype)[:, None, None]  # (N, 1, 1, C, 3)
-        fused = first * share[..., 0] + second * share[..., 1] + third * share[..., 2]
+        weights = logits.softmax(dim=2).to(first.dtype)[:, None, None]  # (N, 1, 1, C, 3)
+        fused = first * weights[..., 0] + second * weights[..., 1] + third * weights[..., 2]
         return self.proj(fused)
 
 
 class Block(nn.Module):
-    """Token mixing, then an MLP over the channels, each with a LayerNorm before and a skip around.
-
-    Args:
-        fusion: the token mixing.
-        dim: C.
-        hidden: units of the MLP.
-        drop: probability of stochastic depth, of each of the two branches.
-    """
+    """Token mixing, then an MLP over the channels, each with a LayerNorm and a skip around it."""
 
     def __init__(self, fusion: Fusion, dim: int, hidden: int, drop: float) -> None:
         super().__init__()
@@ -194,7 +187,7 @@ class Block(nn.Module):
 
 
 class Convolution(nn.Module):
-    """A strided convolution with a bias, and nothing else: the stem, and what joins two stages."""
+    """A strided convolution with a bias: the stem, and what joins two stages."""
 
     def __init__(
         self, channels: int, dim: int, *, kernel: int, stride: int, padding: int = 0
@@ -203,7 +196,7 @@ class Convolution(nn.Module):
         self.proj = nn.Conv2d(channels, dim, kernel, stride=stride, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, H, W, C) -> (N, H', W', C')
-        # Under autocast it gives bfloat16; the residual stream keeps the weights' float32.
+        # Under autocast it returns bfloat16; the residual stream stays in the weights' float32.
         y = self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return y.to(self.proj.weight.dtype).contiguous()
 
@@ -231,9 +224,9 @@ class StagedClassifier(ImageClassifier):
         self.initialize()
 
     def initialize(self) -> None:
-        """Draws the dense weights anew: truncated normal, 0.02, zero biases; also of the head.
+        """Draws the dense weights, also of the head: truncated normal, 0.02, zero biases.
 
-        Convolutions keep torch's own start, as in the authors' codes.
+        Convolutions keep torch's own initial weights, as in the authors' codes.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -244,15 +237,14 @@ class StagedClassifier(ImageClassifier):
     @property
     def blocks(self) -> list[Block]:
         """The blocks of all stages, in their order."""
-        return [
-            each for part in self.network for each in part.children() if isinstance(each, Block)
-        ]
+        inside = (child for part in self.network for child in part.children())
+        return [child for child in inside if isinstance(child, Block)]
 
     def features(self, images: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, C)
         """Returns the mean over positions of the normalised last stage, which the head reads.
 
         Raises:
-            ValueError: the images have another size or other channels than the model.
+            ValueError: the images have another size or number of channels than the model.
         """
         self.check_images(images)
         x = self.patch_embed(images.permute(0, 2, 3, 1))
@@ -269,15 +261,50 @@ def drop_rates(config: StagedConfig) -> list[list[float]]:
 
 
 def blocks_and_head_macs(config: StagedConfig, mixing: Sequence[int]) -> int:
-    """Returns the multiply-adds of one image in all blocks and the head.
-
-    Args:
-        config: the architecture.
-        mixing: of the two branches of height and width, for a block of each stage.
-    """
+    """Returns the multiply-adds of one image in all blocks and the head; `mixing` are those of the
+    branches of height and width in a block of each stage."""
     macs = config.dims[-1] * config.num_classes
     stages = zip(config.grids, config.depths, config.dims, config.mlp_ratios, mixing, strict=True)
     for (height, width), depth, dim, ratio, branches in stages:
         dense = (2 + 2 * ratio) * dim * dim  # mlp_c and proj; fc1 and fc2
         macs += depth * (branches + height * width * dense + 4 * dim * (dim // 4))
     return macs
+
+
+def infer_stages(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Any], list[int]]:
+    """Returns the fields that the tensors of both families imply, and each stage's place in
+    `network`; see `Family.infer`."""
+    blocks = (re.match(r"network\.(\d{1,6})\.\d{1,6}\.", name) for name in shapes)
+    stages = sorted({int(match[1]) for match in blocks if match})
+    if not stages:
+        raise ValueError("the file has no blocks (network.0.0.*)")
+    depths, dims, ratios = [], [], []
+    for stage in stages:
+        depths.append(count_blocks(shapes, rf"network\.{stage}\.(\d{{1,6}})\."))
+        hidden, dim = shape_of(shapes, f"network.{stage}.0.mlp.fc1.weight", 2)
+        if hidden % dim:
+            raise ValueError(f"{hidden} hidden units are no multiple of {dim} channels")
+        dims.append(dim)
+        ratios.append(hidden // dim)
+    has_head = "head.weight" in shapes or "head.bias" in shapes
+    fields = {
+        "depths": tuple(depths),
+        "dims": tuple(dims),
+        "mlp_ratios": tuple(ratios),
+        "in_channels": shape_of(shapes, "patch_embed.proj.weight", 4)[1],
+        "num_classes": shape_of(shapes, "head.weight", 2)[0] if has_head else 0,
+    }
+    return fields, stages
+
+
+def imagenet_preprocessing(config: Any, crop: float) -> Preprocessing:
+    """Returns what both families were published with: ImageNet's mean and deviation, bicubic."""
+    mean, std, channels = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), config.in_channels
+    return Preprocessing(
+        image_size=config.image_size,
+        channels=channels,
+        mean=mean if channels == 3 else sum(mean) / 3,
+        std=std if channels == 3 else sum(std) / 3,
+        crop=crop,
+        interpolation="bicubic",
+    )

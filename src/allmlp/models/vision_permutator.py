@@ -9,9 +9,19 @@ layer maps to another such vector, and likewise a row:
     width    w[i, j', g, s'] = sum over j, s of mlp_w[j' S + s', j S + s] x[i, j, g, s]
 
 Equal to its authors' code (Andrew-Qibin/VisionPermutator), in which G is the side of the grid and
-H S = C, so that both maps are C x C and pictures have 224 x 224 pixels. Here G stays what it is
-when the size of the picture is another one, also a rectangular one: the maps are then H S x H S
-and W S x W S.
+H S = C, so that both maps are C x C and images have 224 x 224 pixels. Here G stays the same at any
+other image size, also a rectangular one: the maps are then H S x H S and W S x W S.
+
+At another image size (`resize`) the segments stay, and each map, an image (place, channel of the
+segment) -> the same, changes along the places:
+
+block-diagonal  (both sides grow by a whole number K)
+    A column is cut into K parts of the old length, each with a copy of the old map. The parts still
+    meet where the branches are weighted, by the mean over the whole image; so an image that is
+    K x K copies of another has the logits of that other.
+resample  (any size)
+    B mlp A, with A that resizes the places from the new to the old number and B back, whose rows
+    sum to one: the places are resized, mixed as before, and resized back.
 
 Shapes: N batch, (H, W) a stage's grid, C its channels, G segments of S channels, the segment being
 the slow index; channels come last between stem and head.
@@ -20,11 +30,13 @@ the slow index; channels come last between stem and head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from allmlp.models.layers import is_number
+from allmlp.models.layers import Family, Tensors, check_config, check_divisible, shape_of
+from allmlp.models.resize import how_resized, resizing, whole_factors
 from allmlp.models.staged import (
     Block,
     Convolution,
@@ -32,9 +44,11 @@ from allmlp.models.staged import (
     StagedClassifier,
     StagedConfig,
     blocks_and_head_macs,
-    checked,
     drop_rates,
+    imagenet_preprocessing,
+    infer_stages,
 )
+from allmlp.runtime.device import check_fits_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,18 +75,15 @@ class VisionPermutatorConfig(StagedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "segments", checked("segments", self.segments))
-        self.check_stages("depths", "segments")
+        check_config(self, "patch_size")
+        self.check_stages("segments")
         halves = self.downsamples
         halves = tuple(halves) if isinstance(halves, list | tuple) else halves
         is_right = isinstance(halves, tuple) and len(halves) == len(self.dims) - 1
-        if not is_right or not all(isinstance(each, bool) for each in halves):
+        if not is_right or not all(isinstance(halved, bool) for halved in halves):
             what = f"downsamples must be {len(self.dims) - 1} of true and false"
             raise ValueError(f"{what}, got {halves!r}")
         object.__setattr__(self, "downsamples", halves)
-        if not is_number(self.patch_size):
-            what = "patch_size must be a whole number of at least 1"
-            raise ValueError(f"{what}, got {self.patch_size!r}")
         for dim, segments in zip(self.dims, self.segments, strict=True):
             if dim % segments:
                 raise ValueError(f"{dim} channels do not divide into {segments} segments")
@@ -80,18 +91,10 @@ class VisionPermutatorConfig(StagedConfig):
             if old != new and not halved:
                 what = f"the channels change from {old} to {new} where the grid is not halved"
                 raise ValueError(f"{what}: no published model does")
-        unit = self.patch_size * 2 ** sum(halves)
-        height, width = self.image_size
-        if height % unit or width % unit:
-            near = [max(1, round(side / unit)) * unit for side in (height, width)]
-            halved = {0: "", 1: ", as the grid is halved once"}
-            why = halved.get(sum(halves), f", as the grid is halved {sum(halves)} times")
-            patch = f"the patch size {self.patch_size}"
-            raise ValueError(
-                f"image size {height}x{width} is not divisible by "
-                f"{patch if unit == self.patch_size else f'{unit} ({patch}{why})'}; "
-                f"the nearest that is: {near[0]}x{near[1]}"
-            )
+        unit, words = self.patch_size * 2 ** sum(halves), f"the patch size {self.patch_size}"
+        if any(halves):
+            words = f"{unit} ({words}, and the grid is halved {sum(halves)}x)"
+        check_divisible(self.image_size, unit, words)
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
@@ -115,8 +118,8 @@ class VisionPermutatorConfig(StagedConfig):
     def flops(self) -> int:
         """Operations of one image, a multiply-add counted as two.
 
-        Of convolutions and dense layers; biases, GELU, LayerNorm and what weighs the branches are
-        left out, as is usual.
+        Of convolutions and dense layers; biases, GELU, LayerNorm and the weights of the branches
+        are left out, as is usual.
         """
         areas = [height * width for height, width in self.grids]
         stem = areas[0] * self.patch_size**2 * self.in_channels * self.dims[0]
@@ -136,13 +139,7 @@ class VisionPermutatorConfig(StagedConfig):
 
 
 class PermutatorFusion(Fusion):
-    """The token mixing of a Vision Permutator's block.
-
-    Args:
-        dim: C.
-        segments: G.
-        grid: (H, W).
-    """
+    """The token mixing of a block: C channels in G segments on a grid (H, W)."""
 
     def __init__(self, dim: int, segments: int, grid: tuple[int, int]) -> None:
         super().__init__(dim)
@@ -182,3 +179,95 @@ class VisionPermutator(StagedClassifier):
             )
             parts.append(nn.Sequential(*blocks))
         super().__init__(config, stem, parts)
+
+
+def resize(
+    tensors: Tensors, old: VisionPermutatorConfig, new: VisionPermutatorConfig, method: str
+) -> tuple[VisionPermutatorConfig, str]:
+    """Brings the maps of all blocks to the image size of `new`, see `Family.resize`."""
+    stages = zip(new.grids, new.dims, new.segments, new.depths, strict=True)
+    numbers = sum(
+        depth * (height**2 + width**2) * (dim // segments) ** 2
+        for (height, width), dim, segments, depth in stages
+    )
+    check_fits_memory(numbers, f"token mixing at {'x'.join(map(str, new.image_size))} pixels")
+    factors = whole_factors(old.grids[0], new.grids[0], method)
+    change = resample_map if factors is None else grow_map
+    for stage, index in enumerate(old.stage_indices):
+        size = old.dims[stage] // old.segments[stage]
+        for block in range(old.depths[stage]):
+            for axis, branch in enumerate(("mlp_h", "mlp_w")):
+                name = f"network.{index}.{block}.attn.{branch}.weight"
+                sides = old.grids[stage][axis], new.grids[stage][axis]
+                tensors[name] = change(tensors[name], *sides, size)
+    return new, how_resized(factors)
+
+
+def grow_map(weight: Tensor, old: int, new: int, size: int) -> Tensor:
+    """Returns the map (new S, new S) with new / old copies of (old S, old S) on its diagonal."""
+    return torch.block_diag(*[weight.reshape(old * size, old * size)] * (new // old))
+
+
+def resample_map(weight: Tensor, old: int, new: int, size: int) -> Tensor:
+    """Returns the map (new S, new S): resize to the old places, mix, and resize back."""
+    read, written = resizing(new, old, "nearest"), resizing(old, new, "nearest")
+    maps = weight.double().view(old, size, old, size)
+    # In float64, so that the rounding of the maps does not add to that of the model.
+    resampled = torch.einsum("Pp,psqt,qQ->PsQt", written, maps, read)
+    return resampled.reshape(new * size, new * size).to(weight.dtype)
+
+
+def _infer(shapes: Any, written: Any, asked: Any) -> VisionPermutatorConfig:
+    """The shapes do not say the segments: the authors' code wants one for each row of the grid."""
+    fields, stages = infer_stages(shapes)
+    patch = shape_of(shapes, "patch_embed.proj.weight", 4)[2]
+    downsamples = tuple(f"network.{first + 1}.proj.weight" in shapes for first in stages[:-1])
+    size = written or (224, 224)
+    rows, segments = size[0] // patch, []
+    for stage, dim in enumerate(fields["dims"]):
+        rows = rows // 2 if stage and downsamples[stage - 1] else rows
+        side = shape_of(shapes, f"network.{stages[stage]}.0.attn.mlp_h.weight", 2)[0]
+        if side != dim or rows < 1:
+            raise ValueError(
+                f"the height is mixed by {side}x{side} weights at {dim} channels, and the file "
+                "does not say how many segments: it needs the config.json that we write"
+            )
+        segments.append(rows)
+    own = {"patch_size": patch, "segments": tuple(segments), "downsamples": downsamples}
+    return VisionPermutatorConfig(image_size=size, **own, **fields)
+
+
+_FIRST, _SECOND, _NONE = (True, False, False), (False, True, False), (False, False, False)
+_SHAPES = {  # of its authors' code: P, depths, dims, segments, where the grid is halved
+    "vip_s14": (14, (4, 3, 8, 3), (384,) * 4, (16,) * 4, _NONE),
+    "vip_s7": (7, (4, 3, 8, 3), (192, 384, 384, 384), (32, 16, 16, 16), _FIRST),
+    "vip_m7": (7, (4, 3, 14, 3), (256, 256, 512, 512), (32, 32, 16, 16), _SECOND),
+    "vip_l7": (7, (8, 8, 16, 4), (256, 512, 512, 512), (32, 16, 16, 16), _FIRST),
+}
+_FIELDS = ("patch_size", "depths", "dims", "segments", "downsamples")
+_ARCHITECTURES = {
+    name: VisionPermutatorConfig(mlp_ratios=(3, 3, 3, 3), **dict(zip(_FIELDS, shape, strict=True)))
+    for name, shape in _SHAPES.items()
+}
+
+
+def _authors_preprocessing(config: VisionPermutatorConfig) -> Any:
+    """`crop_pct` of the authors' `default_cfgs` is 0.9 for all but l/7."""
+    same = [
+        all(getattr(config, name) == getattr(_ARCHITECTURES[size], name) for name in _FIELDS)
+        for size in ("vip_s14", "vip_s7", "vip_m7")
+    ]
+    return imagenet_preprocessing(config, 0.9 if any(same) else 0.875)
+
+
+FAMILY = Family(
+    name="vision_permutator",
+    title="Vision Permutator",
+    paper="Hou et al. 2022, arXiv 2106.12368",
+    config=VisionPermutatorConfig,
+    build=VisionPermutator,
+    architectures=_ARCHITECTURES,
+    resize=resize,
+    infer=_infer,
+    preprocessing=_authors_preprocessing,
+)

@@ -17,7 +17,7 @@ from allmlp.console import table
 from allmlp.errors import UserError, one_of
 from allmlp.evaluation.throughput import throughput
 from allmlp.models.catalog import create_model, model_config
-from allmlp.models.mixer import MixerConfig
+from allmlp.models.mixer_config import MixerConfig
 from allmlp.options import make
 from allmlp.paper.study import StudyOptions, train_config, write_csv, write_study
 from allmlp.runtime.world import join_world

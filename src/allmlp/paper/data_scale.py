@@ -32,7 +32,7 @@ from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import open_training_data
 from allmlp.training.run_folder import no_results, read_results
 from allmlp.training.summary import TrainResult
-from allmlp.weights.store import load_model
+from allmlp.weights.load import load_model
 
 _NOT_IN_CSV = {"label", "few_shot_accuracies", "few_shot_test", "notes", "curve", "key", "name"}
 

@@ -42,7 +42,7 @@ from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import open_training_data
 from allmlp.training.summary import TrainResult
 from allmlp.training.values import literal
-from allmlp.weights.store import load_model
+from allmlp.weights.load import load_model
 
 # The paper's colours.
 _COLORS = {"none": "#1c7ed6", "patches": "#2b8a3e", "pixels": "#e8590c"}

@@ -45,7 +45,7 @@ from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import check_readable
 from allmlp.training.resume import differences
 from allmlp.training.schedule import check_warmup
-from allmlp.weights.store import load_model
+from allmlp.weights.load import load_model
 
 GROUPS = ("natural", "specialised", "structured")
 _TRAIN, _CHOOSE = 800, 200

@@ -9,22 +9,13 @@ from allmlp.data.hub_dataset import PREFIX
 from allmlp.data.source_names import parse_name
 from allmlp.evaluation.accuracy import Evaluation
 from allmlp.evaluation.throughput import count_parameters, flops_text
-from allmlp.models.catalog import architecture_name, config_to_json
+from allmlp.models.catalog import architecture_name, family_of
 from allmlp.models.layers import ImageClassifier
-from allmlp.models.mixer import MixerConfig
 from allmlp.models.timm_model import TimmConfig
 from allmlp.training.config import TrainConfig
 from allmlp.training.cost import planned
 from allmlp.training.dataset import Splits
 from allmlp.weights.checkpoints import find_checkpoint
-
-# A family -> its name and its paper.
-_FAMILIES = {
-    "mixer": ("MLP-Mixer", "Tolstikhin et al. 2021, arXiv 2105.01601"),
-    "cycle_mlp": ("CycleMLP", "Chen et al. 2022, arXiv 2107.10224"),
-    "vision_permutator": ("Vision Permutator", "Hou et al. 2022, arXiv 2106.12368"),
-    "small_resnet": ("Small ResNet", "pre-activation as in He et al. 2016, arXiv 1603.05027"),
-}
 
 _CARD = """---
 {header}
@@ -176,10 +167,11 @@ def _architecture(model: ImageClassifier) -> tuple[str, str, str]:
     config = model.config
     if isinstance(config, TimmConfig):
         return "timm", config.name, "as timm has it, whose documentation names the paper"
-    name, paper = _FAMILIES[config_to_json(config)["family"]]
+    family = family_of(config)
+    name, paper = family.title, family.paper
     tag = name.lower().replace(" ", "-")
-    if isinstance(config, MixerConfig) and config.variant:
-        paper += f", changed as in its appendix A.1: {config.variant}"
+    if variant := getattr(config, "variant", ""):
+        paper += f", changed as in its appendix A.1: {variant}"
         name += " variant"
     known = architecture_name(config)
     return tag, f"{name} {known}" if known else name, paper

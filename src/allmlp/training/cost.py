@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from allmlp.errors import UserError, plural
-from allmlp.models.mixer import MixerConfig
+from allmlp.models.mixer_config import MixerConfig
 from allmlp.training.config import TrainConfig
 from allmlp.training.kept import block_matrices, is_known, kept_of_one_image
 

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 
 from allmlp.errors import UserError
-from allmlp.weights.files import names_in_pickle
+from allmlp.weights.files import check_nesting
 
 
 class Writer(FileSystemWriter):
@@ -160,7 +160,7 @@ def parse_index(raw: bytes, files: Collection[str], path: Path) -> Metadata:
         UserError: it names what could run code, or is not what DCP writes.
     """
     try:
-        names_in_pickle(io.BytesIO(raw))  # refuses one that is too deep
+        check_nesting(io.BytesIO(raw))  # refuses one that is too deep
         index = _Unpickler(io.BytesIO(raw)).load()
         # DCP would unpickle any entry but a tensor freely, and open any file that is named.
         entries = index.state_dict_metadata.items()

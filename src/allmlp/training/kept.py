@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from allmlp.models.catalog import FAMILIES, model_from_config
+from allmlp.models.catalog import family_of, model_from_config
+from allmlp.models.layers import is_hidden_kernel
 
 
 def is_known(config: object) -> bool:
     """Says whether `model_from_config` builds such an architecture."""
-    return any(type(config) is kind for kind, _ in FAMILIES.values())
+    try:
+        return bool(family_of(config))
+    except TypeError:
+        return False
 
 
 @functools.lru_cache(maxsize=32)
@@ -78,6 +82,5 @@ def block_matrices(config: Any) -> int:
     """
     with torch.device("meta"):
         model = model_from_config(config)
-    inside = ("blocks.", "network.")
-    weights = ((name, each) for name, each in model.named_parameters() if name.startswith(inside))
-    return sum(each.numel() for name, each in weights if each.dim() == 2 and "bias" not in name)
+    named = model.named_parameters()
+    return sum(each.numel() for name, each in named if is_hidden_kernel(name, each))

@@ -41,7 +41,7 @@ from allmlp.training.state import RunState
 from allmlp.training.step import DivergedError, NotFiniteError
 from allmlp.training.stopping import NoBatchCame, StopRequest, end
 from allmlp.training.summary import TrainResult, announce, finish, resume_command
-from allmlp.weights.store import save_model
+from allmlp.weights.save import save_model
 
 LOG_EVERY, SHORT = 10, 200  # steps; a run of fewer than `SHORT` logs every one
 _REDRAW_EVERY = 30.0  # seconds

@@ -17,6 +17,7 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from allmlp.errors import UserError
+from allmlp.models.layers import is_hidden_kernel
 from allmlp.runtime.world import full_tensor
 from allmlp.training.settings import OptimizerSettings
 
@@ -45,7 +46,8 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[Opti
     if settings.name == "sgd":
         optimizers.append(SGD(trained.values(), lr=rate, momentum=settings.beta1))
     elif settings.name == "muon":
-        hidden = {name: trained.pop(name) for name in _hidden_kernels(trained)}
+        names = [name for name, each in trained.items() if is_hidden_kernel(name, each)]
+        hidden = {name: trained.pop(name) for name in names}
         if not hidden:
             what = "optimizer.name=muon has nothing to move: no 2-D weights of blocks are trained"
             raise UserError(what, fix="--set optimizer.name=adamw, or --set model.trained=all")
@@ -68,12 +70,6 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[Opti
 def is_kernel(name: str, parameter: Tensor) -> bool:
     """Says whether a parameter is what Flax calls a kernel, which weight decay reaches."""
     return parameter.dim() > 1 and not name.endswith("bias")
-
-
-def _hidden_kernels(trained: dict[str, nn.Parameter]) -> list[str]:
-    inside = ("blocks.", "network.")  # of a Mixer; of CycleMLP and Vision Permutator
-    in_blocks = {name: each for name, each in trained.items() if name.startswith(inside)}
-    return [name for name, each in in_blocks.items() if is_kernel(name, each) and each.dim() == 2]
 
 
 def _adamw(trained: dict[str, nn.Parameter], settings: OptimizerSettings) -> AdamW:

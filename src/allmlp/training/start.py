@@ -18,7 +18,7 @@ from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits
 from allmlp.training.head import freeze_all_but_head, start_head_bias
 from allmlp.training.manifest import verify
-from allmlp.weights.store import load_model, with_new_head
+from allmlp.weights.load import load_model, with_new_head
 
 
 def length(config: TrainConfig, splits: Splits) -> int:

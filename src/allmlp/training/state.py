@@ -23,7 +23,7 @@ from allmlp.training.dataset import Splits
 from allmlp.training.optimizer import build_optimizers, optimizer_tensors, update_average
 from allmlp.training.run_folder import RunFolder
 from allmlp.training.step import Updater
-from allmlp.weights.store import save_model
+from allmlp.weights.save import save_model
 
 
 class RunState:

@@ -27,7 +27,7 @@ from allmlp.training.cost import operations, planned, power
 from allmlp.training.dataset import Splits, refuse_too_many
 from allmlp.training.measure import measure
 from allmlp.training.run_folder import RunFolder
-from allmlp.weights.store import load_model
+from allmlp.weights.load import load_model
 
 
 @dataclass(frozen=True)

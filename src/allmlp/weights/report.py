@@ -7,37 +7,28 @@ from pathlib import Path
 
 from allmlp.console import Reporter, table
 from allmlp.errors import UserError
-from allmlp.weights.architecture import check_shapes
-from allmlp.weights.architecture import describe as in_words
+from allmlp.models.catalog import in_words
 from allmlp.weights.checkpoints import CHECKPOINTS
-from allmlp.weights.description import describe
+from allmlp.weights.description import check_shapes, describe
 from allmlp.weights.download import cache_folder
 from allmlp.weights.files import WeightsFile, read_weights
-from allmlp.weights.google import natural
-from allmlp.weights.locate import locate
+from allmlp.weights.layouts import natural
+from allmlp.weights.load import locate
 
 
 def inspect_file(source: str | Path, image_size: tuple[int, int] | None = None) -> list[str]:
-    """Returns lines: what a file is, what it needs, and its tensors.
-
-    Args:
-        source: anything that `load_model` takes.
-        image_size: (H, W), where the file's tokens make no square and nothing says their sides.
-
-    Raises:
-        UserError: the file is damaged or would run code. One that makes no Mixer is still listed,
-            with the reason.
-    """
-    place = locate(source, Reporter(stderr=True))
-    file = read_weights(place.path)
-    size = place.path.stat().st_size
+    """Returns lines: what a file is, what it needs, and its tensors; `image_size` helps if its
+    tokens make no square. One that makes no model is listed with the reason."""
+    path, checkpoint = locate(source, Reporter(stderr=True))
+    file = read_weights(path)
+    size = path.stat().st_size
     lines = [
-        f"file           {place.path}",
+        f"file           {path}",
         f"               {file.container}, {size:,} bytes, {len(file.tensors)} tensors",
     ]
     try:
-        found = describe(file, place.checkpoint, image_size)
-        check_shapes(found.config, found.layout, file.tensors, place.path)
+        found = describe(file, checkpoint, image_size)
+        check_shapes(found, file)
     except UserError as error:
         lines += [f"not a model    {error.what}", ""]
         return lines + list_tensors(file)
@@ -50,7 +41,7 @@ def inspect_file(source: str | Path, image_size: tuple[int, int] | None = None) 
         f"GELU           {getattr(found.config, 'gelu', 'exact')}",
         f"classes        {shown}",
         f"preprocessing  {'unknown' if preprocessing is None else preprocessing.summary()}",
-        f"says           {found.said_by}",
+        f"says           {found.source}",
         *(f"note           {note}" for note in found.notes),
         "",
     ]
@@ -58,7 +49,7 @@ def inspect_file(source: str | Path, image_size: tuple[int, int] | None = None) 
 
 
 def list_tensors(file: WeightsFile) -> list[str]:
-    """Returns a table of the tensors; what all blocks have alike stands in one row."""
+    """Returns a table of the tensors; what is equal in all blocks is one row."""
     rows: dict[tuple[str, str, str], list[int]] = {}
     for name in sorted(file.tensors, key=natural):
         value = file.tensors[name]
@@ -82,31 +73,35 @@ def _range(numbers: list[int]) -> str:
     return "{" + ",".join(map(str, numbers)) + "}"
 
 
-def list_checkpoints() -> list[str]:
-    """Returns a table of every published checkpoint, and what one should know of each."""
+def checkpoint_table() -> list[str]:
+    """Returns a table of every published checkpoint, and what to know about checkpoint."""
     rows = []
-    for each in CHECKPOINTS.values():
-        size = f"{each.mebibytes:.1f}" if each.mebibytes else f"~{each.parameters_mebibytes:.0f}"
-        here = (cache_folder() / each.name / each.file_name).is_file()
-        top1 = each.accuracy.split()[0] if each.accuracy[0].isdigit() else "-"
-        cells = [each.name, f"{each.num_classes:,}", size, top1, each.gelu]
-        values = each.preprocessing.value_range()
+    for checkpoint in CHECKPOINTS.values():
+        size = (
+            f"{checkpoint.mebibytes:.1f}"
+            if checkpoint.mebibytes
+            else f"~{checkpoint.parameters_mebibytes:.0f}"
+        )
+        here = (cache_folder() / checkpoint.name / checkpoint.file_name).is_file()
+        top1 = checkpoint.accuracy.split()[0] if checkpoint.accuracy[0].isdigit() else "-"
+        cells = [checkpoint.name, f"{checkpoint.num_classes:,}", size, top1, checkpoint.gelu]
+        values = checkpoint.preprocessing.value_range()
         rows.append([*cells, values if values[0] == "[" else "mean, std", "yes" if here else "no"])
     header = ["name", "classes", "MiB", "top-1", "GELU", "values", "here"]
     lines = table(header, rows)
     lines += ["All take 224x224 pixels. top-1 is on ImageNet-1k, as published; sources below.", ""]
-    for each in CHECKPOINTS.values():
+    for checkpoint in CHECKPOINTS.values():
         lines += [
-            each.name,
-            f"  trained on  {each.trained_on}",
-            f"  top-1       {each.accuracy}",
-            f"  input       {each.preprocessing.summary()}",
-            f"  {'page' if each.by_hand else 'file'}        {each.url}",
+            checkpoint.name,
+            f"  trained on  {checkpoint.trained_on}",
+            f"  top-1       {checkpoint.accuracy}",
+            f"  input       {checkpoint.preprocessing.summary()}",
+            f"  {'page' if checkpoint.by_hand else 'file'}        {checkpoint.url}",
         ]
-        if each.hub:
-            lines.append(f"  on the hub  hf:{each.hub}")
-        lines.append(f"  licence     {each.licence}")
-        if each.note:
-            lines.append(f"  note        {each.note}")
+        if checkpoint.hub:
+            lines.append(f"  on the hub  hf:{checkpoint.hub}")
+        lines.append(f"  licence     {checkpoint.licence}")
+        if checkpoint.note:
+            lines.append(f"  note        {checkpoint.note}")
     lines += ["", f"Downloads go to {cache_folder()} (MIXER_CACHE changes that)."]
     return lines

@@ -1,8 +1,8 @@
-"""A small residual convolutional network: what a Mixer is compared with where there is no timm.
+"""A small residual convolutional network, to compare a Mixer with where timm is not installed.
 
-It is no network of the paper, whose figure 4 has a ResNet50x1 of BiT. It has that network's habits
-at the size of small pictures: pre-activation (He et al. 2016), GroupNorm and ReLU, no biases in the
-convolutions, the mean over the last grid, a head of zeros.
+The paper's figure 4 has a ResNet50x1 of BiT. This one has its traits at the size of small images:
+pre-activation (He et al. 2016), GroupNorm and ReLU, convolutions without biases, the mean over the
+last grid, a zero head.
 
 Shapes: N batch, C channels, H W pixels.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allmlp.models.layers import ImageClassifier
+from allmlp.models.layers import Family, ImageClassifier, check_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +42,9 @@ class SmallResNetConfig:
     in_channels: int = 3
 
     def __post_init__(self) -> None:
-        if isinstance(self.image_size, int):
-            object.__setattr__(self, "image_size", (self.image_size, self.image_size))
-        for name in ("width", "num_stages", "num_blocks", "in_channels"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        check_config(self, "width", "num_stages", "num_blocks")
         if self.width % 8:
             raise ValueError(f"width must be a multiple of 8, got {self.width}")
-        if not isinstance(self.num_classes, int) or self.num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0, got {self.num_classes}")
         least = 2 ** (self.num_stages - 1)
         if min(self.image_size) < least:
             height, width = self.image_size
@@ -104,6 +97,9 @@ class ResidualBlock(nn.Module):
         self.conv_1 = _convolution(after, after)
         is_same = before == after and stride == 1
         self.shortcut = None if is_same else nn.Conv2d(before, after, 1, stride, bias=False)
+        for module in (self.conv_0, self.conv_1, self.shortcut):
+            if module is not None:
+                module.half_products = True  # an export may compute them in bfloat16
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C', H / stride, W / stride)
         y = F.relu(self.norm_0(x))
@@ -145,8 +141,18 @@ class SmallResNet(ImageClassifier):
         """Returns the mean over the last grid, which the head reads.
 
         Raises:
-            ValueError: the images have another size or other channels than the model.
+            ValueError: the images have another size or number of channels than the model.
         """
         self.check_images(images)
         x = self.stem(images).to(self.norm.weight.dtype)
         return F.relu(self.norm(self.blocks(x))).mean(dim=(2, 3))
+
+
+FAMILY = Family(
+    name="small_resnet",
+    title="Small ResNet",
+    paper="pre-activation as in He et al. 2016, arXiv 1603.05027",
+    config=SmallResNetConfig,
+    build=SmallResNet,
+    architectures={"small_resnet": SmallResNetConfig()},
+)

@@ -1,8 +1,7 @@
-"""The systems that the paper's Tables 2 and 3 set beside the Mixer, as timm builds them.
+"""The systems that the paper's Tables 2 and 3 compare the Mixer with, as timm builds them.
 
-Each is an architecture. The weights that the paper measured were trained on JFT-300M, ALIGN's and
-MPL's data and were never published; what there is instead stands beside each. Sizes that timm does
-not register are put together here from its parts and have names of ours.
+Their weights in the paper were trained on JFT-300M, ALIGN's and MPL's data and never published.
+Sizes that timm does not register are assembled here from its parts, under names of ours.
 """
 
 from __future__ import annotations
@@ -22,21 +21,13 @@ from allmlp.console import table
 
 @dataclass(frozen=True)
 class ComparisonSystem:
-    """One of the paper's comparison systems.
+    """One of the paper's comparison systems."""
 
-    Attributes:
-        paper_name: as the paper's tables have it, with the size where they leave it out.
-        model: the name for `create_model`.
-        parameters: with 1000 classes, at the image size that the model is built for.
-        weights: what `load_model` can get: a name, or why there is none.
-        caveat: what is different from the paper's.
-    """
-
-    paper_name: str
-    model: str
-    parameters: int
-    weights: str
-    caveat: str = ""
+    paper_name: str  # with the size where the paper leaves it out
+    model: str  # for `create_model`
+    parameters: int  # with 1000 classes, at the image size that it is built for
+    weights: str  # for `load_model`, or "none"
+    caveat: str = ""  # how it differs from the paper's
 
 
 _BIT = "the paper's BiT-R runs are trainings of its authors and were not published"
@@ -121,16 +112,16 @@ SYSTEMS: tuple[ComparisonSystem, ...] = (
 )
 
 # The paper's name -> the name that builds it.
-PAPER_SYSTEMS: dict[str, str] = {each.paper_name: each.model for each in SYSTEMS}
+PAPER_SYSTEMS: dict[str, str] = {system.paper_name: system.model for system in SYSTEMS}
 
 
 def list_comparison() -> list[str]:
-    """Returns a table of the paper's comparison systems, and what one should know of each."""
-    rows = [[each.paper_name, each.model, f"{each.parameters:,}"] for each in SYSTEMS]
+    """Returns a table of the paper's comparison systems, with their weights and caveats."""
+    rows = [[system.paper_name, system.model, f"{system.parameters:,}"] for system in SYSTEMS]
     lines = table(["in the paper", "model", "parameters"], rows, left=2)
     lines += ["Parameters with 1000 classes, at the size that timm builds it for.", ""]
-    for each in SYSTEMS:
-        lines += [each.paper_name, f"  weights  {each.weights}", f"  note     {each.caveat}"]
+    for system in SYSTEMS:
+        lines += [system.paper_name, f"  weights  {system.weights}", f"  note     {system.caveat}"]
     if importlib.util.find_spec("timm") is None:
         lines += ["", "timm, which builds them, is not installed: pip install timm (docs/timm.md)"]
     return lines
@@ -138,15 +129,10 @@ def list_comparison() -> list[str]:
 
 @dataclass(frozen=True)
 class HandBuilt:
-    """A size that timm does not register.
+    """A size that timm does not register."""
 
-    Attributes:
-        image_size: (H, W) of the source.
-        build: takes timm's `num_classes`, `in_chans`, `drop_rate` and `drop_path_rate`.
-    """
-
-    image_size: tuple[int, int]
-    build: Callable[..., nn.Module]
+    image_size: tuple[int, int]  # (H, W) of the source
+    build: Callable[..., nn.Module]  # takes timm's settings: num_classes, in_chans, drop_rate, ...
 
 
 def _bit(layers: tuple[int, ...], width: int, **settings: Any) -> nn.Module:

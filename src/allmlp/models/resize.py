@@ -1,7 +1,8 @@
-"""Trained weights at another image size: the paper's block-diagonal growth, and any other size.
+"""Trained weights at another image size: the paper's block-diagonal growth, and resampling.
 
-Only the token-mixing MLPs depend on the number of patches. Their weights are pictures on the grid
-of patches: a hidden unit reads a picture of incoming weights and writes one of outgoing weights.
+Of a Mixer only the token-mixing MLPs depend on the number of patches. Their weights are images on
+the grid of patches: a hidden unit reads an image of incoming weights and writes one of outgoing
+weights.
 
 block-diagonal  (section 3 and appendix C of the paper; both sides grow by whole numbers)
     The image is cut into K_h x K_w tiles of the old size, and every tile has its own copy of the
@@ -14,7 +15,7 @@ resample  (any size, larger or smaller; D_S stays)
     resized back. Both resizings are linear maps A (new to old) and B (old to new) whose rows sum
     to one, so they become part of the weights: W_0 A, B W_1, B b_1. Right after it
         token mixing(x) = B . old token mixing(A . x)
-    and constant pictures excite the hidden units exactly as before. With "nearest" and a whole
+    and constant images excite the hidden units exactly as before. With "nearest" and a whole
     factor, the logits of a grid in which every token is repeated are those of the old grid.
 
 Shapes: D hidden units of the token-mixing MLP, (h, w) the old grid, (H, W) the new one.
@@ -23,92 +24,67 @@ Shapes: D hidden units of the token-mixing MLP, (h, w) the old grid, (H, W) the 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from allmlp.errors import UserError
-from allmlp.models.mixer import MixerConfig
+from allmlp.models.layers import Tensors
+from allmlp.models.mixer_config import MixerConfig
 from allmlp.runtime.device import check_fits_memory
 
 ResizeWeights = Literal["auto", "block-diagonal", "resample"]
-Interpolation = Literal["nearest", "bilinear", "bicubic"]
 RESIZE_WEIGHTS = ("auto", "block-diagonal", "resample")
-Tensors = dict[str, Tensor]
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+
+
+def whole_factors(old: tuple[int, int], new: tuple[int, int], method: str) -> Any:
+    """Returns (K_h, K_w) of block-diagonal growth between two grids; None to resample."""
+    factors = (new[0] // old[0], new[1] // old[1])
+    is_whole = new[0] % old[0] == new[1] % old[1] == 0
+    if method == "block-diagonal" and not is_whole:
+        raise UserError(
+            f"block-diagonal growth multiplies each side by a whole number; {old[0]}x{old[1]} "
+            f"patches do not become {new[0]}x{new[1]} this way",
+            where="resize_weights",
+            fix="resample (or auto) takes any size",
+        )
+    return factors if is_whole and method != "resample" else None
+
+
+def how_resized(factors: tuple[int, int] | None) -> str:
+    """Returns the method in words."""
+    return f"block-diagonal, {factors[0]}x{factors[1]} tiles" if factors else "resampled (nearest)"
 
 
 def resize_tokens(
     tensors: Tensors,
-    config: MixerConfig,
-    image_size: tuple[int, int],
-    resize_weights: ResizeWeights = "auto",
+    old: MixerConfig,
+    new: MixerConfig,
+    method: str = "auto",
     interpolation: Interpolation = "nearest",
 ) -> tuple[MixerConfig, str]:
-    """Changes a Mixer's tensors, in place, to those of another image size.
-
-    Args:
-        tensors: by our names, as `model.state_dict()` has them; only those of the token-mixing
-            MLPs are replaced, one after the other.
-        config: the architecture that they belong to.
-        image_size: (H, W) in pixels of the new model.
-        resize_weights: "block-diagonal", "resample", or "auto": the first where both sides grow by
-            whole numbers, else resample.
-        interpolation: of "resample".
-
-    Returns:
-        The new architecture, and which growth was used in words.
-
-    Raises:
-        UserError: the patch does not divide the size, the growth is unknown, or block-diagonal
-            growth does not lead to that size.
-    """
-    if resize_weights not in RESIZE_WEIGHTS:
-        raise UserError(
-            f"unknown resize_weights {resize_weights!r}", fix=f"Known: {', '.join(RESIZE_WEIGHTS)}"
-        )
-    if not config.is_plain:
-        what = f"this variant ({config.summary()}) cannot be brought to another image size"
+    """Brings a Mixer's token-mixing MLPs to the image size of `new`, see `Family.resize`."""
+    if not old.is_plain:
+        what = f"this variant ({old.summary()}) cannot be brought to another image size"
         fix = "Only the paper's own token mixing has a rule for that; train it at that size"
         raise UserError(what, fix=fix)
-    try:
-        resized = dataclasses.replace(config, image_size=image_size)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    factors = _whole_factors(config.grid, resized.grid)
-    tiles = factors[0] * factors[1] if factors is not None and resize_weights != "resample" else 1
-    size = 2 * config.num_blocks * resized.num_tokens * tiles * config.tokens_mlp_dim
-    check_fits_memory(size, f"token mixing at {image_size[0]}x{image_size[1]} pixels")
-    if resize_weights == "block-diagonal" and factors is None:
-        old, new = ("x".join(map(str, each)) for each in (config.grid, resized.grid))
-        raise UserError(
-            f"block-diagonal growth multiplies each side by a whole number; {old} patches do not "
-            f"become {new} in this way",
-            fix="resize_weights=resample (or auto) takes any size",
-        )
-    if factors is not None and resize_weights != "resample":
-        grow_block_diagonal(tensors, config, factors)
-        grown = dataclasses.replace(resized, tokens_mlp_dim=tiles * config.tokens_mlp_dim)
-        return grown, f"block-diagonal, {factors[0]}x{factors[1]} tiles"
-    resample(tensors, config, resized.grid, interpolation)
-    return resized, f"resampled ({interpolation})"
-
-
-def _whole_factors(old: tuple[int, int], new: tuple[int, int]) -> tuple[int, int] | None:
-    if new[0] % old[0] or new[1] % old[1]:
-        return None
-    return new[0] // old[0], new[1] // old[1]
+    factors = whole_factors(old.grid, new.grid, method)
+    units = math.prod(factors or (1,)) * old.tokens_mlp_dim
+    size = "x".join(map(str, new.image_size))
+    check_fits_memory(2 * old.num_blocks * new.num_tokens * units, f"token mixing at {size} pixels")
+    if factors is None:
+        resample(tensors, old, new.grid, interpolation)
+        return new, f"resampled ({interpolation})"
+    grow_block_diagonal(tensors, old, factors)
+    return dataclasses.replace(new, tokens_mlp_dim=units), how_resized(factors)
 
 
 def grow_block_diagonal(tensors: Tensors, config: MixerConfig, factors: tuple[int, int]) -> None:
-    """Gives each of K_h x K_w tiles its own copy of the token-mixing MLPs, in place.
-
-    Args:
-        tensors: by our names.
-        config: the architecture that they belong to.
-        factors: (K_h, K_w), tiles in a column and in a row.
-    """
+    """Gives each of K_h x K_w tiles its own copy of the token-mixing MLPs, in place."""
     (high, wide), (h, w), units = factors, config.grid, config.tokens_mlp_dim
     num_tiles, num_tokens = high * wide, high * h * wide * w
     for block in range(config.num_blocks):
@@ -134,14 +110,8 @@ def grow_block_diagonal(tensors: Tensors, config: MixerConfig, factors: tuple[in
 def resample(
     tensors: Tensors, config: MixerConfig, grid: tuple[int, int], interpolation: Interpolation
 ) -> None:
-    """Resizes the weight pictures of the token-mixing MLPs to another grid of patches, in place.
-
-    Args:
-        tensors: by our names.
-        config: the architecture that they belong to.
-        grid: (H, W), the new grid.
-        interpolation: "nearest", or "bilinear" and "bicubic" with antialiasing.
-    """
+    """Resizes the weight images of the token-mixing MLPs to another grid of patches, in place;
+    "bilinear" and "bicubic" with antialiasing."""
     (h, w), units, num_tokens = config.grid, config.tokens_mlp_dim, grid[0] * grid[1]
     rows_in, columns_in = (
         resizing(new, old, interpolation) for new, old in zip(grid, (h, w), strict=True)
@@ -173,9 +143,9 @@ def resizing(old: int, new: int, interpolation: Interpolation) -> Tensor:
     """
     identity = torch.eye(old, dtype=torch.float64)
     if interpolation != "nearest":
-        # One picture, a line in each column. (torch resizes pictures of width one wrongly.)
-        picture = identity[None, None]
-        matrix = interpolate(picture, size=(new, old), mode=interpolation, antialias=True)[0, 0]
+        # One image, a line in each column. (torch resizes images of width one wrongly.)
+        image = identity[None, None]
+        matrix = interpolate(image, size=(new, old), mode=interpolation, antialias=True)[0, 0]
     elif new >= old:
         matrix = identity[(torch.arange(new) * 2 + 1) * old // (2 * new)]
     else:

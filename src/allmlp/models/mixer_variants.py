@@ -6,10 +6,10 @@
               g-th outputs stand beside each other as the G channels of a group do
     pyramid   the token mixing of chosen blocks maps S tokens to S' < S
 
-What the paper leaves open, and how it is here: D_S stays that of the configuration; the maps of the
-views have no bias; the way back from views is the groups' own, with no second map; and the skip
-connection of a block that has fewer tokens after it than before is a linear map over the tokens,
-without bias, as the projection shortcut of a ResNet (He et al. 2016).
+The paper leaves open, and we chose: D_S stays that of the configuration; the maps of the views have
+no bias; the way back from views is the groups' own, with no second map; the skip connection of a
+block with fewer tokens after it than before is a linear map over the tokens without bias, as the
+projection shortcut of a ResNet (He et al. 2016).
 
 Shapes: N batch, S tokens, S' tokens after the block, C channels, G groups.
 """
@@ -17,21 +17,20 @@ Shapes: N batch, S tokens, S' tokens after the block, C channels, G groups.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from allmlp.models.layers import lecun_normal_
-from allmlp.models.mixer import MixerBlock, MixerConfig, MlpMixer
+from allmlp.models.mixer import MixerBlock, MlpMixer
+from allmlp.models.mixer_config import MixerConfig
 
 
 class UntiedLinear(nn.Module):
-    """A dense layer of its own for each channel: (N, C, in) -> (N, C, out).
+    """A dense layer per channel: (N, C, in) -> (N, C, out); weight (C, out, in), bias (C, out)."""
 
-    Attributes:
-        weight: (C, out, in).
-        bias: (C, out).
-    """
+    half_products: ClassVar[bool] = True  # an export may compute them in bfloat16
 
     def __init__(self, channels: int, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -47,33 +46,19 @@ class UntiedLinear(nn.Module):
             self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns (N, C, out) of (N, C, in)."""
         y = torch.baddbmm(self.bias.unsqueeze(1), x.transpose(0, 1), self.weight.transpose(1, 2))
         return y.transpose(0, 1)
 
     def extra_repr(self) -> str:
-        """What print(model) shows of it."""
         channels, out_features, in_features = self.weight.shape
         return f"channels={channels}, in_features={in_features}, out_features={out_features}"
 
 
 class VariantBlock(MixerBlock):
-    """A mixer layer whose token mixing is one of the variants.
+    """A mixer layer whose token mixing is one of the variants; `index` counts from 0."""
 
-    Args:
-        config: the architecture.
-        index: of the block, from 0.
-        drop_token_mixing, drop_channel_mixing: stochastic depth of the two branches.
-    """
-
-    def __init__(
-        self,
-        config: MixerConfig,
-        index: int,
-        drop_token_mixing: float,
-        drop_channel_mixing: float,
-    ) -> None:
-        super().__init__(config, drop_token_mixing, drop_channel_mixing)
+    def __init__(self, config: MixerConfig, index: int, *drops: float) -> None:
+        super().__init__(config, *drops)
         dim, hidden, groups = config.hidden_dim, config.tokens_mlp_dim, config.token_groups
         before, after = config.tokens[index : index + 2]
         dense_0: nn.Module = nn.Linear(before * groups, hidden)
@@ -89,7 +74,6 @@ class VariantBlock(MixerBlock):
         self.shortcut = nn.Linear(before, after, bias=False) if is_smaller else None
 
     def forward(self, x: Tensor) -> Tensor:  # (N, S, C) -> (N, S', C)
-        """Returns (N, S', C) of (N, S, C)."""
         y = self.layer_norm_0(x)
         y = self.mix_tokens(y if self.views is None else self.views(y))
         if self.shortcut is not None:
@@ -110,17 +94,10 @@ class MixerVariant(MlpMixer):
     """A Mixer with the token mixing that its configuration chooses."""
 
     def block(self, index: int, *drops: float) -> nn.Module:
-        """Returns a new mixer layer; `index` counts from 0."""
         return VariantBlock(self.config, index, *drops)
 
     def initialize(self) -> None:
-        """Draws new weights as the plain Mixer does."""
         super().initialize()
         for module in self.modules():
             if isinstance(module, UntiedLinear):
                 module.initialize()
-
-
-def build_mixer(config: MixerConfig) -> MlpMixer:
-    """Returns the plain Mixer or the variant that a configuration describes, random weights."""
-    return MlpMixer(config) if config.is_plain else MixerVariant(config)

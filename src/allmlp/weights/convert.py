@@ -1,0 +1,83 @@
+"""`mixer convert`: a model in another format, at another image size, or with a new head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from allmlp.errors import needs, plural
+from allmlp.io import check_not_inputs, expand
+from allmlp.models.catalog import in_words
+from allmlp.models.layers import ImageClassifier
+from allmlp.models.resize import ResizeWeights
+from allmlp.options import ImageSize, Options
+from allmlp.weights.load import files_of, load_model
+from allmlp.weights.save import check_target, other_gelu, save_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(Options):
+    """Write a model in another format, at another image size, or with a new head.
+
+    Examples:
+        mixer convert mixer_b16.i21k b16.safetensors
+        mixer convert mixer_b16.i1k b16_448 --image-size 448
+        mixer convert runs/flowers flowers.npz --format google
+        mixer convert jx_mixer_b16_224-76587d61.pth b16.safetensors --num-classes 34
+    """
+
+    format: Literal["allmlp", "google", "timm"] | None = None
+    """google: arrays that Google's code loads; timm: its names; by default google for .npz, else allmlp."""  # noqa: E501
+    image_size: ImageSize | None = None
+    """Resize the model to another image size."""
+    resize_weights: ResizeWeights = "auto"
+    """How the token-mixing weights are resized."""
+    num_classes: int | None = None
+    """Put a new zero head for another number of classes; 0 removes the head."""
+    overwrite: bool = False
+    """Replace existing files."""
+
+    def __post_init__(self) -> None:
+        resizing = None if self.resize_weights == "auto" else self.resize_weights
+        needs({"resize_weights": resizing}, "image_size", self.image_size)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What `convert` has written."""
+
+    model: ImageClassifier
+    weights: Path
+    format: str
+    kept_head: bool  # it has the wanted number of classes already
+
+
+def convert(model: str, output: str, options: ConvertOptions) -> Converted:
+    """Loads a model and writes it; nothing is overwritten unasked, and never the input."""
+    path = expand(output)
+    format = options.format or ("google" if path.suffix == ".npz" else "allmlp")
+    targets = [file for file in check_target(path, format) if file is not None]
+    check_not_inputs(targets, files_of(model))
+    check_target(path, format, overwrite=options.overwrite)
+    net = load_model(
+        model, options.image_size, options.num_classes, resize_weights=options.resize_weights
+    )
+    kept = bool(options.num_classes and net.state_dict()["head.weight"].any())
+    written = save_model(net, path, format, overwrite=options.overwrite)
+    return Converted(net, written, format, kept)
+
+
+def show(result: Converted, options: ConvertOptions) -> None:
+    """Prints what was written."""
+    config = result.model.config
+    if result.kept_head:
+        number = plural(options.num_classes or 0, "class")
+        print(f"head     the trained one, it has {number} already")
+    parameters = sum(parameter.numel() for parameter in result.model.parameters())
+    mebibytes = result.weights.stat().st_size / 2**20
+    print(f"model    {in_words(config)}")
+    print(f"         {parameters:,} parameters, {config.flops / 1e9:.3g} GFLOPs per image")
+    print(f"written  {result.weights} ({result.format}, {mebibytes:,.1f} MiB)")
+    if note := other_gelu(config, result.format):
+        print(f"note     {note}")

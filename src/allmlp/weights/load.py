@@ -1,0 +1,299 @@
+"""load_model: whatever the user calls a model -> the model, whoever wrote it.
+
+Nothing that is loaded runs code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from allmlp.console import Reporter
+from allmlp.errors import UserError, one_of, plural
+from allmlp.io import expand
+from allmlp.models.catalog import architectures, family_of, model_from_config
+from allmlp.models.layers import ImageClassifier, ModelConfig, Size
+from allmlp.models.resize import RESIZE_WEIGHTS, ResizeWeights
+from allmlp.models.timm_model import PREFIX, TimmModel, resized
+from allmlp.preprocessing import Preprocessing
+from allmlp.runtime.device import check_fits_memory
+from allmlp.weights import hub
+from allmlp.weights.checkpoints import (
+    CHECKPOINTS,
+    Checkpoint,
+    checkpoint_of_file,
+    find_checkpoint,
+    unknown_checkpoint,
+)
+from allmlp.weights.description import CONFIG, WEIGHTS, check_shapes, describe
+from allmlp.weights.download import cache_folder, cached
+from allmlp.weights.files import read_weights
+from allmlp.weights.timm_weights import load_pretrained
+
+EXPORTED = (".onnx", ".xml", ".pt2")  # the endings of exported files
+
+
+def load_model(
+    source: str | Path,
+    image_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    *,
+    resize_weights: ResizeWeights = "auto",
+    quiet: bool = False,
+) -> ImageClassifier:
+    """Returns a trained model in evaluation mode, with its class names and preprocessing.
+
+    Weights are float32 in memory, whatever the file holds.
+
+    Args:
+        source: a run folder, a folder with model.safetensors (best/), a .safetensors, .npz
+            (Google's layout) or .pth (timm's names) file, the name of a published checkpoint
+            ("mixer_b16.i21k", see `list_checkpoints()`), "hf:owner/name[@revision]", or
+            "timm:NAME[.TAG]" where timm is installed.
+        image_size: pixels, a number or (H, W); None keeps the weights' own. Another size changes
+            the layers that depend on it, see `allmlp.models.resize`.
+        num_classes: None keeps the trained head; another number puts a new zero head in its place
+            (and drops the class names), 0 removes the head.
+        resize_weights: how to reach another image size: "block-diagonal" growth, "resample", or
+            "auto": the first where both sides grow by whole factors, else the second.
+        quiet: do not say on standard error what is downloaded, changed or assumed.
+
+    Raises:
+        UserError: the source does not exist, is damaged or would run code, its tensors make no
+            model or hold NaN, or it cannot be brought to that size.
+    """
+    report = Reporter(quiet=quiet, stderr=True)
+    wanted = _height_and_width(image_size)
+    one_of("resize_weights", resize_weights, RESIZE_WEIGHTS)
+    if str(source).startswith(PREFIX):
+        model: ImageClassifier = load_pretrained(str(source), report)
+    else:
+        model = _from_file(source, wanted, resize_weights, report)
+    if isinstance(model, TimmModel):
+        model = _timm_at_size(model, wanted, resize_weights, report)
+    had = model.config.num_classes
+    if num_classes is not None and num_classes != had:
+        model = with_new_head(model, num_classes)
+        what = f"new, all zeros, for {plural(num_classes, 'class')}" if num_classes else "removed"
+        report.say(f"head     {what}; the weights had {plural(had, 'class')}")
+    model.source = str(source)
+    return model.eval()
+
+
+def open_model(
+    model: ImageClassifier | str | Path,
+    image_size: int | tuple[int, int] | None = None,
+    resize_weights: ResizeWeights = "auto",
+) -> ImageClassifier:
+    """Returns the model that a command is given: the object itself, or what `load_model` loads."""
+    if isinstance(model, str | Path):
+        return load_model(model, image_size, resize_weights=resize_weights)
+    if not isinstance(model, ImageClassifier):
+        fix = "am.load_model(...) gives one"
+        raise UserError(f"expected a model or its path, got {model!r}", where="model", fix=fix)
+    if image_size is not None:
+        what = f"image_size {image_size} has no effect on a model object"
+        raise UserError(what, where="image_size", fix="Give the path that it was loaded from")
+    return model
+
+
+def _from_file(
+    source: str | Path, wanted: Size | None, method: ResizeWeights, report: Reporter
+) -> ImageClassifier:
+    path, checkpoint = locate(source, report)
+    file = read_weights(path)
+    description = describe(file, checkpoint, wanted)
+    for note in description.notes:
+        report.say(f"note     {note}")
+    check_shapes(description, file)
+    config, preprocessing = description.config, description.preprocessing
+    tensors = description.layout.to_ours(file.tensors)
+    file.tensors.clear()  # what is replaced below need not stay in memory
+    # A copy if the file is mapped into memory: somebody may write to it later.
+    mapped = file.container != "npz"
+    tensors = {
+        name: _as_float32(tensors.pop(name), copy=mapped).contiguous() for name in list(tensors)
+    }
+    _check_finite(tensors, path)
+    is_timm = description.layout.family == "timm"  # changes its size with the weights in it
+    if wanted is not None and wanted != config.image_size and not is_timm:
+        config, words = resize_model(tensors, config, wanted, method)
+        old = description.config
+        report.say(f"resized  {_pixels(old)} -> {_pixels(config)} pixels: {words}")
+        preprocessing = _at_size(preprocessing, config.image_size, source)
+    with torch.device("meta"):  # shapes only: no memory, no random numbers
+        model = model_from_config(config)
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except UserError as error:  # values that no model of the family has
+        raise UserError(error.what, where=path, fix=error.fix, code=error.code) from error
+    model.class_names, model.preprocessing = description.class_names, preprocessing
+    return model
+
+
+def resize_model(
+    tensors: dict[str, Tensor], config: ModelConfig, image_size: Size, method: ResizeWeights
+) -> tuple[ModelConfig, str]:
+    """Changes a model's tensors, by our names and in place, to those of another image size; returns
+    the new architecture, and in words how it was reached."""
+    kind = family_of(config)
+    if kind.resize is None:
+        what = f"{config.summary()} cannot be brought to another image size"
+        raise UserError(what, fix="Leave the image size out")
+    try:
+        new = dataclasses.replace(config, image_size=image_size)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error), where="image_size") from error
+    return kind.resize(tensors, config, new, method)
+
+
+def _timm_at_size(
+    model: TimmModel, wanted: Size | None, method: ResizeWeights, report: Reporter
+) -> TimmModel:
+    if method != "auto":
+        what = f"resize_weights={method!r} has no effect: timm resizes its own models"
+        raise UserError(what, where=model.config.name, fix="Leave it out")
+    if wanted is not None and wanted != model.config.image_size:
+        old, model = model.config, resized(model, wanted)
+        report.say(f"resized  {_pixels(old)} -> {_pixels(model.config)} pixels, by timm")
+        model.preprocessing = _at_size(model.preprocessing, wanted, model.config.name)
+    return model
+
+
+def _at_size(
+    preprocessing: Preprocessing | None, image_size: Size, source: str | Path
+) -> Preprocessing | None:
+    if preprocessing is None:
+        return None
+    if preprocessing.permutation != "none":
+        what = "the model was trained on permuted pixels, which belong to one image size"
+        raise UserError(what, where=source, fix="Leave image_size out")
+    return dataclasses.replace(preprocessing, image_size=image_size)
+
+
+def _as_float32(tensor: Tensor, *, copy: bool) -> Tensor:
+    """Returns numbers of any precision as float32; counters stay whole numbers."""
+    return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=copy)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """NaN in the weights, as of a training that diverged, would be in every prediction."""
+    for name, tensor in tensors.items():
+        # The sum is finite for all but huge values, and costs a tenth of looking at each.
+        if not tensor.is_floating_point() or tensor.sum().isfinite():
+            continue
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        if bad:
+            what = f"{name} holds NaN or infinity: {bad:,} of its {tensor.numel():,} values"
+            fix = "Take a checkpoint from before training diverged"
+            raise UserError(what, where=path, fix=fix, code="not-finite")
+
+
+def _height_and_width(image_size: int | tuple[int, int] | None) -> Size | None:
+    if image_size is None:
+        return None
+    sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
+    try:
+        height, width = (operator.index(side) for side in sides)
+        if not (0 < height < 2**31 and 0 < width < 2**31):
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        what, fix = f"not an image size: {image_size!r}", "a number of pixels, or (height, width)"
+        raise UserError(what, where="image_size", fix=fix) from error
+    return height, width
+
+
+def _pixels(config: ModelConfig) -> str:
+    return f"{config.image_size[0]}x{config.image_size[1]}"
+
+
+def with_new_head(model: ImageClassifier, num_classes: int) -> ImageClassifier:
+    """Returns the model with a zero head of `num_classes` outputs, 0 for none; no class names."""
+    try:
+        config = dataclasses.replace(model.config, num_classes=operator.index(num_classes))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"not a number of classes: {error}", where="num_classes") from error
+    check_fits_memory(
+        num_classes * model.config.hidden_dim, f"a head for {plural(num_classes, 'class')}"
+    )
+    with torch.device("meta"):
+        fresh = model_from_config(config)
+    trained = model.state_dict()
+    tensors = {
+        name: torch.zeros(shape.shape) if name.startswith("head.") else trained[name]
+        for name, shape in fresh.state_dict().items()
+    }
+    fresh.load_state_dict(tensors, assign=True)
+    fresh.preprocessing = model.preprocessing
+    return fresh
+
+
+def locate(source: str | Path, report: Reporter) -> tuple[Path, Checkpoint | None]:
+    """Returns the weights file of a source, downloaded if necessary, and the published checkpoint
+    that it is known to be; what lies on the disk comes before names."""
+    text = str(source)
+    if text.startswith(hub.PREFIX):
+        name, revision = hub.parse(text)
+        is_published = revision is None and name.startswith("timm/")
+        return hub.fetch(name, revision), find_checkpoint(name) if is_published else None
+    if text.startswith(PREFIX):
+        what = f"{text!r} is a model of timm, which brings its own weights: no file can be shown"
+        raise UserError(what, fix=f"mixer evaluate {text} --data SOURCE")
+    path = expand(source)
+    if path.suffix.lower() in EXPORTED and not os.path.isdir(path):
+        fix = "Give the run or the weights that it was made from"
+        if path.suffix.lower() != ".pt2":
+            fix += ". To use the file: am.open_exported(FILE), `mixer predict FILE`"
+        what = "an exported file has no weights to load: it only computes logits"
+        raise UserError(what, where=path, fix=fix)
+    try:
+        if path.is_dir():
+            return _in_folder(path), None
+        if path.exists():
+            if not path.is_file():
+                raise UserError("neither a file nor a folder", where=path)
+            return path, checkpoint_of_file(path.name)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot look for a model there: {reason}", where=path) from error
+    checkpoint = find_checkpoint(text)
+    if checkpoint is not None:
+        return _fetch(checkpoint, report), checkpoint
+    if text in architectures():
+        published = [name for name in CHECKPOINTS if name.partition(".")[0] == text]
+        fix = f"Its published weights: {', '.join(published)}" if published else None
+        raise UserError(f"{text!r} is an architecture and has no weights of its own", fix=fix)
+    raise unknown_checkpoint(text)
+
+
+def files_of(source: str | Path) -> list[Path]:
+    """Returns the files that a local model may be read from."""
+    path = expand(source)
+    names = [folder / name for folder in (path / "best", path) for name in (WEIGHTS, CONFIG)]
+    return names if path.is_dir() else [path, path.with_suffix(".json"), path.with_suffix(".bin")]
+
+
+def _fetch(checkpoint: Checkpoint, report: Reporter) -> Path:
+    path = cache_folder() / checkpoint.name / checkpoint.file_name
+    if checkpoint.by_hand and not path.is_file():
+        what = f"{checkpoint.name} is on a page for browsers, which no program can download"
+        fix = f"Download it there and put it at {path}, or give your copy of the file as the model"
+        raise UserError(what, where=checkpoint.url, fix=fix)
+    return cached(checkpoint, path, report)
+
+
+def _in_folder(folder: Path) -> Path:
+    for candidate in (folder / "best" / WEIGHTS, folder / WEIGHTS):
+        if candidate.is_file():
+            return candidate
+    what = "the folder has no weights: neither best/model.safetensors nor model.safetensors"
+    fix = "Give the run folder of a training that reached its first evaluation, or a file"
+    raise UserError(what, where=folder, fix=fix)

@@ -1,0 +1,183 @@
+"""save_model: a model -> files.
+
+Our own model on disk is a folder with
+    model.safetensors   the tensors; its header repeats the next file, so that it can travel alone
+    config.json         architecture, class names, preprocessing
+A .npz in Google's layout has no place for these: they lie beside it in <name>.json.
+Every file is written atomically.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from allmlp.errors import UserError, fix_of, near_names, one_of
+from allmlp.io import (
+    Content,
+    atomic_write_all,
+    check_output_folder,
+    expand,
+    parse_json,
+    partial_path,
+    staging_folder,
+)
+from allmlp.models.catalog import config_to_json
+from allmlp.models.layers import ImageClassifier, Tensors
+from allmlp.models.mixer_config import MixerConfig
+from allmlp.names import NAME, is_format
+from allmlp.weights.description import CONFIG, FORMAT_VERSION, WEIGHTS
+from allmlp.weights.files import fingerprint
+from allmlp.weights.layouts import timm_from_ours, write_npz
+
+FORMATS = (NAME, "google", "timm")
+_SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".onnx", ".json")
+
+
+def save_model(
+    model: ImageClassifier,
+    path: str | Path,
+    format: str = "allmlp",
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Writes the model, and returns the path of the weights.
+
+    Args:
+        model: with whatever class names and preprocessing it carries.
+        path: "allmlp" and "timm": a folder for model.safetensors and config.json, or one file
+            named *.safetensors, which holds everything. "google": a file named *.npz; a .json
+            beside it keeps what that layout has no place for.
+        format: "allmlp"; "google", the arrays that Google's own code loads; "timm", its names.
+            Google's code computes the tanh GELU and timm's the exact one, whatever
+            `model.config.gelu` says.
+        overwrite: replace an existing model.
+
+    Raises:
+        UserError: an unknown format, a name that does not go with it, or the path exists already
+            or cannot be written.
+    """
+    path = expand(path)
+    weights, beside = check_target(path, format, overwrite=overwrite)
+    is_plain = isinstance(model.config, MixerConfig) and model.config.is_plain
+    if format != "allmlp" and not is_plain:
+        what = f"the format {format!r} has no place for this model ({model.config.summary()})"
+        raise UserError(what, fix="Use the format allmlp")
+    tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    described = {**model_to_json(model), "weights": _fingerprint(tensors)}
+    contents: dict[Path, Content]
+    if format == "google":
+        assert beside is not None
+        contents = {
+            weights: lambda partial: write_npz(partial, tensors),
+            beside: lambda partial: _describe_npz(partial, described, partial_path(weights)),
+        }
+    else:
+        names = timm_from_ours(tensors) if format == "timm" else tensors
+        contents = {weights: lambda partial: _write_safetensors(partial, names, described, weights)}
+        if beside is not None:
+            contents[beside] = _as_text(described)
+    try:
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_all(contents)
+    except (OSError, SafetensorError) as error:
+        what = f"cannot write the model: {getattr(error, 'strerror', None) or error}"
+        fix = fix_of(error) if isinstance(error, OSError) else None
+        raise UserError(what, where=path, fix=fix or "Give a place with room for it") from error
+    return weights
+
+
+def _write_safetensors(
+    partial: Path, tensors: Tensors, described: dict[str, Any], target: Path
+) -> None:
+    # Each tensor with its own memory, as the format requires.
+    whole = {name: value.contiguous().clone() for name, value in tensors.items()}
+    metadata = {NAME: json.dumps(described)}  # one entry: the library shuffles several
+    # The library writes a temporary file beside its target and leaves it when it fails or is
+    # killed: it goes with this folder, at the latest in the next save.
+    with staging_folder(target) as folder:
+        safetensors.torch.save_file(whole, folder / WEIGHTS, metadata=metadata)
+        os.replace(folder / WEIGHTS, partial)
+
+
+def _describe_npz(partial: Path, described: dict[str, Any], npz: Path) -> None:
+    partial.write_bytes(_as_text({**described, "weights": fingerprint(npz)}))
+
+
+def _as_text(described: dict[str, Any]) -> bytes:
+    return (json.dumps(described, indent=2) + "\n").encode()
+
+
+def _fingerprint(tensors: Tensors) -> str:
+    """Returns a checksum by which a description and its weights recognise each other."""
+    checksum = 0
+    for value in tensors.values():
+        data = value.contiguous().view(-1).view(torch.uint8).numpy()
+        checksum = zlib.crc32(data.data, checksum)
+    return f"crc32:{checksum:08x}"
+
+
+def check_target(path: Path, format: str, *, overwrite: bool = True) -> tuple[Path, Path | None]:
+    """Returns the files that `save_model` would write there: weights, and a description or None."""
+    one_of("format", format, FORMATS)
+    expected = ".npz" if format == "google" else ".safetensors"
+    suffix = path.suffix
+    is_near = suffix.lower() in _SUFFIXES or near_names(suffix, [".safetensors", ".npz"])
+    if suffix != expected and (format == "google" or is_near):
+        what = f"format {format} is a {expected} file, got {path.name!r}"
+        raise UserError(what, where=path, fix=f"Call it {path.with_suffix(expected).name}")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError("the name is not valid UTF-8", where=path, fix="Choose another") from error
+    if suffix != expected:
+        check_output_folder(path)
+        if (path / "best").is_dir():
+            what = "the output is a run folder; its model lies in best/"
+            raise UserError(what, where=path, fix="Give a new folder")
+        weights, beside = path / WEIGHTS, path / CONFIG
+    else:
+        if path.is_dir():
+            raise UserError("the output is a folder, a file is meant", where=path)
+        weights, beside = path, path.with_suffix(".json") if format == "google" else None
+    if beside is not None and beside.is_file():
+        try:
+            found = parse_json(beside.read_bytes())
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or not is_format(found.get("format"), NAME):
+            what = "this file would be replaced, and it is not the description of a model"
+            raise UserError(what, where=beside, fix="Give another name or folder")
+    for file in (weights, beside):
+        if not overwrite and file is not None and os.path.lexists(file):
+            raise UserError("the output exists already", where=file, fix="Set overwrite")
+    return weights, beside
+
+
+def model_to_json(model: ImageClassifier) -> dict[str, Any]:
+    """Returns what config.json holds: architecture, class names and preprocessing."""
+    preprocessing = model.preprocessing
+    return {
+        "format": NAME,
+        "version": FORMAT_VERSION,
+        "architecture": config_to_json(model.config),
+        "class_names": model.class_names,
+        "preprocessing": None if preprocessing is None else preprocessing.to_json(),
+    }
+
+
+def other_gelu(config: object, format: str) -> str | None:
+    """Returns what another program computes differently from this model in its own format."""
+    gelu = {"google": ("tanh", "Google's code"), "timm": ("exact", "timm")}.get(format)
+    own = getattr(config, "gelu", None)
+    if gelu is None or own in (None, gelu[0]):
+        return None
+    what = f"{gelu[1]} computes the {gelu[0]} GELU, this model the {own} one"
+    return f"{what}: its logits will differ in the fourth digit"

@@ -1,0 +1,145 @@
+"""timm's published weights: "timm:NAME" and "timm:NAME.TAG" -> a model in our frame.
+
+The files are downloaded and read like all others here, so that nothing that is loaded runs code;
+timm itself then puts the tensors into its own model, whose classifier becomes our head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allmlp.console import Reporter
+from allmlp.errors import UserError
+from allmlp.models.timm_model import (
+    PREFIX,
+    TimmConfig,
+    TimmModel,
+    build_backbone,
+    first_line,
+    hand_built,
+    import_timm,
+    known_to_timm,
+)
+from allmlp.weights import hub
+from allmlp.weights.checkpoints import imagenet_classes
+from allmlp.weights.download import Published, cache_folder, cached
+from allmlp.weights.files import read_weights
+from allmlp.weights.layouts import timm_preprocessing
+
+
+def load_pretrained(source: str, report: Reporter) -> TimmModel:
+    """Returns a model with timm's weights, class names and preprocessing, at its own image size."""
+    name = source.removeprefix(PREFIX)
+    base = name.partition(".")[0]
+    import_timm()
+    if base in hand_built():
+        what = f"nobody has published weights of {PREFIX}{base}"
+        raise UserError(what, fix=f'create_model("{PREFIX}{base}") draws new ones')
+    described = known_to_timm(name)
+    name = f"{base}.{described.tag}" if described.tag else base
+    file = read_weights(_fetched(name, described, report))
+    overlay = {"state_dict": dict(file.tensors), "custom_load": False}
+    try:
+        theirs = import_timm().create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    except Exception as error:  # whatever timm's many loaders raise
+        lines = (str(error) or type(error).__name__).strip().splitlines()
+        what = f"timm cannot load {name}: {' '.join(lines[:2])[:300]}"
+        raise UserError(what, where=file.path) from error
+    file.tensors.clear()
+    model = from_timm(theirs, base, tuple(described.input_size[1:]))
+    classes = model.config.num_classes
+    if described.label_names and len(described.label_names) == classes:
+        model.class_names = [str(label) for label in described.label_names]
+    elif classes == 1000:
+        model.class_names = imagenet_classes()
+    values = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(described).items()
+    }
+    try:
+        model.preprocessing, notes = timm_preprocessing(
+            values, model.config.image_size, model.config.in_channels
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} has an unknown preprocessing: {error}") from error
+    for note in notes:
+        report.say(f"note     {name}: {note}")
+    return model.eval()
+
+
+def from_timm(theirs: Any, name: str, image_size: tuple[int, int]) -> TimmModel:
+    """Returns timm's model in our frame, its classifier (dense, or a 1x1 convolution as BiT's) as
+    our head; the weights are shared."""
+    theirs = theirs.float().eval()
+    classifier = theirs.get_classifier()
+    is_dense = isinstance(classifier, nn.Linear)
+    is_dense |= isinstance(classifier, nn.Conv2d) and tuple(classifier.kernel_size) == (1, 1)
+    if not is_dense and not isinstance(classifier, nn.Identity):
+        what = f"the classifier of timm's {name} is a {type(classifier).__name__}"
+        raise UserError(what, fix="Models whose classifier is one dense layer can be used")
+    prefix = next((key for key, module in theirs.named_modules() if module is classifier), None)
+    tensors: dict[str, Tensor] = {
+        f"backbone.{key}": value
+        for key, value in theirs.state_dict().items()
+        if not is_dense or not key.startswith(f"{prefix}.")
+    }
+    classes = classifier.weight.shape[0] if is_dense else 0
+    if is_dense:
+        bias = classifier.bias
+        tensors["head.weight"] = classifier.weight.detach().flatten(1)
+        tensors["head.bias"] = torch.zeros(classes) if bias is None else bias.detach()
+    with torch.device("meta"):
+        model = TimmModel(TimmConfig(name=name, image_size=image_size, num_classes=classes))
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        what = f"timm's {name} has other tensors with its classifier than without"
+        raise UserError(f"{what}: {first_line(error)}") from error
+    model.eval()
+    _check_head(theirs, model)
+    return model
+
+
+@torch.no_grad()
+def _check_head(theirs: Any, model: TimmModel) -> None:
+    """Raises UserError unless our head maps timm's features to the same logits as timm's."""
+    config = dataclasses.replace(model.config, num_classes=0)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        bare: Any = build_backbone(config).to("meta").eval()
+        features = bare.forward_features(torch.empty(1, config.in_channels, *config.image_size))
+    same = isinstance(features, Tensor)
+    if same:
+        random = torch.Generator().manual_seed(0)
+        drawn = torch.randn(features.shape, generator=random)
+        backbone: Any = model.backbone
+        ours = backbone.forward_head(drawn, pre_logits=True).flatten(1)
+        ours = ours if model.head is None else model.head(ours)
+        expected = theirs.forward_head(drawn).flatten(1)
+        same = ours.shape == expected.shape and torch.allclose(ours, expected, 1e-4, 1e-4)
+    if not same:
+        what = f"timm's {config.name} computes more behind its features than one dense layer"
+        raise UserError(what, fix="Its architecture can be trained from scratch: create_model")
+
+
+def _fetched(name: str, described: Any, report: Reporter) -> Path:
+    """Returns the file of timm's weights in the hub's cache or ours, downloaded if need be."""
+    if described.hf_hub_id and not described.hf_hub_filename:
+        report.say(f"weights  {PREFIX}{name} (hf:{described.hf_hub_id})")
+        return hub.fetch(*hub.parse(f"{hub.PREFIX}{described.hf_hub_id}"))
+    if described.url and not described.custom_load:
+        path = cache_folder() / "timm" / name / described.url.rpartition("/")[2]
+        return cached(Published(name=f"{PREFIX}{name}", url=described.url), path, report)
+    if described.url or described.hf_hub_id:
+        where = described.url or f"{described.hf_hub_id}, {described.hf_hub_filename}"
+        what = f"the weights of {PREFIX}{name} are in a format that is not read here"
+        raise UserError(what, where=where, fix="Take another tag")
+    tags = import_timm().list_models(f"{name.partition('.')[0]}.*", pretrained=True)
+    fix = f'create_model("{PREFIX}{name}") draws new ones'
+    if tags:
+        fix = f"Available: {', '.join(PREFIX + tag for tag in tags)}"
+    raise UserError(f"there are no weights of {PREFIX}{name}", fix=fix)

@@ -1,0 +1,391 @@
+"""The files of Google, timm, and CycleMLP's and Vision Permutator's authors: the same bits in and
+out, and what they do not say."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import allmlp as am
+from allmlp.weights.layouts import google_from_ours
+from conftest import GOLDEN, mixer, tiny_model
+from staged_models import enliven
+
+pytestmark = pytest.mark.numerics
+
+PARAMS, TIMM = GOLDEN / "official_tiny_params.npz", GOLDEN / "timm_tiny.safetensors"
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def arrays_of(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def assert_same_tensors(path: Path, expected: Path) -> None:
+    found, wanted = (am.load_model(p, quiet=True).state_dict() for p in (path, expected))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+# --- Google ---------------------------------------------------------------------------------------
+
+
+def first_generation(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The older names, written out by hand: LayerNorms numbered among all modules, extra axes."""
+    names = {"stem": "embedding", "pre_head_layer_norm": "Mixer/encoder_norm", "head": "head"}
+    old = {}
+    for key, value in arrays.items():
+        parts = key.split("/")
+        if not parts[0].startswith("MixerBlock_"):
+            old[f"{names[parts[0]]}/{parts[1]}"] = value
+            continue
+        block = f"Mixer/encoderblock_{parts[0].removeprefix('MixerBlock_')}"
+        if parts[1].startswith("LayerNorm"):
+            number = {"LayerNorm_0": "LayerNorm_0", "LayerNorm_1": "LayerNorm_2"}[parts[1]]
+            old[f"{block}/{number}/{parts[2]}"] = value
+        else:
+            number = {"Dense_0": "1", "Dense_1": "2"}[parts[2]]
+            old[f"{block}/{parts[1]}_phase_0/{parts[3]}{number}"] = value[None]
+    return old
+
+
+def test_googles_golden_file(tmp_path: Path):
+    model = am.load_model(PARAMS)
+    with np.load(GOLDEN / "official_tiny_io.npz") as io:
+        images = torch.from_numpy(io["images_nhwc"]).permute(0, 3, 1, 2)
+        assert (model(images) - torch.from_numpy(io["logits"])).abs().max() <= 1e-5
+    assert (model.config.gelu, model.config.num_blocks) == ("tanh", 3)
+    assert model.preprocessing == am.Preprocessing(image_size=(32, 32))
+    before = arrays_of(PARAMS)
+    after = arrays_of(am.save_model(model, tmp_path / "out.npz", format="google"))
+    assert set(before) == set(after)
+    for key, value in before.items():
+        assert (after[key].dtype, after[key].shape) == (value.dtype, value.shape)
+        assert after[key].tobytes() == value.tobytes()
+
+
+def test_the_older_generation_and_wrapped_trees(tmp_path: Path):
+    arrays = arrays_of(PARAMS)
+    trees = {"old": first_generation(arrays)}
+    for prefix in ("params/", "opt/target/"):
+        trees[prefix[:3]] = {f"{prefix}{key}": value for key, value in arrays.items()}
+        trees[prefix[:3]]["opt/state/step"] = np.array(3)
+    for name, tree in trees.items():
+        np.savez(tmp_path / f"{name}.npz", **tree)
+        assert_same_tensors(tmp_path / f"{name}.npz", PARAMS)
+
+
+def test_bfloat16_and_other_byte_and_axis_orders(tmp_path: Path):
+    arrays = arrays_of(PARAMS)
+    turned = {key: np.asfortranarray(value.astype(">f4")) for key, value in arrays.items()}
+    np.savez_compressed(tmp_path / "big.npz", **turned)
+    assert_same_tensors(tmp_path / "big.npz", PARAMS)
+    halves = {key: torch.from_numpy(value).bfloat16() for key, value in arrays.items()}
+    half = {key: value.view(torch.int16).numpy().view("V2") for key, value in halves.items()}
+    np.savez(tmp_path / "half.npz", **half)
+    found = google_from_ours(am.load_model(tmp_path / "half.npz").state_dict())
+    assert all(torch.equal(found[key], value.float()) for key, value in halves.items())
+
+
+def test_blocks_come_in_natural_order_and_as_float32(tmp_path: Path):
+    model = tiny_model(num_blocks=11).bfloat16()
+    arrays = arrays_of(am.save_model(model, tmp_path / "deep.npz", format="google"))
+    blocks = [key.split("/")[0] for key in arrays if "token_mixing/Dense_0/kernel" in key]
+    assert blocks == [f"MixerBlock_{number}" for number in range(11)]
+    assert all(value.dtype == np.float32 for value in arrays.values())
+
+
+def test_what_googles_layout_has_no_place_for_lies_beside_it(tmp_path: Path):
+    model = tiny_model(num_classes=2, gelu="exact", image_size=(8, 16)).eval()
+    model.class_names = ["ant", "bee"]
+    model.preprocessing = am.Preprocessing(image_size=(8, 16), mean=0.0, std=1.0)
+    path = am.save_model(model, tmp_path / "mine.npz", format="google")
+    loaded = am.load_model(path)
+    assert loaded.config == model.config
+    assert (loaded.class_names, loaded.preprocessing) == (model.class_names, model.preprocessing)
+    other = am.save_model(tiny_model(num_classes=2, num_blocks=1), tmp_path / "b.npz", "google")
+    content = path.read_bytes()
+    path.write_bytes(other.read_bytes())  # another file of this name: the .json is not its own
+    loaded = am.load_model(path)
+    assert (loaded.class_names, loaded.config.gelu) == (None, "tanh")
+    path.write_bytes(content)
+    (tmp_path / "mine.json").unlink()
+    with pytest.raises(am.UserError, match="8 patches of 4x4 pixels"):
+        am.load_model(path)
+    assert am.load_model(path, image_size=(8, 16)).config.image_size == (8, 16)
+
+
+def test_what_does_not_fit_is_named_as_in_the_file(tmp_path: Path):
+    arrays, path = arrays_of(PARAMS), tmp_path / "odd.npz"
+    arrays["MixerBlock_1/LayerNorm_0/gamma"] = arrays.pop("MixerBlock_1/LayerNorm_0/scale")
+    arrays["MixerBlock_2/token_mixing/Dense_0/kernel"] = np.zeros((64, 12), np.float32)
+    np.savez(path, **arrays)
+    with pytest.raises(am.UserError) as caught:
+        am.load_model(path)
+    message = str(caught.value)
+    assert caught.value.code == "shapes"
+    assert "missing: MixerBlock_1/LayerNorm_0/scale (24,)" in message
+    assert "extra: MixerBlock_1/LayerNorm_0/gamma (24,)" in message
+    assert "misshapen: MixerBlock_2/token_mixing/Dense_0/kernel is (64, 12)" in message
+    assert str(path) in message
+    del arrays["stem/kernel"]
+    np.savez(path, **arrays)
+    with pytest.raises(am.UserError, match="Google, but stem/kernel is missing"):
+        am.load_model(path)
+    np.savez(path, weights=np.zeros(3, np.float32))
+    with pytest.raises(am.UserError, match=r"none of the 1 tensors .*weights"):
+        am.load_model(path)
+
+
+# --- timm -----------------------------------------------------------------------------------------
+
+
+def test_timms_golden_file(tmp_path: Path):
+    model = am.load_model(TIMM)
+    assert model.config.gelu == "exact"
+    with np.load(GOLDEN / "timm_tiny_io.npz") as io:
+        images = torch.from_numpy(io["images_nchw"])
+        assert (model(images) - torch.from_numpy(io["logits"])).abs().max() <= 1e-5
+        assert (model.features(images) - torch.from_numpy(io["pre_logits"])).abs().max() <= 1e-5
+    path = am.save_model(model, tmp_path / "out.safetensors", format="timm")
+    before, after = safetensors.torch.load_file(TIMM), safetensors.torch.load_file(path)
+    assert set(before) == set(after)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_our_own_description_travels_in_timms_format(tmp_path: Path):
+    model = tiny_model(num_classes=2).eval()  # tanh, which timm's names alone do not say
+    model.class_names = ["ant", "bee"]
+    for place in (tmp_path / "one.safetensors", tmp_path / "folder"):
+        loaded = am.load_model(am.save_model(model, place, format="timm"))
+        assert loaded.config == model.config
+        assert loaded.class_names == ["ant", "bee"]
+
+
+def wrapped(kind: str, state: dict[str, Tensor]) -> object:
+    return {
+        "bare": state,
+        "state_dict": {"state_dict": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
+        "model": {"model": state, "optimizer": {"state": {}, "step": torch.zeros(3)}},
+        "parallel": {f"module.{name}": value for name, value in state.items()},
+        "compiled": {f"_orig_mod.module.{name}": value for name, value in state.items()},
+    }[kind]
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("kind", ["bare", "state_dict", "model", "parallel", "compiled"])
+def test_pth_files(tmp_path: Path, kind: str, old: bool):
+    path = tmp_path / "weights.pth"
+    content = wrapped(kind, safetensors.torch.load_file(TIMM))
+    torch.save(content, path, _use_new_zipfile_serialization=not old)
+    assert_same_tensors(path, TIMM)
+
+
+def timm_folder(folder: Path, **changes: object) -> Path:
+    """A model as the hub has it: model.safetensors and timm's config.json."""
+    settings = {
+        "input_size": [3, 32, 32],
+        "interpolation": "bilinear",
+        "crop_pct": 0.9,
+        "mean": [0.0, 0.0, 0.0],
+        "std": [1.0, 1.0, 1.0],
+        **changes,
+    }
+    shutil.copy(TIMM, folder / "model.safetensors")
+    config = {"architecture": "mixer_b16_224", "num_classes": 7, "pretrained_cfg": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected", "note"),
+    [
+        ({}, {}, ""),
+        ({"crop_mode": "squash"}, {"resize": "resize-crop"}, ""),
+        ({"crop_mode": "border"}, {}, "'border'"),
+        ({"interpolation": "lanczos"}, {"interpolation": "bicubic"}, "'lanczos'"),
+        (
+            {"interpolation": None, "crop_pct": None},
+            {"interpolation": "bicubic", "crop": 0.875},
+            "",
+        ),
+        ({"mean": [0.1, 0.2, 0.3], "std": [0.2] * 3}, {"mean": (0.1, 0.2, 0.3), "std": 0.2}, ""),
+    ],
+)
+def test_timms_preprocessing(tmp_path: Path, capsys: Any, settings: Any, expected: Any, note: str):
+    preprocessing = am.load_model(timm_folder(tmp_path, **settings)).preprocessing
+    whole = {"mean": 0.0, "std": 1.0, "crop": 0.9, **expected}
+    assert preprocessing == am.Preprocessing(image_size=(32, 32), **whole)
+    err = capsys.readouterr().err
+    assert note in err
+    assert bool(err) == bool(note)
+
+
+def test_timms_class_names(tmp_path: Path):
+    names = ["a", "b", "c", "d", "e", "f", "g"]
+    assert am.load_model(timm_folder(tmp_path, label_names=names)).class_names == names
+    config = json.loads((timm_folder(tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "label_names": names[::-1]}))
+    assert am.load_model(tmp_path).class_names == names[::-1]
+    with pytest.raises(am.UserError, match="std must be above 0"):
+        am.load_model(timm_folder(tmp_path, std=[0, 0, 0]))
+    # A .pth in a folder of somebody else's model describes itself.
+    torch.save(safetensors.torch.load_file(TIMM), tmp_path / "other.pth")
+    model = am.load_model(tmp_path / "other.pth", quiet=True)
+    assert model.preprocessing == am.Preprocessing(image_size=(32, 32))
+
+
+@pytest.mark.parametrize(("size", "channels"), [((8, 12), 3), ((8, 32), 3), ((16, 16), 1)])
+def test_rectangles_are_as_timm_says(tmp_path: Path, size: tuple[int, int], channels: int):
+    """2 x 8 patches are as many as 4 x 4; a grey model takes the mean of timm's numbers."""
+    model = tiny_model(image_size=size, in_channels=channels, gelu="exact").eval()
+    path = am.save_model(model, tmp_path / "model.safetensors", format="timm")
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path)  # without our description
+    settings = {"input_size": [channels, *size], "mean": [0.3, 0.6, 0.9], "std": [0.5] * 3}
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": settings}))
+    loaded = am.load_model(tmp_path)
+    assert loaded.config.image_size == size
+    assert loaded.preprocessing is not None
+    assert np.mean(loaded.preprocessing.mean) == pytest.approx(0.6)
+
+
+def test_another_family_with_similar_names(tmp_path: Path):
+    path = tmp_path / "vit.safetensors"
+    names = ("norm.weight", "blocks.0.norm1.weight", "patch_embed.proj.weight", "head.bias")
+    safetensors.torch.save_file({name: torch.zeros(3) for name in names}, path)
+    with pytest.raises(am.UserError, match=r"timm, but stem\.proj\.weight is missing"):
+        am.load_model(path)
+
+
+# --- CycleMLP and Vision Permutator ---------------------------------------------------------------
+
+
+def published(family: str, num_classes: int = 7, **changes: Any) -> am.ImageClassifier:
+    """A small one as its authors would publish it: 224 pixels, segments as many as rows."""
+    torch.manual_seed(0)
+    if family == "cycle":
+        shape = {"depths": (1, 2), "dims": (8, 12), "mlp_ratios": (4, 2), "stem_stride": 4}
+        return enliven(am.create_model("cycle_mlp_b1", 224, num_classes, **{**shape, **changes}))
+    shape = {"patch_size": 56, "depths": (1, 1, 2), "dims": (8, 8, 12), "mlp_ratios": (3, 3, 2)}
+    shape |= {"segments": (4, 4, 2), "downsamples": (False, True)}
+    return enliven(am.create_model("vip_s7", 224, num_classes, **{**shape, **changes}))
+
+
+@pytest.mark.parametrize("kind", ["bare", "model", "parallel"])
+@pytest.mark.parametrize("family", ["cycle", "permutator"])
+def test_the_authors_files(tmp_path: Path, family: str, kind: str, capsys: Any):
+    model = published(family).eval()
+    torch.save(wrapped(kind, model.state_dict()), tmp_path / "weights.pth")
+    loaded = am.load_model(tmp_path / "weights.pth")
+    assert loaded.config == model.config
+    images = torch.randn(2, 3, 224, 224)
+    assert torch.equal(loaded(images), model(images))
+    wanted = am.Preprocessing(image_size=(224, 224), interpolation="bicubic", **IMAGENET)
+    assert loaded.preprocessing == wanted
+    title = {"cycle": "CycleMLP", "permutator": "Vision Permutator"}[family]
+    assert f"{title}'s authors is assumed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["cycle", "permutator"])
+def test_grey_and_headless(tmp_path: Path, family: str):
+    model = published(family, num_classes=0, in_channels=1).eval()
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    loaded = am.load_model(tmp_path / "weights.safetensors", quiet=True)
+    assert loaded.config == model.config
+    assert loaded.preprocessing is not None
+    assert loaded.preprocessing.mean == pytest.approx(0.449)
+    many = published(family, in_channels=5).eval()
+    safetensors.torch.save_file(many.state_dict(), tmp_path / "many.safetensors")
+    assert am.load_model(tmp_path / "many.safetensors", quiet=True).preprocessing is None
+
+
+def test_other_offsets_in_a_file_are_computed(tmp_path: Path):
+    model, images = published("cycle").eval(), torch.randn(1, 3, 224, 224)
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    name = "network.0.0.attn.sfc_h.offset"
+    tensors[name] = tensors[name].flip(1)
+    torch.save({"model": tensors}, tmp_path / "other.pth")
+    loaded = am.load_model(tmp_path / "other.pth", quiet=True)
+    assert (loaded(images) - model(images)).abs().max() > 1e-4
+    again = am.load_model(am.save_model(loaded, tmp_path / "saved"), num_classes=0, quiet=True)
+    assert torch.equal(again(images), loaded.features(images))
+    tensors[name] = tensors[name] + 0.25
+    torch.save({"model": tensors}, tmp_path / "broken.pth")
+    with pytest.raises(am.UserError, match=r"an offset is 1.25[\s\S]*broken.pth"):
+        am.load_model(tmp_path / "broken.pth", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "gone"),
+    [
+        ("cycle", "network.2.1.attn.sfc_h.offset"),
+        ("cycle", "patch_embed.proj.weight"),
+        ("cycle", "network.0.0.mlp.fc1.weight"),
+        ("cycle", "head.weight"),
+        ("permutator", "network.1.0.attn.mlp_h.weight"),
+        ("permutator", "network.1.0.attn.mlp_w.weight"),
+    ],
+)
+def test_missing_tensors_are_named(tmp_path: Path, family: str, gone: str):
+    tensors = published(family).state_dict()
+    del tensors[gone]
+    safetensors.torch.save_file(tensors, tmp_path / "weights.safetensors")
+    with pytest.raises(am.UserError, match=gone):
+        am.load_model(tmp_path / "weights.safetensors", quiet=True)
+
+
+def test_shapes_that_do_not_say_enough(tmp_path: Path):
+    path = tmp_path / "weights.safetensors"
+    wide = am.load_model(am.save_model(published("permutator"), tmp_path / "m"), 448, quiet=True)
+    many = published("cycle").state_dict() | {
+        f"network.{name}.mlp.fc1.weight": torch.zeros(4, 4) for name in ("999999.0", "0.99999")
+    }
+    for tensors, message in (
+        (published("cycle", stem_kernel=5).state_dict(), "window is 5 pixels wide"),
+        (wide.state_dict(), "16x16 weights at 8 channels"),
+        (many, "block 99,999"),
+    ):
+        safetensors.torch.save_file(tensors, path)
+        with pytest.raises(am.UserError, match=message):
+            am.load_model(path, quiet=True)
+
+
+@pytest.mark.parametrize("format", ["google", "timm"])
+@pytest.mark.parametrize("family", ["cycle", "permutator", "variant"])
+def test_formats_of_others_have_no_place(tmp_path: Path, family: str, format: str):
+    target = tmp_path / ("x.npz" if format == "google" else "x.safetensors")
+    model = tiny_model(pyramid=((1, 2),)) if family == "variant" else published(family)
+    with pytest.raises(am.UserError, match=f"'{format}'"):
+        am.save_model(model, target, format=format)
+    assert not target.exists()
+
+
+def test_a_file_of_a_family_that_shapes_do_not_describe(tmp_path: Path):
+    model = am.create_model("small_resnet", 8, 3, width=8)
+    path = am.save_model(model, tmp_path / "model.safetensors")
+    assert am.load_model(path).config == model.config
+    safetensors.torch.save_file(model.state_dict(), path)
+    with pytest.raises(am.UserError):
+        am.load_model(path)
+
+
+def test_what_inspect_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    torch.save(published("permutator").state_dict(), tmp_path / "weights.pth")
+    code, out, _ = mixer(capsys, "models", "--inspect", tmp_path / "weights.pth")
+    assert code == 0
+    assert "Vision Permutator" in out
+    assert "GELU           exact" in out
+    assert "attn.mlp_h.weight" in out
+    model = am.load_model(tmp_path / "weights.pth", quiet=True)
+    assert dataclasses.replace(model.config, num_classes=0).num_classes == 0

@@ -1,0 +1,302 @@
+"""Models to and from files: the same bits back, and one clear error for everything else."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import allmlp as am
+from allmlp import io
+from allmlp.io import partial_path
+from allmlp.models.layers import classes_of, preprocessing_of
+from conftest import NO_PROCESS, tiny_model
+
+
+def saved(tmp_path: Path, **changes: object) -> tuple[am.ImageClassifier, Path]:
+    model = tiny_model(num_classes=3, **changes)
+    model.class_names = ["ant", "bee", "cat"]
+    model.preprocessing = am.Preprocessing(image_size=(8, 8), resize="squash", std=0.25)
+    folder = tmp_path / "model"
+    am.save_model(model, folder)
+    return model, folder
+
+
+def strip_header(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Leaves the description to config.json alone."""
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+
+
+def assert_same_model(first: am.ImageClassifier, second: am.ImageClassifier) -> None:
+    assert first.config == second.config
+    assert first.class_names == second.class_names
+    assert first.preprocessing == second.preprocessing
+    pairs = zip(first.state_dict().items(), second.state_dict().items(), strict=True)
+    for (name, a), (other, b) in pairs:
+        assert name == other
+        assert torch.equal(a, b)
+
+
+def test_round_trips(tmp_path: Path):
+    model, folder = saved(tmp_path, gelu="exact", stochastic_depth=0.1)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = am.load_model(folder)
+    assert_same_model(loaded, model)
+    assert not loaded.training
+    alone = am.save_model(model, tmp_path / "new" / "alone.safetensors")
+    assert_same_model(am.load_model(str(alone)), model)
+    text = (folder / "config.json").read_text()  # it counts for a folder, not for other files
+    (folder / "config.json").write_text(text.replace('"bee"', '"wasp"'))
+    assert am.load_model(folder).class_names == ["ant", "wasp", "cat"]
+    am.save_model(model, folder / "other.safetensors")
+    assert am.load_model(folder / "other.safetensors").class_names == ["ant", "bee", "cat"]
+
+
+def test_a_file_without_a_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model, folder = saved(tmp_path)
+    strip_header(folder, dict(model.state_dict()))
+    assert_same_model(am.load_model(folder), model)
+    (folder / "config.json").unlink()  # now only the tensors say what they are
+    loaded = am.load_model(folder)
+    assert loaded.config == model.config
+    assert loaded.class_names is None
+    assert loaded.preprocessing == am.Preprocessing(image_size=(8, 8))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Google's is assumed" in captured.err
+    am.load_model(folder, quiet=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_folder_means_its_best(trained: am.TrainResult):
+    model = am.load_model(trained.run_folder)
+    assert_same_model(model, am.load_model(trained.run_folder / "best"))
+    assert model.class_names == [str(digit) for digit in range(10)]
+
+
+def test_another_number_of_classes(tmp_path: Path):
+    model, folder = saved(tmp_path)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    loaded = am.load_model(folder, num_classes=5)
+    assert torch.equal(torch.rand(1), expected)  # loading draws no random numbers
+    images = torch.randn(2, 3, 8, 8)
+    assert loaded.config.num_classes == 5
+    assert loaded.class_names is None
+    assert loaded.preprocessing == model.preprocessing
+    assert torch.equal(loaded(images), torch.zeros(2, 5))
+    assert torch.equal(loaded.features(images), model.eval().features(images))
+    loaded(images).sum().backward()
+    assert am.load_model(folder, num_classes=0)(images).shape == (2, 16)
+    assert am.load_model(folder, num_classes=3).class_names == ["ant", "bee", "cat"]
+
+
+def test_another_image_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    _, folder = saved(tmp_path)
+    assert am.load_model(folder, image_size=8).config.image_size == (8, 8)
+    assert capsys.readouterr().err == ""
+    grown = am.load_model(folder, image_size=(16, 24))
+    assert grown.config.image_size == (16, 24)
+    assert grown.preprocessing == am.Preprocessing(image_size=(16, 24), resize="squash", std=0.25)
+    assert grown.class_names == ["ant", "bee", "cat"]
+    assert "8x8 -> 16x24 pixels: block-diagonal, 2x3 tiles" in capsys.readouterr().err
+    for wrong in ("16", -8, (8, 8, 8), (8, 0), (8.0, 8), 11):
+        with pytest.raises(am.UserError):
+            am.load_model(folder, image_size=wrong)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(am.UserError) as caught:
+        am.load_model(folder, image_size=16, resize_weights="bigger")  # pyright: ignore
+    assert caught.value.code == "unknown-name"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 99},
+        {"architecture": None},
+        {"architecture": {"family": "mixer"}},
+        {"preprocessing": {"image_size": [8, 8], "resize": "zoom"}},
+        {"preprocessing": {"image_size": 8}},
+        {"preprocessing": {"image_size": [8, 8], "mean": "x"}},
+        {"preprocessing": {"image_size": [8, 16]}},
+        {"class_names": ["ant", "bee"]},
+        {"class_names": 5},
+        {},
+    ],
+)
+def test_a_description_that_does_not_fit(tmp_path: Path, change: dict[str, Any]):
+    model, folder = saved(tmp_path)
+    described = {**json.loads((folder / "config.json").read_text()), **change}
+    (folder / "config.json").write_text(json.dumps(described) if change else "{")
+    strip_header(folder, dict(model.state_dict()))
+    with pytest.raises(am.UserError) as caught:
+        am.load_model(folder)
+    assert str(folder) in str(caught.value.where)
+
+
+def test_tensors_that_do_not_fit_are_listed(tmp_path: Path):
+    model, folder = saved(tmp_path)
+    state = dict(model.state_dict())
+    state["stem.weights"] = state.pop("stem.weight")
+    state["stem.bias"] = torch.zeros(16, dtype=torch.int64)
+    state["head.weight"] = torch.zeros(4, 16)
+    strip_header(folder, state)
+    with pytest.raises(am.UserError) as caught:
+        am.load_model(folder)
+    assert caught.value.code == "shapes"
+    message = str(caught.value)
+    assert "missing: stem.weight (16, 3, 4, 4)" in message
+    assert "extra: stem.weights (16, 3, 4, 4)" in message
+    assert "misshapen: head.weight is (4, 16), the architecture wants (3, 16)" in message
+    assert "not floating point: stem.bias is int64" in message
+
+
+def test_names_and_places_that_cannot_be(tmp_path: Path):
+    places = (tmp_path / "nowhere", tmp_path, "~nosuchuser/x", "x" * 300, "~nosuchuser/x.npz")
+    for source in places:
+        with pytest.raises(am.UserError):
+            am.load_model(source)
+    model = tiny_model()
+    for target, format, named in (
+        ("~nosuchuser/x", "allmlp", "nosuchuser"),
+        (tmp_path / "x.safetensor", "allmlp", "Call it x.safetensors"),
+        (tmp_path / "caf\udce9", "allmlp", "UTF-8"),
+        (tmp_path / "x", "onnx", "'onnx'"),
+        (tmp_path / "x.safetensors", "google", "Call it x.npz"),
+        (tmp_path / "x.npz", "timm", "Call it x.safetensors"),
+    ):
+        with pytest.raises(am.UserError, match=named):
+            am.save_model(model, target, format)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(am.UserError, match="GiB"):
+        am.load_model(am.save_model(model, tmp_path / "x"), num_classes=10**12)
+
+
+def test_what_is_not_a_model_of_ours_is_not_replaced(tmp_path: Path, trained: am.TrainResult):
+    config = (trained.run_folder / "config.json").read_bytes()
+    with pytest.raises(am.UserError, match="best/"):
+        am.save_model(tiny_model(), trained.run_folder)
+    (tmp_path / "config.json").write_bytes(config)
+    (tmp_path / "mine.json").write_text('{"my": "notes"}')
+    for target, format in ((tmp_path, "allmlp"), (tmp_path / "mine.npz", "google")):
+        with pytest.raises(am.UserError, match="not the description of a model"):
+            am.save_model(tiny_model(), target, format, overwrite=True)
+    assert (tmp_path / "config.json").read_bytes() == config
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "mine.json"]
+
+
+def test_what_a_model_carries(tmp_path: Path, trained: am.TrainResult):
+    model = tiny_model(num_classes=2)
+    with pytest.raises(am.UserError, match="no class names"):
+        classes_of(model)
+    assert preprocessing_of(model) == am.Preprocessing(image_size=(8, 8))
+    fresh = am.load_model(trained.run_folder, num_classes=12, quiet=True)
+    path = am.save_model(fresh, tmp_path / "new.safetensors")
+    for act in (lambda: am.evaluate(fresh, "digits:test"), lambda: am.predict(path, "digits:test")):
+        with pytest.raises(am.UserError, match=r"for 12 classes is new"):
+            act()
+    with pytest.raises(am.UserError, match="no head"):
+        am.predict(am.load_model(trained.run_folder, num_classes=0, quiet=True), "digits:test")
+    with pytest.raises(am.UserError, match="got -1"):
+        am.load_model(trained.run_folder, num_classes=-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_are_float32_in_memory(tmp_path: Path, dtype: torch.dtype):
+    model, folder = saved(tmp_path)
+    state = {name: value.to(dtype) for name, value in model.state_dict().items()}
+    strip_header(folder, state)
+    for name, value in am.load_model(folder).state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, state[name].float())
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+@pytest.mark.parametrize("name", ["m.npz", "m.safetensors"])
+def test_weights_that_are_not_finite(tmp_path: Path, bad: str, name: str):
+    model, path = tiny_model(), tmp_path / name
+    format = "google" if name == "m.npz" else "allmlp"
+    weight = model.blocks[1].channel_mixing.dense_0.weight
+    weight.data[0] = 3e38  # finite, as their sum is not
+    am.save_model(model, path, format)
+    assert am.load_model(path, quiet=True).state_dict().keys() == model.state_dict().keys()
+    weight.data[1, :2] = float(bad)
+    am.save_model(model, path, format, overwrite=True)
+    with pytest.raises(am.UserError, match=r"blocks.1.*weight .*: 2 of its") as caught:
+        am.load_model(path, quiet=True)
+    assert caught.value.code == "not-finite"
+
+
+def test_the_file_may_change_after_loading(tmp_path: Path):
+    """What `cp other model.safetensors` does: it empties the file under us."""
+    model, folder = saved(tmp_path)
+    pickled = tmp_path / "weights.pth"
+    torch.save(model.state_dict(), pickled)
+    for path in (folder / "model.safetensors", pickled):
+        loaded = am.load_model(path, quiet=True)
+        with path.open("rb+") as file:
+            file.truncate(100)
+        assert torch.equal(loaded.stem.weight, model.stem.weight)
+        assert loaded(torch.zeros(1, 3, 8, 8)).isfinite().all()
+
+
+@pytest.mark.parametrize("format", ["allmlp", "timm", "google"])
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_full_disk_leaves_weights_and_description_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, failing: int
+):
+    first, _ = saved(tmp_path, gelu="exact")
+    target = tmp_path / ("x.npz" if format == "google" else "x")
+    am.save_model(first, target, format)
+    calls = []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == failing:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(io.os, "fsync", full)
+    second = tiny_model(num_classes=3, hidden_dim=8)
+    with pytest.raises(am.UserError, match="No space left on device"):
+        am.save_model(second, target, format, overwrite=True)
+    calls.clear()
+    with pytest.raises(am.UserError, match="No space left on device"):
+        am.save_model(second, tmp_path / f"new{target.suffix}", format)
+    monkeypatch.undo()
+    assert_same_model(am.load_model(target), first)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and "new" in str(file)]
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_save_killed_between_its_renames_is_seen(tmp_path: Path):
+    """New weights beside the old description: the header, which is of the new ones, counts."""
+    _, folder = saved(tmp_path)
+    old = (folder / "config.json").read_bytes()
+    second = tiny_model(num_classes=3, gelu="exact").eval()
+    second.class_names = ["x", "y", "z"]
+    with torch.no_grad():
+        second.head.bias.add_(1)
+    am.save_model(second, folder, overwrite=True)
+    (folder / "config.json").write_bytes(old)
+    assert_same_model(am.load_model(folder), second)
+
+
+def test_modes_and_leftovers_of_killed_saves(tmp_path: Path):
+    model, folder = saved(tmp_path)
+    (tmp_path / "plain").touch()  # as the umask says
+    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
+    pids = (NO_PROCESS, os.getppid())
+    dead, living = (partial_path(folder / "model.safetensors", pid) for pid in pids)
+    for path in (dead, living):
+        path.write_bytes(b"half")
+    with pytest.raises(am.UserError, match="already"):
+        am.save_model(model, folder)
+    am.save_model(model, folder, overwrite=True)
+    assert not dead.exists()
+    assert living.exists()  # it may be writing

@@ -1,0 +1,224 @@
+"""Another image size: each method against its own exact oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import allmlp as am
+from allmlp.models.catalog import model_from_config
+from allmlp.models.resize import resample, resize_tokens, resizing
+from allmlp.models.vision_permutator import grow_map, resample_map
+from allmlp.weights.load import resize_model
+from conftest import tiny_model
+from staged_models import small_cycle, small_permutator
+
+pytestmark = pytest.mark.numerics
+
+SIZE = tuple[int, int]
+INTERPOLATIONS = ["nearest", "bilinear", "bicubic"]
+PLAIN = {"depths": (2,), "dims": (12,), "mlp_ratios": (2,), "segments": (3,), "downsamples": ()}
+
+
+def odd_model(**changes: object) -> am.ImageClassifier:
+    """A 2x3 grid of patches and random biases, so that no symmetry hides a wrong order."""
+    model = tiny_model(image_size=(8, 12), **changes).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def resized(
+    model: am.ImageClassifier, size: SIZE, method: Any, interpolation: Any = None
+) -> am.ImageClassifier:
+    tensors = dict(model.state_dict())
+    if interpolation is None:
+        config, _ = resize_model(tensors, model.config, size, method)
+    else:
+        new = dataclasses.replace(model.config, image_size=size)
+        config, _ = resize_tokens(tensors, model.config, new, method, interpolation)
+    grown = model_from_config(config)
+    grown.load_state_dict(tensors)
+    return grown.eval()
+
+
+@pytest.mark.parametrize("factors", [(2, 2), (1, 2), (3, 1), (2, 3)])
+def test_block_diagonal_logits_are_the_mean_over_the_tiles(factors: SIZE):
+    model, (high, wide) = odd_model(), factors
+    grown = resized(model, (8 * high, 12 * wide), "block-diagonal")
+    assert grown.config.tokens_mlp_dim == high * wide * model.config.tokens_mlp_dim
+    images = torch.randn(5, 3, 8 * high, 12 * wide)
+    tiles = [
+        images[:, :, 8 * row : 8 * row + 8, 12 * column : 12 * column + 12]
+        for row in range(high)
+        for column in range(wide)
+    ]
+    expected = torch.stack([model(tile) for tile in tiles]).mean(dim=0)
+    assert (grown(images) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    # The tiles differ, or any order would do.
+    assert (model(tiles[0]) - model(tiles[-1])).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("factors", [(2, 2), (1, 3), (4, 2)])
+@pytest.mark.parametrize("family", ["mixer", "permutator"])
+def test_nearest_resampling_repeats_the_logits_of_a_repeated_grid(family: str, factors: SIZE):
+    is_mixer = family == "mixer"
+    model = odd_model() if is_mixer else small_permutator(image_size=(8, 12), **PLAIN).eval()
+    patch = model.config.patch_size
+    grown = resized(model, (8 * factors[0], 12 * factors[1]), "resample")
+    images = torch.randn(5, 3, 8, 12)
+    patches = images.unfold(2, patch, patch).unfold(3, patch, patch)  # (N, 3, h, w, P, P)
+    repeated = patches.repeat_interleave(factors[0], 2).repeat_interleave(factors[1], 3)
+    large = repeated.permute(0, 1, 2, 4, 3, 5).reshape(5, 3, 8 * factors[0], 12 * factors[1])
+    expected = model(images)
+    assert (grown(large) - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("size", [(4, 4), (8, 8), (12, 20), (40, 44)])
+def test_resampling_is_the_old_mlp_on_the_resized_grid(size: SIZE, interpolation: Any):
+    """The documented oracle for every size: token mixing = B . old token mixing(A . tokens)."""
+    model = odd_model(num_blocks=1)
+    grown = resized(model, size, "resample", interpolation)
+    (old_h, old_w), (new_h, new_w) = model.config.grid, grown.config.grid
+    tokens = torch.randn(3, 16, new_h * new_w)
+    down, up = (
+        torch.kron(resizing(a, b, interpolation), resizing(c, d, interpolation)).float()
+        for a, b, c, d in ((new_h, old_h, new_w, old_w), (old_h, new_h, old_w, new_w))
+    )
+    expected = model.blocks[0].token_mixing(tokens @ down.T) @ up.T
+    found = grown.blocks[0].token_mixing(tokens)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    plain = [torch.ones(1, 16, net.config.num_tokens) for net in (model, grown)]
+    first, second = (
+        net.blocks[0].token_mixing.dense_0(x) for net, x in zip((model, grown), plain, strict=True)
+    )
+    assert (first - second).abs().max() <= 1e-5 * first.abs().max()  # of a constant image
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize(("old", "new"), [(1, 5), (5, 1), (3, 7), (7, 3), (4, 8), (8, 4), (6, 6)])
+def test_resizing_maps(old: int, new: int, interpolation: Any):
+    matrix = resizing(old, new, interpolation)
+    assert matrix.shape == (new, old)
+    assert torch.allclose(matrix.sum(dim=1), torch.ones(new, dtype=torch.float64))
+    assert (matrix.abs().sum(dim=0) > 0).all()  # no cell is forgotten
+    centre = torch.arange(old, dtype=torch.float64) - (old - 1) / 2
+    assert ((matrix @ centre).diff() >= 0).all()  # and their order stays
+    if old == new:
+        assert torch.equal(matrix, torch.eye(old, dtype=torch.float64))
+    assert torch.allclose(matrix, matrix.flip(0).flip(1)) or interpolation == "nearest"
+
+
+def test_everything_but_the_token_mixing_stays():
+    model = odd_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for method in ("block-diagonal", "resample"):
+        grown = resized(model, (16, 24), method)
+        for name, value in grown.state_dict().items():
+            assert ("token_mixing" in name) != torch.equal(value, before[name].to(value)) or (
+                name.endswith("token_mixing.dense_0.bias") and method == "resample"
+            )
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    tensors = dict(model.state_dict())
+    resample(tensors, model.config, (4, 6), "nearest")  # and is not copied
+    assert tensors["stem.weight"].data_ptr() == model.state_dict()["stem.weight"].data_ptr()
+
+
+def test_a_grown_model_trains_and_can_be_resized_again(tmp_path: Path):
+    grown = resized(odd_model(), (16, 24), "block-diagonal")
+    path = am.save_model(grown, tmp_path / "grown.npz", format="google")
+    again = am.load_model(path, image_size=(8, 12), resize_weights="resample", quiet=True)
+    assert again.config == dataclasses.replace(odd_model().config, tokens_mlp_dim=32)
+    grown.train()(torch.randn(2, 3, 16, 24)).square().sum().backward()
+    gradient = grown.blocks[0].token_mixing.dense_0.weight.grad
+    assert gradient is not None
+    assert (gradient != 0).float().mean() > 0.9  # also where the growth put zeros
+
+
+@pytest.mark.parametrize("factors", [(2, 2), (1, 3)])
+def test_a_permutator_and_copies_of_an_image(factors: SIZE):
+    """Block-diagonal growth, two stages, no square grid: copies of an image have its logits, and
+    a branch maps each tile, of any image, as before."""
+    model = small_permutator(image_size=(8, 12)).eval()
+    grown = resized(model, (8 * factors[0], 12 * factors[1]), "block-diagonal")
+    images = torch.randn(4, 3, 8, 12)
+    found, expected = grown(images.repeat(1, 1, *factors)), model(images)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    old, new = model.network[0][0].attn, grown.network[0][0].attn
+    x = torch.randn(2, 4 * factors[0], 6 * factors[1], 8)
+    for branch in (0, 1):
+        found = new.branches(x)[branch]
+        for i in range(factors[0]):
+            for j in range(factors[1]):
+                tile = (slice(None), slice(4 * i, 4 * i + 4), slice(6 * j, 6 * j + 6))
+                torch.testing.assert_close(found[tile], old.branches(x[tile])[branch])
+
+
+@pytest.mark.parametrize("new", [1, 3, 5, 7, 12])
+def test_a_resampled_map_of_a_permutator(new: int):
+    torch.manual_seed(0)
+    old, size = 4, 3
+    weight = torch.randn(old * size, old * size, dtype=torch.float64)
+    grown = resample_map(weight, old, new, size)
+    constant = torch.randn(size, dtype=torch.float64)
+    before = (weight @ constant.repeat(old)).view(old, size)
+    after = (grown @ constant.repeat(new)).view(new, size)
+    assert after.min() >= before.min() - 1e-12
+    assert after.max() <= before.max() + 1e-12
+    if new % old == 0:
+        torch.testing.assert_close(after, before.repeat_interleave(new // old, dim=0))
+        torch.testing.assert_close(resample_map(grown, new, old, size), weight)
+    blocks = grow_map(weight, old, 3 * old, size)
+    assert torch.equal(blocks, torch.kron(torch.eye(3, dtype=torch.float64), weight))
+
+
+def test_no_weight_of_cycle_mlp_depends_on_the_size(tmp_path: Path):
+    model = small_cycle().eval()
+    path = am.save_model(model, tmp_path / "cycle").parent
+    large = am.load_model(path, image_size=(33, 18), quiet=True)
+    ours, theirs = model.state_dict(), large.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert large.config.image_size == (33, 18)
+
+
+@pytest.mark.parametrize(
+    ("size", "method", "words"),
+    [
+        ((16, 24), "auto", "block-diagonal, 2x2 tiles"),
+        ((16, 12), "auto", "block-diagonal, 2x1 tiles"),
+        ((12, 24), "auto", "resampled (nearest)"),
+        ((4, 4), "auto", "resampled (nearest)"),
+        ((16, 24), "resample", "resampled (nearest)"),
+    ],
+)
+@pytest.mark.parametrize("build", [odd_model, lambda: small_permutator(image_size=(8, 12))])
+def test_the_method_that_is_used(build: Any, size: SIZE, method: Any, words: str):
+    model = build()
+    assert resize_model(dict(model.state_dict()), model.config, size, method)[1] == words
+
+
+@pytest.mark.parametrize(
+    ("build", "size", "method", "named"),
+    [
+        (odd_model, (12, 24), "block-diagonal", "2x3 patches do not become 3x6"),
+        (odd_model, (10, 24), "auto", "10x24"),
+        (odd_model, (800_000, 1_200_000), "resample", "800000x1200000"),
+        (odd_model, (800_000, 1_200_000), "block-diagonal", "800000x1200000"),
+        (lambda: odd_model(pyramid=((1, 3),)), (16, 24), "auto", "pyramid"),
+        (small_permutator, (12, 8), "block-diagonal", "4x4 patches do not become 6x4"),
+        (small_permutator, (10, 10), "auto", "10x10"),
+        (small_permutator, (4_000_000, 4), "auto", "4000000x4"),
+        (small_cycle, (32, 32), "resample", "resample"),
+        (small_cycle, (3, 9), "auto", "3x9"),
+    ],
+)
+def test_sizes_that_cannot_be(tmp_path: Path, build: Any, size: SIZE, method: Any, named: str):
+    path = am.save_model(build().eval(), tmp_path / "model")
+    with pytest.raises(am.UserError, match=named):
+        am.load_model(path, image_size=size, resize_weights=method, quiet=True)

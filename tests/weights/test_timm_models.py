@@ -1,0 +1,265 @@
+"""Models of timm in our frame: built, loaded, resized, saved; with a stand-in for timm, and with
+timm itself where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import allmlp as am
+import fake_timm
+from allmlp.models import timm_model
+from allmlp.models.catalog import config_from_json, config_to_json
+from allmlp.models.timm_model import TimmConfig, TimmModel, import_timm
+from allmlp.weights import timm_weights
+
+pytestmark = pytest.mark.numerics
+
+
+@pytest.fixture(autouse=True)
+def fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """A hub that has weights of every stand-in; lists what was asked of it."""
+    fake_timm.install(monkeypatch)
+    asked: list[str] = []
+
+    def fetch(name: str, revision: str | None) -> Path:
+        assert revision is None
+        asked.append(name)
+        path = tmp_path / "hub" / f"{name.partition('/')[2]}.safetensors"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            safetensors.torch.save_file(theirs(path.stem).state_dict(), path)
+        return path
+
+    monkeypatch.setattr(timm_weights.hub, "fetch", fetch)
+    return asked
+
+
+def theirs(name: str) -> Any:
+    """timm's own model with weights, and statistics that are not those of a new one."""
+    torch.manual_seed(1)
+    model: Any = fake_timm.create_model(name)
+    for tensor in (*model.parameters(), model.bn.running_mean):
+        torch.nn.init.normal_(tensor)
+    return model.eval()
+
+
+def images(size: int = 16) -> Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def test_create_gives_our_frame():
+    model = am.create_model("timm:fake_cnn", num_classes=5).eval()
+    assert isinstance(model, TimmModel)
+    assert model.config == TimmConfig(name="fake_cnn", image_size=(16, 16), num_classes=5)
+    assert isinstance(model.head, torch.nn.Linear)
+    assert not model.head.weight.any()
+    assert not model.head.bias.any()
+    torch.nn.init.normal_(model.head.weight)
+    features = model.features(images())
+    assert features.shape == (2, fake_timm.WIDTH)
+    assert torch.equal(model(images()), model.head(features))
+    with pytest.raises(ValueError, match=r"16x16 pixels, got 8x8"):
+        model(images(8))
+    headless = am.create_model("timm:fake_bit", num_classes=0, in_channels=1).eval()
+    assert headless(images()[:, :1]).shape == (2, fake_timm.WIDTH)
+
+
+def test_sizes_operations_and_json():
+    config = am.create_model("timm:fake_cnn", (8, 16), 5, dropout=0.5).config
+    assert config.flops == 2 * (8 * 16 * 3 * 9 * fake_timm.WIDTH + fake_timm.WIDTH * 5)
+    values = json.loads(json.dumps(config_to_json(config)))
+    assert values["family"] == "timm"
+    assert config_from_json(values) == config
+    for name in ("fake_vit", "fake_mlp"):
+        model: Any = am.create_model(f"timm:{name}", image_size=(8, 24))
+        assert model.backbone.pos_embed.shape == (1, fake_timm.WIDTH, 2, 6)
+
+
+def test_measuring_draws_no_random_numbers():
+    first = am.create_model("timm:fake_vit", image_size=24)
+    torch.manual_seed(0)
+    again = TimmModel(first.config)
+    timm_model._measured.cache_clear()
+    torch.manual_seed(0)
+    unmeasured = TimmModel(first.config)
+    for one, other in zip(again.parameters(), unmeasured.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_on_the_meta_device_constants_are_real():
+    with torch.device("meta"):
+        model: Any = am.create_model("timm:fake_cnn", num_classes=2)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not model.backbone.constant.is_meta
+    trained = am.create_model("timm:fake_cnn", num_classes=2)
+    torch.nn.init.ones_(trained.head.weight)
+    model.load_state_dict(trained.state_dict(), assign=True)
+    assert torch.equal(model.eval()(images()), trained.eval()(images()))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("fake_cn", {}, r"'fake_cn'[\s\S]*Did you mean fake_cnn"),
+        ("", {}, "no model ''"),
+        ("fake_cnn.first", {}, r"no tag[\s\S]*timm:fake_cnn,"),
+        ("fake_cnn", {"width": 3}, r"'width'[\s\S]*in_channels, dropout"),
+        ("fake_cnn", {"image_size": 0}, r"\(0, 0\)"),
+        ("fake_cnn", {"image_size": (8,)}, r"\(8,\)"),
+        ("fake_cnn", {"num_classes": -1}, "got -1"),
+        ("fake_cnn", {"dropout": float("nan")}, "got nan"),
+        ("fake_cnn", {"stochastic_depth": 0.1}, "'drop_path"),
+        ("fake_vit", {"image_size": 2}, "fake_vit"),
+        ("fake_two", {}, "2 classifiers"),
+    ],
+)
+def test_what_cannot_be_built(name: str, settings: Any, message: str):
+    with pytest.raises(am.UserError, match=message):
+        am.create_model(f"timm:{name}", **settings)
+
+
+@pytest.mark.parametrize("line", [None, "raise RuntimeError('no nms')", "import no_such_module"])
+def test_a_timm_that_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str | None
+):
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    if line is None:
+        monkeypatch.setitem(sys.modules, "timm", None)
+    else:
+        (tmp_path / "timm").mkdir()
+        (tmp_path / "timm" / "__init__.py").write_text(line)
+        monkeypatch.syspath_prepend(tmp_path)
+    for call in (am.create_model, am.load_model):
+        with pytest.raises(am.UserError, match=r"pip install (timm|torchvision|no_such_module)"):
+            call("timm:resnet18")
+
+
+@pytest.mark.parametrize("name", ["fake_cnn.first", "fake_bit.i21k", "fake_vit.a"])
+def test_logits_are_timms(fetched: list[str], name: str):
+    model = am.load_model(f"timm:{name}", quiet=True)
+    assert fetched == [f"timm/{name}"]
+    assert model.source == f"timm:{name}"
+    assert not model.training
+    expected = theirs(name)
+    torch.testing.assert_close(model(images()), expected(images()), rtol=0, atol=1e-6)
+    features = expected.forward_head(expected.forward_features(images()), pre_logits=True)
+    assert torch.equal(model.features(images()), features)
+
+
+def test_class_names_and_preprocessing():
+    model = am.load_model("timm:fake_cnn.first", quiet=True)
+    assert model.class_names is not None
+    assert model.class_names[0] == "n01440764 tench"
+    assert am.load_model("timm:fake_bit.i21k", quiet=True).class_names is None
+    found = model.preprocessing
+    assert found is not None
+    assert (found.mean, found.std) == ((0.4, 0.5, 0.6), (0.2, 0.2, 0.3))
+    assert (found.crop, found.interpolation, found.resize) == (0.9, "bicubic", "resmall-crop")
+
+
+def test_another_size_and_head(capsys: pytest.CaptureFixture[str]):
+    model: Any = am.load_model("timm:fake_vit.a", image_size=(8, 24), num_classes=3)
+    assert model.config.image_size == model.preprocessing.image_size == (8, 24)
+    assert model.backbone.pos_embed.shape[2:] == (2, 6)
+    assert model.head.weight.shape == (3, fake_timm.WIDTH)
+    assert not model.head.weight.any()
+    assert "16x16 -> 8x24 pixels, by timm" in capsys.readouterr().err
+    assert am.load_model("timm:fake_cnn.first", num_classes=0, quiet=True).head is None
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "message"),
+    [
+        ("fake_cnn.secnd", {}, r"'secnd'[\s\S]*first, own"),
+        ("fake_cnn", {}, r"timm:fake_cnn\n.*timm:fake_cnn.first"),
+        ("fake_cnn.own", {}, r"https://example.org/a.npz"),
+        ("bit_r50x2", {}, "timm:bit_r50x2"),
+        ("fake_two", {}, "2 classifiers"),
+        ("fake_odd", {}, "more behind its features"),
+        ("fake_mlp", {"image_size": 24}, "fake_mlp from 16x16 to 24x24"),
+        ("fake_cnn.first", {"resize_weights": "resample"}, "resize_weights='resample'"),
+        ("fake_cnn.first", {"image_size": 0}, "not an image size: 0"),
+        ("fake_cnn.first", {"num_classes": -1}, "got -1"),
+    ],
+)
+def test_what_cannot_be_loaded(source: str, settings: Any, message: str):
+    with pytest.raises(am.UserError, match=message):
+        am.load_model(f"timm:{source}", quiet=True, **settings)
+
+
+def test_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = am.load_model("timm:fake_vit.a", image_size=8, quiet=True)
+    am.save_model(model, tmp_path / "saved")
+    again = am.load_model(tmp_path / "saved", quiet=True)
+    assert (again.config, again.preprocessing) == (model.config, model.preprocessing)
+    assert torch.equal(again(images(8)), model(images(8)))
+    assert again.state_dict()["backbone.bn.num_batches_tracked"].dtype == torch.int64
+    larger: Any = am.load_model(tmp_path / "saved", image_size=24, num_classes=2, quiet=True)
+    assert larger.backbone.pos_embed.shape[2:] == (6, 6)
+    for format, file in (("google", "a.npz"), ("timm", "a.safetensors")):
+        with pytest.raises(am.UserError, match=rf"'{format}'.*fake_vit"):
+            am.save_model(model, tmp_path / file, format=format)
+    config = tmp_path / "saved" / "config.json"
+    config.write_text(config.read_text().replace('"num_classes": 4', '"num_classes": 5'))
+    with pytest.raises(am.UserError, match=r"misshapen: head.weight is \(4, 6\)"):
+        am.load_model(tmp_path / "saved")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(am.UserError, match="pip install timm"):
+        am.load_model(tmp_path / "saved", quiet=True)
+
+
+def test_files_of_other_models(tmp_path: Path):
+    (tmp_path / "hub").mkdir()
+    safetensors.torch.save_file({"x": torch.zeros(2)}, tmp_path / "hub/fake_bit.i21k.safetensors")
+    with pytest.raises(am.UserError, match=r"fake_bit.i21k: .*Missing key"):
+        am.load_model("timm:fake_bit", quiet=True)
+    tensors = am.load_model("timm:fake_vit.a", quiet=True).state_dict()
+    safetensors.torch.save_file(dict(tensors), tmp_path / "a.safetensors")
+    with pytest.raises(am.UserError):  # without a description
+        am.load_model(tmp_path / "a.safetensors")
+
+
+@pytest.fixture(scope="module")
+def real_timm() -> Any:
+    """timm itself; its torchvision's operators are declared where torch has no such build."""
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("needs timm, which is no dependency")
+    timm_model._measured.cache_clear()
+    library = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not hasattr(torch.ops.torchvision, "nms"):
+            library = torch.library.Library("torchvision", "DEF")
+            boxes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            for name in ("nms", "qnms"):
+                library.define(name + boxes)
+        try:
+            yield import_timm()
+        except am.UserError as error:
+            pytest.skip(f"timm is there and cannot be imported: {error.what}")
+    timm_model._measured.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto"])
+def test_logits_are_those_of_timm_itself(real_timm: Any, monkeypatch: Any, name: str):
+    monkeypatch.setitem(sys.modules, "timm", real_timm)
+    model = real_timm.create_model(name, num_classes=3).eval()
+    torch.nn.init.normal_(model.get_classifier().weight)
+    ours = timm_weights.from_timm(model, name, (224, 224))
+    x = images(224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), model(x), rtol=0, atol=1e-6)
+    if name.startswith("vit"):  # attention counts
+        flops = am.create_model(f"timm:{name}").config.flops
+        assert flops / 2e9 == pytest.approx(1.2537, abs=1e-3)
