@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from allmlp.environment import processor
-from allmlp.evaluation.measurement import measurement, write_measurement
+from allmlp.evaluation.result_file import measurement, write_measurement
 from allmlp.models.layers import ImageClassifier
 
 

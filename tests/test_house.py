@@ -18,7 +18,8 @@ FLOORS = [
     {"evaluation", "inspection"},
     {"training"},
     {"sweep"},
-    {"deploy", "finetuning", "benchmark"},
+    {"deploy", "finetuning"},
+    {"evaluate", "benchmark"},
     {"paper"},
     {"cli"},
 ]

@@ -10,7 +10,7 @@ import torch
 import allmlp as am
 from allmlp.data.drop_list import read_drop_list
 from allmlp.data.selections import read_selection
-from allmlp.evaluation.measurement import read_measurement
+from allmlp.evaluation.result_file import read_measurement
 
 OLD = Path(__file__).parent / "golden" / "old_name"
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)

@@ -10,6 +10,8 @@ where you can: then torch's threads wait without keeping a core busy (docs/predi
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from allmlp.runtime.process import sleep_soon
@@ -20,8 +22,9 @@ if TYPE_CHECKING:
     from allmlp.deploy.predict import Prediction, predict
     from allmlp.deploy.runner import ExportedModel, open_exported
     from allmlp.errors import UserError
-    from allmlp.evaluation.accuracy import Evaluation
-    from allmlp.evaluation.few_shot import FewShot, few_shot
+    from allmlp.evaluate import EvaluateOptions, evaluate
+    from allmlp.evaluation.few_shot import FewShot, FewShotOptions, few_shot, few_shots
+    from allmlp.evaluation.metrics import Evaluation
     from allmlp.evaluation.throughput import throughput
     from allmlp.evaluation.throughput_result import Throughput
     from allmlp.finetuning import FinetuneResult, finetune
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
     from allmlp.preprocessing import Preprocessing
     from allmlp.training.config import TrainConfig
     from allmlp.training.loop import resume, train
-    from allmlp.training.measure import evaluate
     from allmlp.training.recipes import recipe
     from allmlp.training.summary import TrainResult
     from allmlp.weights.checkpoints import list_checkpoints
@@ -53,11 +55,14 @@ _HOME = {
     "list_checkpoints": "weights.checkpoints",
     "load_model": "weights.load",
     "save_model": "weights.save",
-    "Evaluation": "evaluation.accuracy",
-    "evaluate": "training.measure",
+    "Evaluation": "evaluation.metrics",
+    "EvaluateOptions": "evaluate",
+    "evaluate": "evaluate",
     "Throughput": "evaluation.throughput_result",
     "throughput": "evaluation.throughput",
     "FewShot": "evaluation.few_shot",
+    "FewShotOptions": "evaluation.few_shot",
+    "few_shots": "evaluation.few_shot",
     "few_shot": "evaluation.few_shot",
     "TrainConfig": "training.config",
     "TrainResult": "training.summary",
@@ -78,10 +83,12 @@ _HOME = {
 }
 
 __all__ = [
+    "EvaluateOptions",
     "Evaluation",
     "ExportReport",
     "ExportedModel",
     "FewShot",
+    "FewShotOptions",
     "FinetuneResult",
     "ImageClassifier",
     "Inspection",
@@ -97,6 +104,7 @@ __all__ = [
     "evaluate",
     "export",
     "few_shot",
+    "few_shots",
     "finetune",
     "inspect",
     "list_checkpoints",
@@ -111,6 +119,17 @@ __all__ = [
     "throughput",
     "train",
 ]
+
+
+class _Package(ModuleType):
+    """Keeps `am.evaluate` the function: an import of the module of that name would hide it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

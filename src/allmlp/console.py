@@ -5,9 +5,11 @@ In a pipe there are plain lines only, so that a log file stays readable.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -115,3 +117,25 @@ def table(headers: list[str], rows: list[list[str]], left: int = 1) -> list[str]
 
     rule = "  ".join("-" * width for width in widths)
     return [line(headers), rule, *(line(row) for row in rows)]
+
+
+class _Bad(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def what(self) -> str: ...
+
+
+def report_bad_images(bad: Sequence[_Bad]) -> int:
+    """Names the bad images (the first 20) on standard error; returns the exit code, 0 or 3."""
+    for image in bad[:20]:
+        print(f"bad image: {image.name}: {image.what}", file=sys.stderr)
+    if len(bad) > 20:
+        print(f"... and {len(bad) - 20} more bad images", file=sys.stderr)
+    return 3 if bad else 0
+
+
+def report_notes(notes: Iterable[str]) -> None:
+    """Prints notes on standard error."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)

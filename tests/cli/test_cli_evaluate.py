@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import allmlp as am
-from allmlp.evaluation.real import IMAGES
+from allmlp.evaluation.imagenet_real import IMAGES
 from allmlp.weights.checkpoints import CHECKPOINTS
 from conftest import draw, make_class_folder, mixer, tiny_model
 from runs import kill_what_is_left, start, start_two, unix
@@ -60,7 +60,7 @@ def test_what_it_says_and_writes(capsys, class_folder: Path, model: Path, tmp_pa
         "protocol 16x16 pixels, resmall-crop 0.875, bilinear, values in [-1, 1], "
         "turned upright by EXIF",
         f"data     {class_folder}:validation: 9 images",
-        f"top-1    {written['top1']:.2%} ({round(9 * written['top1'])} right)",
+        f"top-1    {written['top1']:.2%} ({round(9 * written['top1'])} correct)",
         f"loss     {written['loss']:.4f} (negative log-likelihood, nats)",
         f"ECE      {written['expected_calibration_error']:.2%} "
         "(expected calibration error, 15 bins)",
@@ -128,7 +128,7 @@ def test_real(capsys, imagenet: tuple[Path, Path, Path], tmp_path: Path):
     flags = ("--real", real, "--allow-missing-classes", "--output", tmp_path / "out")
     code, said, err = mixer(capsys, "evaluate", net, "--data", images, *flags)
     assert (code, err) == (0, "")
-    words = "(3 of 3 scored images right; 3 without a ReaL label are not scored)"
+    words = "(3 of 3 scored images correct; 3 without a ReaL label are not scored)"
     assert f"ReaL     100.00% {words}" in said
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["real"] == {"accuracy": 1.0, "images": 3, "correct": 3, "unlabelled": 3}
@@ -142,18 +142,18 @@ def test_a_damaged_image_is_named(capsys, imagenet: tuple[Path, Path, Path]):
     code, said, err = mixer(capsys, "evaluate", net, "--data", images, *flags)
     assert code == 3
     assert "ILSVRC2012_val_00000001.png: the file is not an image" in err
-    assert "(2 of 2 scored images right; 3 without" in said
+    assert "(2 of 2 scored images correct; 3 without" in said
     assert ": 5 images" in said
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--resize", "crop"), "unknown way to resize 'crop'\nwhere: --resize\nto fix: Known: res"),
-        (("--crop", 0), "crop must be above 0 and at most 1, got 0.0\nwhere: --crop"),
+        (("--resize", "crop"), "unknown resize 'crop'"),
+        (("--crop", 0), "crop must be above 0 and at most 1, got 0.0"),
         (("--crop", "nan"), "crop must be above 0 and at most 1, got nan"),
         (("--crop", 1.5), "crop must be above 0 and at most 1, got 1.5"),
-        (("--crop", 0.9, "--resize", "squash"), "--crop 0.9 has no effect: squash keeps"),
+        (("--crop", 0.9, "--resize", "squash"), "crop 0.9 has no effect"),
         (("--real", "nowhere.json"), "cannot read the file: No such file or directory"),
         (("--real", "REAL"), "ReaL needs ImageNet's 1,000 classes, the model knows 3"),
         (("--output", "REAL"), "the output is a file, it must be a folder"),
@@ -203,7 +203,7 @@ def no_leftovers() -> Iterator[None]:
 
 
 SAVE = """
-from allmlp.evaluation.figures import Evaluation
+from allmlp.evaluation.metrics import Evaluation
 
 def save(self, folder, model=None, save=Evaluation.save, **options):
     save(self, folder, model, **options)

@@ -8,8 +8,8 @@ import pytest
 
 from allmlp import save_model
 from allmlp.evaluation import throughput as module
-from allmlp.evaluation.measurement import read_measurement
 from allmlp.evaluation.peak import Peak
+from allmlp.evaluation.result_file import read_measurement
 from allmlp.training.recipes import RECIPES, recipe
 from conftest import mixer, tiny_model
 

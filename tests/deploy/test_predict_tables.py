@@ -275,8 +275,7 @@ def test_an_exported_file_is_known_by_its_bytes(model, tmp_path):
     ("options", "message"),
     [
         ({"features": True}, "an exported file gives classes, not features"),
-        ({"precision": "auto"}, "precision 'auto' has no effect: an exported file has its own"),
-        ({"device": "cuda"}, "device 'cuda': an exported file runs on the processor"),
+        ({"device": "cuda"}, "device 'cuda': an exported file runs on the CPU"),
     ],
 )
 def test_what_an_exported_file_cannot_do(model, album, tmp_path, options, message):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from allmlp.evaluation.calibration import reliability
+from allmlp.evaluation.metrics import reliability
 
 pytestmark = pytest.mark.numerics
 

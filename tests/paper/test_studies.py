@@ -17,7 +17,7 @@ from PIL import Image
 
 import allmlp as am
 from allmlp import sweep
-from allmlp.evaluation.measurement import read_measurement
+from allmlp.evaluation.result_file import read_measurement
 from allmlp.models.catalog import create_model, model_config
 from allmlp.models.mixer_config import MixerConfig
 from allmlp.paper import data_scale as data_scale_module

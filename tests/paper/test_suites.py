@@ -14,7 +14,7 @@ import torch
 
 import allmlp as am
 from allmlp import sweep
-from allmlp.evaluation.measurement import read_measurement
+from allmlp.evaluation.result_file import read_measurement
 from allmlp.paper.avg5 import AVG5, avg5
 from allmlp.paper.suite import SuiteResult, suite_result
 from allmlp.paper.vtab import VTAB, vtab

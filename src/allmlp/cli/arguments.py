@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from allmlp.console import report_bad_images, report_notes
 from allmlp.errors import UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from allmlp.data.items import BadImage
     from allmlp.models.layers import ImageClassifier
     from allmlp.training.config import TrainConfig
 
@@ -176,8 +176,7 @@ def warn_of_notes(*sources: Any) -> None:
     """Says on standard error what else was found where the images lie."""
     from allmlp.data.sources import notes_of
 
-    for note in notes_of({str(at): source for at, source in enumerate(sources)}):
-        print(f"note: {note}", file=sys.stderr)
+    report_notes(notes_of({str(at): source for at, source in enumerate(sources)}))
 
 
 def check_json(output: str | None, example: str, *, overwrite: bool) -> Path | None:
@@ -204,18 +203,9 @@ def check_json(output: str | None, example: str, *, overwrite: bool) -> Path | N
 
 def write_json(path: Path | None, values: dict[str, Any]) -> None:
     """Writes a measurement to a file, or to standard output."""
-    from allmlp.evaluation.measurement import to_text, write_measurement
+    from allmlp.evaluation.result_file import save_result
 
-    if path is None:
-        print(to_text(values), end="", flush=True)
-    else:
-        write_measurement(path, values)
+    save_result(path, values)
 
 
-def warn_of_bad(bad: list[BadImage]) -> int:
-    """Names the bad images (the first 20) on standard error; returns the exit code, 0 or 3."""
-    for each in bad[:20]:
-        print(f"bad image: {each.name}: {each.what}", file=sys.stderr)
-    if len(bad) > 20:
-        print(f"... and {len(bad) - 20} more bad images", file=sys.stderr)
-    return 3 if bad else 0
+warn_of_bad = report_bad_images

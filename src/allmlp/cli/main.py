@@ -17,7 +17,12 @@ from typing import Any
 from allmlp.cli.table import Command
 from allmlp.cli.verbs import GROUPS, VERBS
 from allmlp.errors import UserError, fix_of, named_memory_errors, near_names
-from allmlp.runtime.process import keep_freed_memory, open_standard_streams, refuse_removed_folder
+from allmlp.runtime.process import (
+    is_main_process,
+    keep_freed_memory,
+    open_standard_streams,
+    refuse_removed_folder,
+)
 
 DESCRIPTION = """MLP-Mixer in PyTorch: train, evaluate and use all-MLP image classifiers.
 
@@ -57,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         if debug:
             traceback.print_exc()
-        elif _is_first_process() or error.what.startswith("rank "):
+        elif is_main_process() or error.what.startswith("rank "):
             print(f"error: {error.text()}", file=sys.stderr, flush=True)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
@@ -75,11 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-
-
-def _is_first_process() -> bool:
-    """Whether this is the one of torchrun's processes that speaks for all."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def parse(arguments: Sequence[str], verbs: dict[str, Any]) -> Any:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from allmlp.cli.check import check
-from allmlp.cli.evaluate import evaluate
 from allmlp.cli.export import export
-from allmlp.cli.few_shot import few_shot
 from allmlp.cli.finetune import finetune
 from allmlp.cli.pack import index, pack
 from allmlp.cli.predict import predict
@@ -56,8 +54,16 @@ VERBS: dict[str, Any] = {
     ),
     "train": train,
     "finetune": finetune,
-    "evaluate": evaluate,
-    "few-shot": few_shot,
+    "evaluate": Command(
+        *("evaluate", "EvaluateOptions", "command"),
+        "Measure a trained model on labelled images.",
+        *("show", ("model",)),
+    ),
+    "few-shot": Command(
+        *("evaluation.few_shot", "FewShotOptions", "command"),
+        "Measure how well a model's features serve after a few images per class.",
+        *("show", ("model",)),
+    ),
     "predict": predict,
     "inspect": Command(
         "inspection.inspect",

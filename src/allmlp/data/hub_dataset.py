@@ -49,6 +49,14 @@ class HubImages:
     def item_name(self, index: int) -> str:
         return f"{self.name}[{index}]"
 
+    def original_names(self) -> list[str | None]:
+        """Returns what each image was called before it was packed."""
+        names: list[str | None] = []
+        for batch in self.dataset.with_format("arrow").iter(batch_size=1000):
+            for chunk in batch.column(self.column).chunks:
+                names += chunk.field("path").to_pylist()
+        return names
+
     def read(self, index: int) -> bytes:
         if not 0 <= index < len(self):
             raise IndexError(index)

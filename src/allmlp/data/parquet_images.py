@@ -78,7 +78,7 @@ class ParquetImages:
             raise UserError("the row has no image", where=self.item_name(index))
         return data
 
-    def paths(self) -> list[str | None] | None:
+    def original_names(self) -> list[str | None] | None:
         """Returns what each image was called before it was packed; None where no file says it."""
         return self.values_of(f"{self._column}.path")
 

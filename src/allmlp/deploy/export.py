@@ -46,11 +46,12 @@ from allmlp.deploy.metadata import Description, description_of
 from allmlp.deploy.onnx_graph import graph_module, halved, inputs_of, to_onnx
 from allmlp.deploy.runner import ExportedModel
 from allmlp.errors import UserError
-from allmlp.evaluation.figures import Evaluation
+from allmlp.evaluation.accuracy import check_logits, evaluate_source
+from allmlp.evaluation.metrics import Evaluation
+from allmlp.evaluation.predictor import Predictor
 from allmlp.io import staging_folder
 from allmlp.models.layers import ImageClassifier, preprocessing_of
 from allmlp.runtime.device import torch_settings
-from allmlp.training.measure import evaluate
 from allmlp.weights.load import load_model
 
 MAX_ACCURACY_DROP = 0.5  # points
@@ -277,7 +278,11 @@ def _inputs(job: _Job) -> Iterator[np.ndarray]:
 
 def _measure(job: _Job, model: ImageClassifier) -> Evaluation:
     assert job.data is not None
-    return evaluate(model, job.data, num_workers=job.num_workers, allow_missing_classes=True)
+    result = evaluate_source(
+        Predictor(model, num_workers=job.num_workers), job.data, allow_missing_classes=True
+    )
+    check_logits(result, job.data)
+    return result
 
 
 def _parity(job: _Job, file: ExportedModel, original: Evaluation | None) -> Parity:

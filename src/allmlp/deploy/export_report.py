@@ -14,7 +14,7 @@ from torch import Tensor
 
 from allmlp.deploy.runner import ExportedModel
 from allmlp.errors import plural
-from allmlp.evaluation.measurement import measurement
+from allmlp.evaluation.result_file import measurement
 from allmlp.models.inference import Inference
 from allmlp.models.layers import ImageClassifier
 
@@ -158,7 +158,7 @@ class ExportReport:
         return "\n".join([f"# {title}", "", "| | |", "| --- | --- |", *cells, ""])
 
     def to_json(self, model: ImageClassifier) -> dict[str, Any]:
-        """Returns the report as a measurement, see `allmlp.evaluation.measurement`."""
+        """Returns the report as a measurement, see `allmlp.evaluation.result_file`."""
         return measurement("export", model, {"export": asdict(self) | {"passed": self.passed}})
 
 

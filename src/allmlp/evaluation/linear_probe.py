@@ -7,7 +7,7 @@
 
 One eigendecomposition serves every l2. Source: big_vision evaluators/fewshot_lsr.py.
 
-Legend: N shots, C features, K classes, M other images.
+Shapes: N shots, C features, K classes, M other images.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from allmlp.errors import UserError
 
 BIAS_FEATURE = 100.0
 _BLOCK = 8192  # images that are scored at once
@@ -37,11 +35,11 @@ class LinearProbe:
     weights: np.ndarray
 
     def scores(self, features: np.ndarray) -> np.ndarray:
-        """Returns float64 (M, K): the larger, the likelier the class; features are (M, C)."""
+        """Returns float64 (M, K), higher for more likely classes; features are (M, C)."""
         return _standardized(features, self.mean, self.std) @ self.weights
 
     def predict(self, features: np.ndarray) -> np.ndarray:
-        """Returns int64 (M,): the class of the largest score; features are (M, C)."""
+        """Returns int64 (M,): the class of the highest score; features are (M, C)."""
         blocks = range(0, len(features), _BLOCK)
         parts = [self.scores(features[at : at + _BLOCK]).argmax(axis=1) for at in blocks]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
@@ -54,12 +52,9 @@ def fit_linear(
 
     Args:
         features: (N, C), of any floating type.
-        labels: integers (N,) in 0 .. K - 1.
+        labels: integers (N,) from 0 to K - 1.
         num_classes: K.
         l2: weight of the squared coefficients, above 0.
-
-    Raises:
-        UserError: the arrays do not fit together, a feature is not finite, or l2 is not above 0.
     """
     return next(fit_sweep(features, labels, num_classes, [l2]))
 
@@ -68,19 +63,6 @@ def fit_sweep(
     features: np.ndarray, labels: np.ndarray, num_classes: int, l2s: Sequence[float]
 ) -> Iterator[LinearProbe]:
     """Yields the classifier for each l2; the arguments are those of `fit_linear`."""
-    features, labels = np.asarray(features), np.asarray(labels)
-    if features.ndim != 2 or labels.shape != (len(features),) or not len(features):
-        what = f"features (N, C) and labels (N,) do not fit: {features.shape}, {labels.shape}"
-        raise UserError(what)
-    if labels.min() < 0 or labels.max() >= num_classes:
-        what = f"labels from {labels.min()} to {labels.max()}, with {num_classes} classes"
-        raise UserError(what, fix=f"Labels are from 0 to {num_classes - 1}")
-    if not np.isfinite(features).all():
-        wrong = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
-        raise UserError("a feature is not finite", where=f"row {wrong} of the features")
-    for l2 in l2s:
-        if not 0 < l2 < float("inf"):
-            raise UserError(f"l2 must be above 0 and finite, got {l2}", where="l2", fix="1024")
     exact = features.astype(np.float64)
     mean, std = exact.mean(axis=0), exact.std(axis=0) + 1e-5
     x = _standardized(exact, mean, std)  # (N, C + 1)

@@ -15,8 +15,8 @@ from torch import nn
 
 from allmlp.environment import environment_info
 from allmlp.errors import UserError
-from allmlp.evaluation.measurement import describe
 from allmlp.evaluation.peak import measure_peak
+from allmlp.evaluation.result_file import describe
 from allmlp.evaluation.sweep import (
     LARGEST_BATCH,
     Clock,

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from allmlp.evaluation.measurement import measurement
 from allmlp.evaluation.peak import Peak
+from allmlp.evaluation.result_file import measurement
 from allmlp.evaluation.sweep import Course, Plan, percentile
 from allmlp.evaluation.timed_model import Mode
 
@@ -21,7 +21,7 @@ class ModelThroughput:
         name: by which it was given.
         mode: "inference" or "training".
         course: the points of the sweep, the latencies, and what went wrong.
-        header: what the model is, see `allmlp.evaluation.measurement.describe`.
+        header: what the model is, see `allmlp.evaluation.result_file.describe`.
         precision: of the products; why, in words.
         flops: of one image's forward pass, by the closed formula of its configuration.
         counted: the same, as torch counts while it computes.

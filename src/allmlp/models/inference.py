@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allmlp.errors import UserError
+from allmlp.errors import one_of
 from allmlp.models.layers import ImageClassifier
 from allmlp.runtime.device import (
     SMALL_STEP,
@@ -48,28 +48,15 @@ def choose_precision(
     """Returns the precision of a model's products without gradients, and why.
 
     Args:
-        model: on its device.
+        model: on its device; an exported file has its own precision.
         name: one of `PRECISIONS`; "auto" takes bfloat16 where the device is fast at it and the
-            model is not small. None is the default.
-        default: another of them.
-
-    Returns:
-        "float32" or "bfloat16", and the rule in words, or "chosen".
-
-    Raises:
-        UserError: no such precision, the device has no bfloat16, or the model is an exported file,
-            which has its own.
+            model large enough. None is the default.
+        default: what None means.
     """
     if getattr(model, "on_processor_only", False):
-        if name is not None:
-            what = f"precision {name!r} has no effect: an exported file has its own"
-            raise UserError(what, where="--precision", fix="Leave it out")
         return "float32", "of the file"
     why = "chosen" if name else "the default"
-    name = name or default
-    if name not in PRECISIONS:
-        fix = f"Known: {', '.join(PRECISIONS)}"
-        raise UserError(f"unknown precision {name!r}", where="--precision", fix=fix)
+    name = one_of("precision", name or default, PRECISIONS, where="precision")
     device = next(model.parameters()).device
     if name == "auto":
         return fast_precision(device, model.config.flops * _IMAGES)

@@ -19,8 +19,7 @@ from typing import Any
 from allmlp.console import table
 from allmlp.data.sources import open_splits
 from allmlp.errors import UserError, plural
-from allmlp.evaluation.draws import check_settings
-from allmlp.evaluation.few_shot import few_shot, num_images
+from allmlp.evaluation.few_shot import FewShotOptions, few_shot, num_images
 from allmlp.models.catalog import model_config
 from allmlp.options import make
 from allmlp.paper.figures import data_scale_figure, save
@@ -114,7 +113,9 @@ def data_scale(
                 changes["model.overrides"] = config.model.overrides
                 runs[f"cells/{model}/{fraction!r}/seed-{seed}"] = config.with_values(changes)
     labels = {model: _label(model, config) for model in options.models}
-    measured = check_settings(shots=(options.shots,), seeds=options.few_shot_seeds)
+    measured = FewShotOptions(
+        data=(options.few_shot_data,), shots=(options.shots,), seeds=options.few_shot_seeds
+    )
     num_images(open_splits(options.few_shot_data), measured)  # it has what the measurement needs
     splits = open_training_data(config.data)
     if splits.validation is None:

@@ -29,8 +29,7 @@ from allmlp.data.permutation import permute
 from allmlp.data.sources import open_splits
 from allmlp.data.transforms import resize_for_evaluation
 from allmlp.errors import UserError
-from allmlp.evaluation.draws import check_settings
-from allmlp.evaluation.few_shot import few_shot, num_images
+from allmlp.evaluation.few_shot import FewShotOptions, few_shot, num_images
 from allmlp.models.catalog import model_config
 from allmlp.options import Repeated, make
 from allmlp.paper.figures import save
@@ -137,7 +136,7 @@ def permutation(
     examples = _examples(config, patch, options.permutation_seed)
     shots = options.shots
     if options.few_shot_data is not None:
-        measured = check_settings(shots=(shots,), seeds=(0, 1, 2))
+        measured = FewShotOptions(data=(options.few_shot_data,), shots=(shots,))
         num_images(open_splits(options.few_shot_data), measured)
     settings = {
         "comparison": options.comparison,

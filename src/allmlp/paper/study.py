@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from allmlp.errors import UserError
-from allmlp.evaluation.measurement import measurement, write_measurement
+from allmlp.evaluation.result_file import measurement, write_measurement
 from allmlp.io import atomic_write
 from allmlp.options import ImageSize, Options, Precision, Repeated
 from allmlp.sweep import Row

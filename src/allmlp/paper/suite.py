@@ -34,7 +34,7 @@ from allmlp.data.source_names import part_of
 from allmlp.data.sources import names_source, open_splits, open_unmatched
 from allmlp.errors import UserError, near_names, plural
 from allmlp.evaluation.features import weights_hash
-from allmlp.evaluation.measurement import measurement, read_measurement, write_measurement
+from allmlp.evaluation.result_file import measurement, read_measurement, write_measurement
 from allmlp.finetuning import FinetuneResult, finetune
 from allmlp.io import expand
 from allmlp.options import Repeated

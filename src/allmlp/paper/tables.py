@@ -25,8 +25,8 @@ import torch
 
 from allmlp.console import Reporter
 from allmlp.errors import UserError, plural
-from allmlp.evaluation.measurement import read_measurement
-from allmlp.evaluation.real import IMAGES
+from allmlp.evaluation.imagenet_real import IMAGES
+from allmlp.evaluation.result_file import read_measurement
 from allmlp.evaluation.throughput import count_parameters
 from allmlp.io import atomic_write, check_not_inputs, check_output_folder, expand, parse_json
 from allmlp.models.catalog import architecture_name, config_from_json, config_to_json, create_model

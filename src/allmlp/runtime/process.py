@@ -66,6 +66,11 @@ def open_standard_streams() -> None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
 
 
+def is_main_process() -> bool:
+    """Returns whether this is the only process, or of torchrun's the one that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def refuse_removed_folder() -> None:
     """Raises UserError where the working directory is no longer there; torch would not load."""
     try:

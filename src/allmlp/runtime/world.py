@@ -22,9 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from allmlp.errors import UserError
@@ -287,6 +285,8 @@ def parallelize(model: nn.Module, sharding: str, world: World) -> nn.Module:
         device = next(model.parameters()).device
         ids = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    from torch.distributed.fsdp import fully_shard  # slow to import
+
     for block in getattr(model, "blocks", ()):
         fully_shard(block)
     fully_shard(model)
@@ -301,6 +301,8 @@ def no_sync(network: nn.Module, accumulate: bool = True) -> Iterator[None]:
         network: what `parallelize` returned.
         accumulate: False changes nothing.
     """
+    from torch.distributed.fsdp import FSDPModule
+
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(not accumulate)
         yield
@@ -313,6 +315,8 @@ def no_sync(network: nn.Module, accumulate: bool = True) -> Iterator[None]:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Returns all of a tensor that may be sharded over the processes; a collective."""
+    from torch.distributed.tensor import DTensor
+
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,11 +1,11 @@
-"""The file that a measurement leaves behind: what was measured, of which model, with what.
+"""The file that a measurement writes: what was measured, of which model, with what.
 
-Every verb that measures writes one, so that a report can be put together from them later:
+Every command that measures writes one, so that a report can be put together from them later:
 
     {"format": "allmlp measurement", "version": 1, "kind": "few-shot",
      "model": {"name", "source", "architecture", "parameters", "flops", ...},
      "environment": {"date", "command", "processor", "packages", ...},
-     ... the figures, by names of the kind ...}
+     ... the numbers, by names of the kind ...}
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from allmlp.environment import environment_info
 from allmlp.errors import UserError
-from allmlp.io import atomic_write, parse_json
+from allmlp.io import STANDARD_OUTPUT, atomic_write, check_output_file, expand, parse_json
 from allmlp.models.catalog import architecture_name, config_to_json
 from allmlp.models.layers import ImageClassifier, preprocessing_of
 from allmlp.names import NAME, is_format
@@ -33,8 +33,8 @@ def measurement(
 
     Args:
         kind: "evaluation", "few-shot", "throughput" or the name of a study.
-        model: that was measured; None where the figures are of several.
-        figures: what was found, by names of the kind.
+        model: that was measured; None where the numbers are of several.
+        figures: the numbers, by names of the kind.
     """
     device = torch.device("cpu") if model is None else next(model.parameters()).device
     values: dict[str, Any] = {"format": FORMAT, "version": VERSION, "kind": kind}
@@ -44,35 +44,51 @@ def measurement(
 
 
 def describe(model: ImageClassifier) -> dict[str, Any]:
-    """Returns what a model is, as JSON values: name, source, architecture, size, preprocessing."""
+    """Returns a model as JSON values: name, source, architecture, size, preprocessing."""
     return {
         "name": architecture_name(model.config) or model.config.summary(),
         "source": model.source,
         **({"runtime": model.runtime} if hasattr(model, "runtime") else {}),  # of an exported file
         "architecture": config_to_json(model.config),
         "image_size": list(model.config.image_size),
-        "parameters": sum(each.numel() for each in model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "flops": model.config.flops,
         "preprocessing": preprocessing_of(model).to_json(),
     }
 
 
-def to_text(values: dict[str, Any]) -> str:
-    """Returns what the file of a measurement holds."""
-    return json.dumps(values, indent=2) + "\n"
+def check_result_path(output: str | None, *, overwrite: bool) -> Path | None:
+    """Returns the .json file to write, None for none and for standard output."""
+    if output is None or output == STANDARD_OUTPUT:
+        return None
+    path = expand(output)
+    if path.suffix != ".json" or path.is_dir():
+        what = f"not a .json file: {output!r}"
+        raise UserError(what, where="output", fix="Such as results.json, or - for standard output")
+    check_output_file(path, overwrite=overwrite, parents=True)
+    return path
+
+
+def save_result(path: Path | None, values: dict[str, Any]) -> None:
+    """Writes a measurement to a file, or to standard output."""
+    if path is None:
+        print(_text(values), end="", flush=True)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_measurement(path, values)
 
 
 def write_measurement(path: Path, values: dict[str, Any]) -> None:
-    """Writes a measurement whole or not at all; the folder must exist."""
-    atomic_write(path, to_text(values).encode(errors="surrogateescape"))
+    """Writes a measurement atomically; the folder must exist."""
+    atomic_write(path, _text(values).encode(errors="surrogateescape"))
+
+
+def _text(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
 
 
 def read_measurement(path: Path) -> dict[str, Any]:
-    """Returns what `write_measurement` wrote.
-
-    Raises:
-        UserError: it is no measurement, or of a newer version.
-    """
+    """Returns what `write_measurement` wrote."""
     try:
         values = parse_json(path.read_bytes())
     except OSError as error:

@@ -1,0 +1,248 @@
+"""`am.evaluate` and `mixer evaluate`: the metrics of a model on labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from allmlp.console import Reporter, report_bad_images, report_notes, table
+from allmlp.data.items import Source
+from allmlp.data.loader import TIMEOUT
+from allmlp.data.sources import notes_of, read_from
+from allmlp.deploy.runner import is_exported, open_exported
+from allmlp.errors import UserError, one_of, plural
+from allmlp.evaluation.accuracy import check_logits, evaluate_source
+from allmlp.evaluation.imagenet_real import open_real
+from allmlp.evaluation.metrics import FILES, Evaluation
+from allmlp.evaluation.predictor import Outputs, Predictor
+from allmlp.io import check_not_inputs, check_output_folder, expand
+from allmlp.models.layers import ImageClassifier, classes_of, preprocessing_of
+from allmlp.models.resize import ResizeWeights
+from allmlp.options import ComputeOptions, ImageSize, Precision, make
+from allmlp.plots import EVALUATION, save_evaluation
+from allmlp.preprocessing import RESIZE_METHODS, Preprocessing
+from allmlp.runtime.device import check_device_of_exported
+from allmlp.runtime.process import is_main_process
+from allmlp.runtime.world import join_world
+from allmlp.training.own_images import Measured, open_measured
+from allmlp.weights.checkpoints import imagenet_classes
+from allmlp.weights.load import open_model
+
+_WORST = 20  # classes that are printed
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ComputeOptions):
+    """Measure a trained model: top-1, top-5, calibration, each class, the confusion matrix.
+
+    Under torchrun the images are split across the processes; the numbers are the same.
+
+    Examples:
+        mixer evaluate runs/flowers --data FOLDER
+        mixer evaluate runs/flowers --data FOLDER:validation --output report
+        mixer evaluate mixer_b16.i1k --data imagenet:validation --image-size 448
+        mixer evaluate mixer_b16.i1k --data imagenet:validation --real real.json
+    """
+
+    data: str
+    """Any source that `mixer train` reads, with :train, :validation or :test behind it to choose a split. Without it the test images, else the validation images, which are the run's own if it held them out of this data, else all."""  # noqa: E501
+    precision: Precision = "float32"
+    """Of the matrix products; auto takes bfloat16 where the device is fast at it and the model large enough. An exported file has its own."""  # noqa: E501
+    image_size: ImageSize | None = None
+    """Evaluate at another size than the model's own."""
+    resize_weights: ResizeWeights = "auto"
+    """How to get to another image size."""
+    resize: str | None = None
+    """How an image comes to the model's size: resize-crop (the paper's Table 2), resmall-crop (its Table 3) or squash; the model's own if not given."""  # noqa: E501
+    crop: float | None = None
+    """Fraction of the resized image's side that the centre crop keeps, at most 1, also of images smaller than the input; the paper's is 0.875, and the model's own if not given."""  # noqa: E501
+    ignore_exif: bool = False
+    """Do not turn photographs upright by EXIF: the paper's protocol."""
+    real: str | None = None
+    """The file real.json of ImageNet ReaL; the data are validation images of ILSVRC-2012."""
+    allow_missing_classes: bool = False
+    """Accept data without some of the model's classes."""
+    output: str | None = None
+    """A folder for evaluation.json, per_class.csv, confusion.csv and the plots."""
+    overwrite: bool = False
+    """Replace existing files."""
+    timeout: float = TIMEOUT
+    """Seconds to wait for images from the workers; 0 waits forever."""
+
+    def __post_init__(self) -> None:
+        if self.resize is not None:
+            one_of("resize", self.resize, RESIZE_METHODS)
+
+
+def evaluate(
+    model: ImageClassifier | str | Path,
+    data: Source | str | Path | EvaluateOptions | None = None,
+    *,
+    report: Reporter | None = None,
+    on_batch: Callable[[Outputs], None] | None = None,
+    **fields: Any,
+) -> Evaluation:
+    """Returns the metrics of a model on labelled images.
+
+    Args:
+        model: with class names, or whatever `load_model` or `open_exported` take. A model object
+            stays on its device unless one is named.
+        data: labelled images: a source or the name of one; or all options at once.
+        report: shows progress; None shows nothing.
+        on_batch: called with every batch of this process.
+        **fields: those of `EvaluateOptions`.
+
+    Returns:
+        Metrics and predictions, the same on all processes.
+
+    Raises:
+        UserError: no such data, or its classes are not the model's; the model has no head or knows
+            one class only; no image can be decoded, or the logits of one are not finite.
+    """
+    given = data if isinstance(data, EvaluateOptions) else None
+    source = None
+    if isinstance(data, str | Path):
+        fields["data"] = str(data)
+    elif data is not None and given is None:
+        source = data
+        fields["data"] = source.name
+    options = make(EvaluateOptions, given, fields)
+    report = report or Reporter(quiet=True)
+    exported = isinstance(model, str | Path) and is_exported(model)
+    if exported or getattr(model, "on_processor_only", False):
+        check_device_of_exported(options.device)
+        options = replace(options, device="cpu")
+    with ExitStack() as stack:
+        world, chosen = stack.enter_context(join_world(options.device))
+        folder = None if options.output is None or not world.is_main else expand(options.output)
+        names = [*FILES, *(f"{name}.png" for name in EVALUATION)]
+        if folder is not None:
+            check_output_folder(folder, names, overwrite=options.overwrite)
+        stays = not isinstance(model, str | Path) and options.device == "auto" and world.size == 1
+        net = _load(model, options)
+        predictor = Predictor(
+            net,
+            device=None if stays else str(chosen),
+            precision=options.precision,
+            preprocessing=_preprocessing(net, options),
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            timeout=options.timeout,
+        )
+        measured = Measured(source) if source is not None else None
+        measured = measured or open_measured(net.source, options.data, count=world.is_main)
+        source = measured.source
+        if world.is_main and not report.console.quiet:
+            report_notes(notes_of({"": source}))
+        labels = None
+        if options.real is not None:
+            labels = open_real(options.real, source, classes_of(net), imagenet_classes())
+        if folder is not None:
+            items = map(source.item_name, range(len(source)))
+            inputs = read_from(options.data)
+            check_not_inputs([folder, *map(folder.joinpath, names)], inputs, items)
+            folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        bar = stack.enter_context(report.progress(len(source) // world.size, "images"))
+
+        def advance(outputs: Outputs) -> None:
+            bar.advance(len(outputs))
+            if on_batch is not None:
+                on_batch(outputs)
+
+        result = evaluate_source(
+            predictor,
+            source,
+            allow_missing_classes=options.allow_missing_classes,
+            world=world,
+            on_batch=advance,
+        )
+        check_logits(result, source)
+        result = measured.describe(result)
+        if labels is not None:
+            result.real = labels.score(result.indices, result.predictions)
+        if folder is not None:
+            result.save(folder, net, overwrite=True)
+            save_evaluation(result, source, folder)
+        return result
+
+
+def _load(model: ImageClassifier | str | Path, options: EvaluateOptions) -> ImageClassifier:
+    if not (isinstance(model, str | Path) and is_exported(model)):
+        return open_model(model, options.image_size, options.resize_weights)
+    if options.image_size is not None:
+        what = "an exported file has one image size, which cannot be changed"
+        raise UserError(what, where="image_size", fix="Export it at that size")
+    return open_exported(model)
+
+
+def _preprocessing(net: ImageClassifier, options: EvaluateOptions) -> Preprocessing:
+    """The model's own preprocessing after the options of the protocol."""
+    own = preprocessing_of(net)
+    if options.crop is not None and (options.resize or own.resize) == "squash":
+        what = f"crop {options.crop:g} has no effect: squash keeps the whole image"
+        raise UserError(what, where="crop", fix="Set resize to resize-crop or resmall-crop")
+    changes: dict[str, Any] = {
+        "resize": options.resize,
+        "crop": options.crop,
+        "crop_small": None if options.crop is None else True,
+        "exif_orientation": False if options.ignore_exif else None,
+    }
+    try:
+        return replace(own, **{name: value for name, value in changes.items() if value is not None})
+    except ValueError as error:
+        raise UserError(str(error), where="crop", fix="The paper's is 0.875") from error
+
+
+def command(model: str, options: EvaluateOptions) -> Evaluation:
+    """Evaluates with a progress bar on a terminal."""
+    return evaluate(model, options, report=Reporter(quiet=not is_main_process()))
+
+
+def show(result: Evaluation, options: EvaluateOptions) -> int:
+    """Prints the metrics, the classes (the worst 20) and the worst confusions."""
+    if not is_main_process():
+        return 0  # whatever was bad: torchrun would end the first process, which still prints
+    report = Reporter()
+    if result.preprocessing is not None:
+        own = result.preprocessing
+        height, width = own.image_size
+        turned = "turned upright by EXIF" if own.exif_orientation else "EXIF ignored"
+        report.say(f"protocol {height}x{width} pixels, {own.summary()}, {turned}")
+    if options.precision != "float32":
+        report.say(f"products {result.precision}")
+    what = plural(len(result.labels), "image")
+    if result.are_held_out:
+        what = f"the {len(result.labels):,} held-out images of this run"
+    report.say(f"data     {result.data}: {what}")
+    for line in result.lines():
+        report.say(line)
+    for line in result.warnings():
+        report.say(f"warning  {line}", style="yellow")
+    rows = [row for row in result.per_class() if row["images"]]
+    worst = sorted(rows, key=lambda row: row["recall"])[:_WORST] if len(rows) > _WORST else rows
+    if len(rows) > _WORST:
+        report.say(f"\nthe {_WORST} worst of {plural(len(rows), 'class')} (all with output)")
+    else:
+        report.say()
+    cells = [
+        [
+            row["class"],
+            f"{row['images']:,}",
+            f"{row['recall']:.1%}",
+            "-" if row["precision"] is None else f"{row['precision']:.1%}",
+        ]
+        for row in worst
+    ]
+    for line in table(["class", "images", "recall", "precision"], cells):
+        report.say(line)
+    confusions = result.worst_confusions(5)
+    if confusions:
+        report.say("\nmost often confused")
+        for true, predicted, count in confusions:
+            report.say(f"  {true} taken for {predicted}: {count}")
+    if options.output is not None:
+        report.say(f"written  {expand(options.output)}")
+    return report_bad_images(result.bad)

@@ -1,0 +1,217 @@
+"""The one way from images to what a model computes for them, with or without several processes.
+
+evaluate, few-shot, predict, export and serve all compute here, so a model gives the same numbers in
+each: the same packing, precision, threads, preprocessing and batches.
+
+Shapes: N images of a batch, K classes, C features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from allmlp.data.batches import Batch, on_device
+from allmlp.data.items import BadImage, Source, subset
+from allmlp.data.loader import TIMEOUT, evaluation_batches
+from allmlp.data.transforms import normalize
+from allmlp.errors import UserError
+from allmlp.models.inference import Inference, choose_precision
+from allmlp.models.layers import ImageClassifier, preprocessing_of
+from allmlp.preprocessing import Preprocessing
+from allmlp.runtime.device import to_device
+from allmlp.runtime.world import World
+
+Compute = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
+
+
+@dataclass
+class Outputs:
+    """What was computed for a batch; all of it on the CPU.
+
+    Attributes:
+        values: arrays of N rows, one for each tensor that was computed; () where N is 0.
+        labels: int64 (N,).
+        indices: int64 (N,), of the images in the source.
+        bad: the images of the batch that could not be decoded.
+    """
+
+    values: tuple[np.ndarray, ...]
+    labels: np.ndarray
+    indices: np.ndarray
+    bad: list[BadImage] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """Images of the batch, with the bad ones."""
+        return len(self.labels) + len(self.bad)
+
+
+class Predictor:
+    """A model ready to compute many batches without gradients.
+
+    The weights are those at the time it is made; the model itself, and its mode, are left alone.
+
+    Args:
+        model: any, or an exported file.
+        device: "auto" (the GPU if there is one), "cpu", "cuda"; None: where the model is.
+        precision: of the matrix products: "float32", "bfloat16", "auto"; None is the default. An
+            exported file has its own.
+        default_precision: what None means.
+        preprocessing: from image files to the model's input; None is the model's own.
+        batch_size: images per batch.
+        num_workers: processes that decode; None chooses.
+        timeout: seconds to wait for a batch of the workers; 0 waits forever.
+
+    Attributes:
+        model: on its device.
+        device: that computes.
+        precision: "float32" or "bfloat16".
+        why: the rule by which the precision was chosen, in words.
+    """
+
+    def __init__(
+        self,
+        model: ImageClassifier,
+        *,
+        device: str | None = None,
+        precision: str | None = None,
+        default_precision: str = "float32",
+        preprocessing: Preprocessing | None = None,
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}", where="batch_size")
+        self.model = to_device(model, device)
+        self.precision, self.why = choose_precision(self.model, precision, default_precision)
+        self.preprocessing = preprocessing or preprocessing_of(model)
+        self.batch_size, self.num_workers, self.timeout = batch_size, num_workers, timeout
+        self._inference = Inference(self.model, self.precision)
+        self.device = self._inference.device
+        self._takes_pixels = getattr(model, "on_processor_only", False)  # an exported file does
+
+    @torch.inference_mode()
+    def logits(self, images: Tensor) -> Tensor:
+        """Returns the logits, float32 (N, K), on the device; features of a model without a head.
+
+        Args:
+            images: uint8 (N, channels, H, W) of the model's size.
+        """
+        if self._takes_pixels:
+            return self.model(images).float()
+        with self._inference.few_threads(len(images)):
+            return self._inference.logits(self._normalized(images))
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """Returns the pooled features, float32 (N, C), on the device; `images` as of `logits`."""
+        with self._inference.few_threads(len(images)):
+            features = self._inference.features(self._normalized(images))
+        if features.dim() != 2 or len(features) != len(images):
+            what = f"features() gave {tuple(features.shape)} for {len(images)} images, not (N, C)"
+            raise UserError(what, where=type(self.model).__name__)
+        return features
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        return normalize(images.to(self.device), self.preprocessing)
+
+    def run(
+        self, source: Source, compute: Compute | None = None, world: World | None = None
+    ) -> Iterator[Outputs]:
+        """Yields what is computed for every image of a source once, batch by batch, in order.
+
+        A GPU's results are copied while it computes the next batch. Of several processes each takes
+        whole batches: the model sees the same batches, and gives the same bits, for any number.
+
+        Args:
+            source: all of the images.
+            compute: from uint8 images (N, channels, H, W) to tensors of N rows; None: the logits.
+            world: the processes; each yields its own part, which may be empty.
+        """
+        first, part = 0, source
+        if world is not None and world.size > 1:
+            batches = math.ceil(len(source) / self.batch_size)
+            first, stop = (
+                min(batches * rank // world.size * self.batch_size, len(source))
+                for rank in (world.rank, world.rank + 1)
+            )
+            part = subset(source, np.arange(first, stop), source.name)
+        for batch, (labels, *values) in self._computed(self._batches(part), compute or self.logits):
+            bad = [replace(image, index=image.index + first) for image in batch.bad]
+            yield Outputs(tuple(values), labels, batch.indices.numpy() + first, bad)
+
+    def _batches(self, source: Source) -> Iterable[Batch]:
+        batches = evaluation_batches(
+            source,
+            self.preprocessing,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            timeout=self.timeout,
+        )
+        if self.device.type != "cuda":
+            return batches
+        pinned = (batch.pin_memory() if len(batch.labels) else batch for batch in batches)
+        return on_device(pinned, self.device)
+
+    def _computed(
+        self, batches: Iterable[Batch], compute: Compute
+    ) -> Iterator[tuple[Batch, tuple[np.ndarray, ...]]]:
+        """Yields each batch with its labels and results on the CPU."""
+        pending: deque[tuple[Batch, _Transfer]] = deque()
+        # On a CPU nothing is gained by waiting.
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        for batch in batches:
+            values: Tensor | tuple[Tensor, ...] = ()
+            if len(batch.labels):
+                with torch.inference_mode(), self._inference.few_threads(len(batch.labels)):
+                    values = compute(batch.images)
+            values = (values,) if isinstance(values, Tensor) else values
+            pending.append((batch, _Transfer((batch.labels, *values), stream)))
+            if stream is None or len(pending) > 1:
+                done, transfer = pending.popleft()
+                yield done, transfer.wait()
+        for done, transfer in pending:
+            yield done, transfer.wait()
+
+
+class _Transfer:
+    """Tensors on their way to the CPU, on a stream beside the one that computes."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], stream: torch.cuda.Stream | None) -> None:
+        self._event: torch.cuda.Event | None = None
+        if stream is None:
+            self._arrays = tuple(tensor.cpu() for tensor in tensors)
+            return
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with torch.cuda.stream(stream):
+            self._arrays = tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
+            self._event = torch.cuda.Event()
+            self._event.record(stream)
+        for tensor in tensors:
+            if tensor.is_cuda:
+                tensor.record_stream(stream)
+
+    def wait(self) -> tuple[np.ndarray, ...]:
+        if self._event is not None:
+            self._event.synchronize()
+        return tuple(array.numpy() for array in self._arrays)
+
+
+def check_finite(
+    values: np.ndarray, indices: np.ndarray, source: Source, what: str, fix: str
+) -> None:
+    """Raises UserError, with the first image's name, if a row of `values` has NaN or infinity."""
+    wrong = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if len(wrong):
+        row = values[wrong[0]]
+        value = row[~np.isfinite(row)][0]
+        many = f"the {what} of {len(wrong):,} of {len(values):,} images are not finite: "
+        where = source.item_name(int(indices[wrong[0]]))
+        raise UserError(f"{many}{value} for the first of them", where=where, fix=fix)
