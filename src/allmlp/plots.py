@@ -258,8 +258,9 @@ def curves(metrics: Sequence[Mapping[str, float]], results: Sequence[Mapping[str
         circle = {"color": "tab:green", "fillstyle": "none", "markersize": 10, "label": label}
         accuracy.plot(evaluated, top1, color="tab:orange", marker=".", clip_on=False)
         accuracy.plot(evaluated[best], top1[best], "o", clip_on=False, zorder=3, **circle)
-        accuracy.legend(loc="lower right")
-        accuracy.set_ylim(top=100)  # margins would reach beyond
+        accuracy.legend()
+        room = max(0.15 * (100 - min(top1)), 0.5)
+        accuracy.set_ylim(max(min(top1) - room, 0), 100)  # a margin would reach beyond 100 %
     else:
         accuracy.text(0.5, 0.5, "no validation images", ha="center", transform=accuracy.transAxes)
     low, high = loss.get_ylim()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import allmlp as am
-from allmlp.inspection.token_mixing import measure_model, model_units, weight_correlations
+from allmlp.inspection.token_mixing import model_units, weight_correlations
 from allmlp.weights.load import resize_model
 from conftest import TINY, tiny_model
 
@@ -42,9 +42,9 @@ def test_units_are_row_major_over_the_grid():
     assert np.argwhere(layer.incoming).tolist() == [[5, 1, 1]]
     assert layer.outgoing is not None
     assert np.argwhere(layer.outgoing).tolist() == [[5, 0, 2]]
-    assert found.stem is not None
-    assert found.stem.shape == (16, 4, 4, 3)
-    assert found.stem[3, 1, 2, 0] == pytest.approx(model.stem.weight[3, 0, 1, 2].item())
+    assert found.stem_weights is not None
+    assert found.stem_weights.shape == (16, 4, 4, 3)
+    assert found.stem_weights[3, 1, 2, 0] == pytest.approx(model.stem.weight[3, 0, 1, 2].item())
 
 
 def test_a_model_grown_by_blocks():
@@ -54,8 +54,8 @@ def test_a_model_grown_by_blocks():
     config, _ = resize_model(tensors, model.config, (16, 16), "block-diagonal")
     grown = am.MlpMixer(config)
     grown.load_state_dict(tensors)
-    measured = measure_model(grown)
-    incoming = measured.units.layer(1).incoming
+    measured = model_units(grown)
+    incoming = measured.layer(1).incoming
     assert incoming.shape == (32, 4, 4)
     assert measured.incoming[0].locality == pytest.approx(np.ones(32))
     small = model_units(model).layer(1).incoming
@@ -82,7 +82,7 @@ def test_variants_of_token_mixing(changes, drawn, note):
     found = model_units(tiny_model(**changes))
     assert [layer.number for layer in found.layers] == drawn
     assert all(layer.outgoing is None for layer in found.layers)
-    assert found.stem is not None
+    assert found.stem_weights is not None
     (text,) = found.notes
     with pytest.raises(am.UserError, match=r"layer 2"):
         found.layer(2)
@@ -98,18 +98,18 @@ def test_the_other_families(name, size, stem):
     assert found.layers == []
     assert len(found.notes) == 1
     assert "figures 5 and 6" in found.notes[0]
-    assert found.stem is not None
-    assert found.stem.shape == stem
+    assert found.stem_weights is not None
+    assert found.stem_weights.shape == stem
 
 
 def test_models_of_other_kinds():
     found = model_units(OtherModel())
-    assert found.stem is not None
-    assert found.stem.shape == (6, 3, 5, 3)
+    assert found.stem_weights is not None
+    assert found.stem_weights.shape == (6, 3, 5, 3)
     with pytest.raises(am.UserError, match="no layer 1: the model has 0"):
         found.layer(1)
     found = model_units(OtherModel(channels=4))
-    assert found.stem is None
+    assert found.stem_weights is None
     assert "4 channels" in found.notes[-1]
     model = OtherModel()
     model.stem = nn.Identity()
@@ -131,13 +131,13 @@ def test_weights_that_are_not_finite():
     assert "layer 1 " in found.notes[0]
     assert "not finite" in found.notes[0]
     assert found.layer(2).outgoing is None
-    assert found.stem is None
+    assert found.stem_weights is None
 
 
 def test_correlation_of_two_models():
     model = tiny_model()
-    one, other = measure_model(model), measure_model(am.random_weights(model, 1))
+    one, other = model_units(model), model_units(am.random_weights(model, 1))
     assert weight_correlations(one, one) == pytest.approx({"1": 1, "2": 1, "stem": 1})
     assert abs(weight_correlations(one, other)["stem"]) < 0.3
-    larger = measure_model(am.random_weights(tiny_model(image_size=16)))
+    larger = model_units(am.random_weights(tiny_model(image_size=16)))
     assert list(weight_correlations(one, larger)) == ["stem"]

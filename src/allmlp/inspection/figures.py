@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from allmlp.inspection.attribution import Occlusion, UnitResponse
-from allmlp.inspection.token_mixing import ModelMeasures, TokenMixingLayer
+from allmlp.inspection.token_mixing import ModelUnits, TokenMixingLayer
 from allmlp.inspection.units import (
     OPPOSITE,
     Floats,
@@ -63,25 +63,29 @@ def _enlarged(pixels: Pixels, side: int) -> Pixels:
 
 
 def weight_figures(
-    measured: ModelMeasures, layers: Sequence[int], compared: ModelMeasures | None = None
+    measured: ModelUnits,
+    layers: Sequence[int],
+    compared: ModelUnits | None = None,
+    *,
+    outgoing: bool = False,
 ) -> dict[str, Figure]:
     """Returns figures 5, 6 (of the given layers) and 7 by name, and 5 and 7 of a second model."""
     figures: dict[str, Figure] = {}
     for model, suffix in ((measured, ""), (compared, "_compared")):
         if model is None:
             continue
-        for kind in ("", "_outgoing") if model.outgoing else ("",):
-            first = [pair_panel(layer, kind, most=_PAIRS) for layer in model.units.layers[:_FIRST]]
+        for kind in ("", "_outgoing") if outgoing else ("",):
+            first = [pair_panel(layer, kind, most=_PAIRS) for layer in model.layers[:_FIRST]]
             if any(first):
                 figures[f"figure5{kind}{suffix}"] = pair_page(model.name, first, kind, _NARROW)
             for number in layers if model is measured else ():
-                panel = pair_panel(model.units.layer(number), kind, numbered=True)
+                panel = pair_panel(model.layer(number), kind, numbered=True)
                 if panel is not None:
                     page = pair_page(model.name, [panel], kind, _WIDE)
                     figures[f"figure6_layer{number}{kind}"] = page
-        if model.units.stem is not None and model.stem is not None:
+        if model.stem_weights is not None and model.stem is not None:
             order = np.argsort(np.nan_to_num(model.stem.frequency, nan=1.0), kind="stable")
-            figures[f"figure7{suffix}"] = stem_page(model.name, model.units.stem[order])
+            figures[f"figure7{suffix}"] = stem_page(model.name, model.stem_weights[order])
     return figures
 
 
@@ -172,7 +176,7 @@ def _page(
     return figure
 
 
-def layers_figure(measured: ModelMeasures, compared: ModelMeasures | None = None) -> Figure:
+def layers_figure(measured: ModelUnits, compared: ModelUnits | None = None) -> Figure:
     """Returns frequency, best opposite and locality over the layers, of one or two models."""
     figure = new_figure(7.2, 2.7, DPI)
     panels = figure.subplots(1, 3)
@@ -185,7 +189,7 @@ def layers_figure(measured: ModelMeasures, compared: ModelMeasures | None = None
     models = [model for model in (measured, compared) if model is not None and model.incoming]
     for axes, (attribute, label, dotted) in zip(panels, columns, strict=True):
         for model, color in zip(models, _COLORS, strict=False):
-            numbers = [layer.number for layer in model.units.layers]
+            numbers = [layer.number for layer in model.layers]
             values = [_quartiles(getattr(measures, attribute)) for measures in model.incoming]
             low, middle, high = np.transpose(values)
             name = escape(model.name)
@@ -240,7 +244,7 @@ def response_figure(pixels: Pixels, responses: Sequence[UnitResponse], title: st
     layers = sorted({response.layer for response in responses})
     by_layer = [[unit for unit in responses if unit.layer == layer] for layer in layers]
     rows, cell, image = max(map(len, by_layer)), 0.8, 1.4
-    height = rows * (cell * _ratio(pixels) + 0.1) + 1.1
+    height = rows * (cell * _ratio(pixels) + 0.1) + 0.85
     figure = new_figure(image + 3 * cell * len(layers) + 0.4, height, DPI)
     figure.suptitle(escape(title), fontsize=9, fontweight="bold")
     widths = [image, *[cell] * (3 * len(layers))]

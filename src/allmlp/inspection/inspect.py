@@ -35,8 +35,8 @@ from allmlp.inspection.figures import (
 )
 from allmlp.inspection.token_mixing import (
     DEFINITIONS,
-    ModelMeasures,
-    measure_model,
+    ModelUnits,
+    model_units,
     weight_correlations,
 )
 from allmlp.inspection.units import OPPOSITE, UnitMeasures
@@ -128,12 +128,13 @@ class InspectOptions(Options):
 class Inspection:
     """The result of `inspect`."""
 
-    model: ModelMeasures
-    compared: ModelMeasures | None
+    model: ModelUnits
+    compared: ModelUnits | None
     occlusion: Occlusion | None  # of the image
     responses: list[UnitResponse]  # of the chosen units to the image
     notes: list[str]  # what does not apply to the models
     summary: str  # image size and architecture of the model
+    outgoing: bool = False
     files: list[str] = field(default_factory=list)  # written
 
     def to_json(self) -> dict[str, Any]:
@@ -142,10 +143,10 @@ class Inspection:
             "format": "allmlp inspection",
             "version": 1,
             "definitions": DEFINITIONS,
-            "model": self.model.to_json(),
+            "model": self.model.to_json(outgoing=self.outgoing),
         }
         if self.compared is not None:
-            values["compared"] = self.compared.to_json()
+            values["compared"] = self.compared.to_json(outgoing=self.outgoing)
             values["weights_correlation"] = weight_correlations(self.model, self.compared)
         if self.occlusion is not None:
             values["occlusion"] = self.occlusion.to_json()
@@ -160,7 +161,7 @@ class Inspection:
         rows.writerow(["model", *names])
         for model in (self.model, self.compared):
             if model is not None:
-                rows.writerows([model.name, *row] for row in model.unit_rows())
+                rows.writerows(model.unit_rows(outgoing=self.outgoing))
         return file.getvalue()
 
 
@@ -187,23 +188,21 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
     if folder is not None:
         check_output_folder(folder, ("inspection.json", "units.csv"), overwrite=options.overwrite)
         folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    measured = measure_model(net, name, outgoing=options.outgoing)
-    compared = None
-    if other is not None:
-        compared = measure_model(other, other_name, outgoing=options.outgoing)
-    drawable = [layer.number for layer in measured.units.layers]
+    units = model_units(net, name)
+    compared = None if other is None else model_units(other, other_name)
+    drawable = [layer.number for layer in units.layers]
     layers = drawable if options.layers == "all" else options.layers or drawable[:FIRST_LAYERS]
     for number in layers:
-        measured.units.layer(number)
-    notes = list(measured.units.notes)
+        units.layer(number)
+    notes = list(units.notes)
     if compared is not None:
-        notes += [f"{other_name}: {note}" for note in compared.units.notes if note not in notes]
+        notes += [f"{other_name}: {note}" for note in compared.notes if note not in notes]
     covered, responses, figures = None, [], {}
     if options.image is not None:
         is_path = not isinstance(model, ImageClassifier)
         net = to_device(net, "auto" if is_path and options.device is None else options.device)
         image, pixels = read_image(options.image, net)
-        responses = _responses(net, measured, image, options)
+        responses = _responses(net, units, image, options)
         covered = _occlusion(net, image, options)
         title = options.image.name
         if folder is not None:
@@ -213,11 +212,12 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
             figures["responses"] = response_figure(pixels, responses, title)
     height, width = net.config.image_size
     summary = f"{height}x{width} pixels, {net.config.summary()}"
-    found = Inspection(measured, compared, covered, responses, notes, summary)
+    found = Inspection(units, compared, covered, responses, notes, summary, options.outgoing)
     if folder is not None:
-        figures |= weight_figures(measured, list(dict.fromkeys(layers)), compared)
-        if measured.incoming:
-            figures["layers"] = layers_figure(measured, compared)
+        layers = list(dict.fromkeys(layers))
+        figures |= weight_figures(units, layers, compared, outgoing=options.outgoing)
+        if units.layers:
+            figures["layers"] = layers_figure(units, compared)
         _write(found, figures, folder, options)
     return found
 
@@ -234,9 +234,9 @@ def _loaded(model: AnyModel, options: InspectOptions, name: str) -> tuple[ImageC
 
 
 def _responses(
-    model: ImageClassifier, measured: ModelMeasures, image: Tensor, options: InspectOptions
+    model: ImageClassifier, known: ModelUnits, image: Tensor, options: InspectOptions
 ) -> list[UnitResponse]:
-    known, units = measured.units, options.chosen_units()
+    units = options.chosen_units()
     if not units:
         return [
             response
@@ -306,7 +306,7 @@ def _print_measures(report: Reporter, found: Inspection) -> None:
     columns = [
         {
             layer if weights == "incoming" else f"{layer} {weights}": _cells(measures)
-            for layer, weights, measures in model.parts()
+            for layer, weights, measures in model.parts(outgoing=found.outgoing)
         }
         for model in models
     ]

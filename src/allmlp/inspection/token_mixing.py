@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,12 +33,33 @@ class TokenMixingLayer:
 
 @dataclass(frozen=True)
 class ModelUnits:
-    """The units of a model that can be drawn."""
+    """The units of a model that can be drawn, and their measures (of the stem in cycles per pixel).
 
+    The measures are computed when they are first asked for.
+    """
+
+    name: str
+    architecture: dict[str, Any]
     layers: list[TokenMixingLayer]
     num_layers: int  # also those that cannot be drawn
-    stem: Floats | None  # (C, P, P, channels) the first convolution
+    stem_weights: Floats | None  # (C, P, P, channels) the first convolution
     notes: list[str]  # what does not apply to this model
+
+    @cached_property
+    def incoming(self) -> list[UnitMeasures]:
+        """Measures of each of `layers`."""
+        return [measure_units(layer.incoming) for layer in self.layers]
+
+    @cached_property
+    def outgoing(self) -> list[UnitMeasures | None]:
+        """Likewise of the outgoing weights, where the layer has them."""
+        outgoing = [layer.outgoing for layer in self.layers]
+        return [None if weights is None else measure_units(weights) for weights in outgoing]
+
+    @cached_property
+    def stem(self) -> UnitMeasures | None:
+        """Measures of the patch embedding."""
+        return None if self.stem_weights is None else measure_units(self.stem_weights)
 
     def layer(self, number: int) -> TokenMixingLayer:
         """Returns the layer of a number, from 1."""
@@ -51,18 +73,61 @@ class ModelUnits:
         fix = f"Known: {known}" if known else "".join(self.notes[:1]) or None
         raise UserError(what, where="layers", fix=fix, code="unknown-name")
 
+    def parts(self, *, outgoing: bool) -> Iterator[tuple[str, str, UnitMeasures]]:
+        """Yields the layer ("1", ..., "stem"), "incoming" or "outgoing", and the measures."""
+        for at, layer in enumerate(self.layers):
+            yield str(layer.number), "incoming", self.incoming[at]
+            written = self.outgoing[at] if outgoing else None
+            if written is not None:
+                yield str(layer.number), "outgoing", written
+        if self.stem is not None:
+            yield "stem", "incoming", self.stem
 
-def model_units(model: ImageClassifier) -> ModelUnits:
+    def to_json(self, *, outgoing: bool) -> dict[str, Any]:
+        """Returns the numbers of every layer as JSON values."""
+        layers = []
+        for at, layer in enumerate(self.layers):
+            values: dict[str, Any] = {
+                "layer": layer.number,
+                "module": layer.name,
+                "grid": list(self.incoming[at].grid),
+                "incoming": self.incoming[at].to_json(),
+            }
+            if outgoing:
+                written = self.outgoing[at]
+                values["outgoing"] = None if written is None else written.to_json()
+            layers.append(values)
+        return {
+            "name": self.name,
+            "architecture": self.architecture,
+            "layers": layers,
+            "stem": None if self.stem is None else self.stem.to_json(),
+        }
+
+    def unit_rows(self, *, outgoing: bool) -> Iterator[list[Any]]:
+        """Yields a row of units.csv for every unit; "" where a unit has no such number."""
+        for layer, weights, measures in self.parts(outgoing=outgoing):
+            for unit, partner in enumerate(measures.partner.tolist()):
+                values: list[Any] = [""] * 4
+                if not measures.is_zero[unit]:
+                    values[0] = f"{measures.frequency[unit]:.6f}"
+                    values[1] = f"{measures.locality[unit]:.6f}"
+                if partner >= 0:
+                    values[2:] = (partner + 1, f"{measures.partner_correlation[unit]:.6f}")
+                yield [self.name, layer, weights, unit + 1, *values]
+
+
+def model_units(model: ImageClassifier, name: str = "model") -> ModelUnits:
     """Returns the units of every module called `token_mixing` and of the stem, in any family."""
     modules = [
-        (name, module)
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] == "token_mixing"
+        (path, module)
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] == "token_mixing"
     ]
     grid = patch_grid(model)
     layers: list[TokenMixingLayer] = []
     not_drawn: dict[str, list[int]] = {}
-    for number, (name, module) in enumerate(modules, start=1):
+    for number, (path, module) in enumerate(modules, start=1):
         reason = _reason_not_drawn(model, number, module, grid)
         if reason is not None:
             not_drawn.setdefault(reason, []).append(number)
@@ -71,13 +136,14 @@ def model_units(model: ImageClassifier) -> ModelUnits:
         incoming, outgoing = (_array(getattr(module, f"dense_{at}").weight) for at in (0, 1))
         is_grid = outgoing.shape == incoming.shape[::-1] and np.isfinite(outgoing).all()
         written = outgoing.T.reshape(-1, *grid) if is_grid else None  # of (S, U)
-        layers.append(TokenMixingLayer(number, name, incoming.reshape(-1, *grid), written))
+        layers.append(TokenMixingLayer(number, path, incoming.reshape(-1, *grid), written))
     notes = [f"layer{_listed(numbers)} not drawn: {why}" for why, numbers in not_drawn.items()]
     if not modules:
         family = type(model).__name__
         notes.append(f"figures 5 and 6 do not apply: {family} has no token-mixing MLP")
     stem, note = _stem_units(model)
-    return ModelUnits(layers, len(modules), stem, notes + ([note] if note else []))
+    notes += [note] if note else []
+    return ModelUnits(name, config_to_json(model.config), layers, len(modules), stem, notes)
 
 
 def _reason_not_drawn(
@@ -150,92 +216,14 @@ def _listed(numbers: list[int]) -> str:
     return f"s {', '.join(map(str, numbers))}"
 
 
-@dataclass(frozen=True)
-class ModelMeasures:
-    """The measures of a model's units; of the stem, the frequency is in cycles per pixel."""
-
-    name: str
-    architecture: dict[str, Any]
-    units: ModelUnits
-    incoming: list[UnitMeasures]  # of `units.layers`
-    outgoing: list[UnitMeasures | None]  # likewise; empty if not asked for
-    stem: UnitMeasures | None
-
-    def parts(self) -> Iterator[tuple[str, str, UnitMeasures]]:
-        """Yields the layer ("1", ..., "stem"), "incoming" or "outgoing", and the measures."""
-        for at, layer in enumerate(self.units.layers):
-            yield str(layer.number), "incoming", self.incoming[at]
-            outgoing = self.outgoing[at] if self.outgoing else None
-            if outgoing is not None:
-                yield str(layer.number), "outgoing", outgoing
-        if self.stem is not None:
-            yield "stem", "incoming", self.stem
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the numbers of every layer as JSON values."""
-        layers = []
-        for at, layer in enumerate(self.units.layers):
-            values: dict[str, Any] = {
-                "layer": layer.number,
-                "module": layer.name,
-                "grid": list(self.incoming[at].grid),
-                "incoming": self.incoming[at].to_json(),
-            }
-            if self.outgoing:
-                outgoing = self.outgoing[at]
-                values["outgoing"] = None if outgoing is None else outgoing.to_json()
-            layers.append(values)
-        return {
-            "name": self.name,
-            "architecture": self.architecture,
-            "layers": layers,
-            "stem": None if self.stem is None else self.stem.to_json(),
-        }
-
-    def unit_rows(self) -> Iterator[list[Any]]:
-        """Yields layer, weights, unit, frequency, locality, opposite, correlation of every unit.
-
-        Layers and units count from 1; "" where a unit has no such number.
-        """
-        for layer, weights, measures in self.parts():
-            for unit, partner in enumerate(measures.partner.tolist()):
-                values: list[Any] = [""] * 4
-                if not measures.is_zero[unit]:
-                    values[:2] = (
-                        f"{measures.frequency[unit]:.6f}",
-                        f"{measures.locality[unit]:.6f}",
-                    )
-                    if partner >= 0:
-                        values[2:] = (partner + 1, f"{measures.partner_correlation[unit]:.6f}")
-                yield [layer, weights, unit + 1, *values]
-
-
-def measure_model(
-    model: ImageClassifier, name: str = "model", *, outgoing: bool = False
-) -> ModelMeasures:
-    """Returns the measures of every token-mixing MLP of a model of any family, and of its stem."""
-    units = model_units(model)
-    return ModelMeasures(
-        name,
-        config_to_json(model.config),
-        units,
-        [measure_units(layer.incoming) for layer in units.layers],
-        [
-            None if layer.outgoing is None else measure_units(layer.outgoing)
-            for layer in (units.layers if outgoing else [])
-        ],
-        None if units.stem is None else measure_units(units.stem),
-    )
-
-
-def weight_correlations(first: ModelMeasures, second: ModelMeasures) -> dict[str, float]:
+def weight_correlations(first: ModelUnits, second: ModelUnits) -> dict[str, float]:
     """Returns the correlation of all incoming weights of two models, by layer and "stem".
 
     Only where both have the same shape. 1 for a model and itself; near 0 for unrelated ones.
     """
-    pairs = {"stem": (first.units.stem, second.units.stem)}
-    others = {layer.number: layer.incoming for layer in second.units.layers}
-    for layer in first.units.layers:
+    pairs = {"stem": (first.stem_weights, second.stem_weights)}
+    others = {layer.number: layer.incoming for layer in second.layers}
+    for layer in first.layers:
         pairs[str(layer.number)] = (layer.incoming, others.get(layer.number))
     found = {}
     for label, (one, other) in pairs.items():
