@@ -36,8 +36,7 @@ from allmlp.runtime.device import choose_device, choose_policy, torch_settings
 from allmlp.runtime.world import World
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Augmentation, open_training_data
-from allmlp.training.losses import one_hot
-from allmlp.training.optimizer import build_optimizers
+from allmlp.training.optim import build_optimizers
 from allmlp.training.step import Updater
 
 STEPS = 1_000  # of the run that the step is taken from; the rate and `auto` go by it
@@ -110,7 +109,7 @@ class Parts:
         config, random = self.config, step_generator(self.config.seed, number)
         masks = torch.Generator().manual_seed(number)
         images = normalize(batch.images, preprocessing_of(self.model))
-        targets = one_hot(batch.labels, self.classes)
+        targets = torch.nn.functional.one_hot(batch.labels, self.classes).float()
         strengths = {"mixup_strength": config.augment.mixup}
         strengths["cutmix_strength"] = config.augment.cutmix
         images, targets = mix(images, targets, random, **strengths)

@@ -38,7 +38,7 @@ def ours(job: dict[str, Any]) -> tuple[Step, str]:
     from allmlp.models.layers import draw_stochastic_depth
     from allmlp.runtime.device import choose_policy, torch_settings
     from allmlp.runtime.world import World
-    from allmlp.training.optimizer import build_optimizers
+    from allmlp.training.optim import build_optimizers
     from allmlp.training.step import Updater
 
     size, classes, batch = job["image_size"], job["num_classes"], job["batch"]

@@ -29,8 +29,8 @@ from PIL import Image
 import allmlp as am
 from allmlp import plots
 from allmlp.cli.main import main
-from allmlp.training import loop
-from allmlp.training.resume import _flat
+from allmlp.training import train as loop
+from allmlp.training.resume import flat
 from conftest import TINY, make_class_folder, tiny_config
 
 unix = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks as Unix has them")
@@ -41,7 +41,7 @@ RANDOM = {
     "augment__mixup": 0.5,
     "augment__cutmix": 1.0,
     "augment__mix_until": 0.8,
-    "optimizer__average": 0.9,
+    "optimizer__ema_decay": 0.9,
     "optimizer__learning_rate": 0.01,
     "model__overrides": {**TINY, "stochastic_depth": 0.3},
 }
@@ -201,7 +201,7 @@ def start_two(
 
 def typed_settings(config: am.TrainConfig) -> list[object]:
     """Returns what to type after `mixer` for this run."""
-    default, values = _flat(am.recipe("scratch").to_json()), _flat(config.to_json())
+    default, values = flat(am.recipe("scratch").to_json()), flat(config.to_json())
     del values["output"]
     changed = [f"{key}={value}" for key, value in values.items() if value != default.get(key)]
     settings = [word for each in changed for word in ("--set", each)]
@@ -313,7 +313,8 @@ def check_same(run: Path, straight: Path) -> None:
     assert steps_of(run) == steps_of(straight)
     assert results_of(run) == results_of(straight)
     states = [
-        sorted((each / "checkpoints").glob("step-*/*.distcp"))[-1] for each in (run, straight)
+        sorted((each / "checkpoints").glob("step-*/state.safetensors"))[-1]
+        for each in (run, straight)
     ]
     assert states[0].parent.name == states[1].parent.name
     assert digest(states[0]) == digest(states[1])

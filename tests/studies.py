@@ -11,7 +11,7 @@ import torch
 
 import allmlp as am
 from allmlp import sweep
-from allmlp.training.summary import TrainResult
+from allmlp.training.report import TrainResult
 from conftest import make_class_folder, tiny_model
 
 COUNTS = {"ant": 10, "bee": 12, "cat": 10}

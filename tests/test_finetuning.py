@@ -10,7 +10,7 @@ import pytest
 
 import allmlp as am
 from allmlp import sweep
-from allmlp.training.summary import TrainResult
+from allmlp.training.report import TrainResult
 from conftest import draw, make_class_folder
 from studies import COUNTS, make_place, pretend, settings
 

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from allmlp.models.mixer_config import MixerConfig
     from allmlp.preprocessing import Preprocessing
     from allmlp.training.config import TrainConfig
-    from allmlp.training.loop import resume, train
     from allmlp.training.recipes import recipe
-    from allmlp.training.summary import TrainResult
+    from allmlp.training.report import TrainResult
+    from allmlp.training.train import resume, train
     from allmlp.weights.checkpoints import list_checkpoints
     from allmlp.weights.load import load_model
     from allmlp.weights.save import save_model
@@ -65,9 +65,9 @@ _HOME = {
     "few_shots": "evaluation.few_shot",
     "few_shot": "evaluation.few_shot",
     "TrainConfig": "training.config",
-    "TrainResult": "training.summary",
-    "train": "training.loop",
-    "resume": "training.loop",
+    "TrainResult": "training.report",
+    "train": "training.train",
+    "resume": "training.train",
     "finetune": "finetuning",
     "FinetuneResult": "finetuning",
     "recipe": "training.recipes",

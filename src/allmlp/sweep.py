@@ -20,11 +20,10 @@ from allmlp.errors import UserError
 from allmlp.io import atomic_write, check_not_inputs, check_output_folder, expand, parse_json
 from allmlp.runtime.world import World
 from allmlp.training.config import TrainConfig
-from allmlp.training.loop import train
+from allmlp.training.report import TrainResult
 from allmlp.training.resume import config_of, identity
 from allmlp.training.run_folder import no_results, read_results
-from allmlp.training.step import DivergedError
-from allmlp.training.summary import TrainResult
+from allmlp.training.train import DivergedError, train
 
 Row = dict[str, Any]  # what a run has reached, as JSON values
 Measure = Callable[[TrainConfig, TrainResult], Row]

@@ -53,12 +53,12 @@ def test_typos(capsys):
     known = [name for name in VERBS if " " not in name]
     known += dict.fromkeys(name.split()[0] for name in VERBS if " " in name)
     assert err == (
-        f"error: unknown verb 'trian'\nto fix: Did you mean train? Known: {', '.join(known)}\n"
+        f"error: unknown command 'trian'\nto fix: Did you mean train? Known: {', '.join(known)}\n"
     )
     code, _, err = mixer(capsys, "data", "chek", "x")
     assert code == 2
     assert err == (
-        "error: unknown verb 'chek'\n"
+        "error: unknown command 'chek'\n"
         "where: mixer data\n"
         "to fix: Did you mean check? Known: check, pack, index\n"
     )

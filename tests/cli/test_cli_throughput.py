@@ -113,7 +113,7 @@ def test_what_a_recipe_takes(capsys, tmp_path, monkeypatch):
 
 def test_sharpness_counts_twice_and_another_optimizer_is_said(capsys, tmp_path, monkeypatch):
     changed = recipe("digits").with_values(
-        {"optimizer.sharpness": 0.1, "optimizer.sharpness_from": 0.25, "optimizer.name": "muon"}
+        {"optimizer.sam_rho": 0.1, "optimizer.sam_start": 0.25, "optimizer": "muon"}
     )
     monkeypatch.setitem(RECIPES, "digits", lambda: changed)
     target = tmp_path / "cost.json"

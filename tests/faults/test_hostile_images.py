@@ -18,6 +18,7 @@ from allmlp.data.items import ImageFiles
 from allmlp.data.loader import evaluation_batches, training_batches
 from allmlp.errors import UserError
 from allmlp.preprocessing import Preprocessing
+from allmlp.training.config import AugmentSettings, NoCrop
 from allmlp.training.dataset import Augmentation
 from conftest import draw, encode, make_class_folder, mixer, tiny_config, tiny_model
 
@@ -68,7 +69,7 @@ def test_bad_images_are_replaced_counted_and_listed_and_left_alone(tmp_path):
         losses.append([line.split(",")[2] for line in lines])
     assert losses[0] == losses[1]
     assert {path: path.read_bytes() for path in bad.values()} == before
-    with pytest.raises(UserError, match=r"of 77 images cannot be decoded[\s\S]*--max-bad 0.1"):
+    with pytest.raises(UserError, match=r"of 77 images cannot be decoded[\s\S]*max_bad 0.1"):
         am.train(tiny_config(str(data), tmp_path / "strict", data__max_bad=0.0), quiet=True)
     assert not (tmp_path / "strict").exists()
 
@@ -86,10 +87,7 @@ def test_all_orientations_look_the_same_to_train_evaluate_and_predict(tmp_path):
         stored.save(paths[-1], exif=exif)
     source = ImageFiles("x", ["a", "b"], np.zeros(8, np.int64), paths)
     preprocessing = Preprocessing(image_size=(8, 8))
-    settings = am.recipe("digits").augment
-    still = Augmentation(
-        type(settings)(crop="none", flip=False), preprocessing
-    )  # nothing random: one picture
+    still = Augmentation(AugmentSettings(crop=NoCrop(), flip=False), preprocessing)
     for name, batches in {
         "train": training_batches(
             source, preprocessing, still, seed=0, batch_size=8, start=0, stop=1, num_workers=0

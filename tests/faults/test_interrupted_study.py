@@ -12,7 +12,7 @@ import pytest
 
 import allmlp as am
 from allmlp import sweep
-from allmlp.training import loop
+from allmlp.training import train as loop
 from studies import make_place, settings
 
 
@@ -27,7 +27,7 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from studies import settings
 import allmlp as am
-from allmlp.training import loop
+from allmlp.training import train as loop
 
 train_step = loop.Trainer.train_step
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from allmlp.training import loop
+from allmlp.training import train as loop
 from runs import (
     DROPOUT,
     check_same,
@@ -89,7 +89,7 @@ def test_the_command_itself(data: Path, long: Path, tmp_path: Path):
             done = int(re.findall(r"stopped after step (\d+) of 150", out)[0])
             assert (run / "checkpoints" / f"step-{done:08d}" / "manifest.json").exists()
             assert done < 145
-            printed += re.findall(r"to go on: (.+)", out)
+            printed += re.findall(r"to resume: (.+)", out)
         running = [popen(command) for command in printed]
         for process, run in zip(running, stops, strict=True):
             out, err = process.communicate(timeout=60)
@@ -170,7 +170,7 @@ def test_ctrl_c_while_the_pictures_are_drawn(data, straight, tmp_path):
     config = run_config(data, tmp_path / "run")
     # The signal may reach another thread first: the sleep is where it then arrives.
     stop = "(os.kill(os.getpid(), signal.SIGINT), time.sleep(10))"
-    fault = f"patch.setattr(summary, 'load_model', lambda _: {stop})"
+    fault = f"patch.setattr('allmlp.training.report.load_model', lambda _: {stop})"
     process = start(config, tmp_path / "said", fault)
     assert process.wait() == 130
     assert process.said().splitlines()[-1] == "stopped"

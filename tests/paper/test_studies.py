@@ -24,7 +24,7 @@ from allmlp.paper import data_scale as data_scale_module
 from allmlp.paper.ablations import ablations, variants_of
 from allmlp.paper.data_scale import DataScale, data_scale
 from allmlp.paper.permutation import permutation, rows_of
-from allmlp.training import loop
+from allmlp.training import train as loop
 from allmlp.training.dataset import open_training_data
 from conftest import TINY, make_class_folder, mixer
 from runs import watch_every_step

@@ -12,7 +12,7 @@ import pytest
 
 import allmlp as am
 from allmlp.data.digits import digits
-from allmlp.evaluation.accuracy import Evaluation
+from allmlp.evaluation.metrics import Evaluation
 from allmlp.preprocessing import Preprocessing
 from allmlp.training.card import model_card
 from allmlp.training.dataset import Splits

@@ -1,6 +1,6 @@
-"""Checkpoints of two processes: replicated and sharded, failing together, read by one.
+"""Checkpoints of two processes: replicated and sharded, read by one, and the other way around.
 
-The tests run this file twice, as rank 0 and 1: python test_checkpoint_ranks.py WORK RANK FOLDER.
+The test runs this file twice, as rank 0 and 1: python test_checkpoint_ranks.py RANK FOLDER.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,20 +17,21 @@ from test_checkpoint import bits, blank, names, newest, state
 from torch import Tensor
 
 from allmlp.errors import UserError
+from allmlp.runtime.world import World
+from allmlp.training import checkpoint as module
 from allmlp.training.checkpoint import Checkpoints
-from allmlp.training.dcp_storage import Writer
 
 
-def run_two(work: str, folder: Path) -> None:
+@pytest.mark.slow
+def test_two_processes_save_and_load_and_so_does_one(tmp_path: Path):
+    one = Checkpoints(tmp_path / "from one")
+    one.save(4, whole(4), {})
+    one.close()
+    command = [sys.executable, "-W", "error::UserWarning", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error::UserWarning", __file__, work, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment, **pipes)
         for rank in (0, 1)
     ]
     try:
@@ -42,75 +42,37 @@ def run_two(work: str, folder: Path) -> None:
     for text, rank in zip(texts, ranks, strict=True):
         assert text.splitlines()[-1:] == ["done"], text
         assert rank.returncode == 0, text
+    for folder, expected in (
+        ("replicated", state(3)),
+        ("sharded", torch.load(tmp_path / "expected.pt", weights_only=True)),
+    ):
+        checkpoints, tensors = Checkpoints(tmp_path / folder), blank(expected)
+        found = newest(checkpoints)
+        checkpoints.load(found, tensors)
+        assert bits(tensors) == bits(expected)
+        assert found.values == {"rank": 0}
 
 
-@pytest.mark.slow
-def test_two_processes_save_and_load_and_one_loads_it(tmp_path: Path):
-    run_two("replicated", tmp_path)
-    folder = tmp_path / "checkpoints"
-    assert {"__0_0.distcp", "__1_0.distcp"} <= set(names(folder / "step-00000003"))
-    checkpoints = Checkpoints(folder)
-    found, tensors = newest(checkpoints), blank(state(3))
-    assert (found.step, found.values) == (3, {"rank": 0})
-    checkpoints.load(found, tensors)
-    assert bits(tensors) == bits(state(3))
-
-
-def new_group() -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup)
-    return group
-
-
-def replicated(rank: int, folder: Path) -> None:
-    checkpoints = Checkpoints(folder / "checkpoints", group=new_group())
+def replicated(world: World, folder: Path) -> None:
+    checkpoints = Checkpoints(folder, world=world)
     assert checkpoints.newest() is None
-    checkpoints.save(1, state(1), {"rank": rank})
-    # Training goes on meanwhile, in another order than the background's.
-    total = torch.ones(1)
-    for _ in range(50):
-        dist.all_reduce(total)
-    assert float(total) == 2.0**50
-    tensors = blank(state(1))
-    checkpoints.load(newest(checkpoints), tensors)
-    assert bits(tensors) == bits(state(1))
-
+    checkpoints.save(1, state(1), {"rank": world.rank})
     with pytest.MonkeyPatch.context() as patch:
-        if rank == 1:
-            patch.setattr(Writer, "write_data", full_disk)
-        checkpoints.save(2, state(2), {"rank": rank})
-        with pytest.raises(UserError, match="the disk is full: the checkpoint needs"):
-            checkpoints.wait()
+        patch.setattr(module, "write_tensors", full_disk)
+        checkpoints.save(2, state(2), {"rank": world.rank})
+        with pytest.raises(UserError, match="the disk is full"):  # on both ranks
+            checkpoints.save(3, state(3), {"rank": world.rank})
     assert newest(checkpoints).step == 1
-    assert names(folder / "checkpoints") == ["step-00000001"]
-
-    checkpoints.save(3, state(3), {"rank": rank})
-    checkpoints.wait()
-    assert names(folder / "checkpoints") == ["step-00000001", "step-00000003"]
-    checkpoints.save(3, state(4), {"rank": 7})  # there already
-    if rank == 1:
-        tensors["order"] = tensors["order"].float()
-    with pytest.raises(UserError, match=r"order is int64 \(9,\) in it and float32"):
-        checkpoints.load(newest(checkpoints), tensors)
-    checkpoints.close()
-
-
-def full_disk(*_: Any) -> Any:
-    raise OSError(28, os.strerror(28))
-
-
-@pytest.mark.slow
-def test_shards_of_two_processes_are_whole_tensors_in_one(tmp_path: Path):
-    checkpoints = Checkpoints(tmp_path / "from one")
-    checkpoints.save(4, whole(4), {})
-    checkpoints.close()
-    run_two("sharded", tmp_path)
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    expected = torch.load(tmp_path / "expected.pt", weights_only=True)
-    tensors = blank(expected)
+    checkpoints.save(3, state(3), {"rank": world.rank})
+    tensors = blank(state(3))
     checkpoints.load(newest(checkpoints), tensors)
-    assert bits(tensors) == bits(expected)
-    assert tensors["model.0.weight"].shape == (7, 5)
+    assert bits(tensors) == bits(state(3))
+    assert names(folder) == ["step-00000001", "step-00000003"]
+    checkpoints.close()
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(28, os.strerror(28))
 
 
 def whole(number: int) -> dict[str, Tensor]:
@@ -122,7 +84,7 @@ def whole(number: int) -> dict[str, Tensor]:
     }
 
 
-def sharded(rank: int, folder: Path) -> None:
+def sharded(world: World, folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -140,41 +102,40 @@ def sharded(rank: int, folder: Path) -> None:
         for key, each in optimizer.state[parameter].items():
             tensors[f"optimizer.{name}.{key}"] = each
     tensors["scalar"] = distribute_tensor(torch.tensor(2.5), mesh, [Replicate()])
-    expected = {
-        name: (each.full_tensor() if isinstance(each, DTensor) else each).detach().clone()
-        for name, each in tensors.items()
-    }
-    checkpoints = Checkpoints(folder / "checkpoints", group=new_group())
-    checkpoints.save(1, tensors, {})
+
+    def full() -> dict[str, Tensor]:
+        return {
+            name: (each.full_tensor() if isinstance(each, DTensor) else each).detach().clone()
+            for name, each in tensors.items()
+        }
+
+    expected = full()
+    checkpoints = Checkpoints(folder / "sharded", world=world)
+    checkpoints.save(1, tensors, {"rank": world.rank})
     with torch.no_grad():
         for each in tensors.values():
             (each.to_local() if isinstance(each, DTensor) else each).zero_()
-    found = newest(checkpoints)
-    checkpoints.load(found, tensors)
-    for name, each in tensors.items():
-        full = each.full_tensor() if isinstance(each, DTensor) else each
-        assert torch.equal(full, expected[name]), name
-    if rank == 0:
+    checkpoints.load(newest(checkpoints), tensors)
+    assert bits(full()) == bits(expected)
+    if world.is_main:
         torch.save(expected, folder / "expected.pt")
 
-    there = Checkpoints(folder / "from one", group=new_group())
+    there = Checkpoints(folder / "from one", world=world)
     placed = {"rows": Shard(0), "columns": Shard(1), "one": Shard(0)}
-    empty: dict[str, Tensor] = {
+    tensors = {
         name: distribute_tensor(torch.zeros_like(each), mesh, [placed[name]])
         for name, each in whole(4).items()
     }
-    there.load(newest(there), empty)
-    for name, each in whole(4).items():
-        loaded = empty[name]
-        assert isinstance(loaded, DTensor)
-        assert torch.equal(loaded.full_tensor(), each), name
+    there.load(newest(there), tensors)
+    assert bits(full()) == bits(whole(4))
     checkpoints.close()
     there.close()
 
 
 if __name__ == "__main__":
-    WORK, RANK, FOLDER = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    dist.init_process_group("gloo", f"file://{FOLDER}/meet", rank=RANK, world_size=2)
-    {"replicated": replicated, "sharded": sharded}[WORK](RANK, FOLDER)
+    WORLD, FOLDER = World(int(sys.argv[1]), 2), Path(sys.argv[2])
+    dist.init_process_group("gloo", f"file://{FOLDER}/meet", rank=WORLD.rank, world_size=2)
+    replicated(WORLD, FOLDER / "replicated")
+    sharded(WORLD, FOLDER)
     dist.destroy_process_group()
     print("done")

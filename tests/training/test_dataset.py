@@ -78,15 +78,6 @@ def test_more_bad_images_stop_a_run_before_it_begins(class_folder, tmp_path, bad
     assert not (tmp_path / "run").exists()
 
 
-def test_half_of_the_images_are_too_many(class_folder, tmp_path):
-    for name in ("ant/0", "bee/1", "cat/0", "cat/1"):
-        (class_folder / "val" / f"{name}.png").write_text("")
-    for path in class_folder.glob("val/*/[2-9]*.png"):
-        path.unlink()
-    with pytest.raises(am.UserError, match=r"4 of \d images cannot be decoded .*1.0% or 2 images"):
-        am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
-
-
 def test_allowed_bad_images_are_skipped_and_listed(class_folder, tmp_path):
     bad = class_folder / "train" / "bee" / "3.png"
     before = bad.read_bytes()[:-60]
@@ -100,16 +91,6 @@ def test_allowed_bad_images_are_skipped_and_listed(class_folder, tmp_path):
     log = (result.run_folder / "log.txt").read_text()
     assert log.count(str(bad)) == 1
     assert bad.read_bytes() == before  # never altered
-
-
-def test_bad_validation_images_are_listed_too(class_folder, tmp_path):
-    bad = class_folder / "val" / "cat" / "1.png"
-    bad.write_bytes(bad.read_bytes()[:-60])
-    config = tiny_config(str(class_folder), tmp_path / "run", data__max_bad=0.2)
-    result = am.train(config, quiet=True)
-    assert str(bad) in (result.run_folder / "bad_files.txt").read_text()
-    assert f"skipped  {bad}" in (result.run_folder / "log.txt").read_text()
-    assert len(result.validation.labels) == 8
 
 
 def test_too_many_damaged_images_stop_the_run(class_folder, tmp_path):
@@ -133,7 +114,7 @@ def test_one_image_a_class_cannot_be_held_out(tmp_path):
 
 def test_augmentation_makes_the_models_size(class_folder):
     everything = am.recipe("scratch")
-    for setting in ("randaugment=15", "erasing=1.0", "crop_area=(0.05,1.0)", "crop=padded"):
+    for setting in ("randaugment=15", "random_erasing=1.0", "crop=padded"):
         everything = everything.with_setting(f"augment.{setting}")
     for config in (am.recipe("digits"), am.recipe("scratch"), everything):
         for channels in (1, 3):
@@ -147,9 +128,9 @@ def test_augmentation_makes_the_models_size(class_folder):
 
 def test_every_augmentation_trains(class_folder, tmp_path):
     changes = {
-        "augment__crop_area": (0.05, 1.0),
+        "augment__crop.area": (0.05, 1.0),
         "augment__randaugment": 15.0,
-        "augment__erasing": 0.3,
+        "augment__random_erasing": 0.3,
         "augment__mixup": 0.5,
         "augment__cutmix": 1.0,
         "data__fraction": 0.5,
@@ -171,14 +152,14 @@ def test_a_drop_list_leaves_training_and_validation_images_out_and_test_whole(tm
     drops = tmp_path / "copies.txt"
     splits = open_splits(str(data))
     write_drop_list(drop_list(find_duplicates(splits, num_workers=0), "data"), drops)
-    config = tiny_config(str(data), tmp_path / "run", data__without=str(drops))
+    config = tiny_config(str(data), tmp_path / "run", data__exclude=str(drops))
     run = am.train(config, quiet=True).run_folder
     said = (run / "log.txt").read_text()
     assert "10 images to train, 10 to validate (the data's own), 11 to test" in said
     assert "left out 3 images by" in said
     draw(77).save(data / "train" / "a" / "new.png")
     with pytest.raises(am.UserError, match=r"was made for a train split of 13 images[\s\S]*has 14"):
-        am.train(tiny_config(str(data), tmp_path / "other", data__without=str(drops)), quiet=True)
+        am.train(tiny_config(str(data), tmp_path / "other", data__exclude=str(drops)), quiet=True)
     assert not (tmp_path / "other").exists()
 
 

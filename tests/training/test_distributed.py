@@ -157,7 +157,7 @@ def test_from_one_to_two_and_back(data: Path, single: Path, tmp_path: Path):
             if sharding == "one"
             else "the same torchrun command again"
         )
-        assert f"to go on: {how}\n" in said[0]
+        assert f"to resume: {how}\n" in said[0]
         assert said[1:] in ([], [""], ["\nstopping: the run saves at the end of this step\n"])
         checkpoints = Checkpoints(run / "checkpoints", say=lambda line: pytest.fail(line))
         found = checkpoints.newest()
@@ -186,14 +186,14 @@ def test_the_other_ends_too_and_names_it(data, tmp_path, rank: int, sharding: st
 
 
 KILLED_SAVING = """
-from allmlp.training import dcp_storage
+from allmlp.training import checkpoint
 
-def write_data(self, *arguments, write_data=dcp_storage.Writer.write_data):
-    if "step-00000015" in str(self._folder) and os.environ["RANK"] == "1":
+def write_tensors(path, tensors, write=checkpoint.write_tensors):
+    if "step-00000015" in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
-    return write_data(self, *arguments)
+    return write(path, tensors)
 
-patch.setattr(dcp_storage.Writer, "write_data", write_data)
+patch.setattr(checkpoint, "write_tensors", write_tensors)
 """
 
 
@@ -202,8 +202,8 @@ def test_killed_while_it_saves(data: Path, double: Path, tmp_path: Path):
     """The error is that of the end, and not one of the checkpoint that came to nothing by it."""
     config = run_config(data, tmp_path / "run", checkpoint_every=5, **PARTS)
     processes = start_two(config, tmp_path / "text", KILLED_SAVING)
-    assert [process.wait() for process in processes] == [2, -signal.SIGKILL]
-    assert "error: rank 0: rank 1 ended, and training cannot go on: " in processes[0].said()
+    assert [process.wait() for process in processes] == [-signal.SIGKILL, 2]
+    assert "error: rank 1: rank 0 ended, and training cannot go on: " in processes[1].said()
     names = {each.name for each in (tmp_path / "run/checkpoints").iterdir()}
     assert "step-00000010" in names
     assert "step-00000015" not in names
@@ -306,7 +306,7 @@ def test_a_loss_that_is_not_finite_on_one_stops_both(data, tmp_path, sharding: s
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
-        ("a batch of 9 images cannot be shared by 2 processes", {"batch_size": 9}),
+        ("a batch of 9 images does not divide by 2 processes", {"batch_size": 9}),
         ("the run folder holds a run with other settings: seed is 0 there", {"seed": 1}),
         ("several processes share one run folder", {"output": None}),
     ],

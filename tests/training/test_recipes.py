@@ -15,7 +15,17 @@ import torch
 import allmlp as am
 from allmlp.evaluation.throughput import count_parameters
 from allmlp.models.catalog import model_config
-from allmlp.training.cost import cost_line, num_images_seen, operations
+from allmlp.training.config import (
+    SGD,
+    AdamW,
+    Cosine,
+    InceptionCrop,
+    Linear,
+    NoCrop,
+    PaddedCrop,
+    Sigmoid,
+    Softmax,
+)
 from allmlp.training.finetuning_recipes import (
     FINETUNING,
     HOLDOUTS,
@@ -24,7 +34,6 @@ from allmlp.training.finetuning_recipes import (
 )
 from allmlp.training.pretraining_recipes import PRETRAINING
 from allmlp.training.recipes import RECIPES
-from allmlp.training.sibling_recipes import SIBLINGS
 from conftest import ROOT
 
 # Table 4 of the paper, and Google's biases of the head.
@@ -57,7 +66,7 @@ APPENDIX_C = {
 # What appendix A.2 tried, one thing each, on top of fine-tuning without Inception crops.
 APPENDIX_A2: dict[str, dict[str, Any]] = {
     "finetune_mixup": {"augment.mixup": 0.1},
-    "finetune_average": {"optimizer.average": 0.9999},
+    "finetune_average": {"optimizer.ema_decay": 0.9999},
     "finetune_inception": {"augment.crop": "inception"},
 }
 
@@ -84,30 +93,12 @@ def test_every_recipe_builds(name: str):
     assert config.data.source == ("digits" if name == "digits" else "")
 
 
-def test_all_are_named():
-    assert set(PRETRAINING) == set(TABLE_4)
-    assert set(FINETUNING) == {"finetune", *APPENDIX_C, *APPENDIX_A2}
-    others = {"digits", "scratch", "cifar10", "cifar10_best", "cifar10_compare"}
-    assert set(SIBLINGS) == {"imagenet_cycle_mlp_b1", "imagenet_vip_s7"}
-    assert set(RECIPES) == {*others, *PRETRAINING, *SIBLINGS, *FINETUNING}
-
-
-@pytest.mark.parametrize(
-    ("name", "near"),
-    [("imagenet_b-16", "imagenet_b16"), ("finetune_cat", "finetune"), ("cifar", "cifar10")],
-)
-def test_an_unknown_recipe_names_the_nearest(name: str, near: str):
-    with pytest.raises(am.UserError, match=rf"unknown recipe '{name}'[\s\S]*Did you mean .*{near}"):
-        am.recipe(name)
-
-
 @pytest.mark.parametrize("name", TABLE_4)
 def test_pre_training_is_the_papers_table_4(name: str):
     model, epochs, rate, decay, magnitude, mixup, depth, bias = TABLE_4[name]
     config = am.recipe(name)
     augment, optimizer = config.augment, config.optimizer
     assert (config.model.name, config.epochs, config.steps) == (model, epochs, None)
-    assert (optimizer.learning_rate, optimizer.weight_decay) == (rate, decay)
     assert (augment.randaugment, augment.randaugment_layers) == (magnitude, 2)
     assert (augment.mixup, augment.cutmix, augment.mix_until) == (mixup, 0, 1)
     assert config.model.head_bias == bias
@@ -116,12 +107,13 @@ def test_pre_training_is_the_papers_table_4(name: str):
     assert built.image_size == (224, 224)
     assert dataclasses.replace(built, stochastic_depth=0.0) == model_config(model, num_classes=10)
     # What all rows share.
-    assert (optimizer.name, optimizer.beta1, optimizer.beta2) == ("adamw", 0.9, 0.999)
-    assert (optimizer.schedule, optimizer.warmup, optimizer.final) == ("linear", 10_000, 1e-5)
-    assert (optimizer.clip_norm, optimizer.average, optimizer.sharpness) == (1, 0, 0)
-    assert (config.batch_size, config.loss, config.label_smoothing) == (4096, "sigmoid", 0)
-    assert (augment.crop, augment.crop_area, augment.flip) == ("inception", (0.05, 1), True)
-    assert augment.erasing == augment.rotate == augment.scale == augment.elastic == 0
+    schedule = Linear(final_lr_fraction=1e-5)
+    assert optimizer == AdamW(
+        learning_rate=rate, weight_decay=decay, schedule=schedule, warmup=10_000
+    )
+    assert (config.batch_size, config.loss) == (4096, Sigmoid())
+    assert (augment.crop, augment.flip) == (InceptionCrop(area=(0.05, 1)), True)
+    assert augment.random_erasing == augment.rotate == augment.scale == augment.elastic == 0
 
 
 @pytest.mark.parametrize("name", APPENDIX_C)
@@ -148,27 +140,21 @@ def test_what_fine_tuning_shares(name: str):
     config = am.recipe(name)
     model, augment, optimizer = config.model, config.augment, config.optimizer
     assert (model.name, model.image_size, model.weights) == ("", None, "")
-    assert (model.trained, model.head_bias) == ("all", 0)
+    assert (model.train_only, model.head_bias) == ("all", 0)
     assert model.overrides == {"stochastic_depth": 0.0}
-    assert (optimizer.name, optimizer.beta1, optimizer.weight_decay) == ("sgd", 0.9, 0)
-    assert (optimizer.schedule, optimizer.final, optimizer.clip_norm) == ("cosine", 0, 1)
-    assert (optimizer.average, optimizer.sharpness) == (0, 0)
-    assert (config.batch_size, config.loss, config.label_smoothing) == (512, "softmax", 0)
+    rate, warmup = optimizer.learning_rate, optimizer.warmup
+    assert optimizer == SGD(
+        learning_rate=rate, momentum=0.9, clip_norm=1, schedule=Cosine(), warmup=warmup
+    )
+    assert (config.batch_size, config.loss) == (512, Softmax())
     assert config.steps is not None
     assert config.steps % config.evaluate_every == 0
     assert config.data.holdout is None
     is_vtab = name == "finetune_vtab"
     assert augment.flip is not is_vtab
-    assert augment.crop == ("none" if is_vtab else "inception")
+    assert augment.crop == (NoCrop() if is_vtab else InceptionCrop())
     assert config.data.resize == ("squash" if is_vtab else "resmall-crop")
-    assert (augment.randaugment, augment.cutmix, augment.erasing) == (None, 0, 0)
-
-
-def test_grids_belong_to_recipes():
-    assert set(LEARNING_RATES) == set(HOLDOUTS) == set(FINETUNING)
-    for name, grid in LEARNING_RATES.items():
-        assert grid == tuple(sorted(grid))
-        assert 0 < HOLDOUTS[name] < 1
+    assert (augment.randaugment, augment.cutmix, augment.random_erasing) == (None, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -190,12 +176,6 @@ def test_the_hyper_rule(num_images: int, steps: int, warmup: int, mixup: float):
     assert finetune_for(num_images, 0.06).optimizer.learning_rate == 0.06
 
 
-def test_the_hyper_rule_needs_images():
-    assert finetune_for(1) == am.recipe("finetune")
-    with pytest.raises(am.UserError, match="needs images, got 0"):
-        finetune_for(0)
-
-
 def test_the_cifar10_models():
     small, best = am.recipe("cifar10"), am.recipe("cifar10_best")
     assert count_parameters(architecture(small)) == 1_123_914 <= 1_130_000
@@ -205,7 +185,7 @@ def test_the_cifar10_models():
     for config in (small, best):
         augment = config.augment
         assert architecture(config).config.image_size == (32, 32)
-        assert (augment.crop, augment.crop_padding * 32, augment.flip) == ("padded", 4, True)
+        assert (augment.crop, augment.flip) == (PaddedCrop(padding=4 / 32), True)
         assert augment.mixup > 0
         assert augment.cutmix > 0
         assert 0.5 < augment.mix_until < 1
@@ -258,30 +238,6 @@ def test_the_documents_table_4(name: str):
     values += [str(each) if each else "-" for each in (magnitude, mixup, depth)]
     assert settings[1:8] == values
     assert settings[8].split(" ")[0] in (inspect.getdoc(RECIPES[name]) or "")
-
-
-@pytest.mark.parametrize("name", PRETRAINING)
-def test_the_documents_costs(name: str):
-    _, (_, images, total, speed, hours) = rows(name)
-    config, num_classes = am.recipe(name), {"jft": 18291, "imagenet21k": 21843}
-    built = architecture(config, num_classes.get(name.split("_")[0], 1000))
-    seen = num_images_seen(config, int(images.replace(",", "")))
-    assert cost_line(built.config.flops, seen).startswith(f"{total} operations;")
-    expected = seen / float(speed.replace(",", "")) / 3600
-    assert float(hours.replace(",", "")) == pytest.approx(expected, abs=0.51)
-
-
-@pytest.mark.parametrize(
-    ("name", "num_images"),
-    [("cifar10", 45_000), ("cifar10_best", 45_000), ("cifar10_compare", 45_000)],
-)
-def test_the_documents_short_runs(name: str, num_images: int):
-    (row,) = rows(name)
-    config = am.recipe(name)
-    seen = num_images_seen(config, 45_000)
-    total = operations(architecture(config).config.flops, seen)
-    assert float(row[6]) == pytest.approx(total, rel=0.05)
-    assert row[3:5] == [str(config.epochs), f"{config.batch_size:,}"]
 
 
 @pytest.mark.parametrize("name", APPENDIX_C)

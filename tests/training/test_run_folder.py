@@ -33,7 +33,7 @@ def test_going_back_takes_out_what_came_later(tmp_path: Path):
     run = filled(tmp_path / "run")
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4')  # cut off by a kill
-    run.go_back_to(20)
+    run.rewind(20)
     lines = (run.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 10]
     run.log_step({"step": 20, "loss": 0.5})
@@ -43,7 +43,7 @@ def test_going_back_takes_out_what_came_later(tmp_path: Path):
             ("15", "1"),
             ("30", "0"),
         ]
-    run.go_back_to(0)
+    run.rewind(0)
     assert (run.path / "metrics.jsonl").read_text() == ""
     assert not (run.path / "results.csv").exists()
     run.log_evaluation({"epoch": 1.0, "step": 10, "best": 1})
@@ -79,10 +79,10 @@ def test_damaged_logs_do_not_stop_a_run(tmp_path: Path, damage: str):
         path = run.path / name
         path.write_bytes(DAMAGE[damage](path.read_bytes()))
     run.draw_curves()
-    notes = run.go_back_to(4)
+    notes = run.rewind(4)
     assert len(notes) == (0 if damage in ("empty", "no last line end") else 2), notes
     assert all("metrics.jsonl" in note or "results.csv" in note for note in notes)
-    assert run.go_back_to(4) == []
+    assert run.rewind(4) == []
     run.log_step({"step": 4, "epoch": 2.0, "loss": 1.0, "learning_rate": 0.1})
     run.log_evaluation({"epoch": 3.0, "step": 6, **evaluation})
     metrics = [
@@ -119,15 +119,6 @@ def test_bad_files_are_known_again(tmp_path: Path):
     run.close()
 
 
-def test_only_one_at_a_time(tmp_path: Path):
-    run = filled(tmp_path / "run")
-    with pytest.raises(am.UserError, match="another process is training in this run folder"):
-        RunFolder(tmp_path / "run", config(tmp_path / "run"))
-    run.close()
-    assert not (run.path / ".lock").exists()
-    RunFolder(tmp_path / "run", config(tmp_path / "run")).close()
-
-
 def test_runs_of_the_same_minute_get_folders_of_their_own(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     planned = planned_path(am.recipe("digits"))
@@ -146,7 +137,7 @@ def test_processes_that_do_not_write_leave_no_trace(tmp_path: Path):
     run.log_bad_file(BadImage(0, "x", "y"))
     run.write_json("environment.json", {})
     run.write_card("text")
-    run.go_back_to(0)
+    run.rewind(0)
     run.close()
     assert not (tmp_path / "run").exists()
 

@@ -12,8 +12,8 @@ from test_timm_models import fetched, theirs
 
 import allmlp as am
 import fake_timm
-from allmlp.training import loop
-from allmlp.training.loop import resume
+from allmlp.training import train as loop
+from allmlp.training.train import resume
 
 __all__ = ["fetched"]  # the fixture
 Saved = dict[str, torch.Tensor]

@@ -73,7 +73,7 @@ def overrides_of(assignments: tuple[str, ...], flag: str) -> dict[str, Any]:
     Raises:
         UserError: one of them is written otherwise.
     """
-    from allmlp.training.values import literal
+    from allmlp.training.config import literal
 
     found: dict[str, Any] = {}
     for each in assignments:

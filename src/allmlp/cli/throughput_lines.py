@@ -163,8 +163,8 @@ def cost_lines(
         data: what it trains on, in words.
     """
     row, optimizer = result.models[0], config.optimizer
-    sam = 1.0 - optimizer.sharpness_from if optimizer.sharpness else 0.0
-    total, rate = operations(row.flops, seen, sam), row.images_per_second
+    sam = 1.0 - optimizer.sam_start if optimizer.sam_rho else 0.0
+    total, rate = operations(row.flops, seen, optimizer), row.images_per_second
     figures: dict[str, Any] = {
         "name": config.recipe,
         "images_seen": seen,

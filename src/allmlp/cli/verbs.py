@@ -6,13 +6,11 @@ from typing import Any
 
 from allmlp.cli.check import check
 from allmlp.cli.export import export
-from allmlp.cli.finetune import finetune
 from allmlp.cli.pack import index, pack
 from allmlp.cli.predict import predict
 from allmlp.cli.serve import serve
 from allmlp.cli.table import Command
 from allmlp.cli.throughput import throughput
-from allmlp.cli.train import train
 
 PAPER = {
     "paper vtab": Command(
@@ -52,8 +50,16 @@ VERBS: dict[str, Any] = {
         "List the architectures, the published weights, or what a weights file holds.",
         "show",
     ),
-    "train": train,
-    "finetune": finetune,
+    "train": Command(
+        *("cli.training", "TrainOptions", "train_command"),
+        "Train a model from random weights.",
+        positional=("recipe?",),
+    ),
+    "finetune": Command(
+        *("cli.training", "FinetuneOptions", "finetune_command"),
+        "Continue training from a checkpoint on your own images, at any image size.",
+        positional=("model",),
+    ),
     "evaluate": Command(
         *("evaluate", "EvaluateOptions", "command"),
         "Measure a trained model on labelled images.",

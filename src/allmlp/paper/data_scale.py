@@ -29,8 +29,8 @@ from allmlp.runtime.world import join_world
 from allmlp.sweep import Row, Sweep, study_folder
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import open_training_data
+from allmlp.training.report import TrainResult
 from allmlp.training.run_folder import no_results, read_results
-from allmlp.training.summary import TrainResult
 from allmlp.weights.load import load_model
 
 _NOT_IN_CSV = {"label", "few_shot_accuracies", "few_shot_test", "notes", "curve", "key", "name"}

@@ -37,10 +37,9 @@ from allmlp.paper.study import StudyOptions, train_config, write_study
 from allmlp.preprocessing import PERMUTATIONS, Preprocessing
 from allmlp.runtime.world import join_world
 from allmlp.sweep import Row, Sweep, study_folder, summarize
-from allmlp.training.config import TrainConfig
+from allmlp.training.config import TrainConfig, literal
 from allmlp.training.dataset import open_training_data
-from allmlp.training.summary import TrainResult
-from allmlp.training.values import literal
+from allmlp.training.report import TrainResult
 from allmlp.weights.load import load_model
 
 # The paper's colours.

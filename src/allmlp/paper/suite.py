@@ -41,10 +41,10 @@ from allmlp.options import Repeated
 from allmlp.paper.study import PaperOptions
 from allmlp.runtime.world import World, join_world
 from allmlp.sweep import study_folder
-from allmlp.training.config import TrainConfig
+from allmlp.training.config import Steps, TrainConfig
 from allmlp.training.dataset import check_readable
+from allmlp.training.optim import check_warmup
 from allmlp.training.resume import differences
-from allmlp.training.schedule import check_warmup
 from allmlp.weights.load import load_model
 
 GROUPS = ("natural", "specialised", "structured")
@@ -432,8 +432,9 @@ def _config(official: TrainConfig, options: SuiteOptions) -> TrainConfig:
         optimizer, length = official.optimizer, official.steps
         values |= {"steps": options.steps, "evaluate_every": max(1, options.steps // 5)}
         values["optimizer.warmup"] = optimizer.warmup / length
-        if optimizer.schedule == "steps":
-            values["optimizer.decay_at"] = tuple(step / length for step in optimizer.decay_at)
+        if isinstance(optimizer.schedule, Steps):
+            at = optimizer.schedule.decay_at
+            values["optimizer.decay_at"] = tuple(step / length for step in at)
     return official.with_values(values, options.settings)
 
 

@@ -50,15 +50,12 @@ class World:
         size: number of processes.
         local_rank: from 0 on each machine; it chooses the GPU.
         peers: for each rank its machine and process number.
-        checkpoint_group: for checkpoints, which are written beside the training; None for one
-            process.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     peers: tuple[tuple[str, int], ...] = ()
-    checkpoint_group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -157,9 +154,7 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
     try:
         alone = World(rank, size, local_rank)
         peers = tuple(alone.gather((socket.gethostname(), os.getpid())))
-        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        assert isinstance(group, dist.ProcessGroup)
-        world = World(rank, size, local_rank, peers, group)
+        world = World(rank, size, local_rank, peers)
         _joined.append((world, chosen))
         try:
             yield world, chosen

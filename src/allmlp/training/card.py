@@ -7,7 +7,7 @@ import os
 
 from allmlp.data.hub_dataset import PREFIX
 from allmlp.data.source_names import parse_name
-from allmlp.evaluation.accuracy import Evaluation
+from allmlp.evaluation.metrics import Evaluation
 from allmlp.evaluation.throughput import count_parameters, flops_text
 from allmlp.models.catalog import architecture_name, family_of
 from allmlp.models.layers import ImageClassifier
@@ -23,9 +23,9 @@ _CARD = """---
 
 # {title}
 
-{architecture}, {summary}: {parameters:,} parameters, {flops} an image.
+{architecture}, {summary}: {parameters:,} parameters, {flops} per image.
 Input: {height}x{width} pixels.
-It tells apart {num_classes} classes: {classes}.
+It distinguishes {num_classes} classes: {classes}.
 
 ## Accuracy
 
@@ -38,7 +38,7 @@ It tells apart {num_classes} classes: {classes}.
 ## Use
 
 In this folder, with the package allmlp installed ("." is the folder; elsewhere give its path, or
-hf:owner/name once it lies on the hub):
+hf:owner/name once it is on the hub):
 
 ```python
 import allmlp as am
@@ -51,7 +51,7 @@ for prediction in am.predict(".", ["photo.jpg"]):
 mixer predict . photo.jpg
 ```
 
-Images of any size and mode are turned upright and prepared as the model carries along:
+Images of any size and mode are turned upright and preprocessed as the model requires:
 {preprocessing}.
 
 ## Training
@@ -62,13 +62,13 @@ Every setting is in the run's `config.json`.
 
 ## Limits
 
-It has only ever seen the images named above: for pictures of another kind, from another camera or
+It was trained only on the images named above: for images of another kind, from another camera or
 of other classes its answers mean nothing, and its probabilities are not calibrated.
 
 Architecture: {architecture}, {paper}.
 
-Licence: the code that made it, allmlp, is Apache-2.0. That of these weights is for whoever
-trained them to choose, and depends on the images{begun}.
+Licence: the code that made it, allmlp, is Apache-2.0. That of these weights is the choice of
+whoever trained them, and depends on the images{begun}.
 """
 
 
@@ -96,15 +96,14 @@ def model_card(
         f"{'-' if each.top5 is None else f'{each.top5:.2%}'} | {each.loss:.4f} |"
         for each in evaluations
     ]
-    chosen = "The weights are those of the best validation accuracy;\n"
-    if splits.validation is None:
-        chosen = "The weights are those of the last step;\n"
+    best = "the last step" if splits.validation is None else "the best validation accuracy"
+    chosen = f"The weights are those of {best};\n"
     if splits.test:
-        chosen += "the test images are looked at once, at the end."
+        chosen += "the test images are measured once, at the end."
     elif splits.validation is not None:
         chosen += "there were no test images, so expect somewhat less on new ones."
     else:
-        chosen += "all images were trained on, and none is left to measure the accuracy by."
+        chosen += "all images were trained on, none are left to measure the accuracy."
     names = splits.train.class_names
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     height, width = model.config.image_size
@@ -158,7 +157,7 @@ def model_card(
         batch=config.batch_size,
         optimizer=config.optimizer.name,
         rate=config.optimizer.learning_rate,
-        decay=config.optimizer.weight_decay,
+        decay=getattr(config.optimizer, "weight_decay", 0.0),
     )
 
 

@@ -1,93 +1,96 @@
-"""The full state of a run on disk: written aside in the background, proved, renamed, retained.
+"""The full state of a run on disk: written in the background, verified, renamed, retained.
 
 checkpoints/
-  step-00012000/            manifest.json and the files of torch.distributed.checkpoint (DCP)
-  .step-00013000.partial/   being written; without its manifest until the rest lies on disk
-  .step-00011000.removed/   on its way out
+  step-00012000/            state.safetensors, and manifest.json: everything else, with checksums
+  .step-00013000.partial/   being written; without its manifest until the tensors are on disk
+  .step-00011000.removed/   being removed
 
-What has a good name is whole: the rename is the last step of a save and the first of a removal.
-Only rank 0 makes, renames and removes folders.
+A folder under its final name is complete: the rename is the last step of a save and the first of a
+removal. Only the main process writes; a sharded state is gathered tensor by tensor, so a checkpoint
+does not depend on the number of processes.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from allmlp.errors import UserError
-from allmlp.io import fsync
-from allmlp.training.dcp_storage import Reader, StrictPlanner, Writer, without_hint
-from allmlp.training.manifest import (
-    folder_name,
-    read_index,
-    read_manifest,
-    verify,
-    write_manifest,
-)
+from allmlp.io import fsync, parse_json
+from allmlp.names import NAME
+from allmlp.runtime.world import World, full_tensor
 
-T = TypeVar("T")
-_GOOD_NAME = re.compile(r"step-\d{8,}")
+STATE, MANIFEST = "state.safetensors", "manifest.json"
+FORMAT = 2
+_COMPLETE = re.compile(r"step-\d{8,}")
 _LEFTOVER = re.compile(r"\.step-\d{8,}\.(partial|removed)")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found whole.
+    """A verified checkpoint.
 
     Attributes:
         path: of its folder.
         step: of the run.
-        values: the JSON values that were saved with it.
+        values: the JSON values that were saved with the tensors.
+        is_best: this was the best step when it was saved.
     """
 
     path: Path
     step: int
     values: dict[str, Any]
+    is_best: bool = False
 
 
 class Checkpoints:
-    """The checkpoints of one run.
-
-    Every method but `close` is for all processes of the group together.
+    """The checkpoints of one run; all processes call `save`, `newest` and `load` together.
 
     Args:
-        folder: that holds them; made by the first save. All processes must see the same folder.
-        keep: so many of the newest are kept, and the newest of the best; 1 or more.
-        group: None for a single process; otherwise a group on a CPU backend (gloo) for nothing but
-            this object, because a save talks over it in the background.
-        say: is given a line about what was passed over or removed, on rank 0.
-
-    Raises:
-        ValueError: keep is below 1.
+        folder: that holds them; made by the first save.
+        keep: how many of the newest are kept, besides the newest of the best; 1 or more.
+        world: the processes of the run, which must see the same folder.
+        say: receives a line about what was skipped or removed, on the main process.
     """
 
     def __init__(
         self,
         folder: Path,
         keep: int = 2,
-        group: dist.ProcessGroup | None = None,
+        world: World | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep must be 1 or more, not {keep}")
-        self.folder, self._keep, self._group, self._say = folder, keep, group, say
-        self._rank = 0 if group is None else dist.get_rank(group)
-        # One thread, which the interpreter waits for at its end: a save in progress is finished.
+        self.folder, self._keep, self._say = folder, keep, say
+        self._world = World() if world is None else world
+        # One thread, which the interpreter waits for at exit: a save in progress is finished.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._damaged: set[str] = set()
@@ -100,42 +103,24 @@ class Checkpoints:
         *,
         is_best: bool = False,
     ) -> None:
-        """Copies the state and returns; the copy is written in the background.
+        """Copies the state to CPU memory and returns; the copy is written in the background.
 
-        Waits for the save before this one. A step that lies there whole is left as it is.
-
-        Args:
-            step: of the run, 0 or more.
-            tensors: by name, on any device, also sharded; one copy of them is held in CPU memory.
-            values: everything else, as JSON values; those of rank 0 are written.
-            is_best: this is the best step so far.
-
-        Raises:
-            UserError: the save before this one could not be written.
-            TypeError: the values are not JSON values.
+        Waits for the previous save, and raises its error. A complete checkpoint of the same step is
+        left alone.
         """
-        self.wait()
+        self._world.broadcast_from_rank0(self.wait)
         values = json.loads(json.dumps(values))
-        staged = {name: each.detach().to("cpu", copy=True) for name, each in tensors.items()}
-        target = self.folder / folder_name(step)
-        partial = target.with_name(f".{target.name}.partial")
-
-        def publish() -> None:
-            write_manifest(partial, step, is_best, values)
-            self._publish(partial, target)
-
-        writer = Writer(partial, publish)
-        with without_hint():
-            self._pending = self._thread.submit(self._write, staged, writer, partial, target)
-            if self._group is None:
-                writer.has_begun.wait()  # the hint comes just before
+        is_main = self._world.is_main
+        copies = {}
+        for name, tensor in tensors.items():
+            gathered = full_tensor(tensor.detach())  # on every process, one tensor at a time
+            if is_main:
+                copies[name] = gathered.to("cpu", copy=True)
+        if is_main:
+            self._pending = self._thread.submit(self._write, step, copies, values, is_best)
 
     def wait(self) -> None:
-        """Returns once what was begun lies on disk under its name.
-
-        Raises:
-            UserError: it could not be written; on every rank, whichever failed.
-        """
+        """Returns once the save in progress is on disk under its name, or raises its error."""
         if self._pending is not None:
             try:
                 self._pending.result()
@@ -144,107 +129,69 @@ class Checkpoints:
                     self._pending = None
 
     def close(self) -> None:
-        """Waits and ends the thread.
-
-        Raises:
-            UserError: what was begun could not be written.
-        """
+        """Waits and ends the thread."""
         try:
             self.wait()
         finally:
             self._thread.shutdown()
 
     def newest(self) -> Checkpoint | None:
-        """Returns the newest checkpoint that is whole, every byte of it compared; None if none is.
+        """Returns the newest checkpoint whose every byte matches its checksums; None without one.
 
-        Says which ones are damaged and passed over, and removes what killed saves left behind.
-
-        Raises:
-            UserError: the folder cannot be read, or a save that was begun could not be written.
+        Reports damaged ones, and removes what killed saves left behind.
         """
-        self.wait()
-        return self._agree(self._newest)
+        return self._world.broadcast_from_rank0(self._newest)
 
     def load(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
-        """Fills the tensors in place with those of a checkpoint, of a run on any number of ranks.
-
-        Args:
-            checkpoint: from `newest`.
-            tensors: with the names, shapes and types of the checkpoint, all of them and no others.
-
-        Raises:
-            UserError: they differ from the checkpoint's, and nothing was loaded; or the checkpoint
-                is not what this class wrote, or cannot be read.
-        """
-        self.wait()
-        path = checkpoint.path
-        index = self._agree(lambda: read_index(path, read_manifest(path)))
+        """Fills the tensors in place; they must have the checkpoint's names, shapes and types."""
+        path = checkpoint.path / STATE
         try:
-            with without_hint():
-                load(
-                    dict(tensors),
-                    storage_reader=Reader(path, index),
-                    planner=StrictPlanner(path),
-                    process_group=self._group,
-                    no_dist=self._group is None,
-                )
-        except CheckpointException as error:
-            raise self._failure(error, "read", path, "Resume from a copy of the run") from error
+            with safe_open(path, "pt") as file:
+                found = [
+                    line
+                    for name, tensor in tensors.items()
+                    if (line := _difference(file, name, tensor))
+                ]
+                found += [f"{name} is only in it" for name in file.keys() if name not in tensors]  # noqa: SIM118
+                if found:
+                    more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
+                    what = "the checkpoint is of another model or optimizer: "
+                    what += "; ".join(found[:4]) + more
+                    raise UserError(what, where=checkpoint.path, fix="Resume with its own config")
+                for name, tensor in tensors.items():
+                    _fill(tensor, file.get_tensor(name))
+        except (OSError, SafetensorError) as error:
+            what = f"the checkpoint cannot be read: {error}"
+            raise UserError(what, where=path, fix="Resume from a copy of the run") from error
 
-    # What follows runs on rank 0, or in the background, or both.
-
-    def _agree(self, function: Callable[[], T]) -> T:
-        """Returns on every rank what the function gives on rank 0, or raises what it raises."""
-        if self._group is None:
-            return function()
-        outcome: list[Any] = [None, None]
-        if self._rank == 0:
-            try:
-                outcome[0] = function()
-            except Exception as error:
-                outcome[1] = error
-        dist.broadcast_object_list(outcome, group=self._group, group_src=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+    # What follows runs on the main process only.
 
     def _write(
-        self, staged: dict[str, Tensor], writer: Writer, partial: Path, target: Path
+        self, step: int, tensors: dict[str, Tensor], values: dict[str, Any], is_best: bool
     ) -> None:
+        target = self.folder / f"step-{step:08d}"
+        partial = target.with_name(f".{target.name}.partial")
         try:
-            if self._agree(lambda: self._is_whole(target)):
+            if self._is_whole(target):
                 return
-            save(
-                staged,
-                storage_writer=writer,
-                planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                process_group=self._group,
-                no_dist=self._group is None,
-            )
-        except CheckpointException as error:
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+            size, digest = write_tensors(partial / STATE, tensors)
+            content = {"format": FORMAT, NAME: version(NAME), "step": step, "is_best": is_best}
+            content |= {"values": values, "size": size, "sha256": digest}
+            write_manifest(partial, content)
+            self._publish(partial, target)
+        except OSError as error:
             place = next(each for each in (self.folder, *self.folder.parents) if each.exists())
-            free = shutil.disk_usage(place).free  # beside what was written of it
-            if self._rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            reasons = [each for each, _ in error.failures.values()]
-            if any(isinstance(each, OSError) and each.errno in _FULL for each in reasons):
-                raise _disk_full(target, staged, free) from error
-            fix = "Mend that and resume the run; the checkpoint before this one is whole"
-            raise self._failure(error, "written", target, fix) from error
-        finally:
-            writer.has_begun.set()
-
-    def _failure(self, error: CheckpointException, done: str, path: Path, fix: str) -> UserError:
-        """Returns the error of the user that a rank met, or one line for each rank that failed."""
-        lines = []
-        for rank, (each, _) in sorted(error.failures.items()):
-            if isinstance(each, UserError):
-                return each
-            text = each.strerror if isinstance(each, OSError) else None
-            text = text or (str(each) or type(each).__name__).splitlines()[0]
-            lines.append(text if self._group is None else f"process {rank}: {text}")
-        reasons = "\n".join(lines)
-        return UserError(f"the checkpoint cannot be {done}: {reasons}", where=path, fix=fix)
+            free = shutil.disk_usage(place).free  # before what was written is removed
+            shutil.rmtree(partial, ignore_errors=True)
+            what = f"the checkpoint cannot be written: {error.strerror or error}"
+            if error.errno in _FULL:
+                needed = sum(tensor.nbytes for tensor in tensors.values())
+                what = f"the disk is full: the checkpoint needs {needed:,} bytes, {free:,} are free"
+            fix = "Fix that and resume the run; the previous checkpoint is complete"
+            raise UserError(what, where=target, fix=fix, code="checkpoint") from error
 
     def _is_whole(self, path: Path) -> bool:
         try:
@@ -256,7 +203,6 @@ class Checkpoints:
         return False
 
     def _publish(self, partial: Path, target: Path) -> None:
-        """Gives a folder that lies whole on disk its name, and removes older ones."""
         if target.exists():  # damaged, or nothing would have been written
             _remove(target)
         partial.rename(target)
@@ -265,46 +211,44 @@ class Checkpoints:
         fsync(self.folder.parent)
         try:
             self._retain(target)
-        except (OSError, UserError) as error:  # the run is better off with one checkpoint too many
+        except (OSError, UserError) as error:  # one checkpoint too many is the lesser harm
             self._say(f"An old checkpoint could not be removed: {error}")
 
     def _retain(self, newest: Path) -> None:
-        """Removes what is whole but neither among the newest nor the newest of the best."""
+        """Removes complete checkpoints that are neither among the newest nor the newest best."""
         known, best = [], None
         for path in self._folders():
             try:
-                manifest = read_manifest(path)  # every byte was proved when it was written or found
+                found = verify(path, deep=False)  # it was verified when written or found
             except UserError:
-                continue  # it counts for nothing, and is replaced when the run comes to its step
+                continue  # it counts for nothing, and is replaced when the run reaches its step
             if path.name not in self._damaged:
                 known.append(path)
-                best = best or (path if manifest.is_best else None)
+                best = best or (path if found.is_best else None)
         for path in known:
             if path not in (newest, best, *known[: self._keep]):
                 _remove(path)
 
     def _newest(self) -> Checkpoint | None:
-        self._remove_leftovers()
+        self.wait()
+        leftovers = sorted(name for name in self._names() if _LEFTOVER.fullmatch(name))
+        for name in leftovers:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        if leftovers:
+            self._say(f"Removed what a killed save left in {self.folder}: {', '.join(leftovers)}")
         for path in self._folders():
             try:
-                manifest = verify(path)
+                return verify(path)
             except UserError as error:
+                if error.code == "old-format":
+                    raise
                 self._damaged.add(path.name)
-                self._say(f"Passed over the checkpoint {path.name}: {error.where}: {error.what}")
-            else:
-                return Checkpoint(path, manifest.step, manifest.values)
+                self._say(f"Skipped the checkpoint {path.name}: {error.where}: {error.what}")
         return None
 
-    def _remove_leftovers(self) -> None:
-        names = sorted(name for name in self._names() if _LEFTOVER.fullmatch(name))
-        for name in names:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        if names:
-            self._say(f"Removed what a killed save left in {self.folder}: {', '.join(names)}")
-
     def _folders(self) -> list[Path]:
-        """Returns the folders under good names, newest first."""
-        names = [name for name in self._names() if _GOOD_NAME.fullmatch(name)]
+        """Returns the folders under final names, newest first."""
+        names = [name for name in self._names() if _COMPLETE.fullmatch(name)]
         return [self.folder / name for name in sorted(names, key=lambda n: -int(n[5:]))]
 
     def _names(self) -> list[str]:
@@ -317,17 +261,111 @@ class Checkpoints:
             raise UserError(what, where=self.folder) from error
 
 
-def _disk_full(target: Path, staged: dict[str, Tensor], free: int) -> UserError:
-    needed = sum(each.numel() * each.element_size() for each in staged.values())
-    what = f"the disk is full: the checkpoint needs {needed:,} bytes, {free:,} are free"
-    fix = "Make room and resume the run; the checkpoint before this one is whole"
-    return UserError(what, where=target, fix=fix)
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
+    """Writes a .safetensors file to disk; returns its size and sha256.
+
+    The format is simple enough to write it here: the checksum is taken on the way, so that nothing
+    is read again, and a full disk is an OSError like any other.
+    """
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        kind = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = {**kind, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("xb") as file:
+
+        def put(data: Any) -> None:
+            digest.update(data)
+            file.write(data)
+
+        put(len(text).to_bytes(8, "little"))
+        put(text)
+        for tensor in tensors.values():
+            put(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    fsync(path)
+    return 8 + len(text) + end, digest.hexdigest()
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Writes manifest.json, whose first line is the sha256 of the rest, and syncs the folder."""
+    body = json.dumps(content).encode()
+    with (folder / MANIFEST).open("xb") as file:
+        file.write(_with_checksum(body))
+    fsync(folder / MANIFEST)
+    fsync(folder)
+
+
+def _with_checksum(body: bytes) -> bytes:
+    return b'{"sha256": "%s", "content":\n%s}\n' % (hashlib.sha256(body).hexdigest().encode(), body)
+
+
+def verify(folder: Path, *, deep: bool = True) -> Checkpoint:
+    """Returns what the manifest says; the tensors have its size and, if deep, its sha256."""
+    path, state = folder / MANIFEST, folder / STATE
+    try:
+        raw = path.read_bytes()
+        if raw.startswith(b'{\n "format": 1,'):
+            what = "version 0.1 wrote this checkpoint, and only that version can resume it"
+            fix = (
+                f"Train on from its best weights: mixer finetune {folder.parents[1]} --data SOURCE"
+            )
+            raise UserError(what, where=path, fix=fix, code="old-format")
+        if raw != _with_checksum(raw.partition(b"\n")[2].removesuffix(b"}\n")):
+            raise UserError("it is damaged: its checksum does not match", where=path)
+        content = parse_json(raw)["content"]
+        if content["format"] != FORMAT:
+            what = f"its format is {content['format']!r}, this version reads {FORMAT}"
+            raise UserError(what, where=path, fix="Update allmlp")
+        step = content["step"]
+        if folder.name != f"step-{step:08d}":
+            raise UserError(f"the folder was renamed: it holds step {step}", where=path)
+        found = state.lstat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe would block the reader
+            raise UserError("it is not a regular file", where=state)
+        if found.st_size != content["size"]:
+            what = f"it is damaged: {found.st_size:,} bytes instead of {content['size']:,}"
+            raise UserError(what, where=state)
+        if deep:
+            with state.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != content["sha256"]:
+                raise UserError("it is damaged: its sha256 is another", where=state)
+        return Checkpoint(folder, step, dict(content["values"]), bool(content["is_best"]))
+    except OSError as error:
+        is_missing = isinstance(error, FileNotFoundError)
+        what = "it is missing" if is_missing else f"it cannot be read: {error.strerror}"
+        raise UserError(what, where=error.filename or folder) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError("it is damaged: not a complete manifest", where=path) from error
+
+
+def _difference(file: Any, name: str, tensor: Tensor) -> str | None:
+    if name not in file.keys():  # noqa: SIM118
+        return f"{name} is not in it"
+    there = file.get_slice(name)
+    saved = f"{there.get_dtype()} {tuple(there.get_shape())}"
+    here = f"{_DTYPES[tensor.dtype]} {tuple(tensor.shape)}"
+    return None if saved == here else f"{name} is {saved} in it and {here} here"
+
+
+@torch.no_grad()
+def _fill(target: Tensor, saved: Tensor) -> None:
+    if isinstance(target, DTensor):  # each process keeps its own shard, without communication
+        saved = distribute_tensor(
+            saved.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+        )
+    target.copy_(saved)
 
 
 def _remove(path: Path) -> None:
-    """Removes a checkpoint; a kill in the middle leaves no part of it under the good name."""
-    aside = path.with_name(f".{path.name}.removed")
-    if aside.exists():
-        shutil.rmtree(aside)
-    path.rename(aside)
-    shutil.rmtree(aside)
+    """Removes a checkpoint; a kill in the middle leaves no part of it under its final name."""
+    removed = path.with_name(f".{path.name}.removed")
+    if removed.exists():
+        shutil.rmtree(removed)
+    path.rename(removed)
+    shutil.rmtree(removed)

@@ -1,108 +1,485 @@
-"""The settings of a run: checked dataclasses, to and from JSON, and `--set section.name=value`.
-
-A mistake names the key and, where there is one, the nearest known key.
-"""
+"""The settings of a run: frozen dataclasses, to and from JSON, and `--set section.name=value`."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
+import itertools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeAlias, get_type_hints
 
-from allmlp.errors import UserError
-from allmlp.training.settings import (
-    IDLE,
-    AugmentSettings,
-    DataSettings,
-    ModelSettings,
-    OptimizerSettings,
-    refuse_idle,
-)
-from allmlp.training.values import build, fits, literal, refuse_key, require
+from pydantic import AllowInfNan, Field, InstanceOf, Strict, TypeAdapter, ValidationError
 
-VERSION = 1  # of config.json
+from allmlp.errors import UserError, near_names
+
+VERSION = 2  # of config.json; version 1 had no choices with settings of their own, see `_RENAMED`
+
+Int: TypeAlias = Annotated[int, Strict()]
+Flag: TypeAlias = Annotated[bool, Strict()]
+Real: TypeAlias = Annotated[float, Strict(), AllowInfNan(False)]
+Text: TypeAlias = InstanceOf[str]  # paths may hold bytes that are not UTF-8
+Count: TypeAlias = Annotated[Int, Field(ge=1)]
+Natural: TypeAlias = Annotated[Int, Field(ge=0)]
+NonNegative: TypeAlias = Annotated[Real, Field(ge=0)]
+Fraction: TypeAlias = Annotated[Real, Field(ge=0, le=1)]
+PositiveFraction: TypeAlias = Annotated[Real, Field(gt=0, le=1)]
+BelowOne: TypeAlias = Annotated[Real, Field(ge=0, lt=1)]
+
+
+class SettingError(UserError):
+    """An unknown setting, or a value that it cannot have.
+
+    Attributes:
+        key: path of the setting.
+    """
+
+    def __init__(
+        self, key: str, what: str, fix: str | None = None, code: str = "out-of-range"
+    ) -> None:
+        super().__init__(what, fix=fix, code=code)
+        self.key = key
+
+
+class Section:
+    """A group of settings, whose types and ranges are checked whoever makes it."""
+
+    path: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name in _hints(type(self)):
+            key, value = f"{self.path}{name}", getattr(self, name)
+            if isinstance(value, Section):
+                continue
+            try:
+                object.__setattr__(self, name, _adapter(type(self), name).validate_python(value))
+            except ValidationError as error:
+                raise _setting_error(key, value, error) from None
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    hints = get_type_hints(kind, include_extras=True)
+    return {each.name: hints[each.name] for each in dataclasses.fields(kind)}
+
+
+@functools.cache
+def _adapter(kind: type, name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(_hints(kind)[name])
+
+
+_WORDS = {
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "above",
+    "less than": "below",
+}
+
+
+def _setting_error(key: str, value: object, error: ValidationError) -> SettingError:
+    expected, near = [], ""
+    for detail in error.errors():
+        text = detail["msg"].removeprefix("Input should be ")
+        for theirs, ours in _WORDS.items():
+            text = text.replace(theirs, ours)
+        expected.append(text)
+        if detail["type"] == "literal_error":
+            near = near_names(str(value), re.findall(r"'([^']*)'", detail["msg"]))
+    wanted = " or ".join(dict.fromkeys(expected))
+    codes = {"greater_than": "out-of-range"}
+    codes |= dict.fromkeys(("greater_than_equal", "less_than", "less_than_equal"), "out-of-range")
+    code = codes.get(error.errors()[0]["type"], "wrong-type")
+    return SettingError(key, f"{key} must be {wanted}, got {value!r}", near.strip() or None, code)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything that a run depends on.
+class ModelSettings(Section):
+    """Which network to train."""
 
-    Args:
-        recipe: the name of the recipe that it started from.
-        model, data, augment, optimizer: the sections, see `allmlp.training.settings`.
-        epochs: passes over the training images; None where `steps` says how long the run is.
-        steps: updates of the weights; None where `epochs` says how long the run is.
-        batch_size: images a step, over all processes.
-        micro_batch_size: images that pass through the model at once on a process, whose gradients
-            are added up; None takes as many as fit into memory.
-        loss: "softmax" or "sigmoid" cross-entropy (the paper pre-trains with sigmoid).
-        label_smoothing: share of each target spread over all classes; softmax only.
-        evaluate_every: epochs between evaluations on the validation images, or steps where the run
-            is given in steps.
-        patience: evaluations without a new best one after which the run ends; None for none.
-        keep_checkpoints: newest full states to keep, beside that of the best evaluation; 0 writes
-            none, and the run cannot be resumed.
-        checkpoint_every: steps between them; None saves at every evaluation.
-        seed: of the weights, the order of the images and every random number.
-        device: "auto", "cpu", "cuda".
-        num_threads: processor threads of a step; None lets torch choose, but takes one for a small
-            model, where handing work around costs more than it saves.
-        precision: of the products; weights, LayerNorm and the residual stream stay float32.
-            "auto" takes bfloat16 where the processor is fast at it and the model is not small.
-        compile: torch.compile: "on", "off", or "auto": on a GPU, for runs long enough.
-        sharding: of the state over the processes: "none" (DDP) or "full" (FSDP2).
-        tensorboard: write its event files too; takes the extra of that name.
-        output: the run folder; None makes runs/<date>_<recipe>.
-    """
+    path: ClassVar[str] = "model."
+    name: Text = "mixer_s16"
+    """A name of `mixer models`; "" where `weights` bring the architecture."""
+    image_size: Count | tuple[Count, Count] | None = 224
+    """Pixels, a number or (H, W); None keeps that of the `weights`."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Other fields of its configuration; with `weights` only dropout and stochastic_depth."""
+    weights: Text | None = None
+    """Trained weights to start from, as `load_model` takes them; None draws new ones."""
+    resize_weights: Literal["auto", "block-diagonal", "resample"] = "auto"
+    """How `weights` reach another image size, as `load_model` takes it."""
+    train_only: Literal["all", "head"] = "all"
+    """All parameters, or the head alone: a linear probe on frozen features."""
+    head_bias: Real = 0.0
+    """Initial biases of a new head; about the logarithm of a class's fraction with sigmoid loss."""
 
-    recipe: str = "digits"
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in {"name", "image_size", "num_classes"} & self.overrides.keys():
+            source = "comes from the data" if name == "num_classes" else f"is model.{name}"
+            raise UserError(f"model.overrides.{name} {source}", fix="Leave it out here")
+        if self.weights is None:
+            if not self.name or self.image_size is None:
+                what = "random weights need a name of `mixer models` and an image size"
+                raise UserError(what, where="model.name, model.image_size")
+            if self.train_only == "head":
+                what = "model.train_only=head would leave random weights behind the head untrained"
+                raise UserError(what, fix="--set model.weights=CHECKPOINT")
+            return
+        if self.name:
+            what = f"model.name={self.name}: the weights bring their own architecture"
+            raise UserError(what, where=f"model.weights={self.weights}", fix="--set model.name=")
+        for name in sorted(self.overrides.keys() - {"dropout", "stochastic_depth"}):
+            what = f"model.overrides.{name} cannot change: the weights determine it"
+            raise UserError(what, where=f"model.weights={self.weights}", fix="Leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Section):
+    """Which images to learn from."""
+
+    path: ClassVar[str] = "data."
+    source: Text = "digits"
+    """A folder, list, Parquet files, packed data, hf:owner/name or digits."""
+    holdout: BelowOne | None = None
+    """Fraction of every class held out for validation; None takes the data's own validation images,
+    or a tenth; 0 trains on everything and keeps the last weights."""
+    fraction: PositiveFraction = 1.0
+    """Fraction of the training images to use, at random; smaller ones are subsets of larger."""
+    fraction_seed: Natural = 0
+    """Seed of that draw."""
+    exclude: Text | None = None
+    """A list of images to leave out, as `mixer data check` writes it."""
+    resize: Literal["resize-crop", "resmall-crop", "squash"] = "resmall-crop"
+    """How evaluation fits an image to the model, see `allmlp.preprocessing`."""
+    crop: PositiveFraction | None = None
+    """Fraction of the resized side that is kept, of small images too; None: the weights' own or
+    0.875, with small images enlarged whole."""
+    exif_orientation: Flag = True
+    """Turn photographs upright by their EXIF tag; the paper's code does not."""
+    permutation: Literal["none", "patches", "pixels"] | None = None
+    """Permutation of the pixels of every image (the paper's figure 4); None: that of `weights`."""
+    permutation_patch: Count | None = None
+    """Side of the patches in pixels, for "patches"."""
+    permutation_seed: Natural = 0
+    """Seed of that draw."""
+    max_bad: Fraction = 0.01
+    """Largest fraction of undecodable images at which a run continues; up to 5 images always do,
+    unless this is 0, they are half of a split or all images of a class."""
+    num_workers: Natural | None = None
+    """Processes that decode images; None chooses by the size of the data."""
+    timeout: NonNegative = 600.0
+    """Seconds without a batch after which a worker counts as hanging; 0 for never."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.permutation_patch is None) != (self.permutation != "patches"):
+            what = f"data.permutation={self.permutation} with permutation_patch="
+            what += f"{self.permutation_patch}: patches, and only they, have a size"
+            raise UserError(what, fix="--set data.permutation=patches data.permutation_patch=16")
+        if self.crop is not None and self.resize == "squash":
+            what = f"data.crop={self.crop:g} with data.resize=squash, which crops nothing"
+            raise UserError(what, fix="--set data.resize=resmall-crop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InceptionCrop(Section):
+    """A random rectangle."""
+
+    path: ClassVar[str] = "augment.crop."
+    name: Literal["inception"] = "inception"
+    area: tuple[Real, Real] = (0.05, 1.0)
+    """Its smallest and largest fraction of the image's area."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.area[0] <= self.area[1] <= 1.0:
+            what = "augment.crop.area must be two fractions, 0 < smallest <= largest <= 1, got "
+            raise SettingError("augment.crop.area", f"{what}{self.area}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaddedCrop(Section):
+    """Resized as for evaluation, then moved by whole pixels: for small images."""
+
+    path: ClassVar[str] = "augment.crop."
+    name: Literal["padded"] = "padded"
+    padding: BelowOne = 0.125
+    """Largest move, as a fraction of the side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomCrop(Section):
+    """Both sides resized to 8/7 of the model's (one over its `crop`), a random part kept."""
+
+    name: Literal["random"] = "random"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoCrop(Section):
+    """Resized as for evaluation."""
+
+    name: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentSettings(Section):
+    """What happens to training images at random, in the order of the fields."""
+
+    path: ClassVar[str] = "augment."
+    crop: InceptionCrop | PaddedCrop | RandomCrop | NoCrop = InceptionCrop()
+    flip: Flag = True
+    """Mirror every other image left to right."""
+    rotate: Annotated[Real, Field(ge=0, le=180)] = 0.0
+    """Largest angle, degrees."""
+    scale: BelowOne = 0.0
+    """Largest relative change of width and height."""
+    shear: BelowOne = 0.0
+    """Largest slant, pixels per pixel."""
+    shift: BelowOne = 0.0
+    """Largest move, as a fraction of the side."""
+    elastic: BelowOne = 0.0
+    """Standard deviation of a smooth random warp, as a fraction of the side."""
+    randaugment: Annotated[Real, Field(ge=0, le=30)] | None = None
+    """Magnitude of RandAugment, about 0 to 20; None for none."""
+    randaugment_layers: Annotated[Int, Field(ge=1, le=16)] = 2
+    """Its operations per image."""
+    random_erasing: Fraction = 0.0
+    """Probability of noise in a random rectangle."""
+    mixup: NonNegative = 0.0
+    """Strength of mixup, 0 for none."""
+    cutmix: NonNegative = 0.0
+    """Strength of CutMix, 0 for none; with mixup as well a coin decides at each step."""
+    mix_until: PositiveFraction = 1.0
+    """Fraction of the run after which neither is applied."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Decay(Section):
+    path: ClassVar[str] = "optimizer.schedule."
+    final_lr_fraction: Fraction = 0.0
+    """Learning rate at the last step, as a fraction of the peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(_Decay):
+    """Decay along half a cosine."""
+
+    name: Literal["cosine"] = "cosine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(_Decay):
+    """Linear decay."""
+
+    name: Literal["linear"] = "linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps(Section):
+    """The learning rate times `decay_factor` after each of `decay_at`."""
+
+    path: ClassVar[str] = "optimizer.schedule."
+    name: Literal["steps"] = "steps"
+    decay_at: tuple[Real, ...] = (0.3, 0.6, 0.9)
+    """Ascending: fractions of the run, or numbers of steps."""
+    decay_factor: Annotated[Real, Field(gt=0, lt=1)] = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        are_fractions = all(0.0 < at < 1.0 for at in self.decay_at)
+        are_steps = all(at >= 1.0 and at == round(at) for at in self.decay_at)
+        ascend = all(a < b for a, b in itertools.pairwise(self.decay_at))
+        if not (self.decay_at and ascend and (are_fractions or are_steps)):
+            key = "optimizer.schedule.decay_at"
+            rule = "ascending fractions below 1, or ascending whole numbers of steps"
+            raise SettingError(key, f"{key} must be {rule}, got {self.decay_at}")
+
+
+Schedule: TypeAlias = Cosine | Linear | Steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(Section):
+    """What all optimizers share."""
+
+    path: ClassVar[str] = "optimizer."
+    name: str
+    learning_rate: Annotated[Real, Field(gt=0)] = 1e-3
+    """The highest, after the warm-up; Muon's updates are scaled to take Adam's."""
+    clip_norm: NonNegative = 1.0
+    """Global norm to which the gradient is clipped; 0 for none."""
+    schedule: Schedule = Cosine()
+    warmup: NonNegative = 0.1
+    """How long the learning rate rises linearly: below 1 a fraction of the run, else steps."""
+    ema_decay: BelowOne = 0.0
+    """Decay of the moving average of the weights that is evaluated and kept; 0 for none."""
+    sam_rho: NonNegative = 0.0
+    """Radius of sharpness-aware minimisation, at twice the cost; 0 for none."""
+    sam_start: BelowOne = 0.0
+    """Fraction of the run before it starts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup > 1 and self.warmup != round(self.warmup):
+            what = f"optimizer.warmup must be a fraction below 1 or whole steps, got {self.warmup}"
+            raise SettingError("optimizer.warmup", what)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(OptimizerSettings):
+    """Adam with decoupled weight decay."""
+
+    name: Literal["adamw"] = "adamw"
+    weight_decay: NonNegative = 0.1
+    """Times the learning rate, on kernels only."""
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.999
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD(OptimizerSettings):
+    """Stochastic gradient descent with momentum, without weight decay."""
+
+    name: Literal["sgd"] = "sgd"
+    momentum: BelowOne = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(AdamW):
+    """Orthogonalised momentum for the matrices in the blocks, AdamW for all other weights."""
+
+    name: Literal["muon"] = "muon"  # pyright: ignore[reportIncompatibleVariableOverride]
+    momentum: BelowOne = 0.95
+    """Of the matrices; beta1 and beta2 are AdamW's."""
+
+
+Optimizer: TypeAlias = AdamW | SGD | Muon
+
+
+@dataclass(frozen=True, kw_only=True)
+class Softmax(Section):
+    """Softmax cross-entropy."""
+
+    path: ClassVar[str] = "loss."
+    name: Literal["softmax"] = "softmax"
+    label_smoothing: BelowOne = 0.0
+    """Fraction of each target spread over all classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sigmoid(Section):
+    """Sigmoid cross-entropy, summed over the classes, with which the paper pre-trains."""
+
+    name: Literal["sigmoid"] = "sigmoid"
+
+
+# Setting -> its choices, each with settings of its own; `--set augment.crop=none` chooses.
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "augment.crop": (InceptionCrop, PaddedCrop, RandomCrop, NoCrop),
+    "optimizer": (AdamW, SGD, Muon),
+    "optimizer.schedule": (Cosine, Linear, Steps),
+    "loss": (Softmax, Sigmoid),
+}
+_SECTIONS: dict[str, Any] = {
+    "model": ModelSettings,
+    "data": DataSettings,
+    "augment": AugmentSettings,
+}
+# Another spelling of a setting, shorter or that of version 1 -> the setting.
+_RENAMED = {
+    **{f"{key}.name": key for key in _CHOICES},
+    "augment.crop_area": "augment.crop.area",
+    "augment.crop_padding": "augment.crop.padding",
+    "augment.erasing": "augment.random_erasing",
+    "data.without": "data.exclude",
+    "label_smoothing": "loss.label_smoothing",
+    "model.growth": "model.resize_weights",
+    "model.trained": "model.train_only",
+    "optimizer.average": "optimizer.ema_decay",
+    "optimizer.decay_at": "optimizer.schedule.decay_at",
+    "optimizer.decay_factor": "optimizer.schedule.decay_factor",
+    "optimizer.final": "optimizer.schedule.final_lr_fraction",
+    "optimizer.final_lr_fraction": "optimizer.schedule.final_lr_fraction",
+    "optimizer.sharpness": "optimizer.sam_rho",
+    "optimizer.sharpness_from": "optimizer.sam_start",
+}
+# What other programs call a setting -> ours.
+_ELSEWHERE = {
+    **dict.fromkeys(("ema", "model_ema", "model_ema_decay"), "optimizer.ema_decay"),
+    **dict.fromkeys(("lr", "lr0", "base_lr"), "optimizer.learning_rate, or --learning-rate"),
+    "wd": "optimizer.weight_decay",
+    "grad_clip": "optimizer.clip_norm",
+    "drop_path": "model.overrides.stochastic_depth",
+    "drop_rate": "model.overrides.dropout",
+    **dict.fromkeys(
+        ("class_weights", "class_weight", "cls_pw"),
+        "none: all images have the same weight. `mixer evaluate` reports each class",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """Everything that a run depends on."""
+
+    recipe: Text = "digits"
+    """Name of the recipe that it started from."""
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    epochs: int | None = 100
-    steps: int | None = None
-    batch_size: int = 64
-    micro_batch_size: int | None = None
-    loss: Literal["softmax", "sigmoid"] = "softmax"
-    label_smoothing: float = 0.0
-    evaluate_every: int = 5
-    patience: int | None = None
-    keep_checkpoints: int = 2
-    checkpoint_every: int | None = None
-    seed: int = 0
-    device: str = "auto"
-    num_threads: int | None = None
+    optimizer: Optimizer = AdamW()
+    loss: Softmax | Sigmoid = Softmax()
+    epochs: Count | None = 100
+    """Passes over the training images; None where `steps` is given."""
+    steps: Count | None = None
+    """Updates of the weights; None where `epochs` is given."""
+    batch_size: Count = 64
+    """Images per step, over all processes."""
+    micro_batch_size: Count | None = None
+    """Images that pass through the model at once, their gradients accumulated; None: all of a
+    process's, halved when they do not fit into memory."""
+    evaluate_every: Count = 5
+    """Epochs between evaluations on the validation images, or steps where `steps` is given."""
+    patience: Count | None = None
+    """Evaluations without improvement after which the run ends; None for none."""
+    keep_checkpoints: Natural = 2
+    """Newest full states to keep, besides that of the best evaluation; 0: the run cannot resume."""
+    checkpoint_every: Count | None = None
+    """Steps between them; None saves at every evaluation."""
+    seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
+    """Of the weights, the order of the images and every other random number."""
+    device: Text = "auto"
+    """auto, cpu or cuda."""
+    num_threads: Count | None = None
+    """CPU threads; None lets torch choose, but takes one for a small model."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the matrix products; auto takes bfloat16 if the device is fast at it and the model large
+    enough. Weights, LayerNorm and the residual stream stay float32."""
     compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: on a GPU, for runs that are long enough."""
     sharding: Literal["none", "full"] = "none"
-    tensorboard: bool = False
-    output: str | None = None
+    """Of the state over the processes: none (DDP) or full (FSDP2)."""
+    tensorboard: Flag = False
+    """Write TensorBoard's event files too."""
+    output: Text | None = None
+    """The run folder; None makes runs/<date>_<recipe>."""
 
     def __post_init__(self) -> None:
-        numbers = ("epochs", "steps", "patience", "checkpoint_every", "micro_batch_size")
-        for name in (*numbers, "num_threads", "batch_size", "evaluate_every"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "at least 1")
+        super().__post_init__()
         if (self.epochs is None) == (self.steps is None):
-            what = f"epochs={self.epochs} and steps={self.steps}: one of them says how long to run"
+            what = f"epochs={self.epochs} and steps={self.steps}: exactly one sets the run's length"
             raise UserError(what, fix="--epochs N or --steps N")
-        require(self.keep_checkpoints >= 0, "keep_checkpoints", self.keep_checkpoints, "at least 0")
-        refuse_idle(self, "")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2**63")
         if self.patience is not None and self.data.holdout == 0.0:
-            what = f"patience={self.patience} has no effect without validation images"
-            raise UserError(what, fix="--set patience=null, or --holdout 0.1")
-        smoothing = self.label_smoothing
-        require(0.0 <= smoothing < 1.0, "label_smoothing", smoothing, "at least 0 and below 1")
-        if self.optimizer.name == "muon" and self.model.trained == "head":
-            what = "Muon moves the matrices of the blocks, and model.trained=head leaves them alone"
-            raise UserError(what, fix="--set optimizer.name=adamw")
-        if self.optimizer.name == "muon" and self.sharding == "full":
-            what = "Muon needs whole matrices, and sharding=full gives every process a part of each"
-            raise UserError(what, fix="--sharding none, or --set optimizer.name=adamw")
+            what = f"patience={self.patience} needs validation images; data.holdout=0 keeps none"
+            raise UserError(what, fix="--set patience=null, or a holdout of 0.1")
+        if isinstance(self.optimizer, Muon):
+            why = "adamw trains the head" if self.model.train_only == "head" else None
+            why = "sharding=full splits its matrices" if self.sharding == "full" else why
+            if why:
+                what = f"optimizer=muon needs whole matrices of the blocks to train, and {why}"
+                raise UserError(what, fix="--set optimizer=adamw")
 
     def to_json(self) -> dict[str, Any]:
         """Returns every setting as JSON values; `from_json` reads them back."""
@@ -110,37 +487,26 @@ class TrainConfig:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> TrainConfig:
-        """Returns the configuration of such values; what is absent takes its default.
+        """Returns the configuration of such values; settings that are absent take their default.
 
         Raises:
-            UserError: an unknown key, a value of the wrong type, with the key's path, or a version
-                that is newer than this program.
+            UserError: an unknown setting, a value that it cannot have, or a newer version.
         """
         values = dict(values)
-        version = values.pop("version", VERSION)
+        version = values.pop("version", 1)
+        if version == 1:
+            return _build(TrainConfig, _upgraded(values))
         if version != VERSION:
-            what = f"the settings have version {version!r}, this program knows {VERSION}"
+            what = f"the settings have version {version!r}, this program reads up to {VERSION}"
             raise UserError(what, fix="Install the allmlp that wrote them, or a newer one")
-        return build(TrainConfig, values)
+        return _build(TrainConfig, values)
 
     def with_setting(self, assignment: str) -> TrainConfig:
-        """Returns the configuration with one "section.name=value" changed.
-
-        Raises:
-            UserError: as `with_values`.
-        """
+        """Returns the configuration with one "section.name=value" changed."""
         return self.with_values({}, [assignment])
 
     def with_value(self, key: str, value: Any) -> TrainConfig:
-        """Returns the configuration with one setting changed.
-
-        Args:
-            key: its path, "section.name".
-            value: of the setting's type.
-
-        Raises:
-            UserError: as `with_values`.
-        """
+        """Returns the configuration with the setting "section.name" changed."""
         return self.with_values({key: value})
 
     def with_values(
@@ -148,70 +514,151 @@ class TrainConfig:
     ) -> TrainConfig:
         """Returns the configuration with settings changed together: only the result must be valid.
 
-        A setting of before that has no effect beside the changes, such as `augment.crop_area` with
-        `augment.crop=none`, gives way to its default; one among the changes is refused.
+        Another choice (`optimizer=sgd`) keeps the settings that both have.
 
         Args:
             changes: path of a setting, "section.name" -> value of its type.
-            assignments: "section.name=value", from first to last, after the changes.
+            assignments: "section.name=value", applied after the changes.
 
         Raises:
-            UserError: no such setting, or a value of the wrong type or out of range.
+            UserError: an unknown setting, or a value that it cannot have.
         """
-        changes = dict(changes)
+        changes, texts = {_RENAMED.get(key, key): value for key, value in changes.items()}, {}
         for assignment in assignments:
-            key, equals, text = assignment.partition("=")
+            key, equals, text = (part.strip() for part in assignment.partition("="))
             if not equals:
                 what = f"--set takes section.name=value, got {assignment!r}"
                 raise UserError(what, fix="for example --set optimizer.learning_rate=0.002")
-            key, text = key.strip(), text.strip()
-            value = literal(text)
-            # A folder may be called 2024: a number only where the setting is one.
-            is_text = not fits(TrainConfig, key, value) and fits(TrainConfig, key, text)
-            changes[key] = text if is_text else value
-        values = self.to_json()
-        del values["version"]
-        # Another model first: it takes the recipe's own sizes away, never those asked for.
-        for key in sorted(changes, key=lambda key: key not in ("model.weights", "model.name")):
-            self._put(values, key, changes[key])
+            key = _RENAMED.get(key, key)
+            changes[key], texts[key] = literal(text), text
+        first: dict[str, SettingError] = {}
+        while True:
+            try:
+                return self._changed(changes)
+            except SettingError as error:
+                # A folder may be called 2024: a number only where the setting is one.
+                if error.code != "wrong-type" or error.key not in texts:
+                    raise
+                if error.key in first:
+                    raise first[error.key] from None
+                first[error.key], changes[error.key] = error, texts[error.key]
+
+    def _changed(self, changes: dict[str, Any]) -> TrainConfig:
+        values = dataclasses.asdict(self)
+        # Another model first: it takes the recipe's own sizes away, never those asked for. Then
+        # choices before the settings that belong to them.
+        first = ("model.weights", "model.name")
+        for key in sorted(changes, key=lambda key: (key not in first, key.count("."))):
+            value = changes[key]
+            is_other = value is not None and value != getattr(self.model, key[6:], None)
+            if key in first and is_other:
+                kept = ["dropout", "stochastic_depth"]
+                kept += ["gelu", "in_channels"] if key == "model.name" else []
+                overrides = values["model"]["overrides"].items()
+                values["model"]["overrides"] = {k: v for k, v in overrides if k in kept}
+                if key == "model.weights" and self.model.weights is None:
+                    values["model"] |= {"name": "", "image_size": None}  # the weights bring theirs
+            _put(values, key, value)
         for key, other in (("epochs", "steps"), ("steps", "epochs")):
             if changes.get(key) is not None and other not in changes:
                 values[other] = None  # one takes the place of the other
                 is_other = getattr(self, key) is None and isinstance(changes[key], int)
-                if is_other and "evaluate_every" not in changes:  # it has the length's unit
+                if is_other and "evaluate_every" not in changes:  # it has the same unit
                     values["evaluate_every"] = max(1, changes[key] // 20)
-        if changes.get("model.trained") == "head" and "model.overrides" not in changes:
-            for name in values["model"]["overrides"]:  # nothing is dropped where nothing is trained
-                if f"model.overrides.{name}" not in changes:
-                    values["model"]["overrides"][name] = 0.0
-        for section, settings in IDLE.items():
-            target = values[section] if section else values
-            if section in changes or not isinstance(target, dict):
-                continue  # it was given whole
-            for each in settings:
-                key = f"{section}.{each.name}" if section else each.name
-                if key not in changes and each.is_idle(SimpleNamespace(**target)):
-                    target[each.name] = each.value
-        return build(TrainConfig, values)
+        return _build(TrainConfig, values)
 
-    def _put(self, values: dict[str, Any], key: str, value: Any) -> None:
-        """Changes one setting among the JSON values."""
-        target, names = values, key.split(".")
-        if names[:2] == ["model", "overrides"] and len(names) == 3:
-            target, names = target["model"]["overrides"], names[2:]
-        for depth, name in enumerate(names[:-1]):
-            if not isinstance(target.get(name), dict):
-                refuse_key(".".join(names[: depth + 1]), target)
-            target = target[name]
-        if names[-1] not in target and target is not values["model"]["overrides"]:
-            refuse_key(key, target)
-        is_other = value is not None and value != getattr(self.model, names[-1], None)
-        if key in ("model.name", "model.weights") and is_other:
-            # The recipe's own sizes belong to its own model; they would hide the one asked for.
-            kept = ["dropout", "stochastic_depth"]
-            kept += ["gelu", "in_channels"] if key == "model.name" else []
-            overrides = values["model"]["overrides"].items()
-            values["model"]["overrides"] = {k: v for k, v in overrides if k in kept}
-        if key == "model.weights" and is_other and self.model.weights is None:
-            values["model"] |= {"name": "", "image_size": None}  # the weights bring their own
-        target[names[-1]] = value
+
+def literal(text: str) -> Any:
+    """A Python literal (numbers, booleans, tuples), `null` and `true` as JSON has them, or text."""
+    named = {"null": None, "none": None, "true": True, "false": False}
+    if text.lower() in named:
+        return named[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Changes one setting among nested JSON values."""
+    target, (*parents, name) = values, key.split(".")
+    for depth, parent in enumerate(parents):
+        if not isinstance(target.get(parent), dict):
+            _unknown(".".join(parents[: depth + 1]), target)
+        target = target[parent]
+    if name not in target and parents != ["model", "overrides"]:
+        _unknown(key, target)
+    if key in _CHOICES and not isinstance(value, dict | Section):
+        own = dataclasses.asdict(_choose(key, value)())
+        value = {k: target[name].get(k, v) for k, v in own.items()} | {"name": value}
+    target[name] = dataclasses.asdict(value) if isinstance(value, Section) else value  # type: ignore
+
+
+def _choose(key: str, name: object) -> Any:
+    choices = {choice.name: choice for choice in _CHOICES[key]}
+    if not isinstance(name, str) or name not in choices:
+        near = near_names(str(name), choices).strip() or None
+        what = f"{key} must be one of {', '.join(choices)}, got {name!r}"
+        code = "unknown-name" if isinstance(name, str) else "wrong-type"
+        raise SettingError(key, what, near, code)
+    return choices[name]
+
+
+def _build(kind: Any, values: Any, path: str = "") -> Any:
+    """Returns the dataclass of nested JSON values."""
+    if not isinstance(values, dict):
+        what = f"{path[:-1] or 'the config'} must be an object, got {values!r}"
+        raise SettingError(path[:-1], what, code="wrong-type")
+    known, arguments = {each.name: None for each in dataclasses.fields(kind)}, {}
+    for name, value in values.items():
+        key = f"{path}{name}"
+        if name not in known:
+            _unknown(key, known)
+        if key in _CHOICES:
+            value = {"name": value} if not isinstance(value, dict) else value
+            choice = _choose(key, value.get("name", _CHOICES[key][0].name))
+            value = _build(choice, value, f"{key}.")
+        elif key in _SECTIONS:
+            value = _build(_SECTIONS[key], value, f"{key}.")
+        arguments[name] = value
+    return kind(**arguments)
+
+
+def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a version 1 config.json, where all choices shared one list."""
+    flat: dict[str, Any] = {}
+    for key, value in old.items():
+        is_section = key in (*_SECTIONS, "optimizer") and isinstance(value, dict)
+        inside = (
+            {f"{key}.{name}": each for name, each in value.items()} if is_section else {key: value}
+        )
+        flat |= {_RENAMED.get(name, name): each for name, each in inside.items()}
+    if flat.get("optimizer") == "sgd":
+        flat["optimizer.momentum"] = flat.get("optimizer.beta1", 0.9)
+    values = dataclasses.asdict(TrainConfig())
+    of_one_choice = {"optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2"}
+    of_one_choice |= {"optimizer.momentum", *_RENAMED.values()}
+    for key in sorted(flat, key=lambda key: key.count(".")):
+        try:
+            _put(values, key, flat[key])
+        except SettingError:
+            if key not in of_one_choice:
+                raise
+    return values
+
+
+def _unknown(key: str, known: Mapping[str, Any]) -> NoReturn:
+    """Raises SettingError for an unknown key, with the name that may be meant."""
+    what, name = f"unknown setting {key!r}", key.rpartition(".")[2]
+    if name in _ELSEWHERE:
+        raise SettingError(key, what, f"Here that is {_ELSEWHERE[name]}", "unknown-name")
+    for choice, options in _CHOICES.items():
+        owners = [each.name for each in options if hasattr(each, name)]
+        if owners and key.startswith(f"{choice}."):
+            fix = f"It belongs to {choice}={' or '.join(owners)}"
+            raise SettingError(key, what, fix, "unknown-name")
+    names = [*known]
+    for section, values in known.items():
+        names += [f"{section}.{each}" for each in values] if isinstance(values, dict) else []
+    fix = f"{near_names(name, names)}Known here: {', '.join(known)}"
+    raise SettingError(key, what, fix, "unknown-name")

@@ -1,4 +1,4 @@
-"""The three splits of a run and what is done to a training picture."""
+"""The three splits of a run, and the augmentation of a training image."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ from allmlp.data.sources import notes_of, open_splits
 from allmlp.data.transforms import flip, inception_crop, random_crop, resize_for_evaluation
 from allmlp.errors import UserError, plural
 from allmlp.preprocessing import Preprocessing
-from allmlp.training.settings import AugmentSettings, DataSettings
+from allmlp.training.config import (
+    AugmentSettings,
+    DataSettings,
+    InceptionCrop,
+    PaddedCrop,
+    RandomCrop,
+)
 
 # Headers are read before a run starts; of a larger set only so many, evenly spaced.
 MOST_CHECKED = 5_000
@@ -38,12 +44,13 @@ class Splits:
     """The images of a run.
 
     Attributes:
-        train, validation: to learn from and to choose by; no validation keeps the last weights.
-        test: to measure once at the end; None where the data has none.
+        train: to learn from.
+        validation: to choose the best weights by; None keeps the last.
+        test: to measure once at the end; None if the data has none.
         held_out: whether validation was held out of the training images.
         bad: the training images whose header cannot be read.
-        notes: what else was done to the data, a line each.
-        keys: by which the run knows its training images again, see `image_key`; of up to 5,000.
+        notes: what else was done to the data, one line each.
+        keys: identify up to 5,000 of the training images, see `image_key`.
     """
 
     train: Source
@@ -55,7 +62,7 @@ class Splits:
     keys: list[str] = field(default_factory=list)
 
     def describe(self) -> list[str]:
-        """Returns the lines that say what was found."""
+        """Returns the lines that describe the data."""
         names = self.train.class_names
         counts = np.bincount(self.train.labels, minlength=len(names))
         few, many = int(counts.argmin()), int(counts.argmax())
@@ -68,7 +75,7 @@ class Splits:
         parts.append(f"{len(self.test):,} to test" if self.test else "none to test")
         lines = [
             f"{', '.join(parts)}; {plural(len(names), 'class')}",
-            f"training images a class: {counts[few]:,}"
+            f"training images per class: {counts[few]:,}"
             + ("" if few == many else f" ({names[few]}) to {counts[many]:,} ({names[many]})"),
         ]
         lines += self.notes
@@ -85,11 +92,7 @@ class Splits:
 
 
 def open_training_data(settings: DataSettings) -> Splits:
-    """Returns the splits that a run uses, of which it looks at the headers of the images.
-
-    Raises:
-        UserError: as `split_data`, or too many images are unreadable.
-    """
+    """Returns the splits of a run after a check of the images' headers."""
     splits, keys = split_data(settings), []
     bad = check_readable(splits.train, settings.max_bad, keys)
     for other in (splits.validation, splits.test):
@@ -99,26 +102,23 @@ def open_training_data(settings: DataSettings) -> Splits:
 
 
 def split_data(settings: DataSettings) -> Splits:
-    """Returns the splits that a run uses; validation is held out of train where the data has none.
-
-    Raises:
-        UserError: the data is not there, or a class is empty.
-    """
+    """Returns the splits of a run; validation is held out of train where the data has none."""
     if not settings.source:
         what = "the recipe needs data"
-        raise UserError(what, where="--data", fix="--data FOLDER, with FOLDER/train/<class>/*.jpg")
+        fix = "A folder with FOLDER/train/<class>/*.jpg, or another source of data"
+        raise UserError(what, where="data.source", fix=fix)
     splits = open_splits(settings.source)
     if "train" not in splits:
         known = ", ".join(splits)
         fix = f"Known there: {known}. Give a pattern or a folder that has both"
         raise UserError("the data has no train split", where=settings.source, fix=fix)
     notes = notes_of(splits)
-    if settings.without is not None:
-        drops, before = read_drop_list(settings.without), sum(map(len, splits.values()))
+    if settings.exclude is not None:
+        drops, before = read_drop_list(settings.exclude), sum(map(len, splits.values()))
         for name in splits.keys() - {"test"}:  # what is measured at the end stays whole
             splits[name] = without(splits[name], drops, name)
         left_out = before - sum(map(len, splits.values()))
-        notes.append(f"left out {plural(left_out, 'image')} by {settings.without}")
+        notes.append(f"left out {plural(left_out, 'image')} by {settings.exclude}")
     train: Source = splits["train"]
     validation: Source | None = splits.get("validation")
     held_out = validation is None and settings.holdout != 0.0
@@ -128,7 +128,7 @@ def split_data(settings: DataSettings) -> Splits:
     if held_out:
         kept, chosen = split_by_class(train.labels, settings.holdout or 0.1, seed=0)
         if len(chosen) == 0:
-            what = "no class has two images, so that none can be held out for validation"
+            what = "no class has two images, so none can be held out for validation"
             raise UserError(what, where=settings.source, fix="Add images or a val/ folder")
         validation = subset(train, chosen, f"{settings.source}:held-out")
         train = subset(train, kept, f"{settings.source}:train")
@@ -148,7 +148,7 @@ def _dark(source: Source) -> list[str]:
     """The note on 16-bit images whose values have fewer bits and are nearly black, if so."""
     brightest: list[int] = []
     for index in range(0, len(source), len(source) // _MOST_DECODED + 1):
-        with contextlib.suppress(UserError):  # told elsewhere
+        with contextlib.suppress(UserError):  # reported elsewhere
             found = EncodedImage(source.read(index), source.item_name(index)).brightest()
             brightest += [] if found is None else [found]
     if not brightest or max(brightest) > DARK:
@@ -159,11 +159,7 @@ def _dark(source: Source) -> list[str]:
 
 
 def check_readable(source: Source, most: float, keys: list[str] | None = None) -> list[BadImage]:
-    """Returns the images whose header cannot be read, and adds the keys of the others to a list.
-
-    Raises:
-        UserError: there are too many of them, see `refuse_too_many`.
-    """
+    """Returns the images whose header cannot be read, and adds the keys of the others to a list."""
     step = -(-len(source) // MOST_CHECKED)
     checked = source
     if step > 1:
@@ -171,17 +167,14 @@ def check_readable(source: Source, most: float, keys: list[str] | None = None) -
     bad = unreadable(
         checked, None if keys is None else lambda encoded: keys.append(image_key(encoded))
     )
-    refuse_too_many(bad, checked, most)
+    check_number_bad(bad, checked, most)
     return [replace(each, index=each.index * step) for each in bad]
 
 
-def refuse_too_many(bad: list[BadImage], source: Source, most: float) -> None:
-    """Refuses data of which more images are bad than the share `most`, and more than 5 or half.
+def check_number_bad(bad: list[BadImage], source: Source, most: float) -> None:
+    """Raises UserError if the fraction of bad images exceeds `most`, and more than 5 or half are.
 
-    A class with nothing but bad images is refused too, unless the share allows that many.
-
-    Raises:
-        UserError: names some of the images.
+    Also for a class with nothing but bad images, unless the fraction allows that many.
     """
     of = len(source)
     if len(bad) <= most * of:
@@ -199,41 +192,36 @@ def refuse_too_many(bad: list[BadImage], source: Source, most: float) -> None:
         limit = f"they are all images of the class {source.class_names[emptied[0]]!r}"
     raise UserError(
         f"{len(bad)} of {of:,} images cannot be decoded ({share:.1%}, {limit}):\n  {named}{more}",
-        fix=f"Fix or remove them, or allow more: --max-bad {enough:g}",
+        fix=f"Fix or remove them, or allow more: max_bad {enough:g}",
     )
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to one training picture, with its own random numbers."""
+    """What happens to one training image, with its own random numbers."""
 
     settings: AugmentSettings
     preprocessing: Preprocessing
 
     def __call__(self, image: EncodedImage, random: np.random.Generator) -> np.ndarray:
         settings = self.settings
-        if settings.crop == "inception":
-            size = self.preprocessing.image_size
-            pixels = inception_crop(image, size, random, settings.crop_area)
-        elif settings.crop == "random":
+        crop = settings.crop
+        if isinstance(crop, InceptionCrop):
+            pixels = inception_crop(image, self.preprocessing.image_size, random, crop.area)
+        elif isinstance(crop, RandomCrop):
             pixels = random_crop(image.decode(), self.preprocessing, random)
         else:
             pixels = resize_for_evaluation(image.decode(), self.preprocessing)
-            if settings.crop == "padded":
-                pixels = padded_crop(pixels, random, settings.crop_padding)
+            if isinstance(crop, PaddedCrop):
+                pixels = padded_crop(pixels, random, crop.padding)
         if settings.flip:
             pixels = flip(pixels, random)
-        strengths = {
-            "rotate": settings.rotate,
-            "scale": settings.scale,
-            "shear": settings.shear,
-            "shift": settings.shift,
-            "elastic": settings.elastic,
-        }
+        kinds = ("rotate", "scale", "shear", "shift", "elastic")
+        strengths = {kind: getattr(settings, kind) for kind in kinds}
         if any(strengths.values()):
             pixels = warp(pixels, random, **strengths)
         if settings.randaugment is not None:
             pixels = randaugment(pixels, settings.randaugment, random, settings.randaugment_layers)
-        if settings.erasing:
-            pixels = random_erasing(pixels, random, settings.erasing)
+        if settings.random_erasing:
+            pixels = random_erasing(pixels, random, settings.random_erasing)
         return pixels

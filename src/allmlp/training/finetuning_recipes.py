@@ -4,10 +4,10 @@ All of them: SGD with momentum 0.9 and a batch of 512, no weight decay, the grad
 1, linear warm-up and cosine decay to 0, softmax loss, no stochastic depth, every parameter trained
 and a new head of zeros. The recipe names no model: the checkpoint brings it.
 
-The crop is where paper and code differ. The paper's models resized the picture and cut out a random
+The crop is where paper and code differ. The paper's models resized the image and cut out a random
 square, and Inception crops "did not lead to any improvements" on weights of JFT-300M; Google's
 released code cuts Inception crops, and the figures in its README were made with them. Here it is
-the Inception crop, of 5 to 100 % of the picture; `--set augment.crop=none` leaves only the flip.
+the Inception crop, of 5 to 100 % of the image; `--set augment.crop=none` leaves only the flip.
 
 The paper prints the steps; the warm-up is that of Google's codes (big_vision and scenic). The rate
 is that of vit_jax, or 0.01 where it has none, and the paper chose the best of `LEARNING_RATES` by
@@ -17,44 +17,19 @@ the share `HOLDOUTS` of the training images, then trained on all of them: `--gri
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any
 
-from allmlp.errors import UserError
-from allmlp.training.config import TrainConfig
-from allmlp.training.settings import (
+from allmlp.training.config import (
+    SGD,
     AugmentSettings,
     DataSettings,
+    InceptionCrop,
     ModelSettings,
-    OptimizerSettings,
+    NoCrop,
+    TrainConfig,
 )
 
 _GRID = (0.003, 0.01, 0.03, 0.06)
-
-# Recipe -> the rates of the paper's grid; appendix C (the generic recipe takes the widest).
-LEARNING_RATES: dict[str, tuple[float, ...]] = {
-    "finetune": _GRID,
-    "finetune_imagenet": _GRID,
-    "finetune_cifar": _GRID,
-    "finetune_pets": _GRID,
-    "finetune_flowers": _GRID,
-    "finetune_vtab": (0.003, 0.01, 0.03),
-    "finetune_mixup": _GRID,
-    "finetune_average": _GRID,
-    "finetune_inception": _GRID,
-}
-
-# Recipe -> share of the training images that the rate is chosen by (of VTAB's 1,000 it is 200).
-HOLDOUTS: dict[str, float] = {
-    "finetune": 0.1,
-    "finetune_imagenet": 0.01,
-    "finetune_cifar": 0.02,
-    "finetune_pets": 0.1,
-    "finetune_flowers": 0.1,
-    "finetune_vtab": 0.2,
-    "finetune_mixup": 0.1,
-    "finetune_average": 0.1,
-    "finetune_inception": 0.1,
-}
 
 # Training images below which a set is "small", and "medium" (bit_hyperrule.py).
 _SMALL, _MEDIUM = 20_000, 500_000
@@ -63,33 +38,22 @@ _SMALL, _MEDIUM = 20_000, 500_000
 def _finetune(
     recipe: str,
     *,
-    steps: int,
-    warmup: int,
-    evaluate_every: int,
+    steps: int = 500,
+    warmup: int = 100,
+    evaluate_every: int = 100,
     learning_rate: float = 0.03,
-    mixup: float = 0.0,
-    crop: Literal["inception", "none"] = "inception",
-    flip: bool = True,
-    resize: Literal["resmall-crop", "squash"] = "resmall-crop",
-    average: float = 0.0,
+    ema_decay: float = 0.0,
+    resize: Any = "resmall-crop",
+    **augment: Any,
 ) -> TrainConfig:
+    # A checkpoint of one's own brings the stochastic depth that it was pre-trained with.
+    overrides = {"stochastic_depth": 0.0}
     return TrainConfig(
         recipe=recipe,
-        # A checkpoint of one's own brings the stochastic depth that it was pre-trained with.
-        model=ModelSettings(
-            name="", image_size=None, weights="", overrides={"stochastic_depth": 0.0}
-        ),
+        model=ModelSettings(name="", image_size=None, weights="", overrides=overrides),
         data=DataSettings(source="", resize=resize),
-        augment=AugmentSettings(crop=crop, flip=flip, mixup=mixup),
-        optimizer=OptimizerSettings(
-            name="sgd",
-            learning_rate=learning_rate,
-            weight_decay=0.0,
-            beta1=0.9,
-            schedule="cosine",
-            warmup=warmup,
-            average=average,
-        ),
+        augment=AugmentSettings(**{"crop": InceptionCrop(), **augment}),
+        optimizer=SGD(learning_rate=learning_rate, warmup=warmup, ema_decay=ema_decay),
         epochs=None,
         steps=steps,
         batch_size=512,
@@ -98,28 +62,18 @@ def _finetune(
 
 
 def finetune_for(num_images: int, learning_rate: float = 0.01) -> TrainConfig:
-    """Returns the BiT-HyperRule's settings for so many training images.
+    """Returns the BiT-HyperRule's settings for this number of training images.
 
     Fewer than 20,000: 500 steps, 100 of warm-up, no mixup. Fewer than 500,000: 10,000 and 500
     steps, mixup 0.1. More: 20,000 and 500 steps, mixup 0.1. (For Mixers the paper dropped mixup
-    here: it brought no consistent gain, on weights of JFT-300M.) In place of the rule's stepwise
-    decay from 0.003 stands the paper's cosine from 0.01, which is big_vision's default.
-
-    Args:
-        num_images: to train on, at least 1.
-        learning_rate: at the end of the warm-up.
-
-    Raises:
-        UserError: there are no images.
+    here: it brought no consistent gain, on weights of JFT-300M.) Instead of the rule's stepwise
+    decay from 0.003 it takes the paper's cosine from 0.01, which is big_vision's default.
     """
-    if num_images < 1:
-        raise UserError(f"fine-tuning needs images, got {num_images}")
+    steps, warmup, mixup = 20_000, 500, 0.1
+    if num_images < _MEDIUM:
+        steps = 10_000
     if num_images < _SMALL:
         steps, warmup, mixup = 500, 100, 0.0
-    elif num_images < _MEDIUM:
-        steps, warmup, mixup = 10_000, 500, 0.1
-    else:
-        steps, warmup, mixup = 20_000, 500, 0.1
     return _finetune(
         "finetune",
         steps=steps,
@@ -135,7 +89,7 @@ def finetune() -> TrainConfig:
 
     mixer finetune mixer_b16.i21k --data FOLDER --output runs/mine
 
-    Expected: not measured. Large pictures gain from `--image-size 448`, at 5 times the cost.
+    Expected: not measured. Large images gain from `--image-size 448`, at 5 times the cost.
     """
     return finetune_for(1)
 
@@ -171,18 +125,18 @@ def finetune_pets() -> TrainConfig:
     Expected: published only within the mean over ImageNet, CIFAR-10, CIFAR-100, Pets and Flowers:
     92.50 % with mixer_b16.i21k, 93.63 % with mixer_l16.i21k (the paper, Table 3).
     """
-    return _finetune("finetune_pets", steps=500, warmup=100, evaluate_every=100)
+    return _finetune("finetune_pets")
 
 
 def finetune_flowers() -> TrainConfig:
-    """Oxford Flowers-102, 20 images a class with the validation split, 10 without.
+    """Oxford Flowers-102, 20 images per class with the validation split, 10 without.
 
     mixer finetune mixer_b16.i21k --recipe finetune_flowers --data FLOWERS
 
     Expected: published only within the mean over ImageNet, CIFAR-10, CIFAR-100, Pets and Flowers:
     92.50 % with mixer_b16.i21k, 93.63 % with mixer_l16.i21k (the paper, Table 3).
     """
-    return _finetune("finetune_flowers", steps=500, warmup=100, evaluate_every=100)
+    return _finetune("finetune_flowers")
 
 
 def finetune_vtab() -> TrainConfig:
@@ -191,7 +145,7 @@ def finetune_vtab() -> TrainConfig:
     mixer finetune mixer_l16.i21k --recipe finetune_vtab --data TASK
 
     Expected: 74.95 % in the mean over the 19 tasks, with mixer_l16.i21k (the paper, Table 2; 448
-    pixels where the task's pictures are large). Nothing is cut or mirrored, for in some tasks the
+    pixels where the task's images are large). Nothing is cut or mirrored, for in some tasks the
     place of an object is the answer; where it is not, Google cut and mirrored too:
     `--set augment.crop=inception --set augment.flip=true`.
     """
@@ -201,72 +155,58 @@ def finetune_vtab() -> TrainConfig:
         warmup=200,
         evaluate_every=500,
         learning_rate=0.01,
-        crop="none",
+        crop=NoCrop(),
         flip=False,
         resize="squash",
     )
 
 
-def _appendix_a2(
-    recipe: str,
-    *,
-    mixup: float = 0.0,
-    average: float = 0.0,
-    crop: Literal["inception", "none"] = "none",
-) -> TrainConfig:
-    """Returns one of the things that appendix A.2 tried, and nothing else beside it."""
-    return _finetune(
-        recipe,
-        steps=500,
-        warmup=100,
-        evaluate_every=100,
-        mixup=mixup,
-        average=average,
-        crop=crop,
-    )
-
-
 def finetune_mixup() -> TrainConfig:
-    """Appendix A.2: mixup of strength 0.1, which is BiT's, on whole pictures.
+    """Appendix A.2: mixup of strength 0.1, which is BiT's, on whole images.
 
     mixer finetune mixer_b16.i21k --recipe finetune_mixup --data FOLDER --grid
 
     Expected: no consistent gain, with weights of JFT-300M (the paper). Compare with
     `--set augment.mixup=0`.
     """
-    return _appendix_a2("finetune_mixup", mixup=0.1)
+    return _finetune("finetune_mixup", mixup=0.1, crop=NoCrop())
 
 
 def finetune_average() -> TrainConfig:
-    """Appendix A.2: Polyak averaging of the weights, by 0.9999 a step as in the ViT paper.
+    """Appendix A.2: Polyak averaging of the weights, by 0.9999 per step as in the ViT paper.
 
     mixer finetune mixer_b16.i21k --recipe finetune_average --data FOLDER --grid
 
     Expected: no consistent gain, with weights of JFT-300M (the paper). Compare with
-    `--set optimizer.average=0`.
+    `--set optimizer.ema_decay=0`.
     """
-    return _appendix_a2("finetune_average", average=0.9999)
+    return _finetune("finetune_average", ema_decay=0.9999, crop=NoCrop())
 
 
 def finetune_inception() -> TrainConfig:
-    """Appendix A.2: Inception crops, of 5 to 100 % of the picture.
+    """Appendix A.2: Inception crops, of 5 to 100 % of the image.
 
     mixer finetune mixer_b16.i21k --recipe finetune_inception --data FOLDER --grid
 
     Expected: no gain, with weights of JFT-300M (the paper). Compare with
     `--set augment.crop=none`.
     """
-    return _appendix_a2("finetune_inception", crop="inception")
+    return _finetune("finetune_inception")
 
 
-FINETUNING: dict[str, Callable[[], TrainConfig]] = {
-    "finetune": finetune,
-    "finetune_imagenet": finetune_imagenet,
-    "finetune_cifar": finetune_cifar,
-    "finetune_pets": finetune_pets,
-    "finetune_flowers": finetune_flowers,
-    "finetune_vtab": finetune_vtab,
-    "finetune_mixup": finetune_mixup,
-    "finetune_average": finetune_average,
-    "finetune_inception": finetune_inception,
+# Recipe -> the learning rates of the paper's grid (appendix C; the generic recipe takes the widest)
+# and the fraction of the training images that it chooses by (of VTAB's 1,000 it is 200).
+_GRIDS: dict[Callable[[], TrainConfig], tuple[tuple[float, ...], float]] = {
+    finetune: (_GRID, 0.1),
+    finetune_imagenet: (_GRID, 0.01),
+    finetune_cifar: (_GRID, 0.02),
+    finetune_pets: (_GRID, 0.1),
+    finetune_flowers: (_GRID, 0.1),
+    finetune_vtab: ((0.003, 0.01, 0.03), 0.2),
+    finetune_mixup: (_GRID, 0.1),
+    finetune_average: (_GRID, 0.1),
+    finetune_inception: (_GRID, 0.1),
 }
+FINETUNING = {each.__name__: each for each in _GRIDS}
+LEARNING_RATES = {each.__name__: rates for each, (rates, _) in _GRIDS.items()}
+HOLDOUTS = {each.__name__: holdout for each, (_, holdout) in _GRIDS.items()}

@@ -10,7 +10,7 @@ from allmlp.data.items import Source
 from allmlp.data.source_names import SourceName, parse_name
 from allmlp.data.sources import open_source, open_splits
 from allmlp.errors import UserError
-from allmlp.evaluation.accuracy import Evaluation
+from allmlp.evaluation.metrics import Evaluation
 from allmlp.io import parse_json
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import MOST_CHECKED, Splits, split_data
@@ -52,9 +52,6 @@ def open_measured(model: str | None, name: str, *, count: bool = True) -> Measur
         model: the path that it was loaded from.
         name: of the data.
         count: look at up to 5,000 of the images for those that the run was trained on.
-
-    Raises:
-        UserError: there is no such data or no such split.
     """
     run = _run_of(model)
     if run is None:

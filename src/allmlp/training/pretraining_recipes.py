@@ -9,8 +9,8 @@ differ, and where the paper is silent:
 - stochastic depth rises over the 2 x layers MLPs, as the paper says; the code gives both MLPs of a
   layer the same probability, and does not scale the kept branch;
 - the schedule ends at 1e-5 of the highest rate, as in the code; the paper says "linear decay";
-- the head's biases start at about the logarithm of a class's share, as in the code (-6.9 for 1,000
-  classes, -10 for the 21,843 of ImageNet-21k); the paper does not mention it;
+- the head's biases start at about the logarithm of a class's fraction, as in the code (-6.9 for
+  1,000 classes, -10 for the 21,843 of ImageNet-21k); the paper does not mention it;
 - crop and flip without RandAugment for JFT-300M: the table's cells are empty and no code was
   published; the head's biases start at -10 for its 18,291 classes, whose logarithm is 9.8;
 - big_vision learns from the first 99 % of the training images and chooses by the rest; here from
@@ -22,218 +22,128 @@ differ, and where the paper is silent:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from allmlp.training.config import TrainConfig
-from allmlp.training.settings import (
+from allmlp.training.config import (
+    AdamW,
     AugmentSettings,
     DataSettings,
+    Linear,
     ModelSettings,
-    OptimizerSettings,
+    Sigmoid,
+    TrainConfig,
 )
 
 
 def _table_4(
     recipe: str,
-    model: str,
     *,
-    epochs: int,
-    learning_rate: float,
-    weight_decay: float,
+    epochs: int = 300,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.1,
     randaugment: float | None = None,
     mixup: float = 0.0,
-    stochastic_depth: float = 0.0,
-    head_bias: float,
+    stochastic_depth: float = 0.1,
+    head_bias: float = -10.0,
     evaluate_every: int,
 ) -> TrainConfig:
     """Returns what all rows of the table share, with one row's values (dropout is 0 in all)."""
     overrides = {"stochastic_depth": stochastic_depth} if stochastic_depth else {}
+    name = f"mixer_{recipe.rpartition('_')[2]}"
     return TrainConfig(
         recipe=recipe,
-        model=ModelSettings(name=model, image_size=224, overrides=overrides, head_bias=head_bias),
+        model=ModelSettings(name=name, image_size=224, overrides=overrides, head_bias=head_bias),
         data=DataSettings(source=""),
-        augment=AugmentSettings(crop="inception", randaugment=randaugment, mixup=mixup),
-        optimizer=OptimizerSettings(
-            name="adamw",
+        augment=AugmentSettings(randaugment=randaugment, mixup=mixup),
+        optimizer=AdamW(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
-            schedule="linear",
+            schedule=Linear(final_lr_fraction=1e-5),
             warmup=10_000,
-            final=1e-5,
         ),
         epochs=epochs,
         batch_size=4096,
-        loss="sigmoid",
+        loss=Sigmoid(),
         evaluate_every=evaluate_every,
         checkpoint_every=1000,
     )
 
 
-def _imagenet(recipe: str, model: str) -> TrainConfig:
-    return _table_4(
-        recipe,
-        model,
-        epochs=300,
-        learning_rate=1e-3,
-        weight_decay=0.1,
-        randaugment=15,
-        mixup=0.5,
-        stochastic_depth=0.1,
-        head_bias=-6.9,
-        evaluate_every=5,
-    )
-
-
-def imagenet_b16() -> TrainConfig:
-    """Mixer-B/16 on ImageNet-1k.
-
-    mixer train imagenet_b16 --data IMAGENET --output runs/imagenet_b16
-
-    Expected: 76.44 % top-1 (the paper, Table 3); 76.3 %, and 70.5 % with --epochs 60 (big_vision).
-    """
-    return _imagenet("imagenet_b16", "mixer_b16")
-
-
-def imagenet_l16() -> TrainConfig:
-    """Mixer-L/16 on ImageNet-1k, which is too little data for it: less than the B/16 reaches.
-
-    mixer train imagenet_l16 --data IMAGENET --output runs/imagenet_l16
-
-    Expected: 71.76 % top-1 (the paper, Table 3).
-    """
-    return _imagenet("imagenet_l16", "mixer_l16")
-
-
-def _imagenet21k(recipe: str, model: str, randaugment: float, mixup: float) -> TrainConfig:
-    return _table_4(
-        recipe,
-        model,
-        epochs=300,
-        learning_rate=1e-3,
-        weight_decay=0.1,
-        randaugment=randaugment,
-        mixup=mixup,
-        stochastic_depth=0.1,
-        head_bias=-10.0,
-        evaluate_every=2,
-    )
-
-
-def imagenet21k_b16() -> TrainConfig:
-    """Mixer-B/16 on ImageNet-21k.
-
-    mixer train imagenet21k_b16 --data IMAGENET21K --holdout 0.01 --output runs/imagenet21k_b16
-
-    Expected: 80.64 % top-1 on ImageNet-1k after finetune_imagenet (the paper, Table 3).
-    """
-    return _imagenet21k("imagenet21k_b16", "mixer_b16", randaugment=10, mixup=0.2)
-
-
-def imagenet21k_l16() -> TrainConfig:
-    """Mixer-L/16 on ImageNet-21k.
-
-    mixer train imagenet21k_l16 --data IMAGENET21K --holdout 0.01 --output runs/imagenet21k_l16
-
-    Expected: 82.89 % top-1 on ImageNet-1k after finetune_imagenet, 83.91 % at 448 pixels (the
-    paper, Table 3).
-    """
-    return _imagenet21k("imagenet21k_l16", "mixer_l16", randaugment=20, mixup=0.5)
-
-
-def _jft(recipe: str, model: str, epochs: int, learning_rate: float) -> TrainConfig:
-    return _table_4(
-        recipe,
-        model,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        weight_decay=0.03,
-        head_bias=-10.0,
-        evaluate_every=1,
-    )
-
-
-def jft_s32() -> TrainConfig:
-    """Mixer-S/32 on JFT-300M, which is Google's alone, or any labelled set of that size.
-
-    mixer train jft_s32 --data SHARDS --holdout 0.001 --output runs/jft_s32
-
-    Expected: 68.70 % top-1 on ImageNet-1k after finetune_imagenet (the paper, Table 3). With
-    another number of classes give the negative of its logarithm: --set model.head_bias=-7.
-    """
-    return _jft("jft_s32", "mixer_s32", epochs=5, learning_rate=3e-3)
-
-
-def jft_s16() -> TrainConfig:
-    """Mixer-S/16 on JFT-300M or any labelled set of that size.
-
-    mixer train jft_s16 --data SHARDS --holdout 0.001 --output runs/jft_s16
-
-    Expected: 73.83 % top-1 on ImageNet-1k after finetune_imagenet (the paper, Table 3).
-    """
-    return _jft("jft_s16", "mixer_s16", epochs=5, learning_rate=3e-3)
-
-
-def jft_b32() -> TrainConfig:
-    """Mixer-B/32 on JFT-300M or any labelled set of that size.
-
-    mixer train jft_b32 --data SHARDS --holdout 0.001 --output runs/jft_b32
-
-    Expected: 75.53 % top-1 on ImageNet-1k after finetune_imagenet (the paper, Table 3).
-    """
-    return _jft("jft_b32", "mixer_b32", epochs=7, learning_rate=3e-3)
-
-
-def jft_b16() -> TrainConfig:
-    """Mixer-B/16 on JFT-300M or any labelled set of that size.
-
-    mixer train jft_b16 --data SHARDS --holdout 0.001 --output runs/jft_b16
-
-    Expected: 80.00 % top-1 on ImageNet-1k after finetune_imagenet (the paper, Table 3).
-    """
-    return _jft("jft_b16", "mixer_b16", epochs=7, learning_rate=3e-3)
-
-
-def jft_l32() -> TrainConfig:
-    """Mixer-L/32 on JFT-300M or any labelled set of that size.
-
-    mixer train jft_l32 --data SHARDS --holdout 0.001 --output runs/jft_l32
-
-    Expected: 80.67 % top-1 on ImageNet-1k after finetune_imagenet (the paper, Table 3).
-    """
-    return _jft("jft_l32", "mixer_l32", epochs=7, learning_rate=1e-3)
-
-
-def jft_l16() -> TrainConfig:
-    """Mixer-L/16 on JFT-300M or any labelled set of that size.
-
-    mixer train jft_l16 --data SHARDS --holdout 0.001 --output runs/jft_l16
-
-    Expected: 84.82 % top-1 on ImageNet-1k after finetune_imagenet, 86.78 % at 448 pixels; 84.05 %
-    with --epochs 7, the table's other value (the paper, Table 3).
-    """
-    return _jft("jft_l16", "mixer_l16", epochs=14, learning_rate=1e-3)
-
-
-def jft_h14() -> TrainConfig:
-    """Mixer-H/14 on JFT-300M or any labelled set of that size; see docs/cluster.md.
-
-    mixer train jft_h14 --data SHARDS --holdout 0.001 --output runs/jft_h14
-
-    Expected: 86.32 % top-1 on ImageNet-1k after finetune_imagenet (the paper, Table 3), 87.94 % at
-    448 pixels (Table 2).
-    """
-    return _jft("jft_h14", "mixer_h14", epochs=14, learning_rate=1e-3)
-
-
-PRETRAINING: dict[str, Callable[[], TrainConfig]] = {
-    "imagenet_b16": imagenet_b16,
-    "imagenet_l16": imagenet_l16,
-    "imagenet21k_b16": imagenet21k_b16,
-    "imagenet21k_l16": imagenet21k_l16,
-    "jft_s32": jft_s32,
-    "jft_s16": jft_s16,
-    "jft_b32": jft_b32,
-    "jft_b16": jft_b16,
-    "jft_l32": jft_l32,
-    "jft_l16": jft_l16,
-    "jft_h14": jft_h14,
+_IMAGENET = {"mixup": 0.5, "head_bias": -6.9, "evaluate_every": 5}
+_JFT = {"weight_decay": 0.03, "stochastic_depth": 0.0, "evaluate_every": 1}
+_DATA = {
+    "imagenet": ("ImageNet-1k", "IMAGENET"),
+    "imagenet21k": ("ImageNet-21k", "IMAGENET21K --holdout 0.01"),
+    "jft": (
+        "JFT-300M, which is Google's alone, or any labelled set of that size",
+        "SHARDS --holdout 0.001",
+    ),
 }
+_AFTER = "top-1 on ImageNet-1k after finetune_imagenet (the paper, Table 3)"
+
+# Recipe -> its values, and the published accuracy.
+_ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "imagenet_b16": (
+        {**_IMAGENET, "randaugment": 15},
+        "76.44 % top-1 (the paper, Table 3); 76.3 %, and 70.5 % with --epochs 60 (big_vision).",
+    ),
+    "imagenet_l16": (
+        {**_IMAGENET, "randaugment": 15},
+        "71.76 % top-1 (the paper, Table 3): too little data for it, less than the B/16 reaches.",
+    ),
+    "imagenet21k_b16": (
+        {"randaugment": 10, "mixup": 0.2, "evaluate_every": 2},
+        f"80.64 % {_AFTER}.",
+    ),
+    "imagenet21k_l16": (
+        {"randaugment": 20, "mixup": 0.5, "evaluate_every": 2},
+        f"82.89 % {_AFTER}, 83.91 % at 448 pixels.",
+    ),
+    "jft_s32": (
+        {**_JFT, "epochs": 5, "learning_rate": 3e-3},
+        f"68.70 % {_AFTER}. With another number of classes\n"
+        "give the negative of its logarithm: --set model.head_bias=-7.",
+    ),
+    "jft_s16": (
+        {**_JFT, "epochs": 5, "learning_rate": 3e-3},
+        f"73.83 % {_AFTER}.",
+    ),
+    "jft_b32": (
+        {**_JFT, "epochs": 7, "learning_rate": 3e-3},
+        f"75.53 % {_AFTER}.",
+    ),
+    "jft_b16": (
+        {**_JFT, "epochs": 7, "learning_rate": 3e-3},
+        f"80.00 % {_AFTER}.",
+    ),
+    "jft_l32": (
+        {**_JFT, "epochs": 7, "learning_rate": 1e-3},
+        f"80.67 % {_AFTER}.",
+    ),
+    "jft_l16": (
+        {**_JFT, "epochs": 14, "learning_rate": 1e-3},
+        f"84.82 % {_AFTER}, 86.78 % at 448 pixels; 84.05 % with --epochs 7.",
+    ),
+    "jft_h14": (
+        {**_JFT, "epochs": 14, "learning_rate": 1e-3},
+        f"86.32 % {_AFTER}, 87.94 % at 448 pixels (Table 2); see docs/cluster.md.",
+    ),
+}
+
+
+def _recipe(name: str, values: dict[str, Any], expected: str) -> Callable[[], TrainConfig]:
+    def build() -> TrainConfig:
+        return _table_4(name, **values)
+
+    data, _, model = name.partition("_")
+    title, source = _DATA[data]
+    build.__name__ = name
+    build.__doc__ = f"""Mixer-{model[0].upper()}/{model[1:]} on {title}.
+
+mixer train {name} --data {source} --output runs/{name}
+
+Expected: {expected}"""
+    return build
+
+
+PRETRAINING = {name: _recipe(name, *row) for name, row in _ROWS.items()}

@@ -9,16 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from allmlp.errors import UserError, near_names
-from allmlp.training.config import TrainConfig
+from allmlp.errors import one_of
+from allmlp.training.config import (
+    AdamW,
+    AugmentSettings,
+    Cosine,
+    DataSettings,
+    InceptionCrop,
+    ModelSettings,
+    Muon,
+    NoCrop,
+    PaddedCrop,
+    Softmax,
+    TrainConfig,
+)
 from allmlp.training.finetuning_recipes import FINETUNING
 from allmlp.training.pretraining_recipes import PRETRAINING
-from allmlp.training.settings import (
-    AugmentSettings,
-    DataSettings,
-    ModelSettings,
-    OptimizerSettings,
-)
 from allmlp.training.sibling_recipes import SIBLINGS
 
 
@@ -46,7 +52,7 @@ def digits() -> TrainConfig:
         ),
         data=DataSettings(source="digits"),
         augment=AugmentSettings(
-            crop="none",
+            crop=NoCrop(),
             flip=False,
             rotate=7.0,
             scale=0.07,
@@ -54,7 +60,7 @@ def digits() -> TrainConfig:
             shift=0.07,
             elastic=0.04,
         ),
-        optimizer=OptimizerSettings(learning_rate=2e-3, weight_decay=0.5, average=0.995),
+        optimizer=AdamW(learning_rate=2e-3, weight_decay=0.5, ema_decay=0.995),
         epochs=100,
         batch_size=64,
         evaluate_every=5,
@@ -73,61 +79,39 @@ def scratch() -> TrainConfig:
         recipe="scratch",
         model=ModelSettings(name="mixer_s16", image_size=64, overrides={"stochastic_depth": 0.1}),
         data=DataSettings(source=""),
-        augment=AugmentSettings(crop="inception", crop_area=(0.25, 1.0), flip=True, mixup=0.2),
-        optimizer=OptimizerSettings(learning_rate=1e-3, weight_decay=0.1),
+        augment=AugmentSettings(crop=InceptionCrop(area=(0.25, 1.0)), mixup=0.2),
+        optimizer=AdamW(learning_rate=1e-3, weight_decay=0.1),
+        loss=Softmax(label_smoothing=0.1),
         epochs=50,
         batch_size=64,
-        label_smoothing=0.1,
         evaluate_every=2,
     )
 
 
-def _cifar10(
-    recipe: str,
-    *,
-    patch_size: int,
-    hidden_dim: int,
-    tokens_mlp_dim: int,
-    channels_mlp_dim: int,
-    stochastic_depth: float,
-    learning_rate: float,
-    epochs: int,
-) -> TrainConfig:
+def _cifar10(recipe: str, *, learning_rate: float, epochs: int, **sizes: Any) -> TrainConfig:
     """Returns what the two CIFAR-10 recipes share, with their own model and length."""
-    overrides: dict[str, Any] = {
-        "patch_size": patch_size,
-        "hidden_dim": hidden_dim,
-        "num_blocks": 8,
-        "tokens_mlp_dim": tokens_mlp_dim,
-        "channels_mlp_dim": channels_mlp_dim,
-        "stochastic_depth": stochastic_depth,
-    }
     return TrainConfig(
         recipe=recipe,
-        model=ModelSettings(name="mixer_s16", image_size=32, overrides=overrides),
+        model=ModelSettings(name="mixer_s16", image_size=32, overrides={"num_blocks": 8, **sizes}),
         data=DataSettings(source="", resize="squash"),
         augment=AugmentSettings(
-            crop="padded",
-            flip=True,
+            crop=PaddedCrop(),
             randaugment=9,
-            randaugment_layers=2,
-            erasing=0.25,
+            random_erasing=0.25,
             mixup=0.8,
             cutmix=1.0,
             mix_until=0.92,
         ),
-        optimizer=OptimizerSettings(
-            name="muon",
+        optimizer=Muon(
             learning_rate=learning_rate,
             weight_decay=0.05,
-            schedule="cosine",
+            schedule=Cosine(final_lr_fraction=0.01),
             warmup=0.03,
-            final=0.01,
-            average=0.9995,
+            ema_decay=0.9995,
         ),
+        loss=Softmax(label_smoothing=0.1),
         epochs=epochs,
         batch_size=1024,
-        label_smoothing=0.1,
         evaluate_every=10,
     )
 
@@ -141,7 +125,7 @@ def cifar10() -> TrainConfig:
     69.0 % of the test images (benchmarks/cifar10.md).
 
     CIFAR-10 may also be class folders, a list or shards. The size is that of the best Mixer from
-    random weights that we know of (omihub777, 90.83 %, 1,132,170 parameters), with 56 in place of
+    random weights known to us (omihub777, 90.83 %, 1,132,170 parameters), with 56 in place of
     its 64 hidden units in the token-mixing MLPs.
     """
     return _cifar10(
@@ -182,7 +166,7 @@ def cifar10_compare() -> TrainConfig:
 
     Expected: benchmarks/permutation.md and benchmarks/ablations.md.
 
-    The optimiser is AdamW, since Muon is for the dense layers of mixer blocks alone, and there is
+    The optimizer is AdamW, since Muon is for the dense layers of mixer blocks alone, and there is
     nothing that only a long run profits from.
     """
     overrides: dict[str, Any] = {
@@ -196,23 +180,17 @@ def cifar10_compare() -> TrainConfig:
         recipe="cifar10_compare",
         model=ModelSettings(name="mixer_s16", image_size=32, overrides=overrides),
         data=DataSettings(source="", resize="squash"),
-        augment=AugmentSettings(crop="padded", flip=True),
-        optimizer=OptimizerSettings(
-            learning_rate=2e-3, weight_decay=0.05, schedule="cosine", warmup=0.1, average=0.99
-        ),
+        augment=AugmentSettings(crop=PaddedCrop()),
+        optimizer=AdamW(learning_rate=2e-3, weight_decay=0.05, ema_decay=0.99),
+        loss=Softmax(label_smoothing=0.1),
         epochs=20,
         batch_size=128,
-        label_smoothing=0.1,
         evaluate_every=1,
     )
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    "digits": digits,
-    "scratch": scratch,
-    "cifar10": cifar10,
-    "cifar10_best": cifar10_best,
-    "cifar10_compare": cifar10_compare,
+    **{each.__name__: each for each in (digits, scratch, cifar10, cifar10_best, cifar10_compare)},
     **PRETRAINING,
     **SIBLINGS,
     **FINETUNING,
@@ -225,9 +203,4 @@ def recipe(name: str) -> TrainConfig:
     Raises:
         UserError: there is no such recipe.
     """
-    if name not in RECIPES:
-        raise UserError(
-            f"unknown recipe {name!r}",
-            fix=f"{near_names(name, RECIPES)}Known: {', '.join(RECIPES)}",
-        )
-    return RECIPES[name]()
+    return RECIPES[one_of("recipe", name, RECIPES)]()

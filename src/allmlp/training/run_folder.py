@@ -4,9 +4,9 @@ runs/<date>_<recipe>/
   config.json  environment.json  log.txt
   metrics.jsonl     a line per logged step
   results.csv       a line per evaluation
-  training_images.txt  a key for each training image, of up to 5,000, see `image_key`
+  training_images.txt  a key for each of up to 5,000 training images, see `image_key`
   bad_files.txt     images that could not be decoded, if there were any
-  checkpoints/      step-00012000/: the full state, from which the run goes on
+  checkpoints/      step-00012000/: the full state, from which the run resumes
   best/             model.safetensors + config.json + README.md: what you ship
   test/             evaluation.json, per_class.csv, confusion.csv of best/
   plots/            curves, confusion, a training batch, predictions, worst mistakes
@@ -40,16 +40,7 @@ TRAINING_IMAGES = "training_images.txt"
 
 
 class RunFolder:
-    """The folder of one run, made where it is not there, and locked while this object is open.
-
-    Args:
-        path: of the folder, see `planned_path`.
-        config: of the run.
-        writes: whether this process writes; the others of a run do nothing here.
-
-    Raises:
-        UserError: it cannot be made, or another process trains in it.
-    """
+    """The folder of one run, locked while this object is open; of several processes one writes."""
 
     def __init__(self, path: Path, config: TrainConfig, *, writes: bool = True) -> None:
         self.writes = writes
@@ -69,20 +60,16 @@ class RunFolder:
         except OSError as error:
             if isinstance(error, Timeout):
                 what = "another process is training in this run folder"
-                fix = "Wait for it or stop it; or give another --output"
+                fix = "Wait for it or stop it; or choose another output folder"
                 raise UserError(what, where=path, fix=fix) from error
             what = f"cannot make the run folder: {error.strerror}"
-            raise UserError(what, where=path, fix="Give another --output") from error
-        self._forget_killed()
-        self.write_json("config.json", config.to_json())
-
-    def _forget_killed(self) -> None:
-        """Removes what a killed run was writing."""
-        for folder in (self.path, self.plots, self.best, self.path / "test"):
+            raise UserError(what, where=path, fix="Choose another output folder") from error
+        for folder in (self.path, self.plots, self.best, self.path / "test"):  # of a killed run
             for left in folder.glob(".*.partial"):
                 if left.is_dir():
                     shutil.rmtree(left, ignore_errors=True)
             remove_stale(folder)
+        self.write_json("config.json", config.to_json())
 
     def close(self) -> None:
         """Lets another process have the folder."""
@@ -92,12 +79,8 @@ class RunFolder:
             (self.path / ".lock").unlink(missing_ok=True)  # while it is still ours
             self._lock.release()
 
-    def go_back_to(self, step: int) -> list[str]:
-        """Takes out of the logs what was written after so many steps were done.
-
-        Returns:
-            A line for each log of which something could not be read, and is left out from now on.
-        """
+    def rewind(self, step: int) -> list[str]:
+        """Removes what the logs say of later steps; returns notes on damaged lines."""
         if not self.writes:
             return []
         metrics, results, notes = self.path / "metrics.jsonl", self.path / "results.csv", []
@@ -129,32 +112,23 @@ class RunFolder:
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """Writes a JSON file into the folder."""
-        if self.writes:
-            atomic_write(self.path / name, (json.dumps(values, indent=2) + "\n").encode())
+        self._write(self.path / name, json.dumps(values, indent=2) + "\n")
 
     def write_keys(self, keys: list[str]) -> None:
-        """Writes by what the training images are known again."""
-        if self.writes:
-            text = "".join(f"{key}\n" for key in keys)
-            atomic_write(self.path / TRAINING_IMAGES, text.encode())
+        """Writes what identifies the training images."""
+        self._write(self.path / TRAINING_IMAGES, "".join(f"{key}\n" for key in keys))
 
-    def open_events(self, step: int) -> None:
-        """Writes TensorBoard's event files too, from this step on; see `check_tensorboard`."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        if self.writes:
-            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+    def write_card(self, text: str) -> None:
+        """Writes the model card, best/README.md, beside the weights."""
+        self._write(self.best / "README.md", text)
 
     def log_step(self, values: dict[str, float]) -> None:
         """Adds a line to metrics.jsonl."""
-        if self.writes:
-            self._append("metrics.jsonl", json.dumps(values) + "\n")
-            self._log_events("training", values)
+        self._append("metrics.jsonl", json.dumps(values) + "\n")
+        self._log_events("training", values)
 
     def log_evaluation(self, values: dict[str, float]) -> None:
         """Adds a line to results.csv; every line has the columns of the first."""
-        if not self.writes:
-            return
         text = io.StringIO()
         if self._results_header is None:
             self._results_header = list(values)
@@ -163,31 +137,35 @@ class RunFolder:
         self._append("results.csv", text.getvalue())
         self._log_events("evaluation", values)
 
-    def _log_events(self, group: str, values: dict[str, float]) -> None:
-        if self._events is not None:
-            step = int(values["step"])
-            for name, value in values.items():
-                if name != "step":
-                    self._events.add_scalar(f"{group}/{name}", value, step)
-
-    def _append(self, name: str, text: str) -> None:
-        with path_in_errors(self.path / name), (self.path / name).open("ab") as file:
-            file.write(text.encode(errors="surrogateescape"))
-
     def log_bad_file(self, bad: BadImage) -> None:
         """Adds a line to bad_files.txt."""
+        self._append("bad_files.txt", f"{bad.name}\t{bad.what}\n")
+
+    def open_events(self, step: int) -> None:
+        """Writes TensorBoard's event files too, from this step on; see `check_tensorboard`."""
+        from torch.utils.tensorboard import SummaryWriter
+
         if self.writes:
-            self._append("bad_files.txt", f"{bad.name}\t{bad.what}\n")
+            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+
+    def _log_events(self, group: str, values: dict[str, float]) -> None:
+        if self._events is not None:
+            for name in values.keys() - {"step"}:
+                self._events.add_scalar(f"{group}/{name}", values[name], int(values["step"]))
+
+    def _write(self, path: Path, text: str) -> None:
+        if self.writes:
+            atomic_write(path, text.encode(errors="backslashreplace"))
+
+    def _append(self, name: str, text: str) -> None:
+        if self.writes:
+            with path_in_errors(self.path / name), (self.path / name).open("ab") as file:
+                file.write(text.encode(errors="surrogateescape"))
 
     def draw_curves(self) -> None:
         """Draws the loss, accuracy and learning rate so far."""
         figure = plots.curves(read_metrics(self.path), read_results(self.path))
         plots.save(figure, self.plots / "curves.png")
-
-    def write_card(self, text: str) -> None:
-        """Writes the model card, best/README.md, beside the weights."""
-        if self.writes:
-            atomic_write(self.best / "README.md", text.encode(errors="backslashreplace"))
 
 
 def planned_path(config: TrainConfig) -> Path:
@@ -197,7 +175,7 @@ def planned_path(config: TrainConfig) -> Path:
             config.output.encode()
         except UnicodeEncodeError as error:
             what = f"the name {config.output!r} is not valid UTF-8"
-            raise UserError(what, where="--output", fix="Choose another") from error
+            raise UserError(what, where="output", fix="Choose another") from error
         return Path(os.path.expanduser(config.output))
     stem = f"{datetime.now():%Y-%m-%d_%H%M}_{config.recipe}"
     path, number = Path("runs") / stem, 1
@@ -213,8 +191,7 @@ def check_tensorboard() -> None:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         what = "tensorboard=true needs the package tensorboard"
-        fix = extra("tensorboard")
-        raise UserError(what, fix=fix) from error
+        raise UserError(what, fix=extra("tensorboard")) from error
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -242,7 +219,7 @@ def no_results(run: Path) -> UserError:
 
 
 def _metrics_in(path: Path) -> tuple[list[tuple[bytes, dict[str, float]]], int]:
-    """Returns the lines that can be read, with their values, and how many others there are."""
+    """Returns the lines that can be read with their values, and the number of others."""
     lines, found = path.read_bytes().splitlines(), []
     for line in lines:
         try:
@@ -255,7 +232,7 @@ def _metrics_in(path: Path) -> tuple[list[tuple[bytes, dict[str, float]]], int]:
 
 
 def _results_in(path: Path) -> tuple[list[str], list[list[str]], int]:
-    """Returns the columns, the lines of numbers for all of them, and how many others there are."""
+    """Returns the columns, the lines that have a number in each, and the number of others."""
     lines = [line.split(",") for line in path.read_text("utf-8", "replace").splitlines()]
     if not lines or "step" not in lines[0] or not all(map(str.isidentifier, lines[0])):
         return [], [], len(lines)

@@ -1,9 +1,10 @@
-"""The state of a run: weights, optimisers, running average, and how far it has come."""
+"""The state of a run: weights, optimizers, moving average, and how far it has come."""
 
 from __future__ import annotations
 
 import copy
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from allmlp.console import Reporter
 from allmlp.data.fingerprint import is_fingerprint_of
-from allmlp.data.items import BadImage, Source
+from allmlp.data.items import BadImage
 from allmlp.errors import UserError
 from allmlp.models.layers import ImageClassifier
 from allmlp.runtime.device import ComputePolicy
@@ -20,34 +21,38 @@ from allmlp.runtime.world import World, copy_full_parameters, parallelize
 from allmlp.training.checkpoint import Checkpoints
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits
-from allmlp.training.optimizer import build_optimizers, optimizer_tensors, update_average
+from allmlp.training.optim import build_optimizers, optimizer_tensors, update_average
 from allmlp.training.run_folder import RunFolder
 from allmlp.training.step import Updater
 from allmlp.weights.save import save_model
 
 
+@dataclass(frozen=True)
+class Run:
+    """What stays the same while a run trains."""
+
+    config: TrainConfig
+    splits: Splits
+    folder: RunFolder
+    report: Reporter
+    compute: ComputePolicy
+    world: World
+    num_steps: int
+
+
 class RunState:
-    """Everything that must be the same for a run to go on as if it had never stopped.
+    """Everything that must be the same for a run to resume as if it had never stopped.
 
     Attributes:
-        step: how many steps are done.
+        step: number of completed steps.
+        updater: moves the weights.
         bad: the training images that could not be decoded, by name.
-        finished: whether the run has come to its end, by its length or by early stopping.
-        last_checkpoint: the newest that was begun; None before the first.
+        finished: whether the run has ended, by its length or by early stopping.
+        last_checkpoint: the newest that was started; None before the first.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        model: ImageClassifier,
-        run: RunFolder,
-        report: Reporter,
-        compute: ComputePolicy,
-        world: World,
-        num_steps: int,
-    ) -> None:
-        self.config, self.run_folder, self.report = config, run, report
-        self.compute, self.world, self.num_steps = compute, world, num_steps
+    def __init__(self, run: Run, model: ImageClassifier) -> None:
+        self.run, self.config, self.world, self.model = run, run.config, run.world, model
         self.step, self.finished = 0, False
         self.best: tuple[float, float] | None = None
         self.since_best, self.last_result_at = 0, 0
@@ -55,25 +60,21 @@ class RunState:
         self.loss_sum, self.loss_count, self.last_rate = 0.0, 0, 0.0
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.last_checkpoint: Path | None = None
-        sharded = world.size > 1 and config.sharding == "full"
+        decay, sharding = self.config.optimizer.ema_decay, self.config.sharding
         # What is evaluated and kept: the weights themselves, or a copy that is filled for it.
-        self.copy = copy.deepcopy(model) if config.optimizer.average or sharded else None
-        network = parallelize(model, config.sharding, world)
-        self.model = model
-        self.optimizers = build_optimizers(model, config.optimizer)
-        self.average: dict[str, Tensor] = {}
-        if config.optimizer.average:
-            self.average = {
-                name: each.detach().clone()
-                for name, each in model.named_parameters()
-                if each.requires_grad
-            }
+        is_sharded = self.world.size > 1 and sharding == "full"
+        self.copy = copy.deepcopy(model) if decay or is_sharded else None
+        network = parallelize(model, sharding, self.world)
+        self.optimizers = build_optimizers(model, self.config.optimizer)
         self.updater = Updater(
-            model, network, self.optimizers, config, compute, world, num_steps, report.say
+            *(model, network, self.optimizers, self.config, run.compute, self.world),
+            num_steps=run.num_steps,
+            say=run.report.say,
         )
-        self.checkpoints = Checkpoints(
-            run.checkpoints, max(1, config.keep_checkpoints), world.checkpoint_group, report.say
-        )
+        named = model.named_parameters() if decay else ()
+        self.average = {name: p.detach().clone() for name, p in named if p.requires_grad}
+        keep = max(1, self.config.keep_checkpoints)
+        self.checkpoints = Checkpoints(run.folder.checkpoints, keep, self.world, run.report.say)
 
     def __enter__(self) -> RunState:
         return self
@@ -91,68 +92,62 @@ class RunState:
         """Time that the run has trained for, before and after every stop."""
         return self.seconds_before + time.perf_counter() - self.started
 
-    def begin(self, surroundings: dict[str, Any], is_old: bool, splits: Splits) -> None:
-        """Begins the run, or brings it back to where its newest whole checkpoint was made.
+    def begin(self, details: dict[str, Any], is_old: bool) -> None:
+        """Begins the run, or restores the state of its newest complete checkpoint.
 
         Args:
-            surroundings: what environment.json holds.
+            details: what environment.json holds.
             is_old: whether the folder holds this run already.
-            splits: its images.
-
-        Raises:
-            UserError: the run began with other data.
         """
-        found, micro_batch_size = self.checkpoints.newest() if is_old else None, None
-        if is_old and found is None:
-            self.world.broadcast_from_rank0(self.refuse_to_begin_again)
+        folder, say = self.run.folder, self.run.report.say
+        found = self.checkpoints.newest() if is_old else None
         if found is not None:
-            if not is_fingerprint_of(found.values["data"], splits.train):
-                what = "the images are not those that the run began with"
-                fix = "Bring them back, or begin a new run: --output FOLDER"
-                raise UserError(what, where=self.run_folder.path, fix=fix)
+            if not is_fingerprint_of(found.values["data"], self.run.splits.train):
+                what = "the images differ from those that the run began with"
+                fix = "Restore them, or begin a new run in another output folder"
+                raise UserError(what, where=folder.path, fix=fix)
             self.checkpoints.load(found, self.tensors())
             self.step, self.last_checkpoint = found.step, found.path
-            self._fill(found.values, splits.train)
-            if found.values["world_size"] == self.world.size:
-                micro_batch_size = found.values["micro_batch_size"]
-            self.report.say(f"resumed  after step {self.step:,} of {self.num_steps:,}")
-            was, now = found.values["precision"], self.compute.precision
+            self._fill(found.values)
+            say(f"resumed  after step {self.step:,} of {self.run.num_steps:,}")
+            was, now = found.values["precision"], self.run.compute.precision
             if was != now:
-                self.report.say(f"note     the run computed in {was} before, and goes on in {now}")
+                say(f"note     the run computed in {was} before, and continues in {now}")
+            self.restore_best()
         elif is_old:
-            self.report.say("resumed  from the beginning: there is no whole checkpoint yet")
-        self.data = surroundings["data"]["fingerprint"]
-        if found is not None:
-            self.mend_best()
+            self.world.broadcast_from_rank0(self.check_may_begin_again)
+            say("resumed  from the beginning: there is no complete checkpoint yet")
+        self.data = details["data"]["fingerprint"]
         if is_old:
-            for note in self.run_folder.go_back_to(self.step):
-                self.report.say(f"note     {note}")
+            for note in folder.rewind(self.step):
+                say(f"note     {note}")
         if found is None:
-            self.run_folder.write_keys(splits.keys)
-            self.run_folder.write_json("environment.json", surroundings)
-        self.updater.choose_micro_batch(micro_batch_size)
+            folder.write_keys(self.run.splits.keys)
+            folder.write_json("environment.json", details)
         if self.config.tensorboard:
-            self.run_folder.open_events(self.step)
+            folder.open_events(self.step)
         self.started = time.perf_counter()
 
-    def refuse_to_begin_again(self) -> None:
-        """Raises UserError where the run has come somewhere, but no checkpoint can be read."""
-        folder, best = self.run_folder.checkpoints, self.run_folder.best / "model.safetensors"
-        unread = sorted(each.name for each in folder.glob("step-*"))
+    def check_may_begin_again(self) -> None:
+        """Raises UserError where the run has made progress, but no checkpoint can be read."""
+        folder = self.run.folder
+        unread = sorted(each.name for each in folder.checkpoints.glob("step-*"))
         if unread:
             what = f"no checkpoint of this run can be read: {', '.join(unread)}, see above"
-        elif best.exists() and not folder.is_dir():
-            what = "the run has no checkpoints, and cannot go on"
+        elif (folder.best / "model.safetensors").exists() and not folder.checkpoints.is_dir():
+            what = "the run has no checkpoints and cannot be resumed"
         else:
-            return  # it was stopped before the first was whole
-        fix = "Its best weights lie in best/. To train anew give another --output"
-        raise UserError(what, where=self.run_folder.path, fix=fix)
+            return  # it was stopped before the first was complete
+        fix = "Its best weights are in best/. To train anew choose another output folder"
+        raise UserError(what, where=folder.path, fix=fix)
 
-    def mend_best(self) -> None:
+    def restore_best(self) -> None:
         """Writes the best weights again where somebody removed them, if this is their state."""
-        best = self.run_folder.best
-        gone = self.world.broadcast_from_rank0(lambda: not (best / "model.safetensors").is_file())
-        if not gone or self.last_result_at == 0:
+        best = self.run.folder.best
+        missing = self.world.broadcast_from_rank0(
+            lambda: not (best / "model.safetensors").is_file()
+        )
+        if not missing or self.last_result_at == 0:
             return
         if self.since_best == 0 and self.last_result_at == self.step:
             model = self.kept_model()
@@ -160,21 +155,22 @@ class RunState:
                 save_model(model, best, overwrite=True)
         elif self.finished:
             what = "the best weights were removed, and the newest checkpoint has others"
-            raise UserError(what, where=best, fix="Train anew: --output FOLDER")
+            raise UserError(what, where=best, fix="Train anew in another output folder")
         else:
             self.best, self.since_best = None, 0
-            self.report.say("note     best/ was removed: the next evaluation is the best so far")
+            note = "note     best/ was removed: the next evaluation is the best so far"
+            self.run.report.say(note)
 
-    def _fill(self, values: dict[str, Any], images: Source) -> None:
+    def _fill(self, values: dict[str, Any]) -> None:
         self.best = None if values["best"] is None else (values["best"][0], values["best"][1])
         self.since_best, self.last_result_at = values["since_best"], values["last_result_at"]
-        for name, what, *index in values["bad"]:
-            # Where an older version kept no index, the last image stands in: its class counts.
-            at = index[0] if index else -1
-            name = images.item_name(at) if index else name  # the images may have been moved
-            self.bad[name] = BadImage(at, name, what)
+        for _, what, index in values["bad"]:
+            name = self.run.splits.train.item_name(index)  # the images may have been moved
+            self.bad[name] = BadImage(index, name, what)
         self.loss_sum, self.loss_count = values["loss_sum"], values["loss_count"]
         self.seconds_before, self.finished = values["seconds"], values["finished"]
+        if values["world_size"] == self.world.size:
+            self.updater.micro_batch_size = values["micro_batch_size"]
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns every tensor of the state by its name; filled in place they restore it."""
@@ -185,7 +181,7 @@ class RunState:
         return named | {f"optimizer.{name}": each for name, each in states.items()}
 
     def save(self, *, is_best: bool) -> None:
-        """Begins to write a checkpoint; training goes on while it is written."""
+        """Starts to write a checkpoint; training continues while it is written."""
         if self.config.keep_checkpoints == 0:
             return
         self.world.broadcast_tensors(_statistics(self.model).values())
@@ -201,24 +197,20 @@ class RunState:
             "seconds": self.seconds,
             "finished": self.finished,
             "data": self.data,
-            "precision": self.compute.precision,
+            "precision": self.run.compute.precision,
             "world_size": self.world.size,
             "micro_batch_size": self.updater.micro_batch_size,
         }
         self.checkpoints.save(self.step, self.tensors(), values, is_best=is_best)
-        self.last_checkpoint = self.run_folder.checkpoints / f"step-{self.step:08d}"
+        self.last_checkpoint = self.run.folder.checkpoints / f"step-{self.step:08d}"
 
-    def update(
-        self, step: int, images: Tensor, targets: Tensor, kept: Tensor, dropout_seed: int
-    ) -> Any:
-        """Moves the weights and their average by one batch, see `Updater`."""
-        result = self.updater(step, images, targets, kept, dropout_seed)
+    def advance(self, loss: float, rate: float) -> None:
+        """Counts a step that has moved the weights, and moves their average."""
         if self.average:
-            update_average(self.average, self.model, self.config.optimizer.average, step)
-        self.step, self.last_rate = step + 1, result.learning_rate
-        self.finished = self.step == self.num_steps
-        self.loss_sum, self.loss_count = self.loss_sum + result.loss, self.loss_count + 1
-        return result
+            update_average(self.average, self.model, self.config.optimizer.ema_decay, self.step)
+        self.step, self.last_rate = self.step + 1, rate
+        self.finished = self.step == self.run.num_steps
+        self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
 
     def note_result(self, result: tuple[float, float] | None) -> bool:
         """Notes an evaluation (accuracy, minus loss); returns whether it is the best so far."""
@@ -227,12 +219,12 @@ class RunState:
         if result is not None and is_best:
             self.best = result
         self.since_best = 0 if is_best else self.since_best + 1
-        if self.patience_is_over():
+        if self.is_out_of_patience():
             self.finished = True
         return is_best
 
-    def patience_is_over(self) -> bool:
-        """Returns whether the last evaluations brought nothing better for too long."""
+    def is_out_of_patience(self) -> bool:
+        """Returns whether the last evaluations brought no improvement for too long."""
         patience = self.config.patience
         return patience is not None and self.since_best >= patience
 
@@ -253,7 +245,7 @@ class RunState:
 def _statistics(model: torch.nn.Module) -> dict[str, Tensor]:
     """Returns what a model saves beside its parameters: batch normalisation's running means.
 
-    Each process has its own, of its share of a batch; those of the first are the run's.
+    Each process has its own, of its part of a batch; those of rank 0 are the run's.
     """
     saved = model.state_dict().keys()
     return {name: each for name, each in model.named_buffers() if name in saved}

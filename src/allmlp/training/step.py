@@ -1,27 +1,31 @@
 """One update of the weights: micro-batches, the gradient, clipping, and what is checked before.
 
-Legend: N images of this process's share of the batch.
+Legend: N images of this process's part of the batch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from allmlp.errors import UserError
-from allmlp.models.layers import ImageClassifier, set_stochastic_depth
+from allmlp.models.layers import ImageClassifier, preprocessing_of, set_stochastic_depth
 from allmlp.runtime.device import ComputePolicy, free_memory, keep_compiled
 from allmlp.runtime.world import World, no_sync
 from allmlp.training.config import TrainConfig
-from allmlp.training.cost import largest_micro_batch
-from allmlp.training.losses import loss_function
-from allmlp.training.optimizer import clip, update
-from allmlp.training.schedule import learning_rate
-from allmlp.training.sharpness import sharpest_point, sharpness_at
+from allmlp.training.cost import saved_bytes
+from allmlp.training.optim import (
+    clip,
+    learning_rate,
+    loss_function,
+    sam_ascent,
+    sam_rho_at,
+    update,
+)
 from allmlp.weights.download import cache_folder
 
 _USABLE = 0.8  # of the free memory; torch's own buffers and other programs need some
@@ -32,7 +36,7 @@ class StepResult:
     """What a step found.
 
     Attributes:
-        loss: mean over the batch, of all processes.
+        loss: mean over the batch of all processes.
         gradient_norm: before clipping.
         learning_rate: of this step.
     """
@@ -41,160 +45,105 @@ class StepResult:
     gradient_norm: float
     learning_rate: float
 
-
-class DivergedError(UserError):
-    """A run that had to stop because its loss or gradient is not finite."""
-
-
-class NotFiniteError(ArithmeticError):
-    """The loss or the gradient is not finite; the weights are as they were."""
-
-    def __init__(self, result: StepResult) -> None:
-        self.result = result
-        super().__init__(f"loss {result.loss}, gradient norm {result.gradient_norm}")
+    @property
+    def is_finite(self) -> bool:
+        """Whether the weights were moved: by a loss or gradient that is not finite they are not."""
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 
+@dataclass
 class Updater:
     """Moves the weights of one model.
 
-    Args:
+    Attributes:
         model: whose parameters move.
-        network: how it is called: the model itself, shared out (`parallelize`), or compiled.
+        network: how it is called: the model itself, or as `parallelize` wraps it.
         optimizers: over the parameters, see `build_optimizers`.
-        config, compute, world: of the run.
         num_steps: of the whole run.
-        say: tells the user a line.
+        say: receives a line for the user.
+        micro_batch_size: images that pass through the model at once; None until it is chosen.
     """
 
-    def __init__(
-        self,
-        model: ImageClassifier,
-        network: nn.Module,
-        optimizers: list[torch.optim.Optimizer],
-        config: TrainConfig,
-        compute: ComputePolicy,
-        world: World,
-        num_steps: int,
-        say: Callable[[str], None],
-    ) -> None:
-        self.model, self.network, self.optimizers = model, network, optimizers
-        self.config, self.compute, self.world = config, compute, world
-        self.num_steps, self.say = num_steps, say
-        self.micro_batch_size = config.batch_size // world.size
+    model: ImageClassifier
+    network: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    config: TrainConfig
+    compute: ComputePolicy
+    world: World
+    num_steps: int
+    say: Callable[[str], None]
+    micro_batch_size: int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = [each for each in self.model.parameters() if each.requires_grad]
         self.compiled = None
-        if compute.compile:
+        if self.compute.compile:
             keep_compiled(cache_folder() / "compiled")
-            self.compiled = torch.compile(network)
-        self.parameters = [each for each in model.parameters() if each.requires_grad]
-
-    def choose_micro_batch(self, before: int | None) -> None:
-        """Settles how many images pass through the model at once.
-
-        Args:
-            before: what the run used before it was stopped; unless the settings name a number,
-                gradients are added up in the same parts, so that it goes on with the same bits.
-                None: a new choice.
-
-        Raises:
-            UserError: not even one image fits into memory.
-        """
-        share = self.config.batch_size // self.world.size
-        chosen = self.config.micro_batch_size or before
-        if chosen is None:
-            chosen = -self.world.all_reduce_max(
-                -self._what_fits(share)
-            )  # the smallest of all processes
-        if chosen > share:
-            self.say(f"note     micro_batch_size {chosen} is more than a process's {share} images")
-        self.micro_batch_size = min(chosen, share)
-        if self.micro_batch_size < share:
-            parts = math.ceil(share / self.micro_batch_size)
-            each = f"{self.micro_batch_size} images"
-            self.say(f"memory   a step's {share} images go through the model in {parts} x {each}")
-
-    def _what_fits(self, share: int) -> int:
-        free = free_memory(self.compute.device)
-        if free is None:
-            return share
-        gradients = sum(each.nbytes for each in self.parameters)
-        available = round(_USABLE * free / self._neighbours()) - gradients
-        half = self.compute.precision == "bfloat16"
-        return largest_micro_batch(self.model.config, share, available, bfloat16=half) or share
-
-    def _neighbours(self) -> int:
-        """Processes that share this one's memory."""
-        return 1 if self.compute.device.type == "cuda" else self.world.size
+            self.compiled = torch.compile(self.network)
 
     def __call__(
-        self, step: int, images: Tensor, targets: Tensor, kept: Tensor, dropout_seed: int
+        self, step: int, images: Tensor, targets: Tensor, depth: Tensor, dropout_seed: int
     ) -> StepResult:
-        """Moves the weights by one batch.
+        """Moves the weights by one batch, unless the loss or the gradient is not finite.
 
         Args:
             step: from 0.
             images: float32 (N, channels, H, W), of this process.
             targets: float32 (N, classes).
-            kept: (branches, N), see `draw_stochastic_depth`.
+            depth: (branches, N), see `draw_stochastic_depth`.
             dropout_seed: of this step on this process.
-
-        Raises:
-            NotFiniteError: the loss or the gradient is not finite.
         """
         settings = self.config.optimizer
         rate = learning_rate(settings, step, self.num_steps)
-        radius = sharpness_at(settings, step, self.num_steps)
-        loss = self.gradient(images, targets, kept, dropout_seed)
-        if radius:
-            with sharpest_point(self.parameters, radius):
-                self.gradient(images, targets, kept, dropout_seed)
+        rho = sam_rho_at(settings, step, self.num_steps)
+        loss = self.gradient(images, targets, depth, dropout_seed)
+        if rho:
+            with sam_ascent(self.parameters, rho):
+                self.gradient(images, targets, depth, dropout_seed)
         norm = clip(self.parameters, settings.clip_norm or math.inf)
         # The step's one wait for a GPU: nothing may move before both are known to be finite.
-        local, length = torch.stack((loss, norm.double())).tolist()
-        result = StepResult(self.world.all_reduce_mean(local), length, rate)
-        if not (math.isfinite(result.loss) and math.isfinite(result.gradient_norm)):
-            raise NotFiniteError(result)
-        update(self.optimizers, rate)
+        local, norm = torch.stack((loss, norm.double())).tolist()
+        result = StepResult(self.world.all_reduce_mean(local), norm, rate)
+        if result.is_finite:
+            update(self.optimizers, rate)
         return result
 
-    def gradient(self, images: Tensor, targets: Tensor, kept: Tensor, dropout_seed: int) -> Tensor:
+    def gradient(self, images: Tensor, targets: Tensor, depth: Tensor, dropout_seed: int) -> Tensor:
         """Puts the gradient of the mean loss into the parameters; returns this process's loss.
 
-        It is a scalar, float64, which a GPU may still be computing.
-
-        Raises:
-            UserError: the GPU's memory is too small, and parts half as large would not be either,
-                or other processes would have to take them too.
+        That is a float64 scalar, which a GPU may still be computing. If the GPU runs out of memory,
+        the images go through it in halves from then on.
         """
         while True:
+            size = self.micro_batch_size or len(images)
             try:
-                return self._gradient(images, targets, kept, dropout_seed)
+                return self._gradient(images, targets, depth, dropout_seed, size)
             except torch.OutOfMemoryError as error:
-                half = self.micro_batch_size // 2
-                if half < 1 or self.world.size > 1:
-                    what = f"{self.micro_batch_size} images at once do not fit into the GPU"
+                half = size // 2
+                if half < 1 or self.world.size > 1:  # the other processes would have to halve too
+                    what = f"{size} images at once do not fit into the GPU"
                     fix = f"--set micro_batch_size={max(1, half)}, or a smaller model or image size"
                     raise UserError(what, where="micro_batch_size", fix=fix) from error
             torch.cuda.empty_cache()
             self.micro_batch_size = half
-            self.say(f"memory   too little for more: {half} images at once from here on")
+            self.say(f"memory   out of memory: {half} images at once from here on")
 
-    def _gradient(self, images: Tensor, targets: Tensor, kept: Tensor, dropout_seed: int) -> Tensor:
+    def _gradient(
+        self, images: Tensor, targets: Tensor, depth: Tensor, dropout_seed: int, size: int
+    ) -> Tensor:
         torch.manual_seed(dropout_seed)
         # Frozen features are those of evaluation, without dropped branches.
-        self.model.train(self.config.model.trained == "all")
+        self.model.train(self.config.model.train_only == "all")
         for each in self.parameters:
             each.grad = None
         count, total = len(images), images.new_zeros((), dtype=torch.float64)
-        for start in range(0, count, self.micro_batch_size):
-            part = slice(start, start + self.micro_batch_size)
-            set_stochastic_depth(self.model, kept[:, part])
-            is_last = part.stop >= count
-            with no_sync(self.network, not is_last):
+        for start in range(0, count, size):
+            part = slice(start, start + size)
+            set_stochastic_depth(self.model, depth[:, part])
+            with no_sync(self.network, part.stop < count):
                 with self.compute.autocast():
                     logits = self.predict(images[part])
-                loss = loss_function(
-                    logits.float(), targets[part], self.config.loss, self.config.label_smoothing
-                )
+                loss = loss_function(logits.float(), targets[part], self.config.loss)
                 loss = loss * (len(logits) / count)
                 loss.backward()
             total += loss.detach()
@@ -214,3 +163,39 @@ class Updater:
             first = str(error).strip().splitlines()[0][:200]
             self.say(f"note     not compiled after all: {first}")
             return self.network(images)
+
+    def choose_micro_batch(self) -> None:
+        """Decides how many images pass through the model at once.
+
+        Unless a setting gives the number, a resumed run accumulates gradients over the same parts
+        as before, so that it continues with the same bits.
+        """
+        own = self.config.batch_size // self.world.size
+        chosen = self.config.micro_batch_size or self.micro_batch_size
+        if chosen is None:
+            chosen = -self.world.all_reduce_max(-self._fitting(own))  # the least of all processes
+        self.micro_batch_size = size = min(chosen, own)
+        if size < own:
+            parts = f"{math.ceil(own / size)} x {size} images"
+            self.say(f"memory   a step's {own} images go through the model in {parts}")
+
+    def _fitting(self, own: int) -> int:
+        """Returns the largest divisor of this process's images whose activations fit into memory.
+
+        A CPU must not find out by running out of it: Linux kills the process that takes too much.
+        """
+        device, preprocessing = self.compute.device, preprocessing_of(self.model)
+        free = free_memory(device)
+        if free is None:
+            return own
+        image = torch.zeros(1, preprocessing.channels, *preprocessing.image_size, device=device)
+        needed = saved_bytes(self.model, image, self.compute)
+        neighbours = 1 if device.type == "cuda" else self.world.size  # share this memory
+        room = _USABLE * free / neighbours
+        room -= sum(each.nbytes for each in self.parameters) + own * image.nbytes
+        fitting = [n for n in range(1, own + 1) if own % n == 0 and n * needed <= room]
+        if not fitting:
+            what = f"training on one image at a time takes {needed / 1e9:.2f} GB of activations, "
+            what += f"and {max(room, 0) / 1e9:.2f} GB of memory are left"
+            raise UserError(what, fix="A smaller model, image_size or batch_size", code="memory")
+        return fitting[-1]

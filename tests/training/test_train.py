@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import re
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,8 @@ import torch
 from PIL import Image
 
 import allmlp as am
-from allmlp.data.fingerprint import fingerprint
-from allmlp.data.sources import open_splits
-from allmlp.training import loop, summary
-from allmlp.training.run_folder import planned_path
-from conftest import draw, tiny_config
+from allmlp.training import train as loop
+from conftest import tiny_config
 
 PICTURES = [*("confusion", "curves", "predictions", "reliability", "train_batch", "worst_mistakes")]
 
@@ -90,14 +86,6 @@ def test_test_images_are_measured_at_the_end(trained: am.TrainResult):
     assert written["images"] == 359
 
 
-def test_the_model_card(trained: am.TrainResult):
-    card = (trained.run_folder / "best" / "README.md").read_text()
-    assert card.startswith('---\nlibrary_name: "allmlp"\n')
-    assert f"| 359 | digits:test | {trained.test.top1:.2%} |" in card
-    assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in card
-    assert "seed 0: 3 epochs of 1,259 images" in card
-
-
 @pytest.mark.parametrize(("length", "total"), [({"epochs": 7}, "7"), ({"steps": 4}, "1.6")])
 def test_the_screen_ends_with_the_last_epoch(class_folder: Path, tmp_path: Path, length, total):
     config = tiny_config(str(class_folder), tmp_path / "run").with_values(
@@ -144,21 +132,12 @@ def test_the_same_seed_gives_the_same_bits(class_folder: Path, tmp_path: Path):
     assert [step["loss"] for step in steps_of(other.run_folder)] != [row[1] for row in losses[0]]
 
 
-def test_the_next_commands_can_be_pasted(monkeypatch):
-    """In an environment that is not activated, `mixer` alone would not be found."""
-    monkeypatch.setattr(summary.sys, "argv", [".venv/bin/mixer", "train"])
-    monkeypatch.setattr(summary.shutil, "which", lambda name: None)
-    assert summary._command() == ".venv/bin/mixer"
-    monkeypatch.setattr(summary.shutil, "which", lambda name: "/usr/bin/mixer")
-    assert summary._command() == "mixer"
-
-
 def test_the_average_is_what_is_kept(class_folder, tmp_path, monkeypatch):
     kept: list[loop.Trainer] = []
     run = loop.Trainer.run
     monkeypatch.setattr(loop.Trainer, "run", lambda self: (kept.append(self), run(self)))
     config = tiny_config(
-        str(class_folder), tmp_path / "run", optimizer__average=0.9, evaluate_every=2
+        str(class_folder), tmp_path / "run", optimizer__ema_decay=0.9, evaluate_every=2
     )
     saved = am.load_model(am.train(config, quiet=True).run_folder).state_dict()
     for name, value in kept[0].state.average.items():
@@ -195,7 +174,7 @@ def nothing_left(folder: Path) -> bool:
         ({"model__image_size": 9}, "image size 9x9 is not divisible by the patch size 4"),
         ({"data__source": "no/such/folder"}, "no such data: 'no/such/folder'"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
-        ({"model__overrides": {"in_channels": 2}}, "the model wants 2"),
+        ({"model__overrides": {"in_channels": 2}}, "the model takes 2"),
         ({"model__overrides": {"depth": 2}}, "no setting 'depth'"),
     ],
 )
@@ -208,49 +187,6 @@ def test_mistakes_leave_nothing_behind(class_folder, tmp_path, changes, message)
     assert nothing_left(tmp_path)
 
 
-def test_a_loss_that_is_not_finite_never_reaches_the_weights(class_folder, tmp_path, monkeypatch):
-    kept: list[loop.Trainer] = []
-    run = loop.Trainer.run
-    monkeypatch.setattr(loop.Trainer, "run", lambda self: (kept.append(self), run(self)))
-    config = tiny_config(
-        str(class_folder),
-        tmp_path / "run",
-        epochs=20,
-        evaluate_every=20,
-        optimizer__learning_rate=1e20,
-    )
-    with pytest.raises(am.UserError, match=r"step \d+: loss .*stopped before the weights"):
-        am.train(config, quiet=True)
-    assert all(torch.isfinite(p).all() for p in kept[0].model.parameters())
-
-
-def test_an_infinite_gradient_stops_before_the_update(class_folder, tmp_path, monkeypatch):
-    kept: list[loop.Trainer] = []
-    run = loop.Trainer.run
-
-    def poisoned(self: loop.Trainer) -> None:
-        kept.append(self)
-        weight = self.model.stem.weight
-        weight.register_hook(lambda grad: grad * float("inf") if len(kept) > 1 else grad)
-        step = self.train_step
-
-        def counted(number, batch):
-            if number == 3:
-                kept.append(self)
-                before.extend(p.clone() for p in self.model.parameters())
-            return step(number, batch)
-
-        self.train_step = counted
-        run(self)
-
-    before: list[torch.Tensor] = []
-    monkeypatch.setattr(loop.Trainer, "run", poisoned)
-    with pytest.raises(am.UserError, match=r"step 3: loss .* gradient norm (inf|nan)"):
-        am.train(tiny_config(str(class_folder), tmp_path / "run", epochs=3), quiet=True)
-    after = list(kept[0].model.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
 def test_a_diverged_model_is_never_best(class_folder, tmp_path, monkeypatch):
     measure = loop.measure
 
@@ -260,7 +196,7 @@ def test_a_diverged_model_is_never_best(class_folder, tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(loop, "measure", diverged)
-    with pytest.raises(am.UserError, match="the validation loss is nan; the run has diverged"):
+    with pytest.raises(am.UserError, match="the validation loss is nan"):
         am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run" / "best").exists()
 
@@ -282,24 +218,6 @@ def test_a_file_name_that_is_no_text(class_folder, tmp_path):
     assert b"caf\xe9.png" in (tmp_path / "out.csv").read_bytes()
 
 
-def test_ctrl_c_saves_the_run_and_says_how_to_go_on(class_folder, tmp_path, monkeypatch):
-    step = loop.Trainer.train_step
-
-    def interrupted(self, number, batch):
-        if number == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, number, batch)
-
-    monkeypatch.setattr(loop.Trainer, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        am.train(tiny_config(str(class_folder), tmp_path / "run", epochs=9), quiet=True)
-    assert am.load_model(tmp_path / "run").class_names == ["ant", "bee", "cat"]
-    log = (tmp_path / "run" / "log.txt").read_text()
-    assert "stopped after step 7 of 22" in log
-    assert f"mixer train --resume {tmp_path / 'run'}" in log
-    assert (tmp_path / "run" / "checkpoints" / "step-00000007" / "manifest.json").exists()
-
-
 def test_a_run_never_writes_over_another(class_folder, tmp_path):
     config = tiny_config(str(class_folder), tmp_path / "run")
     first = am.train(config, quiet=True)
@@ -318,22 +236,6 @@ def test_a_run_never_writes_over_another(class_folder, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(am.UserError, match="the run folder is a file"):
         am.train(tiny_config(str(class_folder), tmp_path / "file"), quiet=True)
-
-
-def test_run_folders_get_names_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    first = planned_path(am.recipe("digits"))
-    assert first.parent == Path("runs")
-    assert first.name.endswith("_digits")
-    first.mkdir(parents=True)
-    assert planned_path(am.recipe("digits")) != first
-
-
-def test_the_fingerprint_knows_the_data(class_folder):
-    first = fingerprint(open_splits(str(class_folder))["train"])
-    assert first == fingerprint(open_splits(str(class_folder))["train"])
-    draw(500).save(class_folder / "train" / "ant" / "new.png")
-    assert first != fingerprint(open_splits(str(class_folder))["train"])
 
 
 @pytest.mark.slow

@@ -16,19 +16,15 @@ _SAME_SIGNAL = 3.0  # seconds
 
 
 class NoBatchCame(Exception):
-    """A signal came while a batch was waited for, which may never come."""
+    """A signal came while waiting for a batch, which may never come."""
 
 
 class StopRequest:
-    """Notices SIGTERM and SIGINT while its block runs.
-
-    A loader that waits for a batch then raises `NoBatchCame`.
-
-    Args:
-        saves: whether the run keeps checkpoints, for what is said.
+    """Notices SIGTERM and SIGINT within its block; a loader that waits raises `NoBatchCame`.
 
     Attributes:
         signal: the number of the signal that came, 0 for none.
+        saves: whether the run keeps checkpoints, for the message.
     """
 
     def __init__(self, *, saves: bool = True) -> None:
@@ -65,12 +61,7 @@ class StopRequest:
 
 
 def end(number: int) -> NoReturn:
-    """Ends the run as the signal would have: KeyboardInterrupt, or exit code 143.
-
-    Raises:
-        KeyboardInterrupt: the signal is SIGINT.
-        SystemExit: any other, with 128 + its number.
-    """
+    """Ends the run as the signal would have: KeyboardInterrupt, or exit code 143."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)

@@ -1,66 +1,55 @@
-"""What a run begins with: how long it is, and its model, new or from trained weights."""
+"""The model that a run begins with: new, or from trained weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from allmlp.console import Reporter
 from allmlp.errors import UserError, plural
 from allmlp.models.catalog import create_model, model_from_config
 from allmlp.models.layers import ImageClassifier, preprocessing_of
 from allmlp.preprocessing import Preprocessing
+from allmlp.training.checkpoint import verify
 from allmlp.training.config import TrainConfig
-from allmlp.training.dataset import Splits
-from allmlp.training.head import freeze_all_but_head, start_head_bias
-from allmlp.training.manifest import verify
 from allmlp.weights.load import load_model, with_new_head
-
-
-def length(config: TrainConfig, splits: Splits) -> int:
-    """Returns the number of steps of the whole run."""
-    if config.steps is not None:
-        return config.steps
-    assert config.epochs is not None
-    return max(1, round(config.epochs * len(splits.train) / config.batch_size))
 
 
 def build_model(
     config: TrainConfig, class_names: list[str], best: Path | None = None, *, quiet: bool = False
 ) -> ImageClassifier:
-    """Returns the model of a run, with the class names and preprocessing that it will carry.
+    """Returns the model of a run, with the class names and preprocessing that it carries.
 
     Args:
         config: of the run.
         class_names: of the training images.
-        best: best/ of the run folder where the run goes on. With a whole checkpoint beside it, it
-            stands in for the weights that the run began with, which may be gone by now.
-        quiet: do not say on standard error what became of trained weights.
-
-    Raises:
-        UserError: no such model or weights, or they do not fit the images.
+        best: best/ of the run folder on resume. With a complete checkpoint beside it, it stands in
+            for the weights that the run began with, which may be gone.
+        quiet: do not report on standard error what was kept of trained weights.
     """
-    settings = config.model
+    settings, data = config.model, config.data
     if settings.weights is not None:
         model, class_names = _from_weights(config, class_names, best, quiet=quiet)
     else:
-        size = settings.image_size
-        assert size is not None
-        model = create_model(settings.name, size, len(class_names), **settings.overrides)
+        assert settings.image_size is not None
+        model = create_model(
+            settings.name, settings.image_size, len(class_names), **settings.overrides
+        )
         _check_channels(model, "model.overrides.in_channels")
         model.preprocessing = Preprocessing(
             image_size=model.config.image_size, channels=model.config.in_channels
         )
         if settings.head_bias:
-            start_head_bias(model, settings.head_bias)
-    if settings.trained == "head":
+            set_head_bias(model, settings.head_bias)
+    if settings.train_only == "head":
         freeze_all_but_head(model)
     model.class_names = class_names
-    data = config.data
     changes: dict[str, Any] = {"resize": data.resize, "exif_orientation": data.exif_orientation}
     if data.crop is not None:
         changes |= {"crop": data.crop, "crop_small": True}
@@ -74,16 +63,41 @@ def build_model(
     return model
 
 
+def freeze_all_but_head(model: nn.Module) -> None:
+    """Freezes everything but `model.head`: a linear probe."""
+    head = _head_of(model)
+    model.requires_grad_(False)
+    head.requires_grad_(True)
+
+
+def set_head_bias(model: nn.Module, value: float, rows: Sequence[int] | None = None) -> None:
+    """Fills the bias of `model.head`, in place; for these rows only, if given.
+
+    Google begins with -6.9, about the logarithm of 1/1000, on ImageNet-1k's 1000 classes and the
+    sigmoid loss (big_vision, `configs/mlp_mixer_i1k.py`, `init_head_bias`).
+    """
+    with torch.no_grad():
+        _head_of(model).bias[slice(None) if rows is None else list(rows)] = value
+
+
+def _head_of(model: nn.Module) -> nn.Linear:
+    head = getattr(model, "head", None)
+    if head is None:
+        what = "the model has no head: it returns features, not classes"
+        raise UserError(what, fix="Create or load it without num_classes=0")
+    return head
+
+
 def _check_channels(model: ImageClassifier, where: str) -> None:
     if model.config.in_channels not in (1, 3):
-        what = f"images have 1 or 3 channels, the model wants {model.config.in_channels}"
+        what = f"images have 1 or 3 channels, the model takes {model.config.in_channels}"
         raise UserError(what, where=where)
 
 
 def _from_weights(
     config: TrainConfig, class_names: list[str], best: Path | None, *, quiet: bool
 ) -> tuple[ImageClassifier, list[str]]:
-    """Returns the model with its head in the order of the classes, and what it calls them."""
+    """Returns the model with its head in the order of the classes, and its names for them."""
     settings = config.model
     if not settings.weights:
         what = f"the recipe {config.recipe} begins with trained weights, and none are given"
@@ -93,16 +107,12 @@ def _from_weights(
     if best is not None and _can_replace_first_weights(best):
         source, is_own = str(best), True
     report = Reporter(quiet=quiet or is_own, stderr=True)
-    model = load_model(
-        source, settings.image_size, resize_weights=settings.growth, quiet=quiet or is_own
-    )
+    method = settings.resize_weights
+    model = load_model(source, settings.image_size, resize_weights=method, quiet=quiet or is_own)
     _check_channels(model, source)
     model, names, new = _with_head_for(model, class_names, report)
-    if settings.head_bias and not new and not is_own:
-        what = f"model.head_bias={settings.head_bias} has no effect: the head is kept"
-        raise UserError(what, where=source, fix="--set model.head_bias=0")
     if settings.head_bias and new:
-        start_head_bias(model, settings.head_bias, new)
+        set_head_bias(model, settings.head_bias, new)
     if settings.overrides:  # those of `ModelSettings`, which need no other tensors
         trained, preprocessing = model.state_dict(), model.preprocessing
         try:
@@ -117,7 +127,7 @@ def _from_weights(
 
 
 def _can_replace_first_weights(best: Path) -> bool:
-    """Whether the run has its own weights, and a whole checkpoint that fills what has moved on.
+    """Whether the run has its own weights, and a complete checkpoint to fill in the rest.
 
     Without such a checkpoint the run begins again, with the weights that it began with.
     """
@@ -135,13 +145,10 @@ def _can_replace_first_weights(best: Path) -> bool:
 def _with_head_for(
     model: ImageClassifier, class_names: list[str], report: Reporter
 ) -> tuple[ImageClassifier, list[str], list[int]]:
-    """Returns the model with a row of the head for each class, those that it knows as they are.
+    """Returns the model with a row of the head for each class, its names for them, and new rows.
 
     Classes are matched by name. Those that the weights do not know begin with zeros, as the paper
     starts fine-tuning.
-
-    Returns:
-        The model; the classes, by its own names where it knows them; and the new rows.
     """
     known, had = model.class_names or [], model.config.num_classes
     # A model of ImageNet calls a class "n01440764 tench"; folders have the WordNet id alone.

@@ -1,0 +1,194 @@
+"""The commands `mixer train` and `mixer finetune`: flags for the settings that are given most.
+
+A flag stands for a setting of `TrainConfig`, from which it takes its type and its help; `--set`
+reaches all others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from typing import Any, get_type_hints
+
+from allmlp.errors import UserError, needs, one_of
+from allmlp.options import Options, Repeated, documentation
+from allmlp.training.config import (
+    AdamW,
+    AugmentSettings,
+    DataSettings,
+    ModelSettings,
+    TrainConfig,
+)
+from allmlp.training.finetuning_recipes import FINETUNING, LEARNING_RATES, finetune_for
+from allmlp.training.recipes import recipe as named_recipe
+
+# Flag -> setting.
+_SHARED = {
+    "data": "data.source",
+    "output": "output",
+    "image_size": "model.image_size",
+    "epochs": "epochs",
+    "steps": "steps",
+    "batch_size": "batch_size",
+    "learning_rate": "optimizer.learning_rate",
+    "holdout": "data.holdout",
+    "device": "device",
+    "num_workers": "data.num_workers",
+    "precision": "precision",
+    "compile": "compile",
+    "sharding": "sharding",
+}
+TRAIN = {
+    **_SHARED,
+    "model": "model.name",
+    "fraction": "data.fraction",
+    "exclude": "data.exclude",
+    "max_bad": "data.max_bad",
+    "seed": "seed",
+}
+FINETUNE = {**_SHARED, "resize_weights": "model.resize_weights"}
+_KINDS = {
+    "": TrainConfig,
+    "model": ModelSettings,
+    "data": DataSettings,
+    "augment": AugmentSettings,
+    "optimizer": AdamW,
+}
+
+
+def flags(settings: dict[str, str]) -> list[Any]:
+    """Returns a field for each flag, None where it is not given."""
+    fields = []
+    for flag, key in settings.items():
+        section, _, name = key.rpartition(".")
+        kind = _KINDS[section]
+        doc = {"doc": documentation(kind)[name]}
+        hint = get_type_hints(kind)[name] | None
+        fields.append((flag, hint, dataclasses.field(default=None, metadata=doc)))
+    doc = "Any other setting, as config.json of a run names it; may be given many times."
+    metadata = {"flag": "set", "metavar": "KEY=VALUE", "doc": doc}
+    return [*fields, ("settings", Repeated, dataclasses.field(default=(), metadata=metadata))]
+
+
+def _optional(hint: Any, default: Any, metavar: str, doc: str) -> Any:
+    return hint, dataclasses.field(default=default, metadata={"metavar": metavar, "doc": doc})
+
+
+_RESUME = "The folder of a run to resume; its own settings are used."
+TrainOptions = dataclasses.make_dataclass(
+    "TrainOptions",
+    [*flags(TRAIN), ("resume", *_optional(str | None, None, "FOLDER", _RESUME))],
+    bases=(Options,),
+    kw_only=True,
+    frozen=True,
+)
+TrainOptions.__doc__ = """Train a model from random weights; writes a run folder with the best ones.
+
+Examples:
+    mixer train
+    mixer train --data FOLDER --image-size 64
+    mixer train --data FOLDER --model mixer_s16 --epochs 100 --output runs/flowers
+    mixer train digits --seed 1 --set optimizer.weight_decay=0.05
+
+    mixer train cifar10 --data 'cifar10_*.parquet' --output runs/cifar10
+    mixer train --resume runs/cifar10
+
+A run that was stopped continues with --resume, or with the same command and --output, bit for bit
+as if it had never stopped.
+
+FOLDER has train/<class>/*.jpg, with val/ and test/ if you have them, or just <class>/*.jpg. RECIPE
+is a name of docs/recipes.md; without it digits, or scratch where --data is given.
+"""
+
+
+def train_command(recipe: str | None, options: Any) -> None:
+    """Runs `mixer train`."""
+    from allmlp.data.sources import names_source  # these import much that --help does not need
+    from allmlp.training.resume import check_same, config_of
+    from allmlp.training.train import train
+
+    if options.resume is None:
+        source = options.data
+        name = recipe or ("digits" if source is None or names_source(source) else "scratch")
+        train(changed(named_recipe(name), TRAIN, options))
+        return
+    if options.output is not None or recipe is not None:
+        given = "output" if options.output is not None else f"the recipe {recipe}"
+        raise UserError(f"resume continues a run unchanged; {given} cannot be given as well")
+    old = config_of(options.resume)
+    config = changed(old, TRAIN, options)
+    check_same(old, config)
+    train(replace(config, output=options.resume))
+
+
+def changed(config: TrainConfig, settings: dict[str, str], options: Any) -> TrainConfig:
+    """Returns the config after the flags that were given, and after every --set."""
+    given = {key: getattr(options, flag) for flag, key in settings.items()}
+    given = {key: value for key, value in given.items() if value is not None}
+    return config.with_values(given, options.settings)
+
+
+_RECIPE = """finetune_imagenet, finetune_cifar, finetune_pets, finetune_flowers or finetune_vtab;
+without it the BiT-HyperRule, by the number of training images."""
+_GRID = "Learning rates to choose from; without values those of the recipe."
+FinetuneOptions = dataclasses.make_dataclass(
+    "FinetuneOptions",
+    [
+        *flags(FINETUNE),
+        ("recipe", *_optional(str | None, None, "TEXT", _RECIPE)),
+        ("grid", *_optional(tuple[float, ...] | None, None, "[LR ...]", _GRID)),
+        ("seeds", *_optional(tuple[int, ...], (), "N ...", "Of the final runs (0).")),
+    ],
+    bases=(Options,),
+    kw_only=True,
+    frozen=True,
+)
+FinetuneOptions.__doc__ = """Continue training from a checkpoint on your own images.
+
+Examples:
+    mixer finetune mixer_b16.i21k --data FOLDER --output runs/mine
+    mixer finetune mixer_b16.i21k --data FOLDER --image-size 448 --steps 200 --batch-size 32
+    mixer finetune runs/cifar10 --data FLOWERS --image-size 64 --grid --seeds 0 1 2
+    mixer finetune mixer_b16.i21k --data FOLDER --set model.train_only=head
+
+The rows of the head are kept for classes that the checkpoint knows by name; other classes begin
+with zeros. With --grid the learning rate is chosen on held-out training images, and the final run,
+one for each of --seeds, takes the best; their mean and standard deviation are reported. The same
+command with the same --output resumes what was stopped.
+"""
+
+
+def finetune_command(checkpoint: str, options: Any) -> None:
+    """Runs `mixer finetune`."""
+    from allmlp.data.sources import open_splits
+    from allmlp.finetuning import finetune
+    from allmlp.training.train import train
+
+    if options.data is None:
+        raise UserError("fine-tuning needs data", where="data", code="missing")
+    needs({"resize_weights": options.resize_weights}, "image_size", options.image_size)
+    if options.recipe is not None:
+        one_of("recipe", options.recipe, FINETUNING)
+        config = named_recipe(options.recipe)
+    else:
+        splits = open_splits(options.data)
+        if "train" not in splits:
+            fix = f"Known there: {', '.join(splits)}. Give a source that has both"
+            raise UserError("the data has no train split", where=options.data, fix=fix)
+        config = finetune_for(len(splits["train"]))
+    grid, seeds = options.grid, options.seeds
+    chosen = {"optimizer.learning_rate": grid, "seed": seeds or None}
+    for key, values in chosen.items():
+        flag = key.rpartition(".")[2]
+        is_set = any(each.partition("=")[0].strip() == key for each in options.settings)
+        if values is not None and (is_set or getattr(options, flag, None) is not None):
+            other = "seeds" if key == "seed" else "grid"
+            raise UserError(f"{flag} and {other} exclude each other", fix="Leave one of them out")
+    config = changed(config.with_value("model.weights", checkpoint), FINETUNE, options)
+    if seeds:
+        config = config.with_value("seed", seeds[0])
+    if grid is None and len(seeds) < 2:
+        train(config)
+        return
+    rates = () if grid is None else grid or LEARNING_RATES[config.recipe]
+    finetune(config, grid=rates, seeds=seeds or (config.seed,))

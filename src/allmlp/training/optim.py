@@ -1,0 +1,211 @@
+"""How the weights move: loss, learning rate, optimizers and their state, SAM, moving average.
+
+Everything works on plain parameters and on those that FSDP2 has sharded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from allmlp.errors import UserError
+from allmlp.models.layers import is_hidden_kernel
+from allmlp.runtime.world import full_tensor
+from allmlp.training import config as settings_of
+from allmlp.training.config import Optimizer, Sigmoid, Softmax, Steps
+
+
+def loss_function(logits: Tensor, targets: Tensor, loss: Softmax | Sigmoid) -> Tensor:
+    """Returns the mean loss over the images, a scalar.
+
+    Args:
+        logits, targets: (N, num_classes); rows of the targets sum to 1.
+        loss: softmax cross-entropy, or sigmoid cross-entropy summed over the classes.
+    """
+    if isinstance(loss, Sigmoid):
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        return losses.sum(dim=1).mean()
+    return F.cross_entropy(logits, targets, label_smoothing=loss.label_smoothing)
+
+
+# The learning rate: a pure function of the step, 0 at step 0 with a warm-up. Source:
+# `create_learning_rate_schedule` of big_vision's utils.py; stepwise decay as in
+# google-research/task_adaptation and bit_hyperrule.py: the boundary step still has the rate before.
+
+
+def learning_rate(optimizer: Optimizer, step: int, num_steps: int) -> float:
+    """Returns the learning rate of a step (from 0) of a run of `num_steps`."""
+    warmup, schedule = warmup_steps(optimizer, num_steps), optimizer.schedule
+    progress = (step - warmup) / max(num_steps - warmup, 1)
+    progress = min(max(progress, 0.0), 1.0)
+    rise = min(1.0, step / warmup) if warmup else 1.0
+    if isinstance(schedule, Steps):
+        ends = (round(at * num_steps) if at < 1 else at for at in schedule.decay_at)
+        scale = schedule.decay_factor ** sum(step > end for end in ends)
+        return optimizer.learning_rate * scale * rise
+    if schedule.name == "cosine":
+        decay = 0.5 * (1.0 + math.cos(math.pi * progress))
+    else:
+        decay = 1.0 - progress
+    scale = schedule.final_lr_fraction + (1.0 - schedule.final_lr_fraction) * decay
+    return optimizer.learning_rate * scale * rise
+
+
+def warmup_steps(optimizer: Optimizer, num_steps: int) -> int:
+    """Returns the first step at the full learning rate."""
+    return round(optimizer.warmup * num_steps if optimizer.warmup < 1 else optimizer.warmup)
+
+
+def check_warmup(optimizer: Optimizer, num_steps: int) -> None:
+    """Raises UserError for a run that ends before a step at the full learning rate."""
+    warmup = warmup_steps(optimizer, num_steps)
+    if warmup >= num_steps:
+        what = f"optimizer.warmup={optimizer.warmup:g} is {warmup:,} steps of warm-up, and the "
+        what += f"whole run has {num_steps:,}: it would never reach its learning rate"
+        raise UserError(what, fix="--set optimizer.warmup=0.1 (a tenth of the run), or more epochs")
+
+
+def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.Optimizer]:
+    """Returns the optimizers over the parameters that require a gradient; `update` steps them.
+
+    One for AdamW and SGD. For Muon two: Muon (Jordan et al. 2024) for the 2-D kernels inside the
+    blocks, which are the dense weights of token and channel mixing, and AdamW for the rest: stem,
+    head, norms, biases and kernels with a third axis (untied token mixing, CycleFC). Muon's updates
+    are scaled to the size of Adam's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that both
+    take the same learning rate and decay.
+
+    Weight decay is decoupled and reaches kernels only (big_vision's `.*/kernel$`).
+
+    Their state exists from here on, all zeros, instead of within the first step: so a run has the
+    same tensors at all times and can be saved before it begins.
+    """
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    rate, optimizers = settings.learning_rate, []
+    if isinstance(settings, settings_of.SGD):
+        optimizers.append(torch.optim.SGD(trained.values(), lr=rate, momentum=settings.momentum))
+    else:
+        if isinstance(settings, settings_of.Muon):
+            hidden_names = [n for n, each in trained.items() if is_hidden_kernel(n, each)]
+            hidden = [trained.pop(name) for name in hidden_names]
+            if not hidden:
+                what = "optimizer=muon has nothing to train: the model has no 2-D block weights"
+                raise UserError(what, fix="--set optimizer=adamw")
+            options = {"lr": rate, "weight_decay": settings.weight_decay, "nesterov": True}
+            options |= {"momentum": settings.momentum, "adjust_lr_fn": "match_rms_adamw"}
+            optimizers.append(torch.optim.Muon(hidden, **options))
+        kernels = [each for name, each in trained.items() if is_kernel(name, each)]
+        others = [each for name, each in trained.items() if not is_kernel(name, each)]
+        groups: list[dict[str, Any]] = [
+            {"params": kernels, "weight_decay": settings.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        betas = (settings.beta1, settings.beta2)
+        optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=betas, eps=1e-8, fused=True))
+    for optimizer in optimizers:
+        _begin_state(optimizer)
+    return optimizers
+
+
+def is_kernel(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is what Flax calls a kernel, which weight decay reaches."""
+    return parameter.dim() > 1 and not name.endswith("bias")
+
+
+def _begin_state(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the state by a step of stand-ins, so that no weight and no gradient is touched."""
+    kind: Any = type(optimizer)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            stand_in = torch.zeros_like(parameter)
+            stand_in.grad = torch.zeros_like(stand_in)
+            twin = kind([{**group, "params": [stand_in]}])
+            twin.step()
+            state = twin.state[stand_in]
+            optimizer.state[parameter] = {key: value.zero_() for key, value in state.items()}
+
+
+def clip(parameters: Iterable[Tensor], most: float) -> Tensor:
+    """Clips the gradients, in place, to a global norm; returns the norm before, over all shards.
+
+    A norm that is not finite makes gradients NaN: check it before `update`.
+    """
+    return full_tensor(clip_grad_norm_(parameters, most))
+
+
+def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    """Moves the weights by one step at this learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+
+
+def optimizer_tensors(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
+    """Returns the whole state of the optimizers, as "<parameter>.<key>" -> tensor.
+
+    These are the tensors that the next step reads and writes: filled in place from another run,
+    training continues that run bit for bit.
+    """
+    named = dict(model.named_parameters())
+    held = {id(each) for o in optimizers for group in o.param_groups for each in group["params"]}
+    assert held <= {id(each) for each in named.values()}, "parameters were replaced since"
+    return {
+        f"{name}.{key}": tensor
+        for name, parameter in named.items()
+        for optimizer in optimizers
+        for key, tensor in optimizer.state.get(parameter, {}).items()
+    }
+
+
+@torch.no_grad()
+def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
+    """Moves the moving average of the weights (Polyak and Juditsky 1992) towards them, in place.
+
+    The decay rises to `decay` over the first steps, so that the random start is soon forgotten.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    weights = dict(model.named_parameters())
+    means: list[Tensor] = list(average.values())
+    values: list[Tensor] = [weights[name] for name in average]
+    get_ema_multi_avg_fn(decay)(means, values, step)
+
+
+def sam_rho_at(optimizer: Optimizer, step: int, num_steps: int) -> float:
+    """Returns the radius of sharpness-aware minimisation at a step; 0 for an ordinary gradient."""
+    return optimizer.sam_rho if step >= round(optimizer.sam_start * num_steps) else 0.0
+
+
+@contextlib.contextmanager
+def sam_ascent(parameters: Iterable[Tensor], rho: float) -> Iterator[None]:
+    """Moves the weights to the worst loss near them while the block runs.
+
+    Foret et al. 2021, arXiv 2010.01412, with which Google trained its checkpoints `sam`: to first
+    order that is w + rho * g / ||g||, the norm over all gradients (equation 2 with p = 2). Where
+    processes train together, g is that of the whole batch (the paper's m is the batch). The block
+    puts in new gradients; after it, also by an exception, the weights have exactly their former
+    values. A gradient that is not finite moves weights to NaN, which the second gradient shows.
+    """
+    moved = [parameter for parameter in parameters if parameter.grad is not None]
+    former = [parameter.detach().clone() for parameter in moved]
+    try:
+        with torch.no_grad():
+            gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
+            norm = full_tensor(get_total_norm(gradients))
+            scale = torch.where(norm == 0.0, 0.0, rho / norm)
+            for parameter, gradient in zip(moved, gradients, strict=True):
+                parameter.add_(gradient * scale)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, values in zip(moved, former, strict=True):
+                parameter.copy_(values)

@@ -1,0 +1,460 @@
+"""Losses, learning rate, Google's updates, what optimizers move, state, average and SAM."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import allmlp as am
+from allmlp.errors import UserError
+from allmlp.training.config import SGD, AdamW, Linear, Muon, Optimizer, Sigmoid, Softmax, Steps
+from allmlp.training.model import freeze_all_but_head
+from allmlp.training.optim import (
+    build_optimizers,
+    check_warmup,
+    clip,
+    learning_rate,
+    loss_function,
+    optimizer_tensors,
+    sam_ascent,
+    sam_rho_at,
+    update,
+    update_average,
+    warmup_steps,
+)
+from conftest import GOLDEN, tiny_config, tiny_model
+from google_layout import official_model, our_layout, our_name
+
+pytestmark = pytest.mark.numerics
+LOSSES = [Softmax(), Softmax(label_smoothing=0.1), Sigmoid()]
+
+
+# Losses
+
+
+def test_losses_by_hand():
+    logits, targets = torch.tensor([[2.0, -1.0]]), torch.tensor([[0.8, 0.2]])
+    log_sum = math.log(math.exp(2) + math.exp(-1))
+    softmax = log_sum - 0.8 * 2 + 0.2 * 1
+    smoothed = log_sum - (0.9 * 0.8 + 0.05) * 2 + (0.9 * 0.2 + 0.05) * 1
+
+    def log_sigmoid(x: float) -> float:
+        return -math.log(1 + math.exp(-x))
+
+    pairs = zip((2.0, -1.0), (0.8, 0.2), strict=True)
+    sigmoid = sum(-t * log_sigmoid(x) - (1 - t) * log_sigmoid(-x) for x, t in pairs)
+    for loss, expected in zip(LOSSES, (softmax, smoothed, sigmoid), strict=True):
+        assert loss_function(logits, targets, loss).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_gradient_and_parts_of_a_batch(loss: Softmax | Sigmoid):
+    random = torch.Generator().manual_seed(0)
+    logits, other = torch.randn((2, 7, 5), generator=random, dtype=torch.float64)
+    logits, targets = logits.requires_grad_(), torch.softmax(2 * other, dim=1)
+    whole = loss_function(logits, targets, loss)
+    (gradient,) = torch.autograd.grad(whole, logits)
+    if isinstance(loss, Sigmoid):
+        expected = (torch.sigmoid(logits) - targets) / 7
+    else:
+        smoothing = loss.label_smoothing
+        expected = (torch.softmax(logits, 1) - (1 - smoothing) * targets - smoothing / 5) / 7
+    torch.testing.assert_close(gradient, expected)
+    parts = [slice(0, 3), slice(3, 6), slice(6, 7)]
+    losses = [loss_function(logits[p], targets[p], loss) * len(targets[p]) / 7 for p in parts]
+    torch.testing.assert_close(sum(losses), whole)
+
+
+# The learning rate
+
+
+@pytest.mark.parametrize("warmup", [0.1, 10])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_schedule(schedule: str, warmup: float):
+    values = {"name": schedule, "final_lr_fraction": 0.01}
+    config = am.TrainConfig().with_values(
+        {"optimizer.schedule": values, "optimizer.learning_rate": 2.0, "optimizer.warmup": warmup}
+    )
+    rates = [learning_rate(config.optimizer, step, 100) for step in range(101)]
+    assert rates[0] == 0.0
+    assert rates[5] == pytest.approx(1.0)
+    assert rates[10] == 2.0
+    assert rates[100] == pytest.approx(0.02)
+    assert rates[55] == pytest.approx(2.0 * (0.01 + 0.99 * 0.5))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    left = {"linear": 1 / 90, "cosine": 0.5 * (1 + math.cos(math.pi * 89 / 90))}[schedule]
+    assert rates[99] == pytest.approx(2.0 * (0.01 + 0.99 * left))  # the last step of the run
+    assert learning_rate(config.optimizer, 500, 100) == pytest.approx(0.02)
+
+
+def test_stepwise_decay():
+    """As task_adaptation and bit_hyperrule.py: the boundary's own step has the rate before."""
+    optimizer = AdamW(learning_rate=2.0, schedule=Steps(), warmup=8)
+    rates = [learning_rate(optimizer, step, 100) for step in range(101)]
+    assert (rates[0], rates[4], rates[8]) == (0.0, 1.0, 2.0)
+    at = [rates[step] for step in (30, 31, 60, 61, 90, 91, 100)]
+    assert at == pytest.approx([2.0, 0.2, 0.2, 0.02, 0.02, 0.002, 0.002])
+    in_steps = AdamW(schedule=Steps(decay_at=(5, 7), decay_factor=0.5), warmup=0)
+    found = [learning_rate(in_steps, step, 10) / 1e-3 for step in range(4, 10)]
+    assert found == pytest.approx([1, 1, 0.5, 0.5, 0.25, 0.25])
+
+
+def test_a_warmup_in_steps_or_as_a_fraction():
+    paper = AdamW(warmup=10_000)  # Table 4, whatever the length of the run
+    assert [warmup_steps(paper, n) for n in (12_000, 92_897)] == [10_000, 10_000]
+    assert learning_rate(paper, 9_999, 92_897) < learning_rate(paper, 10_000, 92_897) == 1e-3
+    assert [warmup_steps(AdamW(warmup=0.25), n) for n in (8, 100)] == [2, 25]
+    assert warmup_steps(AdamW(warmup=1), 100) == 1
+    assert learning_rate(AdamW(warmup=0.0), 0, 10) == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("warmup", "num_steps", "fits"),
+    [
+        (10_000, 10_000, False),
+        (58, 12, False),
+        (0.9, 3, False),
+        (9_999, 10_000, True),
+        (0.1, 1, True),
+    ],
+)
+def test_a_run_is_longer_than_its_warmup(warmup: float, num_steps: int, fits: bool):
+    optimizer = AdamW(warmup=warmup)
+    if fits:
+        check_warmup(optimizer, num_steps)
+        assert learning_rate(optimizer, num_steps - 1, num_steps) == optimizer.learning_rate
+    else:
+        with pytest.raises(UserError, match=f"optimizer.warmup={warmup}"):
+            check_warmup(optimizer, num_steps)
+
+
+# Updates
+
+# Google's warm-up is 4 of 12 steps; big_vision's linear decay ends at 1e-5, relative.
+PRETRAIN = AdamW(
+    learning_rate=3e-3,
+    weight_decay=1.0,
+    schedule=Linear(final_lr_fraction=1e-5),
+    warmup=4 / 12,
+)
+FINETUNE = SGD(learning_rate=0.06, momentum=0.9, warmup=4 / 12)
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "loss"),
+    [
+        ("official_pretrain_updates", PRETRAIN, Sigmoid()),
+        ("official_finetune_updates", FINETUNE, Softmax()),
+    ],
+)
+def test_twelve_steps_equal_googles(file: str, settings: Optimizer, loss: Softmax | Sigmoid):
+    with np.load(GOLDEN / f"{file}.npz") as archive:
+        golden = dict(archive)
+    before = {k.removeprefix("before:"): v for k, v in golden.items() if k.startswith("before:")}
+    sizes = {"hidden_dim": 16, "num_blocks": 2, "tokens_mlp_dim": 8, "channels_mlp_dim": 32}
+    model = official_model(before, image_size=(16, 16), patch_size=8, num_classes=5, **sizes)
+    images = torch.from_numpy(golden["images_nhwc"]).movedim(-1, -3)
+    targets = torch.from_numpy(golden["soft_labels"])
+    optimizers = build_optimizers(model, settings)
+    losses, norms, rates = [], [], []
+    for step in range(12):
+        value = loss_function(model(images[step]), targets[step], loss)
+        model.zero_grad()
+        value.backward()
+        norm = clip(model.parameters(), settings.clip_norm)
+        rate = learning_rate(settings, step, 12)
+        update(optimizers, rate)
+        losses.append(value.item())
+        norms.append(norm.item())
+        rates.append(rate)
+    np.testing.assert_allclose(rates, golden["learning_rates"], rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(losses, golden["losses"], rtol=1e-5)
+    np.testing.assert_allclose(norms, golden["grad_norms"], rtol=1e-5)
+    after = dict(model.named_parameters())
+    largest = max(np.abs(golden[f"after:{key}"]).max() for key in before)
+    for key in before:
+        if "token_mixing/Dense_1/bias" not in key:  # no gradient but rounding
+            difference = after[our_name(key)] - our_layout(key, golden[f"after:{key}"])
+            assert difference.abs().max() <= 1e-5 * largest, key
+
+
+@pytest.mark.parametrize("kind", [AdamW, Muon])
+def test_decay_reaches_kernels_only(kind: type[AdamW]):
+    """One step with zero gradients: kernels shrink by 1 - rate * decay, all else stays."""
+    model = tiny_model()
+    for parameter in model.parameters():
+        parameter.data.uniform_(0.5, 1.0)
+        parameter.grad = torch.zeros_like(parameter)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    update(build_optimizers(model, kind(learning_rate=7.0, weight_decay=0.2)), 0.1)
+    kernels = 0
+    for name, parameter in model.named_parameters():
+        is_kernel = name.endswith("weight") and "layer_norm" not in name
+        kernels += is_kernel
+        factor = 1 - 0.1 * 0.2 if is_kernel else 1.0
+        torch.testing.assert_close(parameter.data, before[name] * factor)
+    assert kernels == 2 + 4 * 2  # stem, head, four dense layers in each of two blocks
+
+
+class Untied(nn.Module):
+    """A bias for every channel, as token mixing untied between channels has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(5, 2, 3))
+        self.bias = nn.Parameter(torch.ones(5, 3))
+
+
+def test_a_bias_with_two_axes_is_no_kernel():
+    model = nn.Module()
+    model.blocks = nn.Sequential(nn.Linear(3, 4), Untied())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers = build_optimizers(model, Muon(weight_decay=0.5))
+    shapes = [[p.shape for g in o.param_groups for p in g["params"]] for o in optimizers]
+    assert shapes == [[(4, 3)], [(5, 2, 3), (4,), (5, 3)]]
+    update(optimizers, 0.1)
+    untied = model.get_submodule("blocks.1")
+    assert torch.equal(untied.get_parameter("bias").data, torch.ones(5, 3))
+    torch.testing.assert_close(untied.get_parameter("weight").data, torch.full((5, 2, 3), 0.95))
+
+
+def test_muon_moves_the_hidden_matrices_only_and_as_far_as_adam():
+    """By 0.2 * rate * sqrt(max(A, B)) times a matrix whose singular values are about 1."""
+    model = tiny_model()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    muon, adamw = build_optimizers(model, Muon(weight_decay=0.0, momentum=0.8, beta2=0.95))
+    assert muon.param_groups[0]["momentum"] == 0.8
+    assert muon.param_groups[0]["nesterov"]
+    assert adamw.param_groups[0]["betas"] == (0.9, 0.95)
+    hidden, others = (
+        {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in (muon, adamw)
+    )
+    mlps = [f"{mixing}_mixing.dense_{n}" for mixing in ("token", "channel") for n in (0, 1)]
+    assert hidden == {f"blocks.{block}.{mlp}.weight" for block in (0, 1) for mlp in mlps}
+    assert others == set(names.values()) - hidden
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    update([muon], rate := 1e-3)
+    for name, parameter in model.named_parameters():
+        moved = before[name] - parameter.detach()
+        if name in others:
+            assert not moved.any(), name
+            continue
+        assert parameter.grad is not None
+        s = torch.linalg.svdvals(moved / (0.2 * rate * max(parameter.shape) ** 0.5))
+        assert s.min() > 0.5, name  # Newton-Schulz in bfloat16 stops at "about"
+        assert s.max() < 1.5, name
+        g_u, _, g_v = torch.linalg.svd(parameter.grad, full_matrices=False)
+        polar = g_u @ g_v  # the gradient made orthogonal
+        assert torch.nn.functional.cosine_similarity(moved.ravel(), polar.ravel(), 0) > 0.95, name
+
+
+def test_muon_needs_matrices_to_train():
+    probe = tiny_model()
+    freeze_all_but_head(probe)
+    for model in (nn.Linear(2, 3), probe):
+        with pytest.raises(UserError, match="muon"):
+            build_optimizers(model, Muon())
+
+
+@pytest.mark.parametrize("most", [0.5, 1e6])
+def test_clipping_returns_the_norm_before(most: float):
+    a, b, idle = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, -4.0])
+    assert clip(iter([a, b, idle]), most).item() == pytest.approx(5.0)
+    scale = min(1.0, most / 5.0)
+    torch.testing.assert_close(a.grad, torch.tensor([3.0 * scale, 0.0]))
+    torch.testing.assert_close(b.grad, torch.tensor([0.0, -4.0 * scale]))
+    assert idle.grad is None
+
+
+def test_no_clipping(class_folder, tmp_path):
+    """0 is none: the same as a norm that no gradient reaches, unlike one that each does."""
+    found = []
+    for norm in (0.0, 1e9, 1e-3):
+        config = tiny_config(str(class_folder), tmp_path / str(norm))
+        changes = {"name": "sgd", "learning_rate": 0.1, "clip_norm": norm}
+        config = config.with_values({f"optimizer.{key}": value for key, value in changes.items()})
+        run = am.train(config, quiet=True).run_folder
+        found.append((run / "best" / "model.safetensors").read_bytes())
+    assert found[0] == found[1] != found[2]
+
+
+def test_the_average_follows_the_weights():
+    model = tiny_model()
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    average = {name: torch.zeros_like(each) for name, each in model.named_parameters()}
+    average = dict(reversed(average.items()))
+    update_average(average, model, decay=0.9, step=0)  # 1/10 at first
+    update_average(average, model, decay=0.9, step=1000)
+    for mean in average.values():
+        torch.testing.assert_close(mean, torch.full_like(mean, 1 - 0.1 * 0.9))
+    assert all((parameter == 1).all() for parameter in model.parameters())
+
+
+# The state by name
+
+SETTINGS: dict[str, Optimizer] = {
+    "adamw": AdamW(learning_rate=0.01, warmup=2),
+    "sgd": SGD(learning_rate=0.1, warmup=2),
+    "sgd without momentum": SGD(learning_rate=0.1, momentum=0.0, warmup=2),
+    "muon": Muon(learning_rate=0.01, warmup=2),
+}
+
+
+def learn(model: am.ImageClassifier, optimizers: list, settings: Optimizer, steps: range) -> None:
+    """Steps of a run of ten, each with a batch of its own."""
+    for step in steps:
+        random = torch.Generator().manual_seed(step)
+        images = torch.randn((4, 3, 8, 8), generator=random)
+        targets = torch.softmax(torch.randn((4, 7), generator=random), dim=1)
+        model.zero_grad()
+        loss_function(model(images), targets, Softmax()).backward()
+        clip(model.parameters(), settings.clip_norm)
+        update(optimizers, learning_rate(settings, step, 10))
+
+
+def bits(tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    return {name: t.detach().view(torch.int32).ravel().tolist() for name, t in tensors.items()}
+
+
+def everything(model: nn.Module, optimizers: list) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **optimizer_tensors(model, optimizers)}
+
+
+CASES = [(name, is_probe) for name in SETTINGS for is_probe in (False, True)]
+CASES.remove(("muon", True))  # it has nothing to train
+
+
+@pytest.mark.parametrize("saved_after", [0, 4])
+@pytest.mark.parametrize(("name", "is_probe"), CASES)
+def test_resuming_from_the_tensors_repeats_the_bits(name: str, is_probe: bool, saved_after: int):
+    settings = SETTINGS[name]
+
+    def begin(seed: int) -> tuple[am.ImageClassifier, list[torch.optim.Optimizer]]:
+        model = tiny_model()
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        if is_probe:
+            freeze_all_but_head(model)
+        return model, build_optimizers(model, settings)
+
+    straight, first, second = begin(1), begin(1), begin(2)
+    learn(*straight, settings, range(10))
+    learn(*first, settings, range(saved_after))
+    saved = {name: tensor.detach().clone() for name, tensor in everything(*first).items()}
+    learn(*second, settings, range(2))  # whatever it holds is overwritten
+    with torch.no_grad():
+        for key, tensor in everything(*second).items():
+            tensor.copy_(saved.pop(key))
+    assert not saved
+    learn(*second, settings, range(saved_after, 10))
+    assert bits(everything(*second)) == bits(everything(*straight))
+    before, after = (bits(dict(each[0].named_parameters())) for each in (begin(1), straight))
+    moved = {key for key in before if before[key] != after[key]}
+    assert {"head.weight", "head.bias"} <= moved
+    assert ("stem.weight" in moved) == (not is_probe)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_state_is_the_one_that_torch_would_make(name: str):
+    """A run from our zeros has the bits of one whose state torch makes in the first step."""
+    ours, theirs = tiny_model(), tiny_model()
+    before = bits(dict(ours.named_parameters()))
+    optimizers, lazy = (build_optimizers(model, SETTINGS[name]) for model in (ours, theirs))
+    assert bits(dict(ours.named_parameters())) == before
+    assert not any(tensor.any() for tensor in optimizer_tensors(ours, optimizers).values())
+    for optimizer in lazy:
+        optimizer.state.clear()
+    assert optimizer_tensors(theirs, lazy) == {}
+    learn(ours, optimizers, SETTINGS[name], range(5))
+    learn(theirs, lazy, SETTINGS[name], range(5))
+    assert bits(everything(ours, optimizers)) == bits(everything(theirs, lazy))
+
+
+# Sharpness-aware minimisation
+
+
+def logistic_gradient(w: np.ndarray, b: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of the mean log-loss, written out: the average of (p - y) times the input, b last."""
+    error = 1 / (1 + np.exp(-(x @ w + b))) - y
+    return np.append(x.T @ error, error.sum()) / len(y)
+
+
+def test_the_second_gradient_is_that_at_the_worst_point():
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(20, 3)), random.integers(0, 2, size=20).astype(float)
+    w, b, rho = random.normal(size=3), 0.3, 0.7
+    first = logistic_gradient(w, b, x, y)
+    point = np.append(w, b) + rho * first / np.linalg.norm(first)
+    second = logistic_gradient(point[:3], point[3], x, y)
+    weight = nn.Parameter(torch.from_numpy(w.copy()))
+    bias = nn.Parameter(torch.tensor(b, dtype=torch.float64))
+    inputs, labels = torch.from_numpy(x), torch.from_numpy(y)
+
+    def backward() -> np.ndarray:
+        weight.grad = bias.grad = None
+        logits = inputs @ weight + bias
+        nn.functional.binary_cross_entropy_with_logits(logits, labels).backward()
+        assert weight.grad is not None
+        assert bias.grad is not None
+        return np.append(weight.grad.numpy(), bias.grad.numpy())
+
+    np.testing.assert_allclose(backward(), first, rtol=1e-12)
+    with sam_ascent(iter([weight, bias]), rho):
+        moved = np.append(weight.detach().numpy(), bias.detach().numpy())
+        np.testing.assert_allclose(moved, point, rtol=1e-12)
+        found = backward()
+    np.testing.assert_allclose(found, second, rtol=1e-12)
+    assert np.linalg.norm(second - first) > 1e-3  # it makes a difference here
+    assert weight.grad is not None
+    assert weight.grad.numpy().tobytes() == found[:3].tobytes()  # what the optimizer then uses
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_weights_come_back_bit_for_bit(fails: bool):
+    """Also values that adding and subtracting would not bring back: -0, tiny ones, huge ones."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.head.bias.copy_(torch.tensor([-0.0, 1e-30, 1e30, 1.0, 0.1, 3e-39, -7.0]))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = bits(dict(model.named_parameters()))
+    with pytest.raises(KeyError) if fails else torch.enable_grad():  # noqa: SIM117
+        with sam_ascent(model.parameters(), 0.1):
+            now = bits(dict(model.named_parameters()))
+            assert all(now[name] != before[name] for name in before)
+            if fails:
+                raise KeyError
+    assert bits(dict(model.named_parameters())) == before
+
+
+def test_gradients_that_are_not_finite_zero_or_absent():
+    weight, idle = nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([3.0]))
+    for value in (float("nan"), float("inf")):
+        weight.grad = torch.tensor([value, 1.0])
+        with sam_ascent([weight], 0.1):
+            assert not weight.isfinite().all()  # the second gradient then shows it
+    weight.grad = torch.zeros(2)
+    with sam_ascent([weight, idle], 0.1):
+        assert (weight.tolist(), idle.tolist()) == ([1.0, 2.0], [3.0])
+    weight.grad = torch.tensor([0.0, 2.0])
+    with sam_ascent([weight, idle], 0.25):
+        assert (weight.tolist(), idle.tolist()) == ([1.0, 2.25], [3.0])
+    assert (weight.tolist(), idle.tolist()) == ([1.0, 2.0], [3.0])
+
+
+def test_where_sam_starts():
+    assert [sam_rho_at(AdamW(sam_rho=0.2), step, 10) for step in (0, 9)] == [0.2, 0.2]
+    late = AdamW(sam_rho=0.2, sam_start=0.9)
+    assert [sam_rho_at(late, step, 100) for step in (0, 89, 90, 99)] == [0.0, 0.0, 0.2, 0.2]
