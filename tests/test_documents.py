@@ -41,8 +41,8 @@ def command_lines(text: str) -> list[str]:
 
 def recorded(verb: Any, calls: list[Any], patch: pytest.MonkeyPatch) -> Any:
     if isinstance(verb, Command):
-        function = f"allmlp.{verb.module}.{verb.function}"
-        patch.setattr(function, lambda *given: calls.append(given))
+        module = importlib.import_module(f"allmlp.{verb.module}")
+        patch.setattr(module, verb.function, lambda *given: calls.append(given))
         return dataclasses.replace(verb, show=None)
 
     @functools.wraps(verb)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from allmlp.runtime.process import sleep_soon
 
 if TYPE_CHECKING:
+    from allmlp.benchmark import Benchmark, BenchmarkOptions, benchmark
     from allmlp.deploy.export import export
     from allmlp.deploy.export_report import ExportReport
     from allmlp.deploy.predict import Prediction, predict
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from allmlp.evaluate import EvaluateOptions, evaluate
     from allmlp.evaluation.few_shot import FewShot, FewShotOptions, few_shot, few_shots
     from allmlp.evaluation.metrics import Evaluation
-    from allmlp.evaluation.throughput import throughput
-    from allmlp.evaluation.throughput_result import Throughput
     from allmlp.finetuning import FinetuneResult, finetune
     from allmlp.inspection.inspect import Inspection, inspect
     from allmlp.models.catalog import create_model, list_models, random_weights
@@ -58,8 +57,9 @@ _HOME = {
     "Evaluation": "evaluation.metrics",
     "EvaluateOptions": "evaluate",
     "evaluate": "evaluate",
-    "Throughput": "evaluation.throughput_result",
-    "throughput": "evaluation.throughput",
+    "Benchmark": "benchmark",
+    "BenchmarkOptions": "benchmark",
+    "benchmark": "benchmark",
     "FewShot": "evaluation.few_shot",
     "FewShotOptions": "evaluation.few_shot",
     "few_shots": "evaluation.few_shot",
@@ -83,6 +83,8 @@ _HOME = {
 }
 
 __all__ = [
+    "Benchmark",
+    "BenchmarkOptions",
     "EvaluateOptions",
     "Evaluation",
     "ExportReport",
@@ -96,10 +98,10 @@ __all__ = [
     "MlpMixer",
     "Prediction",
     "Preprocessing",
-    "Throughput",
     "TrainConfig",
     "TrainResult",
     "UserError",
+    "benchmark",
     "create_model",
     "evaluate",
     "export",
@@ -116,7 +118,6 @@ __all__ = [
     "recipe",
     "resume",
     "save_model",
-    "throughput",
     "train",
 ]
 

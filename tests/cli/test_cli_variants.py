@@ -46,7 +46,7 @@ def test_throughput_of_a_variant(tmp_path: Path, capsys):
     settings = flags("token_mixing=grouped", "token_groups=4", *SMALL)
     size = ["--image-size", "32", "--batch-sizes", "1", "--seconds", "0.02", "--rounds", "1"]
     target = tmp_path / "t.json"
-    assert mixer("throughput", "mixer_s16", *settings, *size, "--output", target) == 0
+    assert mixer("benchmark", "mixer_s16", *settings, *size, "--output", target) == 0
     (found,) = json.loads(target.read_text())["models"]
     assert found["model"]["architecture"]["token_groups"] == 4
     assert found["flops"]["counted"] == found["flops"]["formula"]
@@ -87,8 +87,8 @@ def test_a_variant_is_trained_and_goes_everywhere(tmp_path: Path, capsys):
         (["models", "--set", "groups=4"], "no setting 'groups'"),
         (["models", "--set", "token_groups=4"], "no effect"),
         (["models", "--weights", "--set", "num_blocks=2"], "do not go together"),
-        (["throughput", "mixer_b16.i1k", "--set", "num_blocks=2"], "its weights say what it is"),
-        (["throughput", "--recipe", "digits", "--set", "num_blocks=2"], "brings its own model"),
+        (["benchmark", "mixer_b16.i1k", "--set", "num_blocks=2"], "its weights say what it is"),
+        (["benchmark", "--recipe", "digits", "--set", "num_blocks=2"], "brings its own model"),
     ],
 )
 def test_settings_that_have_no_effect(arguments, words, capsys):

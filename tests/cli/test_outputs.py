@@ -60,7 +60,7 @@ IN_DATA = [
     "paper permutation --data data --image-size 8 --output data/train/study",
     "paper tables model.json --output model.json",
     "paper tables model --output model/report",
-    "throughput model --output model/config.json",
+    "benchmark model --output model/config.json",
 ]
 
 

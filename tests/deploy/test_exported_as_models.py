@@ -85,7 +85,7 @@ def test_what_needs_weights_or_features_is_refused(exported: ExportedModel, tmp_
         (lambda: am.export(exported, tmp_path / "new.pt2"), "logits, not weights|already"),
         (lambda: am.inspect(exported), "no weights to work on"),
         (lambda: am.inspect(tiny_model(), compare=exported), "no weights to work on"),
-        (lambda: am.throughput({"file": exported}), "no weights to work on"),
+        (lambda: am.benchmark({"file": exported}), "no weights to work on"),
     ):
         with pytest.raises(am.UserError, match=message):
             use()

@@ -57,8 +57,3 @@ def test_an_edge_belongs_to_the_bin_below_it(kind: type):
     assert found.images.tolist() == [1] * 15
     above = reliability(np.nextafter(edges[:-1], kind(1.0)), np.ones(14, dtype=bool))
     assert above.images.tolist() == [0] + [1] * 14
-
-
-def test_sure_and_right_is_no_error():
-    assert reliability(np.ones(7, np.float32), np.ones(7, dtype=bool)).error == 0.0
-    assert reliability(np.ones(7, np.float32), np.zeros(7, dtype=bool)).error == 1.0

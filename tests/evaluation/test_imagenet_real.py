@@ -49,15 +49,6 @@ class Told(am.ImageClassifier):
         return logits
 
 
-def write_real(path: Path, **labels: list[int]) -> Path:
-    """A file in which every image has the label 7, but for those given, by number."""
-    lists = [[7]] * IMAGES
-    for number, each in labels.items():
-        lists[int(number[1:]) - 1] = each
-    path.write_text(json.dumps(lists))
-    return path
-
-
 def test_the_score_by_hand():
     labels = [frozenset[int]()] * IMAGES
     labels[0], labels[1], labels[4] = frozenset({2}), frozenset({0, 2}), frozenset({1})
@@ -72,13 +63,6 @@ def test_the_score_by_hand():
 
 
 # The real file and real images
-
-
-@needs_shared
-def test_the_real_file():
-    labels = read_real(SHARED / "imagenet_real.json")
-    assert sum(map(bool, labels)) == 46_837
-    assert sum(map(len, labels)) == 57_553
 
 
 @needs_shared
@@ -129,20 +113,6 @@ def test_the_answer_of_a_model_with_its_classes_in_another_order():
     straight = open_real(SHARED / "imagenet_real.json", source, IMAGENET, IMAGENET)
     expected = straight.score(np.arange(40), source.labels)
     assert labels.score(result.indices, result.predictions) == expected
-
-
-@needs_shared
-def test_a_damaged_image_is_not_scored():
-    source = open_source(str(SHARED / "imagenet_val_sample.parquet"))
-    files = [source.read(at) if at != 3 else b"x" for at in range(8)]
-    damaged = EncodedImages("x", source.class_names, source.labels[:8], files, "x")
-    labels = open_real(SHARED / "imagenet_real.json", source, IMAGENET, IMAGENET)
-    model = Told(np.delete(source.labels[:8], 3).tolist(), IMAGENET)
-    result = am.evaluate(model, damaged, batch_size=3, num_workers=0, allow_missing_classes=True)
-    assert result.indices.tolist() == [0, 1, 2, 4, 5, 6, 7]
-    assert [each.index for each in result.bad] == [3]
-    score = labels.score(result.indices, result.predictions)
-    assert (score.images, score.correct, score.unlabelled) == (7, 5, 0)
 
 
 # The number of an image, from each kind of source
@@ -261,20 +231,6 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str):
         read_real(tmp_path / "real.json")
     assert str(tmp_path / "real.json") in str(no.value.where)
     assert "real.json of google-research/reassessed-imagenet" in str(no.value.fix)
-
-
-def test_a_file_that_is_not_there(tmp_path: Path):
-    with pytest.raises(am.UserError, match="cannot read the file: No such file"):
-        read_real(tmp_path / "real.json")
-    with pytest.raises(am.UserError, match="cannot read the file: Is a directory"):
-        read_real(tmp_path)
-
-
-def test_the_place_of_a_wrong_label(tmp_path: Path):
-    path = write_real(tmp_path / "real.json", _293=[5, 2000])
-    with pytest.raises(am.UserError) as no:
-        read_real(path)
-    assert no.value.where == f"{path}, entry 292 (image 293)"
 
 
 def test_class_lists():

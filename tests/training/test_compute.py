@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch._inductor.exc import InductorError
 
 import allmlp as am
-from allmlp.evaluation.timed_model import Mode, TimedModel
+from allmlp.benchmark import _Timed
 from allmlp.inspection.attribution import occlusion, read_image
 from allmlp.models.layers import draw_stochastic_depth, set_stochastic_depth
 from allmlp.runtime import device as compute
@@ -145,16 +145,16 @@ VERBS: dict[str, Callable[[am.ImageClassifier, Path], object]] = {
     "evaluate": lambda model, data: am.evaluate(model, f"{data}:validation"),
     "few_shot": lambda model, data: am.few_shot(model, data, shots=[2]),
     "map": lambda model, data: occlusion(model, read_image(data / "val/ant/0.png", model)[0]),
-    "throughput": lambda model, _: timed(model, "inference"),
+    "benchmark": lambda model, _: timed(model, "inference"),
     "training": lambda model, _: timed(model, "training"),
 }
 
 
-def timed(model: am.ImageClassifier, mode: Mode) -> int:
-    """Times a model as `mixer throughput` does; returns the threads that are said of it."""
-    found = TimedModel(model, mode, "float32", compile=False)
+def timed(model: am.ImageClassifier, mode: str) -> int:
+    """Times a model as `mixer benchmark` does; returns the threads that it reports."""
+    found = _Timed(model, mode, "float32", compile=False)
     found.prepare(8)
-    found.run(1)
+    found.run()
     return found.threads(8)
 
 

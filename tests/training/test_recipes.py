@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import allmlp as am
-from allmlp.evaluation.throughput import count_parameters
 from allmlp.models.catalog import model_config
+from allmlp.models.layers import count_parameters
 from allmlp.training.config import (
     SGD,
     AdamW,

@@ -11,8 +11,6 @@ from allmlp.console import report_bad_images, report_notes
 from allmlp.errors import UserError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from allmlp.models.layers import ImageClassifier
     from allmlp.training.config import TrainConfig
 
@@ -177,35 +175,6 @@ def warn_of_notes(*sources: Any) -> None:
     from allmlp.data.sources import notes_of
 
     report_notes(notes_of({str(at): source for at, source in enumerate(sources)}))
-
-
-def check_json(output: str | None, example: str, *, overwrite: bool) -> Path | None:
-    """Returns the path of a measurement to be written; None for none and for standard output.
-
-    Args:
-        output: as --output has it.
-        example: a name for the message.
-        overwrite: it may be there.
-
-    Raises:
-        UserError: it is no .json file, is there, or cannot be written.
-    """
-    from allmlp.io import STANDARD_OUTPUT, check_output_file, expand
-
-    if output is None or output == STANDARD_OUTPUT:
-        return None
-    path = expand(output)
-    if path.suffix != ".json" or path.is_dir():
-        raise UserError(f"not a .json file: {output!r}", where="--output", fix=example)
-    check_output_file(path, overwrite=overwrite, parents=True)
-    return path
-
-
-def write_json(path: Path | None, values: dict[str, Any]) -> None:
-    """Writes a measurement to a file, or to standard output."""
-    from allmlp.evaluation.result_file import save_result
-
-    save_result(path, values)
 
 
 warn_of_bad = report_bad_images

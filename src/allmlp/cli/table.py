@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from allmlp.options import ImageSize, Repeated, documentation
 
 POSITIONAL = {
+    "models": "Names of `mixer models` or timm:NAME, run folders, weights files, checkpoints.",
     "model": "A run folder, a .safetensors, .npz or .pth file, a name of `mixer models --weights`, "
     "hf:owner/name, or an exported file where the command takes one.",
     "images": "Images, folders, or any source of data.",
@@ -34,7 +35,8 @@ class Command:
         options: the dataclass of its flags; its docstring is the help, with examples.
         function: called with the positional arguments and the options.
         show: called with its result and the options; prints, and returns the exit code or None.
-        positional: names of arguments without a flag; "recipe?" may be left out, "images*" is many.
+        positional: names of arguments without a flag; "recipe?" may be left out, "images*" is many,
+            "models*?" is both.
         summary: its line in `mixer --help`.
     """
 
@@ -78,10 +80,12 @@ def _arguments(kind: type, positional: tuple[str, ...]) -> type:
     fields: list[Any] = []
     for argument in positional:
         name = _bare(argument)
-        plain: Any = tuple[str, ...] if argument.endswith("*") else str
+        plain: Any = tuple[str, ...] if "*" in argument else str
         default = dataclasses.MISSING
         metavar = name.upper()
-        if argument.endswith("?"):
+        if argument.endswith("*?"):
+            default, metavar = (), f"[{metavar} ...]"
+        elif argument.endswith("?"):
             plain, default, metavar = str | None, None, f"[{metavar}]"
         told = arg(help=POSITIONAL[name], metavar=metavar, help_behavior_hint="")
         fields.append(_field(name, Annotated[Positional[plain], told], default))

@@ -10,7 +10,6 @@ from allmlp.cli.pack import index, pack
 from allmlp.cli.predict import predict
 from allmlp.cli.serve import serve
 from allmlp.cli.table import Command
-from allmlp.cli.throughput import throughput
 
 PAPER = {
     "paper vtab": Command(
@@ -79,7 +78,11 @@ VERBS: dict[str, Any] = {
         "show",
         ("model",),
     ),
-    "throughput": throughput,
+    "benchmark": Command(
+        *("benchmark", "BenchmarkOptions", "command"),
+        "Measure images per second, latency, memory and the fraction of the machine's peak.",
+        *("show", ("models*?",)),
+    ),
     "convert": Command(
         "weights.convert",
         "ConvertOptions",

@@ -93,8 +93,8 @@ def open_real(
         class_names: the model's, in the order of its logits.
         imagenet: ImageNet's 1,000 classes in their order, such as "n01440764 tench".
     """
-    classes = imagenet_classes(class_names, imagenet)
-    return RealLabels(read_real(path), validation_ids(source), classes)
+    labels, classes = read_real(path), imagenet_classes(class_names, imagenet)
+    return RealLabels(labels, validation_ids(source), classes)
 
 
 def read_real(path: str | Path) -> list[frozenset[int]]:

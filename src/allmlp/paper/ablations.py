@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from allmlp.benchmark import benchmark
 from allmlp.console import table
 from allmlp.errors import UserError, one_of
-from allmlp.evaluation.throughput import throughput
 from allmlp.models.catalog import create_model, model_config
 from allmlp.models.mixer_config import MixerConfig
 from allmlp.options import make
@@ -138,7 +138,7 @@ def _costs(
         models[name] = create_model(
             config.model.name, config.model.image_size, classes, **overrides
         ).eval()
-    measured = throughput(models, device=config.device, batch_sizes=(64,), seconds=seconds)
+    measured = benchmark(models, device=config.device, batch_sizes=(64,), seconds=seconds)
     return {
         row.name: {
             "parameters": models[row.name].config.num_parameters,

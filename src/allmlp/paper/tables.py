@@ -27,9 +27,9 @@ from allmlp.console import Reporter
 from allmlp.errors import UserError, plural
 from allmlp.evaluation.imagenet_real import IMAGES
 from allmlp.evaluation.result_file import read_measurement
-from allmlp.evaluation.throughput import count_parameters
 from allmlp.io import atomic_write, check_not_inputs, check_output_folder, expand, parse_json
 from allmlp.models.catalog import architecture_name, config_from_json, config_to_json, create_model
+from allmlp.models.layers import count_parameters
 from allmlp.names import NAME, own_entry
 from allmlp.options import Options, make
 from allmlp.paper import figures, published

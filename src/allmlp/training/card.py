@@ -8,9 +8,8 @@ import os
 from allmlp.data.hub_dataset import PREFIX
 from allmlp.data.source_names import parse_name
 from allmlp.evaluation.metrics import Evaluation
-from allmlp.evaluation.throughput import count_parameters, flops_text
 from allmlp.models.catalog import architecture_name, family_of
-from allmlp.models.layers import ImageClassifier
+from allmlp.models.layers import ImageClassifier, count_parameters, flops_text
 from allmlp.models.timm_model import TimmConfig
 from allmlp.training.config import TrainConfig
 from allmlp.training.cost import planned

@@ -17,8 +17,7 @@ from allmlp.data.source_names import parse_name
 from allmlp.data.sources import names_source
 from allmlp.errors import plural
 from allmlp.evaluation.metrics import Evaluation
-from allmlp.evaluation.throughput import count_parameters, flops_text
-from allmlp.models.layers import ImageClassifier
+from allmlp.models.layers import ImageClassifier, count_parameters, flops_text
 from allmlp.runtime.device import ComputePolicy
 from allmlp.training.card import model_card
 from allmlp.training.cost import operations, planned, power

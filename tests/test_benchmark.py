@@ -1,0 +1,340 @@
+"""The benchmark of real, tiny models: what is counted, what comes back, what is left alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import allmlp as am
+from allmlp.benchmark import Peak, Point, _has_stopped_rising, _Timed, count_flops, peak_growth
+from allmlp.evaluation.result_file import read_measurement
+from allmlp.models.layers import count_parameters, flops_text
+from allmlp.runtime.device import fast_precision
+from allmlp.training.recipes import RECIPES, recipe
+from conftest import TINY, mixer, tiny_model
+
+CPU = torch.device("cpu")
+QUICK = ("--device", "cpu", "--seconds", "0.001", "--rounds", "1", "--batch-sizes", "1", "2")
+
+
+@pytest.fixture(autouse=True)
+def _quick_peak(monkeypatch: pytest.MonkeyPatch):
+    found = iter([90.0, 100.0] * 8)
+    peak = lambda *_: Peak(next(found), (2, 3, 4))  # noqa: E731
+    monkeypatch.setitem(am.benchmark.__globals__, "measure_peak", peak)
+
+
+def quick(models: Any, **fields: Any) -> am.Benchmark:
+    given = {"device": "cpu", "batch_sizes": (1, 2), "seconds": 0.001, "rounds": 2}
+    return am.benchmark(models, **{**given, **fields})
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    for name, value in changes.items():
+        monkeypatch.setitem(am.benchmark.__globals__, name, value)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return am.save_model(tiny_model(), tmp_path / "tiny").parent
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "changes"),
+    [
+        ("mixer_b32", (64, 96), {"num_classes": 0}),
+        ("mixer_h14", 28, {"in_channels": 1}),
+        ("mixer_s16", 8, TINY),
+        *((name, None, {}) for name in ("mixer_s32", "cycle_mlp_b1", "vip_s7")),
+        *(pytest.param(name, None, {}, marks=pytest.mark.slow) for name in am.list_models()),
+    ],
+)
+def test_flops_equal_torchs_count(name, size, changes):
+    with torch.device("meta"):
+        model = am.create_model(name, size, **changes).eval()
+        images = torch.empty(1, model.config.in_channels, *model.config.image_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    assert model.config.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+    if name.startswith("mixer"):
+        assert model.config.flops == counter.get_total_flops()
+
+
+def test_counts_and_their_texts():
+    model = tiny_model().train()
+    assert count_flops(model) == model.config.flops
+    assert model.training
+    assert count_parameters(torch.nn.Linear(3, 5)) == 20
+    assert flops_text(25_203_000_000) == "25.2 GFLOPs"
+    assert flops_text(2_770_000) == "2.77 MFLOPs"
+
+
+@pytest.mark.parametrize(
+    ("mode", "precision"), [("inference", "float32"), ("training", "bfloat16")]
+)
+def test_the_json_of_a_measurement(mode, precision):
+    result = quick({"a": tiny_model(), "b": tiny_model}, mode=mode, precision=precision)
+    values = json.loads(json.dumps(result.to_json()))
+    assert (values["format"], values["kind"]) == ("allmlp measurement", "throughput")
+    assert values["environment"]["packages"]["torch"] == torch.__version__
+    assert values["interrupted"] is False
+    assert [row["name"] for row in values["models"]] == ["a", "b"]
+    for row in values["models"]:
+        assert row["model"]["architecture"]["patch_size"] == 4
+        assert (row["mode"], row["precision"]) == (mode, precision)
+        assert (row["compiled"], row["device"], row["error"]) == (False, "cpu", None)
+        assert row["threads"] == 1  # so small a batch
+        assert row["image_size"] == [8, 8]
+        assert [point["batch_size"] for point in row["points"]] == [1, 2]
+        rates = [point["images_per_second"] for point in row["points"]]
+        assert row["best"]["images_per_second"] == max(rates) > 0
+        low, high = row["best"]["spread"]
+        assert low <= max(rates) <= high
+        assert row["flops"]["formula"] == row["flops"]["counted"] > 0
+        passes = 3 if mode == "training" else 1
+        assert row["peak"]["gflops"] == 100.0  # the better one of before and after
+        fraction = passes * row["flops"]["formula"] * max(rates) / 100e9
+        assert row["peak"]["share"] == pytest.approx(fraction)
+        if mode == "training":
+            assert row["latency_ms"] is None
+        else:
+            found = row["latency_ms"]
+            assert 0 < found["p50"] <= found["p90"] <= found["p99"]
+            assert found["runs"] >= 10
+
+
+def test_memory_counts_weights_state_batch_and_step(monkeypatch):
+    patched(monkeypatch, peak_growth=lambda act, device: act() or 1000)
+    model = tiny_model()
+    weights, images = 4 * count_parameters(model), 2 * 4 * 3 * 8 * 8
+    kernels = sum(value.numel() for value in model.parameters() if value.dim() > 1)
+    (row,) = quick({"a": model}, batch_sizes=[2]).models
+    assert row.memory_bytes == weights + images + 1000
+    (row,) = quick({"a": model}, batch_sizes=[2], precision="bfloat16").models
+    assert row.memory_bytes == weights + 2 * kernels + images + 1000
+    (row,) = quick({"a": model}, batch_sizes=[2], mode="training").models
+    steps = 4 * len(list(model.parameters()))  # AdamW counts them, a float32 each
+    assert row.memory_bytes == 3 * weights + steps + images + 1000
+
+
+def test_growth_is_that_of_tensors_of_known_size():
+    if peak_growth(lambda: None, CPU) is None:
+        pytest.skip("the system does not report the resident set of a process")
+    for _ in range(2):  # the second time the memory of the first could be used again
+        assert peak_growth(lambda: torch.ones(2**24).sum(), CPU) == pytest.approx(2**26, rel=0.1)
+
+
+def test_training_steps_leave_the_model_as_it_was():
+    model = tiny_model(stochastic_depth=0.5).eval()
+    torch.nn.init.zeros_(model.head.weight)
+    model.batch_norm = torch.nn.BatchNorm2d(3)
+    model.stem.register_forward_pre_hook(lambda stem, images: (model.batch_norm(images[0]),))
+    model.stem.bias.grad = torch.full_like(model.stem.bias, 3.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert quick({"a": model}, mode="training").models[0].error is None
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not model.training
+    assert torch.equal(model.stem.bias.grad, torch.full_like(model.stem.bias, 3.0))
+    assert model.head.weight.grad is None
+
+
+def test_a_training_step_computes_every_gradient():
+    model = tiny_model()
+    torch.nn.init.zeros_(model.head.weight)  # as a new head is: nothing would come back through it
+    timed = _Timed(model, "training", "float32")
+    timed.prepare(3)
+    timed.run()
+    for name, parameter in model.named_parameters():
+        if "token_mixing.dense_1.bias" not in name:  # zero but for rounding
+            assert parameter.grad is not None
+            assert parameter.grad.abs().max() > 0, name
+    timed.close()
+    assert not model.head.weight.any()
+
+
+def test_a_sweep_stops_when_the_rate_no_longer_rises():
+    def stopped(*rates: float) -> bool:
+        return _has_stopped_rising([Point(1, (rate,), None) for rate in rates])
+
+    assert stopped(100, 200, 201, 150)
+    assert not stopped(100, 200, 201, 210)
+    assert not stopped(200, 100)
+
+
+def test_auto_precision_and_threads_follow_the_rules():
+    model, seen = tiny_model(), []
+    expected, why = fast_precision(CPU, 64 * model.config.flops)
+    model.stem.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    threads = torch.get_num_threads()
+    result = quick({"a": model}, batch_sizes=None, budget=0.01, threads=1)
+    (row,) = result.models
+    assert (row.precision, row.why) == (expected, why)
+    assert row.ended is not None
+    assert (result.threads, set(seen)) == (1, {1})
+    assert torch.get_num_threads() == threads
+
+
+def test_models_that_fail_are_rows(monkeypatch):
+    def too_large():
+        raise torch.OutOfMemoryError("Tried to allocate 80 GiB")
+
+    def broken():
+        raise ArithmeticError("no")
+
+    result = quick({"large": too_large, "broken": broken, "good": tiny_model})
+    large, bad, good = result.models
+    assert large.error == "out of memory: Tried to allocate 80 GiB"
+    assert bad.error == "ArithmeticError: no"
+    assert good.images_per_second is not None
+    row = result.to_json()["models"][0]
+    assert (row["best"], row["points"], row["latency_ms"]) == (None, [], None)
+    assert row["model"] == {"name": "large"}
+    patched(monkeypatch, free_memory=lambda device: 30_000)
+    (row,) = quick({"a": tiny_model()}, mode="training").models
+    assert "memory" in row.error
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")  # inside of torch
+def test_compiled_models_are_compiled_for_every_batch_size():
+    if not am.benchmark.__globals__["can_compile"](CPU):
+        pytest.skip("no C++ compiler here")
+    models = {str(depth): tiny_model(num_blocks=depth) for depth in (1, 2)}
+    sizes = (1, 2, 3, 4, 5)  # two models, five sizes: more programs than torch allows by itself
+    for row in quick(models, compile=True, batch_sizes=sizes).models:
+        assert (row.error, len(row.points)) == (None, 5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_sizes": (0,)}, "batch_sizes"),
+        ({"batch_sizes": (4, 4)}, "batch_sizes"),
+        ({"batch_sizes": ()}, "batch_sizes"),
+        ({"seconds": float("nan")}, "seconds"),
+        ({"budget": -1.0}, "budget"),
+        ({"rounds": 0}, "rounds"),
+        ({"threads": 0}, "threads"),
+        ({"mode": "evaluation"}, "'evaluation'"),
+        ({"precision": "int8"}, "'int8'"),
+        ({"device": "tpu"}, "'tpu'"),
+        ({"images": 5}, "images needs recipe"),
+    ],
+)
+def test_wrong_options(fields, message):
+    with pytest.raises(am.UserError, match=message):
+        quick({"a": tiny_model}, **fields)
+
+
+def test_what_cannot_be_measured(monkeypatch):
+    with pytest.raises(am.UserError, match="give models"):
+        quick({})
+    with pytest.raises(am.UserError, match="a training step needs a head"):
+        quick({"a": tiny_model(num_classes=0, num_blocks=1)}, mode="training")
+    patched(monkeypatch, can_compile=lambda device: False)
+    with pytest.raises(am.UserError, match="compiler"):
+        quick({"a": tiny_model}, compile=True)
+    patched(monkeypatch, choose_device=lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    with pytest.raises(am.UserError, match=r"7\.5, and bfloat16 needs 8\.0"):
+        quick({"a": tiny_model}, precision="bfloat16")
+
+
+# The command
+
+
+def test_a_table_and_a_file(capsys, saved, tmp_path, trained):
+    target, run = tmp_path / "new" / "speed.json", trained.run_folder
+    code, out, _ = mixer(capsys, "benchmark", saved, run, *QUICK, "--output", target)
+    assert code == 0
+    assert "float32 (a small model): 100 GFLOP/s, 2x3 by 3x4" in out
+    assert "images/s at batch" in out
+    lines = out.splitlines()
+    assert lines[-1] == f"written  {target}"
+    at = next(number for number, line in enumerate(lines) if line.startswith("model"))
+    assert max(len(line) for line in lines[at : at + 4]) == 100  # these paths are longer
+    assert lines[at + 2].startswith("...")
+    values = read_measurement(target)
+    assert [row["name"] for row in values["models"]] == [str(saved), str(run)]
+    assert [row["model"]["source"] for row in values["models"]] == [str(saved), str(run)]
+
+
+def test_a_training_step_at_another_size(capsys, saved):
+    line = ("benchmark", saved, *QUICK, "--mode", "training", "--image-size", 16)
+    code, out, _ = mixer(capsys, *line, "--precision", "bfloat16", "--threads", 1)
+    assert code == 0
+    assert "a training step (AdamW), not compiled" in out
+    assert "1 thread of" in out
+    assert "bfloat16 (chosen)" in out
+    assert "p50" not in out
+
+
+def test_a_model_that_does_not_fit_is_named(capsys, saved, monkeypatch):
+    patched(monkeypatch, free_memory=lambda device: 10**6)
+    code, out, _ = mixer(capsys, "benchmark", "mixer_s32", saved, *QUICK)
+    assert code == 0
+    assert "failed   mixer_s32: memory: the weights take 0.1 GB, 0.0 GB are free" in out
+    code, out, _ = mixer(capsys, "benchmark", "mixer_s32", *QUICK)
+    assert code == 2
+
+
+def test_ctrl_c_prints_what_there_is(capsys, saved, tmp_path, monkeypatch):
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    patched(monkeypatch, _time_latency=stopped)
+    target = tmp_path / "speed.json"
+    code, out, err = mixer(capsys, "benchmark", saved, *QUICK, "--output", target)
+    assert code == 130
+    assert "images/s at batch" in out
+    assert "(incomplete)" in out
+    assert "stopped" in err
+    assert json.loads(target.read_text())["interrupted"] is True
+
+
+def test_what_a_recipe_takes(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        RECIPES, "cifar10", lambda: recipe("digits").with_value("recipe", "cifar10")
+    )
+    target = tmp_path / "cost.json"
+    code, out, _ = mixer(capsys, "benchmark", "--recipe", "cifar10", *QUICK, "--output", target)
+    assert code == 0
+    assert "recipe   cifar10: 100 epochs of 45,000 images (CIFAR-10" in out
+    assert "days of this device" in out
+    found = json.loads(target.read_text())
+    cost, (model,) = found["recipe"], found["models"]
+    rate = model["best"]["images_per_second"]
+    assert model["mode"] == "training"
+    assert cost["images_seen"] == 4_500_000
+    assert cost["device_days"] == pytest.approx(4_500_000 / rate / 86_400)
+    assert cost["operations"] == 3 * model["flops"]["formula"] * 4_500_000
+    again = am.benchmark(recipe="digits", images=1000, device="cpu", seconds=0.001, batch_sizes=[1])
+    assert again.recipe is not None
+    assert again.recipe["images_seen"] == 100_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give models"),
+        (("mixer_s23",), "is called 'mixer_s23'"),
+        (("mixer_s32", "mixer_s32"), "each once"),
+        (("mixer_s32", "--image-size", "100"), "not divisible by the patch size 32"),
+        (("mixer_s32", "--output", "speed.csv"), "not a .json file: 'speed.csv'"),
+        (("mixer_s32", "--recipe", "digits"), "or a recipe"),
+        (("--recipe", "nothing"), "unknown recipe 'nothing'"),
+        (("--recipe", "scratch"), "how many training images scratch has is unknown"),
+        (("--recipe", "finetune_pets"), "fine-tunes a model of your choice"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_measured(capsys, monkeypatch, arguments, message):
+    patched(monkeypatch, _measure=None)
+    code, out, err = mixer(capsys, "benchmark", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
