@@ -18,8 +18,8 @@ from functools import partial
 import cv2
 import numpy as np
 
-from allmlp.data.drop_list import drop_list
 from allmlp.data.duplicates import CORRELATION, DISTANCE, KINDS, correlation, find_duplicates
+from allmlp.data.exclude import exclude_list
 from allmlp.data.image import decode
 from allmlp.data.scan import perceptual_hash, thumbnail
 from allmlp.data.sources import open_splits
@@ -62,8 +62,8 @@ def search(name: str, num_workers: int | None) -> None:
     print(f"pairs of different classes: {found.other_label().sum():,}")
     print(f"compared for equality only: {found.num_plain:,}; distance {found.distance}")
     for split in names:
-        dropped = sum(1 for each in drop_list(found, name).dropped if each.split == split)
-        print(f"drop list, {split}: {dropped:,}")
+        dropped = sum(1 for image in exclude_list(found, name).images if image.split == split)
+        print(f"to exclude, {split}: {dropped:,}")
 
 
 def measure_changes(name: str, number: int) -> None:

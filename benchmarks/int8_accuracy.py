@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import allmlp as am
-from allmlp.data.items import Source
-from allmlp.data.selections import join
+from allmlp.data.source import Source, join
 from allmlp.data.sources import open_splits
 from allmlp.environment import packages, processor
 

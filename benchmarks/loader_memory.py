@@ -17,16 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from allmlp.data.items import View, subset
 from allmlp.data.loader import training_batches
-from allmlp.data.shards import load_index
+from allmlp.data.source import subset
 from allmlp.data.sources import open_splits
-from allmlp.data.write_shards import pack_splits
+from allmlp.data.sources.packed import load_indices, pack_splits
+from allmlp.data.sources.webdataset import INDEX_SUFFIX, RangeIndex
 from allmlp.preprocessing import Preprocessing
 from allmlp.training.dataset import Augmentation
 from allmlp.training.recipes import recipe
@@ -40,21 +39,17 @@ def memory(pid: int | str) -> tuple[float, float]:
 
 
 def make_index(folder: Path, entries: int) -> None:
+    """Writes an index in which 1,000 packed images come again and again."""
     train = open_splits("digits")["train"]
-    pack_splits({"train": subset(train, np.arange(1000), "train")}, folder, shard_bytes=10**9)
-    path = folder / "train.index.safetensors"
-    index, times = load_index(path), entries // 1000
-    names = [f"train/class_{n % 1000:04}/photograph_{n:012}.jpeg".encode() for n in range(entries)]
-    repeated = {
-        name: np.tile(getattr(index, name), times)
-        for name in ("shard", "offset", "length", "label")
-    }
-    replace(
-        index,
-        **repeated,
-        names=np.frombuffer(b"".join(names), np.uint8),
-        name_ends=np.cumsum([0, *map(len, names)], dtype=np.int64),
-    ).save(path)
+    pack_splits({"train": subset(train, np.arange(1000), "train")}, folder / "packed")
+    index, times = load_indices(folder / "packed")["train"], entries // 1000
+    (folder / "packed" / index.files[0].name).rename(folder / index.files[0].name)
+    names = [f"train/class_{n % 1000:04}/photograph_{n:012}.jpeg" for n in range(entries)]
+    arrays = (index.file, index.offset, index.length, index.label)
+    repeated = RangeIndex(
+        index.class_names, index.files, *(np.tile(array, times) for array in arrays), names
+    )
+    (folder / f"train{INDEX_SUFFIX}").write_bytes(repeated.to_bytes())
 
 
 def main() -> None:
@@ -74,7 +69,6 @@ def main() -> None:
     started = time.perf_counter()
     source = open_splits(arguments.folder)["train"]
     seconds = time.perf_counter() - started
-    assert not isinstance(source, View)
     assert len(source) == arguments.entries
     preprocessing = Preprocessing(image_size=(32, 32))
     batches = training_batches(

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 
 import allmlp as am
-from allmlp.data.items import Source, subset
 from allmlp.data.loader import evaluation_batches
+from allmlp.data.source import Source, subset
 from allmlp.data.sources import open_source
 from allmlp.deploy.answers import Question, answer, device_of, make_question, make_ready
 from allmlp.deploy.parts import predict_parts

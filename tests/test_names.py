@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import allmlp as am
-from allmlp.data.drop_list import read_drop_list
-from allmlp.data.selections import read_selection
+from allmlp.data.exclude import read_exclude_list
+from allmlp.data.sources.subset_file import read_subset_file
 from allmlp.evaluation.result_file import read_measurement
 
 OLD = Path(__file__).parent / "golden" / "old_name"
@@ -52,11 +52,11 @@ def test_a_selection(tmp_path: Path):
     splits = {"train": ["test[:5]"]}
     text = {"format": "mlp_mixer selection", "version": 1, "source": "digits", "splits": splits}
     path.write_text(json.dumps(text))
-    assert read_selection(path).source == "digits"
+    assert read_subset_file(path).source == "digits"
 
 
 def test_a_drop_list(tmp_path: Path):
     path = tmp_path / "drop.txt"
     title, source = "# mlp_mixer drop list 1", "# source\tdigits"
     path.write_text(f"{title}\n{source}\n# split\ttrain\t5\tabc\n")
-    assert read_drop_list(path).source == "digits"
+    assert read_exclude_list(path).source == "digits"

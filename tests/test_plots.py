@@ -12,14 +12,14 @@ from PIL import Image
 
 import allmlp as am
 from allmlp import plots
-from allmlp.data.items import EncodedImages
+from allmlp.data.source import EncodedImages, Source, labelled
 from allmlp.data.sources import open_splits
 from conftest import draw, encode, make_class_folder
 
 pytestmark = pytest.mark.usefixtures("real_figures")
 
 
-def evaluation(classes: int, images: int, wrong: int) -> tuple[am.Evaluation, EncodedImages]:
+def evaluation(classes: int, images: int, wrong: int) -> tuple[am.Evaluation, Source]:
     names = [f"a rather long name of class {number}" for number in range(classes)]
     labels = np.arange(images) % classes
     predicted = labels.copy()
@@ -27,7 +27,7 @@ def evaluation(classes: int, images: int, wrong: int) -> tuple[am.Evaluation, En
     probabilities = np.full((images, classes), 0.1 / classes, np.float32)
     probabilities[np.arange(images), predicted] += np.linspace(0.9, 0.6, images)
     files = [encode(draw(number, (20 + number % 7, 24))) for number in range(images)]
-    source = EncodedImages("drawn", names, labels, files, "drawn")
+    source = labelled(EncodedImages(files, "drawn"), "drawn", names, labels)
     return am.Evaluation("drawn", names, labels, np.arange(images), probabilities), source
 
 

@@ -18,7 +18,7 @@ from allmlp.names import NAME
 
 _PACKAGES = (
     *("torch", "numpy", "pillow", "simplejpeg", "opencv-python-headless"),
-    *("safetensors", "scikit-learn"),
+    "safetensors",
 )
 # Named where they are installed: what runs exported files, and reads data and models of others.
 _OPTIONAL = (

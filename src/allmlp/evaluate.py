@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from allmlp.console import Reporter, report_bad_images, report_notes, table
-from allmlp.data.items import Source
 from allmlp.data.loader import TIMEOUT
+from allmlp.data.source import Source
 from allmlp.data.sources import notes_of, read_from
 from allmlp.deploy.runner import is_exported, open_exported
 from allmlp.errors import UserError, one_of, plural

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from allmlp.console import table
-from allmlp.data.source_names import parse_name
+from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import open_splits
 from allmlp.data.workers import check_guard
 from allmlp.errors import UserError

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from allmlp.data.duplicates import Duplicates
-    from allmlp.data.items import Source
+    from allmlp.data.source import Source
     from allmlp.preprocessing import Preprocessing
 
 Evaluation = Any  # the class of evaluation/, which stands above

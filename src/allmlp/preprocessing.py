@@ -1,4 +1,4 @@
-"""Preprocessing: what turns an image file into a model's input. Travels with the weights."""
+"""Preprocessing: what turns an image file into a model's input. It travels with the weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from allmlp.errors import UserError
 #   resmall-crop  shorter side to 8/7 of the model's, cut the centre    (Table 3)
 #   squash        straight to the model's size                          (Google's fine-tuning code)
 # An image that is no larger than the model's input, on both sides, is enlarged whole unless
-# `crop_small` is set: so small images show the same at every size that a model is brought to.
+# `crop_small` is set: so small images show the same at every input size of a model.
 RESIZE_METHODS = ("resize-crop", "resmall-crop", "squash")
 INTERPOLATIONS = ("bilinear", "bicubic")
-# What figure 4 does to every picture, the same each time, as the last step before the model:
+# What figure 4 does to every image, always the same, as the last step before the model:
 #   patches   the order of the patches, and the order of the pixels within them
 #   pixels    the order of all pixels
 PERMUTATIONS = ("none", "patches", "pixels")
@@ -30,14 +30,14 @@ class Preprocessing:
         image_size: (H, W) of the input in pixels.
         resize: one of `RESIZE_METHODS`.
         channels: 3 for RGB, 1 for grey.
-        mean, std: of the pixel values on [0, 1], one number or one for each channel; 0.5 and 0.5
-            give Google's range of [-1, 1].
-        crop: the centre's share of the resized picture's side, (0, 1]; 7/8 is the paper's 224 of
-            256 (and timm's crop_pct 0.875). Without meaning for "squash".
+        mean, std: of the pixel values on [0, 1], one number or one per channel; 0.5 and 0.5 give
+            Google's range of [-1, 1].
+        crop: the centre's fraction of the resized image's side, (0, 1]; 7/8 is the paper's 224 of
+            256 (and timm's crop_pct 0.875). It has no meaning for "squash".
         crop_small: crop images that are no larger than the input too, as the paper does
             (CIFAR: 32 -> 256 -> the centre's 224), instead of enlarging them whole.
         interpolation: one of `INTERPOLATIONS`, with antialiasing.
-        exif_orientation: turn photographs upright by their EXIF tag; the paper's code does not.
+        exif_orientation: rotate images upright by their EXIF tag; the paper's code does not.
         permutation: one of `PERMUTATIONS`, for the study of the paper's figure 4.
         permutation_patch: side of a patch in pixels, of "patches" only; it divides both sides.
         permutation_seed: of the draw.
@@ -60,50 +60,45 @@ class Preprocessing:
     permutation_seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.resize not in RESIZE_METHODS:
-            raise ValueError(f"resize must be one of {RESIZE_METHODS}, got {self.resize!r}")
-        if self.channels not in (1, 3):
-            raise ValueError(f"images have 1 (grey) or 3 (RGB) channels, got {self.channels}")
+        for name, choices in (
+            ("resize", RESIZE_METHODS),
+            ("channels", (1, 3)),
+            ("interpolation", INTERPOLATIONS),
+            ("permutation", PERMUTATIONS),
+            ("crop_small", (False, True)),
+            ("exif_orientation", (False, True)),
+        ):
+            value = getattr(self, name)
+            if value not in choices or type(value) is not type(choices[0]):
+                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
         for name in ("mean", "std"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, value := tuple(value))
             numbers = value if isinstance(value, tuple) else (value,) * self.channels
-            is_number = all(type(each) in (int, float) and math.isfinite(each) for each in numbers)
+            is_number = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
             if not is_number or len(numbers) != self.channels:
-                what = f"a number or {self.channels} of them, one for each channel"
+                what = f"a number or {self.channels} of them, one per channel"
                 raise ValueError(f"{name} must be {what}, got {value!r}")
             if name == "std" and min(numbers) <= 0:
                 raise ValueError(f"std must be above 0, got {value}")
         if not (isinstance(self.crop, int | float) and 0 < self.crop <= 1):
             raise ValueError(f"crop must be above 0 and at most 1, got {self.crop!r}")
-        if self.interpolation not in INTERPOLATIONS:
-            what = f"interpolation must be one of {INTERPOLATIONS}"
-            raise ValueError(f"{what}, got {self.interpolation!r}")
-        for name in ("crop_small", "exif_orientation"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is true or false, got {getattr(self, name)!r}")
-        self._check_permutation()
-
-    def _check_permutation(self) -> None:
         kind, patch, seed = self.permutation, self.permutation_patch, self.permutation_seed
-        if kind not in PERMUTATIONS:
-            raise ValueError(f"permutation must be one of {PERMUTATIONS}, got {kind!r}")
         if not isinstance(seed, int) or seed < 0 or (seed and kind == "none"):
             what = "permutation_seed is a whole number of at least 0, and 0 without a permutation"
             raise ValueError(f"{what}, got {seed!r}")
         if (patch is not None) != (kind == "patches"):
             what = f"permutation_patch goes with permutation='patches', got {patch!r} with {kind!r}"
             raise ValueError(what)
-        if patch is not None:
-            is_number = isinstance(patch, int) and patch > 0
-            if not is_number or any(side % patch for side in self.image_size):
-                height, width = self.image_size
-                what = f"permutation_patch must divide {height}x{width} pixels, got {patch!r}"
-                raise ValueError(what)
+        is_number = isinstance(patch, int) and patch > 0
+        if patch is not None and not (is_number and not any(s % patch for s in self.image_size)):
+            height, width = self.image_size
+            what = f"permutation_patch must divide {height}x{width} pixels, got {patch!r}"
+            raise ValueError(what)
 
     def value_range(self) -> str:
-        """Returns what black and white become: "[-1, 1]", or mean and std where channels differ."""
+        """Returns what black and white become: "[-1, 1]", or mean and std if channels differ."""
         if isinstance(self.mean, tuple) or isinstance(self.std, tuple):
             return f"pixels on [0, 1] less the mean {self.mean}, over the std {self.std}"
         return f"[{(0 - self.mean) / self.std:g}, {(1 - self.mean) / self.std:g}]"
@@ -117,19 +112,15 @@ class Preprocessing:
         return f"{self.resize}{crop}, {self.interpolation}, {values}{permuted}{small}"
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the fields as JSON values; `crop_small` only where it is set.
+        """Returns the fields as JSON values; `crop_small` only if it is set.
 
-        Versions without it read the others, and refuse what they would crop otherwise.
+        Versions without it read the others, and report files that they would crop differently.
         """
         return {name: v for name, v in asdict(self).items() if name != "crop_small" or v}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Preprocessing:
-        """Returns what `to_json` wrote.
-
-        Raises:
-            UserError: an unknown or missing field, or a value out of range.
-        """
+        """Returns what `to_json` wrote."""
         try:
             height, width = values["image_size"]
             return Preprocessing(**{**values, "image_size": (int(height), int(width))})

@@ -12,7 +12,7 @@ import pytest
 import allmlp as am
 from allmlp.cli.predict_lines import Seen, follower
 from allmlp.data.sources import open_splits
-from allmlp.data.write_shards import pack_splits
+from allmlp.data.sources.packed import pack_splits
 from allmlp.deploy.rows import Prediction
 from conftest import draw, make_class_folder, mixer, tiny_model
 

@@ -43,9 +43,9 @@ IN_DATA = [
     "predict model.safetensors data/test --output link/parts",
     "predict model.safetensors data/test:test --output data/test/rows.csv",
     "predict model data/test --output model/config.json",
-    "data check list.csv --drop-list list.csv",
-    "data check list.csv --drop-list data/test/ant/0.png",
-    "data check data --drop-list data/drop.txt",
+    "data check list.csv --exclude list.csv",
+    "data check list.csv --exclude data/test/ant/0.png",
+    "data check data --exclude data/drop.txt",
     "data check data --output data/test/cat",
     "data pack data data/test/packed",
     "evaluate model.safetensors --data data --output data/test/ant",
@@ -81,7 +81,7 @@ def test_no_output_in_an_input(capsys, place: Path, line: str, overwrite: bool):
 
 AGAIN = [
     "predict model.safetensors data/test --output rows.csv",
-    "data check data --duplicates exact --drop-list drop.txt",
+    "data check data --duplicates exact --exclude drop.txt",
     "data check data --output checked",
     "evaluate model.safetensors --data data --output report",
     "inspect model.safetensors --output inside",
@@ -125,7 +125,7 @@ def test_other_single_files_on_standard_output(capsys, place: Path):
     assert code == 0
     assert json.loads(out)["kind"] == "few-shot"
     assert "accuracy" in err
-    code, out, err = mixer(capsys, "data", "check", "data", "--drop-list", "-")
+    code, out, err = mixer(capsys, "data", "check", "data", "--exclude", "-")
     assert code == 0
     assert out.startswith("# allmlp drop list 1\n")
     assert "images" in err

@@ -11,15 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from allmlp.cli.check import check
 from allmlp.data import check as module
 from allmlp.data.check import check_source, format_bytes
-from allmlp.data.drop_list import read_drop_list, without
+from allmlp.data.exclude import exclude, read_exclude_list
 from allmlp.data.sources import open_splits
-from allmlp.data.write_shards import pack_splits
-from allmlp.errors import UserError
+from allmlp.data.sources.packed import pack_splits
 from allmlp.training.dataset import open_training_data
-from conftest import draw, encode, make_class_folder, tiny_config
+from conftest import draw, encode, make_class_folder, mixer, tiny_config
 from odd_images import png16, tiff
 
 
@@ -50,11 +48,11 @@ def test_the_report_counts_everything(odd_folder: Path):
     train, validation = report.splits["train"], report.splits["validation"]
     assert (train.num_images, validation.num_images) == (16, 3)
     assert train.class_counts == {"ant": 6, "bee": 9, "cat": 1}
-    assert validation.missing_classes() == ["bee", "cat"]
+    assert validation.missing_classes == ["bee", "cat"]
     assert train.formats == {"PNG": 11, "JPEG": 2, "GIF": 1}
     assert train.modes == {"RGB": 10, "CMYK": 1, "I;16": 1, "P": 1, "RGBA": 1}
     assert train.oddities == {
-        "turned by EXIF": 1,
+        "rotated by EXIF": 1,
         "alpha": 1,
         "16-bit": 1,
         "CMYK": 1,
@@ -68,7 +66,7 @@ def test_the_report_counts_everything(odd_folder: Path):
     size = sum(path.stat().st_size for path in readable if path.stem not in ("cut", "text"))
     assert train.num_bytes == size
     assert report.duplicates is not None
-    assert report.duplicates.count_with("validation", "train") == 1
+    assert report.duplicates.counts()["validation"]["train"] == 1
     assert report.duplicates.other_label().sum() == 1
 
 
@@ -101,108 +99,91 @@ def test_huge_images(class_folder: Path, monkeypatch: pytest.MonkeyPatch):
     assert report.splits["validation"].huge[0].what.startswith("30x40 pixels, ")
 
 
-def test_sizes_are_told_in_words(odd_folder: Path, class_folder: Path):
+def test_sizes_in_words(odd_folder: Path, class_folder: Path):
     report = check_source(open_splits(str(class_folder)), "data", num_workers=0)
     assert report.splits["train"].size_summary == "all 30x40"
     report = check_source(open_splits(str(odd_folder)), "odd", num_workers=0)
     assert report.splits["train"].size_summary.startswith("4 different; shorter side 30 px")
+    words = [format_bytes(n) for n in (12, 3_400, 12_345_678, 5 * 10**9)]
+    assert words == ["12 bytes", "3.4 kB", "12.3 MB", "5.0 GB"]
 
 
-def test_nothing_readable(tmp_path: Path):
+def test_nothing_readable(tmp_path: Path, capsys):
     folder = tmp_path / "data" / "ant"
     folder.mkdir(parents=True)
     (folder / "0.png").write_bytes(b"")
-    assert check(str(folder.parent), output=str(tmp_path / "out"), num_workers=0) == 3
+    flags = "--output", tmp_path / "out", "--num-workers", 0
+    assert mixer(capsys, "data", "check", folder.parent, *flags)[0] == 3
     assert (tmp_path / "out" / "samples.png").exists()
 
 
-def test_bytes_in_words():
-    assert [format_bytes(n) for n in (12, 3_400, 12_345_678, 5 * 10**9)] == [
-        "12 bytes",
-        "3.4 kB",
-        "12.3 MB",
-        "5.0 GB",
-    ]
-
-
-def test_the_verb_prints_and_writes(
-    odd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    output, drops = tmp_path / "report", tmp_path / "drops.txt"
-    code = check(str(odd_folder), output=str(output), drop_list=str(drops), num_workers=0)
-    out = capsys.readouterr().out
+def test_the_command_prints_and_writes(odd_folder: Path, tmp_path: Path, capsys):
+    output, excluded = tmp_path / "report", tmp_path / "excluded.txt"
+    for number in range(30):
+        (odd_folder / "train" / "cat" / f"bad{number}.png").write_bytes(b"bad")
+    flags = "--output", output, "--exclude", excluded, "--num-workers", 0
+    code, out, _ = mixer(capsys, "data", "check", odd_folder, *flags)
     assert code == 3
-    assert "unreadable images: 2" in out
+    assert "unreadable images: 32" in out
     assert "cut.png: the image is damaged" in out
-    assert "text.png: the file is not an image" in out
-    assert "special: turned by EXIF 1, alpha 1, 16-bit 1, CMYK 1, animated 1" in out
+    assert out.count("the file is not an image") == 19  # a list is cut at 20
+    assert "... and 12 more; all in bad_files.txt" in out
+    assert "special: rotated by EXIF 1, alpha 1, 16-bit 1, CMYK 1, animated 1" in out
     assert "classes without images: bee, cat" in out
     assert "duplicates of different classes: 1 pair" in out
     assert "(bee) and validation[2]" in out
-    assert "drop list" in out
-    assert sorted(each.name for each in output.iterdir()) == [
+    assert sorted(path.name for path in output.iterdir()) == [
         *("bad_files.txt", "check.json", "duplicates.csv", "duplicates.png", "samples.png"),
     ]
     saved = json.loads((output / "check.json").read_text())
-    assert saved["splits"]["train"]["num_images"] == 16
+    assert saved["splits"]["train"]["num_images"] == 46
     assert saved["duplicates"]["pairs_of_other_classes"] == 1
-    assert len((output / "bad_files.txt").read_text().splitlines()) == 2
+    assert len((output / "bad_files.txt").read_text().splitlines()) == 32
     with (output / "duplicates.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["class_1"], row["class_2"], row["kind"]) for row in rows] == [
         ("bee", "ant", "same file")
     ]
-    splits = open_splits(str(odd_folder))
-    assert len(without(splits["train"], read_drop_list(drops), "train")) == 15
+    train = open_splits(str(odd_folder))["train"]
+    assert len(exclude(train, read_exclude_list(excluded), "train")) == 45
 
 
-def test_a_clean_folder(class_folder: Path, capsys: pytest.CaptureFixture[str]):
-    assert check(str(class_folder), num_workers=0) == 0
-    out = capsys.readouterr().out
-    assert "unreadable images: none" in out
-    assert "--output FOLDER" in out
-    assert check(str(class_folder), duplicates="off", num_workers=0) == 0
-    assert "\nduplicates: " not in capsys.readouterr().out
+def test_a_clean_folder(class_folder: Path, capsys):
+    code, out, _ = mixer(capsys, "data", "check", class_folder, "--num-workers", 0)
+    assert (code, "unreadable images: none" in out) == (0, True)
+    flags = "--duplicates", "off", "--num-workers", 0
+    code, out, _ = mixer(capsys, "data", "check", class_folder, *flags)
+    assert (code, "\nduplicates: " in out) == (0, False)
 
 
-def test_damaged_shards_are_named(
-    class_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_damaged_packed_data_is_reported(class_folder: Path, tmp_path: Path, capsys):
     packed = tmp_path / "packed"
-    pack_splits(open_splits(str(class_folder)), packed)
-    assert check(str(packed), num_workers=0) == 0
-    assert "of the shards" not in capsys.readouterr().out
-    [shard] = packed.glob("train*.tar")
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 1  # behind the last image: all can be decoded
-    shard.write_bytes(data)
-    assert check(f"{packed}:train", num_workers=0) == 3
-    out = capsys.readouterr().out
-    assert "problems of the shards: 1" in out
-    assert f"{shard}: sha256" in out
+    file = pack_splits(open_splits(str(class_folder)), packed)["train"].files[0]
+    code, out, _ = mixer(capsys, "data", "check", packed, "--num-workers", 0)
+    assert (code, "problems of the packed data" in out) == (0, False)
+    values = (packed / "packed.json").read_text()  # the images themselves can be decoded
+    (packed / "packed.json").write_text(values.replace(str(file.sha256), "0" * 64))
+    code, out, _ = mixer(capsys, "data", "check", f"{packed}:train", "--num-workers", 0)
+    assert code == 3
+    assert "problems of the packed data: 1" in out
+    assert str(packed / file.name) in out
     assert "unreadable images: none" in out
 
 
-def test_long_lists_are_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    folder = make_class_folder(tmp_path / "data", {"ant": 2})
-    for number in range(30):
-        (folder / "ant" / f"bad{number}.png").write_bytes(b"bad")
-    assert check(str(folder), num_workers=0) == 3
-    out = capsys.readouterr().out
-    assert out.count("the file is not an image") == 20
-    assert "... and 10 more; all in bad_files.txt, with --output FOLDER" in out
-
-
-def test_mistakes_are_told_before_the_work(class_folder: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="--duplicates off"):
-        check(str(class_folder), duplicates="off", drop_list="list.txt")
-    with pytest.raises(UserError, match="no such data"):
-        check(str(tmp_path / "nothing"))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="must be a folder"):
-        check(str(class_folder), output=str(tmp_path / "file"))
-    with pytest.raises(UserError, match="does not exist"):
-        check(str(class_folder), drop_list=str(tmp_path / "none" / "list.txt"))
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [
+        (["{data}", "--duplicates", "off", "--exclude", "list.txt"], "exclude"),
+        (["{data}/nothing"], "nothing"),
+        (["{data}", "--output", "{data}/file"], "file"),
+        (["{data}", "--exclude", "{data}/none/list.txt"], "none"),
+    ],
+)
+def test_mistakes_are_found_before_the_work(class_folder: Path, capsys, flags, value):
+    (class_folder / "file").write_text("")
+    flags = [flag.format(data=class_folder) for flag in flags]
+    code, _, err = mixer(capsys, "data", "check", *flags)
+    assert (code, value in err) == (2, True)
 
 
 def test_12_bit_values_in_16_bit_files_are_named(tmp_path: Path, capsys):
@@ -218,8 +199,8 @@ def test_12_bit_values_in_16_bit_files_are_named(tmp_path: Path, capsys):
     found = {each.name.removeprefix(str(folder)): each.what for each in report.dark}
     assert list(found) == ["/ant/dark.png", "/bee/dark.png", "/bee/inverted.tif"]
     assert [re.findall(r"[\d,]+", what)[0] for what in found.values()] == ["4,095", "4,095", "535"]
-    assert check(str(folder)) == 0
-    out = capsys.readouterr().out
+    code, out, _ = mixer(capsys, "data", "check", folder)
+    assert code == 0
     assert "brightest sample 4,095 of 65,535" in out
     assert "by 16" in out
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from allmlp.data.classes import in_class_order, match_classes, natural_order
-from allmlp.data.folders import class_folder as read_class_folder
 from allmlp.data.sources import notes_of, open_splits
 from allmlp.errors import UserError
 from conftest import make_class_folder
@@ -16,7 +15,7 @@ from conftest import make_class_folder
 
 def test_natural_order_of_classes(tmp_path: Path):
     make_class_folder(tmp_path, {"10": 1, "9": 1, "a2": 1, "a10": 1, "B1": 1})
-    names = read_class_folder(tmp_path, "x").class_names
+    names = open_splits(str(tmp_path))["train"].class_names
     assert names == ["9", "10", "a2", "a10", "B1"]
     assert sorted(["2", "x", "x\u00b2", "10"], key=natural_order) == ["2", "10", "x", "x\u00b2"]
 
@@ -80,9 +79,9 @@ def test_another_form_of_a_name_that_is_there_twice_is_no_match(class_folder: Pa
         if "cat." in known:
             assert match_classes(source, known, owner="x", allow_missing=True).class_names == known
         else:
-            with pytest.raises(UserError, match="unknown to x: 'cat'"):
+            with pytest.raises(UserError, match="'cat'"):
                 match_classes(source, known, owner="x", allow_missing=True)
-    with pytest.raises(UserError, match="unknown to x: 'ant'"):
+    with pytest.raises(UserError, match="'ant'"):
         match_classes(source, ["Ant", "bee", "cat"], owner="x", allow_missing=True)
 
 
@@ -115,11 +114,9 @@ def test_match_classes_by_name(class_folder: Path):
         true = source.class_names[source.labels[index]]
         assert matched.class_names[matched.labels[index]] == true
         assert matched.read(index) == source.read(index)
-    with pytest.raises(
-        UserError, match=r"missing in the data: 'dog'[\s\S]*--allow-missing-classes"
-    ):
+    with pytest.raises(UserError, match=r"'dog'[\s\S]*allow_missing_classes"):
         match_classes(source, ["cat", "dog", "ant", "bee"], owner="the model", allow_missing=False)
-    with pytest.raises(UserError, match="unknown to the model: 'ant', 'bee'"):
+    with pytest.raises(UserError, match="'ant', 'bee'"):
         match_classes(source, ["cat"], owner="the model", allow_missing=True)
 
 

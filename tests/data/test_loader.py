@@ -21,9 +21,9 @@ import torch
 from allmlp.data import workers
 from allmlp.data.batches import Batch, on_device
 from allmlp.data.image import EncodedImage
-from allmlp.data.items import PackedStrings, Source, random_subset
 from allmlp.data.loader import evaluation_batches, training_batches
 from allmlp.data.sampler import batches_of_positions, epoch_order, locate, sample_generator
+from allmlp.data.source import PackedStrings, Source, random_subset
 from allmlp.data.sources import open_splits
 from allmlp.data.transforms import inception_crop
 from allmlp.data.workers import NICENESS
@@ -130,7 +130,7 @@ def test_the_same_bits_with_and_without_workers(class_folder: Path, augmented):
 @pytest.mark.parametrize("free", [2**20 + 100, 2**20 + 1200, None])  # a batch takes 1,152 bytes
 def test_the_same_bits_through_a_pipe(class_folder: Path, monkeypatch, free: int | None):
     monkeypatch.setattr(workers, "shared_memory", lambda: free)
-    monkeypatch.setattr(workers, "_said", [])
+    monkeypatch.setattr(workers, "_reported", [])
     source = open_splits(str(class_folder))["train"]
     alone, piped = load(source, 0, 7), load(source, 0, 7, num_workers=2)
     assert_same(alone, piped)
@@ -149,9 +149,9 @@ def test_a_batch_that_cannot_be_handed_over(class_folder: Path, monkeypatch, tid
 
     monkeypatch.setattr(Batch, "__reduce__", full)
     source = open_splits(str(class_folder))["train"]
-    with pytest.raises(UserError, match="no memory to hand over a batch") as caught:
+    with pytest.raises(UserError, match="no memory") as caught:
         load(source, 0, 3, num_workers=1)
-    assert "--num-workers 0" in str(caught.value.fix)
+    assert "num_workers" in str(caught.value.fix)
     assert capfd.readouterr().err == ""
 
 
@@ -161,7 +161,7 @@ def test_what_shared_memory_is_too_small_for_is_said_once(monkeypatch, capsys):
     monkeypatch.setattr(
         workers.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free)
     )
-    monkeypatch.setattr(workers, "_said", [])
+    monkeypatch.setattr(workers, "_reported", [])
     batch = 128 * 224 * 224 * 3
     assert workers.workers_that_start(8, batch // 16) == 8
     assert capsys.readouterr().err == ""
@@ -180,7 +180,7 @@ def test_without_shared_memory_there_are_no_workers(class_folder, monkeypatch, c
     )
     if how == "read-only":
         monkeypatch.setattr(workers.os, "access", lambda *_: False)
-    monkeypatch.setattr(workers, "_said", [])
+    monkeypatch.setattr(workers, "_reported", [])
     monkeypatch.setattr(multiprocessing.Process, "start", lambda _: pytest.fail("a process"))
     source = open_splits(str(class_folder))["train"]
     assert_same(load(source, 0, 3, num_workers=2), load(source, 0, 3))
@@ -214,7 +214,7 @@ def test_more_processes_than_the_system_gives(class_folder: Path, monkeypatch):
     source = open_splits(str(class_folder))["train"]
     with pytest.raises(UserError, match="cannot be started.*temporarily unavailable") as caught:
         load(source, 0, 3, num_workers=2)
-    assert "--num-workers 0" in str(caught.value.fix)
+    assert "num_workers" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -231,7 +231,7 @@ def test_ranks_share_every_batch_in_its_order(class_folder: Path, world_size):
 
 def test_ranks_that_cannot_share_a_batch(class_folder: Path):
     source = open_splits(str(class_folder))["train"]
-    with pytest.raises(UserError, match="6 images cannot be shared equally by 4 processes"):
+    with pytest.raises(UserError, match="4 processes cannot split a batch of 6"):
         load(source, 0, 1, rank=1, world_size=4)
 
 
@@ -242,7 +242,7 @@ def test_a_worker_that_dies_is_named_with_its_image(class_folder: Path, number, 
     source = open_splits(str(class_folder))["train"]
     with pytest.raises(UserError, match=r"worker process \d, at .*bee/3\.png, ended") as caught:
         load(source, 0, 8, num_workers=number, transform=die_at_bee_3)
-    assert "--num-workers" in str(caught.value.fix)
+    assert "num_workers" in str(caught.value.fix)
 
 
 @killed_workers
@@ -272,7 +272,7 @@ def test_a_worker_that_dies_before_its_first_image_blames_none(
         if number == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr("allmlp.data.loader.start_worker", die)
+    monkeypatch.setattr("allmlp.data.workers.start_worker", die)
     source = open_splits(str(class_folder))["train"]
     with pytest.raises(UserError, match=r"^a worker process, before its first image, ended"):
         load(source, 0, 50, num_workers=2)
@@ -321,7 +321,6 @@ def test_packed_strings_are_the_strings():
     packed = PackedStrings(names)
     assert list(packed) == names
     assert packed[-1] == names[-1]
-    assert list(packed[1:3]) == names[1:3]
     with pytest.raises(IndexError):
         packed[5]
 
@@ -331,19 +330,15 @@ def test_a_start_at_step_n_is_the_same_as_getting_there(class_folder: Path):
     assert_same(load(source, 0, 9)[5:], load(source, 5, 9))
 
 
-def test_batches_have_the_right_labels(class_folder: Path):
-    source = open_splits(str(class_folder))["train"]
-    for batch in load(source, 0, 5):
-        assert (batch.images.dtype, batch.images.shape) == (torch.uint8, (6, 3, 8, 8))
-        assert batch.labels.tolist() == [source.labels[i] for i in batch.indices.tolist()]
-
-
 def test_a_bad_image_is_replaced_by_the_next_and_named(class_folder: Path):
     (class_folder / "train" / "bee" / "2.png").write_bytes(b"no image")
     source = open_splits(str(class_folder))["train"]
     broken = next(i for i in range(20) if source.item_name(i).endswith("bee/2.png"))
     batches = load(source, 0, 10)  # three epochs
     assert_same(batches, load(source, 0, 10, num_workers=2))
+    for batch in batches:
+        assert (batch.images.dtype, batch.images.shape) == (torch.uint8, (6, 3, 8, 8))
+        assert batch.labels.tolist() == [source.labels[i] for i in batch.indices.tolist()]
     drawn = [index for batch in batches for index in batch.indices.tolist()]
     assert broken not in drawn
     assert len(drawn) == 60
@@ -356,6 +351,8 @@ def test_only_bad_images(class_folder: Path):
     for path in class_folder.rglob("*.png"):
         path.write_bytes(b"no image")
     source = open_splits(str(class_folder))["train"]
+    first = next(iter(evaluation_batches(source, PREPROCESSING, batch_size=6, num_workers=0)))
+    assert (len(first.images), len(first.labels), len(first.bad)) == (0, 0, 6)
     for number in (0, 1):
         with pytest.raises(UserError, match=r"^none of the images can be decoded\nwhere: "):
             load(source, 0, 1, num_workers=number)
@@ -370,11 +367,3 @@ def test_evaluation_reads_each_image_once_and_in_order(class_folder: Path):
         assert indices == [index for index in range(20) if index != 4]
         assert [each.index for batch in batches for each in batch.bad] == [4]
         assert sum(len(batch.images) for batch in batches) == 19
-
-
-def test_a_batch_of_bad_images_only(class_folder: Path):
-    for path in (class_folder / "train" / "ant").iterdir():
-        path.write_bytes(b"")
-    source = open_splits(str(class_folder))["train"]
-    first = next(iter(evaluation_batches(source, PREPROCESSING, batch_size=6, num_workers=0)))
-    assert (len(first.images), len(first.labels), len(first.bad)) == (0, 0, 6)

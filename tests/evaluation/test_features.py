@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import allmlp as am
-from allmlp.data.items import Source
 from allmlp.data.loader import evaluation_batches
+from allmlp.data.source import Source
 from allmlp.data.sources import open_splits
 from allmlp.data.transforms import normalize
 from allmlp.evaluation.features import FeatureCache, Features, frozen_features

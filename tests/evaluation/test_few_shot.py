@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import allmlp as am
-from allmlp.data.items import subset
+from allmlp.data.source import subset
 from allmlp.data.sources import open_splits
 from allmlp.evaluation.features import frozen_features
 from allmlp.evaluation.few_shot import SWEEP, choose_l2

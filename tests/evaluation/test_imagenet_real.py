@@ -12,10 +12,10 @@ import torch
 
 import allmlp as am
 from allmlp.data.classes import match_classes
-from allmlp.data.hub_dataset import HubImages
-from allmlp.data.items import EncodedImages, Source, subset
+from allmlp.data.source import EncodedImages, Source, labelled, subset, unlabelled
 from allmlp.data.sources import open_source
-from allmlp.data.write_shards import pack
+from allmlp.data.sources.hub import HubImages
+from allmlp.data.sources.packed import pack_splits
 from allmlp.evaluation.imagenet_real import (
     IMAGES,
     RealLabels,
@@ -135,10 +135,10 @@ def test_numbers_of_files_in_folders(folder: Path):
 
 
 def test_numbers_in_packed_shards(folder: Path, tmp_path: Path):
-    pack(open_source(str(folder)), tmp_path / "shards", "validation")
+    pack_splits({"validation": open_source(str(folder))}, tmp_path / "shards")
     source = open_source(str(tmp_path / "shards"))
     assert sorted(validation_ids(source).tolist()) == [3, 17, 50_000]
-    assert ".tar:" in source.item_name(0)
+    assert ".arrow:" in source.item_name(0)
 
 
 def parquet_file(
@@ -176,7 +176,7 @@ def test_numbers_in_a_hub_data_set(tmp_path: Path):
     ]
     features = datasets.Features({"image": datasets.Image(decode=False)})
     whole = datasets.Dataset.from_dict({"image": rows}, features=features)
-    source = HubImages("hf:x", ["a"], np.zeros(2, dtype=np.int64), whole.select([1, 0]), "image")
+    source = unlabelled(HubImages("hf:x", whole.select([1, 0]), "image"), "hf:x")
     assert validation_ids(source).tolist() == [8, 5]
 
 
@@ -267,7 +267,7 @@ def test_data_and_model_may_join_the_words_otherwise(own: list[str] | None):
     """The WordNet id says which class it is; words behind it are joined in several ways."""
     given = ["n01484850 great_white_shark", "n01440764"]
     names = own or ["n01440764", "n01484850"]
-    source = EncodedImages("x", given, np.array([0, 1, 1]), [b""] * 3, "x")
+    source = labelled(EncodedImages([b""] * 3, "x"), "x", given, np.array([0, 1, 1]))
     matched = match_classes(source, names, owner="the model", allow_missing=False)
     assert matched.class_names == names
     assert matched.labels.tolist() == [1, 0, 0]

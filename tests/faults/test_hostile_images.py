@@ -14,8 +14,8 @@ from PIL import Image
 
 import allmlp as am
 from allmlp.data.image import decode
-from allmlp.data.items import ImageFiles
 from allmlp.data.loader import evaluation_batches, training_batches
+from allmlp.data.source import ImageFiles, labelled
 from allmlp.errors import UserError
 from allmlp.preprocessing import Preprocessing
 from allmlp.training.config import AugmentSettings, NoCrop
@@ -85,7 +85,7 @@ def test_all_orientations_look_the_same_to_train_evaluate_and_predict(tmp_path):
         exif[0x0112] = orientation
         paths.append(str(tmp_path / f"{orientation}.png"))
         stored.save(paths[-1], exif=exif)
-    source = ImageFiles("x", ["a", "b"], np.zeros(8, np.int64), paths)
+    source = labelled(ImageFiles(paths), "x", ["a", "b"], np.zeros(8, np.int64))
     preprocessing = Preprocessing(image_size=(8, 8))
     still = Augmentation(AugmentSettings(crop=NoCrop(), flip=False), preprocessing)
     for name, batches in {

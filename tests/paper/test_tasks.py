@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import allmlp as am
+from allmlp.data.sources import open_subset
 from allmlp.paper.avg5 import AVG5
-from allmlp.paper.suite import named_tasks, open_plan, plan_1k, plan_whole, resolved
+from allmlp.paper.suite import named_tasks, plan_1k, plan_whole, resolved
 from allmlp.paper.vtab import VTAB, task_lines
 from allmlp.training.finetuning_recipes import FINETUNING
 from conftest import draw, make_class_folder
@@ -112,7 +113,7 @@ def test_what_is_taken(tmp_path, name, images, rule, final, chosen):
     assert plan.grid.splits["validation"] == (chosen,)
     assert plan.final.splits["train"] == (*plan.grid.splits["train"], chosen)
     assert final is None or plan.final.splits["train"] == final
-    splits, grid = open_plan(plan.final), open_plan(plan.grid)
+    splits, grid = open_subset(plan.final), open_subset(plan.grid)
     learnt = len(grid["train"]) + len(grid["validation"])
     assert len(splits["train"]) == learnt == plan.images["train"]
     assert len(splits["test"]) == plan.images["test"] > 0
@@ -126,7 +127,7 @@ def test_nothing_that_is_measured_on_is_learnt_from(tmp_path):
     """The rows of a list are told apart by their numbers as classes."""
     for name, images in [("eurosat", {"train": 1300}), ("pets", {"train": 900, "val": 40})]:
         plan = plan_1k(VTAB[name], make_list(tmp_path, images, "{n}"))
-        train, test = (open_plan(plan.final)[split] for split in ("train", "test"))
+        train, test = (open_subset(plan.final)[split] for split in ("train", "test"))
         if name == "eurosat":
             assert not set(train.labels) & set(test.labels)
             assert sorted([*train.labels, *test.labels]) == list(range(1300))
@@ -142,7 +143,7 @@ def test_classes_in_order_are_spread(tmp_path):
     lines += [f"a/{at}.png,{at // 300},train" for at in range(1200)] + ["b/0.png,0,test"] * 4
     (tmp_path / "list.csv").write_text("\n".join(lines))
     plan = plan_1k(VTAB["pets"], str(tmp_path / "list.csv"))
-    assert np.bincount(open_plan(plan.final)["train"].labels).tolist() == [250] * 4
+    assert np.bincount(open_subset(plan.final)["train"].labels).tolist() == [250] * 4
 
 
 def test_labels_that_are_numbers(tmp_path):
@@ -151,7 +152,7 @@ def test_labels_that_are_numbers(tmp_path):
     assert plan.final.labels == VTAB["dsprites_orientation"].labels
     assert plan.num_classes == 16
     assert "labels: label_orientation, 40 values in 16 bins" in plan.notes
-    test = open_plan(plan.final)["test"]
+    test = open_subset(plan.final)["test"]
     assert test.labels.tolist() == [int(n / 2.5) for n in range(20)]
     done = make_list(tmp_path / "done", {"train": 300, "test": 20}, "{n % 16}")
     plan = plan_1k(VTAB["dsprites_orientation"], done)
@@ -159,7 +160,7 @@ def test_labels_that_are_numbers(tmp_path):
     assert "labels: the classes 0 to 15, taken as they are" in plan.notes
     distances = make_list(tmp_path / "near", {"train": 300, "test": 20}, "{n / 16 + 0.01}")
     plan = plan_1k(VTAB["clevr_distance"], distances)
-    assert open_plan(plan.final)["test"].labels.tolist() == [0] * 20
+    assert open_subset(plan.final)["test"].labels.tolist() == [0] * 20
     assert "5 of the 6 classes are among the training images" not in plan.notes
     wrong = make_list(tmp_path / "wrong", {"train": 300, "test": 20}, "{n % 41}")
     with pytest.raises(am.UserError, match="the label '40' has no class by the rule"):

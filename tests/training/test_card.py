@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import allmlp as am
-from allmlp.data.digits import digits
+from allmlp.data.sources import open_splits
 from allmlp.evaluation.metrics import Evaluation
 from allmlp.preprocessing import Preprocessing
 from allmlp.training.card import model_card
@@ -29,7 +29,7 @@ def header_of(card: str) -> dict[str, Any]:
 def card_of(model: Any, tmp_path: Path, measured: bool = True, **changes: Any) -> str:
     model.preprocessing = Preprocessing(image_size=model.config.image_size)
     config = tiny_config(changes.pop("source", "digits"), tmp_path / "run", **changes)
-    train = digits()["train"]
+    train = open_splits("digits")["train"]
     test = Evaluation(
         f"{config.data.source}:test",
         ["a", "b"],

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import allmlp as am
-from allmlp.data.drop_list import drop_list, write_drop_list
 from allmlp.data.duplicates import find_duplicates
+from allmlp.data.exclude import exclude_list
 from allmlp.data.image import EncodedImage
 from allmlp.data.sources import open_splits
-from allmlp.data.write_shards import pack_splits
+from allmlp.data.sources.packed import pack_splits
 from allmlp.training.dataset import Augmentation, open_training_data
 from conftest import draw, encode, make_class_folder, tiny_config
 
@@ -151,14 +151,15 @@ def test_a_drop_list_leaves_training_and_validation_images_out_and_test_whole(tm
     (data / "test" / "b" / "again.png").write_bytes((data / "test" / "b" / "0.png").read_bytes())
     drops = tmp_path / "copies.txt"
     splits = open_splits(str(data))
-    write_drop_list(drop_list(find_duplicates(splits, num_workers=0), "data"), drops)
+    found = find_duplicates(splits, num_workers=0)
+    drops.write_text(exclude_list(found, "data").to_text())
     config = tiny_config(str(data), tmp_path / "run", data__exclude=str(drops))
     run = am.train(config, quiet=True).run_folder
     said = (run / "log.txt").read_text()
     assert "10 images to train, 10 to validate (the data's own), 11 to test" in said
     assert "left out 3 images by" in said
     draw(77).save(data / "train" / "a" / "new.png")
-    with pytest.raises(am.UserError, match=r"was made for a train split of 13 images[\s\S]*has 14"):
+    with pytest.raises(am.UserError, match=r"its train has 13 images[\s\S]*has 14"):
         am.train(tiny_config(str(data), tmp_path / "other", data__exclude=str(drops)), quiet=True)
     assert not (tmp_path / "other").exists()
 

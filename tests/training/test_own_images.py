@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import allmlp as am
-from allmlp.data.items import Source
+from allmlp.data.source import Source
 from allmlp.training import own_images
 from allmlp.training.dataset import Splits, open_training_data
 from allmlp.training.own_images import open_measured

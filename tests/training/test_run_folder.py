@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import allmlp as am
-from allmlp.data.items import BadImage
+from allmlp.data.source import BadImage
 from allmlp.io import partial_path
 from allmlp.training.run_folder import RunFolder, planned_path
 from conftest import NO_PROCESS, tiny_config

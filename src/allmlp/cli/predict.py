@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from allmlp.console import Reporter
-    from allmlp.data.items import Source
+    from allmlp.data.source import Source
     from allmlp.deploy.answers import Question
     from allmlp.deploy.plan import Plan
     from allmlp.deploy.rows import OnRows

@@ -13,7 +13,7 @@ from allmlp.cli.arguments import warn_of_bad
 
 if TYPE_CHECKING:
     from allmlp.console import ProgressBar, Reporter
-    from allmlp.data.items import BadImage
+    from allmlp.data.source import BadImage
     from allmlp.deploy.answers import Question
     from allmlp.deploy.rows import Prediction, Rows
 
@@ -40,7 +40,7 @@ class Seen:
 
     def take(self, rows: Rows) -> None:
         """Counts the rows of a batch."""
-        from allmlp.data.items import BadImage
+        from allmlp.data.source import BadImage
 
         for each in rows:
             if each.error is not None:

@@ -21,6 +21,7 @@ POSITIONAL = {
     "recipe": "A name of docs/recipes.md.",
     "runs": "Run folders, measurement files, and folders that are searched for them.",
     "output": "The file or folder to write.",
+    "folder": "The folder with the .tar files.",
     "data": "A folder of class folders, a .csv or .jsonl list, Parquet, hf:owner/name, or digits.",
 }
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}

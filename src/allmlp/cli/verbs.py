@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from allmlp.cli.check import check
 from allmlp.cli.export import export
-from allmlp.cli.pack import index, pack
 from allmlp.cli.predict import predict
 from allmlp.cli.serve import serve
 from allmlp.cli.table import Command
@@ -94,9 +92,29 @@ VERBS: dict[str, Any] = {
     "export": export,
     "serve": serve,
     **PAPER,
-    "data check": check,
-    "data pack": pack,
-    "data index": index,
+    "data check": Command(
+        "cli.check",
+        "CheckOptions",
+        "check",
+        "Look at data before training: what it contains, what is damaged, and duplicates.",
+        "exit_code",
+        ("data",),
+    ),
+    "data pack": Command(
+        "cli.pack",
+        "PackOptions",
+        "pack",
+        "Write data as Arrow files, which are fast to read in any order and few files to copy.",
+        "exit_code",
+        ("data", "output"),
+    ),
+    "data index": Command(
+        "cli.pack",
+        "IndexOptions",
+        "index",
+        "Write the index that makes WebDataset tars of another tool a source of data.",
+        positional=("folder",),
+    ),
 }
 
 # What the help says of verbs of two words, by the first.

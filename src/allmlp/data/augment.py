@@ -1,6 +1,6 @@
-"""Random changes of a training picture or batch, each from the generator that is handed in.
+"""Random changes of a training image or batch, each from the generator that is passed in.
 
-Legend: N batch, H W pixels; a picture is uint8 (H, W, channels). RandAugment has its own file.
+Legend: N batch, H W pixels; an image is uint8 (H, W, channels). RandAugment has its own file.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ def warp(
     shift: float = 0.0,
     elastic: float = 0.0,
 ) -> np.ndarray:
-    """Returns the picture turned, stretched, slanted, moved and bent at random, as writing varies.
+    """Returns the image rotated, scaled, sheared, shifted and bent at random, as writing varies.
 
-    All in one resampling (bilinear), because each would blur a small picture a little more.
+    All in one resampling (bilinear), because each would blur a small image a little more.
 
     Args:
-        pixels: the picture; what comes in from outside it is black.
+        pixels: the image; what comes in from outside it is black.
         random: the sample's own generator.
         rotate: largest angle, degrees.
-        scale: largest relative change of the width and, drawn on its own, of the height.
-        shear: largest horizontal slant, pixels a pixel.
-        shift: largest move, as a share of the width and of the height.
-        elastic: standard deviation of 3 x 3 random moves that are spread smoothly (bicubic) over
-            the picture, as a share of its sides; the idea of Simard et al. 2003.
+        scale: largest relative change of the width and, drawn independently, of the height.
+        shear: largest horizontal shear, pixels per pixel.
+        shift: largest shift, as a fraction of the width and of the height.
+        elastic: standard deviation of 3 x 3 random shifts that are interpolated smoothly (bicubic)
+            over the image, as a fraction of its sides; the idea of Simard et al. 2003.
     """
     draw = random.uniform(-1.0, 1.0, size=6)
     angle = math.radians(rotate) * draw[0]
     scale_x, scale_y = 1.0 + scale * draw[1], 1.0 + scale * draw[2]
     cos, sin = math.cos(angle), math.sin(angle)
-    # From a place in the new picture to that in the old one, in pixels from the centre.
+    # From a place in the new image to that in the old one, in pixels from the centre.
     matrix = torch.tensor(
         [[scale_x * cos, -scale_x * sin + shear * draw[3]], [scale_y * sin, scale_y * cos]]
     ).float()
@@ -65,12 +65,9 @@ def warp(
 
 
 def padded_crop(pixels: np.ndarray, random: np.random.Generator, padding: float) -> np.ndarray:
-    """Returns the picture moved by whole pixels, as a crop of its size out of one with a border.
+    """Returns the image shifted by whole pixels: a crop of its size after padding with black.
 
-    Args:
-        pixels: the picture; what comes in from outside it is black.
-        random: the sample's own generator.
-        padding: width of the border as a share of the sides; 0.125 is the usual 4 of 32 pixels.
+    `padding` is a fraction of the sides; 0.125 is the usual 4 of 32 pixels.
     """
     height, width = pixels.shape[:2]
     y, x = round(padding * height), round(padding * width)
@@ -82,7 +79,7 @@ def padded_crop(pixels: np.ndarray, random: np.random.Generator, padding: float)
 def random_erasing(
     pixels: np.ndarray, random: np.random.Generator, probability: float
 ) -> np.ndarray:
-    """Returns the picture, or with `probability` a copy with noise in a random rectangle.
+    """Returns the image, with `probability` a copy with noise in a random rectangle.
 
     The rectangle has 2 to 33 % of the area and an aspect of 0.3 to 3.3, uniform on a logarithmic
     scale. Source: Zhong et al. 2020, the variant with random values.
@@ -108,22 +105,16 @@ def mixup(
 ) -> tuple[Tensor, Tensor]:
     """Returns each image blended with its neighbour in the batch, and the targets likewise.
 
-    One share for the whole batch, from Beta(p, p), and never less than one half: as Google's
-    big_vision does. Source: Zhang et al. 2018; the paper's Table 4.
-
-    Args:
-        images: (N, channels, H, W), float.
-        targets: (N, num_classes), rows that sum to 1.
-        probability: the paper's mixup strength p; 0 changes nothing.
-        random: the step's own generator.
+    One weight for the whole batch, from Beta(p, p) for the paper's mixup strength p, and never less
+    than one half: as Google's big_vision does. Source: Zhang et al. 2018; the paper's Table 4.
     """
     if probability == 0.0:
         return images, targets
-    share = float(random.beta(probability, probability))
-    share = max(share, 1.0 - share)
+    weight = float(random.beta(probability, probability))
+    weight = max(weight, 1.0 - weight)
     return (
-        torch.lerp(images.roll(1, dims=0), images, share),
-        torch.lerp(targets.roll(1, dims=0), targets, share),
+        torch.lerp(images.roll(1, dims=0), images, weight),
+        torch.lerp(targets.roll(1, dims=0), targets, weight),
     )
 
 
@@ -132,22 +123,16 @@ def cutmix(
 ) -> tuple[Tensor, Tensor]:
     """Returns each image with a rectangle of its neighbour in the batch pasted in.
 
-    One rectangle for the whole batch; the targets are shared by the area that was really pasted.
-    Source: Yun et al. 2019.
-
-    Args:
-        images: (N, channels, H, W), float.
-        targets: (N, num_classes), rows that sum to 1.
-        strength: alpha of the Beta(alpha, alpha) that the kept share is drawn from; 0 is off.
-        random: the step's own generator.
+    One rectangle for the whole batch, whose area outside is drawn from Beta(strength, strength);
+    the targets are mixed by the area that was really pasted. Source: Yun et al. 2019.
     """
     if strength == 0.0:
         return images, targets
-    share = float(random.beta(strength, strength))
+    kept = float(random.beta(strength, strength))
     height, width = images.shape[2:]
     spans = []
     for side in (height, width):
-        center, half = int(random.integers(side)), round(side * math.sqrt(1.0 - share) / 2)
+        center, half = int(random.integers(side)), round(side * math.sqrt(1.0 - kept) / 2)
         spans.append(slice(max(0, center - half), min(side, center + half)))
     rows, columns = spans
     images = images.clone()
@@ -164,7 +149,7 @@ def mix(
     mixup_strength: float,
     cutmix_strength: float,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the batch after mixup or cutmix; where both are on, a coin decides each step."""
+    """Returns the batch after mixup or cutmix; if both are on, a coin decides at each step."""
     if mixup_strength and cutmix_strength:
         if random.random() < 0.5:
             mixup_strength = 0.0

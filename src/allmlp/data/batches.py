@@ -1,6 +1,6 @@
-"""A batch of images: made of samples, pinned, and brought to the device while the model works.
+"""A batch of images: collated, pinned, and copied to the device while the model computes.
 
-Legend: N batch, H W pixels; a picture is uint8 (H, W, channels).
+Legend: N batch, H W pixels; an image is uint8 (H, W, channels).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from allmlp.data.items import BadImage
+from allmlp.data.source import BadImage
 
 # One image on its way into a batch: pixels (None if bad), label, index, what was bad.
 Sample = tuple[np.ndarray | None, int, int, list[BadImage]]
@@ -21,7 +21,7 @@ Sample = tuple[np.ndarray | None, int, int, list[BadImage]]
 
 @dataclass
 class Batch:
-    """Images on their way to the model.
+    """Images for the model.
 
     Attributes:
         images: uint8 (N, channels, H, W).
@@ -36,14 +36,14 @@ class Batch:
     bad: list[BadImage] = field(default_factory=list)
 
     def __reduce__(self) -> Any:
-        """Sends it to another process: pixels in shared memory stay there, all else is copied."""
+        """Sent to another process, pixels in shared memory stay there; the rest is copied."""
         images: Tensor | np.ndarray = self.images
         if len(self.images) and not self.images.is_shared():
             images = self.images.permute(0, 2, 3, 1).numpy()
         return _received, (images, self.labels.numpy(), self.indices.numpy(), self.bad)
 
     def pin_memory(self) -> Batch:
-        """Returns the batch in page-locked memory, from where a GPU copies on its own."""
+        """Returns the batch in page-locked memory, from which a GPU copies asynchronously."""
         images, labels = self.images.pin_memory(), self.labels.pin_memory()
         return replace(self, images=images, labels=labels)
 
@@ -64,8 +64,8 @@ def _received(
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Yields the batches with images and labels on the device.
 
-    To a GPU the next batch is copied on a stream of its own while the model works on this one; that
-    takes batches in page-locked memory (`pin_memory`).
+    To a GPU the next batch is copied on a stream of its own while the model computes on this one;
+    that needs batches in page-locked memory (`pin_memory`).
     """
     if device.type != "cuda":
         for batch in batches:
@@ -96,9 +96,9 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 def collate(samples: list[Sample]) -> Batch:
     """Returns the samples as one batch; those without pixels are only in `bad`."""
     good = [(pixels, label, index) for pixels, label, index, _ in samples if pixels is not None]
-    bad = [each for sample in samples for each in sample[3]]
+    bad = [image for sample in samples for image in sample[3]]
     images, labels, indices = zip(*good, strict=True) if good else ((), (), ())
-    # Channels stay last in memory: turning them here would copy every picture once more.
+    # Channels stay last in memory: moving them here would copy every image once more.
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) if images else torch.empty(0)
     labels, indices = torch.tensor(labels).long(), torch.tensor(indices).long()
     return Batch(stacked.to(torch.uint8), labels, indices, bad)

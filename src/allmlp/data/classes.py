@@ -6,19 +6,124 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from allmlp.data.items import Source, View, relabel
+from allmlp.data.source import Source, labelled, relabel
 from allmlp.errors import UserError
+
+UNLABELLED = "`mixer predict` reads images without labels"
+
+
+@dataclass(frozen=True)
+class RawLabels:
+    """Labels as the data has them.
+
+    Attributes:
+        codes: int (num_images,), indices into `values`.
+        values: class names, where the data has a list of them; else the different cells of a column
+            in any order: text, numbers, true, false or None.
+        are_classes: `values` is such a list. A code of -1 means that an image has no label.
+        where: the place of an image for errors; None takes the image's own name.
+    """
+
+    codes: np.ndarray
+    values: Sequence[object]
+    are_classes: bool = False
+    where: Callable[[int], object] | None = None
+
+
+class Cells:
+    """The different cells of a column, whatever their type; each gets a number."""
+
+    def __init__(self) -> None:
+        self.values: list[object] = []
+        self._codes: dict[object, int] = {}
+
+    def code(self, value: object) -> int:
+        """Returns the place of a cell in `values`; a new one is appended."""
+        key = value if isinstance(value, str) else (repr(value),)
+        code = self._codes.setdefault(key, len(self.values))
+        if code == len(self.values):
+            self.values.append(value)
+        return code
+
+
+def make_classes(
+    raw: RawLabels, item_name: Callable[[int], str], *, are_numbers: bool = False
+) -> tuple[list[str], np.ndarray] | None:
+    """Returns the class names and the labels, int64 (num_images,); None if no image has a label.
+
+    With `are_numbers` the values are for a label rule, so -1 and both of 9 and 9.0 may be there.
+    Raises UserError for the first image whose value is no class: empty, -1, or spelt in two ways.
+    """
+    where = raw.where or item_name
+    if raw.are_classes:
+        return _checked(raw, where)
+    if list(raw.values) == [-1]:
+        return None
+    used, first = np.unique(raw.codes, return_index=True)
+    texts: dict[int, str] = {}
+    rows: dict[str, int] = {}
+    for code, row in sorted(zip(used.tolist(), first.tolist(), strict=True), key=lambda at: at[1]):
+        try:
+            texts[code] = label_text(raw.values[code])
+        except UserError as error:
+            raise UserError(error.what, where=where(row), fix=error.fix) from None
+        rows.setdefault(texts[code], row)
+    if not are_numbers:
+        check_twins(rows, lambda name: where(rows[name]))
+        # -1 and 1 are two classes, and so are -2 and -1; beside 0, 1, ... -1 means: no label.
+        others = rows.keys() - {"-1"}
+        if "-1" in rows and others != {"1"} and all(name.isdecimal() for name in others):
+            fix = f"Remove these images, or give the class another name; {UNLABELLED}"
+            raise UserError("the image has no label (-1)", where=where(rows["-1"]), fix=fix)
+    names = in_class_order(rows)
+    place = {name: at for at, name in enumerate(names)}
+    table = np.full(len(raw.values), -1, dtype=np.int64)
+    table[list(texts)] = [place[text] for text in texts.values()]
+    return names, table[raw.codes]
+
+
+def _checked(raw: RawLabels, where: Callable[[int], object]) -> tuple[list[str], np.ndarray] | None:
+    """The labels of a list of classes. Hub data sets mark whole unlabelled splits by -1."""
+    names = [str(name) for name in raw.values]
+    labels = np.ascontiguousarray(raw.codes, dtype=np.int64)
+    if len(labels) and (labels == -1).all():
+        return None
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
+    if len(wrong):
+        value = int(labels[wrong[0]])
+        what, fix = f"label {value} is none of the {len(names)} classes", ""
+        if value == -1:
+            what, fix = "the image has no label (-1)", f"; {UNLABELLED}"
+        fix = f"Remove the images without a class from the data{fix}"
+        raise UserError(f"{what}; {len(wrong):,} such images", where=where(int(wrong[0])), fix=fix)
+    return names, labels
+
+
+def label_text(value: object) -> str:
+    """Returns the class name that a cell stands for: text, a whole number, true or false."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = "" if value is None else str(value).strip()
+    if text.casefold() in ("", "nan", "<na>"):
+        what = f"the label is empty: {text!r}" if text else "the label is empty"
+        raise UserError(what, fix=f"Give it a label, or remove it; {UNLABELLED}")
+    if not isinstance(value, int | str):
+        what = f"a label is a whole number or text, got {text[:80]}"
+        raise UserError(what, fix="Give every image one label")
+    return text
 
 
 def natural_order(name: str) -> tuple[list[tuple[bool, int, str, str]], str]:
-    """The sort key under which class "2" comes before class "10"."""
-    parts = re.split(r"([0-9]+)", name.casefold())
+    """The sort key that puts class "2" before class "10"."""
     keys: list[tuple[bool, int, str, str]] = []
-    for part in parts:
-        # As text, for a number may be too long for int(): the longer one is the larger.
+    for part in re.split(r"([0-9]+)", name.casefold()):
+        # As text, because a number may be too long for int(): the longer one is the larger.
         digits = part.lstrip("0") if part.isdecimal() else ""
         keys.append((part.isdecimal(), len(digits), digits, part))
     return keys, name
@@ -36,26 +141,22 @@ def in_class_order(names: Iterable[str]) -> list[str]:
 
 
 def class_key(name: str) -> str:
-    """Returns what names of one class share that differ in what nobody sees or means.
+    """Returns the name without what nobody sees or means, so that spellings of one class agree.
 
-    That is: blanks, invisible characters, Unicode form, and the format of a whole number: "7" of
-    "007" and "7.0".
+    Blanks, invisible characters, Unicode form, and the format of a whole number: "7" for "007" and
+    "7.0".
     """
-    seen = "".join(each for each in name if unicodedata.category(each) != "Cf")
+    seen = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
     text = " ".join(unicodedata.normalize("NFC", seen).split())
     number = re.fullmatch(r"(-?)0*([0-9]+)(?:\.0*)?", text)
     return number[1] + number[2] if number else text
 
 
-def refuse_twins(names: Iterable[str], where: object) -> None:
-    """Refuses class names that are equal, or differ in case or in what `class_key` leaves out.
+def check_twins(names: Iterable[str], where: object) -> None:
+    """Checks that no class names are equal, or differ only in case or spelling (`class_key`).
 
-    Args:
-        names: any; only names that are not text have no key.
-        where: the place of all, or a function that gives the place of each.
-
-    Raises:
-        UserError: two are; on some file systems their folders would be one.
+    On some file systems their folders would be one. `where` is the place of all, or a function that
+    returns the place of a name.
     """
     place = where if callable(where) else lambda _: where
     seen: dict[str, str] = {}
@@ -71,7 +172,7 @@ def refuse_twins(names: Iterable[str], where: object) -> None:
         if twin is None:
             continue
         if twin == name:
-            what = f"two classes have one name: {name}"
+            what = f"two classes have the same name: {name}"
             raise UserError(what, where=place(name), fix="Rename one")
         first = f" ({place(twin)})" if callable(where) else ""
         if twin.casefold() == name.casefold():
@@ -86,120 +187,6 @@ def _escaped(name: str) -> str:
     return re.sub(r"\\x(..)", r"\\u00\1", ascii(name))
 
 
-def label_text(value: object) -> str:
-    """Returns the class name that a cell stands for: text, a whole number, true or false.
-
-    Raises:
-        UserError: it stands for none; the place is left to the caller.
-    """
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = "" if value is None else str(value).strip()
-    if text.casefold() in ("", "nan", "<na>"):
-        what = f"the label is empty: {text!r}" if text else "the label is empty"
-        raise UserError(what, fix=f"Give it a label, or remove it; {_UNLABELLED}")
-    if not isinstance(value, int | str):
-        what = f"a label is a whole number or text, got {text[:80]}"
-        raise UserError(what, fix="Give every image one label")
-    return text
-
-
-_UNLABELLED = "`mixer predict` reads images without labels"
-
-
-class Cells:
-    """The different cells of a column of labels, whatever their type; each has a number."""
-
-    def __init__(self) -> None:
-        self.values: list[object] = []
-        self._codes: dict[object, int] = {}
-
-    def code(self, value: object) -> int:
-        """Returns the place of a cell in `values`, at the end of which a new one is put."""
-        key = value if isinstance(value, str) else (repr(value),)
-        code = self._codes.setdefault(key, len(self.values))
-        if code == len(self.values):
-            self.values.append(value)
-        return code
-
-
-def labels_of_values(
-    codes: np.ndarray,
-    values: Sequence[object],
-    where: Callable[[int], object],
-    *,
-    are_numbers: bool = False,
-) -> tuple[np.ndarray, list[str]]:
-    """Returns the labels and the sorted class names of a column of class names or numbers.
-
-    Args:
-        codes: int (num_images,), an index into `values` each.
-        values: the different values of the column, in any order; those of no image are no class.
-        where: the place of an image, for the error.
-        are_numbers: whether they are for a label rule, so that "9", "9.0" and -1 may be among them.
-
-    Returns:
-        labels, int64 (num_images,), and the class names.
-
-    Raises:
-        UserError: names the first image whose value is not a class: empty, -1 among the classes
-            0, 1, ..., or written in two ways.
-    """
-    used, first = np.unique(codes, return_index=True)
-    texts: dict[int, str] = {}
-    rows: dict[str, int] = {}
-    for code, row in sorted(zip(used.tolist(), first.tolist(), strict=True), key=lambda at: at[1]):
-        try:
-            texts[code] = label_text(values[code])
-        except UserError as error:
-            raise UserError(error.what, where=where(row), fix=error.fix) from None
-        rows.setdefault(texts[code], row)
-    if not are_numbers:
-        refuse_twins(rows, lambda name: where(rows[name]))
-        # -1 and 1 are two classes, and so are -2 and -1; beside 0, 1, ... it means: no label.
-        others = rows.keys() - {"-1"}
-        if "-1" in rows and others != {"1"} and all(name.isdecimal() for name in others):
-            fix = f"Remove these images, or give the class another name; {_UNLABELLED}"
-            raise UserError("the image has no label (-1)", where=where(rows["-1"]), fix=fix)
-    names = in_class_order(rows)
-    place = {name: at for at, name in enumerate(names)}
-    table = np.full(len(values), -1, dtype=np.int64)
-    table[list(texts)] = [place[text] for text in texts.values()]
-    return table[codes], names
-
-
-def check_labels(
-    labels: np.ndarray, class_names: list[str], item_name: Callable[[int], str]
-) -> np.ndarray | None:
-    """Returns labels as int64 that stand for places in `class_names`; None if all are -1.
-
-    Hub data sets mark an image without a label, often a whole test split, by -1.
-
-    Args:
-        labels: int (num_images,).
-        class_names: the classes.
-        item_name: the name of the image of an index, for the error.
-
-    Raises:
-        UserError: names the first image whose label is no place in the list.
-    """
-    labels = np.ascontiguousarray(labels, dtype=np.int64)
-    if len(labels) and (labels == -1).all():
-        return None
-    wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
-    if len(wrong):
-        value = int(labels[wrong[0]])
-        missing = "the image has no label (-1)"
-        other = f"label {value} is none of the {len(class_names)} classes"
-        what = f"{missing if value == -1 else other}; {len(wrong):,} such images"
-        fix = "Remove the images without a class from the data"
-        fix += f"; {_UNLABELLED}" if value == -1 else ""
-        raise UserError(what, where=item_name(int(wrong[0])), fix=fix)
-    return labels
-
-
 def combined_names(names: Sequence[str]) -> list[str]:
     """Returns the class names that read like several labels, such as "cat|dog" beside "cat"."""
     words = {name: re.split(r"[\s|,;]+", name) for name in names}
@@ -209,59 +196,48 @@ def combined_names(names: Sequence[str]) -> list[str]:
     return combined if each_has_a_class and len(different) < len(names) else []
 
 
+_WORDNET = re.compile(r"n\d{8}(?= |$)")
+
+
 def match_classes(
     source: Source, class_names: list[str], *, owner: str, allow_missing: bool
 ) -> Source:
     """Returns the source with its labels in the order of `class_names`, matched by name.
 
-    A name that is there in another Unicode form or the like (see `class_key`) is the same class.
-
-    Args:
-        source: any.
-        class_names: the classes to keep to.
-        owner: whose they are, for the error: "the model", "train/".
-        allow_missing: whether the source may lack some of the classes.
-
-    Raises:
-        UserError: the source has other classes, or lacks some where it must not.
+    A name in another spelling (see `class_key`) is the same class. Raises UserError, in the name of
+    `owner` ("the model", "train/"), for other classes, or missing ones unless `allow_missing`.
     """
     # A model of ImageNet calls a class "n01440764 tench"; folders have the WordNet id alone, and
-    # others join the words otherwise.
+    # others join the words differently.
     full = {name[:9]: name for name in class_names if _WORDNET.match(name)}
     known, spelled = set(class_names), Counter(map(class_key, class_names))
     full |= {key: name for name in class_names if spelled[key := class_key(name)] == 1}
-    names = [
-        name if name in known else full.get(_wordnet_id(name), full.get(class_key(name), name))
-        for name in source.class_names
-    ]
+
+    def matched(name: str) -> str:
+        key = name[:9] if _WORDNET.match(name) else name
+        return name if name in known else full.get(key, full.get(class_key(name), name))
+
+    names = [matched(name) for name in source.class_names]
     if names != source.class_names:
-        source = View(source.name, names, source.labels, source, np.arange(len(source)))
-    present = set(source.class_names)
-    unknown = [name for name in source.class_names if name not in known]
+        notes = getattr(source, "notes", ())
+        source = labelled(source, source.name, names, source.labels, notes)
+    present = set(names)
+    unknown = [name for name in names if name not in known]
     missing = [name for name in class_names if name not in present]
     if unknown or (missing and not allow_missing):
-        what = [
-            f"{owner} knows {len(class_names)} classes, {source.name} has {len(source.class_names)}"
-        ]
+        what = [f"{owner} has {len(class_names)} classes, {source.name} has {len(names)}"]
         if unknown:
             what.append(f"unknown to {owner}: {some_of(unknown)}")
         if missing:
             what.append(f"missing in the data: {some_of(missing)}")
-        if len(unknown) == len(source.class_names):
-            fix = "These are other classes altogether: take a model that was trained on them"
+        if len(unknown) == len(names):
+            fix = "These are entirely different classes: use a model that was trained on them"
         elif unknown:
             fix = "Rename or remove those classes"
         else:
-            fix = "Add images of them, or go on without with --allow-missing-classes"
+            fix = "Add images of them, or set allow_missing_classes"
         raise UserError("; ".join(what), where=source.name, fix=fix)
-    return source if source.class_names == class_names else relabel(source, class_names)
-
-
-_WORDNET = re.compile(r"n\d{8}(?= |$)")
-
-
-def _wordnet_id(name: str) -> str:
-    return name[:9] if _WORDNET.match(name) else name
+    return source if names == class_names else relabel(source, class_names)
 
 
 def some_of(names: list[str], most: int = 8) -> str:

@@ -1,45 +1,57 @@
-"""Exact and near duplicates inside and across the splits of a data set.
+"""Exact and near duplicates inside and across the splits of a data set, and what to exclude.
 
-Exact: equal files, or equal pixels once decoded. Near: the same picture encoded again, scaled,
-lightened, or with a little cut off. Candidates are all pairs whose perceptual hashes differ in at
-most `DISTANCE` bits. Each is then verified on pixels: the thumbnails of both, less the plane that
-fits them best, must correlate to `CORRELATION`. A picture with hardly any texture has no stable
-hash, and one smaller than a thumbnail too few pixels to tell: these are compared for equality only.
-Mirrored and turned copies are not looked for.
+Exact: equal files, or equal pixels once decoded. Near: the same image encoded again, resized,
+brightened, or slightly cropped. Candidates are all pairs whose perceptual hashes differ in at most
+`DISTANCE` bits. They are then verified on pixels: the thumbnails of both, less the plane that fits
+them best, must correlate to `CORRELATION`. An image with hardly any texture has no stable hash, and
+one smaller than a thumbnail too few pixels: these are compared for equality only. Mirrored and
+rotated copies are not looked for.
 
-The paper (section 3, after BiT) takes near duplicates of its test images out of the pre-training
-data; `drop_list` says which images that would be. The limits are from benchmarks/duplicates.md.
+The paper (section 3, after BiT) removes near duplicates of its test images from the pre-training
+data; `to_exclude` says which images those are. The limits are from benchmarks/duplicates.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 
 import numpy as np
 
-from allmlp.data.hamming import find_near_pairs
-from allmlp.data.items import BadImage, Source
 from allmlp.data.scan import THUMBNAIL, Scan, read_thumbnails, residuals, scan
+from allmlp.data.source import Source
 
 DISTANCE = 10  # bits of 64
 CORRELATION = 0.93
 LEAST_TEXTURE = 3.0  # grey levels, root mean square, of the thumbnail less its plane
 KINDS = ("same file", "same pixels", "near")
 NEAR = KINDS.index("near")
+_PROTECTED = ("test", "validation")  # no image of these is excluded because of one further right
 _MOST_THUMBNAILS = 200_000  # in memory at a time: 150 MB
 _BATCH = 2048  # pairs compared at a time
+_BLOCK = 2**18  # candidates at a time
 
 
 @dataclass(frozen=True)
 class DuplicatePair:
-    """Two images, the earlier one first; `difference` is 1 - correlation, 0 where pixels equal."""
+    """Two images, the earlier one first; `difference` is 1 - correlation, 0 for equal pixels."""
 
     first: tuple[str, int]
     second: tuple[str, int]
     kind: str
     difference: float
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """An image to leave out, and the one that stays instead."""
+
+    split: str
+    index: int
+    kind: str
+    kept: tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -52,12 +64,10 @@ class Duplicates:
             image of its kind only, and near copies are pairs of such first images.
         kind: uint8 (num_pairs,), an index into `KINDS`.
         difference: float32 (num_pairs,), 1 - correlation of the thumbnails.
-        original: int64 (num_images,), the first image with the same pixels: often itself.
-        unreadable: by split; they are compared with nothing.
         num_plain: images with too little texture or too few pixels, compared for equality only.
-        distance: bits within which near duplicates were looked for; below `DISTANCE` where so many
-            pictures are alike that there would be too many candidates.
-        unchecked: pairs of pictures with equal hashes that were not compared, for the same reason.
+        distance: bits within which near duplicates were looked for; below `DISTANCE` if so many
+            images are alike that there would be too many candidates.
+        unchecked: pairs of images with equal hashes that were not compared, for the same reason.
     """
 
     splits: Mapping[str, Source]
@@ -65,8 +75,6 @@ class Duplicates:
     second: np.ndarray
     kind: np.ndarray
     difference: np.ndarray
-    original: np.ndarray
-    unreadable: dict[str, list[BadImage]]
     num_plain: int = 0
     distance: int = DISTANCE
     unchecked: int = 0
@@ -84,69 +92,46 @@ class Duplicates:
         place = int(np.searchsorted(self.offsets, image, side="right")) - 1
         return list(self.splits)[place], int(image - self.offsets[place])
 
-    def split_of(self, images: np.ndarray) -> np.ndarray:
-        """Returns the split of each image as an index into `splits`, int64."""
-        return np.searchsorted(self.offsets, images, side="right") - 1
-
-    def kind_of(self, one: int, other: int) -> str:
-        """Returns how two images that are duplicates are alike, one of `KINDS`."""
-        if self.original[one] != self.original[other]:
-            return KINDS[NEAR]
-        return KINDS[max(self._copy_kind.get(one, 0), self._copy_kind.get(other, 0))]
-
-    @cached_property
-    def _copy_kind(self) -> dict[int, int]:
-        exact = self.kind != NEAR
-        return dict(zip(self.second[exact].tolist(), self.kind[exact].tolist(), strict=True))
-
     def pair(self, number: int) -> DuplicatePair:
         """Returns one of the pairs."""
         ends = self.locate(int(self.first[number])), self.locate(int(self.second[number]))
-        kind = KINDS[self.kind[number]]
-        return DuplicatePair(*ends, kind, float(self.difference[number]))
+        return DuplicatePair(*ends, KINDS[self.kind[number]], float(self.difference[number]))
 
-    @cached_property
-    def labels(self) -> np.ndarray:
-        """The class of each image; equal names have equal numbers in all splits."""
+    def other_label(self) -> np.ndarray:
+        """Returns which pairs are of different classes, bool (num_pairs,)."""
         numbers: dict[str, int] = {}
         parts = [np.empty(0, dtype=np.int64)]
         for source in self.splits.values():
             own = [numbers.setdefault(name, len(numbers)) for name in source.class_names]
             parts.append(np.array(own, dtype=np.int64)[source.labels])
-        return np.concatenate(parts)
-
-    def other_label(self) -> np.ndarray:
-        """Returns for each pair whether the two are of different classes, bool (num_pairs,)."""
-        return self.labels[self.first] != self.labels[self.second]
+        labels = np.concatenate(parts)
+        return labels[self.first] != labels[self.second]
 
     def most_different_first(self) -> np.ndarray:
-        """Returns the numbers of all pairs, by falling difference, int64 (num_pairs,)."""
+        """Returns the numbers of all pairs by falling difference, int64 (num_pairs,)."""
         return np.lexsort((np.arange(len(self)), self.kind == 0, -self.difference))
 
     @cached_property
     def partners(self) -> dict[int, dict[str, list[int]]]:
-        """For each image that has duplicates, near or exact, these by split, in order.
+        """The duplicates of each image that has some, near or exact, by split and in order.
 
-        Copies of one image share one entry, so that each finds itself in it too.
+        Copies of one image share one entry, so each finds itself in it too.
         """
         copies: dict[int, list[int]] = {}
         near: dict[int, list[int]] = {}
-        exact = self.kind != NEAR
-        for one, other in zip(self.first[exact].tolist(), self.second[exact].tolist(), strict=True):
-            copies.setdefault(one, [one]).append(other)
-        for a, b in zip(self.first[~exact].tolist(), self.second[~exact].tolist(), strict=True):
-            near.setdefault(a, []).append(b)
-            near.setdefault(b, []).append(a)
+        for one, other, kind in zip(*map(list, (self.first, self.second, self.kind)), strict=True):
+            if kind == NEAR:
+                near.setdefault(int(one), []).append(int(other))
+                near.setdefault(int(other), []).append(int(one))
+            else:
+                copies.setdefault(int(one), [int(one)]).append(int(other))
         found: dict[int, dict[str, list[int]]] = {}
         for original in {*copies, *near}:
             alike = [original, *near.get(original, [])]
-            images = np.sort([each for at in alike for each in copies.get(at, [at])])
+            images = np.sort([copy for at in alike for copy in copies.get(at, [at])])
             ends = np.searchsorted(images, self.offsets)
-            entry = {
-                name: images[start:stop].tolist()
-                for name, start, stop in zip(self.splits, ends, ends[1:], strict=False)
-                if stop > start
-            }
+            parts = {name: images[ends[n] : ends[n + 1]] for n, name in enumerate(self.splits)}
+            entry = {name: part.tolist() for name, part in parts.items() if len(part)}
             found.update(dict.fromkeys(copies.get(original, [original]), entry))
         return found
 
@@ -167,14 +152,43 @@ class Duplicates:
             groups.setdefault(root(image), []).append(image)
         return sorted(groups.values(), key=len, reverse=True)
 
-    def count_with(self, split: str, other: str) -> int:
-        """Returns how many images of `split` have a duplicate, not themselves, in `other`."""
-        count = 0
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Returns for each split how many of its images have another duplicate in each split."""
+        counts = {split: dict.fromkeys(self.splits, 0) for split in self.splits}
         for image, partners in self.partners.items():
-            there = partners.get(other, [])
-            if there and self.locate(image)[0] == split:
-                count += len(there) > 1 or there[0] != image
-        return count
+            own = self.locate(image)[0]
+            for split, there in partners.items():
+                counts[own][split] += len(there) > 1 or there[0] != image
+        return counts
+
+    def to_exclude(self) -> list[Exclusion]:
+        """Returns which images to leave out so that no duplicates remain.
+
+        Images of train that duplicate one of validation or test, images of validation that
+        duplicate one of test, and later copies inside a split: an image goes if an earlier one that
+        stays is its duplicate. Nothing goes from test because of train.
+        """
+        exact = self.kind != NEAR
+        ends, kinds = (self.first[exact].tolist(), self.second[exact].tolist()), self.kind[exact]
+        original = dict(zip(ends[1], ends[0], strict=True))
+        kind_of_copy = dict(zip(ends[1], kinds.tolist(), strict=True))
+        gone: set[int] = set()
+        found: list[Exclusion] = []
+        for image in sorted(self.partners):
+            split, index = self.locate(image)
+            partners = self.partners[image]
+            rank = _PROTECTED.index(split) if split in _PROTECTED else len(_PROTECTED)
+            above = [partners[name][0] for name in _PROTECTED[:rank] if name in partners]
+            earlier = (other for other in partners[split] if other < image and other not in gone)
+            kept = above[0] if above else next(earlier, None)
+            if kept is None:
+                continue
+            gone.add(image)
+            kind = NEAR
+            if original.get(kept, kept) == original.get(image, image):
+                kind = max(kind_of_copy.get(at, 0) for at in (kept, image))
+            found.append(Exclusion(split, index, KINDS[kind], self.locate(kept)))
+        return found
 
 
 def find_duplicates(
@@ -182,23 +196,13 @@ def find_duplicates(
     *,
     near: bool = True,
     num_workers: int | None = None,
-    on_progress: Callable[[int], object] | None = None,
     scans: dict[str, Scan] | None = None,
 ) -> Duplicates:
     """Returns the exact duplicates, and the near ones, among all images of all splits.
 
-    Args:
-        splits: the data; numbering follows their order.
-        near: look for near duplicates too.
-        num_workers: processes that read; 0 reads in this one, None chooses.
-        on_progress: is called with the number of images read since the last call.
-        scans: of the same splits, where they have been read already.
-
-    Raises:
-        UserError: fewer than 0 workers.
+    `scans` are those of the same splits, if they have been read already.
     """
-    if scans is None:
-        scans = scan(splits, num_workers=num_workers, on_progress=on_progress)
+    scans = scans or scan(splits, num_workers=num_workers)
     facts = np.concatenate([scans[name].facts for name in splits])
     usable = np.flatnonzero(facts["readable"])
     original = np.arange(len(facts))
@@ -218,34 +222,91 @@ def find_duplicates(
         num_plain = int((~comparable[usable]).sum())
         textured = apart[comparable[apart]]
         most = max(2_000_000, 4 * len(facts))
-        candidates = find_near_pairs(facts["hash"][textured], DISTANCE, most)
-        distance, unchecked = candidates.distance, candidates.left_out
-        ends = textured[candidates.first], textured[candidates.second]
-        one, other, apart_by = _verify(splits, *ends, num_workers)
+        one, other, distance, unchecked = near_pairs(facts["hash"][textured], DISTANCE, most)
+        one, other, apart_by = _verify(splits, textured[one], textured[other], num_workers)
         first, second = np.concatenate([first, one]), np.concatenate([second, other])
         kind = np.concatenate([kind, np.full(len(one), NEAR, dtype=np.uint8)])
         difference = np.concatenate([difference, apart_by])
     order = np.lexsort((second, first))
-    return Duplicates(
-        splits=splits,
-        first=first[order],
-        second=second[order],
-        kind=kind[order],
-        difference=difference[order],
-        original=original,
-        unreadable={name: scans[name].unreadable for name in splits},
-        num_plain=num_plain,
-        distance=distance,
-        unchecked=unchecked,
-    )
+    columns = (column[order] for column in (first, second, kind, difference))
+    return Duplicates(splits, *columns, num_plain, distance, unchecked)
+
+
+def near_pairs(
+    hashes: np.ndarray, distance: int, most: int
+) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Returns all pairs of hashes, uint64 (n,), that differ in at most `distance` bits, in order.
+
+    If these are more than `most`, the distance is lowered until they are not; if equal hashes alone
+    are more, only neighbours among them are paired. Returned are also the distance that was reached
+    and the number of pairs of equal hashes that are missing.
+
+    By the pigeonhole principle two such hashes differ in at most `radius` bits of one of four
+    bands, if the radii plus one add up to more than `distance`. So a hash is compared only with
+    those that have its own band, or its own with a few bits flipped.
+    """
+    _, sizes = np.unique(hashes, return_counts=True)
+    num_equal = int((sizes * (sizes - 1) // 2).sum())
+    if num_equal > most:
+        order = np.argsort(hashes, kind="stable")
+        is_equal = hashes[order][1:] == hashes[order][:-1]
+        first, second = np.sort([order[:-1][is_equal], order[1:][is_equal]], axis=0)
+        return (*_in_order(first, second), 0, num_equal - len(first))
+    parts = [np.empty((3, 0), dtype=np.int64)]
+    counts = np.zeros(distance + 1, dtype=np.int64)
+    limit, done = distance, []
+    for band in range(4):
+        mask, radius = np.uint64(0xFFFF << 16 * band), (distance + 4 - band) // 4 - 1
+        keys = ((hashes & mask) >> np.uint64(16 * band)).astype(np.int64)
+        order = np.argsort(keys, kind="stable")
+        ordered = hashes[order]  # hashes that are compared lie close together
+        for one, other in _candidates(keys[order], radius):
+            different = ordered[one] ^ ordered[other]
+            bits = np.bitwise_count(different)
+            near = np.flatnonzero(bits <= limit)
+            for earlier, its_radius in done:  # what an earlier band has found already
+                near = near[np.bitwise_count(different[near] & earlier) > its_radius]
+            parts.append(np.stack([order[one[near]], order[other[near]], bits[near]]))
+            counts += np.bincount(bits[near], minlength=distance + 1)
+            before = limit
+            while limit and counts[: limit + 1].sum() > most:
+                limit -= 1
+            if limit < before:
+                parts = [part[:, part[2] <= limit] for part in parts]
+        done.append((mask, radius))
+    first, second, bits = np.concatenate(parts, axis=1)
+    first, second = np.sort([first[bits <= limit], second[bits <= limit]], axis=0)
+    return (*_in_order(first, second), limit, 0)
+
+
+def _candidates(keys: np.ndarray, radius: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the places of all pairs of sorted 16-bit keys that differ in up to `radius` bits."""
+    sizes = np.bincount(keys, minlength=2**16)
+    starts = np.cumsum(sizes) - sizes
+    places = np.arange(len(keys))
+    for chosen in (c for flips in range(radius + 1) for c in combinations(range(16), flips)):
+        partners = keys ^ sum(1 << bit for bit in chosen)
+        left = np.flatnonzero((keys < partners) & (sizes[partners] > 0)) if chosen else places
+        begin = starts[partners[left]] if chosen else places + 1  # of its partners
+        number = (starts + sizes)[partners[left]] - begin
+        ends = np.cumsum(number)
+        at = 0
+        while at < len(left):  # as many places at a time as have few enough partners
+            before = int(ends[at - 1]) if at else 0
+            stop = max(int(np.searchsorted(ends, before + _BLOCK, side="right")), at + 1)
+            some = number[at:stop]
+            offsets = np.arange(int(some.sum())) - np.repeat(np.cumsum(some) - some, some)
+            yield np.repeat(left[at:stop], some), np.repeat(begin[at:stop], some) + offsets
+            at = stop
+
+
+def _in_order(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.lexsort((second, first))
+    return first[order], second[order]
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Returns how alike pictures are, up to 1, float32 (N,).
-
-    Args:
-        one, other: their thumbnails, uint8 (N, 16, 16, 3).
-    """
+    """Returns how alike images are, up to 1, float32 (N,), by their thumbnails."""
     a, b = residuals(one), residuals(other)
     scale = np.sqrt(np.einsum("np,np->n", a, a) * np.einsum("np,np->n", b, b))
     return np.einsum("np,np->n", a, b) / np.maximum(scale, 1e-6)
@@ -266,16 +327,12 @@ def _verify(
             stop = at + int(np.sort(appearances)[_MOST_THUMBNAILS]) // 2
         images = np.unique([first[at:stop], second[at:stop]])
         places = np.searchsorted(offsets, images, side="right") - 1
-        located = [
-            (names[place], int(image - offsets[place]))
-            for image, place in zip(images, places, strict=True)
-        ]
+        located = [(names[p], int(i - offsets[p])) for i, p in zip(images, places, strict=True)]
         thumbnails = read_thumbnails(splits, located, num_workers=num_workers)
         for start in range(at, stop, _BATCH):
             batch = slice(start, min(start + _BATCH, stop))
-            one = thumbnails[np.searchsorted(images, first[batch])]
-            other = thumbnails[np.searchsorted(images, second[batch])]
-            result[batch] = 1 - correlation(one, other)
+            ends = [thumbnails[np.searchsorted(images, e[batch])] for e in (first, second)]
+            result[batch] = 1 - correlation(*ends)
         at = stop
     alike = result <= 1 - CORRELATION
     return first[alike], second[alike], np.maximum(result[alike], 0)

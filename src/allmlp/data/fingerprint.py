@@ -1,28 +1,23 @@
-"""What tells one set of images, or one image, from another."""
+"""What distinguishes one set of images, or one image, from another."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
 
-from allmlp.data.items import Source
+from allmlp.data.source import Source
 from allmlp.errors import UserError
 
 
 def fingerprint(source: Source, most: int | None = 100, *, moved: bool = False) -> str:
     """Returns the sha256 over every image's name and class and the bytes of some of them.
 
-    Args:
-        source: the images.
-        most: of how many, evenly spaced, the bytes count; None takes all.
-        moved: data that was moved as a whole keeps its fingerprint: names count without the folder
-            that they share.
+    `most` is of how many, evenly spaced, the bytes count; None takes all. With `moved`, data that
+    was moved as a whole keeps its fingerprint: names count without the folder that they share.
     """
     digest = hashlib.sha256(f"{len(source)} {source.class_names}".encode(errors="surrogateescape"))
-    labels = source.labels
     names = own_names(source) if moved else map(source.item_name, range(len(source)))
-    for name, label in zip(names, labels, strict=True):
+    for name, label in zip(names, source.labels, strict=True):
         digest.update(f"{name}\t{label}\n".encode(errors="surrogateescape"))
     step = 1 if most is None else max(1, -(-len(source) // most))
     for index in range(0, len(source), step):
@@ -34,21 +29,21 @@ def fingerprint(source: Source, most: int | None = 100, *, moved: bool = False) 
 
 
 def is_fingerprint_of(text: object, source: Source) -> bool:
-    """Returns whether a run with this fingerprint began with these images, wherever they lay."""
+    """Whether a run with this fingerprint began with these images, wherever they were."""
     return text == fingerprint(source, moved=True) or text == fingerprint(source)  # older runs
 
 
-def own_names(source: Source) -> Sequence[str]:
+def own_names(source: Source) -> list[str]:
     """Returns the names of all images without the folder that they share."""
     names = [source.item_name(index) for index in range(len(source))]
     if not names:
         return []
-    low, high = min(names), max(names)  # what these two share all share
+    low, high = min(names), max(names)  # what these two share, all share
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False))
     start = low.rfind("/", 0, sum(1 for _ in same)) + 1
     return [name[start:] for name in names]
 
 
 def image_key(encoded: bytes) -> str:
-    """Returns by what a run knows one of its images again: 16 digits of its sha256."""
+    """Returns what a run recognises one of its images by: 16 digits of its sha256."""
     return hashlib.sha256(encoded).hexdigest()[:16]

@@ -1,11 +1,11 @@
-"""The only decoder: encoded bytes -> upright 8-bit pixels, for every verb.
+"""The only decoder: encoded bytes -> upright 8-bit pixels, for every command.
 
 The header is read first: only the formats of `FORMATS` are opened, and nothing above `MAX_PIXELS`
 or `MAX_SIDE` is decoded. EXIF rotation is applied, transparency is blended on white, and of an
-animation the first frame is taken. Samples of 12 and 16 bits are scaled (not cut off); those whose
-range is not stated (32 bits, signed, floating-point) are refused.
+animation the first frame is taken. Samples of 12 and 16 bits are scaled (not clipped); those whose
+range is not stated (32 bits, signed, floating-point) are errors.
 
-Legend: H W pixels; a picture is uint8 (H, W, channels) with 3 channels (RGB) or 1 (grey).
+Legend: H W pixels; an image is uint8 (H, W, channels) with 3 channels (RGB) or 1 (grey).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SUFFIXES = (
 MAX_PIXELS = 89_478_485  # Pillow's own limit, 1/4 GiB of 24-bit pixels; there only a warning
 MAX_SIDE = 32_767  # pixels; what fits the 16-bit coordinates of image libraries
 DARK = 16_383  # where no 16-bit sample is above it, the values are probably of 14 bits or fewer
-REDUCTIONS = (8, 4, 2)  # factors at which a JPEG decoder is faster the smaller the picture
+REDUCTIONS = (8, 4, 2)  # factors at which a JPEG decoder is faster the smaller the image
 
 # Markers of a JPEG's header: EXIF and XMP; the pixels' size, by the two sequential codings.
 _APP1, _SEQUENTIAL = 0xE1, (0xC0, 0xC1)
@@ -41,24 +41,20 @@ _FIX = f"Images are {', '.join(FORMATS)} files; convert or remove this one"
 
 
 class EncodedImage:
-    """An encoded picture whose header has been read: its size is known, no pixel is decoded.
+    """An encoded image whose header has been read: its size is known, no pixel is decoded.
 
     Args:
         data: the encoded file.
         where: its name, for the errors.
         channels: 3 for RGB, 1 for grey.
-        exif_orientation: turn the picture upright by its EXIF tag. (The paper's code does not; a
+        exif_orientation: rotate the image upright by its EXIF tag. (The paper's code does not; a
             TIFF always is.)
 
     Attributes:
-        size: (H, W) of the picture once it is upright.
+        size: (H, W) of the image once it is upright.
         format: one of `FORMATS`.
-        mode: Pillow's word for the pixels in the file: "RGB", "L", "CMYK", "I;16", ...
-        bits: of a sample, where there are more than 8: 12 or 16; else 8.
-
-    Raises:
-        UserError: not an image, a format outside `FORMATS`, samples without a stated range, or too
-            large.
+        mode: Pillow's name of the pixels in the file: "RGB", "L", "CMYK", "I;16", ...
+        bits: per sample: 8, 12 or 16.
     """
 
     def __init__(
@@ -75,7 +71,7 @@ class EncodedImage:
             what = f"the image has {width}x{height} pixels; the limits are {MAX_PIXELS:,} in all"
             fix = "Make it smaller or remove it"
             raise UserError(f"{what} and {MAX_SIDE:,} a side", where=where, fix=fix)
-        # Pillow turns a TIFF upright by itself, its size too.
+        # Pillow rotates a TIFF upright by itself, its size too.
         wanted = exif_orientation and self.format != "TIFF"
         self._orientation = self._read_orientation() if wanted else 1
         self.size = (width, height) if self._orientation >= 5 else (height, width)
@@ -85,7 +81,7 @@ class EncodedImage:
             try:  # twenty times as fast as Pillow
                 height, width, colors, _ = simplejpeg.decode_jpeg_header(self._data)
             except ValueError:
-                pass  # an untidy one; Pillow has the last word
+                pass  # not well-formed; Pillow decides
             else:
                 if colors in ("YCbCr", "RGB", "Gray"):
                     return "JPEG", "L" if colors == "Gray" else "RGB", (int(height), int(width))
@@ -100,7 +96,7 @@ class EncodedImage:
         return str(image.format), image.mode, (image.height, image.width)
 
     def _read_tiff_samples(self) -> None:
-        """Finds what a TIFF's samples are, which Pillow's mode does not tell."""
+        """Finds the kind of a TIFF's samples, which Pillow's mode does not say."""
         from PIL import TiffImagePlugin as tiff  # 70 ms
 
         for order in (tiff.II, tiff.MM):  # kinds that Pillow decodes, but knows for one order only
@@ -118,7 +114,7 @@ class EncodedImage:
             kind = max(tags.get(tiff.SAMPLEFORMAT, (1,)))
             bits = max(tags.get(tiff.BITSPERSAMPLE, (1,)))
             self._zero_is_white = tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 0
-        except Exception:  # damaged, or no TIFF; Pillow has the last word
+        except Exception:  # damaged, or no TIFF; Pillow decides
             return
         if kind in (2, 3):
             raise _no_range("signed integer" if kind == 2 else "floating-point", self.where)
@@ -127,7 +123,7 @@ class EncodedImage:
         self.bits = max(8, bits)
 
     def _open(self) -> Image.Image:
-        """The picture as Pillow opens it, with no pixel decoded."""
+        """The image as Pillow opens it, with no pixel decoded."""
         if self._image is None:
             try:
                 with warnings.catch_warnings():
@@ -142,7 +138,7 @@ class EncodedImage:
         return self._image
 
     def _read_orientation(self) -> int:
-        """The EXIF orientation, 1 to 8; 1 where there is none, or none that means anything."""
+        """The EXIF orientation, 1 to 8; 1 if it is missing or has no meaning."""
         if self._markers and _APP1 not in self._markers:  # where EXIF and XMP stand
             return 1
         if self.format == "PNG" and not any(name in self._data for name in _PNG_EXIF):
@@ -150,11 +146,11 @@ class EncodedImage:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                # On its own: Pillow decodes a PNG to find its tags, and after a failure there a
-                # second attempt on the same object takes the damaged pixels for good.
+                # A second object: Pillow decodes a PNG to find its tags, and after a failure there
+                # another attempt on the same object takes the damaged pixels for good.
                 image = Image.open(io.BytesIO(self._data), formats=FORMATS)
                 value = image.getexif().get(ExifTags.Base.Orientation, 1)
-        except Exception:  # a damaged EXIF block is no reason to refuse the pixels
+        except Exception:  # the pixels may be good where the EXIF block is damaged
             return 1
         return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -164,15 +160,12 @@ class EncodedImage:
         """Returns the pixels, uint8 (H, W, channels), contiguous.
 
         Args:
-            reduction: 2, 4 or 8 gives the picture at that fraction of its size (sides rounded up),
+            reduction: 2, 4 or 8 gives the image at that fraction of its size (sides rounded up),
                 for training; it saves time with JPEG only.
             fast: decode a JPEG a tenth faster and slightly less exactly, for training: the fast
-                inverse transform (TensorFlow's default, so Google's), colours enlarged plainly.
-            rows: so many of the upper rows are enough (counted before the reduction); with `fast`,
-                those below may be absent.
-
-        Raises:
-            UserError: the pixels are damaged or cut short.
+                inverse transform (TensorFlow's default, so Google's), colours upsampled simply.
+            rows: the number of upper rows that are needed (before the reduction); with `fast`,
+                those below may be missing.
         """
         try:
             with warnings.catch_warnings():
@@ -202,15 +195,15 @@ class EncodedImage:
                 if pixels.shape[:2] == wanted:  # not so for a few pixels, which any factor fits
                     return pixels
             except ValueError:
-                pass  # also where the file is only untidy; Pillow refuses those cut short
+                pass  # perhaps only not well-formed; Pillow finds those cut short
         image = self._open()
         image.load()
-        picture = self._to_8_bits(image).convert("RGB" if self.channels == 3 else "L")
-        pixels = np.asarray(picture if reduction == 1 else picture.reduce(reduction))
+        image = self._to_8_bits(image).convert("RGB" if self.channels == 3 else "L")
+        pixels = np.asarray(image if reduction == 1 else image.reduce(reduction))
         return pixels if pixels.ndim == 3 else pixels[..., None]
 
     def _to_8_bits(self, image: Image.Image) -> Image.Image:
-        """The picture with 8 bits a sample, opaque: what is transparent is blended on white."""
+        """The image with 8 bits per sample, opaque: transparent pixels are blended on white."""
         clear = image.info.get("transparency") if self.bits > 8 else None
         if image.mode.startswith("I"):  # 12 or 16 bits; convert() would cut at 255 and not scale
             samples = np.asarray(image).astype(np.uint32)
@@ -236,9 +229,6 @@ class EncodedImage:
         """Returns the largest of 16-bit samples, in colour its upper byte; None for other images.
 
         12-bit values in a 16-bit file are nearly black, and nothing in the file says so.
-
-        Raises:
-            UserError: as of `decode`.
         """
         if self.bits != 16 or self.mode == "CMYK":  # which is ink, and not light
             return None
@@ -249,9 +239,9 @@ class EncodedImage:
         return 65_535 - int(samples.min()) if self._zero_is_white else int(samples.max())
 
     def _can_stop(self, rows: int) -> bool:
-        """Whether a decoder may stop after so many rows: a whole, plain JPEG that has more.
+        """Whether a decoder may stop after this many rows: a complete, plain JPEG that has more.
 
-        A file without its end goes the usual way, so that one cut short is found whatever is asked.
+        A file without its end is decoded fully, so that one that was cut short is always found.
         """
         is_plain = any(marker in self._markers for marker in _SEQUENTIAL)
         is_whole = self._data.endswith(b"\xff\xd9")
@@ -264,7 +254,7 @@ def _no_range(kind: str, where: object) -> UserError:
     return UserError(what, where=where, fix="Scale them to unsigned 8 or 16 bits and save it again")
 
 
-# What files that are taken for images turn out to be, by their first bytes; and what to do.
+# What files that are taken for images really are, by their first bytes; and the fix.
 _CONVERT = "Convert it to JPEG or PNG"
 _OTHERS = (
     (rb"....ftyp(hei|hev|mif1|msf1)", "a HEIC image", f"{_CONVERT}: heif-convert IN OUT.jpg"),
@@ -285,7 +275,7 @@ _OTHERS = (
 
 
 def what_else(data: bytes) -> tuple[str, str]:
-    """Returns what is wrong with a file that does not open as an image, and what to do."""
+    """Returns what is wrong with a file that does not open as an image, and the fix."""
     for pattern, kind, fix in _OTHERS:
         if re.match(pattern, data[:1000], re.DOTALL | re.IGNORECASE):
             return f"the file is not an image that can be read: it is {kind}", fix
@@ -314,14 +304,9 @@ def find_markers(data: bytes) -> dict[int, int]:
 
 
 def cut_rows(data: bytes, markers: dict[int, int], rows: int) -> bytes:
-    """Returns the JPEG with a header that says it has only so many rows.
+    """Returns a sequential JPEG with a header that says it has only this many rows.
 
-    A decoder reads that far and passes over the rest: the upper rows are the same bits, for less.
-
-    Args:
-        data: a sequential JPEG.
-        markers: of it, by `find_markers`.
-        rows: at most those that it has.
+    A decoder reads that far and skips the rest: the upper rows are the same bits, in less time.
     """
     place = next(markers[marker] for marker in _SEQUENTIAL if marker in markers) + 1
     return data[:place] + rows.to_bytes(2, "big") + data[place + 2 :]
@@ -330,25 +315,15 @@ def cut_rows(data: bytes, markers: dict[int, int], rows: int) -> bytes:
 def decode(
     data: bytes, where: object, channels: int = 3, *, exif_orientation: bool = True
 ) -> np.ndarray:
-    """Returns the upright picture, uint8 (H, W, channels).
-
-    Args:
-        data: the encoded file.
-        where: its name, for the error.
-        channels: 3 for RGB, 1 for grey.
-        exif_orientation: turn it upright by its EXIF tag.
-
-    Raises:
-        UserError: not an image, too large, damaged or cut short; `where` is in the message.
-    """
+    """Returns the upright image, uint8 (H, W, channels); `where` is its name for errors."""
     image = EncodedImage(data, where, channels, exif_orientation=exif_orientation)
     return image.decode()
 
 
 def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Returns the picture (H, W, channels) turned and mirrored by its EXIF orientation, 1 to 8."""
+    """Returns an image (H, W, channels) rotated and mirrored by its EXIF orientation, 1 to 8."""
     if orientation >= 5:
-        pixels = pixels.swapaxes(0, 1)  # 5: as it is; 6 to 8: mirrored below
+        pixels = pixels.swapaxes(0, 1)  # 5: done; 6 to 8: mirrored below
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     if orientation in (3, 4, 7, 8):
@@ -357,7 +332,7 @@ def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def to_pillow(pixels: np.ndarray) -> Image.Image:
-    """Returns the picture (H, W, channels) as one of Pillow's, in mode RGB or L."""
+    """Returns an image (H, W, channels) as one of Pillow's, in mode RGB or L."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 

@@ -1,6 +1,6 @@
 """Batches of images from a source, with or without worker processes: the same bits either way.
 
-Legend: N batch, H W pixels; a picture is uint8 (H, W, channels).
+Legend: N batch, H W pixels; an image is uint8 (H, W, channels).
 """
 
 from __future__ import annotations
@@ -19,31 +19,20 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from allmlp.data import workers
 from allmlp.data.batches import Batch, Sample, collate
 from allmlp.data.image import EncodedImage
-from allmlp.data.items import BadImage, Source
 from allmlp.data.sampler import batches_of_positions, locate, sample_generator
+from allmlp.data.source import BadImage, Source
 from allmlp.data.transforms import resize_for_evaluation
-from allmlp.data.workers import (
-    check_guard,
-    collate_and_share,
-    could_not_send,
-    on_child_end,
-    raise_if_one_died,
-    start_worker,
-    starting,
-    while_waiting,
-    worker_context,
-    workers_that_start,
-)
-from allmlp.errors import UserError
+from allmlp.errors import UserError, at_least, between
 from allmlp.preprocessing import Preprocessing
 
-# What training does to one picture with its own random numbers; the result has the model's size.
+# What training does to one image with its own random numbers; the result has the model's size.
 TrainingTransform = Callable[[EncodedImage, np.random.Generator], np.ndarray]
 
 TIMEOUT = 600.0  # seconds without a batch after which a worker is taken for hanging
-_LOOK_UP = 1.0  # seconds after which torch tells that no batch came
+_LOOK_UP = 1.0  # seconds after which torch reports that no batch came
 _NONE_CAME = "DataLoader timed out"
 
 
@@ -65,35 +54,34 @@ def training_batches(
 ) -> Generator[Batch, None, None]:
     """Yields the batches of the steps `start` to `stop` - 1; step n is the same from any start.
 
-    An image that cannot be decoded is replaced by the next good one and named in `Batch.bad`.
+    An image that cannot be decoded is replaced by the next good one, and is in `Batch.bad`.
 
     Args:
         source: the training images.
-        preprocessing: the input that the model expects.
-        transform: what happens to each picture.
+        preprocessing: of the model's input.
+        transform: of each image.
         seed: of the order and of every random number.
-        batch_size: images a step, over all ranks.
+        batch_size: images per step, over all ranks.
         start, stop: steps.
-        rank, world_size, with_neighbour: which share of every batch: `batches_of_positions`.
+        rank, world_size, with_neighbour: which part of every batch: `batches_of_positions`.
         num_workers: processes that decode; None chooses, 0 decodes in this one.
         timeout: seconds to wait for a batch of the workers; 0 waits for ever.
         pin_memory: put the batches into page-locked memory, for a GPU.
 
     Raises:
-        UserError: none of the images can be decoded, the ranks cannot share a batch, or a worker
-            died or hung; then its number and the image that it was at are named.
+        UserError: no image can be decoded, or a worker died or hung: it and its image are named.
     """
     images = _TrainingImages(source, preprocessing, transform, seed)
     positions = batches_of_positions(
         start, stop, batch_size, rank, world_size, with_neighbour=with_neighbour
     )
     # Found here and not in the workers, each of which would hold the order of all images.
-    places = ([locate(seed, each, len(source)) for each in batch] for batch in positions)
-    if num_workers is None:  # at least one, so that images are made ready during the step
-        num_workers = max(1, _workers(source, preprocessing))
-    share = batch_size // world_size
-    for batch in _load(images, places, share, num_workers, timeout, pin_memory):
-        if len(batch.labels) < share:
+    places = ([locate(seed, at, len(source)) for at in batch] for batch in positions)
+    if num_workers is None:  # at least one, so that images are decoded during the step
+        num_workers = max(1, _default_workers(source, preprocessing))
+    own = batch_size // world_size
+    for batch in _load(images, places, own, num_workers, timeout, pin_memory):
+        if len(batch.labels) < own:
             raise UserError("none of the images can be decoded", where=source.name)
         yield batch
 
@@ -108,32 +96,23 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Yields every image once and in order; one that cannot be decoded is only in `Batch.bad`.
 
-    Args:
-        source: the images.
-        preprocessing: the input that the model expects.
-        batch_size: images a batch; the last may have fewer.
-        num_workers: processes that decode; None chooses, 0 decodes in this one.
-        timeout: seconds to wait for a batch of the workers; 0 waits for ever.
-
-    Raises:
-        UserError: a batch size below 1, workers below 0, or a worker that died or hung.
+    `num_workers` and `timeout` as for `training_batches`.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    at_least("batch_size", batch_size, 1)
     images = _EvaluationImages(source, preprocessing)
     indices = range(len(source))
     batches = (indices[at : at + batch_size] for at in range(0, len(indices), batch_size))
     if num_workers is None:
-        num_workers = _workers(source, preprocessing)
+        num_workers = _default_workers(source, preprocessing)
     return _load(images, batches, batch_size, num_workers, timeout)
 
 
 class _Images(Dataset[Sample]):
-    """What both kinds share: reading an image, and a table of what each worker is at."""
+    """What both kinds share: opening an image, and a table of where each worker is."""
 
     def __init__(self, source: Source, preprocessing: Preprocessing) -> None:
         self.source, self.preprocessing = source, preprocessing
-        # For each worker: its process, the image that it is at (-1: none), when it began (ns).
+        # For each worker: its process, its current image (-1: none), when it began (ns).
         self.watched = torch.empty(0, 3, dtype=torch.int64)
 
     @property
@@ -171,12 +150,12 @@ class _Images(Dataset[Sample]):
         raise NotImplementedError
 
     def suspect(self, message: str) -> str:
-        """Returns which worker a message of the DataLoader means, and what that was at."""
-        table, ids = self.watched.tolist(), [int(each) for each in re.findall(r"\d+", message)]
+        """Returns which worker a message of the DataLoader means, and where it was."""
+        table, ids = self.watched.tolist(), [int(number) for number in re.findall(r"\d+", message)]
         known = [(start, n, at) for n, (pid, at, start) in enumerate(table) if pid in ids]
         if ids and not known:
             return "a worker process, before its first image"
-        if not known:  # a time-out names none: the one that has been at its image the longest
+        if not known:  # a time-out names none: the one with the oldest image
             known = [(start, n, at) for n, (_, at, start) in enumerate(table) if at >= 0]
         if not known:
             return "a worker process, between two images"
@@ -234,16 +213,12 @@ def _load(
     timeout: float,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    most = most_workers()
-    if not 0 <= num_workers <= most:
-        what = f"num_workers must be from 0 to {most} on this machine, got {num_workers}"
-        raise UserError(what, fix="Leave it out: the number is chosen by the size of the data")
-    num_workers = workers_that_start(
-        num_workers, min(batch_size, len(images.source)) * images.pixels
-    )
+    between("num_workers", num_workers, 0, most_workers())
+    batch_bytes = min(batch_size, len(images.source)) * images.pixels
+    num_workers = workers.workers_that_start(num_workers, batch_bytes)
     closing = torch.zeros(1, dtype=torch.uint8)
     if num_workers:
-        check_guard()
+        workers.check_guard()
         images.watched = torch.full((num_workers, 3), -1, dtype=torch.int64).share_memory_()
         closing = closing.share_memory_()
         atexit.register(closing.fill_, 1)  # before multiprocessing ends the workers and waits
@@ -254,16 +229,16 @@ def _load(
             images,
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]  (any iterable of lists)
             num_workers=num_workers,
-            collate_fn=collate_and_share if num_workers else collate,
+            collate_fn=workers.collate_and_share if num_workers else collate,
             timeout=_LOOK_UP if num_workers else 0,
-            worker_init_fn=functools.partial(start_worker, images.watched, closing),
-            multiprocessing_context=worker_context() if num_workers else None,
+            worker_init_fn=functools.partial(workers.start_worker, images.watched, closing),
+            multiprocessing_context=workers.worker_context() if num_workers else None,
             pin_memory=pin_memory,
         )
-        before = on_child_end(signal.SIG_DFL)
-        with starting():
+        before = workers.on_child_end(signal.SIG_DFL)
+        with workers.starting():
             loaded = iter(loader)
-        on_child_end(before)
+        workers.on_child_end(before)
     return _named_failures(images, loaded, timeout, closing)
 
 
@@ -274,27 +249,29 @@ def _named_failures(
     try:
         while True:
             # torch raises wherever the main process happens to be when a worker dies, mostly in
-            # the model; looking here, and only here, it can be named.
-            before = on_child_end(raise_if_one_died)
+            # the model; by looking here, and only here, it can be named.
+            before = workers.on_child_end(workers.raise_if_one_died)
             try:
-                raise_if_one_died()
+                workers.raise_if_one_died()
                 batch = _wait(batches, timeout)
             finally:
-                on_child_end(before)
+                workers.on_child_end(before)
             if batch is None:
                 return
             yield batch
     except RuntimeError as error:
         message = str(error)
         if message.startswith("DataLoader worker (pid"):
-            what = f"{images.suspect(message)}, ended without a word: {message}"
-            fix = "Out of memory? Then fewer: --num-workers 1. Else look at that image"
-            if could_not_send(batches):
-                what = "a worker process has no memory to hand over a batch"
-                fix = "A smaller --batch-size, or --num-workers 0"
+            what = f"{images.suspect(message)}, ended without a message: {message}"
+            fix = "If memory is short, num_workers=1; else look at that image"
+            if workers.could_not_send(batches):
+                what = "a worker process has no memory to send a batch"
+                fix = "A smaller batch_size, or num_workers=0"
         elif message.startswith(_NONE_CAME):
             what = f"no batch for {timeout:g} seconds; {images.suspect('')}"
-            fix = "A slow disk or network? In training --set data.timeout=SECONDS, 0 for no limit"
+            fix = (
+                "For a slow disk or network, a larger timeout (in training data.timeout); 0 is none"
+            )
         else:
             raise
         raise UserError(what, where=images.source.name, fix=fix) from error
@@ -304,7 +281,7 @@ def _named_failures(
 
 
 def _wait(batches: Iterator[Batch], timeout: float) -> Batch | None:
-    """Returns the next batch, None at the end; looks up now and then, as a worker may have died."""
+    """Returns the next batch, None at the end; checks every second whether a worker has died."""
     begun = time.monotonic()
     while True:
         try:
@@ -314,20 +291,20 @@ def _wait(batches: Iterator[Batch], timeout: float) -> Batch | None:
             if not str(error).startswith(_NONE_CAME) or 0 < timeout <= waited:
                 raise
         except (ConnectionError, EOFError):  # a worker died while it handed a batch over
-            for _ in range(50):  # until the system has told of its end
-                raise_if_one_died()
+            for _ in range(50):  # until the system has reported its end
+                workers.raise_if_one_died()
                 time.sleep(0.1)
             raise
-        while_waiting.get()()
+        workers.while_waiting.get()()
 
 
 def most_workers() -> int:
-    """Returns the largest number of worker processes: beyond it they only take memory."""
+    """Returns the largest number of worker processes: more would only take memory."""
     return max(64, 8 * (os.cpu_count() or 1))
 
 
-def _workers(source: Source, preprocessing: Preprocessing) -> int:
-    """Workers cost about a tenth of a second to start: not for a few small pictures."""
+def _default_workers(source: Source, preprocessing: Preprocessing) -> int:
+    """Workers take about a tenth of a second to start: not for a few small images."""
     height, width = preprocessing.image_size
     if len(source) * height * width < 2_000_000:
         return 0

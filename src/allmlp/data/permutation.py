@@ -1,4 +1,4 @@
-"""The two fixed permutations of the paper's figure 4 (section 3.4): the same for every picture.
+"""The two fixed permutations of the paper's figure 4 (section 3.4): the same for every image.
 
 Legend: H W pixels, P patch side, S patches.
 """
@@ -37,11 +37,7 @@ def pixel_order(preprocessing: Preprocessing) -> np.ndarray | None:
 
 
 def patch_orders(preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where each patch (S,) and each pixel within its patch (P * P,) comes from.
-
-    Args:
-        preprocessing: with permutation "patches".
-    """
+    """Returns where each patch (S,) and each pixel within its patch (P * P,) comes from."""
     patch = preprocessing.permutation_patch
     assert patch is not None
     height, width = preprocessing.image_size

@@ -9,14 +9,14 @@ paper's 15 and 20 are one and a half times and twice the scale. What may surpris
 - `solarize` has the threshold 25.6 * magnitude, and TensorFlow wraps it in 8 bits: 256 and 512, of
   10 and 20, become 0 (the negative of the whole image), and 384, of 15, becomes 128.
 - `contrast` blends with the shade (number of pixels) / 256, which is 196 at 224 x 224, and not with
-  the picture's mean.
-- `color`, `contrast`, `brightness`, `sharpness` have the factor 0.1 + 0.18 * magnitude: 5 leaves a
-  picture as it is, 0 takes away nearly all, 15 is 2.8.
-- What comes in from outside is grey, 128. Nothing is interpolated: the nearest pixel is taken.
+  the image's mean.
+- `color`, `contrast`, `brightness`, `sharpness` have the factor 0.1 + 0.18 * magnitude: 5 leaves an
+  image unchanged, 0 takes away nearly all, 15 is 2.8.
+- What comes in from outside is grey, 128. No interpolation: the nearest pixel.
 
-Pixels moved and cut out are meant for 224 x 224 there; here they grow with the picture.
+Shifts and cutouts are meant for 224 x 224 there; here they scale with the image.
 
-Legend: H W pixels; a picture is uint8 (H, W, channels).
+Legend: H W pixels; an image is uint8 (H, W, channels).
 """
 
 from __future__ import annotations
@@ -36,13 +36,9 @@ _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 def randaugment(
     pixels: np.ndarray, magnitude: float, random: np.random.Generator, num_layers: int = 2
 ) -> np.ndarray:
-    """Returns the picture after `num_layers` operations, drawn uniformly with replacement.
+    """Returns the image after `num_layers` operations, drawn uniformly with replacement.
 
-    Args:
-        pixels: uint8 (H, W, channels).
-        magnitude: of every operation, at least 0; the paper's are 10, 15 and 20.
-        random: the sample's own generator.
-        num_layers: operations, one after the other; the paper's number is 2.
+    The paper's magnitudes are 10, 15 and 20, with 2 layers.
     """
     for number in random.integers(len(OPERATIONS), size=num_layers):
         operation = _IN_ORDER[number]
@@ -83,26 +79,26 @@ def invert(pixels: np.ndarray, _: float = 0, __: object = None) -> np.ndarray:
 
 
 def posterize(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
-    """Returns the picture with its highest int(0.4 * magnitude) bits only, at least one."""
+    """Returns the image with its highest int(0.4 * magnitude) bits only, at least one."""
     bits = min(max(int(0.4 * magnitude), 1), 8)  # TensorFlow shifts by 7 at most
     return pixels & np.uint8(256 - (1 << (8 - bits)))
 
 
 def solarize(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
-    """Returns the picture with the values from int(25.6 * magnitude) % 256 up inverted."""
+    """Returns the image with the values from int(25.6 * magnitude) % 256 up inverted."""
     threshold, values = int(25.6 * magnitude) % 256, np.arange(256)
     return _look_up(pixels, np.where(values < threshold, values, 255 - values))
 
 
 def solarize_add(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
-    """Returns the picture with int(11 * magnitude) added to the values below 128."""
+    """Returns the image with int(11 * magnitude) added to the values below 128."""
     values = np.arange(256)
     added = np.minimum(values + int(11 * magnitude), 255)
     return _look_up(pixels, np.where(values < 128, added, values))
 
 
 def color(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
-    """Returns the picture with its colours strengthened or, below 5, taken out."""
+    """Returns the image with its colours strengthened or, below 5, taken out."""
     if pixels.shape[2] == 1:
         return pixels
     grey = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
@@ -110,20 +106,20 @@ def color(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
 
 
 def contrast(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
-    """Returns the picture blended with, or away from, the shade (number of pixels) / 256."""
+    """Returns the image blended with, or away from, the shade (number of pixels) / 256."""
     shade = np.float32(min(pixels.shape[0] * pixels.shape[1] // 256, 255))
     values = np.arange(256, dtype=np.float32)  # not more exact than Pillow, or fractions differ
     return _look_up(pixels, shade + np.float32(_factor(magnitude)) * (values - shade))
 
 
 def brightness(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
-    """Returns the picture brighter or, below 5, darker."""
+    """Returns the image brighter or, below 5, darker."""
     values = np.arange(256, dtype=np.float32)
     return _look_up(pixels, np.float32(_factor(magnitude)) * values)
 
 
 def sharpness(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
-    """Returns the picture sharper or, below 5, smoother; the outermost pixels stay."""
+    """Returns the image sharper or, below 5, smoother; the outermost pixels stay."""
     if min(pixels.shape[:2]) < 3:
         return pixels
     smooth = cv2.filter2D(pixels, -1, _SMOOTH).reshape(pixels.shape)
@@ -134,7 +130,7 @@ def sharpness(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndar
 
 
 def rotate(pixels: np.ndarray, magnitude: float, random: np.random.Generator) -> np.ndarray:
-    """Returns the picture turned by 3 * magnitude degrees about its centre, either way."""
+    """Returns the image rotated by 3 * magnitude degrees about its centre, either way."""
     angle = np.deg2rad(_sign(random) * 3.0 * magnitude)
     cos, sin = np.cos(angle), np.sin(angle)
     height, width = pixels.shape[:2]
@@ -143,24 +139,24 @@ def rotate(pixels: np.ndarray, magnitude: float, random: np.random.Generator) ->
 
 
 def shear_x(pixels: np.ndarray, magnitude: float, random: np.random.Generator) -> np.ndarray:
-    """Returns the picture slanted by 0.03 * magnitude pixels a row, either way."""
+    """Returns the image sheared by 0.03 * magnitude pixels per row, either way."""
     level = _sign(random) * 0.03 * magnitude
     return _affine(pixels, 1.0, level, 0.0, 0.0, 1.0, 0.0)
 
 
 def shear_y(pixels: np.ndarray, magnitude: float, random: np.random.Generator) -> np.ndarray:
-    """Returns the picture slanted by 0.03 * magnitude pixels a column, either way."""
+    """Returns the image sheared by 0.03 * magnitude pixels per column, either way."""
     level = _sign(random) * 0.03 * magnitude
     return _affine(pixels, 1.0, 0.0, 0.0, level, 1.0, 0.0)
 
 
 def translate_x(pixels: np.ndarray, magnitude: float, random: np.random.Generator) -> np.ndarray:
-    """Returns the picture moved sideways by 10 * magnitude of 224 pixels, either way."""
+    """Returns the image shifted sideways by 10 * magnitude of 224 pixels, either way."""
     return _translate(pixels, magnitude, random, axis=1)
 
 
 def translate_y(pixels: np.ndarray, magnitude: float, random: np.random.Generator) -> np.ndarray:
-    """Returns the picture moved up or down by 10 * magnitude of 224 pixels."""
+    """Returns the image shifted up or down by 10 * magnitude of 224 pixels."""
     return _translate(pixels, magnitude, random, axis=0)
 
 
@@ -179,7 +175,7 @@ def _translate(
 
 
 def cutout(pixels: np.ndarray, magnitude: float, random: np.random.Generator) -> np.ndarray:
-    """Returns the picture with a grey square of twice int(4 * magnitude) of 224 pixels in it."""
+    """Returns the image with a grey square of twice int(4 * magnitude) of 224 pixels in it."""
     out = pixels.copy()
     spans = []
     for side in pixels.shape[:2]:
@@ -219,7 +215,7 @@ def _factor(magnitude: float) -> float:
 
 
 def _look_up(pixels: np.ndarray, *tables: np.ndarray) -> np.ndarray:
-    """The picture through one table for all channels, or one for each; fractions are cut off."""
+    """The image through one table for all channels, or one for each; fractions are cut off."""
     table = np.clip(np.stack(tables, axis=-1), 0, 255).astype(np.uint8)  # (256, 1 or channels)
     return cv2.LUT(pixels, table[None])
 
@@ -230,7 +226,7 @@ def _blend(first: np.ndarray, second: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _affine(pixels: np.ndarray, *matrix: float) -> np.ndarray:
-    """The picture whose pixel (x, y) is the old one nearest to matrix * (x, y, 1)."""
+    """The image whose pixel (x, y) is the old one nearest to matrix * (x, y, 1)."""
     height, width = pixels.shape[:2]
     return cv2.warpAffine(
         pixels,

@@ -1,8 +1,8 @@
-"""Which image at which step, and every random number of it: pure functions, no state.
+"""Which image at which step, and all of its random numbers: pure functions, no state.
 
 Training reads one endless sequence of positions: epoch after epoch, each a new permutation of all
 images. A batch is `batch_size` consecutive positions and may cross from one epoch into the next, so
-no image is left out and none comes twice before all have come once, whatever the batch size. Step n
+every image comes once before any comes twice, whatever the batch size. Step n
 reads positions n * batch_size to (n + 1) * batch_size - 1.
 """
 
@@ -60,25 +60,16 @@ def batches_of_positions(
 ) -> Iterator[list[int]]:
     """Yields the positions that a rank reads at each step from `start` to `stop` - 1.
 
-    The ranks share a step's batch in consecutive parts, so that all together read what one alone
-    would, in the same order.
-
-    Args:
-        start, stop: steps.
-        batch_size: images a step, over all ranks.
-        rank: of this process, from 0.
-        world_size: processes; it must divide the batch size.
-        with_neighbour: add the image before the share (in a circle over the batch), last: mixup
-            blends each image with the one before it.
-
-    Raises:
-        UserError: it does not.
+    Ranks read consecutive parts of a step's batch: together what one rank alone would read, in the
+    same order. `batch_size` is that of all ranks, and a multiple of `world_size`. `with_neighbour`
+    adds the image before the rank's own (in a circle over the batch), last: mixup blends each image
+    with the one before it.
     """
     if batch_size % world_size:
-        what = f"a batch of {batch_size} images cannot be shared equally by {world_size} processes"
+        what = f"{world_size} processes cannot split a batch of {batch_size} images equally"
         raise UserError(what, where="batch_size", fix=f"A multiple of {world_size}")
-    share = batch_size // world_size
+    own = batch_size // world_size
     for step in range(start, stop):
-        first = step * batch_size + rank * share
-        before = [step * batch_size + (rank * share - 1) % batch_size] if with_neighbour else []
-        yield [*range(first, first + share), *before]
+        first = step * batch_size + rank * own
+        before = [step * batch_size + (rank * own - 1) % batch_size] if with_neighbour else []
+        yield [*range(first, first + own), *before]

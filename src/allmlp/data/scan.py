@@ -1,11 +1,11 @@
-"""One pass over a data set: every image is read and decoded once, and this is what is kept of it.
+"""One pass over a data set: every image is read and decoded once, and some facts are kept.
 
-For each image some eighty bytes: size, format and oddities for `check`, digests and a perceptual
-hash for `duplicates`. A million images take under 100 MB; no pixels are kept.
+Some eighty bytes per image: size, format and oddities for `check`, digests and a perceptual hash
+for `duplicates`. A million images take under 100 MB; no pixels are kept.
 
-The hash (64 bits): the picture at 32x32 grey pixels, its discrete cosine transform, and for each of
+The hash (64 bits): the image at 32x32 grey pixels, its discrete cosine transform, and for each of
 the 8x8 lowest frequencies whether it is above their median. The thumbnail is 16x16 RGB pixels; both
-are averages over areas. benchmarks/duplicates.md says how they were chosen.
+are averages over areas. benchmarks/duplicates.md has how they were chosen.
 """
 
 from __future__ import annotations
@@ -27,14 +27,9 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from allmlp.data.image import FORMATS, EncodedImage
-from allmlp.data.items import BadImage, Source
-from allmlp.data.workers import (
-    check_guard,
-    starting,
-    worker_context,
-    workers_that_start,
-)
-from allmlp.errors import UserError
+from allmlp.data.source import BadImage, Source
+from allmlp.data.workers import check_guard, starting, worker_context, workers_that_start
+from allmlp.errors import UserError, at_least
 
 THUMBNAIL = 16  # pixels a side
 FACTS = np.dtype(
@@ -62,11 +57,9 @@ _FEW = 500  # images up to which workers are not worth their start
 
 @dataclass(frozen=True)
 class Scan:
-    """What was found in one split.
+    """What was found in one split: (num_images,) of dtype `FACTS`, and images that are unreadable.
 
-    Attributes:
-        facts: (num_images,) of dtype `FACTS`; of an unreadable image only `readable` counts.
-        unreadable: the images that cannot be read or decoded.
+    Of an unreadable image only `readable` counts.
     """
 
     facts: np.ndarray
@@ -79,15 +72,9 @@ def scan(
     num_workers: int | None = None,
     on_progress: Callable[[int], object] | None = None,
 ) -> dict[str, Scan]:
-    """Reads and decodes every image of every split once.
+    """Reads and decodes every image of every split once; the result is the same with any workers.
 
-    Args:
-        splits: the data.
-        num_workers: processes; 0 reads in this one, None chooses. The result is the same.
-        on_progress: is called with the number of images read since the last call.
-
-    Raises:
-        UserError: fewer than 0 workers, or one was killed.
+    `on_progress` is called with the number of images read since the last call.
     """
     found = {name: Scan(np.zeros(len(source), dtype=FACTS), []) for name, source in splits.items()}
     chunks = [
@@ -107,13 +94,7 @@ def scan(
 def read_thumbnails(
     splits: Mapping[str, Source], images: list[tuple[str, int]], *, num_workers: int | None = None
 ) -> np.ndarray:
-    """Returns the thumbnails, uint8 (num_images, 16, 16, 3), of images that can be decoded.
-
-    Args:
-        splits: the data.
-        images: (split, index) of each.
-        num_workers: as for `scan`.
-    """
+    """Returns thumbnails, uint8 (num_images, 16, 16, 3), of images, (split, index), that decode."""
     chunks = [images[at : at + _CHUNK] for at in range(0, len(images), _CHUNK)]
     result = np.empty((len(images), THUMBNAIL, THUMBNAIL, 3), dtype=np.uint8)
     with _pool(splits, num_workers, len(images)) as run:
@@ -123,7 +104,7 @@ def read_thumbnails(
 
 
 def perceptual_hash(pixels: np.ndarray) -> int:
-    """Returns the 64-bit hash of a picture, uint8 (H, W, 3)."""
+    """Returns the 64-bit hash of an image, uint8 (H, W, 3)."""
     small = cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_AREA)
     frequencies = cv2.dct(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.float32))[:8, :8]
     bits = frequencies.ravel() > np.median(frequencies)
@@ -131,20 +112,14 @@ def perceptual_hash(pixels: np.ndarray) -> int:
 
 
 def thumbnail(pixels: np.ndarray) -> np.ndarray:
-    """Returns a picture, uint8 (H, W, 3), at 16x16 pixels."""
+    """Returns an image, uint8 (H, W, 3), at 16x16 pixels."""
     return cv2.resize(pixels, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
 
 
 def residuals(thumbnails: np.ndarray) -> np.ndarray:
-    """Returns what is left of thumbnails without the plane that fits each of their channels best.
+    """Returns grey levels, float32 (N, 3 * 16 * 16): thumbnails less the planes that fit them best.
 
-    Without it any two pictures of an even sky, or of one colour, would look alike.
-
-    Args:
-        thumbnails: uint8 (N, 16, 16, 3).
-
-    Returns:
-        Grey levels, float32 (N, 3 * 16 * 16).
+    Without it any two images of an even sky, or of one colour, would look alike.
     """
     samples = thumbnails.reshape(-1, THUMBNAIL**2, 3).transpose(0, 2, 1).astype(np.float32)
     return (samples - (samples @ _PLANE.T) @ _PLANE).reshape(-1, 3 * THUMBNAIL**2)
@@ -162,11 +137,7 @@ _PLANE = _plane()
 
 
 def _facts(data: bytes, where: str) -> tuple[Any, ...]:
-    """A row of `FACTS`.
-
-    Raises:
-        UserError: the image cannot be decoded.
-    """
+    """A row of `FACTS`."""
     image = EncodedImage(data, where)
     pixels = image.decode()
     texture = float(np.sqrt(np.mean(residuals(thumbnail(pixels)[None]) ** 2)))
@@ -180,9 +151,9 @@ def _facts(data: bytes, where: str) -> tuple[Any, ...]:
 
 
 def _oddities(data: bytes, image: EncodedImage) -> tuple[bool, bool, bool]:
-    """Whether it is turned by its EXIF tag, has alpha, is animated."""
+    """Whether it is rotated by its EXIF tag, has alpha, is animated."""
     if image.format == "JPEG" and b"Exif\0\0" not in data:
-        return False, False, False  # nearly all images: Pillow need not look
+        return False, False, False  # nearly all images: no need for Pillow
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -217,7 +188,7 @@ def _thumbnail_chunk(sources: Mapping[str, Source], images: list[tuple[str, int]
     return np.stack(thumbnails)
 
 
-# What a worker process reads from: sent once as it starts, not with each chunk.
+# What a worker process reads from: sent once, when it starts, and not with every chunk.
 _worker_sources: dict[str, Source] = {}
 
 
@@ -234,12 +205,10 @@ def _in_worker(function: Callable[..., Any], chunk: Any) -> Any:
 def _pool(
     sources: Mapping[str, Source], num_workers: int | None, num_images: int
 ) -> Iterator[Callable[[Callable[..., Any], list[Any]], Iterator[Any]]]:
-    """Gives a `map` over chunks that keeps their order, in worker processes or in this one."""
+    """Yields a `map` over chunks that keeps their order, in worker processes or in this one."""
     if num_workers is None:
         num_workers = min(8, os.cpu_count() or 1) if num_images > _FEW else 0
-    if num_workers < 0:
-        raise UserError(f"num_workers must be at least 0, got {num_workers}")
-    num_workers = workers_that_start(num_workers)
+    num_workers = workers_that_start(at_least("num_workers", num_workers, 0))
     if num_workers == 0:
         yield lambda function, chunks: map(functools.partial(function, sources), chunks)
         return
@@ -255,6 +224,6 @@ def _pool(
         yield run
     except BrokenProcessPool as error:
         what = "a process that reads the images was killed; perhaps the memory is full"
-        raise UserError(what, fix="Use fewer --num-workers; 0 reads in one process") from error
+        raise UserError(what, fix="A smaller num_workers; 0 reads in one process") from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,10 +1,10 @@
-"""A picture of any size -> one of the model's: random for training, fixed for evaluation.
+"""An image of any size -> one of the model's: random for training, fixed for evaluation.
 
 Source: the paper's appendix B and its evaluation protocols (resize-crop, resmall-crop), Szegedy et
 al. 2015 (inception crop) as TensorFlow's sample_distorted_bounding_box draws it, which is what
-Google trained with. Every random number comes from the generator that is handed in.
+Google trained with. Every random number comes from the generator that is passed in.
 
-Legend: N batch, H W pixels; a picture is uint8 (H, W, channels).
+Legend: N batch, H W pixels; an image is uint8 (H, W, channels).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ATTEMPTS = 100  # as TensorFlow
 
 
 def resize_for_evaluation(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """Returns the picture at the model's size, by the model's own method (`RESIZE_METHODS`)."""
+    """Returns the image at the model's size, by the model's own method (`RESIZE_METHODS`)."""
     height, width = preprocessing.image_size
     given_height, given_width = pixels.shape[:2]
     is_small = given_width <= width and given_height <= height
@@ -57,22 +57,17 @@ def inception_box(
     area: tuple[float, float] = (0.05, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
-    """Returns a random rectangle of a picture: (top, left, height, width) in pixels.
+    """Returns a random rectangle of an image: (top, left, height, width) in pixels.
 
-    The aspect is uniform, then the height is uniform over those that it and `area` allow: so
-    TensorFlow draws, and so Google trained. (torchvision and timm draw the area uniformly, which
-    gives larger rectangles: half of the picture on average, and here two fifths.)
-
-    Args:
-        size: (H, W) of the picture.
-        random: the sample's own generator.
-        area: smallest and largest share of the picture's area.
-        aspect: smallest and largest width / height of the rectangle.
+    The aspect (width / height) is uniform, then the height is uniform over those that it and `area`
+    (fractions of the image's) allow: so TensorFlow draws, and so Google trained. (torchvision and
+    timm draw the area uniformly, which gives larger rectangles: half of the image on average, and
+    here two fifths.)
     """
     height, width = size
     for _ in range(_ATTEMPTS):
         ratio = random.uniform(*aspect)
-        low, high = (round(math.sqrt(share * height * width / ratio)) for share in area)
+        low, high = (round(math.sqrt(part * height * width / ratio)) for part in area)
         high = min(high, height, math.floor((width + 0.5) / ratio))
         box_height = int(random.integers(min(low, high), high + 1))
         box_width = min(round(box_height * ratio), width)
@@ -84,7 +79,7 @@ def inception_box(
         top = int(random.integers(height - box_height + 1))
         left = int(random.integers(width - box_width + 1))
         return top, left, box_height, box_width
-    return 0, 0, height, width  # a very long picture: no rectangle fits
+    return 0, 0, height, width  # a very long image: no rectangle fits
 
 
 def inception_crop(
@@ -94,19 +89,10 @@ def inception_crop(
     area: tuple[float, float] = (0.05, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """Returns a random rectangle of the picture, resized bilinearly without antialiasing.
+    """Returns a random rectangle of the image at (H, W) = `size`, bilinear without antialiasing.
 
-    Of a JPEG no rows below the rectangle are decoded; one at least twice as large as what is asked
-    for is decoded at a half, a quarter or an eighth: faster, and with less aliasing.
-
-    Args:
-        image: the encoded picture.
-        size: (H, W) to return, in pixels.
-        random: the sample's own generator.
-        area, aspect: as `inception_box`.
-
-    Raises:
-        UserError: the picture is damaged.
+    Rows of a JPEG below the rectangle are not decoded; a rectangle at least twice as large as
+    `size` is decoded at a half, a quarter or an eighth: faster, and with less aliasing.
     """
     top, left, height, width = inception_box(image.size, random, area, aspect)
     if image.format == "JPEG":
@@ -124,15 +110,10 @@ def inception_crop(
 def random_crop(
     pixels: np.ndarray, preprocessing: Preprocessing, random: np.random.Generator
 ) -> np.ndarray:
-    """Returns a random part, of the model's size, of the picture squashed to 8/7 of that.
+    """Returns a random part, of the model's size, of the image resized to 8/7 of that.
 
-    That is how Google fine-tunes on VTAB (`resize|random_crop`), with the share `crop` of the
-    paper's evaluation (224 of 256) between the two sizes.
-
-    Args:
-        pixels: the picture.
-        preprocessing: with `image_size` and `crop`.
-        random: the sample's own generator.
+    That is how Google fine-tunes on VTAB (`resize|random_crop`); the ratio of the two sizes is the
+    `crop` of the preprocessing, in the paper 224 / 256.
     """
     height, width = preprocessing.image_size
     whole = round(height / preprocessing.crop), round(width / preprocessing.crop)
@@ -143,14 +124,14 @@ def random_crop(
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Returns the picture at (H, W) = `size`, bilinear without antialiasing, as TensorFlow."""
+    """Returns the image at (H, W) = `size`, bilinear without antialiasing, as TensorFlow."""
     height, width = size
     resized = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
     return resized.reshape(height, width, -1)  # OpenCV drops a single channel
 
 
 def flip(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Returns the picture, or with probability 1/2 its mirror image left to right."""
+    """Returns the image, with probability 1/2 mirrored left to right."""
     if random.random() < 0.5:
         return cv2.flip(pixels, 1).reshape(pixels.shape)
     return pixels
@@ -159,7 +140,7 @@ def flip(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Returns uint8 images (N, channels, H, W) as the float32 input of the model.
 
-    Here, after everything random, the pixels are permuted where the preprocessing says so.
+    Here, after everything random, the pixels are permuted if the preprocessing has a permutation.
     """
     mean, std = _per_channel(preprocessing.mean, images), _per_channel(preprocessing.std, images)
     images = permute(images, preprocessing)

@@ -1,4 +1,4 @@
-"""How worker processes start, share their batches, take signals, and how their end is noticed."""
+"""How worker processes start, share their batches, handle signals, and how their end is noticed."""
 
 from __future__ import annotations
 
@@ -24,16 +24,14 @@ from allmlp.console import Reporter
 from allmlp.data.batches import Batch, Sample, collate
 from allmlp.errors import UserError
 
-_UNGUARDED, _UNSENT = 85, 86  # exit codes: ended by `check_guard`; a batch could not be handed over
+_UNGUARDED, _UNSENT = 85, 86  # exit codes: ended by `check_guard`; a batch could not be sent
 _PROBING = "_ALLMLP_PROBES_GUARD"
-
-NICENESS = 5  # below the process that computes: it waits for a core less, and for images as little
-
+NICENESS = 5  # below the process that computes: it waits for a core less, and for images no more
 _SHARED = "/dev/shm"  # where Linux keeps shared memory and semaphores
 _SPARE = 2**20  # bytes that batches leave free there
-_said: list[str] = []
+_reported: list[str] = []
 
-# Is called about once a second while a batch is waited for, and may raise.
+# Called about once a second while a batch is waited for; it may raise.
 while_waiting: ContextVar[Callable[[], None]] = ContextVar("while_waiting", default=lambda: None)
 
 
@@ -41,7 +39,7 @@ def worker_context() -> Any:
     """Returns how worker processes start: as the user has set it, else by fork on Linux.
 
     Python 3.14 no longer forks by default, because of threads; a worker uses none of its parent's,
-    nor its GPU, and spares a script its guard.
+    nor its GPU, and forking spares a script its guard.
     """
     default = multiprocessing.get_all_start_methods()[0]
     method = multiprocessing.get_start_method(allow_none=True) or default
@@ -51,20 +49,14 @@ def worker_context() -> Any:
 
 
 def check_guard(num_workers: int | None = None) -> None:
-    """Refuses a script whose worker processes would run it again, and train too.
+    """Checks that worker processes would not run the script again, and train too.
 
     Where processes are not forked, each imports the script. One is started here to see where that
-    leads: without a guard to this function, again, which ends it.
-
-    Args:
-        num_workers: to be started; 0 needs no guard.
-
-    Raises:
-        UserError: the script has no guard, or no process can be started.
+    leads: without a guard, to this function again, which ends it.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         if _PROBING in os.environ:
-            os._exit(_UNGUARDED)  # the main process says why
+            os._exit(_UNGUARDED)  # the main process reports it
         raise _missing_guard()  # the user's own process
     context, is_daemon = worker_context(), multiprocessing.current_process().daemon
     if num_workers != 0 and context.get_start_method() != "fork" and not is_daemon:
@@ -87,12 +79,12 @@ def _probe(context: Any) -> None:
         raise _missing_guard()
     if probe.exitcode:
         what = f"a worker process ended with code {probe.exitcode} while it imported the script"
-        raise UserError(what, where=_script(), fix="See above; or take num_workers=0")
+        raise UserError(what, where=_script(), fix="See above; or use num_workers=0")
 
 
 def _missing_guard() -> UserError:
-    what = "each worker process runs the script again from its top"
-    fix = "Guard what it does:  if __name__ == '__main__':  (or take num_workers=0)"
+    what = "each worker process runs the script again from the top"
+    fix = "Guard what it does:  if __name__ == '__main__':  (or use num_workers=0)"
     return UserError(what, where=_script(), fix=fix)
 
 
@@ -102,56 +94,48 @@ def _script() -> str | None:
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Names what keeps worker processes from starting in the block.
-
-    Raises:
-        UserError: the system gives no more processes, semaphores or memory.
-    """
+    """Reports what keeps worker processes from starting: too few processes, semaphores, memory."""
     try:
         yield
     except ConnectionError:
         raise
     except OSError as error:
         what = f"worker processes cannot be started: {error}"
-        raise UserError(what, fix="Fewer, or none: --num-workers 0") from error
+        raise UserError(what, fix="A smaller num_workers, or 0") from error
 
 
 def shared_memory() -> int | None:
-    """Returns how many bytes of shared memory are free; None where the system sets no limit."""
+    """Returns how many bytes of shared memory are free; None if the system sets no limit."""
     if not os.path.isdir(_SHARED):
         return None
     return shutil.disk_usage(_SHARED).free if os.access(_SHARED, os.W_OK) else 0
 
 
 def workers_that_start(wanted: int, batch_bytes: int = 0) -> int:
-    """Returns how many workers there can be, and says what shared memory is too small for.
-
-    Args:
-        wanted: number of workers; their semaphores and tables take a page of memory each.
-        batch_bytes: of one batch; each worker has two on their way, and one is at work.
-    """
+    """Returns how many workers there can be, and reports what shared memory is too small for."""
     free = shared_memory()
     if free is None or not wanted:
         return wanted
-    if free < 4096 * (32 + 4 * wanted):
-        _say_once(f"{_SHARED} is full or read-only: images are decoded without worker processes")
+    if free < 4096 * (32 + 4 * wanted):  # semaphores and tables take a page of memory each
+        _report_once(f"{_SHARED} is full or read-only: images are decoded without worker processes")
         return 0
-    if free < (2 * wanted + 1) * batch_bytes + _SPARE:
-        size = f"{free / 2**20:,.0f} MiB free for {2 * wanted + 1} x {batch_bytes / 2**20:,.0f}"
-        _say_once(
+    batches = 2 * wanted + 1  # two on their way from each worker, and one in use
+    if free < batches * batch_bytes + _SPARE:
+        size = f"{free / 2**20:,.0f} MiB free for {batches} x {batch_bytes / 2**20:,.0f}"
+        _report_once(
             f"{_SHARED} has {size}: batches that do not fit go through pipes, which is slower"
         )
     return wanted
 
 
-def _say_once(text: str) -> None:
-    if not _said:
-        _said.append(text)
+def _report_once(text: str) -> None:
+    if not _reported:
+        _reported.append(text)
         Reporter(stderr=True).say(f"note     {text}")
 
 
 def collate_and_share(samples: list[Sample]) -> Batch:
-    """Returns the samples as a batch in shared memory, or, where that is too small, outside it.
+    """Returns the samples as a batch in shared memory, or, if that is too small, outside it.
 
     A pipe copies it then, which is slower and always works.
     """
@@ -163,15 +147,12 @@ def collate_and_share(samples: list[Sample]) -> Batch:
 
 
 def start_worker(watched: Tensor, closing: Tensor, number: int) -> None:
-    """Prepares a worker process: who it is, and which signals are not meant for it.
+    """Prepares a worker process: registers it, and ignores the signals not meant for it.
 
     Ctrl-C and a cluster's SIGTERM reach the whole group of processes. The main process saves the
-    run then, and needs its workers until it has; so they go on until it closes them or is gone.
-
-    Args:
-        watched: int64 (workers, 3), the table that it writes its process number and time into.
-        closing: uint8 (1,) in shared memory, not 0 once a SIGTERM is meant for the worker.
-        number: of the worker.
+    run then, and needs its workers until it has; so they continue until it closes them or is gone.
+    `watched` is the table that a worker writes its process number and time into, `closing` not 0
+    once a SIGTERM is meant for the worker.
     """
     if hasattr(os, "nice"):
         os.nice(NICENESS)
@@ -179,13 +160,14 @@ def start_worker(watched: Tensor, closing: Tensor, number: int) -> None:
     cv2.setNumThreads(0)  # its threads do not survive the fork, and each worker has one core
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = _only_our_own
-    # Where a batch cannot be sent, it would print a traceback and nobody would notice.
+    # If a batch cannot be sent, it would print a traceback and nobody would notice.
     Queue._on_queue_feeder_error = _cannot_send  # pyright: ignore[reportAttributeAccessIssue]
     if hasattr(signal, "pthread_sigmask"):
-        # A thread waits for SIGTERM: a handler would never run where the main thread hangs in C,
+        # A thread waits for SIGTERM: a handler would never run while the main thread hangs in C,
         # and the main process would wait for this one for ever.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told, args=(closing, os.getppid()), daemon=True).start()
+        arguments = closing, os.getppid()
+        threading.Thread(target=_end_on_signal, args=arguments, daemon=True).start()
 
 
 def _cannot_send(*_: object) -> None:
@@ -193,17 +175,17 @@ def _cannot_send(*_: object) -> None:
 
 
 def could_not_send(loaded: object) -> bool:
-    """Returns whether a worker of torch's iterator ended since it could not hand over a batch."""
-    return any(each.exitcode == _UNSENT for each in getattr(loaded, "_workers", []))
+    """Whether a worker of torch's iterator ended because it could not send a batch."""
+    return any(worker.exitcode == _UNSENT for worker in getattr(loaded, "_workers", []))
 
 
 def _only_our_own(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Leaves out the traceback of the thread that was handing an image over as the run ended."""
+    """Leaves out the traceback of the thread that was sending an image as the run ended."""
     if not issubclass(kind, (OSError, EOFError)):
         sys.__excepthook__(kind, error, trace)
 
 
-def _end_when_told(closing: Tensor, main_process: int) -> None:
+def _end_on_signal(closing: Tensor, main_process: int) -> None:
     while True:
         signal.sigwait({signal.SIGTERM})
         if closing.item() or os.getppid() != main_process:
@@ -211,7 +193,7 @@ def _end_when_told(closing: Tensor, main_process: int) -> None:
 
 
 def raise_if_one_died(*_: object) -> None:
-    """Raises torch's RuntimeError, which names the process, where a worker has ended by itself."""
+    """Raises torch's RuntimeError, which names the process, if a worker has ended by itself."""
     torch._C._error_if_any_worker_fails()
 
 

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from allmlp.data.items import Source, subset
 from allmlp.data.loader import evaluation_batches
-from allmlp.data.sources import open_images, open_source
+from allmlp.data.source import Source, subset
+from allmlp.data.sources import open_source
 from allmlp.data.transforms import normalize
 from allmlp.deploy.export_report import (
     ExportReport,
@@ -198,7 +198,7 @@ def _for_calibration(source: str | Source) -> Source:
     """The source; of one with several splits, where none is named, the training images."""
     if not isinstance(source, str):
         return source
-    return open_images(source, ("train", "validation", "test"))
+    return open_source(source, labels="any", first_of=("train", "validation", "test"))
 
 
 def _spread(source: Source, most: int) -> Source:

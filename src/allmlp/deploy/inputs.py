@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from allmlp.data.folders import no_images, say_passed_over, scan_images
-from allmlp.data.items import ImageFiles, PackedStrings, Source, no_labels
-from allmlp.data.sources import is_data, open_images
+from allmlp.data.source import ImageFiles, PackedStrings, Source, unlabelled
+from allmlp.data.sources import is_data, open_source
+from allmlp.data.sources.folders import no_images, passed_over_note, scan_images
 from allmlp.errors import UserError
 
 STANDARD_INPUT = "-"
@@ -35,11 +35,11 @@ def find_images(inputs: Sequence[str | Path], listed: Sequence[str] | None = Non
     if given.count(STANDARD_INPUT) > 1:
         raise UserError("'-' is given more than once: standard input is read once", fix="Give one")
     if len(given) == 1 and is_data(given[0]):
-        return open_images(given[0])
+        return open_source(given[0], labels="any")
     passed_over: Counter[str] = Counter()
     paths = PackedStrings(_paths(given, listed, passed_over))
-    notes = say_passed_over(passed_over)
-    return ImageFiles("images", *no_labels(len(paths)), paths, notes=notes)
+    notes = passed_over_note(passed_over)
+    return unlabelled(ImageFiles(paths), "images", notes)
 
 
 def _paths(

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from allmlp.data.items import BadImage, Source, subset
+from allmlp.data.source import BadImage, Source, subset
 from allmlp.deploy.answers import Question, make_ready
 from allmlp.deploy.plan import MANIFEST, Plan, choose_part_size, describe, open_plan
 from allmlp.deploy.rows import OnRows, Rows, predict_rows, watched

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allmlp.data.fingerprint import fingerprint
-from allmlp.data.items import Source
+from allmlp.data.source import Source
 from allmlp.deploy.answers import Question, device_of, identity
 from allmlp.deploy.tables import FILE_FORMATS, PART_FORMATS, check_format, writing
 from allmlp.environment import environment_info

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from allmlp.data.items import Source
+from allmlp.data.source import Source
 from allmlp.data.sources import read_from
 from allmlp.deploy.answers import Question, make_question
 from allmlp.deploy.inputs import STANDARD_INPUT, find_images

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from allmlp.data.batches import Batch, on_device
-from allmlp.data.items import Source
 from allmlp.data.loader import evaluation_batches
+from allmlp.data.source import Source
 from allmlp.deploy.answers import Question, answer, make_ready
 from allmlp.models.inference import Inference
 from allmlp.models.layers import ImageClassifier, classes_of, preprocessing_of

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from allmlp.data.classes import match_classes
-from allmlp.data.items import BadImage, Source
+from allmlp.data.source import BadImage, Source
 from allmlp.errors import UserError, named_memory_errors
 from allmlp.evaluation.metrics import Evaluation
 from allmlp.evaluation.predictor import Outputs, Predictor, check_finite

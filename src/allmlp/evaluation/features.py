@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from allmlp.data.fingerprint import fingerprint
-from allmlp.data.items import BadImage, Source
+from allmlp.data.source import BadImage, Source
 from allmlp.errors import UserError
 from allmlp.evaluation.predictor import Outputs, Predictor, check_finite
 from allmlp.io import atomic_write, parse_json

@@ -22,8 +22,8 @@ import numpy as np
 
 from allmlp.console import Reporter, report_bad_images, table
 from allmlp.data.classes import match_classes
-from allmlp.data.items import BadImage, Source, subset
 from allmlp.data.loader import TIMEOUT
+from allmlp.data.source import BadImage, Source, subset
 from allmlp.data.sources import open_splits, read_from
 from allmlp.errors import UserError, at_least, between, one_of, plural
 from allmlp.evaluation.features import FeatureCache, Features, frozen_features

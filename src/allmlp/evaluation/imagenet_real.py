@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from allmlp.data.items import Source, View
+from allmlp.data.source import Source, values_of
 from allmlp.errors import UserError
 from allmlp.io import expand, parse_json
 
@@ -128,17 +128,14 @@ def validation_ids(source: Source) -> np.ndarray:
     It stands in the file's name, in any folder or archive; Parquet files may have it in a column
     `val_id` instead.
     """
-    whole, indices = source, np.arange(len(source))
-    while isinstance(whole, View):  # a part of other images
-        whole, indices = whole.source, whole.indices[indices]
-    names = _packed(whole, "original_names") or [whole.item_name(at) for at in range(len(whole))]
-    names = [str(names[at]) for at in indices]
+    own = values_of(source, "path") or map(source.item_name, range(len(source)))
+    names = [str(name) for name in own]
     found = [_ID.search(re.split(r"[/\\:]", name)[-1]) for name in names]
-    column = None if all(found) else _packed(whole, "values_of", "val_id")
+    column = None if all(found) else values_of(source, "val_id")
     if all(found):
         ids = np.array([int(match[1]) for match in found if match], dtype=np.int64)
     elif column is not None and all(type(value) is int for value in column):
-        ids = np.array(column, dtype=np.int64)[indices]
+        ids = np.array(column, dtype=np.int64)
     else:
         first = found.index(None)
         what = f"no validation number in the name {names[first]!r} "
@@ -156,11 +153,6 @@ def validation_ids(source: Source) -> np.ndarray:
         what = f"validation image {ids[first]} is {counts.max()} times in the data"
         raise UserError(what, where=source.item_name(first), fix="Give every image once")
     return ids
-
-
-def _packed(source: Source, method: str, *arguments: str) -> Sequence[Any] | None:
-    """Returns what a packed source knows of its images; None of other sources."""
-    return getattr(source, method)(*arguments) if hasattr(source, method) else None
 
 
 def imagenet_classes(class_names: Sequence[str], imagenet: Sequence[str]) -> np.ndarray:

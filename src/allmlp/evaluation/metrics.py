@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from allmlp.data.items import BadImage
+from allmlp.data.source import BadImage
 from allmlp.evaluation.imagenet_real import RealScore
 from allmlp.evaluation.result_file import measurement
 from allmlp.io import atomic_write_all, check_output_folder

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from allmlp.data.batches import Batch, on_device
-from allmlp.data.items import BadImage, Source, subset
 from allmlp.data.loader import TIMEOUT, evaluation_batches
+from allmlp.data.source import BadImage, Source, subset
 from allmlp.data.transforms import normalize
 from allmlp.errors import UserError
 from allmlp.models.inference import Inference, choose_precision

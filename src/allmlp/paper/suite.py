@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 
 from allmlp.console import Reporter, table
-from allmlp.data.hub_dataset import PREFIX
-from allmlp.data.items import Source
-from allmlp.data.label_rules import LabelRule, is_applied
-from allmlp.data.selections import Selection, select, split_and_part, write_selection
-from allmlp.data.source_names import part_of
-from allmlp.data.sources import names_source, open_splits, open_unmatched
+from allmlp.data.label_rule import LabelRule, is_applied
+from allmlp.data.source import Source
+from allmlp.data.source_spec import part_of
+from allmlp.data.sources import names_source, open_splits, open_subset
+from allmlp.data.sources.hub import PREFIX
+from allmlp.data.sources.subset_file import SubsetFile, split_and_part, write_subset_file
 from allmlp.errors import UserError, near_names, plural
 from allmlp.evaluation.features import weights_hash
 from allmlp.evaluation.result_file import measurement, read_measurement, write_measurement
@@ -119,8 +119,8 @@ class Plan:
     task: Task
     source: str  # its name, as it can be opened from any folder
     rule: str  # see the module
-    final: Selection  # of the final runs
-    grid: Selection | None  # of the grid; None holds a fraction of the training images out
+    final: SubsetFile  # of the final runs
+    grid: SubsetFile | None  # of the grid; None holds a fraction of the training images out
     images: dict[str, int | None]  # of "train", "held_out" (a part of these) and "test"
     num_classes: int
     notes: tuple[str, ...]
@@ -162,8 +162,8 @@ def plan_1k(task: Task, source: str) -> Plan:
     """Returns how a source gives a task 800 images to train, 200 to choose by, and its test."""
     opened, classes, notes = _open(task, source)
     rule, train, validation, test = _parts(task, opened, source)
-    final = Selection(source, {"train": (train, validation), "test": (test,)}, classes)
-    grid = Selection(source, {"train": (train,), "validation": (validation,)}, classes)
+    final = SubsetFile(source, {"train": (train, validation), "test": (test,)}, classes)
+    grid = SubsetFile(source, {"train": (train,), "validation": (validation,)}, classes)
     return _checked(task, rule, final, grid, notes)
 
 
@@ -176,14 +176,14 @@ def plan_whole(task: Task, source: str) -> Plan:
     opened, classes, notes = _open(task, source)
     test = _test_split(opened, source)
     train = tuple(name for name in ("train", "validation") if name in opened and name != test)
-    final = Selection(source, {"train": train, "test": (test,)}, classes)
+    final = SubsetFile(source, {"train": train, "test": (test,)}, classes)
     return _checked(task, "whole", final, None, notes)
 
 
 def _open(task: Task, source: str) -> tuple[Mapping[str, Source], Any, list[str]]:
     """The splits of a source, the label rule that they need, and notes."""
     rule = task.labels
-    opened = open_splits(source) if rule is None else open_unmatched(source)
+    opened = open_splits(source, labels="classes" if rule is None else "numbers")
     if "train" not in opened:
         fix = f"Known there: {', '.join(opened)}. Give a source that has both"
         raise UserError("the data has no train split", where=source, fix=fix)
@@ -236,15 +236,10 @@ def _fits(opened: Mapping[str, Source], text: str) -> bool:
         return False
 
 
-def open_plan(selection: Selection) -> dict[str, Source]:
-    """Returns the splits of a selection."""
-    return select(selection, open_unmatched if selection.labels else open_splits, selection.source)
-
-
 def _checked(
-    task: Task, rule: str, final: Selection, grid: Selection | None, notes: list[str]
+    task: Task, rule: str, final: SubsetFile, grid: SubsetFile | None, notes: list[str]
 ) -> Plan:
-    splits = open_plan(final)
+    splits = open_subset(final)
     train, test = splits["train"], splits["test"]
     classes, present = len(train.class_names), len(np.unique(train.labels))
     if classes < 2:
@@ -256,7 +251,7 @@ def _checked(
         notes.append(f"{present} of the {classes} classes are among the training images")
     if rule in ("own", "first") and len(train) != _TRAIN + _CHOOSE:
         notes.append(f"{len(train):,} training images, where the task has 1,000")
-    held_out = None if grid is None else len(open_plan(grid)["validation"])
+    held_out = None if grid is None else len(open_subset(grid)["validation"])
     images: dict[str, int | None] = {"train": len(train), "held_out": held_out, "test": len(test)}
     return Plan(task, final.source, rule, final, grid, images, classes, tuple(notes))
 
@@ -517,7 +512,7 @@ class _Run:
                 for seed in self.seeds:
                     config.with_value("seed", seed)
                 plans[name] = self.suite.plan(self.suite.known[name], self.sources[name])
-                for split in open_plan(plans[name].final).values():
+                for split in open_subset(plans[name].final).values():
                     check_readable(split, config.data.max_bad)
                 size = config.model.image_size
                 if size not in loaded:
@@ -573,9 +568,9 @@ class _Run:
         final, grid = (self.path / "data" / f"{name}{end}.json" for end in ("", "-grid"))
         has_grid = len(rates) > 1
         if self.world.is_main:
-            write_selection(final, plan.final)
+            write_subset_file(final, plan.final)
             if plan.grid is not None and has_grid:
-                write_selection(grid, plan.grid)
+                write_subset_file(grid, plan.grid)
         self.world.barrier()
         values: dict[str, Any] = {
             "model.weights": self.checkpoint,

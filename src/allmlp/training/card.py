@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 
-from allmlp.data.hub_dataset import PREFIX
-from allmlp.data.source_names import parse_name
+from allmlp.data.source_spec import parse_name
+from allmlp.data.sources.hub import PREFIX
 from allmlp.evaluation.metrics import Evaluation
 from allmlp.models.catalog import architecture_name, family_of
 from allmlp.models.layers import ImageClassifier, count_parameters, flops_text

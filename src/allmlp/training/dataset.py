@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from allmlp.data.augment import padded_crop, random_erasing, warp
-from allmlp.data.drop_list import read_drop_list, without
+from allmlp.data.exclude import exclude, read_exclude_list
 from allmlp.data.fingerprint import image_key
 from allmlp.data.image import DARK, EncodedImage
-from allmlp.data.items import (
+from allmlp.data.randaugment import randaugment
+from allmlp.data.source import (
     BadImage,
     Source,
     random_subset,
@@ -20,7 +21,6 @@ from allmlp.data.items import (
     subset,
     unreadable,
 )
-from allmlp.data.randaugment import randaugment
 from allmlp.data.sources import notes_of, open_splits
 from allmlp.data.transforms import flip, inception_crop, random_crop, resize_for_evaluation
 from allmlp.errors import UserError, plural
@@ -114,9 +114,9 @@ def split_data(settings: DataSettings) -> Splits:
         raise UserError("the data has no train split", where=settings.source, fix=fix)
     notes = notes_of(splits)
     if settings.exclude is not None:
-        drops, before = read_drop_list(settings.exclude), sum(map(len, splits.values()))
+        drops, before = read_exclude_list(settings.exclude), sum(map(len, splits.values()))
         for name in splits.keys() - {"test"}:  # what is measured at the end stays whole
-            splits[name] = without(splits[name], drops, name)
+            splits[name] = exclude(splits[name], drops, name)
         left_out = before - sum(map(len, splits.values()))
         notes.append(f"left out {plural(left_out, 'image')} by {settings.exclude}")
     train: Source = splits["train"]

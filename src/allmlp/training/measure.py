@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from allmlp.data.items import Source
+from allmlp.data.source import Source
 from allmlp.evaluation.accuracy import evaluate_source
 from allmlp.evaluation.metrics import Evaluation
 from allmlp.evaluation.predictor import Predictor

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from allmlp.data.fingerprint import image_key, is_fingerprint_of
-from allmlp.data.items import Source
-from allmlp.data.source_names import SourceName, parse_name
+from allmlp.data.source import Source
+from allmlp.data.source_spec import SourceSpec, parse_name
 from allmlp.data.sources import open_source, open_splits
 from allmlp.errors import UserError
 from allmlp.evaluation.metrics import Evaluation
@@ -108,7 +108,7 @@ def _own_splits(path: Path, config: TrainConfig, name: str) -> Splits | None:
     return splits if splits.held_out and is_fingerprint_of(known, splits.train) else None
 
 
-def _text(name: SourceName) -> str:
+def _text(name: SourceSpec) -> str:
     return name.source + (f":{name.split}{name.part or ''}" if name.split else "")
 
 

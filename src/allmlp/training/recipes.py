@@ -29,7 +29,7 @@ from allmlp.training.sibling_recipes import SIBLINGS
 
 
 def digits() -> TrainConfig:
-    """A small Mixer on the scikit-learn digits, 1,797 real scans of 8x8 pixels.
+    """A small Mixer on the UCI digits, 1,797 real scans of 8x8 pixels.
 
     mixer train
 

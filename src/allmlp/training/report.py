@@ -12,8 +12,8 @@ import torch
 
 from allmlp import plots
 from allmlp.console import Reporter
-from allmlp.data.items import Source
-from allmlp.data.source_names import parse_name
+from allmlp.data.source import Source
+from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import names_source
 from allmlp.errors import plural
 from allmlp.evaluation.metrics import Evaluation

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from allmlp import plots
 from allmlp.data.fingerprint import fingerprint
-from allmlp.data.items import BadImage
+from allmlp.data.source import BadImage
 from allmlp.environment import environment_info
 from allmlp.errors import UserError
 from allmlp.io import atomic_write, parse_json, path_in_errors, remove_stale

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from allmlp.console import Reporter
 from allmlp.data.fingerprint import is_fingerprint_of
-from allmlp.data.items import BadImage
+from allmlp.data.source import BadImage
 from allmlp.errors import UserError
 from allmlp.models.layers import ImageClassifier
 from allmlp.runtime.device import ComputePolicy

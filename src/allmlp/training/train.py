@@ -14,10 +14,10 @@ from allmlp import plots
 from allmlp.console import ProgressBar, Reporter
 from allmlp.data.augment import mix
 from allmlp.data.batches import Batch, on_device
-from allmlp.data.items import BadImage
 from allmlp.data.loader import most_workers, training_batches
 from allmlp.data.sampler import step_generator
-from allmlp.data.source_names import parse_name
+from allmlp.data.source import BadImage
+from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import read_from
 from allmlp.data.transforms import normalize
 from allmlp.data.workers import check_guard

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from allmlp.data.items import Source, View
+from allmlp.data.source import Source, View, labelled
 from allmlp.errors import UserError
 
 RULES = ("shift", "bins", "between")
@@ -28,10 +28,7 @@ class LabelRule:
 
     Args:
         rule: one of `RULES`.
-        numbers: as the module describes.
-
-    Raises:
-        UserError: there is no such rule, or these are no numbers for it.
+        numbers: see the module.
     """
 
     rule: str
@@ -40,12 +37,12 @@ class LabelRule:
     def __post_init__(self) -> None:
         numbers = self.numbers
         fits = self.rule in RULES and all(
-            isinstance(each, int | float) and math.isfinite(each) for each in numbers
+            isinstance(n, int | float) and math.isfinite(n) for n in numbers
         )
         if fits and self.rule == "between":
             fits = len(numbers) > 2 and all(np.diff(numbers) > 0)
         elif fits:
-            fits = len(numbers) == 2 and all(each == round(each) for each in numbers)
+            fits = len(numbers) == 2 and all(n == round(n) for n in numbers)
             fits = fits and numbers[1] >= 2
             fits = fits and (self.rule != "bins" or numbers[0] >= numbers[1])
         if not fits:
@@ -59,7 +56,7 @@ class LabelRule:
 
     def describe(self) -> str:
         """Returns it in words: "n - 3", "40 values in 16 bins", "cut at 0, 8, ..., 100"."""
-        listed = [f"{each:g}" for each in self.numbers]
+        listed = [f"{number:g}" for number in self.numbers]
         if self.rule == "shift":
             return f"n - {listed[0]}"
         if self.rule == "bins":
@@ -67,11 +64,7 @@ class LabelRule:
         return f"cut at {', '.join(listed)}"
 
     def classes_of(self, numbers: np.ndarray) -> np.ndarray:
-        """Returns the class of each number, int64; -1 where it has none.
-
-        Args:
-            numbers: float64 (n,).
-        """
+        """Returns the classes of numbers, float64 (n,), as int64; -1 for a number without one."""
         if self.rule == "between":
             found = np.searchsorted(np.array(self.numbers), numbers, side="left") - 1
         else:
@@ -88,20 +81,12 @@ class LabelRule:
 
 def is_applied(rule: LabelRule, class_names: Sequence[str]) -> bool:
     """Returns whether the classes are the rule's own already: whole numbers below their number."""
-    own = {str(each) for each in range(rule.num_classes)}
+    own = {str(label) for label in range(rule.num_classes)}
     return set(class_names) <= own
 
 
 def apply_rule(source: Source, rule: LabelRule) -> View:
-    """Returns the same images under the classes that the rule makes of the names of their own.
-
-    Args:
-        source: whose class names are numbers, such as "9.25".
-        rule: for these.
-
-    Raises:
-        UserError: a name is no number, or a number that has no class.
-    """
+    """Returns the same images under the classes that the rule makes of theirs, such as "9.25"."""
     numbers = np.array([_number(name, source.name) for name in source.class_names])
     table = rule.classes_of(numbers)
     wrong = [name for name, at in zip(source.class_names, table, strict=True) if at < 0]
@@ -109,16 +94,12 @@ def apply_rule(source: Source, rule: LabelRule) -> View:
         what = f"the label {wrong[0]!r} has no class by the rule: {rule.describe()}"
         fix = "Give the labels before the rule, or whole numbers from 0 that are its classes"
         raise UserError(what, where=source.name, fix=fix)
-    names = [str(each) for each in range(rule.num_classes)]
-    return View(source.name, names, table[source.labels], source, np.arange(len(source)))
+    names = [str(label) for label in range(rule.num_classes)]
+    return labelled(source, source.name, names, table[source.labels])
 
 
 def rule_from_json(values: Any) -> LabelRule:
-    """Returns the rule of {"rule": ..., "numbers": [...]}.
-
-    Raises:
-        UserError: it is none.
-    """
+    """Returns the rule of {"rule": ..., "numbers": [...]}."""
     try:
         return LabelRule(values["rule"], tuple(values["numbers"]))
     except (KeyError, TypeError) as error:

@@ -1,7 +1,4 @@
-"""Folders of images: which files count, class folders, and which folder or file is which split.
-
-Nothing here ever writes to the user's files.
-"""
+"""Folders of images: which files count, class folders, and which folder is which split."""
 
 from __future__ import annotations
 
@@ -14,17 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from allmlp.data.classes import natural_order, refuse_twins
+from allmlp.data.classes import RawLabels, check_twins, natural_order
 from allmlp.data.image import SUFFIXES
-from allmlp.data.items import ImageFiles, PackedStrings, no_labels
-from allmlp.errors import UserError
+from allmlp.data.source import ImageFiles, PackedStrings
+from allmlp.data.source_spec import SPLITS, SourceSpec, split_named
+from allmlp.data.sources.kind import Kind, Records
+from allmlp.errors import UserError, plural
 
-SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid", "dev"),
-    "test": ("test", "testing"),
-}
-# Images that are not read, but counted and named where a folder of images has some.
+# Image files of kinds that are not read, but counted and reported.
 _UNREAD = frozenset(
     re.findall(
         r"\.\w+",
@@ -33,56 +27,46 @@ _UNREAD = frozenset(
         .x3f .exr .hdr .dcm .dicom .fits .npy .pfm .dds .qoi .pcx .sgi .ras .wmf .emf .pict""",
     )
 )
-# What a NAS, an archive or a file system adds; thumbnails of the images, for example.
-_OF_THE_SYSTEM = frozenset(
+# Folders that a NAS, an archive or a file system adds; some hold thumbnails of the images.
+_SYSTEM = frozenset(
     (
         *("@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", "__macosx", "$recycle.bin"),
         *("system volume information", "lost+found"),
     )
 )
+_FOLD = r"(?i)folds?[-_. ]?\d+"
 LAYOUT = "class folders: FOLDER/train/<class>/*.jpg (val/ and test/ if you have them)"
 
 
-def split_named(name: str) -> str | None:
-    """Returns the split that a name means: "Val", "val_set" -> "validation"; None for others."""
-    word = re.sub(r"[-_. ]?(dataset|sets?|data|images|imgs)$", "", name.casefold())
-    return next((split for split, names in SPLIT_FOLDERS.items() if word in names), None)
+def open_folders(spec: SourceSpec, labels: bool) -> dict[str, Records]:
+    """Returns the images of FOLDER/<split>/<class>/ or FOLDER/<class>/, at any depth below.
 
-
-def split_of_file(path: Path) -> str:
-    """Returns the split that a file's name has a word for: "x_test.parquet" -> "test"; else train.
-
-    Raises:
-        UserError: the name has words for two splits.
+    Without labels the images may also lie directly in the folder.
     """
-    found = re.split(r"[-_.:]", path.name.casefold())
-    words = {split for split, names in SPLIT_FOLDERS.items() if not set(names).isdisjoint(found)}
-    if len(words) > 1:
-        what = f"the file's name has words for several splits: {path.name}"
-        raise UserError(what, where=path, fix="Rename the file, such as to NAME-train.parquet")
-    return words.pop() if words else "train"
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Returns the image files in the folder at any depth, by their endings, sorted; none hidden."""
-    return [folder / name for name in scan_images(str(folder))]
+    folder = spec.path
+    if any(folder.glob("*.tar")) and not subfolders(folder):
+        what = "the folder has tar files and no index of them"
+        raise UserError(what, where=folder, fix=f"Write one, once: mixer data index {folder}")
+    if not labels and not subfolders(folder):
+        return {"train": _flat(folder)}
+    splits, unused = _find_splits(folder)
+    notes: tuple[str, ...] = ()
+    if labels:
+        for path in splits.values():
+            _check_class_folders(path)
+        if unused:
+            notes = (f"not used: {', '.join(unused)} (not splits with class folders)",)
+    return {split: _class_folder(path, notes) for split, path in splits.items()}
 
 
 def scan_images(
     folder: str, inside: str = "", passed_over: Counter[str] | None = None
 ) -> Iterator[str]:
-    """Yields the image files in the folder at any depth, as paths relative to it.
+    """Yields the image files in the folder at any depth below `inside`, relative to the folder.
 
-    Sorted, folder by folder. Hidden files and folders are passed over; a link to a file is one, a
-    link to a folder deep inside is not followed, so that no circle of links is walked forever.
-
-    Args:
-        folder: to scan.
-        inside: the folder in it to begin at.
-        passed_over: counts the other files: by ending where they seem to be images, else as "".
-
-    Raises:
-        UserError: a folder cannot be read.
+    Sorted, folder by folder. Hidden files and folders are skipped; a link to a file is one, a link
+    to a folder deep inside is not followed: links may form a circle. `passed_over` counts the other
+    files: by ending if they seem to be images, else as "".
     """
     for entry in _entries(os.path.join(folder, inside)):
         if _is_hidden(entry.name):
@@ -99,16 +83,14 @@ def scan_images(
             passed_over[suffix if suffix in _UNREAD or suffix.startswith(SUFFIXES) else ""] += 1
 
 
-def say_passed_over(passed_over: Counter[str], folder: Path | None = None) -> tuple[str, ...]:
-    """Returns the note on the files that seem to be images and are not read; none for none."""
+def passed_over_note(passed_over: Counter[str], folder: Path | None = None) -> tuple[str, ...]:
+    """Returns the note on files that seem to be images and are not read, if there are any."""
     named = Counter({suffix: count for suffix, count in passed_over.items() if suffix})
-    number = named.total()
-    if not number:
+    if not named:
         return ()
     where = f" in {folder.name}" if folder else ""
     fix = "convert them to JPEG or PNG to use them"
-    files = f"{number:,} file{'' if number == 1 else 's'}"
-    return (f"{files} passed over{where}: {_listed(named)} ({fix})",)
+    return (f"{plural(named.total(), 'file')} passed over{where}: {_listed(named)} ({fix})",)
 
 
 def _listed(counts: Counter[str]) -> str:
@@ -116,7 +98,7 @@ def _listed(counts: Counter[str]) -> str:
 
 
 def no_images(folder: Path, what: str = "the folder") -> UserError:
-    """Returns the error for a folder without images, which says what lies there instead."""
+    """Returns the error for a folder without images, which says what it has instead."""
     passed_over: Counter[str] = Counter()
     for _ in scan_images(str(folder), passed_over=passed_over):
         pass
@@ -128,7 +110,7 @@ def no_images(folder: Path, what: str = "the folder") -> UserError:
 
 
 def _is_hidden(name: str) -> bool:
-    return name[0] == "." or name.casefold() in _OF_THE_SYSTEM
+    return name[0] == "." or name.casefold() in _SYSTEM
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -138,14 +120,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    is_named_so = os.path.splitext(entry.name)[1].lower() in SUFFIXES
-    return not _is_hidden(entry.name) and is_named_so and not _is_folder(entry)
-
-
 def _loose_image(folder: Path) -> str | None:
     """The name of an image directly in the folder, if there is one."""
-    return next((entry.name for entry in _entries(str(folder)) if _is_image(entry)), None)
+    for entry in _entries(str(folder)):
+        is_image = os.path.splitext(entry.name)[1].lower() in SUFFIXES
+        if is_image and not _is_hidden(entry.name) and not _is_folder(entry):
+            return entry.name
+    return None
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
@@ -163,44 +144,43 @@ def subfolders(folder: Path) -> list[str]:
     return sorted(names, key=natural_order)
 
 
-def class_folder(folder: Path, name: str, notes: tuple[str, ...] = ()) -> ImageFiles:
-    """Returns the images of FOLDER/<class>/, at any depth below the class, as a source.
-
-    Raises:
-        UserError: there are no class folders, or a class is empty.
-    """
+def _class_folder(folder: Path, notes: tuple[str, ...]) -> Records:
     classes = subfolders(folder)
     if not classes:
         raise UserError("no class folders found", where=folder, fix=f"Arrange it as {LAYOUT}")
     counts, passed_over = array("q"), Counter[str]()
 
     def paths() -> Iterator[str]:
-        for each in classes:
+        for name in classes:
             counts.append(0)
-            for path in scan_images(str(folder / each), passed_over=passed_over):
+            for path in scan_images(str(folder / name), passed_over=passed_over):
                 counts[-1] += 1
-                yield os.path.join(each, path)
+                yield os.path.join(name, path)
             if counts[-1] == 0:
-                raise no_images(folder / each, f"class {each!r}")
+                raise no_images(folder / name, f"class {name!r}")
 
-    packed = PackedStrings(paths())
+    images = ImageFiles(PackedStrings(paths()), str(folder))
     labels = np.repeat(np.arange(len(classes)), counts)
-    names = [each.strip() or each for each in classes]
-    return ImageFiles(
-        name, names, labels, packed, str(folder), (*notes, *say_passed_over(passed_over, folder))
-    )
+    raw = RawLabels(labels, [name.strip() or name for name in classes], are_classes=True)
+    return Records(images, raw, (*notes, *passed_over_note(passed_over, folder)))
 
 
-def refuse_other_folders(folder: Path) -> None:
-    """Refuses folders in the place of classes that are splits, folds or wrappers in truth.
+def _flat(folder: Path) -> Records:
+    passed_over: Counter[str] = Counter()
+    paths = PackedStrings(scan_images(str(folder), passed_over=passed_over))
+    if not len(paths):
+        raise no_images(folder)
+    notes = passed_over_note(passed_over, folder)
+    return Records(ImageFiles(paths, str(folder)), notes=notes)
 
-    A class may be called "train" where its folder's own name is a split's: FOLDER/train/train.
 
-    Raises:
-        UserError: they are, or names of classes look the same.
+def _check_class_folders(folder: Path) -> None:
+    """Checks that the folders in the place of classes are not really splits, folds or wrappers.
+
+    A class may be called "train" if its own parent is named as a split: FOLDER/train/train.
     """
     classes = subfolders(folder)
-    refuse_twins(classes, folder)
+    check_twins(classes, folder)
     listed = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" * (len(classes) > 8))
     shared = _shared_subfolders(folder, classes)
     if any(map(split_named, shared)) or (len(shared) > 1 and len(classes) > 1):
@@ -208,69 +188,44 @@ def refuse_other_folders(folder: Path) -> None:
         fix = f"Give the folder to use, such as {folder / classes[0]}. If they are the classes: put"
         fix += " the images directly into their folders, or give a list (.csv) with path,label"
         raise UserError(what, where=folder, fix=fix)
-    splits = [each for each in classes if split_named(each)]
-    parts = [each for each in classes if split_named(each) or re.fullmatch(_FOLD, each)]
+    splits = [name for name in classes if split_named(name)]
+    parts = [name for name in classes if split_named(name) or re.fullmatch(_FOLD, name)]
     is_split = split_named(folder.absolute().name) is not None
     if parts == classes and len(classes) > is_split:
         what = f"folders that are splits and have no class folders in them: {listed}"
         raise UserError(what, where=folder, fix=f"Arrange it as {LAYOUT}")
     if splits and not is_split:
         what = f"the folder {splits[0]!r} is named as a split, but lies among classes: {listed}"
-        fix = (
-            f"Put its images into class folders, {splits[0]}/<class>, or move it away. If it is a "
-        )
-        fix += f"class: move all class folders into one for the split, {folder / 'train'}/<class>"
+        fix = f"Put its images into class folders, {splits[0]}/<class>, or move it away. If it is a"
+        fix += f" class: move all class folders into one for the split, {folder / 'train'}/<class>"
         raise UserError(what, where=folder / splits[0], fix=fix)
     known: dict[tuple[str, ...], tuple[str, str]] = {}
-    for each in classes:  # seg_train, seg_test
-        words = re.split(r"[-_. ]+", each)
+    for name in classes:  # seg_train, seg_test
+        words = re.split(r"[-_. ]+", name)
         for split, at in ((split_named(word), at) for at, word in enumerate(words)):
             rest = (*words[:at], "", *words[at + 1 :])
-            if split and known.setdefault(rest, (split, each))[0] != split:
-                what = f"the folders {known[rest][1]} and {each} are splits, not classes"
+            if split and known.setdefault(rest, (split, name))[0] != split:
+                what = f"the folders {known[rest][1]} and {name} are splits, not classes"
                 fix = f"Rename them to train, val and test, with the classes below: {LAYOUT}"
                 raise UserError(what, where=folder, fix=fix)
 
 
-_FOLD = r"(?i)folds?[-_. ]?\d+"
-
-
 def _shared_subfolders(folder: Path, classes: list[str]) -> list[str]:
-    """The subfolders that each of these folders has; none where one has images directly in it."""
+    """The subfolders that each of these folders has; none if one has images directly in it."""
     shared: set[str] | None = None
-    for each in classes:
-        names = subfolders(folder / each)
+    for name in classes:
+        names = subfolders(folder / name)
         shared = set(names) if shared is None else shared & set(names)
-        if not shared or _loose_image(folder / each) is not None:
+        if not shared or _loose_image(folder / name) is not None:
             return []
     return sorted(shared or (), key=natural_order)
 
 
-def flat_folder(folder: Path, name: str) -> ImageFiles:
-    """Returns the images in a folder at any depth as a source without labels.
+def _find_splits(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """The folder of each split, and the names of other folders with images.
 
-    Raises:
-        UserError: there are none.
-    """
-    passed_over: Counter[str] = Counter()
-    paths = PackedStrings(scan_images(str(folder), passed_over=passed_over))
-    if not len(paths):
-        raise no_images(folder)
-    notes = say_passed_over(passed_over, folder)
-    return ImageFiles(name, *no_labels(len(paths)), paths, str(folder), notes)
-
-
-def find_splits(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """Returns the folder of each split, train first; a folder of classes is its own train split.
-
-    A folder that is named like a split but has no folders in it is none. Of test/test/<class> the
-    inner one is the split.
-
-    Returns:
-        the folders, and the names of others with images, which are not used.
-
-    Raises:
-        UserError: it cannot be told which split a folder is.
+    A folder of classes is its own train split. A folder that is named as a split but has no folders
+    in it is none. Of test/test/<class> the inner one is the split.
     """
     splits: dict[str, Path] = {}
     known: set[str] = set()
@@ -286,12 +241,12 @@ def find_splits(folder: Path) -> tuple[dict[str, Path], list[str]]:
             others[entry] = classes
             continue
         if split in splits:
-            inside = [each.relative_to(folder) for each in (splits[split], path)]
+            inside = [path.relative_to(folder) for path in (splits[split], path)]
             what = f"two folders for one split: {inside[0]} and {inside[1]}"
             raise UserError(what, where=folder, fix="Merge them or rename one")
         if loose is not None:
             what = f"the folder {path.name!r} has both folders and images, such as {loose!r}"
-            fix = "Put the images into class folders; a class needs another name than a split"
+            fix = "Put the images into class folders; a class cannot have the name of a split"
             raise UserError(what, where=path, fix=fix)
         splits[split] = path
         known.update(classes)
@@ -299,7 +254,10 @@ def find_splits(folder: Path) -> tuple[dict[str, Path], list[str]]:
         return {"train": folder}, []
     for entry, classes in others.items():
         if known & set(classes):
-            what = f"the folder {entry!r} has the same classes, but its name is no split's"
+            what = f"the folder {entry!r} has the same classes, but its name is not a split's"
             raise UserError(what, where=folder / entry, fix="Name it val or test, or move it away")
     unused = [entry for entry in others if next(scan_images(str(folder / entry)), None)]
-    return {split: splits[split] for split in SPLIT_FOLDERS if split in splits}, unused
+    return {split: splits[split] for split in SPLITS if split in splits}, unused
+
+
+KIND = Kind("class folders", lambda spec: spec.path.is_dir(), open_folders)

@@ -1,0 +1,152 @@
+"""Lists of images to exclude, in a text file that can be edited.
+
+One line per image, `split<TAB>index<TAB>name<TAB>why`, below a header with the data the list was
+made for. A list is not applied to other data; lines may be deleted to keep an image after all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from allmlp.data.duplicates import Duplicates
+from allmlp.data.fingerprint import own_names
+from allmlp.data.source import Source, subset
+from allmlp.errors import UserError
+from allmlp.names import is_format
+
+_TITLE = "# allmlp drop list 1"
+_WHY = {"same file": "same file as", "same pixels": "same pixels as", "near": "near duplicate of"}
+_FIX = "Make the list again: mixer data check SOURCE --exclude FILE"
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """An image to leave out, its name without the folder that all of its split share; and why."""
+
+    split: str
+    index: int
+    name: str
+    why: str
+    line: int = 0
+
+
+@dataclass(frozen=True)
+class ExcludeList:
+    """The images to leave out of a data set.
+
+    Attributes:
+        source: the name of the data.
+        splits: for each split the number of images and the checksum of their names.
+        images: to leave out, by split and index.
+        path: the file it was read from.
+    """
+
+    source: str
+    splits: dict[str, tuple[int, str]]
+    images: list[Excluded]
+    path: Path | None = None
+
+    def to_text(self) -> str:
+        """Returns the contents of the file."""
+        lines = [_TITLE, f"# source\t{_escape(self.source)}"]
+        for split, (number, names) in self.splits.items():
+            lines.append(f"# split\t{split}\t{number}\t{names}")
+        lines.append("# Delete a line to keep that image; change nothing else.")
+        for image in self.images:
+            cells = image.split, str(image.index), _escape(image.name), _escape(image.why)
+            lines.append("\t".join(cells))
+        return "".join(f"{line}\n" for line in lines)
+
+
+def exclude_list(duplicates: Duplicates, source: str) -> ExcludeList:
+    """Returns the list of what to leave out so that no duplicates remain."""
+    own = {name: own_names(data) for name, data in duplicates.splits.items()}
+    images: list[Excluded] = []
+    for found in duplicates.to_exclude():
+        split, index = found.kept
+        name = duplicates.splits[split].item_name(index)
+        why = f"{_WHY[found.kind]} {split}[{index}] {name}"
+        images.append(Excluded(found.split, found.index, own[found.split][found.index], why))
+    splits = {name: (len(own[name]), _checksum(own[name])) for name in duplicates.splits}
+    return ExcludeList(source, splits, images)
+
+
+def _checksum(names: list[str]) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(os.fsencode(name) + b"\0")
+    return digest.hexdigest()
+
+
+def read_exclude_list(path: str | Path) -> ExcludeList:
+    """Returns the list in a file."""
+    path = Path(os.path.expanduser(path))
+    try:
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        what = f"cannot read the list of images to exclude: {error.strerror}"
+        raise UserError(what, where=path, fix=_FIX) from error
+    lines = text.split("\n")
+    if not is_format(lines[0].rstrip("\r"), _TITLE):
+        raise UserError("not a list of images to exclude", where=path, fix=_FIX)
+    source, splits, images = "", {}, []
+    for number, line in enumerate(lines, start=1):
+        cells = line.rstrip("\r").split("\t")
+        try:
+            if cells[0] == "# source":
+                source = _unescape(cells[1])
+            elif cells[0] == "# split":
+                splits[cells[1]] = (int(cells[2]), cells[3])
+            elif line.strip() and line[0] != "#":
+                split, index, name, why = cells
+                if int(index) < 0 or split not in splits:
+                    raise ValueError(line)
+                images.append(Excluded(split, int(index), _unescape(name), _unescape(why), number))
+        except (ValueError, IndexError) as error:
+            what = f"line {number} of the list is damaged: {line[:100]!r}"
+            raise UserError(what, where=path, fix=_FIX) from error
+    return ExcludeList(source, splits, images, path)
+
+
+def exclude(source: Source, excluded: ExcludeList, split: str) -> Source:
+    """Returns a whole split without the images of the list, which must have been made for it."""
+    where = excluded.path or "the list of images to exclude"
+
+    def made_for(what: str) -> UserError:
+        return UserError(f"the list was made for other data: {what}", where=where, fix=_FIX)
+
+    if split not in excluded.splits:
+        raise made_for(f"it has no {split} split, only {', '.join(excluded.splits)}")
+    number, checksum = excluded.splits[split]
+    if number != len(source):
+        raise made_for(f"its {split} has {number:,} images, {source.name} has {len(source):,}")
+    mine = [image for image in excluded.images if image.split == split]
+    own = own_names(source)
+    for image in mine:
+        actual = own[image.index] if image.index < len(own) else "not there"
+        if image.name != actual:
+            what = f"line {image.line} is {image.name!r}, but {split}[{image.index}] is {actual!r}"
+            raise made_for(what)
+    if _checksum(own) != checksum:
+        raise made_for(f"images of the {split} split have other names")
+    keep = np.ones(len(source), dtype=bool)
+    keep[[image.index for image in mine]] = False
+    if not keep.any():
+        raise UserError(f"the list leaves no image of the {split} split", where=where)
+    return subset(source, np.flatnonzero(keep), source.name)
+
+
+def _escape(text: str) -> str:
+    """The text on one line and without tabs."""
+    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def _unescape(text: str) -> str:
+    letters = {"t": "\t", "n": "\n", "r": "\r"}
+    return re.sub(r"\\(.)", lambda found: letters.get(found[1], found[1]), text)

@@ -1,0 +1,305 @@
+"""Images by index: what every kind of data becomes, and what can be made of it.
+
+Images must be cheap to hand to worker processes: the names of a million lie in one buffer
+(`PackedStrings`), not in a million objects.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from allmlp.data.image import EncodedImage
+from allmlp.errors import UserError
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that cannot be read or decoded."""
+
+    index: int
+    name: str
+    what: str
+
+
+class Images(Protocol):
+    """Encoded images by index."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> bytes:
+        """Returns one encoded file."""
+        ...
+
+    def item_name(self, index: int) -> str:
+        """Returns the path or the name of one image."""
+        ...
+
+
+class Source(Images, Protocol):
+    """Images with labels.
+
+    Attributes:
+        name: shown on screen.
+        class_names: the classes, in the order of the labels.
+        labels: int64 (num_images,), indices into class_names.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def class_names(self) -> list[str]: ...
+    @property
+    def labels(self) -> np.ndarray: ...
+
+
+class PackedBytes:
+    """Many byte strings in one buffer: few objects, and forked workers share it."""
+
+    def __init__(self, parts: Iterable[bytes]) -> None:
+        buffer, ends = bytearray(), array("q", [0])
+        for part in parts:
+            buffer += part
+            ends.append(len(buffer))
+        self._buffer = np.frombuffer(buffer, dtype=np.uint8)
+        self._ends = np.frombuffer(ends, dtype=np.int64)
+
+    @classmethod
+    def from_arrays(cls, buffer: np.ndarray, ends: np.ndarray) -> PackedBytes:
+        """Returns the parts of a buffer, uint8, between `ends`, int64 (n + 1,)."""
+        packed = cls.__new__(cls)
+        packed._buffer, packed._ends = buffer, ends
+        return packed
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> bytes:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        return self._buffer[self._ends[index] : self._ends[index + 1]].tobytes()
+
+
+class PackedStrings:
+    """Many strings (paths, in any encoding) in one buffer, like `PackedBytes`."""
+
+    def __init__(self, parts: Iterable[str] | PackedBytes) -> None:
+        is_packed = isinstance(parts, PackedBytes)
+        self._packed = parts if is_packed else PackedBytes(os.fsencode(part) for part in parts)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self._packed[index])
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens a file without waiting for the other end of a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files on disk; `paths` may be relative to `folder`."""
+
+    paths: Sequence[str] | PackedStrings
+    folder: str = ""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> bytes:
+        path = self.item_name(index)
+        try:
+            with open(path, "rb", opener=_open_at_once) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise UserError("not a regular file", where=path)
+                return file.read()
+        except OSError as error:
+            raise UserError(f"cannot read the file: {error.strerror}", where=path) from error
+
+    def item_name(self, index: int) -> str:
+        return os.path.join(self.folder, self.paths[index])
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Encoded images in memory."""
+
+    files: Sequence[bytes] | PackedBytes
+    item_prefix: str
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> bytes:
+        return self.files[index]
+
+    def item_name(self, index: int) -> str:
+        return f"{self.item_prefix}[{index}]"
+
+
+@dataclass(frozen=True)
+class View:
+    """Some images under some classes: the `Source` that everything else is made of.
+
+    `notes` say what else was found where they lie, a line each.
+    """
+
+    name: str
+    class_names: list[str]
+    labels: np.ndarray
+    images: Images
+    indices: np.ndarray
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> bytes:
+        return self.images.read(int(self.indices[index]))
+
+    def item_name(self, index: int) -> str:
+        return self.images.item_name(int(self.indices[index]))
+
+    def values_of(self, column: str) -> list[Any] | None:
+        """Returns another column of the data; see `values_of`."""
+        whole = values_of(self.images, column)
+        return None if whole is None else [whole[at] for at in self.indices.tolist()]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several images, one behind the other."""
+
+    parts: tuple[Images, ...]
+    ends: np.ndarray
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def _at(self, index: int) -> tuple[Images, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return self.parts[part], index - (int(self.ends[part - 1]) if part else 0)
+
+    def read(self, index: int) -> bytes:
+        part, at = self._at(index)
+        return part.read(at)
+
+    def item_name(self, index: int) -> str:
+        part, at = self._at(index)
+        return part.item_name(at)
+
+    def values_of(self, column: str) -> list[Any] | None:
+        """Returns another column of the data; see `values_of`."""
+        found = [values_of(part, column) for part in self.parts]
+        return None if None in found else [value for values in found for value in values or ()]
+
+
+def values_of(images: Images, column: str) -> list[Any] | None:
+    """Returns another column of the data, a value per image; None where it has no such column.
+
+    "path" is what an image was called before it was put into a Parquet file or a hub data set.
+    """
+    own = getattr(images, "values_of", None)
+    return None if own is None else own(column)
+
+
+def labelled(
+    images: Images,
+    name: str,
+    class_names: list[str],
+    labels: np.ndarray,
+    notes: tuple[str, ...] = (),
+) -> View:
+    """Returns images with labels as a source."""
+    if isinstance(images, View):  # no view of a view: reading stays one step
+        return View(name, class_names, labels, images.images, images.indices, notes)
+    return View(name, class_names, labels, images, np.arange(len(images)), notes)
+
+
+def unlabelled(images: Images, name: str, notes: tuple[str, ...] = ()) -> View:
+    """Returns images without labels as a source whose one class is "unknown"."""
+    return labelled(images, name, ["unknown"], np.zeros(len(images), dtype=np.int64), notes)
+
+
+def subset(source: Source, indices: np.ndarray, name: str) -> View:
+    """Returns the images at `indices`, int64 (n,), as a source of its own."""
+    labels = source.labels[indices]
+    if isinstance(source, View):
+        inner = source.images, source.indices[indices]
+        return View(name, source.class_names, labels, *inner, source.notes)
+    return View(name, source.class_names, labels, source, indices, _notes(source))
+
+
+def relabel(source: Source, class_names: list[str]) -> View:
+    """Returns the same images under another class list that has all of the source's names."""
+    place = {name: at for at, name in enumerate(class_names)}
+    labels = np.array([place[name] for name in source.class_names], dtype=np.int64)[source.labels]
+    return labelled(source, source.name, class_names, labels, _notes(source))
+
+
+def join(parts: Sequence[Source], name: str) -> View:
+    """Returns sources that have the same classes as one."""
+    names = parts[0].class_names
+    assert all(part.class_names == names for part in parts)
+    labels = np.concatenate([part.labels for part in parts])
+    notes = dict.fromkeys(note for part in parts for note in _notes(part))
+    joined = Joined(tuple(parts), np.cumsum([len(part) for part in parts]))
+    return labelled(joined, name, names, labels, tuple(notes))
+
+
+def _notes(source: Source) -> tuple[str, ...]:
+    return getattr(source, "notes", ())
+
+
+def random_subset(source: Source, fraction: float, seed: int) -> Source:
+    """Returns a random fraction of the images, in order; a smaller one is part of a larger one."""
+    if fraction == 1.0:
+        return source
+    order = np.random.default_rng(seed).permutation(len(source))
+    chosen = np.sort(order[: max(1, round(fraction * len(source)))])
+    return subset(source, chosen, source.name)
+
+
+def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the indices (kept, held out), with `fraction` of every class held out.
+
+    A class with two images or more keeps at least one and gives at least one.
+    """
+    random = np.random.default_rng(seed)
+    held_out: list[np.ndarray] = []
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        if len(members) > 1:
+            number = min(max(round(fraction * len(members)), 1), len(members) - 1)
+            held_out.append(members[:number])
+    chosen = np.sort(np.concatenate(held_out)) if held_out else np.array([], dtype=np.int64)
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def unreadable(source: Source, on_read: Callable[[bytes], None] | None = None) -> list[BadImage]:
+    """Returns every image whose header cannot be read; `on_read` gets the files of the others.
+
+    Pixels are not decoded, so that a damaged image can still turn up later.
+    """
+    found: list[BadImage] = []
+    for index in range(len(source)):
+        try:
+            encoded = source.read(index)
+            EncodedImage(encoded, source.item_name(index))
+            if on_read is not None:
+                on_read(encoded)
+        except UserError as error:
+            found.append(BadImage(index, source.item_name(index), error.what))
+    return found

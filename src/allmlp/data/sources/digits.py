@@ -1,0 +1,54 @@
+"""The digits: 1,797 real 8x8 scans that come with the package.
+
+Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
+Repository, 1998, https://doi.org/10.24432/C50P49, licence CC BY 4.0. `digits.csv.gz` is its test
+set as scikit-learn distributes it: 64 values from 0 to 16 and the class in every row.
+"""
+
+from __future__ import annotations
+
+import gzip
+from importlib.resources import files
+
+import numpy as np
+
+from allmlp.data.classes import RawLabels
+from allmlp.data.image import encode_png
+from allmlp.data.source import EncodedImages, PackedBytes, labelled, split_by_class, subset
+from allmlp.data.source_spec import SourceSpec
+from allmlp.data.sources.kind import Kind, Records
+from allmlp.errors import UserError
+
+
+def open_digits(spec: SourceSpec, labels: bool) -> dict[str, Records]:
+    """Returns 1,259 / 179 / 359 images: a fifth of every class for test, an eighth of the rest for
+    validation. "digits@1", "digits@2", ... are other such splits.
+    """
+    _, _, text = spec.base.partition("@")
+    if not (spec.base == "digits" or text.isdecimal()):
+        fix = "digits, or digits@1 for another split"
+        raise UserError(f"unknown data {spec.base!r}", fix=fix)
+    seed = int(text or 0)
+    packed = files("allmlp.data").joinpath("digits.csv.gz").read_bytes()
+    text = gzip.decompress(packed).decode().split()
+    rows = np.loadtxt(text, delimiter=",", dtype=np.uint8)
+    pixels = np.round(rows[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    images = EncodedImages(PackedBytes(map(encode_png, pixels)), "digits")
+    whole = labelled(images, "digits", [*"0123456789"], rows[:, 64].astype(np.int64))
+    rest, test = split_by_class(whole.labels, 0.2, seed=2 * seed)
+    kept, held_out = split_by_class(whole.labels[rest], 0.125, seed=2 * seed + 1)
+    indices = {"train": rest[kept], "validation": rest[held_out], "test": test}
+    return {
+        split: Records(
+            subset(whole, at, split), RawLabels(whole.labels[at], whole.class_names, True)
+        )
+        for split, at in indices.items()
+    }
+
+
+def names_digits(spec: SourceSpec) -> bool:
+    """Whether the name means the digits, and not a folder that is called so."""
+    return spec.base.partition("@")[0] == "digits" and not spec.path.exists()
+
+
+KIND = Kind("the digits", names_digits, open_digits)

@@ -1,0 +1,285 @@
+"""Parquet files in the Hugging Face image layout: a column struct<bytes, path> and one of labels.
+
+Up to `HELD_BYTES` a split's encoded images are held in memory, where forked worker processes share
+them. A larger split is read by row group as its images are asked for: in order that is as fast as
+the disk, in random order every image costs a row group. `mixer data pack` makes such data fast in
+any order.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from allmlp.data.classes import RawLabels, natural_order
+from allmlp.data.source import PackedBytes
+from allmlp.data.source_spec import (
+    LABEL_COLUMNS,
+    SPLITS,
+    SourceSpec,
+    choose_column,
+    split_of_file,
+)
+from allmlp.data.sources.kind import Kind, Records
+from allmlp.errors import UserError
+from allmlp.io import parse_json
+from allmlp.names import extra
+
+HELD_BYTES = 2**30  # of encoded images in a split
+_GROUPS_KEPT = 2  # row groups in memory if a split is not held
+_TOGETHER = "Give files that belong together"
+
+
+def parquet_files(spec: SourceSpec) -> list[Path]:
+    """Returns the Parquet files that are meant: a file, those of a folder, or of a pattern."""
+    path = spec.path
+    if path.is_dir():
+        files = [*path.glob("*.parquet")] or [*path.glob("data/*.parquet")]
+        return [file for file in files if file.name[0] != "."]
+    if path.exists() or not glob.has_magic(spec.base):
+        return [path] if path.is_file() and path.suffix.lower() == ".parquet" else []
+    files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
+    return files if all(file.suffix.lower() == ".parquet" for file in files) else []
+
+
+def open_parquet(spec: SourceSpec, labels: bool) -> dict[str, Records]:
+    """Returns the splits, by the words in the files' names; no image is read."""
+    by_split: dict[str, list[str]] = {}
+    for path in sorted(parquet_files(spec), key=lambda path: natural_order(str(path))):
+        by_split.setdefault(split_of_file(path), []).append(str(path))
+    return {split: _open(by_split[split], spec, labels) for split in SPLITS if split in by_split}
+
+
+def _open(files: list[str], spec: SourceSpec, labels: bool) -> Records:
+    import pyarrow as pa
+
+    schema = open_file(files[0]).schema_arrow
+    column = _image_column(schema, spec, files[0])
+    label = _label_column(schema, spec, files[0]) if labels else None
+    names = None if label is None else class_names_of(schema, label)
+    groups: list[tuple[int, int, int]] = []
+    chunks: list[Any] = []
+    row = 0
+    for at, file in enumerate(files):
+        reader = open_file(file)
+        for name in (column, *([label] if label else [])):
+            kind, other = schema.field(name).type, None
+            if name in reader.schema_arrow.names:
+                other = reader.schema_arrow.field(name).type
+            if other != kind:
+                what = f"column {name!r} is {other or 'missing'} here and {kind} in {files[0]}"
+                raise UserError(what, where=file, fix=_TOGETHER)
+        if label is not None:
+            if class_names_of(reader.schema_arrow, label) != names:
+                what = f"column {label!r} has other classes than in {files[0]}"
+                raise UserError(what, where=file, fix=_TOGETHER)
+            with _damage_reported(file):
+                chunks += reader.read(columns=[label], use_threads=False).column(label).chunks
+        for group in range(reader.num_row_groups):
+            groups.append((at, group, row))
+            row += reader.metadata.row_group(group).num_rows
+    if row == 0:
+        raise UserError("the files have no rows", where=", ".join(files[:3]))
+    images = ParquetImages(files, column, np.array(groups, dtype=np.int64).reshape(-1, 3), row)
+    if label is None:
+        return Records(images, prepare=images.hold)
+    return Records(images, _raw_labels(pa.chunked_array(chunks), names, files[0]), (), images.hold)
+
+
+def _raw_labels(values: Any, names: list[str] | None, file: str) -> RawLabels:
+    import pyarrow.types as types
+
+    if types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    if names is not None and not values.null_count:
+        if not types.is_integer(values.type):
+            what = f"the labels are {values.type}, and the file's metadata says classes by number"
+            raise UserError(what, where=file, fix="Choose another column: SOURCE#label=COLUMN")
+        return RawLabels(values.to_numpy(), names, are_classes=True)
+    encoded = values.combine_chunks().dictionary_encode(null_encoding="encode")
+    return RawLabels(encoded.indices.to_numpy(), encoded.dictionary.to_pylist())
+
+
+def _image_column(schema: Any, spec: SourceSpec, file: str) -> str:
+    import pyarrow.types as types
+
+    def is_image(kind: Any) -> bool:
+        return types.is_struct(kind) and any(
+            part.name == "bytes"
+            and (types.is_binary(part.type) or types.is_large_binary(part.type))
+            for part in kind
+        )
+
+    images = [field.name for field in schema if is_image(field.type)]
+    named = [name for name in schema.names if name in ("image", "img")]
+    column = choose_column("image", spec, schema.names, images or named, ("image", "img"), file)
+    if column not in images:
+        what = f"column {column!r} is {schema.field(column).type}, not struct<bytes: binary, path>"
+        raise UserError(what, where=file, fix="Give a file in the Hugging Face image layout")
+    return column
+
+
+def _label_column(schema: Any, spec: SourceSpec, file: str) -> str:
+    import pyarrow.types as types
+
+    def fits(name: str) -> bool:
+        kind = schema.field(name).type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        is_text = types.is_string(kind) or types.is_large_string(kind)
+        is_number = types.is_integer(kind) or types.is_floating(kind)
+        return is_text or is_number or types.is_boolean(kind)
+
+    classes = [name for name in schema.names if class_names_of(schema, name) is not None]
+    named = [name for name in schema.names if name.casefold() in LABEL_COLUMNS]
+    chosen = classes or list(filter(fits, named)) or named
+    label = choose_column("label", spec, schema.names, chosen, ("label",), file)
+    if not fits(label):
+        what = f"column {label!r} is {schema.field(label).type}, neither numbers nor text"
+        raise UserError(what, where=file, fix=f"Choose another: '{spec.base}#label=COLUMN'")
+    return label
+
+
+def class_names_of(schema: Any, column: str) -> list[str] | None:
+    """Returns the class names that the Hugging Face metadata of a schema gives a column."""
+    try:
+        described = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))
+        feature = described["info"]["features"][column]
+        names = feature["names"] if feature["_type"] == "ClassLabel" else None
+    except (ValueError, LookupError, TypeError):
+        return None
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if is_list else None
+
+
+class _TooLarge(Exception):
+    pass
+
+
+class ParquetImages:
+    """The images of one split; see the module for how they are read.
+
+    `groups`, int64 (num_groups, 3), are the file, the number in it and the first image of each row
+    group.
+    """
+
+    def __init__(self, files: list[str], column: str, groups: np.ndarray, num_images: int) -> None:
+        self._files, self._column, self._groups = files, column, groups
+        self._num_images = num_images
+        self._held: PackedBytes | None = None
+        self._kept: dict[int, list[bytes]] = {}
+        self._opened: tuple[int, int, Any] | None = None  # process, file, its reader
+
+    def __len__(self) -> int:
+        return self._num_images
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}, "_opened": None}
+
+    def item_name(self, index: int) -> str:
+        file = int(self._groups[self._group_of(index), 0])
+        first = int(self._groups[self._groups[:, 0] == file][0, 2])
+        return f"{self._files[file]}[{index - first}]"
+
+    def read(self, index: int) -> bytes:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if self._held is not None:
+            data = self._held[index]
+        else:
+            group = self._group_of(index)
+            if group not in self._kept:
+                kept = [*self._kept.items()][1 - _GROUPS_KEPT :]
+                self._kept = {**dict(kept), group: self._read_group(group)}
+            data = self._kept[group][index - int(self._groups[group, 2])]
+        if not data:
+            raise UserError("the row has no image", where=self.item_name(index))
+        return data
+
+    def hold(self) -> bool:
+        """Reads the images into memory unless they are too large; returns whether it did."""
+        if self._held is None and sum(map(os.path.getsize, self._files)) <= HELD_BYTES:
+            with suppress(_TooLarge):
+                self._held = PackedBytes(self._all())
+            self._opened = None
+        return self._held is not None
+
+    def _all(self) -> Iterator[bytes]:
+        used = 0
+        for group in range(len(self._groups)):
+            for data in self._read_group(group):
+                used += len(data)
+                if used > HELD_BYTES:  # stored small, as a file of copies can be
+                    raise _TooLarge
+                yield data
+
+    def values_of(self, column: str) -> list[Any] | None:
+        """Returns another column's values, or the images' "path"; None if a file lacks it."""
+        column = f"{self._column}.path" if column == "path" else column
+        values: list[Any] = []
+        for file in self._files:
+            reader = open_file(file)
+            known = {reader.schema.column(at).path for at in range(len(reader.schema.names))}
+            if column not in known:
+                return None
+            with _damage_reported(file):
+                for chunk in reader.read(columns=[column], use_threads=False).column(0).chunks:
+                    for part in column.split(".")[1:]:
+                        chunk = chunk.field(part)
+                    values += chunk.to_pylist()
+        return values
+
+    def _group_of(self, index: int) -> int:
+        return int(np.searchsorted(self._groups[:, 2], index, side="right")) - 1
+
+    def _read_group(self, group: int) -> list[bytes]:
+        file, number, start = self._groups[group].tolist()
+        where = f"{self._files[file]}, row group {number}, from row {self.item_name(start)}"
+        with _damage_reported(where):
+            reader = self._reader(file)
+            wanted = [f"{self._column}.bytes"]
+            table = reader.read_row_group(number, columns=wanted, use_threads=False)
+            chunks = [chunk.field("bytes").to_pylist() for chunk in table.column(0).chunks]
+        images = [data or b"" for chunk in chunks for data in chunk]
+        if len(images) != reader.metadata.row_group(number).num_rows:
+            raise UserError("the row group is not complete", where=where)
+        return images
+
+    def _reader(self, file: int) -> Any:
+        if self._opened is None or self._opened[:2] != (os.getpid(), file):
+            self._opened = (os.getpid(), file, open_file(self._files[file]))
+        return self._opened[2]
+
+
+def open_file(file: str) -> Any:
+    """Returns pyarrow's reader of a Parquet file."""
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        what, fix = "reading Parquet files needs pyarrow", extra("data")
+        raise UserError(what, where=file, fix=fix) from error
+    with _damage_reported(file):
+        # No threads of its own: it is used in forked worker processes.
+        return parquet.ParquetFile(file, memory_map=False, pre_buffer=False)
+
+
+@contextmanager
+def _damage_reported(where: str) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        fix = "Fetch or write the file again"
+        raise UserError(f"cannot read the Parquet file: {reason}", where=where, fix=fix) from error
+
+
+KIND = Kind(
+    "Parquet files", lambda spec: bool(parquet_files(spec)), open_parquet, ("label", "image")
+)

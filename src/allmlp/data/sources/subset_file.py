@@ -1,0 +1,126 @@
+"""Subset files: a small JSON file that says which images of another source make up the splits.
+
+    {"format": "allmlp selection", "version": 1, "source": "hf:owner/name",
+     "splits": {"train": ["train[:800]", "validation[:200]"], "test": ["test"]},
+     "labels": {"rule": "bins", "numbers": [40, 16]}}
+
+A split is made of parts of the source's splits, in their order. `labels` may be left out; see
+`allmlp.data.label_rule`. No image is copied.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from allmlp.data.label_rule import LabelRule, apply_rule, rule_from_json
+from allmlp.data.source import Source, View, join
+from allmlp.data.source_spec import SPLITS, parse_name, part_of
+from allmlp.errors import UserError
+from allmlp.io import atomic_write, parse_json
+from allmlp.names import NAME, is_format
+
+SUFFIX = ".json"
+FORMAT, VERSION = "allmlp selection", 1
+
+
+@dataclass(frozen=True)
+class SubsetFile:
+    """What a subset file says.
+
+    Args:
+        source: the source's name; a relative path is relative to the working directory.
+        splits: split -> its parts, such as "train[:800]" or "test".
+        labels: what makes classes of its labels; None keeps its classes.
+    """
+
+    source: str
+    splits: dict[str, tuple[str, ...]]
+    labels: LabelRule | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as JSON values."""
+        values: dict[str, Any] = {"format": FORMAT, "version": VERSION, "source": self.source}
+        values["splits"] = {name: list(parts) for name, parts in self.splits.items()}
+        if self.labels is not None:
+            values["labels"] = {"rule": self.labels.rule, "numbers": list(self.labels.numbers)}
+        return values
+
+
+def write_subset_file(path: Path, subset: SubsetFile) -> None:
+    """Writes a subset file atomically."""
+    text = json.dumps(subset.to_json(), indent=2) + "\n"
+    atomic_write(path, text.encode(errors="surrogateescape"))
+
+
+def read_subset_file(path: Path) -> SubsetFile:
+    """Returns what a subset file says."""
+    try:
+        values = parse_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read the file: {error.strerror}", where=path) from error
+    except ValueError as error:
+        raise UserError(f"not a subset of images: {str(error)[:200]}", where=path) from error
+    if not isinstance(values, dict) or not is_format(values.get("format"), FORMAT):
+        fix = "As data, a .json file is a subset; see docs/transfer.md. A list is .jsonl"
+        raise UserError("not a subset of images", where=path, fix=fix)
+    if values.get("version") != VERSION:
+        what = f"written by another allmlp (version {str(values.get('version'))[:20]})"
+        raise UserError(what, where=path, fix=f"pip install --upgrade {NAME}")
+    source, splits = values.get("source"), values.get("splits")
+    rule = None if values.get("labels") is None else rule_from_json(values["labels"])
+    if not isinstance(source, str) or not _are_splits(splits):
+        what = "the subset has no source, or its splits are not lists of parts"
+        fix = '"source": "NAME", "splits": {"train": ["train[:800]"], "test": ["test"]}'
+        raise UserError(what, where=path, fix=fix)
+    if Path(parse_name(source).base).suffix.lower() == SUFFIX:
+        what = f"a subset of a subset: {source!r}"
+        raise UserError(what, where=path, fix="Name the source itself")
+    return SubsetFile(source, {name: tuple(parts) for name, parts in splits.items()}, rule)
+
+
+def _are_splits(splits: Any) -> TypeGuard[dict[str, list[str]]]:
+    return (
+        isinstance(splits, dict)
+        and bool(splits)
+        and all(
+            name in SPLITS
+            and isinstance(parts, list)
+            and bool(parts)
+            and all(isinstance(part, str) for part in parts)
+            for name, parts in splits.items()
+        )
+    )
+
+
+def select(subset: SubsetFile, theirs: Mapping[str, Source], name: str) -> dict[str, View]:
+    """Returns the splits of a subset; `theirs` are those of its source."""
+    if subset.labels is not None:
+        theirs = {split: apply_rule(theirs[split], subset.labels) for split in theirs}
+    found: dict[str, View] = {}
+    for split in (split for split in SPLITS if split in subset.splits):
+        parts = [_part(theirs, text, subset.source) for text in subset.splits[split]]
+        found[split] = join(parts, f"{name}:{split}")
+    return found
+
+
+def _part(theirs: Mapping[str, Source], text: str, source: str) -> Source:
+    split, part = split_and_part(text)
+    if split not in theirs:
+        fix = f"Known there: {', '.join(theirs)}"
+        raise UserError(f"the data has no {split} split", where=source, fix=fix)
+    whole = theirs[split]
+    return part_of(whole, part, f"{source}:{text}") if part else whole
+
+
+def split_and_part(text: str) -> tuple[str, str]:
+    """Returns ("train", "[:800]") for "train[:800]", and ("test", "") for "test"."""
+    found = re.fullmatch(rf"({'|'.join(SPLITS)})(\[.*\])?", text)
+    if found is None:
+        fix = "train, validation or test, or a part: train[:800]"
+        raise UserError(f"not a part of a source: {text[:80]!r}", fix=fix)
+    return found[1], found[2] or ""

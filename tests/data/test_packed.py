@@ -1,0 +1,390 @@
+"""Packed data and tars of other tools: round trips, damage, and the commands that write them."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import tarfile
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from allmlp.data.source import EncodedImages, Source, View, labelled
+from allmlp.data.sources import open_source, open_splits, packed
+from allmlp.data.sources.packed import pack_splits, verify
+from allmlp.data.sources.webdataset import FileSize, RangeIndex, index_tars, load_index
+from allmlp.errors import UserError
+from conftest import draw, encode, mixer
+
+pa = pytest.importorskip("pyarrow")
+KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+OLD = Path(__file__).parents[1] / "golden" / "old_shards"
+
+
+def made(count: int = 12) -> View:
+    """Images of every format in mixed order of classes; "cat" has none."""
+    files = [encode(draw(at, (30 + at, 20)), KINDS[at % len(KINDS)]) for at in range(count)]
+    labels = np.array([(at * 7 // 3) % 2 for at in range(count)], dtype=np.int64)
+    return labelled(EncodedImages(files, "/some/where/made"), "made", ["ant", "bee", "cat"], labels)
+
+
+def content(source: Source) -> list[tuple[bytes, str]]:
+    return [(source.read(at), source.class_names[source.labels[at]]) for at in range(len(source))]
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 12_000, 10**9])
+def test_round_trip(tmp_path: Path, shard_bytes: int):
+    source, seen = made(), []
+    folder = tmp_path / "packed"
+    splits = {"train": source, "test": made(3)}
+    written = pack_splits(splits, folder, shard_bytes=shard_bytes, on_item=seen.append)["train"]
+    again = open_splits(str(folder))["train"]
+    assert content(again) == content(source)
+    assert again.class_names == ["ant", "bee", "cat"]
+    assert (written.num_images, written.bad, sum(seen)) == (12, [], 15)
+    assert len(written.files) == {1: 12, 10**9: 1}.get(shard_bytes, len(written.files))
+    for file in written.files:
+        size = (folder / file.name).stat().st_size
+        assert size == file.size
+        assert size <= shard_bytes or len(written.files) == 12
+    assert again.item_name(0) == f"{folder / written.files[0].name}:made[0]"
+    assert again.item_name(5).endswith("made[5]")
+    assert verify(folder) == []
+    for at in (-1, 12):
+        with pytest.raises(IndexError):
+            again.images.read(at)
+    names = {path.name: path.read_bytes() for path in folder.iterdir()}
+    pack_splits(splits, tmp_path / "again", shard_bytes=shard_bytes)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == names
+
+
+def test_other_readers_need_nothing_of_ours(tmp_path: Path):
+    file = pack_splits({"train": made()}, tmp_path)["train"].files[0]
+    with pa.memory_map(str(tmp_path / file.name)) as mapped:
+        table = pa.ipc.open_stream(mapped).read_all()
+    assert table["image"][5].as_py() == {"bytes": made().read(5), "path": "made[5]"}
+    datasets = pytest.importorskip("datasets")
+    whole = datasets.Dataset.from_file(str(tmp_path / file.name))
+    assert whole.features["label"].names == ["ant", "bee", "cat"]
+    assert whole[3]["image"].size == (33, 20)
+
+
+def test_images_that_cannot_be_read_are_left_out(tmp_path: Path):
+    source = made()
+    files = [source.read(at) for at in range(12)]
+    files[0] = files[7] = b"no image"
+    broken = labelled(EncodedImages(files, "made"), "made", source.class_names, source.labels)
+    written = pack_splits({"train": broken}, tmp_path)["train"]
+    assert [bad.index for bad in written.bad] == [0, 7]
+    kept = [at for at in range(12) if at not in (0, 7)]
+    assert content(open_source(str(tmp_path))) == [content(source)[at] for at in kept]
+    none = labelled(EncodedImages([b"x"], "none"), "none", ["a"], np.zeros(1, np.int64))
+    with pytest.raises(UserError, match="none of the 1 images"):
+        pack_splits({"train": made(3), "test": none}, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_names_that_are_no_text(tmp_path: Path):
+    name = os.fsdecode(b"\xff\xfe")
+    source = EncodedImages([encode(draw(1))], f"a/{name}")
+    pack_splits({"train": labelled(source, "x", ["a"], np.zeros(1, np.int64))}, tmp_path)
+    assert open_source(str(tmp_path)).item_name(0).endswith(f":{name}[0]")
+
+
+def test_nothing_is_written_over(tmp_path: Path):
+    pack_splits({"train": made()}, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="train"):
+        pack_splits({"train": made(3), "test": made(3)}, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    pack_splits({"test": made(3)}, tmp_path)  # another split is welcome
+    assert [len(source) for source in open_splits(str(tmp_path)).values()] == [12, 3]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="the output is a file"):
+        pack_splits({"train": made(3)}, tmp_path / "file")
+
+
+def test_damaged_files(tmp_path: Path):
+    written = pack_splits({"train": made()}, tmp_path, shard_bytes=12_000)["train"]
+    path = tmp_path / written.files[1].name
+    data, source = path.read_bytes(), open_source(str(tmp_path))
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 1
+    path.write_bytes(flipped)
+    (problem,) = verify(tmp_path)
+    assert str(path) in problem
+    path.write_bytes(data[:-1])
+    with pytest.raises(UserError) as error:
+        open_splits(str(tmp_path))
+    assert error.value.where == str(path)
+    assert str(path) in verify(tmp_path)[0]
+    path.write_bytes(data[:600])
+    with pytest.raises(UserError, match="cut short"):
+        [source.read(at) for at in range(12)]
+    path.unlink()
+    with pytest.raises(UserError, match="No such file"):
+        open_splits(str(tmp_path))
+    with pytest.raises(UserError, match="No such file"):
+        [pickle.loads(pickle.dumps(source)).read(at) for at in range(12)]
+    path.write_bytes(bytes(len(data)))
+    with pytest.raises(UserError, match="damaged"):
+        open_splits(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["", "[", "[1]", "{}", '{"format": "allmlp packed data"}'])
+def test_a_damaged_list_of_files(tmp_path: Path, text: str):
+    pack_splits({"train": made(2)}, tmp_path)
+    (tmp_path / "packed.json").write_text(text)
+    with pytest.raises(UserError, match=r"packed\.json"):
+        open_splits(str(tmp_path))
+
+
+def test_a_list_cannot_reach_out_of_the_folder(tmp_path: Path):
+    pack_splits({"train": made(2)}, tmp_path / "packed")
+    path = tmp_path / "packed" / "packed.json"
+    values = json.loads(path.read_text())
+    values["splits"]["train"]["files"][0][0] = "../x.arrow"
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"packed\.json"):
+        open_splits(str(tmp_path / "packed"))
+
+
+def _read(source: Source) -> list[bytes]:
+    return [source.read(at) for at in (11, 0, 6, 0)]
+
+
+def test_it_survives_pickling_and_forking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(packed, "_OPEN_FILES", 3)
+    pack_splits({"train": made()}, tmp_path, shard_bytes=1)
+    source = open_source(str(tmp_path))
+    expected = _read(source)
+    assert _read(pickle.loads(pickle.dumps(source))) == expected
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(_read, [source] * 4) == [expected] * 4
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
+    assert content(source) == content(made())
+    assert before is None or len(os.listdir("/proc/self/fd")) <= before + 3
+
+
+def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pack_splits({"train": made(2)}, tmp_path / "packed")
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    for action in (
+        lambda: open_splits(str(tmp_path / "packed")),
+        lambda: pack_splits({"train": made(2)}, tmp_path / "new"),
+    ):
+        with pytest.raises(UserError, match=r"pip install 'allmlp\[data\]'"):
+            action()
+
+
+# Tars
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_shards_of_earlier_versions(tmp_path: Path):
+    """As `mixer data pack` wrote them: their bytes, names, classes and checksums."""
+    splits = open_splits(str(OLD))
+    assert [len(source) for source in splits.values()] == [5, 3]
+    train = splits["train"]
+    assert train.class_names == ["ant", "bee"]
+    assert train.labels.tolist() == [0, 0, 0, 1, 1]
+    assert train.item_name(3) == f"{OLD / 'train-000000.tar'}:bee/0.png"
+    assert train.read(4).startswith(b"\x89PNG")
+    assert verify(OLD) == []
+
+
+def test_tars_of_other_tools(tmp_path: Path):
+    long = "deep/" * 30 + "x" * 40  # its header has more than one block
+    pictures = [encode(draw(at), "JPEG") for at in range(6)]
+    first = [("./a/0.cls", b"10\n"), ("./a/0.jpg", pictures[0]), ("./a/0.txt", b"caption")]
+    first += [("./b/0.JPG", pictures[1]), ("./b/0.json", b'{"label": 9, "x": [1]}')]
+    first += [(f"{long}.jpeg", pictures[2]), (f"{long}.json", b'{"cls": "2"}')]
+    write_tar(tmp_path / "x-train-2.tar", first)
+    write_tar(tmp_path / "x-train-10.tar", [("0.seg.png", pictures[3]), ("0.cls", b"2")])
+    write_tar(tmp_path / "x-val-0.tar", [("0.png", pictures[4]), ("0.cls", b"9")])
+    with pytest.raises(UserError, match=f"mixer data index {tmp_path}"):
+        open_splits(str(tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")}
+    assert [path.name.partition(".")[0] for path in index_tars(tmp_path)] == ["validation", "train"]
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")} == before
+    splits = open_splits(str(tmp_path))
+    train = splits["train"]
+    assert train.class_names == ["2", "9", "10"]
+    assert content(train) == [*zip(pictures[:4], ["10", "9", "2", "2"], strict=True)]
+    assert train.item_name(1) == f"{tmp_path / 'x-train-2.tar'}:./b/0.JPG"
+    assert content(splits["validation"]) == [(pictures[4], "9")]
+    assert verify(tmp_path) == []
+    with pytest.raises(UserError, match="has an index already"):
+        index_tars(tmp_path)
+    path = tmp_path / "x-train-2.tar"
+    path.write_bytes(path.read_bytes().replace(b"./b/0.JPG", b"./b/1.JPG"))
+    assert str(path) in verify(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("0.jpg", b"x")], "0.jpg"),
+        ([("0.jpg", b"x"), ("1.cls", b"3")], "0.jpg"),
+        ([("0.jpg", b"x"), ("0.png", b"x"), ("0.cls", b"3")], "0.png"),
+        ([("0.jpg", b"x"), ("0.cls", b" ")], "the label is empty"),
+        ([("0.jpg", b"x"), ("0.cls", b"\xff")], "the label cannot be read"),
+        ([("0.jpg", b"x"), ("0.json", b"{")], "the label cannot be read"),
+        ([("0.jpg", b"x"), ("0.json", b'{"label": [1]}')], "got .1."),
+        ([("0.jpg", b"x"), ("0.json", b'{"y": 1}')], "0.jpg"),
+        ([("0.txt", b"x")], "no images"),
+        ([("0.jpg", b"x"), ("0.cls", b"Cat"), ("1.jpg", b"x"), ("1.cls", b"cat")], "only in case"),
+    ],
+)
+def test_tars_that_cannot_be_indexed(tmp_path: Path, members, message: str):
+    with pytest.raises(UserError, match=r"no \.tar files"):
+        index_tars(tmp_path)
+    write_tar(tmp_path / "train-0.tar", members)
+    with pytest.raises(UserError, match=message):
+        index_tars(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["train-0.tar"]
+
+
+def test_damaged_tars_are_not_indexed_in_part(tmp_path: Path):
+    path = tmp_path / "train-0.tar"
+    pictures = [encode(draw(at)) for at in range(3)]
+    members = [(f"{at}.{end}", data) for at, picture in enumerate(pictures)
+               for end, data in (("png", picture), ("cls", b"1"))]  # fmt: skip
+    write_tar(path, members)
+    whole = path.read_bytes()
+    second = whole.index(b"1.png")
+    damaged = bytearray(whole)
+    damaged[second] ^= 1
+    cuts = [b"", b"no tar", whole[: second + 1000], whole[:second], whole[: second + 100]]
+    for data in [*cuts, bytes(damaged), whole[:second] + b"\xff" * 512 + whole[second + 512 :]]:
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="damaged, cut short or compressed"):
+            index_tars(tmp_path)
+    with tarfile.open(path, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("0.png"))
+    with pytest.raises(UserError, match="damaged, cut short or compressed"):
+        index_tars(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label": np.array([0, 3])}, "label 3"),
+        ({"label": np.array([0, -1])}, "-1"),
+        ({"shard": np.array([0, 1], np.int32)}, "an image in no file"),
+        ({"offset": np.array([0, -5])}, "outside"),
+        ({"length": np.array([0, 5000])}, "outside"),
+        ({"length": np.array([0, 2**63 - 1])}, "outside"),
+        ({"offset": np.array([0])}, "offset"),
+        ({"offset": np.array([0.0, 1.0])}, "offset is float64"),
+        ({"name_ends": np.array([0, 3, 2])}, "names"),
+        ({"files": [FileSize("../x.tar", 4000, None)]}, "outside the folder"),
+        ({"class_names": ["a", 3]}, "class names"),
+        ({"version": 2}, "version"),
+        (None, "damaged"),
+    ],
+)
+def test_a_damaged_index(tmp_path: Path, changes, message: str):
+    path, tar = tmp_path / "train.index.safetensors", tmp_path / "x.tar"
+    tar.write_bytes(bytes(4000))
+    index = {"class_names": ["a", "b"], "files": [FileSize("x.tar", 4000, None)], "version": 1}
+    arrays = {
+        "shard": np.zeros(2, np.int32),
+        "offset": np.array([512, 2048]),
+        "length": np.array([10, 10]),
+        "label": np.array([0, 1]),
+        "names": np.zeros(2, np.uint8),
+        "name_ends": np.array([0, 1, 2]),
+    }
+
+    def save(**changed: object) -> None:
+        values = {**index, **arrays, **changed}
+        shards = [[file.name, file.size, file.sha256] for file in values["files"]]
+        named = {"version": values["version"], "class_names": values["class_names"]}
+        metadata = {"allmlp_shards": json.dumps({**named, "shards": shards})}
+        save_file({name: values[name] for name in arrays}, path, metadata)
+
+    save()
+    assert len(open_source(str(tmp_path))) == 2
+    if changes is None:
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        save(**changes)
+    with pytest.raises(UserError, match=message):
+        open_splits(str(tmp_path))
+
+
+def test_a_million_images_are_light(tmp_path: Path):
+    count = 1_000_000
+    names = ["n01440764/x.JPEG"] * count
+    arrays = np.arange(count), np.full(count, 5), np.arange(count) % 2
+    files = [FileSize("train-000000.tar", 10 * count, None)]
+    index = RangeIndex(["a", "b"], files, np.zeros(count, np.int32), *arrays, names)
+    (tmp_path / "train.index.safetensors").write_bytes(index.to_bytes())
+    with (tmp_path / "train-000000.tar").open("wb") as file:
+        file.truncate(10 * count)
+    del index, names, arrays
+    tracemalloc.start()
+    source = open_source(str(tmp_path))
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert source.item_name(count - 1).endswith("/train-000000.tar:n01440764/x.JPEG")
+    assert kept < 80 * count
+    assert peak < 150 * count
+
+
+# Commands
+
+
+def test_the_command_pack(class_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (class_folder / "train" / "bee" / "3.png").write_text("<html>")
+    before, target = open_splits(str(class_folder)), tmp_path / "packed"
+    code, out, err = mixer(capsys, "data", "pack", class_folder, target, "--shard-size", "20KB")
+    assert code == 3
+    after = open_splits(str(target))
+    assert content(after["validation"]) == content(before["validation"])
+    assert len(after["train"]) == 19
+    files = len(list(target.glob("train-*.arrow")))
+    assert files > 1
+    assert f"19 images in {files} files, " in out
+    assert f"mixer train --data {target}\n" in out
+    assert f"{class_folder}/train/bee/3.png" in err
+    assert mixer(capsys, "data", "pack", f"{class_folder}:train", target)[0] == 2
+    for size in ("", "0", "MB", "-1MB", "1TBx", "1e9", "0.1", "9" * 30):
+        code, _, err = mixer(capsys, "data", "pack", "digits", tmp_path / "x", "--shard-size", size)
+        assert (code, repr(size) in err) == (2, True)
+    for size in ("1.5GiB", "512 kb", "20000"):
+        target = tmp_path / size
+        code, _, _ = mixer(capsys, "data", "pack", "digits:test[:9]", target, "--shard-size", size)
+        assert code == 0
+        assert len(open_source(f"{target}:test")) == 9
+
+
+def test_the_command_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    members = [("0.png", encode(draw(1))), ("0.cls", b"cat"), ("1.png", encode(draw(2)))]
+    write_tar(tmp_path / "x-test.tar", members)
+    code, _, err = mixer(capsys, "data", "index", tmp_path)
+    assert (code, "--unlabelled" in err) == (2, True)
+    code, out, _ = mixer(capsys, "data", "index", tmp_path, "--unlabelled")
+    path = tmp_path / "test.index.safetensors"
+    assert (code, out) == (0, f"written  {path}: 2 images in 1 tar, no labels\n")
+    assert (load_index(path).class_names, load_index(path).label.tolist()) == ([], [-1, -1])
+    assert set(load_file(path)) == {"shard", "offset", "length", "label", "names", "name_ends"}
+    assert verify(tmp_path) == []
+    source = open_source(f"{tmp_path}:test[1:]", labels="any")
+    assert (source.read(0), source.class_names) == (members[2][1], ["unknown"])
+    with pytest.raises(UserError, match="label"):
+        open_source(str(tmp_path))
