@@ -1,20 +1,20 @@
-"""What every model of `list_models()` can do, one test each; small in depth and width, not in kind.
+"""What every model can do, one test each; small in depth and width, not in kind.
 
-A new family adds its small sizes to `small`, and passes. The last section is the place of exports.
+A new family adds its small sizes to `small`, and passes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import allmlp as am
-from allmlp.models.catalog import architectures, config_from_json, config_to_json
+from allmlp.models.catalog import config_from_json, config_to_json, model_config
 from allmlp.models.cycle_mlp import CycleMLPConfig
 from allmlp.models.layers import draw_stochastic_depth, set_stochastic_depth
 from allmlp.models.mixer_config import MixerConfig
@@ -26,31 +26,49 @@ from staged_models import enliven
 pytestmark = pytest.mark.numerics
 
 NAMES = am.list_models()
+# The variants of appendix A.1, and the network to compare with.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "untied pyramid": ("mixer_s32", {"token_mixing": "untied", "pyramid": ((1, 3),)}),
+    "grouped": ("mixer_s32", {"token_mixing": "grouped", "token_groups": 4}),
+    "grouped pyramid": (
+        "mixer_s32",
+        {"token_mixing": "grouped", "token_groups": 2, "pyramid": ((0, 2),)},
+    ),
+    "views": ("mixer_s32", {"token_mixing": "views", "token_groups": 4}),
+    "views pyramid": (
+        "mixer_s32",
+        {"token_mixing": "views", "token_groups": 8, "pyramid": ((0, 2), (1, 1))},
+    ),
+    "small_resnet": ("small_resnet", {"width": 8, "num_stages": 2}),
+}
+ALL = [*NAMES, *OTHERS]
 FIRST_OF_FAMILY = ("mixer_s32", "cycle_mlp_b1", "vip_s7")
 
 
 def small(name: str) -> tuple[int, dict[str, Any]]:
     """The image size, and the overrides that make an architecture small and keep its kind."""
-    config = architectures()[name]
+    config = model_config(name)
     if isinstance(config, MixerConfig):
         widths = {"hidden_dim": 16, "tokens_mlp_dim": 6, "channels_mlp_dim": 24, "num_blocks": 2}
         return 2 * config.patch_size, widths
     if isinstance(config, CycleMLPConfig):
         return 32, {"depths": (1, 1, 2, 1), "dims": (8, 10, 12, 16)}
-    assert isinstance(config, VisionPermutatorConfig)
+    if not isinstance(config, VisionPermutatorConfig):
+        return 8, {}
     dims = tuple(dim // 32 for dim in config.dims)
     halves = {"segments": (2, 2, 2, 2), "depths": (1, 1, 2, 1)}
     return 4 * config.patch_size, {"dims": dims, **halves}
 
 
 def build(name: str, num_classes: int = 5, **changes: Any) -> am.ImageClassifier:
+    name, settings = OTHERS.get(name, (name, {}))
     size, overrides = small(name)
     torch.manual_seed(0)
     size = changes.pop("image_size", size)
-    return enliven(am.create_model(name, size, num_classes, **overrides, **changes))
+    return enliven(am.create_model(name, size, num_classes, **overrides, **settings, **changes))
 
 
-def pictures(model: am.ImageClassifier, num: int = 3) -> torch.Tensor:
+def draw(model: am.ImageClassifier, num: int = 3) -> torch.Tensor:
     torch.manual_seed(1)
     return torch.randn(num, model.config.in_channels, *model.config.image_size)
 
@@ -62,10 +80,10 @@ def gradients(model: am.ImageClassifier, images: torch.Tensor) -> dict[str, torc
     return {n: each.grad.clone() for n, each in model.named_parameters() if each.grad is not None}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_forward(name: str):
     model = build(name).eval()
-    images = pictures(model)
+    images = draw(model)
     logits, features = model(images), model.features(images)
     assert logits.shape == (3, 5)
     assert features.shape == (3, model.config.hidden_dim)
@@ -80,18 +98,18 @@ def test_forward(name: str):
     assert torch.equal(headless(images), headless.features(images))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_backward_reaches_every_parameter(name: str):
     model = build(name).double()
-    gradients(model, pictures(model).double())
+    gradients(model, draw(model).double())
     check_every_gradient(model)
 
 
-@pytest.mark.parametrize("name", FIRST_OF_FAMILY)
+@pytest.mark.parametrize("name", [*FIRST_OF_FAMILY, *OTHERS])
 def test_gradients_in_double_precision(name: str):
-    """Against differences, for the pictures and for every parameter."""
+    """Against differences, for the images and for every parameter."""
     model = build(name, num_classes=2).double()
-    images = pictures(model, 1).double().requires_grad_()
+    images = draw(model, 1).double().requires_grad_()
     shapes = {parameter: each.shape for parameter, each in model.named_parameters()}
 
     def logits(images: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
@@ -104,11 +122,11 @@ def test_gradients_in_double_precision(name: str):
     assert torch.autograd.gradcheck(logits, (images, flat), fast_mode=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_save_and_load(name: str, tmp_path: Path):
     model = build(name).eval()
     model.class_names = list("abcde")
-    images = pictures(model)
+    images = draw(model)
     for target in (tmp_path / "folder", tmp_path / "alone.safetensors"):
         am.save_model(model, target)
         loaded = am.load_model(target, quiet=True)
@@ -121,11 +139,11 @@ def test_save_and_load(name: str, tmp_path: Path):
     assert config_from_json(config_to_json(model.config)) == model.config
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_other_classes(name: str, tmp_path: Path):
     model = build(name).eval()
     path = am.save_model(model, tmp_path / "model")
-    images = pictures(model)
+    images = draw(model)
     other = am.load_model(path.parent, num_classes=3, quiet=True)
     assert other(images).abs().max() == 0
     assert other(images).shape == (3, 3)
@@ -140,31 +158,31 @@ def test_other_classes(name: str, tmp_path: Path):
 def test_odd_sizes_or_the_refusal(name: str, tmp_path: Path):
     size, overrides = small(name)
     path = am.save_model(build(name).eval(), tmp_path / "model").parent
-    is_free = isinstance(architectures()[name], CycleMLPConfig)
+    is_free = isinstance(model_config(name), CycleMLPConfig)
     if is_free:
         assert am.create_model(name, size + 1, 5, **overrides).config.image_size == (size + 1,) * 2
         odd = am.load_model(path, image_size=(size + 5, size - 3), quiet=True)
-        assert odd(pictures(odd)).shape == (3, 5)
+        assert odd(draw(odd)).shape == (3, 5)
     else:
         with pytest.raises(am.UserError, match="not divisible by"):
             am.create_model(name, size + 1, 5, **overrides)
         with pytest.raises(am.UserError, match="not divisible by"):
             am.load_model(path, image_size=size + 1, quiet=True)
     wide = am.load_model(path, image_size=(size, 2 * size), quiet=True)
-    assert wide(pictures(wide)).shape == (3, 5)
+    assert wide(draw(wide)).shape == (3, 5)
     grey = build(name, in_channels=1)
-    assert grey(pictures(grey)).shape == (3, 5)
+    assert grey(draw(grey)).shape == (3, 5)
     with pytest.raises(ValueError, match="built for images of"):
         wide(torch.zeros(1, 3, size, size))
     with pytest.raises(ValueError, match="built for 3 input channels, the images have 1"):
         wide(torch.zeros(1, 1, size, 2 * size))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_bfloat16(name: str):
     """Products in bfloat16: logits and gradients near those of float32, which stay float32."""
     model = build(name)
-    images = pictures(model, 8)
+    images = draw(model, 8)
     exact = model(images).detach()
     wanted = gradients(model, images)
     with torch.autocast("cpu", torch.bfloat16):
@@ -181,7 +199,7 @@ def test_bfloat16(name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_stochastic_depth(name: str):
     model = build(name, stochastic_depth=0.5).train()
-    images = pictures(model, 16)
+    images = draw(model, 16)
     kept = draw_stochastic_depth(model, 16, torch.Generator().manual_seed(0))
     assert kept.shape[1] == 16
     assert 0 < kept.mean() < 1
@@ -203,7 +221,7 @@ def test_stochastic_depth(name: str):
 @pytest.mark.parametrize("name", FIRST_OF_FAMILY)
 def test_compile(name: str):
     model = build(name)
-    images = pictures(model)
+    images = draw(model)
     wanted, exact = gradients(model, images), model(images)
     torch._dynamo.reset()  # other tests have compiled the same code for other shapes
     compiled = torch.compile(model, fullgraph=True)
@@ -215,14 +233,16 @@ def test_compile(name: str):
         torch.testing.assert_close(each.grad, wanted[parameter], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_operations_and_words(name: str):
-    """At full size: what is said of a model before it is built."""
-    config = architectures()[name]
-    assert config.flops > 1e9
-    assert config.summary()
-    twice = dataclasses.replace(config, image_size=(448, 224))
-    assert 1.9 * config.flops < twice.flops < 3 * config.flops
-
-
-# Exports: one test over FIRST_OF_FAMILY for each format, once `deploy/export.py` is there.
+    """The operations are those that torch counts; and what is said of a model at full size."""
+    model = build(name)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(draw(model, 1))
+    assert counter.get_total_flops() == model.config.flops
+    if name in NAMES:
+        config = model_config(name)
+        assert config.flops > 1e9
+        assert config.summary()
+        twice = model_config(name, (448, 224))
+        assert 1.9 * config.flops < twice.flops < 3 * config.flops

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,22 +54,6 @@ def test_it_learns_and_its_head_begins_at_zero():
         assert all(each.grad is not None for each in model.parameters())
         optimizer.step()
     assert (model(images).argmax(dim=1) == labels).all()
-
-
-def test_saved_and_loaded(tmp_path: Path):
-    model = build().eval()
-    model.class_names = ["a", "b", "c"]
-    am.save_model(model, tmp_path / "model")
-    loaded = am.load_model(tmp_path / "model")
-    images = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(loaded(images), model(images))
-    assert loaded.config == model.config
-
-
-def test_bfloat16_keeps_the_residual_stream():
-    model = build()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model.features(torch.randn(2, 3, 12, 12)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
