@@ -1,11 +1,10 @@
-"""How a model computes many batches without gradients: on a processor, with packed weights.
+"""How a model computes many batches without gradients: on a CPU, with packed weights.
 
-torch's own dense layers bring their weights into the order in which oneDNN multiplies them at every
-call, or hand float32 products to MKL, which is slow on processors that are not Intel's. Here that
-is done once, and an MLP's GELU is computed while the product lies in the cache. The network stays
-the one that is written in its file: a copy of it has other dense layers and shares all the rest.
-It equals torch's own to rounding, needs no compiler, and is as fast as one that torch.compile
-froze (benchmarks/inference.md).
+torch's dense layers reorder their weights for oneDNN at every call, or hand float32 matmuls to MKL,
+which is slow on CPUs that are not Intel's. Here the weights are packed once, and an MLP's GELU is
+computed while the result is in the cache. The network stays the one written in its file: a copy of
+it has other dense layers and shares all the rest. It equals torch's own to rounding, needs no
+compiler, and is as fast as a frozen torch.compile (benchmarks/inference.md).
 
 Shapes: N batch, K classes, C features.
 """
@@ -45,14 +44,8 @@ _IMAGES = 8
 def choose_precision(
     model: ImageClassifier, name: str | None, default: str = "float32"
 ) -> tuple[str, str]:
-    """Returns the precision of a model's products without gradients, and why.
-
-    Args:
-        model: on its device; an exported file has its own precision.
-        name: one of `PRECISIONS`; "auto" takes bfloat16 where the device is fast at it and the
-            model large enough. None is the default.
-        default: what None means.
-    """
+    """Returns the precision of a model's matmuls without gradients, and why; "auto" takes bfloat16
+    if the device is fast at it and the model large enough. An exported file has its own."""
     if getattr(model, "on_processor_only", False):
         return "float32", "of the file"
     why = "chosen" if name else "the default"
@@ -68,15 +61,9 @@ def choose_precision(
 class Inference:
     """A model ready to compute batches without gradients, in evaluation mode.
 
-    The weights are those at the time it is made; the model itself, and its mode, stay as they are.
-
-    Args:
-        model: on its device.
-        precision: of the products, "float32" or "bfloat16"; the results are float32 either way.
-
-    Attributes:
-        packed: whether the dense layers are packed, see `can_pack`.
-        most: images that pass through the network at once; larger batches are cut.
+    The weights are those at the time it is made; the model itself, and its mode, do not change.
+    Matmuls are in `precision`, "float32" or "bfloat16"; the results are always float32. `packed`
+    says whether the dense layers are packed; batches larger than `most` are split.
     """
 
     def __init__(self, model: ImageClassifier, precision: str = "float32") -> None:
@@ -102,19 +89,12 @@ class Inference:
         return step_threads(self.device, self.model.config.flops * num_images)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Returns the logits, float32 (N, K), on the model's device; features without a head.
-
-        Args:
-            images: float32 (N, channels, H, W), normalised, on the model's device.
-        """
+        """Returns the logits, float32 (N, K), of normalised images on the model's device; features
+        without a head."""
         return self._compute(self._network, images)
 
     def features(self, images: Tensor) -> Tensor:
-        """Returns the pooled features, float32 (N, C), on the model's device.
-
-        Args:
-            images: as of `logits`.
-        """
+        """Returns the pooled features, float32 (N, C), of the same images."""
         return self._compute(self._network.features, images)
 
     @torch.inference_mode()
@@ -130,12 +110,12 @@ class Inference:
             if self.most is None or len(images) <= self.most:
                 return function(images).float()
             parts = images.tensor_split(math.ceil(len(images) / self.most))
-            return torch.cat([function(each).float() for each in parts])
+            return torch.cat([function(part).float() for part in parts])
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode for the block; its own mode comes back after it."""
+    """Puts a model into evaluation mode for the block, and back into its own."""
     was_training = model.training
     model.eval()
     try:
@@ -145,14 +125,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class PackedDense(nn.Module):
-    """A dense layer whose weights lie as oneDNN multiplies them; it has no gradient.
+    """A dense layer with its weights in oneDNN's order, without gradients.
 
-    Args:
-        dense: whose weights are taken.
-        dtype: of the products and of what it returns, float32 or bfloat16.
-        gelu: computed on the result while it lies in the cache: "tanh", or "none" as torch calls
-            the exact one; None for no GELU.
-        has_bias: False leaves the layer's bias out.
+    It computes and returns `dtype`; `gelu` is "tanh", "none" as torch calls the exact one, or None.
     """
 
     def __init__(
@@ -170,7 +145,6 @@ class PackedDense(nn.Module):
         self.dtype, self.gelu = dtype, gelu
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        """Returns the dense layer's result, in its own precision."""
         after = ("none", "") if self.gelu is None else ("gelu", self.gelu)
         return torch.ops.mkldnn._linear_pointwise(
             x.to(self.dtype), self.weight, self.bias, after[0], [], after[1]
@@ -178,20 +152,16 @@ class PackedDense(nn.Module):
 
 
 class ExactDense(nn.Linear):
-    """A dense layer that stays float32 under autocast.
-
-    The head's products are few, and bfloat16 would round a logit of 10 to a 16th: two probable
-    classes become equal.
-    """
+    """A dense layer that stays float32 under autocast: the head is small, and bfloat16 would round
+    a logit of 10 to a 16th: two probable classes become equal."""
 
     def forward(self, input: Tensor) -> Tensor:  # (N, C) -> (N, K)
-        """Returns the logits, float32."""
         with torch.autocast(input.device.type, enabled=False):
             return F.linear(input.float(), self.weight, self.bias)
 
 
 def packable(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Returns the dense layers that may be exchanged: the module that calls each, and its name.
+    """Returns the dense layers that may be replaced: the module that calls each, and its name.
 
     Those that our own modules call, in float32 and without hooks: other code, such as timm's, may
     read a layer's weight instead of calling it.
@@ -212,12 +182,7 @@ def packable(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def pack(model: ImageClassifier, precision: str) -> ImageClassifier:
-    """Returns a copy with packed dense layers, in evaluation mode; all else is shared.
-
-    Args:
-        model: on a processor.
-        precision: "float32" or "bfloat16", of the products.
-    """
+    """Returns a copy with packed dense layers, in evaluation mode; all else is shared."""
     network = _with_exact_head(model)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     without_effect = _biases_without_effect(network)
@@ -249,7 +214,7 @@ def _biases_without_effect(network: ImageClassifier) -> set[int]:
 
 def _with_exact_head(model: ImageClassifier) -> ImageClassifier:
     """Returns a copy in evaluation mode that shares all tensors; its head stays float32."""
-    shared = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     network = copy.deepcopy(model, shared).eval()
     if type(network.head) is nn.Linear and network.head.weight.dtype == torch.float32:
         network.head.__class__ = ExactDense
@@ -258,21 +223,16 @@ def _with_exact_head(model: ImageClassifier) -> ImageClassifier:
 
 @functools.cache
 def can_pack(precision: str) -> bool:
-    """Returns whether packed products are there, fast and right on this processor.
-
-    torch's operators for it are not part of its documented interface: their result is looked at.
-
-    Args:
-        precision: "float32" or "bfloat16".
-    """
+    """Returns whether packed matmuls are available, fast and right on this CPU: torch's operators
+    for them are not documented, so their result is checked."""
     if precision == "bfloat16" and not has_fast_bfloat16():
         return False
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     dense = cast(nn.Linear, nn.utils.skip_init(nn.Linear, 64, 48))
     random = torch.Generator().manual_seed(0)
     with torch.inference_mode():
-        for each in (dense.weight, dense.bias):
-            each.copy_(torch.randn(each.shape, generator=random) / 8)
+        for tensor in (dense.weight, dense.bias):
+            tensor.copy_(torch.randn(tensor.shape, generator=random) / 8)
         x = torch.randn(2, 40, 64, generator=random)
         try:
             exact = F.gelu(dense.double()(x.double()), approximate="tanh")
