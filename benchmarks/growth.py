@@ -23,7 +23,7 @@ import allmlp as am
 GROW = """
 import json, re, sys, time
 import torch, allmlp as am
-from allmlp.weights import store  # all imports before the measurement
+from allmlp.weights import load  # all imports before the measurement
 am.load_model, am.create_model
 def peak_kib():  # of this process image; ru_maxrss would include the parent's
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
