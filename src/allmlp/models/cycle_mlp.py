@@ -126,8 +126,9 @@ class CycleFC(nn.Module):
         offset = torch.tensor(pairs, dtype=torch.float32).reshape(1, -1, 1, 1)
         self.register_buffer("offset", offset)
         steps = [(start + half) % STEPS - half for start in range(min(STEPS, dim))]
+        is_wide = along == "width"
         self.runs: list[Run] = [
-            (*((0, step) if along == "width" else (step, 0)), slice(start, None, STEPS))
+            (0 if is_wide else step, step if is_wide else 0, slice(start, None, STEPS))
             for start, step in enumerate(steps)
         ]
         self.register_load_state_dict_post_hook(_read_offset)

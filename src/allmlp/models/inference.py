@@ -49,7 +49,7 @@ def choose_precision(
     if getattr(model, "on_processor_only", False):
         return "float32", "of the file"
     why = "chosen" if name else "the default"
-    name = one_of("precision", name or default, PRECISIONS, where="precision")
+    name = str(one_of("precision", name or default, PRECISIONS, where="precision"))
     device = next(model.parameters()).device
     if name == "auto":
         return fast_precision(device, model.config.flops * _IMAGES)

@@ -97,9 +97,8 @@ class ResidualBlock(nn.Module):
         self.conv_1 = _convolution(after, after)
         is_same = before == after and stride == 1
         self.shortcut = None if is_same else nn.Conv2d(before, after, 1, stride, bias=False)
-        for module in (self.conv_0, self.conv_1, self.shortcut):
-            if module is not None:
-                module.half_products = True  # an export may compute them in bfloat16
+        for module in self.children():  # an export may compute the convolutions in bfloat16
+            setattr(module, "half_products", isinstance(module, nn.Conv2d))  # noqa: B010
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C', H / stride, W / stride)
         y = F.relu(self.norm_0(x))

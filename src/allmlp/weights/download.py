@@ -9,6 +9,7 @@ change on the server or on the disk is noticed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -101,7 +102,6 @@ def _download(published: Published, path: Path, report: Reporter) -> None:
     for attempt in range(ATTEMPTS):
         try:
             partial = _receive(published, path, quiet=report.console.quiet)
-            break
         except (UserError, PermissionError):
             raise
         except urllib.error.HTTPError as error:
@@ -110,14 +110,23 @@ def _download(published: Published, path: Path, report: Reporter) -> None:
             reason = f"no connection ({error.reason})"
             is_final = not isinstance(error.reason, TimeoutError)
         except Exception as error:  # whatever the layers below http_get raise
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
             first = (str(error) or type(error).__name__).splitlines()[0]
             reason, is_final = f"the connection broke ({first})", False
+        else:
+            _keep(published, partial, path)
+            return
         kept = sum(file.stat().st_size for file in _partials(path))
         reason += f"; {kept:,} bytes are kept and resumed next time" * bool(kept)
         if is_final or attempt == ATTEMPTS - 1:
             raise _by_hand(published, path, reason)
         report.say(f"again    {reason}")
         time.sleep(PAUSE * 2**attempt)
+
+
+def _keep(published: Published, partial: Path, path: Path) -> None:
+    """Gives a complete download its name, if it is the published file."""
     problem = _verify(published, partial, _record(path))
     if problem:
         partial.unlink()

@@ -76,11 +76,11 @@ def from_timm(theirs: Any, name: str, image_size: tuple[int, int]) -> TimmModel:
     """Returns timm's model in our frame, its classifier (dense, or a 1x1 convolution as BiT's) as
     our head; the weights are shared."""
     theirs = theirs.float().eval()
-    classifier = theirs.get_classifier()
-    is_dense = isinstance(classifier, nn.Linear)
-    is_dense |= isinstance(classifier, nn.Conv2d) and tuple(classifier.kernel_size) == (1, 1)
-    if not is_dense and not isinstance(classifier, nn.Identity):
-        what = f"the classifier of timm's {name} is a {type(classifier).__name__}"
+    classifier: Any = theirs.get_classifier()
+    kind, window = type(classifier), getattr(classifier, "kernel_size", None)
+    is_dense = issubclass(kind, nn.Linear) or (issubclass(kind, nn.Conv2d) and window == (1, 1))
+    if not is_dense and not issubclass(kind, nn.Identity):
+        what = f"the classifier of timm's {name} is a {kind.__name__}"
         raise UserError(what, fix="Models whose classifier is one dense layer can be used")
     prefix = next((key for key, module in theirs.named_modules() if module is classifier), None)
     tensors: dict[str, Tensor] = {
