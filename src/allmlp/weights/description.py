@@ -31,6 +31,7 @@ from allmlp.weights.layouts import (
     Layout,
     infer_config,
     layout_of,
+    own_layout,
     timm_image_size,
     timm_preprocessing,
 )
@@ -126,7 +127,10 @@ def _ours(written: dict[str, Any], where: str, file: WeightsFile) -> Description
             preprocessing = Preprocessing.from_json(written["preprocessing"])
     except UserError as error:
         raise UserError(error.what[:400], where=where, fix=error.fix, code=error.code) from error
-    layout = layout_of(file.tensors, file.path, family_of(config).name)
+    if file.container == "npz":
+        layout = layout_of(file.tensors, file.path)
+    else:
+        layout = own_layout(file.tensors, family_of(config).name)
     if preprocessing is not None:
         prepared = (preprocessing.image_size, preprocessing.channels)
         if prepared != (config.image_size, config.in_channels):

@@ -188,9 +188,8 @@ def _renamed(name: str, old: int, new: int) -> str:
     return ends[new] + name.removeprefix(ends[old]) if name.startswith(ends[old]) else name
 
 
-_OURS = Layout("allmlp", gelu="tanh")
 _MIXERS = (
-    _OURS,
+    Layout("allmlp", gelu="tanh"),
     Layout("Google", "mixer", google_to_ours, google_from_ours, "tanh"),
     Layout(
         "Google, first generation", "mixer", google_to_ours, google_first_from_ours, "tanh", True
@@ -199,15 +198,17 @@ _MIXERS = (
 )
 
 
-def layout_of(tensors: Tensors, path: Path, of_family: str | None = None) -> Layout:
-    """Returns the layout that knows most of a file's names, among those of one family if a
-    description of ours names it."""
+def own_layout(tensors: Tensors, of_family: str) -> Layout:
+    """Returns the layout of a safetensors file that we wrote: our names, or timm's."""
+    if of_family != "mixer":
+        return Layout(family(of_family).title, of_family)
+    return _MIXERS[3] if "stem.proj.weight" in tensors else _MIXERS[0]
+
+
+def layout_of(tensors: Tensors, path: Path) -> Layout:
+    """Returns the layout that knows most of a file's names."""
     others = [found for found in families() if found.name != "mixer" and found.infer]
     layouts = [*_MIXERS, *(Layout(found.title, found.name) for found in others)]
-    if of_family is not None:
-        layouts = [layout for layout in layouts if layout.family == of_family]
-        if len(layouts) < 2:
-            return layouts[0] if layouts else Layout(family(of_family).title, of_family)
     patterns = [_pattern(name) for name in tensors]
     known = {layout: sum(name in _names(layout) for name in patterns) for layout in layouts}
     best = max(layouts, key=lambda layout: known[layout])
