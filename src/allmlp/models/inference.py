@@ -85,7 +85,7 @@ class Inference:
             self.most = max(1, LARGEST_ACTIVATION // (widest * width))
 
     def few_threads(self, num_images: int) -> AbstractContextManager[None]:
-        """Returns the context in which so many images are prepared and computed."""
+        """Returns the context in which this number of images is prepared and computed."""
         return step_threads(self.device, self.model.config.flops * num_images)
 
     def logits(self, images: Tensor) -> Tensor:

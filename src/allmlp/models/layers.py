@@ -278,7 +278,7 @@ class MissingTensor(ValueError):
 
 
 def shape_of(shapes: Mapping[str, tuple[int, ...]], name: str, axes: int) -> tuple[int, ...]:
-    """Returns the shape of a tensor that must have so many axes, for `Family.infer`."""
+    """Returns the shape of a tensor that must have this number of axes, for `Family.infer`."""
     found = shapes.get(name)
     if found is None:
         raise MissingTensor(name, axes)

@@ -29,7 +29,7 @@ def infer(
             break
     else:
         raise ValueError(
-            f"the weights are for {num_tokens} patches of {patch}x{patch} pixels, which is no "
+            f"the weights are for {num_tokens} patches of {patch}x{patch} pixels, not a "
             "square, and the file does not say the height and width: give its own image_size"
         )
     return MixerConfig(

@@ -283,7 +283,7 @@ def infer_stages(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Any],
         depths.append(count_blocks(shapes, rf"network\.{stage}\.(\d{{1,6}})\."))
         hidden, dim = shape_of(shapes, f"network.{stage}.0.mlp.fc1.weight", 2)
         if hidden % dim:
-            raise ValueError(f"{hidden} hidden units are no multiple of {dim} channels")
+            raise ValueError(f"{hidden} hidden units are not a multiple of {dim} channels")
         dims.append(dim)
         ratios.append(hidden // dim)
     has_head = "head.weight" in shapes or "head.bias" in shapes

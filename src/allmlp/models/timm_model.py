@@ -1,8 +1,8 @@
 """Any model of timm, in the frame that every model here has: "timm:NAME".
 
 timm's classifier is left out and our dense head put in its place, so that training, fine-tuning and
-few-shot find the same `head` everywhere. timm is no dependency: it is imported when such a model is
-named. Source: Wightman, PyTorch Image Models, github.com/huggingface/pytorch-image-models, 1.0.
+few-shot find the same `head` everywhere. timm is not a dependency: it is imported when such a model
+is named. Source: Wightman, PyTorch Image Models, github.com/huggingface/pytorch-image-models, 1.0.
 
 Shapes: N batch, C features, H W pixels.
 """

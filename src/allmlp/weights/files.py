@@ -33,7 +33,7 @@ from allmlp.errors import UserError
 CONTAINERS = ("state_dict", "model", "model_state_dict")
 # What wrappers put before the names: data parallelism, compilation, trainers; Flax's trees.
 PREFIXES = ("module.", "_orig_mod.", "model.", "params/", "opt/target/", "target/")
-_EXPANSION, _ALWAYS = 20, 64 * 2**20  # an archive may unpack to so many times its size, or bytes
+_EXPANSION, _ALWAYS = 20, 64 * 2**20  # an archive may unpack to 20 times its size, or 64 MiB
 
 
 @dataclass(frozen=True)

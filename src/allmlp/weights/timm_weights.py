@@ -142,4 +142,4 @@ def _fetched(name: str, described: Any, report: Reporter) -> Path:
     fix = f'create_model("{PREFIX}{name}") draws new ones'
     if tags:
         fix = f"Available: {', '.join(PREFIX + tag for tag in tags)}"
-    raise UserError(f"there are no weights of {PREFIX}{name}", fix=fix)
+    raise UserError(f"timm has no weights of {PREFIX}{name}", fix=fix)
