@@ -140,17 +140,11 @@ class BenchmarkOptions(Options):
 
 @dataclass(frozen=True)
 class Point:
-    """The rate at one batch size.
-
-    Attributes:
-        batch_size: images per step.
-        rates: images per second in each round.
-        step_bytes: by which memory rises in a step; None where that is unknown.
-    """
+    """The rate at one batch size."""
 
     batch_size: int
-    rates: tuple[float, ...]
-    step_bytes: int | None
+    rates: tuple[float, ...]  # images per second in each round
+    step_bytes: int | None  # by which memory rises in a step
 
     @property
     def images_per_second(self) -> float:
@@ -169,51 +163,30 @@ class Point:
 
 @dataclass(frozen=True)
 class Peak:
-    """The highest rate of matrix products that was seen.
+    """The highest rate of matrix products that was seen."""
 
-    Attributes:
-        gflops: 1e9 operations per second, a multiply-add counted as two.
-        shape: (rows, inputs, outputs) of the product that reached it.
-    """
-
-    gflops: float
-    shape: tuple[int, int, int]
+    gflops: float  # 1e9 operations per second, a multiply-add counted as two
+    shape: tuple[int, int, int]  # (rows, inputs, outputs) of the product that reached it
 
 
 @dataclass
 class ModelBenchmark:
-    """What was measured of one model.
-
-    Attributes:
-        name: by which it was given.
-        mode: "inference" or "training".
-        model: what it is, see `allmlp.evaluation.result_file.describe`.
-        precision: of the matrix products; why, in words.
-        flops: of one image's forward pass, by the closed formula of its configuration.
-        counted: the same, as torch counts while it computes.
-        points: by batch size.
-        latencies: seconds of single images, one by one.
-        peak: the machine's own matrix products in that precision; None where that was not reached.
-        memory_bytes: weights, optimizer, the batch and what a step takes, at the best batch size.
-        threads: of the CPU, at the best batch size; None where nothing was measured.
-        ended: why no larger batch was tried.
-        error: why the model was given up.
-    """
+    """What was measured of one model."""
 
     name: str
     mode: str
-    model: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)  # see `result_file.describe`
     precision: str = ""
-    why: str = ""
-    flops: int = 0
-    counted: int = 0
+    why: str = ""  # this precision
+    flops: int = 0  # of one image's forward pass, by the closed formula of its configuration
+    counted: int = 0  # the same, as torch counts while it computes
     points: list[Point] = field(default_factory=list)
-    latencies: list[float] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)  # seconds of single images, one by one
     peak: Peak | None = None
-    memory_bytes: int | None = None
-    threads: int | None = None
-    ended: str | None = None
-    error: str | None = None
+    memory_bytes: int | None = None  # weights, optimizer, batch and step, at the best batch size
+    threads: int | None = None  # of the CPU, at the best batch size
+    ended: str | None = None  # why no larger batch was tried
+    error: str | None = None  # why the model was given up
 
     @property
     def best(self) -> Point | None:

@@ -253,23 +253,14 @@ def _csv(rows: list[list[Any]]) -> bytes:
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of an evaluation, and how it is printed.
+    """One number of an evaluation, and how it is printed."""
 
-    Args:
-        name: in files.
-        title: on the screen.
-        compute: None where it does not apply.
-        format: of the number.
-        detail: what stands in parentheses behind it.
-        logged: whether a run logs it while it trains.
-    """
-
-    name: str
-    title: str
-    compute: Callable[[Evaluation], float | None]
+    name: str  # in files
+    title: str  # on the screen
+    compute: Callable[[Evaluation], float | None]  # None where it does not apply
     format: str = ".2%"
-    detail: Callable[[Evaluation], str] | None = None
-    logged: bool = False
+    detail: Callable[[Evaluation], str] | None = None  # in parentheses behind the number
+    logged: bool = False  # by a run while it trains
 
 
 def _real(evaluation: Evaluation) -> str:
@@ -313,19 +304,14 @@ class Reliability:
     """Images by the confidence of their predictions, in B bins of equal width.
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3, with 15 bins.
-
-    Attributes:
-        edges: (B + 1,) from 0 to 1; a bin has the confidences above its lower edge and up to its
-            upper one.
-        images: int64 (B,), those in each bin.
-        confidence: float64 (B,), the sum of their confidences.
-        correct: int64 (B,), how many of them were classified correctly.
     """
 
-    edges: np.ndarray
-    images: np.ndarray
-    confidence: np.ndarray
-    correct: np.ndarray
+    edges: (
+        np.ndarray
+    )  # (B + 1,) from 0 to 1; an edge belongs to the bin below it
+    images: np.ndarray  # int64 (B,)
+    confidence: np.ndarray  # float64 (B,), the sum over the images
+    correct: np.ndarray  # int64 (B,), images that were classified correctly
 
     @property
     def error(self) -> float:
