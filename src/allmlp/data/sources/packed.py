@@ -338,7 +338,8 @@ def _write_split(
     bad: list[BadImage] = []
     files: list[FileSize] = []
     rows: list[tuple[bytes, bytes, int]] = []  # image, name, label
-    own, size, num_images = own_names(source), _HEADER_BYTES, 0
+    header = _HEADER_BYTES + len(json.dumps(list(source.class_names)))
+    own, size, num_images = own_names(source), header, 0
 
     def write() -> None:
         if rows:
@@ -367,7 +368,7 @@ def _write_split(
         length = len(row[0]) + len(row[1]) + _ROW_BYTES
         if size + length > shard_bytes:
             write()
-            size = _HEADER_BYTES
+            size = header
         rows.append(row)
         size, num_images = size + length, num_images + 1
     write()
