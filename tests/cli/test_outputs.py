@@ -197,6 +197,6 @@ def test_from_python(place: Path):
     model = am.load_model("model")
     result = am.evaluate(model, "data:test")
     result.save(place / "report")
-    with pytest.raises(am.UserError, match="there already"):
+    with pytest.raises(am.UserError, match="already"):
         result.save(place / "report")
     result.save(place / "report", overwrite=True)
