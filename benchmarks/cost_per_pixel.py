@@ -22,7 +22,7 @@ import figures
 import torch
 
 import allmlp as am
-from allmlp.deploy.answers import make_question, make_ready, predict_logits
+from allmlp.evaluation.predictor import Predictor
 
 COLUMNS = {
     "size": "left",
@@ -58,16 +58,16 @@ def measure(precision: str | None, options: argparse.Namespace) -> dict[str, Any
     for size in options.sizes:
         batch = max(1, round(options.batch_size * (options.sizes[0] / size) ** 2))
         model = model_of(options.model, size, own.tokens_mlp_dim, blocks)
-        question = make_question(model, precision=precision, batch_size=batch)
         pixels = torch.randint(0, 256, (batch, size, size, 3), generator=random).byte()
-        ready = make_ready(model, question)
-        sides[size] = (ready, pixels.permute(0, 3, 1, 2))
-        computed = question.precision
+        predictor = Predictor(model, precision=precision, default_precision="auto")
+        sides[size] = (predictor, pixels.permute(0, 3, 1, 2))
+        computed = predictor.precision
     times: dict[int, list[float]] = {size: [] for size in sides}
     for turn in range(options.rounds + 1):  # the first is a warm-up
         for size in sorted(sides, reverse=bool(turn % 2)):
             began = time.perf_counter()
-            logits = [predict_logits(*sides[size]) for _ in range(options.runs)]
+            predictor, pixels = sides[size]
+            logits = [predictor.logits(pixels) for _ in range(options.runs)]
             lasted = (time.perf_counter() - began) / options.runs
             assert logits[0].isfinite().all()
             if turn:

@@ -21,13 +21,12 @@ import numpy as np
 import torch
 
 import allmlp as am
-from allmlp.deploy.answers import make_question, make_ready, predict_logits
-from allmlp.deploy.exported_files import write_graph
-from allmlp.deploy.int8 import calibrate
-from allmlp.deploy.metadata import description_of
-from allmlp.deploy.onnx_graph import graph_module, halved, inputs_of, to_onnx
+from allmlp.deploy.exported_model import info_of
+from allmlp.deploy.formats import FORMATS
+from allmlp.deploy.int8 import Int8
+from allmlp.deploy.onnx_graph import graph_module, to_bfloat16, to_onnx
 from allmlp.environment import processor
-from allmlp.models.layers import preprocessing_of
+from allmlp.evaluation.predictor import Predictor
 from allmlp.runtime.device import torch_settings
 
 # The variant -> the file that it runs, and by which runtime; None is our own model.
@@ -61,14 +60,14 @@ def pixels(model: am.ImageClassifier, count: int, seed: int = 0) -> torch.Tensor
 
 def write_files(model: am.ImageClassifier, folder: Path, threads: int) -> None:
     graph = to_onnx(*graph_module(model, uint8_input=False))
-    own = preprocessing_of(model)
-    noise = [inputs_of(pixels(model, 8, at + 1), own, uint8_input=False) for at in range(2)]
-    found = calibrate(graph, lambda: noise, threads, "")
-    graphs = {"float32": graph, "bfloat16": halved(graph), "int8": found.file(0)[0]}
-    for precision, each in graphs.items():
-        about = description_of(model, precision, uint8_input=False)
-        for suffix in (".onnx", ".xml"):
-            write_graph(each, about, folder / f"{precision}{suffix}")
+    info = info_of(model, "float32", uint8_input=False)
+    noise = [info.inputs(pixels(model, 8, at + 1)) for at in range(2)]
+    int8 = Int8(graph, noise, folder, threads, "").quantized(0)[0]
+    graphs = {"float32": graph, "bfloat16": to_bfloat16(graph), "int8": int8}
+    for precision, made in graphs.items():
+        info = info_of(model, precision, uint8_input=False)
+        for name in ("onnx", "openvino"):
+            FORMATS[name].write(made, info, folder / f"{precision}{FORMATS[name].suffix}")
 
 
 def work(pipe, variant: str, options: argparse.Namespace, folder: Path) -> None:
@@ -80,15 +79,12 @@ def work(pipe, variant: str, options: argparse.Namespace, folder: Path) -> None:
     if file is not None:
         model = am.open_exported(folder / file, runtime=how, num_threads=options.threads)
     with torch_settings(torch.device("cpu"), "float32", options.threads):
-        question = make_question(
-            model, precision=None if file else how, batch_size=options.batch_size
-        )
-        ready = make_ready(model, question)
-        logits = predict_logits(ready, batch).float().numpy()
-        pipe.send((logits, question.precision))
+        predictor = Predictor(model, precision=None if file else how)
+        logits = predictor.logits(batch).float().numpy()
+        pipe.send((logits, predictor.precision))
         while pipe.recv():
             started = time.perf_counter()
-            predict_logits(ready, batch)
+            predictor.logits(batch)
             pipe.send(time.perf_counter() - started)
 
 

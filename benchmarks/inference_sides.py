@@ -43,19 +43,18 @@ def ours(job: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     import torch
 
     import allmlp as am
-    from allmlp.deploy.answers import make_question, make_ready, predict_logits
+    from allmlp.evaluation.predictor import Predictor
 
     model = am.load_model(Path(job["folder"]) / "ours", quiet=True)
     pixels = torch.from_numpy(np.load(Path(job["folder"]) / "pixels.npy"))
     # channels last in memory, as the loader's batches are
     pixels = pixels.contiguous(memory_format=torch.channels_last)
-    question = make_question(model, precision=job["precision"], batch_size=len(pixels))
-    ready = make_ready(model, question)
+    predictor = Predictor(model, precision=job["precision"], default_precision="auto")
 
     def run() -> np.ndarray:
-        return predict_logits(ready, pixels).numpy()
+        return predictor.logits(pixels).numpy()
 
-    return run, {"precision": question.precision, **of_torch()}
+    return run, {"precision": predictor.precision, **of_torch()}
 
 
 def of_torch() -> dict[str, Any]:

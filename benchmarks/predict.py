@@ -23,7 +23,6 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +31,9 @@ import allmlp as am
 from allmlp.data.loader import evaluation_batches
 from allmlp.data.source import Source, subset
 from allmlp.data.sources import open_source
-from allmlp.deploy.answers import Question, answer, device_of, make_question, make_ready
-from allmlp.deploy.parts import predict_parts
-from allmlp.deploy.plan import Plan
-from allmlp.deploy.predict import predict_to_file
-from allmlp.deploy.rows import OnRows, Rows
+from allmlp.deploy.predict import PredictOptions, write_predictions
+from allmlp.deploy.rows import Rows, choose_columns, row_values
+from allmlp.evaluation.predictor import Predictor
 from allmlp.models.layers import preprocessing_of
 
 
@@ -49,14 +46,15 @@ def decoding(model: am.ImageClassifier, source: Source, options: dict[str, int])
         pass
 
 
-def computing(ready: Any, source: Source, options: dict[str, int], question: Question) -> None:
-    size, images = options["batch_size"], len(source)
-    height, width = ready.model.config.image_size
+def computing(predictor: Predictor, source: Source) -> None:
+    size, images = predictor.batch_size, len(source)
+    height, width = predictor.model.config.image_size
+    values = row_values(predictor, choose_columns(predictor.model))
     pixels = torch.randint(0, 256, (size, height, width, 3), dtype=torch.uint8)
     batch = pixels.permute(0, 3, 1, 2)  # channels last in memory, as the loader's are
     for at in range(0, images, size):
-        for each in answer(ready, batch[: min(size, images - at)], question):
-            each.cpu()
+        for tensor in values(batch[: min(size, images - at)]):
+            tensor.cpu()
 
 
 def speed(arguments: argparse.Namespace) -> None:
@@ -67,20 +65,22 @@ def speed(arguments: argparse.Namespace) -> None:
     source = open_source(arguments.data)
     source = repeated(source, arguments.images or len(source))
     options = {"batch_size": arguments.batch_size, "num_workers": arguments.workers}
-    question = make_question(
-        model, top_k=5, precision=arguments.precision, batch_size=arguments.batch_size
-    )
-    ready = make_ready(model, question)
+    predictor = Predictor(model, precision=arguments.precision, default_precision="auto", **options)
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "predictions.csv"
+        everything = PredictOptions(
+            output=Path(folder) / "predictions.csv",
+            overwrite=True,
+            precision=arguments.precision or "auto",
+            **options,
+        )
         sides = {
             "decoding alone": lambda: decoding(model, source, options),
-            "model alone": lambda: computing(ready, source, options, question),
-            "whole verb": lambda: predict_to_file(model, source, question, target, **options),
+            "model alone": lambda: computing(predictor, source),
+            "whole verb": lambda: write_predictions(model, source, everything),
         }
         first = repeated(source, arguments.batch_size)
-        computing(ready, first, options, question)
-        predict_to_file(model, first, question, target, **options)
+        computing(predictor, first)
+        write_predictions(model, first, everything)
         rates: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(arguments.rounds):
             for name in sorted(sides, reverse=bool(turn % 2)):
@@ -89,8 +89,8 @@ def speed(arguments: argparse.Namespace) -> None:
                 rates[name].append(len(source) / (time.perf_counter() - started))
     print(
         f"{arguments.model}, {model.config.summary()}; {len(source):,} images, "
-        f"batches of {arguments.batch_size}, {arguments.workers} workers, {question.precision}, "
-        f"{torch.get_num_threads()} threads, {device_of(model)}; {arguments.rounds} rounds"
+        f"batches of {arguments.batch_size}, {arguments.workers} workers, {predictor.precision}, "
+        f"{torch.get_num_threads()} threads, {predictor.device}; {arguments.rounds} rounds"
     )
     median = {name: statistics.median(values) for name, values in rates.items()}
     for name, values in rates.items():
@@ -103,7 +103,7 @@ def speed(arguments: argparse.Namespace) -> None:
         f"whole / slower of the two: {statistics.median(ratios):.1%} "
         f"({min(ratios):.1%} to {max(ratios):.1%})"
     )
-    if device_of(model).type == "cpu":
+    if predictor.device.type == "cpu":
         limit = 1 / (1 / median["decoding alone"] + 1 / median["model alone"])
         share = median["whole verb"] / limit
         print(f"both on the same cores: at most {limit:,.1f} images/s; reached {share:.1%}")
@@ -125,45 +125,41 @@ def memory(arguments: argparse.Namespace) -> None:
     model.class_names = [str(n) for n in range(10)]
     before = resident("self")
     source = repeated(open_source("digits:train"), arguments.images)
-    question = make_question(model, top_k=5)
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     done, started, most = 0, time.perf_counter(), 0.0
     print(
         f"imports and model: {before:.0f} MB; {len(source):,} images to parts of {arguments.kind}"
     )
 
-    def begin(plan: Plan) -> OnRows:
-        def see(rows: Rows) -> None:
-            nonlocal done, most
-            passed = done * 20 // plan.images
-            done += len(rows)
-            if done * 20 // plan.images == passed:
-                return
-            main = resident("self")
-            most = max(most, main)
-            workers = []
-            for pid in children.read_text().split():
-                try:
-                    workers.append(resident(pid))
-                except OSError:
-                    continue  # it has just ended
-            rate = done / (time.perf_counter() - started)
-            print(
-                f"{done:11,} images  main process {main:6.0f} MB  workers "
-                f"{' '.join(f'{each:.0f}' for each in workers)} MB  {rate:,.0f} images/s",
-                flush=True,
-            )
-
-        return see
+    def see(rows: Rows) -> None:
+        nonlocal done, most
+        passed = done * 20 // len(source)
+        done += len(rows)
+        if done * 20 // len(source) == passed:
+            return
+        main = resident("self")
+        most = max(most, main)
+        workers = []
+        for pid in children.read_text().split():
+            try:
+                workers.append(resident(pid))
+            except OSError:
+                continue  # it has just ended
+        rate = done / (time.perf_counter() - started)
+        print(
+            f"{done:11,} images  main process {main:6.0f} MB  workers "
+            f"{' '.join(f'{size:.0f}' for size in workers)} MB  {rate:,.0f} images/s",
+            flush=True,
+        )
 
     with tempfile.TemporaryDirectory() as folder:
-        predict_parts(
-            *(model, source, question, Path(folder)),
-            kind=arguments.kind,
+        options = PredictOptions(
+            output=folder,
+            format=arguments.kind,
             batch_size=arguments.batch_size,
             num_workers=arguments.workers,
-            on_plan=begin,
         )
+        write_predictions(model, source, options, on_rows=see)
         written = sum(path.stat().st_size for path in Path(folder).iterdir())
     print(
         f"at most {most:.0f} MB in the main process, {most - before:.0f} MB above the imports; "

@@ -74,8 +74,9 @@ def predicting(work: str, setting: str) -> Rate:
     import torch
 
     import allmlp as am
-    from allmlp.deploy.answers import answer, make_question, make_ready
-    from allmlp.runtime.device import torch_settings
+    from allmlp.deploy.rows import choose_columns, row_values
+    from allmlp.evaluation.predictor import Predictor
+    from allmlp.runtime.device import step_threads, torch_settings
 
     batch, small = int(work.rpartition(" ")[2]), am.recipe("digits").model
     if work.startswith("B/16"):
@@ -83,17 +84,18 @@ def predicting(work: str, setting: str) -> Rate:
     else:
         model = am.create_model(small.name, small.image_size, 10, **small.overrides)
     model.class_names = [str(number) for number in range(10)]
-    question = make_question(model, batch_size=batch)
-    ready = make_ready(model, question)
+    predictor = Predictor(model, default_precision="auto")
+    values = row_values(predictor, choose_columns(model))
     pixels = torch.randint(0, 256, (batch, 3, *model.config.image_size), dtype=torch.uint8)
 
     def run() -> int:
-        answer(ready, pixels, question)
+        with step_threads(predictor.device, model.config.flops * batch):
+            values(pixels)
         return batch
 
     def rate(seconds: float) -> float:
         # All threads for small batches too; the precision named here leaves the products alone.
-        fixed = torch_settings(ready.device, "bfloat16", fixed=True)
+        fixed = torch_settings(predictor.device, "bfloat16", fixed=True)
         with contextlib.nullcontext() if setting == OURS else fixed:
             return repeated(run, seconds)
 

@@ -18,10 +18,11 @@ from allmlp.runtime.process import sleep_soon
 
 if TYPE_CHECKING:
     from allmlp.benchmark import Benchmark, BenchmarkOptions, benchmark
-    from allmlp.deploy.export import export
+    from allmlp.deploy.export import ExportOptions, export
     from allmlp.deploy.export_report import ExportReport
-    from allmlp.deploy.predict import Prediction, predict
-    from allmlp.deploy.runner import ExportedModel, open_exported
+    from allmlp.deploy.exported_model import ExportedModel
+    from allmlp.deploy.formats import open_exported
+    from allmlp.deploy.predict import Prediction, PredictOptions, predict
     from allmlp.errors import UserError
     from allmlp.evaluate import EvaluateOptions, evaluate
     from allmlp.evaluation.few_shot import FewShot, FewShotOptions, few_shot, few_shots
@@ -72,9 +73,11 @@ _HOME = {
     "FinetuneResult": "finetuning",
     "recipe": "training.recipes",
     "export": "deploy.export",
+    "ExportOptions": "deploy.export",
+    "PredictOptions": "deploy.predict",
     "ExportReport": "deploy.export_report",
-    "ExportedModel": "deploy.runner",
-    "open_exported": "deploy.runner",
+    "ExportedModel": "deploy.exported_model",
+    "open_exported": "deploy.formats",
     "Prediction": "deploy.predict",
     "predict": "deploy.predict",
     "Inspection": "inspection.inspect",
@@ -87,6 +90,7 @@ __all__ = [
     "BenchmarkOptions",
     "EvaluateOptions",
     "Evaluation",
+    "ExportOptions",
     "ExportReport",
     "ExportedModel",
     "FewShot",
@@ -96,6 +100,7 @@ __all__ = [
     "Inspection",
     "MixerConfig",
     "MlpMixer",
+    "PredictOptions",
     "Prediction",
     "Preprocessing",
     "TrainConfig",

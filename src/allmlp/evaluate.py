@@ -12,7 +12,7 @@ from allmlp.console import Reporter, report_bad_images, report_notes, table
 from allmlp.data.loader import TIMEOUT
 from allmlp.data.source import Source
 from allmlp.data.sources import notes_of, read_from
-from allmlp.deploy.runner import is_exported, open_exported
+from allmlp.deploy.formats import is_exported, open_exported
 from allmlp.errors import UserError, one_of, plural
 from allmlp.evaluation.accuracy import check_logits, evaluate_source
 from allmlp.evaluation.imagenet_real import open_real

@@ -17,7 +17,7 @@ from allmlp.cli.verbs import VERBS
 from conftest import draw, mixer
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["predict", "--help"], []])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], []])
 def test_help_imports_no_torch(arguments):
     code = (
         "import sys; from allmlp.cli.main import main\n"

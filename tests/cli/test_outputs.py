@@ -145,7 +145,6 @@ def test_other_single_files_on_standard_output(capsys, place: Path):
         "train --data data --image-size 8 --output -",
         "finetune model --data data --output -",
         "predict model data/test --output - --format parquet",
-        "predict model data/test --output - --overwrite",
     ],
 )
 def test_nothing_for_standard_output(capsys, place: Path, line: str):

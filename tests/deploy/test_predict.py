@@ -1,15 +1,30 @@
-"""Images from anywhere to a table: order, bad files, formats."""
+"""Images from anywhere to rows: inputs, numbers, tables, precision, exported files."""
 
 from __future__ import annotations
 
 import csv
+import functools
+import http.server
+import io
 import json
+import os
+import sys
+import threading
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import allmlp as am
-from conftest import draw, make_class_folder, tiny_model
+from allmlp.data.image import decode
+from allmlp.data.transforms import normalize, resize_for_evaluation
+from allmlp.deploy.exported_model import ExportedModel, info_of
+from allmlp.deploy.rows import NOT_FINITE
+from allmlp.preprocessing import Preprocessing
+from conftest import draw, encode, make_class_folder, tiny_model
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
@@ -23,127 +38,318 @@ def model() -> am.ImageClassifier:
 
 @pytest.fixture
 def album(tmp_path: Path) -> Path:
-    """Two good images with a bad one between them, deeper ones, and a file that is none."""
-    folder = make_class_folder(tmp_path / "album", {"x": 2, "y": 1})
-    (folder / "x" / "00_bad.png").write_text("no image")
-    (folder / "notes.txt").write_text("hello")
-    draw(9).convert("L").save(folder / "grey.JPG")
+    """Four good images and a bad one, the third."""
+    folder = make_class_folder(tmp_path / "album", {"x": 4})
+    (folder / "x" / "1_bad.png").write_text("no image")
     return folder
 
 
-def test_a_folder_to_any_depth_in_order(model, album):
-    found = am.predict(model, album, num_workers=0, batch_size=2, device="cpu")
-    names = [Path(each.path).name for each in found]
-    assert names == ["grey.JPG", "0.png", "00_bad.png", "1.png", "0.png"]
-    assert [each.error for each in found] == [None, None, "the file is not an image", None, None]
-    assert found[2].classes == []
-    for each in found:
-        if each.error is None:
-            shares = [share for _, share in each.classes]
-            assert len(shares) == 5
-            assert shares == sorted(shares, reverse=True)
-            assert {name for name, _ in each.classes} <= set(NAMES)
-
-
-def test_the_same_answer_alone_and_among_others(model, album):
-    among = am.predict(model, album, top_k=7, num_workers=0)[3]
-    alone = am.predict(model, among.path, top_k=7, num_workers=0)[0]
-    assert [name for name, _ in alone.classes] == [name for name, _ in among.classes]
-    for (_, a), (_, b) in zip(alone.classes, among.classes, strict=True):
-        assert a == pytest.approx(b, abs=1e-6)
-    assert sum(share for _, share in alone.classes) == pytest.approx(1.0, abs=1e-5)
-
-
-def test_files_folders_and_patterns_together(model, album):
-    inputs = [album / "grey.JPG", str(album / "x" / "[01].png"), album / "y"]
-    found = am.predict(model, inputs, top_k=1, num_workers=0)
-    assert [Path(each.path).name for each in found] == ["grey.JPG", "0.png", "1.png", "0.png"]
-    assert all(len(each.classes) == 1 for each in found)
-
-
-def test_the_digits_by_name(trained: am.TrainResult):
-    found = am.predict(trained.run_folder, "digits:test", top_k=20)
-    assert len(found) == 359
-    assert len(found[0].classes) == 10  # at most as many as there are
-    right = sum(
-        each.classes[0][0] == trained.test.class_names[label]
-        for each, label in zip(found, trained.test.labels, strict=True)
-    )
-    assert right / 359 == pytest.approx(trained.test.top1)
-
-
-def test_csv(model, album, tmp_path):
-    found = am.predict(model, album, top_k=2, output=tmp_path / "out.csv", num_workers=0)
-    with (tmp_path / "out.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == [
-        "path",
-        "class_1",
-        "probability_1",
-        "class_2",
-        "probability_2",
-        "error",
+def inputs_of(album: Path) -> torch.Tensor:
+    """The good images as inputs of the model, made without any of what is tested."""
+    preprocessing = Preprocessing(image_size=(8, 8))
+    pixels = [
+        resize_for_evaluation(decode((album / "x" / f"{n}.png").read_bytes(), "x"), preprocessing)
+        for n in range(4)
     ]
-    assert [row["path"] for row in rows] == [each.path for each in found]
-    assert rows[0]["class_1"] == found[0].classes[0][0]
-    assert float(rows[0]["probability_2"]) == pytest.approx(found[0].classes[1][1], abs=1e-6)
-    assert (rows[2]["class_1"], rows[2]["error"]) == ("", "the file is not an image")
+    return normalize(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), preprocessing)
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_json(model, album, tmp_path, suffix):
-    path = tmp_path / f"out{suffix}"
-    found = am.predict(model, album, top_k=2, output=path, num_workers=0)
-    text = path.read_text()
-    rows = json.loads(text) if suffix == ".json" else [json.loads(x) for x in text.splitlines()]
-    assert [row["path"] for row in rows] == [each.path for each in found]
-    assert rows[0]["classes"][0]["class"] == found[0].classes[0][0]
-    assert "error" not in rows[0]
-    assert rows[2] == {"path": found[2].path, "classes": [], "error": "the file is not an image"}
-    assert not list(tmp_path.glob("*.partial"))
+@torch.inference_mode()
+def test_probabilities_are_the_models(model, album):
+    expected = model(inputs_of(album)).softmax(dim=1).numpy()
+    found = am.predict(model, album, top_k=7, num_workers=0, batch_size=3)
+    good = [row for row in found if row.error is None]
+    assert len(good) == 4
+    for row, probabilities in zip(good, expected, strict=True):
+        assert [name for name, _ in row.classes] == [NAMES[k] for k in np.argsort(-probabilities)]
+        values = [value for _, value in row.classes]
+        assert values == pytest.approx(sorted(probabilities)[::-1], abs=1e-6)
+        assert row.features is None
 
 
-def test_nothing_but_bad_files(model, album):
-    found = am.predict(model, album / "x" / "00_bad.png", num_workers=0)
-    assert [each.error for each in found] == ["the file is not an image"]
-
-
-@pytest.mark.parametrize(
-    ("inputs", "options", "message"),
-    [
-        ([], {}, "no images given"),
-        (["nowhere.jpg"], {}, "no such file or folder: 'nowhere.jpg'"),
-        (["*.nothing"], {}, "no such file or folder"),
-        (["EMPTY"], {}, "the folder has no images"),
-        (["GREY"], {"top_k": 0}, "top_k must be at least 1, got 0"),
-        (["GREY"], {"output": "out.xml"}, "unknown output format '.xml'"),
-        (["GREY"], {"output": "no/such/folder/out.csv"}, "the output's folder does not exist"),
-    ],
-)
-def test_mistakes(model, album, tmp_path, inputs, options, message):
-    (tmp_path / "empty").mkdir()
-    places = {"EMPTY": tmp_path / "empty", "GREY": album / "grey.JPG"}
-    with pytest.raises(am.UserError, match=message):
-        am.predict(model, [places.get(each, each) for each in inputs], num_workers=0, **options)
+@torch.inference_mode()
+def test_features_are_the_models(model, album):
+    model.class_names = None  # which features do not need
+    expected = model.features(inputs_of(album)).numpy()
+    model.train()
+    found = am.predict(model, album, features=True, num_workers=0, batch_size=3)
+    assert model.training
+    assert [row.error is None for row in found] == [True, True, False, True, True]
+    values = [row.features for row in found if row.features is not None]
+    assert np.allclose(np.stack(values), expected, atol=1e-6)
+    assert all(row.classes == [] for row in found)
 
 
 def test_a_model_without_class_names_has_numbers(model, album):
     named = am.predict(model, album, num_workers=0)
     found = am.predict(tiny_model(), album, num_workers=0)
     for ours, theirs in zip(found, named, strict=True):
-        numbers = [(str(NAMES.index(name)), share) for name, share in theirs.classes]
-        assert ours.classes == numbers
+        assert ours.classes == [(str(NAMES.index(name)), value) for name, value in theirs.classes]
+
+
+def test_values_that_are_not_finite_are_rows_with_an_error(model, album):
+    model.head.bias.data[3] = float("nan")
+    found = am.predict(model, album, num_workers=0)
+    assert [row.error for row in found].count(NOT_FINITE) == 4
+    assert all(row.classes == [] for row in found)
+
+
+def test_equal_probabilities_keep_the_order_of_the_classes(album):
+    model = tiny_model(num_classes=40)
+    model.class_names = [f"{n:02}" for n in range(40)]
+    model.head.weight.data[:] = model.head.weight.data[0]
+    model.head.bias.data.zero_()
+    (found, *_) = am.predict(model, album, top_k=9, num_workers=0)
+    assert [name for name, _ in found.classes] == model.class_names[:9]
+
+
+def test_precision(model, album):
+    exact, half, chosen = (
+        am.predict(model, album, top_k=7, precision=name, num_workers=0)
+        for name in ("float32", "bfloat16", "auto")
+    )
+    assert chosen == exact  # a small model gains nothing from bfloat16
+    assert half != exact
+    for a, b in zip(exact, half, strict=True):
+        values = dict(b.classes)
+        assert all(values[name] == pytest.approx(value, abs=0.05) for name, value in a.classes)
+
+
+# --- what goes in ---------------------------------------------------------------------------------
+
+
+def test_files_folders_and_patterns_in_order(model, album):
+    draw(9).convert("L").save(album / "grey.JPG")
+    (album / "notes.txt").write_text("hello")
+    inputs = [album / "grey.JPG", str(album / "x" / "[01].png"), album]
+    found = am.predict(model, inputs, top_k=1, num_workers=0, batch_size=2)
+    names = [Path(row.path).name for row in found]
+    folder = ["grey.JPG", "0.png", "1.png", "1_bad.png", "2.png", "3.png"]
+    assert names == ["grey.JPG", "0.png", "1.png", *folder]
+    assert [row.error is None for row in found] == [True] * 6 + [False] + [True] * 2
+
+
+def rounded(row: am.Prediction) -> list[tuple[str, float]]:
+    return [(name, round(value, 4)) for name, value in row.classes]
+
+
+def test_images_in_memory(model, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned
+    transparent = draw(2).convert("RGBA")
+    transparent.putalpha(100)
+    images = [draw(1), draw(1).convert("L"), transparent, draw(3).convert("CMYK")]
+    (tmp_path / "turned.png").write_bytes(encode(draw(4), exif=exif))
+    images.append(Image.open(tmp_path / "turned.png"))
+    paths = []
+    for number, image in enumerate(images):
+        paths.append(tmp_path / f"{number}.{'tiff' if image.mode == 'CMYK' else 'png'}")
+        image.save(paths[-1], exif=image.getexif())
+    expected = [rounded(row) for row in am.predict(model, paths, num_workers=0)]
+    assert expected[4] == rounded(am.predict(model, tmp_path / "turned.png")[0])
+    memory = [*images[:4], np.asarray(images[0]), np.asarray(images[1]), paths[0].read_bytes()]
+    *found, bad = am.predict(model, [*memory, images[4], b"no image"], num_workers=0, batch_size=2)
+    wanted = [expected[at] for at in (0, 1, 2, 3, 0, 1, 0, 4)]
+    assert [rounded(row) for row in found] == wanted
+    assert (bad.path, bad.error) == ("images[8]", "the file is not an image")
+    assert rounded(am.predict(model, images[0])[0]) == expected[0]  # without a list
+    for wrong in (np.zeros((8, 8, 3)), np.zeros((2, 2, 2, 2), np.uint8), 3, None):
+        with pytest.raises(am.UserError) as caught:
+            am.predict(model, [images[0], wrong])
+        assert caught.value.code == "wrong-type"
+        assert "1" in caught.value.what
+
+
+def test_urls(model, tmp_path):
+    (tmp_path / "x.png").write_bytes(encode(draw(1)))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        inputs = [f"{url}/x.png", tmp_path / "x.png", f"{url}/gone.png"]
+        found = am.predict(model, inputs, num_workers=0)
+        server.shutdown()
+    assert found[0].path == f"{url}/x.png"
+    assert found[0].classes == found[1].classes
+    assert "404" in (found[2].error or "")
+
+
+def test_a_list_on_standard_input(model, tmp_path, monkeypatch):
+    draw(0).save(tmp_path / "a.png")
+    stream = io.BytesIO(f"{tmp_path}/b.png\n{tmp_path}/a.png\n".encode())
+    stream.isatty = lambda: False  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stream))
+    found = am.predict(model, [tmp_path / "a.png", "-"], num_workers=0)
+    assert [Path(row.path).name for row in found] == ["a.png", "b.png", "a.png"]
+    assert [row.error is None for row in found] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "word"),
+    [
+        ([], {}, "no images"),
+        (["nowhere.jpg"], {}, "nowhere.jpg"),
+        (["*.nothing"], {}, "*.nothing"),
+        (["EMPTY"], {}, "empty"),
+        (["-", "-"], {}, "more than once"),
+        (["GOOD", "digits:test"], {}, "digits:test"),
+        (["GOOD"], {"top_k": 0}, "top_k"),
+        (["GOOD"], {"features": True, "top_k": 3}, "top_k=3"),
+        (["GOOD"], {"batch_size": 0}, "batch_size"),
+        (["GOOD"], {"part_size": 0}, "part_size"),
+        (["GOOD"], {"num_workers": -1}, "num_workers"),
+        (["GOOD"], {"device": "mps"}, "mps"),
+        (["GOOD"], {"precision": "float64"}, "float64"),
+        (["GOOD"], {"image_size": 16}, "16"),
+        (["GOOD"], {"output": "out.xml"}, ".xml"),
+        (["GOOD"], {"output": "out.csv", "format": "jsonl"}, "jsonl"),
+        (["GOOD"], {"output": "-", "format": "parquet"}, "parquet"),
+        (["GOOD"], {"output": "no/such/folder/out.csv"}, "no/such/folder"),
+    ],
+)
+def test_mistakes(model, album, tmp_path, monkeypatch, inputs, options, word):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    places = {"EMPTY": tmp_path / "empty", "GOOD": album / "x" / "0.png"}
+    with pytest.raises(am.UserError) as caught:
+        am.predict(model, [places.get(name, name) for name in inputs], **options)
+    assert word in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# --- what comes out -------------------------------------------------------------------------------
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_table(path).to_pylist()
+    text = path.read_text()
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text)))
+    return (
+        json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.splitlines()]
+    )
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
+def test_written_features_are_exact(model, album, tmp_path, suffix):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    path = tmp_path / f"out{suffix}"
+    found = am.predict(model, album, features=True, output=path, num_workers=0, batch_size=2)
+    rows = read(path)
+    assert [row["path"] for row in rows] == [row.path for row in found]
+    for written, row in zip(rows, found, strict=True):
+        if suffix == ".csv":
+            cells = [written[f"feature_{at}"] for at in range(16)]
+            numbers = [float(cell) for cell in cells if cell != ""]
+        else:
+            numbers = written["features"] or []
+        wanted = [] if row.features is None else row.features
+        assert np.array_equal(np.asarray(numbers, np.float32), np.asarray(wanted, np.float32))
+        assert (written.get("error") or None) == row.error
+
+
+def test_csv_and_json(model, album, tmp_path):
+    path = tmp_path / "out.json"
+    found = am.predict(model, album, top_k=2, output=path, num_workers=0)
+    rows = [
+        {
+            "path": row.path,
+            "classes": [{"class": name, "probability": value} for name, value in row.classes],
+            **({"error": row.error} if row.error else {}),
+        }
+        for row in found
+    ]
+    assert path.read_text() == json.dumps(rows, indent=2) + "\n"
+    am.predict(model, album, top_k=2, output=path.with_suffix(".jsonl"), num_workers=0)
+    lines = path.with_suffix(".jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
+    am.predict(model, album, top_k=2, output=path.with_suffix(".csv"), num_workers=0)
+    lines = path.with_suffix(".csv").read_text().splitlines()
+    assert lines[0] == "path,class_1,probability_1,class_2,probability_2,error"
+    (name, value), (second, other) = found[0].classes
+    assert lines[1] == f"{found[0].path},{name},{value:.6f},{second},{other:.6f},"
+    assert lines[3] == f"{found[2].path},,,,,the file is not an image"
+
+
+def test_parquet(model, album, tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("allmlp.deploy.tables._ROW_GROUP", 9)  # three rows of two classes
+    path = tmp_path / "out.parquet"
+    found = am.predict(model, album, top_k=2, output=path, num_workers=0, batch_size=1)
+    file = parquet.ParquetFile(path)
+    assert file.num_row_groups == 2
+    kinds = {column.name: str(column.type) for column in file.schema_arrow}
+    assert kinds == {
+        "path": "string",
+        "class_1": "string",
+        "probability_1": "float",
+        "class_2": "string",
+        "probability_2": "float",
+        "error": "string",
+    }
+    rows = file.read().to_pylist()
+    assert [row["class_2"] for row in rows if row["class_2"]] == [
+        row.classes[1][0] for row in found if row.classes
+    ]
+    assert rows[0]["probability_1"] == np.float32(found[0].classes[0][1])
+    assert (rows[2]["error"], rows[2]["probability_1"]) == ("the file is not an image", None)
+
+
+def test_paths_that_are_not_text(model, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    name = os.fsdecode(b"caf\xe9.png")
+    draw(0).save(tmp_path / "x.png")
+    try:
+        (tmp_path / "x.png").rename(tmp_path / name)
+    except OSError:
+        pytest.skip("this disk takes names in UTF-8 only")
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        am.predict(model, tmp_path / name, output=tmp_path / f"out{suffix}", num_workers=0)
+    assert b"/caf\xe9.png," in (tmp_path / "out.csv").read_bytes()
+    assert json.loads((tmp_path / "out.jsonl").read_text())["path"] == str(tmp_path / name)
+    stored = parquet.read_table(tmp_path / "out.parquet")["path"][0].as_py()
+    assert stored == f"{tmp_path}/caf\\xe9.png"
+
+
+def test_parquet_needs_a_package(model, album, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(am.UserError) as caught:
+        am.predict(model, album, output=tmp_path / "out.parquet")
+    assert caught.value.code == "missing-package"
 
 
 def test_an_output_that_cannot_be_written(model, album, tmp_path, monkeypatch):
     (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(am.UserError, match="the output is a folder"):
+    with pytest.raises(am.UserError, match=r"folder\.csv"):
         am.predict(model, album, output=tmp_path / "folder.csv", num_workers=0)
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("allmlp.io.os.fsync", full)
-    with pytest.raises(am.UserError, match="cannot write the predictions: No space left"):
+    with pytest.raises(am.UserError, match="No space left"):
         am.predict(model, album, output=tmp_path / "out.csv", num_workers=0)
     assert not list(tmp_path.glob("*out.csv*"))
+
+
+# --- an exported file -----------------------------------------------------------------------------
+
+
+def test_an_exported_file_predicts_as_its_model(model, album, tmp_path):
+    @torch.inference_mode()
+    def run(images: np.ndarray) -> np.ndarray:
+        return model(torch.from_numpy(images)).numpy()
+
+    (tmp_path / "x.onnx").write_bytes(b"a graph")
+    info = info_of(model, "float32", uint8_input=False)
+    file = ExportedModel(info, run, "none 1.0", tmp_path / "x.onnx")
+    ours, its = (am.predict(net, album, top_k=7, num_workers=0) for net in (model, file))
+    for a, b in zip(ours, its, strict=True):
+        assert (a.path, a.error) == (b.path, b.error)
+        assert [name for name, _ in a.classes] == [name for name, _ in b.classes]
+        assert [x for _, x in a.classes] == pytest.approx([x for _, x in b.classes], abs=1e-6)

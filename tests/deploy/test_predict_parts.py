@@ -1,4 +1,4 @@
-"""Folders of part files: restarted, refused, shared out, killed, on a full disk."""
+"""Folders of part files: resumed, checked, shared, killed, on a full disk."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ import pytest
 
 import allmlp as am
 from allmlp.data.source import EncodedImages, PackedBytes, Source, subset, unlabelled
-from allmlp.deploy.answers import make_question
-from allmlp.deploy.inputs import find_images
-from allmlp.deploy.parts import predict_parts
-from allmlp.deploy.plan import Plan, check_folder, choose_part_size, is_folder
-from allmlp.deploy.predict import predict_to_file
+from allmlp.deploy.predict import PredictOptions, write_predictions
 from allmlp.io import partial_path
 from allmlp.preprocessing import Preprocessing
 from conftest import NO_PROCESS, draw, encode, make_class_folder, tiny_model
@@ -46,11 +42,10 @@ def album(tmp_path: Path) -> Path:
     return folder
 
 
-def parts(model: am.ImageClassifier, source: Source | Path, folder: Path, **options: Any) -> Plan:
-    found = find_images([source]) if isinstance(source, Path) else source
-    values: dict[str, Any] = {"part_size": 8, "batch_size": 4, "num_workers": 0, **options}
-    question = values.pop("question", None) or make_question(model, top_k=2)
-    return predict_parts(model, found, question, folder, **values)
+def parts(model: Any, images: Any, folder: Path, **options: Any) -> list[am.Prediction]:
+    """Returns the rows that were missing."""
+    values = {"top_k": 2, "part_size": 8, "batch_size": 4, "num_workers": 0, **options}
+    return am.predict(model, images, output=folder, **values)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -61,20 +56,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_parts_hold_the_rows_of_one_file(model, album, tmp_path):
-    plan = parts(model, album, tmp_path / "out")
-    assert (plan.parts, plan.images, plan.part_size) == (3, 20, 8)
+    rows = parts(model, album, tmp_path / "out")
     found = contents(tmp_path / "out")
     bad = found.pop("bad-00000-of-00003.csv").decode().splitlines()
     assert bad == ["index,path,error", f"7,{album}/x/6_bad.png,the file is not an image"]
     assert sorted(found) == [f"part-0000{n}-of-00003.csv" for n in range(3)]
     one = am.predict(model, album, top_k=2, num_workers=0, batch_size=4, output=tmp_path / "o.csv")
+    assert rows == one
     lines = (tmp_path / "o.csv").read_bytes().splitlines()
     by_part = [found[name].splitlines() for name in sorted(found)]
     assert all(part[0] == lines[0] for part in by_part)
     assert [line for part in by_part for line in part[1:]] == lines[1:]
     assert [len(part) - 1 for part in by_part] == [8, 8, 4]
-    assert one[7].error == "the file is not an image"
-    assert b"6_bad.png,,,,,the file is not an image" in by_part[0][8]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
@@ -82,28 +75,22 @@ def test_parts_hold_the_rows_of_one_file(model, album, tmp_path):
 def test_a_restart_writes_only_what_is_missing(model, album, tmp_path, kind, batch_size):
     """Batches of 3 do not fit into parts of 8: the bytes must not depend on what was there."""
     pytest.importorskip("pyarrow")
-    options = {"kind": kind, "batch_size": batch_size}
+    options = {"format": kind, "batch_size": batch_size}
     parts(model, album, tmp_path / "out", **options)
     whole, manifest = contents(tmp_path / "out"), (tmp_path / "out/manifest.json").read_bytes()
     for gone in ({0}, {1, 2}, {0, 2}, {0, 1, 2}, set()):
         for number in gone:
             (tmp_path / "out" / f"part-0000{number}-of-00003.{kind}").unlink()
         times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("part*")}
-        seen: list[int] = []
-
-        def begin(plan: Plan, seen=seen, gone=gone):
-            assert plan.missing == sorted(gone)
-            return lambda rows: seen.append(len(rows))
-
-        parts(model, album, tmp_path / "out", **options, part_size=None, on_plan=begin)
+        rows = parts(model, album, tmp_path / "out", **options, part_size=None)
         assert contents(tmp_path / "out") == whole
         assert all(path.stat().st_mtime_ns == at for path, at in times.items())
-        assert sum(seen) == sum((8, 8, 4)[number] for number in gone)
+        assert len(rows) == sum((8, 8, 4)[number] for number in gone)
     assert (tmp_path / "out/manifest.json").read_bytes() == manifest
 
 
-def test_a_smaller_batch_may_go_on(model, album, tmp_path):
-    """After a lack of memory: what the rows say is the same."""
+def test_a_smaller_batch_may_resume(model, album, tmp_path):
+    """After a lack of memory: the rows are the same but for the last digits."""
     parts(model, album, tmp_path / "out")
     before = contents(tmp_path / "out")
     (tmp_path / "out/part-00001-of-00003.csv").unlink()
@@ -116,10 +103,6 @@ def test_a_smaller_batch_may_go_on(model, album, tmp_path):
                 assert float(was) == pytest.approx(float(now), abs=2e-6)
             except ValueError:
                 assert was == now
-
-
-def _another_model(model, album):
-    return {"model": named(channels_mlp_dim=64)}
 
 
 def _other_weights(model, album):
@@ -148,91 +131,87 @@ def _one_more(model, album):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "words"),
     [
-        (_another_model, "another job: it is another model"),
-        (_other_weights, "another job: it is another model"),
-        (_other_names, "another job: its class names are others"),
-        (_other_input, "another job: preprocessing was"),
-        (_other_image, "another job: the images are others"),
-        (_one_more, "another job: the images are others: there were 20, and now 21"),
-        (lambda model, _: {"question": make_question(model, top_k=3)}, "top_k was 2 and is now 3"),
-        (
-            lambda model, _: {"question": make_question(model, features=True)},
-            "answer was classes and is now features",
-        ),
-        (
-            lambda model, _: {"question": make_question(model, top_k=2, precision="bfloat16")},
-            "precision was float32 and is now bfloat16",
-        ),
-        (lambda *_: {"kind": "jsonl"}, "format was csv and is now jsonl"),
+        (lambda *_: {"model": named(channels_mlp_dim=64)}, "model"),
+        (_other_weights, "model"),
+        (_other_names, "class names"),
+        (_other_input, "preprocessing"),
+        (_other_image, "images"),
+        (_one_more, "20 then, 21 now"),
+        (lambda *_: {"top_k": 3}, "top_k was 2 and is now 3"),
+        (lambda *_: {"top_k": None, "features": True}, "answer was classes and is now features"),
+        (lambda *_: {"precision": "bfloat16"}, "precision was float32 and is now bfloat16"),
+        (lambda *_: {"format": "jsonl"}, "format was csv and is now jsonl"),
         (lambda *_: {"part_size": 7}, "part_size was 8 and is now 7"),
     ],
 )
-def test_another_job_is_refused(model, album, tmp_path, change, message):
+def test_another_job_is_an_error(model, album, tmp_path, change, words):
     parts(model, album, tmp_path / "out")
     before = contents(tmp_path / "out")
     values = {"model": model, **change(model, album)}
-    with pytest.raises(am.UserError, match=message):
+    with pytest.raises(am.UserError) as caught:
         parts(values.pop("model"), album, tmp_path / "out", **values)
+    assert caught.value.code == "another-job"
+    assert words in caught.value.what
     assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text",
     [
-        ("{", "the manifest is damaged"),
-        ("[]", "holds something else"),
-        ('{"format": "allmlp predictions", "version": 9}', "another allmlp .version 9"),
-        ('{"format": "allmlp predictions", "version": 1}', "the manifest is damaged: no part"),
-        (
-            '{"format": "allmlp predictions", "version": 1, "table": {"part_size": 8}}',
-            "another job",
-        ),
+        "{",
+        "[]",
+        '{"format": "allmlp predictions", "version": 9}',
+        '{"format": "allmlp predictions", "version": 1}',
+        '{"format": "allmlp predictions", "version": 1, "table": {"part_size": 8}}',
     ],
 )
-def test_a_manifest_that_is_none(model, album, tmp_path, text, message):
+def test_a_damaged_manifest(model, album, tmp_path, text):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/manifest.json").write_text(text)
-    with pytest.raises(am.UserError, match=message):
+    with pytest.raises(am.UserError, match="out"):
         parts(model, album, tmp_path / "out")
     assert contents(tmp_path / "out") == {}
 
 
-def test_what_is_a_folder(tmp_path):
+def test_a_folder_that_was_begun_under_the_old_name(model, album, tmp_path):
+    parts(model, album, tmp_path / "out")
+    whole, manifest = contents(tmp_path / "out"), tmp_path / "out/manifest.json"
+    manifest.write_text(manifest.read_text().replace("allmlp predictions", "mlp_mixer predictions"))
+    (tmp_path / "out/part-00001-of-00003.csv").unlink()
+    assert len(parts(model, album, tmp_path / "out")) == 8
+    assert contents(tmp_path / "out") == whole
+
+
+def test_what_is_a_folder(model, album, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "there.v2").mkdir()
-    assert is_folder("predictions")
-    assert is_folder("some/predictions.v2/")
-    assert is_folder(tmp_path / "there.v2")
-    assert not is_folder("predictions.csv")
-    assert not is_folder("predictions.xml")
+    for output in ("plain", "some.v2/", "there.v2"):
+        parts(model, album / "y" / "0.png", Path(output) if output == "there.v2" else output)
+        assert (tmp_path / output / "manifest.json").exists()
+    with pytest.raises(am.UserError, match=r"\.v3"):
+        parts(model, album, tmp_path / "other.v3")
 
 
-def test_folders_that_cannot_be(tmp_path, monkeypatch):
+def test_folders_that_cannot_be(model, album, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "holiday.jpg").write_text("x")
-    cases: tuple[tuple[Path, dict[str, Any], str], ...] = (
-        (tmp_path / "file", {}, "the output is a file"),
-        (tmp_path / "file" / "deep", {}, "cannot be written to"),
-        (tmp_path / "mine", {}, "holds something else, such as 'holiday.jpg'"),
-        (tmp_path / "new", {"kind": "json"}, "unknown format of parts 'json'"),
-        (tmp_path / "new", {"part_size": 0}, "part_size must be at least 1, got 0"),
-    )
-    for folder, options, message in cases:
-        with pytest.raises(am.UserError, match=message):
-            check_folder(folder, **options)
+    for folder, options, word in (
+        (tmp_path / "file", {}, "file"),
+        (tmp_path / "file" / "deep", {}, "written"),
+        (tmp_path / "mine", {}, "holiday.jpg"),
+        (tmp_path / "new", {"format": "json"}, "json"),
+        (album / "x" / "rows", {}, "rows"),  # in what is read
+    ):
+        with pytest.raises(am.UserError) as caught:
+            parts(model, album, folder, **options)
+        assert word in str(caught.value)
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(am.UserError, match="cannot be written to"):
-        check_folder(tmp_path / "new" / "deep")
+    with pytest.raises(am.UserError, match="written"):
+        parts(model, album, tmp_path / "new" / "deep")
     assert not (tmp_path / "new").exists()
-
-
-def test_the_size_of_parts():
-    assert choose_part_size(1_000_000, 64, 8) == 10_048  # whole batches
-    assert choose_part_size(1_000, 64, 1) == 256  # four parts
-    assert choose_part_size(1_000, 64, 8) == 64
-    assert choose_part_size(3, 64, 1) == 64
 
 
 def test_a_full_disk_leaves_nothing_half_written(model, album, tmp_path, monkeypatch):
@@ -245,7 +224,7 @@ def test_a_full_disk_leaves_nothing_half_written(model, album, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr("allmlp.io.os.fsync", full)
-        with pytest.raises(am.UserError, match="cannot write the predictions: No space left"):
+        with pytest.raises(am.UserError, match="No space left"):
             parts(model, album, tmp_path / "out")
     assert sorted(contents(tmp_path / "out")) == ["bad-00000-of-00003.csv"]
     parts(model, album, tmp_path / "out")
@@ -253,7 +232,7 @@ def test_a_full_disk_leaves_nothing_half_written(model, album, tmp_path, monkeyp
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
 
-def test_what_a_killed_process_left_is_swept_away(model, album, tmp_path):
+def test_what_a_killed_process_left_is_removed(model, album, tmp_path):
     parts(model, album, tmp_path / "out")
     part = tmp_path / "out/part-00001-of-00003.csv"
     dead, living = partial_path(part, NO_PROCESS), partial_path(part, os.getppid())
@@ -265,7 +244,7 @@ def test_what_a_killed_process_left_is_swept_away(model, album, tmp_path):
 
 
 def repeated(times: int) -> Source:
-    """A million images have not to be there to be many."""
+    """Many images, of which only four exist."""
     files = PackedBytes([encode(draw(seed, (8, 8))) for seed in range(4)])
     few = unlabelled(EncodedImages(files, "few"), "few")
     return subset(few, np.arange(times) % 4, "repeated")
@@ -277,23 +256,24 @@ def repeated(times: int) -> Source:
 def test_memory_does_not_grow_with_the_images(model, tmp_path, suffix, monkeypatch):
     pytest.importorskip("pyarrow")
     monkeypatch.setattr("allmlp.deploy.tables._ROW_GROUP", 200)
-    question = make_question(model, top_k=5)
 
     def peak(images: int) -> int:
-        path, source = tmp_path / f"{images}{suffix}", repeated(images)
-        options: dict[str, Any] = {"batch_size": 50, "num_workers": 0}
+        options = PredictOptions(
+            output=tmp_path / f"{images}{suffix}",
+            batch_size=50,
+            num_workers=0,
+            part_size=None if suffix else 100,
+        )
+        source = repeated(images)
         tracemalloc.start()
-        if suffix:
-            predict_to_file(model, source, question, path, **options)
-        else:
-            predict_parts(model, source, question, path, part_size=100, **options)
+        write_predictions(model, source, options)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return most
 
     peak(100)  # what is imported and compiled once
     few, many = peak(300), peak(1800)
-    # Rows held would be 1,500 times about 1 kB; labels and indices are 16 bytes an image.
+    # Rows held would be 1,500 times about 1 kB; labels and indices are 16 bytes per image.
     assert many - few < 300_000, (few, many)
 
 
@@ -308,16 +288,16 @@ def saved(model, tmp_path) -> Path:
     return am.save_model(model, tmp_path / "model")
 
 
-# Ends, or waits, before the batch of a number; `rows` is where the batches come from.
+# Ends before the batch of a number; `rows` is where the batches come from.
 KILLED = """
-from allmlp.deploy import parts
-predict_rows = parts.predict_rows
+from allmlp.deploy import output
+predict_rows = output.predict_rows
 def rows(*arguments, **options):
     for number, batch in enumerate(predict_rows(*arguments, **options)):
         if number == {number}:
             os.kill(os.getpid(), signal.SIGKILL)
         yield batch
-patch.setattr(parts, "predict_rows", rows)
+patch.setattr(output, "predict_rows", rows)
 """
 
 
@@ -335,7 +315,7 @@ def test_killed_and_started_again(no_leftovers, saved, album, tmp_path):
     again = start(typed, tmp_path / "again")
     assert again.wait() == 3, again.said()
     assert "2 of 3 are there already" in again.said()
-    assert "6_bad.png: the file is not an image" in again.said()  # though another came upon it
+    assert "6_bad.png: the file is not an image" in again.said()  # found by another process
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
 
@@ -353,22 +333,22 @@ def test_two_processes_give_the_rows_of_one(no_leftovers, saved, album, tmp_path
     assert "6_bad.png: the file is not an image" in first.said()
     assert "5 parts, 20 images" in first.said()
     manifests = [json.loads((tmp_path / n / "manifest.json").read_text()) for n in ("one", "two")]
-    for each in manifests:
-        del each["about"]
+    for manifest in manifests:
+        del manifest["about"]
     assert manifests[0] == manifests[1]
 
 
 @unix
 @pytest.mark.slow
-def test_one_of_two_fails_and_both_go_on_later(no_leftovers, saved, album, tmp_path):
+def test_one_of_two_fails_and_both_resume_later(no_leftovers, saved, album, tmp_path):
     typed = ["predict", saved, album, "--part-size", 4, "--batch-size", 2, "--device", "cpu"]
     typed += ["--output", tmp_path / "out"]
     fault = """
 if os.environ["RANK"] == "1":
-    from allmlp.deploy import parts
+    from allmlp.deploy import output
     def full(*_, **__):
         raise am.UserError("cannot write the predictions: No space left on device")
-    patch.setattr(parts, "write_rows", full)
+    patch.setattr(output, "write_table", full)
 """
     first, second = start_two(typed, tmp_path / "said", fault)
     assert (first.wait(), second.wait()) == (2, 2), first.said() + second.said()

@@ -14,8 +14,7 @@ import pytest
 
 import allmlp as am
 from allmlp.deploy import export as module
-from allmlp.deploy.export_request import reports_of
-from allmlp.deploy.exported_files import files_of
+from allmlp.deploy.formats import choose_format
 from allmlp.io import staging_folder
 from conftest import tiny_model
 
@@ -29,7 +28,6 @@ import allmlp as am
 from conftest import tiny_model
 from allmlp.deploy import export as module
 from allmlp.deploy.export_report import ExportReport, Parity
-from allmlp.deploy.exported_files import files_of
 
 path, replace, seen = Path(sys.argv[1]), os.replace, []
 before = {each.name: each.read_bytes() for each in path.parent.iterdir()}
@@ -45,10 +43,10 @@ def child(instant):  # counts what is done; the kill comes at one of these
         if instant < 0:
             end()
 
-    def make(job, aside):
+    def run(export):
         step()
-        for each in files_of(aside):
-            each.write_bytes(b"new")
+        for file in export.format.files(export.path):
+            file.write_bytes(b"new")
             step()
         return ExportReport(
             str(path), {}, "x", "float32", "none", (8, 8), False, 1, 1, parity, {}
@@ -58,8 +56,8 @@ def child(instant):  # counts what is done; the kill comes at one of these
         replace(source, target)
         step()
 
-    module._make, os.replace = make, counted
-    module.check_request = lambda output, **_: (Path(output), "x")
+    module._Export.run, os.replace = run, counted
+    module.import_extra = lambda *_: None
     am.export(tiny_model(), path, overwrite=True)
     os._exit(0)
 
@@ -87,8 +85,8 @@ print(json.dumps(seen))
 def test_killed_at_every_instant(tmp_path: Path, name: str):
     """The parent of the killed puts the files back, and leaves what is hidden to the next one."""
     path = tmp_path / name
-    files = [each.name for each in files_of(path)]
-    reports = [each.name for each in reports_of(path)]
+    files = [file.name for file in choose_format(path, None).files(path)]
+    reports = [f"{name}.report.json", f"{name}.report.md"]
     for each in (*files, *reports):
         (tmp_path / each).write_bytes(b"old")
     command = [sys.executable, "-c", KILLS, str(path), str(Path(__file__).parents[1])]
@@ -115,11 +113,11 @@ sys.path.insert(0, sys.argv[2])
 import allmlp as am
 from conftest import tiny_model
 
-def tell(line):
+def log(line):
     if line == "timing":
         os.kill(os.getpid(), signal.SIGKILL)
 
-am.export(tiny_model(), sys.argv[1], tell=tell)
+am.export(tiny_model(), output=sys.argv[1], log=log)
 """
 
 
@@ -176,7 +174,7 @@ def test_an_error_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_make", fail)
+    monkeypatch.setattr(module._Export, "run", fail)
     with pytest.raises(KeyboardInterrupt):
         am.export(tiny_model(), tmp_path / "m.pt2")
     assert not list(tmp_path.iterdir())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -11,7 +10,6 @@ from allmlp.console import report_bad_images, report_notes
 from allmlp.errors import UserError
 
 if TYPE_CHECKING:
-    from allmlp.models.layers import ImageClassifier
     from allmlp.training.config import TrainConfig
 
 # The types of the flags, with what the help calls their values.
@@ -81,93 +79,6 @@ def overrides_of(assignments: tuple[str, ...], flag: str) -> dict[str, Any]:
             raise UserError(what, where=flag, fix=f"{flag} num_blocks=4")
         found[key.strip()] = literal(value.strip())
     return found
-
-
-def load_named(
-    source: str,
-    image_size: str | None,
-    resize_weights: str | None,
-    num_classes: int | None = None,
-    *,
-    exported: bool = False,
-) -> ImageClassifier:
-    """Returns the model that the flags of a verb name.
-
-    Args:
-        source, image_size, resize_weights, num_classes: as of `load_model`.
-        exported: take files of the verb export too, which only compute logits.
-
-    Raises:
-        UserError: as `load_model`; or an exported file where none is taken.
-    """
-    from allmlp.deploy.runner import is_exported, open_exported
-
-    if is_exported(source):
-        return open_exported(refuse_changes(source, image_size, resize_weights, exported))
-    from allmlp.models.resize import RESIZE_WEIGHTS
-    from allmlp.weights.load import load_model
-
-    if resize_weights is not None and resize_weights not in RESIZE_WEIGHTS:
-        fix = f"Known: {', '.join(RESIZE_WEIGHTS)}"
-        raise UserError(
-            f"unknown resize_weights {resize_weights!r}", where="--resize-weights", fix=fix
-        )
-    if resize_weights is not None and image_size is None:
-        what = "--resize-weights says how to reach another image size, and none is given"
-        raise UserError(
-            what, where="--resize-weights", fix="Add --image-size, or leave --resize-weights out"
-        )
-    size = parse_size(image_size)
-    return load_model(
-        source, size, num_classes, resize_weights=cast("Any", resize_weights or "auto")
-    )
-
-
-def refuse_changes(
-    source: str, image_size: str | None, resize_weights: str | None, exported: bool
-) -> str:
-    """Returns the name of an exported file that is taken as it is.
-
-    Raises:
-        UserError: the verb needs weights, or it is to have another image size.
-    """
-    from allmlp.runtime.device import no_weights
-
-    if not exported:
-        raise no_weights(source)
-    flag = (
-        "--image-size"
-        if image_size is not None
-        else "--resize-weights"
-        if resize_weights is not None
-        else None
-    )
-    if flag is not None:
-        what = "an exported file has one image size, which cannot be changed"
-        raise UserError(what, where=flag, fix="Leave it out, or export it at that size")
-    return source
-
-
-def refuse_device(source: str, device: str) -> str:
-    """Returns the device that a flag names; of an exported file, the processor.
-
-    Raises:
-        UserError: another is named for an exported file.
-    """
-    from allmlp.deploy.runner import is_exported
-    from allmlp.runtime.device import check_device_of_exported
-
-    if not is_exported(source):
-        return device
-    check_device_of_exported(device)
-    return "cpu"
-
-
-def warn_of_numbers(net: ImageClassifier) -> None:
-    """Says on standard error where classes have numbers for names."""
-    if not net.class_names:
-        note = "the model carries no class names: classes are called by their number, from 0"
-        print(f"note: {note}", file=sys.stderr)
 
 
 def warn_of_notes(*sources: Any) -> None:

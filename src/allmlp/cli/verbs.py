@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from allmlp.cli.export import export
-from allmlp.cli.predict import predict
-from allmlp.cli.serve import serve
 from allmlp.cli.table import Command
 
 PAPER = {
@@ -67,7 +64,11 @@ VERBS: dict[str, Any] = {
         "Measure how well a model's features serve after a few images per class.",
         *("show", ("model",)),
     ),
-    "predict": predict,
+    "predict": Command(
+        *("deploy.predict", "PredictOptions", "command"),
+        "Classify images: files, folders and patterns, or any data source.",
+        *("show", ("model", "images*")),
+    ),
     "inspect": Command(
         "inspection.inspect",
         "InspectOptions",
@@ -89,8 +90,16 @@ VERBS: dict[str, Any] = {
         "show",
         ("model", "output"),
     ),
-    "export": export,
-    "serve": serve,
+    "export": Command(
+        *("deploy.export", "ExportOptions", "command"),
+        "Write a model as a file that runs without this package, and measure that file.",
+        *("show", ("model",)),
+    ),
+    "serve": Command(
+        *("deploy.serve", "ServeOptions", "command"),
+        "Show a model on a local web page, and answer programs over HTTP.",
+        positional=("model",),
+    ),
     **PAPER,
     "data check": Command(
         "cli.check",

@@ -1,90 +1,169 @@
-"""What images are meant: files, folders, patterns, a list on standard input, or a data source."""
+"""The images to predict: files, folders, patterns, URLs, a list on standard input, images in memory
+(PIL, NumPy arrays, encoded bytes), or a data source.
+"""
 
 from __future__ import annotations
 
 import glob
+import http.client
+import io
 import os
 import sys
+import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import numpy as np
+from PIL import Image
+
+from allmlp.data.image import encode_png
 from allmlp.data.source import ImageFiles, PackedStrings, Source, unlabelled
 from allmlp.data.sources import is_data, open_source
 from allmlp.data.sources.folders import no_images, passed_over_note, scan_images
 from allmlp.errors import UserError
 
 STANDARD_INPUT = "-"
+AnyImage = str | Path | bytes | np.ndarray | Image.Image
 _BLOCK = 2**16  # bytes
+_LARGEST_DOWNLOAD, _SECONDS = 2**28, 30  # bytes; without an answer
 
 
-def find_images(inputs: Sequence[str | Path], listed: Sequence[str] | None = None) -> Source:
-    """Returns the images that files, folders, glob patterns or data sources name, in that order.
+@dataclass(frozen=True)
+class GivenImages(ImageFiles):
+    """Files and URLs by their names, and encoded images in memory by their index."""
+
+    encoded: dict[int, bytes] = field(default_factory=dict)
+
+    def read(self, index: int) -> bytes:
+        if index in self.encoded:
+            return self.encoded[index]
+        name = self.item_name(index)
+        return _download(name) if is_url(name) else super().read(index)
+
+
+def is_url(item: object) -> bool:
+    """Returns whether an input is the address of an image."""
+    return isinstance(item, str) and item.startswith(("http://", "https://"))
+
+
+def _download(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
+            content = answer.read(_LARGEST_DOWNLOAD + 1)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(f"cannot download the image: {error}", where=url) from error
+    if len(content) > _LARGEST_DOWNLOAD:
+        raise UserError(f"the file is larger than {_LARGEST_DOWNLOAD:,} bytes", where=url)
+    return content
+
+
+def find_images(
+    inputs: AnyImage | Iterable[AnyImage], listed: Sequence[str] | None = None
+) -> Source:
+    """Returns the images that the inputs name or are, in that order.
 
     Args:
-        inputs: of each kind any number, "-" once at most; or one source of data alone.
+        inputs: any number of images of any kind, "-" once at most; or one data source alone.
         listed: the paths that "-" means; None reads them from standard input.
-
-    Raises:
-        UserError: nothing is named, or one of them names nothing.
     """
-    given = [str(each) for each in inputs]
+    given: list[Any] = [inputs] if isinstance(inputs, AnyImage) else list(inputs)
     if not given:
         raise UserError("no images given", fix="Give files, folders or patterns such as 'a/*.jpg'")
-    if given.count(STANDARD_INPUT) > 1:
+    if sum(isinstance(item, str) and item == STANDARD_INPUT for item in given) > 1:
         raise UserError("'-' is given more than once: standard input is read once", fix="Give one")
-    if len(given) == 1 and is_data(given[0]):
-        return open_source(given[0], labels="any")
+    if len(given) == 1 and _names_data(given[0]):
+        return open_source(str(given[0]), labels="any")
     passed_over: Counter[str] = Counter()
-    paths = PackedStrings(_paths(given, listed, passed_over))
-    notes = passed_over_note(passed_over)
-    return unlabelled(ImageFiles(paths), "images", notes)
+    encoded: dict[int, bytes] = {}
+    paths = PackedStrings(_names(given, listed, passed_over, encoded))
+    return unlabelled(GivenImages(paths, encoded=encoded), "images", passed_over_note(passed_over))
 
 
-def _paths(
-    inputs: list[str], listed: Sequence[str] | None, passed_over: Counter[str]
+def _names_data(item: AnyImage) -> bool:
+    return isinstance(item, str | Path) and not is_url(item) and is_data(str(item))
+
+
+def _names(
+    inputs: list[AnyImage],
+    listed: Sequence[str] | None,
+    passed_over: Counter[str],
+    encoded: dict[int, bytes],
 ) -> Iterator[str]:
-    for given in inputs:
-        if given == STANDARD_INPUT:
-            yield from read_list() if listed is None else listed
-            continue
-        if is_data(given):
-            what = f"{given!r} is a source of data, which stands alone"
+    """Yields the name of every image; puts those in memory into `encoded`."""
+    number = 0
+    for position, item in enumerate(inputs):
+        if not isinstance(item, str | Path):
+            encoded[number] = _encoded(item, position)
+            found: Iterable[str] = [f"images[{position}]"]
+        elif str(item) == STANDARD_INPUT:
+            found = read_list() if listed is None else listed
+        elif is_url(item):
+            found = [str(item)]
+        elif _names_data(item):
+            what = f"{str(item)!r} is a data source, which must be the only input"
             raise UserError(what, fix="Give it to a command of its own")
-        path, found = Path(os.path.expanduser(given)), 0
-        for each in _files(path, passed_over):
-            found += 1
-            yield each
-        if found:
-            continue
-        if not path.is_dir():
-            raise UserError(f"no such file or folder: {given!r}", where=path.absolute())
-        if any(path.glob("*.tar")):
-            what = f"the folder has tar files and no index of them: {given!r}"
-            fix = f"Write one, once: mixer data index {path}"
-            fix += " (with --unlabelled where the images have no labels)"
-            raise UserError(what, where=path.absolute(), fix=fix)
-        raise no_images(path)
+        else:
+            found = _files(str(item), passed_over)
+        for name in found:
+            number += 1
+            yield name
 
 
-def _files(path: Path, passed_over: Counter[str]) -> Iterator[str]:
+def _encoded(image: object, position: int) -> bytes:
+    """Returns an image in memory as a file of the same pixels."""
+    if isinstance(image, bytes):
+        return image
+    try:
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8:
+                raise ValueError(f"an array of {image.dtype} instead of uint8")
+            return encode_png(image[..., 0] if image.shape[2:] == (1,) else image)
+        if isinstance(image, Image.Image):
+            opaque = image if image.mode not in ("CMYK", "YCbCr", "LAB", "HSV") else None
+            file = io.BytesIO()
+            (opaque or image.convert("RGB")).save(file, "PNG", exif=image.getexif())
+            return file.getvalue()
+    except (OSError, TypeError, ValueError) as error:
+        what = f"image {position} cannot be used: {error}"
+        fix = "Give uint8 arrays (H, W) or (H, W, 3), PIL images, encoded bytes or paths"
+        raise UserError(what, fix=fix, code="wrong-type") from error
+    what = f"image {position} is a {type(image).__name__}"
+    raise UserError(what, fix="Give a path, URL, PIL image, array or bytes", code="wrong-type")
+
+
+def _files(given: str, passed_over: Counter[str]) -> Iterator[str]:
+    path = Path(os.path.expanduser(given))
+    number = 0
     if path.is_dir():
-        found = scan_images(str(path), passed_over=passed_over)
-        yield from (os.path.join(path, name) for name in found)
+        names = scan_images(str(path), passed_over=passed_over)
+        found = (os.path.join(path, name) for name in names)
     elif path.exists():
-        yield str(path)
+        found = iter([str(path)])
     else:
-        yield from filter(os.path.isfile, sorted(glob.glob(str(path), recursive=True)))
+        found = filter(os.path.isfile, sorted(glob.glob(str(path), recursive=True)))
+    for name in found:
+        number += 1
+        yield name
+    if number:
+        return
+    if not path.is_dir():
+        what = f"no such file or folder: {given!r}"
+        raise UserError(what, where=path.absolute(), code="not-found")
+    if any(path.glob("*.tar")):
+        what = f"the folder has tar files and no index of them: {given!r}"
+        fix = f"Write one, once: mixer data index {path}"
+        fix += " (with --unlabelled where the images have no labels)"
+        raise UserError(what, where=path.absolute(), fix=fix)
+    raise no_images(path)
 
 
 def read_list() -> PackedStrings:
-    """Returns the paths on standard input: one a line, or with a zero byte behind each.
+    """Returns the paths on standard input: one per line, or each followed by a zero byte.
 
-    A path that is not there becomes a row with an error, as any other bad image.
-
-    Raises:
-        UserError: there is none, or somebody would have to type them.
+    A path that does not exist becomes a row with an error, as any other bad image.
     """
     stream = sys.stdin.buffer
     if stream.isatty():
@@ -92,12 +171,12 @@ def read_list() -> PackedStrings:
         raise UserError(what, fix="find FOLDER -name '*.jpg' | mixer predict MODEL -")
     paths = PackedStrings(_separated(stream))
     if not len(paths):
-        raise UserError("no images on standard input", where="-", fix="Give one path a line")
+        raise UserError("no images on standard input", where="-", fix="Give one path per line")
     return paths
 
 
 def _separated(stream: IO[bytes]) -> Iterator[str]:
-    """The paths, as they come; only with zero bytes between them may they hold a newline."""
+    """The paths, as they come; they may hold a newline only if zero bytes separate them."""
     block = stream.read(_BLOCK)
     separator, rest = b"\0" if b"\0" in block else b"\n", b""
     while block:

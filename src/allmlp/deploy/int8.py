@@ -1,123 +1,165 @@
-"""Which layers of an int8 file compute in int8: measured on the calibration images.
+"""A float32 ONNX graph -> the same graph with its dense layers in int8.
 
-How much a layer suffers is measured with that layer alone in int8: the root mean square of what it
-changes in the logits, relative to that of the logits. The layers that suffer most are the first to
-stay in float32.
+Static, post-training, by ONNX Runtime's quantiser: the range of every layer's input is measured on
+calibration images; inputs are uint8 with a zero point, weights symmetric with a scale for each
+output unit. Of the weights' 8 bits 7 are used: without VNNI an x86 processor adds two products in
+16 bits, where 255 x 127 twice would saturate. QuantizeLinear and DequantizeLinear stand around
+ordinary products (QDQ), which ONNX Runtime and OpenVINO both turn into their own int8 kernels.
+Convolutions, LayerNorm, GELU, sums and products whose weights are not a matrix stay in float32.
+
+Which layers suffer most is measured with each of them alone in int8: the root mean square of what
+it changes in the logits, relative to that of the logits. They are the first to stay in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from allmlp.deploy.quantize import Product, Ranges, find_products, measure_ranges, quantized
-from allmlp.deploy.runner import onnx_session
+from allmlp.deploy.extras import import_extra
+from allmlp.deploy.formats import onnx_session
+from allmlp.deploy.onnx_graph import copied, layer_of
 from allmlp.errors import UserError
 
-# The shares of the images whose activations must be in range whole. A range that leaves out the
-# rare extremes is finer for all the rest; which is better is tried.
+# Ranges that are tried: they hold the activations of this fraction of the batches. One that leaves
+# out the rare extremes is finer for all the rest.
 QUANTILES = (1.0, 0.9, 0.5)
 _IMAGES_TO_JUDGE = 64
+_TYPES = ["MatMul", "Gemm"]
 
 
-@dataclass
-class Calibration:
-    """A float32 graph and what its layers see of the calibration images.
+class Int8:
+    """A graph and the ranges of its activations, from which int8 graphs are made.
+
+    Args:
+        graph: `onnx.ModelProto` in float32.
+        batches: calibration images, as inputs of the graph.
+        folder: for temporary files.
+        num_threads: of the processor.
+        summary: of the model, for errors.
 
     Attributes:
-        graph: in float32.
-        products: its dense layers.
-        ranges: of their inputs.
-        inputs: some calibration images, as inputs of the graph, (n, ...).
-        quantile: of `QUANTILES`, that changes the logits least.
-        num_images: calibration images.
-        num_threads: of the processor.
-        errors: what each layer alone changes, by its node; empty until it is asked for.
+        layers: (node, layer of the model) of every product that can be int8.
+        num_images: that calibrated it.
+        quantile: of `QUANTILES`, the one that changes the logits least.
+        sensitivity: what each layer alone changes, by node; empty until it is asked for.
     """
 
-    graph: Any
-    products: list[Product]
-    ranges: dict[str, Ranges]
-    inputs: np.ndarray
-    quantile: float
-    num_images: int
-    num_threads: int
-    errors: dict[str, float]
+    def __init__(
+        self,
+        graph: Any,
+        batches: Iterable[np.ndarray],
+        folder: Path,
+        num_threads: int,
+        summary: str,
+    ) -> None:
+        self.layers = dense_layers(graph)
+        if len(self.layers) < 2:  # the head alone is not worth it
+            what = f"int8 is for dense layers, and this model has next to none: {summary}"
+            raise UserError(what, fix="Export it in float32", code="unsupported")
+        self.graph, self.num_threads, self.sensitivity = (graph, num_threads, dict[str, float]())
+        self._ranges = self._measure(batches, folder)
+        self._exact = self._logits(graph)
+        errors = {quantile: self._error(self._quantized([], quantile)) for quantile in QUANTILES}
+        self.quantile = min(errors, key=lambda quantile: errors[quantile])
 
-    def file(self, num_kept: int) -> tuple[Any, list[str]]:
-        """Returns the graph in int8 but for so many layers, and their names."""
-        kept = self.most_sensitive()[:num_kept] if num_kept else []
-        nodes = {each.node for each in kept}
-        chosen = [each for each in self.products if each.node not in nodes]
-        return quantized(self.graph, chosen, self.ranges, self.quantile), [e.layer for e in kept]
+    def quantized(self, num_float32: int) -> tuple[Any, list[str]]:
+        """Returns the graph with that many layers in float32, and their names."""
+        kept = self.most_sensitive()[:num_float32] if num_float32 else []
+        graph = self._quantized([node for node, _ in kept], self.quantile)
+        return graph, [layer for _, layer in kept]
 
-    def most_sensitive(self) -> list[Product]:
-        """Returns the layers, the one that suffers most first."""
-        if not self.errors:
-            exact = self._logits(self.graph)
-            for each in self.products:
-                graph = quantized(self.graph, [each], self.ranges, self.quantile)
-                self.errors[each.node] = _relative(self._logits(graph), exact)
-        return sorted(self.products, key=lambda each: -self.errors[each.node])
+    def most_sensitive(self) -> list[tuple[str, str]]:
+        """Returns `layers`, the most sensitive first."""
+        if not self.sensitivity:
+            nodes = [node for node, _ in self.layers]
+            for node in nodes:
+                alone = self._quantized([other for other in nodes if other != node], self.quantile)
+                self.sensitivity[node] = self._error(alone)
+        return sorted(self.layers, key=lambda layer: -self.sensitivity[layer[0]])
 
-    def choose_quantile(self) -> None:
-        """Takes the range of activations that changes the logits least."""
-        exact = self._logits(self.graph)
-        found = {
-            each: _relative(
-                self._logits(quantized(self.graph, self.products, self.ranges, each)), exact
-            )
-            for each in QUANTILES
-        }
-        self.quantile = min(found, key=lambda each: found[each])
+    def _measure(self, batches: Iterable[np.ndarray], folder: Path) -> list[dict[str, Any]]:
+        """Returns the range of every activation in each batch, by name; keeps the first images."""
+        quantization = import_extra("onnxruntime.quantization", "export")
+        path = folder / ".calibration.onnx"
+        path.write_bytes(self.graph.SerializeToString())
+        calibrator = quantization.create_calibrator(path, _TYPES, str(folder / ".ranges.onnx"))
+        first, ranges, self.num_images = [], [], 0
+        for batch in batches:
+            if self.num_images < _IMAGES_TO_JUDGE:
+                first.append(batch[: _IMAGES_TO_JUDGE - self.num_images])
+            self.num_images += len(batch)
+            calibrator.calibrate_tensors_range = None  # of this batch alone
+            calibrator.collect_data(_Once(batch))
+            ranges.append(dict(calibrator.compute_data().items()))
+        if not first:
+            raise UserError("no image to calibrate with", where="calibration", code="no-images")
+        self._images = np.concatenate(first)
+        for name in ranges[0]:
+            if not np.isfinite([found[name].range_value for found in ranges]).all():
+                what = f"the model computes values that are not finite ({name})"
+                raise UserError(what, where="calibration", fix="Are the weights damaged?")
+        return ranges
+
+    def _quantized(self, float32: list[str], quantile: float) -> Any:
+        """Returns the graph in int8, except for these nodes."""
+        quantization = import_extra("onnxruntime.quantization", "export")
+        kinds = quantization.QuantType
+        bounds = {}
+        for name in self._ranges[0]:
+            found = np.array([ranges[name].range_value for ranges in self._ranges])
+            low, high = found.reshape(-1, 2).T
+            bound = np.quantile(low, 1.0 - quantile), np.quantile(high, quantile)
+            bounds[name] = tuple(np.array([value], np.float32) for value in bound)
+        graph = copied(self.graph)
+        nodes = [node for node, _ in self.layers if node not in float32]
+        quantizer = quantization.QDQQuantizer(
+            graph,
+            True,
+            True,
+            kinds.QInt8,
+            kinds.QUInt8,
+            quantization.TensorsData(quantization.CalibrationMethod.MinMax, bounds),
+            nodes,
+            [],
+            _TYPES,
+            {"OpTypesToExcludeOutputQuantization": _TYPES, "WeightSymmetric": True},
+        )
+        quantizer.quantize_model()
+        return quantizer.model.model
+
+    def _error(self, graph: Any) -> float:
+        """Returns how much a graph's logits differ, relative to their spread."""
+        spread = self._exact - self._exact.mean(axis=1, keepdims=True)
+        size = float(np.sqrt((spread**2).mean()))
+        error = float(np.sqrt(((self._logits(graph) - self._exact) ** 2).mean()))
+        return error / size if size else error
 
     def _logits(self, graph: Any) -> np.ndarray:
         session = onnx_session(graph.SerializeToString(), self.num_threads)
-        batches = (self.inputs[at : at + 8] for at in range(0, len(self.inputs), 8))
+        starts = range(0, len(self._images), 8)
+        batches = (self._images[start : start + 8] for start in starts)
         return np.concatenate([session.run(None, {"images": batch})[0] for batch in batches])
 
 
-def calibrate(
-    graph: Any, batches: Callable[[], Any], num_threads: int, summary: str
-) -> Calibration:
-    """Returns the ranges that a graph's layers have on the calibration images.
+class _Once:
+    """A reader of one batch, as ONNX Runtime's calibrator takes it."""
 
-    Args:
-        graph: in float32.
-        batches: gives the images, as inputs of the graph.
-        num_threads: of the processor.
-        summary: of the model, for the error.
+    def __init__(self, batch: np.ndarray) -> None:
+        self._batches = iter([{"images": batch}])
 
-    Raises:
-        UserError: no layer can be in int8, or no image is there.
-    """
-    products = find_products(graph)
-    if len(products) < 2:  # the head alone is nothing
-        what = f"int8 is for dense layers, and this model has next to none: {summary}"
-        raise UserError(what, where="--precision", fix="--precision float32")
-    first: list[np.ndarray] = []
-    seen = 0
-
-    def watched() -> Any:
-        nonlocal seen
-        for batch in batches():
-            if seen < _IMAGES_TO_JUDGE:
-                first.append(batch[: _IMAGES_TO_JUDGE - seen])
-            seen += len(batch)
-            yield batch
-
-    ranges = measure_ranges(graph, products, watched(), num_threads)
-    made = Calibration(graph, products, ranges, np.concatenate(first), 1.0, seen, num_threads, {})
-    made.choose_quantile()
-    return made
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._batches, None)
 
 
-def _relative(logits: np.ndarray, exact: np.ndarray) -> float:
-    """The root mean square of the difference, relative to that of the logits about their mean."""
-    spread = exact - exact.mean(axis=1, keepdims=True)
-    size = float(np.sqrt((spread**2).mean()))
-    error = float(np.sqrt(((logits - exact) ** 2).mean()))
-    return error / size if size else error
+def dense_layers(graph: Any) -> list[tuple[str, str]]:
+    """Returns (node, layer of the model) of the products with a constant matrix, in order."""
+    matrices = {constant.name for constant in graph.graph.initializer if len(constant.dims) == 2}
+    return [
+        (node.name, layer_of(node))
+        for node in graph.graph.node
+        if node.op_type in _TYPES and node.input[1] in matrices
+    ]

@@ -1,7 +1,7 @@
 """A model -> an ONNX graph in memory, and what is done to such a graph.
 
 Everything that a file needs is in the graph: the batch may have any size, weights are constants in
-the form in which they are multiplied, and nothing tells of the machine that it was made on.
+the form in which they are multiplied, and nothing reveals the machine that it was made on.
 """
 
 from __future__ import annotations
@@ -14,29 +14,23 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from allmlp.data.permutation import pixel_order
-from allmlp.data.transforms import normalize
-from allmlp.deploy.extras import needed
+from allmlp.deploy.extras import import_extra
 from allmlp.errors import UserError
 from allmlp.models.layers import ImageClassifier, preprocessing_of
-from allmlp.preprocessing import Preprocessing
 
 OPSET = 20  # the first with a GELU of its own
 LARGEST = 2**31 - 2**20  # bytes: what a protobuf message can hold, less the graph itself
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-class WithPixels(nn.Module):
+class Uint8Input(nn.Module):
     """A model that takes uint8 images (N, H, W, channels), as decoders give them.
 
-    Values are brought to the model's range, and permuted where the model was trained so, inside.
-
-    Args:
-        model: with its preprocessing.
+    It permutes them if the model was trained on permuted pixels, and normalises them.
     """
 
     order: Tensor | None
@@ -51,8 +45,8 @@ class WithPixels(nn.Module):
         self.register_buffer("order", None if order is None else torch.from_numpy(order))
         for name in ("mean", "std"):
             value = getattr(preprocessing, name)
-            each = value if isinstance(value, tuple) else (value,) * preprocessing.channels
-            self.register_buffer(name, torch.tensor(each).view(1, -1, 1, 1))
+            values = value if isinstance(value, tuple) else (value,) * preprocessing.channels
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the logits (N, num_classes) of uint8 images (N, H, W, channels)."""
@@ -63,35 +57,24 @@ class WithPixels(nn.Module):
 
 
 def graph_module(model: ImageClassifier, *, uint8_input: bool) -> tuple[nn.Module, Tensor]:
-    """Returns what is to be exported, in evaluation mode, and an example of its input, N = 2."""
+    """Returns the module to export, in evaluation mode, and an example of its input, N = 2."""
     config = model.config
     height, width = config.image_size
     random = torch.Generator().manual_seed(0)
     if uint8_input:
         shape = (2, height, width, config.in_channels)
-        return WithPixels(model).eval(), torch.randint(0, 256, shape, generator=random).byte()
+        return Uint8Input(model).eval(), torch.randint(0, 256, shape, generator=random).byte()
     return model.eval(), torch.randn(2, config.in_channels, height, width, generator=random)
 
 
-def inputs_of(images: Tensor, preprocessing: Preprocessing, *, uint8_input: bool) -> np.ndarray:
-    """Returns uint8 images (N, channels, H, W) as what an exported graph takes."""
-    if uint8_input:
-        return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
-    return normalize(images, preprocessing).numpy()
-
-
 def to_onnx(net: nn.Module, example: Tensor) -> Any:
-    """Returns a module as an ONNX model (`onnx.ModelProto`) whose batch may have any size.
-
-    Args:
-        net: in evaluation mode, on the CPU.
-        example: an input of it.
-
-    Raises:
-        UserError: the weights are more than a file can hold.
-    """
-    optimizer = needed("onnxscript.optimizer")
-    check_size(sum(each.nbytes for each in net.state_dict().values()))
+    """Returns a module in evaluation mode as an `onnx.ModelProto` for batches of any size."""
+    optimizer = import_extra("onnxscript.optimizer", "export")
+    num_bytes = sum(tensor.nbytes for tensor in net.state_dict().values())
+    if num_bytes >= LARGEST:
+        what = f"the weights are {num_bytes / 2**30:.2f} GiB, and an ONNX file holds at most 2"
+        fix = "Export as torch-export, or a smaller model"
+        raise UserError(what, fix=fix, code="too-large")
     batch = torch.export.Dim("batch", min=1)
     with _quietly():
         program = torch.onnx.export(
@@ -111,39 +94,31 @@ def to_onnx(net: nn.Module, example: Tensor) -> Any:
         return program.model_proto
 
 
-def check_size(num_bytes: int) -> None:
-    """Refuses weights that do not fit into one ONNX file.
-
-    Raises:
-        UserError: they are 2 GB or more.
-    """
-    if num_bytes >= LARGEST:
-        what = f"the weights are {num_bytes / 2**30:.2f} GiB, and an ONNX file holds at most 2"
-        raise UserError(what, where="--format", fix="--format torch-export, or a smaller model")
-
-
-def finish(model: Any, metadata: dict[str, str]) -> None:
-    """Takes out what tells of this machine, and puts in what a reader of the file must know."""
-    for each in [*model.graph.node, *model.graph.value_info, *model.graph.initializer]:
-        del each.metadata_props[:]
-        each.doc_string = ""
-    for each in [*model.graph.input, *model.graph.output, model.graph]:
-        del each.metadata_props[:]
-    del model.graph.value_info[:]
+def with_metadata(model: Any, metadata: dict[str, str]) -> Any:
+    """Returns a copy with this metadata, and without anything that reveals this machine."""
+    model = copied(model)
+    graph = model.graph
+    for part in [*graph.node, *graph.value_info, *graph.initializer]:
+        del part.metadata_props[:]
+        part.doc_string = ""
+    for part in [*graph.input, *graph.output, graph]:
+        del part.metadata_props[:]
+    del graph.value_info[:]
     del model.metadata_props[:]
     for name, value in metadata.items():
         model.metadata_props.add(key=name, value=value)
-    model.graph.name = "allmlp"
+    graph.name = "allmlp"
+    return model
 
 
-def halved(model: Any) -> Any:
+def to_bfloat16(model: Any) -> Any:
     """Returns a copy whose matrices and kernels are stored in bfloat16, half as large.
 
-    A cast to float32 stands behind each: in what precision it is multiplied, the runtime decides.
+    A cast to float32 follows each: in what precision it is multiplied, the runtime decides.
     """
-    onnx = needed("onnx")
-    made = copied(model)
-    graph = made.graph
+    onnx = import_extra("onnx", "export")
+    model = copied(model)
+    graph = model.graph
     casts = []
     for constant in graph.initializer:
         if constant.data_type != onnx.TensorProto.FLOAT or len(constant.dims) < 2:
@@ -162,34 +137,28 @@ def halved(model: Any) -> Any:
     nodes = list(graph.node)
     del graph.node[:]
     graph.node.extend([*casts, *nodes])
-    return made
+    return model
 
 
 def copied(model: Any) -> Any:
     """Returns a copy of an ONNX model."""
-    onnx = needed("onnx")
-    made = onnx.ModelProto()
-    made.CopyFrom(model)
-    return made
-
-
-def constants_of(model: Any) -> dict[str, Any]:
-    """Returns the constants of an ONNX model, `onnx.TensorProto` by their names."""
-    return {each.name: each for each in model.graph.initializer}
+    copy = import_extra("onnx", "export").ModelProto()
+    copy.CopyFrom(model)
+    return copy
 
 
 def layer_of(node: Any) -> str:
     """Returns the name, in the model, of the layer that a node came from."""
-    scopes = next((each.value for each in node.metadata_props if each.key == _SCOPES), None)
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), None)
     if scopes is None:
         return node.name
-    names = [each for each in ast.literal_eval(scopes)[:-1] if each]
+    names = [name for name in ast.literal_eval(scopes)[:-1] if name]
     return names[-1].removeprefix("model.") if names else node.name
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keeps back what exporters say to their own developers."""
+    """Hides what exporters print for their own developers."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)

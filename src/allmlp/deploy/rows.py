@@ -1,33 +1,35 @@
-"""A model and a source of images -> rows, a batch at a time; nothing is kept."""
+"""A model and a source of images -> rows, a batch at a time; nothing is kept.
+
+Shapes: N images of a batch, K classes, C features.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from allmlp.data.batches import Batch, on_device
-from allmlp.data.loader import evaluation_batches
 from allmlp.data.source import Source
-from allmlp.deploy.answers import Question, answer, make_ready
-from allmlp.models.inference import Inference
-from allmlp.models.layers import ImageClassifier, classes_of, preprocessing_of
+from allmlp.deploy.exported_model import ExportedModel
+from allmlp.errors import UserError, at_least
+from allmlp.evaluation.predictor import Predictor
+from allmlp.models.layers import ImageClassifier, classes_of
 
 NOT_FINITE = "the model's numbers for this image are not finite"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one image.
+    """What the model computes for one image.
 
     Attributes:
         path: of the image.
         classes: (class name, probability), the most probable first; empty for a bad image.
-        error: why there is no answer for the image; None for a good one.
-        features: float32 (C,), where they were asked for.
+        error: why the image has no prediction; None for a good one.
+        features: float32 (C,), if they were asked for.
     """
 
     path: str
@@ -37,86 +39,86 @@ class Prediction:
 
 
 Rows = list[Prediction]
-OnRows = Callable[[Rows], None]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What every row holds: the `width` most probable classes, or the features."""
+
+    width: int
+    features: bool = False
+
+    @property
+    def top_k(self) -> int | None:
+        """The number of classes; None for features."""
+        return None if self.features else self.width
+
+    def names(self) -> list[str]:
+        """Returns the names of the columns of a flat table."""
+        if self.features:
+            return [f"feature_{number}" for number in range(self.width)]
+        ranks = range(1, self.width + 1)
+        return [f"{name}_{rank}" for rank in ranks for name in ("class", "probability")]
+
+
+def choose_columns(
+    model: ImageClassifier, *, top_k: int | None = None, features: bool = False
+) -> Columns:
+    """Returns what the rows of a model hold: top_k classes, at most as many as there are, or 5."""
+    at_least("top_k", top_k, 1)
+    if not features:
+        return Columns(min(top_k or 5, len(classes_of(model, or_numbers=True))))
+    if isinstance(model, ExportedModel):
+        what = "an exported file gives classes, not features"
+        raise UserError(what, where="features", fix="Use the model that it was made from")
+    if type(model).features is ImageClassifier.features:
+        what = f"the model gives no features: {type(model).__name__} defines no features()"
+        raise UserError(what, fix="Give its class a method features(images) -> (N, C)")
+    return Columns(model.config.hidden_dim, features=True)
+
+
+def row_values(
+    predictor: Predictor, columns: Columns
+) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Returns a function of uint8 images (N, channels, H, W) that gives the numbers of their rows.
+
+    These are the probabilities in falling order or the features, float32 (N, width); the classes,
+    int64 (N, width) or (N, 0); and whether the model's numbers for an image are finite, bool (N,).
+    """
+
+    def classes(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = predictor.logits(images)
+        # Sorted instead of torch.topk, which may take any of two classes of equal probability.
+        ordered, order = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        width = columns.width
+        return ordered[:, :width], order[:, :width], logits.isfinite().all(dim=1)
+
+    def features(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        values = predictor.features(images)
+        if values.shape[1] != columns.width:
+            what = f"features() gave {values.shape[1]} numbers per image, not {columns.width}"
+            raise UserError(what, where=type(predictor.model).__name__)
+        none = torch.empty(len(images), 0, dtype=torch.int64)
+        return values, none, values.isfinite().all(dim=1)
+
+    return features if columns.features else classes
 
 
 def predict_rows(
-    model: ImageClassifier,
-    source: Source,
-    question: Question,
-    *,
-    batch_size: int,
-    num_workers: int | None = None,
-    ready: Inference | None = None,
+    predictor: Predictor, source: Source, columns: Columns
 ) -> Generator[Rows, None, None]:
-    """Yields a row for every image, in order, `batch_size` rows at a time.
-
-    On a GPU the next batch is copied and computed while the rows of this one are made.
-
-    Args:
-        model: on its device.
-        source: the images.
-        question: what is asked about each.
-        batch_size: images a batch; the last may have fewer.
-        num_workers: processes that decode; None chooses.
-        ready: the model as `make_ready` made it; None makes it so.
-
-    Raises:
-        UserError: a worker died or hung, or a number is out of range.
-    """
-    batches: Iterable[Batch] = evaluation_batches(
-        source, preprocessing_of(model), batch_size=batch_size, num_workers=num_workers
-    )
-    ready = ready or make_ready(model, question)
-    device = ready.device
-    if device.type == "cuda":
-        batches = on_device((_pinned(batch) for batch in batches), device)
-    names = None if question.features else classes_of(model, or_numbers=True)
-    waiting: tuple[Batch, tuple[Tensor, Tensor, Tensor] | None] | None = None
-    for batch in batches:
-        found = answer(ready, batch.images, question) if len(batch.labels) else None
-        if device.type == "cpu":  # nothing is gained by waiting
-            yield _rows(source, names, batch, found)
-            continue
-        if waiting is not None:
-            yield _rows(source, names, *waiting)
-        waiting = batch, found
-    if waiting is not None:
-        yield _rows(source, names, *waiting)
-
-
-def _pinned(batch: Batch) -> Batch:
-    return replace(batch, images=batch.images.pin_memory()) if len(batch.labels) else batch
-
-
-def _rows(
-    source: Source,
-    names: list[str] | None,
-    batch: Batch,
-    found: tuple[Tensor, Tensor, Tensor] | None,
-) -> Rows:
-    """The rows of a batch, in the order of its images."""
-    rows = {each.index: Prediction(each.name, error=each.what) for each in batch.bad}
-    if found is not None:
-        values, classes, finite = (each.cpu().numpy() for each in found)
-        for at, index in enumerate(batch.indices.tolist()):
+    """Yields a row for every image, in order, a batch of rows at a time."""
+    names = [] if columns.features else classes_of(predictor.model, or_numbers=True)
+    for batch in predictor.run(source, row_values(predictor, columns)):
+        rows = {image.index: Prediction(image.name, error=image.what) for image in batch.bad}
+        numbers = zip(batch.indices.tolist(), *batch.values, strict=bool(batch.values))
+        for index, values, order, finite in numbers:
             path = source.item_name(index)
-            if not finite[at]:
+            if not finite:
                 rows[index] = Prediction(path, error=NOT_FINITE)
-            elif names is None:
-                rows[index] = Prediction(path, features=values[at])
+            elif columns.features:
+                rows[index] = Prediction(path, features=values)
             else:
-                pairs = zip(classes[at].tolist(), values[at].tolist(), strict=True)
-                rows[index] = Prediction(path, [(names[k], share) for k, share in pairs])
-    return [rows[index] for index in sorted(rows)]
-
-
-def watched(
-    batches: Generator[Rows, None, None], on_rows: OnRows | None
-) -> Generator[Rows, None, None]:
-    """Yields the same batches, and calls a function with each."""
-    with contextlib.closing(batches):  # their workers end with whoever takes them
-        for rows in batches:
-            if on_rows is not None:
-                on_rows(rows)
-            yield rows
+                pairs = zip(order.tolist(), values.tolist(), strict=True)
+                rows[index] = Prediction(path, [(names[k], value) for k, value in pairs])
+        yield [rows[index] for index in sorted(rows)]

@@ -1,26 +1,27 @@
-"""The HTTP side of `mixer serve`: the page, the endpoint, its limits and who is let in.
+"""The HTTP side of `mixer serve`: the page, the endpoint, its limits and who may use it.
 
     GET  /           the page, with /page.css and /page.js; nothing comes from elsewhere
     GET  /health     {"status": "ok"}
     GET  /model      what is served, and the limits
     POST /predict    images -> a list of {"name", "classes", "error"}
-    POST /occlusion  one image -> what its class hangs on
+    POST /occlusion  one image -> which regions its class depends on
     POST /units      one image -> what its token-mixing units read and write
 
 A success is what is named here; everything else is {"error": "..."} with its status. The model
-computes one request at a time in a thread of its own, and the others wait, a few of them. A request
-whose client has gone is given up.
+computes one request at a time in a thread of its own, and a few others wait. A request whose client
+has gone is given up.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from typing import Any
@@ -28,20 +29,25 @@ from urllib.parse import urlsplit
 
 import h11
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from allmlp.deploy.service import Check, Service
-from allmlp.deploy.uploads import Refused, Room, read_images
-from allmlp.errors import UserError
+from allmlp.data.image import EncodedImage
+from allmlp.deploy.service import Check, File, Service, megabytes
+from allmlp.errors import UserError, plural
 
 PLACES = 8  # requests that have arrived, and wait or are computed
+FIELD = "images"
+_SEND = f"send image files as multipart/form-data in the field {FIELD!r}, or one as image/*"
+_SECONDS_TO_SEND = 60  # for the whole of a request
 _SENT_AT_ONCE = 4  # times the largest request, by all clients together
+_DRAINED, _SECONDS_TO_DRAIN = 400_000_000, 10  # of the body of a rejected request
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -56,93 +62,76 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
+_LATER = {"Retry-After": "2"}
 
 
 class _GivenUp(Exception):
-    """Nobody waits for the answer."""
+    """The client has gone."""
 
 
 def make_app(service: Service, hosts: frozenset[str] | None, places: int = PLACES) -> ASGIApp:
     """Returns the application.
 
     Args:
-        service: what is asked.
         hosts: names that requests may address it by, in lower case; None allows all.
-        places: requests that have arrived, and wait or are computed at the same time.
+        places: requests that wait or are computed at the same time.
     """
     desk = _Desk(service, places)
 
-    def health(_: Request) -> dict[str, Any]:
-        return {"status": "ok"}
-
-    def model(_: Request) -> dict[str, Any]:
-        return service.about()
-
-    async def predict(request: Request) -> Any:
+    async def predict(request: Request) -> Response:
         top_k = _numbers(request, "top_k").get("top_k")
+        return await desk.answer(request, lambda given, check: service.predict(given, check, top_k))
+
+    async def occlusion(request: Request) -> Response:
+        _numbers(request)
         return await desk.answer(
-            request, lambda given, check: service.predict(given, check, top_k), many=True
+            request, lambda given, check: service.occlusion(given[0], check), most=1
         )
 
-    async def occlusion(request: Request) -> Any:
-        _numbers(request)
-        return await desk.answer(request, lambda given, check: service.occlusion(given[0], check))
-
-    async def units(request: Request) -> Any:
+    async def units(request: Request) -> Response:
         layer = _numbers(request, "layer").get("layer")
         return await desk.answer(
-            request, lambda given, check: service.units(given[0], check, layer)
+            request, lambda given, check: service.units(given[0], check, layer), most=1
         )
 
-    gets = {"/health": health, "/model": model}
+    def page(name: str, media_type: str) -> Callable[[Request], Response]:
+        content = files("allmlp").joinpath("deploy", "page", name).read_bytes()
+        return lambda _: Response(content, media_type=media_type)
+
+    gets = {path: page(*entry) for path, entry in _PAGE.items()}
+    gets["/health"] = lambda _: _json({"status": "ok"})
+    gets["/model"] = lambda _: _json(service.about())
+    routes = [Route(path, _inline(get), methods=["GET"]) for path, get in gets.items()]
     posts = {"/predict": predict, "/occlusion": occlusion, "/units": units}
-    routes = [Route(path, _page(path), methods=["GET"]) for path in _PAGE]
-    routes += [Route(path, _endpoint(function), methods=["GET"]) for path, function in gets.items()]
-    routes += [
-        Route(path, _endpoint(function), methods=["POST"]) for path, function in posts.items()
-    ]
-    return _guarded(Starlette(routes=routes, exception_handlers={HTTPException: _told}), hosts)
+    routes += [Route(path, post, methods=["POST"]) for path, post in posts.items()]
+    handlers = dict.fromkeys((HTTPException, UserError, ClientDisconnect, Exception), _failed)
+    return _guarded(Starlette(routes=routes, exception_handlers=handlers), hosts)
 
 
-def _page(path: str) -> Callable[[Request], Awaitable[Response]]:
-    name, media_type = _PAGE[path]
-    content = files("allmlp").joinpath("deploy", "page", name).read_bytes()
-
-    async def page(_: Request) -> Response:
-        return Response(content, media_type=media_type)
-
-    return page
-
-
-def _endpoint(function: Callable[[Request], Any]) -> Callable[[Request], Awaitable[Response]]:
-    """Returns a handler that gives JSON whatever happens, and a traceback to nobody outside."""
+def _inline(get: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
+    """Starlette calls plain functions in threads; these need none."""
 
     async def handle(request: Request) -> Response:
-        try:
-            answer = function(request)
-            return _json(await answer if isinstance(answer, Awaitable) else answer)
-        except Refused as error:
-            return _error(error.status, error.message, error.headers)
-        except UserError as error:
-            return _error(422, error.what)
-        except (ClientDisconnect, _GivenUp):
-            return _error(400, "the client has gone")
-        except Exception:
-            traceback.print_exc(file=sys.stderr)  # where the server runs, and nowhere else
-            return _error(500, "a fault of the server; more is said where it runs")
+        return get(request)
 
     return handle
 
 
-async def _told(request: Request, error: Exception) -> Response:
-    """What the framework refuses: an address that is not there, another method."""
-    assert isinstance(error, HTTPException)
-    messages = {
-        404: f"there is no {request.url.path}",
-        405: f"{request.url.path} does not take {request.method}",
-    }
-    message = messages.get(error.status_code, str(error.detail))
-    return _error(error.status_code, message, error.headers)
+async def _failed(request: Request, error: Exception) -> Response:
+    """Returns JSON whatever went wrong, and a traceback to nobody outside."""
+    if isinstance(error, HTTPException):
+        messages = {
+            404: f"there is no {request.url.path}",
+            405: f"{request.url.path} does not take {request.method}",
+        }
+        message = messages.get(error.status_code, error.detail)
+        return _json({"error": message}, error.status_code, error.headers)
+    if isinstance(error, UserError):
+        return _json({"error": error.what}, 422)
+    if isinstance(error, ClientDisconnect | _GivenUp):
+        return _json({"error": "the client has gone"}, 400)
+    traceback.print_exception(error, file=sys.stderr)
+    return _json({"error": "a fault of the server, which prints more where it runs"}, 500)
 
 
 def _json(values: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -151,18 +140,10 @@ def _json(values: Any, status: int = 200, headers: Mapping[str, str] | None = No
     return Response(content, status, headers, media_type="application/json")
 
 
-def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
-    return _json({"error": message}, status, headers)
-
-
 def _guarded(app: ASGIApp, hosts: frozenset[str] | None) -> ASGIApp:
     """Returns the application for those who address it by its own name, and from its own page."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await app(scope, receive, send)
-            return
-
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
@@ -170,19 +151,26 @@ def _guarded(app: ASGIApp, hosts: frozenset[str] | None) -> ASGIApp:
                     headers[name] = value
             await send(message)
 
-        refused = _why_not(Headers(scope=scope), scope["method"], hosts)
-        if refused is not None:
-            await _error(403, refused)(scope, receive, send_with_headers)
-        else:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        reason = _why_rejected(Headers(scope=scope), scope["method"], hosts)
+        if reason is not None:
+            await _json({"error": reason}, 403)(scope, receive, send_with_headers)
+            return
+        with contextlib.suppress(Exception):  # answered and printed by `_failed`
             await app(scope, receive, send_with_headers)
 
     return guarded
 
 
-def _why_not(headers: Headers, method: str, hosts: frozenset[str] | None) -> str | None:
-    """Returns why a request is refused, or None. Ports may differ: they may be forwarded."""
+def _why_rejected(headers: Headers, method: str, hosts: frozenset[str] | None) -> str | None:
+    """Returns why a request is rejected, or None. Ports may differ: they may be forwarded."""
     host = headers.get("host", "")
-    if hosts is not None and _host_name(f"//{host}") not in hosts:
+    name = None
+    with contextlib.suppress(ValueError):
+        name = urlsplit(f"//{host}").hostname
+    if hosts is not None and name not in hosts:
         return f"this server is not called {host[:100]!r}"
     origin = headers.get("origin")
     if method not in ("GET", "HEAD") and origin is not None:
@@ -192,22 +180,15 @@ def _why_not(headers: Headers, method: str, hosts: frozenset[str] | None) -> str
     return None
 
 
-def _host_name(address: str) -> str | None:
-    try:
-        return urlsplit(address).hostname
-    except ValueError:
-        return None
-
-
 def _numbers(request: Request, *known: str) -> dict[str, int]:
-    """Returns the settings of the address; what is no number from 1, or unknown, is refused."""
+    """Returns the settings in the address, which are numbers from 1."""
     found: dict[str, int] = {}
     for name, text in request.query_params.multi_items():
         if name not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise Refused(400, f"unknown setting {name[:100]!r}: {takes}")
+            raise HTTPException(400, f"unknown setting {name[:100]!r}: {takes}")
         if not (text.isdecimal() and len(text) < 7 and int(text) >= 1):
-            raise Refused(400, f"{name} must be a number from 1, got {text[:100]!r}")
+            raise HTTPException(400, f"{name} must be a number from 1, got {text[:100]!r}")
         found[name] = int(text)
     return found
 
@@ -215,51 +196,35 @@ def _numbers(request: Request, *known: str) -> dict[str, int]:
 class _Desk:
     """Where requests with images are read, wait and are computed.
 
-    Args:
-        service: asked by one thread.
-        places: requests that have arrived; those beyond are told to come again. One that is still
-            being sent takes none, so that slow clients do not keep out the others.
+    One that is still being sent takes no place, so that slow clients do not keep out the others;
+    the memory for what all are sending has a limit of its own.
     """
 
     def __init__(self, service: Service, places: int) -> None:
         self.service, self.places, self.taken = service, places, 0
-        self.room = Room(_SENT_AT_ONCE * service.limits.request_bytes)
+        self.room = _SENT_AT_ONCE * service.limits.request_bytes  # bytes
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="mixer-serve")
 
     async def answer(
-        self,
-        request: Request,
-        work: Callable[[list[tuple[str, bytes]], Check], Any],
-        *,
-        many: bool = False,
-    ) -> Any:
-        """Returns what the work makes of the images of a request.
-
-        Args:
-            request: whose body is read here.
-            work: called in the thread with the images and a function that raises when nobody waits
-                for them any more.
-            many: more images than one are taken.
-
-        Raises:
-            Refused: the request is not as it should be, or too many others are waiting.
-        """
-        self._refuse_if_full()
-        images, is_single = await read_images(request, self.service.limits, self.room, many=many)
-        self._refuse_if_full()
+        self, request: Request, work: Callable[[list[File], Check], Any], most: int | None = None
+    ) -> Response:
+        """Returns what the work gives for the images of a request, of which it takes `most`."""
+        self._check_places()
+        images, is_form = await _read_images(request, self, most)
+        self._check_places()
         self.taken += 1
         try:
             found = await self._compute(request, lambda check: work(images, check))
         finally:
             self.taken -= 1
-        if is_single and many and found[0]["error"] is not None:
-            raise Refused(422, found[0]["error"])
-        return found
+        if not is_form and most is None and found[0]["error"] is not None:
+            raise HTTPException(422, found[0]["error"])
+        return _json(found)
 
-    def _refuse_if_full(self) -> None:
+    def _check_places(self) -> None:
         if self.taken >= self.places:
             message = f"{self.taken} requests are waiting; try again later"
-            raise Refused(503, message, {"Retry-After": "2"})
+            raise HTTPException(503, message, _LATER)
 
     async def _compute(self, request: Request, work: Callable[[Check], Any]) -> Any:
         given_up = threading.Event()
@@ -272,8 +237,12 @@ class _Desk:
             check(0)
             return work(check)
 
+        async def until_gone() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
         job = asyncio.get_running_loop().run_in_executor(self.thread, run)
-        gone = asyncio.ensure_future(_until_gone(request.receive))
+        gone = asyncio.ensure_future(until_gone())
         try:
             await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
             if gone.done():
@@ -284,13 +253,129 @@ class _Desk:
             gone.cancel()
 
 
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class _Body:
+    """The body of a request, up to a limit, in the room that all share."""
+
+    def __init__(self, receive: Receive, most: int, message: str, desk: _Desk) -> None:
+        self._receive, self._desk = receive, desk
+        self._most, self._message = most, message
+        self.seen, self._held, self.is_whole = 0, 0, False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        size = len(message.get("body", b""))
+        self.seen += size
+        self.is_whole = not message.get("more_body", False)
+        if self.seen > self._most:
+            raise HTTPException(413, self._message)
+        if size > self._desk.room:
+            message = "too much is being sent at the same time; try again later"
+            raise HTTPException(503, message, _LATER)
+        self._desk.room -= size
+        self._held += size
+        return message
+
+    def release(self) -> None:
+        """Gives back the room: the body is handed on or dropped."""
+        self._desk.room += self._held
+        self._held = 0
+
+    async def drain(self) -> None:
+        """Reads on, so that a client that only listens when it has sent all gets its answer."""
+        end = self.seen + _DRAINED
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SECONDS_TO_DRAIN):
+                while not self.is_whole and self.seen < end:
+                    message = await self._receive()
+                    self.seen += len(message.get("body", b""))
+                    self.is_whole = not message.get("more_body", False)
+
+
+async def _read_images(request: Request, desk: _Desk, most: int | None) -> tuple[list[File], bool]:
+    """Returns the images of a request within the limits, and whether they came in a form."""
+    limits = desk.service.limits
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    is_form = kind == "multipart/form-data"
+    largest = limits.request_bytes if is_form else limits.image_bytes
+    what = "request" if is_form else "image"
+    too_large = f"the {what} has more than {megabytes(largest)}, the limit"
+    body = _Body(request.receive, largest, too_large, desk)
+    length = request.headers.get("content-length", "")
+    try:
+        if not (is_form or kind.startswith("image/") or kind == "application/octet-stream"):
+            shown = f"content of type {kind[:100]!r}" if kind else "content without a type"
+            raise HTTPException(415, f"{shown} is not taken: {_SEND}")
+        if length.isdecimal() and int(length) > largest:
+            raise HTTPException(413, too_large)
+        async with asyncio.timeout(_SECONDS_TO_SEND):
+            reader = Request(request.scope, body.receive)
+            if is_form:
+                images = await _read_form(reader, most or limits.images)
+            else:
+                images = [("image", await reader.body())]
+    except TimeoutError:
+        message = f"the request did not arrive within {_SECONDS_TO_SEND} seconds"
+        raise HTTPException(408, message) from None
+    except HTTPException:
+        body.release()
+        if "expect" not in request.headers:  # curl waits for an answer before it sends
+            await body.drain()
+        raise
+    finally:
+        body.release()
+    if not images or (not is_form and not images[0][1]):
+        raise HTTPException(400, f"no image in the request: {_SEND}")
+    pixels = await asyncio.to_thread(_count_pixels, images)
+    if pixels > limits.pixels:
+        found, allowed = (f"{number / 1e6:,.1f}" for number in (pixels, limits.pixels))
+        message = f"the images of a request may have {allowed} megapixels together, got {found}"
+        raise HTTPException(413, message)
+    return images, is_form
+
+
+def _count_pixels(images: Sequence[File]) -> int:
+    """Returns how many pixels the images have by their headers; none is decoded."""
+    total = 0
+    for name, data in images:
+        with contextlib.suppress(UserError):  # reported when its turn comes
+            height, width = EncodedImage(data, name).size
+            total += height * width
+    return total
+
+
+class _InMemory(MultiPartParser):
+    """Keeps large files in memory too: files on disk take descriptors, which connections need."""
+
+    spool_max_size = sys.maxsize
+
+
+async def _read_form(request: Request, most: int) -> list[File]:
+    try:
+        async with contextlib.aclosing(request.stream()) as stream:
+            parser = _InMemory(request.headers, stream, max_files=most, max_fields=0)
+            form = await parser.parse()
+    except MultiPartException as error:
+        if error.message.startswith("Too many files"):
+            message = f"more than {plural(most, 'image')} in one request, the limit here"
+            raise HTTPException(413, message) from error
+        message = f"the form cannot be read: {error.message}"
+        if error.message.startswith("Too many fields"):
+            message = f"a field without a file: image files go into the field {FIELD!r}"
+        raise HTTPException(400, message) from error
+    images = []
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(form.close)
+        for field, file in form.multi_items():
+            if field != FIELD:
+                message = f"unknown field {field[:100]!r}: image files go into the field {FIELD!r}"
+                raise HTTPException(400, message)
+            assert isinstance(file, UploadFile)
+            images.append((file.filename or "image", await file.read()))
+    return images
 
 
 def _half_of_the_descriptors() -> int:
-    """How many files and connections the process may have open by the system, halved."""
+    """Half of how many files and connections the system lets the process open."""
     try:
         import resource
     except ImportError:  # Windows
@@ -300,10 +385,10 @@ def _half_of_the_descriptors() -> int:
 
 
 class Connection(H11Protocol):
-    """A client: one of so many, which has so long for the head of a request and for the answer.
+    """A client, with a time limit for the head of a request and for taking the answer.
 
     Attributes:
-        most: connections at the same time; those beyond are told so and closed.
+        most: connections at the same time; those beyond are answered so and closed.
         seconds_for_head: from when the client may send a request, or has its answer.
         seconds_for_answer: to take it, after it has been given.
     """
@@ -315,7 +400,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.most:
-            self._refuse("503 Service Unavailable", "too many connections; try again later")
+            self._reject("503 Service Unavailable", "too many connections; try again later")
         else:
             self._watch()
 
@@ -337,7 +422,7 @@ class Connection(H11Protocol):
             self._unwatch()
         elif self._timer is None:
             message = f"no request arrived within {self.seconds_for_head:g} seconds"
-            late = functools.partial(self._refuse, "408 Request Timeout", message)
+            late = functools.partial(self._reject, "408 Request Timeout", message)
             self._timer = self.loop.call_later(self.seconds_for_head, late)
 
     def _unwatch(self) -> None:
@@ -345,7 +430,7 @@ class Connection(H11Protocol):
             self._timer.cancel()
             self._timer = None
 
-    def _refuse(self, status: str, message: str) -> None:
+    def _reject(self, status: str, message: str) -> None:
         if not self.transport.is_closing():
             body = json.dumps({"error": message}).encode()
             head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nConnection: close\r\n"

@@ -1,0 +1,210 @@
+"""An exported file as a model, and what such a file says about itself as text by name:
+
+class_names     a JSON list in the order of the logits, or null
+preprocessing   a JSON object: image_size, resize, crop, mean, std, ... of `Preprocessing`
+input           in words: the input's shape, type and range
+decoding        in words: how an image file becomes the pixels that are resized
+allmlp          a JSON object: format, version, precision, architecture, ...
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from allmlp.data.transforms import denormalize, normalize
+from allmlp.errors import UserError
+from allmlp.io import parse_json
+from allmlp.models.catalog import config_from_json, config_to_json
+from allmlp.models.layers import ImageClassifier, ModelConfig, preprocessing_of
+from allmlp.names import NAME, OLD_NAME, own_entry
+from allmlp.preprocessing import Preprocessing
+
+FORMAT, VERSION = "allmlp export", 1
+ENTRIES = ("class_names", "preprocessing", "input", "decoding", NAME, OLD_NAME)
+DECODING = (
+    "The first frame; turned upright by EXIF where exif_orientation is true. Samples of 12 and 16"
+    " bits become value * 255 / (2^bits - 1), rounded down (in colour the upper byte); a TIFF where"
+    " 0 is white is inverted; 32-bit, signed and floating-point samples are refused. What is"
+    " transparent is blended on white. Then RGB, or grey (L) for channels = 1, as Pillow converts."
+)
+
+Run = Callable[[np.ndarray], np.ndarray]  # inputs of the graph -> logits
+
+
+@dataclass(frozen=True)
+class ExportInfo:
+    """What an exported file is.
+
+    Attributes:
+        config: the architecture.
+        class_names: in the order of the logits; None if unknown.
+        preprocessing: what turns an image file into the model's input.
+        uint8_input: the graph takes uint8 (N, H, W, channels) instead of normalised float32
+            (N, channels, H, W).
+        precision: "float32", "bfloat16" or "int8".
+        num_parameters: of the model.
+        float32_layers: layers of an int8 file that compute in float32.
+    """
+
+    config: ModelConfig
+    class_names: list[str] | None
+    preprocessing: Preprocessing
+    uint8_input: bool
+    precision: str
+    num_parameters: int
+    float32_layers: tuple[str, ...] = ()
+
+    def outside(self) -> Preprocessing:
+        """Returns the preprocessing that is left to do outside of the file."""
+        if not self.uint8_input or self.preprocessing.permutation == "none":
+            return self.preprocessing
+        return replace(
+            self.preprocessing, permutation="none", permutation_patch=None, permutation_seed=0
+        )
+
+    def input_in_words(self) -> str:
+        """Returns the shape, type and range of the file's input."""
+        (height, width), channels = (self.preprocessing.image_size, self.preprocessing.channels)
+        if self.uint8_input:
+            return f"images: uint8 (N, {height}, {width}, {channels}), pixels from 0 to 255"
+        shape = f"float32 (N, {channels}, {height}, {width})"
+        return f"images: {shape}, (pixels / 255 - mean) / std"
+
+    def inputs(self, images: Tensor) -> np.ndarray:
+        """Returns uint8 images (N, channels, H, W) as inputs of the graph."""
+        if self.uint8_input:
+            return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+        return normalize(images, self.preprocessing).numpy()
+
+
+def info_of(model: ImageClassifier, precision: str, *, uint8_input: bool) -> ExportInfo:
+    """Returns what the exported file of a model will say."""
+    return ExportInfo(
+        model.config,
+        model.class_names,
+        preprocessing_of(model),
+        uint8_input,
+        precision,
+        sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def to_text(info: ExportInfo) -> dict[str, str]:
+    """Returns the information as text by name."""
+    own = {
+        "format": FORMAT,
+        "version": VERSION,
+        "precision": info.precision,
+        "uint8_input": info.uint8_input,
+        "parameters": info.num_parameters,
+        "kept_in_float32": list(info.float32_layers),
+        "architecture": config_to_json(info.config),
+    }
+    return {
+        "class_names": json.dumps(info.class_names),
+        "preprocessing": json.dumps(info.preprocessing.to_json()),
+        "input": info.input_in_words(),
+        "decoding": DECODING,
+        NAME: json.dumps(own),
+    }
+
+
+def from_text(values: Mapping[str, str], path: Path) -> ExportInfo:
+    """Returns what the text in a file says; a UserError if it is missing, damaged or newer."""
+    own_text = own_entry(values)
+    if not own_text:
+        what = "the file does not say what its classes and its preprocessing are"
+        raise UserError(what, where=path, fix="Only files of `mixer export` can be used here")
+    try:
+        own: dict[str, Any] = parse_json(own_text)
+        names = parse_json(values["class_names"])
+        if own["version"] > VERSION:
+            what = f"written by a newer allmlp (version {str(own['version'])[:20]})"
+            raise UserError(what, where=path, fix=f"pip install --upgrade {NAME}")
+        config = config_from_json(own["architecture"])
+        preprocessing = Preprocessing.from_json(parse_json(values["preprocessing"]))
+        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if names is not None and not (is_list and len(names) == config.num_classes):
+            raise ValueError("the class names do not match the logits")
+        if preprocessing.image_size != config.image_size:
+            raise ValueError("the preprocessing is of another image size")
+        return ExportInfo(
+            config,
+            names,
+            preprocessing,
+            bool(own["uint8_input"]),
+            str(own["precision"]),
+            int(own["parameters"]),
+            tuple(map(str, own["kept_in_float32"])),
+        )
+    except UserError as error:
+        raise UserError(error.what, where=path, fix=error.fix) from error
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"the file's description is damaged: {str(error)[:200]}"
+        raise UserError(what, where=path, fix="Export it again") from error
+
+
+class ExportedModel(ImageClassifier):
+    """An exported file in the frame of a model; it computes on the processor.
+
+    Args:
+        info: what the file is.
+        run: computes its logits.
+        runtime: what computes them: "onnxruntime 1.31.1".
+        source: the file.
+
+    Attributes:
+        info, run, runtime: as given.
+        on_processor_only: no device can be chosen.
+    """
+
+    on_processor_only = True
+
+    def __init__(self, info: ExportInfo, run: Run, runtime: str, source: Path) -> None:
+        super().__init__()
+        self.config, self.class_names = info.config, info.class_names
+        self.preprocessing, self.source = info.outside(), str(source)
+        self.info, self.run, self.runtime = info, run, runtime
+        # The runtime has the weights; only their place and number are known here.
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
+        number = torch.empty(info.num_parameters, device="meta")
+        self.weights = nn.Parameter(number, requires_grad=False)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns logits (N, num_classes).
+
+        Args:
+            images: (N, channels, H, W), float32 in the model's range, or uint8 pixels.
+        """
+        self.check_images(images)
+        images = images.detach().cpu()
+        if images.dtype != torch.uint8 and not self.info.uint8_input:
+            return torch.from_numpy(self.run(images.float().numpy()))
+        if images.dtype != torch.uint8:  # exact: they were whole numbers
+            pixels = denormalize(images.float(), self.info.preprocessing) * 255.0
+            images = pixels.round().clamp(0, 255).byte()
+        return torch.from_numpy(self.run(self.info.inputs(images)))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Raises UserError: the file computes logits only."""
+        raise self._lacks("features")
+
+    def state_dict(self, *_: Any, **__: Any) -> Any:
+        """Raises UserError: the weights are in the runtime."""
+        raise self._lacks("weights")
+
+    def _lacks(self, what: str) -> UserError:
+        fix = "Use the model that it was made from"
+        return UserError(f"an exported file gives logits, not {what}", where=self.source, fix=fix)
+
+    def _apply(self, *_: Any, **__: Any) -> ExportedModel:
+        return self  # it stays on the processor, wherever images and labels are

@@ -1,0 +1,322 @@
+"""The formats of exported files, one record each: what writes a file and what runs it.
+
+A new format is a record here, and its suffix in `weights.load.EXPORTED`.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from allmlp.deploy.exported_model import ENTRIES, ExportedModel, ExportInfo, from_text, to_text
+from allmlp.deploy.extras import import_extra
+from allmlp.deploy.onnx_graph import to_bfloat16, to_onnx, with_metadata
+from allmlp.errors import UserError, one_of
+from allmlp.io import expand
+from allmlp.models.layers import ImageClassifier
+from allmlp.models.resize import ResizeWeights
+from allmlp.options import ImageSize
+from allmlp.runtime.device import check_threads
+from allmlp.weights.load import open_model
+
+FormatName = Literal["onnx", "openvino", "torch-export"]
+_ONNX = (("onnx", "export"), ("onnxscript", "export"), ("onnxruntime", "export"))
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format of exported files.
+
+    Attributes:
+        name: of the format.
+        suffix: of the file that the runtime is given.
+        runtime: the package that runs it.
+        packages: (module, optional group) that exporting needs.
+        make: (network, example input, "float32" or "bfloat16") -> what `write` takes.
+        write: (made, what the file says, path) writes the files.
+        open: (path, number of threads) -> the model.
+        sidecar: suffix of a second file that holds the weights.
+        reads: suffixes of other formats that the runtime reads too.
+        has_int8: `make` gives an ONNX graph, which can be quantised.
+        runs_code: opening a file may run what its author wrote, so that only our own is opened.
+        notes: for the report: (precisions, or empty for all; text).
+    """
+
+    name: str
+    suffix: str
+    runtime: str
+    packages: tuple[tuple[str, str], ...]
+    make: Callable[[nn.Module, Tensor, str], Any]
+    write: Callable[[Any, ExportInfo, Path], None]
+    open: Callable[[Path, int], ExportedModel]
+    sidecar: str | None = None
+    reads: tuple[str, ...] = ()
+    has_int8: bool = True
+    runs_code: bool = False
+    notes: tuple[tuple[tuple[str, ...], str], ...] = field(default=())
+
+    def files(self, path: Path) -> list[Path]:
+        """Returns the files of a model; the one that is given to the runtime comes last."""
+        return [path] if self.sidecar is None else [path.with_suffix(self.sidecar), path]
+
+
+def choose_format(output: Path, name: str | None = None) -> Format:
+    """Returns the format of an output by its ending, which must agree with the name if given."""
+    found = _by_suffix(output)
+    if found is None or name not in (None, found.name):
+        known = ", ".join(f"{known.suffix} ({name})" for name, known in FORMATS.items())
+        what = f"{output.name!r} does not end as a file of the format {name or 'any'}"
+        raise UserError(what, where="output", fix=f"Known: {known}", code="unknown-name")
+    return found
+
+
+def _by_suffix(path: str | Path) -> Format | None:
+    suffix = Path(path).suffix.lower()
+    return next((known for known in FORMATS.values() if known.suffix == suffix), None)
+
+
+def is_exported(source: str | Path) -> bool:
+    """Returns whether a name is that of an exported file, by its ending."""
+    return _by_suffix(source) is not None
+
+
+def open_exported(
+    path: str | Path, *, runtime: str | None = None, num_threads: int | None = None
+) -> ExportedModel:
+    """Returns an exported file as a model, in evaluation mode.
+
+    Args:
+        path: a .onnx file, or the .xml file of a pair for OpenVINO, as `export` writes them.
+        runtime: "onnxruntime" or "openvino"; None takes the file's own. OpenVINO runs both.
+        num_threads: of the processor; None is torch's number.
+
+    Raises:
+        UserError: no such file, it is damaged or not from `export`, or the runtime is not
+            installed.
+    """
+    path = expand(path)
+    own = _by_suffix(path)
+    runtimes = {found.runtime: found for found in FORMATS.values() if not found.runs_code}
+    if own is None:
+        known = ", ".join(found.suffix for found in runtimes.values())
+        raise UserError("not an exported file", where=path, fix=f"Known: {known}")
+    if own.runs_code:
+        what = "a torch-export file is a program: opening one may run what its author wrote"
+        fix = "torch.export.load opens your own; export to .onnx for `mixer predict`"
+        raise UserError(what, where=path, fix=fix)
+    chosen = own if runtime is None else runtimes[one_of("runtime", runtime, runtimes)]
+    if own.suffix not in (chosen.suffix, *chosen.reads):
+        raise UserError(f"{runtime} does not read {own.suffix} files", where=path)
+    for file in reversed(own.files(path)):
+        if not file.is_file():
+            fix = f"Copy {path.name} and {file.name}" if file != path else None
+            raise UserError("no such file", where=file, fix=fix, code="not-found")
+    if num_threads is not None:
+        check_threads(num_threads)
+    return chosen.open(path, num_threads or torch.get_num_threads())
+
+
+def load_any(
+    model: ImageClassifier | str | Path,
+    image_size: ImageSize | None = None,
+    resize_weights: ResizeWeights | None = None,
+) -> ImageClassifier:
+    """Returns a model in memory, or by its name: weights, or an exported file at its own size."""
+    if not isinstance(model, str | Path) or not is_exported(model):
+        return open_model(model, image_size, resize_weights or "auto")
+    if image_size is not None:
+        what = f"image_size={image_size}: an exported file has one image size"
+        raise UserError(what, where="image_size", fix="Leave it out, or export it at that size")
+    return open_exported(model)
+
+
+def _onnx_graph(net: nn.Module, example: Tensor, precision: str) -> Any:
+    graph = to_onnx(net, example)
+    return to_bfloat16(graph) if precision == "bfloat16" else graph
+
+
+def _write_onnx(graph: Any, info: ExportInfo, path: Path) -> None:
+    path.write_bytes(with_metadata(graph, to_text(info)).SerializeToString())
+
+
+def onnx_session(model: bytes | Path, num_threads: int) -> Any:
+    """Returns a session of ONNX Runtime on the processor, which prints nothing."""
+    onnxruntime = import_extra("onnxruntime", "export")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.log_severity_level = 4
+    given = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+
+
+def _open_onnx(path: Path, num_threads: int) -> ExportedModel:
+    version = import_extra("onnxruntime", "export").__version__
+    try:
+        session = onnx_session(path, num_threads)
+    except Exception as error:  # its own exceptions have no common class
+        raise _unreadable("ONNX Runtime", path, error) from error
+    inputs = [value.name for value in session.get_inputs()]
+    info = _checked(session.get_modelmeta().custom_metadata_map, inputs, path)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return session.run(None, {"images": images})[0]
+
+    return ExportedModel(info, run, f"onnxruntime {version}", path)
+
+
+def _write_openvino(graph: Any, info: ExportInfo, path: Path) -> None:
+    openvino = import_extra("openvino", "openvino")  # its tools send telemetry, these calls do not
+    content = with_metadata(graph, to_text(info)).SerializeToString()
+    model = openvino.Core().read_model(content)
+    try:
+        openvino.save_model(model, str(path), compress_to_fp16=False)
+    except RuntimeError as error:  # "basic_ios::clear: iostream error"
+        reason = str(error).splitlines()[0]
+        raise OSError(errno.EIO, f"the disk is full or fails ({reason})") from error
+
+
+def _open_openvino(path: Path, num_threads: int) -> ExportedModel:
+    openvino = import_extra("openvino", "openvino")
+    core = openvino.Core()
+    try:
+        model = core.read_model(str(path))
+        places = {name: ["framework", name] for name in ENTRIES}  # where ONNX's own text goes
+        entries = {
+            name: str(model.get_rt_info(place).value)
+            for name, place in places.items()
+            if model.has_rt_info(place)
+        }
+        info = _checked(entries, [value.get_any_name() for value in model.inputs], path)
+        # A processor with bfloat16 would otherwise use it for float32 files.
+        hint = "bf16" if info.precision == "bfloat16" else "f32"
+        settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": num_threads}
+        compiled = core.compile_model(model, "CPU", settings)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _unreadable("OpenVINO", path, error) from error
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return compiled({"images": images})[0].copy()
+
+    return ExportedModel(info, run, f"openvino {openvino.__version__.split('-')[0]}", path)
+
+
+def _program(net: nn.Module, example: Tensor, precision: str) -> Any:
+    if precision == "bfloat16":
+        net = with_bfloat16_products(net)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(net, (example,), dynamic_shapes=({0: batch},))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it names the files of this machine
+    return program
+
+
+def _write_program(program: Any, info: ExportInfo, path: Path) -> None:
+    content = io.BytesIO()  # on a full disk torch's own writer aborts the process
+    torch.export.save(program, content, extra_files=to_text(info))
+    path.write_bytes(content.getbuffer())
+
+
+def _open_program(path: Path, num_threads: int) -> ExportedModel:
+    entries: dict[str, Any] = dict.fromkeys(ENTRIES, "")
+    module = torch.export.load(path, extra_files=entries).module()
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return module(torch.from_numpy(images)).numpy()
+
+    return ExportedModel(from_text(entries, path), run, f"torch {torch.__version__}", path)
+
+
+def with_bfloat16_products(net: nn.Module) -> nn.Module:
+    """Returns a copy whose products are in bfloat16; the residual stream stays in float32.
+
+    The stem, and the convolutions between stages, whose results are the stream, are left alone.
+    """
+    half = copy.deepcopy(net)
+    for module in half.modules():
+        if isinstance(module, nn.Linear) or getattr(module, "half_products", False):
+            module.to(torch.bfloat16)
+            module.register_forward_pre_hook(
+                lambda _, inputs: tuple(tensor.to(torch.bfloat16) for tensor in inputs)
+            )
+    head = getattr(getattr(half, "model", half), "head", None)
+    if head is not None:
+        head.register_forward_hook(lambda _, __, logits: logits.float())
+    return half
+
+
+def _checked(entries: Mapping[str, str], inputs: list[str], path: Path) -> ExportInfo:
+    info = from_text(entries, path)
+    if inputs != ["images"]:
+        what = f"the graph takes {', '.join(inputs) or 'nothing'} instead of images"
+        raise UserError(what, where=path, fix="Export it again")
+    return info
+
+
+def _unreadable(runtime: str, path: Path, error: Exception) -> UserError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = (lines[0] if lines else type(error).__name__)[:200]
+    what = f"{runtime} cannot read the file: {reason}"
+    return UserError(what, where=path, fix="Copy it again, or export it again", code="damaged")
+
+
+_ALL = (
+    Format(
+        "onnx",
+        ".onnx",
+        "onnxruntime",
+        _ONNX,
+        _onnx_graph,
+        _write_onnx,
+        _open_onnx,
+        notes=(
+            (
+                ("bfloat16",),
+                "weights are stored in bfloat16; ONNX Runtime multiplies in float32 on a "
+                "processor, so the file is half as large and no faster",
+            ),
+        ),
+    ),
+    Format(
+        "openvino",
+        ".xml",
+        "openvino",
+        (*_ONNX, ("openvino", "openvino")),
+        _onnx_graph,
+        _write_openvino,
+        _open_openvino,
+        sidecar=".bin",
+        reads=(".onnx",),
+        notes=(
+            ((), "OpenVINO reads two files, the .xml and the .bin beside it: move both"),
+            (
+                ("float32", "int8"),
+                "set INFERENCE_PRECISION_HINT to f32, as here, or OpenVINO computes in bfloat16 "
+                "where the processor has it",
+            ),
+        ),
+    ),
+    Format(
+        "torch-export",
+        ".pt2",
+        "torch",
+        (),
+        _program,
+        _write_program,
+        _open_program,
+        has_int8=False,
+        runs_code=True,
+    ),
+)
+FORMATS = {format.name: format for format in _ALL}
