@@ -44,7 +44,7 @@ from allmlp.sweep import study_folder
 from allmlp.training.config import Steps, TrainConfig
 from allmlp.training.dataset import check_readable
 from allmlp.training.optim import check_warmup
-from allmlp.training.resume import differences
+from allmlp.training.resume import identity
 from allmlp.weights.load import load_model
 
 GROUPS = ("natural", "specialised", "structured")
@@ -437,19 +437,11 @@ def _changes(suite: Suite, options: SuiteOptions) -> list[str]:
     """How the runs differ from the official protocol."""
     found: dict[str, str] = {}
     for task in suite.known.values():
-        config, size = suite.config(task), options.image_size
-        if options.steps not in (None, config.steps):
-            found["steps"] = f"steps {options.steps}"
-        if options.batch_size not in (None, config.batch_size):
-            found["batch"] = f"batch size {options.batch_size}"
-        if size not in (None, config.model.image_size, (config.model.image_size,) * 2):
-            text = "x".join(map(str, size)) if isinstance(size, tuple) else str(size)
-            found["size"] = f"image size {text}"
+        official = suite.config(task)
+        before, now = identity(official), identity(_config(official, options))
+        found |= {key: f"{key}={now[key]}" for key in now if now[key] != before.get(key)}
         if options.grid and options.grid != suite.rates(task):
             found["grid"] = f"grid {' '.join(f'{rate:g}' for rate in options.grid)}"
-        for setting in options.settings:
-            if differences(config, config.with_setting(setting)):
-                found[setting] = setting
     if options.seeds and options.seeds != suite.seeds:
         found["seeds"] = f"seeds {' '.join(map(str, options.seeds))}"
     return list(found.values())
