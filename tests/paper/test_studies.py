@@ -22,8 +22,9 @@ from allmlp.models.catalog import create_model, model_config
 from allmlp.models.mixer_config import MixerConfig
 from allmlp.paper import data_scale as data_scale_module
 from allmlp.paper.ablations import ablations, variants_of
-from allmlp.paper.data_scale import DataScale, data_scale
+from allmlp.paper.data_scale import data_scale
 from allmlp.paper.permutation import permutation, rows_of
+from allmlp.paper.study import Study
 from allmlp.training import train as loop
 from allmlp.training.dataset import open_training_data
 from conftest import TINY, make_class_folder, mixer
@@ -46,7 +47,7 @@ def place(tmp_path: Path) -> Path:
 # Data scale
 
 
-def run(place: Path, folder: str = "study", **changes: Any) -> DataScale:
+def run(place: Path, folder: str = "study", **changes: Any) -> Study:
     given: dict[str, Any] = {
         "data": str(place / "data"),
         "few_shot_data": str(place / "other"),
@@ -100,7 +101,7 @@ def test_a_run_for_each_model_fraction_and_seed(place, asked):
     assert {config.steps for config in asked} == {6}
     assert {config.data.fraction_seed for config in asked if config.data.fraction < 1} == {0, 3}
     assert {config.model.overrides["hidden_dim"] for config in asked} == {16}
-    first = result.points[0]
+    first = result.rows[0]
     # 120 images, of which 12 are held out; 6 steps of 8 images.
     assert (first["images"], first["epochs"], first["runs"]) == (27, round(48 / 27, 3), 2)
     assert first["validation"] == pytest.approx(0.9)
@@ -113,12 +114,12 @@ def test_a_run_for_each_model_fraction_and_seed(place, asked):
 def test_what_a_data_scale_study_writes(place, asked, real_figures):
     result = run(place)
     values = read_measurement(place / "study" / "data_scale.json")
-    assert (values["kind"], values["points"]) == ("data-scale", result.points)
+    assert (values["kind"], values["points"]) == ("data-scale", result.rows)
     assert (values["partial"], values["missing"]) == (False, [])
     assert values["data"]["training_images"] == 108
     cell = values["cells"]["cells/mixer_s16/0.1/seed-0"]
     assert (cell["best_step"], cell["seconds"], cell["notes"]) == (3, 3.5, ["dog has 4"])
-    assert result.points[0]["deviation_of"] == "draws of the shots, one run"
+    assert result.rows[0]["deviation_of"] == "draws of the shots, one run"
     with (place / "study" / "data_scale.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["fraction"], row["images"], row["few_shot"]) for row in rows] == [
@@ -128,16 +129,16 @@ def test_what_a_data_scale_study_writes(place, asked, real_figures):
     pixels = np.asarray(Image.open(place / "study" / "data_scale.png").convert("L"))
     assert pixels.std() > 5
     assert "<svg" in (place / "study" / "data_scale.svg").read_text()
-    (point, _) = run(place, "single", few_shot_seeds=(7,)).points
+    (point, _) = run(place, "single", few_shot_seeds=(7,)).rows
     assert (point["deviation"], point["deviation_of"]) == (None, None)
 
 
 def test_a_finished_run_is_never_trained_twice(place, asked):
     first = run(place)
-    assert run(place).points == first.points
+    assert run(place).rows == first.rows
     assert len(asked) == 2
     more = run(place, models=["mixer_s16", "mixer_b16"], fractions=[0.1, 0.5, 1.0], seeds=[0, 1])
-    assert (len(asked), len(more.points)) == (12, 6)
+    assert (len(asked), len(more.rows)) == (12, 6)
 
 
 def test_after_an_interruption_the_missing_runs_are_trained(place, asked, monkeypatch):
@@ -157,7 +158,7 @@ def test_after_an_interruption_the_missing_runs_are_trained(place, asked, monkey
     monkeypatch.setattr(sweep, "train", train)
     result = run(place)
     assert [config.data.fraction for config in asked] == [0.1, 1.0]
-    assert result.points == run(place, "straight").points
+    assert result.rows == run(place, "straight").rows
 
 
 @pytest.mark.slow
@@ -182,7 +183,7 @@ def test_a_study_that_was_stopped_ends_like_one_that_was_not(place, monkeypatch)
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
     log = (place / "study" / "cells" / "mixer_s16" / "1.0" / "seed-0" / "log.txt").read_text()
     assert "resumed  after step 4 of 6" in log
-    for one, other in zip(again.points, straight.points, strict=True):
+    for one, other in zip(again.rows, straight.rows, strict=True):
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from allmlp.benchmark import benchmark
@@ -19,7 +18,7 @@ from allmlp.errors import UserError, one_of
 from allmlp.models.catalog import create_model, model_config
 from allmlp.models.mixer_config import MixerConfig
 from allmlp.options import make
-from allmlp.paper.study import StudyOptions, train_config, write_csv, write_study
+from allmlp.paper.study import Study, StudyOptions, train_config, write_csv, write_study
 from allmlp.runtime.world import join_world
 from allmlp.sweep import Row, Sweep, study_folder, summarize
 from allmlp.training.config import TrainConfig
@@ -46,20 +45,6 @@ class AblationsOptions(StudyOptions):
     """Time to measure each variant's images per second."""
 
 
-@dataclass(frozen=True)
-class Ablations:
-    """What the variants reached.
-
-    Attributes:
-        folder: of the study.
-        rows: one for each variant: "variant", "accuracy" (mean over the seeds), "deviation" (None
-            for one seed), "parameters", "flops", "images_per_second" (inference), ...
-    """
-
-    folder: Path
-    rows: list[dict[str, Any]]
-
-
 def variants_of(config: MixerConfig) -> dict[str, dict[str, Any]]:
     """Returns the variants of appendix A.1 that a Mixer can have: name -> its settings.
 
@@ -80,12 +65,16 @@ def variants_of(config: MixerConfig) -> dict[str, dict[str, Any]]:
 
 def ablations(
     options: AblationsOptions | None = None, *, quiet: bool = False, **fields: Any
-) -> Ablations:
+) -> Study:
     """Trains the variants of a Mixer under one budget and measures what they cost.
 
     Args:
         options, fields: see `AblationsOptions`.
         quiet: print nothing.
+
+    Returns:
+        a row for each variant: "variant", "accuracy" (mean over the seeds), "deviation" (None for
+        one seed), "parameters", "flops", "images_per_second" (inference).
     """
     options = make(AblationsOptions, options, fields)
     config = train_config(options, ["model.name"], options.model)
@@ -125,7 +114,7 @@ def ablations(
             rows = save(done, _costs(config, variants, classes, options.seconds))
             write_csv(path / "ablations.csv", rows)
             _report(sweep, rows)
-        return Ablations(path, rows)
+        return Study(path, rows)
 
 
 def _costs(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from allmlp.console import table
@@ -24,7 +23,7 @@ from allmlp.models.catalog import model_config
 from allmlp.options import make
 from allmlp.paper.figures import data_scale_figure, save
 from allmlp.paper.published import DATA_SCALE
-from allmlp.paper.study import StudyOptions, train_config, write_csv, write_study
+from allmlp.paper.study import Study, StudyOptions, train_config, write_csv, write_study
 from allmlp.runtime.world import join_world
 from allmlp.sweep import Row, Sweep, study_folder
 from allmlp.training.config import TrainConfig
@@ -72,23 +71,9 @@ class DataScaleOptions(StudyOptions):
             raise UserError("the study needs a model and a fraction", where="models, fractions")
 
 
-@dataclass(frozen=True)
-class DataScale:
-    """What the runs of a data-scale study reached.
-
-    Attributes:
-        folder: of the study.
-        points: of the figure, each with "model", "fraction", "images", "epochs", "steps", "runs",
-            "validation" and "few_shot" (means over the runs), "deviation" and "deviation_of".
-    """
-
-    folder: Path
-    points: list[dict[str, Any]]
-
-
 def data_scale(
     options: DataScaleOptions | None = None, *, quiet: bool = False, **fields: Any
-) -> DataScale:
+) -> Study:
     """Trains models on growing fractions of the images and measures their features.
 
     Every run has `steps` steps, so that a smaller subset is seen more often. Validation images are
@@ -98,6 +83,10 @@ def data_scale(
     Args:
         options, fields: see `DataScaleOptions`.
         quiet: print nothing.
+
+    Returns:
+        the points of the figure, each with "model", "fraction", "images", "epochs", "steps",
+        "runs", "validation" and "few_shot" (means over the runs), "deviation", "deviation_of".
     """
     options = make(DataScaleOptions, options, fields)
     own = ("model.name", "data.fraction", "data.fraction_seed", "epochs", "steps")
@@ -167,7 +156,7 @@ def data_scale(
             figure = data_scale_figure(found, label, options.few_shot_data, options.data)
             save(figure, path / "data_scale")
             _report(sweep, found, labels, options.shots)
-        return DataScale(path, found)
+        return Study(path, found)
 
 
 def _label(model: str, config: TrainConfig) -> str:

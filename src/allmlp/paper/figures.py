@@ -48,7 +48,7 @@ def data_scale_figure(
     """Returns figure 2, right: accuracy against the number of training images, a line per model.
 
     Args:
-        points: as `DataScale.points`.
+        points: the rows that `data_scale` returns.
         label: of the first panel's accuracy.
         measured_on: the few-shot data.
         trained_on: the training data.

@@ -15,7 +15,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ from allmlp.evaluation.few_shot import FewShotOptions, few_shot, num_images
 from allmlp.models.catalog import model_config
 from allmlp.options import Repeated, make
 from allmlp.paper.figures import save
-from allmlp.paper.study import StudyOptions, train_config, write_study
+from allmlp.paper.study import Study, StudyOptions, train_config, write_study
 from allmlp.preprocessing import PERMUTATIONS, Preprocessing
 from allmlp.runtime.world import join_world
 from allmlp.sweep import Row, Sweep, study_folder, summarize
@@ -78,28 +77,18 @@ class PermutationOptions(StudyOptions):
     """Training images per class for that."""
 
 
-@dataclass(frozen=True)
-class Permutation:
-    """What the runs of a permutation study reached.
-
-    Attributes:
-        folder: of the study.
-        rows: one for each model and permutation: "model", "permutation", "accuracy" (mean over the
-            seeds), "deviation" (None for one seed), "drop" (relative to none), "few_shot".
-    """
-
-    folder: Path
-    rows: list[dict[str, Any]]
-
-
 def permutation(
     options: PermutationOptions | None = None, *, quiet: bool = False, **fields: Any
-) -> Permutation:
+) -> Study:
     """Trains two networks on original images and on two permutations of them.
 
     Args:
         options, fields: see `PermutationOptions`.
         quiet: print nothing.
+
+    Returns:
+        a row for each model and permutation: "model", "permutation", "accuracy" (mean over the
+        seeds), "deviation" (None for one seed), "drop" (relative to none), "few_shot".
     """
     options = make(PermutationOptions, options, fields)
     own = [f"data.{name}" for name in ("permutation", "permutation_patch", "permutation_seed")]
@@ -168,7 +157,7 @@ def permutation(
             save(_figure(list(done.values()), rows, examples, options.data), path / "permutation")
             sweep.say(f"figure   {path / 'permutation.png'}")
             sweep.say(f"table    {path / 'permutation.json'}")
-        return Permutation(path, rows)
+        return Study(path, rows)
 
 
 def _overrides(assignments: Iterable[str]) -> dict[str, Any]:

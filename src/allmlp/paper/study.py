@@ -66,6 +66,14 @@ class StudyOptions(PaperOptions):
             raise UserError("a study needs a seed", where="seeds", fix="seeds: 0 1 2")
 
 
+@dataclass(frozen=True)
+class Study:
+    """What the runs of a study reached: a row for each group of runs that differ in their seeds."""
+
+    folder: Path
+    rows: list[dict[str, Any]]
+
+
 def train_config(
     options: StudyOptions, own: Collection[str], model: str | None = None
 ) -> TrainConfig:

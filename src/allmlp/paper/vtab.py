@@ -25,7 +25,6 @@ from allmlp.data.label_rule import LabelRule
 from allmlp.errors import UserError
 from allmlp.options import make
 from allmlp.paper.suite import (
-    GROUPS,
     Suite,
     SuiteOptions,
     SuiteResult,
@@ -38,65 +37,66 @@ from allmlp.training.config import TrainConfig
 from allmlp.training.finetuning_recipes import LEARNING_RATES
 from allmlp.training.recipes import recipe
 
-_N, _SP, _ST = GROUPS
-_T = "train[:800]"
-_V = "validation[:200]"
-_CLOSEST = LabelRule("between", (0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0))
-_VEHICLE = LabelRule("between", (-100.0, 8.0, 20.0, 999.0, 1e9))
-_X, _ORIENTATION = LabelRule("bins", (32, 16)), LabelRule("bins", (40, 16))
-_COUNT = LabelRule("shift", (3, 8))
-_DSPRITES = ("dsprites:2", _T, "train[589824:590024]", "train[663552:]", (64, 64))
-_NORB = ("smallnorb:2", _T, "test[:200]", "test[50%:]", (96, 96))
-_CLEVR = ("clevr:3", _T, "train[63000:63200]", "validation", (480, 320))
-_RETINA = "diabetic_retinopathy_detection/btgraham-300:3"
+# Name, group, classes, data set of tfds, images to choose by and to test on (800 of train are
+# trained on), typical size; then what training must not do.
+_TABLE = """
+caltech101            natural      102  caltech101:3          train[2754:2954]      test             300x200
+cifar100              natural      100  cifar100:3            train[45000:45200]    test             32x32
+dtd                   natural      47   dtd:3                 validation[:200]      test             500x450
+flowers102            natural      102  oxford_flowers102:2   validation[:200]      test             600x500
+pets                  natural      37   oxford_iiit_pet:3     train[2944:3144]      test             450x400
+sun397                natural      397  sun397/tfds:4         validation[:200]      test             500x400
+svhn                  natural      10   svhn_cropped:3        train[65931:66131]    test             32x32
+patch_camelyon        specialised  2    patch_camelyon:2      validation[:200]      test             96x96
+eurosat               specialised  10   eurosat/rgb:2         train[16200:16400]    train[21600:]    64x64
+resisc45              specialised  45   resisc45:3            train[18900:19100]    train[25200:]    256x256
+diabetic_retinopathy  specialised  5    RETINOPATHY           validation[:200]      test             300x300
+clevr_count           structured   8    clevr:3               train[63000:63200]    validation       480x320  no-crop
+clevr_distance        structured   6    clevr:3               train[63000:63200]    validation       480x320  no-crop
+dmlab                 structured   6    dmlab:2.0.1           validation[:200]      test             480x360  no-crop
+kitti_distance        structured   4    kitti:3.1.0           validation[:200]      test             1224x370 no-crop
+dsprites_x            structured   16   dsprites:2            train[589824:590024]  train[663552:]   64x64    no-crop no-flip
+dsprites_orientation  structured   16   dsprites:2            train[589824:590024]  train[663552:]   64x64    no-flip
+smallnorb_azimuth     structured   18   smallnorb:2           test[:200]            test[50%:]       96x96    no-flip
+smallnorb_elevation   structured   9    smallnorb:2           test[:200]            test[50%:]       96x96
+"""  # noqa: E501
+# Task -> the number that its labels are, and the rule that makes classes of it.
+_LABELS = {
+    "clevr_count": ("objects", LabelRule("shift", (3, 8))),
+    "clevr_distance": (
+        "distance of the nearest object",
+        LabelRule("between", (0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0)),
+    ),
+    "kitti_distance": (
+        "metres to the nearest vehicle, 1000 for none",
+        LabelRule("between", (-100.0, 8.0, 20.0, 999.0, 1e9)),
+    ),
+    "dsprites_x": ("label_x_position", LabelRule("bins", (32, 16))),
+    "dsprites_orientation": ("label_orientation", LabelRule("bins", (40, 16))),
+}
 
-_TASKS = (
-    Task("caltech101", _N, 102, "caltech101:3", _T, "train[2754:2954]", "test", (300, 200)),
-    Task("cifar100", _N, 100, "cifar100:3", _T, "train[45000:45200]", "test", (32, 32)),
-    Task("dtd", _N, 47, "dtd:3", _T, _V, "test", (500, 450)),
-    Task("flowers102", _N, 102, "oxford_flowers102:2", _T, _V, "test", (600, 500)),
-    Task("pets", _N, 37, "oxford_iiit_pet:3", _T, "train[2944:3144]", "test", (450, 400)),
-    Task("sun397", _N, 397, "sun397/tfds:4", _T, _V, "test", (500, 400)),
-    Task("svhn", _N, 10, "svhn_cropped:3", _T, "train[65931:66131]", "test", (32, 32)),
-    Task("patch_camelyon", _SP, 2, "patch_camelyon:2", _T, _V, "test", (96, 96)),
-    Task(
-        *("eurosat", _SP, 10, "eurosat/rgb:2", _T, "train[16200:16400]", "train[21600:]", (64, 64))
-    ),
-    Task(
-        *("resisc45", _SP, 45, "resisc45:3", _T, "train[18900:19100]", "train[25200:]", (256, 256))
-    ),
-    Task("diabetic_retinopathy", _SP, 5, _RETINA, _T, _V, "test", (300, 300)),
-    Task("clevr_count", _ST, 8, *_CLEVR, crop=False, labels=_COUNT, number="objects"),
-    Task(
-        *("clevr_distance", _ST, 6, *_CLEVR),
-        crop=False,
-        labels=_CLOSEST,
-        number="distance of the nearest object",
-    ),
-    Task("dmlab", _ST, 6, "dmlab:2.0.1", _T, _V, "test", (480, 360), crop=False),
-    Task(
-        *("kitti_distance", _ST, 4, "kitti:3.1.0", _T, _V, "test", (1224, 370)),
-        crop=False,
-        labels=_VEHICLE,
-        number="metres to the nearest vehicle, 1000 for none",
-    ),
-    Task(
-        *("dsprites_x", _ST, 16, *_DSPRITES),
-        crop=False,
-        flip=False,
-        labels=_X,
-        number="label_x_position",
-    ),
-    Task(
-        *("dsprites_orientation", _ST, 16, *_DSPRITES),
-        flip=False,
-        labels=_ORIENTATION,
-        number="label_orientation",
-    ),
-    Task("smallnorb_azimuth", _ST, 18, *_NORB, flip=False),
-    Task("smallnorb_elevation", _ST, 9, *_NORB),
-)
-VTAB: dict[str, Task] = {task.name: task for task in _TASKS}
+
+def _task(line: str) -> Task:
+    name, group, classes, tfds, validation, test, pixels, *forbidden = line.split()
+    width, height = map(int, pixels.split("x"))
+    number, labels = _LABELS.get(name, ("", None))
+    return Task(
+        name,
+        group,
+        int(classes),
+        tfds.replace("RETINOPATHY", "diabetic_retinopathy_detection/btgraham-300:3"),
+        "train[:800]",
+        validation,
+        test,
+        (width, height),
+        crop="no-crop" not in forbidden,
+        flip="no-flip" not in forbidden,
+        labels=labels,
+        number=number,
+    )
+
+
+VTAB: dict[str, Task] = {task.name: task for task in map(_task, _TABLE.strip().splitlines())}
 
 
 @dataclass(frozen=True, kw_only=True)
