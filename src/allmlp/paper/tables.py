@@ -542,12 +542,12 @@ def _our_rows(found: list[Measured], number: int) -> list[Cells]:
         return row
 
     speeds = [speed for one in found for speed in one.speeds if speed["mode"] == "inference"]
-    used = set()
+    used: set[str] = set()
     for one in found:
         accuracy = one.accuracy
         if accuracy is None or accuracy["not_imagenet"] is not None:
             continue
-        used.add(accuracy["shape"])
+        used |= {accuracy["shape"]} - {""}  # "" is unknown
         if (2 if accuracy["resize"] == "resize-crop" else 3) == number:
             names = (accuracy["source"], accuracy["model"], accuracy["size"])
             row = row_for(*names, "ImageNet", one)
