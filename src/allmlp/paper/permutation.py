@@ -255,10 +255,7 @@ def _figure(
         group.suptitle(TITLES[kind], fontsize=10, color=_COLORS[kind])
         panels = group.subplots(1, max(1, len(examples)), squeeze=False)[0]
         for axes, example in zip(panels, examples, strict=False):
-            pixels = example[at]
-            shown = pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
-            axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axes.set_axis_off()
+            plots.show(axes, example[at])
     panels = parts[1].subplots(1, len(models), squeeze=False, sharey=True)[0]
     for axes, model in zip(panels, models, strict=True):
         for row in (row for row in rows if row["model"] == model):
