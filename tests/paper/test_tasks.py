@@ -214,7 +214,6 @@ def test_the_names_of_tasks(tmp_path, monkeypatch):
         (["pets="], None, "pets="),
         (["pets=digits", "pets=digits@1"], None, "digits, digits@1"),
         (["pets=digits"], '{"pets": "digits"}', "pets"),
-        ([], '{"pets": "digits", "pets": "digits"}', "pets"),
         ([], None, "no task"),
         ([], "{}", "no task"),
         ([], "[1]", "tasks.json"),

@@ -15,7 +15,6 @@ that was used is reported with every result:
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,11 +31,11 @@ from allmlp.data.source_spec import part_of
 from allmlp.data.sources import names_source, open_splits, open_subset
 from allmlp.data.sources.hub import PREFIX
 from allmlp.data.sources.subset_file import SubsetFile, split_and_part, write_subset_file
-from allmlp.errors import UserError, near_names, plural
+from allmlp.errors import UserError, one_of, plural
 from allmlp.evaluation.features import weights_hash
 from allmlp.evaluation.result_file import measurement, read_measurement, write_measurement
 from allmlp.finetuning import FinetuneResult, finetune
-from allmlp.io import expand
+from allmlp.io import expand, parse_json
 from allmlp.options import Repeated
 from allmlp.paper.study import PaperOptions
 from allmlp.runtime.world import World, join_world
@@ -260,44 +259,37 @@ def named_tasks(
     assignments: Iterable[str], file: str | None, known: Mapping[str, Task]
 ) -> dict[str, str]:
     """Returns task -> source, in the suite's order; a file's paths are relative to its folder."""
-    named: list[tuple[str, str]] = [] if file is None else _read_tasks(file)
+    tasks = {} if file is None else _read_tasks(expand(file))
     for assignment in assignments:
-        name, _, source = assignment.partition("=")
-        if not source.strip():
+        name, _, source = (part.strip() for part in assignment.partition("="))
+        if not source:
             what = f"task takes NAME=SOURCE, got {assignment!r}"
             raise UserError(what, where="task", fix="task: pets=FOLDER")
-        named.append((name.strip(), resolved(source.strip())))
-    tasks: dict[str, str] = {}
-    for name, source in named:
-        if name not in known:
-            fix = f"{near_names(name, known)}Known: {', '.join(known)}"
-            raise UserError(f"unknown task {name!r}", where="task", fix=fix)
         if name in tasks:
             what = f"the task {name} is named twice: {tasks[name]}, {source}"
             raise UserError(what, where="task", fix="Leave one of them out")
-        tasks[name] = source
+        tasks[name] = resolved(source)
     if not tasks:
         fix = f"task: NAME=SOURCE, or tasks: FILE.json. Known: {', '.join(known)}"
         raise UserError("no task is named", where=file or "task", fix=fix)
+    for name in tasks:
+        one_of("task", name, known)
     return {name: tasks[name] for name in known if name in tasks}
 
 
-def _read_tasks(file: str) -> list[tuple[str, str]]:
-    path = expand(file)
+def _read_tasks(path: Path) -> dict[str, str]:
     try:
-        pairs: Any = json.loads(path.read_bytes(), object_pairs_hook=tuple)
+        sources = parse_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read the file: {error.strerror}", where=path) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"not JSON: {str(error)[:200]}", where=path) from error
-    is_pairs = isinstance(pairs, tuple) and all(
-        isinstance(pair, tuple) and isinstance(pair[1], str) and pair[1].strip() for pair in pairs
-    )
-    if not is_pairs:
+    named = sources if isinstance(sources, dict) else {"": None}
+    if not all(isinstance(source, str) and source.strip() for source in named.values()):
         fix = 'Write it as {"pets": "FOLDER", "cifar100": "hf:owner/name"}'
         raise UserError("not an object of tasks and the names of their data", where=path, fix=fix)
     folder = str(path.absolute().parent)
-    return [(name, resolved(source, folder)) for name, source in pairs]
+    return {name: resolved(source, folder) for name, source in named.items()}
 
 
 def resolved(source: str, folder: str | None = None) -> str:
