@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from allmlp import plots
 from allmlp.console import table
@@ -270,6 +271,7 @@ def _figure(
                     axes.plot(steps, curve, marker="o", ms=3.5, color=_COLORS[kind], label=label)
                     label = None
         axes.set(title=plots.escape(model), xlabel="step")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(color="#dddddd", linewidth=0.7)
         axes.legend(loc="lower right", fontsize=8.5)
     panels[0].set(ylabel="validation top-1 (%)", ylim=(0, None))
