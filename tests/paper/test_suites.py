@@ -281,7 +281,7 @@ def test_settings_that_change_nothing_are_no_change(place, monkeypatch):
     result = run(place, settings=["num_threads=1", "optimizer.clip_norm=1.0"], **given)
     assert "clip" not in " ".join(result.changes)
     result = run(place, "other", settings=["augment.crop=none"], **given)
-    assert "augment.crop=none" in result.changes
+    assert any(change.startswith("augment.crop") for change in result.changes)
 
 
 def test_the_means():
