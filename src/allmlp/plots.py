@@ -45,7 +45,7 @@ def new_figure(width: float, height: float, dpi: int = 120) -> Figure:
 def writer(figure: Figure, kind: str) -> Callable[[Path], None]:
     """Returns what writes a figure as "png", "svg" or "pdf"; equal figures give equal bytes."""
     dates: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    style = {"svg.hashsalt": "allmlp", "svg.fonttype": "none", "pdf.fonttype": 42}
+    style: Any = {"svg.hashsalt": "allmlp", "svg.fonttype": "none", "pdf.fonttype": 42}
 
     def write(path: Path) -> None:
         with matplotlib.rc_context(style):
@@ -280,7 +280,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def training_batch(
-    inputs: Tensor, targets: Tensor, preprocessing: Preprocessing, class_names: Sequence[str]
+    inputs: Tensor, targets: Tensor, preprocessing: Preprocessing, class_names: list[str]
 ) -> Figure:
     """Returns the first images of a batch after all augmentations, with their targets.
 

@@ -180,7 +180,7 @@ def _scaled(units: ArrayLike) -> Floats:
 
 
 def _zero_units(values: Floats) -> NDArray[np.bool_]:
-    return ~values.reshape(len(values), -1).any(axis=1)
+    return (values == 0).reshape(len(values), -1).all(axis=1)
 
 
 def _opposites_table(values: Floats) -> Floats:
