@@ -224,13 +224,6 @@ def test_a_model_without_features(compute: Compute):
         compute(Featureless(), preprocessing=preprocessing_of(tiny_model()))
 
 
-def test_features_of_another_shape(compute: Compute, monkeypatch: pytest.MonkeyPatch):
-    model = tiny_model()
-    monkeypatch.setattr(type(model), "features", lambda self, images: images)
-    with pytest.raises(am.UserError, match="8, 3, 8, 8"):
-        compute(model)
-
-
 def _compute_often(folder: str, cache: str) -> None:
     torch.set_num_threads(1)
     model, source = tiny_model(), open_splits(folder)["train"]

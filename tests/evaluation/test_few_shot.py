@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -239,18 +238,6 @@ def test_one_l2_for_several_data_sets(noise: Path):
     assert both[1].accuracies == {1: {0: 0.9}}
     assert choose_l2([rising])[0].l2 == {1: SWEEP[-1]}
     assert choose_l2([replace(falling, sweep={1: dict.fromkeys(SWEEP, 0.5)})])[0].l2 == {1: 2.0**19}
-
-
-def test_json(data: Path):
-    result = am.few_shot(tiny_model(), str(data), shots=(2,), protocol="scenic", **FAST)
-    values = json.loads(json.dumps(result.to_json()))
-    assert values["accuracies"] == {"2": {"0": 1.0}}
-    assert values["deviation"] == {"2": None}
-    assert len(values["sweep"]["2"]) == 30
-    assert values["preprocessing"]["resize"] == "resize-crop"
-    values = am.few_shot(tiny_model(), str(data), shots=(2,), seeds=(4, 5), **FAST).to_json()
-    assert values["accuracies"] == {"2": {"4": 1.0, "5": 1.0}}
-    assert (values["l2"], values["seeds"], values["sweep"]) == ({"2": 1024.0}, [4, 5], {})
 
 
 def test_a_random_baseline(noise: Path):
