@@ -45,6 +45,7 @@ from allmlp.runtime.device import (
     threads_for,
     torch_settings,
 )
+from allmlp.training.cost import num_images_seen
 from allmlp.training.recipes import recipe as recipe_config
 from allmlp.weights.checkpoints import find_checkpoint, list_checkpoints
 from allmlp.weights.load import files_of, load_model
@@ -433,12 +434,14 @@ def _recipe(
     if images is None and config.steps is None:
         what = f"how many training images {name} has is unknown"
         raise UserError(what, where="recipe", fix="Set images")
-    steps = config.steps is not None
-    seen = config.steps * config.batch_size if config.steps else (config.epochs or 0) * images
+    if config.steps is not None:
+        data = plural(config.steps, "step")
+    else:
+        data = f"{plural(images or 0, 'image')} ({data})"
     recipe = {
         "name": config.recipe,
-        "images_seen": seen,
-        "data": plural(config.steps, "step") if steps else f"{plural(images, 'image')} ({data})",
+        "images_seen": num_images_seen(config, images or 0),
+        "data": data,
         "epochs": config.epochs,
         "optimizer": optimizer.name,
         "sharpness": 1.0 - optimizer.sam_start if optimizer.sam_rho else 0.0,

@@ -102,11 +102,12 @@ def evaluate(
         UserError: no such data, or its classes are not the model's; the model has no head or knows
             one class only; no image can be decoded, or the logits of one are not finite.
     """
-    given = data if isinstance(data, EvaluateOptions) else None
-    source = None
-    if isinstance(data, str | Path):
+    given = source = None
+    if isinstance(data, EvaluateOptions):
+        given = data
+    elif isinstance(data, str | Path):
         fields["data"] = str(data)
-    elif data is not None and given is None:
+    elif data is not None:
         source = data
         fields["data"] = source.name
     options = make(EvaluateOptions, given, fields)

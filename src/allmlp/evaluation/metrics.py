@@ -306,9 +306,7 @@ class Reliability:
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3, with 15 bins.
     """
 
-    edges: (
-        np.ndarray
-    )  # (B + 1,) from 0 to 1; an edge belongs to the bin below it
+    edges: np.ndarray  # (B + 1,) from 0 to 1; an edge belongs to the bin below it
     images: np.ndarray  # int64 (B,)
     confidence: np.ndarray  # float64 (B,), the sum over the images
     correct: np.ndarray  # int64 (B,), images that were classified correctly
