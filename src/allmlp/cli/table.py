@@ -9,7 +9,7 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from allmlp.options import ImageSize, Repeated, documentation
 
@@ -124,7 +124,14 @@ def _annotated(hint: Any, field: dataclasses.Field[Any], text: str) -> Any:
     if set(kinds) == set(_parts(ImageSize)):
         size = PrimitiveConstructorSpec(1, "PIXELS|HxW", _parsed_size, _is_size, _size_text)
         return Annotated[hint, size, arg(**shown)]
-    metavar = field.metadata.get("metavar", METAVARS.get(kinds[0]) if len(kinds) == 1 else None)
+    metavar = field.metadata.get("metavar")
+    if metavar is None and Path in kinds:
+        metavar = METAVARS[Path]
+    elif metavar is None and len(kinds) == 1:
+        choices = typing.get_args(kinds[0]) if typing.get_origin(kinds[0]) is Literal else ()
+        metavar = "{" + ",".join(choices) + "}" if choices else METAVARS.get(kinds[0])
+        if typing.get_origin(kinds[0]) is tuple:
+            metavar = f"{METAVARS.get(typing.get_args(kinds[0])[0], 'VALUE')} ..."
     if metavar is not None:
         shown["metavar"] = metavar
     return Annotated[hint, arg(**shown)]
