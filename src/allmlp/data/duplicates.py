@@ -228,8 +228,8 @@ def find_duplicates(
         kind = np.concatenate([kind, np.full(len(one), NEAR, dtype=np.uint8)])
         difference = np.concatenate([difference, apart_by])
     order = np.lexsort((second, first))
-    columns = (column[order] for column in (first, second, kind, difference))
-    return Duplicates(splits, *columns, num_plain, distance, unchecked)
+    first, second, kind, difference = (c[order] for c in (first, second, kind, difference))
+    return Duplicates(splits, first, second, kind, difference, num_plain, distance, unchecked)
 
 
 def near_pairs(

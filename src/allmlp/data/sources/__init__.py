@@ -171,7 +171,7 @@ def subset_kind(labels: Labels) -> Kind:
 def open_subset(subset: subset_file.SubsetFile) -> dict[str, Source]:
     """Returns the splits of a subset that is not in a file."""
     theirs = open_splits(subset.source, labels="numbers" if subset.labels else "classes")
-    return subset_file.select(subset, theirs, subset.source)
+    return {**subset_file.select(subset, theirs, subset.source)}
 
 
 def notes_of(splits: Mapping[str, Source]) -> list[str]:

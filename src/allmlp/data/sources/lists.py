@@ -127,7 +127,7 @@ class _Table:
                 known = [list(SPLITS)[splits[row]] for row in (first, second)]
                 what, fix = "an image is in two splits", "Keep one of the two lines"
             else:
-                known = [self._label_of(codes[row], row) for row in (first, second)]
+                known = [self._label_of(int(codes[row]), row) for row in (first, second)]
                 what = "an image has two labels"
                 fix = "Keep one of the two lines: an image has one label here"
             if known[0] == known[1]:

@@ -105,8 +105,8 @@ def load_index(path: Path) -> RangeIndex:
     ) as error:
         raise UserError(f"the index is damaged: {error}", where=path, fix=_FIX) from error
     names = PackedStrings(PackedBytes.from_arrays(arrays["names"], arrays["name_ends"]))
-    kept = [arrays[name] for name in ("shard", "offset", "length", "label")]
-    return RangeIndex(described["class_names"], files, *kept, names)
+    file, offset, length, label = (arrays[n] for n in ("shard", "offset", "length", "label"))
+    return RangeIndex(described["class_names"], files, file, offset, length, label, names)
 
 
 def _contradiction(
