@@ -1,4 +1,4 @@
-"""Classify pictures with a file of `mixer export`; needs numpy, pillow and onnxruntime only.
+"""Classify images with a file of `mixer export`; needs numpy, pillow and onnxruntime only.
 
 python examples/classify_onnx.py FILE.onnx photo.jpg [more.jpg ...]
 """
@@ -16,7 +16,7 @@ FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BI
 
 
 def decode(path, how):
-    """The picture upright, opaque and with 8 bits a sample, as `decoding` in the file says."""
+    """The image upright, opaque and with 8 bits a sample, as `decoding` in the file says."""
     file = io.BytesIO(Path(path).read_bytes())
     image = Image.open(file)
     tags, tiles = getattr(image, "tag_v2", {}), str(image.tile)
@@ -43,7 +43,7 @@ def decode(path, how):
 
 
 def resize(image, how):
-    """The picture at the model's size: the whole of it, or its centre, as the model was trained."""
+    """The image at the model's size: the whole of it, or its centre, as the model was trained."""
     height, width = how["image_size"]
     is_small = image.width <= width and image.height <= height
     is_whole = how["resize"] == "squash" or (is_small and not how.get("crop_small"))
@@ -60,7 +60,7 @@ def resize(image, how):
 
 
 def main(file, paths):
-    """Prints the five most probable classes of every picture."""
+    """Prints the five most probable classes of every image."""
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     about = session.get_modelmeta().custom_metadata_map
     how, classes = json.loads(about["preprocessing"]), json.loads(about["class_names"])
@@ -72,11 +72,12 @@ def main(file, paths):
             pixels = (pixels / np.float32(255) - np.float32(how["mean"])) / np.float32(how["std"])
             pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
         logits = session.run(None, {"images": pixels})[0][0]
-        shares = np.exp(logits - logits.max())
-        shares /= shares.sum()
-        best = np.argsort(-shares, kind="stable")[:5]
+        probabilities = np.exp(logits - logits.max())
+        probabilities /= probabilities.sum()
+        best = np.argsort(-probabilities, kind="stable")[:5]
         print(
-            f"{path}:", ", ".join(f"{classes[k] if classes else k} {shares[k]:.1%}" for k in best)
+            f"{path}:",
+            ", ".join(f"{classes[k] if classes else k} {probabilities[k]:.1%}" for k in best),
         )
 
 

@@ -41,26 +41,15 @@ Run = Callable[[np.ndarray], np.ndarray]  # inputs of the graph -> logits
 
 @dataclass(frozen=True)
 class ExportInfo:
-    """What an exported file is.
-
-    Attributes:
-        config: the architecture.
-        class_names: in the order of the logits; None if unknown.
-        preprocessing: what turns an image file into the model's input.
-        uint8_input: the graph takes uint8 (N, H, W, channels) instead of normalised float32
-            (N, channels, H, W).
-        precision: "float32", "bfloat16" or "int8".
-        num_parameters: of the model.
-        float32_layers: layers of an int8 file that compute in float32.
-    """
+    """What an exported file is."""
 
     config: ModelConfig
     class_names: list[str] | None
     preprocessing: Preprocessing
-    uint8_input: bool
+    uint8_input: bool  # (N, H, W, channels) instead of normalised float32 (N, channels, H, W)
     precision: str
     num_parameters: int
-    float32_layers: tuple[str, ...] = ()
+    float32_layers: tuple[str, ...] = ()  # of an int8 file
 
     def outside(self) -> Preprocessing:
         """Returns the preprocessing that is left to do outside of the file."""

@@ -9,7 +9,7 @@ import copy
 import errno
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,35 +34,20 @@ _ONNX = (("onnx", "export"), ("onnxscript", "export"), ("onnxruntime", "export")
 
 @dataclass(frozen=True)
 class Format:
-    """One format of exported files.
-
-    Attributes:
-        name: of the format.
-        suffix: of the file that the runtime is given.
-        runtime: the package that runs it.
-        packages: (module, optional group) that exporting needs.
-        make: (network, example input, "float32" or "bfloat16") -> what `write` takes.
-        write: (made, what the file says, path) writes the files.
-        open: (path, number of threads) -> the model.
-        sidecar: suffix of a second file that holds the weights.
-        reads: suffixes of other formats that the runtime reads too.
-        has_int8: `make` gives an ONNX graph, which can be quantised.
-        runs_code: opening a file may run what its author wrote, so that only our own is opened.
-        notes: for the report: (precisions, or empty for all; text).
-    """
+    """One format of exported files."""
 
     name: str
-    suffix: str
-    runtime: str
-    packages: tuple[tuple[str, str], ...]
-    make: Callable[[nn.Module, Tensor, str], Any]
+    suffix: str  # of the file that the runtime is given
+    runtime: str  # the package that runs it
+    packages: tuple[tuple[str, str], ...]  # (module, optional group) that exporting needs
+    make: Callable[[nn.Module, Tensor, str], Any]  # in a precision, what `write` takes
     write: Callable[[Any, ExportInfo, Path], None]
-    open: Callable[[Path, int], ExportedModel]
-    sidecar: str | None = None
-    reads: tuple[str, ...] = ()
-    has_int8: bool = True
-    runs_code: bool = False
-    notes: tuple[tuple[tuple[str, ...], str], ...] = field(default=())
+    open: Callable[[Path, int], ExportedModel]  # with a number of threads
+    sidecar: str | None = None  # suffix of a second file, with the weights
+    reads: tuple[str, ...] = ()  # suffixes of other formats that the runtime reads too
+    has_int8: bool = True  # `make` gives an ONNX graph, which can be quantised
+    runs_code: bool = False  # opening a file may run what its author wrote
+    notes: tuple[tuple[tuple[str, ...], str], ...] = ()  # (precisions or () for all, text)
 
     def files(self, path: Path) -> list[Path]:
         """Returns the files of a model; the one that is given to the runtime comes last."""

@@ -32,20 +32,10 @@ _TYPES = ["MatMul", "Gemm"]
 
 
 class Int8:
-    """A graph and the ranges of its activations, from which int8 graphs are made.
+    """A graph and the ranges of its activations on batches of inputs; it makes int8 graphs.
 
-    Args:
-        graph: `onnx.ModelProto` in float32.
-        batches: calibration images, as inputs of the graph.
-        folder: for temporary files.
-        num_threads: of the processor.
-        summary: of the model, for errors.
-
-    Attributes:
-        layers: (node, layer of the model) of every product that can be int8.
-        num_images: that calibrated it.
-        quantile: of `QUANTILES`, the one that changes the logits least.
-        sensitivity: what each layer alone changes, by node; empty until it is asked for.
+    Of `QUANTILES` it takes the one that changes the logits least. `sensitivity` is what each layer
+    alone changes, by node, and empty until `most_sensitive` is called.
     """
 
     def __init__(

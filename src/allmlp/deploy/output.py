@@ -61,23 +61,14 @@ OnRows = Callable[[Rows], object]
 
 @dataclass(frozen=True)
 class Output:
-    """What is to be written.
+    """What is to be written."""
 
-    Attributes:
-        path: of the file or the folder; None is standard output.
-        suffix: the format of the rows, with the dot.
-        is_folder: of parts.
-        images: in all parts.
-        part_size: images per part; the last may have fewer.
-        missing: the numbers of the parts that do not exist yet.
-    """
-
-    path: Path | None
-    suffix: str
-    is_folder: bool = False
-    images: int = 0
-    part_size: int | None = None
-    missing: tuple[int, ...] = (0,)
+    path: Path | None  # of the file or the folder; None is standard output
+    suffix: str  # the format of the rows, with the dot
+    is_folder: bool = False  # of parts
+    images: int = 0  # in all parts
+    part_size: int | None = None  # images per part; the last may have fewer
+    missing: tuple[int, ...] = (0,)  # the numbers of the parts that do not exist yet
 
     @property
     def parts(self) -> int:
@@ -156,11 +147,7 @@ def write_output(
 ) -> Output:
     """Writes the rows that are missing, all processes together; returns when all are there.
 
-    Args:
-        output: from `choose_output`.
-        world: the processes that share the work; None is this one alone.
-        on_start: called before the first part, with what is missing.
-        on_rows: called with the rows of every batch that this process writes.
+    `on_start` is called before the first part, `on_rows` with every batch of this process.
     """
     world = world or World()
     if output.is_folder:

@@ -80,10 +80,10 @@ def choose_columns(
 def row_values(
     predictor: Predictor, columns: Columns
 ) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Returns a function of uint8 images (N, channels, H, W) that gives the numbers of their rows.
+    """Returns a function from uint8 images (N, channels, H, W) to the numbers of their rows.
 
-    These are the probabilities in falling order or the features, float32 (N, width); the classes,
-    int64 (N, width) or (N, 0); and whether the model's numbers for an image are finite, bool (N,).
+    Probabilities in falling order or features, float32 (N, width); classes, int64 (N, width or 0);
+    and whether the model's numbers are finite, bool (N,).
     """
 
     def classes(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:

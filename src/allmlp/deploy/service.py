@@ -78,21 +78,9 @@ class Uploads:
 
 
 class Service:
-    """A model that answers; not for two threads at once.
+    """A model that answers, under the name that the user gave; not for two threads at once."""
 
-    Args:
-        model: with a head.
-        name: of the model, as the user gave it.
-        top_k: classes per image; None is 5.
-        precision: of the products: "auto", "float32" or "bfloat16".
-        device: "auto", "cpu" or "cuda"; None leaves the model where it is.
-        limits: of a request.
-
-    Attributes:
-        is_local: only this machine can reach it; set before it is served.
-    """
-
-    is_local = True
+    is_local = True  # only this machine can reach it; set before it is served
 
     def __init__(
         self,
@@ -191,11 +179,7 @@ class Service:
         }
 
     def units(self, file: File, check: Check, layer: int | None = None) -> dict[str, Any]:
-        """Returns the response maps of the units that add most to the tokens.
-
-        Args:
-            layer: number, from 1; None takes the first three.
-        """
+        """Returns the response maps of the units that add most, of a layer or the first three."""
         if not self._layers:
             raise UserError(self._no_units)
         name, image, pixels = self._open(file)

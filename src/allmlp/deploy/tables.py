@@ -40,12 +40,9 @@ def write_table(
     columns: Columns,
     finish: Callable[[], None] | None = None,
 ) -> None:
-    """Writes rows to a file atomically, with one batch in memory at a time.
+    """Writes rows atomically, one batch in memory at a time; to standard output without a path.
 
-    Args:
-        path: of the file; None writes text to standard output.
-        suffix: one of `WRITERS`, whatever the file is called.
-        finish: called once all rows are written, before the file has its name.
+    `finish` is called once all rows are written, before the file has its name.
     """
     write = WRITERS[suffix]
 

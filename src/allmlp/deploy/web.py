@@ -70,12 +70,7 @@ class _GivenUp(Exception):
 
 
 def make_app(service: Service, hosts: frozenset[str] | None, places: int = PLACES) -> ASGIApp:
-    """Returns the application.
-
-    Args:
-        hosts: names that requests may address it by, in lower case; None allows all.
-        places: requests that wait or are computed at the same time.
-    """
+    """Returns the application, for requests that address it by one of the hosts (None: any)."""
     desk = _Desk(service, places)
 
     async def predict(request: Request) -> Response:
@@ -385,15 +380,9 @@ def _half_of_the_descriptors() -> int:
 
 
 class Connection(H11Protocol):
-    """A client, with a time limit for the head of a request and for taking the answer.
+    """A client, with a time limit for the head of a request and for taking the answer."""
 
-    Attributes:
-        most: connections at the same time; those beyond are answered so and closed.
-        seconds_for_head: from when the client may send a request, or has its answer.
-        seconds_for_answer: to take it, after it has been given.
-    """
-
-    most = min(256, _half_of_the_descriptors())
+    most = min(256, _half_of_the_descriptors())  # those beyond get a 503 and are closed
     seconds_for_head, seconds_for_answer = 10.0, 60.0
     _timer: asyncio.TimerHandle | None = None
 
