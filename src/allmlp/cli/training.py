@@ -180,7 +180,7 @@ def finetune_command(checkpoint: str, options: Any) -> None:
     chosen = {"optimizer.learning_rate": grid, "seed": seeds or None}
     for key, values in chosen.items():
         flag = key.rpartition(".")[2]
-        is_set = any(each.partition("=")[0].strip() == key for each in options.settings)
+        is_set = any(text.partition("=")[0].strip() == key for text in options.settings)
         if values is not None and (is_set or getattr(options, flag, None) is not None):
             other = "seeds" if key == "seed" else "grid"
             raise UserError(f"{flag} and {other} exclude each other", fix="Leave one of them out")

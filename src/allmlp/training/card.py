@@ -91,9 +91,9 @@ def model_card(
 
     evaluations = [evaluation for evaluation in (validation, test) if evaluation is not None]
     rows = [
-        f"| {len(each.labels):,} | {public(each.data)} | {each.top1:.2%} | "
-        f"{'-' if each.top5 is None else f'{each.top5:.2%}'} | {each.loss:.4f} |"
-        for each in evaluations
+        f"| {len(evaluation.labels):,} | {public(evaluation.data)} | {evaluation.top1:.2%} | "
+        f"{'-' if evaluation.top5 is None else f'{evaluation.top5:.2%}'} | {evaluation.loss:.4f} |"
+        for evaluation in evaluations
     ]
     best = "the last step" if splits.validation is None else "the best validation accuracy"
     chosen = f"The weights are those of {best};\n"
@@ -117,10 +117,10 @@ def model_card(
     results = [
         {
             "task": {"type": "image-classification"},
-            "dataset": {"name": public(each.data), "type": public(base)},
-            "metrics": [{"type": "accuracy", "name": "top-1", "value": round(each.top1, 6)}],
+            "dataset": {"name": public(evaluation.data), "type": public(base)},
+            "metrics": [{"type": "accuracy", "name": "top-1", "value": round(evaluation.top1, 6)}],
         }
-        for each in evaluations
+        for evaluation in evaluations
     ]
     header = {
         "library_name": "allmlp",

@@ -183,7 +183,7 @@ class Checkpoints:
             write_manifest(partial, content)
             self._publish(partial, target)
         except OSError as error:
-            place = next(each for each in (self.folder, *self.folder.parents) if each.exists())
+            place = next(path for path in (self.folder, *self.folder.parents) if path.exists())
             free = shutil.disk_usage(place).free  # before what was written is removed
             shutil.rmtree(partial, ignore_errors=True)
             what = f"the checkpoint cannot be written: {error.strerror or error}"

@@ -62,7 +62,7 @@ class Section:
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
     hints = get_type_hints(kind, include_extras=True)
-    return {each.name: hints[each.name] for each in dataclasses.fields(kind)}
+    return {entry.name: hints[entry.name] for entry in dataclasses.fields(kind)}
 
 
 @functools.cache
@@ -609,7 +609,7 @@ def _build(kind: Any, values: Any, path: str = "") -> Any:
     if not isinstance(values, dict):
         what = f"{path[:-1] or 'the config'} must be an object, got {values!r}"
         raise SettingError(path[:-1], what, code="wrong-type")
-    known, arguments = {each.name: None for each in dataclasses.fields(kind)}, {}
+    known, arguments = {entry.name: None for entry in dataclasses.fields(kind)}, {}
     for name, value in values.items():
         key = f"{path}{name}"
         if name not in known:
@@ -630,9 +630,11 @@ def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
     for key, value in old.items():
         is_section = key in (*_SECTIONS, "optimizer") and isinstance(value, dict)
         inside = (
-            {f"{key}.{name}": each for name, each in value.items()} if is_section else {key: value}
+            {f"{key}.{name}": inner for name, inner in value.items()}
+            if is_section
+            else {key: value}
         )
-        flat |= {_RENAMED.get(name, name): each for name, each in inside.items()}
+        flat |= {_RENAMED.get(name, name): inner for name, inner in inside.items()}
     if flat.get("optimizer") == "sgd":
         flat["optimizer.momentum"] = flat.get("optimizer.beta1", 0.9)
     values = dataclasses.asdict(TrainConfig())
@@ -653,12 +655,12 @@ def _unknown(key: str, known: Mapping[str, Any]) -> NoReturn:
     if name in _ELSEWHERE:
         raise SettingError(key, what, f"Here that is {_ELSEWHERE[name]}", "unknown-name")
     for choice, options in _CHOICES.items():
-        owners = [each.name for each in options if hasattr(each, name)]
+        owners = [option.name for option in options if hasattr(option, name)]
         if owners and key.startswith(f"{choice}."):
             fix = f"It belongs to {choice}={' or '.join(owners)}"
             raise SettingError(key, what, fix, "unknown-name")
     names = [*known]
     for section, values in known.items():
-        names += [f"{section}.{each}" for each in values] if isinstance(values, dict) else []
+        names += [f"{section}.{inner}" for inner in values] if isinstance(values, dict) else []
     fix = f"{near_names(name, names)}Known here: {', '.join(known)}"
     raise SettingError(key, what, fix, "unknown-name")

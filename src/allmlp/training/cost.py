@@ -76,7 +76,7 @@ def saved_bytes(model: nn.Module, image: Tensor, compute: ComputePolicy) -> int:
 def _saved(model: nn.Module, images: Tensor, compute: ComputePolicy) -> tuple[int, int]:
     """Returns the bytes that autograd saves of some images, and those of the largest tensor."""
     sizes: dict[int, int] = {}
-    own = {id(each) for each in model.parameters()}
+    own = {id(parameter) for parameter in model.parameters()}
 
     def note(tensor: Tensor) -> Tensor:
         if id(tensor) not in own and not isinstance(tensor, DTensor):

@@ -168,7 +168,7 @@ def check_readable(source: Source, most: float, keys: list[str] | None = None) -
         checked, None if keys is None else lambda encoded: keys.append(image_key(encoded))
     )
     check_number_bad(bad, checked, most)
-    return [replace(each, index=each.index * step) for each in bad]
+    return [replace(image, index=image.index * step) for image in bad]
 
 
 def check_number_bad(bad: list[BadImage], source: Source, most: float) -> None:
@@ -180,11 +180,11 @@ def check_number_bad(bad: list[BadImage], source: Source, most: float) -> None:
     if len(bad) <= most * of:
         return
     free = min(_FREE, (of - 1) // 2) if most else 0
-    counts, labels = np.bincount(source.labels), source.labels[[each.index for each in bad]]
+    counts, labels = np.bincount(source.labels), source.labels[[image.index for image in bad]]
     emptied = np.flatnonzero((np.bincount(labels, minlength=len(counts)) == counts) & (counts > 0))
     if len(bad) <= free and not len(emptied):
         return
-    named = "\n  ".join(f"{each.name}: {each.what}" for each in bad[:5])
+    named = "\n  ".join(f"{image.name}: {image.what}" for image in bad[:5])
     more = f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
     share, enough = len(bad) / of, max(0.1, math.ceil(10 * len(bad) / of) / 10)
     limit = f"the limit is {most:.1%}" + (f" or {free} images" if free > most * of else "")

@@ -207,6 +207,6 @@ _GRIDS: dict[Callable[[], TrainConfig], tuple[tuple[float, ...], float]] = {
     finetune_average: (_GRID, 0.1),
     finetune_inception: (_GRID, 0.1),
 }
-FINETUNING = {each.__name__: each for each in _GRIDS}
-LEARNING_RATES = {each.__name__: rates for each, (rates, _) in _GRIDS.items()}
-HOLDOUTS = {each.__name__: holdout for each, (_, holdout) in _GRIDS.items()}
+FINETUNING = {recipe.__name__: recipe for recipe in _GRIDS}
+LEARNING_RATES = {recipe.__name__: rates for recipe, (rates, _) in _GRIDS.items()}
+HOLDOUTS = {recipe.__name__: holdout for recipe, (_, holdout) in _GRIDS.items()}

@@ -87,13 +87,15 @@ def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.
     Their state exists from here on, all zeros, instead of within the first step: so a run has the
     same tensors at all times and can be saved before it begins.
     """
-    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     rate, optimizers = settings.learning_rate, []
     if isinstance(settings, settings_of.SGD):
         optimizers.append(torch.optim.SGD(trained.values(), lr=rate, momentum=settings.momentum))
     else:
         if isinstance(settings, settings_of.Muon):
-            hidden_names = [n for n, each in trained.items() if is_hidden_kernel(n, each)]
+            hidden_names = [n for n, parameter in trained.items() if is_hidden_kernel(n, parameter)]
             hidden = [trained.pop(name) for name in hidden_names]
             if not hidden:
                 what = "optimizer=muon has nothing to train: the model has no 2-D block weights"
@@ -101,8 +103,10 @@ def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.
             options = {"lr": rate, "weight_decay": settings.weight_decay, "nesterov": True}
             options |= {"momentum": settings.momentum, "adjust_lr_fn": "match_rms_adamw"}
             optimizers.append(torch.optim.Muon(hidden, **options))
-        kernels = [each for name, each in trained.items() if is_kernel(name, each)]
-        others = [each for name, each in trained.items() if not is_kernel(name, each)]
+        kernels = [parameter for name, parameter in trained.items() if is_kernel(name, parameter)]
+        others = [
+            parameter for name, parameter in trained.items() if not is_kernel(name, parameter)
+        ]
         groups: list[dict[str, Any]] = [
             {"params": kernels, "weight_decay": settings.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -157,8 +161,13 @@ def optimizer_tensors(
     training continues that run bit for bit.
     """
     named = dict(model.named_parameters())
-    held = {id(each) for o in optimizers for group in o.param_groups for each in group["params"]}
-    assert held <= {id(each) for each in named.values()}, "parameters were replaced since"
+    held = {
+        id(parameter)
+        for o in optimizers
+        for group in o.param_groups
+        for parameter in group["params"]
+    }
+    assert held <= {id(parameter) for parameter in named.values()}, "parameters were replaced since"
     return {
         f"{name}.{key}": tensor
         for name, parameter in named.items()

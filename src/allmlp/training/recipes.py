@@ -190,7 +190,9 @@ def cifar10_compare() -> TrainConfig:
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    **{each.__name__: each for each in (digits, scratch, cifar10, cifar10_best, cifar10_compare)},
+    **{
+        build.__name__: build for build in (digits, scratch, cifar10, cifar10_best, cifar10_compare)
+    },
     **PRETRAINING,
     **SIBLINGS,
     **FINETUNING,

@@ -50,7 +50,7 @@ def announce(run: Run, model: ImageClassifier) -> None:
     say(f"data     {config.data.source}: {found[0]}")
     for line in found[1:]:
         say(f"         {line}")
-    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     is_all = trained == count_parameters(model)
     say(
         f"model    {type(model).__name__}, {model.config.summary()}, {height}x{width} pixels: "
@@ -105,11 +105,11 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
         validation.are_held_out = splits.held_out
     if not run.world.is_main:
         return result
-    known = {each.name for each in folder.named_bad_files()}
-    for each in test.bad if test is not None else []:  # those of validation were named before
-        if each.name not in known:
-            folder.log_bad_file(each)
-        report.say(f"left out of the accuracy: {each.name}: {each.what}", style="yellow")
+    known = {image.name for image in folder.named_bad_files()}
+    for image in test.bad if test is not None else []:  # those of validation were named before
+        if image.name not in known:
+            folder.log_bad_file(image)
+        report.say(f"left out of the accuracy: {image.name}: {image.what}", style="yellow")
     folder.draw_curves()
     drawn = ["train_batch", "curves"]
     shown, source = (test, splits.test) if test is not None else (validation, splits.validation)
@@ -122,7 +122,7 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
         _say_accuracy(report, shown, is_test=test is not None, in_study=in_study)
     else:
         report.say("all images were trained on, none are left to measure the accuracy")
-    skipped = {each.name for each in folder.named_bad_files()}
+    skipped = {image.name for image in folder.named_bad_files()}
     if skipped:
         what = f"warning  {plural(len(skipped), 'bad image')} left out, named in "
         report.say(f"{what}{folder.path / 'bad_files.txt'}", style="yellow")

@@ -51,7 +51,7 @@ def can_resume(path: Path, config: TrainConfig) -> bool:
         raise UserError("the run folder is a file", where=path, fix=_OTHER_OUTPUT)
     if not path.is_dir():
         return False
-    found = {each.name for each in path.iterdir() if not each.name.endswith(".partial")}
+    found = {entry.name for entry in path.iterdir() if not entry.name.endswith(".partial")}
     has_begun = any((path / "checkpoints").glob("*")) or not found <= _BEGUN
     if not found or ("plots" in found and not has_begun):
         return False

@@ -224,7 +224,9 @@ def _metrics_in(path: Path) -> tuple[list[tuple[bytes, dict[str, float]]], int]:
     for line in lines:
         try:
             values = parse_json(line)
-            if "step" in values and all(isinstance(each, int | float) for each in values.values()):
+            if "step" in values and all(
+                isinstance(value, int | float) for value in values.values()
+            ):
                 found.append((line + b"\n", values))
         except (ValueError, TypeError, AttributeError):
             pass

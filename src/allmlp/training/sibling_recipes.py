@@ -99,4 +99,4 @@ def imagenet_vip_s7() -> TrainConfig:
     )
 
 
-SIBLINGS = {each.__name__: each for each in (imagenet_cycle_mlp_b1, imagenet_vip_s7)}
+SIBLINGS = {recipe.__name__: recipe for recipe in (imagenet_cycle_mlp_b1, imagenet_vip_s7)}

@@ -131,7 +131,7 @@ class RunState:
     def check_may_begin_again(self) -> None:
         """Raises UserError where the run has made progress, but no checkpoint can be read."""
         folder = self.run.folder
-        unread = sorted(each.name for each in folder.checkpoints.glob("step-*"))
+        unread = sorted(path.name for path in folder.checkpoints.glob("step-*"))
         if unread:
             what = f"no checkpoint of this run can be read: {', '.join(unread)}, see above"
         elif (folder.best / "model.safetensors").exists() and not folder.checkpoints.is_dir():
@@ -174,11 +174,11 @@ class RunState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns every tensor of the state by its name; filled in place they restore it."""
-        named = {f"model.{name}": each.detach() for name, each in self.model.named_parameters()}
-        named |= {f"model.{name}": each for name, each in _statistics(self.model).items()}
-        named |= {f"average.{name}": each for name, each in self.average.items()}
+        named = {f"model.{name}": tensor.detach() for name, tensor in self.model.named_parameters()}
+        named |= {f"model.{name}": tensor for name, tensor in _statistics(self.model).items()}
+        named |= {f"average.{name}": tensor for name, tensor in self.average.items()}
         states = optimizer_tensors(self.model, self.optimizers)
-        return named | {f"optimizer.{name}": each for name, each in states.items()}
+        return named | {f"optimizer.{name}": tensor for name, tensor in states.items()}
 
     def save(self, *, is_best: bool) -> None:
         """Starts to write a checkpoint; training continues while it is written."""
@@ -191,7 +191,7 @@ class RunState:
             "best": self.best,
             "since_best": self.since_best,
             "last_result_at": self.last_result_at,
-            "bad": [[each.name, each.what, each.index] for each in self.bad.values()],
+            "bad": [[image.name, image.what, image.index] for image in self.bad.values()],
             "loss_sum": self.loss_sum,
             "loss_count": self.loss_count,
             "seconds": self.seconds,
@@ -237,7 +237,7 @@ class RunState:
             return self.model
         for name, target in _statistics(self.copy).items():
             target.copy_(statistics[name])
-        weights = {name: each.detach() for name, each in self.model.named_parameters()}
+        weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         copy_full_parameters(self.copy, (weights | self.average).items())
         return self.copy
 
@@ -248,4 +248,4 @@ def _statistics(model: torch.nn.Module) -> dict[str, Tensor]:
     Each process has its own, of its part of a batch; those of rank 0 are the run's.
     """
     saved = model.state_dict().keys()
-    return {name: each for name, each in model.named_buffers() if name in saved}
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}

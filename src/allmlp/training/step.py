@@ -75,7 +75,9 @@ class Updater:
     micro_batch_size: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.parameters = [each for each in self.model.parameters() if each.requires_grad]
+        self.parameters = [
+            parameter for parameter in self.model.parameters() if parameter.requires_grad
+        ]
         self.compiled = None
         if self.compute.compile:
             keep_compiled(cache_folder() / "compiled")
@@ -134,8 +136,8 @@ class Updater:
         torch.manual_seed(dropout_seed)
         # Frozen features are those of evaluation, without dropped branches.
         self.model.train(self.config.model.train_only == "all")
-        for each in self.parameters:
-            each.grad = None
+        for parameter in self.parameters:
+            parameter.grad = None
         count, total = len(images), images.new_zeros((), dtype=torch.float64)
         for start in range(0, count, size):
             part = slice(start, start + size)
@@ -192,7 +194,7 @@ class Updater:
         needed = saved_bytes(self.model, image, self.compute)
         neighbours = 1 if device.type == "cuda" else self.world.size  # share this memory
         room = _USABLE * free / neighbours
-        room -= sum(each.nbytes for each in self.parameters) + own * image.nbytes
+        room -= sum(parameter.nbytes for parameter in self.parameters) + own * image.nbytes
         fitting = [n for n in range(1, own + 1) if own % n == 0 and n * needed <= room]
         if not fitting:
             what = f"training on one image at a time takes {needed / 1e9:.2f} GB of activations, "

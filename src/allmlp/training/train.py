@@ -128,7 +128,9 @@ def train(
             operations=operations // world.size,
             num_steps=num_steps,
         )
-        trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+        trained = sum(
+            parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+        )
         shards = world.size if config.sharding == "full" else 1
         what = f"training {trained:,} weights with {config.optimizer.name}"
         check_fits_memory(trained * state_copies(config.optimizer) // shards, what, device)
@@ -164,8 +166,8 @@ class Trainer:
         self.preprocessing = self.model.preprocessing
         self.steps_per_epoch = len(self.splits.train) / self.config.batch_size
         self.epochs = self.config.epochs or self.num_steps / self.steps_per_epoch
-        state.bad |= {each.name: each for each in self.splits.bad}
-        self.named = {each.name for each in self.run_folder.named_bad_files()}
+        state.bad |= {image.name: image for image in self.splits.bad}
+        self.named = {image.name for image in self.run_folder.named_bad_files()}
         self.new_bad: list[BadImage] = []
         self.started, self.first_step = time.perf_counter(), state.step
         self.last_line = self.last_drawn = 0.0  # seconds
@@ -279,7 +281,7 @@ class Trainer:
         config, state, validation = self.config, self.state, self.splits.validation
         for found in self.world.gather(self.new_bad):  # what each process could not decode
             self.name_bad(found)
-            state.bad.update({each.name: each for each in found})
+            state.bad.update({image.name: image for image in found})
         self.new_bad = []
         kept, loss, result = state.kept_model(), state.mean_loss, None
         if validation is not None:
@@ -341,18 +343,18 @@ class Trainer:
     def note_bad(self, batch: Batch) -> None:
         """Names each undecodable image once, and stops the run if there are too many."""
         bad = self.state.bad
-        self.new_bad += [each for each in batch.bad if each.name not in bad]
-        bad.update({each.name: each for each in batch.bad if each.name not in bad})
+        self.new_bad += [image for image in batch.bad if image.name not in bad]
+        bad.update({image.name: image for image in batch.bad if image.name not in bad})
         self.name_bad(batch.bad)
         check_number_bad(list(bad.values()), self.splits.train, self.config.data.max_bad)
 
     def name_bad(self, bad: list[BadImage]) -> None:
         """Reports and lists the images that were not named before."""
-        for each in bad:
-            if each.name not in self.named:
-                self.named.add(each.name)
-                self.run_folder.log_bad_file(each)
-                self.report.say(f"skipped  {each.name}: {each.what}", style="yellow")
+        for image in bad:
+            if image.name not in self.named:
+                self.named.add(image.name)
+                self.run_folder.log_bad_file(image)
+                self.report.say(f"skipped  {image.name}: {image.what}", style="yellow")
 
     def end(self, number: int) -> NoReturn:
         """Ends the run as the signal would have, and prints how to resume it."""
