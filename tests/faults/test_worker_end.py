@@ -54,7 +54,7 @@ def test_it_is_named_and_the_run_goes_on_later(straight: Path, tmp_path: Path, k
     last = process.said().partition("error: ")[2].splitlines()
     image = (tmp_path / "image").read_text()
     assert last[0].startswith(
-        f"worker process 0, at {image}, ended without a word: DataLoader worker (pid"
+        f"worker process 0, at {image}, ended without a message: DataLoader worker (pid"
         if kind == "killed"
         else f"no batch for 2 seconds; worker process 0, at {image}"
     )

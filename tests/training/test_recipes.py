@@ -212,7 +212,7 @@ def test_each_says_its_command_and_what_to_expect(name: str):
     assert len(found) == 1
     words = shlex.split(found[0])
     if name == "cifar10_compare":
-        assert words[1] == "permute"  # whose default it is
+        assert words[1:3] == ["paper", "permutation"]  # whose default it is
     elif name in FINETUNING:
         assert words[1] == "finetune"
         assert name == "finetune" or words[words.index("--recipe") + 1] == name

@@ -109,5 +109,5 @@ def test_the_authors_settings(
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2:6] == [str(epochs), str(warmup), str(rate), f"{batch:,}"]
     doc = SIBLINGS[name].__doc__ or ""
-    assert cells[6].split(" by")[0] in doc
+    assert cells[6].split(" (")[0] in doc
     assert "augmentation here lacks" in doc
