@@ -44,6 +44,15 @@ def test_moved_images_are_the_same_and_changed_ones_are_not(place, monkeypatch):
     assert len(asked) == 2
 
 
+def test_a_run_under_a_key_of_another_version_is_measured_again(place):
+    first = run(place)
+    file = place / "study" / RESULTS
+    file.write_text(file.read_text().replace(first["key"], "0" * 16))
+    again = run(place)
+    assert (again["folder"], again["accuracy"]) == ("a", first["accuracy"])
+    assert "resumed" in (place / "study" / "a" / "log.txt").read_text()
+
+
 def test_a_damaged_line_costs_one_measurement(place, monkeypatch):
     asked = pretend(monkeypatch, lambda config: 0.5)
     run(place, "a")

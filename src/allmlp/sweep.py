@@ -109,7 +109,8 @@ class Sweep:
         except (KeyboardInterrupt, SystemExit):
             self.say("the study resumes with the same command")
             raise
-        self.rows[key] = {"key": key, "name": name, "folder": folder, **row}
+        images = self._images[config.data.source]
+        self.rows[key] = {"key": key, "name": name, "folder": folder, "data": images, **row}
         if self.world.is_main:
             lines = "".join(f"{json.dumps(row)}\n" for row in self.rows.values())
             atomic_write(self.path / RESULTS, lines.encode(errors="surrogateescape"))
@@ -158,11 +159,16 @@ class Sweep:
 
     def _folder(self, name: str, key: str, config: TrainConfig) -> str:
         """Returns the name of a run's folder: its own unless another run has taken that."""
-        taken = name in {row.get("folder") for row in self.rows.values()}
-        if not taken and (self.path / name / "config.json").is_file():
-            before, now = identity(config_of(self.path / name)), identity(config)
-            taken = {**before, "data.source": None} != {**now, "data.source": None}
-        return f"{name}-{key[:8]}" if taken else name
+        file = self.path / name / "config.json"
+        images = self._images[config.data.source]
+        owners = [row for row in self.rows.values() if row.get("folder") == name]
+        if not owners and not file.is_file():
+            return name
+        own, images_differ = False, any(row.get("data") != images for row in owners)
+        if file.is_file() and not images_differ:  # its key may be that of another version
+            before, now = identity(config_of(file.parent)), identity(config)
+            own = {**before, "data.source": None} == {**now, "data.source": None}
+        return name if own else f"{name}-{key[:8]}"
 
     def _reached(self, config: TrainConfig, result: TrainResult, measure: Measure | None) -> Row:
         is_test = result.test is not None
@@ -189,7 +195,8 @@ class Sweep:
 
 def _images_in(source: str) -> str:
     splits = open_splits(source).items()
-    return " ".join(f"{name} {fingerprint(images, moved=True)}" for name, images in splits)
+    text = " ".join(f"{name} {fingerprint(images, moved=True)}" for name, images in splits)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _shown(row: Row) -> str:
