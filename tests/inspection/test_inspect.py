@@ -143,7 +143,7 @@ def test_models_of_other_kinds(tmp_path, photo):
         ({"image": "PHOTO", "window": 7}, "out-of-range", "7"),
         ({"image": "FILE"}, "invalid", "file"),
         ({"image": "PHOTO", "batch_size": 0}, "out-of-range", "0"),
-        ({"compare": "nothing"}, "invalid", "nothing"),
+        ({"compare": "nothing"}, "unknown-name", "nothing"),
     ],
 )
 def test_wrong_options(tmp_path, photo, settings, code, named):
