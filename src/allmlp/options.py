@@ -12,7 +12,7 @@ import functools
 import inspect
 import textwrap
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 from allmlp.errors import UserError, near_names
 
@@ -58,7 +58,8 @@ def make(kind: type[Kind], options: Kind | None, fields: dict[str, Any]) -> Kind
     if options is not None:
         if not isinstance(options, kind):
             raise UserError(f"options must be {kind.__name__}, got {type(options).__name__}")
-        values = {field.name: getattr(options, field.name) for field in dataclasses.fields(kind)}
+        names = [field.name for field in dataclasses.fields(cast(Any, kind))]
+        values = {name: getattr(options, name) for name in names}
     return validated(kind, {**values, **fields})
 
 

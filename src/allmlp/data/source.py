@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -99,6 +99,9 @@ class PackedStrings:
 
     def __getitem__(self, index: int) -> str:
         return os.fsdecode(self._packed[index])
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -59,7 +59,8 @@ def choose_format(output: Path, name: str | None = None) -> Format:
     found = _by_suffix(output)
     if found is None or name not in (None, found.name):
         known = ", ".join(f"{known.suffix} ({name})" for name, known in FORMATS.items())
-        what = f"{output.name!r} does not end as a file of the format {name or 'any'}"
+        kind = f"a file of the format {name}" if name else "a file of a known format"
+        what = f"{output.name!r} does not end like {kind}"
         raise UserError(what, where="output", fix=f"Known: {known}", code="unknown-name")
     return found
 

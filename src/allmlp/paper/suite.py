@@ -284,7 +284,7 @@ def _read_tasks(path: Path) -> dict[str, str]:
         raise UserError(f"cannot read the file: {error.strerror}", where=path) from error
     except ValueError as error:
         raise UserError(f"not JSON: {str(error)[:200]}", where=path) from error
-    named = sources if isinstance(sources, dict) else {"": None}
+    named: dict[str, Any] = sources if isinstance(sources, dict) else {"": None}
     if not all(isinstance(source, str) and source.strip() for source in named.values()):
         fix = 'Write it as {"pets": "FOLDER", "cifar100": "hf:owner/name"}'
         raise UserError("not an object of tasks and the names of their data", where=path, fix=fix)
