@@ -77,6 +77,7 @@ def test_counts_and_their_texts():
 @pytest.mark.parametrize(
     ("mode", "precision"), [("inference", "float32"), ("training", "bfloat16")]
 )
+@pytest.mark.slow
 def test_the_json_of_a_measurement(mode, precision):
     result = quick({"a": tiny_model(), "b": tiny_model}, mode=mode, precision=precision)
     values = json.loads(json.dumps(result.to_json()))
@@ -122,6 +123,7 @@ def test_memory_counts_weights_state_batch_and_step(monkeypatch):
     assert row.memory_bytes == 3 * weights + steps + images + 1000
 
 
+@pytest.mark.slow
 def test_growth_is_that_of_tensors_of_known_size():
     if peak_growth(lambda: None, CPU) is None:
         pytest.skip("the system does not report the resident set of a process")
@@ -298,6 +300,7 @@ def test_ctrl_c_prints_what_there_is(capsys, saved, tmp_path, monkeypatch):
     assert json.loads(target.read_text())["interrupted"] is True
 
 
+@pytest.mark.slow
 def test_what_a_recipe_takes(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(
         RECIPES, "cifar10", lambda: recipe("digits").with_value("recipe", "cifar10")

@@ -6,7 +6,6 @@ sweep which gives most.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import ctypes
 import gc
@@ -33,7 +32,7 @@ from allmlp.io import STANDARD_OUTPUT, check_not_inputs, expand
 from allmlp.models.catalog import create_model, list_models
 from allmlp.models.inference import Inference, evaluating
 from allmlp.models.layers import ImageClassifier, count_parameters
-from allmlp.options import ImageSize, Options, Precision, Repeated, make
+from allmlp.options import ImageSize, Options, Precision, Repeated, assignments, make
 from allmlp.runtime.device import (
     can_compile,
     check_bfloat16,
@@ -374,7 +373,7 @@ def benchmark(
 
 def _build(name: str, options: BenchmarkOptions, device: torch.device) -> Build:
     """Returns what builds a model; a name that means nothing is refused at once."""
-    overrides = dict(map(_assignment, options.settings))
+    overrides = assignments(options.settings)
     if name in list_models() or (name.startswith("timm:") and "." not in name):
         return _new(lambda: create_model(name, options.image_size, **overrides), device)
     if overrides:
@@ -387,19 +386,6 @@ def _build(name: str, options: BenchmarkOptions, device: torch.device) -> Build:
         what = f"no model, run folder or file is called {name!r}"
         raise UserError(what, fix=fix, code="unknown-name")
     return lambda: load_model(name, options.image_size)
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    key, equals, value = (part.strip() for part in text.partition("="))
-    if not equals or not key:
-        raise UserError(f"a setting is KEY=VALUE, got {text!r}", where="settings")
-    words = {"null": None, "none": None, "true": True, "false": False}
-    if value.lower() in words:
-        return key, words[value.lower()]
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return key, value
 
 
 def _new(create: Build, device: torch.device) -> Build:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
@@ -101,6 +102,29 @@ def _user_error(kind: type, error: Any, where: object) -> UserError:
     what = f"{name}: {error['msg'].removeprefix('Input ')}, got {value[:100]}"
     code = "unknown-name" if error["type"] == "literal_error" else "wrong-type"
     return UserError(what, where=where, code=code)
+
+
+def literal(text: str) -> Any:
+    """A Python literal (numbers, booleans, tuples), `null` and `true` as JSON has them, or text."""
+    words = {"null": None, "none": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def assignments(texts: Iterable[str], where: str = "set") -> dict[str, Any]:
+    """Returns {"width": 40} of ["width=40"]."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not key:
+            what = f"a setting is written KEY=VALUE, got {text!r}"
+            raise UserError(what, where=where, fix="for example num_blocks=4")
+        found[key] = literal(value)
+    return found
 
 
 def documentation(kind: type) -> dict[str, str]:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import allmlp as am
-from allmlp.cli.arguments import parse_size
 from allmlp.cli.verbs import VERBS
 from conftest import draw, mixer
 
@@ -108,12 +107,6 @@ def test_wrong_sizes(capsys, text):
     code, _, err = mixer(capsys, "models", f"--image-size={text}")
     assert code == 2
     assert f"not an image size: {text!r}" in err
-
-
-def test_sizes():
-    assert parse_size(None) is None
-    assert parse_size("224") == 224
-    assert parse_size("192x256") == (192, 256)
 
 
 def test_train_evaluate_predict(capsys, class_folder, tmp_path):

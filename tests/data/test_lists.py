@@ -250,6 +250,7 @@ def test_mistakes_in_jsonl(images: Path, line: str, message: str):
         open_splits(write(images, "\n", "list.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_long_list_is_light(images: Path):
     """No object for each row: some hundred bytes a row would be a hundred MB here."""
     count = 200_000

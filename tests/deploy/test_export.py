@@ -107,6 +107,7 @@ def test_torch_export(family: str, precision: str, tmp_path: Path):
     assert found <= 1e-5 if precision == "float32" else 1e-5 < found < 0.1
 
 
+@pytest.mark.slow
 def test_a_file_describes_itself_and_does_not_reveal_this_machine(tmp_path: Path):
     model = tiny_model()
     model.class_names = [f"class {at} é\n" for at in range(7)]
@@ -131,6 +132,7 @@ def test_a_file_describes_itself_and_does_not_reveal_this_machine(tmp_path: Path
     assert "| agreement | 100.00% have the same top-1 class |" in page
 
 
+@pytest.mark.slow
 def test_uint8_input_with_the_permutation_inside(tmp_path: Path):
     model = tiny_model()
     how = am.Preprocessing(
@@ -185,6 +187,7 @@ def test_a_resized_run_from_the_command_line(
     assert (code, str(output) in err) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_file_that_fails_is_not_kept(
     trained: am.TrainResult,
     tmp_path: Path,
@@ -337,6 +340,7 @@ def test_the_runtime_is_named(pixels_file: Path, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=pytest.mark.slow), ".xml"])
+@pytest.mark.slow
 def test_predict_takes_the_name_of_a_file(tmp_path: Path, suffix: str):
     pytest.importorskip("onnxruntime" if suffix == ".onnx" else "openvino", reason=WHY)
     model = tiny_model(10)

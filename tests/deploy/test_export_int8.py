@@ -60,6 +60,7 @@ def with_outliers(outlier: float, layers: tuple[int, ...]) -> am.ImageClassifier
     return model
 
 
+@pytest.mark.slow
 def test_the_layer_that_suffers_stays_in_float32(tmp_path: Path):
     model = with_outliers(1e4, (1,))
     report = int8(model, tmp_path / "m.onnx", max_accuracy_drop=10.0)
@@ -132,6 +133,7 @@ def test_onnx_runtime_multiplies_in_int8_with_weights_of_7_bits(tmp_path: Path):
     assert not {"MatMul", "Gemm", "FusedMatMul", "DequantizeLinear"} & set(kinds)
 
 
+@pytest.mark.slow
 def test_calibration_that_cannot_be(tmp_path: Path):
     net = named(am.create_model("small_resnet", 8, 7, width=8, num_stages=2, num_blocks=1))
     with pytest.raises(am.UserError) as caught:  # convolutions only

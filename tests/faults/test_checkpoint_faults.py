@@ -180,6 +180,7 @@ checkpoints.wait()
         ("shutil.rmtree = rmtree", ".step-00000001.removed", 3),
     ],
 )
+@pytest.mark.slow
 def test_killed_before_the_rename_and_in_a_removal(
     tmp_path: Path, nursery: Nursery, patch: str, leftover: str, newest: int
 ):

@@ -286,6 +286,7 @@ def test_the_attack_works_where_it_is_not_stopped():
     change=st.binary(min_size=0, max_size=12),
     keep=st.floats(0.3, 1),
 )
+@pytest.mark.slow
 def test_any_damage_is_a_model_or_one_error(
     tmp_path_factory: pytest.TempPathFactory, kind: str, place: float, change: bytes, keep: float
 ):

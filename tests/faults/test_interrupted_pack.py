@@ -39,6 +39,7 @@ for instant in range(instants):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as Unix has them")
+@pytest.mark.slow
 def test_a_kill_among_the_renames(class_folder: Path, tmp_path: Path):
     """A fragment is never taken for the data set, and the same command starts over."""
     splits = open_splits(str(class_folder))

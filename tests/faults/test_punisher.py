@@ -76,6 +76,7 @@ before_step(patch, 16, wait)
 """
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_is_refused(data: Path, tmp_path: Path):
     """With exit code 2, while the first goes on unharmed."""
     straight = train(run_config(data, tmp_path / "straight"))

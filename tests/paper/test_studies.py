@@ -295,6 +295,7 @@ def test_the_permutation_study_from_start_to_figure(tmp_path: Path, real_figures
         )
 
 
+@pytest.mark.slow
 def test_an_interrupted_permutation_study_resumes(tmp_path: Path, monkeypatch):
     reached = {"none": 0.8, "patches": 0.7, "pixels": 0.4}
     trained = pretend(monkeypatch, lambda config: reached[config.data.permutation or "none"])

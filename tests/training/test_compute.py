@@ -77,6 +77,7 @@ def test_without_a_compiler_the_run_goes_on_and_says_so(class_folder, tmp_path, 
     assert "not compiled: no C++ compiler here" in (run / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_left_out(class_folder, tmp_path, monkeypatch):
     def failing(network):
         def call(images):

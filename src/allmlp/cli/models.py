@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from allmlp.cli.arguments import overrides_of
 from allmlp.console import table
 from allmlp.errors import UserError
 from allmlp.models.catalog import create_model, list_models
-from allmlp.options import ImageSize, Options, Repeated
+from allmlp.options import ImageSize, Options, Repeated, assignments
 from allmlp.paper.comparison_systems import list_comparison
 from allmlp.weights.report import checkpoint_table, inspect_file
 
@@ -69,7 +67,7 @@ def show(lines: list[str], options: ModelsOptions) -> None:
 
 def _architectures(options: ModelsOptions) -> list[str]:
     classes = 1000 if options.num_classes is None else options.num_classes
-    overrides: dict[str, Any] = overrides_of(options.settings, "--set")
+    overrides = assignments(options.settings)
     rows, skipped, without = [], [], []
     for name in list_models():
         try:

@@ -44,16 +44,15 @@ def pack(source: str, folder: str, options: PackOptions) -> int:
     """Packs data and prints what was written; returns the exit code."""
     import shlex
 
-    from allmlp.cli.arguments import warn_of_bad, warn_of_notes
-    from allmlp.console import Reporter
-    from allmlp.data.sources import open_splits, read_from
+    from allmlp.console import Reporter, report_bad_images, report_notes
+    from allmlp.data.sources import notes_of, open_splits, read_from
     from allmlp.data.sources.packed import pack_splits
     from allmlp.io import check_not_inputs, check_output_folder, expand, path_in_errors
 
     report, target, shard_bytes = Reporter(), expand(folder), options.shard_bytes()
     check_output_folder(target)
     splits = open_splits(source)
-    warn_of_notes(*splits.values())
+    report_notes(notes_of(splits))
     check_not_inputs([target], read_from(source))
     total = sum(map(len, splits.values()))
     with report.progress(total, "images") as bar, path_in_errors(target):
@@ -68,7 +67,7 @@ def pack(source: str, folder: str, options: PackOptions) -> int:
     report.say(f"written    {target}")
     if "train" in packed:
         report.say(f"next       {shlex.join(['mixer', 'train', '--data', str(target)])}")
-    return warn_of_bad([bad for result in packed.values() for bad in result.bad])
+    return report_bad_images([bad for result in packed.values() for bad in result.bad])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,13 +31,13 @@ from allmlp.data.transforms import resize_for_evaluation
 from allmlp.errors import UserError
 from allmlp.evaluation.few_shot import FewShotOptions, few_shot, num_images
 from allmlp.models.catalog import model_config
-from allmlp.options import Repeated, make
+from allmlp.options import Repeated, assignments, make
 from allmlp.paper.figures import save
 from allmlp.paper.study import Study, StudyOptions, train_config, write_study
 from allmlp.preprocessing import PERMUTATIONS, Preprocessing
 from allmlp.runtime.world import join_world
 from allmlp.sweep import Row, Sweep, study_folder, summarize
-from allmlp.training.config import TrainConfig, literal
+from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import open_training_data
 from allmlp.training.report import TrainResult
 from allmlp.weights.load import load_model
@@ -99,7 +99,7 @@ def permutation(
         what = f"{options.comparison} is the model itself"
         raise UserError(what, where="comparison", fix="comparison: small_resnet")
     if options.comparison != "none":
-        networks[options.comparison] = _overrides(options.comparison_set)
+        networks[options.comparison] = assignments(options.comparison_set, "comparison_set")
     sizes = [
         model_config(name, config.model.image_size, 2, **overrides)
         for name, overrides in networks.items()
@@ -159,17 +159,6 @@ def permutation(
             sweep.say(f"figure   {path / 'permutation.png'}")
             sweep.say(f"table    {path / 'permutation.json'}")
         return Study(path, rows)
-
-
-def _overrides(assignments: Iterable[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        if not equals or not key.strip():
-            what = f"a setting is written KEY=VALUE, got {assignment!r}"
-            raise UserError(what, where="comparison_set", fix="comparison_set: num_blocks=4")
-        found[key.strip()] = literal(value.strip())
-    return found
 
 
 def rows_of(done: Iterable[Row]) -> list[dict[str, Any]]:

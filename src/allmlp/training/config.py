@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import itertools
@@ -14,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeAlias, get_t
 from pydantic import AllowInfNan, Field, InstanceOf, Strict, TypeAdapter, ValidationError
 
 from allmlp.errors import UserError, near_names
+from allmlp.options import literal
 
 VERSION = 2  # of config.json; version 1 had no choices with settings of their own, see `_RENAMED`
 
@@ -566,17 +566,6 @@ class TrainConfig(Section):
                 if is_other and "evaluate_every" not in changes:  # it has the same unit
                     values["evaluate_every"] = max(1, changes[key] // 20)
         return _build(TrainConfig, values)
-
-
-def literal(text: str) -> Any:
-    """A Python literal (numbers, booleans, tuples), `null` and `true` as JSON has them, or text."""
-    named = {"null": None, "none": None, "true": True, "false": False}
-    if text.lower() in named:
-        return named[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return text
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
