@@ -265,8 +265,6 @@ def test_ctrl_c_says_stopped_and_keeps_what_was_reached(tmp_path: Path):
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does: loader processes get it too
     out, err = child.communicate(timeout=60)
     assert child.returncode == 130
-    assert "to go on: mixer train --resume run" in out.replace(
-        f"{Path(sys.executable).parent}/", ""
-    )
+    assert "mixer train --resume run" in out.replace(f"{Path(sys.executable).parent}/", "")
     assert "Traceback" not in err
     assert am.load_model(tmp_path / "run").config.num_classes == 10

@@ -316,6 +316,13 @@ def test_damaged_files_give_an_image_or_a_user_error(data):
         assert decode(bytes(file[: data.draw(st.integers(1, len(file)))]), "x").shape[2] == 3
 
 
+def test_bits_per_sample_that_are_bytes():
+    file = bytearray(encode(Image.new("RGB", (4, 4)), "TIFF"))
+    file[36] = 7  # the type of BitsPerSample: undefined
+    with contextlib.suppress(UserError):
+        decode(bytes(file), "x")
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_damaged_tiff_directories_give_an_image_or_a_user_error(data):

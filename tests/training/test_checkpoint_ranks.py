@@ -57,6 +57,7 @@ def replicated(world: World, folder: Path) -> None:
     checkpoints = Checkpoints(folder, world=world)
     assert checkpoints.newest() is None
     checkpoints.save(1, state(1), {"rank": world.rank})
+    checkpoints.wait()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "write_tensors", full_disk)
         checkpoints.save(2, state(2), {"rank": world.rank})

@@ -111,8 +111,8 @@ class EncodedImage:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 tags.load(file)
-            kind = max(tags.get(tiff.SAMPLEFORMAT, (1,)))
-            bits = max(tags.get(tiff.BITSPERSAMPLE, (1,)))
+            kind = int(max(tags.get(tiff.SAMPLEFORMAT, (1,))))  # bytes, if damaged
+            bits = int(max(tags.get(tiff.BITSPERSAMPLE, (1,))))
             self._zero_is_white = tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 0
         except Exception:  # damaged, or no TIFF; Pillow decides
             return
