@@ -26,8 +26,8 @@ from allmlp.runtime.process import (
 
 DESCRIPTION = """MLP-Mixer in PyTorch: train, evaluate and use all-MLP image classifiers.
 
-Begin with `mixer train`: without arguments it trains a small Mixer on real digits, in about a
-minute. `mixer COMMAND --help` has examples. `--debug` shows the traceback of an error."""
+Begin with `mixer train`: without arguments it trains a small Mixer on real digits, in one or two
+minutes. `mixer COMMAND --help` has examples. `--debug` shows the traceback of an error."""
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
