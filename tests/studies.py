@@ -17,12 +17,12 @@ from conftest import make_class_folder, tiny_model
 COUNTS = {"ant": 10, "bee": 12, "cat": 10}
 
 
-def settings(folder: Path, output: str | None = "study", **changes: object) -> am.TrainConfig:
-    """Six steps of eight images, from `folder`/weights on `folder`/data."""
+def six_steps(weights: object, data: str, output: str | None, **changes: object) -> am.TrainConfig:
+    """The settings of a fine-tuning of six steps of eight images."""
     values: dict[str, object] = {
-        "model.weights": str(folder / "weights"),
-        "data.source": str(folder / "data"),
-        "output": None if output is None else str(folder / output),
+        "model.weights": str(weights),
+        "data.source": data,
+        "output": output,
         "steps": 6,
         "batch_size": 8,
         "evaluate_every": 3,
@@ -32,6 +32,12 @@ def settings(folder: Path, output: str | None = "study", **changes: object) -> a
     }
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     return am.recipe("finetune").with_values(values)
+
+
+def settings(folder: Path, output: str | None = "study", **changes: object) -> am.TrainConfig:
+    """Six steps of eight images, from `folder`/weights on `folder`/data."""
+    output = None if output is None else str(folder / output)
+    return six_steps(folder / "weights", str(folder / "data"), output, **changes)
 
 
 def make_place(folder: Path) -> Path:

@@ -51,6 +51,16 @@ def parse_json(text: str | bytes) -> Any:
     raise ValueError(f"nested more than {_MAX_DEPTH} deep")
 
 
+def read_json(path: Path, wrong: str = "not JSON", fix: str | None = None) -> Any:
+    """Returns the value in a JSON file; a file that cannot be read, or is `wrong`, is an error."""
+    try:
+        return parse_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read the file: {error.strerror}", where=path, fix=fix) from error
+    except ValueError as error:
+        raise UserError(f"{wrong}: {str(error)[:200]}", where=path, fix=fix) from error
+
+
 def check_output_file(path: Path, *, overwrite: bool, parents: bool = False) -> None:
     """Checks that a file can and may be written; `parents`: the caller makes its folder."""
     if path.is_dir():

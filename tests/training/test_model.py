@@ -16,6 +16,7 @@ import allmlp as am
 from allmlp.training import train as loop
 from allmlp.training.model import build_model, freeze_all_but_head
 from conftest import TINY, tiny_config, tiny_model
+from studies import six_steps
 
 ANIMALS = ["ant", "bee", "cat"]
 OWN_RANGE = am.Preprocessing(
@@ -38,20 +39,7 @@ def model_of(names: list[str] | None, num_classes: int = 3, **changes: object):
 
 
 def finetuning(weights: object, output: object = "unused", **changes: object) -> am.TrainConfig:
-    """A recipe's settings for a fine-tuning of six steps of eight images."""
-    values: dict[str, object] = {
-        "model.weights": str(weights),
-        "data.source": "unused",
-        "output": str(output),
-        "steps": 6,
-        "batch_size": 8,
-        "evaluate_every": 3,
-        "optimizer.warmup": 1,
-        "device": "cpu",
-        "data.num_workers": 0,
-    }
-    values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return am.recipe("finetune").with_values(values)
+    return six_steps(weights, "unused", str(output), **changes)
 
 
 @pytest.fixture

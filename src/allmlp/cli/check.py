@@ -114,11 +114,6 @@ def check(source: str, options: CheckOptions) -> int:
     return 3 if result.unreadable or problems else 0
 
 
-def exit_code(code: int, _: CheckOptions) -> int:
-    """Returns the exit code that the command gave."""
-    return code
-
-
 def print_check(report: Reporter, result: Report) -> None:
     """Prints a table of the splits, what is unusual or wrong, and duplicates."""
     from allmlp.console import table

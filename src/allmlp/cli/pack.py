@@ -95,8 +95,3 @@ def index(folder: str, options: IndexOptions) -> None:
         tars = plural(len(found.files), "tar")
         classes = plural(len(found.class_names), "class") if found.class_names else "no labels"
         print(f"written  {path}: {plural(len(found), 'image')} in {tars}, {classes}")
-
-
-def exit_code(code: int, _: PackOptions) -> int:
-    """Returns the exit code that the command gave."""
-    return code

@@ -35,7 +35,8 @@ class Command:
         module: in allmlp, that owns the other three names.
         options: the dataclass of its flags; its docstring is the help, with examples.
         function: called with the positional arguments and the options.
-        show: called with its result and the options; prints, and returns the exit code or None.
+        show: called with its result and the options; prints, and returns the exit code or None;
+            without it the function prints, and an int that it returns is the exit code.
         positional: names of arguments without a flag; "recipe?" may be left out, "images*" is many,
             "models*?" is both.
         summary: its line in `mixer --help`.
@@ -67,7 +68,9 @@ class Command:
         positional = [values.pop(_bare(argument)) for argument in self.positional]
         options = kind(**values)
         result = getattr(module, self.function)(*positional, options)
-        return None if self.show is None else getattr(module, self.show)(result, options)
+        if self.show is None:
+            return result if isinstance(result, int) else None
+        return getattr(module, self.show)(result, options)
 
 
 def _bare(name: str) -> str:

@@ -106,16 +106,14 @@ VERBS: dict[str, Any] = {
         "CheckOptions",
         "check",
         "Look at data before training: what it contains, what is damaged, and duplicates.",
-        "exit_code",
-        ("data",),
+        positional=("data",),
     ),
     "data pack": Command(
         "cli.pack",
         "PackOptions",
         "pack",
         "Write data as Arrow files, which are fast to read in any order and few files to copy.",
-        "exit_code",
-        ("data", "output"),
+        positional=("data", "output"),
     ),
     "data index": Command(
         "cli.pack",

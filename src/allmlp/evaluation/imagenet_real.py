@@ -17,7 +17,7 @@ import numpy as np
 
 from allmlp.data.source import Source, values_of
 from allmlp.errors import UserError
-from allmlp.io import expand, parse_json
+from allmlp.io import expand, read_json
 
 IMAGES, CLASSES = 50_000, 1000
 EXPECTED_NAME = "ILSVRC2012_val_00000293.JPEG"
@@ -100,13 +100,7 @@ def open_real(
 def read_real(path: str | Path) -> list[frozenset[int]]:
     """Returns the classes, 0 to 999, that fit each of the 50,000 validation images."""
     path = expand(path)
-    try:
-        lists = parse_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read the file: {error.strerror}", where=path, fix=_FILE) from error
-    except ValueError as error:
-        what = f"the ReaL labels are not JSON: {str(error)[:200]}"
-        raise UserError(what, where=path, fix=_FILE) from error
+    lists = read_json(path, "the ReaL labels are not JSON", _FILE)
     if not isinstance(lists, list) or len(lists) != IMAGES:
         found = f"{len(lists):,} lists" if isinstance(lists, list) else f"{lists!r:.100}"
         what = f"the ReaL labels are {IMAGES:,} lists, one for each validation image; got {found}"

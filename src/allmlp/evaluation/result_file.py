@@ -18,7 +18,7 @@ import torch
 
 from allmlp.environment import environment_info
 from allmlp.errors import UserError
-from allmlp.io import STANDARD_OUTPUT, atomic_write, check_output_file, expand, parse_json
+from allmlp.io import STANDARD_OUTPUT, atomic_write, check_output_file, expand, read_json
 from allmlp.models.catalog import architecture_name, config_to_json
 from allmlp.models.layers import ImageClassifier, preprocessing_of
 from allmlp.names import NAME, is_format
@@ -89,12 +89,7 @@ def _text(values: dict[str, Any]) -> str:
 
 def read_measurement(path: Path) -> dict[str, Any]:
     """Returns what `write_measurement` wrote."""
-    try:
-        values = parse_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read the file: {error.strerror}", where=path) from error
-    except ValueError as error:
-        raise UserError(f"not a measurement: {str(error)[:200]}", where=path) from error
+    values = read_json(path, "not a measurement")
     if not isinstance(values, dict) or not is_format(values.get("format"), FORMAT):
         raise UserError("not a measurement of allmlp", where=path)
     version = values.get("version")

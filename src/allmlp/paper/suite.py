@@ -35,7 +35,7 @@ from allmlp.errors import UserError, one_of, plural
 from allmlp.evaluation.features import weights_hash
 from allmlp.evaluation.result_file import measurement, read_measurement, write_measurement
 from allmlp.finetuning import FinetuneResult, finetune
-from allmlp.io import expand, parse_json
+from allmlp.io import expand, read_json
 from allmlp.options import Repeated
 from allmlp.paper.study import PaperOptions
 from allmlp.runtime.world import World, join_world
@@ -278,12 +278,7 @@ def named_tasks(
 
 
 def _read_tasks(path: Path) -> dict[str, str]:
-    try:
-        sources = parse_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read the file: {error.strerror}", where=path) from error
-    except ValueError as error:
-        raise UserError(f"not JSON: {str(error)[:200]}", where=path) from error
+    sources = read_json(path)
     named: dict[str, Any] = sources if isinstance(sources, dict) else {"": None}
     if not all(isinstance(source, str) and source.strip() for source in named.values()):
         fix = 'Write it as {"pets": "FOLDER", "cifar100": "hf:owner/name"}'

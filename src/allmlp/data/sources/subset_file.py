@@ -21,7 +21,7 @@ from allmlp.data.label_rule import LabelRule, apply_rule, rule_from_json
 from allmlp.data.source import Source, View, join
 from allmlp.data.source_spec import SPLITS, parse_name, part_of
 from allmlp.errors import UserError
-from allmlp.io import atomic_write, parse_json
+from allmlp.io import atomic_write, read_json
 from allmlp.names import NAME, is_format
 
 SUFFIX = ".json"
@@ -59,12 +59,7 @@ def write_subset_file(path: Path, subset: SubsetFile) -> None:
 
 def read_subset_file(path: Path) -> SubsetFile:
     """Returns what a subset file says."""
-    try:
-        values = parse_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read the file: {error.strerror}", where=path) from error
-    except ValueError as error:
-        raise UserError(f"not a subset of images: {str(error)[:200]}", where=path) from error
+    values = read_json(path, "not a subset of images")
     if not isinstance(values, dict) or not is_format(values.get("format"), FORMAT):
         fix = "As data, a .json file is a subset; see docs/transfer.md. A list is .jsonl"
         raise UserError("not a subset of images", where=path, fix=fix)
