@@ -11,6 +11,7 @@ import atexit
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,10 +119,12 @@ class Process:
     Attributes:
         pid: of the process, which leads a session and a group of its own.
         text: what it says, on both streams.
+        test: that started it.
     """
 
     pid: int
     text: Path
+    test: str
     code: int | None = None
 
     def said(self) -> str:
@@ -138,7 +141,7 @@ class Process:
 
     def wait(self, seconds: float = 60.0) -> int:
         """Returns the exit code."""
-        until(lambda: self.poll() is not None, seconds, self.said)
+        until(lambda: self.poll() is not None, seconds)
         assert self.code is not None
         return self.code
 
@@ -164,12 +167,22 @@ def start(
     typed = arguments if isinstance(arguments, list) else typed_settings(arguments)
     text.touch()
     order = {"arguments": [str(each) for each in typed], "text": str(text), "fault": fault}
-    process = Process(_nursery().ask({**order, "environment": environment or {}}), text)
-    _started.append(process)
-    return process
+    pid = _nursery().ask({**order, "environment": environment or {}})
+    _started.append(Process(pid, text, _test()))
+    return _started[-1]
 
 
 _started: list[Process] = []
+
+
+def _test() -> str:
+    return os.environ.get("PYTEST_CURRENT_TEST", "").partition(" (")[0]
+
+
+def said_by_all() -> str:
+    """Returns what every process of this test has said: one that waits says nothing itself."""
+    processes = [process for process in _started if process.test == _test()]
+    return "\n".join(f"--- {p.text.name}, exit code {p.poll()}:\n{p.said()}" for p in processes)
 
 
 def kill_what_is_left() -> None:
@@ -184,10 +197,9 @@ def start_two(
     config: am.TrainConfig | list[object], text: Path, fault: str = "", **environment: str
 ) -> list[Process]:
     """Starts the command as rank 0 and 1, as torchrun would; the texts end in .0 and .1."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+    port = next(port for port in _ports() if _is_free(port))
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": "2", **address, **environment}
     return [
         start(
             config,
@@ -199,6 +211,21 @@ def start_two(
     ]
 
 
+@functools.cache
+def _ports() -> Iterator[int]:
+    """Ports below those that the system gives to any program, other ones in each test process."""
+    first = os.getpid() * 100  # neighbours of `pytest -n` have neighbouring numbers
+    return (20_000 + (first + number) % 10_000 for number in itertools.count())
+
+
+def _is_free(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
+
+
 def typed_settings(config: am.TrainConfig) -> list[object]:
     """Returns what to type after `mixer` for this run."""
     default, values = flat(am.recipe("scratch").to_json()), flat(config.to_json())
@@ -208,11 +235,11 @@ def typed_settings(config: am.TrainConfig) -> list[object]:
     return ["train", "scratch", "--output", str(config.output), *settings]
 
 
-def until(true: Callable[[], object], seconds: float, text: Callable[[], str] = str) -> None:
-    """Waits until something is true, and fails with the text where that takes too long."""
+def until(true: Callable[[], object], seconds: float) -> None:
+    """Waits until something is true; where that takes too long, shows what the processes said."""
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, text()
+        assert time.monotonic() < end, said_by_all()
         time.sleep(0.005)
 
 

@@ -49,7 +49,7 @@ def test_thirty_kills_change_nothing(data: Path, tmp_path: Path):
             lambda: _partial(run),
         ]
         sign = signs[life % 3 if life else 1]
-        until(lambda p=process, sign=sign: sign() or p.poll() is not None, 60.0, process.said)
+        until(lambda p=process, sign=sign: sign() or p.poll() is not None, 60.0)
         startup = startup or 1.1 * (time.monotonic() - begun)  # to the first step of the first
         time.sleep(chance.uniform(0.0, 0.03) * (life % 3 > 0))
         if process.poll() is None:
@@ -83,7 +83,7 @@ def test_a_second_run_in_the_folder_is_refused(data: Path, tmp_path: Path):
     config = run_config(data, tmp_path / "run")
     fault = WAITING.replace("FOLDER", repr(str(tmp_path)))
     first = start(config, tmp_path / "first", fault)
-    until(lambda: "waiting" in first.said(), 60.0, first.said)
+    until(lambda: "waiting" in first.said(), 60.0)
     second = start(config, tmp_path / "second")
     third = start(["train", "--resume", tmp_path / "run"], tmp_path / "third")
     for process in (second, third):
@@ -104,13 +104,13 @@ def test_a_killed_run_leaves_no_lock(data: Path, tmp_path: Path):
     config = run_config(data, tmp_path / "run", data__num_workers=2, checkpoint_every=5)
     fault = WAITING.replace("FOLDER", repr(str(tmp_path)))
     process = start(config, tmp_path / "first", fault)
-    until(lambda: "waiting" in process.said(), 60.0, process.said)
+    until(lambda: "waiting" in process.said(), 60.0)
     workers = _children(process.pid)
     assert len(workers) == 2
     assert process.kill() == -signal.SIGKILL
     (tmp_path / "go").touch()
     again = start(config, tmp_path / "again")
-    until(lambda: "resumed  after step" in again.said() or again.poll(), 30.0, again.said)
+    until(lambda: "resumed  after step" in again.said() or again.poll(), 30.0)
     assert any(map(_lives, workers))  # or the test would show nothing
     assert again.wait() == 0, again.said()
     until(lambda: not any(map(_lives, workers)), 20.0)

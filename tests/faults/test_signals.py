@@ -112,9 +112,9 @@ def test_a_second_signal_ends_it_at_once(data, straight, tmp_path, number: int, 
     config = run_config(data, tmp_path / "run", checkpoint_every=6)
     process = start(config, tmp_path / "said", "before_step(patch, 16, lambda _: time.sleep(600))")
     saved = tmp_path / "run" / "checkpoints" / "step-00000012"
-    until(lambda: len(_steps(tmp_path / "run")) == 16 and saved.exists(), 30.0, process.said)
+    until(lambda: len(_steps(tmp_path / "run")) == 16 and saved.exists(), 30.0)
     process.send(number)
-    until(lambda: "stopping: the run saves" in process.said(), 10.0, process.said)
+    until(lambda: "stopping: the run saves" in process.said(), 10.0)
     assert process.poll() is None
     process.send(number)
     assert process.wait(5.0) == code
@@ -129,9 +129,9 @@ def test_torchrun_passes_on_a_signal_that_came_already(data, straight, tmp_path)
     config, go_on = run_config(data, tmp_path / "run"), tmp_path / "go on"
     fault = f"before_step(patch, 16, lambda _: until(Path({str(go_on)!r}).exists, 30.0))"
     process = start(config, tmp_path / "said", fault, {"TORCHELASTIC_RUN_ID": "none"})
-    until(lambda: len(_steps(tmp_path / "run")) == 16, 30.0, process.said)
+    until(lambda: len(_steps(tmp_path / "run")) == 16, 30.0)
     process.send(signal.SIGINT)
-    until(lambda: "stopping: the run saves" in process.said(), 10.0, process.said)
+    until(lambda: "stopping: the run saves" in process.said(), 10.0)
     process.send(signal.SIGTERM)
     go_on.touch()
     assert process.wait() == 130

@@ -105,7 +105,7 @@ def test_a_signal_while_a_batch_is_waited_for(tmp_path: Path, steps: int):
     config = run_config(data, tmp_path / "run", **DROPOUT, data__num_workers=1)
     fault = HANG.replace("STEPS", str(steps)).replace("FOLDER", repr(str(tmp_path)))
     process = start(config, tmp_path / "said", fault)
-    until((tmp_path / "hangs").exists, 60.0, process.said)
+    until((tmp_path / "hangs").exists, 60.0)
     process.send(signal.SIGTERM)
     assert process.wait(30.0) == 143
     assert "Traceback" not in process.said()
