@@ -7,20 +7,20 @@ sweep which gives most.
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,7 +44,7 @@ from allmlp.runtime.device import (
     threads_for,
     torch_settings,
 )
-from allmlp.training.cost import num_images_seen
+from allmlp.training.cost import num_images_seen, operations, planned, power
 from allmlp.training.recipes import recipe as recipe_config
 from allmlp.weights.checkpoints import find_checkpoint, list_checkpoints
 from allmlp.weights.load import files_of, load_model
@@ -55,6 +55,7 @@ _RISE = 1.01  # a rate less than one per cent above the best so far counts as no
 _SMALL_BATCH = 8  # tried before a larger one whose memory is unknown
 _USABLE = 0.8  # of the free memory; other programs need some
 _PEAK_SECONDS = 2.0
+_WIDE_SPREAD = 0.2  # from the slowest to the fastest round, relative to the median
 # (rows, inputs, outputs) of a dense layer: those of the channel mixing of Mixer-B/16 and L/16 with
 # 8 and 16 images, and square ones. A GPU takes larger ones to be busy.
 _SHAPES = {
@@ -67,8 +68,9 @@ _DATA = {
     "imagenet21k_": (14_000_000, 21_843, "ImageNet-21k, the paper's round number"),
     "jft_": (300_000_000, 18_291, "JFT-300M, the paper's round number"),
     "cifar10": (45_000, 10, "CIFAR-10 less the tenth that is held out"),
-    "digits": (1_259, 10, "the scikit-learn digits' training images"),
+    "digits": (1_259, 10, "the digits' training images"),
 }
+_MEMORY = {"cuda": "torch's allocations", "cpu": "growth of the resident set"}
 Build = Callable[[], ImageClassifier]
 
 
@@ -143,22 +145,13 @@ class Point:
     """The rate at one batch size."""
 
     batch_size: int
-    rates: tuple[float, ...]  # images per second in each round
-    step_bytes: int | None  # by which memory rises in a step
+    images_per_second: float  # the median of the rounds
+    spread: tuple[float, float]  # of the slowest and of the fastest round
+    step_memory_bytes: int | None  # by which memory rises in a step
 
     @property
-    def images_per_second(self) -> float:
-        """The median of the rounds."""
-        return statistics.median(self.rates)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the point as JSON values."""
-        return {
-            "batch_size": self.batch_size,
-            "images_per_second": self.images_per_second,
-            "spread": [min(self.rates), max(self.rates)],
-            "step_memory_bytes": self.step_bytes,
-        }
+    def relative_spread(self) -> float:
+        return (self.spread[1] - self.spread[0]) / self.images_per_second
 
 
 @dataclass(frozen=True)
@@ -187,6 +180,12 @@ class ModelBenchmark:
     threads: int | None = None  # of the CPU, at the best batch size
     ended: str | None = None  # why no larger batch was tried
     error: str | None = None  # why the model was given up
+    spent: float = 0.0  # seconds
+
+    @property
+    def is_active(self) -> bool:
+        """Whether larger batches are to be measured."""
+        return self.error is None and self.ended is None
 
     @property
     def best(self) -> Point | None:
@@ -201,10 +200,10 @@ class ModelBenchmark:
     @property
     def fraction_of_peak(self) -> float | None:
         """The operations of the best rate, relative to the machine's own matrix products."""
-        rate = self.images_per_second
-        if rate is None or self.peak is None:
+        if self.best is None or self.peak is None:
             return None
-        return _passes(self.mode) * self.flops * rate / (self.peak.gflops * 1e9)
+        step = _passes(self.mode) * self.flops
+        return step * self.best.images_per_second / (self.peak.gflops * 1e9)
 
     def latency_ms(self) -> dict[str, float] | None:
         """Returns the 50th, 90th and 99th percentile of a single image, and the number of runs.
@@ -213,34 +212,22 @@ class ModelBenchmark:
         """
         if not self.latencies:
             return None
-        taken = np.percentile(self.latencies, (50, 90, 99), method="inverted_cdf") * 1e3
-        names = ("p50", "p90", "p99")
-        return {**dict(zip(names, taken.tolist(), strict=True)), "runs": len(self.latencies)}
+        p50, p90, p99 = np.percentile(self.latencies, (50, 90, 99), method="inverted_cdf") * 1e3
+        runs = len(self.latencies)
+        return {"p50": float(p50), "p90": float(p90), "p99": float(p99), "runs": runs}
 
     def to_json(self) -> dict[str, Any]:
         """Returns all numbers as JSON values."""
-        peak = self.peak
+        names = ("name", "mode", "precision", "threads", "ended", "error", "memory_bytes")
         return {
-            "name": self.name,
+            **{name: getattr(self, name) for name in names},
             "model": self.model or {"name": self.name},
-            "mode": self.mode,
-            "precision": self.precision,
-            "threads": self.threads,
             "image_size": self.model.get("image_size"),
-            "points": [point.to_json() for point in self.points],
-            "best": None if self.best is None else self.best.to_json(),
-            "ended": self.ended,
-            "error": self.error,
+            "points": [asdict(point) for point in self.points],
+            "best": self.best and asdict(self.best),
             "latency_ms": self.latency_ms(),
             "flops": {"formula": self.flops, "counted": self.counted},
-            "peak": None
-            if peak is None
-            else {
-                "gflops": peak.gflops,
-                "shape": list(peak.shape),
-                "share": self.fraction_of_peak,
-            },
-            "memory_bytes": self.memory_bytes,
+            "peak": self.peak and {**asdict(self.peak), "share": self.fraction_of_peak},
         }
 
 
@@ -269,27 +256,20 @@ class Benchmark:
     def to_json(self) -> dict[str, Any]:
         """Returns a measurement of the kind "throughput", see `evaluation.result_file`."""
         shared = {"compiled": self.options.compile, "device": str(self.device)}
-        return measurement(
-            "throughput",
-            None,
-            {
-                "interrupted": self.interrupted,
-                "seconds": self.options.seconds,
-                "rounds": self.options.rounds,
-                "memory_is": _memory_is(self.device),
-                "models": [{**row.to_json(), **shared} for row in self.models],
-                **({} if self.recipe is None else {"recipe": self.recipe}),
-                "environment": self.environment,
-            },
-        )
+        numbers = {
+            "interrupted": self.interrupted,
+            "seconds": self.options.seconds,
+            "rounds": self.options.rounds,
+            "memory_is": _MEMORY[self.device.type],
+            "models": [{**row.to_json(), **shared} for row in self.models],
+            **({} if self.recipe is None else {"recipe": self.recipe}),
+            "environment": self.environment,
+        }
+        return measurement("throughput", None, numbers)
 
 
 def _passes(mode: str) -> int:
     return 3 if mode == "training" else 1  # the forward pass and two gradients
-
-
-def _memory_is(device: torch.device) -> str:
-    return "torch's allocations" if device.type == "cuda" else "growth of the resident set"
 
 
 def benchmark(
@@ -301,8 +281,7 @@ def benchmark(
 ) -> Benchmark:
     """Returns images per second, latency, operations and memory of models that take turns.
 
-    All models are in memory together. Model objects are left as they were given, on the device:
-    training steps have the learning rate 0.
+    All models are in memory together. What is measured of a model object is a copy of it.
 
     Args:
         models: what `BenchmarkOptions` says; or, by names of your choice, models and functions
@@ -312,7 +291,7 @@ def benchmark(
         **fields: those of `BenchmarkOptions`.
 
     Returns:
-        What was measured; Ctrl-C ends it early and gives what there is by then.
+        What was measured; Ctrl-C ends it early and gives what was measured until then.
 
     Raises:
         UserError: an option is out of range, no such model or device, bfloat16 on a GPU without
@@ -331,14 +310,14 @@ def benchmark(
         what = f"give models, each once, or a recipe; got {names} and {options.recipe}"
         raise UserError(what, where="models", fix="Such as mixer_s32")
     target = check_result_path(options.output, overwrite=options.overwrite)
-    builds: dict[str, ImageClassifier | Build] = {}
     recipe = None
     if options.recipe is not None:
-        recipe, builds[options.recipe] = _recipe(options.recipe, options, device)
+        recipe, build = _recipe(options.recipe, options, device)
+        builds: Mapping[str, ImageClassifier | Build] = {options.recipe: build}
     elif isinstance(models, Mapping):
-        builds |= models
+        builds = models
     else:
-        builds |= {name: _build(name, options, device) for name in names}
+        builds = {name: _build(name, options, device) for name in names}
         inputs = [file for name in names for file in files_of(name)]
         check_not_inputs([] if target is None else [target], inputs)
     rows = [ModelBenchmark(name, mode) for name in builds]
@@ -348,21 +327,21 @@ def benchmark(
             stack.enter_context(_compiles_for_every_shape())
         if mode == "inference":  # what autocast has cast is kept until this ends
             stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=False))
-        found = Benchmark(
-            rows, device, options, torch.get_num_threads(), environment_info(device), recipe=recipe
-        )
+        threads = torch.get_num_threads()
+        found = Benchmark(rows, device, options, threads, environment_info(device), recipe=recipe)
         try:
-            _measure(found, builds, report or Reporter(quiet=True), stack)
+            _measure(found, builds, report or Reporter(quiet=True))
         except KeyboardInterrupt:
             found.interrupted = True
             for row in rows:
                 if not row.points and row.error is None:
                     row.error = "stopped before it was measured"
-    if recipe is not None and rows[0].images_per_second is not None:
+    if recipe is not None and (rate := rows[0].images_per_second) is not None:
+        config = recipe_config(recipe["name"])
+        recipe["operations"] = operations(rows[0].flops, recipe["images_seen"], config.optimizer)
+        recipe["images_per_second"] = rate
         seen = recipe["images_seen"] * (1.0 + recipe["sharpness"])
-        recipe["operations"] = round(3 * rows[0].flops * seen)
-        recipe["images_per_second"] = rows[0].images_per_second
-        recipe["device_days"] = seen / rows[0].images_per_second / 86_400
+        recipe["device_days"] = seen / rate / 86_400
     if options.output is not None:
         save_result(target, found.to_json())
     return found
@@ -372,7 +351,7 @@ def benchmark(
 
 
 def _build(name: str, options: BenchmarkOptions, device: torch.device) -> Build:
-    """Returns what builds a model; a name that means nothing is refused at once."""
+    """Returns what builds the model of a name, after a check that the name means something."""
     overrides = assignments(options.settings)
     if name in list_models() or (name.startswith("timm:") and "." not in name):
         return _new(lambda: create_model(name, options.image_size, **overrides), device)
@@ -394,13 +373,19 @@ def _new(create: Build, device: torch.device) -> Build:
         needed = 4 * count_parameters(create())
 
     def build() -> ImageClassifier:
-        free = free_memory(device)
-        if free is not None and needed > 0.9 * free:
-            what = f"the weights take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-            raise MemoryError(f"memory: {what}")
+        _check_memory("the weights take", needed, device)
         return create()
 
     return build
+
+
+def _check_memory(what: str, needed: float, device: torch.device, usable: float = 0.9) -> None:
+    """Raises MemoryError for too many bytes; on a CPU nothing else does: the system would kill."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    free = free_memory(device)
+    if free is not None and needed > usable * free:
+        raise MemoryError(f"memory: {what} {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
 
 def _recipe(
@@ -413,34 +398,28 @@ def _recipe(
         what = f"the recipe {name} fine-tunes a model of your choice and names none"
         fix = "Benchmark that model with mode training: images per second of a step"
         raise UserError(what, where="recipe", fix=fix)
-    known = next((row for start, row in _DATA.items() if name.startswith(start)), None)
-    images, classes, data = known or (None, 1000, "")
+    known = (row for start, row in _DATA.items() if name.startswith(start))
+    images, classes, data = next(known, (None, 1000, ""))
     if options.images is not None:
         images, data = options.images, "as given"
     if images is None and config.steps is None:
         what = f"how many training images {name} has is unknown"
         raise UserError(what, where="recipe", fix="Set images")
-    if config.steps is not None:
-        data = plural(config.steps, "step")
-    else:
-        data = f"{plural(images or 0, 'image')} ({data})"
     recipe = {
         "name": config.recipe,
+        "data": f"{plural(images, 'image')} ({data})" if images else planned(config),
         "images_seen": num_images_seen(config, images or 0),
-        "data": data,
         "epochs": config.epochs,
         "optimizer": optimizer.name,
         "sharpness": 1.0 - optimizer.sam_start if optimizer.sam_rho else 0.0,
-        "operations": None,
-        "images_per_second": None,
-        "device_days": None,
+        **dict.fromkeys(("operations", "images_per_second", "device_days")),
     }
     size = options.image_size or model.image_size
     return recipe, _new(lambda: create_model(model.name, size, classes, **model.overrides), device)
 
 
 class _Timed:
-    """One model on its device, with the batch that it is timed on; `close` restores the model.
+    """A model on its device, with the batch that it is timed on.
 
     A training step is the forward pass, softmax cross-entropy, the backward pass and a step of
     AdamW at the learning rate 0: all its operations are done, and no weight moves.
@@ -449,32 +428,42 @@ class _Timed:
     def __init__(
         self, model: ImageClassifier, mode: str, precision: str, *, compile: bool = False
     ) -> None:
-        self.model, self.mode, self.precision = model, mode, precision
+        self.model, self.mode, self.precision = model.train(mode == "training"), mode, precision
         self.device = next(model.parameters()).device
-        self.trained = [value for value in model.parameters() if value.requires_grad]
-        self.images: Tensor | None = None
-        self.labels: Tensor | None = None
-        self._was_training = model.training
-        self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        self._gradients = [value.grad for value in self.trained]
-        self._woken: list[Tensor] = []
+        self.images = self.labels = torch.empty(0)
+        self._network: Any = torch.compile(model, dynamic=False) if compile else model
+        self.inference: Inference | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         if mode == "training":
-            if not model.config.num_classes or not self.trained:
-                lacks = "parameters that are trained" if model.config.num_classes else "a head"
-                what = f"a training step needs {lacks}, and this model has none"
-                raise UserError(what, where=model.config.summary(), fix="Take mode inference")
-            self._wake_head()
-            self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, weight_decay=0.1, fused=True)
-        model.train(mode == "training")
-        self._network: Any = torch.compile(model, dynamic=False) if compile else model
-        packs = mode == "inference" and not compile
-        # What predict and evaluate compute with.
-        self.inference = Inference(model, precision) if packs else None
+            self.optimizer = self._new_optimizer()
+        elif not compile:  # what predict and evaluate compute with
+            self.inference = Inference(model, precision)
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        """Returns AdamW with its moments, which the free memory is to show from the beginning."""
+        trained = [value for value in self.model.parameters() if value.requires_grad]
+        if not self.model.config.num_classes or not trained:
+            lacks = "parameters that are trained" if self.model.config.num_classes else "a head"
+            what = f"a training step needs {lacks}, and this model has none"
+            raise UserError(what, where=self.model.config.summary(), fix="Take mode inference")
+        needed = 3 * sum(value.nbytes for value in trained)
+        _check_memory("gradients and AdamW take", needed, self.device)
+        random = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for value in trained:
+                # Through a kernel of zeros no gradient would come back, and with zeros for
+                # gradients a GPU draws less power and is faster than it is in training.
+                if value.dim() > 1 and not value.any():
+                    value.copy_(0.02 * torch.randn(value.shape, generator=random))
+                value.grad = torch.zeros_like(value)
+        optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.1, fused=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        return optimizer
 
     def prepare(self, batch_size: int) -> None:
         """Draws a batch of random images and labels."""
-        self.images = self.labels = None
+        self.release()
         config, random = self.model.config, torch.Generator(self.device).manual_seed(0)
         size = (batch_size, config.in_channels, *config.image_size)
         self.images = torch.randn(size, generator=random, device=self.device)
@@ -482,25 +471,28 @@ class _Timed:
             classes, shape = config.num_classes, (batch_size,)
             self.labels = torch.randint(classes, shape, generator=random, device=self.device)
 
-    def threads(self, batch_size: int) -> int:
-        """Returns the CPU threads that compute a step."""
-        return threads_for(_passes(self.mode) * self.model.config.flops * batch_size)
+    def release(self) -> None:
+        """Frees the batch and the gradients."""
+        self.images = self.labels = torch.empty(0)
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+
+    def operations(self, batch_size: int) -> int:
+        """Returns the operations of a step, by which its threads are chosen."""
+        return _passes(self.mode) * self.model.config.flops * batch_size
 
     def step(self) -> None:
         """Computes one step; a GPU may still be at work."""
-        assert self.images is not None
         if self.inference is not None:
             self.inference.logits(self.images)
             return
-        training, half = self.mode == "training", self.precision == "bfloat16"
+        half = self.precision == "bfloat16"
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
-        if not training:
+        if self.optimizer is None:
             with torch.no_grad(), autocast:
                 self._network(self.images)
             return
-        assert self.optimizer is not None
-        assert self.labels is not None
-        self._drop_gradients()
+        self.optimizer.zero_grad()
         with autocast:
             logits = self._network(self.images)
         F.cross_entropy(logits.float(), self.labels).backward()
@@ -508,274 +500,187 @@ class _Timed:
 
     def seconds(self, least: float) -> float:
         """Returns the mean seconds of a step, timed for at least so long."""
-        assert self.images is not None
-        threads = self.threads(len(self.images))
+        threads = threads_for(self.operations(len(self.images)))
         timer = Timer("step()", globals={"step": self.step}, num_threads=threads)
         return timer.blocked_autorange(min_run_time=least).mean
 
     def run(self) -> None:
         """Computes one step to its end, with the threads of one that is timed."""
-        assert self.images is not None
-        operations = _passes(self.mode) * self.model.config.flops * len(self.images)
-        with step_threads(self.device, operations):
+        with step_threads(self.device, self.operations(len(self.images))):
             self.step()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def step_bytes(self) -> int | None:
-        """Runs one step and returns by how much memory rose; None where that is unknown."""
-        self._drop_gradients()
+    def warm_up(self, size: int) -> int | None:
+        """Prepares a batch, compiles, lays out memory; returns by how much a step raises it."""
+        self.prepare(size)
+        self.run()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
         return peak_growth(self.run, self.device)
 
-    def free_memory(self) -> int | None:
-        """Returns the bytes that are free on the device, on a GPU with what torch keeps."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return free_memory(self.device)
+    def check_fits(self, size: int, growth: int | None, of_size: int) -> None:
+        """Raises MemoryError for a batch that will not fit, by how memory rose with a smaller."""
+        if growth is not None:
+            what = f"{size:,} images would take about"
+            _check_memory(what, growth * size / of_size, self.device, _USABLE)
 
-    def state_bytes(self) -> int:
-        """Returns the bytes between steps: weights, buffers, the optimizer's, the packed weights.
+    def memory_bytes(self, point: Point) -> int | None:
+        """Returns the bytes of weights, buffers, moments, the packed weights, a batch and a step.
 
         In bfloat16 autocast keeps the weights a second time.
         """
+        if point.step_memory_bytes is None:
+            return None
+        states = [] if self.optimizer is None else self.optimizer.state.values()
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        if self.optimizer is not None:
-            for state in self.optimizer.state.values():
-                tensors += [value for value in state.values() if isinstance(value, Tensor)]
+        tensors += [value for state in states for value in state.values()]
         total = sum(value.nbytes for value in tensors)
         half, packed = self.precision == "bfloat16", self.inference and self.inference.packed
-        if self.mode == "inference" and (half or packed):
-            weights = (value.numel() for value in self.model.parameters() if value.dim() > 1)
-            total += (2 if half else 4) * sum(weights)
-        return total
-
-    def release(self) -> None:
-        """Forgets the batch and the gradients."""
-        self.images = self.labels = None
-        self._drop_gradients()
-
-    def close(self) -> None:
-        """Restores mode, buffers, gradients, and a head that was all zeros."""
-        self.release()
-        self.optimizer = self.inference = None
-        with torch.no_grad():
-            for weight in self._woken:
-                weight.zero_()
-            for buffer, before in self._buffers:
-                buffer.copy_(before)
-        for parameter, gradient in zip(self.trained, self._gradients, strict=True):
-            parameter.grad = gradient
-        self.model.train(self._was_training)
-
-    def _drop_gradients(self) -> None:
-        for parameter in self.trained:
-            parameter.grad = None
-
-    @torch.no_grad()
-    def _wake_head(self) -> None:
-        """Gives kernels that are all zeros small values: through them no gradient would come back.
-
-        With zeros for gradients a GPU draws less power and is faster than it is in training.
-        """
-        random = torch.Generator().manual_seed(0)
-        for parameter in self.trained:
-            if parameter.dim() > 1 and not parameter.any():
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=random))
-                self._woken.append(parameter)
+        if self.optimizer is None and (half or packed):
+            kernels = (value.numel() for value in self.model.parameters() if value.dim() > 1)
+            total += (2 if half else 4) * sum(kernels)
+        config = self.model.config
+        image = 4 * config.in_channels * math.prod(config.image_size)
+        return total + point.batch_size * image + point.step_memory_bytes
 
 
 # --- the measurement ------------------------------------------------------------------------------
 
 
 def _measure(
-    found: Benchmark,
-    builds: Mapping[str, ImageClassifier | Build],
-    report: Reporter,
-    stack: contextlib.ExitStack,
+    found: Benchmark, builds: Mapping[str, ImageClassifier | Build], report: Reporter
 ) -> None:
-    timed: dict[str, _Timed] = {}
-    reserved = 0  # bytes that training steps will take and keep
+    """Measures the models, between two measurements of the machine's matrix products."""
+    timed: list[tuple[ModelBenchmark, _Timed]] = []
     for row in found.models:
         _show_progress(report, f"{row.name}, building")
         with _errors_of(row):
-            given = builds[row.name]
-            model = given if isinstance(given, ImageClassifier) else given()
-            check_has_weights(model)
-            model = model.to(found.device)
-            row.model, row.flops = describe(model), model.config.flops
-            row.precision, row.why = _precision(row, found)
-            if row.mode == "training":
-                weights = sum(value.nbytes for value in model.parameters())
-                reserved += 2 * weights
-                free = free_memory(found.device)
-                if free is not None and reserved + weights > 0.9 * free:
-                    needed = f"gradients and AdamW of the models so far: {reserved + weights:.2g}"
-                    raise MemoryError(f"memory: {needed} bytes, {free:.2g} are free")
-            row.counted = count_flops(model)
-            one = _Timed(model, row.mode, row.precision, compile=found.options.compile)
-            stack.callback(one.close)
-            timed[row.name] = one
-    rows = [row for row in found.models if row.name in timed]
-    _measure_peaks(rows, found.device, report)
-    try:
-        _sweep(rows, timed, found.options, report)
-        if rows and rows[0].mode == "inference":
-            _time_latency(rows, timed, found.options, report)
-    finally:
-        for row in rows:
-            if row.best is not None:
-                size, one = row.best.batch_size, timed[row.name]
-                row.threads = one.threads(size)
-                if row.best.step_bytes is not None:
-                    config = one.model.config
-                    image = 4 * config.in_channels * math.prod(config.image_size)
-                    row.memory_bytes = one.state_bytes() + size * image + row.best.step_bytes
-    _measure_peaks(rows, found.device, report)
+            timed.append((row, _built(row, builds[row.name], found)))
+    built = [row for row, _ in timed]
+    _measure_peaks(built, found.device, report)
+    _sweep(timed, found.options, report)
+    if found.models[0].mode == "inference":
+        _time_latency(timed, found.options, report)
+    _measure_peaks(built, found.device, report)
 
 
-def _precision(row: ModelBenchmark, found: Benchmark) -> tuple[str, str]:
-    if found.options.precision != "auto":
-        return found.options.precision, "chosen"
-    batch = max(found.options.batch_sizes or (_BATCH,))
-    return fast_precision(found.device, _passes(row.mode) * row.flops * batch)
+def _built(row: ModelBenchmark, given: ImageClassifier | Build, found: Benchmark) -> _Timed:
+    if isinstance(given, ImageClassifier):
+        check_has_weights(given)
+        model = copy.deepcopy(given)
+    else:
+        model = given()
+        check_has_weights(model)
+    model, options = model.to(found.device), found.options
+    row.model, row.flops, row.counted = describe(model), model.config.flops, count_flops(model)
+    row.precision, row.why = options.precision, "chosen"
+    if options.precision == "auto":
+        batch = max(options.batch_sizes or (_BATCH,))
+        step = _passes(row.mode) * row.flops * batch
+        row.precision, row.why = fast_precision(found.device, step)
+    return _Timed(model, row.mode, row.precision, compile=options.compile)
 
 
 def _sweep(
-    rows: list[ModelBenchmark],
-    timed: Mapping[str, _Timed],
-    options: BenchmarkOptions,
-    report: Reporter,
+    timed: Sequence[tuple[ModelBenchmark, _Timed]], options: BenchmarkOptions, report: Reporter
 ) -> None:
     """Measures the rate of every model at every batch size.
 
     The models take turns within a batch size, so that a disturbance falls on all of them. A model
-    that fails keeps the reason, and the others go on.
+    that fails keeps the reason, and the others continue.
     """
-    started = dict.fromkeys(timed, 0.0)  # seconds spent on each model
     doubling = [2**power for power in range(LARGEST_BATCH.bit_length())]
     for size in sorted(options.batch_sizes or doubling):
-        for row in rows:
-            _check_next(row, timed[row.name], size, started[row.name], options)
-        active = [row for row in rows if row.error is None and row.ended is None]
-        begun: dict[str, tuple[int | None, list[float]]] = {}
-        for row in active:
-            _show_progress(report, f"{row.name}, batch {size:,}")
-            begin = time.perf_counter()
-            with _errors_of(row, timed[row.name]):
-                begun[row.name] = _warm_up(timed[row.name], size, is_first=not row.points), []
-            started[row.name] += time.perf_counter() - begin
+        active: list[tuple[ModelBenchmark, _Timed, int | None, list[float]]] = []
+        for row, one in timed:
+            if options.batch_sizes is None:
+                row.ended = row.ended or _why_to_stop(row, size, options)
+            if row.is_active:
+                _show_progress(report, f"{row.name}, batch {size:,}")
+                with _errors_of(row):
+                    if row.points:
+                        last = row.points[-1]
+                        one.check_fits(size, last.step_memory_bytes, last.batch_size)
+                    elif size > _SMALL_BATCH:  # chosen by the user: nothing is known yet
+                        one.check_fits(size, one.warm_up(_SMALL_BATCH), _SMALL_BATCH)
+                    active.append((row, one, one.warm_up(size), []))
         for _ in range(options.rounds):
-            for row in active:
-                if row.name in begun and row.error is None and row.ended is None:
-                    begin = time.perf_counter()
-                    with _errors_of(row, timed[row.name]):
-                        seconds = timed[row.name].seconds(options.seconds / options.rounds)
-                        begun[row.name][1].append(size / seconds)
-                    started[row.name] += time.perf_counter() - begin
-        for row in active:
-            step_bytes, rates = begun.get(row.name, (None, []))
-            timed[row.name].release()
-            if len(rates) == options.rounds:
-                row.points.append(Point(size, tuple(rates), step_bytes))
-                if options.batch_sizes is None and _has_stopped_rising(row.points):
-                    row.ended = "the rate no longer rises"
+            for row, one, _, rates in active:
+                if row.is_active:
+                    with _errors_of(row):
+                        rates.append(size / one.seconds(options.seconds / options.rounds))
+        for row, one, step_bytes, rates in active:
+            one.release()
+            if row.is_active:
+                spread = (min(rates), max(rates))
+                row.points.append(
+                    point := Point(size, statistics.median(rates), spread, step_bytes)
+                )
+                if row.best is point:
+                    row.threads = threads_for(one.operations(size))
+                    row.memory_bytes = one.memory_bytes(point)
 
 
-def _check_next(
-    row: ModelBenchmark, timed: _Timed, size: int, spent: float, options: BenchmarkOptions
-) -> None:
-    """Notes why a model does not go on to this batch size."""
-    if not row.points or row.error is not None or row.ended is not None:
-        return
-    last = row.points[-1]
-    if options.batch_sizes is None:
-        step = size / last.images_per_second
-        if spent + max(options.seconds, 2 * options.rounds * step) + 3 * step > options.budget:
-            row.ended = f"the budget of {options.budget:g} s"
-    row.ended = row.ended or _too_large(timed, size, last.step_bytes, last.batch_size)
-
-
-def _too_large(timed: _Timed, size: int, growth: int | None, of_size: int) -> str | None:
-    """Returns why a batch will not fit, judged by how memory rose with a smaller one.
-
-    On a CPU nothing raises: the system ends a process that takes too much.
-    """
-    free = timed.free_memory()
-    if growth is None or free is None or growth * size / of_size <= _USABLE * free:
-        return None
-    needed = f"about {growth * size / of_size / 1e9:.1f} GB"
-    return f"memory: {size:,} images would take {needed}, {free / 1e9:.1f} GB are free"
-
-
-def _warm_up(timed: _Timed, size: int, *, is_first: bool) -> int | None:
-    """Makes everything ready for a batch size; returns by how much memory rises in a step."""
-    if size > _SMALL_BATCH and is_first:  # chosen by the user: nothing is known yet
-        timed.prepare(_SMALL_BATCH)
-        timed.run()
-        reason = _too_large(timed, size, timed.step_bytes(), _SMALL_BATCH)
-        if reason is not None:
-            raise MemoryError(reason)
-    timed.prepare(size)
-    timed.run()  # compiles, and lays out what the libraries keep
-    return timed.step_bytes()
-
-
-def _has_stopped_rising(points: Sequence[Point]) -> bool:
-    """Returns whether the last two rates are no rise over the best before each of them."""
-    rates = [point.images_per_second for point in points]
-    return len(rates) > 2 and all(rates[at] < _RISE * max(rates[:at]) for at in (-2, -1))
+def _why_to_stop(row: ModelBenchmark, size: int, options: BenchmarkOptions) -> str | None:
+    """Returns why a model's batch is not doubled to this size: two rates in a row were no rise
+    over the best before them, or the next one would exceed the budget."""
+    rates = [point.images_per_second for point in row.points]
+    if len(rates) > 2 and all(rates[at] < _RISE * max(rates[:at]) for at in (-2, -1)):
+        return "the rate no longer rises"
+    step = size / rates[-1] if rates else 0.0
+    needed = max(options.seconds, 2 * options.rounds * step) + 3 * step
+    if rates and row.spent + needed > options.budget:
+        return f"the budget of {options.budget:g} s"
+    return None
 
 
 def _time_latency(
-    rows: list[ModelBenchmark],
-    timed: Mapping[str, _Timed],
-    options: BenchmarkOptions,
-    report: Reporter,
+    timed: Sequence[tuple[ModelBenchmark, _Timed]], options: BenchmarkOptions, report: Reporter
 ) -> None:
     """Times single images one by one, 10 to 1,000 of each model, a part of them in each round."""
     runs: dict[str, int] = {}
-    for row in rows:
-        if row.error is None and row.points:
-            _show_progress(report, f"{row.name}, latency")
-            with _errors_of(row, timed[row.name]):
-                timed[row.name].prepare(1)
-                timed[row.name].run()
-                seconds = timed[row.name].seconds(options.seconds / 10)
-                runs[row.name] = min(max(math.ceil(options.seconds / seconds), 10), 1000)
+    measured = [(row, one) for row, one in timed if row.points]
+    for row, one in measured:
+        _show_progress(report, f"{row.name}, latency")
+        with _errors_of(row):
+            one.prepare(1)
+            one.run()
+            fitting = math.ceil(options.seconds / one.seconds(options.seconds / 10))
+            runs[row.name] = min(max(fitting, 10), 1000)
     for _ in range(options.rounds):
-        for row in rows:
-            with _errors_of(row, timed[row.name]):
+        for row, one in measured:
+            with _errors_of(row):
                 for _ in range(math.ceil(runs.get(row.name, 0) / options.rounds)):
                     begin = time.perf_counter()
-                    timed[row.name].run()
+                    one.run()
                     row.latencies.append(time.perf_counter() - begin)
-    for row in rows:
-        timed[row.name].release()
 
 
 @contextlib.contextmanager
-def _errors_of(row: ModelBenchmark, timed: _Timed | None = None) -> Iterator[None]:
-    """Keeps the reason if the block fails; Ctrl-C and a `UserError` go through.
+def _errors_of(row: ModelBenchmark) -> Iterator[None]:
+    """Keeps the time that the block takes, and the reason if it fails, but of a `UserError`.
 
     Where a smaller batch was measured before, too little memory only ends the model's sweep.
     """
+    begin = time.perf_counter()
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # whatever a model may raise; the others are to go on
+    except Exception as error:  # whatever a model may raise; the others continue
         text = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
         # torch.OutOfMemoryError on a GPU; on a CPU "DefaultCPUAllocator: can't allocate memory".
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) and text[:7] != "memory:":
-            text = f"out of memory: {text}"
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            text = text if text.startswith("memory:") else f"out of memory: {text}"
         elif "memory" not in text:
             text = f"{type(error).__name__}: {text}"
         if row.points and "memory" in text:
             row.ended = text
         else:
             row.error = text
-        if timed is not None:
-            timed.release()
+    finally:
+        row.spent += time.perf_counter() - begin
 
 
 def _measure_peaks(rows: list[ModelBenchmark], device: torch.device, report: Reporter) -> None:
@@ -792,32 +697,25 @@ def measure_peak(device: torch.device, precision: str, seconds: float) -> Peak:
     """Returns the rate of the fastest of several large products, through `F.linear`."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     random = torch.Generator(device).manual_seed(0)
-    shapes = _SHAPES[device.type]
     found = []
-    for shape in shapes:
-        rows, inputs, outputs = shape
+    for rows, inputs, outputs in _SHAPES[device.type]:
         x = torch.randn(rows, inputs, generator=random, device=device).to(dtype)
         w = torch.randn(outputs, inputs, generator=random, device=device).to(dtype)
         given = {"F": F, "x": x, "w": w}
         timer = Timer("F.linear(x, w)", globals=given, num_threads=torch.get_num_threads())
-        fastest = min(timer.blocked_autorange(min_run_time=seconds / len(shapes)).times)
-        found.append(Peak(2 * math.prod(shape) / fastest / 1e9, shape))
+        fastest = min(timer.blocked_autorange(min_run_time=seconds / 4).times)
+        gflops = 2 * rows * inputs * outputs / fastest / 1e9
+        found.append(Peak(gflops, (rows, inputs, outputs)))
     return max(found, key=lambda peak: peak.gflops)
 
 
 @torch.no_grad()
 def count_flops(model: ImageClassifier) -> int:
-    """Returns the operations of one image as torch counts them while it computes them.
-
-    Matrix products and convolutions; a multiply-add counts as two.
-    """
+    """Returns the operations of matmuls and convolutions as torch counts them for one image."""
     device = next(model.parameters()).device
     image = torch.zeros(1, model.config.in_channels, *model.config.image_size, device=device)
-    with (
-        evaluating(model),
-        torch.autocast(device.type, enabled=False),
-        FlopCounterMode(display=False) as counter,
-    ):
+    exact = torch.autocast(device.type, enabled=False)
+    with evaluating(model), exact, FlopCounterMode(display=False) as counter:
         model(image)
     return counter.get_total_flops()
 
@@ -826,8 +724,7 @@ def peak_growth(act: Callable[[], object], device: torch.device) -> int | None:
     """Runs something and returns by how many bytes memory rose; None where that is unknown.
 
     On a GPU torch's allocations; on a CPU the resident set, whose highest value Linux keeps and
-    lets be reset, after what the allocator kept of earlier work has been given back. Right to about
-    a megabyte.
+    lets be reset, after what the allocator kept of earlier work has been given back.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -839,20 +736,20 @@ def peak_growth(act: Callable[[], object], device: torch.device) -> int | None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
-    try:
+    with contextlib.suppress(OSError):  # another system than Linux
         Path("/proc/self/clear_refs").write_text("5")  # the highest so far becomes what it is now
-        resident = _status_bytes("VmRSS")
-    except (OSError, KeyError):
-        act()
-        return None
+    before = _resident_bytes("VmRSS")
     act()
-    return max(0, _status_bytes("VmHWM") - resident)
+    highest = _resident_bytes("VmHWM")
+    return None if before is None or highest is None else max(0, highest - before)
 
 
-def _status_bytes(name: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    return int(lines[name].split()[0]) * 1024
+def _resident_bytes(name: str) -> int | None:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return int(status.partition(f"\n{name}:")[2].split()[0]) * 1024
 
 
 @contextlib.contextmanager
@@ -870,9 +767,6 @@ def _compiles_for_every_shape() -> Iterator[None]:
 
 
 # --- what is printed ------------------------------------------------------------------------------
-
-_WIDTH, _POINTS_PER_ROW = 100, 8
-_WIDE_SPREAD = 0.2  # from the slowest to the fastest round, relative to the median
 
 
 def _show_progress(report: Reporter, text: str) -> None:
@@ -892,12 +786,12 @@ def command(models: Sequence[str], options: BenchmarkOptions) -> Benchmark:
 def show(found: Benchmark, options: BenchmarkOptions) -> int:
     """Prints the machine, the models, their batch sizes and notes; returns the exit code."""
     report = Reporter(stderr=options.output == STANDARD_OUTPUT)
-    measured = [row for row in found.models if row.points]
-    lines = _machine(found)
+    measured = [row for row in found.models if row.best is not None]
+    lines = [*_machine(found), ""]
     if measured:
-        lines += ["", *_main_table(measured), "", *_points_table(measured)]
-    lines += ["", *_notes(found, measured)]
-    if found.recipe is not None:
+        lines += [*_main_table(measured), "", *_points_table(measured), ""]
+    lines += _notes(found, measured)
+    if found.recipe is not None and measured:
         lines += _recipe_lines(found.recipe)
     if options.output not in (None, STANDARD_OUTPUT):
         incomplete = " (incomplete)" if found.interrupted else ""
@@ -909,64 +803,49 @@ def show(found: Benchmark, options: BenchmarkOptions) -> int:
     return 0 if measured else 2
 
 
-def _machine(found: Benchmark) -> list[str]:
-    info, options, on_cpu = found.environment, found.options, found.device.type == "cpu"
-    threads = f", {plural(found.threads, 'thread')} of {plural(info['cores'], 'core')}"
-    if any(row.threads not in (None, found.threads) for row in found.models):
-        threads += " (1 for small batches)"
-    machine = f"{info['processor']}{threads}" if on_cpu else info["device"]
+def _machine(found: Benchmark) -> Iterator[str]:
+    info, options = found.environment, found.options
+    machine = info["device"]
+    if found.device.type == "cpu":
+        threads = f"{plural(found.threads, 'thread')} of {plural(info['cores'], 'core')}"
+        machine = f"{info['processor']}, {threads}"
+        if any(row.threads not in (None, found.threads) for row in found.models):
+            machine += " (1 for small batches)"
     step = "inference" if found.models[0].mode == "inference" else "a training step (AdamW)"
-    lines = [
-        f"machine  {machine}, torch {info['packages']['torch']}",
+    yield f"machine  {machine}, torch {info['packages']['torch']}"
+    yield (
         f"timed    {step}, {'' if options.compile else 'not '}compiled, median of "
-        f"{plural(options.rounds, 'round')} in {options.seconds:g} s at each batch size",
-    ]
-    for precision in sorted({row.precision for row in found.models if row.peak}):
-        rows = [row for row in found.models if row.precision == precision]
-        peak = rows[0].peak
-        if peak is not None:
-            (m, k, n), why = peak.shape, ", ".join(sorted({row.why for row in rows}))
-            rate = f"{peak.gflops:,.0f} GFLOP/s, {m}x{k} by {k}x{n}"
-            lines.append(f"peak     {precision} ({why}): {rate}")
-    return lines
+        f"{plural(options.rounds, 'round')} in {options.seconds:g} s at each batch size"
+    )
+    peaks = {(row.precision, row.why): row.peak for row in found.models if row.peak is not None}
+    for (precision, why), peak in sorted(peaks.items()):
+        m, k, n = peak.shape
+        yield f"peak     {precision} ({why}): {peak.gflops:,.0f} GFLOP/s, {m}x{k} by {k}x{n}"
 
 
 def _main_table(measured: list[ModelBenchmark]) -> list[str]:
     headers = ["model", "px", "GFLOPs", "images/s", "spread", "batch", "of peak", "GB"]
     has_latency = any(row.latencies for row in measured)
     headers += ["p50 ms", "p90", "p99", "runs"] if has_latency else []
-    cells = []
+    rows = []
     for row in measured:
         best, fraction, memory = row.best, row.fraction_of_peak, row.memory_bytes
         assert best is not None
-        height, width = row.model["image_size"]
-        line = [
+        cells = [
             row.name,
-            str(height) if height == width else f"{height}x{width}",
+            "x".join(map(str, dict.fromkeys(row.model["image_size"]))),
             _digits(row.flops / 1e9),
             _digits(best.images_per_second),
-            f"{_spread(best.rates):.0%}",
+            f"{best.relative_spread:.0%}",
             f"{best.batch_size:,}",
             "-" if fraction is None else f"{fraction:.0%}",
             "-" if memory is None else f"{memory / 1e9:.2f}",
         ]
-        if has_latency:
-            times = row.latency_ms()
-            line += (
-                ["-"] * 4 if times is None else [_digits(times[p]) for p in ("p50", "p90", "p99")]
-            )
-            line += [] if times is None else [str(int(times["runs"]))]
-        cells.append(line)
-    return _fitted(headers, cells)
-
-
-def _fitted(headers: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a table; names that make it too wide keep the end, which tells paths apart."""
-    lines = table(headers, rows)
-    longest = max(len(row[0]) for row in rows)
-    most = longest - max(0, max(len(line) for line in lines) - _WIDTH)
-    short = [row[0] if len(row[0]) <= most else f"...{row[0][3 - most :]}" for row in rows]
-    return table(headers, [[name, *row[1:]] for name, row in zip(short, rows, strict=True)])
+        if latency := row.latency_ms():
+            cells += [*(_digits(latency[name]) for name in ("p50", "p90", "p99"))]
+            cells.append(str(latency["runs"]))
+        rows.append(cells + ["-"] * (len(headers) - len(cells)))
+    return table(headers, rows)
 
 
 def _digits(value: float) -> str:
@@ -974,71 +853,48 @@ def _digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
-def _spread(rates: tuple[float, ...]) -> float:
-    return (max(rates) - min(rates)) / statistics.median(rates)
-
-
 def _points_table(measured: list[ModelBenchmark]) -> list[str]:
-    """The rate of each model at each batch size, as many tables as the width wants."""
-    sizes = sorted({point.batch_size for row in measured for point in row.points})
-    lines = []
-    for start in range(0, len(sizes), _POINTS_PER_ROW):
-        shown = sizes[start : start + _POINTS_PER_ROW]
-        cells = []
-        for row in measured:
-            rates = {point.batch_size: _digits(point.images_per_second) for point in row.points}
-            if any(size in rates for size in shown):
-                cells.append([row.name, *(rates.get(size, "") for size in shown)])
-        lines += _fitted(["images/s at batch", *(f"{size:,}" for size in shown)], cells)
-    return lines
+    """The rate of each model at each batch size."""
+    rates = [
+        {point.batch_size: _digits(point.images_per_second) for point in row.points}
+        for row in measured
+    ]
+    sizes = sorted({size for column in rates for size in column})
+    rows = [[f"{size:,}", *(column.get(size, "") for column in rates)] for size in sizes]
+    return table(["images/s at batch", *(row.name for row in measured)], rows)
 
 
-def _notes(found: Benchmark, measured: list[ModelBenchmark]) -> list[str]:
+def _notes(found: Benchmark, measured: list[ModelBenchmark]) -> Iterator[str]:
     training = found.models[0].mode == "training"
     times = " x 3 passes" if training else ""
-    lines = [f"of peak: GFLOPs of one image{times} x images/s, relative to the machine's matmuls."]
+    yield f"of peak: GFLOPs of one image{times} x images/s, relative to the machine's matmuls."
     if any(row.memory_bytes is not None for row in measured):
         kept = "weights, AdamW's state" if training else "weights"
-        lines.append(f"GB: {kept}, the batch, and what a step takes ({_memory_is(found.device)}).")
-    agree = True
+        yield f"GB: {kept}, the batch, and what a step takes ({_MEMORY[found.device.type]})."
     for row in measured:
-        assert row.best is not None
+        start = f"note     {row.name}: "
         if row.ended is not None:
-            last = row.points[-1].batch_size
-            lines.append(f"note     {row.name}: no batch above {last:,}: {row.ended}")
-        spread = _spread(row.best.rates)
-        if spread > _WIDE_SPREAD:
-            what = f"rounds differ by {spread:.0%}: the machine was busy, measure again"
-            lines.append(f"note     {row.name}: {what}")
+            yield f"{start}no batch above {row.points[-1].batch_size:,}: {row.ended}"
+        if row.best is not None and (spread := row.best.relative_spread) > _WIDE_SPREAD:
+            yield f"{start}rounds differ by {spread:.0%}: the machine was busy, measure again"
         if abs(row.counted - row.flops) > 0.01 * row.flops:
-            agree = False
-            counted = f"{row.counted / 1e9:.4g} GFLOPs counted, {row.flops / 1e9:.4g} by formula"
-            lines.append(f"note     {row.name}: {counted}")
-    if measured and agree:
-        lines.append("GFLOPs: by the closed formula; torch's own count agrees within 1 %.")
-    lines += [f"failed   {row.name}: {row.error}" for row in found.models if row.error]
+            counted, formula = row.counted / 1e9, row.flops / 1e9
+            yield f"{start}{counted:.4g} GFLOPs counted, {formula:.4g} by formula"
+    for row in found.models:
+        if row.error:
+            yield f"failed   {row.name}: {row.error}"
     if found.interrupted:
-        lines.append("stopped  before the end: this is what was measured until then")
-    return lines
+        yield "stopped  before the end: this is what was measured until then"
 
 
-def _recipe_lines(recipe: dict[str, Any]) -> list[str]:
-    if recipe["device_days"] is None:
-        return []
-    epochs = recipe["epochs"]
+def _recipe_lines(recipe: dict[str, Any]) -> Iterator[str]:
+    epochs, sam = recipe["epochs"], recipe["sharpness"]
     length = f"{plural(epochs, 'epoch')} of {recipe['data']}" if epochs else recipe["data"]
-    sam = recipe["sharpness"]
     twice = f", {sam:.0%} of them twice (sharpness-aware)" if sam else ""
     rate, days = _digits(recipe["images_per_second"]), _digits(recipe["device_days"])
-    mantissa, _, exponent = f"{recipe['operations']:.1e}".partition("e")
-    lines = [
-        "",
-        f"recipe   {recipe['name']}: {length}, {plural(recipe['images_seen'], 'image')}{twice}",
-        f"cost     {mantissa}e{int(exponent)} operations; at {rate} images/s {days} days of this "
-        "device",
-        "         The step alone: reading images, evaluation and checkpoints are not in it.",
-    ]
+    cost = f"{power(recipe['operations'])} operations; at {rate} images/s {days} days"
+    yield f"\nrecipe   {recipe['name']}: {length}, {plural(recipe['images_seen'], 'image')}{twice}"
+    yield f"cost     {cost} of this device"
+    yield "         The step alone: reading images, evaluation and checkpoints are not in it."
     if recipe["optimizer"] != "adamw":
-        what = f"the recipe's optimizer is {recipe['optimizer']}, timed was AdamW"
-        lines.append(f"note     {what}")
-    return lines
+        yield f"note     the recipe's optimizer is {recipe['optimizer']}, timed was AdamW"

@@ -18,7 +18,13 @@ from allmlp.benchmark import _Timed
 from allmlp.inspection.attribution import occlusion, read_image
 from allmlp.models.layers import draw_stochastic_depth, set_stochastic_depth
 from allmlp.runtime import device as compute
-from allmlp.runtime.device import SMALL_STEP, ComputePolicy, choose_policy, torch_settings
+from allmlp.runtime.device import (
+    SMALL_STEP,
+    ComputePolicy,
+    choose_policy,
+    threads_for,
+    torch_settings,
+)
 from allmlp.training import step
 from conftest import tiny_config, tiny_model
 
@@ -156,7 +162,7 @@ def timed(model: am.ImageClassifier, mode: str) -> int:
     found = _Timed(model, mode, "float32", compile=False)
     found.prepare(8)
     found.run()
-    return found.threads(8)
+    return threads_for(found.operations(8))
 
 
 @pytest.mark.parametrize(("least", "expected"), [(SMALL_STEP, 1), (0, 2)])
