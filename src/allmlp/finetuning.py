@@ -28,7 +28,7 @@ from allmlp.io import atomic_write
 from allmlp.runtime.world import join_world
 from allmlp.sweep import Row, Sweep, mean_and_deviation, study_folder
 from allmlp.training.config import TrainConfig
-from allmlp.training.finetuning_recipes import HOLDOUTS
+from allmlp.training.recipes import HOLDOUTS
 
 
 @dataclass(frozen=True)

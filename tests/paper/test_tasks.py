@@ -13,7 +13,7 @@ from allmlp.data.sources import open_subset
 from allmlp.paper.avg5 import AVG5
 from allmlp.paper.suite import named_tasks, plan_1k, plan_whole, resolved
 from allmlp.paper.vtab import VTAB, task_lines
-from allmlp.training.finetuning_recipes import FINETUNING
+from allmlp.training.recipes import FINETUNING
 from conftest import draw, make_class_folder
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import re
-import shlex
 from typing import Any
 
 import pytest
@@ -26,14 +24,13 @@ from allmlp.training.config import (
     Sigmoid,
     Softmax,
 )
-from allmlp.training.finetuning_recipes import (
+from allmlp.training.recipes import (
     FINETUNING,
     HOLDOUTS,
     LEARNING_RATES,
+    RECIPES,
     finetune_for,
 )
-from allmlp.training.pretraining_recipes import PRETRAINING
-from allmlp.training.recipes import RECIPES
 from conftest import ROOT
 
 # Table 4 of the paper, and Google's biases of the head.
@@ -82,9 +79,8 @@ def architecture(config: am.TrainConfig, num_classes: int = 10) -> am.ImageClass
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_builds(name: str):
     config = am.recipe(name)
-    assert config.recipe == name == RECIPES[name].__name__
+    assert config.recipe == name
     assert am.TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
-    assert config == am.recipe(name)
     if name in FINETUNING:
         assert config.model.weights == ""
     else:
@@ -173,7 +169,6 @@ def test_the_hyper_rule(num_images: int, steps: int, warmup: int, mixup: float):
     assert (config.recipe, config.steps) == ("finetune", steps)
     assert (config.optimizer.warmup, config.augment.mixup) == (warmup, mixup)
     assert config.optimizer.learning_rate == 0.01
-    assert finetune_for(num_images, 0.06).optimizer.learning_rate == 0.06
 
 
 def test_the_cifar10_models():
@@ -197,30 +192,15 @@ def test_the_cifar10_models():
     assert differing == changed
 
 
-def commands(name: str) -> list[str]:
-    """The indented command lines of a recipe's docstring, fenced by blank lines."""
-    return re.findall(r"\n\n(mixer .+)\n\n", inspect.getdoc(RECIPES[name]) or "")
-
-
 DOCUMENT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_each_says_its_command_and_what_to_expect(name: str):
-    text = inspect.getdoc(RECIPES[name]) or ""
-    found = commands(name)
-    assert len(found) == 1
-    words = shlex.split(found[0])
-    if name == "cifar10_compare":
-        assert words[1:3] == ["paper", "permutation"]  # whose default it is
-    elif name in FINETUNING:
-        assert words[1] == "finetune"
-        assert name == "finetune" or words[words.index("--recipe") + 1] == name
-    else:
-        assert words[1] == "train"
-        assert words[2:3] == [name] or name in ("digits", "scratch")
-    assert len(re.findall(r"^Expected\b.*: \S", text, flags=re.MULTILINE)) == 1
-    assert re.search(rf"^{re.escape(found[0])}", DOCUMENT, flags=re.MULTILINE)
+def test_the_document_has_its_command(name: str):
+    words = {"digits": "train", "scratch": "train --data FOLDER", "finetune": "finetune mixer_b16"}
+    words["cifar10_compare"] = "paper permutation"  # whose default it is
+    default = f"finetune .*--recipe {name}" if name in FINETUNING else f"train {name}"
+    assert re.search(rf"^mixer {words.get(name, default)}\b", DOCUMENT, flags=re.MULTILINE)
 
 
 def rows(name: str) -> list[list[str]]:
@@ -229,7 +209,7 @@ def rows(name: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-@pytest.mark.parametrize("name", PRETRAINING)
+@pytest.mark.parametrize("name", TABLE_4)
 def test_the_documents_table_4(name: str):
     model, epochs, rate, decay, magnitude, mixup, depth, _ = TABLE_4[name]
     settings, _ = rows(name)
@@ -237,7 +217,6 @@ def test_the_documents_table_4(name: str):
     values = [f"{letter}/{patch}", str(epochs), str(rate), str(decay)]
     values += [str(each) if each else "-" for each in (magnitude, mixup, depth)]
     assert settings[1:8] == values
-    assert settings[8].split(" ")[0] in (inspect.getdoc(RECIPES[name]) or "")
 
 
 @pytest.mark.parametrize("name", APPENDIX_C)

@@ -19,7 +19,7 @@ from allmlp.training.config import (
     ModelSettings,
     TrainConfig,
 )
-from allmlp.training.finetuning_recipes import FINETUNING, LEARNING_RATES, finetune_for
+from allmlp.training.recipes import FINETUNING, LEARNING_RATES, finetune_for
 from allmlp.training.recipes import recipe as named_recipe
 
 # Flag -> setting.

@@ -20,8 +20,7 @@ from allmlp.paper.suite import (
     run_suite,
 )
 from allmlp.training.config import TrainConfig
-from allmlp.training.finetuning_recipes import LEARNING_RATES
-from allmlp.training.recipes import recipe
+from allmlp.training.recipes import LEARNING_RATES, recipe
 
 
 def _task(

@@ -34,8 +34,7 @@ from allmlp.paper.suite import (
     run_suite,
 )
 from allmlp.training.config import TrainConfig
-from allmlp.training.finetuning_recipes import LEARNING_RATES
-from allmlp.training.recipes import recipe
+from allmlp.training.recipes import LEARNING_RATES, recipe
 
 # Name, group, classes, data set of tfds, images to choose by and to test on (800 of train are
 # trained on), typical size; then what training must not do.
