@@ -68,7 +68,7 @@ def print_rows(source: Source, results: dict[str, am.Evaluation], notes: dict[st
     for name, found in results.items():
         note, _, size = notes.get(name, "").partition("|")
         same = float((found.predictions == exact.predictions).mean())
-        error = np.abs(found.scores - exact.scores).max() / np.abs(exact.scores).max()
+        error = np.abs(found.logits - exact.logits).max() / np.abs(exact.logits).max()
         drop = f"{100.0 * (exact.top1 - found.top1) + 0.0:+.2f}"
         others = f" ± {standard_error(exact, found):.2f} | {same:.2%} | {error:.1e}"
         cells = f"{drop}{others}" if found is not exact else " | |"

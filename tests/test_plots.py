@@ -28,7 +28,7 @@ def evaluation(classes: int, images: int, wrong: int) -> tuple[am.Evaluation, So
     probabilities[np.arange(images), predicted] += np.linspace(0.9, 0.6, images)
     files = [encode(draw(number, (20 + number % 7, 24))) for number in range(images)]
     source = labelled(EncodedImages(files, "drawn"), "drawn", names, labels)
-    return am.Evaluation("drawn", names, labels, np.arange(images), probabilities), source
+    return am.Evaluation("drawn", names, labels, np.arange(images), np.log(probabilities)), source
 
 
 def check_drawn(figure: Figure, folder: Path) -> None:

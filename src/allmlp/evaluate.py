@@ -13,10 +13,9 @@ from allmlp.data.loader import TIMEOUT
 from allmlp.data.source import Source
 from allmlp.data.sources import notes_of, read_from
 from allmlp.deploy.formats import is_exported, open_exported
-from allmlp.errors import UserError, one_of, plural
-from allmlp.evaluation.accuracy import check_logits, evaluate_source
+from allmlp.errors import UserError, between, one_of, plural
 from allmlp.evaluation.imagenet_real import open_real
-from allmlp.evaluation.metrics import FILES, Evaluation
+from allmlp.evaluation.metrics import FILES, Evaluation, check_logits, evaluate_source
 from allmlp.evaluation.predictor import Outputs, Predictor
 from allmlp.io import check_not_inputs, check_output_folder, expand
 from allmlp.models.layers import ImageClassifier, classes_of, preprocessing_of
@@ -75,6 +74,7 @@ class EvaluateOptions(ComputeOptions):
     def __post_init__(self) -> None:
         if self.resize is not None:
             one_of("resize", self.resize, RESIZE_METHODS)
+        between("crop", self.crop, 0, 1, above=True)
 
 
 def evaluate(
@@ -102,17 +102,14 @@ def evaluate(
         UserError: no such data, or its classes are not the model's; the model has no head or knows
             one class only; no image can be decoded, or the logits of one are not finite.
     """
-    given = source = None
-    if isinstance(data, EvaluateOptions):
-        given = data
-    elif isinstance(data, str | Path):
-        fields["data"] = str(data)
-    elif data is not None:
-        source = data
-        fields["data"] = source.name
-    options = make(EvaluateOptions, given, fields)
+    options = data if isinstance(data, EvaluateOptions) else None
+    source = None if isinstance(data, EvaluateOptions | str | Path | None) else data
+    if options is None and data is not None:
+        fields["data"] = str(data) if source is None else source.name
+    options = make(EvaluateOptions, options, fields)
     report = report or Reporter(quiet=True)
-    exported = isinstance(model, str | Path) and is_exported(model)
+    is_file = isinstance(model, str | Path)
+    exported = is_file and is_exported(model)
     if exported or getattr(model, "on_processor_only", False):
         check_device_of_exported(options.device)
         options = replace(options, device="cpu")
@@ -122,8 +119,14 @@ def evaluate(
         names = [*FILES, *(f"{name}.png" for name in EVALUATION)]
         if folder is not None:
             check_output_folder(folder, names, overwrite=options.overwrite)
-        stays = not isinstance(model, str | Path) and options.device == "auto" and world.size == 1
-        net = _load(model, options)
+        if exported and options.image_size is not None:
+            what = "an exported file has one image size, which cannot be changed"
+            raise UserError(what, where="image_size", fix="Export it at that size")
+        if exported:
+            net = open_exported(model)
+        else:
+            net = open_model(model, options.image_size, options.resize_weights)
+        stays = not is_file and options.device == "auto" and world.size == 1
         predictor = Predictor(
             net,
             device=None if stays else str(chosen),
@@ -170,31 +173,18 @@ def evaluate(
         return result
 
 
-def _load(model: ImageClassifier | str | Path, options: EvaluateOptions) -> ImageClassifier:
-    if not (isinstance(model, str | Path) and is_exported(model)):
-        return open_model(model, options.image_size, options.resize_weights)
-    if options.image_size is not None:
-        what = "an exported file has one image size, which cannot be changed"
-        raise UserError(what, where="image_size", fix="Export it at that size")
-    return open_exported(model)
-
-
 def _preprocessing(net: ImageClassifier, options: EvaluateOptions) -> Preprocessing:
     """The model's own preprocessing after the options of the protocol."""
     own = preprocessing_of(net)
     if options.crop is not None and (options.resize or own.resize) == "squash":
         what = f"crop {options.crop:g} has no effect: squash keeps the whole image"
         raise UserError(what, where="crop", fix="Set resize to resize-crop or resmall-crop")
-    changes: dict[str, Any] = {
-        "resize": options.resize,
-        "crop": options.crop,
-        "crop_small": None if options.crop is None else True,
-        "exif_orientation": False if options.ignore_exif else None,
-    }
-    try:
-        return replace(own, **{name: value for name, value in changes.items() if value is not None})
-    except ValueError as error:
-        raise UserError(str(error), where="crop", fix="The paper's is 0.875") from error
+    changes: dict[str, Any] = {} if options.resize is None else {"resize": options.resize}
+    if options.crop is not None:
+        changes |= {"crop": options.crop, "crop_small": True}
+    if options.ignore_exif:
+        changes["exif_orientation"] = False
+    return replace(own, **changes)
 
 
 def command(model: str, options: EvaluateOptions) -> Evaluation:
@@ -223,9 +213,9 @@ def show(result: Evaluation, options: EvaluateOptions) -> int:
     for line in result.warnings():
         report.say(f"warning  {line}", style="yellow")
     rows = [row for row in result.per_class() if row["images"]]
-    worst = sorted(rows, key=lambda row: row["recall"])[:_WORST] if len(rows) > _WORST else rows
     if len(rows) > _WORST:
         report.say(f"\nthe {_WORST} worst of {plural(len(rows), 'class')} (all with output)")
+        rows = sorted(rows, key=lambda row: row["recall"])[:_WORST]
     else:
         report.say()
     cells = [
@@ -235,7 +225,7 @@ def show(result: Evaluation, options: EvaluateOptions) -> int:
             f"{row['recall']:.1%}",
             "-" if row["precision"] is None else f"{row['precision']:.1%}",
         ]
-        for row in worst
+        for row in rows
     ]
     for line in table(["class", "images", "recall", "precision"], cells):
         report.say(line)

@@ -1,11 +1,10 @@
-"""Figures against scikit-learn's, and that every image counts once."""
+"""Metrics against scikit-learn's and a plain loop, and that every image counts once."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from sklearn import metrics
 
 import allmlp as am
 from allmlp.data.sources import open_source, open_splits
-from allmlp.evaluation.accuracy import evaluate_source
+from allmlp.evaluation.metrics import evaluate_source, reliability
 from allmlp.evaluation.predictor import Predictor
 from allmlp.evaluation.result_file import read_measurement
 from allmlp.runtime.world import World
@@ -24,33 +23,40 @@ from conftest import tiny_model
 pytestmark = pytest.mark.numerics
 
 
+def from_logits(logits: np.ndarray, labels: np.ndarray) -> am.Evaluation:
+    names = [f"class {number}" for number in range(logits.shape[1])]
+    return am.Evaluation("drawn", names, labels, np.arange(len(labels)), np.float32(logits))
+
+
 @pytest.fixture(scope="module")
 def result() -> am.Evaluation:
     random = np.random.default_rng(0)
-    labels = random.integers(0, 7, size=200)
+    labels = random.integers(0, 7, size=3000)
     labels[labels == 5] = 4  # a class without images
-    logits = random.normal(size=(200, 7)) + 1.5 * np.eye(7)[labels]
-    exponentials = np.exp(logits)
-    probabilities = (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float32)
-    names = [f"class {number}" for number in range(7)]
-    return am.Evaluation("drawn", names, labels, np.arange(200), probabilities)
+    return from_logits(random.normal(size=(3000, 7)) + 1.5 * np.eye(7)[labels], labels)
 
 
 def test_against_scikit_learn(result: am.Evaluation):
     truth, guess, classes = result.labels, result.predictions, np.arange(7)
     assert result.top1 == pytest.approx(metrics.accuracy_score(truth, guess))
-    five = metrics.top_k_accuracy_score(truth, result.probabilities, k=5, labels=classes)
-    assert result.top5 == pytest.approx(five)
-    exact = result.probabilities.astype(float)
+    assert result.top5 == metrics.top_k_accuracy_score(truth, result.logits, k=5, labels=classes)
+    exact = np.exp(result.logits.astype(float))
     exact /= exact.sum(axis=1, keepdims=True)
     loss = metrics.log_loss(truth, exact, labels=classes)
-    assert result.loss == pytest.approx(loss, rel=1e-5)
+    assert result.loss == pytest.approx(loss, rel=1e-9)
+    np.testing.assert_allclose(result.probabilities, exact, rtol=1e-5)
     assert (result.confusion == metrics.confusion_matrix(truth, guess, labels=classes)).all()
     recall = metrics.recall_score(truth, guess, labels=classes, average=None, zero_division=0)
     precision = metrics.precision_score(truth, guess, labels=classes, average=None, zero_division=0)
     for row, r, p in zip(result.per_class(), recall, precision, strict=True):
         assert row["recall"] == (pytest.approx(r) if row["images"] else None)
         assert (row["precision"] or 0.0) == pytest.approx(p)
+    assert dict(result.figures()) == {
+        "top1": result.top1,
+        "top5": result.top5,
+        "loss": result.loss,
+        "expected_calibration_error": result.reliability.error,
+    }
 
 
 def test_worst_confusions(result: am.Evaluation):
@@ -65,62 +71,29 @@ def test_worst_confusions(result: am.Evaluation):
 
 
 def test_classes_that_are_never_predicted_are_named():
-    """Of those that the data has: not d, which has no image."""
-    labels = np.array([0, 0, 1, 2])
-    given = np.float32([[0.9, 0.1, 0, 0], [0.2, 0.8, 0, 0], [0.6, 0.4, 0, 0], [1, 0, 0, 0]])
-    found = am.Evaluation("x", ["a", "b", "c", "d"], labels, np.arange(4), given)
-    assert found.warnings() == ["never predicted: c"]
-    given[3] = [0, 0, 1, 0]
+    """Of those that the data has: not class 3, which has no image."""
+    logits = np.array([[9, 1, 0, 0], [2, 8, 0, 0], [6, 4, 0, 0], [1, 0, 0, 0]])
+    found = from_logits(logits, np.array([0, 0, 1, 2]))
+    assert found.warnings() == ["never predicted: class 2"]
+    found.logits[3] = [0, 0, 1, 0]
     assert found.warnings() == []
 
 
-def test_a_certain_mistake_has_a_finite_loss():
-    sure = am.Evaluation("x", ["a", "b"], np.array([0]), np.array([0]), np.float32([[0.0, 1.0]]))
-    assert math.isfinite(sure.loss)
-    assert sure.loss > 80
-    assert sure.top5 is None
-
-
-def from_logits(logits: np.ndarray, labels: list[int]) -> am.Evaluation:
-    logits = logits.astype(np.float32)
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
-    names = [str(number) for number in range(logits.shape[1])]
-    places = np.arange(len(labels))
-    return am.Evaluation("x", names, np.array(labels), places, probabilities, logits=logits)
-
-
 def test_the_loss_is_not_clipped():
-    gap = from_logits(np.array([[0.0, 200.0], [200.0, 0.0], [0.0, 1e4]]), [0, 0, 0])
+    logits = np.array([[0.0, 200.0], [200.0, 0.0], [0.0, 1e4]])
+    gap = from_logits(logits, np.zeros(3, np.int64))
     assert gap.losses.tolist() == [200.0, 0.0, 10_000.0]
     assert gap.loss == 3400.0
     assert gap.top1 == pytest.approx(1 / 3)
-
-
-def test_loss_and_top5_from_logits_against_scikit_learn():
-    random = np.random.default_rng(3)
-    logits = random.normal(size=(3000, 11)).astype(np.float32) * 4
-    result = from_logits(logits, random.integers(0, 11, size=3000).tolist())
-    exact = np.exp(logits.astype(float) - logits.max(axis=1, keepdims=True))
-    exact /= exact.sum(axis=1, keepdims=True)
-    loss = metrics.log_loss(result.labels, exact, labels=np.arange(11))
-    assert result.loss == pytest.approx(loss, rel=1e-9)
-    five = metrics.top_k_accuracy_score(result.labels, logits, k=5, labels=np.arange(11))
-    assert result.top5 == five
-    assert dict(result.figures()) == {
-        "top1": result.top1,
-        "top5": result.top5,
-        "loss": result.loss,
-        "expected_calibration_error": result.reliability.error,
-    }
+    assert gap.top5 is None
 
 
 def test_files(result: am.Evaluation, tmp_path: Path):
     result.save(tmp_path / "out")
     figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert figures["top1"] == result.top1
-    assert figures["images"] == 200
-    assert np.array(figures["confusion"]).sum() == 200
+    assert figures["images"] == 3000
+    assert np.array(figures["confusion"]).sum() == 3000
     with (tmp_path / "out" / "per_class.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == result.class_names
@@ -198,13 +171,6 @@ def test_the_order_of_classes_does_not_matter(class_folder: Path):
     assert named[0] == named[1]
 
 
-def test_the_models_mode_is_kept(class_folder: Path):
-    model = model_for(["ant", "bee", "cat"]).train()
-    am.evaluate(model, str(class_folder), num_workers=0, device="cpu")
-    assert model.training
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
 def test_bad_images_are_left_out_and_named(class_folder: Path):
     (class_folder / "val" / "bee" / "1.png").write_bytes(b"x")
     result = am.evaluate(model_for(["ant", "bee", "cat"]), str(class_folder), num_workers=0)
@@ -221,9 +187,8 @@ def test_nothing_but_bad_images(class_folder: Path):
 
 
 def test_other_classes_are_refused(class_folder: Path):
-    with pytest.raises(
-        am.UserError, match="unknown to the model: 'cat'; missing in the data: 'dog'"
-    ):
+    message = "unknown to the model: 'cat'; missing in the data: 'dog'"
+    with pytest.raises(am.UserError, match=message):
         am.evaluate(model_for(["ant", "bee", "dog"]), str(class_folder), num_workers=0)
     four = model_for(["ant", "bee", "cat", "dog"])
     with pytest.raises(am.UserError, match="allow"):
@@ -282,3 +247,55 @@ def test_models_that_cannot_be_measured(class_folder: Path):
         am.evaluate(tiny_model(num_classes=0), str(class_folder), num_workers=0)
     with pytest.raises(am.UserError, match="batch_size"):
         am.evaluate(model_for(["ant", "bee"]), str(class_folder), batch_size=0)
+
+
+# Calibration
+
+
+def direct(confidence: np.ndarray, right: np.ndarray, bins: int) -> float:
+    """The definition, image by image, in float64."""
+    total = 0.0
+    for number in range(bins):
+        low, high = number / bins, (number + 1) / bins
+        inside = [at for at, each in enumerate(confidence) if low < float(each) <= high]
+        if inside:
+            accuracy = sum(bool(right[at]) for at in inside) / len(inside)
+            mean = sum(float(confidence[at]) for at in inside) / len(inside)
+            total += len(inside) / len(confidence) * abs(accuracy - mean)
+    return total
+
+
+@pytest.mark.parametrize("bins", [1, 10, 15])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_against_a_direct_loop(bins: int, kind: type):
+    random = np.random.default_rng(bins)
+    confidence = random.uniform(0.05, 1.0, size=2000).astype(kind)
+    right = random.random(2000) < confidence**2
+    found = reliability(confidence, right, bins)
+    assert found.error == pytest.approx(direct(confidence, right, bins), abs=1e-12)
+    assert found.error > 0.1
+    assert found.images.sum() == 2000
+    assert found.correct.sum() == right.sum()
+
+
+def test_by_hand():
+    """0.9 twice, one right: |0.5 - 0.9|. 0.55 once, right: |1 - 0.55|. 0.3 once, wrong: 0.3."""
+    confidence = np.array([0.9, 0.55, 0.9, 0.3])
+    found = reliability(confidence, np.array([True, True, False, False]))
+    assert found.error == pytest.approx((2 * 0.4 + 0.45 + 0.3) / 4)
+    rows = [row for row in found.to_json() if row["images"]]
+    assert [row["images"] for row in rows] == [1, 1, 2]
+    assert [row["accuracy"] for row in rows] == [0.0, 1.0, 0.5]
+    assert [row["confidence"] for row in rows] == pytest.approx([0.3, 0.55, 0.9])
+    assert (rows[2]["above"], rows[2]["up_to"]) == pytest.approx((13 / 15, 14 / 15))
+    empty = found.to_json()[0]
+    assert (empty["images"], empty["confidence"], empty["accuracy"]) == (0, None, None)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_an_edge_belongs_to_the_bin_below_it(kind: type):
+    edges = (np.arange(1, 16) / 15).astype(kind)
+    found = reliability(edges, np.ones(15, dtype=bool))
+    assert found.images.tolist() == [1] * 15
+    above = reliability(np.nextafter(edges[:-1], kind(1.0)), np.ones(14, dtype=bool))
+    assert above.images.tolist() == [0] + [1] * 14

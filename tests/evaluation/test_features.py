@@ -17,7 +17,7 @@ from allmlp.data.loader import evaluation_batches
 from allmlp.data.source import Source
 from allmlp.data.sources import open_splits
 from allmlp.data.transforms import normalize
-from allmlp.evaluation.features import FeatureCache, Features, frozen_features
+from allmlp.evaluation.features import Features, frozen_features
 from allmlp.evaluation.predictor import Predictor
 from allmlp.models.layers import preprocessing_of
 from conftest import draw, make_class_folder, tiny_model
@@ -38,9 +38,8 @@ def compute(source: Source, tmp_path: Path) -> Compute:
 
     def run(model: am.ImageClassifier, **changes: Any) -> Features:
         given = {"source": source, "cache": tmp_path / "cache", "on_batch": None, **changes}
-        images, folder, on_batch = (given.pop(name) for name in ("source", "cache", "on_batch"))
+        images, cache, on_batch = (given.pop(name) for name in ("source", "cache", "on_batch"))
         predictor = Predictor(model, num_workers=0, batch_size=8, **given)
-        cache = None if folder is None else FeatureCache(folder)
         return frozen_features(predictor, images, cache, on_batch)
 
     return run
@@ -156,7 +155,7 @@ def test_a_whole_file_under_another_name_is_not_trusted(compute: Compute, tmp_pa
     (other,) = set((tmp_path / "cache").iterdir()) - {path}
     other.write_bytes(path.read_bytes())
     second = compute(model)
-    assert "it holds something else" in second.notes[0]
+    assert "its checksum is wrong" in second.notes[0]
     assert second.values.tobytes() == first.values.tobytes()
 
 
@@ -228,7 +227,7 @@ def _compute_often(folder: str, cache: str) -> None:
     torch.set_num_threads(1)
     model, source = tiny_model(), open_splits(folder)["train"]
     for _ in range(20):
-        found = frozen_features(Predictor(model, num_workers=0), source, FeatureCache(Path(cache)))
+        found = frozen_features(Predictor(model, num_workers=0), source, Path(cache))
         assert found.notes == []
         for path in Path(cache).glob("*.safetensors"):
             path.unlink(missing_ok=True)

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import allmlp as am
-from allmlp.data.classes import match_classes
-from allmlp.data.source import EncodedImages, Source, labelled, subset, unlabelled
+from allmlp.data.source import Source, subset, unlabelled
 from allmlp.data.sources import open_source
 from allmlp.data.sources.hub import HubImages
 from allmlp.data.sources.packed import pack_splits
@@ -199,17 +198,13 @@ def test_names_that_are_refused(folder: Path, spoil: Callable[[Path], None], mes
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not JSON"),
         ("[[1], [2]", "not JSON"),
-        ("[" * 100_000, "not JSON"),
         ('{"a": 1}', r"\{'a': 1\}"),
         ("[[1], [2]]", "got 2 lists"),
-        (json.dumps([[1]] * 49_999), "got 49,999 lists"),
-        (json.dumps([[1]] * 49_999 + [3]), "not a list of labels: 3"),
-        (json.dumps([[1], [5, 1000]] + [[1]] * 49_998), "from 0 to 999, got 1000"),
-        (json.dumps([[1], [-1]] + [[1]] * 49_998), "from 0 to 999, got -1"),
-        (json.dumps([[1], [2.5]] + [[1]] * 49_998), "from 0 to 999, got 2.5"),
-        (json.dumps([[1], [True]] + [[1]] * 49_998), "from 0 to 999, got True"),
+        (json.dumps([[1]] * 49_999 + [3]), "not a list of classes from 0 to 999: 3"),
+        (json.dumps([[1], [5, 1000]] + [[1]] * 49_998), r"to 999: \[5, 1000\]"),
+        (json.dumps([[1], [2.5]] + [[1]] * 49_998), r"to 999: \[2.5\]"),
+        (json.dumps([[1], [True]] + [[1]] * 49_998), r"to 999: \[True\]"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, text: str, message: str):
@@ -234,9 +229,8 @@ def test_class_lists():
     ("change", "message"),
     [
         (lambda names: names[:999], "ImageNet's 1,000 classes, the model knows 999"),
-        (lambda names: ["ant", "bee"], "the model knows 2"),
-        (lambda names: ["n00000001 x", *names[1:]], "1 of the model's classes are not of ImageNet"),
-        (lambda names: [*names[:999], names[0]], "two of the model's classes have one WordNet id"),
+        (lambda names: ["n00000001 x", *names[1:]], "not those of ImageNet-1k: n00000001"),
+        (lambda names: [*names[:999], names[0]], "there twice"),
         (
             lambda names: [name[10:] for name in reversed(names)],
             "the model's class 0 is 'toilet tissue', ImageNet's is 'n01440764 tench'",
@@ -247,14 +241,3 @@ def test_class_lists():
 def test_other_classes_are_refused(change: Callable[[list[str]], list[str]], message: str):
     with pytest.raises(am.UserError, match=message):
         imagenet_classes(change(IMAGENET), IMAGENET)
-
-
-@pytest.mark.parametrize("own", [["n01440764 tench", "n01484850 great white shark"], None])
-def test_data_and_model_may_join_the_words_otherwise(own: list[str] | None):
-    """The WordNet id says which class it is; words behind it are joined in several ways."""
-    given = ["n01484850 great_white_shark", "n01440764"]
-    names = own or ["n01440764", "n01484850"]
-    source = labelled(EncodedImages([b""] * 3, "x"), "x", given, np.array([0, 1, 1]))
-    matched = match_classes(source, names, owner="the model", allow_missing=False)
-    assert matched.class_names == names
-    assert matched.labels.tolist() == [1, 0, 0]

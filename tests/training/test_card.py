@@ -35,7 +35,7 @@ def card_of(model: Any, tmp_path: Path, measured: bool = True, **changes: Any) -
         ["a", "b"],
         np.array([0, 1, 1]),
         np.arange(3),
-        np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]], dtype=np.float32),
+        np.log(np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]], dtype=np.float32)),
     )
     return model_card(
         model, config, Splits(train, None, None, False, []), None, test if measured else None

@@ -33,8 +33,7 @@ from allmlp.deploy.formats import FormatName, choose_format, load_any
 from allmlp.deploy.int8 import Int8
 from allmlp.deploy.onnx_graph import graph_module
 from allmlp.errors import UserError, between, needs
-from allmlp.evaluation.accuracy import check_logits, evaluate_source
-from allmlp.evaluation.metrics import Evaluation
+from allmlp.evaluation.metrics import Evaluation, check_logits, evaluate_source
 from allmlp.evaluation.predictor import Predictor
 from allmlp.io import check_not_inputs, check_output_file, expand, fsync, staging_folder
 from allmlp.models.layers import ImageClassifier, preprocessing_of
@@ -274,7 +273,7 @@ class _Export:
         if self.original is not None:
             measured = self.measure(file)
             accuracy = (self.original.top1, measured.top1)
-            return compare(self.original.scores, measured.scores, self.original.data, accuracy)
+            return compare(self.original.logits, measured.logits, self.original.data, accuracy)
         config, own = self.model.config, preprocessing_of(self.model)
         random = torch.Generator().manual_seed(0)
         shape = (_RANDOM_IMAGES, config.in_channels, *config.image_size)

@@ -37,46 +37,36 @@ _PACKAGES = ("allmlp", "torch", "pillow", "simplejpeg", "opencv-python-headless"
 
 @dataclass
 class Features:
-    """A model's features of some images.
+    """A model's features of some images."""
 
-    Attributes:
-        values: float32 (N, C), of the images that could be decoded; (0, 0) where none could.
-        indices: int64 (N,), of these images in the source, ascending.
-        bad: the images that could not be decoded.
-        from_cache: whether they were read from a file and the model did not run.
-        notes: lines for the user, such as a file of the cache that could not be used.
-    """
-
-    values: np.ndarray
-    indices: np.ndarray
+    values: np.ndarray  # float32 (N, C), of the images that could be decoded; (0, 0) without any
+    indices: np.ndarray  # int64 (N,), of these images in the source, ascending
     bad: list[BadImage] = field(default_factory=list)
     from_cache: bool = False
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # such as a cached file that cannot be used
 
 
 def frozen_features(
     predictor: Predictor,
     source: Source,
-    cache: FeatureCache | None = None,
+    cache: Path | None = None,
     on_batch: Callable[[Outputs], None] | None = None,
 ) -> Features:
-    """Returns the features of every image, read from the cache or computed and kept there.
-
-    Args:
-        predictor: of a model that defines `features`.
-        source: the images, at least one.
-        cache: None computes them.
-        on_batch: called with every batch that was computed.
-    """
+    """Returns the features of every image, computed or read from a folder of cached ones."""
     if type(predictor.model).features is ImageClassifier.features:
         what = f"the model gives no features: {type(predictor.model).__name__} defines no features"
         raise UserError(what, fix="Give its class a method features(images) -> (N, C)")
     notes: list[str] = []
-    key = "" if cache is None else cache_key(predictor, source)
-    found = None if cache is None else cache.read(key, notes)
-    if found is not None:
-        return found
-    rows: list[tuple[np.ndarray, np.ndarray]] = []
+    path = None if cache is None else cache / f"{_cache_key(predictor, source)}.safetensors"
+    if path is not None and path.is_file():
+        try:
+            return _read(path)
+        except FileNotFoundError:  # another process has just removed it
+            pass
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            reason = str(error) or type(error).__name__
+            notes.append(f"the cached features {path} are not used: {reason}; computed anew")
+    rows = [(np.zeros((0, 0), np.float32), np.zeros(0, np.int64))]
     bad: list[BadImage] = []
     for outputs in predictor.run(source, predictor.features):
         bad += outputs.bad
@@ -87,16 +77,19 @@ def frozen_features(
             rows.append((values, outputs.indices))
         if on_batch is not None:
             on_batch(outputs)
-    if not rows:
-        return Features(np.zeros((0, 0), np.float32), np.zeros(0, np.int64), bad, notes=notes)
+    rows = rows[1:] or rows
     values, indices = (np.concatenate(column) for column in zip(*rows, strict=True))
-    result = Features(values, indices, bad, notes=notes)
-    if cache is not None:
-        cache.write(key, result)
-    return result
+    found = Features(values, indices, bad, notes=notes)
+    if path is not None and len(indices):
+        try:
+            _write(found, path)
+        except OSError as error:
+            reason = f"{error.strerror or error}: {path.parent}"
+            notes.append(f"the features could not be kept for the next time: {reason}")
+    return found
 
 
-def cache_key(predictor: Predictor, source: Source) -> str:
+def _cache_key(predictor: Predictor, source: Source) -> str:
     """Returns the sha256 of everything that the features depend on. Reads every image's bytes."""
     parts = [
         FORMAT,
@@ -121,55 +114,28 @@ def weights_hash(model: ImageClassifier) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class FeatureCache:
-    """A folder of features, made when the first are written."""
-
-    folder: Path
-
-    def read(self, key: str, notes: list[str]) -> Features | None:
-        """Returns the features of a key; None, and a note, where a file cannot be trusted."""
-        path = self._path(key)
-        if not path.is_file():
-            return None
-        try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if (metadata.get("format"), metadata.get("key")) != (FORMAT, key):
-                    raise ValueError("it holds something else")
-                values, indices = file.get_tensor("features"), file.get_tensor("indices")
-            if values.dtype != np.float32 or indices.dtype != np.int64:
-                raise ValueError("its numbers are of another type")
-            if metadata.get("sha256") != _checksum(key, values, indices, metadata["bad"]):
-                raise ValueError("its checksum is wrong")
-            bad = [BadImage(**image) for image in parse_json(metadata["bad"])]
-        except FileNotFoundError:  # another process has just removed it
-            return None
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            reason = str(error) or type(error).__name__
-            notes.append(f"the cached features {path} are not used: {reason}; computed anew")
-            return None
-        return Features(values, indices, bad, from_cache=True)
-
-    def write(self, key: str, features: Features) -> None:
-        """Keeps features; a note says if that fails."""
-        bad = json.dumps([asdict(image) for image in features.bad])
-        checksum = _checksum(key, features.values, features.indices, bad)
-        metadata = {"format": FORMAT, "key": key, "bad": bad, "sha256": checksum}
-        tensors = {"features": features.values, "indices": features.indices}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(self._path(key), safetensors.numpy.save(tensors, metadata))
-        except OSError as error:
-            reason = f"{error.strerror or error}: {self.folder}"
-            features.notes.append(f"the features could not be kept for the next time: {reason}")
-
-    def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
+def _read(path: Path) -> Features:
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+        values, indices = file.get_tensor("features"), file.get_tensor("indices")
+    if metadata["sha256"] != _checksum(path, values, indices, metadata["bad"]):
+        raise ValueError("its checksum is wrong")
+    bad = [BadImage(**image) for image in parse_json(metadata["bad"])]
+    return Features(values, indices, bad, from_cache=True)
 
 
-def _checksum(key: str, values: np.ndarray, indices: np.ndarray, bad: str) -> str:
-    digest = hashlib.sha256(f"{key} {values.shape} {bad}".encode())
+def _write(features: Features, path: Path) -> None:
+    bad = json.dumps([asdict(image) for image in features.bad])
+    checksum = _checksum(path, features.values, features.indices, bad)
+    metadata = {"format": FORMAT, "key": path.stem, "bad": bad, "sha256": checksum}
+    tensors = {"features": features.values, "indices": features.indices}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, safetensors.numpy.save(tensors, metadata))
+
+
+def _checksum(path: Path, values: np.ndarray, indices: np.ndarray, bad: str) -> str:
+    """The sha256 of the contents and the name, so that a renamed file is not trusted either."""
+    digest = hashlib.sha256(f"{path.stem} {values.shape} {bad}".encode())
     digest.update(np.ascontiguousarray(values).data)
     digest.update(np.ascontiguousarray(indices).data)
     return digest.hexdigest()

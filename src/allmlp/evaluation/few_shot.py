@@ -12,9 +12,9 @@ Shapes: N shots of all classes together, C features, K classes, M test images.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +26,8 @@ from allmlp.data.loader import TIMEOUT
 from allmlp.data.source import BadImage, Source, subset
 from allmlp.data.sources import open_splits, read_from
 from allmlp.errors import UserError, at_least, between, one_of, plural
-from allmlp.evaluation.features import FeatureCache, Features, frozen_features
-from allmlp.evaluation.linear_probe import LinearProbe, fit_linear, fit_sweep
+from allmlp.evaluation.features import frozen_features
+from allmlp.evaluation.linear_probe import fit_sweep
 from allmlp.evaluation.predictor import Outputs, Predictor
 from allmlp.evaluation.result_file import check_result_path, measurement, save_result
 from allmlp.io import STANDARD_OUTPUT, check_not_inputs, check_output_folder, expand
@@ -41,7 +41,8 @@ from allmlp.weights.load import files_of, open_model
 
 SWEEP = tuple(2.0**power for power in range(-10, 20))
 BASELINE_SEED = 0
-Draws = dict[int, list[np.ndarray]]  # {seed: the indices of each class}; scenic's seed is 0
+Orders = dict[int, list[list[int]]]  # {seed: the images of each class as drawn}; scenic's seed is 0
+OnBatch = Callable[[Outputs], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class FewShotOptions(ComputeOptions):
         mixer few-shot runs/mine --data FOLDER --protocol scenic --output few_shot.json
     """
 
-    data: tuple[str, ...] = dataclasses.field(metadata={"metavar": "SOURCE ..."})
+    data: tuple[str, ...] = field(metadata={"metavar": "SOURCE ..."})
     """Sources with a train and a test (or validation) split, one or several."""
     precision: Precision = "float32"
     """Of the model's matrix products; the features are float32 either way."""
@@ -119,9 +120,8 @@ class FewShot:
         precision: of the model's matrix products.
         shots: images per class.
         seeds: of the draws; () for scenic, which draws nothing.
-        accuracies: {shots: {seed: accuracy}}; scenic's one accuracy stands under 0.
+        swept: {shots: {seed: {l2: accuracy}}}; scenic's one draw is under 0.
         l2: {shots: the l2 of its accuracies}.
-        sweep: {shots: {l2: accuracy}} of scenic; empty for big_vision.
         bad: the images that could not be decoded.
         notes: lines for the user, such as classes with fewer images than shots.
         baseline: of the same architecture with random weights, if that was asked for.
@@ -138,9 +138,8 @@ class FewShot:
     precision: str
     shots: tuple[int, ...]
     seeds: tuple[int, ...]
-    accuracies: dict[int, dict[int, float]]
-    l2: dict[int, float]
-    sweep: dict[int, dict[float, float]] = field(default_factory=dict)
+    swept: dict[int, dict[int, dict[float, float]]]
+    l2: dict[int, float] = field(default_factory=dict)
     bad: list[BadImage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     baseline: FewShot | None = None
@@ -150,6 +149,20 @@ class FewShot:
         """The accuracy of a guess: 1 / K."""
         return 1.0 / self.num_classes
 
+    @property
+    def accuracies(self) -> dict[int, dict[int, float]]:
+        """{shots: {seed: accuracy}}; scenic's one accuracy is under 0."""
+        return {
+            shots: {seed: by_l2[self.l2[shots]] for seed, by_l2 in swept.items()}
+            for shots, swept in self.swept.items()
+        }
+
+    @property
+    def sweep(self) -> dict[int, dict[float, float]]:
+        """{shots: {l2: accuracy}} of scenic; empty for big_vision."""
+        is_scenic = self.protocol == "scenic"
+        return {shots: swept[0] for shots, swept in self.swept.items()} if is_scenic else {}
+
     def mean(self, shots: int) -> float:
         """Returns the mean accuracy over the seeds."""
         return float(np.mean(list(self.accuracies[shots].values())))
@@ -158,13 +171,6 @@ class FewShot:
         """Returns the sample standard deviation over the seeds; None of a single accuracy."""
         values = list(self.accuracies[shots].values())
         return float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-    def metrics(self) -> Iterator[tuple[str, float]]:
-        """Yields (name, value): "5shot", the mean, and "5shot-seed-0", each seed's accuracy."""
-        for shots in self.shots:
-            yield f"{shots}shot", self.mean(shots)
-            for seed in self.seeds:
-                yield f"{shots}shot-seed-{seed}", self.accuracies[shots][seed]
 
     def to_json(self) -> dict[str, Any]:
         """Returns all numbers as JSON values; the keys of dictionaries become text."""
@@ -181,8 +187,8 @@ class FewShot:
             "shots": list(self.shots),
             "seeds": list(self.seeds),
             "accuracies": {
-                str(shots): {str(seed): value for seed, value in self.accuracies[shots].items()}
-                for shots in self.shots
+                str(shots): {str(seed): value for seed, value in found.items()}
+                for shots, found in self.accuracies.items()
             },
             "mean": {str(shots): self.mean(shots) for shots in self.shots},
             "deviation": {str(shots): self.deviation(shots) for shots in self.shots},
@@ -200,7 +206,7 @@ def few_shot(
     model: ImageClassifier | str | Path,
     data: str | Path | Mapping[str, Source],
     *,
-    on_batch: Callable[[Outputs], None] | None = None,
+    on_batch: OnBatch | None = None,
     **fields: Any,
 ) -> FewShot:
     """Returns how well a linear classifier of a model's features does after a few shots.
@@ -219,12 +225,10 @@ def few_shot(
         UserError: an option is out of range, the data lacks a split or has one class only, or the
             features are not finite.
     """
-    splits = open_splits(str(data)) if not isinstance(data, Mapping) else data
-    name = str(data) if not isinstance(data, Mapping) else _name(splits)
+    splits = data if isinstance(data, Mapping) else open_splits(str(data))
+    name = _name(splits) if isinstance(data, Mapping) else str(data)
     options = make(FewShotOptions, None, {**fields, "data": (name,)})
-    net = open_model(model, options.image_size, options.resize_weights)
-    stays = isinstance(model, ImageClassifier) and options.device == "auto"
-    return _measure(net, {name: splits}, options, None if stays else options.device, on_batch)[0]
+    return _measure(*_opened(model, options), {name: splits}, options, on_batch)[0]
 
 
 def few_shots(
@@ -246,7 +250,8 @@ def few_shots(
         UserError: as of `few_shot`; or the output cannot be written.
     """
     options = make(FewShotOptions, options, fields)
-    cache = None if options.cache is None or options.no_cache else expand(options.cache)
+    report = report or Reporter(quiet=True)
+    cache = _cache(options)
     if cache is not None:
         check_output_folder(cache)
     target = check_result_path(options.output, overwrite=options.overwrite)
@@ -255,40 +260,45 @@ def few_shots(
     inputs += [] if isinstance(model, ImageClassifier) else files_of(str(model))
     check_not_inputs([path for path in (target, cache) if path is not None], inputs)
     total = sum(num_images(opened, options) for opened in splits.values())
-    with (report or Reporter(quiet=True)).progress(
-        total * (1 + options.random_baseline), "images"
-    ) as bar:
-        net = open_model(model, options.image_size, options.resize_weights)
-        stays = isinstance(model, ImageClassifier) and options.device == "auto"
-        device = None if stays else options.device
-        results = _measure(net, splits, options, device, lambda outputs: bar.advance(len(outputs)))
+    with report.progress(total * (1 + options.random_baseline), "images") as bar:
+        net, device = _opened(model, options)
+        results = _measure(net, device, splits, options, lambda batch: bar.advance(len(batch)))
     if options.output is not None:
-        numbers: dict[str, Any] = {"results": [each.to_json() for each in results], "floor": None}
+        numbers: dict[str, Any] = {"results": [found.to_json() for found in results], "floor": None}
         if options.random_baseline:
-            numbers["floor"] = {
-                "weights": "random",
-                "seed": BASELINE_SEED,
-                "results": [each.baseline.to_json() for each in results if each.baseline],
-            }
+            baselines = [found.baseline.to_json() for found in results if found.baseline]
+            numbers["floor"] = {"weights": "random", "seed": BASELINE_SEED, "results": baselines}
         save_result(target, measurement("few-shot", net, numbers))
     return results
 
 
+def _cache(options: FewShotOptions) -> Path | None:
+    return None if options.cache is None or options.no_cache else expand(options.cache)
+
+
+def _opened(
+    model: ImageClassifier | str | Path, options: FewShotOptions
+) -> tuple[ImageClassifier, str | None]:
+    """Returns the model and its device; None: a model object stays where it is."""
+    stays = isinstance(model, ImageClassifier) and options.device == "auto"
+    net = open_model(model, options.image_size, options.resize_weights)
+    return net, None if stays else options.device
+
+
 def _measure(
     net: ImageClassifier,
+    device: str | None,
     data: Mapping[str, Mapping[str, Source]],
     options: FewShotOptions,
-    device: str | None,
-    on_batch: Callable[[Outputs], None] | None,
+    on_batch: OnBatch | None,
 ) -> list[FewShot]:
-    nets = [net, random_weights(net, BASELINE_SEED)] if options.random_baseline else [net]
     preprocessing = replace(preprocessing_of(net), resize=options.resize)
     if options.ignore_exif:
         preprocessing = replace(preprocessing, exif_orientation=False)
     found: list[list[FewShot]] = []
-    for one in nets:
+    for model in [net, random_weights(net, BASELINE_SEED)] if options.random_baseline else [net]:
         predictor = Predictor(
-            one,
+            model,
             device=device,
             precision=options.precision,
             preprocessing=preprocessing,
@@ -296,115 +306,99 @@ def _measure(
             num_workers=options.num_workers,
             timeout=options.timeout,
         )
-        folder = None if options.cache is None or options.no_cache else expand(options.cache)
-        cache = None if folder is None else FeatureCache(folder)
         results = [
-            _measure_one(
-                name,
-                splits,
-                options,
-                predictor.precision,
-                lambda source, predictor=predictor, cache=cache: frozen_features(
-                    predictor, source, cache, on_batch
-                ),
-                preprocessing,
-            )
+            _measure_one(predictor, name, splits, options, on_batch)
             for name, splits in data.items()
         ]
-        found.append(choose_l2(results) if options.protocol == "scenic" else results)
+        found.append(choose_l2(results))
     if len(found) == 1:
         return found[0]
-    return [replace(mine, baseline=random) for mine, random in zip(*found, strict=True)]
+    return [replace(own, baseline=random) for own, random in zip(*found, strict=True)]
 
 
 def _measure_one(
+    predictor: Predictor,
     name: str,
     splits: Mapping[str, Source],
     options: FewShotOptions,
-    precision: str,
-    compute: Callable[[Source], Features],
-    preprocessing: Preprocessing,
+    on_batch: OnBatch | None,
 ) -> FewShot:
-    runs: list[Features] = []
-
-    def features(source: Source) -> Features:
-        runs.append(compute(source))
-        return runs[-1]
-
+    """Returns the accuracies for every l2, of which `choose_l2` chooses."""
     train, test, test_split = _train_and_test(name, splits)
-    labels, classes = train.labels, len(train.class_names)
-    drawn, shown = _draw(train, options, features)
-    seen = features(test)
+    labels, names = train.labels, train.class_names
+    orders, most = _orders(train, options), max(options.shots)
+    shown: dict[int, np.ndarray] = {}  # the features of the training images that were drawn
+    bad: dict[int, BadImage] = {}
+    computed, notes = 0, []
+    # Images that turn out bad are replaced by the next of their class until none is.
+    while wanted := sorted(_drawn(orders, most, bad) - shown.keys()):
+        found = frozen_features(
+            predictor, subset(train, np.array(wanted), train.name), _cache(options), on_batch
+        )
+        shown |= zip((wanted[at] for at in found.indices), found.values, strict=True)
+        bad |= {
+            wanted[image.index]: replace(image, index=wanted[image.index]) for image in found.bad
+        }
+        computed += 0 if found.from_cache else len(found.values)
+        notes += found.notes
+    if len(np.unique(labels[list(shown)])) < 2:
+        raise UserError("fewer than two classes have images that can be decoded", where=train.name)
+    seen = frozen_features(predictor, test, _cache(options), on_batch)
     if not len(seen.indices):
         raise UserError("none of the test images can be decoded", where=test.name)
     truth = test.labels[seen.indices]
-    accuracies: dict[int, dict[int, float]] = {number: {} for number in options.shots}
-    swept: dict[int, dict[float, float]] = {}
-    for number in options.shots:
-        for seed, by_class in drawn.items():
-            chosen = np.concatenate([indices[:number] for indices in by_class])
-            rows = shown.values[np.searchsorted(shown.indices, chosen)]
-            given = rows, labels[chosen], classes
-            if options.protocol == "scenic":
-                probes = zip(SWEEP, fit_sweep(*given, SWEEP), strict=True)
-                swept[number] = {l2: _accuracy(probe, seen, truth) for l2, probe in probes}
-            else:
-                probe = fit_linear(*given, options.l2)
-                accuracies[number][seed] = _accuracy(probe, seen, truth)
-    decoded = np.delete(labels, np.array([image.index for image in shown.bad], dtype=np.int64))
+    l2s = SWEEP if options.protocol == "scenic" else (options.l2,)
+    swept: dict[int, dict[int, dict[float, float]]] = {shots: {} for shots in options.shots}
+    for shots in options.shots:
+        for seed, classes in orders.items():
+            chosen = [index for order in classes for index in _first(order, shots, bad)]
+            values = np.stack([shown[index] for index in chosen])
+            probes = fit_sweep(values, labels[chosen], len(names), l2s)
+            swept[shots][seed] = {
+                l2: float((probe.predict(seen.values) == truth).mean())
+                for l2, probe in zip(l2s, probes, strict=True)
+            }
     return FewShot(
         data=name,
         test_split=test_split,
-        num_classes=classes,
+        num_classes=len(names),
         num_train=len(train),
         num_test=len(truth),
-        num_computed=sum(len(run.values) for run in runs if not run.from_cache),
+        num_computed=computed + (0 if seen.from_cache else len(truth)),
         protocol=options.protocol,
-        preprocessing=preprocessing,
-        precision=precision,
+        preprocessing=predictor.preprocessing,
+        precision=predictor.precision,
         shots=options.shots,
         seeds=() if options.protocol == "scenic" else options.seeds,
-        accuracies=accuracies if not swept else {},
-        l2={} if swept else dict.fromkeys(options.shots, options.l2),
-        sweep=swept,
-        bad=shown.bad + seen.bad,
+        swept=swept,
+        bad=[*(bad[index] for index in sorted(bad)), *seen.bad],
         notes=[
-            *_fewer_images(train.class_names, decoded, options.shots),
-            *(note for run in runs for note in run.notes),
+            *_fewer_images(names, np.delete(labels, list(bad)), options.shots),
+            *notes,
+            *seen.notes,
         ],
     )
 
 
 def choose_l2(results: Sequence[FewShot]) -> list[FewShot]:
-    """Returns scenic's results of several data sets at the one l2 that suits them together.
+    """Returns the results of several data sets at the one l2 that suits them together.
 
     For each number of shots the l2 of the highest mean rank over the data sets; the larger of two
-    that are as good. It is chosen by the accuracy on the test images, as that protocol has it.
-
-    Args:
-        results: of protocol "scenic" and the same shots.
+    that are as good. It is chosen by the accuracy on the test images, as scenic's protocol has it.
     """
     chosen: dict[int, float] = {}
     for shots in results[0].shots:
-        accuracies = ([result.sweep[shots][l2] for l2 in SWEEP] for result in results)
-        ranks = [np.argsort(np.argsort(row, kind="stable")) for row in accuracies]
-        mean = np.mean(ranks, axis=0)
-        chosen[shots] = SWEEP[len(SWEEP) - 1 - int(np.argmax(mean[::-1]))]
-    return [
-        replace(
-            result,
-            l2=dict(chosen),
-            accuracies={shots: {0: result.sweep[shots][l2]} for shots, l2 in chosen.items()},
-        )
-        for result in results
-    ]
+        swept = [next(iter(result.swept[shots].values())) for result in results]
+        l2s = list(swept[0])
+        ranks = [np.argsort(np.argsort([row[l2] for l2 in l2s], kind="stable")) for row in swept]
+        chosen[shots] = l2s[len(l2s) - 1 - int(np.argmax(np.mean(ranks, axis=0)[::-1]))]
+    return [replace(result, l2=dict(chosen)) for result in results]
 
 
 def num_images(splits: Mapping[str, Source], options: FewShotOptions) -> int:
     """Returns how many images a measurement needs the features of, if all can be decoded."""
     train, test, _ = _train_and_test(_name(splits), splits)
-    drawn = _first_good(_permuted(train, options), max(options.shots), np.zeros(0, np.int64))
-    return len(_union(drawn)) + len(test)
+    return len(_drawn(_orders(train, options), max(options.shots), ())) + len(test)
 
 
 def _name(splits: Mapping[str, Source]) -> str:
@@ -432,62 +426,28 @@ def _train_and_test(name: str, splits: Mapping[str, Source]) -> tuple[Source, So
     return train, matched, test_split
 
 
-def _permuted(train: Source, options: FewShotOptions) -> Draws:
+def _orders(train: Source, options: FewShotOptions) -> Orders:
     """Returns for each seed the training images of each class in the order of their drawing."""
     by_class = np.argsort(train.labels, kind="stable")
     counts = np.bincount(train.labels, minlength=len(train.class_names))
     members = np.split(by_class, np.cumsum(counts)[:-1])
     if options.protocol == "scenic":
-        return {0: members}
+        return {0: [indices.tolist() for indices in members]}
     randoms = {seed: np.random.default_rng(seed) for seed in options.seeds}
     return {
-        seed: [random.permutation(indices) for indices in members]
+        seed: [random.permutation(indices).tolist() for indices in members]
         for seed, random in randoms.items()
     }
 
 
-def _first_good(orders: Draws, most: int, bad: np.ndarray) -> Draws:
-    """Returns the first `most` images of each class that are not bad."""
-    return {
-        seed: [indices[~np.isin(indices, bad)][:most] for indices in order]
-        for seed, order in orders.items()
-    }
+def _first(order: Iterable[int], most: int, bad: Container[int]) -> Iterable[int]:
+    return islice((index for index in order if index not in bad), most)
 
 
-def _union(drawn: Draws) -> np.ndarray:
-    """Returns every index that is drawn, ascending and once."""
-    return np.unique(np.concatenate([indices for order in drawn.values() for indices in order]))
-
-
-def _draw(
-    train: Source, options: FewShotOptions, features: Callable[[Source], Features]
-) -> tuple[Draws, Features]:
-    """Returns the largest number of shots of each draw, and the features of all of them.
-
-    Images that turn out bad are replaced by the next of their class until none is.
-    """
-    orders, most = _permuted(train, options), max(options.shots)
-    shown = Features(np.zeros((0, 0), np.float32), np.zeros(0, np.int64))
-    while True:
-        bad = np.array([image.index for image in shown.bad], dtype=np.int64)
-        drawn = _first_good(orders, most, bad)
-        wanted = np.setdiff1d(_union(drawn), shown.indices)
-        if not len(wanted):
-            break
-        found = features(subset(train, wanted, train.name))
-        shown.bad += [replace(image, index=int(wanted[image.index])) for image in found.bad]
-        if len(found.indices):
-            indices = np.concatenate([shown.indices, wanted[found.indices]])
-            parts = [part for part in (shown.values, found.values) if len(part)]
-            order = np.argsort(indices)
-            shown.values, shown.indices = np.concatenate(parts)[order], indices[order]
-    if len(np.unique(train.labels[shown.indices])) < 2:
-        raise UserError("fewer than two classes have images that can be decoded", where=train.name)
-    return drawn, shown
-
-
-def _accuracy(probe: LinearProbe, seen: Features, truth: np.ndarray) -> float:
-    return float((probe.predict(seen.values) == truth).mean())
+def _drawn(orders: Orders, most: int, bad: Container[int]) -> set[int]:
+    """Returns the first `most` images of each class that are not bad, of all draws."""
+    classes = (order for classes in orders.values() for order in classes)
+    return {index for order in classes for index in _first(order, most, bad)}
 
 
 def _fewer_images(names: list[str], labels: np.ndarray, shots: tuple[int, ...]) -> list[str]:
@@ -496,7 +456,7 @@ def _fewer_images(names: list[str], labels: np.ndarray, shots: tuple[int, ...]) 
     fewest = int(counts.argmin())
     return [
         f"{number} shots: {(counts < number).sum():,} of {len(names):,} classes have fewer "
-        f"training images ({names[fewest]!r} has {counts[fewest]:,}); all that they have are taken"
+        f"training images ({names[fewest]!r} has {counts[fewest]:,}); all of them are taken"
         for number in shots
         if (counts < number).any()
     ]
@@ -514,12 +474,10 @@ def show(results: list[FewShot], options: FewShotOptions) -> int:
     """Prints a table for each data set; returns the exit code."""
     report = Reporter(stderr=options.output == STANDARD_OUTPUT)
     first = results[0]
+    rule = f"seeds {' '.join(map(str, first.seeds))}, l2 {options.l2:g}"
     if first.protocol == "scenic":
         rule = "the first images of each class; the l2 that is best on the test images"
-        if len(results) > 1:
-            rule += ", by mean rank over the data"
-    else:
-        rule = f"seeds {' '.join(map(str, first.seeds))}, l2 {options.l2:g}"
+        rule += ", by mean rank over the data" if len(results) > 1 else ""
     height, width = first.preprocessing.image_size
     report.say(f"protocol  {first.protocol}: {rule}")
     report.say(f"images    {height}x{width} pixels, {first.preprocessing.summary()}")
@@ -542,23 +500,25 @@ def _show_one(report: Reporter, result: FewShot) -> None:
     counts = plural(result.num_train, "training image")
     counts += f", {plural(result.num_test, f'{result.test_split} image')}"
     report.say(f"\ndata      {result.data}: {classes}, {counts}")
-    runs = [run for run in (result, result.baseline) if run]
-    for note in dict.fromkeys(note for run in runs for note in run.notes):
+    runs = {"accuracy": result, "baseline": result.baseline}
+    shown = {name: run for name, run in runs.items() if run is not None}
+    for note in dict.fromkeys(note for run in shown.values() for note in run.notes):
         report.say(f"note      {note}")
-    scenic = ["l2"] if result.protocol == "scenic" else []
-    headers = ["shots", *scenic, "accuracy", *(f"seed {seed}" for seed in result.seeds)]
-    headers += [*(["baseline l2"] if scenic else []), "baseline"] if result.baseline else []
-    rows: list[list[str]] = []
-    for shots in result.shots:
-        row = [str(shots)]
-        for run in runs:
+    headers = ["shots"]
+    rows = [[str(shots)] for shots in result.shots]
+    for name, run in shown.items():
+        if result.protocol == "scenic":
+            headers.append("l2" if run is result else "baseline l2")
+            rows = [
+                [*row, f"{run.l2[shots]:g}"] for row, shots in zip(rows, run.shots, strict=True)
+            ]
+        headers.append(name)
+        headers += [f"seed {seed}" for seed in run.seeds if run is result]
+        for row, shots in zip(rows, run.shots, strict=True):
             deviation = run.deviation(shots)
-            row += [f"{run.l2[shots]:g}"] if scenic else []
             row.append(
-                f"{run.mean(shots):.2%}" + ("" if deviation is None else f" +- {deviation:.2%}")
+                f"{run.mean(shots):.2%}" + (f" +- {deviation:.2%}" if deviation is not None else "")
             )
-            if run is result:
-                row += [f"{run.accuracies[shots][seed]:.2%}" for seed in run.seeds]
-        rows.append(row)
+            row += [f"{run.accuracies[shots][seed]:.2%}" for seed in run.seeds if run is result]
     for line in table(headers, rows, left=0):
         report.say(line)

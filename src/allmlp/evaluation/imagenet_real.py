@@ -27,17 +27,11 @@ _FILE = "Take real.json of google-research/reassessed-imagenet"
 
 @dataclass(frozen=True)
 class RealScore:
-    """A model's predictions for the images that have ReaL labels.
+    """A model's predictions for the images that have ReaL labels."""
 
-    Attributes:
-        images: that were scored.
-        correct: those whose predicted class is among their labels.
-        unlabelled: images that have no label and were left out.
-    """
-
-    images: int
-    correct: int
-    unlabelled: int
+    images: int  # that were scored
+    correct: int  # those whose predicted class is among their labels
+    unlabelled: int  # images that have no label and were excluded
 
     @property
     def accuracy(self) -> float:
@@ -51,25 +45,14 @@ class RealScore:
 
 @dataclass(frozen=True)
 class RealLabels:
-    """The ReaL labels of a source's images, ready to score a model by; K classes.
+    """The ReaL labels of a source's images, ready to score a model by; K classes."""
 
-    Attributes:
-        labels: for each of the 50,000 validation images the ImageNet classes that fit.
-        ids: int64 (num_images,), the number of each image of the source, 1 to 50,000.
-        imagenet_class: int64 (K,), the ImageNet class, 0 to 999, of each class of the model.
-    """
-
-    labels: Sequence[frozenset[int]]
-    ids: np.ndarray
-    imagenet_class: np.ndarray
+    labels: Sequence[frozenset[int]]  # of each of the 50,000 validation images
+    ids: np.ndarray  # int64 (num_images,), the number of each image of the source, 1 to 50,000
+    imagenet_class: np.ndarray  # int64 (K,), from 0 to 999, of each class of the model
 
     def score(self, indices: np.ndarray, predictions: np.ndarray) -> RealScore:
-        """Returns how many predictions are correct.
-
-        Args:
-            indices: int64 (N,), of the images in the source.
-            predictions: int64 (N,), the model's class of each.
-        """
+        """Returns how many predictions, int64 (N,), for the images of these indices are correct."""
         images = correct = 0
         predicted = self.imagenet_class[predictions].tolist()
         for number, label in zip(self.ids[indices].tolist(), predicted, strict=True):
@@ -106,13 +89,11 @@ def read_real(path: str | Path) -> list[frozenset[int]]:
         what = f"the ReaL labels are {IMAGES:,} lists, one for each validation image; got {found}"
         raise UserError(what, where=path, fix=_FILE)
     for at, labels in enumerate(lists):
-        where = f"{path}, entry {at} (image {at + 1})"
-        if not isinstance(labels, list):
-            raise UserError(f"not a list of labels: {labels!r:.100}", where=where, fix=_FILE)
-        for label in labels:
-            if type(label) is not int or not 0 <= label < CLASSES:
-                what = f"a label is a class from 0 to {CLASSES - 1}, got {label!r:.100}"
-                raise UserError(what, where=where, fix=_FILE)
+        if not isinstance(labels, list) or not all(
+            type(label) is int and 0 <= label < CLASSES for label in labels
+        ):
+            what = f"not a list of classes from 0 to {CLASSES - 1}: {labels!r:.100}"
+            raise UserError(what, where=f"{path}, entry {at} (image {at + 1})", fix=_FILE)
     return [frozenset(labels) for labels in lists]
 
 
@@ -126,26 +107,25 @@ def validation_ids(source: Source) -> np.ndarray:
     names = [str(name) for name in own]
     found = [_ID.search(re.split(r"[/\\:]", name)[-1]) for name in names]
     column = None if all(found) else values_of(source, "val_id")
-    if all(found):
-        ids = np.array([int(match[1]) for match in found if match], dtype=np.int64)
-    elif column is not None and all(type(value) is int for value in column):
+    if column is not None and all(type(value) is int for value in column):
         ids = np.array(column, dtype=np.int64)
-    else:
+    elif None in found:
         first = found.index(None)
         what = f"no validation number in the name {names[first]!r} "
         what += f"({found.count(None):,} of {len(names):,} images have none)"
         fix = f"ReaL needs the names of the ILSVRC-2012 validation images: {EXPECTED_NAME}"
         raise UserError(what, where=source.item_name(first), fix=fix)
-    outside = np.flatnonzero((ids < 1) | (ids > IMAGES))
-    if len(outside):
-        first = int(outside[0])
-        what = f"validation images are numbered 1 to {IMAGES:,}, this one is {ids[first]}"
-        raise UserError(what, where=source.item_name(first), fix="Remove it from the data")
-    _, firsts, counts = np.unique(ids, return_index=True, return_counts=True)
-    if counts.max(initial=1) > 1:
-        first = int(firsts[counts > 1][0])
-        what = f"validation image {ids[first]} is {counts.max()} times in the data"
-        raise UserError(what, where=source.item_name(first), fix="Give every image once")
+    else:
+        ids = np.array([int(match[1]) for match in found if match], dtype=np.int64)
+    _, own, times = np.unique(ids, return_inverse=True, return_counts=True)
+    wrong = np.flatnonzero((ids < 1) | (ids > IMAGES) | (times[own] > 1))
+    if len(wrong):
+        number, count = ids[wrong[0]], times[own[wrong[0]]]
+        what = f"validation images are numbered 1 to {IMAGES:,}, this one is {number}"
+        if count > 1:
+            what = f"validation image {number} is {count} times in the data"
+        where = source.item_name(int(wrong[0]))
+        raise UserError(what, where=where, fix="Give every validation image once")
     return ids
 
 
@@ -163,14 +143,12 @@ def imagenet_classes(class_names: Sequence[str], imagenet: Sequence[str]) -> np.
         raise UserError(what, fix=fix)
     order = {name[:9]: at for at, name in enumerate(imagenet)}
     if all(re.match(r"n\d{8}(?!\d)", name) for name in class_names):
-        unknown = [name for name in class_names if name[:9] not in order]
-        if unknown:
-            what = f"{len(unknown):,} of the model's classes are not of ImageNet-1k: {unknown[0]!r}"
+        ids = [name[:9] for name in class_names]
+        if set(ids) != order.keys():
+            wrong = sorted(set(ids) - order.keys()) or ["one of them is there twice"]
+            what = f"the model's classes are not those of ImageNet-1k: {wrong[0]}"
             raise UserError(what, fix=fix)
-        classes = np.array([order[name[:9]] for name in class_names], dtype=np.int64)
-        if len(np.unique(classes)) < CLASSES:
-            raise UserError("two of the model's classes have one WordNet id", fix=fix)
-        return classes
+        return np.array([order[name] for name in ids], dtype=np.int64)
     for at, (name, known) in enumerate(zip(class_names, imagenet, strict=True)):
         if _first_words(name) != _first_words(known[10:]):
             what = f"the model's class {at} is {name!r}, ImageNet's is {known!r}"

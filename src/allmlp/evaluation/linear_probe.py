@@ -23,46 +23,34 @@ _BLOCK = 8192  # images that are scored at once
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A linear classifier of features.
+    """A linear classifier of features."""
 
-    Attributes:
-        mean, std: float64 (C,), of the shots; std has the 1e-5 in it.
-        weights: float64 (C + 1, K); the last row belongs to the constant feature.
-    """
-
-    mean: np.ndarray
-    std: np.ndarray
-    weights: np.ndarray
+    mean: np.ndarray  # float64 (C,), of the shots
+    std: np.ndarray  # float64 (C,), with the 1e-5 in it
+    weights: np.ndarray  # float64 (C + 1, K); the last row belongs to the constant feature
 
     def scores(self, features: np.ndarray) -> np.ndarray:
         """Returns float64 (M, K), higher for more likely classes; features are (M, C)."""
         return _standardized(features, self.mean, self.std) @ self.weights
 
     def predict(self, features: np.ndarray) -> np.ndarray:
-        """Returns int64 (M,): the class of the highest score; features are (M, C)."""
+        """Returns int64 (M,), M above 0: the class of the highest score; features are (M, C)."""
         blocks = range(0, len(features), _BLOCK)
         parts = [self.scores(features[at : at + _BLOCK]).argmax(axis=1) for at in blocks]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        return np.concatenate(parts)
 
 
 def fit_linear(
     features: np.ndarray, labels: np.ndarray, num_classes: int, l2: float = 1024.0
 ) -> LinearProbe:
-    """Returns the classifier that fits the shots.
-
-    Args:
-        features: (N, C), of any floating type.
-        labels: integers (N,) from 0 to K - 1.
-        num_classes: K.
-        l2: weight of the squared coefficients, above 0.
-    """
+    """Returns the classifier that fits the shots, (N, C) of labels (N,) from 0 to K - 1."""
     return next(fit_sweep(features, labels, num_classes, [l2]))
 
 
 def fit_sweep(
     features: np.ndarray, labels: np.ndarray, num_classes: int, l2s: Sequence[float]
 ) -> Iterator[LinearProbe]:
-    """Yields the classifier for each l2; the arguments are those of `fit_linear`."""
+    """Yields the classifier of `fit_linear` for each l2."""
     exact = features.astype(np.float64)
     mean, std = exact.mean(axis=0), exact.std(axis=0) + 1e-5
     x = _standardized(exact, mean, std)  # (N, C + 1)

@@ -1,6 +1,7 @@
 """The metrics of an evaluation: top-1, top-5, loss, calibration, per class, the confusion matrix.
 
-All are exact counts over the images that could be decoded, from the logits as the model gave them.
+All are exact counts over the images that could be decoded: every image counts once, the last batch
+is never dropped, and an image that cannot be decoded is in no count and named in `bad`.
 A new metric is one entry of `METRICS`: whatever prints or writes metrics reads that list.
 
 Shapes: N images, K classes, B bins.
@@ -11,22 +12,28 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from allmlp.data.source import BadImage
+from allmlp.data.classes import match_classes
+from allmlp.data.source import BadImage, Source
+from allmlp.errors import UserError, named_memory_errors
 from allmlp.evaluation.imagenet_real import RealScore
+from allmlp.evaluation.predictor import Outputs, Predictor, check_finite
 from allmlp.evaluation.result_file import measurement
 from allmlp.io import atomic_write_all, check_output_folder
-from allmlp.models.layers import ImageClassifier
+from allmlp.models.layers import ImageClassifier, classes_of
 from allmlp.preprocessing import Preprocessing
+from allmlp.runtime.world import World
 
 FILES = ("per_class.csv", "confusion.csv", "evaluation.json")  # what `Evaluation.save` writes
+LOGGED = ("top1", "top5", "loss")
 BINS = 15
 
 
@@ -39,10 +46,9 @@ class Evaluation:
         class_names: the model's classes, K.
         labels: int64 (N,), the true classes.
         indices: int64 (N,), of the images in the source.
-        probabilities: float32 (N, K), the softmax of the logits.
-        bad: the images that could not be decoded.
         logits: float32 (N, K), which order the classes and give the loss: probabilities that are
-            too small for float32 are all 0. None where only `probabilities` are known.
+            too small for float32 are all 0.
+        bad: the images that could not be decoded.
         preprocessing: from image files to inputs; None where it is unknown.
         real: the ImageNet ReaL score; None where it was not asked for.
         are_held_out: whether the images are those that the model's run held out.
@@ -55,9 +61,8 @@ class Evaluation:
     class_names: list[str]
     labels: np.ndarray
     indices: np.ndarray
-    probabilities: np.ndarray
+    logits: np.ndarray
     bad: list[BadImage] = field(default_factory=list)
-    logits: np.ndarray | None = None
     preprocessing: Preprocessing | None = None
     real: RealScore | None = None
     are_held_out: bool = False
@@ -65,25 +70,20 @@ class Evaluation:
     precision: str | None = None
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def scores(self) -> np.ndarray:
-        """float32 (N, K): what orders the classes of an image: logits, else probabilities."""
-        return self.probabilities if self.logits is None else self.logits
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """float32 (N, K): the softmax of the logits."""
+        return torch.from_numpy(self.logits).softmax(dim=1).numpy()
 
     @property
     def predictions(self) -> np.ndarray:
         """int64 (N,): the most probable class of each image, the first of equal ones."""
-        return self.scores.argmax(axis=1)
+        return self.logits.argmax(axis=1)
 
     @property
     def confidences(self) -> np.ndarray:
         """float32 (N,): the probability of each image's predicted class."""
         return self.probabilities[np.arange(len(self.labels)), self.predictions]
-
-    @property
-    def truth_probabilities(self) -> np.ndarray:
-        """float32 (N,): the probability of each image's true class."""
-        return self.probabilities[np.arange(len(self.labels)), self.labels]
 
     @property
     def correct(self) -> np.ndarray:
@@ -100,7 +100,7 @@ class Evaluation:
         """Fraction of the images with the true class among the 5 most probable; None: K <= 5."""
         if len(self.class_names) <= 5:
             return None
-        scores, truth = self.scores, self.labels[:, None]
+        scores, truth = self.logits, self.labels[:, None]
         own = np.take_along_axis(scores, truth, axis=1)
         is_before = ~(scores <= own) | ((scores == own) & (np.arange(scores.shape[1]) < truth))
         return float((is_before.sum(axis=1) < 5).mean())
@@ -108,9 +108,6 @@ class Evaluation:
     @property
     def losses(self) -> np.ndarray:
         """float64 (N,): the negative log-likelihood of each image's true class, in nats."""
-        if self.logits is None:
-            tiny = np.finfo(np.float32).tiny
-            return -np.log(np.maximum(self.truth_probabilities, tiny)).astype(np.float64)
         found = np.empty(len(self.labels))
         for at in range(0, len(found), 1024):  # float64 copies of a few rows at a time
             rows = torch.from_numpy(self.logits[at : at + 1024]).double().log_softmax(dim=1)
@@ -135,19 +132,16 @@ class Evaluation:
         flat = np.bincount(self.labels * classes + self.predictions, minlength=classes**2)
         return flat.reshape(classes, classes)
 
-    def metrics(self) -> Iterator[tuple[str, float]]:
-        """Yields (name, value) of the metrics that a run logs while it trains."""
-        yield from self._values([metric for metric in METRICS if metric.logged])
-
     def figures(self) -> Iterator[tuple[str, float]]:
         """Yields (name, value) of every metric that is one number."""
-        yield from self._values(METRICS)
-
-    def _values(self, metrics: Sequence[Metric]) -> Iterator[tuple[str, float]]:
-        for metric in metrics:
+        for metric in METRICS:
             value = metric.compute(self)
             if value is not None:
                 yield metric.name, value
+
+    def metrics(self) -> Iterator[tuple[str, float]]:
+        """Yields (name, value) of the metrics that a run logs while it trains."""
+        yield from ((name, value) for name, value in self.figures() if name in LOGGED)
 
     def lines(self) -> Iterator[str]:
         """Yields the metrics as they are printed."""
@@ -162,10 +156,9 @@ class Evaluation:
         wrong = self.confusion
         np.fill_diagonal(wrong, 0)
         order = np.argsort(-wrong, axis=None, kind="stable")[:most]
-        places = [divmod(int(at), len(self.class_names)) for at in order]
         return [
             (self.class_names[row], self.class_names[column], int(wrong[row, column]))
-            for row, column in places
+            for row, column in zip(*np.unravel_index(order, wrong.shape), strict=True)
             if wrong[row, column]
         ]
 
@@ -223,16 +216,8 @@ class Evaluation:
     def save(
         self, folder: Path, model: ImageClassifier | None = None, *, overwrite: bool = False
     ) -> None:
-        """Writes evaluation.json, per_class.csv and confusion.csv (rows: true) to the folder.
-
-        Args:
-            folder: made if it is missing; the files are written all or none.
-            model: that was evaluated, to be described in evaluation.json.
-            overwrite: replace existing files.
-
-        Raises:
-            UserError: one of them exists, or the folder cannot be written to.
-        """
+        """Writes evaluation.json, which describes the model, per_class.csv and confusion.csv (rows:
+        true), all or none."""
         check_output_folder(folder, FILES, overwrite=overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         rows = self.per_class()
@@ -241,8 +226,7 @@ class Evaluation:
         confusion = [["true class", *self.class_names], *([name, *row] for name, row in counts)]
         text = json.dumps(measurement("evaluation", model, self.to_json()), indent=2) + "\n"
         contents = (_csv(per_class), _csv(confusion), text.encode())
-        paths = (folder / name for name in FILES)
-        atomic_write_all(dict(zip(paths, contents, strict=True)))
+        atomic_write_all({folder / name: data for name, data in zip(FILES, contents, strict=True)})
 
 
 def _csv(rows: list[list[Any]]) -> bytes:
@@ -260,7 +244,6 @@ class Metric:
     compute: Callable[[Evaluation], float | None]  # None where it does not apply
     format: str = ".2%"
     detail: Callable[[Evaluation], str] | None = None  # in parentheses behind the number
-    logged: bool = False  # by a run while it trains
 
 
 def _real(evaluation: Evaluation) -> str:
@@ -273,22 +256,9 @@ def _real(evaluation: Evaluation) -> str:
 
 
 METRICS = (
-    Metric(
-        "top1",
-        "top-1",
-        lambda e: e.top1,
-        detail=lambda e: f"{e.correct.sum():,} correct",
-        logged=True,
-    ),
-    Metric("top5", "top-5", lambda e: e.top5, logged=True),
-    Metric(
-        "loss",
-        "loss",
-        lambda e: e.loss,
-        ".4f",
-        lambda e: "negative log-likelihood, nats",
-        logged=True,
-    ),
+    Metric("top1", "top-1", lambda e: e.top1, detail=lambda e: f"{e.correct.sum():,} correct"),
+    Metric("top5", "top-5", lambda e: e.top5),
+    Metric("loss", "loss", lambda e: e.loss, ".4f", lambda e: "negative log-likelihood, nats"),
     Metric(
         "expected_calibration_error",
         "ECE",
@@ -319,30 +289,20 @@ class Reliability:
 
     def to_json(self) -> list[dict[str, Any]]:
         """Returns a row for each bin; mean confidence and accuracy are None where it is empty."""
-        rows = []
-        for at, images in enumerate(self.images.tolist()):
-            mean = self.confidence[at] / images if images else None
-            accuracy = self.correct[at] / images if images else None
-            rows.append(
-                {
-                    "above": float(self.edges[at]),
-                    "up_to": float(self.edges[at + 1]),
-                    "images": images,
-                    "confidence": None if mean is None else float(mean),
-                    "accuracy": None if accuracy is None else float(accuracy),
-                }
-            )
-        return rows
+        return [
+            {
+                "above": float(self.edges[at]),
+                "up_to": float(self.edges[at + 1]),
+                "images": images,
+                "confidence": float(self.confidence[at] / images) if images else None,
+                "accuracy": float(self.correct[at] / images) if images else None,
+            }
+            for at, images in enumerate(self.images.tolist())
+        ]
 
 
 def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Reliability:
-    """Returns the images in bins of equal width by confidence.
-
-    Args:
-        confidence: float (N,), the probability of each prediction, on [0, 1].
-        correct: bool (N,), whether it was correct.
-        bins: number of bins.
-    """
+    """Returns the images in bins by confidence, float (N,) on [0, 1]; correct is bool (N,)."""
     # An edge is rounded as the confidences are: the float32 next to 1/5 lies on the edge at 1/5.
     edges = (np.arange(bins + 1) / bins).astype(confidence.dtype)
     at = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
@@ -352,3 +312,55 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
         np.bincount(at, weights=confidence, minlength=bins),
         np.bincount(at[correct], minlength=bins),
     )
+
+
+@named_memory_errors()
+def evaluate_source(
+    predictor: Predictor,
+    source: Source,
+    *,
+    allow_missing_classes: bool = False,
+    world: World | None = None,
+    on_batch: Callable[[Outputs], None] | None = None,
+) -> Evaluation:
+    """Returns what a model predicts for every image, whether or not its logits are finite.
+
+    Several processes each take whole batches, so that the numbers are those of one process; all of
+    them get the result. `on_batch` is called with every batch of this process.
+    """
+    names = classes_of(predictor.model)
+    if len(names) == 1:
+        what = f"the model knows one class only, {names[0]!r}: every prediction would be correct"
+        raise UserError(what, fix="Evaluate a model of two classes or more")
+    matched = match_classes(source, names, owner="the model", allow_missing=allow_missing_classes)
+    empty = np.empty(0, dtype=np.int64)
+    rows = [(empty, empty, np.empty((0, len(names)), dtype=np.float32))]
+    bad: list[BadImage] = []
+    for outputs in predictor.run(matched, world=world):
+        bad += outputs.bad
+        if outputs.values:
+            rows.append((outputs.labels, outputs.indices, outputs.values[0]))
+        if on_batch is not None:
+            on_batch(outputs)
+    part = tuple(np.concatenate(column) for column in zip(*rows, strict=True))
+    parts = [(part, bad)] if world is None else world.gather((part, bad))
+    columns = zip(*(part for part, _ in parts), strict=True)
+    labels, indices, logits = (np.concatenate(column) for column in columns)
+    if not len(labels):
+        raise UserError("none of the images can be decoded", where=source.name)
+    return Evaluation(
+        source.name,
+        names,
+        labels,
+        indices,
+        logits,
+        [image for _, bad in parts for image in bad],
+        predictor.preprocessing,
+        precision=f"{predictor.precision} ({predictor.why})",
+    )
+
+
+def check_logits(result: Evaluation, source: Source) -> None:
+    """Raises UserError if logits are NaN or infinite."""
+    fix = "The weights are damaged or of a run that has diverged: take earlier ones"
+    check_finite(result.logits, result.indices, source, "logits", fix)

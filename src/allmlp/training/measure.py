@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 from allmlp.data.source import Source
-from allmlp.evaluation.accuracy import evaluate_source
-from allmlp.evaluation.metrics import Evaluation
+from allmlp.evaluation.metrics import Evaluation, evaluate_source
 from allmlp.evaluation.predictor import Predictor
 from allmlp.models.layers import ImageClassifier
 from allmlp.runtime.device import ComputePolicy
