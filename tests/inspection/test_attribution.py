@@ -18,7 +18,7 @@ from allmlp.inspection.attribution import (
     strongest,
     unit_responses,
 )
-from allmlp.inspection.token_mixing import TokenMixingLayer, model_units
+from allmlp.inspection.units import TokenMixingLayer, model_units
 from conftest import TINY, draw, encode, tiny_model
 
 pytestmark = pytest.mark.numerics

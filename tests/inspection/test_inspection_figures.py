@@ -15,8 +15,7 @@ from PIL import Image
 from allmlp import plots
 from allmlp.inspection import figures
 from allmlp.inspection.attribution import Occlusion, UnitResponse
-from allmlp.inspection.token_mixing import TokenMixingLayer
-from allmlp.inspection.units import pair_opposites
+from allmlp.inspection.units import TokenMixingLayer, pair_opposites
 
 
 def pixels_of(figure: Figure, path: Path) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which weights of a model are its units, and what the notes say where there are none."""
+"""Which weights of a model are its units, and what the notes say of other models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import allmlp as am
-from allmlp.inspection.token_mixing import model_units, weight_correlations
+from allmlp.inspection.units import model_units, weight_correlations
 from allmlp.weights.load import resize_model
 from conftest import TINY, tiny_model
 
@@ -71,11 +71,10 @@ GROUPED = {"token_mixing": "grouped", "token_groups": 4, "pyramid": ((0, 4),), "
 @pytest.mark.parametrize(
     ("changes", "drawn", "note"),
     [
-        ({"token_mixing": "untied"}, [], "layers 1, 2 .* 16x8x4"),
-        ({"token_mixing": "grouped", "token_groups": 2}, [], "layers 1, 2 .* 2 channels"),
-        ({"token_mixing": "views", "token_groups": 2}, [], "layers 1, 2 .* 2 channels"),
-        ({"pyramid": ((0, 4),), "image_size": 16}, [1], "layer 2 .* 4 tokens of a pyramid"),
-        (GROUPED, [], "layers 1, 2 .* 4 channels"),  # groups x tokens is the number of patches
+        ({"token_mixing": "untied"}, [], "layers 1, 2 not drawn"),
+        ({"token_mixing": "views", "token_groups": 2}, [], "layers 1, 2 not drawn"),
+        ({"pyramid": ((0, 4),), "image_size": 16}, [1], "layer 2 not drawn"),
+        (GROUPED, [], "layers 1, 2 not drawn"),  # groups x tokens is the number of patches
     ],
 )
 def test_variants_of_token_mixing(changes, drawn, note):

@@ -33,7 +33,7 @@ from allmlp.inspection.attribution import (
 )
 from allmlp.inspection.figures import blend, unit_pixels
 from allmlp.inspection.inspect import FIRST_LAYERS, STRONGEST
-from allmlp.inspection.token_mixing import model_units
+from allmlp.inspection.units import model_units
 from allmlp.models.layers import ImageClassifier, classes_of, preprocessing_of
 
 BATCH_SIZE = 8  # between two batches a request whose client has gone is given up

@@ -6,7 +6,7 @@ Legend: S patches, G_H G_W their grid, C channels, U units, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from allmlp.data.image import EncodedImage
 from allmlp.data.permutation import permute
 from allmlp.data.transforms import normalize, resize_for_evaluation
 from allmlp.errors import UserError, between
-from allmlp.inspection.token_mixing import (
+from allmlp.inspection.units import (
+    Floats,
     ModelUnits,
     TokenMixingLayer,
     patch_grid,
     stem_convolution,
 )
-from allmlp.inspection.units import Floats
 from allmlp.io import expand
 from allmlp.models.inference import evaluating
 from allmlp.models.layers import ImageClassifier, preprocessing_of
@@ -44,9 +44,8 @@ class UnitResponse:
     strength: float
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the maps as JSON values; layer and unit count from 1."""
-        written = None if self.written is None else self.written.tolist()
-        maps = {"strength": self.strength, "read": self.read.tolist(), "written": written}
+        """Returns the maps; layer and unit count from 1."""
+        maps = {"strength": self.strength, "read": self.read, "written": self.written}
         return {"layer": self.layer, "unit": self.unit + 1, **maps}
 
 
@@ -58,23 +57,15 @@ class Occlusion:
     name: str
     probability: float
     drop: Floats  # (rows, columns) of the window's positions; negative where covering helps
-    places: NDArray[np.int64]  # (rows, columns, 2) the window's first patch (down, right)
+    places: NDArray[np.int64]  # (rows, columns, 2) the window's first patch (down, right), from 0
     patch_drop: Floats  # (G_H, G_W) the mean over the windows that cover the patch
     window: int  # patches
     stride: int
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the map as JSON values; patches count from 0."""
-        return {
-            "class": self.name,
-            "class_index": self.label,
-            "probability": self.probability,
-            "window": self.window,
-            "stride": self.stride,
-            "places": self.places.tolist(),
-            "drop": self.drop.tolist(),
-            "patch_drop": self.patch_drop.tolist(),
-        }
+        """Returns the map and what it is of."""
+        values = asdict(self)
+        return {"class": values.pop("name"), "class_index": values.pop("label"), **values}
 
 
 def read_image(path: str | Path, model: ImageClassifier) -> tuple[Tensor, NDArray[np.uint8]]:
@@ -125,7 +116,8 @@ def unit_responses(
 
 
 def responses_of(layer: TokenMixingLayer, tokens: Floats, activation: Floats) -> list[UnitResponse]:
-    """Returns the response maps of a layer's units, from what the layer computes for an image.
+    """Returns the response maps of a layer's units, from what the layer computes for an image:
+    y, (C, S), the normalised tokens, and h, (C, U).
 
     Unit u has in channel c the pre-activation a[c] = sum_s w[u, s] y[c, s] + b[u] and the
     activation h[c] = GELU(a[c]). For each patch s:
@@ -134,28 +126,15 @@ def responses_of(layer: TokenMixingLayer, tokens: Floats, activation: Floats) ->
                  excites the unit. Over all patches they add up to sum_c h[c] (a[c] - b[u]).
         written  |v[s, u]| * strength, with v the outgoing weights and strength sqrt(sum_c h[c]^2):
                  the norm, over channels, of what the unit adds to the token.
-
-    Args:
-        tokens: y, (C, S), the normalised tokens.
-        activation: h, (C, U).
     """
     grid = layer.incoming.shape[1:]
     read = layer.incoming * (activation.T @ tokens).reshape(-1, *grid)  # (U, G_H, G_W)
     strength = np.sqrt((activation**2).sum(axis=0))
-    written = None
+    written: Any = [None] * len(strength)
     if layer.outgoing is not None:
         written = np.abs(layer.outgoing) * strength[:, None, None]
-    return [
-        UnitResponse(
-            layer.number,
-            unit,
-            layer.incoming[unit],
-            read[unit],
-            None if written is None else written[unit],
-            float(strength[unit]),
-        )
-        for unit in range(len(strength))
-    ]
+    columns = zip(layer.incoming, read, written, strength.tolist(), strict=True)
+    return [UnitResponse(layer.number, unit, *values) for unit, values in enumerate(columns)]
 
 
 def strongest(responses: Sequence[UnitResponse], most: int) -> list[UnitResponse]:
@@ -164,8 +143,7 @@ def strongest(responses: Sequence[UnitResponse], most: int) -> list[UnitResponse
         response.strength if response.written is None else np.sqrt((response.written**2).sum())
         for response in responses
     ]
-    order = np.argsort(-np.array(sizes), kind="stable")[:most]
-    return [responses[at] for at in order]
+    return [responses[at] for at in np.argsort(-np.array(sizes), kind="stable")[:most]]
 
 
 def occlusion(
@@ -179,8 +157,7 @@ def occlusion(
 ) -> Occlusion:
     """Returns where the predicted probability drops under a sliding window of grey patches.
 
-    Zeiler and Fergus 2014. The windows of the last row and column are moved inwards where the
-    stride would leave patches uncovered. `on_batch` is called with the number of covered images.
+    Zeiler and Fergus 2014. `on_batch` is called with the number of covered images.
     """
     window, stride, places = occlusion_places(model, window, stride)
     rows, columns, (down, right) = _occlusion_grid(model)
@@ -226,7 +203,8 @@ def occlusion_places(
 ) -> tuple[int, int, NDArray[np.int64]]:
     """Returns the window's side, the stride, and all positions of the window (rows, columns, 2).
 
-    By default the side is a fifth of the grid's shorter side, and the stride a third of that.
+    By default the side is a fifth of the grid's shorter side, and the stride a third of that. The
+    last row and column are moved inwards where the stride would leave patches uncovered.
     """
     rows, columns, _ = _occlusion_grid(model)
     most = min(rows, columns)
@@ -234,13 +212,9 @@ def occlusion_places(
     between("window", window, 1, most)
     stride = max(1, window // 3) if stride is None else stride
     between("stride", stride, 1, window)  # so that no patch is left out
-    tops, lefts = _starts(rows, window, stride), _starts(columns, window, stride)
+    ends = (rows - window, columns - window)
+    tops, lefts = (np.unique([*range(0, end + 1, stride), end]) for end in ends)
     return window, stride, np.stack(np.meshgrid(tops, lefts, indexing="ij"), axis=-1)
-
-
-def _starts(patches: int, window: int, stride: int) -> NDArray[np.int64]:
-    last = patches - window
-    return np.unique([*range(0, last + 1, stride), last]).astype(np.int64)
 
 
 @torch.inference_mode()

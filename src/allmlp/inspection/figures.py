@@ -17,11 +17,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from allmlp.inspection.attribution import Occlusion, UnitResponse
-from allmlp.inspection.token_mixing import ModelUnits, TokenMixingLayer
 from allmlp.inspection.units import (
     OPPOSITE,
     Floats,
-    pair_correlations,
+    ModelUnits,
+    TokenMixingLayer,
+    correlations,
     pair_opposites,
     window_fraction,
 )
@@ -37,7 +38,8 @@ _COLORS = ("#0b5394", "#b45f06")
 _DARKEST = 0.6  # brightness of a map where the image beneath it is black
 _MINUS = "\N{MINUS SIGN}"
 # Sizes in pixels at `DPI`.
-_UNIT, _STEM_UNIT, _INNER, _CAPTION, _MARGIN, _LINE, _PAGE = 80, 64, 3, 26, 24, 40, 1000
+_UNIT, _STEM_UNIT, _GAP, _MARGIN, _LINE, _PAGE = 80, 64, 6, 24, 40, 1000
+_CAPTION = (190, 34)  # "1023   -0.99   1024"
 
 
 def unit_pixels(unit: Floats) -> Pixels:
@@ -106,11 +108,11 @@ def pair_panel(
         parts = [_enlarged(unit_pixels(units[number]), _UNIT) for number in numbers]
         white = np.full_like(parts[0], 255)
         second = parts[1] if len(parts) == 2 else white
-        cells.append(np.concatenate([parts[0], white[:, :_INNER], second], axis=1))
+        cells.append(np.concatenate([parts[0], white[:, :3], second], axis=1))
         words = [str(number + 1) for number in numbers] if numbered else []
         if len(numbers) == 2:
-            value = float(pair_correlations(units[numbers])[0])
-            words.insert(1, "-" if np.isnan(value) else f"{value:+.2f}".replace("-", _MINUS))
+            value = correlations(units[numbers])[0, 1]
+            words.insert(1, f"{value:+.2f}".replace("-", _MINUS))
         captions.append("   ".join(words))
     return f"Layer {layer.number}: {shown}", cells, captions
 
@@ -132,7 +134,7 @@ def stem_page(name: str, units: Floats) -> Figure:
     title = f"stem: {len(units)} units of {units.shape[1]}x{units.shape[2]} pixels"
     columns = max(16, math.ceil(math.sqrt(1.5 * len(units))))
     note = "Lowest spatial frequency first. Grey is zero, each unit on its own scale."
-    return _page(name, title, [("", cells, [])], columns, [note])
+    return _page(name, title, [("", cells, [""] * len(cells))], columns, [note])
 
 
 def _page(
@@ -141,36 +143,33 @@ def _page(
     """Panels side by side, laid out in whole pixels so that no weight is cut unevenly."""
     height, width = panels[0][1][0].shape[:2]
     most = max(len(cells) for _, cells, _ in panels)
-    longest = max((len(text) for _, _, captions in panels for text in captions), default=0)
-    caption = _CAPTION if longest else 0
-    across = max(width, 12 * longest) + (12 if caption else 6)  # from a cell to the next one
-    down = height + caption + (14 if caption else 6)
-    panel_width = max(min(columns, most) * across, 560)
-    total_width = max(len(panels) * (panel_width + _MARGIN) + _MARGIN, _PAGE)
-    top = _MARGIN + (3 if panels[0][0] else 2) * _LINE
-    bottom = top + math.ceil(most / columns) * down + 10
-    total_height = bottom + 28 * len(notes) + _MARGIN
-    sheet = np.full((total_height, total_width, 3), 255, dtype=np.uint8)
-    figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI)
+    room = _CAPTION if any(captions[0] for _, _, captions in panels) else (0, 0)
+    across, down = max(width, room[0]) + _GAP, height + room[1] + _GAP
+    panel_width = max(min(columns, most) * across, 560) + _MARGIN
+    top = 3 * _LINE
+    bottom = top + math.ceil(most / columns) * down + _GAP
+    sheet_width = max(len(panels) * panel_width + _MARGIN, _PAGE)
+    sheet_height = bottom + _LINE * len(notes) + _GAP
+    sheet = np.full((sheet_height, sheet_width, 3), 255, dtype=np.uint8)
+    figure = Figure(figsize=(sheet_width / DPI, sheet_height / DPI), dpi=DPI)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
 
-    def write(x: float, y: float, text: str, size: float = 5, **style: Any) -> None:
+    def write(x: float, y: float, text: str, size: float, **style: Any) -> None:
         axes.text(x, y, text, va="top", fontsize=size, **style)
 
-    write(_MARGIN, _MARGIN, shorten(name, 44), 7.5, weight="bold")
-    write(_MARGIN, _MARGIN + _LINE, title, 6.5)
+    write(_MARGIN, _GAP, shorten(name, 44), 7.5, weight="bold")
+    write(_MARGIN, _GAP + _LINE, title, 6.5)
     for at, (heading, cells, captions) in enumerate(panels):
-        left = _MARGIN + at * (panel_width + _MARGIN)
-        write(left, top - _LINE, heading, 6.5)
-        for number, cell in enumerate(cells):
+        left = _MARGIN + at * panel_width
+        write(left, top - _LINE + 2, heading, 6.5)
+        for number, (cell, caption) in enumerate(zip(cells, captions, strict=True)):
             y, x = top + number // columns * down, left + number % columns * across
-            x += (across - width) // 2 if caption else 0
+            x += (across - _GAP - width) // 2
             sheet[y : y + height, x : x + width] = cell
-            if captions:
-                write(x + width / 2, y + height + 4, captions[number], 4.6, ha="center")
+            write(x + width / 2, y + height + 4, caption, 4.6, ha="center")
     for line, note in enumerate(notes):
-        write(_MARGIN, bottom + 28 * line, note)
-    extent = (0, total_width, total_height, 0)
+        write(_MARGIN, bottom + _LINE * line, note, 5)
+    extent = (0, sheet_width, sheet_height, 0)
     axes.imshow(sheet, interpolation="none", extent=extent, aspect="auto")
     axes.set_axis_off()
     return figure
@@ -255,29 +254,27 @@ def response_figure(pixels: Pixels, responses: Sequence[UnitResponse], title: st
     axes.set_anchor("N")
     for at, units in enumerate(by_layer):
         for row, unit in enumerate(units):
-            panels = [figure.add_subplot(grid[row, 1 + 3 * at + column]) for column in range(3)]
-            _draw_response(panels, unit, pixels)
+            weights, read, written = (
+                figure.add_subplot(grid[row, 1 + 3 * at + column]) for column in range(3)
+            )
+            scale = _largest(unit.weights)
+            _show_map(weights, unit.weights, pixels, DIVERGING, -scale, scale)
+            weights.set_ylabel(f"unit {unit.unit + 1}", fontsize=6.5)
+            show(read, blend(pixels, unit.read, _largest(unit.read)))
+            if unit.written is None:
+                written.set_axis_off()
+            else:
+                _show_map(written, unit.written, pixels, SEQUENTIAL, 0.0, _largest(unit.written))
             if row == 0:
-                for axes, name in zip(panels, ("weights", "read", "written"), strict=True):
-                    axes.set_title(f"layer {unit.layer}\n{name}", fontsize=7)
+                weights.set_title(f"layer {unit.layer}\nweights", fontsize=7)
+                read.set_title("\nread", fontsize=7)
+                written.set_title("\nwritten", fontsize=7)
     note = (
         "Weights, read: red positive, blue negative, symmetric about 0. Written: from 0 (dark) to "
         "the largest (yellow). Each map has its own scale."
     )
     figure.supxlabel(note, fontsize=6)
     return figure
-
-
-def _draw_response(panels: Sequence[Axes], unit: UnitResponse, pixels: Pixels) -> None:
-    weights, read, written = panels
-    scale = _largest(unit.weights)
-    _show_map(weights, unit.weights, pixels, DIVERGING, -scale, scale)
-    weights.set_ylabel(f"unit {unit.unit + 1}", fontsize=6.5)
-    show(read, blend(pixels, unit.read, _largest(unit.read)))
-    if unit.written is None:
-        written.set_axis_off()
-    else:
-        _show_map(written, unit.written, pixels, SEQUENTIAL, 0.0, _largest(unit.written))
 
 
 def _largest(values: Floats) -> float:

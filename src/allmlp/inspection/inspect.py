@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,13 +34,13 @@ from allmlp.inspection.figures import (
     response_figure,
     weight_figures,
 )
-from allmlp.inspection.token_mixing import (
+from allmlp.inspection.units import (
     DEFINITIONS,
+    OPPOSITE,
     ModelUnits,
     model_units,
     weight_correlations,
 )
-from allmlp.inspection.units import OPPOSITE, UnitMeasures
 from allmlp.io import Content, atomic_write_all, check_not_inputs, check_output_folder, expand
 from allmlp.models.catalog import random_weights
 from allmlp.models.layers import ImageClassifier
@@ -151,7 +152,7 @@ class Inspection:
         if self.occlusion is not None:
             values["occlusion"] = self.occlusion.to_json()
             values["responses"] = [response.to_json() for response in self.responses]
-        return {**values, "notes": self.notes}
+        return json.loads(json.dumps({**values, "notes": self.notes}, default=np.ndarray.tolist))
 
     def units_csv(self) -> str:
         """Returns a table with a row for every unit."""
@@ -190,10 +191,12 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
         folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     units = model_units(net, name)
     compared = None if other is None else model_units(other, other_name)
-    drawable = [layer.number for layer in units.layers]
-    layers = drawable if options.layers == "all" else options.layers or drawable[:FIRST_LAYERS]
+    layers = options.layers or ()
+    if options.layers in (None, "all"):
+        layers = [layer.number for layer in units.layers]
+        layers = layers if options.layers == "all" else layers[:FIRST_LAYERS]
     for number in layers:
-        units.layer(number)
+        units.layer(number)  # an error where the model has no such layer
     notes = list(units.notes)
     if compared is not None:
         notes += [f"{other_name}: {note}" for note in compared.notes if note not in notes]
@@ -205,9 +208,8 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
         responses = _responses(net, units, image, options)
         covered = _occlusion(net, image, options)
         title = options.image.name
-        if folder is not None:
-            figures["occlusion"] = occlusion_figure(pixels, covered, title)
-        if folder is not None and responses:
+        figures["occlusion"] = occlusion_figure(pixels, covered, title)
+        if responses:
             title += ": what token-mixing units read and write"
             figures["responses"] = response_figure(pixels, responses, title)
     height, width = net.config.image_size
@@ -251,15 +253,9 @@ def _responses(
 
 def _occlusion(model: ImageClassifier, image: Tensor, options: InspectOptions) -> Occlusion:
     window, stride, places = occlusion_places(model, options.window, options.stride)
+    sizes = {"window": window, "stride": stride, "batch_size": options.batch_size}
     with Reporter().progress(places[..., 0].size, "covered images") as bar:
-        return occlusion(
-            model,
-            image,
-            window=window,
-            stride=stride,
-            batch_size=options.batch_size,
-            on_batch=bar.advance,
-        )
+        return occlusion(model, image, **sizes, on_batch=bar.advance)
 
 
 def _write(
@@ -273,7 +269,7 @@ def _write(
         for kind in kinds
     }
     contents[folder / "units.csv"] = found.units_csv().encode(errors="surrogateescape")
-    text = json.dumps(found.to_json(), indent=2, default=np.ndarray.tolist) + "\n"
+    text = json.dumps(found.to_json(), indent=2) + "\n"
     contents[folder / "inspection.json"] = text.encode(errors="surrogateescape")
     check_output_folder(folder, [path.name for path in contents], overwrite=options.overwrite)
     check_not_inputs(contents, [] if options.image is None else [options.image])
@@ -289,9 +285,11 @@ def show(found: Inspection, options: InspectOptions) -> None:
         report.say(f"compared {found.compared.name}")
     for note in found.notes:
         report.say(f"note     {note}")
-    _print_measures(report, found)
+    for line in _measures(found):
+        report.say(line)
     if found.occlusion is not None:
-        _print_image(report, found, options.image)
+        for line in _excited(found, found.occlusion, options.image):
+            report.say(line)
     if options.output is not None:
         figures = sum(name.endswith(".png") for name in found.files)
         also = "" if options.vector == "none" else f", each also as {options.vector}"
@@ -300,63 +298,42 @@ def show(found: Inspection, options: InspectOptions) -> None:
         )
 
 
-def _print_measures(report: Reporter, found: Inspection) -> None:
-    """Prints a line per layer; with two models, the other's numbers after a bar."""
-    models = [model for model in (found.model, found.compared) if model is not None]
-    columns = [
-        {
-            layer if weights == "incoming" else f"{layer} {weights}": _cells(measures)
-            for layer, weights, measures in model.parts(outgoing=found.outgoing)
-        }
-        for model in models
-    ]
-    labels = list(dict.fromkeys(label for column in columns for label in column))
-    if not labels:
-        return
-    rows = []
-    for label in labels:
-        cells = zip(*(column.get(label, ["-"] * 5) for column in columns), strict=True)
-        rows.append([label, *(" | ".join(pair) for pair in cells)])
-    header = ["layer", "units", "frequency", "opposites", "best opposite", "locality"]
-    for line in ("", *table(header, rows)):
-        report.say(line)
-    sides = "" if found.compared is None else "; the model | the compared one"
-    report.say(f"Means over the units, best opposite: median{sides}.")
-    report.say("Frequency: spectral centroid in cycles per patch (stem: per pixel).")
-    report.say(f"Opposites: fraction of units with a correlation below {OPPOSITE} to another.")
-    report.say("Locality: fraction of the energy in the best window of half the height and width.")
+def _measures(found: Inspection) -> Iterator[str]:
+    """Yields a table of each model with a line per layer, and what its numbers are."""
+    headers = ["layer", "units", "frequency", "opposites", "best opposite", "locality"]
+    for model in (found.model, found.compared):
+        rows = []
+        for layer, direction, measures in model.parts(outgoing=found.outgoing) if model else ():
+            values = measures.to_json()
+            numbers = {
+                ".3f": values["frequency"]["mean"],
+                ".1%": values["opposite_share"],
+                ".2f": values["partner_correlation"]["quantiles"]["0.5"],
+                ".2%": values["locality"]["mean"],
+            }
+            cells = ["-" if value is None else f"{value:{form}}" for form, value in numbers.items()]
+            label = layer if direction == "incoming" else f"{layer} {direction}"
+            rows.append([label, f"{values['units']:,}", *cells])
+        if model and rows:
+            yield f"\n{model.name}"
+            yield from table(headers, rows)
+    yield "Means over the units, best opposite: median."
+    yield "Frequency: spectral centroid in cycles per patch (stem: per pixel)."
+    yield f"Opposites: fraction of units with a correlation below {OPPOSITE} to another."
+    yield "Locality: fraction of the energy in the best window of half the height and width."
     if found.compared is not None:
         alike = weight_correlations(found.model, found.compared)
-        layers = [value for label, value in alike.items() if label != "stem"]
-        stem = f", stem {alike['stem']:.2f}" if "stem" in alike else ""
-        if layers:
-            span = f"{min(layers):.2f} to {max(layers):.2f} over the layers"
-            report.say(f"Correlation of the two models' weights: {span}{stem}.")
+        words = ", ".join(f"{label} {value:.2f}" for label, value in alike.items())
+        yield f"Correlation of the two models' weights, by layer: {words or 'of other shapes'}."
 
 
-def _cells(measures: UnitMeasures) -> list[str]:
-    values = measures.to_json()
-    opposite = values["partner_correlation"]["quantiles"]["0.5"]
-    numbers = [
-        (values["frequency"]["mean"], ".3f"),
-        (values["opposite_share"], ".1%"),
-        (opposite, ".2f"),
-        (values["locality"]["mean"], ".1%"),
-    ]
-    shown = ["-" if value is None else format(value, form) for value, form in numbers]
-    return [f"{values['units']:,}", *shown]
-
-
-def _print_image(report: Reporter, found: Inspection, image: Path | None) -> None:
-    result = found.occlusion
-    assert result is not None
-    report.say()
-    report.say(f"image    {image}: {result.name} {result.probability:.1%}")
+def _excited(found: Inspection, result: Occlusion, image: Path | None) -> Iterator[str]:
+    yield f"\nimage    {image}: {result.name} {result.probability:.1%}"
     row, column = np.unravel_index(int(result.drop.argmax()), result.drop.shape)
     top, left = (int(patch) + 1 for patch in result.places[row, column])
     drop = f"{100 * result.drop[row, column]:.1f} points, at row {top} and column {left}"
     window = f"{result.window}x{result.window} patches, {result.drop.size} positions"
-    report.say(f"covered  by a grey window of {window}: largest drop {drop} of the patches")
+    yield f"covered  by a grey window of {window}: largest drop {drop} of the patches"
     if found.responses:
-        named = ", ".join(f"{each.layer}:{each.unit + 1}" for each in found.responses)
-        report.say(f"units    {named} (layer:unit), in responses.png")
+        named = ", ".join(f"{unit.layer}:{unit.unit + 1}" for unit in found.responses)
+        yield f"units    {named} (layer:unit), in responses.png"

@@ -1,16 +1,27 @@
-"""Measures of hidden units, each seen as its weights over a grid; all sums are float64.
+"""The hidden units of a model's token-mixing MLPs and of its stem, and their measures.
 
-Legend: U units, G_H G_W the grid (height, width).
+A unit is seen as its weights over a grid. All sums are float64.
+
+Legend: U units, G_H G_W the grid (height, width), C channels, P patch size.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import nn
+
+from allmlp.errors import UserError
+from allmlp.models.catalog import config_to_json
+from allmlp.models.layers import ImageClassifier
+from allmlp.models.mixer_config import MixerConfig
 
 OPPOSITE = -0.8  # two units with a lower correlation are opposites
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -19,6 +30,25 @@ FREQUENCY_EDGES = np.linspace(0.0, 0.75, 16)
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+
+# What the numbers of inspection.json mean, as they stand in it.
+DEFINITIONS = {
+    "counting": "layers and units from 1",
+    "frequency": "spectral centroid: the mean of |f| over the 2-D Fourier transform of a unit's "
+    "weights, weighted by its power, with the mean (f = 0) kept; cycles per patch, for the stem "
+    "cycles per pixel with the power summed over the colours",
+    "histogram_edges": [round(float(edge), 3) for edge in FREQUENCY_EDGES],
+    "correlation": "u . v / (|u| |v|), without removing the mean",
+    "partner_correlation": "of each unit with its most negative other unit of the layer",
+    "opposite_share": f"fraction of units whose partner_correlation is below {OPPOSITE}",
+    "weights_correlation": "of all incoming weights of a layer with those of the compared model",
+    "locality": "fraction of a unit's energy in the best axis-aligned window of half the height "
+    "and half the width, rounded up",
+    "zero_units": "units whose weights are all zero; no other number includes them",
+}
+
+
+# --- measures ---
 
 
 @dataclass(frozen=True)
@@ -137,16 +167,6 @@ def pair_opposites(units: ArrayLike) -> Integers:
     return np.array(order, dtype=np.int64)
 
 
-def pair_correlations(units: ArrayLike) -> Floats:
-    """Returns the correlation of units 0 and 1, 2 and 3, ..., (U // 2,); NaN with a zero unit."""
-    values = _scaled(units)
-    flat = values.reshape(len(values), -1)[: len(values) // 2 * 2]
-    first, second = flat[0::2], flat[1::2]
-    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-    products = (first * second).sum(axis=1)
-    return np.where(norms > 0, np.clip(products / np.where(norms > 0, norms, 1), -1, 1), np.nan)
-
-
 def window_fraction(grid: tuple[int, int]) -> float:
     """Returns the quarter-window's fraction of a grid: the locality of a constant."""
     height, width = _window(grid)
@@ -171,10 +191,6 @@ def _window(grid: tuple[int, ...]) -> tuple[int, int]:
 def _scaled(units: ArrayLike) -> Floats:
     """Each unit divided by its largest weight, so that squares of tiny or huge ones stay finite."""
     values = np.asarray(units, dtype=np.float64)
-    if values.ndim not in (3, 4) or 0 in values.shape:
-        raise ValueError(f"units are (U, height, width), got the shape {values.shape}")
-    if not np.isfinite(values).all():
-        raise ValueError("units must be finite")
     largest = np.abs(values).max(axis=tuple(range(1, values.ndim)), keepdims=True)
     return values / np.where(largest > 0, largest, 1.0)
 
@@ -193,3 +209,195 @@ def _opposites_table(values: Floats) -> Floats:
 
 def _over_channels(values: Floats) -> Floats:
     return values.sum(axis=3) if values.ndim == 4 else values
+
+
+# --- the units of a model ---
+
+
+@dataclass(frozen=True)
+class TokenMixingLayer:
+    """One token-mixing MLP."""
+
+    number: int  # from 1, as in the paper
+    name: str  # of the module
+    incoming: Floats  # (U, G_H, G_W) what each hidden unit reads from each patch
+    outgoing: Floats | None  # (U, G_H, G_W) what it writes; None where that is not a grid
+
+
+@dataclass(frozen=True)
+class ModelUnits:
+    """The units of a model that can be drawn, and their measures (of the stem in cycles per pixel).
+
+    The measures are computed when they are first asked for.
+    """
+
+    name: str
+    architecture: dict[str, Any]
+    layers: list[TokenMixingLayer]
+    num_layers: int  # also those that cannot be drawn
+    stem_weights: Floats | None  # (C, P, P, channels) the first convolution
+    notes: list[str]  # what does not apply to this model
+
+    @cached_property
+    def incoming(self) -> list[UnitMeasures]:
+        """Measures of each of `layers`."""
+        return [measure_units(layer.incoming) for layer in self.layers]
+
+    @cached_property
+    def outgoing(self) -> list[UnitMeasures | None]:
+        """Likewise of the outgoing weights, where the layer has them."""
+        outgoing = [layer.outgoing for layer in self.layers]
+        return [None if weights is None else measure_units(weights) for weights in outgoing]
+
+    @cached_property
+    def stem(self) -> UnitMeasures | None:
+        """Measures of the patch embedding."""
+        return None if self.stem_weights is None else measure_units(self.stem_weights)
+
+    def layer(self, number: int) -> TokenMixingLayer:
+        """Returns the layer of a number, from 1."""
+        found = {layer.number: layer for layer in self.layers}
+        if number in found:
+            return found[number]
+        what = f"layer {number} cannot be drawn"
+        if not 1 <= number <= self.num_layers:
+            what = f"no layer {number}: the model has {self.num_layers} token-mixing MLPs"
+        fix = f"Known: {', '.join(map(str, found))}" if found else "".join(self.notes[:1])
+        raise UserError(what, where="layers", fix=fix, code="unknown-name")
+
+    def parts(self, *, outgoing: bool) -> Iterator[tuple[str, str, UnitMeasures]]:
+        """Yields the layer ("1", ..., "stem"), "incoming" or "outgoing", and the measures."""
+        for at, layer in enumerate(self.layers):
+            yield str(layer.number), "incoming", self.incoming[at]
+            written = self.outgoing[at] if outgoing else None
+            if written is not None:
+                yield str(layer.number), "outgoing", written
+        if self.stem is not None:
+            yield "stem", "incoming", self.stem
+
+    def to_json(self, *, outgoing: bool) -> dict[str, Any]:
+        """Returns the numbers of every layer as JSON values."""
+        layers: dict[str, Any] = {
+            str(layer.number): {
+                "layer": layer.number,
+                "module": layer.name,
+                "grid": list(layer.incoming.shape[1:]),
+                **({"outgoing": None} if outgoing else {}),
+            }
+            for layer in self.layers
+        }
+        layers["stem"] = {"incoming": None}
+        for label, direction, measures in self.parts(outgoing=outgoing):
+            layers[label][direction] = measures.to_json()
+        stem = layers.pop("stem")["incoming"]
+        names = {"name": self.name, "architecture": self.architecture}
+        return {**names, "layers": list(layers.values()), "stem": stem}
+
+    def unit_rows(self, *, outgoing: bool) -> Iterator[list[Any]]:
+        """Yields a row of units.csv for every unit; "" where a unit has no such number."""
+        for layer, direction, measures in self.parts(outgoing=outgoing):
+            for unit, partner in enumerate(measures.partner.tolist()):
+                values: list[Any] = [""] * 4
+                if not measures.is_zero[unit]:
+                    values[0] = f"{measures.frequency[unit]:.6f}"
+                    values[1] = f"{measures.locality[unit]:.6f}"
+                if partner >= 0:
+                    values[2:] = (partner + 1, f"{measures.partner_correlation[unit]:.6f}")
+                yield [self.name, layer, direction, unit + 1, *values]
+
+
+def model_units(model: ImageClassifier, name: str = "model") -> ModelUnits:
+    """Returns the units of every module called `token_mixing` and of the stem, in any family."""
+    modules = [
+        (path, module)
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] == "token_mixing"
+    ]
+    grid = patch_grid(model)
+    layers: list[TokenMixingLayer] = []
+    not_drawn: dict[str, list[int]] = {}
+    for number, (path, module) in enumerate(modules, start=1):
+        weights = _dense_weights(model, number, module)
+        if weights is None or grid is None or weights[0].shape[1] != math.prod(grid):
+            reason = "a unit does not read one value per patch, in all channels alike"
+            not_drawn.setdefault(reason, []).append(number)
+        elif not np.isfinite(weights[0]).all():
+            not_drawn.setdefault("some weights are not finite", []).append(number)
+        else:
+            incoming, outgoing = weights
+            is_grid = outgoing.shape == incoming.shape[::-1] and np.isfinite(outgoing).all()
+            written = outgoing.T.reshape(-1, *grid) if is_grid else None  # of (S, U)
+            layers.append(TokenMixingLayer(number, path, incoming.reshape(-1, *grid), written))
+    notes = [
+        f"layer{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))} not drawn: {reason}"
+        for reason, numbers in not_drawn.items()
+    ]
+    if not modules:
+        family = type(model).__name__
+        notes.append(f"figures 5 and 6 do not apply: {family} has no token-mixing MLP")
+    stem, units = stem_convolution(model), None
+    if stem is None:
+        family = type(model).__name__
+        notes.append(f"figure 7 does not apply: {family} has no convolution that reads the image")
+    elif stem.in_channels not in (1, 3) or stem.groups != 1:
+        notes.append(f"figure 7 does not apply: units of {stem.in_channels} channels, not colours")
+    elif not bool(torch.isfinite(stem.weight).all()):
+        notes.append("figure 7 does not apply: some weights of the stem are not finite")
+    else:
+        units = _array(stem.weight).transpose(0, 2, 3, 1)  # (C, P, P, channels)
+    return ModelUnits(name, config_to_json(model.config), layers, len(modules), units, notes)
+
+
+def _dense_weights(
+    model: ImageClassifier, number: int, module: nn.Module
+) -> tuple[Floats, Floats] | None:
+    """Returns both kernels of an MLP that all channels share and that reads patches."""
+    config = model.config
+    if isinstance(config, MixerConfig) and (
+        config.token_groups > 1 or config.tokens[number - 1] != config.num_tokens
+    ):
+        return None  # it reads several channels at once, or tokens of a pyramid
+    first, second = (getattr(getattr(module, f"dense_{at}", None), "weight", None) for at in (0, 1))
+    if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
+        return None
+    return (_array(first), _array(second)) if first.dim() == 2 else None
+
+
+def patch_grid(model: ImageClassifier) -> tuple[int, int] | None:
+    """Returns (G_H, G_W), or None for a model without a grid of patches."""
+    grid = getattr(model.config, "grid", None)
+    return (int(grid[0]), int(grid[1])) if isinstance(grid, tuple) and len(grid) == 2 else None
+
+
+def stem_convolution(model: ImageClassifier) -> nn.Conv2d | None:
+    """Returns the first convolution that reads the image: the patch embedding."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels == model.config.in_channels:
+            return module
+    return None
+
+
+def _array(weight: torch.Tensor) -> Floats:
+    return weight.detach().to("cpu", torch.float64).numpy()
+
+
+def weight_correlations(first: ModelUnits, second: ModelUnits) -> dict[str, float]:
+    """Returns the correlation of all incoming weights of two models, by layer and "stem".
+
+    Only where both have the same shape. 1 for a model and itself; near 0 for unrelated ones.
+    """
+    ours, theirs = (
+        {
+            **{str(layer.number): layer.incoming for layer in units.layers},
+            "stem": units.stem_weights,
+        }
+        for units in (first, second)
+    )
+    found = {}
+    for label, one in ours.items():
+        other = theirs.get(label)
+        if one is not None and other is not None and one.shape == other.shape:
+            norms = np.linalg.norm(one) * np.linalg.norm(other)
+            if norms > 0:
+                found[label] = float((one * other).sum() / norms)
+    return found
