@@ -83,7 +83,7 @@ def measure(precision: str | None, options: argparse.Namespace) -> dict[str, Any
             {
                 "size": size,
                 "batch_size": batch,
-                "patches": config.num_tokens,
+                "patches": config.tokens[0],
                 "images_per_second": figures.spread([batch / each for each in times[size]]),
                 "nanoseconds_per_pixel": figures.spread(nanoseconds),
                 "ratio": figures.ratios(nanoseconds, of_pixels[options.sizes[0]]),

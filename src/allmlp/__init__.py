@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from allmlp.inspection.inspect import Inspection, inspect
     from allmlp.models.catalog import create_model, list_models, random_weights
     from allmlp.models.layers import ImageClassifier
-    from allmlp.models.mixer import MlpMixer
-    from allmlp.models.mixer_config import MixerConfig
+    from allmlp.models.mixer import MixerConfig, MlpMixer
     from allmlp.preprocessing import Preprocessing
     from allmlp.training.config import TrainConfig
     from allmlp.training.recipes import recipe
@@ -48,7 +47,7 @@ _HOME = {
     "create_model": "models.catalog",
     "list_models": "models.catalog",
     "ImageClassifier": "models.layers",
-    "MixerConfig": "models.mixer_config",
+    "MixerConfig": "models.mixer",
     "MlpMixer": "models.mixer",
     "Preprocessing": "preprocessing",
     "UserError": "errors",

@@ -198,7 +198,7 @@ def test_long_results_are_cut_on_screen_only(capsys, trained, tmp_path):
         ),
         (["train", "--model", "mixer_b16"], "image size 8x8 is not divisible by the patch size 16"),
         (["train", "--holdout", "0.2"], "holdout 0.2 has no effect"),
-        (["models", "--num-classes", "-1"], "num_classes must be at least 0"),
+        (["models", "--num-classes", "-1"], "num_classes must be a whole number of at least 0"),
     ],
 )
 def test_mistakes(capsys, trained, class_folder, tmp_path, monkeypatch, arguments, message):

@@ -110,7 +110,10 @@ def test_nothing_is_overwritten_unasked(capsys, tmp_path: Path):
             (PARAMS, "x", "--image-size", "48", "--resize-weights", "block-diagonal"),
             "4x4 patches do not",
         ),
-        ((PARAMS, "x", "--num-classes", "-3"), "num_classes must be at least 0, got -3"),
+        (
+            (PARAMS, "x", "--num-classes", "-3"),
+            "num_classes must be a whole number of at least 0, got -3",
+        ),
         (("nowhere.npz", "x"), "no such model: 'nowhere.npz'"),
         (("mixer_b16", "x"), "has no weights of its own"),
     ],

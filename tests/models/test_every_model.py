@@ -17,7 +17,6 @@ import allmlp as am
 from allmlp.models.catalog import config_from_json, config_to_json, model_config
 from allmlp.models.cycle_mlp import CycleMLPConfig
 from allmlp.models.layers import draw_stochastic_depth, set_stochastic_depth
-from allmlp.models.mixer_config import MixerConfig
 from allmlp.models.vision_permutator import VisionPermutatorConfig
 from allmlp.runtime.device import can_compile
 from conftest import check_every_gradient
@@ -48,7 +47,7 @@ FIRST_OF_FAMILY = ("mixer_s32", "cycle_mlp_b1", "vip_s7")
 def small(name: str) -> tuple[int, dict[str, Any]]:
     """The image size, and the overrides that make an architecture small and keep its kind."""
     config = model_config(name)
-    if isinstance(config, MixerConfig):
+    if isinstance(config, am.MixerConfig):
         widths = {"hidden_dim": 16, "tokens_mlp_dim": 6, "channels_mlp_dim": 24, "num_blocks": 2}
         return 2 * config.patch_size, widths
     if isinstance(config, CycleMLPConfig):
@@ -89,9 +88,7 @@ def test_forward(name: str):
     assert features.shape == (3, model.config.hidden_dim)
     assert torch.isfinite(logits).all()
     assert torch.equal(model.head(features), logits)  # pyright: ignore[reportCallIssue]
-    assert torch.equal(model(images[1:]), logits[1:]) or torch.allclose(
-        model(images[1:]), logits[1:], atol=1e-5
-    )
+    torch.testing.assert_close(model(images[1:]), logits[1:], atol=1e-5, rtol=1e-5)
     assert (logits[0] - logits[1]).abs().max() > 1e-3
     headless = build(name, num_classes=0)
     assert headless.head is None
@@ -139,22 +136,19 @@ def test_save_and_load(name: str, tmp_path: Path):
     assert config_from_json(config_to_json(model.config)) == model.config
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*FIRST_OF_FAMILY, *OTHERS])
 def test_other_classes(name: str, tmp_path: Path):
     model = build(name).eval()
     path = am.save_model(model, tmp_path / "model")
     images = draw(model)
     other = am.load_model(path.parent, num_classes=3, quiet=True)
-    assert other(images).abs().max() == 0
-    assert other(images).shape == (3, 3)
+    assert torch.equal(other(images), torch.zeros(3, 3))
     assert torch.equal(other.features(images), model.features(images))
     headless = am.load_model(path.parent, num_classes=0, quiet=True)
     assert torch.equal(headless(images), model.features(images))
-    again = am.load_model(am.save_model(headless, tmp_path / "headless"), num_classes=2, quiet=True)
-    assert again(images).shape == (3, 2)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FIRST_OF_FAMILY)
 def test_odd_sizes_or_the_refusal(name: str, tmp_path: Path):
     size, overrides = small(name)
     path = am.save_model(build(name).eval(), tmp_path / "model").parent
@@ -172,10 +166,13 @@ def test_odd_sizes_or_the_refusal(name: str, tmp_path: Path):
     assert wide(draw(wide)).shape == (3, 5)
     grey = build(name, in_channels=1)
     assert grey(draw(grey)).shape == (3, 5)
-    with pytest.raises(ValueError, match="built for images of"):
-        wide(torch.zeros(1, 3, size, size))
-    with pytest.raises(ValueError, match="built for 3 input channels, the images have 1"):
-        wide(torch.zeros(1, 1, size, 2 * size))
+    for shape, message in (
+        ((1, 3, size, size), f"built for images of {size}x{2 * size} pixels, got {size}x{size}"),
+        ((1, 1, size, 2 * size), "built for 3 input channels, the images have 1"),
+        ((3, size, size), r"expected images \(N, channels, H, W\), got"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wide(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -1,8 +1,9 @@
-"""The network: equal to Google's, the paper's sizes, initialisers, stochastic depth, errors."""
+"""The network: equal to Google's, the paper's sizes, initialisers, stochastic depth, variants."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import allmlp as am
-from allmlp.models.layers import StochasticDepth, lecun_normal_
-from allmlp.models.mixer import MlpBlock
+from allmlp.models.layers import StochasticDepth, count_parameters
+from allmlp.models.mixer import MixerBlock, MlpBlock, UntiedLinear, VariantBlock
 from conftest import GOLDEN, TINY, tiny_model
 from google_layout import official_model, our_layout, our_name
 
@@ -71,19 +72,7 @@ def test_parameter_counts(name):
     for num_classes, expected in zip((0, 1000, 21843), COUNTS[name], strict=True):
         with torch.device("meta"):
             model = am.create_model(name, num_classes=num_classes)
-        assert sum(parameter.numel() for parameter in model.parameters()) == expected
-
-
-@pytest.mark.parametrize(
-    ("size", "channels", "classes"), [(8, 3, 5), ((8, 16), 1, 2), ((20, 4), 7, 1), (4, 3, 0)]
-)
-def test_any_size_channels_and_classes(size, channels, classes):
-    model = am.create_model("mixer_s16", size, classes, **{**TINY, "in_channels": channels})
-    height, width = (size, size) if isinstance(size, int) else size
-    images = torch.randn(2, channels, height, width)
-    assert model.config.num_tokens == height * width // 16
-    assert model.features(images).shape == (2, 16)
-    assert model(images).shape == (2, classes or 16)
+        assert count_parameters(model) == expected
 
 
 def test_tokens_are_row_major_over_the_grid():
@@ -112,20 +101,14 @@ def test_initialisers_are_flaxs():
             assert torch.equal(parameter, torch.ones_like(parameter)), name
 
 
-def test_lecun_normal_is_truncated_not_clipped():
-    torch.manual_seed(0)
-    weight = lecun_normal_(torch.empty(1000, 400))
-    limit = 2 / 20 / 0.87962566103423978
-    assert weight.abs().max() <= limit
-    assert (weight.abs() > 0.999 * limit).float().mean() < 1e-3  # clipping would pile up 5 % there
-
-
-def test_layer_norm_epsilon_and_gelu():
+def test_layer_norm_epsilon_gelu_and_dropout():
     model = tiny_model()
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     assert len(norms) == 5
     assert {norm.eps for norm in norms} == {1e-6}
     x = torch.linspace(-4, 4, 100)
+    names = [name for name, _ in MlpBlock(4, 8, "tanh", 0.5).named_children()]
+    assert names == ["dense_0", "gelu", "dropout_0", "dense_1", "dropout_1"]
     assert torch.equal(model.blocks[0].token_mixing.gelu(x), F.gelu(x, approximate="tanh"))
     assert torch.equal(tiny_model(gelu="exact").blocks[0].token_mixing.gelu(x), F.gelu(x))
 
@@ -146,14 +129,6 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
     torch.testing.assert_close(out[kept], branch[kept] / 0.75)
     assert out.mean().item() == pytest.approx(branch.mean().item(), rel=0.02)
     assert drop.eval()(branch) is branch
-
-
-def test_dropout_follows_both_dense_layers():
-    names = [name for name, _ in MlpBlock(4, 8, "tanh", 0.5).named_children()]
-    assert names == ["dense_0", "gelu", "dropout_0", "dense_1", "dropout_1"]
-    model = tiny_model(dropout=0.3)
-    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.3}
-    assert sum(isinstance(m, nn.Dropout) for m in model.modules()) == 8
 
 
 def test_the_residual_stream_stays_float32_under_autocast():
@@ -195,30 +170,113 @@ def test_whether_the_output_biases_of_the_token_mixing_count(changes, counts):
     assert moved > 1e-3 if counts else moved < 1e-12
 
 
-def test_an_indivisible_size_names_both_numbers():
-    with pytest.raises(am.UserError, match=r"200x224.*patch size 16.*nearest.*192x224"):
-        am.create_model("mixer_b16", (200, 224))
+# --- the variants of appendix A.1 -----------------------------------------------------------------
 
 
-def test_another_size_than_built_for_names_both():
-    with pytest.raises(ValueError, match="built for images of 8x8 pixels, got 12x8"):
-        tiny_model()(torch.randn(1, 3, 12, 8))
-    with pytest.raises(ValueError, match="built for 3 input channels, the images have 1"):
-        tiny_model()(torch.randn(1, 1, 8, 8))
-    with pytest.raises(ValueError, match=r"expected images \(N, channels, H, W\), got \(3, 8, 8\)"):
-        tiny_model()(torch.randn(3, 8, 8))
+def variant(**settings: Any) -> am.MlpMixer:
+    """On 3 x 4 tokens, with 3 blocks and 16 channels."""
+    torch.manual_seed(0)
+    model = am.create_model("mixer_s16", (12, 16), 5, **{**TINY, "num_blocks": 3, **settings})
+    assert isinstance(model, am.MlpMixer)
+    assert model.head is not None
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def first_block(model: am.MlpMixer) -> VariantBlock:
+    block = model.blocks[0]
+    assert isinstance(block, VariantBlock)
+    return block
+
+
+IMAGES = torch.randn(3, 3, 12, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_untied_with_equal_weights_in_all_channels_is_the_tied_one():
+    plain, untied = variant(), variant(token_mixing="untied")
+    tensors = {
+        name: value.expand(untied.state_dict()[name].shape) if "token_mixing" in name else value
+        for name, value in plain.state_dict().items()
+    }
+    untied.load_state_dict(tensors)
+    assert (untied(IMAGES) - plain(IMAGES)).abs().max() < 1e-5
+    with torch.no_grad():  # and one channel's weights touch that channel alone
+        block = first_block(untied)
+        before = block.mix_tokens(torch.ones(1, 12, 16))
+        block.token_mixing.dense_0.weight[3] += 1.0
+        changed = (block.mix_tokens(torch.ones(1, 12, 16)) - before).abs().amax(dim=(0, 1)) > 0
+    assert changed.nonzero().flatten().tolist() == [3]
+
+
+def test_one_group_is_the_plain_one():
+    grouped, plain = variant(token_mixing="grouped", token_groups=1), variant()
+    plain.load_state_dict(grouped.state_dict())
+    assert torch.equal(grouped(IMAGES), plain(IMAGES))
+    assert first_block(grouped)
+    assert type(plain.blocks[0]) is MixerBlock
+
+
+def test_a_group_is_its_neighbouring_channels():
+    block = first_block(variant(token_mixing="grouped", token_groups=4))
+    y = torch.randn(2, 12, 16)
+    for group in range(4):  # channels 4g to 4g + 3, their columns one below the other
+        columns = [y[:, :, 4 * group + at] for at in range(4)]
+        mixed = block.token_mixing(torch.cat(columns, dim=1))
+        for at in range(4):
+            expected = mixed[:, 12 * at : 12 * (at + 1)]
+            assert torch.allclose(block.mix_tokens(y)[:, :, 4 * group + at], expected, atol=1e-6)
+
+
+def test_views_that_pass_the_channels_on_are_groups():
+    views = variant(token_mixing="views", token_groups=4)
+    grouped = variant(token_mixing="grouped", token_groups=4)
+    tensors = views.state_dict()
+    for name in [name for name in tensors if name.endswith("views.weight")]:
+        views.get_parameter(name).data = torch.eye(16)
+        del tensors[name]
+    grouped.load_state_dict(tensors)
+    assert (views(IMAGES) - grouped(IMAGES)).abs().max() < 1e-6
+
+
+def test_a_pyramid_has_fewer_tokens_from_its_block_on():
+    model = variant(pyramid=((1, 7),))
+    assert model.config.tokens == (12, 12, 7, 7)
+    seen: list[tuple[int, ...]] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, out: seen.append(tuple(out.shape)))
+    model(IMAGES)
+    assert seen == [(3, 12, 16), (3, 7, 16), (3, 7, 16)]
+
+
+def test_initial_weights_of_an_untied_layer_have_the_variance_of_their_fan_in():
+    torch.manual_seed(0)
+    layer = UntiedLinear(64, 100, 30)
+    assert layer.weight.std().item() == pytest.approx(0.1, rel=0.02)
+    assert not layer.bias.any()
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "message"),
     [
         ({"dropout": 1.0}, "dropout must be in"),
-        ({"stochastic_depth": -0.1}, "stochastic_depth must be in"),
+        ({"stochastic_depth": "0.1"}, r"stochastic_depth must be in \[0, 1\)"),
         ({"num_blocks": 0}, "num_blocks must be a whole number of at least 1, got 0"),
-        ({"gelu": "relu"}, "gelu must be"),
-        ({"num_classes": -1}, "num_classes must be at least 0"),
+        ({"num_blocks": True}, "whole number"),
+        ({"gelu": "relu"}, "gelu must be one of tanh, exact"),
+        ({"num_classes": -1}, "num_classes must be a whole number of at least 0"),
+        ({"image_size": (8, 8, 3)}, "image_size must be"),
+        ({"image_size": (10, 8)}, r"10x8.*patch size 4.*nearest.*8x8"),
+        ({"token_mixing": "grouped", "token_groups": 3}, "must divide 16 channels"),
+        ({"token_groups": 2}, "no effect with token_mixing='shared'"),
+        ({"token_mixing": "tied"}, "must be one of shared, untied, grouped, views"),
+        ({"pyramid": ((1, 4),)}, "bring 4 tokens down to fewer"),
+        ({"pyramid": ((1, 2), (0, 1))}, "rise from 0 to 1"),
+        ({"pyramid": ((2, 3),)}, "rise from 0 to 1"),
+        ({"pyramid": ((1, 0),)}, "down to fewer"),
+        ({"pyramid": (4,)}, "pairs of a block and its tokens"),
+        ({"pyramid": ((0.5, 2),)}, "pairs of a block and its tokens"),
     ],
 )
-def test_values_out_of_range(change, message):
+def test_values_out_of_range(changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        am.MixerConfig(**{"image_size": (8, 8), **TINY, **change})
+        am.MixerConfig(**{"image_size": (8, 8), **TINY, **changes})

@@ -1,4 +1,4 @@
-"""What CycleMLP and Vision Permutator share: their authors' logits, counts, norms and GELU."""
+"""CycleMLP and Vision Permutator: equal to their authors' codes; shifts, maps, sizes, errors."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import allmlp as am
-from allmlp.models.layers import StochasticDepth
+from allmlp.models.catalog import model_config
+from allmlp.models.cycle_mlp import CycleFC, CycleMLPConfig
+from allmlp.models.layers import StochasticDepth, count_parameters
+from allmlp.models.vision_permutator import PermutatorFusion, VisionPermutatorConfig
 from staged_models import check_golden, small_cycle, small_permutator
 
 pytestmark = pytest.mark.numerics
@@ -26,19 +28,18 @@ GOLDEN = {
     "vip_l7": ([0.112851, 0.407333, 0.027924, -0.018620], -3.32785, 0.398873, 196),
 }
 FAST = ("cycle_mlp_b1", "vip_s7")
-#                parameters, entries of the state dict, GMACs
+#               parameters, entries of the state dict, GMACs, places of the stages in `network`
 COUNTS = {
-    "cycle_mlp_b1": (15_155_400, 222, "2.122"),
-    "cycle_mlp_b2": (26_802_504, 390, "3.876"),
-    "cycle_mlp_b3": (38_385_720, 600, "6.831"),
-    "cycle_mlp_b4": (51_796_552, 873, "10.027"),
-    "cycle_mlp_b5": (75_747_280, 726, "12.232"),
-    "vip_s14": (29_892_904, 312, "6.856"),
-    "vip_s7": (25_114_984, 314, "6.902"),
-    "vip_m7": (55_272_488, 416, "16.284"),
-    "vip_l7": (87_784_936, 620, "24.340"),
+    "cycle_mlp_b1": (15_155_400, 222, "2.122", [0, 2, 4, 6]),
+    "cycle_mlp_b2": (26_802_504, 390, "3.876", [0, 2, 4, 6]),
+    "cycle_mlp_b3": (38_385_720, 600, "6.831", [0, 2, 4, 6]),
+    "cycle_mlp_b4": (51_796_552, 873, "10.027", [0, 2, 4, 6]),
+    "cycle_mlp_b5": (75_747_280, 726, "12.232", [0, 2, 4, 6]),
+    "vip_s14": (29_892_904, 312, "6.856", [0, 1, 2, 3]),
+    "vip_s7": (25_114_984, 314, "6.902", [0, 2, 3, 4]),
+    "vip_m7": (55_272_488, 416, "16.284", [0, 1, 3, 4]),
+    "vip_l7": (87_784_936, 620, "24.340", [0, 2, 3, 4]),
 }
-GRAY = {"in_channels": 1, "num_classes": 0}
 
 
 @pytest.mark.parametrize(
@@ -50,51 +51,191 @@ def test_logits_equal_the_authors(name: str):
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_counts(name: str):
-    parameters, entries, gmacs = COUNTS[name]
+    parameters, entries, gmacs, places = COUNTS[name]
     with torch.device("meta"):
         model = am.create_model(name)
-    assert sum(each.numel() for each in model.parameters()) == parameters
+    assert count_parameters(model) == parameters
     assert len(model.state_dict()) == entries
     assert f"{model.config.flops / 2e9:.3f}" == gmacs
+    stages = [at for at, part in enumerate(model.network) if isinstance(part, nn.Sequential)]
+    assert stages == model.config.places == places
 
 
-@pytest.mark.parametrize(
-    ("small", "size", "changes"),
-    [
-        (small_cycle, 16, {}),
-        (small_cycle, (21, 34), GRAY),
-        (small_cycle, 5, {}),
-        (small_permutator, 8, {}),
-        (small_permutator, (12, 4), GRAY),
-        (small_permutator, 16, {}),
-    ],
-)
-def test_operations_are_those_that_torch_counts(
-    small: Callable[..., am.ImageClassifier], size: Any, changes: dict[str, Any]
-):
-    model = small(**{"image_size": size, **changes})
-    config = model.config
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, config.in_channels, *config.image_size))
-    assert counter.get_total_flops() == config.flops
+def test_the_published_tensors():
+    """Names and shapes of a block, as in the authors' files."""
+    with torch.device("meta"):
+        models = {"network.0.1.": am.create_model("cycle_mlp_b1")}
+        models["network.2.1."] = am.create_model("vip_s7")
+    for (place, model), dim, ratio in zip(models.items(), (64, 384), (4, 3), strict=True):
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        block = {k.removeprefix(place): v for k, v in shapes.items() if k.startswith(place)}
+        fc = {"weight": (dim, dim, 1, 1), "bias": (dim,), "offset": (1, 2 * dim, 1, 1)}
+        of_cycle = {f"attn.sfc_{axis}.{kind}": fc[kind] for axis in "hw" for kind in fc}
+        of_permutator = {f"attn.mlp_{axis}.weight": (dim, dim) for axis in "hw"}
+        assert block == {
+            **{f"norm{n}.{kind}": (dim,) for n in (1, 2) for kind in ("weight", "bias")},
+            **(of_cycle if dim == 64 else of_permutator),
+            "attn.mlp_c.weight": (dim, dim),
+            "attn.reweight.fc1.weight": (dim // 4, dim),
+            "attn.reweight.fc1.bias": (dim // 4,),
+            "attn.reweight.fc2.weight": (3 * dim, dim // 4),
+            "attn.reweight.fc2.bias": (3 * dim,),
+            "attn.proj.weight": (dim, dim),
+            "attn.proj.bias": (dim,),
+            "mlp.fc1.weight": (ratio * dim, dim),
+            "mlp.fc1.bias": (ratio * dim,),
+            "mlp.fc2.weight": (dim, ratio * dim),
+            "mlp.fc2.bias": (dim,),
+        }
+    assert shapes["network.1.proj.weight"] == (384, 192, 2, 2)
+    assert shapes["patch_embed.proj.weight"] == (192, 3, 7, 7)
+
+
+@pytest.mark.parametrize("along", [1, 2])
+@pytest.mark.parametrize("grid", [(4, 5), (1, 3), (3, 1), (1, 1)])
+def test_a_shifted_layer_by_its_definition(along: int, grid: tuple[int, int]):
+    torch.manual_seed(0)
+    fc = CycleFC(7, along).double()
+    nn.init.normal_(fc.bias)
+    x = torch.randn(2, *grid, 7, dtype=torch.float64)
+    shifts = fc.offset.view(-1, 2).long().tolist()
+    assert [pair[along - 1] for pair in shifts] == [0, 1, -1, 0, 1, -1, 0]
+    read = torch.zeros_like(x)
+    for i in range(grid[0]):
+        for j in range(grid[1]):
+            for c, (down, right) in enumerate(shifts):
+                if 0 <= i + down < grid[0] and 0 <= j + right < grid[1]:
+                    read[:, i, j, c] = x[:, i + down, j + right, c]
+    torch.testing.assert_close(fc(x), read @ fc.weight[:, :, 0, 0].T + fc.bias)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, float("nan"), 1e9])
+def test_other_shifts_are_not_loaded(value: float):
+    model = small_cycle()
+    tensors = model.state_dict()
+    model.load_state_dict(tensors, assign=True)
+    tensors["network.0.0.attn.sfc_w.offset"] = torch.full((1, 18, 1, 1), value)
+    with pytest.raises(am.UserError, match="other shifts than the published"):
+        model.load_state_dict(tensors)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5), (1, 2)])
+def test_the_branches_of_a_permutator_by_their_equations(grid: tuple[int, int]):
+    torch.manual_seed(0)
+    (height, width), segments, size = grid, 4, 3
+    mixing = PermutatorFusion(segments * size, size, grid).double()
+    x = torch.randn(2, height, width, segments * size, dtype=torch.float64)
+    parts = x.view(2, height, width, segments, size)  # the segment is the slow index
+    maps = mixing.mlp_h.weight.view(height, size, height, size)
+    high = torch.einsum("psqt,nqjgt->npjgs", maps, parts)
+    maps = mixing.mlp_w.weight.view(width, size, width, size)
+    wide = torch.einsum("psqt,niqgt->nipgs", maps, parts)
+    found = mixing.branches(x)
+    torch.testing.assert_close(found[0], high.reshape(x.shape))
+    torch.testing.assert_close(found[1], wide.reshape(x.shape))
+
+
+def test_the_fusion_by_its_equation():
+    """A softmax for each channel over the branches, by the mean of their sum."""
+    torch.manual_seed(0)
+    mixing = PermutatorFusion(8, 4, (3, 3)).double()
+    x = torch.randn(2, 3, 3, 8, dtype=torch.float64)
+    h, w = mixing.branches(x)
+    c = x @ mixing.mlp_c.weight.T
+    z = mixing.reweight((h + w + c).mean(dim=(1, 2)))
+    expected = torch.zeros_like(x)
+    for k in range(8):
+        fraction = torch.stack([z[:, 3 * k + branch] for branch in range(3)]).softmax(dim=0)
+        for branch, values in enumerate((h, w, c)):
+            expected[..., k] += fraction[branch].view(2, 1, 1) * values[..., k]
+    torch.testing.assert_close(mixing(x), mixing.proj(expected))
+
+
+def test_new_weights():
+    torch.manual_seed(0)
+    model = am.create_model("cycle_mlp_b1", depths=(1, 1, 1, 1))
+    for name, value in model.named_parameters():
+        if "norm" in name:
+            assert torch.equal(value, torch.full_like(value, float(name.endswith("weight")))), name
+        elif ".proj." in name and "attn" not in name:  # a convolution: torch's own start
+            limit = (value[0].numel() if value.dim() > 1 else 10**9) ** -0.5
+            assert value.abs().max() <= limit or value.dim() == 1, name
+            assert value.std() > 0.5 * limit, name
+        elif value.dim() == 1:
+            assert value.abs().max() == 0, name
+        else:
+            assert value.std().item() == pytest.approx(0.02, rel=0.06), name
+
+
+@pytest.mark.parametrize("size", [4, 5, 31, 33, (7, 50)])
+def test_cycle_mlp_has_the_same_weights_at_any_size(size: Any):
+    model, other = small_cycle(), small_cycle(image_size=size)
+    other.load_state_dict(model.state_dict())
+    grids = []
+    for part in other.network:
+        part.register_forward_hook(lambda _, __, out: grids.append(tuple(out.shape[1:3])))
+    assert other(torch.randn(1, 3, *other.config.image_size)).shape == (1, 5)
+    assert (grids[0], grids[-1]) == other.config.grids
+
+
+@pytest.mark.parametrize("size", [4, 12, (8, 20)])
+def test_a_permutator_of_another_size_has_other_maps(size: Any):
+    model = small_permutator(image_size=size)
+    height, width = model.config.image_size
+    assert model(torch.randn(1, 3, height, width)).shape == (1, 5)
+    mixing = model.network[0][0].attn
+    assert mixing.mlp_h.weight.shape == (height // 2 * 2, height // 2 * 2)
+    assert mixing.mlp_w.weight.shape == (width // 2 * 2, width // 2 * 2)
+
+
+def test_grids():
+    config = model_config("cycle_mlp_b1")
+    assert isinstance(config, CycleMLPConfig)
+    assert config.grids == ((56, 56), (28, 28), (14, 14), (7, 7))
+    wide = model_config("cycle_mlp_b1", (225, 193))
+    assert isinstance(wide, CycleMLPConfig)
+    assert wide.grids == ((56, 48), (28, 24), (14, 12), (7, 6))
+    for name in COUNTS:
+        config = model_config(name)
+        if isinstance(config, VisionPermutatorConfig):  # the authors' rule of segments
+            assert config.grids == tuple((side, side) for side in config.segments)
 
 
 @pytest.mark.parametrize("small", [small_cycle, small_permutator])
-def test_layer_norm_epsilon_and_gelu(small: Callable[[], am.ImageClassifier]):
-    model = small()
+def test_layer_norm_epsilon_gelu_and_stochastic_depth(small: Callable[..., am.ImageClassifier]):
+    model = small(depths=(2, 3), stochastic_depth=0.2)
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    assert len(norms) == 2 * 3 + 1
+    assert len(norms) == 2 * 5 + 1
     assert {norm.eps for norm in norms} == {1e-5}
     x = torch.linspace(-4, 4, 100)
     gelus = [module for module in model.modules() if isinstance(module, nn.GELU)]
-    assert len(gelus) == 2 * 3
+    assert len(gelus) == 2 * 5
     assert all(torch.equal(gelu(x), F.gelu(x, approximate="none")) for gelu in gelus)
+    drops = [m.probability for m in model.modules() if isinstance(m, StochasticDepth)]
+    rising = [0, 0.05, 0.1, 0.15, 0.2]
+    assert drops == pytest.approx([rate for rate in rising for _ in range(2)])
 
 
-def test_stochastic_depth_rises_linearly_over_the_blocks():
-    for model, expected in (
-        (small_cycle(depths=(2, 3), stochastic_depth=0.2), [0, 0.05, 0.1, 0.15, 0.2]),
-        (small_permutator(stochastic_depth=0.3), [0, 0.15, 0.3]),
-    ):
-        drops = [m.probability for m in model.modules() if isinstance(m, StochasticDepth)]
-        assert drops == pytest.approx([rate for rate in expected for _ in range(2)])
+@pytest.mark.parametrize(
+    ("small", "changes", "message"),
+    [
+        (small_cycle, {"image_size": 3}, "image size 3x3 is below the stem's stride of 4 pixels"),
+        (small_cycle, {"dims": (9,)}, "dims has 1"),
+        (small_cycle, {"dims": (9, 2)}, "dims must be at least 4"),
+        (small_cycle, {"depths": (1, 0)}, r"depths must be whole numbers .*, got \(1, 0\)"),
+        (small_cycle, {"depths": 3}, "depths must be whole numbers of at least 1, got 3"),
+        (small_cycle, {"stem_kernel": 3}, "leaves pixels out"),
+        (small_cycle, {"stem_stride": 0}, "stem_stride must be a whole number .*, got 0"),
+        (small_cycle, {"stochastic_depth": 1.0}, "stochastic_depth must be in"),
+        (small_cycle, {"in_channels": True}, "in_channels must be a whole number"),
+        (small_cycle, {"dropout": 0.1}, "has no setting 'dropout'"),
+        (small_permutator, {"image_size": 10}, "image size 10x10 is not divisible by 4.*: 8x8"),
+        (small_permutator, {"segments": (3, 2)}, "8 channels do not divide into 3 segments"),
+        (small_permutator, {"segments": (4,)}, "segments has 1"),
+        (small_permutator, {"downsamples": (1,)}, "downsamples must be 1 of true and false"),
+        (small_permutator, {"downsamples": (False,)}, "where the grid is not halved"),
+    ],
+)
+def test_values_out_of_range(small: Any, changes: dict[str, Any], message: str):
+    with pytest.raises(am.UserError, match=message):
+        small(**changes)

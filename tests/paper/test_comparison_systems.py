@@ -10,7 +10,8 @@ import torch
 
 import allmlp as am
 from allmlp.models.timm_model import own_image_size
-from allmlp.paper.comparison_systems import HAND_BUILT, PAPER_SYSTEMS, SYSTEMS
+from allmlp.models.timm_sizes import HAND_BUILT
+from allmlp.paper.comparison_systems import PAPER_SYSTEMS, SYSTEMS
 from conftest import mixer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from allmlp.models.catalog import model_config
-from allmlp.models.mixer_config import MixerConfig
+from allmlp.models.mixer import MixerConfig
 from allmlp.paper import published
 from conftest import GOLDEN
 

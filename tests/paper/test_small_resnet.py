@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import allmlp as am
-from allmlp.paper.small_resnet import SmallResNetConfig
+from allmlp.models.small_resnet import SmallResNetConfig
 
 pytestmark = pytest.mark.numerics
 

@@ -19,7 +19,7 @@ import allmlp as am
 from allmlp import sweep
 from allmlp.evaluation.result_file import read_measurement
 from allmlp.models.catalog import create_model, model_config
-from allmlp.models.mixer_config import MixerConfig
+from allmlp.models.mixer import MixerConfig
 from allmlp.paper import data_scale as data_scale_module
 from allmlp.paper.ablations import ablations, variants_of
 from allmlp.paper.data_scale import data_scale

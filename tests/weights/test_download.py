@@ -25,7 +25,6 @@ QUIET = Reporter(quiet=True)
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "PAUSE", 0.01)
     monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(file_download.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -94,31 +93,8 @@ def test_a_file_that_changes_in_between_starts_again(tmp_path: Path):
         interrupted(tmp_path, behaviour, url)
         behaviour.content, behaviour.tag = CONTENT[::-1], '"two"'
         cached(published(url), tmp_path / "file", QUIET)
-        assert (tmp_path / "file").read_bytes() == CONTENT[::-1]
-        assert names(tmp_path) == ["file", "file.sha256"]
-    other = tmp_path / "other"
-    behaviour = Behaviour(CONTENT)
-    with serve(behaviour) as url:
-        other.mkdir()
-        interrupted(other, behaviour, url)
-        behaviour.content = CONTENT[:50_000]  # shorter, under the same tag
-        cached(published(url), other / "file", QUIET)
-    assert (other / "file").read_bytes() == CONTENT[:50_000]
-
-
-def test_a_complete_partial_file_is_not_downloaded_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Killed while the checksum was computed: everything is there already."""
-    behaviour = Behaviour(CONTENT)
-    with serve(behaviour) as url:
-        with monkeypatch.context() as patch:
-            patch.setattr(download, "_verify", lambda *args: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                cached(published(url), tmp_path / "file", QUIET)
-        cached(published(url), tmp_path / "file", QUIET)
-    assert (tmp_path / "file").read_bytes() == CONTENT
-    assert behaviour.requests == [None]
+    assert (tmp_path / "file").read_bytes() == CONTENT[::-1]
+    assert names(tmp_path) == ["file", "file.sha256"]
 
 
 def test_a_server_without_ranges(tmp_path: Path):
@@ -156,7 +132,7 @@ def test_a_later_change_on_the_server_or_the_disk_is_noticed(tmp_path: Path):
         assert names(tmp_path) == ["file.sha256"]
 
 
-@pytest.mark.parametrize("status", [401, 404, 410])
+@pytest.mark.parametrize("status", [404, 503])
 def test_no_such_file(tmp_path: Path, status: int):
     with serve(Behaviour(CONTENT, status=[status] * 9)) as url:
         error = failed(published(url), tmp_path / "file")
@@ -164,16 +140,6 @@ def test_no_such_file(tmp_path: Path, status: int):
         assert url in error.text()
     assert f"put it at {tmp_path / 'file'}" in error.text()
     assert names(tmp_path) == []
-
-
-def test_a_server_in_trouble_is_asked_again(tmp_path: Path):
-    with serve(Behaviour(CONTENT, status=[503, 500])) as url:
-        cached(published(url), tmp_path / "file", QUIET)
-    assert (tmp_path / "file").read_bytes() == CONTENT
-    behaviour = Behaviour(CONTENT, status=[503] * 9)
-    with serve(behaviour) as url:
-        assert "503" in failed(published(url), tmp_path / "other").what
-    assert len(behaviour.status) == 9 - download.ATTEMPTS
 
 
 def test_no_network_is_one_message_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

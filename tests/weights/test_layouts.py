@@ -4,8 +4,8 @@ out, and what they do not say."""
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
 
 import allmlp as am
 from allmlp.weights.layouts import google_from_ours
@@ -42,21 +41,14 @@ def assert_same_tensors(path: Path, expected: Path) -> None:
 
 
 def first_generation(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The older names, written out by hand: LayerNorms numbered among all modules, extra axes."""
-    names = {"stem": "embedding", "pre_head_layer_norm": "Mixer/encoder_norm", "head": "head"}
+    """The older names: LayerNorms numbered among all modules, dense layers with extra axes."""
     old = {}
     for key, value in arrays.items():
-        parts = key.split("/")
-        if not parts[0].startswith("MixerBlock_"):
-            old[f"{names[parts[0]]}/{parts[1]}"] = value
-            continue
-        block = f"Mixer/encoderblock_{parts[0].removeprefix('MixerBlock_')}"
-        if parts[1].startswith("LayerNorm"):
-            number = {"LayerNorm_0": "LayerNorm_0", "LayerNorm_1": "LayerNorm_2"}[parts[1]]
-            old[f"{block}/{number}/{parts[2]}"] = value
-        else:
-            number = {"Dense_0": "1", "Dense_1": "2"}[parts[2]]
-            old[f"{block}/{parts[1]}_phase_0/{parts[3]}{number}"] = value[None]
+        name = key.replace("stem", "embedding").replace("LayerNorm_1", "LayerNorm_2")
+        name = name.replace("pre_head_layer_norm", "Mixer/encoder_norm")
+        name = name.replace("MixerBlock", "Mixer/encoderblock")
+        dense = re.sub(r"/Dense_([01])/(\w+)", lambda m: f"_phase_0/{m[2]}{int(m[1]) + 1}", name)
+        old[dense] = value if dense == name else value[None]
     return old
 
 
@@ -143,9 +135,10 @@ def test_what_does_not_fit_is_named_as_in_the_file(tmp_path: Path):
     np.savez(path, **arrays)
     with pytest.raises(am.UserError, match="Google, but stem/kernel is missing"):
         am.load_model(path)
-    np.savez(path, weights=np.zeros(3, np.float32))
-    with pytest.raises(am.UserError, match=r"none of the 1 tensors .*weights"):
-        am.load_model(path)
+    for names in (["weights"], ["norm.weight", "blocks.0.norm1.weight", "patch_embed.proj.weight"]):
+        np.savez(path, **{name: np.zeros(3, np.float32) for name in names})
+        with pytest.raises(am.UserError, match=rf"none of the {len(names)} tensors .*weight"):
+            am.load_model(path)
 
 
 # --- timm -----------------------------------------------------------------------------------------
@@ -167,27 +160,22 @@ def test_timms_golden_file(tmp_path: Path):
 def test_our_own_description_travels_in_timms_format(tmp_path: Path):
     model = tiny_model(num_classes=2).eval()  # tanh, which timm's names alone do not say
     model.class_names = ["ant", "bee"]
-    for place in (tmp_path / "one.safetensors", tmp_path / "folder"):
-        loaded = am.load_model(am.save_model(model, place, format="timm"))
-        assert loaded.config == model.config
-        assert loaded.class_names == ["ant", "bee"]
+    loaded = am.load_model(am.save_model(model, tmp_path / "one.safetensors", format="timm"))
+    assert (loaded.config, loaded.class_names) == (model.config, ["ant", "bee"])
 
 
-def wrapped(kind: str, state: dict[str, Tensor]) -> object:
-    return {
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("kind", ["bare", "state_dict", "model", "parallel", "compiled"])
+def test_pth_files(tmp_path: Path, kind: str, old: bool):
+    state = safetensors.torch.load_file(TIMM)
+    content = {
         "bare": state,
         "state_dict": {"state_dict": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
         "model": {"model": state, "optimizer": {"state": {}, "step": torch.zeros(3)}},
         "parallel": {f"module.{name}": value for name, value in state.items()},
         "compiled": {f"_orig_mod.module.{name}": value for name, value in state.items()},
     }[kind]
-
-
-@pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("kind", ["bare", "state_dict", "model", "parallel", "compiled"])
-def test_pth_files(tmp_path: Path, kind: str, old: bool):
     path = tmp_path / "weights.pth"
-    content = wrapped(kind, safetensors.torch.load_file(TIMM))
     torch.save(content, path, _use_new_zipfile_serialization=not old)
     assert_same_tensors(path, TIMM)
 
@@ -260,14 +248,6 @@ def test_rectangles_are_as_timm_says(tmp_path: Path, size: tuple[int, int], chan
     assert np.mean(loaded.preprocessing.mean) == pytest.approx(0.6)
 
 
-def test_another_family_with_similar_names(tmp_path: Path):
-    path = tmp_path / "vit.safetensors"
-    names = ("norm.weight", "blocks.0.norm1.weight", "patch_embed.proj.weight", "head.bias")
-    safetensors.torch.save_file({name: torch.zeros(3) for name in names}, path)
-    with pytest.raises(am.UserError, match=r"timm, but stem\.proj\.weight is missing"):
-        am.load_model(path)
-
-
 # --- CycleMLP and Vision Permutator ---------------------------------------------------------------
 
 
@@ -282,48 +262,33 @@ def published(family: str, num_classes: int = 7, **changes: Any) -> am.ImageClas
     return enliven(am.create_model("vip_s7", 224, num_classes, **{**shape, **changes}))
 
 
-@pytest.mark.parametrize("kind", ["bare", "model", "parallel"])
 @pytest.mark.parametrize("family", ["cycle", "permutator"])
-def test_the_authors_files(tmp_path: Path, family: str, kind: str, capsys: Any):
-    model = published(family).eval()
-    torch.save(wrapped(kind, model.state_dict()), tmp_path / "weights.pth")
+def test_the_authors_files(tmp_path: Path, family: str, capsys: Any):
+    model, images = published(family).eval(), torch.randn(2, 3, 224, 224)
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
     loaded = am.load_model(tmp_path / "weights.pth")
     assert loaded.config == model.config
-    images = torch.randn(2, 3, 224, 224)
     assert torch.equal(loaded(images), model(images))
     wanted = am.Preprocessing(image_size=(224, 224), interpolation="bicubic", **IMAGENET)
     assert loaded.preprocessing == wanted
     title = {"cycle": "CycleMLP", "permutator": "Vision Permutator"}[family]
     assert f"{title}'s authors is assumed" in capsys.readouterr().err
+    for channels in (1, 5):  # a grey one takes the mean, others have no preprocessing
+        model = published(family, num_classes=0, in_channels=channels).eval()
+        safetensors.torch.save_file(model.state_dict(), tmp_path / "weights.safetensors")
+        loaded = am.load_model(tmp_path / "weights.safetensors", quiet=True)
+        assert loaded.config == model.config
+        found = loaded.preprocessing
+        assert found is None if channels == 5 else found and found.mean == pytest.approx(0.449)
 
 
-@pytest.mark.parametrize("family", ["cycle", "permutator"])
-def test_grey_and_headless(tmp_path: Path, family: str):
-    model = published(family, num_classes=0, in_channels=1).eval()
-    safetensors.torch.save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    loaded = am.load_model(tmp_path / "weights.safetensors", quiet=True)
-    assert loaded.config == model.config
-    assert loaded.preprocessing is not None
-    assert loaded.preprocessing.mean == pytest.approx(0.449)
-    many = published(family, in_channels=5).eval()
-    safetensors.torch.save_file(many.state_dict(), tmp_path / "many.safetensors")
-    assert am.load_model(tmp_path / "many.safetensors", quiet=True).preprocessing is None
-
-
-def test_other_offsets_in_a_file_are_computed(tmp_path: Path):
-    model, images = published("cycle").eval(), torch.randn(1, 3, 224, 224)
-    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+def test_other_offsets_in_a_file_are_an_error(tmp_path: Path):
+    tensors = dict(published("cycle").state_dict())
     name = "network.0.0.attn.sfc_h.offset"
     tensors[name] = tensors[name].flip(1)
     torch.save({"model": tensors}, tmp_path / "other.pth")
-    loaded = am.load_model(tmp_path / "other.pth", quiet=True)
-    assert (loaded(images) - model(images)).abs().max() > 1e-4
-    again = am.load_model(am.save_model(loaded, tmp_path / "saved"), num_classes=0, quiet=True)
-    assert torch.equal(again(images), loaded.features(images))
-    tensors[name] = tensors[name] + 0.25
-    torch.save({"model": tensors}, tmp_path / "broken.pth")
-    with pytest.raises(am.UserError, match=r"an offset is 1.25[\s\S]*broken.pth"):
-        am.load_model(tmp_path / "broken.pth", quiet=True)
+    with pytest.raises(am.UserError, match=r"other shifts[\s\S]*other.pth"):
+        am.load_model(tmp_path / "other.pth", quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -331,10 +296,8 @@ def test_other_offsets_in_a_file_are_computed(tmp_path: Path):
     [
         ("cycle", "network.2.1.attn.sfc_h.offset"),
         ("cycle", "patch_embed.proj.weight"),
-        ("cycle", "network.0.0.mlp.fc1.weight"),
         ("cycle", "head.weight"),
         ("permutator", "network.1.0.attn.mlp_h.weight"),
-        ("permutator", "network.1.0.attn.mlp_w.weight"),
     ],
 )
 def test_missing_tensors_are_named(tmp_path: Path, family: str, gone: str):
@@ -371,15 +334,6 @@ def test_formats_of_others_have_no_place(tmp_path: Path, family: str, format: st
     assert not target.exists()
 
 
-def test_a_file_of_a_family_that_shapes_do_not_describe(tmp_path: Path):
-    model = am.create_model("small_resnet", 8, 3, width=8)
-    path = am.save_model(model, tmp_path / "model.safetensors")
-    assert am.load_model(path).config == model.config
-    safetensors.torch.save_file(model.state_dict(), path)
-    with pytest.raises(am.UserError):
-        am.load_model(path)
-
-
 def test_what_inspect_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     torch.save(published("permutator").state_dict(), tmp_path / "weights.pth")
     code, out, _ = mixer(capsys, "models", "--inspect", tmp_path / "weights.pth")
@@ -387,5 +341,3 @@ def test_what_inspect_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "Vision Permutator" in out
     assert "GELU           exact" in out
     assert "attn.mlp_h.weight" in out
-    model = am.load_model(tmp_path / "weights.pth", quiet=True)
-    assert dataclasses.replace(model.config, num_classes=0).num_classes == 0

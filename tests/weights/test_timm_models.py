@@ -87,13 +87,12 @@ def test_sizes_operations_and_json():
 
 def test_measuring_draws_no_random_numbers():
     first = am.create_model("timm:fake_vit", image_size=24)
-    torch.manual_seed(0)
-    again = TimmModel(first.config)
-    timm_model._measured.cache_clear()
-    torch.manual_seed(0)
-    unmeasured = TimmModel(first.config)
-    for one, other in zip(again.parameters(), unmeasured.parameters(), strict=True):
-        assert torch.equal(one, other)
+    found = []
+    for forget in (lambda: None, timm_model._measured.cache_clear):
+        forget()
+        torch.manual_seed(0)
+        found.append(TimmModel(first.config).state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 def test_on_the_meta_device_constants_are_real():
@@ -114,10 +113,7 @@ def test_on_the_meta_device_constants_are_real():
         ("", {}, "no model ''"),
         ("fake_cnn.first", {}, r"no tag[\s\S]*timm:fake_cnn,"),
         ("fake_cnn", {"width": 3}, r"'width'[\s\S]*in_channels, dropout"),
-        ("fake_cnn", {"image_size": 0}, r"\(0, 0\)"),
         ("fake_cnn", {"image_size": (8,)}, r"\(8,\)"),
-        ("fake_cnn", {"num_classes": -1}, "got -1"),
-        ("fake_cnn", {"dropout": float("nan")}, "got nan"),
         ("fake_cnn", {"stochastic_depth": 0.1}, "'drop_path"),
         ("fake_vit", {"image_size": 2}, "fake_vit"),
         ("fake_two", {}, "2 classifiers"),
@@ -183,13 +179,11 @@ def test_another_size_and_head(capsys: pytest.CaptureFixture[str]):
         ("fake_cnn.secnd", {}, r"'secnd'[\s\S]*first, own"),
         ("fake_cnn", {}, r"timm:fake_cnn\n.*timm:fake_cnn.first"),
         ("fake_cnn.own", {}, r"https://example.org/a.npz"),
-        ("bit_r50x2", {}, "timm:bit_r50x2"),
+        ("bit_r50x2", {}, "nobody has published weights of timm:bit_r50x2"),
         ("fake_two", {}, "2 classifiers"),
         ("fake_odd", {}, "more behind its features"),
         ("fake_mlp", {"image_size": 24}, "fake_mlp from 16x16 to 24x24"),
         ("fake_cnn.first", {"resize_weights": "resample"}, "resize_weights='resample'"),
-        ("fake_cnn.first", {"image_size": 0}, "not an image size: 0"),
-        ("fake_cnn.first", {"num_classes": -1}, "got -1"),
     ],
 )
 def test_what_cannot_be_loaded(source: str, settings: Any, message: str):

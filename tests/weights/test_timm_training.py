@@ -14,29 +14,16 @@ import allmlp as am
 import fake_timm
 from allmlp.training import train as loop
 from allmlp.training.train import resume
+from conftest import tiny_config
 
 __all__ = ["fetched"]  # the fixture
 Saved = dict[str, torch.Tensor]
 
 
 def digits(output: Path, **changes: object) -> am.TrainConfig:
-    values: dict[str, object] = {
-        "data.source": "digits",
-        "data.num_workers": 0,
-        "data.holdout": 0.0,
-        "model.overrides": {},
-        "model.image_size": 16,
-        "steps": 6,
-        "epochs": None,
-        "optimizer.warmup": 0,
-        "evaluate_every": 3,
-        "checkpoint_every": 3,
-        "batch_size": 8,
-        "device": "cpu",
-        "output": str(output),
-    }
-    changed = {name.replace("__", "."): value for name, value in changes.items()}
-    return am.recipe("scratch").with_values({**values, **changed})
+    changes = {"model__image_size": 16, "model__overrides": {}, "epochs": None, **changes}
+    more = {"optimizer__warmup": 0, "evaluate_every": 3, "checkpoint_every": 3}
+    return tiny_config("digits", output, steps=6, data__holdout=0.0, **more, **changes)
 
 
 def weights(run: Path) -> Saved:

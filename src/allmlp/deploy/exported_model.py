@@ -23,7 +23,8 @@ from allmlp.data.transforms import denormalize, normalize
 from allmlp.errors import UserError
 from allmlp.io import parse_json
 from allmlp.models.catalog import config_from_json, config_to_json
-from allmlp.models.layers import ImageClassifier, ModelConfig, preprocessing_of
+from allmlp.models.family import ModelConfig
+from allmlp.models.layers import ImageClassifier, preprocessing_of
 from allmlp.names import NAME, OLD_NAME, own_entry
 from allmlp.preprocessing import Preprocessing
 

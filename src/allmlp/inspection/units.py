@@ -21,7 +21,7 @@ from torch import nn
 from allmlp.errors import UserError
 from allmlp.models.catalog import config_to_json
 from allmlp.models.layers import ImageClassifier
-from allmlp.models.mixer_config import MixerConfig
+from allmlp.models.mixer import MixerConfig
 
 OPPOSITE = -0.8  # two units with a lower correlation are opposites
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -4,52 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from typing import Any
 
 import torch
 
-from allmlp.errors import UserError, near_names
-from allmlp.models.layers import Family, ImageClassifier, ModelConfig
+from allmlp.errors import UserError, near_names, one_of
+from allmlp.models import cycle_mlp, mixer, small_resnet, timm_model, vision_permutator
+from allmlp.models.family import Family, ModelConfig
+from allmlp.models.layers import ImageClassifier
 from allmlp.runtime.device import check_fits_memory
 
-TIMM = "timm:"  # before a name of timm
-# A family, as config.json names it -> the module whose FAMILY describes it. One line per family.
-_HOMES = {
-    "mixer": "allmlp.models.mixer_family",
-    "cycle_mlp": "allmlp.models.cycle_mlp",
-    "vision_permutator": "allmlp.models.vision_permutator",
-    "small_resnet": "allmlp.paper.small_resnet",  # by name only: nothing imports paper/
-    "timm": "allmlp.models.timm_model",
-}
-# Networks of another kind, for comparisons; `create_model` takes their names too.
-_COMPARISONS = ("small_resnet", "timm")
+# One entry per family; the others are networks of another kind, to compare with.
+ALL_MLP: tuple[Family, ...] = (mixer.FAMILY, cycle_mlp.FAMILY, vision_permutator.FAMILY)
+FAMILIES = {found.name: found for found in (*ALL_MLP, small_resnet.FAMILY, timm_model.FAMILY)}
 _MOST_BLOCKS = 10_000  # more take seconds and gigabytes for the objects alone
-
-
-@functools.cache
-def family(name: str) -> Family:
-    """Returns the record of a family."""
-    return importlib.import_module(_HOMES[name]).FAMILY
 
 
 def family_of(config: object) -> Family:
     """Returns the record of a configuration's family."""
-    for name in _HOMES:
-        if type(config) is family(name).config:
-            return family(name)
+    for found in FAMILIES.values():
+        if type(config) is found.config:
+            return found
     raise TypeError(f"no model family has the configuration {type(config).__name__}")
-
-
-def families() -> list[Family]:
-    """Returns the records of the all-MLP families."""
-    return [family(name) for name in _HOMES if name not in _COMPARISONS]
 
 
 @functools.cache
 def architectures() -> dict[str, ModelConfig]:
     """Returns the named all-MLP architectures, at 224 pixels and with 1000 classes."""
-    return {name: config for found in families() for name, config in found.architectures.items()}
+    return {name: config for found in ALL_MLP for name, config in found.architectures.items()}
 
 
 def list_models() -> list[str]:
@@ -64,22 +46,16 @@ def model_config(
     **overrides: Any,
 ) -> ModelConfig:
     """Returns the configuration that `create_model` would build; the same arguments and errors."""
-    if name.startswith(TIMM):
-        from allmlp.models.timm_model import timm_config
-
-        return timm_config(name, image_size, num_classes, **overrides)
-    known: dict[str, Any] = dict(architectures())
-    if name not in known:  # only then: importing a family takes time
-        known |= {n: c for kind in _COMPARISONS for n, c in family(kind).architectures.items()}
-    if name not in known:
-        fix = f"{near_names(name, known)}Known: {', '.join(known)}"
-        raise UserError(f"unknown model {name!r}", fix=fix)
-    fields = known[name].__dataclass_fields__
+    if name.startswith(timm_model.PREFIX):
+        return timm_model.timm_config(name, image_size, num_classes, **overrides)
+    known = {**architectures(), **small_resnet.FAMILY.architectures}
+    one_of("model", name, known)
     for field in overrides:
         if field == "pretrained":  # as timm and torchvision call it
             fix = 'Trained weights have their own names: am.load_model("mixer_b16.i21k"); '
             fix += "`mixer models --weights` lists them"
             raise UserError("create_model draws random weights: it has no 'pretrained'", fix=fix)
+        fields = known[name].__dataclass_fields__
         if field not in fields:
             fix = f"{near_names(field, fields)}Known: {', '.join(fields)}"
             raise UserError(f"model {name} has no setting {field!r}", fix=fix)
@@ -119,7 +95,7 @@ def model_from_config(config: ModelConfig) -> ImageClassifier:
     if blocks > _MOST_BLOCKS:
         raise UserError(f"a model has at most {_MOST_BLOCKS:,} blocks, got {blocks:,}")
     if torch.get_default_device().type != "meta":
-        values = getattr(config, "num_parameters", getattr(config, "least_parameters", 0))
+        values = getattr(config, "least_parameters", 0)
         check_fits_memory(values, f"a model of {values:,} weights")
     return family_of(config).build(config)
 
@@ -148,14 +124,9 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
 def config_from_json(values: dict[str, Any]) -> ModelConfig:
     """Returns the configuration that `config_to_json` wrote, or raises UserError."""
     fields = dict(values)
-    name = fields.pop("family", None)
-    if not isinstance(name, str) or name not in _HOMES:
-        raise UserError(f"unknown model family {name!r}", fix=f"Known: {', '.join(_HOMES)}")
-    for field, value in fields.items():
-        if isinstance(value, list):  # JSON has no tuples
-            fields[field] = tuple(value)
+    name = one_of("model family", fields.pop("family", None), list(FAMILIES))
     try:
-        return family(name).config(**fields)
+        return FAMILIES[name].config(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"not a {name} architecture: {error}") from error
 
@@ -166,12 +137,7 @@ def architecture_name(config: ModelConfig) -> str | None:
     A Mixer grown to tiles and a variant of appendix A.1 say so: "mixer_b16 grown to 4 tiles",
     "mixer_b16 (untied token mixing)".
     """
-    for found in families():
-        for name, named in found.architectures.items() if type(config) is found.config else ():
-            words = found.tell(config, named)
-            if words is not None:
-                return f"{name}{words}"
-    return None
+    return next((f.name_of(config) for f in ALL_MLP if type(config) is f.config), None)
 
 
 def in_words(config: ModelConfig) -> str:

@@ -69,20 +69,18 @@ class Inference:
     def __init__(self, model: ImageClassifier, precision: str = "float32") -> None:
         self.model, self.precision = model, precision
         self.device = next(model.parameters()).device
-        has_weights = not getattr(model, "on_processor_only", False)  # an exported file has none
+        is_exported = getattr(model, "on_processor_only", False)  # and has no weights
         is_large = model.config.flops * _IMAGES >= SMALL_STEP
-        on_processor = self.device.type == "cpu" and has_weights
-        has_layers = on_processor and is_large and bool(packable(model))
-        self.packed = has_layers and can_pack(precision)
+        can = self.device.type == "cpu" and not is_exported and is_large and can_pack(precision)
+        self.packed, self.most = can and bool(packable(model)), None
+        self._network = model
         if self.packed:
             self._network = pack(model, precision)
-        else:
-            self._network = _with_exact_head(model) if precision == "bfloat16" else model
-        self.most: int | None = None
-        widest = getattr(model.config, "widest", None)
-        if self.packed and widest:
-            width = 2 if precision == "bfloat16" else 4
-            self.most = max(1, LARGEST_ACTIVATION // (widest * width))
+            if widest := getattr(model.config, "widest", None):
+                width = 2 if precision == "bfloat16" else 4
+                self.most = max(1, LARGEST_ACTIVATION // (widest * width))
+        elif precision == "bfloat16":
+            self._network = _with_exact_head(model)
 
     def few_threads(self, num_images: int) -> AbstractContextManager[None]:
         """Returns the context in which this number of images is prepared and computed."""
@@ -131,11 +129,7 @@ class PackedDense(nn.Module):
     """
 
     def __init__(
-        self,
-        dense: nn.Linear,
-        dtype: torch.dtype,
-        gelu: str | None = None,
-        has_bias: bool = True,
+        self, dense: nn.Linear, dtype: torch.dtype, gelu: str | None = None, has_bias: bool = True
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = dense.in_features, dense.out_features
@@ -202,14 +196,12 @@ def pack(model: ImageClassifier, precision: str) -> ImageClassifier:
 def _biases_without_effect(network: ImageClassifier) -> set[int]:
     """Returns the ids of the biases that the model says change no logit; none of them where
     anything but our own blocks and their LayerNorms may read the tokens."""
-    biases = network.biases_without_effect()
-    parts = [network, *network.children(), *getattr(network, "blocks", ())]
-    is_ours = all(type(part).__module__.startswith(("allmlp.models.", "torch.")) for part in parts)
-    norms = sum(type(module) is nn.LayerNorm for module in network.modules())
-    hooks = any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
-    if not biases or not is_ours or hooks or norms != 2 * len(biases) + 1:
-        return set()
-    return {id(bias) for bias in biases}
+    biases, modules = network.biases_without_effect(), list(network.modules())
+    is_ours = all(type(m).__module__.startswith(("allmlp.models.", "torch.")) for m in modules)
+    norms = sum(type(module) is nn.LayerNorm for module in modules)
+    hooks = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    is_safe = is_ours and not hooks and norms == 2 * len(biases) + 1
+    return {id(bias) for bias in biases if is_safe}
 
 
 def _with_exact_head(model: ImageClassifier) -> ImageClassifier:

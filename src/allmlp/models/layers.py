@@ -1,5 +1,4 @@
-"""What all architectures share: stochastic depth, initialisers, the frame of a classifier, and the
-record of a family.
+"""What all networks share: stochastic depth, the initialiser, and the frame of a classifier.
 
 Shapes: N batch, S tokens, C channels, H W pixels.
 """
@@ -7,10 +6,8 @@ Shapes: N batch, S tokens, C channels, H W pixels.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from collections.abc import Iterable, Mapping, Set
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -83,74 +80,13 @@ def lecun_normal_(weight: Tensor) -> Tensor:
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
-def is_integer(value: Any, least: int = 1) -> bool:
-    """Returns whether a value is an integer (not a bool) of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def check_config(config: Any, *integers: str) -> None:
-    """Checks the fields that all configurations have and these `integers` of at least 1, and makes
-    image_size (H, W)."""
-    size = config.image_size
-    size = (size, size) if isinstance(size, int) else size
-    if not isinstance(size, tuple | list) or len(size) != 2 or not all(map(is_integer, size)):
-        raise ValueError(f"image_size must be a number of pixels or (height, width), got {size!r}")
-    object.__setattr__(config, "image_size", tuple(size))
-    for name in (*integers, "in_channels"):
-        if not is_integer(getattr(config, name)):
-            what = f"{name} must be a whole number of at least 1"
-            raise ValueError(f"{what}, got {getattr(config, name)!r}")
-    if not is_integer(config.num_classes, 0):
-        raise ValueError(f"num_classes must be at least 0, got {config.num_classes!r}")
-    for name in ("dropout", "stochastic_depth"):
-        value = getattr(config, name, 0.0)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number and 0.0 <= value < 1.0):
-            raise ValueError(f"{name} must be in [0, 1), got {value!r}")
-
-
-def check_divisible(image_size: tuple[int, int], unit: int, words: str) -> None:
-    """Raises ValueError unless `unit` divides both sides; `words` name it."""
-    height, width = image_size
-    if height % unit or width % unit:
-        near = [max(1, round(side / unit)) * unit for side in image_size]
-        raise ValueError(
-            f"image size {height}x{width} is not divisible by {words}; "
-            f"the nearest that is: {near[0]}x{near[1]}"
-        )
-
-
-class ModelConfig(Protocol):
-    """What the configurations of all families have, each a frozen dataclass with its own fields."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def image_size(self) -> tuple[int, int]: ...  # (H, W) in pixels
-
-    @property
-    def num_classes(self) -> int: ...  # outputs of the head; 0 without one
-
-    @property
-    def in_channels(self) -> int: ...
-
-    @property
-    def hidden_dim(self) -> int: ...  # C, width of the features that the head reads
-
-    @property
-    def flops(self) -> int: ...  # of one image, a multiply-add counted as two
-
-    def summary(self) -> str: ...  # the shape in a few words
-
-
 class ImageClassifier(nn.Module):
     """The frame of every model here: images in, logits or features out, and what travels with it.
 
     The weights of its residual blocks lie in `blocks.` or `network.`.
 
     Attributes:
-        config: the architecture: `image_size` (H, W), `in_channels`, `num_classes`, `flops` of one
-            image, `summary()` and the fields of the family.
+        config: the architecture, a `ModelConfig`.
         head: from the features to the logits; None for a model without classes.
         class_names: one name per class in the order of the logits; None if they are unknown. Any
             sequence of text can be set; of another length than the logits it is a UserError.
@@ -178,7 +114,8 @@ class ImageClassifier(nn.Module):
 
     @class_names.setter
     def class_names(self, names: Iterable[str] | None) -> None:
-        self._class_names = None if names is None else checked_names(names, _num_logits(self))
+        count = self.config.num_classes
+        self._class_names = None if names is None else checked_names(names, count)
 
     def features(self, images: Tensor) -> Tensor:
         """Returns the pooled features (N, C) that the head reads, of images (N, channels, H, W)."""
@@ -224,79 +161,6 @@ def is_hidden_kernel(name: str, parameter: Tensor) -> bool:
     return is_kernel and name.startswith(("blocks.", "network."))
 
 
-Tensors = dict[str, Tensor]
-Size = tuple[int, int]
-
-
-def _same_shape(config: Any, named: Any) -> str | None:
-    """Returns "" if a configuration differs from a named one in size, classes and colours only."""
-    free = {"image_size", "num_classes", "in_channels", "stochastic_depth"}
-    fields = [field for field in named.__dataclass_fields__ if field not in free]
-    same = all(getattr(config, field) == getattr(named, field) for field in fields)
-    return "" if same else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """All that the rest of the package knows about a kind of model; `catalog.py` lists them.
-
-    Attributes:
-        name: as config.json has it.
-        title, paper: for messages and model cards.
-        config: the class of its configurations.
-        build: configuration -> model with random weights.
-        architectures: the named configurations, at 224 pixels and with 1000 classes.
-        tell: (configuration, a named one) -> what to write behind the name, or None if it has
-            another shape.
-        resize: (tensors by our names, old and new configuration, method) changes the tensors in
-            place; returns the new configuration and how it was done, in words.
-        infer: (shapes by our names, (H, W) if somebody wrote it down, (H, W) that the user asked
-            for) -> the configuration of weights without a description. ValueError says what does
-            not fit. None: the shapes do not say it.
-        preprocessing: configuration -> the input that published weights expect, for files that do
-            not say it; None: Google's.
-    """
-
-    name: str
-    title: str
-    paper: str
-    config: type[Any]
-    build: Callable[[Any], ImageClassifier]
-    architectures: Mapping[str, Any] = field(default_factory=dict)
-    tell: Callable[[Any, Any], str | None] = _same_shape
-    resize: Callable[[Tensors, Any, Any, str], tuple[Any, str]] | None = None
-    infer: Callable[[Mapping[str, tuple[int, ...]], Size | None, Size | None], Any] | None = None
-    preprocessing: Callable[[Any], Preprocessing] | None = None
-
-
-class MissingTensor(ValueError):
-    """A tensor that `Family.infer` needs is missing; `name` is ours, the file may use another."""
-
-    def __init__(self, name: str, axes: int) -> None:
-        self.name, self.axes = name, axes
-        super().__init__(f"{name} is missing")
-
-
-def shape_of(shapes: Mapping[str, tuple[int, ...]], name: str, axes: int) -> tuple[int, ...]:
-    """Returns the shape of a tensor that must have this number of axes, for `Family.infer`."""
-    found = shapes.get(name)
-    if found is None:
-        raise MissingTensor(name, axes)
-    if len(found) != axes or 0 in found:
-        raise ValueError(f"{name} has the shape {found}, {axes} axes are expected")
-    return found
-
-
-def count_blocks(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    """Returns 1 + the largest number that `pattern`, with one group, finds in the names."""
-    found = (re.match(pattern, name) for name in shapes)
-    count = 1 + max((int(match[1]) for match in found if match), default=-1)
-    if count > len(shapes):  # a likely number is checked by comparing all names
-        what = f"block {count - 1:,} is there, but the file has {len(shapes):,} tensors only"
-        raise ValueError(what)
-    return count
-
-
 def checked_names(names: Any, num_classes: int, where: object = "class_names") -> list[str]:
     """Returns class names as a list, or raises UserError."""
     is_list = isinstance(names, Iterable) and not isinstance(names, str | bytes | Mapping | Set)
@@ -312,26 +176,19 @@ def checked_names(names: Any, num_classes: int, where: object = "class_names") -
     return [str(name) for name in listed]
 
 
-def _num_logits(model: ImageClassifier) -> int:
-    return getattr(getattr(model, "head", None), "out_features", model.config.num_classes)
-
-
 def classes_of(model: ImageClassifier, *, or_numbers: bool = False) -> list[str]:
     """Returns the model's class names, or "0", "1", ... if it carries none and `or_numbers`."""
+    count, head = model.config.num_classes, getattr(model, "head", None)  # exported: no head
     if model.class_names:
-        return checked_names(model.class_names, _num_logits(model))  # somebody may have added one
-    head = getattr(model, "head", None)  # an exported file does not show it
-    if _num_logits(model) == 0:
+        return checked_names(model.class_names, count)  # somebody may have added one
+    if count == 0:
         what = "the model has no head: it gives features, not classes"
         raise UserError(what, fix="Load it without num_classes=0, or use model.features()")
     if head is not None and not head.weight.any():
-        raise UserError(
-            f"the head for {model.config.num_classes} classes is new (all zeros): it has "
-            "learned nothing yet",
-            fix="Train it first, or load the weights without num_classes",
-        )
+        what = f"the head for {count} classes is new (all zeros): it has learned nothing yet"
+        raise UserError(what, fix="Train it first, or load the weights without num_classes")
     if or_numbers:
-        return [str(number) for number in range(_num_logits(model))]
+        return [str(number) for number in range(count)]
     fix = "Set them in Python, once: model = am.load_model(FILE); model.class_names = [...]; "
     fix += "am.save_model(model, 'named.safetensors')"
     if head is None:

@@ -10,12 +10,26 @@ Shapes: N batch, S tokens, C channels, P patch side, H W pixels.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import itertools
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
+from allmlp.models.family import (
+    Family,
+    ModelConfig,
+    Shapes,
+    Size,
+    count_blocks,
+    count_classes,
+    is_integer,
+    shape_of,
+)
 from allmlp.models.layers import ImageClassifier, StochasticDepth, lecun_normal_
-from allmlp.models.mixer_config import MixerConfig
+from allmlp.models.resize import resize_tokens
 
 
 class MlpBlock(nn.Sequential):
@@ -43,11 +57,12 @@ class MixerBlock(nn.Module):
 
     Args:
         config: the architecture.
+        index: of the block, from 0.
         drop_token_mixing, drop_channel_mixing: stochastic depth of the two branches.
     """
 
     def __init__(
-        self, config: MixerConfig, drop_token_mixing: float, drop_channel_mixing: float
+        self, config: MixerConfig, index: int, drop_token_mixing: float, drop_channel_mixing: float
     ) -> None:
         super().__init__()
         dim, tokens = config.hidden_dim, config.num_tokens
@@ -76,19 +91,14 @@ class MlpMixer(ImageClassifier):
         self.config = config
         patch, dim, last_mlp = config.patch_size, config.hidden_dim, 2 * config.num_blocks - 1
         drops = [config.stochastic_depth * mlp / last_mlp for mlp in range(last_mlp + 1)]
-        if not config.is_plain and type(self) is MlpMixer:
-            raise ValueError(f"{config.summary()}: model_from_config builds it, MlpMixer does not")
+        block = MixerBlock if config.is_plain else VariantBlock
         self.stem = nn.Conv2d(config.in_channels, dim, kernel_size=patch, stride=patch)
         self.blocks = nn.Sequential(
-            *(self.block(i, *drops[2 * i : 2 * i + 2]) for i in range(config.num_blocks))
+            *(block(config, i, *drops[2 * i : 2 * i + 2]) for i in range(config.num_blocks))
         )
         self.pre_head_layer_norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, config.num_classes) if config.num_classes else None
         self.initialize()
-
-    def block(self, index: int, *drops: float) -> nn.Module:
-        """Returns a new mixer layer; `index` counts from 0."""
-        return MixerBlock(self.config, *drops)
 
     def initialize(self) -> None:
         """Draws new weights as Flax does: lecun-normal kernels, zero biases, a zero head."""
@@ -97,6 +107,9 @@ class MlpMixer(ImageClassifier):
                 lecun_normal_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, UntiedLinear):
+                module.initialize()
         if self.head is not None:
             nn.init.zeros_(self.head.weight)
 
@@ -114,20 +127,286 @@ class MlpMixer(ImageClassifier):
         x = self.pre_head_layer_norm(self.blocks(x))
         return x.mean(dim=1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns logits (N, num_classes), or the features (N, C) of a model without a head.
-
-        Args:
-            images: (N, channels, H, W); Google's weights expect values in [-1, 1].
-
-        Raises:
-            ValueError: the images have another size or number of channels than the model.
-        """
-        x = self.features(images)
-        return x if self.head is None else self.head(x)
-
     def biases_without_effect(self) -> list[nn.Parameter]:
         """Returns the output biases of the token mixing, see `MixerBlock`."""
         is_shared = self.config.token_mixing == "shared"
         names = [f"blocks.{i}.token_mixing.dense_1.bias" for i in range(self.config.num_blocks)]
         return [self.get_parameter(name) for name in names] if is_shared else []
+
+
+# --- Appendix A.1, "Things that did not help" -----------------------------------------------------
+#
+#     untied    a token-mixing MLP for each of the C channels instead of one for all
+#     grouped   G neighbouring channels are one vector of G * S numbers: the MLP sees them together
+#     views     as grouped, but of C features that are learned: G linear maps from C to C / G, whose
+#               g-th outputs stand beside each other as the G channels of a group do
+#     pyramid   the token mixing of chosen blocks maps S tokens to S' < S
+#
+# The paper leaves open, and we chose: D_S stays that of the configuration; the maps of the views
+# have no bias; the way back from views is the groups' own, with no second map; the skip connection
+# of a block with fewer tokens after it than before is a linear map over the tokens without bias, as
+# the projection shortcut of a ResNet (He et al. 2016).
+
+
+class UntiedLinear(nn.Module):
+    """A dense layer per channel: (N, C, in) -> (N, C, out); weight (C, out, in), bias (C, out)."""
+
+    half_products: ClassVar[bool] = True  # an export may compute them in bfloat16
+
+    def __init__(self, channels: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(channels, out_features))
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Draws new weights as `lecun_normal_` does for a layer of that many inputs."""
+        with torch.no_grad():  # drawn for all channels at once, scaled to the fan-in of one
+            lecun_normal_(self.weight)
+            self.weight.mul_(math.sqrt(self.weight.shape[1]))
+            self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.baddbmm(self.bias.unsqueeze(1), x.transpose(0, 1), self.weight.transpose(1, 2))
+        return y.transpose(0, 1)
+
+
+class VariantBlock(MixerBlock):
+    """A mixer layer whose token mixing is one of the variants."""
+
+    def __init__(self, config: MixerConfig, index: int, *drops: float) -> None:
+        super().__init__(config, index, *drops)
+        dim, hidden, groups = config.hidden_dim, config.tokens_mlp_dim, config.token_groups
+        before, after = config.tokens[index : index + 2]
+        dense_0: nn.Module = nn.Linear(before * groups, hidden)
+        dense_1: nn.Module = nn.Linear(hidden, after * groups)
+        if config.token_mixing == "untied":
+            dense_0 = UntiedLinear(dim, before, hidden)
+            dense_1 = UntiedLinear(dim, hidden, after)
+        self.token_mixing.add_module("dense_0", dense_0)  # in the place of the paper's own
+        self.token_mixing.add_module("dense_1", dense_1)
+        self.groups = groups
+        has_views, is_smaller = config.token_mixing == "views", after < before
+        self.views = nn.Linear(dim, dim, bias=False) if has_views else None
+        self.shortcut = nn.Linear(before, after, bias=False) if is_smaller else None
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, S, C) -> (N, S', C)
+        y = self.layer_norm_0(x)
+        y = self.mix_tokens(y if self.views is None else self.views(y))
+        if self.shortcut is not None:
+            short = self.shortcut(x.transpose(1, 2)).transpose(1, 2)
+            x = short.to(x.dtype).contiguous()  # the residual stream stays float32 under autocast
+        x = x + self.drop_0(y)
+        y = self.channel_mixing(self.layer_norm_1(x))
+        return x + self.drop_1(y)
+
+    def mix_tokens(self, y: Tensor) -> Tensor:
+        """Returns (N, S', C): each vector of G neighbouring channels through the MLP."""
+        samples, tokens, dim = y.shape
+        columns = y.transpose(1, 2).reshape(samples, dim // self.groups, self.groups * tokens)
+        return self.token_mixing(columns).reshape(samples, dim, -1).transpose(1, 2)
+
+
+# --- the architecture -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerConfig(ModelConfig):
+    """The architecture of an MLP-Mixer (Table 1 of the paper).
+
+    Args:
+        image_size: (H, W) in pixels, one number for a square; the patch must divide both.
+        patch_size: P, side of a patch in pixels.
+        hidden_dim: C, channels of a token.
+        num_blocks: mixer layers; each has a token-mixing and a channel-mixing MLP.
+        tokens_mlp_dim: D_S, hidden units of the token-mixing MLPs.
+        channels_mlp_dim: D_C, hidden units of the channel-mixing MLPs.
+        num_classes: outputs of the head; 0 leaves the head out: the model returns its features.
+        in_channels: channels of the input images.
+        dropout: probability after each of the two dense layers of every MLP.
+        stochastic_depth: s, probability of dropping the last MLP; it rises linearly from 0 at the
+            first of the 2 * num_blocks MLPs (appendix B).
+        gelu: "tanh" as Google's weights were trained, "exact" for weights trained in timm.
+        token_mixing: which weights mix the tokens (appendix A.1): one MLP for all channels
+            ("shared"), one per channel ("untied"), one that sees `token_groups` neighbouring
+            channels at once ("grouped"), or that many learned views of all channels ("views").
+        token_groups: G, for "grouped" and "views"; it divides hidden_dim.
+        pyramid: (block, S') pairs: the token mixing of these blocks, counted from 0, reduces the
+            tokens to S', and all later blocks work on that many.
+
+    Raises:
+        ValueError: the patch does not divide the image, or a value is out of range.
+    """
+
+    patch_size: int
+    hidden_dim: int
+    num_blocks: int
+    tokens_mlp_dim: int
+    channels_mlp_dim: int
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
+    gelu: Literal["tanh", "exact"] = "tanh"
+    token_mixing: Literal["shared", "untied", "grouped", "views"] = "shared"
+    token_groups: int = 1
+    pyramid: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_divisible(self.patch_size, f"the patch size {self.patch_size}")
+        groups = self.token_groups
+        if self.hidden_dim % groups:
+            raise ValueError(f"token_groups must divide {self.hidden_dim} channels, got {groups}")
+        if groups > 1 and self.token_mixing not in ("grouped", "views"):
+            what = f"token_groups={groups} has no effect with token_mixing={self.token_mixing!r}"
+            raise ValueError(f"{what}; it is for 'grouped' and 'views'")
+        try:
+            steps = tuple((block, fewer) for block, fewer in self.pyramid)
+        except (TypeError, ValueError):
+            steps = ((-1, -1),)
+        blocks, tokens = [-1, *(step[0] for step in steps)], self.num_tokens
+        if not all(is_integer(number, 0) for step in steps for number in step):
+            what = "pyramid must be pairs of a block and its tokens, as [[4, 49]]"
+            raise ValueError(f"{what}, got {self.pyramid!r}")
+        if blocks != sorted(set(blocks)) or blocks[-1] >= self.num_blocks:
+            what = f"the blocks of a pyramid rise from 0 to {self.num_blocks - 1}"
+            raise ValueError(f"{what}, got {self.pyramid!r}")
+        for block, fewer in steps:
+            if not 1 <= fewer < tokens:
+                what = f"block {block} of the pyramid must bring {tokens} tokens down to fewer"
+                raise ValueError(f"{what}, got {fewer}")
+            tokens = fewer
+        object.__setattr__(self, "pyramid", steps)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is the paper's Mixer and not a variant of appendix A.1."""
+        return self.token_mixing == "shared" and not self.pyramid
+
+    @property
+    def grid(self) -> Size:
+        """Patches in a column and in a row: (H / P, W / P)."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """S = HW / P^2, the length of the token sequence."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The tokens before each block and, at last, those before the head: num_blocks + 1."""
+        steps, counts = dict(self.pyramid), [self.num_tokens]
+        for block in range(self.num_blocks):
+            counts.append(steps.get(block, counts[-1]))
+        return tuple(counts)
+
+    @property
+    def flops(self) -> int:
+        """Operations of one image, a multiply-add counted as two.
+
+        Biases, GELU and LayerNorm, together below one per cent, are left out, as is usual.
+        """
+        dim = self.hidden_dim
+        total = self.num_tokens * self.in_channels * self.patch_size**2 * dim
+        for before, after in itertools.pairwise(self.tokens):
+            total += dim * (before + after) * self.tokens_mlp_dim
+            total += 2 * after * dim * self.channels_mlp_dim
+            total += before * dim**2 if self.token_mixing == "views" else 0
+            total += dim * before * after if after < before else 0
+        return 2 * (total + dim * self.num_classes)
+
+    @property
+    def widest(self) -> int:
+        """Values of one image's largest activation, a hidden layer of the first block."""
+        return max(self.hidden_dim * self.tokens_mlp_dim, self.num_tokens * self.channels_mlp_dim)
+
+    @property
+    def least_parameters(self) -> int:
+        """Trained values of the blocks' MLPs alone."""
+        copies = self.hidden_dim if self.token_mixing == "untied" else self.token_groups
+        tokens = sum(before + after for before, after in itertools.pairwise(self.tokens))
+        channels = 2 * self.num_blocks * self.hidden_dim * self.channels_mlp_dim
+        return copies * tokens * self.tokens_mlp_dim + channels
+
+    @property
+    def variant(self) -> str:
+        """The variant of appendix A.1 in words; "" for the paper's own Mixer."""
+        words = {
+            "shared": [],
+            "untied": ["untied token mixing"],
+            "grouped": [f"channels in groups of {self.token_groups}"],
+            "views": [f"{self.token_groups} learned views"],
+        }[self.token_mixing]
+        if self.pyramid:
+            words = [*words, "pyramid " + " > ".join(map(str, dict.fromkeys(self.tokens)))]
+        return ", ".join(words)
+
+    def summary(self) -> str:
+        """Returns the shape in a few words: "12 layers, patch 16, 768 channels"."""
+        shape = f"{self.num_blocks} layers, patch {self.patch_size}, {self.hidden_dim} channels"
+        return f"{shape}, {self.variant}" if self.variant else shape
+
+
+def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> MixerConfig:
+    dim, channels, patch, patch_width = shape_of(shapes, "stem.weight", 4)
+    if patch != patch_width:
+        raise ValueError(f"the patch is {patch}x{patch_width} pixels, not square")
+    hidden, num_tokens = shape_of(shapes, "blocks.0.token_mixing.dense_0.weight", 2)
+    side = math.isqrt(num_tokens) * patch
+    for height, width in filter(None, (written, (side, side), asked)):
+        if height % patch == width % patch == 0 and height * width == num_tokens * patch**2:
+            break
+    else:
+        raise ValueError(
+            f"the weights are for {num_tokens} patches of {patch}x{patch} pixels, not a "
+            "square, and the file does not say the height and width: give its own image_size"
+        )
+    return MixerConfig(
+        image_size=(height, width),
+        patch_size=patch,
+        hidden_dim=dim,
+        num_blocks=max(1, count_blocks(shapes, r"blocks\.(\d{1,6})\.")),
+        tokens_mlp_dim=hidden,
+        channels_mlp_dim=shape_of(shapes, "blocks.0.channel_mixing.dense_0.weight", 2)[0],
+        num_classes=count_classes(shapes),
+        in_channels=channels,
+    )
+
+
+def _tell(config: MixerConfig, named: MixerConfig) -> str | None:
+    """A model grown to K tiles has K times wider token-mixing MLPs; a variant says what it is."""
+    shape = ("patch_size", "hidden_dim", "num_blocks", "channels_mlp_dim")
+    tiles, rest = divmod(config.tokens_mlp_dim, named.tokens_mlp_dim)
+    if rest or any(getattr(config, name) != getattr(named, name) for name in shape):
+        return None
+    grown = "" if tiles == 1 else f" grown to {tiles} tiles"
+    return f"{grown} ({config.variant})" if config.variant else grown
+
+
+# Table 1 of the paper; S/8 is Google's later release (SAM-trained, not in the paper).
+_SIZES = ("patch_size", "hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")
+_TABLE_1 = {
+    "mixer_s32": (32, 512, 8, 256, 2048),
+    "mixer_s16": (16, 512, 8, 256, 2048),
+    "mixer_s8": (8, 512, 8, 256, 2048),
+    "mixer_b32": (32, 768, 12, 384, 3072),
+    "mixer_b16": (16, 768, 12, 384, 3072),
+    "mixer_l32": (32, 1024, 24, 512, 4096),
+    "mixer_l16": (16, 1024, 24, 512, 4096),
+    "mixer_h14": (14, 1280, 32, 640, 5120),
+}
+FAMILY = Family(
+    name="mixer",
+    title="MLP-Mixer",
+    paper="Tolstikhin et al. 2021, arXiv 2105.01601",
+    config=MixerConfig,
+    build=MlpMixer,
+    architectures={
+        name: MixerConfig(**dict(zip(_SIZES, sizes, strict=True)))
+        for name, sizes in _TABLE_1.items()
+    },
+    tell=_tell,
+    resize=resize_tokens,
+    marker=r"stem\.weight$|blocks\.\d+\.(token|channel)_mixing\.",
+    infer=_infer,
+)

@@ -32,16 +32,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from allmlp.errors import UserError
-from allmlp.models.layers import Tensors
-from allmlp.models.mixer_config import MixerConfig
+from allmlp.models.family import Size, Tensors
 from allmlp.runtime.device import check_fits_memory
 
 ResizeWeights = Literal["auto", "block-diagonal", "resample"]
-RESIZE_WEIGHTS = ("auto", "block-diagonal", "resample")
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
 
-def whole_factors(old: tuple[int, int], new: tuple[int, int], method: str) -> Any:
+def whole_factors(old: Size, new: Size, method: str) -> Any:
     """Returns (K_h, K_w) of block-diagonal growth between two grids; None to resample."""
     factors = (new[0] // old[0], new[1] // old[1])
     is_whole = new[0] % old[0] == new[1] % old[1] == 0
@@ -55,18 +53,18 @@ def whole_factors(old: tuple[int, int], new: tuple[int, int], method: str) -> An
     return factors if is_whole and method != "resample" else None
 
 
-def how_resized(factors: tuple[int, int] | None) -> str:
+def how_resized(factors: Size | None) -> str:
     """Returns the method in words."""
     return f"block-diagonal, {factors[0]}x{factors[1]} tiles" if factors else "resampled (nearest)"
 
 
 def resize_tokens(
     tensors: Tensors,
-    old: MixerConfig,
-    new: MixerConfig,
+    old: Any,
+    new: Any,
     method: str = "auto",
     interpolation: Interpolation = "nearest",
-) -> tuple[MixerConfig, str]:
+) -> tuple[Any, str]:
     """Brings a Mixer's token-mixing MLPs to the image size of `new`, see `Family.resize`."""
     if not old.is_plain:
         what = f"this variant ({old.summary()}) cannot be brought to another image size"
@@ -83,7 +81,7 @@ def resize_tokens(
     return dataclasses.replace(new, tokens_mlp_dim=units), how_resized(factors)
 
 
-def grow_block_diagonal(tensors: Tensors, config: MixerConfig, factors: tuple[int, int]) -> None:
+def grow_block_diagonal(tensors: Tensors, config: Any, factors: Size) -> None:
     """Gives each of K_h x K_w tiles its own copy of the token-mixing MLPs, in place."""
     (high, wide), (h, w), units = factors, config.grid, config.tokens_mlp_dim
     num_tiles, num_tokens = high * wide, high * h * wide * w
@@ -107,9 +105,7 @@ def grow_block_diagonal(tensors: Tensors, config: MixerConfig, factors: tuple[in
         tensors[f"{name}.dense_1.bias"] = bias.repeat(high, wide).view(num_tokens)
 
 
-def resample(
-    tensors: Tensors, config: MixerConfig, grid: tuple[int, int], interpolation: Interpolation
-) -> None:
+def resample(tensors: Tensors, config: Any, grid: Size, interpolation: Interpolation) -> None:
     """Resizes the weight images of the token-mixing MLPs to another grid of patches, in place;
     "bilinear" and "bicubic" with antialiasing."""
     (h, w), units, num_tokens = config.grid, config.tokens_mlp_dim, grid[0] * grid[1]

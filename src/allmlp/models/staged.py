@@ -18,113 +18,17 @@ Shapes: N batch, (H, W) a stage's grid, C its channels; channels come last betwe
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from allmlp.models.layers import (
-    ImageClassifier,
-    StochasticDepth,
-    check_config,
-    count_blocks,
-    is_integer,
-    shape_of,
-)
-from allmlp.preprocessing import Preprocessing
+from allmlp.models.family import ModelConfig, Shapes, Size, count_blocks, count_classes, shape_of
+from allmlp.models.layers import ImageClassifier, StochasticDepth
 
 EPSILON = 1e-5
-
-
-@dataclass(frozen=True, kw_only=True)
-class StagedConfig:
-    """The fields of both families; a list may be given for a tuple.
-
-    Args:
-        image_size: (H, W) in pixels, one number for a square.
-        depths: blocks of each stage.
-        dims: C, channels of each stage; at least 4, as a quarter of them weights the branches.
-        mlp_ratios: hidden units of a block's MLP over its channels, for each stage.
-        num_classes: outputs of the head; 0 leaves the head out: the model returns its features.
-        in_channels: channels of the input images.
-        stochastic_depth: probability of dropping each of the two branches of the last block; it
-            rises linearly from 0 at the first.
-
-    Raises:
-        ValueError: a value is out of range, or a field has another number of stages.
-    """
-
-    image_size: tuple[int, int] = (224, 224)
-    depths: tuple[int, ...]
-    dims: tuple[int, ...]
-    mlp_ratios: tuple[int, ...]
-    num_classes: int = 1000
-    in_channels: int = 3
-    stochastic_depth: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_config(self)
-        self.check_stages("depths", "dims", "mlp_ratios")
-        if min(self.dims) < 4:
-            raise ValueError(f"dims must be at least 4, got {self.dims}")
-
-    def check_stages(self, *names: str) -> None:
-        """Makes these fields tuples of one whole number of at least 1 for each stage."""
-        for name in names:
-            values = getattr(self, name)
-            values = tuple(values) if isinstance(values, list | tuple) else ()
-            if not values or not all(map(is_integer, values)):
-                what = f"{name} must be whole numbers of at least 1"
-                raise ValueError(f"{what}, got {getattr(self, name)!r}")
-            object.__setattr__(self, name, values)
-            if len(values) != len(self.depths):
-                what = f"{name} has {len(values)} values for {len(self.depths)} stages"
-                raise ValueError(f"{what} (of depths)")
-
-    @property
-    def grids(self) -> tuple[tuple[int, int], ...]:
-        """Rows and columns of each stage."""
-        raise NotImplementedError
-
-    @property
-    def hidden_dim(self) -> int:
-        """Channels of the last stage, which the head reads."""
-        return self.dims[-1]
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of all stages."""
-        return sum(self.depths)
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """Positions of each stage's grid, the finest first."""
-        return tuple(height * width for height, width in self.grids)
-
-    @property
-    def num_tokens(self) -> int:
-        """Positions of the first stage's grid, the finest."""
-        return self.tokens[0]
-
-    @property
-    def least_parameters(self) -> int:
-        """Trained values of the blocks' MLPs alone."""
-        stages = zip(self.depths, self.dims, self.mlp_ratios, strict=True)
-        return sum(2 * depth * ratio * dim**2 for depth, dim, ratio in stages)
-
-    @property
-    def widest(self) -> int:
-        """Values of one image's largest activation, a hidden layer of a block's MLP."""
-        stages = zip(self.grids, self.dims, self.mlp_ratios, strict=True)
-        return max(height * width * dim * ratio for (height, width), dim, ratio in stages)
-
-    def summary(self) -> str:
-        """Returns the shape in a few words: "stages of 2, 2, 4, 2 blocks, 64 to 512 channels"."""
-        blocks = ", ".join(map(str, self.depths))
-        return f"stages of {blocks} blocks, {self.dims[0]} to {self.dims[-1]} channels"
+Window = tuple[int, int, int]  # kernel, stride and padding of a convolution
 
 
 class Mlp(nn.Module):
@@ -189,10 +93,9 @@ class Block(nn.Module):
 class Convolution(nn.Module):
     """A strided convolution with a bias: the stem, and what joins two stages."""
 
-    def __init__(
-        self, channels: int, dim: int, *, kernel: int, stride: int, padding: int = 0
-    ) -> None:
+    def __init__(self, channels: int, dim: int, window: Window) -> None:
         super().__init__()
+        kernel, stride, padding = window
         self.proj = nn.Conv2d(channels, dim, kernel, stride=stride, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, H, W, C) -> (N, H', W', C')
@@ -202,26 +105,34 @@ class Convolution(nn.Module):
 
 
 class StagedClassifier(ImageClassifier):
-    """Stem, stages with convolutions between them, LayerNorm, mean over positions, head.
-
-    Args:
-        config: the architecture.
-        patch_embed: the stem.
-        parts: stages (`nn.Sequential` of blocks) and convolutions, in their order.
-    """
+    """Stem, stages with convolutions between them, LayerNorm, mean over positions, head."""
 
     config: Any  # the family's own
 
-    def __init__(
-        self, config: StagedConfig, patch_embed: Convolution, parts: Sequence[nn.Module]
-    ) -> None:
+    def __init__(self, config: StagedConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = patch_embed
-        self.network = nn.ModuleList(parts)
-        self.norm = nn.LayerNorm(config.dims[-1], eps=EPSILON)
-        self.head = nn.Linear(config.dims[-1], config.num_classes) if config.num_classes else None
+        last, num_before = max(config.num_blocks - 1, 1), 0
+        channels, parts = config.in_channels, []
+        for stage, (dim, window) in enumerate(zip(config.dims, config.windows, strict=True)):
+            if window is not None:
+                parts.append(Convolution(channels, dim, window))
+            channels, blocks = dim, []
+            for block in range(num_before, num_before + config.depths[stage]):
+                drop = config.stochastic_depth * block / last
+                hidden = config.mlp_ratios[stage] * dim
+                blocks.append(Block(self.fusion(stage), dim, hidden, drop))
+            num_before += len(blocks)
+            parts.append(nn.Sequential(*blocks))
+        self.patch_embed = parts[0]
+        self.network = nn.ModuleList(parts[1:])
+        self.norm = nn.LayerNorm(channels, eps=EPSILON)
+        self.head = nn.Linear(channels, config.num_classes) if config.num_classes else None
         self.initialize()
+
+    def fusion(self, stage: int) -> Fusion:
+        """Returns a new token mixing for a block of a stage."""
+        raise NotImplementedError
 
     def initialize(self) -> None:
         """Draws the dense weights, also of the head: truncated normal, 0.02, zero biases.
@@ -233,12 +144,6 @@ class StagedClassifier(ImageClassifier):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-
-    @property
-    def blocks(self) -> list[Block]:
-        """The blocks of all stages, in their order."""
-        inside = (child for part in self.network for child in part.children())
-        return [child for child in inside if isinstance(child, Block)]
 
     def features(self, images: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, C)
         """Returns the mean over positions of the normalised last stage, which the head reads.
@@ -253,58 +158,135 @@ class StagedClassifier(ImageClassifier):
         return self.norm(x).mean(dim=(1, 2))
 
 
-def drop_rates(config: StagedConfig) -> list[list[float]]:
-    """Returns the probability of stochastic depth of each block of each stage."""
-    last = max(config.num_blocks - 1, 1)
-    rates = iter([config.stochastic_depth * block / last for block in range(config.num_blocks)])
-    return [list(itertools.islice(rates, depth)) for depth in config.depths]
+@dataclass(frozen=True, kw_only=True)
+class StagedConfig(ModelConfig):
+    """The fields of both families, beside those of `ModelConfig`.
+
+    Args:
+        depths: blocks of each stage.
+        dims: C, channels of each stage; at least 4, as a quarter of them weights the branches.
+        mlp_ratios: hidden units of a block's MLP over its channels, for each stage.
+        stochastic_depth: probability of dropping each of the two branches of the last block; it
+            rises linearly from 0 at the first.
+
+    Raises:
+        ValueError: a value is out of range, or a field has another number of stages.
+    """
+
+    per_stage: ClassVar[tuple[str, ...]] = ("dims", "mlp_ratios")
+
+    depths: tuple[int, ...]
+    dims: tuple[int, ...]
+    mlp_ratios: tuple[int, ...]
+    stochastic_depth: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.per_stage:
+            if len(getattr(self, name)) != len(self.depths):
+                what = f"{name} has {len(getattr(self, name))} values for {len(self.depths)} stages"
+                raise ValueError(f"{what} (of depths)")
+        if min(self.dims) < 4:
+            raise ValueError(f"dims must be at least 4, got {self.dims}")
+
+    @property
+    def windows(self) -> list[Window | None]:
+        """Of the stem, and of the convolutions before each later stage; None without one."""
+        raise NotImplementedError
+
+    def mixing_macs(self, stage: int) -> int:
+        """Returns the multiply-adds of the branches of height and width in a block of a stage."""
+        raise NotImplementedError
+
+    @property
+    def grids(self) -> tuple[Size, ...]:
+        """Rows and columns of each stage."""
+        height, width = self.image_size
+        grids = []
+        for window in self.windows:
+            if window is not None:
+                kernel, stride, padding = window
+                height = (height + 2 * padding - kernel) // stride + 1
+                width = (width + 2 * padding - kernel) // stride + 1
+            grids.append((height, width))
+        return tuple(grids)
+
+    @property
+    def places(self) -> list[int]:
+        """The place of each stage in `network`, where convolutions stand between them."""
+        joins = [window is not None for window in self.windows[1:]]
+        return [stage + sum(joins[:stage]) for stage in range(len(self.depths))]
+
+    @property
+    def hidden_dim(self) -> int:
+        """Channels of the last stage, which the head reads."""
+        return self.dims[-1]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all stages."""
+        return sum(self.depths)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Positions of each stage's grid, the finest first."""
+        return tuple(height * width for height, width in self.grids)
+
+    @property
+    def least_parameters(self) -> int:
+        """Trained values of the blocks' MLPs alone."""
+        stages = zip(self.depths, self.dims, self.mlp_ratios, strict=True)
+        return sum(2 * depth * ratio * dim**2 for depth, dim, ratio in stages)
+
+    @property
+    def widest(self) -> int:
+        """Values of one image's largest activation, a hidden layer of a block's MLP."""
+        stages = zip(self.tokens, self.dims, self.mlp_ratios, strict=True)
+        return max(tokens * dim * ratio for tokens, dim, ratio in stages)
+
+    @property
+    def flops(self) -> int:
+        """Operations of one image, a multiply-add counted as two.
+
+        Of convolutions and dense layers; biases, GELU, LayerNorm and the weights of the branches
+        are left out, as is usual.
+        """
+        macs, channels = self.hidden_dim * self.num_classes, self.in_channels
+        for stage, (tokens, dim) in enumerate(zip(self.tokens, self.dims, strict=True)):
+            window = self.windows[stage]
+            if window is not None:
+                macs += tokens * window[0] ** 2 * channels * dim
+            dense = tokens * (2 + 2 * self.mlp_ratios[stage]) * dim**2  # mlp_c, proj; fc1, fc2
+            macs += self.depths[stage] * (self.mixing_macs(stage) + dense + 4 * dim * (dim // 4))
+            channels = dim
+        return 2 * macs
+
+    def summary(self) -> str:
+        """Returns the shape in a few words: "stages of 2, 2, 4, 2 blocks, 64 to 512 channels"."""
+        blocks = ", ".join(map(str, self.depths))
+        return f"stages of {blocks} blocks, {self.dims[0]} to {self.dims[-1]} channels"
 
 
-def blocks_and_head_macs(config: StagedConfig, mixing: Sequence[int]) -> int:
-    """Returns the multiply-adds of one image in all blocks and the head; `mixing` are those of the
-    branches of height and width in a block of each stage."""
-    macs = config.dims[-1] * config.num_classes
-    stages = zip(config.grids, config.depths, config.dims, config.mlp_ratios, mixing, strict=True)
-    for (height, width), depth, dim, ratio, branches in stages:
-        dense = (2 + 2 * ratio) * dim * dim  # mlp_c and proj; fc1 and fc2
-        macs += depth * (branches + height * width * dense + 4 * dim * (dim // 4))
-    return macs
-
-
-def infer_stages(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Any], list[int]]:
+def infer_stages(shapes: Shapes) -> tuple[dict[str, Any], list[int]]:
     """Returns the fields that the tensors of both families imply, and each stage's place in
     `network`; see `Family.infer`."""
     blocks = (re.match(r"network\.(\d{1,6})\.\d{1,6}\.", name) for name in shapes)
-    stages = sorted({int(match[1]) for match in blocks if match})
-    if not stages:
+    places = sorted({int(match[1]) for match in blocks if match})
+    if not places:
         raise ValueError("the file has no blocks (network.0.0.*)")
     depths, dims, ratios = [], [], []
-    for stage in stages:
-        depths.append(count_blocks(shapes, rf"network\.{stage}\.(\d{{1,6}})\."))
-        hidden, dim = shape_of(shapes, f"network.{stage}.0.mlp.fc1.weight", 2)
+    for place in places:
+        depths.append(count_blocks(shapes, rf"network\.{place}\.(\d{{1,6}})\."))
+        hidden, dim = shape_of(shapes, f"network.{place}.0.mlp.fc1.weight", 2)
         if hidden % dim:
             raise ValueError(f"{hidden} hidden units are not a multiple of {dim} channels")
         dims.append(dim)
         ratios.append(hidden // dim)
-    has_head = "head.weight" in shapes or "head.bias" in shapes
     fields = {
         "depths": tuple(depths),
         "dims": tuple(dims),
         "mlp_ratios": tuple(ratios),
         "in_channels": shape_of(shapes, "patch_embed.proj.weight", 4)[1],
-        "num_classes": shape_of(shapes, "head.weight", 2)[0] if has_head else 0,
+        "num_classes": count_classes(shapes),
     }
-    return fields, stages
-
-
-def imagenet_preprocessing(config: Any, crop: float) -> Preprocessing:
-    """Returns what both families were published with: ImageNet's mean and deviation, bicubic."""
-    mean, std, channels = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), config.in_channels
-    return Preprocessing(
-        image_size=config.image_size,
-        channels=channels,
-        mean=mean if channels == 3 else sum(mean) / 3,
-        std=std if channels == 3 else sum(std) / 3,
-        crop=crop,
-        interpolation="bicubic",
-    )
+    return fields, places

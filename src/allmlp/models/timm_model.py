@@ -14,65 +14,22 @@ import functools
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from allmlp.errors import UserError, near_names
-from allmlp.models.layers import Family, ImageClassifier, check_config
+from allmlp.errors import UserError, near_names, one_of
+from allmlp.models.family import Family, ModelConfig, Size
+from allmlp.models.layers import ImageClassifier
+from allmlp.models.timm_sizes import HAND_BUILT
 
 PREFIX = "timm:"
 _MATCHING = (
     "With a CPU build of torch, torchvision must be one too: pip install torchvision "
     "--index-url https://download.pytorch.org/whl/cpu (docs/timm.md)"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimmConfig:
-    """The architecture of a model of timm.
-
-    Args:
-        name: timm's, without a tag of weights, or one of `paper/comparison_systems.py`.
-        image_size: (H, W) in pixels, one number for a square.
-        num_classes: outputs of the head; 0 leaves the head out: the model returns its features.
-        in_channels: channels of the input images.
-        dropout: timm's `drop_rate`, before the head.
-        stochastic_depth: timm's `drop_path_rate`.
-
-    Raises:
-        ValueError: a value is out of range. Whether timm knows the name shows when it is built.
-    """
-
-    name: str
-    image_size: tuple[int, int] = (224, 224)
-    num_classes: int = 1000
-    in_channels: int = 3
-    dropout: float = 0.0
-    stochastic_depth: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
-            raise ValueError(f"name must be a text, got {self.name!r}")
-        check_config(self)
-
-    @property
-    def hidden_dim(self) -> int:
-        """C, the width of the features that the head reads."""
-        return _measured(self.name, self.image_size, self.in_channels)[1]
-
-    @property
-    def flops(self) -> int:
-        """Operations of one image, a multiply-add counted as two, by torch's counter: convolutions
-        and matrix products, also attention's."""
-        backbone, width = _measured(self.name, self.image_size, self.in_channels)
-        return backbone + 2 * width * self.num_classes
-
-    def summary(self) -> str:
-        """Returns the architecture in a few words: "timm's resnet18, 512 features"."""
-        return f"timm's {self.name}, {self.hidden_dim} features"
 
 
 class TimmModel(ImageClassifier):
@@ -97,7 +54,47 @@ class TimmModel(ImageClassifier):
     def features(self, images: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, C)
         """Returns what timm's classifier would read: `forward_head` with `pre_logits`."""
         self.check_images(images)
-        return _features(self.backbone, images)
+        backbone: Any = self.backbone
+        x = backbone.forward_head(backbone.forward_features(images), pre_logits=True)
+        return x.flatten(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmConfig(ModelConfig):
+    """The architecture of a model of timm, beside the fields of `ModelConfig`.
+
+    Args:
+        name: timm's, without a tag of weights, or one of `timm_sizes.py`.
+        dropout: timm's `drop_rate`, before the head.
+        stochastic_depth: timm's `drop_path_rate`.
+
+    Raises:
+        ValueError: a value is out of range. Whether timm knows the name shows when it is built.
+    """
+
+    name: str
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
+
+    @property
+    def measured(self) -> Measured:
+        """What a model without memory shows; UserError if it takes no images of this size."""
+        return _measured(self.name, self.image_size, self.in_channels)
+
+    @property
+    def hidden_dim(self) -> int:
+        """C, the width of the features that the head reads."""
+        return self.measured.width
+
+    @property
+    def flops(self) -> int:
+        """Operations of one image, a multiply-add counted as two, by torch's counter: convolutions
+        and matrix products, also attention's."""
+        return self.measured.flops + 2 * self.hidden_dim * self.num_classes
+
+    def summary(self) -> str:
+        """Returns the architecture in a few words: "timm's resnet18, 512 features"."""
+        return f"timm's {self.name}, {self.hidden_dim} features"
 
 
 def import_timm() -> Any:
@@ -113,16 +110,8 @@ def import_timm() -> Any:
         raise UserError(f"timm cannot be imported: {first_line(error)}", fix=fix) from error
 
 
-def hand_built() -> dict[str, Any]:
-    """Returns the sizes that timm does not register, by name."""
-    return importlib.import_module("allmlp.paper.comparison_systems").HAND_BUILT
-
-
 def timm_config(
-    name: str,
-    image_size: int | tuple[int, int] | None = None,
-    num_classes: int | None = None,
-    **overrides: Any,
+    name: str, image_size: int | Size | None, num_classes: int | None, **overrides: Any
 ) -> TimmConfig:
     """Returns the configuration of "timm:NAME", by default at timm's own size with 1000 classes;
     timm builds it once, without memory, to check it."""
@@ -131,27 +120,23 @@ def timm_config(
         what = f"{PREFIX}{name} names weights; a model with random weights has no tag"
         fix = f"{PREFIX}{name.partition('.')[0]}, or allmlp.load_model for the weights"
         raise UserError(what, fix=fix)
-    known = ("in_channels", "dropout", "stochastic_depth")
     for field in overrides:
-        if field not in known:
-            fix = f"{near_names(field, known)}Known: {', '.join(known)}"
-            raise UserError(f"a model of timm has no setting {field!r}", fix=fix)
+        one_of("setting", field, ("in_channels", "dropout", "stochastic_depth"))
     size: Any = own_image_size(name) if image_size is None else image_size
     classes = 1000 if num_classes is None else num_classes
     try:
         config = TimmConfig(name=name, image_size=size, num_classes=classes, **overrides)
     except (TypeError, ValueError) as error:
         raise UserError(f"cannot build {PREFIX}{name}: {error}") from error
-    _ = config.flops  # an image of that size passes
+    _ = config.measured  # an image of that size passes
     return config
 
 
-def own_image_size(name: str) -> tuple[int, int]:
+def own_image_size(name: str) -> Size:
     """Returns the (H, W) that timm builds an architecture for."""
     import_timm()
-    if name in hand_built():
-        return hand_built()[name].image_size
-    return tuple(known_to_timm(name).input_size[1:])
+    own = HAND_BUILT.get(name)
+    return tuple(known_to_timm(name).input_size[1:]) if own is None else own.image_size
 
 
 def known_to_timm(name: str) -> Any:
@@ -159,13 +144,12 @@ def known_to_timm(name: str) -> Any:
     timm = import_timm()
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
-        fix = near_names(base, [*timm.list_models(), *hand_built()])
+        fix = near_names(base, [*timm.list_models(), *HAND_BUILT])
         fix += f"timm {timm.__version__} has {len(timm.list_models()):,} models"
         raise UserError(f"timm has no model {base!r}", fix=fix)
-    tags = [known.partition(".")[2] for known in timm.list_models(f"{base}.*", pretrained=True)]
-    if tag and tag not in tags:
-        fix = f"{near_names(tag, tags)}Its weights: {', '.join(tags) or 'none'}"
-        raise UserError(f"timm has no weights {tag!r} of {base}", fix=fix)
+    if tag:
+        tags = timm.list_models(f"{base}.*", pretrained=True)
+        one_of(f"weights of {base}", tag, [known.partition(".")[2] for known in tags])
     found = timm.get_pretrained_cfg(name)
     if found is None:
         raise UserError(f"timm does not describe its model {base!r}, so it cannot be used here")
@@ -192,75 +176,6 @@ def build_backbone(config: TimmConfig) -> nn.Module:
     return model
 
 
-def _built(config: TimmConfig) -> nn.Module:
-    settings: dict[str, Any] = {"num_classes": 0, "in_chans": config.in_channels}
-    # Not every model has these two: only those that are set are passed.
-    settings |= {"drop_rate": config.dropout} if config.dropout else {}
-    settings |= {"drop_path_rate": config.stochastic_depth} if config.stochastic_depth else {}
-    timm, own_size, own = import_timm(), own_image_size(config.name), hand_built()
-    is_fixed = config.name not in own and known_to_timm(config.name).fixed_input_size
-    try:
-        if config.name in own:
-            return own[config.name].build(**settings)
-        model = timm.create_model(config.name, **settings)
-        if config.image_size != own_size and is_fixed:
-            if hasattr(model, "set_input_size"):
-                model.set_input_size(config.image_size)
-            else:
-                settings["img_size"] = config.image_size
-                model = timm.create_model(config.name, **settings)
-        return model
-    except Exception as error:  # whatever timm raises for settings that a model does not have
-        given = ", ".join(f"{key}={value}" for key, value in settings.items())
-        what = f"timm cannot build {config.name} ({given}): {first_line(error)}"
-        raise UserError(what) from error
-
-
-def resized(model: TimmModel, image_size: tuple[int, int]) -> TimmModel:
-    """Brings a model with its weights to another image size, in place, and returns it: convolutions
-    take any; of other networks timm resizes position embeddings (bicubic) where it knows how."""
-    config = replace(model.config, image_size=image_size)
-    if config.name not in hand_built() and known_to_timm(config.name).fixed_input_size:
-        own, new = ("x".join(map(str, size)) for size in (model.config.image_size, image_size))
-        what = f"timm cannot bring the weights of {config.name} from {own} to {new} pixels"
-        backbone: Any = model.backbone
-        if not hasattr(backbone, "set_input_size"):
-            fix = "mixer_* models of this package can be resized" if "mixer" in config.name else ""
-            raise UserError(what, fix=fix or f"Keep {own}, or take other weights of this name")
-        try:
-            backbone.set_input_size(image_size)
-        except Exception as error:
-            raise UserError(f"{what}: {first_line(error)}") from error
-    _ = config.flops  # an image of that size passes
-    model.config = config
-    return model
-
-
-def _features(backbone: Any, images: Tensor) -> Tensor:
-    x = backbone.forward_head(backbone.forward_features(images), pre_logits=True)
-    return x.flatten(1)
-
-
-@functools.lru_cache(maxsize=64)
-def _measured(name: str, image_size: tuple[int, int], in_channels: int) -> tuple[int, int]:
-    """Returns the operations of one image without the head, and C; built without memory."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    config = TimmConfig(name=name, image_size=image_size, num_classes=0, in_channels=in_channels)
-    # The caller's random numbers stay the same, whether this was measured before or not.
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        backbone = build_backbone(config).to("meta").eval().requires_grad_(False)
-        image = torch.empty(1, in_channels, *image_size, device="meta")
-        counter = FlopCounterMode(display=False)
-        try:
-            with torch.no_grad(), counter:
-                width = _features(backbone, image).shape[1]
-        except Exception as error:
-            what = f"timm's {name} takes no images of {image_size[0]}x{image_size[1]} pixels"
-            raise UserError(f"{what}: {first_line(error)}") from error
-    return counter.get_total_flops(), width
-
-
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Moves every parameter that a module registers in the block to the meta device."""
@@ -275,6 +190,76 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _built(config: TimmConfig) -> nn.Module:
+    settings: dict[str, Any] = {"num_classes": 0, "in_chans": config.in_channels}
+    # Not every model has these two: only those that are set are passed.
+    settings |= {"drop_rate": config.dropout} if config.dropout else {}
+    settings |= {"drop_path_rate": config.stochastic_depth} if config.stochastic_depth else {}
+    timm, name = import_timm(), config.name
+    own = None if name in HAND_BUILT else known_to_timm(name)
+    try:
+        if own is None:
+            return HAND_BUILT[name].build(**settings)
+        model = timm.create_model(name, **settings)
+        if own.fixed_input_size and config.image_size != tuple(own.input_size[1:]):
+            if hasattr(model, "set_input_size"):
+                model.set_input_size(config.image_size)
+            else:
+                model = timm.create_model(name, img_size=config.image_size, **settings)
+        return model
+    except Exception as error:  # whatever timm raises for settings that a model does not have
+        given = ", ".join(f"{key}={value}" for key, value in settings.items())
+        raise UserError(f"timm cannot build {name} ({given}): {first_line(error)}") from error
+
+
+def resized(model: TimmModel, image_size: Size) -> TimmModel:
+    """Brings a model with its weights to another image size, in place, and returns it: convolutions
+    take any; of other networks timm resizes position embeddings (bicubic) where it knows how."""
+    config = replace(model.config, image_size=image_size)
+    if config.name not in HAND_BUILT and known_to_timm(config.name).fixed_input_size:
+        own, new = ("x".join(map(str, size)) for size in (model.config.image_size, image_size))
+        what = f"timm cannot bring the weights of {config.name} from {own} to {new} pixels"
+        backbone: Any = model.backbone
+        if not hasattr(backbone, "set_input_size"):
+            raise UserError(what, fix=f"Keep {own}, or take other weights of this name")
+        try:
+            backbone.set_input_size(image_size)
+        except Exception as error:
+            raise UserError(f"{what}: {first_line(error)}") from error
+    _ = config.measured  # an image of that size passes
+    model.config = config
+    return model
+
+
+class Measured(NamedTuple):
+    """What a model of timm without its classifier shows of itself."""
+
+    flops: int
+    width: int  # C, of the features that the head reads
+    unpooled: tuple[int, ...] | None  # shape of one image's `forward_features`, if it is a tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _measured(name: str, image_size: Size, in_channels: int) -> Measured:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = TimmConfig(name=name, image_size=image_size, num_classes=0, in_channels=in_channels)
+    # The caller's random numbers stay the same, whether this was measured before or not.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        backbone: Any = build_backbone(config).to("meta").eval().requires_grad_(False)
+        image = torch.empty(1, in_channels, *image_size, device="meta")
+        counter = FlopCounterMode(display=False)
+        try:
+            with torch.no_grad(), counter:
+                x = backbone.forward_features(image)
+                width = backbone.forward_head(x, pre_logits=True).flatten(1).shape[1]
+        except Exception as error:
+            what = f"timm's {name} takes no images of {image_size[0]}x{image_size[1]} pixels"
+            raise UserError(f"{what}: {first_line(error)}") from error
+    shape = tuple(x.shape) if isinstance(x, Tensor) else None
+    return Measured(counter.get_total_flops(), width, shape)
 
 
 def first_line(error: BaseException) -> str:

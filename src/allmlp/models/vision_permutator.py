@@ -12,7 +12,7 @@ Equal to its authors' code (Andrew-Qibin/VisionPermutator), in which G is the si
 H S = C, so that both maps are C x C and images have 224 x 224 pixels. Here G stays the same at any
 other image size, also a rectangular one: the maps are then H S x H S and W S x W S.
 
-At another image size (`resize`) the segments stay, and each map, an image (place, channel of the
+At another image size (`_resize`) the segments stay, and each map, an image (place, channel of the
 segment) -> the same, changes along the places:
 
 block-diagonal  (both sides grow by a whole number K)
@@ -30,25 +30,46 @@ the slow index; channels come last between stem and head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from allmlp.models.layers import Family, Tensors, check_config, check_divisible, shape_of
+from allmlp.models.family import Family, Shapes, Size, Tensors, shape_of
 from allmlp.models.resize import how_resized, resizing, whole_factors
-from allmlp.models.staged import (
-    Block,
-    Convolution,
-    Fusion,
-    StagedClassifier,
-    StagedConfig,
-    blocks_and_head_macs,
-    drop_rates,
-    imagenet_preprocessing,
-    infer_stages,
-)
+from allmlp.models.staged import Fusion, StagedClassifier, StagedConfig, Window, infer_stages
 from allmlp.runtime.device import check_fits_memory
+
+
+class PermutatorFusion(Fusion):
+    """The token mixing of a block: C channels in segments of S on a grid (H, W)."""
+
+    def __init__(self, dim: int, size: int, grid: Size) -> None:
+        super().__init__(dim)
+        self.size = size
+        self.mlp_h = nn.Linear(grid[0] * size, grid[0] * size, bias=False)
+        self.mlp_w = nn.Linear(grid[1] * size, grid[1] * size, bias=False)
+
+    def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        parts = x.unflatten(3, (-1, self.size))  # (N, H, W, G, S)
+        columns = parts.permute(0, 3, 2, 1, 4)  # (N, G, W, H, S)
+        mixed = self.mlp_h(columns.flatten(3)).view(columns.shape)
+        high = mixed.permute(0, 3, 2, 1, 4).reshape(x.shape)
+        rows = parts.permute(0, 1, 3, 2, 4)  # (N, H, G, W, S)
+        mixed = self.mlp_w(rows.flatten(3)).view(rows.shape)
+        wide = mixed.permute(0, 1, 3, 2, 4).reshape(x.shape)
+        return high, wide
+
+
+class VisionPermutator(StagedClassifier):
+    """Vision Permutator s/14, s/7, m/7 and l/7, and any other widths and depths."""
+
+    config: VisionPermutatorConfig
+    why_one_size: ClassVar[str] = "its token mixing has a weight for each place in a row and column"
+
+    def fusion(self, stage: int) -> Fusion:
+        config = self.config
+        return PermutatorFusion(config.dims[stage], config.sizes[stage], config.grids[stage])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,21 +90,18 @@ class VisionPermutatorConfig(StagedConfig):
             not into segments.
     """
 
+    per_stage: ClassVar[tuple[str, ...]] = (*StagedConfig.per_stage, "segments")
+
     patch_size: int
     segments: tuple[int, ...]
     downsamples: tuple[bool, ...]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_config(self, "patch_size")
-        self.check_stages("segments")
-        halves = self.downsamples
-        halves = tuple(halves) if isinstance(halves, list | tuple) else halves
-        is_right = isinstance(halves, tuple) and len(halves) == len(self.dims) - 1
+        halves, joins = self.downsamples, len(self.dims) - 1
+        is_right = isinstance(halves, tuple) and len(halves) == joins
         if not is_right or not all(isinstance(halved, bool) for halved in halves):
-            what = f"downsamples must be {len(self.dims) - 1} of true and false"
-            raise ValueError(f"{what}, got {halves!r}")
-        object.__setattr__(self, "downsamples", halves)
+            raise ValueError(f"downsamples must be {joins} of true and false, got {halves!r}")
         for dim, segments in zip(self.dims, self.segments, strict=True):
             if dim % segments:
                 raise ValueError(f"{dim} channels do not divide into {segments} segments")
@@ -94,112 +112,44 @@ class VisionPermutatorConfig(StagedConfig):
         unit, words = self.patch_size * 2 ** sum(halves), f"the patch size {self.patch_size}"
         if any(halves):
             words = f"{unit} ({words}, and the grid is halved {sum(halves)}x)"
-        check_divisible(self.image_size, unit, words)
+        self.check_divisible(unit, words)
 
     @property
-    def grids(self) -> tuple[tuple[int, int], ...]:
-        """Rows and columns of each stage."""
-        height, width = (side // self.patch_size for side in self.image_size)
-        grids = [(height, width)]
-        for halved in self.downsamples:
-            height, width = (height // 2, width // 2) if halved else (height, width)
-            grids.append((height, width))
-        return tuple(grids)
+    def sizes(self) -> list[int]:
+        """S of each stage, channels of a segment."""
+        return [dim // count for dim, count in zip(self.dims, self.segments, strict=True)]
 
     @property
-    def stage_indices(self) -> tuple[int, ...]:
-        """The place of each stage in `network`, where convolutions stand between them."""
-        found = [0]
-        for halved in self.downsamples:
-            found.append(found[-1] + 1 + halved)
-        return tuple(found)
+    def windows(self) -> list[Window | None]:
+        """See `StagedConfig`."""
+        stem = (self.patch_size, self.patch_size, 0)
+        return [stem, *((2, 2, 0) if halved else None for halved in self.downsamples)]
 
-    @property
-    def flops(self) -> int:
-        """Operations of one image, a multiply-add counted as two.
-
-        Of convolutions and dense layers; biases, GELU, LayerNorm and the weights of the branches
-        are left out, as is usual.
-        """
-        areas = [height * width for height, width in self.grids]
-        stem = areas[0] * self.patch_size**2 * self.in_channels * self.dims[0]
-        joins = zip(areas[1:], self.dims, self.dims[1:], self.downsamples, strict=False)
-        between = sum(4 * area * old * new for area, old, new, halved in joins if halved)
-        mixing = []
-        for (height, width), dim, segments in zip(
-            self.grids, self.dims, self.segments, strict=True
-        ):
-            size = dim // segments  # of a segment; every token's dim numbers meet side x size each
-            mixing.append(height * width * dim * size * (height + width))
-        return 2 * (stem + between + blocks_and_head_macs(self, mixing))
+    def mixing_macs(self, stage: int) -> int:
+        """See `StagedConfig`: each of a token's numbers meets side x S others, in each branch."""
+        lengths = sum(self.grids[stage]) * self.sizes[stage]
+        return self.tokens[stage] * self.dims[stage] * lengths
 
     def summary(self) -> str:
         """Returns the shape in a few words."""
         return f"patch {self.patch_size}, {super().summary()}"
 
 
-class PermutatorFusion(Fusion):
-    """The token mixing of a block: C channels in G segments on a grid (H, W)."""
-
-    def __init__(self, dim: int, segments: int, grid: tuple[int, int]) -> None:
-        super().__init__(dim)
-        self.size = dim // segments
-        self.mlp_h = nn.Linear(grid[0] * self.size, grid[0] * self.size, bias=False)
-        self.mlp_w = nn.Linear(grid[1] * self.size, grid[1] * self.size, bias=False)
-
-    def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        parts = x.unflatten(3, (-1, self.size))  # (N, H, W, G, S)
-        columns = parts.permute(0, 3, 2, 1, 4)  # (N, G, W, H, S)
-        mixed = self.mlp_h(columns.flatten(3)).view(columns.shape)
-        high = mixed.permute(0, 3, 2, 1, 4).reshape(x.shape)
-        rows = parts.permute(0, 1, 3, 2, 4)  # (N, H, G, W, S)
-        mixed = self.mlp_w(rows.flatten(3)).view(rows.shape)
-        wide = mixed.permute(0, 1, 3, 2, 4).reshape(x.shape)
-        return high, wide
-
-
-class VisionPermutator(StagedClassifier):
-    """Vision Permutator s/14, s/7, m/7 and l/7, and any other widths and depths."""
-
-    config: VisionPermutatorConfig
-    why_one_size: ClassVar[str] = "its token mixing has a weight for each place in a row and column"
-
-    def __init__(self, config: VisionPermutatorConfig) -> None:
-        patch = config.patch_size
-        stem = Convolution(config.in_channels, config.dims[0], kernel=patch, stride=patch)
-        parts: list[nn.Module] = []
-        stages = zip(config.dims, config.mlp_ratios, config.segments, config.grids, strict=True)
-        drops = drop_rates(config)
-        for stage, (dim, ratio, segments, grid) in enumerate(stages):
-            if stage and config.downsamples[stage - 1]:
-                parts.append(Convolution(config.dims[stage - 1], dim, kernel=2, stride=2))
-            blocks = (
-                Block(PermutatorFusion(dim, segments, grid), dim, ratio * dim, drop)
-                for drop in drops[stage]
-            )
-            parts.append(nn.Sequential(*blocks))
-        super().__init__(config, stem, parts)
-
-
-def resize(
+def _resize(
     tensors: Tensors, old: VisionPermutatorConfig, new: VisionPermutatorConfig, method: str
 ) -> tuple[VisionPermutatorConfig, str]:
     """Brings the maps of all blocks to the image size of `new`, see `Family.resize`."""
-    stages = zip(new.grids, new.dims, new.segments, new.depths, strict=True)
-    numbers = sum(
-        depth * (height**2 + width**2) * (dim // segments) ** 2
-        for (height, width), dim, segments, depth in stages
-    )
+    stages = zip(new.grids, new.sizes, new.depths, strict=True)
+    numbers = sum(depth * (h**2 + w**2) * size**2 for (h, w), size, depth in stages)
     check_fits_memory(numbers, f"token mixing at {'x'.join(map(str, new.image_size))} pixels")
     factors = whole_factors(old.grids[0], new.grids[0], method)
     change = resample_map if factors is None else grow_map
-    for stage, index in enumerate(old.stage_indices):
-        size = old.dims[stage] // old.segments[stage]
+    for stage, place in enumerate(old.places):
         for block in range(old.depths[stage]):
             for axis, branch in enumerate(("mlp_h", "mlp_w")):
-                name = f"network.{index}.{block}.attn.{branch}.weight"
+                name = f"network.{place}.{block}.attn.{branch}.weight"
                 sides = old.grids[stage][axis], new.grids[stage][axis]
-                tensors[name] = change(tensors[name], *sides, size)
+                tensors[name] = change(tensors[name], *sides, old.sizes[stage])
     return new, how_resized(factors)
 
 
@@ -217,16 +167,16 @@ def resample_map(weight: Tensor, old: int, new: int, size: int) -> Tensor:
     return resampled.reshape(new * size, new * size).to(weight.dtype)
 
 
-def _infer(shapes: Any, written: Any, asked: Any) -> VisionPermutatorConfig:
+def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> VisionPermutatorConfig:
     """The shapes do not say the segments: the authors' code wants one for each row of the grid."""
-    fields, stages = infer_stages(shapes)
+    fields, places = infer_stages(shapes)
     patch = shape_of(shapes, "patch_embed.proj.weight", 4)[2]
-    downsamples = tuple(f"network.{first + 1}.proj.weight" in shapes for first in stages[:-1])
+    downsamples = tuple(f"network.{place + 1}.proj.weight" in shapes for place in places[:-1])
     size = written or (224, 224)
     rows, segments = size[0] // patch, []
     for stage, dim in enumerate(fields["dims"]):
         rows = rows // 2 if stage and downsamples[stage - 1] else rows
-        side = shape_of(shapes, f"network.{stages[stage]}.0.attn.mlp_h.weight", 2)[0]
+        side = shape_of(shapes, f"network.{places[stage]}.0.attn.mlp_h.weight", 2)[0]
         if side != dim or rows < 1:
             raise ValueError(
                 f"the height is mixed by {side}x{side} weights at {dim} channels, and the file "
@@ -245,29 +195,20 @@ _SHAPES = {  # of its authors' code: P, depths, dims, segments, where the grid i
     "vip_l7": (7, (8, 8, 16, 4), (256, 512, 512, 512), (32, 16, 16, 16), _FIRST),
 }
 _FIELDS = ("patch_size", "depths", "dims", "segments", "downsamples")
-_ARCHITECTURES = {
-    name: VisionPermutatorConfig(mlp_ratios=(3, 3, 3, 3), **dict(zip(_FIELDS, shape, strict=True)))
-    for name, shape in _SHAPES.items()
-}
-
-
-def _authors_preprocessing(config: VisionPermutatorConfig) -> Any:
-    """`crop_pct` of the authors' `default_cfgs` is 0.9 for all but l/7."""
-    same = [
-        all(getattr(config, name) == getattr(_ARCHITECTURES[size], name) for name in _FIELDS)
-        for size in ("vip_s14", "vip_s7", "vip_m7")
-    ]
-    return imagenet_preprocessing(config, 0.9 if any(same) else 0.875)
-
-
 FAMILY = Family(
     name="vision_permutator",
     title="Vision Permutator",
     paper="Hou et al. 2022, arXiv 2106.12368",
     config=VisionPermutatorConfig,
     build=VisionPermutator,
-    architectures=_ARCHITECTURES,
-    resize=resize,
+    architectures={
+        name: VisionPermutatorConfig(
+            mlp_ratios=(3, 3, 3, 3), **dict(zip(_FIELDS, shape, strict=True))
+        )
+        for name, shape in _SHAPES.items()
+    },
+    resize=_resize,
+    marker=r"network\.\d+\.\d+\.attn\.mlp_[hw]\.",
     infer=_infer,
-    preprocessing=_authors_preprocessing,
+    crops=dict.fromkeys(("vip_s14", "vip_s7", "vip_m7"), 0.9),  # the authors' `default_cfgs`
 )

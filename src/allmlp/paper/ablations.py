@@ -16,7 +16,8 @@ from allmlp.benchmark import benchmark
 from allmlp.console import table
 from allmlp.errors import UserError, one_of
 from allmlp.models.catalog import create_model, model_config
-from allmlp.models.mixer_config import MixerConfig
+from allmlp.models.layers import count_parameters
+from allmlp.models.mixer import MixerConfig
 from allmlp.options import make
 from allmlp.paper.study import Study, StudyOptions, train_config, write_csv, write_study
 from allmlp.runtime.world import join_world
@@ -130,7 +131,7 @@ def _costs(
     measured = benchmark(models, device=config.device, batch_sizes=(64,), seconds=seconds)
     return {
         row.name: {
-            "parameters": models[row.name].config.num_parameters,
+            "parameters": count_parameters(models[row.name]),
             "flops": models[row.name].config.flops,
             "images_per_second": row.images_per_second,
             "precision": row.precision,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -69,28 +69,21 @@ def imagenet_classes() -> list[str]:
     return text.read_text(encoding="utf-8").splitlines()
 
 
-def _checkpoint(fields: dict[str, Any]) -> Checkpoint:
-    """Returns an entry of checkpoints.toml, whose "file" and "tag" are part of its addresses."""
-    config = architectures()[fields["name"].partition(".")[0]]
-    prepare, prepared = family_of(config).preprocessing, fields.pop("preprocessing", {})
-    parts = {name: fields.pop(name, "") for name in ("file", "tag")}
-    for name in fields.keys() & {"url", "hub"}:
-        fields[name] = fields[name].format(**parts)
-    fields.setdefault("num_classes", 1000)
-    if prepare is None:
-        return Checkpoint(preprocessing=Preprocessing(image_size=(224, 224), **prepared), **fields)
-    return Checkpoint(preprocessing=prepare(config), **fields)
-
-
 def _read() -> list[Checkpoint]:
     text = files("allmlp.weights").joinpath("checkpoints.toml").read_text(encoding="utf-8")
-    return [
-        _checkpoint(
-            {name: value for name, value in {**publisher, **file}.items() if name != "files"}
-        )
-        for publisher in tomllib.loads(text).values()
-        for file in publisher["files"]
-    ]
+    found = []
+    for publisher in tomllib.loads(text).values():
+        for file in publisher.pop("files"):
+            fields = {"num_classes": 1000, **publisher, **file}
+            # "file" and "tag" are part of the addresses.
+            parts = {name: fields.pop(name, "") for name in ("file", "tag")}
+            for name in fields.keys() & {"url", "hub"}:
+                fields[name] = fields[name].format(**parts)
+            config = architectures()[fields["name"].partition(".")[0]]
+            own = family_of(config).published_preprocessing(config)
+            preprocessing = replace(own, **fields.pop("preprocessing", {}))
+            found.append(Checkpoint(preprocessing=preprocessing, **fields))
+    return found
 
 
 _ALL = _read()

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from allmlp.errors import needs, plural
 from allmlp.io import check_not_inputs, expand
 from allmlp.models.catalog import in_words
-from allmlp.models.layers import ImageClassifier
+from allmlp.models.layers import count_parameters, flops_text
 from allmlp.models.resize import ResizeWeights
 from allmlp.options import ImageSize, Options
 from allmlp.weights.load import files_of, load_model
-from allmlp.weights.save import check_target, other_gelu, save_model
+from allmlp.weights.save import check_target, save_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +42,9 @@ class ConvertOptions(Options):
         needs({"resize_weights": resizing}, "image_size", self.image_size)
 
 
-@dataclass(frozen=True)
-class Converted:
-    """What `convert` has written."""
-
-    model: ImageClassifier
-    weights: Path
-    format: str
-    kept_head: bool  # it has the wanted number of classes already
-
-
-def convert(model: str, output: str, options: ConvertOptions) -> Converted:
-    """Loads a model and writes it; nothing is overwritten unasked, and never the input."""
+def convert(model: str, output: str, options: ConvertOptions) -> list[str]:
+    """Loads a model and writes it; nothing is overwritten unasked, and never the input. Returns
+    what was written, in lines."""
     path = expand(output)
     format = options.format or ("google" if path.suffix == ".npz" else "allmlp")
     targets = [file for file in check_target(path, format) if file is not None]
@@ -63,21 +53,24 @@ def convert(model: str, output: str, options: ConvertOptions) -> Converted:
     net = load_model(
         model, options.image_size, options.num_classes, resize_weights=options.resize_weights
     )
-    kept = bool(options.num_classes and net.state_dict()["head.weight"].any())
-    written = save_model(net, path, format, overwrite=options.overwrite)
-    return Converted(net, written, format, kept)
+    lines = []
+    if options.num_classes and net.state_dict()["head.weight"].any():
+        number = plural(options.num_classes, "class")
+        lines.append(f"head     the trained one, it has {number} already")
+    weights = save_model(net, path, format, overwrite=options.overwrite)
+    mebibytes = weights.stat().st_size / 2**20
+    lines += [
+        f"model    {in_words(net.config)}",
+        f"         {count_parameters(net):,} parameters, {flops_text(net.config.flops)} per image",
+        f"written  {weights} ({format}, {mebibytes:,.1f} MiB)",
+    ]
+    gelu = {"google": ("tanh", "Google's code"), "timm": ("exact", "timm")}.get(format)
+    if gelu is not None and gelu[0] != net.config.gelu:
+        what = f"{gelu[1]} computes the {gelu[0]} GELU, this model the {net.config.gelu} one"
+        lines.append(f"note     {what}: its logits will differ in the fourth digit")
+    return lines
 
 
-def show(result: Converted, options: ConvertOptions) -> None:
-    """Prints what was written."""
-    config = result.model.config
-    if result.kept_head:
-        number = plural(options.num_classes or 0, "class")
-        print(f"head     the trained one, it has {number} already")
-    parameters = sum(parameter.numel() for parameter in result.model.parameters())
-    mebibytes = result.weights.stat().st_size / 2**20
-    print(f"model    {in_words(config)}")
-    print(f"         {parameters:,} parameters, {config.flops / 1e9:.3g} GFLOPs per image")
-    print(f"written  {result.weights} ({result.format}, {mebibytes:,.1f} MiB)")
-    if note := other_gelu(config, result.format):
-        print(f"note     {note}")
+def show(lines: list[str], options: ConvertOptions) -> None:
+    """Prints them."""
+    print("\n".join(lines))

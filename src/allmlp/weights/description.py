@@ -17,27 +17,21 @@ from allmlp.io import parse_json
 from allmlp.models.catalog import (
     architectures,
     config_from_json,
-    family,
     family_of,
     in_words,
     model_from_config,
 )
-from allmlp.models.layers import ModelConfig, checked_names
+from allmlp.models.family import ModelConfig, Size
+from allmlp.models.layers import checked_names
 from allmlp.names import NAME, is_format, own_entry
-from allmlp.preprocessing import Preprocessing
+from allmlp.preprocessing import INTERPOLATIONS, Preprocessing
 from allmlp.weights.checkpoints import Checkpoint
 from allmlp.weights.files import WeightsFile, fingerprint
-from allmlp.weights.layouts import (
-    Layout,
-    infer_config,
-    layout_of,
-    own_layout,
-    timm_image_size,
-    timm_preprocessing,
-)
+from allmlp.weights.layouts import Layout, known_layout, layout_of
 
 FORMAT_VERSION = 1
 WEIGHTS, PICKLED, CONFIG = "model.safetensors", "pytorch_model.bin", "config.json"
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -53,24 +47,22 @@ class Description:
 
 
 def describe(
-    file: WeightsFile, checkpoint: Checkpoint | None, image_size: tuple[int, int] | None
+    file: WeightsFile, checkpoint: Checkpoint | None, image_size: Size | None
 ) -> Description:
     """Returns what a file is, whose tensors may still have any shape; `image_size`, which was asked
     for, helps if the tokens make no square."""
     written, where = _written(file)
-    if written is not None and "architecture" in written and is_format(written.get("format"), NAME):
+    if "architecture" in written and is_format(written.get("format"), NAME):
         return _ours(written, where, file)
-    layout = layout_of(file.tensors, file.path)
-    shapes = {name: tuple(value.shape) for name, value in layout.to_ours(file.tensors).items()}
-    own_size = None if written is None else timm_image_size(written)
-    config = infer_config(shapes, layout, file.path, own_size, image_size)
+    layout = known_layout(file.tensors, file.path)
+    config = _infer(file, layout, _timm_image_size(written), image_size)
     if checkpoint is not None:
         return _published(checkpoint, config, layout, file)
     return _foreign(written, where, config, layout)
 
 
-def _written(file: WeightsFile) -> tuple[dict[str, Any] | None, str]:
-    """Returns what is written about a file, and where; (None, "") if nothing is."""
+def _written(file: WeightsFile) -> tuple[Json, str]:
+    """Returns what is written about a file, and where; ({}, "") if nothing is."""
     header, carried = own_entry(file.metadata), None
     if header is not None:
         carried = _parsed(header, f"{file.path} (header)")
@@ -86,10 +78,10 @@ def _written(file: WeightsFile) -> tuple[dict[str, Any] | None, str]:
             raise UserError(f"cannot read it: {error.strerror}", where=path) from error
         if _belongs(beside, carried, file):
             return beside, str(path)
-    return (None, "") if carried is None else (carried, f"{file.path} (header)")
+    return ({}, "") if carried is None else (carried, f"{file.path} (header)")
 
 
-def _parsed(text: str, where: str) -> dict[str, Any]:
+def _parsed(text: str, where: str) -> Json:
     try:
         found = parse_json(text)
         if isinstance(found, dict):
@@ -100,7 +92,7 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
     raise UserError(f"not a model description: {reason[:200]}", where=where)
 
 
-def _belongs(beside: dict[str, Any], carried: dict[str, Any] | None, file: WeightsFile) -> bool:
+def _belongs(beside: Json, carried: Json | None, file: WeightsFile) -> bool:
     """Whether a description was written with these weights, as far as can be known: a save that is
     killed between its two renames, or a copy of one file, leaves a description of other weights."""
     known = beside.get("weights")
@@ -111,26 +103,22 @@ def _belongs(beside: dict[str, Any], carried: dict[str, Any] | None, file: Weigh
     return carried is None or known == carried.get("weights")
 
 
-def _ours(written: dict[str, Any], where: str, file: WeightsFile) -> Description:
+def _ours(written: Json, where: str, file: WeightsFile) -> Description:
+    version = written.get("version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        what = f"written by a newer allmlp (format {str(version)[:20]})"
+        raise UserError(what, where=where, fix=f"pip install --upgrade {NAME}")
     try:
-        if written["version"] > FORMAT_VERSION:
-            what = f"written by a newer allmlp (format {str(written['version'])[:20]})"
-            raise UserError(what, where=where, fix=f"pip install --upgrade {NAME}")
-        if not isinstance(written["architecture"], dict):
-            raise TypeError("the architecture is not an object")
-    except (KeyError, TypeError) as error:
-        raise UserError(f"not a model description: {error!r}", where=where) from error
-    preprocessing = None
-    try:
-        config = config_from_json(written["architecture"])
-        if written.get("preprocessing") is not None:
-            preprocessing = Preprocessing.from_json(written["preprocessing"])
-    except UserError as error:
-        raise UserError(error.what[:400], where=where, fix=error.fix, code=error.code) from error
-    if file.container == "npz":
-        layout = layout_of(file.tensors, file.path)
-    else:
-        layout = own_layout(file.tensors, family_of(config).name)
+        config = config_from_json(dict(written["architecture"]))
+        preprocessing = written.get("preprocessing")
+        if preprocessing is not None:
+            preprocessing = Preprocessing.from_json(preprocessing)
+    except (KeyError, TypeError, ValueError) as error:
+        what = error.what[:400] if isinstance(error, UserError) else f"{error!r}"
+        fix = error.fix if isinstance(error, UserError) else None
+        raise UserError(f"not a model description: {what}", where=where, fix=fix) from error
+    family = family_of(config)
+    layout = layout_of(file.tensors, family) or Layout(family.title, family, family.marker)
     if preprocessing is not None:
         prepared = (preprocessing.image_size, preprocessing.channels)
         if prepared != (config.image_size, config.in_channels):
@@ -142,6 +130,24 @@ def _ours(written: dict[str, Any], where: str, file: WeightsFile) -> Description
         if any("\ud800" <= letter <= "\udfff" for name in names for letter in name):
             raise UserError("class_names hold letters that are not valid text", where=where)
     return Description(layout, config, names, preprocessing, where)
+
+
+def _infer(
+    file: WeightsFile, layout: Layout, written: Size | None, asked: Size | None
+) -> ModelConfig:
+    """Returns the architecture that the tensors imply; the layout decides the GELU."""
+    title, infer = layout.family.title, layout.family.infer
+    shapes = {name: tuple(value.shape) for name, value in layout.to_ours(file.tensors).items()}
+    assert infer is not None
+    try:
+        config = infer(shapes, written, asked)
+    except KeyError as error:
+        key = next(iter(layout.from_ours({str(error.args[0]): torch.empty(1)})))
+        what = f"not a {title}: the names are those of {layout.title}, but {key} is missing"
+        raise UserError(what, where=file.path, fix="Is it the right file?") from error
+    except ValueError as error:
+        raise UserError(f"not a {title}: {error}", where=file.path) from error
+    return config if layout.gelu is None else replace(config, gelu=layout.gelu)
 
 
 def _published(
@@ -161,72 +167,110 @@ def _published(
     return Description(layout, config, checkpoint.class_names(), preprocessing, source, notes)
 
 
-def _foreign(
-    written: dict[str, Any] | None, where: str, config: ModelConfig, layout: Layout
-) -> Description:
+def _foreign(written: Json, where: str, config: ModelConfig, layout: Layout) -> Description:
     """Other people's weights: preprocessing from timm's config.json, else assumed, with a note."""
-    names, preprocessing, notes, source = None, None, [], "the tensors"
-    has_colours = config.in_channels in (1, 3)
-    if written is not None:
-        inner = written.get("pretrained_cfg", written)
-        inner = inner if isinstance(inner, dict) else {}
+    preprocessing, notes, source = None, [], "the tensors"
+    if config.in_channels in (1, 3):
         try:
-            if has_colours:
-                preprocessing, notes = timm_preprocessing(
-                    written, config.image_size, config.in_channels
-                )
+            preprocessing, notes = timm_preprocessing(
+                _timm_settings(written), config.image_size, config.in_channels
+            )
         except (ValueError, TypeError) as error:
             raise UserError(f"not a preprocessing: {error}", where=where) from error
-        labels = written.get("label_names") or inner.get("label_names")
-        if isinstance(labels, list) and len(labels) == config.num_classes:
-            names = [str(label) for label in labels]
-    if preprocessing is not None:
-        source = f"the tensors and {where}"
-    elif has_colours:
-        authors, whose = family(layout.family).preprocessing, f"that of {layout.title}'s authors"
-        if authors is None:
-            whose = "Google's"
-            preprocessing = Preprocessing(image_size=config.image_size, channels=config.in_channels)
+        if preprocessing is not None:
+            source = f"the tensors and {where}"
         else:
-            preprocessing = authors(config)
-        if layout.title != "Google":
-            what = f"the file does not say its preprocessing; {whose} is assumed"
-            notes = [f"{what} ({preprocessing.summary()})"]
+            preprocessing = layout.family.published_preprocessing(config)
+            is_google = layout.family.crops is None
+            whose = "Google's" if is_google else f"that of {layout.title}'s authors"
+            if layout.title != "Google":
+                what = f"the file does not say its preprocessing; {whose} is assumed"
+                notes = [f"{what} ({preprocessing.summary()})"]
+    labels = written.get("label_names") or _timm_settings(written).get("label_names")
+    is_whole = isinstance(labels, list) and len(labels) == config.num_classes
+    names = [str(label) for label in labels] if isinstance(labels, list) and is_whole else None
     return Description(layout, config, names, preprocessing, source, tuple(notes))
+
+
+def _timm_settings(written: Json) -> Json:
+    found = written.get("pretrained_cfg", written)
+    return found if isinstance(found, dict) else {}
+
+
+def _timm_image_size(written: Json) -> Size | None:
+    size = _timm_settings(written).get("input_size")
+    if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int for n in size):
+        return None
+    return size[1], size[2]
+
+
+def timm_preprocessing(
+    settings: Json, image_size: Size, channels: int
+) -> tuple[Preprocessing | None, list[str]]:
+    """Returns the preprocessing of timm's `PretrainedCfg`, and notes on what is not kept.
+
+    What is missing has timm's defaults: bicubic, 0.875, the centre; without mean and std nothing is
+    described: None. ValueError and TypeError: a value is out of range.
+    """
+    if settings.get("mean") is None or settings.get("std") is None:
+        return None, []
+    notes, interpolation = [], settings.get("interpolation") or "bicubic"
+    if interpolation not in INTERPOLATIONS:
+        notes.append(f"interpolation {interpolation!r} is not available; bicubic is used")
+        interpolation = "bicubic"
+    mode = settings.get("crop_mode") or "center"
+    if mode not in ("center", "squash"):
+        notes.append(f"crop mode {mode!r} is not available; the centre is cropped")
+    preprocessing = Preprocessing(
+        image_size=image_size,
+        # timm's "squash" scales each side and then crops: the paper's resize-crop.
+        resize="resize-crop" if mode == "squash" else "resmall-crop",
+        channels=channels,
+        mean=_per_channel(settings["mean"], channels),
+        std=_per_channel(settings["std"], channels),
+        crop=float(settings.get("crop_pct") or 0.875),
+        interpolation=interpolation,
+    )
+    return preprocessing, notes
+
+
+def _per_channel(values: Any, channels: int) -> float | tuple[float, ...]:
+    """One number if all are equal, and their mean for a grey model."""
+    numbers = tuple(map(float, values if isinstance(values, list | tuple) else [values]))
+    if channels == 1 and len(numbers) == 3:
+        return sum(numbers) / 3
+    return numbers[0] if len(set(numbers)) == 1 else numbers
 
 
 def check_shapes(description: Description, file: WeightsFile) -> None:
     """Compares a file's tensors, by its own names, with what the architecture wants; the UserError
     names each tensor that is missing, extra, misshapen or not of floating point."""
     config, layout, tensors = description.config, description.layout, file.tensors
-    from_ours = layout.from_ours
     if layout.is_loose:
-        tensors, from_ours = layout.to_ours(tensors), dict
+        tensors = layout.to_ours(tensors)
     num_blocks = getattr(config, "num_blocks", 0)
     if num_blocks > len(tensors):  # before a description's million blocks are built
         what = f"the description says {num_blocks:,} blocks, the file has {len(tensors)} tensors"
         raise UserError(what, where=file.path)
     try:
         with torch.device("meta"):
-            wanted = from_ours(model_from_config(config).state_dict())
+            wanted = layout.from_ours(model_from_config(config).state_dict())
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond what a tensor can have
         first = str(error).splitlines()[0]
         raise UserError(f"the architecture cannot be built: {first}", where=file.path) from error
-    expected = {name: tuple(value.shape) for name, value in wanted.items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    common = [name for name in expected if name in found]
-    problems = [f"missing: {name} {expected[name]}" for name in expected if name not in found]
-    problems += [f"extra: {name} {found[name]}" for name in found if name not in expected]
-    problems += [
-        f"misshapen: {name} is {found[name]}, the architecture wants {expected[name]}"
-        for name in common
-        if expected[name] != found[name]
-    ]
-    problems += [
-        f"not floating point: {name} is {str(tensors[name].dtype).removeprefix('torch.')}"
-        for name in common
-        if wanted[name].is_floating_point() and not tensors[name].is_floating_point()
-    ]
+    problems = []
+    for name, value in wanted.items():
+        shape, found = tuple(value.shape), tensors.get(name)
+        if found is None:
+            problems.append(f"missing: {name} {shape}")
+        elif tuple(found.shape) != shape:
+            have = tuple(found.shape)
+            problems.append(f"misshapen: {name} is {have}, the architecture wants {shape}")
+        elif value.is_floating_point() and not found.is_floating_point():
+            dtype = str(found.dtype).removeprefix("torch.")
+            problems.append(f"not floating point: {name} is {dtype}")
+    extra = [name for name in tensors if name not in wanted]
+    problems += [f"extra: {name} {tuple(tensors[name].shape)}" for name in extra]
     if problems:
         more = [f"... and {len(problems) - 20} more"] * (len(problems) > 20)
         shown = "\n  ".join(problems[:20] + more)

@@ -15,8 +15,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
-import urllib.error
 import urllib.request
 import zlib
 from dataclasses import dataclass
@@ -28,9 +26,7 @@ from allmlp.console import Reporter
 from allmlp.errors import UserError
 from allmlp.io import expand
 
-ATTEMPTS = 4  # each resumes where the last one stopped
 PATIENCE = 30.0  # seconds without an answer
-PAUSE = 1.0  # seconds before the next attempt; doubled each time
 _MEBIBYTE = 2**20
 
 
@@ -99,34 +95,19 @@ def _download(published: Published, path: Path, report: Reporter) -> None:
     size = f"{published.mebibytes} MiB, " if published.mebibytes else ""
     report.say(f"fetching {published.name} ({size}{published.url})")
     report.say(f"      to {path}")
-    for attempt in range(ATTEMPTS):
-        try:
-            partial = _receive(published, path, quiet=report.console.quiet)
-        except (UserError, PermissionError):
+    reason, partial = "", path
+    try:
+        partial = _receive(published, path, quiet=report.console.quiet)
+    except (UserError, PermissionError):
+        raise
+    except Exception as error:  # whatever the layers below http_get raise
+        if getattr(error, "errno", None) == errno.ENOSPC:
             raise
-        except urllib.error.HTTPError as error:
-            reason, is_final = f"the server answers {error.code} {error.reason}", error.code < 500
-        except urllib.error.URLError as error:
-            reason = f"no connection ({error.reason})"
-            is_final = not isinstance(error.reason, TimeoutError)
-        except Exception as error:  # whatever the layers below http_get raise
-            if getattr(error, "errno", None) == errno.ENOSPC:
-                raise
-            first = (str(error) or type(error).__name__).splitlines()[0]
-            reason, is_final = f"the connection broke ({first})", False
-        else:
-            _keep(published, partial, path)
-            return
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+    if reason:  # out of the block above: the error holds a connection
         kept = sum(file.stat().st_size for file in _partials(path))
         reason += f"; {kept:,} bytes are kept and resumed next time" * bool(kept)
-        if is_final or attempt == ATTEMPTS - 1:
-            raise _by_hand(published, path, reason)
-        report.say(f"again    {reason}")
-        time.sleep(PAUSE * 2**attempt)
-
-
-def _keep(published: Published, partial: Path, path: Path) -> None:
-    """Gives a complete download its name, if it is the published file."""
+        raise _by_hand(published, path, reason)
     problem = _verify(published, partial, _record(path))
     if problem:
         partial.unlink()
@@ -160,7 +141,7 @@ def _receive(published: Published, path: Path, *, quiet: bool) -> Path:
         fix = "Make room, or set MIXER_CACHE to another folder"
         raise UserError(what, where=path.parent, fix=fix, code="no-space")
     with partial.open("ab") as file:
-        http_get(
+        http_get(  # which resumes what breaks off, five times
             published.url,
             file,
             resume_size=kept,
@@ -211,18 +192,12 @@ def _record(path: Path) -> Path:
 
 
 def _changed(published: Published, problem: str) -> UserError:
-    return UserError(
-        f"{published.name} is not the published file: {problem}",
-        where=published.url,
-        fix="It was changed, or something in between answered in its place: do not use it",
-        code="changed",
-    )
+    what = f"{published.name} is not the published file: {problem}"
+    fix = "It was changed, or something in between answered in its place: do not use it"
+    return UserError(what, where=published.url, fix=fix, code="changed")
 
 
 def _by_hand(published: Published, path: Path, reason: str) -> UserError:
-    return UserError(
-        f"cannot download {published.name}: {reason}",
-        where=published.url,
-        fix=f"Get that file another way and put it at {path}",
-        code="no-download",
-    )
+    what = f"cannot download {published.name}: {reason}"
+    fix = f"Try again, or get that file another way and put it at {path}"
+    return UserError(what, where=published.url, fix=fix, code="no-download")

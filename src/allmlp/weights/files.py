@@ -77,11 +77,8 @@ def _hostile(path: Path, what: str, fix: str = "Do not trust where it came from"
 
 def _container(path: Path) -> str:
     try:
-        str(path).encode()  # the readers want text
         with path.open("rb") as file:
             start = file.read(64)
-    except UnicodeEncodeError as error:
-        raise UserError("the name is not valid UTF-8", where=path, fix="Rename it") from error
     except OSError as error:
         raise UserError(f"cannot read the file: {error.strerror}", where=path) from error
     if start[:2] == b"PK":

@@ -28,47 +28,46 @@ def fetch(name: str, revision: str | None) -> Path:
 
     Files come from the hub's cache (HF_HOME) if they are there; HF_HUB_OFFLINE is respected.
     """
-    import huggingface_hub
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants
 
     # Without a network the hub's library tries for half a minute; one look is enough.
-    cache_only = is_offline() or not is_reachable(constants.ENDPOINT)
-    command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
-
-    def get(file: str) -> Path | None:
-        try:
-            found = huggingface_hub.hf_hub_download(
-                name, file, revision=revision, local_files_only=cache_only
-            )
-        except errors.LocalEntryNotFoundError as error:
-            known = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
-            if known is huggingface_hub._CACHED_NO_EXIST:  # it was asked for before
-                return None
-            reason = "the hub cannot be reached" if cache_only else _cause(error)
-            what = f"{name} is not in the cache and {reason}"
-            where = f"{constants.HF_HUB_CACHE} ({file})"
-            raise UserError(what, where=where, fix=f"With a network: {command}") from error
-        except errors.EntryNotFoundError:
-            return None
-        except Exception as error:  # whatever the hub's library and its network layer raise
-            what, fix = f"cannot download {name}: {_cause(error)}", f"By hand: {command}"
-            if isinstance(error, errors.RevisionNotFoundError):
-                what, fix = f"{name} has no revision {revision!r}", "Leave @revision out for main"
-            elif isinstance(error, errors.GatedRepoError):
-                what, fix = f"{name} is gated", "Ask for access on its page, then: hf auth login"
-            elif isinstance(error, errors.RepositoryNotFoundError):
-                what = f"no model {name!r}, or it is private"
-                fix = "For a private one: hf auth login"
-            raise UserError(what, where="the hub", fix=fix) from error
-        return Path(found)
-
-    get("config.json")  # beside the weights; without one the tensors say what they are
+    is_cut_off = is_offline() or not is_reachable(constants.ENDPOINT)
+    _get(name, "config.json", revision, is_cut_off)  # without one the tensors say what they are
     for file in WEIGHTS:
-        path = get(file)
+        path = _get(name, file, revision, is_cut_off)
         if path is not None:
             _check(path)
             return path
     raise UserError(f"{name} has none of {', '.join(WEIGHTS)}", where="the hub")
+
+
+def _get(name: str, file: str, revision: str | None, is_cut_off: bool) -> Path | None:
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+    try:
+        found = huggingface_hub.hf_hub_download(
+            name, file, revision=revision, local_files_only=is_cut_off
+        )
+        return Path(found)
+    except errors.LocalEntryNotFoundError as error:
+        known = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
+        if known is huggingface_hub._CACHED_NO_EXIST:  # it was asked for before
+            return None
+        reason = "the hub cannot be reached" if is_cut_off else _cause(error)
+        what, where = f"{name} is not in the cache and {reason}", f"{constants.HF_HUB_CACHE}"
+        raise UserError(what, where=where, fix=f"With a network: {command}") from error
+    except errors.EntryNotFoundError:
+        return None
+    except Exception as error:  # whatever the hub's library and its network layer raise
+        what, fix = f"cannot download {name}: {_cause(error)}", f"By hand: {command}"
+        if isinstance(error, errors.RevisionNotFoundError):
+            what, fix = f"{name} has no revision {revision!r}", "Leave @revision out for main"
+        elif isinstance(error, errors.RepositoryNotFoundError):  # a gated one, too
+            what = f"no model {name!r}, or it is private"
+            fix = "If you have access: hf auth login"
+        raise UserError(what, where="the hub", fix=fix) from error
 
 
 def _cause(error: BaseException) -> str:

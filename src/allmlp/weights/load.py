@@ -10,6 +10,7 @@ import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from allmlp.console import Reporter
 from allmlp.errors import UserError, one_of, plural
 from allmlp.io import expand
 from allmlp.models.catalog import architectures, family_of, model_from_config
-from allmlp.models.layers import ImageClassifier, ModelConfig, Size
-from allmlp.models.resize import RESIZE_WEIGHTS, ResizeWeights
+from allmlp.models.family import ModelConfig, Size, is_integer
+from allmlp.models.layers import ImageClassifier
+from allmlp.models.resize import ResizeWeights
 from allmlp.models.timm_model import PREFIX, TimmModel, resized
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.device import check_fits_memory
@@ -69,14 +71,19 @@ def load_model(
             model or hold NaN, or it cannot be brought to that size.
     """
     report = Reporter(quiet=quiet, stderr=True)
-    wanted = _height_and_width(image_size)
-    one_of("resize_weights", resize_weights, RESIZE_WEIGHTS)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    is_size = isinstance(size, tuple | list) and len(size) == 2 and all(map(is_integer, size))
+    if size is not None and (not is_size or max(size) >= 2**31):
+        what, fix = f"not an image size: {image_size!r}", "a number of pixels, or (height, width)"
+        raise UserError(what, where="image_size", fix=fix)
+    size = None if size is None else (size[0], size[1])
+    one_of("resize_weights", resize_weights, get_args(ResizeWeights))
     if str(source).startswith(PREFIX):
         model: ImageClassifier = load_pretrained(str(source), report)
     else:
-        model = _from_file(source, wanted, resize_weights, report)
+        model = _from_file(source, size, resize_weights, report)
     if isinstance(model, TimmModel):
-        model = _timm_at_size(model, wanted, resize_weights, report)
+        model = _timm_at_size(model, size, resize_weights, report)
     had = model.config.num_classes
     if num_classes is not None and num_classes != had:
         model = with_new_head(model, num_classes)
@@ -104,11 +111,11 @@ def open_model(
 
 
 def _from_file(
-    source: str | Path, wanted: Size | None, method: ResizeWeights, report: Reporter
+    source: str | Path, size: Size | None, method: ResizeWeights, report: Reporter
 ) -> ImageClassifier:
     path, checkpoint = locate(source, report)
     file = read_weights(path)
-    description = describe(file, checkpoint, wanted)
+    description = describe(file, checkpoint, size)
     for note in description.notes:
         report.say(f"note     {note}")
     check_shapes(description, file)
@@ -116,23 +123,22 @@ def _from_file(
     tensors = description.layout.to_ours(file.tensors)
     file.tensors.clear()  # what is replaced below need not stay in memory
     # A copy if the file is mapped into memory: somebody may write to it later.
-    mapped = file.container != "npz"
+    is_mapped = file.container != "npz"
     tensors = {
-        name: _as_float32(tensors.pop(name), copy=mapped).contiguous() for name in list(tensors)
+        name: _as_float32(tensors.pop(name), copy=is_mapped).contiguous() for name in list(tensors)
     }
     _check_finite(tensors, path)
-    is_timm = description.layout.family == "timm"  # changes its size with the weights in it
-    if wanted is not None and wanted != config.image_size and not is_timm:
-        config, words = resize_model(tensors, config, wanted, method)
-        old = description.config
-        report.say(f"resized  {_pixels(old)} -> {_pixels(config)} pixels: {words}")
-        preprocessing = _at_size(preprocessing, config.image_size, source)
+    is_timm = description.layout.family.name == "timm"  # changes its size with the weights in it
+    if size is not None and size != config.image_size and not is_timm:
+        config, words = resize_model(tensors, config, size, method)
+        report.say(f"resized  {_pixels(description.config)} -> {_pixels(config)} pixels: {words}")
+        preprocessing = _at_size(preprocessing, size, source)
     with torch.device("meta"):  # shapes only: no memory, no random numbers
         model = model_from_config(config)
     try:
         model.load_state_dict(tensors, assign=True)
     except UserError as error:  # values that no model of the family has
-        raise UserError(error.what, where=path, fix=error.fix, code=error.code) from error
+        raise UserError(error.what, where=path, fix=error.fix) from error
     model.class_names, model.preprocessing = description.class_names, preprocessing
     return model
 
@@ -142,29 +148,28 @@ def resize_model(
 ) -> tuple[ModelConfig, str]:
     """Changes a model's tensors, by our names and in place, to those of another image size; returns
     the new architecture, and in words how it was reached."""
-    kind = family_of(config)
-    if kind.resize is None:
+    resize = family_of(config).resize
+    if resize is None:
         what = f"{config.summary()} cannot be brought to another image size"
         raise UserError(what, fix="Leave the image size out")
     try:
         new = dataclasses.replace(config, image_size=image_size)
-    except UserError:
-        raise
     except ValueError as error:
         raise UserError(str(error), where="image_size") from error
-    return kind.resize(tensors, config, new, method)
+    return resize(tensors, config, new, method)
 
 
 def _timm_at_size(
-    model: TimmModel, wanted: Size | None, method: ResizeWeights, report: Reporter
+    model: TimmModel, size: Size | None, method: ResizeWeights, report: Reporter
 ) -> TimmModel:
+    old = model.config
     if method != "auto":
         what = f"resize_weights={method!r} has no effect: timm resizes its own models"
-        raise UserError(what, where=model.config.name, fix="Leave it out")
-    if wanted is not None and wanted != model.config.image_size:
-        old, model = model.config, resized(model, wanted)
+        raise UserError(what, where=old.name, fix="Leave it out")
+    if size is not None and size != old.image_size:
+        model = resized(model, size)
         report.say(f"resized  {_pixels(old)} -> {_pixels(model.config)} pixels, by timm")
-        model.preprocessing = _at_size(model.preprocessing, wanted, model.config.name)
+        model.preprocessing = _at_size(model.preprocessing, size, old.name)
     return model
 
 
@@ -197,20 +202,6 @@ def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
             raise UserError(what, where=path, fix=fix, code="not-finite")
 
 
-def _height_and_width(image_size: int | tuple[int, int] | None) -> Size | None:
-    if image_size is None:
-        return None
-    sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
-    try:
-        height, width = (operator.index(side) for side in sides)
-        if not (0 < height < 2**31 and 0 < width < 2**31):
-            raise ValueError
-    except (TypeError, ValueError) as error:
-        what, fix = f"not an image size: {image_size!r}", "a number of pixels, or (height, width)"
-        raise UserError(what, where="image_size", fix=fix) from error
-    return height, width
-
-
 def _pixels(config: ModelConfig) -> str:
     return f"{config.image_size[0]}x{config.image_size[1]}"
 
@@ -221,9 +212,8 @@ def with_new_head(model: ImageClassifier, num_classes: int) -> ImageClassifier:
         config = dataclasses.replace(model.config, num_classes=operator.index(num_classes))
     except (TypeError, ValueError) as error:
         raise UserError(f"not a number of classes: {error}", where="num_classes") from error
-    check_fits_memory(
-        num_classes * model.config.hidden_dim, f"a head for {plural(num_classes, 'class')}"
-    )
+    words = f"a head for {plural(num_classes, 'class')}"
+    check_fits_memory(num_classes * model.config.hidden_dim, words)
     with torch.device("meta"):
         fresh = model_from_config(config)
     trained = model.state_dict()

@@ -50,58 +50,52 @@ def inspect_file(source: str | Path, image_size: tuple[int, int] | None = None) 
 
 def list_tensors(file: WeightsFile) -> list[str]:
     """Returns a table of the tensors; what is equal in all blocks is one row."""
-    rows: dict[tuple[str, str, str], list[int]] = {}
+    blocks: dict[tuple[str, str, str], list[str]] = {}
     for name in sorted(file.tensors, key=natural):
         value = file.tensors[name]
         shape = "x".join(map(str, value.shape)) or "()"
         dtype = str(value.dtype).removeprefix("torch.")
         number = re.search(r"(?<=blocks\.)\d+|(?<=[bB]lock_)\d+", name)
         key = name if number is None else f"{name[: number.start()]}#{name[number.end() :]}"
-        rows.setdefault((key, shape, dtype), []).append(-1 if number is None else int(number[0]))
-    cells = [
-        [key.replace("#", _range(blocks)), shape, dtype]
-        for (key, shape, dtype), blocks in rows.items()
-    ]
-    return table(["tensor", "shape", "dtype"], cells, left=3)
-
-
-def _range(numbers: list[int]) -> str:
-    if len(numbers) == 1:
-        return str(numbers[0])
-    if numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{{{numbers[0]}..{numbers[-1]}}}"
-    return "{" + ",".join(map(str, numbers)) + "}"
+        blocks.setdefault((key, shape, dtype), []).append("" if number is None else number[0])
+    rows = []
+    for (key, shape, dtype), numbers in blocks.items():
+        shown = numbers[0] if len(numbers) == 1 else f"{{{numbers[0]}..{numbers[-1]}}}"
+        rows.append([key.replace("#", shown), shape, dtype])
+    return table(["tensor", "shape", "dtype"], rows, left=3)
 
 
 def checkpoint_table() -> list[str]:
     """Returns a table of every published checkpoint, and what to know about checkpoint."""
     rows = []
     for checkpoint in CHECKPOINTS.values():
-        size = (
-            f"{checkpoint.mebibytes:.1f}"
-            if checkpoint.mebibytes
-            else f"~{checkpoint.parameters_mebibytes:.0f}"
-        )
+        size, parameters = checkpoint.mebibytes, checkpoint.parameters_mebibytes
         here = (cache_folder() / checkpoint.name / checkpoint.file_name).is_file()
-        top1 = checkpoint.accuracy.split()[0] if checkpoint.accuracy[0].isdigit() else "-"
-        cells = [checkpoint.name, f"{checkpoint.num_classes:,}", size, top1, checkpoint.gelu]
         values = checkpoint.preprocessing.value_range()
-        rows.append([*cells, values if values[0] == "[" else "mean, std", "yes" if here else "no"])
+        rows.append(
+            [
+                checkpoint.name,
+                f"{checkpoint.num_classes:,}",
+                f"{size:.1f}" if size else f"~{parameters:.0f}",
+                checkpoint.accuracy.split()[0] if checkpoint.accuracy[0].isdigit() else "-",
+                checkpoint.gelu,
+                values if values[0] == "[" else "mean, std",
+                "yes" if here else "no",
+            ]
+        )
     header = ["name", "classes", "MiB", "top-1", "GELU", "values", "here"]
     lines = table(header, rows)
     lines += ["All take 224x224 pixels. top-1 is on ImageNet-1k, as published; sources below.", ""]
     for checkpoint in CHECKPOINTS.values():
-        lines += [
-            checkpoint.name,
-            f"  trained on  {checkpoint.trained_on}",
-            f"  top-1       {checkpoint.accuracy}",
-            f"  input       {checkpoint.preprocessing.summary()}",
-            f"  {'page' if checkpoint.by_hand else 'file'}        {checkpoint.url}",
-        ]
-        if checkpoint.hub:
-            lines.append(f"  on the hub  hf:{checkpoint.hub}")
-        lines.append(f"  licence     {checkpoint.licence}")
-        if checkpoint.note:
-            lines.append(f"  note        {checkpoint.note}")
+        facts = {
+            "trained on": checkpoint.trained_on,
+            "top-1": checkpoint.accuracy,
+            "input": checkpoint.preprocessing.summary(),
+            "page" if checkpoint.by_hand else "file": checkpoint.url,
+            "on the hub": checkpoint.hub and f"hf:{checkpoint.hub}",
+            "licence": checkpoint.licence,
+            "note": checkpoint.note,
+        }
+        lines += [checkpoint.name, *(f"  {key:<10}  {fact}" for key, fact in facts.items() if fact)]
     lines += ["", f"Downloads go to {cache_folder()} (MIXER_CACHE changes that)."]
     return lines

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from allmlp.errors import UserError, fix_of, near_names, one_of
+from allmlp.errors import UserError, fix_of, one_of
 from allmlp.io import (
     Content,
     atomic_write_all,
@@ -30,15 +30,16 @@ from allmlp.io import (
     staging_folder,
 )
 from allmlp.models.catalog import config_to_json
-from allmlp.models.layers import ImageClassifier, Tensors
-from allmlp.models.mixer_config import MixerConfig
+from allmlp.models.family import Tensors
+from allmlp.models.layers import ImageClassifier
+from allmlp.models.mixer import MixerConfig
 from allmlp.names import NAME, is_format
 from allmlp.weights.description import CONFIG, FORMAT_VERSION, WEIGHTS
 from allmlp.weights.files import fingerprint
 from allmlp.weights.layouts import timm_from_ours, write_npz
 
 FORMATS = (NAME, "google", "timm")
-_SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".onnx", ".json")
+_OF_FILES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".onnx", ".json")
 
 
 def save_model(
@@ -66,15 +67,21 @@ def save_model(
     """
     path = expand(path)
     weights, beside = check_target(path, format, overwrite=overwrite)
-    is_plain = isinstance(model.config, MixerConfig) and model.config.is_plain
-    if format != "allmlp" and not is_plain:
-        what = f"the format {format!r} has no place for this model ({model.config.summary()})"
+    config, preprocessing = model.config, model.preprocessing
+    if format != "allmlp" and not (isinstance(config, MixerConfig) and config.is_plain):
+        what = f"the format {format!r} has no place for this model ({config.summary()})"
         raise UserError(what, fix="Use the format allmlp")
     tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    described = {**model_to_json(model), "weights": _fingerprint(tensors)}
+    described = {
+        "format": NAME,
+        "version": FORMAT_VERSION,
+        "architecture": config_to_json(config),
+        "class_names": model.class_names,
+        "preprocessing": None if preprocessing is None else preprocessing.to_json(),
+        "weights": _fingerprint(tensors),
+    }
     contents: dict[Path, Content]
-    if format == "google":
-        assert beside is not None
+    if beside is not None and format == "google":
         contents = {
             weights: lambda partial: write_npz(partial, tensors),
             beside: lambda partial: _describe_npz(partial, described, partial_path(weights)),
@@ -128,25 +135,21 @@ def check_target(path: Path, format: str, *, overwrite: bool = True) -> tuple[Pa
     """Returns the files that `save_model` would write there: weights, and a description or None."""
     one_of("format", format, FORMATS)
     expected = ".npz" if format == "google" else ".safetensors"
-    suffix = path.suffix
-    is_near = suffix.lower() in _SUFFIXES or near_names(suffix, [".safetensors", ".npz"])
-    if suffix != expected and (format == "google" or is_near):
+    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+        raise UserError("the name is not valid UTF-8", where=path, fix="Choose another")
+    if path.suffix == expected:
+        if path.is_dir():
+            raise UserError("the output is a folder, a file is meant", where=path)
+        weights, beside = path, path.with_suffix(".json") if format == "google" else None
+    elif format == "google" or path.suffix.lower() in _OF_FILES:
         what = f"format {format} is a {expected} file, got {path.name!r}"
         raise UserError(what, where=path, fix=f"Call it {path.with_suffix(expected).name}")
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise UserError("the name is not valid UTF-8", where=path, fix="Choose another") from error
-    if suffix != expected:
+    else:
         check_output_folder(path)
         if (path / "best").is_dir():
             what = "the output is a run folder; its model lies in best/"
             raise UserError(what, where=path, fix="Give a new folder")
         weights, beside = path / WEIGHTS, path / CONFIG
-    else:
-        if path.is_dir():
-            raise UserError("the output is a folder, a file is meant", where=path)
-        weights, beside = path, path.with_suffix(".json") if format == "google" else None
     if beside is not None and beside.is_file():
         try:
             found = parse_json(beside.read_bytes())
@@ -159,25 +162,3 @@ def check_target(path: Path, format: str, *, overwrite: bool = True) -> tuple[Pa
         if not overwrite and file is not None and os.path.lexists(file):
             raise UserError("the output exists already", where=file, fix="Set overwrite")
     return weights, beside
-
-
-def model_to_json(model: ImageClassifier) -> dict[str, Any]:
-    """Returns what config.json holds: architecture, class names and preprocessing."""
-    preprocessing = model.preprocessing
-    return {
-        "format": NAME,
-        "version": FORMAT_VERSION,
-        "architecture": config_to_json(model.config),
-        "class_names": model.class_names,
-        "preprocessing": None if preprocessing is None else preprocessing.to_json(),
-    }
-
-
-def other_gelu(config: object, format: str) -> str | None:
-    """Returns what another program computes differently from this model in its own format."""
-    gelu = {"google": ("tanh", "Google's code"), "timm": ("exact", "timm")}.get(format)
-    own = getattr(config, "gelu", None)
-    if gelu is None or own in (None, gelu[0]):
-        return None
-    what = f"{gelu[1]} computes the {gelu[0]} GELU, this model the {own} one"
-    return f"{what}: its logits will differ in the fourth digit"

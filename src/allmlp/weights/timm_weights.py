@@ -15,29 +15,29 @@ from torch import Tensor, nn
 
 from allmlp.console import Reporter
 from allmlp.errors import UserError
+from allmlp.models.family import Size
 from allmlp.models.timm_model import (
     PREFIX,
     TimmConfig,
     TimmModel,
-    build_backbone,
     first_line,
-    hand_built,
     import_timm,
     known_to_timm,
 )
+from allmlp.models.timm_sizes import HAND_BUILT
 from allmlp.weights import hub
 from allmlp.weights.checkpoints import imagenet_classes
+from allmlp.weights.description import timm_preprocessing
 from allmlp.weights.download import Published, cache_folder, cached
 from allmlp.weights.files import read_weights
-from allmlp.weights.layouts import timm_preprocessing
 
 
 def load_pretrained(source: str, report: Reporter) -> TimmModel:
     """Returns a model with timm's weights, class names and preprocessing, at its own image size."""
     name = source.removeprefix(PREFIX)
     base = name.partition(".")[0]
-    import_timm()
-    if base in hand_built():
+    timm = import_timm()
+    if base in HAND_BUILT:
         what = f"nobody has published weights of {PREFIX}{base}"
         raise UserError(what, fix=f'create_model("{PREFIX}{base}") draws new ones')
     described = known_to_timm(name)
@@ -45,26 +45,22 @@ def load_pretrained(source: str, report: Reporter) -> TimmModel:
     file = read_weights(_fetched(name, described, report))
     overlay = {"state_dict": dict(file.tensors), "custom_load": False}
     try:
-        theirs = import_timm().create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+        theirs = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     except Exception as error:  # whatever timm's many loaders raise
         lines = (str(error) or type(error).__name__).strip().splitlines()
         what = f"timm cannot load {name}: {' '.join(lines[:2])[:300]}"
         raise UserError(what, where=file.path) from error
     file.tensors.clear()
-    model = from_timm(theirs, base, tuple(described.input_size[1:]))
+    size = tuple(described.input_size[1:])
+    model = from_timm(theirs, base, size)
     classes = model.config.num_classes
     if described.label_names and len(described.label_names) == classes:
         model.class_names = [str(label) for label in described.label_names]
     elif classes == 1000:
         model.class_names = imagenet_classes()
-    values = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in dataclasses.asdict(described).items()
-    }
+    settings = dataclasses.asdict(described)
     try:
-        model.preprocessing, notes = timm_preprocessing(
-            values, model.config.image_size, model.config.in_channels
-        )
+        model.preprocessing, notes = timm_preprocessing(settings, size, model.config.in_channels)
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} has an unknown preprocessing: {error}") from error
     for note in notes:
@@ -72,7 +68,7 @@ def load_pretrained(source: str, report: Reporter) -> TimmModel:
     return model.eval()
 
 
-def from_timm(theirs: Any, name: str, image_size: tuple[int, int]) -> TimmModel:
+def from_timm(theirs: Any, name: str, image_size: Size) -> TimmModel:
     """Returns timm's model in our frame, its classifier (dense, or a 1x1 convolution as BiT's) as
     our head; the weights are shared."""
     theirs = theirs.float().eval()
@@ -101,29 +97,23 @@ def from_timm(theirs: Any, name: str, image_size: tuple[int, int]) -> TimmModel:
         what = f"timm's {name} has other tensors with its classifier than without"
         raise UserError(f"{what}: {first_line(error)}") from error
     model.eval()
-    _check_head(theirs, model)
+    if not _has_same_head(theirs, model):
+        what = f"timm's {name} computes more behind its features than one dense layer"
+        raise UserError(what, fix="Its architecture can be trained from scratch: create_model")
     return model
 
 
 @torch.no_grad()
-def _check_head(theirs: Any, model: TimmModel) -> None:
-    """Raises UserError unless our head maps timm's features to the same logits as timm's."""
-    config = dataclasses.replace(model.config, num_classes=0)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        bare: Any = build_backbone(config).to("meta").eval()
-        features = bare.forward_features(torch.empty(1, config.in_channels, *config.image_size))
-    same = isinstance(features, Tensor)
-    if same:
-        random = torch.Generator().manual_seed(0)
-        drawn = torch.randn(features.shape, generator=random)
-        backbone: Any = model.backbone
-        ours = backbone.forward_head(drawn, pre_logits=True).flatten(1)
-        ours = ours if model.head is None else model.head(ours)
-        expected = theirs.forward_head(drawn).flatten(1)
-        same = ours.shape == expected.shape and torch.allclose(ours, expected, 1e-4, 1e-4)
-    if not same:
-        what = f"timm's {config.name} computes more behind its features than one dense layer"
-        raise UserError(what, fix="Its architecture can be trained from scratch: create_model")
+def _has_same_head(theirs: Any, model: TimmModel) -> bool:
+    """Whether our head maps random features to the same logits as timm's."""
+    shape, backbone = model.config.measured.unpooled, model.backbone
+    if shape is None:
+        return False
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    ours = backbone.forward_head(drawn, pre_logits=True).flatten(1)
+    ours = ours if model.head is None else model.head(ours)
+    expected = theirs.forward_head(drawn).flatten(1)
+    return ours.shape == expected.shape and torch.allclose(ours, expected, 1e-4, 1e-4)
 
 
 def _fetched(name: str, described: Any, report: Reporter) -> Path:

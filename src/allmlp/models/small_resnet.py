@@ -15,20 +15,18 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allmlp.models.layers import Family, ImageClassifier, check_config
+from allmlp.models.family import Family, ModelConfig
+from allmlp.models.layers import ImageClassifier
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmallResNetConfig:
-    """The architecture of a `SmallResNet`.
+class SmallResNetConfig(ModelConfig):
+    """The architecture of a `SmallResNet`, beside the fields of `ModelConfig`.
 
     Args:
-        image_size: (H, W) in pixels, one number for a square; at least 4.
         width: channels of the first stage, a multiple of 8; each stage has twice those before it.
         num_stages: the grid is halved between them.
         num_blocks: residual blocks of a stage, two 3 x 3 convolutions each.
-        num_classes: outputs of the head; 0 leaves the head out.
-        in_channels: channels of the input images.
 
     Raises:
         ValueError: a value is out of range.
@@ -38,11 +36,9 @@ class SmallResNetConfig:
     width: int = 32
     num_stages: int = 3
     num_blocks: int = 2
-    num_classes: int = 1000
-    in_channels: int = 3
 
     def __post_init__(self) -> None:
-        check_config(self, "width", "num_stages", "num_blocks")
+        super().__post_init__()
         if self.width % 8:
             raise ValueError(f"width must be a multiple of 8, got {self.width}")
         least = 2 ** (self.num_stages - 1)

@@ -1,0 +1,191 @@
+"""What a family of models is to the rest of the package: its configurations and one record."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+from allmlp.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from allmlp.models.layers import ImageClassifier
+
+Tensors = dict[str, Tensor]
+Size = tuple[int, int]  # (H, W)
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What the architectures of all families have; each adds its own fields.
+
+    The types of the fields are checked: int is a whole number of at least 1, float a probability
+    below 1, a tuple may be given as a list.
+
+    Args:
+        image_size: (H, W) in pixels, one number for a square.
+        num_classes: outputs of the head; 0 leaves the head out: the model returns its features.
+        in_channels: channels of the input images.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    image_size: Size = (224, 224)
+    num_classes: int = 1000
+    in_channels: int = 3
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", (self.image_size, self.image_size))
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(kind) is tuple and isinstance(value, list):
+                object.__setattr__(self, name, value := tuple(value))
+            is_right, rule = _check(kind, value, least=0 if name == "num_classes" else 1)
+            if not is_right:
+                raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+    @property
+    def flops(self) -> int:
+        """Operations of one image, a multiply-add counted as two.
+
+        Of convolutions and dense layers; biases, GELU and LayerNorm are left out, as is usual.
+        """
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """Returns the shape in a few words."""
+        raise NotImplementedError
+
+    def check_divisible(self, unit: int, words: str) -> None:
+        """Raises ValueError unless `unit` divides the sides of the image; `words` name it."""
+        if any(side % unit for side in self.image_size):
+            height, width = self.image_size
+            near = [max(1, round(side / unit)) * unit for side in self.image_size]
+            raise ValueError(
+                f"image size {height}x{width} is not divisible by {words}; "
+                f"the nearest that is: {near[0]}x{near[1]}"
+            )
+
+
+def is_integer(value: Any, least: int = 1) -> bool:
+    """Returns whether a value is an integer (not a bool) of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check(kind: Any, value: Any, least: int) -> tuple[bool, str]:
+    """Returns whether a value is of a field's type, and what that is in words."""
+    if kind is int:
+        return is_integer(value, least), f"a whole number of at least {least}"
+    if kind is str:
+        return isinstance(value, str), "a text"
+    if kind is float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and 0.0 <= value < 1.0, "in [0, 1)"
+    if get_origin(kind) is Literal:
+        is_known = isinstance(value, str) and value in get_args(kind)
+        return is_known, f"one of {', '.join(get_args(kind))}"
+    if kind == Size:
+        is_size = isinstance(value, tuple) and len(value) == 2 and all(map(is_integer, value))
+        return is_size, "a number of pixels or (height, width)"
+    if kind == tuple[int, ...]:
+        is_list = isinstance(value, tuple) and value != () and all(map(is_integer, value))
+        return is_list, "whole numbers of at least 1"
+    return True, ""
+
+
+def _same_shape(config: Any, named: Any) -> str | None:
+    """Returns "" if a configuration differs from a named one in size, classes and colours only."""
+    free = {"image_size", "num_classes", "in_channels", "stochastic_depth"}
+    fields = [field for field in named.__dataclass_fields__ if field not in free]
+    same = all(getattr(config, field) == getattr(named, field) for field in fields)
+    return "" if same else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """All that the rest of the package knows about a kind of model; `catalog.py` lists them.
+
+    Attributes:
+        name: as config.json has it.
+        title, paper: for messages and model cards.
+        config: the class of its configurations.
+        build: configuration -> model with random weights.
+        architectures: the named configurations, at 224 pixels and with 1000 classes.
+        tell: (configuration, a named one) -> what to write behind the name, or None if it has
+            another shape.
+        resize: (tensors by our names, old and new configuration, method) changes the tensors in
+            place; returns the new configuration and how it was done, in words.
+        marker: a pattern of tensor names that only this family has; "": a file needs our
+            description.
+        infer: (shapes by our names, (H, W) if somebody wrote it down, (H, W) that the user asked
+            for) -> the configuration of weights without a description. KeyError: a tensor is
+            missing; ValueError says what does not fit.
+        crops: of published weights on ImageNet's mean and deviation, bicubic: architecture -> the
+            crop, 0.875 if it is not there. None: Google's preprocessing.
+    """
+
+    name: str
+    title: str
+    paper: str
+    config: type[Any]
+    build: Callable[[Any], ImageClassifier]
+    architectures: Mapping[str, Any] = field(default_factory=dict)
+    tell: Callable[[Any, Any], str | None] = _same_shape
+    resize: Callable[[Tensors, Any, Any, str], tuple[Any, str]] | None = None
+    marker: str = ""
+    infer: Callable[[Shapes, Size | None, Size | None], Any] | None = None
+    crops: Mapping[str, float] | None = None
+
+    def name_of(self, config: ModelConfig) -> str | None:
+        """Returns the named architecture that has this shape, at any size and with any classes."""
+        for name, named in self.architectures.items():
+            words = self.tell(config, named)
+            if words is not None:
+                return f"{name}{words}"
+        return None
+
+    def published_preprocessing(self, config: ModelConfig) -> Preprocessing:
+        """Returns the input that published weights expect, for files that do not say it."""
+        size, channels = config.image_size, config.in_channels
+        if self.crops is None:
+            return Preprocessing(image_size=size, channels=channels)
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        return Preprocessing(
+            image_size=size,
+            channels=channels,
+            mean=mean if channels == 3 else sum(mean) / 3,
+            std=std if channels == 3 else sum(std) / 3,
+            crop=self.crops.get(self.name_of(config) or "", 0.875),
+            interpolation="bicubic",
+        )
+
+
+def shape_of(shapes: Shapes, name: str, axes: int) -> tuple[int, ...]:
+    """Returns the shape of a tensor that must have this number of axes, for `Family.infer`."""
+    found = shapes[name]
+    if len(found) != axes or math.prod(found) == 0:
+        raise ValueError(f"{name} has the shape {found}, {axes} axes are expected")
+    return found
+
+
+def count_classes(shapes: Shapes) -> int:
+    """Returns the outputs of the head, 0 without one, for `Family.infer`."""
+    has_head = "head.weight" in shapes or "head.bias" in shapes
+    return shape_of(shapes, "head.weight", 2)[0] if has_head else 0
+
+
+def count_blocks(shapes: Shapes, pattern: str) -> int:
+    """Returns 1 + the largest number that `pattern`, with one group, finds in the names."""
+    found = (re.match(pattern, name) for name in shapes)
+    count = 1 + max((int(match[1]) for match in found if match), default=-1)
+    if count > len(shapes):  # a likely number is checked by comparing all names
+        what = f"block {count - 1:,} is there, but the file has {len(shapes):,} tensors only"
+        raise ValueError(what)
+    return count
