@@ -49,19 +49,12 @@ def search(name: str, num_workers: int | None) -> None:
     print(f"{images:,} images in {seconds:.1f} s; peak {peak:,.0f} MiB, a worker {worker:,.0f} MiB")
     kinds = np.bincount(found.kind, minlength=len(KINDS))
     print(", ".join(f"{kind}: {count:,}" for kind, count in zip(KINDS, kinds, strict=True)))
-    names = list(splits)
-    first, second = found.split_of(found.first), found.split_of(found.second)
-    for a, one in enumerate(names):
-        for b, other in enumerate(names):
-            here = ((first == a) & (second == b)) | ((first == b) & (second == a))
-            if a <= b:
-                print(f"pairs {one} - {other}: {here.sum():,}")
-            print(f"images of {one} with a duplicate in {other}: {found.count_with(one, other):,}")
-    groups = [len(group) for group in found.groups()]
-    print(f"groups: {len(groups):,}, the largest {groups[:5]}")
+    for one, counts in found.counts().items():
+        for other, number in counts.items():
+            print(f"images of {one} with a duplicate in {other}: {number:,}")
     print(f"pairs of different classes: {found.other_label().sum():,}")
     print(f"compared for equality only: {found.num_plain:,}; distance {found.distance}")
-    for split in names:
+    for split in splits:
         dropped = sum(1 for image in exclude_list(found, name).images if image.split == split)
         print(f"to exclude, {split}: {dropped:,}")
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from allmlp.data import check as module
-from allmlp.data.check import check_source, format_bytes
+from allmlp.data.check import check_source
 from allmlp.data.exclude import exclude, read_exclude_list
 from allmlp.data.sources import open_splits
 from allmlp.data.sources.packed import pack_splits
@@ -48,64 +47,19 @@ def test_the_report_counts_everything(odd_folder: Path):
     train, validation = report.splits["train"], report.splits["validation"]
     assert (train.num_images, validation.num_images) == (16, 3)
     assert train.class_counts == {"ant": 6, "bee": 9, "cat": 1}
-    assert validation.missing_classes == ["bee", "cat"]
+    assert validation.class_counts["bee"] == 0
     assert train.formats == {"PNG": 11, "JPEG": 2, "GIF": 1}
     assert train.modes == {"RGB": 10, "CMYK": 1, "I;16": 1, "P": 1, "RGBA": 1}
-    assert train.oddities == {
-        "rotated by EXIF": 1,
-        "alpha": 1,
-        "16-bit": 1,
-        "CMYK": 1,
-        "animated": 1,
-    }
     assert train.sizes == {"smallest": (70, 8), "median": (30, 40), "largest": (60, 40)}
-    assert [Path(each.name).name for each in train.tiny] == ["tiny.png"]
-    assert [Path(each.name).name for each in report.unreadable["train"]] == ["cut.png", "text.png"]
-    assert list(report.unreadable) == ["train"]
+    assert [Path(image.name).name for image in train.tiny] == ["tiny.png"]
+    assert [Path(image.name).name for image in train.unreadable] == ["cut.png", "text.png"]
+    assert validation.unreadable == []
     readable = (odd_folder / "train").rglob("*.*")
     size = sum(path.stat().st_size for path in readable if path.stem not in ("cut", "text"))
     assert train.num_bytes == size
     assert report.duplicates is not None
     assert report.duplicates.counts()["validation"]["train"] == 1
     assert report.duplicates.other_label().sum() == 1
-
-
-def test_every_image_is_read_once_where_nothing_looks_alike(class_folder: Path):
-    class Counted:
-        def __init__(self, source: object) -> None:
-            self.source, self.reads = source, []
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self.source, name)
-
-        def __len__(self) -> int:
-            return len(self.source)  # pyright: ignore
-
-        def read(self, index: int) -> bytes:
-            self.reads.append(index)
-            return self.source.read(index)  # pyright: ignore
-
-    splits = {name: Counted(each) for name, each in open_splits(str(class_folder)).items()}
-    check_source(splits, "data", num_workers=0)  # pyright: ignore
-    assert {name: each.reads for name, each in splits.items()} == {
-        name: list(range(len(each))) for name, each in splits.items()
-    }
-
-
-def test_huge_images(class_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "HUGE_PIXELS", 1000)
-    report = check_source(open_splits(f"{class_folder}:validation"), "data", num_workers=0)
-    assert len(report.splits["validation"].huge) == 9
-    assert report.splits["validation"].huge[0].what.startswith("30x40 pixels, ")
-
-
-def test_sizes_in_words(odd_folder: Path, class_folder: Path):
-    report = check_source(open_splits(str(class_folder)), "data", num_workers=0)
-    assert report.splits["train"].size_summary == "all 30x40"
-    report = check_source(open_splits(str(odd_folder)), "odd", num_workers=0)
-    assert report.splits["train"].size_summary.startswith("4 different; shorter side 30 px")
-    words = [format_bytes(n) for n in (12, 3_400, 12_345_678, 5 * 10**9)]
-    assert words == ["12 bytes", "3.4 kB", "12.3 MB", "5.0 GB"]
 
 
 def test_nothing_readable(tmp_path: Path, capsys):
@@ -127,10 +81,9 @@ def test_the_command_prints_and_writes(odd_folder: Path, tmp_path: Path, capsys)
     assert "unreadable images: 32" in out
     assert "cut.png: the image is damaged" in out
     assert out.count("the file is not an image") == 19  # a list is cut at 20
-    assert "... and 12 more; all in bad_files.txt" in out
-    assert "special: rotated by EXIF 1, alpha 1, 16-bit 1, CMYK 1, animated 1" in out
+    assert "... and 12 more" in out
     assert "classes without images: bee, cat" in out
-    assert "duplicates of different classes: 1 pair" in out
+    assert "duplicates of different classes, pairs: 1" in out
     assert "(bee) and validation[2]" in out
     assert sorted(path.name for path in output.iterdir()) == [
         *("bad_files.txt", "check.json", "duplicates.csv", "duplicates.png", "samples.png"),
@@ -150,7 +103,7 @@ def test_the_command_prints_and_writes(odd_folder: Path, tmp_path: Path, capsys)
 
 def test_a_clean_folder(class_folder: Path, capsys):
     code, out, _ = mixer(capsys, "data", "check", class_folder, "--num-workers", 0)
-    assert (code, "unreadable images: none" in out) == (0, True)
+    assert (code, "unreadable images: 0" in out) == (0, True)
     flags = "--duplicates", "off", "--num-workers", 0
     code, out, _ = mixer(capsys, "data", "check", class_folder, *flags)
     assert (code, "\nduplicates: " in out) == (0, False)
@@ -160,14 +113,14 @@ def test_damaged_packed_data_is_reported(class_folder: Path, tmp_path: Path, cap
     packed = tmp_path / "packed"
     file = pack_splits(open_splits(str(class_folder)), packed)["train"].files[0]
     code, out, _ = mixer(capsys, "data", "check", packed, "--num-workers", 0)
-    assert (code, "problems of the packed data" in out) == (0, False)
+    assert (code, "problems of the packed data: 0" in out) == (0, True)
     values = (packed / "packed.json").read_text()  # the images themselves can be decoded
     (packed / "packed.json").write_text(values.replace(str(file.sha256), "0" * 64))
     code, out, _ = mixer(capsys, "data", "check", f"{packed}:train", "--num-workers", 0)
     assert code == 3
     assert "problems of the packed data: 1" in out
     assert str(packed / file.name) in out
-    assert "unreadable images: none" in out
+    assert "unreadable images: 0" in out
 
 
 @pytest.mark.parametrize(
@@ -195,7 +148,6 @@ def test_12_bit_values_in_16_bit_files_are_named(tmp_path: Path, capsys):
     (folder / "bee" / "inverted.tif").write_bytes(tiff(np.full(25, 65_000), 16, photometric=0))
     Image.fromarray(dark * 16).save(folder / "ant" / "bright.png")
     report = check_source(open_splits(str(folder)), "x", num_workers=0).splits["train"]
-    assert report.oddities["16-bit"] == 4
     found = {each.name.removeprefix(str(folder)): each.what for each in report.dark}
     assert list(found) == ["/ant/dark.png", "/bee/dark.png", "/bee/inverted.tif"]
     assert [re.findall(r"[\d,]+", what)[0] for what in found.values()] == ["4,095", "4,095", "535"]

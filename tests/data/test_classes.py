@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from allmlp.data.classes import in_class_order, match_classes, natural_order
-from allmlp.data.sources import notes_of, open_splits
+from allmlp.data.sources import open_splits
 from allmlp.errors import UserError
 from conftest import make_class_folder
 
@@ -83,25 +83,6 @@ def test_another_form_of_a_name_that_is_there_twice_is_no_match(class_folder: Pa
                 match_classes(source, known, owner="x", allow_missing=True)
     with pytest.raises(UserError, match="'ant'"):
         match_classes(source, ["Ant", "bee", "cat"], owner="x", allow_missing=True)
-
-
-@pytest.mark.parametrize(
-    ("names", "combined"),
-    [
-        (["cat", "dog", "cat dog"], ["cat dog"]),
-        (["cat", "dog", "cat, dog", "cow", "cow|dog"], ["cat, dog", "cow|dog"]),
-        (["blue", "blue big", "red", "red big", "red big round"], None),
-        (["great white shark", "tiger shark", "shark"], []),
-        (["sea lion", "lion", "seal"], []),
-        (["n01440764 tench", "n01443537 goldfish"], []),
-    ],
-)
-def test_names_that_read_like_several_labels(tmp_path: Path, names, combined):
-    make_class_folder(tmp_path, dict.fromkeys(names, 1))
-    notes = notes_of(open_splits(str(tmp_path)))
-    expected = [name for name in names if " " in name] if combined is None else combined
-    assert len(notes) == bool(expected)
-    assert all(repr(name) in notes[0] for name in expected[:3])
 
 
 def test_match_classes_by_name(class_folder: Path):

@@ -13,8 +13,8 @@ from PIL import Image
 from allmlp.data import duplicates as module
 from allmlp.data.duplicates import Duplicates, find_duplicates, near_pairs
 from allmlp.data.exclude import exclude, exclude_list, read_exclude_list
-from allmlp.data.scan import perceptual_hash, scan
-from allmlp.data.source import EncodedImages, PackedBytes, Source, View, labelled
+from allmlp.data.scan import scan
+from allmlp.data.source import EncodedImages, PackedBytes, Source, labelled
 from allmlp.errors import UserError
 from conftest import draw, encode
 
@@ -31,7 +31,7 @@ def photo(seed: int, size: tuple[int, int] = (90, 70)) -> Image.Image:
     return Image.fromarray(np.clip(layers + 128, 0, 255).astype(np.uint8))
 
 
-def source(files: list[bytes], name: str = "train", labels: list[int] | None = None) -> View:
+def source(files: list[bytes], name: str = "train", labels: list[int] | None = None) -> Source:
     own = np.array(labels or [0] * len(files), dtype=np.int64)
     return labelled(EncodedImages(PackedBytes(files), f"made/{name}"), name, ["ant", "bee"], own)
 
@@ -62,27 +62,22 @@ def clustered(seed: int, number: int, centres: int, flips: int) -> np.ndarray:
 def test_pairs_are_those_of_brute_force(distance: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "_BLOCK", 70)
     for hashes in (clustered(1, 400, 12, 9), clustered(2, 300, 300, 0), clustered(3, 300, 2, 3)):
-        first, second, reached, left_out = near_pairs(hashes, distance, 10**9)
+        first, second, reached = near_pairs(hashes, distance, 10**9)
         assert [*zip(first.tolist(), second.tolist(), strict=True)] == brute_force(hashes, distance)
-        assert (reached, left_out) == (distance, 0)
+        assert reached == distance
     assert len(near_pairs(np.empty(0, np.uint64), distance, 9)[0]) == 0
 
 
 def test_a_flood_lowers_the_distance_and_stays_complete():
     hashes = clustered(4, 1500, 3, 8)
     whole = len(brute_force(hashes, 10))
-    first, second, reached, _ = near_pairs(hashes, 10, whole // 4)
+    first, second, reached = near_pairs(hashes, 10, whole // 4)
     assert 0 < reached < 10
     got = [*zip(first.tolist(), second.tolist(), strict=True)]
     assert got == brute_force(hashes, reached)
     assert len(got) <= whole // 4 < len(brute_force(hashes, reached + 1))
-
-
-def test_a_flood_of_equal_hashes_is_linear_and_reported():
-    first, second, reached, left_out = near_pairs(np.zeros(5000, dtype=np.uint64), 10, 20_000)
-    assert reached == 0
-    assert len(first) + left_out == 5000 * 4999 // 2
-    assert set(first.tolist()) | set(second.tolist()) == set(range(5000))
+    first, _, reached = near_pairs(np.zeros(5000, dtype=np.uint64), 10, 20_000)
+    assert (len(first), reached) == (0, -1)
 
 
 def change(name: str, image: Image.Image) -> bytes:
@@ -127,7 +122,6 @@ def test_exact_copies_are_told_apart_from_near_ones_and_labels_are_compared():
         ("train", 0, "train", 4, "near"),
     }
     assert found.other_label().tolist() == [True, False, False]
-    assert found.groups() == [[0, 2, 3, 4]]
     assert [(gone.index, gone.kind) for gone in found.to_exclude()] == [
         *((2, "same file"), (3, "same pixels"), (4, "near")),
     ]
@@ -185,12 +179,6 @@ def test_odd_pictures_do_no_harm():
     assert found.num_plain == 5
 
 
-def test_no_duplicates():
-    for files in ([b"broken", b"broken"], [encode(photo(1))]):
-        found = find_duplicates({"train": source(files)}, num_workers=0)
-        assert (len(found), found.groups(), found.to_exclude()) == (0, [], [])
-
-
 def many() -> dict[str, Source]:
     images = [photo(seed % 60, (40, 30)) for seed in range(150)]
     ways = [("PNG", {}), ("JPEG", {"quality": 80}), ("PNG", {"compress_level": 0})]
@@ -214,35 +202,17 @@ def test_workers_change_nothing():
         scan(many(), num_workers=-1)
 
 
-def test_few_thumbnails_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch):
-    whole = find_duplicates(many(), num_workers=0)
-    monkeypatch.setattr(module, "_MOST_THUMBNAILS", 7)
-    monkeypatch.setattr(module, "_BATCH", 3)
-    parts = find_duplicates(many(), num_workers=0)
-    assert np.array_equal(whole.second, parts.second)
-    assert np.array_equal(whole.difference, parts.difference)
-
-
 def test_a_killed_worker_is_one_message():
     class Deadly(EncodedImages):
         def read(self, index: int) -> bytes:
             os._exit(1)
 
     data = labelled(Deadly([b""] * 3, "made"), "train", ["ant"], np.zeros(3, dtype=np.int64))
-    with pytest.raises(UserError, match="was killed"):
+    with pytest.raises(UserError, match=r"worker process 0, at made\[0\], ended"):
         find_duplicates({"train": data}, num_workers=1)
 
 
-def test_the_hash_ignores_brightness_and_size():
-    image = np.asarray(photo(5))
-    small = np.asarray(photo(5).resize((45, 35)))
-    one = perceptual_hash(image)
-    for other in (np.clip(image * 0.9, 0, 255).astype(np.uint8), small):
-        assert (one ^ perceptual_hash(other)).bit_count() <= 6
-    assert (one ^ perceptual_hash(np.asarray(photo(6)))).bit_count() > 15
-
-
-def three_splits() -> dict[str, View]:
+def three_splits() -> dict[str, Source]:
     """Images 1 to 6; those with a tenth are JPEG copies."""
 
     def files(*seeds: float) -> list[bytes]:
@@ -259,7 +229,7 @@ def three_splits() -> dict[str, View]:
 
 
 @pytest.fixture
-def listed(tmp_path: Path) -> tuple[dict[str, View], Path]:
+def listed(tmp_path: Path) -> tuple[dict[str, Source], Path]:
     """Three splits and the list of what to exclude."""
     splits, path = three_splits(), tmp_path / "list.txt"
     path.write_text(exclude_list(find_duplicates(splits, num_workers=0), "made").to_text())
@@ -292,20 +262,19 @@ def test_a_chain_keeps_what_is_no_duplicate_of_what_stays():
     ends, kind = (np.array([0, 1]), np.array([1, 2])), np.array([2, 2], dtype=np.uint8)
     chain = Duplicates(data, *ends, kind, np.zeros(2, dtype=np.float32))
     assert [gone.index for gone in chain.to_exclude()] == [1]
-    assert chain.groups() == [[0, 1, 2]]
 
 
 def test_a_list_is_for_its_own_data(listed):
     splits, path = listed
     excluded, train = read_exclude_list(path), splits["train"]
 
-    def named(prefix: str) -> View:
+    def named(prefix: str) -> Source:
         return replace(train, images=replace(train.images, item_prefix=prefix))
 
     assert len(exclude(named("elsewhere/train"), excluded, "train")) == 2  # moved
     for other, split, value in (
         (source([train.read(index) for index in range(5)]), "train", "has 5"),
-        (named("made/other"), "train", r"'train\[0\]'"),
+        (named("made/other"), "train", r"not 'train\[0\]'"),
         (train, "extra", "extra"),
     ):
         with pytest.raises(UserError, match=value):

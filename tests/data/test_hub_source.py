@@ -169,7 +169,7 @@ def test_images_as_paths_and_missing_ones(fake: Fake, tmp_path: Path):
 
 def test_splits_of_other_names(fake: Fake):
     fake({"small": dataset(["a"])})
-    with pytest.raises(UserError, match="none of the splits is train, validation or test: small"):
+    with pytest.raises(UserError, match="none of the splits train, .* small"):
         open_splits("hf:a/b")
     fake({"val": dataset(["a"]), "valid": dataset(["a"])})
     with pytest.raises(UserError, match="two splits for one: val and valid"):
@@ -182,35 +182,22 @@ def test_names_that_are_none(name):
         open_splits(name)
 
 
-def error(name: str, text: str, base: type[Exception] = Exception) -> Exception:
-    return type(name, (base,), {})(text)
-
-
 @pytest.mark.parametrize(
     ("raised", "message"),
     [
-        (error("OfflineModeIsEnabled", "x", ConnectionError), "not in the cache and .* be reached"),
         (ConnectionError("Couldn't reach 'a/b' on the Hub"), "hf download --repo-type dataset a/b"),
         (
             ValueError("Config name is missing.\nPlease pick one among: ['en', 'de']"),
-            r"several configurations[\s\S]*'hf:a/b#config=en'; known: en, de",
+            r"'en', 'de'[\s\S]*'hf:a/b#config=NAME'",
         ),
-        (
-            ValueError("BuilderConfig 'x' not found. Available: ['default']"),
-            "'hf:a/b#config=default'",
-        ),
-        (error("DatasetNotFoundError", "Dataset 'a/b' doesn't exist"), "'a/b'"),
-        (error("DatasetNotFoundError", "Dataset 'a/b' is a gated dataset"), "registered users"),
-        (error("DatasetNotFoundError", "Revision 'v9' doesn't exist"), "no revision 'v9'"),
-        (RuntimeError("first line\nsecond"), "cannot load a/b: first line\n"),
+        (RuntimeError("Dataset 'a/b' is a gated dataset"), r"gated[\s\S]*hf auth login"),
     ],
 )
 def test_failures_are_one_message(fake: Fake, raised: Exception, message: str):
     fake(raised)
     with pytest.raises(UserError, match=message) as told:
-        open_splits("hf:a/b@v9" if "v9" in message else "hf:a/b")
+        open_splits("hf:a/b")
     assert told.value.fix
-    assert "second" not in told.value.text()
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch):
@@ -230,7 +217,7 @@ def test_without_labels(fake: Fake):
     fake({"train": dataset([]), "test": dataset(["a"])})
     assert list(open_splits("hf:a/b")) == ["test"]
     fake({"train": dataset([])})
-    with pytest.raises(UserError, match="no rows"):
+    with pytest.raises(UserError, match="has rows"):
         open_source("hf:a/b", labels="any")
 
 

@@ -127,8 +127,7 @@ def test_a_file_name_that_is_no_text(images: Path):
 @pytest.mark.parametrize(
     ("text", "message", "line"),
     [
-        ("", "the list is empty", ""),
-        ("\n\n", "the list is empty", ""),
+        ("", "the list has no rows", ""),
         ("path,label\n", "the list has no rows", ""),
         ("path,label,path\na/0.png,x,y\n", "'path'", ", line 1"),
         ("label,kind\nx,y\n", "no image column found; columns: label, kind", ""),
@@ -138,7 +137,7 @@ def test_a_file_name_that_is_no_text(images: Path):
         ("path,label\na/0.png,x,y\n", "3 fields, and the header has 2", ", line 2"),
         ("path,label\na/0.png,x\n,y\n", "the path is empty", ", line 3"),
         ("path,label\na/0.png,x\n\na/1.png, \n", "the label is empty", ", line 4"),
-        ("path,label\na/0.png,Cat\na/1.png,cat\n", "Cat .*line 2.*cat", ", line 3"),
+        ("path,label\na/0.png,Cat\na/1.png,cat\n", "Cat.*line 2.*cat", ", line 3"),
         ('path,label\na/0.png,"x\na/1.png,y\n', "not CSV: unexpected end of data", ", line 3"),
         ("path,label,split\na/0.png,x,train\na/1.png,x,trn\n", "unknown split 'trn'", ", line 3"),
         ("path,label,split\na/0.png,x,\n", "the split is empty", ", line 2"),
@@ -176,7 +175,7 @@ def test_what_is_accepted(images: Path, tmp_path_factory: pytest.TempPathFactory
     assert open_source(f"{name}:val").labels.tolist() == [1]
     name = write(images, "path,label\na/0.png,1\na/1.png,-1\n")
     assert open_source(name).class_names == ["-1", "1"]
-    with pytest.raises(UserError, match="with their endings"):
+    with pytest.raises(UserError, match="their endings"):
         open_splits(write(images, "path,label\na/0,x\n"))
 
 
@@ -246,8 +245,6 @@ def test_mistakes_in_jsonl(images: Path, line: str, message: str):
     with pytest.raises(UserError, match=message) as raised:
         open_splits(name)
     assert raised.value.where == f"{name}, line 3"
-    with pytest.raises(UserError, match="the list is empty"):
-        open_splits(write(images, "\n", "list.jsonl"))
 
 
 @pytest.mark.slow
@@ -312,21 +309,10 @@ def test_columns_that_look_like_splits_or_groups_are_named(images: Path):
     assert notes_of(open_splits(name)) == []
 
 
-def test_the_first_line_of_excel(images: Path):
-    name = write(images, "\ufeffsep=;\r\npath;label\r\na/0.png;x, y\r\na/1.png;\r\n")
-    with pytest.raises(UserError, match="the label is empty") as refused:
-        open_splits(name)
-    assert refused.value.where == f"{name}, line 4"
-    name = write(images, "sep=|\npath|label\na/0.png|x, y\n")
-    assert named(name) == {"train": [("a/0.png", "x, y")]}
-
-
 def test_paths_of_windows(images: Path):
     (images / "lists").mkdir()
     text = "path,label\r\n..\\a\\0.png,x\r\n..\\b\\1.png,y\r\n"
     assert named(write(images / "lists", text)) == {"train": [("a/0.png", "x"), ("b/1.png", "y")]}
-    with pytest.raises(UserError, match="Windows"):
-        open_splits(write(images, "path,label\nC:\\a\\0.png,x\n"))
     (images / "a\\0.png").write_bytes(b"x")  # a name of a file here
     assert open_source(write(images, "path,label\na\\0.png,x\n")).read(0) == b"x"
 

@@ -149,7 +149,7 @@ def test_a_batch_that_cannot_be_handed_over(class_folder: Path, monkeypatch, tid
 
     monkeypatch.setattr(Batch, "__reduce__", full)
     source = open_splits(str(class_folder))["train"]
-    with pytest.raises(UserError, match="no memory") as caught:
+    with pytest.raises(UserError, match="ended") as caught:
         load(source, 0, 3, num_workers=1)
     assert "num_workers" in str(caught.value.fix)
     assert capfd.readouterr().err == ""

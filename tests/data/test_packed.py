@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from allmlp.data.source import EncodedImages, Source, View, labelled
+from allmlp.data.source import EncodedImages, Source, labelled
 from allmlp.data.sources import open_source, open_splits, packed
 from allmlp.data.sources.packed import pack_splits, verify
 from allmlp.data.sources.webdataset import FileSize, RangeIndex, index_tars, load_index
@@ -27,7 +27,7 @@ KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 OLD = Path(__file__).parents[1] / "golden" / "old_shards"
 
 
-def made(count: int = 12) -> View:
+def made(count: int = 12) -> Source:
     """Images of every format in mixed order of classes; "cat" has none."""
     files = [encode(draw(at, (30 + at, 20)), KINDS[at % len(KINDS)]) for at in range(count)]
     labels = np.array([(at * 7 // 3) % 2 for at in range(count)], dtype=np.int64)
@@ -106,7 +106,7 @@ def test_nothing_is_written_over(tmp_path: Path):
     pack_splits({"test": made(3)}, tmp_path)  # another split is welcome
     assert [len(source) for source in open_splits(str(tmp_path)).values()] == [12, 3]
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="the output is a file"):
+    with pytest.raises(UserError, match="is a file"):
         pack_splits({"train": made(3)}, tmp_path / "file")
 
 
@@ -229,9 +229,6 @@ def test_tars_of_other_tools(tmp_path: Path):
     assert verify(tmp_path) == []
     with pytest.raises(UserError, match="has an index already"):
         index_tars(tmp_path)
-    path = tmp_path / "x-train-2.tar"
-    path.write_bytes(path.read_bytes().replace(b"./b/0.JPG", b"./b/1.JPG"))
-    assert str(path) in verify(tmp_path)[0]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import allmlp as am
-from allmlp.data.source import subset
+from allmlp.data.source import labelled, subset
 from allmlp.data.sources import open_splits
 from allmlp.evaluation.features import frozen_features
 from allmlp.evaluation.few_shot import SWEEP, choose_l2
@@ -172,9 +172,6 @@ def test_bad_images_give_way_to_the_next(noise: Path, tmp_path: Path):
     kept = np.delete(np.arange(len(labels)), order[[0, 1]])
 
     class Damaged:
-        name, class_names = "damaged:train", splits["train"].class_names
-        labels = splits["train"].labels
-
         def __len__(self) -> int:
             return len(splits["train"])
 
@@ -184,9 +181,11 @@ def test_bad_images_give_way_to_the_next(noise: Path, tmp_path: Path):
         def item_name(self, index: int) -> str:
             return f"image {index}"
 
+    whole = splits["train"]
+    damaged = labelled(Damaged(), "damaged:train", whole.class_names, whole.labels)
     test = subset(splits["validation"], np.arange(10), "ten")
     given = {"shots": (1, 2, 20), "seeds": (3,), **FAST}
-    found = am.few_shot(tiny_model(), {"train": Damaged(), "test": test}, **given)
+    found = am.few_shot(tiny_model(), {"train": damaged, "test": test}, **given)
     assert found.data == "damaged"
     assert sorted(each.name for each in found.bad) == sorted(f"image {at}" for at in order[:2])
     assert sorted(each.index for each in found.bad) == sorted(order[:2])

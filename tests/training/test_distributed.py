@@ -255,13 +255,13 @@ if os.environ["RANK"] == "1":
 BROKEN = """
 from allmlp.data import loader
 
-def open(self, index, bad, open=loader._Images.open):
+def open(self, index, bad, *rest, open=loader.Images.open, **options):
     if index == 3:
         bad.append(loader.BadImage(index, "three.png", "broken"))
         return None
-    return open(self, index, bad)
+    return open(self, index, bad, *rest, **options)
 
-patch.setattr(loader._Images, "open", open)
+patch.setattr(loader.Images, "open", open)
 """
 
 

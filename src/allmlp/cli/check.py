@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,7 +12,7 @@ from allmlp.options import Options
 
 if TYPE_CHECKING:
     from allmlp.console import Reporter
-    from allmlp.data.check import Report, SplitReport
+    from allmlp.data.check import Report
     from allmlp.data.duplicates import Duplicates
 
 _MOST = 20  # lines of a list on the screen
@@ -90,12 +91,9 @@ def check(source: str, options: CheckOptions) -> int:
         )
     print_check(report, result)
     path, problems = parse_name(source).path, []
-    if path.is_dir() and packed.is_packed(path):
+    if packed.is_packed(path):
         problems = packed.verify(path)
-        if problems:
-            _say_list(report, f"problems of the packed data: {len(problems):,}", problems, None)
-        else:
-            report.say("\npacked data: all files have their sizes and checksums")
+        _say_list(report, "problems of the packed data", problems)
     if options.exclude is not None and result.duplicates is not None:
         excluded = exclude_list(result.duplicates, source)
         if options.exclude == STANDARD_OUTPUT:
@@ -111,7 +109,7 @@ def check(source: str, options: CheckOptions) -> int:
     else:
         written = [*result.save(folder), *save_check(splits, result.duplicates, folder)]
         report.say(f"\nwritten  {folder}: {', '.join(written)}")
-    return 3 if result.unreadable or problems else 0
+    return 3 if problems or any(split.unreadable for split in result.splits.values()) else 0
 
 
 def print_check(report: Reporter, result: Report) -> None:
@@ -120,49 +118,44 @@ def print_check(report: Reporter, result: Report) -> None:
     from allmlp.data.check import HUGE_PIXELS, TINY_SIDE, format_bytes
     from allmlp.data.image import DARK
 
-    number = sum(split.num_images for split in result.splits.values())
-    size = format_bytes(sum(split.num_bytes for split in result.splits.values()))
-    report.say(f"data     {result.source}: {plural(number, 'image')}, {size}\n")
-    rows = [_row(name, split) for name, split in result.splits.items()]
-    headers = ["split", "images", "classes", "per class", "bytes", "smallest HxW", "largest"]
-    for line in table(headers, rows):
-        report.say(line)
-    names = list(dict.fromkeys(n for split in result.splits.values() for n in split.class_counts))
-    report.say(f"\nclasses: {_some(names)}")
-    for note in result.notes:
-        report.say(f"note: {note}")
-    report.say()
+    rows, details = [], []
     for name, split in result.splits.items():
-        kinds, modes, odd = (
-            ", ".join(f"{what} {count:,}" for what, count in counts.items() if count)
-            for counts in (split.formats, split.modes, split.oddities)
-        )
-        report.say(f"{name}: {kinds or 'nothing readable'}; {modes or 'no mode'}")
-        report.say(f"  sizes (HxW): {split.size_summary}")
-        if odd:
-            report.say(f"  special: {odd}")
-        if split.missing_classes:
-            report.say(f"  classes without images: {_some(split.missing_classes)}")
-    for what, key, file in (
-        ("unreadable images", "unreadable", "bad_files.txt"),
-        (f"tiny images, a side under {TINY_SIDE} px", "tiny", "check.json"),
-        (f"huge images, over {HUGE_PIXELS // 10**6} megapixels or 20 MB", "huge", "check.json"),
-        (f"16-bit images, nearly black: no sample above {DARK:,} of 65,535", "dark", "check.json"),
+        counts = [count for count in split.class_counts.values() if count] or [0]
+        few, many = min(counts), max(counts)
+        per_class = f"{few:,}" if few == many else f"{few:,} to {many:,}"
+        sizes = [f"{height}x{width}" for height, width in split.sizes.values()] or [""] * 3
+        size = format_bytes(split.num_bytes)
+        rows.append([name, f"{split.num_images:,}", f"{len(counts):,}", per_class, size, *sizes])
+        kinds = {**split.formats, **split.modes}
+        details.append(f"{name}: {', '.join(f'{kind} {count:,}' for kind, count in kinds.items())}")
+        missing = [kind for kind, count in split.class_counts.items() if not count]
+        if missing:
+            details.append(f"  classes without images: {_some(missing)}")
+    headers = ["split", "images", "classes", "per class", "bytes", "smallest HxW", "median"]
+    report.say(f"data     {result.source}\n")
+    for line in table([*headers, "largest"], rows):
+        report.say(line)
+    names = dict.fromkeys(name for split in result.splits.values() for name in split.class_counts)
+    report.say(f"\nclasses: {_some(list(names))}")
+    for line in [*(f"note: {note}" for note in result.notes), "", *details]:
+        report.say(line)
+    for what, key in (
+        ("unreadable images", "unreadable"),
+        (f"tiny images, a side under {TINY_SIDE} px", "tiny"),
+        (f"huge images, over {HUGE_PIXELS // 10**6} megapixels or 20 MB", "huge"),
+        (
+            f"16-bit images, nearly black: no sample above {DARK:,} of 65,535"
+            " (scale 12 bits up by 16, and save the images again)",
+            "dark",
+        ),
     ):
         lines = [
             f"{name}[{image.index}] {image.name}: {image.what}"
             for name, split in result.splits.items()
             for image in getattr(split, key)
         ]
-        if len(lines) == number and key == "tiny":
-            report.say(f"\n{what}: all")
-        elif lines:
-            _say_list(report, f"{what}: {len(lines):,}", lines, file)
-            if key == "dark":
-                fix = "scale the values up (12 bits: by 16) and save the images again"
-                report.say(f"  to fix: {fix}")
-    if not result.unreadable:
-        report.say("\nunreadable images: none")
+        if lines or key == "unreadable":
+            _say_list(report, what, lines)
     if result.duplicates is not None:
         print_duplicates(report, result.duplicates)
 
@@ -174,51 +167,32 @@ def print_duplicates(report: Reporter, found: Duplicates) -> None:
     from allmlp.console import table
     from allmlp.data.duplicates import DISTANCE, KINDS
 
+    report.say(f"\nduplicates: {plural(len(found), 'pair')}")
     if len(found):
         counts = np.bincount(found.kind, minlength=len(KINDS))
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in zip(KINDS, counts, strict=True))
-        groups = plural(len(found.groups()), "group")
-        report.say(f"\nduplicates: {plural(len(found), 'pair')} ({kinds}) in {groups}")
-        report.say("images of a split (row) that have a duplicate in a split (column)")
+        report.say(f"{kinds}; images of a split (row) that have a duplicate in a split (column):")
         rows = [[name, *(f"{n:,}" for n in row.values())] for name, row in found.counts().items()]
         for line in table(["split", *(f"in {name}" for name in found.splits)], rows):
             report.say(line)
-    else:
-        report.say("\nduplicates: none")
     lines = []
     for number in np.flatnonzero(found.other_label()):
-        pair, ends = found.pair(int(number)), []
-        for split, index in (pair.first, pair.second):
-            data = found.splits[split]
-            label = data.class_names[int(data.labels[index])]
-            ends.append(f"{split}[{index}] {data.item_name(index)} ({label})")
+        pair = found.pair(int(number))
+        ends = [
+            f"{split}[{index}] {found.splits[split].item_name(index)}"
+            f" ({found.class_of(split, index)})"
+            for split, index in (pair.first, pair.second)
+        ]
         lines.append(f"{' and '.join(ends)}: {pair.kind}")
     if lines:
-        title = f"duplicates of different classes: {plural(len(lines), 'pair')}"
-        _say_list(report, title, lines, "duplicates.csv")
+        _say_list(report, "duplicates of different classes, pairs", lines)
     if found.num_plain:
         why = "have hardly any texture or fewer than 16 pixels a side"
         report.say(f"{plural(found.num_plain, 'image')} {why}: compared for equal pixels only")
-    if found.distance < DISTANCE or found.unchecked:
-        report.say(
-            f"very many images are alike: near duplicates were looked for within"
-            f" {found.distance} bits of the hash only, not {DISTANCE};"
-            f" {plural(found.unchecked, 'pair')} with equal hashes were not compared"
-        )
-
-
-def _row(name: str, split: SplitReport) -> list[str]:
-    from allmlp.data.check import format_bytes
-
-    counts = [count for count in split.class_counts.values() if count] or [0]
-    per_class = f"{min(counts):,}"
-    if min(counts) < max(counts):
-        per_class += f" to {max(counts):,}"
-    classes = f"{len(split.class_counts) - len(split.missing_classes):,}"
-    ends = (split.sizes.get(key, (0, 0)) for key in ("smallest", "largest"))
-    sizes = [f"{height}x{width}" for height, width in ends]
-    size = format_bytes(split.num_bytes)
-    return [name, f"{split.num_images:,}", classes, per_class, size, *sizes]
+    if found.distance < DISTANCE:
+        how = f"within {found.distance} bits of the hash only, not {DISTANCE}"
+        how = how if found.distance >= 0 else "not at all"
+        report.say(f"very many images are alike: near duplicates were looked for {how}")
 
 
 def _some(names: list[str]) -> str:
@@ -226,10 +200,9 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_MOST]) + more
 
 
-def _say_list(report: Reporter, title: str, lines: list[str], file: str | None) -> None:
-    report.say(f"\n{title}")
+def _say_list(report: Reporter, title: str, lines: Sequence[str]) -> None:
+    report.say(f"\n{title}: {len(lines):,}")
     for line in lines[:_MOST]:
         report.say(f"  {line}")
     if len(lines) > _MOST:
-        where = f"; all in {file}, with --output FOLDER" if file else ""
-        report.say(f"  ... and {len(lines) - _MOST:,} more{where}")
+        report.say(f"  ... and {len(lines) - _MOST:,} more")

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,44 +27,28 @@ HUGE_PIXELS, HUGE_BYTES = 20_000_000, 20_000_000  # above either, as huge
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What one split contains; sizes and formats are those of its readable images.
+    """What one split contains; sizes, formats and modes are those of its readable images.
 
     Attributes:
-        name: of its source.
         num_images: all, including unreadable ones.
         num_bytes: of the encoded files that can be decoded.
         class_counts: images per class, also for classes without images.
         formats, modes: the number of images of each.
         sizes: "smallest", "median" and "largest" by area, (H, W); empty if nothing is readable.
-        size_summary: how the sizes are distributed, in words.
-        oddities: how many images are rotated by EXIF, have alpha, are 16-bit, CMYK or animated.
-        tiny, huge, dark: images with a side under 16 pixels, above 20 megapixels or 20 MB, and with
-            16 bits a sample but none above `DARK`.
-        unreadable: images that cannot be decoded.
-        missing_classes: the classes that have no image.
+        unreadable, tiny, huge, dark: images that cannot be decoded, with a side under 16 pixels,
+            above 20 megapixels or 20 MB, and with 16 bits a sample but none above `DARK`.
     """
 
-    name: str
     num_images: int
     num_bytes: int
     class_counts: dict[str, int]
     formats: dict[str, int]
     modes: dict[str, int]
     sizes: dict[str, tuple[int, int]]
-    size_summary: str
-    oddities: dict[str, int]
+    unreadable: list[BadImage]
     tiny: list[BadImage]
     huge: list[BadImage]
     dark: list[BadImage]
-    unreadable: list[BadImage]
-    missing_classes: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns it as JSON values."""
-        values = dict(vars(self))
-        for key in ("tiny", "huge", "dark", "unreadable"):
-            values[key] = [vars(image) for image in values[key]]
-        return values
 
 
 @dataclass(frozen=True)
@@ -76,17 +60,22 @@ class Report:
     duplicates: Duplicates | None
     notes: list[str]
 
-    @property
-    def unreadable(self) -> dict[str, list[BadImage]]:
-        """The images that cannot be decoded, by split; only splits that have some."""
-        return {name: split.unreadable for name, split in self.splits.items() if split.unreadable}
-
     def to_json(self) -> dict[str, Any]:
         """Returns everything but the single pairs of duplicates, as JSON values."""
+        found, duplicates = self.duplicates, None
+        if found is not None:
+            duplicates = {
+                "pairs": len(found),
+                "pairs_of_other_classes": int(found.other_label().sum()),
+                "images_with_a_duplicate": found.counts(),
+                "compared_for_equality_only": found.num_plain,
+                "hash_distance": found.distance,
+            }
+        splits = {name: asdict(split) for name, split in self.splits.items()}
         return {
             "source": self.source,
-            "splits": {name: split.to_json() for name, split in self.splits.items()},
-            "duplicates": None if self.duplicates is None else _duplicates_json(self.duplicates),
+            "splits": splits,
+            "duplicates": duplicates,
             "notes": self.notes,
         }
 
@@ -94,9 +83,9 @@ class Report:
         """Writes check.json, bad_files.txt and duplicates.csv; returns the names written."""
         texts = {"check.json": json.dumps(self.to_json(), indent=2) + "\n"}
         texts["bad_files.txt"] = "".join(
-            f"{split}\t{image.index}\t{image.name}\t{image.what}\n"
-            for split, images in self.unreadable.items()
-            for image in images
+            f"{name}\t{image.index}\t{image.name}\t{image.what}\n"
+            for name, split in self.splits.items()
+            for image in split.unreadable
         )
         if self.duplicates is not None:
             texts["duplicates.csv"] = _duplicates_csv(self.duplicates)
@@ -111,7 +100,7 @@ def check_source(
     *,
     duplicates: Literal["near", "exact", "off"] = "near",
     num_workers: int | None = None,
-    on_progress: Callable[[int], object] | None = None,
+    on_progress: Callable[[int], object] = lambda _: None,
 ) -> Report:
     """Returns what the data contains and what is wrong with it.
 
@@ -121,8 +110,7 @@ def check_source(
     reports = {name: _describe(split, scans[name]) for name, split in splits.items()}
     found = None
     if duplicates != "off":
-        near = duplicates == "near"
-        found = find_duplicates(splits, near=near, num_workers=num_workers, scans=scans)
+        found = find_duplicates(splits, near=duplicates == "near", scans=scans)
     return Report(source, reports, found, notes_of(splits))
 
 
@@ -130,7 +118,6 @@ def _describe(source: Source, scanned: Scan) -> SplitReport:
     places = np.flatnonzero(scanned.facts["readable"])
     facts = scanned.facts[places]
     counts = np.bincount(source.labels, minlength=len(source.class_names)).tolist()
-    class_counts = dict(zip(source.class_names, counts, strict=True))
     heights, widths = facts["height"].astype(np.int64), facts["width"].astype(np.int64)
     areas, num_bytes = heights * widths, facts["num_bytes"]
     sizes: dict[str, tuple[int, int]] = {}
@@ -139,7 +126,7 @@ def _describe(source: Source, scanned: Scan) -> SplitReport:
         ranks = {"smallest": 0, "median": (len(order) - 1) // 2, "largest": len(order) - 1}
         sizes = {k: (int(heights[order[at]]), int(widths[order[at]])) for k, at in ranks.items()}
 
-    def named(flags: np.ndarray, what: Callable[[int], str]) -> list[BadImage]:
+    def listed(flags: np.ndarray, what: Callable[[int], str]) -> list[BadImage]:
         found = [(int(at), int(places[at])) for at in np.flatnonzero(flags)]
         return [BadImage(place, source.item_name(place), what(at)) for at, place in found]
 
@@ -149,28 +136,18 @@ def _describe(source: Source, scanned: Scan) -> SplitReport:
     def brightest(at: int) -> str:
         return f"brightest sample {facts['brightest'][at]:,} of 65,535"
 
-    modes = _count(facts["mode"])
+    is_dark = (facts["brightest"] >= 0) & (facts["brightest"] <= DARK)
     return SplitReport(
-        name=source.name,
         num_images=len(source),
         num_bytes=int(num_bytes.sum()),
-        class_counts=class_counts,
+        class_counts=dict(zip(source.class_names, counts, strict=True)),
         formats=_count(facts["format"]),
-        modes=modes,
+        modes=_count(facts["mode"]),
         sizes=sizes,
-        size_summary=_size_summary(heights, widths),
-        oddities={
-            "rotated by EXIF": int(facts["turned"].sum()),
-            "alpha": int(facts["alpha"].sum()),
-            "16-bit": int(facts["deep"].sum()),
-            "CMYK": modes.get("CMYK", 0),
-            "animated": int(facts["animated"].sum()),
-        },
-        tiny=named(np.minimum(heights, widths) < TINY_SIDE, size),
-        huge=named((areas > HUGE_PIXELS) | (num_bytes > HUGE_BYTES), size),
-        dark=named(facts["deep"] & (facts["brightest"] <= DARK), brightest),
         unreadable=scanned.unreadable,
-        missing_classes=[name for name, count in class_counts.items() if not count],
+        tiny=listed(np.minimum(heights, widths) < TINY_SIDE, size),
+        huge=listed((areas > HUGE_PIXELS) | (num_bytes > HUGE_BYTES), size),
+        dark=listed(is_dark, brightest),
     )
 
 
@@ -186,35 +163,7 @@ def _count(values: np.ndarray) -> dict[str, int]:
     """The number of each value, the most frequent first."""
     names, counts = np.unique(values, return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    return {
-        name.decode() if isinstance(name := names[at].item(), bytes) else str(name): int(counts[at])
-        for at in order
-    }
-
-
-def _size_summary(heights: np.ndarray, widths: np.ndarray) -> str:
-    if not len(heights):
-        return "none readable"
-    different = len(np.unique(np.stack([heights, widths], axis=1), axis=0))
-    if different == 1:
-        return f"all {heights[0]}x{widths[0]}"
-    low, middle, high = np.percentile(np.minimum(heights, widths), [5, 50, 95]).astype(int)
-    shapes = _count(np.select([widths > heights, widths < heights], ["wide", "tall"], "square"))
-    listed = ", ".join(f"{count / len(heights):.0%} {name}" for name, count in shapes.items())
-    sides = f"shorter side {middle} px (median), {low} to {high} px for 90 %"
-    return f"{different:,} different; {sides}; {listed}"
-
-
-def _duplicates_json(found: Duplicates) -> dict[str, Any]:
-    return {
-        "pairs": len(found),
-        "pairs_of_other_classes": int(found.other_label().sum()),
-        "groups": len(found.groups()),
-        "images_with_a_duplicate": found.counts(),
-        "compared_for_equality_only": found.num_plain,
-        "hash_distance": found.distance,
-        "pairs_not_compared": found.unchecked,
-    }
+    return {names[at].decode(): int(counts[at]) for at in order}
 
 
 def _duplicates_csv(found: Duplicates) -> str:
@@ -226,8 +175,7 @@ def _duplicates_csv(found: Duplicates) -> str:
     for number in found.most_different_first():
         pair, cells = found.pair(int(number)), []
         for split, index in (pair.first, pair.second):
-            data = found.splits[split]
-            label = data.class_names[int(data.labels[index])]
-            cells += [split, index, data.item_name(index), label]
+            cells += [split, index, found.splits[split].item_name(index)]
+            cells.append(found.class_of(split, index))
         writer.writerow([*cells, pair.kind, f"{pair.difference:.4f}"])
     return file.getvalue()

@@ -6,11 +6,11 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from allmlp.data.source import Source, labelled, relabel
+from allmlp.data.source import Source, relabel
 from allmlp.errors import UserError
 
 UNLABELLED = "`mixer predict` reads images without labels"
@@ -166,34 +166,16 @@ def check_twins(names: Iterable[str], where: object) -> None:
         except UnicodeEncodeError as error:
             what = f"the name of a class is not valid text: {name!r}"
             raise UserError(what, where=place(name), fix="Rename the class") from error
-        key = class_key(class_key(name).casefold())
-        twin = seen.get(key)
-        seen[key] = name
-        if twin is None:
-            continue
-        if twin == name:
-            what = f"two classes have the same name: {name}"
-            raise UserError(what, where=place(name), fix="Rename one")
-        first = f" ({place(twin)})" if callable(where) else ""
-        if twin.casefold() == name.casefold():
-            what = f"classes that differ only in case: {twin}{first}, {name}"
-        else:
-            what = f"classes with the same name, written differently: {_escaped(twin)}{first}, "
-            what += _escaped(name)
-        raise UserError(what, where=place(name), fix="Merge or rename them")
+        twin = seen.setdefault(class_key(class_key(name).casefold()), name)
+        if twin is not name:
+            first = f" ({place(twin)})" if callable(where) else ""
+            what = "classes that differ only in case or spelling: "
+            what += f"{_escaped(twin)}{first}, {_escaped(name)}"
+            raise UserError(what, where=place(name), fix="Merge or rename them")
 
 
 def _escaped(name: str) -> str:
     return re.sub(r"\\x(..)", r"\\u00\1", ascii(name))
-
-
-def combined_names(names: Sequence[str]) -> list[str]:
-    """Returns the class names that read like several labels, such as "cat|dog" beside "cat"."""
-    words = {name: re.split(r"[\s|,;]+", name) for name in names}
-    combined = [name for name in names if len(words[name]) > 1]
-    each_has_a_class = all(not words.keys().isdisjoint(words[name]) for name in combined)
-    different = {word for some in words.values() for word in some}
-    return combined if each_has_a_class and len(different) < len(names) else []
 
 
 _WORDNET = re.compile(r"n\d{8}(?= |$)")
@@ -217,10 +199,8 @@ def match_classes(
         key = name[:9] if _WORDNET.match(name) else name
         return name if name in known else full.get(key, full.get(class_key(name), name))
 
-    names = [matched(name) for name in source.class_names]
-    if names != source.class_names:
-        notes = getattr(source, "notes", ())
-        source = labelled(source, source.name, names, source.labels, notes)
+    source = replace(source, class_names=[matched(name) for name in source.class_names])
+    names = source.class_names
     present = set(names)
     unknown = [name for name in names if name not in known]
     missing = [name for name in class_names if name not in present]
@@ -230,11 +210,8 @@ def match_classes(
             what.append(f"unknown to {owner}: {some_of(unknown)}")
         if missing:
             what.append(f"missing in the data: {some_of(missing)}")
-        if len(unknown) == len(names):
-            fix = "These are entirely different classes: use a model that was trained on them"
-        elif unknown:
-            fix = "Rename or remove those classes"
-        else:
+        fix = "Rename or remove those classes, or use a model that was trained on them"
+        if not unknown:
             fix = "Add images of them, or set allow_missing_classes"
         raise UserError("; ".join(what), where=source.name, fix=fix)
     return source if names == class_names else relabel(source, class_names)

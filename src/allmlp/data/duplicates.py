@@ -20,7 +20,7 @@ from itertools import combinations
 
 import numpy as np
 
-from allmlp.data.scan import THUMBNAIL, Scan, read_thumbnails, residuals, scan
+from allmlp.data.scan import THUMBNAIL, Scan, scan
 from allmlp.data.source import Source
 
 DISTANCE = 10  # bits of 64
@@ -29,9 +29,8 @@ LEAST_TEXTURE = 3.0  # grey levels, root mean square, of the thumbnail less its 
 KINDS = ("same file", "same pixels", "near")
 NEAR = KINDS.index("near")
 _PROTECTED = ("test", "validation")  # no image of these is excluded because of one further right
-_MOST_THUMBNAILS = 200_000  # in memory at a time: 150 MB
-_BATCH = 2048  # pairs compared at a time
-_BLOCK = 2**18  # candidates at a time
+_BATCH = 2048  # thumbnails compared at a time
+_BLOCK = 2**18  # hashes compared at a time
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ class Duplicates:
         difference: float32 (num_pairs,), 1 - correlation of the thumbnails.
         num_plain: images with too little texture or too few pixels, compared for equality only.
         distance: bits within which near duplicates were looked for; below `DISTANCE` if so many
-            images are alike that there would be too many candidates.
-        unchecked: pairs of images with equal hashes that were not compared, for the same reason.
+            images are alike that there would be too many candidates, -1 if even of equal hashes.
     """
 
     splits: Mapping[str, Source]
@@ -77,7 +75,6 @@ class Duplicates:
     difference: np.ndarray
     num_plain: int = 0
     distance: int = DISTANCE
-    unchecked: int = 0
 
     def __len__(self) -> int:
         return len(self.first)
@@ -96,6 +93,11 @@ class Duplicates:
         """Returns one of the pairs."""
         ends = self.locate(int(self.first[number])), self.locate(int(self.second[number]))
         return DuplicatePair(*ends, KINDS[self.kind[number]], float(self.difference[number]))
+
+    def class_of(self, split: str, index: int) -> str:
+        """Returns the class of an image."""
+        source = self.splits[split]
+        return source.class_names[int(source.labels[index])]
 
     def other_label(self) -> np.ndarray:
         """Returns which pairs are of different classes, bool (num_pairs,)."""
@@ -135,23 +137,6 @@ class Duplicates:
             found.update(dict.fromkeys(copies.get(original, [original]), entry))
         return found
 
-    def groups(self) -> list[list[int]]:
-        """Returns the images that belong together, also by way of others; the largest first."""
-        parent: dict[int, int] = {}
-
-        def root(image: int) -> int:
-            while parent.setdefault(image, image) != image:
-                parent[image] = image = parent[parent[image]]
-            return image
-
-        for one, other in zip(self.first.tolist(), self.second.tolist(), strict=True):
-            a, b = sorted((root(one), root(other)))
-            parent[b] = a
-        groups: dict[int, list[int]] = {}
-        for image in sorted(parent):
-            groups.setdefault(root(image), []).append(image)
-        return sorted(groups.values(), key=len, reverse=True)
-
     def counts(self) -> dict[str, dict[str, int]]:
         """Returns for each split how many of its images have another duplicate in each split."""
         counts = {split: dict.fromkeys(self.splits, 0) for split in self.splits}
@@ -168,10 +153,9 @@ class Duplicates:
         duplicate one of test, and later copies inside a split: an image goes if an earlier one that
         stays is its duplicate. Nothing goes from test because of train.
         """
-        exact = self.kind != NEAR
-        ends, kinds = (self.first[exact].tolist(), self.second[exact].tolist()), self.kind[exact]
-        original = dict(zip(ends[1], ends[0], strict=True))
-        kind_of_copy = dict(zip(ends[1], kinds.tolist(), strict=True))
+        is_copy = self.kind != NEAR
+        copies = zip(self.second[is_copy], self.first[is_copy], self.kind[is_copy], strict=True)
+        original = {int(copy): (int(first), int(kind)) for copy, first, kind in copies}
         gone: set[int] = set()
         found: list[Exclusion] = []
         for image in sorted(self.partners):
@@ -184,9 +168,8 @@ class Duplicates:
             if kept is None:
                 continue
             gone.add(image)
-            kind = NEAR
-            if original.get(kept, kept) == original.get(image, image):
-                kind = max(kind_of_copy.get(at, 0) for at in (kept, image))
+            (one, kind), (other, its_kind) = (original.get(at, (at, 0)) for at in (kept, image))
+            kind = max(kind, its_kind) if one == other else NEAR
             found.append(Exclusion(split, index, KINDS[kind], self.locate(kept)))
         return found
 
@@ -214,69 +197,59 @@ def find_duplicates(
     first = original[second]
     kind = (facts["file_digest"][first] != facts["file_digest"][second]).astype(np.uint8)
     difference = np.zeros(len(first), dtype=np.float32)
-    distance, unchecked, num_plain = DISTANCE, 0, 0
+    distance, num_plain = DISTANCE, 0
     if near:
-        apart = usable[original[usable] == usable]
-        comparable = facts["texture"] >= LEAST_TEXTURE
+        thumbnails = facts["thumbnail"]
+        comparable = np.zeros(len(facts), dtype=bool)
+        for at in (usable[start : start + _BATCH] for start in range(0, len(usable), _BATCH)):
+            texture = np.sqrt(np.mean(residuals(thumbnails[at]) ** 2, axis=1))
+            comparable[at] = texture >= LEAST_TEXTURE
         comparable &= np.minimum(facts["height"], facts["width"]) >= THUMBNAIL
         num_plain = int((~comparable[usable]).sum())
-        textured = apart[comparable[apart]]
+        textured = np.flatnonzero(comparable & (original == np.arange(len(facts))))
         most = max(2_000_000, 4 * len(facts))
-        one, other, distance, unchecked = near_pairs(facts["hash"][textured], DISTANCE, most)
-        one, other, apart_by = _verify(splits, textured[one], textured[other], num_workers)
-        first, second = np.concatenate([first, one]), np.concatenate([second, other])
-        kind = np.concatenate([kind, np.full(len(one), NEAR, dtype=np.uint8)])
-        difference = np.concatenate([difference, apart_by])
+        one, other, distance = near_pairs(facts["hash"][textured], DISTANCE, most)
+        one, other = textured[one], textured[other]
+        apart = np.empty(len(one), dtype=np.float32)
+        for start in range(0, len(one), _BATCH):
+            batch = slice(start, start + _BATCH)
+            apart[batch] = 1 - correlation(thumbnails[one[batch]], thumbnails[other[batch]])
+        alike = apart <= 1 - CORRELATION
+        first = np.concatenate([first, one[alike]])
+        second = np.concatenate([second, other[alike]])
+        kind = np.concatenate([kind, np.full(alike.sum(), NEAR, dtype=np.uint8)])
+        difference = np.concatenate([difference, np.maximum(apart[alike], 0)])
     order = np.lexsort((second, first))
     first, second, kind, difference = (c[order] for c in (first, second, kind, difference))
-    return Duplicates(splits, first, second, kind, difference, num_plain, distance, unchecked)
+    return Duplicates(splits, first, second, kind, difference, num_plain, distance)
 
 
-def near_pairs(
-    hashes: np.ndarray, distance: int, most: int
-) -> tuple[np.ndarray, np.ndarray, int, int]:
+def near_pairs(hashes: np.ndarray, distance: int, most: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Returns all pairs of hashes, uint64 (n,), that differ in at most `distance` bits, in order.
 
-    If these are more than `most`, the distance is lowered until they are not; if equal hashes alone
-    are more, only neighbours among them are paired. Returned are also the distance that was reached
-    and the number of pairs of equal hashes that are missing.
+    If these are more than `most`, the distance is lowered until they are not: it is returned too.
 
     By the pigeonhole principle two such hashes differ in at most `radius` bits of one of four
     bands, if the radii plus one add up to more than `distance`. So a hash is compared only with
     those that have its own band, or its own with a few bits flipped.
     """
-    _, sizes = np.unique(hashes, return_counts=True)
-    num_equal = int((sizes * (sizes - 1) // 2).sum())
-    if num_equal > most:
-        order = np.argsort(hashes, kind="stable")
-        is_equal = hashes[order][1:] == hashes[order][:-1]
-        first, second = np.sort([order[:-1][is_equal], order[1:][is_equal]], axis=0)
-        return (*_in_order(first, second), 0, num_equal - len(first))
-    parts = [np.empty((3, 0), dtype=np.int64)]
-    counts = np.zeros(distance + 1, dtype=np.int64)
-    limit, done = distance, []
-    for band in range(4):
-        mask, radius = np.uint64(0xFFFF << 16 * band), (distance + 4 - band) // 4 - 1
-        keys = ((hashes & mask) >> np.uint64(16 * band)).astype(np.int64)
+    pairs, number = [np.empty((2, 0), dtype=np.int64)], 0
+    for band in range(4 if distance >= 0 else 0):
+        radius = (distance + 4 - band) // 4 - 1
+        keys = ((hashes >> np.uint64(16 * band)) & np.uint64(0xFFFF)).astype(np.int64)
         order = np.argsort(keys, kind="stable")
         ordered = hashes[order]  # hashes that are compared lie close together
         for one, other in _candidates(keys[order], radius):
-            different = ordered[one] ^ ordered[other]
-            bits = np.bitwise_count(different)
-            near = np.flatnonzero(bits <= limit)
-            for earlier, its_radius in done:  # what an earlier band has found already
-                near = near[np.bitwise_count(different[near] & earlier) > its_radius]
-            parts.append(np.stack([order[one[near]], order[other[near]], bits[near]]))
-            counts += np.bincount(bits[near], minlength=distance + 1)
-            before = limit
-            while limit and counts[: limit + 1].sum() > most:
-                limit -= 1
-            if limit < before:
-                parts = [part[:, part[2] <= limit] for part in parts]
-        done.append((mask, radius))
-    first, second, bits = np.concatenate(parts, axis=1)
-    first, second = np.sort([first[bits <= limit], second[bits <= limit]], axis=0)
-    return (*_in_order(first, second), limit, 0)
+            is_near = np.bitwise_count(ordered[one] ^ ordered[other]) <= distance
+            pairs.append(np.sort([order[one[is_near]], order[other[is_near]]], axis=0))
+            number += int(is_near.sum())
+            if number > 4 * most:  # each is found in up to four bands
+                return near_pairs(hashes, distance - 1, most)
+    numbers = np.concatenate(pairs, axis=1)
+    first, second = np.divmod(np.unique(numbers[0] * len(hashes) + numbers[1]), max(1, len(hashes)))
+    if len(first) > most:
+        return near_pairs(hashes, distance - 1, most)
+    return first, second, distance
 
 
 def _candidates(keys: np.ndarray, radius: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -300,9 +273,24 @@ def _candidates(keys: np.ndarray, radius: int) -> Iterator[tuple[np.ndarray, np.
             at = stop
 
 
-def _in_order(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    order = np.lexsort((second, first))
-    return first[order], second[order]
+def residuals(thumbnails: np.ndarray) -> np.ndarray:
+    """Returns grey levels, float32 (N, 3 * 16 * 16): thumbnails less the planes that fit them best.
+
+    Without it any two images of an even sky, or of one colour, would look alike.
+    """
+    samples = thumbnails.reshape(-1, THUMBNAIL**2, 3).transpose(0, 2, 1).astype(np.float32)
+    return (samples - (samples @ _PLANE.T) @ _PLANE).reshape(-1, 3 * THUMBNAIL**2)
+
+
+def _plane() -> np.ndarray:
+    """An orthonormal basis of the planes over a thumbnail, float32 (3, 256)."""
+    ramp = np.linspace(-1, 1, THUMBNAIL)
+    across = np.tile(ramp, (THUMBNAIL, 1))
+    basis = np.stack([np.ones_like(across), across, across.T]).reshape(3, -1)
+    return (basis / np.linalg.norm(basis, axis=1, keepdims=True)).astype(np.float32)
+
+
+_PLANE = _plane()
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -310,29 +298,3 @@ def correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     a, b = residuals(one), residuals(other)
     scale = np.sqrt(np.einsum("np,np->n", a, a) * np.einsum("np,np->n", b, b))
     return np.einsum("np,np->n", a, b) / np.maximum(scale, 1e-6)
-
-
-def _verify(
-    splits: Mapping[str, Source], first: np.ndarray, second: np.ndarray, num_workers: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pairs (ordered by `first`) that are alike, and 1 - correlation of each."""
-    offsets = np.cumsum([0, *map(len, splits.values())])
-    names = list(splits)
-    result = np.empty(len(first), dtype=np.float32)
-    at = 0
-    while at < len(first):  # as many pairs at a time as few enough images take part in
-        _, appearances = np.unique(np.stack([first[at:], second[at:]], axis=1), return_index=True)
-        stop = len(first)
-        if len(appearances) > _MOST_THUMBNAILS:
-            stop = at + int(np.sort(appearances)[_MOST_THUMBNAILS]) // 2
-        images = np.unique([first[at:stop], second[at:stop]])
-        places = np.searchsorted(offsets, images, side="right") - 1
-        located = [(names[p], int(i - offsets[p])) for i, p in zip(images, places, strict=True)]
-        thumbnails = read_thumbnails(splits, located, num_workers=num_workers)
-        for start in range(at, stop, _BATCH):
-            batch = slice(start, min(start + _BATCH, stop))
-            ends = [thumbnails[np.searchsorted(images, e[batch])] for e in (first, second)]
-            result[batch] = 1 - correlation(*ends)
-        at = stop
-    alike = result <= 1 - CORRELATION
-    return first[alike], second[alike], np.maximum(result[alike], 0)

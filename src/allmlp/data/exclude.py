@@ -33,7 +33,6 @@ class Excluded:
     index: int
     name: str
     why: str
-    line: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,10 @@ class ExcludeList:
     def to_text(self) -> str:
         """Returns the contents of the file."""
         lines = [_TITLE, f"# source\t{_escape(self.source)}"]
-        for split, (number, names) in self.splits.items():
-            lines.append(f"# split\t{split}\t{number}\t{names}")
+        lines += [f"# split\t{split}\t{n}\t{names}" for split, (n, names) in self.splits.items()]
         lines.append("# Delete a line to keep that image; change nothing else.")
         for image in self.images:
-            cells = image.split, str(image.index), _escape(image.name), _escape(image.why)
-            lines.append("\t".join(cells))
+            lines.append("\t".join(_escape(str(cell)) for cell in vars(image).values()))
         return "".join(f"{line}\n" for line in lines)
 
 
@@ -78,10 +75,7 @@ def exclude_list(duplicates: Duplicates, source: str) -> ExcludeList:
 
 
 def _checksum(names: list[str]) -> str:
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(os.fsencode(name) + b"\0")
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(os.fsencode(name) + b"\0" for name in names)).hexdigest()
 
 
 def read_exclude_list(path: str | Path) -> ExcludeList:
@@ -97,18 +91,18 @@ def read_exclude_list(path: str | Path) -> ExcludeList:
         raise UserError("not a list of images to exclude", where=path, fix=_FIX)
     source, splits, images = "", {}, []
     for number, line in enumerate(lines, start=1):
-        cells = line.rstrip("\r").split("\t")
+        cells = [_unescape(cell) for cell in line.rstrip("\r").split("\t")]
         try:
             if cells[0] == "# source":
-                source = _unescape(cells[1])
+                source = cells[1]
             elif cells[0] == "# split":
                 splits[cells[1]] = (int(cells[2]), cells[3])
             elif line.strip() and line[0] != "#":
                 split, index, name, why = cells
-                if int(index) < 0 or split not in splits:
+                if not 0 <= int(index) < splits[split][0]:
                     raise ValueError(line)
-                images.append(Excluded(split, int(index), _unescape(name), _unescape(why), number))
-        except (ValueError, IndexError) as error:
+                images.append(Excluded(split, int(index), name, why))
+        except (ValueError, LookupError) as error:
             what = f"line {number} of the list is damaged: {line[:100]!r}"
             raise UserError(what, where=path, fix=_FIX) from error
     return ExcludeList(source, splits, images, path)
@@ -116,25 +110,21 @@ def read_exclude_list(path: str | Path) -> ExcludeList:
 
 def exclude(source: Source, excluded: ExcludeList, split: str) -> Source:
     """Returns a whole split without the images of the list, which must have been made for it."""
-    where = excluded.path or "the list of images to exclude"
-
-    def made_for(what: str) -> UserError:
-        return UserError(f"the list was made for other data: {what}", where=where, fix=_FIX)
-
-    if split not in excluded.splits:
-        raise made_for(f"it has no {split} split, only {', '.join(excluded.splits)}")
-    number, checksum = excluded.splits[split]
-    if number != len(source):
-        raise made_for(f"its {split} has {number:,} images, {source.name} has {len(source):,}")
+    where, own = excluded.path or "the list of images to exclude", own_names(source)
     mine = [image for image in excluded.images if image.split == split]
-    own = own_names(source)
-    for image in mine:
-        actual = own[image.index] if image.index < len(own) else "not there"
-        if image.name != actual:
-            what = f"line {image.line} is {image.name!r}, but {split}[{image.index}] is {actual!r}"
-            raise made_for(what)
-    if _checksum(own) != checksum:
-        raise made_for(f"images of the {split} split have other names")
+    other = [image for image in mine if image.index >= len(own) or own[image.index] != image.name]
+    problem = None
+    if split not in excluded.splits:
+        problem = f"it has no {split} split, only {', '.join(excluded.splits)}"
+    elif excluded.splits[split][0] != len(own):
+        number = excluded.splits[split][0]
+        problem = f"its {split} has {number:,} images, {source.name} has {len(own):,}"
+    elif other:
+        problem = f"{split}[{other[0].index}] is {own[other[0].index]!r}, not {other[0].name!r}"
+    elif excluded.splits[split][1] != _checksum(own):
+        problem = f"images of the {split} split have other names"
+    if problem is not None:
+        raise UserError(f"the list was made for other data: {problem}", where=where, fix=_FIX)
     keep = np.ones(len(source), dtype=bool)
     keep[[image.index for image in mine]] = False
     if not keep.any():

@@ -61,7 +61,7 @@ class EncodedImage:
         self, data: bytes, where: object, channels: int = 3, *, exif_orientation: bool = True
     ) -> None:
         self.where, self.channels = where, channels
-        self._data, self._image = data, None
+        self.data, self._image = data, None
         self.bits, self._zero_is_white = 8, False
         self._markers = find_markers(data)
         if not data:
@@ -77,20 +77,20 @@ class EncodedImage:
         self.size = (width, height) if self._orientation >= 5 else (height, width)
 
     def _read_header(self) -> tuple[str, str, tuple[int, int]]:
-        if self._data[:3] == b"\xff\xd8\xff":
+        if self.data[:3] == b"\xff\xd8\xff":
             try:  # twenty times as fast as Pillow
-                height, width, colors, _ = simplejpeg.decode_jpeg_header(self._data)
+                height, width, colors, _ = simplejpeg.decode_jpeg_header(self.data)
             except ValueError:
                 pass  # not well-formed; Pillow decides
             else:
                 if colors in ("YCbCr", "RGB", "Gray"):
                     return "JPEG", "L" if colors == "Gray" else "RGB", (int(height), int(width))
-        if self._data[:2] in (b"II", b"MM"):
+        if self.data[:2] in (b"II", b"MM"):
             self._read_tiff_samples()
         image = self._open()
         if image.mode == "F":
             raise _no_range("floating-point", self.where)
-        is_deep_png = image.format == "PNG" and self._data[24] == 16
+        is_deep_png = image.format == "PNG" and self.data[24] == 16
         if is_deep_png or (image.mode.startswith("I") and self.bits == 8):
             self.bits = 16
         return str(image.format), image.mode, (image.height, image.width)
@@ -104,8 +104,8 @@ class EncodedImage:
                 tiff.OPEN_INFO.setdefault((order, white, (1,), 1, (12,), ()), ("I;16", "I;12"))
         tiff.OPEN_INFO.setdefault((tiff.MM, 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
         try:
-            is_big = self._data[2:4] in (b"\0+", b"+\0")
-            file = io.BytesIO(self._data)
+            is_big = self.data[2:4] in (b"\0+", b"+\0")
+            file = io.BytesIO(self.data)
             tags = tiff.ImageFileDirectory_v2(file.read(16 if is_big else 8))
             file.seek(tags.next)
             with warnings.catch_warnings():
@@ -128,12 +128,12 @@ class EncodedImage:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # our limits are stricter than its warning
-                    self._image = Image.open(io.BytesIO(self._data), formats=FORMATS)
+                    self._image = Image.open(io.BytesIO(self.data), formats=FORMATS)
             except Image.DecompressionBombError as error:
                 what = f"the image is too large: {error}"
                 raise UserError(what, where=self.where, fix=_FIX) from error
             except Exception as error:  # whatever a decoder makes of damaged bytes
-                what, fix = what_else(self._data)
+                what, fix = what_else(self.data)
                 raise UserError(what, where=self.where, fix=fix) from error
         return self._image
 
@@ -141,14 +141,14 @@ class EncodedImage:
         """The EXIF orientation, 1 to 8; 1 if it is missing or has no meaning."""
         if self._markers and _APP1 not in self._markers:  # where EXIF and XMP stand
             return 1
-        if self.format == "PNG" and not any(name in self._data for name in _PNG_EXIF):
+        if self.format == "PNG" and not any(name in self.data for name in _PNG_EXIF):
             return 1
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 # A second object: Pillow decodes a PNG to find its tags, and after a failure there
                 # another attempt on the same object takes the damaged pixels for good.
-                image = Image.open(io.BytesIO(self._data), formats=FORMATS)
+                image = Image.open(io.BytesIO(self.data), formats=FORMATS)
                 value = image.getexif().get(ExifTags.Base.Orientation, 1)
         except Exception:  # the pixels may be good where the EXIF block is damaged
             return 1
@@ -180,7 +180,7 @@ class EncodedImage:
         if self.format == "JPEG" and self.mode in ("RGB", "L"):
             colors = "RGB" if self.channels == 3 else "GRAY"
             stored = self.size if self._orientation < 5 else self.size[::-1]
-            data, (height, width), strict = self._data, stored, True
+            data, (height, width), strict = self.data, stored, True
             if fast and rows is not None and self._can_stop(rows):
                 height, strict = -(-rows // _BLOCK_ROWS) * _BLOCK_ROWS, False
                 data = cut_rows(data, self._markers, height)
@@ -215,7 +215,7 @@ class EncodedImage:
             return Image.fromarray(pixels.astype(np.uint8))
         if isinstance(clear, tuple):  # the transparent colour of a 16-bit PNG
             # Pillow keeps the upper byte of each sample; taken for little-endian, it is the lower.
-            low = Image.open(io.BytesIO(self._data), formats=("PNG",))
+            low = Image.open(io.BytesIO(self.data), formats=("PNG",))
             low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
             pixels = np.array(image)
             pixels[(pixels.astype(np.uint16) << 8 | np.asarray(low) == clear).all(axis=-1)] = 255
@@ -244,7 +244,7 @@ class EncodedImage:
         A file without its end is decoded fully, so that one that was cut short is always found.
         """
         is_plain = any(marker in self._markers for marker in _SEQUENTIAL)
-        is_whole = self._data.endswith(b"\xff\xd9")
+        is_whole = self.data.endswith(b"\xff\xd9")
         has_more = rows + _BLOCK_ROWS < self.size[0]
         return is_plain and is_whole and has_more and self._orientation == 1
 

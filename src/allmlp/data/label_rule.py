@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from allmlp.data.source import Source, View, labelled
+from allmlp.data.source import Source
 from allmlp.errors import UserError
 
 RULES = ("shift", "bins", "between")
@@ -42,8 +42,7 @@ class LabelRule:
         if fits and self.rule == "between":
             fits = len(numbers) > 2 and all(np.diff(numbers) > 0)
         elif fits:
-            fits = len(numbers) == 2 and all(n == round(n) for n in numbers)
-            fits = fits and numbers[1] >= 2
+            fits = len(numbers) == 2 and all(n == round(n) for n in numbers) and numbers[1] >= 2
             fits = fits and (self.rule != "bins" or numbers[0] >= numbers[1])
         if not fits:
             what = f"not a label rule: {self.rule!r} of {list(numbers)}"
@@ -56,38 +55,37 @@ class LabelRule:
 
     def describe(self) -> str:
         """Returns it in words: "n - 3", "40 values in 16 bins", "cut at 0, 8, ..., 100"."""
+        words = {"shift": "n - {}", "bins": "{} values in {} bins"}
         listed = [f"{number:g}" for number in self.numbers]
-        if self.rule == "shift":
-            return f"n - {listed[0]}"
-        if self.rule == "bins":
-            return f"{listed[0]} values in {listed[1]} bins"
-        return f"cut at {', '.join(listed)}"
+        return words.get(self.rule, f"cut at {', '.join(listed)}").format(*listed)
 
     def classes_of(self, numbers: np.ndarray) -> np.ndarray:
         """Returns the classes of numbers, float64 (n,), as int64; -1 for a number without one."""
         if self.rule == "between":
             found = np.searchsorted(np.array(self.numbers), numbers, side="left") - 1
         else:
+            first, classes = self.numbers
             is_whole = np.isfinite(numbers) & (numbers == np.floor(numbers))
             whole = np.where(is_whole, numbers, -np.inf)
-            first, classes = self.numbers
-            if self.rule == "shift":
-                found = whole - first
-            else:
+            found = whole - first
+            if self.rule == "bins":
                 found = np.where(whole < first, np.floor(whole / (first / classes)), -1)
-        found = np.where(np.isnan(numbers), -1, found)
-        return np.where((found >= 0) & (found < self.num_classes), found, -1).astype(np.int64)
+        is_class = ~np.isnan(numbers) & (found >= 0) & (found < self.num_classes)
+        return np.where(is_class, found, -1).astype(np.int64)
 
 
 def is_applied(rule: LabelRule, class_names: Sequence[str]) -> bool:
     """Returns whether the classes are the rule's own already: whole numbers below their number."""
-    own = {str(label) for label in range(rule.num_classes)}
-    return set(class_names) <= own
+    return set(class_names) <= set(map(str, range(rule.num_classes)))
 
 
-def apply_rule(source: Source, rule: LabelRule) -> View:
+def apply_rule(source: Source, rule: LabelRule) -> Source:
     """Returns the same images under the classes that the rule makes of theirs, such as "9.25"."""
-    numbers = np.array([_number(name, source.name) for name in source.class_names])
+    try:
+        numbers = np.array([float(name) for name in source.class_names])
+    except ValueError as error:
+        what = f"a label rule needs numbers as classes: {error}"
+        raise UserError(what, where=source.name, fix="Choose the column of the numbers") from error
     table = rule.classes_of(numbers)
     wrong = [name for name, at in zip(source.class_names, table, strict=True) if at < 0]
     if wrong:
@@ -95,7 +93,7 @@ def apply_rule(source: Source, rule: LabelRule) -> View:
         fix = "Give the labels before the rule, or whole numbers from 0 that are its classes"
         raise UserError(what, where=source.name, fix=fix)
     names = [str(label) for label in range(rule.num_classes)]
-    return labelled(source, source.name, names, table[source.labels])
+    return replace(source, class_names=names, labels=table[source.labels])
 
 
 def rule_from_json(values: Any) -> LabelRule:
@@ -104,11 +102,3 @@ def rule_from_json(values: Any) -> LabelRule:
         return LabelRule(values["rule"], tuple(values["numbers"]))
     except (KeyError, TypeError) as error:
         raise UserError(f"not a label rule: {str(values)[:200]}") from error
-
-
-def _number(text: str, where: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        what = f"the rule takes numbers, and the data has a class {text!r}"
-        raise UserError(what, where=where, fix="Choose the column of the numbers") from error

@@ -6,6 +6,7 @@ Legend: N batch, H W pixels; an image is uint8 (H, W, channels).
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import re
@@ -80,7 +81,8 @@ def training_batches(
     if num_workers is None:  # at least one, so that images are decoded during the step
         num_workers = max(1, _default_workers(source, preprocessing))
     own = batch_size // world_size
-    for batch in _load(images, places, own, num_workers, timeout, pin_memory):
+    batch_bytes = own * _image_bytes(preprocessing)
+    for batch in load(images, places, num_workers, batch_bytes, timeout, pin_memory):
         if len(batch.labels) < own:
             raise UserError("none of the images can be decoded", where=source.name)
         yield batch
@@ -99,55 +101,71 @@ def evaluation_batches(
     `num_workers` and `timeout` as for `training_batches`.
     """
     at_least("batch_size", batch_size, 1)
-    images = _EvaluationImages(source, preprocessing)
-    indices = range(len(source))
-    batches = (indices[at : at + batch_size] for at in range(0, len(indices), batch_size))
     if num_workers is None:
         num_workers = _default_workers(source, preprocessing)
-    return _load(images, batches, batch_size, num_workers, timeout)
+    batch_bytes = min(batch_size, len(source)) * _image_bytes(preprocessing)
+    images = _EvaluationImages(source, preprocessing)
+    return load(images, in_order(source, batch_size), num_workers, batch_bytes, timeout)
 
 
-class _Images(Dataset[Sample]):
-    """What both kinds share: opening an image, and a table of where each worker is."""
+def in_order(source: Source, batch_size: int) -> Iterator[range]:
+    """Yields the indices of a source, `batch_size` at a time."""
+    indices = range(len(source))
+    return (indices[at : at + batch_size] for at in indices[::batch_size])
 
-    def __init__(self, source: Source, preprocessing: Preprocessing) -> None:
-        self.source, self.preprocessing = source, preprocessing
+
+def _image_bytes(preprocessing: Preprocessing) -> int:
+    """Bytes of one image in a batch."""
+    height, width = preprocessing.image_size
+    return height * width * preprocessing.channels
+
+
+class Images(Dataset[Any]):
+    """The images of a source for a DataLoader, and a table of where each worker is.
+
+    A subclass says in `load` what becomes of the image at a place, and in `collate` of a batch.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
         # For each worker: its process, its current image (-1: none), when it began (ns).
         self.watched = torch.empty(0, 3, dtype=torch.int64)
 
-    @property
-    def pixels(self) -> int:
-        """Bytes of one image in a batch."""
-        height, width = self.preprocessing.image_size
-        return height * width * self.preprocessing.channels
-
-    def open(self, index: int, bad: list[BadImage]) -> EncodedImage | None:
+    def open(
+        self, index: int, bad: list[BadImage], channels: int = 3, *, exif_orientation: bool = True
+    ) -> EncodedImage | None:
         """Returns the image with its header read, or None and a line in `bad`."""
         name = self.source.item_name(index)
         worker = get_worker_info()
         if worker is not None:
             self.watched.numpy()[worker.id] = (os.getpid(), index, time.monotonic_ns())
         try:
-            return EncodedImage(
-                self.source.read(index),
-                name,
-                self.preprocessing.channels,
-                exif_orientation=self.preprocessing.exif_orientation,
-            )
+            data = self.source.read(index)
+            return EncodedImage(data, name, channels, exif_orientation=exif_orientation)
         except UserError as error:
             bad.append(BadImage(index, name, error.what))
             return None
 
-    def __getitem__(self, place: Any) -> Sample:
+    def __getitem__(self, place: Any) -> Any:
         sample = self.load(place)
         worker = get_worker_info()
         if worker is not None:
             self.watched.numpy()[worker.id, 1] = -1
         return sample
 
-    def load(self, place: Any) -> Sample:
-        """Returns the image of a place: (epoch, index) in training, the index in evaluation."""
+    def load(self, place: Any) -> Any:
         raise NotImplementedError
+
+    def collate(self, samples: list[Sample]) -> Any:
+        """Returns the samples as a batch; that of a worker in shared memory where it fits.
+
+        Elsewhere a pipe copies it, which is slower and always works.
+        """
+        batch = collate(samples)
+        if get_worker_info() is not None and workers.is_room_for(batch.images.nbytes):
+            with contextlib.suppress(RuntimeError, OSError):  # another process has just taken it
+                batch.images.share_memory_()
+        return batch
 
     def suspect(self, message: str) -> str:
         """Returns which worker a message of the DataLoader means, and where it was."""
@@ -164,7 +182,25 @@ class _Images(Dataset[Sample]):
         return f"worker process {number}, {what}"
 
 
-class _TrainingImages(_Images):
+class _ModelImages(Images):
+    def __init__(self, source: Source, preprocessing: Preprocessing) -> None:
+        super().__init__(source)
+        self.preprocessing = preprocessing
+
+    def decoded(
+        self, index: int, bad: list[BadImage], transform: Callable[[EncodedImage], np.ndarray]
+    ) -> np.ndarray | None:
+        """Returns what the transform makes of an image, or None and a line in `bad`."""
+        rules = self.preprocessing
+        image = self.open(index, bad, rules.channels, exif_orientation=rules.exif_orientation)
+        try:
+            return None if image is None else transform(image)
+        except UserError as error:
+            bad.append(BadImage(index, self.source.item_name(index), error.what))
+            return None
+
+
+class _TrainingImages(_ModelImages):
     def __init__(
         self,
         source: Source,
@@ -180,41 +216,32 @@ class _TrainingImages(_Images):
         bad: list[BadImage] = []
         for step in range(len(self.source)):  # this image, or the next that can be decoded
             chosen = (index + step) % len(self.source)
-            image = self.open(chosen, bad)
-            if image is None:
-                continue
-            try:
-                pixels = self.transform(image, sample_generator(self.seed, epoch, index))
-            except UserError as error:
-                bad.append(BadImage(chosen, str(image.where), error.what))
-                continue
-            return pixels, int(self.source.labels[chosen]), chosen, bad
+            random = sample_generator(self.seed, epoch, index)
+            pixels = self.decoded(chosen, bad, lambda image, own=random: self.transform(image, own))
+            if pixels is not None:
+                return pixels, int(self.source.labels[chosen]), chosen, bad
         return None, 0, index, bad
 
 
-class _EvaluationImages(_Images):
+class _EvaluationImages(_ModelImages):
     def load(self, place: int) -> Sample:
         bad: list[BadImage] = []
-        image = self.open(place, bad)
-        if image is not None:
-            try:
-                pixels = resize_for_evaluation(image.decode(), self.preprocessing)
-                return pixels, int(self.source.labels[place]), place, bad
-            except UserError as error:
-                bad.append(BadImage(place, str(image.where), error.what))
-        return None, 0, place, bad
+        pixels = self.decoded(
+            place, bad, lambda image: resize_for_evaluation(image.decode(), self.preprocessing)
+        )
+        return pixels, int(self.source.labels[place]), place, bad
 
 
-def _load(
-    images: _Images,
+def load(
+    images: Images,
     batches: Iterable[Iterable[Any]],
-    batch_size: int,
     num_workers: int,
-    timeout: float,
+    batch_bytes: int = 0,
+    timeout: float = TIMEOUT,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> Iterator[Any]:
+    """Yields the batches of images at these places, loaded by worker processes if there are any."""
     between("num_workers", num_workers, 0, most_workers())
-    batch_bytes = min(batch_size, len(images.source)) * images.pixels
     num_workers = workers.workers_that_start(num_workers, batch_bytes)
     closing = torch.zeros(1, dtype=torch.uint8)
     if num_workers:
@@ -225,11 +252,11 @@ def _load(
     with warnings.catch_warnings():
         # More workers than cores are the user's choice; they use none of this process's threads.
         warnings.filterwarnings("ignore", message="This DataLoader will create|.*use of fork")
-        loader: Iterable[Batch] = DataLoader(
+        loader: Iterable[Any] = DataLoader(
             images,
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]  (any iterable of lists)
             num_workers=num_workers,
-            collate_fn=workers.collate_and_share if num_workers else collate,
+            collate_fn=images.collate,
             timeout=_LOOK_UP if num_workers else 0,
             worker_init_fn=functools.partial(workers.start_worker, images.watched, closing),
             multiprocessing_context=workers.worker_context() if num_workers else None,
@@ -243,8 +270,8 @@ def _load(
 
 
 def _named_failures(
-    images: _Images, batches: Iterator[Batch], timeout: float, closing: torch.Tensor
-) -> Iterator[Batch]:
+    images: Images, batches: Iterator[Any], timeout: float, closing: torch.Tensor
+) -> Iterator[Any]:
     """Yields the batches; a worker that dies or hangs becomes an error that names it."""
     try:
         while True:
@@ -263,10 +290,7 @@ def _named_failures(
         message = str(error)
         if message.startswith("DataLoader worker (pid"):
             what = f"{images.suspect(message)}, ended without a message: {message}"
-            fix = "If memory is short, num_workers=1; else look at that image"
-            if workers.could_not_send(batches):
-                what = "a worker process has no memory to send a batch"
-                fix = "A smaller batch_size, or num_workers=0"
+            fix = "If memory is short, a smaller batch_size or num_workers; else look at that image"
         elif message.startswith(_NONE_CAME):
             what = f"no batch for {timeout:g} seconds; {images.suspect('')}"
             fix = (
@@ -280,7 +304,7 @@ def _named_failures(
         atexit.unregister(closing.fill_)
 
 
-def _wait(batches: Iterator[Batch], timeout: float) -> Batch | None:
+def _wait(batches: Iterator[Any], timeout: float) -> Any:
     """Returns the next batch, None at the end; checks every second whether a worker has died."""
     begun = time.monotonic()
     while True:

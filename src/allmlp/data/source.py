@@ -10,7 +10,7 @@ import os
 import stat
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,23 +40,6 @@ class Images(Protocol):
     def item_name(self, index: int) -> str:
         """Returns the path or the name of one image."""
         ...
-
-
-class Source(Images, Protocol):
-    """Images with labels.
-
-    Attributes:
-        name: shown on screen.
-        class_names: the classes, in the order of the labels.
-        labels: int64 (num_images,), indices into class_names.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def class_names(self) -> list[str]: ...
-    @property
-    def labels(self) -> np.ndarray: ...
 
 
 class PackedBytes:
@@ -151,10 +134,16 @@ class EncodedImages:
 
 
 @dataclass(frozen=True)
-class View:
-    """Some images under some classes: the `Source` that everything else is made of.
+class Source:
+    """Images with labels: some of `images` under some classes.
 
-    `notes` say what else was found where they lie, a line each.
+    Attributes:
+        name: shown on screen.
+        class_names: the classes, in the order of the labels.
+        labels: int64 (num_images,), indices into class_names.
+        images: where the images are read from.
+        indices: int64 (num_images,), their places there.
+        notes: what else was found there, a line each.
     """
 
     name: str
@@ -173,27 +162,22 @@ class View:
     def item_name(self, index: int) -> str:
         return self.images.item_name(int(self.indices[index]))
 
-    def values_of(self, column: str) -> list[Any] | None:
-        """Returns another column of the data; see `values_of`."""
-        whole = values_of(self.images, column)
-        return None if whole is None else [whole[at] for at in self.indices.tolist()]
-
 
 @dataclass(frozen=True)
 class Joined:
     """Several images, one behind the other."""
 
     parts: tuple[Images, ...]
-    ends: np.ndarray
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return sum(map(len, self.parts))
 
     def _at(self, index: int) -> tuple[Images, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        part = int(np.searchsorted(self.ends, index, side="right"))
-        return self.parts[part], index - (int(self.ends[part - 1]) if part else 0)
+        for part in self.parts:
+            if 0 <= index < len(part):
+                return part, index
+            index -= len(part)
+        raise IndexError(index)
 
     def read(self, index: int) -> bytes:
         part, at = self._at(index)
@@ -203,17 +187,18 @@ class Joined:
         part, at = self._at(index)
         return part.item_name(at)
 
-    def values_of(self, column: str) -> list[Any] | None:
-        """Returns another column of the data; see `values_of`."""
-        found = [values_of(part, column) for part in self.parts]
-        return None if None in found else [value for values in found for value in values or ()]
-
 
 def values_of(images: Images, column: str) -> list[Any] | None:
     """Returns another column of the data, a value per image; None where it has no such column.
 
     "path" is what an image was called before it was put into a Parquet file or a hub data set.
     """
+    if isinstance(images, Source):
+        whole = values_of(images.images, column)
+        return None if whole is None else [whole[at] for at in images.indices.tolist()]
+    if isinstance(images, Joined):
+        found = [values_of(part, column) for part in images.parts]
+        return None if None in found else [value for values in found for value in values or ()]
     own = getattr(images, "values_of", None)
     return None if own is None else own(column)
 
@@ -224,46 +209,36 @@ def labelled(
     class_names: list[str],
     labels: np.ndarray,
     notes: tuple[str, ...] = (),
-) -> View:
+) -> Source:
     """Returns images with labels as a source."""
-    if isinstance(images, View):  # no view of a view: reading stays one step
-        return View(name, class_names, labels, images.images, images.indices, notes)
-    return View(name, class_names, labels, images, np.arange(len(images)), notes)
+    if isinstance(images, Source):  # no source of a source: reading stays one step
+        return replace(images, name=name, class_names=class_names, labels=labels, notes=notes)
+    return Source(name, class_names, labels, images, np.arange(len(images)), notes)
 
 
-def unlabelled(images: Images, name: str, notes: tuple[str, ...] = ()) -> View:
+def unlabelled(images: Images, name: str, notes: tuple[str, ...] = ()) -> Source:
     """Returns images without labels as a source whose one class is "unknown"."""
     return labelled(images, name, ["unknown"], np.zeros(len(images), dtype=np.int64), notes)
 
 
-def subset(source: Source, indices: np.ndarray, name: str) -> View:
+def subset(source: Source, indices: np.ndarray, name: str) -> Source:
     """Returns the images at `indices`, int64 (n,), as a source of its own."""
-    labels = source.labels[indices]
-    if isinstance(source, View):
-        inner = source.images, source.indices[indices]
-        return View(name, source.class_names, labels, *inner, source.notes)
-    return View(name, source.class_names, labels, source, indices, _notes(source))
+    labels, places = source.labels[indices], source.indices[indices]
+    return replace(source, name=name, labels=labels, indices=places)
 
 
-def relabel(source: Source, class_names: list[str]) -> View:
+def relabel(source: Source, class_names: list[str]) -> Source:
     """Returns the same images under another class list that has all of the source's names."""
     place = {name: at for at, name in enumerate(class_names)}
     labels = np.array([place[name] for name in source.class_names], dtype=np.int64)[source.labels]
-    return labelled(source, source.name, class_names, labels, _notes(source))
+    return replace(source, class_names=class_names, labels=labels)
 
 
-def join(parts: Sequence[Source], name: str) -> View:
+def join(parts: Sequence[Source], name: str) -> Source:
     """Returns sources that have the same classes as one."""
-    names = parts[0].class_names
-    assert all(part.class_names == names for part in parts)
     labels = np.concatenate([part.labels for part in parts])
-    notes = dict.fromkeys(note for part in parts for note in _notes(part))
-    joined = Joined(tuple(parts), np.cumsum([len(part) for part in parts]))
-    return labelled(joined, name, names, labels, tuple(notes))
-
-
-def _notes(source: Source) -> tuple[str, ...]:
-    return getattr(source, "notes", ())
+    notes = dict.fromkeys(note for part in parts for note in part.notes)
+    return labelled(Joined(tuple(parts)), name, parts[0].class_names, labels, tuple(notes))
 
 
 def random_subset(source: Source, fraction: float, seed: int) -> Source:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from allmlp.data.source import Source, View, subset
+from allmlp.data.source import Source, subset
 from allmlp.errors import UserError, near_names
 
 SPLITS = {
@@ -118,7 +118,7 @@ def split_of_file(path: Path) -> str:
     return words.pop() if words else "train"
 
 
-def part_of(source: Source, text: str, name: str) -> View:
+def part_of(source: Source, text: str, name: str) -> Source:
     """Returns a part of a split, such as "[:90%]"; [:p%] and [p%:] are disjoint and complete.
 
     Images count in their order. If that is by class, as in class folders, they count spread over

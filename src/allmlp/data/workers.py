@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from allmlp.console import Reporter
-from allmlp.data.batches import Batch, Sample, collate
 from allmlp.errors import UserError
 
-_UNGUARDED, _UNSENT = 85, 86  # exit codes: ended by `check_guard`; a batch could not be sent
+_UNGUARDED = 85  # exit code of a process that `check_guard` ended
 _PROBING = "_ALLMLP_PROBES_GUARD"
 NICENESS = 5  # below the process that computes: it waits for a core less, and for images no more
 _SHARED = "/dev/shm"  # where Linux keeps shared memory and semaphores
@@ -79,17 +78,13 @@ def _probe(context: Any) -> None:
         raise _missing_guard()
     if probe.exitcode:
         what = f"a worker process ended with code {probe.exitcode} while it imported the script"
-        raise UserError(what, where=_script(), fix="See above; or use num_workers=0")
+        raise UserError(what, fix="See above; or use num_workers=0")
 
 
 def _missing_guard() -> UserError:
     what = "each worker process runs the script again from the top"
     fix = "Guard what it does:  if __name__ == '__main__':  (or use num_workers=0)"
-    return UserError(what, where=_script(), fix=fix)
-
-
-def _script() -> str | None:
-    return getattr(sys.modules["__main__"], "__file__", None)
+    return UserError(what, where=getattr(sys.modules["__main__"], "__file__", None), fix=fix)
 
 
 @contextlib.contextmanager
@@ -109,6 +104,12 @@ def shared_memory() -> int | None:
     if not os.path.isdir(_SHARED):
         return None
     return shutil.disk_usage(_SHARED).free if os.access(_SHARED, os.W_OK) else 0
+
+
+def is_room_for(num_bytes: int) -> bool:
+    """Whether a batch fits into shared memory."""
+    free = shared_memory()
+    return free is None or free > num_bytes + _SPARE
 
 
 def workers_that_start(wanted: int, batch_bytes: int = 0) -> int:
@@ -134,18 +135,6 @@ def _report_once(text: str) -> None:
         Reporter(stderr=True).say(f"note     {text}")
 
 
-def collate_and_share(samples: list[Sample]) -> Batch:
-    """Returns the samples as a batch in shared memory, or, if that is too small, outside it.
-
-    A pipe copies it then, which is slower and always works.
-    """
-    batch, free = collate(samples), shared_memory()
-    if free is None or free > batch.images.nbytes + _SPARE:
-        with contextlib.suppress(RuntimeError, OSError):  # another process has just taken it
-            batch.images.share_memory_()
-    return batch
-
-
 def start_worker(watched: Tensor, closing: Tensor, number: int) -> None:
     """Prepares a worker process: registers it, and ignores the signals not meant for it.
 
@@ -161,22 +150,13 @@ def start_worker(watched: Tensor, closing: Tensor, number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = _only_our_own
     # If a batch cannot be sent, it would print a traceback and nobody would notice.
-    Queue._on_queue_feeder_error = _cannot_send  # pyright: ignore[reportAttributeAccessIssue]
+    Queue._on_queue_feeder_error = lambda *_: os._exit(1)  # pyright: ignore
     if hasattr(signal, "pthread_sigmask"):
         # A thread waits for SIGTERM: a handler would never run while the main thread hangs in C,
         # and the main process would wait for this one for ever.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         arguments = closing, os.getppid()
         threading.Thread(target=_end_on_signal, args=arguments, daemon=True).start()
-
-
-def _cannot_send(*_: object) -> None:
-    os._exit(_UNSENT)
-
-
-def could_not_send(loaded: object) -> bool:
-    """Whether a worker of torch's iterator ended because it could not send a batch."""
-    return any(worker.exitcode == _UNSENT for worker in getattr(loaded, "_workers", []))
 
 
 def _only_our_own(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -22,22 +22,16 @@ import contextlib
 import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from allmlp.data.classes import (
-    UNLABELLED,
-    RawLabels,
-    check_twins,
-    combined_names,
-    make_classes,
-    match_classes,
-    some_of,
-)
+from allmlp.data.classes import UNLABELLED, RawLabels, check_twins, make_classes, match_classes
 from allmlp.data.source import Source, labelled, unlabelled
 from allmlp.data.source_spec import SPLITS, SourceSpec, parse_name, part_of, split_named
 from allmlp.data.sources import digits, folders, hub, lists, packed, parquet, subset_file
 from allmlp.data.sources.kind import Kind, Records
+from allmlp.data.sources.subset_file import SubsetFile, is_subset_file, read_subset_file, select
 from allmlp.errors import UserError, near_names
 
 # What a source can be, the first that matches; a subset file is read from another source.
@@ -62,30 +56,38 @@ def open_splits(
     """
     spec = parse_name(name)
     if labels == "any":
-        is_needed = spec.part is not None or spec.path.suffix.lower() == subset_file.SUFFIX
-        if "label" in spec.options or is_needed:
-            # Whatever is wrong apart from the labels is reported below.
-            with contextlib.suppress(*([] if "label" in spec.options else [UserError])):
-                return open_splits(name, first_of=first_of)
         labels = "none"
+        if "label" in spec.options:
+            labels = "classes"
+        elif spec.part is not None or is_subset_file(spec):
+            with contextlib.suppress(UserError):  # what else is wrong is reported below
+                return open_splits(name, first_of=first_of)
     records = _records(spec, labels)
     if spec.split is not None and spec.split not in records:
         fix = f"Known there: {', '.join(records)}"
         raise UserError(f"the data has no {spec.split} split", where=spec.source, fix=fix)
-    found = {split: _with_classes(record, spec, split, labels) for split, record in records.items()}
-    splits = {split: source for split, source in found.items() if source is not None}
-    if not splits:
-        raise UserError("none of the images has a label", where=spec.source, fix=UNLABELLED)
-    if spec.split is not None and spec.split not in splits:
-        what = f"none of the images in {spec.split} has a label"
-        raise UserError(what, where=spec.source, fix=UNLABELLED)
+    splits: dict[str, Source] = {}
+    for split, record in records.items():
+        title = f"{spec.source}:{split}"
+        if labels == "none":
+            splits[split] = unlabelled(record.images, title, record.notes)
+        elif record.labels is not None:
+            numbers = labels == "numbers"
+            made = make_classes(record.labels, record.images.item_name, are_numbers=numbers)
+            if made is not None:
+                splits[split] = labelled(record.images, title, *made, record.notes)
+                if not numbers:
+                    check_twins(made[0], title)
     wanted = [spec.split] if spec.split else list(first_of) or list(SPLITS)
     chosen = [split for split in wanted if split in splits][: 1 if first_of else None]
+    if not splits or (spec.split and not chosen):
+        where = f" in {spec.split}" if spec.split else ""
+        what = f"none of the images{where} has a label"
+        raise UserError(what, where=spec.source, fix=UNLABELLED)
     opened: dict[str, Source] = {}
     for split in chosen:
-        source, prepare = splits[split], records[split].prepare
-        if prepare is not None:
-            prepare()
+        source = splits[split]
+        records[split].prepare()
         if labels == "classes" and "train" in splits:
             names = splits["train"].class_names
             source = match_classes(source, names, owner="train/", allow_missing=True)
@@ -105,85 +107,54 @@ def open_source(
     return next(iter(open_splits(name, labels=labels, first_of=first_of).values()))
 
 
-def _with_classes(record: Records, spec: SourceSpec, split: str, labels: Labels) -> Source | None:
-    """The images with the classes of their own; None if labels are needed and none has one."""
-    title, images, notes = f"{spec.source}:{split}", record.images, record.notes
-    if labels == "none":
-        return unlabelled(images, title, notes)
-    if record.labels is None:
-        return None
-    are_numbers = labels == "numbers"
-    made = make_classes(record.labels, images.item_name, are_numbers=are_numbers)
-    if made is None:
-        return None
-    if not are_numbers:
-        check_twins(made[0], title)
-    return labelled(images, title, *made, notes)
+def open_subset(subset: SubsetFile, name: str | None = None) -> dict[str, Source]:
+    """Returns the splits of a subset."""
+    labels = "classes" if subset.labels is None else "numbers"
+    return select(subset, open_splits(subset.source, labels=labels), name or subset.source)
 
 
 def _records(spec: SourceSpec, labels: Labels) -> Mapping[str, Records]:
     if not spec.base.strip():
         raise UserError("no data is named", fix=f"Give {_KNOWN}")
-    is_subset = spec.path.is_file() and spec.path.suffix.lower() == subset_file.SUFFIX
-    kind = subset_kind(labels) if is_subset else kind_of(spec)
-    if kind is None:
+    subset, kind = is_subset_file(spec), kind_of(spec)
+    if kind is None and not subset:
         path, parent = spec.path.absolute(), spec.path.absolute().parent
         if path.exists():
             what = f"not a folder, and not a file of a known kind: {spec.base!r}"
             raise UserError(what, where=path, fix=f"Give {_KNOWN}")
         siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
         near = near_names(path.name, siblings)
-        what = f"no such data: {spec.base!r}"
         if glob.has_magic(spec.base):
             near = f"A pattern is for .parquet files. {near}"
-        raise UserError(what, where=path, fix=f"{near}Give {_KNOWN}")
+        raise UserError(f"no such data: {spec.base!r}", where=path, fix=f"{near}Give {_KNOWN}")
     for key in spec.options:
-        if key not in kind.options:
-            what = f"the option {key!r} has no meaning for {kind.name}"
+        if kind is None or key not in kind.options:
+            what = f"the option {key!r} has no meaning for {kind.name if kind else 'a subset'}"
             raise UserError(what, where=spec.source, fix=f"Leave out {key}=...")
-    return kind.open(spec, labels != "none")
+    return _subset_records(spec, labels) if kind is None else kind.open(spec, labels != "none")
+
+
+def _subset_records(spec: SourceSpec, labels: Labels) -> dict[str, Records]:
+    subset = read_subset_file(spec.path)
+    if labels == "none":
+        theirs = open_splits(subset.source, labels="none")
+        found = select(replace(subset, labels=None), theirs, spec.source)
+    else:
+        found = open_subset(subset, spec.source)
+    return {
+        split: Records(source, RawLabels(source.labels, source.class_names, True), source.notes)
+        for split, source in found.items()
+    }
 
 
 def kind_of(spec: SourceSpec) -> Kind | None:
-    """Returns the kind of data that a name means, except a subset file."""
+    """Returns the kind of data that a name means; None for a subset file, or no data."""
     return next((kind for kind in KINDS if kind.matches(spec)), None)
-
-
-def subset_kind(labels: Labels) -> Kind:
-    """Returns the kind of a subset file, whose images are those of another source."""
-
-    def open_subset(spec: SourceSpec, labelled: bool) -> dict[str, Records]:
-        subset = subset_file.read_subset_file(spec.path)
-        wanted: Labels = "none"
-        if labelled:
-            wanted = "classes" if subset.labels is None else "numbers"
-        else:
-            subset = subset_file.SubsetFile(subset.source, subset.splits)
-        found = subset_file.select(subset, open_splits(subset.source, labels=wanted), spec.source)
-        return {
-            split: Records(source, RawLabels(source.labels, source.class_names, True), source.notes)
-            for split, source in found.items()
-        }
-
-    return Kind("a subset", lambda spec: True, open_subset)
-
-
-def open_subset(subset: subset_file.SubsetFile) -> dict[str, Source]:
-    """Returns the splits of a subset that is not in a file."""
-    theirs = open_splits(subset.source, labels="numbers" if subset.labels else "classes")
-    return {**subset_file.select(subset, theirs, subset.source)}
 
 
 def notes_of(splits: Mapping[str, Source]) -> list[str]:
     """Returns what there is to say about data apart from its images, a line each."""
-    notes: dict[str, None] = {}
-    for source in splits.values():
-        notes.update(dict.fromkeys(getattr(source, "notes", ())))
-        combined = combined_names(source.class_names)
-        if combined:
-            why = "an image has one label here, and each of them is a class of its own"
-            notes[f"classes that read like several labels: {some_of(combined, 3)} ({why})"] = None
-    return list(notes)
+    return list(dict.fromkeys(note for source in splits.values() for note in source.notes))
 
 
 def read_from(name: str | Path) -> Iterator[str]:
@@ -199,7 +170,7 @@ def read_from(name: str | Path) -> Iterator[str]:
         yield path
         if path.lower().endswith(subset_file.SUFFIX):
             with contextlib.suppress(UserError):  # which is reported where the data is opened
-                yield from read_from(subset_file.read_subset_file(Path(path)).source)
+                yield from read_from(read_subset_file(Path(path)).source)
     else:
         yield from glob.glob(path, recursive=True)
 

@@ -30,19 +30,17 @@ def open_digits(spec: SourceSpec, labels: bool) -> dict[str, Records]:
         raise UserError(f"unknown data {spec.base!r}", fix=fix)
     seed = int(text or 0)
     packed = files("allmlp.data").joinpath("digits.csv.gz").read_bytes()
-    text = gzip.decompress(packed).decode().split()
-    rows = np.loadtxt(text, delimiter=",", dtype=np.uint8)
+    rows = np.loadtxt(gzip.decompress(packed).decode().split(), delimiter=",", dtype=np.uint8)
     pixels = np.round(rows[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    images = EncodedImages(PackedBytes(map(encode_png, pixels)), "digits")
-    whole = labelled(images, "digits", [*"0123456789"], rows[:, 64].astype(np.int64))
-    rest, test = split_by_class(whole.labels, 0.2, seed=2 * seed)
-    kept, held_out = split_by_class(whole.labels[rest], 0.125, seed=2 * seed + 1)
-    indices = {"train": rest[kept], "validation": rest[held_out], "test": test}
+    classes, names = rows[:, 64].astype(np.int64), [*"0123456789"]
+    whole = labelled(
+        EncodedImages(PackedBytes(map(encode_png, pixels)), "digits"), "digits", names, classes
+    )
+    rest, test = split_by_class(classes, 0.2, seed=2 * seed)
+    kept, held_out = split_by_class(classes[rest], 0.125, seed=2 * seed + 1)
     return {
-        split: Records(
-            subset(whole, at, split), RawLabels(whole.labels[at], whole.class_names, True)
-        )
-        for split, at in indices.items()
+        split: Records(subset(whole, at, split), RawLabels(classes[at], names, True))
+        for split, at in (("train", rest[kept]), ("validation", rest[held_out]), ("test", test))
     }
 
 

@@ -48,7 +48,12 @@ def open_folders(spec: SourceSpec, labels: bool) -> dict[str, Records]:
         what = "the folder has tar files and no index of them"
         raise UserError(what, where=folder, fix=f"Write one, once: mixer data index {folder}")
     if not labels and not subfolders(folder):
-        return {"train": _flat(folder)}
+        passed_over: Counter[str] = Counter()
+        paths = PackedStrings(scan_images(str(folder), passed_over=passed_over))
+        if not len(paths):
+            raise no_images(folder)
+        note = passed_over_note(passed_over, folder)
+        return {"train": Records(ImageFiles(paths, str(folder)), notes=note)}
     splits, unused = _find_splits(folder)
     notes: tuple[str, ...] = ()
     if labels:
@@ -165,15 +170,6 @@ def _class_folder(folder: Path, notes: tuple[str, ...]) -> Records:
     return Records(images, raw, (*notes, *passed_over_note(passed_over, folder)))
 
 
-def _flat(folder: Path) -> Records:
-    passed_over: Counter[str] = Counter()
-    paths = PackedStrings(scan_images(str(folder), passed_over=passed_over))
-    if not len(paths):
-        raise no_images(folder)
-    notes = passed_over_note(passed_over, folder)
-    return Records(ImageFiles(paths, str(folder)), notes=notes)
-
-
 def _check_class_folders(folder: Path) -> None:
     """Checks that the folders in the place of classes are not really splits, folds or wrappers.
 
@@ -189,36 +185,34 @@ def _check_class_folders(folder: Path) -> None:
         fix += " the images directly into their folders, or give a list (.csv) with path,label"
         raise UserError(what, where=folder, fix=fix)
     splits = [name for name in classes if split_named(name)]
-    parts = [name for name in classes if split_named(name) or re.fullmatch(_FOLD, name)]
     is_split = split_named(folder.absolute().name) is not None
-    if parts == classes and len(classes) > is_split:
+    # seg_train and seg_test: the same name but for a split
+    rests = Counter(rest for name in classes for rest in _without_split(name))
+    are_parts = all(split_named(name) or re.fullmatch(_FOLD, name) for name in classes)
+    if (are_parts and len(classes) > is_split) or max(rests.values(), default=0) > 1:
         what = f"folders that are splits and have no class folders in them: {listed}"
-        raise UserError(what, where=folder, fix=f"Arrange it as {LAYOUT}")
+        fix = f"Arrange it as {LAYOUT}"
+        raise UserError(what, where=folder, fix=fix)
     if splits and not is_split:
         what = f"the folder {splits[0]!r} is named as a split, but lies among classes: {listed}"
         fix = f"Put its images into class folders, {splits[0]}/<class>, or move it away. If it is a"
         fix += f" class: move all class folders into one for the split, {folder / 'train'}/<class>"
         raise UserError(what, where=folder / splits[0], fix=fix)
-    known: dict[tuple[str, ...], tuple[str, str]] = {}
-    for name in classes:  # seg_train, seg_test
-        words = re.split(r"[-_. ]+", name)
-        for split, at in ((split_named(word), at) for at, word in enumerate(words)):
-            rest = (*words[:at], "", *words[at + 1 :])
-            if split and known.setdefault(rest, (split, name))[0] != split:
-                what = f"the folders {known[rest][1]} and {name} are splits, not classes"
-                fix = f"Rename them to train, val and test, with the classes below: {LAYOUT}"
-                raise UserError(what, where=folder, fix=fix)
+
+
+def _without_split(name: str) -> set[tuple[str, ...]]:
+    """What is left of a name of several words without one that means a split."""
+    words = re.split(r"[-_. ]+", name)
+    places = [at for at, word in enumerate(words) if len(words) > 1 and split_named(word)]
+    return {(*words[:at], "", *words[at + 1 :]) for at in places}
 
 
 def _shared_subfolders(folder: Path, classes: list[str]) -> list[str]:
     """The subfolders that each of these folders has; none if one has images directly in it."""
-    shared: set[str] | None = None
-    for name in classes:
-        names = subfolders(folder / name)
-        shared = set(names) if shared is None else shared & set(names)
-        if not shared or _loose_image(folder / name) is not None:
-            return []
-    return sorted(shared or (), key=natural_order)
+    if not classes or any(_loose_image(folder / name) for name in classes):
+        return []
+    names = (set(subfolders(folder / name)) for name in classes)
+    return sorted(set.intersection(*names), key=natural_order)
 
 
 def _find_splits(folder: Path) -> tuple[dict[str, Path], list[str]]:
@@ -232,11 +226,9 @@ def _find_splits(folder: Path) -> tuple[dict[str, Path], list[str]]:
     others: dict[str, list[str]] = {}
     for entry in subfolders(folder):
         split, path, classes = split_named(entry), folder / entry, subfolders(folder / entry)
-        loose = _loose_image(path) if split and classes else None
-        if len(classes) == 1 and split and split_named(classes[0]) == split and not loose:
+        if split and [split_named(name) for name in classes] == [split] and not _loose_image(path):
             path /= classes[0]
             classes = subfolders(path)
-            loose = _loose_image(path) if classes else None
         if split is None or not classes:
             others[entry] = classes
             continue
@@ -244,6 +236,7 @@ def _find_splits(folder: Path) -> tuple[dict[str, Path], list[str]]:
             inside = [path.relative_to(folder) for path in (splits[split], path)]
             what = f"two folders for one split: {inside[0]} and {inside[1]}"
             raise UserError(what, where=folder, fix="Merge them or rename one")
+        loose = _loose_image(path)
         if loose is not None:
             what = f"the folder {path.name!r} has both folders and images, such as {loose!r}"
             fix = "Put the images into class folders; a class cannot have the name of a split"

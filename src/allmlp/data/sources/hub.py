@@ -7,21 +7,14 @@ they were put in, not decoded. HF_HUB_OFFLINE=1 keeps it to the cache.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from allmlp.data.classes import Cells, RawLabels
-from allmlp.data.source_spec import (
-    LABEL_COLUMNS,
-    SPLITS,
-    SourceSpec,
-    choose_column,
-    split_named,
-)
+from allmlp.data.source import ImageFiles
+from allmlp.data.source_spec import LABEL_COLUMNS, SPLITS, SourceSpec, choose_column, split_named
 from allmlp.data.sources.kind import Kind, Records
 from allmlp.errors import UserError
 from allmlp.io import is_reachable
@@ -50,12 +43,7 @@ class HubImages:
         image = self.dataset[index][self.column] or {}
         data, path = image.get("bytes"), image.get("path")
         if data is None and path:
-            try:
-                with open(path, "rb") as file:
-                    data = file.read()
-            except OSError as error:
-                what = f"cannot read the file: {error.strerror}: {path}"
-                raise UserError(what, where=self.item_name(index)) from error
+            data = ImageFiles([path]).read(0)
         if not data:
             raise UserError("the row has no image", where=self.item_name(index))
         return data
@@ -78,24 +66,18 @@ def open_hub(spec: SourceSpec, labels: bool) -> dict[str, Records]:
         fix = "hf:owner/name or hf:owner/name@revision"
         raise UserError(f"not a data set on the hub: {spec.base!r}", fix=fix)
     loaded = _load(found[1], found[2], spec)
-    by_split: dict[str, str] = {}
-    for theirs in loaded:
-        split = split_named(str(theirs))
-        if split in by_split:
-            what = f"two splits for one: {by_split[split]} and {theirs}"
-            raise UserError(what, where=spec.source)
-        if split is not None:
-            by_split[split] = theirs
-    if not by_split:
-        what = f"none of the splits is train, validation or test: {', '.join(map(str, loaded))}"
-        raise UserError(what, where=spec.source, fix="Save the splits you need as Parquet files")
     splits: dict[str, Records] = {}
-    for split in (split for split in SPLITS if split in by_split):
-        if len(loaded[by_split[split]]):
-            title = f"{spec.source}:{split}"
-            splits[split] = _open_split(loaded[by_split[split]], spec, title, labels)
+    for split in SPLITS:
+        theirs = [name for name in loaded if split_named(str(name)) == split]
+        if len(theirs) > 1:
+            what = f"two splits for one: {' and '.join(theirs)}"
+            raise UserError(what, where=spec.source)
+        for name in theirs:
+            if len(loaded[name]):
+                splits[split] = _open_split(loaded[name], spec, f"{spec.source}:{split}", labels)
     if not splits:
-        raise UserError("the data set has no rows", where=spec.source)
+        what = f"none of the splits train, validation and test has rows: {', '.join(loaded)}"
+        raise UserError(what, where=spec.source, fix="Save the splits you need as Parquet files")
     return splits
 
 
@@ -132,64 +114,29 @@ def _load(repository: str, revision: str | None, spec: SourceSpec) -> Any:
     except ImportError as error:
         what, fix = "reading data sets of the hub needs the package datasets", extra("data")
         raise UserError(what, where=spec.base, fix=fix) from error
-    try:
-        with _cache_only_without_network(datasets):
-            return datasets.load_dataset(
-                repository, spec.options.get("config"), revision=revision, streaming=False
-            )
-    except Exception as error:  # whatever the package, the hub and the network layer raise
-        raise _explained(error, repository, revision, spec) from error
-
-
-@contextmanager
-def _cache_only_without_network(datasets: Any) -> Iterator[None]:
-    """Without a network the libraries retry for half a minute; one attempt is enough."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE or is_reachable(constants.ENDPOINT):
-        yield
-        return
-    places = [constants, datasets.config]
-    before = [place.HF_HUB_OFFLINE for place in places]
+    offline = constants.HF_HUB_OFFLINE
     try:
-        for place in places:
-            place.HF_HUB_OFFLINE = True
-        yield
+        # Without a network the libraries retry for half a minute; one attempt is enough.
+        if not is_reachable(constants.ENDPOINT):
+            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        return datasets.load_dataset(
+            repository, spec.options.get("config"), revision=revision, streaming=False
+        )
+    except Exception as error:  # whatever the package, the hub and the network layer raise
+        reason = (str(error) or type(error).__name__).strip()
+        fix = f"See https://huggingface.co/datasets/{repository}; if it is private: hf auth login"
+        if "Config name is missing" in reason or "BuilderConfig" in reason:
+            fix = f"Choose one: '{spec.base}#config=NAME'"
+        elif isinstance(error, ConnectionError | TimeoutError):
+            command = f"hf download --repo-type dataset {repository}"
+            command += f" --revision {revision}" if revision else ""
+            fix = f"With a network, and without HF_HUB_OFFLINE: {command}"
+        what = f"cannot load {repository}: {' '.join(reason.split())[:300]}"
+        raise UserError(what, where=spec.base, fix=fix) from error
     finally:
-        for place, value in zip(places, before, strict=True):
-            place.HF_HUB_OFFLINE = value
-
-
-def _explained(
-    error: Exception, repository: str, revision: str | None, spec: SourceSpec
-) -> UserError:
-    text = (str(error) or type(error).__name__).strip()
-    chain = [error, error.__cause__, error.__context__]
-    kinds = {kind.__name__ for link in chain if link for kind in type(link).__mro__}
-    if "Config name is missing" in text or "BuilderConfig" in text:
-        known = re.search(r"\[.*?\]", text, re.DOTALL)
-        names = re.findall(r"'([^']+)'", known[0]) if known else []
-        given = spec.options.get("config")
-        what = f"unknown configuration {given!r}" if given else "there are several configurations"
-        example = f"'{spec.base}#config={names[0] if names else 'NAME'}'"
-        fix = f"Choose one: {example}; known: {', '.join(names[:20]) or 'see its page'}"
-    elif "OfflineModeIsEnabled" in kinds or isinstance(error, ConnectionError | TimeoutError):
-        command = f"hf download --repo-type dataset {repository}"
-        command += f" --revision {revision}" if revision else ""
-        what = f"{repository} is not in the cache and the hub cannot be reached"
-        fix = f"With a network, and without HF_HUB_OFFLINE: {command}"
-    elif "GatedRepoError" in kinds or "gated" in text:
-        what = f"{repository} is for registered users only"
-        fix = "Ask for access on its page, then: hf auth login"
-    elif "RevisionNotFoundError" in kinds or (revision and f"'{revision}'" in text):
-        what, fix = f"{repository} has no revision {revision!r}", "Leave @revision out for main"
-    elif "DatasetNotFoundError" in kinds or "RepositoryNotFoundError" in kinds:
-        what = f"unknown data set {repository!r}, or it is private"
-        fix = "For a private one: hf auth login"
-    else:
-        what = f"cannot load {repository}: {text.splitlines()[0][:300]}"
-        fix = f"See https://huggingface.co/datasets/{repository}"
-    return UserError(what, where=spec.base, fix=fix)
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
 
 
 KIND = Kind(

@@ -24,7 +24,7 @@ class Records:
     images: Images
     labels: RawLabels | None = None
     notes: tuple[str, ...] = ()
-    prepare: Callable[[], object] | None = None
+    prepare: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)

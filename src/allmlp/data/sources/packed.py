@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,15 +27,9 @@ from allmlp.data.image import EncodedImage
 from allmlp.data.source import BadImage, PackedBytes, PackedStrings, Source
 from allmlp.data.source_spec import SPLITS, SourceSpec
 from allmlp.data.sources.kind import Kind, Records
-from allmlp.data.sources.webdataset import (
-    INDEX_SUFFIX,
-    FileSize,
-    RangeIndex,
-    load_index,
-    verify_tar,
-)
+from allmlp.data.sources.webdataset import INDEX_SUFFIX, FileSize, RangeIndex, load_index
 from allmlp.errors import UserError, between
-from allmlp.io import atomic_write, fsync, parse_json, staging_folder
+from allmlp.io import atomic_write, check_output_folder, fsync, parse_json, staging_folder
 from allmlp.names import extra, is_format
 
 MANIFEST = "packed.json"
@@ -54,15 +47,13 @@ class FileRanges:
 
     folder: str
     index: RangeIndex
-    _descriptors: OrderedDict[int, _Descriptor] = field(
-        default_factory=OrderedDict, repr=False, compare=False
-    )
+    _descriptors: dict[int, _Descriptor] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptors": OrderedDict()}
+        return {**self.__dict__, "_descriptors": {}}
 
     def item_name(self, index: int) -> str:
         file = self.index.files[int(self.index.file[index])]
@@ -85,13 +76,12 @@ class FileRanges:
         return data
 
     def _descriptor(self, file: int) -> _Descriptor:
-        found = self._descriptors.get(file)
-        if found is None:
+        if file not in self._descriptors:
+            if len(self._descriptors) >= _OPEN_FILES:
+                self._descriptors.pop(next(iter(self._descriptors)))
             path = os.path.join(self.folder, self.index.files[file].name)
-            found = self._descriptors[file] = _Descriptor(path)
-            while len(self._descriptors) > _OPEN_FILES:
-                self._descriptors.popitem(last=False)
-        return found
+            self._descriptors[file] = _Descriptor(path)
+        return self._descriptors[file]
 
 
 class _Descriptor:
@@ -107,26 +97,22 @@ class _Descriptor:
 
 def is_packed(folder: Path) -> bool:
     """Whether the folder has packed data."""
-    return (folder / MANIFEST).exists() or any(
-        (folder / f"{split}{INDEX_SUFFIX}").exists() for split in SPLITS
-    )
+    indices = (folder / f"{split}{INDEX_SUFFIX}" for split in SPLITS)
+    return any(path.exists() for path in (folder / MANIFEST, *indices))
 
 
 def open_packed(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     """Returns the splits of a folder; the sizes of its files are checked."""
     found: dict[str, Records] = {}
-    indices = load_indices(spec.path)
-    if not indices:
+    for split, index in load_indices(spec.path).items():
+        for file in index.files:
+            check_size(spec.path, file)
+        raw = RawLabels(index.label, index.class_names, True) if index.class_names else None
+        found[split] = Records(FileRanges(str(spec.path), index), raw if labels else None)
+    if not found:
         what = "mixer data pack was killed before the data was complete"
         fix = "Run the same mixer data pack again: it starts over"
         raise UserError(what, where=spec.path, fix=fix)
-    for split, index in indices.items():
-        for file in index.files:
-            problem = wrong_size(spec.path, file)
-            if problem is not None:
-                raise UserError(problem, where=spec.path / file.name, fix=_FIX)
-        raw = RawLabels(index.label, index.class_names, True) if index.class_names else None
-        found[split] = Records(FileRanges(str(spec.path), index), raw if labels else None)
     return found
 
 
@@ -143,38 +129,36 @@ def load_indices(folder: Path) -> dict[str, RangeIndex]:
     return found
 
 
-def wrong_size(folder: Path, file: FileSize) -> str | None:
-    """Returns what is wrong with the size of a file, if anything."""
+def check_size(folder: Path, file: FileSize) -> None:
+    """Checks that a file has the size that it was written with."""
+    path = folder / file.name
     try:
-        size = (folder / file.name).stat().st_size
+        size = path.stat().st_size
     except OSError as error:
-        return f"cannot read the file: {error.strerror}"
-    if size == file.size:
-        return None
-    return f"the file has {size:,} bytes instead of {file.size:,}"
+        raise UserError(f"cannot read the file: {error.strerror}", where=path, fix=_FIX) from error
+    if size != file.size:
+        what = f"the file has {size:,} bytes instead of {file.size:,}"
+        raise UserError(what, where=path, fix=_FIX)
 
 
 def verify(folder: Path) -> list[str]:
     """Reads every file of packed data again; returns what is wrong, a line each."""
     problems: list[str] = []
     try:
-        indices = load_indices(folder)
+        files = [file for index in load_indices(folder).values() for file in index.files]
+        for file in files:
+            check_size(folder, file)
+            if file.sha256 not in (None, _checksum(folder / file.name)):
+                what = "the file has another checksum than it was written with"
+                problems.append(f"{folder / file.name}: {what}")
     except UserError as error:
-        return [f"{error.where}: {error.what}"]
-    for index in indices.values():
-        for number, file in enumerate(index.files):
-            path = folder / file.name
-            problem = wrong_size(folder, file)
-            if problem is not None:
-                problems.append(f"{path}: {problem}")
-                continue
-            with path.open("rb") as opened:
-                checksum = hashlib.file_digest(opened, "sha256").hexdigest()
-            if file.sha256 not in (None, checksum):
-                problems.append(f"{path}: the file has another checksum than it was written with")
-            if path.suffix == ".tar":
-                problems += verify_tar(path, index, number)
+        problems.append(f"{error.where}: {error.what}")
     return problems
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_manifest(folder: Path) -> dict[str, tuple[list[str], list[FileSize]]]:
@@ -202,15 +186,14 @@ def _read_manifest(folder: Path) -> dict[str, tuple[list[str], list[FileSize]]]:
 def _index_arrow(folder: Path, class_names: list[str], files: list[FileSize]) -> RangeIndex:
     parts: list[tuple[np.ndarray, ...]] = []
     for number, file in enumerate(files):
+        check_size(folder, file)  # a file that was cut short must not be mapped
         path = folder / file.name
-        problem = wrong_size(folder, file)
-        if problem is None:  # a file that was cut short must not be mapped
-            try:
-                parts += [(np.full(len(p[0]), number, np.int32), *p) for p in _batches(path)]
-                continue
-            except (OSError, ValueError, KeyError) as error:  # pyarrow's own are ValueErrors
-                problem = f"the file is damaged: {error}"
-        raise UserError(problem, where=path, fix=_FIX)
+        try:
+            parts += [(np.full(len(part[0]), number, np.int32), *part) for part in _batches(path)]
+        except (OSError, LookupError, ValueError) as error:  # pyarrow's own are ValueErrors
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"the file is damaged: {error}", where=path, fix=_FIX) from error
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     number, offset, length, label, names, name_lengths = columns
     ends = np.concatenate([[0], np.cumsum(name_lengths)])
@@ -249,13 +232,13 @@ def _pyarrow(where: object) -> Any:
         raise UserError("packed data needs pyarrow", where=where, fix=extra("data")) from error
 
 
-@dataclass(frozen=True)
+@dataclass
 class Packed:
     """What was written of a split; images that cannot be read are left out and are in `bad`."""
 
-    num_images: int
-    files: list[FileSize]
-    bad: list[BadImage]
+    num_images: int = 0
+    files: list[FileSize] = field(default_factory=list)
+    bad: list[BadImage] = field(default_factory=list)
 
 
 def pack_splits(
@@ -263,95 +246,83 @@ def pack_splits(
     folder: Path,
     *,
     shard_bytes: int = SHARD_BYTES,
-    on_item: Callable[[int], None] | None = None,
+    on_item: Callable[[int], object] = lambda _: None,
 ) -> dict[str, Packed]:
     """Writes splits into a folder of packed data, all or nothing; the files keep their bytes.
 
     `shard_bytes` is the largest size of a file that has more than one image. The same images give
     the same files. `on_item` is called with 1 after every image.
     """
+    from filelock import FileLock
+
     between("shard_bytes", shard_bytes, 1, 2**31 - 1)  # offsets have 32 bits
     _pyarrow(folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError("the output is a file", where=folder, fix="Give the name of a folder")
+    check_output_folder(folder)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    done = False
+    names: list[str] = []
     try:
         with staging_folder(folder / "packing") as staging:
-            _check_target(folder, splits)
+            _described(folder, splits, {})
             packed = {
                 split: _write_split(source, staging, split, shard_bytes, on_item)
                 for split, source in splits.items()
             }
-            files = [file.name for split in packed.values() for file in split.files]
-            try:
-                for name in files:
-                    fsync(staging / name)
-                    os.replace(staging / name, folder / name)
-                fsync(folder)
-                _commit(folder, splits, packed)
-                done = True
-            finally:
-                known = {file.name for _, own in _read_manifest(folder).values() for file in own}
-                for name in set(files) - known:
-                    (folder / name).unlink(missing_ok=True)
+            names = [file.name for split in packed.values() for file in split.files]
+            for name in names:
+                fsync(staging / name)
+                os.replace(staging / name, folder / name)
+            fsync(folder)
+            # Before this none of the files is data, after it all are.
+            with FileLock(folder / ".packed.lock", timeout=60):
+                text = json.dumps(_described(folder, splits, packed), indent=1) + "\n"
+                atomic_write(folder / MANIFEST, text.encode())
     finally:
+        known = {file.name for _, files in _read_manifest(folder).values() for file in files}
+        for name in set(names) - known:  # of a failure
+            (folder / name).unlink(missing_ok=True)
         (folder / ".packed.lock").unlink(missing_ok=True)
-        if is_new and not done and not any(folder.iterdir()):
+        if is_new and not any(folder.iterdir()):
             folder.rmdir()
     return packed
 
 
-def _check_target(folder: Path, splits: Mapping[str, Source]) -> None:
-    known = _read_manifest(folder)
-    for split in splits:
-        if split in known or (folder / f"{split}{INDEX_SUFFIX}").exists():
+def _described(
+    folder: Path, splits: Mapping[str, Source], packed: Mapping[str, Packed]
+) -> dict[str, Any]:
+    """The folder's list of files with the new splits in it, none of which may be there already."""
+    written = _read_manifest(folder)
+    for split, source in splits.items():
+        if split in written or (folder / f"{split}{INDEX_SUFFIX}").exists():
             what = f"the folder has packed images of {split} already"
             raise UserError(what, where=folder, fix="Give another folder, or remove them")
-
-
-def _commit(folder: Path, splits: Mapping[str, Source], packed: dict[str, Packed]) -> None:
-    """Makes the files data: before this none is, after it all are."""
-    from filelock import FileLock
-
-    with FileLock(folder / ".packed.lock", timeout=60):
-        _check_target(folder, splits)  # another process may have been faster
-        written = _read_manifest(folder)
-        for split, result in packed.items():
-            written[split] = list(splits[split].class_names), result.files
-        described = {
-            split: {"class_names": names, "files": [[f.name, f.size, f.sha256] for f in files]}
-            for split, (names, files) in written.items()
-        }
-        values = {"format": FORMAT, "version": VERSION, "splits": described}
-        atomic_write(folder / MANIFEST, (json.dumps(values, indent=1) + "\n").encode())
+        if split in packed:
+            written[split] = list(source.class_names), packed[split].files
+    described = {
+        split: {"class_names": names, "files": [[f.name, f.size, f.sha256] for f in files]}
+        for split, (names, files) in written.items()
+    }
+    return {"format": FORMAT, "version": VERSION, "splits": described}
 
 
 def _write_split(
-    source: Source,
-    folder: Path,
-    split: str,
-    shard_bytes: int,
-    on_item: Callable[[int], None] | None,
+    source: Source, folder: Path, split: str, shard_bytes: int, on_item: Callable[[int], object]
 ) -> Packed:
-    bad: list[BadImage] = []
-    files: list[FileSize] = []
+    packed = Packed()
     rows: list[tuple[bytes, bytes, int]] = []  # image, name, label
     header = _HEADER_BYTES + len(json.dumps(list(source.class_names)))
-    own, size, num_images = own_names(source), header, 0
+    own, size = own_names(source), header
 
     def write() -> None:
-        if rows:
-            path = folder / f"{split}.arrow"
-            _write_arrow(path, rows, source.class_names)
-            with path.open("rb") as file:
-                checksum = hashlib.file_digest(file, "sha256").hexdigest()
-            # Named by its contents, so that a file of an unfinished attempt does no harm.
-            target = folder / f"{split}-{len(files):05d}-{checksum[:8]}.arrow"
-            files.append(FileSize(target.name, path.stat().st_size, checksum))
-            os.rename(path, target)
-            rows.clear()
+        path = folder / f"{split}.arrow"
+        _write_arrow(path, rows, source.class_names)
+        checksum = _checksum(path)
+        # Named by its contents, so that a file of an unfinished attempt does no harm.
+        target = folder / f"{split}-{len(packed.files):05d}-{checksum[:8]}.arrow"
+        packed.files.append(FileSize(target.name, path.stat().st_size, checksum))
+        os.rename(path, target)
+        packed.num_images += len(rows)
+        rows.clear()
 
     for index in range(len(source)):
         name = source.item_name(index)
@@ -359,24 +330,23 @@ def _write_split(
             data = source.read(index)
             EncodedImage(data, name)
         except UserError as error:
-            bad.append(BadImage(index, name, error.what))
+            packed.bad.append(BadImage(index, name, error.what))
             continue
         finally:
-            if on_item is not None:
-                on_item(1)
+            on_item(1)
         row = data, os.fsencode(own[index]), int(source.labels[index])
         length = len(row[0]) + len(row[1]) + _ROW_BYTES
-        if size + length > shard_bytes:
+        if rows and size + length > shard_bytes:
             write()
             size = header
         rows.append(row)
-        size, num_images = size + length, num_images + 1
-    write()
-    if not files:
-        reason = f"; the first: {bad[0].what}" if bad else ""
+        size += length
+    if not rows:
+        reason = f"; the first: {packed.bad[0].what}" if packed.bad else ""
         what = f"none of the {len(source)} images can be read{reason}"
         raise UserError(what, where=source.name)
-    return Packed(num_images, files, bad)
+    write()
+    return packed
 
 
 def _write_arrow(path: Path, rows: list[tuple[bytes, bytes, int]], class_names: list[str]) -> None:
@@ -398,8 +368,8 @@ def _write_arrow(path: Path, rows: list[tuple[bytes, bytes, int]], class_names: 
             writer.write_batch(pa.record_batch([column, pa.array(labels)], schema=schema))
 
 
-def _matches(spec: SourceSpec) -> bool:
-    return is_packed(spec.path) or any(spec.path.glob(".packing.*"))
-
-
-KIND = Kind("packed data", _matches, open_packed)
+KIND = Kind(
+    "packed data",
+    lambda spec: is_packed(spec.path) or any(spec.path.glob(".packing.*")),
+    open_packed,
+)

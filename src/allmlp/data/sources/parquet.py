@@ -11,7 +11,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,7 @@ import numpy as np
 
 from allmlp.data.classes import RawLabels, natural_order
 from allmlp.data.source import PackedBytes
-from allmlp.data.source_spec import (
-    LABEL_COLUMNS,
-    SPLITS,
-    SourceSpec,
-    choose_column,
-    split_of_file,
-)
+from allmlp.data.source_spec import LABEL_COLUMNS, SPLITS, SourceSpec, choose_column, split_of_file
 from allmlp.data.sources.kind import Kind, Records
 from allmlp.errors import UserError
 from allmlp.io import parse_json
@@ -33,7 +27,6 @@ from allmlp.names import extra
 
 HELD_BYTES = 2**30  # of encoded images in a split
 _GROUPS_KEPT = 2  # row groups in memory if a split is not held
-_TOGETHER = "Give files that belong together"
 
 
 def parquet_files(spec: SourceSpec) -> list[Path]:
@@ -57,28 +50,23 @@ def open_parquet(spec: SourceSpec, labels: bool) -> dict[str, Records]:
 
 
 def _open(files: list[str], spec: SourceSpec, labels: bool) -> Records:
-    import pyarrow as pa
-
     schema = open_file(files[0]).schema_arrow
     column = _image_column(schema, spec, files[0])
     label = _label_column(schema, spec, files[0]) if labels else None
-    names = None if label is None else class_names_of(schema, label)
     groups: list[tuple[int, int, int]] = []
     chunks: list[Any] = []
     row = 0
     for at, file in enumerate(files):
         reader = open_file(file)
-        for name in (column, *([label] if label else [])):
-            kind, other = schema.field(name).type, None
-            if name in reader.schema_arrow.names:
-                other = reader.schema_arrow.field(name).type
-            if other != kind:
-                what = f"column {name!r} is {other or 'missing'} here and {kind} in {files[0]}"
-                raise UserError(what, where=file, fix=_TOGETHER)
+        own = reader.schema_arrow
+        for name in filter(None, (column, label)):
+            kind, other = (s.field(name).type if name in s.names else None for s in (schema, own))
+            if kind != other or class_names_of(schema, name) != class_names_of(own, name):
+                what = f"column {name!r} is {other} here and {kind} in {files[0]}"
+                if kind == other:
+                    what = f"column {name!r} has other classes than in {files[0]}"
+                raise UserError(what, where=file, fix="Give files that belong together")
         if label is not None:
-            if class_names_of(reader.schema_arrow, label) != names:
-                what = f"column {label!r} has other classes than in {files[0]}"
-                raise UserError(what, where=file, fix=_TOGETHER)
             with _damage_reported(file):
                 chunks += reader.read(columns=[label], use_threads=False).column(label).chunks
         for group in range(reader.num_row_groups):
@@ -86,15 +74,16 @@ def _open(files: list[str], spec: SourceSpec, labels: bool) -> Records:
             row += reader.metadata.row_group(group).num_rows
     if row == 0:
         raise UserError("the files have no rows", where=", ".join(files[:3]))
-    images = ParquetImages(files, column, np.array(groups, dtype=np.int64).reshape(-1, 3), row)
-    if label is None:
-        return Records(images, prepare=images.hold)
-    return Records(images, _raw_labels(pa.chunked_array(chunks), names, files[0]), (), images.hold)
+    images = ParquetImages(files, column, np.array(groups, dtype=np.int64), row)
+    raw = None if label is None else _raw_labels(chunks, class_names_of(schema, label), files[0])
+    return Records(images, raw, prepare=images.hold)
 
 
-def _raw_labels(values: Any, names: list[str] | None, file: str) -> RawLabels:
+def _raw_labels(chunks: list[Any], names: list[str] | None, file: str) -> RawLabels:
+    import pyarrow as pa
     import pyarrow.types as types
 
+    values = pa.chunked_array(chunks)
     if types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     if names is not None and not values.null_count:
@@ -130,10 +119,7 @@ def _label_column(schema: Any, spec: SourceSpec, file: str) -> str:
 
     def fits(name: str) -> bool:
         kind = schema.field(name).type
-        kind = kind.value_type if types.is_dictionary(kind) else kind
-        is_text = types.is_string(kind) or types.is_large_string(kind)
-        is_number = types.is_integer(kind) or types.is_floating(kind)
-        return is_text or is_number or types.is_boolean(kind)
+        return not types.is_nested(kind) and not types.is_binary(kind) and not types.is_null(kind)
 
     classes = [name for name in schema.names if class_names_of(schema, name) is not None]
     named = [name for name in schema.names if name.casefold() in LABEL_COLUMNS]
@@ -155,10 +141,6 @@ def class_names_of(schema: Any, column: str) -> list[str] | None:
         return None
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return names if is_list else None
-
-
-class _TooLarge(Exception):
-    pass
 
 
 class ParquetImages:
@@ -204,18 +186,18 @@ class ParquetImages:
     def hold(self) -> bool:
         """Reads the images into memory unless they are too large; returns whether it did."""
         if self._held is None and sum(map(os.path.getsize, self._files)) <= HELD_BYTES:
-            with suppress(_TooLarge):
-                self._held = PackedBytes(self._all())
+            held = PackedBytes(self._up_to(HELD_BYTES))
+            self._held = held if len(held) == len(self) else None
             self._opened = None
         return self._held is not None
 
-    def _all(self) -> Iterator[bytes]:
-        used = 0
+    def _up_to(self, most: int) -> Iterator[bytes]:
+        """Yields the images up to that many bytes; a file may store copies of one only once."""
         for group in range(len(self._groups)):
             for data in self._read_group(group):
-                used += len(data)
-                if used > HELD_BYTES:  # stored small, as a file of copies can be
-                    raise _TooLarge
+                most -= len(data)
+                if most < 0:
+                    return
                 yield data
 
     def values_of(self, column: str) -> list[Any] | None:

@@ -15,11 +15,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from allmlp.data.label_rule import LabelRule, apply_rule, rule_from_json
-from allmlp.data.source import Source, View, join
-from allmlp.data.source_spec import SPLITS, parse_name, part_of
+from allmlp.data.source import Source, join
+from allmlp.data.source_spec import SPLITS, SourceSpec, parse_name, part_of
 from allmlp.errors import UserError
 from allmlp.io import atomic_write, read_json
 from allmlp.names import NAME, is_format
@@ -51,6 +51,11 @@ class SubsetFile:
         return values
 
 
+def is_subset_file(spec: SourceSpec) -> bool:
+    """Whether the name is that of a subset file."""
+    return spec.path.suffix.lower() == SUFFIX and spec.path.is_file()
+
+
 def write_subset_file(path: Path, subset: SubsetFile) -> None:
     """Writes a subset file atomically."""
     text = json.dumps(subset.to_json(), indent=2) + "\n"
@@ -66,37 +71,28 @@ def read_subset_file(path: Path) -> SubsetFile:
     if values.get("version") != VERSION:
         what = f"written by another allmlp (version {str(values.get('version'))[:20]})"
         raise UserError(what, where=path, fix=f"pip install --upgrade {NAME}")
-    source, splits = values.get("source"), values.get("splits")
     rule = None if values.get("labels") is None else rule_from_json(values["labels"])
-    if not isinstance(source, str) or not _are_splits(splits):
+    try:
+        source, splits = values["source"], values["splits"]
+        base = Path(parse_name(source).base)
+        is_valid = splits.keys() <= SPLITS.keys() and all(splits.values())
+        if not (splits and is_valid and all(type(parts) is list for parts in splits.values())):
+            raise ValueError(splits)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         what = "the subset has no source, or its splits are not lists of parts"
         fix = '"source": "NAME", "splits": {"train": ["train[:800]"], "test": ["test"]}'
-        raise UserError(what, where=path, fix=fix)
-    if Path(parse_name(source).base).suffix.lower() == SUFFIX:
+        raise UserError(what, where=path, fix=fix) from error
+    if base.suffix.lower() == SUFFIX:
         what = f"a subset of a subset: {source!r}"
         raise UserError(what, where=path, fix="Name the source itself")
-    return SubsetFile(source, {name: tuple(parts) for name, parts in splits.items()}, rule)
+    return SubsetFile(source, {split: tuple(parts) for split, parts in splits.items()}, rule)
 
 
-def _are_splits(splits: Any) -> TypeGuard[dict[str, list[str]]]:
-    return (
-        isinstance(splits, dict)
-        and bool(splits)
-        and all(
-            name in SPLITS
-            and isinstance(parts, list)
-            and bool(parts)
-            and all(isinstance(part, str) for part in parts)
-            for name, parts in splits.items()
-        )
-    )
-
-
-def select(subset: SubsetFile, theirs: Mapping[str, Source], name: str) -> dict[str, View]:
+def select(subset: SubsetFile, theirs: Mapping[str, Source], name: str) -> dict[str, Source]:
     """Returns the splits of a subset; `theirs` are those of its source."""
     if subset.labels is not None:
         theirs = {split: apply_rule(theirs[split], subset.labels) for split in theirs}
-    found: dict[str, View] = {}
+    found: dict[str, Source] = {}
     for split in (split for split in SPLITS if split in subset.splits):
         parts = [_part(theirs, text, subset.source) for text in subset.splits[split]]
         found[split] = join(parts, f"{name}:{split}")
@@ -114,8 +110,8 @@ def _part(theirs: Mapping[str, Source], text: str, source: str) -> Source:
 
 def split_and_part(text: str) -> tuple[str, str]:
     """Returns ("train", "[:800]") for "train[:800]", and ("test", "") for "test"."""
-    found = re.fullmatch(rf"({'|'.join(SPLITS)})(\[.*\])?", text)
+    found = re.fullmatch(rf"({'|'.join(SPLITS)})(\[.*\])?", str(text))
     if found is None:
         fix = "train, validation or test, or a part: train[:800]"
-        raise UserError(f"not a part of a source: {text[:80]!r}", fix=fix)
+        raise UserError(f"not a part of a source: {str(text)[:80]!r}", fix=fix)
     return found[1], found[2] or ""

@@ -13,7 +13,7 @@ import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -92,40 +92,37 @@ def load_index(path: Path) -> RangeIndex:
         with safe_open(str(path), framework="np") as file:
             metadata: dict[str, str] = file.metadata() or {}
             described = parse_json(metadata.get(_KEY, metadata.get(_OLD_KEY, "{}")))
-            if described.get("version") != _VERSION:
-                raise ValueError(f"it is not version {_VERSION}")
             arrays = {name: file.get_tensor(name) for name in (*_ARRAYS, "names")}
+        if described["version"] != _VERSION:
+            raise ValueError(f"it is not version {_VERSION}")
         files = [FileSize(str(name), int(size), sha) for name, size, sha in described["shards"]]
-        problem = _contradiction(described["class_names"], files, arrays)
+        class_names = described["class_names"]
+        problem = _contradiction(class_names, files, arrays)
         if problem is not None:
             raise ValueError(problem)
-    except (
-        *(SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError),
-        OverflowError,
-    ) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
         raise UserError(f"the index is damaged: {error}", where=path, fix=_FIX) from error
     names = PackedStrings(PackedBytes.from_arrays(arrays["names"], arrays["name_ends"]))
     file, offset, length, label = (arrays[n] for n in ("shard", "offset", "length", "label"))
-    return RangeIndex(described["class_names"], files, file, offset, length, label, names)
+    return RangeIndex(class_names, files, file, offset, length, label, names)
 
 
 def _contradiction(
     class_names: Any, files: list[FileSize], arrays: dict[str, np.ndarray]
 ) -> str | None:
-    label, ends, sizes = arrays["label"], arrays["name_ends"], np.array([f.size for f in files])
-    lengths = dict.fromkeys(_ARRAYS, len(label)) | {"name_ends": len(label) + 1}
+    label, ends, shard = arrays["label"], arrays["name_ends"], arrays["shard"]
     for name, kind in _ARRAYS.items():
-        if arrays[name].dtype != kind or arrays[name].shape != (lengths[name],):
+        shape = (len(label) + (name == "name_ends"),)
+        if arrays[name].dtype != kind or arrays[name].shape != shape:
             return f"{name} is {arrays[name].dtype} {arrays[name].shape}"
     if not isinstance(class_names, list) or not all(isinstance(n, str) for n in class_names):
         return "class names that are no text"
-    if any(Path(f.name).name != f.name or "\0" in f.name or not f.name for f in files):
+    if any(Path(file.name).name != file.name or "\0" in file.name for file in files):
         return "a file outside the folder"
-    if not len(label) or not 0 <= arrays["shard"].min() <= arrays["shard"].max() < len(files):
+    if not len(label) or not 0 <= shard.min() <= shard.max() < len(files):
         return "no images, or an image in no file"
-    offset, length = arrays["offset"], arrays["length"]
-    is_inside = (offset >= 0) & (length >= 0) & (length <= sizes[arrays["shard"]] - offset)
-    if not is_inside.all():
+    offset, length, sizes = arrays["offset"], arrays["length"], np.array([f.size for f in files])
+    if not ((offset >= 0) & (length >= 0) & (length <= sizes[shard] - offset)).all():
         return "an image outside its file"
     if ends[0] != 0 or ends[-1] != len(arrays["names"]) or (np.diff(ends) < 0).any():
         return "names that do not fill their buffer"
@@ -147,9 +144,6 @@ def index_tars(folder: Path, *, labels: bool = True) -> dict[Path, RangeIndex]:
     for path in targets.values():
         if path.exists():
             raise UserError("the folder has an index already", where=path)
-    for left in folder.glob(".packing*"):  # these tars are not another tool's
-        what = f"the folder has {left.name}, which an unfinished mixer data pack left"
-        raise UserError(what, where=folder, fix="Remove it, and the tars that it wrote")
     indices = {split: _index(paths, labels) for split, paths in by_split.items()}
     written: dict[Path, RangeIndex] = {}
     for split in sorted(indices, key="train".__eq__):  # train last: never without its test set
@@ -159,63 +153,57 @@ def index_tars(folder: Path, *, labels: bool = True) -> dict[Path, RangeIndex]:
 
 
 def _index(paths: list[Path], labelled: bool) -> RangeIndex:
-    offsets, lengths, numbers, codes = array("q"), array("q"), array("i"), array("q")
+    columns = [array("i"), array("q"), array("q"), array("q")]  # file, offset, length, label
     names: list[str] = []
     values: dict[str, int] = {}
-    files: list[FileSize] = []
-    for path in paths:
-        for member, label in samples(path, labelled):
-            codes.append(values.setdefault(label, len(values)))
-            offsets.append(member.offset_data)
-            lengths.append(member.size)
-            numbers.append(len(files))
+    for number, path in enumerate(paths):
+        for member, label in _samples(path, labelled):
+            code = values.setdefault(label, len(values))
+            for column, value in zip(
+                columns, (number, member.offset_data, member.size, code), strict=True
+            ):
+                column.append(value)
             names.append(member.name)
-        files.append(FileSize(path.name, path.stat().st_size, None))
-    if not len(codes):
+    if not names:
         raise UserError("the tars have no images", where=paths[0], fix=f"Endings: {SUFFIXES}")
+    file, offset, length, codes = (np.array(column) for column in columns)
     class_names, label = [], np.full(len(codes), -1, dtype=np.int64)
     if labelled:
-
-        def where(at: int) -> str:
-            return f"{paths[numbers[at]]}:{names[at]}"
-
-        made = make_classes(RawLabels(np.array(codes), list(values)), where)
+        raw = RawLabels(codes, list(values))
+        made = make_classes(raw, lambda at: f"{paths[file[at]]}:{names[at]}")
         assert made is not None  # texts, never the number -1
         class_names, label = made
-    ranges = np.array(offsets, np.int64), np.array(lengths, np.int64)
-    return RangeIndex(class_names, files, np.array(numbers, np.int32), *ranges, label, names)
+    files = [FileSize(path.name, path.stat().st_size, None) for path in paths]
+    return RangeIndex(class_names, files, file, offset, length, label, names)
 
 
-def samples(path: Path, labelled: bool = True) -> Iterator[tuple[tarfile.TarInfo, str]]:
+def _samples(path: Path, labelled: bool) -> Iterator[tuple[tarfile.TarInfo, str]]:
     """Yields every image of a tar with its label, or with "" if labels are not needed.
 
     The members of a sample lie one after another.
     """
-    key, image, label = "", None, None
-    for member, text in chain(_members(path), [(None, None)]):
-        folder, _, base = ("", "", "") if member is None else member.name.rpartition("/")
-        if base.startswith("."):  # what macOS adds, and other hidden files
+
+    def key(item: tuple[tarfile.TarInfo, bytes | None]) -> tuple[str, str]:
+        folder, _, base = item[0].name.rpartition("/")
+        return folder, base.partition(".")[0]
+
+    for _, members in groupby(_members(path), key):
+        image, label = None, None
+        for member, text in members:
+            if text is not None and labelled:
+                label = _label(member.name, text, path) or label
+            elif text is None and os.path.splitext(member.name)[1].lower() in SUFFIXES:
+                if image is not None:
+                    what = f"two images of one sample: {image.name}, {member.name}"
+                    raise UserError(what, where=path, fix="A sample has one image")
+                image = member
+        if image is None:
             continue
-        stem, _, ending = base.partition(".")
-        this = f"{folder}/{stem}"
-        if member is None or this != key:
-            if image is not None:
-                if label is None and labelled:
-                    what = f"the image has no label: {image.name}"
-                    fix = "Every KEY.jpg needs a KEY.cls, or a KEY.json with a label; or, to "
-                    fix += f"predict only: mixer data index {path.parent} --unlabelled"
-                    raise UserError(what, where=path, fix=fix)
-                yield image, label or ""
-            key, image, label = this, None, None
-        if member is None:
-            return
-        if text is not None and labelled:
-            label = _label(ending.lower(), text, f"{path}:{member.name}") or label
-        elif text is None and os.path.splitext(base)[1].lower() in SUFFIXES:
-            if image is not None:
-                what = f"two images of one sample: {image.name}, {member.name}"
-                raise UserError(what, where=path, fix="A sample has one image")
-            image = member
+        if label is None and labelled:
+            fix = "Every KEY.jpg needs a KEY.cls, or a KEY.json with a label; or, to "
+            fix += f"predict only: mixer data index {path.parent} --unlabelled"
+            raise UserError(f"the image has no label: {image.name}", where=path, fix=fix)
+        yield image, label or ""
 
 
 def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
@@ -224,8 +212,8 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 cast(Any, tar).members = []  # it would keep a list of them all
-                if not member.isreg():
-                    continue
+                if not member.isreg() or os.path.basename(member.name).startswith("."):
+                    continue  # macOS adds hidden files
                 text = None
                 if member.name.lower().endswith((".cls", ".json")):
                     file = tar.extractfile(member)
@@ -241,39 +229,18 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
         raise UserError(what, where=path, fix="Fetch it again; unpack .gz first") from error
 
 
-def _label(ending: str, text: bytes, where: str) -> str | None:
+def _label(name: str, text: bytes, path: Path) -> str | None:
     """The label in a .cls or .json; None if a .json has none."""
     try:
-        if ending.endswith("json"):
+        value = text.decode().strip()
+        if name.lower().endswith("json"):
             value = parse_json(text)
             value = value.get("label", value.get("cls")) if isinstance(value, dict) else None
             if value is None:
                 return None
-        else:
-            value = text.decode().strip()
-    except ValueError as error:
-        raise UserError(f"the label cannot be read: {error}", where=where) from error
-    try:
         return label_text(value)
     except UserError as error:
-        raise UserError(error.what, where=where, fix=error.fix) from None
-
-
-def verify_tar(path: Path, index: RangeIndex, number: int) -> Iterator[str]:
-    """Yields the images of an index that are not members of their tar, with length and label."""
-    labelled = bool(index.class_names)
-    try:
-        members = {m.offset_data: (m.size, label) for m, label in samples(path, labelled)}
-    except UserError as error:
-        yield f"{path}: {error.what}"
-        return
-    for at in np.flatnonzero(index.file == number).tolist():
-        offset, length, label = int(index.offset[at]), int(index.length[at]), int(index.label[at])
-        size, text = members.get(offset, (None, None))
-        name = f"{path}:{index.names[at]}"
-        if size is None:
-            yield f"{name}: no member of the tar begins at byte {offset}"
-        elif size != length:
-            yield f"{name}: {size} bytes in the tar, {length} in the index"
-        elif labelled and text not in (str(label), index.class_names[label]):
-            yield f"{name}: label {text!r} in the tar, {index.class_names[label]!r} in the index"
+        raise UserError(error.what, where=f"{path}:{name}", fix=error.fix) from None
+    except ValueError as error:
+        what = f"the label cannot be read: {error}"
+        raise UserError(what, where=f"{path}:{name}") from error
