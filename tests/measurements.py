@@ -1,4 +1,4 @@
-"""Measurement files made by hand, as the verbs write them, for tests of the report."""
+"""Measurement files made by hand, as the commands write them, for tests of the report."""
 
 from __future__ import annotations
 
@@ -135,22 +135,21 @@ def data_scale(**changes: Any) -> dict[str, Any]:
         {
             "model": name,
             "label": name,
-            "fraction": share,
-            "images": round(45_000 * share),
-            "epochs": 0.5 / share,
+            "fraction": fraction,
+            "images": round(45_000 * fraction),
+            "epochs": 0.5 / fraction,
             "steps": 400,
             "runs": 1,
-            "validation": 0.3 + 0.1 * share,
-            "few_shot": 0.05 + 0.02 * share + 0.01 * at,
-            "deviation": 0.002,
-            "deviation_of": "draws of the shots, one run",
+            "validation": 0.3 + 0.1 * fraction,
+            "few_shot": 0.05 + 0.02 * fraction + 0.01 * at,
+            "few_shot_deviation": 0.002,
             "seconds": 10.0,
         }
         for at, name in enumerate(("mixer_s16", "mixer_b16"))
-        for share in (0.03, 0.1, 0.3, 1.0)
+        for fraction in (0.03, 0.1, 0.3, 1.0)
     ]
-    settings = {"few_shot_data": "cifar100", "shots": 5, "few_shot_seeds": [0, 1, 2]}
-    values = {"data": {"source": "cifar10"}, "settings": settings, "points": points}
+    settings = {"source": "cifar10", "few_shot_data": "cifar100", "shots": 5}
+    values = {"settings": settings, "rows": points}
     return measured("data-scale", **{**values, "partial": False, "missing": [], **changes})
 
 

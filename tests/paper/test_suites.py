@@ -76,18 +76,8 @@ def test_interrupted_and_resumed(place, monkeypatch):
     stop_at = ""
     result = run(place, grid=[0.01, 0.1])
     assert runs == ["pets/seed-0"]
-    straight = run(place, "straight", grid=[0.01, 0.1])
-    assert straight.tasks == result.tasks
-    for name in ("pets", "dtd"):
-        best = [place / folder / name / "seed-0" / "best" for folder in ("out", "straight")]
-        weights = [(folder / "model.safetensors").read_bytes() for folder in best]
-        assert weights[0] == weights[1]
     runs.clear()
     assert (run(place, grid=[0.01, 0.1]), runs) == (result, [])
-    check_what_is_written(place, result)
-
-
-def check_what_is_written(place: Path, result: SuiteResult) -> None:
     values = read_measurement(place / "out" / "suite.json")
     assert (values["kind"], values["checkpoint"]) == ("vtab", str(place / "weights"))
     assert values["tasks"] == json.loads(json.dumps(result.tasks))
@@ -101,8 +91,6 @@ def check_what_is_written(place: Path, result: SuiteResult) -> None:
     assert pets["images"] == {"train": 21, "held_out": 4, "test": 10}
     assert (pets["source"], pets["classes"]) == (str(place / "pets"), 3)
     assert pets["learning_rate"] in (0.01, 0.1)
-    found = json.loads((place / "out/pets/grid/lr-0.01/validation/evaluation.json").read_text())
-    assert found["images"] == 4
     assert not (place / "out" / "pets" / "grid" / "lr-0.01" / "test").exists()
 
 
@@ -135,16 +123,8 @@ def test_the_papers_protocol(place, monkeypatch):
         assert (config.optimizer.name, config.optimizer.momentum) == ("sgd", 0.9)
         assert (config.optimizer.clip_norm, config.optimizer.schedule.name) == (1.0, "cosine")
         assert config.data.resize == "squash"
-    assert (pets.augment.crop.name, pets.augment.flip, pets.model.image_size) == (
-        "random",
-        True,
-        448,
-    )
-    assert (bins.augment.crop.name, bins.augment.flip, bins.model.image_size) == (
-        "none",
-        False,
-        224,
-    )
+    for run, expected in ((pets, ("random", True, 448)), (bins, ("none", False, 224))):
+        assert (run.augment.crop.name, run.augment.flip, run.model.image_size) == expected
     grid = runs["pets/grid/lr-0.003"]
     assert grid.data.source == str(place / "out" / "data" / "pets-grid.json")
     assert (grid.data.holdout, pets.data.holdout) == (None, 0.0)
@@ -163,7 +143,6 @@ def test_the_lightweight_protocol(place, monkeypatch):
     assert result is not None
     assert result.changes == []
     assert (config.steps, config.batch_size, config.seed) == (1000, 64, 0)
-    assert (config.augment.crop.name, config.augment.flip) == ("none", False)
     assert (config.model.image_size, config.data.resize) == (224, "squash")
     assert config.optimizer.clip_norm == 0.0
     assert warmup_steps(config.optimizer, 1000) == 80
@@ -249,39 +228,22 @@ def test_all_that_is_wrong_is_reported_before_the_first_run(place, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"protocol": "short"}, "short"),
         ({"steps": 0}, "steps"),
-        ({"batch_size": 0}, "batch_size"),
         ({"grid": [0.1, float("nan")]}, "learning_rate"),
-        ({"grid": [0.0]}, "learning_rate"),
         ({"seeds": [-1]}, "seed"),
         ({"image_size": 9}, "patch size"),
         ({"settings": ["seed=3"]}, "seed"),
-        ({"settings": ["optimizer.learning_rate=3"]}, "learning_rate"),
         ({"settings": ["optimizer.nothing=3"]}, "nothing"),
         ({"settings": ["optimizer.warmup=10"]}, "warm-up"),
-        ({"tasks": ""}, "no task"),
-        ({"tasks": "petz"}, "petz"),
         ({"output": "weights"}, "config.json"),
-        ({"output": "file"}, "file"),
     ],
 )
 def test_mistakes(place, monkeypatch, changes, named):
     monkeypatch.setattr(sweep, "train", None)
-    (place / "file").write_text("x")
     before = sorted(place.rglob("*"))
     with pytest.raises(am.UserError, match=named):
         run(place, **{"tasks": "pets", **changes})
     assert sorted(place.rglob("*")) == before
-
-
-def test_settings_that_change_nothing_are_no_change(place, monkeypatch):
-    pretended(monkeypatch, lambda config: 0.5)
-    given = {"grid": [0.2], "tasks": "pets"}
-    result = run(place, settings=["num_threads=1", "optimizer.clip_norm=1.0"], **given)
-    assert "clip" not in " ".join(result.changes)
-    result = run(place, "other", settings=["augment.crop=none"], **given)
-    assert any(change.startswith("augment.crop") for change in result.changes)
 
 
 def test_the_means():
@@ -300,12 +262,6 @@ def test_the_means():
     assert suite_result(Path("x"), VTAB, {}, []).mean is None
 
 
-def test_the_list(capsys):
-    code, out, err = mixer(capsys, "paper", "vtab", "--list")
-    assert (code, err) == (0, "")
-    assert "clevr_count           structured         8     448" in out
-
-
 @pytest.mark.slow
 def test_one_task_as_a_user_types_it(capsys, place, monkeypatch):
     monkeypatch.chdir(place)
@@ -315,11 +271,8 @@ def test_one_task_as_a_user_types_it(capsys, place, monkeypatch):
     assert code == 0
     assert "1 of 19 tasks" in out
     assert re.search("not the official protocol: .*steps=2.*batch_size=4.*grid 0.01", out)
-    assert "3 classes, where the task has 37" in out
+    assert "3 classes, not 37" in out
     assert "mean of 1 of 19 tasks, partial: " in out
-    again = mixer(capsys, *line, "--device", "cpu")
-    assert again[1].splitlines()[-8:] == out.splitlines()[-8:]
-    assert "===" not in again[1]
 
 
 @pytest.mark.parametrize(
@@ -327,11 +280,8 @@ def test_one_task_as_a_user_types_it(capsys, place, monkeypatch):
     [
         ("vtab", "checkpoint"),
         ("vtab weights --task pets=pets", "output"),
-        ("vtab weights --output o --tasks nowhere.json", "nowhere.json"),
         ("vtab weights --output o --task pets=pets --image-size big", "big"),
-        ("vtab nowhere --output o --task pets=pets", "nowhere"),
         ("avg5 weights --output o --task svhn=pets", "svhn"),
-        ("avg5 weights --output o --task pets=pets --set seed=1", "seed"),
     ],
 )
 def test_mistakes_of_the_command(capsys, place, monkeypatch, arguments, named):

@@ -1,28 +1,24 @@
 """Appendix A.1 under one budget: the token-mixing variants of a Mixer, side by side.
 
 Every variant is the same Mixer but for its token mixing, and is trained with the same settings,
-steps and seeds. The folder holds
-  cells/<variant>/seed-0/    the run of one of them
-  ablations.json, .csv       a measurement: accuracy, parameters, operations, images per second
+steps and seeds. The runs are cells/<variant>/seed-0 and so on; see `study` for the other files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from allmlp.benchmark import benchmark
-from allmlp.console import table
 from allmlp.errors import UserError, one_of
 from allmlp.models.catalog import create_model, model_config
 from allmlp.models.layers import count_parameters
 from allmlp.models.mixer import MixerConfig
 from allmlp.options import make
-from allmlp.paper.study import Study, StudyOptions, train_config, write_csv, write_study
-from allmlp.runtime.world import join_world
-from allmlp.sweep import Row, Sweep, study_folder, summarize
-from allmlp.training.config import TrainConfig
+from allmlp.paper.study import Experiment, Study, StudyOptions, train_config
+from allmlp.sweep import Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +45,8 @@ class AblationsOptions(StudyOptions):
 def variants_of(config: MixerConfig) -> dict[str, dict[str, Any]]:
     """Returns the variants of appendix A.1 that a Mixer can have: name -> its settings.
 
-    The groups must divide its channels; the pyramid brings its tokens down to a quarter in the
-    middle of its blocks.
+    The groups must divide its channels; the pyramid reduces its tokens to a quarter in the middle
+    of its blocks.
     """
     found: dict[str, dict[str, Any]] = {"shared": {}, "untied": {"token_mixing": "untied"}}
     for kind in ("grouped", "views"):
@@ -86,75 +82,42 @@ def ablations(
     known = variants_of(base)
     for name in options.variants:
         one_of("variant", name, known)
-    variants = {name: known[name] for name in options.variants or known}
+    overrides = {
+        name: {**config.model.overrides, **known[name]} for name in options.variants or known
+    }
     runs = {
-        f"cells/{name}/seed-{seed}": config.with_values(
-            {"model.overrides": {**config.model.overrides, **settings}, "seed": seed}
-        )
-        for name, settings in variants.items()
+        f"cells/{name}/seed-{seed}": config.with_values({"model.overrides": own, "seed": seed})
+        for name, own in overrides.items()
         for seed in options.seeds
     }
-    path = study_folder(
-        options.output, ("cells", "ablations.json", "ablations.csv"), [options.data]
-    )
-    with join_world(config.device) as (world, _):
-        sweep = Sweep(path, world, quiet=quiet)
 
-        def save(done: Mapping[str, Row], costs: Mapping[str, Any]) -> list[dict[str, Any]]:
-            rows = []
-            for name in variants:
-                own = [row for run, row in done.items() if run.split("/")[1] == name]
-                rows += [{"variant": name, **summarize(own), **costs.get(name, {})}] if own else []
-            write_study(path / "ablations.json", config, {}, runs, done, rows=rows)
-            return rows
-
-        done = sweep.run_all(runs, None, lambda done: save(done, {}))
-        rows = []
-        if world.is_main:
-            classes = int(next(iter(done.values()))["classes"])
-            rows = save(done, _costs(config, variants, classes, options.seconds))
-            write_csv(path / "ablations.csv", rows)
-            _report(sweep, rows)
-        return Study(path, rows)
-
-
-def _costs(
-    config: TrainConfig, variants: Mapping[str, dict[str, Any]], classes: int, seconds: float
-) -> dict[str, dict[str, Any]]:
-    """Parameters, operations and images per second of the variants, which take turns."""
-    models: dict[str, Any] = {}
-    for name, settings in variants.items():
-        overrides = {**config.model.overrides, **settings}
-        models[name] = create_model(
-            config.model.name, config.model.image_size, classes, **overrides
-        ).eval()
-    measured = benchmark(models, device=config.device, batch_sizes=(64,), seconds=seconds)
-    return {
-        row.name: {
-            "parameters": count_parameters(models[row.name]),
-            "flops": models[row.name].config.flops,
-            "images_per_second": row.images_per_second,
-            "precision": row.precision,
+    def finish(_: Path, done: Mapping[str, Row], rows: list[Row]) -> None:
+        classes = next(iter(done.values()))["classes"]
+        size = config.model.image_size
+        models: dict[str, Any] = {
+            name: create_model(config.model.name, size, classes, **own).eval()
+            for name, own in overrides.items()
         }
-        for row in measured.models
-    }
+        measured = benchmark(
+            models, device=config.device, batch_sizes=(64,), seconds=options.seconds
+        )
+        for row, speed in zip(rows, measured.models, strict=True):  # the variants took turns
+            model = models[row["variant"]]
+            row |= {"parameters": count_parameters(model), "flops": model.config.flops}
+            row |= {"images_per_second": speed.images_per_second, "precision": speed.precision}
 
-
-def _report(sweep: Sweep, rows: list[dict[str, Any]]) -> None:
-    cells = [
-        [
-            row["variant"],
-            f"{row['accuracy']:.2%}"
-            + ("" if row["deviation"] is None else f" +- {row['deviation']:.2%}"),
-            f"{row['parameters']:,}",
-            f"{row['flops'] / 1e6:,.1f}",
-            "-" if row["images_per_second"] is None else f"{row['images_per_second']:,.0f}",
-        ]
-        for row in rows
-    ]
-    headers = ["variant", f"{rows[0]['measured_on']} top-1", "parameters", "MFLOPs", "images/s"]
-    for line in ["", *table(headers, cells)]:
-        sweep.say(line)
-    seeds = rows[0]["runs"]
-    sweep.say(f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed")
-    sweep.say(f"table    {sweep.path / 'ablations.csv'}")
+    return Experiment(
+        kind="ablations",
+        config=config,
+        runs=runs,
+        row_of=lambda name, _: {"variant": name.removeprefix("cells/")},
+        finish=finish,
+        columns={
+            "variant": "{variant}",
+            "top-1": "{accuracy:.2%}",
+            "+-": "{deviation:.2%}",
+            "parameters": "{parameters:,}",
+            "FLOPs": "{flops:,}",
+            "images/s": "{images_per_second:,.0f}",
+        },
+    ).run(quiet=quiet)

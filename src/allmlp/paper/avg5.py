@@ -22,23 +22,16 @@ from allmlp.paper.suite import (
 from allmlp.training.config import TrainConfig
 from allmlp.training.recipes import LEARNING_RATES, recipe
 
-
-def _task(
-    name: str, classes: int, tfds: str, pixels: tuple[int, int], kind: str, train: int, test: int
-) -> Task:
-    images = {"train": train, "test": test}
-    recipe = f"finetune_{kind}"
-    return Task(name, "", classes, tfds, "", "", "", pixels, recipe=recipe, images=images)
-
-
-_TASKS = (
-    _task("imagenet", 1000, "imagenet2012", (500, 375), "imagenet", 1_281_167, 50_000),
-    _task("cifar10", 10, "cifar10", (32, 32), "cifar", 50_000, 10_000),
-    _task("cifar100", 100, "cifar100", (32, 32), "cifar", 50_000, 10_000),
-    _task("pets", 37, "oxford_iiit_pet", (450, 400), "pets", 3_680, 3_669),
-    _task("flowers102", 102, "oxford_flowers102", (600, 500), "flowers", 2_040, 6_149),
-)
-AVG5: dict[str, Task] = {task.name: task for task in _TASKS}
+AVG5: dict[str, Task] = {
+    name: Task(name, classes, recipe=recipe, images={"train": train, "test": test})
+    for name, classes, recipe, train, test in (
+        ("imagenet", 1000, "finetune_imagenet", 1_281_167, 50_000),
+        ("cifar10", 10, "finetune_cifar", 50_000, 10_000),
+        ("cifar100", 100, "finetune_cifar", 50_000, 10_000),
+        ("pets", 37, "finetune_pets", 3_680, 3_669),
+        ("flowers102", 102, "finetune_flowers", 2_040, 6_149),
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

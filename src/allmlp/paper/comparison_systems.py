@@ -7,105 +7,52 @@ Sizes that timm does not register are those of `models/timm_sizes.py`.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from allmlp.console import table
 
 
-@dataclass(frozen=True)
-class ComparisonSystem:
+class ComparisonSystem(NamedTuple):
     """One of the paper's comparison systems."""
 
     paper_name: str  # with the size where the paper leaves it out
     model: str  # for `create_model`
     parameters: int  # with 1000 classes, at the image size that it is built for
-    weights: str  # for `load_model`, or "none"
-    caveat: str = ""  # how it differs from the paper's
+    tag: str  # of weights that timm has, or none
+    caveat: str  # how it differs from the paper's
 
 
+_HALO = "H4 of base width 64; the paper's ImageNet-21k row is reported to be a wider H4. "
+_HALO += "Halo attention in timm is slow: its speed says little of HaloNet's"
 _BIT = "the paper's BiT-R runs are trainings of its authors and were not published"
-_NOT_JFT = "the paper's JFT-300M weights were not published"
+_JFT = "the paper's JFT-300M weights were not published"
+_F4 = f"nearest with weights: timm:dm_nfnet_f4, 316 M parameters, ImageNet-1k; {_JFT}"
+_L2 = "EfficientNet-L2, the architecture of ALIGN's image tower; the weights are Noisy Student's"
+_MPL = "EfficientNet-L2, the weights are Noisy Student's, not MPL's; the paper's row of 90.0 is "
+_MPL += "reported to be EfficientNet-B6-Wide, which timm does not register"
+_VIT = "without a tag timm takes augreg2, another recipe than the paper's"
+_L16, _H14 = f"another recipe; {_JFT}", f"these weights have no head; {_JFT}"
+_BIT_TAG, _VIT_TAG = "goog_in21k_ft_in1k", "orig_in21k_ft_in1k"
+_L2_TAG = "ns_jft_in1k_475"
 
-SYSTEMS: tuple[ComparisonSystem, ...] = (
-    ComparisonSystem(
-        "HaloNet",
-        "timm:halonet_h4",
-        19_101_976,
-        "none",
-        "H4 of base width 64; the paper's ImageNet-21k row is reported to be a wider H4. Halo "
-        "attention in timm is slow: its speed says little of HaloNet's",
-    ),
-    ComparisonSystem(
-        "ViT-B/16",
-        "timm:vit_base_patch16_224",
-        86_567_656,
-        "timm:vit_base_patch16_224.orig_in21k_ft_in1k",
-        "without a tag timm takes augreg2, another recipe than the paper's",
-    ),
-    ComparisonSystem(
-        "ViT-L/16",
-        "timm:vit_large_patch16_224",
-        304_326_632,
-        "timm:vit_large_patch16_224.augreg_in21k_ft_in1k",
-        f"another recipe; {_NOT_JFT}",
-    ),
-    ComparisonSystem(
-        "ViT-H/14",
-        "timm:vit_huge_patch14_224",
-        632_045_800,
-        "timm:vit_huge_patch14_224.orig_in21k",
-        f"these weights have no head; {_NOT_JFT}",
-    ),
-    ComparisonSystem(
-        "BiT-R50x1",
-        "timm:resnetv2_50x1_bit",
-        25_549_352,
-        "timm:resnetv2_50x1_bit.goog_in21k_ft_in1k",
-        _BIT,
-    ),
-    ComparisonSystem("BiT-R50x2", "timm:bit_r50x2", 97_988_712, "none", _BIT),
-    ComparisonSystem("BiT-R152x1", "timm:bit_r152x1", 60_185_128, "none", _BIT),
-    ComparisonSystem(
-        "BiT-R152x2",
-        "timm:resnetv2_152x2_bit",
-        236_335_208,
-        "timm:resnetv2_152x2_bit.goog_in21k_ft_in1k",
-        _BIT,
-    ),
-    ComparisonSystem("BiT-R200x3", "timm:bit_r200x3", 568_633_000, "none", _BIT),
-    ComparisonSystem(
-        "BiT-R152x4",
-        "timm:resnetv2_152x4_bit",
-        936_533_224,
-        "timm:resnetv2_152x4_bit.goog_in21k_ft_in1k",
-        _BIT,
-    ),
-    ComparisonSystem(
-        "NFNet-F4+",
-        "timm:nfnet_f4_plus",
-        525_038_908,
-        "none",
-        f"nearest with weights: timm:dm_nfnet_f4, 316 M parameters, ImageNet-1k; {_NOT_JFT}",
-    ),
-    ComparisonSystem(
-        "ALIGN",
-        "timm:tf_efficientnet_l2",
-        480_309_308,
-        "timm:tf_efficientnet_l2.ns_jft_in1k_475",
-        "EfficientNet-L2, the architecture of ALIGN's image tower; the weights are Noisy Student's",
-    ),
-    ComparisonSystem(
-        "MPL",
-        "timm:tf_efficientnet_l2",
-        480_309_308,
-        "timm:tf_efficientnet_l2.ns_jft_in1k_475",
-        "EfficientNet-L2, the weights are Noisy Student's, not MPL's; the paper's row of 90.0 is "
-        "reported to be EfficientNet-B6-Wide, which timm does not register",
-    ),
+SYSTEMS = tuple(
+    ComparisonSystem(name, f"timm:{model}", parameters, tag, caveat)
+    for name, model, parameters, tag, caveat in (
+        ("HaloNet", "halonet_h4", 19_101_976, "", _HALO),
+        ("ViT-B/16", "vit_base_patch16_224", 86_567_656, _VIT_TAG, _VIT),
+        ("ViT-L/16", "vit_large_patch16_224", 304_326_632, "augreg_in21k_ft_in1k", _L16),
+        ("ViT-H/14", "vit_huge_patch14_224", 632_045_800, "orig_in21k", _H14),
+        ("BiT-R50x1", "resnetv2_50x1_bit", 25_549_352, _BIT_TAG, _BIT),
+        ("BiT-R50x2", "bit_r50x2", 97_988_712, "", _BIT),
+        ("BiT-R152x1", "bit_r152x1", 60_185_128, "", _BIT),
+        ("BiT-R152x2", "resnetv2_152x2_bit", 236_335_208, _BIT_TAG, _BIT),
+        ("BiT-R200x3", "bit_r200x3", 568_633_000, "", _BIT),
+        ("BiT-R152x4", "resnetv2_152x4_bit", 936_533_224, _BIT_TAG, _BIT),
+        ("NFNet-F4+", "nfnet_f4_plus", 525_038_908, "", _F4),
+        ("ALIGN", "tf_efficientnet_l2", 480_309_308, _L2_TAG, _L2),
+        ("MPL", "tf_efficientnet_l2", 480_309_308, _L2_TAG, _MPL),
+    )
 )
-
-# The paper's name -> the name that builds it.
-PAPER_SYSTEMS: dict[str, str] = {system.paper_name: system.model for system in SYSTEMS}
 
 
 def list_comparison() -> list[str]:
@@ -113,8 +60,9 @@ def list_comparison() -> list[str]:
     rows = [[system.paper_name, system.model, f"{system.parameters:,}"] for system in SYSTEMS]
     lines = table(["in the paper", "model", "parameters"], rows, left=2)
     lines += ["Parameters with 1000 classes, at the size that timm builds it for.", ""]
-    for system in SYSTEMS:
-        lines += [system.paper_name, f"  weights  {system.weights}", f"  note     {system.caveat}"]
+    for name, model, _, tag, caveat in SYSTEMS:
+        weights = f"{model}.{tag}" if tag else "none"
+        lines += [name, f"  weights  {weights}", f"  note     {caveat}"]
     if importlib.util.find_spec("timm") is None:
         lines += ["", "timm, which builds them, is not installed: pip install timm (docs/timm.md)"]
     return lines

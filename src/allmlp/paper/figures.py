@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from allmlp import plots
-from allmlp.paper.published import HARDWARE, Result, frontier, number
+from allmlp.paper.published import HARDWARE, Result, number
 
 # The paper's colours of the three kinds of networks; what was measured here has one of its own.
 COLORS = {"MLP": "#d6336c", "attention": "#1c7ed6", "convolution": "#e0a100"}
@@ -48,7 +48,7 @@ def data_scale_figure(
     """Returns figure 2, right: accuracy against the number of training images, a line per model.
 
     Args:
-        points: the rows that `data_scale` returns.
+        points: the rows of the data-scale study.
         label: of the first panel's accuracy.
         measured_on: the few-shot data.
         trained_on: the training data.
@@ -60,12 +60,12 @@ def data_scale_figure(
         images = [point["images"] for point in own]
         style: dict[str, Any] = {"color": _LINES[at % 6], "marker": _MARKERS[at % 6]}
         style["label"] = plots.escape(own[0]["label"])
-        bars = [100 * (point["deviation"] or 0.0) for point in own]
+        bars = [100 * (point["few_shot_deviation"] or 0.0) for point in own]
         few.errorbar(images, [100 * p["few_shot"] for p in own], yerr=bars, capsize=3, **style)
         upstream.plot(images, [100 * point["validation"] for point in own], **style)
-    ticks = dict(sorted((point["images"], point["fraction"]) for point in points))
     few.set(title=f"few-shot on {plots.shorten(measured_on, 44)}", ylabel=plots.escape(label))
     upstream.set(title="held-out images, best weights", ylabel="validation top-1 (%)")
+    ticks = dict(sorted((point["images"], point["fraction"]) for point in points))
     for axes in (few, upstream):
         _style(axes)
         axes.set_xlabel("training images (fraction of the set)")
@@ -74,8 +74,9 @@ def data_scale_figure(
         axes.set_xticks(list(ticks), names)
     handles, names = few.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
-    of = sorted({point["deviation_of"] for point in points if point["deviation_of"]})
-    note = f"bars: standard deviation of {' or '.join(of)}" if of else "no bars: one draw"
+    over = "draws of the shots" if points[0]["runs"] == 1 else "runs"
+    has_bars = any(point["few_shot_deviation"] for point in points)
+    note = f"bars: standard deviation over the {over}" if has_bars else "no bars: one draw"
     steps = f"{points[0]['steps']:,} steps for every point"
     figure.suptitle(f"{plots.shorten(trained_on, 50)}: {steps}; {note}", fontsize=10)
     return figure
@@ -96,17 +97,18 @@ def pareto_figure(
         groups.setdefault((point.hardware, point.data), []).append(point)
     shown = sorted(groups.items(), key=lambda group: -len(group[1]))[:MOST_PANELS]
     columns, rows = max(len(panels), len(shown)), 1 + bool(shown)
-    figure = plots.new_figure(6.0 * columns, 4.6 * rows)
-    bands: list[Any] = list(np.ravel(np.array(figure.subfigures(rows, 1))))
+    figure = plots.new_figure(6.4 * columns, 5.0 * rows)
+    bands: Any = figure.subfigures(rows, 1, squeeze=False)[:, 0]
     bands[0].suptitle(f"paper ({HARDWARE}), as printed", weight="bold")
-    for axes, (title, results) in zip(_panels(bands[0], len(panels)), panels, strict=True):
+    all_axes = [bands[0].subplots(1, len(panels), squeeze=False)[0]]
+    for axes, (title, results) in zip(all_axes[0], panels, strict=True):
         points = []
         for row in results:
             x, top1 = number(row.throughput if throughput else row.core_days), number(row.imagenet)
             if x is not None and top1 is not None:
                 axes.scatter([x], [top1], s=46, color="white", edgecolor=COLORS[row.family])
                 points.append((x, top1, row.model))
-        _draw(axes, points, "#888888", throughput)
+        _draw(axes, points, plots.GREY, throughput)
         unit = f"images/s per {HARDWARE} core" if throughput else f"{HARDWARE} core-days"
         axes.set(title=title, xlabel=unit, ylabel="ImageNet top-1 (%)")
         for family, color in COLORS.items():
@@ -114,18 +116,34 @@ def pareto_figure(
         axes.legend(loc="lower left" if throughput else "lower right", frameon=False)
     if shown:
         bands[1].suptitle("measured here", weight="bold", color=OURS)
-        for axes, ((hardware, data), own) in zip(_panels(bands[1], len(shown)), shown, strict=True):
+        all_axes.append(bands[1].subplots(1, len(shown), squeeze=False)[0])
+        for axes, ((hardware, data), own) in zip(all_axes[1], shown, strict=True):
             points = [(p.x, 100 * p.accuracy, plots.shorten(p.label, 26)) for p in own]
             axes.scatter([p[0] for p in points], [p[1] for p in points], marker="D", color=OURS)
             _draw(axes, points, OURS, throughput)
             unit = "images/s" if throughput else "training cost (device-days)"
             title = f"{plots.shorten(data, 56)}\non {plots.shorten(hardware, 48)}"
             axes.set(title=title, xlabel=unit, ylabel="top-1 (%)")
+    figure.draw_without_rendering()  # the layout decides where there is room
+    for axes in (axes for row in all_axes for axes in row):
+        _spread_labels(axes)
     return figure
 
 
-def _panels(band: Any, number: int) -> list[Axes]:
-    return list(np.ravel(band.subplots(1, number, squeeze=False)))
+def frontier(points: list[tuple[float, float]], *, more_is_better: bool = False) -> list[int]:
+    """Returns which points no other beats in both, from the least accurate to the most.
+
+    Args:
+        points: (cost or throughput, accuracy).
+        more_is_better: of the first, as for a throughput.
+    """
+    sign = -1.0 if more_is_better else 1.0
+    best, kept = float("-inf"), []
+    for at in sorted(range(len(points)), key=lambda at: (sign * points[at][0], -points[at][1])):
+        if points[at][1] > best:
+            best = points[at][1]
+            kept.append(at)
+    return kept
 
 
 def _draw(
@@ -136,8 +154,37 @@ def _draw(
     best = [places[at] for at in frontier(places, more_is_better=more_is_better)]
     axes.plot([x for x, _ in best], [y for _, y in best], ls="--", lw=1.2, color=color, zorder=0)
     for x, y, name in points:
-        axes.annotate(name, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
+        label = axes.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=7)
+        label.set(in_layout=False, bbox={"pad": 0.4, "facecolor": "white", "edgecolor": "none"})
     _style(axes)
+
+
+# Where a label may stand: its corner or side at a distance from the point, in points of 1/72 inch.
+_PLACES = [
+    (x * far, y * far, ("right", "center", "left")[x + 1], ("top", "center", "bottom")[y + 1])
+    for far in (5, 11, 18)
+    for x, y in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+]
+
+
+def _spread_labels(axes: Axes) -> None:
+    """Puts each label at the first place where it hides no other label, no point and no legend."""
+    labels: list[Any] = list(axes.texts)
+    inside = axes.get_window_extent()
+    taken = [axes.legend_.get_window_extent()] if axes.legend_ is not None else []
+    for label in labels:
+        x, y = axes.transData.transform(label.xy)
+        taken.append(Bbox.from_bounds(x - 6, y - 6, 12, 12))
+    for label in labels:
+        costs = []
+        for at, (x, y, horizontal, vertical) in enumerate(_PLACES):
+            label.set(position=(x, y), ha=horizontal, va=vertical)
+            box = label.get_window_extent()
+            outside = box.x0 < inside.x0 or box.x1 > inside.x1
+            costs.append((box.count_overlaps(taken) + 2 * outside, at))
+        x, y, horizontal, vertical = _PLACES[min(costs)[1]]
+        label.set(position=(x, y), ha=horizontal, va=vertical)
+        taken.append(label.get_window_extent())
 
 
 def _style(axes: Axes) -> None:

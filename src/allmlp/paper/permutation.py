@@ -1,20 +1,17 @@
 """Figure 4: how much a network depends on the order of the pixels (section 3.4 of the paper).
 
 The same network is trained three times, with the same initial weights and the same order of images:
-on images as they are; on images whose patches, and pixels within each patch, are shuffled by one
+on the original images; on images whose patches, and pixels within each patch, are shuffled by one
 permutation for all images; and on images whose pixels are all shuffled by one permutation. A Mixer
 can undo the first by its weights, so that nothing is lost; a convolutional network cannot.
-The folder holds
-  cells/<model>/<permutation>/seed-0/   the run of one of them
-  permutation.json                      a measurement: every run, and the drops
-  permutation.png, .svg                 the curves, with examples of the images above them
+The runs are cells/<model>/<permutation>/seed-0 and so on; see `study` for the other files.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,24 +20,25 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from allmlp import plots
-from allmlp.console import table
 from allmlp.data.image import decode
 from allmlp.data.permutation import permute
-from allmlp.data.sources import open_splits
+from allmlp.data.source import Source
 from allmlp.data.transforms import resize_for_evaluation
 from allmlp.errors import UserError
-from allmlp.evaluation.few_shot import FewShotOptions, few_shot, num_images
 from allmlp.models.catalog import model_config
 from allmlp.options import Repeated, assignments, make
 from allmlp.paper.figures import save
-from allmlp.paper.study import Study, StudyOptions, train_config, write_study
-from allmlp.preprocessing import PERMUTATIONS, Preprocessing
-from allmlp.runtime.world import join_world
-from allmlp.sweep import Row, Sweep, study_folder, summarize
+from allmlp.paper.study import (
+    Experiment,
+    Study,
+    StudyOptions,
+    few_shot_options,
+    open_data,
+    train_config,
+)
+from allmlp.preprocessing import Preprocessing
+from allmlp.sweep import Row
 from allmlp.training.config import TrainConfig
-from allmlp.training.dataset import open_training_data
-from allmlp.training.report import TrainResult
-from allmlp.weights.load import load_model
 
 # The paper's colours.
 _COLORS = {"none": "#1c7ed6", "patches": "#2b8a3e", "pixels": "#e8590c"}
@@ -100,126 +98,90 @@ def permutation(
         raise UserError(what, where="comparison", fix="comparison: small_resnet")
     if options.comparison != "none":
         networks[options.comparison] = assignments(options.comparison_set, "comparison_set")
-    sizes = [
-        model_config(name, config.model.image_size, 2, **overrides)
-        for name, overrides in networks.items()
-    ]
+    size = config.model.image_size
+    sizes = [model_config(name, size, 2, **overrides) for name, overrides in networks.items()]
     patch = options.patch_size or getattr(sizes[0], "patch_size", None)
     if patch is None:
         what = f"{config.model.name} has no patches of its own"
         raise UserError(what, where="patch_size", fix="patch_size: 16")
+    orders = _orders(patch, options.permutation_seed)
     runs: dict[str, TrainConfig] = {}
     for model, overrides in networks.items():
-        for kind in PERMUTATIONS:
+        for kind, order in orders.items():
             for seed in options.seeds:
-                changes: dict[str, Any] = {
-                    "model.name": model,
-                    "model.overrides": overrides,
-                    "seed": seed,
-                    "data.permutation": kind,
-                    "data.permutation_patch": patch if kind == "patches" else None,
-                    "data.permutation_seed": 0 if kind == "none" else options.permutation_seed,
-                }
+                changes = {f"data.{name}": value for name, value in order.items()}
+                changes |= {"model.name": model, "model.overrides": overrides, "seed": seed}
                 name = model.replace(":", "-").replace("/", "-")
                 runs[f"cells/{name}/{kind}/seed-{seed}"] = config.with_values(changes)
-    examples = _examples(config, patch, options.permutation_seed)
-    shots = options.shots
+    splits, _ = open_data(config)
+    shown = splits.test or splits.validation
+    assert shown is not None
+    examples = _examples(config, shown, list(orders.values()))
+    few_shot = None
+    columns = {"model": "{model}", "permuted": "{permutation}", "top-1": "{accuracy:.2%}"}
+    columns |= {"+-": "{deviation:.2%}", "drop": "{drop:.1%}"}
     if options.few_shot_data is not None:
-        measured = FewShotOptions(data=(options.few_shot_data,), shots=(shots,))
-        num_images(open_splits(options.few_shot_data), measured)
-    settings = {
-        "comparison": options.comparison,
-        "patch_size": patch,
-        "permutation_seed": options.permutation_seed,
-        "few_shot_data": options.few_shot_data,
-        "shots": shots if options.few_shot_data else None,
+        few_shot = few_shot_options(config, options.few_shot_data, options.shots)
+        columns[f"{options.shots}-shot"] = "{few_shot:.2%}"
+
+    def finish(path: Path, done: Mapping[str, Row], rows: list[Row]) -> None:
+        add_drops(rows)
+        save(_figure(done, rows, examples, options.data), path)
+
+    return Experiment(
+        kind="permutation",
+        config=config,
+        runs=runs,
+        row_of=lambda _, config: {
+            "model": config.model.name,
+            "permutation": config.data.permutation,
+        },
+        finish=finish,
+        columns=columns,
+        few_shot=few_shot,
+        settings={
+            "comparison": options.comparison,
+            "patch_size": patch,
+            "permutation_seed": options.permutation_seed,
+            "few_shot_data": options.few_shot_data,
+            "shots": options.shots if options.few_shot_data else None,
+        },
+    ).run(quiet=quiet)
+
+
+def _orders(patch: int, seed: int) -> dict[str, dict[str, Any]]:
+    """The settings of the three orders of pixels, by their names."""
+    orders = {"none": (None, 0), "patches": (patch, seed), "pixels": (None, seed)}
+    return {
+        kind: {"permutation": kind, "permutation_patch": side, "permutation_seed": seed}
+        for kind, (side, seed) in orders.items()
     }
 
-    def measure(config: TrainConfig, result: TrainResult) -> Row:
-        row: Row = {"permutation": config.data.permutation}
-        if options.few_shot_data is not None:
-            found = few_shot(load_model(result.run_folder), options.few_shot_data, shots=(shots,))
-            row |= {"few_shot": found.mean(shots), "few_shot_deviation": found.deviation(shots)}
-        return row
 
-    written = ("cells", *(f"permutation.{kind}" for kind in ("json", "png", "svg")))
-    path = study_folder(options.output, written, [options.data])
-    with join_world(config.device) as (world, _):
-        sweep = Sweep(path, world, quiet=quiet)
-
-        def save_rows(done: Mapping[str, Row]) -> None:
-            file = path / "permutation.json"
-            write_study(file, config, settings, runs, done, rows=rows_of(done.values()))
-
-        done = sweep.run_all(runs, measure, save_rows)
-        rows = rows_of(done.values())
-        if world.is_main:
-            _report(sweep, rows, f"{shots}-shot, {options.few_shot_data}")
-            save(_figure(list(done.values()), rows, examples, options.data), path / "permutation")
-            sweep.say(f"figure   {path / 'permutation.png'}")
-            sweep.say(f"table    {path / 'permutation.json'}")
-        return Study(path, rows)
-
-
-def rows_of(done: Iterable[Row]) -> list[dict[str, Any]]:
-    """Returns a row for each model and permutation that has a finished run, with its drop."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in done:
-        groups.setdefault((row["model"], row["permutation"]), []).append(row)
-    rows = []
-    for (model, kind), own in groups.items():
-        found, plain = summarize(own), groups.get((model, "none"), [])
-        shots = [row["few_shot"] for row in own if row.get("few_shot") is not None]
-        drop = None
-        if len(plain) == len(own) and (accuracy := summarize(plain)["accuracy"]):
-            drop = 1 - found["accuracy"] / accuracy
-        few = statistics.fmean(shots) if shots else None
-        rows.append({"model": model, "permutation": kind, **found, "drop": drop, "few_shot": few})
-    return rows
-
-
-def _report(sweep: Sweep, rows: list[dict[str, Any]], few_shot_title: str) -> None:
-    headers, cells = ["model", "permuted", f"{rows[0]['measured_on']} top-1", "drop"], []
+def add_drops(rows: list[Row]) -> None:
+    """Adds to each row how much accuracy its network loses, relative to the original images."""
+    plain = {row["model"]: row["accuracy"] for row in rows if row["permutation"] == "none"}
     for row in rows:
-        spread = "" if row["deviation"] is None else f" +- {row['deviation']:.2%}"
-        drop = "-" if row["permutation"] == "none" or row["drop"] is None else f"{row['drop']:.1%}"
-        accuracy = f"{row['accuracy']:.2%}{spread}"
-        cells.append([row["model"], TITLES[row["permutation"]], accuracy, drop])
-        if row["few_shot"] is not None:
-            cells[-1].append(f"{row['few_shot']:.2%}")
-    headers += [few_shot_title] * (len(cells[0]) - 4)
-    for line in ["", *table(headers, cells, left=2)]:
-        sweep.say(line)
-    sweep.say("the drop is relative to the same network on the original images")
+        accuracy = plain[row["model"]]
+        row["drop"] = 1 - row["accuracy"] / accuracy if accuracy else None
 
 
-def _examples(config: TrainConfig, patch: int, seed: int, most: int = 3) -> list[list[np.ndarray]]:
-    """Returns test images, each original and under both permutations, uint8 (H, W, channels)."""
-    splits = open_training_data(config.data)
-    if splits.validation is None:
-        what = "the curves are those of validation images, and there are none"
-        raise UserError(what, where="holdout", fix="holdout: 0.1, or leave it out")
+def _examples(
+    config: TrainConfig, source: Source, orders: list[dict[str, Any]], most: int = 3
+) -> list[list[np.ndarray]]:
+    """Returns images, each in all orders, uint8 (H, W, channels)."""
     size = config.model.image_size
     assert size is not None
-    height, width = (size, size) if isinstance(size, int) else size
-    rules, shown = [], splits.test or splits.validation
-    for kind in PERMUTATIONS:
-        try:
-            rules.append(
-                Preprocessing(
-                    image_size=(height, width),
-                    resize=config.data.resize,
-                    permutation=kind,
-                    permutation_patch=patch if kind == "patches" else None,
-                    permutation_seed=0 if kind == "none" else seed,
-                )
-            )
-        except ValueError as error:
-            raise UserError(str(error), where="patch_size") from error
+    size = (size, size) if isinstance(size, int) else size
+    resize: Any = config.data.resize
+    try:
+        rules = [Preprocessing(image_size=size, resize=resize, **order) for order in orders]
+    except ValueError as error:
+        raise UserError(str(error), where="patch_size") from error
     found: list[list[np.ndarray]] = []
-    for index in range(len(shown)):
+    for index in range(len(source)):
         try:
-            pixels = decode(shown.read(index), shown.item_name(index))
+            pixels = decode(source.read(index), source.item_name(index))
         except UserError:
             continue  # the runs report bad images
         resized = np.array(resize_for_evaluation(pixels, rules[0]))
@@ -231,8 +193,8 @@ def _examples(config: TrainConfig, patch: int, seed: int, most: int = 3) -> list
 
 
 def _figure(
-    runs: Sequence[Row],
-    rows: Sequence[dict[str, Any]],
+    done: Mapping[str, Row],
+    rows: Sequence[Row],
     examples: Sequence[Sequence[np.ndarray]],
     data: str,
 ) -> Figure:
@@ -240,8 +202,8 @@ def _figure(
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = plots.new_figure(max(8.4, 4.6 * len(models)), 6.6)
     parts: Any = figure.subfigures(2, 1, height_ratios=(0.75, 2.3))
-    groups = parts[0].subfigures(1, len(PERMUTATIONS))
-    for at, (group, kind) in enumerate(zip(groups, PERMUTATIONS, strict=True)):
+    groups = parts[0].subfigures(1, len(TITLES))
+    for at, (group, kind) in enumerate(zip(groups, TITLES, strict=True)):
         group.suptitle(TITLES[kind], fontsize=10, color=_COLORS[kind])
         panels = group.subplots(1, max(1, len(examples)), squeeze=False)[0]
         for axes, example in zip(panels, examples, strict=False):
@@ -253,8 +215,8 @@ def _figure(
             label: str | None = f"{TITLES[kind]}: {row['accuracy']:.1%}"
             if kind != "none" and row["drop"] is not None:
                 label = f"{label} (drop {row['drop']:.0%})"
-            for run in runs:
-                if (run["model"], run["permutation"]) == (model, kind):
+            for name, run in done.items():
+                if (run["model"], name.split("/")[2]) == (model, kind):
                     steps, top1 = zip(*run["curve"], strict=True)
                     curve = [100 * accuracy for accuracy in top1]
                     axes.plot(steps, curve, marker="o", ms=3.5, color=_COLORS[kind], label=label)

@@ -127,19 +127,3 @@ FIGURE_3 = tuple(row for row in TABLE_3 if row.data == _JFT and row.pixels == 22
 
 # Figure 2, right: fraction of the pre-training images -> epochs, so that all runs are equally long.
 DATA_SCALE = {0.03: 233, 0.1: 70, 0.3: 23, 1.0: 7}
-
-
-def frontier(points: list[tuple[float, float]], *, more_is_better: bool = False) -> list[int]:
-    """Returns which points no other beats in both, from the least accurate to the most.
-
-    Args:
-        points: (cost or throughput, accuracy).
-        more_is_better: of the first, as for a throughput.
-    """
-    sign = -1.0 if more_is_better else 1.0
-    best, kept = float("-inf"), []
-    for at in sorted(range(len(points)), key=lambda at: (sign * points[at][0], -points[at][1])):
-        if points[at][1] > best:
-            best = points[at][1]
-            kept.append(at)
-    return kept

@@ -1,21 +1,34 @@
-"""What the experiments share: options, and the file that a study writes."""
+"""What the studies that train from random weights share: options, and one way through them.
+
+The folder of a study holds
+  cells/.../seed-0/       the run folder of each run
+  KIND.json, KIND.csv     the measurement: settings, every run, the rows; the rows as a table
+  KIND.png, KIND.svg      the figure, where the study has one
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from allmlp.errors import UserError
+from allmlp.console import table
+from allmlp.data.sources import open_splits
+from allmlp.errors import UserError, plural
+from allmlp.evaluation.few_shot import FewShotOptions, few_shots, num_images
 from allmlp.evaluation.result_file import measurement, write_measurement
 from allmlp.io import atomic_write
 from allmlp.options import ImageSize, Options, Precision, Repeated
-from allmlp.sweep import Row
+from allmlp.runtime.world import join_world
+from allmlp.sweep import Row, Sweep, mean_and_deviation, study_folder, summarize
 from allmlp.training.config import TrainConfig
+from allmlp.training.dataset import Splits, open_training_data
 from allmlp.training.recipes import recipe
+from allmlp.training.report import TrainResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +87,117 @@ class Study:
     rows: list[dict[str, Any]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What makes a study: its runs, and what becomes of their rows.
+
+    Attributes:
+        kind: of the measurement, such as "data-scale"; the files are named after it.
+        config: what the runs share.
+        runs: the settings of each by the name of its folder, cells/.../seed-N; those that differ
+            in the seed alone make a row together.
+        row_of: the name of such a group, cells/..., and its settings -> its columns in the row.
+        finish: at the end, with the path of the files without suffix, the rows of the runs by
+            their names and those of the groups: draws, and may add columns.
+        columns: title -> how the printed table shows a row, as a format string.
+        few_shot: how the features of each run's best weights are measured, if they are.
+        settings: what the measurement depends on besides the config.
+    """
+
+    kind: str
+    config: TrainConfig
+    runs: Mapping[str, TrainConfig]
+    row_of: Callable[[str, TrainConfig], Row]
+    finish: Callable[[Path, Mapping[str, Row], list[Row]], None]
+    columns: Mapping[str, str]
+    few_shot: FewShotOptions | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self, *, quiet: bool = False) -> Study:
+        """Trains the runs that are missing; writes and prints what all of them come to."""
+        name = self.kind.replace("-", "_")
+        own = ("cells", *(f"{name}.{suffix}" for suffix in ("json", "csv", "png", "svg")))
+        inputs = [self.config.data.source, *(self.few_shot.data if self.few_shot else ())]
+        folder = study_folder(self.config.output, own, inputs)
+        with join_world(self.config.device) as (world, _):
+            sweep = Sweep(folder, world, quiet=quiet)
+            done = sweep.run_all(
+                self.runs, self._measure, lambda done: self._write(folder / name, done)
+            )
+            rows = self._rows(done)
+            if world.is_main:
+                self.finish(folder / name, done, rows)
+                self._write(folder / name, done, rows)
+                cells = [[_shown(text, row) for text in self.columns.values()] for row in rows]
+                seeds = len({config.seed for config in self.runs.values()})
+                over = f"{rows[0]['measured_on']} top-1, {plural(seeds, 'seed')}"
+                for line in ["", *table(list(self.columns), cells), over]:
+                    sweep.say(line)
+                sweep.say(f"written  {folder / name}.json")
+            return Study(folder, rows)
+
+    def _measure(self, _: TrainConfig, result: TrainResult) -> Row:
+        assert result.validation is not None
+        row: Row = {"validation": result.validation.top1}
+        if self.few_shot is not None:
+            (found,), (shots,) = (
+                few_shots(str(result.run_folder), self.few_shot),
+                self.few_shot.shots,
+            )
+            row |= {"few_shot": found.mean(shots), "few_shot_deviation": found.deviation(shots)}
+            row["notes"] = found.notes
+        return row
+
+    def _rows(self, done: Mapping[str, Row]) -> list[Row]:
+        groups: dict[str, list[str]] = {}
+        for name in done:
+            groups.setdefault(name.rpartition("/")[0], []).append(name)
+        rows = []
+        for group, names in groups.items():
+            own = self.row_of(group, self.runs[names[0]])
+            rows.append(own | _reached([done[name] for name in names]) | own)
+        return rows
+
+    def _write(self, path: Path, done: Mapping[str, Row], rows: list[Row] | None = None) -> None:
+        rows = self._rows(done) if rows is None else rows
+        missing = [name for name in self.runs if name not in done]
+        values = {
+            "settings": dict(self.settings),
+            "rows": rows,
+            "partial": bool(missing),
+            "missing": missing,
+            "cells": dict(done),
+            "config": self.config.to_json(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_measurement(path.with_suffix(".json"), measurement(self.kind, None, values))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        atomic_write(path.with_suffix(".csv"), text.getvalue().encode(errors="surrogateescape"))
+
+
+def _reached(runs: list[Row]) -> Row:
+    """What runs that differ in their seeds come to together."""
+    found = {**summarize(runs), "seconds": sum(row["seconds"] or 0.0 for row in runs)}
+    if runs[0].get("validation") is not None:
+        found["validation"] = statistics.fmean(row["validation"] for row in runs)
+    if runs[0].get("few_shot") is not None:
+        mean, deviation = mean_and_deviation([row["few_shot"] for row in runs])
+        if len(runs) == 1:  # then it is that over the draws of the shots
+            deviation = runs[0].get("few_shot_deviation")
+        found |= {"few_shot": mean, "few_shot_deviation": deviation}
+    return found
+
+
+def _shown(text: str, row: Row) -> str:
+    try:
+        return text.format(**row)
+    except TypeError:  # None, of what was not measured
+        return "-"
+
+
 def train_config(
     options: StudyOptions, own: Collection[str], model: str | None = None
 ) -> TrainConfig:
@@ -81,7 +205,7 @@ def train_config(
 
     Args:
         own: settings that the study chooses for each run, which must not be set.
-        model: the name of the network; None takes the recipe's.
+        model: the name of the network, in place of the recipe's.
     """
     for setting in options.settings:
         name = setting.partition("=")[0].strip()
@@ -91,7 +215,7 @@ def train_config(
     if config.model.weights is not None:
         what = f"{options.recipe} begins with trained weights; the study trains from random ones"
         raise UserError(what, where="recipe", fix="for example scratch, cifar10 or jft_b32")
-    if model is not None:  # before the settings: it takes the sizes of the recipe's own model away
+    if model is not None:  # before the settings: it resets the sizes of the recipe's own model
         config = config.with_value("model.name", model)
     names = {"learning_rate": "optimizer.learning_rate", "image_size": "model.image_size"}
     names |= {name: f"data.{name}" for name in ("holdout", "num_workers")} | {"data": "data.source"}
@@ -102,42 +226,25 @@ def train_config(
     return config.with_values(given, options.settings)
 
 
-def write_study(
-    path: Path,
-    config: TrainConfig,
-    settings: Mapping[str, Any],
-    runs: Iterable[str],
-    done: Mapping[str, Row],
-    **figures: Any,
-) -> None:
-    """Writes the measurement of a study.
-
-    Args:
-        path: of the file; its name is the kind, as "data_scale.json".
-        config: what the runs share.
-        settings: what else the study depends on.
-        runs: the names of all runs.
-        done: what the finished ones have reached.
-        figures: what they come to together.
-    """
-    missing = [name for name in runs if name not in done]
-    values = {
-        "settings": dict(settings),
-        **figures,
-        "partial": bool(missing),
-        "missing": missing,
-        "cells": dict(done),
-        "config": config.to_json(),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_measurement(path, measurement(path.stem.replace("_", "-"), None, values))
+def open_data(config: TrainConfig) -> tuple[Splits, int]:
+    """Returns the images of a study and how many it trains on; it must have validation images."""
+    splits = open_training_data(config.data)
+    if splits.validation is None:
+        what = "the best weights are chosen by validation images, and the data has none"
+        raise UserError(what, where="holdout", fix="holdout: 0.1, or leave it out")
+    return splits, len(splits.train)
 
 
-def write_csv(path: Path, rows: Sequence[Row], exclude: Collection[str] = ()) -> None:
-    """Writes rows with the columns of the first, but for the excluded ones."""
-    text = io.StringIO()
-    columns = [key for key in rows[0] if key not in exclude]
-    writer = csv.DictWriter(text, columns, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(path, text.getvalue().encode())
+def few_shot_options(
+    config: TrainConfig, data: str, shots: int, seeds: tuple[int, ...] = (0, 1, 2)
+) -> FewShotOptions:
+    """Returns how the weights of each run are measured on other data, which is checked for that."""
+    found = FewShotOptions(
+        data=(data,),
+        shots=(shots,),
+        seeds=seeds,
+        device=config.device,
+        num_workers=config.data.num_workers,
+    )
+    num_images(open_splits(data), found)
+    return found

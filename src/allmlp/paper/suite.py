@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from allmlp.finetuning import FinetuneResult, finetune
 from allmlp.io import expand, read_json
 from allmlp.options import Repeated
 from allmlp.paper.study import PaperOptions
-from allmlp.runtime.world import World, join_world
+from allmlp.runtime.world import join_world
 from allmlp.sweep import study_folder
 from allmlp.training.config import Steps, TrainConfig
 from allmlp.training.dataset import check_readable
@@ -46,7 +46,6 @@ from allmlp.training.optim import check_warmup
 from allmlp.training.resume import identity
 from allmlp.weights.load import load_model
 
-GROUPS = ("natural", "specialised", "structured")
 _TRAIN, _CHOOSE = 800, 200
 
 
@@ -55,25 +54,17 @@ class Task:
     """A task of a suite, with the official numbers and parts of its data."""
 
     name: str
-    group: str  # one of `GROUPS`; "" in Avg 5
     num_classes: int
-    tfds: str  # its data set
-    train: str  # parts in the order of tfds
-    validation: str
-    test: str
-    pixels: tuple[int, int]  # typical width and height
+    group: str = ""  # natural, specialised or structured; "" in Avg 5
+    tfds: str = ""  # its data set
+    parts: tuple[str, ...] = ()  # to train, to select the rate and to test, in the order of tfds
+    image_size: int = 224
     crop: bool = True  # whether training may crop
     flip: bool = True
     labels: LabelRule | None = None  # makes its classes of a number
     number: str = ""  # that the rule takes
     recipe: str = "finetune_vtab"
     images: Mapping[str, int] = field(default_factory=dict)  # train and test, if all are taken
-
-    @property
-    def image_size(self) -> int:
-        """224 for small images, 448 for others; see `vtab`."""
-        width, height = self.pixels
-        return 224 if width * height < 96 * 96 else 448
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +79,7 @@ class SuiteOptions(PaperOptions):
     """Learning rates to choose from; a single one is taken without a grid."""
 
 
-# Settings that a suite makes itself.
+# Settings that a suite makes itself -> the option to use instead.
 _OWN = {"optimizer.learning_rate": "grid", "seed": "seeds", "epochs": "steps", "steps": "steps"}
 _OWN |= {name: name for name in ("batch_size", "output", "recipe")}
 _OWN |= {"model.image_size": "image_size", "data.source": "task", "data.holdout": "grid"}
@@ -115,27 +106,14 @@ class Suite:
 class Plan:
     """How a source serves a task."""
 
-    task: Task
     source: str  # its name, as it can be opened from any folder
     rule: str  # see the module
     final: SubsetFile  # of the final runs
     grid: SubsetFile | None  # of the grid; None holds a fraction of the training images out
     images: dict[str, int | None]  # of "train", "held_out" (a part of these) and "test"
     num_classes: int
-    notes: tuple[str, ...]
-
-    def departs(self) -> list[str]:
-        """Returns how the data differs from the official one of the task, as far as known."""
-        found = []
-        if self.num_classes != self.task.num_classes:
-            found.append(f"{self.num_classes} classes, not {self.task.num_classes}")
-        if self.rule == "first":
-            found.append("not the suite's index ranges")
-        expected = {"train": _TRAIN + _CHOOSE} if self.rule != "whole" else self.task.images
-        for name, number in expected.items():
-            if self.images[name] != number:
-                found.append(f"{self.images[name]:,} {name} images, not {number:,}")
-        return found
+    departs: list[str]  # how the data differs from the official one of the task, as far as known
+    notes: list[str]
 
     def describe(self) -> list[str]:
         """Returns lines for the screen."""
@@ -143,10 +121,10 @@ class Plan:
         text = f"{images['train']:,} images to train ({', '.join(parts['train'])})"
         if self.grid is not None:
             chosen = ", ".join(self.grid.splits["validation"])
-            text += f", {images['held_out']:,} of them to choose by ({chosen})"
+            text += f", {images['held_out']:,} of them to select the rate ({chosen})"
         text += f", {images['test']:,} to test ({', '.join(parts['test'])})"
-        lines = [f"{self.task.name}: {self.source}", f"{_RULES[self.rule]}: {text}"]
-        return lines + list(self.notes)
+        lines = [self.source, f"{_RULES[self.rule]}: {text}", *self.notes]
+        return lines + [f"differs from the task: {', '.join(self.departs)}"] * bool(self.departs)
 
 
 _RULES = {
@@ -190,7 +168,7 @@ def _open(task: Task, source: str) -> tuple[Mapping[str, Source], Any, list[str]
         return opened, None, []
     names = {name for images in opened.values() for name in images.class_names}
     if is_applied(rule, sorted(names)):
-        note = f"labels: the classes 0 to {rule.num_classes - 1}, taken as they are"
+        note = f"labels: the classes 0 to {rule.num_classes - 1}, used directly"
         return open_splits(source), None, [note]
     return opened, rule, [f"labels: {task.number}, {rule.describe()}"]
 
@@ -207,9 +185,9 @@ def _parts(task: Task, opened: Mapping[str, Source], source: str) -> tuple[str, 
     """The rule, and the parts to train on, to choose by and to test on."""
     number = len(opened["train"])
     is_small = number <= _TRAIN + _CHOOSE
-    official = (task.train, task.validation, task.test)
-    if not is_small and all(_fits(opened, part) for part in official):
-        return "official", *official
+    if not is_small and all(_fits(opened, part) for part in task.parts):
+        train, validation, test = task.parts
+        return "official", train, validation, test
     has_test = bool({"test", "validation"} & opened.keys())
     test = _test_split(opened, source) if is_small or has_test else f"train[{_TRAIN + _CHOOSE}:]"
     chosen = ""
@@ -239,20 +217,24 @@ def _checked(
     task: Task, rule: str, final: SubsetFile, grid: SubsetFile | None, notes: list[str]
 ) -> Plan:
     splits = open_subset(final)
-    train, test = splits["train"], splits["test"]
-    classes, present = len(train.class_names), len(np.unique(train.labels))
+    train, classes = splits["train"], len(splits["train"].class_names)
+    present = len(np.unique(train.labels))
     if classes < 2:
         what = f"there is only one class, {train.class_names[0]!r}; a task needs two"
         raise UserError(what, where=final.source)
-    if classes != task.num_classes:
-        notes.append(f"{classes} classes, where the task has {task.num_classes}")
     if present < classes:
         notes.append(f"{present} of the {classes} classes are among the training images")
-    if rule in ("own", "first") and len(train) != _TRAIN + _CHOOSE:
-        notes.append(f"{len(train):,} training images, where the task has 1,000")
     held_out = None if grid is None else len(open_subset(grid)["validation"])
-    images: dict[str, int | None] = {"train": len(train), "held_out": held_out, "test": len(test)}
-    return Plan(task, final.source, rule, final, grid, images, classes, tuple(notes))
+    images = {"train": len(train), "held_out": held_out, "test": len(splits["test"])}
+    departs = []
+    if classes != task.num_classes:
+        departs.append(f"{classes} classes, not {task.num_classes}")
+    if rule == "first":
+        departs.append("not the suite's index ranges")
+    for name, number in (task.images if rule == "whole" else {"train": _TRAIN + _CHOOSE}).items():
+        if images[name] != number:
+            departs.append(f"{images[name]:,} {name} images, not {number:,}")
+    return Plan(final.source, rule, final, grid, images, classes, departs, notes)
 
 
 def named_tasks(
@@ -295,9 +277,6 @@ def resolved(source: str, folder: str | None = None) -> str:
     return os.path.join(os.getcwd() if folder is None else folder, path)
 
 
-# What a suite reached
-
-
 @dataclass(frozen=True)
 class SuiteResult:
     """What a suite reached.
@@ -306,7 +285,7 @@ class SuiteResult:
         folder: of the suite.
         tasks: task -> "accuracy" (mean over the seeds), "deviation", "seeds", "learning_rate",
             "images", "source" and more, as suite.json has them.
-        mean: over these tasks; None where there are none.
+        mean: over these tasks; None before the first is finished.
         groups: group -> mean over its tasks.
         missing: the suite's other tasks.
         changes: how the runs differ from the official protocol.
@@ -326,16 +305,34 @@ class SuiteResult:
         of = f"{many} of {total}, partial" if self.missing else total
         return f"mean of {of}: {self.mean:.2%}"
 
-    def lines(self, known: Mapping[str, Task]) -> list[str]:
-        """Returns the table, the means of the groups and what is missing."""
-        lines = [*_task_table(self.tasks), ""]
-        for group, mean in self.groups.items():
-            members = [name for name, task in known.items() if task.group == group]
-            have = sum(name in self.tasks for name in members)
-            lines.append(f"{group:<12} {mean:.2%} ({have} of {plural(len(members), 'task')})")
-        lines.append(self.summary())
-        if self.missing:
-            lines.append(f"missing  {', '.join(self.missing)}")
+    def lines(self) -> list[str]:
+        """Returns the table, the means of the groups, and what is not official."""
+        rows = [
+            [
+                *(name, task["rule"], f"{task['images']['train']:,}"),
+                *(f"{task['images']['test']:,}", str(task["classes"]), str(task["image_size"])),
+                f"{task['learning_rate']:g}",
+                f"{task['accuracy']:.2%}",
+                "-" if task["deviation"] is None else f"{task['deviation']:.2%}",
+                str(len(task["seeds"])),
+            ]
+            for name, task in self.tasks.items()
+        ]
+        header = [
+            "task",
+            "rule",
+            "train",
+            "test",
+            "classes",
+            "pixels",
+            "rate",
+            "top-1",
+            "+-",
+            "runs",
+        ]
+        lines = [*table(header, rows, left=2), ""]
+        lines += [f"{group:<12} {mean:.2%}" for group, mean in self.groups.items()]
+        lines += [f"missing  {', '.join(self.missing)}"] * bool(self.missing)
         departs = {name: task["departs"] for name, task in self.tasks.items() if task["departs"]}
         lines += [f"note     {name}: {', '.join(how)}" for name, how in departs.items()]
         why = ["tasks are missing"] * bool(self.missing)
@@ -354,32 +351,15 @@ def suite_result(
 ) -> SuiteResult:
     """Returns what the finished tasks come to; `done` has task -> its entry of suite.json."""
     tasks = {name: done[name] for name in known if name in done}
-    found = {name: float(task["accuracy"]) for name, task in tasks.items()}
-    groups: dict[str, float] = {}
-    for group in GROUPS:
-        if values := [found[name] for name in found if known[name].group == group]:
-            groups[group] = statistics.fmean(values)
-    mean = statistics.fmean(found.values()) if found else None
-    missing = [name for name in known if name not in tasks]
-    return SuiteResult(folder, tasks, mean, groups, missing, changes)
-
-
-def _task_table(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    rows = [
-        [
-            *(name, task["rule"], f"{task['images']['train']:,}", f"{task['images']['test']:,}"),
-            *(str(task["classes"]), str(task["image_size"]), f"{task['learning_rate']:g}"),
-            f"{task['accuracy']:.2%}",
-            "-" if task["deviation"] is None else f"{task['deviation']:.2%}",
-            str(len(task["seeds"])),
-        ]
-        for name, task in tasks.items()
-    ]
-    header = ["task", "rule", "train", "test", "classes", "pixels", "rate", "top-1", "+-", "runs"]
-    return table(header, rows, left=2)
-
-
-# Running a suite
+    by_group: dict[str, list[float]] = {}
+    for name, task in tasks.items():
+        by_group.setdefault(known[name].group, []).append(float(task["accuracy"]))
+    accuracies = [accuracy for own in by_group.values() for accuracy in own]
+    mean = statistics.fmean(accuracies) if accuracies else None
+    groups = {group: statistics.fmean(own) for group, own in by_group.items() if group}
+    return SuiteResult(
+        folder, tasks, mean, groups, [name for name in known if name not in tasks], changes
+    )
 
 
 def run_suite(
@@ -396,11 +376,88 @@ def run_suite(
         if name in _OWN:
             what = f"{name} is chosen by the suite"
             raise UserError(what, where="set", fix=f"Use {_OWN[name]}")
-    config = {name: _config(suite.config(suite.known[name]), options) for name in sources}
-    own = ("suite.json", "data", *suite.known)
-    path = study_folder(options.output, own, sources.values())
+    tasks = {name: suite.known[name] for name in sources}
+    configs = {name: _config(suite.config(task), options) for name, task in tasks.items()}
+    rates = {name: options.grid or suite.rates(task) for name, task in tasks.items()}
+    seeds, changes = options.seeds or suite.seeds, _changes(suite, options)
+    folder = study_folder(
+        options.output, ("suite.json", "data", *suite.known), list(sources.values())
+    )
+    file = folder / "suite.json"
     with join_world(options.device or "auto") as (world, _):
-        return _Run(suite, checkpoint, options, sources, config, path, world, quiet).run()
+        report = Reporter(quiet=quiet or not world.is_main)
+        say = report.say
+        model = load_model(checkpoint, quiet=quiet or not world.is_main)
+        header = measurement(suite.kind, model, {}) | {
+            "checkpoint": checkpoint,
+            "weights_sha256": weights_hash(model),
+            "protocol": suite.protocol,
+            "changes": changes,
+            "seeds": list(seeds),
+        }
+        before, done = world.broadcast_from_rank0(lambda: _before(file, header))
+        plans = _check_all(suite, checkpoint, sources, configs, rates, seeds)
+
+        def save() -> SuiteResult:
+            result = suite_result(folder, suite.known, done, changes)
+            values = {
+                **header,
+                "sources": {**before, **sources},
+                "tasks": result.tasks,
+                "mean": result.mean,
+                "groups": result.groups,
+                "partial": bool(result.missing),
+                "missing": result.missing,
+            }
+            if world.is_main:
+                write_measurement(file, values)
+            return result
+
+        if world.is_main:
+            (folder / "data").mkdir(parents=True, exist_ok=True)
+            report.log_to(folder / "log.txt")
+        result = save()  # before the first run: whose folder this is
+        of = f"{len(plans)} of {plural(len(suite.known), 'task')}"
+        say(f"suite    {suite.protocol}: {of}, seeds {', '.join(map(str, seeds))}")
+        if changes:
+            say(f"changed  not the official protocol: {', '.join(changes)}")
+        for name, plan in plans.items():
+            first, *rest = plan.describe()
+            say(f"task     {name}: {first}")
+            for line in rest:
+                say(f"         {line}")
+        for number, (name, plan) in enumerate(plans.items(), 1):
+            say(f"\n##### {name}: task {number} of {len(plans)}")
+            final, grid = (folder / "data" / f"{name}{end}.json" for end in ("", "-grid"))
+            has_grid = len(rates[name]) > 1
+            prescribed = plan.grid if has_grid else None
+            if world.is_main:
+                write_subset_file(final, plan.final)
+                if prescribed is not None:
+                    write_subset_file(grid, prescribed)
+            world.barrier()
+            values: dict[str, Any] = {
+                "model.weights": checkpoint,
+                "data.source": str(final),
+                "output": str(folder / name),
+            }
+            if not has_grid:
+                values |= {"data.holdout": 0.0, "optimizer.learning_rate": rates[name][0]}
+            config = configs[name].with_values(values)
+            reached = finetune(
+                config,
+                grid=rates[name] if has_grid else (),
+                seeds=seeds,
+                grid_source=None if prescribed is None else str(grid),
+                quiet=quiet,
+            )
+            done[name] = _entry(plan, config, reached)
+            result = save()
+        for line in ["", *result.lines()]:
+            say(line)
+        say(result.summary(), style="bold green")
+        say(f"written  {file}")
+        return result
 
 
 def _config(official: TrainConfig, options: SuiteOptions) -> TrainConfig:
@@ -434,163 +491,60 @@ def _changes(suite: Suite, options: SuiteOptions) -> list[str]:
     return list(found.values())
 
 
-@dataclass
-class _Run:
-    suite: Suite
-    checkpoint: str
-    options: SuiteOptions
-    sources: dict[str, str]
-    configs: dict[str, TrainConfig]
-    path: Path
-    world: World
-    quiet: bool
+def _before(
+    file: Path, header: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """The sources and entries of tasks that the same suite measured before."""
+    values = read_measurement(file) if file.exists() else dict(header)
+    if values.get("weights_sha256") != header["weights_sha256"]:
+        what = "the folder holds a suite of another checkpoint, or its weights have changed"
+        raise UserError(what, where=file.parent, fix="Give another output")
+    if any(values.get(name) != header[name] for name in ("kind", "protocol", "changes", "seeds")):
+        return {}, {}  # other runs: these stay in the folders of their tasks
+    return dict(values.get("sources") or {}), dict(values.get("tasks") or {})
 
-    def __post_init__(self) -> None:
-        suite, options, world = self.suite, self.options, self.world
-        quiet = self.quiet or not world.is_main
-        self.report = Reporter(quiet=quiet)
-        self.changes, self.seeds = _changes(suite, options), list(options.seeds or suite.seeds)
-        model = load_model(self.checkpoint, quiet=quiet)
-        self.header = measurement(suite.kind, model, {}) | {
-            "checkpoint": self.checkpoint,
-            "weights_sha256": weights_hash(model),
-            "protocol": suite.protocol,
-            "changes": self.changes,
-            "seeds": self.seeds,
-        }
-        self.all_sources, self.done = world.broadcast_from_rank0(self.before)
-        self.plans = self.check_all()
 
-    def before(self) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-        """The sources and entries of tasks that the same suite measured before."""
-        if not (self.path / "suite.json").exists():
-            return {}, {}
-        values = read_measurement(self.path / "suite.json")
-        if values.get("weights_sha256") != self.header["weights_sha256"]:
-            what = "the folder holds a suite of another checkpoint, or its weights have changed"
-            raise UserError(what, where=self.path, fix="Give another output")
-        same = ("kind", "protocol", "changes", "seeds")
-        if any(values.get(name) != self.header[name] for name in same):
-            return {}, {}  # other runs: these stay in the folders of their tasks
-        return dict(values.get("sources") or {}), dict(values.get("tasks") or {})
-
-    def rates(self, name: str) -> tuple[float, ...]:
-        return self.options.grid or self.suite.rates(self.suite.known[name])
-
-    def check_all(self) -> dict[str, Plan]:
-        """Returns how the data serves each task; all that is wrong is one error."""
-        plans: dict[str, Plan] = {}
-        wrong: list[tuple[str, UserError]] = []
-        loaded: set[Any] = set()
-        for name, config in self.configs.items():
-            try:
-                assert config.steps is not None
-                check_warmup(config.optimizer, config.steps)
-                for rate in self.rates(name):
-                    config.with_value("optimizer.learning_rate", rate)
-                for seed in self.seeds:
-                    config.with_value("seed", seed)
-                plans[name] = self.suite.plan(self.suite.known[name], self.sources[name])
-                for split in open_subset(plans[name].final).values():
-                    check_readable(split, config.data.max_bad)
-                size = config.model.image_size
-                if size not in loaded:
-                    load_model(self.checkpoint, size, quiet=True)
-                    loaded.add(size)
-            except UserError as error:
-                wrong.append((name, error))
-        if wrong:
-            lines = [f"{len(wrong)} of {plural(len(self.configs), 'task')} cannot be run:"]
-            for name, error in wrong:
-                where = f" ({error.where})" if error.where else ""
-                lines.append(f"{name}: {error.what}{where}")
-            raise UserError("\n  ".join(lines), fix=wrong[0][1].fix)
-        return plans
-
-    def run(self) -> SuiteResult:
-        """Fine-tunes on each task; the finished runs of each are skipped."""
-        if self.world.is_main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.save()  # before anything else is there: whose folder this is
-            (self.path / "data").mkdir(exist_ok=True)
-            self.report.log_to(self.path / "log.txt")
-        self.describe()
-        for number, name in enumerate(self.plans, 1):
-            self.report.say(f"\n##### {name}: task {number} of {len(self.plans)}")
-            self.done[name] = self.measure(name)
-            self.save()
-        result = self.result()
-        for line in ["", *result.lines(self.suite.known)]:
-            style = "bold green" if line == result.summary() else None
-            self.report.say(line, style=style)
-        self.report.say(f"written  {self.path / 'suite.json'}")
-        return result
-
-    def describe(self) -> None:
-        say, seeds = self.report.say, ", ".join(map(str, self.seeds))
-        of = f"{len(self.plans)} of {plural(len(self.suite.known), 'task')}"
-        say(f"suite    {self.suite.protocol}: {of}, seed{'s' * (len(self.seeds) > 1)} {seeds}")
-        if self.changes:
-            say(f"changed  not the official protocol: {', '.join(self.changes)}")
-        for plan in self.plans.values():
-            first, *rest = plan.describe()
-            say(f"task     {first}")
-            for line in rest:
-                say(f"         {line}")
-        if any(plan.rule != "whole" for plan in self.plans.values()):
-            say("note     images are taken in the order of the source; exactly the 1,000 images")
-            say("         of VTAB-1k are those in the order of tfds")
-
-    def measure(self, name: str) -> dict[str, Any]:
-        """Runs the study of a task; returns its entry of suite.json."""
-        plan, rates = self.plans[name], list(self.rates(name))
-        final, grid = (self.path / "data" / f"{name}{end}.json" for end in ("", "-grid"))
-        has_grid = len(rates) > 1
-        if self.world.is_main:
-            write_subset_file(final, plan.final)
-            if plan.grid is not None and has_grid:
-                write_subset_file(grid, plan.grid)
-        self.world.barrier()
-        values: dict[str, Any] = {
-            "model.weights": self.checkpoint,
-            "data.source": str(final),
-            "output": str(self.path / name),
-        }
-        if not has_grid:
-            values |= {"data.holdout": 0.0, "optimizer.learning_rate": rates[0]}
-        config = self.configs[name].with_values(values)
-        result = finetune(
-            config,
-            grid=rates if has_grid else (),
-            seeds=self.seeds,
-            grid_source=str(grid) if plan.grid is not None and has_grid else None,
-            quiet=self.quiet,
-        )
-        return _entry(plan, config, result)
-
-    def save(self) -> None:
-        if self.world.is_main:
-            result = self.result()
-            values = {
-                **self.header,
-                "sources": {**self.all_sources, **self.sources},
-                "tasks": result.tasks,
-                "mean": result.mean,
-                "groups": result.groups,
-                "partial": bool(result.missing),
-                "missing": result.missing,
-            }
-            write_measurement(self.path / "suite.json", values)
-
-    def result(self) -> SuiteResult:
-        return suite_result(self.path, self.suite.known, self.done, self.changes)
+def _check_all(
+    suite: Suite,
+    checkpoint: str,
+    sources: Mapping[str, str],
+    configs: Mapping[str, TrainConfig],
+    rates: Mapping[str, tuple[float, ...]],
+    seeds: tuple[int, ...],
+) -> dict[str, Plan]:
+    """Returns how the data serves each task; all that is wrong is one error."""
+    plans: dict[str, Plan] = {}
+    wrong: list[tuple[str, UserError]] = []
+    loaded: set[Any] = set()
+    for name, config in configs.items():
+        try:
+            assert config.steps is not None
+            check_warmup(config.optimizer, config.steps)
+            for rate in rates[name]:
+                config.with_value("optimizer.learning_rate", rate)
+            for seed in seeds:
+                config.with_value("seed", seed)
+            plans[name] = suite.plan(suite.known[name], sources[name])
+            for split in open_subset(plans[name].final).values():
+                check_readable(split, config.data.max_bad)
+            size = config.model.image_size
+            if size not in loaded:
+                load_model(checkpoint, size, quiet=True)
+                loaded.add(size)
+        except UserError as error:
+            wrong.append((name, error))
+    if wrong:
+        lines = [f"{len(wrong)} of {plural(len(configs), 'task')} cannot be run:"]
+        for name, error in wrong:
+            where = f" ({error.where})" if error.where else ""
+            lines.append(f"{name}: {error.what}{where}")
+        raise UserError("\n  ".join(lines), fix=wrong[0][1].fix)
+    return plans
 
 
 def _entry(plan: Plan, config: TrainConfig, result: FinetuneResult) -> dict[str, Any]:
+    """The result of a task in suite.json; its data/TASK.json says which images they were."""
     size = config.model.image_size
-    if size is None:
-        size = load_model(result.folder / "best", quiet=True).config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
     return {
         "accuracy": result.mean,
         "deviation": result.deviation,
@@ -601,14 +555,9 @@ def _entry(plan: Plan, config: TrainConfig, result: FinetuneResult) -> dict[str,
         "images": plan.images,
         "source": plan.source,
         "rule": plan.rule,
-        "parts": {name: list(parts) for name, parts in plan.final.splits.items()},
-        "labels": None if plan.final.labels is None else plan.final.labels.describe(),
         "classes": plan.num_classes,
-        "departs": plan.departs(),
-        "group": plan.task.group,
-        "image_size": height if height == width else f"{height}x{width}",
-        "steps": config.steps,
-        "batch_size": config.batch_size,
+        "departs": plan.departs,
+        "image_size": "x".join(map(str, size)) if isinstance(size, tuple) else size,
         "resize": config.data.resize,
     }
 
@@ -618,5 +567,5 @@ def as_tasks(fields: Mapping[str, Any]) -> dict[str, Any]:
     tasks = fields.get("tasks")
     if not isinstance(tasks, Mapping):
         return dict(fields)
-    named: Sequence[str] = [f"{name}={source}" for name, source in tasks.items()]
+    named = [f"{name}={source}" for name, source in tasks.items()]
     return {**fields, "tasks": None, "task": (*fields.get("task", ()), *named)}

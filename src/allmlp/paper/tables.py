@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from allmlp.console import Reporter
 from allmlp.errors import UserError, plural
@@ -47,12 +48,11 @@ _TEXTS = {
     _SCALE: "The paper's runs see fractions of JFT-300M for these epochs: "
     + ", ".join(f"{100 * at:g} %: {epochs}" for at, epochs in published.DATA_SCALE.items())
     + "; its figure prints no numbers.",
-    _OTHER: "These are not accuracies on the 50,000 validation images of ImageNet, and stand in no "
-    "column of the paper's.",
+    _OTHER: "Not the 50,000 validation images of ImageNet, so in no column of the paper's tables.",
     "Training cost": "The wall time of each run, with reading and evaluation, times its processes.",
     "Few-shot accuracy": "Linear few-shot top-1 in per cent, mean and deviation over the draws.",
 }
-Cells = dict[str, str | None]  # column -> text; None is a dash
+Cells = dict[str, object]  # column -> value; None is a dash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +64,14 @@ class TablesOptions(Options):
         mixer paper tables runs/flowers evaluation.json few_shot.json --output reports/flowers
 
     The paper's rows stand in tables of their own. Yours come from run folders and from the files
-    that evaluate, few-shot, throughput and the other paper commands write; each is shown with its
+    that evaluate, few-shot, benchmark and the other paper commands write; each is shown with its
     data, protocol, command, hardware and date.
     """
 
     output: str = field(default="report", metadata={"metavar": "FOLDER"})
     """A folder for report.md, report.html and figures/."""
     overwrite: bool = False
-    """Replace the report that is there."""
+    """Replace an existing report."""
 
 
 @dataclass
@@ -81,9 +81,9 @@ class Measured:
     Attributes:
         number: by which rows refer to it.
         kind: "run", or that of the measurement.
-        rows: (section, cells) for the tables of ours.
-        accuracy: on a set of images; None where none was measured.
-        speeds: of each model whose throughput was measured.
+        rows: (section, cells) of our own tables.
+        accuracy: on a set of images, if one was measured.
+        speeds: of inference, fastest first.
     """
 
     number: int
@@ -94,31 +94,18 @@ class Measured:
     accuracy: dict[str, Any] | None = None
     speeds: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def model(self) -> dict[str, Any]:
+        """As `describe` of the result file has it."""
+        return self.values.get("model") or {}
+
 
 class Tables(NamedTuple):
-    """The files of a report, what it was made of, and (path, reason) of what was left out."""
+    """The files of a report, what it was made of, and what was left out with the reason."""
 
     files: list[Path]
     measured: list[Measured]
-    left_out: list[tuple[Path, str]]
-
-
-class Table(NamedTuple):
-    """A table of one origin only, "paper" or "measured here"."""
-
-    origin: str
-    rows: Sequence[Cells]
-    caption: str = ""
-
-
-class Drawing(NamedTuple):
-    """A figure: the name of its PNG, beside which an SVG lies."""
-
-    name: str
-    caption: str
-
-
-Section = tuple[str, list[str | list[str] | Table | Drawing]]
+    left_out: list[str]
 
 
 def tables(
@@ -132,50 +119,45 @@ def tables(
     """
     options = make(TablesOptions, options, fields)
     folder = expand(options.output)
-    names = ("report.md", "report.html")
-    check_output_folder(folder, names, overwrite=options.overwrite)
+    check_output_folder(folder, ("report.md", "report.html"), overwrite=options.overwrite)
     check_output_folder(folder / "figures")
     found, left_out = collect(paths)
     check_not_inputs([folder], (one.path for one in found))
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    sections = list(_sections(found, left_out, folder / "figures"))
-    atomic_write(folder / "report.md", _markdown(sections).encode())
-    atomic_write(folder / "report.html", _html(sections, folder / "figures").encode())
-    drawn = [block.name for _, blocks in sections for block in blocks if isinstance(block, Drawing)]
-    files = [*(folder / name for name in names), *(folder / "figures" / name for name in drawn)]
-    return Tables(files, found, left_out)
+    page = Page(folder)
+    _write(page, found, left_out)
+    return Tables([*page.save(), *page.figures], found, left_out)
 
 
 def show(result: Tables, _: TablesOptions) -> None:
     """Prints what was found and written."""
-    console = Reporter()
+    say = Reporter().say
     kinds = Counter(one.kind for one in result.measured)
-    console.say(f"found    {', '.join(f'{count} {kind}' for kind, count in kinds.items())}")
-    for path, reason in result.left_out:
-        console.say(f"left out {path}: {reason}", style="yellow")
+    say(f"found    {', '.join(f'{count} {kind}' for kind, count in kinds.items())}")
+    for text in result.left_out:
+        say(f"left out {text}", style="yellow")
     for path in result.files:
-        console.say(f"written  {path}")
+        say(f"written  {path}")
 
 
-def collect(paths: Sequence[str | Path]) -> tuple[list[Measured], list[tuple[Path, str]]]:
+# Reading
+
+
+def collect(paths: Sequence[str | Path]) -> tuple[list[Measured], list[str]]:
     """Returns the runs and measurements of the paths, and what cannot be read, with the reason."""
-    found: list[Measured] = []
-    left_out: list[tuple[Path, str]] = []
-    seen: set[Path] = set()
+    found: dict[Path, Measured] = {}
+    left_out: dict[Path, str] = {}
 
     def add(path: Path, *, by_name: bool = False) -> str | None:
-        if path.resolve() in seen:
-            return None
-        seen.add(path.resolve())
-        try:
-            found.append(_read(path, len(found) + 1))
-            return found[-1].kind
-        except _DAMAGED as error:
-            if by_name:
-                raise
-            text = error.what if isinstance(error, UserError) else f"not a whole run: {error}"
-            left_out.append((path, " ".join(text.split())[:200]))
-            return None
+        key = path.resolve()
+        if key not in found and key not in left_out:
+            try:
+                found[key] = _read(path, len(found) + 1)
+            except _DAMAGED as error:
+                if by_name:
+                    raise
+                text = error.what if isinstance(error, UserError) else f"damaged: {error}"
+                left_out[key] = f"{path}: {' '.join(text.split())[:200]}"
+        return found[key].kind if key in found else None
 
     for path in map(expand, paths):
         if not path.exists():
@@ -195,11 +177,10 @@ def collect(paths: Sequence[str | Path]) -> tuple[list[Measured], list[tuple[Pat
                 folders.clear()  # its runs are in its own file
     if not found:
         what = "no run and no measurement found"
-        what += "".join(f"; {path} is left out: {reason}" for path, reason in left_out[:3])
-        fix = "These write what is reported: mixer evaluate MODEL --data SOURCE --output FOLDER; "
-        fix += "mixer few-shot MODEL --data SOURCE --output FILE.json; mixer train --output FOLDER"
+        what += "".join(f"; left out {text}" for text in list(left_out.values())[:3])
+        fix = "Give run folders, or files that evaluate, few-shot or benchmark wrote"
         raise UserError(what, where=", ".join(map(str, paths)) or None, fix=fix)
-    return found, left_out
+    return list(found.values()), list(left_out.values())
 
 
 def _is_measurement(path: Path) -> bool:
@@ -215,7 +196,7 @@ def _read(path: Path, number: int) -> Measured:
     if one.kind not in _KINDS:
         raise UserError(f"of the unknown kind {one.kind!r}", where=path)
     try:
-        one.rows = list(_contribute(one))
+        one.rows = [(title, {**row, "how": f"[{number}]"}) for title, row in _contribute(one)]
     except _DAMAGED as error:
         what = f"damaged, or of another version: {type(error).__name__} {error}"
         raise UserError(what, where=path, fix="Measure again") from error
@@ -224,23 +205,20 @@ def _read(path: Path, number: int) -> Measured:
 
 def _read_run(path: Path) -> dict[str, Any]:
     """Returns what a run folder knows of its training and its own last measurement."""
-    config = parse_json((path / "config.json").read_bytes())
-    environment = parse_json((path / "environment.json").read_bytes())
-    seconds, steps = 0.0, 0
+
+    def read(name: str) -> dict[str, Any] | None:
+        file = path / name
+        return parse_json(file.read_bytes()) if file.is_file() else None
+
+    log, seconds, steps = path / "log.txt", 0.0, 0
     for last in read_metrics(path)[-1:]:
         seconds, steps = float(last["seconds"]), int(last["step"]) + 1
     for row in read_results(path):  # the last evaluation comes after the last logged step
         seconds = max(seconds, float(row.get("seconds") or 0.0))
-    evaluation = None
-    for name in ("validation", "test"):
-        if (path / name / "evaluation.json").is_file():
-            evaluation = parse_json((path / name / "evaluation.json").read_bytes())
-    log = path / "log.txt"
     text = log.read_text("utf-8", "replace") if log.is_file() else ""
-    processes = re.findall(r"^run      .*?(\d+) processes on ", text, re.MULTILINE)
+    processes = re.findall(r"^run      .*?(\d+) processes on ", text, re.MULTILINE) or ["1"]
     model: dict[str, Any] = {}
-    if (path / "best" / "config.json").is_file():
-        best = parse_json((path / "best" / "config.json").read_bytes())
+    if best := read("best/config.json"):
         architecture = config_from_json(best["architecture"])
         model = {
             "name": architecture_name(architecture) or architecture.summary(),
@@ -249,115 +227,135 @@ def _read_run(path: Path) -> dict[str, Any]:
             "image_size": list(architecture.image_size),
             "preprocessing": best.get("preprocessing"),
         }
-    days = seconds * (int(processes[-1]) if processes else 1) / 86_400
-    values = {"kind": "run", "config": config, "environment": environment, "model": model}
-    return {**values, "steps": steps, "evaluation": evaluation, "days": days}
-
-
-def _cells(columns: str, *values: object) -> Cells:
-    texts = (None if value is None else str(value) for value in values)
-    return dict(zip(columns.split(", "), texts, strict=True))
+    return {
+        "kind": "run",
+        "config": read("config.json"),
+        "environment": read("environment.json"),
+        "model": model,
+        "steps": steps,
+        "evaluation": read("test/evaluation.json") or read("validation/evaluation.json"),
+        "days": seconds * int(processes[-1]) / 86_400,
+    }
 
 
 def _contribute(one: Measured) -> Iterator[tuple[str, Cells]]:
     """Yields (section, cells) of the tables of ours; keeps the accuracy and the speeds."""
-    values, how = one.values, f"[{one.number}]"
-    model, machine = values.get("model") or {}, hardware(values["environment"])
+    values, machine = one.values, hardware(one.values["environment"])
+    evaluation = values if one.kind == "evaluation" else values.get("evaluation")
     if one.kind == "run":
         config, steps = values["config"], values["steps"]
-        weights, source = config.get("model", {}).get("weights"), config.get("data", {})
-        length = f"{steps:,}{' (not finished)' * (values['evaluation'] is None)}"
-        images = f"{steps * config.get('batch_size', 0):,}"
-        columns = "run, from, data, steps, images seen, device-days, device, how"
-        cells = (one.path, weights or "random weights", source.get("source"), length, images)
-        cells += (_plain(values["days"]), machine, how)
-        yield "Training cost", _cells(columns, *cells)
-    evaluation = values if one.kind == "evaluation" else values.get("evaluation")
+        yield (
+            "Training cost",
+            {
+                "run": one.path,
+                "from": config.get("model", {}).get("weights") or "random weights",
+                "data": config.get("data", {}).get("source"),
+                "steps": f"{steps:,}{'' if evaluation else ' (not finished)'}",
+                "images seen": f"{steps * config.get('batch_size', 0):,}",
+                "device-days": _plain(values["days"]),
+                "device": machine,
+            },
+        )
     if evaluation is not None:
-        one.accuracy = found = _accuracy(one, evaluation, model)
+        one.accuracy = found = _accuracy(one, evaluation)
         if found["not_imagenet"] is not None:
-            columns = "model, source, data, images, px, top-1, device-days, how"
-            cells = (found["model"], found["source"], found["data"], f"{evaluation['images']:,}")
-            cells += (found["size"], percent(found["top1"]), _cost(found), how)
-            yield _OTHER, _cells(columns, *cells)
+            columns = {"model": "model", "source": "source", "data": "data", "size": "px"}
+            row: Cells = {title: found[name] for name, title in columns.items()}
+            row |= {"images": f"{evaluation['images']:,}", "top-1": percent(found["top1"])}
+            yield _OTHER, {**row, "device-days": _cost(found)}
     for entry in values["models"] if one.kind == "throughput" else ():
-        if (best := entry["best"]) is not None:
+        if entry["best"] is not None:
             speed = _speed(one, entry)
-            one.speeds.append(speed)
-            columns = "model, px, mode, precision, batch, images/s, hardware, how"
-            cells = (speed["model"], speed["size"], speed["mode"], speed["precision"])
-            cells += (f"{best['batch_size']:,}", f"{speed['speed']:,.4g}", speed["hardware"], how)
-            yield "Throughput", _cells(columns, *cells)
+            if entry["mode"] == "inference":
+                one.speeds.append(speed)
+            columns = ("model", "px", "mode", "precision", "batch", "images/s", "hardware")
+            yield "Throughput", {name: speed[name] for name in columns}
     if one.kind == "few-shot":
-        names = [str(model.get("source") or model.get("name")), "random weights"]
-        floor = values.get("floor") or {"results": []}
-        for name, results in zip(names, (values["results"], floor["results"]), strict=True):
+        baseline = (values.get("floor") or {"results": []})["results"]
+        source = one.model.get("source") or one.model.get("name")
+        for name, results in ((source, values["results"]), ("random weights", baseline)):
             for result in results:
-                accuracies = {
-                    f"{int(shots)}-shot": _spread(mean, result["deviation"].get(shots))
-                    for shots, mean in result["mean"].items()
-                }
-                first = _cells("model, data", name, result["data"])
-                yield "Few-shot accuracy", {**first, **accuracies, "how": how}
+                row = {"model": name, "data": result["data"]}
+                for shots, mean in result["mean"].items():
+                    row[f"{int(shots)}-shot"] = _spread(mean, result["deviation"].get(shots))
+                yield "Few-shot accuracy", row
     if one.kind in _SUITES:
         title = f"{_SUITES[one.kind][0]} of {values.get('checkpoint')}"
-        columns = "task, top-1, runs, data, how"
         for name, task in values["tasks"].items():
-            accuracy = _spread(task["accuracy"], task.get("deviation"))
-            runs = len(task.get("seeds") or [])
-            yield title, _cells(columns, name, accuracy, runs, task.get("source"), how)
-        yield title, _cells(columns, "mean", _suite_mean(one), None, None, how)
+            row = {"task": name, "top-1": _spread(task["accuracy"], task.get("deviation"))}
+            yield title, {**row, "runs": len(task.get("seeds") or []), "data": task.get("source")}
+        yield title, {"task": "mean", "top-1": _suite_mean(one)}
         if missing := ", ".join(map(str, values["missing"])):
-            yield title, _cells("task", f"missing: {missing}")
+            yield title, {"task": f"missing: {missing}"}
     if one.kind == "data-scale":
-        settings, partial = values["settings"], ""
+        shots = f"{values['settings']['shots']}-shot: {values['settings']['few_shot_data']}"
+        for point in _points(one):
+            row = {"model": point["label"], "fraction": f"{100 * point['fraction']:.4g} %"}
+            row |= {"images": f"{point['images']:,}", "epochs": f"{point['epochs']:,.4g}"}
+            row |= {"validation": percent(point["validation"])}
+            row |= {
+                shots: _spread(point["few_shot"], point["few_shot_deviation"]),
+                "runs": point["runs"],
+            }
+            yield _SCALE, row
         if values["partial"]:
-            partial = f"partial: {plural(len(values.get('missing', [])), 'run')} missing, "
-        few = f"{settings['shots']}-shot: {settings['few_shot_data']}".replace(", ", " ")
-        columns = f"model, fraction, images, epochs, validation, {few}, runs, how"
-        for point in values["points"]:
-            cells = (point["label"], f"{100 * point['fraction']:.4g} %", f"{point['images']:,}")
-            cells += (f"{point['epochs']:,.4g}", percent(point["validation"]))
-            cells += (_spread(point["few_shot"], point["deviation"]), point["runs"])
-            yield _SCALE, _cells(columns, *cells, f"{partial}{how}")
+            yield _SCALE, {"model": f"partial: {plural(len(values['missing']), 'run')} missing"}
 
 
-def _accuracy(one: Measured, found: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+def _points(one: Measured) -> list[dict[str, Any]]:
+    """The points of a data-scale study; older files have them under other names."""
+    points = one.values["rows"] if "rows" in one.values else one.values["points"]
+    return [{"few_shot_deviation": point.get("deviation"), **point} for point in points]
+
+
+def _accuracy(one: Measured, found: dict[str, Any]) -> dict[str, Any]:
     """What an evaluation found, as Table 2 or 3 and the figures need it."""
-    real, protocol = found.get("real"), found.get("protocol") or model.get("preprocessing") or {}
+    real = found.get("real")
+    protocol = found.get("protocol") or one.model.get("preprocessing") or {}
     resize, crop = protocol.get("resize"), protocol.get("crop")
-    mark = " (protocol unknown)" if resize is None else f" ({resize})"
-    if resize in ("resmall-crop", "resize-crop"):  # the paper's, 224 of 256 and so on
-        mark = "" if crop is None or abs(crop - 0.875) < 1e-6 else f" ({resize} {crop:.4g})"
-    weights = one.values.get("config", {}).get("model", {}).get("weights")
+    is_papers = resize in ("resmall-crop", "resize-crop") and crop in (None, 0.875)
+    shown = resize or "protocol unknown"
+    if crop is not None and shown.endswith("crop"):
+        shown += f" {crop:.4g}"
+    is_from_random = not one.values.get("config", {}).get("model", {}).get("weights")
     return {
-        **_of_model(model, one),
-        "source": str(model.get("source") or one.path),
+        **_of_model(one.model, one),
+        "source": str(one.model.get("source") or one.path),
         "data": str(found["data"]),
         "top1": float(found["top1"]),
         "real": float(real["accuracy"]) if real and real["images"] == REAL_IMAGES else None,
-        "resize": resize,
-        "mark": mark,
+        "table": 2 if resize == "resize-crop" else 3,
+        "mark": "" if is_papers else f" ({shown})",
         "not_imagenet": why_not_imagenet(found),
-        "days": one.values.get("days") or None if weights is None else None,
+        "days": (one.values.get("days") or None) if is_from_random else None,
     }
 
 
 def _speed(one: Measured, entry: dict[str, Any]) -> dict[str, Any]:
+    speed = float(entry["best"]["images_per_second"])
+    found = _of_model(entry["model"], one, entry.get("threads"))
     return {
-        **_of_model(entry["model"], one, entry.get("threads")),
-        "number": one.number,
+        **found,
+        "px": found["size"],
         "mode": entry.get("mode"),
         "precision": f"{entry.get('precision')}{', compiled' * bool(entry.get('compiled'))}",
-        "speed": float(entry["best"]["images_per_second"]),
+        "batch": f"{entry['best']['batch_size']:,}",
+        "images/s": f"{speed:,.4g}",
+        "speed": speed,
+        "number": one.number,
     }
 
 
 def _of_model(model: dict[str, Any], one: Measured, threads: object = None) -> dict[str, Any]:
+    shape = dict(model.get("architecture") or {})
+    with contextlib.suppress(UserError, TypeError):  # one that we know: with all of its fields
+        shape = config_to_json(config_from_json(shape))
+    for name in ("num_classes", "dropout", "stochastic_depth", "gelu"):
+        shape.pop(name, None)
     return {
         "model": str(model.get("name") or "unknown"),
         "size": _size(model.get("image_size")),
-        "shape": _shape(model),
+        "shape": json.dumps(shape, sort_keys=True) if shape else "",  # what decides the speed
         "hardware": hardware(one.values["environment"], threads),
     }
 
@@ -375,17 +373,11 @@ def _suite_mean(one: Measured) -> str:
 
 
 def why_not_imagenet(values: dict[str, Any]) -> str | None:
-    """Returns why an evaluation is not on the ImageNet validation images; None if it is.
-
-    They are known by their classes, which must be the 1000 synsets, and by their number: 50,000, of
-    each class 50. A set with other classes, a part of it, or one with undecodable images is not.
-    """
-    names = values.get("class_names")
-    if not isinstance(names, list) or len(names) != 1000:
-        many = len(names) if isinstance(names, list) else "unknown"
-        return f"its classes are {many}, not 1000"
-    if {str(name)[:9] for name in names} != _synsets():
-        return "its classes are not those of ImageNet"
+    """Returns why an evaluation is not on the ImageNet validation images, which are known by their
+    classes, the 1000 synsets, and by their number: 50,000, of each class 50."""
+    names = values.get("class_names") or []
+    if len(names) != 1000 or {str(name)[:9] for name in names} != _synsets():
+        return f"its {plural(len(names), 'class')} are not the 1000 of ImageNet"
     if values["images"] != IMAGES:
         return f"{values['images']:,} images, not {IMAGES:,}"
     counts = {row.get("images") for row in values.get("per_class") or [{}]}
@@ -424,19 +416,62 @@ def _plain(value: float) -> str:
 
 
 def _size(value: object) -> str:
-    if isinstance(value, list | tuple) and len(value) == 2:
+    if isinstance(value, list) and len(value) == 2:
         return str(value[0]) if value[0] == value[1] else f"{value[0]}x{value[1]}"
     return str(value) if isinstance(value, int) else "unknown"
 
 
-def _shape(model: dict[str, Any]) -> str:
-    """Returns what decides the speed of a model, as text; "" if it is not known."""
-    shape = dict(model.get("architecture") or {})
-    with contextlib.suppress(UserError, TypeError):  # one that we know: with all of its fields
-        shape = config_to_json(config_from_json(shape))
-    for name in ("num_classes", "dropout", "stochastic_depth", "gelu"):
-        shape.pop(name, None)
-    return json.dumps(shape, sort_keys=True) if shape else ""
+def _cost(accuracy: dict[str, Any]) -> str | None:
+    days = accuracy["days"]
+    return None if days is None else f"{_plain(days)} on {accuracy['hardware']}"
+
+
+def fastest(shape: str, found: list[Measured]) -> list[dict[str, Any]]:
+    """Returns the fastest inference of models of this shape on each hardware."""
+    best: dict[str, dict[str, Any]] = {}
+    speeds = [speed for one in found for speed in one.speeds if shape and speed["shape"] == shape]
+    for speed in sorted(speeds, key=lambda speed: -speed["speed"]):
+        best.setdefault(speed["hardware"], speed)
+    return list(best.values())
+
+
+# The page
+
+
+def _write(page: Page, found: list[Measured], left_out: list[str]) -> None:
+    """Writes all sections of the report."""
+    page.heading("MLP-Mixer: the paper's tables, and what was measured here")
+    page.text(
+        "Tables and rows named paper are printed in arXiv 2105.01601; speed and cost there are "
+        f"of {published.HARDWARE}. Rows named measured here come from the files at the end of "
+        "this page, by the numbers in brackets, on the hardware that they name: their speed "
+        "and cost cannot be compared with the paper's. A dash is a missing value."
+    )
+    page.heading("Table 1: architectures")
+    _write_table_1(page)
+    page.heading("Table 2: transfer, throughput and cost")
+    protocol = 'Mixer at 448 pixels, by "resize-crop"'
+    _write_table(page, published.TABLE_2, protocol, ("px", "epochs"), _our_rows(found, 2))
+    page.heading("Table 3: scale")
+    _write_table(page, published.TABLE_3, 'by "resmall-crop"', ("VTAB-1k",), _our_rows(found, 3))
+    page.heading("Figures 2 and 3: accuracy against cost and throughput")
+    _draw_pareto(page, found)
+    rows: dict[str, list[Cells]] = {}
+    for one in found:
+        for title, cells in one.rows:
+            rows.setdefault(title, []).append(cells)
+    for title, cells in rows.items():
+        page.heading(title)
+        if title in _TEXTS:
+            page.text(_TEXTS[title])
+        if title == _SCALE:
+            _draw_data_scale(page, found)
+        page.table("measured here", cells)
+    page.heading("How it was measured")
+    page.items([_how(one) for one in found])
+    if left_out:
+        page.heading("Not understood, and left out")
+        page.items(left_out)
 
 
 def _how(one: Measured) -> str:
@@ -450,10 +485,10 @@ def _how(one: Measured) -> str:
     if one.accuracy is not None and one.accuracy["not_imagenet"] is not None:
         shown["not ImageNet validation:"] = one.accuracy["not_imagenet"]
     shown |= {key: environment[key] for key in ("command", "date") if environment.get(key)}
-    packages = environment.get("packages") or {}
-    versions = {NAME: own_entry(environment), "torch": packages.get("torch")}
+    torch_version = (environment.get("packages") or {}).get("torch")
+    made_with = f"with {NAME} {own_entry(environment)}, torch {torch_version}"
     parts = [f"[{one.number}] {one.kind}: {one.path}", _flat(shown)]
-    return "; ".join([*parts, f"on {hardware(environment)}", f"with {_flat(versions)}"])
+    return "; ".join([*parts, f"on {hardware(environment)}", made_with])
 
 
 def _flat(value: object) -> str:
@@ -462,141 +497,93 @@ def _flat(value: object) -> str:
     return " ".join(map(_flat, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _sections(
-    found: list[Measured], left_out: list[tuple[Path, str]], folder: Path
-) -> Iterator[Section]:
-    yield (
-        "MLP-Mixer: the paper's tables, and what was measured here",
-        [
-            "Tables and rows named paper are printed in arXiv 2105.01601; speed and cost there are "
-            f"of {published.HARDWARE}. Rows named measured here come from the files at the end of "
-            "this page, by the numbers in brackets, on the hardware that they name: their speed "
-            "and cost cannot be compared with the paper's. A dash is a value that nobody measured."
-        ],
-    )
-    yield "Table 1: architectures", _table_1()
-    head = {"pre-trained on": "data", "model": "model", "px": "pixels", "epochs": "epochs"}
-    head |= {"ImageNet": "imagenet", "ReaL": "real", "Avg 5": "avg5", "VTAB-1k": "vtab"}
-    head |= {f"img/s/core ({published.HARDWARE})": "throughput"}
-    head |= {f"{published.HARDWARE} core-days": "core_days"}
-    for number, results, caption in (
-        (2, published.TABLE_2, 'top-1 in per cent; Mixer at 448 pixels, by "resize-crop"'),
-        (3, published.TABLE_3, 'top-1 in per cent, by "resmall-crop"'),
-    ):
-        without = ("px", "epochs") if number == 2 else ("VTAB-1k",)
-        own = {title: name for title, name in head.items() if title not in without}
-        printed = []
-        for result in results:
-            cells = {title: getattr(result, name) for title, name in own.items()}
-            printed.append({k: None if v is None else str(v) for k, v in cells.items()})
-        title = f"Table {number}: {'transfer, throughput and cost' if number == 2 else 'scale'}"
-        ours = _our_rows(found, number)
-        fits = "resize-crop" if number == 2 else "resmall-crop, or as marked"
-        here = [Table("measured here", ours, f"ImageNet and ReaL by {fits}")] if ours else []
-        yield title, [Table("paper", printed, caption), *here]
-    yield "Figures 2 and 3: accuracy against cost and throughput", list(_pareto(found, folder))
-    rows: dict[str, list[Cells]] = {}
-    for one in found:
-        for title, cells in one.rows:
-            rows.setdefault(title, []).append(cells)
-    for title, cells in rows.items():
-        drawn = list(_data_scale(found, folder)) if title == _SCALE else []
-        text: list[Any] = [_TEXTS[title]] if title in _TEXTS else []
-        yield title, [*text, *drawn, Table("measured here", cells)]
-    yield "How it was measured", [[_how(one) for one in found]]
-    if left_out:
-        yield "Not understood, and left out", [[f"{path}: {reason}" for path, reason in left_out]]
-
-
-def _table_1() -> list[Any]:
+def _write_table_1(page: Page) -> None:
     """The architectures; parameters of ours are counted from the models themselves."""
+    head = "224 pixels, without the head"
     titles = ("layers", "patch P", "hidden size C", "sequence length S", "channel MLP D_C")
-    printed: list[Cells] = []
-    for at, title in enumerate((*titles, "token MLP D_S", "parameters (M)"), 2):
-        cells = {column.name: str(column[at]) for column in published.TABLE_1}
-        printed.append({"224 pixels, without the head": title, **cells})
-    counted: Cells = {"224 pixels, without the head": "parameters"}
+    printed: list[Cells] = [
+        {head: title, **{column.name: column[at] for column in published.TABLE_1}}
+        for at, title in enumerate((*titles, "token MLP D_S", "parameters (M)"), 2)
+    ]
+    page.table("paper", printed)
+    counted: Cells = {head: "parameters"}
     for column in published.TABLE_1:
         with torch.device("meta"):
             counted[column.name] = f"{count_parameters(create_model(column.model, 224, 0)):,}"
-    return [Table("paper", printed), Table("measured here", [counted], "counted from our models")]
+    page.table("measured here", [counted], "counted from our models")
+
+
+def _write_table(
+    page: Page,
+    results: Sequence[published.Result],
+    protocol: str,
+    exclude: Sequence[str],
+    ours: list[Cells],
+) -> None:
+    columns = {"pre-trained on": "data", "model": "model", "px": "pixels", "epochs": "epochs"}
+    columns |= {"ImageNet": "imagenet", "ReaL": "real", "Avg 5": "avg5", "VTAB-1k": "vtab"}
+    columns |= {f"img/s/core ({published.HARDWARE})": "throughput"}
+    columns |= {f"{published.HARDWARE} core-days": "core_days"}
+    columns = {title: name for title, name in columns.items() if title not in exclude}
+    printed = [
+        {title: getattr(result, name) for title, name in columns.items()} for result in results
+    ]
+    page.table("paper", printed, f"top-1 in per cent; {protocol}")
+    if ours:
+        page.table("measured here", ours, f"top-1 in per cent; {protocol}, or as marked")
 
 
 def _our_rows(found: list[Measured], number: int) -> list[Cells]:
-    """Our rows for Table 2 (resize-crop, suites) or Table 3 (resmall-crop, speed alone)."""
-    columns = ("ImageNet", "ReaL", "Avg 5", "VTAB-1k", "img/s", "device-days")
+    """Our rows for Table 2 (resize-crop, and suites measured so) or Table 3 (all others)."""
+    columns = ("ImageNet", "ReaL", "Avg 5", "VTAB-1k", "img/s", "device-days", "how")
     rows: list[Cells] = []
 
-    def row_for(source: str, model: str, size: str, column: str, one: Measured) -> Cells:
+    def row_for(source: str, model: str, size: str, column: str) -> Cells:
         """The model's row; a new one if it has a value of this column already."""
         name = model if source == model else f"{model} ({source})"
-        own = (row for row in rows if (row["model"], row["px"]) == (name, size))
-        row = next((row for row in own if row[column] is None), None)
-        if row is None:
-            checkpoint = find_checkpoint(source)
-            trained = None if checkpoint is None else checkpoint.trained_on
-            row = {"pre-trained on": trained, "model": name, "px": size}
-            row |= dict.fromkeys(columns) | {"how": ""}
-            rows.append(row)
-        row["how"] = f"{row['how']} [{one.number}]".strip()
-        return row
+        for row in rows:
+            if (row["model"], row["px"], row[column]) == (name, size, None):
+                return row
+        checkpoint = find_checkpoint(source)
+        trained = None if checkpoint is None else checkpoint.trained_on
+        new: Cells = {"pre-trained on": trained, "model": name, "px": size}
+        rows.append({**new, **dict.fromkeys(columns)})
+        return rows[-1]
 
-    speeds = [speed for one in found for speed in one.speeds if speed["mode"] == "inference"]
-    used: set[str] = set()
+    def cite(row: Cells, *numbers: int) -> None:
+        row["how"] = " ".join(
+            [*filter(None, [str(row["how"] or "")]), *(f"[{n}]" for n in numbers)]
+        )
+
     for one in found:
         accuracy = one.accuracy
-        if accuracy is None or accuracy["not_imagenet"] is not None:
-            continue
-        used |= {accuracy["shape"]} - {""}  # "" is unknown
-        if (2 if accuracy["resize"] == "resize-crop" else 3) == number:
-            names = (accuracy["source"], accuracy["model"], accuracy["size"])
-            row = row_for(*names, "ImageNet", one)
+        if accuracy and accuracy["not_imagenet"] is None and accuracy["table"] == number:
+            row = row_for(accuracy["source"], accuracy["model"], accuracy["size"], "ImageNet")
             row["ImageNet"] = percent(accuracy["top1"]) + accuracy["mark"]
             if accuracy["real"] is not None:
                 row["ReaL"] = percent(accuracy["real"]) + accuracy["mark"]
-            row["device-days"] = _cost(accuracy)
             fast = fastest(accuracy["shape"], found)
-            row["img/s"] = "; ".join(map(_speed_text, fast)) or None
-            row["how"] = " ".join([str(row["how"]), *(f"[{speed['number']}]" for speed in fast)])
+            row["img/s"] = "; ".join(
+                f"{speed['images/s']} on {speed['hardware']}, {speed['precision']}"
+                for speed in fast
+            )
+            row["device-days"] = _cost(accuracy)
+            cite(row, one.number, *(speed["number"] for speed in fast))
     for one in found:
         tasks = one.values["tasks"].values() if one.kind in _SUITES else ()
-        fits = {task.get("resize") for task in tasks}
-        if tasks and number == (3 if fits == {"resmall-crop"} else 2):
-            model, column = one.values.get("model") or {}, _SUITES[one.kind][0]
-            source = str(one.values.get("checkpoint") or model.get("source") or one.path)
+        by = {task.get("resize") for task in tasks}
+        if tasks and number == (3 if by == {"resmall-crop"} else 2):
+            source = str(one.values.get("checkpoint") or one.model.get("source") or one.path)
             sizes = {str(task.get("image_size")) for task in tasks}
-            size = sizes.pop() if len(sizes) == 1 else _size(model.get("image_size"))
-            row_for(source, str(model.get("name", source)), size, column, one)[column] = (
-                _suite_mean(one)
-            )
-    for one in found if number == 3 else ():
-        for speed in one.speeds:
-            if speed in speeds and speed["shape"] not in used:
-                name = f"{speed['model']}, speed alone"
-                row_for(name, name, speed["size"], "img/s", one)["img/s"] = _speed_text(speed)
+            size = sizes.pop() if len(sizes) == 1 else _size(one.model.get("image_size"))
+            column = _SUITES[one.kind][0]
+            row = row_for(source, str(one.model.get("name", source)), size, column)
+            row[column] = _suite_mean(one)
+            cite(row, one.number)
     return rows
 
 
-def fastest(shape: str, found: list[Measured]) -> list[dict[str, Any]]:
-    """Returns the fastest inference of models of this shape on each hardware."""
-    best: dict[str, dict[str, Any]] = {}
-    speeds = [speed for one in found for speed in one.speeds if speed["mode"] == "inference"]
-    for speed in sorted(speeds, key=lambda speed: -speed["speed"]):
-        if shape and speed["shape"] == shape:
-            best.setdefault(speed["hardware"], speed)
-    return list(best.values())
-
-
-def _speed_text(speed: dict[str, Any]) -> str:
-    return f"{speed['speed']:,.4g} on {speed['hardware']}, {speed['precision']}"
-
-
-def _cost(accuracy: dict[str, Any]) -> str | None:
-    days = accuracy["days"]
-    return None if days is None else f"{_plain(days)} on {accuracy['hardware']}"
-
-
-def _pareto(found: list[Measured], folder: Path) -> Iterator[Drawing]:
+def _draw_pareto(page: Page, found: list[Measured]) -> None:
     cost, fast = [], []
     for accuracy in (one.accuracy for one in found if one.accuracy is not None):
         label = Path(accuracy["source"]).name or accuracy["model"]
@@ -607,106 +594,99 @@ def _pareto(found: list[Measured], folder: Path) -> Iterator[Drawing]:
             fast.append(figures.Point(label, speed["speed"], top1, speed["hardware"], data))
     figure_2 = ("Figure 2: Table 2, and large L/16 of Table 3", published.FIGURE_2)
     figure_3 = ("Figure 3: JFT-300M, 224 pixels", published.FIGURE_3)
-    for name, panels, ours in (
-        ("cost", [figure_2, figure_3], cost),
-        ("throughput", [figure_3], fast),
+    for name, title, panels, ours in (
+        ("cost", "training cost", [figure_2, figure_3], cost),
+        ("throughput", "throughput", [figure_3], fast),
     ):
         figure = figures.pareto_figure(panels, ours, throughput=name == "throughput")
-        figures.save(figure, folder / name)
         below = "Below: measured here, a panel for each hardware and data (at most 3)."
-        title = "training cost" if name == "cost" else name
-        yield Drawing(f"{name}.png", f"Accuracy against {title}. {below if ours else ''}")
+        page.figure(name, figure, f"Accuracy against {title}. {below if ours else ''}")
 
 
-def _data_scale(found: list[Measured], folder: Path) -> Iterator[Drawing]:
+def _draw_data_scale(page: Page, found: list[Measured]) -> None:
     for one in found:
-        if one.kind == "data-scale" and one.values["points"]:
-            points, settings = one.values["points"], one.values["settings"]
-            label, name = f"linear {settings['shots']}-shot top-1 (%)", f"data_scale_{one.number}"
-            source, where = str(one.values["data"]["source"]), str(settings["few_shot_data"])
-            figures.save(figures.data_scale_figure(points, label, where, source), folder / name)
-            yield Drawing(f"{name}.png", f"[{one.number}] Measured here, trained on {source}.")
+        if one.kind == "data-scale" and _points(one):
+            settings = one.values["settings"]
+            label = f"linear {settings['shots']}-shot top-1 (%)"
+            source = str(settings.get("source") or one.values["data"]["source"])
+            figure = figures.data_scale_figure(
+                _points(one), label, str(settings["few_shot_data"]), source
+            )
+            caption = f"[{one.number}] Measured here, trained on {source}."
+            page.figure(f"data_scale_{one.number}", figure, caption)
 
 
-def _head(table: Table) -> list[str]:
-    return list(dict.fromkeys(column for row in table.rows for column in row))
-
-
-def _markdown(sections: Sequence[Section]) -> str:
-    parts = []
-    for number, (title, blocks) in enumerate(sections):
-        parts.append(f"{'##' if number else '#'} {_escaped(title)}")
-        for block in blocks:
-            if isinstance(block, str):
-                parts.append(_escaped(block))
-            elif isinstance(block, list):
-                parts.append("\n".join(f"- {_escaped(item)}" for item in block))
-            elif isinstance(block, Drawing):
-                svg = block.name.replace(".png", ".svg")
-                image = f"![{_escaped(block.caption)}](figures/{block.name})"
-                parts.append(f"{image}\n\n{_escaped(block.caption)} ([SVG](figures/{svg}))")
-            else:
-                head = _head(block)
-                rows = [[block.origin, *head]]
-                rows += [
-                    [block.origin, *(row.get(name) or "-" for name in head)] for row in block.rows
-                ]
-                lines = [f"| {' | '.join(map(_escaped, row))} |" for row in rows]
-                lines.insert(1, "| --- " * len(rows[0]) + "|")
-                parts.append(f"**{block.origin}** {_escaped(block.caption)}".strip())
-                parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
-
-
-def _escaped(text: str) -> str:
-    """Returns the text with nothing in it that Markdown, or the HTML within it, would act on."""
-    plain = html.escape(" ".join(_valid(text).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|#~!$])", r"\\\1", plain)
-
-
-def _valid(text: str) -> str:
-    """A file name need not be valid text: its bytes are written out."""
-    return text.encode(errors="backslashreplace").decode()
-
-
-_PAGE = """<!DOCTYPE html>
+_TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>MLP-Mixer: the paper's tables</title><style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; }
-caption { text-align: left; font-weight: 600; }
-th, td { padding: .2rem .6rem; text-align: left; border-bottom: 1px solid #e5e5e5; }
+td { padding: .2rem .6rem; border-bottom: 1px solid #e5e5e5; } img { max-width: 100%; }
 .paper { color: #555; font-style: italic; } .measured { border-left: 4px solid #1a7f37; }
-img { max-width: 100%; } li { overflow-wrap: anywhere; }
 </style></head><body>
 BODY
 </body></html>
 """
 
 
-def _html(sections: Sequence[Section], folder: Path) -> str:
-    """Returns the report as one HTML page with its figures inside."""
+class Page:
+    """A page that is written twice, as report.md and as report.html with its figures inside."""
 
-    def safe(text: str) -> str:
-        return html.escape(_valid(text))
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.figures = folder, list[Path]()
+        self._markdown, self._html = list[str](), list[str]()
 
-    parts = []
-    for title, blocks in sections:
-        parts.append(f"<h2>{safe(title)}</h2>")
-        for block in blocks:
-            if isinstance(block, str):
-                parts.append(f"<p>{safe(block)}</p>")
-            elif isinstance(block, list):
-                parts.append(f"<ul>{''.join(f'<li>{safe(item)}</li>' for item in block)}</ul>")
-            elif isinstance(block, Drawing):
-                data = base64.b64encode((folder / block.name).read_bytes()).decode()
-                source = f'src="data:image/png;base64,{data}"'
-                parts.append(f'<p><img alt="{safe(block.caption)}" {source}></p>')
-            else:
-                head, kind = _head(block), block.origin.partition(" ")[0]
-                caption = safe(f"{block.origin} {block.caption}")
-                parts.append(f'<table class="{kind}"><caption>{caption}</caption>')
-                for row in [{name: name for name in head}, *block.rows]:
-                    texts = [block.origin, *(row.get(name) or "-" for name in head)]
-                    parts.append(f"<tr>{''.join(f'<td>{safe(text)}</td>' for text in texts)}</tr>")
-                parts.append("</table>")
-    return _PAGE.replace("BODY", "\n".join(parts))
+    def save(self) -> list[Path]:
+        """Writes both files."""
+        markdown, page = self.folder / "report.md", self.folder / "report.html"
+        atomic_write(markdown, ("\n\n".join(self._markdown) + "\n").encode())
+        atomic_write(page, _TEMPLATE.replace("BODY", "\n".join(self._html)).encode())
+        return [markdown, page]
+
+    def heading(self, text: str) -> None:
+        self._add(f"{'##' if self._markdown else '#'} {_escaped(text)}", f"<h2>{_safe(text)}</h2>")
+
+    def text(self, text: str) -> None:
+        self._add(_escaped(text), f"<p>{_safe(text)}</p>")
+
+    def items(self, texts: Sequence[str]) -> None:
+        items = "".join(f"<li>{_safe(text)}</li>" for text in texts)
+        self._add("\n".join(f"- {_escaped(text)}" for text in texts), f"<ul>{items}</ul>")
+
+    def figure(self, name: str, figure: Figure, caption: str) -> None:
+        (self.folder / "figures").mkdir(parents=True, exist_ok=True)
+        path = self.folder / "figures" / name
+        figures.save(figure, path)
+        self.figures.append(path.with_name(f"{name}.png"))
+        data = base64.b64encode(self.figures[-1].read_bytes()).decode()
+        link = f"![{_escaped(caption)}](figures/{name}.png)"
+        self._add(link, f'<p><img src="data:image/png;base64,{data}"></p>')
+        self._add(f"{_escaped(caption)} ([SVG](figures/{name}.svg))", f"<p>{_safe(caption)}</p>")
+
+    def table(self, origin: str, rows: Sequence[Cells], caption: str = "") -> None:
+        """A table of one origin only, "paper" or "measured here"."""
+        head = list(dict.fromkeys(column for row in rows for column in row))
+        cells = [head, *([row.get(column) for column in head] for row in rows)]
+        texts = [
+            [origin, *("-" if value in (None, "") else str(value) for value in row)]
+            for row in cells
+        ]
+        lines = [f"| {' | '.join(map(_escaped, row))} |" for row in texts]
+        lines.insert(1, "| --- " * len(texts[0]) + "|")
+        html_rows = ["".join(f"<td>{_safe(text)}</td>" for text in row) for row in texts]
+        body = "".join(f"<tr>{row}</tr>" for row in html_rows)
+        self._add(f"**{origin}** {_escaped(caption)}".strip(), f"<p>{_safe(caption)}</p>")
+        self._add("\n".join(lines), f'<table class="{origin.split()[0]}">{body}</table>')
+
+    def _add(self, markdown: str, html: str) -> None:
+        self._markdown.append(markdown)
+        self._html.append(html)
+
+
+def _escaped(text: str) -> str:
+    """Returns the text with nothing in it that Markdown, or the HTML within it, would act on."""
+    return re.sub(r"([\\`*_\[\]|#~!$])", r"\\\1", _safe(" ".join(text.split())))
+
+
+def _safe(text: str) -> str:
+    """Returns text for HTML; a file name need not be valid text: its bytes are written out."""
+    return html.escape(text.encode(errors="backslashreplace").decode(), quote=False)

@@ -81,13 +81,11 @@ def _task(line: str) -> Task:
     number, labels = _LABELS.get(name, ("", None))
     return Task(
         name,
-        group,
         int(classes),
-        tfds.replace("RETINOPATHY", "diabetic_retinopathy_detection/btgraham-300:3"),
-        "train[:800]",
-        validation,
-        test,
-        (width, height),
+        group=group,
+        tfds=tfds.replace("RETINOPATHY", "diabetic_retinopathy_detection/btgraham-300:3"),
+        parts=("train[:800]", validation, test),
+        image_size=224 if width * height < 96 * 96 else 448,
         crop="no-crop" not in forbidden,
         flip="no-flip" not in forbidden,
         labels=labels,
@@ -189,24 +187,14 @@ def task_lines() -> list[str]:
         [
             *(task.name, task.group, str(task.num_classes), str(task.image_size)),
             *("yes" if allowed else "no" for allowed in (task.crop, task.flip)),
-            f"{task.tfds}  {task.train}, {task.validation}, {task.test}",
+            f"{task.tfds}  {', '.join(task.parts)}",
         ]
         for task in VTAB.values()
     ]
-    width = max(len(row[-1]) for row in [head, *rows])
-    padded = [[*row[:-1], row[-1].ljust(width)] for row in [head, *rows]]  # left-aligned
-    lines = table(padded[0], padded[1:], left=2)
+    lines = table(head, rows, left=len(head))
     lines += ["", "Labels that are made from numbers; the classes themselves will do as well:"]
     for task in VTAB.values():
         if task.labels is not None:
             lines.append(f"  {task.name:<21} {task.number}: {task.labels.describe()}")
-    return [
-        *lines,
-        "",
-        "Give the data of a task as --task NAME=SOURCE or in a file, --tasks tasks.json:",
-        '  {"cifar100": "hf:owner/name#label=fine_label", "flowers102": "FOLDER"}',
-        "A SOURCE is what `mixer train --data` reads, with a train and a test split. All images",
-        "of one with at most 1,000 training images are taken; of others the index ranges above if",
-        "they fit, else the first 800 and the next 200. tfds stores images in an order of its own,",
-        "and only in that order they are exactly VTAB-1k's.",
-    ]
+    lines += ["", "Give the data of a task as --task NAME=SOURCE or in a file, --tasks tasks.json."]
+    return lines
