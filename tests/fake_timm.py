@@ -128,9 +128,11 @@ def get_pretrained_cfg(name: str) -> Cfg:
 
 def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
     if not pretrained:
-        return sorted({each.partition(".")[0] for each in CFGS})
-    named = {f"{name.partition('.')[0]}.{each.tag}" for name, each in CFGS.items() if each.tag}
-    return sorted(each for each in named if fnmatch.fnmatch(each, pattern))
+        return sorted({name.partition(".")[0] for name in CFGS})
+    named = {
+        f"{name.partition('.')[0]}.{config.tag}" for name, config in CFGS.items() if config.tag
+    }
+    return sorted(name for name in named if fnmatch.fnmatch(name, pattern))
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:

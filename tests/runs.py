@@ -166,7 +166,7 @@ def start(
     """
     typed = arguments if isinstance(arguments, list) else typed_settings(arguments)
     text.touch()
-    order = {"arguments": [str(each) for each in typed], "text": str(text), "fault": fault}
+    order = {"arguments": [str(word) for word in typed], "text": str(text), "fault": fault}
     pid = _nursery().ask({**order, "environment": environment or {}})
     _started.append(Process(pid, text, _test()))
     return _started[-1]
@@ -231,7 +231,7 @@ def typed_settings(config: am.TrainConfig) -> list[object]:
     default, values = flat(am.recipe("scratch").to_json()), flat(config.to_json())
     del values["output"]
     changed = [f"{key}={value}" for key, value in values.items() if value != default.get(key)]
-    settings = [word for each in changed for word in ("--set", each)]
+    settings = [word for setting in changed for word in ("--set", setting)]
     return ["train", "scratch", "--output", str(config.output), *settings]
 
 
@@ -320,8 +320,8 @@ def steps_of(run: Path) -> list[dict[str, float]]:
 def losses_of(run: Path) -> list[float]:
     """Returns the loss of each step; every step must be there once and in order."""
     steps = steps_of(run)
-    assert [each["step"] for each in steps] == list(range(len(steps)))
-    return [each["loss"] for each in steps]
+    assert [step["step"] for step in steps] == list(range(len(steps)))
+    return [step["loss"] for step in steps]
 
 
 def results_of(run: Path) -> list[dict[str, str]]:
@@ -340,8 +340,8 @@ def check_same(run: Path, straight: Path) -> None:
     assert steps_of(run) == steps_of(straight)
     assert results_of(run) == results_of(straight)
     states = [
-        sorted((each / "checkpoints").glob("step-*/state.safetensors"))[-1]
-        for each in (run, straight)
+        sorted((folder / "checkpoints").glob("step-*/state.safetensors"))[-1]
+        for folder in (run, straight)
     ]
     assert states[0].parent.name == states[1].parent.name
     assert digest(states[0]) == digest(states[1])
@@ -351,7 +351,7 @@ def check_same(run: Path, straight: Path) -> None:
 def files(folder: Path) -> dict[str, str]:
     """Returns every file with its content, and every folder, to see that nothing changed."""
     found = sorted(folder.rglob("*"))
-    return {str(each): digest(each) if each.is_file() else "folder" for each in found}
+    return {str(path): digest(path) if path.is_file() else "folder" for path in found}
 
 
 if __name__ == "__main__":

@@ -45,9 +45,9 @@ def small_permutator(
 def enliven(model: am.ImageClassifier) -> am.ImageClassifier:
     """Fills the parameters so that every part of the network is heard in the logits."""
     with torch.no_grad():
-        for name, each in model.named_parameters():
-            spread = 0.1 if each.dim() == 1 else each[0].numel() ** -0.5
-            each.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, spread)
+        for name, parameter in model.named_parameters():
+            spread = 0.1 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
+            parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, spread)
     return model
 
 

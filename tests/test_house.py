@@ -93,7 +93,7 @@ def test_there_are_no_circles():
 def test_core_does_not_know_the_papers_experiments():
     for name, path in modules().items():
         if name.split(".")[1:2] not in (["paper"], ["cli"]):
-            assert not any(each.startswith("allmlp.paper") for each in imports(path)), name
+            assert not any(module.startswith("allmlp.paper") for module in imports(path)), name
 
 
 def test_the_public_api_is_documented():
@@ -108,6 +108,9 @@ def test_few_functions_have_many_parameters():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-                if len([each for each in arguments if each.arg not in ("self", "cls")]) > 8:
+                if (
+                    len([argument for argument in arguments if argument.arg not in ("self", "cls")])
+                    > 8
+                ):
                     many.append(f"{name}.{node.name}")
     assert len(many) <= 5, many

@@ -99,7 +99,7 @@ def test_the_loss_has_plain_numbers():
         figure = plots.curves(metrics, [])
         figure.draw_without_rendering()
         low, high = figure.axes[0].get_ylim()
-        labels = [each.get_text() for each in figure.axes[0].yaxis.get_ticklabels(which="both")]
+        labels = [tick.get_text() for tick in figure.axes[0].yaxis.get_ticklabels(which="both")]
         assert sum(low <= float(text) <= high for text in labels if text) >= 2
 
 

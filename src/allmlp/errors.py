@@ -50,12 +50,12 @@ def near_names(name: str, known: Iterable[str]) -> str:
     """
     wanted = name.lower()
 
-    def likeness(each: str) -> float:
-        ends = {each.lower(), each.lower().rpartition(".")[2]}
+    def likeness(candidate: str) -> float:
+        ends = {candidate.lower(), candidate.lower().rpartition(".")[2]}
         return max(difflib.SequenceMatcher(None, end, wanted).ratio() for end in ends)
 
-    near = heapq.nlargest(3, ((likeness(each), each) for each in known))
-    names = [each for likely, each in near if likely >= 0.65]
+    near = heapq.nlargest(3, ((likeness(candidate), candidate) for candidate in known))
+    names = [candidate for likely, candidate in near if likely >= 0.65]
     return f"Did you mean {' or '.join(names)}? " if names else ""
 
 

@@ -113,7 +113,7 @@ def test_train_evaluate_predict(capsys, class_folder, tmp_path):
     """The three verbs one after the other on a class folder, through the real parser."""
     run, report = tmp_path / "run", tmp_path / "report"
     shape = ("hidden_dim=16", "num_blocks=2", "tokens_mlp_dim=8", "channels_mlp_dim=32")
-    settings = [x for each in shape for x in ("--set", f"model.overrides.{each}")]
+    settings = [x for name in shape for x in ("--set", f"model.overrides.{name}")]
     code, out, _ = mixer(
         capsys,
         *("train", "--data", class_folder, "--image-size", 32, "--epochs", 2, "--output", run),
@@ -209,7 +209,7 @@ def test_mistakes(capsys, trained, class_folder, tmp_path, monkeypatch, argument
     names = {"RUN": trained.run_folder, "ANIMALS": class_folder, "EMPTY": tmp_path / "empty"}
     names |= {"EMPTY.csv": tmp_path / "empty.csv", "FILE/x": tmp_path / "file" / "x"}
     before = sorted(tmp_path.rglob("*"))
-    code, _, err = mixer(capsys, *(names.get(each, each) for each in arguments))
+    code, _, err = mixer(capsys, *(names.get(word, word) for word in arguments))
     assert code == 2
     assert err.startswith("error: ")
     assert message in err

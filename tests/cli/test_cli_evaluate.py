@@ -160,7 +160,7 @@ def test_a_damaged_image_is_named(capsys, imagenet: tuple[Path, Path, Path]):
     ],
 )
 def test_flags_that_are_refused(capsys, class_folder, model, imagenet, flags, message, tmp_path):
-    given = [imagenet[2] if each == "REAL" else each for each in flags]
+    given = [imagenet[2] if word == "REAL" else word for word in flags]
     before = sorted(tmp_path.rglob("*"))
     code, said, err = mixer(capsys, "evaluate", model, "--data", class_folder, *given)
     assert (code, said) == (2, "")
@@ -228,12 +228,12 @@ def test_two_processes_give_the_figures_of_one(no_leftovers, model: Path, tmp_pa
     assert second.said() == ""
     assert first.said().replace("/two", "/one") == one.said()
     assert "20 images" in first.said()
-    arrays = [np.load(tmp_path / each / "arrays.npz") for each in ("one", "two")]
+    arrays = [np.load(tmp_path / run / "arrays.npz") for run in ("one", "two")]
     for name in arrays[0].files:
         assert np.array_equal(arrays[0][name], arrays[1][name])
     written = [json.loads((tmp_path / n / "evaluation.json").read_text()) for n in ("one", "two")]
-    for each in written:
-        del each["environment"]
+    for values in written:
+        del values["environment"]
     assert written[0] == written[1]
     assert written[0]["images"] == 20
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(

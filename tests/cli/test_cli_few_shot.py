@@ -39,7 +39,7 @@ def test_a_measurement(capsys, place):
     assert f"data      {place / 'data'}: {said}\n" in out
     assert "note      7 shots: 2 of 3 classes have fewer training images ('ant' has 6)" in out
     lines = out.splitlines()
-    at = next(number for number, each in enumerate(lines) if each.lstrip().startswith("shots"))
+    at = next(number for number, line in enumerate(lines) if line.lstrip().startswith("shots"))
     assert " ".join(lines[at].split()) == "shots accuracy seed 0 seed 1 seed 2 baseline"
     values = read_measurement(place / "out" / "fs.json")
     assert values["kind"] == "few-shot"

@@ -135,9 +135,9 @@ def test_mistakes(capsys, place, monkeypatch, arguments, message):
     data = place / "data"
     names = {"WEIGHTS": place / "weights", "EMPTY": place / "empty", "FILE": place / "file"}
     names |= {"DATA": data, "VAL": f"{data}:val"}
-    words = [names.get(each, each) for each in arguments]
+    words = [names.get(word, word) for word in arguments]
     defaults = [("--data", data), ("--output", place / "out"), ("--device", "cpu")]
-    words += [each for pair in defaults if pair[0] not in words for each in pair]
+    words += [option for pair in defaults if pair[0] not in words for option in pair]
     before = sorted(place.rglob("*"))
     code, _, err = mixer(capsys, "finetune", *words)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]

@@ -17,13 +17,13 @@ SMALL = ["hidden_dim=16", "num_blocks=2", "tokens_mlp_dim=8", "channels_mlp_dim=
 
 def mixer(*arguments: object) -> int:
     with pytest.raises(SystemExit) as stopped:
-        main([str(each) for each in arguments])
+        main([str(word) for word in arguments])
     assert isinstance(stopped.value.code, int)
     return stopped.value.code
 
 
 def flags(*settings: str, name: str = "--set", section: str = "") -> list[str]:
-    return [word for each in settings for word in (name, section + each)]
+    return [word for setting in settings for word in (name, section + setting)]
 
 
 def test_the_table_of_models(capsys):

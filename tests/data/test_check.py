@@ -148,7 +148,7 @@ def test_12_bit_values_in_16_bit_files_are_named(tmp_path: Path, capsys):
     (folder / "bee" / "inverted.tif").write_bytes(tiff(np.full(25, 65_000), 16, photometric=0))
     Image.fromarray(dark * 16).save(folder / "ant" / "bright.png")
     report = check_source(open_splits(str(folder)), "x", num_workers=0).splits["train"]
-    found = {each.name.removeprefix(str(folder)): each.what for each in report.dark}
+    found = {image.name.removeprefix(str(folder)): image.what for image in report.dark}
     assert list(found) == ["/ant/dark.png", "/bee/dark.png", "/bee/inverted.tif"]
     assert [re.findall(r"[\d,]+", what)[0] for what in found.values()] == ["4,095", "4,095", "535"]
     code, out, _ = mixer(capsys, "data", "check", folder)

@@ -38,7 +38,7 @@ def source(files: list[bytes], name: str = "train", labels: list[int] | None = N
 
 def pairs(found: Duplicates) -> set[tuple[str, int, str, int, str]]:
     every = [found.pair(number) for number in range(len(found))]
-    return {(*each.first, *each.second, each.kind) for each in every}
+    return {(*pair.first, *pair.second, pair.kind) for pair in every}
 
 
 def brute_force(hashes: np.ndarray, distance: int) -> list[tuple[int, int]]:

@@ -64,7 +64,7 @@ def dataset(
     features: dict[str, Any] = {column: Image(), "id": Value(), label: kind}
     images = [{"bytes": PICTURES[at % 4], "path": None} for at in range(len(labels))]
     rows = [
-        {column: image, "id": "x", label: each} for image, each in zip(images, labels, strict=True)
+        {column: image, "id": "x", label: name} for image, name in zip(images, labels, strict=True)
     ]
     return FakeDataset(features, rows)
 

@@ -287,7 +287,7 @@ def test_one_image_in_two_splits_or_with_two_labels(images: Path, other: str):
             with pytest.raises(UserError, match="line 2") as refused:
                 opener(name)
             assert refused.value.where == f"{name}, line 5"
-            assert all(each in refused.value.what for each in shown)
+            assert all(name in refused.value.what for name in shown)
         assert len(open_source(f"{name}:train", labels="any")) >= 2  # nobody asks for labels
 
 
@@ -303,7 +303,7 @@ def test_columns_that_look_like_splits_or_groups_are_named(images: Path):
     columns = ["is_valid", "Fold", "patientId", "subject_id", "group"]
     name = write(images, f"path,label,note,{','.join(columns)}\na/0.png,x,1,1,1,1,1,1\n")
     (note,) = notes_of(open_splits(name))
-    assert all(each in note for each in columns)
+    assert all(column in note for column in columns)
     assert "note," not in note
     name = write(images, "path,label,width,valuation,label_name\na/0.png,x,1,2,3\n")
     assert notes_of(open_splits(name)) == []

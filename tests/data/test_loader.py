@@ -134,11 +134,11 @@ def test_the_same_bits_through_a_pipe(class_folder: Path, monkeypatch, free: int
     source = open_splits(str(class_folder))["train"]
     alone, piped = load(source, 0, 7), load(source, 0, 7, num_workers=2)
     assert_same(alone, piped)
-    assert {each.images.stride() for each in alone} == {each.images.stride() for each in piped}
-    assert all(each.images.is_shared() == (free != 2**20 + 100) for each in piped)
-    for number, each in enumerate(piped):
-        each.images.fill_(number)  # each has memory of its own
-    assert [int(each.images.max()) for each in piped] == list(range(7))
+    assert {batch.images.stride() for batch in alone} == {batch.images.stride() for batch in piped}
+    assert all(batch.images.is_shared() == (free != 2**20 + 100) for batch in piped)
+    for number, batch in enumerate(piped):
+        batch.images.fill_(number)  # each has memory of its own
+    assert [int(batch.images.max()) for batch in piped] == list(range(7))
 
 
 @killed_workers
@@ -342,8 +342,8 @@ def test_a_bad_image_is_replaced_by_the_next_and_named(class_folder: Path):
     drawn = [index for batch in batches for index in batch.indices.tolist()]
     assert broken not in drawn
     assert len(drawn) == 60
-    named = [each for batch in batches for each in batch.bad]
-    assert [each.index for each in named] == [broken] * 3
+    named = [image for batch in batches for image in batch.bad]
+    assert [image.index for image in named] == [broken] * 3
     assert named[0].what == "the file is not an image"
 
 
@@ -365,5 +365,5 @@ def test_evaluation_reads_each_image_once_and_in_order(class_folder: Path):
         batches = list(evaluation_batches(source, PREPROCESSING, batch_size=6, num_workers=number))
         indices = [index for batch in batches for index in batch.indices.tolist()]
         assert indices == [index for index in range(20) if index != 4]
-        assert [each.index for batch in batches for each in batch.bad] == [4]
+        assert [image.index for batch in batches for image in batch.bad] == [4]
         assert sum(len(batch.images) for batch in batches) == 19

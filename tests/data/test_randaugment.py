@@ -124,7 +124,7 @@ def test_cutout_is_a_grey_square_within_its_size():
     for seed in range(200):
         out = apply("Cutout", pixels, 15, seed)
         changed = np.nonzero((out != pixels).any(axis=2))
-        rows, columns = (int(np.ptp(each)) + 1 for each in changed)
+        rows, columns = (int(np.ptp(places)) + 1 for places in changed)
         assert (out[changed] == FILL).all()
         assert max(rows, columns) <= 120
         sizes.append(rows * columns)

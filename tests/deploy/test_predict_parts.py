@@ -251,7 +251,8 @@ def repeated(times: int) -> Source:
 
 
 @pytest.mark.parametrize(
-    "suffix", [".csv", *(pytest.param(each, marks=pytest.mark.slow) for each in (".parquet", ""))]
+    "suffix",
+    [".csv", *(pytest.param(suffix, marks=pytest.mark.slow) for suffix in (".parquet", ""))],
 )
 def test_memory_does_not_grow_with_the_images(model, tmp_path, suffix, monkeypatch):
     pytest.importorskip("pyarrow")

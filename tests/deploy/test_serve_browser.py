@@ -82,7 +82,7 @@ def digit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def wait(browser: Any, script: str) -> Any:
     """Returns what a script gives once it is true."""
-    return WebDriverWait(browser, 60).until(lambda each: each.execute_script(f"return {script}"))
+    return WebDriverWait(browser, 60).until(lambda page: page.execute_script(f"return {script}"))
 
 
 def text(browser: Any, place: str) -> str:
@@ -96,16 +96,16 @@ def choose(browser: Any, *paths: Path) -> None:
 def check_requests(browser: Any, url: str) -> set[str]:
     """Returns the paths that were asked for; nobody but the server was, and nothing went wrong."""
     assert browser.get_log("browser") == []
-    messages = [json.loads(each["message"])["message"] for each in browser.get_log("performance")]
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = {
-        each["params"]["request"]["url"]
-        for each in messages
-        if each["method"] == "Network.requestWillBeSent"
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
     }
     own = (f"{url}/", "data:", "blob:", "about:", "chrome:")
-    strangers = [each for each in asked if not each.startswith(own)]
+    strangers = [url for url in asked if not url.startswith(own)]
     assert strangers == []
-    return {each.removeprefix(url) for each in asked if each.startswith(url)}
+    return {address.removeprefix(url) for address in asked if address.startswith(url)}
 
 
 def test_an_image_and_what_it_excites(browser, url, digit, trained):
@@ -115,7 +115,7 @@ def test_an_image_and_what_it_excites(browser, url, digit, trained):
     assert "10 classes · 8x8 pixels · float32" in text(browser, "#about")
     choose(browser, digit)
     wait(browser, "document.querySelectorAll('#classes li').length == 5")
-    names = [each.text for each in browser.find_elements(By.CSS_SELECTOR, "#classes .name")]
+    names = [element.text for element in browser.find_elements(By.CSS_SELECTOR, "#classes .name")]
     assert names == [name for name, _ in expected.classes]
     assert text(browser, "#classes .value") == f"{100 * expected.classes[0][1]:.1f} %"
     widths = browser.execute_script(
@@ -126,10 +126,10 @@ def test_an_image_and_what_it_excites(browser, url, digit, trained):
     wait(browser, "document.querySelector('#occlusion .note').textContent.includes('falls')")
     assert f"The probability of {expected.classes[0][0]}," in text(browser, "#occlusion .note")
     shown = wait(browser, "[...document.images].filter(i => i.naturalWidth > 0 && i.offsetWidth)")
-    sources = [each.get_attribute("id") for each in shown]
+    sources = [image.get_attribute("id") for image in shown]
     assert {"picture", "seen", "map"} <= set(sources)
     assert len(shown) == 3 + 3 * 4 * 3  # layers, units, pictures of each
-    assert all(each.get_attribute("alt") for each in shown)
+    assert all(image.get_attribute("alt") for image in shown)
     browser.find_element(By.CSS_SELECTOR, "#layer option[value='4']").click()
     wait(browser, "document.querySelector('#layers h3').textContent.startsWith('Layer 4')")
     assert len(browser.find_elements(By.CSS_SELECTOR, "#layers .unit")) == 4
@@ -151,7 +151,7 @@ def test_several_images_one_of_them_broken(browser, url, digit, tmp_path):
     assert text(browser, "#status") == "3 images, 1 of them could not be classified."
     assert not browser.find_element(By.ID, "occlusion").is_displayed()
     buttons = browser.find_elements(By.CSS_SELECTOR, "#strip button")
-    labels = [each.get_attribute("aria-label") for each in buttons]
+    labels = [button.get_attribute("aria-label") for button in buttons]
     assert labels[0] == "broken.png: no answer"
     assert labels[1].startswith("digit.png: ")
     buttons[2].click()

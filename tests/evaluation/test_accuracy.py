@@ -150,10 +150,10 @@ def test_every_image_counts_once_whatever_the_batch(class_folder: Path):
         am.evaluate(model, f"{class_folder}:train", batch_size=size, num_workers=0, device="cpu")
         for size in (1, 7, 64)
     ]
-    for each in results:
-        assert each.indices.tolist() == list(range(20))
-        assert each.labels.tolist() == open_splits(str(class_folder))["train"].labels.tolist()
-        np.testing.assert_allclose(each.probabilities, results[0].probabilities, atol=1e-6)
+    for result in results:
+        assert result.indices.tolist() == list(range(20))
+        assert result.labels.tolist() == open_splits(str(class_folder))["train"].labels.tolist()
+        np.testing.assert_allclose(result.probabilities, results[0].probabilities, atol=1e-6)
 
 
 def test_the_order_of_classes_does_not_matter(class_folder: Path):
@@ -175,7 +175,7 @@ def test_bad_images_are_left_out_and_named(class_folder: Path):
     (class_folder / "val" / "bee" / "1.png").write_bytes(b"x")
     result = am.evaluate(model_for(["ant", "bee", "cat"]), str(class_folder), num_workers=0)
     assert len(result.labels) == 8
-    assert [Path(each.name).name for each in result.bad] == ["1.png"]
+    assert [Path(image.name).name for image in result.bad] == ["1.png"]
     assert result.to_json()["bad_images"][0]["error"] == "the file is not an image"
 
 
@@ -222,7 +222,7 @@ def test_parts_are_the_whole_bit_for_bit(class_folder: Path, size: int):
             joined = evaluate_source(predictor, source, world=Gathering(rank, size))
     assert same(joined, whole)
     assert len(whole.labels) == 19
-    assert [(each.index, Path(each.name).name) for each in whole.bad] == [(7, "1.png")]
+    assert [(image.index, Path(image.name).name) for image in whole.bad] == [(7, "1.png")]
     assert (min(len(part[0]) for part, _ in parts) == 0) == (size == 11)
 
 
@@ -257,7 +257,7 @@ def direct(confidence: np.ndarray, right: np.ndarray, bins: int) -> float:
     total = 0.0
     for number in range(bins):
         low, high = number / bins, (number + 1) / bins
-        inside = [at for at, each in enumerate(confidence) if low < float(each) <= high]
+        inside = [at for at, value in enumerate(confidence) if low < float(value) <= high]
         if inside:
             accuracy = sum(bool(right[at]) for at in inside) / len(inside)
             mean = sum(float(confidence[at]) for at in inside) / len(inside)

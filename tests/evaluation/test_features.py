@@ -175,7 +175,7 @@ def test_bad_images_are_left_out_also_from_the_cache(compute: Compute, class_fol
         assert found.from_cache == is_kept
         assert found.indices.tolist() == [0, 1, 2, *range(4, 20)]
         assert len(found.values) == 19
-        assert [(each.index, each.name) for each in found.bad] == [(3, str(bad))]
+        assert [(image.index, image.name) for image in found.bad] == [(3, str(bad))]
 
 
 def test_nothing_can_be_decoded(tmp_path: Path, compute: Compute):
@@ -239,9 +239,9 @@ def test_two_processes_share_a_cache(tmp_path: Path):
     context = multiprocessing.get_context("spawn")
     arguments = (str(tmp_path / "data"), str(tmp_path / "cache"))
     both = [context.Process(target=_compute_often, args=arguments) for _ in range(2)]
-    for each in both:
-        each.start()
-    for each in both:
-        each.join()
-    assert [each.exitcode for each in both] == [0, 0]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
     assert list((tmp_path / "cache").iterdir()) == []

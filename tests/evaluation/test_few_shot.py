@@ -128,8 +128,8 @@ def literal(model: am.ImageClassifier, folder: Path, shots: int, seed: int) -> f
     train = frozen_features(predictor, splits["train"]).values
     test = frozen_features(predictor, splits["validation"]).values
     labels, rng = splits["train"].labels, np.random.default_rng(seed)
-    order = [rng.permutation(np.where(labels == each)[0]) for each in range(5)]
-    chosen = np.concatenate([each[:shots] for each in order])
+    order = [rng.permutation(np.where(labels == label)[0]) for label in range(5)]
+    chosen = np.concatenate([members[:shots] for members in order])
     x, y = standardized(train[chosen], train[chosen]), 2.0 * np.eye(5)[labels[chosen]] - 1.0
     weights = np.linalg.solve(x.T @ x + 1024.0 * np.eye(x.shape[1]), x.T @ y)
     guess = (standardized(test, train[chosen]) @ weights).argmax(axis=1)
@@ -142,7 +142,7 @@ def test_the_draws_are_those_of_the_rule(noise: Path):
     result = am.few_shot(model, str(noise), shots=shots, seeds=seeds, **FAST)
     expected = {n: {seed: literal(model, noise, n, seed) for seed in seeds} for n in shots}
     assert result.accuracies == expected
-    assert len({value for each in expected.values() for value in each.values()}) > 3
+    assert len({value for by_seed in expected.values() for value in by_seed.values()}) > 3
     assert result.test_split == "validation"
     values = list(expected[3].values())
     assert result.mean(3) == pytest.approx(np.mean(values))
@@ -187,8 +187,8 @@ def test_bad_images_give_way_to_the_next(noise: Path, tmp_path: Path):
     given = {"shots": (1, 2, 20), "seeds": (3,), **FAST}
     found = am.few_shot(tiny_model(), {"train": damaged, "test": test}, **given)
     assert found.data == "damaged"
-    assert sorted(each.name for each in found.bad) == sorted(f"image {at}" for at in order[:2])
-    assert sorted(each.index for each in found.bad) == sorted(order[:2])
+    assert sorted(image.name for image in found.bad) == sorted(f"image {at}" for at in order[:2])
+    assert sorted(image.index for image in found.bad) == sorted(order[:2])
     assert "20 shots: 5 of 5 classes have fewer training images ('a' has 4)" in found.notes[0]
     # All that are left are taken, so the draw does not matter: as if the bad ones were not there.
     train = subset(splits["train"], kept, "kept")
@@ -208,7 +208,7 @@ def test_the_older_protocol(noise: Path):
     )
     labels = splits["train"].labels
     for shots in (1, 3):
-        chosen = np.concatenate([np.flatnonzero(labels == each)[:shots] for each in range(5)])
+        chosen = np.concatenate([np.flatnonzero(labels == label)[:shots] for label in range(5)])
         for l2 in SWEEP:
             guess = fit_linear(train[chosen], labels[chosen], 5, l2).predict(test)
             expected = float((guess == splits["validation"].labels).mean())

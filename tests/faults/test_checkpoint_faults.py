@@ -57,10 +57,10 @@ def whole_number(folder: Path, lines: list[str] | None = None) -> int:
     checkpoints = Checkpoints(folder, say=[].append if lines is None else lines.append)
     found = checkpoints.newest()
     assert found is not None
-    tensors = {name: torch.zeros_like(each) for name, each in state(0).items()}
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in state(0).items()}
     checkpoints.load(found, tensors)
-    for each in tensors.values():
-        assert (each == found.step).all()
+    for tensor in tensors.values():
+        assert (tensor == found.step).all()
     assert found.values == {"number": found.step}
     assert all(name.startswith("step-") for name in names(folder))  # no leftovers
     return found.step
@@ -235,7 +235,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def check_disk_full(folder: Path, checkpoints: Checkpoints) -> None:
     """Saves step 2 in vain beside a whole step 1."""
-    needed = sum(each.nbytes for each in state(2).values())
+    needed = sum(tensor.nbytes for tensor in state(2).values())
     checkpoints.save(2, state(2), {"number": 2})
     with pytest.raises(UserError) as error:
         checkpoints.wait()

@@ -64,7 +64,7 @@ def test_bad_images_are_replaced_counted_and_listed_and_left_alone(tmp_path):
         run = am.train(config, quiet=True).run_folder
         listed = [line.split("\t")[0] for line in (run / "bad_files.txt").read_text().splitlines()]
         assert len(listed) == len(set(listed))
-        assert {Path(each).name for each in listed} == set(bad)
+        assert {Path(name).name for name in listed} == set(bad)
         lines = (run / "metrics.jsonl").read_text().splitlines()
         losses.append([line.split(",")[2] for line in lines])
     assert losses[0] == losses[1]
@@ -98,8 +98,8 @@ def test_all_orientations_look_the_same_to_train_evaluate_and_predict(tmp_path):
         assert (images == images[:1]).all(), name
     model = tiny_model(num_classes=3)
     model.class_names, model.preprocessing = ["a", "b", "c"], preprocessing
-    predictions = [each.classes for each in am.predict(model, paths)]
-    assert all(each == predictions[0] for each in predictions)
+    predictions = [prediction.classes for prediction in am.predict(model, paths)]
+    assert all(classes == predictions[0] for classes in predictions)
 
 
 def png16(rows: np.ndarray) -> bytes:

@@ -81,7 +81,7 @@ def deep(old: bool = False, step: bytes = b"\x85", times: int = 1_000_000) -> by
     pickled = b"\x80\x02})" + step * times + b"Ns."
     if not old:
         return archive({"x/other_data.pkl": b"N.", "x/data.pkl": pickled, "x/version": b"3\n"})
-    start = b"".join(pickle.dumps(each, 2) for each in (0x1950A86A20F9469CFC6C, 1001, {}))
+    start = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
     return start + pickled + pickle.dumps([], 2)
 
 

@@ -87,8 +87,8 @@ def test_killed_at_every_instant(tmp_path: Path, name: str):
     path = tmp_path / name
     files = [file.name for file in choose_format(path, None).files(path)]
     reports = [f"{name}.report.json", f"{name}.report.md"]
-    for each in (*files, *reports):
-        (tmp_path / each).write_bytes(b"old")
+    for file in (*files, *reports):
+        (tmp_path / file).write_bytes(b"old")
     command = [sys.executable, "-c", KILLS, str(path), str(Path(__file__).parents[1])]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     *killed, (last, hidden) = json.loads(done.stdout)
@@ -96,14 +96,14 @@ def test_killed_at_every_instant(tmp_path: Path, name: str):
     for found, left in killed:
         assert len(left) == 1  # its own: that of the one before is gone
         assert set(found) <= {*files, *reports}
-        values = {found[each] for each in files if each in found}
+        values = {found[file] for file in files if file in found}
         if name in found:  # what a runtime is given
             assert len(values) == 1
-        assert "old" not in {found.get(each) for each in reports} or values == {"old"}
+        assert "old" not in {found.get(report) for report in reports} or values == {"old"}
     assert [found for found, _ in killed if name not in found] or len(files) == 1
     assert hidden == []
     assert set(last) == {*files, *reports}
-    assert {last[each] for each in files} == {"new"}
+    assert {last[file] for file in files} == {"new"}
     assert "old" not in last.values()
 
 
@@ -130,7 +130,7 @@ def test_a_real_export_sweeps_what_a_killed_one_left(tmp_path: Path):
     (left,) = tmp_path.iterdir()
     assert (left / "m.pt2").stat().st_size > 1000
     assert am.export(tiny_model(), path).passed
-    names = sorted(each.name for each in tmp_path.iterdir())
+    names = sorted(file.name for file in tmp_path.iterdir())
     assert names == ["m.pt2", "m.pt2.report.json", "m.pt2.report.md"]
 
 
@@ -202,7 +202,7 @@ def test_a_folder_that_is_taken_before_it_is_locked(tmp_path: Path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "name", ["m.pt2", *(pytest.param(each, marks=pytest.mark.slow) for each in ("m.onnx", "m.xml"))]
+    "name", ["m.pt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("m.onnx", "m.xml"))]
 )
 def test_a_disk_that_takes_no_more_is_one_error(tmp_path: Path, name: str):
     """A limit on the size of files stands for the full disk: the writers meet it as they would."""

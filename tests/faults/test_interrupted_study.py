@@ -59,10 +59,10 @@ def test_a_killed_study_resumes_with_what_is_missing(place, monkeypatch):
 
     monkeypatch.setattr(sweep, "train", noted)
     first = place / "killed" / "grid" / "lr-0.1"
-    before = {each: each.stat().st_mtime_ns for each in first.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
     again = am.finetune(settings(place, "killed"), grid=[0.1, 0.2], seeds=[0], quiet=True)
     assert asked == ["lr-0.2", "seed-0"]
-    assert {each: each.stat().st_mtime_ns for each in first.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
     assert (
         "resumed  after step 3 of 6"
         in (place / "killed" / "grid" / "lr-0.2" / "log.txt").read_text()
@@ -70,8 +70,8 @@ def test_a_killed_study_resumes_with_what_is_missing(place, monkeypatch):
     assert (again.grid, again.accuracies) == (whole.grid, whole.accuracies)
     for name in ("grid/lr-0.1", "grid/lr-0.2", "seed-0"):
         weights = [
-            (place / each / name / "best" / "model.safetensors").read_bytes()
-            for each in ("killed", "whole")
+            (place / run / name / "best" / "model.safetensors").read_bytes()
+            for run in ("killed", "whole")
         ]
         assert weights[0] == weights[1], name
 

@@ -76,17 +76,17 @@ def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path):
         until = time.monotonic() + 60
         while time.monotonic() < until:  # the weights are some megabytes on their way
             child.send_signal(signal.SIGSTOP)
-            sizes = [each.stat().st_size for each in _hidden(folder) if each.is_file()]
+            sizes = [file.stat().st_size for file in _hidden(folder) if file.is_file()]
             if sum(sizes) > 1e6:
                 break
             child.send_signal(signal.SIGCONT)
             time.sleep(0.001)
         child.kill()
-    assert any(each.is_file() and each.stat().st_size > 1e6 for each in _hidden(folder))
-    for each in folder.glob(".*"):
-        os.utime(each, (0, 0))  # it was killed long ago
+    assert any(file.is_file() and file.stat().st_size > 1e6 for file in _hidden(folder))
+    for file in folder.glob(".*"):
+        os.utime(file, (0, 0))  # it was killed long ago
     am.save_model(tiny_model(), folder)
-    assert sorted(each.name for each in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_what_the_library_writes_is_removed_when_it_fails(
@@ -104,5 +104,5 @@ def test_what_the_library_writes_is_removed_when_it_fails(
 
 def _hidden(folder: Path) -> list[Path]:
     with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
-        return [each for each in folder.rglob("*") if "/." in str(each.relative_to(folder.parent))]
+        return [file for file in folder.rglob("*") if "/." in str(file.relative_to(folder.parent))]
     return []

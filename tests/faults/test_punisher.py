@@ -60,7 +60,7 @@ def test_thirty_kills_change_nothing(data: Path, tmp_path: Path):
     assert killed >= KILLS - 5
     starts = re.findall(r"resumed  after step (\d+)", (run / "log.txt").read_text())
     assert len(set(starts)) >= 5  # it was killed here and there
-    assert [int(each) for each in starts] == sorted(map(int, starts))
+    assert [int(start) for start in starts] == sorted(map(int, starts))
     straight = train(run_config(data, tmp_path / "straight", **LONG))
     assert len(losses_of(straight)) == 120
     check_same(run, straight)
@@ -126,7 +126,7 @@ def _partial(run: Path) -> list[Path]:
 
 
 def _children(pid: int) -> list[int]:
-    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _lives(pid: int) -> bool:

@@ -134,7 +134,7 @@ def test_response_maps_by_hand():
     assert first.written is not None
     assert first.written.tolist() == [[0, 5, 10]]
     assert (second.layer, second.unit) == (4, 1)
-    assert [each.unit for each in strongest([second, first], 2)] == [0, 1]
+    assert [unit.unit for unit in strongest([second, first], 2)] == [0, 1]
 
 
 @pytest.mark.parametrize("size", [8, (8, 12)])
@@ -155,7 +155,7 @@ def test_response_maps_of_a_model(size):
         found = unit_responses(model, model_units(model), image, 2)
         active = nn.functional.gelu(drive, approximate="tanh")
         excess = (active * (drive - mixing.dense_0.bias.double())).sum(dim=0)
-        assert [each.read.sum() for each in found] == pytest.approx(excess.tolist(), rel=1e-5)
+        assert [unit.read.sum() for unit in found] == pytest.approx(excess.tolist(), rel=1e-5)
         unit = 3
         mixing.dense_1.weight[:, unit] = 0
         model(image)

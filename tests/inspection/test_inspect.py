@@ -78,7 +78,11 @@ def test_everything_is_written(tmp_path, photo):
     values = json.loads((folder / "inspection.json").read_text())
     assert values == found.to_json()
     responses = values["responses"]
-    assert [(each["layer"], each["unit"]) for each in responses] == [(2, 8), (4, 1), (2, 1)]
+    assert [(response["layer"], response["unit"]) for response in responses] == [
+        (2, 8),
+        (4, 1),
+        (2, 1),
+    ]
     assert np.array(responses[0]["read"]).shape == (4, 6)
     assert np.array(values["occlusion"]["patch_drop"]).shape == (4, 6)
     assert values["occlusion"]["class"] == f"class {values['occlusion']['class_index']}"
@@ -95,7 +99,7 @@ def test_the_default_is_the_first_three_layers(tmp_path, photo):
     found = am.inspect(tiny_model(num_blocks=5), output=tmp_path / "a", image=photo, vector="none")
     drawn = {name for name in found.files if name.startswith("figure6")}
     assert drawn == {f"figure6_layer{number}.png" for number in (1, 2, 3)}
-    assert [each.layer for each in found.responses] == [1] * 4 + [2] * 4 + [3] * 4
+    assert [response.layer for response in found.responses] == [1] * 4 + [2] * 4 + [3] * 4
 
 
 @pytest.mark.slow

@@ -76,7 +76,11 @@ def gradients(model: am.ImageClassifier, images: torch.Tensor) -> dict[str, torc
     """Of the loss on labels 0, 1, 2, ...; also under autocast."""
     model.zero_grad()
     F.cross_entropy(model(images), torch.arange(len(images)) % 5).backward()
-    return {n: each.grad.clone() for n, each in model.named_parameters() if each.grad is not None}
+    return {
+        n: parameter.grad.clone()
+        for n, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -107,7 +111,7 @@ def test_gradients_in_double_precision(name: str):
     """Against differences, for the images and for every parameter."""
     model = build(name, num_classes=2).double()
     images = draw(model, 1).double().requires_grad_()
-    shapes = {parameter: each.shape for parameter, each in model.named_parameters()}
+    shapes = {parameter: tensor.shape for parameter, tensor in model.named_parameters()}
 
     def logits(images: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
         parts = flat.split([shape.numel() for shape in shapes.values()])
@@ -115,7 +119,9 @@ def test_gradients_in_double_precision(name: str):
         tensors = {parameter: part.view(shape) for (parameter, shape), part in pairs}
         return torch.func.functional_call(model, tensors, images)
 
-    flat = torch.cat([each.detach().flatten() for each in model.parameters()]).requires_grad_()
+    flat = torch.cat(
+        [parameter.detach().flatten() for parameter in model.parameters()]
+    ).requires_grad_()
     assert torch.autograd.gradcheck(logits, (images, flat), fast_mode=True)
 
 
@@ -187,7 +193,7 @@ def test_bfloat16(name: str):
         found = gradients(model, images)
         assert model.features(images).dtype == torch.float32  # of the residual stream
     assert 0 < (logits - exact).abs().max() < 0.06 * exact.abs().max()
-    largest = max(each.norm() for each in wanted.values())
+    largest = max(gradient.norm() for gradient in wanted.values())
     most = 0.1 if name == "small_resnet" else 0.05  # its convolutions alone make up the gradient
     for parameter, gradient in found.items():
         assert gradient.dtype == torch.float32
@@ -227,8 +233,8 @@ def test_compile(name: str):
     F.cross_entropy(compiled(images), torch.arange(3)).backward()
     model.zero_grad()
     F.cross_entropy(compiled(images), torch.arange(3)).backward()
-    for parameter, each in model.named_parameters():
-        torch.testing.assert_close(each.grad, wanted[parameter], atol=1e-4, rtol=1e-3)
+    for parameter, tensor in model.named_parameters():
+        torch.testing.assert_close(tensor.grad, wanted[parameter], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ALL)

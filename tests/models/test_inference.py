@@ -35,9 +35,9 @@ def build(name: str) -> am.ImageClassifier:
     assert isinstance(model.head, nn.Linear)
     with torch.no_grad():
         model.head.weight.normal_(std=0.1)
-        for each in model.parameters():
-            if each.dim() == 1:
-                each.add_(0.1 * torch.randn_like(each))
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
@@ -154,9 +154,9 @@ def test_biases_without_effect_are_left_out(change: str) -> None:
     images = draw(model, 2)
     before = Inference(model, "float32").logits(images)
     with torch.no_grad():
-        for name, each in model.named_parameters():
+        for name, parameter in model.named_parameters():
             if name.endswith("token_mixing.dense_1.bias"):
-                each.normal_(std=10.0)
+                parameter.normal_(std=10.0)
         expected = model(images)
     found = Inference(model, "float32").logits(images)
     assert torch.equal(found, before) == (change in ("mixer", "pyramid"))

@@ -68,7 +68,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts(name):
-    assert set(COUNTS) == {each for each in am.list_models() if each.startswith("mixer_")}
+    assert set(COUNTS) == {model for model in am.list_models() if model.startswith("mixer_")}
     for num_classes, expected in zip((0, 1000, 21843), COUNTS[name], strict=True):
         with torch.device("meta"):
             model = am.create_model(name, num_classes=num_classes)

@@ -34,7 +34,7 @@ def test_operations_by_the_closed_formula(size, settings):
 
 def test_it_is_as_large_as_it_says():
     model = am.create_model("small_resnet", 32, 10)
-    assert sum(each.numel() for each in model.parameters()) == 696_234
+    assert sum(parameter.numel() for parameter in model.parameters()) == 696_234
     assert model.config.summary() == "small ResNet, 3 stages of 2 blocks, 32 channels"
     assert "small_resnet" not in am.list_models()
 
@@ -51,7 +51,7 @@ def test_it_learns_and_its_head_begins_at_zero():
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images), labels)
         loss.backward()
-        assert all(each.grad is not None for each in model.parameters())
+        assert all(parameter.grad is not None for parameter in model.parameters())
         optimizer.step()
     assert (model(images).argmax(dim=1) == labels).all()
 

@@ -38,15 +38,15 @@ def state(number: int) -> dict[str, Tensor]:
 
 
 def blank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.zeros_like(each) for name, each in tensors.items()}
+    return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
 
 
 def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:
     return {
-        name: each.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        if each.numel()
+        name: tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        if tensor.numel()
         else b""
-        for name, each in tensors.items()
+        for name, tensor in tensors.items()
     }
 
 
@@ -88,10 +88,10 @@ def test_every_bit_comes_back(tmp_path: Path):
     assert found.path == tmp_path / "checkpoints" / "step-00012000"
     assert names(found.path) == [MANIFEST, STATE]
     tensors = blank(state(3))
-    addresses = {name: each.data_ptr() for name, each in tensors.items()}
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     later.load(found, tensors)
     assert bits(tensors) == bits(state(3))
-    assert {name: each.data_ptr() for name, each in tensors.items()} == addresses
+    assert {name: tensor.data_ptr() for name, tensor in tensors.items()} == addresses
     assert bits(load_file(found.path / STATE)) == bits(state(3))  # as other programs read it
     assert json.loads((found.path / MANIFEST).read_bytes())["content"]["step"] == 12000
 
@@ -115,8 +115,8 @@ def test_save_returns_before_it_has_written(tmp_path: Path, slow_disk: threading
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, tensors, values)
     with torch.no_grad():
-        for each in tensors.values():
-            each.zero_()
+        for tensor in tensors.values():
+            tensor.zero_()
     values["losses"].append(2.0)
     assert names(tmp_path) in ([], [".step-00000001.partial"])
     second = threading.Thread(target=checkpoints.save, args=(2, state(2), {}))
@@ -182,7 +182,7 @@ def test_tensors_of_another_model_are_named_and_not_loaded(tmp_path: Path):
             checkpoints.load(found, tensors)
         assert next(iter(change)) in error.value.what
         assert error.value.where == str(found.path)
-        assert not any(each.any() for each in tensors.values())
+        assert not any(tensor.any() for tensor in tensors.values())
     del good["mask"]
     with pytest.raises(UserError, match="mask is only in it"):
         checkpoints.load(found, good)

@@ -98,24 +98,26 @@ def sharded(world: World, folder: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(4, 5)).square().sum().backward()
     optimizer.step()
-    tensors: dict[str, Tensor] = {f"model.{name}": each for name, each in model.named_parameters()}
+    tensors: dict[str, Tensor] = {
+        f"model.{name}": tensor for name, tensor in model.named_parameters()
+    }
     for name, parameter in model.named_parameters():
-        for key, each in optimizer.state[parameter].items():
-            tensors[f"optimizer.{name}.{key}"] = each
+        for key, tensor in optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = tensor
     tensors["scalar"] = distribute_tensor(torch.tensor(2.5), mesh, [Replicate()])
 
     def full() -> dict[str, Tensor]:
         return {
-            name: (each.full_tensor() if isinstance(each, DTensor) else each).detach().clone()
-            for name, each in tensors.items()
+            name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+            for name, tensor in tensors.items()
         }
 
     expected = full()
     checkpoints = Checkpoints(folder / "sharded", world=world)
     checkpoints.save(1, tensors, {"rank": world.rank})
     with torch.no_grad():
-        for each in tensors.values():
-            (each.to_local() if isinstance(each, DTensor) else each).zero_()
+        for tensor in tensors.values():
+            (tensor.to_local() if isinstance(tensor, DTensor) else tensor).zero_()
     checkpoints.load(newest(checkpoints), tensors)
     assert bits(full()) == bits(expected)
     if world.is_main:
@@ -124,8 +126,8 @@ def sharded(world: World, folder: Path) -> None:
     there = Checkpoints(folder / "from one", world=world)
     placed = {"rows": Shard(0), "columns": Shard(1), "one": Shard(0)}
     tensors = {
-        name: distribute_tensor(torch.zeros_like(each), mesh, [placed[name]])
-        for name, each in whole(4).items()
+        name: distribute_tensor(torch.zeros_like(tensor), mesh, [placed[name]])
+        for name, tensor in whole(4).items()
     }
     there.load(newest(there), tensors)
     assert bits(full()) == bits(whole(4))

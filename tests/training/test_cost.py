@@ -49,7 +49,7 @@ def test_duration(seconds: float, text: str):
 def test_copies_of_the_weights():
     """The weights, their gradient, the moments, the average, what SAM puts back."""
     optimizers = [AdamW(), Muon(ema_decay=0.9), SGD(), SGD(momentum=0.0, sam_rho=0.1)]
-    assert [state_copies(each) for each in optimizers] == [4, 5, 3, 3]
+    assert [state_copies(optimizer) for optimizer in optimizers] == [4, 5, 3, 3]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -71,5 +71,5 @@ def test_the_bytes_of_an_image(make, precision: str):
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), compute.autocast():
         _ = model(image.repeat(8, 1, 1, 1))
-    of_eight = sum(each.untyped_storage().nbytes() for each in kept.values())
+    of_eight = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert of_eight / 8 * 0.5 < found < of_eight / 8 * 2.5

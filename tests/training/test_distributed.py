@@ -66,7 +66,7 @@ def images_of(run: Path) -> list[list[int]]:
     steps = sorted({step for step, _, _ in parts})
     assert steps == list(range(len(steps)))
     return [
-        [each for number, _, own in sorted(parts) if number == step for each in own]
+        [image for number, _, own in sorted(parts) if number == step for image in own]
         for step in steps
     ]
 
@@ -111,11 +111,11 @@ def check_near(run: Path, single: Path) -> None:
         assert mine["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
     columns = ("step", "epoch", "validation_top1", "best")
     figures = [
-        [[row[key] for key in columns] for row in results_of(each)] for each in (run, single)
+        [[row[key] for key in columns] for row in results_of(folder)] for folder in (run, single)
     ]
     assert figures[0] == figures[1]
     written = [
-        json.loads((each / "validation/evaluation.json").read_text()) for each in (run, single)
+        json.loads((folder / "validation/evaluation.json").read_text()) for folder in (run, single)
     ]
     for key in ("images", "top1", "confusion", "per_class", "bad_images"):
         assert written[0][key] == written[1][key]
@@ -204,7 +204,7 @@ def test_killed_while_it_saves(data: Path, double: Path, tmp_path: Path):
     processes = start_two(config, tmp_path / "text", KILLED_SAVING)
     assert [process.wait() for process in processes] == [-signal.SIGKILL, 2]
     assert "error: rank 1: rank 0 ended, and training cannot go on: " in processes[1].said()
-    names = {each.name for each in (tmp_path / "run/checkpoints").iterdir()}
+    names = {checkpoint.name for checkpoint in (tmp_path / "run/checkpoints").iterdir()}
     assert "step-00000010" in names
     assert "step-00000015" not in names
     processes = start_two(config, tmp_path / "again")
@@ -233,7 +233,7 @@ if os.environ["RANK"] == "1":
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     torchrun += ["--max-restarts", "1", "--standalone", runs.__file__]
     with subprocess.Popen(
-        [*torchrun, *(str(each) for each in typed_settings(config))],
+        [*torchrun, *(str(word) for word in typed_settings(config))],
         env={**os.environ, "OMP_NUM_THREADS": "1", "FAULT": once, "PYTHONPATH": ":".join(sys.path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -32,8 +32,8 @@ OWN_RANGE = am.Preprocessing(
 def model_of(names: list[str] | None, num_classes: int = 3, **changes: object):
     model = tiny_model(num_classes, **changes)
     with torch.no_grad():
-        for each in model.parameters():  # biases too
-            each.add_(torch.randn(each.shape) * 0.02)
+        for parameter in model.parameters():  # biases too
+            parameter.add_(torch.randn(parameter.shape) * 0.02)
     model.class_names, model.preprocessing = names, OWN_RANGE
     return model.eval()
 
@@ -54,8 +54,8 @@ def images(size: int = 8) -> Tensor:
 
 def same_but_head(model: am.ImageClassifier, other: am.ImageClassifier) -> bool:
     theirs = other.state_dict()
-    named = {n: each for n, each in model.state_dict().items() if not n.startswith("head.")}
-    return bool(named) and all(torch.equal(each, theirs[name]) for name, each in named.items())
+    named = {n: tensor for n, tensor in model.state_dict().items() if not n.startswith("head.")}
+    return bool(named) and all(torch.equal(tensor, theirs[name]) for name, tensor in named.items())
 
 
 def test_a_new_model(tmp_path):

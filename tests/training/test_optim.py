@@ -292,7 +292,7 @@ def test_the_average_follows_the_weights():
     model = tiny_model()
     for parameter in model.parameters():
         nn.init.ones_(parameter)
-    average = {name: torch.zeros_like(each) for name, each in model.named_parameters()}
+    average = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     average = dict(reversed(average.items()))
     update_average(average, model, decay=0.9, step=0)  # 1/10 at first
     update_average(average, model, decay=0.9, step=1000)
@@ -360,7 +360,7 @@ def test_resuming_from_the_tensors_repeats_the_bits(name: str, is_probe: bool, s
     assert not saved
     learn(*second, settings, range(saved_after, 10))
     assert bits(everything(*second)) == bits(everything(*straight))
-    before, after = (bits(dict(each[0].named_parameters())) for each in (begin(1), straight))
+    before, after = (bits(dict(run[0].named_parameters())) for run in (begin(1), straight))
     moved = {key for key in before if before[key] != after[key]}
     assert {"head.weight", "head.bias"} <= moved
     assert ("stem.weight" in moved) == (not is_probe)

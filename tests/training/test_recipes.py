@@ -215,7 +215,7 @@ def test_the_documents_table_4(name: str):
     settings, _ = rows(name)
     letter, patch = model[6].upper(), model[7:]
     values = [f"{letter}/{patch}", str(epochs), str(rate), str(decay)]
-    values += [str(each) if each else "-" for each in (magnitude, mixup, depth)]
+    values += [str(value) if value else "-" for value in (magnitude, mixup, depth)]
     assert settings[1:8] == values
 
 

@@ -163,7 +163,7 @@ def test_tensorboard_has_the_losses_of_the_run(class_folder, tmp_path):
     events = accumulator.EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = [(each.step, each.value) for each in events.Scalars("training/loss")]
+    found = [(event.step, event.value) for event in events.Scalars("training/loss")]
     assert [step for step, _ in found] == [line["step"] for line in lines]
     assert [value for _, value in found] == pytest.approx([line["loss"] for line in lines])
     assert len(events.Scalars("evaluation/validation_top1")) == 2

@@ -232,7 +232,7 @@ def test_a_run_never_writes_over_another(class_folder, tmp_path):
     (tmp_path / "full" / "thesis.txt").write_text("x")
     with pytest.raises(am.UserError, match="exists and is not empty"):
         am.train(tiny_config(str(class_folder), tmp_path / "full"), quiet=True)
-    assert [each.name for each in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
     (tmp_path / "file").write_text("x")
     with pytest.raises(am.UserError, match="the run folder is a file"):
         am.train(tiny_config(str(class_folder), tmp_path / "file"), quiet=True)
