@@ -30,7 +30,7 @@ from allmlp.deploy import export as module
 from allmlp.deploy.export_report import ExportReport, Parity
 
 path, replace, seen = Path(sys.argv[1]), os.replace, []
-before = {each.name: each.read_bytes() for each in path.parent.iterdir()}
+before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
 parity = Parity("x", 1, 0.0, 1.0, 1.0)
 
 def end():
@@ -66,8 +66,8 @@ for instant in range(20):
     if number == 0:
         child(instant)
     ended = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
-    files = {each.name: each.read_text() for each in path.parent.iterdir() if each.is_file()}
-    hidden = [each.name for each in path.parent.iterdir() if each.is_dir()]
+    files = {file.name: file.read_text() for file in path.parent.iterdir() if file.is_file()}
+    hidden = [file.name for file in path.parent.iterdir() if file.is_dir()]
     seen.append((files, hidden))
     if ended == 0:
         break

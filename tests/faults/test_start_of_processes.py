@@ -126,7 +126,7 @@ from allmlp.preprocessing import Preprocessing
 source, size = open_splits(sys.argv[1])["train"], Preprocessing(image_size=(64, 64))
 def load(num_workers):
     batches = evaluation_batches(source, size, batch_size=10, num_workers=num_workers, timeout=60)
-    return [each.images.tolist() for each in batches]
+    return [batch.images.tolist() for batch in batches]
 print("same" if load(2) == load(0) else "other")
 """
 

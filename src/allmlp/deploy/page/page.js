@@ -23,7 +23,7 @@ async function ask(address, files, signal) {
   if (files) {
     options.method = "POST";
     options.body = new FormData();
-    for (const each of files) options.body.append("images", each.file, each.name);
+    for (const image of files) options.body.append("images", image.file, image.name);
   }
   let response;
   try {
@@ -90,14 +90,14 @@ function parts(files) {
   // As few requests as the limits allow.
   const found = [];
   let bytes = 0;
-  for (const each of files) {
-    bytes += each.file.size + 1000;
+  for (const image of files) {
+    bytes += image.file.size + 1000;
     const last = found.at(-1);
     if (!last || last.length >= about.limits.images || bytes > about.limits.request_bytes) {
-      found.push([each]);
-      bytes = each.file.size + 1000;
+      found.push([image]);
+      bytes = image.file.size + 1000;
     } else {
-      last.push(each);
+      last.push(image);
     }
   }
   return found;
@@ -113,20 +113,20 @@ async function add(files) {
   }));
   items.push(...added);
   const most = about.limits.image_bytes;
-  for (const each of added) {
-    if (each.file.size > most) {
-      each.error = `the file has ${megabytes(each.file.size)}; the limit is ${megabytes(most)}`;
+  for (const image of added) {
+    if (image.file.size > most) {
+      image.error = `the file has ${megabytes(image.file.size)}; the limit is ${megabytes(most)}`;
     }
   }
   show(added[0]);
-  const wanted = added.filter((each) => !each.error);
+  const wanted = added.filter((image) => !image.error);
   let done = added.length - wanted.length;
   const waiting = parts(wanted);
   for (let part; (part = waiting.shift()); ) {
     $("status").textContent = `Looking at ${count(added.length - done, "image")} ...`;
     try {
       const answers = await ask("/predict", part);
-      part.forEach((each, at) => Object.assign(each, answers[at], { name: each.name }));
+      part.forEach((image, at) => Object.assign(image, answers[at], { name: image.name }));
     } catch (error) {
       if (error.status === 413 && part.length > 1) {
         // Too many pixels together, which only the server knows.
@@ -134,13 +134,13 @@ async function add(files) {
         waiting.unshift(part.slice(0, half), part.slice(half));
         continue;
       }
-      for (const each of part) each.error = error.message;
+      for (const image of part) image.error = error.message;
     }
     done += part.length;
     if (part.includes(selected)) show(selected);
     else drawStrip();
   }
-  const bad = added.filter((each) => each.error).length;
+  const bad = added.filter((image) => image.error).length;
   const not = bad ? `, ${bad} of them could not be classified` : "";
   $("status").textContent = `${count(added.length, "image")}${not}.`;
 }
@@ -199,16 +199,16 @@ function drawPicture(item) {
   else picture.src = item.url;
 }
 
-function classLine(each) {
+function classLine(prediction) {
   const bar = make("div", { className: "bar" });
-  bar.style.width = `${100 * each.probability}%`;
+  bar.style.width = `${100 * prediction.probability}%`;
   const track = make("div", { className: "track" }, bar);
   track.setAttribute("aria-hidden", "true");
   return make(
     "li",
     {},
-    make("span", { className: "name", textContent: each.name }),
-    make("span", { className: "value", textContent: percent(each.probability) }),
+    make("span", { className: "name", textContent: prediction.name }),
+    make("span", { className: "value", textContent: percent(prediction.probability) }),
     track,
   );
 }
@@ -285,16 +285,16 @@ function drawUnits(found, name) {
       make("img", { className: "pixels", src: source, alt }),
       make("figcaption", { textContent: caption }),
     );
-  const unit = (layer, each) => {
-    const where = `unit ${each.unit} of layer ${layer}`;
+  const unit = (layer, response) => {
+    const where = `unit ${response.unit} of layer ${layer}`;
     const pictures = [
-      picture(each.weights, "weights", `incoming weights of ${where}`),
-      picture(each.read, "read", `what ${where} reads of ${name}`),
+      picture(response.weights, "weights", `incoming weights of ${where}`),
+      picture(response.read, "read", `what ${where} reads of ${name}`),
     ];
-    if (each.written) {
-      pictures.push(picture(each.written, "written", `where ${where} writes for ${name}`));
+    if (response.written) {
+      pictures.push(picture(response.written, "written", `where ${where} writes for ${name}`));
     }
-    const title = make("h4", { textContent: `Unit ${each.unit}` });
+    const title = make("h4", { textContent: `Unit ${response.unit}` });
     return make("div", { className: "unit" }, title, ...pictures);
   };
   $("layers").replaceChildren(
@@ -305,7 +305,7 @@ function drawUnits(found, name) {
       make(
         "div",
         { className: "unit-grid" },
-        ...layer.units.map((each) => unit(layer.layer, each)),
+        ...layer.units.map((response) => unit(layer.layer, response)),
       ),
     ]),
   );
