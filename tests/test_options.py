@@ -37,7 +37,7 @@ def show(result: tuple[str, ToyOptions], options: ToyOptions) -> int:
     return 3
 
 
-COMMAND = Command("toy", "ToyOptions", "toy", "A toy.", "show", ("model",))
+COMMAND = Command("toy.ToyOptions", "toy.toy", "A toy.", "model")
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ from allmlp.runtime.process import sleep_soon
 
 if TYPE_CHECKING:
     from allmlp.benchmark import Benchmark, BenchmarkOptions, benchmark
-    from allmlp.deploy.export import ExportOptions, export
-    from allmlp.deploy.export_report import ExportReport
+    from allmlp.deploy.export import ExportReport, export
     from allmlp.deploy.exported_model import ExportedModel
     from allmlp.deploy.formats import open_exported
-    from allmlp.deploy.predict import Prediction, PredictOptions, predict
+    from allmlp.deploy.options import ExportOptions, PredictOptions
+    from allmlp.deploy.predict import Prediction, predict
     from allmlp.errors import UserError
     from allmlp.evaluate import EvaluateOptions, evaluate
     from allmlp.evaluation.few_shot import FewShot, FewShotOptions, few_shot, few_shots
@@ -72,9 +72,9 @@ _HOME = {
     "FinetuneResult": "finetuning",
     "recipe": "training.recipes",
     "export": "deploy.export",
-    "ExportOptions": "deploy.export",
-    "PredictOptions": "deploy.predict",
-    "ExportReport": "deploy.export_report",
+    "ExportOptions": "deploy.options",
+    "PredictOptions": "deploy.options",
+    "ExportReport": "deploy.export",
     "ExportedModel": "deploy.exported_model",
     "open_exported": "deploy.formats",
     "Prediction": "deploy.predict",

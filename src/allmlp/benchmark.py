@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -36,7 +36,6 @@ from allmlp.options import ImageSize, Options, Precision, Repeated, assignments,
 from allmlp.runtime.device import (
     can_compile,
     check_bfloat16,
-    check_has_weights,
     choose_device,
     fast_precision,
     free_memory,
@@ -47,7 +46,7 @@ from allmlp.runtime.device import (
 from allmlp.training.cost import num_images_seen, operations, planned, power
 from allmlp.training.recipes import recipe as recipe_config
 from allmlp.weights.checkpoints import find_checkpoint, list_checkpoints
-from allmlp.weights.load import files_of, load_model
+from allmlp.weights.load import files_of, load_model, open_model
 
 LARGEST_BATCH = 2**16
 _BATCH = 64  # by which "auto" judges whether a model is small, unless batch sizes are chosen
@@ -566,12 +565,8 @@ def _measure(
 
 
 def _built(row: ModelBenchmark, given: ImageClassifier | Build, found: Benchmark) -> _Timed:
-    if isinstance(given, ImageClassifier):
-        check_has_weights(given)
-        model = copy.deepcopy(given)
-    else:
-        model = given()
-        check_has_weights(model)
+    is_model = hasattr(given, "config")
+    model = copy.deepcopy(open_model(cast(Any, given))) if is_model else cast(Build, given)()
     model, options = model.to(found.device), found.options
     row.model, row.flops, row.counted = describe(model), model.config.flops, count_flops(model)
     row.precision, row.why = options.precision, "chosen"

@@ -126,12 +126,16 @@ class _Bad(Protocol):
     def what(self) -> str: ...
 
 
-def report_bad_images(bad: Sequence[_Bad]) -> int:
-    """Names the bad images (the first 20) on standard error; returns the exit code, 0 or 3."""
+def report_bad_images(bad: Sequence[_Bad], number: int | None = None) -> int:
+    """Names the bad images (the first 20) on standard error; returns the exit code, 0 or 3.
+
+    `number` is how many there are, where `bad` holds the first ones only.
+    """
     for image in bad[:20]:
         print(f"bad image: {image.name}: {image.what}", file=sys.stderr)
-    if len(bad) > 20:
-        print(f"... and {len(bad) - 20} more bad images", file=sys.stderr)
+    more = (number or len(bad)) - 20
+    if more > 0:
+        print(f"... and {more:,} more bad images", file=sys.stderr)
     return 3 if bad else 0
 
 

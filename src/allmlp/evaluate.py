@@ -12,13 +12,14 @@ from allmlp.console import Reporter, report_bad_images, report_notes, table
 from allmlp.data.loader import TIMEOUT
 from allmlp.data.source import Source
 from allmlp.data.sources import notes_of, read_from
-from allmlp.deploy.formats import is_exported, open_exported
+from allmlp.deploy.exported_model import ExportedModel
+from allmlp.deploy.formats import is_exported, load_any
 from allmlp.errors import UserError, between, one_of, plural
 from allmlp.evaluation.imagenet_real import open_real
 from allmlp.evaluation.metrics import FILES, Evaluation, check_logits, evaluate_source
 from allmlp.evaluation.predictor import Outputs, Predictor
 from allmlp.io import check_not_inputs, check_output_folder, expand
-from allmlp.models.layers import ImageClassifier, classes_of, preprocessing_of
+from allmlp.models.layers import Classifier, classes_of, preprocessing_of
 from allmlp.models.resize import ResizeWeights
 from allmlp.options import ComputeOptions, ImageSize, Precision, make
 from allmlp.plots import EVALUATION, save_evaluation
@@ -28,7 +29,6 @@ from allmlp.runtime.process import is_main_process
 from allmlp.runtime.world import join_world
 from allmlp.training.own_images import Measured, open_measured
 from allmlp.weights.checkpoints import imagenet_classes
-from allmlp.weights.load import open_model
 
 _WORST = 20  # classes that are printed
 
@@ -78,7 +78,7 @@ class EvaluateOptions(ComputeOptions):
 
 
 def evaluate(
-    model: ImageClassifier | str | Path,
+    model: Classifier | str | Path,
     data: Source | str | Path | EvaluateOptions | None = None,
     *,
     report: Reporter | None = None,
@@ -108,9 +108,7 @@ def evaluate(
         fields["data"] = str(data) if source is None else source.name
     options = make(EvaluateOptions, options, fields)
     report = report or Reporter(quiet=True)
-    is_file = isinstance(model, str | Path)
-    exported = is_file and is_exported(model)
-    if exported or getattr(model, "on_processor_only", False):
+    if isinstance(model, ExportedModel) or is_exported(model):
         check_device_of_exported(options.device)
         options = replace(options, device="cpu")
     with ExitStack() as stack:
@@ -119,14 +117,8 @@ def evaluate(
         names = [*FILES, *(f"{name}.png" for name in EVALUATION)]
         if folder is not None:
             check_output_folder(folder, names, overwrite=options.overwrite)
-        if exported and options.image_size is not None:
-            what = "an exported file has one image size, which cannot be changed"
-            raise UserError(what, where="image_size", fix="Export it at that size")
-        if exported:
-            net = open_exported(model)
-        else:
-            net = open_model(model, options.image_size, options.resize_weights)
-        stays = not is_file and options.device == "auto" and world.size == 1
+        stays = not isinstance(model, str | Path) and options.device == "auto" and world.size == 1
+        net = load_any(model, options.image_size, options.resize_weights)
         predictor = Predictor(
             net,
             device=None if stays else str(chosen),
@@ -173,7 +165,7 @@ def evaluate(
         return result
 
 
-def _preprocessing(net: ImageClassifier, options: EvaluateOptions) -> Preprocessing:
+def _preprocessing(net: Classifier, options: EvaluateOptions) -> Preprocessing:
     """The model's own preprocessing after the options of the protocol."""
     own = preprocessing_of(net)
     if options.crop is not None and (options.resize or own.resize) == "squash":

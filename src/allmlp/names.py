@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from allmlp.errors import UserError
 
 NAME, OLD_NAME = "allmlp", "mlp_mixer"
 
@@ -11,7 +14,7 @@ Value = TypeVar("Value")
 
 
 def is_format(found: object, expected: str) -> bool:
-    """Whether a file's format is the expected one, under the present name or the old one."""
+    """Returns whether a file's format is the expected one, under the present name or the old."""
     return found in (expected, expected.replace(NAME, OLD_NAME))
 
 
@@ -23,3 +26,15 @@ def own_entry(entries: Mapping[str, Value]) -> Value | None:
 def extra(name: str) -> str:
     """Returns the command that installs an optional group of dependencies."""
     return f"pip install '{NAME}[{name}]'"
+
+
+def import_extra(name: str, group: str) -> Any:
+    """Returns a module of an optional group of dependencies, or raises how to install it."""
+    package = name.partition(".")[0]
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in (package, name):
+            raise
+        what = f"this needs {package}, which is not installed"
+        raise UserError(what, fix=extra(group), code="missing-package") from error

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 Precision = Literal["auto", "float32", "bfloat16"]
+ResizeWeights = Literal["auto", "block-diagonal", "resample"]
 ImageSize = int | tuple[int, int]  # pixels: a side, or (height, width); 192x256 on the command line
 Repeated = Annotated[tuple[str, ...], "repeated"]  # a flag that is given once for each value
 

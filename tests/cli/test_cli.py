@@ -16,8 +16,11 @@ from allmlp.cli.verbs import VERBS
 from conftest import draw, mixer
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], []])
-def test_help_imports_no_torch(arguments):
+@pytest.mark.parametrize(
+    "line",
+    ["", "--help", "models --help", "train --help", "predict --help", "export -h", "serve -h"],
+)
+def test_help_imports_no_torch(line):
     code = (
         "import sys; from allmlp.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
@@ -25,7 +28,9 @@ def test_help_imports_no_torch(arguments):
         "heavy = {'torch', 'numpy', 'matplotlib', 'sklearn', 'PIL'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *line.split()], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "usage: mixer" in done.stdout
 

@@ -41,9 +41,6 @@ def test_a_list_on_standard_input(capsys, monkeypatch, model, photos, tmp_path, 
     draw(3).save(photos / name)
     paths = [photos / "x" / "3.png", photos / name, photos / "gone.png", photos / "x" / "0.png"]
     text = separator.join(map(str, paths)) + separator * ended
-    monkeypatch.setattr("allmlp.deploy.inputs._BLOCK", 7)  # no path is whole in a block
-    if separator == "\0":
-        monkeypatch.setattr("allmlp.deploy.inputs._BLOCK", 7 + len(text))
     give(monkeypatch, text.encode())
     output = tmp_path / "out.jsonl"
     code, out, err = mixer(capsys, "predict", model, "-", "--output", output)

@@ -22,7 +22,8 @@ import fake_timm
 from allmlp.data.image import decode
 from allmlp.data.sources import open_source
 from allmlp.data.transforms import normalize
-from allmlp.deploy import export_report, onnx_graph
+from allmlp.deploy import export as module
+from allmlp.deploy import onnx_graph
 from allmlp.models.layers import preprocessing_of
 from conftest import ROOT, draw, encode, mixer, tiny_model
 from odd_images import NAMED, NOT_BY_PILLOW, REFUSED
@@ -194,7 +195,7 @@ def test_a_file_that_fails_is_not_kept(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setitem(export_report.LARGEST_DIFFERENCE, "float32", -1.0)
+    monkeypatch.setitem(module.LARGEST_DIFFERENCE, "float32", -1.0)
     before = tmp_path / "m.onnx"
     before.write_bytes(b"the one before")
     code, out, _ = mixer(capsys, "export", trained.run_folder, "--output", before, "--overwrite")
@@ -205,22 +206,20 @@ def test_a_file_that_fails_is_not_kept(
 
 def test_the_criteria():
     exact = np.array([[1.0, 0.0], [0.0, 2.0]])
-    same = export_report.compare(exact, exact, "x", (0.9, 0.9))
+    same = module.compare(exact, exact, "x", (0.9, 0.9))
     assert (same.top1_agreement, same.largest_difference, same.drop) == (1.0, 0.0, 0.0)
     assert same.failures("float32", 0.0) == []
-    other = export_report.compare(exact, exact[:, ::-1], "x", (0.9, 0.894))
+    other = module.compare(exact, exact[:, ::-1], "x", (0.9, 0.894))
     assert other.top1_agreement == 0.0
     assert len(other.failures("float32", 0.5)) == 2
     assert len(other.failures("int8", 0.5)) == 1
     assert other.failures("int8", 0.6) == []
-    unknown = export_report.compare(exact, exact * float("nan"), "x")
+    unknown = module.compare(exact, exact * float("nan"), "x")
     assert len(unknown.failures("int8", 100.0)) == 1
 
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
-    "format": ("m.onnx", {"format": "tflite"}, "tflite"),
     "ending": ("m.tflite", {}, "m.tflite"),
-    "both": ("m.onnx", {"format": "openvino"}, ".xml"),
     "precision": ("m.onnx", {"precision": "float16"}, "float16"),
     "no calibration": ("m.onnx", {"precision": "int8", "data": "digits:test"}, "calibration"),
     "no data": ("m.onnx", {"precision": "int8", "calibration": "digits:train"}, "data"),
@@ -374,7 +373,7 @@ def test_files_that_are_not_opened(tmp_path: Path):
     (tmp_path / "there.onnx").write_bytes(b"")
     for name, options, word in (
         ("m.pt2", {}, "program"),
-        ("m.tflite", {}, ".onnx, .xml"),
+        ("m.tflite", {}, ".onnx (onnx)"),
         ("m.onnx", {}, "m.onnx"),
         ("m.xml", {}, "m.bin"),
         ("m.xml", {"runtime": "onnxruntime"}, "onnxruntime"),

@@ -278,7 +278,7 @@ def test_csv_and_json(model, album, tmp_path):
 
 def test_parquet(model, album, tmp_path, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr("allmlp.deploy.tables._ROW_GROUP", 9)  # three rows of two classes
+    monkeypatch.setattr("allmlp.deploy.rows._ROW_GROUP", 9)  # three rows of two classes
     path = tmp_path / "out.parquet"
     found = am.predict(model, album, top_k=2, output=path, num_workers=0, batch_size=1)
     file = parquet.ParquetFile(path)

@@ -138,7 +138,7 @@ def _one_more(model, album):
         (_other_names, "class names"),
         (_other_input, "preprocessing"),
         (_other_image, "images"),
-        (_one_more, "20 then, 21 now"),
+        (_one_more, "20 images then, 21 now"),
         (lambda *_: {"top_k": 3}, "top_k was 2 and is now 3"),
         (lambda *_: {"top_k": None, "features": True}, "answer was classes and is now features"),
         (lambda *_: {"precision": "bfloat16"}, "precision was float32 and is now bfloat16"),
@@ -256,7 +256,7 @@ def repeated(times: int) -> Source:
 )
 def test_memory_does_not_grow_with_the_images(model, tmp_path, suffix, monkeypatch):
     pytest.importorskip("pyarrow")
-    monkeypatch.setattr("allmlp.deploy.tables._ROW_GROUP", 200)
+    monkeypatch.setattr("allmlp.deploy.rows._ROW_GROUP", 200)
 
     def peak(images: int) -> int:
         options = PredictOptions(
@@ -291,14 +291,14 @@ def saved(model, tmp_path) -> Path:
 
 # Ends before the batch of a number; `rows` is where the batches come from.
 KILLED = """
-from allmlp.deploy import output
-predict_rows = output.predict_rows
+from allmlp.deploy import parts
+predict_rows = parts.predict_rows
 def rows(*arguments, **options):
     for number, batch in enumerate(predict_rows(*arguments, **options)):
         if number == {number}:
             os.kill(os.getpid(), signal.SIGKILL)
         yield batch
-patch.setattr(output, "predict_rows", rows)
+patch.setattr(parts, "predict_rows", rows)
 """
 
 
@@ -346,10 +346,10 @@ def test_one_of_two_fails_and_both_resume_later(no_leftovers, saved, album, tmp_
     typed += ["--output", tmp_path / "out"]
     fault = """
 if os.environ["RANK"] == "1":
-    from allmlp.deploy import output
+    from allmlp.deploy import parts
     def full(*_, **__):
         raise am.UserError("cannot write the predictions: No space left on device")
-    patch.setattr(output, "write_table", full)
+    patch.setattr(parts, "write_table", full)
 """
     first, second = start_two(typed, tmp_path / "said", fault)
     assert (first.wait(), second.wait()) == (2, 2), first.said() + second.said()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import http.client
 import io
 import json
 import signal
@@ -14,7 +13,6 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ import torch
 from PIL import Image
 
 import allmlp as am
-from allmlp.deploy.serve import make_server, open_socket
 from allmlp.deploy.service import Limits, Service
 from allmlp.inspection.attribution import occlusion, read_image
 from conftest import TINY, draw, encode, mixer, tiny_model
@@ -33,7 +30,7 @@ from serving import serving
 starlette_client = pytest.importorskip("starlette.testclient", reason="the extra serve is absent")
 pytest.importorskip("python_multipart", reason="the extra serve is absent")
 pytest.importorskip("uvicorn", reason="the extra serve is absent")
-from allmlp.deploy.web import Connection, make_app  # noqa: E402
+from allmlp.deploy.web import make_app  # noqa: E402
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 HOSTS = frozenset({"127.0.0.1", "localhost"})
@@ -194,7 +191,7 @@ def test_what_is_served_and_nothing_from_elsewhere(client):
             "/predict",
             {"content": PNG, "headers": {"content-type": "multipart/form-data; boundary=x"}},
             400,
-            "form",
+            "multipart",
         ),
         ("/predict?topk=3", {"files": form(PNG)}, 400, "'topk'"),
         ("/predict?top_k=0", {"files": form(PNG)}, 400, "'0'"),
@@ -375,130 +372,6 @@ def test_pixels_are_counted_before_they_are_decoded(monkeypatch):
         assert [row["error"] is None for row in rows] == [True] * 3 + [False]
 
 
-def test_a_form_of_large_files_opens_none(monkeypatch):
-    """Files on disk would take the descriptors of connections."""
-    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
-    content = encode(Image.fromarray(noise))
-    assert len(content) > 2**20
-    monkeypatch.setattr("tempfile.SpooledTemporaryFile.rollover", lambda _: 1 / 0)
-    with connected(make_service(Limits())) as client:
-        assert client.post("/predict", files=form(content)).status_code == 200
-
-
-# --- sockets --------------------------------------------------------------------------------------
-
-HEAD = b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\n"
-
-
-@contextmanager
-def running(service: Service) -> Iterator[int]:
-    """Gives the port of a server in a thread."""
-    with open_socket("127.0.0.1", 0) as listening:
-        server = make_server(service, "127.0.0.1")
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            yield listening.getsockname()[1]
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
-def ask(port: int, method: str = "GET", path: str = "/health", body: bytes | None = None) -> int:
-    client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        client.request(method, path, body, {"Content-Type": "image/png"})
-        return client.getresponse().status
-    finally:
-        client.close()
-
-
-def ask_or_none(port: int) -> int | None:
-    try:
-        return ask(port)
-    except OSError:
-        return None
-
-
-def opened(port: int, sent: bytes, stack: ExitStack) -> socket.socket:
-    client = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
-    client.sendall(sent)
-    return client
-
-
-def received(client: socket.socket) -> bytes:
-    """All that comes until the server closes; it fails after a minute."""
-    data = b""
-    try:
-        while more := client.recv(65536):
-            data += more
-    except ConnectionResetError:  # it closed before it had read all that we sent
-        pass
-    return data
-
-
-@pytest.mark.parametrize(
-    "sent",
-    [
-        b"",
-        b"GET /health HT",
-        b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /he",
-        b"POST /nothing HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\nx",
-    ],
-    ids=["nothing", "part of a head", "after an answer", "a body that was rejected"],
-)
-def test_a_client_that_stops_is_closed(monkeypatch: pytest.MonkeyPatch, sent: bytes):
-    monkeypatch.setattr(Connection, "seconds_for_head", 0.2)
-    with running(make_service()) as port, ExitStack() as stack:
-        client = opened(port, sent, stack)
-        if b"\r\n\r\n" in sent:
-            assert client.recv(65536).startswith(b"HTTP/1.1 ")
-            client.sendall(b"x")
-        answer = received(client)
-        if b"\r\n\r\n" not in sent:
-            head, _, body = answer.partition(b"\r\n\r\n")
-            assert head.startswith(b"HTTP/1.1 408 ")
-            assert list(json.loads(body)) == ["error"]
-        assert ask(port) == 200
-
-
-def test_slow_clients_take_no_places_and_slow_answers_are_given(monkeypatch):
-    monkeypatch.setattr(Connection, "seconds_for_head", 0.05)
-    service = make_service()
-    answers: list[dict[str, object]] = [{"name": "image", "classes": [], "error": None}]
-    monkeypatch.setattr(service, "predict", lambda *_: threading.Event().wait(0.3) or answers)
-    with running(service) as port, ExitStack() as stack:
-        for _ in range(12):
-            opened(port, HEAD + b"Content-Length: 1000\r\n\r\nx", stack)
-        assert ask(port, "POST", "/predict", PNG) == 200
-
-
-def test_more_connections_than_allowed_get_an_answer(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Connection, "most", 4)
-    with running(make_service()) as port:
-        with ExitStack() as stack:
-            for _ in range(4):
-                opened(port, b"GET /he", stack)
-            over = received(opened(port, b"", stack))
-            assert over.startswith(b"HTTP/1.1 503 ")
-            assert list(json.loads(over.partition(b"\r\n\r\n")[2])) == ["error"]
-        while ask_or_none(port) != 200:  # until the server has noticed that they are closed
-            pass
-
-
-def test_what_all_send_at_the_same_time_has_a_limit():
-    """Four requests of the largest size; a fifth is answered with 503."""
-    body = HEAD + b"Content-Length: 2001\r\n\r\n" + bytes(2_000)
-    with running(make_service(Limits(request_bytes=2_000))) as port, ExitStack() as stack:
-        for _ in range(4):
-            opened(port, body, stack)
-        while ask(port, "POST", "/predict", PNG) != 503:  # until all four have been read
-            pass
-        stack.close()
-        while ask(port, "POST", "/predict", PNG) != 200:
-            pass
-
-
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -556,25 +429,3 @@ def test_the_command_from_its_line_to_ctrl_c(weights, host):
     *warnings, last = err.splitlines()
     assert last == "stopped"
     assert [host in line for line in warnings] == ([] if host == "127.0.0.1" else [True])
-
-
-@pytest.mark.slow
-def test_connections_beyond_the_descriptors(weights):
-    resource = pytest.importorskip("resource", reason="limits as Unix has them")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
-    with ExitStack() as limit:
-        limit.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        with serving(weights) as (url, process):
-            limit.close()
-            port = int(url.rpartition(":")[2])
-            with ExitStack() as stack:
-                for _ in range(150):
-                    opened(port, b"GET /he", stack)
-                ask_or_none(port)  # 503, or nothing; 200 where the first were closed by now
-            while ask_or_none(port) != 200:
-                pass
-            process.terminate()
-            _, err = process.communicate(timeout=60)
-    assert "Traceback" not in err
-    assert "Too many open files" not in err

@@ -14,7 +14,7 @@ import pytest
 
 import allmlp as am
 from allmlp.deploy import export as module
-from allmlp.deploy.formats import choose_format
+from allmlp.deploy.formats import format_of
 from allmlp.io import staging_folder
 from conftest import tiny_model
 
@@ -27,7 +27,7 @@ sys.path.insert(0, sys.argv[2])
 import allmlp as am
 from conftest import tiny_model
 from allmlp.deploy import export as module
-from allmlp.deploy.export_report import ExportReport, Parity
+from allmlp.deploy.export import ExportReport, Parity
 
 path, replace, seen = Path(sys.argv[1]), os.replace, []
 before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
@@ -85,7 +85,7 @@ print(json.dumps(seen))
 def test_killed_at_every_instant(tmp_path: Path, name: str):
     """The parent of the killed puts the files back, and leaves what is hidden to the next one."""
     path = tmp_path / name
-    files = [file.name for file in choose_format(path, None).files(path)]
+    files = [file.name for file in format_of(path).files(path)]
     reports = [f"{name}.report.json", f"{name}.report.md"]
     for file in (*files, *reports):
         (tmp_path / file).write_bytes(b"old")

@@ -1,7 +1,7 @@
-"""Entry of the `mixer` command: finds the verb, and turns every error into one message.
+"""Entry of the `mixer` command: finds the command, and turns every error into one message.
 
 Exit codes: 0 done; 1 a bug of ours, with its traceback; 2 a mistake of the user's; 3 done, but some
-images were bad; 130 stopped with Ctrl-C, 143 with SIGTERM. No torch is imported before a verb runs.
+images were bad; 130 stopped with Ctrl-C, 143 with SIGTERM. No torch is imported before one runs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from importlib.metadata import version
 
 from allmlp.cli.table import Command
 from allmlp.cli.verbs import GROUPS, VERBS
@@ -31,7 +31,7 @@ minutes. `mixer COMMAND --help` has examples. `--debug` shows the traceback of a
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    """The bytes of a file name as they are; what is no part of a name, written out."""
+    """The bytes of a file name as they are; other text that cannot be encoded, written out."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:
@@ -42,7 +42,7 @@ codecs.register_error("allmlp.escape", _escape)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one verb and ends the process with its exit code.
+    """Runs one command and ends the process with its exit code.
 
     Args:
         arguments: as typed after `mixer`; None takes the process's own.
@@ -58,93 +58,63 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         refuse_removed_folder()
         with named_memory_errors():
-            sys.exit(parse(given, VERBS) or 0)
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        elif is_main_process() or error.what.startswith("rank "):
-            print(f"error: {error.text()}", file=sys.stderr, flush=True)
-        sys.exit(2)
+            sys.exit(parse(given) or 0)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:  # a full disk, a folder without permission
-        if error.errno is None or error.strerror is None:
-            raise
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder without permission
+        shown = error
+        if isinstance(error, OSError):
+            if error.errno is None or error.strerror is None:
+                raise
+            shown = UserError(error.strerror, where=error.filename, fix=fix_of(error))
         if debug:
             traceback.print_exc()
-        else:
-            shown = UserError(error.strerror, where=error.filename, fix=fix_of(error))
-            print(f"error: {shown.text()}", file=sys.stderr)
+        elif is_main_process() or isinstance(error, OSError) or error.what.startswith("rank "):
+            print(f"error: {shown}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
 
 
-def parse(arguments: Sequence[str], verbs: dict[str, Any]) -> Any:
-    """Parses the arguments, calls the verb that they name and returns what it returns.
-
-    Raises:
-        UserError: there is no such verb. (Wrong flags end the process with exit code 2.)
-    """
+def parse(arguments: Sequence[str]) -> int | None:
+    """Runs the command that the arguments name and returns its exit code."""
     given = list(arguments) or ["--help"]
     if given[0] == "--version":
-        from importlib.metadata import version
-
         print(f"allmlp {version('allmlp')}")
         return 0
-    groups = _groups(verbs)
-    if given[0] in groups:  # "data check" and its like: two words
-        name, given = given[0], given[1:] or ["--help"]
-        return _choose(given, groups[name], f"mixer {name}", GROUPS[name])
-    single = {name: verb for name, verb in verbs.items() if " " not in name}
-    single |= dict.fromkeys(groups, None)
-    return _choose(given, single, "mixer", DESCRIPTION)
+    if given[0] in GROUPS:  # "data check" and its like: two words
+        group = given[0]
+        commands = {
+            name.partition(" ")[2]: command
+            for name, command in VERBS.items()
+            if name.startswith(f"{group} ")
+        }
+        return _run(given[1:] or ["--help"], commands, f"mixer {group}", GROUPS[group])
+    single = {name: command for name, command in VERBS.items() if " " not in name}
+    return _run(given, {**single, **GROUPS}, "mixer", DESCRIPTION)
 
 
-def _choose(given: list[str], verbs: dict[str, Any], prog: str, description: str) -> Any:
-    """Parses the arguments of the command that the first of them names, and runs it."""
+def _run(
+    given: list[str], commands: dict[str, Command | str], prog: str, description: str
+) -> int | None:
+    """Runs the command that the first word names, or prints the help of all."""
     name = given[0]
     if name in ("-h", "--help"):
-        print(_help(verbs, prog, description))
+        print(f"usage: {prog} COMMAND [OPTIONS]\n\n{description}\n\ncommands:")
+        width = max(map(len, commands))
+        for name, command in commands.items():
+            summary = command.summary if isinstance(command, Command) else command
+            print(f"  {name:{width}}  {summary}")
         return 0
-    if name not in verbs:
-        flag = f"--{name}"
-        near = near_names(name, verbs)
-        near = f"Did you mean mixer {flag}? " if flag in ("--version", "--help") else near
-        fix = f"{near}Known: {', '.join(verbs)}"
+    if name not in commands:
+        near = near_names(name, commands)
+        if name in ("version", "help"):
+            near = f"Did you mean mixer --{name}? "
+        fix = f"{near}Known: {', '.join(commands)}"
         where = None if prog == "mixer" else prog
         raise UserError(f"unknown command {name!r}", where=where, fix=fix, code="unknown-name")
-    command = verbs[name]
-    if isinstance(command, Command):
-        return command.run(f"{prog} {name}".removeprefix("mixer "), given[1:])
-    import tyro
-
-    config = (tyro.conf.FlagCreatePairsOff,)
-    return tyro.cli(command, prog=f"{prog} {name}", args=given[1:], config=config)
-
-
-def _help(verbs: dict[str, Any], prog: str, description: str) -> str:
-    """The help of a group of commands: a line for each."""
-    width = max(map(len, verbs))
-    lines = [f"usage: {prog} COMMAND [OPTIONS]", "", description, "", "commands:"]
-    for name, command in verbs.items():
-        if command is None:
-            summary = GROUPS[name]
-        elif isinstance(command, Command):
-            summary = command.summary
-        else:
-            summary = (command.__doc__ or "").partition("\n")[0]
-        lines += [f"  {name:{width}}  {summary}"]
-    return "\n".join(lines)
-
-
-def _groups(verbs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The verbs of two words, by the first of them."""
-    groups: dict[str, dict[str, Any]] = {}
-    for name, verb in verbs.items():
-        first, _, second = name.partition(" ")
-        if second:
-            groups.setdefault(first, {})[second] = verb
-    return groups
+    command = commands[name]
+    assert isinstance(command, Command)
+    return command.run(f"{prog} {name}".removeprefix("mixer "), given[1:])

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from allmlp.console import table
 from allmlp.errors import UserError
-from allmlp.models.catalog import create_model, list_models
 from allmlp.options import ImageSize, Options, Repeated, assignments
-from allmlp.paper.comparison_systems import list_comparison
-from allmlp.weights.report import checkpoint_table, inspect_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,22 +45,26 @@ class ModelsOptions(Options):
             raise UserError(f"{' and '.join(given)} do not go together", fix="Give one of them")
 
 
-def models(options: ModelsOptions) -> list[str]:
-    """Returns the lines of the list that is asked for."""
+def models(options: ModelsOptions) -> None:
+    """Prints the list that is asked for."""
+    from allmlp.paper.comparison_systems import list_comparison  # --help does not need these
+    from allmlp.weights.report import checkpoint_table, inspect_file
+
     if options.inspect is not None:
         size = options.image_size
-        return inspect_file(options.inspect, (size, size) if isinstance(size, int) else size)
-    if options.weights:
-        return checkpoint_table()
-    return list_comparison() if options.comparison else _architectures(options)
-
-
-def show(lines: list[str], options: ModelsOptions) -> None:
-    """Prints them."""
+        lines = inspect_file(options.inspect, (size, size) if isinstance(size, int) else size)
+    elif options.weights:
+        lines = checkpoint_table()
+    else:
+        lines = list_comparison() if options.comparison else _architectures(options)
     print("\n".join(lines))
 
 
 def _architectures(options: ModelsOptions) -> list[str]:
+    import torch
+
+    from allmlp.models.catalog import create_model, list_models
+
     classes = 1000 if options.num_classes is None else options.num_classes
     overrides = assignments(options.settings)
     rows, skipped, without = [], [], []

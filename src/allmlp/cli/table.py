@@ -13,16 +13,18 @@ from typing import Annotated, Any, Literal
 
 from allmlp.options import ImageSize, Repeated, documentation
 
+_WEIGHTS = "A run folder, a .safetensors, .npz or .pth file, a name of `mixer models --weights`, "
 POSITIONAL = {
     "models": "Names of `mixer models` or timm:NAME, run folders, weights files, checkpoints.",
-    "model": "A run folder, a .safetensors, .npz or .pth file, a name of `mixer models --weights`, "
-    "hf:owner/name, or an exported file where the command takes one.",
+    "weights": f"{_WEIGHTS}or hf:owner/name.",
+    "model": f"{_WEIGHTS}hf:owner/name, or an exported file.",
     "images": "Images, folders, or any source of data.",
     "recipe": "A name of docs/recipes.md.",
     "runs": "Run folders, measurement files, and folders that are searched for them.",
     "output": "The file or folder to write.",
     "folder": "The folder with the .tar files.",
-    "data": "A folder of class folders, a .csv or .jsonl list, Parquet, hf:owner/name, or digits.",
+    "data": "A folder of class folders, a .csv or .jsonl list, Parquet, packed data, "
+    "hf:owner/name, or digits.",
 }
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
@@ -32,67 +34,66 @@ class Command:
     """One command: what parses, what runs and what prints.
 
     Args:
-        module: in allmlp, that owns the other three names.
-        options: the dataclass of its flags; its docstring is the help, with examples.
-        function: called with the positional arguments and the options.
-        show: called with its result and the options; prints, and returns the exit code or None;
-            without it the function prints, and an int that it returns is the exit code.
+        options: in allmlp, the dataclass of its flags; its docstring is the help, with examples.
+        function: in allmlp, called with the positional arguments and the options. If its module has
+            a `show`, that is called with the result and the options to print it, and returns the
+            exit code or None; without it the function prints and returns these.
+        summary: its line in `mixer --help`.
         positional: names of arguments without a flag; "recipe?" may be left out, "images*" is many,
             "models*?" is both.
-        summary: its line in `mixer --help`.
     """
 
-    module: str
     options: str
     function: str
     summary: str
-    show: str | None = None
-    positional: tuple[str, ...] = ()
+    positional: str = ""
 
     def run(self, name: str, given: list[str]) -> int | None:
         """Parses the arguments and runs the command; returns its exit code."""
         import tyro
 
-        module = importlib.import_module(f"allmlp.{self.module}")
-        kind = getattr(module, self.options)
-        arguments = _arguments(kind, self.positional)
+        kind = getattr(*_found(self.options))
+        positional = self.positional.split()
         values = vars(
             tyro.cli(
-                arguments,
+                _arguments(kind, positional),
                 prog=f"mixer {name}",
                 description=inspect.cleandoc(kind.__doc__ or ""),
                 args=given,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
         )
-        positional = [values.pop(_bare(argument)) for argument in self.positional]
+        arguments = [values.pop(argument.rstrip("?*")) for argument in positional]
         options = kind(**values)
-        result = getattr(module, self.function)(*positional, options)
-        if self.show is None:
-            return result if isinstance(result, int) else None
-        return getattr(module, self.show)(result, options)
+        module, function = _found(self.function)
+        result = getattr(module, function)(*arguments, options)
+        if hasattr(module, "show"):
+            return module.show(result, options)
+        return result if isinstance(result, int) else None
 
 
-def _bare(name: str) -> str:
-    return name.rstrip("?*")
+def _found(path: str) -> tuple[types.ModuleType, str]:
+    """Imports the module of a name; "evaluate.command" is `command` in allmlp.evaluate."""
+    module, _, name = path.rpartition(".")
+    return importlib.import_module(f"allmlp.{module}"), name
 
 
-def _arguments(kind: type, positional: tuple[str, ...]) -> type:
+def _arguments(kind: type, positional: list[str]) -> type:
     """Returns a dataclass of all arguments, annotated for tyro."""
     from tyro.conf import Positional, arg
 
     fields: list[Any] = []
     for argument in positional:
-        name = _bare(argument)
+        name = argument.rstrip("?*")
         plain: Any = tuple[str, ...] if "*" in argument else str
         default = dataclasses.MISSING
-        metavar = name.upper()
+        metavar = "MODEL" if name == "weights" else name.upper()
         if argument.endswith("*?"):
             default, metavar = (), f"[{metavar} ...]"
         elif argument.endswith("?"):
             plain, default, metavar = str | None, None, f"[{metavar}]"
-        told = arg(help=POSITIONAL[name], metavar=metavar, help_behavior_hint="")
-        fields.append(_field(name, Annotated[Positional[plain], told], default))
+        shown = arg(help=POSITIONAL[name], metavar=metavar, help_behavior_hint="")
+        fields.append(_field(name, Annotated[Positional[plain], shown], default))
     texts, hints = documentation(kind), typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         if field.init:
@@ -125,7 +126,13 @@ def _annotated(hint: Any, field: dataclasses.Field[Any], text: str) -> Any:
         metavar = field.metadata.get("metavar", "TEXT")
         return Annotated[UseAppendAction[tuple[str, ...]], arg(**shown, metavar=metavar)]
     if set(kinds) == set(_parts(ImageSize)):
-        size = PrimitiveConstructorSpec(1, "PIXELS|HxW", _parsed_size, _is_size, _size_text)
+        size = PrimitiveConstructorSpec(
+            1,
+            "PIXELS|HxW",
+            instance_from_str=_parsed_size,
+            is_instance=lambda value: value is None or isinstance(value, int | tuple),
+            str_from_instance=_size_text,
+        )
         return Annotated[hint, size, arg(**shown)]
     metavar = field.metadata.get("metavar")
     if metavar is None and Path in kinds:
@@ -152,10 +159,6 @@ def _parsed_size(words: list[str]) -> int | tuple[int, int]:
         example = "a number such as 224, or height x width such as 192x256"
         raise ValueError(f"not an image size: {words[0]!r}; it is {example}")
     return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
-
-
-def _is_size(value: Any) -> bool:
-    return value is None or isinstance(value, int | tuple)
 
 
 def _size_text(value: Any) -> list[str]:

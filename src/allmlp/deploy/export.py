@@ -1,7 +1,6 @@
 """A model -> a file that runs without this package, and a report that compares the two.
 
-    model -> graph (onnx_graph) -> perhaps int8 (int8) -> file (formats)
-                 file, run by its own runtime -> beside the model (export_report)
+    model -> graph (onnx_graph) -> perhaps int8 (int8) -> file (formats), run by its own runtime
 
 The file is written in a staging folder and takes its place only when it has passed.
 """
@@ -13,92 +12,179 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from allmlp.console import Reporter
 from allmlp.data.loader import evaluation_batches
 from allmlp.data.source import Source, subset
 from allmlp.data.sources import open_source, read_from
 from allmlp.data.transforms import normalize
-from allmlp.deploy.export_report import ExportReport, Parity, compare, logits_of, measure_speed
 from allmlp.deploy.exported_model import ExportedModel, info_of
-from allmlp.deploy.extras import import_extra
-from allmlp.deploy.formats import FormatName, choose_format, load_any
+from allmlp.deploy.formats import format_of, load_any
 from allmlp.deploy.int8 import Int8
 from allmlp.deploy.onnx_graph import graph_module
-from allmlp.errors import UserError, between, needs
+from allmlp.deploy.options import ExportOptions
+from allmlp.errors import UserError, plural
 from allmlp.evaluation.metrics import Evaluation, check_logits, evaluate_source
 from allmlp.evaluation.predictor import Predictor
+from allmlp.evaluation.result_file import measurement
 from allmlp.io import check_not_inputs, check_output_file, expand, fsync, staging_folder
-from allmlp.models.layers import ImageClassifier, preprocessing_of
-from allmlp.models.resize import ResizeWeights
-from allmlp.options import ImageSize, Options, make
+from allmlp.models.inference import Inference
+from allmlp.models.layers import Classifier, ImageClassifier, preprocessing_of
+from allmlp.names import import_extra
+from allmlp.options import make
 from allmlp.runtime.device import torch_settings
 
+# The largest difference of a logit, relative to the largest logit, that is rounding. For int8 the
+# accuracy decides.
+LARGEST_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1}
 _RANDOM_IMAGES = 16  # to compare on without data
 _CALIBRATION_BATCH = 8
+_ROUNDS, _LATENCIES = 5, 4  # single images per round
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions(Options):
-    """Write a model as a file that runs without this package, and measure that file.
+@dataclass(frozen=True)
+class Parity:
+    """How well the logits of a model and of its file agree on some images.
 
-    The file is run by its own runtime beside the model: logits, accuracy on --data, speed. A file
-    that fails is not kept, and the exit code is 1.
-
-    Examples of use:
-        mixer export runs/flowers --output flowers.onnx --data FOLDER:test
-        mixer export runs/flowers --output flowers.xml --precision bfloat16
-        mixer export mixer_b16.i1k --output b16_448.onnx --image-size 448 --uint8-input
-        mixer export runs/mine --output m.onnx --precision int8 --calibration A:train --data A:test
+    Attributes:
+        top1_agreement: the fraction of the images for which both name the same class.
+        accuracy: top-1 of the original and of the file; None without labels.
     """
 
-    output: str | Path
-    """The file to write: .onnx, .xml (OpenVINO, with a .bin beside it) or .pt2 (torch.export)."""
-    format: FormatName | None = None
-    """If not given, by the ending of the output."""
-    precision: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Of the weights and their products."""
-    image_size: ImageSize | None = None
-    """Another size than the weights' own."""
-    resize_weights: ResizeWeights | None = None
-    """How to reach that size; auto if not given."""
-    uint8_input: bool = False
-    """The file takes uint8 images, channels last, and normalises them inside."""
-    data: str | None = None
-    """Labelled images on which the model and the file are measured; int8 needs them."""
-    max_accuracy_drop: float = 0.5
-    """Points of top-1 that the file may lose on them."""
-    calibration: str | None = None
-    """Images, labelled or not, that determine the ranges of int8; different from --data."""
-    calibration_images: int = 1000
-    """How many of them are used at most, spread evenly."""
-    overwrite: bool = False
-    """Replace an output that exists."""
-    batch_size: int = 8
-    """Images per batch when the speed is measured."""
-    num_threads: int | None = None
-    """Of the processor; torch's own choice if not given."""
-    num_workers: int | None = None
-    """Processes that decode images; chosen by the size of the data if not given."""
+    images: str
+    num_images: int
+    largest_difference: float
+    largest_logit: float
+    top1_agreement: float
+    accuracy: tuple[float, float] | None = None
 
-    def __post_init__(self) -> None:
-        chosen = choose_format(expand(self.output), self.format)
-        if self.precision == "int8" and not chosen.has_int8:
-            fix = "Export as onnx or openvino"
-            raise UserError(f"{chosen.suffix} files have no int8", where="precision", fix=fix)
-        needs({"precision int8": self.precision == "int8"}, "calibration", self.calibration)
-        needs({"precision int8": self.precision == "int8"}, "data", self.data)
-        needs({"resize_weights": self.resize_weights}, "image_size", self.image_size)
-        between("max_accuracy_drop", self.max_accuracy_drop, 0, 100)
-        for name in ("batch_size", "num_threads", "calibration_images"):
-            between(name, getattr(self, name), 1, 2**20)
+    @property
+    def relative(self) -> float:
+        """The largest difference, relative to the largest logit."""
+        return self.largest_difference / (self.largest_logit or 1.0)
+
+    @property
+    def drop(self) -> float:
+        """By how many points the accuracy fell; below 0 where it rose, 0 if it is unknown."""
+        return 0.0 if self.accuracy is None else 100.0 * (self.accuracy[0] - self.accuracy[1])
+
+    def failures(self, precision: str, max_accuracy_drop: float) -> list[str]:
+        """Returns the criteria that do not hold, in words."""
+        found = []
+        if not np.isfinite(self.largest_difference):
+            found.append("the file computes logits that are not finite")
+        limit = LARGEST_DIFFERENCE.get(precision)
+        if limit is not None and self.relative > limit:
+            differs = f"the largest difference is {self.relative:.2g} of the largest logit"
+            found.append(f"{differs}, and {precision} may differ by {limit:g}")
+        if self.drop > max_accuracy_drop + 1e-9:
+            limits = f"and may fall by {max_accuracy_drop:g}"
+            found.append(f"the accuracy fell by {self.drop:.2f} points, {limits}")
+        return found
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Images per second in batches, and the milliseconds of one image: medians of rounds."""
+
+    images_per_second: float
+    latency_ms: float
+
+
+@dataclass
+class ExportReport:
+    """What was exported, and how it compares with the model.
+
+    Attributes:
+        path: of the file; None if it failed and was not kept.
+        files: names of all files, with their sizes in bytes.
+        num_threads, batch_size: with which the speed was measured.
+        speed: of the original and of the file.
+        failures: the criteria that do not hold, in words.
+        kept: layers of an int8 file that compute in float32, the most sensitive first.
+        num_layers: dense layers of the graph; None except for int8.
+        calibration: source and images of int8, and which range was taken; None otherwise.
+        attempts: int8 files that were measured on the data: (layers kept, points lost).
+    """
+
+    path: str | None
+    files: dict[str, int]
+    format: str
+    precision: str
+    runtime: str
+    image_size: tuple[int, int]
+    uint8_input: bool
+    num_threads: int
+    batch_size: int
+    parity: Parity
+    speed: dict[str, Speed]
+    failures: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    num_layers: int | None = None
+    calibration: dict[str, Any] | None = None
+    attempts: list[tuple[int, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the file holds every criterion."""
+        return not self.failures
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Returns the report as (what, value) pairs."""
+        height, width = self.image_size
+        shape = "uint8 (N, H, W, channels)" if self.uint8_input else "float32 (N, channels, H, W)"
+        sizes = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in self.files.items())
+        parity = self.parity
+        difference = f"largest difference {parity.largest_difference:.2g}"
+        rows = [
+            ("file", sizes),
+            ("format", f"{self.format}, {self.precision}, run by {self.runtime}"),
+            ("input", f"{height}x{width} pixels, {shape}, any batch"),
+            ("compared", f"{plural(parity.num_images, 'image')}: {parity.images}"),
+            ("logits", f"{difference}, {parity.relative:.2g} of the largest logit"),
+            ("agreement", f"{parity.top1_agreement:.2%} have the same top-1 class"),
+        ]
+        if parity.accuracy is not None:
+            before, after = parity.accuracy
+            moved = f"{0.0 - parity.drop:+.2f} points"
+            rows.append(("accuracy", f"{before:.2%} original, {after:.2%} file: {moved}"))
+        for name, speed in self.speed.items():
+            value = (
+                f"{name}: {speed.images_per_second:,.1f} images/s in batches of {self.batch_size}, "
+                f"{speed.latency_ms:.3g} ms for one image (threads: at most {self.num_threads})"
+            )
+            rows.append(("speed", value))
+        if self.calibration is not None:
+            source = f"{self.calibration['num_images']:,} images of {self.calibration['source']}"
+            num_int8 = (self.num_layers or 0) - len(self.kept)
+            rows.append(("calibrated", source))
+            rows.append(("int8", f"{num_int8} of {self.num_layers} dense layers"))
+            rows += [("float32", name) for name in self.kept]
+        rows += [("note", note) for note in self.notes]
+        rows += [("failed", failure) for failure in self.failures]
+        return rows
+
+    def lines(self) -> list[str]:
+        """Returns the report as lines for the screen."""
+        rows = self.rows()
+        width = max(len(name) for name, _ in rows)
+        return [f"{name:<{width}}  {value}" for name, value in rows]
+
+    def markdown(self, title: str) -> str:
+        """Returns the report as a page."""
+        cells = [f"| {name} | {value.replace('|', '/')} |" for name, value in self.rows()]
+        return "\n".join([f"# {title}", "", "| | |", "| --- | --- |", *cells, ""])
 
 
 def export(
@@ -134,19 +220,25 @@ def export(
     names = {name: source.name for name, source in opened.items()}
     options = make(ExportOptions, given, {**fields, **names})
     path = expand(options.output)
-    format = choose_format(path, options.format)
+    format = format_of(path)
+    if options.precision == "int8" and format.is_program:
+        fix = "Export as onnx or openvino"
+        raise UserError(f"{format.suffix} files have no int8", where="precision", fix=fix)
+    inputs = [options.data, options.calibration]
+    read = [
+        file for name in inputs if name and name not in names.values() for file in read_from(name)
+    ]
     for file in (*format.files(path), *_report_files(path)):
         check_output_file(file, overwrite=options.overwrite)
-        for name, source in (("data", options.data), ("calibration", options.calibration)):
-            if source is not None and name not in opened:
-                check_not_inputs([file], read_from(source))
+        check_not_inputs([file], read)
     for package, group in format.packages:
         import_extra(package, group)
     net = _loaded(model, options)
-    for name, opener in (("data", open_source), ("calibration", _open_calibration)):
-        source = getattr(options, name)
-        if source is not None and name not in opened:
-            opened[name] = opener(source)
+    if options.data is not None and "data" not in opened:
+        opened["data"] = open_source(options.data)
+    if options.calibration is not None and "calibration" not in opened:
+        splits = ("train", "validation", "test")
+        opened["calibration"] = open_source(options.calibration, labels="any", first_of=splits)
     cpu = torch.device("cpu")
     with staging_folder(path) as folder, torch_settings(cpu, "float32", options.num_threads):
         work = _Export(net, options, opened, folder / path.name, log)
@@ -158,7 +250,7 @@ def export(
 
 def _loaded(model: ImageClassifier | str | Path, options: ExportOptions) -> ImageClassifier:
     net = load_any(model, options.image_size, options.resize_weights)
-    if isinstance(net, ExportedModel):
+    if not isinstance(net, ImageClassifier):
         raise UserError("this is an exported file already", where=net.source)
     if net is model:
         source, net = net.source, copy.deepcopy(net).cpu().float().eval()
@@ -167,10 +259,6 @@ def _loaded(model: ImageClassifier | str | Path, options: ExportOptions) -> Imag
         what = "the model was trained on permuted pixels, whose order would not be in the file"
         raise UserError(what, where="uint8_input", fix="Add it: the order is then in the graph")
     return net
-
-
-def _open_calibration(name: str) -> Source:
-    return open_source(name, labels="any", first_of=("train", "validation", "test"))
 
 
 class _Export:
@@ -187,7 +275,7 @@ class _Export:
         self.model, self.options, self.sources = model, options, sources
         self.path, self.log = path, log
         self.output = expand(options.output)
-        self.format = choose_format(self.output, options.format)
+        self.format = format_of(self.output)
         self.num_threads = options.num_threads or torch.get_num_threads()
         self.info = info_of(model, options.precision, uint8_input=options.uint8_input)
         self.original: Evaluation | None = None
@@ -201,7 +289,8 @@ class _Export:
         made = self.format.make(net, example, self.info.precision)
         if self.info.precision == "int8":
             return self.run_int8(made)
-        return self.report(self.write(made))
+        file = self.write(made)
+        return self.report(file, self.compare(file))
 
     def run_int8(self, graph: Any) -> ExportReport:
         """Keeps ever more of the sensitive layers in float32, until the accuracy is kept."""
@@ -217,18 +306,17 @@ class _Export:
             self.log(f"measuring int8, {count} layers in float32")
             file = self.write(made)
             parity = self.compare(file)
-            attempts.append((count, parity.drop or 0.0))
+            attempts.append((count, parity.drop))
             if not parity.failures("int8", limit) or count >= most:
                 break
             count = min(max(1, 2 * count), most)
         report = self.report(file, parity)
-        report.num_layers, report.attempts, report.kept = (len(work.layers), attempts, kept)
-        layers = work.most_sensitive() if work.sensitivity else []
+        report.num_layers, report.attempts, report.kept = len(work.layers), attempts, kept
         report.calibration = {
             "source": calibration.name,
             "num_images": work.num_images,
             "quantile": work.quantile,
-            "sensitivity": {layer: work.sensitivity[node] for node, layer in layers} or None,
+            "sensitivity": {layer: work.sensitivity[node] for node, layer in work.ranked} or None,
         }
         if calibration.name == self.sources["data"].name:
             report.notes.append("calibrated on the data that it was measured on: use other images")
@@ -258,12 +346,10 @@ class _Export:
             self.format.write(made, self.info, self.path)
         return self.format.open(self.path, self.num_threads)
 
-    def measure(self, model: ImageClassifier) -> Evaluation:
+    def measure(self, model: Classifier) -> Evaluation:
         """Evaluates a model on the data."""
-        data, predictor = (
-            self.sources["data"],
-            Predictor(model, num_workers=self.options.num_workers),
-        )
+        data = self.sources["data"]
+        predictor = Predictor(model, num_workers=self.options.num_workers)
         result = evaluate_source(predictor, data, allow_missing_classes=True)
         check_logits(result, data)
         return result
@@ -278,17 +364,16 @@ class _Export:
         random = torch.Generator().manual_seed(0)
         shape = (_RANDOM_IMAGES, config.in_channels, *config.image_size)
         pixels = torch.randint(0, 256, shape, generator=random).byte()
-        exact = logits_of(self.model, normalize(pixels, own))
-        return compare(exact, logits_of(file, pixels), "random pixels")
+        exact = _logits_of(self.model, normalize(pixels, own))
+        return compare(exact, _logits_of(file, pixels), "random pixels")
 
-    def report(self, file: ExportedModel, parity: Parity | None = None) -> ExportReport:
-        """Returns the report of a file."""
+    def report(self, file: ExportedModel, parity: Parity) -> ExportReport:
+        """Times the file and returns its report."""
         options, info, config = self.options, self.info, self.model.config
-        parity = parity or self.compare(file)
         self.log("timing")
         images = torch.zeros(options.batch_size, config.in_channels, *config.image_size)
         failures = parity.failures(info.precision, options.max_accuracy_drop)
-        notes = [note for kinds, note in self.format.notes if not kinds or info.precision in kinds]
+        notes = [note for precisions, note in self.format.notes if info.precision in precisions]
         if self.original is None:
             notes.insert(0, "no accuracy was measured: give labelled images as data")
         if info.class_names is None:
@@ -304,7 +389,7 @@ class _Export:
             self.num_threads,
             options.batch_size,
             parity,
-            measure_speed({"original, torch float32": self.model, "file": file}, images),
+            _measure_speed(self.model, file, images),
             failures,
             notes=notes,
         )
@@ -316,7 +401,8 @@ class _Export:
         kill in between leaves no pair of old and new, and no report of another file.
         """
         title = f"{self.output.name}, exported from {self.model.source or 'a model'}"
-        as_json = json.dumps(report.to_json(self.model), indent=2) + "\n"
+        values = {"export": asdict(report) | {"passed": report.passed}}
+        as_json = json.dumps(measurement("export", self.model, values), indent=2) + "\n"
         files = [*self.format.files(self.path), *_report_files(self.path)]
         with self.writing():
             for file, text in zip(files[-2:], (as_json, report.markdown(title)), strict=True):
@@ -346,18 +432,59 @@ def _report_files(path: Path) -> tuple[Path, Path]:
     return path.with_name(f"{path.name}.report.json"), path.with_name(f"{path.name}.report.md")
 
 
-def command(model: str, options: ExportOptions) -> ExportReport:
-    """Exports, with what is done next on standard error."""
-    return export(model, options, log=Reporter(stderr=True).say)
+def compare(
+    original: np.ndarray, file: np.ndarray, images: str, accuracy: tuple[float, float] | None = None
+) -> Parity:
+    """Returns how well the logits (N, K) of a model and of its file agree."""
+    difference = float(np.abs(original - file).max())
+    same = float((original.argmax(axis=1) == file.argmax(axis=1)).mean())
+    largest = float(np.abs(original).max())
+    return Parity(images, len(original), difference, largest, same, accuracy)
 
 
-def show(report: ExportReport, options: ExportOptions) -> int:
-    """Prints the report of an export; returns the exit code."""
+@torch.inference_mode()
+def _logits_of(model: Classifier, images: Tensor) -> np.ndarray:
+    """Returns the logits (N, K) of inputs of a model, in batches of 1, 3, 3, 3, ..."""
+    parts = [model(images[:1])]
+    parts += [model(images[start : start + 3]) for start in range(1, len(images), 3)]
+    return torch.cat(parts).float().numpy()
+
+
+@torch.inference_mode()
+def _measure_speed(model: ImageClassifier, file: ExportedModel, images: Tensor) -> dict[str, Speed]:
+    """Returns the speed of a model and of its file, which take turns, on the processor in float32.
+
+    In every round each computes a batch and a few single images.
+    """
+    runs: Mapping[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+        "original, torch float32": (Inference(model).logits, images),
+        "file": (file, images.byte() if file.info.uint8_input else images),
+    }
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
+    for count in range(_ROUNDS + 1):  # the first is a warm-up
+        for name, (run, batch) in runs.items():
+            for at, inputs in enumerate((batch, *[batch[:1]] * _LATENCIES)):
+                started = time.perf_counter()
+                run(inputs)
+                if count:
+                    seconds[name][min(at, 1)].append(time.perf_counter() - started)
+    medians = {name: map(statistics.median, times) for name, times in seconds.items()}
+    return {
+        name: Speed(len(images) / max(batch, 1e-9), 1000.0 * single)
+        for name, (batch, single) in medians.items()
+    }
+
+
+def command(model: str, options: ExportOptions) -> int:
+    """Exports, with what is done next on standard error, and prints the report."""
+    report = export(model, options, log=Reporter(stderr=True).say)
     reporter = Reporter()
     for line in report.lines():
         reporter.say(line)
-    if not report.passed:
-        reporter.say("removed  the file failed and was not kept")
-        return 1
-    reporter.say(f"written  {options.output}")
-    return 0
+    end = (
+        f"written  {options.output}"
+        if report.passed
+        else "removed  the file failed and was not kept"
+    )
+    reporter.say(end)
+    return 0 if report.passed else 1

@@ -17,14 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from allmlp.data.transforms import denormalize, normalize
 from allmlp.errors import UserError
 from allmlp.io import parse_json
 from allmlp.models.catalog import config_from_json, config_to_json
 from allmlp.models.family import ModelConfig
-from allmlp.models.layers import ImageClassifier, preprocessing_of
+from allmlp.models.layers import (
+    ImageClassifier,
+    check_image_shape,
+    checked_names,
+    preprocessing_of,
+)
 from allmlp.names import NAME, OLD_NAME, own_entry
 from allmlp.preprocessing import Preprocessing
 
@@ -37,12 +42,10 @@ DECODING = (
     " transparent is blended on white. Then RGB, or grey (L) for channels = 1, as Pillow converts."
 )
 
-Run = Callable[[np.ndarray], np.ndarray]  # inputs of the graph -> logits
-
 
 @dataclass(frozen=True)
 class ExportInfo:
-    """What an exported file is."""
+    """What an exported file says about itself."""
 
     config: ModelConfig
     class_names: list[str] | None
@@ -51,22 +54,6 @@ class ExportInfo:
     precision: str
     num_parameters: int
     float32_layers: tuple[str, ...] = ()  # of an int8 file
-
-    def outside(self) -> Preprocessing:
-        """Returns the preprocessing that is left to do outside of the file."""
-        if not self.uint8_input or self.preprocessing.permutation == "none":
-            return self.preprocessing
-        return replace(
-            self.preprocessing, permutation="none", permutation_patch=None, permutation_seed=0
-        )
-
-    def input_in_words(self) -> str:
-        """Returns the shape, type and range of the file's input."""
-        (height, width), channels = (self.preprocessing.image_size, self.preprocessing.channels)
-        if self.uint8_input:
-            return f"images: uint8 (N, {height}, {width}, {channels}), pixels from 0 to 255"
-        shape = f"float32 (N, {channels}, {height}, {width})"
-        return f"images: {shape}, (pixels / 255 - mean) / std"
 
     def inputs(self, images: Tensor) -> np.ndarray:
         """Returns uint8 images (N, channels, H, W) as inputs of the graph."""
@@ -77,18 +64,16 @@ class ExportInfo:
 
 def info_of(model: ImageClassifier, precision: str, *, uint8_input: bool) -> ExportInfo:
     """Returns what the exported file of a model will say."""
-    return ExportInfo(
-        model.config,
-        model.class_names,
-        preprocessing_of(model),
-        uint8_input,
-        precision,
-        sum(parameter.numel() for parameter in model.parameters()),
-    )
+    how, number = preprocessing_of(model), model.num_parameters
+    return ExportInfo(model.config, model.class_names, how, uint8_input, precision, number)
 
 
 def to_text(info: ExportInfo) -> dict[str, str]:
     """Returns the information as text by name."""
+    (height, width), channels = info.preprocessing.image_size, info.preprocessing.channels
+    shape = f"float32 (N, {channels}, {height}, {width}), (pixels / 255 - mean) / std"
+    if info.uint8_input:
+        shape = f"uint8 (N, {height}, {width}, {channels}), pixels from 0 to 255"
     own = {
         "format": FORMAT,
         "version": VERSION,
@@ -101,7 +86,7 @@ def to_text(info: ExportInfo) -> dict[str, str]:
     return {
         "class_names": json.dumps(info.class_names),
         "preprocessing": json.dumps(info.preprocessing.to_json()),
-        "input": info.input_in_words(),
+        "input": f"images: {shape}",
         "decoding": DECODING,
         NAME: json.dumps(own),
     }
@@ -115,15 +100,14 @@ def from_text(values: Mapping[str, str], path: Path) -> ExportInfo:
         raise UserError(what, where=path, fix="Only files of `mixer export` can be used here")
     try:
         own: dict[str, Any] = parse_json(own_text)
-        names = parse_json(values["class_names"])
         if own["version"] > VERSION:
             what = f"written by a newer allmlp (version {str(own['version'])[:20]})"
-            raise UserError(what, where=path, fix=f"pip install --upgrade {NAME}")
+            raise UserError(what, fix=f"pip install --upgrade {NAME}")
         config = config_from_json(own["architecture"])
+        names = parse_json(values["class_names"])
+        if names is not None:
+            names = checked_names(names, config.num_classes)
         preprocessing = Preprocessing.from_json(parse_json(values["preprocessing"]))
-        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        if names is not None and not (is_list and len(names) == config.num_classes):
-            raise ValueError("the class names do not match the logits")
         if preprocessing.image_size != config.image_size:
             raise ValueError("the preprocessing is of another image size")
         return ExportInfo(
@@ -139,43 +123,47 @@ def from_text(values: Mapping[str, str], path: Path) -> ExportInfo:
         raise UserError(error.what, where=path, fix=error.fix) from error
     except (KeyError, TypeError, ValueError) as error:
         what = f"the file's description is damaged: {str(error)[:200]}"
-        raise UserError(what, where=path, fix="Export it again") from error
+        raise UserError(what, where=path, fix="Export it again", code="damaged") from error
 
 
-class ExportedModel(ImageClassifier):
-    """An exported file in the frame of a model; it computes on the processor.
+class ExportedModel:
+    """An exported file, run by its own runtime on the CPU: images in, logits out.
 
     Args:
-        info: what the file is.
-        run: computes its logits.
+        info: what the file says about itself.
+        run: computes the logits of inputs of the graph.
         runtime: what computes them: "onnxruntime 1.31.1".
         source: the file.
 
     Attributes:
         info, run, runtime: as given.
-        on_processor_only: no device can be chosen.
+        config, class_names, source: as of an `ImageClassifier`.
+        preprocessing: what is left to do outside of the file.
     """
 
-    on_processor_only = True
+    device = torch.device("cpu")
 
-    def __init__(self, info: ExportInfo, run: Run, runtime: str, source: Path) -> None:
-        super().__init__()
-        self.config, self.class_names = info.config, info.class_names
-        self.preprocessing, self.source = info.outside(), str(source)
+    def __init__(
+        self, info: ExportInfo, run: Callable[[np.ndarray], np.ndarray], runtime: str, source: Path
+    ) -> None:
         self.info, self.run, self.runtime = info, run, runtime
-        # The runtime has the weights; only their place and number are known here.
-        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
-        number = torch.empty(info.num_parameters, device="meta")
-        self.weights = nn.Parameter(number, requires_grad=False)
-        self.eval()
+        self.config, self.class_names = info.config, info.class_names
+        self.num_parameters, self.source = info.num_parameters, str(source)
+        self.preprocessing: Preprocessing | None = info.preprocessing
+        if info.uint8_input:  # the order of the pixels is in the graph
+            changes = {"permutation": "none", "permutation_patch": None, "permutation_seed": 0}
+            self.preprocessing = replace(info.preprocessing, **changes)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def __repr__(self) -> str:
+        return f"an exported file ({self.source})"
+
+    def __call__(self, images: Tensor) -> Tensor:
         """Returns logits (N, num_classes).
 
         Args:
             images: (N, channels, H, W), float32 in the model's range, or uint8 pixels.
         """
-        self.check_images(images)
+        check_image_shape(images, self.config, "a file has one size")
         images = images.detach().cpu()
         if images.dtype != torch.uint8 and not self.info.uint8_input:
             return torch.from_numpy(self.run(images.float().numpy()))
@@ -183,18 +171,3 @@ class ExportedModel(ImageClassifier):
             pixels = denormalize(images.float(), self.info.preprocessing) * 255.0
             images = pixels.round().clamp(0, 255).byte()
         return torch.from_numpy(self.run(self.info.inputs(images)))
-
-    def features(self, images: Tensor) -> Tensor:
-        """Raises UserError: the file computes logits only."""
-        raise self._lacks("features")
-
-    def state_dict(self, *_: Any, **__: Any) -> Any:
-        """Raises UserError: the weights are in the runtime."""
-        raise self._lacks("weights")
-
-    def _lacks(self, what: str) -> UserError:
-        fix = "Use the model that it was made from"
-        return UserError(f"an exported file gives logits, not {what}", where=self.source, fix=fix)
-
-    def _apply(self, *_: Any, **__: Any) -> ExportedModel:
-        return self  # it stays on the processor, wherever images and labels are

@@ -11,74 +11,67 @@ import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from allmlp.deploy.exported_model import ENTRIES, ExportedModel, ExportInfo, from_text, to_text
-from allmlp.deploy.extras import import_extra
 from allmlp.deploy.onnx_graph import to_bfloat16, to_onnx, with_metadata
 from allmlp.errors import UserError, one_of
 from allmlp.io import expand
-from allmlp.models.layers import ImageClassifier
-from allmlp.models.resize import ResizeWeights
-from allmlp.options import ImageSize
+from allmlp.models.layers import Classifier
+from allmlp.names import import_extra
+from allmlp.options import ImageSize, ResizeWeights
 from allmlp.runtime.device import check_threads
 from allmlp.weights.load import open_model
 
-FormatName = Literal["onnx", "openvino", "torch-export"]
 _ONNX = (("onnx", "export"), ("onnxscript", "export"), ("onnxruntime", "export"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Format:
     """One format of exported files."""
 
     name: str
     suffix: str  # of the file that the runtime is given
     runtime: str  # the package that runs it
-    packages: tuple[tuple[str, str], ...]  # (module, optional group) that exporting needs
+    packages: tuple[tuple[str, str], ...] = ()  # (module, optional group) that exporting needs
     make: Callable[[nn.Module, Tensor, str], Any]  # in a precision, what `write` takes
     write: Callable[[Any, ExportInfo, Path], None]
     open: Callable[[Path, int], ExportedModel]  # with a number of threads
     sidecar: str | None = None  # suffix of a second file, with the weights
     reads: tuple[str, ...] = ()  # suffixes of other formats that the runtime reads too
-    has_int8: bool = True  # `make` gives an ONNX graph, which can be quantised
-    runs_code: bool = False  # opening a file may run what its author wrote
-    notes: tuple[tuple[tuple[str, ...], str], ...] = ()  # (precisions or () for all, text)
+    is_program: bool = False  # no graph to quantise, and opening it may run what its author wrote
+    notes: tuple[tuple[tuple[str, ...], str], ...] = ()  # (precisions, text)
 
     def files(self, path: Path) -> list[Path]:
         """Returns the files of a model; the one that is given to the runtime comes last."""
         return [path] if self.sidecar is None else [path.with_suffix(self.sidecar), path]
 
 
-def choose_format(output: Path, name: str | None = None) -> Format:
-    """Returns the format of an output by its ending, which must agree with the name if given."""
-    found = _by_suffix(output)
-    if found is None or name not in (None, found.name):
+def format_of(path: str | Path) -> Format:
+    """Returns the format of a file by its ending."""
+    suffix = Path(path).suffix.lower()
+    found = next((known for known in FORMATS.values() if known.suffix == suffix), None)
+    if found is None:
         known = ", ".join(f"{known.suffix} ({name})" for name, known in FORMATS.items())
-        kind = f"a file of the format {name}" if name else "a file of a known format"
-        what = f"{output.name!r} does not end like {kind}"
-        raise UserError(what, where="output", fix=f"Known: {known}", code="unknown-name")
+        what = f"not the name of an exported file: {Path(path).name!r}"
+        raise UserError(what, where=path, fix=f"Known: {known}", code="unknown-name")
     return found
 
 
-def _by_suffix(path: str | Path) -> Format | None:
-    suffix = Path(path).suffix.lower()
-    return next((known for known in FORMATS.values() if known.suffix == suffix), None)
-
-
-def is_exported(source: str | Path) -> bool:
-    """Returns whether a name is that of an exported file, by its ending."""
-    return _by_suffix(source) is not None
+def is_exported(source: object) -> bool:
+    """Returns whether something is the name of an exported file, by its ending."""
+    suffixes = [known.suffix for known in FORMATS.values()]
+    return isinstance(source, str | Path) and Path(source).suffix.lower() in suffixes
 
 
 def open_exported(
     path: str | Path, *, runtime: str | None = None, num_threads: int | None = None
 ) -> ExportedModel:
-    """Returns an exported file as a model, in evaluation mode.
+    """Returns an exported file as a model.
 
     Args:
         path: a .onnx file, or the .xml file of a pair for OpenVINO, as `export` writes them.
@@ -90,15 +83,12 @@ def open_exported(
             installed.
     """
     path = expand(path)
-    own = _by_suffix(path)
-    runtimes = {found.runtime: found for found in FORMATS.values() if not found.runs_code}
-    if own is None:
-        known = ", ".join(found.suffix for found in runtimes.values())
-        raise UserError("not an exported file", where=path, fix=f"Known: {known}")
-    if own.runs_code:
+    own = format_of(path)
+    if own.is_program:
         what = "a torch-export file is a program: opening one may run what its author wrote"
         fix = "torch.export.load opens your own; export to .onnx for `mixer predict`"
         raise UserError(what, where=path, fix=fix)
+    runtimes = {found.runtime: found for found in FORMATS.values() if not found.is_program}
     chosen = own if runtime is None else runtimes[one_of("runtime", runtime, runtimes)]
     if own.suffix not in (chosen.suffix, *chosen.reads):
         raise UserError(f"{runtime} does not read {own.suffix} files", where=path)
@@ -112,17 +102,17 @@ def open_exported(
 
 
 def load_any(
-    model: ImageClassifier | str | Path,
+    model: Classifier | str | Path,
     image_size: ImageSize | None = None,
     resize_weights: ResizeWeights | None = None,
-) -> ImageClassifier:
+) -> Classifier:
     """Returns a model in memory, or by its name: weights, or an exported file at its own size."""
-    if not isinstance(model, str | Path) or not is_exported(model):
+    if not (isinstance(model, ExportedModel) or is_exported(model)):
         return open_model(model, image_size, resize_weights or "auto")
     if image_size is not None:
         what = f"image_size={image_size}: an exported file has one image size"
         raise UserError(what, where="image_size", fix="Leave it out, or export it at that size")
-    return open_exported(model)
+    return model if isinstance(model, ExportedModel) else open_exported(model)
 
 
 def _onnx_graph(net: nn.Module, example: Tensor, precision: str) -> Any:
@@ -175,11 +165,10 @@ def _open_openvino(path: Path, num_threads: int) -> ExportedModel:
     core = openvino.Core()
     try:
         model = core.read_model(str(path))
-        places = {name: ["framework", name] for name in ENTRIES}  # where ONNX's own text goes
         entries = {
-            name: str(model.get_rt_info(place).value)
-            for name, place in places.items()
-            if model.has_rt_info(place)
+            name: str(model.get_rt_info(["framework", name]).value)  # where ONNX's own text goes
+            for name in ENTRIES
+            if model.has_rt_info(["framework", name])
         }
         info = _checked(entries, [value.get_any_name() for value in model.inputs], path)
         # A processor with bfloat16 would otherwise use it for float32 files.
@@ -259,13 +248,13 @@ def _unreadable(runtime: str, path: Path, error: Exception) -> UserError:
 
 _ALL = (
     Format(
-        "onnx",
-        ".onnx",
-        "onnxruntime",
-        _ONNX,
-        _onnx_graph,
-        _write_onnx,
-        _open_onnx,
+        name="onnx",
+        suffix=".onnx",
+        runtime="onnxruntime",
+        packages=_ONNX,
+        make=_onnx_graph,
+        write=_write_onnx,
+        open=_open_onnx,
         notes=(
             (
                 ("bfloat16",),
@@ -275,17 +264,20 @@ _ALL = (
         ),
     ),
     Format(
-        "openvino",
-        ".xml",
-        "openvino",
-        (*_ONNX, ("openvino", "openvino")),
-        _onnx_graph,
-        _write_openvino,
-        _open_openvino,
+        name="openvino",
+        suffix=".xml",
+        runtime="openvino",
+        packages=(*_ONNX, ("openvino", "openvino")),
+        make=_onnx_graph,
+        write=_write_openvino,
+        open=_open_openvino,
         sidecar=".bin",
         reads=(".onnx",),
         notes=(
-            ((), "OpenVINO reads two files, the .xml and the .bin beside it: move both"),
+            (
+                ("float32", "bfloat16", "int8"),
+                "OpenVINO reads two files, the .xml and the .bin beside it: move both",
+            ),
             (
                 ("float32", "int8"),
                 "set INFERENCE_PRECISION_HINT to f32, as here, or OpenVINO computes in bfloat16 "
@@ -294,15 +286,13 @@ _ALL = (
         ),
     ),
     Format(
-        "torch-export",
-        ".pt2",
-        "torch",
-        (),
-        _program,
-        _write_program,
-        _open_program,
-        has_int8=False,
-        runs_code=True,
+        name="torch-export",
+        suffix=".pt2",
+        runtime="torch",
+        make=_program,
+        write=_write_program,
+        open=_open_program,
+        is_program=True,
     ),
 )
 FORMATS = {format.name: format for format in _ALL}

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,7 +27,6 @@ from allmlp.errors import UserError
 
 STANDARD_INPUT = "-"
 AnyImage = str | Path | bytes | np.ndarray | Image.Image
-_BLOCK = 2**16  # bytes
 _LARGEST_DOWNLOAD, _SECONDS = 2**28, 30  # bytes; without an answer
 
 
@@ -60,25 +59,22 @@ def _download(url: str) -> bytes:
     return content
 
 
-def find_images(
-    inputs: AnyImage | Iterable[AnyImage], listed: Sequence[str] | None = None
-) -> Source:
+def find_images(inputs: Sequence[AnyImage], listed: Sequence[str] | None = None) -> Source:
     """Returns the images that the inputs name or are, in that order.
 
     Args:
         inputs: any number of images of any kind, "-" once at most; or one data source alone.
         listed: the paths that "-" means; None reads them from standard input.
     """
-    given: list[Any] = [inputs] if isinstance(inputs, AnyImage) else list(inputs)
-    if not given:
+    if not inputs:
         raise UserError("no images given", fix="Give files, folders or patterns such as 'a/*.jpg'")
-    if sum(isinstance(item, str) and item == STANDARD_INPUT for item in given) > 1:
+    if sum(isinstance(item, str) and item == STANDARD_INPUT for item in inputs) > 1:
         raise UserError("'-' is given more than once: standard input is read once", fix="Give one")
-    if len(given) == 1 and _names_data(given[0]):
-        return open_source(str(given[0]), labels="any")
+    if len(inputs) == 1 and _names_data(inputs[0]):
+        return open_source(str(inputs[0]), labels="any")
     passed_over: Counter[str] = Counter()
     encoded: dict[int, bytes] = {}
-    paths = PackedStrings(_names(given, listed, passed_over, encoded))
+    paths = PackedStrings(_names(inputs, listed, passed_over, encoded))
     return unlabelled(GivenImages(paths, encoded=encoded), "images", passed_over_note(passed_over))
 
 
@@ -87,7 +83,7 @@ def _names_data(item: AnyImage) -> bool:
 
 
 def _names(
-    inputs: list[AnyImage],
+    inputs: Sequence[AnyImage],
     listed: Sequence[str] | None,
     passed_over: Counter[str],
     encoded: dict[int, bytes],
@@ -112,31 +108,27 @@ def _names(
             yield name
 
 
-def _encoded(image: object, position: int) -> bytes:
+def _encoded(image: Any, position: int) -> bytes:
     """Returns an image in memory as a file of the same pixels."""
     if isinstance(image, bytes):
         return image
     try:
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8:
-                raise ValueError(f"an array of {image.dtype} instead of uint8")
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
             return encode_png(image[..., 0] if image.shape[2:] == (1,) else image)
         if isinstance(image, Image.Image):
-            opaque = image if image.mode not in ("CMYK", "YCbCr", "LAB", "HSV") else None
+            is_of_png = image.mode not in ("CMYK", "YCbCr", "LAB", "HSV")
             file = io.BytesIO()
-            (opaque or image.convert("RGB")).save(file, "PNG", exif=image.getexif())
+            (image if is_of_png else image.convert("RGB")).save(file, "PNG", exif=image.getexif())
             return file.getvalue()
+        raise TypeError(f"{getattr(image, 'dtype', type(image).__name__)} is not an image")
     except (OSError, TypeError, ValueError) as error:
         what = f"image {position} cannot be used: {error}"
-        fix = "Give uint8 arrays (H, W) or (H, W, 3), PIL images, encoded bytes or paths"
+        fix = "Give uint8 arrays (H, W) or (H, W, 3), PIL images, encoded bytes, paths or URLs"
         raise UserError(what, fix=fix, code="wrong-type") from error
-    what = f"image {position} is a {type(image).__name__}"
-    raise UserError(what, fix="Give a path, URL, PIL image, array or bytes", code="wrong-type")
 
 
 def _files(given: str, passed_over: Counter[str]) -> Iterator[str]:
     path = Path(os.path.expanduser(given))
-    number = 0
     if path.is_dir():
         names = scan_images(str(path), passed_over=passed_over)
         found = (os.path.join(path, name) for name in names)
@@ -144,20 +136,15 @@ def _files(given: str, passed_over: Counter[str]) -> Iterator[str]:
         found = iter([str(path)])
     else:
         found = filter(os.path.isfile, sorted(glob.glob(str(path), recursive=True)))
-    for name in found:
-        number += 1
-        yield name
-    if number:
-        return
-    if not path.is_dir():
+    first = next(found, None)
+    if first is not None:
+        yield first
+        yield from found
+    elif path.is_dir():
+        raise no_images(path)
+    else:
         what = f"no such file or folder: {given!r}"
         raise UserError(what, where=path.absolute(), code="not-found")
-    if any(path.glob("*.tar")):
-        what = f"the folder has tar files and no index of them: {given!r}"
-        fix = f"Write one, once: mixer data index {path}"
-        fix += " (with --unlabelled where the images have no labels)"
-        raise UserError(what, where=path.absolute(), fix=fix)
-    raise no_images(path)
 
 
 def read_list() -> PackedStrings:
@@ -169,23 +156,12 @@ def read_list() -> PackedStrings:
     if stream.isatty():
         what = "'-' reads a list of images, and standard input is a terminal"
         raise UserError(what, fix="find FOLDER -name '*.jpg' | mixer predict MODEL -")
-    paths = PackedStrings(_separated(stream))
+    data = stream.read()
+    # A path may hold a newline only if zero bytes separate them.
+    lines = data.split(b"\0" if b"\0" in data else b"\n")
+    paths = PackedStrings(
+        os.fsdecode(line) for line in (x.removesuffix(b"\r") for x in lines) if line
+    )
     if not len(paths):
         raise UserError("no images on standard input", where="-", fix="Give one path per line")
     return paths
-
-
-def _separated(stream: IO[bytes]) -> Iterator[str]:
-    """The paths, as they come; they may hold a newline only if zero bytes separate them."""
-    block = stream.read(_BLOCK)
-    separator, rest = b"\0" if b"\0" in block else b"\n", b""
-    while block:
-        *whole, rest = (rest + block).split(separator)
-        yield from (os.fsdecode(path) for path in map(_bare, whole) if path)
-        block = stream.read(_BLOCK)
-    if _bare(rest):
-        yield os.fsdecode(_bare(rest))
-
-
-def _bare(path: bytes) -> bytes:
-    return path.removesuffix(b"\r")

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from allmlp.deploy.extras import import_extra
 from allmlp.deploy.formats import onnx_session
 from allmlp.deploy.onnx_graph import copied, layer_of
 from allmlp.errors import UserError
+from allmlp.names import import_extra
 
 # Ranges that are tried: they hold the activations of this fraction of the batches. One that leaves
 # out the rare extremes is finer for all the rest.
@@ -34,8 +35,9 @@ _TYPES = ["MatMul", "Gemm"]
 class Int8:
     """A graph and the ranges of its activations on batches of inputs; it makes int8 graphs.
 
-    Of `QUANTILES` it takes the one that changes the logits least. `sensitivity` is what each layer
-    alone changes, by node, and empty until `most_sensitive` is called.
+    Of `QUANTILES` it takes the one that changes the logits least. `ranked` has the layers, the most
+    sensitive first, and `sensitivity` what each alone changes, by node; both are empty until a
+    layer is to stay in float32.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class Int8:
         if len(self.layers) < 2:  # the head alone is not worth it
             what = f"int8 is for dense layers, and this model has next to none: {summary}"
             raise UserError(what, fix="Export it in float32", code="unsupported")
-        self.graph, self.num_threads, self.sensitivity = (graph, num_threads, dict[str, float]())
+        self.graph, self.num_threads = graph, num_threads
+        self.ranked: list[tuple[str, str]] = []
+        self.sensitivity: dict[str, float] = {}
         self._ranges = self._measure(batches, folder)
         self._exact = self._logits(graph)
         errors = {quantile: self._error(self._quantized([], quantile)) for quantile in QUANTILES}
@@ -58,18 +62,15 @@ class Int8:
 
     def quantized(self, num_float32: int) -> tuple[Any, list[str]]:
         """Returns the graph with that many layers in float32, and their names."""
-        kept = self.most_sensitive()[:num_float32] if num_float32 else []
-        graph = self._quantized([node for node, _ in kept], self.quantile)
-        return graph, [layer for _, layer in kept]
-
-    def most_sensitive(self) -> list[tuple[str, str]]:
-        """Returns `layers`, the most sensitive first."""
-        if not self.sensitivity:
+        if num_float32 and not self.ranked:
             nodes = [node for node, _ in self.layers]
             for node in nodes:
                 alone = self._quantized([other for other in nodes if other != node], self.quantile)
                 self.sensitivity[node] = self._error(alone)
-        return sorted(self.layers, key=lambda layer: -self.sensitivity[layer[0]])
+            self.ranked = sorted(self.layers, key=lambda layer: -self.sensitivity[layer[0]])
+        kept = self.ranked[:num_float32]
+        graph = self._quantized([node for node, _ in kept], self.quantile)
+        return graph, [layer for _, layer in kept]
 
     def _measure(self, batches: Iterable[np.ndarray], folder: Path) -> list[dict[str, Any]]:
         """Returns the range of every activation in each batch, by name; keeps the first images."""
@@ -83,15 +84,12 @@ class Int8:
                 first.append(batch[: _IMAGES_TO_JUDGE - self.num_images])
             self.num_images += len(batch)
             calibrator.calibrate_tensors_range = None  # of this batch alone
-            calibrator.collect_data(_Once(batch))
+            reader = iter([{"images": batch}, None])
+            calibrator.collect_data(SimpleNamespace(get_next=lambda reader=reader: next(reader)))
             ranges.append(dict(calibrator.compute_data().items()))
         if not first:
             raise UserError("no image to calibrate with", where="calibration", code="no-images")
         self._images = np.concatenate(first)
-        for name in ranges[0]:
-            if not np.isfinite([found[name].range_value for found in ranges]).all():
-                what = f"the model computes values that are not finite ({name})"
-                raise UserError(what, where="calibration", fix="Are the weights damaged?")
         return ranges
 
     def _quantized(self, float32: list[str], quantile: float) -> Any:
@@ -133,16 +131,6 @@ class Int8:
         starts = range(0, len(self._images), 8)
         batches = (self._images[start : start + 8] for start in starts)
         return np.concatenate([session.run(None, {"images": batch})[0] for batch in batches])
-
-
-class _Once:
-    """A reader of one batch, as ONNX Runtime's calibrator takes it."""
-
-    def __init__(self, batch: np.ndarray) -> None:
-        self._batches = iter([{"images": batch}])
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self._batches, None)
 
 
 def dense_layers(graph: Any) -> list[tuple[str, str]]:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from allmlp.data.permutation import pixel_order
-from allmlp.deploy.extras import import_extra
 from allmlp.errors import UserError
 from allmlp.models.layers import ImageClassifier, preprocessing_of
+from allmlp.names import import_extra
 
 OPSET = 20  # the first with a GELU of its own
 LARGEST = 2**31 - 2**20  # bytes: what a protobuf message can hold, less the graph itself
@@ -40,13 +40,11 @@ class Uint8Input(nn.Module):
     def __init__(self, model: ImageClassifier) -> None:
         super().__init__()
         self.model = model
-        preprocessing = preprocessing_of(model)
-        order = pixel_order(preprocessing)
+        how = preprocessing_of(model)
+        order = pixel_order(how)
         self.register_buffer("order", None if order is None else torch.from_numpy(order))
-        for name in ("mean", "std"):
-            value = getattr(preprocessing, name)
-            values = value if isinstance(value, tuple) else (value,) * preprocessing.channels
-            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
+        for name, value in (("mean", how.mean), ("std", how.std)):
+            self.register_buffer(name, torch.tensor(value).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the logits (N, num_classes) of uint8 images (N, H, W, channels)."""
@@ -58,13 +56,10 @@ class Uint8Input(nn.Module):
 
 def graph_module(model: ImageClassifier, *, uint8_input: bool) -> tuple[nn.Module, Tensor]:
     """Returns the module to export, in evaluation mode, and an example of its input, N = 2."""
-    config = model.config
-    height, width = config.image_size
-    random = torch.Generator().manual_seed(0)
+    channels, (height, width) = model.config.in_channels, model.config.image_size
     if uint8_input:
-        shape = (2, height, width, config.in_channels)
-        return Uint8Input(model).eval(), torch.randint(0, 256, shape, generator=random).byte()
-    return model.eval(), torch.randn(2, config.in_channels, height, width, generator=random)
+        return Uint8Input(model).eval(), torch.zeros(2, height, width, channels, dtype=torch.uint8)
+    return model.eval(), torch.zeros(2, channels, height, width)
 
 
 def to_onnx(net: nn.Module, example: Tensor) -> Any:

@@ -1,24 +1,36 @@
-"""A model and a source of images -> rows, a batch at a time; nothing is kept.
+"""A model and images -> rows of predictions, a batch at a time -> a table, written as they come.
+
+CSV and Parquet have the columns path, then class_1, probability_1, class_2, ... or feature_0,
+feature_1, ... (Parquet: one column of lists, features), then error.
 
 Shapes: N images of a batch, K classes, C features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import csv
+import json
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from allmlp.data.source import Source
-from allmlp.deploy.exported_model import ExportedModel
-from allmlp.errors import UserError, at_least
+from allmlp.errors import UserError
 from allmlp.evaluation.predictor import Predictor
-from allmlp.models.layers import ImageClassifier, classes_of
+from allmlp.io import atomic_write, path_in_errors
+from allmlp.models.layers import Classifier, ImageClassifier, classes_of
+from allmlp.names import import_extra
 
 NOT_FINITE = "the model's numbers for this image are not finite"
+FORMATS = (".csv", ".json", ".jsonl", ".parquet")
+_ROW_GROUP = 2**20  # numbers in a row group of Parquet: what is held in memory
 
 
 @dataclass(frozen=True)
@@ -48,11 +60,6 @@ class Columns:
     width: int
     features: bool = False
 
-    @property
-    def top_k(self) -> int | None:
-        """The number of classes; None for features."""
-        return None if self.features else self.width
-
     def names(self) -> list[str]:
         """Returns the names of the columns of a flat table."""
         if self.features:
@@ -62,14 +69,13 @@ class Columns:
 
 
 def choose_columns(
-    model: ImageClassifier, *, top_k: int | None = None, features: bool = False
+    model: Classifier, *, top_k: int | None = None, features: bool = False
 ) -> Columns:
     """Returns what the rows of a model hold: top_k classes, at most as many as there are, or 5."""
-    at_least("top_k", top_k, 1)
     if not features:
         return Columns(min(top_k or 5, len(classes_of(model, or_numbers=True))))
-    if isinstance(model, ExportedModel):
-        what = "an exported file gives classes, not features"
+    if not isinstance(model, ImageClassifier):
+        what = f"{model} gives classes, not features"
         raise UserError(what, where="features", fix="Use the model that it was made from")
     if type(model).features is ImageClassifier.features:
         what = f"the model gives no features: {type(model).__name__} defines no features()"
@@ -95,10 +101,7 @@ def row_values(
 
     def features(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values = predictor.features(images)
-        if values.shape[1] != columns.width:
-            what = f"features() gave {values.shape[1]} numbers per image, not {columns.width}"
-            raise UserError(what, where=type(predictor.model).__name__)
-        none = torch.empty(len(images), 0, dtype=torch.int64)
+        none = torch.empty(len(values), 0, dtype=torch.int64)
         return values, none, values.isfinite().all(dim=1)
 
     return features if columns.features else classes
@@ -122,3 +125,116 @@ def predict_rows(
                 pairs = zip(order.tolist(), values.tolist(), strict=True)
                 rows[index] = Prediction(path, [(names[k], value) for k, value in pairs])
         yield [rows[index] for index in sorted(rows)]
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def check_table(suffix: str) -> None:
+    """Raises UserError for a format whose package is not installed."""
+    if suffix == ".parquet":
+        import_extra("pyarrow.parquet", "data")
+
+
+def write_table(path: Path | None, suffix: str, batches: Iterable[Rows], columns: Columns) -> None:
+    """Writes rows atomically, one batch in memory at a time; to standard output without a path."""
+
+    def write(partial: Path) -> None:
+        if suffix == ".parquet":
+            _write_parquet(partial, batches, columns)
+        else:
+            with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+                _WRITERS[suffix](file, batches, columns)
+
+    if path is not None:
+        with writing(path):
+            atomic_write(path, write)
+        return
+    with path_in_errors(Path("standard output")):
+        _WRITERS[suffix](sys.stdout, batches, columns)
+        sys.stdout.flush()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an error of the disk into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        what = f"cannot write the predictions: {error.strerror or error}"
+        raise UserError(what, where=path, fix="Give another output", code="disk") from error
+
+
+def _write_csv(file: TextIO, batches: Iterable[Rows], columns: Columns) -> None:
+    names = columns.names()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["path", *names, "error"])
+    for rows in batches:
+        for row in rows:
+            if row.features is not None:
+                cells = [str(value) for value in row.features]  # a float32 in the fewest digits
+            else:
+                cells = [cell for name, value in row.classes for cell in (name, f"{value:.6f}")]
+            cells += [""] * (len(names) - len(cells))
+            writer.writerow([row.path, *cells, row.error or ""])
+
+
+def _write_jsonl(file: TextIO, batches: Iterable[Rows], columns: Columns) -> None:
+    for rows in batches:
+        file.writelines(f"{json.dumps(_json_of(row, columns))}\n" for row in rows)
+
+
+def _write_json(file: TextIO, batches: Iterable[Rows], columns: Columns) -> None:
+    before = "[\n  "
+    for rows in batches:
+        for row in rows:
+            text = json.dumps(_json_of(row, columns), indent=2).replace("\n", "\n  ")
+            file.write(f"{before}{text}")
+            before = ",\n  "
+    file.write("[]\n" if before[0] == "[" else "\n]\n")
+
+
+_WRITERS = {".csv": _write_csv, ".json": _write_json, ".jsonl": _write_jsonl}
+
+
+def _json_of(row: Prediction, columns: Columns) -> dict[str, Any]:
+    values: dict[str, Any] = {"path": row.path}
+    if columns.features:
+        numbers = [] if row.features is None else row.features
+        values["features"] = [float(str(number)) for number in numbers]
+    else:
+        values["classes"] = [{"class": name, "probability": value} for name, value in row.classes]
+    if row.error is not None:
+        values["error"] = row.error
+    return values
+
+
+def _write_parquet(path: Path, batches: Iterable[Rows], columns: Columns) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    names = ["features"] if columns.features else columns.names()
+    kinds = {"class": pa.string(), "probability": pa.float32(), "features": pa.list_(pa.float32())}
+    middle = [(name, kinds[name.partition("_")[0]]) for name in names]
+    schema = pa.schema([("path", pa.string()), *middle, ("error", pa.string())])
+
+    def flat(row: Prediction) -> dict[str, Any]:
+        cells = [cell for pair in row.classes for cell in pair]
+        values = [row.features] if columns.features else cells  # none of a bad image: null
+        texts = {"path": _as_text(row.path), "error": row.error and _as_text(row.error)}
+        return {**texts, **dict(zip(names, values, strict=False))}
+
+    with parquet.ParquetWriter(path, schema) as writer:
+        gathered: list[dict[str, Any]] = []  # every row group has a cost of its own
+        for rows in batches:
+            gathered += map(flat, rows)
+            if len(gathered) >= max(1, _ROW_GROUP // (columns.width + 1)):
+                writer.write_table(pa.Table.from_pylist(gathered, schema))
+                gathered.clear()
+        if gathered:
+            writer.write_table(pa.Table.from_pylist(gathered, schema))
+
+
+def _as_text(text: str) -> str:
+    """Bytes of a path that are not UTF-8 are written as \\xff, since Parquet takes text only."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")

@@ -33,8 +33,8 @@ from allmlp.inspection.attribution import (
 )
 from allmlp.inspection.figures import blend, unit_pixels
 from allmlp.inspection.inspect import FIRST_LAYERS, STRONGEST
-from allmlp.inspection.units import model_units
-from allmlp.models.layers import ImageClassifier, classes_of, preprocessing_of
+from allmlp.inspection.units import ModelUnits, model_units
+from allmlp.models.layers import Classifier, ImageClassifier, classes_of, preprocessing_of
 
 BATCH_SIZE = 8  # between two batches a request whose client has gone is given up
 _NO_UNITS = (
@@ -84,7 +84,7 @@ class Service:
 
     def __init__(
         self,
-        model: ImageClassifier,
+        model: Classifier,
         name: str,
         *,
         top_k: int | None = None,
@@ -101,10 +101,12 @@ class Service:
             model, device=device, precision=precision, batch_size=BATCH_SIZE, num_workers=0
         )
         self.model = self._predictor.model
-        self._units = model_units(model)
-        self._layers = [layer.number for layer in self._units.layers]
-        is_exported = isinstance(model, ExportedModel)
-        self._no_units = _NO_UNITS if is_exported else " ".join(self._units.notes)
+        self._units: ModelUnits | None = None
+        self._layers, self._no_units = [], _NO_UNITS
+        if isinstance(model, ImageClassifier):
+            self._units = model_units(model)
+            self._layers = [layer.number for layer in self._units.layers]
+            self._no_units = " ".join(self._units.notes)
         self._no_map = ""
         try:
             self._covered = occlusion_places(model)[2][..., 0].size
@@ -114,9 +116,9 @@ class Service:
     def about(self) -> dict[str, Any]:
         """Returns what is served: the model, what can be drawn of it, and the limits."""
         model, preprocessing, limits = (self.model, preprocessing_of(self.model), self.limits)
-        precision, runtime = self._predictor.precision, "torch"
+        precision = self._predictor.precision
         if isinstance(model, ExportedModel):
-            precision, runtime = model.info.precision, model.runtime
+            precision = model.info.precision
         return {
             "name": self.name,
             "source": self.source,
@@ -125,7 +127,7 @@ class Service:
             "image_size": list(preprocessing.image_size),
             "channels": preprocessing.channels,
             "precision": precision,
-            "runtime": runtime,
+            "runtime": model.runtime or "torch",
             "top_k": self.columns.width,
             "occlusion": {"covered_images": self._covered, "note": self._no_map},
             "units": {"layers": self._layers, "note": "" if self._layers else self._no_units},
@@ -180,8 +182,9 @@ class Service:
 
     def units(self, file: File, check: Check, layer: int | None = None) -> dict[str, Any]:
         """Returns the response maps of the units that add most, of a layer or the first three."""
-        if not self._layers:
+        if not self._layers or self._units is None:
             raise UserError(self._no_units)
+        assert isinstance(self.model, ImageClassifier)
         name, image, pixels = self._open(file)
         layers = []
         for number in self._layers[:FIRST_LAYERS] if layer is None else [layer]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,9 +24,9 @@ from allmlp.data.source import BadImage, Source, subset
 from allmlp.data.transforms import normalize
 from allmlp.errors import UserError
 from allmlp.models.inference import Inference, choose_precision
-from allmlp.models.layers import ImageClassifier, preprocessing_of
+from allmlp.models.layers import Classifier, ImageClassifier, preprocessing_of
 from allmlp.preprocessing import Preprocessing
-from allmlp.runtime.device import to_device
+from allmlp.runtime.device import check_device_of_exported, step_threads, to_device
 from allmlp.runtime.world import World
 
 Compute = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
@@ -77,7 +78,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: ImageClassifier,
+        model: Classifier,
         *,
         device: str | None = None,
         precision: str | None = None,
@@ -89,13 +90,18 @@ class Predictor:
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}", where="batch_size")
-        self.model = to_device(model, device)
-        self.precision, self.why = choose_precision(self.model, precision, default_precision)
+        self.model = model
+        self._inference: Inference | None = None
+        if isinstance(model, ImageClassifier):
+            self.model = to_device(model, device)
+            self.precision, self.why = choose_precision(self.model, precision, default_precision)
+            self._inference = Inference(self.model, self.precision)
+        else:
+            check_device_of_exported(device)
+            self.precision, self.why = "float32", "of the file"
+        self.device = self.model.device
         self.preprocessing = preprocessing or preprocessing_of(model)
         self.batch_size, self.num_workers, self.timeout = batch_size, num_workers, timeout
-        self._inference = Inference(self.model, self.precision)
-        self.device = self._inference.device
-        self._takes_pixels = getattr(model, "on_processor_only", False)  # an exported file does
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
@@ -104,20 +110,25 @@ class Predictor:
         Args:
             images: uint8 (N, channels, H, W) of the model's size.
         """
-        if self._takes_pixels:
+        if self._inference is None:  # an exported file takes pixels
             return self.model(images).float()
-        with self._inference.few_threads(len(images)):
+        with self._few_threads(len(images)):
             return self._inference.logits(self._normalized(images))
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
         """Returns the pooled features, float32 (N, C), on the device; `images` as of `logits`."""
-        with self._inference.few_threads(len(images)):
+        if self._inference is None:
+            raise UserError(f"{self.model} gives logits, not features")
+        with self._few_threads(len(images)):
             features = self._inference.features(self._normalized(images))
         if features.dim() != 2 or len(features) != len(images):
             what = f"features() gave {tuple(features.shape)} for {len(images)} images, not (N, C)"
             raise UserError(what, where=type(self.model).__name__)
         return features
+
+    def _few_threads(self, num_images: int) -> AbstractContextManager[None]:
+        return step_threads(self.device, self.model.config.flops * num_images)
 
     def _normalized(self, images: Tensor) -> Tensor:
         return normalize(images.to(self.device), self.preprocessing)
@@ -170,7 +181,7 @@ class Predictor:
         for batch in batches:
             values: Tensor | tuple[Tensor, ...] = ()
             if len(batch.labels):
-                with torch.inference_mode(), self._inference.few_threads(len(batch.labels)):
+                with torch.inference_mode(), self._few_threads(len(batch.labels)):
                     values = compute(batch.images)
             values = (values,) if isinstance(values, Tensor) else values
             pending.append((batch, _Transfer((batch.labels, *values), stream)))

@@ -20,15 +20,13 @@ from allmlp.environment import environment_info
 from allmlp.errors import UserError
 from allmlp.io import STANDARD_OUTPUT, atomic_write, check_output_file, expand, read_json
 from allmlp.models.catalog import architecture_name, config_to_json
-from allmlp.models.layers import ImageClassifier, preprocessing_of
+from allmlp.models.layers import Classifier, preprocessing_of
 from allmlp.names import NAME, is_format
 
 FORMAT, VERSION = "allmlp measurement", 1
 
 
-def measurement(
-    kind: str, model: ImageClassifier | None, figures: dict[str, Any]
-) -> dict[str, Any]:
+def measurement(kind: str, model: Classifier | None, figures: dict[str, Any]) -> dict[str, Any]:
     """Returns a measurement as JSON values.
 
     Args:
@@ -36,22 +34,22 @@ def measurement(
         model: that was measured; None where the numbers are of several.
         figures: the numbers, by names of the kind.
     """
-    device = torch.device("cpu") if model is None else next(model.parameters()).device
+    device = torch.device("cpu") if model is None else model.device
     values: dict[str, Any] = {"format": FORMAT, "version": VERSION, "kind": kind}
     if model is not None:
         values["model"] = describe(model)
     return {**values, "environment": environment_info(device), **figures}
 
 
-def describe(model: ImageClassifier) -> dict[str, Any]:
+def describe(model: Classifier) -> dict[str, Any]:
     """Returns a model as JSON values: name, source, architecture, size, preprocessing."""
     return {
         "name": architecture_name(model.config) or model.config.summary(),
         "source": model.source,
-        **({"runtime": model.runtime} if hasattr(model, "runtime") else {}),  # of an exported file
+        **({"runtime": model.runtime} if model.runtime else {}),  # of an exported file
         "architecture": config_to_json(model.config),
         "image_size": list(model.config.image_size),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": model.num_parameters,
         "flops": model.config.flops,
         "preprocessing": preprocessing_of(model).to_json(),
     }

@@ -28,7 +28,7 @@ from allmlp.inspection.units import (
 )
 from allmlp.io import expand
 from allmlp.models.inference import evaluating
-from allmlp.models.layers import ImageClassifier, preprocessing_of
+from allmlp.models.layers import Classifier, ImageClassifier, preprocessing_of
 from allmlp.runtime.device import step_threads
 
 
@@ -68,7 +68,7 @@ class Occlusion:
         return {"class": values.pop("name"), "class_index": values.pop("label"), **values}
 
 
-def read_image(path: str | Path, model: ImageClassifier) -> tuple[Tensor, NDArray[np.uint8]]:
+def read_image(path: str | Path, model: Classifier) -> tuple[Tensor, NDArray[np.uint8]]:
     """Returns the input of the model, (1, channels, H, W), and its pixels (H, W, channels)."""
     place = expand(path)
     try:
@@ -79,9 +79,7 @@ def read_image(path: str | Path, model: ImageClassifier) -> tuple[Tensor, NDArra
     return decode_image(data, place, model)
 
 
-def decode_image(
-    data: bytes, where: object, model: ImageClassifier
-) -> tuple[Tensor, NDArray[np.uint8]]:
+def decode_image(data: bytes, where: object, model: Classifier) -> tuple[Tensor, NDArray[np.uint8]]:
     """Returns what `read_image` does, from an encoded file in memory; `where` names it."""
     rules = preprocessing_of(model)
     image = EncodedImage(data, where, rules.channels, exif_orientation=rules.exif_orientation)
@@ -147,7 +145,7 @@ def strongest(responses: Sequence[UnitResponse], most: int) -> list[UnitResponse
 
 
 def occlusion(
-    model: ImageClassifier,
+    model: Classifier,
     image: Tensor,
     *,
     window: int | None = None,
@@ -185,9 +183,10 @@ def occlusion(
     return Occlusion(label, name, float(whole[label]), drop, places, total / count, window, stride)
 
 
-def _occlusion_grid(model: ImageClassifier) -> tuple[int, int, tuple[int, int]]:
+def _occlusion_grid(model: Classifier) -> tuple[int, int, tuple[int, int]]:
     """Patches in a column, in a row, and the (height, width) of one (one step of the stem)."""
-    stem, grid = stem_convolution(model), patch_grid(model)
+    stem = stem_convolution(model) if isinstance(model, ImageClassifier) else None
+    grid = patch_grid(model)
     height, width = model.config.image_size
     if stem is not None:
         down, right = int(stem.stride[0]), int(stem.stride[1])
@@ -199,7 +198,7 @@ def _occlusion_grid(model: ImageClassifier) -> tuple[int, int, tuple[int, int]]:
 
 
 def occlusion_places(
-    model: ImageClassifier, window: int | None = None, stride: int | None = None
+    model: Classifier, window: int | None = None, stride: int | None = None
 ) -> tuple[int, int, NDArray[np.int64]]:
     """Returns the window's side, the stride, and all positions of the window (rows, columns, 2).
 
@@ -218,7 +217,7 @@ def occlusion_places(
 
 
 @torch.inference_mode()
-def _probabilities(model: ImageClassifier, images: Tensor) -> Floats:
+def _probabilities(model: Classifier, images: Tensor) -> Floats:
     weight = getattr(getattr(model, "head", None), "weight", None)
     is_new = weight is not None and not bool(weight.any())
     if model.config.num_classes == 0 or is_new:
@@ -230,7 +229,8 @@ def _probabilities(model: ImageClassifier, images: Tensor) -> Floats:
     return probabilities
 
 
-def _run(model: ImageClassifier, images: Tensor) -> Tensor:
-    device = next(model.parameters()).device
-    with evaluating(model), step_threads(device, model.config.flops * len(images)):
-        return model(images.to(device))
+def _run(model: Classifier, images: Tensor) -> Tensor:
+    if not isinstance(model, ImageClassifier):
+        return model(images)
+    with evaluating(model), step_threads(model.device, model.config.flops * len(images)):
+        return model(images.to(model.device))

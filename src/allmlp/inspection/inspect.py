@@ -47,8 +47,8 @@ from allmlp.models.layers import ImageClassifier
 from allmlp.models.resize import ResizeWeights
 from allmlp.options import ImageSize, Options, make
 from allmlp.plots import writer
-from allmlp.runtime.device import check_has_weights, to_device
-from allmlp.weights.load import load_model
+from allmlp.runtime.device import to_device
+from allmlp.weights.load import open_model
 
 FIRST_LAYERS, STRONGEST = 3, 4
 
@@ -225,14 +225,8 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
 
 
 def _loaded(model: AnyModel, options: InspectOptions, name: str) -> tuple[ImageClassifier, str]:
-    if isinstance(model, ImageClassifier):
-        check_has_weights(model)
-        if options.image_size is not None:
-            fix = "Give it to load_model, or give a path"
-            raise UserError("image_size is for a model that is loaded from a path", fix=fix)
-        return model, name
-    resize = {"image_size": options.image_size, "resize_weights": options.resize_weights}
-    return load_model(model, **resize), str(model)
+    net = open_model(model, options.image_size, options.resize_weights)
+    return net, str(model) if isinstance(model, str | Path) else name
 
 
 def _responses(

@@ -45,16 +45,13 @@ def choose_precision(
     model: ImageClassifier, name: str | None, default: str = "float32"
 ) -> tuple[str, str]:
     """Returns the precision of a model's matmuls without gradients, and why; "auto" takes bfloat16
-    if the device is fast at it and the model large enough. An exported file has its own."""
-    if getattr(model, "on_processor_only", False):
-        return "float32", "of the file"
+    if the device is fast at it and the model large enough."""
     why = "chosen" if name else "the default"
     name = str(one_of("precision", name or default, PRECISIONS, where="precision"))
-    device = next(model.parameters()).device
     if name == "auto":
-        return fast_precision(device, model.config.flops * _IMAGES)
+        return fast_precision(model.device, model.config.flops * _IMAGES)
     if name == "bfloat16":
-        check_bfloat16(device)
+        check_bfloat16(model.device)
     return name, why
 
 
@@ -68,10 +65,9 @@ class Inference:
 
     def __init__(self, model: ImageClassifier, precision: str = "float32") -> None:
         self.model, self.precision = model, precision
-        self.device = next(model.parameters()).device
-        is_exported = getattr(model, "on_processor_only", False)  # and has no weights
+        self.device = model.device
         is_large = model.config.flops * _IMAGES >= SMALL_STEP
-        can = self.device.type == "cpu" and not is_exported and is_large and can_pack(precision)
+        can = self.device.type == "cpu" and is_large and can_pack(precision)
         self.packed, self.most = can and bool(packable(model)), None
         self._network = model
         if self.packed:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Set
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,29 @@ def lecun_normal_(weight: Tensor) -> Tensor:
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
+class Classifier(Protocol):
+    """What gives logits and says what they mean: an `ImageClassifier` or an exported file.
+
+    An exported file takes pixels as well, has no weights and computes on the CPU.
+    """
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def class_names(self) -> list[str] | None: ...
+    @property
+    def preprocessing(self) -> Preprocessing | None: ...
+    @property
+    def source(self) -> str | None: ...
+    @property
+    def runtime(self) -> str | None: ...  # of an exported file: its name and version
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def num_parameters(self) -> int: ...
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
 class ImageClassifier(nn.Module):
     """The frame of every model here: images in, logits or features out, and what travels with it.
 
@@ -99,6 +122,7 @@ class ImageClassifier(nn.Module):
     head: nn.Linear | None
     preprocessing: Preprocessing | None = None
     source: str | None = None
+    runtime: str | None = None  # torch
     why_one_size: ClassVar[str] = "its token-mixing MLPs have one weight for each patch"
 
     _class_names: list[str] | None = None
@@ -116,6 +140,16 @@ class ImageClassifier(nn.Module):
     def class_names(self, names: Iterable[str] | None) -> None:
         count = self.config.num_classes
         self._class_names = None if names is None else checked_names(names, count)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of trained values."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def features(self, images: Tensor) -> Tensor:
         """Returns the pooled features (N, C) that the head reads, of images (N, channels, H, W)."""
@@ -139,20 +173,25 @@ class ImageClassifier(nn.Module):
 
     def check_images(self, images: Tensor) -> None:
         """Raises ValueError unless `images` has the shape that this model was built for."""
-        height, width = self.config.image_size
-        if images.dim() != 4:
-            raise ValueError(f"expected images (N, channels, H, W), got {tuple(images.shape)}")
-        if images.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"the model was built for {self.config.in_channels} input channels, "
-                f"the images have {images.shape[1]}"
-            )
-        if tuple(images.shape[2:]) != (height, width):
-            raise ValueError(
-                f"the model was built for images of {height}x{width} pixels, got "
-                f"{images.shape[2]}x{images.shape[3]}: {self.why_one_size}. "
-                "Resize the images or create the model with that image_size"
-            )
+        check_image_shape(images, self.config, self.why_one_size)
+
+
+def check_image_shape(images: Tensor, config: Any, why_one_size: str) -> None:
+    """Raises ValueError unless `images` has the shape that a model was built for."""
+    height, width = config.image_size
+    if images.dim() != 4:
+        raise ValueError(f"expected images (N, channels, H, W), got {tuple(images.shape)}")
+    if images.shape[1] != config.in_channels:
+        raise ValueError(
+            f"the model was built for {config.in_channels} input channels, "
+            f"the images have {images.shape[1]}"
+        )
+    if tuple(images.shape[2:]) != (height, width):
+        raise ValueError(
+            f"the model was built for images of {height}x{width} pixels, got "
+            f"{images.shape[2]}x{images.shape[3]}: {why_one_size}. "
+            "Resize the images or create the model with that image_size"
+        )
 
 
 def is_hidden_kernel(name: str, parameter: Tensor) -> bool:
@@ -176,7 +215,7 @@ def checked_names(names: Any, num_classes: int, where: object = "class_names") -
     return [str(name) for name in listed]
 
 
-def classes_of(model: ImageClassifier, *, or_numbers: bool = False) -> list[str]:
+def classes_of(model: Classifier, *, or_numbers: bool = False) -> list[str]:
     """Returns the model's class names, or "0", "1", ... if it carries none and `or_numbers`."""
     count, head = model.config.num_classes, getattr(model, "head", None)  # exported: no head
     if model.class_names:
@@ -196,7 +235,7 @@ def classes_of(model: ImageClassifier, *, or_numbers: bool = False) -> list[str]
     raise UserError("the model carries no class names", where=model.source, fix=fix)
 
 
-def preprocessing_of(model: ImageClassifier) -> Preprocessing:
+def preprocessing_of(model: Classifier) -> Preprocessing:
     """Returns the model's preprocessing, or Google's for its image size if it carries none."""
     if model.preprocessing is not None:
         return model.preprocessing

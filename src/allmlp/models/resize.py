@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,9 +33,9 @@ from torch.nn.functional import interpolate
 
 from allmlp.errors import UserError
 from allmlp.models.family import Size, Tensors
+from allmlp.options import ResizeWeights
 from allmlp.runtime.device import check_fits_memory
 
-ResizeWeights = Literal["auto", "block-diagonal", "resample"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
 

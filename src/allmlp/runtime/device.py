@@ -46,10 +46,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def to_device(model: Net, device: str | None) -> Net:
-    """Returns the model on a device; None leaves it where it is, and exported files stay on CPU."""
-    if getattr(model, "on_processor_only", False):
-        check_device_of_exported(device)
-        return model
+    """Returns the model on a device; None leaves it where it is."""
     return model if device is None else model.to(choose_device(device))
 
 
@@ -58,18 +55,6 @@ def check_device_of_exported(device: str | None) -> None:
     if device not in (None, "auto", "cpu"):
         what = f"device {device!r}: an exported file runs on the CPU"
         raise UserError(what, where="device", fix="Leave it out")
-
-
-def check_has_weights(model: nn.Module) -> None:
-    """Raises UserError for an exported file, which only computes logits."""
-    if getattr(model, "on_processor_only", False):
-        raise no_weights(getattr(model, "source", None))
-
-
-def no_weights(source: object) -> UserError:
-    """Returns the error of an exported file where weights are needed; `source` names it."""
-    what = "an exported file has no weights to work on: it only computes logits"
-    return UserError(what, where=source, fix="Give the run or the weights it was made from")
 
 
 # --- precision and compiling ----------------------------------------------------------------------

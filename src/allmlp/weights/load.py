@@ -102,8 +102,8 @@ def open_model(
     if isinstance(model, str | Path):
         return load_model(model, image_size, resize_weights=resize_weights)
     if not isinstance(model, ImageClassifier):
-        fix = "am.load_model(...) gives one"
-        raise UserError(f"expected a model or its path, got {model!r}", where="model", fix=fix)
+        what = f"expected a model with weights or its path, got {model!r}"
+        raise UserError(what, where="model", fix="am.load_model(...) gives one", code="wrong-type")
     if image_size is not None:
         what = f"image_size {image_size} has no effect on a model object"
         raise UserError(what, where="image_size", fix="Give the path that it was loaded from")

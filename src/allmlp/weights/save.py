@@ -37,6 +37,7 @@ from allmlp.names import NAME, is_format
 from allmlp.weights.description import CONFIG, FORMAT_VERSION, WEIGHTS
 from allmlp.weights.files import fingerprint
 from allmlp.weights.layouts import timm_from_ours, write_npz
+from allmlp.weights.load import open_model
 
 FORMATS = (NAME, "google", "timm")
 _OF_FILES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".onnx", ".json")
@@ -65,7 +66,7 @@ def save_model(
         UserError: an unknown format, a name that does not go with it, or the path exists already
             or cannot be written.
     """
-    path = expand(path)
+    path, model = expand(path), open_model(model)
     weights, beside = check_target(path, format, overwrite=overwrite)
     config, preprocessing = model.config, model.preprocessing
     if format != "allmlp" and not (isinstance(config, MixerConfig) and config.is_plain):

@@ -1,0 +1,311 @@
+"""Where predictions go: one file, standard output, or a folder of parts that can be resumed.
+
+    FOLDER/manifest.json               the job: model, images, settings, number of parts
+    FOLDER/part-00000-of-00012.csv     the rows of images 0 to part_size - 1, and so on
+    FOLDER/bad-00000-of-00012.csv      the bad images of that part, if it has any
+
+A part is written atomically, so that one that exists is complete. The same command again writes the
+missing ones; another model, other images or other settings are an error. Batches never cross from
+one part into the next, so that a part has the same bytes whichever parts existed before and
+whichever process wrote it.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from allmlp.data.fingerprint import fingerprint
+from allmlp.data.source import BadImage, Source, subset
+from allmlp.deploy.rows import (
+    FORMATS,
+    Columns,
+    Rows,
+    check_table,
+    predict_rows,
+    write_table,
+    writing,
+)
+from allmlp.environment import environment_info
+from allmlp.errors import UserError, one_of
+from allmlp.evaluation.features import weights_hash
+from allmlp.evaluation.predictor import Predictor
+from allmlp.io import (
+    STANDARD_OUTPUT,
+    atomic_write,
+    check_output_file,
+    check_output_folder,
+    expand,
+    read_json,
+    remove_stale,
+)
+from allmlp.models.layers import Classifier, ImageClassifier, preprocessing_of
+from allmlp.names import is_format
+from allmlp.runtime.world import World
+
+MANIFEST = "manifest.json"
+PART_SIZE = 10_000  # images, at most, unless the user gives a number
+_FORMAT, _VERSION = "allmlp predictions", 1
+_ANOTHER = "Give another output, or the model, images and settings that it was begun with"
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is to be written."""
+
+    path: Path | None  # of the file or the folder; None is standard output
+    suffix: str  # the format of the rows, with the dot
+    is_folder: bool = False  # of parts
+    images: int = 0  # in all parts of a folder
+    part_size: int | None = None  # images per part; the last may have fewer
+    missing: tuple[int, ...] = ()  # the numbers of the parts that do not exist yet
+
+    @property
+    def parts(self) -> int:
+        """How many parts a folder will have."""
+        return math.ceil(self.images / (self.part_size or 1))
+
+    def part(self, number: int, kind: str = "part") -> Path:
+        """Returns the file of a part, or with "bad" that of its bad images."""
+        assert self.path is not None
+        suffix = self.suffix if kind == "part" else ".csv"
+        return self.path / f"{kind}-{number:05d}-of-{self.parts:05d}{suffix}"
+
+    def images_of(self, number: int) -> range:
+        """Returns the indices of a part's images."""
+        assert self.part_size is not None
+        return range(number * self.part_size, min((number + 1) * self.part_size, self.images))
+
+    def share(self, world: World) -> tuple[int, ...]:
+        """Returns the missing parts that a process is to write."""
+        return self.missing[world.rank :: world.size]
+
+
+def choose_output(
+    output: str | Path | None, format: str | None, part_size: int | None, *, overwrite: bool
+) -> Output | None:
+    """Returns where rows go, None for nowhere; nothing is made yet.
+
+    A name without an ending is a folder, as is one that ends in a slash or exists as one.
+    """
+    if output is None:
+        return None
+    path = expand(output)
+    if str(output) == STANDARD_OUTPUT:
+        return Output(None, f".{one_of('format', format or 'csv', ('csv', 'jsonl'))}")
+    is_folder = str(output).endswith(("/", os.sep)) or not path.suffix or path.is_dir()
+    if path.suffix in FORMATS or not is_folder:
+        one_of("output format", path.suffix, [*FORMATS, "a folder"], where=path)
+        if format is not None and f".{format}" != path.suffix:
+            what = f"format {format} does not agree with the ending of the output"
+            raise UserError(what, where=path, fix=f"Leave format out, or end it in .{format}")
+        check_output_file(path, overwrite=overwrite)
+        check_table(path.suffix)
+        return Output(path, path.suffix)
+    suffix = f".{format or 'csv'}"
+    check_table(suffix)
+    check_output_folder(path)
+    if path.is_dir() and not (path / MANIFEST).exists():
+        other = next((name for name in os.listdir(path) if name[0] != "."), None)
+        if other is not None:
+            what = f"the output's folder holds something else, such as {other!r}"
+            raise UserError(what, where=path, fix="Give a folder that is new or empty")
+    return Output(path, suffix, True, part_size=part_size)
+
+
+def write_parts(
+    predictor: Predictor,
+    source: Source,
+    columns: Columns,
+    output: Output,
+    world: World,
+    on_rows: Callable[[Rows], object],
+) -> None:
+    """Writes the missing parts, all processes together; returns when all are there.
+
+    `on_rows` is called with every batch of this process.
+    """
+    mine = output.share(world)
+    # One loader for all parts keeps its workers busy from one to the next.
+    fits = (output.part_size or 1) % predictor.batch_size == 0
+    try:
+        for group in [mine] if fits and mine else [(part,) for part in mine]:
+            indices = np.concatenate([np.array(output.images_of(part)) for part in group])
+            images = subset(source, indices, source.name)
+            with closing(predict_rows(predictor, images, columns)) as batches:
+                for part in group:
+                    number = math.ceil(len(output.images_of(part)) / predictor.batch_size)
+                    rows = itertools.islice(batches, number)
+                    rows = _with_bad_images(rows, output, part, on_rows)
+                    write_table(output.part(part), output.suffix, rows, columns)
+    except UserError as error:
+        if world.is_main:
+            raise
+        what = f"rank {world.rank}: {error.what}"
+        raise UserError(what, where=error.where, fix=error.fix, code=error.code) from error
+    _wait_for_all(output, world)
+    if world.is_main:
+        assert output.path is not None
+        remove_stale(output.path)
+
+
+def _with_bad_images(
+    batches: Iterable[Rows], output: Output, part: int, on_rows: Callable[[Rows], object]
+) -> Iterator[Rows]:
+    """Yields the batches of a part, and at their end writes its bad images."""
+    file, index = io.StringIO(), output.images_of(part).start
+    writer = csv.writer(file, lineterminator="\n")
+    for rows in batches:
+        bad = [(at, row.path, row.error) for at, row in enumerate(rows, index) if row.error]
+        writer.writerows(bad)
+        index += len(rows)
+        on_rows(rows)
+        yield rows
+    path, text = output.part(part, "bad"), file.getvalue()
+    if text:
+        atomic_write(path, f"index,path,error\n{text}".encode(errors="surrogateescape"))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_bad(output: Output, most: int) -> tuple[int, list[BadImage]]:
+    """Returns how many images of a complete folder are bad, whoever found them, and the first."""
+    number, first = 0, []
+    for path in (output.part(part, "bad") for part in range(output.parts)):
+        if not path.exists():
+            continue
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            for row in csv.DictReader(file):
+                if number < most:
+                    first.append(BadImage(int(row["index"]), row["path"], row["error"]))
+                number += 1
+    return number, first
+
+
+def _wait_for_all(output: Output, world: World) -> None:
+    """Waits for the parts of the others by their files.
+
+    In a collective a process may wait half an hour only, and the slowest may need more.
+    """
+    wanted = {output.part(part).name for part in output.missing}
+    while world.size > 1 and output.path is not None:
+        dead = [rank for rank in world.dead_ranks() if rank != world.rank]
+        if wanted <= set(os.listdir(output.path)):
+            return
+        if dead:
+            what = f"rank {dead[0]} ended before its parts were written"
+            raise UserError(what, where=output.path, fix="The same command again resumes")
+        time.sleep(0.1)
+
+
+# --- the manifest ---------------------------------------------------------------------------------
+
+
+def begin_parts(
+    predictor: Predictor, source: Source, columns: Columns, output: Output, processes: int
+) -> Output:
+    """Returns the output with what is missing; writes the manifest if it does not exist."""
+    folder, number, size = output.path, len(source), output.part_size
+    assert folder is not None
+    path, job = folder / MANIFEST, _job(predictor, source, columns)
+    if path.exists():
+        begun = _read_manifest(path)
+        size = size or begun["table"]["part_size"]
+        _check_same(begun, {**job, "table": _table(output, size)}, folder)
+    else:
+        # Whole batches, and a few parts per process: a kill loses one, and none waits long.
+        wanted = min(PART_SIZE, math.ceil(number / (4 * processes)))
+        batch_size = predictor.batch_size
+        size = size or max(1, math.ceil(wanted / batch_size)) * batch_size
+        values = {"format": _FORMAT, "version": _VERSION, **job, "table": _table(output, size)}
+        text = json.dumps(values, indent=1) + "\n"
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, text.encode(errors="surrogateescape"))
+    output = replace(output, images=number, part_size=size)
+    existing = set(os.listdir(folder))
+    missing = (part for part in range(output.parts) if output.part(part).name not in existing)
+    return replace(output, missing=tuple(missing))
+
+
+def _table(output: Output, part_size: int) -> dict[str, Any]:
+    return {"format": output.suffix[1:], "part_size": part_size}
+
+
+def _job(predictor: Predictor, source: Source, columns: Columns) -> dict[str, Any]:
+    """Returns what the rows depend on, as JSON values, and under "about" what they do not.
+
+    Batch size, workers and device are left out: they change a probability in its last digits only,
+    and a job that ran out of memory may resume with a smaller batch.
+    """
+    model = predictor.model
+    names = "\n".join(model.class_names or []).encode(errors="surrogateescape")
+    is_file = not isinstance(model, ImageClassifier)
+    return {
+        "model": {"sha256": identity(model), "classes": hashlib.sha256(names).hexdigest()},
+        "images": {"number": len(source), "sha256": fingerprint(source)},
+        "settings": {
+            "answer": "features" if columns.features else "classes",
+            "top_k": None if columns.features else columns.width,
+            "precision": None if is_file else predictor.precision,
+            "preprocessing": json.loads(json.dumps(preprocessing_of(model).to_json())),
+        },
+        "about": {
+            "model": str(model.source),
+            "runtime": model.runtime,
+            "images": source.name,
+            "width": columns.width,
+            "environment": environment_info(predictor.device),
+        },
+    }
+
+
+def identity(model: Classifier) -> str:
+    """Returns the sha256 of all that a model is: its architecture and weights, or its file."""
+    if isinstance(model, ImageClassifier):
+        return weights_hash(model)
+    digest, file = hashlib.sha256(), Path(str(model.source))
+    for path in (file, file.with_suffix(".bin")):  # of OpenVINO's two the second has the weights
+        if path.exists() and (path == file or file.suffix == ".xml"):
+            with path.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    what = "the manifest cannot be used"
+    values = read_json(path, what, "Give another output")
+    is_manifest = isinstance(values, dict) and is_format(values.get("format"), _FORMAT)
+    size = values.get("table", {}).get("part_size") if is_manifest else None
+    if not (is_manifest and values.get("version") == _VERSION and isinstance(size, int) and size):
+        raise UserError(what, where=path, fix="Give another output", code="damaged")
+    return values
+
+
+def _check_same(begun: dict[str, Any], job: dict[str, Any], folder: Path) -> None:
+    """Raises UserError with the first value of a job that differs from that of the folder."""
+    for group in ("model", "images", "settings", "table"):
+        was, now = begun.get(group) or {}, job[group]
+        for key in now:
+            if was.get(key) == now[key]:
+                continue
+            changed = f"{key} was {was.get(key)} and is now {now[key]}"
+            if key == "number":
+                changed = f"{was.get(key)} images then, {now[key]} now"
+            elif group in ("model", "images"):
+                changed = f"the {'class names' if key == 'classes' else group} differ"
+            what = f"the folder holds another job: {changed}"
+            raise UserError(what, where=folder, fix=_ANOTHER, code="another-job")
