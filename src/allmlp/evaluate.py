@@ -20,8 +20,7 @@ from allmlp.evaluation.metrics import FILES, Evaluation, check_logits, evaluate_
 from allmlp.evaluation.predictor import Outputs, Predictor
 from allmlp.io import check_not_inputs, check_output_folder, expand
 from allmlp.models.layers import Classifier, classes_of, preprocessing_of
-from allmlp.models.resize import ResizeWeights
-from allmlp.options import ComputeOptions, ImageSize, Precision, make
+from allmlp.options import ComputeOptions, ImageSize, Precision, ResizeWeights, make
 from allmlp.plots import EVALUATION, save_evaluation
 from allmlp.preprocessing import RESIZE_METHODS, Preprocessing
 from allmlp.runtime.device import check_device_of_exported

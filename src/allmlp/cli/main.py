@@ -11,7 +11,7 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from allmlp.cli.table import Command
@@ -97,7 +97,7 @@ def parse(arguments: Sequence[str]) -> int | None:
 
 
 def _run(
-    given: list[str], commands: dict[str, Command | str], prog: str, description: str
+    given: list[str], commands: Mapping[str, Command | str], prog: str, description: str
 ) -> int | None:
     """Runs the command that the first word names, or prints the help of all."""
     name = given[0]

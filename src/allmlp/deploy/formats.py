@@ -107,12 +107,13 @@ def load_any(
     resize_weights: ResizeWeights | None = None,
 ) -> Classifier:
     """Returns a model in memory, or by its name: weights, or an exported file at its own size."""
-    if not (isinstance(model, ExportedModel) or is_exported(model)):
+    exported = model if isinstance(model, ExportedModel) else None
+    if exported is None and not is_exported(model):
         return open_model(model, image_size, resize_weights or "auto")
     if image_size is not None:
         what = f"image_size={image_size}: an exported file has one image size"
         raise UserError(what, where="image_size", fix="Leave it out, or export it at that size")
-    return model if isinstance(model, ExportedModel) else open_exported(model)
+    return exported or open_exported(str(model))
 
 
 def _onnx_graph(net: nn.Module, example: Tensor, precision: str) -> Any:

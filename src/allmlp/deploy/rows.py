@@ -23,9 +23,10 @@ from torch import Tensor
 
 from allmlp.data.source import Source
 from allmlp.errors import UserError
+from allmlp.evaluation.features import check_features
 from allmlp.evaluation.predictor import Predictor
 from allmlp.io import atomic_write, path_in_errors
-from allmlp.models.layers import Classifier, ImageClassifier, classes_of
+from allmlp.models.layers import Classifier, classes_of
 from allmlp.names import import_extra
 
 NOT_FINITE = "the model's numbers for this image are not finite"
@@ -74,13 +75,7 @@ def choose_columns(
     """Returns what the rows of a model hold: top_k classes, at most as many as there are, or 5."""
     if not features:
         return Columns(min(top_k or 5, len(classes_of(model, or_numbers=True))))
-    if not isinstance(model, ImageClassifier):
-        what = f"{model} gives classes, not features"
-        raise UserError(what, where="features", fix="Use the model that it was made from")
-    if type(model).features is ImageClassifier.features:
-        what = f"the model gives no features: {type(model).__name__} defines no features()"
-        raise UserError(what, fix="Give its class a method features(images) -> (N, C)")
-    return Columns(model.config.hidden_dim, features=True)
+    return Columns(check_features(model).config.hidden_dim, features=True)
 
 
 def row_values(

@@ -28,7 +28,7 @@ from allmlp.data.source import BadImage, Source
 from allmlp.errors import UserError
 from allmlp.evaluation.predictor import Outputs, Predictor, check_finite
 from allmlp.io import atomic_write, parse_json
-from allmlp.models.layers import ImageClassifier
+from allmlp.models.layers import Classifier, ImageClassifier
 
 FORMAT = "allmlp features 2"
 # What can change the numbers when it is upgraded.
@@ -53,9 +53,7 @@ def frozen_features(
     on_batch: Callable[[Outputs], None] | None = None,
 ) -> Features:
     """Returns the features of every image, computed or read from a folder of cached ones."""
-    if type(predictor.model).features is ImageClassifier.features:
-        what = f"the model gives no features: {type(predictor.model).__name__} defines no features"
-        raise UserError(what, fix="Give its class a method features(images) -> (N, C)")
+    check_features(predictor.model)
     notes: list[str] = []
     path = None if cache is None else cache / f"{_cache_key(predictor, source)}.safetensors"
     if path is not None and path.is_file():
@@ -97,10 +95,20 @@ def _cache_key(predictor: Predictor, source: Source) -> str:
         predictor.device.type,
         predictor.precision,
         json.dumps(predictor.preprocessing.to_json(), sort_keys=True),
-        weights_hash(predictor.model),
+        weights_hash(check_features(predictor.model)),
         fingerprint(source, most=None),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def check_features(model: Classifier) -> ImageClassifier:
+    """Returns the model if it gives features, and not logits only."""
+    if not isinstance(model, ImageClassifier):
+        raise UserError(f"{model} gives no features", fix="Use the model that it was made from")
+    if type(model).features is ImageClassifier.features:
+        what = f"the model gives no features: {type(model).__name__} defines no features()"
+        raise UserError(what, fix="Give its class a method features(images) -> (N, C)")
+    return model
 
 
 def weights_hash(model: ImageClassifier) -> str:

@@ -33,8 +33,7 @@ from allmlp.evaluation.result_file import check_result_path, measurement, save_r
 from allmlp.io import STANDARD_OUTPUT, check_not_inputs, check_output_folder, expand
 from allmlp.models.catalog import random_weights
 from allmlp.models.layers import ImageClassifier, preprocessing_of
-from allmlp.models.resize import ResizeWeights
-from allmlp.options import ComputeOptions, ImageSize, Precision, make
+from allmlp.options import ComputeOptions, ImageSize, Precision, ResizeWeights, make
 from allmlp.preprocessing import RESIZE_METHODS, Preprocessing
 from allmlp.weights.download import cache_folder
 from allmlp.weights.load import files_of, open_model

@@ -28,7 +28,7 @@ from allmlp.evaluation.imagenet_real import RealScore
 from allmlp.evaluation.predictor import Outputs, Predictor, check_finite
 from allmlp.evaluation.result_file import measurement
 from allmlp.io import atomic_write_all, check_output_folder
-from allmlp.models.layers import ImageClassifier, classes_of
+from allmlp.models.layers import Classifier, classes_of
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.world import World
 
@@ -214,7 +214,7 @@ class Evaluation:
         return {**values, "class_names": self.class_names, "confusion": self.confusion.tolist()}
 
     def save(
-        self, folder: Path, model: ImageClassifier | None = None, *, overwrite: bool = False
+        self, folder: Path, model: Classifier | None = None, *, overwrite: bool = False
     ) -> None:
         """Writes evaluation.json, which describes the model, per_class.csv and confusion.csv (rows:
         true), all or none."""

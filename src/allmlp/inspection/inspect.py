@@ -44,8 +44,7 @@ from allmlp.inspection.units import (
 from allmlp.io import Content, atomic_write_all, check_not_inputs, check_output_folder, expand
 from allmlp.models.catalog import random_weights
 from allmlp.models.layers import ImageClassifier
-from allmlp.models.resize import ResizeWeights
-from allmlp.options import ImageSize, Options, make
+from allmlp.options import ImageSize, Options, ResizeWeights, make
 from allmlp.plots import writer
 from allmlp.runtime.device import to_device
 from allmlp.weights.load import open_model

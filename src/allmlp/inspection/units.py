@@ -20,7 +20,7 @@ from torch import nn
 
 from allmlp.errors import UserError
 from allmlp.models.catalog import config_to_json
-from allmlp.models.layers import ImageClassifier
+from allmlp.models.layers import Classifier, ImageClassifier
 from allmlp.models.mixer import MixerConfig
 
 OPPOSITE = -0.8  # two units with a lower correlation are opposites
@@ -363,7 +363,7 @@ def _dense_weights(
     return (_array(first), _array(second)) if first.dim() == 2 else None
 
 
-def patch_grid(model: ImageClassifier) -> tuple[int, int] | None:
+def patch_grid(model: Classifier) -> tuple[int, int] | None:
     """Returns (G_H, G_W), or None for a model without a grid of patches."""
     grid = getattr(model.config, "grid", None)
     return (int(grid[0]), int(grid[1])) if isinstance(grid, tuple) and len(grid) == 2 else None

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ from torch.nn.functional import interpolate
 
 from allmlp.errors import UserError
 from allmlp.models.family import Size, Tensors
-from allmlp.options import ResizeWeights
 from allmlp.runtime.device import check_fits_memory
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]

@@ -9,8 +9,7 @@ from allmlp.errors import needs, plural
 from allmlp.io import check_not_inputs, expand
 from allmlp.models.catalog import in_words
 from allmlp.models.layers import count_parameters, flops_text
-from allmlp.models.resize import ResizeWeights
-from allmlp.options import ImageSize, Options
+from allmlp.options import ImageSize, Options, ResizeWeights
 from allmlp.weights.load import files_of, load_model
 from allmlp.weights.save import check_target, save_model
 

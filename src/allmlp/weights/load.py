@@ -20,9 +20,9 @@ from allmlp.errors import UserError, one_of, plural
 from allmlp.io import expand
 from allmlp.models.catalog import architectures, family_of, model_from_config
 from allmlp.models.family import ModelConfig, Size, is_integer
-from allmlp.models.layers import ImageClassifier
-from allmlp.models.resize import ResizeWeights
+from allmlp.models.layers import Classifier, ImageClassifier
 from allmlp.models.timm_model import PREFIX, TimmModel, resized
+from allmlp.options import ResizeWeights
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.device import check_fits_memory
 from allmlp.weights import hub
@@ -94,7 +94,7 @@ def load_model(
 
 
 def open_model(
-    model: ImageClassifier | str | Path,
+    model: Classifier | str | Path,
     image_size: int | tuple[int, int] | None = None,
     resize_weights: ResizeWeights = "auto",
 ) -> ImageClassifier:
