@@ -31,7 +31,7 @@ import allmlp as am
 from allmlp import plots
 from allmlp.cli.main import main
 from allmlp.training import train as loop
-from allmlp.training.resume import flat
+from allmlp.training.config import flat
 from conftest import TINY, make_class_folder, tiny_config
 
 unix = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks as Unix has them")

@@ -11,7 +11,7 @@ import pytest
 import allmlp as am
 from allmlp import sweep
 from allmlp.training.report import TrainResult
-from conftest import draw, make_class_folder
+from conftest import make_class_folder
 from studies import COUNTS, make_place, pretend, settings
 
 
@@ -183,13 +183,6 @@ def test_what_the_runs_hold_out(place, monkeypatch):
     asked.clear()
     am.finetune(settings(place, "f", data__source=f"{place / 'data'}:train"), grid=[0.1])
     assert [config.data.source for config in asked] == [f"{place / 'data'}:train"] * 2
-
-
-def test_a_bad_image_is_reported_by_its_run(place):
-    draw(1).save(place / "data" / "train" / "ant" / "new.png")
-    (place / "data" / "train" / "ant" / "new.png").write_bytes(b"not an image")
-    result = am.finetune(settings(place, data__max_bad=0.1), grid=[0.1], quiet=True)
-    assert (result.folder / "seed-0" / "bad_files.txt").exists()
 
 
 def test_a_grid_with_images_of_its_own(place, monkeypatch):

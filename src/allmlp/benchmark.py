@@ -43,7 +43,7 @@ from allmlp.runtime.device import (
     threads_for,
     torch_settings,
 )
-from allmlp.training.cost import num_images_seen, operations, planned, power
+from allmlp.training.optim import operations, power
 from allmlp.training.recipes import recipe as recipe_config
 from allmlp.weights.checkpoints import find_checkpoint, list_checkpoints
 from allmlp.weights.load import files_of, load_model, open_model
@@ -406,8 +406,8 @@ def _recipe(
         raise UserError(what, where="recipe", fix="Set images")
     recipe = {
         "name": config.recipe,
-        "data": f"{plural(images, 'image')} ({data})" if images else planned(config),
-        "images_seen": num_images_seen(config, images or 0),
+        "data": f"{plural(images, 'image')} ({data})" if images else config.length,
+        "images_seen": config.images_seen(images or 0),
         "epochs": config.epochs,
         "optimizer": optimizer.name,
         "sharpness": 1.0 - optimizer.sam_start if optimizer.sam_rho else 0.0,

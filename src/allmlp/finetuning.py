@@ -21,13 +21,13 @@ from typing import Any
 
 from allmlp.console import table
 from allmlp.data.source_spec import parse_name
-from allmlp.data.sources import open_splits
 from allmlp.data.workers import check_guard
 from allmlp.errors import UserError
 from allmlp.io import atomic_write
 from allmlp.runtime.world import join_world
 from allmlp.sweep import Row, Sweep, mean_and_deviation, study_folder
 from allmlp.training.config import TrainConfig
+from allmlp.training.dataset import splits_with_train
 from allmlp.training.recipes import HOLDOUTS
 
 
@@ -104,28 +104,41 @@ def finetune(
         raise UserError(what, where="model.weights", fix="mixer finetune CHECKPOINT --data SOURCE")
     if not seeds:
         raise UserError("the final runs need a seed", where="seeds", fix="seeds: 0 1 2")
-    splits = set(open_splits(config.data.source))
-    if "train" not in splits:
-        fix = f"Known there: {', '.join(splits)}. Give a source that has both"
-        raise UserError("the data has no train split", where=config.data.source, fix=fix)
+    splits = splits_with_train(config.data.source)
     if config.data.holdout == 0.0 and (grid or "test" not in splits):
         what = f"holdout 0 leaves no images to {'choose the rate' if grid else 'measure'} by"
         raise UserError(what, where="data.holdout", fix="holdout: 0.1, or leave it out")
     rates = list(dict.fromkeys(float(rate) for rate in grid))
     # All settings are checked before the first run.
     for_grid = {rate: _in_grid(config, rate, grid_source) for rate in rates}
-    finals = {seed: _final(config, seed, splits, bool(rates)) for seed in seeds}
+    changes: dict[str, Any] = {}
+    if rates and "validation" in splits:
+        changes["data.holdout"] = None
+    elif rates and "test" in splits:  # what the final runs are measured on: train on all the rest
+        changes["data.holdout"] = 0.0
+    finals = {seed: config.with_values({"seed": seed, **changes}) for seed in seeds}
+    keeps_last = finals[seeds[0]].data.holdout == 0.0
     own = ("grid", "best", "finetune.json", *(f"seed-{seed}" for seed in seeds))
     inputs = [config.data.source] if grid_source is None else [config.data.source, grid_source]
     path = study_folder(config.output, own, inputs)
     with join_world(config.device) as (world, _):
         sweep = Sweep(path, world, quiet=quiet)
-        _announce(sweep, for_grid, seeds, splits, grid_source)
-        keeps_last = finals[seeds[0]].data.holdout == 0.0
-        reached = {
-            rate: _judge(sweep, f"grid/lr-{rate!r}", run, keeps_last)
-            for rate, run in for_grid.items()
-        }
+        text = ""
+        if rates:
+            held_out = f"{for_grid[rates[0]].data.holdout or 0:.0%} of the training images"
+            by = held_out if grid_source is None else "the images set apart for it"
+            text = f"rates {', '.join(f'{rate:g}' for rate in rates)}, judged on {by}; then "
+        sweep.say(f"study    {text}seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
+        if "test" not in splits:
+            sweep.say("         the data has no test images: the final runs are measured on the")
+            sweep.say("         validation images, by which the weights are chosen too")
+        reached: dict[float, float | None] = {}
+        for rate, run in for_grid.items():
+            title = f"grid: rate {rate:g}"
+            row = sweep.run(f"grid/lr-{rate!r}", run, title=title, may_diverge=True)
+            reached[rate] = row["accuracy"]
+            if keeps_last and row["accuracy"] is not None:  # then so does the choice of the rate
+                reached[rate] = row["curve"][-1][1]
         best = _choose(sweep, reached) if reached else config.optimizer.learning_rate
         rows: dict[int, Row] = {}
         for number, (seed, run) in enumerate(finals.items(), 1):
@@ -143,32 +156,14 @@ def finetune(
 
 def _in_grid(config: TrainConfig, rate: float, grid_source: str | None) -> TrainConfig:
     """A run that sees training images alone: a part to learn from, the rest to be judged by."""
-    changes: dict[str, Any] = {"data.source": grid_source, "data.holdout": None}
-    if grid_source is None:
-        source, holdout = config.data.source, config.data.holdout
-        changes = {
-            "data.source": source if parse_name(source).split else f"{source}:train",
-            "data.holdout": HOLDOUTS.get(config.recipe, 0.1) if holdout is None else holdout,
-        }
-    return config.with_values({**changes, "optimizer.learning_rate": rate})
-
-
-def _final(config: TrainConfig, seed: int, splits: set[str], has_grid: bool) -> TrainConfig:
-    """A run that is measured on test images; after a grid it trains on all training images."""
-    changes: dict[str, Any] = {"seed": seed}
-    if has_grid and "validation" in splits:
-        changes["data.holdout"] = None
-    elif has_grid and "test" in splits:
-        changes["data.holdout"] = 0.0
+    source, holdout = config.data.source, config.data.holdout
+    if grid_source is not None:
+        source, holdout = grid_source, None
+    else:
+        source = source if parse_name(source).split else f"{source}:train"
+        holdout = HOLDOUTS.get(config.recipe, 0.1) if holdout is None else holdout
+    changes = {"data.source": source, "data.holdout": holdout, "optimizer.learning_rate": rate}
     return config.with_values(changes)
-
-
-def _judge(sweep: Sweep, name: str, config: TrainConfig, keeps_last: bool) -> float | None:
-    """Returns what a rate counts for: where the final runs keep the last weights, it does too."""
-    row = sweep.run(
-        name, config, title=f"grid: rate {config.optimizer.learning_rate:g}", may_diverge=True
-    )
-    return row["curve"][-1][1] if keeps_last and row["accuracy"] is not None else row["accuracy"]
 
 
 def _choose(sweep: Sweep, reached: dict[float, float | None]) -> float:
@@ -183,27 +178,6 @@ def _choose(sweep: Sweep, reached: dict[float, float | None]) -> float:
         side = "lowest" if best == min(reached) else "highest"
         sweep.say(f"         the {side} of the grid; one beyond it may be better")
     return best
-
-
-def _announce(
-    sweep: Sweep,
-    grid: dict[float, TrainConfig],
-    seeds: Sequence[int],
-    splits: set[str],
-    grid_source: str | None,
-) -> None:
-    """Prints what the study will do."""
-    text = ""
-    for run in list(grid.values())[:1]:
-        by = "the images set apart for it"
-        if grid_source is None:
-            by = f"{run.data.holdout:.0%} of the training images"
-        text = f"rates {', '.join(f'{rate:g}' for rate in grid)}, judged on {by}; then "
-    sweep.say(f"study    {text}seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
-    if "test" not in splits:
-        what = "the rate and the weights" if grid and "validation" not in splits else "the weights"
-        sweep.say("         the data has no test images: the final runs are measured on validation")
-        sweep.say(f"         images, by which {what} are chosen too")
 
 
 def _save(config: TrainConfig, result: FinetuneResult, source: Path) -> None:

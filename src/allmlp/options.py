@@ -50,6 +50,20 @@ class ComputeOptions(Options):
 Kind = TypeVar("Kind")
 
 
+class OptionError(UserError):
+    """An unknown option, or a value that it cannot have.
+
+    Attributes:
+        name: of the option, "section.name" where options are nested.
+    """
+
+    def __init__(
+        self, name: str, what: str, fix: str | None, code: str, where: object = None
+    ) -> None:
+        super().__init__(what, where=where, fix=fix, code=code)
+        self.name = name
+
+
 def make(kind: type[Kind], options: Kind | None, fields: dict[str, Any]) -> Kind:
     """Returns the options after the given keywords; with neither, the defaults.
 
@@ -77,11 +91,11 @@ def validated(kind: type[Kind], values: Any, where: object = None) -> Kind:
     try:
         return _adapter(kind).validate_python(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        inner = first.get("ctx", {}).get("error")
+        found = error.errors(include_url=False)
+        inner = found[0].get("ctx", {}).get("error")
         if isinstance(inner, UserError):
             raise inner from None
-        raise _user_error(kind, first, where) from None
+        raise _option_error(kind, values, found, where) from None
 
 
 @functools.cache
@@ -91,18 +105,42 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _user_error(kind: type, error: Any, where: object) -> UserError:
-    name = ".".join(str(part) for part in error["loc"])
-    value = repr(error["input"])
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+_CODES = {
+    **dict.fromkeys(("unexpected_keyword_argument", "extra_forbidden"), "unknown-name"),
+    **dict.fromkeys(("literal_error", "union_tag_invalid"), "unknown-name"),
+    **dict.fromkeys(("greater_than", "greater_than_equal"), "out-of-range"),
+    **dict.fromkeys(("less_than", "less_than_equal"), "out-of-range"),
+    **dict.fromkeys(("missing", "missing_argument", "missing_keyword_only_argument"), "missing"),
+}
+
+_WORDS = {
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "above",
+    "less than": "below",
+}
+
+
+def _option_error(kind: type, values: Any, errors: list[Any], where: object) -> OptionError:
+    first, path, inner = errors[0], [], values
+    code = _CODES.get(first["type"], "wrong-type")
+    if code == "missing":
+        name = str(first["loc"][-1])
+        return OptionError(name, f"{name} is required", None, code, where)
+    for part in first["loc"]:  # which names the members of unions too
+        if isinstance(inner, dict) and part in inner:
+            path, inner = [*path, part], inner[part]
+    name = ".".join(map(str, path))
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [field.name for field in dataclasses.fields(kind)]
-        fix = f"{near_names(str(error['loc'][-1]), known)}Known: {', '.join(known)}"
-        return UserError(f"unknown option {name!r}", where=where, fix=fix, code="unknown-name")
-    if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return UserError(f"{name} is required", where=where, code="missing")
-    what = f"{name}: {error['msg'].removeprefix('Input ')}, got {value[:100]}"
-    code = "unknown-name" if error["type"] == "literal_error" else "wrong-type"
-    return UserError(what, where=where, code=code)
+        fix = f"{near_names(name, known)}Known: {', '.join(known)}"
+        return OptionError(name, f"unknown option {name!r}", fix, code, where)
+    rules = dict.fromkeys(error["msg"] for error in errors)  # of a union, those of its members
+    rule = " or ".join(text.removeprefix("Input should be ") for text in rules)
+    for theirs, ours in _WORDS.items():
+        rule = rule.replace(theirs, ours)
+    what = f"{name or 'the value'} must be {rule}, got {repr(first['input'])[:100]}"
+    return OptionError(name, what, None, code, where)
 
 
 def literal(text: str) -> Any:

@@ -21,8 +21,7 @@ from allmlp.io import atomic_write, check_not_inputs, check_output_folder, expan
 from allmlp.runtime.world import World
 from allmlp.training.config import TrainConfig
 from allmlp.training.report import TrainResult
-from allmlp.training.resume import config_of, identity
-from allmlp.training.run_folder import no_results, read_results
+from allmlp.training.run_folder import config_of, identity, no_results, read_results
 from allmlp.training.train import DivergedError, train
 
 Row = dict[str, Any]  # what a run has reached, as JSON values

@@ -8,11 +8,8 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +26,7 @@ from allmlp.training.checkpoint import (
     verify,
     write_manifest,
 )
-
-unix = pytest.mark.skipif(sys.platform == "win32", reason="signals as Unix has them")
+from runs import start, unix, until
 
 
 def state(number: int) -> dict[str, Tensor]:
@@ -68,60 +64,8 @@ def whole_number(folder: Path, lines: list[str] | None = None) -> int:
 
 # Kills
 
-
-# Imports once, then forks for every script that it is told to run: a kill costs milliseconds.
-NURSERY = """
-import json, os, sys
-sys.path.insert(0, sys.argv[1])
-from test_checkpoint_faults import *
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        print(os.getpid(), flush=True)
-        exec(json.loads(line))
-        os._exit(0)
-    os.waitpid(child, 0)
-    print("ended", flush=True)
-"""
-
-
-class Nursery:
-    """Runs scripts in forked processes and kills them, one at a time."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process, self._child = process, 0
-
-    def start(self, script: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(script) + "\n")
-        self._process.stdin.flush()
-        self._child = int(self.said())
-
-    def said(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().rstrip()
-
-    def kill(self) -> list[str]:
-        """Kills the script; returns what it had said and nobody had read."""
-        os.kill(self._child, signal.SIGKILL)
-        unread = []
-        while (line := self.said()) != "ended":
-            assert line
-            unread.append(line)
-        return unread
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    command = [sys.executable, "-c", NURSERY, str(Path(__file__).parent)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
-        yield Nursery(process)
-        process.kill()
-
-
 SAVER = """
+from test_checkpoint_faults import *
 checkpoints = Checkpoints(Path(FOLDER), say=lambda line: None)
 found = checkpoints.newest()
 number = found.step if found else 0
@@ -135,21 +79,24 @@ while True:
 
 @pytest.mark.slow
 @unix
-def test_killed_at_twenty_moments_of_a_run(tmp_path: Path, nursery: Nursery):
-    chance, partial, newest = random.Random(0), 0, 0
-    for _ in range(20):
-        nursery.start(SAVER.replace("FOLDER", repr(str(tmp_path))))
-        first = int(nursery.said())
-        assert first == newest + 1  # it went on with what was found after the kill
+def test_killed_at_twenty_moments_of_a_run(tmp_path: Path):
+    chance, partial, newest, folder = random.Random(0), 0, 0, tmp_path / "checkpoints"
+    for life in range(20):
+        text = tmp_path / f"said {life}"
+        process = start([], text, SAVER.replace("FOLDER", repr(str(folder))))
+        until(process.said, 30.0)
+        assert int(process.said().split()[0]) == newest + 1  # it resumed what the kill had left
         time.sleep(chance.uniform(0.0, 0.06))
-        promised = int([str(first), *nursery.kill()][-1])
-        partial += any(name.endswith(".partial") for name in names(tmp_path))
-        newest = whole_number(tmp_path)
+        process.kill()
+        promised = int(process.said().split()[-1])
+        partial += any(name.endswith(".partial") for name in names(folder))
+        newest = whole_number(folder)
         assert newest >= promised
     assert partial >= 3  # it was caught in the act
 
 
 STOPPED = """
+from test_checkpoint_faults import *
 def stop():
     print("stopped", flush=True)
     time.sleep(60)
@@ -182,17 +129,19 @@ checkpoints.wait()
 )
 @pytest.mark.slow
 def test_killed_before_the_rename_and_in_a_removal(
-    tmp_path: Path, nursery: Nursery, patch: str, leftover: str, newest: int
+    tmp_path: Path, patch: str, leftover: str, newest: int
 ):
-    nursery.start(STOPPED.replace("PATCH", patch).replace("FOLDER", repr(str(tmp_path))))
-    assert nursery.said() == "stopped"
-    nursery.kill()
-    assert leftover in names(tmp_path)
-    assert (tmp_path / leftover / MANIFEST).exists()  # all of it was there but the name
+    folder = tmp_path / "checkpoints"
+    script = STOPPED.replace("PATCH", patch).replace("FOLDER", repr(str(folder)))
+    process = start([], tmp_path / "said", script)
+    until(lambda: "stopped" in process.said(), 30.0)
+    process.kill()
+    assert leftover in names(folder)
+    assert (folder / leftover / MANIFEST).exists()  # all of it was there but the name
     lines: list[str] = []
-    assert whole_number(tmp_path, lines) == newest
-    assert lines == [f"Removed what a killed save left in {tmp_path}: {leftover}"]
-    assert whole_number(save(tmp_path, newest + 1).folder) == newest + 1
+    assert whole_number(folder, lines) == newest
+    assert lines == [f"Removed what a killed save left in {folder}: {leftover}"]
+    assert whole_number(save(folder, newest + 1).folder) == newest + 1
 
 
 def test_a_leftover_is_no_obstacle(tmp_path: Path):

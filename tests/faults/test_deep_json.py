@@ -11,7 +11,7 @@ import safetensors.numpy
 
 import allmlp as am
 from allmlp.data.sources import open_source
-from allmlp.training.resume import config_of
+from allmlp.training.run_folder import config_of
 from conftest import tiny_model
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,6 +26,7 @@ from allmlp.runtime.device import (
 )
 from allmlp.training import step
 from conftest import tiny_config, tiny_model
+from staged_models import small_cycle, small_permutator
 
 pytestmark = pytest.mark.numerics
 
@@ -58,21 +58,11 @@ def losses(run: Path) -> list[float]:
 def test_precision_auto_goes_by_stated_rules(monkeypatch, fast, flops, expected, why):
     monkeypatch.setattr(compute, "has_fast_bfloat16", lambda: fast)
     found = policy(flops)
-    assert (found.precision, found.why) == (expected, why)
+    assert (found.precision, found.why, found.compile) == (expected, why, False)
     assert found.autocast()._enabled == (expected == "bfloat16")
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_an_explicit_precision_is_never_changed(monkeypatch, precision):
-    for fast in (True, False):
-        monkeypatch.setattr(compute, "has_fast_bfloat16", lambda fast=fast: fast)
-        for flops in (BIG, SMALL):
-            found = policy(flops, precision)
-            assert (found.precision, found.why) == (precision, precision)
-
-
-def test_on_a_processor_auto_does_not_compile():
-    assert not choose_policy(CPU, "auto", "auto", operations=BIG, num_steps=10**6).compile
+    for precision in ("float32", "bfloat16"):  # an explicit one is never changed
+        found = policy(flops, precision)
+        assert (found.precision, found.why) == (precision, precision)
 
 
 def test_without_a_compiler_the_run_goes_on_and_says_so(class_folder, tmp_path, monkeypatch):
@@ -119,16 +109,6 @@ def test_compiled_training_has_the_same_losses(class_folder, tmp_path):
     assert "compiled" in log
     assert "not compiled" not in log
     assert losses(run) == pytest.approx(losses(plain.run_folder), rel=1e-5)
-
-
-def test_threads_and_products_come_back():
-    products = torch.backends.mkldnn.matmul
-    threads, before = torch.get_num_threads(), products.fp32_precision
-    with settings(BIG, 1):
-        assert torch.get_num_threads() == 1
-    with pytest.raises(RuntimeError), settings(SMALL):
-        raise RuntimeError
-    assert (torch.get_num_threads(), products.fp32_precision) == (threads, before)
 
 
 @pytest.fixture
@@ -179,26 +159,10 @@ def test_a_small_batch_takes_one_thread_in_every_verb(
     assert torch.get_num_threads() == 2
 
 
-@pytest.mark.parametrize(
-    ("given", "flops", "expected"), [(None, SMALL, 1), (None, BIG, 2), (2, SMALL, 2), (1, BIG, 1)]
-)
-def test_a_run_evaluates_with_the_threads_of_its_steps(
-    class_folder, two_threads, given, flops, expected
-):
-    model = tiny_model(num_classes=3)
-    model.class_names = ["ant", "bee", "cat"]
-    seen = threads_seen(model)
-    with settings(flops, given):
-        assert torch.get_num_threads() == expected
-        am.evaluate(model, str(class_folder))
-    assert set(seen) == {expected}
-    am.evaluate(model, str(class_folder))
-    assert seen[-1] == 1
-
-
 def test_chosen_threads_count_for_small_batches_too(two_threads):
     model = tiny_model()
     seen = threads_seen(model)
+    products = torch.backends.mkldnn.matmul.fp32_precision
     with torch_settings(CPU, "float32", 2):
         assert timed(model, "training") == 2
         assert timed(model, "inference") == 2
@@ -206,6 +170,7 @@ def test_chosen_threads_count_for_small_batches_too(two_threads):
     with pytest.raises(am.UserError), torch_settings(CPU, "float32", 100_000):
         pass
     assert timed(model, "inference") == seen[-1] == 1
+    assert torch.backends.mkldnn.matmul.fp32_precision == products
 
 
 def test_onednn_is_only_taken_where_it_stays_float32(monkeypatch):
@@ -224,21 +189,6 @@ def test_onednn_is_only_taken_where_it_stays_float32(monkeypatch):
     monkeypatch.setattr(F, "linear", rounded)
     with settings(BIG):
         assert products.fp32_precision == before
-
-
-def test_what_is_compiled_is_kept_where_the_user_says(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    compute.keep_compiled(tmp_path / "compiled")
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
-    assert (tmp_path / "compiled").is_dir()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
-    compute.keep_compiled(tmp_path / "compiled")
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    (tmp_path / "file").touch()
-    compute.keep_compiled(tmp_path / "file" / "compiled")
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")  # inside of torch
@@ -356,3 +306,26 @@ def test_a_linear_probe_sees_the_features_of_evaluation(class_folder, tmp_path):
         am.train(base.with_values(changes), quiet=True)
     assert seen
     assert not any(seen)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("make", [lambda: tiny_model(10, 32), small_cycle, small_permutator])
+def test_the_bytes_of_an_image(make, precision: str):
+    """One image more costs a batch so many bytes more; no random number is drawn."""
+    model = make().train()
+    compute = ComputePolicy(torch.device("cpu"), precision, False, "")
+    image = torch.zeros(1, 3, *model.config.image_size)
+    before = torch.get_rng_state()
+    found = step.saved_bytes(model, image, compute)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+    kept: dict[int, torch.Tensor] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), compute.autocast():
+        _ = model(image.repeat(8, 1, 1, 1))
+    of_eight = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert of_eight / 8 * 0.5 < found < of_eight / 8 * 2.5

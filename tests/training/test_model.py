@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -13,9 +11,9 @@ import torch
 from torch import Tensor
 
 import allmlp as am
-from allmlp.training import train as loop
-from allmlp.training.model import build_model, freeze_all_but_head
+from allmlp.training.model import build_model
 from conftest import TINY, tiny_config, tiny_model
+from runs import train
 from studies import six_steps
 
 ANIMALS = ["ant", "bee", "cat"]
@@ -149,20 +147,6 @@ def test_weights_without_a_head(tmp_path, capsys):
     assert "for 3 classes; the weights had none" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("format", "name"), [("google", "w.npz"), ("timm", "w.safetensors")])
-def test_weights_of_others(tmp_path, format, name):
-    """In Google's layout and with timm's names, also where nothing describes them."""
-    before = model_of(ANIMALS)
-    path = am.save_model(before, tmp_path / name, format=format)
-    model = build_model(finetuning(path), ANIMALS, quiet=True).eval()
-    assert torch.allclose(model(images()), before(images()), atol=1e-6)
-    if format == "google":
-        path.with_suffix(".json").unlink()  # the names are gone with it
-        model = build_model(finetuning(path), ANIMALS, quiet=True)
-        assert not model.head.weight.any()
-        assert same_but_head(model, before)
-
-
 @pytest.mark.parametrize(
     ("size", "growth", "how"),
     [
@@ -182,20 +166,13 @@ def test_another_image_size(animals, capsys, size, growth, how):
     assert capsys.readouterr().err.startswith(how)
 
 
-def test_preprocessing_is_the_checkpoints_but_for_size_and_resize(animals):
-    changes = {"data__resize": "resize-crop", "data__exif_orientation": False}
-    config = finetuning(animals, model__image_size=16, **changes)
-    found = build_model(config, ["a", "b"], quiet=True).preprocessing
-    assert found == dataclasses.replace(
-        OWN_RANGE, image_size=(16, 16), resize="resize-crop", exif_orientation=False
-    )
-
-
 def test_a_crop_of_the_runs_own_reaches_small_images(animals, tmp_path):
-    changes = {"data__resize": "resmall-crop", "data__crop": 0.75}
-    model = build_model(finetuning(animals, **changes), ["a", "b"], quiet=True)
-    assert model.preprocessing == dataclasses.replace(
-        OWN_RANGE, resize="resmall-crop", crop=0.75, crop_small=True
+    changes = {"data__resize": "resmall-crop", "data__crop": 0.75, "data__exif_orientation": False}
+    config = finetuning(animals, model__image_size=16, **changes)
+    model = build_model(config, ["a", "b"], quiet=True)
+    expected = {"resize": "resmall-crop", "crop": 0.75, "exif_orientation": False}
+    assert model.preprocessing == dataclasses.replace(  # all else is the checkpoint's
+        OWN_RANGE, image_size=(16, 16), crop_small=True, **expected
     )
     am.save_model(model, tmp_path / "saved")
     again = build_model(finetuning(tmp_path / "saved"), ["a", "b"], quiet=True)
@@ -230,18 +207,6 @@ def test_no_weights(weights, message):
         build_model(finetuning(weights), ANIMALS)
 
 
-def test_weights_for_what_is_not_an_image(tmp_path):
-    model = tiny_model(3, in_channels=2)
-    path = am.save_model(model, tmp_path / "two").parent
-    with pytest.raises(am.UserError, match="images have 1 or 3 channels"):
-        build_model(finetuning(path), ANIMALS)
-
-
-def test_without_a_head_nothing_can_be_probed():
-    with pytest.raises(am.UserError, match="no head"):
-        freeze_all_but_head(tiny_model(num_classes=0))
-
-
 def test_a_linear_probe_moves_only_the_head(animals, class_folder, tmp_path):
     changes = {"model__train_only": "head", "data__source": str(class_folder)}
     result = am.train(finetuning(animals, tmp_path / "run", **changes), quiet=True)
@@ -252,28 +217,12 @@ def test_a_linear_probe_moves_only_the_head(animals, class_folder, tmp_path):
     assert "only the 51 of the head are trained" in log
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    train_step = loop.Trainer.train_step
-
-    def interrupted(self, number, batch):
-        if number == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return train_step(self, number, batch)
-
-    monkeypatch.setattr(loop.Trainer, "train_step", interrupted)
-
-
 @pytest.mark.parametrize("names", [ANIMALS, ["x", "y", "z"]], ids=["kept head", "new head"])
-def test_a_run_outlives_the_weights_that_it_began_with(
-    class_folder, tmp_path, monkeypatch, names, capsys
-):
+def test_a_run_outlives_the_weights_that_it_began_with(class_folder, tmp_path, names, capsys):
     path = am.save_model(model_of(names), tmp_path / "weights").parent
     changes = {"data__source": str(class_folder), "model__image_size": 16}
     whole = am.train(finetuning(path, tmp_path / "whole", **changes), quiet=True).run_folder
-    stop_at(monkeypatch, 4)
-    with pytest.raises(KeyboardInterrupt):
-        am.train(finetuning(path, tmp_path / "run", **changes), quiet=True)
-    monkeypatch.undo()
+    train(finetuning(path, tmp_path / "run", **changes), stop_after=5)
     shutil.rmtree(path)
     capsys.readouterr()
     again = am.resume(tmp_path / "run").run_folder
@@ -285,15 +234,12 @@ def test_a_run_outlives_the_weights_that_it_began_with(
 
 
 def test_without_a_whole_checkpoint_a_run_begins_with_its_first_weights(
-    animals, class_folder, tmp_path, monkeypatch
+    animals, class_folder, tmp_path
 ):
     """best/ has moved on by then, and would be another beginning."""
     changes = {"data__source": str(class_folder), "keep_checkpoints": 1}
     whole = am.train(finetuning(animals, tmp_path / "whole", **changes), quiet=True).run_folder
-    stop_at(monkeypatch, 4)
-    with pytest.raises(KeyboardInterrupt):
-        am.train(finetuning(animals, tmp_path / "run", **changes), quiet=True)
-    monkeypatch.undo()
+    train(finetuning(animals, tmp_path / "run", **changes), stop_after=5)
     checkpoints = tmp_path / "run" / "checkpoints"
     for file in checkpoints.glob("step-*/state.safetensors"):
         file.write_bytes(b"x" + file.read_bytes()[1:])  # the size is right

@@ -20,9 +20,12 @@ from allmlp.training.optim import (
     clip,
     learning_rate,
     loss_function,
+    operations,
     optimizer_tensors,
+    power,
     sam_ascent,
     sam_rho_at,
+    state_copies,
     update,
     update_average,
     warmup_steps,
@@ -458,3 +461,20 @@ def test_where_sam_starts():
     assert [sam_rho_at(AdamW(sam_rho=0.2), step, 10) for step in (0, 9)] == [0.2, 0.2]
     late = AdamW(sam_rho=0.2, sam_start=0.9)
     assert [sam_rho_at(late, step, 100) for step in (0, 89, 90, 99)] == [0.0, 0.0, 0.2, 0.2]
+
+
+# What a run costs
+
+
+def test_operations_and_images():
+    assert operations(636, 10, AdamW()) == 3 * 636 * 10
+    assert operations(636, 10, AdamW(sam_rho=0.1, sam_start=0.75)) == round(3.75 * 6360)
+    assert power(operations(25_200_000_000, 144_000, AdamW())) == "1.1e16"
+    assert am.recipe("digits").images_seen(1293) == 100 * 1293
+    assert am.recipe("finetune_pets").images_seen(3680) == 500 * 512
+
+
+def test_copies_of_the_weights():
+    """The weights, their gradient, the moments, the average, what SAM puts back."""
+    optimizers = [AdamW(), Muon(ema_decay=0.9), SGD(), SGD(momentum=0.0, sam_rho=0.1)]
+    assert [state_copies(settings) for settings in optimizers] == [4, 5, 3, 3]

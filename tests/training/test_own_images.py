@@ -50,16 +50,6 @@ def test_the_commands_that_the_run_prints_measure_the_held_out_images(made, caps
     assert f"mixer evaluate {made / 'run'} --data {made / 'data'}:validation\n" in log
 
 
-def test_training_images_are_counted(made, capsys, tmp_path):
-    code, out, _ = mixer(
-        capsys, "evaluate", made / "run", "--data", f"{made / 'data'}:train", "--output", tmp_path
-    )
-    assert code == 0
-    assert "18 of 20 images were trained on" in out
-    said = json.loads((tmp_path / "evaluation.json").read_text())
-    assert (said["images"], said["are_held_out"], said["trained_on"]) == (20, False, 18)
-
-
 @pytest.mark.parametrize("source", ["run", "run/best", "run/best/model.safetensors"])
 def test_from_python(made, source):
     model = am.load_model(made / source)

@@ -20,7 +20,6 @@ from allmlp.training.config import (
     InceptionCrop,
     Linear,
     NoCrop,
-    PaddedCrop,
     Sigmoid,
     Softmax,
 )
@@ -172,24 +171,9 @@ def test_the_hyper_rule(num_images: int, steps: int, warmup: int, mixup: float):
 
 
 def test_the_cifar10_models():
-    small, best = am.recipe("cifar10"), am.recipe("cifar10_best")
-    assert count_parameters(architecture(small)) == 1_123_914 <= 1_130_000
-    assert count_parameters(architecture(best)) == 5_271_818
-    assert architecture(small).config.num_tokens == 64
-    assert architecture(best).config.num_tokens == 256
-    for config in (small, best):
-        augment = config.augment
-        assert architecture(config).config.image_size == (32, 32)
-        assert (augment.crop, augment.flip) == (PaddedCrop(padding=4 / 32), True)
-        assert augment.mixup > 0
-        assert augment.cutmix > 0
-        assert 0.5 < augment.mix_until < 1
-        assert config.data.holdout is None
-    changed = {"patch_size", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim", "stochastic_depth"}
-    differing = {
-        key for key, value in small.model.overrides.items() if best.model.overrides[key] != value
-    }
-    assert differing == changed
+    small, best = (architecture(am.recipe(name)) for name in ("cifar10", "cifar10_best"))
+    assert (count_parameters(small), count_parameters(best)) == (1_123_914, 5_271_818)
+    assert (small.config.num_tokens, best.config.num_tokens) == (64, 256)
 
 
 DOCUMENT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from allmlp.io import partial_path
 from allmlp.training import step
 from allmlp.training import train as loop
 from allmlp.training.checkpoint import Checkpoints
-from conftest import NO_PROCESS, draw, mixer
+from conftest import NO_PROCESS, draw, mixer, tiny_config
 from runs import (
     DROPOUT,
     before_step,
@@ -199,14 +199,6 @@ def test_images_that_were_moved_are_the_same(data: Path, tmp_path: Path, monkeyp
     assert json.loads((run / "config.json").read_text())["data"]["source"] == "there"
 
 
-def test_longer_training_is_a_new_run(data: Path, tmp_path: Path, capsys):
-    run = train(run_config(data, tmp_path / "run", steps=1))
-    code, _, err = mixer(capsys, "train", "--resume", run, "--steps", 2)
-    assert code == 2
-    assert "steps is 1 there and 2 here" in err
-    assert f"mixer finetune {run} --data SOURCE" in err
-
-
 @unix
 @pytest.mark.parametrize("patience", [1, 2])
 def test_stopping_early(data: Path, tmp_path: Path, monkeypatch, patience: int):
@@ -307,3 +299,40 @@ def test_a_run_killed_while_its_folder_was_made_begins_again(data: Path, tmp_pat
     train(config)
     assert json.loads((run / "environment.json").read_text())["seed"] == 0
     assert not [*run.rglob(".*")]
+
+
+@pytest.mark.parametrize("changes", [{}, {"data__holdout": 0.0}])
+def test_a_run_without_its_checkpoints_is_not_trained_again(class_folder, tmp_path, changes):
+    run = am.train(tiny_config(str(class_folder), tmp_path / "run", **changes), quiet=True)
+    shutil.rmtree(run.run_folder / "checkpoints")
+    before = (run.run_folder / "best" / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(am.UserError, match="without checkpoints"):
+        am.resume(run.run_folder, quiet=True)
+    assert (run.run_folder / "best" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@unix
+def test_a_bad_image_is_named_once_by_a_resumed_run(tmp_path: Path):
+    data = make_data(tmp_path / "data")
+    for split in ("train", "val"):
+        image = data / split / "bee" / "0.png"
+        image.write_bytes(image.read_bytes()[:-40])  # a whole header, broken pixels
+    run = train(run_config(data, tmp_path / "run"), stop_after=13)
+    lines = (run / "bad_files.txt").read_text().splitlines()
+    assert len(lines) == 2
+    train(run)
+    assert (run / "bad_files.txt").read_text().splitlines() == lines
+
+
+@unix
+def test_a_stop_without_checkpoints_promises_nothing(data: Path, tmp_path: Path, capfd):
+    run = train(run_config(data, tmp_path / "run", keep_checkpoints=0), stop_after=3)
+    log = (run / "log.txt").read_text()
+    assert "the run keeps no checkpoints and cannot be resumed" in log
+    assert "to resume" not in log
+    assert "saves" not in capfd.readouterr().err
+
+
+def test_the_best_state_is_saved_whenever_it_comes(data: Path, tmp_path: Path):
+    run = train(run_config(data, tmp_path / "run", checkpoint_every=100))
+    assert (run / "checkpoints" / "step-00000010").is_dir()  # the first evaluation is the best

@@ -67,7 +67,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", list(DAMAGE))
 def test_damaged_logs_do_not_stop_a_run(tmp_path: Path, damage: str):
-    """A log is not the state: what can be read of it is kept, and what is left out is said."""
+    """A log is not the state: what can be read of it is kept."""
     run = RunFolder(tmp_path / "run", config(tmp_path / "run"))
     for step in range(4):
         values = {"step": step, "epoch": step / 2, "loss": 2.0, "learning_rate": 0.1}
@@ -79,10 +79,7 @@ def test_damaged_logs_do_not_stop_a_run(tmp_path: Path, damage: str):
         path = run.path / name
         path.write_bytes(DAMAGE[damage](path.read_bytes()))
     run.draw_curves()
-    notes = run.rewind(4)
-    assert len(notes) == (0 if damage in ("empty", "no last line end") else 2), notes
-    assert all("metrics.jsonl" in note or "results.csv" in note for note in notes)
-    assert run.rewind(4) == []
+    run.rewind(4)
     run.log_step({"step": 4, "epoch": 2.0, "loss": 1.0, "learning_rate": 0.1})
     run.log_evaluation({"epoch": 3.0, "step": 6, **evaluation})
     metrics = [
@@ -111,14 +108,6 @@ def test_what_a_killed_run_was_writing_goes(tmp_path: Path):
     assert not list(run.path.glob("*.partial"))
 
 
-def test_bad_files_are_known_again(tmp_path: Path):
-    run = RunFolder(tmp_path / "run", config(tmp_path / "run"))
-    assert run.named_bad_files() == []
-    run.log_bad_file(BadImage(3, "dir/a b.png", "not an image"))
-    assert run.named_bad_files() == [BadImage(-1, "dir/a b.png", "not an image")]
-    run.close()
-
-
 def test_runs_of_the_same_minute_get_folders_of_their_own(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     planned = planned_path(am.recipe("digits"))
@@ -135,8 +124,7 @@ def test_processes_that_do_not_write_leave_no_trace(tmp_path: Path):
     run.log_step({"step": 0, "loss": 1.0})
     run.log_evaluation({"step": 1})
     run.log_bad_file(BadImage(0, "x", "y"))
-    run.write_json("environment.json", {})
-    run.write_card("text")
+    run.write("environment.json", {})
     run.rewind(0)
     run.close()
     assert not (tmp_path / "run").exists()

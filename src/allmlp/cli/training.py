@@ -104,7 +104,7 @@ is a name of docs/recipes.md; without it digits, or scratch where --data is give
 def train_command(recipe: str | None, options: Any) -> None:
     """Runs `mixer train`."""
     from allmlp.data.sources import names_source  # these import much that --help does not need
-    from allmlp.training.resume import check_same, config_of
+    from allmlp.training.run_folder import check_same, config_of
     from allmlp.training.train import train
 
     if options.resume is None:
@@ -160,8 +160,8 @@ command with the same --output resumes what was stopped.
 
 def finetune_command(checkpoint: str, options: Any) -> None:
     """Runs `mixer finetune`."""
-    from allmlp.data.sources import open_splits
     from allmlp.finetuning import finetune
+    from allmlp.training.dataset import splits_with_train
     from allmlp.training.train import train
 
     if options.data is None:
@@ -171,19 +171,14 @@ def finetune_command(checkpoint: str, options: Any) -> None:
         one_of("recipe", options.recipe, FINETUNING)
         config = named_recipe(options.recipe)
     else:
-        splits = open_splits(options.data)
-        if "train" not in splits:
-            fix = f"Known there: {', '.join(splits)}. Give a source that has both"
-            raise UserError("the data has no train split", where=options.data, fix=fix)
-        config = finetune_for(len(splits["train"]))
+        config = finetune_for(len(splits_with_train(options.data)["train"]))
     grid, seeds = options.grid, options.seeds
-    chosen = {"optimizer.learning_rate": grid, "seed": seeds or None}
-    for key, values in chosen.items():
-        flag = key.rpartition(".")[2]
-        is_set = any(text.partition("=")[0].strip() == key for text in options.settings)
-        if values is not None and (is_set or getattr(options, flag, None) is not None):
-            other = "seeds" if key == "seed" else "grid"
-            raise UserError(f"{flag} and {other} exclude each other", fix="Leave one of them out")
+    typed = {text.partition("=")[0].strip() for text in options.settings}
+    typed |= {"optimizer.learning_rate"} if options.learning_rate is not None else set()
+    for given, key in ((grid is not None, "optimizer.learning_rate"), (seeds, "seed")):
+        if given and key in typed:
+            pair = "seed and seeds" if key == "seed" else "learning_rate and grid"
+            raise UserError(f"{pair} exclude each other", fix="Leave one of them out")
     config = changed(config.with_value("model.weights", checkpoint), FINETUNE, options)
     if seeds:
         config = config.with_value("seed", seeds[0])

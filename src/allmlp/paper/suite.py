@@ -43,7 +43,7 @@ from allmlp.sweep import study_folder
 from allmlp.training.config import Steps, TrainConfig
 from allmlp.training.dataset import check_readable
 from allmlp.training.optim import check_warmup
-from allmlp.training.resume import identity
+from allmlp.training.run_folder import identity
 from allmlp.weights.load import load_model
 
 _TRAIN, _CHOOSE = 800, 200

@@ -39,6 +39,7 @@ class _Failure:
     what: str
     where: str | None
     fix: str | None
+    code: str
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,10 @@ class World:
             try:
                 values = [function()]
             except UserError as error:
-                values = [_Failure(error.what, error.where, error.fix)]
+                values = [_Failure(error.what, error.where, error.fix, error.code)]
         dist.broadcast_object_list(values, src=0)
-        if isinstance(values[0], _Failure):
-            raise UserError(values[0].what, where=values[0].where, fix=values[0].fix)
+        if isinstance(failure := values[0], _Failure):
+            raise UserError(failure.what, where=failure.where, fix=failure.fix, code=failure.code)
         return values[0]
 
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:

@@ -9,10 +9,14 @@ from allmlp.data.source_spec import parse_name
 from allmlp.data.sources.hub import PREFIX
 from allmlp.evaluation.metrics import Evaluation
 from allmlp.models.catalog import architecture_name, family_of
-from allmlp.models.layers import ImageClassifier, count_parameters, flops_text
+from allmlp.models.layers import (
+    ImageClassifier,
+    count_parameters,
+    flops_text,
+    preprocessing_of,
+)
 from allmlp.models.timm_model import TimmConfig
 from allmlp.training.config import TrainConfig
-from allmlp.training.cost import planned
 from allmlp.training.dataset import Splits
 from allmlp.weights.checkpoints import find_checkpoint
 
@@ -55,8 +59,9 @@ Images of any size and mode are turned upright and preprocessed as the model req
 
 ## Training
 
-Recipe `{recipe}`, seed {seed}: {length} of {train:,} images in batches of {batch};
-{start}{optimizer}, learning rate {rate:g}, weight decay {decay:g}.
+Recipe `{config.recipe}`, seed {config.seed}: {config.length} of {train:,} images in batches of
+{config.batch_size}; {start}{config.optimizer.name}, learning rate
+{config.optimizer.learning_rate:g}, weight decay {decay:g}.
 Every setting is in the run's `config.json`.
 
 ## Limits
@@ -82,7 +87,7 @@ def model_card(
 
     It names no path of this machine: the folder is there to be given away.
     """
-    data = config.data.source
+    data, weights = config.data.source, config.model.weights
     base = parse_name(data).base
 
     def public(name: str) -> str:
@@ -96,24 +101,25 @@ def model_card(
         for evaluation in evaluations
     ]
     best = "the last step" if splits.validation is None else "the best validation accuracy"
-    chosen = f"The weights are those of {best};\n"
+    chosen = "all images were trained on, none are left to measure the accuracy."
     if splits.test:
-        chosen += "the test images are measured once, at the end."
+        chosen = "the test images are measured once, at the end."
     elif splits.validation is not None:
-        chosen += "there were no test images, so expect somewhat less on new ones."
-    else:
-        chosen += "all images were trained on, none are left to measure the accuracy."
+        chosen = "there were no test images, so expect somewhat less on new ones."
     names = splits.train.class_names
-    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     height, width = model.config.image_size
-    assert model.preprocessing is not None
-    family, architecture, paper = _architecture(model)
+    tag, architecture, paper = _architecture(model)
     title = f"{architecture} on {public(data)}"
-    weights = config.model.weights
-    known = None if weights is None else find_checkpoint(weights)
-    begun = "" if weights is None else f" and on the weights that it began with, {_name(weights)}"
-    if known is not None:
-        begun += f" ({known.licence})"
+    start = begun = ""
+    if weights is not None:
+        # Of a path its last part.
+        name = os.path.basename(os.path.normpath(weights).removesuffix(f"{os.sep}best"))
+        name = weights if weights.startswith((PREFIX, "timm:")) else name
+        known = find_checkpoint(weights)
+        start = f"from the weights {name};\n"
+        begun = f" and on the weights that it began with, {name}"
+        begun += f" ({known.licence})" if known is not None else ""
     results = [
         {
             "task": {"type": "image-classification"},
@@ -125,7 +131,7 @@ def model_card(
     header = {
         "library_name": "allmlp",
         "pipeline_tag": "image-classification",
-        "tags": ["image-classification", family],
+        "tags": ["image-classification", tag],
         "datasets": [_on_hub(base)] if base.startswith(PREFIX) else None,
         "base_model": None if weights is None else _base_model(weights),
         "metrics": ["accuracy"] if evaluations else None,
@@ -144,18 +150,13 @@ def model_card(
         height=height,
         width=width,
         num_classes=len(names),
-        classes=shown,
+        classes=", ".join(names[:20]) + more,
         results="\n".join(rows),
-        chosen=chosen,
-        preprocessing=model.preprocessing.summary(),
-        recipe=config.recipe,
-        seed=config.seed,
-        length=planned(config),
-        start="" if weights is None else f"from the weights {_name(weights)};\n",
+        chosen=f"The weights are those of {best};\n{chosen}",
+        preprocessing=preprocessing_of(model).summary(),
+        config=config,
+        start=start,
         train=len(splits.train),
-        batch=config.batch_size,
-        optimizer=config.optimizer.name,
-        rate=config.optimizer.learning_rate,
         decay=getattr(config.optimizer, "weight_decay", 0.0),
     )
 
@@ -167,26 +168,17 @@ def _architecture(model: ImageClassifier) -> tuple[str, str, str]:
         return "timm", config.name, "as timm has it, whose documentation names the paper"
     family = family_of(config)
     name, paper = family.title, family.paper
-    tag = name.lower().replace(" ", "-")
     if variant := getattr(config, "variant", ""):
-        paper += f", changed as in its appendix A.1: {variant}"
-        name += " variant"
+        name, paper = f"{name} variant", f"{paper}, changed as in its appendix A.1: {variant}"
     known = architecture_name(config)
-    return tag, f"{name} {known}" if known else name, paper
-
-
-def _name(weights: str) -> str:
-    """What trained weights are called elsewhere: of a path its last part."""
-    if weights.startswith(("hf:", "timm:")):
-        return weights
-    return os.path.basename(os.path.normpath(weights).removesuffix(f"{os.sep}best"))
+    return family.title.lower().replace(" ", "-"), f"{name} {known}" if known else name, paper
 
 
 def _base_model(weights: str) -> str | None:
     """The owner/name of weights that lie on the hub."""
-    known = find_checkpoint(weights)
     if weights.startswith("timm:"):
         return f"timm/{weights.removeprefix('timm:')}"
+    known = find_checkpoint(weights)
     return _on_hub(weights) if weights.startswith(PREFIX) else known and known.hub
 
 

@@ -54,14 +54,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint.
-
-    Attributes:
-        path: of its folder.
-        step: of the run.
-        values: the JSON values that were saved with the tensors.
-        is_best: this was the best step when it was saved.
-    """
+    """A verified checkpoint: its folder, and what its manifest says beside the checksums."""
 
     path: Path
     step: int
@@ -86,8 +79,6 @@ class Checkpoints:
         world: World | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
-        if keep < 1:
-            raise ValueError(f"keep must be 1 or more, not {keep}")
         self.folder, self._keep, self._say = folder, keep, say
         self._world = World() if world is None else world
         # One thread, which the interpreter waits for at exit: a save in progress is finished.
@@ -172,8 +163,12 @@ class Checkpoints:
         target = self.folder / f"step-{step:08d}"
         partial = target.with_name(f".{target.name}.partial")
         try:
-            if self._is_whole(target):
-                return
+            if target.exists():
+                try:
+                    verify(target)
+                    return
+                except (UserError, OSError):
+                    self._damaged.add(target.name)
             if partial.exists():
                 shutil.rmtree(partial)
             partial.mkdir(parents=True)
@@ -181,7 +176,12 @@ class Checkpoints:
             content = {"format": FORMAT, NAME: version(NAME), "step": step, "is_best": is_best}
             content |= {"values": values, "size": size, "sha256": digest}
             write_manifest(partial, content)
-            self._publish(partial, target)
+            if target.exists():
+                _remove(target)
+            partial.rename(target)
+            self._damaged.discard(target.name)
+            fsync(self.folder)
+            fsync(self.folder.parent)
         except OSError as error:
             place = next(path for path in (self.folder, *self.folder.parents) if path.exists())
             free = shutil.disk_usage(place).free  # before what was written is removed
@@ -192,23 +192,6 @@ class Checkpoints:
                 what = f"the disk is full: the checkpoint needs {needed:,} bytes, {free:,} are free"
             fix = "Fix that and resume the run; the previous checkpoint is complete"
             raise UserError(what, where=target, fix=fix, code="checkpoint") from error
-
-    def _is_whole(self, path: Path) -> bool:
-        try:
-            if path.exists():
-                verify(path)
-                return True
-        except (UserError, OSError):
-            self._damaged.add(path.name)
-        return False
-
-    def _publish(self, partial: Path, target: Path) -> None:
-        if target.exists():  # damaged, or nothing would have been written
-            _remove(target)
-        partial.rename(target)
-        self._damaged.discard(target.name)
-        fsync(self.folder)
-        fsync(self.folder.parent)
         try:
             self._retain(target)
         except (OSError, UserError) as error:  # one checkpoint too many is the lesser harm
@@ -248,8 +231,8 @@ class Checkpoints:
 
     def _folders(self) -> list[Path]:
         """Returns the folders under final names, newest first."""
-        names = [name for name in self._names() if _COMPLETE.fullmatch(name)]
-        return [self.folder / name for name in sorted(names, key=lambda n: -int(n[5:]))]
+        names = filter(_COMPLETE.fullmatch, self._names())
+        return [self.folder / name for name in sorted(names, key=lambda name: -int(name[5:]))]
 
     def _names(self) -> list[str]:
         try:
@@ -335,12 +318,11 @@ def verify(folder: Path, *, deep: bool = True) -> Checkpoint:
                 raise UserError("it is damaged: its sha256 is another", where=state)
         return Checkpoint(folder, step, dict(content["values"]), bool(content["is_best"]))
     except OSError as error:
-        is_missing = isinstance(error, FileNotFoundError)
-        what = "it is missing" if is_missing else f"it cannot be read: {error.strerror}"
+        what = f"it cannot be read: {error.strerror}"
         raise UserError(what, where=error.filename or folder) from error
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError("it is damaged: not a complete manifest", where=path) from error
 
 

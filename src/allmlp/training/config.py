@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeAlias, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AllowInfNan, Field, InstanceOf, Strict, TypeAdapter, ValidationError
+from pydantic import AllowInfNan, Field, InstanceOf, Strict
 
-from allmlp.errors import UserError, near_names
-from allmlp.options import literal
+from allmlp.errors import UserError, near_names, one_of, plural
+from allmlp.options import OptionError, Options, literal, validated
 
 VERSION = 2  # of config.json; version 1 had no choices with settings of their own, see `_RENAMED`
 
@@ -27,86 +25,21 @@ NonNegative: TypeAlias = Annotated[Real, Field(ge=0)]
 Fraction: TypeAlias = Annotated[Real, Field(ge=0, le=1)]
 PositiveFraction: TypeAlias = Annotated[Real, Field(gt=0, le=1)]
 BelowOne: TypeAlias = Annotated[Real, Field(ge=0, lt=1)]
-
-
-class SettingError(UserError):
-    """An unknown setting, or a value that it cannot have.
-
-    Attributes:
-        key: path of the setting.
-    """
-
-    def __init__(
-        self, key: str, what: str, fix: str | None = None, code: str = "out-of-range"
-    ) -> None:
-        super().__init__(what, fix=fix, code=code)
-        self.key = key
-
-
-class Section:
-    """A group of settings, whose types and ranges are checked whoever makes it."""
-
-    path: ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        for name in _hints(type(self)):
-            key, value = f"{self.path}{name}", getattr(self, name)
-            if isinstance(value, Section):
-                continue
-            try:
-                object.__setattr__(self, name, _adapter(type(self), name).validate_python(value))
-            except ValidationError as error:
-                raise _setting_error(key, value, error) from None
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    hints = get_type_hints(kind, include_extras=True)
-    return {entry.name: hints[entry.name] for entry in dataclasses.fields(kind)}
-
-
-@functools.cache
-def _adapter(kind: type, name: str) -> TypeAdapter[Any]:
-    return TypeAdapter(_hints(kind)[name])
-
-
-_WORDS = {
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "greater than": "above",
-    "less than": "below",
-}
-
-
-def _setting_error(key: str, value: object, error: ValidationError) -> SettingError:
-    expected, near = [], ""
-    for detail in error.errors():
-        text = detail["msg"].removeprefix("Input should be ")
-        for theirs, ours in _WORDS.items():
-            text = text.replace(theirs, ours)
-        expected.append(text)
-        if detail["type"] == "literal_error":
-            near = near_names(str(value), re.findall(r"'([^']*)'", detail["msg"]))
-    wanted = " or ".join(dict.fromkeys(expected))
-    codes = {"greater_than": "out-of-range"}
-    codes |= dict.fromkeys(("greater_than_equal", "less_than", "less_than_equal"), "out-of-range")
-    code = codes.get(error.errors()[0]["type"], "wrong-type")
-    return SettingError(key, f"{key} must be {wanted}, got {value!r}", near.strip() or None, code)
+CHOICE = Field(discriminator="name")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings(Section):
+class ModelSettings(Options):
     """Which network to train."""
 
-    path: ClassVar[str] = "model."
     name: Text = "mixer_s16"
     """A name of `mixer models`; "" where `weights` bring the architecture."""
     image_size: Count | tuple[Count, Count] | None = 224
-    """Pixels, a number or (H, W); None keeps that of the `weights`."""
+    """Pixels, a side or height and width; that of the `weights` if not given."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Other fields of its configuration; with `weights` only dropout and stochastic_depth."""
     weights: Text | None = None
-    """Trained weights to start from, as `load_model` takes them; None draws new ones."""
+    """Trained weights to start from, as `load_model` takes them; new ones if not given."""
     resize_weights: Literal["auto", "block-diagonal", "resample"] = "auto"
     """How `weights` reach another image size, as `load_model` takes it."""
     train_only: Literal["all", "head"] = "all"
@@ -115,7 +48,6 @@ class ModelSettings(Section):
     """Initial biases of a new head; about the logarithm of a class's fraction with sigmoid loss."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in {"name", "image_size", "num_classes"} & self.overrides.keys():
             source = "comes from the data" if name == "num_classes" else f"is model.{name}"
             raise UserError(f"model.overrides.{name} {source}", fix="Leave it out here")
@@ -136,15 +68,14 @@ class ModelSettings(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings(Section):
+class DataSettings(Options):
     """Which images to learn from."""
 
-    path: ClassVar[str] = "data."
     source: Text = "digits"
     """A folder, list, Parquet files, packed data, hf:owner/name or digits."""
     holdout: BelowOne | None = None
-    """Fraction of every class held out for validation; None takes the data's own validation images,
-    or a tenth; 0 trains on everything and keeps the last weights."""
+    """Fraction of every class held out for validation, by default a tenth where the data has no
+    validation images; 0 trains on everything and keeps the last weights."""
     fraction: PositiveFraction = 1.0
     """Fraction of the training images to use, at random; smaller ones are subsets of larger."""
     fraction_seed: Natural = 0
@@ -154,12 +85,12 @@ class DataSettings(Section):
     resize: Literal["resize-crop", "resmall-crop", "squash"] = "resmall-crop"
     """How evaluation fits an image to the model, see `allmlp.preprocessing`."""
     crop: PositiveFraction | None = None
-    """Fraction of the resized side that is kept, of small images too; None: the weights' own or
-    0.875, with small images enlarged whole."""
+    """Fraction of the resized side that is kept, of small images too; by default the weights' own
+    or 0.875, with small images enlarged whole."""
     exif_orientation: Flag = True
     """Turn photographs upright by their EXIF tag; the paper's code does not."""
     permutation: Literal["none", "patches", "pixels"] | None = None
-    """Permutation of the pixels of every image (the paper's figure 4); None: that of `weights`."""
+    """Permutation of every image's pixels (the paper's figure 4); by default that of `weights`."""
     permutation_patch: Count | None = None
     """Side of the patches in pixels, for "patches"."""
     permutation_seed: Natural = 0
@@ -168,12 +99,11 @@ class DataSettings(Section):
     """Largest fraction of undecodable images at which a run continues; up to 5 images always do,
     unless this is 0, they are half of a split or all images of a class."""
     num_workers: Natural | None = None
-    """Processes that decode images; None chooses by the size of the data."""
+    """Processes that decode images; chosen by the size of the data if not given."""
     timeout: NonNegative = 600.0
     """Seconds without a batch after which a worker counts as hanging; 0 for never."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if (self.permutation_patch is None) != (self.permutation != "patches"):
             what = f"data.permutation={self.permutation} with permutation_patch="
             what += f"{self.permutation_patch}: patches, and only they, have a size"
@@ -184,51 +114,47 @@ class DataSettings(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InceptionCrop(Section):
+class InceptionCrop(Options):
     """A random rectangle."""
 
-    path: ClassVar[str] = "augment.crop."
     name: Literal["inception"] = "inception"
     area: tuple[Real, Real] = (0.05, 1.0)
     """Its smallest and largest fraction of the image's area."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not 0.0 < self.area[0] <= self.area[1] <= 1.0:
             what = "augment.crop.area must be two fractions, 0 < smallest <= largest <= 1, got "
-            raise SettingError("augment.crop.area", f"{what}{self.area}")
+            raise UserError(f"{what}{self.area}", code="out-of-range")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaddedCrop(Section):
+class PaddedCrop(Options):
     """Resized as for evaluation, then moved by whole pixels: for small images."""
 
-    path: ClassVar[str] = "augment.crop."
     name: Literal["padded"] = "padded"
     padding: BelowOne = 0.125
     """Largest move, as a fraction of the side."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomCrop(Section):
+class RandomCrop(Options):
     """Both sides resized to 8/7 of the model's (one over its `crop`), a random part kept."""
 
     name: Literal["random"] = "random"
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoCrop(Section):
+class NoCrop(Options):
     """Resized as for evaluation."""
 
     name: Literal["none"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentSettings(Section):
+class AugmentSettings(Options):
     """What happens to training images at random, in the order of the fields."""
 
-    path: ClassVar[str] = "augment."
-    crop: InceptionCrop | PaddedCrop | RandomCrop | NoCrop = InceptionCrop()
+    crop: Annotated[InceptionCrop | PaddedCrop | RandomCrop | NoCrop, CHOICE] = InceptionCrop()
     flip: Flag = True
     """Mirror every other image left to right."""
     rotate: Annotated[Real, Field(ge=0, le=180)] = 0.0
@@ -242,7 +168,7 @@ class AugmentSettings(Section):
     elastic: BelowOne = 0.0
     """Standard deviation of a smooth random warp, as a fraction of the side."""
     randaugment: Annotated[Real, Field(ge=0, le=30)] | None = None
-    """Magnitude of RandAugment, about 0 to 20; None for none."""
+    """Magnitude of RandAugment, about 0 to 20."""
     randaugment_layers: Annotated[Int, Field(ge=1, le=16)] = 2
     """Its operations per image."""
     random_erasing: Fraction = 0.0
@@ -256,8 +182,7 @@ class AugmentSettings(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Decay(Section):
-    path: ClassVar[str] = "optimizer.schedule."
+class _Decay(Options):
     final_lr_fraction: Fraction = 0.0
     """Learning rate at the last step, as a fraction of the peak."""
 
@@ -277,34 +202,31 @@ class Linear(_Decay):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steps(Section):
+class Steps(Options):
     """The learning rate times `decay_factor` after each of `decay_at`."""
 
-    path: ClassVar[str] = "optimizer.schedule."
     name: Literal["steps"] = "steps"
     decay_at: tuple[Real, ...] = (0.3, 0.6, 0.9)
     """Ascending: fractions of the run, or numbers of steps."""
     decay_factor: Annotated[Real, Field(gt=0, lt=1)] = 0.1
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         are_fractions = all(0.0 < at < 1.0 for at in self.decay_at)
         are_steps = all(at >= 1.0 and at == round(at) for at in self.decay_at)
         ascend = all(a < b for a, b in itertools.pairwise(self.decay_at))
         if not (self.decay_at and ascend and (are_fractions or are_steps)):
-            key = "optimizer.schedule.decay_at"
             rule = "ascending fractions below 1, or ascending whole numbers of steps"
-            raise SettingError(key, f"{key} must be {rule}, got {self.decay_at}")
+            what = f"optimizer.schedule.decay_at must be {rule}, got {self.decay_at}"
+            raise UserError(what, code="out-of-range")
 
 
-Schedule: TypeAlias = Cosine | Linear | Steps
+Schedule: TypeAlias = Annotated[Cosine | Linear | Steps, CHOICE]
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerSettings(Section):
+class OptimizerSettings(Options):
     """What all optimizers share."""
 
-    path: ClassVar[str] = "optimizer."
     name: str
     learning_rate: Annotated[Real, Field(gt=0)] = 1e-3
     """The highest, after the warm-up; Muon's updates are scaled to take Adam's."""
@@ -321,10 +243,9 @@ class OptimizerSettings(Section):
     """Fraction of the run before it starts."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.warmup > 1 and self.warmup != round(self.warmup):
             what = f"optimizer.warmup must be a fraction below 1 or whole steps, got {self.warmup}"
-            raise SettingError("optimizer.warmup", what)
+            raise UserError(what, code="out-of-range")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,21 +276,20 @@ class Muon(AdamW):
     """Of the matrices; beta1 and beta2 are AdamW's."""
 
 
-Optimizer: TypeAlias = AdamW | SGD | Muon
+Optimizer: TypeAlias = Annotated[AdamW | SGD | Muon, CHOICE]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Softmax(Section):
+class Softmax(Options):
     """Softmax cross-entropy."""
 
-    path: ClassVar[str] = "loss."
     name: Literal["softmax"] = "softmax"
     label_smoothing: BelowOne = 0.0
     """Fraction of each target spread over all classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sigmoid(Section):
+class Sigmoid(Options):
     """Sigmoid cross-entropy, summed over the classes, with which the paper pre-trains."""
 
     name: Literal["sigmoid"] = "sigmoid"
@@ -381,11 +301,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "optimizer": (AdamW, SGD, Muon),
     "optimizer.schedule": (Cosine, Linear, Steps),
     "loss": (Softmax, Sigmoid),
-}
-_SECTIONS: dict[str, Any] = {
-    "model": ModelSettings,
-    "data": DataSettings,
-    "augment": AugmentSettings,
 }
 # Another spelling of a setting, shorter or that of version 1 -> the setting.
 _RENAMED = {
@@ -405,23 +320,10 @@ _RENAMED = {
     "optimizer.sharpness": "optimizer.sam_rho",
     "optimizer.sharpness_from": "optimizer.sam_start",
 }
-# What other programs call a setting -> ours.
-_ELSEWHERE = {
-    **dict.fromkeys(("ema", "model_ema", "model_ema_decay"), "optimizer.ema_decay"),
-    **dict.fromkeys(("lr", "lr0", "base_lr"), "optimizer.learning_rate, or --learning-rate"),
-    "wd": "optimizer.weight_decay",
-    "grad_clip": "optimizer.clip_norm",
-    "drop_path": "model.overrides.stochastic_depth",
-    "drop_rate": "model.overrides.dropout",
-    **dict.fromkeys(
-        ("class_weights", "class_weight", "cls_pw"),
-        "none: all images have the same weight. `mixer evaluate` reports each class",
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Section):
+class TrainConfig(Options):
     """Everything that a run depends on."""
 
     recipe: Text = "digits"
@@ -430,30 +332,30 @@ class TrainConfig(Section):
     data: DataSettings = field(default_factory=DataSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     optimizer: Optimizer = AdamW()
-    loss: Softmax | Sigmoid = Softmax()
+    loss: Annotated[Softmax | Sigmoid, CHOICE] = Softmax()
     epochs: Count | None = 100
-    """Passes over the training images; None where `steps` is given."""
+    """Passes over the training images."""
     steps: Count | None = None
-    """Updates of the weights; None where `epochs` is given."""
+    """Updates of the weights, in place of `epochs`."""
     batch_size: Count = 64
     """Images per step, over all processes."""
     micro_batch_size: Count | None = None
-    """Images that pass through the model at once, their gradients accumulated; None: all of a
-    process's, halved when they do not fit into memory."""
+    """Images that pass through the model at once, their gradients accumulated; by default all of a
+    process's, or as many as fit into memory."""
     evaluate_every: Count = 5
     """Epochs between evaluations on the validation images, or steps where `steps` is given."""
     patience: Count | None = None
-    """Evaluations without improvement after which the run ends; None for none."""
+    """Evaluations without improvement after which the run ends early."""
     keep_checkpoints: Natural = 2
     """Newest full states to keep, besides that of the best evaluation; 0: the run cannot resume."""
     checkpoint_every: Count | None = None
-    """Steps between them; None saves at every evaluation."""
+    """Steps between them; by default they are written at every evaluation."""
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
     """Of the weights, the order of the images and every other random number."""
     device: Text = "auto"
     """auto, cpu or cuda."""
     num_threads: Count | None = None
-    """CPU threads; None lets torch choose, but takes one for a small model."""
+    """CPU threads; by default torch's number, and one for a small model."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products; auto takes bfloat16 if the device is fast at it and the model large
     enough. Weights, LayerNorm and the residual stream stay float32."""
@@ -464,10 +366,9 @@ class TrainConfig(Section):
     tensorboard: Flag = False
     """Write TensorBoard's event files too."""
     output: Text | None = None
-    """The run folder; None makes runs/<date>_<recipe>."""
+    """The run folder; runs/<date>_<recipe> if not given."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if (self.epochs is None) == (self.steps is None):
             what = f"epochs={self.epochs} and steps={self.steps}: exactly one sets the run's length"
             raise UserError(what, fix="--epochs N or --steps N")
@@ -480,6 +381,16 @@ class TrainConfig(Section):
             if why:
                 what = f"optimizer=muon needs whole matrices of the blocks to train, and {why}"
                 raise UserError(what, fix="--set optimizer=adamw")
+
+    @property
+    def length(self) -> str:
+        """Of the run: "1 epoch" or "1,000 steps"."""
+        is_epochs = self.epochs is not None
+        return plural(self.epochs or self.steps or 0, "epoch" if is_epochs else "step")
+
+    def images_seen(self, num_images: int) -> int:
+        """Returns how many of `num_images` images a run processes, repetitions included."""
+        return (self.epochs or 0) * num_images or (self.steps or 0) * self.batch_size
 
     def to_json(self) -> dict[str, Any]:
         """Returns every setting as JSON values; `from_json` reads them back."""
@@ -495,15 +406,11 @@ class TrainConfig(Section):
         values = dict(values)
         version = values.pop("version", 1)
         if version == 1:
-            return _build(TrainConfig, _upgraded(values))
-        if version != VERSION:
+            values = _upgraded(values)
+        elif version != VERSION:
             what = f"the settings have version {version!r}, this program reads up to {VERSION}"
             raise UserError(what, fix="Install the allmlp that wrote them, or a newer one")
-        return _build(TrainConfig, values)
-
-    def with_setting(self, assignment: str) -> TrainConfig:
-        """Returns the configuration with one "section.name=value" changed."""
-        return self.with_values({}, [assignment])
+        return _checked(values)
 
     def with_value(self, key: str, value: Any) -> TrainConfig:
         """Returns the configuration with the setting "section.name" changed."""
@@ -527,21 +434,19 @@ class TrainConfig(Section):
         for assignment in assignments:
             key, equals, text = (part.strip() for part in assignment.partition("="))
             if not equals:
-                what = f"--set takes section.name=value, got {assignment!r}"
-                raise UserError(what, fix="for example --set optimizer.learning_rate=0.002")
+                what = f"a setting is written section.name=value, got {assignment!r}"
+                raise UserError(what, fix="For example optimizer.learning_rate=0.002")
             key = _RENAMED.get(key, key)
             changes[key], texts[key] = literal(text), text
-        first: dict[str, SettingError] = {}
         while True:
             try:
                 return self._changed(changes)
-            except SettingError as error:
-                # A folder may be called 2024: a number only where the setting is one.
-                if error.code != "wrong-type" or error.key not in texts:
+            except OptionError as error:
+                # A folder may be called 2024: what is typed is a number only where one is wanted.
+                text = texts.pop(error.name, None)
+                if text is None or error.code == "out-of-range" or changes[error.name] == text:
                     raise
-                if error.key in first:
-                    raise first[error.key] from None
-                first[error.key], changes[error.key] = error, texts[error.key]
+                changes[error.name] = text
 
     def _changed(self, changes: dict[str, Any]) -> TrainConfig:
         values = dataclasses.asdict(self)
@@ -565,91 +470,78 @@ class TrainConfig(Section):
                 is_other = getattr(self, key) is None and isinstance(changes[key], int)
                 if is_other and "evaluate_every" not in changes:  # it has the same unit
                     values["evaluate_every"] = max(1, changes[key] // 20)
-        return _build(TrainConfig, values)
+        return _checked(values)
+
+
+def _checked(values: dict[str, Any]) -> TrainConfig:
+    try:
+        return validated(TrainConfig, values)
+    except OptionError as error:
+        if error.code == "unknown-name" and error.fix is not None:  # a name, not a choice
+            raise _unknown(error.name) from None
+        raise
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
     """Changes one setting among nested JSON values."""
     target, (*parents, name) = values, key.split(".")
-    for depth, parent in enumerate(parents):
+    for parent in parents:
         if not isinstance(target.get(parent), dict):
-            _unknown(".".join(parents[: depth + 1]), target)
+            raise _unknown(key)
         target = target[parent]
     if name not in target and parents != ["model", "overrides"]:
-        _unknown(key, target)
-    if key in _CHOICES and not isinstance(value, dict | Section):
-        own = dataclasses.asdict(_choose(key, value)())
+        raise _unknown(key)
+    if key in _CHOICES and not isinstance(value, dict | Options):
+        choices = {choice.name: choice for choice in _CHOICES[key]}
+        try:
+            own = dataclasses.asdict(choices[one_of(key, value, choices)]())
+        except UserError as error:
+            raise OptionError(key, error.what, error.fix, error.code) from None
         value = {k: target[name].get(k, v) for k, v in own.items()} | {"name": value}
-    target[name] = dataclasses.asdict(value) if isinstance(value, Section) else value  # type: ignore
-
-
-def _choose(key: str, name: object) -> Any:
-    choices = {choice.name: choice for choice in _CHOICES[key]}
-    if not isinstance(name, str) or name not in choices:
-        near = near_names(str(name), choices).strip() or None
-        what = f"{key} must be one of {', '.join(choices)}, got {name!r}"
-        code = "unknown-name" if isinstance(name, str) else "wrong-type"
-        raise SettingError(key, what, near, code)
-    return choices[name]
-
-
-def _build(kind: Any, values: Any, path: str = "") -> Any:
-    """Returns the dataclass of nested JSON values."""
-    if not isinstance(values, dict):
-        what = f"{path[:-1] or 'the config'} must be an object, got {values!r}"
-        raise SettingError(path[:-1], what, code="wrong-type")
-    known, arguments = {entry.name: None for entry in dataclasses.fields(kind)}, {}
-    for name, value in values.items():
-        key = f"{path}{name}"
-        if name not in known:
-            _unknown(key, known)
-        if key in _CHOICES:
-            value = {"name": value} if not isinstance(value, dict) else value
-            choice = _choose(key, value.get("name", _CHOICES[key][0].name))
-            value = _build(choice, value, f"{key}.")
-        elif key in _SECTIONS:
-            value = _build(_SECTIONS[key], value, f"{key}.")
-        arguments[name] = value
-    return kind(**arguments)
+    target[name] = dataclasses.asdict(value) if isinstance(value, Options) else value
 
 
 def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings of a version 1 config.json, where all choices shared one list."""
-    flat: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for key, value in old.items():
-        is_section = key in (*_SECTIONS, "optimizer") and isinstance(value, dict)
-        inside = (
-            {f"{key}.{name}": inner for name, inner in value.items()}
-            if is_section
-            else {key: value}
-        )
-        flat |= {_RENAMED.get(name, name): inner for name, inner in inside.items()}
-    if flat.get("optimizer") == "sgd":
-        flat["optimizer.momentum"] = flat.get("optimizer.beta1", 0.9)
+        inside = {key: value}
+        if key in ("model", "data", "augment", "optimizer") and isinstance(value, dict):
+            inside = {f"{key}.{name}": inner for name, inner in value.items()}
+        settings |= {_RENAMED.get(name, name): inner for name, inner in inside.items()}
+    if settings.get("optimizer") == "sgd":
+        settings["optimizer.momentum"] = settings.get("optimizer.beta1", 0.9)
     values = dataclasses.asdict(TrainConfig())
     of_one_choice = {"optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2"}
     of_one_choice |= {"optimizer.momentum", *_RENAMED.values()}
-    for key in sorted(flat, key=lambda key: key.count(".")):
+    for key in sorted(settings, key=lambda key: key.count(".")):
         try:
-            _put(values, key, flat[key])
-        except SettingError:
+            _put(values, key, settings[key])
+        except OptionError:
             if key not in of_one_choice:
                 raise
     return values
 
 
-def _unknown(key: str, known: Mapping[str, Any]) -> NoReturn:
-    """Raises SettingError for an unknown key, with the name that may be meant."""
-    what, name = f"unknown setting {key!r}", key.rpartition(".")[2]
-    if name in _ELSEWHERE:
-        raise SettingError(key, what, f"Here that is {_ELSEWHERE[name]}", "unknown-name")
-    for choice, options in _CHOICES.items():
-        owners = [option.name for option in options if hasattr(option, name)]
-        if owners and key.startswith(f"{choice}."):
-            fix = f"It belongs to {choice}={' or '.join(owners)}"
-            raise SettingError(key, what, fix, "unknown-name")
-    names = [*known]
-    for section, values in known.items():
-        names += [f"{section}.{inner}" for inner in values] if isinstance(values, dict) else []
-    fix = f"{near_names(name, names)}Known here: {', '.join(known)}"
-    raise SettingError(key, what, fix, "unknown-name")
+def _unknown(key: str) -> OptionError:
+    """Returns the error for an unknown setting, with the one that may be meant."""
+    section, _, name = key.rpartition(".")
+    owners = [choice.name for choice in _CHOICES.get(section, ()) if hasattr(choice, name)]
+    known = list(flat(TrainConfig().to_json()))
+    beside = [other for other in known if section and other.startswith(f"{section}.")]
+    near = near_names(name if beside else key, beside or known)
+    fix = f"{near}config.json of a run names all settings"
+    if owners:
+        fix = f"It belongs to {section}={' or '.join(owners)}"
+    return OptionError(key, f"unknown setting {key!r}", fix, "unknown-name")
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested JSON values by their paths."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return found

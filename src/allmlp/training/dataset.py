@@ -66,19 +66,17 @@ class Splits:
         names = self.train.class_names
         counts = np.bincount(self.train.labels, minlength=len(names))
         few, many = int(counts.argmin()), int(counts.argmax())
-        origin = "held out of the training images" if self.held_out else "the data's own"
-        parts = [f"{plural(len(self.train), 'image')} to train"]
-        if self.validation is None:
-            parts.append("none to validate")
-        else:
-            parts.append(f"{len(self.validation):,} to validate ({origin})")
-        parts.append(f"{len(self.test):,} to test" if self.test else "none to test")
+        validate, test = "none to validate", f"{len(self.test):,}" if self.test else "none"
+        if self.validation is not None:
+            origin = "held out of the training images" if self.held_out else "the data's own"
+            validate = f"{len(self.validation):,} to validate ({origin})"
+        others = "" if few == many else f" ({names[few]}) to {counts[many]:,} ({names[many]})"
         lines = [
-            f"{', '.join(parts)}; {plural(len(names), 'class')}",
-            f"training images per class: {counts[few]:,}"
-            + ("" if few == many else f" ({names[few]}) to {counts[many]:,} ({names[many]})"),
+            f"{plural(len(self.train), 'image')} to train, {validate}, "
+            f"{test} to test; {plural(len(names), 'class')}",
+            f"training images per class: {counts[few]:,}{others}",
+            *self.notes,
         ]
-        lines += self.notes
         for split in (self.validation, self.test):
             if split is not None:
                 present = set(np.unique(split.labels).tolist())
@@ -101,17 +99,22 @@ def open_training_data(settings: DataSettings) -> Splits:
     return replace(splits, bad=bad, keys=keys, notes=[*splits.notes, *_dark(splits.train)])
 
 
+def splits_with_train(source: str) -> dict[str, Source]:
+    """Returns the splits of data that can be trained on."""
+    splits = open_splits(source)
+    if "train" not in splits:
+        fix = f"Known there: {', '.join(splits)}. Give a source that has both"
+        raise UserError("the data has no train split", where=source, fix=fix)
+    return splits
+
+
 def split_data(settings: DataSettings) -> Splits:
     """Returns the splits of a run; validation is held out of train where the data has none."""
     if not settings.source:
         what = "the recipe needs data"
         fix = "A folder with FOLDER/train/<class>/*.jpg, or another source of data"
         raise UserError(what, where="data.source", fix=fix)
-    splits = open_splits(settings.source)
-    if "train" not in splits:
-        known = ", ".join(splits)
-        fix = f"Known there: {known}. Give a pattern or a folder that has both"
-        raise UserError("the data has no train split", where=settings.source, fix=fix)
+    splits = splits_with_train(settings.source)
     notes = notes_of(splits)
     if settings.exclude is not None:
         drops, before = read_exclude_list(settings.exclude), sum(map(len, splits.values()))

@@ -26,12 +26,8 @@ def build_model(
 ) -> ImageClassifier:
     """Returns the model of a run, with the class names and preprocessing that it carries.
 
-    Args:
-        config: of the run.
-        class_names: of the training images.
-        best: best/ of the run folder on resume. With a complete checkpoint beside it, it stands in
-            for the weights that the run began with, which may be gone.
-        quiet: do not report on standard error what was kept of trained weights.
+    `best` is that folder of a run that is resumed: with a complete checkpoint beside it, it stands
+    in for the weights that the run began with, which may be gone.
     """
     settings, data = config.model, config.data
     if settings.weights is not None:
@@ -103,13 +99,13 @@ def _from_weights(
         what = f"the recipe {config.recipe} begins with trained weights, and none are given"
         fix = f"mixer finetune CHECKPOINT --recipe {config.recipe} --data SOURCE"
         raise UserError(what, where="model.weights", fix=fix)
-    source, is_own = settings.weights, False
+    source = settings.weights
     if best is not None and _can_replace_first_weights(best):
-        source, is_own = str(best), True
-    report = Reporter(quiet=quiet or is_own, stderr=True)
+        source, quiet = str(best), True
     method = settings.resize_weights
-    model = load_model(source, settings.image_size, resize_weights=method, quiet=quiet or is_own)
+    model = load_model(source, settings.image_size, resize_weights=method, quiet=quiet)
     _check_channels(model, source)
+    report = Reporter(quiet=quiet, stderr=True)
     model, names, new = _with_head_for(model, class_names, report)
     if settings.head_bias and new:
         set_head_bias(model, settings.head_bias, new)
@@ -160,12 +156,10 @@ def _with_head_for(
     if names != known:
         trained, model = model, with_new_head(model, len(names))
         if kept:
-            assert trained.head is not None
-            assert model.head is not None
             rows = [place[names[row]] for row in kept]
             with torch.no_grad():
-                model.head.weight[kept] = trained.head.weight[rows]
-                model.head.bias[kept] = trained.head.bias[rows]
+                _head_of(model).weight[kept] = _head_of(trained).weight[rows]
+                _head_of(model).bias[kept] = _head_of(trained).bias[rows]
     if not kept:
         which = "other classes" if known else "classes without names"
         was = f"the weights had {had:,} {which}" if had else "the weights had none"

@@ -73,6 +73,28 @@ def check_warmup(optimizer: Optimizer, num_steps: int) -> None:
         raise UserError(what, fix="--set optimizer.warmup=0.1 (a tenth of the run), or more epochs")
 
 
+def operations(flops_per_image: int, images: int, settings: Optimizer) -> int:
+    """Returns the floating-point operations of a run.
+
+    A step takes three times the forward pass: itself, the gradient of each layer's input, and that
+    of its weights. Sharpness-aware minimisation takes the gradient twice.
+    """
+    twice = 1.0 - settings.sam_start if settings.sam_rho else 0.0
+    return round(3 * flops_per_image * images * (1.0 + twice))
+
+
+def power(number: int) -> str:
+    """Returns a large number as "1.1e16"."""
+    digits, _, exponent = f"{number:.1e}".partition("e")
+    return f"{digits}e{int(exponent)}"
+
+
+def state_copies(settings: Optimizer) -> int:
+    """Returns how many float32 copies of the weights a run holds: gradient, moments and so on."""
+    moments = bool(settings.momentum) if isinstance(settings, settings_of.SGD) else 2
+    return 2 + moments + bool(settings.ema_decay) + bool(settings.sam_rho)
+
+
 def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.Optimizer]:
     """Returns the optimizers over the parameters that require a gradient; `update` steps them.
 

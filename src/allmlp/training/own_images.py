@@ -14,8 +14,7 @@ from allmlp.evaluation.metrics import Evaluation
 from allmlp.io import parse_json
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import MOST_CHECKED, Splits, split_data
-from allmlp.training.resume import config_of
-from allmlp.training.run_folder import TRAINING_IMAGES
+from allmlp.training.run_folder import TRAINING_IMAGES, config_of
 
 
 @dataclass(frozen=True)

@@ -293,4 +293,4 @@ def recipe(name: str) -> TrainConfig:
     Raises:
         UserError: there is no such recipe.
     """
-    return RECIPES[one_of("recipe", name, RECIPES)]()
+    return RECIPES[one_of("recipe", name, RECIPES)]().with_values({})  # checked

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
 import shlex
 import shutil
 import sys
@@ -11,18 +14,16 @@ from pathlib import Path
 import torch
 
 from allmlp import plots
-from allmlp.console import Reporter
 from allmlp.data.source import Source
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import names_source
 from allmlp.errors import plural
-from allmlp.evaluation.metrics import Evaluation
+from allmlp.evaluation.metrics import Evaluation, evaluate_source
+from allmlp.evaluation.predictor import Predictor
 from allmlp.models.layers import ImageClassifier, count_parameters, flops_text
-from allmlp.runtime.device import ComputePolicy
 from allmlp.training.card import model_card
-from allmlp.training.cost import operations, planned, power
 from allmlp.training.dataset import check_number_bad
-from allmlp.training.measure import measure
+from allmlp.training.optim import operations, power
 from allmlp.training.state import Run
 from allmlp.weights.load import load_model
 
@@ -67,13 +68,24 @@ def announce(run: Run, model: ImageClassifier) -> None:
     elif config.sharding != "none":
         where += f" (one process: sharding {config.sharding} does nothing)"
     say(
-        f"run      recipe {config.recipe}, seed {config.seed}: {planned(config)}, "
+        f"run      recipe {config.recipe}, seed {config.seed}: {config.length}, "
         f"batch {config.batch_size}, {where}, {run.compute.why}"
     )
     images = run.num_steps * config.batch_size
     total = operations(model.config.flops, images, config.optimizer)
     say(f"cost     {power(total)} operations, {plural(images, 'image')}")
     say(f"results  {run.folder.path}")
+
+
+def duration(seconds: float) -> str:
+    """Returns a length of time in its two largest units: "12 min 5 s", "4 days 11 h"."""
+    units = (("day", 86_400), ("h", 3600), ("min", 60), ("s", 1))
+    for (name, size), (small_name, small) in itertools.pairwise(units):
+        whole, rest = divmod(round(seconds / small), size // small)
+        if whole:
+            name += "s" * (name == "day" and whole > 1)
+            return f"{whole:,} {name}" + (f" {rest} {small_name}" if rest and whole < 100 else "")
+    return f"{round(seconds)} s"
 
 
 def resume_command(run: Run) -> str:
@@ -89,63 +101,74 @@ def _command() -> str:
     return str(started) if started.name == "mixer" and not shutil.which("mixer") else "mixer"
 
 
+def measure(model: ImageClassifier, source: Source, run: Run) -> Evaluation:
+    """Returns what a model, the same on every process, predicts for all images."""
+    images_each = math.ceil(len(source) / run.world.size)  # no process waits for one full batch
+    own = run.config.batch_size // run.world.size
+    predictor = Predictor(
+        model,
+        device=str(run.compute.device),
+        precision=run.compute.precision,
+        batch_size=max(1, min(256, own, images_each)),
+        num_workers=run.config.data.num_workers,
+        timeout=run.config.data.timeout,
+    )
+    return evaluate_source(predictor, source, allow_missing_classes=True, world=run.world)
+
+
 def finish(run: Run, *, in_study: bool = False) -> TrainResult:
     """Measures the best weights, draws the plots, writes the card and prints what to do next."""
-    config, splits, folder, report = run.config, run.splits, run.folder, run.report
+    splits, folder, say = run.splits, run.folder, run.report.say
     run.world.barrier()  # until the main process has written the weights
     model = load_model(folder.best)
-    exact = ComputePolicy(run.compute.device, "float32", False, "as `mixer evaluate` measures")
-
-    def measured(source: Source | None) -> Evaluation | None:
-        return None if source is None else measure(model, source, config, exact, run.world)
-
-    validation, test = measured(splits.validation), measured(splits.test)
-    result = TrainResult(folder.path, validation, test)
-    if validation is not None:
+    # As `mixer evaluate` measures.
+    exact = dataclasses.replace(run.compute, precision="float32", compile=False)
+    exactly = dataclasses.replace(run, compute=exact)
+    validation = test = None
+    if splits.validation is not None:
+        validation = measure(model, splits.validation, exactly)
         validation.are_held_out = splits.held_out
+    if splits.test is not None:
+        test = measure(model, splits.test, exactly)
+    result = TrainResult(folder.path, validation, test)
     if not run.world.is_main:
         return result
-    known = {image.name for image in folder.named_bad_files()}
+    bad = folder.bad_files()
     for image in test.bad if test is not None else []:  # those of validation were named before
-        if image.name not in known:
+        if image.name not in bad:
             folder.log_bad_file(image)
-        report.say(f"left out of the accuracy: {image.name}: {image.what}", style="yellow")
+        bad.add(image.name)
+        say(f"left out of the accuracy: {image.name}: {image.what}", style="yellow")
     folder.draw_curves()
     drawn = ["train_batch", "curves"]
     shown, source = (test, splits.test) if test is not None else (validation, splits.validation)
     if shown is not None and source is not None:
         shown.save(folder.path / ("validation" if test is None else "test"), overwrite=True)
         drawn += plots.save_evaluation(shown, source, folder.plots)
-    folder.write_card(model_card(model, config, splits, validation, test))
-    report.say("")
-    if shown is not None:
-        _say_accuracy(report, shown, is_test=test is not None, in_study=in_study)
+    folder.write("best/README.md", model_card(model, run.config, splits, validation, test))
+    say("")
+    if shown is None:
+        say("all images were trained on, none are left to measure the accuracy")
     else:
-        report.say("all images were trained on, none are left to measure the accuracy")
-    skipped = {image.name for image in folder.named_bad_files()}
-    if skipped:
-        what = f"warning  {plural(len(skipped), 'bad image')} left out, named in "
-        report.say(f"{what}{folder.path / 'bad_files.txt'}", style="yellow")
-    report.say(f"model    {folder.best}")
-    report.say(f"plots    {folder.plots}: {', '.join(drawn)}")
+        if test is None and not in_study:
+            say("the data has no test images; this is the accuracy on the validation images,")
+            say("by which the weights were chosen, so expect somewhat less on new ones")
+        right, images = int((shown.predictions == shown.labels).sum()), len(shown.labels)
+        top5 = "" if shown.top5 is None else f", top-5 {shown.top5:.2%}"
+        line = f"{'validation' if test is None else 'test'} accuracy {shown.top1:.2%}{top5} "
+        say(f"{line}({right} of {plural(images, 'image')} correct)", style="bold green")
+        for line in shown.warnings():
+            say(f"warning  {line}", style="yellow")
+    if bad:
+        what = f"warning  {plural(len(bad), 'bad image')} left out, named in "
+        say(f"{what}{folder.path / 'bad_files.txt'}", style="yellow")
+    say(f"model    {folder.best}")
+    say(f"plots    {folder.plots}: {', '.join(drawn)}")
     if test is not None and splits.test is not None:
-        check_number_bad(test.bad, splits.test, config.data.max_bad)
+        check_number_bad(test.bad, splits.test, run.config.data.max_bad)
     if not in_study:
         _say_next(run)
     return result
-
-
-def _say_accuracy(report: Reporter, shown: Evaluation, *, is_test: bool, in_study: bool) -> None:
-    wrong = int((shown.predictions != shown.labels).sum())
-    top5 = "" if shown.top5 is None else f", top-5 {shown.top5:.2%}"
-    if not is_test and not in_study:
-        report.say("the data has no test images; this is the accuracy on the validation images,")
-        report.say("by which the weights were chosen, so expect somewhat less on new ones")
-    line = f"{'test' if is_test else 'validation'} accuracy {shown.top1:.2%}{top5} "
-    line += f"({len(shown.labels) - wrong} of {plural(len(shown.labels), 'image')} correct)"
-    report.say(line, style="bold green")
-    for line in shown.warnings():
-        report.say(f"warning  {line}", style="yellow")
 
 
 def _say_next(run: Run) -> None:

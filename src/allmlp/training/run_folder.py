@@ -1,4 +1,4 @@
-"""What a run writes.
+"""The folder of a run: what it holds, which run it is, and what a run writes.
 
 runs/<date>_<recipe>/
   config.json  environment.json  log.txt
@@ -19,6 +19,7 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,145 +28,120 @@ import torch
 from filelock import FileLock, Timeout
 
 from allmlp import plots
-from allmlp.data.fingerprint import fingerprint
+from allmlp.data.fingerprint import fingerprint, is_fingerprint_of
 from allmlp.data.source import BadImage
 from allmlp.environment import environment_info
 from allmlp.errors import UserError
-from allmlp.io import atomic_write, parse_json, path_in_errors, remove_stale
+from allmlp.io import atomic_write, parse_json, path_in_errors, read_json, remove_stale
 from allmlp.names import extra
-from allmlp.training.config import TrainConfig
+from allmlp.training.config import TrainConfig, flat
 from allmlp.training.dataset import Splits
 
 TRAINING_IMAGES = "training_images.txt"
+# Settings that change where and how fast a run computes, but not what: they may differ on resume.
+_FREE = {
+    *("output", "device", "num_threads", "micro_batch_size", "compile", "sharding"),
+    *("tensorboard", "keep_checkpoints", "checkpoint_every", "data.num_workers", "data.timeout"),
+    "data.max_bad",
+}
+# What a run leaves that was ended before its first step.
+_BEGUN = {"plots", "checkpoints", ".lock", "config.json", "environment.json", "log.txt"}
+_BEGUN |= {TRAINING_IMAGES}
+_OTHER_OUTPUT = "Choose another output folder, or remove this one"
+_OTHER_IMAGES = "Restore them, or begin a new run in another output folder"
 
 
-class RunFolder:
-    """The folder of one run, locked while this object is open; of several processes one writes."""
+# Which run a folder holds
 
-    def __init__(self, path: Path, config: TrainConfig, *, writes: bool = True) -> None:
-        self.writes = writes
-        try:
-            self.path = _claimed(path, config) if config.output is None else path
-            self.plots, self.best = self.path / "plots", self.path / "best"
-            self.checkpoints = self.path / "checkpoints"
-            self._results_header: list[str] | None = None
-            self._events: Any = None
-            self._lock = FileLock(self.path / ".lock", timeout=0)
-            if not writes:
-                return
-            self.plots.mkdir(parents=True, exist_ok=True)
-            if config.keep_checkpoints:
-                self.checkpoints.mkdir(exist_ok=True)
-            self._lock.acquire()
-        except OSError as error:
-            if isinstance(error, Timeout):
-                what = "another process is training in this run folder"
-                fix = "Wait for it or stop it; or choose another output folder"
-                raise UserError(what, where=path, fix=fix) from error
-            what = f"cannot make the run folder: {error.strerror}"
-            raise UserError(what, where=path, fix="Choose another output folder") from error
-        for folder in (self.path, self.plots, self.best, self.path / "test"):  # of a killed run
-            for left in folder.glob(".*.partial"):
-                if left.is_dir():
-                    shutil.rmtree(left, ignore_errors=True)
-            remove_stale(folder)
-        self.write_json("config.json", config.to_json())
 
-    def close(self) -> None:
-        """Lets another process have the folder."""
-        if self._events is not None:
-            self._events.close()
-        if self.writes:
-            (self.path / ".lock").unlink(missing_ok=True)  # while it is still ours
-            self._lock.release()
+def config_of(run: str | Path) -> TrainConfig:
+    """Returns the settings of a run folder, with that folder as its output."""
+    folder = Path(run).expanduser()
+    path = folder / "config.json"
+    if not path.is_file():
+        what = "there is no such run folder" if not folder.exists() else "not a run folder"
+        fix = "Give the folder that `results` named when the run began"
+        raise UserError(f"{what}: it has no config.json", where=folder, fix=fix, code="no-run")
+    values = read_json(path, "not valid JSON")
+    if not isinstance(values, dict) or "recipe" not in values:
+        what = "this config.json is not that of a training run"
+        raise UserError(what, where=path, fix="Give the run folder, not best/", code="no-run")
+    try:
+        return replace(TrainConfig.from_json(values), output=str(run))
+    except UserError as error:
+        where = error.where or path
+        raise UserError(error.what, where=where, fix=error.fix, code=error.code) from error
 
-    def rewind(self, step: int) -> list[str]:
-        """Removes what the logs say of later steps; returns notes on damaged lines."""
-        if not self.writes:
-            return []
-        metrics, results, notes = self.path / "metrics.jsonl", self.path / "results.csv", []
-        if metrics.exists():
-            lines, dropped = _metrics_in(metrics)
-            kept = [line for line, values in lines if values["step"] < step]
-            atomic_write(metrics, b"".join(kept))
-            notes += _dropped_from(metrics, dropped)
-        if results.exists():
-            header, rows, dropped = _results_in(results)
-            rows = [row for row in rows if float(row[header.index("step")]) <= step]
-            text = io.StringIO()
-            csv.writer(text).writerows([header, *rows] if rows else [])
-            self._results_header = header if rows else None
-            atomic_write(results, text.getvalue().encode())
-            if not rows:
-                results.unlink()
-            notes += _dropped_from(results, dropped)
-        return notes
 
-    def named_bad_files(self) -> list[BadImage]:
-        """Returns what bad_files.txt names already."""
-        try:
-            text = (self.path / "bad_files.txt").read_text("utf-8", "surrogateescape")
-        except FileNotFoundError:
-            return []
-        parts = (line.partition("\t") for line in text.splitlines())
-        return [BadImage(-1, name, what) for name, _, what in parts]
+def can_resume(path: Path, config: TrainConfig) -> bool:
+    """Returns whether the folder holds this very run; False for an unused one, else UserError."""
+    if path.is_file():
+        raise UserError("the run folder is a file", where=path, fix=_OTHER_OUTPUT)
+    if not path.is_dir():
+        return False
+    found = {entry.name for entry in path.iterdir() if not entry.name.endswith(".partial")}
+    has_begun = any((path / "checkpoints").glob("*")) or not found <= _BEGUN
+    if not found or ("plots" in found and not has_begun):
+        return False
+    if "config.json" not in found:
+        what = "the run folder exists and is not empty; a run never overwrites another"
+        raise UserError(what, where=path, fix=_OTHER_OUTPUT)
+    check_same(config_of(path), config)
+    if (path / "best").exists() and not (path / "checkpoints").is_dir():
+        what = "the run folder holds a run without checkpoints, which cannot be resumed"
+        raise UserError(what, where=path, fix=_OTHER_OUTPUT)
+    return True
 
-    def write_json(self, name: str, values: dict[str, Any]) -> None:
-        """Writes a JSON file into the folder."""
-        self._write(self.path / name, json.dumps(values, indent=2) + "\n")
 
-    def write_keys(self, keys: list[str]) -> None:
-        """Writes what identifies the training images."""
-        self._write(self.path / TRAINING_IMAGES, "".join(f"{key}\n" for key in keys))
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """Returns the settings that decide what a run computes: path of the setting -> JSON value."""
+    return {key: value for key, value in flat(config.to_json()).items() if key not in _FREE}
 
-    def write_card(self, text: str) -> None:
-        """Writes the model card, best/README.md, beside the weights."""
-        self._write(self.best / "README.md", text)
 
-    def log_step(self, values: dict[str, float]) -> None:
-        """Adds a line to metrics.jsonl."""
-        self._append("metrics.jsonl", json.dumps(values) + "\n")
-        self._log_events("training", values)
+def check_same(old: TrainConfig, new: TrainConfig) -> None:
+    """Raises UserError naming the settings in which two runs would compute different things.
 
-    def log_evaluation(self, values: dict[str, float]) -> None:
-        """Adds a line to results.csv; every line has the columns of the first."""
-        text = io.StringIO()
-        if self._results_header is None:
-            self._results_header = list(values)
-            csv.writer(text).writerow(values)
-        csv.DictWriter(text, fieldnames=self._results_header).writerow(values)
-        self._append("results.csv", text.getvalue())
-        self._log_events("evaluation", values)
+    Where the images are is not one of them; see `check_same_images`.
+    """
+    before, after = identity(old), identity(new)
+    changed = [
+        key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)
+    ]
+    changed = [key for key in changed if key != "data.source"]
+    if changed:
+        lines = [f"{k} is {before.get(k)!r} there and {after.get(k)!r} here" for k in changed[:6]]
+        what = f"the run folder holds a run with other settings: {'; '.join(lines)}"
+        fix = f"Choose another output folder, or resume that run: mixer train --resume {old.output}"
+        if {"epochs", "steps"} & {*changed}:
+            fix += f". To train its weights for longer: mixer finetune {old.output} --data SOURCE"
+        raise UserError(what, where=old.output, fix=fix, code="other-run")
 
-    def log_bad_file(self, bad: BadImage) -> None:
-        """Adds a line to bad_files.txt."""
-        self._append("bad_files.txt", f"{bad.name}\t{bad.what}\n")
 
-    def open_events(self, step: int) -> None:
-        """Writes TensorBoard's event files too, from this step on; see `check_tensorboard`."""
-        from torch.utils.tensorboard import SummaryWriter
+def check_same_images(path: Path, config: TrainConfig, splits: Splits) -> None:
+    """Raises UserError if the images differ from those the run began with; they may have moved."""
+    old = config_of(path).data.source
+    try:
+        known = parse_json((path / "environment.json").read_bytes())["data"]
+        is_same = is_fingerprint_of(known["fingerprint"], splits.train)
+        if old != config.data.source:
+            for name, source in (("validation", splits.validation), ("test", splits.test)):
+                if known.get(name) is not None:  # older versions wrote none
+                    is_same &= source is not None and is_fingerprint_of(known[name], source)
+    except (OSError, ValueError, KeyError, TypeError):
+        is_same = old == config.data.source  # the checkpoints tell
+    if not is_same:
+        new = config.data.source
+        moved = "" if old == new else f": data.source is {old!r} there and {new!r} here"
+        raise other_images(path, moved)
 
-        if self.writes:
-            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
 
-    def _log_events(self, group: str, values: dict[str, float]) -> None:
-        if self._events is not None:
-            for name in values.keys() - {"step"}:
-                self._events.add_scalar(f"{group}/{name}", values[name], int(values["step"]))
+def other_images(path: Path, moved: str = "") -> UserError:
+    """Returns the error of a run whose images have changed."""
+    what = f"the images differ from those that the run began with{moved}"
+    return UserError(what, where=path, fix=_OTHER_IMAGES, code="other-data")
 
-    def _write(self, path: Path, text: str) -> None:
-        if self.writes:
-            atomic_write(path, text.encode(errors="backslashreplace"))
 
-    def _append(self, name: str, text: str) -> None:
-        if self.writes:
-            with path_in_errors(self.path / name), (self.path / name).open("ab") as file:
-                file.write(text.encode(errors="surrogateescape"))
-
-    def draw_curves(self) -> None:
-        """Draws the loss, accuracy and learning rate so far."""
-        figure = plots.curves(read_metrics(self.path), read_results(self.path))
-        plots.save(figure, self.plots / "curves.png")
+# What a run writes
 
 
 def planned_path(config: TrainConfig) -> Path:
@@ -194,78 +170,6 @@ def check_tensorboard() -> None:
         raise UserError(what, fix=extra("tensorboard")) from error
 
 
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Returns the lines of a run's metrics.jsonl that can be read."""
-    path = run / "metrics.jsonl"
-    return [values for _, values in _metrics_in(path)[0]] if path.is_file() else []
-
-
-def read_results(run: Path) -> list[dict[str, str]]:
-    """Returns the lines of a run's results.csv by their columns; none where there is no file."""
-    path = run / "results.csv"
-    if not path.is_file():
-        return []
-    header, rows, _ = _results_in(path)
-    return [dict(zip(header, row, strict=True)) for row in rows]
-
-
-def no_results(run: Path) -> UserError:
-    """Returns the error for a finished run whose results.csv lacks what is needed of it."""
-    what, fix = "the results of this run are damaged", "Remove the run's folder: it is trained anew"
-    return UserError(what, where=run / "results.csv", fix=fix)
-
-
-# Logs are not synced to disk: a kill may cut the last line, and a power cut may leave anything.
-
-
-def _metrics_in(path: Path) -> tuple[list[tuple[bytes, dict[str, float]]], int]:
-    """Returns the lines that can be read with their values, and the number of others."""
-    lines, found = path.read_bytes().splitlines(), []
-    for line in lines:
-        try:
-            values = parse_json(line)
-            if "step" in values and all(
-                isinstance(value, int | float) for value in values.values()
-            ):
-                found.append((line + b"\n", values))
-        except (ValueError, TypeError, AttributeError):
-            pass
-    return found, len(lines) - len(found)
-
-
-def _results_in(path: Path) -> tuple[list[str], list[list[str]], int]:
-    """Returns the columns, the lines that have a number in each, and the number of others."""
-    lines = [line.split(",") for line in path.read_text("utf-8", "replace").splitlines()]
-    if not lines or "step" not in lines[0] or not all(map(str.isidentifier, lines[0])):
-        return [], [], len(lines)
-    header, *rows = lines
-    whole = [row for row in rows if len(row) == len(header) and all(map(_is_number, row))]
-    return header, whole, len(rows) - len(whole)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _dropped_from(path: Path, count: int) -> list[str]:
-    lines = "a damaged line is" if count == 1 else f"{count:,} damaged lines are"
-    return [f"{path.name}: {lines} left out"] if count else []
-
-
-def _claimed(path: Path, config: TrainConfig) -> Path:
-    """Makes the folder that was planned, or the next where a run beside this one was faster."""
-    while True:
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
-            path = planned_path(config)
-
-
 def environment(config: TrainConfig, splits: Splits, device: torch.device) -> dict[str, Any]:
     """Returns what environment.json holds: versions, hardware, command, seed, fingerprints."""
     data: dict[str, Any] = {
@@ -275,3 +179,159 @@ def environment(config: TrainConfig, splits: Splits, device: torch.device) -> di
     for name, source in (("validation", splits.validation), ("test", splits.test)):
         data[name] = None if source is None else fingerprint(source, moved=True)
     return {**environment_info(device), "seed": config.seed, "data": data}
+
+
+class RunFolder:
+    """The folder of one run, locked while this object is open; of several processes one writes."""
+
+    def __init__(self, path: Path, config: TrainConfig, *, writes: bool = True) -> None:
+        self.writes = writes
+        try:
+            while config.output is None:  # a run beside this one may have taken the planned name
+                try:
+                    path.mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    path = planned_path(config)
+            self.path, self.plots, self.best = path, path / "plots", path / "best"
+            self.checkpoints = path / "checkpoints"
+            self._results_header: list[str] | None = None
+            self._events: Any = None
+            self._lock = FileLock(path / ".lock", timeout=0)
+            if not writes:
+                return
+            self.plots.mkdir(parents=True, exist_ok=True)
+            if config.keep_checkpoints:
+                self.checkpoints.mkdir(exist_ok=True)
+            self._lock.acquire()
+        except OSError as error:
+            if isinstance(error, Timeout):
+                what = "another process is training in this run folder"
+                fix = "Wait for it or stop it; or choose another output folder"
+                raise UserError(what, where=path, fix=fix) from error
+            what = f"cannot make the run folder: {error.strerror}"
+            raise UserError(what, where=path, fix="Choose another output folder") from error
+        for folder in (path, self.plots, self.best, path / "test"):  # of a killed run
+            for left in folder.glob(".*.partial"):
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+            remove_stale(folder)
+        self.write("config.json", config.to_json())
+
+    def close(self) -> None:
+        """Lets another process have the folder."""
+        if self._events is not None:
+            self._events.close()
+        if self.writes:
+            (self.path / ".lock").unlink(missing_ok=True)  # while it is still ours
+            self._lock.release()
+
+    def rewind(self, step: int) -> None:
+        """Removes what the logs have of later steps, and the lines that cannot be read."""
+        if (self.path / "metrics.jsonl").exists():
+            kept = [values for values in read_metrics(self.path) if values["step"] < step]
+            self.write("metrics.jsonl", "".join(f"{json.dumps(values)}\n" for values in kept))
+        rows = [row for row in read_results(self.path) if float(row["step"]) <= step]
+        self._results_header = list(rows[0]) if rows else None
+        if rows:
+            text = io.StringIO()
+            csv.writer(text).writerows([rows[0].keys(), *(row.values() for row in rows)])
+            self.write("results.csv", text.getvalue())
+        elif self.writes:
+            (self.path / "results.csv").unlink(missing_ok=True)
+
+    def bad_files(self) -> set[str]:
+        """Returns the images that bad_files.txt names already."""
+        try:
+            text = (self.path / "bad_files.txt").read_text("utf-8", "surrogateescape")
+        except FileNotFoundError:
+            return set()
+        return {line.partition("\t")[0] for line in text.splitlines()}
+
+    def write(self, name: str, content: str | dict[str, Any]) -> None:
+        """Writes a file of the folder, text or JSON."""
+        if self.writes:
+            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+            atomic_write(self.path / name, text.encode(errors="backslashreplace"))
+
+    def log_step(self, values: dict[str, float]) -> None:
+        """Adds a line to metrics.jsonl."""
+        self._append("metrics.jsonl", json.dumps(values) + "\n")
+        self._log_events("training", values)
+
+    def log_evaluation(self, values: dict[str, float]) -> None:
+        """Adds a line to results.csv; every line has the columns of the first."""
+        text = io.StringIO()
+        if self._results_header is None:
+            self._results_header = list(values)
+            csv.writer(text).writerow(values)
+        csv.DictWriter(text, fieldnames=self._results_header).writerow(values)
+        self._append("results.csv", text.getvalue())
+        self._log_events("evaluation", values)
+
+    def log_bad_file(self, bad: BadImage) -> None:
+        """Adds a line to bad_files.txt."""
+        self._append("bad_files.txt", f"{bad.name}\t{bad.what}\n")
+
+    def _append(self, name: str, text: str) -> None:
+        if self.writes:
+            with path_in_errors(self.path / name), (self.path / name).open("ab") as file:
+                file.write(text.encode(errors="surrogateescape"))
+
+    def open_events(self, step: int) -> None:
+        """Writes TensorBoard's event files too, from this step on; see `check_tensorboard`."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self.writes:
+            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+
+    def _log_events(self, group: str, values: dict[str, float]) -> None:
+        if self._events is not None:
+            for name in values.keys() - {"step"}:
+                self._events.add_scalar(f"{group}/{name}", values[name], int(values["step"]))
+
+    def draw_curves(self) -> None:
+        """Draws the loss, accuracy and learning rate so far."""
+        figure = plots.curves(read_metrics(self.path), read_results(self.path))
+        plots.save(figure, self.plots / "curves.png")
+
+
+# Logs are not synced to disk: a kill may cut the last line, and a power cut may leave anything.
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """Returns the lines of a run's metrics.jsonl that can be read."""
+    path, found = run / "metrics.jsonl", []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            values = parse_json(line)
+            if "step" in values and all(isinstance(v, int | float) for v in values.values()):
+                found.append(values)
+        except (ValueError, TypeError, AttributeError):
+            continue
+    return found
+
+
+def read_results(run: Path) -> list[dict[str, str]]:
+    """Returns the lines of a run's results.csv by their columns, those that can be read."""
+    path = run / "results.csv"
+    text = path.read_text("utf-8", "replace") if path.is_file() else ""
+    header, *rows = [line.split(",") for line in text.splitlines()] or [[""]]
+    if "step" not in header or not all(map(str.isidentifier, header)):
+        return []
+    whole = [row for row in rows if len(row) == len(header) and all(map(_is_number, row))]
+    return [dict(zip(header, row, strict=True)) for row in whole]
+
+
+def no_results(run: Path) -> UserError:
+    """Returns the error for a finished run whose results.csv lacks what is needed of it."""
+    what, fix = "the results of this run are damaged", "Remove the run's folder: it is trained anew"
+    return UserError(what, where=run / "results.csv", fix=fix)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -22,9 +22,8 @@ from allmlp.training.checkpoint import Checkpoints
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits
 from allmlp.training.optim import build_optimizers, optimizer_tensors, update_average
-from allmlp.training.run_folder import RunFolder
+from allmlp.training.run_folder import TRAINING_IMAGES, RunFolder, other_images
 from allmlp.training.step import Updater
-from allmlp.weights.save import save_model
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class RunState:
         self.step, self.finished = 0, False
         self.best: tuple[float, float] | None = None
         self.since_best, self.last_result_at = 0, 0
-        self.bad: dict[str, BadImage] = {}
+        self.bad = {image.name: image for image in run.splits.bad}
         self.loss_sum, self.loss_count, self.last_rate = 0.0, 0, 0.0
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.last_checkpoint: Path | None = None
@@ -99,78 +98,47 @@ class RunState:
             details: what environment.json holds.
             is_old: whether the folder holds this run already.
         """
-        folder, say = self.run.folder, self.run.report.say
+        folder, splits, say = self.run.folder, self.run.splits, self.run.report.say
         found = self.checkpoints.newest() if is_old else None
         if found is not None:
-            if not is_fingerprint_of(found.values["data"], self.run.splits.train):
-                what = "the images differ from those that the run began with"
-                fix = "Restore them, or begin a new run in another output folder"
-                raise UserError(what, where=folder.path, fix=fix)
+            values = found.values
+            if not is_fingerprint_of(values["data"], splits.train):
+                raise other_images(folder.path)
             self.checkpoints.load(found, self.tensors())
             self.step, self.last_checkpoint = found.step, found.path
-            self._fill(found.values)
+            self.best = None if values["best"] is None else (values["best"][0], values["best"][1])
+            self.since_best, self.last_result_at = values["since_best"], values["last_result_at"]
+            for _, what, index in values["bad"]:
+                name = splits.train.item_name(index)  # the images may have been moved
+                self.bad.setdefault(name, BadImage(index, name, what))
+            self.loss_sum, self.loss_count = values["loss_sum"], values["loss_count"]
+            self.seconds_before, self.finished = values["seconds"], values["finished"]
+            if values["world_size"] == self.world.size:
+                self.updater.micro_batch_size = values["micro_batch_size"]
             say(f"resumed  after step {self.step:,} of {self.run.num_steps:,}")
-            was, now = found.values["precision"], self.run.compute.precision
+            was, now = values["precision"], self.run.compute.precision
             if was != now:
                 say(f"note     the run computed in {was} before, and continues in {now}")
-            self.restore_best()
         elif is_old:
-            self.world.broadcast_from_rank0(self.check_may_begin_again)
+            self.world.broadcast_from_rank0(self.check_nothing_is_lost)
             say("resumed  from the beginning: there is no complete checkpoint yet")
         self.data = details["data"]["fingerprint"]
         if is_old:
-            for note in folder.rewind(self.step):
-                say(f"note     {note}")
+            folder.rewind(self.step)
         if found is None:
-            folder.write_keys(self.run.splits.keys)
-            folder.write_json("environment.json", details)
+            folder.write(TRAINING_IMAGES, "".join(f"{key}\n" for key in splits.keys))
+            folder.write("environment.json", details)
         if self.config.tensorboard:
             folder.open_events(self.step)
         self.started = time.perf_counter()
 
-    def check_may_begin_again(self) -> None:
-        """Raises UserError where the run has made progress, but no checkpoint can be read."""
-        folder = self.run.folder
-        unread = sorted(path.name for path in folder.checkpoints.glob("step-*"))
+    def check_nothing_is_lost(self) -> None:
+        """Raises UserError where the run has checkpoints, and none can be read."""
+        unread = sorted(path.name for path in self.run.folder.checkpoints.glob("step-*"))
         if unread:
             what = f"no checkpoint of this run can be read: {', '.join(unread)}, see above"
-        elif (folder.best / "model.safetensors").exists() and not folder.checkpoints.is_dir():
-            what = "the run has no checkpoints and cannot be resumed"
-        else:
-            return  # it was stopped before the first was complete
-        fix = "Its best weights are in best/. To train anew choose another output folder"
-        raise UserError(what, where=folder.path, fix=fix)
-
-    def restore_best(self) -> None:
-        """Writes the best weights again where somebody removed them, if this is their state."""
-        best = self.run.folder.best
-        missing = self.world.broadcast_from_rank0(
-            lambda: not (best / "model.safetensors").is_file()
-        )
-        if not missing or self.last_result_at == 0:
-            return
-        if self.since_best == 0 and self.last_result_at == self.step:
-            model = self.kept_model()
-            if self.world.is_main:
-                save_model(model, best, overwrite=True)
-        elif self.finished:
-            what = "the best weights were removed, and the newest checkpoint has others"
-            raise UserError(what, where=best, fix="Train anew in another output folder")
-        else:
-            self.best, self.since_best = None, 0
-            note = "note     best/ was removed: the next evaluation is the best so far"
-            self.run.report.say(note)
-
-    def _fill(self, values: dict[str, Any]) -> None:
-        self.best = None if values["best"] is None else (values["best"][0], values["best"][1])
-        self.since_best, self.last_result_at = values["since_best"], values["last_result_at"]
-        for _, what, index in values["bad"]:
-            name = self.run.splits.train.item_name(index)  # the images may have been moved
-            self.bad[name] = BadImage(index, name, what)
-        self.loss_sum, self.loss_count = values["loss_sum"], values["loss_count"]
-        self.seconds_before, self.finished = values["seconds"], values["finished"]
-        if values["world_size"] == self.world.size:
-            self.updater.micro_batch_size = values["micro_batch_size"]
+            fix = "Its best weights are in best/. To train anew choose another output folder"
+            raise UserError(what, where=self.run.folder.path, fix=fix)
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns every tensor of the state by its name; filled in place they restore it."""
@@ -185,18 +153,12 @@ class RunState:
         if self.config.keep_checkpoints == 0:
             return
         self.world.broadcast_tensors(_statistics(self.model).values())
+        names = ("best", "since_best", "last_result_at", "loss_sum", "loss_count")
         values = {
+            **{name: getattr(self, name) for name in (*names, "seconds", "finished", "data")},
             "config": self.config.to_json(),
             "class_names": self.model.class_names,
-            "best": self.best,
-            "since_best": self.since_best,
-            "last_result_at": self.last_result_at,
             "bad": [[image.name, image.what, image.index] for image in self.bad.values()],
-            "loss_sum": self.loss_sum,
-            "loss_count": self.loss_count,
-            "seconds": self.seconds,
-            "finished": self.finished,
-            "data": self.data,
             "precision": self.run.compute.precision,
             "world_size": self.world.size,
             "micro_batch_size": self.updater.micro_batch_size,
@@ -219,12 +181,12 @@ class RunState:
         if result is not None and is_best:
             self.best = result
         self.since_best = 0 if is_best else self.since_best + 1
-        if self.is_out_of_patience():
-            self.finished = True
+        self.finished |= self.is_out_of_patience
         return is_best
 
+    @property
     def is_out_of_patience(self) -> bool:
-        """Returns whether the last evaluations brought no improvement for too long."""
+        """Whether the last evaluations brought no improvement for too long."""
         patience = self.config.patience
         return patience is not None and self.since_best >= patience
 

@@ -11,21 +11,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from allmlp.errors import UserError
 from allmlp.models.layers import ImageClassifier, preprocessing_of, set_stochastic_depth
 from allmlp.runtime.device import ComputePolicy, free_memory, keep_compiled
 from allmlp.runtime.world import World, no_sync
 from allmlp.training.config import TrainConfig
-from allmlp.training.cost import saved_bytes
-from allmlp.training.optim import (
-    clip,
-    learning_rate,
-    loss_function,
-    sam_ascent,
-    sam_rho_at,
-    update,
-)
+from allmlp.training.optim import clip, learning_rate, loss_function, sam_ascent, sam_rho_at, update
 from allmlp.weights.download import cache_folder
 
 _USABLE = 0.8  # of the free memory; torch's own buffers and other programs need some
@@ -75,9 +68,7 @@ class Updater:
     micro_batch_size: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.parameters = [
-            parameter for parameter in self.model.parameters() if parameter.requires_grad
-        ]
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.compiled = None
         if self.compute.compile:
             keep_compiled(cache_folder() / "compiled")
@@ -124,7 +115,7 @@ class Updater:
                 half = size // 2
                 if half < 1 or self.world.size > 1:  # the other processes would have to halve too
                     what = f"{size} images at once do not fit into the GPU"
-                    fix = f"--set micro_batch_size={max(1, half)}, or a smaller model or image size"
+                    fix = f"micro_batch_size={max(1, half)}, or a smaller model or image size"
                     raise UserError(what, where="micro_batch_size", fix=fix) from error
             torch.cuda.empty_cache()
             self.micro_batch_size = half
@@ -201,3 +192,31 @@ class Updater:
             what += f"and {max(room, 0) / 1e9:.2f} GB of memory are left"
             raise UserError(what, fix="A smaller model, image_size or batch_size", code="memory")
         return fitting[-1]
+
+
+def saved_bytes(model: nn.Module, image: Tensor, compute: ComputePolicy) -> int:
+    """Returns the bytes that one image (1, channels, H, W) takes between forward and backward pass.
+
+    It is the difference of forward passes of two images and of one, so it holds for every
+    architecture; in evaluation mode, where no random number is drawn and no running mean changes.
+    """
+    own, totals, largest = {id(parameter) for parameter in model.parameters()}, [], 0
+    was_training = model.training
+    model.eval()
+    for images in (image, image.repeat(2, 1, 1, 1)):
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            if id(tensor) not in own and not isinstance(tensor, DTensor):
+                storage = tensor.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with torch.enable_grad(), hooks, compute.autocast():
+            logits = model(images)  # keeps the tensors, so that no storage has another's address
+        del logits
+        totals.append(sum(sizes.values()))
+        largest = largest or max(sizes.values(), default=0)
+    model.train(was_training)
+    return totals[1] - totals[0] + 2 * largest  # the backward pass holds the largest's gradient too

@@ -21,22 +21,27 @@ from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import read_from
 from allmlp.data.transforms import normalize
 from allmlp.data.workers import check_guard
-from allmlp.errors import UserError, named_memory_errors
+from allmlp.errors import UserError, between, named_memory_errors
 from allmlp.io import check_not_inputs, check_output_folder
-from allmlp.models.layers import draw_stochastic_depth
+from allmlp.models.layers import draw_stochastic_depth, preprocessing_of
 from allmlp.runtime.device import check_fits_memory, choose_policy, torch_settings
-from allmlp.runtime.world import join_world
+from allmlp.runtime.world import World, join_world
 from allmlp.training.card import model_card
 from allmlp.training.config import TrainConfig
-from allmlp.training.cost import duration, state_copies
-from allmlp.training.dataset import Augmentation, check_number_bad, open_training_data
-from allmlp.training.measure import measure
+from allmlp.training.dataset import Augmentation, Splits, check_number_bad, open_training_data
 from allmlp.training.model import build_model
-from allmlp.training.optim import check_warmup
+from allmlp.training.optim import check_warmup, state_copies
 from allmlp.training.recipes import recipe
-from allmlp.training.report import TrainResult, announce, finish, resume_command
-from allmlp.training.resume import can_resume, check_same_images, config_of
-from allmlp.training.run_folder import RunFolder, check_tensorboard, environment, planned_path
+from allmlp.training.report import TrainResult, announce, duration, finish, measure, resume_command
+from allmlp.training.run_folder import (
+    RunFolder,
+    can_resume,
+    check_same_images,
+    check_tensorboard,
+    config_of,
+    environment,
+    planned_path,
+)
 from allmlp.training.signals import NoBatchCame, StopRequest, end
 from allmlp.training.state import Run, RunState
 from allmlp.weights.save import save_model
@@ -78,42 +83,14 @@ def train(
             had to stop: too many bad images, or a loss or gradient that is not finite
             (`DivergedError`).
     """
-    config = recipe(config) if isinstance(config, str) else config
+    config = recipe(config) if isinstance(config, str) else config.with_values({})  # checked
     check_guard(config.data.num_workers)
     with contextlib.ExitStack() as stack:
         world, device = stack.enter_context(join_world(config.device))
-        # Check everything before anything is written.
-        if world.size > 1 and config.output is None:
-            what = "several processes share one run folder, and a restart must find it again"
-            raise UserError(what, where="output", fix="Give it a name, such as runs/NAME")
-        if config.batch_size % world.size:
-            what = (
-                f"a batch of {config.batch_size} images does not divide by {world.size} processes"
-            )
-            raise UserError(what, where="batch_size", fix=f"A multiple of {world.size}")
-        workers = config.data.num_workers
-        if workers is not None and workers > most_workers():
-            what = f"num_workers must be at most {most_workers()} on this machine, got {workers}"
-            raise UserError(what, where="data.num_workers")
-        if config.tensorboard:
-            check_tensorboard()
-        path = world.broadcast_from_rank0(lambda: planned_path(config))
-        is_old = world.broadcast_from_rank0(lambda: can_resume(path, config))
-        try:
-            splits = open_training_data(config.data)
-        except UserError as error:
-            if is_old and not Path(parse_name(config.data.source).base).expanduser().exists():
-                fix = f"Was it moved? mixer train --resume {path} --data WHERE_IT_IS"
-                raise UserError(error.what, where=error.where, fix=fix) from error
-            raise
-        if is_old:
-            world.broadcast_from_rank0(lambda: check_same_images(path, config, splits))
-        elif world.is_main:
-            check_output_folder(path)
-            check_not_inputs([path], read_from(config.data.source))
-        num_steps = config.steps or max(
-            1, round((config.epochs or 0) * len(splits.train) / config.batch_size)
-        )
+        # Everything is checked before anything is written.
+        path, is_old, splits = _open(config, world)
+        images = (config.epochs or 0) * len(splits.train)
+        num_steps = config.steps or max(1, round(images / config.batch_size))
         check_warmup(config.optimizer, num_steps)
 
         # The caller's random numbers and threads stay unchanged.
@@ -128,9 +105,7 @@ def train(
             operations=operations // world.size,
             num_steps=num_steps,
         )
-        trained = sum(
-            parameter.numel() for parameter in model.parameters() if parameter.requires_grad
-        )
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         shards = world.size if config.sharding == "full" else 1
         what = f"training {trained:,} weights with {config.optimizer.name}"
         check_fits_memory(trained * state_copies(config.optimizer) // shards, what, device)
@@ -150,65 +125,89 @@ def train(
         announce(run, model)
         state = stack.enter_context(RunState(run, model))
         state.begin(details, is_old)
-        Trainer(run, state).run()
+        Trainer(run, state).train()
         return finish(run, in_study=in_study)
+
+
+def _open(config: TrainConfig, world: World) -> tuple[Path, bool, Splits]:
+    """Returns the run folder, whether it holds this run already, and the images."""
+    if world.size > 1 and config.output is None:
+        what = "several processes share one run folder, and a restart must find it again"
+        raise UserError(what, where="output", fix="Give it a name, such as runs/NAME")
+    if config.batch_size % world.size:
+        what = f"a batch of {config.batch_size} images does not divide by {world.size} processes"
+        raise UserError(what, where="batch_size", fix=f"A multiple of {world.size}")
+    between("data.num_workers", config.data.num_workers, 0, most_workers())
+    if config.tensorboard:
+        check_tensorboard()
+    path = world.broadcast_from_rank0(lambda: planned_path(config))
+    is_old = world.broadcast_from_rank0(lambda: can_resume(path, config))
+    try:
+        splits = open_training_data(config.data)
+    except UserError as error:
+        if is_old and not Path(parse_name(config.data.source).base).expanduser().exists():
+            fix = f"Was it moved? mixer train --resume {path} --data WHERE_IT_IS"
+            raise UserError(error.what, where=error.where, fix=fix) from error
+        raise
+    if is_old:
+        world.broadcast_from_rank0(lambda: check_same_images(path, config, splits))
+    elif world.is_main:
+        check_output_folder(path)
+        check_not_inputs([path], read_from(config.data.source))
+    return path, is_old, splits
 
 
 class Trainer:
     """The loop: what happens at each step, and between steps."""
 
     def __init__(self, run: Run, state: RunState) -> None:
-        self.run_, self.state, self.config = run, state, run.config
-        self.splits, self.run_folder, self.report = run.splits, run.folder, run.report
-        self.compute, self.world, self.num_steps = run.compute, run.world, run.num_steps
+        self.run, self.state, self.config = run, state, run.config
+        self.run_folder, self.report, self.world = run.folder, run.report, run.world
         self.model = state.model
-        assert self.model.preprocessing is not None
-        self.preprocessing = self.model.preprocessing
-        self.steps_per_epoch = len(self.splits.train) / self.config.batch_size
-        self.epochs = self.config.epochs or self.num_steps / self.steps_per_epoch
-        state.bad |= {image.name: image for image in self.splits.bad}
-        self.named = {image.name for image in self.run_folder.named_bad_files()}
+        self.preprocessing = preprocessing_of(self.model)
+        self.steps_per_epoch = len(run.splits.train) / self.config.batch_size
+        self.epochs = self.config.epochs or run.num_steps / self.steps_per_epoch
+        self.named = run.folder.bad_files()
         self.new_bad: list[BadImage] = []
         self.started, self.first_step = time.perf_counter(), state.step
         self.last_line = self.last_drawn = 0.0  # seconds
-        self.said_estimate = False
 
-    def run(self) -> None:
+    def train(self) -> None:
         """Trains to the end; best/ holds the best weights whenever this is interrupted."""
-        config, state = self.config, self.state
+        config, state, world = self.config, self.state, self.world
         if state.finished:
             return
         state.updater.choose_micro_batch()
-        augment, due = config.augment, self.evaluation_steps()
+        augment, due, device = config.augment, self.evaluation_steps(), self.run.compute.device
         batches = training_batches(
-            self.splits.train,
+            self.run.splits.train,
             self.preprocessing,
             Augmentation(augment, self.preprocessing),
             seed=config.seed,
             batch_size=config.batch_size,
             start=state.step,
-            stop=self.num_steps,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            with_neighbour=self.world.size > 1 and bool(augment.mixup or augment.cutmix),
+            stop=self.run.num_steps,
+            rank=world.rank,
+            world_size=world.size,
+            with_neighbour=world.size > 1 and bool(augment.mixup or augment.cutmix),
             num_workers=config.data.num_workers,
             timeout=config.data.timeout,
-            pin_memory=self.compute.device.type == "cuda",
+            pin_memory=device.type == "cuda",
         )
-        self.name_bad(self.splits.bad)
+        self.name_bad(self.run.splits.bad)
         with (
             contextlib.closing(batches),
             StopRequest(saves=config.keep_checkpoints > 0) as stop,
-            self.report.progress(self.num_steps, "steps", state.step) as bar,
+            self.report.progress(self.run.num_steps, "steps", state.step) as bar,
         ):
             try:
-                for step, batch in enumerate(on_device(batches, self.compute.device), state.step):
+                for step, batch in enumerate(on_device(batches, device), state.step):
                     self.note_bad(batch)
                     self.train_step(step, batch)
                     self.show_step(bar, step)
                     is_due = step + 1 in due
                     is_best = self.evaluate() if is_due else False
-                    number = self.world.all_reduce_max(stop.signal)
+                    number = world.all_reduce_max(stop.signal)
                     if self.save_is_due(is_due) or is_best or number or state.finished:
                         state.save(is_best=is_best)
                     if number:
@@ -218,74 +217,71 @@ class Trainer:
             except NoBatchCame:
                 # Not in the middle of an evaluation, which the resumed run would leave out; and of
                 # several processes only this one may be waiting.
-                between = state.step not in due or state.step == state.last_result_at
-                if state.step and between and self.world.size == 1:
+                between_steps = state.step not in due or state.step == state.last_result_at
+                if state.step and between_steps and world.size == 1:
                     state.save(is_best=False)
                 self.end(stop.signal)
 
     def train_step(self, step: int, batch: Batch) -> None:
         """Moves the weights by one batch; a loss or gradient that is not finite ends the run."""
-        config, state = self.config, self.state
+        config, state, run = self.config, self.state, self.run
         random, masks = step_generator(config.seed, step), torch.Generator()
         dropout_seed = int(random.integers(2**62))
         masks.manual_seed(dropout_seed)
         images = normalize(batch.images, self.preprocessing)
-        names = self.splits.train.class_names
+        names = run.splits.train.class_names
         targets = torch.nn.functional.one_hot(batch.labels, len(names)).float()
-        augment, own = config.augment, config.batch_size // self.world.size
-        if step < round(augment.mix_until * self.num_steps):
+        augment, own = config.augment, config.batch_size // run.world.size
+        if step < round(augment.mix_until * run.num_steps):
             images, targets = mix(
                 *(images, targets, random),
                 mixup_strength=augment.mixup,
                 cutmix_strength=augment.cutmix,
             )
         images, targets = images[:own], targets[:own]  # without the neighbour
-        if step == 0 and self.world.is_main:
+        if step == 0 and run.world.is_main:
             figure = plots.training_batch(images, targets, self.preprocessing, names)
-            plots.save(figure, self.run_folder.plots / "train_batch.png")
+            plots.save(figure, run.folder.plots / "train_batch.png")
         depth = draw_stochastic_depth(self.model, config.batch_size, masks)
-        depth = depth[:, self.world.rank * own : (self.world.rank + 1) * own]
-        depth = depth.to(self.compute.device)
-        seed = dropout_seed + self.world.rank
-        result = state.updater(step, images, targets, depth, seed)
+        depth = depth[:, run.world.rank * own : (run.world.rank + 1) * own]
+        depth = depth.to(run.compute.device)
+        result = state.updater(step, images, targets, depth, dropout_seed + run.world.rank)
         loss, norm, rate = result.loss, result.gradient_norm, result.learning_rate
         if not result.is_finite:
             what = f"step {step}: loss {loss}, gradient norm {norm} at learning rate {rate:g}"
             self.stop(f"{what}; stopped before the weights were changed")
         state.advance(loss, rate)
-        if self.num_steps < SHORT or step % LOG_EVERY == 0 or step + 1 == self.num_steps:
+        if run.num_steps < SHORT or step % LOG_EVERY == 0 or step + 1 == run.num_steps:
             values = {"step": step, "epoch": round(step / self.steps_per_epoch, 4), "loss": loss}
             values |= {"learning_rate": rate, "gradient_norm": norm}
-            self.run_folder.log_step({**values, "seconds": round(state.seconds, 3)})
+            run.folder.log_step({**values, "seconds": round(state.seconds, 3)})
 
     def evaluation_steps(self) -> set[int]:
         """Returns the numbers of completed steps at which the validation images are evaluated."""
-        every = self.config.evaluate_every
+        every, last = self.config.evaluate_every, self.run.num_steps
         if self.config.epochs is None:
-            return {*range(every, self.num_steps, every), self.num_steps}
+            return {*range(every, last, every), last}
         epochs = range(every, self.config.epochs, every)
-        return {round(epoch * self.steps_per_epoch) for epoch in epochs} | {self.num_steps}
+        return {round(epoch * self.steps_per_epoch) for epoch in epochs} | {last}
 
     def save_is_due(self, was_evaluated: bool) -> bool:
         """Returns whether the full state is saved after this step."""
-        every = self.config.checkpoint_every
-        if every is None:
-            return was_evaluated
-        return self.state.step % every == 0 or self.state.step == self.num_steps
+        every, step = self.config.checkpoint_every, self.state.step
+        return was_evaluated if every is None else step % every == 0 or step == self.run.num_steps
 
     def evaluate(self) -> bool:
         """Evaluates, logs the result, keeps the best weights; returns whether it is the best.
 
         Without validation images the last weights are the best.
         """
-        config, state, validation = self.config, self.state, self.splits.validation
+        config, state, validation = self.config, self.state, self.run.splits.validation
         for found in self.world.gather(self.new_bad):  # what each process could not decode
             self.name_bad(found)
             state.bad.update({image.name: image for image in found})
         self.new_bad = []
         kept, loss, result = state.kept_model(), state.mean_loss, None
         if validation is not None:
-            result = measure(kept, validation, config, self.compute, self.world)
+            result = measure(kept, validation, self.run)
             self.name_bad(result.bad)
             check_number_bad(result.bad, validation, config.data.max_bad)
             if not math.isfinite(result.loss):
@@ -294,9 +290,10 @@ class Trainer:
         is_best = state.note_result(None if result is None else (result.top1, -result.loss))
         if is_best and self.world.is_main:
             save_model(kept, self.run_folder.best, overwrite=True)
-            self.run_folder.write_card(model_card(kept, config, self.splits, result, None))
+            card = model_card(kept, config, self.run.splits, result, None)
+            self.run_folder.write("best/README.md", card)
         # With epochs, whose steps are rounded to whole ones, the last step ends the last epoch.
-        shown = self.epochs * state.step / self.num_steps
+        shown = self.epochs * state.step / self.run.num_steps
         total = f"{self.epochs:.1f}".removesuffix(".0")
         text = f"epoch {shown:5.1f}/{total}   loss {loss:.4f}"
         if result is not None:
@@ -307,19 +304,15 @@ class Trainer:
             values |= {"seconds": round(state.seconds, 1), "best": int(is_best)}
             self.run_folder.log_evaluation(values)
             text += f"   validation {result.top1:7.2%}, loss {result.loss:.4f}"
-            self.redraw()
+            seconds = time.perf_counter() - self.started
+            if self.world.is_main and seconds - self.last_drawn > _REDRAW_EVERY:
+                self.run_folder.draw_curves()
+                self.last_drawn = time.perf_counter() - self.started
         self.report.say(f"{text}   {state.seconds:6.1f} s{'   best' * (is_best and bool(result))}")
-        if state.is_out_of_patience():
+        if state.is_out_of_patience:
             self.report.say(f"stopped early: no better result in {config.patience} evaluations")
         self.last_line = time.perf_counter() - self.started
         return is_best
-
-    def redraw(self) -> None:
-        """Draws the curves so far, now and then."""
-        seconds = time.perf_counter() - self.started
-        if self.world.is_main and seconds - self.last_drawn > _REDRAW_EVERY:
-            self.run_folder.draw_curves()
-            self.last_drawn = time.perf_counter() - self.started
 
     def show_step(self, bar: ProgressBar, step: int) -> None:
         """Advances the progress bar; where there is none, prints a line every half minute."""
@@ -328,16 +321,11 @@ class Trainer:
         rate = self.state.last_rate
         note = f"loss {self.state.mean_loss:.3f}  rate {rate:.2g}  {speed:,.0f} images/s"
         total = math.ceil(self.epochs - 1e-9)
-        epoch = min(int(self.epochs * step / self.num_steps + 1e-9) + 1, total)
+        epoch = min(int(self.epochs * step / self.run.num_steps + 1e-9) + 1, total)
         bar.advance(1, note, f"epoch {epoch}/{total}")
-        left = (self.num_steps - step - 1) * seconds / done
-        if not self.said_estimate and seconds > 10 and done >= 10:
-            self.said_estimate = True
-            if left > 60:
-                self.report.say(f"speed    {speed:,.0f} images/s: about {duration(left)} to go")
         if not self.report.console.is_terminal and seconds - self.last_line > 30:
-            left_text = f"{duration(left)} to go"
-            self.report.say(f"step {step + 1:,} of {self.num_steps:,}   {note}   {left_text}")
+            left = f"{duration((self.run.num_steps - step - 1) * seconds / done)} to go"
+            self.report.say(f"step {step + 1:,} of {self.run.num_steps:,}   {note}   {left}")
             self.last_line = seconds
 
     def note_bad(self, batch: Batch) -> None:
@@ -346,7 +334,7 @@ class Trainer:
         self.new_bad += [image for image in batch.bad if image.name not in bad]
         bad.update({image.name: image for image in batch.bad if image.name not in bad})
         self.name_bad(batch.bad)
-        check_number_bad(list(bad.values()), self.splits.train, self.config.data.max_bad)
+        check_number_bad(list(bad.values()), self.run.splits.train, self.config.data.max_bad)
 
     def name_bad(self, bad: list[BadImage]) -> None:
         """Reports and lists the images that were not named before."""
@@ -359,11 +347,11 @@ class Trainer:
     def end(self, number: int) -> NoReturn:
         """Ends the run as the signal would have, and prints how to resume it."""
         self.state.checkpoints.wait()
-        self.report.say(f"\nstopped after step {self.state.step:,} of {self.num_steps:,}")
-        if self.config.keep_checkpoints:
-            self.report.say(f"to resume: {resume_command(self.run_)}")
-        else:
-            self.report.say("the run keeps no checkpoints and cannot be resumed")
+        self.report.say(f"\nstopped after step {self.state.step:,} of {self.run.num_steps:,}")
+        how = f"to resume: {resume_command(self.run)}"
+        if not self.config.keep_checkpoints:
+            how = "the run keeps no checkpoints and cannot be resumed"
+        self.report.say(how)
         end(number)
 
     def stop(self, what: str) -> NoReturn:
