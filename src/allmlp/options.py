@@ -80,12 +80,7 @@ def make(kind: type[Kind], options: Kind | None, fields: dict[str, Any]) -> Kind
 
 
 def validated(kind: type[Kind], values: Any, where: object = None) -> Kind:
-    """Returns the dataclass of such values, checked and converted by pydantic.
-
-    Args:
-        values: keyword arguments, or JSON.
-        where: a file, for the message.
-    """
+    """Returns the dataclass of keyword arguments or JSON, checked and converted by pydantic."""
     from pydantic import ValidationError
 
     try:
@@ -154,16 +149,21 @@ def literal(text: str) -> Any:
         return text
 
 
-def assignments(texts: Iterable[str], where: str = "set") -> dict[str, Any]:
-    """Returns {"width": 40} of ["width=40"]."""
-    found: dict[str, Any] = {}
+def assigned(texts: Iterable[str], where: str = "set") -> dict[str, str]:
+    """Returns {"width": "40"} of ["width=40"]."""
+    found = {}
     for text in texts:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals or not key:
             what = f"a setting is written KEY=VALUE, got {text!r}"
             raise UserError(what, where=where, fix="for example num_blocks=4")
-        found[key] = literal(value)
+        found[key] = value
     return found
+
+
+def assignments(texts: Iterable[str], where: str = "set") -> dict[str, Any]:
+    """Returns {"width": 40} of ["width=40"]."""
+    return {key: literal(value) for key, value in assigned(texts, where).items()}
 
 
 def documentation(kind: type) -> dict[str, str]:

@@ -30,12 +30,9 @@ RESULTS = "results.jsonl"
 
 
 def study_folder(output: str | None, own: Iterable[str], inputs: Iterable[str]) -> Path:
-    """Returns the folder of a study; it must be new, or have nothing but what a study writes.
+    """Returns the folder of a study; it must be new, or have nothing but its `own` names in it.
 
-    Args:
-        output: its name.
-        own: names of the files and folders that a study has there.
-        inputs: data that the study reads, in which its folder may not lie.
+    It may not lie in the data that the study reads, its `inputs`.
     """
     if output is None:
         what = "a study of several runs needs a named folder, so that it can resume"
@@ -55,10 +52,7 @@ def study_folder(output: str | None, own: Iterable[str], inputs: Iterable[str]) 
 class Sweep:
     """The runs of a study and what they have reached; each process of `world` has one.
 
-    Args:
-        path: of the folder, as `study_folder` returns it.
-        world: the processes that train together.
-        quiet: print nothing; log.txt is written all the same.
+    The path is as `study_folder` returns it.
     """
 
     def __init__(self, path: Path, world: World, *, quiet: bool = False) -> None:
@@ -83,12 +77,8 @@ class Sweep:
     ) -> Row:
         """Returns what a run has reached: trains or resumes it unless it is finished.
 
-        Args:
-            name: of its folder.
-            config: its settings; the output is chosen here.
-            measure: returns more of what it reached; only the main process calls it.
-            title: what to print when it begins.
-            may_diverge: then the accuracy is None; otherwise the error passes.
+        Its folder has the name; `measure`, which only the main process calls, returns more of what
+        it reached. The accuracy of a run that has diverged, and may, is None.
         """
         key = self.key(config)
         if key in self.rows:

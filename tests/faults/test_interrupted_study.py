@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import allmlp as am
 from allmlp import sweep
-from allmlp.training import train as loop
+from runs import before_step, digest, start, unix
 from studies import make_place, settings
 
 
@@ -22,33 +20,22 @@ def place(tmp_path: Path) -> Path:
 
 
 KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from studies import settings
-import allmlp as am
-from allmlp.training import train as loop
-
-train_step = loop.Trainer.train_step
-
-def killed(self, number, batch):
-    if number == 4 and self.run_folder.path.name == "lr-0.2":
-        self.state.checkpoints.wait()
+def kill(trainer):
+    if trainer.run_folder.path.name == "lr-0.2":
+        trainer.state.checkpoints.wait()
         os.kill(os.getpid(), signal.SIGKILL)
-    train_step(self, number, batch)
 
-loop.Trainer.train_step = killed
-am.finetune(settings(Path({place!r}), "killed"), grid=[0.1, 0.2], seeds=[0], quiet=True)
+before_step(patch, 4, kill)
+import studies
+am.finetune(studies.settings(Path(PLACE), "killed"), grid=[0.1, 0.2], seeds=[0], quiet=True)
 """
 
 
+@unix
 @pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="signals as Unix has them")
 def test_a_killed_study_resumes_with_what_is_missing(place, monkeypatch):
-    tests = Path(__file__).parents[1]
-    code = KILLED.format(tests=str(tests), place=str(place))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = start([], place / "said", KILLED.replace("PLACE", repr(str(place))))
+    assert process.wait() == -signal.SIGKILL, process.said()
     whole = am.finetune(settings(place, "whole"), grid=[0.1, 0.2], seeds=[0], quiet=True)
 
     asked, train = [], sweep.train
@@ -63,31 +50,19 @@ def test_a_killed_study_resumes_with_what_is_missing(place, monkeypatch):
     again = am.finetune(settings(place, "killed"), grid=[0.1, 0.2], seeds=[0], quiet=True)
     assert asked == ["lr-0.2", "seed-0"]
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
-    assert (
-        "resumed  after step 3 of 6"
-        in (place / "killed" / "grid" / "lr-0.2" / "log.txt").read_text()
-    )
+    log = (place / "killed" / "grid" / "lr-0.2" / "log.txt").read_text()
+    assert "resumed  after step 3 of 6" in log
     assert (again.grid, again.accuracies) == (whole.grid, whole.accuracies)
     for name in ("grid/lr-0.1", "grid/lr-0.2", "seed-0"):
-        weights = [
-            (place / run / name / "best" / "model.safetensors").read_bytes()
-            for run in ("killed", "whole")
-        ]
-        assert weights[0] == weights[1], name
+        weights = f"{name}/best/model.safetensors"
+        assert digest(place / "killed" / weights) == digest(place / "whole" / weights), name
 
 
 def test_a_study_that_is_stopped_in_its_first_run_resumes(place, monkeypatch, capsys):
-    train_step = loop.Trainer.train_step
-
-    def stopped(self, number, batch):
-        if number == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(self, number, batch)
-
-    monkeypatch.setattr(loop.Trainer, "train_step", stopped)
-    with pytest.raises(SystemExit) as end:
-        am.finetune(settings(place), grid=[0.1], seeds=[0])
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        before_step(patch, 4, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as end:
+            am.finetune(settings(place), grid=[0.1], seeds=[0])
     assert end.value.code == 143
     assert "the study resumes with the same command" in capsys.readouterr().out
     result = am.finetune(settings(place), grid=[0.1], seeds=[0], quiet=True)

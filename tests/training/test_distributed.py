@@ -212,6 +212,28 @@ def test_killed_while_it_saves(data: Path, double: Path, tmp_path: Path):
     check_same_logs(tmp_path / "run", double)
 
 
+FULL_DISK = """
+from allmlp.training import checkpoint
+
+def write_tensors(path, tensors, write=checkpoint.write_tensors):
+    if "step-00000015" in str(path):
+        raise OSError(28, os.strerror(28))
+    return write(path, tensors)
+
+patch.setattr(checkpoint, "write_tensors", write_tensors)
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_on_one_stops_both(data: Path, tmp_path: Path):
+    config = run_config(data, tmp_path / "run", sharding="full", checkpoint_every=5)
+    first, second = start_two(config, tmp_path / "text", FULL_DISK)
+    assert (first.wait(), second.wait()) == (2, 2)
+    assert first.said().count("error: the disk is full") == 1
+    assert second.said() == ""
+    assert (tmp_path / "run/checkpoints/step-00000010/manifest.json").exists()
+
+
 def check_same_logs(run: Path, other: Path) -> None:
     assert steps_of(run) == steps_of(other)
     assert results_of(run) == results_of(other)

@@ -16,6 +16,7 @@ from allmlp.models.layers import count_parameters
 from allmlp.training.config import (
     SGD,
     AdamW,
+    AugmentSettings,
     Cosine,
     InceptionCrop,
     Linear,
@@ -150,6 +151,27 @@ def test_what_fine_tuning_shares(name: str):
     assert augment.crop == (NoCrop() if is_vtab else InceptionCrop())
     assert config.data.resize == ("squash" if is_vtab else "resmall-crop")
     assert (augment.randaugment, augment.cutmix, augment.random_erasing) == (None, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "epochs", "warmup", "rate", "batch"),
+    [("cycle_mlp_b1", 300, 5, 1e-3, 1024), ("vip_s7", 310, 20, 2e-3, 2048)],
+)
+def test_the_settings_of_cycle_mlp_and_vision_permutator(model, epochs, warmup, rate, batch):
+    config = am.recipe(f"imagenet_{model}")
+    assert (config.model.name, config.epochs, config.batch_size) == (model, epochs, batch)
+    assert config.model.overrides == {"stochastic_depth": 0.1}
+    assert config.optimizer == AdamW(
+        learning_rate=rate,
+        weight_decay=0.05,
+        clip_norm=0,
+        warmup=warmup / epochs,
+        schedule=Cosine(final_lr_fraction=1e-5 / rate),
+    )
+    strengths = {"randaugment": 9, "random_erasing": 0.25, "mixup": 0.8, "cutmix": 1}
+    assert config.augment == AugmentSettings(crop=InceptionCrop(area=(0.08, 1)), **strengths)
+    assert config.loss == Softmax(label_smoothing=0.1)
+    assert rows(f"imagenet_{model}")[0][2:6] == [str(epochs), str(warmup), str(rate), f"{batch:,}"]
 
 
 @pytest.mark.parametrize(

@@ -334,5 +334,5 @@ def test_a_stop_without_checkpoints_promises_nothing(data: Path, tmp_path: Path,
 
 
 def test_the_best_state_is_saved_whenever_it_comes(data: Path, tmp_path: Path):
-    run = train(run_config(data, tmp_path / "run", checkpoint_every=100))
+    run = train(run_config(data, tmp_path / "run", checkpoint_every=100), stop_after=13)
     assert (run / "checkpoints" / "step-00000010").is_dir()  # the first evaluation is the best

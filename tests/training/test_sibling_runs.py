@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 
 import allmlp as am
-from allmlp.training.config import AdamW, AugmentSettings, Cosine, InceptionCrop, Softmax
-from conftest import ROOT
 from runs import check_same, losses_of, make_data, run_config, train, unix
 from staged_models import SMALL_CYCLE, SMALL_PERMUTATOR
 
@@ -48,11 +46,8 @@ def test_a_resumed_run_repeats_the_bits(data: Path, tmp_path: Path, name: str, o
 def test_from_training_to_predictions(data: Path, tmp_path: Path, name: str):
     config = config_of(data, tmp_path / "run", name, precision="bfloat16")
     result = am.train(config, quiet=True)
-    model = am.load_model(result.run_folder)
-    assert model.class_names == ["ant", "bee", "cat"]
+    assert am.load_model(result.run_folder).class_names == ["ant", "bee", "cat"]
     assert result.validation is not None
-    again = am.evaluate(am.load_model(result.run_folder), f"{data}:val", num_workers=0)
-    assert 0 <= again.top1 <= 1
     tuned = config.with_values(
         {
             "model.name": "",
@@ -71,39 +66,3 @@ def test_from_training_to_predictions(data: Path, tmp_path: Path, name: str):
     picture = next((data / "val" / "bee").glob("*.png"))
     (prediction,) = am.predict(tuned.run_folder, [str(picture)])
     assert {name for name, _ in prediction.classes} == {"ant", "bee", "cat"}
-
-
-@pytest.mark.parametrize(
-    ("name", "model", "epochs", "warmup", "rate", "batch"),
-    [
-        ("imagenet_cycle_mlp_b1", "cycle_mlp_b1", 300, 5, 1e-3, 1024),
-        ("imagenet_vip_s7", "vip_s7", 310, 20, 2e-3, 2048),
-    ],
-)
-def test_the_authors_settings(
-    name: str, model: str, epochs: int, warmup: int, rate: float, batch: int
-):
-    config = am.recipe(name)
-    optimizer, augment = config.optimizer, config.augment
-    assert (config.model.name, config.epochs, config.batch_size) == (model, epochs, batch)
-    assert optimizer == AdamW(
-        learning_rate=rate,
-        weight_decay=0.05,
-        clip_norm=0,
-        warmup=optimizer.warmup,
-        schedule=Cosine(final_lr_fraction=1e-5 / rate),
-    )
-    assert optimizer.warmup * epochs == pytest.approx(warmup)
-    assert augment == AugmentSettings(
-        crop=InceptionCrop(area=(0.08, 1)),
-        randaugment=9,
-        random_erasing=0.25,
-        mixup=0.8,
-        cutmix=1,
-    )
-    assert config.loss == Softmax(label_smoothing=0.1)
-    assert config.model.overrides == {"stochastic_depth": 0.1}
-    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[2:6] == [str(epochs), str(warmup), str(rate), f"{batch:,}"]

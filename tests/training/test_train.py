@@ -189,7 +189,9 @@ def test_duration(seconds: float, text: str):
     ],
 )
 def test_mistakes_leave_nothing_behind(class_folder, tmp_path, changes, message):
-    config = tiny_config(str(class_folder), tmp_path / "run", **changes)
+    output = Path(changes.get("output", tmp_path / "run"))
+    changes = {key: value for key, value in changes.items() if key != "output"}
+    config = tiny_config(str(class_folder), output, **changes)
     if "in_channels" in str(changes):
         config = config.with_value("model.image_size", 16)
     with pytest.raises(am.UserError, match=message):

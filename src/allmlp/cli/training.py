@@ -12,13 +12,7 @@ from typing import Any, get_type_hints
 
 from allmlp.errors import UserError, needs, one_of
 from allmlp.options import Options, Repeated, documentation
-from allmlp.training.config import (
-    AdamW,
-    AugmentSettings,
-    DataSettings,
-    ModelSettings,
-    TrainConfig,
-)
+from allmlp.training.config import AdamW, DataSettings, ModelSettings, TrainConfig
 from allmlp.training.recipes import FINETUNING, LEARNING_RATES, finetune_for
 from allmlp.training.recipes import recipe as named_recipe
 
@@ -47,40 +41,30 @@ TRAIN = {
     "seed": "seed",
 }
 FINETUNE = {**_SHARED, "resize_weights": "model.resize_weights"}
-_KINDS = {
-    "": TrainConfig,
-    "model": ModelSettings,
-    "data": DataSettings,
-    "augment": AugmentSettings,
-    "optimizer": AdamW,
-}
+_SECTIONS = {"": TrainConfig, "model": ModelSettings, "data": DataSettings, "optimizer": AdamW}
 
 
-def flags(settings: dict[str, str]) -> list[Any]:
-    """Returns a field for each flag, None where it is not given."""
+def _flag(name: str, hint: Any, default: Any, doc: str, **metadata: str) -> tuple[str, Any, Any]:
+    return name, hint, dataclasses.field(default=default, metadata={"doc": doc, **metadata})
+
+
+def _options(name: str, settings: dict[str, str], *more: tuple[str, Any, Any]) -> Any:
+    """Returns a dataclass with a field for each flag, None where it is not given."""
     fields = []
     for flag, key in settings.items():
-        section, _, name = key.rpartition(".")
-        kind = _KINDS[section]
-        doc = {"doc": documentation(kind)[name]}
-        hint = get_type_hints(kind)[name] | None
-        fields.append((flag, hint, dataclasses.field(default=None, metadata=doc)))
+        section, _, field = key.rpartition(".")
+        kind = _SECTIONS[section]
+        hint = get_type_hints(kind)[field] | None
+        fields.append(_flag(flag, hint, None, documentation(kind)[field]))
     doc = "Any other setting, as config.json of a run names it; may be given many times."
-    metadata = {"flag": "set", "metavar": "KEY=VALUE", "doc": doc}
-    return [*fields, ("settings", Repeated, dataclasses.field(default=(), metadata=metadata))]
-
-
-def _optional(hint: Any, default: Any, metavar: str, doc: str) -> Any:
-    return hint, dataclasses.field(default=default, metadata={"metavar": metavar, "doc": doc})
+    fields.append(_flag("settings", Repeated, (), doc, flag="set", metavar="KEY=VALUE"))
+    fields += more
+    return dataclasses.make_dataclass(name, fields, bases=(Options,), kw_only=True, frozen=True)
 
 
 _RESUME = "The folder of a run to resume; its own settings are used."
-TrainOptions = dataclasses.make_dataclass(
-    "TrainOptions",
-    [*flags(TRAIN), ("resume", *_optional(str | None, None, "FOLDER", _RESUME))],
-    bases=(Options,),
-    kw_only=True,
-    frozen=True,
+TrainOptions = _options(
+    "TrainOptions", TRAIN, _flag("resume", str | None, None, _RESUME, metavar="FOLDER")
 )
 TrainOptions.__doc__ = """Train a model from random weights; writes a run folder with the best ones.
 
@@ -131,17 +115,12 @@ def changed(config: TrainConfig, settings: dict[str, str], options: Any) -> Trai
 _RECIPE = """finetune_imagenet, finetune_cifar, finetune_pets, finetune_flowers or finetune_vtab;
 without it the BiT-HyperRule, by the number of training images."""
 _GRID = "Learning rates to choose from; without values those of the recipe."
-FinetuneOptions = dataclasses.make_dataclass(
+FinetuneOptions = _options(
     "FinetuneOptions",
-    [
-        *flags(FINETUNE),
-        ("recipe", *_optional(str | None, None, "TEXT", _RECIPE)),
-        ("grid", *_optional(tuple[float, ...] | None, None, "[LR ...]", _GRID)),
-        ("seeds", *_optional(tuple[int, ...], (), "N ...", "Of the final runs (0).")),
-    ],
-    bases=(Options,),
-    kw_only=True,
-    frozen=True,
+    FINETUNE,
+    _flag("recipe", str | None, None, _RECIPE, metavar="TEXT"),
+    _flag("grid", tuple[float, ...] | None, None, _GRID, metavar="[LR ...]"),
+    _flag("seeds", tuple[int, ...], (), "Of the final runs (0).", metavar="N ..."),
 )
 FinetuneOptions.__doc__ = """Continue training from a checkpoint on your own images.
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AllowInfNan, Field, InstanceOf, Strict
 
 from allmlp.errors import UserError, near_names, one_of, plural
-from allmlp.options import OptionError, Options, literal, validated
+from allmlp.options import OptionError, Options, assigned, literal, validated
 
 VERSION = 2  # of config.json; version 1 had no choices with settings of their own, see `_RENAMED`
 
@@ -57,11 +57,11 @@ class ModelSettings(Options):
                 raise UserError(what, where="model.name, model.image_size")
             if self.train_only == "head":
                 what = "model.train_only=head would leave random weights behind the head untrained"
-                raise UserError(what, fix="--set model.weights=CHECKPOINT")
+                raise UserError(what, fix="model.weights=CHECKPOINT")
             return
         if self.name:
             what = f"model.name={self.name}: the weights bring their own architecture"
-            raise UserError(what, where=f"model.weights={self.weights}", fix="--set model.name=")
+            raise UserError(what, where=f"model.weights={self.weights}", fix="model.name=")
         for name in sorted(self.overrides.keys() - {"dropout", "stochastic_depth"}):
             what = f"model.overrides.{name} cannot change: the weights determine it"
             raise UserError(what, where=f"model.weights={self.weights}", fix="Leave it out")
@@ -107,10 +107,10 @@ class DataSettings(Options):
         if (self.permutation_patch is None) != (self.permutation != "patches"):
             what = f"data.permutation={self.permutation} with permutation_patch="
             what += f"{self.permutation_patch}: patches, and only they, have a size"
-            raise UserError(what, fix="--set data.permutation=patches data.permutation_patch=16")
+            raise UserError(what, fix="data.permutation=patches data.permutation_patch=16")
         if self.crop is not None and self.resize == "squash":
             what = f"data.crop={self.crop:g} with data.resize=squash, which crops nothing"
-            raise UserError(what, fix="--set data.resize=resmall-crop")
+            raise UserError(what, fix="data.resize=resmall-crop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,16 +371,16 @@ class TrainConfig(Options):
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             what = f"epochs={self.epochs} and steps={self.steps}: exactly one sets the run's length"
-            raise UserError(what, fix="--epochs N or --steps N")
+            raise UserError(what, fix="epochs=N or steps=N")
         if self.patience is not None and self.data.holdout == 0.0:
             what = f"patience={self.patience} needs validation images; data.holdout=0 keeps none"
-            raise UserError(what, fix="--set patience=null, or a holdout of 0.1")
+            raise UserError(what, fix="patience=null, or a holdout of 0.1")
         if isinstance(self.optimizer, Muon):
             why = "adamw trains the head" if self.model.train_only == "head" else None
             why = "sharding=full splits its matrices" if self.sharding == "full" else why
             if why:
                 what = f"optimizer=muon needs whole matrices of the blocks to train, and {why}"
-                raise UserError(what, fix="--set optimizer=adamw")
+                raise UserError(what, fix="optimizer=adamw")
 
     @property
     def length(self) -> str:
@@ -430,14 +430,9 @@ class TrainConfig(Options):
         Raises:
             UserError: an unknown setting, or a value that it cannot have.
         """
-        changes, texts = {_RENAMED.get(key, key): value for key, value in changes.items()}, {}
-        for assignment in assignments:
-            key, equals, text = (part.strip() for part in assignment.partition("="))
-            if not equals:
-                what = f"a setting is written section.name=value, got {assignment!r}"
-                raise UserError(what, fix="For example optimizer.learning_rate=0.002")
-            key = _RENAMED.get(key, key)
-            changes[key], texts[key] = literal(text), text
+        texts = {_RENAMED.get(key, key): text for key, text in assigned(assignments).items()}
+        changes = {_RENAMED.get(key, key): value for key, value in changes.items()}
+        changes |= {key: literal(text) for key, text in texts.items()}
         while True:
             try:
                 return self._changed(changes)

@@ -41,25 +41,15 @@ _FREE = 5  # bad images that stop no run, however few there are in all
 
 @dataclass(frozen=True)
 class Splits:
-    """The images of a run.
-
-    Attributes:
-        train: to learn from.
-        validation: to choose the best weights by; None keeps the last.
-        test: to measure once at the end; None if the data has none.
-        held_out: whether validation was held out of the training images.
-        bad: the training images whose header cannot be read.
-        notes: what else was done to the data, one line each.
-        keys: identify up to 5,000 of the training images, see `image_key`.
-    """
+    """The images of a run."""
 
     train: Source
-    validation: Source | None
-    test: Source | None
-    held_out: bool
-    bad: list[BadImage]
-    notes: list[str] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
+    validation: Source | None  # to choose the best weights by; None keeps the last
+    test: Source | None  # to measure once at the end
+    held_out: bool  # validation was held out of the training images
+    bad: list[BadImage]  # training images whose header cannot be read
+    notes: list[str] = field(default_factory=list)  # what else was done to the data
+    keys: list[str] = field(default_factory=list)  # of up to 5,000 training images: `image_key`
 
     def describe(self) -> list[str]:
         """Returns the lines that describe the data."""

@@ -24,11 +24,9 @@ from allmlp.training.config import Optimizer, Sigmoid, Softmax, Steps
 
 
 def loss_function(logits: Tensor, targets: Tensor, loss: Softmax | Sigmoid) -> Tensor:
-    """Returns the mean loss over the images, a scalar.
+    """Returns the mean loss over the images of logits and targets (N, classes).
 
-    Args:
-        logits, targets: (N, num_classes); rows of the targets sum to 1.
-        loss: softmax cross-entropy, or sigmoid cross-entropy summed over the classes.
+    Rows of the targets sum to 1; sigmoid cross-entropy is summed over the classes.
     """
     if isinstance(loss, Sigmoid):
         losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
@@ -70,7 +68,7 @@ def check_warmup(optimizer: Optimizer, num_steps: int) -> None:
     if warmup >= num_steps:
         what = f"optimizer.warmup={optimizer.warmup:g} is {warmup:,} steps of warm-up, and the "
         what += f"whole run has {num_steps:,}: it would never reach its learning rate"
-        raise UserError(what, fix="--set optimizer.warmup=0.1 (a tenth of the run), or more epochs")
+        raise UserError(what, fix="optimizer.warmup=0.1 (a tenth of the run), or more epochs")
 
 
 def operations(flops_per_image: int, images: int, settings: Optimizer) -> int:
@@ -121,17 +119,17 @@ def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.
             hidden = [trained.pop(name) for name in hidden_names]
             if not hidden:
                 what = "optimizer=muon has nothing to train: the model has no 2-D block weights"
-                raise UserError(what, fix="--set optimizer=adamw")
+                raise UserError(what, fix="optimizer=adamw")
             options = {"lr": rate, "weight_decay": settings.weight_decay, "nesterov": True}
             options |= {"momentum": settings.momentum, "adjust_lr_fn": "match_rms_adamw"}
             optimizers.append(torch.optim.Muon(hidden, **options))
-        kernels = [parameter for name, parameter in trained.items() if is_kernel(name, parameter)]
-        others = [
-            parameter for name, parameter in trained.items() if not is_kernel(name, parameter)
-        ]
+        kernels = {name for name, parameter in trained.items() if is_kernel(name, parameter)}
         groups: list[dict[str, Any]] = [
-            {"params": kernels, "weight_decay": settings.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {
+                "params": [trained[name] for name in trained if (name in kernels) == is_decayed],
+                "weight_decay": settings.weight_decay if is_decayed else 0.0,
+            }
+            for is_decayed in (True, False)
         ]
         betas = (settings.beta1, settings.beta2)
         optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=betas, eps=1e-8, fused=True))
@@ -183,13 +181,6 @@ def optimizer_tensors(
     training continues that run bit for bit.
     """
     named = dict(model.named_parameters())
-    held = {
-        id(parameter)
-        for o in optimizers
-        for group in o.param_groups
-        for parameter in group["params"]
-    }
-    assert held <= {id(parameter) for parameter in named.values()}, "parameters were replaced since"
     return {
         f"{name}.{key}": tensor
         for name, parameter in named.items()

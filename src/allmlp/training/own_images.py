@@ -19,18 +19,11 @@ from allmlp.training.run_folder import TRAINING_IMAGES, config_of
 
 @dataclass(frozen=True)
 class Measured:
-    """Images to measure a model on.
-
-    Attributes:
-        source: the images.
-        are_held_out: whether they are those that the model's run held out.
-        trained_on: how many of them the run was trained on; None where that is not known.
-        notes: what the figures hide, a line each.
-    """
+    """Images to measure a model on."""
 
     source: Source
-    are_held_out: bool = False
-    trained_on: int | None = None
+    are_held_out: bool = False  # they are those that the model's run held out
+    trained_on: int | None = None  # so many of them; None where that is not known
     notes: tuple[str, ...] = ()
 
     def describe(self, result: Evaluation) -> Evaluation:
@@ -41,16 +34,11 @@ class Measured:
 
 
 def open_measured(model: str | None, name: str, *, count: bool = True) -> Measured:
-    """Returns the images that a name of data means to a model: `open_source`, but for two things.
+    """Returns the images that a name of data means to the model of a path.
 
     Where its run held images out of data that has no validation split, they are the validation
-    images of that data, also of the name without a split if there are no test images. And it is
-    said how many of the images the run was trained on.
-
-    Args:
-        model: the path that it was loaded from.
-        name: of the data.
-        count: look at up to 5,000 of the images for those that the run was trained on.
+    images of that data, also of the name without a split if there are no test images. Otherwise
+    (with `count`) up to 5,000 images are looked at for those that the run was trained on.
     """
     run = _run_of(model)
     if run is None:
@@ -72,7 +60,7 @@ def open_measured(model: str | None, name: str, *, count: bool = True) -> Measur
 
 
 def _run_of(model: str | None) -> tuple[Path, TrainConfig] | None:
-    """The run that weights come from: of its folder, of best/ in it, or of a study's folder."""
+    """The run of its folder, of best/ in it, of a file there, or of a study's folder."""
     path = Path(model or "").expanduser()
     if model is None or not path.exists():
         return None
@@ -125,7 +113,7 @@ def _count(path: Path, source: Source) -> tuple[int, str] | None:
         try:
             found += image_key(source.read(index)) in own
         except UserError:
-            continue  # told of as a bad image
+            continue  # reported as a bad image
     if max(total, len(source)) <= MOST_CHECKED:
         return found, ""
     scale = len(source) / len(looked_at) * total / max(1, len(keys))

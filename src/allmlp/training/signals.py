@@ -22,13 +22,11 @@ class NoBatchCame(Exception):
 class StopRequest:
     """Notices SIGTERM and SIGINT within its block; a loader that waits raises `NoBatchCame`.
 
-    Attributes:
-        signal: the number of the signal that came, 0 for none.
-        saves: whether the run keeps checkpoints, for the message.
+    `saves` tells whether the run keeps checkpoints, for the message.
     """
 
     def __init__(self, *, saves: bool = True) -> None:
-        self.signal, self.saves = 0, saves
+        self.signal, self.saves = 0, saves  # the number of the signal that came, 0 for none
         self._came = 0.0
         self._before: dict[int, Any] = {}
 

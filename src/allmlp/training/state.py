@@ -40,22 +40,14 @@ class Run:
 
 
 class RunState:
-    """Everything that must be the same for a run to resume as if it had never stopped.
-
-    Attributes:
-        step: number of completed steps.
-        updater: moves the weights.
-        bad: the training images that could not be decoded, by name.
-        finished: whether the run has ended, by its length or by early stopping.
-        last_checkpoint: the newest that was started; None before the first.
-    """
+    """Everything that must be the same for a run to resume as if it had never stopped."""
 
     def __init__(self, run: Run, model: ImageClassifier) -> None:
         self.run, self.config, self.world, self.model = run, run.config, run.world, model
-        self.step, self.finished = 0, False
+        self.step, self.finished = 0, False  # completed steps; by its length or early stopping
         self.best: tuple[float, float] | None = None
         self.since_best, self.last_result_at = 0, 0
-        self.bad = {image.name: image for image in run.splits.bad}
+        self.bad = {image.name: image for image in run.splits.bad}  # those to train on
         self.loss_sum, self.loss_count, self.last_rate = 0.0, 0, 0.0
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.last_checkpoint: Path | None = None
@@ -92,11 +84,9 @@ class RunState:
         return self.seconds_before + time.perf_counter() - self.started
 
     def begin(self, details: dict[str, Any], is_old: bool) -> None:
-        """Begins the run, or restores the state of its newest complete checkpoint.
+        """Begins the run, or restores its newest complete checkpoint if it `is_old`.
 
-        Args:
-            details: what environment.json holds.
-            is_old: whether the folder holds this run already.
+        The `details` are what environment.json holds.
         """
         folder, splits, say = self.run.folder, self.run.splits, self.run.report.say
         found = self.checkpoints.newest() if is_old else None

@@ -26,16 +26,10 @@ _USABLE = 0.8  # of the free memory; torch's own buffers and other programs need
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step found.
+    """What a step found."""
 
-    Attributes:
-        loss: mean over the batch of all processes.
-        gradient_norm: before clipping.
-        learning_rate: of this step.
-    """
-
-    loss: float
-    gradient_norm: float
+    loss: float  # mean over the batch of all processes
+    gradient_norm: float  # before clipping
     learning_rate: float
 
     @property
@@ -46,26 +40,17 @@ class StepResult:
 
 @dataclass
 class Updater:
-    """Moves the weights of one model.
-
-    Attributes:
-        model: whose parameters move.
-        network: how it is called: the model itself, or as `parallelize` wraps it.
-        optimizers: over the parameters, see `build_optimizers`.
-        num_steps: of the whole run.
-        say: receives a line for the user.
-        micro_batch_size: images that pass through the model at once; None until it is chosen.
-    """
+    """Moves the weights of one model."""
 
     model: ImageClassifier
-    network: nn.Module
+    network: nn.Module  # how the model is called: itself, or as `parallelize` wraps it
     optimizers: list[torch.optim.Optimizer]
     config: TrainConfig
     compute: ComputePolicy
     world: World
-    num_steps: int
+    num_steps: int  # of the whole run
     say: Callable[[str], None]
-    micro_batch_size: int | None = field(default=None, init=False)
+    micro_batch_size: int | None = field(default=None, init=False)  # None until it is chosen
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -79,12 +64,8 @@ class Updater:
     ) -> StepResult:
         """Moves the weights by one batch, unless the loss or the gradient is not finite.
 
-        Args:
-            step: from 0.
-            images: float32 (N, channels, H, W), of this process.
-            targets: float32 (N, classes).
-            depth: (branches, N), see `draw_stochastic_depth`.
-            dropout_seed: of this step on this process.
+        The step counts from 0; images are float32 (N, channels, H, W), targets (N, classes), and
+        depth, see `draw_stochastic_depth`, is (branches, N).
         """
         settings = self.config.optimizer
         rate = learning_rate(settings, step, self.num_steps)
