@@ -53,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @unix
 @pytest.mark.parametrize(
-    "case", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in [*CASES][1:])]
+    "case", ["adamw", *(pytest.param(each, marks=pytest.mark.slow) for each in [*CASES][1:])]
 )
 def test_a_resumed_run_repeats_the_bits(data: Path, tmp_path: Path, case: str):
     """Stopped in mid-epoch by SIGTERM, resumed, stopped by Ctrl-C, and resumed by its settings.
@@ -66,12 +66,12 @@ def test_a_resumed_run_repeats_the_bits(data: Path, tmp_path: Path, case: str):
     assert len(set(losses_of(straight))) >= 29  # or the same bits would prove little
     config = config.with_value("output", str(run))
     assert train(config, stop_after=13) == run
-    assert [step["step"] for step in steps_of(run)] == list(range(13))
+    assert [each["step"] for each in steps_of(run)] == list(range(13))
     train(run, stop_after=21, by=signal.SIGINT)
     train(config.with_value("data.num_workers", 2 - (config.data.num_workers or 0)))
     check_same(run, straight)
     said = (run / "log.txt").read_text().splitlines()
-    assert [line for line in said if line.startswith("resumed")] == [
+    assert [each for each in said if each.startswith("resumed")] == [
         "resumed  after step 13 of 30",
         "resumed  after step 21 of 30",
     ]
@@ -208,12 +208,11 @@ def test_stopping_early(data: Path, tmp_path: Path, monkeypatch, patience: int):
 
     def chosen(model, *arguments):
         result = measure(model, *arguments)
-        looked_at.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        result.logits = None  # the probabilities alone count then
-        result.probabilities[:] = 0.1
+        looked_at.append({name: each.clone() for name, each in model.state_dict().items()})
+        result.logits[:] = 0.0
         number = next(right)
         for place, label in enumerate(result.labels):
-            result.probabilities[place, label if place < number else label - 1] = 0.8
+            result.logits[place, label if place < number else label - 1] = 2.0
         return result
 
     monkeypatch.setattr(loop, "measure", chosen)
@@ -228,7 +227,7 @@ def test_stopping_early(data: Path, tmp_path: Path, monkeypatch, patience: int):
     said = f"stopped early: no better result in {patience} evaluations"
     assert said in (run / "log.txt").read_text()
     best = am.load_model(run).state_dict()
-    same = [all(torch.equal(best[name], weights[name]) for name in best) for weights in looked_at]
+    same = [all(torch.equal(best[name], each[name]) for name in best) for each in looked_at]
     assert same == [False, True, False, False][: 2 + patience]
     before = files(run / "checkpoints") | files(run / "best")
     monkeypatch.setattr(loop, "training_batches", lambda *_, **__: pytest.fail("it trained again"))
@@ -271,7 +270,7 @@ def test_an_infinite_gradient_changes_nothing(data: Path, tmp_path: Path, monkey
     def poison(trainer: loop.Trainer) -> None:
         trainers.append(trainer)
         tensors = trainer.state.tensors()
-        before.update({name: tensor.detach().clone() for name, tensor in tensors.items()})
+        before.update({name: each.detach().clone() for name, each in tensors.items()})
         place = torch.zeros_like(trainer.model.stem.weight).flatten()
         place[5] = float("inf")
         trainer.model.stem.weight.register_hook(lambda g: g + place.view_as(g))

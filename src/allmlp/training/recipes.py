@@ -31,7 +31,13 @@ def digits() -> TrainConfig:
     """A small Mixer on the UCI digits, 1,797 scans of 8x8 pixels."""
     sizes = {"patch_size": 2, "hidden_dim": 48, "num_blocks": 4}
     sizes |= {"tokens_mlp_dim": 32, "channels_mlp_dim": 192}
-    moves = {"rotate": 7.0, "scale": 0.07, "shear": 0.07, "shift": 0.07, "elastic": 0.04}
+    moves: dict[str, Any] = {
+        "rotate": 7.0,
+        "scale": 0.07,
+        "shear": 0.07,
+        "shift": 0.07,
+        "elastic": 0.04,
+    }
     return TrainConfig(
         recipe="digits",
         model=ModelSettings(image_size=8, overrides={**sizes, "stochastic_depth": 0.1}),
