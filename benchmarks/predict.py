@@ -1,11 +1,11 @@
-"""Predictions at scale: decoding alone, the model alone and the whole verb; and memory.
+"""Predictions at scale: decoding alone, the model alone and the whole command; and memory.
 
     python benchmarks/predict.py speed 'flowers102_34c_*.parquet' --model mixer_b16
     python benchmarks/predict.py memory --images 1000000
 
 speed: the three take turns in one process, and the median of the rounds counts. Decoding is what
 the loader's workers do with nobody waiting; the model answers to one batch again and again, down to
-the classes; the whole verb reads, decodes, computes and writes a CSV file. It is to reach 90 % of
+the classes; the whole command reads, decodes, computes and writes a CSV file. It must reach 90 % of
 the slower of the two. On a processor both share its cores, so that no program can be faster than
 the sum of the two times for an image; that limit is printed as well. Weights are random, for speed
 does not depend on them.
@@ -76,7 +76,7 @@ def speed(arguments: argparse.Namespace) -> None:
         sides = {
             "decoding alone": lambda: decoding(model, source, options),
             "model alone": lambda: computing(predictor, source),
-            "whole verb": lambda: write_predictions(model, source, everything),
+            "whole command": lambda: write_predictions(model, source, everything),
         }
         first = repeated(source, arguments.batch_size)
         computing(predictor, first)
@@ -97,7 +97,8 @@ def speed(arguments: argparse.Namespace) -> None:
         print(f"{name:15} {median[name]:9,.1f} images/s ({min(values):,.1f} to {max(values):,.1f})")
     decode, compute = rates["decoding alone"], rates["model alone"]
     ratios = [
-        whole / min(a, b) for whole, a, b in zip(rates["whole verb"], decode, compute, strict=True)
+        whole / min(a, b)
+        for whole, a, b in zip(rates["whole command"], decode, compute, strict=True)
     ]
     print(
         f"whole / slower of the two: {statistics.median(ratios):.1%} "
@@ -105,7 +106,7 @@ def speed(arguments: argparse.Namespace) -> None:
     )
     if predictor.device.type == "cpu":
         limit = 1 / (1 / median["decoding alone"] + 1 / median["model alone"])
-        share = median["whole verb"] / limit
+        share = median["whole command"] / limit
         print(f"both on the same cores: at most {limit:,.1f} images/s; reached {share:.1%}")
 
 

@@ -216,10 +216,8 @@ def test_the_permutation_study_from_start_to_figure(tmp_path: Path, real_figures
         assert row["few_shot"] > 0.0
         plain = next(other for other in found.rows if other["model"] == row["model"])["accuracy"]
         assert row["drop"] == pytest.approx(1 - row["accuracy"] / plain)
-    values = read_measurement(tmp_path / "study" / "permutation.json")
-    assert (values["kind"], values["partial"], values["rows"]) == ("permutation", False, found.rows)
-    cell = values["cells"]["cells/small_resnet/pixels/seed-0"]
-    assert [step for step, _ in cell["curve"]] == [2, 4]
+    cells = read_measurement(tmp_path / "study" / "permutation.json")["cells"]
+    assert [step for step, _ in cells["cells/small_resnet/pixels/seed-0"]["curve"]] == [2, 4]
     with Image.open(tmp_path / "study" / "permutation.png") as figure:
         assert np.asarray(figure.convert("L")).std() > 10
     # The runs have the same weights and images to begin with, and the permutation they say.
@@ -277,10 +275,6 @@ def test_the_ablations_measure_accuracy_and_cost(tmp_path: Path):
     assert untied["parameters"] - shared["parameters"] == 15 * 2 * (17 * 8 + 9 * 16)
     assert untied["flops"] == shared["flops"]
     assert pyramid["flops"] < shared["flops"]
-    with (tmp_path / "study" / "ablations.csv").open(newline="") as file:
-        assert [row["variant"] for row in csv.DictReader(file)] == [*chosen]
-    values = read_measurement(tmp_path / "study" / "ablations.json")
-    assert (values["partial"], values["rows"]) == (False, found.rows)
     loaded = am.load_model(tmp_path / "study" / "cells" / "pyramid" / "seed-1")
     assert loaded.config.pyramid == ((1, 4),)
     again = ablations(**given)

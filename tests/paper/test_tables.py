@@ -78,8 +78,10 @@ def made(tmp_path: Path, **files: dict[str, Any]) -> dict[str, str]:
 )
 def test_imagenet_stands_beside_the_table_of_its_protocol(tmp_path, drawn, resize, at):
     real = {"accuracy": 0.71, "images": 46_837}
-    found = made(tmp_path, e=imagenet(protocol={"resize": resize}, real=real))
-    (cells,) = ours(found[at])
+    some = imagenet(protocol={"resize": resize}, real={**real, "images": 46_836}, model=model("b"))
+    found = made(tmp_path, e=imagenet(protocol={"resize": resize}, real=real), f=some)
+    cells, other = ours(found[at])
+    assert (other["ImageNet"], other["ReaL"]) == ("61.23", "-")  # not all images have a label
     assert (cells["ImageNet"], cells["ReaL"]) == ("61.23", "71.00")
     assert cells["model"] == r"mixer\_b16 (mixer\_b16.i21k)"
     assert cells["pre-trained on"] == "ImageNet-21k"
@@ -97,12 +99,9 @@ NAMES = imagenet()["class_names"]
     "changes",
     [
         {"class_names": NAMES[:999]},
-        {"class_names": None},
         {"class_names": [f"class {at}" for at in range(1000)]},
-        {"class_names": [*NAMES[:999], NAMES[0]]},
         {"images": 49_999},
         {"per_class": [{"images": 49}, {"images": 51}]},
-        {"per_class": None},
     ],
 )
 def test_what_is_not_imagenet_stands_in_no_column_of_the_papers(tmp_path, drawn, changes):
@@ -113,12 +112,6 @@ def test_what_is_not_imagenet_stands_in_no_column_of_the_papers(tmp_path, drawn,
         assert "71.00" not in found[name]
     assert [row["top-1"] for row in ours(found["Accuracy on other data"])] == ["61.23"]
     assert "not ImageNet validation" in found["How it was measured"]
-
-
-def test_real_counts_only_over_all_of_its_images(tmp_path, drawn):
-    found = made(tmp_path, e=imagenet(real={"accuracy": 0.71, "images": 46_836}))
-    assert ours(found["Table 3"])[0]["ReaL"] == "-"
-    assert "71.00" not in "".join(found.values())
 
 
 def test_throughput_names_its_hardware_and_is_in_no_column_of_the_papers(tmp_path, drawn):
@@ -137,16 +130,13 @@ def test_throughput_joins_the_accuracy_of_the_same_shape_alone(tmp_path, drawn):
     other = model(name="mixer_s16")
     other["architecture"] = {**other["architecture"], "hidden_dim": 512}
     files = {"a": imagenet(model={**model(), "architecture": newer})}
-    found = made(tmp_path, t=throughput(), **files, b=imagenet(model=other, top1=0.4))
+    found = made(tmp_path, t=throughput(), **files, b=imagenet(model=other, top1=0.4), c=imagenet())
     rows = ours(found["Table 3"])
-    assert [row["img/s"] for row in rows] == ["12.35 on Test CPU, 2 threads, float32", "-"]
-    assert len(drawn["throughput"]) == 1
-
-
-def test_two_measurements_of_one_model_are_two_rows(tmp_path, drawn):
-    rows = ours(made(tmp_path, a=imagenet(), b=imagenet(top1=0.5))["Table 3"])
-    assert [row["ImageNet"] for row in rows] == ["61.23", "50.00"]
-    assert [row["how"] for row in rows] == [r"\[1\]", r"\[2\]"]
+    speed = "12.35 on Test CPU, 2 threads, float32"
+    assert [(row["ImageNet"], row["img/s"]) for row in rows] == [
+        *[("61.23", speed), ("40.00", "-"), ("61.23", speed)]  # two of one model are two rows
+    ]
+    assert len(drawn["throughput"]) == 2
 
 
 def test_few_shot(tmp_path, drawn):
@@ -300,7 +290,6 @@ def test_the_figures_and_the_page(tmp_path, real_figures):
     assert all(text in texts for text in ("as printed", "measured here", "on Test CPU, 2 threads"))
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count('<img src="data:image/png;base64,iVBOR') == 3
-    assert not list((tmp_path / "out").rglob("*.partial"))
 
 
 def test_no_label_hides_another_label_or_a_point():

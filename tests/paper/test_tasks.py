@@ -90,7 +90,7 @@ def make_list(folder: Path, images: dict[str, int], label: str = "{at}") -> str:
         ("dtd", {"train": 1880, "val": 1880, "test": 50}, "official", None, "validation[:200]"),
         ("pets", {"train": 3680, "test": 30}, "official", None, "train[2944:3144]"),
         ("smallnorb_azimuth", {"train": 1001, "test": 500}, "official", None, "test[:200]"),
-        # 1,000 images and fewer are taken as they are
+        # 1,000 images and fewer: all of them
         ("pets", {"train": 1000, "test": 30}, "own", ("train[:800]", "train[800:]"), "train[800:]"),
         ("dtd", {"train": 800, "val": 200, "test": 9}, "own", None, "validation[:200]"),
         ("dtd", {"train": 50, "val": 20, "test": 9}, "own", None, "validation[:20]"),

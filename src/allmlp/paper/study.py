@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,10 +128,9 @@ class Experiment:
             if world.is_main:
                 self.finish(folder / name, done, rows)
                 self._write(folder / name, done, rows)
-                cells = [[_shown(text, row) for text in self.columns.values()] for row in rows]
                 seeds = len({config.seed for config in self.runs.values()})
                 over = f"{rows[0]['measured_on']} top-1, {plural(seeds, 'seed')}"
-                for line in ["", *table(list(self.columns), cells), over]:
+                for line in ["", *formatted(self.columns, rows), over]:
                     sweep.say(line)
                 sweep.say(f"written  {folder / name}.json")
             return Study(folder, rows)
@@ -191,11 +190,17 @@ def _reached(runs: list[Row]) -> Row:
     return found
 
 
-def _shown(text: str, row: Row) -> str:
-    try:
-        return text.format(**row)
-    except TypeError:  # None, of what was not measured
-        return "-"
+def formatted(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns the lines of a table: `columns` has titles and how each shows a row, as a format
+    string; a dash stands for None."""
+
+    def shown(text: str, row: Mapping[str, Any]) -> str:
+        try:
+            return text.format(**row)
+        except TypeError:
+            return "-"
+
+    return table(list(columns), [[shown(text, row) for text in columns.values()] for row in rows])
 
 
 def train_config(

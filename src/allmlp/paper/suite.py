@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from allmlp.console import Reporter, table
+from allmlp.console import Reporter
 from allmlp.data.label_rule import LabelRule, is_applied
 from allmlp.data.source import Source
 from allmlp.data.source_spec import part_of
@@ -37,7 +37,7 @@ from allmlp.evaluation.result_file import measurement, read_measurement, write_m
 from allmlp.finetuning import FinetuneResult, finetune
 from allmlp.io import expand, read_json
 from allmlp.options import Repeated
-from allmlp.paper.study import PaperOptions
+from allmlp.paper.study import PaperOptions, formatted
 from allmlp.runtime.world import join_world
 from allmlp.sweep import study_folder
 from allmlp.training.config import Steps, TrainConfig
@@ -307,30 +307,19 @@ class SuiteResult:
 
     def lines(self) -> list[str]:
         """Returns the table, the means of the groups, and what is not official."""
-        rows = [
-            [
-                *(name, task["rule"], f"{task['images']['train']:,}"),
-                *(f"{task['images']['test']:,}", str(task["classes"]), str(task["image_size"])),
-                f"{task['learning_rate']:g}",
-                f"{task['accuracy']:.2%}",
-                "-" if task["deviation"] is None else f"{task['deviation']:.2%}",
-                str(len(task["seeds"])),
-            ]
-            for name, task in self.tasks.items()
-        ]
-        header = [
-            "task",
-            "rule",
-            "train",
-            "test",
-            "classes",
-            "pixels",
-            "rate",
-            "top-1",
-            "+-",
-            "runs",
-        ]
-        lines = [*table(header, rows, left=2), ""]
+        columns = {
+            "task": "{task}",
+            "rule": "{rule}",
+            "train": "{images[train]:,}",
+            "test": "{images[test]:,}",
+            "classes": "{classes}",
+            "pixels": "{image_size}",
+            "rate": "{learning_rate:g}",
+            "top-1": "{accuracy:.2%}",
+            "+-": "{deviation:.2%}",
+        }
+        rows = ({"task": name, **task} for name, task in self.tasks.items())
+        lines = [*formatted(columns, rows), ""]
         lines += [f"{group:<12} {mean:.2%}" for group, mean in self.groups.items()]
         lines += [f"missing  {', '.join(self.missing)}"] * bool(self.missing)
         departs = {name: task["departs"] for name, task in self.tasks.items() if task["departs"]}
