@@ -27,8 +27,8 @@ import torch
 from PIL import Image
 
 import allmlp as am
-from allmlp.data.batches import collate
 from allmlp.data.image import EncodedImage
+from allmlp.data.loader import collate
 from allmlp.data.sources import open_splits
 from allmlp.preprocessing import Preprocessing
 from allmlp.training.dataset import Augmentation

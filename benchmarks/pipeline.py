@@ -26,8 +26,7 @@ import torch
 
 import allmlp as am
 from allmlp.data.augment import mix
-from allmlp.data.batches import Batch, on_device
-from allmlp.data.loader import training_batches
+from allmlp.data.loader import Batch, on_device, training_batches
 from allmlp.data.sampler import step_generator
 from allmlp.data.transforms import normalize
 from allmlp.models.layers import draw_stochastic_depth, preprocessing_of

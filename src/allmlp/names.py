@@ -23,6 +23,14 @@ def own_entry(entries: Mapping[str, Value]) -> Value | None:
     return entries.get(NAME, entries.get(OLD_NAME))
 
 
+def optional(module: str, group: str, what: str, where: object = None) -> Any:
+    """Returns a module of an optional group of dependencies; without it, `what` is the error."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(what, where=where, fix=extra(group)) from error
+
+
 def extra(name: str) -> str:
     """Returns the command that installs an optional group of dependencies."""
     return f"pip install '{NAME}[{name}]'"

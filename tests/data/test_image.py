@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from allmlp.data.image import MAX_SIDE, EncodedImage, decode
 from allmlp.errors import UserError
 from conftest import draw, encode
-from odd_images import NAMED, REFUSED, png16, tiff
+from odd_images import NAMED, REFUSED, png16
 
 pytestmark = pytest.mark.numerics
 
@@ -177,13 +177,6 @@ def test_sides_are_rounded_up(kind, size):
             assert image.decode(reduction, fast=fast).shape[:2] == expected
 
 
-def test_the_fast_way_differs_by_little():
-    y, x = np.mgrid[0:150, 0:210]
-    smooth = np.stack([x, y, 255 - x], axis=-1).astype(np.uint8)
-    image = EncodedImage(encode(Image.fromarray(smooth), "JPEG", quality=95), "x")
-    assert np.abs(image.decode(fast=True).astype(int) - image.decode()).mean() < 2
-
-
 def test_an_untidy_jpeg_is_no_damaged_one():
     data = encode(draw(1), "JPEG")
     untidy = data[:-2] + b"abc" + data[-2:]  # stray bytes before the end: every viewer shows it
@@ -201,38 +194,10 @@ def test_grey_and_channels():
     assert decode(encode(draw(1)), "x", 1).shape == (30, 40, 1)
 
 
-def test_transparency_is_blended_on_white():
-    rgba = np.zeros((2, 2, 4), np.uint8)
-    rgba[..., 0] = 255  # red, fully transparent
-    rgba[0, 0, 3] = 255
-    pixels = np.asarray(decode(encode(Image.fromarray(rgba)), "x"))
-    assert pixels[0, 0].tolist() == [255, 0, 0]
-    assert pixels[1, 1].tolist() == [255, 255, 255]
-    image = Image.new("P", (2, 1))
-    image.putpalette([10, 20, 30, 40, 50, 60])
-    image.putpixel((1, 0), 1)
-    pixels = np.asarray(decode(encode(image, "PNG", transparency=0), "x"))
-    assert pixels[0].tolist() == [[255, 255, 255], [40, 50, 60]]
-    grey_alpha = encode(Image.fromarray(rgba).convert("LA"))
-    assert np.asarray(decode(grey_alpha, "x"))[1, 1].tolist() == [255, 255, 255]
-
-
-def test_cmyk_and_one_bit():
-    cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))  # red ink
-    red, green, blue = np.asarray(decode(encode(cmyk, "JPEG"), "x"))[0, 0].astype(int)
-    assert red > 200
-    assert green < 60
-    assert blue < 60
-    bits = Image.fromarray(np.array([[True, False]] * 2))
-    assert np.asarray(decode(encode(bits), "x"))[0].tolist() == [[255] * 3, [0] * 3]
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (b"", "the file is empty"),
-        (b"<!doctype html><title>404</title>", "not an image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
         (bytes(range(256)) * 4, "not an image"),
         (encode(draw(1), "JPEG")[:300], "damaged|not an image"),
         (encode(draw(1), "PNG")[:-300], "damaged"),
@@ -276,18 +241,6 @@ def test_bombs_are_refused_from_the_header(width, height):
     assert time.process_time() - started < 1.0  # decoding it would take minutes
 
 
-def test_text_that_unpacks_to_gigabytes_is_not_unpacked():
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
-    data = encode(draw(1))
-    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(50_000_000)))
-    with contextlib.suppress(UserError):  # Pillow refuses it; passing over it would be as well
-        decode(data[:33] + text + data[33:], "x")
-
-
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=600))
 def test_any_bytes_give_an_image_or_a_user_error(data):
@@ -316,13 +269,6 @@ def test_damaged_files_give_an_image_or_a_user_error(data):
         assert decode(bytes(file[: data.draw(st.integers(1, len(file)))]), "x").shape[2] == 3
 
 
-def test_bits_per_sample_that_are_bytes():
-    file = bytearray(encode(Image.new("RGB", (4, 4)), "TIFF"))
-    file[36] = 7  # the type of BitsPerSample: undefined
-    with contextlib.suppress(UserError):
-        decode(bytes(file), "x")
-
-
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_damaged_tiff_directories_give_an_image_or_a_user_error(data):
@@ -333,20 +279,6 @@ def test_damaged_tiff_directories_give_an_image_or_a_user_error(data):
         file[data.draw(st.integers(start, len(file) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(UserError):
         assert decode(bytes(file), "x").shape[2] == 3
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared sample images are not here")
-def test_real_photographs_of_all_kinds():
-    """94 ImageNet files: grey ones, EXIF orientation 6 and the invalid 0, every subsampling."""
-    parquet = pytest.importorskip("pyarrow.parquet")
-    rows = parquet.read_table(SHARED / "imagenet_samples.parquet").to_pylist()
-    assert len(rows) == 94
-    for row in rows:
-        name, data = row["image"]["path"], row["image"]["bytes"]
-        ours = decode(data, name)
-        theirs = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-        assert ours.shape[1::-1] == theirs.size, name
-        assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).mean() < 1.0, name
 
 
 # Samples of more than 8 bits, transparency, animations, and what is no image
@@ -369,11 +301,6 @@ def test_samples_without_a_stated_range_are_refused_from_the_header(name):
     with pytest.raises(UserError, match=message) as caught:
         EncodedImage(data, "x.tif")
     assert caught.value.fix
-
-
-def test_12_bit_samples_keep_their_places():
-    samples = np.arange(25) * 163
-    assert (decode(tiff(samples, 12), "x", 1).ravel() == samples * 255 // 4095).all()
 
 
 def test_only_the_transparent_color_of_16_bits_becomes_white():
@@ -408,15 +335,20 @@ def test_a_file_under_a_foreign_name_says_what_it_is():
         (heic, "HEIC", "heif-convert"),
         (b"\n<!DOCTYPE html>\n<html><title>404</title>", "HTML page", "again"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "git-LFS pointer", "git lfs pull"),
-        (b'<?xml version="1.0"?>\n<svg xmlns="...">', "SVG", "PNG"),
         (b"\0\0\0\x18ftypmp42" + bytes(99), "video", "ffmpeg"),
-        (encode(draw(1), "JPEG2000"), "JPEG 2000", "PNG"),
         (encode(draw(1), "AVIF")[:200], "AVIF, but damaged", "JPEG"),
     ):
         with pytest.raises(UserError, match=kind) as caught:
             EncodedImage(data, "photo.jpg")
         assert caught.value.where == "photo.jpg"
         assert fix in str(caught.value.fix)
+
+
+def test_bits_per_sample_that_are_bytes():
+    file = bytearray(encode(Image.new("RGB", (4, 4)), "TIFF"))
+    file[36] = 7  # the type of BitsPerSample: undefined
+    with contextlib.suppress(UserError):
+        decode(bytes(file), "x")
 
 
 @pytest.mark.parametrize(("width", "height"), [(16_000, 16_000), (10_400, 10_400), (60_000, 1)])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ import pytest
 
 from allmlp.data.sources import notes_of, open_source, open_splits
 from allmlp.errors import UserError
-from conftest import draw, encode, make_class_folder
+from conftest import make_class_folder
 
 
 @pytest.fixture
@@ -74,14 +72,6 @@ def test_the_order_of_rows_never_changes_the_classes(images: Path):
         assert pairs == (expected := expected or pairs)
 
 
-def test_quotes_commas_and_semicolons(images: Path):
-    make_class_folder(images, {"c, d": 1})
-    plain = write(images, 'path,label\n"c, d/0.png","x ""y"", z"\n')
-    assert named(plain) == {"train": [("c, d/0.png", 'x "y", z')]}
-    assert named(write(images, "path;label\na/0.png;x\n")) == {"train": [("a/0.png", "x")]}
-    assert named(write(images, "path\tlabel\na/0.png\tx, y\n")) == {"train": [("a/0.png", "x, y")]}
-
-
 def test_byte_order_mark_and_windows_line_ends(images: Path):
     text = "\ufeffpath,label\r\na/0.png,x\r\n\r\na/1.png,\u00e9\r\n"
     source = open_source(write(images, text))
@@ -107,14 +97,6 @@ def test_columns_are_chosen(images: Path):
         open_splits(f"{name}#image=file,label=knd")
     with pytest.raises(UserError, match="'config'"):
         open_splits(f"{name}#config=x")
-
-
-def test_paths_are_relative_to_the_list(images: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(images / "a")
-    write(images, "path,label\nb/0.png,x\n")
-    assert open_source("../list.csv").read(0) == (images / "b" / "0.png").read_bytes()
-    monkeypatch.chdir(images)
-    assert open_source("list.csv").item_name(0) == "b/0.png"
 
 
 def test_a_file_name_that_is_no_text(images: Path):
@@ -203,14 +185,6 @@ def test_lists_without_labels(images: Path, name: str, text: str):
         open_source(name)
 
 
-def test_one_missing_file_is_a_bad_image_and_no_more(images: Path):
-    rows = [f"a/{at}.png,x" for at in range(6)]
-    source = open_source(write(images, "\n".join(["path,label", "gone.png,x", *rows])))
-    assert len(source) == 7
-    with pytest.raises(UserError, match="cannot read the file: No such file"):
-        source.read(0)
-
-
 def test_jsonl(images: Path):
     name = write_jsonl(
         images,
@@ -234,6 +208,7 @@ def test_jsonl(images: Path):
         ('{"path": "a/1.png", "label": NaN}', "the label is empty: 'nan'"),
         ('{"path": "a/1.png", "label": 1.5}', "a label is a whole number or text, got 1.5"),
         ('{"path": "a/1.png", "label": ["x", "y"]}', "got .'x', 'y'."),
+        ('{"path": "a/1.png", "label": "x", "split": "test"}', "has 'split', which the first row"),
         ('{"path": 3, "label": "x"}', "the path must be text, got 3"),
         ('{"path": "a\\u0000", "label": "x"}', "not the name of a file"),
         ('{"path": "a\\ud800", "label": "x"}', "not the name of a file"),
@@ -245,32 +220,6 @@ def test_mistakes_in_jsonl(images: Path, line: str, message: str):
     with pytest.raises(UserError, match=message) as raised:
         open_splits(name)
     assert raised.value.where == f"{name}, line 3"
-
-
-@pytest.mark.slow
-def test_a_long_list_is_light(images: Path):
-    """No object for each row: some hundred bytes a row would be a hundred MB here."""
-    count = 200_000
-    rows = "".join(f"a/{at}.png,{at % 100}\n" for at in range(count))
-    name = write(images, "path,label\n" + rows)
-    tracemalloc.start()
-    source = open_source(name)
-    kept = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert len(source) == count
-    assert source.class_names == [str(label) for label in range(100)]
-    assert (source.labels == np.arange(count) % 100).all()
-    assert kept < 60 * count
-    again = pickle.loads(pickle.dumps(source))
-    assert again.item_name(count - 1) == source.item_name(count - 1)
-
-
-def test_a_split_that_the_first_row_lacks_is_no_training_data(tmp_path: Path):
-    (tmp_path / "a.png").write_bytes(encode(draw(1)))
-    rows = ['{"path": "a.png", "label": "x"}', '{"path": "a.png", "label": "y", "split": "test"}']
-    (tmp_path / "l.jsonl").write_text("\n".join(rows))
-    with pytest.raises(UserError, match=r"the row has 'split', which the first[\s\S]*line 2"):
-        open_splits(str(tmp_path / "l.jsonl"))
 
 
 @pytest.mark.parametrize("other", ["a/0.png", "./b/../a/0.png", "linked/0.png", "{folder}/a/0.png"])
@@ -289,14 +238,6 @@ def test_one_image_in_two_splits_or_with_two_labels(images: Path, other: str):
             assert refused.value.where == f"{name}, line 5"
             assert all(name in refused.value.what for name in shown)
         assert len(open_source(f"{name}:train", labels="any")) >= 2  # nobody asks for labels
-
-
-def test_one_image_twice_is_noted(images: Path):
-    name = write(images, "path,label\na/0.png,x\na/1.png,y\na/0.png,x\n")
-    splits = open_splits(name)
-    assert len(splits["train"]) == 3
-    (note,) = notes_of(splits)
-    assert "2 and 4" in note
 
 
 def test_columns_that_look_like_splits_or_groups_are_named(images: Path):

@@ -19,11 +19,10 @@ import pytest
 import torch
 
 from allmlp.data import workers
-from allmlp.data.batches import Batch, on_device
 from allmlp.data.image import EncodedImage
-from allmlp.data.loader import evaluation_batches, training_batches
-from allmlp.data.sampler import batches_of_positions, epoch_order, locate, sample_generator
-from allmlp.data.source import PackedStrings, Source, random_subset
+from allmlp.data.loader import Batch, evaluation_batches, training_batches
+from allmlp.data.sampler import batches_of_positions, epoch_order, locate
+from allmlp.data.source import Source, random_subset
 from allmlp.data.sources import open_splits
 from allmlp.data.transforms import inception_crop
 from allmlp.data.workers import NICENESS
@@ -98,14 +97,6 @@ def test_every_image_once_before_any_comes_twice():
             assert sorted(order[20 * epoch : 20 * epoch + 20]) == list(range(20))
 
 
-def test_epochs_and_seeds_differ():
-    assert (epoch_order(0, 0, 50) == epoch_order(0, 0, 50)).all()
-    assert (epoch_order(0, 0, 50) != epoch_order(0, 1, 50)).any()
-    assert (epoch_order(0, 0, 50) != epoch_order(1, 0, 50)).any()
-    draws = {sample_generator(s, e, i).random() for s in (0, 1) for e in (0, 1) for i in (0, 1)}
-    assert len(draws) == 8
-
-
 def test_the_same_order_in_another_process():
     code = "from allmlp.data.sampler import *; print(epoch_order(1, 2, 30).tolist())"
     printed = subprocess.run(
@@ -156,22 +147,6 @@ def test_a_batch_that_cannot_be_handed_over(class_folder: Path, monkeypatch, tid
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
-def test_what_shared_memory_is_too_small_for_is_said_once(monkeypatch, capsys):
-    free = 64 * 2**20
-    monkeypatch.setattr(
-        workers.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free)
-    )
-    monkeypatch.setattr(workers, "_reported", [])
-    batch = 128 * 224 * 224 * 3
-    assert workers.workers_that_start(8, batch // 16) == 8
-    assert capsys.readouterr().err == ""
-    assert [workers.workers_that_start(8, batch) for _ in range(2)] == [8, 8]
-    said = capsys.readouterr().err
-    assert said.count("note ") == 1
-    assert "/dev/shm has 64 MiB free for 17 x 18" in said
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
 @pytest.mark.parametrize("how", ["full", "read-only"])
 def test_without_shared_memory_there_are_no_workers(class_folder, monkeypatch, capsys, how: str):
     free = 2**30 if how == "read-only" else 4096
@@ -189,21 +164,16 @@ def test_without_shared_memory_there_are_no_workers(class_folder, monkeypatch, c
 
 def test_processes_are_forked_unless_the_user_says_otherwise(monkeypatch):
     """Python 3.14 has another default."""
-    monkeypatch.setattr(sys, "platform", "linux")
-    for methods, chosen, right in (
-        (["fork", "spawn", "forkserver"], None, "fork"),
-        (["fork", "spawn", "forkserver"], "spawn", "spawn"),
-        (["forkserver", "spawn", "fork"], None, "fork"),
-        (["forkserver", "spawn", "fork"], "forkserver", "fork"),  # torch may have asked for it
-        (["forkserver", "spawn", "fork"], "spawn", "spawn"),
+    for platform, methods, chosen, right in (
+        ("linux", ["fork", "spawn", "forkserver"], "spawn", "spawn"),
+        ("linux", ["forkserver", "spawn", "fork"], None, "fork"),
+        ("linux", ["forkserver", "spawn", "fork"], "forkserver", "fork"),  # torch may have asked
+        ("darwin", ["spawn", "fork"], None, "spawn"),
     ):
+        monkeypatch.setattr(sys, "platform", platform)
         monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda m=methods: m)
         monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none, c=chosen: c)
         assert workers.worker_context().get_start_method() == right
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn", "fork"])
-    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: None)
-    assert workers.worker_context().get_start_method() == "spawn"
 
 
 def test_more_processes_than_the_system_gives(class_folder: Path, monkeypatch):
@@ -294,14 +264,6 @@ def test_workers_give_way_to_the_process_that_computes(class_folder: Path, tidy)
     assert batch.images.unique().tolist() == [min(os.nice(0) + NICENESS, 19)]
 
 
-def test_batches_on_the_device(class_folder: Path):
-    source = open_splits(str(class_folder))["train"]
-    alone = load(source, 0, 4)
-    assert_same(alone, list(on_device(iter(alone), torch.device("cpu"))))
-    meta = list(on_device(iter(alone), torch.device("meta")))
-    assert [batch.images.device.type for batch in meta] == ["meta"] * 4
-
-
 def test_subsets_are_nested_and_seeded(class_folder: Path):
     source = open_splits(str(class_folder))["train"]
 
@@ -314,15 +276,6 @@ def test_subsets_are_nested_and_seeded(class_folder: Path):
     assert set(names(0.1, 1)) < set(names(0.35, 1)) < set(names(1.0, 1))
     assert names(0.35, 1) != names(0.35, 2)
     assert names(0.35, 1) == names(0.35, 1)
-
-
-def test_packed_strings_are_the_strings():
-    names = ["a", "", "\u00e4/\u732b.png", "x" * 300, "\udcff not text"]
-    packed = PackedStrings(names)
-    assert list(packed) == names
-    assert packed[-1] == names[-1]
-    with pytest.raises(IndexError):
-        packed[5]
 
 
 def test_a_start_at_step_n_is_the_same_as_getting_there(class_folder: Path):

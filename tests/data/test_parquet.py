@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from allmlp.data.image import decode
 from allmlp.data.source import Source
 from allmlp.data.sources import open_source, open_splits, parquet
 from allmlp.errors import UserError
@@ -58,13 +57,6 @@ def damage(path: Path, row_group: int) -> None:
     begin = column.dictionary_page_offset or column.data_page_offset
     data[begin : begin + column.total_compressed_size] = b"U" * column.total_compressed_size
     path.write_bytes(data)
-
-
-def shared(name: str) -> str:
-    path = SHARED / name
-    if not list(SHARED.glob(name)):
-        pytest.skip(f"needs the shared data: {path}")
-    return str(path)
 
 
 @pytest.fixture(params=[True, False], ids=["held", "by row group"])
@@ -157,7 +149,7 @@ def test_files_that_do_not_belong_together(tmp_path: Path):
         (["a", "b", " "], "the label is empty"),
         (["a", "Cat", "cat"], "Cat.*, .cat"),
         (["a", "b", "nan"], "the label is empty: 'nan'"),
-        (["a", "caf\u00e9", "cafe\u0301"], "caf.u00e9.*1.*, 'cafe.u0301'"),
+        (["a", "caf\u00e9", "cafe\u0301"], "caf.xe9.*1.*, 'cafe.u0301'"),
     ],
 )
 def test_labels_that_are_none(tmp_path: Path, labels, message):
@@ -190,17 +182,6 @@ def test_values_are_the_classes_where_none_are_named(tmp_path: Path, labels, nam
             source = open_source(write(tmp_path / "x.parquet", column, row_group_size=2))
             assert source.class_names == names
             assert [names[label] for label in source.labels] == texts[::step]
-
-
-def test_categories_of_several_files(tmp_path: Path):
-    """Each has its own dictionary; and pandas keeps categories that no row has."""
-    for number, values in enumerate((["b", "a", "b"], ["c", "b", "c"])):
-        column = pa.array(values).dictionary_encode()
-        write(tmp_path / f"{number}.parquet", column, row_group_size=1)
-    source = open_source(str(tmp_path))
-    assert [source.class_names[label] for label in source.labels] == list("babcbc")
-    unused = pa.DictionaryArray.from_arrays(pa.array([2, 0], pa.int8()), ["z", "y", "x"])
-    assert open_source(write(tmp_path / "0.parquet", unused)).class_names == ["x", "z"]
 
 
 def test_a_test_split_without_labels_is_left_out(tmp_path: Path):
@@ -281,13 +262,6 @@ def _expect(source: Source, expected: list[bytes]) -> None:
     sys.exit(0 if _read_all(source) == expected else 5)
 
 
-def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    name = write(tmp_path / "x.parquet", ["a"])
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match=r"needs pyarrow[\s\S]*pip install 'allmlp\[data\]'"):
-        open_source(name)
-
-
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -317,24 +291,12 @@ def test_without_labels(tmp_path: Path, columns: dict[str, list[object]], messag
     assert len(open_source(str(tmp_path), labels="any")) == 1
 
 
-def test_an_empty_file(tmp_path: Path):
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    table = pa.table({"image": pa.array([], kind), "label": pa.array([], pa.int64())})
-    pq.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(UserError, match="the files have no rows"):
-        open_source(str(tmp_path / "x.parquet"))
-
-
-def test_the_real_cifar():
-    source = open_source(shared("cifar10_test.parquet"))
-    assert source.class_names[3] == "cat"
-    assert np.bincount(source.labels).tolist() == [1000] * 10
-    mean = np.mean([decode(source.read(at), "x") for at in range(0, 10_000, 20)], axis=(0, 1, 2))
-    assert np.abs(mean / 255 - [0.494, 0.485, 0.450]).max() < 0.02
-    with pytest.raises(UserError, match=r"several label columns: fine_label, coarse_label"):
-        open_source(shared("cifar100_subset_test.parquet"))
-    coarse = open_source(shared("cifar100_subset_test.parquet") + "#label=coarse_label")
-    assert np.bincount(coarse.labels).tolist() == [80] * 20
-    fine = open_source(shared("cifar100_subset_test.parquet") + "#label=fine_label:test[50%:]")
-    assert (len(fine), len(fine.class_names)) == (800, 100)
-    assert fine.read(0) == coarse.read(800)
+def test_categories_of_several_files(tmp_path: Path):
+    """Each has its own dictionary; and pandas keeps categories that no row has."""
+    for number, values in enumerate((["b", "a", "b"], ["c", "b", "c"])):
+        column = pa.array(values).dictionary_encode()
+        write(tmp_path / f"{number}.parquet", column, row_group_size=1)
+    source = open_source(str(tmp_path))
+    assert [source.class_names[label] for label in source.labels] == list("babcbc")
+    unused = pa.DictionaryArray.from_arrays(pa.array([2, 0], pa.int8()), ["z", "y", "x"])
+    assert open_source(write(tmp_path / "0.parquet", unused)).class_names == ["x", "z"]

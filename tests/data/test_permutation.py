@@ -6,12 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import allmlp as am
-from allmlp.data.permutation import patch_orders, permute, pixel_order
+from allmlp.data.permutation import patch_orders, permute
 from allmlp.data.transforms import normalize
 from conftest import TINY
 
@@ -63,13 +62,6 @@ def test_patches_move_whole_and_their_pixels_within_them_alike():
         assert torch.equal(new.flatten(2), old.flatten(2)[:, :, inside])
 
 
-def test_none_changes_nothing():
-    images = numbered()
-    plain = am.Preprocessing(image_size=(8, 12))
-    assert permute(images, plain) is images
-    assert pixel_order(plain) is None
-
-
 def test_normalize_permutes():
     images = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8)
     plain = dataclasses.replace(
@@ -77,13 +69,6 @@ def test_normalize_permutes():
     )
     expected = permute(normalize(images, plain), rules())
     assert torch.equal(normalize(images, rules()), expected)
-
-
-def test_pixels_really_leave_their_neighbourhood():
-    order = pixel_order(rules("pixels", (32, 32)))
-    assert order is not None
-    rows, old_rows = np.divmod(np.arange(1024), 32)[0], order // 32
-    assert np.abs(rows - old_rows).mean() > 8  # of 32; a third of the side in the mean
 
 
 def test_it_travels_with_the_weights(tmp_path: Path):

@@ -71,14 +71,6 @@ def test_values_are_pillows(name, magnitude):
         assert difference.mean() < 0.2
 
 
-def test_a_flat_picture_stays_flat():
-    flat = np.full((20, 20, 3), (0, 77, 255), np.uint8)
-    for name in ("AutoContrast", "Equalize"):
-        assert (apply(name, flat, 10) == flat).all()
-        image = PILLOW[name](Image.fromarray(flat), 10)
-        assert (np.asarray(image) == flat).all()
-
-
 def moved(image: Image.Image, matrix: tuple[float, ...]) -> np.ndarray:
     options = {"resample": Image.Resampling.NEAREST, "fillcolor": (FILL,) * 3}
     # Pillow's places are corners of pixels, the operation's are centres.
@@ -179,11 +171,3 @@ def test_two_operations_drawn_evenly_with_replacement():
         for number in random.integers(16, size=2):
             expected = OPERATIONS[names[number]](expected, 15, random).reshape(pixels.shape)
         assert (randaugment(pixels, 15, np.random.default_rng(seed)) == expected).all()
-
-
-def test_the_names_are_the_papers_sixteen():
-    assert list(OPERATIONS) == [
-        *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "Color"),
-        *("Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY"),
-        *("Cutout", "SolarizeAdd"),
-    ]

@@ -12,18 +12,23 @@ import pytest
 
 import allmlp as am
 from allmlp.data.image import decode
-from allmlp.data.label_rule import LabelRule, apply_rule, is_applied, rule_from_json
 from allmlp.data.source import (
     EncodedImages,
     labelled,
-    relabel,
     split_by_class,
-    subset,
     unreadable,
 )
 from allmlp.data.source_spec import SourceSpec, parse_name, split_of_file
 from allmlp.data.sources import is_data, names_source, open_source, open_splits
-from allmlp.data.sources.subset_file import SubsetFile, read_subset_file, write_subset_file
+from allmlp.data.sources.subset_file import (
+    LabelRule,
+    SubsetFile,
+    apply_rule,
+    is_applied,
+    read_subset_file,
+    rule_from_json,
+    write_subset_file,
+)
 from allmlp.errors import UserError
 from conftest import draw, make_class_folder
 
@@ -220,15 +225,6 @@ def test_the_split_of_a_file(name, split):
         assert split_of_file(Path(name)) == split
 
 
-def test_subset_and_relabel_keep_names_and_bytes(class_folder: Path):
-    source = open_splits(str(class_folder))["train"]
-    part = subset(source, np.array([3, 1, 19]), "part")
-    assert (len(part), part.name) == (3, "part")
-    assert [part.item_name(i) for i in range(3)] == [source.item_name(i) for i in (3, 1, 19)]
-    assert part.labels.tolist() == [0, 0, 2]
-    assert relabel(part, ["cat", "bee", "ant"]).labels.tolist() == [2, 2, 0]
-
-
 def test_files_that_cannot_be_read(class_folder: Path):
     folder = class_folder / "train" / "ant"
     (folder / "loop.jpg").symlink_to("loop.jpg")
@@ -329,18 +325,6 @@ def test_what_is_no_subset_file(class_folder: Path, changes: dict, value: str):
     with pytest.raises(UserError) as error:
         open_splits(str(file))
     assert value in str(error.value)
-
-
-def test_json_that_is_no_subset_file(tmp_path: Path):
-    for text in ("{", "[" * 100_000):
-        (tmp_path / "a.json").write_text(text)
-        with pytest.raises(UserError, match=r"a\.json"):
-            open_splits(str(tmp_path / "a.json"))
-    make_class_folder(tmp_path / "c.json", {"a": 1, "b": 1})
-    assert len(open_splits(str(tmp_path / "c.json"))["train"]) == 2  # a folder of that name
-    write_subset_file(tmp_path / "d.json", SubsetFile("digits", {"train": ("train",)}))
-    with pytest.raises(UserError, match="'label'"):
-        open_splits(f"{tmp_path / 'd.json'}#label=x")
 
 
 # Label rules

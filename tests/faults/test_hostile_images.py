@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -100,57 +98,6 @@ def test_all_orientations_look_the_same_to_train_evaluate_and_predict(tmp_path):
     model.class_names, model.preprocessing = ["a", "b", "c"], preprocessing
     predictions = [prediction.classes for prediction in am.predict(model, paths)]
     assert all(classes == predictions[0] for classes in predictions)
-
-
-def png16(rows: np.ndarray) -> bytes:
-    """A PNG of 16-bit RGB samples (H, W, 3), which Pillow cannot write."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
-    height, width, _ = rows.shape
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(lines))
-        + chunk(b"IEND", b"")
-    )
-
-
-def test_odd_modes():
-    red, blue = Image.new("RGB", (6, 4), (200, 30, 20)), Image.new("RGB", (6, 4), (0, 0, 200))
-    white, inks = [255, 255, 255], Image.new("CMYK", (16, 16), (0, 255, 255, 0))
-    palette = Image.new("P", (6, 4))
-    palette.putpalette([10, 20, 30, 40, 50, 60])
-    expected: dict[str, tuple[bytes, list[int], int]] = {
-        "RGBA, transparent": (encode(Image.new("RGBA", (6, 4), (255, 0, 0, 0))), white, 0),
-        "LA, half transparent": (encode(Image.new("LA", (6, 4), (0, 128))), [127] * 3, 1),
-        "P with transparency bytes": (encode(palette, transparency=bytes([0, 255])), white, 0),
-        "1 bit": (encode(Image.new("1", (6, 4), 1)), white, 0),
-        "I;16": (encode(Image.fromarray(np.full((4, 6), 25700, np.uint16))), [100] * 3, 0),
-        "I;16 TIFF": (
-            encode(Image.fromarray(np.full((4, 6), 25700, np.uint16)), "TIFF"),
-            [100] * 3,
-            0,
-        ),
-        "16-bit RGB": (png16(np.full((4, 6, 3), 25700)), [100] * 3, 0),
-        "animated GIF": (encode(red, "GIF", save_all=True, append_images=[blue]), [200, 30, 20], 8),
-        "animated WebP": (
-            encode(red, "WEBP", save_all=True, append_images=[blue], lossless=True),
-            [200, 30, 20],
-            0,
-        ),
-        "CMYK JPEG": (encode(inks, "JPEG", quality=100), [255, 0, 0], 30),
-        "grey JPEG": (encode(Image.new("L", (16, 16), 90), "JPEG"), [90] * 3, 2),
-    }
-    for name, (data, color, tolerance) in expected.items():
-        pixels = decode(data, name)
-        assert (pixels.dtype, pixels.shape[2]) == (np.uint8, 3), name
-        assert np.abs(pixels[1, 1].astype(int) - color).max() <= tolerance, name
 
 
 def test_ycck_is_read_as_its_cmyk():

@@ -277,13 +277,13 @@ if os.environ["RANK"] == "1":
 BROKEN = """
 from allmlp.data import loader
 
-def open(self, index, bad, *rest, open=loader.Images.open, **options):
+def decoded(self, index, bad, transform, decoded=loader.Images.decoded):
     if index == 3:
         bad.append(loader.BadImage(index, "three.png", "broken"))
         return None
-    return open(self, index, bad, *rest, **options)
+    return decoded(self, index, bad, transform)
 
-patch.setattr(loader.Images, "open", open)
+patch.setattr(loader.Images, "decoded", decoded)
 """
 
 

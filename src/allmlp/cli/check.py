@@ -175,17 +175,9 @@ def print_duplicates(report: Reporter, found: Duplicates) -> None:
         rows = [[name, *(f"{n:,}" for n in row.values())] for name, row in found.counts().items()]
         for line in table(["split", *(f"in {name}" for name in found.splits)], rows):
             report.say(line)
-    lines = []
-    for number in np.flatnonzero(found.other_label()):
-        pair = found.pair(int(number))
-        ends = [
-            f"{split}[{index}] {found.splits[split].item_name(index)}"
-            f" ({found.class_of(split, index)})"
-            for split, index in (pair.first, pair.second)
-        ]
-        lines.append(f"{' and '.join(ends)}: {pair.kind}")
-    if lines:
-        _say_list(report, "duplicates of different classes, pairs", lines)
+    different = int(found.other_label().sum())
+    if different:
+        report.say(f"of different classes: {plural(different, 'pair')} (listed in duplicates.csv)")
     if found.num_plain:
         why = "have hardly any texture or fewer than 16 pixels a side"
         report.say(f"{plural(found.num_plain, 'image')} {why}: compared for equal pixels only")

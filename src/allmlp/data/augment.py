@@ -25,17 +25,12 @@ def warp(
 ) -> np.ndarray:
     """Returns the image rotated, scaled, sheared, shifted and bent at random, as writing varies.
 
-    All in one resampling (bilinear), because each would blur a small image a little more.
-
-    Args:
-        pixels: the image; what comes in from outside it is black.
-        random: the sample's own generator.
-        rotate: largest angle, degrees.
-        scale: largest relative change of the width and, drawn independently, of the height.
-        shear: largest horizontal shear, pixels per pixel.
-        shift: largest shift, as a fraction of the width and of the height.
-        elastic: standard deviation of 3 x 3 random shifts that are interpolated smoothly (bicubic)
-            over the image, as a fraction of its sides; the idea of Simard et al. 2003.
+    All in one resampling (bilinear), because each would blur a small image a little more; what
+    comes in from outside is black. The strengths are the largest angle in degrees, the largest
+    relative change of the width and, drawn independently, of the height, the largest horizontal
+    shear in pixels per pixel, and the largest shift as a fraction of the sides. `elastic` is the
+    standard deviation of 3 x 3 random shifts, interpolated smoothly (bicubic) over the image, as a
+    fraction of its sides; the idea of Simard et al. 2003.
     """
     draw = random.uniform(-1.0, 1.0, size=6)
     angle = math.radians(rotate) * draw[0]

@@ -27,28 +27,18 @@ HUGE_PIXELS, HUGE_BYTES = 20_000_000, 20_000_000  # above either, as huge
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What one split contains; sizes, formats and modes are those of its readable images.
-
-    Attributes:
-        num_images: all, including unreadable ones.
-        num_bytes: of the encoded files that can be decoded.
-        class_counts: images per class, also for classes without images.
-        formats, modes: the number of images of each.
-        sizes: "smallest", "median" and "largest" by area, (H, W); empty if nothing is readable.
-        unreadable, tiny, huge, dark: images that cannot be decoded, with a side under 16 pixels,
-            above 20 megapixels or 20 MB, and with 16 bits a sample but none above `DARK`.
-    """
+    """What one split contains; all but the number of images and classes of its readable images."""
 
     num_images: int
-    num_bytes: int
-    class_counts: dict[str, int]
+    num_bytes: int  # of the encoded files
+    class_counts: dict[str, int]  # also of classes without images
     formats: dict[str, int]
     modes: dict[str, int]
-    sizes: dict[str, tuple[int, int]]
+    sizes: dict[str, tuple[int, int]]  # "smallest", "median" and "largest" by area, (H, W), if any
     unreadable: list[BadImage]
-    tiny: list[BadImage]
-    huge: list[BadImage]
-    dark: list[BadImage]
+    tiny: list[BadImage]  # a side under 16 pixels
+    huge: list[BadImage]  # above 20 megapixels or 20 MB
+    dark: list[BadImage]  # 16 bits a sample, but none above `DARK`
 
 
 @dataclass(frozen=True)
@@ -102,10 +92,7 @@ def check_source(
     num_workers: int | None = None,
     on_progress: Callable[[int], object] = lambda _: None,
 ) -> Report:
-    """Returns what the data contains and what is wrong with it.
-
-    `on_progress` is called with the number of images read since the last call.
-    """
+    """Returns what the data contains; `on_progress` gets the number of images just read."""
     scans = scan(splits, num_workers=num_workers, on_progress=on_progress)
     reports = {name: _describe(split, scans[name]) for name, split in splits.items()}
     found = None

@@ -20,18 +20,14 @@ UNLABELLED = "`mixer predict` reads images without labels"
 class RawLabels:
     """Labels as the data has them.
 
-    Attributes:
-        codes: int (num_images,), indices into `values`.
-        values: class names, where the data has a list of them; else the different cells of a column
-            in any order: text, numbers, true, false or None.
-        are_classes: `values` is such a list. A code of -1 means that an image has no label.
-        where: the place of an image for errors; None takes the image's own name.
+    `values` are class names, where the data has a list of them (`are_classes`; a code of -1 is no
+    label), else the different cells of a column in any order: text, numbers, true, false or None.
     """
 
-    codes: np.ndarray
+    codes: np.ndarray  # int (num_images,), indices into `values`
     values: Sequence[object]
     are_classes: bool = False
-    where: Callable[[int], object] | None = None
+    where: Callable[[int], object] | None = None  # the image for errors; None takes its name
 
 
 class Cells:
@@ -130,10 +126,7 @@ def natural_order(name: str) -> tuple[list[tuple[bool, int, str, str]], str]:
 
 
 def in_class_order(names: Iterable[str]) -> list[str]:
-    """Returns class names sorted: integers as numbers, other names in natural order.
-
-    The order depends on the names alone, never on where they came from or in which order.
-    """
+    """Returns class names sorted: integers as numbers, other names in natural order."""
     names = list(names)
     if all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names):
         return sorted(names, key=lambda name: (int(name), name))
@@ -141,10 +134,8 @@ def in_class_order(names: Iterable[str]) -> list[str]:
 
 
 def class_key(name: str) -> str:
-    """Returns the name without what nobody sees or means, so that spellings of one class agree.
-
-    Blanks, invisible characters, Unicode form, and the format of a whole number: "7" for "007" and
-    "7.0".
+    """Returns the name without what nobody sees or means: blanks, invisible characters, Unicode
+    form, and the format of a whole number ("7" for "007" and "7.0").
     """
     seen = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
     text = " ".join(unicodedata.normalize("NFC", seen).split())
@@ -166,16 +157,13 @@ def check_twins(names: Iterable[str], where: object) -> None:
         except UnicodeEncodeError as error:
             what = f"the name of a class is not valid text: {name!r}"
             raise UserError(what, where=place(name), fix="Rename the class") from error
-        twin = seen.setdefault(class_key(class_key(name).casefold()), name)
-        if twin is not name:
-            first = f" ({place(twin)})" if callable(where) else ""
-            what = "classes that differ only in case or spelling: "
-            what += f"{_escaped(twin)}{first}, {_escaped(name)}"
+        key = class_key(class_key(name).casefold())
+        if key in seen:
+            first = f" ({place(seen[key])})" if callable(where) else ""
+            what = "classes that are equal, or differ only in case or spelling: "
+            what += f"{seen[key]!a}{first}, {name!a}"
             raise UserError(what, where=place(name), fix="Merge or rename them")
-
-
-def _escaped(name: str) -> str:
-    return re.sub(r"\\x(..)", r"\\u00\1", ascii(name))
+        seen[key] = name
 
 
 _WORDNET = re.compile(r"n\d{8}(?= |$)")
@@ -184,10 +172,10 @@ _WORDNET = re.compile(r"n\d{8}(?= |$)")
 def match_classes(
     source: Source, class_names: list[str], *, owner: str, allow_missing: bool
 ) -> Source:
-    """Returns the source with its labels in the order of `class_names`, matched by name.
+    """Returns the source with its labels in the order of `class_names`, matched by `class_key`.
 
-    A name in another spelling (see `class_key`) is the same class. Raises UserError, in the name of
-    `owner` ("the model", "train/"), for other classes, or missing ones unless `allow_missing`.
+    Other classes, and missing ones unless `allow_missing`, are errors in the name of `owner`: "the
+    model", "train/".
     """
     # A model of ImageNet calls a class "n01440764 tench"; folders have the WordNet id alone, and
     # others join the words differently.

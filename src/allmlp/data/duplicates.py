@@ -1,14 +1,9 @@
 """Exact and near duplicates inside and across the splits of a data set, and what to exclude.
 
-Exact: equal files, or equal pixels once decoded. Near: the same image encoded again, resized,
-brightened, or slightly cropped. Candidates are all pairs whose perceptual hashes differ in at most
-`DISTANCE` bits. They are then verified on pixels: the thumbnails of both, less the plane that fits
-them best, must correlate to `CORRELATION`. An image with hardly any texture has no stable hash, and
-one smaller than a thumbnail too few pixels: these are compared for equality only. Mirrored and
-rotated copies are not looked for.
-
-The paper (section 3, after BiT) removes near duplicates of its test images from the pre-training
-data; `to_exclude` says which images those are. The limits are from benchmarks/duplicates.md.
+Near: pairs whose perceptual hashes differ in at most `DISTANCE` bits, and whose thumbnails, less
+the plane that fits them best, correlate to `CORRELATION`. An image with hardly any texture has no
+stable hash, and one smaller than a thumbnail too few pixels: these are compared for equal pixels
+only. The limits are from benchmarks/duplicates.md.
 """
 
 from __future__ import annotations
@@ -35,45 +30,30 @@ _BLOCK = 2**18  # hashes compared at a time
 
 @dataclass(frozen=True)
 class DuplicatePair:
-    """Two images, the earlier one first; `difference` is 1 - correlation, 0 for equal pixels."""
+    """Two images by split and index; `difference` is 1 - correlation, 0 for equal pixels."""
 
     first: tuple[str, int]
     second: tuple[str, int]
     kind: str
-    difference: float
-
-
-@dataclass(frozen=True)
-class Exclusion:
-    """An image to leave out, and the one that stays instead."""
-
-    split: str
-    index: int
-    kind: str
-    kept: tuple[str, int]
+    difference: float = 0.0
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """The duplicates of a data set; images are numbered through all its splits.
+    """The pairs of duplicates of a data set; images are numbered through all its splits.
 
-    Attributes:
-        splits: the data.
-        first, second: int64 (num_pairs,); first < second. An exact copy is paired with the first
-            image of its kind only, and near copies are pairs of such first images.
-        kind: uint8 (num_pairs,), an index into `KINDS`.
-        difference: float32 (num_pairs,), 1 - correlation of the thumbnails.
-        num_plain: images with too little texture or too few pixels, compared for equality only.
-        distance: bits within which near duplicates were looked for; below `DISTANCE` if so many
-            images are alike that there would be too many candidates, -1 if even of equal hashes.
+    An exact copy is paired with the first image of its kind only, and near copies are pairs of such
+    first images.
     """
 
     splits: Mapping[str, Source]
-    first: np.ndarray
-    second: np.ndarray
-    kind: np.ndarray
-    difference: np.ndarray
-    num_plain: int = 0
+    first: np.ndarray  # int64 (num_pairs,)
+    second: np.ndarray  # above `first`
+    kind: np.ndarray  # uint8 (num_pairs,), indices into `KINDS`
+    difference: np.ndarray  # float32 (num_pairs,), 1 - correlation of the thumbnails
+    num_plain: int = 0  # images with too little texture or too few pixels for near duplicates
+    # Bits within which near duplicates were looked for: fewer if there would be too many
+    # candidates, -1 if even of equal hashes.
     distance: int = DISTANCE
 
     def __len__(self) -> int:
@@ -146,20 +126,19 @@ class Duplicates:
                 counts[own][split] += len(there) > 1 or there[0] != image
         return counts
 
-    def to_exclude(self) -> list[Exclusion]:
-        """Returns which images to leave out so that no duplicates remain.
+    def to_exclude(self) -> Iterator[DuplicatePair]:
+        """Yields the images to leave out so that no duplicates remain, each behind the one to keep.
 
         Images of train that duplicate one of validation or test, images of validation that
-        duplicate one of test, and later copies inside a split: an image goes if an earlier one that
-        stays is its duplicate. Nothing goes from test because of train.
+        duplicate one of test, and those of which an earlier one in the split is a duplicate and
+        stays. (The paper removes near duplicates of its test images from the pre-training data.)
         """
         is_copy = self.kind != NEAR
         copies = zip(self.second[is_copy], self.first[is_copy], self.kind[is_copy], strict=True)
         original = {int(copy): (int(first), int(kind)) for copy, first, kind in copies}
         gone: set[int] = set()
-        found: list[Exclusion] = []
         for image in sorted(self.partners):
-            split, index = self.locate(image)
+            split = self.locate(image)[0]
             partners = self.partners[image]
             rank = _PROTECTED.index(split) if split in _PROTECTED else len(_PROTECTED)
             above = [partners[name][0] for name in _PROTECTED[:rank] if name in partners]
@@ -170,8 +149,7 @@ class Duplicates:
             gone.add(image)
             (one, kind), (other, its_kind) = (original.get(at, (at, 0)) for at in (kept, image))
             kind = max(kind, its_kind) if one == other else NEAR
-            found.append(Exclusion(split, index, KINDS[kind], self.locate(kept)))
-        return found
+            yield DuplicatePair(self.locate(kept), self.locate(image), KINDS[kind])
 
 
 def find_duplicates(
@@ -181,10 +159,7 @@ def find_duplicates(
     num_workers: int | None = None,
     scans: dict[str, Scan] | None = None,
 ) -> Duplicates:
-    """Returns the exact duplicates, and the near ones, among all images of all splits.
-
-    `scans` are those of the same splits, if they have been read already.
-    """
+    """Returns the duplicates among all images; `scans` are those of the splits, if made already."""
     scans = scans or scan(splits, num_workers=num_workers)
     facts = np.concatenate([scans[name].facts for name in splits])
     usable = np.flatnonzero(facts["readable"])
@@ -228,10 +203,8 @@ def near_pairs(hashes: np.ndarray, distance: int, most: int) -> tuple[np.ndarray
     """Returns all pairs of hashes, uint64 (n,), that differ in at most `distance` bits, in order.
 
     If these are more than `most`, the distance is lowered until they are not: it is returned too.
-
-    By the pigeonhole principle two such hashes differ in at most `radius` bits of one of four
-    bands, if the radii plus one add up to more than `distance`. So a hash is compared only with
-    those that have its own band, or its own with a few bits flipped.
+    Two such hashes differ in at most `radius` bits of one of four bands, if the radii plus one add
+    up to more than `distance`: only those are compared.
     """
     pairs, number = [np.empty((2, 0), dtype=np.int64)], 0
     for band in range(4 if distance >= 0 else 0):

@@ -37,19 +37,12 @@ class Excluded:
 
 @dataclass(frozen=True)
 class ExcludeList:
-    """The images to leave out of a data set.
-
-    Attributes:
-        source: the name of the data.
-        splits: for each split the number of images and the checksum of their names.
-        images: to leave out, by split and index.
-        path: the file it was read from.
-    """
+    """The images to leave out of a data set."""
 
     source: str
-    splits: dict[str, tuple[int, str]]
+    splits: dict[str, tuple[int, str]]  # the number of images and the checksum of their names
     images: list[Excluded]
-    path: Path | None = None
+    path: Path | None = None  # that it was read from
 
     def to_text(self) -> str:
         """Returns the contents of the file."""
@@ -65,11 +58,10 @@ def exclude_list(duplicates: Duplicates, source: str) -> ExcludeList:
     """Returns the list of what to leave out so that no duplicates remain."""
     own = {name: own_names(data) for name, data in duplicates.splits.items()}
     images: list[Excluded] = []
-    for found in duplicates.to_exclude():
-        split, index = found.kept
-        name = duplicates.splits[split].item_name(index)
-        why = f"{_WHY[found.kind]} {split}[{index}] {name}"
-        images.append(Excluded(found.split, found.index, own[found.split][found.index], why))
+    for pair in duplicates.to_exclude():
+        (kept, at), (split, index) = pair.first, pair.second
+        why = f"{_WHY[pair.kind]} {kept}[{at}] {duplicates.splits[kept].item_name(at)}"
+        images.append(Excluded(split, index, own[split][index], why))
     splits = {name: (len(own[name]), _checksum(own[name])) for name in duplicates.splits}
     return ExcludeList(source, splits, images)
 
@@ -112,17 +104,16 @@ def exclude(source: Source, excluded: ExcludeList, split: str) -> Source:
     """Returns a whole split without the images of the list, which must have been made for it."""
     where, own = excluded.path or "the list of images to exclude", own_names(source)
     mine = [image for image in excluded.images if image.split == split]
-    other = [image for image in mine if image.index >= len(own) or own[image.index] != image.name]
     problem = None
     if split not in excluded.splits:
         problem = f"it has no {split} split, only {', '.join(excluded.splits)}"
     elif excluded.splits[split][0] != len(own):
         number = excluded.splits[split][0]
         problem = f"its {split} has {number:,} images, {source.name} has {len(own):,}"
-    elif other:
-        problem = f"{split}[{other[0].index}] is {own[other[0].index]!r}, not {other[0].name!r}"
     elif excluded.splits[split][1] != _checksum(own):
         problem = f"images of the {split} split have other names"
+    elif any(own[image.index] != image.name for image in mine):
+        problem = f"lines of the {split} split have been changed"
     if problem is not None:
         raise UserError(f"the list was made for other data: {problem}", where=where, fix=_FIX)
     keep = np.ones(len(source), dtype=bool)

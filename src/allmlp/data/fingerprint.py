@@ -10,10 +10,9 @@ from allmlp.errors import UserError
 
 
 def fingerprint(source: Source, most: int | None = 100, *, moved: bool = False) -> str:
-    """Returns the sha256 over every image's name and class and the bytes of some of them.
+    """Returns the sha256 over all names and classes and the bytes of `most`, or all, of the images.
 
-    `most` is of how many, evenly spaced, the bytes count; None takes all. With `moved`, data that
-    was moved as a whole keeps its fingerprint: names count without the folder that they share.
+    With `moved`, names count without the folder that they share: data may be moved as a whole.
     """
     digest = hashlib.sha256(f"{len(source)} {source.class_names}".encode(errors="surrogateescape"))
     names = own_names(source) if moved else map(source.item_name, range(len(source)))

@@ -1,9 +1,7 @@
-"""The only decoder: encoded bytes -> upright 8-bit pixels, for every command.
+"""The only decoder: encoded bytes -> upright 8-bit pixels, for every command; see docs/data.md.
 
 The header is read first: only the formats of `FORMATS` are opened, and nothing above `MAX_PIXELS`
-or `MAX_SIDE` is decoded. EXIF rotation is applied, transparency is blended on white, and of an
-animation the first frame is taken. Samples of 12 and 16 bits are scaled (not clipped); those whose
-range is not stated (32 bits, signed, floating-point) are errors.
+or `MAX_SIDE` is decoded.
 
 Legend: H W pixels; an image is uint8 (H, W, channels) with 3 channels (RGB) or 1 (grey).
 """
@@ -43,18 +41,10 @@ _FIX = f"Images are {', '.join(FORMATS)} files; convert or remove this one"
 class EncodedImage:
     """An encoded image whose header has been read: its size is known, no pixel is decoded.
 
-    Args:
-        data: the encoded file.
-        where: its name, for the errors.
-        channels: 3 for RGB, 1 for grey.
-        exif_orientation: rotate the image upright by its EXIF tag. (The paper's code does not; a
-            TIFF always is.)
-
-    Attributes:
-        size: (H, W) of the image once it is upright.
-        format: one of `FORMATS`.
-        mode: Pillow's name of the pixels in the file: "RGB", "L", "CMYK", "I;16", ...
-        bits: per sample: 8, 12 or 16.
+    `where` is its name for errors; `channels` is 3 for RGB, 1 for grey. `exif_orientation` rotates
+    it upright by its EXIF tag (the paper's code does not; a TIFF always is). Then `size`, (H, W),
+    is that of the upright image, `mode` Pillow's name of the pixels in the file ("RGB", "CMYK",
+    "I;16", ...) and `bits` per sample 8, 12 or 16.
     """
 
     def __init__(
@@ -159,13 +149,10 @@ class EncodedImage:
     ) -> np.ndarray:
         """Returns the pixels, uint8 (H, W, channels), contiguous.
 
-        Args:
-            reduction: 2, 4 or 8 gives the image at that fraction of its size (sides rounded up),
-                for training; it saves time with JPEG only.
-            fast: decode a JPEG a tenth faster and slightly less exactly, for training: the fast
-                inverse transform (TensorFlow's default, so Google's), colours upsampled simply.
-            rows: the number of upper rows that are needed (before the reduction); with `fast`,
-                those below may be missing.
+        For training: a `reduction` of 2, 4 or 8 gives that fraction of the size (sides rounded up),
+        which saves time with JPEG only. `fast` decodes a JPEG a tenth faster and slightly less
+        exactly: the fast inverse transform (TensorFlow's default, so Google's), colours upsampled
+        simply. With it, rows below the upper `rows` (before the reduction) may be missing.
         """
         try:
             with warnings.catch_warnings():
@@ -259,16 +246,9 @@ _CONVERT = "Convert it to JPEG or PNG"
 _OTHERS = (
     (rb"....ftyp(hei|hev|mif1|msf1)", "a HEIC image", f"{_CONVERT}: heif-convert IN OUT.jpg"),
     (rb"....ftypavi[fs]", "AVIF, but damaged, or Pillow is built without AVIF", _FIX),
-    (rb"....ftypcrx |FUJIFILM|IIRO|IIU\0", "a camera's raw file", _CONVERT),
     (rb"....ftyp", "a video", "Extract its frames: ffmpeg -i IN frames/%05d.png"),
-    (rb"\0\0\0\x0cJXL |\xff\x0a", "a JPEG XL image", f"{_CONVERT}: djxl IN OUT.png"),
-    (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000 image", _CONVERT),
-    (rb"8BPS", "a Photoshop document", _CONVERT),
-    (rb"%PDF|%!PS", "a PDF or PostScript document", _CONVERT),
     (rb"\s*<(!doctype html|html|head|body)", "an HTML page", "Download the image again"),
-    (rb"\s*<(\?xml|!doctype svg|!--|svg)", "an SVG drawing or other XML", _CONVERT),
     (rb"version https://git-lfs", "a git-LFS pointer without the image itself", "git lfs pull"),
-    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "an archive", "Unpack it"),
     (rb"II\*\0|MM\0\*", "a TIFF with samples of a kind that is not read, or damaged", _CONVERT),
     (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM", "an image whose header is damaged", _FIX),
 )
@@ -283,9 +263,8 @@ def what_else(data: bytes) -> tuple[str, str]:
 
 
 def find_markers(data: bytes) -> dict[int, int]:
-    """Returns where the segments of a JPEG's header lie: {marker: offset behind its length}.
-
-    Empty for what is not a JPEG, or one whose header is not plain to the beginning of the pixels.
+    """Returns where the segments of a JPEG's header lie: {marker: offset behind its length}; empty
+    for what is not a JPEG, or one whose header is not plain to the beginning of the pixels.
     """
     markers: dict[int, int] = {}
     if data[:2] != b"\xff\xd8":

@@ -14,14 +14,15 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from allmlp.data import workers
-from allmlp.data.batches import Batch, Sample, collate
 from allmlp.data.image import EncodedImage
 from allmlp.data.sampler import batches_of_positions, locate, sample_generator
 from allmlp.data.source import BadImage, Source
@@ -32,9 +33,91 @@ from allmlp.preprocessing import Preprocessing
 # What training does to one image with its own random numbers; the result has the model's size.
 TrainingTransform = Callable[[EncodedImage, np.random.Generator], np.ndarray]
 
+# One image on its way into a batch: pixels (None if bad), label, index, what was bad.
+Sample = tuple[np.ndarray | None, int, int, list[BadImage]]
+
+
 TIMEOUT = 600.0  # seconds without a batch after which a worker is taken for hanging
 _LOOK_UP = 1.0  # seconds after which torch reports that no batch came
 _NONE_CAME = "DataLoader timed out"
+
+
+@dataclass
+class Batch:
+    """Images for the model, and those that could not be decoded."""
+
+    images: Tensor  # uint8 (N, channels, H, W)
+    labels: Tensor  # int64 (N,)
+    indices: Tensor  # int64 (N,), of the images in the source
+    bad: list[BadImage] = field(default_factory=list)
+
+    def __reduce__(self) -> Any:
+        """Sent to another process, pixels in shared memory stay there; the rest is copied."""
+        images: Tensor | np.ndarray = self.images
+        if len(self.images) and not self.images.is_shared():
+            images = self.images.permute(0, 2, 3, 1).numpy()
+        return _received, (images, self.labels.numpy(), self.indices.numpy(), self.bad)
+
+    def pin_memory(self) -> Batch:
+        """Returns the batch in page-locked memory, from which a GPU copies asynchronously."""
+        images, labels = self.images.pin_memory(), self.labels.pin_memory()
+        return replace(self, images=images, labels=labels)
+
+    def to(self, device: torch.device) -> Batch:
+        """Returns the batch with images and labels on the device."""
+        images = self.images.to(device, non_blocking=True)
+        return replace(self, images=images, labels=self.labels.to(device, non_blocking=True))
+
+
+def _received(
+    images: Tensor | np.ndarray, labels: np.ndarray, indices: np.ndarray, bad: list[BadImage]
+) -> Batch:
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), bad)
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yields the batches with images and labels on the device.
+
+    To a GPU the next batch is copied on a stream of its own while the model computes on this one;
+    that needs batches in page-locked memory (`pin_memory`).
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device)
+        return
+    stream = torch.cuda.Stream(device)
+
+    def ready(batch: Batch, copied: torch.cuda.Event) -> Batch:
+        present = torch.cuda.current_stream(device)
+        present.wait_event(copied)
+        batch.images.record_stream(present)
+        batch.labels.record_stream(present)
+        return batch
+
+    waiting: tuple[Batch, torch.cuda.Event] | None = None
+    for batch in batches:
+        copied = torch.cuda.Event()
+        with torch.cuda.stream(stream):
+            following = batch.to(device), copied
+            copied.record(stream)
+        if waiting is not None:
+            yield ready(*waiting)
+        waiting = following
+    if waiting is not None:
+        yield ready(*waiting)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Returns the samples as one batch; those without pixels are only in `bad`."""
+    good = [(pixels, label, index) for pixels, label, index, _ in samples if pixels is not None]
+    bad = [image for sample in samples for image in sample[3]]
+    images, labels, indices = zip(*good, strict=True) if good else ((), (), ())
+    # Channels stay last in memory: moving them here would copy every image once more.
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) if images else torch.empty(0)
+    labels, indices = torch.tensor(labels).long(), torch.tensor(indices).long()
+    return Batch(stacked.to(torch.uint8), labels, indices, bad)
 
 
 def training_batches(
@@ -55,22 +138,10 @@ def training_batches(
 ) -> Generator[Batch, None, None]:
     """Yields the batches of the steps `start` to `stop` - 1; step n is the same from any start.
 
-    An image that cannot be decoded is replaced by the next good one, and is in `Batch.bad`.
-
-    Args:
-        source: the training images.
-        preprocessing: of the model's input.
-        transform: of each image.
-        seed: of the order and of every random number.
-        batch_size: images per step, over all ranks.
-        start, stop: steps.
-        rank, world_size, with_neighbour: which part of every batch: `batches_of_positions`.
-        num_workers: processes that decode; None chooses, 0 decodes in this one.
-        timeout: seconds to wait for a batch of the workers; 0 waits for ever.
-        pin_memory: put the batches into page-locked memory, for a GPU.
-
-    Raises:
-        UserError: no image can be decoded, or a worker died or hung: it and its image are named.
+    An image that cannot be decoded is replaced by the next good one, and is in `Batch.bad`; a
+    worker that dies or hangs is an error that names it and its image. `batch_size` is over all
+    ranks; `with_neighbour` as for `batches_of_positions`. `num_workers` processes decode: None
+    chooses, 0 decodes in this one. `timeout`: seconds to wait for a batch; 0 waits for ever.
     """
     images = _TrainingImages(source, preprocessing, transform, seed)
     positions = batches_of_positions(
@@ -96,10 +167,7 @@ def evaluation_batches(
     num_workers: int | None = None,
     timeout: float = TIMEOUT,
 ) -> Iterator[Batch]:
-    """Yields every image once and in order; one that cannot be decoded is only in `Batch.bad`.
-
-    `num_workers` and `timeout` as for `training_batches`.
-    """
+    """Yields every image once and in order; one that cannot be decoded is only in `Batch.bad`."""
     at_least("batch_size", batch_size, 1)
     if num_workers is None:
         num_workers = _default_workers(source, preprocessing)
@@ -123,25 +191,25 @@ def _image_bytes(preprocessing: Preprocessing) -> int:
 class Images(Dataset[Any]):
     """The images of a source for a DataLoader, and a table of where each worker is.
 
-    A subclass says in `load` what becomes of the image at a place, and in `collate` of a batch.
+    A subclass says in `load` what becomes of the image at a place.
     """
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, channels: int = 3, *, exif_orientation: bool = True) -> None:
+        self.source, self.channels, self.exif_orientation = source, channels, exif_orientation
         # For each worker: its process, its current image (-1: none), when it began (ns).
         self.watched = torch.empty(0, 3, dtype=torch.int64)
 
-    def open(
-        self, index: int, bad: list[BadImage], channels: int = 3, *, exif_orientation: bool = True
-    ) -> EncodedImage | None:
-        """Returns the image with its header read, or None and a line in `bad`."""
+    def decoded(
+        self, index: int, bad: list[BadImage], transform: Callable[[EncodedImage], Any]
+    ) -> Any:
+        """Returns what the transform makes of an image, or None and a line in `bad`."""
         name = self.source.item_name(index)
         worker = get_worker_info()
         if worker is not None:
             self.watched.numpy()[worker.id] = (os.getpid(), index, time.monotonic_ns())
         try:
-            data = self.source.read(index)
-            return EncodedImage(data, name, channels, exif_orientation=exif_orientation)
+            data, upright = self.source.read(index), self.exif_orientation
+            return transform(EncodedImage(data, name, self.channels, exif_orientation=upright))
         except UserError as error:
             bad.append(BadImage(index, name, error.what))
             return None
@@ -157,10 +225,6 @@ class Images(Dataset[Any]):
         raise NotImplementedError
 
     def collate(self, samples: list[Sample]) -> Any:
-        """Returns the samples as a batch; that of a worker in shared memory where it fits.
-
-        Elsewhere a pipe copies it, which is slower and always works.
-        """
         batch = collate(samples)
         if get_worker_info() is not None and workers.is_room_for(batch.images.nbytes):
             with contextlib.suppress(RuntimeError, OSError):  # another process has just taken it
@@ -182,33 +246,11 @@ class Images(Dataset[Any]):
         return f"worker process {number}, {what}"
 
 
-class _ModelImages(Images):
-    def __init__(self, source: Source, preprocessing: Preprocessing) -> None:
-        super().__init__(source)
-        self.preprocessing = preprocessing
-
-    def decoded(
-        self, index: int, bad: list[BadImage], transform: Callable[[EncodedImage], np.ndarray]
-    ) -> np.ndarray | None:
-        """Returns what the transform makes of an image, or None and a line in `bad`."""
-        rules = self.preprocessing
-        image = self.open(index, bad, rules.channels, exif_orientation=rules.exif_orientation)
-        try:
-            return None if image is None else transform(image)
-        except UserError as error:
-            bad.append(BadImage(index, self.source.item_name(index), error.what))
-            return None
-
-
-class _TrainingImages(_ModelImages):
+class _TrainingImages(Images):
     def __init__(
-        self,
-        source: Source,
-        preprocessing: Preprocessing,
-        transform: TrainingTransform,
-        seed: int,
+        self, source: Source, rules: Preprocessing, transform: TrainingTransform, seed: int
     ) -> None:
-        super().__init__(source, preprocessing)
+        super().__init__(source, rules.channels, exif_orientation=rules.exif_orientation)
         self.transform, self.seed = transform, seed
 
     def load(self, place: tuple[int, int]) -> Sample:
@@ -223,11 +265,15 @@ class _TrainingImages(_ModelImages):
         return None, 0, index, bad
 
 
-class _EvaluationImages(_ModelImages):
+class _EvaluationImages(Images):
+    def __init__(self, source: Source, rules: Preprocessing) -> None:
+        super().__init__(source, rules.channels, exif_orientation=rules.exif_orientation)
+        self.rules = rules
+
     def load(self, place: int) -> Sample:
         bad: list[BadImage] = []
         pixels = self.decoded(
-            place, bad, lambda image: resize_for_evaluation(image.decode(), self.preprocessing)
+            place, bad, lambda image: resize_for_evaluation(image.decode(), self.rules)
         )
         return pixels, int(self.source.labels[place]), place, bad
 
@@ -270,7 +316,7 @@ def load(
 
 
 def _named_failures(
-    images: Images, batches: Iterator[Any], timeout: float, closing: torch.Tensor
+    images: Images, batches: Iterator[Any], timeout: float, closing: Tensor
 ) -> Iterator[Any]:
     """Yields the batches; a worker that dies or hangs becomes an error that names it."""
     try:

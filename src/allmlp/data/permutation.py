@@ -15,10 +15,7 @@ from allmlp.preprocessing import Preprocessing
 
 
 def pixel_order(preprocessing: Preprocessing) -> np.ndarray | None:
-    """Returns where each pixel comes from, int64 (H * W,), row-major; None without a permutation.
-
-    permuted.reshape(-1)[i] is image.reshape(-1)[order[i]].
-    """
+    """Returns where each pixel comes from, int64 (H * W,), row-major; None if it stays."""
     kind, seed = preprocessing.permutation, preprocessing.permutation_seed
     height, width = preprocessing.image_size
     if kind == "none":

@@ -22,6 +22,7 @@ Legend: H W pixels; an image is uint8 (H, W, channels).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import cv2
 import numpy as np
@@ -30,6 +31,7 @@ Operation = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 
 FILL = 128
 _SIDE = 224  # pixels, for which Google's constants are meant
+_VALUES = np.arange(256)
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 
@@ -46,7 +48,7 @@ def randaugment(
     return pixels
 
 
-def autocontrast(pixels: np.ndarray, _magnitude: float = 0, _random: object = None) -> np.ndarray:
+def autocontrast(pixels: np.ndarray, _: float, __: object) -> np.ndarray:
     """Returns each channel stretched to the whole range."""
     tables = []
     for channel in cv2.split(pixels):
@@ -59,7 +61,7 @@ def autocontrast(pixels: np.ndarray, _magnitude: float = 0, _random: object = No
     return _look_up(pixels, *tables)
 
 
-def equalize(pixels: np.ndarray, _: float = 0, __: object = None) -> np.ndarray:
+def equalize(pixels: np.ndarray, _: float, __: object) -> np.ndarray:
     """Returns each channel with its values spread so that all are equally frequent."""
     tables = []
     for channel in cv2.split(pixels):
@@ -73,31 +75,7 @@ def equalize(pixels: np.ndarray, _: float = 0, __: object = None) -> np.ndarray:
     return _look_up(pixels, *tables)
 
 
-def invert(pixels: np.ndarray, _: float = 0, __: object = None) -> np.ndarray:
-    """Returns the negative."""
-    return 255 - pixels
-
-
-def posterize(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
-    """Returns the image with its highest int(0.4 * magnitude) bits only, at least one."""
-    bits = min(max(int(0.4 * magnitude), 1), 8)  # TensorFlow shifts by 7 at most
-    return pixels & np.uint8(256 - (1 << (8 - bits)))
-
-
-def solarize(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
-    """Returns the image with the values from int(25.6 * magnitude) % 256 up inverted."""
-    threshold, values = int(25.6 * magnitude) % 256, np.arange(256)
-    return _look_up(pixels, np.where(values < threshold, values, 255 - values))
-
-
-def solarize_add(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
-    """Returns the image with int(11 * magnitude) added to the values below 128."""
-    values = np.arange(256)
-    added = np.minimum(values + int(11 * magnitude), 255)
-    return _look_up(pixels, np.where(values < 128, added, values))
-
-
-def color(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
+def color(pixels: np.ndarray, magnitude: float, _: object) -> np.ndarray:
     """Returns the image with its colours strengthened or, below 5, taken out."""
     if pixels.shape[2] == 1:
         return pixels
@@ -105,20 +83,14 @@ def color(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
     return _blend(grey, pixels, _factor(magnitude))
 
 
-def contrast(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
+def contrast(pixels: np.ndarray, magnitude: float, _: object) -> np.ndarray:
     """Returns the image blended with, or away from, the shade (number of pixels) / 256."""
     shade = np.float32(min(pixels.shape[0] * pixels.shape[1] // 256, 255))
     values = np.arange(256, dtype=np.float32)  # not more exact than Pillow, or fractions differ
     return _look_up(pixels, shade + np.float32(_factor(magnitude)) * (values - shade))
 
 
-def brightness(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
-    """Returns the image brighter or, below 5, darker."""
-    values = np.arange(256, dtype=np.float32)
-    return _look_up(pixels, np.float32(_factor(magnitude)) * values)
-
-
-def sharpness(pixels: np.ndarray, magnitude: float, _: object = None) -> np.ndarray:
+def sharpness(pixels: np.ndarray, magnitude: float, _: object) -> np.ndarray:
     """Returns the image sharper or, below 5, smoother; the outermost pixels stay."""
     if min(pixels.shape[:2]) < 3:
         return pixels
@@ -138,39 +110,26 @@ def rotate(pixels: np.ndarray, magnitude: float, random: np.random.Generator) ->
     return _affine(pixels, cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
 
 
-def shear_x(pixels: np.ndarray, magnitude: float, random: np.random.Generator) -> np.ndarray:
-    """Returns the image sheared by 0.03 * magnitude pixels per row, either way."""
-    level = _sign(random) * 0.03 * magnitude
-    return _affine(pixels, 1.0, level, 0.0, 0.0, 1.0, 0.0)
-
-
-def shear_y(pixels: np.ndarray, magnitude: float, random: np.random.Generator) -> np.ndarray:
-    """Returns the image sheared by 0.03 * magnitude pixels per column, either way."""
-    level = _sign(random) * 0.03 * magnitude
-    return _affine(pixels, 1.0, 0.0, 0.0, level, 1.0, 0.0)
-
-
-def translate_x(pixels: np.ndarray, magnitude: float, random: np.random.Generator) -> np.ndarray:
-    """Returns the image shifted sideways by 10 * magnitude of 224 pixels, either way."""
-    return _translate(pixels, magnitude, random, axis=1)
-
-
-def translate_y(pixels: np.ndarray, magnitude: float, random: np.random.Generator) -> np.ndarray:
-    """Returns the image shifted up or down by 10 * magnitude of 224 pixels."""
-    return _translate(pixels, magnitude, random, axis=0)
-
-
-def _translate(
+def shear(
     pixels: np.ndarray, magnitude: float, random: np.random.Generator, axis: int
 ) -> np.ndarray:
+    """Returns the image sheared by 0.03 * magnitude pixels per pixel along an axis, either way."""
+    level = _sign(random) * 0.03 * magnitude
+    across, down = (level, 0.0) if axis == 1 else (0.0, level)
+    return _affine(pixels, 1.0, across, 0.0, down, 1.0, 0.0)
+
+
+def translate(
+    pixels: np.ndarray, magnitude: float, random: np.random.Generator, axis: int
+) -> np.ndarray:
+    """Returns the image shifted by 10 * magnitude of 224 pixels along an axis, either way."""
     side = pixels.shape[axis]
     shift = round(_sign(random) * 10.0 * magnitude * side / _SIDE)
     out = np.full_like(pixels, FILL)
     kept = max(0, side - abs(shift))
-    old, new = slice(max(0, shift), max(0, shift) + kept), slice(max(0, -shift), None)
-    new = slice(new.start, new.start + kept)
+    old, new = max(0, shift), max(0, -shift)
     index = (slice(None),) * axis
-    out[(*index, new)] = pixels[(*index, old)]
+    out[(*index, slice(new, new + kept))] = pixels[(*index, slice(old, old + kept))]
     return out
 
 
@@ -183,27 +142,6 @@ def cutout(pixels: np.ndarray, magnitude: float, random: np.random.Generator) ->
         spans.append(slice(max(0, center - half), center + half))
     out[spans[0], spans[1]] = FILL
     return out
-
-
-OPERATIONS: dict[str, Operation] = {
-    "AutoContrast": autocontrast,
-    "Equalize": equalize,
-    "Invert": invert,
-    "Rotate": rotate,
-    "Posterize": posterize,
-    "Solarize": solarize,
-    "Color": color,
-    "Contrast": contrast,
-    "Brightness": brightness,
-    "Sharpness": sharpness,
-    "ShearX": shear_x,
-    "ShearY": shear_y,
-    "TranslateX": translate_x,
-    "TranslateY": translate_y,
-    "Cutout": cutout,
-    "SolarizeAdd": solarize_add,
-}
-_IN_ORDER = list(OPERATIONS.values())
 
 
 def _sign(random: np.random.Generator) -> float:
@@ -236,3 +174,34 @@ def _affine(pixels: np.ndarray, *matrix: float) -> np.ndarray:
         borderMode=cv2.BORDER_CONSTANT,
         borderValue=(FILL, FILL, FILL, FILL),
     )
+
+
+def _by_value(table: Callable[[float], np.ndarray]) -> Operation:
+    """An operation that looks every value up in a table, which depends on the magnitude."""
+    return lambda pixels, magnitude, _: _look_up(pixels, table(magnitude))
+
+
+OPERATIONS: dict[str, Operation] = {
+    "AutoContrast": autocontrast,
+    "Equalize": equalize,
+    "Invert": _by_value(lambda m: 255 - _VALUES),
+    "Rotate": rotate,
+    # Only the highest int(0.4 * m) bits, at least one; TensorFlow shifts by 7 at most.
+    "Posterize": _by_value(lambda m: _VALUES & 256 - (1 << 8 - min(max(int(0.4 * m), 1), 8))),
+    "Solarize": _by_value(
+        lambda m: np.where(int(25.6 * m) % 256 > _VALUES, _VALUES, 255 - _VALUES)
+    ),
+    "Color": color,
+    "Contrast": contrast,
+    "Brightness": _by_value(lambda m: np.float32(_factor(m)) * _VALUES.astype(np.float32)),
+    "Sharpness": sharpness,
+    "ShearX": partial(shear, axis=1),
+    "ShearY": partial(shear, axis=0),
+    "TranslateX": partial(translate, axis=1),
+    "TranslateY": partial(translate, axis=0),
+    "Cutout": cutout,
+    "SolarizeAdd": _by_value(
+        lambda m: np.where(_VALUES < 128, np.minimum(_VALUES + int(11 * m), 255), _VALUES)
+    ),
+}
+_IN_ORDER = list(OPERATIONS.values())

@@ -1,9 +1,7 @@
 """Which image at which step, and all of its random numbers: pure functions, no state.
 
 Training reads one endless sequence of positions: epoch after epoch, each a new permutation of all
-images. A batch is `batch_size` consecutive positions and may cross from one epoch into the next, so
-every image comes once before any comes twice, whatever the batch size. Step n
-reads positions n * batch_size to (n + 1) * batch_size - 1.
+images. Step n reads positions n * batch_size to (n + 1) * batch_size - 1, perhaps of two epochs.
 """
 
 from __future__ import annotations
@@ -61,9 +59,8 @@ def batches_of_positions(
     """Yields the positions that a rank reads at each step from `start` to `stop` - 1.
 
     Ranks read consecutive parts of a step's batch: together what one rank alone would read, in the
-    same order. `batch_size` is that of all ranks, and a multiple of `world_size`. `with_neighbour`
-    adds the image before the rank's own (in a circle over the batch), last: mixup blends each image
-    with the one before it.
+    same order. `with_neighbour` adds the image before the rank's own (in a circle over the batch),
+    last: mixup blends each image with the one before it.
     """
     if batch_size % world_size:
         what = f"{world_size} processes cannot split a batch of {batch_size} images equally"

@@ -1,9 +1,7 @@
-"""One pass over a data set: every image is read and decoded once, and some facts are kept.
+"""One pass over a data set: every image is read and decoded once, and about 850 bytes are kept.
 
-About 850 bytes per image: sizes, digests, a perceptual hash and a thumbnail of 16x16 RGB pixels.
 The hash (64 bits): the image at 32x32 grey pixels, its discrete cosine transform, and for each of
-the 8x8 lowest frequencies whether it is above their median. benchmarks/duplicates.md has how it was
-chosen.
+the 8x8 lowest frequencies whether it is above their median.
 """
 
 from __future__ import annotations
@@ -17,9 +15,9 @@ from typing import Any
 import cv2
 import numpy as np
 
+from allmlp.data.image import EncodedImage
 from allmlp.data.loader import Images, in_order, load
 from allmlp.data.source import BadImage, Source
-from allmlp.errors import UserError
 
 THUMBNAIL = 16  # pixels a side
 FACTS = np.dtype(
@@ -43,10 +41,7 @@ _FEW = 500  # images up to which workers are not worth their start
 
 @dataclass(frozen=True)
 class Scan:
-    """What was found in one split: (num_images,) of dtype `FACTS`, and images that are unreadable.
-
-    Of an unreadable image only `readable` counts.
-    """
+    """Facts (num_images,), of dtype `FACTS`, of one split; all zero for unreadable images."""
 
     facts: np.ndarray
     unreadable: list[BadImage]
@@ -58,48 +53,45 @@ def scan(
     num_workers: int | None = None,
     on_progress: Callable[[int], object] = lambda _: None,
 ) -> dict[str, Scan]:
-    """Reads and decodes every image of every split once; the result is the same with any workers.
-
-    `on_progress` is called with the number of images read since the last call.
-    """
+    """Returns the facts of all images; `on_progress` gets the number read since the last call."""
     found: dict[str, Scan] = {}
     for name, source in splits.items():
         workers = num_workers
         if workers is None:
             workers = min(8, os.cpu_count() or 1) if len(source) > _FEW else 0
-        parts, unreadable = [np.empty(0, dtype=FACTS)], []
+        scanned, at = Scan(np.zeros(len(source), dtype=FACTS), []), 0
         for facts, bad in load(_Facts(source), in_order(source, _CHUNK), workers):
-            parts.append(facts)
-            unreadable += bad
+            scanned.facts[at : at + len(facts)] = facts
+            scanned.unreadable.extend(bad)
+            at += len(facts)
             on_progress(len(facts))
-        found[name] = Scan(np.concatenate(parts), unreadable)
+        found[name] = scanned
     return found
 
 
 class _Facts(Images):
     def load(self, place: int) -> tuple[np.ndarray, list[BadImage]]:
-        facts, bad = np.zeros((), dtype=FACTS), []
-        image = self.open(place, bad)
-        if image is None:
-            return facts, bad
-        try:
-            pixels = image.decode()
-        except UserError as error:
-            return facts, [BadImage(place, self.source.item_name(place), error.what)]
-        digest = hashlib.blake2b(pixels.data, digest_size=16, person=b"%dx%d" % pixels.shape[:2])
-        brightest = image.brightest()
-        facts[()] = (
-            *(True, perceptual_hash(pixels)),
-            *(hashlib.blake2b(image.data, digest_size=16).digest(), digest.digest()),
-            *(len(image.data), *pixels.shape[:2], image.format, image.mode),
-            *(-1 if brightest is None else brightest, thumbnail(pixels)),
-        )
-        return facts, bad
+        bad: list[BadImage] = []
+        facts = self.decoded(place, bad, _facts_of)
+        return np.zeros((), dtype=FACTS) if facts is None else facts, bad
 
     def collate(self, samples: list[Any]) -> tuple[np.ndarray, list[BadImage]]:
         return np.stack([facts for facts, _ in samples]), [
             bad for _, some in samples for bad in some
         ]
+
+
+def _facts_of(image: EncodedImage) -> np.ndarray:
+    pixels, data = image.decode(), image.data
+    digest = hashlib.blake2b(pixels.data, digest_size=16, person=b"%dx%d" % pixels.shape[:2])
+    brightest = image.brightest()
+    row = (
+        *(True, perceptual_hash(pixels)),
+        *(hashlib.blake2b(data, digest_size=16).digest(), digest.digest()),
+        *(len(data), *pixels.shape[:2], image.format, image.mode),
+        *(-1 if brightest is None else brightest, thumbnail(pixels)),
+    )
+    return np.array(row, dtype=FACTS)
 
 
 def perceptual_hash(pixels: np.ndarray) -> int:

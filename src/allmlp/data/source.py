@@ -1,7 +1,6 @@
 """Images by index: what every kind of data becomes, and what can be made of it.
 
-Images must be cheap to hand to worker processes: the names of a million lie in one buffer
-(`PackedStrings`), not in a million objects.
+Images must be cheap to hand to worker processes: the names of a million lie in one buffer.
 """
 
 from __future__ import annotations
@@ -32,14 +31,8 @@ class Images(Protocol):
     """Encoded images by index."""
 
     def __len__(self) -> int: ...
-
-    def read(self, index: int) -> bytes:
-        """Returns one encoded file."""
-        ...
-
-    def item_name(self, index: int) -> str:
-        """Returns the path or the name of one image."""
-        ...
+    def read(self, index: int) -> bytes: ...
+    def item_name(self, index: int) -> str: ...
 
 
 class PackedBytes:
@@ -135,23 +128,14 @@ class EncodedImages:
 
 @dataclass(frozen=True)
 class Source:
-    """Images with labels: some of `images` under some classes.
+    """Images with labels: some of `images` under some classes."""
 
-    Attributes:
-        name: shown on screen.
-        class_names: the classes, in the order of the labels.
-        labels: int64 (num_images,), indices into class_names.
-        images: where the images are read from.
-        indices: int64 (num_images,), their places there.
-        notes: what else was found there, a line each.
-    """
-
-    name: str
+    name: str  # shown on screen
     class_names: list[str]
-    labels: np.ndarray
+    labels: np.ndarray  # int64 (num_images,), indices into class_names
     images: Images
-    indices: np.ndarray
-    notes: tuple[str, ...] = ()
+    indices: np.ndarray  # int64 (num_images,), places in `images`
+    notes: tuple[str, ...] = ()  # what else was found there, a line each
 
     def __len__(self) -> int:
         return len(self.indices)

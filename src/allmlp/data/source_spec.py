@@ -1,4 +1,4 @@
-"""What a user calls data: SOURCE#OPTION=VALUE:SPLIT[PART], and the part of a split.
+"""What a user calls data, SOURCE#OPTION=VALUE:SPLIT[PART], and what a kind of source gives for it.
 
 A file or a folder that exists under the whole name always wins, so a colon, a "#" or a bracket in
 its name does no harm.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from allmlp.data.source import Source, subset
+from allmlp.data.classes import RawLabels
+from allmlp.data.source import Images, Source, subset
 from allmlp.errors import UserError, near_names
 
 SPLITS = {
@@ -30,19 +31,12 @@ _PART_FIX = "A part is written as SOURCE:train[:90%], SOURCE:train[90%:] or SOUR
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """The parts of the name of a source.
+    """The parts of the name of a source."""
 
-    Attributes:
-        base: the file, the folder, the pattern or the data set.
-        options: after "#": the column of the labels, ...
-        split: train, validation or test; None if none is named.
-        part: of the split, as it was typed: "[:90%]".
-    """
-
-    base: str
-    options: Mapping[str, str] = field(default_factory=dict)
-    split: str | None = None
-    part: str | None = None
+    base: str  # the file, the folder, the pattern or the data set
+    options: Mapping[str, str] = field(default_factory=dict)  # after "#": the column of labels, ...
+    split: str | None = None  # train, validation or test; None if none is named
+    part: str | None = None  # of the split, as it was typed: "[:90%]"
 
     @property
     def source(self) -> str:
@@ -54,6 +48,27 @@ class SourceSpec:
     def path(self) -> Path:
         """The base as a path, whether it exists or not."""
         return Path(os.path.expanduser(self.base))
+
+
+@dataclass(frozen=True)
+class Records:
+    """One split as its kind gives it; the classes are made later, in one place."""
+
+    images: Images
+    labels: RawLabels | None = None  # None where there are none, or where they are not needed
+    notes: tuple[str, ...] = ()  # what else was found there, a line each
+    prepare: Callable[[], object] = lambda: None  # called once, in the main process, before reading
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of data source."""
+
+    name: str  # for messages, in the plural: "Parquet files"
+    matches: Callable[[SourceSpec], bool]
+    # (spec, whether labels are needed) -> the records of each split
+    open: Callable[[SourceSpec, bool], dict[str, Records]]
+    options: tuple[str, ...] = ()  # what "#OPTION=VALUE" may say
 
 
 def parse_name(name: str) -> SourceSpec:
@@ -106,10 +121,7 @@ def split_named(name: str) -> str | None:
 
 
 def split_of_file(path: Path) -> str:
-    """Returns the split that a file's name has a word for: "x_test.parquet" -> "test"; else train.
-
-    Raises UserError where the name has words for two splits.
-    """
+    """Returns the split that a file's name has a word for ("x_test.parquet"), else train."""
     found = re.split(r"[-_.:]", path.name.casefold())
     words = {split for split, names in SPLITS.items() if not set(names).isdisjoint(found)}
     if len(words) > 1:

@@ -1,8 +1,6 @@
 """An image of any size -> one of the model's: random for training, fixed for evaluation.
 
-Source: the paper's appendix B and its evaluation protocols (resize-crop, resmall-crop), Szegedy et
-al. 2015 (inception crop) as TensorFlow's sample_distorted_bounding_box draws it, which is what
-Google trained with. Every random number comes from the generator that is passed in.
+Source: the paper's appendix B and its evaluation protocols (resize-crop, resmall-crop).
 
 Legend: N batch, H W pixels; an image is uint8 (H, W, channels).
 """
@@ -55,18 +53,16 @@ def inception_box(
     size: tuple[int, int],
     random: np.random.Generator,
     area: tuple[float, float] = (0.05, 1.0),
-    aspect: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
     """Returns a random rectangle of an image: (top, left, height, width) in pixels.
 
-    The aspect (width / height) is uniform, then the height is uniform over those that it and `area`
-    (fractions of the image's) allow: so TensorFlow draws, and so Google trained. (torchvision and
-    timm draw the area uniformly, which gives larger rectangles: half of the image on average, and
-    here two fifths.)
+    As TensorFlow's sample_distorted_bounding_box: the aspect (width / height) is uniform from 3:4
+    to 4:3, then the height over those that it and `area` (fractions of the image's) allow.
+    (torchvision and timm draw the area uniformly, which gives larger rectangles.)
     """
     height, width = size
     for _ in range(_ATTEMPTS):
-        ratio = random.uniform(*aspect)
+        ratio = random.uniform(3 / 4, 4 / 3)
         low, high = (round(math.sqrt(part * height * width / ratio)) for part in area)
         high = min(high, height, math.floor((width + 0.5) / ratio))
         box_height = int(random.integers(min(low, high), high + 1))
@@ -87,19 +83,16 @@ def inception_crop(
     size: tuple[int, int],
     random: np.random.Generator,
     area: tuple[float, float] = (0.05, 1.0),
-    aspect: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
     """Returns a random rectangle of the image at (H, W) = `size`, bilinear without antialiasing.
 
     Rows of a JPEG below the rectangle are not decoded; a rectangle at least twice as large as
     `size` is decoded at a half, a quarter or an eighth: faster, and with less aliasing.
     """
-    top, left, height, width = inception_box(image.size, random, area, aspect)
-    if image.format == "JPEG":
-        fits = (r for r in REDUCTIONS if height >= r * size[0] and width >= r * size[1])
-        reduction = next(fits, 1)
-    else:
-        reduction = 1
+    top, left, height, width = inception_box(image.size, random, area)
+    factors = REDUCTIONS if image.format == "JPEG" else ()
+    fits = (r for r in factors if height >= r * size[0] and width >= r * size[1])
+    reduction = next(fits, 1)
     pixels = image.decode(reduction, fast=True, rows=top + height)
     if reduction > 1:
         top, left = top // reduction, left // reduction
@@ -138,10 +131,7 @@ def flip(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Returns uint8 images (N, channels, H, W) as the float32 input of the model.
-
-    Here, after everything random, the pixels are permuted if the preprocessing has a permutation.
-    """
+    """Returns uint8 images (N, channels, H, W) as the float32 input of the model, permuted last."""
     mean, std = _per_channel(preprocessing.mean, images), _per_channel(preprocessing.std, images)
     images = permute(images, preprocessing)
     images = images.to(torch.float32, memory_format=torch.contiguous_format)

@@ -136,12 +136,10 @@ def _report_once(text: str) -> None:
 
 
 def start_worker(watched: Tensor, closing: Tensor, number: int) -> None:
-    """Prepares a worker process: registers it, and ignores the signals not meant for it.
+    """Prepares a worker process: registers it in the table, and ignores signals not meant for it.
 
     Ctrl-C and a cluster's SIGTERM reach the whole group of processes. The main process saves the
     run then, and needs its workers until it has; so they continue until it closes them or is gone.
-    `watched` is the table that a worker writes its process number and time into, `closing` not 0
-    once a SIGTERM is meant for the worker.
     """
     if hasattr(os, "nice"):
         os.nice(NICENESS)

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from allmlp.data.batches import Batch, on_device
-from allmlp.data.loader import TIMEOUT, evaluation_batches
+from allmlp.data.loader import TIMEOUT, Batch, evaluation_batches, on_device
 from allmlp.data.source import BadImage, Source, subset
 from allmlp.data.transforms import normalize
 from allmlp.errors import UserError

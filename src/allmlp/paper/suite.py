@@ -25,12 +25,17 @@ from typing import Any
 import numpy as np
 
 from allmlp.console import Reporter
-from allmlp.data.label_rule import LabelRule, is_applied
 from allmlp.data.source import Source
 from allmlp.data.source_spec import part_of
 from allmlp.data.sources import names_source, open_splits, open_subset
 from allmlp.data.sources.hub import PREFIX
-from allmlp.data.sources.subset_file import SubsetFile, split_and_part, write_subset_file
+from allmlp.data.sources.subset_file import (
+    LabelRule,
+    SubsetFile,
+    is_applied,
+    split_and_part,
+    write_subset_file,
+)
 from allmlp.errors import UserError, one_of, plural
 from allmlp.evaluation.features import weights_hash
 from allmlp.evaluation.result_file import measurement, read_measurement, write_measurement

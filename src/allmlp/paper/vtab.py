@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from allmlp.console import table
-from allmlp.data.label_rule import LabelRule
+from allmlp.data.sources.subset_file import LabelRule
 from allmlp.errors import UserError
 from allmlp.options import make
 from allmlp.paper.suite import (

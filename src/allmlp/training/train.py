@@ -13,8 +13,7 @@ import torch
 from allmlp import plots
 from allmlp.console import ProgressBar, Reporter
 from allmlp.data.augment import mix
-from allmlp.data.batches import Batch, on_device
-from allmlp.data.loader import most_workers, training_batches
+from allmlp.data.loader import Batch, most_workers, on_device, training_batches
 from allmlp.data.sampler import step_generator
 from allmlp.data.source import BadImage
 from allmlp.data.source_spec import parse_name

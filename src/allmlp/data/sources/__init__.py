@@ -1,19 +1,7 @@
-"""Where images come from. A source is named SOURCE, SOURCE:SPLIT or SOURCE:SPLIT[PART]:
+"""Where images come from: SOURCE, SOURCE:SPLIT or SOURCE:SPLIT[PART], as docs/data.md describes.
 
-    digits             1,797 real 8x8 scans, which come with the package; digits@1, digits@2, ...
-                       are the same images split differently
-    FOLDER             FOLDER/train/<class>/*.jpg with val/ and test/ if they exist,
-                       or FOLDER/<class>/*.jpg
-    FILE.csv, .jsonl   a list with a path, a label and perhaps a split in every row; also .tsv, .txt
-    FILE.parquet       images in the Hugging Face layout; also a pattern ("dir/x_*.parquet"), or a
-                       folder that has such files, in it or in data/ below it
-    FOLDER             packed data, as `mixer data pack` writes it, or indexed tars
-    hf:owner/name      a data set of the Hugging Face hub; hf:owner/name@revision
-    FILE.json          a subset: parts of another source, perhaps with other labels
-SOURCE#label=COLUMN,image=COLUMN chooses columns, and config=NAME the configuration of a hub data
-set. Splits are train, validation (or val) and test; SOURCE:train[:90%] and SOURCE:train[90%:] are
-parts of one, SOURCE:test[100:200] another. Class names belong to the data: every split is matched
-by name, never by position. Nothing here ever writes to the user's files.
+A file in this folder for each kind; the classes of all are made here, and matched by name, never by
+position. Nothing here ever writes to the user's files.
 """
 
 from __future__ import annotations
@@ -28,9 +16,16 @@ from typing import Literal
 
 from allmlp.data.classes import UNLABELLED, RawLabels, check_twins, make_classes, match_classes
 from allmlp.data.source import Source, labelled, unlabelled
-from allmlp.data.source_spec import SPLITS, SourceSpec, parse_name, part_of, split_named
+from allmlp.data.source_spec import (
+    SPLITS,
+    Kind,
+    Records,
+    SourceSpec,
+    parse_name,
+    part_of,
+    split_named,
+)
 from allmlp.data.sources import digits, folders, hub, lists, packed, parquet, subset_file
-from allmlp.data.sources.kind import Kind, Records
 from allmlp.data.sources.subset_file import SubsetFile, is_subset_file, read_subset_file, select
 from allmlp.errors import UserError, near_names
 
@@ -51,8 +46,7 @@ def open_splits(
 ) -> dict[str, Source]:
     """Returns the splits of a source, by the names train, validation and test.
 
-    A source that does not say what is what has the one split train. SOURCE:SPLIT has that split
-    alone, SOURCE:SPLIT[PART] its part. With `first_of` only the first of these is returned.
+    SOURCE:SPLIT has that split alone; with `first_of` only the first of these is returned.
     """
     spec = parse_name(name)
     if labels == "any":
@@ -194,8 +188,7 @@ def names_source(name: str) -> bool:
 def is_data(name: str) -> bool:
     """Whether the string names data of a known kind, and not image files to be found.
 
-    A folder is taken for image files unless it has packed data or Parquet files, or a split is
-    named.
+    A folder is data if it has packed data or Parquet files, or if a split is named.
     """
     spec = parse_name(name)
     if spec.split or spec.options:

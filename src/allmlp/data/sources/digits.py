@@ -15,8 +15,7 @@ import numpy as np
 from allmlp.data.classes import RawLabels
 from allmlp.data.image import encode_png
 from allmlp.data.source import EncodedImages, PackedBytes, labelled, split_by_class, subset
-from allmlp.data.source_spec import SourceSpec
-from allmlp.data.sources.kind import Kind, Records
+from allmlp.data.source_spec import Kind, Records, SourceSpec
 from allmlp.errors import UserError
 
 

@@ -14,8 +14,7 @@ import numpy as np
 from allmlp.data.classes import RawLabels, check_twins, natural_order
 from allmlp.data.image import SUFFIXES
 from allmlp.data.source import ImageFiles, PackedStrings
-from allmlp.data.source_spec import SPLITS, SourceSpec, split_named
-from allmlp.data.sources.kind import Kind, Records
+from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec, split_named
 from allmlp.errors import UserError, plural
 
 # Image files of kinds that are not read, but counted and reported.

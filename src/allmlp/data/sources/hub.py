@@ -1,7 +1,6 @@
 """Data sets of the Hugging Face hub: "hf:owner/name[@revision]", through the `datasets` package.
 
-Its files lie in the package's own cache and are read from disk as they are asked for, the images as
-they were put in, not decoded. HF_HUB_OFFLINE=1 keeps it to the cache.
+Its files lie in the package's own cache; the images are read as they were put in, not decoded.
 """
 
 from __future__ import annotations
@@ -14,11 +13,18 @@ import numpy as np
 
 from allmlp.data.classes import Cells, RawLabels
 from allmlp.data.source import ImageFiles
-from allmlp.data.source_spec import LABEL_COLUMNS, SPLITS, SourceSpec, choose_column, split_named
-from allmlp.data.sources.kind import Kind, Records
+from allmlp.data.source_spec import (
+    LABEL_COLUMNS,
+    SPLITS,
+    Kind,
+    Records,
+    SourceSpec,
+    choose_column,
+    split_named,
+)
 from allmlp.errors import UserError
 from allmlp.io import is_reachable
-from allmlp.names import extra
+from allmlp.names import optional
 
 PREFIX = "hf:"
 
@@ -109,17 +115,14 @@ def _open_split(dataset: Any, spec: SourceSpec, title: str, labels: bool) -> Rec
 
 
 def _load(repository: str, revision: str | None, spec: SourceSpec) -> Any:
-    try:
-        import datasets  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        what, fix = "reading data sets of the hub needs the package datasets", extra("data")
-        raise UserError(what, where=spec.base, fix=fix) from error
+    what = "reading data sets of the hub needs the package datasets"
+    datasets = optional("datasets", "data", what, spec.base)
     from huggingface_hub import constants
 
     offline = constants.HF_HUB_OFFLINE
     try:
         # Without a network the libraries retry for half a minute; one attempt is enough.
-        if not is_reachable(constants.ENDPOINT):
+        if not (offline or is_reachable(constants.ENDPOINT)):
             constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         return datasets.load_dataset(
             repository, spec.options.get("config"), revision=revision, streaming=False

@@ -1,7 +1,6 @@
 """Lists of images: a CSV (.tsv, .txt) or JSONL file with a path in every row, and maybe a label.
 
-Columns are found by their names; a `split` column gives the splits. Paths are relative to the
-list's own folder.
+Columns are found by their names; paths are relative to the list's own folder.
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ from typing import TextIO
 import numpy as np
 
 from allmlp.data import image
-from allmlp.data.classes import Cells, RawLabels, label_text
+from allmlp.data.classes import Cells, RawLabels
 from allmlp.data.source import ImageFiles, PackedStrings, Source
-from allmlp.data.source_spec import SPLITS, SourceSpec, choose_column, split_named
-from allmlp.data.sources.kind import Kind, Records
+from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec, choose_column, split_named
 from allmlp.errors import UserError
 from allmlp.io import parse_json
 
@@ -120,7 +118,7 @@ class _Table:
     def notes(self, paths: PackedStrings) -> Iterator[str]:
         """Yields notes on unused columns, and on images that several rows name.
 
-        Raises UserError if these rows are in different splits, or have different labels.
+        Such rows in different splits, or with different labels, are an error.
         """
         if self.unused:
             why = "only a column 'split' decides which images are held out"
@@ -137,7 +135,7 @@ class _Table:
             known = [list(SPLITS)[self.splits[row]] for row in rows]
             if known[0] == known[1] and self.codes[first] != self.codes[second]:
                 what, fix = "an image has two labels", f"{fix}: an image has one label here"
-                known = [self._label_of(row) for row in rows]
+                known = [str(self.cells.values[self.codes[row]]) for row in rows]
             if known[0] != known[1]:
                 one, other = (
                     f"{name!r} (line {lines[row]})" for name, row in zip(known, rows, strict=True)
@@ -151,12 +149,6 @@ class _Table:
                 f"{len(same):,} rows name an image again, such as lines {first} and {second}: it"
                 " counts twice, and if validation is held out of train it may be in both"
             )
-
-    def _label_of(self, row: int) -> str:
-        try:
-            return label_text(self.cells.values[self.codes[row]])
-        except UserError as error:
-            raise self._error(error.what, self.lines[row]) from None
 
     def _real(self, path: str) -> str:
         """The path without links among its folders."""

@@ -1,12 +1,9 @@
 """Packed data: many images in few files, as fast to read in random order as in order.
 
-A folder has Arrow files in the Hugging Face layout (a column `image` of struct<bytes, path> and one
-`label`), which `datasets.Dataset.from_file` opens, and packed.json, which names them with their
+A folder has Arrow files in the Hugging Face layout, and packed.json, which names them with their
 sizes and checksums. That file is written last and atomically: Arrow files that it does not name are
-not data. Folders of tar shards with a SPLIT.index.safetensors each are read too, see `webdataset`.
-
-Of either an index of byte ranges is made, and images are read by position, not through a memory
-map: a file that was cut short is an error then, and does not kill the process.
+not data. Images are read by position, not through a memory map: a file that was cut short is an
+error then, and does not kill the process.
 """
 
 from __future__ import annotations
@@ -25,12 +22,11 @@ from allmlp.data.classes import RawLabels
 from allmlp.data.fingerprint import own_names
 from allmlp.data.image import EncodedImage
 from allmlp.data.source import BadImage, PackedBytes, PackedStrings, Source
-from allmlp.data.source_spec import SPLITS, SourceSpec
-from allmlp.data.sources.kind import Kind, Records
+from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec
 from allmlp.data.sources.webdataset import INDEX_SUFFIX, FileSize, RangeIndex, load_index
 from allmlp.errors import UserError, between
 from allmlp.io import atomic_write, check_output_folder, fsync, parse_json, staging_folder
-from allmlp.names import extra, is_format
+from allmlp.names import is_format, optional
 
 MANIFEST = "packed.json"
 FORMAT, VERSION = "allmlp packed data", 1
@@ -223,13 +219,9 @@ def _ends(column: Any) -> tuple[np.ndarray, Any]:
 
 
 def _pyarrow(where: object) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-
-        return pyarrow
-    except ImportError as error:
-        raise UserError("packed data needs pyarrow", where=where, fix=extra("data")) from error
+    what = "packed data needs pyarrow"
+    optional("pyarrow.ipc", "data", what, where)
+    return optional("pyarrow", "data", what, where)
 
 
 @dataclass
@@ -248,10 +240,9 @@ def pack_splits(
     shard_bytes: int = SHARD_BYTES,
     on_item: Callable[[int], object] = lambda _: None,
 ) -> dict[str, Packed]:
-    """Writes splits into a folder of packed data, all or nothing; the files keep their bytes.
+    """Writes splits into a folder of packed data, all or nothing; the images keep their bytes.
 
-    `shard_bytes` is the largest size of a file that has more than one image. The same images give
-    the same files. `on_item` is called with 1 after every image.
+    The same images give the same files; one larger than `shard_bytes` has a single image.
     """
     from filelock import FileLock
 

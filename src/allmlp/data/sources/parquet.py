@@ -1,9 +1,7 @@
 """Parquet files in the Hugging Face image layout: a column struct<bytes, path> and one of labels.
 
-Up to `HELD_BYTES` a split's encoded images are held in memory, where forked worker processes share
-them. A larger split is read by row group as its images are asked for: in order that is as fast as
-the disk, in random order every image costs a row group. `mixer data pack` makes such data fast in
-any order.
+Up to `HELD_BYTES` a split's images are held in memory, where forked worker processes share them. A
+larger split is read by row group: fast in order, but in random order every image costs a group.
 """
 
 from __future__ import annotations
@@ -19,11 +17,18 @@ import numpy as np
 
 from allmlp.data.classes import RawLabels, natural_order
 from allmlp.data.source import PackedBytes
-from allmlp.data.source_spec import LABEL_COLUMNS, SPLITS, SourceSpec, choose_column, split_of_file
-from allmlp.data.sources.kind import Kind, Records
+from allmlp.data.source_spec import (
+    LABEL_COLUMNS,
+    SPLITS,
+    Kind,
+    Records,
+    SourceSpec,
+    choose_column,
+    split_of_file,
+)
 from allmlp.errors import UserError
 from allmlp.io import parse_json
-from allmlp.names import extra
+from allmlp.names import optional
 
 HELD_BYTES = 2**30  # of encoded images in a split
 _GROUPS_KEPT = 2  # row groups in memory if a split is not held
@@ -98,14 +103,12 @@ def _raw_labels(chunks: list[Any], names: list[str] | None, file: str) -> RawLab
 def _image_column(schema: Any, spec: SourceSpec, file: str) -> str:
     import pyarrow.types as types
 
-    def is_image(kind: Any) -> bool:
-        return types.is_struct(kind) and any(
-            part.name == "bytes"
-            and (types.is_binary(part.type) or types.is_large_binary(part.type))
-            for part in kind
-        )
-
-    images = [field.name for field in schema if is_image(field.type)]
+    structs = [field for field in schema if types.is_struct(field.type)]
+    images = [
+        field.name
+        for field in structs
+        if any(part.name == "bytes" and "binary" in str(part.type) for part in field.type)
+    ]
     named = [name for name in schema.names if name in ("image", "img")]
     column = choose_column("image", spec, schema.names, images or named, ("image", "img"), file)
     if column not in images:
@@ -205,15 +208,11 @@ class ParquetImages:
         column = f"{self._column}.path" if column == "path" else column
         values: list[Any] = []
         for file in self._files:
-            reader = open_file(file)
-            known = {reader.schema.column(at).path for at in range(len(reader.schema.names))}
-            if column not in known:
-                return None
             with _damage_reported(file):
-                for chunk in reader.read(columns=[column], use_threads=False).column(0).chunks:
-                    for part in column.split(".")[1:]:
-                        chunk = chunk.field(part)
-                    values += chunk.to_pylist()
+                table = open_file(file).read(columns=[column], use_threads=False).flatten()
+            if not table.num_columns:
+                return None
+            values += table.column(0).to_pylist()
         return values
 
     def _group_of(self, index: int) -> int:
@@ -223,14 +222,9 @@ class ParquetImages:
         file, number, start = self._groups[group].tolist()
         where = f"{self._files[file]}, row group {number}, from row {self.item_name(start)}"
         with _damage_reported(where):
-            reader = self._reader(file)
             wanted = [f"{self._column}.bytes"]
-            table = reader.read_row_group(number, columns=wanted, use_threads=False)
-            chunks = [chunk.field("bytes").to_pylist() for chunk in table.column(0).chunks]
-        images = [data or b"" for chunk in chunks for data in chunk]
-        if len(images) != reader.metadata.row_group(number).num_rows:
-            raise UserError("the row group is not complete", where=where)
-        return images
+            table = self._reader(file).read_row_group(number, columns=wanted, use_threads=False)
+        return [data or b"" for data in table.flatten().column(0).to_pylist()]
 
     def _reader(self, file: int) -> Any:
         if self._opened is None or self._opened[:2] != (os.getpid(), file):
@@ -240,11 +234,8 @@ class ParquetImages:
 
 def open_file(file: str) -> Any:
     """Returns pyarrow's reader of a Parquet file."""
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        what, fix = "reading Parquet files needs pyarrow", extra("data")
-        raise UserError(what, where=file, fix=fix) from error
+    what = "reading Parquet files needs pyarrow"
+    parquet = optional("pyarrow.parquet", "data", what, file)
     with _damage_reported(file):
         # No threads of its own: it is used in forked worker processes.
         return parquet.ParquetFile(file, memory_map=False, pre_buffer=False)

@@ -1,8 +1,7 @@
 """Tars in the WebDataset style: KEY.jpg with its label in KEY.cls or KEY.json, and our index.
 
-SPLIT.index.safetensors says where every image lies, its label and its name, and the sizes of the
-tars: images are read by offset, the tars are never scanned again. `mixer data index` writes it for
-the tars of other tools; earlier versions of `mixer data pack` wrote such tars with their checksums.
+SPLIT.index.safetensors says where every image lies: the tars are never scanned again. Earlier
+versions of `mixer data pack` wrote such tars, with their checksums.
 """
 
 from __future__ import annotations
@@ -44,23 +43,14 @@ class FileSize:
 
 @dataclass(frozen=True)
 class RangeIndex:
-    """Where the images of a split lie.
+    """Where the images of a split lie."""
 
-    Attributes:
-        class_names: the classes; none if the images have no labels.
-        files: in the folder of the index.
-        file: int32 (num_images,), the place in `files`.
-        offset, length: int64 (num_images,), bytes.
-        label: int64 (num_images,); -1 if the images have no labels.
-        names: of the images.
-    """
-
-    class_names: list[str]
-    files: list[FileSize]
-    file: np.ndarray
-    offset: np.ndarray
+    class_names: list[str]  # none if the images have no labels
+    files: list[FileSize]  # in the folder of the index
+    file: np.ndarray  # int32 (num_images,), places in `files`
+    offset: np.ndarray  # int64 (num_images,), bytes
     length: np.ndarray
-    label: np.ndarray
+    label: np.ndarray  # int64 (num_images,); -1 if the images have no labels
     names: Sequence[str] | PackedStrings
 
     def __len__(self) -> int:
@@ -132,8 +122,7 @@ def _contradiction(
 def index_tars(folder: Path, *, labels: bool = True) -> dict[Path, RangeIndex]:
     """Writes an index beside the tars that another tool wrote; returns what was written where.
 
-    The split is read from the names of the tars, as in "x-val-000000.tar". Without labels the index
-    is for predictions only. Only headers are read, so the index has no checksums.
+    The split is read from the names of the tars. Without labels the index is for predictions only.
     """
     by_split: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.tar"), key=lambda path: natural_order(path.name)):
