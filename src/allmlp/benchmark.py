@@ -232,25 +232,15 @@ class ModelBenchmark:
 
 @dataclass
 class Benchmark:
-    """A measurement of one or more models that took turns.
+    """A measurement of one or more models that took turns."""
 
-    Attributes:
-        models: in the order in which they were given.
-        device: that computed.
-        options: of the measurement.
-        threads: of the CPU, at most.
-        environment: versions, hardware, date and command.
-        interrupted: whether it was stopped before its end.
-        recipe: what the recipe takes on this device; None without one.
-    """
-
-    models: list[ModelBenchmark]
+    models: list[ModelBenchmark]  # in the order in which they were given
     device: torch.device
     options: BenchmarkOptions
-    threads: int
-    environment: dict[str, Any]
+    threads: int  # of the CPU, at most
+    environment: dict[str, Any]  # versions, hardware, date and command
     interrupted: bool = False
-    recipe: dict[str, Any] | None = None
+    recipe: dict[str, Any] | None = None  # what it takes on this device
 
     def to_json(self) -> dict[str, Any]:
         """Returns a measurement of the kind "throughput", see `evaluation.result_file`."""
@@ -406,7 +396,7 @@ def _recipe(
         raise UserError(what, where="recipe", fix="Set images")
     recipe = {
         "name": config.recipe,
-        "data": f"{plural(images, 'image')} ({data})" if images else config.length,
+        "data": f"{plural(images or 0, 'image')} ({data})" if config.epochs else config.length,
         "images_seen": config.images_seen(images or 0),
         "epochs": config.epochs,
         "optimizer": optimizer.name,
@@ -837,7 +827,7 @@ def _main_table(measured: list[ModelBenchmark]) -> list[str]:
             "-" if memory is None else f"{memory / 1e9:.2f}",
         ]
         if latency := row.latency_ms():
-            cells += [*(_digits(latency[name]) for name in ("p50", "p90", "p99"))]
+            cells += [_digits(latency[name]) for name in ("p50", "p90", "p99")]
             cells.append(str(latency["runs"]))
         rows.append(cells + ["-"] * (len(headers) - len(cells)))
     return table(headers, rows)

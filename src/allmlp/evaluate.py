@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from allmlp.console import Reporter, report_bad_images, report_notes, table
-from allmlp.data.loader import TIMEOUT
 from allmlp.data.source import Source
 from allmlp.data.sources import notes_of, read_from
 from allmlp.deploy.exported_model import ExportedModel
 from allmlp.deploy.formats import is_exported, load_any
-from allmlp.errors import UserError, between, one_of, plural
+from allmlp.errors import UserError, between, plural
 from allmlp.evaluation.imagenet_real import open_real
 from allmlp.evaluation.metrics import FILES, Evaluation, check_logits, evaluate_source
-from allmlp.evaluation.predictor import Outputs, Predictor
+from allmlp.evaluation.predictor import MeasureOptions, Outputs, Resize
 from allmlp.io import check_not_inputs, check_output_folder, expand
 from allmlp.models.layers import Classifier, classes_of, preprocessing_of
-from allmlp.options import ComputeOptions, ImageSize, Precision, ResizeWeights, make
+from allmlp.options import make
 from allmlp.plots import EVALUATION, save_evaluation
-from allmlp.preprocessing import RESIZE_METHODS, Preprocessing
 from allmlp.runtime.device import check_device_of_exported
 from allmlp.runtime.process import is_main_process
 from allmlp.runtime.world import join_world
@@ -33,7 +31,7 @@ _WORST = 20  # classes that are printed
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(ComputeOptions):
+class EvaluateOptions(MeasureOptions):
     """Measure a trained model: top-1, top-5, calibration, each class, the confusion matrix.
 
     Under torchrun the images are split across the processes; the numbers are the same.
@@ -47,32 +45,18 @@ class EvaluateOptions(ComputeOptions):
 
     data: str
     """Any source that `mixer train` reads, with :train, :validation or :test behind it to choose a split. Without it the test images, else the validation images, which are the run's own if it held them out of this data, else all."""  # noqa: E501
-    precision: Precision = "float32"
-    """Of the matrix products; auto takes bfloat16 where the device is fast at it and the model large enough. An exported file has its own."""  # noqa: E501
-    image_size: ImageSize | None = None
-    """Evaluate at another size than the model's own."""
-    resize_weights: ResizeWeights = "auto"
-    """How to get to another image size."""
-    resize: str | None = None
+    resize: Resize | None = None
     """How an image comes to the model's size: resize-crop (the paper's Table 2), resmall-crop (its Table 3) or squash; the model's own if not given."""  # noqa: E501
     crop: float | None = None
     """Fraction of the resized image's side that the centre crop keeps, at most 1, also of images smaller than the input; the paper's is 0.875, and the model's own if not given."""  # noqa: E501
-    ignore_exif: bool = False
-    """Do not turn photographs upright by EXIF: the paper's protocol."""
     real: str | None = None
     """The file real.json of ImageNet ReaL; the data are validation images of ILSVRC-2012."""
     allow_missing_classes: bool = False
     """Accept data without some of the model's classes."""
     output: str | None = None
     """A folder for evaluation.json, per_class.csv, confusion.csv and the plots."""
-    overwrite: bool = False
-    """Replace existing files."""
-    timeout: float = TIMEOUT
-    """Seconds to wait for images from the workers; 0 waits forever."""
 
     def __post_init__(self) -> None:
-        if self.resize is not None:
-            one_of("resize", self.resize, RESIZE_METHODS)
         between("crop", self.crop, 0, 1, above=True)
 
 
@@ -118,15 +102,8 @@ def evaluate(
             check_output_folder(folder, names, overwrite=options.overwrite)
         stays = not isinstance(model, str | Path) and options.device == "auto" and world.size == 1
         net = load_any(model, options.image_size, options.resize_weights)
-        predictor = Predictor(
-            net,
-            device=None if stays else str(chosen),
-            precision=options.precision,
-            preprocessing=_preprocessing(net, options),
-            batch_size=options.batch_size,
-            num_workers=options.num_workers,
-            timeout=options.timeout,
-        )
+        device = None if stays else str(chosen)
+        predictor = options.predictor(net, device, **_protocol(net, options))
         measured = Measured(source) if source is not None else None
         measured = measured or open_measured(net.source, options.data, count=world.is_main)
         source = measured.source
@@ -164,18 +141,15 @@ def evaluate(
         return result
 
 
-def _preprocessing(net: Classifier, options: EvaluateOptions) -> Preprocessing:
-    """The model's own preprocessing after the options of the protocol."""
-    own = preprocessing_of(net)
-    if options.crop is not None and (options.resize or own.resize) == "squash":
-        what = f"crop {options.crop:g} has no effect: squash keeps the whole image"
-        raise UserError(what, where="crop", fix="Set resize to resize-crop or resmall-crop")
+def _protocol(net: Classifier, options: EvaluateOptions) -> dict[str, Any]:
+    """Returns the changes to the model's own preprocessing."""
     changes: dict[str, Any] = {} if options.resize is None else {"resize": options.resize}
     if options.crop is not None:
+        if (options.resize or preprocessing_of(net).resize) == "squash":
+            what = f"crop {options.crop:g} has no effect: squash keeps the whole image"
+            raise UserError(what, where="crop", fix="Set resize to resize-crop or resmall-crop")
         changes |= {"crop": options.crop, "crop_small": True}
-    if options.ignore_exif:
-        changes["exif_orientation"] = False
-    return replace(own, **changes)
+    return changes
 
 
 def command(model: str, options: EvaluateOptions) -> Evaluation:

@@ -227,12 +227,8 @@ def _predictions(evaluation: Evaluation, source: Source, rows: np.ndarray, title
 
 
 def curves(metrics: Sequence[Mapping[str, float]], results: Sequence[Mapping[str, Any]]) -> Figure:
-    """Returns loss, accuracy and learning rate over the epochs.
-
-    Args:
-        metrics: the lines of a run's metrics.jsonl; those without a loss are left out.
-        results: the rows of its results.csv; empty without validation images.
-    """
+    """Returns loss, accuracy and learning rate over the epochs: of the lines of metrics.jsonl that
+    have a loss, and of the rows of results.csv."""
     needed = {"epoch", "loss", "learning_rate"}
     steps = [line for line in metrics if needed <= line.keys()]
     rows = [{key: float(value) for key, value in row.items()} for row in results]
@@ -282,14 +278,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 def training_batch(
     inputs: Tensor, targets: Tensor, preprocessing: Preprocessing, class_names: list[str]
 ) -> Figure:
-    """Returns the first images of a batch after all augmentations, with their targets.
-
-    Args:
-        inputs: (N, channels, H, W), the input of the model.
-        targets: (N, num_classes), the targets of the loss.
-        preprocessing: undone for the figure.
-        class_names: of the targets.
-    """
+    """Returns the first images of a batch, (N, channels, H, W), after all augmentations, with the
+    targets of the loss, (N, num_classes); the preprocessing is undone for the figure."""
     count = min(36, len(inputs))
     values = denormalize(inputs[:count], preprocessing)
     images = values.mul(255).round().clamp(0, 255).byte().cpu().permute(0, 2, 3, 1).numpy()

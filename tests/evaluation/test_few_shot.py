@@ -15,8 +15,7 @@ import allmlp as am
 from allmlp.data.source import labelled, subset
 from allmlp.data.sources import open_splits
 from allmlp.evaluation.features import frozen_features
-from allmlp.evaluation.few_shot import SWEEP, choose_l2
-from allmlp.evaluation.linear_probe import fit_linear, fit_sweep
+from allmlp.evaluation.few_shot import SWEEP, choose_l2, fit_linear, fit_sweep
 from allmlp.evaluation.predictor import Predictor
 from allmlp.models.layers import preprocessing_of
 from conftest import make_class_folder, tiny_model
@@ -52,19 +51,11 @@ def test_against_a_direct_solve(n: int, c: int, l2: float):
     expected = np.linalg.solve(x.T @ x + l2 * np.eye(c + 1), x.T @ y)
     probe = fit_linear(values, labels, 4, l2)
     np.testing.assert_allclose(probe.weights, expected, atol=1e-6, rtol=1e-6)
+    (swept,) = list(fit_sweep(values, labels, 4, [7.0, l2]))[1:]
+    assert (swept.weights == probe.weights).all()
     scores = standardized(others, values) @ expected
     np.testing.assert_allclose(probe.scores(others), scores, atol=1e-6)
     assert (probe.predict(others) == scores.argmax(axis=1)).all()
-
-
-@pytest.mark.parametrize(("n", "c"), [(12, 40), (200, 12)])
-def test_one_decomposition_serves_every_l2(n: int, c: int):
-    values, labels = drawn_features(n, c)
-    assert tuple(2.0**power for power in range(-10, 20)) == SWEEP
-    x, y = standardized(values, values), 2.0 * np.eye(4)[labels] - 1.0
-    for l2, probe in zip(SWEEP, fit_sweep(values, labels, 4, SWEEP), strict=True):
-        expected = np.linalg.solve(x.T @ x + l2 * np.eye(c + 1), x.T @ y)
-        np.testing.assert_allclose(probe.weights, expected, atol=1e-6, rtol=1e-6)
 
 
 def colours(folder: Path, counts: dict[str, int], start: int = 0) -> None:
@@ -89,25 +80,21 @@ def data(tmp_path: Path) -> Path:
 def test_separable_classes_are_all_right(data: Path):
     result = am.few_shot(tiny_model(), str(data), shots=(1, 2), **FAST)
     assert (result.num_train, result.num_test, result.num_classes) == (18, 12, 3)
-    assert result.test_split == "test"
-    assert result.seeds == (0, 1, 2)
+    assert (result.test_split, result.seeds, result.notes) == ("test", (0, 1, 2), [])
     assert result.chance == pytest.approx(1 / 3)
     assert result.l2 == {1: 1024.0, 2: 1024.0}
     assert result.preprocessing.resize == "resize-crop"
     assert result.accuracies == {shots: dict.fromkeys((0, 1, 2), 1.0) for shots in (1, 2)}
     assert result.deviation(2) == 0.0
-    assert result.notes == []
 
 
 def test_a_class_with_fewer_images_than_shots(data: Path):
     """All of its images are taken; among more of the others a large l2 forgets it."""
     result = am.few_shot(tiny_model(), str(data), shots=(5,), **FAST)
-    small = am.few_shot(tiny_model(), str(data), shots=(5,), l2=1e-3, **FAST)
-    assert small.mean(5) == 1.0
+    assert am.few_shot(tiny_model(), str(data), shots=(5,), l2=1e-3, **FAST).mean(5) == 1.0
     assert 0.5 < result.mean(5) < 1.0
-    assert result.notes == [
-        "5 shots: 1 of 3 classes have fewer training images ('green' has 2); all of them are taken"
-    ]
+    (note,) = result.notes
+    assert note.startswith("5 shots: 1 of 3 classes have fewer training images ('green' has 2)")
 
 
 @pytest.fixture(scope="module")
@@ -120,29 +107,37 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def literal(model: am.ImageClassifier, folder: Path, shots: int, seed: int) -> float:
-    """The rule, copied: features of all images, a draw for each class, a direct solve."""
-    splits = open_splits(str(folder))
+def features_of(model: am.ImageClassifier, folder: Path) -> tuple[Any, ...]:
+    """Features and labels of the training images, then of the test images, without a draw."""
     preprocessing = replace(preprocessing_of(model), resize="resize-crop")
     predictor = Predictor(model, preprocessing=preprocessing, num_workers=0)
-    train = frozen_features(predictor, splits["train"]).values
-    test = frozen_features(predictor, splits["validation"]).values
-    labels, rng = splits["train"].labels, np.random.default_rng(seed)
+    splits = open_splits(str(folder))
+    found = [
+        (frozen_features(predictor, splits[name]).values, splits[name].labels) for name in splits
+    ]
+    return (*found[0], *found[1])
+
+
+def literal(known: tuple[Any, ...], shots: int, seed: int) -> float:
+    """The rule, copied: a draw for each class, a direct solve."""
+    train, labels, test, truth = known
+    rng = np.random.default_rng(seed)
     order = [rng.permutation(np.where(labels == label)[0]) for label in range(5)]
-    chosen = np.concatenate([members[:shots] for members in order])
+    chosen = np.concatenate([indices[:shots] for indices in order])
     x, y = standardized(train[chosen], train[chosen]), 2.0 * np.eye(5)[labels[chosen]] - 1.0
     weights = np.linalg.solve(x.T @ x + 1024.0 * np.eye(x.shape[1]), x.T @ y)
     guess = (standardized(test, train[chosen]) @ weights).argmax(axis=1)
-    return float((guess == splits["validation"].labels).mean())
+    return float((guess == truth).mean())
 
 
 def test_the_draws_are_those_of_the_rule(noise: Path):
     model = tiny_model()
     shots, seeds = (1, 3, 5), (0, 1, 7)
     result = am.few_shot(model, str(noise), shots=shots, seeds=seeds, **FAST)
-    expected = {n: {seed: literal(model, noise, n, seed) for seed in seeds} for n in shots}
+    known = features_of(model, noise)
+    expected = {n: {seed: literal(known, n, seed) for seed in seeds} for n in shots}
     assert result.accuracies == expected
-    assert len({value for by_seed in expected.values() for value in by_seed.values()}) > 3
+    assert len({value for found in expected.values() for value in found.values()}) > 3
     assert result.test_split == "validation"
     values = list(expected[3].values())
     assert result.mean(3) == pytest.approx(np.mean(values))
@@ -199,25 +194,17 @@ def test_bad_images_give_way_to_the_next(noise: Path, tmp_path: Path):
 
 def test_the_older_protocol(noise: Path):
     model = tiny_model()
-    splits = open_splits(str(noise))
-    result = am.few_shot(model, splits, shots=(1, 3), protocol="scenic", **FAST)
-    preprocessing = replace(preprocessing_of(model), resize="resize-crop")
-    predictor = Predictor(model, preprocessing=preprocessing, num_workers=0)
-    train, test = (
-        frozen_features(predictor, splits[name]).values for name in ("train", "validation")
-    )
-    labels = splits["train"].labels
+    result = am.few_shot(model, open_splits(str(noise)), shots=(1, 3), protocol="scenic", **FAST)
+    train, labels, test, truth = features_of(model, noise)
     for shots in (1, 3):
         chosen = np.concatenate([np.flatnonzero(labels == label)[:shots] for label in range(5)])
         for l2 in SWEEP:
             guess = fit_linear(train[chosen], labels[chosen], 5, l2).predict(test)
-            expected = float((guess == splits["validation"].labels).mean())
-            assert result.sweep[shots][l2] == expected
+            assert result.sweep[shots][l2] == float((guess == truth).mean())
         best = max(result.sweep[shots].values())
         assert result.accuracies[shots] == {0: best}
         assert result.l2[shots] == max(l2 for l2 in SWEEP if result.sweep[shots][l2] == best)
-    assert result.seeds == ()
-    assert result.deviation(1) is None
+    assert (result.seeds, result.deviation(1)) == ((), None)
 
 
 def test_one_l2_for_several_data_sets(noise: Path):
@@ -255,16 +242,11 @@ def test_a_random_baseline(noise: Path):
     ("settings", "value"),
     [
         ({"shots": (0,)}, "0"),
-        ({"shots": (1.5,)}, "1.5"),
         ({"shots": ()}, "shots"),
         ({"shots": (5, 1, 5)}, "5, 1, 5"),
         ({"seeds": (-1,)}, "-1"),
-        ({"l2": 0}, "0"),
-        ({"l2": float("inf")}, "inf"),
         ({"l2": float("nan")}, "nan"),
-        ({"protocol": "vtab"}, "'vtab'"),
         ({"resize": "crop"}, "'crop'"),
-        ({"precision": "half"}, "'half'"),
     ],
 )
 def test_wrong_options(settings: dict[str, Any], value: str):

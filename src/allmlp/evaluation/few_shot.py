@@ -12,7 +12,7 @@ Shapes: N shots of all classes together, C features, K classes, M test images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -22,30 +22,30 @@ import numpy as np
 
 from allmlp.console import Reporter, report_bad_images, table
 from allmlp.data.classes import match_classes
-from allmlp.data.loader import TIMEOUT
 from allmlp.data.source import BadImage, Source, subset
 from allmlp.data.sources import open_splits, read_from
-from allmlp.errors import UserError, at_least, between, one_of, plural
+from allmlp.errors import UserError, at_least, between, plural
 from allmlp.evaluation.features import frozen_features
-from allmlp.evaluation.linear_probe import fit_sweep
-from allmlp.evaluation.predictor import Outputs, Predictor
+from allmlp.evaluation.predictor import MeasureOptions, Outputs, Predictor, Resize
 from allmlp.evaluation.result_file import check_result_path, measurement, save_result
 from allmlp.io import STANDARD_OUTPUT, check_not_inputs, check_output_folder, expand
 from allmlp.models.catalog import random_weights
-from allmlp.models.layers import ImageClassifier, preprocessing_of
-from allmlp.options import ComputeOptions, ImageSize, Precision, ResizeWeights, make
-from allmlp.preprocessing import RESIZE_METHODS, Preprocessing
+from allmlp.models.layers import ImageClassifier
+from allmlp.options import make
+from allmlp.preprocessing import Preprocessing
 from allmlp.weights.download import cache_folder
 from allmlp.weights.load import files_of, open_model
 
 SWEEP = tuple(2.0**power for power in range(-10, 20))
 BASELINE_SEED = 0
+BIAS_FEATURE = 100.0
+_BLOCK = 8192  # images that are scored at once
 Orders = dict[int, list[list[int]]]  # {seed: the images of each class as drawn}; scenic's seed is 0
 OnBatch = Callable[[Outputs], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewShotOptions(ComputeOptions):
+class FewShotOptions(MeasureOptions):
     """Measure how well a model's features serve after a few labelled images per class.
 
     A linear classifier is fitted to the model's frozen features of some training images and
@@ -59,8 +59,6 @@ class FewShotOptions(ComputeOptions):
 
     data: tuple[str, ...] = field(metadata={"metavar": "SOURCE ..."})
     """Sources with a train and a test (or validation) split, one or several."""
-    precision: Precision = "float32"
-    """Of the model's matrix products; the features are float32 either way."""
     shots: tuple[int, ...] = (1, 5, 10, 25)
     """Images per class to learn from; a class with fewer gives all of its images."""
     protocol: Literal["big_vision", "scenic"] = "big_vision"
@@ -71,27 +69,16 @@ class FewShotOptions(ComputeOptions):
     """Weight of the squared coefficients, of big_vision."""
     random_baseline: bool = False
     """Measure the same architecture with random weights as well, seed 0."""
-    image_size: ImageSize | None = None
-    """Measure at another size than the model's own."""
-    resize_weights: ResizeWeights = "auto"
-    """How to get to another image size."""
-    resize: str = "resize-crop"
-    """resize-crop (Google's few-shot evaluation), resmall-crop or squash."""
-    ignore_exif: bool = False
-    """Do not turn photographs upright by EXIF: the paper's protocol."""
+    resize: Resize = "resize-crop"
+    """How an image comes to the model's size: resize-crop is Google's few-shot evaluation."""
     output: str | None = None
     """A .json file for all numbers; - for standard output."""
-    overwrite: bool = False
-    """Replace an existing file."""
     cache: str | None = None
     """A folder that keeps the features for the next time; the command takes features/ in the folder of the downloads if not given."""  # noqa: E501
     no_cache: bool = False
     """Keep no features and read none."""
-    timeout: float = TIMEOUT
-    """Seconds to wait for images from the workers; 0 waits forever."""
 
     def __post_init__(self) -> None:
-        one_of("resize", self.resize, RESIZE_METHODS)
         between("l2", self.l2, 0, float("inf"), above=True, below=True)
         for name, numbers, least in (("shots", self.shots, 1), ("seeds", self.seeds, 0)):
             for number in numbers:
@@ -291,20 +278,9 @@ def _measure(
     options: FewShotOptions,
     on_batch: OnBatch | None,
 ) -> list[FewShot]:
-    preprocessing = replace(preprocessing_of(net), resize=options.resize)
-    if options.ignore_exif:
-        preprocessing = replace(preprocessing, exif_orientation=False)
     found: list[list[FewShot]] = []
     for model in [net, random_weights(net, BASELINE_SEED)] if options.random_baseline else [net]:
-        predictor = Predictor(
-            model,
-            device=device,
-            precision=options.precision,
-            preprocessing=preprocessing,
-            batch_size=options.batch_size,
-            num_workers=options.num_workers,
-            timeout=options.timeout,
-        )
+        predictor = options.predictor(model, device, resize=options.resize)
         results = [
             _measure_one(predictor, name, splits, options, on_batch)
             for name, splits in data.items()
@@ -459,6 +435,69 @@ def _fewer_images(names: list[str], labels: np.ndarray, shots: tuple[int, ...]) 
         for number in shots
         if (counts < number).any()
     ]
+
+
+# --- the linear classifier ---
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """A linear classifier of features, by L2-regularised regression in float64.
+
+    X   the features, less their mean over the shots, over their deviation + 1e-5, and a
+        constant feature of 100, so large that the bias it stands for is hardly regularised
+    Y   +1 at the class of a shot, -1 at the others
+    W   (X'X + l2)^-1 X'Y, which is X'(XX' + l2)^-1 Y: solved in the smaller of the dimensions
+    """
+
+    mean: np.ndarray  # float64 (C,), of the shots
+    std: np.ndarray  # float64 (C,), with the 1e-5 in it
+    weights: np.ndarray  # float64 (C + 1, K); the last row belongs to the constant feature
+
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """Returns float64 (M, K), higher for more likely classes; features are (M, C)."""
+        return _standardized(features, self.mean, self.std) @ self.weights
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """Returns int64 (M,), M above 0: the class of the highest score; features are (M, C)."""
+        blocks = range(0, len(features), _BLOCK)
+        parts = [self.scores(features[at : at + _BLOCK]).argmax(axis=1) for at in blocks]
+        return np.concatenate(parts)
+
+
+def fit_linear(
+    features: np.ndarray, labels: np.ndarray, num_classes: int, l2: float = 1024.0
+) -> LinearProbe:
+    """Returns the classifier that fits the shots, (N, C) of labels (N,) from 0 to K - 1."""
+    return next(fit_sweep(features, labels, num_classes, [l2]))
+
+
+def fit_sweep(
+    features: np.ndarray, labels: np.ndarray, num_classes: int, l2s: Sequence[float]
+) -> Iterator[LinearProbe]:
+    """Yields the classifier of `fit_linear` for each l2; one eigendecomposition serves all."""
+    exact = features.astype(np.float64)
+    mean, std = exact.mean(axis=0), exact.std(axis=0) + 1e-5
+    x = _standardized(exact, mean, std)  # (N, C + 1)
+    y = np.full((len(x), num_classes), -1.0)
+    y[np.arange(len(x)), labels] = 1.0
+    if x.shape[0] >= x.shape[1]:
+        eigenvalues, vectors = np.linalg.eigh(x.T @ x)
+        left, right = vectors, vectors.T @ (x.T @ y)
+    else:
+        eigenvalues, vectors = np.linalg.eigh(x @ x.T)
+        left, right = x.T @ vectors, vectors.T @ y
+    eigenvalues = np.maximum(eigenvalues, 0.0)  # rounding makes some of the zeros negative
+    for l2 in l2s:
+        yield LinearProbe(mean, std, (left / (eigenvalues + l2)) @ right)
+
+
+def _standardized(features: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    x = (features.astype(np.float64) - mean) / std
+    return np.concatenate([x, np.full((len(x), 1), BIAS_FEATURE)], axis=1)
+
+
+# --- what is printed ---
 
 
 def command(model: str, options: FewShotOptions) -> list[FewShot]:

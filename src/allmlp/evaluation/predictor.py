@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,31 +22,58 @@ from torch import Tensor
 from allmlp.data.loader import TIMEOUT, Batch, evaluation_batches, on_device
 from allmlp.data.source import BadImage, Source, subset
 from allmlp.data.transforms import normalize
-from allmlp.errors import UserError
+from allmlp.errors import UserError, at_least
 from allmlp.models.inference import Inference, choose_precision
 from allmlp.models.layers import Classifier, ImageClassifier, preprocessing_of
+from allmlp.options import ComputeOptions, ImageSize, Precision, ResizeWeights
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.device import check_device_of_exported, step_threads, to_device
 from allmlp.runtime.world import World
 
 Compute = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
+Resize = Literal["resize-crop", "resmall-crop", "squash"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions(ComputeOptions):
+    """What the commands that measure a model on labelled images have in common."""
+
+    precision: Precision = "float32"
+    """Of the matrix products; auto takes bfloat16 where the device is fast at it and the model large enough. An exported file has its own."""  # noqa: E501
+    image_size: ImageSize | None = None
+    """Measure at another size than the model's own."""
+    resize_weights: ResizeWeights = "auto"
+    """How to get to another image size."""
+    ignore_exif: bool = False
+    """Do not turn photographs upright by EXIF: the paper's protocol."""
+    overwrite: bool = False
+    """Replace existing files."""
+    timeout: float = TIMEOUT
+    """Seconds to wait for images from the workers; 0 waits forever."""
+
+    def predictor(self, model: Classifier, device: str | None, **changes: Any) -> Predictor:
+        """Returns the predictor of a model; `changes` are to its preprocessing."""
+        if self.ignore_exif:
+            changes["exif_orientation"] = False
+        return Predictor(
+            model,
+            device=device,
+            precision=self.precision,
+            preprocessing=replace(preprocessing_of(model), **changes),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            timeout=self.timeout,
+        )
 
 
 @dataclass
 class Outputs:
-    """What was computed for a batch; all of it on the CPU.
+    """What was computed for a batch; all of it on the CPU."""
 
-    Attributes:
-        values: arrays of N rows, one for each tensor that was computed; () where N is 0.
-        labels: int64 (N,).
-        indices: int64 (N,), of the images in the source.
-        bad: the images of the batch that could not be decoded.
-    """
-
-    values: tuple[np.ndarray, ...]
-    labels: np.ndarray
-    indices: np.ndarray
-    bad: list[BadImage] = field(default_factory=list)
+    values: tuple[np.ndarray, ...]  # of N rows, one for each tensor; () where N is 0
+    labels: np.ndarray  # int64 (N,)
+    indices: np.ndarray  # int64 (N,), of the images in the source
+    bad: list[BadImage] = field(default_factory=list)  # images that could not be decoded
 
     def __len__(self) -> int:
         """Images of the batch, with the bad ones."""
@@ -55,24 +83,10 @@ class Outputs:
 class Predictor:
     """A model ready to compute many batches without gradients.
 
-    The weights are those at the time it is made; the model itself, and its mode, are left alone.
-
-    Args:
-        model: any, or an exported file.
-        device: "auto" (the GPU if there is one), "cpu", "cuda"; None: where the model is.
-        precision: of the matrix products: "float32", "bfloat16", "auto"; None is the default. An
-            exported file has its own.
-        default_precision: what None means.
-        preprocessing: from image files to the model's input; None is the model's own.
-        batch_size: images per batch.
-        num_workers: processes that decode; None chooses.
-        timeout: seconds to wait for a batch of the workers; 0 waits forever.
-
-    Attributes:
-        model: on its device.
-        device: that computes.
-        precision: "float32" or "bfloat16".
-        why: the rule by which the precision was chosen, in words.
+    The weights are those at the time it is made; the model itself, and its mode, do not change. Of
+    the arguments, device None is where the model is, precision None is `default_precision`, and
+    preprocessing None is the model's own. `precision` is then "float32" or "bfloat16", and `why`
+    the rule by which it was chosen.
     """
 
     def __init__(
@@ -87,8 +101,7 @@ class Predictor:
         num_workers: int | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}", where="batch_size")
+        at_least("batch_size", batch_size, 1, where="batch_size")
         self.model = model
         self._inference: Inference | None = None
         if isinstance(model, ImageClassifier):
@@ -104,11 +117,8 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
-        """Returns the logits, float32 (N, K), on the device; features of a model without a head.
-
-        Args:
-            images: uint8 (N, channels, H, W) of the model's size.
-        """
+        """Returns the logits, float32 (N, K), on the device, of uint8 images (N, channels, H, W) of
+        the model's size; features of a model without a head."""
         if self._inference is None:  # an exported file takes pixels
             return self.model(images).float()
         with self._few_threads(len(images)):
@@ -137,13 +147,9 @@ class Predictor:
     ) -> Iterator[Outputs]:
         """Yields what is computed for every image of a source once, batch by batch, in order.
 
-        A GPU's results are copied while it computes the next batch. Of several processes each takes
+        `compute` is from uint8 images (N, channels, H, W) to tensors of N rows; None: the logits. A
+        GPU's results are copied while it computes the next batch. Of several processes each takes
         whole batches: the model sees the same batches, and gives the same bits, for any number.
-
-        Args:
-            source: all of the images.
-            compute: from uint8 images (N, channels, H, W) to tensors of N rows; None: the logits.
-            world: the processes; each yields its own part, which may be empty.
         """
         first, part = 0, source
         if world is not None and world.size > 1:
@@ -153,30 +159,27 @@ class Predictor:
                 for rank in (world.rank, world.rank + 1)
             )
             part = subset(source, np.arange(first, stop), source.name)
-        for batch, (labels, *values) in self._computed(self._batches(part), compute or self.logits):
+        for batch, (labels, *values) in self._computed(part, compute or self.logits):
             bad = [replace(image, index=image.index + first) for image in batch.bad]
             yield Outputs(tuple(values), labels, batch.indices.numpy() + first, bad)
 
-    def _batches(self, source: Source) -> Iterable[Batch]:
-        batches = evaluation_batches(
+    def _computed(
+        self, source: Source, compute: Compute
+    ) -> Iterator[tuple[Batch, tuple[np.ndarray, ...]]]:
+        """Yields each batch with its labels and results on the CPU."""
+        batches: Iterable[Batch] = evaluation_batches(
             source,
             self.preprocessing,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             timeout=self.timeout,
         )
-        if self.device.type != "cuda":
-            return batches
-        pinned = (batch.pin_memory() if len(batch.labels) else batch for batch in batches)
-        return on_device(pinned, self.device)
-
-    def _computed(
-        self, batches: Iterable[Batch], compute: Compute
-    ) -> Iterator[tuple[Batch, tuple[np.ndarray, ...]]]:
-        """Yields each batch with its labels and results on the CPU."""
+        stream = None  # on a CPU nothing is gained by waiting
+        if self.device.type == "cuda":
+            stream = torch.cuda.Stream(self.device)
+            pinned = (batch.pin_memory() if len(batch.labels) else batch for batch in batches)
+            batches = on_device(pinned, self.device)
         pending: deque[tuple[Batch, _Transfer]] = deque()
-        # On a CPU nothing is gained by waiting.
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         for batch in batches:
             values: Tensor | tuple[Tensor, ...] = ()
             if len(batch.labels):

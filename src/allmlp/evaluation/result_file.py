@@ -27,13 +27,7 @@ FORMAT, VERSION = "allmlp measurement", 1
 
 
 def measurement(kind: str, model: Classifier | None, figures: dict[str, Any]) -> dict[str, Any]:
-    """Returns a measurement as JSON values.
-
-    Args:
-        kind: "evaluation", "few-shot", "throughput" or the name of a study.
-        model: that was measured; None where the numbers are of several.
-        figures: the numbers, by names of the kind.
-    """
+    """Returns numbers of a kind, with their names, as a measurement; None: of several models."""
     device = torch.device("cpu") if model is None else model.device
     values: dict[str, Any] = {"format": FORMAT, "version": VERSION, "kind": kind}
     if model is not None:

@@ -35,7 +35,7 @@ from allmlp.inspection.figures import (
     weight_figures,
 )
 from allmlp.inspection.units import (
-    DEFINITIONS,
+    FREQUENCY_EDGES,
     OPPOSITE,
     ModelUnits,
     model_units,
@@ -97,7 +97,7 @@ class InspectOptions(Options):
     """How the token-mixing weights are resized."""
     batch_size: int = 64
     """Covered images per batch."""
-    device: str | None = None
+    device: str = "auto"
     """auto, cpu, cuda or cuda:N, for the image."""
 
     def __post_init__(self) -> None:
@@ -142,7 +142,7 @@ class Inspection:
         values: dict[str, Any] = {
             "format": "allmlp inspection",
             "version": 1,
-            "definitions": DEFINITIONS,
+            "histogram_edges": FREQUENCY_EDGES.round(3),  # of the frequencies
             "model": self.model.to_json(outgoing=self.outgoing),
         }
         if self.compared is not None:
@@ -190,10 +190,8 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
         folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     units = model_units(net, name)
     compared = None if other is None else model_units(other, other_name)
-    layers = options.layers or ()
-    if options.layers in (None, "all"):
-        layers = [layer.number for layer in units.layers]
-        layers = layers if options.layers == "all" else layers[:FIRST_LAYERS]
+    drawable = [layer.number for layer in units.layers]
+    layers = drawable if options.layers == "all" else options.layers or drawable[:FIRST_LAYERS]
     for number in layers:
         units.layer(number)  # an error where the model has no such layer
     notes = list(units.notes)
@@ -201,14 +199,15 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
         notes += [f"{other_name}: {note}" for note in compared.notes if note not in notes]
     covered, responses, figures = None, [], {}
     if options.image is not None:
-        is_path = not isinstance(model, ImageClassifier)
-        net = to_device(net, "auto" if is_path and options.device is None else options.device)
+        stays = isinstance(model, ImageClassifier) and options.device == "auto"
+        net = to_device(net, None if stays else options.device)
         image, pixels = read_image(options.image, net)
         responses = _responses(net, units, image, options)
         covered = _occlusion(net, image, options)
         title = options.image.name
-        figures["occlusion"] = occlusion_figure(pixels, covered, title)
-        if responses:
+        if folder is not None:
+            figures["occlusion"] = occlusion_figure(pixels, covered, title)
+        if folder is not None and responses:
             title += ": what token-mixing units read and write"
             figures["responses"] = response_figure(pixels, responses, title)
     height, width = net.config.image_size

@@ -31,23 +31,6 @@ FREQUENCY_EDGES = np.linspace(0.0, 0.75, 16)
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-# What the numbers of inspection.json mean, as they stand in it.
-DEFINITIONS = {
-    "counting": "layers and units from 1",
-    "frequency": "spectral centroid: the mean of |f| over the 2-D Fourier transform of a unit's "
-    "weights, weighted by its power, with the mean (f = 0) kept; cycles per patch, for the stem "
-    "cycles per pixel with the power summed over the colours",
-    "histogram_edges": [round(float(edge), 3) for edge in FREQUENCY_EDGES],
-    "correlation": "u . v / (|u| |v|), without removing the mean",
-    "partner_correlation": "of each unit with its most negative other unit of the layer",
-    "opposite_share": f"fraction of units whose partner_correlation is below {OPPOSITE}",
-    "weights_correlation": "of all incoming weights of a layer with those of the compared model",
-    "locality": "fraction of a unit's energy in the best axis-aligned window of half the height "
-    "and half the width, rounded up",
-    "zero_units": "units whose weights are all zero; no other number includes them",
-}
-
-
 # --- measures ---
 
 
