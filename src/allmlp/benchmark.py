@@ -179,7 +179,7 @@ class ModelBenchmark:
     threads: int | None = None  # of the CPU, at the best batch size
     ended: str | None = None  # why no larger batch was tried
     error: str | None = None  # why the model was given up
-    spent: float = 0.0  # seconds
+    spent: float = 0.0  # seconds of the sweep
 
     @property
     def is_active(self) -> bool:
@@ -575,6 +575,8 @@ def _sweep(
     The models take turns within a batch size, so that a disturbance falls on all of them. A model
     that fails keeps the reason, and the others continue.
     """
+    for row, _ in timed:
+        row.spent = 0.0  # the budget is for the sweep, not for building
     doubling = [2**power for power in range(LARGEST_BATCH.bit_length())]
     for size in sorted(options.batch_sizes or doubling):
         active: list[tuple[ModelBenchmark, _Timed, int | None, list[float]]] = []
