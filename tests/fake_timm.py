@@ -79,20 +79,23 @@ class FakeCnn(nn.Module):
         return self.fc
 
 
-class FakeVit(FakeCnn):
+class FakeMlp(FakeCnn):
     """Patches of 4 pixels with position embeddings, which are built for one size."""
 
-    def __init__(self, num_classes: int, in_chans: int, img_size: tuple[int, int]) -> None:
-        super().__init__(num_classes, in_chans, "fake_vit")
+    def __init__(
+        self, num_classes: int, in_chans: int, kind: str, img_size: tuple[int, int] = (16, 16)
+    ) -> None:
+        super().__init__(num_classes, in_chans, kind)
         self.conv = nn.Conv2d(in_chans, WIDTH, 4, stride=4)
-        grid = [side // 4 for side in img_size]
-        self.pos_embed = nn.Parameter(torch.randn(1, WIDTH, *grid))
+        self.pos_embed = nn.Parameter(torch.randn(1, WIDTH, *(side // 4 for side in img_size)))
 
     def forward_features(self, x: Tensor) -> Tensor:
         return super().forward_features(x) + self.pos_embed
 
 
-class ResizableVit(FakeVit):
+class FakeVit(FakeMlp):
+    """Which can be brought to another size."""
+
     def set_input_size(self, img_size: tuple[int, int]) -> None:
         size = [side // 4 for side in img_size]
         self.pos_embed = nn.Parameter(nn.functional.interpolate(self.pos_embed, size=size))
@@ -108,12 +111,8 @@ def create_model(
 ) -> nn.Module:
     base = name.partition(".")[0]
     classes = get_pretrained_cfg(name).num_classes if num_classes is None else num_classes
-    if base in ("fake_vit", "fake_mlp"):
-        settings.setdefault("img_size", (16, 16))
-        kind: Any = ResizableVit if base == "fake_vit" else FakeVit
-        model = kind(classes, in_chans, **settings)
-    else:
-        model = FakeCnn(classes, in_chans, base, **settings)
+    kind: Any = {"fake_vit": FakeVit, "fake_mlp": FakeMlp}.get(base, FakeCnn)
+    model = kind(classes, in_chans, base, **settings)
     if pretrained:
         assert pretrained_cfg_overlay is not None, "the package reads files itself"
         model.load_state_dict(pretrained_cfg_overlay["state_dict"])
@@ -129,10 +128,8 @@ def get_pretrained_cfg(name: str) -> Cfg:
 def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
     if not pretrained:
         return sorted({name.partition(".")[0] for name in CFGS})
-    named = {
-        f"{name.partition('.')[0]}.{config.tag}" for name, config in CFGS.items() if config.tag
-    }
-    return sorted(name for name in named if fnmatch.fnmatch(name, pattern))
+    named = {f"{name.partition('.')[0]}.{cfg.tag}" for name, cfg in CFGS.items() if cfg.tag}
+    return sorted(fnmatch.filter(named, pattern))
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,6 @@ from allmlp.benchmark import (
     peak_growth,
 )
 from allmlp.evaluation.result_file import read_measurement
-from allmlp.models.layers import count_parameters
 from allmlp.runtime.device import fast_precision
 from allmlp.training.recipes import RECIPES, recipe
 from conftest import TINY, mixer, tiny_model
@@ -109,7 +108,7 @@ def test_the_json_of_a_measurement(mode, precision):
 def test_memory_counts_weights_state_batch_and_step(monkeypatch):
     patched(monkeypatch, peak_growth=lambda act, device: act() or 1000)
     model = tiny_model()
-    weights, images = 4 * count_parameters(model), 2 * 4 * 3 * 8 * 8
+    weights, images = 4 * model.num_parameters, 2 * 4 * 3 * 8 * 8
     kernels = sum(value.numel() for value in model.parameters() if value.dim() > 1)
     (row,) = quick({"a": model}, batch_sizes=[2]).models
     assert row.memory_bytes == weights + images + 1000

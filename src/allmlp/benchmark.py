@@ -31,7 +31,7 @@ from allmlp.evaluation.result_file import check_result_path, describe, measureme
 from allmlp.io import STANDARD_OUTPUT, check_not_inputs, expand
 from allmlp.models.catalog import create_model, list_models
 from allmlp.models.inference import Inference, evaluating
-from allmlp.models.layers import ImageClassifier, count_parameters
+from allmlp.models.layers import ImageClassifier
 from allmlp.options import ImageSize, Options, Precision, Repeated, assignments, make
 from allmlp.runtime.device import (
     can_compile,
@@ -359,7 +359,7 @@ def _build(name: str, options: BenchmarkOptions, device: torch.device) -> Build:
 def _new(create: Build, device: torch.device) -> Build:
     """Returns what builds a model with random weights, after a trial without memory."""
     with torch.device("meta"):
-        needed = 4 * count_parameters(create())
+        needed = 4 * create().num_parameters
 
     def build() -> ImageClassifier:
         _check_memory("the weights take", needed, device)

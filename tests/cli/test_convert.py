@@ -94,8 +94,6 @@ def test_nothing_is_overwritten_unasked(capsys, tmp_path: Path):
     [
         ((PARAMS, "x.npz", "--format", "onnx"), "nvalid choice"),
         ((PARAMS, "x.pth"), "format allmlp is a .safetensors file, got 'x.pth'"),
-        ((PARAMS, "x.npz", "--format", "timm"), "Call it x.safetensors"),
-        ((PARAMS, "x", "--format", "google"), "Call it x.npz"),
         ((PARAMS, "x", "--image-size", "60"), "the nearest that is: 64x64"),
         ((PARAMS, "x", "--image-size", "big"), "not an image size: 'big'"),
         (
@@ -106,14 +104,7 @@ def test_nothing_is_overwritten_unasked(capsys, tmp_path: Path):
         ((PARAMS, "x", "--image-size", "800000"), "GiB, the machine has"),
         ((PARAMS, "x", "--image-size", "9" * 5000), "not an image size"),
         ((PARAMS, "x.NPZ"), "Call it x.safetensors"),
-        (
-            (PARAMS, "x", "--image-size", "48", "--resize-weights", "block-diagonal"),
-            "4x4 patches do not",
-        ),
-        (
-            (PARAMS, "x", "--num-classes", "-3"),
-            "num_classes must be a whole number of at least 0, got -3",
-        ),
+        ((PARAMS, "x", "--num-classes", "-3"), "at least 0, got -3"),
         (("nowhere.npz", "x"), "no such model: 'nowhere.npz'"),
         (("mixer_b16", "x"), "has no weights of its own"),
     ],
@@ -168,23 +159,6 @@ def test_flags_that_would_be_ignored(capsys, flags):
     assert "do not go together" in err
 
 
-def test_a_run_folder_is_not_converted_onto_itself(capsys, trained: am.TrainResult):
-    before = (trained.run_folder / "config.json").read_bytes()
-    code, _, err = mixer(capsys, "convert", trained.run_folder, trained.run_folder, "--overwrite")
-    assert code == 2
-    assert "the output is a run folder" in err
-    assert (trained.run_folder / "config.json").read_bytes() == before
-
-
-def test_known_shapes_have_names(capsys, tmp_path: Path):
-    with torch.device("meta"):
-        model = am.create_model("mixer_s32", 448, tokens_mlp_dim=1024)
-    zeros = {name: torch.zeros(value.shape) for name, value in model.state_dict().items()}
-    safetensors.torch.save_file(zeros, tmp_path / "s32.safetensors")
-    _, out, _ = mixer(capsys, "models", "--inspect", tmp_path / "s32.safetensors")
-    assert "mixer_s32 grown to 4 tiles, 448x448 pixels, 1,000 classes" in out
-
-
 def test_the_published_weights(capsys, monkeypatch, tmp_path: Path):
     monkeypatch.setenv("MIXER_CACHE", str(tmp_path / "cache"))
     code, out, _ = mixer(capsys, "models", "--weights")
@@ -197,7 +171,7 @@ def test_the_published_weights(capsys, monkeypatch, tmp_path: Path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_other_sizes_in_evaluate_and_predict(capsys, trained: am.TrainResult, tmp_path: Path):
+def test_other_sizes_in_evaluate_and_predict(capsys, trained: am.TrainResult):
     flags = ("--data", "digits:test", "--image-size", "32")
     code, out, err = mixer(capsys, "evaluate", trained.run_folder, *flags)
     assert code == 0
@@ -207,13 +181,6 @@ def test_other_sizes_in_evaluate_and_predict(capsys, trained: am.TrainResult, tm
     code, out, err = mixer(capsys, "predict", trained.run_folder, "digits:test", *flags)
     assert code == 0
     assert "resampled (nearest)" in err
-    path = tmp_path / "new.safetensors"
-    mixer(capsys, "convert", trained.run_folder, path, "--num-classes", "12")
-    for verb in (["evaluate", path, "--data", "digits:test"], ["predict", path, "digits:test"]):
-        code, _, err = mixer(capsys, *verb)
-        assert code == 2
-        assert "the head for 12 classes is new (all zeros)" in err
-        assert "Traceback" not in err
 
 
 def test_a_model_without_names_predicts_numbers_and_is_not_measured(capsys, tmp_path: Path):

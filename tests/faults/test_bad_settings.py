@@ -13,7 +13,6 @@ import torch
 
 import allmlp as am
 from allmlp.errors import named_memory_errors
-from allmlp.models.layers import count_parameters
 from allmlp.runtime import device as compute
 from allmlp.training import train as loop
 from conftest import mixer
@@ -93,7 +92,7 @@ def test_what_only_the_model_shows_leaves_nothing_either(old, tmp_path, capsys):
 
 def test_what_the_optimizer_needs_is_counted_before_the_run(old, tmp_path, capsys, monkeypatch):
     """A model's weights fit; with gradients and both moments they do not."""
-    weights = 4 * count_parameters(am.create_model("mixer_s32", 32, 3, num_blocks=1))
+    weights = 4 * am.create_model("mixer_s32", 32, 3, num_blocks=1).num_parameters
     monkeypatch.setattr(compute, "total_memory", lambda _: 3 * weights)
     typed = ["--image-size", 32, "--model", "mixer_s32", "--set", "model.overrides.num_blocks=1"]
     given = ["train", "--data", old / "data", "--output", tmp_path / "run", *typed]

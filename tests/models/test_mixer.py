@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import allmlp as am
-from allmlp.models.layers import StochasticDepth, count_parameters
+from allmlp.models.layers import StochasticDepth
 from allmlp.models.mixer import MixerBlock, MlpBlock, UntiedLinear, VariantBlock
 from conftest import GOLDEN, TINY, tiny_model
 from google_layout import official_model, our_layout, our_name
@@ -72,7 +72,7 @@ def test_parameter_counts(name):
     for num_classes, expected in zip((0, 1000, 21843), COUNTS[name], strict=True):
         with torch.device("meta"):
             model = am.create_model(name, num_classes=num_classes)
-        assert count_parameters(model) == expected
+        assert model.num_parameters == expected
 
 
 def test_tokens_are_row_major_over_the_grid():

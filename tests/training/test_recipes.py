@@ -12,7 +12,6 @@ import torch
 
 import allmlp as am
 from allmlp.models.catalog import model_config
-from allmlp.models.layers import count_parameters
 from allmlp.training.config import (
     SGD,
     AdamW,
@@ -85,7 +84,7 @@ def test_every_recipe_builds(name: str):
         assert config.model.weights == ""
     else:
         assert config.model.weights is None
-        assert count_parameters(architecture(config)) > 10_000
+        assert architecture(config).num_parameters > 10_000
     assert config.data.source == ("digits" if name == "digits" else "")
 
 
@@ -194,7 +193,7 @@ def test_the_hyper_rule(num_images: int, steps: int, warmup: int, mixup: float):
 
 def test_the_cifar10_models():
     small, best = (architecture(am.recipe(name)) for name in ("cifar10", "cifar10_best"))
-    assert (count_parameters(small), count_parameters(best)) == (1_123_914, 5_271_818)
+    assert (small.num_parameters, best.num_parameters) == (1_123_914, 5_271_818)
     assert (small.config.num_tokens, best.config.num_tokens) == (64, 256)
 
 

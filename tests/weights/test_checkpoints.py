@@ -13,7 +13,7 @@ from test_layouts import IMAGENET, published
 import allmlp as am
 from allmlp.weights import checkpoints
 from allmlp.weights.checkpoints import CHECKPOINTS, checkpoint_of_file, find_checkpoint
-from conftest import mixer, tiny_model
+from conftest import tiny_model
 from web_server import Behaviour, serve
 
 
@@ -127,11 +127,3 @@ def test_a_file_that_somebody_has_to_download(tmp_path: Path, monkeypatch: pytes
     loaded = am.load_model("vip_l7.i1k", quiet=True)
     assert loaded.preprocessing == CHECKPOINTS["vip_l7.i1k"].preprocessing
     assert loaded.class_names is not None
-
-
-def test_what_the_command_lists(capsys: pytest.CaptureFixture[str]):
-    code, out, _ = mixer(capsys, "models", "--weights")
-    assert code == 0
-    row = next(line for line in out.splitlines() if line.startswith("cycle_mlp_b1.i1k "))
-    assert row.split()[:5] == ["cycle_mlp_b1.i1k", "1,000", "~58", "78.9", "exact"]
-    assert all(found.url in out for found in CHECKPOINTS.values())

@@ -37,13 +37,7 @@ def endpoint() -> Iterator[str]:
     """A server that answers as the hub does for owner/tiny, branches main and v2."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.answer(body=False)
-
         def do_GET(self) -> None:
-            self.answer(body=True)
-
-        def answer(self, *, body: bool) -> None:
             parts = self.path.strip("/").split("/")
             code, name = "", parts[-1]
             content = FILES.get(name, b"")
@@ -61,8 +55,10 @@ def endpoint() -> Iterator[str]:
             self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            if body:
+            if self.command == "GET":
                 self.wfile.write(content)
+
+        do_HEAD = do_GET
 
         def log_message(self, format: str, *args: object) -> None:
             del format, args

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ from safetensors.torch import save_file
 
 import allmlp as am
 from allmlp import io
-from allmlp.io import partial_path
 from allmlp.models.layers import classes_of, preprocessing_of
 from allmlp.weights.description import WEIGHTS
-from conftest import NO_PROCESS, tiny_model
+from conftest import tiny_model
 
 
 def saved(tmp_path: Path, **changes: object) -> tuple[am.ImageClassifier, Path]:
@@ -268,19 +266,3 @@ def test_a_save_killed_between_its_renames_is_seen(tmp_path: Path):
     am.save_model(second, folder, overwrite=True)
     (folder / "config.json").write_bytes(old)
     assert_same_model(am.load_model(folder), second)
-
-
-def test_modes_and_leftovers_of_killed_saves(tmp_path: Path):
-    model, folder = saved(tmp_path)
-    (tmp_path / "plain").touch()  # as the umask says
-    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
-    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
-    pids = (NO_PROCESS, os.getppid())
-    dead, living = (partial_path(folder / "model.safetensors", pid) for pid in pids)
-    for path in (dead, living):
-        path.write_bytes(b"half")
-    with pytest.raises(am.UserError, match="already"):
-        am.save_model(model, folder)
-    am.save_model(model, folder, overwrite=True)
-    assert not dead.exists()
-    assert living.exists()  # it may be writing

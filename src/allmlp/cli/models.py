@@ -80,7 +80,7 @@ def _architectures(options: ModelsOptions) -> list[str]:
             continue
         config = model.config
         head = sum(p.numel() for key, p in model.named_parameters() if key.startswith("head."))
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = model.num_parameters
         tokens = " to ".join(f"{n:,}" for n in dict.fromkeys((config.tokens[0], config.tokens[-1])))
         pixels = f"{config.image_size[0]}x{config.image_size[1]}"
         cells = [name, pixels, f"{parameters - head:,}", f"{parameters:,}"]

@@ -47,24 +47,28 @@ def model_config(
 ) -> ModelConfig:
     """Returns the configuration that `create_model` would build; the same arguments and errors."""
     if name.startswith(timm_model.PREFIX):
-        return timm_model.timm_config(name, image_size, num_classes, **overrides)
-    known = {**architectures(), **small_resnet.FAMILY.architectures}
-    one_of("model", name, known)
+        named: ModelConfig = timm_model.timm_config(name)
+    else:
+        known = {**architectures(), **small_resnet.FAMILY.architectures}
+        named = known[one_of("model", name, known)]
+    fields = named.__dataclass_fields__
     for field in overrides:
         if field == "pretrained":  # as timm and torchvision call it
             fix = 'Trained weights have their own names: am.load_model("mixer_b16.i21k"); '
             fix += "`mixer models --weights` lists them"
             raise UserError("create_model draws random weights: it has no 'pretrained'", fix=fix)
-        fields = known[name].__dataclass_fields__
         if field not in fields:
             fix = f"{near_names(field, fields)}Known: {', '.join(fields)}"
             raise UserError(f"model {name} has no setting {field!r}", fix=fix)
     given = {"image_size": image_size, "num_classes": num_classes}
     overrides |= {field: value for field, value in given.items() if value is not None}
     try:
-        return dataclasses.replace(known[name], **overrides)
+        config = dataclasses.replace(named, **overrides)
     except (TypeError, ValueError) as error:
         raise UserError(f"cannot build {name}: {error}") from error
+    if isinstance(config, timm_model.TimmConfig):
+        _ = config.measured  # an image of that size passes
+    return config
 
 
 def create_model(

@@ -118,7 +118,7 @@ class Family:
         config: the class of its configurations.
         build: configuration -> model with random weights.
         architectures: the named configurations, at 224 pixels and with 1000 classes.
-        tell: (configuration, a named one) -> what to write behind the name, or None if it has
+        suffix: (configuration, a named one) -> what to write behind the name, or None if it has
             another shape.
         resize: (tensors by our names, old and new configuration, method) changes the tensors in
             place; returns the new configuration and how it was done, in words.
@@ -137,7 +137,7 @@ class Family:
     config: type[Any]
     build: Callable[[Any], ImageClassifier]
     architectures: Mapping[str, Any] = field(default_factory=dict)
-    tell: Callable[[Any, Any], str | None] = _same_shape
+    suffix: Callable[[Any, Any], str | None] = _same_shape
     resize: Callable[[Tensors, Any, Any, str], tuple[Any, str]] | None = None
     marker: str = ""
     infer: Callable[[Shapes, Size | None, Size | None], Any] | None = None
@@ -146,7 +146,7 @@ class Family:
     def name_of(self, config: ModelConfig) -> str | None:
         """Returns the named architecture that has this shape, at any size and with any classes."""
         for name, named in self.architectures.items():
-            words = self.tell(config, named)
+            words = self.suffix(config, named)
             if words is not None:
                 return f"{name}{words}"
         return None

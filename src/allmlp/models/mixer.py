@@ -373,7 +373,7 @@ def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> MixerCon
     )
 
 
-def _tell(config: MixerConfig, named: MixerConfig) -> str | None:
+def _suffix(config: MixerConfig, named: MixerConfig) -> str | None:
     """A model grown to K tiles has K times wider token-mixing MLPs; a variant says what it is."""
     shape = ("patch_size", "hidden_dim", "num_blocks", "channels_mlp_dim")
     tiles, rest = divmod(config.tokens_mlp_dim, named.tokens_mlp_dim)
@@ -405,8 +405,8 @@ FAMILY = Family(
         name: MixerConfig(**dict(zip(_SIZES, sizes, strict=True)))
         for name, sizes in _TABLE_1.items()
     },
-    tell=_tell,
+    suffix=_suffix,
     resize=resize_tokens,
-    marker=r"stem\.weight$|blocks\.\d+\.(token|channel)_mixing\.",
+    marker=r"blocks\.\d+\.token_mixing\.",
     infer=_infer,
 )

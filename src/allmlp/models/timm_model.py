@@ -102,34 +102,22 @@ def import_timm() -> Any:
     try:
         return importlib.import_module("timm")
     except Exception as error:  # also of a torchvision for another torch: RuntimeError, OSError
-        if isinstance(error, ModuleNotFoundError) and error.name == "timm":
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        what = f"timm cannot be imported: {first_line(error)}"
+        if absent == "timm":
             what = "models named timm:... need timm, which is not installed"
-            raise UserError(what, fix=f"pip install timm. {_MATCHING}") from error
-        absent = isinstance(error, ModuleNotFoundError)
-        fix = f"pip install {getattr(error, 'name', '')}" if absent else _MATCHING
-        raise UserError(f"timm cannot be imported: {first_line(error)}", fix=fix) from error
+        fix = f"pip install {absent}. {_MATCHING}" if absent else _MATCHING
+        raise UserError(what, fix=fix) from error
 
 
-def timm_config(
-    name: str, image_size: int | Size | None, num_classes: int | None, **overrides: Any
-) -> TimmConfig:
-    """Returns the configuration of "timm:NAME", by default at timm's own size with 1000 classes;
-    timm builds it once, without memory, to check it."""
+def timm_config(name: str) -> TimmConfig:
+    """Returns the configuration of "timm:NAME", at timm's own size with 1000 classes."""
     name = name.removeprefix(PREFIX)
     if "." in name:
         what = f"{PREFIX}{name} names weights; a model with random weights has no tag"
         fix = f"{PREFIX}{name.partition('.')[0]}, or allmlp.load_model for the weights"
         raise UserError(what, fix=fix)
-    for field in overrides:
-        one_of("setting", field, ("in_channels", "dropout", "stochastic_depth"))
-    size: Any = own_image_size(name) if image_size is None else image_size
-    classes = 1000 if num_classes is None else num_classes
-    try:
-        config = TimmConfig(name=name, image_size=size, num_classes=classes, **overrides)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"cannot build {PREFIX}{name}: {error}") from error
-    _ = config.measured  # an image of that size passes
-    return config
+    return TimmConfig(name=name, image_size=own_image_size(name))
 
 
 def own_image_size(name: str) -> Size:

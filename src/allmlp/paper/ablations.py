@@ -14,7 +14,6 @@ from typing import Any
 from allmlp.benchmark import benchmark
 from allmlp.errors import UserError, one_of
 from allmlp.models.catalog import create_model, model_config
-from allmlp.models.layers import count_parameters
 from allmlp.models.mixer import MixerConfig
 from allmlp.options import make
 from allmlp.paper.study import Experiment, Study, StudyOptions, train_config
@@ -103,7 +102,7 @@ def ablations(
         )
         for row, speed in zip(rows, measured.models, strict=True):  # the variants took turns
             model = models[row["variant"]]
-            row |= {"parameters": count_parameters(model), "flops": model.config.flops}
+            row |= {"parameters": model.num_parameters, "flops": model.config.flops}
             row |= {"images_per_second": speed.images_per_second, "precision": speed.precision}
 
     return Experiment(

@@ -11,7 +11,6 @@ from allmlp.evaluation.metrics import Evaluation
 from allmlp.models.catalog import architecture_name, family_of
 from allmlp.models.layers import (
     ImageClassifier,
-    count_parameters,
     flops_text,
     preprocessing_of,
 )
@@ -144,7 +143,7 @@ def model_card(
         architecture=architecture,
         paper=paper,
         begun=begun,
-        parameters=count_parameters(model),
+        parameters=model.num_parameters,
         flops=flops_text(model.config.flops),
         summary=model.config.summary(),
         height=height,

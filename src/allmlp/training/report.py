@@ -20,7 +20,7 @@ from allmlp.data.sources import names_source
 from allmlp.errors import plural
 from allmlp.evaluation.metrics import Evaluation, evaluate_source
 from allmlp.evaluation.predictor import Predictor
-from allmlp.models.layers import ImageClassifier, count_parameters, flops_text
+from allmlp.models.layers import ImageClassifier, flops_text
 from allmlp.training.card import model_card
 from allmlp.training.dataset import check_number_bad
 from allmlp.training.optim import operations, power
@@ -52,10 +52,10 @@ def announce(run: Run, model: ImageClassifier) -> None:
     for line in found[1:]:
         say(f"         {line}")
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    is_all = trained == count_parameters(model)
+    is_all = trained == model.num_parameters
     say(
         f"model    {type(model).__name__}, {model.config.summary()}, {height}x{width} pixels: "
-        f"{count_parameters(model):,} parameters, {flops_text(model.config.flops)} per image"
+        f"{model.num_parameters:,} parameters, {flops_text(model.config.flops)} per image"
         + ("" if is_all else f"; only the {trained:,} of the head are trained")
     )
     if config.model.weights is not None:

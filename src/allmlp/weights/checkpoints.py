@@ -56,7 +56,7 @@ class Checkpoint(Published):
         """The size of its parameters as float32, that of the file without its header."""
         with torch.device("meta"):
             model = create_model(self.model, num_classes=self.num_classes)
-        return 4 * sum(parameter.numel() for parameter in model.parameters()) / 2**20
+        return 4 * model.num_parameters / 2**20
 
     def class_names(self) -> list[str] | None:
         """Returns the names of ImageNet-1k's classes if it has 1000, else None."""

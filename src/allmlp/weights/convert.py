@@ -8,7 +8,7 @@ from typing import Literal
 from allmlp.errors import needs, plural
 from allmlp.io import check_not_inputs, expand
 from allmlp.models.catalog import in_words
-from allmlp.models.layers import count_parameters, flops_text
+from allmlp.models.layers import flops_text
 from allmlp.options import ImageSize, Options, ResizeWeights
 from allmlp.weights.load import files_of, load_model
 from allmlp.weights.save import check_target, save_model
@@ -60,7 +60,7 @@ def convert(model: str, output: str, options: ConvertOptions) -> list[str]:
     mebibytes = weights.stat().st_size / 2**20
     lines += [
         f"model    {in_words(net.config)}",
-        f"         {count_parameters(net):,} parameters, {flops_text(net.config.flops)} per image",
+        f"         {net.num_parameters:,} parameters, {flops_text(net.config.flops)} per image",
         f"written  {weights} ({format}, {mebibytes:,.1f} MiB)",
     ]
     gelu = {"google": ("tanh", "Google's code"), "timm": ("exact", "timm")}.get(format)

@@ -27,7 +27,7 @@ from allmlp.names import NAME, is_format, own_entry
 from allmlp.preprocessing import INTERPOLATIONS, Preprocessing
 from allmlp.weights.checkpoints import Checkpoint
 from allmlp.weights.files import WeightsFile, fingerprint
-from allmlp.weights.layouts import Layout, known_layout, layout_of
+from allmlp.weights.layouts import LAYOUTS, Layout, layout_of
 
 FORMAT_VERSION = 1
 WEIGHTS, PICKLED, CONFIG = "model.safetensors", "pytorch_model.bin", "config.json"
@@ -54,7 +54,12 @@ def describe(
     written, where = _written(file)
     if "architecture" in written and is_format(written.get("format"), NAME):
         return _ours(written, where, file)
-    layout = known_layout(file.tensors, file.path)
+    layout = layout_of(file.tensors)
+    if layout is None:
+        first = ", ".join(list(file.tensors)[:4])
+        what = f"not a known model: none of the {len(file.tensors)} tensors has the name of one "
+        fix = f"Known names: {', '.join(known.title for known in LAYOUTS)}"
+        raise UserError(f"{what}({first}, ...)", where=file.path, fix=fix)
     config = _infer(file, layout, _timm_image_size(written), image_size)
     if checkpoint is not None:
         return _published(checkpoint, config, layout, file)
@@ -115,8 +120,7 @@ def _ours(written: Json, where: str, file: WeightsFile) -> Description:
             preprocessing = Preprocessing.from_json(preprocessing)
     except (KeyError, TypeError, ValueError) as error:
         what = error.what[:400] if isinstance(error, UserError) else f"{error!r}"
-        fix = error.fix if isinstance(error, UserError) else None
-        raise UserError(f"not a model description: {what}", where=where, fix=fix) from error
+        raise UserError(f"not a model description: {what}", where=where) from error
     family = family_of(config)
     layout = layout_of(file.tensors, family) or Layout(family.title, family, family.marker)
     if preprocessing is not None:
@@ -245,16 +249,14 @@ def _per_channel(values: Any, channels: int) -> float | tuple[float, ...]:
 def check_shapes(description: Description, file: WeightsFile) -> None:
     """Compares a file's tensors, by its own names, with what the architecture wants; the UserError
     names each tensor that is missing, extra, misshapen or not of floating point."""
-    config, layout, tensors = description.config, description.layout, file.tensors
-    if layout.is_loose:
-        tensors = layout.to_ours(tensors)
+    config, tensors = description.config, file.tensors
     num_blocks = getattr(config, "num_blocks", 0)
     if num_blocks > len(tensors):  # before a description's million blocks are built
         what = f"the description says {num_blocks:,} blocks, the file has {len(tensors)} tensors"
         raise UserError(what, where=file.path)
     try:
         with torch.device("meta"):
-            wanted = layout.from_ours(model_from_config(config).state_dict())
+            wanted = description.layout.from_ours(model_from_config(config).state_dict())
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond what a tensor can have
         first = str(error).splitlines()[0]
         raise UserError(f"the architecture cannot be built: {first}", where=file.path) from error

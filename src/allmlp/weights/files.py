@@ -14,7 +14,6 @@ import math
 import pickle
 import pickletools
 import re
-import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from allmlp.errors import UserError
@@ -117,12 +116,9 @@ def _container_of_archive(path: Path) -> str:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError, struct.error) as error:
-        raise _damaged(path, "safetensors", error) from error
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -193,13 +189,12 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 def _pickles(path: Path, is_zip: bool) -> Iterator[IO[bytes]]:
     if is_zip:
         with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                if info.filename.endswith("data.pkl"):
-                    yield io.BytesIO(archive.read(info))
-        return
-    with path.open("rb") as file:  # before torch 1.6: magic number, protocol, system, object, keys
-        for _ in range(5):
-            yield file
+            for name in archive.namelist():
+                if name.endswith("data.pkl"):
+                    yield io.BytesIO(archive.read(name))
+    else:
+        with path.open("rb") as file:  # before torch 1.6: magic, protocol, system, object, keys
+            yield from [file] * 5
 
 
 _DEEPEST = 50  # values within values: hashing a tuple as deep as its file is long ends the process

@@ -1,20 +1,12 @@
 """How the tensors of a weights file are called and laid out: by us, by Google, by timm.
 
 Google's arrays are Flax's: a dense kernel is (in, out) and the stem's (P, P, channels, C); torch
-has (out, in) and (C, channels, P, P). The published files have the names of the second generation:
+has (out, in) and (C, channels, P, P). The published files have these names:
 
     stem/{kernel,bias}
     MixerBlock_{i}/LayerNorm_{0,1}/{scale,bias}
     MixerBlock_{i}/{token_mixing,channel_mixing}/Dense_{0,1}/{kernel,bias}
     pre_head_layer_norm/{scale,bias}   head/{kernel,bias}
-
-An older generation, which big_vision still reads, numbers LayerNorms among all modules of a block
-and may have axes of length one:
-
-    embedding/{kernel,bias}
-    Mixer/encoderblock_{i}/LayerNorm_{m}/{scale,bias}
-    Mixer/encoderblock_{i}/{token_mixing,channel_mixing}_phase_0/{kernel,bias}{1,2}
-    Mixer/encoder_norm/{scale,bias}    head/{kernel,bias}
 
 timm has torch's shapes, as ours, under these names:
 
@@ -27,8 +19,8 @@ timm computes the exact GELU, also for weights that Google trained with the tanh
 timm's files a model does what timm's does. The files of CycleMLP's and Vision Permutator's authors
 have the names of our own modules.
 
-Sources: google-research/vision_transformer, vit_jax/models_mixer.py and checkpoint.py;
-google-research/big_vision, models/mlp_mixer.py; timm 1.0, models/mlp_mixer.py.
+Sources: google-research/vision_transformer, vit_jax/models_mixer.py; google-research/big_vision,
+models/mlp_mixer.py, which loads the published files; timm 1.0, models/mlp_mixer.py.
 """
 
 from __future__ import annotations
@@ -41,7 +33,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from allmlp.errors import UserError
 from allmlp.models.catalog import ALL_MLP
 from allmlp.models.family import Family, Tensors
 from allmlp.models.mixer import FAMILY as MIXER
@@ -57,45 +48,16 @@ class Layout:
     to_ours: Callable[[Tensors], Tensors] = dict
     from_ours: Callable[[Tensors], Tensors] = dict
     gelu: str | None = None  # of the models whose weights are so named
-    is_loose: bool = False  # names and shapes leave a choice: compared by our names
-
-
-_OLDER = (  # the older generation's names, the published ones
-    (r"^embedding/", "stem/"),
-    (r"^Mixer/encoder_norm/", "pre_head_layer_norm/"),
-    (r"^Mixer/encoderblock_", "MixerBlock_"),
-    (r"_phase_\d+/(\w+)([12])$", lambda found: f"/Dense_{int(found[2]) - 1}/{found[1]}"),
-)
-_GOOGLE = (  # the published names, ours
-    (r"^MixerBlock_(\d+)/", r"blocks.\1."),
-    (r"LayerNorm_", "layer_norm_"),
-    (r"Dense_", "dense_"),
-    (r"/", "."),
-    (r"(kernel|scale)$", "weight"),
-)
 
 
 def google_to_ours(arrays: Tensors) -> Tensors:
     """Returns the tensors by our names and layout."""
-    return {_substituted(name, _GOOGLE): _transposed(name, value) for name, value in arrays.items()}
-
-
-def older_to_ours(arrays: Tensors) -> Tensors:
-    """Returns the older generation's tensors by our names and layout."""
-    second: dict[str, int] = {}  # of each block, the number of its second LayerNorm
-    for name in arrays:
-        if found := re.search(r"(block_\d+)/LayerNorm_(\d+)/", name):
-            second[found[1]] = max(second.get(found[1], 0), int(found[2]))
-
-    def norm(found: re.Match[str]) -> str:
-        is_second = 0 < int(found[2]) == second[found[1]]
-        return f"{found[1]}/LayerNorm_{int(is_second)}/"
-
-    published: Tensors = {}
-    for name, value in arrays.items():
-        key = _substituted(re.sub(r"(block_\d+)/LayerNorm_(\d+)/", norm, name), _OLDER)
-        published[key] = value.squeeze() if "/Dense_" in key else value
-    return google_to_ours(published)
+    tensors: Tensors = {}
+    for key, value in arrays.items():
+        name = re.sub(r"^MixerBlock_(\d+)", r"blocks.\1", key).replace("/", ".")
+        name = name.replace("LayerNorm_", "layer_norm_").replace("Dense_", "dense_")
+        tensors[re.sub("(kernel|scale)$", "weight", name)] = _transposed(key, value)
+    return tensors
 
 
 def google_from_ours(tensors: Tensors) -> Tensors:
@@ -107,12 +69,6 @@ def google_from_ours(tensors: Tensors) -> Tensors:
         key = re.sub("weight$", "scale" if "norm" in key.lower() else "kernel", key)
         arrays[key] = _transposed(key, value, back=True)
     return dict(sorted(arrays.items(), key=lambda item: natural(item[0])))
-
-
-def _substituted(name: str, pairs: tuple[tuple[str, str | Callable[..., str]], ...]) -> str:
-    for pattern, ours in pairs:
-        name = re.sub(pattern, ours, name)
-    return name
 
 
 def _transposed(key: str, value: torch.Tensor, back: bool = False) -> torch.Tensor:
@@ -167,17 +123,7 @@ def _replaced(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
 LAYOUTS = [
     Layout("allmlp", MIXER, MIXER.marker, gelu="tanh"),
     Layout("Google", MIXER, "stem/|MixerBlock_", google_to_ours, google_from_ours, "tanh"),
-    Layout(
-        "Google, older names", MIXER, "embedding/|Mixer/", older_to_ours, gelu="tanh", is_loose=True
-    ),
-    Layout(
-        "timm",
-        MIXER,
-        r"stem\.proj\.|blocks\.\d+\.mlp_(tokens|channels)\.",
-        timm_to_ours,
-        timm_from_ours,
-        "exact",
-    ),
+    Layout("timm", MIXER, r"blocks\.\d+\.mlp_tokens\.", timm_to_ours, timm_from_ours, "exact"),
     *(Layout(found.title, found, found.marker) for found in ALL_MLP if found is not MIXER),
 ]
 
@@ -191,14 +137,3 @@ def layout_of(tensors: Tensors, family: Family | None = None) -> Layout | None:
             known = sum(re.match(layout.marker, name) is not None for name in tensors)
             best, most = (layout, known) if known > most else (best, most)
     return best
-
-
-def known_layout(tensors: Tensors, path: Path) -> Layout:
-    """Returns the layout of a file without a description, or raises UserError."""
-    layout = layout_of(tensors)
-    if layout is None:
-        first = ", ".join(list(tensors)[:4])
-        what = f"not a known model: none of the {len(tensors)} tensors has the name of one "
-        titles = ", ".join(known.title for known in LAYOUTS)
-        raise UserError(f"{what}({first}, ...)", where=path, fix=f"Known names: {titles}")
-    return layout

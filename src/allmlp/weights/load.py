@@ -5,15 +5,15 @@ Nothing that is loaded runs code.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from allmlp.console import Reporter
 from allmlp.errors import UserError, one_of, plural
@@ -122,11 +122,11 @@ def _from_file(
     config, preprocessing = description.config, description.preprocessing
     tensors = description.layout.to_ours(file.tensors)
     file.tensors.clear()  # what is replaced below need not stay in memory
-    # A copy if the file is mapped into memory: somebody may write to it later.
-    is_mapped = file.container != "npz"
-    tensors = {
-        name: _as_float32(tensors.pop(name), copy=is_mapped).contiguous() for name in list(tensors)
-    }
+    is_mapped = file.container != "npz"  # then copied: somebody may write to the file later
+    for name in list(tensors):
+        value = tensors.pop(name)
+        dtype = torch.float32 if value.is_floating_point() else value.dtype  # of counters
+        tensors[name] = value.to(dtype, copy=is_mapped).contiguous()
     _check_finite(tensors, path)
     is_timm = description.layout.family.name == "timm"  # changes its size with the weights in it
     if size is not None and size != config.image_size and not is_timm:
@@ -184,11 +184,6 @@ def _at_size(
     return dataclasses.replace(preprocessing, image_size=image_size)
 
 
-def _as_float32(tensor: Tensor, *, copy: bool) -> Tensor:
-    """Returns numbers of any precision as float32; counters stay whole numbers."""
-    return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=copy)
-
-
 def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """NaN in the weights, as of a training that diverged, would be in every prediction."""
     for name, tensor in tensors.items():
@@ -207,22 +202,20 @@ def _pixels(config: ModelConfig) -> str:
 
 
 def with_new_head(model: ImageClassifier, num_classes: int) -> ImageClassifier:
-    """Returns the model with a zero head of `num_classes` outputs, 0 for none; no class names."""
+    """Returns the model with a zero head of `num_classes` outputs, 0 for none; no class names. It
+    shares all else with the given one, which stays unchanged."""
+    dim = model.config.hidden_dim
     try:
-        config = dataclasses.replace(model.config, num_classes=operator.index(num_classes))
-    except (TypeError, ValueError) as error:
+        config = dataclasses.replace(model.config, num_classes=num_classes)
+    except ValueError as error:
         raise UserError(f"not a number of classes: {error}", where="num_classes") from error
-    words = f"a head for {plural(num_classes, 'class')}"
-    check_fits_memory(num_classes * model.config.hidden_dim, words)
-    with torch.device("meta"):
-        fresh = model_from_config(config)
-    trained = model.state_dict()
-    tensors = {
-        name: torch.zeros(shape.shape) if name.startswith("head.") else trained[name]
-        for name, shape in fresh.state_dict().items()
-    }
-    fresh.load_state_dict(tensors, assign=True)
-    fresh.preprocessing = model.preprocessing
+    check_fits_memory(num_classes * dim, f"a head for {plural(num_classes, 'class')}")
+    head: Any = nn.utils.skip_init(nn.Linear, dim, num_classes) if num_classes else None
+    for parameter in () if head is None else head.parameters():
+        nn.init.zeros_(parameter)
+    fresh = copy.copy(model)
+    fresh._modules = dict(model._modules)
+    fresh.config, fresh.class_names, fresh.head = config, None, head
     return fresh
 
 
@@ -234,22 +227,14 @@ def locate(source: str | Path, report: Reporter) -> tuple[Path, Checkpoint | Non
         name, revision = hub.parse(text)
         is_published = revision is None and name.startswith("timm/")
         return hub.fetch(name, revision), find_checkpoint(name) if is_published else None
-    if text.startswith(PREFIX):
-        what = f"{text!r} is a model of timm, which brings its own weights: no file can be shown"
-        raise UserError(what, fix=f"mixer evaluate {text} --data SOURCE")
     path = expand(source)
     if path.suffix.lower() in EXPORTED and not os.path.isdir(path):
-        fix = "Give the run or the weights that it was made from"
-        if path.suffix.lower() != ".pt2":
-            fix += ". To use the file: am.open_exported(FILE), `mixer predict FILE`"
         what = "an exported file has no weights to load: it only computes logits"
-        raise UserError(what, where=path, fix=fix)
+        raise UserError(what, where=path, fix="Give the run or the weights it was made from")
     try:
         if path.is_dir():
             return _in_folder(path), None
-        if path.exists():
-            if not path.is_file():
-                raise UserError("neither a file nor a folder", where=path)
+        if path.is_file():
             return path, checkpoint_of_file(path.name)
     except OSError as error:
         reason = error.strerror or error

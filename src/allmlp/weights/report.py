@@ -41,7 +41,7 @@ def inspect_file(source: str | Path, image_size: tuple[int, int] | None = None) 
         f"GELU           {getattr(found.config, 'gelu', 'exact')}",
         f"classes        {shown}",
         f"preprocessing  {'unknown' if preprocessing is None else preprocessing.summary()}",
-        f"says           {found.source}",
+        f"described by   {found.source}",
         *(f"note           {note}" for note in found.notes),
         "",
     ]

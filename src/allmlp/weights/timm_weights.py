@@ -106,7 +106,8 @@ def from_timm(theirs: Any, name: str, image_size: Size) -> TimmModel:
 @torch.no_grad()
 def _has_same_head(theirs: Any, model: TimmModel) -> bool:
     """Whether our head maps random features to the same logits as timm's."""
-    shape, backbone = model.config.measured.unpooled, model.backbone
+    backbone: Any = model.backbone
+    shape = model.config.measured.unpooled
     if shape is None:
         return False
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
