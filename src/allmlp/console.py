@@ -103,8 +103,8 @@ def table(headers: list[str], rows: list[list[str]], left: int = 1) -> list[str]
 
     Args:
         headers: one for each column.
-        rows: cells as they are to be shown.
-        left: so many columns from the first are aligned left, the others right.
+        rows: the text of each cell.
+        left: the number of first columns that are aligned left; the others are aligned right.
     """
     widths = [max(len(row[at]) for row in [headers, *rows]) for at in range(len(headers))]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend.
+    """A mistake that the user can fix.
 
     Args:
         what: what is wrong, with the offending value.

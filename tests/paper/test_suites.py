@@ -139,10 +139,11 @@ def test_the_lightweight_protocol(place, monkeypatch):
     asked = pretended(monkeypatch, lambda config: 0.5)
     given: dict[str, Any] = {**FREE, "protocol": "lightweight", "tasks": {"pets": place / "pets"}}
     result = vtab("w", output=str(place / "out"), **given)
-    (config,) = asked
+    (config,) = asked  # a single rate needs no grid
     assert result is not None
     assert result.changes == []
     assert (config.steps, config.batch_size, config.seed) == (1000, 64, 0)
+    assert (config.optimizer.learning_rate, config.data.holdout) == (0.01, 0.0)
     assert (config.model.image_size, config.data.resize) == (224, "squash")
     assert config.optimizer.clip_norm == 0.0
     assert warmup_steps(config.optimizer, 1000) == 80
@@ -184,14 +185,6 @@ def test_avg5(place, monkeypatch):
     assert {config.data.resize for config in asked} == {"resize-crop"}
     assert result.changes == []
     assert result.summary() == "mean of 1 of 5 tasks, partial: 90.00%"
-
-
-def test_a_single_rate_is_taken_without_a_grid(place, monkeypatch):
-    asked = pretended(monkeypatch, lambda config: 0.5)
-    result = run(place, tasks="pets", grid=[0.2])
-    assert [config.optimizer.learning_rate for config in asked] == [0.2]
-    assert asked[0].data.holdout == 0.0
-    assert (result.tasks["pets"]["grid"], result.tasks["pets"]["learning_rate"]) == ([], 0.2)
 
 
 def test_tasks_may_be_added_and_other_settings_are_other_runs(place, monkeypatch):

@@ -111,17 +111,17 @@ def test_what_is_taken(tmp_path, name, images, rule, final, chosen):
     assert plan.final.splits["train"] == (*plan.grid.splits["train"], chosen)
     assert final is None or plan.final.splits["train"] == final
     splits, grid = open_subset(plan.final), open_subset(plan.grid)
-    learnt = len(grid["train"]) + len(grid["validation"])
-    assert len(splits["train"]) == learnt == plan.images["train"]
+    number = len(grid["train"]) + len(grid["validation"])
+    assert len(splits["train"]) == number == plan.images["train"]
     assert len(splits["test"]) == plan.images["test"] > 0
     assert plan.num_classes == 7
-    said = "\n".join(plan.describe())
-    assert f"7 classes, not {VTAB[name].num_classes}" in said
-    assert ("train images, not 1,000" in said) == (learnt != 1000)
+    text = "\n".join(plan.describe())
+    assert f"7 classes, not {VTAB[name].num_classes}" in text
+    assert ("train images, not 1,000" in text) == (number != 1000)
 
 
-def test_nothing_that_is_measured_on_is_learnt_from(tmp_path):
-    """The rows of a list are told apart by their numbers as classes."""
+def test_nothing_that_is_measured_on_is_trained_on(tmp_path):
+    """Each row of the list has a class of its own."""
     for name, images in [("eurosat", {"train": 1300}), ("pets", {"train": 900, "val": 40})]:
         plan = plan_1k(VTAB[name], make_list(tmp_path, images, "{n}"))
         train, test = (open_subset(plan.final)[split] for split in ("train", "test"))

@@ -1,1 +1,1 @@
-"""A model -> pictures and numbers of its weights, and of what one image excites; trains nothing."""
+"""A model -> plots and measures of its weights, and of what one image excites; trains nothing."""
