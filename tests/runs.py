@@ -67,7 +67,7 @@ def make_data(folder: Path) -> Path:
 
 
 def watch_every_step(patch: pytest.MonkeyPatch) -> None:
-    """Every step is logged, and the pictures, most of a tiny run's time, are left out."""
+    """Every step is logged, and the plots, most of a tiny run's time, are left out."""
     patch.setattr(loop, "LOG_EVERY", 1)
     for name in ("curves", "training_batch", "save"):
         patch.setattr(plots, name, lambda *_: None)
@@ -93,18 +93,18 @@ def train(
 ) -> Path:
     """Trains, or resumes a folder, and returns the run folder; a signal stops it after a step."""
     folder = config if isinstance(config, Path) else Path(str(config.output))
-    go_on: Callable[[Any], object] = functools.partial(
+    begin: Callable[[Any], object] = functools.partial(
         am.resume if isinstance(config, Path) else am.train, quiet=True
     )
     with pytest.MonkeyPatch.context() as patch:
         watch_every_step(patch)
         if stop_after is None:
-            go_on(config)
+            begin(config)
             return folder
         before_step(patch, stop_after - 1, lambda _: os.kill(os.getpid(), by))
         with pytest.raises((SystemExit, KeyboardInterrupt)) as end:
-            go_on(config)
-        stopped = end.type is KeyboardInterrupt or end.value.code == 143
+            begin(config)
+        stopped = getattr(end.value, "code", 143) == 143  # KeyboardInterrupt has none
         assert stopped == (by in (signal.SIGINT, signal.SIGTERM))
     return folder
 
@@ -300,7 +300,7 @@ def _fork_commands() -> None:
 
 
 def command(arguments: list[str], fault: str) -> None:
-    """The command, with every step logged, no pictures and a fault."""
+    """The command, with every step logged, no plots and a fault."""
     sys.argv = ["mixer", *arguments]
     with pytest.MonkeyPatch.context() as patch:
         watch_every_step(patch)
@@ -315,6 +315,12 @@ def steps_of(run: Path) -> list[dict[str, float]]:
     """Returns the lines of metrics.jsonl without the times."""
     lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def logged(run: Path) -> int:
+    """Returns how many steps a run that may have just begun has logged."""
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def losses_of(run: Path) -> list[float]:

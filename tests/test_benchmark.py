@@ -22,7 +22,7 @@ from allmlp.benchmark import (
 )
 from allmlp.evaluation.result_file import read_measurement
 from allmlp.runtime.device import fast_precision
-from allmlp.training.recipes import RECIPES, recipe
+from allmlp.training.recipes import RECIPES
 from conftest import TINY, mixer, tiny_model
 
 CPU = torch.device("cpu")
@@ -288,9 +288,7 @@ def test_ctrl_c_prints_what_there_is(capsys, saved, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_what_a_recipe_takes(capsys, tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        RECIPES, "cifar10", lambda: recipe("digits").with_value("recipe", "cifar10")
-    )
+    monkeypatch.setitem(RECIPES, "cifar10", RECIPES["digits"])
     target = tmp_path / "cost.json"
     code, out, _ = mixer(capsys, "benchmark", "--recipe", "cifar10", *QUICK, "--output", target)
     assert code == 0

@@ -28,7 +28,7 @@ Repeated = Annotated[tuple[str, ...], "repeated"]  # a flag that is given once f
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What all options have in common: unknown names and values of a wrong type are refused."""
+    """What all options have in common: unknown names and values of a wrong type are errors."""
 
     __pydantic_config__ = {"extra": "forbid", "arbitrary_types_allowed": True}  # noqa: RUF012
 

@@ -1,4 +1,4 @@
-"""`mixer finetune` as a user types it: what is said, what is refused, and what it hands over."""
+"""`mixer finetune` as a user types it: what it prints, and what is a mistake."""
 
 from __future__ import annotations
 

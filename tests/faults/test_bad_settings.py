@@ -27,7 +27,7 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refused(
+def failed(
     capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object
 ) -> tuple[str, list[str]]:
     """Runs the command, checks that it did nothing, and returns the message and its lines."""
@@ -64,7 +64,7 @@ def test_settings(old, tmp_path, capsys, monkeypatch, typed, named):
     monkeypatch.setattr(loop, "announce", lambda *_: pytest.fail("the run began"))
     run = tmp_path / "run"
     given = ["train", "--data", old / "data", "--output", run, *typed.split()]
-    text, _ = refused(capsys, tmp_path, *given)
+    text, _ = failed(capsys, tmp_path, *given)
     assert re.search(named, text), text
     assert not run.exists()
 
@@ -86,7 +86,7 @@ def test_flags(old, tmp_path, capsys, typed: str):
 def test_what_only_the_model_shows_leaves_nothing_either(old, tmp_path, capsys):
     """The images are too small for its patches."""
     typed = ["--data", old / "data", "--output", tmp_path / "run", "--image-size", 40]
-    text, _ = refused(capsys, tmp_path, "train", *typed, "--model", "mixer_s32")
+    text, _ = failed(capsys, tmp_path, "train", *typed, "--model", "mixer_s32")
     assert "image size 40x40 is not divisible by the patch size 32" in text
 
 
@@ -96,7 +96,7 @@ def test_what_the_optimizer_needs_is_counted_before_the_run(old, tmp_path, capsy
     monkeypatch.setattr(compute, "total_memory", lambda _: 3 * weights)
     typed = ["--image-size", 32, "--model", "mixer_s32", "--set", "model.overrides.num_blocks=1"]
     given = ["train", "--data", old / "data", "--output", tmp_path / "run", *typed]
-    text, _ = refused(capsys, tmp_path, *given)
+    text, _ = failed(capsys, tmp_path, *given)
     assert re.search(r"training [0-9,]+ weights with adamw needs", text)
 
 
@@ -133,7 +133,7 @@ def test_a_removed_working_directory(capsys, monkeypatch):
 def test_another_run_is_there(old, capsys):
     config = run_config(old / "data", old / "run", steps=5, evaluate_every=4, seed=3)
     config = config.with_values({"model.image_size": 16, "model.overrides.hidden_dim": 32})
-    text, _ = refused(capsys, old, *typed_settings(config))
+    text, _ = failed(capsys, old, *typed_settings(config))
     assert text.startswith("error: the run folder holds a run with other settings: ")
     for words in (
         "model.overrides.hidden_dim is 16 there and 32 here",
@@ -144,7 +144,7 @@ def test_another_run_is_there(old, capsys):
         assert words in text
     assert f"mixer train --resume {old / 'run'}" in text
     assert f"mixer finetune {old / 'run'} --data SOURCE" in text  # for longer training
-    text, _ = refused(capsys, old, "train", "--resume", old / "run", "--seed", 3)
+    text, _ = failed(capsys, old, "train", "--resume", old / "run", "--seed", 3)
     assert "with other settings: seed is 0 there and 3 here" in text
 
 
@@ -173,23 +173,23 @@ def test_a_config_that_is_not_ours(tmp_path, capsys, change, message):
     (run / "config.json").write_text(
         json.dumps({**values, **change}) if isinstance(change, dict) else text
     )
-    text, lines = refused(capsys, tmp_path, "train", "--resume", run)
+    text, lines = failed(capsys, tmp_path, "train", "--resume", run)
     assert re.search(message, lines[0]), text
     assert f"where: {run / 'config.json'}" in text
 
 
 def test_resume_of_what_is_no_run(old, tmp_path, capsys):
-    text, _ = refused(capsys, old, "train", "--resume", old / "run" / "best")
+    text, _ = failed(capsys, old, "train", "--resume", old / "run" / "best")
     assert "not that of a training run" in text
     assert "to fix: Give the run folder, not best/" in text
     (tmp_path / "empty").mkdir()
     for folder, what in ((tmp_path / "empty", "not a run folder"), (tmp_path / "no", "no such")):
-        text, _ = refused(capsys, tmp_path, "train", "--resume", folder)
+        text, _ = failed(capsys, tmp_path, "train", "--resume", folder)
         assert what in text
         assert f"where: {folder}" in text
     assert not (tmp_path / "no").exists()
     for extra in (["--output", tmp_path / "new"], ["digits"]):
-        text, _ = refused(capsys, tmp_path, "train", *extra, "--resume", old / "run")
+        text, _ = failed(capsys, tmp_path, "train", *extra, "--resume", old / "run")
         assert "output cannot be given" in text or "the recipe digits cannot" in text
         assert not (tmp_path / "new").exists()
 

@@ -14,6 +14,7 @@ import pytest
 from runs import (
     DROPOUT,
     check_same,
+    logged,
     losses_of,
     make_data,
     run_config,
@@ -42,10 +43,11 @@ def test_thirty_kills_change_nothing(data: Path, tmp_path: Path):
     for life in range(KILLS):
         process, begun = start(config, tmp_path / f"life {life}"), time.monotonic()
         end = begun + chance.random() * startup
-        more = len(_steps(run)) + chance.randrange(14) * (life > 0)
-        signs = [
-            lambda end=end: time.monotonic() > end,
-            lambda more=more: len(_steps(run)) > more,
+        before = logged(run)
+        more = before + chance.randrange(14) * (life > 0)
+        signs = [  # also on a machine that is faster than it was in the first life
+            lambda end=end, most=before + 5: time.monotonic() > end or logged(run) > most,
+            lambda more=more: logged(run) > more,
             lambda: _partial(run),
         ]
         sign = signs[life % 3 if life else 1]
@@ -77,7 +79,7 @@ before_step(patch, 16, wait)
 
 
 @pytest.mark.slow
-def test_a_second_run_in_the_folder_is_refused(data: Path, tmp_path: Path):
+def test_a_second_run_in_the_folder_is_an_error(data: Path, tmp_path: Path):
     """With exit code 2, while the first goes on unharmed."""
     straight = train(run_config(data, tmp_path / "straight"))
     config = run_config(data, tmp_path / "run")
@@ -114,11 +116,6 @@ def test_a_killed_run_leaves_no_lock(data: Path, tmp_path: Path):
     assert any(map(_lives, workers))  # or the test would show nothing
     assert again.wait() == 0, again.said()
     until(lambda: not any(map(_lives, workers)), 20.0)
-
-
-def _steps(run: Path) -> list[str]:
-    path = run / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def _partial(run: Path) -> list[Path]:

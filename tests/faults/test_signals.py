@@ -17,6 +17,7 @@ from runs import (
     DROPOUT,
     check_same,
     digest,
+    logged,
     losses_of,
     make_data,
     results_of,
@@ -78,8 +79,8 @@ def test_the_command_itself(data: Path, long: Path, tmp_path: Path):
             running.append(popen(f"exec {shlex.join(map(str, words))}"))
         waiting = dict(zip(stops, running, strict=True))
         while waiting:
-            until(lambda: any(_steps(run)[2:] for run in waiting), 60.0)
-            run = next(run for run in waiting if _steps(run)[2:])
+            until(lambda: any(logged(run) > 2 for run in waiting), 60.0)
+            run = next(run for run in waiting if logged(run) > 2)
             os.killpg(waiting.pop(run).pid, stops[run][0])
         for process, (run, (_, code)) in zip(running, stops.items(), strict=True):
             out, err = process.communicate(timeout=60)
@@ -112,7 +113,7 @@ def test_a_second_signal_ends_it_at_once(data, straight, tmp_path, number: int, 
     config = run_config(data, tmp_path / "run", checkpoint_every=6)
     process = start(config, tmp_path / "said", "before_step(patch, 16, lambda _: time.sleep(600))")
     saved = tmp_path / "run" / "checkpoints" / "step-00000012"
-    until(lambda: len(_steps(tmp_path / "run")) == 16 and saved.exists(), 30.0)
+    until(lambda: logged(tmp_path / "run") == 16 and saved.exists(), 30.0)
     process.send(number)
     until(lambda: "stopping: the run saves" in process.said(), 10.0)
     assert process.poll() is None
@@ -126,14 +127,14 @@ def test_a_second_signal_ends_it_at_once(data, straight, tmp_path, number: int, 
 @pytest.mark.slow
 def test_torchrun_passes_on_a_signal_that_came_already(data, straight, tmp_path):
     """Ctrl-C reaches the whole group, and torchrun sends it once more: that is one request."""
-    config, go_on = run_config(data, tmp_path / "run"), tmp_path / "go on"
-    fault = f"before_step(patch, 16, lambda _: until(Path({str(go_on)!r}).exists, 30.0))"
+    config, proceed = run_config(data, tmp_path / "run"), tmp_path / "proceed"
+    fault = f"before_step(patch, 16, lambda _: until(Path({str(proceed)!r}).exists, 30.0))"
     process = start(config, tmp_path / "said", fault, {"TORCHELASTIC_RUN_ID": "none"})
-    until(lambda: len(_steps(tmp_path / "run")) == 16, 30.0)
+    until(lambda: logged(tmp_path / "run") == 16, 30.0)
     process.send(signal.SIGINT)
     until(lambda: "stopping: the run saves" in process.said(), 10.0)
     process.send(signal.SIGTERM)
-    go_on.touch()
+    proceed.touch()
     assert process.wait() == 130
     assert "stopped at once" not in process.said()
     assert "stopped after step 17 of 30" in process.said()
@@ -165,7 +166,7 @@ def test_the_callers_handlers_come_back(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_the_pictures_are_drawn(data, straight, tmp_path):
+def test_ctrl_c_while_the_plots_are_drawn(data, straight, tmp_path):
     """The training is done then, and the same command measures and draws."""
     config = run_config(data, tmp_path / "run")
     # The signal may reach another thread first: the sleep is where it then arrives.
@@ -175,8 +176,3 @@ def test_ctrl_c_while_the_pictures_are_drawn(data, straight, tmp_path):
     assert process.wait() == 130
     assert process.said().splitlines()[-1] == "stopped"
     check_same(train(config), straight)
-
-
-def _steps(run: Path) -> list[str]:
-    path = run / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []

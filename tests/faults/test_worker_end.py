@@ -45,7 +45,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["killed", pytest.param("hangs", marks=pytest.mark.slow)])
-def test_it_is_named_and_the_run_goes_on_later(straight: Path, tmp_path: Path, kind: str):
+def test_it_is_named_and_the_run_resumes_later(straight: Path, tmp_path: Path, kind: str):
     data = straight.parent / "data"
     config = run_config(data, tmp_path / "run", **CHANGES)
     fault = FAULT.replace("KIND", KINDS[kind]).replace("FOLDER", repr(str(tmp_path)))

@@ -340,7 +340,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def check_disk_full(folder: Path, checkpoints: Checkpoints) -> None:
     """Saves step 2 in vain beside a whole step 1."""
-    needed = sum(each.nbytes for each in state(2).values())
+    needed = sum(tensor.nbytes for tensor in state(2).values())
     checkpoints.save(2, state(2), {"step": 2})
     with pytest.raises(UserError) as error:
         checkpoints.wait()

@@ -65,7 +65,7 @@ def test_precision_auto_goes_by_stated_rules(monkeypatch, fast, flops, expected,
         assert (found.precision, found.why) == (precision, precision)
 
 
-def test_without_a_compiler_the_run_goes_on_and_says_so(class_folder, tmp_path, monkeypatch):
+def test_without_a_compiler_the_run_continues_and_reports_it(class_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/g++")
     run = am.train(
         tiny_config(str(class_folder), tmp_path / "run", compile="on", epochs=1), quiet=True

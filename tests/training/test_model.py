@@ -150,8 +150,6 @@ def test_weights_without_a_head(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("size", "growth", "how"),
     [
-        (16, "auto", "resized  8x8 -> 16x16 pixels: block-diagonal"),
-        (12, "auto", "resized  8x8 -> 12x12 pixels: resample"),
         (16, "resample", "resized  8x8 -> 16x16 pixels: resample"),
         ((8, 16), "auto", "resized  8x8 -> 8x16 pixels: block-diagonal"),
     ],

@@ -53,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @unix
 @pytest.mark.parametrize(
-    "case", ["adamw", *(pytest.param(each, marks=pytest.mark.slow) for each in [*CASES][1:])]
+    "case", ["adamw", *(pytest.param(case, marks=pytest.mark.slow) for case in [*CASES][1:])]
 )
 def test_a_resumed_run_repeats_the_bits(data: Path, tmp_path: Path, case: str):
     """Stopped in mid-epoch by SIGTERM, resumed, stopped by Ctrl-C, and resumed by its settings.
@@ -66,12 +66,12 @@ def test_a_resumed_run_repeats_the_bits(data: Path, tmp_path: Path, case: str):
     assert len(set(losses_of(straight))) >= 29  # or the same bits would prove little
     config = config.with_value("output", str(run))
     assert train(config, stop_after=13) == run
-    assert [each["step"] for each in steps_of(run)] == list(range(13))
+    assert [line["step"] for line in steps_of(run)] == list(range(13))
     train(run, stop_after=21, by=signal.SIGINT)
     train(config.with_value("data.num_workers", 2 - (config.data.num_workers or 0)))
     check_same(run, straight)
     said = (run / "log.txt").read_text().splitlines()
-    assert [each for each in said if each.startswith("resumed")] == [
+    assert [line for line in said if line.startswith("resumed")] == [
         "resumed  after step 13 of 30",
         "resumed  after step 21 of 30",
     ]
@@ -145,7 +145,7 @@ def test_the_parts_of_a_step_stay_and_can_be_changed(data: Path, tmp_path: Path,
     assert parts == [5, 5, 5, 5, 5, 2, 2]
 
 
-def test_other_images_are_refused(tmp_path: Path):
+def test_other_images_are_an_error(tmp_path: Path):
     data, run = make_data(tmp_path / "data"), tmp_path / "run"
     train(run_config(data, run), stop_after=13)
     kept = tmp_path / "kept"
@@ -208,7 +208,7 @@ def test_stopping_early(data: Path, tmp_path: Path, monkeypatch, patience: int):
 
     def chosen(model, *arguments):
         result = measure(model, *arguments)
-        looked_at.append({name: each.clone() for name, each in model.state_dict().items()})
+        looked_at.append({name: value.clone() for name, value in model.state_dict().items()})
         result.logits[:] = 0.0
         number = next(right)
         for place, label in enumerate(result.labels):
@@ -227,7 +227,7 @@ def test_stopping_early(data: Path, tmp_path: Path, monkeypatch, patience: int):
     said = f"stopped early: no better result in {patience} evaluations"
     assert said in (run / "log.txt").read_text()
     best = am.load_model(run).state_dict()
-    same = [all(torch.equal(best[name], each[name]) for name in best) for each in looked_at]
+    same = [all(torch.equal(best[n], weights[n]) for n in best) for weights in looked_at]
     assert same == [False, True, False, False][: 2 + patience]
     before = files(run / "checkpoints") | files(run / "best")
     monkeypatch.setattr(loop, "training_batches", lambda *_, **__: pytest.fail("it trained again"))
@@ -270,7 +270,7 @@ def test_an_infinite_gradient_changes_nothing(data: Path, tmp_path: Path, monkey
     def poison(trainer: loop.Trainer) -> None:
         trainers.append(trainer)
         tensors = trainer.state.tensors()
-        before.update({name: each.detach().clone() for name, each in tensors.items()})
+        before.update({name: value.detach().clone() for name, value in tensors.items()})
         place = torch.zeros_like(trainer.model.stem.weight).flatten()
         place[5] = float("inf")
         trainer.model.stem.weight.register_hook(lambda g: g + place.view_as(g))

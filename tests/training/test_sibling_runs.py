@@ -63,6 +63,6 @@ def test_from_training_to_predictions(data: Path, tmp_path: Path, name: str):
     larger = am.load_model(tuned.run_folder)
     assert larger.config.image_size == (16, 16)
     assert larger.config.stochastic_depth == 0
-    picture = next((data / "val" / "bee").glob("*.png"))
-    (prediction,) = am.predict(tuned.run_folder, [str(picture)])
+    image = next((data / "val" / "bee").glob("*.png"))
+    (prediction,) = am.predict(tuned.run_folder, [str(image)])
     assert {name for name, _ in prediction.classes} == {"ant", "bee", "cat"}

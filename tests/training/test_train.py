@@ -18,7 +18,7 @@ from allmlp.training import train as loop
 from allmlp.training.report import duration
 from conftest import tiny_config
 
-PICTURES = [*("confusion", "curves", "predictions", "reliability", "train_batch", "worst_mistakes")]
+PLOTS = [*("confusion", "curves", "predictions", "reliability", "train_batch", "worst_mistakes")]
 
 
 def steps_of(run: Path) -> list[dict[str, float]]:
@@ -55,9 +55,9 @@ def test_the_run_folder(trained: am.TrainResult):
     assert steps[-1]["loss"] < steps[0]["loss"]
 
 
-def test_its_pictures(real_figures: None, class_folder: Path, tmp_path: Path):
+def test_its_plots(real_figures: None, class_folder: Path, tmp_path: Path):
     run = am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True).run_folder
-    for name in PICTURES:
+    for name in PLOTS:
         pixels = np.asarray(Image.open(run / "plots" / f"{name}.png").convert("L"))
         assert pixels.std() > 5, name
 

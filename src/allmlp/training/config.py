@@ -11,7 +11,15 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AllowInfNan, Field, InstanceOf, Strict
 
 from allmlp.errors import UserError, near_names, one_of, plural
-from allmlp.options import OptionError, Options, assigned, literal, validated
+from allmlp.options import (
+    OptionError,
+    Options,
+    Precision,
+    ResizeWeights,
+    assigned,
+    literal,
+    validated,
+)
 
 VERSION = 2  # of config.json; version 1 had no choices with settings of their own, see `_RENAMED`
 
@@ -40,7 +48,7 @@ class ModelSettings(Options):
     """Other fields of its configuration; with `weights` only dropout and stochastic_depth."""
     weights: Text | None = None
     """Trained weights to start from, as `load_model` takes them; new ones if not given."""
-    resize_weights: Literal["auto", "block-diagonal", "resample"] = "auto"
+    resize_weights: ResizeWeights = "auto"
     """How `weights` reach another image size, as `load_model` takes it."""
     train_only: Literal["all", "head"] = "all"
     """All parameters, or the head alone: a linear probe on frozen features."""
@@ -356,7 +364,7 @@ class TrainConfig(Options):
     """auto, cpu or cuda."""
     num_threads: Count | None = None
     """CPU threads; by default torch's number, and one for a small model."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     """Of the matrix products; auto takes bfloat16 if the device is fast at it and the model large
     enough. Weights, LayerNorm and the residual stream stay float32."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -33,7 +33,7 @@ from allmlp.training.config import (
     RandomCrop,
 )
 
-# Headers are read before a run starts; of a larger set only so many, evenly spaced.
+# Headers are read before a run starts; of a larger set only this number, evenly spaced.
 MOST_CHECKED = 5_000
 _MOST_DECODED = 32  # of those with 16 bits a sample
 _FREE = 5  # bad images that stop no run, however few there are in all
@@ -179,14 +179,13 @@ def check_number_bad(bad: list[BadImage], source: Source, most: float) -> None:
         return
     named = "\n  ".join(f"{image.name}: {image.what}" for image in bad[:5])
     more = f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
-    share, enough = len(bad) / of, max(0.1, math.ceil(10 * len(bad) / of) / 10)
+    fraction, enough = len(bad) / of, max(0.1, math.ceil(10 * len(bad) / of) / 10)
     limit = f"the limit is {most:.1%}" + (f" or {free} images" if free > most * of else "")
     if len(bad) <= free:
         limit = f"they are all images of the class {source.class_names[emptied[0]]!r}"
-    raise UserError(
-        f"{len(bad)} of {of:,} images cannot be decoded ({share:.1%}, {limit}):\n  {named}{more}",
-        fix=f"Fix or remove them, or allow more: max_bad {enough:g}",
-    )
+    what = f"{len(bad)} of {of:,} images cannot be decoded ({fraction:.1%}, {limit}):"
+    fix = f"Fix or remove them, or allow more: max_bad {enough:g}"
+    raise UserError(f"{what}\n  {named}{more}", fix=fix)
 
 
 @dataclass(frozen=True)

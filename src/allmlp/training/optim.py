@@ -123,13 +123,12 @@ def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.
             options = {"lr": rate, "weight_decay": settings.weight_decay, "nesterov": True}
             options |= {"momentum": settings.momentum, "adjust_lr_fn": "match_rms_adamw"}
             optimizers.append(torch.optim.Muon(hidden, **options))
-        kernels = {name for name, parameter in trained.items() if is_kernel(name, parameter)}
         groups: list[dict[str, Any]] = [
             {
-                "params": [trained[name] for name in trained if (name in kernels) == is_decayed],
-                "weight_decay": settings.weight_decay if is_decayed else 0.0,
+                "params": [p for name, p in trained.items() if is_kernel(name, p) == decays],
+                "weight_decay": settings.weight_decay if decays else 0.0,
             }
-            for is_decayed in (True, False)
+            for decays in (True, False)
         ]
         betas = (settings.beta1, settings.beta2)
         optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=betas, eps=1e-8, fused=True))

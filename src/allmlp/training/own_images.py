@@ -23,7 +23,7 @@ class Measured:
 
     source: Source
     are_held_out: bool = False  # they are those that the model's run held out
-    trained_on: int | None = None  # so many of them; None where that is not known
+    trained_on: int | None = None  # how many of them; None: not known
     notes: tuple[str, ...] = ()
 
     def describe(self, result: Evaluation) -> Evaluation:

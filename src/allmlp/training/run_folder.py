@@ -128,7 +128,7 @@ def check_same_images(path: Path, config: TrainConfig, splits: Splits) -> None:
                 if known.get(name) is not None:  # older versions wrote none
                     is_same &= source is not None and is_fingerprint_of(known[name], source)
     except (OSError, ValueError, KeyError, TypeError):
-        is_same = old == config.data.source  # the checkpoints tell
+        is_same = old == config.data.source  # compared with the checkpoints' later
     if not is_same:
         new = config.data.source
         moved = "" if old == new else f": data.source is {old!r} there and {new!r} here"

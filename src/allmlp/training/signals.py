@@ -22,7 +22,7 @@ class NoBatchCame(Exception):
 class StopRequest:
     """Notices SIGTERM and SIGINT within its block; a loader that waits raises `NoBatchCame`.
 
-    `saves` tells whether the run keeps checkpoints, for the message.
+    Its message says whether the run `saves` checkpoints.
     """
 
     def __init__(self, *, saves: bool = True) -> None:

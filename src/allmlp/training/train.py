@@ -314,7 +314,7 @@ class Trainer:
         return is_best
 
     def show_step(self, bar: ProgressBar, step: int) -> None:
-        """Advances the progress bar; where there is none, prints a line every half minute."""
+        """Advances the progress bar; prints a line every half minute where no terminal shows it."""
         seconds, done = time.perf_counter() - self.started, step + 1 - self.first_step
         speed = done * self.config.batch_size / seconds
         rate = self.state.last_rate
