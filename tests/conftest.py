@@ -36,7 +36,7 @@ NO_PROCESS = 2**22 + 1  # Linux gives no process such a number
 
 
 def draw(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    """A picture, width x height, of noise on a colour that the seed chooses."""
+    """An image, width x height, of noise on a colour that the seed chooses."""
     random = np.random.default_rng(seed)
     color = random.integers(0, 200, size=3)
     pixels = color + random.integers(0, 55, size=(size[1], size[0], 3))

@@ -68,7 +68,7 @@ def fill_golden(model: nn.Module) -> None:
 
 
 def check_golden(name: str, first: list[float], total: float, size: float, largest: int) -> None:
-    """Compares the logits of a golden picture with the authors' code's, to 1e-5."""
+    """Compares the logits of a golden image with the authors' code's, to 1e-5."""
     model = am.create_model(name).eval()
     fill_golden(model)
     drawn = np.random.RandomState(1234).standard_normal((1, 3, 224, 224))

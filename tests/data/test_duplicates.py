@@ -1,4 +1,4 @@
-"""Duplicates: no pair is missed, copies are found, different pictures are not; drop lists."""
+"""Duplicates: no pair is missed, copies are found, different images are not; drop lists."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def arrow() -> Image.Image:
-    """A picture that no turn or mirror leaves as it is."""
+    """An image that every turn and mirror changes."""
     pixels = np.zeros((24, 16, 3), np.uint8)
     pixels[2:8, 2:4] = (250, 10, 10)
     pixels[20:22, 6:14] = (10, 250, 10)
@@ -125,9 +125,9 @@ def test_a_reduced_picture_is_the_picture_made_smaller(orientation, reduction):
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"restart_marker_rows": 1}])
 @pytest.mark.parametrize("size", [(210, 301), (96, 128)])
 def test_stopping_early_gives_the_same_bits(options, size):
-    for picture in (draw(4, size), draw(4, size).convert("L")):
-        data = encode(picture, "JPEG", **options)
-        image = EncodedImage(data, "x", 3 if picture.mode == "RGB" else 1)
+    for drawn in (draw(4, size), draw(4, size).convert("L")):
+        data = encode(drawn, "JPEG", **options)
+        image = EncodedImage(data, "x", 3 if drawn.mode == "RGB" else 1)
         for reduction in (1, 2, 4, 8):
             whole = image.decode(reduction, fast=True)
             for rows in (1, 16, 33, 64, size[1]):
@@ -209,13 +209,13 @@ def test_grey_and_channels():
 )
 def test_what_is_no_image_is_refused_by_name(data, message):
     with pytest.raises(UserError, match=message) as caught:
-        decode(data, "album/picture.jpg")
-    assert "where: album/picture.jpg" in str(caught.value)
+        decode(data, "album/photo.jpg")
+    assert "where: album/photo.jpg" in str(caught.value)
     assert caught.value.fix
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG header that claims a large picture, with next to nothing behind it."""
+    """A PNG header that claims a large image, with almost nothing behind it."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         checksum = zlib.crc32(kind + body)
@@ -307,8 +307,8 @@ def test_only_the_transparent_color_of_16_bits_becomes_white():
     samples = np.zeros((2, 3, 3), np.uint16)
     samples[...] = (5_000, 6_000, 7_000)
     samples[0, 1] = (5_000, 6_000, 7_001)  # the same but for the lower byte
-    for picture, clear in ((samples, (5_000, 6_000, 7_000)), (samples[..., 2], (7_000,))):
-        white = (decode(png16(picture, clear), "x") == 255).all(axis=-1)
+    for image, clear in ((samples, (5_000, 6_000, 7_000)), (samples[..., 2], (7_000,))):
+        white = (decode(png16(image, clear), "x") == 255).all(axis=-1)
         assert white.tolist() == [[True, False, True], [True, True, True]]
 
 

@@ -182,13 +182,13 @@ def test_shards_of_earlier_versions(tmp_path: Path):
 
 def test_tars_of_other_tools(tmp_path: Path):
     long = "deep/" * 30 + "x" * 40  # its header has more than one block
-    pictures = [encode(draw(at), "JPEG") for at in range(6)]
-    first = [("./a/0.cls", b"10\n"), ("./a/0.jpg", pictures[0]), ("./a/0.txt", b"caption")]
-    first += [("./b/0.JPG", pictures[1]), ("./b/0.json", b'{"label": 9, "x": [1]}')]
-    first += [(f"{long}.jpeg", pictures[2]), (f"{long}.json", b'{"cls": "2"}')]
+    images = [encode(draw(at), "JPEG") for at in range(6)]
+    first = [("./a/0.cls", b"10\n"), ("./a/0.jpg", images[0]), ("./a/0.txt", b"caption")]
+    first += [("./b/0.JPG", images[1]), ("./b/0.json", b'{"label": 9, "x": [1]}')]
+    first += [(f"{long}.jpeg", images[2]), (f"{long}.json", b'{"cls": "2"}')]
     write_tar(tmp_path / "x-train-2.tar", first)
-    write_tar(tmp_path / "x-train-10.tar", [("0.seg.png", pictures[3]), ("0.cls", b"2")])
-    write_tar(tmp_path / "x-val-0.tar", [("0.png", pictures[4]), ("0.cls", b"9")])
+    write_tar(tmp_path / "x-train-10.tar", [("0.seg.png", images[3]), ("0.cls", b"2")])
+    write_tar(tmp_path / "x-val-0.tar", [("0.png", images[4]), ("0.cls", b"9")])
     with pytest.raises(UserError, match=f"mixer data index {tmp_path}"):
         open_splits(str(tmp_path))
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")}
@@ -197,9 +197,9 @@ def test_tars_of_other_tools(tmp_path: Path):
     splits = open_splits(str(tmp_path))
     train = splits["train"]
     assert train.class_names == ["2", "9", "10"]
-    assert content(train) == [*zip(pictures[:4], ["10", "9", "2", "2"], strict=True)]
+    assert content(train) == [*zip(images[:4], ["10", "9", "2", "2"], strict=True)]
     assert train.item_name(1) == f"{tmp_path / 'x-train-2.tar'}:./b/0.JPG"
-    assert content(splits["validation"]) == [(pictures[4], "9")]
+    assert content(splits["validation"]) == [(images[4], "9")]
     assert verify(tmp_path) == []
     with pytest.raises(UserError, match="has an index already"):
         index_tars(tmp_path)
@@ -231,9 +231,9 @@ def test_tars_that_cannot_be_indexed(tmp_path: Path, members, message: str):
 
 def test_damaged_tars_are_not_indexed_in_part(tmp_path: Path):
     path = tmp_path / "train-0.tar"
-    pictures = [encode(draw(at)) for at in range(3)]
-    members = [(f"{at}.{end}", data) for at, picture in enumerate(pictures)
-               for end, data in (("png", picture), ("cls", b"1"))]  # fmt: skip
+    images = [encode(draw(at)) for at in range(3)]
+    members = [(f"{at}.{end}", data) for at, image in enumerate(images)
+               for end, data in (("png", image), ("cls", b"1"))]  # fmt: skip
     write_tar(path, members)
     whole = path.read_bytes()
     second = whole.index(b"1.png")

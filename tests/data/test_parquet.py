@@ -21,7 +21,7 @@ pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-PICTURES = [encode(draw(seed), "PNG" if seed % 2 else "JPEG") for seed in range(8)]
+IMAGES = [encode(draw(seed), "PNG" if seed % 2 else "JPEG") for seed in range(8)]
 
 
 def write(
@@ -36,8 +36,8 @@ def write(
     more: dict[str, list[object]] | None = None,
     **options: object,
 ) -> str:
-    """A file in the Hugging Face layout; PICTURES in turn, unless `files` are given."""
-    chosen = files or [PICTURES[at % len(PICTURES)] for at in range(len(labels))]
+    """A file in the Hugging Face layout; IMAGES in turn, unless `files` are given."""
+    chosen = files or [IMAGES[at % len(IMAGES)] for at in range(len(labels))]
     rows = [{"bytes": data, "path": f"{at}.png"} for at, data in enumerate(chosen)]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     columns = {column: pa.array(rows, kind), label: pa.array(labels), **(more or {})}
@@ -75,7 +75,7 @@ def test_bytes_and_labels(tmp_path: Path, held: bool):
     assert source.labels.tolist() == [0, 1] * 4
     assert source.labels.dtype == np.int64
     for at in [*range(8), 7, 0, 5, 0]:
-        assert source.read(at) == PICTURES[at]
+        assert source.read(at) == IMAGES[at]
         assert source.item_name(at) == f"{name}[{at}]"
     with pytest.raises(IndexError):
         source.read(8)
@@ -83,7 +83,7 @@ def test_bytes_and_labels(tmp_path: Path, held: bool):
 
 def test_several_files_of_a_split(tmp_path: Path, held: bool):
     for number in (10, 2):
-        files: list[bytes | None] = [PICTURES[number % 8], PICTURES[1], PICTURES[2], PICTURES[3]]
+        files: list[bytes | None] = [IMAGES[number % 8], IMAGES[1], IMAGES[2], IMAGES[3]]
         write(tmp_path / f"train-{number}.parquet", ["b", "a", "b", "a"], files=files)
     write(tmp_path / "valid-0.parquet", ["a"])
     splits = open_splits(str(tmp_path))
@@ -91,9 +91,9 @@ def test_several_files_of_a_split(tmp_path: Path, held: bool):
     train = splits["train"]
     assert train.item_name(0) == f"{tmp_path / 'train-2.parquet'}[0]"
     assert train.item_name(7) == f"{tmp_path / 'train-10.parquet'}[3]"
-    assert train.read(4) == PICTURES[2]
-    assert train.read(0) == PICTURES[2]
-    assert train.read(7) == PICTURES[3]
+    assert train.read(4) == IMAGES[2]
+    assert train.read(0) == IMAGES[2]
+    assert train.read(7) == IMAGES[3]
     assert splits["validation"].class_names == ["a", "b"]
     assert len(open_source(f"{tmp_path}/train-*.parquet")) == 8
     assert len(open_source(f"{tmp_path}/*-[01]*.parquet:train[:50%]")) == 2
@@ -198,11 +198,11 @@ def test_a_test_split_without_labels_is_left_out(tmp_path: Path):
 
 
 def test_a_row_without_an_image(tmp_path: Path, held: bool):
-    files = [PICTURES[0], None, b"", PICTURES[3], None]
+    files = [IMAGES[0], None, b"", IMAGES[3], None]
     name = write(tmp_path / "x.parquet", ["a"] * 5, files=files)
     source = open_source(name)
-    assert source.read(0) == PICTURES[0]
-    assert source.read(3) == PICTURES[3]
+    assert source.read(0) == IMAGES[0]
+    assert source.read(3) == IMAGES[3]
     for row in (1, 2, 4):
         with pytest.raises(UserError, match="the row has no image") as raised:
             source.read(row)
@@ -278,11 +278,11 @@ def test_without_labels(tmp_path: Path, columns: dict[str, list[object]], messag
     write(path, ["a"] * 3, label="kind", more=columns)
     for name in (path, tmp_path, path.parent, f"{path.parent}/*.parquet"):
         source = open_source(str(name), labels="any")
-        assert [source.read(at) for at in range(3)] == PICTURES[:3]
+        assert [source.read(at) for at in range(3)] == IMAGES[:3]
         assert (source.class_names, source.labels.tolist()) == (["unknown"], [0] * 3)
         with pytest.raises(UserError, match=message):
             open_splits(str(name))
-    assert open_source(f"{path}:train[1:]", labels="any").read(0) == PICTURES[1]
+    assert open_source(f"{path}:train[1:]", labels="any").read(0) == IMAGES[1]
     assert open_source(f"{path}#label=kind", labels="any").class_names == ["a"]
     with pytest.raises(UserError, match="no column 'knd'"):
         open_source(f"{path}#label=knd", labels="any")

@@ -1,4 +1,4 @@
-"""The permutations of figure 4: one for all pictures, last of all, and inside the weights' file."""
+"""The permutations of figure 4: one for all images, last of all, and inside the weights' file."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.numerics
 MAGNITUDES = (0, 3, 5, 10, 15, 20)
 
 
-def picture(size: tuple[int, int] = (224, 224), low: int = 20, high: int = 200) -> np.ndarray:
+def gradient(size: tuple[int, int] = (224, 224), low: int = 20, high: int = 200) -> np.ndarray:
     """Smooth shapes and noise, so that every operation has something to do."""
     random = np.random.default_rng(0)
     coarse = random.integers(low, high, size=(8, 8, 3), dtype=np.uint8)
@@ -61,7 +61,7 @@ PILLOW: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 @pytest.mark.parametrize("magnitude", MAGNITUDES)
 @pytest.mark.parametrize("name", PILLOW)
 def test_values_are_pillows(name, magnitude):
-    for pixels in (picture(), picture((37, 91), 100, 140), picture((5, 3))):
+    for pixels in (gradient(), gradient((37, 91), 100, 140), gradient((5, 3))):
         ours = apply(name, pixels, magnitude).astype(int)
         theirs = np.asarray(PILLOW[name](Image.fromarray(pixels), magnitude), int)
         difference = np.abs(ours - theirs)
@@ -83,7 +83,7 @@ def moved(image: Image.Image, matrix: tuple[float, ...]) -> np.ndarray:
 @pytest.mark.parametrize("size", [(224, 224), (112, 112), (60, 90)])
 def test_places_are_pillows(magnitude, size):
     """Either sign; a pixel in a hundred may round to its neighbour (no exact ties here)."""
-    pixels = picture(size)
+    pixels = gradient(size)
     image = Image.fromarray(pixels)
     height, width = size
     shear, x, y = (
@@ -111,7 +111,7 @@ def test_places_are_pillows(magnitude, size):
 
 
 def test_cutout_is_a_grey_square_within_its_size():
-    pixels = picture(low=0, high=100)
+    pixels = gradient(low=0, high=100)
     sizes = []
     for seed in range(200):
         out = apply("Cutout", pixels, 15, seed)
@@ -125,7 +125,7 @@ def test_cutout_is_a_grey_square_within_its_size():
 
 
 def test_what_the_documentation_says_of_the_magnitudes():
-    pixels = picture()
+    pixels = gradient()
     for name in ("Color", "Contrast", "Brightness", "Sharpness"):
         assert np.abs(apply(name, pixels, 5).astype(int) - pixels).max() <= 1
     for magnitude in (10, 20):  # TensorFlow wraps the thresholds 256 and 512 to 0
@@ -149,7 +149,7 @@ def test_every_operation_takes_every_shape():
 
 
 def test_a_grey_picture_is_treated_as_its_colour_twin():
-    grey = picture()[..., :1]
+    grey = gradient()[..., :1]
     colors = grey.repeat(3, axis=2)
     for name in OPERATIONS:
         ours = apply(name, grey, 15, 3).astype(int)
@@ -158,7 +158,7 @@ def test_a_grey_picture_is_treated_as_its_colour_twin():
 
 
 def test_two_operations_drawn_evenly_with_replacement():
-    pixels = picture((16, 16))
+    pixels = gradient((16, 16))
     drawn = np.concatenate(
         [np.random.default_rng(seed).integers(16, size=2) for seed in range(3000)]
     )

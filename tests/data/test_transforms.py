@@ -1,4 +1,4 @@
-"""A picture of any size becomes one of the model's."""
+"""An image of any size becomes one of the model's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.numerics
 
 @pytest.mark.parametrize("method", RESIZE_METHODS)
 def test_small_pictures_show_the_same_at_every_size(method):
-    """Nothing is cut from a picture that is no larger than the input: the border stays."""
+    """Nothing is cut from an image that is no larger than the input: the border stays."""
     image = Image.new("RGB", (32, 32), (255, 0, 0))
     image.paste((0, 0, 255), (4, 4, 28, 28))
     framed = np.asarray(image)

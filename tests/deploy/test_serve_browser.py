@@ -128,7 +128,7 @@ def test_an_image_and_what_it_excites(browser, url, digit, trained):
     shown = wait(browser, "[...document.images].filter(i => i.naturalWidth > 0 && i.offsetWidth)")
     sources = [image.get_attribute("id") for image in shown]
     assert {"picture", "seen", "map"} <= set(sources)
-    assert len(shown) == 3 + 3 * 4 * 3  # layers, units, pictures of each
+    assert len(shown) == 3 + 3 * 4 * 3  # layers, units, images of each
     assert all(image.get_attribute("alt") for image in shown)
     browser.find_element(By.CSS_SELECTOR, "#layer option[value='4']").click()
     wait(browser, "document.querySelector('#layers h3').textContent.startsWith('Layer 4')")

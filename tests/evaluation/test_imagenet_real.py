@@ -30,8 +30,8 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared images
 IMAGENET = CHECKPOINTS["mixer_b16.i1k"].class_names() or []
 
 
-class Told(am.ImageClassifier):
-    """Answers what it was told, image after image."""
+class Answering(am.ImageClassifier):
+    """Gives these answers, image after image."""
 
     def __init__(self, answers: list[int], class_names: list[str]) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def test_real_validation_images_and_known_answers(tmp_path: Path):
         assert (labels.ids[row], source.labels[row]) == (number, original)
         assert labels.labels[number - 1] == real
         answers[row] = answer
-    model = Told(answers, IMAGENET)
+    model = Answering(answers, IMAGENET)
     result = am.evaluate(model, source, batch_size=47, num_workers=0, allow_missing_classes=True)
     assert result.predictions.tolist() == answers
     score = labels.score(result.indices, result.predictions)

@@ -57,7 +57,7 @@ READERS: dict[str, tuple[Callable[[Path, str], Path], Callable[[Path], object]]]
 def test_deep_json_is_one_error(tmp_path: Path, name: str, depth: int):
     write, read = READERS[name]
     path = write(tmp_path, '{"a":' * depth + "1" + "}" * depth)
-    with pytest.raises(am.UserError) as told:
+    with pytest.raises(am.UserError) as caught:
         read(path)
-    assert str(path) in str(told.value)
-    assert len(str(told.value)) < 1000
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 1000

@@ -215,9 +215,9 @@ def test_a_disk_that_takes_no_more_is_one_error(tmp_path: Path, name: str):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
     try:
-        with pytest.raises(am.UserError, match="cannot be written") as told:
+        with pytest.raises(am.UserError, match="cannot be written") as caught:
             am.export(model, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert str(path) in str(told.value)
+    assert str(path) in str(caught.value)
     assert not list(tmp_path.iterdir())

@@ -126,7 +126,7 @@ def threads_seen(model: am.ImageClassifier) -> list[int]:
     return seen
 
 
-VERBS: dict[str, Callable[[am.ImageClassifier, Path], object]] = {
+COMMANDS: dict[str, Callable[[am.ImageClassifier, Path], object]] = {
     "predict": lambda model, data: am.predict(model, data),
     "features": lambda model, data: am.predict(model, data, features=True),
     "evaluate": lambda model, data: am.evaluate(model, f"{data}:validation"),
@@ -146,15 +146,15 @@ def timed(model: am.ImageClassifier, mode: str) -> int:
 
 
 @pytest.mark.parametrize(("least", "expected"), [(SMALL_STEP, 1), (0, 2)])
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_small_batch_takes_one_thread_in_every_verb(
-    class_folder, two_threads, monkeypatch, verb, least, expected
+    class_folder, two_threads, monkeypatch, command, least, expected
 ):
     monkeypatch.setattr(compute, "SMALL_STEP", least)
     model = tiny_model(num_classes=3).to(CPU)
     model.class_names = ["ant", "bee", "cat"]
     seen = threads_seen(model)
-    VERBS[verb](model, class_folder)
+    COMMANDS[command](model, class_folder)
     assert set(seen) == {expected}
     assert torch.get_num_threads() == 2
 

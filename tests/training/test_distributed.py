@@ -33,7 +33,7 @@ from runs import (
 
 pytestmark = [unix, pytest.mark.slow]
 
-PARTS = {"micro_batch_size": 3}  # of a share of four: gradients are added up before they are shared
+PARTS = {"micro_batch_size": 3}  # of a part of four: gradients are added up before the all-reduce
 
 # Notes which images each process trained on at which step, but for the neighbour that mixup needs.
 NOTING = """
@@ -290,7 +290,7 @@ patch.setattr(loader.Images, "decoded", decoded)
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_only_one_process_meets_is_said_once(data: Path, tmp_path: Path, rank: int):
-    """Image 3 is first read by one of the processes, and is more than the share of bad ones."""
+    """One process reads image 3 first, and it is more than the allowed fraction of bad ones."""
     order = [locate(0, position, 20)[1] for position in range(20)]
     index = order[4 * rank + 1]
     text = BROKEN.replace("index == 3", f"index == {index}")

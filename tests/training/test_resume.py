@@ -1,4 +1,4 @@
-"""A stopped run goes on as if it had never stopped: fault test 9, and when it must not."""
+"""A stopped run resumes as if it had never stopped: fault test 9, and when it must not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run writes, and what it takes back when it goes on from an earlier step."""
+"""What a run writes, and what it takes back when it resumes from an earlier step."""
 
 from __future__ import annotations
 
