@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -19,7 +20,6 @@ import cv2
 import numpy as np
 
 from allmlp.data.duplicates import CORRELATION, DISTANCE, KINDS, correlation, find_duplicates
-from allmlp.data.exclude import exclude_list
 from allmlp.data.image import decode
 from allmlp.data.scan import perceptual_hash, thumbnail
 from allmlp.data.sources import open_splits
@@ -54,9 +54,8 @@ def search(name: str, num_workers: int | None) -> None:
             print(f"images of {one} with a duplicate in {other}: {number:,}")
     print(f"pairs of different classes: {found.other_label().sum():,}")
     print(f"compared for equality only: {found.num_plain:,}; distance {found.distance}")
-    for split in splits:
-        dropped = sum(1 for image in exclude_list(found, name).images if image.split == split)
-        print(f"to exclude, {split}: {dropped:,}")
+    for split, number in Counter(pair.second[0] for pair in found.to_exclude()).items():
+        print(f"to exclude, {split}: {number:,}")
 
 
 def measure_changes(name: str, number: int) -> None:

@@ -59,4 +59,4 @@ def test_a_drop_list(tmp_path: Path):
     path = tmp_path / "drop.txt"
     title, source = "# mlp_mixer drop list 1", "# source\tdigits"
     path.write_text(f"{title}\n{source}\n# split\ttrain\t5\tabc\n")
-    assert read_exclude_list(path).source == "digits"
+    assert read_exclude_list(path).splits

@@ -19,26 +19,10 @@ from allmlp.data.transforms import (
     resize,
     resize_for_evaluation,
 )
-from allmlp.preprocessing import RESIZE_METHODS, Preprocessing
+from allmlp.preprocessing import Preprocessing
 from conftest import draw, encode
 
 pytestmark = pytest.mark.numerics
-
-
-@pytest.mark.parametrize("method", RESIZE_METHODS)
-def test_small_pictures_show_the_same_at_every_size(method):
-    """Nothing is cut from an image that is no larger than the input: the border stays."""
-    image = Image.new("RGB", (32, 32), (255, 0, 0))
-    image.paste((0, 0, 255), (4, 4, 28, 28))
-    framed = np.asarray(image)
-    for size in (32, 48, 64, 96):
-        preprocessing = Preprocessing(image_size=(size, size), resize=method)
-        pixels = np.asarray(resize_for_evaluation(framed, preprocessing), float)
-        assert pixels[..., 0].mean() / 255 == pytest.approx(1 - (24 / 32) ** 2, abs=0.01)
-    larger = np.asarray(
-        resize_for_evaluation(framed, Preprocessing(image_size=(28, 28), resize="resmall-crop"))
-    )
-    assert larger[..., 0].mean() / 255 < 0.35  # of a larger one the border is cut
 
 
 @pytest.mark.parametrize("method", ["resize-crop", "resmall-crop"])

@@ -135,7 +135,7 @@ def test_a_drop_list_leaves_training_and_validation_images_out_and_test_whole(tm
     drops = tmp_path / "copies.txt"
     splits = open_splits(str(data))
     found = find_duplicates(splits, num_workers=0)
-    drops.write_text(exclude_list(found, "data").to_text())
+    drops.write_text(exclude_list(found, "data"))
     config = tiny_config(str(data), tmp_path / "run", data__exclude=str(drops))
     run = am.train(config, quiet=True).run_folder
     said = (run / "log.txt").read_text()

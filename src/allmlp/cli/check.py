@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,14 +96,13 @@ def check(source: str, options: CheckOptions) -> int:
         problems = packed.verify(path)
         _say_list(report, "problems of the packed data", problems)
     if options.exclude is not None and result.duplicates is not None:
-        excluded = exclude_list(result.duplicates, source)
+        text = exclude_list(result.duplicates, source)
         if options.exclude == STANDARD_OUTPUT:
-            print(excluded.to_text(), end="", flush=True)
+            print(text, end="", flush=True)
         else:
-            text = excluded.to_text().encode(errors="surrogateescape")
-            atomic_write(expand(options.exclude), text)
-        counts = {name: sum(image.split == name for image in excluded.images) for name in splits}
-        listed = ", ".join(f"{count:,} of {name}" for name, count in counts.items() if count)
+            atomic_write(expand(options.exclude), text.encode(errors="surrogateescape"))
+        counts = Counter(pair.second[0] for pair in result.duplicates.to_exclude())
+        listed = ", ".join(f"{count:,} of {name}" for name, count in counts.items())
         report.say(f"\nto exclude  {options.exclude}: {listed or 'no images'}")
     if folder is None:
         report.say("\nfor complete lists, and figures of samples and duplicates: --output FOLDER")

@@ -103,12 +103,13 @@ def check_source(
 
 def _describe(source: Source, scanned: Scan) -> SplitReport:
     places = np.flatnonzero(scanned.facts["readable"])
-    facts = scanned.facts[places]
+    fields = ("num_bytes", "height", "width", "format", "mode", "brightest")
+    facts = {name: scanned.facts[name][places] for name in fields}  # not the thumbnails
     counts = np.bincount(source.labels, minlength=len(source.class_names)).tolist()
     heights, widths = facts["height"].astype(np.int64), facts["width"].astype(np.int64)
     areas, num_bytes = heights * widths, facts["num_bytes"]
     sizes: dict[str, tuple[int, int]] = {}
-    if len(facts):
+    if len(places):
         order = np.lexsort((widths, areas))
         ranks = {"smallest": 0, "median": (len(order) - 1) // 2, "largest": len(order) - 1}
         sizes = {k: (int(heights[order[at]]), int(widths[order[at]])) for k, at in ranks.items()}

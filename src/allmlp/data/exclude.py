@@ -25,49 +25,30 @@ _WHY = {"same file": "same file as", "same pixels": "same pixels as", "near": "n
 _FIX = "Make the list again: mixer data check SOURCE --exclude FILE"
 
 
-@dataclass(frozen=True)
-class Excluded:
-    """An image to leave out, its name without the folder that all of its split share; and why."""
+def exclude_list(duplicates: Duplicates, source: str) -> str:
+    """Returns the list of what to leave out so that no duplicates remain."""
+    names = {split: own_names(data) for split, data in duplicates.splits.items()}
+    rows: list[tuple[object, ...]] = [(_TITLE,), ("# source", source)]
+    rows += [("# split", split, len(own), _checksum(own)) for split, own in names.items()]
+    rows.append(("# Delete a line to keep that image; change nothing else.",))
+    for pair in duplicates.to_exclude():
+        (kept, at), (split, index) = pair.first, pair.second
+        why = f"{_WHY[pair.kind]} {kept}[{at}] {duplicates.splits[kept].item_name(at)}"
+        rows.append((split, index, names[split][index], why))
+    return "".join("\t".join(_escape(str(cell)) for cell in row) + "\n" for row in rows)
 
-    split: str
-    index: int
-    name: str
-    why: str
+
+def _checksum(names: list[str]) -> str:
+    return hashlib.sha256(b"".join(os.fsencode(name) + b"\0" for name in names)).hexdigest()
 
 
 @dataclass(frozen=True)
 class ExcludeList:
     """The images to leave out of a data set."""
 
-    source: str
+    path: Path
     splits: dict[str, tuple[int, str]]  # the number of images and the checksum of their names
-    images: list[Excluded]
-    path: Path | None = None  # that it was read from
-
-    def to_text(self) -> str:
-        """Returns the contents of the file."""
-        lines = [_TITLE, f"# source\t{_escape(self.source)}"]
-        lines += [f"# split\t{split}\t{n}\t{names}" for split, (n, names) in self.splits.items()]
-        lines.append("# Delete a line to keep that image; change nothing else.")
-        for image in self.images:
-            lines.append("\t".join(_escape(str(cell)) for cell in vars(image).values()))
-        return "".join(f"{line}\n" for line in lines)
-
-
-def exclude_list(duplicates: Duplicates, source: str) -> ExcludeList:
-    """Returns the list of what to leave out so that no duplicates remain."""
-    own = {name: own_names(data) for name, data in duplicates.splits.items()}
-    images: list[Excluded] = []
-    for pair in duplicates.to_exclude():
-        (kept, at), (split, index) = pair.first, pair.second
-        why = f"{_WHY[pair.kind]} {kept}[{at}] {duplicates.splits[kept].item_name(at)}"
-        images.append(Excluded(split, index, own[split][index], why))
-    splits = {name: (len(own[name]), _checksum(own[name])) for name in duplicates.splits}
-    return ExcludeList(source, splits, images)
-
-
-def _checksum(names: list[str]) -> str:
-    return hashlib.sha256(b"".join(os.fsencode(name) + b"\0" for name in names)).hexdigest()
+    images: dict[str, dict[int, str]]  # for each split the names of those to leave out, by index
 
 
 def read_exclude_list(path: str | Path) -> ExcludeList:
@@ -78,33 +59,30 @@ def read_exclude_list(path: str | Path) -> ExcludeList:
     except OSError as error:
         what = f"cannot read the list of images to exclude: {error.strerror}"
         raise UserError(what, where=path, fix=_FIX) from error
-    lines = text.split("\n")
-    if not is_format(lines[0].rstrip("\r"), _TITLE):
+    lines = [line.rstrip("\r") for line in text.split("\n")]
+    if not is_format(lines[0], _TITLE):
         raise UserError("not a list of images to exclude", where=path, fix=_FIX)
-    source, splits, images = "", {}, []
+    found = ExcludeList(path, {}, {})
     for number, line in enumerate(lines, start=1):
-        cells = [_unescape(cell) for cell in line.rstrip("\r").split("\t")]
+        cells = [_unescape(cell) for cell in line.split("\t")]
         try:
-            if cells[0] == "# source":
-                source = cells[1]
-            elif cells[0] == "# split":
-                splits[cells[1]] = (int(cells[2]), cells[3])
+            if cells[0] == "# split":
+                found.splits[cells[1]], found.images[cells[1]] = (int(cells[2]), cells[3]), {}
             elif line.strip() and line[0] != "#":
-                split, index, name, why = cells
-                if not 0 <= int(index) < splits[split][0]:
+                split, index, name, _ = cells
+                if not 0 <= int(index) < found.splits[split][0]:
                     raise ValueError(line)
-                images.append(Excluded(split, int(index), name, why))
+                found.images[split][int(index)] = name
         except (ValueError, LookupError) as error:
             what = f"line {number} of the list is damaged: {line[:100]!r}"
             raise UserError(what, where=path, fix=_FIX) from error
-    return ExcludeList(source, splits, images, path)
+    return found
 
 
 def exclude(source: Source, excluded: ExcludeList, split: str) -> Source:
     """Returns a whole split without the images of the list, which must have been made for it."""
-    where, own = excluded.path or "the list of images to exclude", own_names(source)
-    mine = [image for image in excluded.images if image.split == split]
-    problem = None
+    own, problem = own_names(source), None
+    mine = excluded.images.get(split, {})
     if split not in excluded.splits:
         problem = f"it has no {split} split, only {', '.join(excluded.splits)}"
     elif excluded.splits[split][0] != len(own):
@@ -112,15 +90,14 @@ def exclude(source: Source, excluded: ExcludeList, split: str) -> Source:
         problem = f"its {split} has {number:,} images, {source.name} has {len(own):,}"
     elif excluded.splits[split][1] != _checksum(own):
         problem = f"images of the {split} split have other names"
-    elif any(own[image.index] != image.name for image in mine):
+    elif any(own[index] != name for index, name in mine.items()):
         problem = f"lines of the {split} split have been changed"
     if problem is not None:
-        raise UserError(f"the list was made for other data: {problem}", where=where, fix=_FIX)
-    keep = np.ones(len(source), dtype=bool)
-    keep[[image.index for image in mine]] = False
-    if not keep.any():
-        raise UserError(f"the list leaves no image of the {split} split", where=where)
-    return subset(source, np.flatnonzero(keep), source.name)
+        what = f"the list was made for other data: {problem}"
+        raise UserError(what, where=excluded.path, fix=_FIX)
+    if len(mine) == len(own):
+        raise UserError(f"the list leaves no image of the {split} split", where=excluded.path)
+    return subset(source, np.delete(np.arange(len(own)), list(mine)), source.name)
 
 
 def _escape(text: str) -> str:
