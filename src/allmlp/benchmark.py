@@ -597,8 +597,9 @@ def _sweep(
                 if row.is_active:
                     with _errors_of(row):
                         rates.append(size / one.seconds(options.seconds / options.rounds))
-        for row, one, step_bytes, rates in active:
+        for _, one in timed:
             one.release()
+        for row, one, step_bytes, rates in active:
             if row.is_active:
                 spread = (min(rates), max(rates))
                 row.points.append(
