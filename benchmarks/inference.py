@@ -33,7 +33,7 @@ import torch
 import turns
 
 import allmlp as am
-from allmlp.weights.layouts import timm_from_ours as from_ours
+from allmlp.models.mixer import FAMILY
 
 BASE = "timm, as it comes"
 CASES = ("mixer_b16:1", "mixer_b16:8", "mixer_b16:32", "mixer_s16:8", "mixer_l16:8")
@@ -93,7 +93,7 @@ def write_inputs(model: am.ImageClassifier, batch: int, folder: Path) -> None:
     np.save(folder / "pixels.npy", pixels)
     images = torch.from_numpy(pixels).float() / 127.5 - 1
     np.save(folder / "expected.npy", torch.cat([model(each[None]) for each in images]).numpy())
-    named = from_ours(dict(model.state_dict()))
+    named = FAMILY.names[0].from_ours(dict(model.state_dict()))
     arrays: dict[str, Any] = {name: each.numpy() for name, each in named.items()}
     np.savez(folder / "weights.npz", **arrays)
     am.save_model(model, folder / "ours")

@@ -24,7 +24,8 @@ import allmlp as am
 from allmlp.data.image import decode
 from allmlp.data.sources import open_splits
 from allmlp.models.catalog import model_from_config
-from allmlp.models.resize import resample
+from allmlp.models.mixer import token_weights
+from allmlp.models.resize import resize_tokens
 
 BATCH = 128
 
@@ -85,7 +86,8 @@ def resampled(run: str, size: int, interpolation: str):
     model = am.load_model(run, quiet=True)
     config = dataclasses.replace(model.config, image_size=(size, size))
     tensors = dict(model.state_dict())
-    resample(tensors, model.config, config.grid, interpolation)
+    weights = list(token_weights(model.config))
+    resize_tokens(tensors, weights, model.config, config, "resample", interpolation)
     grown = model_from_config(config)
     grown.load_state_dict(tensors)
     return grown

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import allmlp as am
 from allmlp.models.catalog import config_from_json, config_to_json, model_config
 from allmlp.models.cycle_mlp import CycleMLPConfig
+from allmlp.models.family import PatchConfig
 from allmlp.models.layers import draw_stochastic_depth, set_stochastic_depth
 from allmlp.models.vision_permutator import VisionPermutatorConfig
 from allmlp.runtime.device import can_compile
@@ -41,7 +42,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "small_resnet": ("small_resnet", {"width": 8, "num_stages": 2}),
 }
 ALL = [*NAMES, *OTHERS]
-FIRST_OF_FAMILY = ("mixer_s32", "cycle_mlp_b1", "vip_s7")
+FIRST_OF_FAMILY = ("mixer_s32", "gmixer_24", "resmlp_12", "gmlp_ti16", "cycle_mlp_b1", "vip_s7")
 
 
 def small(name: str) -> tuple[int, dict[str, Any]]:
@@ -50,6 +51,9 @@ def small(name: str) -> tuple[int, dict[str, Any]]:
     if isinstance(config, am.MixerConfig):
         widths = {"hidden_dim": 16, "tokens_mlp_dim": 6, "channels_mlp_dim": 24, "num_blocks": 2}
         return 2 * config.patch_size, widths
+    if isinstance(config, PatchConfig):
+        hidden = "mlp_dim" if name.startswith("gmlp") else "channels_mlp_dim"
+        return 2 * config.patch_size, {"hidden_dim": 16, "num_blocks": 2, hidden: 24}
     if isinstance(config, CycleMLPConfig):
         return 32, {"depths": (1, 1, 2, 1), "dims": (8, 10, 12, 16)}
     if not isinstance(config, VisionPermutatorConfig):

@@ -15,6 +15,8 @@ import safetensors.torch
 import torch
 
 import allmlp as am
+from allmlp.models.catalog import family_of
+from allmlp.models.resmlp import FAMILY as RESMLP
 from allmlp.weights.layouts import google_from_ours
 from conftest import GOLDEN, tiny_model
 from staged_models import enliven
@@ -132,6 +134,53 @@ def test_timms_golden_file(tmp_path: Path):
     before, after = safetensors.torch.load_file(TIMM), safetensors.torch.load_file(path)
     assert set(before) == set(after)
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("family", ["resmlp", "gmlp", "gmixer"])
+def test_timms_other_families(tmp_path: Path, family: str):
+    """Logits, features and every gradient equal timm's; and back to the same file."""
+    path = GOLDEN / f"timm_tiny_{family}.safetensors"
+    model = am.load_model(path, quiet=True)
+    with np.load(GOLDEN / f"timm_tiny_{family}_io.npz") as io:
+        golden = {name: torch.from_numpy(io[name]) for name in io.files}
+    images = golden["images"].requires_grad_()
+    logits = model(images)
+    assert (logits - golden["logits"]).abs().max() <= 1e-5
+    assert (model.features(images) - golden["features"]).abs().max() <= 1e-5
+    torch.nn.functional.cross_entropy(logits, torch.tensor([0, 2, 1])).backward()
+    assert images.grad is not None
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    names = family_of(model.config).names[0]
+    gradients = {
+        "images_grad": images.grad,
+        **{f"grad/{k}": v for k, v in names.from_ours(found).items()},
+    }
+    assert gradients.keys() | {"images", "logits", "features"} == golden.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - golden[name]).abs().max() <= 1e-5 * max(1, golden[name].abs().max()), (
+            name
+        )
+    saved = am.save_model(model, tmp_path / "out.safetensors", format="timm")
+    before, after = safetensors.torch.load_file(path), safetensors.torch.load_file(saved)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_files_of_resmlps_authors(tmp_path: Path):
+    golden = GOLDEN / "timm_tiny_resmlp.safetensors"
+    model = am.load_model(golden, quiet=True)
+    state = RESMLP.names[1].from_ours(model.state_dict())
+    assert {"patch_embed.proj.weight", "blocks.1.gamma_1", "blocks.0.attn.weight"} <= state.keys()
+    assert state["blocks.0.norm1.alpha"].shape == (8,)
+    torch.save({"model": state}, tmp_path / "resmlp.pth")
+    loaded = am.load_model(tmp_path / "resmlp.pth", quiet=True)
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded(images), model(images))
+    assert loaded.preprocessing is not None
+    assert loaded.preprocessing.interpolation == "bicubic"
+    bare = tmp_path / "bare.pth"
+    torch.save(model.state_dict(), bare)
+    assert torch.equal(am.load_model(bare, quiet=True)(images), model(images))
 
 
 def test_our_own_description_travels_in_timms_format(tmp_path: Path):

@@ -11,7 +11,8 @@ import torch
 
 import allmlp as am
 from allmlp.models.catalog import model_from_config
-from allmlp.models.resize import resample, resize_tokens, resizing
+from allmlp.models.mixer import token_weights
+from allmlp.models.resize import resize_tokens, resizing
 from allmlp.models.vision_permutator import grow_map, resample_map
 from allmlp.weights.load import resize_model
 from conftest import tiny_model
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.numerics
 
 SIZE = tuple[int, int]
 INTERPOLATIONS = ["nearest", "bilinear", "bicubic"]
+PATCHES = {"mixer": "", "gmixer": "gmixer_24", "resmlp": "resmlp_12", "gmlp": "gmlp_ti16"}
 PLAIN = {"depths": (2,), "dims": (12,), "mlp_ratios": (2,), "segments": (3,), "downsamples": ()}
 
 
@@ -33,6 +35,21 @@ def odd_model(**changes: object) -> am.ImageClassifier:
     return model
 
 
+def odd_family(family: str) -> am.ImageClassifier:
+    """Likewise, of any family."""
+    if family == "mixer":
+        return odd_model()
+    if family == "permutator":
+        return small_permutator(image_size=(8, 12), **PLAIN).eval()
+    torch.manual_seed(0)
+    model = am.create_model(PATCHES[family], (8, 12), 5, patch_size=4, hidden_dim=16, num_blocks=3)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+        if name.endswith(("norm.weight", "alpha", "scale_0", "scale_1")):
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    return model.eval()
+
+
 def resized(
     model: am.ImageClassifier, size: SIZE, method: Any, interpolation: Any = None
 ) -> am.ImageClassifier:
@@ -40,18 +57,21 @@ def resized(
     if interpolation is None:
         config, _ = resize_model(tensors, model.config, size, method)
     else:
-        new = dataclasses.replace(model.config, image_size=size)
-        config, _ = resize_tokens(tensors, model.config, new, method, interpolation)
+        config = dataclasses.replace(model.config, image_size=size)
+        weights = list(token_weights(model.config))
+        resize_tokens(tensors, weights, model.config, config, method, interpolation)
     grown = model_from_config(config)
     grown.load_state_dict(tensors)
     return grown.eval()
 
 
 @pytest.mark.parametrize("factors", [(2, 2), (1, 2), (3, 1), (2, 3)])
-def test_block_diagonal_logits_are_the_mean_over_the_tiles(factors: SIZE):
-    model, (high, wide) = odd_model(), factors
+@pytest.mark.parametrize("family", PATCHES)
+def test_block_diagonal_logits_are_the_mean_over_the_tiles(family: str, factors: SIZE):
+    model, (high, wide) = odd_family(family), factors
     grown = resized(model, (8 * high, 12 * wide), "block-diagonal")
-    assert grown.config.tokens_mlp_dim == high * wide * model.config.tokens_mlp_dim
+    if family in ("mixer", "gmixer"):
+        assert grown.config.tokens_mlp_dim == high * wide * model.config.tokens_mlp_dim
     images = torch.randn(5, 3, 8 * high, 12 * wide)
     tiles = [
         images[:, :, 8 * row : 8 * row + 8, 12 * column : 12 * column + 12]
@@ -65,10 +85,9 @@ def test_block_diagonal_logits_are_the_mean_over_the_tiles(factors: SIZE):
 
 
 @pytest.mark.parametrize("factors", [(2, 2), (1, 3), (4, 2)])
-@pytest.mark.parametrize("family", ["mixer", "permutator"])
+@pytest.mark.parametrize("family", [*PATCHES, "permutator"])
 def test_nearest_resampling_repeats_the_logits_of_a_repeated_grid(family: str, factors: SIZE):
-    is_mixer = family == "mixer"
-    model = odd_model() if is_mixer else small_permutator(image_size=(8, 12), **PLAIN).eval()
+    model = odd_family(family)
     patch = model.config.patch_size
     grown = resized(model, (8 * factors[0], 12 * factors[1]), "resample")
     images = torch.randn(5, 3, 8, 12)
@@ -126,7 +145,7 @@ def test_everything_but_the_token_mixing_stays():
             )
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     tensors = dict(model.state_dict())
-    resample(tensors, model.config, (4, 6), "nearest")  # and is not copied
+    resize_model(tensors, model.config, (16, 24), "resample")  # and is not copied
     assert tensors["stem.weight"].data_ptr() == model.state_dict()["stem.weight"].data_ptr()
 
 

@@ -9,13 +9,27 @@ from typing import Any
 import torch
 
 from allmlp.errors import UserError, near_names, one_of
-from allmlp.models import cycle_mlp, mixer, small_resnet, timm_model, vision_permutator
+from allmlp.models import (
+    cycle_mlp,
+    gmlp,
+    mixer,
+    resmlp,
+    small_resnet,
+    timm_model,
+    vision_permutator,
+)
 from allmlp.models.family import Family, ModelConfig
 from allmlp.models.layers import ImageClassifier
 from allmlp.runtime.device import check_fits_memory
 
 # One entry per family; the others are networks of another kind, to compare with.
-ALL_MLP: tuple[Family, ...] = (mixer.FAMILY, cycle_mlp.FAMILY, vision_permutator.FAMILY)
+ALL_MLP: tuple[Family, ...] = (
+    mixer.FAMILY,
+    resmlp.FAMILY,
+    gmlp.FAMILY,
+    cycle_mlp.FAMILY,
+    vision_permutator.FAMILY,
+)
 FAMILIES = {found.name: found for found in (*ALL_MLP, small_resnet.FAMILY, timm_model.FAMILY)}
 _MOST_BLOCKS = 10_000  # more take seconds and gigabytes for the objects alone
 

@@ -74,6 +74,41 @@ class ModelConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PatchConfig(ModelConfig):
+    """What networks have whose tokens are the patches of one grid in every block.
+
+    Args:
+        patch_size: side of a patch in pixels; it must divide both sides of the image.
+        hidden_dim: channels of a token.
+        num_blocks: number of blocks.
+
+    The other fields are those of `ModelConfig`.
+    """
+
+    patch_size: int
+    hidden_dim: int
+    num_blocks: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_divisible(self.patch_size, f"the patch size {self.patch_size}")
+
+    @property
+    def grid(self) -> Size:
+        """Patches in a column and in a row: (H / P, W / P)."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """S = HW / P^2, the length of the token sequence."""
+        return self.grid[0] * self.grid[1]
+
+    def summary(self) -> str:
+        """Returns the shape in a few words: "12 layers, patch 16, 768 channels"."""
+        return f"{self.num_blocks} layers, patch {self.patch_size}, {self.hidden_dim} channels"
+
+
 def is_integer(value: Any, least: int = 1) -> bool:
     """Returns whether a value is an integer (not a bool) of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
@@ -102,10 +137,57 @@ def _check(kind: Any, value: Any, least: int) -> tuple[bool, str]:
 
 def _same_shape(config: Any, named: Any) -> str | None:
     """Returns "" if a configuration differs from a named one in size, classes and colours only."""
-    free = {"image_size", "num_classes", "in_channels", "stochastic_depth"}
+    free = {"image_size", "num_classes", "in_channels", "stochastic_depth", "layer_scale"}
     fields = [field for field in named.__dataclass_fields__ if field not in free]
     same = all(getattr(config, field) == getattr(named, field) for field in fields)
     return "" if same else None
+
+
+@dataclass(frozen=True)
+class Names:
+    """How others name the tensors of a family.
+
+    Attributes:
+        title: whose names these are.
+        marker: a pattern of names that only these files have: one of them is there.
+        pairs: (their prefix, ours), "{i}" standing for the number of a block.
+        scale_axes: axes of tensors called alpha and beta, all but the last of length one.
+        gelu: the form that their programs compute, where the configuration says it.
+    """
+
+    title: str
+    marker: str
+    pairs: tuple[tuple[str, str], ...]
+    scale_axes: int = 1
+    gelu: str | None = None
+
+    @property
+    def pattern(self) -> str:
+        """A pattern of all their names."""
+        prefixes = (re.escape(theirs).replace(r"\{i\}", r"\d+") for theirs, _ in self.pairs)
+        return "|".join(prefixes)
+
+    def to_ours(self, tensors: Tensors) -> Tensors:
+        """Returns the tensors by our names."""
+        return {_renamed(key, self.pairs): _scale(key, v, 1) for key, v in tensors.items()}
+
+    def from_ours(self, tensors: Tensors) -> Tensors:
+        """Returns our tensors by their names."""
+        pairs, axes = tuple((ours, theirs) for theirs, ours in self.pairs), self.scale_axes
+        return {_renamed(key, pairs): _scale(key, v, axes) for key, v in tensors.items()}
+
+
+def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    for old, new in pairs:
+        found = re.match(re.escape(old).replace(r"\{i\}", r"(\d+)"), name)
+        if found:
+            number = found[1] if found.groups() else ""
+            return new.replace("{i}", number) + name[found.end() :]
+    return name
+
+
+def _scale(name: str, value: Tensor, axes: int) -> Tensor:
+    return value.view(*[1] * (axes - 1), -1) if name.endswith((".alpha", ".beta")) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +211,7 @@ class Family:
             missing; ValueError says what does not fit.
         crops: of published weights on ImageNet's mean and deviation, bicubic: architecture -> the
             crop, 0.875 if it is not there. None: Google's preprocessing.
+        names: of other programs' files, which load as well.
     """
 
     name: str
@@ -142,6 +225,7 @@ class Family:
     marker: str = ""
     infer: Callable[[Shapes, Size | None, Size | None], Any] | None = None
     crops: Mapping[str, float] | None = None
+    names: tuple[Names, ...] = ()
 
     def name_of(self, config: ModelConfig) -> str | None:
         """Returns the named architecture that has this shape, at any size and with any classes."""
@@ -173,6 +257,33 @@ def shape_of(shapes: Shapes, name: str, axes: int) -> tuple[int, ...]:
     if len(found) != axes or math.prod(found) == 0:
         raise ValueError(f"{name} has the shape {found}, {axes} axes are expected")
     return found
+
+
+def infer_patches(
+    shapes: Shapes, num_tokens: int, written: Size | None, asked: Size | None
+) -> dict[str, Any]:
+    """Returns the fields of a `PatchConfig` that a stem, a head and blocks imply, for
+    `Family.infer`."""
+    dim, channels, patch, patch_width = shape_of(shapes, "stem.weight", 4)
+    if patch != patch_width:
+        raise ValueError(f"the patch is {patch}x{patch_width} pixels, not square")
+    side = math.isqrt(num_tokens) * patch
+    for height, width in filter(None, (written, (side, side), asked)):
+        if height % patch == width % patch == 0 and height * width == num_tokens * patch**2:
+            break
+    else:
+        raise ValueError(
+            f"the weights are for {num_tokens} patches of {patch}x{patch} pixels, not a "
+            "square, and the file does not say the height and width: give its own image_size"
+        )
+    return {
+        "image_size": (height, width),
+        "patch_size": patch,
+        "hidden_dim": dim,
+        "num_blocks": max(1, count_blocks(shapes, r"blocks\.(\d{1,6})\.")),
+        "num_classes": count_classes(shapes),
+        "in_channels": channels,
+    }
 
 
 def count_classes(shapes: Shapes) -> int:

@@ -194,6 +194,50 @@ def check_image_shape(images: Tensor, config: Any, why_one_size: str) -> None:
         )
 
 
+class PatchClassifier(ImageClassifier):
+    """A stem, blocks of one width, a norm, the mean over tokens and a head.
+
+    A family says what block `index` is, and what the norm is and is called.
+    """
+
+    last_norm: ClassVar[str] = "pre_head_layer_norm"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        patch, dim = config.patch_size, config.hidden_dim
+        self.stem = nn.Conv2d(config.in_channels, dim, kernel_size=patch, stride=patch)
+        self.blocks = nn.Sequential(*(self.block(index) for index in range(config.num_blocks)))
+        self.add_module(self.last_norm, self.norm())
+        self.head = nn.Linear(dim, config.num_classes) if config.num_classes else None
+        self.initialize()
+
+    def block(self, index: int) -> nn.Module:
+        """Returns a new block, (N, S, C) -> (N, S, C)."""
+        raise NotImplementedError
+
+    def norm(self) -> nn.Module:
+        """Returns what stands before the mean over tokens."""
+        return nn.LayerNorm(self.config.hidden_dim, eps=1e-6)
+
+    def initialize(self) -> None:
+        """Draws new weights."""
+        raise NotImplementedError
+
+    def features(self, images: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, C)
+        """Returns the mean over tokens of the normalised last layer, which the head reads.
+
+        Raises:
+            ValueError: the images have another size or number of channels than the model.
+        """
+        self.check_images(images)
+        x = self.stem(images).flatten(2).transpose(1, 2)  # (N, S, C), row-major over the grid
+        # Under autocast the stem returns bfloat16; the residual stream stays in the weights'
+        # float32. A token's channels must be contiguous, or each LayerNorm would copy them.
+        x = x.to(self.stem.weight.dtype).contiguous()
+        return self.get_submodule(self.last_norm)(self.blocks(x)).mean(dim=1)
+
+
 def is_hidden_kernel(name: str, parameter: Tensor) -> bool:
     """Returns whether a parameter is a matrix inside a residual block, as Muon orthogonalises."""
     is_kernel = parameter.dim() == 2 and not name.endswith("bias")

@@ -12,38 +12,56 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from allmlp.errors import UserError
 from allmlp.models.family import (
     Family,
-    ModelConfig,
+    Names,
+    PatchConfig,
     Shapes,
     Size,
-    count_blocks,
-    count_classes,
+    Tensors,
+    infer_patches,
     is_integer,
     shape_of,
 )
-from allmlp.models.layers import ImageClassifier, StochasticDepth, lecun_normal_
-from allmlp.models.resize import resize_tokens
+from allmlp.models.layers import PatchClassifier, StochasticDepth, lecun_normal_
+from allmlp.models.resize import TOKENS, Weight, resize_tokens
 
 
 class MlpBlock(nn.Sequential):
-    """Two dense layers with a GELU between them, applied to the last axis (equation 1)."""
+    """Two dense layers with a GELU between them, applied to the last axis (equation 1).
+
+    Gated, the first layer is twice as wide and `SiluGate` stands in the place of the GELU.
+    """
 
     before_gelu: ClassVar[str] = "dense_0"  # for inference with packed weights
 
-    def __init__(self, dim: int, mlp_dim: int, gelu: str, dropout: float) -> None:
+    def __init__(
+        self, dim: int, mlp_dim: int, gelu: str, dropout: float, gated: bool = False
+    ) -> None:
         super().__init__()
-        self.dense_0 = nn.Linear(dim, mlp_dim)
-        self.gelu = nn.GELU(approximate="tanh" if gelu == "tanh" else "none")
+        self.dense_0 = nn.Linear(dim, 2 * mlp_dim if gated else mlp_dim)
+        form = "tanh" if gelu == "tanh" else "none"
+        self.gelu = SiluGate() if gated else nn.GELU(approximate=form)
         self.dropout_0 = nn.Dropout(dropout)
         self.dense_1 = nn.Linear(mlp_dim, dim)
         self.dropout_1 = nn.Dropout(dropout)
+
+
+class SiluGate(nn.Module):
+    """The first half of the last axis times the SiLU of the second (Shazeer 2020, "SwiGLU")."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., 2 D) -> (..., D)
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.silu(gate)
 
 
 class MixerBlock(nn.Module):
@@ -66,11 +84,12 @@ class MixerBlock(nn.Module):
     ) -> None:
         super().__init__()
         dim, tokens = config.hidden_dim, config.num_tokens
+        how = config.gelu, config.dropout, config.gated
         self.layer_norm_0 = nn.LayerNorm(dim, eps=1e-6)
-        self.token_mixing = MlpBlock(tokens, config.tokens_mlp_dim, config.gelu, config.dropout)
+        self.token_mixing = MlpBlock(tokens, config.tokens_mlp_dim, *how)
         self.drop_0 = StochasticDepth(drop_token_mixing)
         self.layer_norm_1 = nn.LayerNorm(dim, eps=1e-6)
-        self.channel_mixing = MlpBlock(dim, config.channels_mlp_dim, config.gelu, config.dropout)
+        self.channel_mixing = MlpBlock(dim, config.channels_mlp_dim, *how)
         self.drop_1 = StochasticDepth(drop_channel_mixing)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, S, C) -> (N, S, C)
@@ -81,24 +100,16 @@ class MixerBlock(nn.Module):
         return x + self.drop_1(y)
 
 
-class MlpMixer(ImageClassifier):
+class MlpMixer(PatchClassifier):
     """The network of Figure 1: stem, mixer blocks, LayerNorm, mean over tokens, head."""
 
     config: MixerConfig
 
-    def __init__(self, config: MixerConfig) -> None:
-        super().__init__()
-        self.config = config
-        patch, dim, last_mlp = config.patch_size, config.hidden_dim, 2 * config.num_blocks - 1
-        drops = [config.stochastic_depth * mlp / last_mlp for mlp in range(last_mlp + 1)]
-        block = MixerBlock if config.is_plain else VariantBlock
-        self.stem = nn.Conv2d(config.in_channels, dim, kernel_size=patch, stride=patch)
-        self.blocks = nn.Sequential(
-            *(block(config, i, *drops[2 * i : 2 * i + 2]) for i in range(config.num_blocks))
-        )
-        self.pre_head_layer_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Linear(dim, config.num_classes) if config.num_classes else None
-        self.initialize()
+    def block(self, index: int) -> MixerBlock:
+        """See `PatchClassifier`."""
+        config, last = self.config, 2 * self.config.num_blocks - 1
+        drops = [config.stochastic_depth * mlp / last for mlp in (2 * index, 2 * index + 1)]
+        return (MixerBlock if config.is_plain else VariantBlock)(config, index, *drops)
 
     def initialize(self) -> None:
         """Draws new weights as Flax does: lecun-normal kernels, zero biases, a zero head."""
@@ -112,20 +123,6 @@ class MlpMixer(ImageClassifier):
                 module.initialize()
         if self.head is not None:
             nn.init.zeros_(self.head.weight)
-
-    def features(self, images: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, C)
-        """Returns the mean over tokens of the normalised last layer, which the head reads.
-
-        Raises:
-            ValueError: the images have another size or number of channels than the model.
-        """
-        self.check_images(images)
-        x = self.stem(images).flatten(2).transpose(1, 2)  # (N, S, C), row-major over the grid
-        # Under autocast the stem returns bfloat16; the residual stream stays in the weights'
-        # float32. A token's channels must be contiguous, or each LayerNorm would copy them.
-        x = x.to(self.pre_head_layer_norm.weight.dtype).contiguous()
-        x = self.pre_head_layer_norm(self.blocks(x))
-        return x.mean(dim=1)
 
     def biases_without_effect(self) -> list[nn.Parameter]:
         """Returns the output biases of the token mixing, see `MixerBlock`."""
@@ -211,7 +208,7 @@ class VariantBlock(MixerBlock):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixerConfig(ModelConfig):
+class MixerConfig(PatchConfig):
     """The architecture of an MLP-Mixer (Table 1 of the paper).
 
     Args:
@@ -233,14 +230,13 @@ class MixerConfig(ModelConfig):
         token_groups: G, for "grouped" and "views"; it divides hidden_dim.
         pyramid: (block, S') pairs: the token mixing of these blocks, counted from 0, reduces the
             tokens to S', and all later blocks work on that many.
+        gated: a SiLU gate in place of the GELU of all MLPs, as in timm's gMixer; D_S and D_C are
+            the hidden units behind the gate.
 
     Raises:
         ValueError: the patch does not divide the image, or a value is out of range.
     """
 
-    patch_size: int
-    hidden_dim: int
-    num_blocks: int
     tokens_mlp_dim: int
     channels_mlp_dim: int
     dropout: float = 0.0
@@ -249,10 +245,10 @@ class MixerConfig(ModelConfig):
     token_mixing: Literal["shared", "untied", "grouped", "views"] = "shared"
     token_groups: int = 1
     pyramid: tuple[tuple[int, int], ...] = ()
+    gated: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_divisible(self.patch_size, f"the patch size {self.patch_size}")
         groups = self.token_groups
         if self.hidden_dim % groups:
             raise ValueError(f"token_groups must divide {self.hidden_dim} channels, got {groups}")
@@ -276,21 +272,13 @@ class MixerConfig(ModelConfig):
                 raise ValueError(f"{what}, got {fewer}")
             tokens = fewer
         object.__setattr__(self, "pyramid", steps)
+        if self.gated and not self.is_plain:
+            raise ValueError(f"gated MLPs mix all tokens alike: not with {self.variant}")
 
     @property
     def is_plain(self) -> bool:
         """Whether this is the paper's Mixer and not a variant of appendix A.1."""
         return self.token_mixing == "shared" and not self.pyramid
-
-    @property
-    def grid(self) -> Size:
-        """Patches in a column and in a row: (H / P, W / P)."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
-
-    @property
-    def num_tokens(self) -> int:
-        """S = HW / P^2, the length of the token sequence."""
-        return self.grid[0] * self.grid[1]
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -306,11 +294,11 @@ class MixerConfig(ModelConfig):
 
         Biases, GELU and LayerNorm, together below one per cent, are left out, as is usual.
         """
-        dim = self.hidden_dim
+        dim, wide = self.hidden_dim, 2 if self.gated else 1
         total = self.num_tokens * self.in_channels * self.patch_size**2 * dim
         for before, after in itertools.pairwise(self.tokens):
-            total += dim * (before + after) * self.tokens_mlp_dim
-            total += 2 * after * dim * self.channels_mlp_dim
+            total += dim * (wide * before + after) * self.tokens_mlp_dim
+            total += (wide + 1) * after * dim * self.channels_mlp_dim
             total += before * dim**2 if self.token_mixing == "views" else 0
             total += dim * before * after if after < before else 0
         return 2 * (total + dim * self.num_classes)
@@ -318,7 +306,8 @@ class MixerConfig(ModelConfig):
     @property
     def widest(self) -> int:
         """Values of one image's largest activation, a hidden layer of the first block."""
-        return max(self.hidden_dim * self.tokens_mlp_dim, self.num_tokens * self.channels_mlp_dim)
+        hidden = self.hidden_dim * self.tokens_mlp_dim, self.num_tokens * self.channels_mlp_dim
+        return max(hidden) * (2 if self.gated else 1)
 
     @property
     def least_parameters(self) -> int:
@@ -343,44 +332,52 @@ class MixerConfig(ModelConfig):
 
     def summary(self) -> str:
         """Returns the shape in a few words: "12 layers, patch 16, 768 channels"."""
-        shape = f"{self.num_blocks} layers, patch {self.patch_size}, {self.hidden_dim} channels"
-        return f"{shape}, {self.variant}" if self.variant else shape
+        words = "gated" if self.gated else ""
+        return ", ".join(filter(None, (super().summary(), words, self.variant)))
 
 
 def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> MixerConfig:
-    dim, channels, patch, patch_width = shape_of(shapes, "stem.weight", 4)
-    if patch != patch_width:
-        raise ValueError(f"the patch is {patch}x{patch_width} pixels, not square")
-    hidden, num_tokens = shape_of(shapes, "blocks.0.token_mixing.dense_0.weight", 2)
-    side = math.isqrt(num_tokens) * patch
-    for height, width in filter(None, (written, (side, side), asked)):
-        if height % patch == width % patch == 0 and height * width == num_tokens * patch**2:
-            break
-    else:
-        raise ValueError(
-            f"the weights are for {num_tokens} patches of {patch}x{patch} pixels, not a "
-            "square, and the file does not say the height and width: give its own image_size"
-        )
+    rows, num_tokens = shape_of(shapes, "blocks.0.token_mixing.dense_0.weight", 2)
+    hidden = shape_of(shapes, "blocks.0.token_mixing.dense_1.weight", 2)[1]
     return MixerConfig(
-        image_size=(height, width),
-        patch_size=patch,
-        hidden_dim=dim,
-        num_blocks=max(1, count_blocks(shapes, r"blocks\.(\d{1,6})\.")),
+        **infer_patches(shapes, num_tokens, written, asked),
         tokens_mlp_dim=hidden,
-        channels_mlp_dim=shape_of(shapes, "blocks.0.channel_mixing.dense_0.weight", 2)[0],
-        num_classes=count_classes(shapes),
-        in_channels=channels,
+        channels_mlp_dim=shape_of(shapes, "blocks.0.channel_mixing.dense_1.weight", 2)[1],
+        gated=rows == 2 * hidden,
     )
 
 
 def _suffix(config: MixerConfig, named: MixerConfig) -> str | None:
     """A model grown to K tiles has K times wider token-mixing MLPs; a variant says what it is."""
-    shape = ("patch_size", "hidden_dim", "num_blocks", "channels_mlp_dim")
+    shape = ("patch_size", "hidden_dim", "num_blocks", "channels_mlp_dim", "gated")
     tiles, rest = divmod(config.tokens_mlp_dim, named.tokens_mlp_dim)
     if rest or any(getattr(config, name) != getattr(named, name) for name in shape):
         return None
     grown = "" if tiles == 1 else f" grown to {tiles} tiles"
     return f"{grown} ({config.variant})" if config.variant else grown
+
+
+def token_weights(config: MixerConfig) -> Iterator[Weight]:
+    """Returns which weights depend on the tokens, see `resize_tokens`."""
+    read = (2 if config.gated else 1, config.tokens_mlp_dim)
+    for index in range(config.num_blocks):
+        name = f"blocks.{index}.token_mixing"
+        yield f"{name}.dense_0.weight", (read, TOKENS)
+        yield f"{name}.dense_0.bias", (read,)
+        yield f"{name}.dense_1.weight", (TOKENS, (1, config.tokens_mlp_dim))
+        yield f"{name}.dense_1.bias", (TOKENS,)
+
+
+def _resize(
+    tensors: Tensors, old: MixerConfig, new: MixerConfig, method: str
+) -> tuple[MixerConfig, str]:
+    """Every tile of block-diagonal growth has hidden units of its own, see `Family.resize`."""
+    if not old.is_plain:
+        what = f"this variant ({old.summary()}) cannot be brought to another image size"
+        fix = "Only the paper's own token mixing has a rule for that; train it at that size"
+        raise UserError(what, fix=fix)
+    tiles, words = resize_tokens(tensors, list(token_weights(old)), old, new, method)
+    return replace(new, tokens_mlp_dim=tiles * old.tokens_mlp_dim), words
 
 
 # Table 1 of the paper; S/8 is Google's later release (SAM-trained, not in the paper).
@@ -394,6 +391,7 @@ _TABLE_1 = {
     "mixer_l32": (32, 1024, 24, 512, 4096),
     "mixer_l16": (16, 1024, 24, 512, 4096),
     "mixer_h14": (14, 1280, 32, 640, 5120),
+    "gmixer_24": (16, 384, 24, 192, 768),  # gated, of timm
 }
 FAMILY = Family(
     name="mixer",
@@ -402,11 +400,28 @@ FAMILY = Family(
     config=MixerConfig,
     build=MlpMixer,
     architectures={
-        name: MixerConfig(**dict(zip(_SIZES, sizes, strict=True)))
+        name: MixerConfig(**dict(zip(_SIZES, sizes, strict=True)), gated=name.startswith("g"))
         for name, sizes in _TABLE_1.items()
     },
     suffix=_suffix,
-    resize=resize_tokens,
+    resize=_resize,
     marker=r"blocks\.\d+\.token_mixing\.",
     infer=_infer,
+    names=(
+        Names(
+            "timm",
+            r"stem\.proj\.|blocks\.\d+\.mlp_(tokens|channels)\.",
+            (
+                ("stem.proj", "stem"),
+                ("blocks.{i}.norm1", "blocks.{i}.layer_norm_0"),
+                ("blocks.{i}.norm2", "blocks.{i}.layer_norm_1"),
+                ("blocks.{i}.mlp_tokens.fc1", "blocks.{i}.token_mixing.dense_0"),
+                ("blocks.{i}.mlp_tokens.fc2", "blocks.{i}.token_mixing.dense_1"),
+                ("blocks.{i}.mlp_channels.fc1", "blocks.{i}.channel_mixing.dense_0"),
+                ("blocks.{i}.mlp_channels.fc2", "blocks.{i}.channel_mixing.dense_1"),
+                ("norm.", "pre_head_layer_norm."),
+            ),
+            gelu="exact",
+        ),
+    ),
 )

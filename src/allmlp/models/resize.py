@@ -23,8 +23,8 @@ Shapes: D hidden units of the token-mixing MLP, (h, w) the old grid, (H, W) the 
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,9 @@ from allmlp.models.family import Size, Tensors
 from allmlp.runtime.device import check_fits_memory
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
+TOKENS = "tokens"
+Axis = Literal["tokens"] | tuple[int, int]
+Weight = tuple[str, tuple[Axis, ...]]
 
 
 def whole_factors(old: Size, new: Size, method: str) -> Any:
@@ -59,76 +62,80 @@ def how_resized(factors: Size | None) -> str:
 
 def resize_tokens(
     tensors: Tensors,
+    weights: Sequence[Weight],
     old: Any,
     new: Any,
     method: str = "auto",
     interpolation: Interpolation = "nearest",
-) -> tuple[Any, str]:
-    """Brings a Mixer's token-mixing MLPs to the image size of `new`, see `Family.resize`."""
-    if not old.is_plain:
-        what = f"this variant ({old.summary()}) cannot be brought to another image size"
-        fix = "Only the paper's own token mixing has a rule for that; train it at that size"
-        raise UserError(what, fix=fix)
+) -> tuple[int, str]:
+    """Brings weights that depend on the tokens to the image size of `new`, in place.
+
+    Args:
+        tensors: by our names.
+        weights: the names of these weights, with what each of their axes is: `TOKENS`, or (g, D)
+            for g * D hidden units, of which every tile gets D in each of the g groups.
+        old, new: a `PatchConfig`.
+        method: block-diagonal, resample or auto.
+        interpolation: of resampling; "bilinear" and "bicubic" with antialiasing.
+
+    Returns:
+        The number of tiles, 1 if they were resampled, and the method in words.
+    """
     factors = whole_factors(old.grid, new.grid, method)
-    units = math.prod(factors or (1,)) * old.tokens_mlp_dim
-    size = "x".join(map(str, new.image_size))
-    check_fits_memory(2 * old.num_blocks * new.num_tokens * units, f"token mixing at {size} pixels")
-    if factors is None:
-        resample(tensors, old, new.grid, interpolation)
-        return new, f"resampled ({interpolation})"
-    grow_block_diagonal(tensors, old, factors)
-    return dataclasses.replace(new, tokens_mlp_dim=units), how_resized(factors)
+    tiles, size = math.prod(factors or (1,)), "x".join(map(str, new.image_size))
+    lengths = [
+        [new.num_tokens if axis == TOKENS else tiles * math.prod(axis) for axis in axes]
+        for _, axes in weights
+    ]
+    check_fits_memory(sum(map(math.prod, lengths)), f"token mixing at {size} pixels")
+    for name, axes in weights:
+        value = tensors.pop(name)
+        if factors is None:
+            tensors[name] = _resampled(value, axes, old.grid, new.grid, interpolation)
+        else:
+            tensors[name] = _grown(value, axes, old.grid, factors)
+    return tiles, how_resized(factors) if factors else f"resampled ({interpolation})"
 
 
-def grow_block_diagonal(tensors: Tensors, config: Any, factors: Size) -> None:
-    """Gives each of K_h x K_w tiles its own copy of the token-mixing MLPs, in place."""
-    (high, wide), (h, w), units = factors, config.grid, config.tokens_mlp_dim
-    num_tiles, num_tokens = high * wide, high * h * wide * w
-    for block in range(config.num_blocks):
-        name = f"blocks.{block}.token_mixing"
-        incoming = tensors.pop(f"{name}.dense_0.weight").view(units, h, w)
-        outgoing = tensors.pop(f"{name}.dense_1.weight").view(h, w, units)
+def _grown(value: Tensor, axes: tuple[Axis, ...], grid: Size, factors: Size) -> Tensor:
+    """Returns a weight with a copy of `value` for each of K_h x K_w tiles."""
+    (h, w), (high, wide) = grid, factors
+    small, large, tile_of = [], [], []
+    for axis in axes:
         # The new grid's rows are (tile row, row in the tile), its columns likewise: written into
         # this view, the blocks land where row-major order over the whole grid wants them.
-        grown_in = incoming.new_zeros(num_tiles, units, high, h, wide, w)
-        grown_out = outgoing.new_zeros(high, h, wide, w, num_tiles, units)
-        for row in range(high):
-            for column in range(wide):
-                tile = row * wide + column
-                grown_in[tile, :, row, :, column, :] = incoming
-                grown_out[row, :, column, :, tile, :] = outgoing
-        bias = tensors[f"{name}.dense_1.bias"].view(h, w)
-        tensors[f"{name}.dense_0.weight"] = grown_in.view(num_tiles * units, num_tokens)
-        tensors[f"{name}.dense_0.bias"] = tensors[f"{name}.dense_0.bias"].repeat(num_tiles)
-        tensors[f"{name}.dense_1.weight"] = grown_out.view(num_tokens, num_tiles * units)
-        tensors[f"{name}.dense_1.bias"] = bias.repeat(high, wide).view(num_tokens)
+        if axis == TOKENS:
+            small += [h, w]
+            large += [high, h, wide, w]
+            tile_of.append(lambda row, column: (row, slice(None), column, slice(None)))
+        else:
+            small += axis
+            large += [axis[0], high * wide, axis[1]]
+            tile_of.append(lambda row, column: (slice(None), row * wide + column, slice(None)))
+    grown, value = value.new_zeros(large), value.reshape(small)
+    for row in range(high):
+        for column in range(wide):
+            grown[tuple(at for place in tile_of for at in place(row, column))] = value
+    tokens = h * high * w * wide
+    return grown.view(
+        [tokens if axis == TOKENS else high * wide * math.prod(axis) for axis in axes]
+    )
 
 
-def resample(tensors: Tensors, config: Any, grid: Size, interpolation: Interpolation) -> None:
-    """Resizes the weight images of the token-mixing MLPs to another grid of patches, in place;
-    "bilinear" and "bicubic" with antialiasing."""
-    (h, w), units, num_tokens = config.grid, config.tokens_mlp_dim, grid[0] * grid[1]
-    rows_in, columns_in = (
-        resizing(new, old, interpolation) for new, old in zip(grid, (h, w), strict=True)
-    )
-    rows_out, columns_out = (
-        resizing(old, new, interpolation) for new, old in zip(grid, (h, w), strict=True)
-    )
-    for block in range(config.num_blocks):
-        name = f"blocks.{block}.token_mixing"
-        incoming = tensors.pop(f"{name}.dense_0.weight").view(units, h, w)
-        outgoing = tensors.pop(f"{name}.dense_1.weight").view(h, w, units)
-        bias = tensors.pop(f"{name}.dense_1.bias").view(h, w)
-        # In float64, so that the rounding of the maps does not add to that of the model.
-        read = rows_in.T @ (incoming.double() @ columns_in)  # (D, H, W)
-        written = rows_out @ (outgoing.double().permute(2, 0, 1) @ columns_out.T)
-        added = rows_out @ bias.double() @ columns_out.T
-        dtype = incoming.dtype
-        tensors[f"{name}.dense_0.weight"] = read.reshape(units, num_tokens).to(dtype)
-        tensors[f"{name}.dense_1.weight"] = (
-            written.permute(1, 2, 0).reshape(num_tokens, units).to(dtype)
-        )
-        tensors[f"{name}.dense_1.bias"] = added.reshape(num_tokens).to(dtype)
+def _resampled(
+    value: Tensor, axes: tuple[Axis, ...], old: Size, new: Size, interpolation: Interpolation
+) -> Tensor:
+    """Returns a weight on another grid: what reads tokens W A, what writes them B W."""
+    dtype, num_tokens = value.dtype, new[0] * new[1]
+    value = value.double()  # so that the rounding of the maps does not add to that of the model
+    if len(axes) == 2 and axes[1] == TOKENS:
+        down, across = (resizing(n, o, interpolation) for n, o in zip(new, old, strict=True))
+        value = (down.T @ (value.view(-1, *old) @ across)).flatten(1)
+    if axes[0] == TOKENS:
+        down, across = (resizing(o, n, interpolation) for n, o in zip(new, old, strict=True))
+        columns = value.view(*old, -1).permute(2, 0, 1)  # (columns, h, w)
+        value = (down @ (columns @ across.T)).permute(1, 2, 0).reshape(num_tokens, -1)
+    return (value if len(axes) == 2 else value.flatten()).contiguous().to(dtype)
 
 
 def resizing(old: int, new: int, interpolation: Interpolation) -> Tensor:

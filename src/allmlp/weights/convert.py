@@ -64,8 +64,9 @@ def convert(model: str, output: str, options: ConvertOptions) -> list[str]:
         f"written  {weights} ({format}, {mebibytes:,.1f} MiB)",
     ]
     gelu = {"google": ("tanh", "Google's code"), "timm": ("exact", "timm")}.get(format)
-    if gelu is not None and gelu[0] != net.config.gelu:
-        what = f"{gelu[1]} computes the {gelu[0]} GELU, this model the {net.config.gelu} one"
+    ours = getattr(net.config, "gelu", "exact")
+    if gelu is not None and gelu[0] != ours:
+        what = f"{gelu[1]} computes the {gelu[0]} GELU, this model the {ours} one"
         lines.append(f"note     {what}: its logits will differ in the fourth digit")
     return lines
 

@@ -8,12 +8,7 @@ has (out, in) and (C, channels, P, P). The published files have these names:
     MixerBlock_{i}/{token_mixing,channel_mixing}/Dense_{0,1}/{kernel,bias}
     pre_head_layer_norm/{scale,bias}   head/{kernel,bias}
 
-timm has torch's shapes, as ours, under these names:
-
-    stem.proj.{weight,bias}
-    blocks.{i}.norm{1,2}.{weight,bias}
-    blocks.{i}.{mlp_tokens,mlp_channels}.fc{1,2}.{weight,bias}
-    norm.{weight,bias}   head.{weight,bias}
+Other programs have torch's shapes, as ours; their names stand in the family's file.
 
 timm computes the exact GELU, also for weights that Google trained with the tanh form; loaded from
 timm's files a model does what timm's does. The files of CycleMLP's and Vision Permutator's authors
@@ -44,10 +39,11 @@ class Layout:
 
     title: str
     family: Family
-    marker: str  # a pattern of names that only this layout has
+    pattern: str  # of its names
     to_ours: Callable[[Tensors], Tensors] = dict
     from_ours: Callable[[Tensors], Tensors] = dict
     gelu: str | None = None  # of the models whose weights are so named
+    marker: str = ""  # a pattern of names of which one must be there
 
 
 def google_to_ours(arrays: Tensors) -> Tensors:
@@ -91,40 +87,18 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
-_TIMM = (  # timm's, ours
-    ("norm.", "pre_head_layer_norm."),
-    ("stem.proj.", "stem."),
-    (".norm1.", ".layer_norm_0."),
-    (".norm2.", ".layer_norm_1."),
-    (".mlp_tokens.", ".token_mixing."),
-    (".mlp_channels.", ".channel_mixing."),
-    (".fc1.", ".dense_0."),
-    (".fc2.", ".dense_1."),
-)
-
-
-def timm_to_ours(tensors: Tensors) -> Tensors:
-    """Returns the tensors by our names."""
-    return {_replaced(name, _TIMM): value for name, value in tensors.items()}
-
-
-def timm_from_ours(tensors: Tensors) -> Tensors:
-    """Returns the tensors by timm's names."""
-    pairs = tuple((ours, theirs) for theirs, ours in _TIMM)
-    return {_replaced(name, pairs): value for name, value in tensors.items()}
-
-
-def _replaced(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    for old, new in pairs:
-        name = name.replace(old, new)
-    return name
-
-
 LAYOUTS = [
     Layout("allmlp", MIXER, MIXER.marker, gelu="tanh"),
     Layout("Google", MIXER, "stem/|MixerBlock_", google_to_ours, google_from_ours, "tanh"),
-    Layout("timm", MIXER, r"blocks\.\d+\.mlp_tokens\.", timm_to_ours, timm_from_ours, "exact"),
     *(Layout(found.title, found, found.marker) for found in ALL_MLP if found is not MIXER),
+    *(
+        Layout(
+            *(names.title, found, names.pattern, names.to_ours, names.from_ours, names.gelu),
+            marker=names.marker,
+        )
+        for found in ALL_MLP
+        for names in found.names
+    ),
 ]
 
 
@@ -133,7 +107,8 @@ def layout_of(tensors: Tensors, family: Family | None = None) -> Layout | None:
     none knows any."""
     best, most = None, 0
     for layout in LAYOUTS:
-        if family is None or layout.family is family:
-            known = sum(re.match(layout.marker, name) is not None for name in tensors)
+        is_asked = family is None or layout.family is family
+        if is_asked and any(re.match(layout.marker, name) for name in tensors):
+            known = sum(re.match(layout.pattern, name) is not None for name in tensors)
             best, most = (layout, known) if known > most else (best, most)
     return best

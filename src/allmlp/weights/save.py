@@ -29,14 +29,14 @@ from allmlp.io import (
     partial_path,
     staging_folder,
 )
-from allmlp.models.catalog import config_to_json
+from allmlp.models.catalog import config_to_json, family_of
 from allmlp.models.family import Tensors
 from allmlp.models.layers import ImageClassifier
 from allmlp.models.mixer import MixerConfig
 from allmlp.names import NAME, is_format
 from allmlp.weights.description import CONFIG, FORMAT_VERSION, WEIGHTS
 from allmlp.weights.files import fingerprint
-from allmlp.weights.layouts import timm_from_ours, write_npz
+from allmlp.weights.layouts import write_npz
 from allmlp.weights.load import open_model
 
 FORMATS = (NAME, "google", "timm")
@@ -69,7 +69,11 @@ def save_model(
     path, model = expand(path), open_model(model)
     weights, beside = check_target(path, format, overwrite=overwrite)
     config, preprocessing = model.config, model.preprocessing
-    if format != "allmlp" and not (isinstance(config, MixerConfig) and config.is_plain):
+    theirs = next((names for names in family_of(config).names if names.title == format), None)
+    is_google = isinstance(config, MixerConfig) and config.is_plain and not config.gated
+    is_plain = getattr(config, "is_plain", True)
+    has_place = is_google if format == "google" else theirs is not None and is_plain
+    if format != "allmlp" and not has_place:
         what = f"the format {format!r} has no place for this model ({config.summary()})"
         raise UserError(what, fix="Use the format allmlp")
     tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()}
@@ -88,7 +92,7 @@ def save_model(
             beside: lambda partial: _describe_npz(partial, described, partial_path(weights)),
         }
     else:
-        names = timm_from_ours(tensors) if format == "timm" else tensors
+        names = tensors if theirs is None else theirs.from_ours(tensors)
         contents = {weights: lambda partial: _write_safetensors(partial, names, described, weights)}
         if beside is not None:
             contents[beside] = _as_text(described)

@@ -1,0 +1,189 @@
+"""gMLP: Pay Attention to MLPs (Liu et al. 2021, arXiv 2105.08050).
+
+A block has one MLP over the channels; between its layers a spatial gate multiplies one half of the
+hidden units by the other half, mixed over the tokens by one S x S matrix:
+
+    u, v = GELU(dense_0 x);   x <- x + dense_1 (u * (mixing (layer_norm v)))
+
+Equal to timm's, whose epsilon is 1e-6 in the block and 1e-5 in the gate.
+
+Shapes: N batch, S tokens, C channels, D hidden units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from allmlp.models.family import (
+    Family,
+    Names,
+    PatchConfig,
+    Shapes,
+    Size,
+    Tensors,
+    infer_patches,
+    shape_of,
+)
+from allmlp.models.layers import PatchClassifier, StochasticDepth, lecun_normal_
+from allmlp.models.resize import TOKENS, Weight, resize_tokens
+
+
+class SpatialGate(nn.Module):
+    """The spatial gating unit (equation 3 of the paper and what follows)."""
+
+    def __init__(self, dim: int, tokens: int) -> None:
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(dim, eps=1e-5)
+        self.token_mixing = nn.Linear(tokens, tokens)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, S, 2 D') -> (N, S, D')
+        value, gate = x.chunk(2, dim=-1)
+        gate = self.token_mixing(self.layer_norm(gate).transpose(1, 2)).transpose(1, 2)
+        return value * gate
+
+
+class GatedMlp(nn.Sequential):
+    """Two dense layers, a GELU and the gate between them."""
+
+    before_gelu: ClassVar[str] = "dense_0"  # for inference with packed weights
+
+    def __init__(self, dim: int, mlp_dim: int, tokens: int) -> None:
+        super().__init__()
+        self.dense_0 = nn.Linear(dim, mlp_dim)
+        self.gelu = nn.GELU()
+        self.gate = SpatialGate(mlp_dim // 2, tokens)
+        self.dense_1 = nn.Linear(mlp_dim // 2, dim)
+
+
+class GMLPBlock(nn.Module):
+    """A gated MLP with a LayerNorm before and a skip around it."""
+
+    def __init__(self, config: GMLPConfig, drop: float) -> None:
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(config.hidden_dim, eps=1e-6)
+        self.mlp = GatedMlp(config.hidden_dim, config.mlp_dim, config.num_tokens)
+        self.drop = StochasticDepth(drop)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, S, C) -> (N, S, C)
+        return x + self.drop(self.mlp(self.layer_norm(x)))
+
+
+class GMLP(PatchClassifier):
+    """gMLP Ti/16, S/16 and B/16, and any other sizes."""
+
+    config: GMLPConfig
+    why_one_size: ClassVar[str] = "its gates have a weight for each pair of patches"
+
+    def block(self, index: int) -> GMLPBlock:
+        """See `PatchClassifier`."""
+        config = self.config
+        return GMLPBlock(config, config.stochastic_depth * index / max(1, config.num_blocks - 1))
+
+    def initialize(self) -> None:
+        """Draws new weights; the gates begin as ones, so that a block begins as a plain MLP."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                lecun_normal_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, SpatialGate):
+                nn.init.normal_(module.token_mixing.weight, std=1e-6)
+                nn.init.ones_(module.token_mixing.bias)
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GMLPConfig(PatchConfig):
+    """The architecture of a gMLP.
+
+    Args:
+        mlp_dim: outputs of a block's first dense layer; half of them gate the other half.
+        stochastic_depth: probability of dropping the last block; it rises linearly from 0.
+
+    The other fields are those of `PatchConfig`.
+
+    Raises:
+        ValueError: the patch does not divide the image, or a value is out of range.
+    """
+
+    mlp_dim: int
+    stochastic_depth: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mlp_dim % 2:
+            raise ValueError(f"mlp_dim must be even, half of it is the gate, got {self.mlp_dim}")
+
+    @property
+    def flops(self) -> int:
+        """See `ModelConfig`."""
+        tokens, dim, half = self.num_tokens, self.hidden_dim, self.mlp_dim // 2
+        stem = tokens * self.in_channels * self.patch_size**2 * dim
+        block = tokens * half * (3 * dim + tokens)
+        return 2 * (stem + self.num_blocks * block + dim * self.num_classes)
+
+    @property
+    def widest(self) -> int:
+        """Values of one image's largest activation, a hidden layer."""
+        return self.num_tokens * self.mlp_dim
+
+    @property
+    def least_parameters(self) -> int:
+        """Trained values of the blocks' matrices alone."""
+        return self.num_blocks * (self.num_tokens**2 + 3 * self.hidden_dim * self.mlp_dim // 2)
+
+
+def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> GMLPConfig:
+    num_tokens, _ = shape_of(shapes, "blocks.0.mlp.gate.token_mixing.weight", 2)
+    hidden, _ = shape_of(shapes, "blocks.0.mlp.dense_0.weight", 2)
+    return GMLPConfig(mlp_dim=hidden, **infer_patches(shapes, num_tokens, written, asked))
+
+
+def _token_weights(config: GMLPConfig) -> Iterator[Weight]:
+    for index in range(config.num_blocks):
+        yield f"blocks.{index}.mlp.gate.token_mixing.weight", (TOKENS, TOKENS)
+        yield f"blocks.{index}.mlp.gate.token_mixing.bias", (TOKENS,)
+
+
+def _resize(
+    tensors: Tensors, old: GMLPConfig, new: GMLPConfig, method: str
+) -> tuple[GMLPConfig, str]:
+    return new, resize_tokens(tensors, list(_token_weights(old)), old, new, method)[1]
+
+
+_SHAPES = {"gmlp_ti16": (128, 768), "gmlp_s16": (256, 1536), "gmlp_b16": (512, 3072)}  # Table 1
+FAMILY = Family(
+    name="gmlp",
+    title="gMLP",
+    paper="Liu et al. 2021, arXiv 2105.08050",
+    config=GMLPConfig,
+    build=GMLP,
+    architectures={
+        name: GMLPConfig(patch_size=16, hidden_dim=dim, num_blocks=30, mlp_dim=hidden)
+        for name, (dim, hidden) in _SHAPES.items()
+    },
+    resize=_resize,
+    marker=r"blocks\.\d+\.mlp\.gate\.",
+    infer=_infer,
+    names=(
+        Names(
+            "timm",
+            r"blocks\.\d+\.(mlp_channels\.gate|norm)\.",
+            (
+                ("stem.proj", "stem"),
+                ("blocks.{i}.norm", "blocks.{i}.layer_norm"),
+                ("blocks.{i}.mlp_channels.fc1", "blocks.{i}.mlp.dense_0"),
+                ("blocks.{i}.mlp_channels.gate.norm", "blocks.{i}.mlp.gate.layer_norm"),
+                ("blocks.{i}.mlp_channels.gate.proj", "blocks.{i}.mlp.gate.token_mixing"),
+                ("blocks.{i}.mlp_channels.fc2", "blocks.{i}.mlp.dense_1"),
+                ("norm.", "pre_head_layer_norm."),
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,210 @@
+"""ResMLP: Feedforward networks for image classification with data-efficient training (Touvron et
+al. 2021, arXiv 2105.03404).
+
+One S x S matrix mixes the tokens, and an affine map of each channel stands where a Mixer has
+LayerNorms, so that the whole block but the GELU of its channel MLP is linear:
+
+    x <- x + scale_0 * (mixing (affine_0 x)),   x <- x + scale_1 * MLP(affine_1 x)
+
+Equal to its authors' code (facebookresearch/deit) and timm's. Stochastic depth is the same in all
+blocks, as there.
+
+Shapes: N batch, S tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from allmlp.models.family import (
+    Family,
+    Names,
+    PatchConfig,
+    Shapes,
+    Size,
+    Tensors,
+    infer_patches,
+    shape_of,
+)
+from allmlp.models.layers import PatchClassifier, StochasticDepth
+from allmlp.models.mixer import MlpBlock
+from allmlp.models.resize import TOKENS, Weight, resize_tokens
+
+
+class Affine(nn.Module):
+    """alpha * x + beta for each channel (equation 1)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(dim))
+        self.beta = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        return torch.addcmul(self.beta, self.alpha, x)
+
+
+class ResMLPBlock(nn.Module):
+    """A linear map of the tokens, then an MLP of the channels (equations 2 and 3)."""
+
+    def __init__(self, config: ResMLPConfig) -> None:
+        super().__init__()
+        dim, tokens = config.hidden_dim, config.num_tokens
+        self.affine_0 = Affine(dim)
+        self.token_mixing = nn.Linear(tokens, tokens)
+        self.scale_0 = nn.Parameter(torch.full((dim,), config.layer_scale))
+        self.drop_0 = StochasticDepth(config.stochastic_depth)
+        self.affine_1 = Affine(dim)
+        self.channel_mixing = MlpBlock(dim, config.channels_mlp_dim, "exact", 0.0)
+        self.scale_1 = nn.Parameter(torch.full((dim,), config.layer_scale))
+        self.drop_1 = StochasticDepth(config.stochastic_depth)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, S, C) -> (N, S, C)
+        y = self.token_mixing(self.affine_0(x).transpose(1, 2)).transpose(1, 2)
+        x = x + self.drop_0(self.scale_0 * y)
+        y = self.channel_mixing(self.affine_1(x))
+        return x + self.drop_1(self.scale_1 * y)
+
+
+class ResMLP(PatchClassifier):
+    """ResMLP S12, S24, S36 and B24, and any other sizes."""
+
+    config: ResMLPConfig
+    last_norm: ClassVar[str] = "pre_head_affine"
+    why_one_size: ClassVar[str] = "its token mixing has a weight for each pair of patches"
+
+    def block(self, index: int) -> ResMLPBlock:
+        """See `PatchClassifier`."""
+        return ResMLPBlock(self.config)
+
+    def norm(self) -> Affine:
+        """See `PatchClassifier`."""
+        return Affine(self.config.hidden_dim)
+
+    def initialize(self) -> None:
+        """Draws new weights as its authors do, but a zero head, as all models here have."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResMLPConfig(PatchConfig):
+    """The architecture of a ResMLP.
+
+    Args:
+        channels_mlp_dim: hidden units of the channel MLPs.
+        layer_scale: what the scales of new weights begin with (LayerScale).
+        stochastic_depth: probability of dropping a branch, the same in all blocks.
+
+    The other fields are those of `PatchConfig`.
+
+    Raises:
+        ValueError: the patch does not divide the image, or a value is out of range.
+    """
+
+    channels_mlp_dim: int
+    layer_scale: float = 1e-5
+    stochastic_depth: float = 0.0
+
+    @property
+    def flops(self) -> int:
+        """See `ModelConfig`."""
+        tokens, dim = self.num_tokens, self.hidden_dim
+        stem = tokens * self.in_channels * self.patch_size**2 * dim
+        block = tokens * dim * (tokens + 2 * self.channels_mlp_dim)
+        return 2 * (stem + self.num_blocks * block + dim * self.num_classes)
+
+    @property
+    def widest(self) -> int:
+        """Values of one image's largest activation, a hidden layer."""
+        return self.num_tokens * self.channels_mlp_dim
+
+    @property
+    def least_parameters(self) -> int:
+        """Trained values of the blocks' matrices alone."""
+        block = self.num_tokens**2 + 2 * self.hidden_dim * self.channels_mlp_dim
+        return self.num_blocks * block
+
+
+def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> ResMLPConfig:
+    num_tokens, _ = shape_of(shapes, "blocks.0.token_mixing.weight", 2)
+    hidden, _ = shape_of(shapes, "blocks.0.channel_mixing.dense_0.weight", 2)
+    fields = infer_patches(shapes, num_tokens, written, asked)
+    return ResMLPConfig(channels_mlp_dim=hidden, **fields)
+
+
+def _token_weights(config: ResMLPConfig) -> Iterator[Weight]:
+    for index in range(config.num_blocks):
+        yield f"blocks.{index}.token_mixing.weight", (TOKENS, TOKENS)
+        yield f"blocks.{index}.token_mixing.bias", (TOKENS,)
+
+
+def _resize(
+    tensors: Tensors, old: ResMLPConfig, new: ResMLPConfig, method: str
+) -> tuple[ResMLPConfig, str]:
+    return new, resize_tokens(tensors, list(_token_weights(old)), old, new, method)[1]
+
+
+_SHAPES = {  # P, C, L, hidden units of the channel MLP, LayerScale of the authors' code
+    "resmlp_12": (16, 384, 12, 1536, 0.1),
+    "resmlp_24": (16, 384, 24, 1536, 1e-5),
+    "resmlp_36": (16, 384, 36, 1536, 1e-6),
+    "resmlp_big_24": (8, 768, 24, 3072, 1e-6),
+}
+_FIELDS = ("patch_size", "hidden_dim", "num_blocks", "channels_mlp_dim", "layer_scale")
+FAMILY = Family(
+    name="resmlp",
+    title="ResMLP",
+    paper="Touvron et al. 2021, arXiv 2105.03404",
+    config=ResMLPConfig,
+    build=ResMLP,
+    architectures={
+        name: ResMLPConfig(**dict(zip(_FIELDS, shape, strict=True)))
+        for name, shape in _SHAPES.items()
+    },
+    resize=_resize,
+    marker=r"stem\.weight$|pre_head_affine\.|blocks\.\d+\.((affine|scale)_|(token|channel)_mixing\.)",
+    infer=_infer,
+    crops=dict.fromkeys(_SHAPES, 0.9),  # the authors' evaluation; timm's is 0.875
+    names=(
+        Names(
+            "timm",
+            r"blocks\.\d+\.(linear_tokens\.|ls[12]$)",
+            (
+                ("stem.proj", "stem"),
+                ("blocks.{i}.norm1", "blocks.{i}.affine_0"),
+                ("blocks.{i}.linear_tokens", "blocks.{i}.token_mixing"),
+                ("blocks.{i}.ls1", "blocks.{i}.scale_0"),
+                ("blocks.{i}.norm2", "blocks.{i}.affine_1"),
+                ("blocks.{i}.mlp_channels.fc1", "blocks.{i}.channel_mixing.dense_0"),
+                ("blocks.{i}.mlp_channels.fc2", "blocks.{i}.channel_mixing.dense_1"),
+                ("blocks.{i}.ls2", "blocks.{i}.scale_1"),
+                ("norm.", "pre_head_affine."),
+            ),
+            scale_axes=3,
+        ),
+        Names(
+            "ResMLP's authors",
+            r"blocks\.\d+\.(attn\.(weight|bias)|gamma_[12])$",
+            (
+                ("patch_embed.proj", "stem"),
+                ("blocks.{i}.norm1", "blocks.{i}.affine_0"),
+                ("blocks.{i}.attn", "blocks.{i}.token_mixing"),
+                ("blocks.{i}.gamma_1", "blocks.{i}.scale_0"),
+                ("blocks.{i}.norm2", "blocks.{i}.affine_1"),
+                ("blocks.{i}.mlp.fc1", "blocks.{i}.channel_mixing.dense_0"),
+                ("blocks.{i}.mlp.fc2", "blocks.{i}.channel_mixing.dense_1"),
+                ("blocks.{i}.gamma_2", "blocks.{i}.scale_1"),
+                ("norm.", "pre_head_affine."),
+            ),
+        ),
+    ),
+)
