@@ -19,14 +19,34 @@ from allmlp.models.catalog import (
     config_to_json,
     model_config,
 )
+from allmlp.models.layers import count_parameters
 from conftest import tiny_model
+
+
+OF_TIMM = {  # trained values with 1,000 classes, counted in timm 1.0.31
+    "gmixer_24": 24_721_096,
+    "resmlp_12": 15_350_872,
+    "resmlp_24": 30_020_680,
+    "resmlp_36": 44_690_488,
+    "resmlp_big_24": 129_138_280,
+    "gmlp_ti16": 5_867_328,
+    "gmlp_s16": 19_422_656,
+    "gmlp_b16": 73_075_392,
+}
+
+
+@pytest.mark.parametrize("name", OF_TIMM)
+def test_sizes_of_timms_families(name: str):
+    with torch.device("meta"):
+        assert count_parameters(am.create_model(name)) == OF_TIMM[name]
+    assert architecture_name(model_config(name, 448, 3, in_channels=1)) == name
 
 
 def test_the_list():
     """Their sizes are pinned by the counts of parameters, in the tests of the networks."""
     mixers = [f"mixer_{size}" for size in ("s32", "s16", "s8", "b32", "b16", "l32", "l16", "h14")]
     others = [*(f"cycle_mlp_b{n}" for n in range(1, 6)), "vip_s14", "vip_s7", "vip_m7", "vip_l7"]
-    assert am.list_models() == mixers + others
+    assert am.list_models() == [*mixers, *OF_TIMM, *others]
 
 
 @pytest.mark.parametrize(

@@ -343,7 +343,10 @@ def _dense_weights(
     first, second = (getattr(getattr(module, f"dense_{at}", None), "weight", None) for at in (0, 1))
     if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
         return None
-    return (_array(first), _array(second)) if first.dim() == 2 else None
+    if first.dim() != 2:
+        return None
+    # A gated unit reads two maps; the first is the one that it passes on.
+    return _array(first)[: second.shape[1]], _array(second)
 
 
 def patch_grid(model: Classifier) -> tuple[int, int] | None:

@@ -104,6 +104,11 @@ class PatchConfig(ModelConfig):
         """S = HW / P^2, the length of the token sequence."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The tokens before each block and, at last, those before the head: num_blocks + 1."""
+        return (self.num_tokens,) * (self.num_blocks + 1)
+
     def summary(self) -> str:
         """Returns the shape in a few words: "12 layers, patch 16, 768 channels"."""
         return f"{self.num_blocks} layers, patch {self.patch_size}, {self.hidden_dim} channels"
