@@ -19,9 +19,7 @@ from allmlp.models.catalog import (
     config_to_json,
     model_config,
 )
-from allmlp.models.layers import count_parameters
 from conftest import tiny_model
-
 
 OF_TIMM = {  # trained values with 1,000 classes, counted in timm 1.0.31
     "gmixer_24": 24_721_096,
@@ -38,7 +36,7 @@ OF_TIMM = {  # trained values with 1,000 classes, counted in timm 1.0.31
 @pytest.mark.parametrize("name", OF_TIMM)
 def test_sizes_of_timms_families(name: str):
     with torch.device("meta"):
-        assert count_parameters(am.create_model(name)) == OF_TIMM[name]
+        assert am.create_model(name).num_parameters == OF_TIMM[name]
     assert architecture_name(model_config(name, 448, 3, in_channels=1)) == name
 
 
