@@ -15,7 +15,6 @@ from allmlp.paper.suite import (
     SuiteOptions,
     SuiteResult,
     Task,
-    as_tasks,
     plan_whole,
     run_suite,
 )
@@ -63,7 +62,7 @@ def avg5(
         options, fields: see `Avg5Options`; `tasks` may be a mapping of tasks to sources.
         quiet: print nothing.
     """
-    options = make(Avg5Options, options, as_tasks(fields))
+    options = make(Avg5Options, options, fields)
     size = options.image_size or 224
     official = size if size in (224, 448, (224, 224), (448, 448)) else 224
 

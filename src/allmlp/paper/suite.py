@@ -78,7 +78,7 @@ class SuiteOptions(PaperOptions):
 
     task: Repeated = field(default=(), metadata={"metavar": "NAME=SOURCE"})
     """The data of a task, NAME=SOURCE; may be given many times. Any source that training reads."""
-    tasks: str | None = None
+    tasks: str | dict[str, str | Path] | None = field(default=None, metadata={"type": str | None})
     """A JSON file of the same, {"pets": "FOLDER"}; its paths are relative to its folder."""
     grid: tuple[float, ...] = field(default=(), metadata={"metavar": "LR ..."})
     """Learning rates to choose from; a single one is taken without a grid."""
@@ -243,10 +243,13 @@ def _checked(
 
 
 def named_tasks(
-    assignments: Iterable[str], file: str | None, known: Mapping[str, Task]
+    assignments: Iterable[str], given: str | Mapping[str, Any] | None, known: Mapping[str, Task]
 ) -> dict[str, str]:
-    """Returns task -> source, in the suite's order; a file's paths are relative to its folder."""
-    tasks = {} if file is None else _read_tasks(expand(file))
+    """Returns task -> source, in the suite's order; `given` is these, or a file of them."""
+    if isinstance(given, str):
+        tasks = _read_tasks(expand(given))
+    else:
+        tasks = {name: resolved(str(source)) for name, source in (given or {}).items()}
     for assignment in assignments:
         name, _, source = (part.strip() for part in assignment.partition("="))
         if not source:
@@ -258,7 +261,7 @@ def named_tasks(
         tasks[name] = resolved(source)
     if not tasks:
         fix = f"task: NAME=SOURCE, or tasks: FILE.json. Known: {', '.join(known)}"
-        raise UserError("no task is named", where=file or "task", fix=fix)
+        raise UserError("no task is named", where=given or "task", fix=fix)
     for name in tasks:
         one_of("task", name, known)
     return {name: tasks[name] for name in known if name in tasks}
@@ -554,12 +557,3 @@ def _entry(plan: Plan, config: TrainConfig, result: FinetuneResult) -> dict[str,
         "image_size": "x".join(map(str, size)) if isinstance(size, tuple) else size,
         "resize": config.data.resize,
     }
-
-
-def as_tasks(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns keyword options in which `tasks` may be a mapping of tasks to sources."""
-    tasks = fields.get("tasks")
-    if not isinstance(tasks, Mapping):
-        return dict(fields)
-    named = [f"{name}={source}" for name, source in tasks.items()]
-    return {**fields, "tasks": None, "task": (*fields.get("task", ()), *named)}

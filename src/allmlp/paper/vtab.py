@@ -29,7 +29,6 @@ from allmlp.paper.suite import (
     SuiteOptions,
     SuiteResult,
     Task,
-    as_tasks,
     plan_1k,
     run_suite,
 )
@@ -131,7 +130,7 @@ def vtab(
         options, fields: see `VtabOptions`; `tasks` may be a mapping of tasks to sources.
         quiet: print nothing.
     """
-    options = make(VtabOptions, options, as_tasks(fields))
+    options = make(VtabOptions, options, fields)
     if options.list_tasks:
         return None
     if checkpoint is None:
