@@ -12,25 +12,15 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Behaviour:
-    """What the server does.
-
-    Attributes:
-        content: of /file, whatever follows in the path.
-        cut_after: bytes of a response after which the connection ends; used up one by one.
-        ranges: whether Range is understood.
-        status: answers to HEAD other than the file, used up one by one.
-        stall: seconds of silence in the middle of each response, used up one by one.
-        tag: the file's ETag.
-        requests: the Range header of every GET so far, None where there was none.
-    """
+    """What the server does with requests of /file, whatever follows in the path."""
 
     content: bytes
-    cut_after: list[int] = field(default_factory=list)
-    ranges: bool = True
-    status: list[int] = field(default_factory=list)
-    stall: list[float] = field(default_factory=list)
-    tag: str = '"one"'
-    requests: list[str | None] = field(default_factory=list)
+    cut_after: list[int] = field(default_factory=list)  # bytes of an answer; used up one by one
+    ranges: bool = True  # whether Range is understood
+    status: list[int] = field(default_factory=list)  # answers to HEAD other than the file
+    stall: list[float] = field(default_factory=list)  # seconds of silence in the middle of answers
+    tag: str = '"one"'  # the file's ETag
+    requests: list[str | None] = field(default_factory=list)  # the Range header of every GET
 
 
 @contextmanager
@@ -40,71 +30,60 @@ def serve(behaviour: Behaviour) -> Iterator[str]:
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def begin(self, status: int, length: int, content_range: str | None = None) -> None:
+            self.send_response(status)
+            self.send_header("ETag", behaviour.tag)
+            self.send_header("Content-Length", str(length))
+            if content_range is not None:
+                self.send_header("Content-Range", f"bytes {content_range}/{len(behaviour.content)}")
+            self.end_headers()
+
         def do_HEAD(self) -> None:
             if behaviour.status:
                 self.send_error(behaviour.status.pop(0))
-                return
-            self.send_response(200)
-            self.send_header("ETag", behaviour.tag)
-            self.send_header("Content-Length", str(len(behaviour.content)))
-            self.end_headers()
+            else:
+                self.begin(200, len(behaviour.content))
 
         def do_GET(self) -> None:
             asked = self.headers.get("Range")
             behaviour.requests.append(asked)
-            content, start = behaviour.content, 0
-            current = self.headers.get("If-Range", behaviour.tag) == behaviour.tag
-            if asked and behaviour.ranges and current:
+            rest = behaviour.content
+            if asked and behaviour.ranges and self.headers.get("If-Range") in (None, behaviour.tag):
                 start = int(asked.removeprefix("bytes=").rstrip("-"))
-                if start >= len(content):
-                    self.send_response(416)
-                    self.send_header("Content-Range", f"bytes */{len(content)}")
-                    self.send_header("Content-Length", "0")
-                    self.end_headers()
+                rest = behaviour.content[start:]
+                if not rest:
+                    self.begin(416, 0, "*")
                     return
-                self.send_response(206)
-                last = len(content) - 1
-                self.send_header("Content-Range", f"bytes {start}-{last}/{len(content)}")
+                self.begin(206, len(rest), f"{start}-{len(behaviour.content) - 1}")
             else:
-                self.send_response(200)
-            self.send_header("ETag", behaviour.tag)
-            self.send_header("Content-Length", str(len(content) - start))
-            self.end_headers()
-            rest = content[start:]
+                self.begin(200, len(rest))
             if behaviour.stall:
                 half = len(rest) // 2
                 self.wfile.write(rest[:half])
-                self.wfile.flush()
                 time.sleep(behaviour.stall.pop(0))
                 rest = rest[half:]
             if behaviour.cut_after:
                 self.wfile.write(rest[: behaviour.cut_after.pop(0)])
-                self.wfile.flush()
                 self.close_connection = True
                 self.connection.close()
-                return
-            self.wfile.write(rest)
+            else:
+                self.wfile.write(rest)
 
         def log_message(self, format: str, *args: object) -> None:
-            del format, args
+            pass
 
         def handle(self) -> None:
-            try:
+            with suppress(OSError, ValueError):  # the client has gone, or we have hung up
                 super().handle()
-            except (OSError, ValueError):  # the client has gone, or we have hung up
-                self.close_connection = True
 
         def finish(self) -> None:
             with suppress(OSError, ValueError):
                 super().finish()
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/file"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/file"
+        finally:
+            server.shutdown()

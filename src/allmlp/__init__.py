@@ -17,113 +17,75 @@ from typing import TYPE_CHECKING, Any
 from allmlp.runtime.process import sleep_soon
 
 if TYPE_CHECKING:
-    from allmlp.benchmark import Benchmark, BenchmarkOptions, benchmark
-    from allmlp.deploy.export import ExportReport, export
-    from allmlp.deploy.exported_model import ExportedModel
-    from allmlp.deploy.formats import open_exported
-    from allmlp.deploy.options import ExportOptions, PredictOptions
-    from allmlp.deploy.predict import Prediction, predict
-    from allmlp.errors import UserError
-    from allmlp.evaluate import EvaluateOptions, evaluate
-    from allmlp.evaluation.few_shot import FewShot, FewShotOptions, few_shot, few_shots
-    from allmlp.evaluation.metrics import Evaluation
-    from allmlp.finetuning import FinetuneResult, finetune
-    from allmlp.inspection.inspect import Inspection, inspect
-    from allmlp.models.catalog import create_model, list_models, random_weights
-    from allmlp.models.layers import ImageClassifier
-    from allmlp.models.mixer import MixerConfig, MlpMixer
-    from allmlp.preprocessing import Preprocessing
-    from allmlp.training.config import TrainConfig
-    from allmlp.training.recipes import recipe
-    from allmlp.training.report import TrainResult
-    from allmlp.training.train import resume, train
-    from allmlp.weights.checkpoints import list_checkpoints
-    from allmlp.weights.load import load_model
-    from allmlp.weights.save import save_model
+    from allmlp.benchmark import Benchmark as Benchmark
+    from allmlp.benchmark import BenchmarkOptions as BenchmarkOptions
+    from allmlp.benchmark import benchmark as benchmark
+    from allmlp.deploy.export import ExportReport as ExportReport
+    from allmlp.deploy.export import export as export
+    from allmlp.deploy.exported_model import ExportedModel as ExportedModel
+    from allmlp.deploy.formats import open_exported as open_exported
+    from allmlp.deploy.options import ExportOptions as ExportOptions
+    from allmlp.deploy.options import PredictOptions as PredictOptions
+    from allmlp.deploy.predict import Prediction as Prediction
+    from allmlp.deploy.predict import predict as predict
+    from allmlp.errors import UserError as UserError
+    from allmlp.evaluate import EvaluateOptions as EvaluateOptions
+    from allmlp.evaluate import evaluate as evaluate
+    from allmlp.evaluation.few_shot import FewShot as FewShot
+    from allmlp.evaluation.few_shot import FewShotOptions as FewShotOptions
+    from allmlp.evaluation.few_shot import few_shot as few_shot
+    from allmlp.evaluation.few_shot import few_shots as few_shots
+    from allmlp.evaluation.metrics import Evaluation as Evaluation
+    from allmlp.finetuning import FinetuneResult as FinetuneResult
+    from allmlp.finetuning import finetune as finetune
+    from allmlp.inspection.inspect import Inspection as Inspection
+    from allmlp.inspection.inspect import inspect as inspect
+    from allmlp.models.catalog import create_model as create_model
+    from allmlp.models.catalog import list_models as list_models
+    from allmlp.models.catalog import random_weights as random_weights
+    from allmlp.models.layers import ImageClassifier as ImageClassifier
+    from allmlp.models.mixer import MixerConfig as MixerConfig
+    from allmlp.models.mixer import MlpMixer as MlpMixer
+    from allmlp.preprocessing import Preprocessing as Preprocessing
+    from allmlp.training.config import TrainConfig as TrainConfig
+    from allmlp.training.recipes import recipe as recipe
+    from allmlp.training.report import TrainResult as TrainResult
+    from allmlp.training.train import resume as resume
+    from allmlp.training.train import train as train
+    from allmlp.weights.checkpoints import list_checkpoints as list_checkpoints
+    from allmlp.weights.load import load_model as load_model
+    from allmlp.weights.save import save_model as save_model
 
 sleep_soon()  # before anything here imports torch
 
-_HOME = {
-    "create_model": "models.catalog",
-    "list_models": "models.catalog",
-    "ImageClassifier": "models.layers",
-    "MixerConfig": "models.mixer",
-    "MlpMixer": "models.mixer",
-    "Preprocessing": "preprocessing",
-    "UserError": "errors",
-    "list_checkpoints": "weights.checkpoints",
-    "load_model": "weights.load",
-    "save_model": "weights.save",
-    "Evaluation": "evaluation.metrics",
-    "EvaluateOptions": "evaluate",
-    "evaluate": "evaluate",
-    "Benchmark": "benchmark",
-    "BenchmarkOptions": "benchmark",
-    "benchmark": "benchmark",
-    "FewShot": "evaluation.few_shot",
-    "FewShotOptions": "evaluation.few_shot",
-    "few_shots": "evaluation.few_shot",
-    "few_shot": "evaluation.few_shot",
-    "TrainConfig": "training.config",
-    "TrainResult": "training.report",
-    "train": "training.train",
-    "resume": "training.train",
-    "finetune": "finetuning",
-    "FinetuneResult": "finetuning",
-    "recipe": "training.recipes",
-    "export": "deploy.export",
-    "ExportOptions": "deploy.options",
-    "PredictOptions": "deploy.options",
-    "ExportReport": "deploy.export",
-    "ExportedModel": "deploy.exported_model",
-    "open_exported": "deploy.formats",
-    "Prediction": "deploy.predict",
-    "predict": "deploy.predict",
-    "Inspection": "inspection.inspect",
-    "inspect": "inspection.inspect",
-    "random_weights": "models.catalog",
+# The public names, by the module that has them.
+_NAMES = {
+    "benchmark": "Benchmark BenchmarkOptions benchmark",
+    "deploy.export": "ExportReport export",
+    "deploy.exported_model": "ExportedModel",
+    "deploy.formats": "open_exported",
+    "deploy.options": "ExportOptions PredictOptions",
+    "deploy.predict": "Prediction predict",
+    "errors": "UserError",
+    "evaluate": "EvaluateOptions evaluate",
+    "evaluation.few_shot": "FewShot FewShotOptions few_shot few_shots",
+    "evaluation.metrics": "Evaluation",
+    "finetuning": "FinetuneResult finetune",
+    "inspection.inspect": "Inspection inspect",
+    "models.catalog": "create_model list_models random_weights",
+    "models.layers": "ImageClassifier",
+    "models.mixer": "MixerConfig MlpMixer",
+    "preprocessing": "Preprocessing",
+    "training.config": "TrainConfig",
+    "training.recipes": "recipe",
+    "training.report": "TrainResult",
+    "training.train": "resume train",
+    "weights.checkpoints": "list_checkpoints",
+    "weights.load": "load_model",
+    "weights.save": "save_model",
 }
-
-__all__ = [
-    "Benchmark",
-    "BenchmarkOptions",
-    "EvaluateOptions",
-    "Evaluation",
-    "ExportOptions",
-    "ExportReport",
-    "ExportedModel",
-    "FewShot",
-    "FewShotOptions",
-    "FinetuneResult",
-    "ImageClassifier",
-    "Inspection",
-    "MixerConfig",
-    "MlpMixer",
-    "PredictOptions",
-    "Prediction",
-    "Preprocessing",
-    "TrainConfig",
-    "TrainResult",
-    "UserError",
-    "benchmark",
-    "create_model",
-    "evaluate",
-    "export",
-    "few_shot",
-    "few_shots",
-    "finetune",
-    "inspect",
-    "list_checkpoints",
-    "list_models",
-    "load_model",
-    "open_exported",
-    "predict",
-    "random_weights",
-    "recipe",
-    "resume",
-    "save_model",
-    "train",
-]
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 class _Package(ModuleType):

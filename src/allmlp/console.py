@@ -31,11 +31,9 @@ class _Console(Console):
 
 
 class Reporter:
-    """Says lines on the screen and keeps them in a log file.
+    """Prints lines, to standard error where results go to standard output, and logs them to a file.
 
-    Args:
-        quiet: say nothing on the screen; the log file is written all the same.
-        stderr: say it on standard error, where results go to standard output.
+    `quiet` prints nothing; the log file is written all the same.
     """
 
     def __init__(self, *, quiet: bool = False, stderr: bool = False) -> None:
@@ -99,13 +97,7 @@ class ProgressBar:
 
 
 def table(headers: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
-    """Returns the lines of a plain table: a header, a rule and the rows, two spaces between.
-
-    Args:
-        headers: one for each column.
-        rows: the text of each cell.
-        left: the number of first columns that are aligned left; the others are aligned right.
-    """
+    """Returns the lines of a table: a header, a rule and the rows; `left` columns align left."""
     widths = [max(len(row[at]) for row in [headers, *rows]) for at in range(len(headers))]
 
     def line(cells: list[str]) -> str:

@@ -17,22 +17,14 @@ import torch
 from allmlp.names import NAME
 
 _PACKAGES = (
-    *("torch", "numpy", "pillow", "simplejpeg", "opencv-python-headless"),
-    "safetensors",
-)
-# Named where they are installed: what runs exported files, and reads data and models of others.
-_OPTIONAL = (
+    *("torch", "numpy", "pillow", "simplejpeg", "opencv-python-headless", "safetensors"),
     *("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino"),
     *("pyarrow", "datasets", "timm"),
 )
 
 
 def environment_info(device: torch.device) -> dict[str, Any]:
-    """Returns the date, the command, the versions and the hardware, as JSON values.
-
-    Args:
-        device: that computes.
-    """
+    """Returns the date, the command, the versions and the hardware, as JSON values."""
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": command(),
@@ -48,9 +40,9 @@ def environment_info(device: torch.device) -> dict[str, Any]:
 
 
 def packages() -> dict[str, str]:
-    """Returns the versions of the packages that a figure may depend on, of those that are there."""
-    found = {name: version(name) for name in _PACKAGES}
-    for name in _OPTIONAL:
+    """Returns the versions of the installed packages that a result may depend on."""
+    found = {}
+    for name in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

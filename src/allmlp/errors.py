@@ -87,20 +87,14 @@ def between(
     below: bool = False,
     where: object = None,
 ) -> Any:
-    """Returns the value; it must be None or lie from low to high.
-
-    Args:
-        above, below: low or high themselves are not allowed.
-    """
+    """Returns the value; it must be None or lie from low to high, or above low, or below high."""
     if value is None:
         return None
-    if not (low < value if above else low <= value) or not (
-        value < high if below else value <= high
-    ):
-        rule = (
-            f"{'above' if above else 'at least'} {low} and {'below' if below else 'at most'} {high}"
-        )
-        raise UserError(f"{name} must be {rule}, got {value!r}", where=where, code="out-of-range")
+    is_in = low <= value <= high and not (above and value == low) and not (below and value == high)
+    if not is_in:
+        least, most = "above" if above else "at least", "below" if below else "at most"
+        what = f"{name} must be {least} {low} and {most} {high}, got {value!r}"
+        raise UserError(what, where=where, code="out-of-range")
     return value
 
 
@@ -117,15 +111,12 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
+_NO_SPACE = "Free some space there, or give a place on another disk"
+_NO_ACCESS = "Give a place that you may use, or change its mode"
 # What to do about an error of the system, by its number.
 _FIXES = {
-    **dict.fromkeys(
-        (errno.ENOSPC, errno.EDQUOT), "Free some space there, or give a place on another disk"
-    ),
-    **dict.fromkeys(
-        (errno.EACCES, errno.EPERM, errno.EROFS),
-        "Give a place that you may use, or change its mode",
-    ),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _NO_SPACE),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NO_ACCESS),
     errno.EMFILE: "Raise the limit of open files (ulimit -n), or take fewer: --num-workers 1",
     errno.ENAMETOOLONG: "Give a shorter name",
 }

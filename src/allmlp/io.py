@@ -197,14 +197,22 @@ def remove_stale(folder: Path, name: str = "") -> None:
     for left in folder.glob(f"{start}*{_PARTIAL}"):
         machine, _, process = left.name.removesuffix(_PARTIAL).rpartition(".")[2].partition("-")
         with contextlib.suppress(OSError):
-            is_dead = machine == _machine() and process.isdecimal() and not _lives(int(process))
+            is_dead = (
+                machine == _machine() and process.isdecimal() and not process_lives(int(process))
+            )
             if is_dead or time.time() - left.stat().st_mtime > _STALE:
                 left.unlink()
 
 
-def _lives(process: int) -> bool:
+def process_lives(process: int) -> bool:
+    """Returns whether a process of this machine runs; a zombie does not."""
     if sys.platform == "win32":  # where a signal, even of number 0, would end it
         return True
+    try:
+        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        pass
     try:
         os.kill(process, 0)
     except ProcessLookupError:

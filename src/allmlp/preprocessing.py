@@ -91,8 +91,8 @@ class Preprocessing:
         if (patch is not None) != (kind == "patches"):
             what = f"permutation_patch goes with permutation='patches', got {patch!r} with {kind!r}"
             raise ValueError(what)
-        is_number = isinstance(patch, int) and patch > 0
-        if patch is not None and not (is_number and not any(s % patch for s in self.image_size)):
+        is_side = patch is None or (isinstance(patch, int) and patch > 0)
+        if not is_side or (patch and any(side % patch for side in self.image_size)):
             height, width = self.image_size
             what = f"permutation_patch must divide {height}x{width} pixels, got {patch!r}"
             raise ValueError(what)

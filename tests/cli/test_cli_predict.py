@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 import allmlp as am
-from allmlp.data.sources import open_splits
-from allmlp.data.sources.packed import pack_splits
 from conftest import draw, make_class_folder, mixer, tiny_model
 
 
@@ -87,44 +85,6 @@ def test_a_folder_of_parts(capsys, model, photos, tmp_path, kind):
     code, _, err = mixer(capsys, "predict", model, photos, *flags, "--top-k", 1)
     assert code == 2
     assert "top_k was 3 and is now 1" in err
-
-
-def test_shards_by_name(capsys, model, photos, tmp_path):
-    pack_splits(open_splits(str(photos)), tmp_path / "shards")
-    output = tmp_path / "out.csv"
-    code, _, err = mixer(capsys, "predict", model, tmp_path / "shards", "--output", output)
-    assert (code, err) == (0, "")
-    assert len(output.read_text().splitlines()) == 6
-
-
-def test_features_are_said_and_written(capsys, photos, tmp_path):
-    path = am.save_model(tiny_model(num_classes=3), tmp_path / "nameless.safetensors")
-    output = tmp_path / "out.csv"
-    code, out, err = mixer(capsys, "predict", path, photos, "--features", "--output", output)
-    assert (code, err) == (0, "")
-    assert out.splitlines()[0] == f"written  {output}: 5 images"
-    assert output.read_text().startswith("path,feature_0,feature_1,")
-
-
-@pytest.mark.parametrize(
-    ("flags", "word"),
-    [
-        (["--features"], "features"),
-        (["--output", "photos"], "photos"),
-        (["--output", "model.safetensors/"], "model.safetensors"),
-        (["--output", "out", "--precision", "half"], "half"),
-        (["--output", "out", "--format", "json"], "json"),
-        (["--output", "out", "--top-k", "0"], "top_k"),
-        (["--resize-weights", "auto"], "image_size"),
-    ],
-)
-def test_mistakes(capsys, monkeypatch, model, photos, tmp_path, flags, word):
-    monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    code, _, err = mixer(capsys, "predict", model, photos, *flags)
-    assert code == 2
-    assert word in err
-    assert sorted(tmp_path.rglob("*")) == before  # nothing written
 
 
 def test_many_bad_images_are_counted_and_some_are_named(capsys, model, photos):

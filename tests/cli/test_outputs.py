@@ -184,18 +184,3 @@ def test_a_full_disk_has_a_place_and_a_fix(capsys, place: Path, monkeypatch):
     assert what == "error: No space left on device"
     assert where.startswith("where: report/")
     assert fix.startswith("to fix: ")
-
-
-def test_from_python(place: Path):
-    rows = am.predict("model.safetensors", ["data/test"], output="rows.csv")
-    with pytest.raises(am.UserError, match=r"rows\.csv"):
-        am.predict("model.safetensors", ["data/test"], output="rows.csv")
-    assert am.predict("model.safetensors", "data/test", output="rows.csv", overwrite=True) == rows
-    with pytest.raises(am.UserError, match="read"):
-        am.predict("model", "list.csv", output="list.csv", overwrite=True)
-    model = am.load_model("model")
-    result = am.evaluate(model, "data:test")
-    result.save(place / "report")
-    with pytest.raises(am.UserError, match="already"):
-        result.save(place / "report")
-    result.save(place / "report", overwrite=True)

@@ -162,17 +162,6 @@ def test_uint8_input_with_the_permutation_inside(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_bfloat16_halves_the_file(tmp_path: Path):
-    model = tiny_model(hidden_dim=64, channels_mlp_dim=256)
-    for precision in ("float32", "bfloat16"):
-        am.export(model, tmp_path / f"{precision}.onnx", precision=precision)
-    whole, half = ((tmp_path / f"{name}.onnx").stat().st_size for name in ("float32", "bfloat16"))
-    assert half < 0.6 * whole
-    found = error(am.open_exported(tmp_path / "bfloat16.onnx"), model, random_images(model, 3))
-    assert 1e-4 < found < 0.05
-
-
-@pytest.mark.slow
 def test_a_resized_run_from_the_command_line(
     trained: am.TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -336,23 +325,6 @@ def test_the_runtime_is_named(pixels_file: Path, tmp_path: Path, monkeypatch: py
     values = json.loads((tmp_path / "report" / "evaluation.json").read_text())
     assert values["model"]["runtime"] == file.runtime
     assert values["environment"]["packages"]["onnxruntime"] in file.runtime
-
-
-@pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=pytest.mark.slow), ".xml"])
-@pytest.mark.slow
-def test_predict_takes_the_name_of_a_file(tmp_path: Path, suffix: str):
-    pytest.importorskip("onnxruntime" if suffix == ".onnx" else "openvino", reason=WHY)
-    model = tiny_model(10)
-    model.class_names = [str(digit) for digit in range(10)]
-    path = tmp_path / f"m{suffix}"
-    assert am.export(model, path).passed
-    exact = am.predict(model, "digits:test[:5]", num_workers=0)
-    for name in (str(path), path):
-        found = am.predict(name, "digits:test[:5]", num_workers=0)
-        for a, b in zip(exact, found, strict=True):
-            assert a.path == b.path
-            assert [k for k, _ in a.classes] == [k for k, _ in b.classes]
-            assert [p for _, p in a.classes] == pytest.approx([p for _, p in b.classes], abs=1e-5)
 
 
 @pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])

@@ -16,7 +16,7 @@ import allmlp as am
 from allmlp.data.source import EncodedImages, PackedBytes, Source, labelled
 from allmlp.data.transforms import normalize
 from allmlp.models.layers import preprocessing_of
-from conftest import encode, mixer, tiny_model
+from conftest import encode, tiny_model
 from staged_models import small_cycle
 
 WHY = "pip install 'allmlp[export]'"
@@ -145,19 +145,6 @@ def test_calibration_that_cannot_be(tmp_path: Path):
     with pytest.raises(am.UserError) as caught:
         int8(model, tmp_path / "m.onnx", calibration=bad)
     assert caught.value.code == "no-images"
-
-
-@pytest.mark.slow
-def test_int8_of_real_digits_and_the_calibration_split(
-    trained: am.TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    flags = ("--precision", "int8", "--calibration", "digits", "--calibration-images", 100)
-    flags += ("--data", "digits:test", "--max-accuracy-drop", 2)
-    code, out, err = mixer(
-        capsys, "export", trained.run_folder, "--output", tmp_path / "m.onnx", *flags
-    )
-    assert code == 0, out + err
-    assert "calibrated  100 images of digits:train" in out
 
 
 @pytest.mark.slow

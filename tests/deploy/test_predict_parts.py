@@ -105,29 +105,16 @@ def test_a_smaller_batch_may_resume(model, album, tmp_path):
                 assert was == now
 
 
-def _other_weights(model, album):
+def _other_weights(model, _):
     next(model.parameters()).data.mul_(1.5)
-    return {}
 
 
-def _other_names(model, album):
+def _other_names(model, _):
     model.class_names = list(reversed(NAMES))
-    return {}
 
 
-def _other_input(model, album):
+def _other_input(model, _):
     model.preprocessing = Preprocessing(image_size=(8, 8), resize="squash")
-    return {}
-
-
-def _other_image(model, album):
-    draw(77).save(album / "x" / "3.png")
-    return {}
-
-
-def _one_more(model, album):
-    draw(77).save(album / "x" / "new.png")
-    return {}
 
 
 @pytest.mark.parametrize(
@@ -137,8 +124,8 @@ def _one_more(model, album):
         (_other_weights, "model"),
         (_other_names, "class names"),
         (_other_input, "preprocessing"),
-        (_other_image, "images"),
-        (_one_more, "20 images then, 21 now"),
+        (lambda _, album: draw(77).save(album / "x" / "3.png"), "images"),
+        (lambda _, album: draw(77).save(album / "x" / "new.png"), "20 images then, 21 now"),
         (lambda *_: {"top_k": 3}, "top_k was 2 and is now 3"),
         (lambda *_: {"top_k": None, "features": True}, "answer was classes and is now features"),
         (lambda *_: {"precision": "bfloat16"}, "precision was float32 and is now bfloat16"),
@@ -149,7 +136,7 @@ def _one_more(model, album):
 def test_another_job_is_an_error(model, album, tmp_path, change, words):
     parts(model, album, tmp_path / "out")
     before = contents(tmp_path / "out")
-    values = {"model": model, **change(model, album)}
+    values = {"model": model, **(change(model, album) or {})}
     with pytest.raises(am.UserError) as caught:
         parts(values.pop("model"), album, tmp_path / "out", **values)
     assert caught.value.code == "another-job"
@@ -157,16 +144,7 @@ def test_another_job_is_an_error(model, album, tmp_path, change, words):
     assert contents(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "[]",
-        '{"format": "allmlp predictions", "version": 9}',
-        '{"format": "allmlp predictions", "version": 1}',
-        '{"format": "allmlp predictions", "version": 1, "table": {"part_size": 8}}',
-    ],
-)
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": "allmlp predictions", "version": 9}'])
 def test_a_damaged_manifest(model, album, tmp_path, text):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/manifest.json").write_text(text)
@@ -194,24 +172,17 @@ def test_what_is_a_folder(model, album, tmp_path, monkeypatch):
         parts(model, album, tmp_path / "other.v3")
 
 
-def test_folders_that_cannot_be(model, album, tmp_path, monkeypatch):
+def test_folders_that_cannot_be(model, album, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "holiday.jpg").write_text("x")
-    for folder, options, word in (
-        (tmp_path / "file", {}, "file"),
-        (tmp_path / "file" / "deep", {}, "written"),
-        (tmp_path / "mine", {}, "holiday.jpg"),
-        (tmp_path / "new", {"format": "json"}, "json"),
-        (album / "x" / "rows", {}, "rows"),  # in what is read
+    for folder, word in (
+        (tmp_path / "file" / "deep", "written"),
+        (tmp_path / "mine", "holiday.jpg"),
+        (album / "x" / "rows", "rows"),  # in what is read
     ):
-        with pytest.raises(am.UserError) as caught:
-            parts(model, album, folder, **options)
-        assert word in str(caught.value)
-    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(am.UserError, match="written"):
-        parts(model, album, tmp_path / "new" / "deep")
-    assert not (tmp_path / "new").exists()
+        with pytest.raises(am.UserError, match=word):
+            parts(model, album, folder)
 
 
 def test_a_full_disk_leaves_nothing_half_written(model, album, tmp_path, monkeypatch):

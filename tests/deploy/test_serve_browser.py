@@ -170,18 +170,3 @@ def test_a_file_that_is_dropped_or_pasted(browser, url, how):
     assert text(browser, "#error") == "Not classified: the file is not an image"
     assert text(browser, "#answer-title") == "<b>given</b>.png"
     check_requests(browser, url)
-
-
-def test_a_phone_at_night(browser, url, digit):
-    media = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get(url)
-    wait(browser, "document.querySelectorAll('#layer option').length > 1")
-    choose(browser, digit)
-    wait(browser, "document.getElementById('map').naturalWidth > 0")
-    assert browser.execute_script("return document.documentElement.scrollWidth") == 390
-    color = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert sum(map(int, color.removeprefix("rgb(").rstrip(")").split(","))) < 384
-    check_requests(browser, url)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import errno
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,8 +141,7 @@ def _open_onnx(path: Path, num_threads: int) -> ExportedModel:
         session = onnx_session(path, num_threads)
     except Exception as error:  # its own exceptions have no common class
         raise _unreadable("ONNX Runtime", path, error) from error
-    inputs = [value.name for value in session.get_inputs()]
-    info = _checked(session.get_modelmeta().custom_metadata_map, inputs, path)
+    info = from_text(session.get_modelmeta().custom_metadata_map, path)
 
     def run(images: np.ndarray) -> np.ndarray:
         return session.run(None, {"images": images})[0]
@@ -171,7 +170,7 @@ def _open_openvino(path: Path, num_threads: int) -> ExportedModel:
             for name in ENTRIES
             if model.has_rt_info(["framework", name])
         }
-        info = _checked(entries, [value.get_any_name() for value in model.inputs], path)
+        info = from_text(entries, path)
         # A processor with bfloat16 would otherwise use it for float32 files.
         hint = "bf16" if info.precision == "bfloat16" else "f32"
         settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": num_threads}
@@ -230,14 +229,6 @@ def with_bfloat16_products(net: nn.Module) -> nn.Module:
     if head is not None:
         head.register_forward_hook(lambda _, __, logits: logits.float())
     return half
-
-
-def _checked(entries: Mapping[str, str], inputs: list[str], path: Path) -> ExportInfo:
-    info = from_text(entries, path)
-    if inputs != ["images"]:
-        what = f"the graph takes {', '.join(inputs) or 'nothing'} instead of images"
-        raise UserError(what, where=path, fix="Export it again")
-    return info
 
 
 def _unreadable(runtime: str, path: Path, error: Exception) -> UserError:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from allmlp.console import Reporter, report_notes
 from allmlp.deploy.formats import load_any
 from allmlp.deploy.options import ServeOptions
-from allmlp.deploy.service import Limits, Service
+from allmlp.deploy.service import Service
 from allmlp.errors import UserError, plural
 from allmlp.models.layers import Classifier
 from allmlp.names import import_extra
@@ -56,20 +56,7 @@ def serve(
         import_extra(package, "serve")
     with open_socket(options.host, options.port) as listening:  # before the weights, which are slow
         net = load_any(model, options.image_size, options.resize_weights)
-        image_bytes = round(options.max_megabytes * 1e6)
-        service = Service(
-            net,
-            str(net.source if net is model else model),
-            top_k=options.top_k,
-            precision=options.precision,
-            device=options.device,
-            limits=Limits(
-                options.max_images,
-                image_bytes,
-                max(Limits.request_bytes, image_bytes + 100_000),
-                round(options.max_megapixels * 1e6),
-            ),
-        )
+        service = Service(net, str(net.source if net is model else model), options)
         address, port = listening.getsockname()[:2]
         service.is_local = ipaddress.ip_address(address.partition("%")[0]).is_loopback
         server = make_server(service, options.host)

@@ -20,6 +20,7 @@ from torch import Tensor
 from allmlp.data.image import FORMATS, MAX_PIXELS, MAX_SIDE, encode_png
 from allmlp.data.source import unlabelled
 from allmlp.deploy.exported_model import ExportedModel
+from allmlp.deploy.options import ServeOptions
 from allmlp.deploy.rows import choose_columns, predict_rows
 from allmlp.errors import UserError
 from allmlp.evaluation.predictor import Predictor
@@ -44,16 +45,6 @@ _NO_UNITS = (
 
 File = tuple[str, bytes]  # name, encoded image
 Check = Callable[[int], None]  # called after every batch; raises to give up
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a request may hold: images, bytes of one and of the request, pixels of all images."""
-
-    images: int = 64
-    image_bytes: int = 20_000_000
-    request_bytes: int = 100_000_000
-    pixels: int = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -82,23 +73,22 @@ class Service:
 
     is_local = True  # only this machine can reach it; set before it is served
 
-    def __init__(
-        self,
-        model: Classifier,
-        name: str,
-        *,
-        top_k: int | None = None,
-        precision: str = "auto",
-        device: str | None = None,
-        limits: Limits | None = None,
-    ) -> None:
-        self.limits, self.source = limits or Limits(), name
+    def __init__(self, model: Classifier, name: str, options: ServeOptions | None = None) -> None:
+        options = options or ServeOptions()
+        self.source, self.max_images = name, options.max_images
+        self.image_bytes = round(options.max_megabytes * 1e6)
+        self.request_bytes = max(100_000_000, self.image_bytes + 100_000)
+        self.pixels = round(options.max_megapixels * 1e6)  # of all images of a request
         # The last part of a path; the name of a checkpoint is taken whole.
         self.name = Path(name).resolve().name if Path(name).exists() else name
         self.num_classes = len(classes_of(model, or_numbers=True))
-        self.columns = choose_columns(model, top_k=top_k)
+        self.columns = choose_columns(model, top_k=options.top_k)
         self._predictor = Predictor(
-            model, device=device, precision=precision, batch_size=BATCH_SIZE, num_workers=0
+            model,
+            device=options.device,
+            precision=options.precision,
+            batch_size=BATCH_SIZE,
+            num_workers=0,
         )
         self.model = self._predictor.model
         self._units: ModelUnits | None = None
@@ -115,7 +105,7 @@ class Service:
 
     def about(self) -> dict[str, Any]:
         """Returns what is served: the model, what can be drawn of it, and the limits."""
-        model, preprocessing, limits = (self.model, preprocessing_of(self.model), self.limits)
+        model, preprocessing = self.model, preprocessing_of(self.model)
         precision = self._predictor.precision
         if isinstance(model, ExportedModel):
             precision = model.info.precision
@@ -132,10 +122,10 @@ class Service:
             "occlusion": {"covered_images": self._covered, "note": self._no_map},
             "units": {"layers": self._layers, "note": "" if self._layers else self._no_units},
             "limits": {
-                "images": limits.images,
-                "image_bytes": limits.image_bytes,
-                "request_bytes": limits.request_bytes,
-                "request_pixels": limits.pixels,
+                "images": self.max_images,
+                "image_bytes": self.image_bytes,
+                "request_bytes": self.request_bytes,
+                "request_pixels": self.pixels,
                 "pixels": MAX_PIXELS,
                 "side": MAX_SIDE,
                 "formats": list(FORMATS),
@@ -148,7 +138,7 @@ class Service:
         """Returns name, classes and error of every image, in their order."""
         columns = self.columns if top_k is None else choose_columns(self.model, top_k=top_k)
         answers: list[dict[str, Any]] = []
-        source = unlabelled(Uploads(files, self.limits.image_bytes), "uploads")
+        source = unlabelled(Uploads(files, self.image_bytes), "uploads")
         for rows in predict_rows(self._predictor, source, columns):
             for row in rows:
                 classes = [{"name": name, "probability": value} for name, value in row.classes]
@@ -157,7 +147,7 @@ class Service:
         return answers
 
     def _open(self, file: File) -> tuple[str, Tensor, NDArray[np.uint8]]:
-        name, data = file[0], Uploads([file], self.limits.image_bytes).read(0)
+        name, data = file[0], Uploads([file], self.image_bytes).read(0)
         return name, *decode_image(data, name, self.model)
 
     def occlusion(self, file: File, check: Check) -> dict[str, Any]:

@@ -189,7 +189,7 @@ class _Desk:
     ) -> Response:
         """Returns what the work gives for the images of a request, of which it takes `most`."""
         self._check_places()
-        images, is_form = await self._read(request, most or self.service.limits.images)
+        images, is_form = await self._read(request, most or self.service.max_images)
         self._check_places()
         self.taken += 1
         try:
@@ -233,13 +233,13 @@ class _Desk:
 
     async def _read(self, request: Request, most: int) -> tuple[list[File], bool]:
         """Returns the images of a request within the limits, and whether they came in a form."""
-        limits = self.service.limits
+        service = self.service
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         is_form = kind == "multipart/form-data"
         if not (is_form or kind.startswith("image/") or kind == "application/octet-stream"):
             shown = f"content of type {kind[:100]!r}" if kind else "content without a type"
             raise HTTPException(415, f"{shown} is not taken: {_SEND}")
-        largest, seen = limits.request_bytes if is_form else limits.image_bytes, 0
+        largest, seen = service.request_bytes if is_form else service.image_bytes, 0
 
         async def receive() -> Message:
             nonlocal seen
@@ -266,8 +266,8 @@ class _Desk:
                 413, f"more than {plural(most, 'image')} in one request, the limit here"
             )
         pixels = await asyncio.to_thread(_count_pixels, images)
-        if pixels > limits.pixels:
-            found, allowed = (f"{number / 1e6:,.1f}" for number in (pixels, limits.pixels))
+        if pixels > service.pixels:
+            found, allowed = (f"{number / 1e6:,.1f}" for number in (pixels, service.pixels))
             message = f"the images of a request may have {allowed} megapixels together, got {found}"
             raise HTTPException(413, message)
         return images, is_form

@@ -62,19 +62,12 @@ def check_device_of_exported(device: str | None) -> None:
 
 @dataclass(frozen=True)
 class ComputePolicy:
-    """How a run computes.
-
-    Attributes:
-        device: that computes.
-        precision: of the matrix products, "float32" or "bfloat16".
-        compile: whether torch.compile is used.
-        why: what was chosen and by which rule, in words.
-    """
+    """How a run computes."""
 
     device: torch.device
-    precision: str
-    compile: bool
-    why: str
+    precision: str  # of the matrix products, "float32" or "bfloat16"
+    compile: bool  # whether torch.compile is used
+    why: str  # what was chosen and by which rule, in words
 
     def autocast(self) -> torch.autocast:
         """Returns the context in which the model computes."""
@@ -85,14 +78,9 @@ class ComputePolicy:
 def choose_policy(
     device: torch.device, precision: str, compile: str, *, operations: int, num_steps: int
 ) -> ComputePolicy:
-    """Returns how a run computes; what the user chose is never changed.
+    """Returns how a run computes; what the user chose, and not "auto", is never changed.
 
-    Args:
-        device: that computes.
-        precision: "float32", "bfloat16" or "auto".
-        compile: "on", "off" or "auto".
-        operations: floating-point operations of one step of this process.
-        num_steps: of the whole run.
+    `operations` are the floating-point operations of one step of this process.
     """
     reasons = []
     if precision == "auto":
@@ -198,11 +186,8 @@ def torch_settings(
 ) -> Iterator[None]:
     """Sets torch's threads and matrix products within the block; the caller's come back after it.
 
-    Args:
-        device: that computes.
-        precision: of the products; oneDNN multiplies float32 on a CPU where that stays float32.
-        num_threads: of the CPU, also for small steps; None leaves them.
-        step_operations: of a training run's step, whose number of threads its evaluations share.
+    oneDNN multiplies float32 on a CPU where that stays float32. `num_threads` holds for small steps
+    too; evaluations share the number of a training run's step, of `step_operations`.
     """
     threads = torch.get_num_threads()
     if num_threads is not None:

@@ -26,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from allmlp.errors import UserError
+from allmlp.io import process_lives
 from allmlp.runtime.device import choose_device
 
 TIMEOUT = datetime.timedelta(minutes=30)  # the slowest process may be reading a cold disk
@@ -33,30 +34,13 @@ _PATIENCE = 3.0  # seconds to look for the reason of a lost connection
 
 
 @dataclass(frozen=True)
-class _Failure:
-    """A UserError on its way to the other processes."""
-
-    what: str
-    where: str | None
-    fix: str | None
-    code: str
-
-
-@dataclass(frozen=True)
 class World:
-    """The processes that work together, and which of them this is.
-
-    Attributes:
-        rank: of this process, from 0.
-        size: number of processes.
-        local_rank: from 0 on each machine; it chooses the GPU.
-        peers: for each rank its machine and process number.
-    """
+    """The processes that work together, and which of them this is."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
-    peers: tuple[tuple[str, int], ...] = ()
+    local_rank: int = 0  # from 0 on each machine; it chooses the GPU
+    peers: tuple[tuple[str, int], ...] = ()  # by rank: the machine and the process number
 
     @property
     def is_main(self) -> bool:
@@ -96,10 +80,10 @@ class World:
             try:
                 values = [function()]
             except UserError as error:
-                values = [_Failure(error.what, error.where, error.fix, error.code)]
+                values = [error]
         dist.broadcast_object_list(values, src=0)
-        if isinstance(failure := values[0], _Failure):
-            raise UserError(failure.what, where=failure.where, fix=failure.fix, code=failure.code)
+        if isinstance(values[0], UserError):
+            raise values[0]
         return values[0]
 
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
@@ -116,7 +100,8 @@ class World:
     def dead_ranks(self) -> list[int]:
         """Returns the ranks on this machine whose process has ended."""
         here = socket.gethostname()
-        return [n for n, (host, pid) in enumerate(self.peers) if host == here and not _lives(pid)]
+        peers = enumerate(self.peers)
+        return [n for n, (host, pid) in peers if host == here and not process_lives(pid)]
 
 
 def is_distributed() -> bool:
@@ -131,8 +116,7 @@ _joined: list[tuple[World, torch.device]] = []  # what this process has joined, 
 def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
     """Joins the other processes within the block; yields the world and this process's device.
 
-    Args:
-        device: "auto", "cpu", "cuda"; with several processes each takes the GPU of its local rank.
+    With several processes and "cuda" each takes the GPU of its local rank.
     """
     if not is_distributed():
         yield World(), choose_device(device)
@@ -151,7 +135,8 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     store, rank, size = _rendezvous(TIMEOUT)
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
-    notes = _Notes(store, rank, size)
+    # An error of one process breaks the connections of all others without a reason: it leaves one.
+    notes = PrefixStore("notes", store)
     try:
         alone = World(rank, size, local_rank)
         peers = tuple(alone.gather((socket.gethostname(), os.getpid())))
@@ -160,7 +145,8 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
         try:
             yield world, chosen
         except UserError as error:
-            notes.leave(error)
+            with contextlib.suppress(RuntimeError):  # the process that kept the store has ended
+                notes.set(str(rank), json.dumps((error.what, error.where, error.fix)))
             raise
         except RuntimeError as error:
             if not _is_lost_connection(error):
@@ -202,78 +188,38 @@ def _rendezvous(timeout: datetime.timedelta) -> tuple[Store, int, int]:
     return PrefixStore(name, store), rank, size
 
 
-class _Notes:
-    """What processes leave for each other in the store, where they meet in no collective any more.
-
-    An error of one process breaks the connections of all others without a reason; so it leaves a
-    note of the error first.
-    """
-
-    def __init__(self, store: Store, rank: int, size: int) -> None:
-        self._store, self._rank = PrefixStore("notes", store), rank
-        self._others = [other for other in range(size) if other != rank]
-
-    def leave(self, error: UserError) -> None:
-        """Leaves the error by which this process ends."""
-        with contextlib.suppress(RuntimeError):  # the process that kept the store has ended
-            self._store.set(str(self._rank), json.dumps((error.what, error.where, error.fix)))
-
-    def found(self) -> dict[int, tuple[str, str | None, str | None]]:
-        """Returns the notes of other processes: what, where and fix by rank."""
-        notes = {}
-        with contextlib.suppress(RuntimeError):
-            for rank in self._others:
-                if self._store.check([str(rank)]):
-                    notes[rank] = tuple(json.loads(self._store.get(str(rank))))
-        return notes
-
-
 def _is_lost_connection(error: RuntimeError) -> bool:
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
     return isinstance(error, dist.DistBackendError) or any(word in str(error) for word in words)
 
 
-def _lost(world: World, notes: _Notes, error: RuntimeError) -> UserError:
+def _lost(world: World, notes: Store, error: RuntimeError) -> UserError:
     """Returns what a broken connection means: which process has ended, and why."""
+    others = [rank for rank in range(world.size) if rank != world.rank]
     end = time.monotonic() + _PATIENCE
-    while True:
-        reasons = notes.found()
-        gone = [rank for rank in world.dead_ranks() if rank != world.rank]
-        if reasons or gone or time.monotonic() > end:
+    while time.monotonic() < end:
+        gone = set(others) & set(world.dead_ranks())
+        with contextlib.suppress(RuntimeError):  # the process that kept the store has ended
+            for rank in others:
+                if notes.check([str(rank)]):
+                    what, where, fix = json.loads(notes.get(str(rank)))
+                    what = f"rank {rank}: {what}" if world.is_main else what
+                    return UserError(what, where=where, fix=fix)
+        if gone:
             break
         time.sleep(0.05)
-    if reasons:
-        rank, (what, where, fix) = min(reasons.items())
-        return UserError(f"rank {rank}: {what}" if world.is_main else what, where=where, fix=fix)
-    who = f"rank {', '.join(map(str, gone))}" if gone else "another process"
+    gone = set(others) & set(world.dead_ranks())
+    who = f"rank {', '.join(map(str, sorted(gone)))}" if gone else "another process"
     what = f"rank {world.rank}: {who} ended, and training cannot go on: "
     fix = "The same command again continues; torchrun --max-restarts N does so by itself"
     return UserError(what + str(error).splitlines()[0][:200], fix=fix)
 
 
-def _lives(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except FileNotFoundError:
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return not os.path.isdir("/proc/self")
-
-
 def parallelize(model: nn.Module, sharding: str, world: World) -> nn.Module:
     """Returns the model as all processes train it; its parameters stay those of `model`.
 
-    Args:
-        model: on its device, with the same weights on every process.
-        sharding: "none": every process has all of the state (DDP); "full": each has a part of every
-            parameter, gradient and optimizer state (FSDP2), and `model` itself becomes sharded.
-        world: of this run.
+    Sharding "none": every process has all of the state (DDP); "full": each has a part of every
+    parameter, gradient and optimizer state (FSDP2), and `model` itself becomes sharded.
     """
     if world.size == 1:
         return model
@@ -291,12 +237,7 @@ def parallelize(model: nn.Module, sharding: str, world: World) -> nn.Module:
 
 @contextlib.contextmanager
 def no_sync(network: nn.Module, accumulate: bool = True) -> Iterator[None]:
-    """Accumulates gradients on each process within the block; the next one outside reduces them.
-
-    Args:
-        network: what `parallelize` returned.
-        accumulate: False changes nothing.
-    """
+    """Accumulates gradients on each process within the block; the next one outside reduces them."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(network, FSDPModule):
