@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -153,13 +153,15 @@ def _resize(
     return new, resize_tokens(tensors, list(_token_weights(old)), old, new, method)[1]
 
 
-_SHAPES = {  # P, C, L, hidden units of the channel MLP, LayerScale of the authors' code
+_SHAPES: dict[
+    str, tuple[Any, ...]
+] = {  # P, C, L, hidden units of the channel MLP, LayerScale of the authors' code
     "resmlp_12": (16, 384, 12, 1536, 0.1),
     "resmlp_24": (16, 384, 24, 1536, 1e-5),
     "resmlp_36": (16, 384, 36, 1536, 1e-6),
     "resmlp_big_24": (8, 768, 24, 3072, 1e-6),
 }
-_FIELDS = ("patch_size", "hidden_dim", "num_blocks", "channels_mlp_dim", "layer_scale")
+_FIELDS = ("patch_size", "hidden_dim", "num_blocks", "channels_mlp_dim")
 FAMILY = Family(
     name="resmlp",
     title="ResMLP",
@@ -167,8 +169,8 @@ FAMILY = Family(
     config=ResMLPConfig,
     build=ResMLP,
     architectures={
-        name: ResMLPConfig(**dict(zip(_FIELDS, shape, strict=True)))
-        for name, shape in _SHAPES.items()
+        name: ResMLPConfig(**dict(zip(_FIELDS, sizes, strict=True)), layer_scale=scale)
+        for name, (*sizes, scale) in _SHAPES.items()
     },
     resize=_resize,
     marker=r"stem\.weight$|pre_head_affine\.|blocks\.\d+\.((affine|scale)_|(token|channel)_mixing\.)",
