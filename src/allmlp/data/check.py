@@ -151,7 +151,7 @@ def _count(values: np.ndarray) -> dict[str, int]:
     """The number of each value, the most frequent first."""
     names, counts = np.unique(values, return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    return {names[at].decode(): int(counts[at]) for at in order}
+    return {names[at].item().decode(): int(counts[at]) for at in order}
 
 
 def _duplicates_csv(found: Duplicates) -> str:

@@ -52,7 +52,7 @@ def autocontrast(pixels: np.ndarray, _: float, __: object) -> np.ndarray:
     """Returns each channel stretched to the whole range."""
     tables = []
     for channel in cv2.split(pixels):
-        low, high, *_ = cv2.minMaxLoc(channel)
+        low, high = cv2.minMaxLoc(channel)[:2]
         values = np.arange(256, dtype=np.float64)
         if high > low:
             scale = 255.0 / (high - low)
