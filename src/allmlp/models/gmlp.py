@@ -12,7 +12,6 @@ Shapes: N batch, S tokens, C channels, D hidden units.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,12 +23,11 @@ from allmlp.models.family import (
     PatchConfig,
     Shapes,
     Size,
-    Tensors,
     infer_patches,
     shape_of,
 )
-from allmlp.models.layers import PatchClassifier, StochasticDepth, lecun_normal_
-from allmlp.models.resize import TOKENS, Weight, resize_tokens
+from allmlp.models.layers import PatchClassifier, StochasticDepth
+from allmlp.models.resize import resize_maps
 
 
 class SpatialGate(nn.Module):
@@ -85,17 +83,11 @@ class GMLP(PatchClassifier):
 
     def initialize(self) -> None:
         """Draws new weights; the gates begin as ones, so that a block begins as a plain MLP."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                lecun_normal_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        super().initialize()
         for module in self.modules():
             if isinstance(module, SpatialGate):
                 nn.init.normal_(module.token_mixing.weight, std=1e-6)
                 nn.init.ones_(module.token_mixing.bias)
-        if self.head is not None:
-            nn.init.zeros_(self.head.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,18 +137,6 @@ def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> GMLPConf
     return GMLPConfig(mlp_dim=hidden, **infer_patches(shapes, num_tokens, written, asked))
 
 
-def _token_weights(config: GMLPConfig) -> Iterator[Weight]:
-    for index in range(config.num_blocks):
-        yield f"blocks.{index}.mlp.gate.token_mixing.weight", (TOKENS, TOKENS)
-        yield f"blocks.{index}.mlp.gate.token_mixing.bias", (TOKENS,)
-
-
-def _resize(
-    tensors: Tensors, old: GMLPConfig, new: GMLPConfig, method: str
-) -> tuple[GMLPConfig, str]:
-    return new, resize_tokens(tensors, list(_token_weights(old)), old, new, method)[1]
-
-
 _SHAPES = {"gmlp_ti16": (128, 768), "gmlp_s16": (256, 1536), "gmlp_b16": (512, 3072)}  # Table 1
 FAMILY = Family(
     name="gmlp",
@@ -168,7 +148,7 @@ FAMILY = Family(
         name: GMLPConfig(patch_size=16, hidden_dim=dim, num_blocks=30, mlp_dim=hidden)
         for name, (dim, hidden) in _SHAPES.items()
     },
-    resize=_resize,
+    resize=resize_maps("blocks.{}.mlp.gate.token_mixing"),
     marker=r"blocks\.\d+\.mlp\.gate\.",
     infer=_infer,
     names=(

@@ -221,8 +221,14 @@ class PatchClassifier(ImageClassifier):
         return nn.LayerNorm(self.config.hidden_dim, eps=1e-6)
 
     def initialize(self) -> None:
-        """Draws new weights."""
-        raise NotImplementedError
+        """Draws new weights as Flax does: lecun-normal kernels, zero biases, a zero head."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                lecun_normal_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)
 
     def features(self, images: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, C)
         """Returns the mean over tokens of the normalised last layer, which the head reads.

@@ -112,17 +112,11 @@ class MlpMixer(PatchClassifier):
         return (MixerBlock if config.is_plain else VariantBlock)(config, index, *drops)
 
     def initialize(self) -> None:
-        """Draws new weights as Flax does: lecun-normal kernels, zero biases, a zero head."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                lecun_normal_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        """See `PatchClassifier`."""
+        super().initialize()
         for module in self.modules():
             if isinstance(module, UntiedLinear):
                 module.initialize()
-        if self.head is not None:
-            nn.init.zeros_(self.head.weight)
 
     def biases_without_effect(self) -> list[nn.Parameter]:
         """Returns the output biases of the token mixing, see `MixerBlock`."""

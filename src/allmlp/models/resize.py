@@ -24,7 +24,7 @@ Shapes: D hidden units of the token-mixing MLP, (h, w) the old grid, (H, W) the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -95,6 +95,20 @@ def resize_tokens(
         else:
             tensors[name] = _grown(value, axes, old.grid, factors)
     return tiles, how_resized(factors) if factors else f"resampled ({interpolation})"
+
+
+def resize_maps(name: str) -> Callable[[Tensors, Any, Any, str], tuple[Any, str]]:
+    """Returns the `Family.resize` of networks with one dense layer over the tokens in each block,
+    called `name`, "{}" standing for the number of the block."""
+
+    def resize(tensors: Tensors, old: Any, new: Any, method: str) -> tuple[Any, str]:
+        weights: list[Weight] = []
+        for index in range(old.num_blocks):
+            weights.append((f"{name.format(index)}.weight", (TOKENS, TOKENS)))
+            weights.append((f"{name.format(index)}.bias", (TOKENS,)))
+        return new, resize_tokens(tensors, weights, old, new, method)[1]
+
+    return resize
 
 
 def _grown(value: Tensor, axes: tuple[Axis, ...], grid: Size, factors: Size) -> Tensor:

@@ -14,7 +14,6 @@ Shapes: N batch, S tokens, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,13 +26,12 @@ from allmlp.models.family import (
     PatchConfig,
     Shapes,
     Size,
-    Tensors,
     infer_patches,
     shape_of,
 )
 from allmlp.models.layers import PatchClassifier, StochasticDepth
 from allmlp.models.mixer import MlpBlock
-from allmlp.models.resize import TOKENS, Weight, resize_tokens
+from allmlp.models.resize import resize_maps
 
 
 class Affine(nn.Module):
@@ -141,18 +139,6 @@ def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> ResMLPCo
     return ResMLPConfig(channels_mlp_dim=hidden, **fields)
 
 
-def _token_weights(config: ResMLPConfig) -> Iterator[Weight]:
-    for index in range(config.num_blocks):
-        yield f"blocks.{index}.token_mixing.weight", (TOKENS, TOKENS)
-        yield f"blocks.{index}.token_mixing.bias", (TOKENS,)
-
-
-def _resize(
-    tensors: Tensors, old: ResMLPConfig, new: ResMLPConfig, method: str
-) -> tuple[ResMLPConfig, str]:
-    return new, resize_tokens(tensors, list(_token_weights(old)), old, new, method)[1]
-
-
 _SHAPES: dict[
     str, tuple[Any, ...]
 ] = {  # P, C, L, hidden units of the channel MLP, LayerScale of the authors' code
@@ -172,7 +158,7 @@ FAMILY = Family(
         name: ResMLPConfig(**dict(zip(_FIELDS, sizes, strict=True)), layer_scale=scale)
         for name, (*sizes, scale) in _SHAPES.items()
     },
-    resize=_resize,
+    resize=resize_maps("blocks.{}.token_mixing"),
     marker=r"stem\.weight$|pre_head_affine\.|blocks\.\d+\.((affine|scale)_|(token|channel)_mixing\.)",
     infer=_infer,
     crops=dict.fromkeys(_SHAPES, 0.9),  # the authors' evaluation; timm's is 0.875
