@@ -15,7 +15,16 @@ from conftest import draw, mixer
 
 @pytest.mark.parametrize(
     "line",
-    ["", "--help", "models --help", "train --help", "predict --help", "export -h", "serve -h"],
+    [
+        "",
+        "--help",
+        "models --help",
+        "train --help",
+        "predict --help",
+        "export -h",
+        "serve -h",
+        "convert -h",
+    ],
 )
 def test_help_imports_no_torch(line):
     code = (

@@ -159,7 +159,7 @@ FAMILY = Family(
         for name, (*sizes, scale) in _SHAPES.items()
     },
     resize=resize_maps("blocks.{}.token_mixing"),
-    marker=r"stem\.weight$|pre_head_affine\.|blocks\.\d+\.((affine|scale)_|(token|channel)_mixing\.)",
+    marker=r"pre_head_affine\.|blocks\.\d+\.(affine|scale)_",
     infer=_infer,
     crops=dict.fromkeys(_SHAPES, 0.9),  # the authors' evaluation; timm's is 0.875
     names=(

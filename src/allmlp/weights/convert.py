@@ -7,11 +7,7 @@ from typing import Literal
 
 from allmlp.errors import needs, plural
 from allmlp.io import check_not_inputs, expand
-from allmlp.models.catalog import in_words
-from allmlp.models.layers import flops_text
 from allmlp.options import ImageSize, Options, ResizeWeights
-from allmlp.weights.load import files_of, load_model
-from allmlp.weights.save import check_target, save_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +37,13 @@ class ConvertOptions(Options):
         needs({"resize_weights": resizing}, "image_size", self.image_size)
 
 
-def convert(model: str, output: str, options: ConvertOptions) -> list[str]:
-    """Loads a model and writes it; nothing is overwritten unasked, and never the input. Returns
-    what was written, in lines."""
+def convert(model: str, output: str, options: ConvertOptions) -> None:
+    """Loads a model, writes it and prints what was written; the input is never overwritten."""
+    from allmlp.models.catalog import in_words  # these import torch, which --help does not need
+    from allmlp.models.layers import flops_text
+    from allmlp.weights.load import files_of, load_model
+    from allmlp.weights.save import check_target, save_model
+
     path = expand(output)
     format = options.format or ("google" if path.suffix == ".npz" else "allmlp")
     targets = [file for file in check_target(path, format) if file is not None]
@@ -68,9 +68,4 @@ def convert(model: str, output: str, options: ConvertOptions) -> list[str]:
     if gelu is not None and gelu[0] != ours:
         what = f"{gelu[1]} computes the {gelu[0]} GELU, this model the {ours} one"
         lines.append(f"note     {what}: its logits will differ in the fourth digit")
-    return lines
-
-
-def show(lines: list[str], options: ConvertOptions) -> None:
-    """Prints them."""
     print("\n".join(lines))
