@@ -92,35 +92,36 @@ class BenchmarkOptions(Options):
     """
 
     mode: Literal["inference", "training"] = "inference"
-    """inference, or training: forward, softmax loss, backward and AdamW on random images."""
+    """inference, or training (forward, softmax loss, backward and AdamW on random images)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
-    """Of the matrix products; auto takes what the device is fast at."""
+    """Precision of matrix products; auto uses the fastest that the device supports."""
     compile: bool = False
-    """Use torch.compile; the time that compiling takes is not counted."""
+    """Use torch.compile; compilation time is not counted."""
     image_size: ImageSize | None = None
-    """Another size than the model's own."""
+    """Image size in pixels; defaults to the model's own."""
     batch_sizes: tuple[int, ...] | None = None
-    """Images per step; they double while the rate rises, memory and the budget last, if not given."""  # noqa: E501
+    """Batch sizes; by default they double while throughput rises and memory and the budget
+    allow."""
     seconds: float = 2.0
-    """Timed at each batch size of each model, and for the latency."""
+    """Seconds to time each batch size of each model, and the latency."""
     rounds: int = 5
-    """Into which these seconds are cut, and in which models take turns; their median counts."""
+    """Rounds to split these seconds into; models take turns and the median counts."""
     budget: float = 30.0
-    """Seconds that the doubling may take for each model."""
+    """Most seconds to spend per model while batch sizes double."""
     recipe: str | None = None
-    """A name of docs/recipes.md: the days that it takes on this device, by its training step; in place of models."""  # noqa: E501
+    """Instead of models: estimate the days a recipe (docs/recipes.md) takes on this device."""
     images: int | None = None
-    """Training images of the recipe's data, where they are unknown."""
+    """Number of training images of the recipe, if its data set's size is not known."""
     threads: int | None = None
-    """Of the CPU; torch's own choice, and one for a small batch, if not given."""
+    """CPU threads; by default torch's choice, and one for a small batch."""
     settings: Repeated = field(default=(), metadata={"flag": "set", "metavar": "KEY=VALUE"})
-    """A field of the architectures, such as token_mixing=untied; may be given many times."""
+    """Override a field of the architectures, e.g. token_mixing=untied; repeatable."""
     output: str | None = None
-    """A .json file for all numbers; - for standard output."""
+    """Write all numbers to a .json file; - is standard output."""
     overwrite: bool = False
-    """Replace an existing file."""
+    """Replace existing files."""
 
     def __post_init__(self) -> None:
         for size in self.batch_sizes or ():

@@ -44,17 +44,21 @@ class EvaluateOptions(MeasureOptions):
     """
 
     data: str
-    """Any source that `mixer train` reads, with :train, :validation or :test behind it to choose a split. Without it the test images, else the validation images, which are the run's own if it held them out of this data, else all."""  # noqa: E501
+    """Any source that `mixer train` reads; append :train, :validation or :test to choose a split.
+    By default the test images, else the validation images (the run's own if it held them out of
+    this data), else all."""
     resize: Resize | None = None
-    """How an image comes to the model's size: resize-crop (the paper's Table 2), resmall-crop (its Table 3) or squash; the model's own if not given."""  # noqa: E501
+    """How images are brought to the model's size: resize-crop (the paper's Table 2), resmall-crop
+    (its Table 3) or squash; defaults to the model's own."""
     crop: float | None = None
-    """Fraction of the resized image's side that the centre crop keeps, at most 1, also of images smaller than the input; the paper's is 0.875, and the model's own if not given."""  # noqa: E501
+    """Fraction of the resized image's side to keep in the centre crop, at most 1; also applies to
+    images smaller than the input. The paper uses 0.875; defaults to the model's own."""
     real: str | None = None
-    """The file real.json of ImageNet ReaL; the data are validation images of ILSVRC-2012."""
+    """The file real.json of ImageNet ReaL; the data must be ILSVRC-2012 validation images."""
     allow_missing_classes: bool = False
     """Accept data without some of the model's classes."""
     output: str | None = None
-    """A folder for evaluation.json, per_class.csv, confusion.csv and the plots."""
+    """Folder for evaluation.json, per_class.csv, confusion.csv and plots."""
 
     def __post_init__(self) -> None:
         between("crop", self.crop, 0, 1, above=True)

@@ -40,11 +40,12 @@ class ComputeOptions(Options):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
-    """Of the matrix products; auto takes bfloat16 where the device is fast at it and the model large enough."""  # noqa: E501
+    """Precision of matrix products; auto uses bfloat16 if the device is fast at it and the model
+    large enough to benefit."""
     batch_size: int = 64
     """Images per batch and process."""
     num_workers: int | None = None
-    """Processes that decode images; chosen by the size of the data if not given."""
+    """Number of processes that decode images; by default chosen by the size of the data."""
 
 
 Kind = TypeVar("Kind")

@@ -250,6 +250,15 @@ def test_columns_that_look_like_splits_or_groups_are_named(images: Path):
     assert notes_of(open_splits(name)) == []
 
 
+def test_the_first_line_of_excel(images: Path):
+    name = write(images, "\ufeffsep=;\r\npath;label\r\na/0.png;x, y\r\na/1.png;\r\n")
+    with pytest.raises(UserError, match="the label is empty") as caught:
+        open_splits(name)
+    assert caught.value.where == f"{name}, line 4"
+    name = write(images, "sep=|\npath|label\na/0.png|x, y\n")
+    assert named(name) == {"train": [("a/0.png", "x, y")]}
+
+
 def test_paths_of_windows(images: Path):
     (images / "lists").mkdir()
     text = "path,label\r\n..\\a\\0.png,x\r\n..\\b\\1.png,y\r\n"

@@ -35,15 +35,17 @@ class CheckOptions(Options):
     """
 
     duplicates: Literal["near", "exact", "off"] = "near"
-    """Near: also encoded again, resized, brightened, or slightly cropped."""
+    """near also finds re-encoded, resized, brightened and slightly cropped copies."""
     exclude: str | None = None
-    """File for the list of images to exclude from training: those of train that are also in validation or test, those of validation that are in test, and later copies in one split; - is standard output."""  # noqa: E501
+    """Write a list of images to exclude from training: training images that are also in validation
+    or test, validation images that are also in test, and repeated copies within a split. - is
+    standard output."""
     output: str | None = None
     """Folder for check.json, bad_files.txt, duplicates.csv and figures."""
     overwrite: bool = False
-    """Replace files that exist."""
+    """Replace existing files."""
     num_workers: int | None = None
-    """Processes that read images."""
+    """Number of processes that read images."""
 
     def __post_init__(self) -> None:
         if self.exclude is not None and self.duplicates == "off":

@@ -23,17 +23,18 @@ class ModelsOptions(Options):
     """
 
     image_size: ImageSize | None = None
-    """At this size; the default is the paper's 224."""
+    """Image size for the parameter and operation counts; defaults to the paper's 224."""
     num_classes: int | None = None
-    """Outputs of the head, for the column "with head" (1000)."""
+    """Number of classes for the column "with head" (default 1000)."""
     settings: Repeated = field(default=(), metadata={"flag": "set", "metavar": "KEY=VALUE"})
-    """A field of the configuration, such as token_mixing=untied, for all models that have it."""
+    """Override a field of the configuration, e.g. token_mixing=untied, in all models that have
+    it."""
     weights: bool = False
-    """List every published checkpoint: origin, size, preprocessing, accuracy, licence."""
+    """List the published checkpoints: origin, size, preprocessing, accuracy, licence."""
     comparison: bool = False
-    """List the systems that the paper compares with, which timm builds."""
+    """List the systems the paper compares with, which timm builds."""
     inspect: str | None = field(default=None, metadata={"metavar": "MODEL"})
-    """List what a file (or anything else that names a model) is, and its tensors."""
+    """Describe a file (or anything else that names a model) and list its tensors."""
 
     def __post_init__(self) -> None:
         kinds = [name for name in ("weights", "comparison", "inspect") if getattr(self, name)]

@@ -27,7 +27,7 @@ class PackOptions(Options):
     """
 
     shard_size: str = field(default="256MB", metadata={"metavar": "BYTES"})
-    """The largest size of a file, such as 256MB or 1GB."""
+    """Largest size of a file, e.g. 256MB or 1GB."""
 
     def shard_bytes(self) -> int:
         """Returns the size as a number."""
@@ -83,7 +83,7 @@ class IndexOptions(Options):
     """
 
     unlabelled: bool = False
-    """The images have no labels: for predictions only."""
+    """The images have no labels; they can only be used for prediction."""
 
 
 def index(folder: str, options: IndexOptions) -> None:

@@ -27,21 +27,21 @@ class PredictOptions(ComputeOptions):
     """
 
     top_k: int | None = None
-    """Classes per image; 5 if not given."""
+    """Number of classes per image (default 5)."""
     features: bool = False
-    """The pooled features that the head reads instead of classes."""
+    """Write the pooled features (the input of the head) instead of classes."""
     image_size: ImageSize | None = None
-    """Another size than the model's own."""
+    """Image size in pixels; defaults to the model's own."""
     resize_weights: ResizeWeights | None = None
-    """How to reach that size; auto if not given."""
+    """How the token-mixing weights are resized to another image size."""
     output: str | Path | None = None
-    """A .csv, .json, .jsonl or .parquet file, a folder for parts, or - for standard output."""
+    """A .csv, .json, .jsonl or .parquet file, a folder for part files, or - for standard output."""
     overwrite: bool = False
-    """Replace a file that exists."""
+    """Replace existing files."""
     format: Literal["csv", "jsonl", "parquet"] | None = None
-    """Of the parts of a folder, or of standard output (csv or jsonl); csv if not given."""
+    """Format of part files, or of standard output (csv or jsonl); defaults to csv."""
     part_size: int | None = None
-    """Images per part of a folder; at most about 10,000 if not given."""
+    """Images per part file; by default at most about 10,000."""
 
     def __post_init__(self) -> None:
         for name in ("top_k", "batch_size", "part_size"):
@@ -67,31 +67,31 @@ class ExportOptions(Options):
     """
 
     output: str | Path
-    """The file to write: .onnx, .xml (OpenVINO, with a .bin beside it) or .pt2 (torch.export)."""
+    """File to write: .onnx, .xml (OpenVINO, with a .bin beside it) or .pt2 (torch.export)."""
     precision: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Of the weights and their products."""
+    """Precision of weights and matrix products."""
     image_size: ImageSize | None = None
-    """Another size than the weights' own."""
+    """Image size in pixels; defaults to the model's own."""
     resize_weights: ResizeWeights | None = None
-    """How to reach that size; auto if not given."""
+    """How the token-mixing weights are resized to another image size."""
     uint8_input: bool = False
-    """The file takes uint8 images, channels last, and normalises them inside."""
+    """Take uint8 images, channels last, and normalise them inside the file."""
     data: str | None = None
-    """Labelled images on which the model and the file are measured; int8 needs them."""
+    """Labelled images to compare the file's accuracy with the model's; required for int8."""
     max_accuracy_drop: float = 0.5
-    """Points of top-1 that the file may lose on them."""
+    """Largest drop of top-1 accuracy to accept, in percentage points."""
     calibration: str | None = None
-    """Images, labelled or not, that determine the ranges of int8; different from --data."""
+    """Images (labels not needed) to calibrate int8 ranges on; must not overlap the data."""
     calibration_images: int = 1000
-    """How many of them are used at most, spread evenly."""
+    """Most calibration images to use, spread evenly."""
     overwrite: bool = False
-    """Replace an output that exists."""
+    """Replace existing files."""
     batch_size: int = 8
-    """Images per batch when the speed is measured."""
+    """Batch size for measuring speed."""
     num_threads: int | None = None
-    """Of the processor; torch's own choice if not given."""
+    """CPU threads for measuring speed; defaults to torch's choice."""
     num_workers: int | None = None
-    """Processes that decode images; chosen by the size of the data if not given."""
+    """Number of processes that decode images; by default chosen by the size of the data."""
 
     def __post_init__(self) -> None:
         is_int8 = {"precision int8": self.precision == "int8"}
@@ -118,25 +118,25 @@ class ServeOptions(Options):
     """
 
     host: str = "127.0.0.1"
-    """The address to listen on; 127.0.0.1 is this machine alone, 0.0.0.0 all networks."""
+    """Address to listen on; 127.0.0.1 is this machine only, 0.0.0.0 all networks."""
     port: int = 8000
-    """The port to listen on; 0 lets the system choose."""
+    """Port to listen on; 0 picks a free one."""
     top_k: int | None = None
-    """Classes per image; 5 if not given."""
+    """Number of classes per image (default 5)."""
     image_size: ImageSize | None = None
-    """Another size than the model's own."""
+    """Image size in pixels; defaults to the model's own."""
     resize_weights: ResizeWeights | None = None
-    """How to reach that size; auto if not given."""
+    """How the token-mixing weights are resized to another image size."""
     precision: Precision = "auto"
-    """Of the matrix products for the classes; maps are computed in float32."""
+    """Precision of matrix products for classification; maps are computed in float32."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     max_images: int = 64
-    """Per request."""
+    """Most images per request."""
     max_megabytes: float = 20.0
-    """Per image file."""
+    """Largest image file in megabytes."""
     max_megapixels: float = 200.0
-    """Of all images of a request together: a small file may unpack to gigabytes."""
+    """Most megapixels per request, all images together; a small file may decode to gigabytes."""
 
     def __post_init__(self) -> None:
         between("port", self.port, 0, 65535)

@@ -58,25 +58,26 @@ class FewShotOptions(MeasureOptions):
     """
 
     data: tuple[str, ...] = field(metadata={"metavar": "SOURCE ..."})
-    """Sources with a train and a test (or validation) split, one or several."""
+    """One or more sources with a train and a test (or validation) split."""
     shots: tuple[int, ...] = (1, 5, 10, 25)
-    """Images per class to learn from; a class with fewer gives all of its images."""
+    """Training images per class; a class with fewer uses all of them."""
     protocol: Literal["big_vision", "scenic"] = "big_vision"
-    """big_vision (random draws, one l2), or scenic, the older one (the first images of each class, and of 30 l2 the one that does best on the test images)."""  # noqa: E501
+    """big_vision (random draws, one l2) or the older scenic (the first images of each class, and
+    the best of 30 l2 values on the test images)."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the random draws of big_vision, whose mean is reported."""
+    """Seeds of big_vision's random draws; their mean is reported."""
     l2: float = 1024.0
-    """Weight of the squared coefficients, of big_vision."""
+    """L2 penalty of big_vision."""
     random_baseline: bool = False
-    """Measure the same architecture with random weights as well, seed 0."""
+    """Also measure the same architecture with random weights (seed 0)."""
     resize: Resize = "resize-crop"
-    """How an image comes to the model's size: resize-crop is Google's few-shot evaluation."""
+    """resize-crop (Google's few-shot evaluation), resmall-crop or squash."""
     output: str | None = None
-    """A .json file for all numbers; - for standard output."""
+    """Write all numbers to a .json file; - is standard output."""
     cache: str | None = None
-    """A folder that keeps the features for the next time; the command takes features/ in the folder of the downloads if not given."""  # noqa: E501
+    """Folder to cache features in; the command defaults to features/ in the download cache."""
     no_cache: bool = False
-    """Keep no features and read none."""
+    """Neither read nor write cached features."""
 
     def __post_init__(self) -> None:
         between("l2", self.l2, 0, float("inf"), above=True, below=True)

@@ -39,17 +39,18 @@ class MeasureOptions(ComputeOptions):
     """What the commands that measure a model on labelled images have in common."""
 
     precision: Precision = "float32"
-    """Of the matrix products; auto takes bfloat16 where the device is fast at it and the model large enough. An exported file has its own."""  # noqa: E501
+    """Precision of matrix products; auto uses bfloat16 if the device is fast at it and the model
+    large enough to benefit. An exported file keeps its own."""
     image_size: ImageSize | None = None
-    """Measure at another size than the model's own."""
+    """Image size in pixels; defaults to the model's own."""
     resize_weights: ResizeWeights = "auto"
-    """How to get to another image size."""
+    """How the token-mixing weights are resized to another image size."""
     ignore_exif: bool = False
-    """Do not turn photographs upright by EXIF: the paper's protocol."""
+    """Ignore the EXIF orientation, as the paper does."""
     overwrite: bool = False
     """Replace existing files."""
     timeout: float = TIMEOUT
-    """Seconds to wait for images from the workers; 0 waits forever."""
+    """Seconds to wait for a batch from the workers; 0 waits forever."""
 
     def predictor(self, model: Classifier, device: str | None, **changes: Any) -> Predictor:
         """Returns the predictor of a model; `changes` are to its preprocessing."""

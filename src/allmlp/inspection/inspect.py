@@ -70,35 +70,36 @@ class InspectOptions(Options):
     overwrite: bool = False
     """Replace existing files."""
     compare: AnyModel | None = field(default=None, metadata={"type": str | None})
-    """Another model to show beside it; random is the same architecture with random weights."""
+    """Another model to compare with; random is the same architecture with random weights."""
     seed: int = 0
     """Seed of the random weights."""
     layers: tuple[int, ...] | Literal["all"] | None = field(
         default=None, metadata={"metavar": "N ...|all"}
     )
-    """Layers of figure 6, counted from 1, or all; by default the first three."""
+    """Layers in figure 6, counted from 1, or all; defaults to the first three."""
     outgoing: bool = False
-    """Also measure and draw the outgoing weights, in the order of the incoming ones."""
+    """Also measure and plot the outgoing weights, in the order of the incoming ones."""
     image: Path | None = None
     """An image: map what units read and write, and which regions the prediction depends on."""
     units: tuple[str | tuple[int, int], ...] | None = field(
         default=None, metadata={"type": tuple[str, ...] | None, "metavar": "LAYER:UNIT ..."}
     )
-    """Units whose response to the image is drawn; by default the strongest of the first layers."""
+    """Units whose response to the image is plotted; by default the strongest of the first
+    layers."""
     window: int | None = None
     """Side of the grey window that slides over the image, in patches."""
     stride: int | None = None
-    """Patches between two positions of the window."""
+    """Step of the window, in patches."""
     vector: Literal["svg", "pdf", "none"] = "svg"
-    """Vector format written beside each PNG."""
+    """Vector format to write beside each PNG."""
     image_size: ImageSize | None = None
-    """Resize the model to another image size first."""
+    """Image size in pixels; defaults to the model's own."""
     resize_weights: ResizeWeights = "auto"
-    """How the token-mixing weights are resized."""
+    """How the token-mixing weights are resized to another image size."""
     batch_size: int = 64
-    """Covered images per batch."""
+    """Batch size of occluded images."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N, for the image."""
+    """Device for the image: auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "units"):

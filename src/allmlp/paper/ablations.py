@@ -34,11 +34,11 @@ class AblationsOptions(StudyOptions):
     """
 
     variants: tuple[str, ...] = field(default=(), metadata={"metavar": "NAME ..."})
-    """Which variants; all if not given."""
+    """Variants to train; defaults to all."""
     model: str | None = None
-    """A Mixer; the recipe's if not given."""
+    """A Mixer; defaults to the recipe's."""
     seconds: float = 2.0
-    """Time to measure each variant's images per second."""
+    """Seconds to measure each variant's throughput."""
 
 
 def variants_of(config: MixerConfig) -> dict[str, dict[str, Any]]:

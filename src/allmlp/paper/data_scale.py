@@ -44,17 +44,17 @@ class DataScaleOptions(StudyOptions):
     """
 
     few_shot_data: str = field(metadata={"metavar": "SOURCE"})
-    """Images to measure on, with some to train and others to test."""
+    """Data for few-shot accuracy, with a train and a test split."""
     models: tuple[str, ...] = field(metadata={"metavar": "NAME ..."})
-    """Names of `mixer models`."""
+    """Architectures, as `mixer models` names them."""
     fractions: tuple[float, ...] = field(default=tuple(DATA_SCALE), metadata={"metavar": "X ..."})
-    """Of the training images."""
+    """Fractions of the training images."""
     shots: int = 5
-    """Images per class of the few-shot measurement."""
+    """Training images per class for few-shot accuracy."""
     few_shot_seeds: tuple[int, ...] = field(default=(0, 1, 2), metadata={"metavar": "N ..."})
-    """Of the draws of these."""
+    """Seeds of the few-shot draws."""
     recipe: str = "scratch"
-    """All other settings, but not the sizes of its model; a name of docs/recipes.md."""
+    """Recipe for all other settings (docs/recipes.md), except the sizes of its model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

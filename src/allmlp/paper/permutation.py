@@ -61,19 +61,19 @@ class PermutationOptions(StudyOptions):
     """
 
     model: str | None = None
-    """The network; the recipe's if not given. The recipe's optimizer must fit both networks."""
+    """The network; defaults to the recipe's. The recipe's optimizer must fit both networks."""
     comparison: str = "small_resnet"
-    """The other network: small_resnet, timm:NAME, or none."""
+    """Network to compare with: small_resnet, timm:NAME, or none."""
     comparison_set: Repeated = field(default=(), metadata={"metavar": "KEY=VALUE"})
-    """A setting of it, such as width=40; may be given many times."""
+    """Override a setting of the comparison network, e.g. width=40; repeatable."""
     patch_size: int | None = None
-    """Side of the shuffled patches in pixels; the model's own patch if not given."""
+    """Side of the shuffled patches in pixels; defaults to the model's patch size."""
     permutation_seed: int = 0
-    """Of both permutations."""
+    """Seed of both permutations."""
     few_shot_data: str | None = field(default=None, metadata={"metavar": "SOURCE"})
-    """Measure linear few-shot accuracy on this data too, as the paper did."""
+    """Also measure linear few-shot accuracy on this data, as the paper did."""
     shots: int = 5
-    """Training images per class for that."""
+    """Training images per class for few-shot accuracy."""
 
 
 def permutation(

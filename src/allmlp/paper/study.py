@@ -36,21 +36,21 @@ class PaperOptions(Options):
     """What all experiments have in common; what is not given is the recipe's or the protocol's."""
 
     output: str | None = field(default=None, metadata={"metavar": "FOLDER"})
-    """The folder of the study; required."""
+    """Folder of the study (required)."""
     image_size: ImageSize | None = None
-    """Of the networks."""
+    """Image size in pixels."""
     steps: int | None = None
-    """Updates of the weights in every run."""
+    """Training steps of every run."""
     batch_size: int | None = None
     """Images per step."""
     seeds: tuple[int, ...] = field(default=(), metadata={"metavar": "N ..."})
-    """Of the weights and the order of images; a run for each."""
+    """Seeds of the weights and the order of images; one run each."""
     device: str | None = None
     """auto, cpu, cuda or cuda:N."""
     num_workers: int | None = None
-    """Processes that decode images; chosen by the size of the data if not given."""
+    """Number of processes that decode images; by default chosen by the size of the data."""
     settings: Repeated = field(default=(), metadata={"flag": "set", "metavar": "KEY=VALUE"})
-    """Any other setting, as config.json of a run names it; may be given many times."""
+    """Any other setting, as in a run's config.json; repeatable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,21 +58,21 @@ class StudyOptions(PaperOptions):
     """What the studies that train from random weights have in common."""
 
     data: str = field(metadata={"metavar": "SOURCE"})
-    """Images to train on: any source that `mixer train` reads."""
+    """Training data: any source that `mixer train` reads."""
     recipe: str = "cifar10_compare"
-    """The settings of all runs; a name of docs/recipes.md."""
+    """Recipe for the settings of all runs (docs/recipes.md)."""
     seeds: tuple[int, ...] = field(default=(0,), metadata={"metavar": "N ..."})
-    """Of the weights and the order of images; a run for each."""
+    """Seeds of the weights and the order of images; one run each."""
     epochs: int | None = None
-    """Passes over the training images, in place of steps."""
+    """Passes over the training images, instead of steps."""
     learning_rate: float | None = None
-    """The highest, after the warm-up."""
+    """Peak learning rate, after the warm-up."""
     holdout: float | None = None
-    """Fraction of the training images to validate on, if the data has no val/."""
+    """Fraction of the training images to hold out for validation if the data has no val/."""
     evaluate_every: int | None = None
-    """Epochs, or steps with --steps, between evaluations."""
+    """Epochs between evaluations, or steps if steps is given."""
     precision: Precision | None = None
-    """Of the matrix products."""
+    """Precision of matrix products."""
 
     def __post_init__(self) -> None:
         if not self.seeds:

@@ -77,11 +77,11 @@ class SuiteOptions(PaperOptions):
     """What all suites have in common."""
 
     task: Repeated = field(default=(), metadata={"metavar": "NAME=SOURCE"})
-    """The data of a task, NAME=SOURCE; may be given many times. Any source that training reads."""
+    """Data of a task as NAME=SOURCE, any source that training reads; repeatable."""
     tasks: str | dict[str, str | Path] | None = field(default=None, metadata={"type": str | None})
-    """A JSON file of the same, {"pets": "FOLDER"}; its paths are relative to its folder."""
+    """The same as a JSON file, {"pets": "FOLDER"}; paths are relative to the file."""
     grid: tuple[float, ...] = field(default=(), metadata={"metavar": "LR ..."})
-    """Learning rates to choose from; a single one is taken without a grid."""
+    """Learning rates to choose from; with a single one there is no grid search."""
 
 
 # Settings that a suite makes itself -> the option to use instead.

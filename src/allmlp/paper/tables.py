@@ -68,9 +68,9 @@ class TablesOptions(Options):
     """
 
     output: str = field(default="report", metadata={"metavar": "FOLDER"})
-    """A folder for report.md, report.html and figures/."""
+    """Folder for report.md, report.html and figures/."""
     overwrite: bool = False
-    """Replace an existing report."""
+    """Replace existing files."""
 
 
 @dataclass

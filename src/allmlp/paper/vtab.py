@@ -111,9 +111,10 @@ class VtabOptions(SuiteOptions):
     """
 
     protocol: Literal["paper", "lightweight"] = "paper"
-    """paper (2,500 steps of 512 images, a grid of rates, three seeds, 224 or 448 pixels) or lightweight (1,000 steps of 64 images, one rate, one seed, 224 pixels)."""  # noqa: E501
+    """paper (2,500 steps of 512 images, a learning-rate grid, three seeds, 224 or 448 pixels) or
+    lightweight (1,000 steps of 64 images, one learning rate, one seed, 224 pixels)."""
     list_tasks: bool = field(default=False, metadata={"flag": "list"})
-    """List the tasks, and what data is expected for them."""
+    """List the tasks and the data each expects."""
 
 
 def vtab(

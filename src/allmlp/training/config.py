@@ -41,19 +41,19 @@ class ModelSettings(Options):
     """Which network to train."""
 
     name: Text = "mixer_s16"
-    """A name of `mixer models`; "" where `weights` bring the architecture."""
+    """Architecture, as `mixer models` names it; "" if `weights` bring their own."""
     image_size: Count | tuple[Count, Count] | None = 224
-    """Pixels, a side or height and width; that of the `weights` if not given."""
+    """Image size in pixels, a number or (H, W); defaults to that of the weights."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Other fields of its configuration; with `weights` only dropout and stochastic_depth."""
+    """Override fields of the architecture; with `weights` only dropout and stochastic_depth."""
     weights: Text | None = None
-    """Trained weights to start from, as `load_model` takes them; new ones if not given."""
+    """Trained weights to start from, as `load_model` takes them; random weights if not given."""
     resize_weights: ResizeWeights = "auto"
-    """How `weights` reach another image size, as `load_model` takes it."""
+    """How `weights` are resized to another image size, as in `load_model`."""
     train_only: Literal["all", "head"] = "all"
-    """All parameters, or the head alone: a linear probe on frozen features."""
+    """Train all parameters, or only the head (a linear probe on frozen features)."""
     head_bias: Real = 0.0
-    """Initial biases of a new head; about the logarithm of a class's fraction with sigmoid loss."""
+    """Initial bias of a new head; about the log of a class's frequency with sigmoid loss."""
 
     def __post_init__(self) -> None:
         for name in {"name", "image_size", "num_classes"} & self.overrides.keys():
@@ -82,34 +82,35 @@ class DataSettings(Options):
     source: Text = "digits"
     """A folder, list, Parquet files, packed data, hf:owner/name or digits."""
     holdout: BelowOne | None = None
-    """Fraction of every class held out for validation, by default a tenth where the data has no
-    validation images; 0 trains on everything and keeps the last weights."""
+    """Fraction of each class to hold out for validation; by default the data's own validation
+    images, or else a tenth. 0 trains on everything and keeps the last weights."""
     fraction: PositiveFraction = 1.0
-    """Fraction of the training images to use, at random; smaller ones are subsets of larger."""
+    """Fraction of the training images to use, drawn at random; smaller fractions are subsets of
+    larger ones."""
     fraction_seed: Natural = 0
     """Seed of that draw."""
     exclude: Text | None = None
-    """A list of images to leave out, as `mixer data check` writes it."""
+    """List of images to exclude, as written by `mixer data check`."""
     resize: Literal["resize-crop", "resmall-crop", "squash"] = "resmall-crop"
-    """How evaluation fits an image to the model, see `allmlp.preprocessing`."""
+    """How images are brought to the model's size in evaluation, see `allmlp.preprocessing`."""
     crop: PositiveFraction | None = None
-    """Fraction of the resized side that is kept, of small images too; by default the weights' own
-    or 0.875, with small images enlarged whole."""
+    """Fraction of the resized side to keep in evaluation, also for small images; by default that of
+    the weights, or 0.875 with small images enlarged whole."""
     exif_orientation: Flag = True
-    """Turn photographs upright by their EXIF tag; the paper's code does not."""
+    """Apply the EXIF orientation; the paper's code does not."""
     permutation: Literal["none", "patches", "pixels"] | None = None
-    """Permutation of every image's pixels (the paper's figure 4); by default that of `weights`."""
+    """Permute the pixels of every image (the paper's figure 4); defaults to that of `weights`."""
     permutation_patch: Count | None = None
     """Side of the patches in pixels, for "patches"."""
     permutation_seed: Natural = 0
-    """Seed of that draw."""
+    """Seed of the permutation."""
     max_bad: Fraction = 0.01
-    """Largest fraction of undecodable images at which a run continues; up to 5 images always do,
-    unless this is 0, they are half of a split or all images of a class."""
+    """Largest fraction of undecodable images to tolerate. Up to 5 are always tolerated, unless this
+    is 0 or they are half of a split or all images of a class."""
     num_workers: Natural | None = None
-    """Processes that decode images; chosen by the size of the data if not given."""
+    """Number of processes that decode images; by default chosen by the size of the data."""
     timeout: NonNegative = 600.0
-    """Seconds without a batch after which a worker counts as hanging; 0 for never."""
+    """Seconds without a batch after which a worker counts as hung; 0 waits forever."""
 
     def __post_init__(self) -> None:
         if (self.permutation_patch is None) != (self.permutation != "patches"):
@@ -127,7 +128,7 @@ class InceptionCrop(Options):
 
     name: Literal["inception"] = "inception"
     area: tuple[Real, Real] = (0.05, 1.0)
-    """Its smallest and largest fraction of the image's area."""
+    """Smallest and largest fraction of the image's area."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.area[0] <= self.area[1] <= 1.0:
@@ -141,7 +142,7 @@ class PaddedCrop(Options):
 
     name: Literal["padded"] = "padded"
     padding: BelowOne = 0.125
-    """Largest move, as a fraction of the side."""
+    """Largest shift, as a fraction of the side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,29 +165,29 @@ class AugmentSettings(Options):
 
     crop: Annotated[InceptionCrop | PaddedCrop | RandomCrop | NoCrop, CHOICE] = InceptionCrop()
     flip: Flag = True
-    """Mirror every other image left to right."""
+    """Flip half of the images horizontally."""
     rotate: Annotated[Real, Field(ge=0, le=180)] = 0.0
-    """Largest angle, degrees."""
+    """Largest rotation, in degrees."""
     scale: BelowOne = 0.0
     """Largest relative change of width and height."""
     shear: BelowOne = 0.0
-    """Largest slant, pixels per pixel."""
+    """Largest shear, in pixels per pixel."""
     shift: BelowOne = 0.0
-    """Largest move, as a fraction of the side."""
+    """Largest shift, as a fraction of the side."""
     elastic: BelowOne = 0.0
-    """Standard deviation of a smooth random warp, as a fraction of the side."""
+    """Standard deviation of an elastic deformation, as a fraction of the side."""
     randaugment: Annotated[Real, Field(ge=0, le=30)] | None = None
-    """Magnitude of RandAugment, about 0 to 20."""
+    """Magnitude of RandAugment, about 0 to 20; off if not given."""
     randaugment_layers: Annotated[Int, Field(ge=1, le=16)] = 2
-    """Its operations per image."""
+    """RandAugment operations per image."""
     random_erasing: Fraction = 0.0
-    """Probability of noise in a random rectangle."""
+    """Probability of random erasing with noise."""
     mixup: NonNegative = 0.0
-    """Strength of mixup, 0 for none."""
+    """Mixup alpha; 0 is off."""
     cutmix: NonNegative = 0.0
-    """Strength of CutMix, 0 for none; with mixup as well a coin decides at each step."""
+    """CutMix alpha; 0 is off. With mixup as well, each step uses one of them at random."""
     mix_until: PositiveFraction = 1.0
-    """Fraction of the run after which neither is applied."""
+    """Fraction of the run after which mixup and CutMix are switched off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +216,7 @@ class Steps(Options):
 
     name: Literal["steps"] = "steps"
     decay_at: tuple[Real, ...] = (0.3, 0.6, 0.9)
-    """Ascending: fractions of the run, or numbers of steps."""
+    """Where the learning rate drops, ascending: fractions of the run, or step numbers."""
     decay_factor: Annotated[Real, Field(gt=0, lt=1)] = 0.1
 
     def __post_init__(self) -> None:
@@ -237,18 +238,19 @@ class OptimizerSettings(Options):
 
     name: str
     learning_rate: Annotated[Real, Field(gt=0)] = 1e-3
-    """The highest, after the warm-up; Muon's updates are scaled to take Adam's."""
+    """Peak learning rate, after the warm-up. Muon's updates are scaled so that AdamW's learning
+    rates fit."""
     clip_norm: NonNegative = 1.0
-    """Global norm to which the gradient is clipped; 0 for none."""
+    """Global norm to clip gradients to; 0 is off."""
     schedule: Schedule = Cosine()
     warmup: NonNegative = 0.1
-    """How long the learning rate rises linearly: below 1 a fraction of the run, else steps."""
+    """Length of the linear warm-up: a fraction of the run if below 1, else steps."""
     ema_decay: BelowOne = 0.0
-    """Decay of the moving average of the weights that is evaluated and kept; 0 for none."""
+    """Decay of the EMA of the weights, which is then evaluated and saved; 0 is off."""
     sam_rho: NonNegative = 0.0
-    """Radius of sharpness-aware minimisation, at twice the cost; 0 for none."""
+    """Radius of sharpness-aware minimisation, which doubles the cost; 0 is off."""
     sam_start: BelowOne = 0.0
-    """Fraction of the run before it starts."""
+    """Fraction of the run after which it starts."""
 
     def __post_init__(self) -> None:
         if self.warmup > 1 and self.warmup != round(self.warmup):
@@ -262,7 +264,7 @@ class AdamW(OptimizerSettings):
 
     name: Literal["adamw"] = "adamw"
     weight_decay: NonNegative = 0.1
-    """Times the learning rate, on kernels only."""
+    """Weight decay, multiplied by the learning rate; kernels only."""
     beta1: BelowOne = 0.9
     beta2: BelowOne = 0.999
 
@@ -281,7 +283,7 @@ class Muon(AdamW):
 
     name: Literal["muon"] = "muon"  # pyright: ignore[reportIncompatibleVariableOverride]
     momentum: BelowOne = 0.95
-    """Of the matrices; beta1 and beta2 are AdamW's."""
+    """Momentum of the matrices; beta1 and beta2 are AdamW's."""
 
 
 Optimizer: TypeAlias = Annotated[AdamW | SGD | Muon, CHOICE]
@@ -293,7 +295,7 @@ class Softmax(Options):
 
     name: Literal["softmax"] = "softmax"
     label_smoothing: BelowOne = 0.0
-    """Fraction of each target spread over all classes."""
+    """Fraction of each target to spread over all classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,46 +337,48 @@ class TrainConfig(Options):
     """Everything that a run depends on."""
 
     recipe: Text = "digits"
-    """Name of the recipe that it started from."""
+    """Name of the recipe it is based on."""
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     optimizer: Optimizer = AdamW()
     loss: Annotated[Softmax | Sigmoid, CHOICE] = Softmax()
     epochs: Count | None = 100
-    """Passes over the training images."""
+    """Passes over the training images, unless steps is given."""
     steps: Count | None = None
-    """Updates of the weights, in place of `epochs`."""
+    """Training steps, instead of epochs."""
     batch_size: Count = 64
     """Images per step, over all processes."""
     micro_batch_size: Count | None = None
-    """Images that pass through the model at once, their gradients accumulated; by default all of a
-    process's, or as many as fit into memory."""
+    """Images per forward pass, with gradients accumulated. By default all images of a process,
+    halved until they fit into memory."""
     evaluate_every: Count = 5
-    """Epochs between evaluations on the validation images, or steps where `steps` is given."""
+    """Epochs between evaluations on the validation images, or steps if steps is given."""
     patience: Count | None = None
-    """Evaluations without improvement after which the run ends early."""
+    """Stop after this many evaluations without improvement."""
     keep_checkpoints: Natural = 2
-    """Newest full states to keep, besides that of the best evaluation; 0: the run cannot resume."""
+    """Checkpoints to keep, besides that of the best evaluation. With 0 the run cannot be
+    resumed."""
     checkpoint_every: Count | None = None
-    """Steps between them; by default they are written at every evaluation."""
+    """Steps between checkpoints; by default one at every evaluation."""
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
-    """Of the weights, the order of the images and every other random number."""
+    """Seed of the weights, the order of the images and all other random numbers."""
     device: Text = "auto"
     """auto, cpu or cuda."""
     num_threads: Count | None = None
-    """CPU threads; by default torch's number, and one for a small model."""
+    """CPU threads; by default torch's choice, and one for a small model."""
     precision: Precision = "auto"
-    """Of the matrix products; auto takes bfloat16 if the device is fast at it and the model large
-    enough. Weights, LayerNorm and the residual stream stay float32."""
+    """Precision of matrix products; auto uses bfloat16 if the device is fast at it and the model
+    large enough to benefit. Weights, LayerNorm and the residual stream stay float32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on a GPU, for runs that are long enough."""
+    """Use torch.compile; auto does on a GPU, if the run is long enough to benefit."""
     sharding: Literal["none", "full"] = "none"
-    """Of the state over the processes: none (DDP) or full (FSDP2)."""
+    """none replicates weights and optimizer state in every process (DDP); full shards them
+    (FSDP2)."""
     tensorboard: Flag = False
-    """Write TensorBoard's event files too."""
+    """Also write TensorBoard event files."""
     output: Text | None = None
-    """The run folder; runs/<date>_<recipe> if not given."""
+    """Run folder; defaults to runs/<date>_<recipe>."""
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):

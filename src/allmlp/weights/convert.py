@@ -22,13 +22,14 @@ class ConvertOptions(Options):
     """
 
     format: Literal["allmlp", "google", "timm"] | None = None
-    """google: arrays that Google's code loads; timm: its names; by default google for .npz, else allmlp."""  # noqa: E501
+    """google (arrays that Google's code loads), timm (its names) or allmlp; by default google for
+    .npz, else allmlp."""
     image_size: ImageSize | None = None
     """Resize the model to another image size."""
     resize_weights: ResizeWeights = "auto"
     """How the token-mixing weights are resized."""
     num_classes: int | None = None
-    """Put a new zero head for another number of classes; 0 removes the head."""
+    """Replace the head by a zero head for this many classes; 0 removes the head."""
     overwrite: bool = False
     """Replace existing files."""
 

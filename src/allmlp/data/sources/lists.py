@@ -181,12 +181,16 @@ def _open(path: Path) -> TextIO:
 
 def _csv_rows(file: TextIO, path: Path) -> _Rows:
     header = file.readline()
+    separator = re.fullmatch(r'"?sep=(.)"?\s*', header)  # the first line of some lists from Excel
     file.seek(0)
-    reader = csv.reader(file, delimiter=max(",;\t", key=header.count), strict=True)
+    delimiter = separator[1] if separator else max(",;\t", key=header.count)
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
     columns: list[str] = []
     try:
         for cells in filter(None, reader):
             where = f"{path}, line {reader.line_num}"
+            if separator and reader.line_num == 1:
+                continue
             if not columns:
                 columns = [cell.strip() for cell in cells]
                 twice = next((name for name in columns if columns.count(name) > 1), None)
