@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import http.client
 import io
 import json
 import signal
@@ -13,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from serving import serving
 starlette_client = pytest.importorskip("starlette.testclient", reason="the extra serve is absent")
 pytest.importorskip("python_multipart", reason="the extra serve is absent")
 pytest.importorskip("uvicorn", reason="the extra serve is absent")
-from allmlp.deploy.web import make_app  # noqa: E402
+from allmlp.deploy.serve import make_server, open_socket  # noqa: E402
+from allmlp.deploy.web import Connection, make_app  # noqa: E402
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 HOSTS = frozenset({"127.0.0.1", "localhost"})
@@ -308,6 +311,63 @@ def test_a_client_that_never_ends_its_request(service, monkeypatch):
     asyncio.run(make_app(service, HOSTS)(SCOPE, receive, send))
     assert sent[0]["status"] == 408
     assert b"0.05 seconds" in sent[1]["body"]
+
+
+GET = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+
+@contextmanager
+def running(service: Service) -> Iterator[int]:
+    """Gives the port of a server in a thread."""
+    with open_socket("127.0.0.1", 0) as listening:
+        server = make_server(service, "127.0.0.1")
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def opened(port: int, sent: bytes, stack: ExitStack) -> socket.socket:
+    client = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+    client.sendall(sent)
+    return client
+
+
+def received(client: socket.socket) -> bytes:
+    """All that comes until the server closes; it fails after a minute."""
+    return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def ask(port: int, method: str = "GET", path: str = "/health", body: bytes | None = None) -> int:
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as client:
+        client.request(method, path, body, {"Content-Type": "image/png"})
+        return client.getresponse().status
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HT", GET + b"GET /he"])
+def test_a_client_that_stops_is_closed(service, monkeypatch, sent):
+    monkeypatch.setattr(Connection, "seconds_for_head", 0.2)
+    with running(service) as port, ExitStack() as stack:
+        answer = received(opened(port, sent, stack))
+        if not sent.startswith(GET):
+            head, _, body = answer.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 408 ")
+            assert list(json.loads(body)) == ["error"]
+        assert ask(port) == 200
+
+
+def test_slow_clients_take_no_places_and_slow_answers_are_given(service, monkeypatch):
+    monkeypatch.setattr(Connection, "seconds_for_head", 0.05)
+    answers = [{"name": "image", "classes": [], "error": None}]
+    monkeypatch.setattr(service, "predict", lambda *_: threading.Event().wait(0.3) or answers)
+    slow = b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\n"
+    with running(service) as port, ExitStack() as stack:
+        for _ in range(12):
+            opened(port, slow + b"Content-Length: 1000\r\n\r\nx", stack)
+        assert ask(port, "POST", "/predict", PNG) == 200
 
 
 def test_names_that_are_not_text_and_values_that_are_not_finite(service):

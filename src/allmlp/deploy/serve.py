@@ -99,14 +99,14 @@ def make_server(service: Service, host: str) -> uvicorn.Server:
     """Returns the server."""
     import uvicorn
 
-    from allmlp.deploy.web import make_app
+    from allmlp.deploy.web import Connection, make_app
 
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # about damaged forms
     own = frozenset(("127.0.0.1", "localhost", "::1", host.lower()))
     config = uvicorn.Config(
         make_app(service, own if service.is_local else None),
         loop="asyncio",
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -26,6 +26,7 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
 
+import h11
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -33,6 +34,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from allmlp.data.image import EncodedImage
 from allmlp.deploy.service import Check, File, Service, megabytes
@@ -292,3 +294,42 @@ def _count_pixels(images: Sequence[File]) -> int:
             height, width = EncodedImage(data, name).size
             total += height * width
     return total
+
+
+class Connection(H11Protocol):
+    """A client that is closed if it does not send the head of a request in time."""
+
+    seconds_for_head = 10.0
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        is_answered = self.cycle is not None and self.cycle.response_complete
+        if self.conn.their_state is not h11.IDLE and not is_answered:
+            self._unwatch()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self.seconds_for_head, self._close)
+
+    def _unwatch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _close(self) -> None:
+        text = f"no request arrived within {self.seconds_for_head:g} seconds"
+        body = json.dumps({"error": text}).encode()
+        head = "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\n"
+        head += f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        self.transport.write(head.encode() + body)
+        self.transport.close()
