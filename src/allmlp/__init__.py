@@ -1,10 +1,10 @@
-"""MLP-Mixer in PyTorch: train, evaluate, look inside and deploy all-MLP vision models.
+"""MLP-Mixer in PyTorch: train, evaluate, inspect and deploy all-MLP vision models.
 
     import allmlp as am
     model = am.create_model("mixer_b16", image_size=224, num_classes=10)
 
-Importing this costs milliseconds: each name is loaded when it is first used. Import it before torch
-where you can: then torch's threads wait without keeping a core busy (docs/predict.md).
+Importing the package takes milliseconds: names are loaded lazily. Import it before torch if you
+can, so that torch's idle threads sleep instead of spinning (docs/predict.md).
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ if TYPE_CHECKING:
     from allmlp.weights.load import load_model as load_model
     from allmlp.weights.save import save_model as save_model
 
-sleep_soon()  # before anything here imports torch
+sleep_soon()  # before anything imports torch
 
-# The public names, by the module that has them.
+# Public names by module.
 _NAMES = {
     "benchmark": "Benchmark BenchmarkOptions benchmark",
     "deploy.export": "ExportReport export",
@@ -89,7 +89,7 @@ __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 class _Package(ModuleType):
-    """Keeps `am.evaluate` the function: an import of the module of that name would hide it."""
+    """Keeps `am.evaluate` the function: importing the submodule would shadow it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):

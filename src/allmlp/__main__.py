@@ -1,4 +1,4 @@
-"""python -m allmlp: the same as the command `mixer`."""
+"""`python -m allmlp`: the `mixer` command."""
 
 from allmlp.cli.main import main
 

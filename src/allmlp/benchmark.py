@@ -1,7 +1,6 @@
-"""`am.benchmark` and `mixer benchmark`: images per second, latency, operations and memory.
+"""`am.benchmark` and `mixer benchmark`: images per second, latency, FLOPs and memory.
 
-The paper's throughput (section 3, Tables 2 and 3) is the images per second at that batch size of a
-sweep which gives most.
+The paper's throughput (section 3, Tables 2 and 3) is the highest rate over a sweep of batch sizes.
 """
 
 from __future__ import annotations
@@ -49,19 +48,19 @@ from allmlp.weights.checkpoints import find_checkpoint, list_checkpoints
 from allmlp.weights.load import files_of, load_model, open_model
 
 LARGEST_BATCH = 2**16
-_BATCH = 64  # by which "auto" judges whether a model is small, unless batch sizes are chosen
-_RISE = 1.01  # a rate less than one per cent above the best so far counts as no rise
-_SMALL_BATCH = 8  # tried before a larger one whose memory is unknown
-_USABLE = 0.8  # of the free memory; other programs need some
+_BATCH = 64  # where "auto" judges whether a model is small, by default
+_RISE = 1.01  # a gain of less than 1% does not count
+_SMALL_BATCH = 8  # run first, to estimate the memory of a larger batch
+_USABLE = 0.8  # fraction of the free memory; leaves some to other programs
 _PEAK_SECONDS = 2.0
-_WIDE_SPREAD = 0.2  # from the slowest to the fastest round, relative to the median
-# (rows, inputs, outputs) of a dense layer: those of the channel mixing of Mixer-B/16 and L/16 with
-# 8 and 16 images, and square ones. A GPU takes larger ones to be busy.
+_WIDE_SPREAD = 0.2  # slowest to fastest round, relative to the median
+# (rows, inputs, outputs) of a dense layer: channel mixing in Mixer-B/16 and L/16 at 8 and 16
+# images, and square ones. Saturating a GPU takes larger shapes.
 _SHAPES = {
     "cpu": ((1568, 768, 3072), (3136, 1024, 4096), (2048, 2048, 2048), (1024, 4096, 4096)),
     "cuda": ((25088, 768, 3072), (50176, 1024, 4096), (8192, 8192, 8192), (16384, 4096, 4096)),
 }
-# Recipes by the beginning of their names -> training images, classes, where the numbers are from.
+# Recipe name prefix -> training images, classes, source of the numbers.
 _DATA = {
     "imagenet_": (1_281_167, 1000, "ImageNet-1k's training images"),
     "imagenet21k_": (14_000_000, 21_843, "ImageNet-21k, the paper's round number"),
@@ -77,10 +76,10 @@ Build = Callable[[], ImageClassifier]
 class BenchmarkOptions(Options):
     """Measure images per second, latency, memory and the fraction of the machine's peak.
 
-    Models are names of `mixer models` or timm:NAME (random weights: the speed is the same), run
-    folders, weights files, names of `mixer models --weights`. Several take turns, so that a
-    disturbance falls on all of them; all are in memory together. Ctrl-C ends early and prints what
-    was measured until then.
+    A model is a name from `mixer models` or `mixer models --weights`, timm:NAME, a run folder or a
+    weights file; weights are random where only an architecture is named, which does not affect the
+    speed. Several models are held in memory together and take turns, so that background load
+    affects all of them alike. Ctrl-C stops early and prints the results so far.
 
     Examples:
         mixer benchmark mixer_s32
@@ -142,12 +141,12 @@ class BenchmarkOptions(Options):
 
 @dataclass(frozen=True)
 class Point:
-    """The rate at one batch size."""
+    """Throughput at one batch size."""
 
     batch_size: int
-    images_per_second: float  # the median of the rounds
-    spread: tuple[float, float]  # of the slowest and of the fastest round
-    step_memory_bytes: int | None  # by which memory rises in a step
+    images_per_second: float  # median over the rounds
+    spread: tuple[float, float]  # slowest and fastest round
+    step_memory_bytes: int | None  # memory growth during a step
 
     @property
     def relative_spread(self) -> float:
@@ -156,35 +155,35 @@ class Point:
 
 @dataclass(frozen=True)
 class Peak:
-    """The highest rate of matrix products that was seen."""
+    """The highest matmul rate measured."""
 
-    gflops: float  # 1e9 operations per second, a multiply-add counted as two
-    shape: tuple[int, int, int]  # (rows, inputs, outputs) of the product that reached it
+    gflops: float  # 1e9 FLOPs per second; a multiply-add counts as two
+    shape: tuple[int, int, int]  # (rows, inputs, outputs) of the fastest matmul
 
 
 @dataclass
 class ModelBenchmark:
-    """What was measured of one model."""
+    """Measurements of one model."""
 
     name: str
     mode: str
     model: dict[str, Any] = field(default_factory=dict)  # see `result_file.describe`
     precision: str = ""
-    why: str = ""  # this precision
-    flops: int = 0  # of one image's forward pass, by the closed formula of its configuration
-    counted: int = 0  # the same, as torch counts while it computes
+    why: str = ""  # reason for the precision
+    flops: int = 0  # forward pass of one image, from the closed formula for the config
+    counted: int = 0  # the same, counted by torch during a forward pass
     points: list[Point] = field(default_factory=list)
-    latencies: list[float] = field(default_factory=list)  # seconds of single images, one by one
+    latencies: list[float] = field(default_factory=list)  # seconds at batch size 1
     peak: Peak | None = None
-    memory_bytes: int | None = None  # weights, optimizer, batch and step, at the best batch size
-    threads: int | None = None  # of the CPU, at the best batch size
-    ended: str | None = None  # why no larger batch was tried
-    error: str | None = None  # why the model was given up
-    spent: float = 0.0  # seconds of the sweep
+    memory_bytes: int | None = None  # weights, optimizer, batch and step at the best batch size
+    threads: int | None = None  # CPU threads at the best batch size
+    ended: str | None = None  # why the sweep stopped
+    error: str | None = None  # why the model failed
+    spent: float = 0.0  # seconds spent in the sweep
 
     @property
     def is_active(self) -> bool:
-        """Whether larger batches are to be measured."""
+        """Whether the sweep continues with larger batches."""
         return self.error is None and self.ended is None
 
     @property
@@ -194,21 +193,21 @@ class ModelBenchmark:
 
     @property
     def images_per_second(self) -> float | None:
-        """The highest rate; None where nothing was measured."""
+        """The highest rate; None if nothing was measured."""
         return None if self.best is None else self.best.images_per_second
 
     @property
     def fraction_of_peak(self) -> float | None:
-        """The operations of the best rate, relative to the machine's own matrix products."""
+        """FLOPs per second at the best rate, relative to the machine's peak matmul rate."""
         if self.best is None or self.peak is None:
             return None
         step = _passes(self.mode) * self.flops
         return step * self.best.images_per_second / (self.peak.gflops * 1e9)
 
     def latency_ms(self) -> dict[str, float] | None:
-        """Returns the 50th, 90th and 99th percentile of a single image, and the number of runs.
+        """Returns the 50th, 90th and 99th percentile for a single image, and the number of runs.
 
-        The nearest rank: a value that was measured. Of fewer than 100 runs p99 is the slowest.
+        Nearest-rank percentiles. With fewer than 100 runs, p99 is the slowest.
         """
         if not self.latencies:
             return None
@@ -233,18 +232,18 @@ class ModelBenchmark:
 
 @dataclass
 class Benchmark:
-    """A measurement of one or more models that took turns."""
+    """Measurements of one or more models."""
 
-    models: list[ModelBenchmark]  # in the order in which they were given
+    models: list[ModelBenchmark]  # in the order given
     device: torch.device
     options: BenchmarkOptions
-    threads: int  # of the CPU, at most
+    threads: int  # maximum number of CPU threads
     environment: dict[str, Any]  # versions, hardware, date and command
     interrupted: bool = False
-    recipe: dict[str, Any] | None = None  # what it takes on this device
+    recipe: dict[str, Any] | None = None  # estimated cost on this device
 
     def to_json(self) -> dict[str, Any]:
-        """Returns a measurement of the kind "throughput", see `evaluation.result_file`."""
+        """Returns a "throughput" result, see `evaluation.result_file`."""
         shared = {"compiled": self.options.compile, "device": str(self.device)}
         numbers = {
             "interrupted": self.interrupted,
@@ -259,7 +258,7 @@ class Benchmark:
 
 
 def _passes(mode: str) -> int:
-    return 3 if mode == "training" else 1  # the forward pass and two gradients
+    return 3 if mode == "training" else 1  # forward pass, gradients of inputs and of weights
 
 
 def benchmark(
@@ -269,23 +268,22 @@ def benchmark(
     report: Reporter | None = None,
     **fields: Any,
 ) -> Benchmark:
-    """Returns images per second, latency, operations and memory of models that take turns.
+    """Measures images per second, latency, FLOPs and memory.
 
-    All models are in memory together. What is measured of a model object is a copy of it.
+    Several models are held in memory together and take turns. Model objects are copied first.
 
     Args:
-        models: what `BenchmarkOptions` says; or, by names of your choice, models and functions
-            that build one.
-        options: all at once.
-        report: shows what is being measured; None shows nothing.
-        **fields: those of `BenchmarkOptions`.
+        models: as in `BenchmarkOptions`; or a dict of names to models or functions that build one.
+        options: all options as one object.
+        report: shows progress; None shows nothing.
+        **fields: fields of `BenchmarkOptions`.
 
     Returns:
-        What was measured; Ctrl-C ends it early and gives what was measured until then.
+        The measurements; after Ctrl-C, those made so far.
 
     Raises:
-        UserError: an option is out of range, no such model or device, bfloat16 on a GPU without
-            it, no compiler, an exported file, or a model without a head that is to be trained.
+        UserError: an option is out of range, an unknown model or device, bfloat16 on a GPU without
+            support, no compiler, an exported file, or training a model without a head.
     """
     options = make(BenchmarkOptions, options, fields)
     names = [models] if isinstance(models, str) else list(models)
@@ -315,7 +313,7 @@ def benchmark(
         stack.enter_context(torch_settings(device, "float32", options.threads))
         if options.compile:
             stack.enter_context(_compiles_for_every_shape())
-        if mode == "inference":  # what autocast has cast is kept until this ends
+        if mode == "inference":  # keeps autocast's weight cache alive
             stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=False))
         threads = torch.get_num_threads()
         found = Benchmark(rows, device, options, threads, environment_info(device), recipe=recipe)
@@ -337,11 +335,11 @@ def benchmark(
     return found
 
 
-# --- the models -----------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
 def _build(name: str, options: BenchmarkOptions, device: torch.device) -> Build:
-    """Returns what builds the model of a name, after a check that the name means something."""
+    """Returns a function that builds the named model; checks the name first."""
     overrides = assignments(options.settings)
     if name in list_models() or (name.startswith("timm:") and "." not in name):
         return _new(lambda: create_model(name, options.image_size, **overrides), device)
@@ -358,7 +356,7 @@ def _build(name: str, options: BenchmarkOptions, device: torch.device) -> Build:
 
 
 def _new(create: Build, device: torch.device) -> Build:
-    """Returns what builds a model with random weights, after a trial without memory."""
+    """Returns a function that builds a model with random weights; sizes it on the meta device."""
     with torch.device("meta"):
         needed = 4 * create().num_parameters
 
@@ -370,7 +368,7 @@ def _new(create: Build, device: torch.device) -> Build:
 
 
 def _check_memory(what: str, needed: float, device: torch.device, usable: float = 0.9) -> None:
-    """Raises MemoryError for too many bytes; on a CPU nothing else does: the system would kill."""
+    """Raises MemoryError early: on a CPU the system would kill the process instead."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     free = free_memory(device)
@@ -381,7 +379,7 @@ def _check_memory(what: str, needed: float, device: torch.device, usable: float 
 def _recipe(
     name: str, options: BenchmarkOptions, device: torch.device
 ) -> tuple[dict[str, Any], Build]:
-    """Returns what is known of a recipe before it is timed, and what builds its model."""
+    """Returns what is known about a recipe before timing, and a function that builds its model."""
     config = recipe_config(name)
     model, optimizer = config.model, config.optimizer
     if not model.name:
@@ -409,10 +407,10 @@ def _recipe(
 
 
 class _Timed:
-    """A model on its device, with the batch that it is timed on.
+    """A model on its device, with the batch it is timed on.
 
-    A training step is the forward pass, softmax cross-entropy, the backward pass and a step of
-    AdamW at the learning rate 0: all its operations are done, and no weight moves.
+    A training step is forward, softmax cross-entropy, backward and an AdamW update at learning
+    rate 0: all operations run, but no weight changes.
     """
 
     def __init__(
@@ -426,11 +424,11 @@ class _Timed:
         self.optimizer: torch.optim.Optimizer | None = None
         if mode == "training":
             self.optimizer = self._new_optimizer()
-        elif not compile:  # what predict and evaluate compute with
+        elif not compile:  # as in predict and evaluate
             self.inference = Inference(model, precision)
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        """Returns AdamW with its moments, which the free memory is to show from the beginning."""
+        """Returns AdamW with its moments allocated, so that the free memory accounts for them."""
         trained = [value for value in self.model.parameters() if value.requires_grad]
         if not self.model.config.num_classes or not trained:
             lacks = "parameters that are trained" if self.model.config.num_classes else "a head"
@@ -441,8 +439,8 @@ class _Timed:
         random = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for value in trained:
-                # Through a kernel of zeros no gradient would come back, and with zeros for
-                # gradients a GPU draws less power and is faster than it is in training.
+                # An all-zero kernel passes no gradient on, and with all-zero gradients a GPU
+                # draws less power and runs faster than in real training.
                 if value.dim() > 1 and not value.any():
                     value.copy_(0.02 * torch.randn(value.shape, generator=random))
                 value.grad = torch.zeros_like(value)
@@ -462,17 +460,17 @@ class _Timed:
             self.labels = torch.randint(classes, shape, generator=random, device=self.device)
 
     def release(self) -> None:
-        """Frees the batch and the gradients."""
+        """Frees batch and gradients."""
         self.images = self.labels = torch.empty(0)
         if self.optimizer is not None:
             self.optimizer.zero_grad()
 
     def operations(self, batch_size: int) -> int:
-        """Returns the operations of a step, by which its threads are chosen."""
+        """Returns the FLOPs of a step, from which the number of threads is chosen."""
         return _passes(self.mode) * self.model.config.flops * batch_size
 
     def step(self) -> None:
-        """Computes one step; a GPU may still be at work."""
+        """Runs one step, asynchronously on a GPU."""
         if self.inference is not None:
             self.inference.logits(self.images)
             return
@@ -489,20 +487,20 @@ class _Timed:
         self.optimizer.step()
 
     def seconds(self, least: float) -> float:
-        """Returns the mean seconds of a step, timed for at least so long."""
+        """Returns the mean seconds per step, timed for at least `least` seconds."""
         threads = threads_for(self.operations(len(self.images)))
         timer = Timer("step()", globals={"step": self.step}, num_threads=threads)
         return timer.blocked_autorange(min_run_time=least).mean
 
     def run(self) -> None:
-        """Computes one step to its end, with the threads of one that is timed."""
+        """Runs one step and synchronizes, with the same threads as a timed step."""
         with step_threads(self.device, self.operations(len(self.images))):
             self.step()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def warm_up(self, size: int) -> int | None:
-        """Prepares a batch, compiles, lays out memory; returns by how much a step raises it."""
+        """Prepares a batch, compiles, allocates memory; returns the memory growth of a step."""
         self.prepare(size)
         self.run()
         if self.optimizer is not None:
@@ -510,15 +508,15 @@ class _Timed:
         return peak_growth(self.run, self.device)
 
     def check_fits(self, size: int, growth: int | None, of_size: int) -> None:
-        """Raises MemoryError for a batch that will not fit, by how memory rose with a smaller."""
+        """Raises MemoryError for a batch that will not fit, extrapolating from a smaller one."""
         if growth is not None:
             what = f"{size:,} images would take about"
             _check_memory(what, growth * size / of_size, self.device, _USABLE)
 
     def memory_bytes(self, point: Point) -> int | None:
-        """Returns the bytes of weights, buffers, moments, the packed weights, a batch and a step.
+        """Returns the bytes of weights, buffers, moments, packed weights, batch and step.
 
-        In bfloat16 autocast keeps the weights a second time.
+        In bfloat16, autocast keeps a second copy of the weights.
         """
         if point.step_memory_bytes is None:
             return None
@@ -535,13 +533,13 @@ class _Timed:
         return total + point.batch_size * image + point.step_memory_bytes
 
 
-# --- the measurement ------------------------------------------------------------------------------
+# --- measurement ----------------------------------------------------------------------------------
 
 
 def _measure(
     found: Benchmark, builds: Mapping[str, ImageClassifier | Build], report: Reporter
 ) -> None:
-    """Measures the models, between two measurements of the machine's matrix products."""
+    """Measures the models, and the machine's peak before and after."""
     timed: list[tuple[ModelBenchmark, _Timed]] = []
     for row in found.models:
         _show_progress(report, f"{row.name}, building")
@@ -571,13 +569,13 @@ def _built(row: ModelBenchmark, given: ImageClassifier | Build, found: Benchmark
 def _sweep(
     timed: Sequence[tuple[ModelBenchmark, _Timed]], options: BenchmarkOptions, report: Reporter
 ) -> None:
-    """Measures the rate of every model at every batch size.
+    """Measures every model at every batch size.
 
-    The models take turns within a batch size, so that a disturbance falls on all of them. A model
-    that fails keeps the reason, and the others continue.
+    Models take turns at each batch size, so that background load affects all of them alike. A
+    model that fails records the error; the others continue.
     """
     for row, _ in timed:
-        row.spent = 0.0  # the budget is for the sweep, not for building
+        row.spent = 0.0  # building does not count against the budget
     doubling = [2**power for power in range(LARGEST_BATCH.bit_length())]
     for size in sorted(options.batch_sizes or doubling):
         active: list[tuple[ModelBenchmark, _Timed, int | None, list[float]]] = []
@@ -590,7 +588,7 @@ def _sweep(
                     if row.points:
                         last = row.points[-1]
                         one.check_fits(size, last.step_memory_bytes, last.batch_size)
-                    elif size > _SMALL_BATCH:  # chosen by the user: nothing is known yet
+                    elif size > _SMALL_BATCH:  # chosen by the user: no smaller size was measured
                         one.check_fits(size, one.warm_up(_SMALL_BATCH), _SMALL_BATCH)
                     active.append((row, one, one.warm_up(size), []))
         for _ in range(options.rounds):
@@ -612,8 +610,8 @@ def _sweep(
 
 
 def _why_to_stop(row: ModelBenchmark, size: int, options: BenchmarkOptions) -> str | None:
-    """Returns why a model's batch is not doubled to this size: two rates in a row were no rise
-    over the best before them, or the next one would exceed the budget."""
+    """Returns why the sweep stops before this size: the last two sizes brought no gain over the
+    best before them, or the next one would exceed the budget."""
     rates = [point.images_per_second for point in row.points]
     if len(rates) > 2 and all(rates[at] < _RISE * max(rates[:at]) for at in (-2, -1)):
         return "the rate no longer rises"
@@ -627,7 +625,7 @@ def _why_to_stop(row: ModelBenchmark, size: int, options: BenchmarkOptions) -> s
 def _time_latency(
     timed: Sequence[tuple[ModelBenchmark, _Timed]], options: BenchmarkOptions, report: Reporter
 ) -> None:
-    """Times single images one by one, 10 to 1,000 of each model, a part of them in each round."""
+    """Times 10 to 1,000 single images per model, spread over the rounds."""
     runs: dict[str, int] = {}
     measured = [(row, one) for row, one in timed if row.points]
     for row, one in measured:
@@ -648,16 +646,16 @@ def _time_latency(
 
 @contextlib.contextmanager
 def _errors_of(row: ModelBenchmark) -> Iterator[None]:
-    """Keeps the time that the block takes, and the reason if it fails, but of a `UserError`.
+    """Records the time the block takes and any error except a `UserError`.
 
-    Where a smaller batch was measured before, too little memory only ends the model's sweep.
+    Running out of memory after a smaller batch was measured only ends the model's sweep.
     """
     begin = time.perf_counter()
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # whatever a model may raise; the others continue
+    except Exception as error:  # a model may raise anything; the others continue
         text = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
         # torch.OutOfMemoryError on a GPU; on a CPU "DefaultCPUAllocator: can't allocate memory".
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -673,7 +671,7 @@ def _errors_of(row: ModelBenchmark) -> Iterator[None]:
 
 
 def _measure_peaks(rows: list[ModelBenchmark], device: torch.device, report: Reporter) -> None:
-    """Measures the machine's matrix products; called before and after, the better one counts."""
+    """Measures the machine's peak matmul rate; of several calls, the best result counts."""
     for precision in sorted({row.precision for row in rows}):
         _show_progress(report, f"matrix products in {precision}")
         found = measure_peak(device, precision, _PEAK_SECONDS)
@@ -683,7 +681,7 @@ def _measure_peaks(rows: list[ModelBenchmark], device: torch.device, report: Rep
 
 
 def measure_peak(device: torch.device, precision: str, seconds: float) -> Peak:
-    """Returns the rate of the fastest of several large products, through `F.linear`."""
+    """Returns the highest rate over several large matmuls, through `F.linear`."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     random = torch.Generator(device).manual_seed(0)
     found = []
@@ -700,7 +698,7 @@ def measure_peak(device: torch.device, precision: str, seconds: float) -> Peak:
 
 @torch.no_grad()
 def count_flops(model: ImageClassifier) -> int:
-    """Returns the operations of matmuls and convolutions as torch counts them for one image."""
+    """Returns the FLOPs of matmuls and convolutions for one image, counted by torch."""
     device = next(model.parameters()).device
     image = torch.zeros(1, model.config.in_channels, *model.config.image_size, device=device)
     exact = torch.autocast(device.type, enabled=False)
@@ -710,10 +708,10 @@ def count_flops(model: ImageClassifier) -> int:
 
 
 def peak_growth(act: Callable[[], object], device: torch.device) -> int | None:
-    """Runs something and returns by how many bytes memory rose; None where that is unknown.
+    """Runs `act` and returns the peak memory growth in bytes; None if unknown.
 
-    On a GPU torch's allocations; on a CPU the resident set, whose highest value Linux keeps and
-    lets be reset, after what the allocator kept of earlier work has been given back.
+    On a GPU, torch's allocations; on a CPU, the peak resident set, which Linux can reset, after
+    the allocator has returned its free memory.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -723,10 +721,10 @@ def peak_growth(act: Callable[[], object], device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):  # another system than Linux
-        Path("/proc/self/clear_refs").write_text("5")  # the highest so far becomes what it is now
+    with contextlib.suppress(OSError):  # not Linux
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident_bytes("VmRSS")
     act()
     highest = _resident_bytes("VmHWM")
@@ -743,9 +741,9 @@ def _resident_bytes(name: str) -> int | None:
 
 @contextlib.contextmanager
 def _compiles_for_every_shape() -> Iterator[None]:
-    """Lets torch.compile make one program for each model and batch size.
+    """Lets torch.compile specialize for every model and batch size.
 
-    By default it gives up after eight, without a word, and computes uncompiled.
+    By default it silently falls back to eager after eight recompilations.
     """
     import torch._dynamo.config as settings  # takes seconds
 
@@ -755,17 +753,17 @@ def _compiles_for_every_shape() -> Iterator[None]:
         yield
 
 
-# --- what is printed ------------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------
 
 
 def _show_progress(report: Reporter, text: str) -> None:
-    """One line on a terminal that changes, nothing in a pipe."""
+    """Updates a status line on a terminal; prints nothing in a pipe."""
     if report.console.is_terminal and not report.console.quiet:
         report.console.print(f"\r{text[:90]:<90}", end="\r", markup=False)
 
 
 def command(models: Sequence[str], options: BenchmarkOptions) -> Benchmark:
-    """Measures, and shows on a terminal what is being measured."""
+    """Runs the benchmark with progress on a terminal."""
     report = Reporter(stderr=options.output == STANDARD_OUTPUT)
     found = benchmark(models, options, report=report)
     _show_progress(report, "")
@@ -773,7 +771,7 @@ def command(models: Sequence[str], options: BenchmarkOptions) -> Benchmark:
 
 
 def show(found: Benchmark, options: BenchmarkOptions) -> int:
-    """Prints the machine, the models, their batch sizes and notes; returns the exit code."""
+    """Prints machine, models, batch sizes and notes; returns the exit code."""
     report = Reporter(stderr=options.output == STANDARD_OUTPUT)
     measured = [row for row in found.models if row.best is not None]
     lines = [*_machine(found), ""]
@@ -838,12 +836,12 @@ def _main_table(measured: list[ModelBenchmark]) -> list[str]:
 
 
 def _digits(value: float) -> str:
-    """Three digits at least: 0.0312, 4.00, 31.4, 1,384."""
+    """Formats with at least three digits: 0.0312, 4.00, 31.4, 1,384."""
     return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def _points_table(measured: list[ModelBenchmark]) -> list[str]:
-    """The rate of each model at each batch size."""
+    """Images per second by model and batch size."""
     rates = [
         {point.batch_size: _digits(point.images_per_second) for point in row.points}
         for row in measured

@@ -1,7 +1,4 @@
-"""What the program says: lines on the screen and in a log file, and a progress bar on a terminal.
-
-In a pipe there are plain lines only, so that a log file stays readable.
-"""
+"""Console output: lines on screen and in a log file, and progress bars on a terminal."""
 
 from __future__ import annotations
 
@@ -26,14 +23,14 @@ from allmlp.io import path_in_errors
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Lets the caller see that the reader has gone; rich would end the process with code 1."""
+        """Re-raises the broken pipe; rich would exit with code 1."""
         raise
 
 
 class Reporter:
-    """Prints lines, to standard error where results go to standard output, and logs them to a file.
+    """Prints lines, to standard error if results go to standard output, and logs them to a file.
 
-    `quiet` prints nothing; the log file is written all the same.
+    With `quiet` it only logs.
     """
 
     def __init__(self, *, quiet: bool = False, stderr: bool = False) -> None:
@@ -46,13 +43,13 @@ class Reporter:
     def say(self, text: str = "", style: str | None = None) -> None:
         """Prints a line and logs it."""
         self.console.print(text, style=style, markup=False)
-        self.console.file.flush()  # in a pipe, lines come as they are said
+        self.console.file.flush()  # not buffered in a pipe
         self._said.append(text)
         if self._log is not None:
             self._flush()
 
     def log_to(self, path: Path) -> None:
-        """Writes what was said so far, and from now on, to a file."""
+        """Logs all lines, including earlier ones, to a file."""
         self._log = path
         self._flush()
 
@@ -67,7 +64,7 @@ class Reporter:
 
     @contextmanager
     def progress(self, total: int, unit: str, done: int = 0) -> Iterator[ProgressBar]:
-        """Shows a bar on a terminal while the block runs; in a pipe it shows nothing."""
+        """Shows a progress bar while the block runs; nothing in a pipe."""
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -84,20 +81,20 @@ class Reporter:
 
 
 class ProgressBar:
-    """A running bar of `Reporter.progress`."""
+    """A progress bar, see `Reporter.progress`."""
 
     def __init__(self, bar: Progress, task: TaskID) -> None:
         self._bar, self._task = bar, task
 
     def advance(self, amount: int, note: str | None = None, description: str | None = None) -> None:
-        """Moves the bar on and changes the texts that are given."""
+        """Advances the bar; changes the note and description if given."""
         self._bar.update(self._task, advance=amount, description=description)
         if note is not None:
             self._bar.tasks[0].fields["note"] = note
 
 
 def table(headers: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
-    """Returns the lines of a table: a header, a rule and the rows; `left` columns align left."""
+    """Returns the lines of a table: header, rule and rows; the first `left` columns align left."""
     widths = [max(len(row[at]) for row in [headers, *rows]) for at in range(len(headers))]
 
     def line(cells: list[str]) -> str:
@@ -119,9 +116,9 @@ class _Bad(Protocol):
 
 
 def report_bad_images(bad: Sequence[_Bad], number: int | None = None) -> int:
-    """Names the bad images (the first 20) on standard error; returns the exit code, 0 or 3.
+    """Lists the first 20 bad images on standard error; returns the exit code, 0 or 3.
 
-    `number` is how many there are, where `bad` holds the first ones only.
+    `number` is their total if `bad` is truncated.
     """
     for image in bad[:20]:
         print(f"bad image: {image.name}: {image.what}", file=sys.stderr)

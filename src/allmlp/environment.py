@@ -1,4 +1,4 @@
-"""What a figure was measured with: versions, hardware, command, date."""
+"""The environment of a measurement: versions, hardware, command, date."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PACKAGES = (
 
 
 def environment_info(device: torch.device) -> dict[str, Any]:
-    """Returns the date, the command, the versions and the hardware, as JSON values."""
+    """Returns date, command, versions and hardware as JSON values."""
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": command(),
@@ -40,7 +40,7 @@ def environment_info(device: torch.device) -> dict[str, Any]:
 
 
 def packages() -> dict[str, str]:
-    """Returns the versions of the installed packages that a result may depend on."""
+    """Returns the versions of installed packages that may affect results."""
     found = {}
     for name in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -49,13 +49,13 @@ def packages() -> dict[str, str]:
 
 
 def command() -> str | None:
-    """Returns what was typed, or None where no `mixer` command runs."""
+    """Returns the command line, or None outside of a `mixer` command."""
     is_command = Path(sys.argv[0]).name in ("mixer", "__main__.py")
     return shlex.join(["mixer", *sys.argv[1:]]) if is_command else None
 
 
 def processor() -> str:
-    """Returns the name of the processor."""
+    """Returns the processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

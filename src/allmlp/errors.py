@@ -1,8 +1,7 @@
-"""UserError: a mistake of the user, not of the program, and how it is shown.
+"""UserError: an error caused by user input rather than a bug.
 
-Every message has the same form: what is wrong (with the value), where, what to do about it. On the
-command line it ends the program with exit code 2 and no traceback; from Python it is an ordinary
-exception that derives from ValueError.
+Every message says what is wrong (with the value), where, and how to fix it. On the command line it
+exits with code 2 and no traceback; in Python it is a subclass of ValueError.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake that the user can fix.
+    """An error that the user can fix.
 
     Args:
         what: what is wrong, with the offending value.
-        where: the file, flag or class that it concerns; None where `what` names it.
-        fix: what to do or to type; None only where nothing can be done.
-        code: the kind of mistake, for programs and tests; it does not change with the wording.
+        where: the file, flag or class concerned; None if `what` names it.
+        fix: what to do or type; None only if nothing can be done.
+        code: stable identifier of the kind of error, independent of the wording.
     """
 
     def __init__(
@@ -34,7 +33,7 @@ class UserError(ValueError):
         super().__init__(self.text())
 
     def text(self) -> str:
-        """The whole message: one line for each of its parts."""
+        """The full message, one part per line."""
         lines = [self.what]
         if self.where is not None:
             lines.append(f"where: {self.where}")
@@ -44,9 +43,9 @@ class UserError(ValueError):
 
 
 def near_names(name: str, known: Iterable[str]) -> str:
-    """Returns 'Did you mean X or Y? ' for known names that `name` is nearly, or ''.
+    """Returns 'Did you mean X or Y? ' for known names similar to `name`, or ''.
 
-    Of a name with dots the last part may stand for the whole.
+    The last part of a dotted name matches too.
     """
     wanted = name.lower()
 
@@ -60,7 +59,7 @@ def near_names(name: str, known: Iterable[str]) -> str:
 
 
 def one_of(name: str, value: Any, choices: Iterable[Any], where: object = None) -> Any:
-    """Returns the value; it must be one of the choices."""
+    """Returns the value if it is one of the choices."""
     known = list(choices)
     if value not in known:
         texts = [str(choice) for choice in known]
@@ -70,7 +69,7 @@ def one_of(name: str, value: Any, choices: Iterable[Any], where: object = None) 
 
 
 def at_least(name: str, value: Any, least: float, where: object = None) -> Any:
-    """Returns the value; it must be None or at least so large (NaN is not)."""
+    """Returns the value if None or at least `least` (not NaN)."""
     if value is not None and not value >= least:
         what = f"{name} must be at least {least}, got {value!r}"
         raise UserError(what, where=where, code="out-of-range")
@@ -87,7 +86,7 @@ def between(
     below: bool = False,
     where: object = None,
 ) -> Any:
-    """Returns the value; it must be None or lie from low to high, or above low, or below high."""
+    """Returns the value if None or in [low, high]; `above` and `below` exclude the bounds."""
     if value is None:
         return None
     is_in = low <= value <= high and not (above and value == low) and not (below and value == high)
@@ -99,7 +98,7 @@ def between(
 
 
 def needs(given: Mapping[str, Any], name: str, value: Any) -> None:
-    """Checks that no option of `given` is set (None and False are unset) without the other one."""
+    """Checks that the options in `given` are unset (None or False) unless option `name` is set."""
     for option, its_value in given.items():
         if its_value not in (None, False) and value in (None, False):
             what = f"{option} needs {name}, and that is not given"
@@ -107,13 +106,13 @@ def needs(given: Mapping[str, Any], name: str, value: Any) -> None:
 
 
 def plural(number: int, noun: str) -> str:
-    """Returns "1 image" or "1,234 images", as of any noun that takes an s, or es behind an s."""
+    """Returns "1 image" or "1,234 images"; nouns ending in s take es."""
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 _NO_SPACE = "Free some space there, or give a place on another disk"
 _NO_ACCESS = "Give a place that you may use, or change its mode"
-# What to do about an error of the system, by its number.
+# Fixes for system errors, by errno.
 _FIXES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _NO_SPACE),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NO_ACCESS),
@@ -123,11 +122,11 @@ _FIXES = {
 
 
 def fix_of(error: OSError) -> str | None:
-    """Returns what to do about a full disk and its like, for the end of a message."""
+    """Returns how to fix a system error such as a full disk."""
     return None if error.errno is None else _FIXES.get(error.errno)
 
 
-# How numpy, torch, CUDA, ONNX Runtime and C++ say that they got no memory.
+# Out-of-memory messages of numpy, torch, CUDA, ONNX Runtime and C++.
 _NO_MEMORY = (
     r"can't allocate memory|Cannot allocate memory|Unable to allocate|[Oo]ut of memory|bad_alloc"
     r"|[Ff]ailed to allocate memory|MemoryError"
@@ -136,7 +135,7 @@ _NO_MEMORY = (
 
 @contextlib.contextmanager
 def named_memory_errors() -> Iterator[None]:
-    """Turns what any library raises for want of memory into one `UserError`."""
+    """Turns any library's out-of-memory error into a `UserError`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

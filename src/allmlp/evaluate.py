@@ -27,14 +27,14 @@ from allmlp.runtime.world import join_world
 from allmlp.training.own_images import Measured, open_measured
 from allmlp.weights.checkpoints import imagenet_classes
 
-_WORST = 20  # classes that are printed
+_WORST = 20  # number of classes printed
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(MeasureOptions):
-    """Measure a trained model: top-1, top-5, calibration, each class, the confusion matrix.
+    """Measure a trained model: top-1, top-5, calibration, per-class metrics, confusion matrix.
 
-    Under torchrun the images are split across the processes; the numbers are the same.
+    Under torchrun the images are split across processes; the results are the same.
 
     Examples:
         mixer evaluate runs/flowers --data FOLDER
@@ -75,19 +75,19 @@ def evaluate(
     """Returns the metrics of a model on labelled images.
 
     Args:
-        model: with class names, or whatever `load_model` or `open_exported` take. A model object
-            stays on its device unless one is named.
-        data: labelled images: a source or the name of one; or all options at once.
+        model: a model with class names, or anything `load_model` or `open_exported` accepts. A
+            model object stays on its device unless `device` is set.
+        data: labelled images, a source or its name; or all options as one object.
         report: shows progress; None shows nothing.
         on_batch: called with every batch of this process.
-        **fields: those of `EvaluateOptions`.
+        **fields: fields of `EvaluateOptions`.
 
     Returns:
-        Metrics and predictions, the same on all processes.
+        Metrics and predictions, identical on all processes.
 
     Raises:
-        UserError: no such data, or its classes are not the model's; the model has no head or knows
-            one class only; no image can be decoded, or the logits of one are not finite.
+        UserError: the data does not exist or its classes differ from the model's; the model has no
+            head or only one class; no image can be decoded, or logits are not finite.
     """
     options = data if isinstance(data, EvaluateOptions) else None
     source = None if isinstance(data, EvaluateOptions | str | Path | None) else data
@@ -120,7 +120,7 @@ def evaluate(
             items = map(source.item_name, range(len(source)))
             inputs = read_from(options.data)
             check_not_inputs([folder, *map(folder.joinpath, names)], inputs, items)
-            folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+            folder.mkdir(parents=True, exist_ok=True)  # fail early
         bar = stack.enter_context(report.progress(len(source) // world.size, "images"))
 
         def advance(outputs: Outputs) -> None:
@@ -146,7 +146,7 @@ def evaluate(
 
 
 def _protocol(net: Classifier, options: EvaluateOptions) -> dict[str, Any]:
-    """Returns the changes to the model's own preprocessing."""
+    """Returns the overrides of the model's preprocessing."""
     changes: dict[str, Any] = {} if options.resize is None else {"resize": options.resize}
     if options.crop is not None:
         if (options.resize or preprocessing_of(net).resize) == "squash":
@@ -162,9 +162,9 @@ def command(model: str, options: EvaluateOptions) -> Evaluation:
 
 
 def show(result: Evaluation, options: EvaluateOptions) -> int:
-    """Prints the metrics, the classes (the worst 20) and the worst confusions."""
+    """Prints metrics, the 20 worst classes and the most frequent confusions."""
     if not is_main_process():
-        return 0  # whatever was bad: torchrun would end the first process, which still prints
+        return 0  # even with bad images: torchrun would kill the main process, which still prints
     report = Reporter()
     if result.preprocessing is not None:
         own = result.preprocessing

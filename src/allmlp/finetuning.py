@@ -1,11 +1,12 @@
-"""Fine-tuning: a learning rate chosen on held-out training images, final runs over seeds.
+"""Fine-tuning: selects a learning rate on held-out training images, then trains several seeds.
 
-One run is `train` with weights to begin with. A grid or several seeds make a study; in its folder
-  grid/lr-0.03/     a run for each rate: trained on a part of the training images, judged by the
-                    rest, and never shown a test image
-  seed-0/           a run for each seed, at the best rate
-  results.jsonl     what each of them reached, see `sweep`; finetune.json: the mean of the seeds
-  best/             the model of the first seed: what you ship
+A single run is `train` with pretrained weights. A grid or several seeds make a study, a folder with
+  grid/lr-0.03/     a run per learning rate: trained on part of the training images, scored on the
+                    rest, never on test images
+  seed-0/           a run per seed, at the best learning rate
+  results.jsonl     the result of each run, see `sweep`
+  finetune.json     the mean over the seeds
+  best/             the model of the first seed, for deployment
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from allmlp.training.recipes import HOLDOUTS
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What the runs of a fine-tuning reached.
+    """Results of a fine-tuning study.
 
     Attributes:
-        folder: of the study.
-        grid: learning rate -> accuracy on the held-out training images, None where the run
-            diverged; empty without a grid.
-        learning_rate: of the final runs.
-        measured_on: "test", or "validation" where the data has no test images.
+        folder: the study's folder.
+        grid: learning rate -> accuracy on the held-out training images, None if the run diverged;
+            empty without a grid.
+        learning_rate: used in the final runs.
+        measured_on: "test", or "validation" if the data has no test images.
         accuracies: seed -> accuracy of its final run.
     """
 
@@ -52,12 +53,12 @@ class FinetuneResult:
 
     @property
     def mean(self) -> float:
-        """Of the accuracies."""
+        """Mean accuracy."""
         return mean_and_deviation(list(self.accuracies.values()))[0]
 
     @property
     def deviation(self) -> float | None:
-        """The sample's standard deviation of the accuracies; None for one seed."""
+        """Sample standard deviation of the accuracies; None for one seed."""
         return mean_and_deviation(list(self.accuracies.values()))[1]
 
     def summary(self) -> str:
@@ -77,26 +78,25 @@ def finetune(
     grid_source: str | None = None,
     quiet: bool = False,
 ) -> FinetuneResult:
-    """Fine-tunes with each learning rate of the grid, then with the best of them for each seed.
+    """Fine-tunes with each learning rate of the grid, then with the best one for each seed.
 
-    The runs of the grid are trained on a part of the training images and judged by the rest: the
-    fraction is `config.data.holdout`, or that of the recipe in `HOLDOUTS`. The final runs then
-    train on all of them, and keep the last weights; but where the data has validation images, or
-    no test images, they validate and keep the best weights, as any run. The same call again
-    resumes what was interrupted.
+    Grid runs hold out a fraction of the training images for scoring: `config.data.holdout`, or the
+    recipe's in `HOLDOUTS`. Final runs train on all training images and keep the last weights; if
+    the data has validation images, or no test images, they validate and keep the best weights, as
+    usual. Calling it again resumes an interrupted study.
 
     Args:
-        config: with `model.weights` and `output`. Its own rate is taken without a grid, and its own
-            seed in the grid.
-        grid: learning rates to choose from; of equally good ones the lowest is taken.
-        seeds: of the final runs.
-        grid_source: data with a train and a validation split for the runs of the grid, where a
-            benchmark prescribes them.
-        quiet: print nothing; the log files are written all the same.
+        config: with `model.weights` and `output` set. Its learning rate is used without a grid, its
+            seed in the grid runs.
+        grid: candidate learning rates; the lowest wins a tie.
+        seeds: seeds of the final runs.
+        grid_source: data with train and validation splits for the grid runs, if a benchmark
+            prescribes them.
+        quiet: print nothing; log files are still written.
 
     Raises:
-        UserError: as `train`; or the output holds something else. Nothing has been written where a
-            setting or the data is wrong.
+        UserError: as `train`; or the output folder contains something else. Nothing is written if
+            a setting or the data is wrong.
     """
     check_guard(config.data.num_workers)
     if not config.model.weights:
@@ -109,12 +109,12 @@ def finetune(
         what = f"holdout 0 leaves no images to {'choose the rate' if grid else 'measure'} by"
         raise UserError(what, where="data.holdout", fix="holdout: 0.1, or leave it out")
     rates = list(dict.fromkeys(float(rate) for rate in grid))
-    # All settings are checked before the first run.
+    # Check all configs before the first run.
     for_grid = {rate: _in_grid(config, rate, grid_source) for rate in rates}
     changes: dict[str, Any] = {}
     if rates and "validation" in splits:
         changes["data.holdout"] = None
-    elif rates and "test" in splits:  # what the final runs are measured on: train on all the rest
+    elif rates and "test" in splits:  # final runs are tested: train on everything else
         changes["data.holdout"] = 0.0
     finals = {seed: config.with_values({"seed": seed, **changes}) for seed in seeds}
     keeps_last = finals[seeds[0]].data.holdout == 0.0
@@ -137,7 +137,7 @@ def finetune(
             title = f"grid: rate {rate:g}"
             row = sweep.run(f"grid/lr-{rate!r}", run, title=title, may_diverge=True)
             reached[rate] = row["accuracy"]
-            if keeps_last and row["accuracy"] is not None:  # then so does the choice of the rate
+            if keeps_last and row["accuracy"] is not None:  # select by the last accuracy too
                 reached[rate] = row["curve"][-1][1]
         best = _choose(sweep, reached) if reached else config.optimizer.learning_rate
         rows: dict[int, Row] = {}
@@ -155,7 +155,7 @@ def finetune(
 
 
 def _in_grid(config: TrainConfig, rate: float, grid_source: str | None) -> TrainConfig:
-    """A run that sees training images alone: a part to learn from, the rest to be judged by."""
+    """Returns the config of a grid run, which sees training images only."""
     source, holdout = config.data.source, config.data.holdout
     if grid_source is not None:
         source, holdout = grid_source, None
@@ -167,7 +167,7 @@ def _in_grid(config: TrainConfig, rate: float, grid_source: str | None) -> Train
 
 
 def _choose(sweep: Sweep, reached: dict[float, float | None]) -> float:
-    """Returns the best rate, of equals the lowest."""
+    """Returns the best learning rate; the lowest wins a tie."""
     finite = {rate: accuracy for rate, accuracy in reached.items() if accuracy is not None}
     if not finite:
         what, lower = "the run of every rate of the grid diverged", min(reached) / 10
@@ -181,7 +181,7 @@ def _choose(sweep: Sweep, reached: dict[float, float | None]) -> float:
 
 
 def _save(config: TrainConfig, result: FinetuneResult, source: Path) -> None:
-    """Writes finetune.json, and the first seed's model with a card that reports all seeds."""
+    """Writes finetune.json and the first seed's model, with a model card for all seeds."""
     best, staged = result.folder / "best", result.folder / ".best.partial"
     weights = "model.safetensors"
     if not (best / weights).is_file() or not filecmp.cmp(source / weights, best / weights):
@@ -212,7 +212,7 @@ def _save(config: TrainConfig, result: FinetuneResult, source: Path) -> None:
 
 
 def _report(sweep: Sweep, result: FinetuneResult) -> None:
-    """Prints the table of all runs."""
+    """Prints a table of all runs."""
     rows = [
         [f"rate {rate:g}", "held out", "diverged" if top1 is None else f"{top1:.2%}"]
         for rate, top1 in result.grid.items()

@@ -1,4 +1,4 @@
-"""Paths, JSON, atomic writes, checks of output paths, and whether a host answers."""
+"""Paths, JSON, atomic writes, output path checks and host reachability."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from typing import Any
 
 from allmlp.errors import UserError
 
-STANDARD_OUTPUT = "-"  # as the name of an output
+STANDARD_OUTPUT = "-"  # output name
 
 
 def expand(path: str | Path) -> Path:
-    """Returns the path with ~ replaced."""
+    """Returns the path with ~ expanded."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"~ cannot be resolved in {str(path)!r}", fix="Write it out") from error
 
 
-_MAX_DEPTH = 100  # of lists within lists in JSON
+_MAX_DEPTH = 100  # nesting depth of JSON
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Returns the value of a JSON text; ValueError also where it is nested too deeply to walk."""
+    """Parses JSON; raises ValueError also if it is nested too deeply."""
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -52,7 +52,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path, wrong: str = "not JSON", fix: str | None = None) -> Any:
-    """Returns the value in a JSON file; a file that cannot be read, or is `wrong`, is an error."""
+    """Reads a JSON file; raises UserError, in the words of `wrong`, if it cannot be parsed."""
     try:
         return parse_json(path.read_bytes())
     except OSError as error:
@@ -62,7 +62,7 @@ def read_json(path: Path, wrong: str = "not JSON", fix: str | None = None) -> An
 
 
 def check_output_file(path: Path, *, overwrite: bool, parents: bool = False) -> None:
-    """Checks that a file can and may be written; `parents`: the caller makes its folder."""
+    """Checks that a file can and may be written; with `parents` its folder need not exist."""
     if path.is_dir():
         raise UserError("the output is a folder", where=path, fix="Give the name of a file")
     if not (parents or path.parent.is_dir()):
@@ -75,7 +75,7 @@ def check_output_file(path: Path, *, overwrite: bool, parents: bool = False) -> 
 def check_output_folder(
     folder: Path, names: Iterable[str] = (), *, overwrite: bool = False
 ) -> None:
-    """Checks that a folder can be written to, and that it has none of these files yet."""
+    """Checks that a folder is writable and contains none of these files yet."""
     if str(folder) == STANDARD_OUTPUT:
         what = "the output is a folder, which cannot go to standard output"
         raise UserError(what, where="-", fix="Give the name of a folder")
@@ -103,9 +103,9 @@ def _check_free(path: Path) -> None:
 def check_not_inputs(
     outputs: Iterable[Path], inputs: Iterable[str | Path], images: Iterable[str] = ()
 ) -> None:
-    """Checks that no output is, or lies in, an input, under any name or link.
+    """Checks that no output is an input or lies inside one, links resolved.
 
-    `images` are more files, perhaps a million: only an output that exists can be one of them.
+    `images` are further input files, possibly millions, compared with existing outputs only.
     """
     held: dict[tuple[int, int], Path] = {}
     replaces = False
@@ -132,7 +132,7 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
 
 @contextlib.contextmanager
 def path_in_errors(path: Path) -> Iterator[None]:
-    """Adds the path to errors of the system that have none, such as a full disk."""
+    """Adds the path to system errors that lack one, such as a full disk."""
     try:
         yield
     except OSError as error:
@@ -142,28 +142,28 @@ def path_in_errors(path: Path) -> Iterator[None]:
 
 
 _PARTIAL, _LOCK = ".partial", ".lock"
-_STALE = 24 * 3600.0  # seconds without a change after which no process writes a file any more
+_STALE = 24 * 3600.0  # seconds unchanged, after which a partial file is abandoned
 
 Content = bytes | Callable[[Path], None]
 
 
 def atomic_write(path: Path, content: Content) -> None:
-    """Writes a file, whole or not at all: under a temporary name, flushed to disk, then renamed.
+    """Writes a file atomically: to a temporary name, flushed to disk, then renamed.
 
-    `content` is its bytes, or a function that writes them to a given path.
+    `content` is bytes, or a function that writes to a given path.
     """
     atomic_write_all({path: content})
 
 
 def atomic_write_all(contents: dict[Path, Content]) -> None:
-    """Writes several files and renames them, in their order, only when all are complete."""
+    """Writes several files and, once all are complete, renames them in order."""
     partial = {path: partial_path(path) for path in contents}
     try:
         for path, content in contents.items():
             remove_stale(path.parent, path.name)
             with path_in_errors(path):
                 partial[path].touch()
-                mode = partial[path].stat().st_mode  # of the umask, whatever the writer sets
+                mode = partial[path].stat().st_mode  # from the umask, whatever the writer sets
                 if callable(content):
                     content(partial[path])
                 else:
@@ -179,12 +179,12 @@ def atomic_write_all(contents: dict[Path, Content]) -> None:
 
 
 def partial_path(path: Path, process: int | None = None) -> Path:
-    """Returns the temporary name under which a process of this machine writes a file."""
+    """Returns the temporary path that a process on this machine writes to."""
     return path.with_name(f".{path.name}.{_machine()}-{process or os.getpid()}.partial")
 
 
 def _machine() -> str:
-    """The machine or container, in which a process number has a meaning."""
+    """Identifies the machine or container: the scope of a process id."""
     numbers = ""
     with contextlib.suppress(OSError):
         numbers = os.readlink("/proc/self/ns/pid")
@@ -192,7 +192,7 @@ def _machine() -> str:
 
 
 def remove_stale(folder: Path, name: str = "") -> None:
-    """Removes the partial files (of one name) that killed processes left in a folder."""
+    """Removes partial files (of one name) left in a folder by killed processes."""
     start = f".{glob.escape(name)}." if name else "."
     for left in folder.glob(f"{start}*{_PARTIAL}"):
         machine, _, process = left.name.removesuffix(_PARTIAL).rpartition(".")[2].partition("-")
@@ -205,8 +205,8 @@ def remove_stale(folder: Path, name: str = "") -> None:
 
 
 def process_lives(process: int) -> bool:
-    """Returns whether a process of this machine runs; a zombie does not."""
-    if sys.platform == "win32":  # where a signal, even of number 0, would end it
+    """Returns whether a process is running on this machine; a zombie is not."""
+    if sys.platform == "win32":  # even signal 0 would kill it
         return True
     try:
         with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
@@ -217,14 +217,14 @@ def process_lives(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # another user's
+    except (OSError, OverflowError):  # owned by another user
         return True
     return True
 
 
 def fsync(path: Path) -> None:
-    """Flushes a file, or the names in a folder, to disk."""
-    if sys.platform == "win32":  # which cannot open folders
+    """Flushes a file or directory to disk."""
+    if sys.platform == "win32":  # cannot open directories
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -237,10 +237,10 @@ def fsync(path: Path) -> None:
 def staging_folder(
     path: Path, on_left: Callable[[Path], object] = lambda folder: None
 ) -> Iterator[Path]:
-    """Gives a temporary folder beside a path for the files that will be renamed to it.
+    """Yields a temporary folder next to a path, for files to be renamed to it.
 
-    Folders that killed processes left behind are removed first, after `on_left` was called with
-    each. A living process holds a lock, which the system releases however the process ends.
+    Folders left behind by killed processes are removed first, after calling `on_left` with each. A
+    live process holds a file lock, which the system releases however the process ends.
     """
     from filelock import FileLock, Timeout  # takes 0.2 s to import
 
@@ -254,20 +254,20 @@ def staging_folder(
         try:
             lock.acquire()
             break
-        except OSError:  # another process took it, not locked yet, for one left behind
+        except OSError:  # another process removed it before it was locked
             if folder.exists():
                 raise
     try:
         yield folder
     finally:
-        lock.release()  # first: some systems keep files that are open
+        lock.release()  # first: some systems cannot delete open files
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_reachable(endpoint: str) -> bool:
-    """Whether a host answers; True behind a proxy, where that cannot be known.
+    """Returns whether a host answers; True behind a proxy, where that is unknown.
 
-    Asked before the libraries are, which retry for half a minute.
+    Checked first because the client libraries retry for half a minute.
     """
     parts = urllib.parse.urlsplit(endpoint)
     if urllib.request.getproxies() or parts.hostname is None:

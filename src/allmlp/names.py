@@ -1,4 +1,4 @@
-"""The name of this package, and the one that its files carried before version 0.2."""
+"""The package's name, and the one used in files before version 0.2."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Value = TypeVar("Value")
 
 
 def is_format(found: object, expected: str) -> bool:
-    """Returns whether a file's format is the expected one, under the present name or the old."""
+    """Returns whether a file's format is the expected one, under the current or the old name."""
     return found in (expected, expected.replace(NAME, OLD_NAME))
 
 
 def own_entry(entries: Mapping[str, Value]) -> Value | None:
-    """Returns the entry of a file's header that carries our name, the present one or the old."""
+    """Returns the header entry under our current or old name."""
     return entries.get(NAME, entries.get(OLD_NAME))
 
 
 def optional(module: str, group: str, what: str, where: object = None) -> Any:
-    """Returns a module of an optional group of dependencies; without it, `what` is the error."""
+    """Imports a module from an optional dependency group; raises `what` if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -32,12 +32,12 @@ def optional(module: str, group: str, what: str, where: object = None) -> Any:
 
 
 def extra(name: str) -> str:
-    """Returns the command that installs an optional group of dependencies."""
+    """Returns the command that installs an optional dependency group."""
     return f"pip install '{NAME}[{name}]'"
 
 
 def import_extra(name: str, group: str) -> Any:
-    """Returns a module of an optional group of dependencies, or raises how to install it."""
+    """Imports a module from an optional dependency group; the error says how to install it."""
     package = name.partition(".")[0]
     try:
         return importlib.import_module(name)

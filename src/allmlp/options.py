@@ -1,7 +1,7 @@
-"""Options, written once: a frozen dataclass is a command's flags, a function's keywords and JSON.
+"""Options: one frozen dataclass defines a command's flags, a function's keywords and the JSON.
 
-The dataclass stands in the module that owns the command, with a docstring under each field. Its
-function begins with `options = make(ExportOptions, options, fields)`.
+The dataclass lives in the module that owns the command, with a docstring under each field. The
+function starts with `options = make(ExportOptions, options, fields)`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "float32", "bfloat16"]
 ResizeWeights = Literal["auto", "block-diagonal", "resample"]
-ImageSize = int | tuple[int, int]  # pixels: a side, or (height, width); 192x256 on the command line
-Repeated = Annotated[tuple[str, ...], "repeated"]  # a flag that is given once for each value
+ImageSize = int | tuple[int, int]  # pixels: side, or (height, width); 192x256 on the command line
+Repeated = Annotated[tuple[str, ...], "repeated"]  # the flag is repeated for each value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What all options have in common: unknown names and values of a wrong type are errors."""
+    """Base class of all options: unknown names and wrong types are errors."""
 
     __pydantic_config__ = {"extra": "forbid", "arbitrary_types_allowed": True}  # noqa: RUF012
 
@@ -52,10 +52,10 @@ Kind = TypeVar("Kind")
 
 
 class OptionError(UserError):
-    """An unknown option, or a value that it cannot have.
+    """An unknown option or an invalid value.
 
     Attributes:
-        name: of the option, "section.name" where options are nested.
+        name: the option, "section.name" if options are nested.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class OptionError(UserError):
 
 
 def make(kind: type[Kind], options: Kind | None, fields: dict[str, Any]) -> Kind:
-    """Returns the options after the given keywords; with neither, the defaults.
+    """Returns the options updated by the keywords; the defaults without either.
 
     Raises:
         UserError: an unknown name (code "unknown-name"), or a value of the wrong type.
@@ -81,7 +81,7 @@ def make(kind: type[Kind], options: Kind | None, fields: dict[str, Any]) -> Kind
 
 
 def validated(kind: type[Kind], values: Any, where: object = None) -> Kind:
-    """Returns the dataclass of keyword arguments or JSON, checked and converted by pydantic."""
+    """Builds the dataclass from keyword arguments or JSON, validated by pydantic."""
     from pydantic import ValidationError
 
     try:
@@ -123,7 +123,7 @@ def _option_error(kind: type, values: Any, errors: list[Any], where: object) -> 
     if code == "missing":
         name = str(first["loc"][-1])
         return OptionError(name, f"{name} is required", None, code, where)
-    for part in first["loc"]:  # which names the members of unions too
+    for part in first["loc"]:  # includes the names of union members
         if isinstance(inner, dict) and part in inner:
             path, inner = [*path, part], inner[part]
     name = ".".join(map(str, path))
@@ -131,7 +131,7 @@ def _option_error(kind: type, values: Any, errors: list[Any], where: object) -> 
         known = [field.name for field in dataclasses.fields(kind)]
         fix = f"{near_names(name, known)}Known: {', '.join(known)}"
         return OptionError(name, f"unknown option {name!r}", fix, code, where)
-    rules = dict.fromkeys(error["msg"] for error in errors)  # of a union, those of its members
+    rules = dict.fromkeys(error["msg"] for error in errors)  # a union has one per member
     rule = " or ".join(text.removeprefix("Input should be ") for text in rules)
     for theirs, ours in _WORDS.items():
         rule = rule.replace(theirs, ours)
@@ -140,7 +140,7 @@ def _option_error(kind: type, values: Any, errors: list[Any], where: object) -> 
 
 
 def literal(text: str) -> Any:
-    """A Python literal (numbers, booleans, tuples), `null` and `true` as JSON has them, or text."""
+    """Parses a Python literal or JSON's `null` and `true`; anything else is text."""
     words = {"null": None, "none": None, "true": True, "false": False}
     if text.lower() in words:
         return words[text.lower()]
@@ -151,7 +151,7 @@ def literal(text: str) -> Any:
 
 
 def assigned(texts: Iterable[str], where: str = "set") -> dict[str, str]:
-    """Returns {"width": "40"} of ["width=40"]."""
+    """Returns {"width": "40"} for ["width=40"]."""
     found = {}
     for text in texts:
         key, equals, value = (part.strip() for part in text.partition("="))
@@ -163,12 +163,12 @@ def assigned(texts: Iterable[str], where: str = "set") -> dict[str, str]:
 
 
 def assignments(texts: Iterable[str], where: str = "set") -> dict[str, Any]:
-    """Returns {"width": 40} of ["width=40"]."""
+    """Returns {"width": 40} for ["width=40"]."""
     return {key: literal(value) for key, value in assigned(texts, where).items()}
 
 
 def documentation(kind: type) -> dict[str, str]:
-    """Returns the text under each field of a dataclass, its bases' fields included."""
+    """Returns the docstring under each field of a dataclass and its bases."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if dataclasses.is_dataclass(base):
@@ -182,7 +182,7 @@ def documentation(kind: type) -> dict[str, str]:
 def _own_documentation(kind: type) -> dict[str, str]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    except (OSError, TypeError):  # made by make_dataclass: its fields carry metadata["doc"]
+    except (OSError, TypeError):  # from make_dataclass: the fields have metadata["doc"]
         return {}
     definition = tree.body[0]
     assert isinstance(definition, ast.ClassDef)

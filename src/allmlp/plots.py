@@ -1,4 +1,4 @@
-"""The figures of training, evaluation and data check, and how all figures are drawn and saved."""
+"""Figures for training, evaluation and data check; drawing and saving for all figures."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
     from allmlp.data.source import Source
     from allmlp.preprocessing import Preprocessing
 
-Evaluation = Any  # the class of evaluation/, which stands above
-# What `save_evaluation` writes.
+Evaluation = Any  # class in evaluation/, which imports from here
+# Files written by `save_evaluation`.
 EVALUATION = ("confusion", "reliability", "predictions", "worst_mistakes")
 GREEN, RED, GREY = "#1a7f37", "#cf222e", "#888888"
 _PAIR_COLORS = ("#0969da", "#bc4c00")
-_MAX_NUMBERED, _MAX_NAMED = 20, 60  # classes up to which cells have counts, axes have all names
+_MAX_NUMBERED, _MAX_NAMED = 20, 60  # classes up to which cells show counts, axes all names
 _MAX_SAMPLES, _MAX_PAIRS = 72, 24
-_THUMBNAIL = 224  # pixels of the longer side
+_THUMBNAIL = 224  # longer side in pixels
 
 
 def new_figure(width: float, height: float, dpi: int = 120) -> Figure:
-    """Returns an empty figure; sizes in inches."""
+    """Returns an empty figure; size in inches."""
     return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 def writer(figure: Figure, kind: str) -> Callable[[Path], None]:
-    """Returns what writes a figure as "png", "svg" or "pdf"; equal figures give equal bytes."""
+    """Returns a function that writes a figure as "png", "svg" or "pdf", reproducibly."""
     dates: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     style: Any = {"svg.hashsalt": "allmlp", "svg.fonttype": "none", "pdf.fonttype": 42}
 
@@ -55,17 +55,17 @@ def writer(figure: Figure, kind: str) -> Callable[[Path], None]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure atomically, in the format that its name ends in; the folder must exist."""
+    """Writes a figure atomically, in the format of the file extension; the folder must exist."""
     atomic_write(path, writer(figure, path.suffix.removeprefix(".")))
 
 
 def escape(text: str) -> str:
-    """Returns text that matplotlib draws literally: no formulas, no invalid characters."""
+    """Escapes text for matplotlib: no formulas, no invalid characters."""
     return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
 def shorten(name: str, most: int = 22) -> str:
-    """Returns the name for a figure, cut in the middle where it is longer than `most`."""
+    """Shortens a name in the middle to at most `most` characters."""
     if len(name) > most:
         half = (most - 2) // 2
         name = f"{name[:half]}..{name[-half:]}"
@@ -73,7 +73,7 @@ def shorten(name: str, most: int = 22) -> str:
 
 
 def show(axes: Axes, pixels: NDArray[Any], **options: Any) -> Any:
-    """Draws an image, (H, W) or (H, W, 1 or 3), with sharp pixels and no ticks."""
+    """Draws an image, (H, W) or (H, W, 1 or 3), with sharp pixels and without ticks."""
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
     if pixels.dtype == np.uint8:
@@ -91,9 +91,9 @@ def grid(
     columns: int | None = None,
     colors: Sequence[str] = (),
 ) -> Figure:
-    """Returns images in rows and columns with a caption above each; None leaves a cell empty.
+    """Returns a grid of images with a caption above each; None leaves a cell empty.
 
-    `colors` are those of captions and frames, black and grey without.
+    `colors` apply to captions and frames; black and grey by default.
     """
     count = max(len(images), 1)
     columns = min(columns or math.ceil(math.sqrt(count)), count)
@@ -125,7 +125,7 @@ def _thumbnail(source: Source, index: int) -> NDArray[np.uint8] | None:
 
 
 def save_evaluation(evaluation: Evaluation, source: Source, folder: Path) -> list[str]:
-    """Writes the figures of `EVALUATION` as PNG; returns their names."""
+    """Writes the figures in `EVALUATION` as PNG; returns the file names."""
     figures = (
         confusion_matrix(evaluation),
         reliability_diagram(evaluation),
@@ -138,7 +138,7 @@ def save_evaluation(evaluation: Evaluation, source: Source, folder: Path) -> lis
 
 
 def confusion_matrix(evaluation: Evaluation) -> Figure:
-    """Returns the confusion matrix: rows are true classes, shades the fractions of each row."""
+    """Returns the confusion matrix: rows are true classes, shades are row fractions."""
     counts = evaluation.confusion
     fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     classes = len(counts)
@@ -165,7 +165,7 @@ def confusion_matrix(evaluation: Evaluation) -> Figure:
 
 
 def reliability_diagram(evaluation: Evaluation) -> Figure:
-    """Returns accuracy against confidence in 15 bins, and the number of images in each bin."""
+    """Returns accuracy against confidence in 15 bins, with the number of images per bin."""
     bins = evaluation.reliability
     width = 1.0 / len(bins.images)
     middle = (np.arange(len(bins.images)) + 0.5) * width
@@ -187,7 +187,7 @@ def reliability_diagram(evaluation: Evaluation) -> Figure:
 
 
 def prediction_grid(evaluation: Evaluation, source: Source, most: int = 36) -> Figure:
-    """Returns images taken evenly over the data, with their predicted classes."""
+    """Returns evenly sampled images with their predicted classes."""
     count = min(most, len(evaluation.labels))
     rows = np.linspace(0, len(evaluation.labels) - 1, count).round().astype(int)
     correct = int((evaluation.predictions == evaluation.labels)[rows].sum())
@@ -198,7 +198,7 @@ def prediction_grid(evaluation: Evaluation, source: Source, most: int = 36) -> F
 def worst_mistakes(evaluation: Evaluation, source: Source, most: int = 25) -> Figure:
     """Returns the misclassified images whose true class has the lowest probability.
 
-    Without any, the correct ones with the least certain prediction.
+    If there are none, the correct ones with the lowest confidence.
     """
     order = np.argsort(-evaluation.losses, kind="stable")
     wrong = order[(evaluation.predictions != evaluation.labels)[order]]
@@ -227,8 +227,7 @@ def _predictions(evaluation: Evaluation, source: Source, rows: np.ndarray, title
 
 
 def curves(metrics: Sequence[Mapping[str, float]], results: Sequence[Mapping[str, Any]]) -> Figure:
-    """Returns loss, accuracy and learning rate over the epochs: of the lines of metrics.jsonl that
-    have a loss, and of the rows of results.csv."""
+    """Returns loss, accuracy and learning rate over epochs, from metrics.jsonl and results.csv."""
     needed = {"epoch", "loss", "learning_rate"}
     steps = [line for line in metrics if needed <= line.keys()]
     rows = [{key: float(value) for key, value in row.items()} for row in results]
@@ -238,7 +237,7 @@ def curves(metrics: Sequence[Mapping[str, float]], results: Sequence[Mapping[str
     figure = new_figure(13, 4)
     loss, accuracy, rate = figure.subplots(1, 3, sharex=True)
     loss.plot(epochs, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    if steps:  # a damaged log may have none
+    if steps:  # none in a damaged log
         loss.plot(epochs, _smooth(losses), color="tab:blue", label="training, with augmentation")
     loss.set(title="loss", xlabel="epoch", yscale="log")
     plain = FuncFormatter(lambda value, _: f"{value:g}")
@@ -256,7 +255,7 @@ def curves(metrics: Sequence[Mapping[str, float]], results: Sequence[Mapping[str
         accuracy.plot(evaluated[best], top1[best], "o", clip_on=False, zorder=3, **circle)
         accuracy.legend()
         room = max(0.15 * (100 - min(top1)), 0.5)
-        accuracy.set_ylim(max(min(top1) - room, 0), 100)  # a margin would reach beyond 100 %
+        accuracy.set_ylim(max(min(top1) - room, 0), 100)  # no margin above 100 %
     else:
         accuracy.text(0.5, 0.5, "no validation images", ha="center", transform=accuracy.transAxes)
     low, high = loss.get_ylim()
@@ -269,7 +268,7 @@ def curves(metrics: Sequence[Mapping[str, float]], results: Sequence[Mapping[str
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """The running mean over a fiftieth of the values, as long as the input."""
+    """Returns the running mean over 1/50 of the values, same length as the input."""
     width = max(1, len(values) // 50)
     padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
     return np.convolve(padded, np.ones(width) / width, mode="valid")
@@ -278,8 +277,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 def training_batch(
     inputs: Tensor, targets: Tensor, preprocessing: Preprocessing, class_names: list[str]
 ) -> Figure:
-    """Returns the first images of a batch, (N, channels, H, W), after all augmentations, with the
-    targets of the loss, (N, num_classes); the preprocessing is undone for the figure."""
+    """Returns the first images of an augmented batch, (N, channels, H, W), with their targets, (N,
+    num_classes); the preprocessing is undone for the figure."""
     count = min(36, len(inputs))
     values = denormalize(inputs[:count], preprocessing)
     images = values.mul(255).round().clamp(0, 255).byte().cpu().permute(0, 2, 3, 1).numpy()
@@ -303,19 +302,19 @@ def training_batch(
 def save_check(
     splits: Mapping[str, Source], duplicates: Duplicates | None, folder: Path
 ) -> list[str]:
-    """Writes samples.png and, if there are duplicates, duplicates.png; returns their names."""
+    """Writes samples.png and, if there are duplicates, duplicates.png; returns the file names."""
     figures = {"samples.png": samples(next(iter(splits.values())))}
     if duplicates is not None and len(duplicates):
         figures["duplicates.png"] = duplicate_pairs(duplicates)
     else:
-        (folder / "duplicates.png").unlink(missing_ok=True)  # of an earlier check
+        (folder / "duplicates.png").unlink(missing_ok=True)  # from an earlier check
     for name, figure in figures.items():
         save(figure, folder / name)
     return list(figures)
 
 
 def samples(source: Source, seed: int = 0) -> Figure:
-    """Returns random images of every class, or of some where there are very many classes."""
+    """Returns random images of every class, or of some classes if there are very many."""
     present = np.unique(source.labels)
     per_class = next((n for n, most in ((6, 12), (3, 24), (2, 36)) if len(present) <= most), 1)
     chosen, classes = present, plural(len(present), "class")
@@ -328,7 +327,7 @@ def samples(source: Source, seed: int = 0) -> Figure:
     for label in chosen:
         members = random.permutation(np.flatnonzero(source.labels == label))
         found = []
-        for index in members[: 2 * per_class]:  # more than needed: some may be unreadable
+        for index in members[: 2 * per_class]:  # spares for unreadable images
             image = _thumbnail(source, int(index)) if len(found) < per_class else None
             if image is not None:
                 found.append(image)
@@ -338,7 +337,7 @@ def samples(source: Source, seed: int = 0) -> Figure:
 
 
 def duplicate_pairs(duplicates: Duplicates) -> Figure:
-    """Returns pairs of duplicates side by side, the most different first."""
+    """Returns pairs of duplicates side by side, most different first."""
     order = duplicates.most_different_first()[:_MAX_PAIRS]
     images, captions, colors = [], [], []
     for at, number in enumerate(order):

@@ -1,4 +1,4 @@
-"""Preprocessing: what turns an image file into a model's input. It travels with the weights."""
+"""Preprocessing: from image file to model input. It is stored with the weights."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from typing import Any, Literal
 
 from allmlp.errors import UserError
 
-# How an image of any size becomes one of the model's (the paper's two, and Google's third):
-#   resize-crop   squash to 8/7 of the model's size, cut the centre     (Table 2)
-#   resmall-crop  shorter side to 8/7 of the model's, cut the centre    (Table 3)
-#   squash        straight to the model's size                          (Google's fine-tuning code)
-# An image that is no larger than the model's input, on both sides, is enlarged whole unless
-# `crop_small` is set: so small images show the same at every input size of a model.
+# Resizing to the model's input size (two methods from the paper, one from Google's code):
+#   resize-crop   squash to 8/7 of the input size, centre crop         (Table 2)
+#   resmall-crop  shorter side to 8/7 of the input size, centre crop   (Table 3)
+#   squash        squash to the input size                             (Google's fine-tuning code)
+# An image no larger than the input on both sides is upscaled without cropping unless `crop_small`
+# is set, so that small images look the same at every input size.
 RESIZE_METHODS = ("resize-crop", "resmall-crop", "squash")
 INTERPOLATIONS = ("bilinear", "bicubic")
-# What figure 4 does to every image, always the same, as the last step before the model:
-#   patches   the order of the patches, and the order of the pixels within them
-#   pixels    the order of all pixels
+# Figure 4: one fixed permutation, applied to every image as the last step before the model:
+#   patches   permutes the patches, and the pixels within each patch
+#   pixels    permutes all pixels
 PERMUTATIONS = ("none", "patches", "pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What a model expects of its input; the same for train, evaluate and predict.
+    """How a model's input is prepared, the same in train, evaluate and predict.
 
     Args:
-        image_size: (H, W) of the input in pixels.
+        image_size: input (H, W) in pixels.
         resize: one of `RESIZE_METHODS`.
         channels: 3 for RGB, 1 for grey.
-        mean, std: of the pixel values on [0, 1], one number or one per channel; 0.5 and 0.5 give
+        mean, std: for pixel values in [0, 1], one number or one per channel; 0.5 and 0.5 give
             Google's range of [-1, 1].
-        crop: the centre's fraction of the resized image's side, (0, 1]; 7/8 is the paper's 224 of
-            256 (and timm's crop_pct 0.875). It has no meaning for "squash".
-        crop_small: crop images that are no larger than the input too, as the paper does
-            (CIFAR: 32 -> 256 -> the centre's 224), instead of enlarging them whole.
+        crop: side of the centre crop as a fraction of the resized image, in (0, 1]; 7/8 is the
+            paper's 224 of 256 (timm's crop_pct 0.875). Ignored by "squash".
+        crop_small: also crop images no larger than the input, as the paper does (CIFAR: 32 -> 256
+            -> centre 224), instead of upscaling them without cropping.
         interpolation: one of `INTERPOLATIONS`, with antialiasing.
         exif_orientation: rotate images upright by their EXIF tag; the paper's code does not.
-        permutation: one of `PERMUTATIONS`, for the study of the paper's figure 4.
-        permutation_patch: side of a patch in pixels, of "patches" only; it divides both sides.
-        permutation_seed: of the draw.
+        permutation: one of `PERMUTATIONS`, for the paper's figure 4.
+        permutation_patch: patch side in pixels, for "patches" only; must divide both sides.
+        permutation_seed: seed of the permutation.
 
     Raises:
         ValueError: a value is out of range.
@@ -98,13 +98,13 @@ class Preprocessing:
             raise ValueError(what)
 
     def value_range(self) -> str:
-        """Returns what black and white become: "[-1, 1]", or mean and std if channels differ."""
+        """The range of normalized pixels, "[-1, 1]", or mean and std if channels differ."""
         if isinstance(self.mean, tuple) or isinstance(self.std, tuple):
             return f"pixels on [0, 1] less the mean {self.mean}, over the std {self.std}"
         return f"[{(0 - self.mean) / self.std:g}, {(1 - self.mean) / self.std:g}]"
 
     def summary(self) -> str:
-        """Returns it in a few words: "resmall-crop 0.875, bilinear, values in [-1, 1]"."""
+        """Returns for example "resmall-crop 0.875, bilinear, values in [-1, 1]"."""
         crop = "" if self.resize == "squash" else f" {self.crop:.4g}"
         permuted = "" if self.permutation == "none" else f", {self.permutation} permuted"
         values = f"values in {self.value_range()}"
@@ -112,15 +112,15 @@ class Preprocessing:
         return f"{self.resize}{crop}, {self.interpolation}, {values}{permuted}{small}"
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the fields as JSON values; `crop_small` only if it is set.
+        """Returns the fields as JSON values; `crop_small` only if set.
 
-        Versions without it read the others, and report files that they would crop differently.
+        Older versions reject a file with `crop_small` rather than crop differently.
         """
         return {name: v for name, v in asdict(self).items() if name != "crop_small" or v}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Preprocessing:
-        """Returns what `to_json` wrote."""
+        """Inverse of `to_json`."""
         try:
             height, width = values["image_size"]
             return Preprocessing(**{**values, "image_size": (int(height), int(width))})

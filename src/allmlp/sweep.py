@@ -1,7 +1,7 @@
 """Many training runs in one folder: finished ones are skipped, interrupted ones resume.
 
-results.jsonl has a line for each finished run, under the hash of its settings and of its images.
-The same command trains what is missing; with a changed setting a run is another one.
+results.jsonl has a line per finished run, keyed by the hash of its config and images. Repeating the
+command trains the missing runs; a changed setting makes a new run.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from allmlp.training.report import TrainResult
 from allmlp.training.run_folder import config_of, identity, no_results, read_results
 from allmlp.training.train import DivergedError, train
 
-Row = dict[str, Any]  # what a run has reached, as JSON values
+Row = dict[str, Any]  # a run's result as JSON values
 Measure = Callable[[TrainConfig, TrainResult], Row]
 RESULTS = "results.jsonl"
 
 
 def study_folder(output: str | None, own: Iterable[str], inputs: Iterable[str]) -> Path:
-    """Returns the folder of a study; it must be new, or have nothing but its `own` names in it.
+    """Returns a study's folder; it must be new or contain only the names in `own`.
 
-    It may not lie in the data that the study reads, its `inputs`.
+    It must not lie inside any of the study's `inputs`.
     """
     if output is None:
         what = "a study of several runs needs a named folder, so that it can resume"
@@ -50,9 +50,9 @@ def study_folder(output: str | None, own: Iterable[str], inputs: Iterable[str]) 
 
 
 class Sweep:
-    """The runs of a study and what they have reached; each process of `world` has one.
+    """The runs of a study and their results; every process of `world` creates one.
 
-    The path is as `study_folder` returns it.
+    The path comes from `study_folder`.
     """
 
     def __init__(self, path: Path, world: World, *, quiet: bool = False) -> None:
@@ -63,7 +63,7 @@ class Sweep:
         self._log()
 
     def say(self, text: str, style: str | None = None) -> None:
-        """Prints a line, and logs it as soon as the folder exists."""
+        """Prints a line and logs it once the folder exists."""
         self.report.say(text, style)
 
     def run(
@@ -75,10 +75,10 @@ class Sweep:
         title: str | None = None,
         may_diverge: bool = False,
     ) -> Row:
-        """Returns what a run has reached: trains or resumes it unless it is finished.
+        """Trains or resumes a run unless it is finished; returns its result.
 
-        Its folder has the name; `measure`, which only the main process calls, returns more of what
-        it reached. The accuracy of a run that has diverged, and may, is None.
+        `name` is the run's folder. `measure`, called on the main process only, adds to the result.
+        With `may_diverge`, the accuracy of a diverged run is None.
         """
         key = self.key(config)
         if key in self.rows:
@@ -112,7 +112,7 @@ class Sweep:
         measure: Measure | None,
         save: Callable[[dict[str, Row]], object],
     ) -> dict[str, Row]:
-        """Returns what all of the runs have reached; the main process saves after each."""
+        """Returns the results of all runs; the main process calls `save` after each."""
         keys = {name: self.key(config) for name, config in runs.items()}
         done = {name: self.rows[key] for name, key in keys.items() if key in self.rows}
         for number, (name, config) in enumerate(runs.items(), 1):
@@ -127,7 +127,7 @@ class Sweep:
         return done
 
     def key(self, config: TrainConfig) -> str:
-        """Returns the hash of what a run computes: its settings and images, wherever they lie."""
+        """Returns the hash of a run's settings and images, independent of paths."""
         values = identity(config)
         source = values.pop("data.source")
         if source not in self._images:
@@ -143,18 +143,18 @@ class Sweep:
                 row = parse_json(line)
                 rows[row["key"]] = row
             except (ValueError, LookupError, TypeError):
-                continue  # a damaged line: its run is measured again, not trained again
+                continue  # damaged line: the run is measured again, not retrained
         return rows
 
     def _folder(self, name: str, key: str, config: TrainConfig) -> str:
-        """Returns the name of a run's folder: its own unless another run has taken that."""
+        """Returns the run's folder name, a different one if another run has taken it."""
         file = self.path / name / "config.json"
         images = self._images[config.data.source]
         owners = [row for row in self.rows.values() if row.get("folder") == name]
         if not owners and not file.is_file():
             return name
         own, images_differ = False, any(row.get("data") != images for row in owners)
-        if file.is_file() and not images_differ:  # its key may be that of another version
+        if file.is_file() and not images_differ:  # another version may have computed its key
             before, now = identity(config_of(file.parent)), identity(config)
             own = {**before, "data.source": None} == {**now, "data.source": None}
         return name if own else f"{name}-{key[:8]}"
@@ -193,12 +193,12 @@ def _shown(row: Row) -> str:
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Returns the mean and the sample's standard deviation, None for a single value."""
+    """Returns the mean and the sample standard deviation, None for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def summarize(rows: Sequence[Row]) -> Row:
-    """Returns what runs that differ in their seeds have reached together."""
+    """Summarizes runs that differ only in their seeds."""
     accuracy, deviation = mean_and_deviation([row["accuracy"] for row in rows])
     return {
         "runs": len(rows),
