@@ -1,1 +1,1 @@
-"""Architectures: nn.Modules and their shapes; no files, no data, no training."""
+"""Architectures: nn.Modules and their configurations. No files, no data, no training."""

@@ -1,4 +1,4 @@
-"""Every family and named architecture, and the functions that use the names."""
+"""All model families and named architectures, and the functions that look them up."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from allmlp.models.family import Family, ModelConfig
 from allmlp.models.layers import ImageClassifier
 from allmlp.runtime.device import check_fits_memory
 
-# One entry per family; the others are networks of another kind, to compare with.
+# One entry per family. Families that are not all-MLP are there for comparison.
 ALL_MLP: tuple[Family, ...] = (
     mixer.FAMILY,
     resmlp.FAMILY,
@@ -31,11 +31,11 @@ ALL_MLP: tuple[Family, ...] = (
     vision_permutator.FAMILY,
 )
 FAMILIES = {found.name: found for found in (*ALL_MLP, small_resnet.FAMILY, timm_model.FAMILY)}
-_MOST_BLOCKS = 10_000  # more take seconds and gigabytes for the objects alone
+_MOST_BLOCKS = 10_000  # building more blocks takes seconds and gigabytes
 
 
 def family_of(config: object) -> Family:
-    """Returns the record of a configuration's family."""
+    """Returns the family of a configuration."""
     for found in FAMILIES.values():
         if type(config) is found.config:
             return found
@@ -59,7 +59,7 @@ def model_config(
     num_classes: int | None = None,
     **overrides: Any,
 ) -> ModelConfig:
-    """Returns the configuration that `create_model` would build; the same arguments and errors."""
+    """Returns the configuration that `create_model` would build; same arguments and errors."""
     if name.startswith(timm_model.PREFIX):
         named: ModelConfig = timm_model.timm_config(name)
     else:
@@ -67,7 +67,7 @@ def model_config(
         named = known[one_of("model", name, known)]
     fields = named.__dataclass_fields__
     for field in overrides:
-        if field == "pretrained":  # as timm and torchvision call it
+        if field == "pretrained":  # the name in timm and torchvision
             fix = 'Trained weights have their own names: am.load_model("mixer_b16.i21k"); '
             fix += "`mixer models --weights` lists them"
             raise UserError("create_model draws random weights: it has no 'pretrained'", fix=fix)
@@ -81,7 +81,7 @@ def model_config(
     except (TypeError, ValueError) as error:
         raise UserError(f"cannot build {name}: {error}") from error
     if isinstance(config, timm_model.TimmConfig):
-        _ = config.measured  # an image of that size passes
+        _ = config.measured  # raises if the model does not take this size
     return config
 
 
@@ -95,20 +95,20 @@ def create_model(
 
     Args:
         name: a name of `list_models()`, for example "mixer_b16", or "timm:NAME".
-        image_size: pixels, a number or (H, W); None keeps the paper's 224.
-        num_classes: outputs of the head; None keeps 1000, 0 leaves the head out.
+        image_size: in pixels, an integer or (H, W); None means 224, as in the paper.
+        num_classes: outputs of the head; None means 1000, 0 removes the head.
         **overrides: any other field of the configuration, for example `in_channels=1`,
             `stochastic_depth=0.1`, `num_blocks=4`.
 
     Raises:
-        UserError: the name or a field is unknown, or a value does not fit.
+        UserError: unknown name or field, or an invalid value.
     """
     return model_from_config(model_config(name, image_size, num_classes, **overrides))
 
 
 def model_from_config(config: ModelConfig) -> ImageClassifier:
-    """Returns a new model with random weights for a configuration of any family."""
-    # By the numbers alone: building what does not fit takes minutes before it fails.
+    """Returns a new model with random weights, for a configuration of any family."""
+    # Check the numbers first: building an oversized model takes minutes before it fails.
     blocks = getattr(config, "num_blocks", 0)
     if blocks > _MOST_BLOCKS:
         raise UserError(f"a model has at most {_MOST_BLOCKS:,} blocks, got {blocks:,}")
@@ -119,9 +119,9 @@ def model_from_config(config: ModelConfig) -> ImageClassifier:
 
 
 def random_weights(model: ImageClassifier, seed: int = 0) -> ImageClassifier:
-    """Returns random weights for the same architecture, preprocessing, device and mode.
+    """Returns a copy with random weights, on the same device and in the same mode.
 
-    torch's global random numbers stay unchanged.
+    The architecture and preprocessing are kept; torch's global random state does not change.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -140,7 +140,7 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def config_from_json(values: dict[str, Any]) -> ModelConfig:
-    """Returns the configuration that `config_to_json` wrote, or raises UserError."""
+    """Returns the configuration that `config_to_json` wrote; UserError if it is invalid."""
     fields = dict(values)
     name = one_of("model family", fields.pop("family", None), list(FAMILIES))
     try:
@@ -150,16 +150,16 @@ def config_from_json(values: dict[str, Any]) -> ModelConfig:
 
 
 def architecture_name(config: ModelConfig) -> str | None:
-    """Returns the name of `list_models()` that has this shape, at any size and number of classes.
+    """Returns the name in `list_models()` of this architecture, at any image size or class count.
 
-    A Mixer grown to tiles and a variant of appendix A.1 say so: "mixer_b16 grown to 4 tiles",
-    "mixer_b16 (untied token mixing)".
+    Block-diagonal growth and the variants of appendix A.1 are added to the name: "mixer_b16 grown
+    to 4 tiles", "mixer_b16 (untied token mixing)".
     """
     return next((f.name_of(config) for f in ALL_MLP if type(config) is f.config), None)
 
 
 def in_words(config: ModelConfig) -> str:
-    """Returns an architecture in words: "mixer_b16, 224x224 pixels, 1,000 classes"."""
+    """Describes an architecture: "mixer_b16, 224x224 pixels, 1,000 classes"."""
     height, width = config.image_size
     classes = f"{config.num_classes:,} classes" if config.num_classes else "no head"
     return f"{architecture_name(config) or config.summary()}, {height}x{width} pixels, {classes}"

@@ -1,16 +1,16 @@
 """CycleMLP: A MLP-like Architecture for Dense Prediction (Chen et al. 2022, arXiv 2107.10224).
 
-Its token mixing does not depend on the image size. A dense layer over the channels reads
-each channel from a neighbouring position: channel c from the one beside it by
+Token mixing does not depend on the image size. A dense layer over the channels reads every channel
+from a shifted position: the offsets cycle through
     0, +1, -1, 0, +1, -1, ...
-along the width in one branch and along the height in the other, zeros beyond the border. So a layer
-sees three positions at the cost of one, and many layers see far.
+along the width in one branch and along the height in the other, with zero padding. A layer thus
+sees three positions at the cost of one, and stacked layers have a large receptive field.
 
-Equal to its authors' code (ShoufaChen/CycleMLP), where it is a deformable convolution whose
-offsets are a buffer of the state dict. The paper's figure 4 draws the shifts in another order than
-the code; the code is what was trained.
+Matches the authors' code (ShoufaChen/CycleMLP), which uses a deformable convolution with the
+offsets as a buffer in the state dict. Figure 4 of the paper shows the shifts in a different order;
+the published weights were trained with the order of the code.
 
-Shapes: N batch, (H, W) a stage's grid, C its channels; channels come last between stem and head.
+Shapes: N batch, (H, W) grid of a stage, C its channels; channels-last between stem and head.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ CYCLE = (0, 1, -1)
 
 
 class CycleFC(nn.Module):
-    """A dense layer over channels that are each read from a shifted position.
+    """A dense layer that reads every channel from a shifted position.
 
         out[n, i, j] = bias + sum over c of weight[:, c] x[n, i + dy_c, j + dx_c, c]
 
-    with zeros beyond the border. The buffer `offset`, (1, 2C, 1, 1), has dy and dx of each channel
-    in turn, as in the published files; another one cannot be loaded.
+    with zero padding. The buffer `offset`, (1, 2C, 1, 1), holds dy and dx of every channel,
+    interleaved as in the published files; loading different offsets is an error.
 
     Args:
         dim: C.
@@ -43,7 +43,7 @@ class CycleFC(nn.Module):
     """
 
     offset: Tensor
-    half_products: ClassVar[bool] = True  # an export may compute them in bfloat16
+    half_products: ClassVar[bool] = True  # an export may compute the matmuls in bfloat16
 
     def __init__(self, dim: int, along: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class CycleFC(nn.Module):
         self.along = along
         shifts = [CYCLE[channel % 3] for channel in range(dim)]
         self.pairs = [(shift, 0) if along == 1 else (0, shift) for shift in shifts]
-        # From a list: arithmetic on the meta device would import the compiler, a second's work.
+        # From a list: arithmetic on the meta device would import the compiler (a second).
         offset = torch.tensor(self.pairs, dtype=torch.float32).reshape(1, -1, 1, 1)
         self.register_buffer("offset", offset)
         self.register_load_state_dict_post_hook(_check_offset)
@@ -61,7 +61,7 @@ class CycleFC(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (N, H, W, C) -> (N, H, W, C)
         is_high, side = self.along == 1, x.shape[self.along]
         padded = F.pad(x, (0, 0, 0, 0, 1, 1) if is_high else (0, 0, 1, 1))
-        # The channels are ordered by their shifts now, and so must be the columns of the weight.
+        # The channels are now sorted by shift, so the columns of the weight must be, too.
         shifted = torch.cat(
             [
                 padded.narrow(self.along, 1 + shift, side)[..., first::3]
@@ -84,8 +84,8 @@ def _check_offset(module: nn.Module, _: Any) -> None:
 
 
 class CycleFusion(Fusion):
-    """The token mixing of a block. The published names call the branch along the width `sfc_h` and
-    the one along the height `sfc_w`."""
+    """Token mixing of a block. The published names are `sfc_h` for the branch along the width and
+    `sfc_w` for the one along the height."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
@@ -97,7 +97,7 @@ class CycleFusion(Fusion):
 
 
 class CycleMLP(StagedClassifier):
-    """CycleMLP B1 to B5, and any other widths and depths."""
+    """CycleMLP B1 to B5, and custom widths and depths."""
 
     config: CycleMLPConfig
     why_one_size: ClassVar[str] = "load it with another image_size, the weights are the same"
@@ -108,12 +108,12 @@ class CycleMLP(StagedClassifier):
 
 @dataclass(frozen=True, kw_only=True)
 class CycleMLPConfig(StagedConfig):
-    """The architecture of a CycleMLP; the grid is halved, rounding up, from stage to stage.
+    """The architecture of a CycleMLP; the grid is halved from stage to stage, rounding up.
 
     Args:
-        stem_kernel: side of the stem's window in pixels.
-        stem_stride: pixels from one window of the stem to the next; the image must be at least that
-            large, and may otherwise be of any size.
+        stem_kernel: kernel size of the stem in pixels.
+        stem_stride: stride of the stem in pixels; the image must be at least this large and can
+            otherwise have any size.
 
     The other fields are those of `StagedConfig`.
 
@@ -161,7 +161,7 @@ def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> CycleMLP
 
 
 _NARROW, _WIDE = (64, 128, 320, 512), (96, 192, 384, 768)
-_SHAPES = {  # of its authors' code: depths, dims, hidden units of an MLP over its channels
+_SHAPES = {  # from the authors' code: depths, dims, hidden units of the channel MLP
     "cycle_mlp_b1": ((2, 2, 4, 2), _NARROW, (4, 4, 4, 4)),
     "cycle_mlp_b2": ((2, 3, 10, 3), _NARROW, (4, 4, 4, 4)),
     "cycle_mlp_b3": ((3, 4, 18, 3), _NARROW, (8, 8, 4, 4)),

@@ -1,4 +1,4 @@
-"""What a family of models is to the rest of the package: its configurations and one record."""
+"""Base classes of the configurations, and `Family`, which describes a model family."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What the architectures of all families have; each adds its own fields.
+    """Fields that all architectures share; every family adds its own.
 
-    The types of the fields are checked: int is a whole number of at least 1, float a probability
-    below 1, a tuple may be given as a list.
+    Field types are checked: int means a whole number of at least 1, float a probability below 1;
+    tuples can be given as lists.
 
     Args:
-        image_size: (H, W) in pixels, one number for a square.
-        num_classes: outputs of the head; 0 leaves the head out: the model returns its features.
+        image_size: (H, W) in pixels; a single number means a square.
+        num_classes: outputs of the head; 0 removes the head, and the model returns its features.
         in_channels: channels of the input images.
 
     Raises:
@@ -53,18 +53,18 @@ class ModelConfig:
 
     @property
     def flops(self) -> int:
-        """Operations of one image, a multiply-add counted as two.
+        """FLOPs per image, counting a multiply-add as two.
 
-        Of convolutions and dense layers; biases, GELU and LayerNorm are left out, as is usual.
+        Convolutions and dense layers only; biases, GELU and LayerNorm are left out, as is usual.
         """
         raise NotImplementedError
 
     def summary(self) -> str:
-        """Returns the shape in a few words."""
+        """Returns a short description of the architecture."""
         raise NotImplementedError
 
     def check_divisible(self, unit: int, words: str) -> None:
-        """Raises ValueError unless `unit` divides the sides of the image; `words` name it."""
+        """Raises ValueError unless `unit` divides both image sides; `words` names the unit."""
         if any(side % unit for side in self.image_size):
             height, width = self.image_size
             near = [max(1, round(side / unit)) * unit for side in self.image_size]
@@ -76,11 +76,11 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchConfig(ModelConfig):
-    """What networks have whose tokens are the patches of one grid in every block.
+    """Fields of networks whose tokens are the patches of a single grid throughout.
 
     Args:
         patch_size: side of a patch in pixels; it must divide both sides of the image.
-        hidden_dim: channels of a token.
+        hidden_dim: channels per token.
         num_blocks: number of blocks.
 
     The other fields are those of `ModelConfig`.
@@ -96,7 +96,7 @@ class PatchConfig(ModelConfig):
 
     @property
     def grid(self) -> Size:
-        """Patches in a column and in a row: (H / P, W / P)."""
+        """Patches per column and per row: (H / P, W / P)."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
@@ -106,11 +106,11 @@ class PatchConfig(ModelConfig):
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The tokens before each block and, at last, those before the head: num_blocks + 1."""
+        """Number of tokens before every block and before the head: num_blocks + 1 values."""
         return (self.num_tokens,) * (self.num_blocks + 1)
 
     def summary(self) -> str:
-        """Returns the shape in a few words: "12 layers, patch 16, 768 channels"."""
+        """Returns a short description: "12 layers, patch 16, 768 channels"."""
         return f"{self.num_blocks} layers, patch {self.patch_size}, {self.hidden_dim} channels"
 
 
@@ -120,7 +120,7 @@ def is_integer(value: Any, least: int = 1) -> bool:
 
 
 def _check(kind: Any, value: Any, least: int) -> tuple[bool, str]:
-    """Returns whether a value is of a field's type, and what that is in words."""
+    """Returns whether a value matches a field's type, and a description of that type."""
     if kind is int:
         return is_integer(value, least), f"a whole number of at least {least}"
     if kind is str:
@@ -141,7 +141,7 @@ def _check(kind: Any, value: Any, least: int) -> tuple[bool, str]:
 
 
 def _same_shape(config: Any, named: Any) -> str | None:
-    """Returns "" if a configuration differs from a named one in size, classes and colours only."""
+    """Returns "" if a configuration differs from a named one only in size, classes and channels."""
     free = {"image_size", "num_classes", "in_channels", "stochastic_depth", "layer_scale"}
     fields = [field for field in named.__dataclass_fields__ if field not in free]
     same = all(getattr(config, field) == getattr(named, field) for field in fields)
@@ -150,14 +150,14 @@ def _same_shape(config: Any, named: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Names:
-    """How others name the tensors of a family.
+    """Tensor names that another code base uses for a family.
 
     Attributes:
-        title: whose names these are.
-        marker: a pattern of names that only these files have: one of them is there.
-        pairs: (their prefix, ours), "{i}" standing for the number of a block.
-        scale_axes: axes of tensors called alpha and beta, all but the last of length one.
-        gelu: the form that their programs compute, where the configuration says it.
+        title: the code base.
+        marker: a pattern that matches at least one name in these files, and none in other files.
+        pairs: (their prefix, ours), with "{i}" for the block index.
+        scale_axes: axes of tensors called alpha and beta; all but the last have length one.
+        gelu: the form that the code base computes, if the configuration has a choice.
     """
 
     title: str
@@ -168,16 +168,16 @@ class Names:
 
     @property
     def pattern(self) -> str:
-        """A pattern of all their names."""
+        """A pattern that matches any of their names."""
         prefixes = (re.escape(theirs).replace(r"\{i\}", r"\d+") for theirs, _ in self.pairs)
         return "|".join(prefixes)
 
     def to_ours(self, tensors: Tensors) -> Tensors:
-        """Returns the tensors by our names."""
+        """Renames their tensors to our names."""
         return {_renamed(key, self.pairs): _scale(key, v, 1) for key, v in tensors.items()}
 
     def from_ours(self, tensors: Tensors) -> Tensors:
-        """Returns our tensors by their names."""
+        """Renames our tensors to their names."""
         pairs, axes = tuple((ours, theirs) for theirs, ours in self.pairs), self.scale_axes
         return {_renamed(key, pairs): _scale(key, v, axes) for key, v in tensors.items()}
 
@@ -197,26 +197,25 @@ def _scale(name: str, value: Tensor, axes: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """All that the rest of the package knows about a kind of model; `catalog.py` lists them.
+    """What the rest of the package needs to know about a model family; see `catalog.py`.
 
     Attributes:
-        name: as config.json has it.
+        name: as in config.json.
         title, paper: for messages and model cards.
-        config: the class of its configurations.
+        config: the configuration class.
         build: configuration -> model with random weights.
         architectures: the named configurations, at 224 pixels and with 1000 classes.
-        suffix: (configuration, a named one) -> what to write behind the name, or None if it has
-            another shape.
-        resize: (tensors by our names, old and new configuration, method) changes the tensors in
-            place; returns the new configuration and how it was done, in words.
-        marker: a pattern of tensor names that only this family has; "": a file needs our
-            description.
-        infer: (shapes by our names, (H, W) if somebody wrote it down, (H, W) that the user asked
-            for) -> the configuration of weights without a description. KeyError: a tensor is
-            missing; ValueError says what does not fit.
-        crops: of published weights on ImageNet's mean and deviation, bicubic: architecture -> the
-            crop, 0.875 if it is not there. None: Google's preprocessing.
-        names: of other programs' files, which load as well.
+        suffix: (configuration, a named one) -> suffix of the name, or None if the shapes differ.
+        resize: (tensors by our names, old and new configuration, method) modifies the tensors in
+            place; returns the new configuration and a description of the method.
+        marker: a pattern for tensor names that only this family has; "" if files can be loaded only
+            with our description.
+        infer: (shapes by our names, (H, W) from a description or None, (H, W) that the user asked
+            for or None) -> the configuration of weights without a description. KeyError: a tensor
+            is missing; ValueError: something does not fit.
+        crops: for published weights with ImageNet mean and std, bicubic: architecture -> crop,
+            0.875 by default. None: Google's preprocessing.
+        names: tensor names of other code bases, whose files can be loaded too.
     """
 
     name: str
@@ -233,7 +232,7 @@ class Family:
     names: tuple[Names, ...] = ()
 
     def name_of(self, config: ModelConfig) -> str | None:
-        """Returns the named architecture that has this shape, at any size and with any classes."""
+        """Returns the named architecture of this shape, at any image size or class count."""
         for name, named in self.architectures.items():
             words = self.suffix(config, named)
             if words is not None:
@@ -241,7 +240,7 @@ class Family:
         return None
 
     def published_preprocessing(self, config: ModelConfig) -> Preprocessing:
-        """Returns the input that published weights expect, for files that do not say it."""
+        """Returns the preprocessing of published weights, for files that do not specify it."""
         size, channels = config.image_size, config.in_channels
         if self.crops is None:
             return Preprocessing(image_size=size, channels=channels)
@@ -257,7 +256,7 @@ class Family:
 
 
 def shape_of(shapes: Shapes, name: str, axes: int) -> tuple[int, ...]:
-    """Returns the shape of a tensor that must have this number of axes, for `Family.infer`."""
+    """Returns the shape of a tensor, which must have `axes` axes; for `Family.infer`."""
     found = shapes[name]
     if len(found) != axes or math.prod(found) == 0:
         raise ValueError(f"{name} has the shape {found}, {axes} axes are expected")
@@ -267,8 +266,7 @@ def shape_of(shapes: Shapes, name: str, axes: int) -> tuple[int, ...]:
 def infer_patches(
     shapes: Shapes, num_tokens: int, written: Size | None, asked: Size | None
 ) -> dict[str, Any]:
-    """Returns the fields of a `PatchConfig` that a stem, a head and blocks imply, for
-    `Family.infer`."""
+    """Infers the fields of a `PatchConfig` from stem, head and blocks; for `Family.infer`."""
     dim, channels, patch, patch_width = shape_of(shapes, "stem.weight", 4)
     if patch != patch_width:
         raise ValueError(f"the patch is {patch}x{patch_width} pixels, not square")
@@ -292,16 +290,16 @@ def infer_patches(
 
 
 def count_classes(shapes: Shapes) -> int:
-    """Returns the outputs of the head, 0 without one, for `Family.infer`."""
+    """Returns the number of outputs of the head, 0 without a head; for `Family.infer`."""
     has_head = "head.weight" in shapes or "head.bias" in shapes
     return shape_of(shapes, "head.weight", 2)[0] if has_head else 0
 
 
 def count_blocks(shapes: Shapes, pattern: str) -> int:
-    """Returns 1 + the largest number that `pattern`, with one group, finds in the names."""
+    """Returns 1 + the largest number that the group in `pattern` matches in the names."""
     found = (re.match(pattern, name) for name in shapes)
     count = 1 + max((int(match[1]) for match in found if match), default=-1)
-    if count > len(shapes):  # a likely number is checked by comparing all names
+    if count > len(shapes):  # a plausible count is verified later, when all names are compared
         what = f"block {count - 1:,} is there, but the file has {len(shapes):,} tensors only"
         raise ValueError(what)
     return count

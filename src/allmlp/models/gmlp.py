@@ -1,11 +1,11 @@
 """gMLP: Pay Attention to MLPs (Liu et al. 2021, arXiv 2105.08050).
 
-A block has one MLP over the channels; between its layers a spatial gate multiplies one half of the
-hidden units by the other half, mixed over the tokens by one S x S matrix:
+A block is one MLP over the channels. Between its layers a spatial gate multiplies one half of the
+hidden units by the other half, which an S x S matrix has mixed over the tokens:
 
     u, v = GELU(dense_0 x);   x <- x + dense_1 (u * (mixing (layer_norm v)))
 
-Equal to timm's, whose epsilon is 1e-6 in the block and 1e-5 in the gate.
+Matches timm, with LayerNorm epsilon 1e-6 in the block and 1e-5 in the gate.
 
 Shapes: N batch, S tokens, C channels, D hidden units.
 """
@@ -31,7 +31,7 @@ from allmlp.models.resize import resize_maps
 
 
 class SpatialGate(nn.Module):
-    """The spatial gating unit (equation 3 of the paper and what follows)."""
+    """The spatial gating unit (equation 3 of the paper onwards)."""
 
     def __init__(self, dim: int, tokens: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class SpatialGate(nn.Module):
 
 
 class GatedMlp(nn.Sequential):
-    """Two dense layers, a GELU and the gate between them."""
+    """Two dense layers with a GELU and a spatial gate between them."""
 
     before_gelu: ClassVar[str] = "dense_0"  # for inference with packed weights
 
@@ -58,7 +58,7 @@ class GatedMlp(nn.Sequential):
 
 
 class GMLPBlock(nn.Module):
-    """A gated MLP with a LayerNorm before and a skip around it."""
+    """A gated MLP with pre-LayerNorm and a skip connection."""
 
     def __init__(self, config: GMLPConfig, drop: float) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class GMLPBlock(nn.Module):
 
 
 class GMLP(PatchClassifier):
-    """gMLP Ti/16, S/16 and B/16, and any other sizes."""
+    """gMLP Ti/16, S/16 and B/16, and custom sizes."""
 
     config: GMLPConfig
     why_one_size: ClassVar[str] = "its gates have a weight for each pair of patches"
@@ -82,7 +82,7 @@ class GMLP(PatchClassifier):
         return GMLPBlock(config, config.stochastic_depth * index / max(1, config.num_blocks - 1))
 
     def initialize(self) -> None:
-        """Draws new weights; the gates begin as ones, so that a block begins as a plain MLP."""
+        """Draws new weights; gates start at one, so that a block starts as a plain MLP."""
         super().initialize()
         for module in self.modules():
             if isinstance(module, SpatialGate):
@@ -95,8 +95,8 @@ class GMLPConfig(PatchConfig):
     """The architecture of a gMLP.
 
     Args:
-        mlp_dim: outputs of a block's first dense layer; half of them gate the other half.
-        stochastic_depth: probability of dropping the last block; it rises linearly from 0.
+        mlp_dim: outputs of the first dense layer in a block; one half gates the other.
+        stochastic_depth: drop probability of the last block; it rises linearly from 0.
 
     The other fields are those of `PatchConfig`.
 
@@ -122,12 +122,12 @@ class GMLPConfig(PatchConfig):
 
     @property
     def widest(self) -> int:
-        """Values of one image's largest activation, a hidden layer."""
+        """Number of values in the largest activation of one image, a hidden layer."""
         return self.num_tokens * self.mlp_dim
 
     @property
     def least_parameters(self) -> int:
-        """Trained values of the blocks' matrices alone."""
+        """Number of parameters in the blocks' matrices alone."""
         return self.num_blocks * (self.num_tokens**2 + 3 * self.hidden_dim * self.mlp_dim // 2)
 
 

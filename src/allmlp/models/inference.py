@@ -1,10 +1,10 @@
-"""How a model computes many batches without gradients: on a CPU, with packed weights.
+"""Inference over many batches; on a CPU with packed weights.
 
-torch's dense layers reorder their weights for oneDNN at every call, or hand float32 matmuls to MKL,
-which is slow on CPUs that are not Intel's. Here the weights are packed once, and an MLP's GELU is
-computed while the result is in the cache. The network stays the one written in its file: a copy of
-it has other dense layers and shares all the rest. It equals torch's own to rounding, needs no
-compiler, and is as fast as a frozen torch.compile (benchmarks/inference.md).
+torch's dense layers reorder their weights for oneDNN in every call, or hand float32 matmuls to MKL,
+which is slow on non-Intel CPUs. Here the weights are packed once, and the GELU of an MLP is
+computed while its input is in the cache. The network code does not change: a copy of the model gets
+other dense layers and shares everything else. Results equal torch's up to rounding; there is no
+compiler, and speed is on par with a frozen torch.compile (benchmarks/inference.md).
 
 Shapes: N batch, K classes, C features.
 """
@@ -32,20 +32,20 @@ from allmlp.runtime.device import (
     step_threads,
 )
 
-# An activation above 32 MiB is given back to the system and paged in anew by glibc at every layer,
-# and falls out of the cache: 32 images of Mixer-B/16 at once were 10 % slower than 8 or 16.
+# glibc returns activations above 32 MiB to the system and pages them in again at every layer; they
+# also fall out of the cache: Mixer-B/16 was 10 % slower with batches of 32 than with 8 or 16.
 LARGEST_ACTIVATION = 24 * 2**20  # bytes
 PRECISIONS = ("float32", "bfloat16", "auto")
-# Whether a model is small goes by this many images, whatever the batch is: what a model answers to
-# an image is not to depend on how many come with it.
+# Model size is judged at this batch size whatever the real one is: the logits of an image must not
+# depend on how many others are in the batch.
 _IMAGES = 8
 
 
 def choose_precision(
     model: ImageClassifier, name: str | None, default: str = "float32"
 ) -> tuple[str, str]:
-    """Returns the precision of a model's matmuls without gradients, and why; "auto" takes bfloat16
-    if the device is fast at it and the model large enough."""
+    """Returns the inference precision of the matmuls, and why. "auto" means bfloat16 if the device
+    is fast at it and the model is large enough."""
     why = "chosen" if name else "the default"
     name = str(one_of("precision", name or default, PRECISIONS, where="precision"))
     if name == "auto":
@@ -56,11 +56,11 @@ def choose_precision(
 
 
 class Inference:
-    """A model ready to compute batches without gradients, in evaluation mode.
+    """A model prepared for inference, in evaluation mode.
 
-    The weights are those at the time it is made; the model itself, and its mode, do not change.
-    Matmuls are in `precision`, "float32" or "bfloat16"; the results are always float32. `packed`
-    says whether the dense layers are packed; batches larger than `most` are split.
+    The weights are captured at construction; the model itself and its mode do not change. Matmuls
+    run in `precision`, "float32" or "bfloat16"; results are always float32. `packed` says whether
+    dense layers are packed; batches larger than `most` are split.
     """
 
     def __init__(self, model: ImageClassifier, precision: str = "float32") -> None:
@@ -79,22 +79,22 @@ class Inference:
             self._network = _with_exact_head(model)
 
     def few_threads(self, num_images: int) -> AbstractContextManager[None]:
-        """Returns the context in which this number of images is prepared and computed."""
+        """Returns a context that limits the threads while this number of images is processed."""
         return step_threads(self.device, self.model.config.flops * num_images)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Returns the logits, float32 (N, K), of normalised images on the model's device; features
-        without a head."""
+        """Returns logits, float32 (N, K), of normalised images on the model's device, or features
+        if the model has no head."""
         return self._compute(self._network, images)
 
     def features(self, images: Tensor) -> Tensor:
-        """Returns the pooled features, float32 (N, C), of the same images."""
+        """Returns the pooled features, float32 (N, C), of the same kind of images."""
         return self._compute(self._network.features, images)
 
     @torch.inference_mode()
     def _compute(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         half = self.precision == "bfloat16"
-        # A copy is in evaluation mode ever since it was made; to set it takes a millisecond.
+        # A copy is always in evaluation mode; setting the mode takes a millisecond.
         is_copy = self._network is not self.model
         with (
             self.few_threads(len(images)),
@@ -109,7 +109,7 @@ class Inference:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode for the block, and back into its own."""
+    """Puts a model into evaluation mode for the block, then restores its mode."""
     was_training = model.training
     model.eval()
     try:
@@ -119,9 +119,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class PackedDense(nn.Module):
-    """A dense layer with its weights in oneDNN's order, without gradients.
+    """A dense layer with weights packed for oneDNN, without gradients.
 
-    It computes and returns `dtype`; `gelu` is "tanh", "none" as torch calls the exact one, or None.
+    Computes in and returns `dtype`. `gelu` is "tanh", "none" (torch's exact GELU) or None.
     """
 
     def __init__(
@@ -142,8 +142,8 @@ class PackedDense(nn.Module):
 
 
 class ExactDense(nn.Linear):
-    """A dense layer that stays float32 under autocast: the head is small, and bfloat16 would round
-    a logit of 10 to a 16th: two probable classes become equal."""
+    """A dense layer that stays float32 under autocast. The head is small, and bfloat16 rounds a
+    logit of 10 to a 16th, which makes probable classes tie."""
 
     def forward(self, input: Tensor) -> Tensor:  # (N, C) -> (N, K)
         with torch.autocast(input.device.type, enabled=False):
@@ -151,10 +151,10 @@ class ExactDense(nn.Linear):
 
 
 def packable(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Returns the dense layers that may be replaced: the module that calls each, and its name.
+    """Returns the dense layers that can be replaced, as (calling module, attribute name).
 
-    Those that our own modules call, in float32 and without hooks: other code, such as timm's, may
-    read a layer's weight instead of calling it.
+    Only float32 layers without hooks that our own modules call: other code, such as timm's, may
+    read the weight of a layer instead of calling it.
     """
     found = []
     for module in model.modules():
@@ -172,13 +172,13 @@ def packable(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def pack(model: ImageClassifier, precision: str) -> ImageClassifier:
-    """Returns a copy with packed dense layers, in evaluation mode; all else is shared."""
+    """Returns a copy in evaluation mode with packed dense layers; everything else is shared."""
     network = _with_exact_head(model)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     without_effect = _biases_without_effect(network)
     for module, name in packable(network):
         gelu = None
-        if getattr(type(module), "before_gelu", None) == name:  # an MLP, whose GELU is "gelu"
+        if getattr(type(module), "before_gelu", None) == name:  # an MLP, with GELU in "gelu"
             after = module.get_submodule("gelu")
             assert isinstance(after, nn.GELU)
             gelu = after.approximate
@@ -190,7 +190,7 @@ def pack(model: ImageClassifier, precision: str) -> ImageClassifier:
 
 
 def _biases_without_effect(network: ImageClassifier) -> set[int]:
-    """Returns the ids of the biases that the model says change no logit; none of them where
+    """Returns the ids of the biases that, according to the model, change no logit; an empty set if
     anything but our own blocks and their LayerNorms may read the tokens."""
     biases, modules = network.biases_without_effect(), list(network.modules())
     is_ours = all(type(m).__module__.startswith(("allmlp.models.", "torch.")) for m in modules)
@@ -201,7 +201,7 @@ def _biases_without_effect(network: ImageClassifier) -> set[int]:
 
 
 def _with_exact_head(model: ImageClassifier) -> ImageClassifier:
-    """Returns a copy in evaluation mode that shares all tensors; its head stays float32."""
+    """Returns a copy in evaluation mode that shares all tensors and keeps its head in float32."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     network = copy.deepcopy(model, shared).eval()
     if type(network.head) is nn.Linear and network.head.weight.dtype == torch.float32:
@@ -211,8 +211,8 @@ def _with_exact_head(model: ImageClassifier) -> ImageClassifier:
 
 @functools.cache
 def can_pack(precision: str) -> bool:
-    """Returns whether packed matmuls are available, fast and right on this CPU: torch's operators
-    for them are not documented, so their result is checked."""
+    """Returns whether packed matmuls are available, fast and correct on this CPU. torch's operators
+    for them are undocumented, so their results are checked."""
     if precision == "bfloat16" and not has_fast_bfloat16():
         return False
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
@@ -225,7 +225,7 @@ def can_pack(precision: str) -> bool:
         try:
             exact = F.gelu(dense.double()(x.double()), approximate="tanh")
             found = PackedDense(dense.float(), dtype, "tanh")(x)
-        except (AttributeError, RuntimeError):  # another build of torch, another processor
+        except (AttributeError, RuntimeError):  # other torch build or processor
             return False
         error = (found.double() - exact).abs().max() / exact.abs().max()
     return bool(error <= (2e-2 if precision == "bfloat16" else 1e-5))

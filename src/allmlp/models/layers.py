@@ -1,4 +1,4 @@
-"""What all networks share: stochastic depth, the initialiser, and the frame of a classifier.
+"""Shared by all networks: stochastic depth, initialisation, and the base classes of classifiers.
 
 Shapes: N batch, S tokens, C channels, H W pixels.
 """
@@ -18,12 +18,12 @@ from allmlp.runtime.process import keep_freed_memory
 
 
 class StochasticDepth(nn.Module):
-    """Drops a residual branch as a whole, per sample, in training only (Huang et al. 2016).
+    """Drops whole residual branches per sample, in training only (Huang et al. 2016).
 
-    A kept branch is scaled by 1 / (1 - probability): its expectation is that of evaluation.
+    Kept branches are scaled by 1 / (1 - probability), so that the expectation matches evaluation.
     """
 
-    # (N,) 1 for a sample whose branch is kept, of `draw_stochastic_depth`; None: drawn here.
+    # (N,) with 1 for samples that keep the branch, from `draw_stochastic_depth`; None: draw here.
     kept: Tensor | None = None
 
     def __init__(self, probability: float) -> None:
@@ -31,7 +31,7 @@ class StochasticDepth(nn.Module):
         self.probability = probability
 
     def forward(self, branch: Tensor) -> Tensor:
-        """Returns `branch`, (N, ...), with whole samples zeroed."""
+        """Returns `branch`, (N, ...), with dropped samples zeroed."""
         if not self.training or self.probability == 0.0:
             return branch
         keep = 1.0 - self.probability
@@ -48,10 +48,10 @@ class StochasticDepth(nn.Module):
 
 
 def draw_stochastic_depth(model: nn.Module, num_samples: int, random: torch.Generator) -> Tensor:
-    """Returns which branches of which samples are kept, float32 (branches, N).
+    """Draws which branches every sample keeps, float32 (branches, N).
 
-    Drawn outside the model and for a whole batch, it is the same however processes and
-    micro-batches split the batch, on a CPU and on a GPU, compiled or not.
+    Drawn outside the model for a whole batch, so the result does not depend on how processes and
+    micro-batches split the batch, on the device, or on compilation.
     """
     keep = [1.0 - drop.probability for drop in _drops(model)]
     drawn = torch.rand(len(keep), num_samples, generator=random)
@@ -59,7 +59,7 @@ def draw_stochastic_depth(model: nn.Module, num_samples: int, random: torch.Gene
 
 
 def set_stochastic_depth(model: nn.Module, kept: Tensor | None) -> None:
-    """Makes the model keep these branches, (branches, N), in its next calls; None: draw again."""
+    """Sets the branches, (branches, N), to keep from now on; None: draw in every call."""
     for row, drop in enumerate(_drops(model)):
         drop.kept = None if kept is None else kept[row]
 
@@ -70,9 +70,9 @@ def _drops(model: nn.Module) -> list[StochasticDepth]:
 
 
 def lecun_normal_(weight: Tensor) -> Tensor:
-    """Fills `weight`, (out, in, ...), in place as Flax initialises a kernel, and returns it.
+    """Fills `weight`, (out, in, ...), in place with Flax's lecun-normal, and returns it.
 
-    A normal truncated at two standard deviations whose variance after truncation is 1 / fan_in.
+    A normal truncated at two standard deviations, with variance 1 / fan_in after truncation.
     """
     variance_of_truncated_unit_normal = 0.87962566103423978**2
     fan_in = weight[0].numel()
@@ -81,9 +81,9 @@ def lecun_normal_(weight: Tensor) -> Tensor:
 
 
 class Classifier(Protocol):
-    """What gives logits and says what they mean: an `ImageClassifier` or an exported file.
+    """Anything with logits and a description of them: an `ImageClassifier` or an exported file.
 
-    An exported file takes pixels as well, has no weights and computes on the CPU.
+    An exported file takes pixels as well, has no weights and runs on the CPU.
     """
 
     @property
@@ -95,7 +95,7 @@ class Classifier(Protocol):
     @property
     def source(self) -> str | None: ...
     @property
-    def runtime(self) -> str | None: ...  # of an exported file: its name and version
+    def runtime(self) -> str | None: ...  # name and version, for an exported file
     @property
     def device(self) -> torch.device: ...
     @property
@@ -104,18 +104,18 @@ class Classifier(Protocol):
 
 
 class ImageClassifier(nn.Module):
-    """The frame of every model here: images in, logits or features out, and what travels with it.
+    """Base class of all models: images to logits or features, plus the metadata of the weights.
 
-    The weights of its residual blocks lie in `blocks.` or `network.`.
+    Residual blocks live under `blocks.` or `network.`.
 
     Attributes:
         config: the architecture, a `ModelConfig`.
-        head: from the features to the logits; None for a model without classes.
-        class_names: one name per class in the order of the logits; None if they are unknown. Any
-            sequence of text can be set; of another length than the logits it is a UserError.
-        preprocessing: what turns an image file into the input; None until weights bring it.
+        head: features to logits; None for a model without classes.
+        class_names: one name per class, in the order of the logits; None if unknown. Any sequence
+            of strings can be assigned; UserError if its length differs from the number of logits.
+        preprocessing: from an image file to the input; None until weights are loaded.
         source: what `load_model` was given; None for random weights.
-        why_one_size: why images of another size than the model's are an error.
+        why_one_size: why images of a different size than the model's are an error.
     """
 
     config: Any
@@ -143,12 +143,12 @@ class ImageClassifier(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @property
     def num_parameters(self) -> int:
-        """The number of trained values."""
+        """Number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def features(self, images: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class ImageClassifier(nn.Module):
         """Returns logits (N, num_classes), or the features (N, C) of a model without a head.
 
         Args:
-            images: (N, channels, H, W), in the range that the weights were trained on.
+            images: (N, channels, H, W), in the value range of the training images.
 
         Raises:
             ValueError: the images have another size or number of channels than the model.
@@ -168,7 +168,7 @@ class ImageClassifier(nn.Module):
         return x if self.head is None else self.head(x)
 
     def biases_without_effect(self) -> list[nn.Parameter]:
-        """Returns the biases that change no logit, which inference with packed weights skips."""
+        """Returns biases that change no logit, which inference with packed weights skips."""
         return []
 
     def check_images(self, images: Tensor) -> None:
@@ -177,7 +177,7 @@ class ImageClassifier(nn.Module):
 
 
 def check_image_shape(images: Tensor, config: Any, why_one_size: str) -> None:
-    """Raises ValueError unless `images` has the shape that a model was built for."""
+    """Raises ValueError unless `images` has the shape that the model was built for."""
     height, width = config.image_size
     if images.dim() != 4:
         raise ValueError(f"expected images (N, channels, H, W), got {tuple(images.shape)}")
@@ -195,9 +195,9 @@ def check_image_shape(images: Tensor, config: Any, why_one_size: str) -> None:
 
 
 class PatchClassifier(ImageClassifier):
-    """A stem, blocks of one width, a norm, the mean over tokens and a head.
+    """Stem, blocks of constant width, norm, mean over tokens, head.
 
-    A family says what block `index` is, and what the norm is and is called.
+    Subclasses define the blocks, and the norm and its name.
     """
 
     last_norm: ClassVar[str] = "pre_head_layer_norm"
@@ -217,11 +217,11 @@ class PatchClassifier(ImageClassifier):
         raise NotImplementedError
 
     def norm(self) -> nn.Module:
-        """Returns what stands before the mean over tokens."""
+        """Returns the layer before the mean over tokens."""
         return nn.LayerNorm(self.config.hidden_dim, eps=1e-6)
 
     def initialize(self) -> None:
-        """Draws new weights as Flax does: lecun-normal kernels, zero biases, a zero head."""
+        """Draws new weights as Flax does: lecun-normal kernels, zero biases, zero head."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 lecun_normal_(module.weight)
@@ -231,27 +231,27 @@ class PatchClassifier(ImageClassifier):
             nn.init.zeros_(self.head.weight)
 
     def features(self, images: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, C)
-        """Returns the mean over tokens of the normalised last layer, which the head reads.
+        """Returns the input of the head: the mean over tokens of the normalised last layer.
 
         Raises:
             ValueError: the images have another size or number of channels than the model.
         """
         self.check_images(images)
         x = self.stem(images).flatten(2).transpose(1, 2)  # (N, S, C), row-major over the grid
-        # Under autocast the stem returns bfloat16; the residual stream stays in the weights'
-        # float32. A token's channels must be contiguous, or each LayerNorm would copy them.
+        # Under autocast the stem returns bfloat16, but the residual stream stays in the weights'
+        # float32. Channels must be contiguous, or every LayerNorm would copy the tokens.
         x = x.to(self.stem.weight.dtype).contiguous()
         return self.get_submodule(self.last_norm)(self.blocks(x)).mean(dim=1)
 
 
 def is_hidden_kernel(name: str, parameter: Tensor) -> bool:
-    """Returns whether a parameter is a matrix inside a residual block, as Muon orthogonalises."""
+    """Returns whether a parameter is a matrix in a residual block, which Muon orthogonalises."""
     is_kernel = parameter.dim() == 2 and not name.endswith("bias")
     return is_kernel and name.startswith(("blocks.", "network."))
 
 
 def checked_names(names: Any, num_classes: int, where: object = "class_names") -> list[str]:
-    """Returns class names as a list, or raises UserError."""
+    """Returns class names as a list; UserError if they are invalid."""
     is_list = isinstance(names, Iterable) and not isinstance(names, str | bytes | Mapping | Set)
     listed = list(names) if is_list else [names]
     wrong = [name for name in listed if not isinstance(name, str)]
@@ -266,10 +266,10 @@ def checked_names(names: Any, num_classes: int, where: object = "class_names") -
 
 
 def classes_of(model: Classifier, *, or_numbers: bool = False) -> list[str]:
-    """Returns the model's class names, or "0", "1", ... if it carries none and `or_numbers`."""
-    count, head = model.config.num_classes, getattr(model, "head", None)  # exported: no head
+    """Returns the class names of a model; without any, "0", "1", ... if `or_numbers`."""
+    count, head = model.config.num_classes, getattr(model, "head", None)  # None if exported
     if model.class_names:
-        return checked_names(model.class_names, count)  # somebody may have added one
+        return checked_names(model.class_names, count)  # the list may have been modified
     if count == 0:
         what = "the model has no head: it gives features, not classes"
         raise UserError(what, fix="Load it without num_classes=0, or use model.features()")
@@ -286,12 +286,12 @@ def classes_of(model: Classifier, *, or_numbers: bool = False) -> list[str]:
 
 
 def preprocessing_of(model: Classifier) -> Preprocessing:
-    """Returns the model's preprocessing, or Google's for its image size if it carries none."""
+    """Returns the model's preprocessing, or Google's for its image size if it has none."""
     if model.preprocessing is not None:
         return model.preprocessing
     return Preprocessing(image_size=model.config.image_size, channels=model.config.in_channels)
 
 
 def flops_text(flops: int) -> str:
-    """Returns "25.2 GFLOPs" or, for small numbers, "2.77 MFLOPs"."""
+    """Returns "25.2 GFLOPs", or "2.77 MFLOPs" for small numbers."""
     return f"{flops / 1e9:.3g} GFLOPs" if flops >= 1e8 else f"{flops / 1e6:.3g} MFLOPs"

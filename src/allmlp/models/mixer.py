@@ -1,9 +1,9 @@
 """MLP-Mixer: An all-MLP Architecture for Vision (Tolstikhin et al. 2021, arXiv 2105.01601).
 
-To be read beside the paper's Listing 1, whose names and order it keeps. It equals Google's own code
-(google-research/vision_transformer, models_mixer.py) to rounding: tanh GELU, LayerNorm epsilon
-1e-6, LayerNorm before the mean over tokens, zero head, row-major tokens. Appendix B's stochastic
-depth and dropout, which the listing leaves out, are here.
+Follows the names and order of the paper's Listing 1. Matches Google's code
+(google-research/vision_transformer, models_mixer.py) up to rounding: tanh GELU, LayerNorm epsilon
+1e-6, LayerNorm before the mean over tokens, zero head, row-major tokens. Includes the stochastic
+depth and dropout of appendix B, which the listing omits.
 
 Shapes: N batch, S tokens, C channels, P patch side, H W pixels.
 """
@@ -37,9 +37,9 @@ from allmlp.models.resize import TOKENS, Weight, resize_tokens
 
 
 class MlpBlock(nn.Sequential):
-    """Two dense layers with a GELU between them, applied to the last axis (equation 1).
+    """Two dense layers with a GELU in between, applied to the last axis (equation 1).
 
-    Gated, the first layer is twice as wide and `SiluGate` stands in the place of the GELU.
+    If gated, the first layer is twice as wide and `SiluGate` replaces the GELU.
     """
 
     before_gelu: ClassVar[str] = "dense_0"  # for inference with packed weights
@@ -57,7 +57,7 @@ class MlpBlock(nn.Sequential):
 
 
 class SiluGate(nn.Module):
-    """The first half of the last axis times the SiLU of the second (Shazeer 2020, "SwiGLU")."""
+    """The first half of the last axis times SiLU of the second (Shazeer 2020, "SwiGLU")."""
 
     def forward(self, x: Tensor) -> Tensor:  # (..., 2 D) -> (..., D)
         value, gate = x.chunk(2, dim=-1)
@@ -65,17 +65,17 @@ class SiluGate(nn.Module):
 
 
 class MixerBlock(nn.Module):
-    """Token mixing, then channel mixing, each with a LayerNorm before and a skip around it.
+    """Token mixing, then channel mixing, each with pre-LayerNorm and a skip connection.
 
-    The output bias of the token mixing changes no logit and has no gradient but rounding: it adds
-    one number to all channels of a token, and whatever reads the tokens, the last LayerNorm
-    included, subtracts the mean over channels. It is here because the paper's code and Google's
-    files have it; inference with packed weights leaves it out. (A pyramid's shortcut mixes such
-    numbers among tokens and never among channels. Untied, grouped and views' biases do count.)
+    The output bias of token mixing changes no logit, and its gradient is pure rounding noise: it
+    adds the same number to all channels of a token, and everything that reads the tokens, the last
+    LayerNorm included, subtracts the mean over channels. It exists because the paper's code and
+    Google's files have it; inference with packed weights skips it. (The shortcut of a pyramid mixes
+    these numbers across tokens, never across channels. It matters in untied, grouped and views.)
 
     Args:
         config: the architecture.
-        index: of the block, from 0.
+        index: index of the block, from 0.
         drop_token_mixing, drop_channel_mixing: stochastic depth of the two branches.
     """
 
@@ -129,20 +129,20 @@ class MlpMixer(PatchClassifier):
 #
 #     untied    a token-mixing MLP for each of the C channels instead of one for all
 #     grouped   G neighbouring channels are one vector of G * S numbers: the MLP sees them together
-#     views     as grouped, but of C features that are learned: G linear maps from C to C / G, whose
-#               g-th outputs stand beside each other as the G channels of a group do
-#     pyramid   the token mixing of chosen blocks maps S tokens to S' < S
+#     views     as grouped, but on C learned features: G linear maps from C to C / G, whose g-th
+#               outputs are laid out like the G channels of a group
+#     pyramid   token mixing in selected blocks maps S tokens to S' < S
 #
-# The paper leaves open, and we chose: D_S stays that of the configuration; the maps of the views
-# have no bias; the way back from views is the groups' own, with no second map; the skip connection
-# of a block with fewer tokens after it than before is a linear map over the tokens without bias, as
-# the projection shortcut of a ResNet (He et al. 2016).
+# Our choices where the paper is silent: D_S is that of the configuration; the maps of the views
+# have no bias; views are undone as groups are, without a second map; the skip connection of a block
+# that reduces the tokens is a linear map over the tokens without bias, like the projection shortcut
+# of a ResNet (He et al. 2016).
 
 
 class UntiedLinear(nn.Module):
     """A dense layer per channel: (N, C, in) -> (N, C, out); weight (C, out, in), bias (C, out)."""
 
-    half_products: ClassVar[bool] = True  # an export may compute them in bfloat16
+    half_products: ClassVar[bool] = True  # an export may compute the matmuls in bfloat16
 
     def __init__(self, channels: int, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -151,8 +151,8 @@ class UntiedLinear(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """Draws new weights as `lecun_normal_` does for a layer of that many inputs."""
-        with torch.no_grad():  # drawn for all channels at once, scaled to the fan-in of one
+        """Draws new weights with the scale of `lecun_normal_` for a layer of this fan-in."""
+        with torch.no_grad():  # drawn for all channels at once, then scaled to the fan-in of one
             lecun_normal_(self.weight)
             self.weight.mul_(math.sqrt(self.weight.shape[1]))
             self.bias.zero_()
@@ -163,7 +163,7 @@ class UntiedLinear(nn.Module):
 
 
 class VariantBlock(MixerBlock):
-    """A mixer layer whose token mixing is one of the variants."""
+    """A mixer block with one of the token-mixing variants."""
 
     def __init__(self, config: MixerConfig, index: int, *drops: float) -> None:
         super().__init__(config, index, *drops)
@@ -174,7 +174,7 @@ class VariantBlock(MixerBlock):
         if config.token_mixing == "untied":
             dense_0 = UntiedLinear(dim, before, hidden)
             dense_1 = UntiedLinear(dim, hidden, after)
-        self.token_mixing.add_module("dense_0", dense_0)  # in the place of the paper's own
+        self.token_mixing.add_module("dense_0", dense_0)  # replaces the standard layer
         self.token_mixing.add_module("dense_1", dense_1)
         self.groups = groups
         has_views, is_smaller = config.token_mixing == "views", after < before
@@ -192,7 +192,7 @@ class VariantBlock(MixerBlock):
         return x + self.drop_1(y)
 
     def mix_tokens(self, y: Tensor) -> Tensor:
-        """Returns (N, S', C): each vector of G neighbouring channels through the MLP."""
+        """Applies the MLP to vectors of G neighbouring channels, and returns (N, S', C)."""
         samples, tokens, dim = y.shape
         columns = y.transpose(1, 2).reshape(samples, dim // self.groups, self.groups * tokens)
         return self.token_mixing(columns).reshape(samples, dim, -1).transpose(1, 2)
@@ -206,26 +206,26 @@ class MixerConfig(PatchConfig):
     """The architecture of an MLP-Mixer (Table 1 of the paper).
 
     Args:
-        image_size: (H, W) in pixels, one number for a square; the patch must divide both.
+        image_size: (H, W) in pixels; a single number means a square. The patch must divide both.
         patch_size: P, side of a patch in pixels.
         hidden_dim: C, channels of a token.
-        num_blocks: mixer layers; each has a token-mixing and a channel-mixing MLP.
+        num_blocks: mixer layers, each a token-mixing and a channel-mixing MLP.
         tokens_mlp_dim: D_S, hidden units of the token-mixing MLPs.
         channels_mlp_dim: D_C, hidden units of the channel-mixing MLPs.
-        num_classes: outputs of the head; 0 leaves the head out: the model returns its features.
+        num_classes: outputs of the head; 0 removes the head, and the model returns its features.
         in_channels: channels of the input images.
-        dropout: probability after each of the two dense layers of every MLP.
-        stochastic_depth: s, probability of dropping the last MLP; it rises linearly from 0 at the
-            first of the 2 * num_blocks MLPs (appendix B).
-        gelu: "tanh" as Google's weights were trained, "exact" for weights trained in timm.
-        token_mixing: which weights mix the tokens (appendix A.1): one MLP for all channels
-            ("shared"), one per channel ("untied"), one that sees `token_groups` neighbouring
-            channels at once ("grouped"), or that many learned views of all channels ("views").
-        token_groups: G, for "grouped" and "views"; it divides hidden_dim.
-        pyramid: (block, S') pairs: the token mixing of these blocks, counted from 0, reduces the
-            tokens to S', and all later blocks work on that many.
-        gated: a SiLU gate in place of the GELU of all MLPs, as in timm's gMixer; D_S and D_C are
-            the hidden units behind the gate.
+        dropout: probability after both dense layers of every MLP.
+        stochastic_depth: s, drop probability of the last MLP; it rises linearly from 0 at the first
+            of the 2 * num_blocks MLPs (appendix B).
+        gelu: "tanh" as in Google's training, "exact" for weights trained in timm.
+        token_mixing: variant of appendix A.1: one MLP for all channels ("shared"), one per channel
+            ("untied"), one over `token_groups` neighbouring channels at once ("grouped"), or over
+            as many learned views of all channels ("views").
+        token_groups: G, for "grouped" and "views"; must divide hidden_dim.
+        pyramid: (block, S') pairs: token mixing in these blocks, counted from 0, reduces the tokens
+            to S', and all later blocks work on S' tokens.
+        gated: a SiLU gate replaces the GELU in all MLPs, as in timm's gMixer; D_S and D_C count
+            the hidden units after the gate.
 
     Raises:
         ValueError: the patch does not divide the image, or a value is out of range.
@@ -271,12 +271,12 @@ class MixerConfig(PatchConfig):
 
     @property
     def is_plain(self) -> bool:
-        """Whether this is the paper's Mixer and not a variant of appendix A.1."""
+        """Whether this is the paper's Mixer, not a variant of appendix A.1."""
         return self.token_mixing == "shared" and not self.pyramid
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The tokens before each block and, at last, those before the head: num_blocks + 1."""
+        """Number of tokens before every block and before the head: num_blocks + 1 values."""
         steps, counts = dict(self.pyramid), [self.num_tokens]
         for block in range(self.num_blocks):
             counts.append(steps.get(block, counts[-1]))
@@ -284,9 +284,9 @@ class MixerConfig(PatchConfig):
 
     @property
     def flops(self) -> int:
-        """Operations of one image, a multiply-add counted as two.
+        """FLOPs per image, counting a multiply-add as two.
 
-        Biases, GELU and LayerNorm, together below one per cent, are left out, as is usual.
+        Biases, GELU and LayerNorm, less than one per cent in total, are left out, as is usual.
         """
         dim, wide = self.hidden_dim, 2 if self.gated else 1
         total = self.num_tokens * self.in_channels * self.patch_size**2 * dim
@@ -299,13 +299,13 @@ class MixerConfig(PatchConfig):
 
     @property
     def widest(self) -> int:
-        """Values of one image's largest activation, a hidden layer of the first block."""
+        """Values in the largest activation of one image, a hidden layer of the first block."""
         hidden = self.hidden_dim * self.tokens_mlp_dim, self.num_tokens * self.channels_mlp_dim
         return max(hidden) * (2 if self.gated else 1)
 
     @property
     def least_parameters(self) -> int:
-        """Trained values of the blocks' MLPs alone."""
+        """Number of parameters in the blocks' MLPs alone."""
         copies = self.hidden_dim if self.token_mixing == "untied" else self.token_groups
         tokens = sum(before + after for before, after in itertools.pairwise(self.tokens))
         channels = 2 * self.num_blocks * self.hidden_dim * self.channels_mlp_dim
@@ -313,7 +313,7 @@ class MixerConfig(PatchConfig):
 
     @property
     def variant(self) -> str:
-        """The variant of appendix A.1 in words; "" for the paper's own Mixer."""
+        """Describes the variant of appendix A.1; "" for the paper's Mixer."""
         words = {
             "shared": [],
             "untied": ["untied token mixing"],
@@ -325,7 +325,7 @@ class MixerConfig(PatchConfig):
         return ", ".join(words)
 
     def summary(self) -> str:
-        """Returns the shape in a few words: "12 layers, patch 16, 768 channels"."""
+        """Returns a short description: "12 layers, patch 16, 768 channels"."""
         words = "gated" if self.gated else ""
         return ", ".join(filter(None, (super().summary(), words, self.variant)))
 
@@ -342,7 +342,7 @@ def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> MixerCon
 
 
 def _suffix(config: MixerConfig, named: MixerConfig) -> str | None:
-    """A model grown to K tiles has K times wider token-mixing MLPs; a variant says what it is."""
+    """Suffix for block-diagonal growth to K tiles (K times wider token mixing) and for variants."""
     shape = ("patch_size", "hidden_dim", "num_blocks", "channels_mlp_dim", "gated")
     tiles, rest = divmod(config.tokens_mlp_dim, named.tokens_mlp_dim)
     if rest or any(getattr(config, name) != getattr(named, name) for name in shape):
@@ -352,7 +352,7 @@ def _suffix(config: MixerConfig, named: MixerConfig) -> str | None:
 
 
 def token_weights(config: MixerConfig) -> Iterator[Weight]:
-    """Returns which weights depend on the tokens, see `resize_tokens`."""
+    """Returns the weights that depend on the number of tokens, see `resize_tokens`."""
     read = (2 if config.gated else 1, config.tokens_mlp_dim)
     for index in range(config.num_blocks):
         name = f"blocks.{index}.token_mixing"
@@ -365,7 +365,7 @@ def token_weights(config: MixerConfig) -> Iterator[Weight]:
 def _resize(
     tensors: Tensors, old: MixerConfig, new: MixerConfig, method: str
 ) -> tuple[MixerConfig, str]:
-    """Every tile of block-diagonal growth has hidden units of its own, see `Family.resize`."""
+    """In block-diagonal growth every tile gets its own hidden units, see `Family.resize`."""
     if not old.is_plain:
         what = f"this variant ({old.summary()}) cannot be brought to another image size"
         fix = "Only the paper's own token mixing has a rule for that; train it at that size"
@@ -385,7 +385,7 @@ _TABLE_1 = {
     "mixer_l32": (32, 1024, 24, 512, 4096),
     "mixer_l16": (16, 1024, 24, 512, 4096),
     "mixer_h14": (14, 1280, 32, 640, 5120),
-    "gmixer_24": (16, 384, 24, 192, 768),  # gated, of timm
+    "gmixer_24": (16, 384, 24, 192, 768),  # gated, from timm
 }
 FAMILY = Family(
     name="mixer",

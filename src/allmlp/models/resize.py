@@ -1,22 +1,21 @@
 """Trained weights at another image size: the paper's block-diagonal growth, and resampling.
 
-Of a Mixer only the token-mixing MLPs depend on the number of patches. Their weights are images on
-the grid of patches: a hidden unit reads an image of incoming weights and writes one of outgoing
-weights.
+Only the token-mixing MLPs of a Mixer depend on the number of patches. Their weights are images on
+the patch grid: a hidden unit has an image of incoming and one of outgoing weights.
 
-block-diagonal  (section 3 and appendix C of the paper; both sides grow by whole numbers)
-    The image is cut into K_h x K_w tiles of the old size, and every tile has its own copy of the
-    old token-mixing MLP: S and D_S grow by K_h * K_w. Right after it
+block-diagonal  (section 3 and appendix C of the paper; both sides grow by integer factors)
+    The image is cut into K_h x K_w tiles of the old size, each with its own copy of the old
+    token-mixing MLP: S and D_S grow by K_h * K_w. Before any further training,
         logits(large image) = mean over its tiles of the old logits(tile).
-    Tokens are row-major over the whole grid and not tile after tile, so the blocks are permuted.
+    Tokens are row-major over the whole grid, not tile by tile, so the blocks are permuted.
 
-resample  (any size, larger or smaller; D_S stays)
-    The tokens of the new grid are resized to the old one, mixed there, and what the MLP adds is
-    resized back. Both resizings are linear maps A (new to old) and B (old to new) whose rows sum
-    to one, so they become part of the weights: W_0 A, B W_1, B b_1. Right after it
+resample  (any size, larger or smaller; D_S does not change)
+    The tokens of the new grid are resized to the old one and mixed there, and the output of the MLP
+    is resized back. Both are linear maps, A (new to old) and B (old to new), whose rows sum to one,
+    so they can be folded into the weights: W_0 A, B W_1, B b_1. Before any further training,
         token mixing(x) = B . old token mixing(A . x)
-    and constant images excite the hidden units exactly as before. With "nearest" and a whole
-    factor, the logits of a grid in which every token is repeated are those of the old grid.
+    and constant images excite the hidden units exactly as before. With "nearest" and an integer
+    factor, repeating every token of a grid leaves the logits unchanged.
 
 Shapes: D hidden units of the token-mixing MLP, (h, w) the old grid, (H, W) the new one.
 """
@@ -42,7 +41,7 @@ Weight = tuple[str, tuple[Axis, ...]]
 
 
 def whole_factors(old: Size, new: Size, method: str) -> Any:
-    """Returns (K_h, K_w) of block-diagonal growth between two grids; None to resample."""
+    """Returns (K_h, K_w) for block-diagonal growth between two grids; None means resample."""
     factors = (new[0] // old[0], new[1] // old[1])
     is_whole = new[0] % old[0] == new[1] % old[1] == 0
     if method == "block-diagonal" and not is_whole:
@@ -56,7 +55,7 @@ def whole_factors(old: Size, new: Size, method: str) -> Any:
 
 
 def how_resized(factors: Size | None) -> str:
-    """Returns the method in words."""
+    """Describes the method."""
     return f"block-diagonal, {factors[0]}x{factors[1]} tiles" if factors else "resampled (nearest)"
 
 
@@ -68,18 +67,18 @@ def resize_tokens(
     method: str = "auto",
     interpolation: Interpolation = "nearest",
 ) -> tuple[int, str]:
-    """Brings weights that depend on the tokens to the image size of `new`, in place.
+    """Resizes weights that depend on the tokens to the image size of `new`, in place.
 
     Args:
         tensors: by our names.
-        weights: the names of these weights, with what each of their axes is: `TOKENS`, or (g, D)
-            for g * D hidden units, of which every tile gets D in each of the g groups.
+        weights: names of these weights and what their axes are: `TOKENS`, or (g, D) for g * D
+            hidden units, of which every tile gets D in each of the g groups.
         old, new: a `PatchConfig`.
         method: block-diagonal, resample or auto.
-        interpolation: of resampling; "bilinear" and "bicubic" with antialiasing.
+        interpolation: for resampling; "bilinear" and "bicubic" are antialiased.
 
     Returns:
-        The number of tiles, 1 if they were resampled, and the method in words.
+        The number of tiles (1 if resampled), and a description of the method.
     """
     factors = whole_factors(old.grid, new.grid, method)
     tiles, size = math.prod(factors or (1,)), "x".join(map(str, new.image_size))
@@ -98,8 +97,8 @@ def resize_tokens(
 
 
 def resize_maps(name: str) -> Callable[[Tensors, Any, Any, str], tuple[Any, str]]:
-    """Returns the `Family.resize` of networks with one dense layer over the tokens in each block,
-    called `name`, "{}" standing for the number of the block."""
+    """Returns `Family.resize` for networks with one dense layer over the tokens per block; `name`
+    is its name, with "{}" for the block index."""
 
     def resize(tensors: Tensors, old: Any, new: Any, method: str) -> tuple[Any, str]:
         weights: list[Weight] = []
@@ -112,12 +111,12 @@ def resize_maps(name: str) -> Callable[[Tensors, Any, Any, str], tuple[Any, str]
 
 
 def _grown(value: Tensor, axes: tuple[Axis, ...], grid: Size, factors: Size) -> Tensor:
-    """Returns a weight with a copy of `value` for each of K_h x K_w tiles."""
+    """Returns a weight with a copy of `value` for each of the K_h x K_w tiles."""
     (h, w), (high, wide) = grid, factors
     small, large, tile_of = [], [], []
     for axis in axes:
-        # The new grid's rows are (tile row, row in the tile), its columns likewise: written into
-        # this view, the blocks land where row-major order over the whole grid wants them.
+        # Rows of the new grid are (tile row, row in the tile), and columns likewise: writing into
+        # this view puts the blocks in row-major order over the whole grid.
         if axis == TOKENS:
             small += [h, w]
             large += [high, h, wide, w]
@@ -139,9 +138,9 @@ def _grown(value: Tensor, axes: tuple[Axis, ...], grid: Size, factors: Size) -> 
 def _resampled(
     value: Tensor, axes: tuple[Axis, ...], old: Size, new: Size, interpolation: Interpolation
 ) -> Tensor:
-    """Returns a weight on another grid: what reads tokens W A, what writes them B W."""
+    """Returns a weight on another grid: W A if it reads tokens, B W if it writes them."""
     dtype, num_tokens = value.dtype, new[0] * new[1]
-    value = value.double()  # so that the rounding of the maps does not add to that of the model
+    value = value.double()  # so that rounding in the maps does not add to that of the model
     if len(axes) == 2 and axes[1] == TOKENS:
         down, across = (resizing(n, o, interpolation) for n, o in zip(new, old, strict=True))
         value = (down.T @ (value.view(-1, *old) @ across)).flatten(1)
@@ -153,13 +152,13 @@ def _resampled(
 
 
 def resizing(old: int, new: int, interpolation: Interpolation) -> Tensor:
-    """Returns the linear map (new, old) that resizes a line of `old` cells; its rows sum to one.
+    """Returns the linear map (new, old) that resizes `old` cells to `new`; its rows sum to one.
 
-    "nearest" repeats cells where the line grows and averages them where it shrinks.
+    "nearest" repeats cells when growing and averages them when shrinking.
     """
     identity = torch.eye(old, dtype=torch.float64)
     if interpolation != "nearest":
-        # One image, a line in each column. (torch resizes images of width one wrongly.)
+        # One image with a line per column. (torch resizes images of width one wrongly.)
         image = identity[None, None]
         matrix = interpolate(image, size=(new, old), mode=interpolation, antialias=True)[0, 0]
     elif new >= old:

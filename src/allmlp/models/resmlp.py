@@ -1,13 +1,13 @@
 """ResMLP: Feedforward networks for image classification with data-efficient training (Touvron et
 al. 2021, arXiv 2105.03404).
 
-One S x S matrix mixes the tokens, and an affine map of each channel stands where a Mixer has
-LayerNorms, so that the whole block but the GELU of its channel MLP is linear:
+An S x S matrix mixes the tokens, and a per-channel affine map replaces LayerNorm, so the whole
+block is linear except for the GELU of the channel MLP:
 
     x <- x + scale_0 * (mixing (affine_0 x)),   x <- x + scale_1 * MLP(affine_1 x)
 
-Equal to its authors' code (facebookresearch/deit) and timm's. Stochastic depth is the same in all
-blocks, as there.
+Matches the authors' code (facebookresearch/deit) and timm. As there, stochastic depth is the same
+in all blocks.
 
 Shapes: N batch, S tokens, C channels.
 """
@@ -35,7 +35,7 @@ from allmlp.models.resize import resize_maps
 
 
 class Affine(nn.Module):
-    """alpha * x + beta for each channel (equation 1)."""
+    """alpha * x + beta per channel (equation 1)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Affine(nn.Module):
 
 
 class ResMLPBlock(nn.Module):
-    """A linear map of the tokens, then an MLP of the channels (equations 2 and 3)."""
+    """A linear map over the tokens, then an MLP over the channels (equations 2 and 3)."""
 
     def __init__(self, config: ResMLPConfig) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class ResMLPBlock(nn.Module):
 
 
 class ResMLP(PatchClassifier):
-    """ResMLP S12, S24, S36 and B24, and any other sizes."""
+    """ResMLP S12, S24, S36 and B24, and custom sizes."""
 
     config: ResMLPConfig
     last_norm: ClassVar[str] = "pre_head_affine"
@@ -84,7 +84,7 @@ class ResMLP(PatchClassifier):
         return Affine(self.config.hidden_dim)
 
     def initialize(self) -> None:
-        """Draws new weights as its authors do, but a zero head, as all models here have."""
+        """Draws new weights as the authors do, but with a zero head, as in all models here."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -98,9 +98,9 @@ class ResMLPConfig(PatchConfig):
     """The architecture of a ResMLP.
 
     Args:
-        channels_mlp_dim: hidden units of the channel MLPs.
-        layer_scale: what the scales of new weights begin with (LayerScale).
-        stochastic_depth: probability of dropping a branch, the same in all blocks.
+        channels_mlp_dim: hidden units of the channel MLP.
+        layer_scale: initial value of the scales (LayerScale).
+        stochastic_depth: drop probability of a branch, the same in all blocks.
 
     The other fields are those of `PatchConfig`.
 
@@ -122,12 +122,12 @@ class ResMLPConfig(PatchConfig):
 
     @property
     def widest(self) -> int:
-        """Values of one image's largest activation, a hidden layer."""
+        """Number of values in the largest activation of one image, a hidden layer."""
         return self.num_tokens * self.channels_mlp_dim
 
     @property
     def least_parameters(self) -> int:
-        """Trained values of the blocks' matrices alone."""
+        """Number of parameters in the blocks' matrices alone."""
         block = self.num_tokens**2 + 2 * self.hidden_dim * self.channels_mlp_dim
         return self.num_blocks * block
 
@@ -141,7 +141,7 @@ def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> ResMLPCo
 
 _SHAPES: dict[
     str, tuple[Any, ...]
-] = {  # P, C, L, hidden units of the channel MLP, LayerScale of the authors' code
+] = {  # P, C, L, hidden units of the channel MLP, LayerScale; from the authors' code
     "resmlp_12": (16, 384, 12, 1536, 0.1),
     "resmlp_24": (16, 384, 24, 1536, 1e-5),
     "resmlp_36": (16, 384, 36, 1536, 1e-6),
@@ -161,7 +161,7 @@ FAMILY = Family(
     resize=resize_maps("blocks.{}.token_mixing"),
     marker=r"pre_head_affine\.|blocks\.\d+\.(affine|scale)_",
     infer=_infer,
-    crops=dict.fromkeys(_SHAPES, 0.9),  # the authors' evaluation; timm's is 0.875
+    crops=dict.fromkeys(_SHAPES, 0.9),  # the authors evaluate at 0.9, timm at 0.875
     names=(
         Names(
             "timm",

@@ -1,8 +1,8 @@
-"""A small residual convolutional network, to compare a Mixer with where timm is not installed.
+"""A small ResNet to compare a Mixer with when timm is not installed.
 
-The paper's figure 4 has a ResNet50x1 of BiT. This one has its traits at the size of small images:
-pre-activation (He et al. 2016), GroupNorm and ReLU, convolutions without biases, the mean over the
-last grid, a zero head.
+The paper's figure 4 uses BiT's ResNet50x1. This one has its traits, scaled to small images:
+pre-activation (He et al. 2016), GroupNorm, ReLU, bias-free convolutions, global average pooling, a
+zero head.
 
 Shapes: N batch, C channels, H W pixels.
 """
@@ -21,12 +21,12 @@ from allmlp.models.layers import ImageClassifier
 
 @dataclass(frozen=True, kw_only=True)
 class SmallResNetConfig(ModelConfig):
-    """The architecture of a `SmallResNet`, beside the fields of `ModelConfig`.
+    """The architecture of a `SmallResNet`, in addition to the fields of `ModelConfig`.
 
     Args:
-        width: channels of the first stage, a multiple of 8; each stage has twice those before it.
-        num_stages: the grid is halved between them.
-        num_blocks: residual blocks of a stage, two 3 x 3 convolutions each.
+        width: channels of the first stage, a multiple of 8; doubled in every further stage.
+        num_stages: number of stages, with the grid halved in between.
+        num_blocks: residual blocks per stage, each with two 3 x 3 convolutions.
 
     Raises:
         ValueError: a value is out of range.
@@ -54,17 +54,17 @@ class SmallResNetConfig(ModelConfig):
 
     @property
     def hidden_dim(self) -> int:
-        """Channels of the last stage, which the head reads."""
+        """Channels of the last stage, the input of the head."""
         return self.widths[-1]
 
     @property
     def flops(self) -> int:
-        """Operations of one image, a multiply-add counted as two; norms and ReLU left out."""
+        """FLOPs per image, counting a multiply-add as two; norms and ReLU are left out."""
         height, width = self.image_size
         total = height * width * 9 * self.in_channels * self.width
         before = self.width
         for stage, dim in enumerate(self.widths):
-            if stage:  # the first block halves the grid, rounded up
+            if stage:  # the first block halves the grid, rounding up
                 height, width = -(-height // 2), -(-width // 2)
             area = height * width
             total += area * 9 * dim * (before + (2 * self.num_blocks - 1) * dim)
@@ -73,7 +73,7 @@ class SmallResNetConfig(ModelConfig):
         return 2 * (total + before * self.num_classes)
 
     def summary(self) -> str:
-        """Returns the shape in a few words: "small ResNet, 3 stages of 2 blocks, 32 channels"."""
+        """Returns a short description: "small ResNet, 3 stages of 2 blocks, 32 channels"."""
         stages = f"{self.num_stages} stages of {self.num_blocks} blocks"
         return f"small ResNet, {stages}, {self.width} channels"
 
@@ -83,7 +83,7 @@ def _convolution(before: int, after: int, stride: int = 1) -> nn.Conv2d:
 
 
 class ResidualBlock(nn.Module):
-    """Norm, ReLU, convolution, twice, and a skip connection around them."""
+    """Two times norm, ReLU and convolution, with a skip connection."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -99,13 +99,13 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C', H / stride, W / stride)
         y = F.relu(self.norm_0(x))
         if self.shortcut is not None:
-            x = self.shortcut(y).to(x.dtype)  # under autocast the stream stays float32
+            x = self.shortcut(y).to(x.dtype)  # under autocast the residual stream stays float32
         y = F.relu(self.norm_1(self.conv_0(y)))
         return x + self.conv_1(y)
 
 
 class SmallResNet(ImageClassifier):
-    """A stem, stages of residual blocks, GroupNorm and ReLU, the mean over the grid, a head."""
+    """Stem, stages of residual blocks, GroupNorm and ReLU, global average pooling, head."""
 
     config: SmallResNetConfig
 
@@ -124,7 +124,7 @@ class SmallResNet(ImageClassifier):
         self.initialize()
 
     def initialize(self) -> None:
-        """Draws new weights: He-normal convolutions, a zero head."""
+        """Draws new weights: He-normal convolutions, zero head."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -133,7 +133,7 @@ class SmallResNet(ImageClassifier):
             nn.init.zeros_(self.head.bias)
 
     def features(self, images: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, C)
-        """Returns the mean over the last grid, which the head reads.
+        """Returns the input of the head: the mean over the last grid.
 
         Raises:
             ValueError: the images have another size or number of channels than the model.

@@ -1,19 +1,19 @@
-"""The skeleton that CycleMLP and the Vision Permutator share: stages of blocks, ever coarser grids.
+"""The hierarchical design that CycleMLP and the Vision Permutator share.
 
     stem      a convolution                                              (N, H_0, W_0, C_0)
     stage     blocks: x + token mixing(LayerNorm(x)), then x + MLP(LayerNorm(x))
     between   a strided convolution to the next stage's grid and width   (N, H_i, W_i, C_i)
     end       LayerNorm, mean over positions, head
 
-The token mixing of a block has three branches, along the height, along the width and over the
-channels, and a softmax for each channel weights them by the whole image (`Fusion`). The two
-families differ in how a branch mixes.
+Token mixing has three branches: along the height, along the width, and over the channels. Their
+weights per channel are a softmax computed from the whole image (`Fusion`). The two families differ
+in how the branches mix.
 
-Names and shapes of the tensors are those of the authors' codes, so that their files load unchanged
+Tensor names and shapes are those of the authors' code, so that their files load unchanged
 (ShoufaChen/CycleMLP, Andrew-Qibin/VisionPermutator): `patch_embed.proj`, `network.N.B...`, `norm`,
-`head`. LayerNorm has torch's epsilon of 1e-5, the GELU is exact.
+`head`. LayerNorm uses torch's epsilon of 1e-5; the GELU is exact.
 
-Shapes: N batch, (H, W) a stage's grid, C its channels; channels come last between stem and head.
+Shapes: N batch, (H, W) grid of a stage, C its channels; channels-last between stem and head.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Window = tuple[int, int, int]  # kernel, stride and padding of a convolution
 
 
 class Mlp(nn.Module):
-    """Two dense layers with an exact GELU between them, over the channels."""
+    """An MLP over the channels: two dense layers with an exact GELU in between."""
 
     before_gelu: ClassVar[str] = "fc1"  # for inference with packed weights
 
@@ -47,10 +47,10 @@ class Mlp(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Token mixing: three branches, weighted for each channel of each image, and a dense layer.
+    """Token mixing: three branches, weighted per channel and image, then a dense layer.
 
-    The weights come from the mean, over the image, of the sum of the branches (not of their mean)
-    and sum to one over the branches.
+    The weights are computed from the image mean of the branches' sum (not of their mean), and sum
+    to one over the branches.
     """
 
     def __init__(self, dim: int) -> None:
@@ -60,7 +60,7 @@ class Fusion(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the branches of height and width, each of the shape of x, (N, H, W, C)."""
+        """Returns the branches along height and width, with the shape of x, (N, H, W, C)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:  # (N, H, W, C) -> (N, H, W, C)
@@ -74,7 +74,7 @@ class Fusion(nn.Module):
 
 
 class Block(nn.Module):
-    """Token mixing, then an MLP over the channels, each with a LayerNorm and a skip around it."""
+    """Token mixing, then channel MLP, each with pre-LayerNorm and a skip connection."""
 
     def __init__(self, fusion: Fusion, dim: int, hidden: int, drop: float) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Block(nn.Module):
 
 
 class Convolution(nn.Module):
-    """A strided convolution with a bias: the stem, and what joins two stages."""
+    """A strided convolution with bias: the stem, and the downsampling between stages."""
 
     def __init__(self, channels: int, dim: int, window: Window) -> None:
         super().__init__()
@@ -105,9 +105,9 @@ class Convolution(nn.Module):
 
 
 class StagedClassifier(ImageClassifier):
-    """Stem, stages with convolutions between them, LayerNorm, mean over positions, head."""
+    """Stem, stages with downsampling in between, LayerNorm, mean over positions, head."""
 
-    config: Any  # the family's own
+    config: Any  # of the family
 
     def __init__(self, config: StagedConfig) -> None:
         super().__init__()
@@ -131,13 +131,13 @@ class StagedClassifier(ImageClassifier):
         self.initialize()
 
     def fusion(self, stage: int) -> Fusion:
-        """Returns a new token mixing for a block of a stage."""
+        """Returns a new token mixing module for a block of this stage."""
         raise NotImplementedError
 
     def initialize(self) -> None:
-        """Draws the dense weights, also of the head: truncated normal, 0.02, zero biases.
+        """Draws the dense weights, including the head: truncated normal with std 0.02, zero biases.
 
-        Convolutions keep torch's own initial weights, as in the authors' codes.
+        Convolutions keep torch's default initialisation, as in the authors' code.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -146,7 +146,7 @@ class StagedClassifier(ImageClassifier):
                     nn.init.zeros_(module.bias)
 
     def features(self, images: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, C)
-        """Returns the mean over positions of the normalised last stage, which the head reads.
+        """Returns the input of the head: the mean over positions of the normalised last stage.
 
         Raises:
             ValueError: the images have another size or number of channels than the model.
@@ -160,17 +160,17 @@ class StagedClassifier(ImageClassifier):
 
 @dataclass(frozen=True, kw_only=True)
 class StagedConfig(ModelConfig):
-    """The fields of both families, beside those of `ModelConfig`.
+    """Fields of both families, in addition to those of `ModelConfig`.
 
     Args:
-        depths: blocks of each stage.
-        dims: C, channels of each stage; at least 4, as a quarter of them weights the branches.
-        mlp_ratios: hidden units of a block's MLP over its channels, for each stage.
-        stochastic_depth: probability of dropping each of the two branches of the last block; it
-            rises linearly from 0 at the first.
+        depths: blocks per stage.
+        dims: C, channels per stage; at least 4, as the branch weights are computed from a quarter.
+        mlp_ratios: hidden units of the channel MLP relative to C, per stage.
+        stochastic_depth: drop probability of both branches of the last block; it rises linearly
+            from 0 at the first.
 
     Raises:
-        ValueError: a value is out of range, or a field has another number of stages.
+        ValueError: a value is out of range, or a field has the wrong number of stages.
     """
 
     per_stage: ClassVar[tuple[str, ...]] = ("dims", "mlp_ratios")
@@ -191,16 +191,16 @@ class StagedConfig(ModelConfig):
 
     @property
     def windows(self) -> list[Window | None]:
-        """Of the stem, and of the convolutions before each later stage; None without one."""
+        """For the stem and the downsampling before every later stage; None where there is none."""
         raise NotImplementedError
 
     def mixing_macs(self, stage: int) -> int:
-        """Returns the multiply-adds of the branches of height and width in a block of a stage."""
+        """Returns the multiply-adds of the height and width branches in a block of this stage."""
         raise NotImplementedError
 
     @property
     def grids(self) -> tuple[Size, ...]:
-        """Rows and columns of each stage."""
+        """Rows and columns per stage."""
         height, width = self.image_size
         grids = []
         for window in self.windows:
@@ -213,43 +213,43 @@ class StagedConfig(ModelConfig):
 
     @property
     def places(self) -> list[int]:
-        """The place of each stage in `network`, where convolutions stand between them."""
+        """Index of every stage in `network`, which also holds the downsampling."""
         joins = [window is not None for window in self.windows[1:]]
         return [stage + sum(joins[:stage]) for stage in range(len(self.depths))]
 
     @property
     def hidden_dim(self) -> int:
-        """Channels of the last stage, which the head reads."""
+        """Channels of the last stage, the input of the head."""
         return self.dims[-1]
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of all stages."""
+        """Number of blocks in all stages."""
         return sum(self.depths)
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Positions of each stage's grid, the finest first."""
+        """Number of positions per stage, finest grid first."""
         return tuple(height * width for height, width in self.grids)
 
     @property
     def least_parameters(self) -> int:
-        """Trained values of the blocks' MLPs alone."""
+        """Number of parameters in the blocks' MLPs alone."""
         stages = zip(self.depths, self.dims, self.mlp_ratios, strict=True)
         return sum(2 * depth * ratio * dim**2 for depth, dim, ratio in stages)
 
     @property
     def widest(self) -> int:
-        """Values of one image's largest activation, a hidden layer of a block's MLP."""
+        """Number of values in the largest activation of one image, a hidden layer of an MLP."""
         stages = zip(self.tokens, self.dims, self.mlp_ratios, strict=True)
         return max(tokens * dim * ratio for tokens, dim, ratio in stages)
 
     @property
     def flops(self) -> int:
-        """Operations of one image, a multiply-add counted as two.
+        """FLOPs per image, counting a multiply-add as two.
 
-        Of convolutions and dense layers; biases, GELU, LayerNorm and the weights of the branches
-        are left out, as is usual.
+        Convolutions and dense layers only; biases, GELU, LayerNorm and the branch weights are left
+        out, as is usual.
         """
         macs, channels = self.hidden_dim * self.num_classes, self.in_channels
         for stage, (tokens, dim) in enumerate(zip(self.tokens, self.dims, strict=True)):
@@ -262,14 +262,14 @@ class StagedConfig(ModelConfig):
         return 2 * macs
 
     def summary(self) -> str:
-        """Returns the shape in a few words: "stages of 2, 2, 4, 2 blocks, 64 to 512 channels"."""
+        """Returns a short description: "stages of 2, 2, 4, 2 blocks, 64 to 512 channels"."""
         blocks = ", ".join(map(str, self.depths))
         return f"stages of {blocks} blocks, {self.dims[0]} to {self.dims[-1]} channels"
 
 
 def infer_stages(shapes: Shapes) -> tuple[dict[str, Any], list[int]]:
-    """Returns the fields that the tensors of both families imply, and each stage's place in
-    `network`; see `Family.infer`."""
+    """Infers the fields that both families share, and the index of every stage in `network`; see
+    `Family.infer`."""
     blocks = (re.match(r"network\.(\d{1,6})\.\d{1,6}\.", name) for name in shapes)
     places = sorted({int(match[1]) for match in blocks if match})
     if not places:

@@ -1,8 +1,8 @@
-"""Any model of timm, in the frame that every model here has: "timm:NAME".
+"""Any timm model behind the interface of our models: "timm:NAME".
 
-timm's classifier is left out and our dense head put in its place, so that training, fine-tuning and
-few-shot find the same `head` everywhere. timm is not a dependency: it is imported when such a model
-is named. Source: Wightman, PyTorch Image Models, github.com/huggingface/pytorch-image-models, 1.0.
+Our dense head replaces timm's classifier, so that training, fine-tuning and few-shot find the same
+`head` in every model. timm is an optional dependency, imported only when such a model is named.
+Source: Wightman, PyTorch Image Models, github.com/huggingface/pytorch-image-models, 1.0.
 
 Shapes: N batch, C features, H W pixels.
 """
@@ -33,10 +33,10 @@ _MATCHING = (
 
 
 class TimmModel(ImageClassifier):
-    """A model of timm without its classifier, and our own head, zero until weights come.
+    """A timm model without its classifier, plus our own head, which starts at zero.
 
-    On the meta device only the parameters are left out. Constants that no weights file holds
-    (indices of windows, frequencies) are real, so that weights can be assigned to it.
+    On the meta device only the parameters are left out. Constants that no weights file contains
+    (window indices, frequencies) are real, so that weights can be assigned.
     """
 
     config: TimmConfig
@@ -52,7 +52,7 @@ class TimmModel(ImageClassifier):
             nn.init.zeros_(self.head.bias)
 
     def features(self, images: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, C)
-        """Returns what timm's classifier would read: `forward_head` with `pre_logits`."""
+        """Returns the input of timm's classifier: `forward_head` with `pre_logits`."""
         self.check_images(images)
         backbone: Any = self.backbone
         x = backbone.forward_head(backbone.forward_features(images), pre_logits=True)
@@ -61,15 +61,15 @@ class TimmModel(ImageClassifier):
 
 @dataclass(frozen=True, kw_only=True)
 class TimmConfig(ModelConfig):
-    """The architecture of a model of timm, beside the fields of `ModelConfig`.
+    """The architecture of a timm model, in addition to the fields of `ModelConfig`.
 
     Args:
-        name: timm's, without a tag of weights, or one of `timm_sizes.py`.
+        name: timm's name without the tag of the weights, or a name in `timm_sizes.py`.
         dropout: timm's `drop_rate`, before the head.
         stochastic_depth: timm's `drop_path_rate`.
 
     Raises:
-        ValueError: a value is out of range. Whether timm knows the name shows when it is built.
+        ValueError: a value is out of range. Unknown names raise only when the model is built.
     """
 
     name: str
@@ -78,30 +78,30 @@ class TimmConfig(ModelConfig):
 
     @property
     def measured(self) -> Measured:
-        """What a model without memory shows; UserError if it takes no images of this size."""
+        """Properties measured on the meta device; UserError if this image size is not supported."""
         return _measured(self.name, self.image_size, self.in_channels)
 
     @property
     def hidden_dim(self) -> int:
-        """C, the width of the features that the head reads."""
+        """C, the width of the features, the input of the head."""
         return self.measured.width
 
     @property
     def flops(self) -> int:
-        """Operations of one image, a multiply-add counted as two, by torch's counter: convolutions
-        and matrix products, also attention's."""
+        """FLOPs per image, counting a multiply-add as two, from torch's counter: convolutions and
+        matmuls, including attention."""
         return self.measured.flops + 2 * self.hidden_dim * self.num_classes
 
     def summary(self) -> str:
-        """Returns the architecture in a few words: "timm's resnet18, 512 features"."""
+        """Returns a short description: "timm's resnet18, 512 features"."""
         return f"timm's {self.name}, {self.hidden_dim} features"
 
 
 def import_timm() -> Any:
-    """Returns the module timm, or raises UserError."""
+    """Returns the timm module; UserError if it cannot be imported."""
     try:
         return importlib.import_module("timm")
-    except Exception as error:  # also of a torchvision for another torch: RuntimeError, OSError
+    except Exception as error:  # also RuntimeError, OSError of a wrong torchvision
         absent = error.name if isinstance(error, ModuleNotFoundError) else None
         what = f"timm cannot be imported: {first_line(error)}"
         if absent == "timm":
@@ -111,7 +111,7 @@ def import_timm() -> Any:
 
 
 def timm_config(name: str) -> TimmConfig:
-    """Returns the configuration of "timm:NAME", at timm's own size with 1000 classes."""
+    """Returns the configuration of "timm:NAME" at timm's default size, with 1000 classes."""
     name = name.removeprefix(PREFIX)
     if "." in name:
         what = f"{PREFIX}{name} names weights; a model with random weights has no tag"
@@ -121,7 +121,7 @@ def timm_config(name: str) -> TimmConfig:
 
 
 def own_image_size(name: str) -> Size:
-    """Returns the (H, W) that timm builds an architecture for."""
+    """Returns timm's default (H, W) of an architecture."""
     import_timm()
     own = HAND_BUILT.get(name)
     return tuple(known_to_timm(name).input_size[1:]) if own is None else own.image_size
@@ -148,14 +148,14 @@ def known_to_timm(name: str) -> Any:
 
 
 def build_backbone(config: TimmConfig) -> nn.Module:
-    """Returns timm's model without a classifier, with random weights, for the image size; under
-    `torch.device("meta")` without memory for its parameters, but with real constants."""
+    """Returns timm's model for the image size, without classifier and with random weights. Under
+    `torch.device("meta")` its parameters take no memory, but constants are real."""
     if torch.get_default_device().type != "meta":
         return _built(config)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         with _parameters_on_meta():
             model = _built(config)
-        if any(buffer.is_meta for buffer in model.buffers()):  # made where the parameters were
+        if any(buffer.is_meta for buffer in model.buffers()):  # created on meta, too
             model = _built(config)
             with _parameters_on_meta():
                 for module in model.modules():
@@ -166,13 +166,13 @@ def build_backbone(config: TimmConfig) -> nn.Module:
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Moves every parameter that a module registers in the block to the meta device."""
+    """Moves every parameter registered inside the block to the meta device."""
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
         del module, name
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
-    hook: Any = to_meta  # torch's types forget that it may return another parameter
+    hook: Any = to_meta  # torch's types do not allow returning another parameter
     handle = register_module_parameter_registration_hook(hook)
     try:
         yield
@@ -182,7 +182,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def _built(config: TimmConfig) -> nn.Module:
     settings: dict[str, Any] = {"num_classes": 0, "in_chans": config.in_channels}
-    # Not every model has these two: only those that are set are passed.
+    # Not every model accepts these two, so they are passed only if set.
     settings |= {"drop_rate": config.dropout} if config.dropout else {}
     settings |= {"drop_path_rate": config.stochastic_depth} if config.stochastic_depth else {}
     timm, name = import_timm(), config.name
@@ -197,14 +197,15 @@ def _built(config: TimmConfig) -> nn.Module:
             else:
                 model = timm.create_model(name, img_size=config.image_size, **settings)
         return model
-    except Exception as error:  # whatever timm raises for settings that a model does not have
+    except Exception as error:  # timm raises anything for unsupported settings
         given = ", ".join(f"{key}={value}" for key, value in settings.items())
         raise UserError(f"timm cannot build {name} ({given}): {first_line(error)}") from error
 
 
 def resized(model: TimmModel, image_size: Size) -> TimmModel:
-    """Brings a model with its weights to another image size, in place, and returns it: convolutions
-    take any; of other networks timm resizes position embeddings (bicubic) where it knows how."""
+    """Resizes a model with its weights to another image size, in place, and returns it.
+    Convolutions take any size; otherwise timm resizes position embeddings (bicubic) where it
+    can."""
     config = replace(model.config, image_size=image_size)
     if config.name not in HAND_BUILT and known_to_timm(config.name).fixed_input_size:
         own, new = ("x".join(map(str, size)) for size in (model.config.image_size, image_size))
@@ -216,17 +217,17 @@ def resized(model: TimmModel, image_size: Size) -> TimmModel:
             backbone.set_input_size(image_size)
         except Exception as error:
             raise UserError(f"{what}: {first_line(error)}") from error
-    _ = config.measured  # an image of that size passes
+    _ = config.measured  # raises if the model does not take this size
     model.config = config
     return model
 
 
 class Measured(NamedTuple):
-    """What a model of timm without its classifier shows of itself."""
+    """Properties of a timm model without its classifier."""
 
     flops: int
-    width: int  # C, of the features that the head reads
-    unpooled: tuple[int, ...] | None  # shape of one image's `forward_features`, if it is a tensor
+    width: int  # C, of the features
+    unpooled: tuple[int, ...] | None  # shape of `forward_features` for one image, if a tensor
 
 
 @functools.lru_cache(maxsize=64)
@@ -234,7 +235,7 @@ def _measured(name: str, image_size: Size, in_channels: int) -> Measured:
     from torch.utils.flop_counter import FlopCounterMode
 
     config = TimmConfig(name=name, image_size=image_size, num_classes=0, in_channels=in_channels)
-    # The caller's random numbers stay the same, whether this was measured before or not.
+    # Leave the caller's random state unchanged, whether or not the result was cached.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         backbone: Any = build_backbone(config).to("meta").eval().requires_grad_(False)
         image = torch.empty(1, in_channels, *image_size, device="meta")
@@ -251,7 +252,7 @@ def _measured(name: str, image_size: Size, in_channels: int) -> Measured:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, cut to a readable length."""
+    """Returns the first line of an error message, truncated to a readable length."""
     return (str(error) or type(error).__name__).strip().splitlines()[0][:300]
 
 

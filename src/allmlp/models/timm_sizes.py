@@ -1,4 +1,4 @@
-"""Sizes of the paper's comparison systems that timm does not register, assembled from its parts."""
+"""Sizes of the paper's comparison systems that timm does not register, built from its parts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from allmlp.models.family import Size
 class HandBuilt(NamedTuple):
     """A size that timm does not register."""
 
-    image_size: Size  # of the source
+    image_size: Size  # as in the source
     build: Callable[..., nn.Module]  # takes timm's settings: num_classes, in_chans, drop_rate, ...
 
 
 def _bit(layers: tuple[int, ...], width: int, **settings: Any) -> nn.Module:
-    """BiT's ResNet-v2 (Kolesnikov et al. 2020) as timm builds the registered ones."""
+    """BiT's ResNet-v2 (Kolesnikov et al. 2020), built as timm builds the registered sizes."""
     resnetv2 = importlib.import_module("timm.models.resnetv2")
     timm_layers = importlib.import_module("timm.layers")
     return resnetv2.ResNetV2(
@@ -37,7 +37,7 @@ def _nfnet_f4_plus(**settings: Any) -> nn.Module:
     """NFNet-F4+ (Brock et al. 2021; deepmind-research, nfnets/base.py)."""
     nfnet = importlib.import_module("timm.models.nfnet")
     config = nfnet._dm_nfnet_cfg(depths=(5, 10, 30, 15), channels=(384, 768, 2048, 2048))
-    # timm's helper has 128, the stem of the narrower F4; it is half of the first stage's width.
+    # timm's helper has 128, the stem of the narrower F4; it is half the width of the first stage.
     return nfnet.NormFreeNet(dataclasses.replace(config, stem_chs=192), **settings)
 
 

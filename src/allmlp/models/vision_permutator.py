@@ -1,30 +1,30 @@
 """Vision Permutator: A Permutable MLP-Like Architecture for Visual Recognition (Hou et al. 2022,
 arXiv 2106.12368).
 
-Token mixing goes along the height and along the width apart. The channels are cut into G segments
-of S; a column of the grid is then, for each segment, one vector of H x S numbers, which a dense
-layer maps to another such vector, and likewise a row:
+Token mixing runs along the height and the width separately. The channels are cut into G segments of
+size S. For each segment, a column of the grid is then one vector of H x S numbers, which a dense
+layer maps to another such vector, and a row likewise:
 
     height   h[i', j, g, s'] = sum over i, s of mlp_h[i' S + s', i S + s] x[i, j, g, s]
     width    w[i, j', g, s'] = sum over j, s of mlp_w[j' S + s', j S + s] x[i, j, g, s]
 
-Equal to its authors' code (Andrew-Qibin/VisionPermutator), in which G is the side of the grid and
-H S = C, so that both maps are C x C and images have 224 x 224 pixels. Here G stays the same at any
-other image size, also a rectangular one: the maps are then H S x H S and W S x W S.
+Matches the authors' code (Andrew-Qibin/VisionPermutator), where G is the side of the grid and H S =
+C, so that both maps are C x C and images have 224 x 224 pixels. Here G stays the same at other
+image sizes, including rectangular ones: the maps are H S x H S and W S x W S.
 
-At another image size (`_resize`) the segments stay, and each map, an image (place, channel of the
-segment) -> the same, changes along the places:
+At another image size (`_resize`) the segments stay the same, and each map, an image (place, channel
+of the segment) -> the same, is resized along the places:
 
-block-diagonal  (both sides grow by a whole number K)
+block-diagonal  (both sides grow by an integer factor K)
     A column is cut into K parts of the old length, each with a copy of the old map. The parts still
-    meet where the branches are weighted, by the mean over the whole image; so an image that is
-    K x K copies of another has the logits of that other.
+    interact in the weights of the branches, which depend on the mean over the whole image; an image
+    that tiles another K x K times therefore has the same logits.
 resample  (any size)
-    B mlp A, with A that resizes the places from the new to the old number and B back, whose rows
-    sum to one: the places are resized, mixed as before, and resized back.
+    B mlp A: A resizes the places from the new number to the old one, and B back; the rows of both
+    sum to one.
 
-Shapes: N batch, (H, W) a stage's grid, C its channels, G segments of S channels, the segment being
-the slow index; channels come last between stem and head.
+Shapes: N batch, (H, W) grid of a stage, C its channels, G segments of S channels, the segment index
+being the slow one; channels-last between stem and head.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from allmlp.runtime.device import check_fits_memory
 
 
 class PermutatorFusion(Fusion):
-    """The token mixing of a block: C channels in segments of S on a grid (H, W)."""
+    """Token mixing of a block: C channels in segments of S on a grid (H, W)."""
 
     def __init__(self, dim: int, size: int, grid: Size) -> None:
         super().__init__(dim)
@@ -62,7 +62,7 @@ class PermutatorFusion(Fusion):
 
 
 class VisionPermutator(StagedClassifier):
-    """Vision Permutator s/14, s/7, m/7 and l/7, and any other widths and depths."""
+    """Vision Permutator s/14, s/7, m/7 and l/7, and custom widths and depths."""
 
     config: VisionPermutatorConfig
     why_one_size: ClassVar[str] = "its token mixing has a weight for each place in a row and column"
@@ -78,16 +78,16 @@ class VisionPermutatorConfig(StagedConfig):
 
     Args:
         patch_size: side of a patch in pixels.
-        segments: G of each stage, which divides its channels; the published models have the side of
-            the stage's grid at 224 pixels.
-        downsamples: for each but the last stage, whether the grid is halved after it; the patch,
-            times two for each, must divide the image.
+        segments: G per stage, a divisor of its channels; in the published models, the side of the
+            stage's grid at 224 pixels.
+        downsamples: whether the grid is halved after a stage, for all but the last; the patch,
+            times two per halving, must divide the image.
 
     The other fields are those of `StagedConfig`.
 
     Raises:
-        ValueError: a value is out of range, the image does not divide into such grids, or channels
-            not into segments.
+        ValueError: a value is out of range, or the image does not divide into the grids or the
+            channels into the segments.
     """
 
     per_stage: ClassVar[tuple[str, ...]] = (*StagedConfig.per_stage, "segments")
@@ -116,7 +116,7 @@ class VisionPermutatorConfig(StagedConfig):
 
     @property
     def sizes(self) -> list[int]:
-        """S of each stage, channels of a segment."""
+        """S per stage, channels of a segment."""
         return [dim // count for dim, count in zip(self.dims, self.segments, strict=True)]
 
     @property
@@ -126,19 +126,19 @@ class VisionPermutatorConfig(StagedConfig):
         return [stem, *((2, 2, 0) if halved else None for halved in self.downsamples)]
 
     def mixing_macs(self, stage: int) -> int:
-        """See `StagedConfig`: each of a token's numbers meets side x S others, in each branch."""
+        """See `StagedConfig`: in both branches, every value of a token meets side x S others."""
         lengths = sum(self.grids[stage]) * self.sizes[stage]
         return self.tokens[stage] * self.dims[stage] * lengths
 
     def summary(self) -> str:
-        """Returns the shape in a few words."""
+        """Returns a short description."""
         return f"patch {self.patch_size}, {super().summary()}"
 
 
 def _resize(
     tensors: Tensors, old: VisionPermutatorConfig, new: VisionPermutatorConfig, method: str
 ) -> tuple[VisionPermutatorConfig, str]:
-    """Brings the maps of all blocks to the image size of `new`, see `Family.resize`."""
+    """Resizes the maps of all blocks to the image size of `new`, see `Family.resize`."""
     stages = zip(new.grids, new.sizes, new.depths, strict=True)
     numbers = sum(depth * (h**2 + w**2) * size**2 for (h, w), size, depth in stages)
     check_fits_memory(numbers, f"token mixing at {'x'.join(map(str, new.image_size))} pixels")
@@ -154,21 +154,21 @@ def _resize(
 
 
 def grow_map(weight: Tensor, old: int, new: int, size: int) -> Tensor:
-    """Returns the map (new S, new S) with new / old copies of (old S, old S) on its diagonal."""
+    """Returns (new S, new S) with new / old copies of the (old S, old S) map on its diagonal."""
     return torch.block_diag(*[weight.reshape(old * size, old * size)] * (new // old))
 
 
 def resample_map(weight: Tensor, old: int, new: int, size: int) -> Tensor:
-    """Returns the map (new S, new S): resize to the old places, mix, and resize back."""
+    """Returns the map (new S, new S): resize to the old places, mix, resize back."""
     read, written = resizing(new, old, "nearest"), resizing(old, new, "nearest")
     maps = weight.double().view(old, size, old, size)
-    # In float64, so that the rounding of the maps does not add to that of the model.
+    # In float64, so that rounding in the maps does not add to that of the model.
     resampled = torch.einsum("Pp,psqt,qQ->PsQt", written, maps, read)
     return resampled.reshape(new * size, new * size).to(weight.dtype)
 
 
 def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> VisionPermutatorConfig:
-    """The shapes do not say the segments: the authors' code wants one for each row of the grid."""
+    """The segments cannot be inferred; the authors' code has one per row of the grid."""
     fields, places = infer_stages(shapes)
     patch = shape_of(shapes, "patch_embed.proj.weight", 4)[2]
     downsamples = tuple(f"network.{place + 1}.proj.weight" in shapes for place in places[:-1])
@@ -188,7 +188,7 @@ def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> VisionPe
 
 
 _FIRST, _SECOND, _NONE = (True, False, False), (False, True, False), (False, False, False)
-_SHAPES = {  # of its authors' code: P, depths, dims, segments, where the grid is halved
+_SHAPES = {  # P, depths, dims, segments, where the grid is halved; from the authors' code
     "vip_s14": (14, (4, 3, 8, 3), (384,) * 4, (16,) * 4, _NONE),
     "vip_s7": (7, (4, 3, 8, 3), (192, 384, 384, 384), (32, 16, 16, 16), _FIRST),
     "vip_m7": (7, (4, 3, 14, 3), (256, 256, 512, 512), (32, 32, 16, 16), _SECOND),
@@ -210,5 +210,5 @@ FAMILY = Family(
     resize=_resize,
     marker=r"network\.\d+\.\d+\.attn\.mlp_[hw]\.",
     infer=_infer,
-    crops=dict.fromkeys(("vip_s14", "vip_s7", "vip_m7"), 0.9),  # the authors' `default_cfgs`
+    crops=dict.fromkeys(("vip_s14", "vip_s7", "vip_m7"), 0.9),  # from the authors' `default_cfgs`
 )
