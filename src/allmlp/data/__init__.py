@@ -1,1 +1,1 @@
-"""Bytes -> batches: sources of images, the decoder, transforms and the loader."""
+"""From bytes to batches: image sources, decoder, transforms and loader."""

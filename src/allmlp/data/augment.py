@@ -1,6 +1,6 @@
-"""Random changes of a training image or batch, each from the generator that is passed in.
+"""Augmentation of training images and batches; all randomness comes from the given generator.
 
-Legend: N batch, H W pixels; an image is uint8 (H, W, channels). RandAugment has its own file.
+Legend: N batch, H W pixels; an image is uint8 (H, W, channels). RandAugment is in randaugment.py.
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ def warp(
     shift: float = 0.0,
     elastic: float = 0.0,
 ) -> np.ndarray:
-    """Returns the image rotated, scaled, sheared, shifted and bent at random, as writing varies.
+    """Randomly rotates, scales, shears, shifts and bends an image, like variation in handwriting.
 
-    All in one resampling (bilinear), because each would blur a small image a little more; what
-    comes in from outside is black. The strengths are the largest angle in degrees, the largest
-    relative change of the width and, drawn independently, of the height, the largest horizontal
-    shear in pixels per pixel, and the largest shift as a fraction of the sides. `elastic` is the
-    standard deviation of 3 x 3 random shifts, interpolated smoothly (bicubic) over the image, as a
-    fraction of its sides; the idea of Simard et al. 2003.
+    A single bilinear resampling, because several would blur a small image; the outside is black.
+    The strengths are maxima: the angle in degrees, the relative change in width and (independently)
+    height, the horizontal shear in pixels per pixel, and the shift as a fraction of the sides.
+    `elastic` is the standard deviation of 3 x 3 random displacements, interpolated bicubically, as
+    a fraction of the sides (after Simard et al. 2003).
     """
     draw = random.uniform(-1.0, 1.0, size=6)
     angle = math.radians(rotate) * draw[0]
     scale_x, scale_y = 1.0 + scale * draw[1], 1.0 + scale * draw[2]
     cos, sin = math.cos(angle), math.sin(angle)
-    # From a place in the new image to that in the old one, in pixels from the centre.
+    # Maps output to input coordinates, in pixels from the centre.
     matrix = torch.tensor(
         [[scale_x * cos, -scale_x * sin + shear * draw[3]], [scale_y * sin, scale_y * cos]]
     ).float()
@@ -60,7 +59,7 @@ def warp(
 
 
 def padded_crop(pixels: np.ndarray, random: np.random.Generator, padding: float) -> np.ndarray:
-    """Returns the image shifted by whole pixels: a crop of its size after padding with black.
+    """Pads the image with black and takes a random crop of the original size.
 
     `padding` is a fraction of the sides; 0.125 is the usual 4 of 32 pixels.
     """
@@ -74,10 +73,10 @@ def padded_crop(pixels: np.ndarray, random: np.random.Generator, padding: float)
 def random_erasing(
     pixels: np.ndarray, random: np.random.Generator, probability: float
 ) -> np.ndarray:
-    """Returns the image, with `probability` a copy with noise in a random rectangle.
+    """With the given probability, fills a random rectangle of a copy with noise.
 
-    The rectangle has 2 to 33 % of the area and an aspect of 0.3 to 3.3, uniform on a logarithmic
-    scale. Source: Zhong et al. 2020, the variant with random values.
+    The rectangle covers 2 to 33 % of the area; its aspect ratio is log-uniform in [0.3, 3.3].
+    Source: Zhong et al. 2020, the variant with random values.
     """
     if random.random() >= probability:
         return pixels
@@ -98,10 +97,10 @@ def random_erasing(
 def mixup(
     images: Tensor, targets: Tensor, probability: float, random: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Returns each image blended with its neighbour in the batch, and the targets likewise.
+    """Blends each image and target with its neighbour in the batch.
 
-    One weight for the whole batch, from Beta(p, p) for the paper's mixup strength p, and never less
-    than one half: as Google's big_vision does. Source: Zhang et al. 2018; the paper's Table 4.
+    As in Google's big_vision: one weight per batch, from Beta(p, p) for the paper's mixup strength
+    p, and at least one half. Source: Zhang et al. 2018; the paper's Table 4.
     """
     if probability == 0.0:
         return images, targets
@@ -116,10 +115,10 @@ def mixup(
 def cutmix(
     images: Tensor, targets: Tensor, strength: float, random: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Returns each image with a rectangle of its neighbour in the batch pasted in.
+    """Pastes a rectangle of its neighbour in the batch into each image.
 
-    One rectangle for the whole batch, whose area outside is drawn from Beta(strength, strength);
-    the targets are mixed by the area that was really pasted. Source: Yun et al. 2019.
+    One rectangle per batch; the fraction of the image kept is drawn from Beta(strength, strength),
+    and the targets are mixed by the area actually pasted. Source: Yun et al. 2019.
     """
     if strength == 0.0:
         return images, targets
@@ -144,7 +143,7 @@ def mix(
     mixup_strength: float,
     cutmix_strength: float,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the batch after mixup or cutmix; if both are on, a coin decides at each step."""
+    """Applies mixup or cutmix; if both are on, one is chosen at random per step."""
     if mixup_strength and cutmix_strength:
         if random.random() < 0.5:
             mixup_strength = 0.0

@@ -1,4 +1,4 @@
-"""What a data set contains and what is wrong with it: every image is read and decoded once."""
+"""Statistics and problems of a data set; every image is decoded once."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from allmlp.data.source import BadImage, Source
 from allmlp.data.sources import notes_of
 from allmlp.io import atomic_write
 
-# What the command writes into a folder.
+# Files written by the command.
 FILES = ("check.json", "bad_files.txt", "duplicates.csv", "samples.png", "duplicates.png")
 TINY_SIDE = 16  # pixels; images with a smaller side are reported as tiny
-HUGE_PIXELS, HUGE_BYTES = 20_000_000, 20_000_000  # above either, as huge
+HUGE_PIXELS, HUGE_BYTES = 20_000_000, 20_000_000  # images above either are reported as huge
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What one split contains; all but the number of images and classes of its readable images."""
+    """Contents of one split; only image and class counts include unreadable images."""
 
     num_images: int
-    num_bytes: int  # of the encoded files
-    class_counts: dict[str, int]  # also of classes without images
+    num_bytes: int  # encoded files
+    class_counts: dict[str, int]  # includes classes without images
     formats: dict[str, int]
     modes: dict[str, int]
-    sizes: dict[str, tuple[int, int]]  # "smallest", "median" and "largest" by area, (H, W), if any
+    sizes: dict[str, tuple[int, int]]  # "smallest", "median", "largest" by area, (H, W)
     unreadable: list[BadImage]
-    tiny: list[BadImage]  # a side under 16 pixels
+    tiny: list[BadImage]  # a side below 16 pixels
     huge: list[BadImage]  # above 20 megapixels or 20 MB
-    dark: list[BadImage]  # 16 bits a sample, but none above `DARK`
+    dark: list[BadImage]  # 16-bit, but no sample above `DARK`
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a data set contains; `duplicates` is None if they were not looked for."""
+    """Contents of a data set; `duplicates` is None if not searched for."""
 
     source: str
     splits: dict[str, SplitReport]
@@ -51,7 +51,7 @@ class Report:
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Returns everything but the single pairs of duplicates, as JSON values."""
+        """Returns the report, without the individual duplicate pairs, as JSON values."""
         found, duplicates = self.duplicates, None
         if found is not None:
             duplicates = {
@@ -92,7 +92,7 @@ def check_source(
     num_workers: int | None = None,
     on_progress: Callable[[int], object] = lambda _: None,
 ) -> Report:
-    """Returns what the data contains; `on_progress` gets the number of images just read."""
+    """Checks a data set; `on_progress` gets the number of images just read."""
     scans = scan(splits, num_workers=num_workers, on_progress=on_progress)
     reports = {name: _describe(split, scans[name]) for name, split in splits.items()}
     found = None
@@ -104,7 +104,7 @@ def check_source(
 def _describe(source: Source, scanned: Scan) -> SplitReport:
     places = np.flatnonzero(scanned.facts["readable"])
     fields = ("num_bytes", "height", "width", "format", "mode", "brightest")
-    facts = {name: scanned.facts[name][places] for name in fields}  # not the thumbnails
+    facts = {name: scanned.facts[name][places] for name in fields}  # without thumbnails
     counts = np.bincount(source.labels, minlength=len(source.class_names)).tolist()
     heights, widths = facts["height"].astype(np.int64), facts["width"].astype(np.int64)
     areas, num_bytes = heights * widths, facts["num_bytes"]
@@ -148,14 +148,14 @@ def format_bytes(number: int) -> str:
 
 
 def _count(values: np.ndarray) -> dict[str, int]:
-    """The number of each value, the most frequent first."""
+    """Counts the values, most frequent first."""
     names, counts = np.unique(values, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     return {names[at].item().decode(): int(counts[at]) for at in order}
 
 
 def _duplicates_csv(found: Duplicates) -> str:
-    """A line per pair, the most different first."""
+    """A line per pair, most different first."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     ends = [f"{column}_{end}" for end in (1, 2) for column in ("split", "index", "name", "class")]

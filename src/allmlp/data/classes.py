@@ -1,4 +1,4 @@
-"""Classes belong to the data and to the model: labels are matched by name, never by position."""
+"""Class names and labels. Data and model classes are matched by name, never by position."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ UNLABELLED = "`mixer predict` reads images without labels"
 
 @dataclass(frozen=True)
 class RawLabels:
-    """Labels as the data has them.
+    """Labels as stored in the data.
 
-    `values` are class names, where the data has a list of them (`are_classes`; a code of -1 is no
-    label), else the different cells of a column in any order: text, numbers, true, false or None.
+    `values` are class names if the data lists them (`are_classes`; a code of -1 means no label),
+    else the distinct cells of a column in any order: text, numbers, true, false or None.
     """
 
     codes: np.ndarray  # int (num_images,), indices into `values`
     values: Sequence[object]
     are_classes: bool = False
-    where: Callable[[int], object] | None = None  # the image for errors; None takes its name
+    where: Callable[[int], object] | None = None  # names an image in errors; None: its own name
 
 
 class Cells:
-    """The different cells of a column, whatever their type; each gets a number."""
+    """The distinct cells of a column, of any type, numbered."""
 
     def __init__(self) -> None:
         self.values: list[object] = []
         self._codes: dict[object, int] = {}
 
     def code(self, value: object) -> int:
-        """Returns the place of a cell in `values`; a new one is appended."""
+        """Returns the index of a cell in `values`, appending it if new."""
         key = value if isinstance(value, str) else (repr(value),)
         code = self._codes.setdefault(key, len(self.values))
         if code == len(self.values):
@@ -51,8 +51,8 @@ def make_classes(
 ) -> tuple[list[str], np.ndarray] | None:
     """Returns the class names and the labels, int64 (num_images,); None if no image has a label.
 
-    With `are_numbers` the values are for a label rule, so -1 and both of 9 and 9.0 may be there.
-    Raises UserError for the first image whose value is no class: empty, -1, or spelt in two ways.
+    With `are_numbers` the values feed a label rule, so -1, and 9 beside 9.0, are allowed. Raises
+    UserError for the first image with an invalid value: empty, -1, or spelt in two ways.
     """
     where = raw.where or item_name
     if raw.are_classes:
@@ -70,7 +70,7 @@ def make_classes(
         rows.setdefault(texts[code], row)
     if not are_numbers:
         check_twins(rows, lambda name: where(rows[name]))
-        # -1 and 1 are two classes, and so are -2 and -1; beside 0, 1, ... -1 means: no label.
+        # {-1, 1} and {-2, -1} are valid class sets; next to 0, 1, ... -1 means unlabelled.
         others = rows.keys() - {"-1"}
         if "-1" in rows and others != {"1"} and all(name.isdecimal() for name in others):
             fix = f"Remove these images, or give the class another name; {UNLABELLED}"
@@ -83,7 +83,7 @@ def make_classes(
 
 
 def _checked(raw: RawLabels, where: Callable[[int], object]) -> tuple[list[str], np.ndarray] | None:
-    """The labels of a list of classes. Hub data sets mark whole unlabelled splits by -1."""
+    """Checks labels that index a class list. Hub data sets mark unlabelled splits with -1."""
     names = [str(name) for name in raw.values]
     labels = np.ascontiguousarray(raw.codes, dtype=np.int64)
     if len(labels) and (labels == -1).all():
@@ -100,7 +100,7 @@ def _checked(raw: RawLabels, where: Callable[[int], object]) -> tuple[list[str],
 
 
 def label_text(value: object) -> str:
-    """Returns the class name that a cell stands for: text, a whole number, true or false."""
+    """Returns the class name for a cell: text, an integer, true or false."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
@@ -116,17 +116,17 @@ def label_text(value: object) -> str:
 
 
 def natural_order(name: str) -> tuple[list[tuple[bool, int, str, str]], str]:
-    """The sort key that puts class "2" before class "10"."""
+    """Sort key that puts class "2" before class "10"."""
     keys: list[tuple[bool, int, str, str]] = []
     for part in re.split(r"([0-9]+)", name.casefold()):
-        # As text, because a number may be too long for int(): the longer one is the larger.
+        # Compared as text, longer is larger: a number may be too long for int().
         digits = part.lstrip("0") if part.isdecimal() else ""
         keys.append((part.isdecimal(), len(digits), digits, part))
     return keys, name
 
 
 def in_class_order(names: Iterable[str]) -> list[str]:
-    """Returns class names sorted: integers as numbers, other names in natural order."""
+    """Sorts class names: integers numerically, other names in natural order."""
     names = list(names)
     if all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names):
         return sorted(names, key=lambda name: (int(name), name))
@@ -134,9 +134,8 @@ def in_class_order(names: Iterable[str]) -> list[str]:
 
 
 def class_key(name: str) -> str:
-    """Returns the name without what nobody sees or means: blanks, invisible characters, Unicode
-    form, and the format of a whole number ("7" for "007" and "7.0").
-    """
+    """Normalizes a name for matching: spaces, invisible characters, Unicode form and the format of
+    integers ("7" for "007" and "7.0")."""
     seen = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
     text = " ".join(unicodedata.normalize("NFC", seen).split())
     number = re.fullmatch(r"(-?)0*([0-9]+)(?:\.0*)?", text)
@@ -144,10 +143,9 @@ def class_key(name: str) -> str:
 
 
 def check_twins(names: Iterable[str], where: object) -> None:
-    """Checks that no class names are equal, or differ only in case or spelling (`class_key`).
+    """Checks that no two class names are equal or differ only in case or spelling (`class_key`).
 
-    On some file systems their folders would be one. `where` is the place of all, or a function that
-    returns the place of a name.
+    Some file systems would merge their folders. `where` is the location, or maps a name to one.
     """
     place = where if callable(where) else lambda _: where
     seen: dict[str, str] = {}
@@ -172,13 +170,13 @@ _WORDNET = re.compile(r"n\d{8}(?= |$)")
 def match_classes(
     source: Source, class_names: list[str], *, owner: str, allow_missing: bool
 ) -> Source:
-    """Returns the source with its labels in the order of `class_names`, matched by `class_key`.
+    """Relabels a source in the order of `class_names`, matched by `class_key`.
 
-    Other classes, and missing ones unless `allow_missing`, are errors in the name of `owner`: "the
-    model", "train/".
+    Extra classes, and missing ones unless `allow_missing`, are errors. `owner` is the name used in
+    the message, such as "the model" or "train/".
     """
-    # A model of ImageNet calls a class "n01440764 tench"; folders have the WordNet id alone, and
-    # others join the words differently.
+    # ImageNet models name a class "n01440764 tench"; folders often have the WordNet id alone or a
+    # different separator.
     full = {name[:9]: name for name in class_names if _WORDNET.match(name)}
     known, spelled = set(class_names), Counter(map(class_key, class_names))
     full |= {key: name for name in class_names if spelled[key := class_key(name)] == 1}
@@ -206,6 +204,6 @@ def match_classes(
 
 
 def some_of(names: list[str], most: int = 8) -> str:
-    """Returns the first of some names, and how many more there are."""
+    """Lists the first names and the number of the rest."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(repr(name) for name in names[:most]) + more

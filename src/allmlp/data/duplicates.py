@@ -1,9 +1,9 @@
-"""Exact and near duplicates inside and across the splits of a data set, and what to exclude.
+"""Exact and near duplicates within and across the splits of a data set, and what to exclude.
 
-Near: pairs whose perceptual hashes differ in at most `DISTANCE` bits, and whose thumbnails, less
-the plane that fits them best, correlate to `CORRELATION`. An image with hardly any texture has no
-stable hash, and one smaller than a thumbnail too few pixels: these are compared for equal pixels
-only. The limits are from benchmarks/duplicates.md.
+Near duplicates have perceptual hashes within `DISTANCE` bits and thumbnails that, after subtracting
+the best-fitting plane, correlate to at least `CORRELATION`. Images with too little texture for a
+stable hash, or smaller than a thumbnail, are compared for equal pixels only. The thresholds are
+from benchmarks/duplicates.md.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from allmlp.data.source import Source
 
 DISTANCE = 10  # bits of 64
 CORRELATION = 0.93
-LEAST_TEXTURE = 3.0  # grey levels, root mean square, of the thumbnail less its plane
+LEAST_TEXTURE = 3.0  # RMS grey levels of the thumbnail minus its plane
 KINDS = ("same file", "same pixels", "near")
 NEAR = KINDS.index("near")
-_PROTECTED = ("test", "validation")  # no image of these is excluded because of one further right
-_BATCH = 2048  # thumbnails compared at a time
-_BLOCK = 2**18  # hashes compared at a time
+_PROTECTED = ("test", "validation")  # never excluded because of a split further right
+_BATCH = 2048  # thumbnails per comparison
+_BLOCK = 2**18  # hashes per comparison
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,20 @@ class DuplicatePair:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """The pairs of duplicates of a data set; images are numbered through all its splits.
+    """The duplicate pairs of a data set; images are numbered across all splits.
 
-    An exact copy is paired with the first image of its kind only, and near copies are pairs of such
-    first images.
+    An exact copy is paired only with its first occurrence; near duplicates are pairs of first
+    occurrences.
     """
 
     splits: Mapping[str, Source]
     first: np.ndarray  # int64 (num_pairs,)
-    second: np.ndarray  # above `first`
+    second: np.ndarray  # greater than `first`
     kind: np.ndarray  # uint8 (num_pairs,), indices into `KINDS`
     difference: np.ndarray  # float32 (num_pairs,), 1 - correlation of the thumbnails
     num_plain: int = 0  # images with too little texture or too few pixels for near duplicates
-    # Bits within which near duplicates were looked for: fewer if there would be too many
-    # candidates, -1 if even of equal hashes.
+    # Search distance in bits: reduced if there are too many candidates, -1 if even equal hashes
+    # are too many.
     distance: int = DISTANCE
 
     def __len__(self) -> int:
@@ -61,7 +61,7 @@ class Duplicates:
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """The number of the first image of each split, and of all, int64 (num_splits + 1,)."""
+        """The first image number of each split, and the total, int64 (num_splits + 1,)."""
         return np.cumsum([0, *map(len, self.splits.values())])
 
     def locate(self, image: int) -> tuple[str, int]:
@@ -70,7 +70,7 @@ class Duplicates:
         return list(self.splits)[place], int(image - self.offsets[place])
 
     def pair(self, number: int) -> DuplicatePair:
-        """Returns one of the pairs."""
+        """Returns a pair by number."""
         ends = self.locate(int(self.first[number])), self.locate(int(self.second[number]))
         return DuplicatePair(*ends, KINDS[self.kind[number]], float(self.difference[number]))
 
@@ -80,7 +80,7 @@ class Duplicates:
         return source.class_names[int(source.labels[index])]
 
     def other_label(self) -> np.ndarray:
-        """Returns which pairs are of different classes, bool (num_pairs,)."""
+        """Returns which pairs have different classes, bool (num_pairs,)."""
         numbers: dict[str, int] = {}
         parts = [np.empty(0, dtype=np.int64)]
         for source in self.splits.values():
@@ -90,14 +90,14 @@ class Duplicates:
         return labels[self.first] != labels[self.second]
 
     def most_different_first(self) -> np.ndarray:
-        """Returns the numbers of all pairs by falling difference, int64 (num_pairs,)."""
+        """Returns the pair numbers in order of decreasing difference, int64 (num_pairs,)."""
         return np.lexsort((np.arange(len(self)), self.kind == 0, -self.difference))
 
     @cached_property
     def partners(self) -> dict[int, dict[str, list[int]]]:
-        """The duplicates of each image that has some, near or exact, by split and in order.
+        """Maps each image with near or exact duplicates to them, by split and in order.
 
-        Copies of one image share one entry, so each finds itself in it too.
+        Copies of an image share an entry, so it includes the image itself.
         """
         copies: dict[int, list[int]] = {}
         near: dict[int, list[int]] = {}
@@ -118,7 +118,7 @@ class Duplicates:
         return found
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Returns for each split how many of its images have another duplicate in each split."""
+        """Returns, per split, the number of its images with another duplicate in each split."""
         counts = {split: dict.fromkeys(self.splits, 0) for split in self.splits}
         for image, partners in self.partners.items():
             own = self.locate(image)[0]
@@ -127,11 +127,11 @@ class Duplicates:
         return counts
 
     def to_exclude(self) -> Iterator[DuplicatePair]:
-        """Yields the images to leave out so that no duplicates remain, each behind the one to keep.
+        """Yields pairs of an image to keep and its duplicate to exclude, to remove all duplicates.
 
-        Images of train that duplicate one of validation or test, images of validation that
-        duplicate one of test, and those of which an earlier one in the split is a duplicate and
-        stays. (The paper removes near duplicates of its test images from the pre-training data.)
+        Excludes train images that duplicate a validation or test image, validation images that
+        duplicate a test image, and later duplicates within a split. (The paper removes near
+        duplicates of its test images from the pre-training data.)
         """
         is_copy = self.kind != NEAR
         copies = zip(self.second[is_copy], self.first[is_copy], self.kind[is_copy], strict=True)
@@ -159,7 +159,7 @@ def find_duplicates(
     num_workers: int | None = None,
     scans: dict[str, Scan] | None = None,
 ) -> Duplicates:
-    """Returns the duplicates among all images; `scans` are those of the splits, if made already."""
+    """Finds duplicates among all images; `scans` are existing scans of the splits."""
     scans = scans or scan(splits, num_workers=num_workers)
     facts = np.concatenate([scans[name].facts for name in splits])
     usable = np.flatnonzero(facts["readable"])
@@ -202,21 +202,21 @@ def find_duplicates(
 def near_pairs(hashes: np.ndarray, distance: int, most: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Returns all pairs of hashes, uint64 (n,), that differ in at most `distance` bits, in order.
 
-    If these are more than `most`, the distance is lowered until they are not: it is returned too.
-    Two such hashes differ in at most `radius` bits of one of four bands, if the radii plus one add
-    up to more than `distance`: only those are compared.
+    The distance is lowered until there are at most `most` pairs, and is returned too. Only hashes
+    within `radius` bits in one of four bands are compared, which finds every pair if the radii plus
+    one add up to more than `distance`.
     """
     pairs, number = [np.empty((2, 0), dtype=np.int64)], 0
     for band in range(4 if distance >= 0 else 0):
         radius = (distance + 4 - band) // 4 - 1
         keys = ((hashes >> np.uint64(16 * band)) & np.uint64(0xFFFF)).astype(np.int64)
         order = np.argsort(keys, kind="stable")
-        ordered = hashes[order]  # hashes that are compared lie close together
+        ordered = hashes[order]  # compared hashes are adjacent in memory
         for one, other in _candidates(keys[order], radius):
             is_near = np.bitwise_count(ordered[one] ^ ordered[other]) <= distance
             pairs.append(np.sort([order[one[is_near]], order[other[is_near]]], axis=0))
             number += int(is_near.sum())
-            if number > 4 * most:  # each is found in up to four bands
+            if number > 4 * most:  # a pair is found in up to four bands
                 return near_pairs(hashes, distance - 1, most)
     numbers = np.concatenate(pairs, axis=1)
     first, second = np.divmod(np.unique(numbers[0] * len(hashes) + numbers[1]), max(1, len(hashes)))
@@ -226,18 +226,18 @@ def near_pairs(hashes: np.ndarray, distance: int, most: int) -> tuple[np.ndarray
 
 
 def _candidates(keys: np.ndarray, radius: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the places of all pairs of sorted 16-bit keys that differ in up to `radius` bits."""
+    """Yields index pairs of sorted 16-bit keys that differ in at most `radius` bits."""
     sizes = np.bincount(keys, minlength=2**16)
     starts = np.cumsum(sizes) - sizes
     places = np.arange(len(keys))
     for chosen in (c for flips in range(radius + 1) for c in combinations(range(16), flips)):
         partners = keys ^ sum(1 << bit for bit in chosen)
         left = np.flatnonzero((keys < partners) & (sizes[partners] > 0)) if chosen else places
-        begin = starts[partners[left]] if chosen else places + 1  # of its partners
+        begin = starts[partners[left]] if chosen else places + 1  # first partner
         number = (starts + sizes)[partners[left]] - begin
         ends = np.cumsum(number)
         at = 0
-        while at < len(left):  # as many places at a time as have few enough partners
+        while at < len(left):  # in chunks with a limited number of partners
             before = int(ends[at - 1]) if at else 0
             stop = max(int(np.searchsorted(ends, before + _BLOCK, side="right")), at + 1)
             some = number[at:stop]
@@ -247,16 +247,16 @@ def _candidates(keys: np.ndarray, radius: int) -> Iterator[tuple[np.ndarray, np.
 
 
 def residuals(thumbnails: np.ndarray) -> np.ndarray:
-    """Returns grey levels, float32 (N, 3 * 16 * 16): thumbnails less the planes that fit them best.
+    """Returns thumbnails minus their best-fitting planes, in grey levels, float32 (N, 3 * 16 * 16).
 
-    Without it any two images of an even sky, or of one colour, would look alike.
+    Otherwise any two images of plain sky, or of a single colour, would correlate.
     """
     samples = thumbnails.reshape(-1, THUMBNAIL**2, 3).transpose(0, 2, 1).astype(np.float32)
     return (samples - (samples @ _PLANE.T) @ _PLANE).reshape(-1, 3 * THUMBNAIL**2)
 
 
 def _plane() -> np.ndarray:
-    """An orthonormal basis of the planes over a thumbnail, float32 (3, 256)."""
+    """Orthonormal basis of the planes over a thumbnail, float32 (3, 256)."""
     ramp = np.linspace(-1, 1, THUMBNAIL)
     across = np.tile(ramp, (THUMBNAIL, 1))
     basis = np.stack([np.ones_like(across), across, across.T]).reshape(3, -1)
@@ -267,7 +267,7 @@ _PLANE = _plane()
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Returns how alike images are, up to 1, float32 (N,), by their thumbnails."""
+    """Returns the correlation of thumbnails, at most 1, float32 (N,)."""
     a, b = residuals(one), residuals(other)
     scale = np.sqrt(np.einsum("np,np->n", a, a) * np.einsum("np,np->n", b, b))
     return np.einsum("np,np->n", a, b) / np.maximum(scale, 1e-6)

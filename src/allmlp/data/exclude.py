@@ -1,7 +1,7 @@
-"""Lists of images to exclude, in a text file that can be edited.
+"""Exclude lists: editable text files of images to exclude.
 
-One line per image, `split<TAB>index<TAB>name<TAB>why`, below a header with the data the list was
-made for. A list is not applied to other data; lines may be deleted to keep an image after all.
+One line per image, `split<TAB>index<TAB>name<TAB>why`, below a header that identifies the data. A
+list applies to that data only; delete a line to keep its image.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FIX = "Make the list again: mixer data check SOURCE --exclude FILE"
 
 
 def exclude_list(duplicates: Duplicates, source: str) -> str:
-    """Returns the list of what to leave out so that no duplicates remain."""
+    """Returns the text of a list that excludes all duplicates."""
     names = {split: own_names(data) for split, data in duplicates.splits.items()}
     rows: list[tuple[object, ...]] = [(_TITLE,), ("# source", source)]
     rows += [("# split", split, len(own), _checksum(own)) for split, own in names.items()]
@@ -44,15 +44,15 @@ def _checksum(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class ExcludeList:
-    """The images to leave out of a data set."""
+    """The images to exclude from a data set."""
 
     path: Path
-    splits: dict[str, tuple[int, str]]  # the number of images and the checksum of their names
-    images: dict[str, dict[int, str]]  # for each split the names of those to leave out, by index
+    splits: dict[str, tuple[int, str]]  # number of images and checksum of their names
+    images: dict[str, dict[int, str]]  # split -> index -> name of an excluded image
 
 
 def read_exclude_list(path: str | Path) -> ExcludeList:
-    """Returns the list in a file."""
+    """Reads an exclude list."""
     path = Path(os.path.expanduser(path))
     try:
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
@@ -80,7 +80,7 @@ def read_exclude_list(path: str | Path) -> ExcludeList:
 
 
 def exclude(source: Source, excluded: ExcludeList, split: str) -> Source:
-    """Returns a whole split without the images of the list, which must have been made for it."""
+    """Returns a full split without the excluded images; the list must have been made for it."""
     own, problem = own_names(source), None
     mine = excluded.images.get(split, {})
     if split not in excluded.splits:
@@ -101,7 +101,7 @@ def exclude(source: Source, excluded: ExcludeList, split: str) -> Source:
 
 
 def _escape(text: str) -> str:
-    """The text on one line and without tabs."""
+    """Escapes tabs and line breaks."""
     return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
 
 

@@ -1,4 +1,4 @@
-"""What distinguishes one set of images, or one image, from another."""
+"""Fingerprints of data sets and images."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from allmlp.errors import UserError
 
 
 def fingerprint(source: Source, most: int | None = 100, *, moved: bool = False) -> str:
-    """Returns the sha256 over all names and classes and the bytes of `most`, or all, of the images.
+    """Returns the sha256 of all names and classes and the bytes of `most` images (None: all).
 
-    With `moved`, names count without the folder that they share: data may be moved as a whole.
+    With `moved`, the common parent folder is ignored, so that data may be moved as a whole.
     """
     digest = hashlib.sha256(f"{len(source)} {source.class_names}".encode(errors="surrogateescape"))
     names = own_names(source) if moved else map(source.item_name, range(len(source)))
@@ -28,21 +28,21 @@ def fingerprint(source: Source, most: int | None = 100, *, moved: bool = False) 
 
 
 def is_fingerprint_of(text: object, source: Source) -> bool:
-    """Whether a run with this fingerprint began with these images, wherever they were."""
+    """Returns whether this is the fingerprint of these images, wherever they are now."""
     return text == fingerprint(source, moved=True) or text == fingerprint(source)  # older runs
 
 
 def own_names(source: Source) -> list[str]:
-    """Returns the names of all images without the folder that they share."""
+    """Returns the names of all images without their common parent folder."""
     names = [source.item_name(index) for index in range(len(source))]
     if not names:
         return []
-    low, high = min(names), max(names)  # what these two share, all share
+    low, high = min(names), max(names)  # their common prefix is common to all
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False))
     start = low.rfind("/", 0, sum(1 for _ in same)) + 1
     return [name[start:] for name in names]
 
 
 def image_key(encoded: bytes) -> str:
-    """Returns what a run recognises one of its images by: 16 digits of its sha256."""
+    """Returns the first 16 digits of an image's sha256."""
     return hashlib.sha256(encoded).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""The only decoder: encoded bytes -> upright 8-bit pixels, for every command; see docs/data.md.
+"""The decoder used by every command: encoded bytes -> upright 8-bit pixels; see docs/data.md.
 
-The header is read first: only the formats of `FORMATS` are opened, and nothing above `MAX_PIXELS`
-or `MAX_SIDE` is decoded.
+The header is read first: only `FORMATS` are opened, and nothing above `MAX_PIXELS` or `MAX_SIDE` is
+decoded.
 
 Legend: H W pixels; an image is uint8 (H, W, channels) with 3 channels (RGB) or 1 (grey).
 """
@@ -20,31 +20,31 @@ from PIL import ExifTags, Image
 from allmlp.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "PPM")
-# Files with these endings are taken for images when a folder is read.
+# File extensions of images when reading a folder.
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif"),
     *(".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
-MAX_PIXELS = 89_478_485  # Pillow's own limit, 1/4 GiB of 24-bit pixels; there only a warning
-MAX_SIDE = 32_767  # pixels; what fits the 16-bit coordinates of image libraries
-DARK = 16_383  # where no 16-bit sample is above it, the values are probably of 14 bits or fewer
-REDUCTIONS = (8, 4, 2)  # factors at which a JPEG decoder is faster the smaller the image
+MAX_PIXELS = 89_478_485  # 1/4 GiB of 24-bit pixels; Pillow warns above it
+MAX_SIDE = 32_767  # pixels; the limit of 16-bit coordinates in image libraries
+DARK = 16_383  # 16-bit samples all below this probably hold 14 bits or fewer
+REDUCTIONS = (8, 4, 2)  # JPEG decoding is faster at a reduced size
 
-# Markers of a JPEG's header: EXIF and XMP; the pixels' size, by the two sequential codings.
+# JPEG header markers: EXIF and XMP; frame headers of the two sequential codings.
 _APP1, _SEQUENTIAL = 0xE1, (0xC0, 0xC1)
-_PNG_EXIF = (b"eXIf", b"Raw profile type", b"tiff:Orientation")  # in some chunk of it
-_BLOCK_ROWS = 32  # a multiple of every height of a block of pixels that are coded together
+_PNG_EXIF = (b"eXIf", b"Raw profile type", b"tiff:Orientation")  # found in some chunk
+_BLOCK_ROWS = 32  # a multiple of every MCU height
 
 _FIX = f"Images are {', '.join(FORMATS)} files; convert or remove this one"
 
 
 class EncodedImage:
-    """An encoded image whose header has been read: its size is known, no pixel is decoded.
+    """An encoded image with its header read but no pixels decoded.
 
-    `where` is its name for errors; `channels` is 3 for RGB, 1 for grey. `exif_orientation` rotates
-    it upright by its EXIF tag (the paper's code does not; a TIFF always is). Then `size`, (H, W),
-    is that of the upright image, `mode` Pillow's name of the pixels in the file ("RGB", "CMYK",
-    "I;16", ...) and `bits` per sample 8, 12 or 16.
+    `where` names it in errors; `channels` is 3 for RGB, 1 for grey. `exif_orientation` rotates it
+    upright by its EXIF tag (the paper's code does not; a TIFF always is rotated). `size`, (H, W),
+    is that of the upright image, `mode` Pillow's mode of the file ("RGB", "CMYK", "I;16", ...) and
+    `bits` 8, 12 or 16 per sample.
     """
 
     def __init__(
@@ -61,17 +61,17 @@ class EncodedImage:
             what = f"the image has {width}x{height} pixels; the limits are {MAX_PIXELS:,} in all"
             fix = "Make it smaller or remove it"
             raise UserError(f"{what} and {MAX_SIDE:,} a side", where=where, fix=fix)
-        # Pillow rotates a TIFF upright by itself, its size too.
+        # Pillow itself rotates a TIFF upright and reports the rotated size.
         wanted = exif_orientation and self.format != "TIFF"
         self._orientation = self._read_orientation() if wanted else 1
         self.size = (width, height) if self._orientation >= 5 else (height, width)
 
     def _read_header(self) -> tuple[str, str, tuple[int, int]]:
         if self.data[:3] == b"\xff\xd8\xff":
-            try:  # twenty times as fast as Pillow
+            try:  # 20 times faster than Pillow
                 height, width, colors, _ = simplejpeg.decode_jpeg_header(self.data)
             except ValueError:
-                pass  # not well-formed; Pillow decides
+                pass  # malformed; leave it to Pillow
             else:
                 if colors in ("YCbCr", "RGB", "Gray"):
                     return "JPEG", "L" if colors == "Gray" else "RGB", (int(height), int(width))
@@ -86,10 +86,10 @@ class EncodedImage:
         return str(image.format), image.mode, (image.height, image.width)
 
     def _read_tiff_samples(self) -> None:
-        """Finds the kind of a TIFF's samples, which Pillow's mode does not say."""
+        """Reads a TIFF's sample format, which Pillow's mode does not include."""
         from PIL import TiffImagePlugin as tiff  # 70 ms
 
-        for order in (tiff.II, tiff.MM):  # kinds that Pillow decodes, but knows for one order only
+        for order in (tiff.II, tiff.MM):  # Pillow decodes these but registers one byte order only
             for white in (0, 1):
                 tiff.OPEN_INFO.setdefault((order, white, (1,), 1, (12,), ()), ("I;16", "I;12"))
         tiff.OPEN_INFO.setdefault((tiff.MM, 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
@@ -101,10 +101,10 @@ class EncodedImage:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 tags.load(file)
-            kind = int(max(tags.get(tiff.SAMPLEFORMAT, (1,))))  # bytes, if damaged
+            kind = int(max(tags.get(tiff.SAMPLEFORMAT, (1,))))  # bytes if damaged
             bits = int(max(tags.get(tiff.BITSPERSAMPLE, (1,))))
             self._zero_is_white = tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 0
-        except Exception:  # damaged, or no TIFF; Pillow decides
+        except Exception:  # damaged or not a TIFF; leave it to Pillow
             return
         if kind in (2, 3):
             raise _no_range("signed integer" if kind == 2 else "floating-point", self.where)
@@ -113,34 +113,34 @@ class EncodedImage:
         self.bits = max(8, bits)
 
     def _open(self) -> Image.Image:
-        """The image as Pillow opens it, with no pixel decoded."""
+        """Opens the image with Pillow, without decoding pixels."""
         if self._image is None:
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # our limits are stricter than its warning
+                    warnings.simplefilter("ignore")  # our limits are stricter than Pillow's
                     self._image = Image.open(io.BytesIO(self.data), formats=FORMATS)
             except Image.DecompressionBombError as error:
                 what = f"the image is too large: {error}"
                 raise UserError(what, where=self.where, fix=_FIX) from error
-            except Exception as error:  # whatever a decoder makes of damaged bytes
+            except Exception as error:  # decoders may raise anything for damaged bytes
                 what, fix = what_else(self.data)
                 raise UserError(what, where=self.where, fix=fix) from error
         return self._image
 
     def _read_orientation(self) -> int:
-        """The EXIF orientation, 1 to 8; 1 if it is missing or has no meaning."""
-        if self._markers and _APP1 not in self._markers:  # where EXIF and XMP stand
+        """Returns the EXIF orientation, 1 to 8; 1 if missing or invalid."""
+        if self._markers and _APP1 not in self._markers:  # segment with EXIF and XMP
             return 1
         if self.format == "PNG" and not any(name in self.data for name in _PNG_EXIF):
             return 1
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                # A second object: Pillow decodes a PNG to find its tags, and after a failure there
-                # another attempt on the same object takes the damaged pixels for good.
+                # A second object: Pillow decodes a PNG to find its tags, and if that fails, a
+                # retry on the same object accepts the damaged pixels.
                 image = Image.open(io.BytesIO(self.data), formats=FORMATS)
                 value = image.getexif().get(ExifTags.Base.Orientation, 1)
-        except Exception:  # the pixels may be good where the EXIF block is damaged
+        except Exception:  # damaged EXIF does not mean damaged pixels
             return 1
         return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -149,16 +149,16 @@ class EncodedImage:
     ) -> np.ndarray:
         """Returns the pixels, uint8 (H, W, channels), contiguous.
 
-        For training: a `reduction` of 2, 4 or 8 gives that fraction of the size (sides rounded up),
-        which saves time with JPEG only. `fast` decodes a JPEG a tenth faster and slightly less
-        exactly: the fast inverse transform (TensorFlow's default, so Google's), colours upsampled
-        simply. With it, rows below the upper `rows` (before the reduction) may be missing.
+        For training: a `reduction` of 2, 4 or 8 divides the size (sides rounded up); this saves
+        time for JPEG only. `fast` decodes a JPEG 10 % faster and slightly less exactly: fast
+        inverse DCT (TensorFlow's and hence Google's default) and simple chroma upsampling. With
+        it, only the top `rows` rows (before the reduction) are guaranteed.
         """
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 pixels = self._pixels(reduction, fast, rows)
-        except Exception as error:  # whatever a decoder makes of damaged bytes
+        except Exception as error:  # decoders may raise anything for damaged bytes
             what = f"the image is damaged: {str(error) or type(error).__name__}"
             raise UserError(what, where=self.where, fix=_FIX) from error
         return turn_upright(pixels, self._orientation)
@@ -179,10 +179,10 @@ class EncodedImage:
                 pixels = simplejpeg.decode_jpeg(
                     data, colors, fastdct=fast, fastupsample=fast, strict=strict, **scale
                 )
-                if pixels.shape[:2] == wanted:  # not so for a few pixels, which any factor fits
+                if pixels.shape[:2] == wanted:  # may differ for images of a few pixels
                     return pixels
             except ValueError:
-                pass  # perhaps only not well-formed; Pillow finds those cut short
+                pass  # perhaps just malformed; Pillow detects truncation
         image = self._open()
         image.load()
         image = self._to_8_bits(image).convert("RGB" if self.channels == 3 else "L")
@@ -190,18 +190,18 @@ class EncodedImage:
         return pixels if pixels.ndim == 3 else pixels[..., None]
 
     def _to_8_bits(self, image: Image.Image) -> Image.Image:
-        """The image with 8 bits per sample, opaque: transparent pixels are blended on white."""
+        """Converts to opaque 8-bit samples: transparent pixels are blended on white."""
         clear = image.info.get("transparency") if self.bits > 8 else None
-        if image.mode.startswith("I"):  # 12 or 16 bits; convert() would cut at 255 and not scale
+        if image.mode.startswith("I"):  # 12 or 16 bits; convert() would clip at 255, not scale
             samples = np.asarray(image).astype(np.uint32)
             pixels = samples * 255 // (2**self.bits - 1)
-            if self._zero_is_white:  # Pillow inverts those of up to 8 bits only
+            if self._zero_is_white:  # Pillow inverts samples of up to 8 bits only
                 pixels = 255 - pixels
             if clear is not None:
                 pixels[samples == clear] = 255
             return Image.fromarray(pixels.astype(np.uint8))
-        if isinstance(clear, tuple):  # the transparent colour of a 16-bit PNG
-            # Pillow keeps the upper byte of each sample; taken for little-endian, it is the lower.
+        if isinstance(clear, tuple):  # transparent colour of a 16-bit PNG
+            # Pillow keeps the upper byte of a sample; read as little-endian, it keeps the lower.
             low = Image.open(io.BytesIO(self.data), formats=("PNG",))
             low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
             pixels = np.array(image)
@@ -213,11 +213,11 @@ class EncodedImage:
         return image
 
     def brightest(self) -> int | None:
-        """Returns the largest of 16-bit samples, in colour its upper byte; None for other images.
+        """Returns the largest 16-bit sample (for RGB its upper byte); None for other images.
 
-        12-bit values in a 16-bit file are nearly black, and nothing in the file says so.
+        Detects 12-bit values in a 16-bit file, which look nearly black.
         """
-        if self.bits != 16 or self.mode == "CMYK":  # which is ink, and not light
+        if self.bits != 16 or self.mode == "CMYK":  # CMYK is ink, not light
             return None
         self.decode()
         samples = np.asarray(self._open())
@@ -226,9 +226,9 @@ class EncodedImage:
         return 65_535 - int(samples.min()) if self._zero_is_white else int(samples.max())
 
     def _can_stop(self, rows: int) -> bool:
-        """Whether a decoder may stop after this many rows: a complete, plain JPEG that has more.
+        """Whether the decoder may stop after this many rows of a plain, complete JPEG.
 
-        A file without its end is decoded fully, so that one that was cut short is always found.
+        A file without its end marker is decoded fully, so that truncation is always detected.
         """
         is_plain = any(marker in self._markers for marker in _SEQUENTIAL)
         is_whole = self.data.endswith(b"\xff\xd9")
@@ -241,7 +241,7 @@ def _no_range(kind: str, where: object) -> UserError:
     return UserError(what, where=where, fix="Scale them to unsigned 8 or 16 bits and save it again")
 
 
-# What files that are taken for images really are, by their first bytes; and the fix.
+# Actual type of a file that is not an image, by its first bytes, and the fix.
 _CONVERT = "Convert it to JPEG or PNG"
 _OTHERS = (
     (rb"....ftyp(hei|hev|mif1|msf1)", "a HEIC image", f"{_CONVERT}: heif-convert IN OUT.jpg"),
@@ -255,7 +255,7 @@ _OTHERS = (
 
 
 def what_else(data: bytes) -> tuple[str, str]:
-    """Returns what is wrong with a file that does not open as an image, and the fix."""
+    """Returns why a file does not open as an image, and the fix."""
     for pattern, kind, fix in _OTHERS:
         if re.match(pattern, data[:1000], re.DOTALL | re.IGNORECASE):
             return f"the file is not an image that can be read: it is {kind}", fix
@@ -263,18 +263,17 @@ def what_else(data: bytes) -> tuple[str, str]:
 
 
 def find_markers(data: bytes) -> dict[int, int]:
-    """Returns where the segments of a JPEG's header lie: {marker: offset behind its length}; empty
-    for what is not a JPEG, or one whose header is not plain to the beginning of the pixels.
-    """
+    """Returns the segments of a JPEG header as {marker: offset after its length field}; empty if
+    the data is not a JPEG or its header cannot be parsed."""
     markers: dict[int, int] = {}
     if data[:2] != b"\xff\xd8":
         return markers
     position = 2
     while data[position : position + 1] == b"\xff" and position + 4 <= len(data):
         marker = data[position + 1]
-        if marker == 0xDA:  # the pixels begin
+        if marker == 0xDA:  # start of scan
             return markers
-        if marker == 0xFF:  # a filling byte
+        if marker == 0xFF:  # fill byte
             position += 1
             continue
         markers.setdefault(marker, position + 4)
@@ -283,9 +282,9 @@ def find_markers(data: bytes) -> dict[int, int]:
 
 
 def cut_rows(data: bytes, markers: dict[int, int], rows: int) -> bytes:
-    """Returns a sequential JPEG with a header that says it has only this many rows.
+    """Returns a sequential JPEG with its height set to this many rows in the header.
 
-    A decoder reads that far and skips the rest: the upper rows are the same bits, in less time.
+    The decoder stops there, which saves time; the rows it decodes are bit-identical.
     """
     place = next(markers[marker] for marker in _SEQUENTIAL if marker in markers) + 1
     return data[:place] + rows.to_bytes(2, "big") + data[place + 2 :]
@@ -294,13 +293,13 @@ def cut_rows(data: bytes, markers: dict[int, int], rows: int) -> bytes:
 def decode(
     data: bytes, where: object, channels: int = 3, *, exif_orientation: bool = True
 ) -> np.ndarray:
-    """Returns the upright image, uint8 (H, W, channels); `where` is its name for errors."""
+    """Returns the upright image, uint8 (H, W, channels); `where` names it in errors."""
     image = EncodedImage(data, where, channels, exif_orientation=exif_orientation)
     return image.decode()
 
 
 def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Returns an image (H, W, channels) rotated and mirrored by its EXIF orientation, 1 to 8."""
+    """Rotates and mirrors an image (H, W, channels) by its EXIF orientation, 1 to 8."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)  # 5: done; 6 to 8: mirrored below
     if orientation in (2, 3, 6, 7):
@@ -311,12 +310,12 @@ def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def to_pillow(pixels: np.ndarray) -> Image.Image:
-    """Returns an image (H, W, channels) as one of Pillow's, in mode RGB or L."""
+    """Converts an image (H, W, channels) to a Pillow image in mode RGB or L."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Returns the PNG file of 8-bit `pixels`, (H, W) grey or (H, W, 3) RGB."""
+    """Encodes 8-bit `pixels`, (H, W) grey or (H, W, 3) RGB, as PNG."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG")
     return file.getvalue()

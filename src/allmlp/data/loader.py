@@ -1,4 +1,4 @@
-"""Batches of images from a source, with or without worker processes: the same bits either way.
+"""Batches of images from a source, bit-identical with or without worker processes.
 
 Legend: N batch, H W pixels; an image is uint8 (H, W, channels).
 """
@@ -30,36 +30,36 @@ from allmlp.data.transforms import resize_for_evaluation
 from allmlp.errors import UserError, at_least, between
 from allmlp.preprocessing import Preprocessing
 
-# What training does to one image with its own random numbers; the result has the model's size.
+# Augments one image with its own generator; the result has the model's input size.
 TrainingTransform = Callable[[EncodedImage, np.random.Generator], np.ndarray]
 
-# One image on its way into a batch: pixels (None if bad), label, index, what was bad.
+# One image of a batch: pixels (None if bad), label, index, bad images.
 Sample = tuple[np.ndarray | None, int, int, list[BadImage]]
 
 
-TIMEOUT = 600.0  # seconds without a batch after which a worker is taken for hanging
-_LOOK_UP = 1.0  # seconds after which torch reports that no batch came
+TIMEOUT = 600.0  # seconds without a batch after which a worker counts as hanging
+_LOOK_UP = 1.0  # seconds between checks while waiting for a batch
 _NONE_CAME = "DataLoader timed out"
 
 
 @dataclass
 class Batch:
-    """Images for the model, and those that could not be decoded."""
+    """A batch of images, and those that could not be decoded."""
 
     images: Tensor  # uint8 (N, channels, H, W)
     labels: Tensor  # int64 (N,)
-    indices: Tensor  # int64 (N,), of the images in the source
+    indices: Tensor  # int64 (N,), into the source
     bad: list[BadImage] = field(default_factory=list)
 
     def __reduce__(self) -> Any:
-        """Sent to another process, pixels in shared memory stay there; the rest is copied."""
+        """Pickles for another process: pixels stay in shared memory, the rest is copied."""
         images: Tensor | np.ndarray = self.images
         if len(self.images) and not self.images.is_shared():
             images = self.images.permute(0, 2, 3, 1).numpy()
         return _received, (images, self.labels.numpy(), self.indices.numpy(), self.bad)
 
     def pin_memory(self) -> Batch:
-        """Returns the batch in page-locked memory, from which a GPU copies asynchronously."""
+        """Returns the batch in pinned memory, for asynchronous copies to a GPU."""
         images, labels = self.images.pin_memory(), self.labels.pin_memory()
         return replace(self, images=images, labels=labels)
 
@@ -80,8 +80,8 @@ def _received(
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Yields the batches with images and labels on the device.
 
-    To a GPU the next batch is copied on a stream of its own while the model computes on this one;
-    that needs batches in page-locked memory (`pin_memory`).
+    On a GPU the next batch is copied on a separate stream while the model computes on the current
+    one; this needs pinned batches (`pin_memory`).
     """
     if device.type != "cuda":
         for batch in batches:
@@ -110,11 +110,11 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Returns the samples as one batch; those without pixels are only in `bad`."""
+    """Collates samples into a batch; those without pixels appear only in `bad`."""
     good = [(pixels, label, index) for pixels, label, index, _ in samples if pixels is not None]
     bad = [image for sample in samples for image in sample[3]]
     images, labels, indices = zip(*good, strict=True) if good else ((), (), ())
-    # Channels stay last in memory: moving them here would copy every image once more.
+    # Channels stay last in memory, which avoids another copy.
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) if images else torch.empty(0)
     labels, indices = torch.tensor(labels).long(), torch.tensor(indices).long()
     return Batch(stacked.to(torch.uint8), labels, indices, bad)
@@ -138,18 +138,18 @@ def training_batches(
 ) -> Generator[Batch, None, None]:
     """Yields the batches of the steps `start` to `stop` - 1; step n is the same from any start.
 
-    An image that cannot be decoded is replaced by the next good one, and is in `Batch.bad`; a
-    worker that dies or hangs is an error that names it and its image. `batch_size` is over all
-    ranks; `with_neighbour` as for `batches_of_positions`. `num_workers` processes decode: None
-    chooses, 0 decodes in this one. `timeout`: seconds to wait for a batch; 0 waits for ever.
+    An image that cannot be decoded is replaced by the next good one and listed in `Batch.bad`; a
+    worker that dies or hangs raises an error that names it and its image. `batch_size` is summed
+    over ranks; `with_neighbour` is as in `batches_of_positions`. `num_workers` of None chooses a
+    number, 0 decodes in this process. `timeout`: seconds to wait for a batch; 0 waits forever.
     """
     images = _TrainingImages(source, preprocessing, transform, seed)
     positions = batches_of_positions(
         start, stop, batch_size, rank, world_size, with_neighbour=with_neighbour
     )
-    # Found here and not in the workers, each of which would hold the order of all images.
+    # In the main process: every worker would otherwise hold the order of all images.
     places = ([locate(seed, at, len(source)) for at in batch] for batch in positions)
-    if num_workers is None:  # at least one, so that images are decoded during the step
+    if num_workers is None:  # at least one, to decode during the step
         num_workers = max(1, _default_workers(source, preprocessing))
     own = batch_size // world_size
     batch_bytes = own * _image_bytes(preprocessing)
@@ -167,7 +167,7 @@ def evaluation_batches(
     num_workers: int | None = None,
     timeout: float = TIMEOUT,
 ) -> Iterator[Batch]:
-    """Yields every image once and in order; one that cannot be decoded is only in `Batch.bad`."""
+    """Yields every image once, in order; those that cannot be decoded are only in `Batch.bad`."""
     at_least("batch_size", batch_size, 1)
     if num_workers is None:
         num_workers = _default_workers(source, preprocessing)
@@ -183,26 +183,26 @@ def in_order(source: Source, batch_size: int) -> Iterator[range]:
 
 
 def _image_bytes(preprocessing: Preprocessing) -> int:
-    """Bytes of one image in a batch."""
+    """Bytes per image in a batch."""
     height, width = preprocessing.image_size
     return height * width * preprocessing.channels
 
 
 class Images(Dataset[Any]):
-    """The images of a source for a DataLoader, and a table of where each worker is.
+    """A source as a DataLoader data set, with a table of what each worker is doing.
 
-    A subclass says in `load` what becomes of the image at a place.
+    Subclasses implement `load`.
     """
 
     def __init__(self, source: Source, channels: int = 3, *, exif_orientation: bool = True) -> None:
         self.source, self.channels, self.exif_orientation = source, channels, exif_orientation
-        # For each worker: its process, its current image (-1: none), when it began (ns).
+        # Per worker: process id, current image (-1: none), start time (ns).
         self.watched = torch.empty(0, 3, dtype=torch.int64)
 
     def decoded(
         self, index: int, bad: list[BadImage], transform: Callable[[EncodedImage], Any]
     ) -> Any:
-        """Returns what the transform makes of an image, or None and a line in `bad`."""
+        """Returns the transformed image, or None after adding it to `bad`."""
         name = self.source.item_name(index)
         worker = get_worker_info()
         if worker is not None:
@@ -227,17 +227,17 @@ class Images(Dataset[Any]):
     def collate(self, samples: list[Sample]) -> Any:
         batch = collate(samples)
         if get_worker_info() is not None and workers.is_room_for(batch.images.nbytes):
-            with contextlib.suppress(RuntimeError, OSError):  # another process has just taken it
+            with contextlib.suppress(RuntimeError, OSError):  # another process took the free memory
                 batch.images.share_memory_()
         return batch
 
     def suspect(self, message: str) -> str:
-        """Returns which worker a message of the DataLoader means, and where it was."""
+        """Returns which worker a DataLoader error refers to, and its current image."""
         table, ids = self.watched.tolist(), [int(number) for number in re.findall(r"\d+", message)]
         known = [(start, n, at) for n, (pid, at, start) in enumerate(table) if pid in ids]
         if ids and not known:
             return "a worker process, before its first image"
-        if not known:  # a time-out names none: the one with the oldest image
+        if not known:  # a timeout names no worker: take the longest-running
             known = [(start, n, at) for n, (_, at, start) in enumerate(table) if at >= 0]
         if not known:
             return "a worker process, between two images"
@@ -286,7 +286,7 @@ def load(
     timeout: float = TIMEOUT,
     pin_memory: bool = False,
 ) -> Iterator[Any]:
-    """Yields the batches of images at these places, loaded by worker processes if there are any."""
+    """Yields batches of images, loaded by worker processes if there are any."""
     between("num_workers", num_workers, 0, most_workers())
     num_workers = workers.workers_that_start(num_workers, batch_bytes)
     closing = torch.zeros(1, dtype=torch.uint8)
@@ -294,9 +294,9 @@ def load(
         workers.check_guard()
         images.watched = torch.full((num_workers, 3), -1, dtype=torch.int64).share_memory_()
         closing = closing.share_memory_()
-        atexit.register(closing.fill_, 1)  # before multiprocessing ends the workers and waits
+        atexit.register(closing.fill_, 1)  # before multiprocessing stops the workers
     with warnings.catch_warnings():
-        # More workers than cores are the user's choice; they use none of this process's threads.
+        # More workers than cores are the user's choice; workers use no threads of this process.
         warnings.filterwarnings("ignore", message="This DataLoader will create|.*use of fork")
         loader: Iterable[Any] = DataLoader(
             images,
@@ -318,11 +318,11 @@ def load(
 def _named_failures(
     images: Images, batches: Iterator[Any], timeout: float, closing: Tensor
 ) -> Iterator[Any]:
-    """Yields the batches; a worker that dies or hangs becomes an error that names it."""
+    """Yields the batches; the error for a worker that dies or hangs names it."""
     try:
         while True:
-            # torch raises wherever the main process happens to be when a worker dies, mostly in
-            # the model; by looking here, and only here, it can be named.
+            # torch raises wherever the main process is when a worker dies, mostly in the model;
+            # checking only here makes it possible to name the worker.
             before = workers.on_child_end(workers.raise_if_one_died)
             try:
                 workers.raise_if_one_died()
@@ -360,8 +360,8 @@ def _wait(batches: Iterator[Any], timeout: float) -> Any:
             waited = time.monotonic() - begun
             if not str(error).startswith(_NONE_CAME) or 0 < timeout <= waited:
                 raise
-        except (ConnectionError, EOFError):  # a worker died while it handed a batch over
-            for _ in range(50):  # until the system has reported its end
+        except (ConnectionError, EOFError):  # a worker died while sending a batch
+            for _ in range(50):  # until the system reports its exit
                 workers.raise_if_one_died()
                 time.sleep(0.1)
             raise
@@ -369,12 +369,12 @@ def _wait(batches: Iterator[Any], timeout: float) -> Any:
 
 
 def most_workers() -> int:
-    """Returns the largest number of worker processes: more would only take memory."""
+    """Returns the maximum useful number of worker processes."""
     return max(64, 8 * (os.cpu_count() or 1))
 
 
 def _default_workers(source: Source, preprocessing: Preprocessing) -> int:
-    """Workers take about a tenth of a second to start: not for a few small images."""
+    """Starting workers takes about 0.1 s, too long for a few small images."""
     height, width = preprocessing.image_size
     if len(source) * height * width < 2_000_000:
         return 0

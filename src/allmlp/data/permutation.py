@@ -1,4 +1,4 @@
-"""The two fixed permutations of the paper's figure 4 (section 3.4): the same for every image.
+"""The two fixed permutations of the paper's figure 4 (section 3.4), the same for every image.
 
 Legend: H W pixels, P patch side, S patches.
 """
@@ -15,7 +15,7 @@ from allmlp.preprocessing import Preprocessing
 
 
 def pixel_order(preprocessing: Preprocessing) -> np.ndarray | None:
-    """Returns where each pixel comes from, int64 (H * W,), row-major; None if it stays."""
+    """Returns the source index of each pixel, int64 (H * W,), row-major; None for the identity."""
     kind, seed = preprocessing.permutation, preprocessing.permutation_seed
     height, width = preprocessing.image_size
     if kind == "none":
@@ -26,7 +26,7 @@ def pixel_order(preprocessing: Preprocessing) -> np.ndarray | None:
     assert patch is not None
     patches, inside = patch_orders(preprocessing)
     rows, columns = height // patch, width // patch
-    # The pixel numbers as (S, P * P): a row for each patch, its pixels row by row.
+    # Pixel indices as (S, P * P): a row per patch.
     numbers = np.arange(height * width).reshape(rows, patch, columns, patch)
     numbers = numbers.transpose(0, 2, 1, 3).reshape(rows * columns, patch * patch)
     permuted = numbers[patches][:, inside].reshape(rows, columns, patch, patch)
@@ -34,7 +34,7 @@ def pixel_order(preprocessing: Preprocessing) -> np.ndarray | None:
 
 
 def patch_orders(preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where each patch (S,) and each pixel within its patch (P * P,) comes from."""
+    """Returns the source index of each patch (S,) and of each pixel within a patch (P * P,)."""
     patch = preprocessing.permutation_patch
     assert patch is not None
     height, width = preprocessing.image_size
@@ -50,7 +50,7 @@ def _order_on(preprocessing: Preprocessing, device: torch.device) -> Tensor | No
 
 
 def permute(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Returns images (N, channels, H, W) with their pixels in the order of the preprocessing."""
+    """Permutes the pixels of images (N, channels, H, W) as the preprocessing specifies."""
     order = _order_on(preprocessing, images.device)
     if order is None:
         return images

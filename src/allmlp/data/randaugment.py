@@ -1,20 +1,19 @@
-"""RandAugment as Google pre-trained Mixer with it: two of sixteen operations on 8-bit pixels.
+"""RandAugment as used to pre-train Mixer: two of sixteen operations on 8-bit pixels.
 
-Source: Cubuk et al. 2020; the operations, their strengths and their quirks are those of the code
-behind the paper (big_vision, autoaugment.py). The magnitude runs from 0 to 10 and beyond: the
-paper's 15 and 20 are one and a half times and twice the scale. What may surprise:
+Source: Cubuk et al. 2020; operations, strengths and quirks match the paper's code (big_vision,
+autoaugment.py). The scale of magnitudes is 0 to 10; the paper's 15 and 20 go beyond it. Note:
 
-- Only the sign is random; the strength is the magnitude's. An operation is always applied.
-- At 15 and 20 `posterize` keeps 6 and 8 bits, at 0 one: the stronger, the less it does.
-- `solarize` has the threshold 25.6 * magnitude, and TensorFlow wraps it in 8 bits: 256 and 512, of
-  10 and 20, become 0 (the negative of the whole image), and 384, of 15, becomes 128.
-- `contrast` blends with the shade (number of pixels) / 256, which is 196 at 224 x 224, and not with
-  the image's mean.
-- `color`, `contrast`, `brightness`, `sharpness` have the factor 0.1 + 0.18 * magnitude: 5 leaves an
-  image unchanged, 0 takes away nearly all, 15 is 2.8.
-- What comes in from outside is grey, 128. No interpolation: the nearest pixel.
+- The magnitude sets the strength; only the sign is random. An operation is always applied.
+- `posterize` keeps 6 and 8 bits at magnitudes 15 and 20, and one at 0: its effect decreases.
+- `solarize` has the threshold 25.6 * magnitude, which TensorFlow wraps to 8 bits: 256 (magnitude
+  10) and 512 (20) become 0, which inverts the whole image, and 384 (15) becomes 128.
+- `contrast` blends with the grey level (number of pixels) / 256, which is 196 at 224 x 224, instead
+  of the image's mean.
+- `color`, `contrast`, `brightness` and `sharpness` use the factor 0.1 + 0.18 * magnitude: 5 leaves
+  an image unchanged, 0 removes nearly everything, 15 gives 2.8.
+- The outside is filled with grey, 128. Interpolation is nearest-neighbour.
 
-Shifts and cutouts are meant for 224 x 224 there; here they scale with the image.
+Google's shifts and cutouts are in pixels at 224 x 224; here they scale with the image.
 
 Legend: H W pixels; an image is uint8 (H, W, channels).
 """
@@ -30,7 +29,7 @@ import numpy as np
 Operation = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 
 FILL = 128
-_SIDE = 224  # pixels, for which Google's constants are meant
+_SIDE = 224  # image side in pixels assumed by Google's constants
 _VALUES = np.arange(256)
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
@@ -38,7 +37,7 @@ _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 def randaugment(
     pixels: np.ndarray, magnitude: float, random: np.random.Generator, num_layers: int = 2
 ) -> np.ndarray:
-    """Returns the image after `num_layers` operations, drawn uniformly with replacement.
+    """Applies `num_layers` operations, drawn uniformly with replacement.
 
     The paper's magnitudes are 10, 15 and 20, with 2 layers.
     """
@@ -49,7 +48,7 @@ def randaugment(
 
 
 def autocontrast(pixels: np.ndarray, _: float, __: object) -> np.ndarray:
-    """Returns each channel stretched to the whole range."""
+    """Stretches each channel to the full range."""
     tables = []
     for channel in cv2.split(pixels):
         low, high = cv2.minMaxLoc(channel)[:2]
@@ -62,7 +61,7 @@ def autocontrast(pixels: np.ndarray, _: float, __: object) -> np.ndarray:
 
 
 def equalize(pixels: np.ndarray, _: float, __: object) -> np.ndarray:
-    """Returns each channel with its values spread so that all are equally frequent."""
+    """Equalizes the histogram of each channel."""
     tables = []
     for channel in cv2.split(pixels):
         counts = cv2.calcHist([channel], [0], None, [256], [0, 256])[:, 0].astype(np.int64)
@@ -76,7 +75,7 @@ def equalize(pixels: np.ndarray, _: float, __: object) -> np.ndarray:
 
 
 def color(pixels: np.ndarray, magnitude: float, _: object) -> np.ndarray:
-    """Returns the image with its colours strengthened or, below 5, taken out."""
+    """Increases the saturation or, below magnitude 5, reduces it."""
     if pixels.shape[2] == 1:
         return pixels
     grey = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
@@ -84,14 +83,14 @@ def color(pixels: np.ndarray, magnitude: float, _: object) -> np.ndarray:
 
 
 def contrast(pixels: np.ndarray, magnitude: float, _: object) -> np.ndarray:
-    """Returns the image blended with, or away from, the shade (number of pixels) / 256."""
+    """Blends towards or away from the grey level (number of pixels) / 256."""
     shade = np.float32(min(pixels.shape[0] * pixels.shape[1] // 256, 255))
-    values = np.arange(256, dtype=np.float32)  # not more exact than Pillow, or fractions differ
+    values = np.arange(256, dtype=np.float32)  # float32 as in Pillow, for equal fractions
     return _look_up(pixels, shade + np.float32(_factor(magnitude)) * (values - shade))
 
 
 def sharpness(pixels: np.ndarray, magnitude: float, _: object) -> np.ndarray:
-    """Returns the image sharper or, below 5, smoother; the outermost pixels stay."""
+    """Sharpens or, below magnitude 5, smooths; border pixels are unchanged."""
     if min(pixels.shape[:2]) < 3:
         return pixels
     smooth = cv2.filter2D(pixels, -1, _SMOOTH).reshape(pixels.shape)
@@ -102,7 +101,7 @@ def sharpness(pixels: np.ndarray, magnitude: float, _: object) -> np.ndarray:
 
 
 def rotate(pixels: np.ndarray, magnitude: float, random: np.random.Generator) -> np.ndarray:
-    """Returns the image rotated by 3 * magnitude degrees about its centre, either way."""
+    """Rotates by +-3 * magnitude degrees about the centre."""
     angle = np.deg2rad(_sign(random) * 3.0 * magnitude)
     cos, sin = np.cos(angle), np.sin(angle)
     height, width = pixels.shape[:2]
@@ -113,7 +112,7 @@ def rotate(pixels: np.ndarray, magnitude: float, random: np.random.Generator) ->
 def shear(
     pixels: np.ndarray, magnitude: float, random: np.random.Generator, axis: int
 ) -> np.ndarray:
-    """Returns the image sheared by 0.03 * magnitude pixels per pixel along an axis, either way."""
+    """Shears by +-0.03 * magnitude pixels per pixel along an axis."""
     level = _sign(random) * 0.03 * magnitude
     across, down = (level, 0.0) if axis == 1 else (0.0, level)
     return _affine(pixels, 1.0, across, 0.0, down, 1.0, 0.0)
@@ -122,7 +121,7 @@ def shear(
 def translate(
     pixels: np.ndarray, magnitude: float, random: np.random.Generator, axis: int
 ) -> np.ndarray:
-    """Returns the image shifted by 10 * magnitude of 224 pixels along an axis, either way."""
+    """Shifts by +-10 * magnitude of 224 pixels along an axis."""
     side = pixels.shape[axis]
     shift = round(_sign(random) * 10.0 * magnitude * side / _SIDE)
     out = np.full_like(pixels, FILL)
@@ -134,7 +133,7 @@ def translate(
 
 
 def cutout(pixels: np.ndarray, magnitude: float, random: np.random.Generator) -> np.ndarray:
-    """Returns the image with a grey square of twice int(4 * magnitude) of 224 pixels in it."""
+    """Pastes a grey square with a side of 2 * int(4 * magnitude) of 224 pixels."""
     out = pixels.copy()
     spans = []
     for side in pixels.shape[:2]:
@@ -153,18 +152,18 @@ def _factor(magnitude: float) -> float:
 
 
 def _look_up(pixels: np.ndarray, *tables: np.ndarray) -> np.ndarray:
-    """The image through one table for all channels, or one for each; fractions are cut off."""
+    """Applies one lookup table to all channels, or one per channel; truncates fractions."""
     table = np.clip(np.stack(tables, axis=-1), 0, 255).astype(np.uint8)  # (256, 1 or channels)
     return cv2.LUT(pixels, table[None])
 
 
 def _blend(first: np.ndarray, second: np.ndarray, factor: float) -> np.ndarray:
-    """first + factor * (second - first), cut to 8 bits; OpenCV rounds where Pillow cuts off."""
+    """first + factor * (second - first) in 8 bits; OpenCV rounds where Pillow truncates."""
     return cv2.addWeighted(first, 1.0 - factor, second, factor, 1 / 512 - 0.5)
 
 
 def _affine(pixels: np.ndarray, *matrix: float) -> np.ndarray:
-    """The image whose pixel (x, y) is the old one nearest to matrix * (x, y, 1)."""
+    """Returns the image whose pixel (x, y) is the input pixel nearest to matrix * (x, y, 1)."""
     height, width = pixels.shape[:2]
     return cv2.warpAffine(
         pixels,
@@ -177,7 +176,7 @@ def _affine(pixels: np.ndarray, *matrix: float) -> np.ndarray:
 
 
 def _by_value(table: Callable[[float], np.ndarray]) -> Operation:
-    """An operation that looks every value up in a table, which depends on the magnitude."""
+    """An operation that applies a lookup table that depends on the magnitude."""
     return lambda pixels, magnitude, _: _look_up(pixels, table(magnitude))
 
 
@@ -186,7 +185,7 @@ OPERATIONS: dict[str, Operation] = {
     "Equalize": equalize,
     "Invert": _by_value(lambda m: 255 - _VALUES),
     "Rotate": rotate,
-    # Only the highest int(0.4 * m) bits, at least one; TensorFlow shifts by 7 at most.
+    # Keeps the highest int(0.4 * m) bits, at least one; TensorFlow shifts by 7 at most.
     "Posterize": _by_value(lambda m: _VALUES & 256 - (1 << 8 - min(max(int(0.4 * m), 1), 8))),
     "Solarize": _by_value(
         lambda m: np.where(int(25.6 * m) % 256 > _VALUES, _VALUES, 255 - _VALUES)

@@ -1,7 +1,7 @@
-"""Which image at which step, and all of its random numbers: pure functions, no state.
+"""Stateless sampling: which images a step reads, and their random generators.
 
-Training reads one endless sequence of positions: epoch after epoch, each a new permutation of all
-images. Step n reads positions n * batch_size to (n + 1) * batch_size - 1, perhaps of two epochs.
+Training reads an endless sequence of positions; every epoch is a new permutation of all images.
+Step n reads positions n * batch_size to (n + 1) * batch_size - 1 and may span two epochs.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import numpy as np
 
 from allmlp.errors import UserError
 
-# What a generator is for, so that no two uses share random numbers.
+# Uses of a generator, so that no two uses share random numbers.
 ORDER, SAMPLE, STEP = range(3)
 
 
 def generator(seed: int, use: int, *numbers: int) -> np.random.Generator:
-    """Returns the generator that belongs to (seed, use, *numbers), always the same."""
+    """Returns the generator seeded by (seed, use, *numbers)."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, use, *numbers))))
 
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """Returns the permutation of the indices 0 to num_images - 1 that the epoch reads."""
+    """Returns the epoch's permutation of the indices 0 to num_images - 1."""
     kind = np.uint32 if num_images <= 2**32 else np.int64  # the same order, half the memory
     order = np.arange(num_images, dtype=kind)
     generator(seed, ORDER, epoch).shuffle(order)
@@ -32,18 +32,18 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
 
 
 def locate(seed: int, position: int, num_images: int) -> tuple[int, int]:
-    """Returns (epoch, index) of a position of the endless sequence."""
+    """Returns (epoch, index) for a position in the endless sequence."""
     epoch, place = divmod(position, num_images)
     return epoch, int(epoch_order(seed, epoch, num_images)[place])
 
 
 def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """Returns the generator of everything random about one image in one epoch."""
+    """Returns the generator for one image in one epoch."""
     return generator(seed, SAMPLE, epoch, index)
 
 
 def step_generator(seed: int, step: int) -> np.random.Generator:
-    """Returns the generator of everything random about one step (mixup, dropout masks)."""
+    """Returns the generator for one step (mixup, dropout masks)."""
     return generator(seed, STEP, step)
 
 
@@ -56,11 +56,11 @@ def batches_of_positions(
     *,
     with_neighbour: bool = False,
 ) -> Iterator[list[int]]:
-    """Yields the positions that a rank reads at each step from `start` to `stop` - 1.
+    """Yields the positions that a rank reads at the steps `start` to `stop` - 1.
 
-    Ranks read consecutive parts of a step's batch: together what one rank alone would read, in the
-    same order. `with_neighbour` adds the image before the rank's own (in a circle over the batch),
-    last: mixup blends each image with the one before it.
+    Ranks read consecutive parts of a batch: together the same images in the same order as a single
+    rank. `with_neighbour` appends the image before the rank's first (cyclic over the batch): mixup
+    blends each image with the one before it.
     """
     if batch_size % world_size:
         what = f"{world_size} processes cannot split a batch of {batch_size} images equally"

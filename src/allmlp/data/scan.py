@@ -1,7 +1,7 @@
-"""One pass over a data set: every image is read and decoded once, and about 850 bytes are kept.
+"""One pass over a data set: decodes every image once and keeps about 850 bytes of facts.
 
-The hash (64 bits): the image at 32x32 grey pixels, its discrete cosine transform, and for each of
-the 8x8 lowest frequencies whether it is above their median.
+The 64-bit perceptual hash: the discrete cosine transform of the image at 32x32 grey pixels, and for
+each of the 8x8 lowest frequencies whether it is above their median.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from allmlp.data.image import EncodedImage
 from allmlp.data.loader import Images, in_order, load
 from allmlp.data.source import BadImage, Source
 
-THUMBNAIL = 16  # pixels a side
+THUMBNAIL = 16  # side in pixels
 FACTS = np.dtype(
     [
         ("readable", "?"),
@@ -31,17 +31,17 @@ FACTS = np.dtype(
         ("width", "i4"),
         ("format", "S5"),
         ("mode", "S8"),
-        ("brightest", "i4"),  # of 16-bit samples; -1 for other images
+        ("brightest", "i4"),  # largest 16-bit sample; -1 for other images
         ("thumbnail", "u1", (THUMBNAIL, THUMBNAIL, 3)),
     ]
 )
-_CHUNK = 64  # images that a worker takes at a time
-_FEW = 500  # images up to which workers are not worth their start
+_CHUNK = 64  # images per worker task
+_FEW = 500  # up to this many images, workers do not pay off
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Facts (num_images,), of dtype `FACTS`, of one split; all zero for unreadable images."""
+    """Facts of a split, `FACTS` (num_images,); all zero for unreadable images."""
 
     facts: np.ndarray
     unreadable: list[BadImage]
@@ -53,7 +53,7 @@ def scan(
     num_workers: int | None = None,
     on_progress: Callable[[int], object] = lambda _: None,
 ) -> dict[str, Scan]:
-    """Returns the facts of all images; `on_progress` gets the number read since the last call."""
+    """Scans all images; `on_progress` gets the number read since the last call."""
     found: dict[str, Scan] = {}
     for name, source in splits.items():
         workers = num_workers
@@ -103,5 +103,5 @@ def perceptual_hash(pixels: np.ndarray) -> int:
 
 
 def thumbnail(pixels: np.ndarray) -> np.ndarray:
-    """Returns an image, uint8 (H, W, 3), at 16x16 pixels, averaged over areas."""
+    """Returns an image, uint8 (H, W, 3), downsampled to 16x16 pixels by area averaging."""
     return cv2.resize(pixels, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)

@@ -1,6 +1,6 @@
-"""Images by index: what every kind of data becomes, and what can be made of it.
+"""Source: indexed images with labels, the common form of all data, and operations on sources.
 
-Images must be cheap to hand to worker processes: the names of a million lie in one buffer.
+Passing images to worker processes must be cheap: the names of a million share one buffer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Images(Protocol):
 
 
 class PackedBytes:
-    """Many byte strings in one buffer: few objects, and forked workers share it."""
+    """Many byte strings in one buffer, shared by forked workers."""
 
     def __init__(self, parts: Iterable[bytes]) -> None:
         buffer, ends = bytearray(), array("q", [0])
@@ -48,7 +48,7 @@ class PackedBytes:
 
     @classmethod
     def from_arrays(cls, buffer: np.ndarray, ends: np.ndarray) -> PackedBytes:
-        """Returns the parts of a buffer, uint8, between `ends`, int64 (n + 1,)."""
+        """Wraps a buffer, uint8, split at `ends`, int64 (n + 1,)."""
         packed = cls.__new__(cls)
         packed._buffer, packed._ends = buffer, ends
         return packed
@@ -81,7 +81,7 @@ class PackedStrings:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Opens a file without waiting for the other end of a pipe."""
+    """Opens a file without blocking on a named pipe."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -128,14 +128,14 @@ class EncodedImages:
 
 @dataclass(frozen=True)
 class Source:
-    """Images with labels: some of `images` under some classes."""
+    """Labelled images: a selection of `images`."""
 
-    name: str  # shown on screen
+    name: str  # for display
     class_names: list[str]
     labels: np.ndarray  # int64 (num_images,), indices into class_names
     images: Images
-    indices: np.ndarray  # int64 (num_images,), places in `images`
-    notes: tuple[str, ...] = ()  # what else was found there, a line each
+    indices: np.ndarray  # int64 (num_images,), indices into `images`
+    notes: tuple[str, ...] = ()  # one line each
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -149,7 +149,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Joined:
-    """Several images, one behind the other."""
+    """Several `Images`, concatenated."""
 
     parts: tuple[Images, ...]
 
@@ -173,9 +173,9 @@ class Joined:
 
 
 def values_of(images: Images, column: str) -> list[Any] | None:
-    """Returns another column of the data, a value per image; None where it has no such column.
+    """Returns another column of the data, a value per image; None if there is no such column.
 
-    "path" is what an image was called before it was put into a Parquet file or a hub data set.
+    "path" is an image's original name in a Parquet file or hub data set.
     """
     if isinstance(images, Source):
         whole = values_of(images.images, column)
@@ -194,39 +194,39 @@ def labelled(
     labels: np.ndarray,
     notes: tuple[str, ...] = (),
 ) -> Source:
-    """Returns images with labels as a source."""
-    if isinstance(images, Source):  # no source of a source: reading stays one step
+    """Returns labelled images as a source."""
+    if isinstance(images, Source):  # avoid nesting
         return replace(images, name=name, class_names=class_names, labels=labels, notes=notes)
     return Source(name, class_names, labels, images, np.arange(len(images)), notes)
 
 
 def unlabelled(images: Images, name: str, notes: tuple[str, ...] = ()) -> Source:
-    """Returns images without labels as a source whose one class is "unknown"."""
+    """Returns images without labels as a source with the single class "unknown"."""
     return labelled(images, name, ["unknown"], np.zeros(len(images), dtype=np.int64), notes)
 
 
 def subset(source: Source, indices: np.ndarray, name: str) -> Source:
-    """Returns the images at `indices`, int64 (n,), as a source of its own."""
+    """Returns the images at `indices`, int64 (n,), as a source."""
     labels, places = source.labels[indices], source.indices[indices]
     return replace(source, name=name, labels=labels, indices=places)
 
 
 def relabel(source: Source, class_names: list[str]) -> Source:
-    """Returns the same images under another class list that has all of the source's names."""
+    """Returns the source with another class list, which must contain all its class names."""
     place = {name: at for at, name in enumerate(class_names)}
     labels = np.array([place[name] for name in source.class_names], dtype=np.int64)[source.labels]
     return replace(source, class_names=class_names, labels=labels)
 
 
 def join(parts: Sequence[Source], name: str) -> Source:
-    """Returns sources that have the same classes as one."""
+    """Concatenates sources with the same classes."""
     labels = np.concatenate([part.labels for part in parts])
     notes = dict.fromkeys(note for part in parts for note in part.notes)
     return labelled(Joined(tuple(parts)), name, parts[0].class_names, labels, tuple(notes))
 
 
 def random_subset(source: Source, fraction: float, seed: int) -> Source:
-    """Returns a random fraction of the images, in order; a smaller one is part of a larger one."""
+    """Returns a random fraction of the images, in order; smaller fractions are nested in larger."""
     if fraction == 1.0:
         return source
     order = np.random.default_rng(seed).permutation(len(source))
@@ -237,7 +237,7 @@ def random_subset(source: Source, fraction: float, seed: int) -> Source:
 def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the indices (kept, held out), with `fraction` of every class held out.
 
-    A class with two images or more keeps at least one and gives at least one.
+    A class with two or more images has at least one on either side.
     """
     random = np.random.default_rng(seed)
     held_out: list[np.ndarray] = []
@@ -251,9 +251,9 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
 
 
 def unreadable(source: Source, on_read: Callable[[bytes], None] | None = None) -> list[BadImage]:
-    """Returns every image whose header cannot be read; `on_read` gets the files of the others.
+    """Returns the images with unreadable headers; `on_read` gets the bytes of the others.
 
-    Pixels are not decoded, so that a damaged image can still turn up later.
+    Pixels are not decoded, so damaged images may still turn up later.
     """
     found: list[BadImage] = []
     for index in range(len(source)):

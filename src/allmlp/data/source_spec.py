@@ -1,7 +1,7 @@
-"""What a user calls data, SOURCE#OPTION=VALUE:SPLIT[PART], and what a kind of source gives for it.
+"""Data names, SOURCE#OPTION=VALUE:SPLIT[PART], and the interface of a kind of source.
 
-A file or a folder that exists under the whole name always wins, so a colon, a "#" or a bracket in
-its name does no harm.
+An existing file or folder with the full name takes precedence, so its name may contain a colon, "#"
+or brackets.
 """
 
 from __future__ import annotations
@@ -31,48 +31,48 @@ _PART_FIX = "A part is written as SOURCE:train[:90%], SOURCE:train[90%:] or SOUR
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """The parts of the name of a source."""
+    """The parsed name of a source."""
 
-    base: str  # the file, the folder, the pattern or the data set
-    options: Mapping[str, str] = field(default_factory=dict)  # after "#": the column of labels, ...
-    split: str | None = None  # train, validation or test; None if none is named
-    part: str | None = None  # of the split, as it was typed: "[:90%]"
+    base: str  # file, folder, pattern or data set
+    options: Mapping[str, str] = field(default_factory=dict)  # after "#": label column, ...
+    split: str | None = None  # train, validation or test; None if not given
+    part: str | None = None  # part of the split as typed: "[:90%]"
 
     @property
     def source(self) -> str:
-        """The name without the split: SOURCE#OPTION=VALUE."""
+        """The name without split and part: SOURCE#OPTION=VALUE."""
         options = ",".join(f"{key}={value}" for key, value in self.options.items())
         return f"{self.base}#{options}" if options else self.base
 
     @property
     def path(self) -> Path:
-        """The base as a path, whether it exists or not."""
+        """The base as a path, which may not exist."""
         return Path(os.path.expanduser(self.base))
 
 
 @dataclass(frozen=True)
 class Records:
-    """One split as its kind gives it; the classes are made later, in one place."""
+    """One split as read by its kind; classes are built later, in one place."""
 
     images: Images
-    labels: RawLabels | None = None  # None where there are none, or where they are not needed
-    notes: tuple[str, ...] = ()  # what else was found there, a line each
-    prepare: Callable[[], object] = lambda: None  # called once, in the main process, before reading
+    labels: RawLabels | None = None  # None if missing or not needed
+    notes: tuple[str, ...] = ()  # one line each
+    prepare: Callable[[], object] = lambda: None  # called once in the main process before reading
 
 
 @dataclass(frozen=True)
 class Kind:
     """A kind of data source."""
 
-    name: str  # for messages, in the plural: "Parquet files"
+    name: str  # for messages, plural: "Parquet files"
     matches: Callable[[SourceSpec], bool]
     # (spec, whether labels are needed) -> the records of each split
     open: Callable[[SourceSpec, bool], dict[str, Records]]
-    options: tuple[str, ...] = ()  # what "#OPTION=VALUE" may say
+    options: tuple[str, ...] = ()  # options accepted after "#"
 
 
 def parse_name(name: str) -> SourceSpec:
-    """Returns the parts of a name; the split and the options may come in either order."""
+    """Parses a name; split and options may come in either order."""
     if _exists(name):
         return SourceSpec(name)
     rest, split, part = _take_split(name)
@@ -115,13 +115,13 @@ def _exists(name: str) -> bool:
 
 
 def split_named(name: str) -> str | None:
-    """Returns the split that a name means: "Val", "val_set" -> "validation"; None for others."""
+    """Returns the split for a name such as "Val" or "val_set" -> "validation"; None for others."""
     word = re.sub(r"[-_. ]?(dataset|sets?|data|images|imgs)$", "", name.casefold())
     return next((split for split, names in SPLITS.items() if word in names), None)
 
 
 def split_of_file(path: Path) -> str:
-    """Returns the split that a file's name has a word for ("x_test.parquet"), else train."""
+    """Returns the split named in a file name ("x_test.parquet"), else train."""
     found = re.split(r"[-_.:]", path.name.casefold())
     words = {split for split, names in SPLITS.items() if not set(names).isdisjoint(found)}
     if len(words) > 1:
@@ -131,10 +131,10 @@ def split_of_file(path: Path) -> str:
 
 
 def part_of(source: Source, text: str, name: str) -> Source:
-    """Returns a part of a split, such as "[:90%]"; [:p%] and [p%:] are disjoint and complete.
+    """Returns a part of a split, such as "[:90%]"; [:p%] and [p%:] partition it.
 
-    Images count in their order. If that is by class, as in class folders, they count spread over
-    the classes instead, so that every part has its fraction of each class.
+    Parts follow the order of the images. If images are sorted by class, as in class folders, they
+    are first interleaved, so that every part has its fraction of each class.
     """
     number = r"\s*(\d+(?:\.\d+)?%|\d+)?\s*"
     found = re.fullmatch(rf"\[{number}:{number}\]", text)
@@ -157,7 +157,7 @@ def _place(text: str, length: int) -> int:
 
 
 def _spread_over_classes(labels: np.ndarray) -> np.ndarray | None:
-    """Images in class order, reordered so that any first part has its fraction of each class."""
+    """Interleaves images sorted by class, so that every prefix has its fraction of each class."""
     if len(labels) < 2 or labels[0] == labels[-1] or (np.diff(labels) < 0).any():
         return None
     _, first, counts = np.unique(labels, return_index=True, return_counts=True)
@@ -173,9 +173,9 @@ def choose_column(
     preferred: Sequence[str],
     where: object,
 ) -> str:
-    """Returns the column that the option `role` names, else the only one that it can be.
+    """Returns the column given by the option `role`, else the only possible one.
 
-    `candidates` could be it by their type or name, `preferred` settle it among several.
+    `candidates` qualify by type or name; `preferred` names decide between several.
     """
     given, listed = spec.options.get(role), ", ".join(columns)
     if given is not None:

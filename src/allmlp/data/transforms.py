@@ -1,6 +1,6 @@
-"""An image of any size -> one of the model's: random for training, fixed for evaluation.
+"""Resizing images to the model's input size: random for training, fixed for evaluation.
 
-Source: the paper's appendix B and its evaluation protocols (resize-crop, resmall-crop).
+Source: the paper's appendix B and evaluation protocols (resize-crop, resmall-crop).
 
 Legend: N batch, H W pixels; an image is uint8 (H, W, channels).
 """
@@ -20,11 +20,11 @@ from allmlp.data.permutation import permute
 from allmlp.preprocessing import Preprocessing
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_ATTEMPTS = 100  # as TensorFlow
+_ATTEMPTS = 100  # as in TensorFlow
 
 
 def resize_for_evaluation(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """Returns the image at the model's size, by the model's own method (`RESIZE_METHODS`)."""
+    """Resizes an image to the model's input size with its resize method (`RESIZE_METHODS`)."""
     height, width = preprocessing.image_size
     given_height, given_width = pixels.shape[:2]
     is_small = given_width <= width and given_height <= height
@@ -40,7 +40,7 @@ def resize_for_evaluation(pixels: np.ndarray, preprocessing: Preprocessing) -> n
         scale = max(width / given_width, height / given_height) / crop
         resized_width = max(width, round(given_width * scale))
         resized_height = max(height, round(given_height * scale))
-    # Cut the centre out of the original, then resize once: the same pixels, less work.
+    # Crop the original, then resize: the same pixels with less work.
     x_scale, y_scale = given_width / resized_width, given_height / resized_height
     left, top = (resized_width - width) // 2, (resized_height - height) // 2
     box = (left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale)
@@ -56,9 +56,9 @@ def inception_box(
 ) -> tuple[int, int, int, int]:
     """Returns a random rectangle of an image: (top, left, height, width) in pixels.
 
-    As TensorFlow's sample_distorted_bounding_box: the aspect (width / height) is uniform from 3:4
-    to 4:3, then the height over those that it and `area` (fractions of the image's) allow.
-    (torchvision and timm draw the area uniformly, which gives larger rectangles.)
+    As in TensorFlow's sample_distorted_bounding_box: the aspect ratio (width / height) is uniform
+    in [3/4, 4/3], then the height is uniform over the range it and `area` (fractions of the image)
+    allow. (torchvision and timm draw the area uniformly, which gives larger rectangles.)
     """
     height, width = size
     for _ in range(_ATTEMPTS):
@@ -75,7 +75,7 @@ def inception_box(
         top = int(random.integers(height - box_height + 1))
         left = int(random.integers(width - box_width + 1))
         return top, left, box_height, box_width
-    return 0, 0, height, width  # a very long image: no rectangle fits
+    return 0, 0, height, width  # no rectangle fits a very elongated image
 
 
 def inception_crop(
@@ -84,10 +84,10 @@ def inception_crop(
     random: np.random.Generator,
     area: tuple[float, float] = (0.05, 1.0),
 ) -> np.ndarray:
-    """Returns a random rectangle of the image at (H, W) = `size`, bilinear without antialiasing.
+    """Resizes a random rectangle of the image to (H, W) = `size`, bilinear without antialiasing.
 
-    Rows of a JPEG below the rectangle are not decoded; a rectangle at least twice as large as
-    `size` is decoded at a half, a quarter or an eighth: faster, and with less aliasing.
+    JPEG rows below the rectangle are not decoded; a rectangle at least twice as large as `size` is
+    decoded at 1/2, 1/4 or 1/8 of its size, which is faster and reduces aliasing.
     """
     top, left, height, width = inception_box(image.size, random, area)
     factors = REDUCTIONS if image.format == "JPEG" else ()
@@ -103,10 +103,10 @@ def inception_crop(
 def random_crop(
     pixels: np.ndarray, preprocessing: Preprocessing, random: np.random.Generator
 ) -> np.ndarray:
-    """Returns a random part, of the model's size, of the image resized to 8/7 of that.
+    """Resizes the image to 8/7 of the model's input size and takes a random crop.
 
-    That is how Google fine-tunes on VTAB (`resize|random_crop`); the ratio of the two sizes is the
-    `crop` of the preprocessing, in the paper 224 / 256.
+    Google's VTAB fine-tuning (`resize|random_crop`); the ratio of the two sizes is the
+    preprocessing's `crop`, 224 / 256 in the paper.
     """
     height, width = preprocessing.image_size
     whole = round(height / preprocessing.crop), round(width / preprocessing.crop)
@@ -117,21 +117,21 @@ def random_crop(
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Returns the image at (H, W) = `size`, bilinear without antialiasing, as TensorFlow."""
+    """Resizes to (H, W) = `size`, bilinear without antialiasing, as TensorFlow does."""
     height, width = size
     resized = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
     return resized.reshape(height, width, -1)  # OpenCV drops a single channel
 
 
 def flip(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Returns the image, with probability 1/2 mirrored left to right."""
+    """Flips the image horizontally with probability 1/2."""
     if random.random() < 0.5:
         return cv2.flip(pixels, 1).reshape(pixels.shape)
     return pixels
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Returns uint8 images (N, channels, H, W) as the float32 input of the model, permuted last."""
+    """Converts uint8 images (N, channels, H, W) to the model's float32 input, permuting last."""
     mean, std = _per_channel(preprocessing.mean, images), _per_channel(preprocessing.std, images)
     images = permute(images, preprocessing)
     images = images.to(torch.float32, memory_format=torch.contiguous_format)
@@ -139,7 +139,7 @@ def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def denormalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Returns inputs of the model (N, channels, H, W) as pixel values on [0, 1]."""
+    """Converts model inputs (N, channels, H, W) to pixel values in [0, 1]."""
     mean, std = _per_channel(preprocessing.mean, images), _per_channel(preprocessing.std, images)
     return images * std + mean
 

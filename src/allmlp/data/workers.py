@@ -1,4 +1,4 @@
-"""How worker processes start, share their batches, handle signals, and how their end is noticed."""
+"""Worker processes: start method, shared memory, signals and detection of crashes."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from torch import Tensor
 from allmlp.console import Reporter
 from allmlp.errors import UserError
 
-_UNGUARDED = 85  # exit code of a process that `check_guard` ended
+_UNGUARDED = 85  # exit code of a process ended by `check_guard`
 _PROBING = "_ALLMLP_PROBES_GUARD"
-NICENESS = 5  # below the process that computes: it waits for a core less, and for images no more
-_SHARED = "/dev/shm"  # where Linux keeps shared memory and semaphores
-_SPARE = 2**20  # bytes that batches leave free there
+NICENESS = 5  # below the main process, which then waits less for a core and no longer for images
+_SHARED = "/dev/shm"  # shared memory and semaphores on Linux
+_SPARE = 2**20  # bytes left free by batches
 _reported: list[str] = []
 
-# Called about once a second while a batch is waited for; it may raise.
+# Called about once a second while waiting for a batch; may raise.
 while_waiting: ContextVar[Callable[[], None]] = ContextVar("while_waiting", default=lambda: None)
 
 
 def worker_context() -> Any:
-    """Returns how worker processes start: as the user has set it, else by fork on Linux.
+    """Returns the multiprocessing context: the user's choice, else fork on Linux.
 
-    Python 3.14 no longer forks by default, because of threads; a worker uses none of its parent's,
-    nor its GPU, and forking spares a script its guard.
+    Python 3.14 no longer forks by default because of threads; workers use neither their parent's
+    threads nor its GPU, and with fork a script needs no `__main__` guard.
     """
     default = multiprocessing.get_all_start_methods()[0]
     method = multiprocessing.get_start_method(allow_none=True) or default
@@ -48,15 +48,15 @@ def worker_context() -> Any:
 
 
 def check_guard(num_workers: int | None = None) -> None:
-    """Checks that worker processes would not run the script again, and train too.
+    """Checks that worker processes would not run the script, and train, again.
 
-    Where processes are not forked, each imports the script. One is started here to see where that
-    leads: without a guard, to this function again, which ends it.
+    A process that is not forked imports the script. This starts one to see what happens: without a
+    `__main__` guard it reaches this function, which ends it.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         if _PROBING in os.environ:
             os._exit(_UNGUARDED)  # the main process reports it
-        raise _missing_guard()  # the user's own process
+        raise _missing_guard()  # the user's process
     context, is_daemon = worker_context(), multiprocessing.current_process().daemon
     if num_workers != 0 and context.get_start_method() != "fork" and not is_daemon:
         _probe(context)
@@ -70,7 +70,7 @@ def _probe(context: Any) -> None:
         with starting():
             probe.start()
         probe.join()
-    except (EOFError, ConnectionError) as error:  # a newer fork server imports the script itself
+    except (EOFError, ConnectionError) as error:  # newer fork servers import the script themselves
         raise _missing_guard() from error
     finally:
         del os.environ[_PROBING]
@@ -89,7 +89,7 @@ def _missing_guard() -> UserError:
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Reports what keeps worker processes from starting: too few processes, semaphores, memory."""
+    """Reports why workers cannot start: limits on processes, semaphores or memory."""
     try:
         yield
     except ConnectionError:
@@ -100,7 +100,7 @@ def starting() -> Iterator[None]:
 
 
 def shared_memory() -> int | None:
-    """Returns how many bytes of shared memory are free; None if the system sets no limit."""
+    """Returns the free bytes of shared memory; None without a limit."""
     if not os.path.isdir(_SHARED):
         return None
     return shutil.disk_usage(_SHARED).free if os.access(_SHARED, os.W_OK) else 0
@@ -113,14 +113,14 @@ def is_room_for(num_bytes: int) -> bool:
 
 
 def workers_that_start(wanted: int, batch_bytes: int = 0) -> int:
-    """Returns how many workers there can be, and reports what shared memory is too small for."""
+    """Returns how many workers can start; reports if shared memory is too small for more."""
     free = shared_memory()
     if free is None or not wanted:
         return wanted
-    if free < 4096 * (32 + 4 * wanted):  # semaphores and tables take a page of memory each
+    if free < 4096 * (32 + 4 * wanted):  # a page per semaphore and table
         _report_once(f"{_SHARED} is full or read-only: images are decoded without worker processes")
         return 0
-    batches = 2 * wanted + 1  # two on their way from each worker, and one in use
+    batches = 2 * wanted + 1  # two in flight per worker, one in use
     if free < batches * batch_bytes + _SPARE:
         size = f"{free / 2**20:,.0f} MiB free for {batches} x {batch_bytes / 2**20:,.0f}"
         _report_once(
@@ -136,29 +136,29 @@ def _report_once(text: str) -> None:
 
 
 def start_worker(watched: Tensor, closing: Tensor, number: int) -> None:
-    """Prepares a worker process: registers it in the table, and ignores signals not meant for it.
+    """Initializes a worker process: registers it in the table and ignores Ctrl-C and SIGTERM.
 
-    Ctrl-C and a cluster's SIGTERM reach the whole group of processes. The main process saves the
-    run then, and needs its workers until it has; so they continue until it closes them or is gone.
+    These signals reach the whole process group, but the main process needs its workers until it
+    has saved the run; so they continue until it closes them or dies.
     """
     if hasattr(os, "nice"):
         os.nice(NICENESS)
     watched.numpy()[number] = (os.getpid(), -1, time.monotonic_ns())
-    cv2.setNumThreads(0)  # its threads do not survive the fork, and each worker has one core
+    cv2.setNumThreads(0)  # its threads do not survive a fork, and a worker has one core
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = _only_our_own
-    # If a batch cannot be sent, it would print a traceback and nobody would notice.
+    # A failure to send a batch would only print a traceback.
     Queue._on_queue_feeder_error = lambda *_: os._exit(1)  # pyright: ignore
     if hasattr(signal, "pthread_sigmask"):
-        # A thread waits for SIGTERM: a handler would never run while the main thread hangs in C,
-        # and the main process would wait for this one for ever.
+        # A thread waits for SIGTERM: a handler would not run while the main thread hangs in C, and
+        # the main process would wait forever.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         arguments = closing, os.getppid()
         threading.Thread(target=_end_on_signal, args=arguments, daemon=True).start()
 
 
 def _only_our_own(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Leaves out the traceback of the thread that was sending an image as the run ended."""
+    """Suppresses the traceback of a thread that was sending an image when the run ended."""
     if not issubclass(kind, (OSError, EOFError)):
         sys.__excepthook__(kind, error, trace)
 
@@ -171,12 +171,12 @@ def _end_on_signal(closing: Tensor, main_process: int) -> None:
 
 
 def raise_if_one_died(*_: object) -> None:
-    """Raises torch's RuntimeError, which names the process, if a worker has ended by itself."""
+    """Raises torch's RuntimeError, which names the process, if a worker has died."""
     torch._C._error_if_any_worker_fails()
 
 
 def on_child_end(handler: Any) -> Any:
-    """Sets what happens when a child process ends; returns what happened before, or None."""
+    """Sets the handler for the end of a child process; returns the previous one, or None."""
     is_main = threading.current_thread() is threading.main_thread()
     if handler is None or not is_main or not hasattr(signal, "SIGCHLD"):
         return None
