@@ -1,1 +1,1 @@
-"""A config -> a run folder."""
+"""Training: from a config to a run folder."""

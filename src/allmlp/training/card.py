@@ -1,4 +1,4 @@
-"""The model card: what best/README.md says, written from the run."""
+"""The model card (best/README.md), generated from the run."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ def model_card(
     validation: Evaluation | None,
     test: Evaluation | None,
 ) -> str:
-    """Returns the text of the card, in Markdown with the header that model hubs read.
+    """Returns the model card in Markdown, with the metadata header that model hubs read.
 
-    It names no path of this machine: the folder is there to be given away.
+    It contains no local paths, so that the folder can be published as is.
     """
     data, weights = config.data.source, config.model.weights
     base = parse_name(data).base
@@ -112,7 +112,7 @@ def model_card(
     title = f"{architecture} on {public(data)}"
     start = begun = ""
     if weights is not None:
-        # Of a path its last part.
+        # Only the last part of a path.
         name = os.path.basename(os.path.normpath(weights).removesuffix(f"{os.sep}best"))
         name = weights if weights.startswith((PREFIX, "timm:")) else name
         known = find_checkpoint(weights)
@@ -161,7 +161,7 @@ def model_card(
 
 
 def _architecture(model: ImageClassifier) -> tuple[str, str, str]:
-    """The hub's tag of a model's family, the name of its architecture, and the paper."""
+    """The hub's tag for the model family, the name of the architecture, and the paper."""
     config = model.config
     if isinstance(config, TimmConfig):
         return "timm", config.name, "as timm has it, whose documentation names the paper"
@@ -174,7 +174,7 @@ def _architecture(model: ImageClassifier) -> tuple[str, str, str]:
 
 
 def _base_model(weights: str) -> str | None:
-    """The owner/name of weights that lie on the hub."""
+    """The owner/name of weights on the hub."""
     if weights.startswith("timm:"):
         return f"timm/{weights.removeprefix('timm:')}"
     known = find_checkpoint(weights)

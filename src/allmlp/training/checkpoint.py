@@ -1,13 +1,13 @@
-"""The full state of a run on disk: written in the background, verified, renamed, retained.
+"""Full checkpoints of a run: written in the background, verified, renamed into place, pruned.
 
 checkpoints/
   step-00012000/            state.safetensors, and manifest.json: everything else, with checksums
-  .step-00013000.partial/   being written; without its manifest until the tensors are on disk
+  .step-00013000.partial/   being written; the manifest is added once the tensors are on disk
   .step-00011000.removed/   being removed
 
-A folder under its final name is complete: the rename is the last step of a save and the first of a
-removal. Only the main process writes; a sharded state is gathered tensor by tensor, so a checkpoint
-does not depend on the number of processes.
+A folder under its final name is complete: a rename is the last step of a save and the first of a
+removal. Only the main process writes. A sharded state is gathered tensor by tensor, so checkpoints
+do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: its folder, and what its manifest says beside the checksums."""
+    """A verified checkpoint: its folder, and the contents of its manifest except the checksums."""
 
     path: Path
     step: int
@@ -63,13 +63,13 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run; all processes call `save`, `newest` and `load` together.
+    """The checkpoints of a run; all processes must call `save`, `newest` and `load` together.
 
     Args:
-        folder: that holds them; made by the first save.
-        keep: how many of the newest are kept, besides the newest of the best; 1 or more.
-        world: the processes of the run, which must see the same folder.
-        say: receives a line about what was skipped or removed, on the main process.
+        folder: created by the first save.
+        keep: number of newest checkpoints to keep, in addition to the newest best one; at least 1.
+        world: the processes of the run, which must share the folder.
+        say: called on the main process with a line about skipped or removed checkpoints.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self._keep, self._say = folder, keep, say
         self._world = World() if world is None else world
-        # One thread, which the interpreter waits for at exit: a save in progress is finished.
+        # A single thread; the interpreter waits for it at exit, so a save in progress completes.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._damaged: set[str] = set()
@@ -96,8 +96,8 @@ class Checkpoints:
     ) -> None:
         """Copies the state to CPU memory and returns; the copy is written in the background.
 
-        Waits for the previous save, and raises its error. A complete checkpoint of the same step is
-        left alone.
+        Waits for the previous save and raises its error, if any. An existing complete checkpoint of
+        the same step is not rewritten.
         """
         self._world.broadcast_from_rank0(self.wait)
         values = json.loads(json.dumps(values))
@@ -111,30 +111,30 @@ class Checkpoints:
             self._pending = self._thread.submit(self._write, step, copies, values, is_best)
 
     def wait(self) -> None:
-        """Returns once the save in progress is on disk under its name, or raises its error."""
+        """Waits until the save in progress is on disk under its final name; raises its error."""
         if self._pending is not None:
             try:
                 self._pending.result()
             finally:
-                if self._pending.done():  # and not interrupted while waiting
+                if self._pending.done():  # not when interrupted while waiting
                     self._pending = None
 
     def close(self) -> None:
-        """Waits and ends the thread."""
+        """Waits for the save in progress and ends the thread."""
         try:
             self.wait()
         finally:
             self._thread.shutdown()
 
     def newest(self) -> Checkpoint | None:
-        """Returns the newest checkpoint whose every byte matches its checksums; None without one.
+        """Returns the newest checkpoint that matches all its checksums, or None.
 
-        Reports damaged ones, and removes what killed saves left behind.
+        Reports damaged checkpoints and removes the leftovers of killed saves.
         """
         return self._world.broadcast_from_rank0(self._newest)
 
     def load(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
-        """Fills the tensors in place; they must have the checkpoint's names, shapes and types."""
+        """Fills the tensors in place; names, shapes and dtypes must match the checkpoint."""
         path = checkpoint.path / STATE
         try:
             with safe_open(path, "pt") as file:
@@ -155,7 +155,7 @@ class Checkpoints:
             what = f"the checkpoint cannot be read: {error}"
             raise UserError(what, where=path, fix="Resume from a copy of the run") from error
 
-    # What follows runs on the main process only.
+    # Everything below runs on the main process only.
 
     def _write(
         self, step: int, tensors: dict[str, Tensor], values: dict[str, Any], is_best: bool
@@ -184,7 +184,7 @@ class Checkpoints:
             fsync(self.folder.parent)
         except OSError as error:
             place = next(path for path in (self.folder, *self.folder.parents) if path.exists())
-            free = shutil.disk_usage(place).free  # before what was written is removed
+            free = shutil.disk_usage(place).free  # before leftovers of the write are removed
             shutil.rmtree(partial, ignore_errors=True)
             what = f"the checkpoint cannot be written: {error.strerror or error}"
             if error.errno in _FULL:
@@ -194,7 +194,7 @@ class Checkpoints:
             raise UserError(what, where=target, fix=fix, code="checkpoint") from error
         try:
             self._retain(target)
-        except (OSError, UserError) as error:  # one checkpoint too many is the lesser harm
+        except (OSError, UserError) as error:  # an extra checkpoint is the lesser evil
             self._say(f"An old checkpoint could not be removed: {error}")
 
     def _retain(self, newest: Path) -> None:
@@ -202,9 +202,9 @@ class Checkpoints:
         known, best = [], None
         for path in self._folders():
             try:
-                found = verify(path, deep=False)  # it was verified when written or found
+                found = verify(path, deep=False)  # the checksum was verified when written or found
             except UserError:
-                continue  # it counts for nothing, and is replaced when the run reaches its step
+                continue  # not counted; replaced when the run reaches its step
             if path.name not in self._damaged:
                 known.append(path)
                 best = best or (path if found.is_best else None)
@@ -247,8 +247,8 @@ class Checkpoints:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
     """Writes a .safetensors file to disk; returns its size and sha256.
 
-    The format is simple enough to write it here: the checksum is taken on the way, so that nothing
-    is read again, and a full disk is an OSError like any other.
+    The format is simple enough to write here, which avoids reading the file again for the checksum
+    and makes a full disk an ordinary OSError.
     """
     header, end = {}, 0
     for name, tensor in tensors.items():
@@ -286,7 +286,7 @@ def _with_checksum(body: bytes) -> bytes:
 
 
 def verify(folder: Path, *, deep: bool = True) -> Checkpoint:
-    """Returns what the manifest says; the tensors have its size and, if deep, its sha256."""
+    """Reads the manifest and checks the size of the tensors and, if `deep`, their sha256."""
     path, state = folder / MANIFEST, folder / STATE
     try:
         raw = path.read_bytes()
@@ -306,7 +306,7 @@ def verify(folder: Path, *, deep: bool = True) -> Checkpoint:
         if folder.name != f"step-{step:08d}":
             raise UserError(f"the folder was renamed: it holds step {step}", where=path)
         found = state.lstat()
-        if not stat.S_ISREG(found.st_mode):  # a pipe would block the reader
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe would block
             raise UserError("it is not a regular file", where=state)
         if found.st_size != content["size"]:
             what = f"it is damaged: {found.st_size:,} bytes instead of {content['size']:,}"
@@ -337,7 +337,7 @@ def _difference(file: Any, name: str, tensor: Tensor) -> str | None:
 
 @torch.no_grad()
 def _fill(target: Tensor, saved: Tensor) -> None:
-    if isinstance(target, DTensor):  # each process keeps its own shard, without communication
+    if isinstance(target, DTensor):  # every process keeps its own shard, without communication
         saved = distribute_tensor(
             saved.to(target.device), target.device_mesh, target.placements, src_data_rank=None
         )
@@ -345,7 +345,7 @@ def _fill(target: Tensor, saved: Tensor) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a checkpoint; a kill in the middle leaves no part of it under its final name."""
+    """Removes a checkpoint; if killed half-way, no part is left under the final name."""
     removed = path.with_name(f".{path.name}.removed")
     if removed.exists():
         shutil.rmtree(removed)

@@ -1,4 +1,4 @@
-"""The settings of a run: frozen dataclasses, to and from JSON, and `--set section.name=value`."""
+"""Settings of a run: frozen dataclasses, JSON serialisation, and `--set section.name=value`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from allmlp.options import (
     validated,
 )
 
-VERSION = 2  # of config.json; version 1 had no choices with settings of their own, see `_RENAMED`
+VERSION = 2  # of config.json; in version 1 choices had no settings of their own, see `_RENAMED`
 
 Int: TypeAlias = Annotated[int, Strict()]
 Flag: TypeAlias = Annotated[bool, Strict()]
 Real: TypeAlias = Annotated[float, Strict(), AllowInfNan(False)]
-Text: TypeAlias = InstanceOf[str]  # paths may hold bytes that are not UTF-8
+Text: TypeAlias = InstanceOf[str]  # paths may contain bytes that are not UTF-8
 Count: TypeAlias = Annotated[Int, Field(ge=1)]
 Natural: TypeAlias = Annotated[Int, Field(ge=0)]
 NonNegative: TypeAlias = Annotated[Real, Field(ge=0)]
@@ -38,7 +38,7 @@ CHOICE = Field(discriminator="name")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(Options):
-    """Which network to train."""
+    """The network to train."""
 
     name: Text = "mixer_s16"
     """Architecture, as `mixer models` names it; "" if `weights` bring their own."""
@@ -77,7 +77,7 @@ class ModelSettings(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(Options):
-    """Which images to learn from."""
+    """The images to train on."""
 
     source: Text = "digits"
     """A folder, list, Parquet files, packed data, hf:owner/name or digits."""
@@ -147,7 +147,7 @@ class PaddedCrop(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomCrop(Options):
-    """Both sides resized to 8/7 of the model's (one over its `crop`), a random part kept."""
+    """Both sides resized to 8/7 of the model's (one over its `crop`), then cropped at random."""
 
     name: Literal["random"] = "random"
 
@@ -161,7 +161,7 @@ class NoCrop(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentSettings(Options):
-    """What happens to training images at random, in the order of the fields."""
+    """Random augmentation of the training images, in the order of the fields."""
 
     crop: Annotated[InceptionCrop | PaddedCrop | RandomCrop | NoCrop, CHOICE] = InceptionCrop()
     flip: Flag = True
@@ -212,7 +212,7 @@ class Linear(_Decay):
 
 @dataclass(frozen=True, kw_only=True)
 class Steps(Options):
-    """The learning rate times `decay_factor` after each of `decay_at`."""
+    """Multiplies the learning rate by `decay_factor` after each step in `decay_at`."""
 
     name: Literal["steps"] = "steps"
     decay_at: tuple[Real, ...] = (0.3, 0.6, 0.9)
@@ -234,7 +234,7 @@ Schedule: TypeAlias = Annotated[Cosine | Linear | Steps, CHOICE]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings(Options):
-    """What all optimizers share."""
+    """Settings shared by all optimizers."""
 
     name: str
     learning_rate: Annotated[Real, Field(gt=0)] = 1e-3
@@ -300,19 +300,19 @@ class Softmax(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid(Options):
-    """Sigmoid cross-entropy, summed over the classes, with which the paper pre-trains."""
+    """Sigmoid cross-entropy, summed over the classes; the paper's pre-training loss."""
 
     name: Literal["sigmoid"] = "sigmoid"
 
 
-# Setting -> its choices, each with settings of its own; `--set augment.crop=none` chooses.
+# Setting -> its choices, which have settings of their own; `--set augment.crop=none` selects.
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "augment.crop": (InceptionCrop, PaddedCrop, RandomCrop, NoCrop),
     "optimizer": (AdamW, SGD, Muon),
     "optimizer.schedule": (Cosine, Linear, Steps),
     "loss": (Softmax, Sigmoid),
 }
-# Another spelling of a setting, shorter or that of version 1 -> the setting.
+# Aliases of settings, either shorter or from version 1.
 _RENAMED = {
     **{f"{key}.name": key for key in _CHOICES},
     "augment.crop_area": "augment.crop.area",
@@ -334,7 +334,7 @@ _RENAMED = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Options):
-    """Everything that a run depends on."""
+    """All settings of a run."""
 
     recipe: Text = "digits"
     """Name of the recipe it is based on."""
@@ -396,24 +396,24 @@ class TrainConfig(Options):
 
     @property
     def length(self) -> str:
-        """Of the run: "1 epoch" or "1,000 steps"."""
+        """Length of the run: "1 epoch" or "1,000 steps"."""
         is_epochs = self.epochs is not None
         return plural(self.epochs or self.steps or 0, "epoch" if is_epochs else "step")
 
     def images_seen(self, num_images: int) -> int:
-        """Returns how many of `num_images` images a run processes, repetitions included."""
+        """Returns how many images a run on `num_images` images processes, with repetitions."""
         return (self.epochs or 0) * num_images or (self.steps or 0) * self.batch_size
 
     def to_json(self) -> dict[str, Any]:
-        """Returns every setting as JSON values; `from_json` reads them back."""
+        """Returns all settings as JSON values; the inverse of `from_json`."""
         return {"version": VERSION, **dataclasses.asdict(self)}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> TrainConfig:
-        """Returns the configuration of such values; settings that are absent take their default.
+        """Returns the configuration of such JSON values; absent settings get their defaults.
 
         Raises:
-            UserError: an unknown setting, a value that it cannot have, or a newer version.
+            UserError: an unknown setting, an invalid value, or a newer version.
         """
         values = dict(values)
         version = values.pop("version", 1)
@@ -425,22 +425,22 @@ class TrainConfig(Options):
         return _checked(values)
 
     def with_value(self, key: str, value: Any) -> TrainConfig:
-        """Returns the configuration with the setting "section.name" changed."""
+        """Returns a copy with the setting "section.name" changed."""
         return self.with_values({key: value})
 
     def with_values(
         self, changes: Mapping[str, Any], assignments: Iterable[str] = ()
     ) -> TrainConfig:
-        """Returns the configuration with settings changed together: only the result must be valid.
+        """Returns a copy with several settings changed; only the result has to be valid.
 
-        Another choice (`optimizer=sgd`) keeps the settings that both have.
+        Switching a choice (`optimizer=sgd`) keeps the settings that both have in common.
 
         Args:
-            changes: path of a setting, "section.name" -> value of its type.
+            changes: path of a setting, "section.name" -> value of the right type.
             assignments: "section.name=value", applied after the changes.
 
         Raises:
-            UserError: an unknown setting, or a value that it cannot have.
+            UserError: an unknown setting or an invalid value.
         """
         texts = {_RENAMED.get(key, key): text for key, text in assigned(assignments).items()}
         changes = {_RENAMED.get(key, key): value for key, value in changes.items()}
@@ -449,7 +449,7 @@ class TrainConfig(Options):
             try:
                 return self._changed(changes)
             except OptionError as error:
-                # A folder may be called 2024: what is typed is a number only where one is wanted.
+                # A folder may be called 2024: text becomes a number only where one is expected.
                 text = texts.pop(error.name, None)
                 if text is None or error.code == "out-of-range" or changes[error.name] == text:
                     raise
@@ -457,8 +457,8 @@ class TrainConfig(Options):
 
     def _changed(self, changes: dict[str, Any]) -> TrainConfig:
         values = dataclasses.asdict(self)
-        # Another model first: it takes the recipe's own sizes away, never those asked for. Then
-        # choices before the settings that belong to them.
+        # First the model: switching it drops the sizes of the recipe, but not those of the user.
+        # Then choices, before the settings that belong to them.
         first = ("model.weights", "model.name")
         for key in sorted(changes, key=lambda key: (key not in first, key.count("."))):
             value = changes[key]
@@ -473,7 +473,7 @@ class TrainConfig(Options):
             _put(values, key, value)
         for key, other in (("epochs", "steps"), ("steps", "epochs")):
             if changes.get(key) is not None and other not in changes:
-                values[other] = None  # one takes the place of the other
+                values[other] = None  # they are mutually exclusive
                 is_other = getattr(self, key) is None and isinstance(changes[key], int)
                 if is_other and "evaluate_every" not in changes:  # it has the same unit
                     values["evaluate_every"] = max(1, changes[key] // 20)
@@ -484,13 +484,13 @@ def _checked(values: dict[str, Any]) -> TrainConfig:
     try:
         return validated(TrainConfig, values)
     except OptionError as error:
-        if error.code == "unknown-name" and error.fix is not None:  # a name, not a choice
+        if error.code == "unknown-name" and error.fix is not None:  # a setting, not a choice
             raise _unknown(error.name) from None
         raise
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    """Changes one setting among nested JSON values."""
+    """Changes one setting in nested JSON values."""
     target, (*parents, name) = values, key.split(".")
     for parent in parents:
         if not isinstance(target.get(parent), dict):
@@ -509,7 +509,7 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a version 1 config.json, where all choices shared one list."""
+    """Converts a version 1 config.json, where all choices shared one flat list of settings."""
     settings: dict[str, Any] = {}
     for key, value in old.items():
         inside = {key: value}
@@ -531,7 +531,7 @@ def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(key: str) -> OptionError:
-    """Returns the error for an unknown setting, with the one that may be meant."""
+    """Returns the error for an unknown setting, with a suggestion."""
     section, _, name = key.rpartition(".")
     owners = [choice.name for choice in _CHOICES.get(section, ()) if hasattr(choice, name)]
     known = list(flat(TrainConfig().to_json()))
@@ -544,7 +544,7 @@ def _unknown(key: str) -> OptionError:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested JSON values by their paths."""
+    """Flattens nested JSON values to paths."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:

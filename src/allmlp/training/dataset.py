@@ -1,4 +1,4 @@
-"""The three splits of a run, and the augmentation of a training image."""
+"""The three splits of a run, and the augmentation of training images."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from allmlp.training.config import (
     RandomCrop,
 )
 
-# Headers are read before a run starts; of a larger set only this number, evenly spaced.
+# Headers are checked before training; in a larger set only this many images, evenly spaced.
 MOST_CHECKED = 5_000
-_MOST_DECODED = 32  # of those with 16 bits a sample
-_FREE = 5  # bad images that stop no run, however few there are in all
+_MOST_DECODED = 32  # images with 16 bits per sample
+_FREE = 5  # this many bad images never stop a run, even in a small data set
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Splits:
     """The images of a run."""
 
     train: Source
-    validation: Source | None  # to choose the best weights by; None keeps the last
-    test: Source | None  # to measure once at the end
-    held_out: bool  # validation was held out of the training images
-    bad: list[BadImage]  # training images whose header cannot be read
-    notes: list[str] = field(default_factory=list)  # what else was done to the data
-    keys: list[str] = field(default_factory=list)  # of up to 5,000 training images: `image_key`
+    validation: Source | None  # for choosing the best weights; None keeps the last
+    test: Source | None  # measured once at the end
+    held_out: bool  # whether validation was held out of the training images
+    bad: list[BadImage]  # training images with unreadable headers
+    notes: list[str] = field(default_factory=list)  # about any other changes to the data
+    keys: list[str] = field(default_factory=list)  # `image_key` of up to 5,000 training images
 
     def describe(self) -> list[str]:
-        """Returns the lines that describe the data."""
+        """Returns a description of the data, line by line."""
         names = self.train.class_names
         counts = np.bincount(self.train.labels, minlength=len(names))
         few, many = int(counts.argmin()), int(counts.argmax())
@@ -80,7 +80,7 @@ class Splits:
 
 
 def open_training_data(settings: DataSettings) -> Splits:
-    """Returns the splits of a run after a check of the images' headers."""
+    """Returns the splits of a run after checking the image headers."""
     splits, keys = split_data(settings), []
     bad = check_readable(splits.train, settings.max_bad, keys)
     for other in (splits.validation, splits.test):
@@ -90,7 +90,7 @@ def open_training_data(settings: DataSettings) -> Splits:
 
 
 def splits_with_train(source: str) -> dict[str, Source]:
-    """Returns the splits of data that can be trained on."""
+    """Returns the splits of data, which must include train."""
     splits = open_splits(source)
     if "train" not in splits:
         fix = f"Known there: {', '.join(splits)}. Give a source that has both"
@@ -99,7 +99,7 @@ def splits_with_train(source: str) -> dict[str, Source]:
 
 
 def split_data(settings: DataSettings) -> Splits:
-    """Returns the splits of a run; validation is held out of train where the data has none."""
+    """Returns the splits of a run; without a validation split, images are held out of train."""
     if not settings.source:
         what = "the recipe needs data"
         fix = "A folder with FOLDER/train/<class>/*.jpg, or another source of data"
@@ -108,7 +108,7 @@ def split_data(settings: DataSettings) -> Splits:
     notes = notes_of(splits)
     if settings.exclude is not None:
         drops, before = read_exclude_list(settings.exclude), sum(map(len, splits.values()))
-        for name in splits.keys() - {"test"}:  # what is measured at the end stays whole
+        for name in splits.keys() - {"test"}:  # the test split is never subsampled
             splits[name] = exclude(splits[name], drops, name)
         left_out = before - sum(map(len, splits.values()))
         notes.append(f"left out {plural(left_out, 'image')} by {settings.exclude}")
@@ -138,7 +138,7 @@ def split_data(settings: DataSettings) -> Splits:
 
 
 def _dark(source: Source) -> list[str]:
-    """The note on 16-bit images whose values have fewer bits and are nearly black, if so."""
+    """A warning if 16-bit images use fewer bits and are nearly black."""
     brightest: list[int] = []
     for index in range(0, len(source), len(source) // _MOST_DECODED + 1):
         with contextlib.suppress(UserError):  # reported elsewhere
@@ -152,7 +152,7 @@ def _dark(source: Source) -> list[str]:
 
 
 def check_readable(source: Source, most: float, keys: list[str] | None = None) -> list[BadImage]:
-    """Returns the images whose header cannot be read, and adds the keys of the others to a list."""
+    """Returns images with unreadable headers; appends the keys of all others to `keys`."""
     step = -(-len(source) // MOST_CHECKED)
     checked = source
     if step > 1:
@@ -165,9 +165,9 @@ def check_readable(source: Source, most: float, keys: list[str] | None = None) -
 
 
 def check_number_bad(bad: list[BadImage], source: Source, most: float) -> None:
-    """Raises UserError if the fraction of bad images exceeds `most`, and more than 5 or half are.
+    """Raises UserError if the fraction of bad images exceeds `most`, and over 5 or half are bad.
 
-    Also for a class with nothing but bad images, unless the fraction allows that many.
+    Also if every image of a class is bad, unless the fraction allows that many.
     """
     of = len(source)
     if len(bad) <= most * of:
@@ -190,7 +190,7 @@ def check_number_bad(bad: list[BadImage], source: Source, most: float) -> None:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to one training image, with its own random numbers."""
+    """Augmentation of a training image, with its own random numbers."""
 
     settings: AugmentSettings
     preprocessing: Preprocessing

@@ -1,4 +1,4 @@
-"""The model that a run begins with: new, or from trained weights."""
+"""The initial model of a run: new, or from trained weights."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from allmlp.weights.load import load_model, with_new_head
 def build_model(
     config: TrainConfig, class_names: list[str], best: Path | None = None, *, quiet: bool = False
 ) -> ImageClassifier:
-    """Returns the model of a run, with the class names and preprocessing that it carries.
+    """Returns the model of a run, with its class names and preprocessing.
 
-    `best` is that folder of a run that is resumed: with a complete checkpoint beside it, it stands
-    in for the weights that the run began with, which may be gone.
+    `best` is that folder of a resumed run: with a complete checkpoint next to it, it replaces the
+    initial weights, which may no longer exist.
     """
     settings, data = config.model, config.data
     if settings.weights is not None:
@@ -60,17 +60,17 @@ def build_model(
 
 
 def freeze_all_but_head(model: nn.Module) -> None:
-    """Freezes everything but `model.head`: a linear probe."""
+    """Freezes everything except `model.head`, for a linear probe."""
     head = _head_of(model)
     model.requires_grad_(False)
     head.requires_grad_(True)
 
 
 def set_head_bias(model: nn.Module, value: float, rows: Sequence[int] | None = None) -> None:
-    """Fills the bias of `model.head`, in place; for these rows only, if given.
+    """Fills the bias of `model.head` in place, or only the given rows.
 
-    Google begins with -6.9, about the logarithm of 1/1000, on ImageNet-1k's 1000 classes and the
-    sigmoid loss (big_vision, `configs/mlp_mixer_i1k.py`, `init_head_bias`).
+    Google starts at -6.9, about the logarithm of 1/1000, for the 1000 classes of ImageNet-1k and
+    the sigmoid loss (big_vision, `configs/mlp_mixer_i1k.py`, `init_head_bias`).
     """
     with torch.no_grad():
         _head_of(model).bias[slice(None) if rows is None else list(rows)] = value
@@ -109,7 +109,7 @@ def _from_weights(
     model, names, new = _with_head_for(model, class_names, report)
     if settings.head_bias and new:
         set_head_bias(model, settings.head_bias, new)
-    if settings.overrides:  # those of `ModelSettings`, which need no other tensors
+    if settings.overrides:  # from `ModelSettings`; these do not change the tensors
         trained, preprocessing = model.state_dict(), model.preprocessing
         try:
             architecture = dataclasses.replace(model.config, **settings.overrides)
@@ -123,9 +123,9 @@ def _from_weights(
 
 
 def _can_replace_first_weights(best: Path) -> bool:
-    """Whether the run has its own weights, and a complete checkpoint to fill in the rest.
+    """Whether the run has weights of its own and a complete checkpoint to restore the rest.
 
-    Without such a checkpoint the run begins again, with the weights that it began with.
+    Without such a checkpoint the run restarts from its initial weights.
     """
     if not (best / "model.safetensors").is_file():
         return False
@@ -141,13 +141,12 @@ def _can_replace_first_weights(best: Path) -> bool:
 def _with_head_for(
     model: ImageClassifier, class_names: list[str], report: Reporter
 ) -> tuple[ImageClassifier, list[str], list[int]]:
-    """Returns the model with a row of the head for each class, its names for them, and new rows.
+    """Returns the model with one head row per class, its names for the classes, and the new rows.
 
-    Classes are matched by name. Those that the weights do not know begin with zeros, as the paper
-    starts fine-tuning.
+    Classes are matched by name. Unknown classes start at zero, as in the paper's fine-tuning.
     """
     known, had = model.class_names or [], model.config.num_classes
-    # A model of ImageNet calls a class "n01440764 tench"; folders have the WordNet id alone.
+    # ImageNet models call a class "n01440764 tench"; folders have only the WordNet id.
     full = {name[:9]: name for name in known if re.match(r"n\d{8} ", name)}
     names = [full.get(name, name) for name in class_names]
     place = {name: at for at, name in enumerate(known)}

@@ -1,6 +1,6 @@
-"""How the weights move: loss, learning rate, optimizers and their state, SAM, moving average.
+"""Loss, learning rate, optimizers and their state, SAM, exponential moving average.
 
-Everything works on plain parameters and on those that FSDP2 has sharded.
+Everything works on plain and on FSDP2-sharded parameters.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from allmlp.training.config import Optimizer, Sigmoid, Softmax, Steps
 
 
 def loss_function(logits: Tensor, targets: Tensor, loss: Softmax | Sigmoid) -> Tensor:
-    """Returns the mean loss over the images of logits and targets (N, classes).
+    """Returns the mean loss over images; logits and targets are (N, classes).
 
-    Rows of the targets sum to 1; sigmoid cross-entropy is summed over the classes.
+    Target rows sum to 1; sigmoid cross-entropy is summed over the classes.
     """
     if isinstance(loss, Sigmoid):
         losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
@@ -34,13 +34,13 @@ def loss_function(logits: Tensor, targets: Tensor, loss: Softmax | Sigmoid) -> T
     return F.cross_entropy(logits, targets, label_smoothing=loss.label_smoothing)
 
 
-# The learning rate: a pure function of the step, 0 at step 0 with a warm-up. Source:
+# The learning rate is a pure function of the step, 0 at step 0 with warm-up. Source:
 # `create_learning_rate_schedule` of big_vision's utils.py; stepwise decay as in
-# google-research/task_adaptation and bit_hyperrule.py: the boundary step still has the rate before.
+# google-research/task_adaptation and bit_hyperrule.py: the boundary step still has the old rate.
 
 
 def learning_rate(optimizer: Optimizer, step: int, num_steps: int) -> float:
-    """Returns the learning rate of a step (from 0) of a run of `num_steps`."""
+    """Returns the learning rate at a step (from 0) of a run of `num_steps`."""
     warmup, schedule = warmup_steps(optimizer, num_steps), optimizer.schedule
     progress = (step - warmup) / max(num_steps - warmup, 1)
     progress = min(max(progress, 0.0), 1.0)
@@ -63,7 +63,7 @@ def warmup_steps(optimizer: Optimizer, num_steps: int) -> int:
 
 
 def check_warmup(optimizer: Optimizer, num_steps: int) -> None:
-    """Raises UserError for a run that ends before a step at the full learning rate."""
+    """Raises UserError if the run ends before it reaches the full learning rate."""
     warmup = warmup_steps(optimizer, num_steps)
     if warmup >= num_steps:
         what = f"optimizer.warmup={optimizer.warmup:g} is {warmup:,} steps of warm-up, and the "
@@ -74,15 +74,15 @@ def check_warmup(optimizer: Optimizer, num_steps: int) -> None:
 def operations(flops_per_image: int, images: int, settings: Optimizer) -> int:
     """Returns the floating-point operations of a run.
 
-    A step takes three times the forward pass: itself, the gradient of each layer's input, and that
-    of its weights. Sharpness-aware minimisation takes the gradient twice.
+    A step costs three forward passes: the forward pass, and the gradients with respect to the
+    inputs and the weights. Sharpness-aware minimisation computes the gradient twice.
     """
     twice = 1.0 - settings.sam_start if settings.sam_rho else 0.0
     return round(3 * flops_per_image * images * (1.0 + twice))
 
 
 def power(number: int) -> str:
-    """Returns a large number as "1.1e16"."""
+    """Formats a large number as "1.1e16"."""
     digits, _, exponent = f"{number:.1e}".partition("e")
     return f"{digits}e{int(exponent)}"
 
@@ -94,18 +94,18 @@ def state_copies(settings: Optimizer) -> int:
 
 
 def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.Optimizer]:
-    """Returns the optimizers over the parameters that require a gradient; `update` steps them.
+    """Returns the optimizers of the parameters that require a gradient; `update` steps them.
 
-    One for AdamW and SGD. For Muon two: Muon (Jordan et al. 2024) for the 2-D kernels inside the
-    blocks, which are the dense weights of token and channel mixing, and AdamW for the rest: stem,
-    head, norms, biases and kernels with a third axis (untied token mixing, CycleFC). Muon's updates
-    are scaled to the size of Adam's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that both
-    take the same learning rate and decay.
+    One for AdamW and SGD, two for Muon: Muon (Jordan et al. 2024) for the 2-D kernels in the
+    blocks, i.e. the dense weights of token and channel mixing, and AdamW for the rest: stem, head,
+    norms, biases and kernels with a third axis (untied token mixing, CycleFC). Muon's updates are
+    scaled to the size of Adam's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that both use
+    the same learning rate and decay.
 
-    Weight decay is decoupled and reaches kernels only (big_vision's `.*/kernel$`).
+    Weight decay is decoupled and applied to kernels only (big_vision's `.*/kernel$`).
 
-    Their state exists from here on, all zeros, instead of within the first step: so a run has the
-    same tensors at all times and can be saved before it begins.
+    The optimizer state is created here, all zeros, not in the first step, so that a run always has
+    the same tensors and can be saved before it starts.
     """
     trained = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -138,12 +138,12 @@ def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.
 
 
 def is_kernel(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is what Flax calls a kernel, which weight decay reaches."""
+    """Whether a parameter is a kernel in Flax's sense; only kernels get weight decay."""
     return parameter.dim() > 1 and not name.endswith("bias")
 
 
 def _begin_state(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the state by a step of stand-ins, so that no weight and no gradient is touched."""
+    """Creates the state with a step on dummy tensors; weights and gradients are not touched."""
     kind: Any = type(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -156,15 +156,15 @@ def _begin_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def clip(parameters: Iterable[Tensor], most: float) -> Tensor:
-    """Clips the gradients, in place, to a global norm; returns the norm before, over all shards.
+    """Clips the gradients in place to a global norm; returns the prior norm, over all shards.
 
-    A norm that is not finite makes gradients NaN: check it before `update`.
+    A non-finite norm turns the gradients into NaN: check it before `update`.
     """
     return full_tensor(clip_grad_norm_(parameters, most))
 
 
 def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
-    """Moves the weights by one step at this learning rate."""
+    """Updates the weights with this learning rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -174,10 +174,10 @@ def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
 def optimizer_tensors(
     model: nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
-    """Returns the whole state of the optimizers, as "<parameter>.<key>" -> tensor.
+    """Returns the whole optimizer state, as "<parameter>.<key>" -> tensor.
 
-    These are the tensors that the next step reads and writes: filled in place from another run,
-    training continues that run bit for bit.
+    These are the tensors that the next step reads and writes: after filling them in place from
+    another run, training continues that run bit for bit.
     """
     named = dict(model.named_parameters())
     return {
@@ -190,9 +190,9 @@ def optimizer_tensors(
 
 @torch.no_grad()
 def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
-    """Moves the moving average of the weights (Polyak and Juditsky 1992) towards them, in place.
+    """Updates the exponential moving average of the weights (Polyak and Juditsky 1992) in place.
 
-    The decay rises to `decay` over the first steps, so that the random start is soon forgotten.
+    The decay ramps up to `decay` over the first steps, so that the random start is soon forgotten.
     """
     decay = min(decay, (1 + step) / (10 + step))
     weights = dict(model.named_parameters())
@@ -202,19 +202,19 @@ def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, s
 
 
 def sam_rho_at(optimizer: Optimizer, step: int, num_steps: int) -> float:
-    """Returns the radius of sharpness-aware minimisation at a step; 0 for an ordinary gradient."""
+    """Returns the SAM rho at a step; 0 for an ordinary gradient."""
     return optimizer.sam_rho if step >= round(optimizer.sam_start * num_steps) else 0.0
 
 
 @contextlib.contextmanager
 def sam_ascent(parameters: Iterable[Tensor], rho: float) -> Iterator[None]:
-    """Moves the weights to the worst loss near them while the block runs.
+    """Moves the weights to the worst-case loss nearby while the block runs.
 
-    Foret et al. 2021, arXiv 2010.01412, with which Google trained its checkpoints `sam`: to first
-    order that is w + rho * g / ||g||, the norm over all gradients (equation 2 with p = 2). Where
-    processes train together, g is that of the whole batch (the paper's m is the batch). The block
-    puts in new gradients; after it, also by an exception, the weights have exactly their former
-    values. A gradient that is not finite moves weights to NaN, which the second gradient shows.
+    Sharpness-aware minimisation (Foret et al. 2021, arXiv 2010.01412), used for Google's `sam`
+    checkpoints. To first order that is w + rho * g / ||g||, with the norm over all gradients
+    (equation 2 with p = 2). In distributed training g is that of the whole batch (the paper's m is
+    the batch). The block computes new gradients; afterwards, even after an exception, the weights
+    are restored exactly. A non-finite gradient makes weights NaN, which the second gradient shows.
     """
     moved = [parameter for parameter in parameters if parameter.grad is not None]
     former = [parameter.detach().clone() for parameter in moved]

@@ -1,4 +1,4 @@
-"""Which of some images a run was trained on, and which it held out."""
+"""Finds out which images a run was trained on, and which it held out."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class Measured:
     """Images to measure a model on."""
 
     source: Source
-    are_held_out: bool = False  # they are those that the model's run held out
-    trained_on: int | None = None  # how many of them; None: not known
+    are_held_out: bool = False  # whether these are the images that the model's run held out
+    trained_on: int | None = None  # number of them in the training set; None: unknown
     notes: tuple[str, ...] = ()
 
     def describe(self, result: Evaluation) -> Evaluation:
-        """Returns the result of the measurement, which now says what was measured."""
+        """Adds this information to the result of a measurement."""
         result.are_held_out, result.trained_on = self.are_held_out, self.trained_on
         result.notes = list(self.notes)
         return result
 
 
 def open_measured(model: str | None, name: str, *, count: bool = True) -> Measured:
-    """Returns the images that a name of data means to the model of a path.
+    """Returns the images that a data name refers to, for the model at a path.
 
-    Where its run held images out of data that has no validation split, they are the validation
-    images of that data, also of the name without a split if there are no test images. Otherwise
-    (with `count`) up to 5,000 images are looked at for those that the run was trained on.
+    If the run held out images of data without a validation split, these are returned for that
+    data's validation split, and for its bare name if there is no test split. Otherwise (with
+    `count`) up to 5,000 images are checked for whether the run was trained on them.
     """
     run = _run_of(model)
     if run is None:
@@ -60,7 +60,7 @@ def open_measured(model: str | None, name: str, *, count: bool = True) -> Measur
 
 
 def _run_of(model: str | None) -> tuple[Path, TrainConfig] | None:
-    """The run of its folder, of best/ in it, of a file there, or of a study's folder."""
+    """The run of a run folder, its best/, a file in either, or a study folder."""
     path = Path(model or "").expanduser()
     if model is None or not path.exists():
         return None
@@ -70,7 +70,7 @@ def _run_of(model: str | None) -> tuple[Path, TrainConfig] | None:
         study = parse_json((path / "finetune.json").read_bytes())
         path /= f"seed-{study['seeds'][0]}"
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        pass  # no study
+        pass  # not a study
     try:
         return path, config_of(path)
     except UserError:
@@ -78,7 +78,7 @@ def _run_of(model: str | None) -> tuple[Path, TrainConfig] | None:
 
 
 def _own_splits(path: Path, config: TrainConfig, name: str) -> Splits | None:
-    """The run's splits, where the name means the images that it held out."""
+    """The run's splits, if the name refers to the images that it held out."""
     asked, own = parse_name(name), parse_name(config.data.source)
     if asked.part is not None or asked.split not in (None, "validation"):
         return None
@@ -90,7 +90,7 @@ def _own_splits(path: Path, config: TrainConfig, name: str) -> Splits | None:
     try:
         splits = split_data(replace(config.data, source=_text(moved)))
         known = parse_json((path / "environment.json").read_bytes())["data"]["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):  # other data, or nothing is known
+    except (OSError, ValueError, KeyError, TypeError):  # different data, or nothing is known
         return None
     return splits if splits.held_out and is_fingerprint_of(known, splits.train) else None
 
@@ -100,7 +100,7 @@ def _text(name: SourceSpec) -> str:
 
 
 def _count(path: Path, source: Source) -> tuple[int, str] | None:
-    """How many of the images the run was trained on, and "about " where not all were looked at."""
+    """Number of images the run was trained on, and "about " if only a sample was checked."""
     try:
         keys = (path / TRAINING_IMAGES).read_text("ascii").split()
         known = parse_json((path / "environment.json").read_bytes())["data"]

@@ -1,4 +1,4 @@
-"""Named runs: recipe -> settings. Their commands and results are in docs/recipes.md."""
+"""Recipes: named settings. docs/recipes.md has their commands and results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from allmlp.errors import one_of
 from allmlp.training.config import TrainConfig
 
-Settings = dict[str, Any]  # those that differ from the defaults of `TrainConfig`
+Settings = dict[str, Any]  # that differ from the defaults of `TrainConfig`
 
 
 def _mixer(patch: int, hidden: int, blocks: int, tokens: int, channels: int) -> Settings:
@@ -66,7 +66,7 @@ _STRONG: Settings = {
 
 
 # 1.12 million parameters, as the best Mixer from random weights known to us: omihub777's (90.83 %,
-# 1,132,170 parameters), with 56 in place of its 64 hidden units in the token-mixing MLPs.
+# 1,132,170 parameters), with 56 instead of its 64 hidden units in the token-mixing MLPs.
 CIFAR10: Settings = {
     **_STRONG,
     "model.overrides": {**_mixer(4, 128, 8, 56, 512), "stochastic_depth": 0.1},
@@ -78,7 +78,7 @@ CIFAR10_BEST: Settings = {  # larger, with finer patches
     "model.overrides": {**_mixer(2, 256, 8, 256, 1024), "stochastic_depth": 0.15},
     "epochs": 200,
 }
-# To compare networks: AdamW, since Muon is for the dense layers of mixer blocks alone.
+# For comparing networks: AdamW, because Muon applies only to the dense layers of mixer blocks.
 CIFAR10_COMPARE: Settings = {
     **_CIFAR10,
     "model.overrides": _mixer(4, 96, 6, 48, 384),
@@ -90,9 +90,9 @@ CIFAR10_COMPARE: Settings = {
     "evaluate_every": 1,
 }
 
-# Pre-training: the paper's Table 4. Weight decay is as the paper prints it: with torch's AdamW it
-# is multiplied by the learning rate, as in Google's code, which writes the product. docs/recipes.md
-# lists where the paper and Google's code differ, and what is taken here.
+# Pre-training: the paper's Table 4. Weight decay is the paper's value: torch's AdamW multiplies it
+# by the learning rate, as Google's code does, where the product is given. docs/recipes.md lists
+# where the paper and Google's code differ, and which value is used here.
 
 _TABLE_4 = {
     # epochs, learning rate, weight decay, RandAugment, mixup, stochastic depth, evaluate every
@@ -117,7 +117,7 @@ def _pretraining(recipe: str) -> Settings:
         "data.source": "",
         "model.name": f"mixer_{variant}",
         "model.overrides": {"stochastic_depth": depth} if depth else {},
-        # About the logarithm of a class's fraction (big_vision, `init_head_bias`).
+        # About the logarithm of the fraction of a class (big_vision, `init_head_bias`).
         "model.head_bias": -6.9 if data == "imagenet" else -10.0,
         "augment.randaugment": randaugment,
         "augment.mixup": mixup,
@@ -133,8 +133,8 @@ def _pretraining(recipe: str) -> Settings:
     }
 
 
-# CycleMLP and Vision Permutator with their authors' settings, the recipe of DeiT; docs/recipes.md
-# lists what is missing of their augmentation.
+# CycleMLP and Vision Permutator with their authors' settings, the DeiT recipe; docs/recipes.md
+# lists which of their augmentations are missing.
 
 
 def _imagenet(
@@ -162,8 +162,8 @@ def _imagenet(
 
 
 # Fine-tuning: the paper's appendix C, Google's code, and the BiT-HyperRule. The recipe names no
-# model: the checkpoint brings it. The paper prints the steps; the warm-up is that of Google's codes
-# (big_vision and scenic), the learning rate that of vit_jax, or 0.01 where it has none.
+# model, as the checkpoint brings it. The paper gives the steps; the warm-up is from Google's code
+# (big_vision and scenic), the learning rate from vit_jax, or 0.01 where it has none.
 
 
 def _finetuning(
@@ -172,7 +172,7 @@ def _finetuning(
     return {
         "data.source": "",
         "model.weights": "",
-        # A checkpoint of one's own brings the stochastic depth that it was pre-trained with.
+        # Your own checkpoints would bring the stochastic depth of their pre-training.
         "model.overrides": {"stochastic_depth": 0.0},
         "optimizer": "sgd",
         "optimizer.learning_rate": 0.03,
@@ -184,7 +184,7 @@ def _finetuning(
     }
 
 
-# In some tasks of VTAB the place of an object is the answer: nothing is cut or mirrored.
+# In some VTAB tasks the position of an object is the answer, so no crops or flips.
 _WHOLE = {"data__resize": "squash", "augment__crop": "none", "augment__flip": False}
 FINETUNING: dict[str, Settings] = {
     "finetune": _finetuning(optimizer__learning_rate=0.01),
@@ -193,12 +193,12 @@ FINETUNING: dict[str, Settings] = {
     "finetune_pets": _finetuning(),
     "finetune_flowers": _finetuning(),
     "finetune_vtab": _finetuning(2500, 200, 500, optimizer__learning_rate=0.01, **_WHOLE),
-    # What appendix A.2 tried, one thing each.
+    # The ablations of appendix A.2, one change each.
     "finetune_mixup": _finetuning(augment__mixup=0.1, augment__crop="none"),
     "finetune_average": _finetuning(optimizer__ema_decay=0.9999, augment__crop="none"),
     "finetune_inception": _finetuning(),
 }
-# The paper's grid of learning rates, and the fraction of the training images that it is judged by.
+# The paper's grid of learning rates, and the fraction of training images held out to choose one.
 _GRID = (0.003, 0.01, 0.03, 0.06)
 LEARNING_RATES = {**dict.fromkeys(FINETUNING, _GRID), "finetune_vtab": (0.003, 0.01, 0.03)}
 HOLDOUTS = {
@@ -225,7 +225,7 @@ def recipe(name: str) -> TrainConfig:
     """Returns the configuration of a recipe.
 
     Raises:
-        UserError: there is no such recipe.
+        UserError: unknown recipe.
     """
     one_of("recipe", name, RECIPES)
     return TrainConfig().with_values({"recipe": name, **RECIPES[name]})
@@ -234,8 +234,8 @@ def recipe(name: str) -> TrainConfig:
 def finetune_for(num_images: int) -> TrainConfig:
     """Returns the BiT-HyperRule's settings for this number of training images.
 
-    Instead of the rule's stepwise decay from 0.003 it takes the paper's cosine from 0.01, which is
-    big_vision's default. (The paper dropped the rule's mixup for Mixers: no consistent gain.)
+    The rule's stepwise decay from 0.003 is replaced by the paper's cosine from 0.01, big_vision's
+    default. (The paper dropped the rule's mixup for Mixers: no consistent gain.)
     """
     if num_images < 20_000:
         return recipe("finetune")

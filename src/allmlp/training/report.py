@@ -1,4 +1,4 @@
-"""What a run prints before it begins, and what it measures, draws, writes and prints at its end."""
+"""Console output before a run, and final measurements, plots, files and output after it."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from allmlp.weights.load import load_model
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run ended with.
+    """The result of a run.
 
     Attributes:
         run_folder: where everything was written.
-        validation: of the weights in best/; None if no images were held out.
-        test: of the same weights; None if the data has no test images.
+        validation: with the weights in best/; None if no images were held out.
+        test: with the same weights; None if the data has no test images.
     """
 
     run_folder: Path
@@ -44,7 +44,7 @@ class TrainResult:
 
 
 def announce(run: Run, model: ImageClassifier) -> None:
-    """Prints what was found and what will happen."""
+    """Prints the settings and the data before training starts."""
     config, world, say = run.config, run.world, run.report.say
     height, width = model.config.image_size
     found = run.splits.describe()
@@ -78,7 +78,7 @@ def announce(run: Run, model: ImageClassifier) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Returns a length of time in its two largest units: "12 min 5 s", "4 days 11 h"."""
+    """Formats a duration in its two largest units: "12 min 5 s", "4 days 11 h"."""
     units = (("day", 86_400), ("h", 3600), ("min", 60), ("s", 1))
     for (name, size), (small_name, small) in itertools.pairwise(units):
         whole, rest = divmod(round(seconds / small), size // small)
@@ -89,21 +89,21 @@ def duration(seconds: float) -> str:
 
 
 def resume_command(run: Run) -> str:
-    """Returns what to type to resume the run."""
+    """Returns the command that resumes the run."""
     if run.world.size > 1:
         return "the same torchrun command again"
     return shlex.join([_command(), "train", "--resume", str(run.folder.path)])
 
 
 def _command() -> str:
-    """How this machine's user starts `mixer`: with its path where it is not on the PATH."""
+    """The name of the `mixer` command, with its path if it is not on the PATH."""
     started = Path(sys.argv[0])
     return str(started) if started.name == "mixer" and not shutil.which("mixer") else "mixer"
 
 
 def measure(model: ImageClassifier, source: Source, run: Run) -> Evaluation:
-    """Returns what a model, the same on every process, predicts for all images."""
-    images_each = math.ceil(len(source) / run.world.size)  # no process waits for one full batch
+    """Evaluates a model, identical on all processes, on all images."""
+    images_each = math.ceil(len(source) / run.world.size)  # all processes get batches
     own = run.config.batch_size // run.world.size
     predictor = Predictor(
         model,
@@ -117,11 +117,11 @@ def measure(model: ImageClassifier, source: Source, run: Run) -> Evaluation:
 
 
 def finish(run: Run, *, in_study: bool = False) -> TrainResult:
-    """Measures the best weights, draws the plots, writes the card and prints what to do next."""
+    """Evaluates the best weights, draws plots, writes the card and prints the next commands."""
     splits, folder, say = run.splits, run.folder, run.report.say
     run.world.barrier()  # until the main process has written the weights
     model = load_model(folder.best)
-    # As `mixer evaluate` measures.
+    # Same numbers as `mixer evaluate`.
     exact = dataclasses.replace(run.compute, precision="float32", compile=False)
     exactly = dataclasses.replace(run, compute=exact)
     validation = test = None
@@ -134,7 +134,7 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
     if not run.world.is_main:
         return result
     bad = folder.bad_files()
-    for image in test.bad if test is not None else []:  # those of validation were named before
+    for image in test.bad if test is not None else []:  # bad validation images were listed before
         if image.name not in bad:
             folder.log_bad_file(image)
         bad.add(image.name)
@@ -172,10 +172,10 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
 
 
 def _say_next(run: Run) -> None:
-    """Prints what to type next: commands that work unchanged."""
+    """Prints commands to run next, ready to copy."""
     splits, data, mixer = run.splits, run.config.data.source, _command()
     example = splits.test or splits.validation or splits.train
-    held_out = example is splits.validation and splits.held_out  # images without a name as data
+    held_out = example is splits.validation and splits.held_out  # they have no data name
     if Path(example.item_name(0)).is_file():
         name = example.item_name(0)
     elif held_out:

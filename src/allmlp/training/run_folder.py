@@ -1,12 +1,12 @@
-"""The folder of a run: what it holds, which run it is, and what a run writes.
+"""The run folder: its contents, the identity of the run, and everything that a run writes.
 
 runs/<date>_<recipe>/
   config.json  environment.json  log.txt
-  metrics.jsonl     a line per logged step
-  results.csv       a line per evaluation
-  training_images.txt  a key for each of up to 5,000 training images, see `image_key`
-  bad_files.txt     images that could not be decoded, if there were any
-  checkpoints/      step-00012000/: the full state, from which the run resumes
+  metrics.jsonl     one line per logged step
+  results.csv       one line per evaluation
+  training_images.txt  keys of up to 5,000 training images, see `image_key`
+  bad_files.txt     images that could not be decoded, if any
+  checkpoints/      step-00012000/: the full state, to resume from
   best/             model.safetensors + config.json + README.md: what you ship
   test/             evaluation.json, per_class.csv, confusion.csv of best/
   plots/            curves, confusion, a training batch, predictions, worst mistakes
@@ -38,24 +38,24 @@ from allmlp.training.config import TrainConfig, flat
 from allmlp.training.dataset import Splits
 
 TRAINING_IMAGES = "training_images.txt"
-# Settings that change where and how fast a run computes, but not what: they may differ on resume.
+# Settings that affect where and how fast a run computes, but not what: they may change on resume.
 _FREE = {
     *("output", "device", "num_threads", "micro_batch_size", "compile", "sharding"),
     *("tensorboard", "keep_checkpoints", "checkpoint_every", "data.num_workers", "data.timeout"),
     "data.max_bad",
 }
-# What a run leaves that was ended before its first step.
+# Files left by a run that ended before its first step.
 _BEGUN = {"plots", "checkpoints", ".lock", "config.json", "environment.json", "log.txt"}
 _BEGUN |= {TRAINING_IMAGES}
 _OTHER_OUTPUT = "Choose another output folder, or remove this one"
 _OTHER_IMAGES = "Restore them, or begin a new run in another output folder"
 
 
-# Which run a folder holds
+# Identity of a run
 
 
 def config_of(run: str | Path) -> TrainConfig:
-    """Returns the settings of a run folder, with that folder as its output."""
+    """Returns the settings of a run folder, with that folder as the output."""
     folder = Path(run).expanduser()
     path = folder / "config.json"
     if not path.is_file():
@@ -74,7 +74,7 @@ def config_of(run: str | Path) -> TrainConfig:
 
 
 def can_resume(path: Path, config: TrainConfig) -> bool:
-    """Returns whether the folder holds this very run; False for an unused one, else UserError."""
+    """Whether the folder holds this very run; False if it is unused, else UserError."""
     if path.is_file():
         raise UserError("the run folder is a file", where=path, fix=_OTHER_OUTPUT)
     if not path.is_dir():
@@ -94,14 +94,14 @@ def can_resume(path: Path, config: TrainConfig) -> bool:
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """Returns the settings that decide what a run computes: path of the setting -> JSON value."""
+    """Returns the settings that determine a run's result: path of the setting -> JSON value."""
     return {key: value for key, value in flat(config.to_json()).items() if key not in _FREE}
 
 
 def check_same(old: TrainConfig, new: TrainConfig) -> None:
-    """Raises UserError naming the settings in which two runs would compute different things.
+    """Raises UserError naming the settings in which two runs differ.
 
-    Where the images are is not one of them; see `check_same_images`.
+    Only those that change the result count; for the location of the images see `check_same_images`.
     """
     before, after = identity(old), identity(new)
     changed = [
@@ -118,17 +118,17 @@ def check_same(old: TrainConfig, new: TrainConfig) -> None:
 
 
 def check_same_images(path: Path, config: TrainConfig, splits: Splits) -> None:
-    """Raises UserError if the images differ from those the run began with; they may have moved."""
+    """Raises UserError if the images are not those of the run; they may have been moved."""
     old = config_of(path).data.source
     try:
         known = parse_json((path / "environment.json").read_bytes())["data"]
         is_same = is_fingerprint_of(known["fingerprint"], splits.train)
         if old != config.data.source:
             for name, source in (("validation", splits.validation), ("test", splits.test)):
-                if known.get(name) is not None:  # older versions wrote none
+                if known.get(name) is not None:  # missing in older versions
                     is_same &= source is not None and is_fingerprint_of(known[name], source)
     except (OSError, ValueError, KeyError, TypeError):
-        is_same = old == config.data.source  # compared with the checkpoints' later
+        is_same = old == config.data.source  # otherwise compared with the checkpoints' later
     if not is_same:
         new = config.data.source
         moved = "" if old == new else f": data.source is {old!r} there and {new!r} here"
@@ -136,12 +136,12 @@ def check_same_images(path: Path, config: TrainConfig, splits: Splits) -> None:
 
 
 def other_images(path: Path, moved: str = "") -> UserError:
-    """Returns the error of a run whose images have changed."""
+    """Returns the error for a run whose images have changed."""
     what = f"the images differ from those that the run began with{moved}"
     return UserError(what, where=path, fix=_OTHER_IMAGES, code="other-data")
 
 
-# What a run writes
+# Files of a run
 
 
 def planned_path(config: TrainConfig) -> Path:
@@ -162,7 +162,7 @@ def planned_path(config: TrainConfig) -> Path:
 
 
 def check_tensorboard() -> None:
-    """Raises UserError where the package that writes TensorBoard's files is not installed."""
+    """Raises UserError if the tensorboard package is not installed."""
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
@@ -171,7 +171,7 @@ def check_tensorboard() -> None:
 
 
 def environment(config: TrainConfig, splits: Splits, device: torch.device) -> dict[str, Any]:
-    """Returns what environment.json holds: versions, hardware, command, seed, fingerprints."""
+    """Returns the contents of environment.json: versions, hardware, command, seed, fingerprints."""
     data: dict[str, Any] = {
         "training_images": len(splits.train),
         "fingerprint": fingerprint(splits.train, moved=True),
@@ -182,12 +182,12 @@ def environment(config: TrainConfig, splits: Splits, device: torch.device) -> di
 
 
 class RunFolder:
-    """The folder of one run, locked while this object is open; of several processes one writes."""
+    """The folder of a run, locked while open; only one process writes."""
 
     def __init__(self, path: Path, config: TrainConfig, *, writes: bool = True) -> None:
         self.writes = writes
         try:
-            while config.output is None:  # a run beside this one may have taken the planned name
+            while config.output is None:  # a concurrent run may have taken the planned name
                 try:
                     path.mkdir(parents=True)
                     break
@@ -211,7 +211,7 @@ class RunFolder:
                 raise UserError(what, where=path, fix=fix) from error
             what = f"cannot make the run folder: {error.strerror}"
             raise UserError(what, where=path, fix="Choose another output folder") from error
-        for folder in (path, self.plots, self.best, path / "test"):  # of a killed run
+        for folder in (path, self.plots, self.best, path / "test"):  # from a killed run
             for left in folder.glob(".*.partial"):
                 if left.is_dir():
                     shutil.rmtree(left, ignore_errors=True)
@@ -219,15 +219,15 @@ class RunFolder:
         self.write("config.json", config.to_json())
 
     def close(self) -> None:
-        """Lets another process have the folder."""
+        """Releases the lock."""
         if self._events is not None:
             self._events.close()
         if self.writes:
-            (self.path / ".lock").unlink(missing_ok=True)  # while it is still ours
+            (self.path / ".lock").unlink(missing_ok=True)  # while we still hold it
             self._lock.release()
 
     def rewind(self, step: int) -> None:
-        """Removes what the logs have of later steps, and the lines that cannot be read."""
+        """Removes log entries of later steps, and unreadable lines."""
         if (self.path / "metrics.jsonl").exists():
             kept = [values for values in read_metrics(self.path) if values["step"] < step]
             self.write("metrics.jsonl", "".join(f"{json.dumps(values)}\n" for values in kept))
@@ -241,7 +241,7 @@ class RunFolder:
             (self.path / "results.csv").unlink(missing_ok=True)
 
     def bad_files(self) -> set[str]:
-        """Returns the images that bad_files.txt names already."""
+        """Returns the images already listed in bad_files.txt."""
         try:
             text = (self.path / "bad_files.txt").read_text("utf-8", "surrogateescape")
         except FileNotFoundError:
@@ -249,18 +249,18 @@ class RunFolder:
         return {line.partition("\t")[0] for line in text.splitlines()}
 
     def write(self, name: str, content: str | dict[str, Any]) -> None:
-        """Writes a file of the folder, text or JSON."""
+        """Writes a file in the folder, text or JSON."""
         if self.writes:
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
             atomic_write(self.path / name, text.encode(errors="backslashreplace"))
 
     def log_step(self, values: dict[str, float]) -> None:
-        """Adds a line to metrics.jsonl."""
+        """Appends a line to metrics.jsonl."""
         self._append("metrics.jsonl", json.dumps(values) + "\n")
         self._log_events("training", values)
 
     def log_evaluation(self, values: dict[str, float]) -> None:
-        """Adds a line to results.csv; every line has the columns of the first."""
+        """Appends a line to results.csv; all lines have the columns of the first."""
         text = io.StringIO()
         if self._results_header is None:
             self._results_header = list(values)
@@ -270,7 +270,7 @@ class RunFolder:
         self._log_events("evaluation", values)
 
     def log_bad_file(self, bad: BadImage) -> None:
-        """Adds a line to bad_files.txt."""
+        """Appends a line to bad_files.txt."""
         self._append("bad_files.txt", f"{bad.name}\t{bad.what}\n")
 
     def _append(self, name: str, text: str) -> None:
@@ -279,7 +279,7 @@ class RunFolder:
                 file.write(text.encode(errors="surrogateescape"))
 
     def open_events(self, step: int) -> None:
-        """Writes TensorBoard's event files too, from this step on; see `check_tensorboard`."""
+        """Starts TensorBoard event files at this step; see `check_tensorboard`."""
         from torch.utils.tensorboard import SummaryWriter
 
         if self.writes:
@@ -291,16 +291,16 @@ class RunFolder:
                 self._events.add_scalar(f"{group}/{name}", values[name], int(values["step"]))
 
     def draw_curves(self) -> None:
-        """Draws the loss, accuracy and learning rate so far."""
+        """Draws loss, accuracy and learning rate so far."""
         figure = plots.curves(read_metrics(self.path), read_results(self.path))
         plots.save(figure, self.plots / "curves.png")
 
 
-# Logs are not synced to disk: a kill may cut the last line, and a power cut may leave anything.
+# Logs are not synced to disk: a kill may truncate the last line, a power loss may corrupt any.
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Returns the lines of a run's metrics.jsonl that can be read."""
+    """Returns the readable lines of a run's metrics.jsonl."""
     path, found = run / "metrics.jsonl", []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
@@ -313,7 +313,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def read_results(run: Path) -> list[dict[str, str]]:
-    """Returns the lines of a run's results.csv by their columns, those that can be read."""
+    """Returns the readable lines of a run's results.csv, by column."""
     path = run / "results.csv"
     text = path.read_text("utf-8", "replace") if path.is_file() else ""
     header, *rows = [line.split(",") for line in text.splitlines()] or [[""]]
@@ -324,7 +324,7 @@ def read_results(run: Path) -> list[dict[str, str]]:
 
 
 def no_results(run: Path) -> UserError:
-    """Returns the error for a finished run whose results.csv lacks what is needed of it."""
+    """Returns the error for a finished run whose results.csv is incomplete."""
     what, fix = "the results of this run are damaged", "Remove the run's folder: it is trained anew"
     return UserError(what, where=run / "results.csv", fix=fix)
 

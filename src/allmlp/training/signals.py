@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the run saves at the end of its step; a second signal ends it at once."""
+"""SIGTERM and Ctrl-C: the run saves after the current step; a second signal ends it at once."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any, NoReturn
 
 from allmlp.data.workers import while_waiting
 
-# torchrun passes on a signal that its whole process group has received already.
+# torchrun forwards a signal that the whole process group has already received.
 _SAME_SIGNAL = 3.0  # seconds
 
 
 class NoBatchCame(Exception):
-    """A signal came while waiting for a batch, which may never come."""
+    """A signal arrived while waiting for a batch that may never come."""
 
 
 class StopRequest:
-    """Notices SIGTERM and SIGINT within its block; a loader that waits raises `NoBatchCame`.
+    """Catches SIGTERM and SIGINT inside its block; a waiting loader raises `NoBatchCame`.
 
-    Its message says whether the run `saves` checkpoints.
+    The message depends on whether the run `saves` checkpoints.
     """
 
     def __init__(self, *, saves: bool = True) -> None:
-        self.signal, self.saves = 0, saves  # the number of the signal that came, 0 for none
+        self.signal, self.saves = 0, saves  # number of the received signal, 0 for none
         self._came = 0.0
         self._before: dict[int, Any] = {}
 
@@ -59,7 +59,7 @@ class StopRequest:
 
 
 def end(number: int) -> NoReturn:
-    """Ends the run as the signal would have: KeyboardInterrupt, or exit code 143."""
+    """Exits as the signal would have: KeyboardInterrupt, or exit code 143."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)

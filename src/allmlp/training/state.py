@@ -1,4 +1,4 @@
-"""The state of a run: weights, optimizers, moving average, and how far it has come."""
+"""The state of a run: weights, optimizers, moving average, progress."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from allmlp.training.step import Updater
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same while a run trains."""
+    """The constants of a run."""
 
     config: TrainConfig
     splits: Splits
@@ -40,19 +40,19 @@ class Run:
 
 
 class RunState:
-    """Everything that must be the same for a run to resume as if it had never stopped."""
+    """Everything needed to resume a run as if it had never stopped."""
 
     def __init__(self, run: Run, model: ImageClassifier) -> None:
         self.run, self.config, self.world, self.model = run, run.config, run.world, model
-        self.step, self.finished = 0, False  # completed steps; by its length or early stopping
+        self.step, self.finished = 0, False  # completed steps; at full length or stopped early
         self.best: tuple[float, float] | None = None
         self.since_best, self.last_result_at = 0, 0
-        self.bad = {image.name: image for image in run.splits.bad}  # those to train on
+        self.bad = {image.name: image for image in run.splits.bad}  # training images only
         self.loss_sum, self.loss_count, self.last_rate = 0.0, 0, 0.0
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.last_checkpoint: Path | None = None
         decay, sharding = self.config.optimizer.ema_decay, self.config.sharding
-        # What is evaluated and kept: the weights themselves, or a copy that is filled for it.
+        # What is evaluated and saved: the model itself, or a copy filled on demand.
         is_sharded = self.world.size > 1 and sharding == "full"
         self.copy = copy.deepcopy(model) if decay or is_sharded else None
         network = parallelize(model, sharding, self.world)
@@ -75,18 +75,18 @@ class RunState:
 
     @property
     def mean_loss(self) -> float:
-        """Mean training loss of the steps since the last evaluation."""
+        """Mean training loss over the steps since the last evaluation."""
         return self.loss_sum / max(self.loss_count, 1)
 
     @property
     def seconds(self) -> float:
-        """Time that the run has trained for, before and after every stop."""
+        """Training time of the run, including the time before it was resumed."""
         return self.seconds_before + time.perf_counter() - self.started
 
     def begin(self, details: dict[str, Any], is_old: bool) -> None:
-        """Begins the run, or restores its newest complete checkpoint if it `is_old`.
+        """Starts the run, or restores its newest complete checkpoint if `is_old`.
 
-        The `details` are what environment.json holds.
+        `details` is the content of environment.json.
         """
         folder, splits, say = self.run.folder, self.run.splits, self.run.report.say
         found = self.checkpoints.newest() if is_old else None
@@ -123,7 +123,7 @@ class RunState:
         self.started = time.perf_counter()
 
     def check_nothing_is_lost(self) -> None:
-        """Raises UserError where the run has checkpoints, and none can be read."""
+        """Raises UserError if the run has checkpoints, but none is readable."""
         unread = sorted(path.name for path in self.run.folder.checkpoints.glob("step-*"))
         if unread:
             what = f"no checkpoint of this run can be read: {', '.join(unread)}, see above"
@@ -131,7 +131,7 @@ class RunState:
             raise UserError(what, where=self.run.folder.path, fix=fix)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns every tensor of the state by its name; filled in place they restore it."""
+        """Returns all tensors of the state by name; filling them in place restores it."""
         named = {f"model.{name}": tensor.detach() for name, tensor in self.model.named_parameters()}
         named |= {f"model.{name}": tensor for name, tensor in _statistics(self.model).items()}
         named |= {f"average.{name}": tensor for name, tensor in self.average.items()}
@@ -139,7 +139,7 @@ class RunState:
         return named | {f"optimizer.{name}": tensor for name, tensor in states.items()}
 
     def save(self, *, is_best: bool) -> None:
-        """Starts to write a checkpoint; training continues while it is written."""
+        """Starts writing a checkpoint; training continues in the meantime."""
         if self.config.keep_checkpoints == 0:
             return
         self.world.broadcast_tensors(_statistics(self.model).values())
@@ -157,7 +157,7 @@ class RunState:
         self.last_checkpoint = self.run.folder.checkpoints / f"step-{self.step:08d}"
 
     def advance(self, loss: float, rate: float) -> None:
-        """Counts a step that has moved the weights, and moves their average."""
+        """Counts a completed step, and updates the moving average."""
         if self.average:
             update_average(self.average, self.model, self.config.optimizer.ema_decay, self.step)
         self.step, self.last_rate = self.step + 1, rate
@@ -165,7 +165,7 @@ class RunState:
         self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
 
     def note_result(self, result: tuple[float, float] | None) -> bool:
-        """Notes an evaluation (accuracy, minus loss); returns whether it is the best so far."""
+        """Records an evaluation (accuracy, minus loss); returns whether it is the best so far."""
         self.loss_sum, self.loss_count, self.last_result_at = 0.0, 0, self.step
         is_best = result is None or self.best is None or result > self.best
         if result is not None and is_best:
@@ -176,13 +176,13 @@ class RunState:
 
     @property
     def is_out_of_patience(self) -> bool:
-        """Whether the last evaluations brought no improvement for too long."""
+        """Whether there was no improvement for `patience` evaluations."""
         patience = self.config.patience
         return patience is not None and self.since_best >= patience
 
     @torch.no_grad()
     def kept_model(self) -> ImageClassifier:
-        """Returns the model that is evaluated and kept, whole, on every process."""
+        """Returns the full model that is evaluated and saved, on every process."""
         statistics = _statistics(self.model)
         self.world.broadcast_tensors(statistics.values())
         if self.copy is None:
@@ -195,9 +195,9 @@ class RunState:
 
 
 def _statistics(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Returns what a model saves beside its parameters: batch normalisation's running means.
+    """Returns the buffers that a model saves, such as the running means of batch normalisation.
 
-    Each process has its own, of its part of a batch; those of rank 0 are the run's.
+    They differ between processes, which see different parts of a batch; those of rank 0 count.
     """
     saved = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}

@@ -1,6 +1,6 @@
-"""One update of the weights: micro-batches, the gradient, clipping, and what is checked before.
+"""A training step: micro-batches, gradient, clipping, and the checks before an update.
 
-Legend: N images of this process's part of the batch.
+Shapes: N images in this process's part of the batch.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from allmlp.training.config import TrainConfig
 from allmlp.training.optim import clip, learning_rate, loss_function, sam_ascent, sam_rho_at, update
 from allmlp.weights.download import cache_folder
 
-_USABLE = 0.8  # of the free memory; torch's own buffers and other programs need some
+_USABLE = 0.8  # of free memory; torch's buffers and other programs need the rest
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step found."""
+    """The result of a training step."""
 
     loss: float  # mean over the batch of all processes
     gradient_norm: float  # before clipping
@@ -34,23 +34,23 @@ class StepResult:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the weights were moved: by a loss or gradient that is not finite they are not."""
+        """Whether the weights were updated; they are not if the loss or gradient is non-finite."""
         return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 
 @dataclass
 class Updater:
-    """Moves the weights of one model."""
+    """Updates the weights of a model."""
 
     model: ImageClassifier
-    network: nn.Module  # how the model is called: itself, or as `parallelize` wraps it
+    network: nn.Module  # the model, or the wrapper from `parallelize`
     optimizers: list[torch.optim.Optimizer]
     config: TrainConfig
     compute: ComputePolicy
     world: World
     num_steps: int  # of the whole run
     say: Callable[[str], None]
-    micro_batch_size: int | None = field(default=None, init=False)  # None until it is chosen
+    micro_batch_size: int | None = field(default=None, init=False)  # None until chosen
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -62,10 +62,10 @@ class Updater:
     def __call__(
         self, step: int, images: Tensor, targets: Tensor, depth: Tensor, dropout_seed: int
     ) -> StepResult:
-        """Moves the weights by one batch, unless the loss or the gradient is not finite.
+        """Updates the weights with one batch, unless the loss or the gradient is non-finite.
 
-        The step counts from 0; images are float32 (N, channels, H, W), targets (N, classes), and
-        depth, see `draw_stochastic_depth`, is (branches, N).
+        `step` counts from 0; images are float32 (N, channels, H, W), targets (N, classes), and
+        depth, from `draw_stochastic_depth`, (branches, N).
         """
         settings = self.config.optimizer
         rate = learning_rate(settings, step, self.num_steps)
@@ -75,7 +75,7 @@ class Updater:
             with sam_ascent(self.parameters, rho):
                 self.gradient(images, targets, depth, dropout_seed)
         norm = clip(self.parameters, settings.clip_norm or math.inf)
-        # The step's one wait for a GPU: nothing may move before both are known to be finite.
+        # The only GPU sync of the step: both must be known to be finite before any update.
         local, norm = torch.stack((loss, norm.double())).tolist()
         result = StepResult(self.world.all_reduce_mean(local), norm, rate)
         if result.is_finite:
@@ -83,10 +83,10 @@ class Updater:
         return result
 
     def gradient(self, images: Tensor, targets: Tensor, depth: Tensor, dropout_seed: int) -> Tensor:
-        """Puts the gradient of the mean loss into the parameters; returns this process's loss.
+        """Stores the gradient of the mean loss in the parameters; returns this process's loss.
 
-        That is a float64 scalar, which a GPU may still be computing. If the GPU runs out of memory,
-        the images go through it in halves from then on.
+        The loss is a float64 scalar that a GPU may still be computing. If the GPU runs out of
+        memory, the micro-batch is halved from then on.
         """
         while True:
             size = self.micro_batch_size or len(images)
@@ -94,7 +94,7 @@ class Updater:
                 return self._gradient(images, targets, depth, dropout_seed, size)
             except torch.OutOfMemoryError as error:
                 half = size // 2
-                if half < 1 or self.world.size > 1:  # the other processes would have to halve too
+                if half < 1 or self.world.size > 1:  # all processes would have to halve together
                     what = f"{size} images at once do not fit into the GPU"
                     fix = f"micro_batch_size={max(1, half)}, or a smaller model or image size"
                     raise UserError(what, where="micro_batch_size", fix=fix) from error
@@ -106,7 +106,7 @@ class Updater:
         self, images: Tensor, targets: Tensor, depth: Tensor, dropout_seed: int, size: int
     ) -> Tensor:
         torch.manual_seed(dropout_seed)
-        # Frozen features are those of evaluation, without dropped branches.
+        # Frozen features are computed as in evaluation, without dropped branches.
         self.model.train(self.config.model.train_only == "all")
         for parameter in self.parameters:
             parameter.grad = None
@@ -124,7 +124,7 @@ class Updater:
         return total
 
     def predict(self, images: Tensor) -> Tensor:
-        """Returns the logits (N, classes), compiled where that works."""
+        """Returns the logits (N, classes), compiled if that works."""
         if self.compiled is None:
             return self.network(images)
         try:
@@ -139,15 +139,15 @@ class Updater:
             return self.network(images)
 
     def choose_micro_batch(self) -> None:
-        """Decides how many images pass through the model at once.
+        """Chooses the micro-batch size.
 
-        Unless a setting gives the number, a resumed run accumulates gradients over the same parts
-        as before, so that it continues with the same bits.
+        Unless set explicitly, a resumed run keeps its micro-batch size, so that it continues with
+        the same bits.
         """
         own = self.config.batch_size // self.world.size
         chosen = self.config.micro_batch_size or self.micro_batch_size
         if chosen is None:
-            chosen = -self.world.all_reduce_max(-self._fitting(own))  # the least of all processes
+            chosen = -self.world.all_reduce_max(-self._fitting(own))  # minimum over processes
         self.micro_batch_size = size = min(chosen, own)
         if size < own:
             parts = f"{math.ceil(own / size)} x {size} images"
@@ -156,7 +156,7 @@ class Updater:
     def _fitting(self, own: int) -> int:
         """Returns the largest divisor of this process's images whose activations fit into memory.
 
-        A CPU must not find out by running out of it: Linux kills the process that takes too much.
+        On a CPU this cannot be found by trial: Linux kills processes that run out of memory.
         """
         device, preprocessing = self.compute.device, preprocessing_of(self.model)
         free = free_memory(device)
@@ -176,10 +176,10 @@ class Updater:
 
 
 def saved_bytes(model: nn.Module, image: Tensor, compute: ComputePolicy) -> int:
-    """Returns the bytes that one image (1, channels, H, W) takes between forward and backward pass.
+    """Returns the bytes that an image (1, channels, H, W) takes between forward and backward.
 
-    It is the difference of forward passes of two images and of one, so it holds for every
-    architecture; in evaluation mode, where no random number is drawn and no running mean changes.
+    Measured as the difference between forward passes of two images and of one, so it holds for any
+    architecture; evaluation mode draws no random numbers and changes no running means.
     """
     own, totals, largest = {id(parameter) for parameter in model.parameters()}, [], 0
     was_training = model.training
@@ -195,9 +195,9 @@ def saved_bytes(model: nn.Module, image: Tensor, compute: ComputePolicy) -> int:
 
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
         with torch.enable_grad(), hooks, compute.autocast():
-            logits = model(images)  # keeps the tensors, so that no storage has another's address
+            logits = model(images)  # keeps the tensors alive, so that no address is reused
         del logits
         totals.append(sum(sizes.values()))
         largest = largest or max(sizes.values(), default=0)
     model.train(was_training)
-    return totals[1] - totals[0] + 2 * largest  # the backward pass holds the largest's gradient too
+    return totals[1] - totals[0] + 2 * largest  # the backward pass also holds the largest gradient

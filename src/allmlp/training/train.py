@@ -1,4 +1,4 @@
-"""Training, from top to bottom: setup, the loop, a step (see `step.py`), an evaluation."""
+"""Training, top to bottom: setup, loop, step (details in `step.py`), evaluation."""
 
 from __future__ import annotations
 
@@ -45,23 +45,23 @@ from allmlp.training.signals import NoBatchCame, StopRequest, end
 from allmlp.training.state import Run, RunState
 from allmlp.weights.save import save_model
 
-LOG_EVERY, SHORT = 10, 200  # steps; a run of fewer than `SHORT` logs every one
+LOG_EVERY, SHORT = 10, 200  # in steps; shorter runs than `SHORT` log every step
 _REDRAW_EVERY = 30.0  # seconds
 
 
 class DivergedError(UserError):
-    """A run that had to stop because its loss or gradient is not finite."""
+    """A run stopped because its loss or gradient became non-finite."""
 
 
 def resume(run: str | Path, *, quiet: bool = False) -> TrainResult:
-    """Continues a run from its newest complete checkpoint, as if it had never stopped.
+    """Resumes a run from its newest complete checkpoint, as if it had never stopped.
 
     Args:
-        run: its folder.
+        run: the run folder.
         quiet: print nothing.
 
     Raises:
-        UserError: it is not a run folder, or as `train`.
+        UserError: not a run folder, or as in `train`.
     """
     return train(config_of(run), quiet=quiet)
 
@@ -70,29 +70,28 @@ def resume(run: str | Path, *, quiet: bool = False) -> TrainResult:
 def train(
     config: TrainConfig | str = "digits", *, quiet: bool = False, in_study: bool = False
 ) -> TrainResult:
-    """Trains a model and returns its accuracy; the same call resumes a run that was stopped.
+    """Trains a model and returns its results; the same call resumes an interrupted run.
 
     Args:
         config: a configuration, or the name of a recipe.
         quiet: print nothing; log.txt is written anyway.
-        in_study: it is one of many runs: do not print what to type next.
+        in_study: the run is part of a study: do not print what to do next.
 
     Raises:
-        UserError: a setting or the data is unusable (nothing has been written then), or the run
-            had to stop: too many bad images, or a loss or gradient that is not finite
-            (`DivergedError`).
+        UserError: a setting or the data is unusable (nothing has been written then), or the run had
+            to stop: too many bad images, or a non-finite loss or gradient (`DivergedError`).
     """
-    config = recipe(config) if isinstance(config, str) else config.with_values({})  # checked
+    config = recipe(config) if isinstance(config, str) else config.with_values({})  # validates it
     check_guard(config.data.num_workers)
     with contextlib.ExitStack() as stack:
         world, device = stack.enter_context(join_world(config.device))
-        # Everything is checked before anything is written.
+        # All checks happen before anything is written.
         path, is_old, splits = _open(config, world)
         images = (config.epochs or 0) * len(splits.train)
         num_steps = config.steps or max(1, round(images / config.batch_size))
         check_warmup(config.optimizer, num_steps)
 
-        # The caller's random numbers and threads stay unchanged.
+        # Leave the caller's random state and thread count unchanged.
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(config.seed)
         is_quiet = quiet or not world.is_main
@@ -114,7 +113,7 @@ def train(
         stack.enter_context(threads)
         details = environment(config, splits, device)
 
-        # From here on files are written.
+        # Files are written from here on.
         report = Reporter(quiet=is_quiet)
         folder = RunFolder(path, config, writes=world.is_main)
         stack.callback(folder.close)
@@ -129,7 +128,7 @@ def train(
 
 
 def _open(config: TrainConfig, world: World) -> tuple[Path, bool, Splits]:
-    """Returns the run folder, whether it holds this run already, and the images."""
+    """Returns the run folder, whether it already holds this run, and the images."""
     if world.size > 1 and config.output is None:
         what = "several processes share one run folder, and a restart must find it again"
         raise UserError(what, where="output", fix="Give it a name, such as runs/NAME")
@@ -157,7 +156,7 @@ def _open(config: TrainConfig, world: World) -> tuple[Path, bool, Splits]:
 
 
 class Trainer:
-    """The loop: what happens at each step, and between steps."""
+    """The training loop: everything that happens in a step and between steps."""
 
     def __init__(self, run: Run, state: RunState) -> None:
         self.run, self.state, self.config = run, state, run.config
@@ -172,7 +171,7 @@ class Trainer:
         self.last_line = self.last_drawn = 0.0  # seconds
 
     def train(self) -> None:
-        """Trains to the end; best/ holds the best weights whenever this is interrupted."""
+        """Trains to the end; if interrupted at any time, best/ holds the best weights so far."""
         config, state, world = self.config, self.state, self.world
         if state.finished:
             return
@@ -214,15 +213,15 @@ class Trainer:
                     if state.finished:
                         break
             except NoBatchCame:
-                # Not in the middle of an evaluation, which the resumed run would leave out; and of
-                # several processes only this one may be waiting.
+                # Not during an evaluation, which the resumed run would then skip, and not with
+                # several processes, as this may be the only one waiting.
                 between_steps = state.step not in due or state.step == state.last_result_at
                 if state.step and between_steps and world.size == 1:
                     state.save(is_best=False)
                 self.end(stop.signal)
 
     def train_step(self, step: int, batch: Batch) -> None:
-        """Moves the weights by one batch; a loss or gradient that is not finite ends the run."""
+        """Updates the weights with one batch; a non-finite loss or gradient ends the run."""
         config, state, run = self.config, self.state, self.run
         random, masks = step_generator(config.seed, step), torch.Generator()
         dropout_seed = int(random.integers(2**62))
@@ -237,7 +236,7 @@ class Trainer:
                 mixup_strength=augment.mixup,
                 cutmix_strength=augment.cutmix,
             )
-        images, targets = images[:own], targets[:own]  # without the neighbour
+        images, targets = images[:own], targets[:own]  # drop the extra image for mixing
         if step == 0 and run.world.is_main:
             figure = plots.training_batch(images, targets, self.preprocessing, names)
             plots.save(figure, run.folder.plots / "train_batch.png")
@@ -256,7 +255,7 @@ class Trainer:
             run.folder.log_step({**values, "seconds": round(state.seconds, 3)})
 
     def evaluation_steps(self) -> set[int]:
-        """Returns the numbers of completed steps at which the validation images are evaluated."""
+        """Returns after how many completed steps the model is evaluated."""
         every, last = self.config.evaluate_every, self.run.num_steps
         if self.config.epochs is None:
             return {*range(every, last, every), last}
@@ -264,17 +263,17 @@ class Trainer:
         return {round(epoch * self.steps_per_epoch) for epoch in epochs} | {last}
 
     def save_is_due(self, was_evaluated: bool) -> bool:
-        """Returns whether the full state is saved after this step."""
+        """Returns whether to save a checkpoint after this step."""
         every, step = self.config.checkpoint_every, self.state.step
         return was_evaluated if every is None else step % every == 0 or step == self.run.num_steps
 
     def evaluate(self) -> bool:
-        """Evaluates, logs the result, keeps the best weights; returns whether it is the best.
+        """Evaluates, logs the result and saves the best weights; returns whether this is the best.
 
-        Without validation images the last weights are the best.
+        Without validation images the latest weights are the best.
         """
         config, state, validation = self.config, self.state, self.run.splits.validation
-        for found in self.world.gather(self.new_bad):  # what each process could not decode
+        for found in self.world.gather(self.new_bad):  # images that each process could not decode
             self.name_bad(found)
             state.bad.update({image.name: image for image in found})
         self.new_bad = []
@@ -291,7 +290,7 @@ class Trainer:
             save_model(kept, self.run_folder.best, overwrite=True)
             card = model_card(kept, config, self.run.splits, result, None)
             self.run_folder.write("best/README.md", card)
-        # With epochs, whose steps are rounded to whole ones, the last step ends the last epoch.
+        # Epochs are rounded to whole steps, but the last step always ends the last epoch.
         shown = self.epochs * state.step / self.run.num_steps
         total = f"{self.epochs:.1f}".removesuffix(".0")
         text = f"epoch {shown:5.1f}/{total}   loss {loss:.4f}"
@@ -314,7 +313,7 @@ class Trainer:
         return is_best
 
     def show_step(self, bar: ProgressBar, step: int) -> None:
-        """Advances the progress bar; prints a line every half minute where no terminal shows it."""
+        """Advances the progress bar; without a terminal, prints a line every half minute."""
         seconds, done = time.perf_counter() - self.started, step + 1 - self.first_step
         speed = done * self.config.batch_size / seconds
         rate = self.state.last_rate
@@ -328,7 +327,7 @@ class Trainer:
             self.last_line = seconds
 
     def note_bad(self, batch: Batch) -> None:
-        """Names each undecodable image once, and stops the run if there are too many."""
+        """Reports undecodable images once, and stops the run if there are too many."""
         bad = self.state.bad
         self.new_bad += [image for image in batch.bad if image.name not in bad]
         bad.update({image.name: image for image in batch.bad if image.name not in bad})
@@ -336,7 +335,7 @@ class Trainer:
         check_number_bad(list(bad.values()), self.run.splits.train, self.config.data.max_bad)
 
     def name_bad(self, bad: list[BadImage]) -> None:
-        """Reports and lists the images that were not named before."""
+        """Reports and lists images that are new."""
         for image in bad:
             if image.name not in self.named:
                 self.named.add(image.name)
@@ -344,7 +343,7 @@ class Trainer:
                 self.report.say(f"skipped  {image.name}: {image.what}", style="yellow")
 
     def end(self, number: int) -> NoReturn:
-        """Ends the run as the signal would have, and prints how to resume it."""
+        """Exits as the signal would have, and prints how to resume the run."""
         self.state.checkpoints.wait()
         self.report.say(f"\nstopped after step {self.state.step:,} of {self.run.num_steps:,}")
         how = f"to resume: {resume_command(self.run)}"
@@ -354,7 +353,7 @@ class Trainer:
         end(number)
 
     def stop(self, what: str) -> NoReturn:
-        """Ends a run that has diverged; best/ and checkpoints/ stay."""
+        """Stops a diverged run; best/ and checkpoints/ are kept."""
         self.state.checkpoints.wait()
         last = self.state.last_checkpoint
         what += f"; the last good checkpoint is {last}" if last else "; there is no checkpoint yet"

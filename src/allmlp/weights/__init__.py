@@ -1,1 +1,1 @@
-"""Tensors on disk <-> models."""
+"""Weights files to models and back."""

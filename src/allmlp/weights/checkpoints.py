@@ -1,4 +1,4 @@
-"""Every published checkpoint (checkpoints.toml): what it is, where it lies, what it needs."""
+"""All published checkpoints (checkpoints.toml): metadata, download location, preprocessing."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from allmlp.weights.download import Published
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Published):
-    """A published file of weights; its name is model, dot, origin.
+    """A published weights file; its name is MODEL.ORIGIN.
 
     Attributes:
-        by_hand: the file's name if no program can download it; `url` is then a page for browsers.
-        hub: the same weights on the hub, as owner/name, if they are there.
-        num_classes: of the head.
-        trained_on: the data, in words.
-        preprocessing: what its input has to be.
-        gelu: the form that its publisher computes.
-        accuracy: published ImageNet-1k top-1 and where the number comes from.
+        by_hand: file name, if only a browser can download it; `url` is then a page.
+        hub: the same weights on the hub, as owner/name, if available.
+        num_classes: outputs of the head.
+        trained_on: description of the training data.
+        preprocessing: of the input.
+        gelu: the form that the publisher's code computes.
+        accuracy: published ImageNet-1k top-1 and its source.
         licence: of the weights.
-        note: what one should know.
+        note: anything else worth knowing.
     """
 
     by_hand: str | None = None
@@ -43,28 +43,28 @@ class Checkpoint(Published):
 
     @property
     def model(self) -> str:
-        """The name of its architecture."""
+        """Name of the architecture."""
         return self.name.partition(".")[0]
 
     @property
     def file_name(self) -> str:
-        """The last part of the URL, or the name to give the file."""
+        """Last part of the URL, or the name for a file that is downloaded by hand."""
         return self.by_hand or self.url.rpartition("/")[2]
 
     @property
     def parameters_mebibytes(self) -> float:
-        """The size of its parameters as float32, that of the file without its header."""
+        """Size of the parameters as float32, roughly the file size without its header."""
         with torch.device("meta"):
             model = create_model(self.model, num_classes=self.num_classes)
         return 4 * model.num_parameters / 2**20
 
     def class_names(self) -> list[str] | None:
-        """Returns the names of ImageNet-1k's classes if it has 1000, else None."""
+        """Returns the ImageNet-1k class names if there are 1000 classes, else None."""
         return imagenet_classes() if self.num_classes == 1000 else None
 
 
 def imagenet_classes() -> list[str]:
-    """Returns the 1000 classes of ImageNet-1k: WordNet ids with the first word of each."""
+    """Returns the 1000 classes of ImageNet-1k: WordNet id and the first name of every class."""
     text = files("allmlp.weights").joinpath("imagenet_1k_classes.txt")
     return text.read_text(encoding="utf-8").splitlines()
 
@@ -75,7 +75,7 @@ def _read() -> list[Checkpoint]:
     for publisher in tomllib.loads(text).values():
         for file in publisher.pop("files"):
             fields = {"num_classes": 1000, **publisher, **file}
-            # "file" and "tag" are part of the addresses.
+            # "file" and "tag" are parts of the URLs.
             parts = {name: fields.pop(name, "") for name in ("file", "tag")}
             for name in fields.keys() & {"url", "hub"}:
                 fields[name] = fields[name].format(**parts)
@@ -88,28 +88,28 @@ def _read() -> list[Checkpoint]:
 
 _ALL = _read()
 CHECKPOINTS: dict[str, Checkpoint] = {found.name: found for found in _ALL}
-# timm's own names, which people have at hand.
+# timm's own names, which many people know.
 _BY_TIMM_NAME = {found.hub.removeprefix("timm/"): found for found in _ALL if found.hub}
 _BY_FILE = {found.file_name: found for found in _ALL if "mixer_models" not in found.url}
 
 
 def find_checkpoint(name: str) -> Checkpoint | None:
-    """Returns the checkpoint of a name, ours or timm's, if it is one."""
+    """Returns the checkpoint with this name, ours or timm's, or None."""
     return CHECKPOINTS.get(name) or _BY_TIMM_NAME.get(name.removeprefix("timm/"))
 
 
 def checkpoint_of_file(name: str) -> Checkpoint | None:
-    """Returns the checkpoint whose file has this name, if no other file has it."""
+    """Returns the checkpoint with this file name, or None if it is unknown or ambiguous."""
     return _BY_FILE.get(name)
 
 
 def list_checkpoints() -> list[str]:
-    """Returns the names of all published checkpoints, which `load_model` takes."""
+    """Returns the names of all published checkpoints, as accepted by `load_model`."""
     return list(CHECKPOINTS)
 
 
 def unknown_checkpoint(name: str) -> UserError:
-    """Returns the error for a source that is neither a path nor a checkpoint's name."""
+    """Returns the error for a source that is neither a path nor a checkpoint name."""
     near = near_names(name, CHECKPOINTS)
     return UserError(
         f"no such model: {name!r}",

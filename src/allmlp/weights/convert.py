@@ -39,8 +39,8 @@ class ConvertOptions(Options):
 
 
 def convert(model: str, output: str, options: ConvertOptions) -> None:
-    """Loads a model, writes it and prints what was written; the input is never overwritten."""
-    from allmlp.models.catalog import in_words  # these import torch, which --help does not need
+    """Loads a model, writes it and prints the result; never overwrites the input."""
+    from allmlp.models.catalog import in_words  # imports torch, which --help does not need
     from allmlp.models.layers import flops_text
     from allmlp.weights.load import files_of, load_model
     from allmlp.weights.save import check_target, save_model

@@ -1,8 +1,8 @@
-"""What a weights file is: architecture, class names, preprocessing, and who says so.
+"""Describes a weights file: architecture, class names, preprocessing, and where these come from.
 
-The first that is there counts: config.json beside a model.safetensors or <name>.json beside a .npz,
-if they were written with these weights; the header of our own files; the list of published
-checkpoints; timm's config.json; and at last the tensors themselves.
+Sources in order of precedence: config.json next to a model.safetensors or <name>.json next to a
+.npz, if written with these weights; the header of our own files; the list of published checkpoints;
+timm's config.json; and finally the tensors themselves.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Description:
-    """What a weights file is."""
+    """Metadata of a weights file."""
 
     layout: Layout
     config: ModelConfig
     class_names: list[str] | None  # in the order of the logits
     preprocessing: Preprocessing | None
-    source: str  # who says so
-    notes: tuple[str, ...] = ()  # what the user should know
+    source: str  # where the description comes from
+    notes: tuple[str, ...] = ()  # for the user
 
 
 def describe(
     file: WeightsFile, checkpoint: Checkpoint | None, image_size: Size | None
 ) -> Description:
-    """Returns what a file is, whose tensors may still have any shape; `image_size`, which was asked
-    for, helps if the tokens make no square."""
+    """Returns the description of a file, whose tensor shapes are not checked yet. `image_size`, if
+    the user asked for one, helps when the number of tokens is not a square."""
     written, where = _written(file)
     if "architecture" in written and is_format(written.get("format"), NAME):
         return _ours(written, where, file)
@@ -67,14 +67,14 @@ def describe(
 
 
 def _written(file: WeightsFile) -> tuple[Json, str]:
-    """Returns what is written about a file, and where; ({}, "") if nothing is."""
+    """Returns the written description of a file and its location; ({}, "") if there is none."""
     header, carried = own_entry(file.metadata), None
     if header is not None:
         carried = _parsed(header, f"{file.path} (header)")
     path = None
     if file.container == "npz":
         path = file.path.with_suffix(".json")
-    elif file.path.name in (WEIGHTS, PICKLED):  # a file of another name describes itself
+    elif file.path.name in (WEIGHTS, PICKLED):  # only files of these names have a config.json
         path = file.path.with_name(CONFIG)
     if path is not None and path.is_file():
         try:
@@ -98,8 +98,8 @@ def _parsed(text: str, where: str) -> Json:
 
 
 def _belongs(beside: Json, carried: Json | None, file: WeightsFile) -> bool:
-    """Whether a description was written with these weights, as far as can be known: a save that is
-    killed between its two renames, or a copy of one file, leaves a description of other weights."""
+    """Whether a description was written with these weights, as far as can be known: a save killed
+    between its two renames, or a copy of only one of the files, leaves a mismatched pair."""
     known = beside.get("weights")
     if known is None:  # written by hand, by timm, or by an older version
         return True
@@ -172,7 +172,7 @@ def _published(
 
 
 def _foreign(written: Json, where: str, config: ModelConfig, layout: Layout) -> Description:
-    """Other people's weights: preprocessing from timm's config.json, else assumed, with a note."""
+    """Foreign weights: preprocessing from timm's config.json, or else assumed, with a note."""
     preprocessing, notes, source = None, [], "the tensors"
     if config.in_channels in (1, 3):
         try:
@@ -211,10 +211,10 @@ def _timm_image_size(written: Json) -> Size | None:
 def timm_preprocessing(
     settings: Json, image_size: Size, channels: int
 ) -> tuple[Preprocessing | None, list[str]]:
-    """Returns the preprocessing of timm's `PretrainedCfg`, and notes on what is not kept.
+    """Converts timm's `PretrainedCfg`; returns the preprocessing, and notes on what is lost.
 
-    What is missing has timm's defaults: bicubic, 0.875, the centre; without mean and std nothing is
-    described: None. ValueError and TypeError: a value is out of range.
+    Missing values get timm's defaults: bicubic, 0.875, centre crop; without mean and std the result
+    is None. ValueError and TypeError: a value is out of range.
     """
     if settings.get("mean") is None or settings.get("std") is None:
         return None, []
@@ -239,7 +239,7 @@ def timm_preprocessing(
 
 
 def _per_channel(values: Any, channels: int) -> float | tuple[float, ...]:
-    """One number if all are equal, and their mean for a grey model."""
+    """One number if all values are equal; their mean for a grayscale model."""
     numbers = tuple(map(float, values if isinstance(values, list | tuple) else [values]))
     if channels == 1 and len(numbers) == 3:
         return sum(numbers) / 3
@@ -247,11 +247,11 @@ def _per_channel(values: Any, channels: int) -> float | tuple[float, ...]:
 
 
 def check_shapes(description: Description, file: WeightsFile) -> None:
-    """Compares a file's tensors, by its own names, with what the architecture wants; the UserError
-    names each tensor that is missing, extra, misshapen or not of floating point."""
+    """Compares a file's tensors, by its own names, with those of the architecture. The UserError
+    names every tensor that is missing, extra, misshapen or not floating-point."""
     config, tensors = description.config, file.tensors
     num_blocks = getattr(config, "num_blocks", 0)
-    if num_blocks > len(tensors):  # before a description's million blocks are built
+    if num_blocks > len(tensors):  # before building a million blocks from a bad description
         what = f"the description says {num_blocks:,} blocks, the file has {len(tensors)} tensors"
         raise UserError(what, where=file.path)
     try:

@@ -1,9 +1,9 @@
-"""Files from the web to a cache: shown, resumed, verified, and never half written.
+"""Downloads from the web into a cache: with progress, resumable, verified, never half written.
 
-A download goes to NAME.TAG.partial beside its place and is renamed when its size and checksum are
-right. TAG is the server's version of the file: an interrupted download resumes only the same one.
-The sha256 of a file without a published one is recorded at its first download, so that a later
-change on the server or on the disk is noticed.
+A download goes to NAME.TAG.partial in the same folder and is renamed once its size and checksum
+match. TAG is the server's version of the file: an interrupted download is resumed only if it is
+unchanged. If no sha256 is published, that of the first download is recorded, so that later changes
+on the server or on disk are detected.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from allmlp.console import Reporter
 from allmlp.errors import UserError
 from allmlp.io import expand
 
-PATIENCE = 30.0  # seconds without an answer
+PATIENCE = 30.0  # seconds without a response
 _MEBIBYTE = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What is known of a file before it is downloaded.
+    """What is known about a file before downloading it.
 
     Attributes:
         name: of the checkpoint, for messages.
         url: of the file.
-        mebibytes: published size, to two decimals; None if it is not published.
-        sha256: published digits, the first eight or all; None if they are not published.
+        mebibytes: published size, to two decimals; None if unknown.
+        sha256: published digits, the first eight or all; None if unknown.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Published:
 
 
 def cache_folder() -> Path:
-    """Returns where downloads are kept: MIXER_CACHE, else allmlp in the user's cache folder."""
+    """Returns the cache folder: MIXER_CACHE, or else allmlp in the user's cache folder."""
     if chosen := os.environ.get("MIXER_CACHE"):
         return expand(chosen)
     if sys.platform == "win32":
@@ -59,17 +59,17 @@ def cache_folder() -> Path:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
         return Path(os.path.expanduser(base)) / "allmlp"
-    except RuntimeError:  # a user without a home, as in containers
+    except RuntimeError:  # a user without a home directory, as in containers
         return Path(tempfile.gettempdir()) / "allmlp"
 
 
 def is_offline() -> bool:
-    """Returns whether HF_HUB_OFFLINE forbids to use the network."""
+    """Returns whether HF_HUB_OFFLINE forbids network access."""
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
 def cached(published: Published, path: Path, report: Reporter) -> Path:
-    """Returns `path` once the complete, verified file lies there, downloaded if necessary."""
+    """Returns `path` once it holds the complete, verified file, downloading it if necessary."""
     if not path.is_file():
         if is_offline():
             raise _by_hand(published, path, "HF_HUB_OFFLINE forbids downloads")
@@ -100,11 +100,11 @@ def _download(published: Published, path: Path, report: Reporter) -> None:
         partial = _receive(published, path, quiet=report.console.quiet)
     except (UserError, PermissionError):
         raise
-    except Exception as error:  # whatever the layers below http_get raise
+    except Exception as error:  # http_get and the layers below raise all kinds
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-    if reason:  # out of the block above: the error holds a connection
+    if reason:  # outside the except block: the error holds a connection
         kept = sum(file.stat().st_size for file in _partials(path))
         reason += f"; {kept:,} bytes are kept and resumed next time" * bool(kept)
         raise _by_hand(published, path, reason)
@@ -116,8 +116,8 @@ def _download(published: Published, path: Path, report: Reporter) -> None:
 
 
 def _receive(published: Published, path: Path, *, quiet: bool) -> Path:
-    """Downloads the rest of the file, and returns where it lies."""
-    from huggingface_hub.file_download import http_get  # a third of a second
+    """Downloads the rest of the file; returns the path of the partial file."""
+    from huggingface_hub.file_download import http_get  # takes a third of a second
     from huggingface_hub.utils import tqdm
 
     headers = {"User-Agent": "allmlp", "Accept-Encoding": "identity"}
@@ -128,7 +128,7 @@ def _receive(published: Published, path: Path, *, quiet: bool) -> Path:
     total = int(length) if length.isdecimal() else None
     if total is not None and not _fits(published, total):
         raise _changed(published, f"{total:,} bytes where {published.mebibytes} MiB are expected")
-    is_weak = tag is None or tag.startswith("W/")  # does not promise the same bytes
+    is_weak = tag is None or tag.startswith("W/")  # the same bytes are not guaranteed
     version = f"{zlib.crc32(f'{tag} {total}'.encode()):08x}"
     partial = path.with_name(f"{path.name}.{version}.partial")
     for other in _partials(path):
@@ -141,7 +141,7 @@ def _receive(published: Published, path: Path, *, quiet: bool) -> Path:
         fix = "Make room, or set MIXER_CACHE to another folder"
         raise UserError(what, where=path.parent, fix=fix, code="no-space")
     with partial.open("ab") as file:
-        http_get(  # which resumes what breaks off, five times
+        http_get(  # resumes up to five times
             published.url,
             file,
             resume_size=kept,
@@ -164,8 +164,8 @@ def _fits(published: Published, size: int) -> bool:
 
 
 def _verify(published: Published, file: Path, record: Path) -> str | None:
-    """Returns what is wrong with a file by its published size and sha256 and the recorded one, or
-    None; records a first one."""
+    """Checks a file against its published size and sha256 and the recorded sha256; returns what is
+    wrong, or None. Records the sha256 on the first download."""
     size = file.stat().st_size
     if not _fits(published, size):
         return f"{size:,} bytes where {published.mebibytes} MiB are expected"
@@ -176,13 +176,13 @@ def _verify(published: Published, file: Path, record: Path) -> str | None:
             since = f" (recorded at the first download in {record})" if expected in words else ""
             return f"sha256 {digest} where {expected} is expected{since}"
     if not words:
-        with contextlib.suppress(OSError):  # a cache that one may only read
+        with contextlib.suppress(OSError):  # the cache may be read-only
             record.write_text(f"{digest}  {record.stem}\n")
     return None
 
 
 def sha256_of(path: Path) -> str:
-    """Returns the sha256 of a file, as hexadecimal digits."""
+    """Returns the sha256 of a file as a hex string."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,9 +1,9 @@
-"""A weights file of any container -> named tensors; nothing that is read runs code.
+"""Reads a weights file of any format into named tensors, without running any code.
 
-The first bytes say what a file is, not its name:
+The format is detected from the first bytes, not from the name:
     safetensors   ours, timm's and the hub's
-    npz           Google's, read without pickles
-    torch         .pth, .pt and .bin: a pickle, of which torch's own list of plain values is read
+    npz           Google's, read without pickle
+    torch         .pth, .pt and .bin: a pickle, restricted to torch's list of safe types
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from torch import Tensor
 
 from allmlp.errors import UserError
 
-# Under these names training scripts keep the tensors beside their optimiser and settings.
+# Keys under which training scripts store the tensors, next to the optimizer and settings.
 CONTAINERS = ("state_dict", "model", "model_state_dict")
-# What wrappers put before the names: data parallelism, compilation, trainers; Flax's trees.
+# Name prefixes added by wrappers: data parallelism, compilation, trainers; and Flax's trees.
 PREFIXES = ("module.", "_orig_mod.", "model.", "params/", "opt/target/", "target/")
 _EXPANSION, _ALWAYS = 20, 64 * 2**20  # an archive may unpack to 20 times its size, or 64 MiB
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """What a file holds: tensors by its own names, without wrappers' prefixes, and text by name."""
+    """Contents of a file: tensors by its own names, without wrapper prefixes, and text entries."""
 
     path: Path
     container: str  # "safetensors", "npz" or "torch"
@@ -46,7 +46,7 @@ class WeightsFile:
 
 
 def read_weights(path: Path) -> WeightsFile:
-    """Returns the tensors of a file; UserError if it is damaged, hostile or something else."""
+    """Returns a file's tensors; UserError if it is damaged, malicious or something else."""
     container = _container(path)
     metadata: dict[str, str] = {}
     try:
@@ -56,7 +56,7 @@ def read_weights(path: Path) -> WeightsFile:
             tensors = _read_npz(path) if container == "npz" else _read_torch(path)
     except UserError:
         raise
-    except Exception as error:  # whatever a damaged or hostile file leads to
+    except Exception as error:  # damaged or malicious files can raise anything
         raise _damaged(path, container, error) from error
     tensors = _without_prefixes(tensors)
     if not tensors:
@@ -83,7 +83,7 @@ def _container(path: Path) -> str:
     if start[:2] == b"PK":
         return _container_of_archive(path)
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return "torch"  # a bare pickle, as torch wrote before 1.6
+        return "torch"  # a bare pickle, as written by torch before 1.6
     if start[8:9] == b"{":
         return "safetensors"
     what = "the file is empty" if not start else "neither safetensors, .npz nor .pth by its start"
@@ -96,7 +96,7 @@ def _container_of_archive(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
-    except Exception as error:  # whatever Python's zipfile raises for a damaged archive
+    except Exception as error:  # zipfile raises all kinds for a damaged archive
         raise _damaged(path, "archive", error) from error
     names, size = [info.filename for info in infos], path.stat().st_size
     claimed = sum(info.file_size for info in infos)
@@ -132,7 +132,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def _read_array(file: IO[bytes], size: int) -> np.ndarray:
-    """As NumPy's `read_array`, at twice its speed: it reads an archive in small pieces."""
+    """NumPy's `read_array`, which reads archives in small pieces, at twice the speed."""
     first = np.lib.format.read_magic(file) == (1, 0)
     read_header = getattr(np.lib.format, f"read_array_header_{1 if first else 2}_0")
     shape, is_fortran, dtype = read_header(file)
@@ -141,12 +141,12 @@ def _read_array(file: IO[bytes], size: int) -> np.ndarray:
         raise ValueError("an array of Python objects, which could run code")
     if min(shape, default=0) < 0 or claimed != size:
         raise ValueError(f"an array claims {claimed:,} bytes, the archive has {size:,}")
-    data = bytearray(file.read())  # at its end the archive's checksum is compared
+    data = bytearray(file.read())  # reading to the end verifies the archive's checksum
     return np.ndarray(shape, dtype, data, order="F" if is_fortran else "C")
 
 
 def _tensor(array: np.ndarray, name: str) -> Tensor:
-    if array.dtype == np.dtype("V2"):  # how NumPy stores bfloat16
+    if array.dtype == np.dtype("V2"):  # NumPy's way of storing bfloat16
         return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
     if array.dtype.kind not in "fiu" or array.dtype.itemsize > 8:
         raise ValueError(f"{name} is an array of {array.dtype}, numbers are expected")
@@ -154,7 +154,7 @@ def _tensor(array: np.ndarray, name: str) -> Tensor:
 
 
 def fingerprint(path: Path) -> str:
-    """Returns a checksum of an archive's content, from the checksums in its directory."""
+    """Returns a checksum of an archive's contents, from the checksums in its directory."""
     with zipfile.ZipFile(path) as archive:
         sums = "".join(f"{info.filename} {info.CRC}\n" for info in archive.infolist())
     return f"crc32:{zlib.crc32(sums.encode()):08x}"
@@ -168,7 +168,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     for pickled in _pickles(path, is_zip):
         check_nesting(pickled)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # in timm's checkpoints
+        with torch.serialization.safe_globals([argparse.Namespace]):  # used in timm's checkpoints
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)|Unsupported operand (\d+)", str(error))
@@ -197,14 +197,14 @@ def _pickles(path: Path, is_zip: bool) -> Iterator[IO[bytes]]:
             yield from [file] * 5
 
 
-_DEEPEST = 50  # values within values: hashing a tuple as deep as its file is long ends the process
-_MOST_SHARED = 1000  # values per operation: tuples of the same tuple twice grow as 2^n
+_DEEPEST = 50  # levels: hashing a tuple nested as deeply as its file is long kills the process
+_MOST_SHARED = 1000  # values per operation: nesting a tuple in itself twice grows as 2^n
 _FILLING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
 
 
 def check_nesting(file: IO[bytes]) -> None:
-    """Follows a pickle without building its values; ValueError if they are nested too deeply."""
-    # For every value on the stack, its depth and number of values; None is a mark.
+    """Walks a pickle without building its values; ValueError if they are nested too deeply."""
+    # Depth and number of values of every entry on the stack; None is a mark.
     stack: list[tuple[int, int] | None] = []
     memo: dict[Any, tuple[int, int] | None] = {}
     for count, (operation, argument, _) in enumerate(pickletools.genops(file), 1):
@@ -235,7 +235,7 @@ def check_nesting(file: IO[bytes]) -> None:
 
 
 def _state_dict(loaded: Any) -> dict[str, Tensor]:
-    """Returns the tensors of what torch.load returned: bare, or under one of `CONTAINERS`."""
+    """Returns the tensors in the result of torch.load: bare, or under one of `CONTAINERS`."""
     for _ in range(3):
         if not isinstance(loaded, Mapping):
             return {}
@@ -247,7 +247,7 @@ def _state_dict(loaded: Any) -> dict[str, Tensor]:
 
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Removes wrappers' prefixes from the names; what lies beside `params/` is optimiser state."""
+    """Strips wrapper prefixes from the names; whatever is not in `params/` is optimizer state."""
     for _ in range(3):
         prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in tensors)), None)
         if prefix is None:

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: "hf:owner/name[@revision]" -> files in the hub's own cache."""
+"""Models on the Hugging Face hub: "hf:owner/name[@revision]" to files in the hub's own cache."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from allmlp.io import is_reachable
 from allmlp.weights.download import is_offline, sha256_of
 
 PREFIX = "hf:"
-# In this order; a pickle only if there is nothing else, and read as plain tensors.
+# In order of preference; a pickle is the last resort, and read as plain tensors only.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def parse(source: str) -> tuple[str, str | None]:
-    """Returns owner/name and the revision, if one is given, of "hf:owner/name[@revision]"."""
+    """Splits "hf:owner/name[@revision]" into owner/name and the revision, or None."""
     found = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
     if not found:
         fix = "hf:owner/name or hf:owner/name@revision"
@@ -24,15 +24,15 @@ def parse(source: str) -> tuple[str, str | None]:
 
 
 def fetch(name: str, revision: str | None) -> Path:
-    """Returns the weights of a model on the hub, with its config.json beside them if it has one.
+    """Returns the path of a hub model's weights, with its config.json, if any, in the same folder.
 
-    Files come from the hub's cache (HF_HOME) if they are there; HF_HUB_OFFLINE is respected.
+    Files already in the hub's cache (HF_HOME) are used from there; HF_HUB_OFFLINE is respected.
     """
     from huggingface_hub import constants
 
-    # Without a network the hub's library tries for half a minute; one look is enough.
+    # Without a network the hub library retries for half a minute, so check once beforehand.
     is_cut_off = is_offline() or not is_reachable(constants.ENDPOINT)
-    _get(name, "config.json", revision, is_cut_off)  # without one the tensors say what they are
+    _get(name, "config.json", revision, is_cut_off)  # optional: the tensors can describe themselves
     for file in WEIGHTS:
         path = _get(name, file, revision, is_cut_off)
         if path is not None:
@@ -53,31 +53,31 @@ def _get(name: str, file: str, revision: str | None, is_cut_off: bool) -> Path |
         return Path(found)
     except errors.LocalEntryNotFoundError as error:
         known = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
-        if known is huggingface_hub._CACHED_NO_EXIST:  # it was asked for before
+        if known is huggingface_hub._CACHED_NO_EXIST:  # cached as missing on the hub
             return None
         reason = "the hub cannot be reached" if is_cut_off else _cause(error)
         what, where = f"{name} is not in the cache and {reason}", f"{constants.HF_HUB_CACHE}"
         raise UserError(what, where=where, fix=f"With a network: {command}") from error
     except errors.EntryNotFoundError:
         return None
-    except Exception as error:  # whatever the hub's library and its network layer raise
+    except Exception as error:  # the hub library and its network layer raise all kinds
         what, fix = f"cannot download {name}: {_cause(error)}", f"By hand: {command}"
         if isinstance(error, errors.RevisionNotFoundError):
             what, fix = f"{name} has no revision {revision!r}", "Leave @revision out for main"
-        elif isinstance(error, errors.RepositoryNotFoundError):  # a gated one, too
+        elif isinstance(error, errors.RepositoryNotFoundError):  # includes gated repositories
             what = f"no model {name!r}, or it is private"
             fix = "If you have access: hf auth login"
         raise UserError(what, where="the hub", fix=fix) from error
 
 
 def _cause(error: BaseException) -> str:
-    """Returns the first line of an error, or of what it was raised from."""
+    """Returns the first line of an error, or of its cause."""
     first = error.__cause__ or error
     return (str(first) or type(first).__name__).splitlines()[0]
 
 
 def _check(path: Path) -> None:
-    """The hub's cache names a large file by its sha256; a damaged one has another."""
+    """The hub's cache names large files by their sha256, so damage can be detected."""
     blob = path.resolve()
     if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256_of(blob) != blob.name:
         fix = f"Delete {blob} and load the model again"

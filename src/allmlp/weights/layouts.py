@@ -1,18 +1,18 @@
-"""How the tensors of a weights file are called and laid out: by us, by Google, by timm.
+"""Tensor names and layouts in weights files: ours, Google's, timm's.
 
-Google's arrays are Flax's: a dense kernel is (in, out) and the stem's (P, P, channels, C); torch
-has (out, in) and (C, channels, P, P). The published files have these names:
+Google's arrays follow Flax: a dense kernel is (in, out) and the stem's (P, P, channels, C); torch
+has (out, in) and (C, channels, P, P). Names in the published files:
 
     stem/{kernel,bias}
     MixerBlock_{i}/LayerNorm_{0,1}/{scale,bias}
     MixerBlock_{i}/{token_mixing,channel_mixing}/Dense_{0,1}/{kernel,bias}
     pre_head_layer_norm/{scale,bias}   head/{kernel,bias}
 
-Other programs have torch's shapes, as ours; their names stand in the family's file.
+All other code bases use torch's shapes, as we do; their names are in the file of each family.
 
-timm computes the exact GELU, also for weights that Google trained with the tanh form; loaded from
-timm's files a model does what timm's does. The files of CycleMLP's and Vision Permutator's authors
-have the names of our own modules.
+timm computes the exact GELU even for weights that Google trained with the tanh form; a model loaded
+from timm's files does what timm does. The files of CycleMLP's and Vision Permutator's authors have
+the names of our own modules.
 
 Sources: google-research/vision_transformer, vit_jax/models_mixer.py; google-research/big_vision,
 models/mlp_mixer.py, which loads the published files; timm 1.0, models/mlp_mixer.py.
@@ -35,19 +35,19 @@ from allmlp.models.mixer import FAMILY as MIXER
 
 @dataclass(frozen=True)
 class Layout:
-    """One way of naming and laying out the tensors of a family."""
+    """Names and memory layout that one code base uses for the tensors of a family."""
 
     title: str
     family: Family
-    pattern: str  # of its names
+    pattern: str  # matches the names
     to_ours: Callable[[Tensors], Tensors] = dict
     from_ours: Callable[[Tensors], Tensors] = dict
-    gelu: str | None = None  # of the models whose weights are so named
-    marker: str = ""  # a pattern of names of which one must be there
+    gelu: str | None = None  # of models with weights in this layout
+    marker: str = ""  # a pattern that at least one name must match
 
 
 def google_to_ours(arrays: Tensors) -> Tensors:
-    """Returns the tensors by our names and layout."""
+    """Converts Google's arrays to our names and layout."""
     tensors: Tensors = {}
     for key, value in arrays.items():
         name = re.sub(r"^MixerBlock_(\d+)", r"blocks.\1", key).replace("/", ".")
@@ -57,7 +57,7 @@ def google_to_ours(arrays: Tensors) -> Tensors:
 
 
 def google_from_ours(tensors: Tensors) -> Tensors:
-    """Returns the arrays by the published files' names and layout, in natural order of blocks."""
+    """Converts tensors to the names and layout of the published files, blocks in natural order."""
     arrays: Tensors = {}
     for name, value in tensors.items():
         key = re.sub(r"blocks\.(\d+)", r"MixerBlock_\1", name).replace(".", "/")
@@ -74,7 +74,7 @@ def _transposed(key: str, value: torch.Tensor, back: bool = False) -> torch.Tens
 
 
 def write_npz(path: Path, tensors: Tensors) -> None:
-    """Writes tensors by our names as a file that Google's own code loads."""
+    """Writes tensors with our names as a file that Google's code can load."""
     named = google_from_ours(tensors)
     arrays = {name: value.float().contiguous().numpy() for name, value in named.items()}
     with path.open("wb") as file:
@@ -82,7 +82,7 @@ def write_npz(path: Path, tensors: Tensors) -> None:
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Returns a key for sorting by which MixerBlock_2 comes before MixerBlock_10."""
+    """Sort key that puts MixerBlock_2 before MixerBlock_10."""
     parts = re.split(r"(\d{1,18})", name)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
@@ -103,8 +103,7 @@ LAYOUTS = [
 
 
 def layout_of(tensors: Tensors, family: Family | None = None) -> Layout | None:
-    """Returns the layout that knows most of a file's names, of one family if it is given; None if
-    none knows any."""
+    """Returns the layout that matches most tensor names, of `family` if given, or None."""
     best, most = None, 0
     for layout in LAYOUTS:
         is_asked = family is None or layout.family is family

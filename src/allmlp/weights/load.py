@@ -1,7 +1,4 @@
-"""load_model: whatever the user calls a model -> the model, whoever wrote it.
-
-Nothing that is loaded runs code.
-"""
+"""load_model: loads a model from anything that names one. Loading never runs code."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ from allmlp.weights.download import cache_folder, cached
 from allmlp.weights.files import read_weights
 from allmlp.weights.timm_weights import load_pretrained
 
-EXPORTED = (".onnx", ".xml", ".pt2")  # the endings of exported files
+EXPORTED = (".onnx", ".xml", ".pt2")  # suffixes of exported files
 
 
 def load_model(
@@ -51,24 +48,24 @@ def load_model(
 ) -> ImageClassifier:
     """Returns a trained model in evaluation mode, with its class names and preprocessing.
 
-    Weights are float32 in memory, whatever the file holds.
+    Weights are float32 in memory, whatever the dtype in the file.
 
     Args:
         source: a run folder, a folder with model.safetensors (best/), a .safetensors, .npz
             (Google's layout) or .pth (timm's names) file, the name of a published checkpoint
             ("mixer_b16.i21k", see `list_checkpoints()`), "hf:owner/name[@revision]", or
             "timm:NAME[.TAG]" where timm is installed.
-        image_size: pixels, a number or (H, W); None keeps the weights' own. Another size changes
-            the layers that depend on it, see `allmlp.models.resize`.
-        num_classes: None keeps the trained head; another number puts a new zero head in its place
-            (and drops the class names), 0 removes the head.
-        resize_weights: how to reach another image size: "block-diagonal" growth, "resample", or
-            "auto": the first where both sides grow by whole factors, else the second.
-        quiet: do not say on standard error what is downloaded, changed or assumed.
+        image_size: in pixels, an integer or (H, W); None keeps that of the weights. Another size
+            resizes the weights that depend on it, see `allmlp.models.resize`.
+        num_classes: None keeps the trained head; a number replaces it with a new zero head (and
+            drops the class names), 0 removes it.
+        resize_weights: method for another image size: "block-diagonal" growth, "resample", or
+            "auto": the former if both sides grow by integer factors, else the latter.
+        quiet: do not report downloads, changes and assumptions on standard error.
 
     Raises:
-        UserError: the source does not exist, is damaged or would run code, its tensors make no
-            model or hold NaN, or it cannot be brought to that size.
+        UserError: the source does not exist, is damaged or would run code, its tensors match no
+            model or contain NaN, or it cannot be resized to that size.
     """
     report = Reporter(quiet=quiet, stderr=True)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -98,7 +95,7 @@ def open_model(
     image_size: int | tuple[int, int] | None = None,
     resize_weights: ResizeWeights = "auto",
 ) -> ImageClassifier:
-    """Returns the model that a command is given: the object itself, or what `load_model` loads."""
+    """Returns `model` if it is a model, else what `load_model` returns for it."""
     if isinstance(model, str | Path):
         return load_model(model, image_size, resize_weights=resize_weights)
     if not isinstance(model, ImageClassifier):
@@ -121,14 +118,14 @@ def _from_file(
     check_shapes(description, file)
     config, preprocessing = description.config, description.preprocessing
     tensors = description.layout.to_ours(file.tensors)
-    file.tensors.clear()  # what is replaced below need not stay in memory
-    is_mapped = file.container != "npz"  # then copied: somebody may write to the file later
+    file.tensors.clear()  # frees the memory of tensors replaced below
+    is_mapped = file.container != "npz"  # memory-mapped, so copy: the file may change later
     for name in list(tensors):
         value = tensors.pop(name)
-        dtype = torch.float32 if value.is_floating_point() else value.dtype  # of counters
+        dtype = torch.float32 if value.is_floating_point() else value.dtype  # for counters
         tensors[name] = value.to(dtype, copy=is_mapped).contiguous()
     _check_finite(tensors, path)
-    is_timm = description.layout.family.name == "timm"  # changes its size with the weights in it
+    is_timm = description.layout.family.name == "timm"  # timm resizes with the weights loaded
     if size is not None and size != config.image_size and not is_timm:
         config, words = resize_model(tensors, config, size, method)
         report.say(f"resized  {_pixels(description.config)} -> {_pixels(config)} pixels: {words}")
@@ -137,7 +134,7 @@ def _from_file(
         model = model_from_config(config)
     try:
         model.load_state_dict(tensors, assign=True)
-    except UserError as error:  # values that no model of the family has
+    except UserError as error:  # values that no model of the family can have
         raise UserError(error.what, where=path, fix=error.fix) from error
     model.class_names, model.preprocessing = description.class_names, preprocessing
     return model
@@ -146,8 +143,8 @@ def _from_file(
 def resize_model(
     tensors: dict[str, Tensor], config: ModelConfig, image_size: Size, method: ResizeWeights
 ) -> tuple[ModelConfig, str]:
-    """Changes a model's tensors, by our names and in place, to those of another image size; returns
-    the new architecture, and in words how it was reached."""
+    """Resizes a model's tensors, by our names and in place, to another image size. Returns the new
+    architecture and a description of the method."""
     resize = family_of(config).resize
     if resize is None:
         what = f"{config.summary()} cannot be brought to another image size"
@@ -185,9 +182,9 @@ def _at_size(
 
 
 def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """NaN in the weights, as of a training that diverged, would be in every prediction."""
+    """NaN in the weights, as after a diverged training run, would be in every prediction."""
     for name, tensor in tensors.items():
-        # The sum is finite for all but huge values, and costs a tenth of looking at each.
+        # The sum is finite for all but huge values, and costs a tenth of an elementwise check.
         if not tensor.is_floating_point() or tensor.sum().isfinite():
             continue
         bad = tensor.numel() - int(tensor.isfinite().sum())
@@ -202,8 +199,8 @@ def _pixels(config: ModelConfig) -> str:
 
 
 def with_new_head(model: ImageClassifier, num_classes: int) -> ImageClassifier:
-    """Returns the model with a zero head of `num_classes` outputs, 0 for none; no class names. It
-    shares all else with the given one, which stays unchanged."""
+    """Returns the model with a zero head of `num_classes` outputs (0: no head) and no class names.
+    Everything else is shared with the original, which does not change."""
     dim = model.config.hidden_dim
     try:
         config = dataclasses.replace(model.config, num_classes=num_classes)
@@ -221,7 +218,7 @@ def with_new_head(model: ImageClassifier, num_classes: int) -> ImageClassifier:
 
 def locate(source: str | Path, report: Reporter) -> tuple[Path, Checkpoint | None]:
     """Returns the weights file of a source, downloaded if necessary, and the published checkpoint
-    that it is known to be; what lies on the disk comes before names."""
+    that it is, if known. Local paths take precedence over names."""
     text = str(source)
     if text.startswith(hub.PREFIX):
         name, revision = hub.parse(text)
@@ -250,7 +247,7 @@ def locate(source: str | Path, report: Reporter) -> tuple[Path, Checkpoint | Non
 
 
 def files_of(source: str | Path) -> list[Path]:
-    """Returns the files that a local model may be read from."""
+    """Returns the files that a local model may be loaded from."""
     path = expand(source)
     names = [folder / name for folder in (path / "best", path) for name in (WEIGHTS, CONFIG)]
     return names if path.is_dir() else [path, path.with_suffix(".json"), path.with_suffix(".bin")]

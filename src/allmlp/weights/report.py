@@ -1,4 +1,4 @@
-"""What a weights file is, as lines to read: `mixer models --inspect` and `--weights`."""
+"""Human-readable description of a weights file: `mixer models --inspect` and `--weights`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from allmlp.weights.load import locate
 
 
 def inspect_file(source: str | Path, image_size: tuple[int, int] | None = None) -> list[str]:
-    """Returns lines: what a file is, what it needs, and its tensors; `image_size` helps if its
-    tokens make no square. One that makes no model is listed with the reason."""
+    """Describes a file in lines: contents, preprocessing, tensors. `image_size` helps if the number
+    of tokens is not a square. A file that is no model is listed with the reason."""
     path, checkpoint = locate(source, Reporter(stderr=True))
     file = read_weights(path)
     size = path.stat().st_size
@@ -49,7 +49,7 @@ def inspect_file(source: str | Path, image_size: tuple[int, int] | None = None) 
 
 
 def list_tensors(file: WeightsFile) -> list[str]:
-    """Returns a table of the tensors; what is equal in all blocks is one row."""
+    """Returns a table of the tensors, with one row for tensors that are equal in all blocks."""
     blocks: dict[tuple[str, str, str], list[str]] = {}
     for name in sorted(file.tensors, key=natural):
         value = file.tensors[name]
@@ -66,7 +66,7 @@ def list_tensors(file: WeightsFile) -> list[str]:
 
 
 def checkpoint_table() -> list[str]:
-    """Returns a table of every published checkpoint, and what to know about checkpoint."""
+    """Returns a table of all published checkpoints, followed by details of each."""
     rows = []
     for checkpoint in CHECKPOINTS.values():
         size, parameters = checkpoint.mebibytes, checkpoint.parameters_mebibytes

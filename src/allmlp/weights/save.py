@@ -1,10 +1,10 @@
-"""save_model: a model -> files.
+"""save_model: writes a model to disk.
 
-Our own model on disk is a folder with
-    model.safetensors   the tensors; its header repeats the next file, so that it can travel alone
+Our own format is a folder with
+    model.safetensors   the tensors; the header repeats config.json, so the file works on its own
     config.json         architecture, class names, preprocessing
-A .npz in Google's layout has no place for these: they lie beside it in <name>.json.
-Every file is written atomically.
+Google's .npz layout has no metadata, so it goes to <name>.json next to the file. All writes are
+atomic.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ def save_model(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Writes the model, and returns the path of the weights.
+    """Writes a model and returns the path of the weights.
 
     Args:
-        model: with whatever class names and preprocessing it carries.
-        path: "allmlp" and "timm": a folder for model.safetensors and config.json, or one file
-            named *.safetensors, which holds everything. "google": a file named *.npz; a .json
-            beside it keeps what that layout has no place for.
-        format: "allmlp"; "google", the arrays that Google's own code loads; "timm", its names.
+        model: with any class names and preprocessing it carries.
+        path: "allmlp" and "timm": a folder for model.safetensors and config.json, or a single
+            *.safetensors file that holds everything. "google": a *.npz file, with the metadata in a
+            .json file next to it.
+        format: "allmlp"; "google", arrays that Google's code can load; "timm", timm's names.
             Google's code computes the tanh GELU and timm's the exact one, whatever
             `model.config.gelu` says.
         overwrite: replace an existing model.
 
     Raises:
-        UserError: an unknown format, a name that does not go with it, or the path exists already
-            or cannot be written.
+        UserError: unknown format, file name that does not match it, or the path exists or cannot be
+            written.
     """
     path, model = expand(path), open_model(model)
     weights, beside = check_target(path, format, overwrite=overwrite)
@@ -109,11 +109,11 @@ def save_model(
 def _write_safetensors(
     partial: Path, tensors: Tensors, described: dict[str, Any], target: Path
 ) -> None:
-    # Each tensor with its own memory, as the format requires.
+    # The format requires every tensor to own its memory.
     whole = {name: value.contiguous().clone() for name, value in tensors.items()}
     metadata = {NAME: json.dumps(described)}  # one entry: the library shuffles several
-    # The library writes a temporary file beside its target and leaves it when it fails or is
-    # killed: it goes with this folder, at the latest in the next save.
+    # The library writes a temporary file next to its target and leaves it there if it fails or is
+    # killed; here it is removed with this folder, at the latest by the next save.
     with staging_folder(target) as folder:
         safetensors.torch.save_file(whole, folder / WEIGHTS, metadata=metadata)
         os.replace(folder / WEIGHTS, partial)
@@ -128,7 +128,7 @@ def _as_text(described: dict[str, Any]) -> bytes:
 
 
 def _fingerprint(tensors: Tensors) -> str:
-    """Returns a checksum by which a description and its weights recognise each other."""
+    """Returns a checksum that ties a description to its weights."""
     checksum = 0
     for value in tensors.values():
         data = value.contiguous().view(-1).view(torch.uint8).numpy()
@@ -137,7 +137,7 @@ def _fingerprint(tensors: Tensors) -> str:
 
 
 def check_target(path: Path, format: str, *, overwrite: bool = True) -> tuple[Path, Path | None]:
-    """Returns the files that `save_model` would write there: weights, and a description or None."""
+    """Returns the files that `save_model` would write: weights, and a description or None."""
     one_of("format", format, FORMATS)
     expected = ".npz" if format == "google" else ".safetensors"
     if any("\ud800" <= letter <= "\udfff" for letter in str(path)):

@@ -1,7 +1,7 @@
-"""timm's published weights: "timm:NAME" and "timm:NAME.TAG" -> a model in our frame.
+"""timm's published weights: "timm:NAME" and "timm:NAME.TAG" to one of our models.
 
-The files are downloaded and read like all others here, so that nothing that is loaded runs code;
-timm itself then puts the tensors into its own model, whose classifier becomes our head.
+Files are downloaded and read like all others, so no code is run; timm then loads the tensors into
+its own model, whose classifier becomes our head.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from allmlp.weights.files import read_weights
 
 
 def load_pretrained(source: str, report: Reporter) -> TimmModel:
-    """Returns a model with timm's weights, class names and preprocessing, at its own image size."""
+    """Returns a model with timm's weights, class names and preprocessing, at its own size."""
     name = source.removeprefix(PREFIX)
     base = name.partition(".")[0]
     timm = import_timm()
@@ -46,7 +46,7 @@ def load_pretrained(source: str, report: Reporter) -> TimmModel:
     overlay = {"state_dict": dict(file.tensors), "custom_load": False}
     try:
         theirs = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
-    except Exception as error:  # whatever timm's many loaders raise
+    except Exception as error:  # timm's many loaders raise all kinds
         lines = (str(error) or type(error).__name__).strip().splitlines()
         what = f"timm cannot load {name}: {' '.join(lines[:2])[:300]}"
         raise UserError(what, where=file.path) from error
@@ -69,8 +69,8 @@ def load_pretrained(source: str, report: Reporter) -> TimmModel:
 
 
 def from_timm(theirs: Any, name: str, image_size: Size) -> TimmModel:
-    """Returns timm's model in our frame, its classifier (dense, or a 1x1 convolution as BiT's) as
-    our head; the weights are shared."""
+    """Wraps a timm model, with its classifier (dense, or a 1x1 convolution as in BiT) as our head;
+    weights are shared."""
     theirs = theirs.float().eval()
     classifier: Any = theirs.get_classifier()
     kind, window = type(classifier), getattr(classifier, "kernel_size", None)
@@ -118,7 +118,7 @@ def _has_same_head(theirs: Any, model: TimmModel) -> bool:
 
 
 def _fetched(name: str, described: Any, report: Reporter) -> Path:
-    """Returns the file of timm's weights in the hub's cache or ours, downloaded if need be."""
+    """Returns the path of timm's weights in the hub's cache or ours, downloaded if necessary."""
     if described.hf_hub_id and not described.hf_hub_filename:
         report.say(f"weights  {PREFIX}{name} (hf:{described.hf_hub_id})")
         return hub.fetch(*hub.parse(f"{hub.PREFIX}{described.hf_hub_id}"))
