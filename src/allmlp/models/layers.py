@@ -138,8 +138,7 @@ class ImageClassifier(nn.Module):
 
     @class_names.setter
     def class_names(self, names: Iterable[str] | None) -> None:
-        count = self.config.num_classes
-        self._class_names = None if names is None else checked_names(names, count)
+        self._class_names = None if names is None else checked_names(names, _num_logits(self))
 
     @property
     def device(self) -> torch.device:
@@ -250,6 +249,12 @@ def is_hidden_kernel(name: str, parameter: Tensor) -> bool:
     return is_kernel and name.startswith(("blocks.", "network."))
 
 
+def _num_logits(model: Classifier) -> int:
+    """The outputs of the head, which may have been replaced, rather than the configuration's."""
+    head = getattr(model, "head", None)
+    return head.out_features if isinstance(head, nn.Linear) else model.config.num_classes
+
+
 def checked_names(names: Any, num_classes: int, where: object = "class_names") -> list[str]:
     """Returns class names as a list; UserError if they are invalid."""
     is_list = isinstance(names, Iterable) and not isinstance(names, str | bytes | Mapping | Set)
@@ -267,7 +272,7 @@ def checked_names(names: Any, num_classes: int, where: object = "class_names") -
 
 def classes_of(model: Classifier, *, or_numbers: bool = False) -> list[str]:
     """Returns the class names of a model; without any, "0", "1", ... if `or_numbers`."""
-    count, head = model.config.num_classes, getattr(model, "head", None)  # None if exported
+    count, head = _num_logits(model), getattr(model, "head", None)  # None if exported
     if model.class_names:
         return checked_names(model.class_names, count)  # the list may have been modified
     if count == 0:
