@@ -1,1 +1,1 @@
-"""A model and data -> numbers; trains nothing."""
+"""Evaluation: a model and data to metrics, without training."""

@@ -1,10 +1,10 @@
-"""The frozen features of a source's images, computed once and kept on disk.
+"""Frozen features of the images in a source, computed once and cached on disk.
 
-A file of the cache is named by a hash of everything that the features depend on: the weights, the
-architecture, the preprocessing, the precision, the kind of device, the versions of what computes
-and decodes, and every byte of the images. Nothing in it has to be up to date: what has changed has
-another name. Writes are atomic, so that several processes can use one folder, and a file is used
-only if its checksum is right. All of it can be deleted at any time.
+A cache file is named by a hash of everything that the features depend on: weights, architecture,
+preprocessing, precision, kind of device, versions of the packages that compute and decode, and
+every byte of the images. Nothing ever becomes stale: any change results in another name. Writes are
+atomic, so several processes can share a folder, and a file is used only if its checksum matches.
+The cache can be deleted at any time.
 
 Shapes: N images, C features.
 """
@@ -31,19 +31,19 @@ from allmlp.io import atomic_write, parse_json
 from allmlp.models.layers import Classifier, ImageClassifier
 
 FORMAT = "allmlp features 2"
-# What can change the numbers when it is upgraded.
+# Packages whose upgrade may change the numbers.
 _PACKAGES = ("allmlp", "torch", "pillow", "simplejpeg", "opencv-python-headless")
 
 
 @dataclass
 class Features:
-    """A model's features of some images."""
+    """Features of images."""
 
-    values: np.ndarray  # float32 (N, C), of the images that could be decoded; (0, 0) without any
-    indices: np.ndarray  # int64 (N,), of these images in the source, ascending
+    values: np.ndarray  # float32 (N, C), decodable images only; (0, 0) if there are none
+    indices: np.ndarray  # int64 (N,), indices of these images in the source, ascending
     bad: list[BadImage] = field(default_factory=list)
     from_cache: bool = False
-    notes: list[str] = field(default_factory=list)  # such as a cached file that cannot be used
+    notes: list[str] = field(default_factory=list)  # e.g. about an unusable cache file
 
 
 def frozen_features(
@@ -52,7 +52,7 @@ def frozen_features(
     cache: Path | None = None,
     on_batch: Callable[[Outputs], None] | None = None,
 ) -> Features:
-    """Returns the features of every image, computed or read from a folder of cached ones."""
+    """Returns the features of all images, computed or read from a cache folder."""
     check_features(predictor.model)
     notes: list[str] = []
     path = None if cache is None else cache / f"{_cache_key(predictor, source)}.safetensors"
@@ -88,7 +88,7 @@ def frozen_features(
 
 
 def _cache_key(predictor: Predictor, source: Source) -> str:
-    """Returns the sha256 of everything that the features depend on. Reads every image's bytes."""
+    """Returns the sha256 of everything that the features depend on; reads all image bytes."""
     parts = [
         FORMAT,
         *(f"{name} {version(name)}" for name in _PACKAGES),
@@ -102,7 +102,7 @@ def _cache_key(predictor: Predictor, source: Source) -> str:
 
 
 def check_features(model: Classifier) -> ImageClassifier:
-    """Returns the model if it gives features, and not logits only."""
+    """Returns the model; UserError if it has no features, only logits."""
     if not isinstance(model, ImageClassifier):
         raise UserError(f"{model} gives no features", fix="Use the model that it was made from")
     if type(model).features is ImageClassifier.features:
@@ -112,7 +112,7 @@ def check_features(model: Classifier) -> ImageClassifier:
 
 
 def weights_hash(model: ImageClassifier) -> str:
-    """Returns the sha256 of a model: its architecture and every parameter and buffer."""
+    """Returns the sha256 of a model's architecture, parameters and buffers."""
     digest = hashlib.sha256(f"{type(model).__qualname__} {model.config!r}".encode())
     for kind in (model.named_parameters(), model.named_buffers()):
         for name, tensor in kind:
@@ -142,7 +142,7 @@ def _write(features: Features, path: Path) -> None:
 
 
 def _checksum(path: Path, values: np.ndarray, indices: np.ndarray, bad: str) -> str:
-    """The sha256 of the contents and the name, so that a renamed file is not trusted either."""
+    """The sha256 of the contents and the name, so that renamed files are rejected, too."""
     digest = hashlib.sha256(f"{path.stem} {values.shape} {bad}".encode())
     digest.update(np.ascontiguousarray(values).data)
     digest.update(np.ascontiguousarray(indices).data)

@@ -1,9 +1,9 @@
 """Few-shot accuracy: L2-regularised linear regression on frozen features, a few images per class.
 
-Two protocols of Google's:
-    big_vision  for each of three seeds a few random training images of every class; l2 is 1024
+Two of Google's protocols:
+    big_vision  a few random training images of every class, for each of three seeds; l2 is 1024
     scenic      the older one: the first training images of every class; l2 is swept, and the best
-                on the test images is reported, one for all data sets, for each number of shots
+                on the test images is reported: one for all data sets, per number of shots
 Source: big_vision evaluators/fewshot_lsr.py; scenic train_lib/transfer/fewshot_utils.py; the
 paper's section 3 ("linear 5-shot").
 
@@ -39,17 +39,17 @@ from allmlp.weights.load import files_of, open_model
 SWEEP = tuple(2.0**power for power in range(-10, 20))
 BASELINE_SEED = 0
 BIAS_FEATURE = 100.0
-_BLOCK = 8192  # images that are scored at once
-Orders = dict[int, list[list[int]]]  # {seed: the images of each class as drawn}; scenic's seed is 0
+_BLOCK = 8192  # images scored at once
+Orders = dict[int, list[list[int]]]  # {seed: images of each class as drawn}; scenic's seed is 0
 OnBatch = Callable[[Outputs], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FewShotOptions(MeasureOptions):
-    """Measure how well a model's features serve after a few labelled images per class.
+    """Measure how good a model's features are, given a few labelled images per class.
 
-    A linear classifier is fitted to the model's frozen features of some training images and
-    measured on all test images. Nothing of the model is trained; it needs no head.
+    A linear classifier is fitted to frozen features of a few training images and evaluated on all
+    test images. The model itself is not trained and needs no head.
 
     Examples:
         mixer few-shot runs/mine --data FOLDER
@@ -93,25 +93,25 @@ class FewShotOptions(MeasureOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class FewShot:
-    """The few-shot accuracies of a model on one data set.
+    """Few-shot accuracies of a model on one data set.
 
     Attributes:
-        data: the name of the data.
+        data: name of the data.
         test_split: "test" or "validation".
         num_classes: K.
-        num_train: training images that the shots were drawn from.
-        num_test: M, test images that could be decoded; all of them count.
-        num_computed: images that the model ran on; the features of the others were cached.
+        num_train: size of the training set that the shots were drawn from.
+        num_test: M, decodable test images; all of them count.
+        num_computed: images that the model ran on; features of all others were cached.
         protocol: "big_vision" or "scenic".
         preprocessing: of all images.
-        precision: of the model's matrix products.
+        precision: of the model's matmuls.
         shots: images per class.
         seeds: of the draws; () for scenic, which draws nothing.
-        swept: {shots: {seed: {l2: accuracy}}}; scenic's one draw is under 0.
-        l2: {shots: the l2 of its accuracies}.
-        bad: the images that could not be decoded.
-        notes: lines for the user, such as classes with fewer images than shots.
-        baseline: of the same architecture with random weights, if that was asked for.
+        swept: {shots: {seed: {l2: accuracy}}}; scenic's only draw is under 0.
+        l2: {shots: the l2 of the reported accuracies}.
+        bad: images that could not be decoded.
+        notes: lines for the user, e.g. classes with fewer images than shots.
+        baseline: the same architecture with random weights, if requested.
     """
 
     data: str
@@ -133,12 +133,12 @@ class FewShot:
 
     @property
     def chance(self) -> float:
-        """The accuracy of a guess: 1 / K."""
+        """Accuracy of random guessing: 1 / K."""
         return 1.0 / self.num_classes
 
     @property
     def accuracies(self) -> dict[int, dict[int, float]]:
-        """{shots: {seed: accuracy}}; scenic's one accuracy is under 0."""
+        """{shots: {seed: accuracy}}; scenic's only accuracy is under 0."""
         return {
             shots: {seed: by_l2[self.l2[shots]] for seed, by_l2 in swept.items()}
             for shots, swept in self.swept.items()
@@ -146,7 +146,7 @@ class FewShot:
 
     @property
     def sweep(self) -> dict[int, dict[float, float]]:
-        """{shots: {l2: accuracy}} of scenic; empty for big_vision."""
+        """{shots: {l2: accuracy}} for scenic; empty for big_vision."""
         is_scenic = self.protocol == "scenic"
         return {shots: swept[0] for shots, swept in self.swept.items()} if is_scenic else {}
 
@@ -155,12 +155,12 @@ class FewShot:
         return float(np.mean(list(self.accuracies[shots].values())))
 
     def deviation(self, shots: int) -> float | None:
-        """Returns the sample standard deviation over the seeds; None of a single accuracy."""
+        """Returns the sample standard deviation over the seeds; None for a single accuracy."""
         values = list(self.accuracies[shots].values())
         return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
     def to_json(self) -> dict[str, Any]:
-        """Returns all numbers as JSON values; the keys of dictionaries become text."""
+        """Returns all numbers as JSON values; dictionary keys become strings."""
         return {
             "data": self.data,
             "test_split": self.test_split,
@@ -196,20 +196,20 @@ def few_shot(
     on_batch: OnBatch | None = None,
     **fields: Any,
 ) -> FewShot:
-    """Returns how well a linear classifier of a model's features does after a few shots.
+    """Returns the few-shot accuracy of a linear classifier on a model's features.
 
-    The model is not trained and needs no head. Only the training images that are drawn are
-    decoded; one that cannot be decoded is left out, and the next of its class takes its place.
+    The model is not trained and needs no head. Only the training images that are drawn are decoded;
+    an undecodable one is replaced by the next of its class.
 
     Args:
-        model: any with `features`, or whatever `load_model` takes. A model object stays on its
-            device unless one is named.
-        data: a source with a train and a test (else validation) split, or these splits by name.
+        model: any with `features`, or anything that `load_model` takes. A model object stays on its
+            device unless one is given.
+        data: a source with a train and a test (or else validation) split, or these splits by name.
         on_batch: called with every batch that the model ran on.
         **fields: those of `FewShotOptions`.
 
     Raises:
-        UserError: an option is out of range, the data lacks a split or has one class only, or the
+        UserError: an option is out of range, the data lacks a split or has a single class, or the
             features are not finite.
     """
     splits = data if isinstance(data, Mapping) else open_splits(str(data))
@@ -225,16 +225,16 @@ def few_shots(
     report: Reporter | None = None,
     **fields: Any,
 ) -> list[FewShot]:
-    """Returns the few-shot accuracies on several data sets; scenic's share one l2.
+    """Returns the few-shot accuracies on several data sets; in scenic they share one l2.
 
     Args:
-        model: as of `few_shot`.
-        options: all at once.
+        model: as in `few_shot`.
+        options: instead of `fields`.
         report: shows progress; None shows nothing.
         **fields: those of `FewShotOptions`.
 
     Raises:
-        UserError: as of `few_shot`; or the output cannot be written.
+        UserError: as in `few_shot`; or the output cannot be written.
     """
     options = make(FewShotOptions, options, fields)
     report = report or Reporter(quiet=True)
@@ -266,7 +266,7 @@ def _cache(options: FewShotOptions) -> Path | None:
 def _opened(
     model: ImageClassifier | str | Path, options: FewShotOptions
 ) -> tuple[ImageClassifier, str | None]:
-    """Returns the model and its device; None: a model object stays where it is."""
+    """Returns the model and the device to move it to; None leaves a model object where it is."""
     stays = isinstance(model, ImageClassifier) and options.device == "auto"
     net = open_model(model, options.image_size, options.resize_weights)
     return net, None if stays else options.device
@@ -299,14 +299,14 @@ def _measure_one(
     options: FewShotOptions,
     on_batch: OnBatch | None,
 ) -> FewShot:
-    """Returns the accuracies for every l2, of which `choose_l2` chooses."""
+    """Returns the accuracies for every l2, for `choose_l2` to choose from."""
     train, test, test_split = _train_and_test(name, splits)
     labels, names = train.labels, train.class_names
     orders, most = _orders(train, options), max(options.shots)
-    shown: dict[int, np.ndarray] = {}  # the features of the training images that were drawn
+    shown: dict[int, np.ndarray] = {}  # features of the training images drawn so far
     bad: dict[int, BadImage] = {}
     computed, notes = 0, []
-    # Images that turn out bad are replaced by the next of their class until none is.
+    # Replace bad images by the next of their class until all shots are decodable.
     while wanted := sorted(_drawn(orders, most, bad) - shown.keys()):
         found = frozen_features(
             predictor, subset(train, np.array(wanted), train.name), _cache(options), on_batch
@@ -357,10 +357,10 @@ def _measure_one(
 
 
 def choose_l2(results: Sequence[FewShot]) -> list[FewShot]:
-    """Returns the results of several data sets at the one l2 that suits them together.
+    """Returns the results of several data sets at the l2 that is best for all of them together.
 
-    For each number of shots the l2 of the highest mean rank over the data sets; the larger of two
-    that are as good. It is chosen by the accuracy on the test images, as scenic's protocol has it.
+    For every number of shots, the l2 with the highest mean rank over the data sets; ties go to the
+    larger. It is chosen on the test images, as in scenic's protocol.
     """
     chosen: dict[int, float] = {}
     for shots in results[0].shots:
@@ -372,7 +372,7 @@ def choose_l2(results: Sequence[FewShot]) -> list[FewShot]:
 
 
 def num_images(splits: Mapping[str, Source], options: FewShotOptions) -> int:
-    """Returns how many images a measurement needs the features of, if all can be decoded."""
+    """Returns how many images need features, if all can be decoded."""
     train, test, _ = _train_and_test(_name(splits), splits)
     return len(_drawn(_orders(train, options), max(options.shots), ())) + len(test)
 
@@ -383,7 +383,7 @@ def _name(splits: Mapping[str, Source]) -> str:
 
 
 def _train_and_test(name: str, splits: Mapping[str, Source]) -> tuple[Source, Source, str]:
-    """Returns the training and the test images, and the name of their split."""
+    """Returns the training images, the test images, and the name of the test split."""
     test_split = next((split for split in ("test", "validation") if split in splits), None)
     if "train" not in splits or test_split is None:
         lacking = "train" if "train" not in splits else "test and no validation"
@@ -403,7 +403,7 @@ def _train_and_test(name: str, splits: Mapping[str, Source]) -> tuple[Source, So
 
 
 def _orders(train: Source, options: FewShotOptions) -> Orders:
-    """Returns for each seed the training images of each class in the order of their drawing."""
+    """Returns, per seed, the training images of each class in drawing order."""
     by_class = np.argsort(train.labels, kind="stable")
     counts = np.bincount(train.labels, minlength=len(train.class_names))
     members = np.split(by_class, np.cumsum(counts)[:-1])
@@ -421,13 +421,13 @@ def _first(order: Iterable[int], most: int, bad: Container[int]) -> Iterable[int
 
 
 def _drawn(orders: Orders, most: int, bad: Container[int]) -> set[int]:
-    """Returns the first `most` images of each class that are not bad, of all draws."""
+    """Returns the first `most` images of each class that are not bad, over all draws."""
     classes = (order for classes in orders.values() for order in classes)
     return {index for order in classes for index in _first(order, most, bad)}
 
 
 def _fewer_images(names: list[str], labels: np.ndarray, shots: tuple[int, ...]) -> list[str]:
-    """Returns a line for each number of shots that some classes do not have."""
+    """Returns a line for each number of shots that exceeds the size of some classes."""
     counts = np.bincount(labels, minlength=len(names))
     fewest = int(counts.argmin())
     return [
@@ -445,22 +445,22 @@ def _fewer_images(names: list[str], labels: np.ndarray, shots: tuple[int, ...]) 
 class LinearProbe:
     """A linear classifier of features, by L2-regularised regression in float64.
 
-    X   the features, less their mean over the shots, over their deviation + 1e-5, and a
-        constant feature of 100, so large that the bias it stands for is hardly regularised
+    X   the features minus their mean over the shots, divided by their std + 1e-5, and a constant
+        feature of 100, so large that the bias is hardly regularised
     Y   +1 at the class of a shot, -1 at the others
     W   (X'X + l2)^-1 X'Y, which is X'(XX' + l2)^-1 Y: solved in the smaller of the dimensions
     """
 
-    mean: np.ndarray  # float64 (C,), of the shots
-    std: np.ndarray  # float64 (C,), with the 1e-5 in it
-    weights: np.ndarray  # float64 (C + 1, K); the last row belongs to the constant feature
+    mean: np.ndarray  # float64 (C,), over the shots
+    std: np.ndarray  # float64 (C,), including the 1e-5
+    weights: np.ndarray  # float64 (C + 1, K); the last row is for the constant feature
 
     def scores(self, features: np.ndarray) -> np.ndarray:
         """Returns float64 (M, K), higher for more likely classes; features are (M, C)."""
         return _standardized(features, self.mean, self.std) @ self.weights
 
     def predict(self, features: np.ndarray) -> np.ndarray:
-        """Returns int64 (M,), M above 0: the class of the highest score; features are (M, C)."""
+        """Returns the best classes, int64 (M,), for features (M, C), with M above 0."""
         blocks = range(0, len(features), _BLOCK)
         parts = [self.scores(features[at : at + _BLOCK]).argmax(axis=1) for at in blocks]
         return np.concatenate(parts)
@@ -469,14 +469,14 @@ class LinearProbe:
 def fit_linear(
     features: np.ndarray, labels: np.ndarray, num_classes: int, l2: float = 1024.0
 ) -> LinearProbe:
-    """Returns the classifier that fits the shots, (N, C) of labels (N,) from 0 to K - 1."""
+    """Fits a classifier to the shots: features (N, C), labels (N,) from 0 to K - 1."""
     return next(fit_sweep(features, labels, num_classes, [l2]))
 
 
 def fit_sweep(
     features: np.ndarray, labels: np.ndarray, num_classes: int, l2s: Sequence[float]
 ) -> Iterator[LinearProbe]:
-    """Yields the classifier of `fit_linear` for each l2; one eigendecomposition serves all."""
+    """Yields the classifier of `fit_linear` for each l2, from a single eigendecomposition."""
     exact = features.astype(np.float64)
     mean, std = exact.mean(axis=0), exact.std(axis=0) + 1e-5
     x = _standardized(exact, mean, std)  # (N, C + 1)
@@ -488,7 +488,7 @@ def fit_sweep(
     else:
         eigenvalues, vectors = np.linalg.eigh(x @ x.T)
         left, right = x.T @ vectors, vectors.T @ y
-    eigenvalues = np.maximum(eigenvalues, 0.0)  # rounding makes some of the zeros negative
+    eigenvalues = np.maximum(eigenvalues, 0.0)  # rounding can make zeros negative
     for l2 in l2s:
         yield LinearProbe(mean, std, (left / (eigenvalues + l2)) @ right)
 
@@ -498,11 +498,11 @@ def _standardized(features: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np
     return np.concatenate([x, np.full((len(x), 1), BIAS_FEATURE)], axis=1)
 
 
-# --- what is printed ---
+# --- output ---
 
 
 def command(model: str, options: FewShotOptions) -> list[FewShot]:
-    """Measures with a progress bar on a terminal, and keeps the features."""
+    """Runs the measurement with a progress bar on a terminal, and caches the features."""
     if options.cache is None and not options.no_cache:
         options = replace(options, cache=str(cache_folder() / "features"))
     report = Reporter(stderr=options.output == STANDARD_OUTPUT)
@@ -510,7 +510,7 @@ def command(model: str, options: FewShotOptions) -> list[FewShot]:
 
 
 def show(results: list[FewShot], options: FewShotOptions) -> int:
-    """Prints a table for each data set; returns the exit code."""
+    """Prints a table per data set; returns the exit code."""
     report = Reporter(stderr=options.output == STANDARD_OUTPUT)
     first = results[0]
     rule = f"seeds {' '.join(map(str, first.seeds))}, l2 {options.l2:g}"

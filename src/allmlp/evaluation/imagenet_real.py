@@ -1,8 +1,8 @@
-"""ImageNet ReaL: the validation images of ILSVRC-2012 with every label that fits each of them.
+"""ImageNet ReaL: the ILSVRC-2012 validation images with every label that fits.
 
-A prediction is correct if it is among the labels of its image. Images without a label, 3,163 of
-50,000, are not scored. An image is found by the number in its file name. Source: Beyer et al. 2020,
-"Are we done with ImageNet?"; the file is real.json of google-research/reassessed-imagenet.
+A prediction is correct if it is among the labels of the image. The 3,163 of 50,000 images without a
+label are not scored. Images are identified by the number in the file name. Source: Beyer et al.
+2020, "Are we done with ImageNet?"; the file is real.json of google-research/reassessed-imagenet.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _FILE = "Take real.json of google-research/reassessed-imagenet"
 
 @dataclass(frozen=True)
 class RealScore:
-    """A model's predictions for the images that have ReaL labels."""
+    """Accuracy of a model on the images that have ReaL labels."""
 
-    images: int  # that were scored
+    images: int  # number of scored images
     correct: int  # those whose predicted class is among their labels
-    unlabelled: int  # images that have no label and were excluded
+    unlabelled: int  # excluded because they have no label
 
     @property
     def accuracy(self) -> float:
-        """Fraction of the scored images that were classified correctly."""
+        """Fraction of the scored images that are classified correctly."""
         return self.correct / self.images
 
     def to_json(self) -> dict[str, Any]:
@@ -45,14 +45,14 @@ class RealScore:
 
 @dataclass(frozen=True)
 class RealLabels:
-    """The ReaL labels of a source's images, ready to score a model by; K classes."""
+    """The ReaL labels of the images in a source, ready for scoring; K classes."""
 
-    labels: Sequence[frozenset[int]]  # of each of the 50,000 validation images
-    ids: np.ndarray  # int64 (num_images,), the number of each image of the source, 1 to 50,000
-    imagenet_class: np.ndarray  # int64 (K,), from 0 to 999, of each class of the model
+    labels: Sequence[frozenset[int]]  # of all 50,000 validation images
+    ids: np.ndarray  # int64 (num_images,), number of each image in the source, 1 to 50,000
+    imagenet_class: np.ndarray  # int64 (K,), from 0 to 999, for each class of the model
 
     def score(self, indices: np.ndarray, predictions: np.ndarray) -> RealScore:
-        """Returns how many predictions, int64 (N,), for the images of these indices are correct."""
+        """Scores predictions, int64 (N,), for the images with these indices."""
         images = correct = 0
         predicted = self.imagenet_class[predictions].tolist()
         for number, label in zip(self.ids[indices].tolist(), predicted, strict=True):
@@ -68,13 +68,13 @@ class RealLabels:
 def open_real(
     path: str | Path, source: Source, class_names: Sequence[str], imagenet: Sequence[str]
 ) -> RealLabels:
-    """Returns the labels of a source's images; all is checked before any image is read.
+    """Returns the labels of the images in a source; everything is checked before reading any image.
 
     Args:
         path: of real.json.
-        source: images of the ILSVRC-2012 validation set, any number of them.
+        source: any subset of the ILSVRC-2012 validation images.
         class_names: the model's, in the order of its logits.
-        imagenet: ImageNet's 1,000 classes in their order, such as "n01440764 tench".
+        imagenet: ImageNet's 1,000 classes in order, e.g. "n01440764 tench".
     """
     labels, classes = read_real(path), imagenet_classes(class_names, imagenet)
     return RealLabels(labels, validation_ids(source), classes)
@@ -100,8 +100,8 @@ def read_real(path: str | Path) -> list[frozenset[int]]:
 def validation_ids(source: Source) -> np.ndarray:
     """Returns int64 (num_images,): the number of each image in the validation set, 1 to 50,000.
 
-    It stands in the file's name, in any folder or archive; Parquet files may have it in a column
-    `val_id` instead.
+    It is read from the file name, in any folder or archive, or from the column `val_id` of Parquet
+    files.
     """
     own = values_of(source, "path") or map(source.item_name, range(len(source)))
     names = [str(name) for name in own]
@@ -133,9 +133,9 @@ def imagenet_classes(class_names: Sequence[str], imagenet: Sequence[str]) -> np.
     """Returns int64 (K,): the ImageNet class, 0 to 999, of each class of a model.
 
     Args:
-        class_names: WordNet ids in any order, "n01440764" or "n01440764 tench"; or words in the
-            order of ImageNet, "tench" or "tench, Tinca tinca".
-        imagenet: ImageNet's 1,000 classes in their order, such as "n01440764 tench".
+        class_names: WordNet ids in any order, "n01440764" or "n01440764 tench"; or names in
+            ImageNet order, "tench" or "tench, Tinca tinca".
+        imagenet: ImageNet's 1,000 classes in order, e.g. "n01440764 tench".
     """
     fix = "ReaL is for models of ImageNet-1k: leave out real"
     if len(class_names) != CLASSES:
@@ -157,5 +157,5 @@ def imagenet_classes(class_names: Sequence[str], imagenet: Sequence[str]) -> np.
 
 
 def _first_words(name: str) -> str:
-    """The first of a class's names, ignoring case and how words are joined."""
+    """The first name of a class, ignoring case and word separators."""
     return " ".join(name.partition(",")[0].replace("_", " ").split()).casefold()

@@ -1,8 +1,8 @@
-"""The metrics of an evaluation: top-1, top-5, loss, calibration, per class, the confusion matrix.
+"""Evaluation metrics: top-1, top-5, loss, calibration, per-class results, confusion matrix.
 
-All are exact counts over the images that could be decoded: every image counts once, the last batch
-is never dropped, and an image that cannot be decoded is in no count and named in `bad`.
-A new metric is one entry of `METRICS`: whatever prints or writes metrics reads that list.
+All are exact counts over the decodable images: every image counts once, the last batch is never
+dropped, and undecodable images are not counted but listed in `bad`. A new metric is one entry in
+`METRICS`, which is used wherever metrics are printed or written.
 
 Shapes: N images, K classes, B bins.
 """
@@ -32,29 +32,29 @@ from allmlp.models.layers import Classifier, classes_of
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.world import World
 
-FILES = ("per_class.csv", "confusion.csv", "evaluation.json")  # what `Evaluation.save` writes
+FILES = ("per_class.csv", "confusion.csv", "evaluation.json")  # written by `Evaluation.save`
 LOGGED = ("top1", "top5", "loss")
 BINS = 15
 
 
 @dataclass
 class Evaluation:
-    """A model's predictions for labelled images; K classes, N images that could be decoded.
+    """A model's predictions for labelled images; K classes, N decodable images.
 
     Attributes:
         data: the name of the source.
         class_names: the model's classes, K.
         labels: int64 (N,), the true classes.
-        indices: int64 (N,), of the images in the source.
-        logits: float32 (N, K), which order the classes and give the loss: probabilities that are
-            too small for float32 are all 0.
-        bad: the images that could not be decoded.
-        preprocessing: from image files to inputs; None where it is unknown.
-        real: the ImageNet ReaL score; None where it was not asked for.
+        indices: int64 (N,), positions of the images in the source.
+        logits: float32 (N, K), used for ranking and for the loss: probabilities too small for
+            float32 are all 0.
+        bad: images that could not be decoded.
+        preprocessing: from image files to inputs; None if unknown.
+        real: the ImageNet ReaL score; None if not requested.
         are_held_out: whether the images are those that the model's run held out.
-        trained_on: how many of the images the model's run was trained on; None where unknown.
-        precision: of the matrix products, and why; None where it is unknown.
-        notes: what else to know about the metrics, a line each.
+        trained_on: how many of the images the model's run was trained on; None if unknown.
+        precision: of the matmuls, and why; None if unknown.
+        notes: other remarks on the metrics, one per line.
     """
 
     data: str
@@ -77,7 +77,7 @@ class Evaluation:
 
     @property
     def predictions(self) -> np.ndarray:
-        """int64 (N,): the most probable class of each image, the first of equal ones."""
+        """int64 (N,): the most probable class of each image; ties go to the first."""
         return self.logits.argmax(axis=1)
 
     @property
@@ -92,12 +92,12 @@ class Evaluation:
 
     @property
     def top1(self) -> float:
-        """Fraction of the images whose most probable class is the true one."""
+        """Fraction of images whose most probable class is the true one."""
         return float(self.correct.mean())
 
     @property
     def top5(self) -> float | None:
-        """Fraction of the images with the true class among the 5 most probable; None: K <= 5."""
+        """Fraction of images with the true class among the 5 most probable; None if K <= 5."""
         if len(self.class_names) <= 5:
             return None
         scores, truth = self.logits, self.labels[:, None]
@@ -127,24 +127,24 @@ class Evaluation:
 
     @property
     def confusion(self) -> np.ndarray:
-        """int64 (K, K): images of the row's class that were predicted as the column's."""
+        """int64 (K, K): number of images of the row's class predicted as the column's class."""
         classes = len(self.class_names)
         flat = np.bincount(self.labels * classes + self.predictions, minlength=classes**2)
         return flat.reshape(classes, classes)
 
     def figures(self) -> Iterator[tuple[str, float]]:
-        """Yields (name, value) of every metric that is one number."""
+        """Yields (name, value) of all metrics that are a single number."""
         for metric in METRICS:
             value = metric.compute(self)
             if value is not None:
                 yield metric.name, value
 
     def metrics(self) -> Iterator[tuple[str, float]]:
-        """Yields (name, value) of the metrics that a run logs while it trains."""
+        """Yields (name, value) of the metrics logged during training."""
         yield from ((name, value) for name, value in self.figures() if name in LOGGED)
 
     def lines(self) -> Iterator[str]:
-        """Yields the metrics as they are printed."""
+        """Yields the printed lines."""
         for metric in METRICS:
             value = metric.compute(self)
             if value is not None:
@@ -152,7 +152,7 @@ class Evaluation:
                 yield f"{metric.title:<8} {value:{metric.format}}{detail}"
 
     def worst_confusions(self, most: int) -> list[tuple[str, str, int]]:
-        """Returns (true class, predicted class, images) of the most frequent mistakes."""
+        """Returns (true class, predicted class, images) of the most frequent errors."""
         wrong = self.confusion
         np.fill_diagonal(wrong, 0)
         order = np.argsort(-wrong, axis=None, kind="stable")[:most]
@@ -163,7 +163,7 @@ class Evaluation:
         ]
 
     def per_class(self) -> list[dict[str, Any]]:
-        """Returns for each class: its name, images, correct, recall, precision (None if 0 / 0)."""
+        """Returns per class: name, images, correct, recall, precision (None if 0 / 0)."""
         counts = self.confusion
         rows = []
         for index, name in enumerate(self.class_names):
@@ -181,7 +181,7 @@ class Evaluation:
         return rows
 
     def warnings(self) -> list[str]:
-        """Returns what the metrics hide, a line each."""
+        """Returns caveats that the metrics do not show, one per line."""
         predicted, present = self.confusion.sum(axis=0), self.confusion.sum(axis=1)
         never = [self.class_names[at] for at in np.flatnonzero((predicted == 0) & (present > 0))]
         more = f" and {len(never) - 8:,} more" if len(never) > 8 else ""
@@ -189,7 +189,7 @@ class Evaluation:
         return [*self.notes, *lines]
 
     def to_json(self) -> dict[str, Any]:
-        """Returns everything but the single predictions as JSON values."""
+        """Returns everything except individual predictions as JSON values."""
         values: dict[str, Any] = {
             "data": self.data,
             "images": len(self.labels),
@@ -216,8 +216,8 @@ class Evaluation:
     def save(
         self, folder: Path, model: Classifier | None = None, *, overwrite: bool = False
     ) -> None:
-        """Writes evaluation.json, which describes the model, per_class.csv and confusion.csv (rows:
-        true), all or none."""
+        """Writes evaluation.json (with a description of the model), per_class.csv and confusion.csv
+        (rows: true), all or none."""
         check_output_folder(folder, FILES, overwrite=overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         rows = self.per_class()
@@ -237,13 +237,13 @@ def _csv(rows: list[list[Any]]) -> bytes:
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of an evaluation, and how it is printed."""
+    """A metric that is a single number, and how it is printed."""
 
     name: str  # in files
-    title: str  # on the screen
-    compute: Callable[[Evaluation], float | None]  # None where it does not apply
+    title: str  # on screen
+    compute: Callable[[Evaluation], float | None]  # None if not applicable
     format: str = ".2%"
-    detail: Callable[[Evaluation], str] | None = None  # in parentheses behind the number
+    detail: Callable[[Evaluation], str] | None = None  # in parentheses after the number
 
 
 def _real(evaluation: Evaluation) -> str:
@@ -271,24 +271,24 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Reliability:
-    """Images by the confidence of their predictions, in B bins of equal width.
+    """Images binned by the confidence of their predictions, in B bins of equal width.
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3, with 15 bins.
     """
 
-    edges: np.ndarray  # (B + 1,) from 0 to 1; an edge belongs to the bin below it
+    edges: np.ndarray  # (B + 1,) from 0 to 1; an edge belongs to the bin below
     images: np.ndarray  # int64 (B,)
     confidence: np.ndarray  # float64 (B,), the sum over the images
-    correct: np.ndarray  # int64 (B,), images that were classified correctly
+    correct: np.ndarray  # int64 (B,), correctly classified images
 
     @property
     def error(self) -> float:
-        """The expected calibration error: mean over all images of their bins' |accuracy -
-        confidence|, from 0 to 1."""
+        """The expected calibration error: |accuracy - confidence| of the bins, averaged over all
+        images, from 0 to 1."""
         return float(np.abs(self.correct - self.confidence).sum() / self.images.sum())
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Returns a row for each bin; mean confidence and accuracy are None where it is empty."""
+        """Returns a row per bin; mean confidence and accuracy are None for empty bins."""
         return [
             {
                 "above": float(self.edges[at]),
@@ -302,8 +302,8 @@ class Reliability:
 
 
 def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Reliability:
-    """Returns the images in bins by confidence, float (N,) on [0, 1]; correct is bool (N,)."""
-    # An edge is rounded as the confidences are: the float32 next to 1/5 lies on the edge at 1/5.
+    """Bins images by confidence, float (N,) on [0, 1]; correct is bool (N,)."""
+    # Round the edges like the confidences: the float32 closest to 1/5 lies on the edge at 1/5.
     edges = (np.arange(bins + 1) / bins).astype(confidence.dtype)
     at = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
     return Reliability(
@@ -323,10 +323,10 @@ def evaluate_source(
     world: World | None = None,
     on_batch: Callable[[Outputs], None] | None = None,
 ) -> Evaluation:
-    """Returns what a model predicts for every image, whether or not its logits are finite.
+    """Returns a model's predictions for all images, whether or not the logits are finite.
 
-    Several processes each take whole batches, so that the numbers are those of one process; all of
-    them get the result. `on_batch` is called with every batch of this process.
+    With several processes, each takes whole batches, so the numbers match those of a single
+    process; all of them get the result. `on_batch` is called with every batch of this process.
     """
     names = classes_of(predictor.model)
     if len(names) == 1:
@@ -361,6 +361,6 @@ def evaluate_source(
 
 
 def check_logits(result: Evaluation, source: Source) -> None:
-    """Raises UserError if logits are NaN or infinite."""
+    """Raises UserError if any logit is NaN or infinite."""
     fix = "The weights are damaged or of a run that has diverged: take earlier ones"
     check_finite(result.logits, result.indices, source, "logits", fix)

@@ -1,7 +1,7 @@
-"""The one way from images to what a model computes for them, with or without several processes.
+"""From images to model outputs, on one or several processes.
 
 evaluate, few-shot, predict, export and serve all compute here, so a model gives the same numbers in
-each: the same packing, precision, threads, preprocessing and batches.
+all of them: same packing, precision, threads, preprocessing and batches.
 
 Shapes: N images of a batch, K classes, C features.
 """
@@ -36,7 +36,7 @@ Resize = Literal["resize-crop", "resmall-crop", "squash"]
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureOptions(ComputeOptions):
-    """What the commands that measure a model on labelled images have in common."""
+    """Options shared by the commands that measure a model on labelled images."""
 
     precision: Precision = "float32"
     """Precision of matrix products; auto uses bfloat16 if the device is fast at it and the model
@@ -53,7 +53,7 @@ class MeasureOptions(ComputeOptions):
     """Seconds to wait for a batch from the workers; 0 waits forever."""
 
     def predictor(self, model: Classifier, device: str | None, **changes: Any) -> Predictor:
-        """Returns the predictor of a model; `changes` are to its preprocessing."""
+        """Returns the predictor for a model; `changes` override its preprocessing."""
         if self.ignore_exif:
             changes["exif_orientation"] = False
         return Predictor(
@@ -69,25 +69,24 @@ class MeasureOptions(ComputeOptions):
 
 @dataclass
 class Outputs:
-    """What was computed for a batch; all of it on the CPU."""
+    """Outputs for a batch, all on the CPU."""
 
-    values: tuple[np.ndarray, ...]  # of N rows, one for each tensor; () where N is 0
+    values: tuple[np.ndarray, ...]  # N rows each, one array per tensor; () if N is 0
     labels: np.ndarray  # int64 (N,)
-    indices: np.ndarray  # int64 (N,), of the images in the source
+    indices: np.ndarray  # int64 (N,), positions of the images in the source
     bad: list[BadImage] = field(default_factory=list)  # images that could not be decoded
 
     def __len__(self) -> int:
-        """Images of the batch, with the bad ones."""
+        """Number of images in the batch, including bad ones."""
         return len(self.labels) + len(self.bad)
 
 
 class Predictor:
-    """A model ready to compute many batches without gradients.
+    """A model prepared for inference over many batches.
 
-    The weights are those at the time it is made; the model itself, and its mode, do not change. Of
-    the arguments, device None is where the model is, precision None is `default_precision`, and
-    preprocessing None is the model's own. `precision` is then "float32" or "bfloat16", and `why`
-    the rule by which it was chosen.
+    The weights are captured at construction; the model itself and its mode do not change. Defaults:
+    `device` is that of the model, `precision` is `default_precision`, and `preprocessing` is the
+    model's. The attribute `precision` is "float32" or "bfloat16", and `why` the reason for it.
     """
 
     def __init__(
@@ -119,15 +118,15 @@ class Predictor:
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
         """Returns the logits, float32 (N, K), on the device, of uint8 images (N, channels, H, W) of
-        the model's size; features of a model without a head."""
-        if self._inference is None:  # an exported file takes pixels
+        the model's size; features if the model has no head."""
+        if self._inference is None:  # exported files take pixels
             return self.model(images).float()
         with self._few_threads(len(images)):
             return self._inference.logits(self._normalized(images))
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
-        """Returns the pooled features, float32 (N, C), on the device; `images` as of `logits`."""
+        """Returns the pooled features, float32 (N, C), on the device; `images` as in `logits`."""
         if self._inference is None:
             raise UserError(f"{self.model} gives logits, not features")
         with self._few_threads(len(images)):
@@ -146,10 +145,10 @@ class Predictor:
     def run(
         self, source: Source, compute: Compute | None = None, world: World | None = None
     ) -> Iterator[Outputs]:
-        """Yields what is computed for every image of a source once, batch by batch, in order.
+        """Yields the outputs for every image of a source once, batch by batch, in order.
 
-        `compute` is from uint8 images (N, channels, H, W) to tensors of N rows; None: the logits. A
-        GPU's results are copied while it computes the next batch. Of several processes each takes
+        `compute` maps uint8 images (N, channels, H, W) to tensors of N rows; None means the logits.
+        GPU results are copied while the next batch is computed. With several processes, each takes
         whole batches: the model sees the same batches, and gives the same bits, for any number.
         """
         first, part = 0, source
@@ -167,7 +166,7 @@ class Predictor:
     def _computed(
         self, source: Source, compute: Compute
     ) -> Iterator[tuple[Batch, tuple[np.ndarray, ...]]]:
-        """Yields each batch with its labels and results on the CPU."""
+        """Yields every batch with its labels and results on the CPU."""
         batches: Iterable[Batch] = evaluation_batches(
             source,
             self.preprocessing,
@@ -175,7 +174,7 @@ class Predictor:
             num_workers=self.num_workers,
             timeout=self.timeout,
         )
-        stream = None  # on a CPU nothing is gained by waiting
+        stream = None  # on a CPU there is nothing to overlap
         if self.device.type == "cuda":
             stream = torch.cuda.Stream(self.device)
             pinned = (batch.pin_memory() if len(batch.labels) else batch for batch in batches)
@@ -196,7 +195,7 @@ class Predictor:
 
 
 class _Transfer:
-    """Tensors on their way to the CPU, on a stream beside the one that computes."""
+    """Tensors being copied to the CPU on a side stream."""
 
     def __init__(self, tensors: tuple[Tensor, ...], stream: torch.cuda.Stream | None) -> None:
         self._event: torch.cuda.Event | None = None
@@ -221,7 +220,7 @@ class _Transfer:
 def check_finite(
     values: np.ndarray, indices: np.ndarray, source: Source, what: str, fix: str
 ) -> None:
-    """Raises UserError, with the first image's name, if a row of `values` has NaN or infinity."""
+    """Raises UserError with the name of the first image whose row in `values` is not finite."""
     wrong = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(wrong):
         row = values[wrong[0]]

@@ -1,6 +1,6 @@
-"""The file that a measurement writes: what was measured, of which model, with what.
+"""The result file of a measurement: what was measured, on which model, in which environment.
 
-Every command that measures writes one, so that a report can be put together from them later:
+All measuring commands write one, so that reports can be assembled from them later:
 
     {"format": "allmlp measurement", "version": 1, "kind": "few-shot",
      "model": {"name", "source", "architecture", "parameters", "flops", ...},
@@ -27,7 +27,7 @@ FORMAT, VERSION = "allmlp measurement", 1
 
 
 def measurement(kind: str, model: Classifier | None, figures: dict[str, Any]) -> dict[str, Any]:
-    """Returns numbers of a kind, with their names, as a measurement; None: of several models."""
+    """Returns named numbers as a measurement of this kind; model None: of several models."""
     device = torch.device("cpu") if model is None else model.device
     values: dict[str, Any] = {"format": FORMAT, "version": VERSION, "kind": kind}
     if model is not None:
@@ -36,11 +36,11 @@ def measurement(kind: str, model: Classifier | None, figures: dict[str, Any]) ->
 
 
 def describe(model: Classifier) -> dict[str, Any]:
-    """Returns a model as JSON values: name, source, architecture, size, preprocessing."""
+    """Returns a description of a model as JSON values."""
     return {
         "name": architecture_name(model.config) or model.config.summary(),
         "source": model.source,
-        **({"runtime": model.runtime} if model.runtime else {}),  # of an exported file
+        **({"runtime": model.runtime} if model.runtime else {}),  # for an exported file
         "architecture": config_to_json(model.config),
         "image_size": list(model.config.image_size),
         "parameters": model.num_parameters,
@@ -50,7 +50,7 @@ def describe(model: Classifier) -> dict[str, Any]:
 
 
 def check_result_path(output: str | None, *, overwrite: bool) -> Path | None:
-    """Returns the .json file to write, None for none and for standard output."""
+    """Returns the .json file to write; None for no file and for standard output."""
     if output is None or output == STANDARD_OUTPUT:
         return None
     path = expand(output)
@@ -62,7 +62,7 @@ def check_result_path(output: str | None, *, overwrite: bool) -> Path | None:
 
 
 def save_result(path: Path | None, values: dict[str, Any]) -> None:
-    """Writes a measurement to a file, or to standard output."""
+    """Writes a measurement to a file or to standard output."""
     if path is None:
         print(_text(values), end="", flush=True)
     else:
@@ -80,7 +80,7 @@ def _text(values: dict[str, Any]) -> str:
 
 
 def read_measurement(path: Path) -> dict[str, Any]:
-    """Returns what `write_measurement` wrote."""
+    """Reads what `write_measurement` wrote."""
     values = read_json(path, "not a measurement")
     if not isinstance(values, dict) or not is_format(values.get("format"), FORMAT):
         raise UserError("not a measurement of allmlp", where=path)

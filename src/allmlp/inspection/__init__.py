@@ -1,1 +1,1 @@
-"""A model -> plots and measures of its weights, and of what one image excites; trains nothing."""
+"""Plots and measures of a model's weights, and of its response to an image; trains nothing."""

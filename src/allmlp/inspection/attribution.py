@@ -1,6 +1,6 @@
-"""What one image excites: what token-mixing units read and write, and what a prediction rests on.
+"""What one image excites: what token-mixing units read and write, and what a prediction depends on.
 
-Legend: S patches, G_H G_W their grid, C channels, U units, H W pixels.
+Shapes: S patches, G_H G_W their grid, C channels, U units, H W pixels.
 """
 
 from __future__ import annotations
@@ -34,42 +34,42 @@ from allmlp.runtime.device import step_threads
 
 @dataclass(frozen=True)
 class UnitResponse:
-    """What one token-mixing unit does to one image; maps are (G_H, G_W), see `responses_of`."""
+    """Response of a token-mixing unit to an image; maps are (G_H, G_W), see `responses_of`."""
 
     layer: int  # from 1
     unit: int  # from 0
     weights: Floats  # incoming
     read: Floats
-    written: Floats | None  # None where the layer does not write to such a grid
+    written: Floats | None  # None if the outputs are not on this grid
     strength: float
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the maps; layer and unit count from 1."""
+        """Returns the maps as JSON values; layer and unit count from 1."""
         maps = {"strength": self.strength, "read": self.read, "written": self.written}
         return {"layer": self.layer, "unit": self.unit + 1, **maps}
 
 
 @dataclass(frozen=True)
 class Occlusion:
-    """How the probability of the predicted class drops where the image is covered."""
+    """Drop in the probability of the predicted class when parts of the image are covered."""
 
     label: int  # from 0
     name: str
     probability: float
-    drop: Floats  # (rows, columns) of the window's positions; negative where covering helps
-    places: NDArray[np.int64]  # (rows, columns, 2) the window's first patch (down, right), from 0
-    patch_drop: Floats  # (G_H, G_W) the mean over the windows that cover the patch
-    window: int  # patches
+    drop: Floats  # (rows, columns) of window positions; negative where covering helps
+    places: NDArray[np.int64]  # (rows, columns, 2): first patch (down, right) of the window, from 0
+    patch_drop: Floats  # (G_H, G_W): mean over the windows that cover the patch
+    window: int  # in patches
     stride: int
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the map and what it is of."""
+        """Returns the map and its parameters as JSON values."""
         values = asdict(self)
         return {"class": values.pop("name"), "class_index": values.pop("label"), **values}
 
 
 def read_image(path: str | Path, model: Classifier) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Returns the input of the model, (1, channels, H, W), and its pixels (H, W, channels)."""
+    """Returns the model input, (1, channels, H, W), and its pixels, (H, W, channels)."""
     place = expand(path)
     try:
         data = place.read_bytes()
@@ -80,12 +80,12 @@ def read_image(path: str | Path, model: Classifier) -> tuple[Tensor, NDArray[np.
 
 
 def decode_image(data: bytes, where: object, model: Classifier) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Returns what `read_image` does, from an encoded file in memory; `where` names it."""
+    """`read_image` for an encoded file in memory; `where` names it in errors."""
     rules = preprocessing_of(model)
     image = EncodedImage(data, where, rules.channels, exif_orientation=rules.exif_orientation)
     pixels = resize_for_evaluation(image.decode(), rules)
     raw = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
-    if rules.permutation != "none":  # shown as the model sees it
+    if rules.permutation != "none":  # show it as the model sees it
         pixels = permute(raw, rules)[0].movedim(0, 2).numpy()
     return normalize(raw, rules), pixels
 
@@ -94,10 +94,10 @@ def decode_image(data: bytes, where: object, model: Classifier) -> tuple[Tensor,
 def unit_responses(
     model: ImageClassifier, units: ModelUnits, image: Tensor, layer: int
 ) -> list[UnitResponse]:
-    """Returns what every unit of a token-mixing MLP (from 1) does to the model's input."""
+    """Returns the responses of all units of a token-mixing MLP (from 1) to a model input."""
     chosen = units.layer(layer)
     module = model.get_submodule(chosen.name)
-    inputs: list[Tensor] = []  # of the two dense layers: y (1, C, S) and h (1, C, U)
+    inputs: list[Tensor] = []  # to the two dense layers: y (1, C, S) and h (1, C, U)
     hooks = [
         module.get_submodule(name).register_forward_pre_hook(lambda _, given: inputs.extend(given))
         for name in ("dense_0", "dense_1")
@@ -114,16 +114,16 @@ def unit_responses(
 
 
 def responses_of(layer: TokenMixingLayer, tokens: Floats, activation: Floats) -> list[UnitResponse]:
-    """Returns the response maps of a layer's units, from what the layer computes for an image:
-    y, (C, S), the normalised tokens, and h, (C, U).
+    """Returns the response maps of a layer's units from its activations for an image: the
+    normalised tokens y, (C, S), and h, (C, U).
 
     Unit u has in channel c the pre-activation a[c] = sum_s w[u, s] y[c, s] + b[u] and the
     activation h[c] = GELU(a[c]). For each patch s:
 
-        read     w[u, s] * sum_c h[c] y[c, s]: the patch's part of the response, positive where it
-                 excites the unit. Over all patches they add up to sum_c h[c] (a[c] - b[u]).
-        written  |v[s, u]| * strength, with v the outgoing weights and strength sqrt(sum_c h[c]^2):
-                 the norm, over channels, of what the unit adds to the token.
+        read     w[u, s] * sum_c h[c] y[c, s]: the contribution of the patch, positive where it
+                 excites the unit. The sum over all patches is sum_c h[c] (a[c] - b[u]).
+        written  |v[s, u]| * strength, with outgoing weights v and strength sqrt(sum_c h[c]^2): the
+                 norm, over channels, of what the unit adds to the token.
     """
     grid = layer.incoming.shape[1:]
     read = layer.incoming * (activation.T @ tokens).reshape(-1, *grid)  # (U, G_H, G_W)
@@ -136,7 +136,7 @@ def responses_of(layer: TokenMixingLayer, tokens: Floats, activation: Floats) ->
 
 
 def strongest(responses: Sequence[UnitResponse], most: int) -> list[UnitResponse]:
-    """Returns the units that add most to the tokens: by the energy of `written`, largest first."""
+    """Returns the units that add most to the tokens: largest energy of `written` first."""
     sizes = [
         response.strength if response.written is None else np.sqrt((response.written**2).sum())
         for response in responses
@@ -153,9 +153,9 @@ def occlusion(
     batch_size: int = 64,
     on_batch: Callable[[int], object] = lambda count: None,
 ) -> Occlusion:
-    """Returns where the predicted probability drops under a sliding window of grey patches.
+    """Returns the drop in predicted probability under a sliding window of grey patches.
 
-    Zeiler and Fergus 2014. `on_batch` is called with the number of covered images.
+    Source: Zeiler and Fergus 2014. `on_batch` is called with the number of covered images.
     """
     window, stride, places = occlusion_places(model, window, stride)
     rows, columns, (down, right) = _occlusion_grid(model)
@@ -184,13 +184,13 @@ def occlusion(
 
 
 def _occlusion_grid(model: Classifier) -> tuple[int, int, tuple[int, int]]:
-    """Patches in a column, in a row, and the (height, width) of one (one step of the stem)."""
+    """Patches per column, per row, and (height, width) of a patch (one step of the stem)."""
     stem = stem_convolution(model) if isinstance(model, ImageClassifier) else None
     grid = patch_grid(model)
     height, width = model.config.image_size
     if stem is not None:
         down, right = int(stem.stride[0]), int(stem.stride[1])
-    elif grid is not None:  # an exported file has no modules
+    elif grid is not None:  # exported files have no modules
         down, right = height // grid[0], width // grid[1]
     else:
         raise UserError(f"{type(model).__name__} has no patches that a window could cover")
@@ -200,17 +200,17 @@ def _occlusion_grid(model: Classifier) -> tuple[int, int, tuple[int, int]]:
 def occlusion_places(
     model: Classifier, window: int | None = None, stride: int | None = None
 ) -> tuple[int, int, NDArray[np.int64]]:
-    """Returns the window's side, the stride, and all positions of the window (rows, columns, 2).
+    """Returns the window's side, the stride, and all window positions (rows, columns, 2).
 
-    By default the side is a fifth of the grid's shorter side, and the stride a third of that. The
-    last row and column are moved inwards where the stride would leave patches uncovered.
+    Defaults: the side is a fifth of the shorter side of the grid, the stride a third of that. The
+    last row and column move inwards where the stride would leave patches uncovered.
     """
     rows, columns, _ = _occlusion_grid(model)
     most = min(rows, columns)
     window = max(1, round(most / 5)) if window is None else window
     between("window", window, 1, most)
     stride = max(1, window // 3) if stride is None else stride
-    between("stride", stride, 1, window)  # so that no patch is left out
+    between("stride", stride, 1, window)  # so that no patch is skipped
     ends = (rows - window, columns - window)
     tops, lefts = (np.unique([*range(0, end + 1, stride), end]) for end in ends)
     return window, stride, np.stack(np.meshgrid(tops, lefts, indexing="ij"), axis=-1)

@@ -1,7 +1,7 @@
-"""Figures 5, 6 and 7 of the paper, the measures over the layers, and what one image excites.
+"""Figures 5, 6 and 7 of the paper, measures per layer, and what one image excites.
 
-Every weight is a square of whole pixels, in PNG and vector files alike: nothing is interpolated.
-Blue is negative, white zero, red positive, each unit on its own scale; in figure 7 grey is zero.
+Every weight is a square of whole pixels, in PNG and vector files alike, without interpolation. Blue
+is negative, white zero, red positive, with a separate scale per unit; in figure 7 grey is zero.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from allmlp.inspection.units import (
 from allmlp.plots import escape, new_figure, shorten, show
 
 Pixels = NDArray[np.uint8]
-Panel = tuple[str, list[Pixels], list[str]]  # title; cells of equal size; a caption beneath each
+Panel = tuple[str, list[Pixels], list[str]]  # title; cells of equal size; a caption below each
 
 DPI = 300
 DIVERGING, SEQUENTIAL = "RdBu_r", "viridis"
-_FIRST, _PAIRS, _NARROW, _WIDE = 3, 32, 4, 10  # layers and pairs of figure 5; columns of pairs
+_FIRST, _PAIRS, _NARROW, _WIDE = 3, 32, 4, 10  # layers and pairs in figure 5; columns of pairs
 _COLORS = ("#0b5394", "#b45f06")
-_DARKEST = 0.6  # brightness of a map where the image beneath it is black
+_DARKEST = 0.6  # brightness of a map where the underlying image is black
 _MINUS = "\N{MINUS SIGN}"
 # Sizes in pixels at `DPI`.
 _UNIT, _STEM_UNIT, _GAP, _MARGIN, _LINE, _PAGE = 80, 64, 6, 24, 40, 1000
@@ -43,12 +43,12 @@ _CAPTION = (190, 34)  # "1023   -0.99   1024"
 
 
 def unit_pixels(unit: Floats) -> Pixels:
-    """Returns the weights (G_H, G_W) as colours (G_H, G_W, 3), symmetric about zero."""
+    """Returns weights (G_H, G_W) as colours (G_H, G_W, 3), symmetric about zero."""
     return (matplotlib.colormaps[DIVERGING](_scaled(unit))[..., :3] * 255).round().astype(np.uint8)
 
 
 def color_pixels(unit: Floats) -> Pixels:
-    """Returns the weights (P, P, 1 or 3) as colours (P, P, 3): grey is zero."""
+    """Returns weights (P, P, 1 or 3) as colours (P, P, 3); grey is zero."""
     return np.repeat((_scaled(unit) * 255).round().astype(np.uint8), 3 // unit.shape[2], axis=2)
 
 
@@ -58,7 +58,7 @@ def _scaled(unit: Floats) -> Floats:
 
 
 def _enlarged(pixels: Pixels, side: int) -> Pixels:
-    """Every pixel as a square, up to about `side` pixels in all, with a thin frame."""
+    """Enlarges pixels to squares, up to about `side` pixels in total, with a thin frame."""
     factor = max(1, round(side / max(pixels.shape[:2])))
     pixels = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
     return np.pad(pixels, ((1, 1), (1, 1), (0, 0)), constant_values=150)
@@ -71,7 +71,7 @@ def weight_figures(
     *,
     outgoing: bool = False,
 ) -> dict[str, Figure]:
-    """Returns figures 5, 6 (of the given layers) and 7 by name, and 5 and 7 of a second model."""
+    """Returns figures 5, 6 (for these layers) and 7 by name, and 5 and 7 of a second model."""
     figures: dict[str, Figure] = {}
     for model, suffix in ((measured, ""), (compared, "_compared")):
         if model is None:
@@ -94,7 +94,7 @@ def weight_figures(
 def pair_panel(
     layer: TokenMixingLayer, kind: str = "", *, most: int | None = None, numbered: bool = False
 ) -> Panel | None:
-    """Returns the pairs of a layer, or `most` taken evenly over the order of figure 5."""
+    """Returns the pairs of a layer, or `most` of them, evenly spaced in the order of figure 5."""
     units = layer.outgoing if kind else layer.incoming
     if units is None:
         return None
@@ -129,7 +129,7 @@ def pair_page(name: str, panels: Sequence[Panel | None], kind: str, columns: int
 
 
 def stem_page(name: str, units: Floats) -> Figure:
-    """Returns figure 7: the units (C, P, P, 1 or 3), in the given order."""
+    """Returns figure 7: units (C, P, P, 1 or 3) in this order."""
     cells = [_enlarged(color_pixels(unit), _STEM_UNIT) for unit in units]
     title = f"stem: {len(units)} units of {units.shape[1]}x{units.shape[2]} pixels"
     columns = max(16, math.ceil(math.sqrt(1.5 * len(units))))
@@ -140,7 +140,7 @@ def stem_page(name: str, units: Floats) -> Figure:
 def _page(
     name: str, title: str, panels: Sequence[Panel], columns: int, notes: Sequence[str]
 ) -> Figure:
-    """Panels side by side, laid out in whole pixels so that no weight is cut unevenly."""
+    """Lays panels out side by side in whole pixels, so that no weight is cut unevenly."""
     height, width = panels[0][1][0].shape[:2]
     most = max(len(cells) for _, cells, _ in panels)
     room = _CAPTION if any(captions[0] for _, _, captions in panels) else (0, 0)
@@ -176,7 +176,7 @@ def _page(
 
 
 def layers_figure(measured: ModelUnits, compared: ModelUnits | None = None) -> Figure:
-    """Returns frequency, best opposite and locality over the layers, of one or two models."""
+    """Plots frequency, best opposite and locality over the layers, for one or two models."""
     figure = new_figure(7.2, 2.7, DPI)
     panels = figure.subplots(1, 3)
     constant = window_fraction(measured.incoming[0].grid)
@@ -218,7 +218,7 @@ def _quartiles(values: Floats) -> Floats:
 
 
 def occlusion_figure(pixels: Pixels, result: Occlusion, title: str = "") -> Figure:
-    """Returns the image (H, W, channels) and the drop of its class's probability over it."""
+    """Returns the image (H, W, channels) with the drop in its class's probability."""
     drop = 100 * result.patch_drop
     largest = max(float(np.abs(drop).max()), 1e-6)
     figure = new_figure(7.2, 2.05 * _ratio(pixels) + 0.7, DPI)
@@ -239,7 +239,7 @@ def occlusion_figure(pixels: Pixels, result: Occlusion, title: str = "") -> Figu
 
 
 def response_figure(pixels: Pixels, responses: Sequence[UnitResponse], title: str) -> Figure:
-    """Returns for each unit its weights, where it reads and where it writes, beside the image."""
+    """Returns, next to the image, the weights of each unit and where it reads and writes."""
     layers = sorted({response.layer for response in responses})
     by_layer = [[unit for unit in responses if unit.layer == layer] for layer in layers]
     rows, cell, image = max(map(len, by_layer)), 0.8, 1.4
@@ -284,7 +284,7 @@ def _largest(values: Floats) -> float:
 def _show_map(
     axes: Axes, values: Floats, pixels: Pixels, cmap: str, low: float, high: float
 ) -> Any:
-    """Draws a map of patches in the shape of the image."""
+    """Draws a map of patches with the aspect ratio of the image."""
     extent = (0, pixels.shape[1], pixels.shape[0], 0)
     return show(axes, values, cmap=cmap, vmin=low, vmax=high, extent=extent)
 
@@ -294,7 +294,7 @@ def _ratio(pixels: Pixels) -> float:
 
 
 def blend(pixels: Pixels, values: Floats, largest: float) -> NDArray[np.float64]:
-    """Returns the colours of a map of patches from -largest to largest, shaded by the image.
+    """Returns a map of patches, from -largest to largest, as colours shaded by the image.
 
     (H, W, 3) on [0, 1], from pixels (H, W, 1 or 3) and values (G_H, G_W).
     """

@@ -1,4 +1,4 @@
-"""`mixer inspect`: a model's weights measured and drawn, and what one image excites.
+"""`mixer inspect`: measures and figures of a model's weights, and what one image excites.
 
 docs/inspection.md lists the files. Layers and units count from 1 in files and figures.
 """
@@ -56,7 +56,7 @@ AnyModel = str | Path | ImageClassifier
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions(Options):
-    """Look inside: what the token-mixing units have learned, and what one image excites.
+    """Look inside a model: what its token-mixing units have learned, and what one image excites.
 
     Examples:
         mixer inspect runs/flowers
@@ -112,7 +112,7 @@ class InspectOptions(Options):
         self.chosen_units()
 
     def chosen_units(self) -> list[tuple[int, int]]:
-        """Returns (layer, unit), both from 1, of each unit that was named."""
+        """Returns the requested units as (layer, unit), both from 1."""
         pairs = []
         for unit in self.units or ():
             parts = unit.split(":") if isinstance(unit, str) else unit
@@ -127,19 +127,19 @@ class InspectOptions(Options):
 
 @dataclass(frozen=True)
 class Inspection:
-    """The result of `inspect`."""
+    """Result of `inspect`."""
 
     model: ModelUnits
     compared: ModelUnits | None
     occlusion: Occlusion | None  # of the image
-    responses: list[UnitResponse]  # of the chosen units to the image
-    notes: list[str]  # what does not apply to the models
-    summary: str  # image size and architecture of the model
+    responses: list[UnitResponse]  # of the requested units to the image
+    notes: list[str]  # on anything that does not apply to the models
+    summary: str  # image size and architecture
     outgoing: bool = False
-    files: list[str] = field(default_factory=list)  # written
+    files: list[str] = field(default_factory=list)  # paths written
 
     def to_json(self) -> dict[str, Any]:
-        """Returns every number as JSON values."""
+        """Returns all numbers as JSON values."""
         values: dict[str, Any] = {
             "format": "allmlp inspection",
             "version": 1,
@@ -155,7 +155,7 @@ class Inspection:
         return json.loads(json.dumps({**values, "notes": self.notes}, default=np.ndarray.tolist))
 
     def units_csv(self) -> str:
-        """Returns a table with a row for every unit."""
+        """Returns a table with one row per unit."""
         file = io.StringIO()
         rows = csv.writer(file, lineterminator="\n")
         names = ("layer", "weights", "unit", "frequency", "locality", "opposite", "correlation")
@@ -167,16 +167,16 @@ class Inspection:
 
 
 def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: Any) -> Inspection:
-    """Returns measures of a model's weights, and draws figures 5, 6 and 7 of the paper.
+    """Measures a model's weights, and draws figures 5, 6 and 7 of the paper.
 
     Args:
-        model: of any family, or a path or name that `load_model` takes; `notes` of the result
-            names what does not apply to it.
+        model: of any family, or a path or name that `load_model` takes; `notes` of the result lists
+            what does not apply to it.
         options: see `InspectOptions`; its fields can be given as keywords instead.
 
     Raises:
-        UserError: an exported file, no such layer or unit, an unreadable image, an output that is
-            a file or has such files already.
+        UserError: an exported file, an unknown layer or unit, an unreadable image, or an output
+            that is a file or already has such files.
     """
     options = make(InspectOptions, options, fields)
     net, name = _loaded(model, options, "model")
@@ -188,13 +188,13 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
     folder = None if options.output is None else expand(options.output)
     if folder is not None:
         check_output_folder(folder, ("inspection.json", "units.csv"), overwrite=options.overwrite)
-        folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        folder.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
     units = model_units(net, name)
     compared = None if other is None else model_units(other, other_name)
     drawable = [layer.number for layer in units.layers]
     layers = drawable if options.layers == "all" else options.layers or drawable[:FIRST_LAYERS]
     for number in layers:
-        units.layer(number)  # an error where the model has no such layer
+        units.layer(number)  # an error if there is no such layer
     notes = list(units.notes)
     if compared is not None:
         notes += [f"{other_name}: {note}" for note in compared.notes if note not in notes]
@@ -292,7 +292,7 @@ def show(found: Inspection, options: InspectOptions) -> None:
 
 
 def _measures(found: Inspection) -> Iterator[str]:
-    """Yields a table of each model with a line per layer, and what its numbers are."""
+    """Yields a table per model with a line per layer, and an explanation of the columns."""
     headers = ["layer", "units", "frequency", "opposites", "best opposite", "locality"]
     for model in (found.model, found.compared):
         rows = []

@@ -1,8 +1,8 @@
-"""The hidden units of a model's token-mixing MLPs and of its stem, and their measures.
+"""Hidden units of a model's token-mixing MLPs and stem, and their measures.
 
-A unit is seen as its weights over a grid. All sums are float64.
+A unit is represented by its weights on a grid. All sums are in float64.
 
-Legend: U units, G_H G_W the grid (height, width), C channels, P patch size.
+Shapes: U units, G_H G_W the grid (height, width), C channels, P patch size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from allmlp.models.catalog import config_to_json
 from allmlp.models.layers import Classifier, ImageClassifier
 from allmlp.models.mixer import MixerConfig
 
-OPPOSITE = -0.8  # two units with a lower correlation are opposites
+OPPOSITE = -0.8  # units with a correlation below this are opposites
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # 0.75 is above the highest possible frequency, sqrt(1/2) cycles per step along the diagonal.
 FREQUENCY_EDGES = np.linspace(0.0, 0.75, 16)
@@ -36,12 +36,12 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class UnitMeasures:
-    """The measures of the units of one layer, (U,) each; NaN for units that are all zero."""
+    """Measures of the units of one layer, (U,) each; NaN for all-zero units."""
 
     grid: tuple[int, int]
     frequency: Floats
     locality: Floats
-    partner: Integers  # the unit with the most negative correlation, from 0; -1 without any
+    partner: Integers  # unit with the most negative correlation, from 0; -1 if none
     partner_correlation: Floats
 
     @property
@@ -50,12 +50,12 @@ class UnitMeasures:
 
     @property
     def opposite_fraction(self) -> float | None:
-        """Fraction of the units whose correlation with another is below `OPPOSITE`."""
+        """Fraction of units whose correlation with another unit is below `OPPOSITE`."""
         known = self.partner_correlation[~np.isnan(self.partner_correlation)]
         return float((known < OPPOSITE).mean()) if len(known) else None
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the distributions over the units; None where no unit has a value."""
+        """Returns the distributions over units; None if no unit has a value."""
         histogram, _ = np.histogram(self.frequency[~self.is_zero], bins=FREQUENCY_EDGES)
         return {
             "units": len(self.frequency),
@@ -69,7 +69,7 @@ class UnitMeasures:
 
 
 def measure_units(units: ArrayLike) -> UnitMeasures:
-    """Returns the measures of units (U, G_H, G_W) or (U, G_H, G_W, channels)."""
+    """Measures units, (U, G_H, G_W) or (U, G_H, G_W, channels)."""
     values = _scaled(units)
     is_zero = _zero_units(values)
     table = _opposites_table(values)
@@ -86,10 +86,10 @@ def measure_units(units: ArrayLike) -> UnitMeasures:
 
 
 def spatial_frequency(units: ArrayLike) -> Floats:
-    """Returns the spectral centroid of every unit in cycles per grid step, 0 to sqrt(1/2).
+    """Returns each unit's spectral centroid in cycles per grid step, 0 to sqrt(1/2).
 
     The mean of |f| over the 2-D discrete Fourier transform, weighted by its power |F|^2, where
-    f = (f_y, f_x), each on [-1/2, 1/2]. The mean (f = 0) is kept: a constant has frequency 0.
+    f = (f_y, f_x), each on [-1/2, 1/2]. The mean (f = 0) is included: a constant has frequency 0.
     """
     values = _scaled(units)
     height, width = values.shape[1:3]
@@ -100,9 +100,9 @@ def spatial_frequency(units: ArrayLike) -> Floats:
 
 
 def locality(units: ArrayLike) -> Floats:
-    """Returns the fraction of every unit's energy in its best window of half the grid's sides.
+    """Returns the fraction of each unit's energy in its best window of half the grid's sides.
 
-    1 for a point; `window_fraction` for a constant, 1/4 where both sides are even.
+    1 for a point; `window_fraction` for a constant, 1/4 if both sides are even.
     """
     energy = _over_channels(_scaled(units) ** 2)
     window = _window(energy.shape[1:3])
@@ -113,9 +113,9 @@ def locality(units: ArrayLike) -> Floats:
 
 
 def correlations(units: ArrayLike) -> Floats:
-    """Returns u . v / (|u| |v|) of all units with all, (U, U); 0 for units that are all zero.
+    """Returns u . v / (|u| |v|) for all pairs of units, (U, U); 0 for all-zero units.
 
-    The mean is not removed, so that -1 means an inverse also where both are constant.
+    The mean is not removed, so -1 means an inverse even if both are constant.
     """
     values = _scaled(units)
     values = values.reshape(len(values), -1)
@@ -127,9 +127,9 @@ def correlations(units: ArrayLike) -> Floats:
 def pair_opposites(units: ArrayLike) -> Integers:
     """Returns the order of figure 5: by frequency, each unit followed by its nearest inverse.
 
-    Greedy and without repeats: the unplaced unit of the lowest frequency comes next, followed by
-    the unplaced unit with the most negative correlation to it. Units that are all zero come last.
-    Of an odd number the last has no partner.
+    Greedy, without repetition: next comes the remaining unit of lowest frequency, followed by the
+    remaining unit with the most negative correlation to it. All-zero units come last. If the number
+    is odd, the last unit has no partner.
     """
     values = _scaled(units)
     is_zero, table = _zero_units(values), _opposites_table(values)
@@ -143,7 +143,7 @@ def pair_opposites(units: ArrayLike) -> Integers:
         if is_placed.all():
             break
         second = int(np.where(is_placed, np.inf, table[first]).argmin())
-        if is_placed[second]:  # only zero units are left: any of them
+        if is_placed[second]:  # only zero units are left
             second = int(np.flatnonzero(~is_placed)[0])
         is_placed[second] = True
         order.append(second)
@@ -151,7 +151,7 @@ def pair_opposites(units: ArrayLike) -> Integers:
 
 
 def window_fraction(grid: tuple[int, int]) -> float:
-    """Returns the quarter-window's fraction of a grid: the locality of a constant."""
+    """Returns the area fraction of the window in `locality`: the locality of a constant."""
     height, width = _window(grid)
     return height * width / (grid[0] * grid[1])
 
@@ -172,7 +172,7 @@ def _window(grid: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _scaled(units: ArrayLike) -> Floats:
-    """Each unit divided by its largest weight, so that squares of tiny or huge ones stay finite."""
+    """Divides each unit by its largest weight, so that squares stay finite."""
     values = np.asarray(units, dtype=np.float64)
     largest = np.abs(values).max(axis=tuple(range(1, values.ndim)), keepdims=True)
     return values / np.where(largest > 0, largest, 1.0)
@@ -183,7 +183,7 @@ def _zero_units(values: Floats) -> NDArray[np.bool_]:
 
 
 def _opposites_table(values: Floats) -> Floats:
-    """Correlations with all other units that are not zero; infinite elsewhere."""
+    """Correlations with all other non-zero units; infinite elsewhere."""
     table = correlations(values)
     table[:, _zero_units(values)] = np.inf
     np.fill_diagonal(table, np.inf)
@@ -199,27 +199,27 @@ def _over_channels(values: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class TokenMixingLayer:
-    """One token-mixing MLP."""
+    """A token-mixing MLP."""
 
     number: int  # from 1, as in the paper
     name: str  # of the module
-    incoming: Floats  # (U, G_H, G_W) what each hidden unit reads from each patch
-    outgoing: Floats | None  # (U, G_H, G_W) what it writes; None where that is not a grid
+    incoming: Floats  # (U, G_H, G_W): input weights of each hidden unit
+    outgoing: Floats | None  # (U, G_H, G_W): output weights; None if the outputs are not a grid
 
 
 @dataclass(frozen=True)
 class ModelUnits:
-    """The units of a model that can be drawn, and their measures (of the stem in cycles per pixel).
+    """Units of a model that can be drawn, and their measures (for the stem in cycles per pixel).
 
-    The measures are computed when they are first asked for.
+    The measures are computed on first access.
     """
 
     name: str
     architecture: dict[str, Any]
     layers: list[TokenMixingLayer]
-    num_layers: int  # also those that cannot be drawn
-    stem_weights: Floats | None  # (C, P, P, channels) the first convolution
-    notes: list[str]  # what does not apply to this model
+    num_layers: int  # including those that cannot be drawn
+    stem_weights: Floats | None  # (C, P, P, channels), the first convolution
+    notes: list[str]  # on anything that does not apply to this model
 
     @cached_property
     def incoming(self) -> list[UnitMeasures]:
@@ -228,7 +228,7 @@ class ModelUnits:
 
     @cached_property
     def outgoing(self) -> list[UnitMeasures | None]:
-        """Likewise of the outgoing weights, where the layer has them."""
+        """Measures of the outgoing weights, where a layer has them."""
         outgoing = [layer.outgoing for layer in self.layers]
         return [None if weights is None else measure_units(weights) for weights in outgoing]
 
@@ -238,7 +238,7 @@ class ModelUnits:
         return None if self.stem_weights is None else measure_units(self.stem_weights)
 
     def layer(self, number: int) -> TokenMixingLayer:
-        """Returns the layer of a number, from 1."""
+        """Returns the layer with this number, from 1."""
         found = {layer.number: layer for layer in self.layers}
         if number in found:
             return found[number]
@@ -259,7 +259,7 @@ class ModelUnits:
             yield "stem", "incoming", self.stem
 
     def to_json(self, *, outgoing: bool) -> dict[str, Any]:
-        """Returns the numbers of every layer as JSON values."""
+        """Returns the numbers of all layers as JSON values."""
         layers: dict[str, Any] = {
             str(layer.number): {
                 "layer": layer.number,
@@ -277,7 +277,7 @@ class ModelUnits:
         return {**names, "layers": list(layers.values()), "stem": stem}
 
     def unit_rows(self, *, outgoing: bool) -> Iterator[list[Any]]:
-        """Yields a row of units.csv for every unit; "" where a unit has no such number."""
+        """Yields the rows of units.csv, one per unit; "" where a number does not apply."""
         for layer, direction, measures in self.parts(outgoing=outgoing):
             for unit, partner in enumerate(measures.partner.tolist()):
                 values: list[Any] = [""] * 4
@@ -290,7 +290,7 @@ class ModelUnits:
 
 
 def model_units(model: ImageClassifier, name: str = "model") -> ModelUnits:
-    """Returns the units of every module called `token_mixing` and of the stem, in any family."""
+    """Returns the units of all modules named `token_mixing` and of the stem, for any family."""
     modules = [
         (path, module)
         for path, module in model.named_modules()
@@ -309,7 +309,7 @@ def model_units(model: ImageClassifier, name: str = "model") -> ModelUnits:
         else:
             incoming, outgoing = weights
             is_grid = outgoing.shape == incoming.shape[::-1] and np.isfinite(outgoing).all()
-            written = outgoing.T.reshape(-1, *grid) if is_grid else None  # of (S, U)
+            written = outgoing.T.reshape(-1, *grid) if is_grid else None  # from (S, U)
             layers.append(TokenMixingLayer(number, path, incoming.reshape(-1, *grid), written))
     notes = [
         f"layer{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))} not drawn: {reason}"
@@ -334,7 +334,7 @@ def model_units(model: ImageClassifier, name: str = "model") -> ModelUnits:
 def _dense_weights(
     model: ImageClassifier, number: int, module: nn.Module
 ) -> tuple[Floats, Floats] | None:
-    """Returns both kernels of an MLP that all channels share and that reads patches."""
+    """Returns both kernels of an MLP over patches that all channels share, or None."""
     config = model.config
     if isinstance(config, MixerConfig) and (
         config.token_groups > 1 or config.tokens[number - 1] != config.num_tokens

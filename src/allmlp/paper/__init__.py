@@ -1,1 +1,1 @@
-"""The experiments of the paper, on top of everything else; nothing else imports them."""
+"""The experiments of the paper, built on everything else; nothing else imports this."""

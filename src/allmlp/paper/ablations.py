@@ -1,7 +1,7 @@
-"""Appendix A.1 under one budget: the token-mixing variants of a Mixer, side by side.
+"""Appendix A.1: the token-mixing variants of a Mixer compared under the same budget.
 
-Every variant is the same Mixer but for its token mixing, and is trained with the same settings,
-steps and seeds. The runs are cells/<variant>/seed-0 and so on; see `study` for the other files.
+The variants differ only in token mixing, and are trained with the same settings, steps and seeds.
+The runs are cells/<variant>/seed-0 and so on; see `study` for the other files.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from allmlp.sweep import Row
 
 @dataclass(frozen=True, kw_only=True)
 class AblationsOptions(StudyOptions):
-    """Train the variants of appendix A.1 under one budget: accuracy, parameters, FLOPs, images/s.
+    """Compare the variants of appendix A.1 under one budget: accuracy, parameters, FLOPs, images/s.
 
-    Examples of use:
+    Examples:
         mixer paper ablations --data 'cifar10_*.parquet' --output runs/ablations --steps 2000
         mixer paper ablations --data FOLDER --output runs/a --variants shared untied --seeds 0 1 2
 
-    The variants: shared (the paper's Mixer), untied (weights for each channel), grouped-2 and
+    Variants: shared (the paper's Mixer), untied (separate weights per channel), grouped-2 and
     grouped-4 (2 or 4 channels at once), views-2 and views-4 (learned views), pyramid (a quarter of
-    the tokens from the middle on). The same command resumes an interrupted study.
+    the tokens from the middle on). Run the same command again to resume.
     """
 
     variants: tuple[str, ...] = field(default=(), metadata={"metavar": "NAME ..."})
@@ -42,10 +42,10 @@ class AblationsOptions(StudyOptions):
 
 
 def variants_of(config: MixerConfig) -> dict[str, dict[str, Any]]:
-    """Returns the variants of appendix A.1 that a Mixer can have: name -> its settings.
+    """Returns the variants of appendix A.1 available for a Mixer: name -> its settings.
 
-    The groups must divide its channels; the pyramid reduces its tokens to a quarter in the middle
-    of its blocks.
+    Groups must divide the channels; the pyramid reduces the tokens to a quarter in the middle
+    block.
     """
     found: dict[str, dict[str, Any]] = {"shared": {}, "untied": {"token_mixing": "untied"}}
     for kind in ("grouped", "views"):
@@ -62,14 +62,14 @@ def variants_of(config: MixerConfig) -> dict[str, dict[str, Any]]:
 def ablations(
     options: AblationsOptions | None = None, *, quiet: bool = False, **fields: Any
 ) -> Study:
-    """Trains the variants of a Mixer under one budget and measures what they cost.
+    """Trains the variants of a Mixer under one budget and measures their cost.
 
     Args:
         options, fields: see `AblationsOptions`.
         quiet: print nothing.
 
     Returns:
-        a row for each variant: "variant", "accuracy" (mean over the seeds), "deviation" (None for
+        one row per variant: "variant", "accuracy" (mean over the seeds), "deviation" (None for
         one seed), "parameters", "flops", "images_per_second" (inference).
     """
     options = make(AblationsOptions, options, fields)

@@ -1,7 +1,7 @@
 """ "Avg 5": the mean over ImageNet, CIFAR-10, CIFAR-100, Pets and Flowers (the paper, appendix C).
 
-The learning rate is chosen on held-out training images; then a run for each seed trains on all of
-them. Steps, rates and held-out fractions are those of each set's recipe.
+The learning rate is chosen on held-out training images, then one run per seed trains on all of
+them. Steps, learning rates and held-out fractions are those of the recipe for each data set.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ AVG5: dict[str, Task] = {
 class Avg5Options(SuiteOptions):
     """Fine-tune a checkpoint on ImageNet, CIFAR-10, CIFAR-100, Pets and Flowers: "Avg 5".
 
-    Examples of use:
+    Examples:
         mixer paper avg5 mixer_b16.i21k --tasks tasks.json --output runs/avg5
         mixer paper avg5 mixer_b16.i21k --task pets=FOLDER --task cifar10=FILES --output runs/two
         mixer paper avg5 runs/mine --tasks tasks.json --output runs/large --image-size 448
 
     The tasks are imagenet, cifar10, cifar100, pets and flowers102. The learning rate is chosen on
-    held-out training images; then a run for each seed (0 1 2) trains on all of them, at 224 pixels.
-    The mean of fewer than five is marked partial. The same command resumes an interrupted suite;
-    tasks may be added.
+    held-out training images; then one run per seed (0 1 2) trains on all of them, at 224 pixels.
+    A mean over fewer than five tasks is marked partial. Run the same command again to resume, with
+    more tasks if you like.
     """
 
     resize: Literal["resmall-crop", "resize-crop", "squash"] = "resmall-crop"
@@ -55,10 +55,10 @@ class Avg5Options(SuiteOptions):
 def avg5(
     checkpoint: str, options: Avg5Options | None = None, *, quiet: bool = False, **fields: Any
 ) -> SuiteResult:
-    """Fine-tunes a checkpoint on the sets of "Avg 5", or resumes that.
+    """Fine-tunes a checkpoint on the data sets of "Avg 5", or resumes the suite.
 
     Args:
-        checkpoint: as `load_model` takes it.
+        checkpoint: anything that `load_model` takes.
         options, fields: see `Avg5Options`; `tasks` may be a mapping of tasks to sources.
         quiet: print nothing.
     """

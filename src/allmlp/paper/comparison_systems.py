@@ -1,7 +1,7 @@
-"""The systems that the paper's Tables 2 and 3 compare the Mixer with, as timm builds them.
+"""Systems that the paper's Tables 2 and 3 compare the Mixer with, as built by timm.
 
-Their weights in the paper were trained on JFT-300M, ALIGN's and MPL's data and never published.
-Sizes that timm does not register are those of `models/timm_sizes.py`.
+The paper's weights were trained on JFT-300M and the data of ALIGN and MPL, and never published.
+Sizes that timm does not register are in `models/timm_sizes.py`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from allmlp.console import table
 
 
 class ComparisonSystem(NamedTuple):
-    """One of the paper's comparison systems."""
+    """A comparison system from the paper."""
 
-    paper_name: str  # with the size where the paper leaves it out
+    paper_name: str  # includes the size even where the paper omits it
     model: str  # for `create_model`
-    parameters: int  # with 1000 classes, at the image size that it is built for
-    tag: str  # of weights that timm has, or none
-    caveat: str  # how it differs from the paper's
+    parameters: int  # with 1000 classes, at the default image size
+    tag: str  # of timm's weights, if any
+    caveat: str  # differences from the paper's
 
 
 _HALO = "H4 of base width 64; the paper's ImageNet-21k row is reported to be a wider H4. "
@@ -56,7 +56,7 @@ SYSTEMS = tuple(
 
 
 def list_comparison() -> list[str]:
-    """Returns a table of the paper's comparison systems, with their weights and caveats."""
+    """Returns a table of the paper's comparison systems, with weights and caveats."""
     rows = [[system.paper_name, system.model, f"{system.parameters:,}"] for system in SYSTEMS]
     lines = table(["in the paper", "model", "parameters"], rows, left=2)
     lines += ["Parameters with 1000 classes, at the size that timm builds it for.", ""]

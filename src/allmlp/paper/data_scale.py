@@ -1,7 +1,7 @@
-"""Figure 2, right: what more training images bring, at the same number of steps.
+"""Figure 2, right: the effect of more training images at a fixed number of steps.
 
-For each model, each fraction of the training images and each seed there is one run,
-cells/mixer_b32/0.03/seed-0 and so on, and one few-shot measurement of its best weights. See `study`
+Each combination of model, fraction of the training images and seed is one run,
+cells/mixer_b32/0.03/seed-0 and so on, plus a few-shot measurement of its best weights. See `study`
 for the other files.
 """
 
@@ -31,16 +31,15 @@ from allmlp.training.config import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DataScaleOptions(StudyOptions):
-    """Train models on growing fractions of the images, equally long, and compare their features.
+    """Train on growing fractions of the images, for the same number of steps; compare features.
 
-    Examples of use:
+    Examples:
         mixer paper data-scale --data A --few-shot-data B --models mixer_s16 --steps 9000 --output C
 
     The paper's figure 2, right. Each model is trained on 3, 10, 30 and 100 % of the images for the
-    same number of steps; a smaller subset is part of a larger one. Of each run the weights with the
-    best accuracy on held-out images, the same for all, are measured by linear few-shot accuracy on
-    other data. The same command resumes an interrupted study; models, fractions and seeds may be
-    added.
+    same number of steps; subsets are nested. The weights with the best accuracy on held-out images,
+    the same for all runs, are measured by linear few-shot accuracy on other data. Run the same
+    command again to resume, with more models, fractions and seeds if you like.
     """
 
     few_shot_data: str = field(metadata={"metavar": "SOURCE"})
@@ -70,8 +69,8 @@ def data_scale(
 ) -> Study:
     """Trains models on growing fractions of the images and measures their features.
 
-    Every run has `steps` steps, so that a smaller subset is seen more often. Validation images are
-    held out before the subset is drawn, the same for all; the weights with the best validation
+    All runs have the same `steps`, so smaller subsets are repeated more often. Validation images
+    are held out before subsampling, the same for all runs; the weights with the best validation
     accuracy are measured.
 
     Args:
@@ -81,7 +80,7 @@ def data_scale(
     Returns:
         the points of the figure, each with "model", "fraction", "images", "epochs", "steps",
         "runs", "validation" and "few_shot" (means over the runs), "few_shot_deviation" (over the
-        runs; of a single one, over the draws of the shots).
+        runs; for a single run, over the draws of the shots).
     """
     options = make(DataScaleOptions, options, fields)
     own = ("model.name", "data.fraction", "data.fraction_seed", "epochs", "steps")
@@ -92,7 +91,7 @@ def data_scale(
             for seed in options.seeds:
                 changes: dict[str, Any] = {"data.fraction": fraction, "seed": seed}
                 changes["data.fraction_seed"] = seed if fraction < 1.0 else 0
-                changes["model.name"] = model  # which would reset the sizes of all models
+                changes["model.name"] = model  # resets the sizes of all models
                 changes["model.overrides"] = config.model.overrides
                 runs[f"cells/{model}/{fraction!r}/seed-{seed}"] = config.with_values(changes)
     labels = {model: _label(model, config) for model in options.models}
@@ -144,7 +143,7 @@ def data_scale(
 
 
 def _label(model: str, config: TrainConfig) -> str:
-    """Returns the model's name, with its sizes if they are not those of the name."""
+    """Returns the model's name, plus its sizes if they are not the default."""
     overrides = config.model.overrides
     changed = model_config(model, config.model.image_size, **overrides)
     is_named = not overrides.keys() - {"dropout", "stochastic_depth"}

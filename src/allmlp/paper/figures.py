@@ -1,7 +1,7 @@
-"""The figures of the data-scale study and of the tables: accuracy against images, cost and speed.
+"""Figures of the data-scale study and of the tables: accuracy against images, cost and speed.
 
-What the paper printed and what was measured here never share a panel: other hardware and other data
-make other axes. The paper's points are circles, ours are diamonds.
+The paper's results and ours never share a panel: other hardware and data need other axes. The
+paper's points are circles, ours are diamonds.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from matplotlib.transforms import Bbox
 from allmlp import plots
 from allmlp.paper.published import HARDWARE, Result, number
 
-# The paper's colours of the three kinds of networks; what was measured here has one of its own.
+# The paper's colours for the three kinds of networks; our measurements have another one.
 COLORS = {"MLP": "#d6336c", "attention": "#1c7ed6", "convolution": "#e0a100"}
 OURS = plots.GREEN
 _LINES = ("#d6336c", "#7048e8", "#0c8599", "#e8590c", "#2b8a3e", "#495057")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-MOST_PANELS = 3  # of measured points in one figure
+MOST_PANELS = 3  # of our measurements in one figure
 
 
 class Point(NamedTuple):
-    """A model of ours: x in device-days or images per second on that hardware."""
+    """One of our models; x is device-days, or images per second on that hardware."""
 
     label: str
     x: float
@@ -48,10 +48,10 @@ def data_scale_figure(
     """Returns figure 2, right: accuracy against the number of training images, a line per model.
 
     Args:
-        points: the rows of the data-scale study.
-        label: of the first panel's accuracy.
-        measured_on: the few-shot data.
-        trained_on: the training data.
+        points: rows of the data-scale study.
+        label: accuracy label of the first panel.
+        measured_on: few-shot data.
+        trained_on: training data.
     """
     figure = plots.new_figure(10.4, 4.5)
     few, upstream = figure.subplots(1, 2)
@@ -85,15 +85,15 @@ def data_scale_figure(
 def pareto_figure(
     panels: Sequence[tuple[str, Sequence[Result]]], ours: Sequence[Point], *, throughput: bool
 ) -> Figure:
-    """Returns figures 2 and 3: accuracy against the training cost, or against the throughput.
+    """Returns figures 2 and 3: accuracy against training cost or throughput.
 
     Args:
-        panels: title and rows of each panel of the paper's, which stand above.
-        ours: measured here, a panel for each hardware and data.
-        throughput: more is better.
+        panels: title and rows of the paper's panels, which are on top.
+        ours: our measurements, a panel per hardware and data.
+        throughput: plot throughput, where more is better.
     """
     groups: dict[tuple[str, str], list[Point]] = {}
-    for point in dict.fromkeys(ours):  # a run and an evaluation of it are the same point
+    for point in dict.fromkeys(ours):  # a run and its evaluation give the same point
         groups.setdefault((point.hardware, point.data), []).append(point)
     shown = sorted(groups.items(), key=lambda group: -len(group[1]))[:MOST_PANELS]
     columns, rows = max(len(panels), len(shown)), 1 + bool(shown)
@@ -124,18 +124,18 @@ def pareto_figure(
             unit = "images/s" if throughput else "training cost (device-days)"
             title = f"{plots.shorten(data, 56)}\non {plots.shorten(hardware, 48)}"
             axes.set(title=title, xlabel=unit, ylabel="top-1 (%)")
-    figure.draw_without_rendering()  # the layout decides where there is room
+    figure.draw_without_rendering()  # the layout determines where there is room
     for axes in (axes for row in all_axes for axes in row):
         _spread_labels(axes)
     return figure
 
 
 def frontier(points: list[tuple[float, float]], *, more_is_better: bool = False) -> list[int]:
-    """Returns which points no other beats in both, from the least accurate to the most.
+    """Returns the indices of the points on the Pareto frontier, from the least accurate one.
 
     Args:
         points: (cost or throughput, accuracy).
-        more_is_better: of the first, as for a throughput.
+        more_is_better: for the first value, as for throughput.
     """
     sign = -1.0 if more_is_better else 1.0
     best, kept = float("-inf"), []
@@ -149,7 +149,7 @@ def frontier(points: list[tuple[float, float]], *, more_is_better: bool = False)
 def _draw(
     axes: Axes, points: Sequence[tuple[float, float, str]], color: str, more_is_better: bool
 ) -> None:
-    """Names the points and joins those on the Pareto frontier."""
+    """Labels the points and connects those on the Pareto frontier."""
     places = [(x, y) for x, y, _ in points]
     best = [places[at] for at in frontier(places, more_is_better=more_is_better)]
     axes.plot([x for x, _ in best], [y for _, y in best], ls="--", lw=1.2, color=color, zorder=0)
@@ -159,7 +159,7 @@ def _draw(
     _style(axes)
 
 
-# Where a label may stand: its corner or side at a distance from the point, in points of 1/72 inch.
+# Candidate label positions: alignment, and offset from the point in units of 1/72 inch.
 _PLACES = [
     (x * far, y * far, ("right", "center", "left")[x + 1], ("top", "center", "bottom")[y + 1])
     for far in (5, 11, 18)
@@ -168,7 +168,7 @@ _PLACES = [
 
 
 def _spread_labels(axes: Axes) -> None:
-    """Puts each label at the first place where it hides no other label, no point and no legend."""
+    """Moves each label to the first position where it covers no other label, point or legend."""
     labels: list[Any] = list(axes.texts)
     inside = axes.get_window_extent()
     taken = [axes.legend_.get_window_extent()] if axes.legend_ is not None else []
@@ -188,7 +188,7 @@ def _spread_labels(axes: Axes) -> None:
 
 
 def _style(axes: Axes) -> None:
-    """A logarithmic x-axis with plain numbers, a light grid, no box."""
+    """Logarithmic x-axis with plain numbers, light grid, no frame."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0), numticks=30))
     axes.xaxis.set_minor_locator(NullLocator())

@@ -1,10 +1,10 @@
 """Figure 4: how much a network depends on the order of the pixels (section 3.4 of the paper).
 
 The same network is trained three times, with the same initial weights and the same order of images:
-on the original images; on images whose patches, and pixels within each patch, are shuffled by one
-permutation for all images; and on images whose pixels are all shuffled by one permutation. A Mixer
-can undo the first by its weights, so that nothing is lost; a convolutional network cannot.
-The runs are cells/<model>/<permutation>/seed-0 and so on; see `study` for the other files.
+on the original images; on images whose patches, and the pixels within each patch, are permuted; and
+on images whose pixels are all permuted; each time with one permutation for all images. A Mixer can
+absorb the first permutation into its weights and loses nothing; a convolutional network cannot. The
+runs are cells/<model>/<permutation>/seed-0 and so on; see `study` for the other files.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ TITLES = {"none": "original", "patches": "patches and pixels in them", "pixels":
 class PermutationOptions(StudyOptions):
     """Train on shuffled pixels: figure 4 of the paper, a Mixer against a convolutional network.
 
-    Examples of use:
+    Examples:
         mixer paper permutation --data 'cifar10_*.parquet' --output runs/permute --steps 2000
         mixer paper permutation --data FOLDER --model mixer_b16 --recipe scratch --output runs/p
         mixer paper permutation --data FOLDER --output runs/p --comparison timm:resnetv2_50x1_bit
 
-    Each network is trained three times with the same seed: on the original images; with the patches
-    and the pixels within them shuffled, alike in all images; with all pixels shuffled alike. A
-    table has the accuracies and the relative drops, and permutation.png the curves under examples
-    of the images. The same command resumes an interrupted study.
+    Each network is trained three times with the same seed: on the original images; with patches and
+    the pixels within them shuffled, the same way in all images; and with all pixels shuffled the
+    same way. A table lists accuracies and relative drops; permutation.png shows example images and
+    learning curves. Run the same command again to resume.
     """
 
     model: str | None = None
@@ -79,14 +79,14 @@ class PermutationOptions(StudyOptions):
 def permutation(
     options: PermutationOptions | None = None, *, quiet: bool = False, **fields: Any
 ) -> Study:
-    """Trains two networks on original images and on two permutations of them.
+    """Trains two networks on the original images and on two permutations of them.
 
     Args:
         options, fields: see `PermutationOptions`.
         quiet: print nothing.
 
     Returns:
-        a row for each model and permutation: "model", "permutation", "accuracy" (mean over the
+        one row per model and permutation: "model", "permutation", "accuracy" (mean over the
         seeds), "deviation" (None for one seed), "drop" (relative to none), "few_shot".
     """
     options = make(PermutationOptions, options, fields)
@@ -150,7 +150,7 @@ def permutation(
 
 
 def _orders(patch: int, seed: int) -> dict[str, dict[str, Any]]:
-    """The settings of the three orders of pixels, by their names."""
+    """Settings of the three pixel orders, by name."""
     orders = {"none": (None, 0), "patches": (patch, seed), "pixels": (None, seed)}
     return {
         kind: {"permutation": kind, "permutation_patch": side, "permutation_seed": seed}
@@ -159,7 +159,7 @@ def _orders(patch: int, seed: int) -> dict[str, dict[str, Any]]:
 
 
 def add_drops(rows: list[Row]) -> None:
-    """Adds to each row how much accuracy its network loses, relative to the original images."""
+    """Adds to each row the relative loss in accuracy compared with the original images."""
     plain = {row["model"]: row["accuracy"] for row in rows if row["permutation"] == "none"}
     for row in rows:
         accuracy = plain[row["model"]]
@@ -169,7 +169,7 @@ def add_drops(rows: list[Row]) -> None:
 def _examples(
     config: TrainConfig, source: Source, orders: list[dict[str, Any]], most: int = 3
 ) -> list[list[np.ndarray]]:
-    """Returns images, each in all orders, uint8 (H, W, channels)."""
+    """Returns example images in all orders, uint8 (H, W, channels)."""
     size = config.model.image_size
     assert size is not None
     size = (size, size) if isinstance(size, int) else size
@@ -183,7 +183,7 @@ def _examples(
         try:
             pixels = decode(source.read(index), source.item_name(index))
         except UserError:
-            continue  # the runs report bad images
+            continue  # bad images are reported by the runs
         resized = np.array(resize_for_evaluation(pixels, rules[0]))
         image = torch.from_numpy(resized).movedim(2, 0)[None]
         found.append([permute(image, rule)[0].movedim(0, 2).numpy() for rule in rules])
@@ -198,7 +198,7 @@ def _figure(
     examples: Sequence[Sequence[np.ndarray]],
     data: str,
 ) -> Figure:
-    """Figure 4: images under the three orders, and a panel of curves for each network."""
+    """Figure 4: images in the three orders, and a panel of curves per network."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = plots.new_figure(max(8.4, 4.6 * len(models)), 6.6)
     parts: Any = figure.subfigures(2, 1, height_ratios=(0.75, 2.3))

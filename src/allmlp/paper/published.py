@@ -1,6 +1,6 @@
-"""The paper's Tables 1, 2 and 3 as printed (arXiv 2105.01601): data to compare with, never ours.
+"""The paper's Tables 1, 2 and 3 as printed (arXiv 2105.01601); never our own measurements.
 
-Every value is the printed text, so that no digit is added or lost; None is a dash in the paper.
+Values are the printed text, so that no digit is added or lost; None is a dash in the paper.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class Architecture(NamedTuple):
     """A column of Table 1, for 224 pixels; parameters in millions, without the head."""
 
     name: str
-    model: str  # ours
+    model: str  # our name
     layers: int
     patch: int
     hidden: int
@@ -47,7 +47,7 @@ class Result(NamedTuple):
 
 
 def number(text: str | None) -> float | None:
-    """Returns the value of a printed one: 410.0 of "0.41k", 85.8 of "85.8", None of a dash."""
+    """Parses a printed value: 410.0 from "0.41k", 85.8 from "85.8", None from a dash."""
     if text is None:
         return None
     return round(1000 * float(text[:-1]), 6) if text.endswith("k") else float(text)
@@ -66,7 +66,7 @@ TABLE_1 = (
 
 _I1K, _I21K, _JFT, _WEAK = "ImageNet", "ImageNet-21k", "JFT-300M", "un- or weakly labelled"
 
-# Mixers fine-tuned at 448 pixels and evaluated by "resize-crop"; means of three runs.
+# Mixers fine-tuned at 448 pixels and evaluated with "resize-crop"; means of three runs.
 TABLE_2 = (
     #                              ImageNet  ReaL    Avg 5    VTAB    img/s  core-days
     Result(_I21K, "HaloNet", "85.8", None, None, None, "120", "0.10k"),
@@ -88,7 +88,7 @@ def _row(data: str, model: str, pixels: int, epochs: int, *printed: str | None) 
     return Result(data, model, imagenet, real, avg5, None, throughput, core_days, pixels, epochs)
 
 
-# Evaluated by "resmall-crop"; means of three runs.
+# Evaluated with "resmall-crop"; means of three runs.
 TABLE_3 = (
     #                            px  epochs  ImNet    ReaL    Avg 5    img/s  core-days
     _row(_I1K, "Mixer-B/16", 224, 300, "76.44", "82.36", "88.33", "1384", "0.01k"),
@@ -119,10 +119,10 @@ TABLE_3 = (
     _row(_JFT, "ViT-L/16", 512, 14, "87.76", "90.54", "95.63", "32", "0.65k"),
 )
 
-# Figure 2, left: Table 2, and the large ViT-L/16 and Mixer-L/16 on JFT-300M of Table 3. (It also
-# has a BiT-R200x3 at a resolution for which no table prints a value.)
+# Figure 2, left: Table 2, plus the large ViT-L/16 and Mixer-L/16 on JFT-300M from Table 3. (It also
+# has a BiT-R200x3 at a resolution that no table lists.)
 FIGURE_2 = (*TABLE_2, *(row for row in TABLE_3 if row.data == _JFT and (row.pixels or 0) > 224))
-# Figure 3: all of them pre-trained on JFT-300M and fine-tuned at 224 pixels.
+# Figure 3: all models pre-trained on JFT-300M and fine-tuned at 224 pixels.
 FIGURE_3 = tuple(row for row in TABLE_3 if row.data == _JFT and row.pixels == 224)
 
 # Figure 2, right: fraction of the pre-training images -> epochs, so that all runs are equally long.

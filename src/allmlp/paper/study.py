@@ -1,9 +1,9 @@
-"""What the studies that train from random weights share: options, and one way through them.
+"""Studies that train from random weights: shared options, and the procedure.
 
 The folder of a study holds
   cells/.../seed-0/       the run folder of each run
-  KIND.json, KIND.csv     the measurement: settings, every run, the rows; the rows as a table
-  KIND.png, KIND.svg      the figure, where the study has one
+  KIND.json, KIND.csv     the measurement: settings, all runs, the rows; the rows as a table
+  KIND.png, KIND.svg      the figure, if there is one
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from allmlp.training.report import TrainResult
 
 @dataclass(frozen=True, kw_only=True)
 class PaperOptions(Options):
-    """What all experiments have in common; what is not given is the recipe's or the protocol's."""
+    """Options shared by all experiments; defaults come from the recipe or the protocol."""
 
     output: str | None = field(default=None, metadata={"metavar": "FOLDER"})
     """Folder of the study (required)."""
@@ -55,7 +55,7 @@ class PaperOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions(PaperOptions):
-    """What the studies that train from random weights have in common."""
+    """Options shared by the studies that train from random weights."""
 
     data: str = field(metadata={"metavar": "SOURCE"})
     """Training data: any source that `mixer train` reads."""
@@ -81,7 +81,7 @@ class StudyOptions(PaperOptions):
 
 @dataclass(frozen=True)
 class Study:
-    """What the runs of a study reached: a row for each group of runs that differ in their seeds."""
+    """Results of a study: one row per group of runs that differ only in their seeds."""
 
     folder: Path
     rows: list[dict[str, Any]]
@@ -89,19 +89,19 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What makes a study: its runs, and what becomes of their rows.
+    """Defines a study: its runs, and what is done with the results.
 
     Attributes:
-        kind: of the measurement, such as "data-scale"; the files are named after it.
-        config: what the runs share.
-        runs: the settings of each by the name of its folder, cells/.../seed-N; those that differ
-            in the seed alone make a row together.
-        row_of: the name of such a group, cells/..., and its settings -> its columns in the row.
-        finish: at the end, with the path of the files without suffix, the rows of the runs by
-            their names and those of the groups: draws, and may add columns.
-        columns: title -> how the printed table shows a row, as a format string.
-        few_shot: how the features of each run's best weights are measured, if they are.
-        settings: what the measurement depends on besides the config.
+        kind: of the measurement, e.g. "data-scale"; the files are named after it.
+        config: shared by all runs.
+        runs: settings of each run by folder name, cells/.../seed-N; runs that differ only in the
+            seed form one row.
+        row_of: (name of such a group, cells/..., its settings) -> its columns in the row.
+        finish: called at the end with the path of the files without suffix, the rows of the runs by
+            name, and those of the groups: draws figures, and may add columns.
+        columns: title -> format string for the printed table.
+        few_shot: options for measuring the features of each run's best weights, if any.
+        settings: anything other than the config that the measurement depends on.
     """
 
     kind: str
@@ -114,7 +114,7 @@ class Experiment:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, *, quiet: bool = False) -> Study:
-        """Trains the runs that are missing; writes and prints what all of them come to."""
+        """Trains the missing runs; writes and prints the results of all of them."""
         name = self.kind.replace("-", "_")
         own = ("cells", *(f"{name}.{suffix}" for suffix in ("json", "csv", "png", "svg")))
         inputs = [self.config.data.source, *(self.few_shot.data if self.few_shot else ())]
@@ -178,21 +178,21 @@ class Experiment:
 
 
 def _reached(runs: list[Row]) -> Row:
-    """What runs that differ in their seeds come to together."""
+    """Aggregates runs that differ only in their seeds."""
     found = {**summarize(runs), "seconds": sum(row["seconds"] or 0.0 for row in runs)}
     if runs[0].get("validation") is not None:
         found["validation"] = statistics.fmean(row["validation"] for row in runs)
     if runs[0].get("few_shot") is not None:
         mean, deviation = mean_and_deviation([row["few_shot"] for row in runs])
-        if len(runs) == 1:  # then it is that over the draws of the shots
+        if len(runs) == 1:  # then over the draws of the shots
             deviation = runs[0].get("few_shot_deviation")
         found |= {"few_shot": mean, "few_shot_deviation": deviation}
     return found
 
 
 def formatted(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Returns the lines of a table: `columns` has titles and how each shows a row, as a format
-    string; a dash stands for None."""
+    """Returns the lines of a table; `columns` maps titles to format strings, and None becomes a
+    dash."""
 
     def shown(text: str, row: Mapping[str, Any]) -> str:
         try:
@@ -206,11 +206,11 @@ def formatted(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> 
 def train_config(
     options: StudyOptions, own: Collection[str], model: str | None = None
 ) -> TrainConfig:
-    """Returns the settings that all runs of a study share.
+    """Returns the settings shared by all runs of a study.
 
     Args:
-        own: settings that the study chooses for each run, which must not be set.
-        model: the name of the network, in place of the recipe's.
+        own: settings that the study controls, which must not be set by the user.
+        model: name of the network, replacing the recipe's.
     """
     for setting in options.settings:
         name = setting.partition("=")[0].strip()
@@ -220,7 +220,7 @@ def train_config(
     if config.model.weights is not None:
         what = f"{options.recipe} begins with trained weights; the study trains from random ones"
         raise UserError(what, where="recipe", fix="for example scratch, cifar10 or jft_b32")
-    if model is not None:  # before the settings: it resets the sizes of the recipe's own model
+    if model is not None:  # first: it resets the sizes of the recipe's model
         config = config.with_value("model.name", model)
     names = {"learning_rate": "optimizer.learning_rate", "image_size": "model.image_size"}
     names |= {name: f"data.{name}" for name in ("holdout", "num_workers")} | {"data": "data.source"}
@@ -232,7 +232,7 @@ def train_config(
 
 
 def open_data(config: TrainConfig) -> tuple[Splits, int]:
-    """Returns the images of a study and how many it trains on; it must have validation images."""
+    """Returns a study's images, which must include validation, and the number to train on."""
     splits = open_training_data(config.data)
     if splits.validation is None:
         what = "the best weights are chosen by validation images, and the data has none"
@@ -243,7 +243,7 @@ def open_data(config: TrainConfig) -> tuple[Splits, int]:
 def few_shot_options(
     config: TrainConfig, data: str, shots: int, seeds: tuple[int, ...] = (0, 1, 2)
 ) -> FewShotOptions:
-    """Returns how the weights of each run are measured on other data, which is checked for that."""
+    """Returns options for measuring each run's weights on other data, which is checked here."""
     found = FewShotOptions(
         data=(data,),
         shots=(shots,),

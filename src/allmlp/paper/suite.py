@@ -1,14 +1,14 @@
-"""A suite: one checkpoint fine-tuned on many tasks, and the mean over them; see `vtab`, `avg5`.
+"""A suite: a checkpoint fine-tuned on many tasks, and the mean over them; see `vtab`, `avg5`.
 
 The folder holds
-  suite.json      a measurement: what each task reached, the mean, what is missing
-  data/           which images of its source each task takes, one or two small files each
+  suite.json      a measurement: result of each task, the mean, missing tasks
+  data/           which images of its source each task uses, one or two small files each
   TASK/           the study of each task, see `finetuning`
 
-The index ranges of VTAB-1k go by the order of tfds, and a user's files come in another. The rule
-that was used is reported with every result:
+The official index ranges of VTAB-1k refer to the order in tfds, which users' files do not share.
+The rule that was used is reported with every result:
     own        the source has at most 1,000 training images: all of them
-    official   the suite's index ranges, in the source's own order
+    official   the suite's index ranges, in the source's order
     first      the ranges do not fit: the first 800 training images, then 200 others
     whole      all training images (Avg 5)
 """
@@ -56,25 +56,25 @@ _TRAIN, _CHOOSE = 800, 200
 
 @dataclass(frozen=True)
 class Task:
-    """A task of a suite, with the official numbers and parts of its data."""
+    """A task of a suite, with the official sizes and splits of its data."""
 
     name: str
     num_classes: int
     group: str = ""  # natural, specialised or structured; "" in Avg 5
-    tfds: str = ""  # its data set
-    parts: tuple[str, ...] = ()  # to train, to select the rate and to test, in the order of tfds
+    tfds: str = ""  # data set name
+    parts: tuple[str, ...] = ()  # train, validation (for the rate) and test, in tfds order
     image_size: int = 224
-    crop: bool = True  # whether training may crop
+    crop: bool = True  # whether random crops are allowed in training
     flip: bool = True
-    labels: LabelRule | None = None  # makes its classes of a number
-    number: str = ""  # that the rule takes
+    labels: LabelRule | None = None  # turns a number into classes
+    number: str = ""  # input of the rule
     recipe: str = "finetune_vtab"
-    images: Mapping[str, int] = field(default_factory=dict)  # train and test, if all are taken
+    images: Mapping[str, int] = field(default_factory=dict)  # train and test, if all are used
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteOptions(PaperOptions):
-    """What all suites have in common."""
+    """Options shared by all suites."""
 
     task: Repeated = field(default=(), metadata={"metavar": "NAME=SOURCE"})
     """Data of a task as NAME=SOURCE, any source that training reads; repeatable."""
@@ -84,7 +84,7 @@ class SuiteOptions(PaperOptions):
     """Learning rates to choose from; with a single one there is no grid search."""
 
 
-# Settings that a suite makes itself -> the option to use instead.
+# Settings that a suite controls -> the option to use instead.
 _OWN = {"optimizer.learning_rate": "grid", "seed": "seeds", "epochs": "steps", "steps": "steps"}
 _OWN |= {name: name for name in ("batch_size", "output", "recipe")}
 _OWN |= {"model.image_size": "image_size", "data.source": "task", "data.holdout": "grid"}
@@ -99,7 +99,7 @@ class Suite:
     known: Mapping[str, Task]
     protocol: str
     config: Callable[[Task], TrainConfig]
-    rates: Callable[[Task], tuple[float, ...]]  # a single one is taken without a grid
+    rates: Callable[[Task], tuple[float, ...]]  # if there is only one, no grid is run
     seeds: tuple[int, ...]
     plan: Callable[[Task, str], Plan]  # task, source -> the images
 
@@ -109,19 +109,19 @@ class Suite:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a source serves a task."""
+    """How a source is used for a task."""
 
-    source: str  # its name, as it can be opened from any folder
-    rule: str  # see the module
-    final: SubsetFile  # of the final runs
-    grid: SubsetFile | None  # of the grid; None holds a fraction of the training images out
-    images: dict[str, int | None]  # of "train", "held_out" (a part of these) and "test"
+    source: str  # can be opened from any folder
+    rule: str  # see the module docstring
+    final: SubsetFile  # for the final runs
+    grid: SubsetFile | None  # for the grid; None holds out a fraction of the training images
+    images: dict[str, int | None]  # of "train", "held_out" (part of it) and "test"
     num_classes: int
-    departs: list[str]  # how the data differs from the official one of the task, as far as known
+    departs: list[str]  # known differences from the task's official data
     notes: list[str]
 
     def describe(self) -> list[str]:
-        """Returns lines for the screen."""
+        """Returns a description, line by line."""
         parts, images = self.final.splits, self.images
         text = f"{images['train']:,} images to train ({', '.join(parts['train'])})"
         if self.grid is not None:
@@ -141,7 +141,7 @@ _RULES = {
 
 
 def plan_1k(task: Task, source: str) -> Plan:
-    """Returns how a source gives a task 800 images to train, 200 to choose by, and its test."""
+    """Plans a VTAB-1k task on a source: 800 training, 200 validation images, and test."""
     opened, classes, notes = _open(task, source)
     rule, train, validation, test = _parts(task, opened, source)
     final = SubsetFile(source, {"train": (train, validation), "test": (test,)}, classes)
@@ -150,10 +150,10 @@ def plan_1k(task: Task, source: str) -> Plan:
 
 
 def plan_whole(task: Task, source: str) -> Plan:
-    """Returns how a source gives a task all of its training images, and its test.
+    """Plans a task on a source: all of its training images, and its test set.
 
-    The validation images are trained on too, as the paper's 2,040 of Flowers-102; of a source
-    without test images, as ImageNet, they are the test.
+    Validation images are used for training, too, e.g. the paper's 2,040 images of Flowers-102. If
+    the source has no test images, as with ImageNet, they are the test set.
     """
     opened, classes, notes = _open(task, source)
     test = _test_split(opened, source)
@@ -163,7 +163,7 @@ def plan_whole(task: Task, source: str) -> Plan:
 
 
 def _open(task: Task, source: str) -> tuple[Mapping[str, Source], Any, list[str]]:
-    """The splits of a source, the label rule that they need, and notes."""
+    """Returns the splits of a source, the label rule to apply, and notes."""
     rule = task.labels
     opened = open_splits(source, labels="classes" if rule is None else "numbers")
     if "train" not in opened:
@@ -187,7 +187,7 @@ def _test_split(opened: Mapping[str, Source], source: str) -> str:
 
 
 def _parts(task: Task, opened: Mapping[str, Source], source: str) -> tuple[str, str, str, str]:
-    """The rule, and the parts to train on, to choose by and to test on."""
+    """Returns the rule, and the splits for training, validation and testing."""
     number = len(opened["train"])
     is_small = number <= _TRAIN + _CHOOSE
     if not is_small and all(_fits(opened, part) for part in task.parts):
@@ -196,7 +196,7 @@ def _parts(task: Task, opened: Mapping[str, Source], source: str) -> tuple[str, 
     has_test = bool({"test", "validation"} & opened.keys())
     test = _test_split(opened, source) if is_small or has_test else f"train[{_TRAIN + _CHOOSE}:]"
     chosen = ""
-    if "validation" in opened and test == "test":  # what is tested on is not chosen by
+    if "validation" in opened and test == "test":  # never choose the rate on test images
         many = min(_CHOOSE, len(opened["validation"]))
         chosen = f"validation[:{many}]" if number <= _TRAIN or many == _CHOOSE else ""
     if not is_small:
@@ -245,7 +245,7 @@ def _checked(
 def named_tasks(
     assignments: Iterable[str], given: str | Mapping[str, Any] | None, known: Mapping[str, Task]
 ) -> dict[str, str]:
-    """Returns task -> source, in the suite's order; `given` is these, or a file of them."""
+    """Returns task -> source, in the suite's order; `given` is such a mapping or a file of it."""
     if isinstance(given, str):
         tasks = _read_tasks(expand(given))
     else:
@@ -278,7 +278,7 @@ def _read_tasks(path: Path) -> dict[str, str]:
 
 
 def resolved(source: str, folder: str | None = None) -> str:
-    """Returns a name of data with its path made absolute: relative to `folder`, or to here."""
+    """Makes the path in a data name absolute, relative to `folder` or the current directory."""
     path = os.path.expanduser(source)
     if names_source(source) or (source.startswith(PREFIX) and not os.path.exists(path)):
         return source
@@ -287,16 +287,16 @@ def resolved(source: str, folder: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """What a suite reached.
+    """Result of a suite.
 
     Attributes:
         folder: of the suite.
         tasks: task -> "accuracy" (mean over the seeds), "deviation", "seeds", "learning_rate",
-            "images", "source" and more, as suite.json has them.
-        mean: over these tasks; None before the first is finished.
+            "images", "source" and more, as in suite.json.
+        mean: over these tasks; None until the first is finished.
         groups: group -> mean over its tasks.
         missing: the suite's other tasks.
-        changes: how the runs differ from the official protocol.
+        changes: deviations of the runs from the official protocol.
     """
 
     folder: Path
@@ -314,7 +314,7 @@ class SuiteResult:
         return f"mean of {of}: {self.mean:.2%}"
 
     def lines(self) -> list[str]:
-        """Returns the table, the means of the groups, and what is not official."""
+        """Returns the table, the group means, and the deviations from the official protocol."""
         columns = {
             "task": "{task}",
             "rule": "{rule}",
@@ -346,7 +346,7 @@ def suite_result(
     done: Mapping[str, dict[str, Any]],
     changes: list[str],
 ) -> SuiteResult:
-    """Returns what the finished tasks come to; `done` has task -> its entry of suite.json."""
+    """Aggregates the finished tasks; `done` maps a task to its entry in suite.json."""
     tasks = {name: done[name] for name in known if name in done}
     by_group: dict[str, list[float]] = {}
     for name, task in tasks.items():
@@ -362,10 +362,10 @@ def suite_result(
 def run_suite(
     suite: Suite, checkpoint: str, options: SuiteOptions, *, quiet: bool = False
 ) -> SuiteResult:
-    """Fine-tunes a checkpoint on the named tasks; returns these and earlier ones alike.
+    """Fine-tunes a checkpoint on the named tasks; the result includes earlier tasks.
 
-    Every task is checked before the first run: its data, its settings and the model's size. What is
-    wrong with any of them is reported at once, and nothing is written.
+    All tasks are checked before the first run: data, settings and model size. All problems are
+    reported at once, before anything is written.
     """
     sources = named_tasks(options.task, options.tasks, suite.known)
     for setting in options.settings:
@@ -413,7 +413,7 @@ def run_suite(
         if world.is_main:
             (folder / "data").mkdir(parents=True, exist_ok=True)
             report.log_to(folder / "log.txt")
-        result = save()  # before the first run: whose folder this is
+        result = save()  # before the first run, to claim the folder
         of = f"{len(plans)} of {plural(len(suite.known), 'task')}"
         say(f"suite    {suite.protocol}: {of}, seeds {', '.join(map(str, seeds))}")
         if changes:
@@ -458,7 +458,7 @@ def run_suite(
 
 
 def _config(official: TrainConfig, options: SuiteOptions) -> TrainConfig:
-    """The settings of a task's runs; warm-up and decay keep their fractions of the steps."""
+    """Settings of a task's runs; warm-up and decay keep their fractions of the steps."""
     names = {"device": "device", "batch_size": "batch_size"}
     names |= {"num_workers": "data.num_workers", "image_size": "model.image_size"}
     given = {key: getattr(options, name) for name, key in names.items()}
@@ -475,7 +475,7 @@ def _config(official: TrainConfig, options: SuiteOptions) -> TrainConfig:
 
 
 def _changes(suite: Suite, options: SuiteOptions) -> list[str]:
-    """How the runs differ from the official protocol."""
+    """Deviations of the runs from the official protocol."""
     found: dict[str, str] = {}
     for task in suite.known.values():
         official = suite.config(task)
@@ -491,13 +491,13 @@ def _changes(suite: Suite, options: SuiteOptions) -> list[str]:
 def _before(
     file: Path, header: Mapping[str, Any]
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """The sources and entries of tasks that the same suite measured before."""
+    """Sources and entries of tasks that the same suite measured before."""
     values = read_measurement(file) if file.exists() else dict(header)
     if values.get("weights_sha256") != header["weights_sha256"]:
         what = "the folder holds a suite of another checkpoint, or its weights have changed"
         raise UserError(what, where=file.parent, fix="Give another output")
     if any(values.get(name) != header[name] for name in ("kind", "protocol", "changes", "seeds")):
-        return {}, {}  # other runs: these stay in the folders of their tasks
+        return {}, {}  # other runs; they remain in the folders of their tasks
     return dict(values.get("sources") or {}), dict(values.get("tasks") or {})
 
 
@@ -509,7 +509,7 @@ def _check_all(
     rates: Mapping[str, tuple[float, ...]],
     seeds: tuple[int, ...],
 ) -> dict[str, Plan]:
-    """Returns how the data serves each task; all that is wrong is one error."""
+    """Returns the plan of each task; all problems are collected in a single error."""
     plans: dict[str, Plan] = {}
     wrong: list[tuple[str, UserError]] = []
     loaded: set[Any] = set()
@@ -540,7 +540,7 @@ def _check_all(
 
 
 def _entry(plan: Plan, config: TrainConfig, result: FinetuneResult) -> dict[str, Any]:
-    """The result of a task in suite.json; its data/TASK.json says which images they were."""
+    """The entry of a task in suite.json; its data/TASK.json lists the images used."""
     size = config.model.image_size
     return {
         "accuracy": result.mean,

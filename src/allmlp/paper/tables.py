@@ -1,8 +1,8 @@
-"""The paper's Tables 1, 2 and 3 with what was measured here beside them: Markdown and HTML.
+"""The paper's Tables 1, 2 and 3 next to our own measurements, as Markdown and HTML.
 
 The paper's values come from `published`, ours from files that our commands wrote. They never share
-a table or a panel of a figure. An accuracy stands in an ImageNet column only if it is of all 50,000
-validation images; a mean only with a mark if tasks are missing.
+a table or a figure panel. An accuracy appears in an ImageNet column only if it covers all 50,000
+validation images; a mean with missing tasks is marked.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from allmlp.paper import figures, published
 from allmlp.training.run_folder import read_metrics, read_results
 from allmlp.weights.checkpoints import find_checkpoint
 
-REAL_IMAGES = 46_837  # that have a ReaL label
+REAL_IMAGES = 46_837  # images that have a ReaL label
 _SUITES = {"avg5": ("Avg 5", 5), "transfer": ("Avg 5", 5), "vtab": ("VTAB-1k", 19)}
 _STUDIES = {"data-scale", "permutation", "ablations", *_SUITES}
 _KINDS = {"run", "evaluation", "few-shot", "throughput", *_STUDIES}
@@ -58,13 +58,13 @@ Cells = dict[str, object]  # column -> value; None is a dash
 class TablesOptions(Options):
     """Write the paper's Tables 1, 2 and 3 with your measurements beside them, and the figures.
 
-    Examples of use:
+    Examples:
         mixer paper tables runs
         mixer paper tables runs/flowers evaluation.json few_shot.json --output reports/flowers
 
-    The paper's rows stand in tables of their own. Yours come from run folders and from the files
-    that evaluate, few-shot, benchmark and the other paper commands write; each is shown with its
-    data, protocol, command, hardware and date.
+    The paper's results are in separate tables. Yours come from run folders and from the files that
+    evaluate, few-shot, benchmark and the other paper commands write, and are shown with data,
+    protocol, command, hardware and date.
     """
 
     output: str = field(default="report", metadata={"metavar": "FOLDER"})
@@ -75,13 +75,13 @@ class TablesOptions(Options):
 
 @dataclass
 class Measured:
-    """One run folder or one measurement file, and what it contributes.
+    """A run folder or measurement file, and its contribution.
 
     Attributes:
-        number: by which rows refer to it.
+        number: the reference in table rows.
         kind: "run", or that of the measurement.
         rows: (section, cells) of our own tables.
-        accuracy: on a set of images, if one was measured.
+        accuracy: on a set of images, if measured.
         speeds: of inference, fastest first.
     """
 
@@ -95,12 +95,12 @@ class Measured:
 
     @property
     def model(self) -> dict[str, Any]:
-        """As `describe` of the result file has it."""
+        """As written by `describe` of the result file."""
         return self.values.get("model") or {}
 
 
 class Tables(NamedTuple):
-    """The files of a report, what it was made of, and what was left out with the reason."""
+    """Files of a report, the measurements in it, and what was left out and why."""
 
     files: list[Path]
     measured: list[Measured]
@@ -113,7 +113,7 @@ def tables(
     """Writes the paper's tables with our measurements beside them, as Markdown and HTML.
 
     Args:
-        paths: run folders, measurement files, and folders that are searched for them.
+        paths: run folders, measurement files, and folders to search for them.
         options, fields: see `TablesOptions`.
     """
     options = make(TablesOptions, options, fields)
@@ -142,7 +142,7 @@ def show(result: Tables, _: TablesOptions) -> None:
 
 
 def collect(paths: Sequence[str | Path]) -> tuple[list[Measured], list[str]]:
-    """Returns the runs and measurements of the paths, and what cannot be read, with the reason."""
+    """Returns the runs and measurements found, and what cannot be read with the reason."""
     found: dict[Path, Measured] = {}
     left_out: dict[Path, str] = {}
 
@@ -169,11 +169,11 @@ def collect(paths: Sequence[str | Path]) -> tuple[list[Measured], list[str]]:
             if {"config.json", "environment.json"} <= {*files}:
                 add(here)
                 folders[:] = [name for name in folders if name not in _OF_RUN]
-            if "finetune.json" in files:  # of its grid only the final runs count
+            if "finetune.json" in files:  # only the final runs of a grid count
                 folders[:] = [name for name in folders if name not in ("grid", "best")]
             kinds = {add(here / name) for name in sorted(files) if _is_measurement(here / name)}
             if kinds & _STUDIES:
-                folders.clear()  # its runs are in its own file
+                folders.clear()  # its own file covers the runs
     if not found:
         what = "no run and no measurement found"
         what += "".join(f"; left out {text}" for text in list(left_out.values())[:3])
@@ -203,7 +203,7 @@ def _read(path: Path, number: int) -> Measured:
 
 
 def _read_run(path: Path) -> dict[str, Any]:
-    """Returns what a run folder knows of its training and its own last measurement."""
+    """Returns what a run folder records of its training and its last measurement."""
 
     def read(name: str) -> dict[str, Any] | None:
         file = path / name
@@ -238,7 +238,7 @@ def _read_run(path: Path) -> dict[str, Any]:
 
 
 def _contribute(one: Measured) -> Iterator[tuple[str, Cells]]:
-    """Yields (section, cells) of the tables of ours; keeps the accuracy and the speeds."""
+    """Yields (section, cells) of our tables; stores the accuracy and the speeds."""
     values, machine = one.values, hardware(one.values["environment"])
     evaluation = values if one.kind == "evaluation" else values.get("evaluation")
     if one.kind == "run":
@@ -302,13 +302,13 @@ def _contribute(one: Measured) -> Iterator[tuple[str, Cells]]:
 
 
 def _points(one: Measured) -> list[dict[str, Any]]:
-    """The points of a data-scale study; older files have them under other names."""
+    """Points of a data-scale study; older files use other names."""
     points = one.values["rows"] if "rows" in one.values else one.values["points"]
     return [{"few_shot_deviation": point.get("deviation"), **point} for point in points]
 
 
 def _accuracy(one: Measured, found: dict[str, Any]) -> dict[str, Any]:
-    """What an evaluation found, as Table 2 or 3 and the figures need it."""
+    """The result of an evaluation in the form that the tables and figures need."""
     real = found.get("real")
     protocol = found.get("protocol") or one.model.get("preprocessing") or {}
     resize, crop = protocol.get("resize"), protocol.get("crop")
@@ -347,20 +347,20 @@ def _speed(one: Measured, entry: dict[str, Any]) -> dict[str, Any]:
 
 def _of_model(model: dict[str, Any], one: Measured, threads: object = None) -> dict[str, Any]:
     shape = dict(model.get("architecture") or {})
-    with contextlib.suppress(UserError, TypeError):  # one that we know: with all of its fields
+    with contextlib.suppress(UserError, TypeError):  # only if we know all of its fields
         shape = config_to_json(config_from_json(shape))
     for name in ("num_classes", "dropout", "stochastic_depth", "gelu"):
         shape.pop(name, None)
     return {
         "model": str(model.get("name") or "unknown"),
         "size": _size(model.get("image_size")),
-        "shape": json.dumps(shape, sort_keys=True) if shape else "",  # what decides the speed
+        "shape": json.dumps(shape, sort_keys=True) if shape else "",  # determines the speed
         "hardware": hardware(one.values["environment"], threads),
     }
 
 
 def _suite_mean(one: Measured) -> str:
-    """The mean of a suite, marked if tasks are missing or the protocol is another."""
+    """Mean of a suite, marked if tasks are missing or the protocol differs."""
     tasks, total = one.values["tasks"], _SUITES[one.kind][1]
     if not tasks:
         return "none yet"
@@ -372,8 +372,8 @@ def _suite_mean(one: Measured) -> str:
 
 
 def why_not_imagenet(values: dict[str, Any]) -> str | None:
-    """Returns why an evaluation is not on the ImageNet validation images, which are known by their
-    classes, the 1000 synsets, and by their number: 50,000, of each class 50."""
+    """Returns why an evaluation is not on the ImageNet validation set, which is recognised by its
+    1000 synsets and its size: 50,000 images, 50 per class."""
     names = values.get("class_names") or []
     if len(names) != 1000 or {str(name)[:9] for name in names} != _synsets():
         return f"its {plural(len(names), 'class')} are not the 1000 of ImageNet"
@@ -391,7 +391,7 @@ def _synsets() -> frozenset[str]:
 
 
 def hardware(environment: dict[str, Any], threads: object = None) -> str:
-    """Returns what computed: the GPU, or the processor and its threads."""
+    """Returns the hardware: the GPU, or the processor and its threads."""
     device = str(environment.get("device", "unknown"))
     if device != "cpu":
         return device
@@ -400,7 +400,7 @@ def hardware(environment: dict[str, Any], threads: object = None) -> str:
 
 
 def percent(fraction: float) -> str:
-    """Returns 84.15 of 0.8415."""
+    """Formats 0.8415 as 84.15."""
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"not a fraction: {fraction!r}")
     return f"{100 * fraction:.2f}"
@@ -426,7 +426,7 @@ def _cost(accuracy: dict[str, Any]) -> str | None:
 
 
 def fastest(shape: str, found: list[Measured]) -> list[dict[str, Any]]:
-    """Returns the fastest inference of models of this shape on each hardware."""
+    """Returns the fastest inference for models of this shape on each hardware."""
     best: dict[str, dict[str, Any]] = {}
     speeds = [speed for one in found for speed in one.speeds if shape and speed["shape"] == shape]
     for speed in sorted(speeds, key=lambda speed: -speed["speed"]):
@@ -434,7 +434,7 @@ def fastest(shape: str, found: list[Measured]) -> list[dict[str, Any]]:
     return list(best.values())
 
 
-# The page
+# Report
 
 
 def _write(page: Page, found: list[Measured], left_out: list[str]) -> None:
@@ -474,7 +474,7 @@ def _write(page: Page, found: list[Measured], left_out: list[str]) -> None:
 
 
 def _how(one: Measured) -> str:
-    """Returns how something was measured, as one line: data, protocol, command, hardware, date."""
+    """Returns one line on how something was measured: data, protocol, command, hardware, date."""
     values, environment = one.values, one.values["environment"]
     found = values.get("evaluation") or values
     keys = ("checkpoint", "data", "images", "protocol", "changes", "settings", "rounds", "seconds")
@@ -497,7 +497,7 @@ def _flat(value: object) -> str:
 
 
 def _write_table_1(page: Page) -> None:
-    """The architectures; parameters of ours are counted from the models themselves."""
+    """Architectures; our parameter counts come from the models themselves."""
     head = "224 pixels, without the head"
     titles = ("layers", "patch P", "hidden size C", "sequence length S", "channel MLP D_C")
     printed: list[Cells] = [
@@ -533,12 +533,12 @@ def _write_table(
 
 
 def _our_rows(found: list[Measured], number: int) -> list[Cells]:
-    """Our rows for Table 2 (resize-crop, and suites measured so) or Table 3 (all others)."""
+    """Our rows for Table 2 (resize-crop, and suites measured with it) or Table 3 (all others)."""
     columns = ("ImageNet", "ReaL", "Avg 5", "VTAB-1k", "img/s", "device-days", "how")
     rows: list[Cells] = []
 
     def row_for(source: str, model: str, size: str, column: str) -> Cells:
-        """The model's row; a new one if it has a value of this column already."""
+        """The model's row, or a new one if this column already has a value."""
         name = model if source == model else f"{model} ({source})"
         for row in rows:
             if (row["model"], row["px"], row[column]) == (name, size, None):
@@ -628,7 +628,7 @@ BODY
 
 
 class Page:
-    """A page that is written twice, as report.md and as report.html with its figures inside."""
+    """A page written twice, as report.md and as report.html with embedded figures."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.figures = folder, list[Path]()
@@ -662,7 +662,7 @@ class Page:
         self._add(f"{_escaped(caption)} ([SVG](figures/{name}.svg))", f"<p>{_safe(caption)}</p>")
 
     def table(self, origin: str, rows: Sequence[Cells], caption: str = "") -> None:
-        """A table of one origin only, "paper" or "measured here"."""
+        """A table with a single origin, "paper" or "measured here"."""
         head = list(dict.fromkeys(column for row in rows for column in row))
         cells = [head, *([row.get(column) for column in head] for row in rows)]
         texts = [
@@ -682,10 +682,10 @@ class Page:
 
 
 def _escaped(text: str) -> str:
-    """Returns the text with nothing in it that Markdown, or the HTML within it, would act on."""
+    """Escapes everything that Markdown, or HTML in it, would interpret."""
     return re.sub(r"([\\`*_\[\]|#~!$])", r"\\\1", _safe(" ".join(text.split())))
 
 
 def _safe(text: str) -> str:
-    """Returns text for HTML; a file name need not be valid text: its bytes are written out."""
+    """Escapes text for HTML; bytes of file names that are not valid text are shown as such."""
     return html.escape(text.encode(errors="backslashreplace").decode(), quote=False)

@@ -1,18 +1,19 @@
 """VTAB-1k: the 19 tasks of Zhai et al. 2019 as data, and its two official protocols.
 
-  paper         Google's ViT and Mixer: 2,500 steps of 512 images, cosine from the best of three
-                rates after 200 steps of warm-up, clipped at norm 1, a random crop and a flip where
-                the task allows them, 224 or 448 pixels by the task, three seeds
-  lightweight   task_adaptation: 1,000 steps of 64 images, rate 0.01 divided by 10 after steps 300,
-                600 and 900, 80 steps of warm-up, no clipping, no augmentation, 224 pixels
-Both: SGD with momentum 0.9, a new head of zeros, images squashed to the model's size; 800 images to
-train and 200 to choose the rate by, then all 1,000. The score is the mean of the tasks' accuracies.
+  paper         Google's ViT and Mixer: 2,500 steps of 512 images, cosine decay from the best of
+                three learning rates after 200 steps of warm-up, clipped at norm 1, random crop and
+                flip if the task allows them, 224 or 448 pixels by task, three seeds
+  lightweight   task_adaptation: 1,000 steps of 64 images, learning rate 0.01 divided by 10 after
+                steps 300, 600 and 900, 80 steps of warm-up, no clipping, no augmentation, 224
+                pixels
+Both: SGD with momentum 0.9, a new zero head, images squashed to the model's size; 800 images to
+train and 200 to choose the learning rate, then all 1,000. The score is the mean task accuracy.
 
-The index ranges are those of task_adaptation, in the order in which tfds stores the images. Crop
-and flip are those of appendix F of Big Transfer (Kolesnikov et al. 2020), which Google's ViT and
-Mixer took over: neither where it would change the answer. The paper brings Mixers to 224 pixels for
-sets of small images and to 448 for large ones. Small is the BiT-HyperRule's: fewer than 96 x 96
-pixels, so that Patch Camelyon and smallNORB, of just 96 x 96, count as large.
+The index ranges are those of task_adaptation, in tfds order. Crop and flip follow appendix F of Big
+Transfer (Kolesnikov et al. 2020), as in Google's ViT and Mixer: neither where it would change the
+answer. The paper fine-tunes Mixers at 224 pixels on small images and at 448 on large ones. Small
+means, as in the BiT-HyperRule, less than 96 x 96 pixels: Patch Camelyon and smallNORB, with 96 x
+96, are large.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from allmlp.paper.suite import (
 from allmlp.training.config import TrainConfig
 from allmlp.training.recipes import LEARNING_RATES, recipe
 
-# Name, group, classes, data set of tfds, images to choose by and to test on (800 of train are
-# trained on), typical size; then what training must not do.
+# Name, group, classes, tfds data set, validation and test images (training uses 800 of train),
+# typical size; then what training must not do.
 _TABLE = """
 caltech101            natural      102  caltech101:3          train[2754:2954]      test             300x200
 cifar100              natural      100  cifar100:3            train[45000:45200]    test             32x32
@@ -58,7 +59,7 @@ dsprites_orientation  structured   16   dsprites:2            train[589824:59002
 smallnorb_azimuth     structured   18   smallnorb:2           test[:200]            test[50%:]       96x96    no-flip
 smallnorb_elevation   structured   9    smallnorb:2           test[:200]            test[50%:]       96x96
 """  # noqa: E501
-# Task -> the number that its labels are, and the rule that makes classes of it.
+# Task -> the number in its labels, and the rule that turns it into classes.
 _LABELS = {
     "clevr_count": ("objects", LabelRule("shift", (3, 8))),
     "clevr_distance": (
@@ -97,17 +98,17 @@ VTAB: dict[str, Task] = {task.name: task for task in map(_task, _TABLE.strip().s
 
 @dataclass(frozen=True, kw_only=True)
 class VtabOptions(SuiteOptions):
-    """Fine-tune a checkpoint on the 19 tasks of VTAB-1k, as many of them as you have.
+    """Fine-tune a checkpoint on the 19 tasks of VTAB-1k, or on those that you have.
 
-    Examples of use:
+    Examples:
         mixer paper vtab --list
         mixer paper vtab mixer_b16.i21k --tasks tasks.json --output runs/vtab
         mixer paper vtab mixer_b16.i21k --task pets=FOLDER --task svhn=hf:owner/name --output runs/v
         mixer paper vtab runs/mine --tasks tasks.json --protocol lightweight --output runs/light
 
-    Each task has 800 images to train and 200 to choose the learning rate by, then all 1,000. The
-    mean of fewer than 19 tasks is marked partial. The same command resumes an interrupted suite;
-    tasks may be added.
+    Each task uses 800 images to train and 200 to choose the learning rate, then all 1,000. A mean
+    over fewer than 19 tasks is marked partial. Run the same command again to resume, with more
+    tasks if you like.
     """
 
     protocol: Literal["paper", "lightweight"] = "paper"
@@ -124,10 +125,10 @@ def vtab(
     quiet: bool = False,
     **fields: Any,
 ) -> SuiteResult | None:
-    """Fine-tunes a checkpoint on tasks of VTAB-1k, or resumes that; None where they are listed.
+    """Fine-tunes a checkpoint on tasks of VTAB-1k, or resumes the suite; None if only listing them.
 
     Args:
-        checkpoint: as `load_model` takes it.
+        checkpoint: anything that `load_model` takes.
         options, fields: see `VtabOptions`; `tasks` may be a mapping of tasks to sources.
         quiet: print nothing.
     """
@@ -175,13 +176,13 @@ def _lightweight(_: Task) -> TrainConfig:
 
 
 def show(result: SuiteResult | None, _: VtabOptions) -> None:
-    """Prints the list of tasks, if that was asked for; a suite has printed its result."""
+    """Prints the list of tasks, if requested; a suite has already printed its result."""
     if result is None:
         print("\n".join(task_lines()))
 
 
 def task_lines() -> list[str]:
-    """Returns the lines of `mixer paper vtab --list`."""
+    """Returns the output of `mixer paper vtab --list`."""
     head = ["task", "group", "classes", "pixels", "crop", "flip", "to train, choose, test"]
     rows = [
         [
