@@ -100,8 +100,7 @@ def read_real(path: str | Path) -> list[frozenset[int]]:
 def validation_ids(source: Source) -> np.ndarray:
     """Returns int64 (num_images,): the number of each image in the validation set, 1 to 50,000.
 
-    It is read from the file name, in any folder or archive, or from the column `val_id` of Parquet
-    files.
+    Read from the file name, in any folder or archive, or from the column `val_id` of Parquet files.
     """
     own = values_of(source, "path") or map(source.item_name, range(len(source)))
     names = [str(name) for name in own]

@@ -339,13 +339,13 @@ def _dense_weights(
     if isinstance(config, MixerConfig) and (
         config.token_groups > 1 or config.tokens[number - 1] != config.num_tokens
     ):
-        return None  # it reads several channels at once, or tokens of a pyramid
+        return None  # reads several channels at once, or the tokens of a pyramid
     first, second = (getattr(getattr(module, f"dense_{at}", None), "weight", None) for at in (0, 1))
     if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
         return None
     if first.dim() != 2:
         return None
-    # A gated unit reads two maps; the first is the one that it passes on.
+    # A gated unit has two input maps; the first is the one that is not the gate.
     return _array(first)[: second.shape[1]], _array(second)
 
 

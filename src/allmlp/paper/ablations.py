@@ -44,8 +44,7 @@ class AblationsOptions(StudyOptions):
 def variants_of(config: MixerConfig) -> dict[str, dict[str, Any]]:
     """Returns the variants of appendix A.1 available for a Mixer: name -> its settings.
 
-    Groups must divide the channels; the pyramid reduces the tokens to a quarter in the middle
-    block.
+    Groups must divide the channels; the pyramid reduces the tokens to a quarter half-way.
     """
     found: dict[str, dict[str, Any]] = {"shared": {}, "untied": {"token_mixing": "untied"}}
     for kind in ("grouped", "views"):

@@ -191,8 +191,7 @@ def _reached(runs: list[Row]) -> Row:
 
 
 def formatted(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Returns the lines of a table; `columns` maps titles to format strings, and None becomes a
-    dash."""
+    """Returns a table's lines; `columns` maps titles to format strings. None becomes a dash."""
 
     def shown(text: str, row: Mapping[str, Any]) -> str:
         try:

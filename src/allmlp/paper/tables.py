@@ -56,7 +56,7 @@ Cells = dict[str, object]  # column -> value; None is a dash
 
 @dataclass(frozen=True, kw_only=True)
 class TablesOptions(Options):
-    """Write the paper's Tables 1, 2 and 3 with your measurements beside them, and the figures.
+    """Write the paper's Tables 1, 2 and 3 next to your measurements, and the figures.
 
     Examples:
         mixer paper tables runs
@@ -110,7 +110,7 @@ class Tables(NamedTuple):
 def tables(
     paths: Sequence[str | Path], options: TablesOptions | None = None, **fields: Any
 ) -> Tables:
-    """Writes the paper's tables with our measurements beside them, as Markdown and HTML.
+    """Writes the paper's tables next to our measurements, as Markdown and HTML.
 
     Args:
         paths: run folders, measurement files, and folders to search for them.

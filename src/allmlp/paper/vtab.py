@@ -4,16 +4,15 @@
                 three learning rates after 200 steps of warm-up, clipped at norm 1, random crop and
                 flip if the task allows them, 224 or 448 pixels by task, three seeds
   lightweight   task_adaptation: 1,000 steps of 64 images, learning rate 0.01 divided by 10 after
-                steps 300, 600 and 900, 80 steps of warm-up, no clipping, no augmentation, 224
-                pixels
+                steps 300, 600 and 900, 80 steps of warm-up, no clipping or augmentation, 224 pixels
 Both: SGD with momentum 0.9, a new zero head, images squashed to the model's size; 800 images to
 train and 200 to choose the learning rate, then all 1,000. The score is the mean task accuracy.
 
 The index ranges are those of task_adaptation, in tfds order. Crop and flip follow appendix F of Big
 Transfer (Kolesnikov et al. 2020), as in Google's ViT and Mixer: neither where it would change the
-answer. The paper fine-tunes Mixers at 224 pixels on small images and at 448 on large ones. Small
-means, as in the BiT-HyperRule, less than 96 x 96 pixels: Patch Camelyon and smallNORB, with 96 x
-96, are large.
+answer. The paper fine-tunes Mixers at 224 pixels on data sets of small images and at 448 on large
+ones. Small is as in the BiT-HyperRule, below 96 x 96 pixels, so that Patch Camelyon and smallNORB,
+with exactly 96 x 96, are large.
 """
 
 from __future__ import annotations
