@@ -1,1 +1,1 @@
-"""The `mixer` command: parse, call one function of the floors below, print."""
+"""The `mixer` command: parses arguments, calls one function of a lower layer, prints the result."""

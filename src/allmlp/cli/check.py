@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from allmlp.data.check import Report
     from allmlp.data.duplicates import Duplicates
 
-_MOST = 20  # lines of a list on the screen
+_MOST = 20  # lines shown per list
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions(Options):
-    """Look at data before training: what it contains, what is damaged, and duplicates.
+    """Check data before training: contents, damaged images and duplicates.
 
     Examples:
         mixer data check FOLDER
@@ -29,9 +29,9 @@ class CheckOptions(Options):
         mixer data check cifar10.parquet --exclude copies.txt
         mixer data check FOLDER:test --duplicates off
 
-    All splits are checked, or with :train, :validation or :test that one. Every image is read and
-    decoded, and the checksums of packed data are verified. Exit code 3: some images cannot be
-    decoded, or packed data is damaged.
+    Checks all splits, or only the one named by :train, :validation or :test. Every image is
+    decoded, and checksums of packed data are verified. Exit code 3: some images cannot be decoded,
+    or packed data is damaged.
     """
 
     duplicates: Literal["near", "exact", "off"] = "near"
@@ -54,7 +54,7 @@ class CheckOptions(Options):
 
 
 def check(source: str, options: CheckOptions) -> int:
-    """Checks data and prints what was found; returns the exit code."""
+    """Checks data and prints the result; returns the exit code."""
     from allmlp.console import Reporter
     from allmlp.data.check import FILES, check_source
     from allmlp.data.exclude import exclude_list
@@ -83,7 +83,7 @@ def check(source: str, options: CheckOptions) -> int:
     items = (split.item_name(at) for split in splits.values() for at in range(len(split)))
     check_not_inputs(outputs, read_from(source), items)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        folder.mkdir(parents=True, exist_ok=True)  # fail early
     with report.progress(sum(map(len, splits.values())), "images") as bar:
         result = check_source(
             splits,
@@ -115,7 +115,7 @@ def check(source: str, options: CheckOptions) -> int:
 
 
 def print_check(report: Reporter, result: Report) -> None:
-    """Prints a table of the splits, what is unusual or wrong, and duplicates."""
+    """Prints a table of the splits, problems and duplicates."""
     from allmlp.console import table
     from allmlp.data.check import HUGE_PIXELS, TINY_SIDE, format_bytes
     from allmlp.data.image import DARK
@@ -163,7 +163,7 @@ def print_check(report: Reporter, result: Report) -> None:
 
 
 def print_duplicates(report: Reporter, found: Duplicates) -> None:
-    """Prints pairs of duplicates by kind, where they are, and those of different classes."""
+    """Prints the duplicates by kind and by split, and those with different classes."""
     import numpy as np
 
     from allmlp.console import table

@@ -1,7 +1,7 @@
-"""Entry of the `mixer` command: finds the command, and turns every error into one message.
+"""Entry point of `mixer`: dispatches to a command and turns every user error into one message.
 
-Exit codes: 0 done; 1 a bug of ours, with its traceback; 2 a mistake of the user's; 3 done, but some
-images were bad; 130 stopped with Ctrl-C, 143 with SIGTERM. No torch is imported before one runs.
+Exit codes: 0 success; 1 a bug, with a traceback; 2 a user error; 3 success, but with bad images;
+130 stopped by Ctrl-C, 143 by SIGTERM. torch is not imported before a command runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ minutes. `mixer COMMAND --help` has examples. `--debug` shows the traceback of a
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    """The bytes of a file name as they are; other text that cannot be encoded, written out."""
+    """Encoding error handler: raw bytes of file names; backslash escapes for other text."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:
@@ -42,10 +42,10 @@ codecs.register_error("allmlp.escape", _escape)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command and ends the process with its exit code.
+    """Runs a command and exits with its exit code.
 
     Args:
-        arguments: as typed after `mixer`; None takes the process's own.
+        arguments: those after `mixer`; None uses sys.argv.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse_removed_folder()
         with named_memory_errors():
             sys.exit(parse(given) or 0)
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+    except BrokenPipeError:  # the reader has exited, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (UserError, OSError) as error:  # OSError: a full disk, a folder without permission
@@ -79,12 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str]) -> int | None:
-    """Runs the command that the arguments name and returns its exit code."""
+    """Runs the command named by the arguments and returns its exit code."""
     given = list(arguments) or ["--help"]
     if given[0] == "--version":
         print(f"allmlp {version('allmlp')}")
         return 0
-    if given[0] in GROUPS:  # "data check" and its like: two words
+    if given[0] in GROUPS:  # two words, such as "data check"
         group = given[0]
         commands = {
             name.partition(" ")[2]: command
@@ -99,7 +99,7 @@ def parse(arguments: Sequence[str]) -> int | None:
 def _run(
     given: list[str], commands: Mapping[str, Command | str], prog: str, description: str
 ) -> int | None:
-    """Runs the command that the first word names, or prints the help of all."""
+    """Runs the command named by the first word, or prints the list of commands."""
     name = given[0]
     if name in ("-h", "--help"):
         print(f"usage: {prog} COMMAND [OPTIONS]\n\n{description}\n\ncommands:")

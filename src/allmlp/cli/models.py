@@ -1,4 +1,4 @@
-"""`mixer models`: the architectures, the published weights, or what a weights file holds."""
+"""`mixer models`: architectures, published weights, or the contents of a weights file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from allmlp.options import ImageSize, Options, Repeated, assignments
 
 @dataclass(frozen=True, kw_only=True)
 class ModelsOptions(Options):
-    """List the architectures, the published weights, or what a weights file holds.
+    """List architectures, published weights, or the contents of a weights file.
 
     Examples:
         mixer models
@@ -40,15 +40,15 @@ class ModelsOptions(Options):
         kinds = [name for name in ("weights", "comparison", "inspect") if getattr(self, name)]
         of_architectures = ["num_classes", "settings", "image_size"]
         if kinds == ["inspect"]:
-            of_architectures.remove("image_size")  # it helps where a file does not say it
+            of_architectures.remove("image_size")  # for files that do not store it
         given = kinds + [name for name in of_architectures if kinds and getattr(self, name)]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} do not go together", fix="Give one of them")
 
 
 def models(options: ModelsOptions) -> None:
-    """Prints the list that is asked for."""
-    from allmlp.paper.comparison_systems import list_comparison  # --help does not need these
+    """Prints the requested list."""
+    from allmlp.paper.comparison_systems import list_comparison  # not needed by --help
     from allmlp.weights.report import checkpoint_table, inspect_file
 
     if options.inspect is not None:

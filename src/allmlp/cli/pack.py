@@ -13,11 +13,10 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 @dataclass(frozen=True, kw_only=True)
 class PackOptions(Options):
-    """Write data as Arrow files, which are fast to read in any order and few files to copy.
+    """Pack data into a few Arrow files, fast to read in any order and easy to copy.
 
-    Every split is packed, or the one that is named; images keep their bytes and their order. Those
-    that cannot be read are left out and reported, with exit code 3. Needs pyarrow:
-    pip install 'allmlp[data]'.
+    Packs all splits or the one named; images keep their bytes and order. Unreadable images are
+    skipped and reported, with exit code 3. Needs pyarrow: pip install 'allmlp[data]'.
 
     Examples:
         mixer data pack photos packed
@@ -30,7 +29,7 @@ class PackOptions(Options):
     """Largest size of a file, e.g. 256MB or 1GB."""
 
     def shard_bytes(self) -> int:
-        """Returns the size as a number."""
+        """Returns the size in bytes."""
         found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)", self.shard_size.strip())
         unit = _UNITS.get(found[2].upper()) if found else None
         size = int(float(found[1]) * unit) if found and unit else 0
@@ -41,7 +40,7 @@ class PackOptions(Options):
 
 
 def pack(source: str, folder: str, options: PackOptions) -> int:
-    """Packs data and prints what was written; returns the exit code."""
+    """Packs data and prints a summary; returns the exit code."""
     import shlex
 
     from allmlp.console import Reporter, report_bad_images, report_notes
@@ -72,10 +71,10 @@ def pack(source: str, folder: str, options: PackOptions) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexOptions(Options):
-    """Write the index that makes WebDataset tars of another tool a source of data.
+    """Index WebDataset tars from another tool for use as a data source.
 
-    Images are KEY.jpg (or .png, ...) with their labels in KEY.cls or KEY.json; the split is read
-    from the names of the tars. The tars are not changed, and the index is written beside them.
+    Images are KEY.jpg (or .png, ...) with labels in KEY.cls or KEY.json; the split is taken from
+    the tars' names. The index is written next to the tars, which are not changed.
 
     Examples:
         mixer data index downloads/imagenet-shards
@@ -87,7 +86,7 @@ class IndexOptions(Options):
 
 
 def index(folder: str, options: IndexOptions) -> None:
-    """Indexes tars and prints what was written."""
+    """Indexes tars and prints a summary."""
     from allmlp.data.sources.webdataset import index_tars
     from allmlp.io import expand
 

@@ -1,4 +1,4 @@
-"""Commands from their options: the flags of a dataclass, and the call of the function behind it."""
+"""Commands built from option dataclasses: flags, help, and the call of the function."""
 
 from __future__ import annotations
 
@@ -31,16 +31,15 @@ METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 @dataclass(frozen=True)
 class Command:
-    """One command: what parses, what runs and what prints.
+    """A command: its options, function and help.
 
     Args:
-        options: in allmlp, the dataclass of its flags; its docstring is the help, with examples.
-        function: in allmlp, called with the positional arguments and the options. If its module has
-            a `show`, that is called with the result and the options to print it, and returns the
-            exit code or None; without it the function prints and returns these.
-        summary: its line in `mixer --help`.
-        positional: names of arguments without a flag; "recipe?" may be left out, "images*" is many,
-            "models*?" is both.
+        options: path within allmlp of the options dataclass; its docstring is the help text.
+        function: path within allmlp, called with the positional arguments and the options. If its
+            module has a `show`, that is called with the result and the options, and returns the
+            exit code or None; otherwise the function prints and returns the exit code itself.
+        summary: the line in `mixer --help`.
+        positional: positional arguments; "recipe?" is optional, "images*" many, "models*?" both.
     """
 
     options: str
@@ -73,7 +72,7 @@ class Command:
 
 
 def _found(path: str) -> tuple[types.ModuleType, str]:
-    """Imports the module of a name; "evaluate.command" is `command` in allmlp.evaluate."""
+    """Imports the module of a path; "evaluate.command" is `command` in allmlp.evaluate."""
     module, _, name = path.rpartition(".")
     return importlib.import_module(f"allmlp.{module}"), name
 
@@ -111,11 +110,11 @@ def _field(name: str, hint: Any, default: Any, factory: Any = dataclasses.MISSIN
 
 
 def _annotated(hint: Any, field: dataclasses.Field[Any], text: str) -> Any:
-    """Returns the type of an option with what tyro needs: its help, and how its value is shown."""
+    """Annotates an option's type for tyro with its help and metavar."""
     from tyro.conf import UseAppendAction, arg
     from tyro.constructors import PrimitiveConstructorSpec
 
-    hint = field.metadata.get("type", hint)  # where Python takes more, such as a model
+    hint = field.metadata.get("type", hint)  # if Python accepts more, such as a model
     shown: dict[str, Any] = {"help": text}
     if field.default in (None, False, ()):
         shown["help_behavior_hint"] = ""

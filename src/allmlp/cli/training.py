@@ -1,7 +1,6 @@
-"""The commands `mixer train` and `mixer finetune`: flags for the settings that are given most.
+"""`mixer train` and `mixer finetune`, with flags for the most common settings.
 
-A flag stands for a setting of `TrainConfig`, from which it takes its type and its help; `--set`
-reaches all others.
+A flag sets a field of `TrainConfig` and takes its type and help from it; `--set` sets all others.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def _flag(name: str, hint: Any, default: Any, doc: str, **metadata: str) -> tupl
 
 
 def _options(name: str, settings: dict[str, str], *more: tuple[str, Any, Any]) -> Any:
-    """Returns a dataclass with a field for each flag, None where it is not given."""
+    """Returns a dataclass with a field per flag, None by default."""
     fields = []
     for flag, key in settings.items():
         section, _, field = key.rpartition(".")
@@ -87,7 +86,7 @@ is a name of docs/recipes.md; without it digits, or scratch where --data is give
 
 def train_command(recipe: str | None, options: Any) -> None:
     """Runs `mixer train`."""
-    from allmlp.data.sources import names_source  # these import much that --help does not need
+    from allmlp.data.sources import names_source  # slow imports not needed by --help
     from allmlp.training.run_folder import check_same, config_of
     from allmlp.training.train import train
 
@@ -106,7 +105,7 @@ def train_command(recipe: str | None, options: Any) -> None:
 
 
 def changed(config: TrainConfig, settings: dict[str, str], options: Any) -> TrainConfig:
-    """Returns the config after the flags that were given, and after every --set."""
+    """Returns the config updated by the flags and by every --set."""
     given = {key: getattr(options, flag) for flag, key in settings.items()}
     given = {key: value for key, value in given.items() if value is not None}
     return config.with_values(given, options.settings)

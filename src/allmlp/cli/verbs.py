@@ -1,10 +1,10 @@
-"""The commands, by their names."""
+"""The commands by name."""
 
 from __future__ import annotations
 
 from allmlp.cli.table import Command
 
-# Each: its options, its function, its line in `mixer --help`, its positional arguments.
+# Options, function, line in `mixer --help`, positional arguments.
 VERBS = {
     "models": Command(
         "cli.models.ModelsOptions",
@@ -124,7 +124,7 @@ VERBS = {
     ),
 }
 
-# The help of the commands of two words, by the first.
+# Help for groups of two-word commands, by the first word.
 GROUPS = {
     "paper": "The paper's experiments: vtab, avg5, data-scale, permutation, ablations, tables.",
     "data": "Check data before training (data check), and pack it (data pack).",

@@ -1,1 +1,1 @@
-"""A model -> predictions."""
+"""Prediction, export and serving."""

@@ -1,8 +1,8 @@
-"""A model -> a file that runs without this package, and a report that compares the two.
+"""Export: a file that runs without this package, and a report comparing it with the model.
 
-    model -> graph (onnx_graph) -> perhaps int8 (int8) -> file (formats), run by its own runtime
+    model -> graph (onnx_graph) -> optionally int8 (int8) -> file (formats), run by its runtime
 
-The file is written in a staging folder and takes its place only when it has passed.
+The file is written to a staging folder and moved into place only once validated.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ from allmlp.names import import_extra
 from allmlp.options import make
 from allmlp.runtime.device import torch_settings
 
-# The largest difference of a logit, relative to the largest logit, that is rounding. For int8 the
-# accuracy decides.
+# Largest logit difference, relative to the largest logit, explained by rounding. int8 is judged by
+# accuracy.
 LARGEST_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1}
-_RANDOM_IMAGES = 16  # to compare on without data
+_RANDOM_IMAGES = 16  # for the comparison without data
 _CALIBRATION_BATCH = 8
 _ROUNDS, _LATENCIES = 5, 4  # single images per round
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How well the logits of a model and of its file agree on some images.
+    """Agreement between the logits of a model and of its exported file.
 
     Attributes:
-        top1_agreement: the fraction of the images for which both name the same class.
-        accuracy: top-1 of the original and of the file; None without labels.
+        top1_agreement: fraction of images with the same top-1 class.
+        accuracy: top-1 accuracy of model and file; None without labels.
     """
 
     images: str
@@ -70,16 +70,16 @@ class Parity:
 
     @property
     def relative(self) -> float:
-        """The largest difference, relative to the largest logit."""
+        """Largest difference, relative to the largest logit."""
         return self.largest_difference / (self.largest_logit or 1.0)
 
     @property
     def drop(self) -> float:
-        """By how many points the accuracy fell; below 0 where it rose, 0 if it is unknown."""
+        """Accuracy drop in percentage points; negative for a gain, 0 if unknown."""
         return 0.0 if self.accuracy is None else 100.0 * (self.accuracy[0] - self.accuracy[1])
 
     def failures(self, precision: str, max_accuracy_drop: float) -> list[str]:
-        """Returns the criteria that do not hold, in words."""
+        """Returns descriptions of the failed criteria."""
         found = []
         if not np.isfinite(self.largest_difference):
             found.append("the file computes logits that are not finite")
@@ -95,7 +95,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Speed:
-    """Images per second in batches, and the milliseconds of one image: medians of rounds."""
+    """Images per second in batches, and milliseconds for one image: medians over rounds."""
 
     images_per_second: float
     latency_ms: float
@@ -103,18 +103,18 @@ class Speed:
 
 @dataclass
 class ExportReport:
-    """What was exported, and how it compares with the model.
+    """The exported files, and a comparison with the model.
 
     Attributes:
-        path: of the file; None if it failed and was not kept.
-        files: names of all files, with their sizes in bytes.
-        num_threads, batch_size: with which the speed was measured.
-        speed: of the original and of the file.
-        failures: the criteria that do not hold, in words.
-        kept: layers of an int8 file that compute in float32, the most sensitive first.
-        num_layers: dense layers of the graph; None except for int8.
-        calibration: source and images of int8, and which range was taken; None otherwise.
-        attempts: int8 files that were measured on the data: (layers kept, points lost).
+        path: the file; None if it failed and was not kept.
+        files: file name -> size in bytes.
+        num_threads, batch_size: settings of the speed measurement.
+        speed: of model and file.
+        failures: descriptions of the failed criteria.
+        kept: layers of an int8 file kept in float32, most sensitive first.
+        num_layers: number of dense layers; None except for int8.
+        calibration: source, number of images and chosen range for int8; None otherwise.
+        attempts: int8 files measured on the data: (layers kept, points lost).
     """
 
     path: str | None
@@ -137,11 +137,11 @@ class ExportReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the file holds every criterion."""
+        """Whether the file meets all criteria."""
         return not self.failures
 
     def rows(self) -> list[tuple[str, str]]:
-        """Returns the report as (what, value) pairs."""
+        """Returns the report as (name, value) pairs."""
         height, width = self.image_size
         shape = "uint8 (N, H, W, channels)" if self.uint8_input else "float32 (N, channels, H, W)"
         sizes = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in self.files.items())
@@ -176,13 +176,13 @@ class ExportReport:
         return rows
 
     def lines(self) -> list[str]:
-        """Returns the report as lines for the screen."""
+        """Returns the report as lines for the console."""
         rows = self.rows()
         width = max(len(name) for name, _ in rows)
         return [f"{name:<{width}}  {value}" for name, value in rows]
 
     def markdown(self, title: str) -> str:
-        """Returns the report as a page."""
+        """Returns the report as Markdown."""
         cells = [f"| {name} | {value.replace('|', '/')} |" for name, value in self.rows()]
         return "\n".join([f"# {title}", "", "| | |", "| --- | --- |", *cells, ""])
 
@@ -194,20 +194,20 @@ def export(
     log: Callable[[str], None] = lambda line: None,
     **fields: Any,
 ) -> ExportReport:
-    """Writes a model as a file that its runtime runs without this package, if it is good enough.
+    """Exports a model to a file that runs without this package, and validates the file.
 
-    FILE.onnx.report.json and FILE.onnx.report.md are written beside FILE.onnx. A file that fails a
-    criterion is not kept: `passed` of the report is False, `path` None, `failures` say why.
+    FILE.onnx.report.json and FILE.onnx.report.md are written next to FILE.onnx. A file that fails a
+    criterion is not kept: in the report `passed` is False, `path` None, and `failures` say why.
 
     Args:
-        model: or anything that `load_model` takes.
-        output: the file to write; or all options in one object.
-        log: called with what is done next.
-        **fields: those of `ExportOptions`; `data` and `calibration` may be opened sources too.
+        model: a model or anything `load_model` accepts.
+        output: the file to write; or all options as one object.
+        log: called with progress messages.
+        **fields: fields of `ExportOptions`; `data` and `calibration` may be open sources too.
 
     Raises:
-        UserError: options that do not go together, an output that exists or cannot be written, no
-            such data, or a package that is not installed.
+        UserError: incompatible options, an output that exists or cannot be written, missing data,
+            or a package that is not installed.
     """
     given = output if isinstance(output, ExportOptions) else None
     if given is None and output is not None:
@@ -262,7 +262,7 @@ def _loaded(model: ImageClassifier | str | Path, options: ExportOptions) -> Imag
 
 
 class _Export:
-    """One export: a model, what is asked for, and the file in the staging folder."""
+    """One export: model, options, and the file in the staging folder."""
 
     def __init__(
         self,
@@ -281,7 +281,7 @@ class _Export:
         self.original: Evaluation | None = None
 
     def run(self) -> ExportReport:
-        """Writes the file into the staging folder and returns its report."""
+        """Writes the file to the staging folder and returns its report."""
         self.log("exporting")
         net, example = graph_module(self.model, uint8_input=self.info.uint8_input)
         if "data" in self.sources:
@@ -293,7 +293,7 @@ class _Export:
         return self.report(file, self.compare(file))
 
     def run_int8(self, graph: Any) -> ExportReport:
-        """Keeps ever more of the sensitive layers in float32, until the accuracy is kept."""
+        """Keeps more and more sensitive layers in float32 until the accuracy is preserved."""
         self.log("calibrating")
         calibration, limit = self.sources["calibration"], self.options.max_accuracy_drop
         summary = self.model.config.summary()
@@ -326,7 +326,7 @@ class _Export:
         return report
 
     def calibration_batches(self) -> Iterator[np.ndarray]:
-        """The calibration images, evenly spread over the source, as inputs of the graph."""
+        """Yields calibration images, evenly spread over the source, as graph inputs."""
         source, most = self.sources["calibration"], self.options.calibration_images
         if len(source) > most:
             chosen = np.linspace(0, len(source) - 1, most).round().astype(np.int64)
@@ -341,7 +341,7 @@ class _Export:
                 yield self.info.inputs(batch.images)
 
     def write(self, made: Any) -> ExportedModel:
-        """Writes the file and returns it as a model, run by its own runtime."""
+        """Writes the file and opens it with its runtime."""
         with self.writing():
             self.format.write(made, self.info, self.path)
         return self.format.open(self.path, self.num_threads)
@@ -355,7 +355,7 @@ class _Export:
         return result
 
     def compare(self, file: ExportedModel) -> Parity:
-        """Compares the file with the model, on the data or on random pixels."""
+        """Compares file and model on the data or on random pixels."""
         if self.original is not None:
             measured = self.measure(file)
             accuracy = (self.original.top1, measured.top1)
@@ -397,8 +397,8 @@ class _Export:
     def put_in_place(self, report: ExportReport) -> None:
         """Writes the reports and renames all files.
 
-        What was there before is removed first, and before all the file that a runtime is given: a
-        kill in between leaves no pair of old and new, and no report of another file.
+        Old files are removed first, starting with the one a runtime opens: a kill in between never
+        leaves a mix of old and new files, or a report on another file.
         """
         title = f"{self.output.name}, exported from {self.model.source or 'a model'}"
         values = {"export": asdict(report) | {"passed": report.passed}}
@@ -418,7 +418,7 @@ class _Export:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Turns an error of the disk into a UserError."""
+        """Turns disk errors into a UserError."""
         try:
             yield
         except OSError as error:
@@ -435,7 +435,7 @@ def _report_files(path: Path) -> tuple[Path, Path]:
 def compare(
     original: np.ndarray, file: np.ndarray, images: str, accuracy: tuple[float, float] | None = None
 ) -> Parity:
-    """Returns how well the logits (N, K) of a model and of its file agree."""
+    """Compares the logits (N, K) of a model and of its file."""
     difference = float(np.abs(original - file).max())
     same = float((original.argmax(axis=1) == file.argmax(axis=1)).mean())
     largest = float(np.abs(original).max())
@@ -444,7 +444,7 @@ def compare(
 
 @torch.inference_mode()
 def _logits_of(model: Classifier, images: Tensor) -> np.ndarray:
-    """Returns the logits (N, K) of inputs of a model, in batches of 1, 3, 3, 3, ..."""
+    """Returns the logits (N, K), computed in batches of 1, 3, 3, 3, ..."""
     parts = [model(images[:1])]
     parts += [model(images[start : start + 3]) for start in range(1, len(images), 3)]
     return torch.cat(parts).float().numpy()
@@ -452,16 +452,16 @@ def _logits_of(model: Classifier, images: Tensor) -> np.ndarray:
 
 @torch.inference_mode()
 def _measure_speed(model: ImageClassifier, file: ExportedModel, images: Tensor) -> dict[str, Speed]:
-    """Returns the speed of a model and of its file, which take turns, on the processor in float32.
+    """Times model and file in turn, on the CPU in float32.
 
-    In every round each computes a batch and a few single images.
+    Every round times a batch and a few single images of each.
     """
     runs: Mapping[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
         "original, torch float32": (Inference(model).logits, images),
         "file": (file, images.byte() if file.info.uint8_input else images),
     }
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
-    for count in range(_ROUNDS + 1):  # the first is a warm-up
+    for count in range(_ROUNDS + 1):  # the first is for warm-up
         for name, (run, batch) in runs.items():
             for at, inputs in enumerate((batch, *[batch[:1]] * _LATENCIES)):
                 started = time.perf_counter()
@@ -476,7 +476,7 @@ def _measure_speed(model: ImageClassifier, file: ExportedModel, images: Tensor) 
 
 
 def command(model: str, options: ExportOptions) -> int:
-    """Exports, with what is done next on standard error, and prints the report."""
+    """Exports with progress on standard error and prints the report."""
     report = export(model, options, log=Reporter(stderr=True).say)
     reporter = Reporter()
     for line in report.lines():

@@ -1,10 +1,10 @@
-"""An exported file as a model, and what such a file says about itself as text by name:
+"""Exported files as models, and their metadata, stored as text entries:
 
-class_names     a JSON list in the order of the logits, or null
-preprocessing   a JSON object: image_size, resize, crop, mean, std, ... of `Preprocessing`
-input           in words: the input's shape, type and range
-decoding        in words: how an image file becomes the pixels that are resized
-allmlp          a JSON object: format, version, precision, architecture, ...
+class_names     JSON list in the order of the logits, or null
+preprocessing   JSON object: image_size, resize, crop, mean, std, ... of `Preprocessing`
+input           description of the input's shape, type and range
+decoding        description of how image files are decoded before resizing
+allmlp          JSON object: format, version, precision, architecture, ...
 """
 
 from __future__ import annotations
@@ -45,31 +45,31 @@ DECODING = (
 
 @dataclass(frozen=True)
 class ExportInfo:
-    """What an exported file says about itself."""
+    """Metadata of an exported file."""
 
     config: ModelConfig
     class_names: list[str] | None
     preprocessing: Preprocessing
-    uint8_input: bool  # (N, H, W, channels) instead of normalised float32 (N, channels, H, W)
+    uint8_input: bool  # (N, H, W, channels), else normalized float32 (N, channels, H, W)
     precision: str
     num_parameters: int
-    float32_layers: tuple[str, ...] = ()  # of an int8 file
+    float32_layers: tuple[str, ...] = ()  # in an int8 file
 
     def inputs(self, images: Tensor) -> np.ndarray:
-        """Returns uint8 images (N, channels, H, W) as inputs of the graph."""
+        """Converts uint8 images (N, channels, H, W) to graph inputs."""
         if self.uint8_input:
             return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
         return normalize(images, self.preprocessing).numpy()
 
 
 def info_of(model: ImageClassifier, precision: str, *, uint8_input: bool) -> ExportInfo:
-    """Returns what the exported file of a model will say."""
+    """Returns the metadata for a model's exported file."""
     how, number = preprocessing_of(model), model.num_parameters
     return ExportInfo(model.config, model.class_names, how, uint8_input, precision, number)
 
 
 def to_text(info: ExportInfo) -> dict[str, str]:
-    """Returns the information as text by name."""
+    """Serializes the metadata to text entries."""
     (height, width), channels = info.preprocessing.image_size, info.preprocessing.channels
     shape = f"float32 (N, {channels}, {height}, {width}), (pixels / 255 - mean) / std"
     if info.uint8_input:
@@ -93,7 +93,7 @@ def to_text(info: ExportInfo) -> dict[str, str]:
 
 
 def from_text(values: Mapping[str, str], path: Path) -> ExportInfo:
-    """Returns what the text in a file says; a UserError if it is missing, damaged or newer."""
+    """Parses text entries; raises UserError if they are missing, damaged or newer."""
     own_text = own_entry(values)
     if not own_text:
         what = "the file does not say what its classes and its preprocessing are"
@@ -127,18 +127,18 @@ def from_text(values: Mapping[str, str], path: Path) -> ExportInfo:
 
 
 class ExportedModel:
-    """An exported file, run by its own runtime on the CPU: images in, logits out.
+    """An exported file, run by its runtime on the CPU: images in, logits out.
 
     Args:
-        info: what the file says about itself.
-        run: computes the logits of inputs of the graph.
-        runtime: what computes them: "onnxruntime 1.31.1".
+        info: the file's metadata.
+        run: computes logits from graph inputs.
+        runtime: name and version, such as "onnxruntime 1.31.1".
         source: the file.
 
     Attributes:
         info, run, runtime: as given.
-        config, class_names, source: as of an `ImageClassifier`.
-        preprocessing: what is left to do outside of the file.
+        config, class_names, source: as in `ImageClassifier`.
+        preprocessing: the part done outside the file.
     """
 
     device = torch.device("cpu")
@@ -150,7 +150,7 @@ class ExportedModel:
         self.config, self.class_names = info.config, info.class_names
         self.num_parameters, self.source = info.num_parameters, str(source)
         self.preprocessing: Preprocessing | None = info.preprocessing
-        if info.uint8_input:  # the order of the pixels is in the graph
+        if info.uint8_input:  # the graph permutes the pixels
             changes = {"permutation": "none", "permutation_patch": None, "permutation_seed": 0}
             self.preprocessing = replace(info.preprocessing, **changes)
 
@@ -161,13 +161,13 @@ class ExportedModel:
         """Returns logits (N, num_classes).
 
         Args:
-            images: (N, channels, H, W), float32 in the model's range, or uint8 pixels.
+            images: (N, channels, H, W), float32 in the model's range or uint8.
         """
         check_image_shape(images, self.config, "a file has one size")
         images = images.detach().cpu()
         if images.dtype != torch.uint8 and not self.info.uint8_input:
             return torch.from_numpy(self.run(images.float().numpy()))
-        if images.dtype != torch.uint8:  # exact: they were whole numbers
+        if images.dtype != torch.uint8:  # exact: pixels were integers
             pixels = denormalize(images.float(), self.info.preprocessing) * 255.0
             images = pixels.round().clamp(0, 255).byte()
         return torch.from_numpy(self.run(self.info.inputs(images)))

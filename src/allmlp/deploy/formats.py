@@ -1,6 +1,6 @@
-"""The formats of exported files, one record each: what writes a file and what runs it.
+"""Export formats: one record each, with functions that write and run a file.
 
-A new format is a record here, and its suffix in `weights.load.EXPORTED`.
+To add a format, add a record here and its suffix to `weights.load.EXPORTED`.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ _ONNX = (("onnx", "export"), ("onnxscript", "export"), ("onnxruntime", "export")
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """One format of exported files."""
+    """An export format."""
 
     name: str
-    suffix: str  # of the file that the runtime is given
-    runtime: str  # the package that runs it
-    packages: tuple[tuple[str, str], ...] = ()  # (module, optional group) that exporting needs
-    make: Callable[[nn.Module, Tensor, str], Any]  # in a precision, what `write` takes
+    suffix: str  # of the file passed to the runtime
+    runtime: str  # package that runs it
+    packages: tuple[tuple[str, str], ...] = ()  # (module, optional group) needed to export
+    make: Callable[[nn.Module, Tensor, str], Any]  # returns the input of `write`; takes a precision
     write: Callable[[Any, ExportInfo, Path], None]
-    open: Callable[[Path, int], ExportedModel]  # with a number of threads
-    sidecar: str | None = None  # suffix of a second file, with the weights
-    reads: tuple[str, ...] = ()  # suffixes of other formats that the runtime reads too
-    is_program: bool = False  # no graph to quantise, and opening it may run what its author wrote
+    open: Callable[[Path, int], ExportedModel]  # takes a number of threads
+    sidecar: str | None = None  # suffix of a second file with the weights
+    reads: tuple[str, ...] = ()  # suffixes of other formats the runtime can read
+    is_program: bool = False  # no graph to quantize; opening it may run its author's code
     notes: tuple[tuple[tuple[str, ...], str], ...] = ()  # (precisions, text)
 
     def files(self, path: Path) -> list[Path]:
-        """Returns the files of a model; the one that is given to the runtime comes last."""
+        """Returns the files of a model; the one passed to the runtime comes last."""
         return [path] if self.sidecar is None else [path.with_suffix(self.sidecar), path]
 
 
 def format_of(path: str | Path) -> Format:
-    """Returns the format of a file by its ending."""
+    """Returns the format for a file's suffix."""
     suffix = Path(path).suffix.lower()
     found = next((known for known in FORMATS.values() if known.suffix == suffix), None)
     if found is None:
@@ -63,7 +63,7 @@ def format_of(path: str | Path) -> Format:
 
 
 def is_exported(source: object) -> bool:
-    """Returns whether something is the name of an exported file, by its ending."""
+    """Returns whether this is the name of an exported file, by its suffix."""
     suffixes = [known.suffix for known in FORMATS.values()]
     return isinstance(source, str | Path) and Path(source).suffix.lower() in suffixes
 
@@ -71,15 +71,15 @@ def is_exported(source: object) -> bool:
 def open_exported(
     path: str | Path, *, runtime: str | None = None, num_threads: int | None = None
 ) -> ExportedModel:
-    """Returns an exported file as a model.
+    """Opens an exported file as a model.
 
     Args:
-        path: a .onnx file, or the .xml file of a pair for OpenVINO, as `export` writes them.
-        runtime: "onnxruntime" or "openvino"; None takes the file's own. OpenVINO runs both.
-        num_threads: of the processor; None is torch's number.
+        path: a .onnx file or an OpenVINO .xml file, written by `export`.
+        runtime: "onnxruntime" or "openvino"; None chooses by format. OpenVINO runs both.
+        num_threads: CPU threads; None uses torch's setting.
 
     Raises:
-        UserError: no such file, it is damaged or not from `export`, or the runtime is not
+        UserError: the file does not exist, is damaged or not from `export`, or the runtime is not
             installed.
     """
     path = expand(path)
@@ -106,7 +106,7 @@ def load_any(
     image_size: ImageSize | None = None,
     resize_weights: ResizeWeights | None = None,
 ) -> Classifier:
-    """Returns a model in memory, or by its name: weights, or an exported file at its own size."""
+    """Returns a model given in memory or by name; an exported file keeps its own size."""
     exported = model if isinstance(model, ExportedModel) else None
     if exported is None and not is_exported(model):
         return open_model(model, image_size, resize_weights or "auto")
@@ -126,7 +126,7 @@ def _write_onnx(graph: Any, info: ExportInfo, path: Path) -> None:
 
 
 def onnx_session(model: bytes | Path, num_threads: int) -> Any:
-    """Returns a session of ONNX Runtime on the processor, which prints nothing."""
+    """Returns a silent ONNX Runtime session on the CPU."""
     onnxruntime = import_extra("onnxruntime", "export")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
@@ -139,7 +139,7 @@ def _open_onnx(path: Path, num_threads: int) -> ExportedModel:
     version = import_extra("onnxruntime", "export").__version__
     try:
         session = onnx_session(path, num_threads)
-    except Exception as error:  # its own exceptions have no common class
+    except Exception as error:  # its exceptions have no common base class
         raise _unreadable("ONNX Runtime", path, error) from error
     info = from_text(session.get_modelmeta().custom_metadata_map, path)
 
@@ -150,7 +150,7 @@ def _open_onnx(path: Path, num_threads: int) -> ExportedModel:
 
 
 def _write_openvino(graph: Any, info: ExportInfo, path: Path) -> None:
-    openvino = import_extra("openvino", "openvino")  # its tools send telemetry, these calls do not
+    openvino = import_extra("openvino", "openvino")  # these calls send no telemetry
     content = with_metadata(graph, to_text(info)).SerializeToString()
     model = openvino.Core().read_model(content)
     try:
@@ -166,12 +166,12 @@ def _open_openvino(path: Path, num_threads: int) -> ExportedModel:
     try:
         model = core.read_model(str(path))
         entries = {
-            name: str(model.get_rt_info(["framework", name]).value)  # where ONNX's own text goes
+            name: str(model.get_rt_info(["framework", name]).value)  # where ONNX metadata ends up
             for name in ENTRIES
             if model.has_rt_info(["framework", name])
         }
         info = from_text(entries, path)
-        # A processor with bfloat16 would otherwise use it for float32 files.
+        # Otherwise a CPU with bfloat16 uses it for float32 files too.
         hint = "bf16" if info.precision == "bfloat16" else "f32"
         settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": num_threads}
         compiled = core.compile_model(model, "CPU", settings)
@@ -192,12 +192,12 @@ def _program(net: nn.Module, example: Tensor, precision: str) -> Any:
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(net, (example,), dynamic_shapes=({0: batch},))
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it names the files of this machine
+        node.meta.pop("stack_trace", None)  # contains local file names
     return program
 
 
 def _write_program(program: Any, info: ExportInfo, path: Path) -> None:
-    content = io.BytesIO()  # on a full disk torch's own writer aborts the process
+    content = io.BytesIO()  # on a full disk torch's file writer aborts the process
     torch.export.save(program, content, extra_files=to_text(info))
     path.write_bytes(content.getbuffer())
 
@@ -214,9 +214,9 @@ def _open_program(path: Path, num_threads: int) -> ExportedModel:
 
 
 def with_bfloat16_products(net: nn.Module) -> nn.Module:
-    """Returns a copy whose products are in bfloat16; the residual stream stays in float32.
+    """Returns a copy with bfloat16 matmuls and a float32 residual stream.
 
-    The stem, and the convolutions between stages, whose results are the stream, are left alone.
+    The stem and the convolutions between stages write the residual stream and stay in float32.
     """
     half = copy.deepcopy(net)
     for module in half.modules():

@@ -1,6 +1,5 @@
-"""The images to predict: files, folders, patterns, URLs, a list on standard input, images in memory
-(PIL, NumPy arrays, encoded bytes), or a data source.
-"""
+"""Inputs of predict: files, folders, patterns, URLs, a list on standard input, images in memory
+(PIL, NumPy arrays, encoded bytes), or a data source."""
 
 from __future__ import annotations
 
@@ -27,12 +26,12 @@ from allmlp.errors import UserError
 
 STANDARD_INPUT = "-"
 AnyImage = str | Path | bytes | np.ndarray | Image.Image
-_LARGEST_DOWNLOAD, _SECONDS = 2**28, 30  # bytes; without an answer
+_LARGEST_DOWNLOAD, _SECONDS = 2**28, 30  # bytes; timeout
 
 
 @dataclass(frozen=True)
 class GivenImages(ImageFiles):
-    """Files and URLs by their names, and encoded images in memory by their index."""
+    """Files and URLs by name, and encoded images in memory by index."""
 
     encoded: dict[int, bytes] = field(default_factory=dict)
 
@@ -44,7 +43,7 @@ class GivenImages(ImageFiles):
 
 
 def is_url(item: object) -> bool:
-    """Returns whether an input is the address of an image."""
+    """Returns whether an input is a URL."""
     return isinstance(item, str) and item.startswith(("http://", "https://"))
 
 
@@ -60,11 +59,11 @@ def _download(url: str) -> bytes:
 
 
 def find_images(inputs: Sequence[AnyImage], listed: Sequence[str] | None = None) -> Source:
-    """Returns the images that the inputs name or are, in that order.
+    """Returns the images given by the inputs, in order.
 
     Args:
-        inputs: any number of images of any kind, "-" once at most; or one data source alone.
-        listed: the paths that "-" means; None reads them from standard input.
+        inputs: any number of inputs of any kind, "-" at most once; or a single data source.
+        listed: the paths "-" stands for; None reads them from standard input.
     """
     if not inputs:
         raise UserError("no images given", fix="Give files, folders or patterns such as 'a/*.jpg'")
@@ -88,7 +87,7 @@ def _names(
     passed_over: Counter[str],
     encoded: dict[int, bytes],
 ) -> Iterator[str]:
-    """Yields the name of every image; puts those in memory into `encoded`."""
+    """Yields the name of every image; adds those in memory to `encoded`."""
     number = 0
     for position, item in enumerate(inputs):
         if not isinstance(item, str | Path):
@@ -109,7 +108,7 @@ def _names(
 
 
 def _encoded(image: Any, position: int) -> bytes:
-    """Returns an image in memory as a file of the same pixels."""
+    """Encodes an image in memory as PNG; bytes are returned unchanged."""
     if isinstance(image, bytes):
         return image
     try:
@@ -148,16 +147,16 @@ def _files(given: str, passed_over: Counter[str]) -> Iterator[str]:
 
 
 def read_list() -> PackedStrings:
-    """Returns the paths on standard input: one per line, or each followed by a zero byte.
+    """Returns the paths on standard input, separated by newlines or zero bytes.
 
-    A path that does not exist becomes a row with an error, as any other bad image.
+    A missing file becomes a row with an error, like any other bad image.
     """
     stream = sys.stdin.buffer
     if stream.isatty():
         what = "'-' reads a list of images, and standard input is a terminal"
         raise UserError(what, fix="find FOLDER -name '*.jpg' | mixer predict MODEL -")
     data = stream.read()
-    # A path may hold a newline only if zero bytes separate them.
+    # Paths with newlines need zero bytes as separators.
     lines = data.split(b"\0" if b"\0" in data else b"\n")
     paths = PackedStrings(
         os.fsdecode(line) for line in (x.removesuffix(b"\r") for x in lines) if line

@@ -1,14 +1,14 @@
-"""A float32 ONNX graph -> the same graph with its dense layers in int8.
+"""int8 quantization of the dense layers of a float32 ONNX graph.
 
-Static, post-training, by ONNX Runtime's quantiser: the range of every layer's input is measured on
-calibration images; inputs are uint8 with a zero point, weights symmetric with a scale for each
-output unit. Of the weights' 8 bits 7 are used: without VNNI an x86 processor adds two products in
-16 bits, where 255 x 127 twice would saturate. QuantizeLinear and DequantizeLinear stand around
-ordinary products (QDQ), which ONNX Runtime and OpenVINO both turn into their own int8 kernels.
-Convolutions, LayerNorm, GELU, sums and products whose weights are not a matrix stay in float32.
+Static post-training quantization with ONNX Runtime's quantizer: activation ranges are measured on
+calibration images; activations are uint8 with a zero point, weights symmetric with a scale per
+output unit. Weights use 7 of 8 bits: without VNNI, x86 CPUs add two products in 16 bits, where
+2 x 255 x 127 would saturate. QuantizeLinear and DequantizeLinear surround ordinary matmuls (QDQ),
+which ONNX Runtime and OpenVINO both turn into int8 kernels. Convolutions, LayerNorm, GELU, sums and
+matmuls without a constant matrix stay in float32.
 
-Which layers suffer most is measured with each of them alone in int8: the root mean square of what
-it changes in the logits, relative to that of the logits. They are the first to stay in float32.
+A layer's sensitivity is the RMS change of the logits with only that layer in int8, relative to the
+RMS of the logits. The most sensitive layers are the first to be kept in float32.
 """
 
 from __future__ import annotations
@@ -25,19 +25,18 @@ from allmlp.deploy.onnx_graph import copied, layer_of
 from allmlp.errors import UserError
 from allmlp.names import import_extra
 
-# Ranges that are tried: they hold the activations of this fraction of the batches. One that leaves
-# out the rare extremes is finer for all the rest.
+# Candidate ranges: they cover the activations of this fraction of the batches. Clipping rare
+# outliers gives a finer resolution.
 QUANTILES = (1.0, 0.9, 0.5)
 _IMAGES_TO_JUDGE = 64
 _TYPES = ["MatMul", "Gemm"]
 
 
 class Int8:
-    """A graph and the ranges of its activations on batches of inputs; it makes int8 graphs.
+    """Quantizes a graph with activation ranges measured on batches of inputs.
 
-    Of `QUANTILES` it takes the one that changes the logits least. `ranked` has the layers, the most
-    sensitive first, and `sensitivity` what each alone changes, by node; both are empty until a
-    layer is to stay in float32.
+    Uses the one of `QUANTILES` that changes the logits least. `ranked` lists the layers, most
+    sensitive first, and `sensitivity` is by node; both are empty until a layer is kept in float32.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class Int8:
         summary: str,
     ) -> None:
         self.layers = dense_layers(graph)
-        if len(self.layers) < 2:  # the head alone is not worth it
+        if len(self.layers) < 2:  # not worth it for the head alone
             what = f"int8 is for dense layers, and this model has next to none: {summary}"
             raise UserError(what, fix="Export it in float32", code="unsupported")
         self.graph, self.num_threads = graph, num_threads
@@ -61,7 +60,7 @@ class Int8:
         self.quantile = min(errors, key=lambda quantile: errors[quantile])
 
     def quantized(self, num_float32: int) -> tuple[Any, list[str]]:
-        """Returns the graph with that many layers in float32, and their names."""
+        """Returns the graph with `num_float32` layers in float32, and their names."""
         if num_float32 and not self.ranked:
             nodes = [node for node, _ in self.layers]
             for node in nodes:
@@ -73,7 +72,7 @@ class Int8:
         return graph, [layer for _, layer in kept]
 
     def _measure(self, batches: Iterable[np.ndarray], folder: Path) -> list[dict[str, Any]]:
-        """Returns the range of every activation in each batch, by name; keeps the first images."""
+        """Returns the activation ranges of each batch by name; keeps the first images."""
         quantization = import_extra("onnxruntime.quantization", "export")
         path = folder / ".calibration.onnx"
         path.write_bytes(self.graph.SerializeToString())
@@ -83,7 +82,7 @@ class Int8:
             if self.num_images < _IMAGES_TO_JUDGE:
                 first.append(batch[: _IMAGES_TO_JUDGE - self.num_images])
             self.num_images += len(batch)
-            calibrator.calibrate_tensors_range = None  # of this batch alone
+            calibrator.calibrate_tensors_range = None  # reset for this batch
             reader = iter([{"images": batch}, None])
             calibrator.collect_data(SimpleNamespace(get_next=lambda reader=reader: next(reader)))
             ranges.append(dict(calibrator.compute_data().items()))
@@ -93,7 +92,7 @@ class Int8:
         return ranges
 
     def _quantized(self, float32: list[str], quantile: float) -> Any:
-        """Returns the graph in int8, except for these nodes."""
+        """Returns the int8 graph with these nodes in float32."""
         quantization = import_extra("onnxruntime.quantization", "export")
         kinds = quantization.QuantType
         bounds = {}
@@ -120,7 +119,7 @@ class Int8:
         return quantizer.model.model
 
     def _error(self, graph: Any) -> float:
-        """Returns how much a graph's logits differ, relative to their spread."""
+        """Returns the error of a graph's logits relative to their spread."""
         spread = self._exact - self._exact.mean(axis=1, keepdims=True)
         size = float(np.sqrt((spread**2).mean()))
         error = float(np.sqrt(((self._logits(graph) - self._exact) ** 2).mean()))
@@ -134,7 +133,7 @@ class Int8:
 
 
 def dense_layers(graph: Any) -> list[tuple[str, str]]:
-    """Returns (node, layer of the model) of the products with a constant matrix, in order."""
+    """Returns (node, layer of the model) for matmuls with a constant matrix, in order."""
     matrices = {constant.name for constant in graph.graph.initializer if len(constant.dims) == 2}
     return [
         (node.name, layer_of(node))

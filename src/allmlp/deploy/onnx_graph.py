@@ -1,7 +1,7 @@
-"""A model -> an ONNX graph in memory, and what is done to such a graph.
+"""Export to an ONNX graph in memory, and transformations of such graphs.
 
-Everything that a file needs is in the graph: the batch may have any size, weights are constants in
-the form in which they are multiplied, and nothing reveals the machine that it was made on.
+Graphs are ready to save: dynamic batch size, weights folded into the form they are multiplied in,
+and no information about the exporting machine.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from allmlp.errors import UserError
 from allmlp.models.layers import ImageClassifier, preprocessing_of
 from allmlp.names import import_extra
 
-OPSET = 20  # the first with a GELU of its own
-LARGEST = 2**31 - 2**20  # bytes: what a protobuf message can hold, less the graph itself
+OPSET = 20  # the first with a GELU operator
+LARGEST = 2**31 - 2**20  # bytes: the protobuf limit, minus space for the graph itself
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class Uint8Input(nn.Module):
-    """A model that takes uint8 images (N, H, W, channels), as decoders give them.
+    """A model that takes uint8 images (N, H, W, channels), as returned by decoders.
 
-    It permutes them if the model was trained on permuted pixels, and normalises them.
+    It normalizes them, and permutes the pixels if the model was trained that way.
     """
 
     order: Tensor | None
@@ -47,7 +47,7 @@ class Uint8Input(nn.Module):
             self.register_buffer(name, torch.tensor(value).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns the logits (N, num_classes) of uint8 images (N, H, W, channels)."""
+        """Returns logits (N, num_classes) for uint8 images (N, H, W, channels)."""
         x = images.permute(0, 3, 1, 2)
         if self.order is not None:
             x = x.flatten(2).index_select(2, self.order).view(x.shape)
@@ -55,7 +55,7 @@ class Uint8Input(nn.Module):
 
 
 def graph_module(model: ImageClassifier, *, uint8_input: bool) -> tuple[nn.Module, Tensor]:
-    """Returns the module to export, in evaluation mode, and an example of its input, N = 2."""
+    """Returns the module to export, in eval mode, and an example input with N = 2."""
     channels, (height, width) = model.config.in_channels, model.config.image_size
     if uint8_input:
         return Uint8Input(model).eval(), torch.zeros(2, height, width, channels, dtype=torch.uint8)
@@ -63,7 +63,7 @@ def graph_module(model: ImageClassifier, *, uint8_input: bool) -> tuple[nn.Modul
 
 
 def to_onnx(net: nn.Module, example: Tensor) -> Any:
-    """Returns a module in evaluation mode as an `onnx.ModelProto` for batches of any size."""
+    """Exports a module in eval mode to an `onnx.ModelProto` with a dynamic batch size."""
     optimizer = import_extra("onnxscript.optimizer", "export")
     num_bytes = sum(tensor.nbytes for tensor in net.state_dict().values())
     if num_bytes >= LARGEST:
@@ -84,13 +84,13 @@ def to_onnx(net: nn.Module, example: Tensor) -> Any:
             verbose=False,
         )
         assert program is not None
-        # What depends on weights only is computed here, of any size: transposed kernels.
+        # Folds everything that depends on weights only, such as transposed kernels.
         optimizer.optimize(program.model, input_size_limit=2**62, output_size_limit=2**62)
         return program.model_proto
 
 
 def with_metadata(model: Any, metadata: dict[str, str]) -> Any:
-    """Returns a copy with this metadata, and without anything that reveals this machine."""
+    """Returns a copy with this metadata and without information about this machine."""
     model = copied(model)
     graph = model.graph
     for part in [*graph.node, *graph.value_info, *graph.initializer]:
@@ -107,9 +107,9 @@ def with_metadata(model: Any, metadata: dict[str, str]) -> Any:
 
 
 def to_bfloat16(model: Any) -> Any:
-    """Returns a copy whose matrices and kernels are stored in bfloat16, half as large.
+    """Returns a copy with matrices and kernels stored in bfloat16, half the size.
 
-    A cast to float32 follows each: in what precision it is multiplied, the runtime decides.
+    Each is followed by a cast to float32; the runtime chooses the compute precision.
     """
     onnx = import_extra("onnx", "export")
     model = copied(model)
@@ -143,7 +143,7 @@ def copied(model: Any) -> Any:
 
 
 def layer_of(node: Any) -> str:
-    """Returns the name, in the model, of the layer that a node came from."""
+    """Returns the name of the model's layer that a node was exported from."""
     scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), None)
     if scopes is None:
         return node.name
@@ -153,7 +153,7 @@ def layer_of(node: Any) -> str:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Hides what exporters print for their own developers."""
+    """Hides the exporters' debug output."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The options of predict, export and serve; without torch, so that their --help is quick."""
+"""Options of predict, export and serve; does not import torch, to keep --help fast."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from allmlp.options import ComputeOptions, ImageSize, Options, Precision, Resize
 class PredictOptions(ComputeOptions):
     """Classify images: files, folders and patterns, or any data source.
 
-    An output with an ending is one file. One without is a folder of part files and a manifest: the
-    same command again writes the missing parts, and under torchrun the processes share them.
+    An output with a file extension is one file, any other a folder of parts and a manifest:
+    repeating the command writes the missing parts; torchrun splits them across processes.
 
     Examples of use:
         mixer predict runs/flowers photo.jpg
@@ -54,10 +54,10 @@ class PredictOptions(ComputeOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Options):
-    """Write a model as a file that runs without this package, and measure that file.
+    """Export a model to a file that runs without this package, and validate it.
 
-    The file is run by its own runtime beside the model: logits, accuracy on --data, speed. A file
-    that fails is not kept, and the exit code is 1.
+    The file is run by its runtime and compared with the model: logits, accuracy on --data, speed. A
+    file that fails is not kept, and the exit code is 1.
 
     Examples of use:
         mixer export runs/flowers --output flowers.onnx --data FOLDER:test
@@ -105,10 +105,10 @@ class ExportOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(Options):
-    """Show a model on a local web page, and answer programs over HTTP.
+    """Serve a model on a local web page and over HTTP.
 
-    The page takes images and shows their classes, which regions the prediction depends on, and what
-    token-mixing units read and write. There is no password: whoever can reach it can use it.
+    The page shows the classes of uploaded images, which regions the prediction depends on, and what
+    token-mixing units read and write. There is no password: anyone with network access can use it.
 
     Examples of use:
         mixer serve runs/flowers

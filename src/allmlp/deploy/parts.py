@@ -1,13 +1,12 @@
-"""Where predictions go: one file, standard output, or a folder of parts that can be resumed.
+"""Outputs of predict: a file, standard output, or a resumable folder of parts.
 
     FOLDER/manifest.json               the job: model, images, settings, number of parts
     FOLDER/part-00000-of-00012.csv     the rows of images 0 to part_size - 1, and so on
-    FOLDER/bad-00000-of-00012.csv      the bad images of that part, if it has any
+    FOLDER/bad-00000-of-00012.csv      the bad images of that part, if any
 
-A part is written atomically, so that one that exists is complete. The same command again writes the
-missing ones; another model, other images or other settings are an error. Batches never cross from
-one part into the next, so that a part has the same bytes whichever parts existed before and
-whichever process wrote it.
+Parts are written atomically, so an existing part is complete. Repeating the command writes the
+missing ones; a different model, images or settings are an error. Batches never span two parts, so a
+part's bytes do not depend on which parts existed before or which process wrote it.
 """
 
 from __future__ import annotations
@@ -57,49 +56,49 @@ from allmlp.names import is_format
 from allmlp.runtime.world import World
 
 MANIFEST = "manifest.json"
-PART_SIZE = 10_000  # images, at most, unless the user gives a number
+PART_SIZE = 10_000  # maximum number of images by default
 _FORMAT, _VERSION = "allmlp predictions", 1
 _ANOTHER = "Give another output, or the model, images and settings that it was begun with"
 
 
 @dataclass(frozen=True)
 class Output:
-    """What is to be written."""
+    """The output to write."""
 
-    path: Path | None  # of the file or the folder; None is standard output
-    suffix: str  # the format of the rows, with the dot
-    is_folder: bool = False  # of parts
-    images: int = 0  # in all parts of a folder
-    part_size: int | None = None  # images per part; the last may have fewer
-    missing: tuple[int, ...] = ()  # the numbers of the parts that do not exist yet
+    path: Path | None  # file or folder; None is standard output
+    suffix: str  # row format, with the dot
+    is_folder: bool = False  # folder of parts
+    images: int = 0  # over all parts
+    part_size: int | None = None  # images per part (the last may have fewer)
+    missing: tuple[int, ...] = ()  # numbers of the missing parts
 
     @property
     def parts(self) -> int:
-        """How many parts a folder will have."""
+        """Total number of parts."""
         return math.ceil(self.images / (self.part_size or 1))
 
     def part(self, number: int, kind: str = "part") -> Path:
-        """Returns the file of a part, or with "bad" that of its bad images."""
+        """Returns the path of a part, or with kind "bad" of its bad images."""
         assert self.path is not None
         suffix = self.suffix if kind == "part" else ".csv"
         return self.path / f"{kind}-{number:05d}-of-{self.parts:05d}{suffix}"
 
     def images_of(self, number: int) -> range:
-        """Returns the indices of a part's images."""
+        """Returns the image indices of a part."""
         assert self.part_size is not None
         return range(number * self.part_size, min((number + 1) * self.part_size, self.images))
 
     def share(self, world: World) -> tuple[int, ...]:
-        """Returns the missing parts that a process is to write."""
+        """Returns the missing parts assigned to a process."""
         return self.missing[world.rank :: world.size]
 
 
 def choose_output(
     output: str | Path | None, format: str | None, part_size: int | None, *, overwrite: bool
 ) -> Output | None:
-    """Returns where rows go, None for nowhere; nothing is made yet.
+    """Returns the output for rows, None for none; creates nothing yet.
 
-    A name without an ending is a folder, as is one that ends in a slash or exists as one.
+    A name without an extension, with a trailing slash or of an existing folder is a folder.
     """
     if output is None:
         return None
@@ -134,12 +133,12 @@ def write_parts(
     world: World,
     on_rows: Callable[[Rows], object],
 ) -> None:
-    """Writes the missing parts, all processes together; returns when all are there.
+    """Writes the missing parts across all processes; returns when all exist.
 
     `on_rows` is called with every batch of this process.
     """
     mine = output.share(world)
-    # One loader for all parts keeps its workers busy from one to the next.
+    # One loader for all parts keeps its workers busy between parts.
     fits = (output.part_size or 1) % predictor.batch_size == 0
     try:
         for group in [mine] if fits and mine else [(part,) for part in mine]:
@@ -165,7 +164,7 @@ def write_parts(
 def _with_bad_images(
     batches: Iterable[Rows], output: Output, part: int, on_rows: Callable[[Rows], object]
 ) -> Iterator[Rows]:
-    """Yields the batches of a part, and at their end writes its bad images."""
+    """Yields the batches of a part, then writes its bad images."""
     file, index = io.StringIO(), output.images_of(part).start
     writer = csv.writer(file, lineterminator="\n")
     for rows in batches:
@@ -182,7 +181,7 @@ def _with_bad_images(
 
 
 def read_bad(output: Output, most: int) -> tuple[int, list[BadImage]]:
-    """Returns how many images of a complete folder are bad, whoever found them, and the first."""
+    """Returns the number of bad images in a complete folder, and the first `most` of them."""
     number, first = 0, []
     for path in (output.part(part, "bad") for part in range(output.parts)):
         if not path.exists():
@@ -196,9 +195,9 @@ def read_bad(output: Output, most: int) -> tuple[int, list[BadImage]]:
 
 
 def _wait_for_all(output: Output, world: World) -> None:
-    """Waits for the parts of the others by their files.
+    """Polls for the parts of other processes.
 
-    In a collective a process may wait half an hour only, and the slowest may need more.
+    A collective times out after half an hour, and the slowest process may need longer.
     """
     wanted = {output.part(part).name for part in output.missing}
     while world.size > 1 and output.path is not None:
@@ -211,13 +210,13 @@ def _wait_for_all(output: Output, world: World) -> None:
         time.sleep(0.1)
 
 
-# --- the manifest ---------------------------------------------------------------------------------
+# --- manifest -------------------------------------------------------------------------------------
 
 
 def begin_parts(
     predictor: Predictor, source: Source, columns: Columns, output: Output, processes: int
 ) -> Output:
-    """Returns the output with what is missing; writes the manifest if it does not exist."""
+    """Returns the output with its missing parts; writes the manifest if it does not exist."""
     folder, number, size = output.path, len(source), output.part_size
     assert folder is not None
     path, job = folder / MANIFEST, _job(predictor, source, columns)
@@ -226,7 +225,7 @@ def begin_parts(
         size = size or begun["table"]["part_size"]
         _check_same(begun, {**job, "table": _table(output, size)}, folder)
     else:
-        # Whole batches, and a few parts per process: a kill loses one, and none waits long.
+        # Whole batches, and a few parts per process: a kill loses one part, and no process idles.
         wanted = min(PART_SIZE, math.ceil(number / (4 * processes)))
         batch_size = predictor.batch_size
         size = size or max(1, math.ceil(wanted / batch_size)) * batch_size
@@ -246,10 +245,10 @@ def _table(output: Output, part_size: int) -> dict[str, Any]:
 
 
 def _job(predictor: Predictor, source: Source, columns: Columns) -> dict[str, Any]:
-    """Returns what the rows depend on, as JSON values, and under "about" what they do not.
+    """Returns everything the rows depend on as JSON values, and other facts under "about".
 
-    Batch size, workers and device are left out: they change a probability in its last digits only,
-    and a job that ran out of memory may resume with a smaller batch.
+    Batch size, workers and device are not included: they only change the last digits, and a job
+    that ran out of memory may resume with a smaller batch size.
     """
     model = predictor.model
     names = "\n".join(model.class_names or []).encode(errors="surrogateescape")
@@ -274,11 +273,11 @@ def _job(predictor: Predictor, source: Source, columns: Columns) -> dict[str, An
 
 
 def identity(model: Classifier) -> str:
-    """Returns the sha256 of all that a model is: its architecture and weights, or its file."""
+    """Returns the sha256 of a model's architecture and weights, or of its file."""
     if isinstance(model, ImageClassifier):
         return weights_hash(model)
     digest, file = hashlib.sha256(), Path(str(model.source))
-    for path in (file, file.with_suffix(".bin")):  # of OpenVINO's two the second has the weights
+    for path in (file, file.with_suffix(".bin")):  # OpenVINO stores its weights in .bin
         if path.exists() and (path == file or file.suffix == ".xml"):
             with path.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
@@ -296,7 +295,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_same(begun: dict[str, Any], job: dict[str, Any], folder: Path) -> None:
-    """Raises UserError with the first value of a job that differs from that of the folder."""
+    """Raises UserError with the first value of a job that differs from the folder's manifest."""
     for group in ("model", "images", "settings", "table"):
         was, now = begun.get(group) or {}, job[group]
         for key in now:

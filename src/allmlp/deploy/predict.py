@@ -1,4 +1,4 @@
-"""A model and images from anywhere -> the most probable classes, or the features, of each."""
+"""`am.predict` and `mixer predict`: the most probable classes, or the features, of images."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from allmlp.weights.load import files_of
 
 __all__ = ["PredictOptions", "Prediction", "predict", "write_predictions"]
 
-_SHOWN = 40  # rows on the screen
-_NAMED = 20  # bad images
+_SHOWN = 40  # rows shown on screen
+_NAMED = 20  # bad images listed
 
 
 @named_memory_errors()
@@ -40,25 +40,25 @@ def predict(
     on_batch: Callable[[int], None] | None = None,
     **fields: Any,
 ) -> list[Prediction]:
-    """Returns the most probable classes of every image, in order; bad images carry an error.
+    """Returns the most probable classes of every image, in order; bad images have an error.
 
     All rows are kept in memory; `write_predictions` keeps one batch. If the output is a folder, the
-    rows are those of the parts that were missing.
+    rows are those of the missing parts.
 
     Args:
-        model: a model, an exported file, or anything that `load_model` takes; without class names
+        model: a model, an exported file, or anything `load_model` accepts; without class names
             the classes are called "0", "1", ...
-        images: one or any number of files, folders (searched to any depth), glob patterns, URLs,
-            PIL images, uint8 arrays (H, W) or (H, W, 3) and encoded bytes; one data source such as
-            "digits:test" or "list.csv"; or an opened source.
-        options: all options in one object.
-        on_batch: called with the number of images of every batch once it is done.
-        **fields: single options: `top_k=3`, `features`, `output`, ... see `PredictOptions`. With
-            the device "auto" a model in memory stays where it is.
+        images: one or more files, folders (searched recursively), glob patterns, URLs, PIL images,
+            uint8 arrays (H, W) or (H, W, 3) and encoded bytes; one data source such as
+            "digits:test" or "list.csv"; or an open source.
+        options: all options as one object.
+        on_batch: called with the number of images after every batch.
+        **fields: fields of `PredictOptions`: `top_k=3`, `features`, `output`, ... With device
+            "auto", a model in memory stays on its device.
 
     Raises:
-        UserError: no such model or image, an output that exists, is read, cannot be written or has
-            an unknown format, or options that do not go together.
+        UserError: no such model or image; an output that exists, is also an input, cannot be
+            written or has an unknown format; or incompatible options.
     """
     predictions: list[Prediction] = []
 
@@ -80,12 +80,12 @@ def write_predictions(
     on_start: Callable[[Predictor, Source, Output | None], object] = lambda *_: None,
     on_rows: Callable[[Rows], object] = lambda rows: None,
 ) -> Output | None:
-    """Writes a row for every image to the output of the options, one batch in memory at a time.
+    """Writes a row for every image to the output, one batch in memory at a time.
 
     Args:
-        model, images: as of `predict`.
-        world: the processes that share the parts of a folder; None is this one alone.
-        on_start: called once all is open, with what is missing; the output is None without one.
+        model, images: as in `predict`.
+        world: processes that share the parts of a folder; None is this process alone.
+        on_start: called once everything is open, with the output and its missing parts, or None.
         on_rows: called with the rows of every batch.
     """
     world = world or World()
@@ -137,34 +137,34 @@ def write_predictions(
 def _open_images(
     images: AnyImage | Iterable[AnyImage] | Source, world: World
 ) -> tuple[Source, list[str]]:
-    """Returns the images, and the files, folders and sources among the inputs by name."""
+    """Returns the images, and the names of files, folders and sources among the inputs."""
     if not isinstance(images, AnyImage | Iterable):
         return images, []
     given: list[Any] = [images] if isinstance(images, AnyImage) else list(images)
     names = [str(item) for item in given if isinstance(item, str | Path) and not is_url(item)]
     listed = None
-    if STANDARD_INPUT in names and world.size > 1:  # it is there once for all processes
+    if STANDARD_INPUT in names and world.size > 1:  # all processes share one
         listed = world.broadcast_from_rank0(read_list)
     return find_images(given, listed), [name for name in names if name != STANDARD_INPUT]
 
 
-# --- the command ----------------------------------------------------------------------------------
+# --- command --------------------------------------------------------------------------------------
 
 
 class _Screen:
-    """What the command shows while it runs, and keeps of the rows to show at the end."""
+    """Console output of the command: progress, and a summary at the end."""
 
     def __init__(self, options: PredictOptions, world: World) -> None:
         self.options, self.world = options, world
         self.reporter = Reporter(quiet=not world.is_main, stderr=options.output == STANDARD_OUTPUT)
-        self.stack = ExitStack()  # of the bar
+        self.stack = ExitStack()  # closes the bar
         self.images = self.bad = 0
         self.rows: list[Prediction] = []
         self.bad_images: list[BadImage] = []
         self.precision = ""
 
     def start(self, predictor: Predictor, source: Source, output: Output | None) -> None:
-        """Prints notes and begins the bar."""
+        """Prints notes and starts the progress bar."""
         number = len(source)
         if self.world.is_main:
             report_notes(notes_of({"": source}))
@@ -195,14 +195,14 @@ class _Screen:
         self.bar.advance(len(rows), f"{self.images / max(seconds, 1e-9):,.0f} images/s")
 
     def end(self, output: Output | None) -> int:
-        """Prints the first rows, where all are, the speed and the bad images; returns the code."""
+        """Prints the first rows, output path, speed and bad images; returns the exit code."""
         seconds = time.monotonic() - self.started
         computed = number = self.images
         if output is not None and output.is_folder:
             computed, number = sum(self.world.gather(computed)), output.images
             if not self.world.is_main:
-                return 0  # whatever was bad: torchrun would end the main process, which reports it
-            self.bad, self.bad_images = read_bad(output, _NAMED)  # also of parts that existed
+                return 0  # even with bad images: torchrun would kill the main process
+            self.bad, self.bad_images = read_bad(output, _NAMED)  # includes existing parts
             parts = f"{plural(output.parts, 'part')}, {plural(number, 'image')}"
             self.reporter.say(f"written  {output.path}: {parts}")
         elif output is None or output.path is not None:

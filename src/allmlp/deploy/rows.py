@@ -1,9 +1,9 @@
-"""A model and images -> rows of predictions, a batch at a time -> a table, written as they come.
+"""Rows of predictions, computed in batches and streamed to a table.
 
-CSV and Parquet have the columns path, then class_1, probability_1, class_2, ... or feature_0,
-feature_1, ... (Parquet: one column of lists, features), then error.
+The columns of CSV and Parquet are path; class_1, probability_1, class_2, ... or feature_0,
+feature_1, ... (Parquet: one list column, features); and error.
 
-Shapes: N images of a batch, K classes, C features.
+Shapes: N images per batch, K classes, C features.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from allmlp.names import import_extra
 
 NOT_FINITE = "the model's numbers for this image are not finite"
 FORMATS = (".csv", ".json", ".jsonl", ".parquet")
-_ROW_GROUP = 2**20  # numbers in a row group of Parquet: what is held in memory
+_ROW_GROUP = 2**20  # numbers per Parquet row group held in memory
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model computes for one image.
+    """The prediction for one image.
 
     Attributes:
-        path: of the image.
-        classes: (class name, probability), the most probable first; empty for a bad image.
-        error: why the image has no prediction; None for a good one.
-        features: float32 (C,), if they were asked for.
+        path: the image.
+        classes: (class name, probability), most probable first; empty for a bad image.
+        error: why there is no prediction; None for a good image.
+        features: float32 (C,), if requested.
     """
 
     path: str
@@ -56,13 +56,13 @@ Rows = list[Prediction]
 
 @dataclass(frozen=True)
 class Columns:
-    """What every row holds: the `width` most probable classes, or the features."""
+    """Contents of a row: the `width` most probable classes, or the features."""
 
     width: int
     features: bool = False
 
     def names(self) -> list[str]:
-        """Returns the names of the columns of a flat table."""
+        """Returns the column names of a flat table."""
         if self.features:
             return [f"feature_{number}" for number in range(self.width)]
         ranks = range(1, self.width + 1)
@@ -72,7 +72,7 @@ class Columns:
 def choose_columns(
     model: Classifier, *, top_k: int | None = None, features: bool = False
 ) -> Columns:
-    """Returns what the rows of a model hold: top_k classes, at most as many as there are, or 5."""
+    """Returns a model's columns: top_k classes (5 by default, at most all) or features."""
     if not features:
         return Columns(min(top_k or 5, len(classes_of(model, or_numbers=True))))
     return Columns(check_features(model).config.hidden_dim, features=True)
@@ -81,15 +81,15 @@ def choose_columns(
 def row_values(
     predictor: Predictor, columns: Columns
 ) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Returns a function from uint8 images (N, channels, H, W) to the numbers of their rows.
+    """Returns a function from uint8 images (N, channels, H, W) to row values.
 
-    Probabilities in falling order or features, float32 (N, width); classes, int64 (N, width or 0);
-    and whether the model's numbers are finite, bool (N,).
+    Sorted probabilities or features, float32 (N, width); classes, int64 (N, width or 0); and
+    whether the model's outputs are finite, bool (N,).
     """
 
     def classes(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = predictor.logits(images)
-        # Sorted instead of torch.topk, which may take any of two classes of equal probability.
+        # Stable sort, because torch.topk breaks ties arbitrarily.
         ordered, order = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
         width = columns.width
         return ordered[:, :width], order[:, :width], logits.isfinite().all(dim=1)
@@ -105,7 +105,7 @@ def row_values(
 def predict_rows(
     predictor: Predictor, source: Source, columns: Columns
 ) -> Generator[Rows, None, None]:
-    """Yields a row for every image, in order, a batch of rows at a time."""
+    """Yields a row for every image, in order, in batches."""
     names = [] if columns.features else classes_of(predictor.model, or_numbers=True)
     for batch in predictor.run(source, row_values(predictor, columns)):
         rows = {image.index: Prediction(image.name, error=image.what) for image in batch.bad}
@@ -132,7 +132,7 @@ def check_table(suffix: str) -> None:
 
 
 def write_table(path: Path | None, suffix: str, batches: Iterable[Rows], columns: Columns) -> None:
-    """Writes rows atomically, one batch in memory at a time; to standard output without a path."""
+    """Writes rows atomically, one batch in memory at a time; without a path, to standard output."""
 
     def write(partial: Path) -> None:
         if suffix == ".parquet":
@@ -152,7 +152,7 @@ def write_table(path: Path | None, suffix: str, batches: Iterable[Rows], columns
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an error of the disk into a UserError."""
+    """Turns disk errors into a UserError."""
     try:
         yield
     except OSError as error:
@@ -167,7 +167,7 @@ def _write_csv(file: TextIO, batches: Iterable[Rows], columns: Columns) -> None:
     for rows in batches:
         for row in rows:
             if row.features is not None:
-                cells = [str(value) for value in row.features]  # a float32 in the fewest digits
+                cells = [str(value) for value in row.features]  # shortest float32 representation
             else:
                 cells = [cell for name, value in row.classes for cell in (name, f"{value:.6f}")]
             cells += [""] * (len(names) - len(cells))
@@ -215,12 +215,12 @@ def _write_parquet(path: Path, batches: Iterable[Rows], columns: Columns) -> Non
 
     def flat(row: Prediction) -> dict[str, Any]:
         cells = [cell for pair in row.classes for cell in pair]
-        values = [row.features] if columns.features else cells  # none of a bad image: null
+        values = [row.features] if columns.features else cells  # null for a bad image
         texts = {"path": _as_text(row.path), "error": row.error and _as_text(row.error)}
         return {**texts, **dict(zip(names, values, strict=False))}
 
     with parquet.ParquetWriter(path, schema) as writer:
-        gathered: list[dict[str, Any]] = []  # every row group has a cost of its own
+        gathered: list[dict[str, Any]] = []  # row groups have a fixed cost
         for rows in batches:
             gathered += map(flat, rows)
             if len(gathered) >= max(1, _ROW_GROUP // (columns.width + 1)):
@@ -231,5 +231,5 @@ def _write_parquet(path: Path, batches: Iterable[Rows], columns: Columns) -> Non
 
 
 def _as_text(text: str) -> str:
-    """Bytes of a path that are not UTF-8 are written as \\xff, since Parquet takes text only."""
+    """Escapes bytes of a path that are not UTF-8 as \\xff, since Parquet accepts text only."""
     return text.encode(errors="surrogateescape").decode(errors="backslashreplace")

@@ -1,7 +1,7 @@
-"""A local page and an HTTP endpoint for one model: `mixer serve`.
+"""`mixer serve`: a local web page and an HTTP endpoint for one model.
 
-Whoever can reach it can use it, for there is no password: it listens on this machine alone unless
-another address is given. The web framework is an optional dependency, imported when served.
+There is no password, so it listens on localhost unless another address is given. The web framework
+is an optional dependency, imported lazily.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from allmlp.options import make
 if TYPE_CHECKING:
     import uvicorn
 
-_SECONDS_TO_END = 2  # for a request in progress after Ctrl-C
-_CONNECTIONS = 256  # those beyond get a 503
+_SECONDS_TO_END = 2  # grace period for requests after Ctrl-C
+_CONNECTIONS = 256  # beyond this, clients get a 503
 
 
 def serve(
@@ -37,24 +37,23 @@ def serve(
     on_ready: Callable[[str, Service], None] = lambda url, service: None,
     **fields: Any,
 ) -> None:
-    """Serves a model until Ctrl-C, which is raised as KeyboardInterrupt.
+    """Serves a model until Ctrl-C, which raises KeyboardInterrupt.
 
-    On a socket of this machine alone, requests that name another host are rejected: a page on the
-    internet whose name was made to lead here could otherwise read the answers.
+    On localhost, requests with another Host header are rejected, to prevent DNS rebinding.
 
     Args:
-        model: or anything that `load_model` or `open_exported` takes.
-        options: all options in one object.
-        on_ready: called with the address once requests are answered.
-        **fields: single options, see `ServeOptions`.
+        model: a model or anything `load_model` or `open_exported` accepts.
+        options: all options as one object.
+        on_ready: called with the URL once the server accepts requests.
+        **fields: fields of `ServeOptions`.
 
     Raises:
-        UserError: the port is taken, there is no such model, or the packages are not installed.
+        UserError: the port is in use, no such model, or packages are not installed.
     """
     options = make(ServeOptions, options, fields)
     for package in ("starlette", "uvicorn", "python_multipart"):
         import_extra(package, "serve")
-    with open_socket(options.host, options.port) as listening:  # before the weights, which are slow
+    with open_socket(options.host, options.port) as listening:  # before the slow loading of weights
         net = load_any(model, options.image_size, options.resize_weights)
         service = Service(net, str(net.source if net is model else model), options)
         address, port = listening.getsockname()[:2]
@@ -66,7 +65,7 @@ def serve(
 
 
 def command(model: str, options: ServeOptions) -> None:
-    """Serves with a line for the address and warnings on standard error."""
+    """Serves a model; prints the URL and, on standard error, warnings."""
 
     def say(url: str, service: Service) -> None:
         if not service.model.class_names:
@@ -85,7 +84,7 @@ def command(model: str, options: ServeOptions) -> None:
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """Returns a listening socket: clients wait from now on until they are answered."""
+    """Returns a listening socket; clients queue until the server is ready."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=128)
@@ -101,7 +100,7 @@ def make_server(service: Service, host: str) -> uvicorn.Server:
 
     from allmlp.deploy.web import Connection, make_app
 
-    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # about damaged forms
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # malformed forms
     own = frozenset(("127.0.0.1", "localhost", "::1", host.lower()))
     config = uvicorn.Config(
         make_app(service, own if service.is_local else None),
@@ -110,7 +109,7 @@ def make_server(service: Service, host: str) -> uvicorn.Server:
         ws="none",
         lifespan="off",
         log_config=None,
-        log_level="critical",  # the application reports what goes wrong in a request
+        log_level="critical",  # the application reports errors itself
         access_log=False,
         proxy_headers=False,
         server_header=False,

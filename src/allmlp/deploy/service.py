@@ -1,7 +1,7 @@
-"""What the local page and its endpoint answer about images; nothing here depends on HTTP.
+"""The service behind the local page and its endpoint, independent of HTTP.
 
-Images come as bytes and answers go as JSON values, with images in them as PNG files in data URLs.
-Classes are computed as `mixer predict` computes them, maps as `mixer inspect --image` does.
+Takes images as bytes and returns JSON values, with images as PNG data URLs. Classes are computed as
+in `mixer predict`, maps as in `mixer inspect --image`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from allmlp.inspection.inspect import FIRST_LAYERS, STRONGEST
 from allmlp.inspection.units import ModelUnits, model_units
 from allmlp.models.layers import Classifier, ImageClassifier, classes_of, preprocessing_of
 
-BATCH_SIZE = 8  # between two batches a request whose client has gone is given up
+BATCH_SIZE = 8  # requests of disconnected clients are dropped between batches
 _NO_UNITS = (
     "An exported file only computes logits. Serve the run or the weights that it was made from to "
     "see its token-mixing units."
 )
 
 File = tuple[str, bytes]  # name, encoded image
-Check = Callable[[int], None]  # called after every batch; raises to give up
+Check = Callable[[int], None]  # called after every batch; raises to abort
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,17 @@ class Uploads:
 
 
 class Service:
-    """A model that answers, under the name that the user gave; not for two threads at once."""
+    """A served model under the name given by the user; not thread-safe."""
 
-    is_local = True  # only this machine can reach it; set before it is served
+    is_local = True  # reachable from this machine only; set before serving
 
     def __init__(self, model: Classifier, name: str, options: ServeOptions | None = None) -> None:
         options = options or ServeOptions()
         self.source, self.max_images = name, options.max_images
         self.image_bytes = round(options.max_megabytes * 1e6)
         self.request_bytes = max(100_000_000, self.image_bytes + 100_000)
-        self.pixels = round(options.max_megapixels * 1e6)  # of all images of a request
-        # The last part of a path; the name of a checkpoint is taken whole.
+        self.pixels = round(options.max_megapixels * 1e6)  # limit per request
+        # The last part of a path, or the full name of a checkpoint.
         self.name = Path(name).resolve().name if Path(name).exists() else name
         self.num_classes = len(classes_of(model, or_numbers=True))
         self.columns = choose_columns(model, top_k=options.top_k)
@@ -104,7 +104,7 @@ class Service:
             self._no_map, self._covered = error.what, 0
 
     def about(self) -> dict[str, Any]:
-        """Returns what is served: the model, what can be drawn of it, and the limits."""
+        """Returns the model, its available maps and the limits."""
         model, preprocessing = self.model, preprocessing_of(self.model)
         precision = self._predictor.precision
         if isinstance(model, ExportedModel):
@@ -135,7 +135,7 @@ class Service:
     def predict(
         self, files: Sequence[File], check: Check, top_k: int | None = None
     ) -> list[dict[str, Any]]:
-        """Returns name, classes and error of every image, in their order."""
+        """Returns name, classes and error of every image, in order."""
         columns = self.columns if top_k is None else choose_columns(self.model, top_k=top_k)
         answers: list[dict[str, Any]] = []
         source = unlabelled(Uploads(files, self.image_bytes), "uploads")
@@ -151,7 +151,7 @@ class Service:
         return name, *decode_image(data, name, self.model)
 
     def occlusion(self, file: File, check: Check) -> dict[str, Any]:
-        """Returns where the probability of the predicted class drops when the image is covered."""
+        """Returns the occlusion map: where covering the image lowers the predicted probability."""
         name, image, pixels = self._open(file)
         found = occlusion(self.model, image, batch_size=BATCH_SIZE, on_batch=check)
         row, column = np.unravel_index(int(found.drop.argmax()), found.drop.shape)
@@ -171,7 +171,7 @@ class Service:
         }
 
     def units(self, file: File, check: Check, layer: int | None = None) -> dict[str, Any]:
-        """Returns the response maps of the units that add most, of a layer or the first three."""
+        """Returns response maps of the strongest units in a layer, or in the first three layers."""
         if not self._layers or self._units is None:
             raise UserError(self._no_units)
         assert isinstance(self.model, ImageClassifier)
@@ -186,7 +186,7 @@ class Service:
 
 
 def _unit(response: UnitResponse, pixels: NDArray[np.uint8]) -> dict[str, Any]:
-    """Images of one unit, each on its own scale; the unit is counted from 1."""
+    """Images of one unit, each normalized separately; units are numbered from 1."""
     largest = max(float(np.abs(response.read).max()), 1e-30)
     written = None
     if response.written is not None:
@@ -202,7 +202,7 @@ def _unit(response: UnitResponse, pixels: NDArray[np.uint8]) -> dict[str, Any]:
 
 
 def data_url(pixels: NDArray[Any]) -> str:
-    """Returns an image (H, W) or (H, W, 1 or 3), uint8 or from 0 to 1, as a PNG in a data URL."""
+    """Encodes an image (H, W) or (H, W, 1 or 3), uint8 or in [0, 1], as a PNG data URL."""
     if pixels.dtype != np.uint8:
         pixels = (pixels * 255).round().astype(np.uint8)
     if pixels.ndim == 3 and pixels.shape[2] == 1:
@@ -211,5 +211,5 @@ def data_url(pixels: NDArray[Any]) -> str:
 
 
 def megabytes(number: int) -> str:
-    """Returns a number of bytes in words: "20.0 MB"."""
+    """Formats a number of bytes: "20.0 MB"."""
     return f"{number / 1e6:.1f} MB" if number >= 1e5 else f"{number:,} bytes"

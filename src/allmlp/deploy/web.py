@@ -1,15 +1,14 @@
-"""The HTTP side of `mixer serve`: the page, the endpoint, its limits and who may use it.
+"""The HTTP side of `mixer serve`: page, endpoints, limits and access control.
 
-    GET  /           the page, with /page.css and /page.js; nothing comes from elsewhere
+    GET  /           the page, with /page.css and /page.js; no external resources
     GET  /health     {"status": "ok"}
-    GET  /model      what is served, and the limits
+    GET  /model      the model and the limits
     POST /predict    images -> a list of {"name", "classes", "error"}
     POST /occlusion  one image -> which regions its class depends on
     POST /units      one image -> what its token-mixing units read and write
 
-A success is what is named here; everything else is {"error": "..."} with its status. The model
-computes one request at a time in a thread of its own, and a few others wait. A request whose client
-has gone is given up.
+Errors are {"error": "..."} with a status code. The model computes one request at a time in a
+separate thread while a few others wait. Requests of disconnected clients are dropped.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ from allmlp.data.image import EncodedImage
 from allmlp.deploy.service import Check, File, Service, megabytes
 from allmlp.errors import UserError, plural
 
-PLACES = 8  # requests that have arrived, and wait or are computed
+PLACES = 8  # requests received that wait or are computed
 FIELD = "images"
 _SEND = f"send image files as multipart/form-data in the field {FIELD!r}, or one as image/*"
-_SECONDS_TO_SEND = 60  # for the whole of a request
+_SECONDS_TO_SEND = 60  # for a complete request
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -61,11 +60,11 @@ _HEADERS = {
 
 
 class _GivenUp(Exception):
-    """The client has gone."""
+    """The client has disconnected."""
 
 
 def make_app(service: Service, hosts: frozenset[str] | None, places: int = PLACES) -> ASGIApp:
-    """Returns the application, for requests that address it by one of the hosts (None: any)."""
+    """Returns the application, which accepts requests for one of the hosts (None: any)."""
     desk = _Desk(service, places)
 
     async def predict(request: Request) -> Response:
@@ -85,7 +84,7 @@ def make_app(service: Service, hosts: frozenset[str] | None, places: int = PLACE
         return await desk.answer(request, work, most=1)
 
     def get(path: str, answer: Callable[[], Response]) -> Route:
-        async def handle(_: Request) -> Response:  # Starlette calls plain functions in threads
+        async def handle(_: Request) -> Response:  # Starlette runs plain functions in threads
             return answer()
 
         return Route(path, handle, methods=["GET"])
@@ -104,7 +103,7 @@ def make_app(service: Service, hosts: frozenset[str] | None, places: int = PLACE
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """Returns JSON whatever went wrong, and a traceback to nobody outside."""
+    """Returns any error as JSON, without a traceback."""
     if isinstance(error, HTTPException):
         messages = {
             404: f"there is no {request.url.path}",
@@ -121,13 +120,13 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 def _json(values: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    # ASCII, for class names need not be valid text.
+    # ASCII, because class names need not be valid text.
     content = json.dumps(values, allow_nan=False).encode("ascii")
     return Response(content, status, headers, media_type="application/json")
 
 
 def _guarded(app: ASGIApp, hosts: frozenset[str] | None) -> ASGIApp:
-    """Returns the application for those who address it by its own name, and from its own page."""
+    """Rejects requests for another host or from another origin."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
@@ -149,7 +148,7 @@ def _guarded(app: ASGIApp, hosts: frozenset[str] | None) -> ASGIApp:
 
 
 def _why_rejected(headers: Headers, method: str, hosts: frozenset[str] | None) -> str | None:
-    """Returns why a request is rejected, or None. Ports may differ: they may be forwarded."""
+    """Returns why a request is rejected, or None. Ports may differ because of forwarding."""
     host = headers.get("host", "")
     name = None
     with contextlib.suppress(ValueError):
@@ -165,7 +164,7 @@ def _why_rejected(headers: Headers, method: str, hosts: frozenset[str] | None) -
 
 
 def _number(request: Request, known: str | None) -> int | None:
-    """Returns the only setting that the address may have, a number from 1."""
+    """Returns the only query parameter allowed, a number from 1."""
     for name, text in request.query_params.items():
         if name != known:
             takes = f"it takes {known}" if known else "it takes none"
@@ -177,9 +176,9 @@ def _number(request: Request, known: str | None) -> int | None:
 
 
 class _Desk:
-    """Where requests with images are read, wait and are computed.
+    """Reads, queues and computes requests with images.
 
-    One that is still being sent takes no place, so that slow clients do not keep out the others.
+    A request still being sent takes no place in the queue, so slow clients do not block others.
     """
 
     def __init__(self, service: Service, places: int) -> None:
@@ -189,7 +188,7 @@ class _Desk:
     async def answer(
         self, request: Request, work: Callable[[list[File], Check], Any], most: int | None = None
     ) -> Response:
-        """Returns what the work gives for the images of a request, of which it takes `most`."""
+        """Returns the result of `work` for a request's images, of which there may be `most`."""
         self._check_places()
         images, is_form = await self._read(request, most or self.service.max_images)
         self._check_places()
@@ -234,7 +233,7 @@ class _Desk:
             gone.cancel()
 
     async def _read(self, request: Request, most: int) -> tuple[list[File], bool]:
-        """Returns the images of a request within the limits, and whether they came in a form."""
+        """Reads a request's images within the limits; also returns whether they came in a form."""
         service = self.service
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         is_form = kind == "multipart/form-data"
@@ -287,17 +286,17 @@ async def _files_of(request: Request) -> list[File]:
 
 
 def _count_pixels(images: Sequence[File]) -> int:
-    """Returns how many pixels the images have by their headers; none is decoded."""
+    """Returns the images' total number of pixels, from their headers."""
     total = 0
     for name, data in images:
-        with contextlib.suppress(UserError):  # reported when its turn comes
+        with contextlib.suppress(UserError):  # reported when decoded
             height, width = EncodedImage(data, name).size
             total += height * width
     return total
 
 
 class Connection(H11Protocol):
-    """A client that is closed if it does not send the head of a request in time."""
+    """A connection that is closed if the client does not send the request head in time."""
 
     seconds_for_head = 10.0
     _timer: asyncio.TimerHandle | None = None

@@ -1,1 +1,1 @@
-"""Where the program computes: device, precision, threads, processes."""
+"""Device, precision, threads and processes."""

@@ -1,4 +1,4 @@
-"""How this machine computes: device, precision, compiling, threads, memory."""
+"""Device, precision, compilation, threads and memory."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import nn
 
 from allmlp.errors import UserError
 
-SMALL_STEP = 2e9  # floating-point operations
-LONG_RUN = 2_000  # steps after which compiling, about a minute, has paid for itself on a GPU
+SMALL_STEP = 2e9  # FLOPs
+LONG_RUN = 2_000  # steps after which compiling (about a minute) pays off on a GPU
 Net = TypeVar("Net", bound=nn.Module)
 _threads_are_chosen: ContextVar[bool] = ContextVar("_threads_are_chosen", default=False)
 
@@ -27,7 +27,7 @@ _threads_are_chosen: ContextVar[bool] = ContextVar("_threads_are_chosen", defaul
 
 
 def choose_device(name: str) -> torch.device:
-    """Returns the device of a name; "auto" is the GPU if there is one."""
+    """Returns the named device; "auto" is the GPU if available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -46,31 +46,31 @@ def choose_device(name: str) -> torch.device:
 
 
 def to_device(model: Net, device: str | None) -> Net:
-    """Returns the model on a device; None leaves it where it is."""
+    """Moves the model to a device; None leaves it in place."""
     return model if device is None else model.to(choose_device(device))
 
 
 def check_device_of_exported(device: str | None) -> None:
-    """Raises UserError for any device but the CPU, on which exported files run."""
+    """Raises UserError for any device but the CPU, the only one for exported files."""
     if device not in (None, "auto", "cpu"):
         what = f"device {device!r}: an exported file runs on the CPU"
         raise UserError(what, where="device", fix="Leave it out")
 
 
-# --- precision and compiling ----------------------------------------------------------------------
+# --- precision and compilation --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ComputePolicy:
-    """How a run computes."""
+    """Precision and compilation of a run."""
 
     device: torch.device
-    precision: str  # of the matrix products, "float32" or "bfloat16"
-    compile: bool  # whether torch.compile is used
-    why: str  # what was chosen and by which rule, in words
+    precision: str  # of matmuls, "float32" or "bfloat16"
+    compile: bool  # whether to use torch.compile
+    why: str  # description of the choice and its reason
 
     def autocast(self) -> torch.autocast:
-        """Returns the context in which the model computes."""
+        """Returns the autocast context for the model."""
         is_half = self.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_half)
 
@@ -78,9 +78,9 @@ class ComputePolicy:
 def choose_policy(
     device: torch.device, precision: str, compile: str, *, operations: int, num_steps: int
 ) -> ComputePolicy:
-    """Returns how a run computes; what the user chose, and not "auto", is never changed.
+    """Resolves "auto" for precision and compile; explicit choices are never changed.
 
-    `operations` are the floating-point operations of one step of this process.
+    `operations` are the FLOPs per step of this process.
     """
     reasons = []
     if precision == "auto":
@@ -102,12 +102,12 @@ def choose_policy(
 
 
 def fast_precision(device: torch.device, operations: int) -> tuple[str, str]:
-    """Returns the precision that a device is fast at for a step of this size, and why."""
+    """Returns the fastest precision on a device for a step of this size, and the reason."""
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return "bfloat16", "this GPU is fast at it"
         return "float32", "this GPU has no fast bfloat16"
-    if operations < SMALL_STEP:  # casting costs a small step more than it gains
+    if operations < SMALL_STEP:  # casts cost more than bfloat16 gains
         return "float32", "a small model"
     if has_fast_bfloat16():
         return "bfloat16", "this processor is fast at it"
@@ -115,7 +115,7 @@ def fast_precision(device: torch.device, operations: int) -> tuple[str, str]:
 
 
 def check_bfloat16(device: torch.device) -> None:
-    """Raises UserError for a GPU without bfloat16."""
+    """Raises UserError for a GPU without bfloat16 support."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
@@ -124,13 +124,13 @@ def check_bfloat16(device: torch.device) -> None:
 
 
 def has_fast_bfloat16() -> bool:
-    """Returns whether the processor multiplies bfloat16 in hardware (AVX512_BF16 or AMX)."""
+    """Returns whether the CPU has bfloat16 matmul instructions (AVX512_BF16 or AMX)."""
     found = torch.cpu.get_capabilities()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("amx_tile"))
 
 
 def can_compile(device: torch.device) -> bool:
-    """Returns whether torch.compile finds the compiler that it needs."""
+    """Returns whether torch.compile has the compiler it needs."""
     named = os.environ.get("CXX") or os.environ.get("CC")
     if named:
         return shutil.which(named.split()[0]) is not None
@@ -139,9 +139,9 @@ def can_compile(device: torch.device) -> bool:
 
 
 def keep_compiled(folder: Path) -> None:
-    """Keeps what torch.compile makes in a folder, unless the user has chosen one.
+    """Sets torch.compile's cache folder, unless the user has set one.
 
-    torch's own default is the folder for temporary files, which a restart may empty.
+    torch's default is the temporary folder, which may be emptied by a reboot.
     """
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,11 +152,11 @@ def keep_compiled(folder: Path) -> None:
 
 
 def threads_for(operations: float) -> int:
-    """Returns how many CPU threads a step of this many operations takes: one, or all of torch's.
+    """Returns the number of CPU threads for a step of this many FLOPs: one, or all of torch's.
 
-    A small step takes a single thread: it is hundreds of tiny operations, and torch's threads meet
-    after each. Where another process takes one of the cores, every meeting waits for the scheduler:
-    such a step was 130 times slower on two threads than on one (docs/decisions.md, 9).
+    A small step is hundreds of tiny operations, and torch's threads synchronize after each. If
+    another process occupies a core, every synchronization waits for the scheduler: such a step was
+    130 times slower on two threads than on one (docs/decisions.md, 9).
     """
     is_small = operations < SMALL_STEP and not _threads_are_chosen.get()
     return 1 if is_small else torch.get_num_threads()
@@ -164,7 +164,7 @@ def threads_for(operations: float) -> int:
 
 @contextlib.contextmanager
 def step_threads(device: torch.device, operations: float) -> Iterator[None]:
-    """Sets `threads_for` a step on a CPU within the block; the caller's number comes back."""
+    """Sets the threads for a step on a CPU within the block; restores them afterwards."""
     before, threads = torch.get_num_threads(), threads_for(operations)
     if device.type != "cpu" or threads == before:
         yield
@@ -184,10 +184,10 @@ def torch_settings(
     *,
     step_operations: float | None = None,
 ) -> Iterator[None]:
-    """Sets torch's threads and matrix products within the block; the caller's come back after it.
+    """Sets torch's threads and matmul settings within the block; restores them afterwards.
 
-    oneDNN multiplies float32 on a CPU where that stays float32. `num_threads` holds for small steps
-    too; evaluations share the number of a training run's step, of `step_operations`.
+    On a CPU, float32 matmuls use oneDNN if it keeps float32 precision. `num_threads` applies to
+    small steps too; evaluations during training use the threads of a step of `step_operations`.
     """
     threads = torch.get_num_threads()
     if num_threads is not None:
@@ -211,10 +211,10 @@ def torch_settings(
 
 
 def _prefer_onednn(products: Any) -> None:
-    """Lets oneDNN multiply float32 matrices, where that stays float32.
+    """Uses oneDNN for float32 matmuls if it keeps float32 precision.
 
-    MKL, torch's own choice, is about half as fast on processors other than Intel's. By its name
-    the setting permits bfloat16; what this processor really does with it is measured here.
+    MKL, torch's default, is about half as fast on non-Intel CPUs. The setting nominally permits
+    bfloat16, so the actual precision on this CPU is measured.
     """
     before = products.fp32_precision
     random = torch.Generator().manual_seed(0)
@@ -226,7 +226,7 @@ def _prefer_onednn(products: Any) -> None:
 
 
 def check_threads(num_threads: int) -> None:
-    """Raises UserError for more threads than the system may be able to start."""
+    """Raises UserError for more threads than the system can safely start."""
     most = max(256, 8 * (os.cpu_count() or 1))
     if not 1 <= num_threads <= most:
         what = f"threads must be from 1 to {most} on this machine, got {num_threads}"
@@ -237,14 +237,14 @@ def check_threads(num_threads: int) -> None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Returns the bytes that are free on the device; None where that is unknown."""
+    """Returns the device's free memory in bytes; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return _memory("MemAvailable")
 
 
 def total_memory(device: torch.device) -> int | None:
-    """Returns the bytes of the device, for a CPU including swap; None where that is unknown."""
+    """Returns the device's total memory in bytes, for a CPU including swap; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return _memory("MemTotal", "SwapTotal")
@@ -260,7 +260,7 @@ def _memory(*names: str) -> int | None:
 
 
 def check_fits_memory(num_values: int, what: str, device: str | torch.device = "cpu") -> None:
-    """Raises UserError if this many float32 values exceed all memory of the device."""
+    """Raises UserError if this many float32 values exceed the device's total memory."""
     available, needed = total_memory(torch.device(device)) or 2**40, 4 * num_values
     if needed > available:
         gibibytes = f"{needed / 2**30:,.0f} GiB, the machine has {available / 2**30:,.0f}"

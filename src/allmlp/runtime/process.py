@@ -1,4 +1,4 @@
-"""What this process asks of the system: threads that soon sleep, and memory that is kept."""
+"""Process settings: OpenMP spinning, memory allocation, standard streams."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import sys
 
 from allmlp.errors import UserError
 
-# How long threads of OpenMP that wait for the others look again and again before they sleep: turns
-# of a loop (libgomp's default is 300,000, some 3 ms) and ms (Intel's and LLVM's, 200). Meanwhile
-# they keep the core from whoever has the work that they wait for (benchmarks/shared_machine.md).
+# How long waiting OpenMP threads spin before they sleep: loop iterations in libgomp (default
+# 300,000, some 3 ms) and ms for Intel and LLVM (default 200). A spinning thread may block the core
+# that the thread it waits for needs (benchmarks/shared_machine.md).
 SPIN_COUNT, BLOCK_TIME = 10_000, 1
 
-# glibc's <malloc.h>: what may be set, by number.
+# mallopt parameters from glibc's <malloc.h>.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _NEVER = -1
 
 
 def sleep_soon() -> None:
-    """Lets waiting threads of OpenMP sleep soon, unless the user has chosen.
+    """Makes waiting OpenMP threads sleep soon, unless the user has set this.
 
-    OpenMP reads it as torch is imported: after that nothing can be done. Child processes inherit.
+    Must run before torch is imported, when OpenMP reads it. Child processes inherit the setting.
     """
     if "torch" in sys.modules or "OMP_WAIT_POLICY" in os.environ:
         return
@@ -30,16 +30,15 @@ def sleep_soon() -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Lets the allocator keep what is freed for what is asked for next.
+    """Makes the allocator reuse freed memory instead of returning it to the system.
 
-    glibc gives large blocks back to the system as soon as they are free, and the next layer's
-    activations are paged in anew: of a training step of Mixer-S/16 that was 8 per cent
-    (benchmarks/training.md). It is done where a model is created, since such a process is there to
-    compute: what it frees is there for its next batch, but not for other processes until it ends.
+    glibc returns large blocks as soon as they are freed, so the next layer's activations must be
+    paged in again: 8% of a training step of Mixer-S/16 (benchmarks/training.md). Called when a
+    model is created; the memory is not available to other processes until this one ends.
 
     Returns:
-        Whether it was done: not where the user has chosen (MALLOC_..., GLIBC_TUNABLES), nor with
-        another C library.
+        Whether it was done: not if the user has set MALLOC_... or GLIBC_TUNABLES, nor with another
+        C library.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False
@@ -47,15 +46,15 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # musl, macOS, Windows
         return False
-    # An older glibc takes no threshold above 32 MiB; setting one ends that it moves by itself.
+    # Older glibc accepts at most 32 MiB; setting a threshold also stops glibc from adjusting it.
     taken = mallopt(_MMAP_THRESHOLD, 2**30) or mallopt(_MMAP_THRESHOLD, 2**25)
     return bool(taken and mallopt(_TRIM_THRESHOLD, _NEVER) and mallopt(_TOP_PAD, 2**26))
 
 
 def open_standard_streams() -> None:
-    """Opens /dev/null where standard input, output or error is closed, as in `mixer ... <&-`.
+    """Opens /dev/null for closed standard streams, as in `mixer ... <&-`.
 
-    The next file to be opened would take its number, and get what is meant for the stream.
+    Otherwise the next opened file would get the descriptor, and what is written to the stream.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -67,12 +66,12 @@ def open_standard_streams() -> None:
 
 
 def is_main_process() -> bool:
-    """Returns whether this is the only process, or of torchrun's the one that prints."""
+    """Returns whether this is the only process, or the one that prints under torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def refuse_removed_folder() -> None:
-    """Raises UserError where the working directory is no longer there; torch would not load."""
+    """Raises UserError if the working directory was removed; torch would fail to load."""
     try:
         os.getcwd()
     except FileNotFoundError as error:

@@ -1,8 +1,8 @@
-"""Several processes that work on one model: the only file with collectives.
+"""Distributed processes; the only module with collectives.
 
-torchrun starts the processes and gives each its rank by environment variables; without them there
-is one process, and nothing here does anything. Every process reads its part of every batch, so that
-all together read what one process alone would.
+torchrun starts the processes and sets their ranks in environment variables; without them there is a
+single process and everything here is a no-op. Every process reads its part of every batch, together
+the same images as a single process.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from allmlp.io import process_lives
 from allmlp.runtime.device import choose_device
 
 TIMEOUT = datetime.timedelta(minutes=30)  # the slowest process may be reading a cold disk
-_PATIENCE = 3.0  # seconds to look for the reason of a lost connection
+_PATIENCE = 3.0  # seconds to find the cause of a lost connection
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that work together, and which of them this is."""
+    """The group of processes, and this process's rank."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # from 0 on each machine; it chooses the GPU
-    peers: tuple[tuple[str, int], ...] = ()  # by rank: the machine and the process number
+    local_rank: int = 0  # rank on this machine; selects the GPU
+    peers: tuple[tuple[str, int], ...] = ()  # by rank: machine and process id
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def all_reduce_mean(self, value: float) -> float:
-        """Returns the mean of all processes' numbers."""
+        """Returns the mean over all processes."""
         if self.size == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64)
@@ -56,7 +56,7 @@ class World:
         return total.item() / self.size
 
     def all_reduce_max(self, value: int) -> int:
-        """Returns the largest of all processes' numbers."""
+        """Returns the maximum over all processes."""
         if self.size == 1:
             return value
         most = torch.tensor(value, dtype=torch.int64)
@@ -64,7 +64,7 @@ class World:
         return int(most)
 
     def gather(self, value: Any) -> list[Any]:
-        """Returns all processes' values by rank. (They trust each other: any object.)"""
+        """Returns all processes' values by rank; any picklable object, from trusted peers."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -87,41 +87,41 @@ class World:
         return values[0]
 
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrites tensors, the same ones on every process, with those of rank 0."""
+        """Overwrites the tensors on every process with those of rank 0."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
     def barrier(self) -> None:
-        """Waits until all processes have come here."""
+        """Waits for all processes."""
         if self.size > 1:
             dist.barrier()
 
     def dead_ranks(self) -> list[int]:
-        """Returns the ranks on this machine whose process has ended."""
+        """Returns the ranks on this machine whose process has exited."""
         here = socket.gethostname()
         peers = enumerate(self.peers)
         return [n for n, (host, pid) in peers if host == here and not process_lives(pid)]
 
 
 def is_distributed() -> bool:
-    """Returns whether torchrun, or a launcher with its variables, started this process."""
+    """Returns whether torchrun or a compatible launcher started this process."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
-_joined: list[tuple[World, torch.device]] = []  # what this process has joined, if anything
+_joined: list[tuple[World, torch.device]] = []  # joined world, if any
 
 
 @contextlib.contextmanager
 def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
-    """Joins the other processes within the block; yields the world and this process's device.
+    """Joins the process group within the block; yields the world and this process's device.
 
-    With several processes and "cuda" each takes the GPU of its local rank.
+    With several processes and "cuda", each uses the GPU of its local rank.
     """
     if not is_distributed():
         yield World(), choose_device(device)
         return
-    if _joined:  # a study joins once, for all of its runs
+    if _joined:  # a study joins once for all runs
         yield _joined[-1]
         return
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -135,7 +135,7 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     store, rank, size = _rendezvous(TIMEOUT)
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
-    # An error of one process breaks the connections of all others without a reason: it leaves one.
+    # An error in one process breaks the others' connections, so it leaves its reason here.
     notes = PrefixStore("notes", store)
     try:
         alone = World(rank, size, local_rank)
@@ -145,7 +145,7 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
         try:
             yield world, chosen
         except UserError as error:
-            with contextlib.suppress(RuntimeError):  # the process that kept the store has ended
+            with contextlib.suppress(RuntimeError):  # the store's process has exited
                 notes.set(str(rank), json.dumps((error.what, error.where, error.fix)))
             raise
         except RuntimeError as error:
@@ -159,19 +159,18 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
 
 
 def _rendezvous(timeout: datetime.timedelta) -> tuple[Store, int, int]:
-    """Returns a store that only the processes of this start use, the rank, and the world size.
+    """Returns a store used by this (re)start only, the rank and the world size.
 
-    torchrun has one store for all its restarts, and what dead processes have written there would
-    mislead the living: to addresses where nobody listens any more (pytorch/pytorch#135712). So rank
-    0 draws a name for the part of the store that is used. A name drawn by each of the others shows
-    that it has been answered itself, and not the process that had its rank before.
+    torchrun shares one store across restarts, with stale addresses of dead processes in it
+    (pytorch/pytorch#135712). So rank 0 draws a random prefix for the store. The other ranks send a
+    random name with their request, so that an answer cannot be one to their predecessor.
     """
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     name = uuid.uuid4().hex
     if rank > 0:
         store.set(f"hello/{rank}", name)
-        name = store.get(f"answer/{name}").decode()  # waits for it
+        name = store.get(f"answer/{name}").decode()  # blocks
         store.set(f"{name}/heard/{rank}", "")
         return PrefixStore(name, store), rank, size
     waiting, end = set(range(1, size)), time.monotonic() + timeout.total_seconds()
@@ -194,12 +193,12 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 
 
 def _lost(world: World, notes: Store, error: RuntimeError) -> UserError:
-    """Returns what a broken connection means: which process has ended, and why."""
+    """Explains a broken connection: which process has exited, and why."""
     others = [rank for rank in range(world.size) if rank != world.rank]
     end = time.monotonic() + _PATIENCE
     while time.monotonic() < end:
         gone = set(others) & set(world.dead_ranks())
-        with contextlib.suppress(RuntimeError):  # the process that kept the store has ended
+        with contextlib.suppress(RuntimeError):  # the store's process has exited
             for rank in others:
                 if notes.check([str(rank)]):
                     what, where, fix = json.loads(notes.get(str(rank)))
@@ -216,10 +215,10 @@ def _lost(world: World, notes: Store, error: RuntimeError) -> UserError:
 
 
 def parallelize(model: nn.Module, sharding: str, world: World) -> nn.Module:
-    """Returns the model as all processes train it; its parameters stay those of `model`.
+    """Wraps the model for distributed training; the parameters stay those of `model`.
 
-    Sharding "none": every process has all of the state (DDP); "full": each has a part of every
-    parameter, gradient and optimizer state (FSDP2), and `model` itself becomes sharded.
+    Sharding "none": every process holds the full state (DDP); "full": parameters, gradients and
+    optimizer state are sharded (FSDP2), and `model` itself becomes sharded.
     """
     if world.size == 1:
         return model
@@ -237,7 +236,7 @@ def parallelize(model: nn.Module, sharding: str, world: World) -> nn.Module:
 
 @contextlib.contextmanager
 def no_sync(network: nn.Module, accumulate: bool = True) -> Iterator[None]:
-    """Accumulates gradients on each process within the block; the next one outside reduces them."""
+    """Accumulates local gradients within the block; the next backward outside reduces them."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(network, FSDPModule):
@@ -251,7 +250,7 @@ def no_sync(network: nn.Module, accumulate: bool = True) -> Iterator[None]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Returns all of a tensor that may be sharded over the processes; a collective."""
+    """Gathers a tensor that may be sharded; a collective."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -259,7 +258,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_full_parameters(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copies named parameters, full or sharded, into an ordinary model with the same names."""
+    """Copies named parameters, full or sharded, into an unsharded model with the same names."""
     targets = dict(model.named_parameters())
     for name, tensor in tensors:
         targets[name].copy_(full_tensor(tensor))

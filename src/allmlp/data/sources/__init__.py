@@ -1,7 +1,7 @@
-"""Where images come from: SOURCE, SOURCE:SPLIT or SOURCE:SPLIT[PART], as docs/data.md describes.
+"""Opening data by name: SOURCE, SOURCE:SPLIT or SOURCE:SPLIT[PART], see docs/data.md.
 
-A file in this folder for each kind; the classes of all are made here, and matched by name, never by
-position. Nothing here ever writes to the user's files.
+One module per kind of source; classes are built here for all of them, and matched by name, never by
+position. User files are never modified.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from allmlp.data.sources import digits, folders, hub, lists, packed, parquet, su
 from allmlp.data.sources.subset_file import SubsetFile, is_subset_file, read_subset_file, select
 from allmlp.errors import UserError, near_names
 
-# What a source can be, the first that matches; a subset file is read from another source.
+# Kinds of sources; the first match wins. A subset file refers to another source.
 KINDS = (digits.KIND, hub.KIND, packed.KIND, parquet.KIND, folders.KIND, lists.KIND)
 _KNOWN = (
     "digits, a list (.csv, .tsv, .txt, .jsonl), Parquet files, packed data, hf:owner/name, or "
     + folders.LAYOUT
 )
-# classes: labels become classes, the same in all splits. numbers: every split has classes of its
-# own, for a label rule. none: labels are not looked at. any: as classes only where the name of the
-# source needs them, #label=COLUMN or a part such as [:90%].
+# classes: labels become classes, the same in all splits. numbers: classes per split, for a label
+# rule. none: labels are ignored. any: like classes, but only if the source name needs labels
+# (#label=COLUMN or a part such as [:90%]).
 Labels = Literal["classes", "numbers", "none", "any"]
 
 
 def open_splits(
     name: str, *, labels: Labels = "classes", first_of: Sequence[str] = ()
 ) -> dict[str, Source]:
-    """Returns the splits of a source, by the names train, validation and test.
+    """Returns the splits of a source by name: train, validation, test.
 
-    SOURCE:SPLIT has that split alone; with `first_of` only the first of these is returned.
+    SOURCE:SPLIT returns that split only; `first_of` returns only the first of these that exists.
     """
     spec = parse_name(name)
     if labels == "any":
@@ -54,7 +54,7 @@ def open_splits(
         if "label" in spec.options:
             labels = "classes"
         elif spec.part is not None or is_subset_file(spec):
-            with contextlib.suppress(UserError):  # what else is wrong is reported below
+            with contextlib.suppress(UserError):  # other errors are reported below
                 return open_splits(name, first_of=first_of)
     records = _records(spec, labels)
     if spec.split is not None and spec.split not in records:
@@ -97,7 +97,7 @@ def open_source(
     labels: Labels = "classes",
     first_of: Sequence[str] = ("test", "validation", "train"),
 ) -> Source:
-    """Returns one split: that of SOURCE:SPLIT, else the first of `first_of` that SOURCE has."""
+    """Returns one split: the one named by SOURCE:SPLIT, else the first of `first_of` in SOURCE."""
     return next(iter(open_splits(name, labels=labels, first_of=first_of).values()))
 
 
@@ -142,19 +142,19 @@ def _subset_records(spec: SourceSpec, labels: Labels) -> dict[str, Records]:
 
 
 def kind_of(spec: SourceSpec) -> Kind | None:
-    """Returns the kind of data that a name means; None for a subset file, or no data."""
+    """Returns the kind of data; None for a subset file or no data."""
     return next((kind for kind in KINDS if kind.matches(spec)), None)
 
 
 def notes_of(splits: Mapping[str, Source]) -> list[str]:
-    """Returns what there is to say about data apart from its images, a line each."""
+    """Returns the notes on all splits, one line each."""
     return list(dict.fromkeys(note for source in splits.values() for note in source.notes))
 
 
 def read_from(name: str | Path) -> Iterator[str]:
-    """Yields the files and folders on this machine that a source of data is read from.
+    """Yields the local files and folders that a source, or a pattern of images, is read from.
 
-    Also for a file, folder or pattern of images. For a list that is the list, not its images.
+    For a list, the list itself and not its images.
     """
     path = os.path.expanduser(name if isinstance(name, Path) else parse_name(name).base)
     if os.path.isdir(path):
@@ -163,14 +163,14 @@ def read_from(name: str | Path) -> Iterator[str]:
     elif os.path.exists(path):
         yield path
         if path.lower().endswith(subset_file.SUFFIX):
-            with contextlib.suppress(UserError):  # which is reported where the data is opened
+            with contextlib.suppress(UserError):  # reported when the data is opened
                 yield from read_from(read_subset_file(Path(path)).source)
     else:
         yield from glob.glob(path, recursive=True)
 
 
 def _linked_folders(folder: str) -> Iterator[str]:
-    """The folders of splits and classes that are links to elsewhere."""
+    """Yields split and class folders that are symbolic links."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if not entry.name.startswith(".") and entry.is_dir():
@@ -181,14 +181,14 @@ def _linked_folders(folder: str) -> Iterator[str]:
 
 
 def names_source(name: str) -> bool:
-    """Whether the string names data that is not on disk: digits, digits:test, digits@1."""
+    """Whether the string names built-in data: digits, digits:test, digits@1."""
     return digits.names_digits(parse_name(name))
 
 
 def is_data(name: str) -> bool:
-    """Whether the string names data of a known kind, and not image files to be found.
+    """Whether the string names data of a known kind rather than image files to search for.
 
-    A folder is data if it has packed data or Parquet files, or if a split is named.
+    A folder is data if it contains packed data or Parquet files, or if a split is named.
     """
     spec = parse_name(name)
     if spec.split or spec.options:

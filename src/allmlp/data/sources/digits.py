@@ -1,8 +1,8 @@
-"""The digits: 1,797 real 8x8 scans that come with the package.
+"""The digits: 1,797 real 8x8 scans bundled with the package.
 
 Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
 Repository, 1998, https://doi.org/10.24432/C50P49, licence CC BY 4.0. `digits.csv.gz` is its test
-set as scikit-learn distributes it: 64 values from 0 to 16 and the class in every row.
+set as distributed by scikit-learn: 64 values from 0 to 16 and the class in every row.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from allmlp.errors import UserError
 
 
 def open_digits(spec: SourceSpec, labels: bool) -> dict[str, Records]:
-    """Returns 1,259 / 179 / 359 images: a fifth of every class for test, an eighth of the rest for
-    validation. "digits@1", "digits@2", ... are other such splits.
-    """
+    """Returns 1,259 / 179 / 359 images: 1/5 of every class for test, 1/8 of the rest for
+    validation. "digits@1", "digits@2", ... are other random splits."""
     _, _, text = spec.base.partition("@")
     if not (spec.base == "digits" or text.isdecimal()):
         fix = "digits, or digits@1 for another split"
@@ -44,7 +43,7 @@ def open_digits(spec: SourceSpec, labels: bool) -> dict[str, Records]:
 
 
 def names_digits(spec: SourceSpec) -> bool:
-    """Whether the name means the digits, and not a folder that is called so."""
+    """Whether the name means the digits and not a folder of that name."""
     return spec.base.partition("@")[0] == "digits" and not spec.path.exists()
 
 

@@ -1,4 +1,4 @@
-"""Folders of images: which files count, class folders, and which folder is which split."""
+"""Folders of images: image files, class folders and split folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from allmlp.data.source import ImageFiles, PackedStrings
 from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec, split_named
 from allmlp.errors import UserError, plural
 
-# Image files of kinds that are not read, but counted and reported.
+# Image formats that are not supported, but counted and reported.
 _UNREAD = frozenset(
     re.findall(
         r"\.\w+",
@@ -26,7 +26,7 @@ _UNREAD = frozenset(
         .x3f .exr .hdr .dcm .dicom .fits .npy .pfm .dds .qoi .pcx .sgi .ras .wmf .emf .pict""",
     )
 )
-# Folders that a NAS, an archive or a file system adds; some hold thumbnails of the images.
+# Folders added by a NAS, archive or file system; some contain thumbnails.
 _SYSTEM = frozenset(
     (
         *("@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", "__macosx", "$recycle.bin"),
@@ -38,9 +38,9 @@ LAYOUT = "class folders: FOLDER/train/<class>/*.jpg (val/ and test/ if you have 
 
 
 def open_folders(spec: SourceSpec, labels: bool) -> dict[str, Records]:
-    """Returns the images of FOLDER/<split>/<class>/ or FOLDER/<class>/, at any depth below.
+    """Returns the images in FOLDER/<split>/<class>/ or FOLDER/<class>/, at any depth.
 
-    Without labels the images may also lie directly in the folder.
+    Without labels, images may also be directly in the folder.
     """
     folder = spec.path
     if any(folder.glob("*.tar")) and not subfolders(folder):
@@ -66,11 +66,11 @@ def open_folders(spec: SourceSpec, labels: bool) -> dict[str, Records]:
 def scan_images(
     folder: str, inside: str = "", passed_over: Counter[str] | None = None
 ) -> Iterator[str]:
-    """Yields the image files in the folder at any depth below `inside`, relative to the folder.
+    """Yields image paths at any depth below `inside`, relative to the folder, sorted per folder.
 
-    Sorted, folder by folder. Hidden files and folders are skipped; a link to a file is one, a link
-    to a folder deep inside is not followed: links may form a circle. `passed_over` counts the other
-    files: by ending if they seem to be images, else as "".
+    Hidden files and folders are skipped. Links to files are followed, links to nested folders are
+    not, since they may form cycles. `passed_over` counts other files: by extension if they look
+    like images, else as "".
     """
     for entry in _entries(os.path.join(folder, inside)):
         if _is_hidden(entry.name):
@@ -83,12 +83,12 @@ def scan_images(
         suffix = os.path.splitext(entry.name)[1].lower()
         if suffix in SUFFIXES:
             yield path
-        elif passed_over is not None:  # ".jpg_large" seems to be an image, too
+        elif passed_over is not None:  # ".jpg_large" looks like an image, too
             passed_over[suffix if suffix in _UNREAD or suffix.startswith(SUFFIXES) else ""] += 1
 
 
 def passed_over_note(passed_over: Counter[str], folder: Path | None = None) -> tuple[str, ...]:
-    """Returns the note on files that seem to be images and are not read, if there are any."""
+    """Returns a note on files that look like images but are not read, if any."""
     named = Counter({suffix: count for suffix, count in passed_over.items() if suffix})
     if not named:
         return ()
@@ -102,7 +102,7 @@ def _listed(counts: Counter[str]) -> str:
 
 
 def no_images(folder: Path, what: str = "the folder") -> UserError:
-    """Returns the error for a folder without images, which says what it has instead."""
+    """Returns the error for a folder without images, naming what it contains instead."""
     passed_over: Counter[str] = Counter()
     for _ in scan_images(str(folder), passed_over=passed_over):
         pass
@@ -120,12 +120,12 @@ def _is_hidden(name: str) -> bool:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself: a file that cannot be read
+    except OSError:  # a link to itself: unreadable
         return False
 
 
 def _loose_image(folder: Path) -> str | None:
-    """The name of an image directly in the folder, if there is one."""
+    """The name of an image directly in the folder, if any."""
     for entry in _entries(str(folder)):
         is_image = os.path.splitext(entry.name)[1].lower() in SUFFIXES
         if is_image and not _is_hidden(entry.name) and not _is_folder(entry):
@@ -142,7 +142,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Returns the names of the folders directly in a folder, in natural order; none hidden."""
+    """Returns the names of a folder's visible subfolders in natural order."""
     entries = _entries(str(folder))
     names = [entry.name for entry in entries if not _is_hidden(entry.name) and _is_folder(entry)]
     return sorted(names, key=natural_order)
@@ -170,9 +170,9 @@ def _class_folder(folder: Path, notes: tuple[str, ...]) -> Records:
 
 
 def _check_class_folders(folder: Path) -> None:
-    """Checks that the folders in the place of classes are not really splits, folds or wrappers.
+    """Checks that the class folders are not actually splits, folds or wrapper folders.
 
-    A class may be called "train" if its own parent is named as a split: FOLDER/train/train.
+    A class may be called "train" if its parent is a split folder: FOLDER/train/train.
     """
     classes = subfolders(folder)
     check_twins(classes, folder)
@@ -185,7 +185,7 @@ def _check_class_folders(folder: Path) -> None:
         raise UserError(what, where=folder, fix=fix)
     splits = [name for name in classes if split_named(name)]
     is_split = split_named(folder.absolute().name) is not None
-    # seg_train and seg_test: the same name but for a split
+    # seg_train and seg_test: names that differ only by the split
     rests = Counter(rest for name in classes for rest in _without_split(name))
     are_parts = all(split_named(name) or re.fullmatch(_FOLD, name) for name in classes)
     if (are_parts and len(classes) > is_split) or max(rests.values(), default=0) > 1:
@@ -200,14 +200,14 @@ def _check_class_folders(folder: Path) -> None:
 
 
 def _without_split(name: str) -> set[tuple[str, ...]]:
-    """What is left of a name of several words without one that means a split."""
+    """The words of a name without the one that names a split, for each such word."""
     words = re.split(r"[-_. ]+", name)
     places = [at for at, word in enumerate(words) if len(words) > 1 and split_named(word)]
     return {(*words[:at], "", *words[at + 1 :]) for at in places}
 
 
 def _shared_subfolders(folder: Path, classes: list[str]) -> list[str]:
-    """The subfolders that each of these folders has; none if one has images directly in it."""
+    """The subfolders common to all of these folders; empty if one directly contains images."""
     if not classes or any(_loose_image(folder / name) for name in classes):
         return []
     names = (set(subfolders(folder / name)) for name in classes)
@@ -215,10 +215,10 @@ def _shared_subfolders(folder: Path, classes: list[str]) -> list[str]:
 
 
 def _find_splits(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The folder of each split, and the names of other folders with images.
+    """Returns the folder of each split, and the names of other folders with images.
 
-    A folder of classes is its own train split. A folder that is named as a split but has no folders
-    in it is none. Of test/test/<class> the inner one is the split.
+    A folder of classes is the train split. A folder named like a split but without subfolders is
+    not one. In test/test/<class>, the inner folder is the split.
     """
     splits: dict[str, Path] = {}
     known: set[str] = set()

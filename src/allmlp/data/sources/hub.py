@@ -1,6 +1,6 @@
-"""Data sets of the Hugging Face hub: "hf:owner/name[@revision]", through the `datasets` package.
+"""Data sets from the Hugging Face hub, "hf:owner/name[@revision]", through the `datasets` package.
 
-Its files lie in the package's own cache; the images are read as they were put in, not decoded.
+Files stay in that package's cache; images are read in their original encoding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PREFIX = "hf:"
 
 @dataclass
 class HubImages:
-    """The images of a split; `dataset` gives `column` not decoded: {"bytes": ..., "path": ...}."""
+    """The images of a split; `column` of `dataset` is undecoded: {"bytes": ..., "path": ...}."""
 
     name: str
     dataset: Any
@@ -66,7 +66,7 @@ class HubImages:
 
 
 def open_hub(spec: SourceSpec, labels: bool) -> dict[str, Records]:
-    """Returns those splits of a data set that are called train, validation and test."""
+    """Returns the train, validation and test splits of a data set."""
     found = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", spec.base)
     if not found:
         fix = "hf:owner/name or hf:owner/name@revision"
@@ -121,13 +121,13 @@ def _load(repository: str, revision: str | None, spec: SourceSpec) -> Any:
 
     offline = constants.HF_HUB_OFFLINE
     try:
-        # Without a network the libraries retry for half a minute; one attempt is enough.
+        # Offline, the libraries would retry for half a minute.
         if not (offline or is_reachable(constants.ENDPOINT)):
             constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         return datasets.load_dataset(
             repository, spec.options.get("config"), revision=revision, streaming=False
         )
-    except Exception as error:  # whatever the package, the hub and the network layer raise
+    except Exception as error:  # from the package, the hub or the network
         reason = (str(error) or type(error).__name__).strip()
         fix = f"See https://huggingface.co/datasets/{repository}; if it is private: hf auth login"
         if "Config name is missing" in reason or "BuilderConfig" in reason:

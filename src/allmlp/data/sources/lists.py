@@ -1,6 +1,6 @@
-"""Lists of images: a CSV (.tsv, .txt) or JSONL file with a path in every row, and maybe a label.
+"""Lists of images: a CSV (.tsv, .txt) or JSONL file with a path and optionally a label per row.
 
-Columns are found by their names; paths are relative to the list's own folder.
+Columns are found by name; paths are relative to the list's folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from allmlp.io import parse_json
 SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
 IMAGE_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "img")
 LABEL_COLUMNS = ("label", "class", "target")
-# Columns that somebody may think are used.
+# Columns that users may expect to be used.
 _SPLITS_OR_GROUPS = (
     r"(?i)(?<![a-z])(is_?)?(val|valid|validation|test|train|training|holdout|set|subset|partition|phase"
     r"|folds?|groups?|patients?|subjects?|persons?|video|clip|sequence|session|site|slide|study)"
@@ -35,11 +35,11 @@ _SPLITS_OR_GROUPS = (
 )
 _EXAMPLE = "Begin the list with a header such as path,label (or path,label,split)"
 _OBJECT = 'Every line is an object: {"path": "a.jpg", "label": "cat"}'
-_Rows = Iterator[tuple[int, dict[str, object]]]  # the number of the line, and its cells
+_Rows = Iterator[tuple[int, dict[str, object]]]  # line number and cells
 
 
 def open_list(spec: SourceSpec, labels: bool) -> dict[str, Records]:
-    """Returns the splits of a list; one without a `split` column is all train."""
+    """Returns the splits of a list; without a `split` column everything is train."""
     path = spec.path
     with _open(path) as file:
         rows = (_jsonl_rows if path.suffix.lower() == ".jsonl" else _csv_rows)(file, path)
@@ -55,13 +55,13 @@ def open_list(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     for number, split in enumerate(SPLITS):
         at = np.flatnonzero(np.asarray(table.splits) == number)
         if len(at):
-            own = Source(split, [], at, images, at)  # its labels are made later
+            own = Source(split, [], at, images, at)  # labels are added later
             found[split] = Records(own, table.raw_labels(at) if labels else None, notes)
     return found
 
 
 class _Table:
-    """Reads the rows of a list: the line, the split and the label of each."""
+    """Reads the rows of a list: line, split and label."""
 
     def __init__(self, spec: SourceSpec, columns: list[str], labels: bool) -> None:
         self.path = spec.path
@@ -77,7 +77,7 @@ class _Table:
         rest = [name for name in rest if name not in (self.label, self.split)]
         self.unused = [name for name in rest if re.search(_SPLITS_OR_GROUPS, name)]
         self.lines, self.splits, self.codes = array("q"), array("b"), array("q")
-        self.files = array("q")  # hashes of the images' real paths
+        self.files = array("q")  # hashes of the resolved image paths
         self.cells = Cells()
         self._folder = functools.cache(lambda name: os.path.realpath(self.path.parent / name))
 
@@ -89,7 +89,7 @@ class _Table:
             if "\0" in path or re.search("[\ud800-\udc7f\udd00-\udfff]", path):
                 raise self._error(f"not the name of a file: {path!r}", line)
             if "\\" in path:
-                if from_windows is None:  # the name of a file may have backslashes, too
+                if from_windows is None:  # file names may contain backslashes
                     from_windows = not os.path.lexists(self.path.parent / path)
                 path = path.replace("\\", "/") if from_windows else path
             split = "train"
@@ -116,9 +116,9 @@ class _Table:
         )
 
     def notes(self, paths: PackedStrings) -> Iterator[str]:
-        """Yields notes on unused columns, and on images that several rows name.
+        """Yields notes on unused columns and on images in several rows.
 
-        Such rows in different splits, or with different labels, are an error.
+        Rows for one image in different splits, or with different labels, are an error.
         """
         if self.unused:
             why = "only a column 'split' decides which images are held out"
@@ -130,7 +130,7 @@ class _Table:
         for first, second in sorted(pairs, key=lambda pair: pair[1]):
             rows = first, second
             if self._real(paths[first]) != self._real(paths[second]):
-                continue  # equal hashes of different paths
+                continue  # hash collision
             what, fix = "an image is in two splits", "Keep one of the two lines"
             known = [list(SPLITS)[self.splits[row]] for row in rows]
             if known[0] == known[1] and self.codes[first] != self.codes[second]:
@@ -151,7 +151,7 @@ class _Table:
             )
 
     def _real(self, path: str) -> str:
-        """The path without links among its folders."""
+        """The path with folder links resolved."""
         folder, _, name = path.replace(os.sep, "/").rpartition("/")
         return f"{self._folder(folder + '/' if path[0] == '/' else folder)}/{name}"
 
@@ -173,7 +173,7 @@ def _open(path: Path) -> TextIO:
             start = file.read(2)
         if start in (b"\xff\xfe", b"\xfe\xff"):
             raise UserError("the list is UTF-16 text", where=path, fix="Save it as UTF-8")
-        # File names need not be UTF-8; those that are not come back unchanged.
+        # File names need not be UTF-8; surrogateescape preserves them.
         return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
     except OSError as error:
         raise UserError(f"cannot read the list: {error.strerror}", where=path) from error
@@ -181,7 +181,7 @@ def _open(path: Path) -> TextIO:
 
 def _csv_rows(file: TextIO, path: Path) -> _Rows:
     header = file.readline()
-    separator = re.fullmatch(r'"?sep=(.)"?\s*', header)  # the first line of some lists from Excel
+    separator = re.fullmatch(r'"?sep=(.)"?\s*', header)  # first line of some Excel exports
     file.seek(0)
     delimiter = separator[1] if separator else max(",;\t", key=header.count)
     reader = csv.reader(file, delimiter=delimiter, strict=True)
@@ -238,7 +238,7 @@ def _jsonl_rows(file: TextIO, path: Path) -> _Rows:
 
 
 def _check_some_exist(images: ImageFiles, path: Path) -> None:
-    """Checks that at least one of 20 files of the list is there."""
+    """Checks that at least one of 20 listed files exists."""
     some = np.unique(np.linspace(0, len(images) - 1, num=20).astype(np.int64)).tolist()
     if not any(os.path.lexists(images.item_name(at)) for at in some):
         what = f"the list's images are not there: {images.paths[0]!r}"

@@ -1,9 +1,9 @@
-"""Packed data: many images in few files, as fast to read in random order as in order.
+"""Packed data: many images in few files, equally fast in random and in sequential order.
 
-A folder has Arrow files in the Hugging Face layout, and packed.json, which names them with their
-sizes and checksums. That file is written last and atomically: Arrow files that it does not name are
-not data. Images are read by position, not through a memory map: a file that was cut short is an
-error then, and does not kill the process.
+A folder contains Arrow files in the Hugging Face layout, and packed.json with their names, sizes
+and checksums, written last and atomically: Arrow files not listed there are ignored. Images are
+read with pread rather than a memory map, so that a truncated file raises an error instead of
+killing the process.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from allmlp.names import is_format, optional
 MANIFEST = "packed.json"
 FORMAT, VERSION = "allmlp packed data", 1
 SHARD_BYTES = 256 * 10**6
-_OPEN_FILES = 64  # descriptors in each process; a process may usually have 1,024
-_BATCH_IMAGES = 100  # in a record batch, whose bytes have 32-bit offsets
-_ROW_BYTES, _HEADER_BYTES = 64, 4096  # at most, of an image beside its file and name; of a file
+_OPEN_FILES = 64  # descriptors per process; the usual limit is 1,024
+_BATCH_IMAGES = 100  # per record batch, which has 32-bit offsets
+_ROW_BYTES, _HEADER_BYTES = 64, 4096  # maximum overhead per image and per file
 _FIX = "Pack or copy the folder again"
 
 
 @dataclass
 class FileRanges:
-    """Images that are byte ranges of files."""
+    """Images stored as byte ranges of files."""
 
     folder: str
     index: RangeIndex
@@ -61,7 +61,7 @@ class FileRanges:
         length = int(self.index.length[index])
         try:
             descriptor = self._descriptor(int(self.index.file[index]))
-            # By position: a forked process shares the descriptor and disturbs nobody.
+            # pread: forked processes share the descriptor and its file position.
             data = os.pread(descriptor.number, length, int(self.index.offset[index]))
         except OSError as error:
             what = f"cannot read the file: {error.strerror}"
@@ -81,7 +81,7 @@ class FileRanges:
 
 
 class _Descriptor:
-    """An open file; it is closed once nobody uses it any more."""
+    """An open file, closed when no longer referenced."""
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY)
@@ -92,13 +92,13 @@ class _Descriptor:
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether the folder has packed data."""
+    """Whether the folder contains packed data."""
     indices = (folder / f"{split}{INDEX_SUFFIX}" for split in SPLITS)
     return any(path.exists() for path in (folder / MANIFEST, *indices))
 
 
 def open_packed(spec: SourceSpec, labels: bool) -> dict[str, Records]:
-    """Returns the splits of a folder; the sizes of its files are checked."""
+    """Returns the splits of a folder after checking file sizes."""
     found: dict[str, Records] = {}
     for split, index in load_indices(spec.path).items():
         for file in index.files:
@@ -126,7 +126,7 @@ def load_indices(folder: Path) -> dict[str, RangeIndex]:
 
 
 def check_size(folder: Path, file: FileSize) -> None:
-    """Checks that a file has the size that it was written with."""
+    """Checks that a file has its original size."""
     path = folder / file.name
     try:
         size = path.stat().st_size
@@ -138,7 +138,7 @@ def check_size(folder: Path, file: FileSize) -> None:
 
 
 def verify(folder: Path) -> list[str]:
-    """Reads every file of packed data again; returns what is wrong, a line each."""
+    """Verifies the checksums of packed data; returns the problems, one line each."""
     problems: list[str] = []
     try:
         files = [file for index in load_indices(folder).values() for file in index.files]
@@ -158,7 +158,7 @@ def _checksum(path: Path) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, tuple[list[str], list[FileSize]]]:
-    """The class names and the files of each split in packed.json; empty without one."""
+    """The class names and files of each split in packed.json; empty if it does not exist."""
     path = folder / MANIFEST
     if not path.exists():
         return {}
@@ -182,11 +182,11 @@ def _read_manifest(folder: Path) -> dict[str, tuple[list[str], list[FileSize]]]:
 def _index_arrow(folder: Path, class_names: list[str], files: list[FileSize]) -> RangeIndex:
     parts: list[tuple[np.ndarray, ...]] = []
     for number, file in enumerate(files):
-        check_size(folder, file)  # a file that was cut short must not be mapped
+        check_size(folder, file)  # a truncated file must not be mapped
         path = folder / file.name
         try:
             parts += [(np.full(len(part[0]), number, np.int32), *part) for part in _batches(path)]
-        except (OSError, LookupError, ValueError) as error:  # pyarrow's own are ValueErrors
+        except (OSError, LookupError, ValueError) as error:  # pyarrow raises ValueErrors
             if isinstance(error, UserError):
                 raise
             raise UserError(f"the file is damaged: {error}", where=path, fix=_FIX) from error
@@ -198,7 +198,7 @@ def _index_arrow(folder: Path, class_names: list[str], files: list[FileSize]) ->
 
 
 def _batches(path: Path) -> Iterator[tuple[np.ndarray, ...]]:
-    """Offsets, lengths and labels of the images in an Arrow file; their names and lengths."""
+    """Yields the images' offsets, lengths and labels, and their names and name lengths."""
     pa = _pyarrow(path)
     with pa.memory_map(str(path)) as file:
         whole = file.read_buffer()
@@ -213,7 +213,7 @@ def _batches(path: Path) -> Iterator[tuple[np.ndarray, ...]]:
 
 
 def _ends(column: Any) -> tuple[np.ndarray, Any]:
-    """Where the values of a column of bytes or text begin and end, int64, and their buffer."""
+    """Returns the offsets of a column of bytes or text, int64, and its buffer."""
     _, offsets, data = column.buffers()
     return np.frombuffer(offsets, np.int32)[: len(column) + 1].astype(np.int64), data
 
@@ -226,7 +226,7 @@ def _pyarrow(where: object) -> Any:
 
 @dataclass
 class Packed:
-    """What was written of a split; images that cannot be read are left out and are in `bad`."""
+    """A packed split; unreadable images are skipped and listed in `bad`."""
 
     num_images: int = 0
     files: list[FileSize] = field(default_factory=list)
@@ -240,13 +240,13 @@ def pack_splits(
     shard_bytes: int = SHARD_BYTES,
     on_item: Callable[[int], object] = lambda _: None,
 ) -> dict[str, Packed]:
-    """Writes splits into a folder of packed data, all or nothing; the images keep their bytes.
+    """Packs splits into a folder, all or nothing; images keep their bytes.
 
-    The same images give the same files; one larger than `shard_bytes` has a single image.
+    Output is deterministic; a file larger than `shard_bytes` contains a single image.
     """
     from filelock import FileLock
 
-    between("shard_bytes", shard_bytes, 1, 2**31 - 1)  # offsets have 32 bits
+    between("shard_bytes", shard_bytes, 1, 2**31 - 1)  # 32-bit offsets
     _pyarrow(folder)
     check_output_folder(folder)
     is_new = not folder.exists()
@@ -264,13 +264,13 @@ def pack_splits(
                 fsync(staging / name)
                 os.replace(staging / name, folder / name)
             fsync(folder)
-            # Before this none of the files is data, after it all are.
+            # Commits all files at once.
             with FileLock(folder / ".packed.lock", timeout=60):
                 text = json.dumps(_described(folder, splits, packed), indent=1) + "\n"
                 atomic_write(folder / MANIFEST, text.encode())
     finally:
         known = {file.name for _, files in _read_manifest(folder).values() for file in files}
-        for name in set(names) - known:  # of a failure
+        for name in set(names) - known:  # after a failure
             (folder / name).unlink(missing_ok=True)
         (folder / ".packed.lock").unlink(missing_ok=True)
         if is_new and not any(folder.iterdir()):
@@ -281,7 +281,7 @@ def pack_splits(
 def _described(
     folder: Path, splits: Mapping[str, Source], packed: Mapping[str, Packed]
 ) -> dict[str, Any]:
-    """The folder's list of files with the new splits in it, none of which may be there already."""
+    """Returns the manifest with the new splits added; they must not exist yet."""
     written = _read_manifest(folder)
     for split, source in splits.items():
         if split in written or (folder / f"{split}{INDEX_SUFFIX}").exists():
@@ -308,7 +308,7 @@ def _write_split(
         path = folder / f"{split}.arrow"
         _write_arrow(path, rows, source.class_names)
         checksum = _checksum(path)
-        # Named by its contents, so that a file of an unfinished attempt does no harm.
+        # Named by content, so that files from unfinished attempts do no harm.
         target = folder / f"{split}-{len(packed.files):05d}-{checksum[:8]}.arrow"
         packed.files.append(FileSize(target.name, path.stat().st_size, checksum))
         os.rename(path, target)
@@ -352,7 +352,7 @@ def _write_arrow(path: Path, rows: list[tuple[bytes, bytes, int]], class_names: 
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for at in range(0, len(rows), _BATCH_IMAGES):
             images, names, labels = zip(*rows[at : at + _BATCH_IMAGES], strict=True)
-            # Names of files need not be UTF-8; a view does not look at them.
+            # File names need not be UTF-8; a view does not validate them.
             paths = pa.array(names, pa.binary()).view(pa.string())
             parts = [pa.array(images, pa.binary()), paths]
             column = pa.StructArray.from_arrays(parts, fields=list(image))

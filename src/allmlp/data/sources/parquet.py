@@ -1,7 +1,7 @@
-"""Parquet files in the Hugging Face image layout: a column struct<bytes, path> and one of labels.
+"""Parquet files in the Hugging Face image layout: a struct<bytes, path> column and a label column.
 
-Up to `HELD_BYTES` a split's images are held in memory, where forked worker processes share them. A
-larger split is read by row group: fast in order, but in random order every image costs a group.
+A split of up to `HELD_BYTES` is held in memory, shared by forked workers. A larger one is read by
+row group: fast in order, but in random order every image costs a whole group.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from allmlp.errors import UserError
 from allmlp.io import parse_json
 from allmlp.names import optional
 
-HELD_BYTES = 2**30  # of encoded images in a split
-_GROUPS_KEPT = 2  # row groups in memory if a split is not held
+HELD_BYTES = 2**30  # encoded images per split
+_GROUPS_KEPT = 2  # row groups cached if a split is not held in memory
 
 
 def parquet_files(spec: SourceSpec) -> list[Path]:
-    """Returns the Parquet files that are meant: a file, those of a folder, or of a pattern."""
+    """Returns the Parquet files named by a file, folder or pattern."""
     path = spec.path
     if path.is_dir():
         files = [*path.glob("*.parquet")] or [*path.glob("data/*.parquet")]
@@ -47,7 +47,7 @@ def parquet_files(spec: SourceSpec) -> list[Path]:
 
 
 def open_parquet(spec: SourceSpec, labels: bool) -> dict[str, Records]:
-    """Returns the splits, by the words in the files' names; no image is read."""
+    """Returns the splits, found by file name; reads no images."""
     by_split: dict[str, list[str]] = {}
     for path in sorted(parquet_files(spec), key=lambda path: natural_order(str(path))):
         by_split.setdefault(split_of_file(path), []).append(str(path))
@@ -135,7 +135,7 @@ def _label_column(schema: Any, spec: SourceSpec, file: str) -> str:
 
 
 def class_names_of(schema: Any, column: str) -> list[str] | None:
-    """Returns the class names that the Hugging Face metadata of a schema gives a column."""
+    """Returns a column's class names from the schema's Hugging Face metadata."""
     try:
         described = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))
         feature = described["info"]["features"][column]
@@ -147,10 +147,9 @@ def class_names_of(schema: Any, column: str) -> list[str] | None:
 
 
 class ParquetImages:
-    """The images of one split; see the module for how they are read.
+    """The images of one split, read as described above.
 
-    `groups`, int64 (num_groups, 3), are the file, the number in it and the first image of each row
-    group.
+    `groups`, int64 (num_groups, 3), holds file, number and first image of each row group.
     """
 
     def __init__(self, files: list[str], column: str, groups: np.ndarray, num_images: int) -> None:
@@ -158,7 +157,7 @@ class ParquetImages:
         self._num_images = num_images
         self._held: PackedBytes | None = None
         self._kept: dict[int, list[bytes]] = {}
-        self._opened: tuple[int, int, Any] | None = None  # process, file, its reader
+        self._opened: tuple[int, int, Any] | None = None  # process, file, reader
 
     def __len__(self) -> int:
         return self._num_images
@@ -187,7 +186,7 @@ class ParquetImages:
         return data
 
     def hold(self) -> bool:
-        """Reads the images into memory unless they are too large; returns whether it did."""
+        """Reads the images into memory unless too large; returns whether it did."""
         if self._held is None and sum(map(os.path.getsize, self._files)) <= HELD_BYTES:
             held = PackedBytes(self._up_to(HELD_BYTES))
             self._held = held if len(held) == len(self) else None
@@ -195,7 +194,7 @@ class ParquetImages:
         return self._held is not None
 
     def _up_to(self, most: int) -> Iterator[bytes]:
-        """Yields the images up to that many bytes; a file may store copies of one only once."""
+        """Yields the images up to that many bytes; a file may store duplicates only once."""
         for group in range(len(self._groups)):
             for data in self._read_group(group):
                 most -= len(data)
@@ -233,11 +232,11 @@ class ParquetImages:
 
 
 def open_file(file: str) -> Any:
-    """Returns pyarrow's reader of a Parquet file."""
+    """Returns pyarrow's reader for a Parquet file."""
     what = "reading Parquet files needs pyarrow"
     parquet = optional("pyarrow.parquet", "data", what, file)
     with _damage_reported(file):
-        # No threads of its own: it is used in forked worker processes.
+        # Without threads, for use in forked workers.
         return parquet.ParquetFile(file, memory_map=False, pre_buffer=False)
 
 

@@ -1,14 +1,14 @@
-"""Subset files: a small JSON file that says which images of another source make up the splits.
+"""Subset files: small JSON files that define splits by selecting from another source.
 
     {"format": "allmlp selection", "version": 1, "source": "hf:owner/name",
      "splits": {"train": ["train[:800]", "validation[:200]"], "test": ["test"]},
      "labels": {"rule": "bins", "numbers": [40, 16]}}
 
-A split is made of parts of the source's splits, in their order. No image is copied. `labels`, which
-may be left out, makes classes "0", "1", ... of numbers measured on images, as some benchmarks make
-their tasks; three rules are enough for all of VTAB's (google-research/task_adaptation):
-    shift    (first, classes)        the number less `first`: 3 to 10 objects are 8 classes
-    bins     (values, classes)       neighbours of 0 to values - 1: floor(n * classes / values)
+A split concatenates parts of the source's splits; no image is copied. The optional `labels` turns
+numbers measured on images into classes "0", "1", ..., as some benchmarks define their tasks; three
+rules cover all of VTAB (google-research/task_adaptation):
+    shift    (first, classes)        number - first: 3 to 10 objects are 8 classes
+    bins     (values, classes)       equal bins of 0 to values - 1: floor(n * classes / values)
     between  (t0, t1, ..., tn)       class k for t_k < x <= t_k+1: n classes of distances
 """
 
@@ -37,7 +37,7 @@ RULES = ("shift", "bins", "between")
 
 @dataclass(frozen=True)
 class LabelRule:
-    """How a number becomes a class, by one of `RULES` and its numbers; see the module."""
+    """Maps numbers to classes by one of `RULES`, described above."""
 
     rule: str
     numbers: tuple[float, ...]
@@ -62,13 +62,13 @@ class LabelRule:
         return len(self.numbers) - 1 if self.rule == "between" else int(self.numbers[1])
 
     def describe(self) -> str:
-        """Returns it in words: "n - 3", "40 values in 16 bins", "cut at 0, 8, ..., 100"."""
+        """Returns for example "n - 3", "40 values in 16 bins", "cut at 0, 8, ..., 100"."""
         words = {"shift": "n - {}", "bins": "{} values in {} bins"}
         listed = [f"{number:g}" for number in self.numbers]
         return words.get(self.rule, f"cut at {', '.join(listed)}").format(*listed)
 
     def classes_of(self, numbers: np.ndarray) -> np.ndarray:
-        """Returns the classes of numbers, float64 (n,), as int64; -1 for a number without one."""
+        """Maps numbers, float64 (n,), to classes, int64; -1 for numbers outside all classes."""
         if self.rule == "between":
             found = np.searchsorted(np.array(self.numbers), numbers, side="left") - 1
         else:
@@ -83,12 +83,12 @@ class LabelRule:
 
 
 def is_applied(rule: LabelRule, class_names: Sequence[str]) -> bool:
-    """Returns whether the classes are the rule's own already: whole numbers below their number."""
+    """Returns whether the rule is applied already: integer classes below its `num_classes`."""
     return set(class_names) <= set(map(str, range(rule.num_classes)))
 
 
 def apply_rule(source: Source, rule: LabelRule) -> Source:
-    """Returns the same images under the classes that the rule makes of theirs, such as "9.25"."""
+    """Applies the rule to a source whose class names are numbers, such as "9.25"."""
     try:
         numbers = np.array([float(name) for name in source.class_names])
     except ValueError as error:
@@ -105,7 +105,7 @@ def apply_rule(source: Source, rule: LabelRule) -> Source:
 
 
 def rule_from_json(values: Any) -> LabelRule:
-    """Returns the rule of {"rule": ..., "numbers": [...]}."""
+    """Parses {"rule": ..., "numbers": [...]}."""
     try:
         return LabelRule(values["rule"], tuple(values["numbers"]))
     except (KeyError, TypeError) as error:
@@ -114,12 +114,12 @@ def rule_from_json(values: Any) -> LabelRule:
 
 @dataclass(frozen=True)
 class SubsetFile:
-    """What a subset file says.
+    """The contents of a subset file.
 
     Args:
-        source: the source's name; a relative path is relative to the working directory.
-        splits: split -> its parts, such as "train[:800]" or "test".
-        labels: what makes classes of its labels; None keeps its classes.
+        source: name of the source; paths are relative to the working directory.
+        splits: split -> parts, such as "train[:800]" or "test".
+        labels: rule applied to the labels; None keeps the source's classes.
     """
 
     source: str
@@ -127,7 +127,7 @@ class SubsetFile:
     labels: LabelRule | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Returns it as JSON values."""
+        """Returns JSON values."""
         values: dict[str, Any] = {"format": FORMAT, "version": VERSION, "source": self.source}
         values["splits"] = {name: list(parts) for name, parts in self.splits.items()}
         if self.labels is not None:
@@ -136,7 +136,7 @@ class SubsetFile:
 
 
 def is_subset_file(spec: SourceSpec) -> bool:
-    """Whether the name is that of a subset file."""
+    """Whether the name is a subset file."""
     return spec.path.suffix.lower() == SUFFIX and spec.path.is_file()
 
 
@@ -147,7 +147,7 @@ def write_subset_file(path: Path, subset: SubsetFile) -> None:
 
 
 def read_subset_file(path: Path) -> SubsetFile:
-    """Returns what a subset file says."""
+    """Reads a subset file."""
     values = read_json(path, "not a subset of images")
     if not isinstance(values, dict) or not is_format(values.get("format"), FORMAT):
         fix = "As data, a .json file is a subset; see docs/transfer.md. A list is .jsonl"
@@ -173,7 +173,7 @@ def read_subset_file(path: Path) -> SubsetFile:
 
 
 def select(subset: SubsetFile, theirs: Mapping[str, Source], name: str) -> dict[str, Source]:
-    """Returns the splits of a subset; `theirs` are those of its source."""
+    """Returns the splits of a subset, given the splits of its source."""
     if subset.labels is not None:
         theirs = {split: apply_rule(theirs[split], subset.labels) for split in theirs}
     found: dict[str, Source] = {}

@@ -1,7 +1,7 @@
-"""Tars in the WebDataset style: KEY.jpg with its label in KEY.cls or KEY.json, and our index.
+"""WebDataset tars (KEY.jpg with its label in KEY.cls or KEY.json) and our index.
 
-SPLIT.index.safetensors says where every image lies: the tars are never scanned again. Earlier
-versions of `mixer data pack` wrote such tars, with their checksums.
+SPLIT.index.safetensors stores the location of every image, so that tars are scanned only once.
+Earlier versions of `mixer data pack` wrote such tars, with checksums.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from allmlp.io import atomic_write, parse_json
 
 INDEX_SUFFIX = ".index.safetensors"
 _KEY, _OLD_KEY, _VERSION = "allmlp_shards", "mlp_mixer_shards", 1
-_LABEL_BYTES = 2**20  # a larger .cls or .json is no label
+_LABEL_BYTES = 2**20  # a larger .cls or .json is not a label
 _ARRAYS = {"shard": np.int32} | dict.fromkeys(("offset", "length", "label", "name_ends"), np.int64)
 _FIX = "Pack the data again"
 
 
 @dataclass(frozen=True)
 class FileSize:
-    """A file of packed data with its size in bytes, and its checksum if that is known."""
+    """A file of packed data with its size in bytes and, if known, its checksum."""
 
     name: str
     size: int
@@ -43,11 +43,11 @@ class FileSize:
 
 @dataclass(frozen=True)
 class RangeIndex:
-    """Where the images of a split lie."""
+    """Locations of the images of a split."""
 
-    class_names: list[str]  # none if the images have no labels
-    files: list[FileSize]  # in the folder of the index
-    file: np.ndarray  # int32 (num_images,), places in `files`
+    class_names: list[str]  # empty if the images have no labels
+    files: list[FileSize]  # relative to the index
+    file: np.ndarray  # int32 (num_images,), indices into `files`
     offset: np.ndarray  # int64 (num_images,), bytes
     length: np.ndarray
     label: np.ndarray  # int64 (num_images,); -1 if the images have no labels
@@ -57,7 +57,7 @@ class RangeIndex:
         return len(self.label)
 
     def to_bytes(self) -> bytes:
-        """Returns the file that `load_index` reads."""
+        """Serializes for `load_index`."""
         from safetensors.numpy import save
 
         files = [[file.name, file.size, file.sha256] for file in self.files]
@@ -75,7 +75,7 @@ class RangeIndex:
 
 
 def load_index(path: Path) -> RangeIndex:
-    """Returns the index in a file, checked: it may have been damaged, or made to mislead."""
+    """Loads an index and validates it, since it may be damaged or malicious."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -120,9 +120,9 @@ def _contradiction(
 
 
 def index_tars(folder: Path, *, labels: bool = True) -> dict[Path, RangeIndex]:
-    """Writes an index beside the tars that another tool wrote; returns what was written where.
+    """Writes indices next to tars from another tool; returns them by path.
 
-    The split is read from the names of the tars. Without labels the index is for predictions only.
+    The split is taken from the tars' names. An index without labels is for predictions only.
     """
     by_split: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.tar"), key=lambda path: natural_order(path.name)):
@@ -135,7 +135,7 @@ def index_tars(folder: Path, *, labels: bool = True) -> dict[Path, RangeIndex]:
             raise UserError("the folder has an index already", where=path)
     indices = {split: _index(paths, labels) for split, paths in by_split.items()}
     written: dict[Path, RangeIndex] = {}
-    for split in sorted(indices, key="train".__eq__):  # train last: never without its test set
+    for split in sorted(indices, key="train".__eq__):  # train last: never without the test set
         atomic_write(targets[split], indices[split].to_bytes())
         written[targets[split]] = indices[split]
     return written
@@ -160,16 +160,16 @@ def _index(paths: list[Path], labelled: bool) -> RangeIndex:
     if labelled:
         raw = RawLabels(codes, list(values))
         made = make_classes(raw, lambda at: f"{paths[file[at]]}:{names[at]}")
-        assert made is not None  # texts, never the number -1
+        assert made is not None  # labels are text, never the number -1
         class_names, label = made
     files = [FileSize(path.name, path.stat().st_size, None) for path in paths]
     return RangeIndex(class_names, files, file, offset, length, label, names)
 
 
 def _samples(path: Path, labelled: bool) -> Iterator[tuple[tarfile.TarInfo, str]]:
-    """Yields every image of a tar with its label, or with "" if labels are not needed.
+    """Yields every image of a tar with its label, or "" if labels are not needed.
 
-    The members of a sample lie one after another.
+    The members of a sample are adjacent.
     """
 
     def key(item: tuple[tarfile.TarInfo, bytes | None]) -> tuple[str, str]:
@@ -196,11 +196,11 @@ def _samples(path: Path, labelled: bool) -> Iterator[tuple[tarfile.TarInfo, str]
 
 
 def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """Yields the files of a tar, for a .cls or .json with its contents."""
+    """Yields the files of a tar; .cls and .json with their contents."""
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
-                cast(Any, tar).members = []  # it would keep a list of them all
+                cast(Any, tar).members = []  # tarfile would keep a list of all members
                 if not member.isreg() or os.path.basename(member.name).startswith("."):
                     continue  # macOS adds hidden files
                 text = None
@@ -208,7 +208,7 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
                     file = tar.extractfile(member)
                     text = b"" if file is None else file.read(_LABEL_BYTES)
                 yield member, text
-            # tarfile takes a damaged header in the middle for the end.
+            # tarfile treats a damaged header as the end.
             assert tar.fileobj is not None
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -219,7 +219,7 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
 
 
 def _label(name: str, text: bytes, path: Path) -> str | None:
-    """The label in a .cls or .json; None if a .json has none."""
+    """Returns the label from a .cls or .json; None if a .json has none."""
     try:
         value = text.decode().strip()
         if name.lower().endswith("json"):
