@@ -101,7 +101,7 @@ def import_timm() -> Any:
     """Returns the timm module; UserError if it cannot be imported."""
     try:
         return importlib.import_module("timm")
-    except Exception as error:  # also RuntimeError, OSError of a wrong torchvision
+    except Exception as error:  # a mismatched torchvision raises other errors
         absent = error.name if isinstance(error, ModuleNotFoundError) else None
         what = f"timm cannot be imported: {first_line(error)}"
         if absent == "timm":
@@ -155,7 +155,7 @@ def build_backbone(config: TimmConfig) -> nn.Module:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         with _parameters_on_meta():
             model = _built(config)
-        if any(buffer.is_meta for buffer in model.buffers()):  # created on meta, too
+        if any(buffer.is_meta for buffer in model.buffers()):  # also created on meta
             model = _built(config)
             with _parameters_on_meta():
                 for module in model.modules():
@@ -204,8 +204,7 @@ def _built(config: TimmConfig) -> nn.Module:
 
 def resized(model: TimmModel, image_size: Size) -> TimmModel:
     """Resizes a model with its weights to another image size, in place, and returns it.
-    Convolutions take any size; otherwise timm resizes position embeddings (bicubic) where it
-    can."""
+    Convolutions take any size; timm can resize some position embeddings (bicubic)."""
     config = replace(model.config, image_size=image_size)
     if config.name not in HAND_BUILT and known_to_timm(config.name).fixed_input_size:
         own, new = ("x".join(map(str, size)) for size in (model.config.image_size, image_size))

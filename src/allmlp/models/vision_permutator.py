@@ -8,9 +8,9 @@ layer maps to another such vector, and a row likewise:
     height   h[i', j, g, s'] = sum over i, s of mlp_h[i' S + s', i S + s] x[i, j, g, s]
     width    w[i, j', g, s'] = sum over j, s of mlp_w[j' S + s', j S + s] x[i, j, g, s]
 
-Matches the authors' code (Andrew-Qibin/VisionPermutator), where G is the side of the grid and H S =
-C, so that both maps are C x C and images have 224 x 224 pixels. Here G stays the same at other
-image sizes, including rectangular ones: the maps are H S x H S and W S x W S.
+Matches the authors' code (Andrew-Qibin/VisionPermutator), where G is the side of the grid, so that
+H S = C, both maps are C x C and images have 224 x 224 pixels. Here G stays the same at other image
+sizes, including rectangular ones: the maps are H S x H S and W S x W S.
 
 At another image size (`_resize`) the segments stay the same, and each map, an image (place, channel
 of the segment) -> the same, is resized along the places:

@@ -26,8 +26,8 @@ def build_model(
 ) -> ImageClassifier:
     """Returns the model of a run, with its class names and preprocessing.
 
-    `best` is that folder of a resumed run: with a complete checkpoint next to it, it replaces the
-    initial weights, which may no longer exist.
+    `best` is the best/ folder of a resumed run: with a complete checkpoint next to it, it replaces
+    the initial weights, which may no longer exist.
     """
     settings, data = config.model, config.data
     if settings.weights is not None:

@@ -90,9 +90,9 @@ CIFAR10_COMPARE: Settings = {
     "evaluate_every": 1,
 }
 
-# Pre-training: the paper's Table 4. Weight decay is the paper's value: torch's AdamW multiplies it
-# by the learning rate, as Google's code does, where the product is given. docs/recipes.md lists
-# where the paper and Google's code differ, and which value is used here.
+# Pre-training: the paper's Table 4. Weight decay is as printed there; torch's AdamW multiplies it
+# by the learning rate, and Google's code specifies the product. docs/recipes.md lists where the
+# paper and Google's code differ, and which value is used here.
 
 _TABLE_4 = {
     # epochs, learning rate, weight decay, RandAugment, mixup, stochastic depth, evaluate every

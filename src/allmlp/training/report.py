@@ -103,7 +103,7 @@ def _command() -> str:
 
 def measure(model: ImageClassifier, source: Source, run: Run) -> Evaluation:
     """Evaluates a model, identical on all processes, on all images."""
-    images_each = math.ceil(len(source) / run.world.size)  # all processes get batches
+    images_each = math.ceil(len(source) / run.world.size)  # so that no process idles
     own = run.config.batch_size // run.world.size
     predictor = Predictor(
         model,

@@ -100,7 +100,7 @@ def _download(published: Published, path: Path, report: Reporter) -> None:
         partial = _receive(published, path, quiet=report.console.quiet)
     except (UserError, PermissionError):
         raise
-    except Exception as error:  # http_get and the layers below raise all kinds
+    except Exception as error:  # http_get and the layers below can raise anything
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -96,7 +96,7 @@ def _container_of_archive(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
-    except Exception as error:  # zipfile raises all kinds for a damaged archive
+    except Exception as error:  # zipfile can raise anything for a damaged archive
         raise _damaged(path, "archive", error) from error
     names, size = [info.filename for info in infos], path.stat().st_size
     claimed = sum(info.file_size for info in infos)

@@ -60,7 +60,7 @@ def _get(name: str, file: str, revision: str | None, is_cut_off: bool) -> Path |
         raise UserError(what, where=where, fix=f"With a network: {command}") from error
     except errors.EntryNotFoundError:
         return None
-    except Exception as error:  # the hub library and its network layer raise all kinds
+    except Exception as error:  # the hub library can raise anything
         what, fix = f"cannot download {name}: {_cause(error)}", f"By hand: {command}"
         if isinstance(error, errors.RevisionNotFoundError):
             what, fix = f"{name} has no revision {revision!r}", "Leave @revision out for main"

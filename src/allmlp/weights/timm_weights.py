@@ -46,7 +46,7 @@ def load_pretrained(source: str, report: Reporter) -> TimmModel:
     overlay = {"state_dict": dict(file.tensors), "custom_load": False}
     try:
         theirs = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
-    except Exception as error:  # timm's many loaders raise all kinds
+    except Exception as error:  # timm's loaders can raise anything
         lines = (str(error) or type(error).__name__).strip().splitlines()
         what = f"timm cannot load {name}: {' '.join(lines[:2])[:300]}"
         raise UserError(what, where=file.path) from error
