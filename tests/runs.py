@@ -197,8 +197,7 @@ def start_two(
     config: am.TrainConfig | list[object], text: Path, fault: str = "", **environment: str
 ) -> list[Process]:
     """Starts the command as rank 0 and 1, as torchrun would; the texts end in .0 and .1."""
-    port = next(port for port in _ports() if _is_free(port))
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared = {"WORLD_SIZE": "2", **address, **environment}
     return [
         start(
@@ -209,6 +208,11 @@ def start_two(
         )
         for rank in (0, 1)
     ]
+
+
+def free_port() -> int:
+    """Returns a port of this machine that is free."""
+    return next(port for port in _ports() if _is_free(port))
 
 
 @functools.cache

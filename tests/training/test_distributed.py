@@ -20,6 +20,7 @@ from allmlp.data.sampler import locate
 from allmlp.training.checkpoint import Checkpoints
 from runs import (
     files,
+    free_port,
     losses_of,
     make_data,
     results_of,
@@ -344,3 +345,32 @@ def test_a_mistake_is_said_once_and_makes_nothing(data, double, tmp_path, messag
     assert second.said() == ""
     assert not (tmp_path / "run").exists()
     assert files(data.parent) == before
+
+
+# With a rare switch of threads: one that waits for the interpreter's lock waits long.
+LEAVING = """
+import sys
+import torch
+from allmlp.runtime.world import join_world
+sys.setswitchinterval(0.5)
+for _ in range(8):
+    with join_world("cpu") as (world, _):
+        network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+        network(torch.ones(2, 4)).sum().backward()
+        world.gather("x" * 100)
+    del network
+"""
+
+
+def test_processes_end_after_they_have_left():
+    """gloo's thread may still hold the last collective's tensors when DDP's reducer is freed."""
+    port, ranks = str(free_port()), []
+    for rank in ("0", "1"):
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(subprocess.Popen([sys.executable, "-c", LEAVING], env=environment))
+    try:
+        assert [process.wait(timeout=60) for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()

@@ -110,6 +110,9 @@ def is_distributed() -> bool:
 
 
 _joined: list[tuple[World, torch.device]] = []  # joined world, if any
+# Process groups are kept: DDP's reducer, which is freed while the GIL is held, would free the group
+# and wait for gloo's thread, which may wait for the GIL to free the last collective's tensors.
+_groups: list[Any] = []
 
 
 @contextlib.contextmanager
@@ -135,6 +138,7 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     store, rank, size = _rendezvous(TIMEOUT)
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
+    _groups.append(dist.group.WORLD)
     # An error in one process breaks the others' connections, so it leaves its reason here.
     notes = PrefixStore("notes", store)
     try:
