@@ -37,8 +37,6 @@ _PACKAGES = ("allmlp", "torch", "pillow", "simplejpeg", "opencv-python-headless"
 
 @dataclass
 class Features:
-    """Features of images."""
-
     values: np.ndarray  # float32 (N, C), decodable images only; (0, 0) if there are none
     indices: np.ndarray  # int64 (N,), indices of these images in the source, ascending
     bad: list[BadImage] = field(default_factory=list)

@@ -35,11 +35,9 @@ class RealScore:
 
     @property
     def accuracy(self) -> float:
-        """Fraction of the scored images that are classified correctly."""
         return self.correct / self.images
 
     def to_json(self) -> dict[str, Any]:
-        """Returns all numbers as JSON values."""
         return {"accuracy": self.accuracy, **asdict(self)}
 
 

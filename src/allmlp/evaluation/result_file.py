@@ -80,7 +80,6 @@ def _text(values: dict[str, Any]) -> str:
 
 
 def read_measurement(path: Path) -> dict[str, Any]:
-    """Reads what `write_measurement` wrote."""
     values = read_json(path, "not a measurement")
     if not isinstance(values, dict) or not is_format(values.get("format"), FORMAT):
         raise UserError("not a measurement of allmlp", where=path)

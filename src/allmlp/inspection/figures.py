@@ -118,7 +118,6 @@ def pair_panel(
 
 
 def pair_page(name: str, panels: Sequence[Panel | None], kind: str, columns: int) -> Figure:
-    """Returns figure 5 or 6."""
     what = "outgoing weights, in the order of the incoming ones" if kind else "incoming weights"
     notes = (
         f"Colours: each unit from {_MINUS}max|w| (blue) through 0 (white) to +max|w| (red).",

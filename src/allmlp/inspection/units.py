@@ -199,8 +199,6 @@ def _over_channels(values: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class TokenMixingLayer:
-    """A token-mixing MLP."""
-
     number: int  # from 1, as in the paper
     name: str  # of the module
     incoming: Floats  # (U, G_H, G_W): input weights of each hidden unit
@@ -259,7 +257,6 @@ class ModelUnits:
             yield "stem", "incoming", self.stem
 
     def to_json(self, *, outgoing: bool) -> dict[str, Any]:
-        """Returns the numbers of all layers as JSON values."""
         layers: dict[str, Any] = {
             str(layer.number): {
                 "layer": layer.number,

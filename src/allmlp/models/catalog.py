@@ -35,7 +35,6 @@ _MOST_BLOCKS = 10_000  # building more blocks takes seconds and gigabytes
 
 
 def family_of(config: object) -> Family:
-    """Returns the family of a configuration."""
     for found in FAMILIES.values():
         if type(config) is found.config:
             return found

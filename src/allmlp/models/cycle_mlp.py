@@ -141,7 +141,6 @@ class CycleMLPConfig(StagedConfig):
         return [(self.stem_kernel, self.stem_stride, padding), *[(3, 2, 1)] * len(self.dims[1:])]
 
     def mixing_macs(self, stage: int) -> int:
-        """See `StagedConfig`."""
         return 2 * self.tokens[stage] * self.dims[stage] ** 2
 
 

@@ -77,7 +77,6 @@ class GMLP(PatchClassifier):
     why_one_size: ClassVar[str] = "its gates have a weight for each pair of patches"
 
     def block(self, index: int) -> GMLPBlock:
-        """See `PatchClassifier`."""
         config = self.config
         return GMLPBlock(config, config.stochastic_depth * index / max(1, config.num_blocks - 1))
 
@@ -114,7 +113,6 @@ class GMLPConfig(PatchConfig):
 
     @property
     def flops(self) -> int:
-        """See `ModelConfig`."""
         tokens, dim, half = self.num_tokens, self.hidden_dim, self.mlp_dim // 2
         stem = tokens * self.in_channels * self.patch_size**2 * dim
         block = tokens * half * (3 * dim + tokens)

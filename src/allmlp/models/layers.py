@@ -171,7 +171,6 @@ class ImageClassifier(nn.Module):
         return []
 
     def check_images(self, images: Tensor) -> None:
-        """Raises ValueError unless `images` has the shape that this model was built for."""
         check_image_shape(images, self.config, self.why_one_size)
 
 

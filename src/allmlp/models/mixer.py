@@ -106,13 +106,11 @@ class MlpMixer(PatchClassifier):
     config: MixerConfig
 
     def block(self, index: int) -> MixerBlock:
-        """See `PatchClassifier`."""
         config, last = self.config, 2 * self.config.num_blocks - 1
         drops = [config.stochastic_depth * mlp / last for mlp in (2 * index, 2 * index + 1)]
         return (MixerBlock if config.is_plain else VariantBlock)(config, index, *drops)
 
     def initialize(self) -> None:
-        """See `PatchClassifier`."""
         super().initialize()
         for module in self.modules():
             if isinstance(module, UntiedLinear):

@@ -76,11 +76,9 @@ class ResMLP(PatchClassifier):
     why_one_size: ClassVar[str] = "its token mixing has a weight for each pair of patches"
 
     def block(self, index: int) -> ResMLPBlock:
-        """See `PatchClassifier`."""
         return ResMLPBlock(self.config)
 
     def norm(self) -> Affine:
-        """See `PatchClassifier`."""
         return Affine(self.config.hidden_dim)
 
     def initialize(self) -> None:
@@ -114,7 +112,6 @@ class ResMLPConfig(PatchConfig):
 
     @property
     def flops(self) -> int:
-        """See `ModelConfig`."""
         tokens, dim = self.num_tokens, self.hidden_dim
         stem = tokens * self.in_channels * self.patch_size**2 * dim
         block = tokens * dim * (tokens + 2 * self.channels_mlp_dim)

@@ -49,7 +49,6 @@ class SmallResNetConfig(ModelConfig):
 
     @property
     def widths(self) -> list[int]:
-        """Channels of each stage."""
         return [self.width * 2**stage for stage in range(self.num_stages)]
 
     @property

@@ -200,7 +200,6 @@ class StagedConfig(ModelConfig):
 
     @property
     def grids(self) -> tuple[Size, ...]:
-        """Rows and columns per stage."""
         height, width = self.image_size
         grids = []
         for window in self.windows:
@@ -224,7 +223,6 @@ class StagedConfig(ModelConfig):
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks in all stages."""
         return sum(self.depths)
 
     @property

@@ -14,8 +14,6 @@ from allmlp.models.family import Size
 
 
 class HandBuilt(NamedTuple):
-    """A size that timm does not register."""
-
     image_size: Size  # as in the source
     build: Callable[..., nn.Module]  # takes timm's settings: num_classes, in_chans, drop_rate, ...
 

@@ -121,7 +121,6 @@ class VisionPermutatorConfig(StagedConfig):
 
     @property
     def windows(self) -> list[Window | None]:
-        """See `StagedConfig`."""
         stem = (self.patch_size, self.patch_size, 0)
         return [stem, *((2, 2, 0) if halved else None for halved in self.downsamples)]
 
@@ -131,7 +130,6 @@ class VisionPermutatorConfig(StagedConfig):
         return self.tokens[stage] * self.dims[stage] * lengths
 
     def summary(self) -> str:
-        """Returns a short description."""
         return f"patch {self.patch_size}, {super().summary()}"
 
 

@@ -13,8 +13,6 @@ from allmlp.console import table
 
 
 class ComparisonSystem(NamedTuple):
-    """A comparison system from the paper."""
-
     paper_name: str  # includes the size even where the paper omits it
     model: str  # for `create_model`
     parameters: int  # with 1000 classes, at the default image size

@@ -93,8 +93,6 @@ _OWN |= {"model.weights": "the checkpoint"}
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite and its official protocol."""
-
     kind: str  # of the measurement
     known: Mapping[str, Task]
     protocol: str

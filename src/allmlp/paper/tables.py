@@ -128,7 +128,6 @@ def tables(
 
 
 def show(result: Tables, _: TablesOptions) -> None:
-    """Prints what was found and written."""
     say = Reporter().say
     kinds = Counter(one.kind for one in result.measured)
     say(f"found    {', '.join(f'{count} {kind}' for kind, count in kinds.items())}")
@@ -438,7 +437,6 @@ def fastest(shape: str, found: list[Measured]) -> list[dict[str, Any]]:
 
 
 def _write(page: Page, found: list[Measured], left_out: list[str]) -> None:
-    """Writes all sections of the report."""
     page.heading("MLP-Mixer: the paper's tables, and what was measured here")
     page.text(
         "Tables and rows named paper are printed in arXiv 2105.01601; speed and cost there are "
@@ -635,7 +633,6 @@ class Page:
         self._markdown, self._html = list[str](), list[str]()
 
     def save(self) -> list[Path]:
-        """Writes both files."""
         markdown, page = self.folder / "report.md", self.folder / "report.html"
         atomic_write(markdown, ("\n\n".join(self._markdown) + "\n").encode())
         atomic_write(page, _TEMPLATE.replace("BODY", "\n".join(self._html)).encode())

@@ -41,8 +41,6 @@ _FREE = 5  # this many bad images never stop a run, even in a small data set
 
 @dataclass(frozen=True)
 class Splits:
-    """The images of a run."""
-
     train: Source
     validation: Source | None  # for choosing the best weights; None keeps the last
     test: Source | None  # measured once at the end

@@ -89,7 +89,6 @@ def duration(seconds: float) -> str:
 
 
 def resume_command(run: Run) -> str:
-    """Returns the command that resumes the run."""
     if run.world.size > 1:
         return "the same torchrun command again"
     return shlex.join([_command(), "train", "--resume", str(run.folder.path)])

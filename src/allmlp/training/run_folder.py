@@ -219,7 +219,6 @@ class RunFolder:
         self.write("config.json", config.to_json())
 
     def close(self) -> None:
-        """Releases the lock."""
         if self._events is not None:
             self._events.close()
         if self.writes:
@@ -241,7 +240,6 @@ class RunFolder:
             (self.path / "results.csv").unlink(missing_ok=True)
 
     def bad_files(self) -> set[str]:
-        """Returns the images already listed in bad_files.txt."""
         try:
             text = (self.path / "bad_files.txt").read_text("utf-8", "surrogateescape")
         except FileNotFoundError:
@@ -255,7 +253,6 @@ class RunFolder:
             atomic_write(self.path / name, text.encode(errors="backslashreplace"))
 
     def log_step(self, values: dict[str, float]) -> None:
-        """Appends a line to metrics.jsonl."""
         self._append("metrics.jsonl", json.dumps(values) + "\n")
         self._log_events("training", values)
 
@@ -270,7 +267,6 @@ class RunFolder:
         self._log_events("evaluation", values)
 
     def log_bad_file(self, bad: BadImage) -> None:
-        """Appends a line to bad_files.txt."""
         self._append("bad_files.txt", f"{bad.name}\t{bad.what}\n")
 
     def _append(self, name: str, text: str) -> None:
@@ -291,7 +287,6 @@ class RunFolder:
                 self._events.add_scalar(f"{group}/{name}", values[name], int(values["step"]))
 
     def draw_curves(self) -> None:
-        """Draws loss, accuracy and learning rate so far."""
         figure = plots.curves(read_metrics(self.path), read_results(self.path))
         plots.save(figure, self.plots / "curves.png")
 

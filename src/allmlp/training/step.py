@@ -26,8 +26,6 @@ _USABLE = 0.8  # of free memory; torch's buffers and other programs need the res
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of a training step."""
-
     loss: float  # mean over the batch of all processes
     gradient_norm: float  # before clipping
     learning_rate: float
@@ -40,8 +38,6 @@ class StepResult:
 
 @dataclass
 class Updater:
-    """Updates the weights of a model."""
-
     model: ImageClassifier
     network: nn.Module  # the model, or the wrapper from `parallelize`
     optimizers: list[torch.optim.Optimizer]

@@ -43,7 +43,6 @@ class Checkpoint(Published):
 
     @property
     def model(self) -> str:
-        """Name of the architecture."""
         return self.name.partition(".")[0]
 
     @property

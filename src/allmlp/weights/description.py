@@ -36,8 +36,6 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Description:
-    """Metadata of a weights file."""
-
     layout: Layout
     config: ModelConfig
     class_names: list[str] | None  # in the order of the logits

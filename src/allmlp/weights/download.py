@@ -182,7 +182,6 @@ def _verify(published: Published, file: Path, record: Path) -> str | None:
 
 
 def sha256_of(path: Path) -> str:
-    """Returns the sha256 of a file as a hex string."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

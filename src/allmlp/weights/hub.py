@@ -71,7 +71,6 @@ def _get(name: str, file: str, revision: str | None, is_cut_off: bool) -> Path |
 
 
 def _cause(error: BaseException) -> str:
-    """Returns the first line of an error, or of its cause."""
     first = error.__cause__ or error
     return (str(first) or type(first).__name__).splitlines()[0]
 
