@@ -45,13 +45,15 @@ class UserError(ValueError):
 def near_names(name: str, known: Iterable[str]) -> str:
     """Returns 'Did you mean X or Y? ' for known names similar to `name`, or ''.
 
-    The last part of a dotted name matches too.
+    The last part of a dotted name matches too, and so does a part of a name: ema, ema_decay.
     """
     wanted = name.lower()
 
     def likeness(candidate: str) -> float:
         ends = {candidate.lower(), candidate.lower().rpartition(".")[2]}
-        return max(difflib.SequenceMatcher(None, end, wanted).ratio() for end in ends)
+        is_part = len(wanted) > 2 and any(wanted in end for end in ends)
+        alike = max(difflib.SequenceMatcher(None, end, wanted).ratio() for end in ends)
+        return max(alike, 0.65 * is_part)
 
     near = heapq.nlargest(3, ((likeness(candidate), candidate) for candidate in known))
     names = [candidate for likely, candidate in near if likely >= 0.65]
