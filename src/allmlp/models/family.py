@@ -109,6 +109,11 @@ class PatchConfig(ModelConfig):
         """Number of tokens before every block and before the head: num_blocks + 1 values."""
         return (self.num_tokens,) * (self.num_blocks + 1)
 
+    def flops_with(self, block_macs: int) -> int:
+        """Returns `flops`, given the multiply-adds of all blocks."""
+        stem = self.num_tokens * self.in_channels * self.patch_size**2 * self.hidden_dim
+        return 2 * (stem + block_macs + self.hidden_dim * self.num_classes)
+
     def summary(self) -> str:
         """Returns a short description: "12 layers, patch 16, 768 channels"."""
         return f"{self.num_blocks} layers, patch {self.patch_size}, {self.hidden_dim} channels"
@@ -154,7 +159,7 @@ class Names:
 
     Attributes:
         title: the code base.
-        marker: a pattern that matches at least one name in these files, and none in other files.
+        marker: a pattern for names that only these files have.
         pairs: (their prefix, ours), with "{i}" for the block index.
         scale_axes: axes of tensors called alpha and beta; all but the last have length one.
         gelu: the form that the code base computes, if the configuration has a choice.
@@ -165,12 +170,6 @@ class Names:
     pairs: tuple[tuple[str, str], ...]
     scale_axes: int = 1
     gelu: str | None = None
-
-    @property
-    def pattern(self) -> str:
-        """A pattern that matches any of their names."""
-        prefixes = (re.escape(theirs).replace(r"\{i\}", r"\d+") for theirs, _ in self.pairs)
-        return "|".join(prefixes)
 
     def to_ours(self, tensors: Tensors) -> Tensors:
         """Renames their tensors to our names."""
@@ -192,7 +191,7 @@ def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
 
 
 def _scale(name: str, value: Tensor, axes: int) -> Tensor:
-    return value.view(*[1] * (axes - 1), -1) if name.endswith((".alpha", ".beta")) else value
+    return value.reshape(*[1] * (axes - 1), -1) if name.endswith((".alpha", ".beta")) else value
 
 
 @dataclass(frozen=True, kw_only=True)

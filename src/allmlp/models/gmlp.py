@@ -113,10 +113,8 @@ class GMLPConfig(PatchConfig):
 
     @property
     def flops(self) -> int:
-        tokens, dim, half = self.num_tokens, self.hidden_dim, self.mlp_dim // 2
-        stem = tokens * self.in_channels * self.patch_size**2 * dim
-        block = tokens * half * (3 * dim + tokens)
-        return 2 * (stem + self.num_blocks * block + dim * self.num_classes)
+        block = self.num_tokens * (self.mlp_dim // 2) * (3 * self.hidden_dim + self.num_tokens)
+        return self.flops_with(self.num_blocks * block)
 
     @property
     def widest(self) -> int:

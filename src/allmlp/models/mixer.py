@@ -286,14 +286,13 @@ class MixerConfig(PatchConfig):
 
         Biases, GELU and LayerNorm, less than one per cent in total, are left out, as is usual.
         """
-        dim, wide = self.hidden_dim, 2 if self.gated else 1
-        total = self.num_tokens * self.in_channels * self.patch_size**2 * dim
+        dim, wide, total = self.hidden_dim, 2 if self.gated else 1, 0
         for before, after in itertools.pairwise(self.tokens):
             total += dim * (wide * before + after) * self.tokens_mlp_dim
             total += (wide + 1) * after * dim * self.channels_mlp_dim
             total += before * dim**2 if self.token_mixing == "views" else 0
             total += dim * before * after if after < before else 0
-        return 2 * (total + dim * self.num_classes)
+        return self.flops_with(total)
 
     @property
     def widest(self) -> int:
@@ -305,8 +304,9 @@ class MixerConfig(PatchConfig):
     def least_parameters(self) -> int:
         """Number of parameters in the blocks' MLPs alone."""
         copies = self.hidden_dim if self.token_mixing == "untied" else self.token_groups
-        tokens = sum(before + after for before, after in itertools.pairwise(self.tokens))
-        channels = 2 * self.num_blocks * self.hidden_dim * self.channels_mlp_dim
+        wide = 2 if self.gated else 1
+        tokens = sum(wide * before + after for before, after in itertools.pairwise(self.tokens))
+        channels = (wide + 1) * self.num_blocks * self.hidden_dim * self.channels_mlp_dim
         return copies * tokens * self.tokens_mlp_dim + channels
 
     @property
@@ -397,12 +397,12 @@ FAMILY = Family(
     },
     suffix=_suffix,
     resize=_resize,
-    marker=r"blocks\.\d+\.token_mixing\.",
+    marker=r"blocks\.\d+\.token_mixing\.dense_",
     infer=_infer,
     names=(
         Names(
             "timm",
-            r"stem\.proj\.|blocks\.\d+\.mlp_(tokens|channels)\.",
+            r"blocks\.\d+\.mlp_tokens\.",
             (
                 ("stem.proj", "stem"),
                 ("blocks.{i}.norm1", "blocks.{i}.layer_norm_0"),

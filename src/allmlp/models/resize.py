@@ -87,13 +87,16 @@ def resize_tokens(
         for _, axes in weights
     ]
     check_fits_memory(sum(map(math.prod, lengths)), f"token mixing at {size} pixels")
+    if factors is None:
+        pairs = list(zip(old.grid, new.grid, strict=True))
+        read = tuple(resizing(after, before, interpolation) for before, after in pairs)
+        written = tuple(resizing(before, after, interpolation) for before, after in pairs)
+        for name, axes in weights:
+            tensors[name] = _resampled(tensors.pop(name), axes, read, written)
+        return 1, f"resampled ({interpolation})"
     for name, axes in weights:
-        value = tensors.pop(name)
-        if factors is None:
-            tensors[name] = _resampled(value, axes, old.grid, new.grid, interpolation)
-        else:
-            tensors[name] = _grown(value, axes, old.grid, factors)
-    return tiles, how_resized(factors) if factors else f"resampled ({interpolation})"
+        tensors[name] = _grown(tensors.pop(name), axes, old.grid, factors)
+    return tiles, how_resized(factors)
 
 
 def resize_maps(name: str) -> Callable[[Tensors, Any, Any, str], tuple[Any, str]]:
@@ -136,18 +139,17 @@ def _grown(value: Tensor, axes: tuple[Axis, ...], grid: Size, factors: Size) -> 
 
 
 def _resampled(
-    value: Tensor, axes: tuple[Axis, ...], old: Size, new: Size, interpolation: Interpolation
+    value: Tensor, axes: tuple[Axis, ...], read: tuple[Tensor, ...], written: tuple[Tensor, ...]
 ) -> Tensor:
-    """Returns a weight on another grid: W A if it reads tokens, B W if it writes them."""
-    dtype, num_tokens = value.dtype, new[0] * new[1]
+    """Returns a weight on another grid: W A if it reads tokens, B W if it writes them; `read` and
+    `written` are A and B along the height and the width."""
+    dtype, old = value.dtype, [matrix.shape[1] for matrix in written]
     value = value.double()  # so that rounding in the maps does not add to that of the model
     if len(axes) == 2 and axes[1] == TOKENS:
-        down, across = (resizing(n, o, interpolation) for n, o in zip(new, old, strict=True))
-        value = (down.T @ (value.view(-1, *old) @ across)).flatten(1)
+        value = (read[0].T @ (value.view(-1, *old) @ read[1])).flatten(1)
     if axes[0] == TOKENS:
-        down, across = (resizing(o, n, interpolation) for n, o in zip(new, old, strict=True))
         columns = value.view(*old, -1).permute(2, 0, 1)  # (columns, h, w)
-        value = (down @ (columns @ across.T)).permute(1, 2, 0).reshape(num_tokens, -1)
+        value = (written[0] @ (columns @ written[1].T)).permute(1, 2, 0).flatten(0, 1)
     return (value if len(axes) == 2 else value.flatten()).contiguous().to(dtype)
 
 

@@ -112,10 +112,8 @@ class ResMLPConfig(PatchConfig):
 
     @property
     def flops(self) -> int:
-        tokens, dim = self.num_tokens, self.hidden_dim
-        stem = tokens * self.in_channels * self.patch_size**2 * dim
-        block = tokens * dim * (tokens + 2 * self.channels_mlp_dim)
-        return 2 * (stem + self.num_blocks * block + dim * self.num_classes)
+        width = self.num_tokens + 2 * self.channels_mlp_dim
+        return self.flops_with(self.num_blocks * self.num_tokens * self.hidden_dim * width)
 
     @property
     def widest(self) -> int:
@@ -136,9 +134,8 @@ def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> ResMLPCo
     return ResMLPConfig(channels_mlp_dim=hidden, **fields)
 
 
-_SHAPES: dict[
-    str, tuple[Any, ...]
-] = {  # P, C, L, hidden units of the channel MLP, LayerScale; from the authors' code
+# Of the authors' code: P, C, L, hidden units of the channel MLP, LayerScale.
+_SHAPES: dict[str, tuple[Any, ...]] = {
     "resmlp_12": (16, 384, 12, 1536, 0.1),
     "resmlp_24": (16, 384, 24, 1536, 1e-5),
     "resmlp_36": (16, 384, 36, 1536, 1e-6),

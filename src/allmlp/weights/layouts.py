@@ -39,11 +39,10 @@ class Layout:
 
     title: str
     family: Family
-    pattern: str  # matches the names
+    marker: str  # a pattern for names that only this layout has
     to_ours: Callable[[Tensors], Tensors] = dict
     from_ours: Callable[[Tensors], Tensors] = dict
     gelu: str | None = None  # of models with weights in this layout
-    marker: str = ""  # a pattern that at least one name must match
 
 
 def google_to_ours(arrays: Tensors) -> Tensors:
@@ -92,10 +91,7 @@ LAYOUTS = [
     Layout("Google", MIXER, "stem/|MixerBlock_", google_to_ours, google_from_ours, "tanh"),
     *(Layout(found.title, found, found.marker) for found in ALL_MLP if found is not MIXER),
     *(
-        Layout(
-            *(names.title, found, names.pattern, names.to_ours, names.from_ours, names.gelu),
-            marker=names.marker,
-        )
+        Layout(names.title, found, names.marker, names.to_ours, names.from_ours, names.gelu)
         for found in ALL_MLP
         for names in found.names
     ),
@@ -106,8 +102,7 @@ def layout_of(tensors: Tensors, family: Family | None = None) -> Layout | None:
     """Returns the layout that matches most tensor names, of `family` if given, or None."""
     best, most = None, 0
     for layout in LAYOUTS:
-        is_asked = family is None or layout.family is family
-        if is_asked and any(re.match(layout.marker, name) for name in tensors):
-            known = sum(re.match(layout.pattern, name) is not None for name in tensors)
+        if family is None or layout.family is family:
+            known = sum(re.match(layout.marker, name) is not None for name in tensors)
             best, most = (layout, known) if known > most else (best, most)
     return best
