@@ -39,6 +39,9 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         "mixer_s32",
         {"token_mixing": "views", "token_groups": 8, "pyramid": ((0, 2), (1, 1))},
     ),
+    "rectangular patches": ("mixer_s32", {"patch_size": (16, 64)}),
+    "sequence": ("mixer_s32", {"patch_size": (1, 4), "in_channels": 5, "image_size": (1, 24)}),
+    "sequence gmlp": ("gmlp_ti16", {"patch_size": (1, 8), "image_size": (1, 24)}),
     "small_resnet": ("small_resnet", {"width": 8, "num_stages": 2}),
 }
 ALL = [*NAMES, *OTHERS]
@@ -67,8 +70,8 @@ def build(name: str, num_classes: int = 5, **changes: Any) -> am.ImageClassifier
     name, settings = OTHERS.get(name, (name, {}))
     size, overrides = small(name)
     torch.manual_seed(0)
-    size = changes.pop("image_size", size)
-    return enliven(am.create_model(name, size, num_classes, **overrides, **settings, **changes))
+    settings = {"image_size": size, **overrides, **settings, **changes}
+    return enliven(am.create_model(name, num_classes=num_classes, **settings))
 
 
 def draw(model: am.ImageClassifier, num: int = 3) -> torch.Tensor:

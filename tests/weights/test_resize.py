@@ -39,6 +39,8 @@ def odd_family(family: str) -> am.ImageClassifier:
     """Likewise, of any family."""
     if family == "mixer":
         return odd_model()
+    if family == "rectangular patches":
+        return odd_model(patch_size=(4, 2))
     if family == "permutator":
         return small_permutator(image_size=(8, 12), **PLAIN).eval()
     torch.manual_seed(0)
@@ -66,11 +68,11 @@ def resized(
 
 
 @pytest.mark.parametrize("factors", [(2, 2), (1, 2), (3, 1), (2, 3)])
-@pytest.mark.parametrize("family", PATCHES)
+@pytest.mark.parametrize("family", [*PATCHES, "rectangular patches"])
 def test_block_diagonal_logits_are_the_mean_over_the_tiles(family: str, factors: SIZE):
     model, (high, wide) = odd_family(family), factors
     grown = resized(model, (8 * high, 12 * wide), "block-diagonal")
-    if family in ("mixer", "gmixer"):
+    if family in ("mixer", "gmixer", "rectangular patches"):
         assert grown.config.tokens_mlp_dim == high * wide * model.config.tokens_mlp_dim
     images = torch.randn(5, 3, 8 * high, 12 * wide)
     tiles = [
@@ -85,13 +87,13 @@ def test_block_diagonal_logits_are_the_mean_over_the_tiles(family: str, factors:
 
 
 @pytest.mark.parametrize("factors", [(2, 2), (1, 3), (4, 2)])
-@pytest.mark.parametrize("family", [*PATCHES, "permutator"])
+@pytest.mark.parametrize("family", [*PATCHES, "rectangular patches", "permutator"])
 def test_nearest_resampling_repeats_the_logits_of_a_repeated_grid(family: str, factors: SIZE):
     model = odd_family(family)
-    patch = model.config.patch_size
+    tall, wide = getattr(model.config, "patch", 2 * (model.config.patch_size,))
     grown = resized(model, (8 * factors[0], 12 * factors[1]), "resample")
     images = torch.randn(5, 3, 8, 12)
-    patches = images.unfold(2, patch, patch).unfold(3, patch, patch)  # (N, 3, h, w, P, P)
+    patches = images.unfold(2, tall, tall).unfold(3, wide, wide)  # (N, 3, h, w, P_h, P_w)
     repeated = patches.repeat_interleave(factors[0], 2).repeat_interleave(factors[1], 3)
     large = repeated.permute(0, 1, 2, 4, 3, 5).reshape(5, 3, 8 * factors[0], 12 * factors[1])
     expected = model(images)

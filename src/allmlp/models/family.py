@@ -45,7 +45,7 @@ class ModelConfig:
             object.__setattr__(self, "image_size", (self.image_size, self.image_size))
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if get_origin(kind) is tuple and isinstance(value, list):
+            if isinstance(value, list):
                 object.__setattr__(self, name, value := tuple(value))
             is_right, rule = _check(kind, value, least=0 if name == "num_classes" else 1)
             if not is_right:
@@ -63,13 +63,13 @@ class ModelConfig:
         """Returns a short description of the architecture."""
         raise NotImplementedError
 
-    def check_divisible(self, unit: int, words: str) -> None:
+    def check_divisible(self, unit: Size, words: str) -> None:
         """Raises ValueError unless `unit` divides both image sides; `words` names the unit."""
-        if any(side % unit for side in self.image_size):
-            height, width = self.image_size
-            near = [max(1, round(side / unit)) * unit for side in self.image_size]
+        sides = list(zip(self.image_size, unit, strict=True))
+        if any(side % part for side, part in sides):
+            near = [max(1, round(side / part)) * part for side, part in sides]
             raise ValueError(
-                f"image size {height}x{width} is not divisible by {words}; "
+                f"image size {size_text(self.image_size)} is not divisible by {words}; "
                 f"the nearest that is: {near[0]}x{near[1]}"
             )
 
@@ -79,30 +79,39 @@ class PatchConfig(ModelConfig):
     """Fields of networks whose tokens are the patches of a single grid throughout.
 
     Args:
-        patch_size: side of a patch in pixels; it must divide both sides of the image.
+        patch_size: (P_h, P_w) in pixels, which must divide the image; a number means a square.
         hidden_dim: channels per token.
         num_blocks: number of blocks.
 
     The other fields are those of `ModelConfig`.
     """
 
-    patch_size: int
+    patch_size: int | Size
     hidden_dim: int
     num_blocks: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_divisible(self.patch_size, f"the patch size {self.patch_size}")
+        height, width = self.patch
+        if height == width:
+            object.__setattr__(self, "patch_size", height)  # one form per shape
+        self.check_divisible(self.patch, f"the patch size {size_text(self.patch_size)}")
+
+    @property
+    def patch(self) -> Size:
+        """(P_h, P_w)."""
+        patch = self.patch_size
+        return patch if isinstance(patch, tuple) else (patch, patch)
 
     @property
     def grid(self) -> Size:
-        """Patches per column and per row: (H / P, W / P)."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+        """Patches per column and per row: (H / P_h, W / P_w)."""
+        return self.image_size[0] // self.patch[0], self.image_size[1] // self.patch[1]
 
     @property
     def num_tokens(self) -> int:
-        """S = HW / P^2, the length of the token sequence."""
-        return self.grid[0] * self.grid[1]
+        """S = HW / (P_h P_w), the length of the token sequence."""
+        return math.prod(self.grid)
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -111,12 +120,18 @@ class PatchConfig(ModelConfig):
 
     def flops_with(self, block_macs: int) -> int:
         """Returns `flops`, given the multiply-adds of all blocks."""
-        stem = self.num_tokens * self.in_channels * self.patch_size**2 * self.hidden_dim
+        stem = math.prod(self.image_size) * self.in_channels * self.hidden_dim
         return 2 * (stem + block_macs + self.hidden_dim * self.num_classes)
 
     def summary(self) -> str:
         """Returns a short description: "12 layers, patch 16, 768 channels"."""
-        return f"{self.num_blocks} layers, patch {self.patch_size}, {self.hidden_dim} channels"
+        patch = size_text(self.patch_size)
+        return f"{self.num_blocks} layers, patch {patch}, {self.hidden_dim} channels"
+
+
+def size_text(size: int | Size) -> str:
+    """Returns "16", or "16x8" for height and width."""
+    return "x".join(map(str, size)) if isinstance(size, tuple) else str(size)
 
 
 def is_integer(value: Any, least: int = 1) -> bool:
@@ -136,7 +151,9 @@ def _check(kind: Any, value: Any, least: int) -> tuple[bool, str]:
     if get_origin(kind) is Literal:
         is_known = isinstance(value, str) and value in get_args(kind)
         return is_known, f"one of {', '.join(get_args(kind))}"
-    if kind == Size:
+    if kind in (Size, int | Size):
+        if kind != Size and is_integer(value):
+            return True, ""
         is_size = isinstance(value, tuple) and len(value) == 2 and all(map(is_integer, value))
         return is_size, "a number of pixels or (height, width)"
     if kind == tuple[int, ...]:
@@ -266,21 +283,20 @@ def infer_patches(
     shapes: Shapes, num_tokens: int, written: Size | None, asked: Size | None
 ) -> dict[str, Any]:
     """Infers the fields of a `PatchConfig` from stem, head and blocks; for `Family.infer`."""
-    dim, channels, patch, patch_width = shape_of(shapes, "stem.weight", 4)
-    if patch != patch_width:
-        raise ValueError(f"the patch is {patch}x{patch_width} pixels, not square")
-    side = math.isqrt(num_tokens) * patch
-    for height, width in filter(None, (written, (side, side), asked)):
-        if height % patch == width % patch == 0 and height * width == num_tokens * patch**2:
+    dim, channels, tall, wide = shape_of(shapes, "stem.weight", 4)
+    side = math.isqrt(num_tokens)
+    for height, width in filter(None, (written, (side * tall, side * wide), asked)):
+        is_whole = height % tall == width % wide == 0
+        if is_whole and height * width == num_tokens * tall * wide:
             break
     else:
         raise ValueError(
-            f"the weights are for {num_tokens} patches of {patch}x{patch} pixels, not a "
+            f"the weights are for {num_tokens} patches of {tall}x{wide} pixels, not a "
             "square, and the file does not say the height and width: give its own image_size"
         )
     return {
         "image_size": (height, width),
-        "patch_size": patch,
+        "patch_size": (tall, wide),
         "hidden_dim": dim,
         "num_blocks": max(1, count_blocks(shapes, r"blocks\.(\d{1,6})\.")),
         "num_classes": count_classes(shapes),

@@ -203,7 +203,7 @@ class PatchClassifier(ImageClassifier):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
-        patch, dim = config.patch_size, config.hidden_dim
+        patch, dim = config.patch, config.hidden_dim
         self.stem = nn.Conv2d(config.in_channels, dim, kernel_size=patch, stride=patch)
         self.blocks = nn.Sequential(*(self.block(index) for index in range(config.num_blocks)))
         self.add_module(self.last_norm, self.norm())

@@ -5,7 +5,7 @@ Follows the names and order of the paper's Listing 1. Matches Google's code
 1e-6, LayerNorm before the mean over tokens, zero head, row-major tokens. Includes the stochastic
 depth and dropout of appendix B, which the listing omits.
 
-Shapes: N batch, S tokens, C channels, P patch side, H W pixels.
+Shapes: N batch, S tokens, C channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class MixerConfig(PatchConfig):
 
     Args:
         image_size: (H, W) in pixels; a single number means a square. The patch must divide both.
-        patch_size: P, side of a patch in pixels.
+        patch_size: P in pixels, or (P_h, P_w).
         hidden_dim: C, channels of a token.
         num_blocks: mixer layers, each a token-mixing and a channel-mixing MLP.
         tokens_mlp_dim: D_S, hidden units of the token-mixing MLPs.

@@ -112,7 +112,7 @@ class VisionPermutatorConfig(StagedConfig):
         unit, words = self.patch_size * 2 ** sum(halves), f"the patch size {self.patch_size}"
         if any(halves):
             words = f"{unit} ({words}, and the grid is halved {sum(halves)}x)"
-        self.check_divisible(unit, words)
+        self.check_divisible((unit, unit), words)
 
     @property
     def sizes(self) -> list[int]:
