@@ -64,6 +64,7 @@ def main(file, paths):
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     about = session.get_modelmeta().custom_metadata_map
     how, classes = json.loads(about["preprocessing"]), json.loads(about["class_names"])
+    decision = json.loads(about.get("decision", "{}"))
     takes_pixels = session.get_inputs()[0].type == "tensor(uint8)"
     for path in paths:
         image = resize(decode(path, how), how)
@@ -72,8 +73,12 @@ def main(file, paths):
             pixels = (pixels / np.float32(255) - np.float32(how["mean"])) / np.float32(how["std"])
             pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
         logits = session.run(None, {"images": pixels})[0][0]
-        probabilities = np.exp(logits - logits.max())
-        probabilities /= probabilities.sum()
+        logits = logits / np.float32(decision.get("temperature", 1))
+        if decision.get("labels") == "multi":
+            probabilities = 1 / (1 + np.exp(-logits))
+        else:
+            probabilities = np.exp(logits - logits.max())
+            probabilities /= probabilities.sum()
         best = np.argsort(-probabilities, kind="stable")[:5]
         print(
             f"{path}:",

@@ -11,7 +11,17 @@ import allmlp
 PACKAGE = Path(allmlp.__file__).parent
 # Upward. Files directly in the package stand on the floor where their name is listed.
 FLOORS = [
-    {"names", "errors", "options", "preprocessing", "console", "log", "io", "environment"},
+    {
+        "names",
+        "errors",
+        "options",
+        "preprocessing",
+        "decision",
+        "console",
+        "log",
+        "io",
+        "environment",
+    },
     {"runtime"},
     {"models", "data"},
     {"weights", "plots"},

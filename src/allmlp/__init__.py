@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from allmlp.benchmark import Benchmark as Benchmark
     from allmlp.benchmark import BenchmarkOptions as BenchmarkOptions
     from allmlp.benchmark import benchmark as benchmark
+    from allmlp.decision import Decision as Decision
     from allmlp.deploy.export import ExportReport as ExportReport
     from allmlp.deploy.export import export as export
     from allmlp.deploy.exported_model import ExportedModel as ExportedModel
@@ -61,6 +62,7 @@ sleep_soon()  # before anything imports torch
 # Public names by module.
 _NAMES = {
     "benchmark": "Benchmark BenchmarkOptions benchmark",
+    "decision": "Decision",
     "deploy.export": "ExportReport export",
     "deploy.exported_model": "ExportedModel",
     "deploy.formats": "open_exported",

@@ -383,6 +383,7 @@ def test_descriptions_that_are_damaged(nameless: Path, tmp_path: Path):
         {"class_names": '["a"]'},
         {"class_names": "[1, 2]"},
         {"preprocessing": '{"image_size": [16, 16]}'},
+        {"decision": '{"temperature": "hot"}'},
     ):
         path = rewritten(nameless, wrong, tmp_path / "m.onnx")
         with pytest.raises(am.UserError) as caught:

@@ -112,6 +112,9 @@ def test_another_image_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         {"preprocessing": {"image_size": [8, 16]}},
         {"class_names": ["ant", "bee"]},
         {"class_names": 5},
+        {"decision": {"temperature": -1}},
+        {"decision": {"labels": "multi", "thresholds": [0.5]}},
+        {"decision": [2]},
         {},
     ],
 )

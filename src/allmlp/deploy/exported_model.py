@@ -2,6 +2,7 @@
 
 class_names     JSON list in the order of the logits, or null
 preprocessing   JSON object: image_size, resize, crop, mean, std, ... of `Preprocessing`
+decision        JSON object: labels, temperature, ... of `Decision`; absent if all are defaults
 input           description of the input's shape, type and range
 decoding        description of how image files are decoded before resizing
 allmlp          JSON object: format, version, precision, architecture, ...
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from allmlp.data.transforms import denormalize, normalize
+from allmlp.decision import Decision
 from allmlp.errors import UserError
 from allmlp.io import parse_json
 from allmlp.models.catalog import config_from_json, config_to_json
@@ -34,7 +36,7 @@ from allmlp.names import NAME, OLD_NAME, own_entry
 from allmlp.preprocessing import Preprocessing
 
 FORMAT, VERSION = "allmlp export", 1
-ENTRIES = ("class_names", "preprocessing", "input", "decoding", NAME, OLD_NAME)
+ENTRIES = ("class_names", "preprocessing", "decision", "input", "decoding", NAME, OLD_NAME)
 DECODING = (
     "The first frame; turned upright by EXIF where exif_orientation is true. Samples of 12 and 16"
     " bits become value * 255 / (2^bits - 1), rounded down (in colour the upper byte); a TIFF where"
@@ -54,6 +56,7 @@ class ExportInfo:
     precision: str
     num_parameters: int
     float32_layers: tuple[str, ...] = ()  # in an int8 file
+    decision: Decision = field(default_factory=Decision)
 
     def inputs(self, images: Tensor) -> np.ndarray:
         """Converts uint8 images (N, channels, H, W) to graph inputs."""
@@ -65,7 +68,10 @@ class ExportInfo:
 def info_of(model: ImageClassifier, precision: str, *, uint8_input: bool) -> ExportInfo:
     """Returns the metadata for a model's exported file."""
     how, number = preprocessing_of(model), model.num_parameters
-    return ExportInfo(model.config, model.class_names, how, uint8_input, precision, number)
+    return ExportInfo(
+        *(model.config, model.class_names, how, uint8_input, precision, number),
+        decision=model.decision,
+    )
 
 
 def to_text(info: ExportInfo) -> dict[str, str]:
@@ -83,9 +89,11 @@ def to_text(info: ExportInfo) -> dict[str, str]:
         "kept_in_float32": list(info.float32_layers),
         "architecture": config_to_json(info.config),
     }
+    decision = info.decision.to_json()
     return {
         "class_names": json.dumps(info.class_names),
         "preprocessing": json.dumps(info.preprocessing.to_json()),
+        **({"decision": json.dumps(decision)} if decision else {}),
         "input": f"images: {shape}",
         "decoding": DECODING,
         NAME: json.dumps(own),
@@ -118,6 +126,7 @@ def from_text(values: Mapping[str, str], path: Path) -> ExportInfo:
             str(own["precision"]),
             int(own["parameters"]),
             tuple(map(str, own["kept_in_float32"])),
+            Decision.from_json(parse_json(values.get("decision") or "{}"), config.num_classes),
         )
     except UserError as error:
         raise UserError(error.what, where=path, fix=error.fix) from error
@@ -137,7 +146,7 @@ class ExportedModel:
 
     Attributes:
         info, run, runtime: as given.
-        config, class_names, source: as in `ImageClassifier`.
+        config, class_names, decision, source: as in `ImageClassifier`.
         preprocessing: the part done outside the file.
     """
 
@@ -148,6 +157,7 @@ class ExportedModel:
     ) -> None:
         self.info, self.run, self.runtime = info, run, runtime
         self.config, self.class_names = info.config, info.class_names
+        self.decision = info.decision
         self.num_parameters, self.source = info.num_parameters, str(source)
         self.preprocessing: Preprocessing | None = info.preprocessing
         if info.uint8_input:  # the graph permutes the pixels

@@ -90,7 +90,8 @@ def row_values(
     def classes(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = predictor.logits(images)
         # Stable sort, because torch.topk breaks ties arbitrarily.
-        ordered, order = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        probabilities = predictor.model.decision.probabilities(logits)
+        ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
         width = columns.width
         return ordered[:, :width], order[:, :width], logits.isfinite().all(dim=1)
 

@@ -23,6 +23,7 @@ import torch
 
 from allmlp.data.classes import match_classes
 from allmlp.data.source import BadImage, Source
+from allmlp.decision import Decision
 from allmlp.errors import UserError, named_memory_errors
 from allmlp.evaluation.imagenet_real import RealScore
 from allmlp.evaluation.predictor import Outputs, Predictor, check_finite
@@ -55,6 +56,7 @@ class Evaluation:
         trained_on: how many of the images the model's run was trained on; None if unknown.
         precision: of the matmuls, and why; None if unknown.
         notes: other remarks on the metrics, one per line.
+        decision: the model's, from logits to probabilities.
     """
 
     data: str
@@ -69,11 +71,12 @@ class Evaluation:
     trained_on: int | None = None
     precision: str | None = None
     notes: list[str] = field(default_factory=list)
+    decision: Decision = field(default_factory=Decision)
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """float32 (N, K): the softmax of the logits."""
-        return torch.from_numpy(self.logits).softmax(dim=1).numpy()
+        """float32 (N, K): with the temperature of the decision."""
+        return self.decision.probabilities(torch.from_numpy(self.logits)).numpy()
 
     @property
     def predictions(self) -> np.ndarray:
@@ -357,6 +360,7 @@ def evaluate_source(
         [image for _, bad in parts for image in bad],
         predictor.preprocessing,
         precision=f"{predictor.precision} ({predictor.why})",
+        decision=predictor.model.decision,
     )
 
 

@@ -46,6 +46,7 @@ def describe(model: Classifier) -> dict[str, Any]:
         "parameters": model.num_parameters,
         "flops": model.config.flops,
         "preprocessing": preprocessing_of(model).to_json(),
+        **({"decision": decision} if (decision := model.decision.to_json()) else {}),
     }
 
 

@@ -223,7 +223,7 @@ def _probabilities(model: Classifier, images: Tensor) -> Floats:
     if model.config.num_classes == 0 or is_new:
         what = "a new head, all zeros" if is_new else "no head"
         raise UserError(f"the model has {what}: it predicts no class", fix="Use trained weights")
-    probabilities = _run(model, images).double().softmax(dim=1).cpu().numpy()
+    probabilities = model.decision.probabilities(_run(model, images).double()).cpu().numpy()
     if not np.isfinite(probabilities).all():
         raise UserError("the probabilities are not finite", where="the image")
     return probabilities

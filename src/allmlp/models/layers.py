@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from allmlp.decision import Decision
 from allmlp.errors import UserError
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.process import keep_freed_memory
@@ -93,6 +94,8 @@ class Classifier(Protocol):
     @property
     def preprocessing(self) -> Preprocessing | None: ...
     @property
+    def decision(self) -> Decision: ...
+    @property
     def source(self) -> str | None: ...
     @property
     def runtime(self) -> str | None: ...  # name and version, for an exported file
@@ -114,6 +117,7 @@ class ImageClassifier(nn.Module):
         class_names: one name per class, in the order of the logits; None if unknown. Any sequence
             of strings can be assigned; UserError if its length differs from the number of logits.
         preprocessing: from an image file to the input; None until weights are loaded.
+        decision: from the logits to probabilities and answers.
         source: what `load_model` was given; None for random weights.
         why_one_size: why images of a different size than the model's are an error.
     """
@@ -121,6 +125,7 @@ class ImageClassifier(nn.Module):
     config: Any
     head: nn.Linear | None
     preprocessing: Preprocessing | None = None
+    decision: Decision = Decision()
     source: str | None = None
     runtime: str | None = None  # torch
     why_one_size: ClassVar[str] = "its token-mixing MLPs have one weight for each patch"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from allmlp.console import Reporter
+from allmlp.decision import Decision
 from allmlp.errors import UserError, plural
 from allmlp.models.catalog import create_model, model_from_config
 from allmlp.models.layers import ImageClassifier, preprocessing_of
@@ -46,6 +47,7 @@ def build_model(
     if settings.train_only == "head":
         freeze_all_but_head(model)
     model.class_names = class_names
+    model.decision = Decision()  # that of earlier weights does not hold for new ones
     changes: dict[str, Any] = {"resize": data.resize, "exif_orientation": data.exif_orientation}
     if data.crop is not None:
         changes |= {"crop": data.crop, "crop_small": True}

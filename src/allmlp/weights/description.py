@@ -7,11 +7,12 @@ timm's config.json; and finally the tensors themselves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from allmlp.decision import Decision
 from allmlp.errors import UserError
 from allmlp.io import parse_json
 from allmlp.models.catalog import (
@@ -42,6 +43,7 @@ class Description:
     preprocessing: Preprocessing | None
     source: str  # where the description comes from
     notes: tuple[str, ...] = ()  # for the user
+    decision: Decision = field(default_factory=Decision)
 
 
 def describe(
@@ -116,6 +118,7 @@ def _ours(written: Json, where: str, file: WeightsFile) -> Description:
         preprocessing = written.get("preprocessing")
         if preprocessing is not None:
             preprocessing = Preprocessing.from_json(preprocessing)
+        decision = Decision.from_json(written.get("decision"), config.num_classes)
     except (KeyError, TypeError, ValueError) as error:
         what = error.what[:400] if isinstance(error, UserError) else f"{error!r}"
         raise UserError(f"not a model description: {what}", where=where) from error
@@ -131,7 +134,7 @@ def _ours(written: Json, where: str, file: WeightsFile) -> Description:
         names = checked_names(names, config.num_classes, where)
         if any("\ud800" <= letter <= "\udfff" for name in names for letter in name):
             raise UserError("class_names hold letters that are not valid text", where=where)
-    return Description(layout, config, names, preprocessing, where)
+    return Description(layout, config, names, preprocessing, where, decision=decision)
 
 
 def _infer(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from allmlp.console import Reporter
+from allmlp.decision import Decision
 from allmlp.errors import UserError, one_of, plural
 from allmlp.io import expand
 from allmlp.models.catalog import architectures, family_of, model_from_config
@@ -137,6 +138,7 @@ def _from_file(
     except UserError as error:  # values that no model of the family can have
         raise UserError(error.what, where=path, fix=error.fix) from error
     model.class_names, model.preprocessing = description.class_names, preprocessing
+    model.decision = description.decision
     return model
 
 
@@ -199,8 +201,8 @@ def _pixels(config: ModelConfig) -> str:
 
 
 def with_new_head(model: ImageClassifier, num_classes: int) -> ImageClassifier:
-    """Returns the model with a zero head of `num_classes` outputs (0: no head) and no class names.
-    Everything else is shared with the original, which does not change."""
+    """Returns the model with a zero head of `num_classes` outputs (0: no head), no class names and
+    no decision. Everything else is shared with the original, which does not change."""
     dim = model.config.hidden_dim
     try:
         config = dataclasses.replace(model.config, num_classes=num_classes)
@@ -213,6 +215,7 @@ def with_new_head(model: ImageClassifier, num_classes: int) -> ImageClassifier:
     fresh = copy.copy(model)
     fresh._modules = dict(model._modules)
     fresh.config, fresh.class_names, fresh.head = config, None, head
+    fresh.decision = Decision()
     return fresh
 
 

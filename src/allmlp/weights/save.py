@@ -2,7 +2,7 @@
 
 Our own format is a folder with
     model.safetensors   the tensors; the header repeats config.json, so the file works on its own
-    config.json         architecture, class names, preprocessing
+    config.json         architecture, class names, preprocessing, decision
 Google's .npz layout has no metadata, so it goes to <name>.json next to the file. All writes are
 atomic.
 """
@@ -83,6 +83,7 @@ def save_model(
         "architecture": config_to_json(config),
         "class_names": model.class_names,
         "preprocessing": None if preprocessing is None else preprocessing.to_json(),
+        **({"decision": decision} if (decision := model.decision.to_json()) else {}),
         "weights": _fingerprint(tensors),
     }
     contents: dict[Path, Content]
