@@ -315,7 +315,7 @@ def save_check(
 
 def samples(source: Source, seed: int = 0) -> Figure:
     """Returns random images of every class, or of some classes if there are very many."""
-    present = np.unique(source.labels)
+    present = np.flatnonzero(source.class_counts())
     per_class = next((n for n, most in ((6, 12), (3, 24), (2, 36)) if len(present) <= most), 1)
     chosen, classes = present, plural(len(present), "class")
     title = f"{source.name}: {plural(len(source), 'image')}, up to {per_class} of each of {classes}"
@@ -325,7 +325,7 @@ def samples(source: Source, seed: int = 0) -> Figure:
     random = np.random.default_rng(seed)
     images, captions = [], []
     for label in chosen:
-        members = random.permutation(np.flatnonzero(source.labels == label))
+        members = random.permutation(source.of_class(label))
         found = []
         for index in members[: 2 * per_class]:  # spares for unreadable images
             image = _thumbnail(source, int(index)) if len(found) < per_class else None
@@ -345,7 +345,7 @@ def duplicate_pairs(duplicates: Duplicates) -> Figure:
         kind = pair.kind if pair.difference == 0 else f"{pair.kind} {pair.difference:.3f}"
         for (split, index), last in ((pair.first, kind), (pair.second, " ")):
             source = duplicates.splits[split]
-            name = shorten(source.class_names[int(source.labels[index])], 16)
+            name = shorten(source.label_text(index), 16)
             images.append(_thumbnail(source, index))
             captions.append(f"{escape(split)}[{index}]\n{name}\n{last}")
             colors.append(_PAIR_COLORS[at % 2])

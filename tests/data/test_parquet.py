@@ -126,7 +126,7 @@ def test_columns_are_chosen(tmp_path: Path):
     with pytest.raises(UserError, match="column 'image' is binary, not struct<bytes"):
         open_source(f"{tmp_path / 'y.parquet'}")
     with pytest.raises(UserError, match="column 'label' is list<"):
-        open_source(write(tmp_path / "z.parquet", [["a", "b"]], more={"id": [1]}))
+        open_source(write(tmp_path / "z.parquet", [[0.1, 0.2]], more={"id": [1]}))
 
 
 def test_files_that_do_not_belong_together(tmp_path: Path):

@@ -130,6 +130,12 @@ def print_check(report: Reporter, result: Report) -> None:
         rows.append([name, f"{split.num_images:,}", f"{len(counts):,}", per_class, size, *sizes])
         kinds = {**split.formats, **split.modes}
         details.append(f"{name}: {', '.join(f'{kind} {count:,}' for kind, count in kinds.items())}")
+        if split.labels_per_image:
+            numbers = split.labels_per_image.items()
+            per_image = ", ".join(f"{images:,} with {number}" for number, images in numbers)
+            details.append(f"  labels per image: {per_image}")
+            kinds = split.class_counts.items()
+            details.append("  images per class: " + _some([f"{k} {n:,}" for k, n in kinds]))
         missing = [kind for kind, count in split.class_counts.items() if not count]
         if missing:
             details.append(f"  classes without images: {_some(missing)}")

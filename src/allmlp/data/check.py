@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,7 @@ class SplitReport:
     tiny: list[BadImage]  # a side below 16 pixels
     huge: list[BadImage]  # above 20 megapixels or 20 MB
     dark: list[BadImage]  # 16-bit, but no sample above `DARK`
+    labels_per_image: dict[str, int] = field(default_factory=dict)  # number: images; multi-label
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,11 @@ def _describe(source: Source, scanned: Scan) -> SplitReport:
     places = np.flatnonzero(scanned.facts["readable"])
     fields = ("num_bytes", "height", "width", "format", "mode", "brightest")
     facts = {name: scanned.facts[name][places] for name in fields}  # without thumbnails
-    counts = np.bincount(source.labels, minlength=len(source.class_names)).tolist()
+    counts = source.class_counts().tolist()
+    several = {}
+    if source.is_multi_label:
+        sums, images = np.unique(source.labels.sum(axis=1), return_counts=True)
+        several = {str(number): int(count) for number, count in zip(sums, images, strict=True)}
     heights, widths = facts["height"].astype(np.int64), facts["width"].astype(np.int64)
     areas, num_bytes = heights * widths, facts["num_bytes"]
     sizes: dict[str, tuple[int, int]] = {}
@@ -136,6 +141,7 @@ def _describe(source: Source, scanned: Scan) -> SplitReport:
         tiny=listed(np.minimum(heights, widths) < TINY_SIDE, size),
         huge=listed((areas > HUGE_PIXELS) | (num_bytes > HUGE_BYTES), size),
         dark=listed(is_dark, brightest),
+        labels_per_image=several,
     )
 
 

@@ -27,6 +27,8 @@ class RawLabels:
     codes: np.ndarray  # int (num_images,), indices into `values`
     values: Sequence[object]
     are_classes: bool = False
+    several: bool = False  # every value is a tuple of labels; the classes' labels are multi-hot
+    class_names: Sequence[str] | None = None  # with `several`, if the data lists them
     where: Callable[[int], object] | None = None  # names an image in errors; None: its own name
 
 
@@ -46,11 +48,19 @@ class Cells:
         return code
 
 
+def numbered(cells: Iterable[object]) -> RawLabels:
+    """Returns the labels of a column, given its cells."""
+    distinct = Cells()
+    codes = np.array([distinct.code(cell) for cell in cells], dtype=np.int64)
+    return RawLabels(codes, distinct.values)
+
+
 def make_classes(
     raw: RawLabels, item_name: Callable[[int], str], *, are_numbers: bool = False
 ) -> tuple[list[str], np.ndarray] | None:
     """Returns the class names and the labels, int64 (num_images,); None if no image has a label.
 
+    Several labels an image are multi-hot, bool (num_images, num_classes); an image may have none.
     With `are_numbers` the values feed a label rule, so -1, and 9 beside 9.0, are allowed. Raises
     UserError for the first image with an invalid value: empty, -1, or spelt in two ways.
     """
@@ -59,15 +69,20 @@ def make_classes(
         return _checked(raw, where)
     if list(raw.values) == [-1]:
         return None
+    if raw.several and are_numbers:
+        what = "a label rule needs one label an image, and these have several"
+        raise UserError(what, where=where(0), code="multi-label")
     used, first = np.unique(raw.codes, return_index=True)
-    texts: dict[int, str] = {}
+    texts: dict[int, list[str]] = {}
     rows: dict[str, int] = {}
     for code, row in sorted(zip(used.tolist(), first.tolist(), strict=True), key=lambda at: at[1]):
         try:
-            texts[code] = label_text(raw.values[code])
+            value = raw.values[code]
+            texts[code] = list(map(label_text, value)) if raw.several else [label_text(value)]
         except UserError as error:
             raise UserError(error.what, where=where(row), fix=error.fix) from None
-        rows.setdefault(texts[code], row)
+        for text in texts[code]:
+            rows.setdefault(text, row)
     if not are_numbers:
         check_twins(rows, lambda name: where(rows[name]))
         # {-1, 1} and {-2, -1} are valid class sets; next to 0, 1, ... -1 means unlabelled.
@@ -75,16 +90,23 @@ def make_classes(
         if "-1" in rows and others != {"1"} and all(name.isdecimal() for name in others):
             fix = f"Remove these images, or give the class another name; {UNLABELLED}"
             raise UserError("the image has no label (-1)", where=where(rows["-1"]), fix=fix)
-    names = in_class_order(rows)
+    names = in_class_order(rows) if raw.class_names is None else list(raw.class_names)
     place = {name: at for at, name in enumerate(names)}
+    if raw.several:
+        hot = np.zeros((len(raw.values), len(names)), dtype=bool)
+        for code, own in texts.items():
+            hot[code, [place[text] for text in own]] = True
+        return (names, hot[raw.codes]) if names else None
     table = np.full(len(raw.values), -1, dtype=np.int64)
-    table[list(texts)] = [place[text] for text in texts.values()]
+    table[list(texts)] = [place[text] for (text,) in texts.values()]
     return names, table[raw.codes]
 
 
 def _checked(raw: RawLabels, where: Callable[[int], object]) -> tuple[list[str], np.ndarray] | None:
     """Checks labels that index a class list. Hub data sets mark unlabelled splits with -1."""
     names = [str(name) for name in raw.values]
+    if raw.codes.ndim == 2:  # multi-hot, of a subset
+        return names, raw.codes
     labels = np.ascontiguousarray(raw.codes, dtype=np.int64)
     if len(labels) and (labels == -1).all():
         return None

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -76,16 +77,17 @@ class Duplicates:
 
     def class_of(self, split: str, index: int) -> str:
         """Returns the class of an image."""
-        source = self.splits[split]
-        return source.class_names[int(source.labels[index])]
+        return self.splits[split].label_text(index)
 
     def other_label(self) -> np.ndarray:
         """Returns which pairs have different classes, bool (num_pairs,)."""
-        numbers: dict[str, int] = {}
+        numbers: dict[tuple[str, ...], int] = {}
         parts = [np.empty(0, dtype=np.int64)]
         for source in self.splits.values():
-            own = [numbers.setdefault(name, len(numbers)) for name in source.class_names]
-            parts.append(np.array(own, dtype=np.int64)[source.labels])
+            rows, which = np.unique(source.labels, axis=0, return_inverse=True)
+            names = (_names(source, row) for row in rows)
+            own = [numbers.setdefault(name, len(numbers)) for name in names]
+            parts.append(np.array(own, dtype=np.int64)[which.reshape(-1)])
         labels = np.concatenate(parts)
         return labels[self.first] != labels[self.second]
 
@@ -150,6 +152,12 @@ class Duplicates:
             (one, kind), (other, its_kind) = (original.get(at, (at, 0)) for at in (kept, image))
             kind = max(kind, its_kind) if one == other else NEAR
             yield DuplicatePair(self.locate(kept), self.locate(image), KINDS[kind])
+
+
+def _names(source: Source, label: Any) -> tuple[str, ...]:
+    """The names of a label, or of a row of multi-hot labels."""
+    places = np.flatnonzero(label).tolist() if source.is_multi_label else [int(label)]
+    return tuple(sorted(source.class_names[at] for at in places))
 
 
 def find_duplicates(

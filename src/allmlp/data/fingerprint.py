@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 
+import numpy as np
+
 from allmlp.data.source import Source
 from allmlp.errors import UserError
 
@@ -16,7 +18,10 @@ def fingerprint(source: Source, most: int | None = 100, *, moved: bool = False) 
     """
     digest = hashlib.sha256(f"{len(source)} {source.class_names}".encode(errors="surrogateescape"))
     names = own_names(source) if moved else map(source.item_name, range(len(source)))
-    for name, label in zip(names, source.labels, strict=True):
+    labels = source.labels
+    if source.is_multi_label:
+        labels = [row.tobytes().hex() for row in np.packbits(source.labels, axis=1)]
+    for name, label in zip(names, labels, strict=True):
         digest.update(f"{name}\t{label}\n".encode(errors="surrogateescape"))
     step = 1 if most is None else max(1, -(-len(source) // most))
     for index in range(0, len(source), step):

@@ -33,8 +33,8 @@ from allmlp.preprocessing import Preprocessing
 # Augments one image with its own generator; the result has the model's input size.
 TrainingTransform = Callable[[EncodedImage, np.random.Generator], np.ndarray]
 
-# One image of a batch: pixels (None if bad), label, index, bad images.
-Sample = tuple[np.ndarray | None, int, int, list[BadImage]]
+# One image of a batch: pixels (None if bad), label or labels, index, bad images.
+Sample = tuple[np.ndarray | None, int | np.ndarray, int, list[BadImage]]
 
 
 TIMEOUT = 600.0  # seconds without a batch after which a worker counts as hanging
@@ -47,7 +47,7 @@ class Batch:
     """A batch of images, and those that could not be decoded."""
 
     images: Tensor  # uint8 (N, channels, H, W)
-    labels: Tensor  # int64 (N,)
+    labels: Tensor  # int64 (N,), or multi-hot, bool (N, num_classes)
     indices: Tensor  # int64 (N,), into the source
     bad: list[BadImage] = field(default_factory=list)
 
@@ -116,7 +116,8 @@ def collate(samples: list[Sample]) -> Batch:
     images, labels, indices = zip(*good, strict=True) if good else ((), (), ())
     # Channels stay last in memory, which avoids another copy.
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) if images else torch.empty(0)
-    labels, indices = torch.tensor(labels).long(), torch.tensor(indices).long()
+    labels, indices = torch.from_numpy(np.array(labels)), torch.tensor(indices).long()
+    labels = labels if labels.dim() == 2 else labels.long()
     return Batch(stacked.to(torch.uint8), labels, indices, bad)
 
 
@@ -261,7 +262,7 @@ class _TrainingImages(Images):
             random = sample_generator(self.seed, epoch, index)
             pixels = self.decoded(chosen, bad, lambda image, own=random: self.transform(image, own))
             if pixels is not None:
-                return pixels, int(self.source.labels[chosen]), chosen, bad
+                return pixels, self.source.labels[chosen], chosen, bad
         return None, 0, index, bad
 
 
@@ -275,7 +276,7 @@ class _EvaluationImages(Images):
         pixels = self.decoded(
             place, bad, lambda image: resize_for_evaluation(image.decode(), self.rules)
         )
-        return pixels, int(self.source.labels[place]), place, bad
+        return pixels, self.source.labels[place], place, bad
 
 
 def load(

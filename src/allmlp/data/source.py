@@ -132,7 +132,9 @@ class Source:
 
     name: str  # for display
     class_names: list[str]
-    labels: np.ndarray  # int64 (num_images,), indices into class_names
+    # int64 (num_images,), indices into class_names; several labels an image are multi-hot, bool
+    # (num_images, num_classes).
+    labels: np.ndarray
     images: Images
     indices: np.ndarray  # int64 (num_images,), indices into `images`
     notes: tuple[str, ...] = ()  # one line each
@@ -145,6 +147,28 @@ class Source:
 
     def item_name(self, index: int) -> str:
         return self.images.item_name(int(self.indices[index]))
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether images have several labels, or none."""
+        return self.labels.ndim == 2
+
+    def class_counts(self) -> np.ndarray:
+        """Returns the number of images of each class, int64 (num_classes,)."""
+        if self.is_multi_label:
+            return self.labels.sum(axis=0)
+        return np.bincount(self.labels, minlength=len(self.class_names))
+
+    def of_class(self, number: int) -> np.ndarray:
+        """Returns the indices of a class's images."""
+        own = self.labels[:, number] if self.is_multi_label else self.labels == number
+        return np.flatnonzero(own)
+
+    def label_text(self, index: int) -> str:
+        """Returns the class of an image, "cat", or its classes, "cat|dog"."""
+        if not self.is_multi_label:
+            return self.class_names[int(self.labels[index])]
+        return "|".join(self.class_names[at] for at in np.flatnonzero(self.labels[index]))
 
 
 @dataclass(frozen=True)
@@ -214,7 +238,12 @@ def subset(source: Source, indices: np.ndarray, name: str) -> Source:
 def relabel(source: Source, class_names: list[str]) -> Source:
     """Returns the source with another class list, which must contain all its class names."""
     place = {name: at for at, name in enumerate(class_names)}
-    labels = np.array([place[name] for name in source.class_names], dtype=np.int64)[source.labels]
+    places = np.array([place[name] for name in source.class_names], dtype=np.int64)
+    if source.is_multi_label:
+        labels = np.zeros((len(source), len(class_names)), dtype=bool)
+        labels[:, places] = source.labels
+    else:
+        labels = places[source.labels]
     return replace(source, class_names=class_names, labels=labels)
 
 
@@ -237,9 +266,13 @@ def random_subset(source: Source, fraction: float, seed: int) -> Source:
 def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the indices (kept, held out), with `fraction` of every class held out.
 
-    A class with two or more images has at least one on either side.
+    A class with two or more images has at least one on either side. With several labels an image
+    the classes take their turns from the rarest on, so that its images are divided first; images
+    without a label come last.
     """
     random = np.random.default_rng(seed)
+    if labels.ndim == 2:
+        return _split_multi_label(labels, fraction, random)
     held_out: list[np.ndarray] = []
     for label in np.unique(labels):
         members = random.permutation(np.flatnonzero(labels == label))
@@ -248,6 +281,23 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
             held_out.append(members[:number])
     chosen = np.sort(np.concatenate(held_out)) if held_out else np.array([], dtype=np.int64)
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def _split_multi_label(
+    labels: np.ndarray, fraction: float, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    order, side = random.permutation(len(labels)), np.full(len(labels), -1)  # 1: held out
+    hot = np.column_stack([labels, ~labels.any(axis=1)])
+    counts = hot.sum(axis=0)
+    counts[-1] = len(labels) + 1  # last
+    for column in np.argsort(counts, kind="stable"):
+        members = order[hot[order, column]]
+        if len(members) > 1:
+            number = min(max(round(fraction * len(members)), 1), len(members) - 1)
+            undecided = members[side[members] < 0]
+            missing = max(0, number - int((side[members] == 1).sum()))
+            side[undecided] = np.arange(len(undecided)) < missing
+    return np.flatnonzero(side < 1), np.flatnonzero(side == 1)
 
 
 def unreadable(source: Source, on_read: Callable[[bytes], None] | None = None) -> list[BadImage]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,7 +24,8 @@ SPLITS = {
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing"),
 }
-OPTIONS = ("label", "image", "config")
+OPTIONS = ("label", "labels", "separator", "image", "config")
+LABEL_OPTIONS = ("label", "labels", "separator")
 LABEL_COLUMNS = ("label", "labels", "class", "target")
 _PART_FIX = "A part is written as SOURCE:train[:90%], SOURCE:train[90%:] or SOURCE:test[100:200]"
 
@@ -145,7 +146,7 @@ def part_of(source: Source, text: str, name: str) -> Source:
     if max(start, stop) > len(source) or start >= stop:
         many = "no" if start >= stop else "only some"
         raise UserError(f"{many} images in {text} of {len(source):,}", where=name, fix=_PART_FIX)
-    order = _spread_over_classes(source.labels)
+    order = None if source.is_multi_label else _spread_over_classes(source.labels)
     indices = np.arange(start, stop) if order is None else np.sort(order[start:stop])
     return subset(source, indices, name)
 
@@ -163,6 +164,26 @@ def _spread_over_classes(labels: np.ndarray) -> np.ndarray | None:
     _, first, counts = np.unique(labels, return_index=True, return_counts=True)
     rank = np.arange(len(labels)) - np.repeat(first, counts)
     return np.lexsort((labels, (rank + 0.5) / np.repeat(counts, counts)))
+
+
+def choose_labels(
+    spec: SourceSpec,
+    columns: Sequence[str],
+    candidates: Sequence[str],
+    preferred: Sequence[str],
+    where: object,
+) -> str | list[str]:
+    """Returns the label column, as `choose_column`, or the columns of 0 and 1 in label=A|B|C."""
+    given = spec.options.get("label", "")
+    if "|" not in given or given in columns:
+        return choose_column("label", spec, columns, candidates, preferred, where)
+    named = given.split("|")
+    for name in named:
+        one = replace(spec, options={"label": name})
+        choose_column("label", one, columns, candidates, preferred, where)
+    if len(set(named)) < len(named):
+        raise UserError(f"a column is named twice: {given!r}", where=where)
+    return named
 
 
 def choose_column(

@@ -22,6 +22,7 @@ import numpy as np
 
 from allmlp.console import Reporter, report_bad_images, table
 from allmlp.data.classes import match_classes
+from allmlp.data.several_labels import check_one_label
 from allmlp.data.source import BadImage, Source, subset
 from allmlp.data.sources import open_splits, read_from
 from allmlp.errors import UserError, at_least, between, plural
@@ -394,6 +395,7 @@ def _train_and_test(name: str, splits: Mapping[str, Source]) -> tuple[Source, So
     for source in (train, test):
         if not len(source):
             raise UserError("there are no images", where=source.name)
+    check_one_label((train, test), "few-shot classification")
     present = np.unique(train.labels)
     if len(present) < 2:
         what = f"the training images are of one class only: {train.class_names[present[0]]!r}"

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from allmlp.data.classes import match_classes
+from allmlp.data.several_labels import check_one_label
 from allmlp.data.source import BadImage, Source
 from allmlp.decision import Decision
 from allmlp.errors import UserError, named_memory_errors
@@ -335,6 +336,7 @@ def evaluate_source(
     if len(names) == 1:
         what = f"the model knows one class only, {names[0]!r}: every prediction would be correct"
         raise UserError(what, fix="Evaluate a model of two classes or more")
+    check_one_label((source,), "evaluation")
     matched = match_classes(source, names, owner="the model", allow_missing=allow_missing_classes)
     empty = np.empty(0, dtype=np.int64)
     rows = [(empty, empty, np.empty((0, len(names)), dtype=np.float32))]

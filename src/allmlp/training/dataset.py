@@ -13,6 +13,7 @@ from allmlp.data.exclude import exclude, read_exclude_list
 from allmlp.data.fingerprint import image_key
 from allmlp.data.image import DARK, EncodedImage
 from allmlp.data.randaugment import randaugment
+from allmlp.data.several_labels import check_one_label
 from allmlp.data.source import (
     BadImage,
     Source,
@@ -52,7 +53,7 @@ class Splits:
     def describe(self) -> list[str]:
         """Returns a description of the data, line by line."""
         names = self.train.class_names
-        counts = np.bincount(self.train.labels, minlength=len(names))
+        counts = self.train.class_counts()
         few, many = int(counts.argmin()), int(counts.argmax())
         validate, test = "none to validate", f"{len(self.test):,}" if self.test else "none"
         if self.validation is not None:
@@ -63,18 +64,27 @@ class Splits:
             f"{plural(len(self.train), 'image')} to train, {validate}, "
             f"{test} to test; {plural(len(names), 'class')}",
             f"training images per class: {counts[few]:,}{others}",
+            *_labels_per_image(self.train),
             *self.notes,
         ]
         for split in (self.validation, self.test):
             if split is not None:
-                present = set(np.unique(split.labels).tolist())
-                absent = [name for at, name in enumerate(names) if at not in present]
+                absent = [names[at] for at in np.flatnonzero(split.class_counts() == 0)]
                 if absent:
                     lines.append(f"{split.name} has no image of {', '.join(absent[:8])}")
         if self.bad:
             some = f"{len(self.bad):,} of {plural(len(self.train), 'training image')}"
             lines.append(f"warning: {some} cannot be read and are skipped: {self.bad[0].name} ...")
         return lines
+
+
+def _labels_per_image(source: Source) -> list[str]:
+    if not source.is_multi_label:
+        return []
+    sums = source.labels.sum(axis=1)
+    none = int((sums == 0).sum())
+    without = f"; {plural(none, 'image')} without a label" if none else ""
+    return [f"labels per image: {sums.min()} to {sums.max()}, mean {sums.mean():.2f}{without}"]
 
 
 def open_training_data(settings: DataSettings) -> Splits:
@@ -103,6 +113,7 @@ def split_data(settings: DataSettings) -> Splits:
         fix = "A folder with FOLDER/train/<class>/*.jpg, or another source of data"
         raise UserError(what, where="data.source", fix=fix)
     splits = splits_with_train(settings.source)
+    check_one_label(splits.values(), "training")
     notes = notes_of(splits)
     if settings.exclude is not None:
         drops, before = read_exclude_list(settings.exclude), sum(map(len, splits.values()))
@@ -171,8 +182,9 @@ def check_number_bad(bad: list[BadImage], source: Source, most: float) -> None:
     if len(bad) <= most * of:
         return
     free = min(_FREE, (of - 1) // 2) if most else 0
-    counts, labels = np.bincount(source.labels), source.labels[[image.index for image in bad]]
-    emptied = np.flatnonzero((np.bincount(labels, minlength=len(counts)) == counts) & (counts > 0))
+    lost = subset(source, np.array([image.index for image in bad]), source.name)
+    counts = source.class_counts()
+    emptied = np.flatnonzero((lost.class_counts() == counts) & (counts > 0))
     if len(bad) <= free and not len(emptied):
         return
     named = "\n  ".join(f"{image.name}: {image.what}" for image in bad[:5])

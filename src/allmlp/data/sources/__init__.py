@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from allmlp.data.classes import UNLABELLED, RawLabels, check_twins, make_classes, match_classes
+from allmlp.data.several_labels import as_multi_label, split_labels
 from allmlp.data.source import Source, labelled, unlabelled
 from allmlp.data.source_spec import (
+    LABEL_OPTIONS,
     SPLITS,
     Kind,
     Records,
@@ -51,7 +53,7 @@ def open_splits(
     spec = parse_name(name)
     if labels == "any":
         labels = "none"
-        if "label" in spec.options:
+        if not spec.options.keys().isdisjoint(LABEL_OPTIONS):
             labels = "classes"
         elif spec.part is not None or is_subset_file(spec):
             with contextlib.suppress(UserError):  # other errors are reported below
@@ -61,15 +63,19 @@ def open_splits(
         fix = f"Known there: {', '.join(records)}"
         raise UserError(f"the data has no {spec.split} split", where=spec.source, fix=fix)
     splits: dict[str, Source] = {}
+    raws = {split: record.labels for split, record in records.items() if record.labels is not None}
+    raws, note = split_labels(raws, spec.options, spec.base)
     for split, record in records.items():
         title = f"{spec.source}:{split}"
         if labels == "none":
             splits[split] = unlabelled(record.images, title, record.notes)
-        elif record.labels is not None:
+        elif split in raws:
             numbers = labels == "numbers"
-            made = make_classes(record.labels, record.images.item_name, are_numbers=numbers)
+            made = make_classes(raws[split], record.images.item_name, are_numbers=numbers)
             if made is not None:
-                splits[split] = labelled(record.images, title, *made, record.notes)
+                notes = (*record.notes, note) if note else record.notes
+                found = labelled(record.images, title, *made, notes)
+                splits[split] = as_multi_label(found) if note else found
                 if not numbers:
                     check_twins(made[0], title)
     wanted = [spec.split] if spec.split else list(first_of) or list(SPLITS)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from allmlp.data.classes import Cells, RawLabels
+from allmlp.data.classes import RawLabels, numbered
 from allmlp.data.source import ImageFiles
 from allmlp.data.source_spec import (
     LABEL_COLUMNS,
@@ -103,15 +103,24 @@ def _open_split(dataset: Any, spec: SourceSpec, title: str, labels: bool) -> Rec
     records = HubImages(title, undecoded, column)
     if not labels:
         return Records(records)
-    classes = [name for name in columns if kinds[name] == "ClassLabel"]
+    # Several labels an image are a list of classes, in older versions of the package [ClassLabel].
+    several = {name: _item(features[name]) for name in columns}
+    several = {name: kind for name, kind in several.items() if type(kind).__name__ == "ClassLabel"}
+    classes = [name for name in columns if kinds[name] == "ClassLabel" or name in several]
     named = [name for name in columns if name.casefold() in LABEL_COLUMNS]
     label = choose_column("label", spec, columns, classes or named, ("label",), title)
     values = dataset.select_columns([label])[label][:]
+    if label in several:
+        names = several[label].names
+        return Records(records, numbered([names[at] for at in row or ()] for row in values))
     if label in classes and None not in values:
         return Records(records, RawLabels(np.array(values), list(features[label].names), True))
-    cells = Cells()
-    codes = np.array([cells.code(value) for value in values])
-    return Records(records, RawLabels(codes, cells.values))
+    return Records(records, numbered(values))
+
+
+def _item(feature: Any) -> Any:
+    """The feature of the items of a list."""
+    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
 
 
 def _load(repository: str, revision: str | None, spec: SourceSpec) -> Any:

@@ -19,8 +19,18 @@ import numpy as np
 
 from allmlp.data import image
 from allmlp.data.classes import Cells, RawLabels
+from allmlp.data.several_labels import one_hot_cell
 from allmlp.data.source import ImageFiles, PackedStrings, Source
-from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec, choose_column, split_named
+from allmlp.data.source_spec import (
+    LABEL_OPTIONS,
+    SPLITS,
+    Kind,
+    Records,
+    SourceSpec,
+    choose_column,
+    choose_labels,
+    split_named,
+)
 from allmlp.errors import UserError
 from allmlp.io import parse_json
 
@@ -69,12 +79,19 @@ class _Table:
         self.image = choose_column("image", spec, columns, images, (), self.path)
         rest = [name for name in columns if name != self.image]
         self.split = next((name for name in rest if name.casefold() == "split"), None)
-        self.label = None
+        self.label: str | list[str] | None = None
         if labels:
             known = [name for name in rest if name.casefold() in LABEL_COLUMNS]
             preferred = [name for name in known if name.casefold() == "label"]
-            self.label = choose_column("label", spec, columns, known, preferred[:1], self.path)
-        rest = [name for name in rest if name not in (self.label, self.split)]
+            known = known or [name for name in rest if name.casefold() == "labels"]
+            others = [name for name in rest if name != self.split]
+            others = [name for name in others if not re.search(_SPLITS_OR_GROUPS, name)]
+            # Columns of 0 and 1, which the rows confirm.
+            self.is_guess = not known and "label" not in spec.options and len(others) > 1
+            self.label = others if self.is_guess else None
+            self.label = self.label or choose_labels(spec, columns, known, preferred[:1], self.path)
+        used = self.label if isinstance(self.label, list) else [self.label]
+        rest = [name for name in rest if name not in (*used, self.split)]
         self.unused = [name for name in rest if re.search(_SPLITS_OR_GROUPS, name)]
         self.lines, self.splits, self.codes = array("q"), array("b"), array("q")
         self.files = array("q")  # hashes of the resolved image paths
@@ -100,7 +117,7 @@ class _Table:
                     fix = f"Known: {', '.join(splits)}"
                     raise self._error(f"unknown split {text!r}", line, fix)
             if self.label is not None:
-                self.codes.append(self.cells.code(row.get(self.label)))
+                self.codes.append(self.cells.code(self._label(row, line)))
                 self.files.append(hash(self._real(path)))
             self.splits.append(splits.index(split))
             self.lines.append(line)
@@ -112,6 +129,7 @@ class _Table:
         return RawLabels(
             np.asarray(self.codes)[rows],
             self.cells.values,
+            class_names=self.label if isinstance(self.label, list) else None,
             where=lambda at: f"{self.path}, line {lines[at]}",
         )
 
@@ -134,7 +152,7 @@ class _Table:
             what, fix = "an image is in two splits", "Keep one of the two lines"
             known = [list(SPLITS)[self.splits[row]] for row in rows]
             if known[0] == known[1] and self.codes[first] != self.codes[second]:
-                what, fix = "an image has two labels", f"{fix}: an image has one label here"
+                what, fix = "an image has two labels", f"{fix}, or write them as one: cat|dog"
                 known = [str(self.cells.values[self.codes[row]]) for row in rows]
             if known[0] != known[1]:
                 one, other = (
@@ -154,6 +172,19 @@ class _Table:
         """The path with folder links resolved."""
         folder, _, name = path.replace(os.sep, "/").rpartition("/")
         return f"{self._folder(folder + '/' if path[0] == '/' else folder)}/{name}"
+
+    def _label(self, row: dict[str, object], line: int) -> object:
+        """The cell of the label column, or the names of the columns that have a 1."""
+        if not isinstance(self.label, list):
+            return row.get(self.label or "")
+        try:
+            return one_hot_cell({column: row.get(column) for column in self.label})
+        except ValueError as error:
+            if not self.is_guess:
+                raise self._error(str(error), line) from error
+            what = f"no label column found; columns: {', '.join([self.image, *self.label])}"
+            fix = f"Name it, or columns of 0 and 1: '{self.path}#label=COLUMN' or '...#label=A|B'"
+            raise UserError(f"{what} ({error})", where=self.path, fix=fix) from error
 
     def _text(self, row: dict[str, object], column: str, what: str, line: int) -> str:
         value = row.get(column)
@@ -215,7 +246,7 @@ def _csv_rows(file: TextIO, path: Path) -> _Rows:
 
 
 def _jsonl_rows(file: TextIO, path: Path) -> _Rows:
-    known = {*IMAGE_COLUMNS, *LABEL_COLUMNS, "split"}
+    known = {*IMAGE_COLUMNS, *LABEL_COLUMNS, "labels", "split"}
     columns: set[str] | None = None
     for line, text in enumerate(file, 1):
         if not text.strip():
@@ -250,5 +281,5 @@ KIND = Kind(
     "lists",
     lambda spec: spec.path.is_file() and spec.path.suffix.lower() in SUFFIXES,
     open_list,
-    ("label", "image"),
+    (*LABEL_OPTIONS, "image"),
 )

@@ -10,20 +10,24 @@ import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from allmlp.data.classes import RawLabels, natural_order
+from allmlp.data.classes import RawLabels, natural_order, numbered
+from allmlp.data.several_labels import one_hot_cell
 from allmlp.data.source import PackedBytes
 from allmlp.data.source_spec import (
     LABEL_COLUMNS,
+    LABEL_OPTIONS,
     SPLITS,
     Kind,
     Records,
     SourceSpec,
     choose_column,
+    choose_labels,
     split_of_file,
 )
 from allmlp.errors import UserError
@@ -31,6 +35,7 @@ from allmlp.io import parse_json
 from allmlp.names import optional
 
 HELD_BYTES = 2**30  # encoded images per split
+_LISTS = ("Sequence", "List", "LargeList")
 _GROUPS_KEPT = 2  # row groups cached if a split is not held in memory
 
 
@@ -57,38 +62,45 @@ def open_parquet(spec: SourceSpec, labels: bool) -> dict[str, Records]:
 def _open(files: list[str], spec: SourceSpec, labels: bool) -> Records:
     schema = open_file(files[0]).schema_arrow
     column = _image_column(schema, spec, files[0])
-    label = _label_column(schema, spec, files[0]) if labels else None
+    label = _label_columns(schema, spec, files[0]) if labels else []
     groups: list[tuple[int, int, int]] = []
     chunks: list[Any] = []
     row = 0
     for at, file in enumerate(files):
         reader = open_file(file)
         own = reader.schema_arrow
-        for name in filter(None, (column, label)):
+        for name in (column, *label):
             kind, other = (s.field(name).type if name in s.names else None for s in (schema, own))
             if kind != other or class_names_of(schema, name) != class_names_of(own, name):
                 what = f"column {name!r} is {other} here and {kind} in {files[0]}"
                 if kind == other:
                     what = f"column {name!r} has other classes than in {files[0]}"
                 raise UserError(what, where=file, fix="Give files that belong together")
-        if label is not None:
+        if label:
             with _damage_reported(file):
-                chunks += reader.read(columns=[label], use_threads=False).column(label).chunks
+                chunks += reader.read(columns=label, use_threads=False).select(label).to_batches()
         for group in range(reader.num_row_groups):
             groups.append((at, group, row))
             row += reader.metadata.row_group(group).num_rows
     if row == 0:
         raise UserError("the files have no rows", where=", ".join(files[:3]))
     images = ParquetImages(files, column, np.array(groups, dtype=np.int64), row)
-    raw = None if label is None else _raw_labels(chunks, class_names_of(schema, label), files[0])
+    raw = _raw_labels(schema, label, chunks, files[0]) if label else None
     return Records(images, raw, prepare=images.hold)
 
 
-def _raw_labels(chunks: list[Any], names: list[str] | None, file: str) -> RawLabels:
+def _raw_labels(schema: Any, columns: list[str], batches: list[Any], file: str) -> RawLabels:
     import pyarrow as pa
     import pyarrow.types as types
 
-    values = pa.chunked_array(chunks)
+    table = pa.Table.from_batches(batches)
+    values, names = table.column(0), class_names_of(schema, columns[0])
+    if len(columns) > 1:
+        return _one_hot(table, file)
+    if types.is_nested(values.type):
+        rows = ([] if row is None else row for row in values.to_pylist())
+        cells = [row if names is None else [names[at] for at in row] for row in rows]
+        return numbered(cells)
     if types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     if names is not None and not values.null_count:
@@ -98,6 +110,15 @@ def _raw_labels(chunks: list[Any], names: list[str] | None, file: str) -> RawLab
         return RawLabels(values.to_numpy(), names, are_classes=True)
     encoded = values.combine_chunks().dictionary_encode(null_encoding="encode")
     return RawLabels(encoded.indices.to_numpy(), encoded.dictionary.to_pylist())
+
+
+def _one_hot(table: Any, file: str) -> RawLabels:
+    """The labels of several columns of 0 and 1."""
+    try:
+        cells = [one_hot_cell(row) for row in table.to_pylist()]
+    except ValueError as error:
+        raise UserError(str(error), where=file, fix="Name columns of 0 and 1") from error
+    return replace(numbered(cells), class_names=table.column_names)
 
 
 def _image_column(schema: Any, spec: SourceSpec, file: str) -> str:
@@ -117,30 +138,43 @@ def _image_column(schema: Any, spec: SourceSpec, file: str) -> str:
     return column
 
 
-def _label_column(schema: Any, spec: SourceSpec, file: str) -> str:
+def _label_columns(schema: Any, spec: SourceSpec, file: str) -> list[str]:
+    """Returns the label column, or several of 0 and 1 if they are named."""
     import pyarrow.types as types
 
     def fits(name: str) -> bool:
         kind = schema.field(name).type
+        if types.is_list(kind) or types.is_large_list(kind):  # several labels an image
+            return types.is_integer(kind.value_type) or _is_text(kind.value_type)
         return not types.is_nested(kind) and not types.is_binary(kind) and not types.is_null(kind)
 
     classes = [name for name in schema.names if class_names_of(schema, name) is not None]
     named = [name for name in schema.names if name.casefold() in LABEL_COLUMNS]
     chosen = classes or list(filter(fits, named)) or named
-    label = choose_column("label", spec, schema.names, chosen, ("label",), file)
+    label = choose_labels(spec, schema.names, chosen, ("label",), file)
+    if isinstance(label, list):
+        return label
     if not fits(label):
         what = f"column {label!r} is {schema.field(label).type}, neither numbers nor text"
         raise UserError(what, where=file, fix=f"Choose another: '{spec.base}#label=COLUMN'")
-    return label
+    return [label]
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    return types.is_string(kind) or types.is_large_string(kind)
 
 
 def class_names_of(schema: Any, column: str) -> list[str] | None:
-    """Returns a column's class names from the schema's Hugging Face metadata."""
+    """Returns a column's class names from the schema's Hugging Face metadata, also of lists."""
     try:
         described = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))
         feature = described["info"]["features"][column]
+        feature = feature[0] if isinstance(feature, list) else feature  # several labels an image
+        feature = feature["feature"] if feature.get("_type") in _LISTS else feature
         names = feature["names"] if feature["_type"] == "ClassLabel" else None
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         return None
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return names if is_list else None
@@ -253,5 +287,8 @@ def _damage_reported(where: str) -> Iterator[None]:
 
 
 KIND = Kind(
-    "Parquet files", lambda spec: bool(parquet_files(spec)), open_parquet, ("label", "image")
+    "Parquet files",
+    lambda spec: bool(parquet_files(spec)),
+    open_parquet,
+    (*LABEL_OPTIONS, "image"),
 )
