@@ -119,6 +119,26 @@ def test_models_of_other_kinds(tmp_path, photo):
 
 
 @pytest.mark.parametrize(
+    ("name", "mixing"),
+    [("resmlp_12", "token_mixing.weight"), ("gmlp_ti16", "mlp.gate.token_mixing.weight")],
+)
+def test_one_matrix_over_the_tokens(tmp_path, photo, name, mixing):
+    """Its rows are drawn as maps of what each token reads."""
+    torch.manual_seed(0)
+    model = am.create_model(name, (32, 48), 3, num_blocks=2, hidden_dim=16)
+    torch.nn.init.normal_(model.head.weight)
+    weight = model.get_parameter(f"blocks.1.{mixing}")
+    torch.nn.init.normal_(weight)
+    found = am.inspect(model, output=tmp_path / "a", image=photo, vector="none")
+    assert {f"tokens_layer{number}.png" for number in (1, 2)} <= set(found.files)
+    assert "figure5.png" not in found.files
+    assert found.responses == []
+    assert np.array_equal(found.model.layer(2).incoming[4, 1, 2], weight[4, 1 * 3 + 2].item())
+    with pytest.raises(am.UserError, match="no hidden units"):
+        am.inspect(model, image=photo, units=["1:1"])
+
+
+@pytest.mark.parametrize(
     ("settings", "code", "named"),
     [
         ({"output": "FILE"}, "invalid", "file"),

@@ -77,10 +77,14 @@ def weight_figures(
         if model is None:
             continue
         for kind in ("", "_outgoing") if outgoing else ("",):
-            first = [pair_panel(layer, kind, most=_PAIRS) for layer in model.layers[:_FIRST]]
+            hidden = [layer for layer in model.layers if not layer.are_tokens]
+            first = [pair_panel(layer, kind, most=_PAIRS) for layer in hidden[:_FIRST]]
             if any(first):
                 figures[f"figure5{kind}{suffix}"] = pair_page(model.name, first, kind, _NARROW)
             for number in layers if model is measured else ():
+                if model.layer(number).are_tokens:
+                    figures[f"tokens_layer{number}"] = token_page(model.name, model.layer(number))
+                    continue
                 panel = pair_panel(model.layer(number), kind, numbered=True)
                 if panel is not None:
                     page = pair_page(model.name, [panel], kind, _WIDE)
@@ -125,6 +129,19 @@ def pair_page(name: str, panels: Sequence[Panel | None], kind: str, columns: int
     )
     drawn = [panel for panel in panels if panel is not None]
     return _page(name, f"hidden units of token-mixing MLPs, {what}", drawn, columns, notes)
+
+
+def token_page(name: str, layer: TokenMixingLayer) -> Figure:
+    """Returns what each output token reads, laid out like the patches of the image."""
+    grid = layer.incoming.shape[1:]
+    cells = [_enlarged(unit_pixels(unit), _UNIT) for unit in layer.incoming]
+    panel = f"Layer {layer.number}", cells, [""] * len(cells)
+    notes = (
+        "One map per output token, at the place of its patch: its weights on all input tokens.",
+        f"Colours: each map from {_MINUS}max|w| (blue) through 0 (white) to +max|w| (red).",
+    )
+    title = f"token mixing: what each of {grid[0]}x{grid[1]} tokens reads"
+    return _page(name, title, [panel], grid[1], notes)
 
 
 def stem_page(name: str, units: Floats) -> Figure:

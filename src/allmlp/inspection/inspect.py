@@ -232,10 +232,15 @@ def _responses(
     model: ImageClassifier, known: ModelUnits, image: Tensor, options: InspectOptions
 ) -> list[UnitResponse]:
     units = options.chosen_units()
+    hidden = [layer for layer in known.layers if not layer.are_tokens]
+    for number, _ in units:
+        if known.layer(number).are_tokens:
+            what = f"layer {number} has no hidden units: one matrix mixes the tokens"
+            raise UserError(what, where="units", fix="Leave out units")
     if not units:
         return [
             response
-            for layer in known.layers[:FIRST_LAYERS]
+            for layer in hidden[:FIRST_LAYERS]
             for response in strongest(unit_responses(model, known, image, layer.number), STRONGEST)
         ]
     for layer, unit in units:

@@ -2,7 +2,7 @@
 
 A unit is represented by its weights on a grid. All sums are in float64.
 
-Shapes: U units, G_H G_W the grid (height, width), C channels, P patch size.
+Shapes: U units, G_H G_W the grid (height, width), C channels, P_h P_w the patch.
 """
 
 from __future__ import annotations
@@ -203,6 +203,7 @@ class TokenMixingLayer:
     name: str  # of the module
     incoming: Floats  # (U, G_H, G_W): input weights of each hidden unit
     outgoing: Floats | None  # (U, G_H, G_W): output weights; None if the outputs are not a grid
+    are_tokens: bool = False  # one dense layer without hidden units: unit u is the output token u
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ class ModelUnits:
     architecture: dict[str, Any]
     layers: list[TokenMixingLayer]
     num_layers: int  # including those that cannot be drawn
-    stem_weights: Floats | None  # (C, P, P, channels), the first convolution
+    stem_weights: Floats | None  # (C, P_h, P_w, channels), the first convolution
     notes: list[str]  # on anything that does not apply to this model
 
     @cached_property
@@ -242,7 +243,7 @@ class ModelUnits:
             return found[number]
         what = f"layer {number} cannot be drawn"
         if not 1 <= number <= self.num_layers:
-            what = f"no layer {number}: the model has {self.num_layers} token-mixing MLPs"
+            what = f"no layer {number}: the model has {self.num_layers} token-mixing layers"
         fix = f"Known: {', '.join(map(str, found))}" if found else "".join(self.notes[:1])
         raise UserError(what, where="layers", fix=fix, code="unknown-name")
 
@@ -298,6 +299,7 @@ def model_units(model: ImageClassifier, name: str = "model") -> ModelUnits:
     not_drawn: dict[str, list[int]] = {}
     for number, (path, module) in enumerate(modules, start=1):
         weights = _dense_weights(model, number, module)
+        is_map = isinstance(module, nn.Linear)
         if weights is None or grid is None or weights[0].shape[1] != math.prod(grid):
             reason = "a unit does not read one value per patch, in all channels alike"
             not_drawn.setdefault(reason, []).append(number)
@@ -305,9 +307,10 @@ def model_units(model: ImageClassifier, name: str = "model") -> ModelUnits:
             not_drawn.setdefault("some weights are not finite", []).append(number)
         else:
             incoming, outgoing = weights
-            is_grid = outgoing.shape == incoming.shape[::-1] and np.isfinite(outgoing).all()
-            written = outgoing.T.reshape(-1, *grid) if is_grid else None  # from (S, U)
-            layers.append(TokenMixingLayer(number, path, incoming.reshape(-1, *grid), written))
+            written, maps = None, incoming.reshape(-1, *grid)
+            if outgoing.shape == incoming.shape[::-1] and np.isfinite(outgoing).all():
+                written = None if is_map else outgoing.T.reshape(-1, *grid)  # from (S, U)
+            layers.append(TokenMixingLayer(number, path, maps, written, is_map))
     notes = [
         f"layer{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))} not drawn: {reason}"
         for reason, numbers in not_drawn.items()
@@ -324,15 +327,18 @@ def model_units(model: ImageClassifier, name: str = "model") -> ModelUnits:
     elif not bool(torch.isfinite(stem.weight).all()):
         notes.append("figure 7 does not apply: some weights of the stem are not finite")
     else:
-        units = _array(stem.weight).transpose(0, 2, 3, 1)  # (C, P, P, channels)
+        units = _array(stem.weight).transpose(0, 2, 3, 1)  # (C, P_h, P_w, channels)
     return ModelUnits(name, config_to_json(model.config), layers, len(modules), units, notes)
 
 
 def _dense_weights(
     model: ImageClassifier, number: int, module: nn.Module
 ) -> tuple[Floats, Floats] | None:
-    """Returns both kernels of an MLP over patches that all channels share, or None."""
+    """Returns both kernels of an MLP over patches that all channels share, or None; of one dense
+    layer (ResMLP, gMLP) its kernel twice."""
     config = model.config
+    if isinstance(module, nn.Linear):
+        return _array(module.weight), _array(module.weight)
     if isinstance(config, MixerConfig) and (
         config.token_groups > 1 or config.tokens[number - 1] != config.num_tokens
     ):
