@@ -133,12 +133,12 @@ def _pretraining(recipe: str) -> Settings:
     }
 
 
-# CycleMLP and Vision Permutator with their authors' settings, the DeiT recipe; docs/recipes.md
-# lists which of their augmentations are missing.
+# The other families with their authors' settings, variants of the DeiT recipe; docs/recipes.md
+# lists what is missing or differs.
 
 
 def _imagenet(
-    model: str, epochs: int, warmup_epochs: int, batch_size: int, rate: float
+    model: str, epochs: int, warmup_epochs: int, batch_size: int, rate: float, **changes: Any
 ) -> Settings:
     return {
         "data.source": "",
@@ -158,7 +158,11 @@ def _imagenet(
         "epochs": epochs,
         "batch_size": batch_size,
         "checkpoint_every": 1000,
+        **{key.replace("__", "."): value for key, value in changes.items()},
     }
+
+
+_GMLP = {"augment__random_erasing": 0.0, "optimizer__clip_norm": 1.0, "optimizer__warmup": 10_000}
 
 
 # Fine-tuning: the paper's appendix C, Google's code, and the BiT-HyperRule. The recipe names no
@@ -217,6 +221,10 @@ RECIPES: dict[str, Settings] = {
     **{name: _pretraining(name) for name in _TABLE_4},
     "imagenet_cycle_mlp_b1": _imagenet("cycle_mlp_b1", 300, 5, 1024, 1e-3),
     "imagenet_vip_s7": _imagenet("vip_s7", 310, 20, 2048, 2e-3),
+    "imagenet_resmlp_12": _imagenet("resmlp_12", 400, 5, 1024, 1e-3),
+    "imagenet_gmlp_s16": _imagenet(
+        "gmlp_s16", 300, 0, 4096, 1e-3, model__overrides={"stochastic_depth": 0.05}, **_GMLP
+    ),
     **FINETUNING,
 }
 
