@@ -69,9 +69,14 @@ def pretend(
         (run / "best" / "model.safetensors").write_text(str(accuracy))
         text = f"step,seconds,best,validation_top1\n3,1.0,1,0.9\n6,3.5,0,{accuracy}\n"
         (run / "results.csv").write_text(text)
-        measured = {"labels": range(10), "class_names": ["a", "b"]}
-        test = None if "/grid/" in str(run) else SimpleNamespace(top1=accuracy, **measured)
-        return TrainResult(run, SimpleNamespace(top1=0.9, **measured), test)  # type: ignore[arg-type]
+
+        def measured(top1: float) -> SimpleNamespace:
+            figures = {"top1": top1, "balanced_accuracy": top1 / 2, "macro_f1": top1 / 4}
+            shown = {"labels": range(10), "class_names": ["a", "b"]}
+            return SimpleNamespace(top1=top1, figures=figures.items, **shown)
+
+        test = None if "/grid/" in str(run) else measured(accuracy)
+        return TrainResult(run, measured(0.9), test)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sweep, "train", train)
     return asked

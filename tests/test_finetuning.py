@@ -135,6 +135,35 @@ def test_of_equal_rates_the_lowest(place, monkeypatch):
     assert result.grid == {0.5: 0.25, 0.03: 0.75, 0.01: 0.75, 0.1: 0.75}
 
 
+def test_the_rate_is_chosen_by_a_metric(place, monkeypatch):
+    """Of the last validation, a lower loss is better; the final run has no images to choose by."""
+    values = {"validation_top1": 0.5, "validation_macro_f1": 0.5}
+
+    def train(config: am.TrainConfig, **options: bool) -> TrainResult:
+        asked.append(config)
+        result = pretended(config, **options)
+        loss = abs(config.optimizer.learning_rate - 0.1)
+        named = {**values, "validation_loss": loss}
+        path = result.run_folder / "results.csv"
+        path.write_text(
+            f"step,seconds,{','.join(named)}\n6,3.5,{','.join(map(str, named.values()))}\n"
+        )
+        return result
+
+    asked: list[am.TrainConfig] = []
+    pretend(monkeypatch, lambda _: 0.5)
+    pretended = sweep.train
+    monkeypatch.setattr(sweep, "train", train)
+    result = am.finetune(settings(place, best_by="loss"), grid=[0.5, 0.1, 0.3], quiet=True)
+    assert result.learning_rate == 0.1
+    assert result.grid == {0.5: 0.4, 0.1: 0.0, 0.3: pytest.approx(0.2)}
+    assert [config.best_by for config in asked] == ["loss", "loss", "loss", "top1"]
+    written = json.loads((place / "study" / "finetune.json").read_text())
+    assert (written["best_by"], written["grid"][0]) == ("loss", [0.5, 0.4])
+    assert written["metrics"]["macro_f1"] == {"values": [0.125], "mean": 0.125, "deviation": None}
+    assert "loss" in (place / "study" / "log.txt").read_text()
+
+
 def test_the_grid_is_judged_by_the_weights_that_final_runs_keep(place, monkeypatch):
     """By the last ones where the final runs validate on none, otherwise by the best."""
     asked = pretend(monkeypatch, lambda config: 0.25)  # of the last; the best have 0.9

@@ -193,10 +193,11 @@ def show(result: Evaluation, options: EvaluateOptions) -> int:
             f"{row['images']:,}",
             f"{row['recall']:.1%}",
             "-" if row["precision"] is None else f"{row['precision']:.1%}",
+            f"{row['f1']:.1%}",
         ]
         for row in rows
     ]
-    for line in table(["class", "images", "recall", "precision"], cells):
+    for line in table(["class", "images", "recall", "precision", "F1"], cells):
         report.say(line)
     confusions = result.worst_confusions(5)
     if confusions:

@@ -24,6 +24,7 @@ from allmlp.console import table
 from allmlp.data.source_spec import parse_name
 from allmlp.data.workers import check_guard
 from allmlp.errors import UserError
+from allmlp.evaluation.metrics import METRICS, Metric, metric_of
 from allmlp.io import atomic_write
 from allmlp.runtime.world import join_world
 from allmlp.sweep import Row, Sweep, mean_and_deviation, study_folder
@@ -38,18 +39,31 @@ class FinetuneResult:
 
     Attributes:
         folder: the study's folder.
-        grid: learning rate -> accuracy on the held-out training images, None if the run diverged;
-            empty without a grid.
+        best_by: metric by which the learning rate was chosen.
+        grid_metrics: learning rate -> metrics on the held-out training images, None if the run
+            diverged; empty without a grid.
         learning_rate: used in the final runs.
         measured_on: "test", or "validation" if the data has no test images.
-        accuracies: seed -> accuracy of its final run.
+        metrics: seed -> metrics of its final run.
     """
 
     folder: Path
-    grid: dict[float, float | None]
+    best_by: str
+    grid_metrics: dict[float, dict[str, float] | None]
     learning_rate: float
     measured_on: str
-    accuracies: dict[int, float]
+    metrics: dict[int, dict[str, float]]
+
+    @property
+    def grid(self) -> dict[float, float | None]:
+        """Learning rate -> `best_by` on the held-out training images."""
+        found = self.grid_metrics.items()
+        return {rate: None if metrics is None else metrics[self.best_by] for rate, metrics in found}
+
+    @property
+    def accuracies(self) -> dict[int, float]:
+        """Seed -> accuracy of its final run."""
+        return {seed: metrics["top1"] for seed, metrics in self.metrics.items()}
 
     @property
     def mean(self) -> float:
@@ -115,7 +129,7 @@ def finetune(
     if rates and "validation" in splits:
         changes["data.holdout"] = None
     elif rates and "test" in splits:  # final runs are tested: train on everything else
-        changes["data.holdout"] = 0.0
+        changes |= {"data.holdout": 0.0, "best_by": "top1"}
     finals = {seed: config.with_values({"seed": seed, **changes}) for seed in seeds}
     keeps_last = finals[seeds[0]].data.holdout == 0.0
     own = ("grid", "best", "finetune.json", *(f"seed-{seed}" for seed in seeds))
@@ -132,22 +146,22 @@ def finetune(
         if "test" not in splits:
             sweep.say("         the data has no test images: the final runs are measured on the")
             sweep.say("         validation images, by which the weights are chosen too")
-        reached: dict[float, float | None] = {}
+        metric = metric_of(config.best_by)
+        reached: dict[float, dict[str, float] | None] = {}
         for rate, run in for_grid.items():
             title = f"grid: rate {rate:g}"
             row = sweep.run(f"grid/lr-{rate!r}", run, title=title, may_diverge=True)
-            reached[rate] = row["accuracy"]
-            if keeps_last and row["accuracy"] is not None:  # select by the last accuracy too
-                reached[rate] = row["curve"][-1][1]
-        best = _choose(sweep, reached) if reached else config.optimizer.learning_rate
+            # Select by the last metrics if the final runs keep the last weights.
+            reached[rate] = row.get("last" if keeps_last else "metrics")
+        best = _choose(sweep, metric, reached) if reached else config.optimizer.learning_rate
         rows: dict[int, Row] = {}
         for number, (seed, run) in enumerate(finals.items(), 1):
             title = f"seed {seed}: final run {number} of {len(finals)}"
             run = run.with_value("optimizer.learning_rate", best)
             rows[seed] = sweep.run(f"seed-{seed}", run, title=title)
         first = rows[seeds[0]]
-        accuracies = {seed: row["accuracy"] for seed, row in rows.items()}
-        result = FinetuneResult(path, reached, best, first["measured_on"], accuracies)
+        metrics = {seed: row["metrics"] for seed, row in rows.items()}
+        result = FinetuneResult(path, metric.name, reached, best, first["measured_on"], metrics)
         if world.is_main:
             _save(config, result, path / first["folder"] / "best")
             _report(sweep, result)
@@ -166,14 +180,14 @@ def _in_grid(config: TrainConfig, rate: float, grid_source: str | None) -> Train
     return config.with_values(changes)
 
 
-def _choose(sweep: Sweep, reached: dict[float, float | None]) -> float:
+def _choose(sweep: Sweep, metric: Metric, reached: dict[float, dict[str, float] | None]) -> float:
     """Returns the best learning rate; the lowest wins a tie."""
-    finite = {rate: accuracy for rate, accuracy in reached.items() if accuracy is not None}
+    finite = {rate: metrics[metric.name] for rate, metrics in reached.items() if metrics}
     if not finite:
         what, lower = "the run of every rate of the grid diverged", min(reached) / 10
         raise UserError(what, where=sweep.path, fix=f"Lower rates, grid: {lower:.1g}")
-    best = max(finite, key=lambda rate: (finite[rate], -rate))
-    sweep.say(f"\nchosen   rate {best:g}: {finite[best]:.2%} on held-out training images")
+    best = max(finite, key=lambda rate: (metric.score(finite[rate]), -rate))
+    sweep.say(f"\nchosen   rate {best:g}: {metric.text(finite[best])} on held-out training images")
     if len(reached) > 1 and best in (min(reached), max(reached)):
         side = "lowest" if best == min(reached) else "highest"
         sweep.say(f"         the {side} of the grid; one beyond it may be better")
@@ -199,27 +213,44 @@ def _save(config: TrainConfig, result: FinetuneResult, source: Path) -> None:
     atomic_write(best / "README.md", card.encode(errors="surrogateescape"))
     values = {
         "config": config.to_json(),
-        "grid": [[rate, accuracy] for rate, accuracy in result.grid.items()],
+        "best_by": result.best_by,
+        "grid": [[rate, value] for rate, value in result.grid.items()],
         "seeds": list(result.accuracies),
         "accuracies": list(result.accuracies.values()),
         "learning_rate": result.learning_rate,
         "measured_on": result.measured_on,
         "mean": result.mean,
         "deviation": result.deviation,
+        "metrics": {name: _spread(result, name) for name in next(iter(result.metrics.values()))},
     }
     text = json.dumps(values, indent=2) + "\n"
     atomic_write(result.folder / "finetune.json", text.encode(errors="surrogateescape"))
 
 
+def _spread(result: FinetuneResult, name: str) -> dict[str, Any]:
+    """A metric of the final runs."""
+    values = [metrics[name] for metrics in result.metrics.values()]
+    mean, deviation = mean_and_deviation(values)
+    return {"values": values, "mean": mean, "deviation": deviation}
+
+
+def _cell(metric: Metric, found: dict[str, float] | None) -> str:
+    if found is None:
+        return "diverged"
+    return f"{found[metric.name]:{metric.format}}" if metric.name in found else "-"
+
+
 def _report(sweep: Sweep, result: FinetuneResult) -> None:
     """Prints a table of all runs."""
+    on, known = result.measured_on, next(iter(result.metrics.values()))
+    shown = [m for m in METRICS if m.name in known and (m.in_summary or m.name == result.best_by)]
+    runs = [(f"rate {rate:g}", "held out", found) for rate, found in result.grid_metrics.items()]
+    runs += [(f"seed {seed}", on, metrics) for seed, metrics in result.metrics.items()]
     rows = [
-        [f"rate {rate:g}", "held out", "diverged" if top1 is None else f"{top1:.2%}"]
-        for rate, top1 in result.grid.items()
+        [run, images, *(_cell(metric, found) for metric in shown)] for run, images, found in runs
     ]
-    on = result.measured_on
-    rows += [[f"seed {seed}", on, f"{top1:.2%}"] for seed, top1 in result.accuracies.items()]
-    for line in ["", *table(["run", "images", "accuracy"], rows, left=2), ""]:
+    headers = ["run", "images", *(metric.title for metric in shown)]
+    for line in ["", *table(headers, rows, left=2), ""]:
         sweep.say(line)
     text = f"{on} accuracy {result.summary()}, learning rate {result.learning_rate:g}"
     sweep.say(text, style="bold green")

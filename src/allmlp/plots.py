@@ -157,6 +157,14 @@ def confusion_matrix(evaluation: Evaluation) -> Figure:
     images = plural(len(evaluation.labels), "image")
     axes.set_title(f"{escape(evaluation.data)}: {evaluation.top1:.2%} of {images} correct")
     if classes <= _MAX_NUMBERED:
+        rows = evaluation.per_class()
+        recall, precision, f1 = (
+            ["-" if row[name] is None else f"{row[name]:.0%}" for row in rows]
+            for name in ("recall", "precision", "f1")
+        )
+        both = [f"{r} / {f}" for r, f in zip(recall, f1, strict=True)]
+        axes.secondary_yaxis("right", ylabel="recall / F1").set_yticks(positions, both, fontsize=8)
+        axes.secondary_xaxis("top", xlabel="precision").set_xticks(positions, precision, fontsize=8)
         for row, column in zip(*np.nonzero(counts), strict=True):
             color = "white" if fractions[row, column] > 0.5 else "black"
             text = str(counts[row, column])

@@ -169,6 +169,8 @@ class Sweep:
             "model": config.model.name,
             "seed": config.seed,
             "accuracy": shown.top1,
+            "metrics": dict(shown.figures()),
+            "last": _last(rows),
             "measured_on": "test" if is_test else "validation",
             "images": len(shown.labels),
             "classes": len(shown.class_names),
@@ -180,6 +182,13 @@ class Sweep:
     def _log(self) -> None:
         if self.world.is_main and self.path.is_dir():
             self.report.log_to(self.path / "log.txt")
+
+
+def _last(rows: Sequence[Mapping[str, str]]) -> Row:
+    """Returns the metrics of the last evaluation on the validation images."""
+    prefix = "validation_"
+    found = rows[-1].items() if rows else ()
+    return {key.removeprefix(prefix): float(v) for key, v in found if key.startswith(prefix)}
 
 
 def _images_in(source: str) -> str:
@@ -200,10 +209,13 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 def summarize(rows: Sequence[Row]) -> Row:
     """Summarizes runs that differ only in their seeds."""
     accuracy, deviation = mean_and_deviation([row["accuracy"] for row in rows])
+    metrics = [row.get("metrics", {}) for row in rows]
+    names = [name for name in ("balanced_accuracy", "macro_f1") if name in metrics[0]]
     return {
         "runs": len(rows),
         "measured_on": rows[0]["measured_on"],
         "images": rows[0]["images"],
         "accuracy": accuracy,
         "deviation": deviation,
+        **{name: statistics.fmean(found[name] for found in metrics) for name in names},
     }

@@ -56,11 +56,15 @@ def test_what_it_says_and_writes(capsys, class_folder: Path, model: Path, tmp_pa
     assert written["model"]["source"] == str(model)
     # An untrained model may never say one of the classes, which is a warning.
     lines = [line for line in said.splitlines() if not line.startswith("warning")]
-    assert lines[:5] == [
+    low, high = written["top1_interval"]
+    interval = f"95% interval {low:.1%} to {high:.1%}"
+    assert lines[:7] == [
         "protocol 16x16 pixels, resmall-crop 0.875, bilinear, values in [-1, 1], "
         "turned upright by EXIF",
         f"data     {class_folder}:validation: 9 images",
-        f"top-1    {written['top1']:.2%} ({round(9 * written['top1'])} correct)",
+        f"top-1    {written['top1']:.2%} ({round(9 * written['top1'])} correct; {interval})",
+        f"balanced {written['balanced_accuracy']:.2%} (accuracy, mean recall of the classes)",
+        f"macro F1 {written['macro_f1']:.2%} (mean F1 of the classes)",
         f"loss     {written['loss']:.4f} (negative log-likelihood, nats)",
         f"ECE      {written['expected_calibration_error']:.2%} "
         "(expected calibration error, 15 bins)",

@@ -20,7 +20,7 @@ import torch
 from allmlp.data import workers
 from allmlp.data.image import EncodedImage
 from allmlp.data.loader import Batch, evaluation_batches, training_batches
-from allmlp.data.sampler import batches_of_positions, locate
+from allmlp.data.sampler import BalancedOrder, batches_of_positions, locate
 from allmlp.data.source import Source, random_subset
 from allmlp.data.sources import open_splits
 from allmlp.data.transforms import inception_crop
@@ -94,6 +94,40 @@ def test_every_image_once_before_any_comes_twice():
         order = [locate(0, position, 20)[1] for position in positions]
         for epoch in range(len(order) // 20):
             assert sorted(order[20 * epoch : 20 * epoch + 20]) == list(range(20))
+
+
+def test_balanced_places():
+    """An epoch has its length; every class the same number of places, every image of it too."""
+    labels = np.repeat([4, 0, 1], [190, 10, 3])  # classes 2 and 3 have no images
+    order, first = BalancedOrder(7, labels), set()
+    for epoch in range(6):
+        indices = [order.locate(203 * epoch + n)[1] for n in range(203)]
+        assert sorted(np.bincount(labels[indices], minlength=5)) == [0, 0, 67, 68, 68]
+        times = np.bincount(indices, minlength=203)
+        for label in (4, 0, 1):
+            assert np.ptp(times[labels == label]) <= 1
+        first |= {index for index in indices if index < 190}
+        again = BalancedOrder(7, labels)  # from any start
+        assert [again.locate(203 * epoch + n)[1] for n in range(203)] == indices
+    assert len(first) > 150  # other images in every epoch
+    other = BalancedOrder(8, labels)
+    assert [other.locate(n)[1] for n in range(203)] != [order.locate(n)[1] for n in range(203)]
+
+
+def test_balanced_batches(class_folder: Path):
+    """The same bits at any number of processes and workers; what comes again is another crop."""
+    for number in range(1, 6):  # one of six is left
+        (class_folder / "train" / "cat" / f"{number}.png").unlink()
+    source = open_splits(str(class_folder))["train"]
+    alone = load(source, 0, 5, balanced=True)
+    labels = torch.cat([batch.labels for batch in alone])
+    assert torch.bincount(labels).tolist() == [10, 10, 10]
+    cats = torch.cat([batch.images[batch.labels == 2] for batch in alone])
+    assert len({image.numpy().tobytes() for image in cats}) > 5
+    assert_same(alone[3:], load(source, 3, 5, balanced=True, num_workers=2))
+    parts = [load(source, 0, 5, balanced=True, rank=rank, world_size=2) for rank in range(2)]
+    for whole, *halves in zip(alone, *parts, strict=True):
+        assert torch.equal(whole.images, torch.cat([half.images for half in halves]))
 
 
 @pytest.mark.parametrize("augmented", [False, True])

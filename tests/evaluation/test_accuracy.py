@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sklearn import metrics
 
 import allmlp as am
 from allmlp.data.sources import open_source, open_splits
-from allmlp.evaluation.metrics import evaluate_source, reliability
+from allmlp.evaluation.metrics import evaluate_source, metric_of, reliability
 from allmlp.evaluation.predictor import Predictor
 from allmlp.evaluation.result_file import read_measurement
 from allmlp.runtime.world import World
@@ -50,12 +51,67 @@ def test_against_scikit_learn(result: am.Evaluation):
     for row, r, p in zip(result.per_class(), recall, precision, strict=True):
         assert row["recall"] == (pytest.approx(r) if row["images"] else None)
         assert (row["precision"] or 0.0) == pytest.approx(p)
+    f1 = metrics.f1_score(truth, guess, labels=classes, average=None)
+    assert [row["f1"] for row in result.per_class()] == pytest.approx(f1)
     assert dict(result.figures()) == {
         "top1": result.top1,
+        "balanced_accuracy": result.balanced_accuracy,
+        "macro_f1": result.macro_f1,
         "top5": result.top5,
         "loss": result.loss,
         "expected_calibration_error": result.reliability.error,
     }
+
+
+@pytest.mark.parametrize(
+    ("truth", "guess"),
+    [
+        ([0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2]),
+        ([0, 0, 0, 1, 1, 3], [0, 0, 0, 1, 1, 1]),  # 3 is never predicted, 2 nowhere
+        ([0, 0, 0, 0, 1, 1], [0, 0, 2, 2, 1, 0]),  # 2 is predicted, and has no image
+        ([1, 1], [1, 1]),
+        ([1, 1], [0, 2]),
+    ],
+)
+def test_balanced_accuracy_and_f1_against_scikit_learn(truth: list[int], guess: list[int]):
+    found = from_logits(np.eye(4)[guess], np.array(truth))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "y_pred contains classes not in y_true"
+        assert found.balanced_accuracy == pytest.approx(
+            metrics.balanced_accuracy_score(truth, guess), abs=1e-15
+        )
+        f1 = metrics.f1_score(truth, guess, average="macro")
+    assert found.macro_f1 == pytest.approx(f1, abs=1e-15)
+
+
+@pytest.mark.parametrize(("right", "of"), [(0, 1), (1, 1), (19, 20), (190, 200), (500, 1000)])
+def test_the_interval_of_top1(right: int, of: int):
+    """As `proportion_confint(right, of, method="wilson")` of statsmodels computes it; its ends are
+    the proportions p with |right / of - p| = z sqrt(p (1 - p) / of)."""
+    found = from_logits(np.eye(2)[[0] * right + [1] * (of - right)], np.zeros(of, np.int64))
+    z, q = 1.959963984540054, right / of
+    denominator = 1 + z**2 / of
+    center = (q + z**2 / (2 * of)) / denominator
+    spread = z * np.sqrt(q * (1 - q) / of + z**2 / (4 * of**2)) / denominator
+    assert found.top1_interval == pytest.approx((center - spread, center + spread), abs=1e-14)
+    for end in found.top1_interval:
+        assert abs(q - end) == pytest.approx(z * np.sqrt(end * (1 - end) / of), abs=1e-8)
+    assert found.to_json()["top1_interval"] == list(found.top1_interval)
+    line = next(found.lines())
+    assert ("95% interval" in line) == (of < 1000)
+
+
+def test_metrics_that_do_not_apply():
+    three = from_logits(np.eye(3), np.arange(3))
+    assert metric_of("macro_f1", three).name == "macro_f1"
+    with pytest.raises(am.UserError) as wrong:
+        metric_of("top5", three)
+    assert wrong.value.code == "not-applicable"
+    assert "balanced_accuracy" in str(wrong.value.fix)
+    assert "top5" not in str(wrong.value.fix)
+    with pytest.raises(am.UserError) as wrong:
+        metric_of("top-1")
+    assert wrong.value.code == "unknown-name"
 
 
 def test_worst_confusions(result: am.Evaluation):

@@ -74,7 +74,11 @@ def test_the_fields_of_the_hub(tmp_path: Path):
     [entry] = header["model-index"]
     [result] = entry["results"]
     assert result["dataset"]["name"] == "digits:test"
-    assert result["metrics"] == [{"type": "accuracy", "name": "top-1", "value": 0.666667}]
+    assert result["metrics"] == [
+        {"type": "accuracy", "name": "top-1", "value": 0.666667},
+        {"type": "balanced_accuracy", "name": "balanced", "value": 0.75},
+        {"type": "f1", "name": "macro F1", "value": 0.666667},
+    ]
     assert "license" not in header  # that of the weights is not ours to state
     assert "datasets" not in header  # not on the hub
     nothing = header_of(card_of(tiny_model(), tmp_path, measured=False))

@@ -5,18 +5,22 @@ Fault tests 10 and 12, and 11 as far as it concerns several processes.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import runs
-from allmlp.data.sampler import locate
+from allmlp.data.sampler import BalancedOrder, locate
+from allmlp.data.sources import open_splits
 from allmlp.training.checkpoint import Checkpoints
 from runs import (
     files,
@@ -102,9 +106,12 @@ def train_two(data: Path, name: str, **changes: object) -> Path:
     return run
 
 
-def check_near(run: Path, single: Path) -> None:
+every_image = functools.partial(locate, 0, num_images=20)
+
+
+def check_near(run: Path, single: Path, locate: Callable[..., Any] = every_image) -> None:
     """The same images, and the same numbers but for how sums are rounded."""
-    expected = [[locate(0, step * 8 + n, 20)[1] for n in range(8)] for step in range(30)]
+    expected = [[locate(step * 8 + n)[1] for n in range(8)] for step in range(30)]
     assert images_of(run) == images_of(single) == expected
     assert losses_of(run) == pytest.approx(losses_of(single), abs=1e-6, rel=0)
     for mine, other in zip(steps_of(run), steps_of(single), strict=True):
@@ -122,6 +129,18 @@ def check_near(run: Path, single: Path) -> None:
         assert written[0][key] == written[1][key]
     assert written[0]["images"] == 9
     assert written[0]["loss"] == pytest.approx(written[1]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("balance", ["weights", "sampler"])
+def test_ddp_with_balanced_classes(data: Path, balance: str):
+    one, name = data.parent / f"one {balance}", f"two {balance}"
+    config = run_config(data, one, data__balance=balance)
+    process = start(config, data.parent / f"one {balance} text", NOTING)
+    assert process.wait() == 0, process.said()
+    run = train_two(data, name, data__balance=balance, **PARTS)
+    labels = open_splits(str(data))["train"].labels
+    locate = BalancedOrder(0, labels).locate if balance == "sampler" else every_image
+    check_near(run, one, locate)
 
 
 def test_ddp(single: Path, double: Path):

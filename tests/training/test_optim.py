@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 import allmlp as am
@@ -17,6 +18,7 @@ from allmlp.training.model import freeze_all_but_head
 from allmlp.training.optim import (
     build_optimizers,
     check_warmup,
+    class_weights,
     clip,
     learning_rate,
     loss_function,
@@ -71,6 +73,36 @@ def test_the_gradient_and_parts_of_a_batch(loss: Softmax | Sigmoid):
     parts = [slice(0, 3), slice(3, 6), slice(6, 7)]
     losses = [loss_function(logits[p], targets[p], loss) * len(targets[p]) / 7 for p in parts]
     torch.testing.assert_close(sum(losses), whole)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_class_weights(loss: Softmax | Sigmoid):
+    """A mixed target counts as its parts, each with its class's weight, also in micro-batches."""
+    labels = np.array([0] * 19 + [1] * 5 + [3])  # no image of class 2
+    weights = class_weights(np.bincount(labels, minlength=4))
+    assert weights[[0, 1, 3]] == pytest.approx(
+        compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
+    )
+    assert weights[labels].mean() == pytest.approx(1.0)
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn((25, 4), generator=random, dtype=torch.float64, requires_grad=True)
+    own = torch.eye(4, dtype=torch.float64)
+    targets = torch.lerp(own[labels], own[labels[::-1].copy()], 0.3)
+    expected = sum(
+        weights[c] * t * loss_function(logits[n : n + 1], own[c : c + 1], loss) / 25
+        for n, row in enumerate(targets)
+        for c, t in enumerate(row)
+    )
+    weighted = targets * torch.from_numpy(weights)
+    found = loss_function(logits, weighted, loss, weighted=True)
+    torch.testing.assert_close(found, expected)
+    (expected_gradient,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(torch.autograd.grad(found, logits)[0], expected_gradient)
+    parts = [slice(0, 10), slice(10, 25)]
+    found = [loss_function(logits[p], weighted[p], loss, weighted=True) for p in parts]
+    torch.testing.assert_close(found[0] * 10 / 25 + found[1] * 15 / 25, expected)
+    plain = loss_function(logits, targets, loss, weighted=True)
+    torch.testing.assert_close(plain, loss_function(logits, targets, loss))
 
 
 # The learning rate

@@ -25,6 +25,8 @@ _SHARED = {
     "batch_size": "batch_size",
     "learning_rate": "optimizer.learning_rate",
     "holdout": "data.holdout",
+    "balance": "data.balance",
+    "best_by": "best_by",
     "device": "device",
     "num_workers": "data.num_workers",
     "precision": "precision",

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from allmlp.data import workers
 from allmlp.data.image import EncodedImage
-from allmlp.data.sampler import batches_of_positions, locate, sample_generator
+from allmlp.data.sampler import BalancedOrder, batches_of_positions, locate, sample_generator
 from allmlp.data.source import BadImage, Source
 from allmlp.data.transforms import resize_for_evaluation
 from allmlp.errors import UserError, at_least, between
@@ -133,6 +133,7 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
     with_neighbour: bool = False,
+    balanced: bool = False,
     num_workers: int | None = None,
     timeout: float = TIMEOUT,
     pin_memory: bool = False,
@@ -141,15 +142,19 @@ def training_batches(
 
     An image that cannot be decoded is replaced by the next good one and listed in `Batch.bad`; a
     worker that dies or hangs raises an error that names it and its image. `batch_size` is summed
-    over ranks; `with_neighbour` is as in `batches_of_positions`. `num_workers` of None chooses a
-    number, 0 decodes in this process. `timeout`: seconds to wait for a batch; 0 waits forever.
+    over ranks; `with_neighbour` is as in `batches_of_positions`, and `balanced` draws all classes
+    equally often. `num_workers` of None chooses a number, 0 decodes in this process. `timeout`:
+    seconds to wait for a batch; 0 waits forever.
     """
     images = _TrainingImages(source, preprocessing, transform, seed)
     positions = batches_of_positions(
         start, stop, batch_size, rank, world_size, with_neighbour=with_neighbour
     )
     # In the main process: every worker would otherwise hold the order of all images.
-    places = ([locate(seed, at, len(source)) for at in batch] for batch in positions)
+    place_of = functools.partial(locate, seed, num_images=len(source))
+    if balanced:
+        place_of = BalancedOrder(seed, source.labels).locate
+    places = ([place_of(at) for at in batch] for batch in positions)
     if num_workers is None:  # at least one, to decode during the step
         num_workers = max(1, _default_workers(source, preprocessing))
     own = batch_size // world_size
@@ -254,12 +259,12 @@ class _TrainingImages(Images):
         super().__init__(source, rules.channels, exif_orientation=rules.exif_orientation)
         self.transform, self.seed = transform, seed
 
-    def load(self, place: tuple[int, int]) -> Sample:
-        epoch, index = place
+    def load(self, place: tuple[int, ...]) -> Sample:
+        epoch, index, *more = place
         bad: list[BadImage] = []
         for step in range(len(self.source)):  # this image, or the next that can be decoded
             chosen = (index + step) % len(self.source)
-            random = sample_generator(self.seed, epoch, index)
+            random = sample_generator(self.seed, epoch, index, *more)
             pixels = self.decoded(chosen, bad, lambda image, own=random: self.transform(image, own))
             if pixels is not None:
                 return pixels, self.source.labels[chosen], chosen, bad

@@ -2,6 +2,7 @@
 
 Training reads an endless sequence of positions; every epoch is a new permutation of all images.
 Step n reads positions n * batch_size to (n + 1) * batch_size - 1 and may span two epochs.
+`BalancedOrder` is such a sequence in which every class is equally frequent.
 """
 
 from __future__ import annotations
@@ -37,9 +38,41 @@ def locate(seed: int, position: int, num_images: int) -> tuple[int, int]:
     return epoch, int(epoch_order(seed, epoch, num_images)[place])
 
 
-def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """Returns the generator for one image in one epoch."""
-    return generator(seed, SAMPLE, epoch, index)
+class BalancedOrder:
+    """An order in which every class has the same number of places in an epoch, but for one.
+
+    An epoch has as many places as there are images. The images of a rare class come again, each
+    equally often but for one; of a frequent class every epoch draws others, at random.
+    """
+
+    def __init__(self, seed: int, labels: np.ndarray) -> None:
+        self.seed, self.num_images = seed, len(labels)
+        order = np.argsort(labels, kind="stable").astype(np.int64)
+        ends = np.cumsum(np.unique(labels, return_counts=True)[1])
+        self.members = np.split(order, ends[:-1])
+        self.epoch_order = functools.lru_cache(maxsize=2)(self._epoch_order)
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        random, classes = generator(self.seed, ORDER, epoch), len(self.members)
+        places = np.full(classes, self.num_images // classes)
+        places[random.permutation(classes)[: self.num_images % classes]] += 1
+        drawn = []
+        for own, count in zip(self.members, places.tolist(), strict=True):
+            often, rest = divmod(count, len(own))
+            drawn += [np.tile(own, often), random.permutation(own)[:rest]]
+        order = np.concatenate(drawn)
+        random.shuffle(order)
+        return order
+
+    def locate(self, position: int) -> tuple[int, int, int]:
+        """Returns (epoch, index, place): an image that comes again has other random numbers."""
+        epoch, place = divmod(position, self.num_images)
+        return epoch, int(self.epoch_order(epoch)[place]), place
+
+
+def sample_generator(seed: int, epoch: int, index: int, *place: int) -> np.random.Generator:
+    """Returns the generator for one image in one epoch, and at one place of a balanced order."""
+    return generator(seed, SAMPLE, epoch, index, *place)
 
 
 def step_generator(seed: int, step: int) -> np.random.Generator:

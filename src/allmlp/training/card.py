@@ -7,7 +7,7 @@ import os
 
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources.hub import PREFIX
-from allmlp.evaluation.metrics import Evaluation
+from allmlp.evaluation.metrics import METRICS, Evaluation
 from allmlp.models.catalog import architecture_name, family_of
 from allmlp.models.layers import (
     ImageClassifier,
@@ -19,6 +19,7 @@ from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits
 from allmlp.weights.checkpoints import find_checkpoint
 
+_HUB_METRICS = {"top1": "accuracy", "balanced_accuracy": "balanced_accuracy", "macro_f1": "f1"}
 _CARD = """---
 {header}
 ---
@@ -31,8 +32,8 @@ It distinguishes {num_classes} classes: {classes}.
 
 ## Accuracy
 
-| images | split | top-1 | top-5 | loss |
-| ---: | --- | ---: | ---: | ---: |
+| images | split |{titles}
+| ---: | --- |{lines}
 {results}
 
 {chosen}
@@ -94,12 +95,15 @@ def model_card(
         return called + name.removeprefix(base) if name.startswith(base) else name
 
     evaluations = [evaluation for evaluation in (validation, test) if evaluation is not None]
+    found = [dict(evaluation.figures()) for evaluation in evaluations]
+    shown = [metric for metric in METRICS if found and metric.name in found[0]]
     rows = [
-        f"| {len(evaluation.labels):,} | {public(evaluation.data)} | {evaluation.top1:.2%} | "
-        f"{'-' if evaluation.top5 is None else f'{evaluation.top5:.2%}'} | {evaluation.loss:.4f} |"
-        for evaluation in evaluations
+        f"| {len(evaluation.labels):,} | {public(evaluation.data)} | "
+        f"{' | '.join(f'{values[m.name]:{m.format}}' for m in shown)} |"
+        for evaluation, values in zip(evaluations, found, strict=True)
     ]
-    best = "the last step" if splits.validation is None else "the best validation accuracy"
+    by = "accuracy" if config.best_by == "top1" else config.best_by.replace("_", " ")
+    best = "the last step" if splits.validation is None else f"the best validation {by}"
     chosen = "all images were trained on, none are left to measure the accuracy."
     if splits.test:
         chosen = "the test images are measured once, at the end."
@@ -123,9 +127,13 @@ def model_card(
         {
             "task": {"type": "image-classification"},
             "dataset": {"name": public(evaluation.data), "type": public(base)},
-            "metrics": [{"type": "accuracy", "name": "top-1", "value": round(evaluation.top1, 6)}],
+            "metrics": [
+                {"type": _HUB_METRICS[m.name], "name": m.title, "value": round(values[m.name], 6)}
+                for m in shown
+                if m.name in _HUB_METRICS
+            ],
         }
-        for evaluation in evaluations
+        for evaluation, values in zip(evaluations, found, strict=True)
     ]
     header = {
         "library_name": "allmlp",
@@ -150,6 +158,8 @@ def model_card(
         width=width,
         num_classes=len(names),
         classes=", ".join(names[:20]) + more,
+        titles="".join(f" {metric.title} |" for metric in shown),
+        lines=" ---: |" * len(shown),
         results="\n".join(rows),
         chosen=f"The weights are those of {best};\n{chosen}",
         preprocessing=preprocessing_of(model).summary(),

@@ -89,6 +89,9 @@ class DataSettings(Options):
     larger ones."""
     fraction_seed: Natural = 0
     """Seed of that draw."""
+    balance: Literal["none", "weights", "sampler"] = "none"
+    """How rare classes count: none as they are; weights multiplies the loss of an image by images /
+    (classes * images of its class); sampler draws every class equally often."""
     exclude: Text | None = None
     """List of images to exclude, as written by `mixer data check`."""
     resize: Literal["resize-crop", "resmall-crop", "squash"] = "resmall-crop"
@@ -354,6 +357,9 @@ class TrainConfig(Options):
     halved until they fit into memory."""
     evaluate_every: Count = 5
     """Epochs between evaluations on the validation images, or steps if steps is given."""
+    best_by: Text = "top1"
+    """Metric that chooses the weights in best/, the learning rate of a grid, and the end by
+    `patience`: top1, balanced_accuracy, macro_f1, loss or another of evaluation.json."""
     patience: Count | None = None
     """Stop after this many evaluations without improvement."""
     keep_checkpoints: Natural = 2
@@ -384,9 +390,11 @@ class TrainConfig(Options):
         if (self.epochs is None) == (self.steps is None):
             what = f"epochs={self.epochs} and steps={self.steps}: exactly one sets the run's length"
             raise UserError(what, fix="epochs=N or steps=N")
-        if self.patience is not None and self.data.holdout == 0.0:
-            what = f"patience={self.patience} needs validation images; data.holdout=0 keeps none"
-            raise UserError(what, fix="patience=null, or a holdout of 0.1")
+        for name, usual in (("patience", None), ("best_by", "top1")):
+            value = getattr(self, name)
+            if value != usual and self.data.holdout == 0.0:
+                what = f"{name}={value} needs validation images; data.holdout=0 keeps none"
+                raise UserError(what, fix=f"{name}={usual or 'null'}, or a holdout of 0.1")
         if isinstance(self.optimizer, Muon):
             why = "adamw trains the head" if self.model.train_only == "head" else None
             why = "sharding=full splits its matrices" if self.sharding == "full" else why

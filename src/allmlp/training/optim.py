@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,15 +24,35 @@ from allmlp.training import config as settings_of
 from allmlp.training.config import Optimizer, Sigmoid, Softmax, Steps
 
 
-def loss_function(logits: Tensor, targets: Tensor, loss: Softmax | Sigmoid) -> Tensor:
+def loss_function(
+    logits: Tensor, targets: Tensor, loss: Softmax | Sigmoid, *, weighted: bool = False
+) -> Tensor:
     """Returns the mean loss over images; logits and targets are (N, classes).
 
-    Target rows sum to 1; sigmoid cross-entropy is summed over the classes.
+    Target rows sum to 1; sigmoid cross-entropy is summed over the classes. If `weighted`, targets
+    have been multiplied by `class_weights`: the loss of an image that is `t` of class `c` is then
+    the sum over c of t * weight * (the loss if it were c).
     """
+    if weighted:
+        total = targets.sum(dim=1, keepdim=True)
+        if isinstance(loss, Sigmoid):
+            return (total * F.softplus(logits) - targets * logits).sum(dim=1).mean()
+        smoothed = (1.0 - loss.label_smoothing) * targets
+        return F.cross_entropy(logits, smoothed + total * (loss.label_smoothing / len(logits[0])))
     if isinstance(loss, Sigmoid):
         losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         return losses.sum(dim=1).mean()
     return F.cross_entropy(logits, targets, label_smoothing=loss.label_smoothing)
+
+
+def class_weights(counts: np.ndarray) -> np.ndarray:
+    """Returns weights inverse to the classes' numbers of training images, float64 (classes,).
+
+    images / (classes with images * images of the class), as scikit-learn's "balanced": the mean
+    over the images is 1, and every class has the same sum. 0 for a class without images.
+    """
+    weights = counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return np.where(counts > 0, weights, 0.0)
 
 
 # The learning rate is a pure function of the step, 0 at step 0 with warm-up. Source:

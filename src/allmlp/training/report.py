@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from allmlp import plots
@@ -23,9 +24,11 @@ from allmlp.evaluation.predictor import Predictor
 from allmlp.models.layers import ImageClassifier, flops_text
 from allmlp.training.card import model_card
 from allmlp.training.dataset import check_number_bad
-from allmlp.training.optim import operations, power
+from allmlp.training.optim import class_weights, operations, power
 from allmlp.training.state import Run
 from allmlp.weights.load import load_model
+
+_UNEVEN = 10  # times as many images in one class as in another
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,28 @@ def announce(run: Run, model: ImageClassifier) -> None:
         f"run      recipe {config.recipe}, seed {config.seed}: {config.length}, "
         f"batch {config.batch_size}, {where}, {run.compute.why}"
     )
+    _say_balance(run)
     images = run.num_steps * config.batch_size
     total = operations(model.config.flops, images, config.optimizer)
     say(f"cost     {power(total)} operations, {plural(images, 'image')}")
     say(f"results  {run.folder.path}")
+
+
+def _say_balance(run: Run) -> None:
+    """Prints what `balance` does to the rarest and the most frequent class, or that it may help."""
+    source, balance, say = run.splits.train, run.config.data.balance, run.report.say
+    counts = source.class_counts()
+    present = np.flatnonzero(counts)
+    few, many = (present[at] for at in (counts[present].argmin(), counts[present].argmax()))
+    if balance == "none":
+        if counts[many] >= _UNEVEN * counts[few]:
+            name = source.class_names[few]
+            say(f"note     {name!r} is rare: balance (weights or sampler) lets it count as much")
+        return
+    weights = class_weights(counts)
+    text = "images drawn {:.3g} times an epoch" if balance == "sampler" else "weight {:.3g}"
+    parts = [f"{source.class_names[at]} {text.format(weights[at])}" for at in (few, many)]
+    say(f"balance  {balance}: {', '.join(parts)}")
 
 
 def duration(seconds: float) -> str:
@@ -154,8 +175,9 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
             say("by which the weights were chosen, so expect somewhat less on new ones")
         right, images = int((shown.predictions == shown.labels).sum()), len(shown.labels)
         top5 = "" if shown.top5 is None else f", top-5 {shown.top5:.2%}"
-        line = f"{'validation' if test is None else 'test'} accuracy {shown.top1:.2%}{top5} "
-        say(f"{line}({right} of {plural(images, 'image')} correct)", style="bold green")
+        line = f"{'validation' if test is None else 'test'} accuracy {shown.summary()}{top5} "
+        chance = shown.chance()
+        say(f"{line}({right} of {plural(images, 'image')} correct{chance})", style="bold green")
         for line in shown.warnings():
             say(f"warning  {line}", style="yellow")
     if bad:

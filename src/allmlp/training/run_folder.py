@@ -262,7 +262,9 @@ class RunFolder:
         if self._results_header is None:
             self._results_header = list(values)
             csv.writer(text).writerow(values)
-        csv.DictWriter(text, fieldnames=self._results_header).writerow(values)
+        # A run that an older version began has fewer columns.
+        writer = csv.DictWriter(text, self._results_header, extrasaction="ignore")
+        writer.writerow(values)
         self._append("results.csv", text.getvalue())
         self._log_events("evaluation", values)
 

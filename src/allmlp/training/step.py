@@ -113,7 +113,10 @@ class Updater:
             with no_sync(self.network, part.stop < count):
                 with self.compute.autocast():
                     logits = self.predict(images[part])
-                loss = loss_function(logits.float(), targets[part], self.config.loss)
+                weighted = self.config.data.balance == "weights"
+                loss = loss_function(
+                    logits.float(), targets[part], self.config.loss, weighted=weighted
+                )
                 loss = loss * (len(logits) / count)
                 loss.backward()
             total += loss.detach()

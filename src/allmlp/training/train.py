@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import torch
 
 from allmlp import plots
@@ -15,12 +16,14 @@ from allmlp.console import ProgressBar, Reporter
 from allmlp.data.augment import mix
 from allmlp.data.loader import Batch, most_workers, on_device, training_batches
 from allmlp.data.sampler import step_generator
+from allmlp.data.several_labels import check_one_label
 from allmlp.data.source import BadImage
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import read_from
 from allmlp.data.transforms import normalize
 from allmlp.data.workers import check_guard
 from allmlp.errors import UserError, between, named_memory_errors
+from allmlp.evaluation.metrics import Evaluation, metric_of
 from allmlp.io import check_not_inputs, check_output_folder
 from allmlp.models.layers import draw_stochastic_depth, preprocessing_of
 from allmlp.runtime.device import check_fits_memory, choose_policy, torch_settings
@@ -29,7 +32,7 @@ from allmlp.training.card import model_card
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Augmentation, Splits, check_number_bad, open_training_data
 from allmlp.training.model import build_model
-from allmlp.training.optim import check_warmup, state_copies
+from allmlp.training.optim import check_warmup, class_weights, state_copies
 from allmlp.training.recipes import recipe
 from allmlp.training.report import TrainResult, announce, duration, finish, measure, resume_command
 from allmlp.training.run_folder import (
@@ -147,6 +150,12 @@ def _open(config: TrainConfig, world: World) -> tuple[Path, bool, Splits]:
             fix = f"Was it moved? mixer train --resume {path} --data WHERE_IT_IS"
             raise UserError(error.what, where=error.where, fix=fix) from error
         raise
+    if config.data.balance != "none":
+        check_one_label([splits.train], f"balance={config.data.balance}")
+    if splits.validation is not None:
+        names, label = splits.train.class_names, splits.train.labels[:1]
+        nothing = np.zeros((1, len(names)), np.float32)
+        metric_of(config.best_by, Evaluation("", names, label, np.arange(1), nothing))
     if is_old:
         world.broadcast_from_rank0(lambda: check_same_images(path, config, splits))
     elif world.is_main:
@@ -165,6 +174,10 @@ class Trainer:
         self.preprocessing = preprocessing_of(self.model)
         self.steps_per_epoch = len(run.splits.train) / self.config.batch_size
         self.epochs = self.config.epochs or run.num_steps / self.steps_per_epoch
+        self.class_weights = None
+        if self.config.data.balance == "weights":
+            weights = class_weights(run.splits.train.class_counts())
+            self.class_weights = torch.from_numpy(weights).float().to(run.compute.device)
         self.named = run.folder.bad_files()
         self.new_bad: list[BadImage] = []
         self.started, self.first_step = time.perf_counter(), state.step
@@ -188,6 +201,7 @@ class Trainer:
             rank=world.rank,
             world_size=world.size,
             with_neighbour=world.size > 1 and bool(augment.mixup or augment.cutmix),
+            balanced=config.data.balance == "sampler",
             num_workers=config.data.num_workers,
             timeout=config.data.timeout,
             pin_memory=device.type == "cuda",
@@ -240,6 +254,8 @@ class Trainer:
         if step == 0 and run.world.is_main:
             figure = plots.training_batch(images, targets, self.preprocessing, names)
             plots.save(figure, run.folder.plots / "train_batch.png")
+        if self.class_weights is not None:
+            targets = targets * self.class_weights
         depth = draw_stochastic_depth(self.model, config.batch_size, masks)
         depth = depth[:, run.world.rank * own : (run.world.rank + 1) * own]
         depth = depth.to(run.compute.device)
@@ -285,7 +301,7 @@ class Trainer:
             if not math.isfinite(result.loss):
                 what = f"step {state.step - 1}: the validation loss is {result.loss}"
                 self.stop(f"{what}; the run has diverged")
-        is_best = state.note_result(None if result is None else (result.top1, -result.loss))
+        is_best = state.note_result(None if result is None else self.score(result))
         if is_best and self.world.is_main:
             save_model(kept, self.run_folder.best, overwrite=True)
             card = model_card(kept, config, self.run.splits, result, None)
@@ -298,10 +314,10 @@ class Trainer:
             epoch = round(state.step / self.steps_per_epoch, 3)
             values: dict[str, float] = {"epoch": epoch, "step": state.step}
             values["training_loss"] = round(loss, 6)
-            values |= {f"validation_{name}": round(value, 6) for name, value in result.metrics()}
+            values |= {f"validation_{name}": round(value, 6) for name, value in result.figures()}
             values |= {"seconds": round(state.seconds, 1), "best": int(is_best)}
             self.run_folder.log_evaluation(values)
-            text += f"   validation {result.top1:7.2%}, loss {result.loss:.4f}"
+            text += f"   validation {result.summary()}, loss {result.loss:.4f}"
             seconds = time.perf_counter() - self.started
             if self.world.is_main and seconds - self.last_drawn > _REDRAW_EVERY:
                 self.run_folder.draw_curves()
@@ -311,6 +327,13 @@ class Trainer:
             self.report.say(f"stopped early: no better result in {config.patience} evaluations")
         self.last_line = time.perf_counter() - self.started
         return is_best
+
+    def score(self, result: Evaluation) -> tuple[float, float]:
+        """Returns by what evaluations are compared: the metric, then the loss."""
+        metric = metric_of(self.config.best_by)
+        value = metric.compute(result)
+        assert value is not None
+        return metric.score(value), -result.loss
 
     def show_step(self, bar: ProgressBar, step: int) -> None:
         """Advances the progress bar; without a terminal, prints a line every half minute."""
