@@ -30,6 +30,7 @@ FLOORS = [
     {"sweep"},
     {"deploy", "finetuning"},
     {"evaluate", "benchmark"},
+    {"calibrate"},
     {"paper"},
     {"cli"},
 ]

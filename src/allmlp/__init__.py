@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from allmlp.benchmark import Benchmark as Benchmark
     from allmlp.benchmark import BenchmarkOptions as BenchmarkOptions
     from allmlp.benchmark import benchmark as benchmark
+    from allmlp.calibrate import CalibrateOptions as CalibrateOptions
+    from allmlp.calibrate import calibrate as calibrate
     from allmlp.decision import Decision as Decision
     from allmlp.deploy.export import ExportReport as ExportReport
     from allmlp.deploy.export import export as export
@@ -62,6 +64,7 @@ sleep_soon()  # before anything imports torch
 # Public names by module.
 _NAMES = {
     "benchmark": "Benchmark BenchmarkOptions benchmark",
+    "calibrate": "CalibrateOptions calibrate",
     "decision": "Decision",
     "deploy.export": "ExportReport export",
     "deploy.exported_model": "ExportedModel",

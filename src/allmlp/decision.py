@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from allmlp.errors import UserError
@@ -66,6 +66,16 @@ class Decision:
     def has_answer(self) -> bool:
         """Whether the answer can differ from the most probable class."""
         return self.labels == "multi" or self.unsure_below is not None
+
+    def with_threshold(self, unsure_below: float | None) -> Decision:
+        """Returns the decision with another threshold for "unsure"; None keeps its own."""
+        if unsure_below is None:
+            return self
+        measured = {name: entry for name, entry in self.measured.items() if name != "unsure_below"}
+        try:
+            return replace(self, unsure_below=unsure_below, measured=measured)
+        except ValueError as error:
+            raise UserError(str(error), where="unsure_below", code="out-of-range") from error
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Returns the probabilities (N, K) of logits (N, K)."""

@@ -29,6 +29,12 @@ VERBS = {
         "Evaluate a model on labelled images.",
         "model",
     ),
+    "calibrate": Command(
+        "calibrate.CalibrateOptions",
+        "calibrate.command",
+        'Fit probabilities on held-out images; choose when to answer "unsure".',
+        "weights output",
+    ),
     "few-shot": Command(
         "evaluation.few_shot.FewShotOptions",
         "evaluation.few_shot.command",

@@ -28,6 +28,8 @@ class PredictOptions(ComputeOptions):
 
     top_k: int | None = None
     """Number of classes per image (default 5)."""
+    unsure_below: float | None = None
+    """Answer "unsure" if the highest probability is lower; defaults to the model's threshold."""
     features: bool = False
     """Write the pooled features (the input of the head) instead of classes."""
     image_size: ImageSize | None = None
@@ -47,6 +49,7 @@ class PredictOptions(ComputeOptions):
         for name in ("top_k", "batch_size", "part_size"):
             at_least(name, getattr(self, name), 1)
         needs({"resize_weights": self.resize_weights}, "image_size", self.image_size)
+        between("unsure_below", self.unsure_below, 0, 1)
         if self.features and self.top_k is not None:
             what = f"top_k={self.top_k} and features exclude each other: rows have one of them"
             raise UserError(what, fix="Leave out one of them", code="conflict")
@@ -123,6 +126,8 @@ class ServeOptions(Options):
     """Port to listen on; 0 picks a free one."""
     top_k: int | None = None
     """Number of classes per image (default 5)."""
+    unsure_below: float | None = None
+    """Answer "unsure" if the highest probability is lower; defaults to the model's threshold."""
     image_size: ImageSize | None = None
     """Image size in pixels; defaults to the model's own."""
     resize_weights: ResizeWeights | None = None
@@ -140,6 +145,7 @@ class ServeOptions(Options):
 
     def __post_init__(self) -> None:
         between("port", self.port, 0, 65535)
+        between("unsure_below", self.unsure_below, 0, 1)
         at_least("top_k", self.top_k, 1)
         at_least("max_images", self.max_images, 1)
         between("max_megabytes", self.max_megabytes, 0.001, 1000)

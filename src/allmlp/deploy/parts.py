@@ -261,7 +261,7 @@ def _job(predictor: Predictor, source: Source, columns: Columns) -> dict[str, An
             "top_k": None if columns.features else columns.width,
             "precision": None if is_file else predictor.precision,
             "preprocessing": json.loads(json.dumps(preprocessing_of(model).to_json())),
-            "decision": model.decision.to_json() or None,  # None in earlier manifests too
+            "decision": columns.decision.to_json() or None,  # None in earlier manifests too
         },
         "about": {
             "model": str(model.source),

@@ -16,7 +16,7 @@ from allmlp.deploy.formats import is_exported, load_any
 from allmlp.deploy.inputs import STANDARD_INPUT, AnyImage, find_images, is_url, read_list
 from allmlp.deploy.options import PredictOptions
 from allmlp.deploy.parts import Output, begin_parts, choose_output, read_bad, write_parts
-from allmlp.deploy.rows import Prediction, Rows, choose_columns, predict_rows, write_table
+from allmlp.deploy.rows import Columns, Prediction, Rows, choose_columns, predict_rows, write_table
 from allmlp.errors import UserError, named_memory_errors, plural
 from allmlp.evaluation.predictor import Predictor
 from allmlp.io import STANDARD_OUTPUT, check_not_inputs
@@ -77,7 +77,7 @@ def write_predictions(
     options: PredictOptions,
     *,
     world: World | None = None,
-    on_start: Callable[[Predictor, Source, Output | None], object] = lambda *_: None,
+    on_start: Callable[[Predictor, Source, Output | None, Columns], object] = lambda *_: None,
     on_rows: Callable[[Rows], object] = lambda rows: None,
 ) -> Output | None:
     """Writes a row for every image to the output, one batch in memory at a time.
@@ -109,13 +109,18 @@ def write_predictions(
         batch_size=options.batch_size,
         num_workers=options.num_workers,
     )
-    columns = choose_columns(net, top_k=options.top_k, features=options.features)
+    columns = choose_columns(
+        net,
+        top_k=options.top_k,
+        features=options.features,
+        unsure_below=options.unsure_below,
+    )
     if output is not None and output.is_folder:
         begun = output
         output = world.broadcast_from_rank0(
             lambda: begin_parts(predictor, source, columns, begun, world.size)
         )
-        on_start(predictor, source, output)
+        on_start(predictor, source, output, columns)
         write_parts(predictor, source, columns, output, world, on_rows)
         return output
 
@@ -124,7 +129,7 @@ def write_predictions(
             on_rows(rows)
             yield rows
 
-    on_start(predictor, source, output)
+    on_start(predictor, source, output, columns)
     with closing(predict_rows(predictor, source, columns)) as batches:
         if output is not None:
             write_table(output.path, output.suffix, seen(batches), columns)
@@ -163,8 +168,11 @@ class _Screen:
         self.bad_images: list[BadImage] = []
         self.precision = ""
 
-    def start(self, predictor: Predictor, source: Source, output: Output | None) -> None:
+    def start(
+        self, predictor: Predictor, source: Source, output: Output | None, columns: Columns
+    ) -> None:
         """Prints notes and starts the progress bar."""
+        self.decision = columns.decision
         number = len(source)
         if self.world.is_main:
             report_notes(notes_of({"": source}))
@@ -218,11 +226,14 @@ class _Screen:
     def _show_rows(self, output: Output | None) -> None:
         if self.options.features or not self.rows:
             return
-        rows = [
-            [row.path, *(f"{name} {value:.1%}" for name, value in row.classes)] for row in self.rows
-        ]
-        ranks = [f"{rank}." for rank in range(1, len(rows[0]))]
-        for line in table(["image", *ranks], rows, left=len(rows[0])):
+        header, rows = ["image"], [[row.path] for row in self.rows]
+        if self.decision.has_answer:
+            header.append("answer")
+            rows = [[row.path, self.decision.text(row.answers)] for row in self.rows]
+        for cells, row in zip(rows, self.rows, strict=True):
+            cells += [f"{name} {value:.1%}" for name, value in row.classes]
+        header += [f"{rank}." for rank in range(1, len(self.rows[0].classes) + 1)]
+        for line in table(header, rows, left=len(header)):
             self.reporter.say(line)
         more = self.images - self.bad - len(rows)
         if more:

@@ -1,7 +1,8 @@
 """Rows of predictions, computed in batches and streamed to a table.
 
-The columns of CSV and Parquet are path; class_1, probability_1, class_2, ... or feature_0,
-feature_1, ... (Parquet: one list column, features); and error.
+The columns of CSV and Parquet are path; answer, if it can differ from class_1; class_1,
+probability_1, class_2, ... or feature_0, feature_1, ... (Parquet: one list column, features); and
+error.
 
 Shapes: N images per batch, K classes, C features.
 """
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from allmlp.data.source import Source
+from allmlp.decision import Decision
 from allmlp.errors import UserError
 from allmlp.evaluation.features import check_features
 from allmlp.evaluation.predictor import Predictor
@@ -43,12 +45,14 @@ class Prediction:
         classes: (class name, probability), most probable first; empty for a bad image.
         error: why there is no prediction; None for a good image.
         features: float32 (C,), if requested.
+        answers: the class, none if the model is unsure; or any number, with several labels.
     """
 
     path: str
     classes: list[tuple[str, float]] = field(default_factory=list)
     error: str | None = None
-    features: np.ndarray | None = field(default=None, compare=False)
+    features: np.ndarray | None = field(default=None, compare=False, repr=False)
+    answers: list[str] = field(default_factory=list, compare=False)
 
 
 Rows = list[Prediction]
@@ -60,45 +64,66 @@ class Columns:
 
     width: int
     features: bool = False
+    decision: Decision = field(default_factory=Decision)
 
     def names(self) -> list[str]:
         """Returns the column names of a flat table."""
         if self.features:
             return [f"feature_{number}" for number in range(self.width)]
         ranks = range(1, self.width + 1)
-        return [f"{name}_{rank}" for rank in ranks for name in ("class", "probability")]
+        names = [f"{name}_{rank}" for rank in ranks for name in ("class", "probability")]
+        return ["answer", *names] if self.decision.has_answer else names
+
+    def cells(self, row: Prediction) -> list[Any]:
+        """Returns the answer, classes and probabilities of a row; [] for a bad image."""
+        found = [cell for pair in row.classes for cell in pair]
+        has_answer = self.decision.has_answer and row.error is None
+        return [self.decision.text(row.answers), *found] if has_answer else found
+
+    def answer(self, row: Prediction) -> dict[str, Any]:
+        """Returns {"answer": text} or, with several labels, {"answers": list}, as in JSON rows."""
+        if row.error is not None or not self.decision.has_answer:
+            return {}
+        if self.decision.labels == "multi":
+            return {"answers": row.answers}
+        return {"answer": self.decision.text(row.answers)}
 
 
 def choose_columns(
-    model: Classifier, *, top_k: int | None = None, features: bool = False
+    model: Classifier,
+    *,
+    top_k: int | None = None,
+    features: bool = False,
+    unsure_below: float | None = None,
 ) -> Columns:
     """Returns a model's columns: top_k classes (5 by default, at most all) or features."""
     if not features:
-        return Columns(min(top_k or 5, len(classes_of(model, or_numbers=True))))
+        width = min(top_k or 5, len(classes_of(model, or_numbers=True)))
+        return Columns(width, decision=model.decision.with_threshold(unsure_below))
     return Columns(check_features(model).config.hidden_dim, features=True)
 
 
-def row_values(
-    predictor: Predictor, columns: Columns
-) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+def row_values(predictor: Predictor, columns: Columns) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """Returns a function from uint8 images (N, channels, H, W) to row values.
 
-    Sorted probabilities or features, float32 (N, width); classes, int64 (N, width or 0); and
-    whether the model's outputs are finite, bool (N,).
+    Sorted probabilities or features, float32 (N, width); classes, int64 (N, width or 0); which
+    classes are answers, bool (N, K or 0); and whether the outputs are finite, bool (N,).
     """
 
-    def classes(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def classes(images: Tensor) -> tuple[Tensor, ...]:
         logits = predictor.logits(images)
         # Stable sort, because torch.topk breaks ties arbitrarily.
-        probabilities = predictor.model.decision.probabilities(logits)
+        probabilities = columns.decision.probabilities(logits)
         ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
-        width = columns.width
-        return ordered[:, :width], order[:, :width], logits.isfinite().all(dim=1)
+        width, answers = columns.width, torch.empty(len(logits), 0)
+        if columns.decision.has_answer:
+            answers = columns.decision.answers(probabilities)
+        return ordered[:, :width], order[:, :width], answers, logits.isfinite().all(dim=1)
 
-    def features(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def features(images: Tensor) -> tuple[Tensor, ...]:
         values = predictor.features(images)
         none = torch.empty(len(values), 0, dtype=torch.int64)
-        return values, none, values.isfinite().all(dim=1)
+        return values, none, none, values.isfinite().all(dim=1)
 
     return features if columns.features else classes
 
@@ -111,7 +136,7 @@ def predict_rows(
     for batch in predictor.run(source, row_values(predictor, columns)):
         rows = {image.index: Prediction(image.name, error=image.what) for image in batch.bad}
         numbers = zip(batch.indices.tolist(), *batch.values, strict=bool(batch.values))
-        for index, values, order, finite in numbers:
+        for index, values, order, chosen, finite in numbers:
             path = source.item_name(index)
             if not finite:
                 rows[index] = Prediction(path, error=NOT_FINITE)
@@ -119,7 +144,11 @@ def predict_rows(
                 rows[index] = Prediction(path, features=values)
             else:
                 pairs = zip(order.tolist(), values.tolist(), strict=True)
-                rows[index] = Prediction(path, [(names[k], value) for k, value in pairs])
+                classes = [(names[k], value) for k, value in pairs]
+                answers = [names[k] for k in np.flatnonzero(chosen)]
+                if not columns.decision.has_answer:
+                    answers = [classes[0][0]]
+                rows[index] = Prediction(path, classes, answers=answers)
         yield [rows[index] for index in sorted(rows)]
 
 
@@ -170,7 +199,8 @@ def _write_csv(file: TextIO, batches: Iterable[Rows], columns: Columns) -> None:
             if row.features is not None:
                 cells = [str(value) for value in row.features]  # shortest float32 representation
             else:
-                cells = [cell for name, value in row.classes for cell in (name, f"{value:.6f}")]
+                cells = columns.cells(row)
+                cells = [f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells]
             cells += [""] * (len(names) - len(cells))
             writer.writerow([row.path, *cells, row.error or ""])
 
@@ -200,6 +230,7 @@ def _json_of(row: Prediction, columns: Columns) -> dict[str, Any]:
         values["features"] = [float(str(number)) for number in numbers]
     else:
         values["classes"] = [{"class": name, "probability": value} for name, value in row.classes]
+        values |= columns.answer(row)
     if row.error is not None:
         values["error"] = row.error
     return values
@@ -211,12 +242,12 @@ def _write_parquet(path: Path, batches: Iterable[Rows], columns: Columns) -> Non
 
     names = ["features"] if columns.features else columns.names()
     kinds = {"class": pa.string(), "probability": pa.float32(), "features": pa.list_(pa.float32())}
+    kinds["answer"] = pa.string()
     middle = [(name, kinds[name.partition("_")[0]]) for name in names]
     schema = pa.schema([("path", pa.string()), *middle, ("error", pa.string())])
 
     def flat(row: Prediction) -> dict[str, Any]:
-        cells = [cell for pair in row.classes for cell in pair]
-        values = [row.features] if columns.features else cells  # null for a bad image
+        values = [row.features] if columns.features else columns.cells(row)  # null for a bad image
         texts = {"path": _as_text(row.path), "error": row.error and _as_text(row.error)}
         return {**texts, **dict(zip(names, values, strict=False))}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class Service:
         # The last part of a path, or the full name of a checkpoint.
         self.name = Path(name).resolve().name if Path(name).exists() else name
         self.num_classes = len(classes_of(model, or_numbers=True))
-        self.columns = choose_columns(model, top_k=options.top_k)
+        self.columns = choose_columns(model, top_k=options.top_k, unsure_below=options.unsure_below)
         self._predictor = Predictor(
             model,
             device=options.device,
@@ -119,6 +119,7 @@ class Service:
             "precision": precision,
             "runtime": model.runtime or "torch",
             "top_k": self.columns.width,
+            "decision": self.columns.decision.to_json(),
             "occlusion": {"covered_images": self._covered, "note": self._no_map},
             "units": {"layers": self._layers, "note": "" if self._layers else self._no_units},
             "limits": {
@@ -136,13 +137,15 @@ class Service:
         self, files: Sequence[File], check: Check, top_k: int | None = None
     ) -> list[dict[str, Any]]:
         """Returns name, classes and error of every image, in order."""
-        columns = self.columns if top_k is None else choose_columns(self.model, top_k=top_k)
+        width = self.columns.width if top_k is None else min(top_k, self.num_classes)
+        columns = replace(self.columns, width=width)
         answers: list[dict[str, Any]] = []
         source = unlabelled(Uploads(files, self.image_bytes), "uploads")
         for rows in predict_rows(self._predictor, source, columns):
             for row in rows:
                 classes = [{"name": name, "probability": value} for name, value in row.classes]
-                answers.append({"name": row.path, "classes": classes, "error": row.error})
+                answer = {"name": row.path, **columns.answer(row), "classes": classes}
+                answers.append({**answer, "error": row.error})
             check(len(rows))
         return answers
 

@@ -14,7 +14,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import NormalDist
@@ -27,7 +27,7 @@ from allmlp.data.classes import match_classes
 from allmlp.data.several_labels import check_one_label
 from allmlp.data.source import BadImage, Source
 from allmlp.decision import Decision
-from allmlp.errors import UserError, named_memory_errors, one_of
+from allmlp.errors import UserError, named_memory_errors, one_of, plural
 from allmlp.evaluation.imagenet_real import RealScore
 from allmlp.evaluation.predictor import Outputs, Predictor, check_finite
 from allmlp.evaluation.result_file import measurement
@@ -41,7 +41,7 @@ BINS = 15
 FEW = 1000  # images below which the interval of top-1 is printed
 
 
-@dataclass
+@dataclass(repr=False)
 class Evaluation:
     """A model's predictions for labelled images; K classes, N decodable images.
 
@@ -163,11 +163,29 @@ class Evaluation:
         return reliability(self.confidences, self.correct)
 
     @property
+    def answered(self) -> np.ndarray:
+        """bool (N,): whether there is an answer, and not "unsure"."""
+        found = self.decision.answers(torch.from_numpy(self.probabilities))
+        return found.any(dim=1).numpy()
+
+    @property
+    def uncalibrated(self) -> Reliability | None:
+        """`reliability` without the model's temperature; None if it has none."""
+        if self.decision.temperature == 1.0:
+            return None
+        return replace(self, decision=replace(self.decision, temperature=1.0)).reliability
+
+    @property
     def confusion(self) -> np.ndarray:
         """int64 (K, K): number of images of the row's class predicted as the column's class."""
         classes = len(self.class_names)
         flat = np.bincount(self.labels * classes + self.predictions, minlength=classes**2)
         return flat.reshape(classes, classes)
+
+    def __repr__(self) -> str:
+        classes = plural(len(self.class_names), "class")
+        images = plural(len(self.labels), "image")
+        return f"Evaluation({self.data!r}: {images}, {classes}, top-1 {self.top1:.2%})"
 
     def figures(self) -> Iterator[tuple[str, float]]:
         """Yields (name, value) of all metrics that are a single number."""
@@ -245,6 +263,8 @@ class Evaluation:
         }
         if self.precision is not None:
             values["precision"] = self.precision
+        if self.decision != Decision():
+            values["decision"] = self.decision.to_json()
         if self.preprocessing is not None:
             known = self.preprocessing.to_json()
             names = ("resize", "crop", "image_size", "interpolation", "exif_orientation")
@@ -321,6 +341,20 @@ def _real(evaluation: Evaluation) -> str:
     )
 
 
+def _with_temperature(evaluation: Evaluation) -> str:
+    found = evaluation.decision.temperature
+    return "" if found == 1.0 else f", with the model's temperature {found:.4g}"
+
+
+def _coverage(evaluation: Evaluation) -> float | None:
+    is_selective = evaluation.decision.unsure_below is not None
+    return float(evaluation.answered.mean()) if is_selective else None
+
+
+def _unsure(evaluation: Evaluation) -> str:
+    return f"the others are unsure: below {evaluation.decision.unsure_below:.4g}"
+
+
 METRICS = (
     Metric("top1", "top-1", lambda e: e.top1, detail=_correct, in_summary=True),
     Metric(
@@ -350,8 +384,22 @@ METRICS = (
         "expected_calibration_error",
         "ECE",
         lambda e: e.reliability.error,
-        detail=lambda e: f"expected calibration error, {BINS} bins",
+        detail=lambda e: f"expected calibration error, {BINS} bins{_with_temperature(e)}",
         higher_is_better=False,
+    ),
+    Metric(
+        "uncalibrated_error",
+        "raw ECE",
+        lambda e: e.uncalibrated and e.uncalibrated.error,
+        detail=lambda e: "without the temperature",
+        higher_is_better=False,
+    ),
+    Metric("coverage", "answered", _coverage, detail=_unsure),
+    Metric(
+        "accuracy_answered",
+        "accuracy",
+        lambda e: float(e.correct[e.answered].mean()) if _coverage(e) else None,
+        detail=lambda e: "of the answers",
     ),
     Metric("real", "ReaL", lambda e: e.real.accuracy if e.real else None, detail=_real),
 )

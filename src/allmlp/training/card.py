@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources.hub import PREFIX
+from allmlp.decision import Decision
+from allmlp.evaluation.calibration import summary
 from allmlp.evaluation.metrics import METRICS, Evaluation
 from allmlp.models.catalog import architecture_name, family_of
 from allmlp.models.layers import (
@@ -38,7 +41,7 @@ It distinguishes {num_classes} classes: {classes}.
 
 {chosen}
 
-## Use
+{probabilities}## Use
 
 In this folder, with the package allmlp installed ("." is the folder; elsewhere give its path, or
 hf:owner/name once it is on the hub):
@@ -67,13 +70,30 @@ Every setting is in the run's `config.json`.
 ## Limits
 
 It was trained only on the images named above: for images of another kind, from another camera or
-of other classes its answers mean nothing, and its probabilities are not calibrated.
+of other classes its answers and probabilities mean nothing.
 
 Architecture: {architecture}, {paper}.
 
 Licence: the code that made it, allmlp, is Apache-2.0. That of these weights is the choice of
 whoever trained them, and depends on the images{begun}.
 """
+
+PROBABILITIES = "## Probabilities"
+
+
+def probabilities_section(decision: Decision) -> str:
+    """Returns the card's section on how sure the answers are, and what was measured."""
+    lines = [f"- {line}." for line in summary(decision)]
+    if decision.temperature == 1.0:
+        lines.insert(0, "- The probabilities are not calibrated.")
+    return "\n".join([PROBABILITIES, "", *lines, "", ""])
+
+
+def public_name(data: str, name: str) -> str:
+    """Returns the name of a part of the data without local folders."""
+    base = parse_name(data).base
+    called = base if base.startswith(PREFIX) else os.path.basename(os.path.abspath(base))
+    return called + name.removeprefix(base) if name.startswith(base) else name
 
 
 def model_card(
@@ -88,12 +108,7 @@ def model_card(
     It contains no local paths, so that the folder can be published as is.
     """
     data, weights = config.data.source, config.model.weights
-    base = parse_name(data).base
-
-    def public(name: str) -> str:
-        called = base if base.startswith(PREFIX) else os.path.basename(os.path.abspath(base))
-        return called + name.removeprefix(base) if name.startswith(base) else name
-
+    base, public = parse_name(data).base, functools.partial(public_name, data)
     evaluations = [evaluation for evaluation in (validation, test) if evaluation is not None]
     found = [dict(evaluation.figures()) for evaluation in evaluations]
     shown = [metric for metric in METRICS if found and metric.name in found[0]]
@@ -162,6 +177,7 @@ def model_card(
         lines=" ---: |" * len(shown),
         results="\n".join(rows),
         chosen=f"The weights are those of {best};\n{chosen}",
+        probabilities=probabilities_section(model.decision),
         preprocessing=preprocessing_of(model).summary(),
         config=config,
         start=start,

@@ -19,14 +19,16 @@ from allmlp.data.source import Source
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import names_source
 from allmlp.errors import plural
+from allmlp.evaluation.calibration import summary, with_temperature
 from allmlp.evaluation.metrics import Evaluation, evaluate_source
 from allmlp.evaluation.predictor import Predictor
 from allmlp.models.layers import ImageClassifier, flops_text
-from allmlp.training.card import model_card
+from allmlp.training.card import model_card, public_name
 from allmlp.training.dataset import check_number_bad
 from allmlp.training.optim import class_weights, operations, power
 from allmlp.training.state import Run
 from allmlp.weights.load import load_model
+from allmlp.weights.save import save_model
 
 _UNEVEN = 10  # times as many images in one class as in another
 
@@ -148,6 +150,11 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
     if splits.validation is not None:
         validation = measure(model, splits.validation, exactly)
         validation.are_held_out = splits.held_out
+        name = public_name(run.config.data.source, splits.validation.name)
+        before, model.decision = model.decision, with_temperature(validation, name)
+        validation.decision = model.decision
+        if model.decision != before and run.world.is_main:
+            save_model(model, folder.best, overwrite=True)
     if splits.test is not None:
         test = measure(model, splits.test, exactly)
     result = TrainResult(folder.path, validation, test)
@@ -184,6 +191,8 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
         what = f"warning  {plural(len(bad), 'bad image')} left out, named in "
         say(f"{what}{folder.path / 'bad_files.txt'}", style="yellow")
     say(f"model    {folder.best}")
+    for line in summary(model.decision):
+        say(f"         {line}")
     say(f"plots    {folder.plots}: {', '.join(drawn)}")
     if test is not None and splits.test is not None:
         check_number_bad(test.bad, splits.test, run.config.data.max_bad)

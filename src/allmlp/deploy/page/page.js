@@ -149,7 +149,7 @@ function drawStrip() {
   $("strip").hidden = items.length < 2;
   $("strip").replaceChildren(
     ...items.map((item) => {
-      const what = item.error ? "no answer" : item.classes ? item.classes[0].name : "...";
+      const what = item.error ? "no answer" : item.classes ? answerOf(item) : "...";
       const image = make("img", { src: item.url, alt: "" });
       const ending = item.name.includes(".") ? item.name.split(".").pop().slice(0, 5) : "?";
       image.onerror = () => {
@@ -171,7 +171,8 @@ function show(item) {
   selected = item;
   drawStrip();
   $("answer").hidden = false;
-  $("answer-title").textContent = item.name;
+  const said = item.answer ?? item.answers;
+  $("answer-title").textContent = said === undefined ? item.name : `${item.name}: ${answerOf(item)}`;
   $("error").hidden = !item.error;
   $("error").textContent = item.error ? `Not classified: ${item.error}` : "";
   drawPicture(item);
@@ -197,6 +198,11 @@ function drawPicture(item) {
   };
   if (item.isHidden && item.occlusion) picture.src = item.occlusion.image;
   else picture.src = item.url;
+}
+
+function answerOf(item) {
+  if (item.answers) return item.answers.join(", ") || "none of the classes";
+  return item.answer ?? item.classes[0].name;
 }
 
 function classLine(prediction) {

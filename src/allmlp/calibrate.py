@@ -1,0 +1,128 @@
+"""`am.calibrate` and `mixer calibrate`: a temperature, and a threshold for "unsure"."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from allmlp.console import Reporter
+from allmlp.errors import plural
+from allmlp.evaluate import EvaluateOptions, evaluate
+from allmlp.evaluation.calibration import (
+    LEAST_IMAGES,
+    coverage_lines,
+    coverage_table,
+    summary,
+    with_temperature,
+    with_threshold,
+)
+from allmlp.evaluation.metrics import Evaluation
+from allmlp.evaluation.predictor import MeasureOptions
+from allmlp.io import atomic_write, check_not_inputs, expand
+from allmlp.models.layers import ImageClassifier
+from allmlp.options import make
+from allmlp.training.card import PROBABILITIES, probabilities_section, public_name
+from allmlp.weights.load import files_of, open_model
+from allmlp.weights.save import check_target, save_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(MeasureOptions):
+    """Fit probabilities on held-out images, and choose below which the answer is "unsure".
+
+    Writes the model with a temperature (Guo et al. 2017), and with a threshold if one is asked for;
+    predict, evaluate, serve and export use both. Prints the fraction of images that are answered,
+    and the accuracy of these answers, at several thresholds. Use images that were not trained on.
+
+    Examples:
+        mixer calibrate runs/flowers flowers --data FOLDER:validation
+        mixer calibrate runs/flowers flowers --data FOLDER:validation --accuracy 0.98
+        mixer calibrate runs/flowers flowers --data FOLDER:validation --coverage 0.9
+        mixer calibrate mixer_b16.i1k b16 --data imagenet:validation --unsure-below 0.5
+    """
+
+    data: str
+    """Labelled images, as in `mixer evaluate`."""
+    accuracy: float | None = None
+    """Choose the threshold that answers the most images with at least this accuracy."""
+    coverage: float | None = None
+    """Choose the highest threshold that answers at least this fraction of the images."""
+    unsure_below: float | None = None
+    """The threshold itself: below this probability the answer is "unsure"."""
+
+
+def calibrate(
+    model: ImageClassifier | str | Path,
+    data: str | CalibrateOptions | None = None,
+    *,
+    report: Reporter | None = None,
+    **fields: Any,
+) -> tuple[ImageClassifier, Evaluation]:
+    """Returns a model with a temperature, and a threshold if one is asked for, and the measurement.
+
+    The weights are shared with the given model, which does not change. No temperature is fitted
+    with fewer than 100 images, or if it does not lower the loss of images it was not fitted on.
+
+    Args:
+        model: a model with class names, or anything `load_model` accepts.
+        data: labelled images that the model was not trained on; or all options as one object.
+        report: shows progress; None shows nothing.
+        **fields: fields of `CalibrateOptions`.
+
+    Raises:
+        UserError: as in `evaluate`; more than one of `accuracy`, `coverage` and `unsure_below`, or
+            no threshold reaches the accuracy.
+    """
+    given = data if isinstance(data, CalibrateOptions) else None
+    if given is None and data is not None:
+        fields["data"] = data
+    options = make(CalibrateOptions, given, fields)
+    names = [field.name for field in dataclasses.fields(MeasureOptions)]
+    measuring = EvaluateOptions(
+        data=options.data, **{name: getattr(options, name) for name in names}
+    )
+    result = evaluate(model, measuring, report=report)
+    net = copy.copy(open_model(model, options.image_size, options.resize_weights))
+    name = public_name(options.data, result.data)
+    decision = with_temperature(result, name)
+    result = dataclasses.replace(result, decision=decision)
+    asked = {name: getattr(options, name) for name in ("accuracy", "coverage", "unsure_below")}
+    if any(value is not None for value in asked.values()):
+        decision = with_threshold(result, name, **asked)
+        result = dataclasses.replace(result, decision=decision)
+    net.decision = decision
+    return net, result
+
+
+def command(model: str, output: str, options: CalibrateOptions) -> None:
+    """Writes the calibrated model, with the card of the folder that it comes from."""
+    path, report = expand(output), Reporter()
+    targets = [file for file in check_target(path, "allmlp") if file is not None]
+    check_not_inputs(targets, files_of(model))
+    check_target(path, "allmlp", overwrite=options.overwrite)
+    net, result = calibrate(model, options, report=report)
+    weights = save_model(net, path, overwrite=options.overwrite)
+    cards = [folder / "README.md" for folder in (expand(model) / "best", expand(model))]
+    card = next((card for card in cards if card.is_file()), None)
+    if card is not None and path.is_dir():
+        text, section = card.read_text("utf-8"), probabilities_section(net.decision)
+        pattern = rf"(?ms)^{PROBABILITIES}\n.*?(?=^## )"
+        text = re.sub(pattern, lambda _: section, text, count=1)
+        atomic_write(path / "README.md", text.encode(errors="surrogateescape"))
+    report.say(f"data     {result.data}: {plural(len(result.labels), 'image')}")
+    for line in result.warnings():
+        report.say(f"warning  {line}", style="yellow")
+    if net.decision.temperature == 1.0:
+        few = f"there are fewer than {LEAST_IMAGES} images"
+        why = few if len(result.labels) < LEAST_IMAGES else "it would not lower the loss"
+        report.say(f"no temperature: {why}")
+    for line in summary(net.decision):
+        report.say(line)
+    report.say()
+    for line in coverage_lines(coverage_table(result)):
+        report.say(line)
+    report.say(f"\nwritten  {weights}")

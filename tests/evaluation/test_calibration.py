@@ -1,0 +1,174 @@
+"""Temperature and threshold: against scipy, and on a run's own held-out images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, log_softmax
+
+import allmlp as am
+from allmlp.evaluation.calibration import (
+    coverage_table,
+    fit_temperature,
+    with_temperature,
+    with_threshold,
+)
+from conftest import mixer, tiny_config
+
+
+def measured(images: int, sharpness: float = 3.0, seed: int = 0) -> am.Evaluation:
+    """Logits whose softmax is `sharpness` times too extreme."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(images, 5)) * 2
+    labels = np.array([random.choice(5, p=np.exp(row) / np.exp(row).sum()) for row in logits])
+    scaled = (logits * sharpness).astype(np.float32)
+    return am.Evaluation("x", list("abcde"), labels, np.arange(images), scaled)
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 7.0])
+def test_the_temperature_equals_scipys(sharpness: float):
+    result = measured(900, sharpness)
+    logits, labels = result.logits.astype(np.float64), result.labels
+
+    def softmax_loss(log_temperature: float) -> float:
+        rows = log_softmax(logits / np.exp(log_temperature), axis=1)
+        return -rows[np.arange(len(labels)), labels].mean()
+
+    several = (np.random.default_rng(1).random(logits.shape) < expit(logits / 2)).astype(np.int64)
+
+    def sigmoid_loss(log_temperature: float) -> float:
+        scaled = logits / np.exp(log_temperature)
+        return (np.logaddexp(0, scaled) - several * scaled).mean()
+
+    for loss, truth in ((softmax_loss, labels), (sigmoid_loss, several)):
+        expected = np.exp(minimize_scalar(loss, bracket=(-1, 1), options={"xtol": 1e-12})["x"])
+        assert fit_temperature(result.logits, truth) == pytest.approx(expected, rel=1e-6)
+    assert fit_temperature(result.logits, labels) == pytest.approx(sharpness, rel=0.15)
+
+
+def test_the_calibration_error_falls_on_new_images_and_top1_stays():
+    held_out, new = measured(400, seed=1), measured(2000, seed=2)
+    decision = with_temperature(held_out, "x")
+    before, top1 = new.reliability.error, new.top1
+    loss = new.loss
+    after = dataclasses.replace(new, decision=decision)
+    assert after.reliability.error < before / 3
+    assert (after.top1, after.loss) == (top1, loss)
+    figures = dict(after.figures())
+    assert figures["uncalibrated_error"] == pytest.approx(before)
+    entry = decision.measured["temperature"]
+    assert entry["images"] == 400
+    assert entry["ece_after"] < entry["ece_before"] / 2
+    assert entry["loss_after"] < entry["loss_before"]
+
+
+def test_no_temperature_where_none_can_be_known():
+    assert with_temperature(measured(99), "x") == am.Decision()  # too few
+    assert with_temperature(measured(3000, sharpness=1.0), "x").temperature == pytest.approx(
+        1.0, abs=0.1
+    )
+    right = measured(300)
+    right.labels = right.predictions  # the loss falls to 0 as the temperature does
+    assert fit_temperature(right.logits, right.labels) is None
+    assert with_temperature(right, "x") == am.Decision()
+    random = measured(300)
+    random.logits[:] = 0
+    assert with_temperature(random, "x") == am.Decision()
+
+
+@pytest.mark.parametrize("rounded", [False, True])  # with ties
+def test_thresholds_for_an_accuracy_or_a_coverage(rounded: bool):
+    result = measured(500)
+    if rounded:
+        result.logits[:] = result.logits.round()
+    confidences, correct = result.confidences, result.correct
+    possible = []  # by trying all of them
+    for threshold in np.unique(confidences):
+        answered = confidences >= threshold
+        possible.append((float(threshold), answered.mean(), correct[answered].mean()))
+    for wanted in (0.5, 0.7, 0.8):
+        found = with_threshold(result, "x", accuracy=wanted)
+        threshold, coverage, accuracy = max(
+            (p for p in possible if p[2] >= wanted), key=lambda p: p[1]
+        )
+        assert found.unsure_below == threshold
+        entry = found.measured["unsure_below"]
+        assert (entry["coverage"], entry["accuracy"]) == (coverage, accuracy)
+        answered = dataclasses.replace(result, decision=found)
+        assert dict(answered.figures())["coverage"] == coverage
+        assert dict(answered.figures())["accuracy_answered"] == accuracy
+        threshold = max(p[0] for p in possible if p[1] >= wanted)
+        assert with_threshold(result, "x", coverage=wanted).unsure_below == threshold
+    assert coverage_table(result, [0.0])[0]["coverage"] == 1.0
+    assert coverage_table(result, [1.1])[0]["accuracy"] is None
+
+
+def test_mistakes():
+    result, multi = measured(500), measured(500)
+    multi.decision = am.Decision(labels="multi")
+    for found, given, code in (
+        (result, {}, "conflict"),
+        (result, {"accuracy": 0.9, "coverage": 0.9}, "conflict"),
+        (result, {"accuracy": 1.5}, "out-of-range"),
+        (multi, {"unsure_below": 0.5}, "wrong-type"),
+    ):
+        with pytest.raises(am.UserError) as caught:
+            with_threshold(found, "x", **given)
+        assert caught.value.code == code
+    result.labels = (result.predictions + 1) % 5
+    with pytest.raises(am.UserError) as caught:
+        with_threshold(result, "x", accuracy=0.5)
+    assert caught.value.code == "out-of-range"
+
+
+def test_a_run_calibrates_itself_and_answers_unsure(
+    trained: am.TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = trained.run_folder
+    model = am.load_model(run)
+    assert trained.validation is not None
+    expected = fit_temperature(trained.validation.logits, trained.validation.labels)
+    assert model.decision.temperature == expected
+    assert trained.test is not None
+    assert trained.test.decision == model.decision
+    card = (run / "best/README.md").read_text()
+    assert "fitted on" in card
+    assert "not calibrated" not in card
+    output = tmp_path / "sure"
+    code, out, err = mixer(
+        capsys, "calibrate", run, output, "--data", "digits:validation", "--accuracy", "0.99"
+    )
+    assert code == 0, err
+    sure = am.load_model(output)
+    threshold = sure.decision.unsure_below
+    assert threshold is not None
+    assert '"unsure" below' in (output / "README.md").read_text()
+    assert str(tmp_path) not in (output / "config.json").read_text()
+    assert re.search(r"0\.9 +\d", out)
+    result = am.evaluate(sure, "digits:validation")
+    assert dict(result.figures())["accuracy_answered"] >= 0.99
+    code, out, err = mixer(capsys, "predict", output, "digits:test", "--output", tmp_path / "p.csv")
+    rows = [line.split(",") for line in (tmp_path / "p.csv").read_text().splitlines()]
+    assert rows[0][:4] == ["path", "answer", "class_1", "probability_1"]
+    for row in rows[1:]:
+        assert row[1] == (row[2] if float(row[3]) >= threshold else "unsure")
+    assert {"unsure"} < {row[1] for row in rows[1:]}
+    never = am.predict(output, "digits:test", unsure_below=0.0)
+    assert all(row.answers == [row.classes[0][0]] for row in never)
+    always = am.predict(run, "digits:test", unsure_below=1.0, output=tmp_path / "p.jsonl")
+    assert all(row.answers == [] for row in always if row.classes[0][1] < 1)
+    first = json.loads((tmp_path / "p.jsonl").read_text().splitlines()[0])
+    assert first["answer"] == "unsure"
+
+
+def test_few_held_out_images_leave_the_model_as_it_is(class_folder: Path, tmp_path: Path):
+    result = am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    assert am.load_model(result.run_folder).decision == am.Decision()
+    assert "decision" not in json.loads((tmp_path / "run/best/config.json").read_text())
+    assert "not calibrated" in (tmp_path / "run/best/README.md").read_text()
