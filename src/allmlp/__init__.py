@@ -18,9 +18,7 @@ from allmlp.runtime.process import sleep_soon
 
 if TYPE_CHECKING:
     from allmlp.benchmark import Benchmark as Benchmark
-    from allmlp.benchmark import BenchmarkOptions as BenchmarkOptions
     from allmlp.benchmark import benchmark as benchmark
-    from allmlp.calibrate import CalibrateOptions as CalibrateOptions
     from allmlp.calibrate import calibrate as calibrate
     from allmlp.decision import Decision as Decision
     from allmlp.deploy.export import ExportReport as ExportReport
@@ -32,13 +30,15 @@ if TYPE_CHECKING:
     from allmlp.deploy.predict import Prediction as Prediction
     from allmlp.deploy.predict import predict as predict
     from allmlp.errors import UserError as UserError
-    from allmlp.evaluate import EvaluateOptions as EvaluateOptions
     from allmlp.evaluate import evaluate as evaluate
     from allmlp.evaluation.few_shot import FewShot as FewShot
-    from allmlp.evaluation.few_shot import FewShotOptions as FewShotOptions
     from allmlp.evaluation.few_shot import few_shot as few_shot
     from allmlp.evaluation.few_shot import few_shots as few_shots
     from allmlp.evaluation.metrics import Evaluation as Evaluation
+    from allmlp.evaluation.options import BenchmarkOptions as BenchmarkOptions
+    from allmlp.evaluation.options import CalibrateOptions as CalibrateOptions
+    from allmlp.evaluation.options import EvaluateOptions as EvaluateOptions
+    from allmlp.evaluation.options import FewShotOptions as FewShotOptions
     from allmlp.finetuning import FinetuneResult as FinetuneResult
     from allmlp.finetuning import finetune as finetune
     from allmlp.inspection.inspect import Inspection as Inspection
@@ -63,8 +63,8 @@ sleep_soon()  # before anything imports torch
 
 # Public names by module.
 _NAMES = {
-    "benchmark": "Benchmark BenchmarkOptions benchmark",
-    "calibrate": "CalibrateOptions calibrate",
+    "benchmark": "Benchmark benchmark",
+    "calibrate": "calibrate",
     "decision": "Decision",
     "deploy.export": "ExportReport export",
     "deploy.exported_model": "ExportedModel",
@@ -72,9 +72,10 @@ _NAMES = {
     "deploy.options": "ExportOptions PredictOptions",
     "deploy.predict": "Prediction predict",
     "errors": "UserError",
-    "evaluate": "EvaluateOptions evaluate",
-    "evaluation.few_shot": "FewShot FewShotOptions few_shot few_shots",
+    "evaluate": "evaluate",
+    "evaluation.few_shot": "FewShot few_shot few_shots",
     "evaluation.metrics": "Evaluation",
+    "evaluation.options": "BenchmarkOptions CalibrateOptions EvaluateOptions FewShotOptions",
     "finetuning": "FinetuneResult finetune",
     "inspection.inspect": "Inspection inspect",
     "models.catalog": "create_model list_models random_weights",

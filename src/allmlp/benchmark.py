@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,13 +25,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from allmlp.console import Reporter, table
 from allmlp.environment import environment_info
-from allmlp.errors import UserError, at_least, between, near_names, needs, plural
+from allmlp.errors import UserError, near_names, plural
+from allmlp.evaluation.options import LARGEST_BATCH, BenchmarkOptions
 from allmlp.evaluation.result_file import check_result_path, describe, measurement, save_result
 from allmlp.io import STANDARD_OUTPUT, check_not_inputs, expand
 from allmlp.models.catalog import create_model, list_models
 from allmlp.models.inference import Inference, evaluating
 from allmlp.models.layers import ImageClassifier
-from allmlp.options import ImageSize, Options, Precision, Repeated, assignments, make
+from allmlp.options import assignments, make
 from allmlp.runtime.device import (
     can_compile,
     check_bfloat16,
@@ -47,7 +48,6 @@ from allmlp.training.recipes import recipe as recipe_config
 from allmlp.weights.checkpoints import find_checkpoint, list_checkpoints
 from allmlp.weights.load import files_of, load_model, open_model
 
-LARGEST_BATCH = 2**16
 _BATCH = 64  # where "auto" judges whether a model is small, by default
 _RISE = 1.01  # a gain of less than 1% does not count
 _SMALL_BATCH = 8  # run first, to estimate the memory of a larger batch
@@ -70,73 +70,6 @@ _DATA = {
 }
 _MEMORY = {"cuda": "torch's allocations", "cpu": "growth of the resident set"}
 Build = Callable[[], ImageClassifier]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkOptions(Options):
-    """Measure images per second, latency, memory and the fraction of the machine's peak.
-
-    A model is a name from `mixer models` or `mixer models --weights`, timm:NAME, a run folder or a
-    weights file; weights are random where only an architecture is named, which does not affect the
-    speed. Several models are held in memory together and take turns, so that background load
-    affects all of them alike. Ctrl-C stops early and prints the results so far.
-
-    Examples:
-        mixer benchmark mixer_s32
-        mixer benchmark mixer_s16 mixer_b16 runs/mine --output benchmark.json
-        mixer benchmark mixer_b16 timm:vit_base_patch16_224 --batch-sizes 1 8 32
-        mixer benchmark mixer_s16 --mode training --precision float32
-        mixer benchmark mixer_s16 --set token_mixing=untied --batch-sizes 8
-        mixer benchmark --recipe imagenet_b16
-    """
-
-    mode: Literal["inference", "training"] = "inference"
-    """inference, or training (forward, softmax loss, backward and AdamW on random images)."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    precision: Precision = "auto"
-    """Precision of matrix products; auto uses the fastest that the device supports."""
-    compile: bool = False
-    """Use torch.compile; compilation time is not counted."""
-    image_size: ImageSize | None = None
-    """Image size in pixels; defaults to the model's own."""
-    batch_sizes: tuple[int, ...] | None = None
-    """Batch sizes; by default they double while throughput rises and memory and the budget
-    allow."""
-    seconds: float = 2.0
-    """Seconds to time each batch size of each model, and the latency."""
-    rounds: int = 5
-    """Rounds to split these seconds into; models take turns and the median counts."""
-    budget: float = 30.0
-    """Most seconds to spend per model while batch sizes double."""
-    recipe: str | None = None
-    """Instead of models: estimate the days a recipe (docs/recipes.md) takes on this device."""
-    images: int | None = None
-    """Number of training images of the recipe, if its data set's size is not known."""
-    threads: int | None = None
-    """CPU threads; by default torch's choice, and one for a small batch."""
-    settings: Repeated = field(default=(), metadata={"flag": "set", "metavar": "KEY=VALUE"})
-    """Override a field of the architectures, e.g. token_mixing=untied; repeatable."""
-    output: str | None = None
-    """Write all numbers to a .json file; - is standard output."""
-    overwrite: bool = False
-    """Replace existing files."""
-
-    def __post_init__(self) -> None:
-        for size in self.batch_sizes or ():
-            between("batch_sizes", size, 1, LARGEST_BATCH)
-        sizes = self.batch_sizes
-        if sizes is not None and (not sizes or len(set(sizes)) < len(sizes)):
-            raise UserError(f"batch_sizes needs one or more, each once, got {sizes}")
-        between("seconds", self.seconds, 0, 1e6, above=True, below=True)
-        between("budget", self.budget, 0, 1e6, above=True, below=True)
-        between("rounds", self.rounds, 1, 1000)
-        at_least("threads", self.threads, 1)
-        at_least("images", self.images, 1)
-        needs({"images": self.images}, "recipe", self.recipe)
-        if self.recipe is not None and self.settings:
-            what = f"settings {' '.join(self.settings)}: the recipe brings its own model"
-            raise UserError(what, where="settings", fix="Leave out settings or recipe")
 
 
 @dataclass(frozen=True)

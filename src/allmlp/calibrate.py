@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from allmlp.console import Reporter
 from allmlp.errors import plural
-from allmlp.evaluate import EvaluateOptions, evaluate
+from allmlp.evaluate import evaluate
 from allmlp.evaluation.calibration import (
     LEAST_IMAGES,
     coverage_lines,
@@ -21,38 +20,13 @@ from allmlp.evaluation.calibration import (
     with_threshold,
 )
 from allmlp.evaluation.metrics import Evaluation
-from allmlp.evaluation.predictor import MeasureOptions
+from allmlp.evaluation.options import CalibrateOptions, EvaluateOptions, MeasureOptions
 from allmlp.io import atomic_write, check_not_inputs, expand
 from allmlp.models.layers import ImageClassifier
 from allmlp.options import make
 from allmlp.training.card import PROBABILITIES, probabilities_section, public_name
 from allmlp.weights.load import files_of, open_model
 from allmlp.weights.save import check_target, save_model
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrateOptions(MeasureOptions):
-    """Fit probabilities on held-out images, and choose below which the answer is "unsure".
-
-    Writes the model with a temperature (Guo et al. 2017), and with a threshold if one is asked for;
-    predict, evaluate, serve and export use both. Prints the fraction of images that are answered,
-    and the accuracy of these answers, at several thresholds. Use images that were not trained on.
-
-    Examples:
-        mixer calibrate runs/flowers flowers --data FOLDER:validation
-        mixer calibrate runs/flowers flowers --data FOLDER:validation --accuracy 0.98
-        mixer calibrate runs/flowers flowers --data FOLDER:validation --coverage 0.9
-        mixer calibrate mixer_b16.i1k b16 --data imagenet:validation --unsure-below 0.5
-    """
-
-    data: str
-    """Labelled images, as in `mixer evaluate`."""
-    accuracy: float | None = None
-    """Choose the threshold that answers the most images with at least this accuracy."""
-    coverage: float | None = None
-    """Choose the highest threshold that answers at least this fraction of the images."""
-    unsure_below: float | None = None
-    """The threshold itself: below this probability the answer is "unsure"."""
 
 
 def calibrate(

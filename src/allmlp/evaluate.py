@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from allmlp.data.source import Source
 from allmlp.data.sources import notes_of, read_from
 from allmlp.deploy.exported_model import ExportedModel
 from allmlp.deploy.formats import is_exported, load_any
-from allmlp.errors import UserError, between, plural
+from allmlp.errors import UserError, plural
 from allmlp.evaluation.imagenet_real import open_real
 from allmlp.evaluation.metrics import FILES, Evaluation, check_logits, evaluate_source
-from allmlp.evaluation.predictor import MeasureOptions, Outputs, Resize
+from allmlp.evaluation.options import EvaluateOptions
+from allmlp.evaluation.predictor import Outputs, predictor_for
 from allmlp.io import check_not_inputs, check_output_folder, expand
 from allmlp.models.layers import Classifier, classes_of, preprocessing_of
 from allmlp.options import make
@@ -28,40 +29,6 @@ from allmlp.training.own_images import Measured, open_measured
 from allmlp.weights.checkpoints import imagenet_classes
 
 _WORST = 20  # number of classes printed
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(MeasureOptions):
-    """Measure a trained model: top-1, top-5, calibration, per-class metrics, confusion matrix.
-
-    Under torchrun the images are split across processes; the results are the same.
-
-    Examples:
-        mixer evaluate runs/flowers --data FOLDER
-        mixer evaluate runs/flowers --data FOLDER:validation --output report
-        mixer evaluate mixer_b16.i1k --data imagenet:validation --image-size 448
-        mixer evaluate mixer_b16.i1k --data imagenet:validation --real real.json
-    """
-
-    data: str
-    """Any source that `mixer train` reads; append :train, :validation or :test to choose a split.
-    By default the test images, else the validation images (the run's own if it held them out of
-    this data), else all."""
-    resize: Resize | None = None
-    """How images are brought to the model's size: resize-crop (the paper's Table 2), resmall-crop
-    (its Table 3) or squash; defaults to the model's own."""
-    crop: float | None = None
-    """Fraction of the resized image's side to keep in the centre crop, at most 1; also applies to
-    images smaller than the input. The paper uses 0.875; defaults to the model's own."""
-    real: str | None = None
-    """The file real.json of ImageNet ReaL; the data must be ILSVRC-2012 validation images."""
-    allow_missing_classes: bool = False
-    """Accept data without some of the model's classes."""
-    output: str | None = None
-    """Folder for evaluation.json, per_class.csv, confusion.csv and plots."""
-
-    def __post_init__(self) -> None:
-        between("crop", self.crop, 0, 1, above=True)
 
 
 def evaluate(
@@ -107,7 +74,7 @@ def evaluate(
         stays = not isinstance(model, str | Path) and options.device == "auto" and world.size == 1
         net = load_any(model, options.image_size, options.resize_weights)
         device = None if stays else str(chosen)
-        predictor = options.predictor(net, device, **_protocol(net, options))
+        predictor = predictor_for(options, net, device, **_protocol(net, options))
         measured = Measured(source) if source is not None else None
         measured = measured or open_measured(net.source, options.data, count=world.is_main)
         source = measured.source

@@ -179,6 +179,7 @@ def documentation(kind: type) -> dict[str, str]:
     return found
 
 
+@functools.cache  # parsing takes milliseconds per class, and every flag asks
 def _own_documentation(kind: type) -> dict[str, str]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))

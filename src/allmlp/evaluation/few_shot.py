@@ -16,7 +16,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +25,10 @@ from allmlp.data.classes import match_classes
 from allmlp.data.several_labels import check_one_label
 from allmlp.data.source import BadImage, Source, subset
 from allmlp.data.sources import open_splits, read_from
-from allmlp.errors import UserError, at_least, between, plural
+from allmlp.errors import UserError, plural
 from allmlp.evaluation.features import frozen_features
-from allmlp.evaluation.predictor import MeasureOptions, Outputs, Predictor, Resize
+from allmlp.evaluation.options import FewShotOptions
+from allmlp.evaluation.predictor import Outputs, Predictor, predictor_for
 from allmlp.evaluation.result_file import check_result_path, measurement, save_result
 from allmlp.io import STANDARD_OUTPUT, check_not_inputs, check_output_folder, expand
 from allmlp.models.catalog import random_weights
@@ -43,53 +44,6 @@ BIAS_FEATURE = 100.0
 _BLOCK = 8192  # images scored at once
 Orders = dict[int, list[list[int]]]  # {seed: images of each class as drawn}; scenic's seed is 0
 OnBatch = Callable[[Outputs], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FewShotOptions(MeasureOptions):
-    """Measure how good a model's features are, given a few labelled images per class.
-
-    A linear classifier is fitted to frozen features of a few training images and evaluated on all
-    test images. The model itself is not trained and needs no head.
-
-    Examples:
-        mixer few-shot runs/mine --data FOLDER
-        mixer few-shot mixer_b16.i21k --data FLOWERS PETS --shots 1 5 --random-baseline
-        mixer few-shot runs/mine --data FOLDER --protocol scenic --output few_shot.json
-    """
-
-    data: tuple[str, ...] = field(metadata={"metavar": "SOURCE ..."})
-    """One or more sources with a train and a test (or validation) split."""
-    shots: tuple[int, ...] = (1, 5, 10, 25)
-    """Training images per class; a class with fewer uses all of them."""
-    protocol: Literal["big_vision", "scenic"] = "big_vision"
-    """big_vision (random draws, one l2) or the older scenic (the first images of each class, and
-    the best of 30 l2 values on the test images)."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of big_vision's random draws; their mean is reported."""
-    l2: float = 1024.0
-    """L2 penalty of big_vision."""
-    random_baseline: bool = False
-    """Also measure the same architecture with random weights (seed 0)."""
-    resize: Resize = "resize-crop"
-    """resize-crop (Google's few-shot evaluation), resmall-crop or squash."""
-    output: str | None = None
-    """Write all numbers to a .json file; - is standard output."""
-    cache: str | None = None
-    """Folder to cache features in; the command defaults to features/ in the download cache."""
-    no_cache: bool = False
-    """Neither read nor write cached features."""
-
-    def __post_init__(self) -> None:
-        between("l2", self.l2, 0, float("inf"), above=True, below=True)
-        for name, numbers, least in (("shots", self.shots, 1), ("seeds", self.seeds, 0)):
-            for number in numbers:
-                at_least(name, number, least)
-        for name in ("data", "shots", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                what = f"{name} needs one value or more, each once, got {values}"
-                raise UserError(what, where=name, code="duplicates")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +236,7 @@ def _measure(
 ) -> list[FewShot]:
     found: list[list[FewShot]] = []
     for model in [net, random_weights(net, BASELINE_SEED)] if options.random_baseline else [net]:
-        predictor = options.predictor(model, device, resize=options.resize)
+        predictor = predictor_for(options, model, device, resize=options.resize)
         results = [
             _measure_one(predictor, name, splits, options, on_batch)
             for name, splits in data.items()

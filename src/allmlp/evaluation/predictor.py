@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,48 +23,14 @@ from allmlp.data.loader import TIMEOUT, Batch, evaluation_batches, on_device
 from allmlp.data.source import BadImage, Source, subset
 from allmlp.data.transforms import normalize
 from allmlp.errors import UserError, at_least
+from allmlp.evaluation.options import MeasureOptions
 from allmlp.models.inference import Inference, choose_precision
 from allmlp.models.layers import Classifier, ImageClassifier, preprocessing_of
-from allmlp.options import ComputeOptions, ImageSize, Precision, ResizeWeights
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.device import check_device_of_exported, step_threads, to_device
 from allmlp.runtime.world import World
 
 Compute = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
-Resize = Literal["resize-crop", "resmall-crop", "squash"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasureOptions(ComputeOptions):
-    """Options shared by the commands that measure a model on labelled images."""
-
-    precision: Precision = "float32"
-    """Precision of matrix products; auto uses bfloat16 if the device is fast at it and the model
-    large enough to benefit. An exported file keeps its own."""
-    image_size: ImageSize | None = None
-    """Image size in pixels; defaults to the model's own."""
-    resize_weights: ResizeWeights = "auto"
-    """How the token-mixing weights are resized to another image size."""
-    ignore_exif: bool = False
-    """Ignore the EXIF orientation, as the paper does."""
-    overwrite: bool = False
-    """Replace existing files."""
-    timeout: float = TIMEOUT
-    """Seconds to wait for a batch from the workers; 0 waits forever."""
-
-    def predictor(self, model: Classifier, device: str | None, **changes: Any) -> Predictor:
-        """Returns the predictor for a model; `changes` override its preprocessing."""
-        if self.ignore_exif:
-            changes["exif_orientation"] = False
-        return Predictor(
-            model,
-            device=device,
-            precision=self.precision,
-            preprocessing=replace(preprocessing_of(model), **changes),
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            timeout=self.timeout,
-        )
 
 
 @dataclass
@@ -228,3 +194,20 @@ def check_finite(
         many = f"the {what} of {len(wrong):,} of {len(values):,} images are not finite: "
         where = source.item_name(int(indices[wrong[0]]))
         raise UserError(f"{many}{value} for the first of them", where=where, fix=fix)
+
+
+def predictor_for(
+    options: MeasureOptions, model: Classifier, device: str | None, **changes: Any
+) -> Predictor:
+    """Returns the predictor of a measuring command; `changes` override the preprocessing."""
+    if options.ignore_exif:
+        changes["exif_orientation"] = False
+    return Predictor(
+        model,
+        device=device,
+        precision=options.precision,
+        preprocessing=replace(preprocessing_of(model), **changes),
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        timeout=options.timeout,
+    )

@@ -213,7 +213,8 @@ class PatchClassifier(ImageClassifier):
         self.blocks = nn.Sequential(*(self.block(index) for index in range(config.num_blocks)))
         self.add_module(self.last_norm, self.norm())
         self.head = nn.Linear(dim, config.num_classes) if config.num_classes else None
-        self.initialize()
+        if not self.stem.weight.is_meta:  # drawing there would import the compiler (seconds)
+            self.initialize()
 
     def block(self, index: int) -> nn.Module:
         """Returns a new block, (N, S, C) -> (N, S, C)."""

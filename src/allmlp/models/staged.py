@@ -128,7 +128,8 @@ class StagedClassifier(ImageClassifier):
         self.network = nn.ModuleList(parts[1:])
         self.norm = nn.LayerNorm(channels, eps=EPSILON)
         self.head = nn.Linear(channels, config.num_classes) if config.num_classes else None
-        self.initialize()
+        if not self.norm.weight.is_meta:
+            self.initialize()
 
     def fusion(self, stage: int) -> Fusion:
         """Returns a new token mixing module for a block of this stage."""

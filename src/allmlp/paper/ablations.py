@@ -7,7 +7,6 @@ The runs are cells/<variant>/seed-0 and so on; see `study` for the other files.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,9 @@ from allmlp.errors import UserError, one_of
 from allmlp.models.catalog import create_model, model_config
 from allmlp.models.mixer import MixerConfig
 from allmlp.options import make
-from allmlp.paper.study import Experiment, Study, StudyOptions, train_config
+from allmlp.paper.options import AblationsOptions
+from allmlp.paper.study import Experiment, Study, train_config
 from allmlp.sweep import Row
-
-
-@dataclass(frozen=True, kw_only=True)
-class AblationsOptions(StudyOptions):
-    """Compare the variants of appendix A.1 under one budget: accuracy, parameters, FLOPs, images/s.
-
-    Examples:
-        mixer paper ablations --data 'cifar10_*.parquet' --output runs/ablations --steps 2000
-        mixer paper ablations --data FOLDER --output runs/a --variants shared untied --seeds 0 1 2
-
-    Variants: shared (the paper's Mixer), untied (separate weights per channel), grouped-2 and
-    grouped-4 (2 or 4 channels at once), views-2 and views-4 (learned views), pyramid (a quarter of
-    the tokens from the middle on). Run the same command again to resume.
-    """
-
-    variants: tuple[str, ...] = field(default=(), metadata={"metavar": "NAME ..."})
-    """Variants to train; defaults to all."""
-    model: str | None = None
-    """A Mixer; defaults to the recipe's."""
-    seconds: float = 2.0
-    """Seconds to measure each variant's throughput."""
 
 
 def variants_of(config: MixerConfig) -> dict[str, dict[str, Any]]:

@@ -6,13 +6,12 @@ them. Steps, learning rates and held-out fractions are those of the recipe for e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from allmlp.options import make
+from allmlp.paper.options import Avg5Options
 from allmlp.paper.suite import (
     Suite,
-    SuiteOptions,
     SuiteResult,
     Task,
     plan_whole,
@@ -31,25 +30,6 @@ AVG5: dict[str, Task] = {
         ("flowers102", 102, "finetune_flowers", 2_040, 6_149),
     )
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Avg5Options(SuiteOptions):
-    """Fine-tune a checkpoint on ImageNet, CIFAR-10, CIFAR-100, Pets and Flowers: "Avg 5".
-
-    Examples:
-        mixer paper avg5 mixer_b16.i21k --tasks tasks.json --output runs/avg5
-        mixer paper avg5 mixer_b16.i21k --task pets=FOLDER --task cifar10=FILES --output runs/two
-        mixer paper avg5 runs/mine --tasks tasks.json --output runs/large --image-size 448
-
-    The tasks are imagenet, cifar10, cifar100, pets and flowers102. The learning rate is chosen on
-    held-out training images; then one run per seed (0 1 2) trains on all of them, at 224 pixels.
-    A mean over fewer than five tasks is marked partial. Run the same command again to resume, with
-    more tasks if you like.
-    """
-
-    resize: Literal["resmall-crop", "resize-crop", "squash"] = "resmall-crop"
-    """How test images are brought to the model's size: resmall-crop (the paper's Table 3), resize-crop (its Table 2, at 448 pixels) or squash."""  # noqa: E501
 
 
 def avg5(

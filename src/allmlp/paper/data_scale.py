@@ -8,60 +8,22 @@ for the other files.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from allmlp.errors import UserError
 from allmlp.models.catalog import model_config
 from allmlp.options import make
 from allmlp.paper.figures import data_scale_figure, save
-from allmlp.paper.published import DATA_SCALE
+from allmlp.paper.options import DataScaleOptions
 from allmlp.paper.study import (
     Experiment,
     Study,
-    StudyOptions,
     few_shot_options,
     open_data,
     train_config,
 )
 from allmlp.sweep import Row
 from allmlp.training.config import TrainConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataScaleOptions(StudyOptions):
-    """Train on growing fractions of the images, for the same number of steps; compare features.
-
-    Examples:
-        mixer paper data-scale --data A --few-shot-data B --models mixer_s16 --steps 9000 --output C
-
-    The paper's figure 2, right. Each model is trained on 3, 10, 30 and 100 % of the images for the
-    same number of steps; subsets are nested. The weights with the best accuracy on held-out images,
-    the same for all runs, are measured by linear few-shot accuracy on other data. Run the same
-    command again to resume, with more models, fractions and seeds if you like.
-    """
-
-    few_shot_data: str = field(metadata={"metavar": "SOURCE"})
-    """Data for few-shot accuracy, with a train and a test split."""
-    models: tuple[str, ...] = field(metadata={"metavar": "NAME ..."})
-    """Architectures, as `mixer models` names them."""
-    fractions: tuple[float, ...] = field(default=tuple(DATA_SCALE), metadata={"metavar": "X ..."})
-    """Fractions of the training images."""
-    shots: int = 5
-    """Training images per class for few-shot accuracy."""
-    few_shot_seeds: tuple[int, ...] = field(default=(0, 1, 2), metadata={"metavar": "N ..."})
-    """Seeds of the few-shot draws."""
-    recipe: str = "scratch"
-    """Recipe for all other settings (docs/recipes.md), except the sizes of its model."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps is None:
-            what = "every run of the study has the same number of steps, and none is given"
-            raise UserError(what, where="steps", fix="steps: 10000", code="missing")
-        if not self.models or not self.fractions:
-            raise UserError("the study needs a model and a fraction", where="models, fractions")
 
 
 def data_scale(

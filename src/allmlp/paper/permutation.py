@@ -10,7 +10,6 @@ runs are cells/<model>/<permutation>/seed-0 and so on; see `study` for the other
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,12 @@ from allmlp.data.source import Source
 from allmlp.data.transforms import resize_for_evaluation
 from allmlp.errors import UserError
 from allmlp.models.catalog import model_config
-from allmlp.options import Repeated, assignments, make
+from allmlp.options import assignments, make
 from allmlp.paper.figures import save
+from allmlp.paper.options import PermutationOptions
 from allmlp.paper.study import (
     Experiment,
     Study,
-    StudyOptions,
     few_shot_options,
     open_data,
     train_config,
@@ -43,37 +42,6 @@ from allmlp.training.config import TrainConfig
 # The paper's colours.
 _COLORS = {"none": "#1c7ed6", "patches": "#2b8a3e", "pixels": "#e8590c"}
 TITLES = {"none": "original", "patches": "patches and pixels in them", "pixels": "all pixels"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PermutationOptions(StudyOptions):
-    """Train on shuffled pixels: figure 4 of the paper, a Mixer against a convolutional network.
-
-    Examples:
-        mixer paper permutation --data 'cifar10_*.parquet' --output runs/permute --steps 2000
-        mixer paper permutation --data FOLDER --model mixer_b16 --recipe scratch --output runs/p
-        mixer paper permutation --data FOLDER --output runs/p --comparison timm:resnetv2_50x1_bit
-
-    Each network is trained three times with the same seed: on the original images; with patches and
-    the pixels within them shuffled, the same way in all images; and with all pixels shuffled the
-    same way. A table lists accuracies and relative drops; permutation.png shows example images and
-    learning curves. Run the same command again to resume.
-    """
-
-    model: str | None = None
-    """The network; defaults to the recipe's. The recipe's optimizer must fit both networks."""
-    comparison: str = "small_resnet"
-    """Network to compare with: small_resnet, timm:NAME, or none."""
-    comparison_set: Repeated = field(default=(), metadata={"metavar": "KEY=VALUE"})
-    """Override a setting of the comparison network, e.g. width=40; repeatable."""
-    patch_size: int | None = None
-    """Side of the shuffled patches in pixels; defaults to the model's patch size."""
-    permutation_seed: int = 0
-    """Seed of both permutations."""
-    few_shot_data: str | None = field(default=None, metadata={"metavar": "SOURCE"})
-    """Also measure linear few-shot accuracy on this data, as the paper did."""
-    shots: int = 5
-    """Training images per class for few-shot accuracy."""
 
 
 def permutation(

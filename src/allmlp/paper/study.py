@@ -22,61 +22,13 @@ from allmlp.errors import UserError, plural
 from allmlp.evaluation.few_shot import FewShotOptions, few_shots, num_images
 from allmlp.evaluation.result_file import measurement, write_measurement
 from allmlp.io import atomic_write
-from allmlp.options import ImageSize, Options, Precision, Repeated
+from allmlp.paper.options import StudyOptions
 from allmlp.runtime.world import join_world
 from allmlp.sweep import Row, Sweep, mean_and_deviation, study_folder, summarize
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits, open_training_data
 from allmlp.training.recipes import recipe
 from allmlp.training.report import TrainResult
-
-
-@dataclass(frozen=True, kw_only=True)
-class PaperOptions(Options):
-    """Options shared by all experiments; defaults come from the recipe or the protocol."""
-
-    output: str | None = field(default=None, metadata={"metavar": "FOLDER"})
-    """Folder of the study (required)."""
-    image_size: ImageSize | None = None
-    """Image size in pixels."""
-    steps: int | None = None
-    """Training steps of every run."""
-    batch_size: int | None = None
-    """Images per step."""
-    seeds: tuple[int, ...] = field(default=(), metadata={"metavar": "N ..."})
-    """Seeds of the weights and the order of images; one run each."""
-    device: str | None = None
-    """auto, cpu, cuda or cuda:N."""
-    num_workers: int | None = None
-    """Number of processes that decode images; by default chosen by the size of the data."""
-    settings: Repeated = field(default=(), metadata={"flag": "set", "metavar": "KEY=VALUE"})
-    """Any other setting, as in a run's config.json; repeatable."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyOptions(PaperOptions):
-    """Options shared by the studies that train from random weights."""
-
-    data: str = field(metadata={"metavar": "SOURCE"})
-    """Training data: any source that `mixer train` reads."""
-    recipe: str = "cifar10_compare"
-    """Recipe for the settings of all runs (docs/recipes.md)."""
-    seeds: tuple[int, ...] = field(default=(0,), metadata={"metavar": "N ..."})
-    """Seeds of the weights and the order of images; one run each."""
-    epochs: int | None = None
-    """Passes over the training images, instead of steps."""
-    learning_rate: float | None = None
-    """Peak learning rate, after the warm-up."""
-    holdout: float | None = None
-    """Fraction of the training images to hold out for validation if the data has no val/."""
-    evaluate_every: int | None = None
-    """Epochs between evaluations, or steps if steps is given."""
-    precision: Precision | None = None
-    """Precision of matrix products."""
-
-    def __post_init__(self) -> None:
-        if not self.seeds:
-            raise UserError("a study needs a seed", where="seeds", fix="seeds: 0 1 2")
 
 
 @dataclass(frozen=True)

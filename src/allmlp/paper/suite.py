@@ -41,8 +41,8 @@ from allmlp.evaluation.features import weights_hash
 from allmlp.evaluation.result_file import measurement, read_measurement, write_measurement
 from allmlp.finetuning import FinetuneResult, finetune
 from allmlp.io import expand, read_json
-from allmlp.options import Repeated
-from allmlp.paper.study import PaperOptions, formatted
+from allmlp.paper.options import SuiteOptions
+from allmlp.paper.study import formatted
 from allmlp.runtime.world import join_world
 from allmlp.sweep import study_folder
 from allmlp.training.config import Steps, TrainConfig
@@ -70,18 +70,6 @@ class Task:
     number: str = ""  # input of the rule
     recipe: str = "finetune_vtab"
     images: Mapping[str, int] = field(default_factory=dict)  # train and test, if all are used
-
-
-@dataclass(frozen=True, kw_only=True)
-class SuiteOptions(PaperOptions):
-    """Options shared by all suites."""
-
-    task: Repeated = field(default=(), metadata={"metavar": "NAME=SOURCE"})
-    """Data of a task as NAME=SOURCE, any source that training reads; repeatable."""
-    tasks: str | dict[str, str | Path] | None = field(default=None, metadata={"type": str | None})
-    """The same as a JSON file, {"pets": "FOLDER"}; paths are relative to the file."""
-    grid: tuple[float, ...] = field(default=(), metadata={"metavar": "LR ..."})
-    """Learning rates to choose from; with a single one there is no grid search."""
 
 
 # Settings that a suite controls -> the option to use instead.

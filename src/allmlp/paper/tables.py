@@ -31,8 +31,9 @@ from allmlp.evaluation.result_file import read_measurement
 from allmlp.io import atomic_write, check_not_inputs, check_output_folder, expand, parse_json
 from allmlp.models.catalog import architecture_name, config_from_json, config_to_json, create_model
 from allmlp.names import NAME, own_entry
-from allmlp.options import Options, make
+from allmlp.options import make
 from allmlp.paper import figures, published
+from allmlp.paper.options import TablesOptions
 from allmlp.training.run_folder import read_metrics, read_results
 from allmlp.weights.checkpoints import find_checkpoint
 
@@ -52,25 +53,6 @@ _TEXTS = {
     "Few-shot accuracy": "Linear few-shot top-1 in per cent, mean and deviation over the draws.",
 }
 Cells = dict[str, object]  # column -> value; None is a dash
-
-
-@dataclass(frozen=True, kw_only=True)
-class TablesOptions(Options):
-    """Write the paper's Tables 1, 2 and 3 next to your measurements, and the figures.
-
-    Examples:
-        mixer paper tables runs
-        mixer paper tables runs/flowers evaluation.json few_shot.json --output reports/flowers
-
-    The paper's results are in separate tables. Yours come from run folders and from the files that
-    evaluate, few-shot, benchmark and the other paper commands write, and are shown with data,
-    protocol, command, hardware and date.
-    """
-
-    output: str = field(default="report", metadata={"metavar": "FOLDER"})
-    """Folder for report.md, report.html and figures/."""
-    overwrite: bool = False
-    """Replace existing files."""
 
 
 @dataclass

@@ -17,16 +17,15 @@ with exactly 96 x 96, are large.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from allmlp.console import table
 from allmlp.data.sources.subset_file import LabelRule
 from allmlp.errors import UserError
 from allmlp.options import make
+from allmlp.paper.options import VtabOptions
 from allmlp.paper.suite import (
     Suite,
-    SuiteOptions,
     SuiteResult,
     Task,
     plan_1k,
@@ -93,28 +92,6 @@ def _task(line: str) -> Task:
 
 
 VTAB: dict[str, Task] = {task.name: task for task in map(_task, _TABLE.strip().splitlines())}
-
-
-@dataclass(frozen=True, kw_only=True)
-class VtabOptions(SuiteOptions):
-    """Fine-tune a checkpoint on the 19 tasks of VTAB-1k, or on those that you have.
-
-    Examples:
-        mixer paper vtab --list
-        mixer paper vtab mixer_b16.i21k --tasks tasks.json --output runs/vtab
-        mixer paper vtab mixer_b16.i21k --task pets=FOLDER --task svhn=hf:owner/name --output runs/v
-        mixer paper vtab runs/mine --tasks tasks.json --protocol lightweight --output runs/light
-
-    Each task uses 800 images to train and 200 to choose the learning rate, then all 1,000. A mean
-    over fewer than 19 tasks is marked partial. Run the same command again to resume, with more
-    tasks if you like.
-    """
-
-    protocol: Literal["paper", "lightweight"] = "paper"
-    """paper (2,500 steps of 512 images, a learning-rate grid, three seeds, 224 or 448 pixels) or
-    lightweight (1,000 steps of 64 images, one learning rate, one seed, 224 pixels)."""
-    list_tasks: bool = field(default=False, metadata={"flag": "list"})
-    """List the tasks and the data each expects."""
 
 
 def vtab(
