@@ -21,6 +21,7 @@ FLOORS = [
         "log",
         "io",
         "environment",
+        "page",
     },
     {"runtime"},
     {"models", "data"},

@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     from allmlp.deploy.formats import open_exported as open_exported
     from allmlp.deploy.options import ExportOptions as ExportOptions
     from allmlp.deploy.options import PredictOptions as PredictOptions
+    from allmlp.deploy.options import PushOptions as PushOptions
     from allmlp.deploy.predict import Prediction as Prediction
     from allmlp.deploy.predict import predict as predict
+    from allmlp.deploy.push import Pushed as Pushed
+    from allmlp.deploy.push import push as push
     from allmlp.errors import UserError as UserError
     from allmlp.evaluate import evaluate as evaluate
     from allmlp.evaluation.few_shot import FewShot as FewShot
@@ -51,6 +54,8 @@ if TYPE_CHECKING:
     from allmlp.models.mixer import MlpMixer as MlpMixer
     from allmlp.preprocessing import Preprocessing as Preprocessing
     from allmlp.training.config import TrainConfig as TrainConfig
+    from allmlp.training.loggers import Logger as Logger
+    from allmlp.training.loggers import StopTraining as StopTraining
     from allmlp.training.recipes import recipe as recipe
     from allmlp.training.report import TrainResult as TrainResult
     from allmlp.training.train import resume as resume
@@ -69,8 +74,9 @@ _NAMES = {
     "deploy.export": "ExportReport export",
     "deploy.exported_model": "ExportedModel",
     "deploy.formats": "open_exported",
-    "deploy.options": "ExportOptions PredictOptions",
+    "deploy.options": "ExportOptions PredictOptions PushOptions",
     "deploy.predict": "Prediction predict",
+    "deploy.push": "Pushed push",
     "errors": "UserError",
     "evaluate": "evaluate",
     "evaluation.few_shot": "FewShot few_shot few_shots",
@@ -83,6 +89,7 @@ _NAMES = {
     "models.mixer": "MixerConfig MlpMixer",
     "preprocessing": "Preprocessing",
     "training.config": "TrainConfig",
+    "training.loggers": "Logger StopTraining",
     "training.recipes": "recipe",
     "training.report": "TrainResult",
     "training.train": "resume train",

@@ -26,6 +26,7 @@ from allmlp.runtime.device import check_device_of_exported
 from allmlp.runtime.process import is_main_process
 from allmlp.runtime.world import join_world
 from allmlp.training.own_images import Measured, open_measured
+from allmlp.training.web_report import REPORT, evaluation_report
 from allmlp.weights.checkpoints import imagenet_classes
 
 _WORST = 20  # number of classes printed
@@ -68,7 +69,7 @@ def evaluate(
     with ExitStack() as stack:
         world, chosen = stack.enter_context(join_world(options.device))
         folder = None if options.output is None or not world.is_main else expand(options.output)
-        names = [*FILES, *(f"{name}.png" for name in EVALUATION)]
+        names = [*FILES, *(f"{name}.png" for name in EVALUATION), REPORT]
         if folder is not None:
             check_output_folder(folder, names, overwrite=options.overwrite)
         stays = not isinstance(model, str | Path) and options.device == "auto" and world.size == 1
@@ -109,6 +110,7 @@ def evaluate(
         if folder is not None:
             result.save(folder, net, overwrite=True)
             save_evaluation(result, source, folder)
+            evaluation_report(net, result, source, folder)
         return result
 
 
@@ -173,4 +175,5 @@ def show(result: Evaluation, options: EvaluateOptions) -> int:
             report.say(f"  {true} taken for {predicted}: {count}")
     if options.output is not None:
         report.say(f"written  {expand(options.output)}")
+        report.say(f"report   {expand(options.output) / REPORT}")
     return report_bad_images(result.bad)

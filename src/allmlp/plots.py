@@ -112,7 +112,8 @@ def grid(
     return figure
 
 
-def _thumbnail(source: Source, index: int) -> NDArray[np.uint8] | None:
+def thumbnail(source: Source, index: int) -> NDArray[np.uint8] | None:
+    """Returns a small version of an image, or None if it cannot be decoded."""
     try:
         image = to_pillow(decode(source.read(index), source.item_name(index)))
     except UserError:
@@ -208,8 +209,7 @@ def worst_mistakes(evaluation: Evaluation, source: Source, most: int = 25) -> Fi
 
     If there are none, the correct ones with the lowest confidence.
     """
-    order = np.argsort(-evaluation.losses, kind="stable")
-    wrong = order[(evaluation.predictions != evaluation.labels)[order]]
+    order, wrong = np.argsort(-evaluation.losses, kind="stable"), evaluation.mistakes()
     if len(wrong):
         title = f"{evaluation.data}: {len(wrong)} mistakes of {len(order)}, worst first"
         return _predictions(evaluation, source, wrong[:most], title)
@@ -221,7 +221,7 @@ def _predictions(evaluation: Evaluation, source: Source, rows: np.ndarray, title
     images, captions, colors = [], [], []
     for row in rows:
         label, predicted = int(evaluation.labels[row]), int(evaluation.predictions[row])
-        images.append(_thumbnail(source, int(evaluation.indices[row])))
+        images.append(thumbnail(source, int(evaluation.indices[row])))
         probability = float(evaluation.probabilities[row, predicted])
         caption = f"{shorten(evaluation.class_names[predicted])} {probability:.0%}"
         if predicted != label:
@@ -336,7 +336,7 @@ def samples(source: Source, seed: int = 0) -> Figure:
         members = random.permutation(source.of_class(label))
         found = []
         for index in members[: 2 * per_class]:  # spares for unreadable images
-            image = _thumbnail(source, int(index)) if len(found) < per_class else None
+            image = thumbnail(source, int(index)) if len(found) < per_class else None
             if image is not None:
                 found.append(image)
         images += [*found, *[None] * (per_class - len(found))]
@@ -354,7 +354,7 @@ def duplicate_pairs(duplicates: Duplicates) -> Figure:
         for (split, index), last in ((pair.first, kind), (pair.second, " ")):
             source = duplicates.splits[split]
             name = shorten(source.label_text(index), 16)
-            images.append(_thumbnail(source, index))
+            images.append(thumbnail(source, index))
             captions.append(f"{escape(split)}[{index}]\n{name}\n{last}")
             colors.append(_PAIR_COLORS[at % 2])
     title = f"{len(duplicates):,} pairs of duplicates, the most different first"

@@ -120,6 +120,7 @@ def test_train_evaluate_predict(capsys, class_folder, tmp_path):
         "per_class.csv",
         "predictions.png",
         "reliability.png",
+        "report.html",
         "worst_mistakes.png",
     ]
     top1 = json.loads((report / "evaluation.json").read_text())["top1"]

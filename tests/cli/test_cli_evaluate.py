@@ -69,7 +69,7 @@ def test_what_it_says_and_writes(capsys, class_folder: Path, model: Path, tmp_pa
         f"ECE      {written['expected_calibration_error']:.2%} "
         "(expected calibration error, 15 bins)",
     ]
-    assert lines[-1] == f"written  {out}"
+    assert lines[-2:] == [f"written  {out}", f"report   {out / 'report.html'}"]
     assert (out / "reliability.png").stat().st_size > 5000
 
 

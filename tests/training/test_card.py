@@ -79,10 +79,10 @@ def test_the_fields_of_the_hub(tmp_path: Path):
         {"type": "balanced_accuracy", "name": "balanced", "value": 0.75},
         {"type": "f1", "name": "macro F1", "value": 0.666667},
     ]
-    assert "license" not in header  # that of the weights is not ours to state
+    assert header["license"] == "apache-2.0"  # of the weights that it began with
     assert "datasets" not in header  # not on the hub
     nothing = header_of(card_of(tiny_model(), tmp_path, measured=False))
-    assert not {"model-index", "metrics", "base_model"} & nothing.keys()
+    assert not {"model-index", "metrics", "base_model", "license"} & nothing.keys()
     of_hub = header_of(card_of(tiny_model(), tmp_path, source="hf:owner/name@v1"))
     assert of_hub["datasets"] == ["owner/name"]
     other = header_of(card_of(tiny_model(), tmp_path, model__weights="hf:owner/model@v2"))

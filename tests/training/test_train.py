@@ -35,6 +35,7 @@ def test_the_run_folder(trained: am.TrainResult):
         "log.txt",
         "metrics.jsonl",
         "plots",
+        "report.html",
         "results.csv",
         "test",
         "training_images.txt",

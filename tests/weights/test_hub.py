@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +14,8 @@ import pytest
 import allmlp as am
 from allmlp.weights import hub
 from conftest import GOLDEN
+from hub_server import Hub, serve
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = json.dumps(
     {
         "architecture": "mixer_b16_224",
@@ -36,39 +33,8 @@ FILES = {
 def endpoint() -> Iterator[str]:
     """A server that answers as the hub does for owner/tiny, branches main and v2."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            parts = self.path.strip("/").split("/")
-            code, name = "", parts[-1]
-            content = FILES.get(name, b"")
-            if parts[:2] != ["owner", "tiny"]:
-                code = "RepoNotFound"
-            elif parts[3] not in ("main", "v2", COMMIT):
-                code = "RevisionNotFound"
-            elif name not in FILES:
-                code = "EntryNotFound"
-            self.send_response(404 if code else 200)
-            if code:
-                content = b""
-                self.send_header("X-Error-Code", code)
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
-
-        do_HEAD = do_GET
-
-        def log_message(self, format: str, *args: object) -> None:
-            del format, args
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serve(Hub({"owner/tiny": {"main": FILES, "v2": FILES}})) as address:
+        yield address
 
 
 def load(source: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -19,6 +19,7 @@ POSITIONAL = {
     "weights": f"{_WEIGHTS}or hf:owner/name.",
     "model": f"{_WEIGHTS}hf:owner/name, or an exported file.",
     "images": "Images, folders, or any source of data.",
+    "repo": "owner/name on the hub; made if it does not exist.",
     "recipe": "A name of docs/recipes.md.",
     "runs": "Run folders, measurement files, and folders that are searched for them.",
     "output": "The file or folder to write.",

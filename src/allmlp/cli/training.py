@@ -32,6 +32,7 @@ _SHARED = {
     "precision": "precision",
     "compile": "compile",
     "sharding": "sharding",
+    "log": "log",
 }
 TRAIN = {
     **_SHARED,

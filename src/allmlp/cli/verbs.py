@@ -77,6 +77,12 @@ VERBS = {
         "Serve a model over HTTP, with a local web page.",
         "model",
     ),
+    "push": Command(
+        "deploy.options.PushOptions",
+        "deploy.push.push",
+        "Upload a model and its card to the Hugging Face hub.",
+        "weights repo",
+    ),
     "paper vtab": Command(
         "paper.options.VtabOptions",
         "paper.vtab.vtab",

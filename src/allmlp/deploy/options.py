@@ -151,3 +151,29 @@ class ServeOptions(Options):
         between("max_megabytes", self.max_megabytes, 0.001, 1000)
         between("max_megapixels", self.max_megapixels, 0.001, 100_000)
         needs({"resize_weights": self.resize_weights}, "image_size", self.image_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions(Options):
+    """Upload a model to the Hugging Face hub: weights, config.json and model card, in one commit.
+
+    From a run folder these are the files of best/, and model.onnx if you exported one into the run
+    folder; nothing else is uploaded. Log in with `hf auth login`, or set HF_TOKEN.
+
+    Examples:
+        mixer push runs/flowers owner/flowers
+        mixer push runs/flowers owner/flowers --private --license mit --examples rose.jpg
+        mixer push mine.safetensors owner/mine --revision v2 --message "Trained for longer"
+    """
+
+    private: bool = False
+    """Make a private repository; one that exists stays as it is."""
+    revision: str | None = None
+    """Branch to commit to, made if it does not exist; defaults to main."""
+    message: str = "Upload a model of allmlp"
+    """Commit message."""
+    license: str | None = None
+    """Licence of the weights as the hub names it, such as mit; the card does not state one unless
+    the weights that the run began with have one."""
+    examples: tuple[str, ...] = ()
+    """Images to upload as examples for the page; no others are."""

@@ -224,6 +224,11 @@ class Evaluation:
             if wrong[row, column]
         ]
 
+    def mistakes(self) -> np.ndarray:
+        """Returns the positions of misclassified images; the least probable truth first."""
+        order = np.argsort(-self.losses, kind="stable")
+        return order[~self.correct[order]]
+
     def per_class(self) -> list[dict[str, Any]]:
         """Returns per class: name, images, correct, recall, precision and F1 (None if 0 / 0)."""
         counts = (column.tolist() for column in self.class_counts)

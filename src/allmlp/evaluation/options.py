@@ -66,7 +66,7 @@ class EvaluateOptions(MeasureOptions):
     allow_missing_classes: bool = False
     """Accept data without some of the model's classes."""
     output: str | None = None
-    """Folder for evaluation.json, per_class.csv, confusion.csv and plots."""
+    """Folder for report.html, evaluation.json, per_class.csv, confusion.csv and plots."""
 
     def __post_init__(self) -> None:
         between("crop", self.crop, 0, 1, above=True)

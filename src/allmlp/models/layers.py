@@ -5,8 +5,11 @@ Shapes: N batch, S tokens, C channels, H W pixels.
 
 from __future__ import annotations
 
+import importlib
 import math
+import re
 from collections.abc import Iterable, Mapping, Set
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 from allmlp.decision import Decision
 from allmlp.errors import UserError
+from allmlp.names import NAME
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.process import keep_freed_memory
 
@@ -106,6 +110,11 @@ class Classifier(Protocol):
     def __call__(self, images: Tensor) -> Tensor: ...
 
 
+def _public(name: str) -> Any:
+    """A public function of a higher floor, which a method of the networks is a shortcut to."""
+    return getattr(importlib.import_module(NAME), name)
+
+
 class ImageClassifier(nn.Module):
     """Base class of all models: images to logits or features, plus the metadata of the weights.
 
@@ -170,6 +179,34 @@ class ImageClassifier(nn.Module):
         """
         x = self.features(images)
         return x if self.head is None else self.head(x)
+
+    # Named as in huggingface_hub's ModelHubMixin, which takes 0.5 s to import with every network.
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None, **options: Any):
+        """Returns `am.load_model(source)` for a path or owner/name on the hub, if it is a `cls`.
+
+        Args:
+            source: a folder, a file, owner/name on the hub, or any other source of `load_model`.
+            revision: branch, tag or commit on the hub.
+            **options: of `load_model`, such as `image_size` and `num_classes`.
+        """
+        text = str(source)
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not Path(text).exists():
+            text = f"hf:{text}"
+        model = _public("load_model")(f"{text}@{revision}" if revision else text, **options)
+        if not isinstance(model, cls):
+            what = f"{source} is a {type(model).__name__}, not a {cls.__name__}"
+            raise UserError(what, fix="am.load_model(...) loads every kind", code="wrong-type")
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes the model to a folder, as `am.save_model`, and replaces one that is there."""
+        return _public("save_model")(self, folder, overwrite=True)
+
+    def push_to_hub(self, repo: str, *, token: str | None = None, **options: Any) -> Any:
+        """Uploads the model to owner/name on the hub, as `am.push`."""
+        return _public("push")(self, repo, token=token, **options)
 
     def biases_without_effect(self) -> list[nn.Parameter]:
         """Returns biases that change no logit, which inference with packed weights skips."""

@@ -7,10 +7,8 @@ validation images; a mean with missing tasks is marked.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
-import html
 import json
 import os
 import re
@@ -24,6 +22,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from allmlp import page as html
 from allmlp.console import Reporter
 from allmlp.errors import UserError, plural
 from allmlp.evaluation.imagenet_real import IMAGES
@@ -595,18 +594,6 @@ def _draw_data_scale(page: Page, found: list[Measured]) -> None:
             page.figure(f"data_scale_{one.number}", figure, caption)
 
 
-_TEMPLATE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>MLP-Mixer: the paper's tables</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; }
-td { padding: .2rem .6rem; border-bottom: 1px solid #e5e5e5; } img { max-width: 100%; }
-.paper { color: #555; font-style: italic; } .measured { border-left: 4px solid #1a7f37; }
-</style></head><body>
-BODY
-</body></html>
-"""
-
-
 class Page:
     """A page written twice, as report.md and as report.html with embedded figures."""
 
@@ -615,30 +602,28 @@ class Page:
         self._markdown, self._html = list[str](), list[str]()
 
     def save(self) -> list[Path]:
-        markdown, page = self.folder / "report.md", self.folder / "report.html"
+        markdown, web = self.folder / "report.md", self.folder / "report.html"
         atomic_write(markdown, ("\n\n".join(self._markdown) + "\n").encode())
-        atomic_write(page, _TEMPLATE.replace("BODY", "\n".join(self._html)).encode())
-        return [markdown, page]
+        atomic_write(web, html.page("MLP-Mixer: the paper's tables", self._html))
+        return [markdown, web]
 
     def heading(self, text: str) -> None:
-        self._add(f"{'##' if self._markdown else '#'} {_escaped(text)}", f"<h2>{_safe(text)}</h2>")
+        self._add(f"{'##' if self._markdown else '#'} {_escaped(text)}", html.tag("h2", text))
 
     def text(self, text: str) -> None:
-        self._add(_escaped(text), f"<p>{_safe(text)}</p>")
+        self._add(_escaped(text), html.tag("p", text))
 
     def items(self, texts: Sequence[str]) -> None:
-        items = "".join(f"<li>{_safe(text)}</li>" for text in texts)
-        self._add("\n".join(f"- {_escaped(text)}" for text in texts), f"<ul>{items}</ul>")
+        self._add("\n".join(f"- {_escaped(text)}" for text in texts), html.items(texts))
 
     def figure(self, name: str, figure: Figure, caption: str) -> None:
         (self.folder / "figures").mkdir(parents=True, exist_ok=True)
         path = self.folder / "figures" / name
         figures.save(figure, path)
         self.figures.append(path.with_name(f"{name}.png"))
-        data = base64.b64encode(self.figures[-1].read_bytes()).decode()
         link = f"![{_escaped(caption)}](figures/{name}.png)"
-        self._add(link, f'<p><img src="data:image/png;base64,{data}"></p>')
-        self._add(f"{_escaped(caption)} ([SVG](figures/{name}.svg))", f"<p>{_safe(caption)}</p>")
+        self._add(link, html.image(self.figures[-1], caption))
+        self._add(f"{_escaped(caption)} ([SVG](figures/{name}.svg))", html.tag("p", caption))
 
     def table(self, origin: str, rows: Sequence[Cells], caption: str = "") -> None:
         """A table with a single origin, "paper" or "measured here"."""
@@ -650,10 +635,8 @@ class Page:
         ]
         lines = [f"| {' | '.join(map(_escaped, row))} |" for row in texts]
         lines.insert(1, "| --- " * len(texts[0]) + "|")
-        html_rows = ["".join(f"<td>{_safe(text)}</td>" for text in row) for row in texts]
-        body = "".join(f"<tr>{row}</tr>" for row in html_rows)
-        self._add(f"**{origin}** {_escaped(caption)}".strip(), f"<p>{_safe(caption)}</p>")
-        self._add("\n".join(lines), f'<table class="{origin.split()[0]}">{body}</table>')
+        self._add(f"**{origin}** {_escaped(caption)}".strip(), html.tag("p", caption))
+        self._add("\n".join(lines), html.table(texts, style=origin.split()[0]))
 
     def _add(self, markdown: str, html: str) -> None:
         self._markdown.append(markdown)
@@ -662,9 +645,4 @@ class Page:
 
 def _escaped(text: str) -> str:
     """Escapes everything that Markdown, or HTML in it, would interpret."""
-    return re.sub(r"([\\`*_\[\]|#~!$])", r"\\\1", _safe(" ".join(text.split())))
-
-
-def _safe(text: str) -> str:
-    """Escapes text for HTML; bytes of file names that are not valid text are shown as such."""
-    return html.escape(text.encode(errors="backslashreplace").decode(), quote=False)
+    return re.sub(r"([\\`*_\[\]|#~!$])", r"\\\1", html.safe(" ".join(text.split())))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
+from typing import Any
 
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources.hub import PREFIX
@@ -23,6 +25,24 @@ from allmlp.training.dataset import Splits
 from allmlp.weights.checkpoints import find_checkpoint
 
 _HUB_METRICS = {"top1": "accuracy", "balanced_accuracy": "balanced_accuracy", "macro_f1": "f1"}
+_USE = """## Use
+
+{place}, with the package allmlp installed:
+
+```python
+import allmlp as am
+
+for prediction in am.predict("{source}", ["photo.jpg"]):
+    print(prediction.path, prediction.classes)
+```
+
+```
+mixer predict {source} photo.jpg
+```
+"""
+_UNSTATED = "# license: not stated; see the end of this page"
+# Of the weights it began with -> as the hub names it.
+_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}
 _CARD = """---
 {header}
 ---
@@ -41,21 +61,7 @@ It distinguishes {num_classes} classes: {classes}.
 
 {chosen}
 
-{probabilities}## Use
-
-In this folder, with the package allmlp installed ("." is the folder; elsewhere give its path, or
-hf:owner/name once it is on the hub):
-
-```python
-import allmlp as am
-
-for prediction in am.predict(".", ["photo.jpg"]):
-    print(prediction.path, prediction.classes)
-```
-
-```
-mixer predict . photo.jpg
-```
+{probabilities}{use}
 
 Images of any size and mode are turned upright and preprocessed as the model requires:
 {preprocessing}.
@@ -129,7 +135,7 @@ def model_card(
     height, width = model.config.image_size
     tag, architecture, paper = _architecture(model)
     title = f"{architecture} on {public(data)}"
-    start = begun = ""
+    start = begun = licence = ""
     if weights is not None:
         # Only the last part of a path.
         name = os.path.basename(os.path.normpath(weights).removesuffix(f"{os.sep}best"))
@@ -137,7 +143,9 @@ def model_card(
         known = find_checkpoint(weights)
         start = f"from the weights {name};\n"
         begun = f" and on the weights that it began with, {name}"
-        begun += f" ({known.licence})" if known is not None else ""
+        if known is not None:
+            begun += f" ({known.licence})"
+            licence = _LICENCES.get(known.licence, "other")
     results = [
         {
             "task": {"type": "image-classification"},
@@ -151,9 +159,8 @@ def model_card(
         for evaluation, values in zip(evaluations, found, strict=True)
     ]
     header = {
-        "library_name": "allmlp",
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", tag],
+        **_kind(tag),
+        "license": licence,
         "datasets": [_on_hub(base)] if base.startswith(PREFIX) else None,
         "base_model": None if weights is None else _base_model(weights),
         "metrics": ["accuracy"] if evaluations else None,
@@ -161,7 +168,8 @@ def model_card(
     }
     lines = [f"{key}: {json.dumps(value)}" for key, value in header.items() if value]
     return _CARD.format(
-        header="\n".join([*lines, "# license: not stated; see the end of this page"]),
+        header="\n".join(lines if licence else [*lines, _UNSTATED]),
+        use=_USE.format(place='In this folder ("."; elsewhere give its path)', source=".").strip(),
         title=title,
         architecture=architecture,
         paper=paper,
@@ -184,6 +192,56 @@ def model_card(
         train=len(splits.train),
         decay=getattr(config.optimizer, "weight_decay", 0.0),
     )
+
+
+def plain_card(model: ImageClassifier) -> str:
+    """Returns the card of a model that carries no history: what it is and how to use it."""
+    config, names = model.config, model.class_names or []
+    tag, architecture, paper = _architecture(model)
+    header = [f"{key}: {json.dumps(value)}" for key, value in _kind(tag).items()]
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    classes = (
+        f"It distinguishes {len(names)} classes: {', '.join(names[:20])}{more}." if names else ""
+    )
+    height, width = config.image_size
+    return f"""---
+{chr(10).join([*header, "# license: not stated"])}
+---
+
+# {architecture}
+
+{architecture}, {config.summary()}: {model.num_parameters:,} parameters, {flops_text(config.flops)}
+per image. Input: {height}x{width} pixels, {preprocessing_of(model).summary()}.
+{classes}
+
+{_USE.format(place="In this folder", source=".")}
+What it was trained on, its accuracy and its licence are not stated.
+
+Architecture: {architecture}, {paper}.
+"""
+
+
+def published_card(card: str, name: str, changes: dict[str, Any]) -> str:
+    """Returns the card of a folder as it is to be on the hub: the code loads it from there.
+
+    `changes` are header fields to set, such as the licence.
+    """
+    use = _USE.format(place="From anywhere", source=f"{PREFIX}{name}")
+    section = re.compile(r"## Use\n.*?```\nmixer [^\n]*\n```\n", re.DOTALL)
+    card = section.sub(lambda _: use, card, count=1)
+    for key, value in changes.items():
+        line, field = f"{key}: {json.dumps(value)}", re.compile(rf"^(?:# )?{key}:.*$", re.MULTILINE)
+        if old := field.search(card):
+            card = f"{card[: old.start()]}{line}{card[old.end() :]}"
+        elif card.startswith("---\n"):
+            card = card.replace("---\n", f"---\n{line}\n", 1)
+    return card
+
+
+def _kind(tag: str) -> dict[str, Any]:
+    """The fields by which the hub sorts models."""
+    task = "image-classification"
+    return {"library_name": "allmlp", "pipeline_tag": task, "tags": [task, tag]}
 
 
 def _architecture(model: ImageClassifier) -> tuple[str, str, str]:

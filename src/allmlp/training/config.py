@@ -21,6 +21,7 @@ from allmlp.options import (
     validated,
 )
 
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")  # see `loggers`
 VERSION = 2  # of config.json; in version 1 choices had no settings of their own, see `_RENAMED`
 
 Int: TypeAlias = Annotated[int, Strict()]
@@ -381,8 +382,8 @@ class TrainConfig(Options):
     sharding: Literal["none", "full"] = "none"
     """none replicates weights and optimizer state in every process (DDP); full shards them
     (FSDP2)."""
-    tensorboard: Flag = False
-    """Also write TensorBoard event files."""
+    log: Text = ""
+    """Where to log the run as well, with commas between: tensorboard, trackio, wandb, mlflow."""
     output: Text | None = None
     """Run folder; defaults to runs/<date>_<recipe>."""
 
@@ -395,12 +396,19 @@ class TrainConfig(Options):
             if value != usual and self.data.holdout == 0.0:
                 what = f"{name}={value} needs validation images; data.holdout=0 keeps none"
                 raise UserError(what, fix=f"{name}={usual or 'null'}, or a holdout of 0.1")
+        for name in self.trackers:
+            one_of("log", name, TRACKERS)
         if isinstance(self.optimizer, Muon):
             why = "adamw trains the head" if self.model.train_only == "head" else None
             why = "sharding=full splits its matrices" if self.sharding == "full" else why
             if why:
                 what = f"optimizer=muon needs whole matrices of the blocks to train, and {why}"
                 raise UserError(what, fix="optimizer=adamw")
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `log`."""
+        return self.log.replace(",", " ").split()
 
     @property
     def length(self) -> str:
@@ -425,6 +433,8 @@ class TrainConfig(Options):
         """
         values = dict(values)
         version = values.pop("version", 1)
+        if (old := values.pop("tensorboard", None)) and not values.get("log"):  # before `log`
+            values["log"] = _log_of(old)
         if version == 1:
             values = _upgraded(values)
         elif version != VERSION:
@@ -453,6 +463,8 @@ class TrainConfig(Options):
         texts = {_RENAMED.get(key, key): text for key, text in assigned(assignments).items()}
         changes = {_RENAMED.get(key, key): value for key, value in changes.items()}
         changes |= {key: literal(text) for key, text in texts.items()}
+        if "tensorboard" in changes:  # the setting before `log`
+            changes["log"] = _log_of(changes.pop("tensorboard"))
         while True:
             try:
                 return self._changed(changes)
@@ -486,6 +498,10 @@ class TrainConfig(Options):
                 if is_other and "evaluate_every" not in changes:  # it has the same unit
                     values["evaluate_every"] = max(1, changes[key] // 20)
         return _checked(values)
+
+
+def _log_of(tensorboard: Any) -> str:
+    return "tensorboard" if tensorboard is True else ""
 
 
 def _checked(values: dict[str, Any]) -> TrainConfig:

@@ -8,6 +8,7 @@ import math
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from allmlp.training.card import model_card, public_name
 from allmlp.training.dataset import check_number_bad
 from allmlp.training.optim import class_weights, operations, power
 from allmlp.training.state import Run
+from allmlp.training.web_report import REPORT, run_report
 from allmlp.weights.load import load_model
 from allmlp.weights.save import save_model
 
@@ -196,13 +198,32 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
     say(f"plots    {folder.plots}: {', '.join(drawn)}")
     if test is not None and splits.test is not None:
         check_number_bad(test.bad, splits.test, run.config.data.max_bad)
+    _tell_results(run, result, drawn)
+    commands = _next_commands(run)
+    run_report(run, model, validation, test, commands)
     if not in_study:
-        _say_next(run)
+        say("next")
+        for _, command in commands[: 2 if shown is not None else 1]:
+            say(f"         {command}")
+        if names_source(run.config.data.source):
+            text = f"{_command()} train --data FOLDER --image-size 64"
+            say(f"         {text}     (your own images)")
+    say(f"report   {folder.path / REPORT}")
     return result
 
 
-def _say_next(run: Run) -> None:
-    """Prints commands to run next, ready to copy."""
+def _tell_results(run: Run, result: TrainResult, drawn: Sequence[str]) -> None:
+    """Tells the loggers the final figures and metrics."""
+    loggers, plots_folder = run.folder.loggers, run.folder.plots
+    for name in drawn:
+        loggers.tell("image", run.num_steps, name, plots_folder / f"{name}.png")
+    measured = {"validation": result.validation, "test": result.test}
+    found = {kind: dict(found.figures()) for kind, found in measured.items() if found}
+    loggers.finish({f"{kind}_{n}": v for kind, values in found.items() for n, v in values.items()})
+
+
+def _next_commands(run: Run) -> list[tuple[str, str]]:
+    """Returns what to do next, ready to copy: purpose, command."""
     splits, data, mixer = run.splits, run.config.data.source, _command()
     example = splits.test or splits.validation or splits.train
     held_out = example is splits.validation and splits.held_out  # they have no data name
@@ -212,12 +233,18 @@ def _say_next(run: Run) -> None:
         name = data if parse_name(data).split is not None else f"{data}:train"
     else:
         name = example.name
-    say, folder = run.report.say, str(run.folder.path)
-    say("next")
-    say(f"         {shlex.join([mixer, 'predict', folder, name])}")
+    folder = str(run.folder.path)
+    commands = [("Classify images", ["predict", folder, name])]
+    measured = []
     if example is not splits.train:
         source = parse_name(data).source if held_out else data
         asked = f"{source}:{'test' if example is splits.test else 'validation'}"
-        say(f"         {shlex.join([mixer, 'evaluate', folder, '--data', asked])}")
-    if names_source(data):
-        say(f"         {mixer} train --data FOLDER --image-size 64     (your own images)")
+        measured = ["--data", asked]
+        commands.append(("Measure it again", ["evaluate", folder, *measured]))
+    onnx = str(run.folder.path / "model.onnx")
+    commands += [
+        ("Export it for another runtime", ["export", folder, "--output", onnx, *measured]),
+        ("Serve it, with a page to drop images on", ["serve", folder]),
+        ("Share it on the Hugging Face hub", ["push", folder, "OWNER/NAME"]),
+    ]
+    return [(purpose, shlex.join([mixer, *words])) for purpose, words in commands]

@@ -10,6 +10,7 @@ runs/<date>_<recipe>/
   best/             model.safetensors + config.json + README.md: what you ship
   test/             evaluation.json, per_class.csv, confusion.csv of best/
   plots/            curves, confusion, a training batch, predictions, worst mistakes
+  report.html       all of it on one page
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ from allmlp.data.source import BadImage
 from allmlp.environment import environment_info
 from allmlp.errors import UserError
 from allmlp.io import atomic_write, parse_json, path_in_errors, read_json, remove_stale
-from allmlp.names import extra
 from allmlp.training.config import TrainConfig, flat
 from allmlp.training.dataset import Splits
+from allmlp.training.loggers import Loggers
 
 TRAINING_IMAGES = "training_images.txt"
 # Settings that affect where and how fast a run computes, but not what: they may change on resume.
 _FREE = {
     *("output", "device", "num_threads", "micro_batch_size", "compile", "sharding"),
-    *("tensorboard", "keep_checkpoints", "checkpoint_every", "data.num_workers", "data.timeout"),
+    *("log", "keep_checkpoints", "checkpoint_every", "data.num_workers", "data.timeout"),
     "data.max_bad",
 }
 # Files left by a run that ended before its first step.
@@ -161,15 +162,6 @@ def planned_path(config: TrainConfig) -> Path:
     return path
 
 
-def check_tensorboard() -> None:
-    """Raises UserError if the tensorboard package is not installed."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        what = "tensorboard=true needs the package tensorboard"
-        raise UserError(what, fix=extra("tensorboard")) from error
-
-
 def environment(config: TrainConfig, splits: Splits, device: torch.device) -> dict[str, Any]:
     """Returns the contents of environment.json: versions, hardware, command, seed, fingerprints."""
     data: dict[str, Any] = {
@@ -185,7 +177,7 @@ class RunFolder:
     """The folder of a run, locked while open; only one process writes."""
 
     def __init__(self, path: Path, config: TrainConfig, *, writes: bool = True) -> None:
-        self.writes = writes
+        self.writes, self.loggers = writes, Loggers()
         try:
             while config.output is None:  # a concurrent run may have taken the planned name
                 try:
@@ -196,7 +188,6 @@ class RunFolder:
             self.path, self.plots, self.best = path, path / "plots", path / "best"
             self.checkpoints = path / "checkpoints"
             self._results_header: list[str] | None = None
-            self._events: Any = None
             self._lock = FileLock(path / ".lock", timeout=0)
             if not writes:
                 return
@@ -219,8 +210,7 @@ class RunFolder:
         self.write("config.json", config.to_json())
 
     def close(self) -> None:
-        if self._events is not None:
-            self._events.close()
+        self.loggers.finish(None)
         if self.writes:
             (self.path / ".lock").unlink(missing_ok=True)  # while we still hold it
             self._lock.release()
@@ -254,7 +244,7 @@ class RunFolder:
 
     def log_step(self, values: dict[str, float]) -> None:
         self._append("metrics.jsonl", json.dumps(values) + "\n")
-        self._log_events("training", values)
+        self._tell("training", values)
 
     def log_evaluation(self, values: dict[str, float]) -> None:
         """Appends a line to results.csv; all lines have the columns of the first."""
@@ -266,7 +256,7 @@ class RunFolder:
         writer = csv.DictWriter(text, self._results_header, extrasaction="ignore")
         writer.writerow(values)
         self._append("results.csv", text.getvalue())
-        self._log_events("evaluation", values)
+        self._tell("evaluation", values)
 
     def log_bad_file(self, bad: BadImage) -> None:
         self._append("bad_files.txt", f"{bad.name}\t{bad.what}\n")
@@ -276,17 +266,9 @@ class RunFolder:
             with path_in_errors(self.path / name), (self.path / name).open("ab") as file:
                 file.write(text.encode(errors="surrogateescape"))
 
-    def open_events(self, step: int) -> None:
-        """Starts TensorBoard event files at this step; see `check_tensorboard`."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        if self.writes:
-            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
-
-    def _log_events(self, group: str, values: dict[str, float]) -> None:
-        if self._events is not None:
-            for name in values.keys() - {"step"}:
-                self._events.add_scalar(f"{group}/{name}", values[name], int(values["step"]))
+    def _tell(self, group: str, values: dict[str, float]) -> None:
+        named = {f"{group}/{name}": value for name, value in values.items() if name != "step"}
+        self.loggers.tell("log", int(values["step"]), named)
 
     def draw_curves(self) -> None:
         figure = plots.curves(read_metrics(self.path), read_results(self.path))

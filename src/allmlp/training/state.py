@@ -118,8 +118,7 @@ class RunState:
         if found is None:
             folder.write(TRAINING_IMAGES, "".join(f"{key}\n" for key in splits.keys))
             folder.write("environment.json", details)
-        if self.config.tensorboard:
-            folder.open_events(self.step)
+        folder.loggers.tell("start", self.config.to_json(), folder.path, self.step)
         self.started = time.perf_counter()
 
     def check_nothing_is_lost(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +32,7 @@ from allmlp.runtime.world import World, join_world
 from allmlp.training.card import model_card
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Augmentation, Splits, check_number_bad, open_training_data
+from allmlp.training.loggers import TRACKERS, Logger, Loggers
 from allmlp.training.model import build_model
 from allmlp.training.optim import check_warmup, class_weights, state_copies
 from allmlp.training.recipes import recipe
@@ -39,7 +41,6 @@ from allmlp.training.run_folder import (
     RunFolder,
     can_resume,
     check_same_images,
-    check_tensorboard,
     config_of,
     environment,
     planned_path,
@@ -49,6 +50,7 @@ from allmlp.training.state import Run, RunState
 from allmlp.weights.save import save_model
 
 LOG_EVERY, SHORT = 10, 200  # in steps; shorter runs than `SHORT` log every step
+_STOP_ASKED = 1  # by a callback; below the numbers of the signals
 _REDRAW_EVERY = 30.0  # seconds
 
 
@@ -56,22 +58,29 @@ class DivergedError(UserError):
     """A run stopped because its loss or gradient became non-finite."""
 
 
-def resume(run: str | Path, *, quiet: bool = False) -> TrainResult:
+def resume(
+    run: str | Path, *, quiet: bool = False, callbacks: Sequence[Logger] = ()
+) -> TrainResult:
     """Resumes a run from its newest complete checkpoint, as if it had never stopped.
 
     Args:
         run: the run folder.
         quiet: print nothing.
+        callbacks: as in `train`.
 
     Raises:
         UserError: not a run folder, or as in `train`.
     """
-    return train(config_of(run), quiet=quiet)
+    return train(config_of(run), quiet=quiet, callbacks=callbacks)
 
 
 @named_memory_errors()
 def train(
-    config: TrainConfig | str = "digits", *, quiet: bool = False, in_study: bool = False
+    config: TrainConfig | str = "digits",
+    *,
+    quiet: bool = False,
+    in_study: bool = False,
+    callbacks: Sequence[Logger] = (),
 ) -> TrainResult:
     """Trains a model and returns its results; the same call resumes an interrupted run.
 
@@ -79,6 +88,7 @@ def train(
         config: a configuration, or the name of a recipe.
         quiet: print nothing; log.txt is written anyway.
         in_study: the run is part of a study: do not print what to do next.
+        callbacks: told about the run in the main process, see `Logger`; `config.log` adds trackers.
 
     Raises:
         UserError: a setting or the data is unusable (nothing has been written then), or the run had
@@ -122,6 +132,8 @@ def train(
         stack.callback(folder.close)
         if world.is_main:
             report.log_to(folder.path / "log.txt")
+            trackers = [TRACKERS[name]() for name in config.trackers]
+            folder.loggers = Loggers([*trackers, *callbacks], report.say)
         run = Run(config, splits, folder, report, compute, world, num_steps)
         announce(run, model)
         state = stack.enter_context(RunState(run, model))
@@ -139,8 +151,8 @@ def _open(config: TrainConfig, world: World) -> tuple[Path, bool, Splits]:
         what = f"a batch of {config.batch_size} images does not divide by {world.size} processes"
         raise UserError(what, where="batch_size", fix=f"A multiple of {world.size}")
     between("data.num_workers", config.data.num_workers, 0, most_workers())
-    if config.tensorboard:
-        check_tensorboard()
+    for name in config.trackers:
+        TRACKERS[name]()  # is it installed?
     path = world.broadcast_from_rank0(lambda: planned_path(config))
     is_old = world.broadcast_from_rank0(lambda: can_resume(path, config))
     try:
@@ -219,7 +231,14 @@ class Trainer:
                     self.show_step(bar, step)
                     is_due = step + 1 in due
                     is_best = self.evaluate() if is_due else False
-                    number = world.all_reduce_max(stop.signal)
+                    asked = _STOP_ASKED * self.run_folder.loggers.stop_asked
+                    number = world.all_reduce_max(stop.signal or asked)
+                    if number == _STOP_ASKED:
+                        number = 0
+                        if not state.finished:
+                            self.report.say("stopped early: a callback asked for it")
+                            state.finished = True
+                            is_best = is_best if is_due else self.evaluate()
                     if self.save_is_due(is_due) or is_best or number or state.finished:
                         state.save(is_best=is_best)
                     if number:

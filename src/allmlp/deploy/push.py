@@ -1,0 +1,141 @@
+"""`am.push` and `mixer push`: a model and its card to the Hugging Face hub, in one commit."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from allmlp.deploy.options import PushOptions
+from allmlp.errors import UserError
+from allmlp.io import expand, is_reachable
+from allmlp.models.layers import ImageClassifier
+from allmlp.options import make
+from allmlp.training.card import plain_card, published_card
+from allmlp.weights import hub
+from allmlp.weights.description import CONFIG, WEIGHTS
+from allmlp.weights.download import is_offline
+from allmlp.weights.load import open_model
+from allmlp.weights.save import save_model
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """An upload to the hub.
+
+    Attributes:
+        url: of the model's page.
+        commit: the commit's hash.
+        files: their names in the repository.
+        source: loads the model, as in `am.load_model(source)`.
+    """
+
+    url: str
+    commit: str
+    files: tuple[str, ...]
+    source: str
+
+
+def push(
+    model: ImageClassifier | str | Path,
+    repo: str,
+    options: PushOptions | None = None,
+    *,
+    token: str | None = None,
+    **fields: Any,
+) -> Pushed:
+    """Uploads a model to the Hugging Face hub in one commit; a failed upload changes nothing there.
+
+    Args:
+        model: a run folder, whose card is uploaded as well, anything else that `load_model` takes,
+            or a model.
+        repo: owner/name; a repository that does not exist is made.
+        options: all options as one object.
+        token: for the hub; by default HF_TOKEN, or that of `hf auth login`.
+        **fields: fields of `PushOptions`.
+
+    Raises:
+        UserError: not a name of the hub, no token or one that may not write there, no network, or
+            as `load_model`.
+    """
+    options = make(PushOptions, options, fields)
+    hub.parse(f"{hub.PREFIX}{repo}{f'@{options.revision}' if options.revision else ''}")
+    images = _examples(options)
+    folder = None if isinstance(model, ImageClassifier) else expand(model)
+    net = open_model(model)
+    from huggingface_hub import CommitOperationAdd, HfApi, constants
+
+    if is_offline() or not is_reachable(constants.ENDPOINT):
+        what, fix = f"{constants.ENDPOINT} cannot be reached", "Try again with a network"
+        raise UserError(what, where=repo, fix=fix, code="offline")
+    name = repo if options.revision is None else f"{repo}@{options.revision}"
+    page = f"{constants.ENDPOINT}/{repo}"
+    changes: dict[str, Any] = {} if options.license is None else {"license": options.license}
+    if images:
+        at = f"{page}/resolve/{options.revision or 'main'}/examples"
+        changes["widget"] = [
+            {"src": f"{at}/{path.name}", "example_title": path.stem} for path in images
+        ]
+    card = published_card(_card(folder, net), name, changes)
+    with tempfile.TemporaryDirectory() as staged:
+        save_model(net, staged)
+        files: dict[str, Path | bytes] = {name: Path(staged, name) for name in (WEIGHTS, CONFIG)}
+        files[CARD] = card.encode(errors="backslashreplace")
+        if folder is not None and (folder / "model.onnx").is_file():
+            files["model.onnx"] = folder / "model.onnx"
+        files |= {f"examples/{path.name}": path for path in images}
+        contents = [CommitOperationAdd(name, content) for name, content in files.items()]
+        api = HfApi(token=token)
+        try:
+            api.create_repo(repo, private=options.private or None, exist_ok=True)
+            if options.revision is not None:
+                api.create_branch(repo, branch=options.revision, exist_ok=True)
+            message = options.message
+            done = api.create_commit(
+                repo, contents, commit_message=message, revision=options.revision
+            )
+        except Exception as error:  # the hub library can raise anything
+            raise _refused(repo, error) from error
+    return Pushed(page, done.oid, tuple(files), f"{hub.PREFIX}{name}")
+
+
+def _examples(options: PushOptions) -> list[Path]:
+    images = [expand(path) for path in options.examples]
+    for path in images:
+        if not path.is_file():
+            raise UserError("there is no such image", where=path, fix="Leave it out of examples")
+    return images
+
+
+def _card(folder: Path | None, model: ImageClassifier) -> str:
+    for path in () if folder is None else (folder / "best" / CARD, folder / CARD):
+        if path.is_file() and path.with_name(WEIGHTS).is_file():
+            return path.read_text("utf-8", "replace")
+    return plain_card(model)
+
+
+def _refused(repo: str, error: Exception) -> UserError:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    first = (str(cause) or type(cause).__name__).splitlines()[0]
+    if status == 401 or type(error).__name__ == "LocalTokenNotFoundError":
+        what, fix = "the hub does not know you", "hf auth login, or set HF_TOKEN"
+    elif status == 403:
+        what = "your token may not write there"
+        fix = "A token with write permission, and a name that is yours: hf auth whoami"
+    else:
+        what, fix = first, "Nothing was changed there; the same command tries again"
+    return UserError(f"cannot push to {repo}: {what}", where="the hub", fix=fix, code="refused")
+
+
+def show(result: Pushed, options: PushOptions) -> None:
+    """Prints what was uploaded, where, and how to load it."""
+    del options
+    print(f"pushed   {', '.join(result.files)}")
+    print(f"page     {result.url}")
+    print(f'load     allmlp.load_model("{result.source}")')

@@ -1,0 +1,205 @@
+"""What a run reports while it runs: to TensorBoard, trackio, wandb, MLflow and your own callbacks.
+
+A logger is told about the run in the main process only. One that fails is left out from then on,
+with a warning: it never stops or changes the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from allmlp.io import atomic_write, parse_json
+from allmlp.names import NAME, optional
+from allmlp.training.config import flat
+
+IDS = "trackers.json"  # in the run folder: tracker -> the id by which a resumed run finds it
+
+
+class StopTraining(Exception):
+    """Raise it in a callback: the run evaluates, saves and ends, as after its last step."""
+
+
+class Logger:
+    """A callback of `am.train`; override what you need.
+
+    Names of values: "training/loss", "training/learning_rate", ... at logged steps (every tenth,
+    in short runs every), and "evaluation/validation_top1", ... after an evaluation.
+    """
+
+    def start(self, config: dict[str, Any], folder: Path, step: int) -> None:
+        """The run starts in its folder, or resumes after `step` steps, with these settings."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Values at a step. Raise `StopTraining` to end the run early."""
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """A figure has been written, such as plots/confusion.png."""
+
+    def finish(self, summary: dict[str, float] | None) -> None:
+        """The run has ended, with these results; None if it was interrupted or has failed."""
+
+
+class TensorBoard(Logger):
+    def __init__(self) -> None:
+        what = "log=tensorboard needs the package tensorboard"
+        self.module = optional("torch.utils.tensorboard", "tensorboard", what)
+
+    def start(self, config: dict[str, Any], folder: Path, step: int) -> None:
+        del config
+        self.writer = self.module.SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        with Image.open(path) as file:
+            pixels = np.asarray(file.convert("RGB"))
+        self.writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def finish(self, summary: dict[str, float] | None) -> None:
+        del summary
+        self.writer.close()
+
+
+class _Tracker(Logger):
+    """A tracker with projects; the run is found again by the id in `IDS`."""
+
+    name: str
+
+    def __init__(self) -> None:
+        what = f"log={self.name} needs the package {self.name}"
+        self.module = optional(self.name, self.name, what)
+
+    def remembered(self, folder: Path) -> str | None:
+        try:
+            return parse_json((folder / IDS).read_bytes())[self.name]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def remember(self, folder: Path, identity: str) -> None:
+        path = folder / IDS
+        known = parse_json(path.read_bytes()) if path.is_file() else {}
+        text = json.dumps({**known, self.name: identity}, indent=2) + "\n"
+        atomic_write(path, text.encode(errors="backslashreplace"))
+
+
+class Wandb(_Tracker):
+    name = "wandb"
+    project = "WANDB_PROJECT"
+
+    def start(self, config: dict[str, Any], folder: Path, step: int) -> None:
+        del step
+        old = self.remembered(folder)
+        self.run = self.module.init(
+            project=os.environ.get(self.project, NAME), config=config, **self.place(folder, old)
+        )
+        self.remember(folder, self.identity())
+
+    def place(self, folder: Path, old: str | None) -> dict[str, Any]:
+        known = {"id": old} if old else {}
+        return {"name": folder.name, "dir": str(folder), "resume": "allow", **known}
+
+    def identity(self) -> str:
+        return self.run.id
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        self.run.log(values, step=step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        self.log(step, {name: self.module.Image(str(path))})
+
+    def finish(self, summary: dict[str, float] | None) -> None:
+        self.run.summary.update(summary or {})
+        self.run.finish(exit_code=int(summary is None))
+
+
+class Trackio(Wandb):
+    """wandb's interface, on your own machine."""
+
+    name = "trackio"
+    project = "TRACKIO_PROJECT"
+
+    def place(self, folder: Path, old: str | None) -> dict[str, Any]:
+        # A run is known by its name, and two run folders may have the same.
+        if old:
+            return {"name": old, "resume": "must"}
+        return {"name": f"{folder.name}-{secrets.token_hex(3)}"}
+
+    def identity(self) -> str:
+        return self.run.name
+
+    def finish(self, summary: dict[str, float] | None) -> None:
+        if summary:
+            self.run.log({f"summary/{name}": value for name, value in summary.items()})
+        self.module.finish()
+
+
+class Mlflow(_Tracker):
+    name = "mlflow"
+
+    def start(self, config: dict[str, Any], folder: Path, step: int) -> None:
+        del step
+        old = self.remembered(folder)
+        if not {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & os.environ.keys():
+            self.module.set_experiment(NAME)
+        run = self.module.start_run(**({"run_id": old} if old else {"run_name": folder.name}))
+        self.remember(folder, run.info.run_id)
+        settings = list(flat(config).items())
+        for at in range(0, 0 if old else len(settings), 100):  # the most that a request may have
+            self.module.log_params(dict(settings[at : at + 100]))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.module.log_metrics(values, step=step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        del step, name
+        self.module.log_artifact(str(path))
+
+    def finish(self, summary: dict[str, float] | None) -> None:
+        if summary:
+            self.module.log_metrics(summary)
+        self.module.end_run("FAILED" if summary is None else "FINISHED")
+
+
+TRACKERS: Mapping[str, Callable[[], Logger]] = {
+    "tensorboard": TensorBoard,
+    "trackio": Trackio,
+    "wandb": Wandb,
+    "mlflow": Mlflow,
+}
+
+
+class Loggers:
+    """Tells several loggers the same; one that fails is left out, see the module."""
+
+    def __init__(
+        self, loggers: Sequence[Logger] = (), say: Callable[..., None] = lambda *_, **__: None
+    ) -> None:
+        self.active, self.say = list(loggers), say
+        self.stop_asked = False  # by a callback
+
+    def tell(self, what: str, *given: Any) -> None:
+        """Calls the method of this name of every logger."""
+        for logger in list(self.active):
+            try:
+                getattr(logger, what)(*given)
+            except StopTraining:
+                self.stop_asked = True
+            except Exception as error:  # whatever a tracker's network or your own code raises
+                self.active.remove(logger)
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                text = f"{type(logger).__name__} failed in {what} and is left out: {reason}"
+                self.say(f"warning  {text}", style="yellow")
+
+    def finish(self, summary: dict[str, float] | None) -> None:
+        self.tell("finish", summary)
+        self.active.clear()

@@ -1,0 +1,99 @@
+"""report.html: one file with everything inside, all text escaped."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import allmlp as am
+from allmlp.page import page, table, tag
+from conftest import make_class_folder, mixer, tiny_config
+
+EVIL = "<script>alert('x')<"  # no slash: it is the name of a folder
+
+
+class Elements(HTMLParser):
+    """The elements of a page, its text, and everything that would be fetched."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+        assert not any(name.startswith("on") for name, _ in attrs)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read(path: Path) -> Elements:
+    text = path.read_text()
+    assert "@import" not in text
+    assert "url(" not in text
+    found = Elements(text)
+    assert "script" not in found.tags
+    assert found.links
+    assert all(link.startswith("data:image/") for link in found.links)
+    return found
+
+
+def test_a_run_and_its_evaluation(capsys, tmp_path: Path):
+    data = tmp_path / "data & more"
+    make_class_folder(data / "train", {EVIL: 6, "bee": 6})
+    make_class_folder(data / "test", {EVIL: 3, "bee": 3}, start=50)
+    run = tmp_path / "run"
+    am.train(tiny_config(str(data), run), quiet=True)
+    last = (run / "log.txt").read_text().splitlines()[-1]
+    assert last == f"report   {run / 'report.html'}"
+    report = read(run / "report.html")
+    result = am.evaluate(run, str(data))
+    assert result.summary() in report.text
+    assert f"On {len(result.labels)} test images" in report.text
+    assert EVIL in report.text
+    assert f"few training images, fewer than 20: {EVIL} (5), bee (5)" in report.text
+    assert "12 images are few" not in report.text  # two were held out
+    for command in ("predict", "evaluate", "export", "serve", "push"):
+        assert f"mixer {command} " in report.text
+    assert "epochs = 2" in report.text
+    assert "model.overrides.hidden_dim = 16" in report.text
+    wrong = [data / "test" / EVIL, data / "test" / "bee"][int(result.labels[result.mistakes()[0]])]
+    assert str(wrong) in report.text
+    code, out, _ = mixer(capsys, "evaluate", run, "--data", data, "--output", tmp_path / "out")
+    assert code == 0
+    assert out.splitlines()[-1] == f"report   {tmp_path / 'out' / 'report.html'}"
+    other = read(tmp_path / "out" / "report.html")
+    assert result.summary() in other.text
+    assert EVIL in other.text
+
+
+def test_without_images_to_measure(class_folder, tmp_path: Path):
+    source = f"{class_folder}:train"
+    am.train(tiny_config(source, tmp_path / "run", data__holdout=0.0), quiet=True)
+    report = read(tmp_path / "run/report.html")
+    assert "none are left to measure" in report.text
+
+
+@pytest.mark.parametrize(("last", "said"), [("0.9", True), ("0.55", False)])
+def test_overfitting_is_said(class_folder, tmp_path: Path, monkeypatch, last, said):
+    rows = [
+        {"training_loss": "0.8", "validation_loss": "0.5"},
+        {"training_loss": "0.1", "validation_loss": last},
+    ]
+    monkeypatch.setattr("allmlp.training.web_report.read_results", lambda _: rows)
+    am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    assert ("overfitting: the" in read(tmp_path / "run/report.html").text) == said
+
+
+def test_text_is_escaped():
+    text = page("<b>", [tag("p", "<i> & \udcff"), table([["<td>", "1,234"]], ["<th>"])]).decode()
+    assert not re.search("<b>|<i>|<td><td>|<th><th>", text)
+    assert "&lt;i&gt; &amp; \\udcff" in text
+    assert "<td class=number>1,234</td>" in text
