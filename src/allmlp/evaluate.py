@@ -13,6 +13,7 @@ from allmlp.data.source import Source
 from allmlp.data.sources import notes_of, read_from
 from allmlp.deploy.exported_model import ExportedModel
 from allmlp.deploy.formats import is_exported, load_any
+from allmlp.deploy.inputs import labelled_images
 from allmlp.errors import UserError, plural
 from allmlp.evaluation.imagenet_real import open_real
 from allmlp.evaluation.metrics import FILES, Evaluation, check_logits, evaluate_source
@@ -34,7 +35,7 @@ _WORST = 20  # number of classes printed
 
 def evaluate(
     model: Classifier | str | Path,
-    data: Source | str | Path | EvaluateOptions | None = None,
+    data: Any = None,
     *,
     report: Reporter | None = None,
     on_batch: Callable[[Outputs], None] | None = None,
@@ -45,7 +46,9 @@ def evaluate(
     Args:
         model: a model with class names, or anything `load_model` or `open_exported` accepts. A
             model object stays on its device unless `device` is set.
-        data: labelled images, a source or its name; or all options as one object.
+        data: labelled images: a source or its name; (images, labels), or a list of (image, label)
+            pairs, with images as in `predict` and labels as names or numbers of classes; or all
+            options as one object.
         report: shows progress; None shows nothing.
         on_batch: called with every batch of this process.
         **fields: fields of `EvaluateOptions`.
@@ -58,9 +61,11 @@ def evaluate(
             head or only one class; no image can be decoded, or logits are not finite.
     """
     options = data if isinstance(data, EvaluateOptions) else None
-    source = None if isinstance(data, EvaluateOptions | str | Path | None) else data
+    source = data if isinstance(data, Source) else None
+    in_memory = not isinstance(data, EvaluateOptions | Source | str | Path | None)
     if options is None and data is not None:
-        fields["data"] = str(data) if source is None else source.name
+        name = "images" if in_memory else str(data)
+        fields["data"] = name if source is None else source.name
     options = make(EvaluateOptions, options, fields)
     report = report or Reporter(quiet=True)
     if isinstance(model, ExportedModel) or is_exported(model):
@@ -76,6 +81,8 @@ def evaluate(
         net = load_any(model, options.image_size, options.resize_weights)
         device = None if stays else str(chosen)
         predictor = predictor_for(options, net, device, **_protocol(net, options))
+        if in_memory:
+            source = labelled_images(data, classes_of(net))
         measured = Measured(source) if source is not None else None
         measured = measured or open_measured(net.source, options.data, count=world.is_main)
         source = measured.source

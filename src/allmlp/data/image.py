@@ -314,6 +314,27 @@ def to_pillow(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
+def encoded_image(image: Any, where: str = "the image") -> bytes:
+    """Encodes a PIL image or uint8 pixels, (H, W) or (H, W, 3), as PNG; bytes are unchanged."""
+    if isinstance(image, bytes | bytearray):
+        return bytes(image)
+    try:
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+            if image.ndim not in (2, 3) or 0 in image.shape:
+                raise ValueError(f"an array of shape {image.shape} is not an image")
+            return encode_png(image[..., 0] if image.shape[2:] == (1,) else image)
+        if isinstance(image, Image.Image):
+            is_of_png = image.mode not in ("CMYK", "YCbCr", "LAB", "HSV")
+            file = io.BytesIO()
+            (image if is_of_png else image.convert("RGB")).save(file, "PNG", exif=image.getexif())
+            return file.getvalue()
+        raise TypeError(f"{getattr(image, 'dtype', type(image).__name__)} is not an image")
+    except (OSError, TypeError, ValueError) as error:
+        what = f"{where} cannot be used: {error}"
+        fix = "Give uint8 arrays (H, W) or (H, W, 3), PIL images, encoded bytes, paths or URLs"
+        raise UserError(what, fix=fix, code="wrong-type") from error
+
+
 def encode_png(pixels: np.ndarray) -> bytes:
     """Encodes 8-bit `pixels`, (H, W) grey or (H, W, 3) RGB, as PNG."""
     file = io.BytesIO()

@@ -49,6 +49,20 @@ def resize_for_evaluation(pixels: np.ndarray, preprocessing: Preprocessing) -> n
     return resized.reshape(height, width, -1)
 
 
+def model_input(
+    data: bytes, where: object, preprocessing: Preprocessing
+) -> tuple[Tensor, np.ndarray]:
+    """Returns an encoded image as model input, (1, channels, H, W), and the pixels that the model
+    sees, (H, W, channels); `where` names it in errors."""
+    own = preprocessing
+    image = EncodedImage(data, where, own.channels, exif_orientation=own.exif_orientation)
+    pixels = resize_for_evaluation(image.decode(), own)
+    raw = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
+    if own.permutation != "none":
+        pixels = permute(raw, own)[0].movedim(0, 2).numpy()
+    return normalize(raw, own), pixels
+
+
 def inception_box(
     size: tuple[int, int],
     random: np.random.Generator,

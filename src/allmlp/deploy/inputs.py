@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import glob
 import http.client
-import io
+import operator
 import os
 import sys
 import urllib.request
@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from allmlp.data.image import encode_png
-from allmlp.data.source import ImageFiles, PackedStrings, Source, unlabelled
+from allmlp.data.image import encoded_image
+from allmlp.data.source import ImageFiles, PackedStrings, Source, labelled, unlabelled
 from allmlp.data.sources import is_data, open_source
 from allmlp.data.sources.folders import no_images, passed_over_note, scan_images
-from allmlp.errors import UserError
+from allmlp.errors import UserError, between, one_of
 
 STANDARD_INPUT = "-"
 AnyImage = str | Path | bytes | np.ndarray | Image.Image
@@ -77,6 +77,55 @@ def find_images(inputs: Sequence[AnyImage], listed: Sequence[str] | None = None)
     return unlabelled(GivenImages(paths, encoded=encoded), "images", passed_over_note(passed_over))
 
 
+def labelled_images(data: Any, class_names: list[str]) -> Source:
+    """Returns images with labels as a source, given as (images, labels) or (image, label) pairs.
+
+    A label is a class's name or number, or a list of these for several labels per image.
+    """
+    form = "Give (images, labels), or a list of (image, label) pairs"
+    try:
+        images, labels = data if isinstance(data, tuple) else zip(*data, strict=True)
+        images, labels = list(images), list(labels)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"not images with labels: {error}", fix=form, code="wrong-type") from error
+    if len(images) != len(labels):
+        what = f"there are {len(images):,} images and {len(labels):,} labels"
+        raise UserError(what, fix=form, code="wrong-type")
+    place = {name: at for at, name in enumerate(class_names)}
+
+    def number_of(label: Any) -> int:
+        if isinstance(label, str):
+            return place[one_of("class", label, place)]
+        try:
+            at = operator.index(label)
+        except TypeError as error:
+            what = f"a label is a class's name or number, got {label!r}"
+            raise UserError(what, fix=form, code="wrong-type") from error
+        return int(between("a label", at, 0, len(class_names) - 1))
+
+    is_several = any(isinstance(label, list | tuple | set) for label in labels)
+    numbers: Any = [
+        [number_of(n) for n in label] if is_several else number_of(label) for label in labels
+    ]
+    if is_several:
+        hot = np.zeros((len(labels), len(class_names)), dtype=bool)
+        for row, found in zip(hot, numbers, strict=True):
+            row[found] = True
+    numbers = hot if is_several else np.array(numbers, dtype=np.int64)
+    is_named = [isinstance(image, str | Path) for image in images]
+    names = [
+        str(image if is_url(image) else Path(image).expanduser()) if named else f"images[{at}]"
+        for at, (image, named) in enumerate(zip(images, is_named, strict=True))
+    ]
+    encoded = {
+        at: encoded_image(image, f"image {at}")
+        for at, (image, named) in enumerate(zip(images, is_named, strict=True))
+        if not named
+    }
+    given = GivenImages(PackedStrings(names), encoded=encoded)
+    return labelled(given, "images", class_names, numbers)
+
+
 def _names_data(item: AnyImage) -> bool:
     return isinstance(item, str | Path) and not is_url(item) and is_data(str(item))
 
@@ -91,7 +140,7 @@ def _names(
     number = 0
     for position, item in enumerate(inputs):
         if not isinstance(item, str | Path):
-            encoded[number] = _encoded(item, position)
+            encoded[number] = encoded_image(item, f"image {position}")
             found: Iterable[str] = [f"images[{position}]"]
         elif str(item) == STANDARD_INPUT:
             found = read_list() if listed is None else listed
@@ -105,25 +154,6 @@ def _names(
         for name in found:
             number += 1
             yield name
-
-
-def _encoded(image: Any, position: int) -> bytes:
-    """Encodes an image in memory as PNG; bytes are returned unchanged."""
-    if isinstance(image, bytes):
-        return image
-    try:
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-            return encode_png(image[..., 0] if image.shape[2:] == (1,) else image)
-        if isinstance(image, Image.Image):
-            is_of_png = image.mode not in ("CMYK", "YCbCr", "LAB", "HSV")
-            file = io.BytesIO()
-            (image if is_of_png else image.convert("RGB")).save(file, "PNG", exif=image.getexif())
-            return file.getvalue()
-        raise TypeError(f"{getattr(image, 'dtype', type(image).__name__)} is not an image")
-    except (OSError, TypeError, ValueError) as error:
-        what = f"image {position} cannot be used: {error}"
-        fix = "Give uint8 arrays (H, W) or (H, W, 3), PIL images, encoded bytes, paths or URLs"
-        raise UserError(what, fix=fix, code="wrong-type") from error
 
 
 def _files(given: str, passed_over: Counter[str]) -> Iterator[str]:

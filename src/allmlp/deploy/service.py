@@ -19,6 +19,7 @@ from torch import Tensor
 
 from allmlp.data.image import FORMATS, MAX_PIXELS, MAX_SIDE, encode_png
 from allmlp.data.source import unlabelled
+from allmlp.data.transforms import model_input
 from allmlp.deploy.exported_model import ExportedModel
 from allmlp.deploy.options import ServeOptions
 from allmlp.deploy.rows import choose_columns, predict_rows
@@ -26,7 +27,6 @@ from allmlp.errors import UserError
 from allmlp.evaluation.predictor import Predictor
 from allmlp.inspection.attribution import (
     UnitResponse,
-    decode_image,
     occlusion,
     occlusion_places,
     strongest,
@@ -151,7 +151,7 @@ class Service:
 
     def _open(self, file: File) -> tuple[str, Tensor, NDArray[np.uint8]]:
         name, data = file[0], Uploads([file], self.image_bytes).read(0)
-        return name, *decode_image(data, name, self.model)
+        return name, *model_input(data, name, preprocessing_of(self.model))
 
     def occlusion(self, file: File, check: Check) -> dict[str, Any]:
         """Returns the occlusion map: where covering the image lowers the predicted probability."""

@@ -15,9 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from allmlp.data.image import EncodedImage
-from allmlp.data.permutation import permute
-from allmlp.data.transforms import normalize, resize_for_evaluation
+from allmlp.data.transforms import model_input, normalize
 from allmlp.errors import UserError, between
 from allmlp.inspection.units import (
     Floats,
@@ -76,18 +74,7 @@ def read_image(path: str | Path, model: Classifier) -> tuple[Tensor, NDArray[np.
     except OSError as error:
         what = f"cannot read the image: {error.strerror}"
         raise UserError(what, where=place, fix="Give an image file") from error
-    return decode_image(data, place, model)
-
-
-def decode_image(data: bytes, where: object, model: Classifier) -> tuple[Tensor, NDArray[np.uint8]]:
-    """`read_image` for an encoded file in memory; `where` names it in errors."""
-    rules = preprocessing_of(model)
-    image = EncodedImage(data, where, rules.channels, exif_orientation=rules.exif_orientation)
-    pixels = resize_for_evaluation(image.decode(), rules)
-    raw = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
-    if rules.permutation != "none":  # show it as the model sees it
-        pixels = permute(raw, rules)[0].movedim(0, 2).numpy()
-    return normalize(raw, rules), pixels
+    return model_input(data, place, preprocessing_of(model))
 
 
 @torch.inference_mode()

@@ -212,6 +212,22 @@ class ImageClassifier(nn.Module):
         """Returns biases that change no logit, which inference with packed weights skips."""
         return []
 
+    def transform(self, image: Any) -> Tensor:
+        """Returns the model's input, float32 (channels, H, W), prepared as `am.predict` does.
+
+        Args:
+            image: a PIL image, an encoded image (bytes), or uint8 pixels, (H, W) or (H, W, 3).
+        """
+        from allmlp.data.image import encoded_image  # decoders, which a model does without
+        from allmlp.data.transforms import model_input
+
+        return model_input(encoded_image(image), "the image", preprocessing_of(self))[0][0]
+
+    def _repr_html_(self) -> str:
+        from allmlp.models.notebook import model_html
+
+        return model_html(self)
+
     def check_images(self, images: Tensor) -> None:
         check_image_shape(images, self.config, self.why_one_size)
 

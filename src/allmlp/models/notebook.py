@@ -1,0 +1,55 @@
+"""How a model shows itself in a notebook: a table, and the weights of the first token mixing."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from allmlp.data.image import encode_png
+
+_COLUMNS, _ROWS = 8, 3
+
+
+def model_html(model: Any) -> str:
+    """Returns a small HTML summary of an `ImageClassifier`."""
+    config, names = model.config, model.class_names or []
+    height, width = config.image_size
+    classes = f"{config.num_classes:,}" + (f": {', '.join(names[:5])}" if names else "")
+    facts = {
+        "architecture": config.summary(),
+        "input": f"{height}x{width} pixels, {config.in_channels} channels",
+        "classes": classes + ", ..." * (len(names) > 5),
+        "parameters": f"{model.num_parameters:,}",
+        "weights": "random" if model.preprocessing is None else str(model.source or "in memory"),
+    }
+    rows = (f"<tr><th>{name}</th><td>{html.escape(fact)}</td></tr>" for name, fact in facts.items())
+    table = f"<b>{type(model).__name__}</b><table>{''.join(rows)}</table>"
+    pixels = _units(model)
+    if pixels is None:
+        return table
+    source = f"data:image/png;base64,{base64.b64encode(encode_png(pixels)).decode()}"
+    style = "width:320px;image-rendering:pixelated"
+    what = "input weights of the first token-mixing units, on the grid of the patches"
+    return f'{table}<img src="{source}" style="{style}" alt="{what}" title="{what}">'
+
+
+def _units(model: Any) -> np.ndarray | None:
+    """Weights of the first units that read one number per patch, each on the grid, uint8."""
+    grid = getattr(model.config, "grid", None)
+    layers = [] if grid is None else [m for m in model.modules() if isinstance(m, nn.Linear)]
+    mixing = (m for m in layers if m.in_features == math.prod(grid) and m is not model.head)
+    layer = next(mixing, None)
+    if layer is None:
+        return None
+    units = layer.weight.detach().float().cpu().numpy()[: _COLUMNS * _ROWS].reshape(-1, *grid)
+    largest = np.abs(units).max(axis=(1, 2), keepdims=True)
+    shown = (127.5 + 127.5 * units / np.maximum(largest, 1e-30)).round().astype(np.uint8)
+    shown = np.pad(shown, ((0, -len(units) % _COLUMNS), (0, 1), (0, 1)), constant_values=255)
+    _, high, wide = shown.shape
+    tiles = shown.reshape(-1, _COLUMNS, high, wide).swapaxes(1, 2)
+    return np.ascontiguousarray(tiles.reshape(-1, _COLUMNS * wide))
