@@ -256,14 +256,18 @@ def curves(metrics: Sequence[Mapping[str, float]], results: Sequence[Mapping[str
         validation = [row["validation_loss"] for row in rows]
         loss.plot(evaluated, validation, color="tab:orange", marker=".", label="validation")
         top1 = [100 * row["validation_top1"] for row in rows]
+        balanced = [100 * row.get("validation_balanced_accuracy", math.nan) for row in rows]
         best = int(np.argmax([row["best"] * row["epoch"] for row in rows]))
         label = f"best: {top1[best]:.2f} % at epoch {evaluated[best]:.0f}"
         circle = {"color": "tab:green", "fillstyle": "none", "markersize": 10, "label": label}
         accuracy.plot(evaluated, top1, color="tab:orange", marker=".", clip_on=False)
         accuracy.plot(evaluated[best], top1[best], "o", clip_on=False, zorder=3, **circle)
+        if np.ptp([top1, balanced], axis=0).max() > 0.01:  # in points: not of equal classes
+            accuracy.plot(evaluated, balanced, color="tab:red", clip_on=False, label="balanced")
         accuracy.legend()
-        room = max(0.15 * (100 - min(top1)), 0.5)
-        accuracy.set_ylim(max(min(top1) - room, 0), 100)  # no margin above 100 %
+        lowest = np.nanmin([top1, balanced])
+        room = max(0.15 * (100 - lowest), 0.5)
+        accuracy.set_ylim(max(lowest - room, 0), 100)  # no margin above 100 %
     else:
         accuracy.text(0.5, 0.5, "no validation images", ha="center", transform=accuracy.transAxes)
     low, high = loss.get_ylim()

@@ -45,7 +45,7 @@ def test_a_run_that_an_older_version_began(data: Path, tmp_path: Path):
     old = ("epoch", "step", "validation_top1", "validation_loss", "seconds", "best")
     rows = [{key: row[key] or "1.0" for key in old} for row in results_of(run)]
     with (run / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, old)
+        writer: csv.DictWriter[str] = csv.DictWriter(file, old)
         writer.writeheader()
         writer.writerows(rows)
     train(run)

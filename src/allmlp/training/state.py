@@ -164,7 +164,7 @@ class RunState:
         self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
 
     def note_result(self, result: tuple[float, float] | None) -> bool:
-        """Records an evaluation (accuracy, minus loss); returns whether it is the best so far."""
+        """Records an evaluation (score, minus loss); returns whether it is the best so far."""
         self.loss_sum, self.loss_count, self.last_result_at = 0.0, 0, self.step
         is_best = result is None or self.best is None or result > self.best
         if result is not None and is_best:

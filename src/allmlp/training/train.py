@@ -320,7 +320,11 @@ class Trainer:
             if not math.isfinite(result.loss):
                 what = f"step {state.step - 1}: the validation loss is {result.loss}"
                 self.stop(f"{what}; the run has diverged")
-        is_best = state.note_result(None if result is None else self.score(result))
+        score = None
+        if result is not None:  # of equal ones, the one with the lower loss
+            metric = metric_of(config.best_by)
+            score = metric.score(dict(result.figures())[metric.name]), -result.loss
+        is_best = state.note_result(score)
         if is_best and self.world.is_main:
             save_model(kept, self.run_folder.best, overwrite=True)
             card = model_card(kept, config, self.run.splits, result, None)
@@ -346,13 +350,6 @@ class Trainer:
             self.report.say(f"stopped early: no better result in {config.patience} evaluations")
         self.last_line = time.perf_counter() - self.started
         return is_best
-
-    def score(self, result: Evaluation) -> tuple[float, float]:
-        """Returns by what evaluations are compared: the metric, then the loss."""
-        metric = metric_of(self.config.best_by)
-        value = metric.compute(result)
-        assert value is not None
-        return metric.score(value), -result.loss
 
     def show_step(self, bar: ProgressBar, step: int) -> None:
         """Advances the progress bar; without a terminal, prints a line every half minute."""
