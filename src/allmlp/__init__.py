@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from allmlp.models.mixer import MlpMixer as MlpMixer
     from allmlp.preprocessing import Preprocessing as Preprocessing
     from allmlp.training.config import TrainConfig as TrainConfig
+    from allmlp.training.fit import finetune_config as finetune_config
     from allmlp.training.loggers import Logger as Logger
     from allmlp.training.loggers import StopTraining as StopTraining
     from allmlp.training.recipes import recipe as recipe
@@ -89,6 +90,7 @@ _NAMES = {
     "models.mixer": "MixerConfig MlpMixer",
     "preprocessing": "Preprocessing",
     "training.config": "TrainConfig",
+    "training.fit": "finetune_config",
     "training.loggers": "Logger StopTraining",
     "training.recipes": "recipe",
     "training.report": "TrainResult",

@@ -15,7 +15,7 @@ import filecmp
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from allmlp.runtime.world import join_world
 from allmlp.sweep import Row, Sweep, mean_and_deviation, study_folder
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import splits_with_train
+from allmlp.training.fit import finetune_config
 from allmlp.training.recipes import HOLDOUTS
 
 
@@ -85,8 +86,10 @@ class FinetuneResult:
 
 
 def finetune(
-    config: TrainConfig,
+    config: TrainConfig | str,
+    data: str | None = None,
     *,
+    settings: Mapping[str, Any] | None = None,
     grid: Sequence[float] = (),
     seeds: Sequence[int] = (0,),
     grid_source: str | None = None,
@@ -100,8 +103,10 @@ def finetune(
     usual. Calling it again resumes an interrupted study.
 
     Args:
-        config: with `model.weights` and `output` set. Its learning rate is used without a grid, its
-            seed in the grid runs.
+        config: with `model.weights` and `output` set, or weights, for whose settings see
+            `finetune_config`. Its learning rate is used without a grid, its seed in the grid runs.
+        data: the source of the images, with weights only.
+        settings: path of a setting -> value, such as "output", with weights only.
         grid: candidate learning rates; the lowest wins a tie.
         seeds: seeds of the final runs.
         grid_source: data with train and validation splits for the grid runs, if a benchmark
@@ -112,7 +117,13 @@ def finetune(
         UserError: as `train`; or the output folder contains something else. Nothing is written if
             a setting or the data is wrong.
     """
+    if isinstance(config, str):
+        in_grid = bool(grid) and grid_source is None
+        config = finetune_config(config, data or "", settings, in_grid=in_grid)
     check_guard(config.data.num_workers)
+    if config.model.train_only == "probe":
+        what = "a probe has no learning rate to choose and draws no random numbers"
+        raise UserError(what, where="model.train_only", fix="Leave out grid and seeds")
     if not config.model.weights:
         what = "fine-tuning begins with trained weights, and none are given"
         raise UserError(what, where="model.weights", fix="mixer finetune CHECKPOINT --data SOURCE")

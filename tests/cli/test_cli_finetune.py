@@ -31,7 +31,7 @@ def place(class_folder: Path) -> Path:
 def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[tuple[am.TrainConfig, dict[str, Any]]]:
     """Nothing is trained; what would be."""
     calls: list[tuple[am.TrainConfig, dict[str, Any]]] = []
-    monkeypatch.setattr(loop, "train", lambda config: calls.append((config, {})))
+    monkeypatch.setattr(loop, "train", lambda config, **_: calls.append((config, {})))
     monkeypatch.setattr(study, "finetune", lambda config, **given: calls.append((config, given)))
     return calls
 
@@ -95,7 +95,7 @@ def test_the_recipe_goes_by_the_number_of_images(capsys, handed_over):
     mixer(capsys, "finetune", "w", "--data", "digits", "--epochs", 40)
     mixer(capsys, "finetune", "w", "--data", "digits", "--epochs", 40, "--set", "evaluate_every=5")
     small, cifar, epochs, often = (config for config, _ in handed_over)
-    assert (small.recipe, small.steps, small.optimizer.learning_rate) == ("finetune", 500, 0.5)
+    assert (small.recipe, small.epochs, small.optimizer.learning_rate) == ("finetune", 100, 0.5)
     assert (cifar.steps, cifar.optimizer.learning_rate) == (10_000, 0.03)
     assert small.model.overrides == {"stochastic_depth": 0.0}
     assert (epochs.epochs, epochs.steps, epochs.evaluate_every) == (40, None, 2)
@@ -122,7 +122,8 @@ def test_the_recipe_goes_by_the_number_of_images(capsys, handed_over):
         (["WEIGHTS", "--data", "VAL"], "the data has no train split"),
         (["WEIGHTS", "--data", "VAL", "--grid"], "the data has no train split"),
         (["WEIGHTS", "--data", "VAL", "--recipe", "finetune_pets", "--grid"], "no train split"),
-        (["WEIGHTS", "--steps", "50"], "100 steps of warm-up"),
+        (["WEIGHTS", "--set", "optimizer.warmup=100", "--steps", "50"], "100 steps of warm-up"),
+        (["WEIGHTS", "--probe", "--grid"], "probe"),
         (["WEIGHTS", "--set", "model.name=mixer_b16"], "model.name=mixer_b16"),
         (["WEIGHTS", "--set", "model.overrides.patch_size=2"], "the weights determine it"),
         (["WEIGHTS", "--set", "model.overrides.dropout=9"], "dropout"),

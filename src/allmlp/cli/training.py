@@ -9,10 +9,10 @@ import dataclasses
 from dataclasses import replace
 from typing import Any, get_type_hints
 
-from allmlp.errors import UserError, needs, one_of
+from allmlp.errors import UserError, needs
 from allmlp.options import Options, Repeated, documentation
 from allmlp.training.config import AdamW, DataSettings, ModelSettings, TrainConfig
-from allmlp.training.recipes import FINETUNING, LEARNING_RATES, finetune_for
+from allmlp.training.recipes import LEARNING_RATES
 from allmlp.training.recipes import recipe as named_recipe
 
 # Flag -> setting.
@@ -50,6 +50,10 @@ def _flag(name: str, hint: Any, default: Any, doc: str, **metadata: str) -> tupl
     return name, hint, dataclasses.field(default=default, metadata={"doc": doc, **metadata})
 
 
+_DRY_RUN = """Check settings, data and model, time a few steps, say how long the run would take, and
+stop there; nothing is written."""
+
+
 def _options(name: str, settings: dict[str, str], *more: tuple[str, Any, Any]) -> Any:
     """Returns a dataclass with a field per flag, None by default."""
     fields = []
@@ -60,6 +64,7 @@ def _options(name: str, settings: dict[str, str], *more: tuple[str, Any, Any]) -
         fields.append(_flag(flag, hint, None, documentation(kind)[field]))
     doc = "Any other setting, as config.json of a run names it; may be given many times."
     fields.append(_flag("settings", Repeated, (), doc, flag="set", metavar="KEY=VALUE"))
+    fields.append(_flag("dry_run", bool, False, _DRY_RUN))
     fields += more
     return dataclasses.make_dataclass(name, fields, bases=(Options,), kw_only=True, frozen=True)
 
@@ -96,7 +101,7 @@ def train_command(recipe: str | None, options: Any) -> None:
     if options.resume is None:
         source = options.data
         name = recipe or ("digits" if source is None or names_source(source) else "scratch")
-        train(changed(named_recipe(name), TRAIN, options))
+        train(changed(named_recipe(name), TRAIN, options), dry_run=options.dry_run)
         return
     if options.output is not None or recipe is not None:
         given = "output" if options.output is not None else f"the recipe {recipe}"
@@ -104,22 +109,29 @@ def train_command(recipe: str | None, options: Any) -> None:
     old = config_of(options.resume)
     config = changed(old, TRAIN, options)
     check_same(old, config)
-    train(replace(config, output=options.resume))
+    train(replace(config, output=options.resume), dry_run=options.dry_run)
+
+
+def given_settings(settings: dict[str, str], options: Any) -> dict[str, Any]:
+    """Returns the settings that flags change."""
+    given = {key: getattr(options, flag) for flag, key in settings.items()}
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def changed(config: TrainConfig, settings: dict[str, str], options: Any) -> TrainConfig:
     """Returns the config updated by the flags and by every --set."""
-    given = {key: getattr(options, flag) for flag, key in settings.items()}
-    given = {key: value for key, value in given.items() if value is not None}
-    return config.with_values(given, options.settings)
+    return config.with_values(given_settings(settings, options), options.settings)
 
 
 _RECIPE = """finetune_imagenet, finetune_cifar, finetune_pets, finetune_flowers or finetune_vtab;
-without it the BiT-HyperRule, by the number of training images."""
+without it batch size, length and warm-up follow from the number of training images."""
+_PROBE = """Fit only the head, by logistic regression on frozen features of images without
+augmentation: seconds to minutes on a CPU."""
 _GRID = "Learning rates to choose from; without values those of the recipe."
 FinetuneOptions = _options(
     "FinetuneOptions",
     FINETUNE,
+    _flag("probe", bool, False, _PROBE),
     _flag("recipe", str | None, None, _RECIPE, metavar="TEXT"),
     _flag("grid", tuple[float, ...] | None, None, _GRID, metavar="[LR ...]"),
     _flag("seeds", tuple[int, ...], (), "Of the final runs (0).", metavar="N ..."),
@@ -130,7 +142,8 @@ Examples:
     mixer finetune mixer_b16.i21k --data FOLDER --output runs/mine
     mixer finetune mixer_b16.i21k --data FOLDER --image-size 448 --steps 200 --batch-size 32
     mixer finetune runs/cifar10 --data FLOWERS --image-size 64 --grid --seeds 0 1 2
-    mixer finetune mixer_b16.i21k --data FOLDER --set model.train_only=head
+    mixer finetune mixer_b16.i21k --data FOLDER --probe --output runs/probe
+    mixer finetune runs/probe --data FOLDER --output runs/all
 
 The rows of the head are kept for classes that the checkpoint knows by name; other classes begin
 with zeros. With --grid the learning rate is chosen on held-out training images, and the final run,
@@ -142,29 +155,40 @@ command with the same --output resumes what was stopped.
 def finetune_command(checkpoint: str, options: Any) -> None:
     """Runs `mixer finetune`."""
     from allmlp.finetuning import finetune
-    from allmlp.training.dataset import splits_with_train
+    from allmlp.training.fit import finetune_config
+    from allmlp.training.report import duration
     from allmlp.training.train import train
 
     if options.data is None:
         raise UserError("fine-tuning needs data", where="data", code="missing")
     needs({"resize_weights": options.resize_weights}, "image_size", options.image_size)
-    if options.recipe is not None:
-        one_of("recipe", options.recipe, FINETUNING)
-        config = named_recipe(options.recipe)
-    else:
-        config = finetune_for(len(splits_with_train(options.data)["train"]))
     grid, seeds = options.grid, options.seeds
+    if options.probe and (grid is not None or len(seeds) > 1):
+        what = "a probe has no learning rate to choose and draws no random numbers"
+        raise UserError(what, where="probe", fix="Leave out grid and seeds")
     typed = {text.partition("=")[0].strip() for text in options.settings}
     typed |= {"optimizer.learning_rate"} if options.learning_rate is not None else set()
     for given, key in ((grid is not None, "optimizer.learning_rate"), (seeds, "seed")):
         if given and key in typed:
             pair = "seed and seeds" if key == "seed" else "learning_rate and grid"
             raise UserError(f"{pair} exclude each other", fix="Leave one of them out")
-    config = changed(config.with_value("model.weights", checkpoint), FINETUNE, options)
+    given = {"model.train_only": "probe", "epochs": 1} if options.probe else {}
+    given |= given_settings(FINETUNE, options)
+    config = finetune_config(
+        *(checkpoint, options.data, given, options.settings),
+        recipe_name=options.recipe,
+        in_grid=grid is not None,
+    )
     if seeds:
         config = config.with_value("seed", seeds[0])
     if grid is None and len(seeds) < 2:
-        train(config)
+        train(config, dry_run=options.dry_run)
         return
     rates = () if grid is None else grid or LEARNING_RATES[config.recipe]
-    finetune(config, grid=rates, seeds=seeds or (config.seed,))
+    seeds = seeds or (config.seed,)
+    if options.dry_run:
+        runs = len(rates) + len(seeds)
+        seconds = train(config, dry_run=True, in_study=True).expected_seconds or 0.0
+        print(f"study    {runs} such runs: about {duration(runs * seconds)}")
+        return
+    finetune(config, grid=rates, seeds=seeds)

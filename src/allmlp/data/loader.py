@@ -155,8 +155,7 @@ def training_batches(
     if balanced:
         place_of = BalancedOrder(seed, source.labels).locate
     places = ([place_of(at) for at in batch] for batch in positions)
-    if num_workers is None:  # at least one, to decode during the step
-        num_workers = max(1, _default_workers(source, preprocessing))
+    num_workers = training_workers(num_workers, source, preprocessing)
     own = batch_size // world_size
     batch_bytes = own * _image_bytes(preprocessing)
     for batch in load(images, places, num_workers, batch_bytes, timeout, pin_memory):
@@ -377,6 +376,13 @@ def _wait(batches: Iterator[Any], timeout: float) -> Any:
 def most_workers() -> int:
     """Returns the maximum useful number of worker processes."""
     return max(64, 8 * (os.cpu_count() or 1))
+
+
+def training_workers(num_workers: int | None, source: Source, preprocessing: Preprocessing) -> int:
+    """Returns the number of worker processes in training."""
+    if num_workers is None:  # at least one, to decode during the step
+        return max(1, _default_workers(source, preprocessing))
+    return num_workers
 
 
 def _default_workers(source: Source, preprocessing: Preprocessing) -> int:

@@ -70,6 +70,11 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def num_processes() -> int:
+    """Returns how many processes torchrun has started for this command."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
 def refuse_removed_folder() -> None:
     """Raises UserError if the working directory was removed; torch would fail to load."""
     try:

@@ -68,9 +68,7 @@ Images of any size and mode are turned upright and preprocessed as the model req
 
 ## Training
 
-Recipe `{config.recipe}`, seed {config.seed}: {config.length} of {train:,} images in batches of
-{config.batch_size}; {start}{config.optimizer.name}, learning rate
-{config.optimizer.learning_rate:g}, weight decay {decay:g}.
+{trained}
 Every setting is in the run's `config.json`.
 
 ## Limits
@@ -135,13 +133,16 @@ def model_card(
     height, width = model.config.image_size
     tag, architecture, paper = _architecture(model)
     title = f"{architecture} on {public(data)}"
-    start = begun = licence = ""
+    start = begun = licence = probe = ""
+    optimizer = config.optimizer
     if weights is not None:
         # Only the last part of a path.
         name = os.path.basename(os.path.normpath(weights).removesuffix(f"{os.sep}best"))
         name = weights if weights.startswith((PREFIX, "timm:")) else name
         known = find_checkpoint(weights)
         start = f"from the weights {name};\n"
+        probe = f"A linear probe: the head alone was fitted to the features that {name}\n"
+        probe += f"gives of {len(splits.train):,} images, without augmentation."
         begun = f" and on the weights that it began with, {name}"
         if known is not None:
             begun += f" ({known.licence})"
@@ -166,6 +167,11 @@ def model_card(
         "metrics": ["accuracy"] if evaluations else None,
         "model-index": [{"name": title, "results": results}] if results else None,
     }
+    steps = (
+        f"Recipe `{config.recipe}`, seed {config.seed}: {config.length} of {len(splits.train):,} "
+        f"images in batches of\n{config.batch_size}; {start}{optimizer.name}, learning rate\n"
+        f"{optimizer.learning_rate:g}, weight decay {getattr(optimizer, 'weight_decay', 0.0):g}."
+    )
     lines = [f"{key}: {json.dumps(value)}" for key, value in header.items() if value]
     return _CARD.format(
         header="\n".join(lines if licence else [*lines, _UNSTATED]),
@@ -187,10 +193,7 @@ def model_card(
         chosen=f"The weights are those of {best};\n{chosen}",
         probabilities=probabilities_section(model.decision),
         preprocessing=preprocessing_of(model).summary(),
-        config=config,
-        start=start,
-        train=len(splits.train),
-        decay=getattr(config.optimizer, "weight_decay", 0.0),
+        trained=probe if config.model.train_only == "probe" else steps,
     )
 
 

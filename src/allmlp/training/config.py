@@ -51,8 +51,9 @@ class ModelSettings(Options):
     """Trained weights to start from, as `load_model` takes them; random weights if not given."""
     resize_weights: ResizeWeights = "auto"
     """How `weights` are resized to another image size, as in `load_model`."""
-    train_only: Literal["all", "head"] = "all"
-    """Train all parameters, or only the head (a linear probe on frozen features)."""
+    train_only: Literal["all", "head", "probe"] = "all"
+    """Train all parameters, or only the head. probe fits the head to the frozen features of images
+    without augmentation, by logistic regression instead of steps."""
     head_bias: Real = 0.0
     """Initial bias of a new head; about the log of a class's frequency with sigmoid loss."""
 
@@ -64,8 +65,9 @@ class ModelSettings(Options):
             if not self.name or self.image_size is None:
                 what = "random weights need a name of `mixer models` and an image size"
                 raise UserError(what, where="model.name, model.image_size")
-            if self.train_only == "head":
-                what = "model.train_only=head would leave random weights behind the head untrained"
+            if self.train_only != "all":
+                what = f"model.train_only={self.train_only} would leave random weights behind the "
+                what += "head untrained"
                 raise UserError(what, fix="model.weights=CHECKPOINT")
             return
         if self.name:
@@ -399,11 +401,18 @@ class TrainConfig(Options):
         for name in self.trackers:
             one_of("log", name, TRACKERS)
         if isinstance(self.optimizer, Muon):
-            why = "adamw trains the head" if self.model.train_only == "head" else None
+            why = "adamw trains the head" if self.model.train_only != "all" else None
             why = "sharding=full splits its matrices" if self.sharding == "full" else why
             if why:
                 what = f"optimizer=muon needs whole matrices of the blocks to train, and {why}"
                 raise UserError(what, fix="optimizer=adamw")
+        if self.model.train_only == "probe":
+            asked = {"sharding": self.sharding, "data.balance": self.data.balance}
+            given = [f"{name}={value}" for name, value in asked.items() if value != "none"]
+            given += [] if isinstance(self.loss, Softmax) else [f"loss={self.loss.name}"]
+            if given:
+                what = f"model.train_only=probe, which is a softmax regression, with {given[0]}"
+                raise UserError(what, fix="Leave it out, or model.train_only=head")
 
     @property
     def trackers(self) -> list[str]:
@@ -502,6 +511,11 @@ class TrainConfig(Options):
 
 def _log_of(tensorboard: Any) -> str:
     return "tensorboard" if tensorboard is True else ""
+
+
+def setting_names(changes: Iterable[str], assignments: Iterable[str]) -> set[str]:
+    """Returns the names of the settings that these change, see `TrainConfig.with_values`."""
+    return {_RENAMED.get(key, key) for key in (*changes, *assigned(assignments))}
 
 
 def _checked(values: dict[str, Any]) -> TrainConfig:

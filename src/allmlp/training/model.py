@@ -44,7 +44,7 @@ def build_model(
         )
         if settings.head_bias:
             set_head_bias(model, settings.head_bias)
-    if settings.train_only == "head":
+    if settings.train_only != "all":
         freeze_all_but_head(model)
     model.class_names = class_names
     model.decision = Decision()  # that of earlier weights does not hold for new ones
@@ -63,7 +63,7 @@ def build_model(
 
 def freeze_all_but_head(model: nn.Module) -> None:
     """Freezes everything except `model.head`, for a linear probe."""
-    head = _head_of(model)
+    head = head_of(model)
     model.requires_grad_(False)
     head.requires_grad_(True)
 
@@ -75,10 +75,10 @@ def set_head_bias(model: nn.Module, value: float, rows: Sequence[int] | None = N
     the sigmoid loss (big_vision, `configs/mlp_mixer_i1k.py`, `init_head_bias`).
     """
     with torch.no_grad():
-        _head_of(model).bias[slice(None) if rows is None else list(rows)] = value
+        head_of(model).bias[slice(None) if rows is None else list(rows)] = value
 
 
-def _head_of(model: nn.Module) -> nn.Linear:
+def head_of(model: nn.Module) -> nn.Linear:
     head = getattr(model, "head", None)
     if head is None:
         what = "the model has no head: it returns features, not classes"
@@ -159,8 +159,8 @@ def _with_head_for(
         if kept:
             rows = [place[names[row]] for row in kept]
             with torch.no_grad():
-                _head_of(model).weight[kept] = _head_of(trained).weight[rows]
-                _head_of(model).bias[kept] = _head_of(trained).bias[rows]
+                head_of(model).weight[kept] = head_of(trained).weight[rows]
+                head_of(model).bias[kept] = head_of(trained).bias[rows]
     if not kept:
         which = "other classes" if known else "classes without names"
         was = f"the weights had {had:,} {which}" if had else "the weights had none"

@@ -239,13 +239,16 @@ def recipe(name: str) -> TrainConfig:
     return TrainConfig().with_values({"recipe": name, **RECIPES[name]})
 
 
+LARGE = 20_000  # images, from which the hyper-rule takes more steps and mixup
+
+
 def finetune_for(num_images: int) -> TrainConfig:
     """Returns the BiT-HyperRule's settings for this number of training images.
 
     The rule's stepwise decay from 0.003 is replaced by the paper's cosine from 0.01, big_vision's
     default. (The paper dropped the rule's mixup for Mixers: no consistent gain.)
     """
-    if num_images < 20_000:
+    if num_images < LARGE:
         return recipe("finetune")
     steps = 10_000 if num_images < 500_000 else 20_000
     changes = {"steps": steps, "optimizer.warmup": 500, "augment.mixup": 0.1}

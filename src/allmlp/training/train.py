@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from allmlp import plots
 from allmlp.console import ProgressBar, Reporter
 from allmlp.data.augment import mix
-from allmlp.data.loader import Batch, most_workers, on_device, training_batches
+from allmlp.data.loader import (
+    Batch,
+    most_workers,
+    on_device,
+    training_batches,
+    training_workers,
+)
 from allmlp.data.sampler import step_generator
 from allmlp.data.several_labels import check_one_label
 from allmlp.data.source import BadImage
@@ -35,8 +44,17 @@ from allmlp.training.dataset import Augmentation, Splits, check_number_bad, open
 from allmlp.training.loggers import TRACKERS, Logger, Loggers
 from allmlp.training.model import build_model
 from allmlp.training.optim import check_warmup, class_weights, state_copies
+from allmlp.training.probe import fit_head
 from allmlp.training.recipes import recipe
-from allmlp.training.report import TrainResult, announce, duration, finish, measure, resume_command
+from allmlp.training.report import (
+    TrainResult,
+    announce,
+    announce_time,
+    duration,
+    finish,
+    measure,
+    resume_command,
+)
 from allmlp.training.run_folder import (
     RunFolder,
     can_resume,
@@ -52,6 +70,7 @@ from allmlp.weights.save import save_model
 LOG_EVERY, SHORT = 10, 200  # in steps; shorter runs than `SHORT` log every step
 _STOP_ASKED = 1  # by a callback; below the numbers of the signals
 _REDRAW_EVERY = 30.0  # seconds
+_LONG_STEP = 5.0  # seconds of a step that is timed once
 
 
 class DivergedError(UserError):
@@ -81,6 +100,7 @@ def train(
     quiet: bool = False,
     in_study: bool = False,
     callbacks: Sequence[Logger] = (),
+    dry_run: bool = False,
 ) -> TrainResult:
     """Trains a model and returns its results; the same call resumes an interrupted run.
 
@@ -89,6 +109,7 @@ def train(
         quiet: print nothing; log.txt is written anyway.
         in_study: the run is part of a study: do not print what to do next.
         callbacks: told about the run in the main process, see `Logger`; `config.log` adds trackers.
+        dry_run: check everything and measure `expected_seconds`, but train and write nothing.
 
     Raises:
         UserError: a setting or the data is unusable (nothing has been written then), or the run had
@@ -102,7 +123,11 @@ def train(
         path, is_old, splits = _open(config, world)
         images = (config.epochs or 0) * len(splits.train)
         num_steps = config.steps or max(1, round(images / config.batch_size))
-        check_warmup(config.optimizer, num_steps)
+        is_probe = config.model.train_only == "probe"
+        if is_probe:  # one pass over the images
+            num_steps = math.ceil(len(splits.train) / config.batch_size)
+        else:
+            check_warmup(config.optimizer, num_steps)
 
         # Leave the caller's random state and thread count unchanged.
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
@@ -126,20 +151,31 @@ def train(
         stack.enter_context(threads)
         details = environment(config, splits, device)
 
-        # Files are written from here on.
+        # Files are written from here on, but not in a dry run.
         report = Reporter(quiet=is_quiet)
-        folder = RunFolder(path, config, writes=world.is_main)
+        writes = world.is_main and not dry_run
+        named = replace(config, output=str(path)) if dry_run else config
+        folder = RunFolder(path, named, writes=writes)
         stack.callback(folder.close)
-        if world.is_main:
+        if writes:
             report.log_to(folder.path / "log.txt")
             trackers = [TRACKERS[name]() for name in config.trackers]
             folder.loggers = Loggers([*trackers, *callbacks], report.say)
         run = Run(config, splits, folder, report, compute, world, num_steps)
-        announce(run, model)
+        announce(run, model, in_study=in_study)
         state = stack.enter_context(RunState(run, model))
-        state.begin(details, is_old)
-        Trainer(run, state).train()
-        return finish(run, in_study=in_study)
+        if not dry_run:
+            state.begin(details, is_old)
+        trainer = Trainer(run, state)
+        seconds = None if quiet and not dry_run else trainer.expected_seconds()
+        if dry_run:
+            report.say("dry run  nothing was trained or written")
+            return TrainResult(folder.path, None, None, seconds)
+        if is_probe:
+            trainer.probe()
+        else:
+            trainer.train()
+        return replace(finish(run, in_study=in_study), expected_seconds=seconds)
 
 
 def _open(config: TrainConfig, world: World) -> tuple[Path, bool, Splits]:
@@ -201,23 +237,8 @@ class Trainer:
         if state.finished:
             return
         state.updater.choose_micro_batch()
-        augment, due, device = config.augment, self.evaluation_steps(), self.run.compute.device
-        batches = training_batches(
-            self.run.splits.train,
-            self.preprocessing,
-            Augmentation(augment, self.preprocessing),
-            seed=config.seed,
-            batch_size=config.batch_size,
-            start=state.step,
-            stop=self.run.num_steps,
-            rank=world.rank,
-            world_size=world.size,
-            with_neighbour=world.size > 1 and bool(augment.mixup or augment.cutmix),
-            balanced=config.data.balance == "sampler",
-            num_workers=config.data.num_workers,
-            timeout=config.data.timeout,
-            pin_memory=device.type == "cuda",
-        )
+        due, device = self.evaluation_steps(), self.run.compute.device
+        batches = self.batches(self.run.num_steps, config.data.num_workers)
         self.name_bad(self.run.splits.bad)
         with (
             contextlib.closing(batches),
@@ -253,9 +274,29 @@ class Trainer:
                     state.save(is_best=False)
                 self.end(stop.signal)
 
-    def train_step(self, step: int, batch: Batch) -> None:
-        """Updates the weights with one batch; a non-finite loss or gradient ends the run."""
-        config, state, run = self.config, self.state, self.run
+    def batches(self, stop: int, num_workers: int | None) -> Generator[Batch, None, None]:
+        """Yields this process's batches from the present step to `stop` - 1."""
+        config, world, augment = self.config, self.world, self.config.augment
+        return training_batches(
+            self.run.splits.train,
+            self.preprocessing,
+            Augmentation(augment, self.preprocessing),
+            seed=config.seed,
+            batch_size=config.batch_size,
+            start=self.state.step,
+            stop=stop,
+            rank=world.rank,
+            world_size=world.size,
+            with_neighbour=world.size > 1 and bool(augment.mixup or augment.cutmix),
+            balanced=config.data.balance == "sampler",
+            num_workers=num_workers,
+            timeout=config.data.timeout,
+            pin_memory=self.run.compute.device.type == "cuda",
+        )
+
+    def inputs(self, step: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Returns images, targets, stochastic depth and dropout seed of a step."""
+        config, run = self.config, self.run
         random, masks = step_generator(config.seed, step), torch.Generator()
         dropout_seed = int(random.integers(2**62))
         masks.manual_seed(dropout_seed)
@@ -270,15 +311,91 @@ class Trainer:
                 cutmix_strength=augment.cutmix,
             )
         images, targets = images[:own], targets[:own]  # drop the extra image for mixing
+        depth = draw_stochastic_depth(self.model, config.batch_size, masks)
+        depth = depth[:, run.world.rank * own : (run.world.rank + 1) * own]
+        return images, targets, depth.to(run.compute.device), dropout_seed + run.world.rank
+
+    def expected_seconds(self) -> float | None:
+        """Returns how long the rest of the run takes, by a few gradients of its next batch.
+
+        The run's bits do not change: the weights are not updated, statistics such as running means
+        are restored, and every step seeds its own random numbers. None if nothing is left to do.
+        """
+        config, state, run, device = self.config, self.state, self.run, self.run.compute.device
+        steps = run.num_steps - state.step
+        if state.finished:
+            return None
+        state.updater.choose_micro_batch()
+        begun = time.perf_counter()
+        with contextlib.closing(self.batches(state.step + 1, num_workers=0)) as batches:
+            batch = next(batches)
+        decoding = time.perf_counter() - begun
+        statistics = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        batch, times = batch.to(device), list[float]()
+        for _ in range(3):
+            begun = time.perf_counter()
+            state.updater.gradient(*self.inputs(state.step, batch)).item()  # waits for a GPU
+            times.append(self.world.all_reduce_max(time.perf_counter() - begun))
+            if times[0] > _LONG_STEP and not run.compute.compile:
+                break
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(statistics[name])
+        computing, cores = min(times), (os.cpu_count() or 1) / self.world.size
+        twice = 1.0 - config.optimizer.sam_start if config.optimizer.sam_rho else 0.0
+        trains_all, own = config.model.train_only == "all", config.batch_size / self.world.size
+        # Loader processes decode during the step, as far as the step leaves them cores.
+        workers = training_workers(config.data.num_workers, run.splits.train, self.preprocessing)
+        threads = 0 if device.type == "cuda" else torch.get_num_threads()
+
+        def seconds(computing: float) -> float:
+            if not workers:
+                return computing + decoding
+            shared = (computing * threads + decoding) / cores
+            return max(computing, decoding / min(workers, cores), shared)
+
+        forward = seconds(computing / 3 if trains_all else computing) / own  # per image
+        validation, test = (len(part or ()) for part in (run.splits.validation, run.splits.test))
+        evaluations = 1 + sum(at > state.step for at in self.evaluation_steps())
+        images = evaluations * validation + test
+        total = steps * seconds(computing * (1 + twice)) + images / self.world.size * forward
+        probe = None
+        if trains_all and config.model.weights and device.type == "cpu":
+            probe = forward * (len(run.splits.train) + 2 * validation + test)
+        announce_time(run, total, steps, probe)
+        return total
+
+    def probe(self) -> None:
+        """Fits the head to frozen features, instead of steps, and keeps the result as `train`."""
+        state = self.state
+        if state.finished:
+            return
+        self.name_bad(self.run.splits.bad)
+        with self.report.progress(len(self.run.splits.train), "images") as bar:
+            bad, loss = fit_head(self.run, self.model, lambda batch: bar.advance(len(batch)))
+        trained = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, average in state.average.items():
+                average.copy_(trained[name])
+        state.bad |= {image.name: image for image in bad}
+        self.new_bad += bad
+        check_number_bad(list(state.bad.values()), self.run.splits.train, self.config.data.max_bad)
+        state.step, state.finished = self.run.num_steps, True
+        state.loss_sum, state.loss_count = loss, 1
+        self.evaluate()
+        state.save(is_best=True)
+
+    def train_step(self, step: int, batch: Batch) -> None:
+        """Updates the weights with one batch; a non-finite loss or gradient ends the run."""
+        state, run = self.state, self.run
+        images, targets, depth, dropout_seed = self.inputs(step, batch)
         if step == 0 and run.world.is_main:
+            names = run.splits.train.class_names
             figure = plots.training_batch(images, targets, self.preprocessing, names)
             plots.save(figure, run.folder.plots / "train_batch.png")
         if self.class_weights is not None:
             targets = targets * self.class_weights
-        depth = draw_stochastic_depth(self.model, config.batch_size, masks)
-        depth = depth[:, run.world.rank * own : (run.world.rank + 1) * own]
-        depth = depth.to(run.compute.device)
-        result = state.updater(step, images, targets, depth, dropout_seed + run.world.rank)
+        result = state.updater(step, images, targets, depth, dropout_seed)
         loss, norm, rate = result.loss, result.gradient_norm, result.learning_rate
         if not result.is_finite:
             what = f"step {step}: loss {loss}, gradient norm {norm} at learning rate {rate:g}"

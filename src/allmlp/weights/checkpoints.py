@@ -29,6 +29,7 @@ class Checkpoint(Published):
         accuracy: published ImageNet-1k top-1 and its source.
         licence: of the weights.
         note: anything else worth knowing.
+        recommended_for: what this one, of all, is the first choice to fine-tune for.
     """
 
     by_hand: str | None = None
@@ -40,6 +41,7 @@ class Checkpoint(Published):
     accuracy: str
     licence: str = "Apache-2.0"
     note: str = ""
+    recommended_for: Literal["accuracy", "speed"] | None = None
 
     @property
     def model(self) -> str:
@@ -95,6 +97,11 @@ _BY_FILE = {found.file_name: found for found in _ALL if "mixer_models" not in fo
 def find_checkpoint(name: str) -> Checkpoint | None:
     """Returns the checkpoint with this name, ours or timm's, or None."""
     return CHECKPOINTS.get(name) or _BY_TIMM_NAME.get(name.removeprefix("timm/"))
+
+
+def recommended(purpose: Literal["accuracy", "speed"]) -> Checkpoint:
+    """Returns the checkpoint to fine-tune first."""
+    return next(found for found in _ALL if found.recommended_for == purpose)
 
 
 def checkpoint_of_file(name: str) -> Checkpoint | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+
 from allmlp.console import Reporter, table
 from allmlp.errors import UserError
-from allmlp.models.catalog import in_words
-from allmlp.weights.checkpoints import CHECKPOINTS
+from allmlp.models.catalog import create_model, in_words
+from allmlp.models.layers import flops_text
+from allmlp.weights.checkpoints import CHECKPOINTS, recommended
 from allmlp.weights.description import check_shapes, describe
 from allmlp.weights.download import cache_folder
 from allmlp.weights.files import WeightsFile, read_weights
@@ -83,9 +86,17 @@ def checkpoint_table() -> list[str]:
                 "yes" if here else "no",
             ]
         )
-    header = ["name", "classes", "MiB", "top-1", "GELU", "values", "here"]
+    header = ["name", "classes", "MiB", "top-1", "GELU", "values", "downloaded"]
     lines = table(header, rows)
-    lines += ["All take 224x224 pixels. top-1 is on ImageNet-1k, as published; sources below.", ""]
+    lines += ["All take 224x224 pixels. top-1 is on ImageNet-1k, as published; sources below."]
+    lines += ["The others are downloaded when they are first used.", "", "recommended to fine-tune"]
+    for purpose in ("accuracy", "speed"):
+        best = recommended(purpose)
+        with torch.device("meta"):
+            flops = create_model(best.model).config.flops
+        facts = f"top-1 {best.accuracy.split()[0]}, {flops_text(flops)} per image, {best.licence}"
+        lines.append(f"  for {purpose:<8}  {best.name}: {facts}")
+    lines.append("")
     for checkpoint in CHECKPOINTS.values():
         facts = {
             "trained on": checkpoint.trained_on,

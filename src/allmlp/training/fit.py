@@ -1,0 +1,91 @@
+"""Settings of a fine-tuning run that fit the number of its images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from allmlp.errors import one_of, plural
+from allmlp.runtime.process import num_processes
+from allmlp.training.config import TrainConfig, setting_names
+from allmlp.training.dataset import split_data
+from allmlp.training.recipes import FINETUNING, LARGE, finetune_for, recipe
+
+LEAST_EPOCHS, MOST_EPOCHS = 30, 100
+_LENGTH = {"epochs", "steps"}
+
+
+def finetune_config(
+    weights: str,
+    data: str,
+    settings: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+    *,
+    recipe_name: str | None = None,
+    in_grid: bool = False,
+) -> TrainConfig:
+    """Returns the settings of a fine-tuning run, with batch, length and warm-up for its images.
+
+    Args:
+        weights: the checkpoint to begin with.
+        data: the source of the images; all of them are listed, none is decoded.
+        settings: path of a setting -> value; these win.
+        assignments: "section.name=value", applied after the settings.
+        recipe_name: a recipe of docs/recipes.md that is used as it is; by default the settings
+            follow from the number of training images.
+        in_grid: the learning rate is chosen on held-out training images.
+
+    Raises:
+        UserError: an unknown recipe, a wrong setting, or data without training images.
+    """
+    assignments = list(assignments)
+    given = {**(settings or {}), "model.weights": weights, "data.source": data}
+    own = setting_names(given, assignments)
+    base = recipe(one_of("recipe", recipe_name or "finetune", FINETUNING))
+    config = base.with_values(given, assignments)
+    changes: dict[str, Any] = {}
+    if recipe_name is None:
+        source = replace(config.data, holdout=None) if in_grid else config.data
+        num_images = len(split_data(source).train)
+        base = finetune_for(num_images)
+        batch, epochs = fitting(num_images, config.batch_size if "batch_size" in own else None)
+        changes |= {} if "batch_size" in own else {"batch_size": batch}
+        changes |= {} if epochs is None or own & _LENGTH else {"epochs": epochs}
+    if own & _LENGTH or "epochs" in changes:  # a fraction fits into every length
+        changes["optimizer.warmup"] = base.optimizer.warmup / (base.steps or 1)
+    return base.with_values(changes).with_values(given, assignments)
+
+
+def fitting(num_images: int, batch_size: int | None = None) -> tuple[int, int | None]:
+    """Returns the batch size and the epochs that fit; no epochs if the recipe's steps do.
+
+    The batch is the recipe's, or the largest power of two that is at most a quarter of the images.
+    The epochs are those of the recipe's steps at this batch size, from 30 to 100, if the recipe
+    would make more passes over the images.
+    """
+    base = finetune_for(num_images)
+    steps, most, processes = base.steps or 0, base.batch_size, num_processes()
+    if batch_size is None:
+        quarter = min(most, 1 << max(0, (num_images // 4).bit_length() - 1))
+        batch_size = most if quarter == most else max(1, quarter // processes) * processes
+    epochs = math.ceil(steps * batch_size / num_images)
+    epochs = min(max(epochs, LEAST_EPOCHS), MOST_EPOCHS)
+    fits = num_images >= LARGE or epochs >= steps * most / num_images
+    return batch_size, None if fits else epochs
+
+
+def describe_fit(config: TrainConfig, num_images: int) -> str | None:
+    """Returns which settings are those that fit the images and why, or None."""
+    base, why = finetune_for(num_images), []
+    if config.recipe != base.recipe:
+        return None
+    if config.batch_size == fitting(num_images)[0] < base.batch_size:
+        why.append(f"batch {config.batch_size}, at most a quarter of them")
+    epochs = fitting(num_images, config.batch_size)[1]
+    if epochs is not None and config.epochs == epochs:
+        passes = (base.steps or 0) * base.batch_size / num_images
+        recipes = f"the recipe's {base.length} of {base.batch_size} would be {passes:,.0f} passes"
+        why.append(f"{plural(epochs, 'epoch')}, as {recipes}")
+    return f"{plural(num_images, 'training image')}: {'; '.join(why)}" if why else None
