@@ -52,7 +52,7 @@ def test_every_printed_command_parses(line: str, monkeypatch: pytest.MonkeyPatch
     if words[1:] != ["train"] and " ".join(words[1:]) in VERBS:  # a name in a sentence
         return
     if is_training := words[1] == "train" and "--resume" not in words:
-        monkeypatch.setattr("allmlp.training.train.train", calls.append)
+        monkeypatch.setattr("allmlp.training.train.train", lambda config, **_: calls.append(config))
     else:
         for name, command in VERBS.items():
             if name.split()[0] == words[1]:

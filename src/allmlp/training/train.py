@@ -333,9 +333,9 @@ class Trainer:
         statistics = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         batch, times = batch.to(device), list[float]()
         for _ in range(3):
-            begun = time.perf_counter()
+            begun = time.perf_counter_ns()
             state.updater.gradient(*self.inputs(state.step, batch)).item()  # waits for a GPU
-            times.append(self.world.all_reduce_max(time.perf_counter() - begun))
+            times.append(self.world.all_reduce_max(time.perf_counter_ns() - begun) / 1e9)
             if times[0] > _LONG_STEP and not run.compute.compile:
                 break
         with torch.no_grad():
