@@ -31,7 +31,7 @@ FLOORS = [
     {"training"},
     {"sweep"},
     {"deploy", "finetuning"},
-    {"evaluate", "benchmark"},
+    {"evaluate", "benchmark", "label_mistakes"},
     {"calibrate"},
     {"paper"},
     {"cli"},

@@ -42,10 +42,13 @@ if TYPE_CHECKING:
     from allmlp.evaluation.options import CalibrateOptions as CalibrateOptions
     from allmlp.evaluation.options import EvaluateOptions as EvaluateOptions
     from allmlp.evaluation.options import FewShotOptions as FewShotOptions
+    from allmlp.evaluation.options import LabelMistakesOptions as LabelMistakesOptions
     from allmlp.finetuning import FinetuneResult as FinetuneResult
     from allmlp.finetuning import finetune as finetune
     from allmlp.inspection.inspect import Inspection as Inspection
     from allmlp.inspection.inspect import inspect as inspect
+    from allmlp.label_mistakes import LabelMistakes as LabelMistakes
+    from allmlp.label_mistakes import find_label_mistakes as find_label_mistakes
     from allmlp.models.catalog import create_model as create_model
     from allmlp.models.catalog import list_models as list_models
     from allmlp.models.catalog import random_weights as random_weights
@@ -82,9 +85,11 @@ _NAMES = {
     "evaluate": "evaluate",
     "evaluation.few_shot": "FewShot few_shot few_shots",
     "evaluation.metrics": "Evaluation",
-    "evaluation.options": "BenchmarkOptions CalibrateOptions EvaluateOptions FewShotOptions",
+    "evaluation.options": "BenchmarkOptions CalibrateOptions EvaluateOptions FewShotOptions "
+    "LabelMistakesOptions",
     "finetuning": "FinetuneResult finetune",
     "inspection.inspect": "Inspection inspect",
+    "label_mistakes": "LabelMistakes find_label_mistakes",
     "models.catalog": "create_model list_models random_weights",
     "models.layers": "ImageClassifier",
     "models.mixer": "MixerConfig MlpMixer",

@@ -122,6 +122,16 @@ def thumbnail(source: Source, index: int) -> NDArray[np.uint8] | None:
     return np.asarray(image)
 
 
+def contact_sheet(
+    images: Sequence[tuple[Source, int]],
+    captions: Sequence[str],
+    title: str,
+    colors: Sequence[str] = (),
+) -> Figure:
+    """Returns a grid of images, each given by source and index."""
+    return grid([thumbnail(*image) for image in images], captions, title, colors=colors)
+
+
 # Evaluation
 
 
@@ -218,17 +228,17 @@ def worst_mistakes(evaluation: Evaluation, source: Source, most: int = 25) -> Fi
 
 
 def _predictions(evaluation: Evaluation, source: Source, rows: np.ndarray, title: str) -> Figure:
-    images, captions, colors = [], [], []
+    captions, colors = [], []
     for row in rows:
         label, predicted = int(evaluation.labels[row]), int(evaluation.predictions[row])
-        images.append(thumbnail(source, int(evaluation.indices[row])))
         probability = float(evaluation.probabilities[row, predicted])
         caption = f"{shorten(evaluation.class_names[predicted])} {probability:.0%}"
         if predicted != label:
             caption += f"\ntrue: {shorten(evaluation.class_names[label])}"
         captions.append(caption)
         colors.append(GREEN if predicted == label else RED)
-    return grid(images, captions, title, colors=colors)
+    images = [(source, int(index)) for index in evaluation.indices[rows]]
+    return contact_sheet(images, captions, title, colors)
 
 
 # Training

@@ -48,7 +48,10 @@ def test_the_version(capsys):
     ("line", "words"),
     [
         ("trian", "unknown command 'trian'\nto fix: Did you mean train? Known: models, train, "),
-        ("data chek x", "where: mixer data\nto fix: Did you mean check? Known: check, pack, index"),
+        (
+            "data chek x",
+            "where: mixer data\nto fix: Did you mean check? Known: check, mistakes, pack, index",
+        ),
         ("version", "Did you mean mixer --version?"),
         ("train --epoch 3", "--epochs"),
         ("train --epochs many", "many"),

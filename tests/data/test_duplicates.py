@@ -12,7 +12,7 @@ from PIL import Image
 
 from allmlp.data import duplicates as module
 from allmlp.data.duplicates import Duplicates, find_duplicates, near_pairs
-from allmlp.data.exclude import exclude, exclude_list, read_exclude_list
+from allmlp.data.exclude import duplicates_to_exclude, exclude, exclude_list, read_exclude_list
 from allmlp.data.scan import scan
 from allmlp.data.source import EncodedImages, PackedBytes, Source, labelled
 from allmlp.errors import UserError
@@ -182,7 +182,9 @@ def three_splits() -> dict[str, Source]:
 def listed(tmp_path: Path) -> tuple[dict[str, Source], Path]:
     """Three splits and the list of what to exclude."""
     splits, path = three_splits(), tmp_path / "list.txt"
-    path.write_text(exclude_list(find_duplicates(splits, num_workers=0), "made"))
+    path.write_text(
+        exclude_list(splits, duplicates_to_exclude(find_duplicates(splits, num_workers=0)), "made")
+    )
     return splits, path
 
 
@@ -252,7 +254,11 @@ def test_strange_names_survive_the_file(tmp_path: Path):
     data = labelled(images, "odd", ["ant"], np.zeros(2, dtype=np.int64))
     found = find_duplicates({"train": data}, num_workers=0)
     path = tmp_path / "list.txt"
-    path.write_bytes(exclude_list(found, "odd\n").encode(errors="surrogateescape"))
+    path.write_bytes(
+        exclude_list(found.splits, duplicates_to_exclude(found), "odd\n").encode(
+            errors="surrogateescape"
+        )
+    )
     excluded = read_exclude_list(path)
     assert excluded.images["train"] == {1: "a\tb\\c\n1\udce9"}
     assert len(exclude(data, excluded, "train")) == 1

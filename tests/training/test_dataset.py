@@ -12,7 +12,7 @@ import pytest
 
 import allmlp as am
 from allmlp.data.duplicates import find_duplicates
-from allmlp.data.exclude import exclude_list
+from allmlp.data.exclude import duplicates_to_exclude, exclude_list
 from allmlp.data.image import EncodedImage
 from allmlp.data.sources import open_splits
 from allmlp.data.sources.packed import pack_splits
@@ -135,7 +135,7 @@ def test_a_drop_list_leaves_training_and_validation_images_out_and_test_whole(tm
     drops = tmp_path / "copies.txt"
     splits = open_splits(str(data))
     found = find_duplicates(splits, num_workers=0)
-    drops.write_text(exclude_list(found, "data"))
+    drops.write_text(exclude_list(found.splits, duplicates_to_exclude(found), "data"))
     config = tiny_config(str(data), tmp_path / "run", data__exclude=str(drops))
     run = am.train(config, quiet=True).run_folder
     said = (run / "log.txt").read_text()

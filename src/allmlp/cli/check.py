@@ -57,7 +57,7 @@ def check(source: str, options: CheckOptions) -> int:
     """Checks data and prints the result; returns the exit code."""
     from allmlp.console import Reporter
     from allmlp.data.check import FILES, check_source
-    from allmlp.data.exclude import exclude_list
+    from allmlp.data.exclude import duplicates_to_exclude, exclude_list
     from allmlp.data.source_spec import parse_name
     from allmlp.data.sources import open_splits, packed, read_from
     from allmlp.io import (
@@ -98,7 +98,7 @@ def check(source: str, options: CheckOptions) -> int:
         problems = packed.verify(path)
         _say_list(report, "problems of the packed data", problems)
     if options.exclude is not None and result.duplicates is not None:
-        text = exclude_list(result.duplicates, source)
+        text = exclude_list(splits, duplicates_to_exclude(result.duplicates), source)
         if options.exclude == STANDARD_OUTPUT:
             print(text, end="", flush=True)
         else:

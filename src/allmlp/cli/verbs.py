@@ -122,6 +122,12 @@ VERBS = {
         "Check data before training: contents, damaged images and duplicates.",
         "data",
     ),
+    "data mistakes": Command(
+        "evaluation.options.LabelMistakesOptions",
+        "label_mistakes.command",
+        "Find images whose label is probably wrong.",
+        "weights",
+    ),
     "data pack": Command(
         "cli.pack.PackOptions",
         "cli.pack.pack",
@@ -139,5 +145,5 @@ VERBS = {
 # Help for groups of two-word commands, by the first word.
 GROUPS = {
     "paper": "The paper's experiments: vtab, avg5, data-scale, permutation, ablations, tables.",
-    "data": "Check data before training (data check), and pack it (data pack).",
+    "data": "Check data before training (data check, data mistakes), and pack it (data pack).",
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,20 +23,27 @@ from allmlp.names import is_format
 
 _TITLE = "# allmlp drop list 1"
 _WHY = {"same file": "same file as", "same pixels": "same pixels as", "near": "near duplicate of"}
-_FIX = "Make the list again: mixer data check SOURCE --exclude FILE"
+_FIX = "Make the list again with mixer data check or mixer data mistakes"
 
 
-def exclude_list(duplicates: Duplicates, source: str) -> str:
-    """Returns the text of a list that excludes all duplicates."""
-    names = {split: own_names(data) for split, data in duplicates.splits.items()}
+def exclude_list(
+    splits: Mapping[str, Source], images: Iterable[tuple[str, int, str]], source: str
+) -> str:
+    """Returns the text of a list of these images, (split, index, why), of the named data."""
+    names = {split: own_names(data) for split, data in splits.items()}
     rows: list[tuple[object, ...]] = [(_TITLE,), ("# source", source)]
     rows += [("# split", split, len(own), _checksum(own)) for split, own in names.items()]
     rows.append(("# Delete a line to keep that image; change nothing else.",))
-    for pair in duplicates.to_exclude():
-        (kept, at), (split, index) = pair.first, pair.second
-        why = f"{_WHY[pair.kind]} {kept}[{at}] {duplicates.splits[kept].item_name(at)}"
-        rows.append((split, index, names[split][index], why))
+    rows += [(split, index, names[split][index], why) for split, index, why in images]
     return "".join("\t".join(_escape(str(cell)) for cell in row) + "\n" for row in rows)
+
+
+def duplicates_to_exclude(duplicates: Duplicates) -> Iterator[tuple[str, int, str]]:
+    """Yields the images to exclude, to remove all duplicates."""
+    for pair in duplicates.to_exclude():
+        kept, at = pair.first
+        why = f"{_WHY[pair.kind]} {kept}[{at}] {duplicates.splits[kept].item_name(at)}"
+        yield *pair.second, why
 
 
 def _checksum(names: list[str]) -> str:

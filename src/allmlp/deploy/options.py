@@ -23,6 +23,7 @@ class PredictOptions(ComputeOptions):
         find photos -name '*.jpg' | mixer predict runs/flowers - --output predictions.jsonl
         mixer predict runs/digits digits:test --top-k 1 --output -
         mixer predict mixer_b16.i1k photos --features --output features.parquet
+        mixer predict mixer_b16.i1k photos --features --neighbors 5 --output features.csv
         mixer predict mixer_b16.i1k shards:test --output predictions --format parquet
     """
 
@@ -32,6 +33,12 @@ class PredictOptions(ComputeOptions):
     """Answer "unsure" if the highest probability is lower; defaults to the model's threshold."""
     features: bool = False
     """Write the pooled features (the input of the head) instead of classes."""
+    neighbors: int | None = None
+    """Also write this many nearest neighbours of each image, by cosine similarity of the features:
+    name, row from 0, and similarity. Among the images themselves, or in `reference`."""
+    reference: str | Path | None = None
+    """File of features to search the neighbours in, written by an earlier `features` of the same
+    model."""
     image_size: ImageSize | None = None
     """Image size in pixels; defaults to the model's own."""
     resize_weights: ResizeWeights | None = None
@@ -46,10 +53,12 @@ class PredictOptions(ComputeOptions):
     """Images per part file; by default at most about 10,000."""
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "batch_size", "part_size"):
+        for name in ("top_k", "batch_size", "part_size", "neighbors"):
             at_least(name, getattr(self, name), 1)
         needs({"resize_weights": self.resize_weights}, "image_size", self.image_size)
         between("unsure_below", self.unsure_below, 0, 1)
+        needs({"neighbors": self.neighbors}, "features", self.features or None)
+        needs({"reference": self.reference}, "neighbors", self.neighbors)
         if self.features and self.top_k is not None:
             what = f"top_k={self.top_k} and features exclude each other: rows have one of them"
             raise UserError(what, fix="Leave out one of them", code="conflict")

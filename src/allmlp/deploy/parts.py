@@ -29,8 +29,8 @@ import numpy as np
 
 from allmlp.data.fingerprint import fingerprint
 from allmlp.data.source import BadImage, Source, subset
+from allmlp.deploy.neighbors import FORMATS
 from allmlp.deploy.rows import (
-    FORMATS,
     Columns,
     Rows,
     check_table,
@@ -253,11 +253,14 @@ def _job(predictor: Predictor, source: Source, columns: Columns) -> dict[str, An
     model = predictor.model
     names = "\n".join(model.class_names or []).encode(errors="surrogateescape")
     is_file = not isinstance(model, ImageClassifier)
+    answer = "features" if columns.features else "classes"
+    if columns.reference is not None:
+        answer += f" and {columns.neighbors} neighbors in {columns.reference.sha256}"
     return {
         "model": {"sha256": identity(model), "classes": hashlib.sha256(names).hexdigest()},
         "images": {"number": len(source), "sha256": fingerprint(source)},
         "settings": {
-            "answer": "features" if columns.features else "classes",
+            "answer": answer,
             "top_k": None if columns.features else columns.width,
             "precision": None if is_file else predictor.precision,
             "preprocessing": json.loads(json.dumps(preprocessing_of(model).to_json())),

@@ -99,6 +99,7 @@ def write_predictions(
     if output is not None and output.path is not None:
         inputs = [path for name in names for path in read_from(name)]
         inputs += files_of(model) if isinstance(model, str | Path) else []
+        inputs += [] if options.reference is None else [options.reference]
         check_not_inputs([output.path], inputs, map(source.item_name, range(len(source))))
     net = load_any(model, options.image_size, options.resize_weights)
     predictor = Predictor(
@@ -114,8 +115,14 @@ def write_predictions(
         top_k=options.top_k,
         features=options.features,
         unsure_below=options.unsure_below,
+        neighbors=options.neighbors,
+        reference=options.reference,
     )
     if output is not None and output.is_folder:
+        if columns.neighbors and columns.reference is None:
+            what = "neighbors among the images themselves are written to one file, not to parts"
+            fix = "Give an output with an ending, or a reference to search in"
+            raise UserError(what, where="output", fix=fix, code="conflict")
         begun = output
         output = world.broadcast_from_rank0(
             lambda: begin_parts(predictor, source, columns, begun, world.size)
@@ -131,10 +138,14 @@ def write_predictions(
 
     on_start(predictor, source, output, columns)
     with closing(predict_rows(predictor, source, columns)) as batches:
+        rows: Iterable[Rows] = seen(batches)
+        if columns.neighbors and columns.reference is None:
+            rows = list(rows)
+            columns.find([row for batch in rows for row in batch], among=True)
         if output is not None:
-            write_table(output.path, output.suffix, seen(batches), columns)
+            write_table(output.path, output.suffix, rows, columns)
         else:
-            for _ in seen(batches):
+            for _ in rows:
                 pass
     return output
 

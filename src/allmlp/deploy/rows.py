@@ -1,8 +1,8 @@
 """Rows of predictions, computed in batches and streamed to a table.
 
 The columns of CSV and Parquet are path; answer, if it can differ from class_1; class_1,
-probability_1, class_2, ... or feature_0, feature_1, ... (Parquet: one list column, features); and
-error.
+probability_1, class_2, ... or feature_0, feature_1, ... (Parquet: one list column, features) and
+neighbor_1, row_1, similarity_1, ...; and error.
 
 Shapes: N images per batch, K classes, C features.
 """
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from allmlp.data.source import Source
 from allmlp.decision import Decision
+from allmlp.deploy.neighbors import Neighbor, Neighborhood, read_features
 from allmlp.errors import UserError
 from allmlp.evaluation.features import check_features
 from allmlp.evaluation.predictor import Predictor
@@ -32,7 +33,6 @@ from allmlp.models.layers import Classifier, classes_of
 from allmlp.names import import_extra
 
 NOT_FINITE = "the model's numbers for this image are not finite"
-FORMATS = (".csv", ".json", ".jsonl", ".parquet")
 _ROW_GROUP = 2**20  # numbers per Parquet row group held in memory
 
 
@@ -45,6 +45,7 @@ class Prediction:
         classes: (class name, probability), most probable first; empty for a bad image.
         error: why there is no prediction; None for a good image.
         features: float32 (C,), if requested.
+        neighbors: the nearest images (path, row, similarity), if requested.
         answers: the class, none if the model is unsure; or any number, with several labels.
     """
 
@@ -52,6 +53,7 @@ class Prediction:
     classes: list[tuple[str, float]] = field(default_factory=list)
     error: str | None = None
     features: np.ndarray | None = field(default=None, compare=False, repr=False)
+    neighbors: list[Neighbor] = field(default_factory=list)
     answers: list[str] = field(default_factory=list, compare=False)
 
 
@@ -65,11 +67,13 @@ class Columns:
     width: int
     features: bool = False
     decision: Decision = field(default_factory=Decision)
+    neighbors: int = 0
+    reference: Neighborhood | None = None  # None: the images themselves
 
     def names(self) -> list[str]:
         """Returns the column names of a flat table."""
         if self.features:
-            return [f"feature_{number}" for number in range(self.width)]
+            return [f"feature_{at}" for at in range(self.width)] + self.neighbor_names()
         ranks = range(1, self.width + 1)
         names = [f"{name}_{rank}" for rank in ranks for name in ("class", "probability")]
         return ["answer", *names] if self.decision.has_answer else names
@@ -88,6 +92,24 @@ class Columns:
             return {"answers": row.answers}
         return {"answer": self.decision.text(row.answers)}
 
+    def neighbor_names(self) -> list[str]:
+        ranks = range(1, self.neighbors + 1)
+        return [f"{name}_{rank}" for rank in ranks for name in ("neighbor", "row", "similarity")]
+
+    def find(self, rows: Rows, *, among: bool = False) -> Rows:
+        """Adds the neighbours to rows: in the reference, or with `among` in the rows themselves."""
+        good = [(row, values) for row in rows if (values := row.features) is not None]
+        index, wanted = self.reference, None
+        if among:
+            index = Neighborhood([row.path for row in rows], [row.features for row in rows])
+        elif index is not None and good:
+            wanted = np.stack([values for _, values in good])
+        else:
+            return rows
+        for (row, _), neighbors in zip(good, index.search(wanted, self.neighbors), strict=True):
+            row.neighbors.extend(neighbors)
+        return rows
+
 
 def choose_columns(
     model: Classifier,
@@ -95,12 +117,20 @@ def choose_columns(
     top_k: int | None = None,
     features: bool = False,
     unsure_below: float | None = None,
+    neighbors: int | None = None,
+    reference: str | Path | None = None,
 ) -> Columns:
     """Returns a model's columns: top_k classes (5 by default, at most all) or features."""
     if not features:
         width = min(top_k or 5, len(classes_of(model, or_numbers=True)))
         return Columns(width, decision=model.decision.with_threshold(unsure_below))
-    return Columns(check_features(model).config.hidden_dim, features=True)
+    width, index = check_features(model).config.hidden_dim, None
+    if reference is not None:
+        index = read_features(reference)
+        if index.width != width:
+            what = f"the reference has {index.width} features per image, the model {width}"
+            raise UserError(what, where=reference, fix="Write it with this model")
+    return Columns(width, True, neighbors=neighbors or 0, reference=index)
 
 
 def row_values(predictor: Predictor, columns: Columns) -> Callable[[Tensor], tuple[Tensor, ...]]:
@@ -149,7 +179,7 @@ def predict_rows(
                 if not columns.decision.has_answer:
                     answers = [classes[0][0]]
                 rows[index] = Prediction(path, classes, answers=answers)
-        yield [rows[index] for index in sorted(rows)]
+        yield columns.find([rows[index] for index in sorted(rows)])
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -198,6 +228,7 @@ def _write_csv(file: TextIO, batches: Iterable[Rows], columns: Columns) -> None:
         for row in rows:
             if row.features is not None:
                 cells = [str(value) for value in row.features]  # shortest float32 representation
+                cells += [str(cell) for neighbor in row.neighbors for cell in neighbor]
             else:
                 cells = columns.cells(row)
                 cells = [f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells]
@@ -228,6 +259,8 @@ def _json_of(row: Prediction, columns: Columns) -> dict[str, Any]:
     if columns.features:
         numbers = [] if row.features is None else row.features
         values["features"] = [float(str(number)) for number in numbers]
+        if columns.neighbors:
+            values["neighbors"] = [neighbor._asdict() for neighbor in row.neighbors]
     else:
         values["classes"] = [{"class": name, "probability": value} for name, value in row.classes]
         values |= columns.answer(row)
@@ -240,14 +273,16 @@ def _write_parquet(path: Path, batches: Iterable[Rows], columns: Columns) -> Non
     import pyarrow as pa
     from pyarrow import parquet
 
-    names = ["features"] if columns.features else columns.names()
+    names = ["features", *columns.neighbor_names()] if columns.features else columns.names()
     kinds = {"class": pa.string(), "probability": pa.float32(), "features": pa.list_(pa.float32())}
-    kinds["answer"] = pa.string()
+    kinds |= {"answer": pa.string(), "neighbor": pa.string(), "row": pa.int64()}
+    kinds["similarity"] = pa.float32()
     middle = [(name, kinds[name.partition("_")[0]]) for name in names]
     schema = pa.schema([("path", pa.string()), *middle, ("error", pa.string())])
 
     def flat(row: Prediction) -> dict[str, Any]:
-        values = [row.features] if columns.features else columns.cells(row)  # null for a bad image
+        near = [cell for n in row.neighbors for cell in (_as_text(n.path), *n[1:])]
+        values = [row.features, *near] if columns.features else columns.cells(row)
         texts = {"path": _as_text(row.path), "error": row.error and _as_text(row.error)}
         return {**texts, **dict(zip(names, values, strict=False))}
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import safetensors.numpy
@@ -26,9 +27,12 @@ from safetensors import SafetensorError, safe_open
 from allmlp.data.fingerprint import fingerprint
 from allmlp.data.source import BadImage, Source
 from allmlp.errors import UserError
+from allmlp.evaluation.options import FeatureOptions
 from allmlp.evaluation.predictor import Outputs, Predictor, check_finite
-from allmlp.io import atomic_write, parse_json
+from allmlp.io import atomic_write, expand, parse_json
 from allmlp.models.layers import Classifier, ImageClassifier
+from allmlp.weights.download import cache_folder
+from allmlp.weights.load import open_model
 
 FORMAT = "allmlp features 2"
 # Packages whose upgrade may change the numbers.
@@ -42,6 +46,29 @@ class Features:
     bad: list[BadImage] = field(default_factory=list)
     from_cache: bool = False
     notes: list[str] = field(default_factory=list)  # e.g. about an unusable cache file
+
+
+Kind = TypeVar("Kind", bound=FeatureOptions)
+
+
+def with_cache(options: Kind) -> Kind:
+    """Returns the options of a command, with its default for the cache."""
+    if options.cache is not None or options.no_cache:
+        return options
+    return replace(options, cache=str(cache_folder() / "features"))
+
+
+def cache_path(options: FeatureOptions) -> Path | None:
+    return None if options.cache is None or options.no_cache else expand(options.cache)
+
+
+def opened_model(
+    model: ImageClassifier | str | Path, options: FeatureOptions
+) -> tuple[ImageClassifier, str | None]:
+    """Returns the model and the device to move it to; None leaves a model object where it is."""
+    stays = isinstance(model, ImageClassifier) and options.device == "auto"
+    net = open_model(model, options.image_size, options.resize_weights)
+    return net, None if stays else options.device
 
 
 def frozen_features(

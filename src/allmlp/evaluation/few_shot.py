@@ -26,7 +26,7 @@ from allmlp.data.several_labels import check_one_label
 from allmlp.data.source import BadImage, Source, subset
 from allmlp.data.sources import open_splits, read_from
 from allmlp.errors import UserError, plural
-from allmlp.evaluation.features import frozen_features
+from allmlp.evaluation.features import cache_path, frozen_features, opened_model, with_cache
 from allmlp.evaluation.options import FewShotOptions
 from allmlp.evaluation.predictor import Outputs, Predictor, predictor_for
 from allmlp.evaluation.result_file import check_result_path, measurement, save_result
@@ -35,8 +35,7 @@ from allmlp.models.catalog import random_weights
 from allmlp.models.layers import ImageClassifier
 from allmlp.options import make
 from allmlp.preprocessing import Preprocessing
-from allmlp.weights.download import cache_folder
-from allmlp.weights.load import files_of, open_model
+from allmlp.weights.load import files_of
 
 SWEEP = tuple(2.0**power for power in range(-10, 20))
 BASELINE_SEED = 0
@@ -170,7 +169,7 @@ def few_shot(
     splits = data if isinstance(data, Mapping) else open_splits(str(data))
     name = _name(splits) if isinstance(data, Mapping) else str(data)
     options = make(FewShotOptions, None, {**fields, "data": (name,)})
-    return _measure(*_opened(model, options), {name: splits}, options, on_batch)[0]
+    return _measure(*opened_model(model, options), {name: splits}, options, on_batch)[0]
 
 
 def few_shots(
@@ -193,7 +192,7 @@ def few_shots(
     """
     options = make(FewShotOptions, options, fields)
     report = report or Reporter(quiet=True)
-    cache = _cache(options)
+    cache = cache_path(options)
     if cache is not None:
         check_output_folder(cache)
     target = check_result_path(options.output, overwrite=options.overwrite)
@@ -203,7 +202,7 @@ def few_shots(
     check_not_inputs([path for path in (target, cache) if path is not None], inputs)
     total = sum(num_images(opened, options) for opened in splits.values())
     with report.progress(total * (1 + options.random_baseline), "images") as bar:
-        net, device = _opened(model, options)
+        net, device = opened_model(model, options)
         results = _measure(net, device, splits, options, lambda batch: bar.advance(len(batch)))
     if options.output is not None:
         numbers: dict[str, Any] = {"results": [found.to_json() for found in results], "floor": None}
@@ -212,19 +211,6 @@ def few_shots(
             numbers["floor"] = {"weights": "random", "seed": BASELINE_SEED, "results": baselines}
         save_result(target, measurement("few-shot", net, numbers))
     return results
-
-
-def _cache(options: FewShotOptions) -> Path | None:
-    return None if options.cache is None or options.no_cache else expand(options.cache)
-
-
-def _opened(
-    model: ImageClassifier | str | Path, options: FewShotOptions
-) -> tuple[ImageClassifier, str | None]:
-    """Returns the model and the device to move it to; None leaves a model object where it is."""
-    stays = isinstance(model, ImageClassifier) and options.device == "auto"
-    net = open_model(model, options.image_size, options.resize_weights)
-    return net, None if stays else options.device
 
 
 def _measure(
@@ -264,7 +250,7 @@ def _measure_one(
     # Replace bad images by the next of their class until all shots are decodable.
     while wanted := sorted(_drawn(orders, most, bad) - shown.keys()):
         found = frozen_features(
-            predictor, subset(train, np.array(wanted), train.name), _cache(options), on_batch
+            predictor, subset(train, np.array(wanted), train.name), cache_path(options), on_batch
         )
         shown |= zip((wanted[at] for at in found.indices), found.values, strict=True)
         bad |= {
@@ -274,7 +260,7 @@ def _measure_one(
         notes += found.notes
     if len(np.unique(labels[list(shown)])) < 2:
         raise UserError("fewer than two classes have images that can be decoded", where=train.name)
-    seen = frozen_features(predictor, test, _cache(options), on_batch)
+    seen = frozen_features(predictor, test, cache_path(options), on_batch)
     if not len(seen.indices):
         raise UserError("none of the test images can be decoded", where=test.name)
     truth = test.labels[seen.indices]
@@ -459,10 +445,8 @@ def _standardized(features: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np
 
 def command(model: str, options: FewShotOptions) -> list[FewShot]:
     """Runs the measurement with a progress bar on a terminal, and caches the features."""
-    if options.cache is None and not options.no_cache:
-        options = replace(options, cache=str(cache_folder() / "features"))
     report = Reporter(stderr=options.output == STANDARD_OUTPUT)
-    return few_shots(model, options, report=report)
+    return few_shots(model, with_cache(options), report=report)
 
 
 def show(results: list[FewShot], options: FewShotOptions) -> int:
@@ -478,8 +462,8 @@ def show(results: list[FewShot], options: FewShotOptions) -> int:
     report.say(f"images    {height}x{width} pixels, {first.preprocessing.summary()}")
     runs = [run for result in results for run in (result, result.baseline) if run]
     computed = plural(sum(run.num_computed for run in runs), "image")
-    cache = expand(options.cache) if options.cache else cache_folder() / "features"
-    where = "no cache" if options.no_cache else f"cache {cache}"
+    cache = cache_path(with_cache(options))
+    where = "no cache" if cache is None else f"cache {cache}"
     report.say(f"features  {first.precision}; of {computed} computed now; {where}")
     if first.baseline:
         report.say(f"baseline  the same architecture with random weights, seed {BASELINE_SEED}")

@@ -98,7 +98,17 @@ class CalibrateOptions(MeasureOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewShotOptions(MeasureOptions):
+class FeatureOptions(MeasureOptions):
+    """Options shared by the commands that use frozen features."""
+
+    cache: str | None = None
+    """Folder to cache features in; the command defaults to features/ in the download cache."""
+    no_cache: bool = False
+    """Neither read nor write cached features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShotOptions(FeatureOptions):
     """Measure how good a model's features are, given a few labelled images per class.
 
     A linear classifier is fitted to frozen features of a few training images and evaluated on all
@@ -127,10 +137,6 @@ class FewShotOptions(MeasureOptions):
     """resize-crop (Google's few-shot evaluation), resmall-crop or squash."""
     output: str | None = None
     """Write all numbers to a .json file; - is standard output."""
-    cache: str | None = None
-    """Folder to cache features in; the command defaults to features/ in the download cache."""
-    no_cache: bool = False
-    """Neither read nor write cached features."""
 
     def __post_init__(self) -> None:
         between("l2", self.l2, 0, float("inf"), above=True, below=True)
@@ -142,6 +148,33 @@ class FewShotOptions(MeasureOptions):
             if not values or len(set(values)) < len(values):
                 what = f"{name} needs one value or more, each once, got {values}"
                 raise UserError(what, where=name, code="duplicates")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelMistakesOptions(FeatureOptions):
+    """Find images whose label is probably wrong, and duplicates with different labels.
+
+    Any model will do whose features separate the classes; its own classes do not matter. Features
+    of a model trained on these very labels find fewer mistakes than those of another.
+
+    Examples:
+        mixer data mistakes mixer_b16.i21k --data FOLDER
+        mixer data mistakes runs/mine --data FOLDER --output suspects
+        mixer train --data FOLDER --exclude suspects/exclude.txt
+    """
+
+    data: str
+    """A source with labels; all its splits, or the one named by :train, :validation or :test."""
+    top: int = 20
+    """Number of images to print."""
+    duplicates: Literal["near", "exact", "off"] = "near"
+    """Duplicates to look for that have another label."""
+    output: str | None = None
+    """Folder for mistakes.csv (all images, ranked), mistakes.png (the first) and exclude.txt (the
+    suspected images, for exclude of training)."""
+
+    def __post_init__(self) -> None:
+        at_least("top", self.top, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,15 @@ def open_measured(model: str | None, name: str, *, count: bool = True) -> Measur
     source = open_source(name)
     if not count:
         return Measured(source)
-    found = _count(path, source)
+    return counted(model, source)
+
+
+def counted(model: str | None, source: Source) -> Measured:
+    """Returns the images with how many of them the run of the model at a path was trained on."""
+    run = _run_of(model)
+    if run is None:
+        return Measured(source)
+    found = _count(run[0], source)
     if found is None:
         note = "which of these images the run was trained on is not known: an older version made it"
         return Measured(source, notes=(note,))
