@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from sklearn import metrics
 
 import allmlp as am
@@ -94,6 +95,8 @@ def test_the_interval_of_top1(right: int, of: int):
     center = (q + z**2 / (2 * of)) / denominator
     spread = z * np.sqrt(q * (1 - q) / of + z**2 / (4 * of**2)) / denominator
     assert found.top1_interval == pytest.approx((center - spread, center + spread), abs=1e-14)
+    exact = binomtest(right, of).proportion_ci(method="wilson")
+    assert found.top1_interval == pytest.approx((exact.low, exact.high), abs=1e-12)
     for end in found.top1_interval:
         assert abs(q - end) == pytest.approx(z * np.sqrt(end * (1 - end) / of), abs=1e-8)
     assert found.to_json()["top1_interval"] == list(found.top1_interval)
