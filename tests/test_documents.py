@@ -32,7 +32,7 @@ HELP = [getattr(*found(command.options)).__doc__ or "" for command in VERBS.valu
 
 def command_lines(text: str) -> list[str]:
     """Every line that begins with `mixer COMMAND`, in blocks, in `code` and in help texts."""
-    lines = re.findall(r"^\s*(?:\$ )?(mixer [^\n`#]+)", text, flags=re.MULTILINE)
+    lines = re.findall(r"^\s*(?:\$ )?(mixer (?:[^\n`#]|(?<=\S)#)+)", text, flags=re.MULTILINE)
     return lines + re.findall(r"`(mixer [^`\n]+)`", text)
 
 
@@ -53,6 +53,8 @@ def test_every_printed_command_parses(line: str, monkeypatch: pytest.MonkeyPatch
         return
     if is_training := words[1] == "train" and "--resume" not in words:
         monkeypatch.setattr("allmlp.training.train.train", lambda config, **_: calls.append(config))
+        folded = "allmlp.cross_validation.cross_validate"
+        monkeypatch.setattr(folded, lambda config, folds: calls.append(config))
     else:
         for name, command in VERBS.items():
             if name.split()[0] == words[1]:

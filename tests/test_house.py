@@ -30,7 +30,7 @@ FLOORS = [
     {"evaluation", "inspection"},
     {"training"},
     {"sweep"},
-    {"deploy", "finetuning"},
+    {"deploy", "finetuning", "cross_validation"},
     {"evaluate", "benchmark", "label_mistakes"},
     {"calibrate"},
     {"paper"},

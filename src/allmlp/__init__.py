@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from allmlp.benchmark import Benchmark as Benchmark
     from allmlp.benchmark import benchmark as benchmark
     from allmlp.calibrate import calibrate as calibrate
+    from allmlp.cross_validation import CrossValidation as CrossValidation
+    from allmlp.cross_validation import cross_validate as cross_validate
     from allmlp.decision import Decision as Decision
     from allmlp.deploy.export import ExportReport as ExportReport
     from allmlp.deploy.export import export as export
@@ -75,6 +77,7 @@ _NAMES = {
     "benchmark": "Benchmark benchmark",
     "calibrate": "calibrate",
     "decision": "Decision",
+    "cross_validation": "CrossValidation cross_validate",
     "deploy.export": "ExportReport export",
     "deploy.exported_model": "ExportedModel",
     "deploy.formats": "open_exported",

@@ -11,10 +11,7 @@ A single run is `train` with pretrained weights. A grid or several seeds make a 
 
 from __future__ import annotations
 
-import filecmp
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +24,7 @@ from allmlp.errors import UserError
 from allmlp.evaluation.metrics import METRICS, Metric, metric_of
 from allmlp.io import atomic_write
 from allmlp.runtime.world import join_world
-from allmlp.sweep import Row, Sweep, mean_and_deviation, study_folder
+from allmlp.sweep import Row, Sweep, copy_best, mean_and_deviation, study_folder
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import splits_with_train
 from allmlp.training.fit import finetune_config
@@ -207,13 +204,7 @@ def _choose(sweep: Sweep, metric: Metric, reached: dict[float, dict[str, float] 
 
 def _save(config: TrainConfig, result: FinetuneResult, source: Path) -> None:
     """Writes finetune.json and the first seed's model, with a model card for all seeds."""
-    best, staged = result.folder / "best", result.folder / ".best.partial"
-    weights = "model.safetensors"
-    if not (best / weights).is_file() or not filecmp.cmp(source / weights, best / weights):
-        shutil.rmtree(staged, ignore_errors=True)
-        shutil.copytree(source, staged)
-        shutil.rmtree(best, ignore_errors=True)
-        os.rename(staged, best)
+    best = copy_best(source.parent, result.folder)
     seed = next(iter(result.accuracies))
     card = (source / "README.md").read_text("utf-8")
     card += f"\n## The study\n\nThis is the run with seed {seed}. "

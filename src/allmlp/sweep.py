@@ -6,8 +6,11 @@ command trains the missing runs; a changed setting makes a new run.
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
+import os
+import shutil
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -199,6 +202,18 @@ def _images_in(source: str) -> str:
 
 def _shown(row: Row) -> str:
     return "diverged" if row["accuracy"] is None else f"{row['accuracy']:.2%}"
+
+
+def copy_best(run: Path, study: Path) -> Path:
+    """Copies best/ of a run to its study unless it is there; returns it."""
+    source, best, staged = run / "best", study / "best", study / ".best.partial"
+    weights = "model.safetensors"
+    if not (best / weights).is_file() or not filecmp.cmp(source / weights, best / weights):
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.copytree(source, staged)
+        shutil.rmtree(best, ignore_errors=True)
+        os.rename(staged, best)
+    return best
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:

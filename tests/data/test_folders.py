@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import allmlp as am
-from allmlp.data.image import SUFFIXES
+from allmlp.data.image import HAS_HEIC, SUFFIXES
 from allmlp.data.sources import notes_of, open_source, open_splits
 from allmlp.errors import UserError
 from conftest import draw, encode, make_class_folder, mixer, tiny_model
@@ -27,6 +27,7 @@ def test_class_folders(class_folder: Path):
     assert list(open_splits(str(class_folder / "train"))) == ["train"]
 
 
+@pytest.mark.skipif(HAS_HEIC, reason="HEIC is read here")
 def test_files_that_are_passed_over_are_counted(tmp_path: Path, capsys):
     folder = make_class_folder(tmp_path / "photos", {"cat": 5, "dog": 5, "dog/deep": 0})
     names = [f"cat/{at}{end}" for at in range(2) for end in (".heic", ".DNG", ".txt")]
@@ -36,6 +37,7 @@ def test_files_that_are_passed_over_are_counted(tmp_path: Path, capsys):
     for name in (str(folder), f"{folder}:train[:50%]"):
         (note,) = notes_of(open_splits(name))
         assert note.startswith(said)
+        assert "allmlp[heic]" in note
     assert notes_of({"x": open_source(f"{folder}:train", labels="any")})[0].startswith(said)
     code, out, _ = mixer(capsys, "data", "check", folder, "--output", tmp_path / "report")
     assert (code, said in out) == (0, True)
@@ -57,6 +59,7 @@ def test_folders_of_the_system_are_skipped(tmp_path: Path, name: str):
     assert notes_of({"train": source}) == []
 
 
+@pytest.mark.skipif(HAS_HEIC, reason="HEIC is read here")
 def test_classes_and_folders_without_images(tmp_path: Path):
     folder = make_class_folder(tmp_path / "data", {"cat": 0, "dog": 2})
     with pytest.raises(UserError, match=r"class 'cat' has no images"):

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from allmlp.data.image import MAX_SIDE, EncodedImage, decode
+from allmlp.data.image import HAS_HEIC, MAX_SIDE, EncodedImage, decode, turn_upright
+from allmlp.data.sources.folders import scan_images
 from allmlp.errors import UserError
 from conftest import draw, encode
 from odd_images import NAMED, REFUSED, png16
@@ -329,10 +330,40 @@ def test_an_avif_of_more_than_8_bits_is_scaled(bits):
     assert np.abs(decode(data.tobytes(), "x").astype(int) - 233).max() <= 1
 
 
+@pytest.mark.parametrize("orientation", [1, 6, 8])
+def test_heic(orientation: int, tmp_path: Path):
+    pillow_heif = pytest.importorskip("pillow_heif", reason="pip install 'allmlp[heic]'")
+    pillow_heif.register_heif_opener()
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    pixels[:32, :48] = 255, 0, 0  # red in the upper left
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encode(Image.fromarray(pixels), "HEIF", quality=-1, exif=exif.tobytes())
+    upright = turn_upright(pixels, orientation)
+    for honours in (True, False):  # the container turns it, once
+        image = EncodedImage(data, "x.heic", exif_orientation=honours)
+        assert (image.format, image.size) == ("HEIF", upright.shape[:2])
+        assert np.abs(image.decode().astype(int) - upright).max() <= 12
+    assert decode(data, "x.heic", 1).shape == (*upright.shape[:2], 1)
+    (tmp_path / "x.heic").write_bytes(data)
+    assert [*scan_images(str(tmp_path))] == ["x.heic"]
+    with pytest.raises(UserError, match="damaged"):
+        decode(data[: len(data) // 2], "x.heic")
+
+
+def test_a_heic_of_10_bits_is_scaled():
+    pillow_heif = pytest.importorskip("pillow_heif", reason="pip install 'allmlp[heic]'")
+    samples = np.full((64, 64, 3), 60_000, np.uint16)
+    file = io.BytesIO()
+    pillow_heif.encode("RGB;16", (64, 64), samples.tobytes(), file, quality=-1)
+    assert pillow_heif.open_heif(file, convert_hdr_to_8bit=False).info["bit_depth"] == 10
+    assert np.abs(decode(file.getvalue(), "x").astype(int) - 233).max() <= 1
+
+
 def test_a_file_under_a_foreign_name_says_what_it_is():
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
     for data, kind, fix in (
-        (heic, "HEIC", "heif-convert"),
+        (heic, "HEIC", "" if HAS_HEIC else "heif-convert"),
         (b"\n<!DOCTYPE html>\n<html><title>404</title>", "HTML page", "again"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "git-LFS pointer", "git lfs pull"),
         (b"\0\0\0\x18ftypmp42" + bytes(99), "video", "ffmpeg"),

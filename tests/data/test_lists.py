@@ -62,6 +62,26 @@ def test_splits_in_a_column(images: Path):
     assert len(open_source(f"{name}:train[50%:]")) == 1
 
 
+@pytest.mark.parametrize("values", [("True", "False"), ("1", "0"), ("yes", "NO")])
+def test_splits_by_is_valid(images: Path, values: tuple[str, str]):
+    valid, train = values
+    rows = [f"a/0.png,x,{train},0", f"b/1.png,y,{valid},1", f"a/2.png,y,{train},1"]
+    name = write(images, "path,label,Is_Valid,fold\n" + "\n".join(rows))
+    assert named(name) == {
+        "train": [("a/0.png", "x"), ("a/2.png", "y")],
+        "validation": [("b/1.png", "y")],
+    }
+    notes = notes_of(open_splits(name))
+    assert [column in note for column, note in zip(("Is_Valid", "fold"), notes, strict=True)]
+    name = write(images, "path,label,is_valid,split\na/0.png,x,1,train\nb/1.png,x,0,test\n")
+    assert list(named(name)) == ["train", "test"]  # a split is more than is_valid
+    assert any("is_valid" in note for note in notes_of(open_splits(name)))
+    with pytest.raises(UserError, match="'maybe'") as error:
+        open_splits(write(images, "path,label,is_valid\na/0.png,x,maybe\n"))
+    assert error.value.where is not None
+    assert error.value.where.endswith("line 2")
+
+
 def test_the_order_of_rows_never_changes_the_classes(images: Path):
     rows = [f"a/{at % 6}.png,{label}" for at, label in enumerate(["10", "9", "2", "10", "1"])]
     expected = None
@@ -241,11 +261,13 @@ def test_one_image_in_two_splits_or_with_two_labels(images: Path, other: str):
 
 
 def test_columns_that_look_like_splits_or_groups_are_named(images: Path):
-    columns = ["is_valid", "Fold", "patientId", "subject_id", "group"]
+    columns = ["subset", "folds", "patientId", "subject_id", "group"]
     name = write(images, f"path,label,note,{','.join(columns)}\na/0.png,x,1,1,1,1,1,1\n")
     (note,) = notes_of(open_splits(name))
     assert all(column in note for column in columns)
     assert "note," not in note
+    (note,) = notes_of(open_splits(f"{name}#group=patientId"))
+    assert "patientId" not in note
     name = write(images, "path,label,width,valuation,label_name\na/0.png,x,1,2,3\n")
     assert notes_of(open_splits(name)) == []
 

@@ -164,6 +164,8 @@ def print_check(report: Reporter, result: Report) -> None:
         ]
         if lines or key == "unreadable":
             _say_list(report, what, lines)
+    if result.shared_groups:
+        _say_list(report, "groups in several splits (leakage)", result.shared_groups)
     if result.duplicates is not None:
         print_duplicates(report, result.duplicates)
 

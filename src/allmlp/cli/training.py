@@ -69,9 +69,13 @@ def _options(name: str, settings: dict[str, str], *more: tuple[str, Any, Any]) -
     return dataclasses.make_dataclass(name, fields, bases=(Options,), kw_only=True, frozen=True)
 
 
+_FOLDS = """Cross-validate: train this many models, each measured on the fold that it has not seen.
+Groups (#group=COLUMN) stay whole; a column `fold` of the data is used."""
+_FOLDS_FLAG = _flag("folds", int | None, None, _FOLDS, metavar="N")
 _RESUME = "The folder of a run to resume; its own settings are used."
 TrainOptions = _options(
-    "TrainOptions", TRAIN, _flag("resume", str | None, None, _RESUME, metavar="FOLDER")
+    *("TrainOptions", TRAIN, _FOLDS_FLAG),
+    _flag("resume", str | None, None, _RESUME, metavar="FOLDER"),
 )
 TrainOptions.__doc__ = """Train a model from random weights; writes a run folder with the best ones.
 
@@ -83,6 +87,7 @@ Examples:
 
     mixer train cifar10 --data 'cifar10_*.parquet' --output runs/cifar10
     mixer train --resume runs/cifar10
+    mixer train --data 'list.csv#group=patient' --folds 5 --output runs/folds
 
 A run that was stopped continues with --resume, or with the same command and --output, bit for bit
 as if it had never stopped.
@@ -101,8 +106,11 @@ def train_command(recipe: str | None, options: Any) -> None:
     if options.resume is None:
         source = options.data
         name = recipe or ("digits" if source is None or names_source(source) else "scratch")
-        train(changed(named_recipe(name), TRAIN, options), dry_run=options.dry_run)
+        _train_or_fold(changed(named_recipe(name), TRAIN, options), options)
         return
+    if options.folds is not None:
+        what = "resume continues one run, and folds makes a study"
+        raise UserError(what, where="folds", fix="Repeat the command with the same output")
     if options.output is not None or recipe is not None:
         given = "output" if options.output is not None else f"the recipe {recipe}"
         raise UserError(f"resume continues a run unchanged; {given} cannot be given as well")
@@ -116,6 +124,22 @@ def given_settings(settings: dict[str, str], options: Any) -> dict[str, Any]:
     """Returns the settings that flags change."""
     given = {key: getattr(options, flag) for flag, key in settings.items()}
     return {key: value for key, value in given.items() if value is not None}
+
+
+def _train_or_fold(config: TrainConfig, options: Any) -> None:
+    from allmlp.cross_validation import cross_validate
+    from allmlp.training.report import duration
+    from allmlp.training.train import train
+
+    folds = options.folds
+    if folds is None:
+        train(config, dry_run=options.dry_run)
+    elif options.dry_run:
+        one = config.with_value("data.fold", (1, folds))
+        seconds = train(one, dry_run=True, in_study=True).expected_seconds or 0.0
+        print(f"study    {folds} such runs: about {duration(folds * seconds)}")
+    else:
+        cross_validate(config, folds)
 
 
 def changed(config: TrainConfig, settings: dict[str, str], options: Any) -> TrainConfig:
@@ -135,6 +159,7 @@ FinetuneOptions = _options(
     _flag("recipe", str | None, None, _RECIPE, metavar="TEXT"),
     _flag("grid", tuple[float, ...] | None, None, _GRID, metavar="[LR ...]"),
     _flag("seeds", tuple[int, ...], (), "Of the final runs (0).", metavar="N ..."),
+    _FOLDS_FLAG,
 )
 FinetuneOptions.__doc__ = """Continue training from a checkpoint on your own images.
 
@@ -182,8 +207,11 @@ def finetune_command(checkpoint: str, options: Any) -> None:
     if seeds:
         config = config.with_value("seed", seeds[0])
     if grid is None and len(seeds) < 2:
-        train(config, dry_run=options.dry_run)
+        _train_or_fold(config, options)
         return
+    if options.folds is not None:
+        what = "folds is a study of its own: it takes no grid, and one seed"
+        raise UserError(what, where="folds", fix="Choose the learning rate first")
     rates = () if grid is None else grid or LEARNING_RATES[config.recipe]
     seeds = seeds or (config.seed,)
     if options.dry_run:

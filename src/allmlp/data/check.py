@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from allmlp.data.duplicates import Duplicates, find_duplicates
+from allmlp.data.groups import shared_groups
 from allmlp.data.image import DARK
 from allmlp.data.scan import Scan, scan
 from allmlp.data.source import BadImage, Source
@@ -50,6 +51,7 @@ class Report:
     splits: dict[str, SplitReport]
     duplicates: Duplicates | None
     notes: list[str]
+    shared_groups: list[str]  # a line for every two splits that share groups
 
     def to_json(self) -> dict[str, Any]:
         """Returns the report, without the individual duplicate pairs, as JSON values."""
@@ -68,6 +70,7 @@ class Report:
             "splits": splits,
             "duplicates": duplicates,
             "notes": self.notes,
+            "shared_groups": self.shared_groups,
         }
 
     def save(self, folder: Path) -> list[str]:
@@ -99,7 +102,7 @@ def check_source(
     found = None
     if duplicates != "off":
         found = find_duplicates(splits, near=duplicates == "near", scans=scans)
-    return Report(source, reports, found, notes_of(splits))
+    return Report(source, reports, found, notes_of(splits), shared_groups(splits))
 
 
 def _describe(source: Source, scanned: Scan) -> SplitReport:

@@ -8,9 +8,11 @@ Legend: H W pixels; an image is uint8 (H, W, channels) with 3 channels (RGB) or 
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ import simplejpeg
 from PIL import ExifTags, Image
 
 from allmlp.errors import UserError
+from allmlp.names import extra
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "PPM")
 # File extensions of images when reading a folder.
@@ -25,6 +28,9 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif"),
     *(".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
+HEIC = (".heic", ".heif", ".hif")  # read if the package pillow-heif is installed
+HAS_HEIC = find_spec("pillow_heif") is not None
+SUFFIXES += HEIC if HAS_HEIC else ()
 MAX_PIXELS = 89_478_485  # 1/4 GiB of 24-bit pixels; Pillow warns above it
 MAX_SIDE = 32_767  # pixels; the limit of 16-bit coordinates in image libraries
 DARK = 16_383  # 16-bit samples all below this probably hold 14 bits or fewer
@@ -61,8 +67,9 @@ class EncodedImage:
             what = f"the image has {width}x{height} pixels; the limits are {MAX_PIXELS:,} in all"
             fix = "Make it smaller or remove it"
             raise UserError(f"{what} and {MAX_SIDE:,} a side", where=where, fix=fix)
-        # Pillow itself rotates a TIFF upright and reports the rotated size.
-        wanted = exif_orientation and self.format != "TIFF"
+        # Pillow itself rotates a TIFF upright and reports the rotated size; so does libheif, by the
+        # container's own rotation, which the EXIF tag of a HEIC only repeats.
+        wanted = exif_orientation and self.format not in ("TIFF", "HEIF")
         self._orientation = self._read_orientation() if wanted else 1
         self.size = (width, height) if self._orientation >= 5 else (height, width)
 
@@ -118,7 +125,8 @@ class EncodedImage:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # our limits are stricter than Pillow's
-                    self._image = Image.open(io.BytesIO(self.data), formats=FORMATS)
+                    formats = _with_heif() if re.match(_HEIC, self.data, re.DOTALL) else FORMATS
+                    self._image = Image.open(io.BytesIO(self.data), formats=formats)
             except Image.DecompressionBombError as error:
                 what = f"the image is too large: {error}"
                 raise UserError(what, where=self.where, fix=_FIX) from error
@@ -236,6 +244,17 @@ class EncodedImage:
         return is_plain and is_whole and has_more and self._orientation == 1
 
 
+@functools.cache
+def _with_heif() -> tuple[str, ...]:
+    """Teaches Pillow to read HEIC, if that is installed; returns all formats."""
+    if not HAS_HEIC:
+        return FORMATS
+    import pillow_heif  # pyright: ignore[reportMissingImports]
+
+    pillow_heif.register_heif_opener(decode_threads=1)  # the loader has processes
+    return (*FORMATS, "HEIF")
+
+
 def _no_range(kind: str, where: object) -> UserError:
     what = f"the image has {kind} samples, whose range is not stated"
     return UserError(what, where=where, fix="Scale them to unsigned 8 or 16 bits and save it again")
@@ -243,8 +262,11 @@ def _no_range(kind: str, where: object) -> UserError:
 
 # Actual type of a file that is not an image, by its first bytes, and the fix.
 _CONVERT = "Convert it to JPEG or PNG"
+_HEIC = rb"....ftyp(hei|hev|mif1|msf1)"
 _OTHERS = (
-    (rb"....ftyp(hei|hev|mif1|msf1)", "a HEIC image", f"{_CONVERT}: heif-convert IN OUT.jpg"),
+    (_HEIC, "HEIC, but damaged", _FIX)
+    if HAS_HEIC
+    else (_HEIC, "a HEIC image", f"{extra('heic')}, or convert it: heif-convert IN OUT.jpg"),
     (rb"....ftypavi[fs]", "AVIF, but damaged, or Pillow is built without AVIF", _FIX),
     (rb"....ftyp", "a video", "Extract its frames: ffmpeg -i IN frames/%05d.png"),
     (rb"\s*<(!doctype html|html|head|body)", "an HTML page", "Download the image again"),

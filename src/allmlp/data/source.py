@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from allmlp.data import archive
 from allmlp.data.image import EncodedImage
 from allmlp.errors import UserError
 
@@ -87,7 +88,7 @@ def _open_at_once(path: str, flags: int) -> int:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files on disk; `paths` may be relative to `folder`."""
+    """Image files on disk or in archives; `paths` may be relative to `folder`."""
 
     paths: Sequence[str] | PackedStrings
     folder: str = ""
@@ -98,6 +99,10 @@ class ImageFiles:
     def read(self, index: int) -> bytes:
         path = self.item_name(index)
         try:
+            if not os.path.exists(path) and archive.is_archive(path):
+                data = archive.read(path)
+                if data is not None:
+                    return data
             with open(path, "rb", opener=_open_at_once) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise UserError("not a regular file", where=path)

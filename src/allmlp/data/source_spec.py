@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -24,9 +24,14 @@ SPLITS = {
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing"),
 }
-OPTIONS = ("label", "labels", "separator", "image", "config")
+OPTIONS = ("label", "labels", "separator", "image", "group", "config")
 LABEL_OPTIONS = ("label", "labels", "separator")
 LABEL_COLUMNS = ("label", "labels", "class", "target")
+GROUP, FOLD = "group", "fold"  # roles of columns, which `values_of` takes as their names
+_IS_VALID = {
+    **dict.fromkeys(("true", "1", "1.0", "yes"), "validation"),
+    **dict.fromkeys(("false", "0", "0.0", "no"), "train"),
+}
 _PART_FIX = "A part is written as SOURCE:train[:90%], SOURCE:train[90%:] or SOURCE:test[100:200]"
 
 
@@ -105,7 +110,7 @@ def _take_options(name: str) -> tuple[str, dict[str, str]]:
         key, equals, value = option.partition("=")
         if key not in OPTIONS or not equals or not value or key in options:
             near = near_names(key, OPTIONS)
-            fix = f"{near}Options are written as SOURCE#label=COLUMN,image=COLUMN"
+            fix = f"{near}Options are written as SOURCE#label=COLUMN,group=COLUMN"
             raise UserError(f"not an option: {option!r}", where=name, fix=fix)
         options[key] = value
     return base, options
@@ -184,6 +189,38 @@ def choose_labels(
     if len(set(named)) < len(named):
         raise UserError(f"a column is named twice: {given!r}", where=where)
     return named
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The columns that decide which images are held out; None if there is no such column."""
+
+    split: str | None  # of splits; or fastai's is_valid, true for validation images
+    fold: str | None
+    group: str | None
+
+    @staticmethod
+    def find(spec: SourceSpec, columns: Sequence[str], where: object) -> Roles:
+        """Finds them by name, and the group by the option."""
+        known = {name.casefold(): name for name in reversed(columns)}
+        given = GROUP in spec.options
+        group = choose_column(GROUP, spec, columns, (), (), where) if given else None
+        return Roles(
+            known.get("split", known.get("is_valid")), known.get(FOLD, known.get("kfold")), group
+        )
+
+    def split_of(self, cell: object) -> str | None:
+        """Returns the split that a cell of the column `split` names; None if it names none."""
+        text = str(cell).strip()
+        is_valid = self.split is not None and self.split.casefold() == "is_valid"
+        return _IS_VALID.get(text.casefold()) if is_valid else split_named(text)
+
+    def notes(self) -> Iterator[str]:
+        """Yields what the columns are used for, one line each."""
+        if self.split is not None:
+            yield f"splits by the column {self.split!r}"
+        if self.fold is not None:
+            yield f"the column {self.fold!r} is used by cross-validation (folds) only"
 
 
 def choose_column(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from allmlp.data.archive import entries, is_archive
 from allmlp.data.image import encoded_image
 from allmlp.data.source import ImageFiles, PackedStrings, Source, labelled, unlabelled
 from allmlp.data.sources import is_data, open_source
@@ -158,10 +159,10 @@ def _names(
 
 def _files(given: str, passed_over: Counter[str]) -> Iterator[str]:
     path = Path(os.path.expanduser(given))
-    if path.is_dir():
+    if path.is_dir() or (is_archive(path) and entries(str(path)) is not None):
         names = scan_images(str(path), passed_over=passed_over)
         found = (os.path.join(path, name) for name in names)
-    elif path.exists():
+    elif path.exists() or is_archive(path):
         found = iter([str(path)])
     else:
         found = filter(os.path.isfile, sorted(glob.glob(str(path), recursive=True)))
@@ -169,7 +170,7 @@ def _files(given: str, passed_over: Counter[str]) -> Iterator[str]:
     if first is not None:
         yield first
         yield from found
-    elif path.is_dir():
+    elif path.is_dir() or is_archive(path):
         raise no_images(path)
     else:
         what = f"no such file or folder: {given!r}"

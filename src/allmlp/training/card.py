@@ -122,10 +122,13 @@ def model_card(
         for evaluation, values in zip(evaluations, found, strict=True)
     ]
     by = "accuracy" if config.best_by == "top1" else config.best_by.replace("_", " ")
-    best = "the last step" if splits.validation is None else f"the best validation {by}"
+    keeps_last = splits.validation is None or config.data.fold is not None
+    best = "the last step" if keeps_last else f"the best validation {by}"
     chosen = "all images were trained on, none are left to measure the accuracy."
     if splits.test:
         chosen = "the test images are measured once, at the end."
+    elif config.data.fold is not None:
+        chosen = "the held-out fold is measured once, at the end."
     elif splits.validation is not None:
         chosen = "there were no test images, so expect somewhat less on new ones."
     names = splits.train.class_names

@@ -87,6 +87,9 @@ class DataSettings(Options):
     holdout: BelowOne | None = None
     """Fraction of each class to hold out for validation; by default the data's own validation
     images, or else a tenth. 0 trains on everything and keeps the last weights."""
+    fold: tuple[Count, Count] | None = None
+    """Hold out one of several folds of the training and validation images, such as 2 of 5, and keep
+    the last weights. `folds` of `mixer train` holds out each in turn."""
     fraction: PositiveFraction = 1.0
     """Fraction of the training images to use, drawn at random; smaller fractions are subsets of
     larger ones."""
@@ -123,6 +126,10 @@ class DataSettings(Options):
             what = f"data.permutation={self.permutation} with permutation_patch="
             what += f"{self.permutation_patch}: patches, and only they, have a size"
             raise UserError(what, fix="data.permutation=patches data.permutation_patch=16")
+        if self.fold is not None and (self.fold[0] > self.fold[1] or self.holdout is not None):
+            what = f"data.fold={self.fold} with data.holdout={self.holdout}: a fold, from 1 to the "
+            what += "number of folds, is what is held out"
+            raise UserError(what, fix="data.holdout=null data.fold=1,5")
         if self.crop is not None and self.resize == "squash":
             what = f"data.crop={self.crop:g} with data.resize=squash, which crops nothing"
             raise UserError(what, fix="data.resize=resmall-crop")
@@ -398,6 +405,9 @@ class TrainConfig(Options):
             if value != usual and self.data.holdout == 0.0:
                 what = f"{name}={value} needs validation images; data.holdout=0 keeps none"
                 raise UserError(what, fix=f"{name}={usual or 'null'}, or a holdout of 0.1")
+            if value != usual and self.data.fold is not None:
+                what = f"{name}={value} would choose weights by the fold that measures them"
+                raise UserError(what, fix=f"{name}={usual or 'null'} with data.fold")
         for name in self.trackers:
             one_of("log", name, TRACKERS)
         if isinstance(self.optimizer, Muon):

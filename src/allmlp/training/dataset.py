@@ -11,14 +11,15 @@ import numpy as np
 from allmlp.data.augment import padded_crop, random_erasing, warp
 from allmlp.data.exclude import exclude, read_exclude_list
 from allmlp.data.fingerprint import image_key
+from allmlp.data.groups import deal_folds, hold_out, shared_groups
 from allmlp.data.image import DARK, EncodedImage
 from allmlp.data.randaugment import randaugment
 from allmlp.data.several_labels import check_one_label
 from allmlp.data.source import (
     BadImage,
     Source,
+    join,
     random_subset,
-    split_by_class,
     subset,
     unreadable,
 )
@@ -49,6 +50,7 @@ class Splits:
     bad: list[BadImage]  # training images with unreadable headers
     notes: list[str] = field(default_factory=list)  # about any other changes to the data
     keys: list[str] = field(default_factory=list)  # `image_key` of up to 5,000 training images
+    how: str = ""  # details of the holdout
 
     def describe(self) -> list[str]:
         """Returns a description of the data, line by line."""
@@ -58,6 +60,7 @@ class Splits:
         validate, test = "none to validate", f"{len(self.test):,}" if self.test else "none"
         if self.validation is not None:
             origin = "held out of the training images" if self.held_out else "the data's own"
+            origin += self.how
             validate = f"{len(self.validation):,} to validate ({origin})"
         others = "" if few == many else f" ({names[few]}) to {counts[many]:,} ({names[many]})"
         lines = [
@@ -106,8 +109,62 @@ def splits_with_train(source: str) -> dict[str, Source]:
     return splits
 
 
+def open_folds(settings: DataSettings, number: int) -> tuple[Source, np.ndarray, str]:
+    """Returns the training and validation images together, the fold of each, int64 (n,) from 0,
+    and how the folds were chosen."""
+    splits, _ = _open_splits(settings)
+    return _folds(splits, settings.source, number)
+
+
+def _folds(splits: dict[str, Source], name: str, number: int) -> tuple[Source, np.ndarray, str]:
+    parts = [splits[split] for split in ("train", "validation") if split in splits]
+    whole = join(parts, name) if len(parts) > 1 else parts[0]
+    if not 2 <= number <= len(whole):
+        what = f"{plural(len(whole), 'image')} cannot be dealt into {number} folds"
+        raise UserError(what, where="folds", fix="folds: 5")
+    return whole, *deal_folds(whole, number)
+
+
 def split_data(settings: DataSettings) -> Splits:
     """Returns the splits of a run; without a validation split, images are held out of train."""
+    splits, notes = _open_splits(settings)
+    train: Source = splits["train"]
+    validation: Source | None = splits.get("validation")
+    held_out, how = (
+        settings.fold is not None or (validation is None and settings.holdout != 0.0),
+        "",
+    )
+    if settings.fold is not None:
+        number, folds = settings.fold
+        whole, dealt, _ = _folds(splits, settings.source, folds)
+        kept, chosen = np.flatnonzero(dealt != number - 1), np.flatnonzero(dealt == number - 1)
+        train, how = whole, f", fold {number} of {folds}"
+    elif held_out:
+        kept, chosen, how = hold_out(train, settings.holdout or 0.1)
+        if len(chosen) == 0:
+            what = "no class has two images, so none can be held out for validation"
+            raise UserError(what, where=settings.source, fix="Add images or a val/ folder")
+    elif settings.holdout == 0.0:
+        validation = None
+    elif settings.holdout is not None:
+        what = f"holdout {settings.holdout} has no effect: the data has validation images"
+        raise UserError(what, where=settings.source, fix="Leave it out")
+    if held_out:
+        validation = subset(train, chosen, f"{settings.source}:held-out")
+        train = subset(train, kept, f"{settings.source}:train")
+    if settings.fraction < 1.0:
+        total = len(train)
+        train = random_subset(train, settings.fraction, settings.fraction_seed)
+        notes.append(f"{len(train):,} of {plural(total, 'training image')}, drawn at random")
+    test = splits.get("test")
+    used = {"train": train, "validation": validation, "test": test}
+    used = {name: source for name, source in used.items() if source is not None}
+    notes += [f"warning: {line}" for line in shared_groups(used)]
+    return Splits(train, validation, test, held_out, [], notes, how=how)
+
+
+def _open_splits(settings: DataSettings) -> tuple[dict[str, Source], list[str]]:
+    """Returns the data's own splits without excluded images, and notes on them."""
     if not settings.source:
         what = "the recipe needs data"
         fix = "A folder with FOLDER/train/<class>/*.jpg, or another source of data"
@@ -121,29 +178,11 @@ def split_data(settings: DataSettings) -> Splits:
             splits[name] = exclude(splits[name], drops, name)
         left_out = before - sum(map(len, splits.values()))
         notes.append(f"left out {plural(left_out, 'image')} by {settings.exclude}")
-    train: Source = splits["train"]
-    validation: Source | None = splits.get("validation")
-    held_out = validation is None and settings.holdout != 0.0
-    if len(train.class_names) < 2:
-        what = f"there is only one class, {train.class_names[0]!r}; a classifier needs two"
+    if len(splits["train"].class_names) < 2:
+        name = splits["train"].class_names[0]
+        what = f"there is only one class, {name!r}; a classifier needs two"
         raise UserError(what, where=settings.source)
-    if held_out:
-        kept, chosen = split_by_class(train.labels, settings.holdout or 0.1, seed=0)
-        if len(chosen) == 0:
-            what = "no class has two images, so none can be held out for validation"
-            raise UserError(what, where=settings.source, fix="Add images or a val/ folder")
-        validation = subset(train, chosen, f"{settings.source}:held-out")
-        train = subset(train, kept, f"{settings.source}:train")
-    elif settings.holdout == 0.0:
-        validation = None
-    elif settings.holdout is not None:
-        what = f"holdout {settings.holdout} has no effect: the data has validation images"
-        raise UserError(what, where=settings.source, fix="Leave it out")
-    if settings.fraction < 1.0:
-        total = len(train)
-        train = random_subset(train, settings.fraction, settings.fraction_seed)
-        notes.append(f"{len(train):,} of {plural(total, 'training image')}, drawn at random")
-    return Splits(train, validation, splits.get("test"), held_out, [], notes)
+    return splits, notes
 
 
 def _dark(source: Source) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,11 +75,12 @@ def _run_of(model: str | None) -> tuple[Path, TrainConfig] | None:
         return None
     path = path.parent if path.is_file() else path
     path = path.parent if path.absolute().name == "best" else path
-    try:
-        study = parse_json((path / "finetune.json").read_bytes())
-        path /= f"seed-{study['seeds'][0]}"
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        pass  # not a study
+    for file, run_of in (
+        ("finetune.json", lambda study: f"seed-{study['seeds'][0]}"),
+        ("folds.json", lambda study: f"fold-{study['best']}"),
+    ):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+            path /= run_of(parse_json((path / file).read_bytes()))  # the run of a study
     try:
         return path, config_of(path)
     except UserError:

@@ -437,8 +437,8 @@ class Trainer:
             if not math.isfinite(result.loss):
                 what = f"step {state.step - 1}: the validation loss is {result.loss}"
                 self.stop(f"{what}; the run has diverged")
-        score = None
-        if result is not None:  # of equal ones, the one with the lower loss
+        score, keeps_last = None, result is None or config.data.fold is not None
+        if result is not None and not keeps_last:  # of equal ones, the one with the lower loss
             metric = metric_of(config.best_by)
             score = metric.score(dict(result.figures())[metric.name]), -result.loss
         is_best = state.note_result(score)
@@ -462,7 +462,9 @@ class Trainer:
             if self.world.is_main and seconds - self.last_drawn > _REDRAW_EVERY:
                 self.run_folder.draw_curves()
                 self.last_drawn = time.perf_counter() - self.started
-        self.report.say(f"{text}   {state.seconds:6.1f} s{'   best' * (is_best and bool(result))}")
+        self.report.say(
+            f"{text}   {state.seconds:6.1f} s{'   best' * (is_best and not keeps_last)}"
+        )
         if state.is_out_of_patience:
             self.report.say(f"stopped early: no better result in {config.patience} evaluations")
         self.last_line = time.perf_counter() - self.started

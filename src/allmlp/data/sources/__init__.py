@@ -200,7 +200,7 @@ def is_data(name: str) -> bool:
     if spec.split or spec.options:
         return True
     kind = kind_of(spec)
-    if spec.path.is_dir():
-        return kind is not folders.KIND
+    if kind is folders.KIND:
+        return False
     suffixes = (*lists.SUFFIXES, ".parquet", subset_file.SUFFIX)
     return kind is not None or spec.path.suffix.lower() in suffixes

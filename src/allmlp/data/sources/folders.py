@@ -1,4 +1,4 @@
-"""Folders of images: image files, class folders and split folders."""
+"""Folders of images, also in zip and tar files: image files, class folders and split folders."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from allmlp.data import archive
 from allmlp.data.classes import RawLabels, check_twins, natural_order
-from allmlp.data.image import SUFFIXES
+from allmlp.data.image import HEIC, SUFFIXES
 from allmlp.data.source import ImageFiles, PackedStrings
 from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec, split_named
 from allmlp.errors import UserError, plural
+from allmlp.names import extra
 
 # Image formats that are not supported, but counted and reported.
 _UNREAD = frozenset(
@@ -43,6 +45,8 @@ def open_folders(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     Without labels, images may also be directly in the folder.
     """
     folder = spec.path
+    if archive.is_archive(folder):
+        folder = _unwrapped(folder)
     if any(folder.glob("*.tar")) and not subfolders(folder):
         what = "the folder has tar files and no index of them"
         raise UserError(what, where=folder, fix=f"Write one, once: mixer data index {folder}")
@@ -61,6 +65,15 @@ def open_folders(spec: SourceSpec, labels: bool) -> dict[str, Records]:
         if unused:
             notes = (f"not used: {', '.join(unused)} (not splits with class folders)",)
     return {split: _class_folder(path, notes) for split, path in splits.items()}
+
+
+def _unwrapped(folder: Path) -> Path:
+    """Returns photos.zip/photos if that is all there is in photos.zip, and has folders."""
+    while len(inner := subfolders(folder)) == 1 and not split_named(inner[0]):
+        if _loose_image(folder) or not subfolders(folder / inner[0]):
+            break
+        folder /= inner[0]
+    return folder
 
 
 def scan_images(
@@ -94,6 +107,8 @@ def passed_over_note(passed_over: Counter[str], folder: Path | None = None) -> t
         return ()
     where = f" in {folder.name}" if folder else ""
     fix = "convert them to JPEG or PNG to use them"
+    if named.keys() & {*HEIC}:
+        fix = f"HEIC: {extra('heic')}; {fix}"
     return (f"{plural(named.total(), 'file')} passed over{where}: {_listed(named)} ({fix})",)
 
 
@@ -108,7 +123,8 @@ def no_images(folder: Path, what: str = "the folder") -> UserError:
         pass
     fix = f"Images end in {' '.join(SUFFIXES)}"
     if any(passed_over):
-        fix = f"Convert them to JPEG or PNG. {fix}"
+        heic = f", or {extra('heic')}" if passed_over.keys() & {*HEIC} else ""
+        fix = f"Convert them to JPEG or PNG{heic}. {fix}"
     there = f" that are read, but has {_listed(passed_over)}" if passed_over else ""
     return UserError(f"{what} has no images{there}", where=folder.absolute(), fix=fix)
 
@@ -117,7 +133,7 @@ def _is_hidden(name: str) -> bool:
     return name[0] == "." or name.casefold() in _SYSTEM
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _is_folder(entry: os.DirEntry[str] | archive.Entry) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link to itself: unreadable
@@ -133,7 +149,11 @@ def _loose_image(folder: Path) -> str | None:
     return None
 
 
-def _entries(folder: str) -> list[os.DirEntry[str]]:
+def _entries(folder: str) -> Sequence[os.DirEntry[str] | archive.Entry]:
+    if not os.path.isdir(folder) and archive.is_archive(folder):
+        found = archive.entries(folder)
+        if found is not None:
+            return sorted(found, key=lambda entry: entry.name)
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -252,4 +272,8 @@ def _find_splits(folder: Path) -> tuple[dict[str, Path], list[str]]:
     return {split: splits[split] for split in SPLITS if split in splits}, unused
 
 
-KIND = Kind("class folders", lambda spec: spec.path.is_dir(), open_folders)
+KIND = Kind(
+    "class folders",
+    lambda spec: spec.path.is_dir() or archive.is_archive(spec.path),
+    open_folders,
+)

@@ -10,10 +10,11 @@ import functools
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -22,14 +23,16 @@ from allmlp.data.classes import Cells, RawLabels
 from allmlp.data.several_labels import one_hot_cell
 from allmlp.data.source import ImageFiles, PackedStrings, Source
 from allmlp.data.source_spec import (
+    FOLD,
+    GROUP,
     LABEL_OPTIONS,
     SPLITS,
     Kind,
     Records,
+    Roles,
     SourceSpec,
     choose_column,
     choose_labels,
-    split_named,
 )
 from allmlp.errors import UserError
 from allmlp.io import parse_json
@@ -58,7 +61,8 @@ def open_list(spec: SourceSpec, labels: bool) -> dict[str, Records]:
             raise UserError("the list has no rows", where=path, fix=_EXAMPLE)
         table = _Table(spec, list(first[1]), labels)
         paths = PackedStrings(table.read(chain([first], rows)))
-    images = ImageFiles(paths, "" if str(path.parent) == "." else str(path.parent))
+    columns = {role: PackedStrings(cells) for role, cells in table.cells_of.items()}
+    images = ListedFiles(paths, "" if str(path.parent) == "." else str(path.parent), columns)
     _check_some_exist(images, path)
     notes = tuple(table.notes(paths)) if labels else ()
     found: dict[str, Records] = {}
@@ -70,6 +74,17 @@ def open_list(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     return found
 
 
+@dataclass(frozen=True)
+class ListedFiles(ImageFiles):
+    """Image files with their groups and folds."""
+
+    columns: Mapping[str, PackedStrings] = field(default_factory=dict)  # by role
+
+    def values_of(self, column: str) -> list[Any] | None:
+        """Returns the group or fold of every image; None if the list has none."""
+        return list(self.columns[column]) if column in self.columns else None
+
+
 class _Table:
     """Reads the rows of a list: line, split and label."""
 
@@ -78,20 +93,24 @@ class _Table:
         images = [name for name in columns if name.casefold() in IMAGE_COLUMNS]
         self.image = choose_column("image", spec, columns, images, (), self.path)
         rest = [name for name in columns if name != self.image]
-        self.split = next((name for name in rest if name.casefold() == "split"), None)
+        self.roles = Roles.find(spec, rest, self.path)
+        roles = {GROUP: self.roles.group, FOLD: self.roles.fold} if labels else {}
+        self._columns = {role: name for role, name in roles.items() if name is not None}
+        self.cells_of: dict[str, list[str]] = {role: [] for role in self._columns}
+        used = {self.roles.split, *self._columns.values()}
+        rest = [name for name in rest if name not in used]
         self.label: str | list[str] | None = None
         if labels:
             known = [name for name in rest if name.casefold() in LABEL_COLUMNS]
             preferred = [name for name in known if name.casefold() == "label"]
             known = known or [name for name in rest if name.casefold() == "labels"]
-            others = [name for name in rest if name != self.split]
-            others = [name for name in others if not re.search(_SPLITS_OR_GROUPS, name)]
+            others = [name for name in rest if not re.search(_SPLITS_OR_GROUPS, name)]
             # Columns of 0 and 1, which the rows confirm.
             self.is_guess = not known and "label" not in spec.options and len(others) > 1
             self.label = others if self.is_guess else None
             self.label = self.label or choose_labels(spec, columns, known, preferred[:1], self.path)
-        used = self.label if isinstance(self.label, list) else [self.label]
-        rest = [name for name in rest if name not in (*used, self.split)]
+        chosen = self.label if isinstance(self.label, list) else [self.label]
+        rest = [name for name in rest if name not in chosen]
         self.unused = [name for name in rest if re.search(_SPLITS_OR_GROUPS, name)]
         self.lines, self.splits, self.codes = array("q"), array("b"), array("q")
         self.files = array("q")  # hashes of the resolved image paths
@@ -110,12 +129,14 @@ class _Table:
                     from_windows = not os.path.lexists(self.path.parent / path)
                 path = path.replace("\\", "/") if from_windows else path
             split = "train"
-            if self.split is not None:
-                text = self._text(row, self.split, "split", line).strip()
-                split = split_named(text)
+            if self.roles.split is not None:
+                text = self._cell(row, self.roles.split, "split", line)
+                split = self.roles.split_of(text)
                 if split is None:
-                    fix = f"Known: {', '.join(splits)}"
+                    fix = f"Known: {', '.join(splits)}; in a column is_valid: true, false"
                     raise self._error(f"unknown split {text!r}", line, fix)
+            for role, column in self._columns.items():
+                self.cells_of[role].append(self._cell(row, column, role, line))
             if self.label is not None:
                 self.codes.append(self.cells.code(self._label(row, line)))
                 self.files.append(hash(self._real(path)))
@@ -138,8 +159,9 @@ class _Table:
 
         Rows for one image in different splits, or with different labels, are an error.
         """
+        yield from self.roles.notes()
         if self.unused:
-            why = "only a column 'split' decides which images are held out"
+            why = "a column split or is_valid makes splits, #group=COLUMN keeps groups together"
             yield f"columns that are not used: {', '.join(self.unused)} ({why})"
         files, lines = np.asarray(self.files), self.lines
         order = np.argsort(files, kind="stable")
@@ -194,6 +216,11 @@ class _Table:
             raise self._error(f"the {what} is empty", line)
         return value
 
+    def _cell(self, row: dict[str, object], column: str, what: str, line: int) -> str:
+        value = row.get(column)
+        text = value if isinstance(value, str) else str(value)  # numbers and true in JSON
+        return self._text({column: "" if value is None else text}, column, what, line).strip()
+
     def _error(self, what: str, line: int, fix: str = "Correct or remove the line") -> UserError:
         return UserError(what, where=f"{self.path}, line {line}", fix=fix)
 
@@ -246,7 +273,7 @@ def _csv_rows(file: TextIO, path: Path) -> _Rows:
 
 
 def _jsonl_rows(file: TextIO, path: Path) -> _Rows:
-    known = {*IMAGE_COLUMNS, *LABEL_COLUMNS, "labels", "split"}
+    known = {*IMAGE_COLUMNS, *LABEL_COLUMNS, "labels", "split", "is_valid", FOLD}
     columns: set[str] | None = None
     for line, text in enumerate(file, 1):
         if not text.strip():
@@ -281,5 +308,5 @@ KIND = Kind(
     "lists",
     lambda spec: spec.path.is_file() and spec.path.suffix.lower() in SUFFIXES,
     open_list,
-    (*LABEL_OPTIONS, "image"),
+    (*LABEL_OPTIONS, "image", GROUP),
 )

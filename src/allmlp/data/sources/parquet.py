@@ -18,13 +18,16 @@ import numpy as np
 
 from allmlp.data.classes import RawLabels, natural_order, numbered
 from allmlp.data.several_labels import one_hot_cell
-from allmlp.data.source import PackedBytes
+from allmlp.data.source import PackedBytes, Source, values_of
 from allmlp.data.source_spec import (
+    FOLD,
+    GROUP,
     LABEL_COLUMNS,
     LABEL_OPTIONS,
     SPLITS,
     Kind,
     Records,
+    Roles,
     SourceSpec,
     choose_column,
     choose_labels,
@@ -52,11 +55,41 @@ def parquet_files(spec: SourceSpec) -> list[Path]:
 
 
 def open_parquet(spec: SourceSpec, labels: bool) -> dict[str, Records]:
-    """Returns the splits, found by file name; reads no images."""
+    """Returns the splits, found by file name or else by a column; reads no images."""
     by_split: dict[str, list[str]] = {}
     for path in sorted(parquet_files(spec), key=lambda path: natural_order(str(path))):
         by_split.setdefault(split_of_file(path), []).append(str(path))
-    return {split: _open(by_split[split], spec, labels) for split in SPLITS if split in by_split}
+    found = {split: _open(by_split[split], spec, labels) for split in SPLITS if split in by_split}
+    files = next(iter(by_split.values()))
+    roles = Roles.find(spec, open_file(files[0]).schema_arrow.names, files[0])
+    notes = tuple(roles.notes())
+    if roles.split is not None and list(found) == ["train"]:
+        found = _by_column(found["train"], roles, files[0])
+    elif roles.split is not None:
+        notes = (f"the column {roles.split!r} is not used: the files' names say it", *notes[1:])
+    return {split: replace(records, notes=notes) for split, records in found.items()}
+
+
+def _by_column(records: Records, roles: Roles, file: str) -> dict[str, Records]:
+    """Divides records by the column of splits."""
+    images, raw = records.images, records.labels
+    cells = values_of(images, str(roles.split))
+    if cells is None:
+        what = f"only some of the files have the column {roles.split!r}"
+        raise UserError(what, where=file, fix="Give files that belong together")
+    splits = np.array([roles.split_of(cell) or "" for cell in cells])
+    if "" in splits:
+        at = splits.tolist().index("")
+        what = f"unknown split {cells[at]!r} in the column {roles.split!r}"
+        fix = f"Known: {', '.join(SPLITS)}; in a column is_valid: true, false"
+        raise UserError(what, where=images.item_name(at), fix=fix)
+    found: dict[str, Records] = {}
+    for split in SPLITS:
+        at = np.flatnonzero(splits == split)
+        if len(at):
+            own = None if raw is None else replace(raw, codes=raw.codes[at])
+            found[split] = replace(records, images=Source(split, [], at, images, at), labels=own)
+    return found
 
 
 def _open(files: list[str], spec: SourceSpec, labels: bool) -> Records:
@@ -84,7 +117,9 @@ def _open(files: list[str], spec: SourceSpec, labels: bool) -> Records:
             row += reader.metadata.row_group(group).num_rows
     if row == 0:
         raise UserError("the files have no rows", where=", ".join(files[:3]))
+    roles = Roles.find(spec, schema.names, files[0])
     images = ParquetImages(files, column, np.array(groups, dtype=np.int64), row)
+    images.columns = {GROUP: roles.group, FOLD: roles.fold}
     raw = _raw_labels(schema, label, chunks, files[0]) if label else None
     return Records(images, raw, prepare=images.hold)
 
@@ -189,6 +224,7 @@ class ParquetImages:
     def __init__(self, files: list[str], column: str, groups: np.ndarray, num_images: int) -> None:
         self._files, self._column, self._groups = files, column, groups
         self._num_images = num_images
+        self.columns: dict[str, str | None] = {}  # by role
         self._held: PackedBytes | None = None
         self._kept: dict[int, list[bytes]] = {}
         self._opened: tuple[int, int, Any] | None = None  # process, file, reader
@@ -238,7 +274,9 @@ class ParquetImages:
 
     def values_of(self, column: str) -> list[Any] | None:
         """Returns another column's values, or the images' "path"; None if a file lacks it."""
-        column = f"{self._column}.path" if column == "path" else column
+        column = f"{self._column}.path" if column == "path" else self.columns.get(column, column)
+        if column is None:
+            return None
         values: list[Any] = []
         for file in self._files:
             with _damage_reported(file):
@@ -290,5 +328,5 @@ KIND = Kind(
     "Parquet files",
     lambda spec: bool(parquet_files(spec)),
     open_parquet,
-    (*LABEL_OPTIONS, "image"),
+    (*LABEL_OPTIONS, "image", GROUP),
 )

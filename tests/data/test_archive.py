@@ -1,0 +1,163 @@
+"""Zip and tar files are folders: the same classes, images and fingerprint, and no surprises."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import shutil
+import struct
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import allmlp as am
+from allmlp.data.fingerprint import fingerprint
+from allmlp.data.sources import is_data, open_source, open_splits
+from allmlp.errors import UserError
+from conftest import draw, encode, mixer, tiny_config
+
+
+def packed(folder: Path, ending: str, inside: str = "") -> Path:
+    """An archive of the folder's contents."""
+    path = folder.with_name(f"photos{ending}")
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    if ending == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for at, file in enumerate(files):
+                method = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[at % 2]
+                archive.write(file, f"{inside}{file.relative_to(folder)}", method)
+    else:
+        with tarfile.open(path, "w") as archive:
+            for file in files:
+                archive.add(file, f"{inside}{file.relative_to(folder)}")
+    return path
+
+
+@pytest.mark.parametrize("inside", ["", "./", "photos/"])
+@pytest.mark.parametrize("ending", [".zip", ".tar"])
+def test_an_archive_is_a_folder(class_folder: Path, ending: str, inside: str):
+    path = packed(class_folder, ending, inside)
+    own, theirs = open_splits(str(path)), open_splits(str(class_folder))
+    assert list(own) == list(theirs) == ["train", "validation"]
+    for split, source in theirs.items():
+        assert own[split].class_names == source.class_names
+        assert own[split].labels.tolist() == source.labels.tolist()
+        assert all(own[split].read(at) == source.read(at) for at in range(len(source)))
+        assert fingerprint(own[split], moved=True) == fingerprint(source, moved=True)
+    assert len(open_source(f"{path}:train[50%:]")) == 10
+    inner = f"{path}/{inside}train".replace("./", "")
+    assert open_source(inner).class_names == theirs["train"].class_names
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_read_the_same(class_folder: Path, method: str):
+    source = open_source(str(packed(class_folder, ".zip")))
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(source.read, range(len(source)), chunksize=1) == [
+            source.read(at) for at in range(len(source))
+        ]
+
+
+def test_a_run_on_an_archive_and_what_reads_it(class_folder: Path, tmp_path: Path, capsys):
+    path = packed(class_folder, ".zip", "photos/")
+    run = am.train(tiny_config(str(path), tmp_path / "run", epochs=1), quiet=True).run_folder
+    shutil.copytree(run, tmp_path / "again")
+    plain = am.train(tiny_config(str(class_folder), tmp_path / "plain", epochs=1), quiet=True)
+    weights = [
+        (folder / "best" / "model.safetensors").read_bytes() for folder in (run, plain.run_folder)
+    ]
+    assert weights[0] == weights[1]
+    code, _, err = mixer(capsys, "train", "--resume", run, "--data", class_folder)  # unpacked since
+    assert (code, err) == (0, "")
+    rows = am.predict(run, str(path), device="cpu", num_workers=0)  # all its images, as in a folder
+    assert len(rows) == 29
+    assert all(row.error is None for row in rows)
+    one = am.predict(run, [rows[3].path, str(class_folder)], device="cpu", num_workers=0)
+    assert one[0].classes == rows[3].classes
+    assert len(one) == 30
+    assert not is_data(str(path))
+    code, out, _ = mixer(capsys, "data", "check", path)
+    assert (code, "29" not in out, "unreadable images: 0" in out) == (0, True, True)
+
+
+def write(path: Path, **files: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+IMAGE = encode(draw(0))
+
+
+@pytest.mark.parametrize("name", ["../x.png", "/x.png", "cat/../../x.png"])
+def test_names_that_leave_the_archive(tmp_path: Path, name: str):
+    path = write(tmp_path / "x.zip", **{"cat/1.png": IMAGE, "dog/1.png": IMAGE, name: IMAGE})
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        member = tarfile.TarInfo(name)
+        member.size = len(IMAGE)
+        archive.addfile(member, io.BytesIO(IMAGE))
+    for bad in (path, tmp_path / "x.tar"):
+        with pytest.raises(UserError, match="outside") as error:
+            open_splits(str(bad))
+        assert repr(name) in error.value.what
+
+
+def test_links_and_other_members_are_passed_over(tmp_path: Path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name in ("cat/1.png", "dog/1.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(IMAGE)
+            archive.addfile(member, io.BytesIO(IMAGE))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
+            member = tarfile.TarInfo(f"cat/{kind.decode()}.png")
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
+    assert len(open_source(str(tmp_path / "x.tar"))) == 2
+    link = zipfile.ZipInfo("cat/2.png")
+    link.external_attr = 0o120777 << 16
+    path = write(tmp_path / "x.zip", **{"cat/1.png": IMAGE, "dog/1.png": IMAGE})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(link, "/etc/passwd")
+        archive.writestr("cat/3.jp2", b"x")
+        archive.writestr("__MACOSX/cat/._1.png", b"x")
+    source = open_source(str(path))
+    assert [source.item_name(at) for at in range(2)] == [
+        f"{path}/{c}/1.png" for c in ("cat", "dog")
+    ]
+
+
+def test_damaged_and_unsuitable_archives(tmp_path: Path):
+    good = write(tmp_path / "good.zip", **{"cat/1.png": IMAGE, "dog/1.png": IMAGE}).read_bytes()
+    (tmp_path / "cut.zip").write_bytes(good[:-30])
+    (tmp_path / "cut.tar").write_bytes(IMAGE * 20)
+    for name in ("cut.zip", "cut.tar"):
+        with pytest.raises(UserError, match="not a complete archive"):
+            open_splits(str(tmp_path / name))
+    place = good.index(IMAGE[-200:-100]) if IMAGE[-200:-100] in good else 60
+    (tmp_path / "flipped.zip").write_bytes(
+        good[:place] + bytes([good[place] ^ 255]) + good[place + 1 :]
+    )
+    with pytest.raises(UserError, match="damaged in its archive"):
+        open_source(str(tmp_path / "flipped.zip")).read(0)
+    bomb = bytearray(
+        write(tmp_path / "bomb.zip", **{"cat/1.png": bytes(10**7), "dog/1.png": IMAGE}).read_bytes()
+    )
+    at = bomb.index(b"PK\1\2")
+    assert struct.unpack_from("<I", bomb, at + 24) == (10**7,)
+    for claimed in (1000, 2**30):  # fewer bytes than there are, and more than any image has
+        struct.pack_into("<I", bomb, at + 24, claimed)
+        (tmp_path / "bomb.zip").write_bytes(bomb)
+        with pytest.raises(UserError, match="larger" if claimed > 1000 else "damaged"):
+            open_source(str(tmp_path / "bomb.zip")).read(0)
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "good.zip", "cat/1.png")
+    with pytest.raises(UserError, match="compressed") as error:
+        open_splits(str(tmp_path / "x.tar.gz"))
+    assert error.value.fix
+    with pytest.raises(UserError, match="no such data"):
+        open_splits(str(tmp_path / "none.zip"))
+    with pytest.raises(UserError):
+        open_splits(f"{tmp_path / 'good.zip'}/none")
