@@ -57,10 +57,12 @@ def calibrate(
     options = make(CalibrateOptions, given, fields)
     names = [field.name for field in dataclasses.fields(MeasureOptions)]
     measuring = EvaluateOptions(
-        data=options.data, **{name: getattr(options, name) for name in names}
+        data=options.data, **{name: getattr(options, name) for name in names}, **options.foreign
     )
     result = evaluate(model, measuring, report=report)
-    net = copy.copy(open_model(model, options.image_size, options.resize_weights))
+    net = copy.copy(
+        open_model(model, options.image_size, options.resize_weights, **options.foreign)
+    )
     name = public_name(options.data, result.data)
     decision = with_temperature(result, name)
     result = dataclasses.replace(result, decision=decision)

@@ -13,6 +13,7 @@ import inspect
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 from allmlp.errors import UserError, near_names
@@ -31,6 +32,27 @@ class Options:
     """Base class of all options: unknown names and wrong types are errors."""
 
     __pydantic_config__ = {"extra": "forbid", "arbitrary_types_allowed": True}  # noqa: RUF012
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignOptions(Options):
+    """What weights of other programs do not carry."""
+
+    class_names: str | Path | tuple[str, ...] | None = dataclasses.field(
+        default=None, metadata={"type": str | None, "metavar": "FILE"}
+    )
+    """File of class names in the order of the logits, one per line or a JSON list; for weights that
+    carry none."""
+    mean: tuple[float, ...] | None = None
+    """Mean of the pixels on [0, 1], one number or one per channel, such as 0.485 0.456 0.406."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of the pixels on [0, 1], likewise."""
+
+    @property
+    def foreign(self) -> dict[str, Any]:
+        """The keywords of `load_model` that are set."""
+        given = {name: getattr(self, name) for name in ("class_names", "mean", "std")}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import allmlp as am
 from allmlp import io
 from allmlp.models.layers import classes_of, preprocessing_of
 from allmlp.weights.description import WEIGHTS
-from conftest import tiny_model
+from conftest import draw, mixer, tiny_model
 
 
 def saved(tmp_path: Path, **changes: object) -> tuple[am.ImageClassifier, Path]:
@@ -269,3 +269,42 @@ def test_a_save_killed_between_its_renames_is_seen(tmp_path: Path):
     am.save_model(second, folder, overwrite=True)
     (folder / "config.json").write_bytes(old)
     assert_same_model(am.load_model(folder), second)
+
+
+def test_foreign_weights_take_class_names_mean_and_std(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    save_file(dict(tiny_model(num_classes=3).state_dict()), tmp_path / "foreign.safetensors")
+    (tmp_path / "names.txt").write_text("ant\nbee \ncat\n")
+    (tmp_path / "names.json").write_text('["ant", "bee", "cat"]')
+    model = am.load_model(
+        tmp_path / "foreign.safetensors",
+        class_names=tmp_path / "names.txt",
+        mean=(0.4, 0.5, 0.6),
+        std=0.25,
+    )
+    assert model.class_names == ["ant", "bee", "cat"]
+    assert model.preprocessing is not None
+    assert (model.preprocessing.mean, model.preprocessing.std) == ((0.4, 0.5, 0.6), 0.25)
+    options = ["--class-names", tmp_path / "names.json", "--mean", 0.4, 0.5, 0.6, "--std", 0.25]
+    foreign = tmp_path / "foreign.safetensors"
+    assert mixer(capsys, "convert", foreign, tmp_path / "own", *options)[0] == 0
+    own = am.load_model(tmp_path / "own")
+    assert (own.class_names, own.preprocessing) == (model.class_names, model.preprocessing)
+    draw(1).save(tmp_path / "a.png")
+    code, out, err = mixer(capsys, "predict", foreign, tmp_path / "a.png", *options)
+    assert (code, "ant" in out) == (0, True), err
+    (tmp_path / "names.txt").write_text("ant\nbee\n")
+    wrongs: list[dict[str, Any]] = [
+        {"class_names": str(tmp_path / "names.txt")},
+        {"class_names": tmp_path / "none.txt"},
+        {"class_names": foreign},
+        {"mean": (0.1, 0.2)},
+        {"std": (0.0,)},
+    ]
+    for wrong in wrongs:
+        with pytest.raises(am.UserError) as caught:
+            am.load_model(foreign, **wrong)
+        assert caught.value.where, wrong
+        with pytest.raises(am.UserError):
+            am.predict(model, tmp_path / "a.png", **wrong)  # a model object has its own

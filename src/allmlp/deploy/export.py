@@ -249,7 +249,7 @@ def export(
 
 
 def _loaded(model: ImageClassifier | str | Path, options: ExportOptions) -> ImageClassifier:
-    net = load_any(model, options.image_size, options.resize_weights)
+    net = load_any(model, options.image_size, options.resize_weights, **options.foreign)
     if not isinstance(net, ImageClassifier):
         raise UserError("this is an exported file already", where=net.source)
     if net is model:

@@ -105,11 +105,15 @@ def load_any(
     model: Classifier | str | Path,
     image_size: ImageSize | None = None,
     resize_weights: ResizeWeights | None = None,
+    **foreign: Any,
 ) -> Classifier:
     """Returns a model given in memory or by name; an exported file keeps its own size."""
     exported = model if isinstance(model, ExportedModel) else None
     if exported is None and not is_exported(model):
-        return open_model(model, image_size, resize_weights or "auto")
+        return open_model(model, image_size, resize_weights or "auto", **foreign)
+    if foreign:
+        what = f"an exported file has its own {', '.join(foreign)}"
+        raise UserError(what, where=next(iter(foreign)), fix="Leave it out, or export it again")
     if image_size is not None:
         what = f"image_size={image_size}: an exported file has one image size"
         raise UserError(what, where="image_size", fix="Leave it out, or export it at that size")

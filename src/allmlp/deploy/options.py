@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Literal
 
 from allmlp.errors import UserError, at_least, between, needs
-from allmlp.options import ComputeOptions, ImageSize, Options, Precision, ResizeWeights
+from allmlp.options import (
+    ComputeOptions,
+    ForeignOptions,
+    ImageSize,
+    Options,
+    Precision,
+    ResizeWeights,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions(ComputeOptions):
+class PredictOptions(ComputeOptions, ForeignOptions):
     """Classify images: files, folders and patterns, or any data source.
 
     An output with a file extension is one file, any other a folder of parts and a manifest:
@@ -65,7 +72,7 @@ class PredictOptions(ComputeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(Options):
+class ExportOptions(ForeignOptions):
     """Export a model to a file that runs without this package, and validate it.
 
     The file is run by its runtime and compared with the model: logits, accuracy on --data, speed. A
@@ -116,7 +123,7 @@ class ExportOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(Options):
+class ServeOptions(ForeignOptions):
     """Serve a model on a local web page and over HTTP.
 
     The page shows the classes of uploaded images, which regions the prediction depends on, and what

@@ -101,7 +101,7 @@ def write_predictions(
         inputs += files_of(model) if isinstance(model, str | Path) else []
         inputs += [] if options.reference is None else [options.reference]
         check_not_inputs([output.path], inputs, map(source.item_name, range(len(source))))
-    net = load_any(model, options.image_size, options.resize_weights)
+    net = load_any(model, options.image_size, options.resize_weights, **options.foreign)
     predictor = Predictor(
         net,
         device=None if net is model and options.device == "auto" else options.device,

@@ -54,7 +54,7 @@ def serve(
     for package in ("starlette", "uvicorn", "python_multipart"):
         import_extra(package, "serve")
     with open_socket(options.host, options.port) as listening:  # before the slow loading of weights
-        net = load_any(model, options.image_size, options.resize_weights)
+        net = load_any(model, options.image_size, options.resize_weights, **options.foreign)
         service = Service(net, str(net.source if net is model else model), options)
         address, port = listening.getsockname()[:2]
         service.is_local = ipaddress.ip_address(address.partition("%")[0]).is_loopback

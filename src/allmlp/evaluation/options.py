@@ -8,6 +8,7 @@ from typing import Literal
 from allmlp.errors import UserError, at_least, between, needs
 from allmlp.options import (
     ComputeOptions,
+    ForeignOptions,
     ImageSize,
     Options,
     Precision,
@@ -39,7 +40,7 @@ class MeasureOptions(ComputeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(MeasureOptions):
+class EvaluateOptions(MeasureOptions, ForeignOptions):
     """Measure a trained model: top-1, top-5, calibration, per-class metrics, confusion matrix.
 
     Under torchrun the images are split across processes; the results are the same.
@@ -73,7 +74,7 @@ class EvaluateOptions(MeasureOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateOptions(MeasureOptions):
+class CalibrateOptions(MeasureOptions, ForeignOptions):
     """Fit probabilities on held-out images, and choose below which the answer is "unsure".
 
     Writes the model with a temperature (Guo et al. 2017), and with a threshold if one is asked for;

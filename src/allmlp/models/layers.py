@@ -341,8 +341,7 @@ def classes_of(model: Classifier, *, or_numbers: bool = False) -> list[str]:
         raise UserError(what, fix="Train it first, or load the weights without num_classes")
     if or_numbers:
         return [str(number) for number in range(count)]
-    fix = "Set them in Python, once: model = am.load_model(FILE); model.class_names = [...]; "
-    fix += "am.save_model(model, 'named.safetensors')"
+    fix = "Set class_names to a file of them; convert stores them with the weights"
     if head is None:
         fix = "Export it again from a model that carries them"
     raise UserError("the model carries no class names", where=model.source, fix=fix)

@@ -7,11 +7,11 @@ from typing import Literal
 
 from allmlp.errors import needs, plural
 from allmlp.io import check_not_inputs, expand
-from allmlp.options import ImageSize, Options, ResizeWeights
+from allmlp.options import ForeignOptions, ImageSize, ResizeWeights
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertOptions(Options):
+class ConvertOptions(ForeignOptions):
     """Write a model in another format, at another image size, or with a new head.
 
     Examples:
@@ -51,7 +51,9 @@ def convert(model: str, output: str, options: ConvertOptions) -> None:
     check_not_inputs(targets, files_of(model))
     check_target(path, format, overwrite=options.overwrite)
     net = load_model(
-        model, options.image_size, options.num_classes, resize_weights=options.resize_weights
+        *(model, options.image_size, options.num_classes),
+        resize_weights=options.resize_weights,
+        **options.foreign,
     )
     lines = []
     if options.num_classes and net.state_dict()["head.weight"].any():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,10 +15,15 @@ from torch import Tensor, nn
 from allmlp.console import Reporter
 from allmlp.decision import Decision
 from allmlp.errors import UserError, one_of, plural
-from allmlp.io import expand
+from allmlp.io import expand, parse_json
 from allmlp.models.catalog import architectures, family_of, model_from_config
 from allmlp.models.family import ModelConfig, Size, is_integer
-from allmlp.models.layers import Classifier, ImageClassifier
+from allmlp.models.layers import (
+    Classifier,
+    ImageClassifier,
+    checked_names,
+    preprocessing_of,
+)
 from allmlp.models.timm_model import PREFIX, TimmModel, resized
 from allmlp.options import ResizeWeights
 from allmlp.preprocessing import Preprocessing
@@ -46,6 +51,9 @@ def load_model(
     *,
     resize_weights: ResizeWeights = "auto",
     quiet: bool = False,
+    class_names: str | Path | Iterable[str] | None = None,
+    mean: float | tuple[float, ...] | None = None,
+    std: float | tuple[float, ...] | None = None,
 ) -> ImageClassifier:
     """Returns a trained model in evaluation mode, with its class names and preprocessing.
 
@@ -63,6 +71,10 @@ def load_model(
         resize_weights: method for another image size: "block-diagonal" growth, "resample", or
             "auto": the former if both sides grow by integer factors, else the latter.
         quiet: do not report downloads, changes and assumptions on standard error.
+        class_names: for weights that carry none: the names in the order of the logits, or a file of
+            them, one per line or a JSON list.
+        mean, std: of the pixels on [0, 1], one number or one per channel, instead of those of the
+            weights.
 
     Raises:
         UserError: the source does not exist, is damaged or would run code, its tensors match no
@@ -87,24 +99,59 @@ def load_model(
         model = with_new_head(model, num_classes)
         what = f"new, all zeros, for {plural(num_classes, 'class')}" if num_classes else "removed"
         report.say(f"head     {what}; the weights had {plural(had, 'class')}")
+    if class_names is not None:
+        is_file = isinstance(class_names, str | Path)
+        names = _names_in(expand(class_names)) if is_file else class_names
+        where = class_names if is_file else "class_names"
+        model.class_names = checked_names(names, model.config.num_classes, where)
+    given = {"mean": mean, "std": std}
+    changes = {name: _per_channel(value) for name, value in given.items() if value is not None}
+    try:
+        model.preprocessing = (
+            dataclasses.replace(preprocessing_of(model), **changes)
+            if changes
+            else model.preprocessing
+        )
+    except ValueError as error:
+        where = " and ".join(changes)
+        raise UserError(str(error), where=where, code="out-of-range") from error
     model.source = str(source)
     return model.eval()
+
+
+def _per_channel(value: Any) -> Any:
+    """One number if a single one is given."""
+    is_sequence = isinstance(value, tuple | list)
+    return value[0] if is_sequence and len(value) == 1 else tuple(value) if is_sequence else value
+
+
+def _names_in(path: Path) -> Any:
+    """Returns the class names in a file: a JSON list, or one per line."""
+    try:
+        text = path.read_text("utf-8-sig").strip()
+        return parse_json(text) if text.startswith("[") else [x.strip() for x in text.splitlines()]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        what = f"cannot read the class names: {reason}"
+        raise UserError(what, where=path, fix="One name per line, or a JSON list") from error
 
 
 def open_model(
     model: Classifier | str | Path,
     image_size: int | tuple[int, int] | None = None,
     resize_weights: ResizeWeights = "auto",
+    **foreign: Any,
 ) -> ImageClassifier:
     """Returns `model` if it is a model, else what `load_model` returns for it."""
     if isinstance(model, str | Path):
-        return load_model(model, image_size, resize_weights=resize_weights)
+        return load_model(model, image_size, resize_weights=resize_weights, **foreign)
     if not isinstance(model, ImageClassifier):
         what = f"expected a model with weights or its path, got {model!r}"
         raise UserError(what, where="model", fix="am.load_model(...) gives one", code="wrong-type")
-    if image_size is not None:
-        what = f"image_size {image_size} has no effect on a model object"
-        raise UserError(what, where="image_size", fix="Give the path that it was loaded from")
+    for name, value in {"image_size": image_size, **foreign}.items():
+        if value is not None:
+            what = f"{name} {value} has no effect on a model object"
+            raise UserError(what, where=name, fix="Give the path that it was loaded from")
     return model
 
 
