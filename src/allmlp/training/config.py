@@ -99,7 +99,7 @@ class DataSettings(Options):
     """How rare classes count: none as they are; weights multiplies the loss of an image by images /
     (classes * images of its class); sampler draws every class equally often."""
     exclude: Text | None = None
-    """List of images to exclude, as written by `mixer data check`."""
+    """List of images to exclude, as written by `mixer data check` or `mixer data mistakes`."""
     resize: Literal["resize-crop", "resmall-crop", "squash"] = "resmall-crop"
     """How images are brought to the model's size in evaluation, see `allmlp.preprocessing`."""
     crop: PositiveFraction | None = None
