@@ -130,7 +130,8 @@ def _say_balance(run: Run) -> None:
     present = np.flatnonzero(counts)
     few, many = (present[at] for at in (counts[present].argmin(), counts[present].argmax()))
     if balance == "none":
-        if counts[many] >= _UNEVEN * counts[few]:
+        is_fixed = source.is_multi_label or run.config.model.train_only == "probe"
+        if counts[many] >= _UNEVEN * counts[few] and not is_fixed:
             name = source.class_names[few]
             say(f"note     {name!r} is rare: balance (weights or sampler) lets it count as much")
         return
