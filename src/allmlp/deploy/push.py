@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,9 @@ def push(
             as `load_model`.
     """
     options = make(PushOptions, options, fields)
-    hub.parse(f"{hub.PREFIX}{repo}{f'@{options.revision}' if options.revision else ''}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        what = f"not a name on the hub: {repo!r}"
+        raise UserError(what, where="repo", fix="owner/name, with your own name or organisation")
     images = _examples(options)
     folder = None if isinstance(model, ImageClassifier) else expand(model)
     net = open_model(model)
