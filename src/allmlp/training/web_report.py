@@ -83,7 +83,7 @@ def evaluation_report(model: Classifier, result: Evaluation, source: Source, fol
 
 
 def _accuracy(result: Evaluation, which: str) -> list[str]:
-    on = f"On {len(result.labels):,} {which} ({result.data}){result.chance()}."
+    on = f"On {len(result.labels):,} {which} ({result.data})."
     return [tag("p", result.summary(), "large"), tag("p", on), items(result.lines())]
 
 
