@@ -104,15 +104,12 @@ def labelled_images(data: Any, class_names: list[str]) -> Source:
             raise UserError(what, fix=form, code="wrong-type") from error
         return int(between("a label", at, 0, len(class_names) - 1))
 
-    is_several = any(isinstance(label, list | tuple | set) for label in labels)
-    numbers: Any = [
-        [number_of(n) for n in label] if is_several else number_of(label) for label in labels
-    ]
-    if is_several:
-        hot = np.zeros((len(labels), len(class_names)), dtype=bool)
-        for row, found in zip(hot, numbers, strict=True):
-            row[found] = True
-    numbers = hot if is_several else np.array(numbers, dtype=np.int64)
+    if any(isinstance(label, list | tuple | set) for label in labels):
+        numbers = np.zeros((len(labels), len(class_names)), dtype=bool)
+        for row, several in zip(numbers, labels, strict=True):
+            row[[number_of(label) for label in several]] = True
+    else:
+        numbers = np.array([number_of(label) for label in labels], dtype=np.int64)
     is_named = [isinstance(image, str | Path) for image in images]
     names = [
         str(image if is_url(image) else Path(image).expanduser()) if named else f"images[{at}]"

@@ -41,7 +41,9 @@ def model_html(model: Any) -> str:
 def _units(model: Any) -> np.ndarray | None:
     """Weights of the first units that read one number per patch, each on the grid, uint8."""
     grid = getattr(model.config, "grid", None)
-    layers = [] if grid is None else [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if grid is None:
+        return None
+    layers = (module for module in model.modules() if isinstance(module, nn.Linear))
     mixing = (m for m in layers if m.in_features == math.prod(grid) and m is not model.head)
     layer = next(mixing, None)
     if layer is None:
