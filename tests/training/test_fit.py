@@ -129,7 +129,7 @@ def test_a_probe_is_an_ordinary_run(capsys, place: Path, monkeypatch: pytest.Mon
     assert result.predictions.tolist() == probe.probabilities(tested).argmax(1).tolist()
     assert model.head is not None
     np.testing.assert_allclose(model.head.weight.detach(), probe.weight, rtol=1e-4, atol=1e-6)
-    assert torch.equal(model.stem.weight, begun.stem.weight)
+    assert torch.equal(*(net.get_parameter("stem.weight") for net in (model, begun)))
     assert "linear probe" in (run / "best" / "README.md").read_text()
     before = (run / "best" / "model.safetensors").read_bytes()
     code, out, _ = mixer(capsys, "train", "--resume", run)
