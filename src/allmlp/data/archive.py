@@ -20,6 +20,7 @@ from allmlp.errors import UserError
 
 SUFFIXES = (".zip", ".tar")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+_ZIP_HEADER = 30  # bytes before a file's name
 _LARGEST = 2**28  # bytes of a file inside
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
@@ -84,7 +85,7 @@ def read(path: str) -> bytes | None:
             start = place.offset
             if place.method is not None:
                 file.seek(start)
-                header = file.read(zipfile.sizeFileHeader)
+                header = file.read(_ZIP_HEADER)
                 start += len(header) + sum(
                     int.from_bytes(header[at : at + 2], "little") for at in (26, 28)
                 )

@@ -134,6 +134,7 @@ def split_data(settings: DataSettings) -> Splits:
         settings.fold is not None or (validation is None and settings.holdout != 0.0),
         "",
     )
+    kept = chosen = np.empty(0, dtype=np.int64)
     if settings.fold is not None:
         number, folds = settings.fold
         whole, dealt, _ = _folds(splits, settings.source, folds)

@@ -274,13 +274,13 @@ class ParquetImages:
 
     def values_of(self, column: str) -> list[Any] | None:
         """Returns another column's values, or the images' "path"; None if a file lacks it."""
-        column = f"{self._column}.path" if column == "path" else self.columns.get(column, column)
-        if column is None:
+        found = f"{self._column}.path" if column == "path" else self.columns.get(column, column)
+        if found is None:
             return None
         values: list[Any] = []
         for file in self._files:
             with _damage_reported(file):
-                table = open_file(file).read(columns=[column], use_threads=False).flatten()
+                table = open_file(file).read(columns=[found], use_threads=False).flatten()
             if not table.num_columns:
                 return None
             values += table.column(0).to_pylist()
