@@ -28,7 +28,7 @@ from allmlp.sweep import Row, Sweep, copy_best, mean_and_deviation, study_folder
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import splits_with_train
 from allmlp.training.fit import finetune_config
-from allmlp.training.recipes import HOLDOUTS
+from allmlp.training.recipes import HOLDOUTS, for_multi_label
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,8 @@ def finetune(
     if not seeds:
         raise UserError("the final runs need a seed", where="seeds", fix="seeds: 0 1 2")
     splits = splits_with_train(config.data.source)
+    if splits["train"].is_multi_label:
+        config = for_multi_label(config)
     if config.data.holdout == 0.0 and (grid or "test" not in splits):
         what = f"holdout 0 leaves no images to {'choose the rate' if grid else 'measure'} by"
         raise UserError(what, where="data.holdout", fix="holdout: 0.1, or leave it out")

@@ -137,15 +137,16 @@ def contact_sheet(
 
 def save_evaluation(evaluation: Evaluation, source: Source, folder: Path) -> list[str]:
     """Writes the figures in `EVALUATION` as PNG; returns the file names."""
-    figures = (
-        confusion_matrix(evaluation),
-        reliability_diagram(evaluation),
-        prediction_grid(evaluation, source),
-        worst_mistakes(evaluation, source),
-    )
-    for name, figure in zip(EVALUATION, figures, strict=True):
+    figures = {
+        "reliability": reliability_diagram(evaluation),
+        "predictions": prediction_grid(evaluation, source),
+        "worst_mistakes": worst_mistakes(evaluation, source),
+    }
+    if not evaluation.is_multi_label:
+        figures = {"confusion": confusion_matrix(evaluation), **figures}
+    for name, figure in figures.items():
         save(figure, folder / f"{name}.png")
-    return list(EVALUATION)
+    return list(figures)
 
 
 def confusion_matrix(evaluation: Evaluation) -> Figure:
@@ -209,7 +210,7 @@ def prediction_grid(evaluation: Evaluation, source: Source, most: int = 36) -> F
     """Returns evenly sampled images with their predicted classes."""
     count = min(most, len(evaluation.labels))
     rows = np.linspace(0, len(evaluation.labels) - 1, count).round().astype(int)
-    correct = int((evaluation.predictions == evaluation.labels)[rows].sum())
+    correct = int(evaluation.correct[rows].sum())
     title = f"{evaluation.data}: {plural(count, 'image')}, {correct} correct (green), "
     return _predictions(evaluation, source, rows, f"{title}{count - correct} wrong (red)")
 
@@ -228,15 +229,15 @@ def worst_mistakes(evaluation: Evaluation, source: Source, most: int = 25) -> Fi
 
 
 def _predictions(evaluation: Evaluation, source: Source, rows: np.ndarray, title: str) -> Figure:
-    captions, colors = [], []
+    captions, colors, correct = [], [], evaluation.correct
     for row in rows:
-        label, predicted = int(evaluation.labels[row]), int(evaluation.predictions[row])
-        probability = float(evaluation.probabilities[row, predicted])
-        caption = f"{shorten(evaluation.class_names[predicted])} {probability:.0%}"
-        if predicted != label:
-            caption += f"\ntrue: {shorten(evaluation.class_names[label])}"
-        captions.append(caption)
-        colors.append(GREEN if predicted == label else RED)
+        lines = [f"{shorten(name)} {value:.0%}" for name, value in evaluation.predicted(row)[:3]]
+        lines = lines or ["none"]
+        if not correct[row]:
+            true = source.label_text(int(evaluation.indices[row])) or "none"
+            lines.append(f"true: {shorten(true)}")
+        captions.append("\n".join(lines))
+        colors.append(GREEN if correct[row] else RED)
     images = [(source, int(index)) for index in evaluation.indices[rows]]
     return contact_sheet(images, captions, title, colors)
 
@@ -265,7 +266,10 @@ def curves(metrics: Sequence[Mapping[str, float]], results: Sequence[Mapping[str
     if rows:
         validation = [row["validation_loss"] for row in rows]
         loss.plot(evaluated, validation, color="tab:orange", marker=".", label="validation")
-        top1 = [100 * row["validation_top1"] for row in rows]
+        title = "top1" if "validation_top1" in rows[0] else "mean_average_precision"
+        if title != "top1":
+            accuracy.set(title="validation mAP (%)")
+        top1 = [100 * row[f"validation_{title}"] for row in rows]
         balanced = [100 * row.get("validation_balanced_accuracy", math.nan) for row in rows]
         best = int(np.argmax([row["best"] * row["epoch"] for row in rows]))
         label = f"best: {top1[best]:.2f} % at epoch {evaluated[best]:.0f}"

@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class RawLabels:
     """
 
     codes: np.ndarray  # int (num_images,), indices into `values`
-    values: Sequence[object]
+    values: Sequence[Any]
     are_classes: bool = False
     several: bool = False  # every value is a tuple of labels; the classes' labels are multi-hot
     class_names: Sequence[str] | None = None  # with `several`, if the data lists them

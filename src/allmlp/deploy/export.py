@@ -358,7 +358,7 @@ class _Export:
         """Compares file and model on the data or on random pixels."""
         if self.original is not None:
             measured = self.measure(file)
-            accuracy = (self.original.top1, measured.top1)
+            accuracy = (self.original.main_metric, measured.main_metric)
             return compare(self.original.logits, measured.logits, self.original.data, accuracy)
         config, own = self.model.config, preprocessing_of(self.model)
         random = torch.Generator().manual_seed(0)

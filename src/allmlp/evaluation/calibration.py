@@ -19,6 +19,7 @@ from allmlp.console import table
 from allmlp.decision import Decision
 from allmlp.errors import UserError, between
 from allmlp.evaluation.metrics import Evaluation
+from allmlp.evaluation.multi_label import best_thresholds
 
 LEAST_IMAGES = 100  # with fewer no temperature is fitted
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # of the printed table
@@ -93,6 +94,20 @@ def with_temperature(result: Evaluation, data: str) -> Decision:
         entry[f"loss_{name}"] = round(measured_on.loss, 6)
         entry[f"ece_{name}"] = round(measured_on.reliability.error, 6)
     return replace(plain.decision, temperature=found, measured={"temperature": entry})
+
+
+def with_thresholds(result: Evaluation, data: str) -> Decision:
+    """Returns the decision of a result with a threshold per class, for the highest F1 on it.
+
+    Only for several labels an image.
+    """
+    plain = result.decision
+    logits = best_thresholds(result.labels, result.logits) / plain.temperature
+    limits = torch.from_numpy(logits).sigmoid().tolist()
+    after = replace(result, decision=replace(plain, thresholds=limits))
+    entry: dict[str, Any] = {"data": data, "images": len(result.labels)}
+    entry |= {"f1_before": round(result.macro_f1, 6), "f1_after": round(after.macro_f1, 6)}
+    return replace(after.decision, measured={**plain.measured, "thresholds": entry})
 
 
 def with_threshold(
@@ -175,6 +190,12 @@ def summary(decision: Decision) -> list[str]:
             f"temperature {decision.temperature:.4g}, fitted on {entry['images']:,} images of "
             f"{entry.get('data')}: expected calibration error {entry['ece_before']:.2%} before, "
             f"{entry['ece_after']:.2%} after"
+        )
+    entry = decision.measured.get("thresholds", {})
+    if {"images", "f1_before", "f1_after"} <= entry.keys():
+        lines.append(
+            f"a threshold per class, chosen on {entry['images']:,} images of {entry.get('data')}: "
+            f"macro F1 {entry['f1_before']:.2%} at 0.5, {entry['f1_after']:.2%} with the thresholds"
         )
     entry = decision.measured.get("unsure_below", {})
     if entry.get("accuracy") is not None and {"images", "coverage"} <= entry.keys():

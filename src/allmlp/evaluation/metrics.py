@@ -22,13 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from allmlp.data.classes import match_classes
-from allmlp.data.several_labels import check_one_label
+from allmlp.data.several_labels import as_multi_label, check_one_label
 from allmlp.data.source import BadImage, Source
 from allmlp.decision import Decision
 from allmlp.errors import UserError, named_memory_errors, one_of, plural
 from allmlp.evaluation.imagenet_real import RealScore
+from allmlp.evaluation.multi_label import average_precision
 from allmlp.evaluation.predictor import Outputs, Predictor, check_finite
 from allmlp.evaluation.result_file import measurement
 from allmlp.io import atomic_write_all, check_output_folder
@@ -48,7 +50,7 @@ class Evaluation:
     Attributes:
         data: the name of the source.
         class_names: the model's classes, K.
-        labels: int64 (N,), the true classes.
+        labels: int64 (N,), the true classes; with several labels an image bool (N, K).
         indices: int64 (N,), positions of the images in the source.
         logits: float32 (N, K), used for ranking and for the loss: probabilities too small for
             float32 are all 0.
@@ -82,8 +84,16 @@ class Evaluation:
         return self.decision.probabilities(torch.from_numpy(self.logits)).numpy()
 
     @property
+    def is_multi_label(self) -> bool:
+        """Whether images have several labels, or none."""
+        return self.labels.ndim == 2
+
+    @cached_property
     def predictions(self) -> np.ndarray:
-        """int64 (N,): the most probable class of each image; ties go to the first."""
+        """int64 (N,): the most probable class of each image; ties go to the first. With several
+        labels an image bool (N, K): the classes that reach their thresholds."""
+        if self.is_multi_label:
+            return self.decision.answers(torch.from_numpy(self.probabilities)).numpy()
         return self.logits.argmax(axis=1)
 
     @property
@@ -93,12 +103,13 @@ class Evaluation:
 
     @property
     def correct(self) -> np.ndarray:
-        """bool (N,): whether the most probable class is the true one."""
-        return self.predictions == self.labels
+        """bool (N,): whether the most probable class is the true one, or all labels are right."""
+        right = self.predictions == self.labels
+        return right.all(axis=1) if self.is_multi_label else right
 
     @property
     def top1(self) -> float:
-        """Fraction of images whose most probable class is the true one."""
+        """Fraction of images that are correct."""
         return float(self.correct.mean())
 
     @property
@@ -113,6 +124,10 @@ class Evaluation:
     @property
     def class_counts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """int64 (K,) each: the images of a class, its predictions, and the correct ones."""
+        if self.is_multi_label:
+            predicted = self.predictions
+            images, right = self.labels.sum(axis=0), (self.labels & predicted).sum(axis=0)
+            return images, predicted.sum(axis=0), right
         rows = (self.labels, self.predictions, self.labels[self.correct])
         images, predicted, correct = (
             np.bincount(row, minlength=len(self.class_names)) for row in rows
@@ -133,6 +148,23 @@ class Evaluation:
         return float((2 * correct[either > 0] / either[either > 0]).mean())
 
     @property
+    def micro_f1(self) -> float:
+        """F1 over all labels of all images at once, as in scikit-learn; 0 if there are none."""
+        images, predicted, correct = self.class_counts
+        return float(2 * correct.sum() / max(1, (images + predicted).sum()))
+
+    @cached_property
+    def average_precisions(self) -> list[float | None]:
+        """The average precision of each class, as in scikit-learn; None without a positive."""
+        return [average_precision(*both) for both in zip(self.labels.T, self.logits.T, strict=True)]
+
+    @property
+    def mean_average_precision(self) -> float | None:
+        """The mean over the classes that have images."""
+        known = [value for value in self.average_precisions if value is not None]
+        return sum(known) / len(known) if known else None
+
+    @property
     def top5(self) -> float | None:
         """Fraction of images with the true class among the 5 most probable; None if K <= 5."""
         if len(self.class_names) <= 5:
@@ -144,22 +176,31 @@ class Evaluation:
 
     @property
     def losses(self) -> np.ndarray:
-        """float64 (N,): the negative log-likelihood of each image's true class, in nats."""
+        """float64 (N,): the negative log-likelihood of each image's true class, in nats; with
+        several labels an image the sum over the classes."""
         found = np.empty(len(self.labels))
         for at in range(0, len(found), 1024):  # float64 copies of a few rows at a time
-            rows = torch.from_numpy(self.logits[at : at + 1024]).double().log_softmax(dim=1)
-            truth = torch.from_numpy(self.labels[at : at + 1024])[:, None]
-            found[at : at + 1024] = -rows.gather(1, truth)[:, 0].numpy()
+            rows = torch.from_numpy(self.logits[at : at + 1024]).double()
+            truth = torch.from_numpy(self.labels[at : at + 1024])
+            if self.is_multi_label:
+                rows = torch.where(truth, rows, -rows)
+                found[at : at + 1024] = -F.logsigmoid(rows).sum(dim=1).numpy()
+            else:
+                likely = rows.log_softmax(dim=1).gather(1, truth[:, None])
+                found[at : at + 1024] = -likely[:, 0].numpy()
         return found
 
     @property
     def loss(self) -> float:
-        """Mean negative log-likelihood of the true classes, in nats."""
+        """Mean of `losses`."""
         return float(self.losses.mean())
 
     @property
     def reliability(self) -> Reliability:
-        """The images by confidence; its `error` is the expected calibration error."""
+        """The images by confidence; its `error` is the expected calibration error. With several
+        labels an image, every class of every image by its probability."""
+        if self.is_multi_label:
+            return reliability(self.probabilities.ravel(), self.labels.ravel())
         return reliability(self.confidences, self.correct)
 
     @property
@@ -185,14 +226,19 @@ class Evaluation:
     def __repr__(self) -> str:
         classes = plural(len(self.class_names), "class")
         images = plural(len(self.labels), "image")
-        return f"Evaluation({self.data!r}: {images}, {classes}, top-1 {self.top1:.2%})"
+        return f"Evaluation({self.data!r}: {images}, {classes}, {self.summary()})"
 
     def figures(self) -> Iterator[tuple[str, float]]:
         """Yields (name, value) of all metrics that are a single number."""
         for metric in METRICS:
-            value = metric.compute(self)
+            value = metric.value(self)
             if value is not None:
                 yield metric.name, value
+
+    @property
+    def main_metric(self) -> float:
+        """Top-1, or with several labels an image the mean average precision."""
+        return next(value for _, value in self.figures())
 
     def summary(self) -> str:
         """Returns the metrics of one line, "97.22%, balanced 97.18%, macro F1 97.20%"."""
@@ -203,7 +249,7 @@ class Evaluation:
     def lines(self) -> Iterator[str]:
         """Yields the printed lines."""
         for metric in METRICS:
-            value = metric.compute(self)
+            value = metric.value(self)
             if value is not None:
                 detail = f" ({metric.detail(self)})" if metric.detail else ""
                 yield f"{metric.title:<8} {value:{metric.format}}{detail}"
@@ -215,6 +261,8 @@ class Evaluation:
 
     def worst_confusions(self, most: int) -> list[tuple[str, str, int]]:
         """Returns (true class, predicted class, images) of the most frequent errors."""
+        if self.is_multi_label:
+            return []
         wrong = self.confusion
         np.fill_diagonal(wrong, 0)
         order = np.argsort(-wrong, axis=None, kind="stable")[:most]
@@ -224,13 +272,25 @@ class Evaluation:
             if wrong[row, column]
         ]
 
+    def predicted(self, row: int) -> list[tuple[str, float]]:
+        """Returns the predicted class of an image, or all of them, with their probabilities."""
+        found = self.predictions[row]
+        places = np.flatnonzero(found).tolist() if self.is_multi_label else [int(found)]
+        return [(self.class_names[at], float(self.probabilities[row, at])) for at in places]
+
     def mistakes(self) -> np.ndarray:
         """Returns the positions of misclassified images; the least probable truth first."""
         order = np.argsort(-self.losses, kind="stable")
         return order[~self.correct[order]]
 
     def per_class(self) -> list[dict[str, Any]]:
-        """Returns per class: name, images, correct, recall, precision and F1 (None if 0 / 0)."""
+        """Returns per class: name, images, correct, recall, precision and F1 (None if 0 / 0); with
+        several labels an image also its average precision and its threshold."""
+        several: list[dict[str, Any]] = [{}] * len(self.class_names)
+        if self.is_multi_label:
+            limits = self.decision.thresholds or (0.5,) * len(several)
+            pairs = zip(self.average_precisions, limits, strict=True)
+            several = [{"average_precision": found, "threshold": limit} for found, limit in pairs]
         counts = (column.tolist() for column in self.class_counts)
         return [
             {
@@ -240,8 +300,11 @@ class Evaluation:
                 "recall": correct / images if images else None,
                 "precision": correct / predicted if predicted else None,
                 "f1": 2 * correct / (images + predicted) if images + predicted else None,
+                **more,
             }
-            for name, images, predicted, correct in zip(self.class_names, *counts, strict=True)
+            for name, images, predicted, correct, more in zip(
+                self.class_names, *counts, several, strict=True
+            )
         ]
 
     def warnings(self) -> list[str]:
@@ -263,7 +326,7 @@ class Evaluation:
             "trained_on": self.trained_on,
             "warnings": self.warnings(),
             **dict(self.figures()),
-            "top1_interval": list(self.top1_interval),
+            **({} if self.is_multi_label else {"top1_interval": list(self.top1_interval)}),
             "reliability": self.reliability.to_json(),
         }
         if self.precision is not None:
@@ -277,23 +340,25 @@ class Evaluation:
             values["protocol"] = known
         if self.real is not None:
             values["real"] = self.real.to_json()
-        values["per_class"] = self.per_class()
-        return {**values, "class_names": self.class_names, "confusion": self.confusion.tolist()}
+        values |= {"per_class": self.per_class(), "class_names": self.class_names}
+        return values if self.is_multi_label else {**values, "confusion": self.confusion.tolist()}
 
     def save(
         self, folder: Path, model: Classifier | None = None, *, overwrite: bool = False
     ) -> None:
-        """Writes evaluation.json (with a description of the model), per_class.csv and confusion.csv
-        (rows: true), all or none."""
+        """Writes evaluation.json (with a description of the model), per_class.csv and, with one
+        label an image, confusion.csv (rows: true), all or none."""
         check_output_folder(folder, FILES, overwrite=overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         rows = self.per_class()
         per_class = [list(rows[0]), *(list(row.values()) for row in rows)]
-        counts = zip(self.class_names, self.confusion.tolist(), strict=True)
-        confusion = [["true class", *self.class_names], *([name, *row] for name, row in counts)]
         text = json.dumps(measurement("evaluation", model, self.to_json()), indent=2) + "\n"
-        contents = (_csv(per_class), _csv(confusion), text.encode())
-        atomic_write_all({folder / name: data for name, data in zip(FILES, contents, strict=True)})
+        contents = {"per_class.csv": _csv(per_class), "evaluation.json": text.encode()}
+        if not self.is_multi_label:
+            counts = zip(self.class_names, self.confusion.tolist(), strict=True)
+            confusion = [["true class", *self.class_names], *([name, *row] for name, row in counts)]
+            contents["confusion.csv"] = _csv(confusion)
+        atomic_write_all({folder / name: data for name, data in contents.items()})
 
 
 def _csv(rows: list[list[Any]]) -> bytes:
@@ -313,6 +378,12 @@ class Metric:
     detail: Callable[[Evaluation], str] | None = None  # in parentheses after the number
     higher_is_better: bool = True
     in_summary: bool = False  # also where only one line, or one column, is shown
+    labels: str = ""  # "single" or "multi", if only for one or for several labels an image
+
+    def value(self, evaluation: Evaluation) -> float | None:
+        """Returns the metric; None if it does not apply."""
+        own = "multi" if evaluation.is_multi_label else "single"
+        return self.compute(evaluation) if self.labels in ("", own) else None
 
     def text(self, value: float) -> str:
         return f"{self.title} {value:{self.format}}"
@@ -326,7 +397,7 @@ def metric_of(name: str, example: Evaluation | None = None) -> Metric:
     """Returns a metric by name; UserError if it does not apply to such evaluations."""
     known = {metric.name: metric for metric in METRICS}
     found = known[one_of("metric", name, known, where="best_by")]
-    if example is not None and found.compute(example) is None:
+    if example is not None and found.value(example) is None:
         fix = f"One of {', '.join(dict(example.figures()))}"
         what = f"the metric {name} does not apply to this data"
         raise UserError(what, where="best_by", fix=fix, code="not-applicable")
@@ -361,13 +432,30 @@ def _unsure(evaluation: Evaluation) -> str:
 
 
 METRICS = (
-    Metric("top1", "top-1", lambda e: e.top1, detail=_correct, in_summary=True),
+    Metric("top1", "top-1", lambda e: e.top1, ".2%", _correct, in_summary=True, labels="single"),
+    Metric(
+        "mean_average_precision",
+        "mAP",
+        lambda e: e.mean_average_precision,
+        detail=lambda e: "mean average precision of the classes",
+        in_summary=True,
+        labels="multi",
+    ),
     Metric(
         "balanced_accuracy",
         "balanced",
         lambda e: e.balanced_accuracy,
         detail=lambda e: "accuracy, mean recall of the classes",
         in_summary=True,
+        labels="single",
+    ),
+    Metric(
+        "micro_f1",
+        "micro F1",
+        lambda e: e.micro_f1,
+        detail=lambda e: "of all labels",
+        in_summary=True,
+        labels="multi",
     ),
     Metric(
         "macro_f1",
@@ -376,7 +464,14 @@ METRICS = (
         detail=lambda e: "mean F1 of the classes",
         in_summary=True,
     ),
-    Metric("top5", "top-5", lambda e: e.top5),
+    Metric(
+        "exact_match",
+        "exact",
+        lambda e: e.top1,
+        detail=lambda e: f"{e.correct.sum():,} images with all labels right",
+        labels="multi",
+    ),
+    Metric("top5", "top-5", lambda e: e.top5, labels="single"),
     Metric(
         "loss",
         "loss",
@@ -473,10 +568,13 @@ def evaluate_source(
     if len(names) == 1:
         what = f"the model knows one class only, {names[0]!r}: every prediction would be correct"
         raise UserError(what, fix="Evaluate a model of two classes or more")
-    check_one_label((source,), "evaluation")
+    if predictor.model.decision.labels == "multi":
+        source = as_multi_label(source)
+    else:
+        check_one_label((source,), "the model, which predicts one label an image,")
     matched = match_classes(source, names, owner="the model", allow_missing=allow_missing_classes)
-    empty = np.empty(0, dtype=np.int64)
-    rows = [(empty, empty, np.empty((0, len(names)), dtype=np.float32))]
+    empty, none = np.empty(0, dtype=np.int64), np.empty((0, len(names)), dtype=np.float32)
+    rows = [(matched.labels[:0], empty, none)]
     bad: list[BadImage] = []
     for outputs in predictor.run(matched, world=world):
         bad += outputs.bad

@@ -14,7 +14,6 @@ from allmlp.data.fingerprint import image_key
 from allmlp.data.groups import deal_folds, hold_out, shared_groups
 from allmlp.data.image import DARK, EncodedImage
 from allmlp.data.randaugment import randaugment
-from allmlp.data.several_labels import check_one_label
 from allmlp.data.source import (
     BadImage,
     Source,
@@ -171,7 +170,6 @@ def _open_splits(settings: DataSettings) -> tuple[dict[str, Source], list[str]]:
         fix = "A folder with FOLDER/train/<class>/*.jpg, or another source of data"
         raise UserError(what, where="data.source", fix=fix)
     splits = splits_with_train(settings.source)
-    check_one_label(splits.values(), "training")
     notes = notes_of(splits)
     if settings.exclude is not None:
         drops, before = read_exclude_list(settings.exclude), sum(map(len, splits.values()))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from allmlp.errors import one_of
-from allmlp.training.config import TrainConfig
+from allmlp.errors import UserError, one_of
+from allmlp.training.config import Sigmoid, Softmax, TrainConfig
 
 Settings = dict[str, Any]  # that differ from the defaults of `TrainConfig`
 
@@ -237,6 +237,25 @@ def recipe(name: str) -> TrainConfig:
     """
     one_of("recipe", name, RECIPES)
     return TrainConfig().with_values({"recipe": name, **RECIPES[name]})
+
+
+def for_multi_label(config: TrainConfig) -> TrainConfig:
+    """Returns the settings for several labels an image: a sigmoid for the recipe's softmax, and
+    mean average precision to choose the best weights.
+
+    Raises:
+        UserError: a softmax, or label smoothing, that is not the recipe's was chosen.
+    """
+    if config.best_by == "top1" and config.data.holdout != 0.0:
+        config = config.with_value("best_by", "mean_average_precision")
+    if isinstance(config.loss, Sigmoid):
+        return config
+    usual = recipe(config.recipe).loss if config.recipe in RECIPES else Softmax()
+    if config.loss != usual:
+        what = f"loss.label_smoothing={config.loss.label_smoothing:g}: an image has several labels,"
+        what += " and only the softmax of one label has label smoothing"
+        raise UserError(what, where="loss", fix="loss=sigmoid", code="multi-label")
+    return config.with_value("loss", "sigmoid")
 
 
 LARGE = 20_000  # images, from which the hyper-rule takes more steps and mixup

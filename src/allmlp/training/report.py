@@ -20,7 +20,7 @@ from allmlp.data.source import Source
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import names_source
 from allmlp.errors import plural
-from allmlp.evaluation.calibration import summary, with_temperature
+from allmlp.evaluation.calibration import summary, with_temperature, with_thresholds
 from allmlp.evaluation.metrics import Evaluation, evaluate_source
 from allmlp.evaluation.predictor import Predictor
 from allmlp.models.layers import ImageClassifier, flops_text
@@ -193,7 +193,10 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
         validation.are_held_out = splits.held_out
         name = public_name(run.config.data.source, splits.validation.name)
         before, model.decision = model.decision, with_temperature(validation, name)
-        validation.decision = model.decision
+        validation = dataclasses.replace(validation, decision=model.decision)
+        if validation.is_multi_label:
+            model.decision = with_thresholds(validation, name)
+            validation = dataclasses.replace(validation, decision=model.decision)
         if model.decision != before and run.world.is_main:
             save_model(model, folder.best, overwrite=True)
     if splits.test is not None:
@@ -223,11 +226,13 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
         if test is None and not in_study:
             say("the data has no test images; this is the accuracy on the validation images,")
             say("by which the weights were chosen, so expect somewhat less on new ones")
-        right, images = int((shown.predictions == shown.labels).sum()), len(shown.labels)
+        right, images = int(shown.correct.sum()), len(shown.labels)
+        correct = "with all labels right" if shown.is_multi_label else "correct"
         top5 = "" if shown.top5 is None else f", top-5 {shown.top5:.2%}"
-        line = f"{'validation' if test is None else 'test'} accuracy {shown.summary()}{top5} "
+        kind = "" if shown.is_multi_label else " accuracy"
+        line = f"{'validation' if test is None else 'test'}{kind} {shown.summary()}{top5} "
         chance = shown.chance()
-        say(f"{line}({right} of {plural(images, 'image')} correct{chance})", style="bold green")
+        say(f"{line}({right} of {plural(images, 'image')} {correct}{chance})", style="bold green")
         for line in shown.warnings():
             say(f"warning  {line}", style="yellow")
     if bad:

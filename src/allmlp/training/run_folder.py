@@ -87,7 +87,8 @@ def can_resume(path: Path, config: TrainConfig) -> bool:
     if "config.json" not in found:
         what = "the run folder exists and is not empty; a run never overwrites another"
         raise UserError(what, where=path, fix=_OTHER_OUTPUT)
-    check_same(config_of(path), config)
+    old = config_of(path)
+    check_same(old, replace(config, loss=old.loss, best_by=old.best_by))  # may follow from the data
     if (path / "best").exists() and not (path / "checkpoints").is_dir():
         what = "the run folder holds a run without checkpoints, which cannot be resumed"
         raise UserError(what, where=path, fix=_OTHER_OUTPUT)

@@ -32,6 +32,7 @@ from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import read_from
 from allmlp.data.transforms import normalize
 from allmlp.data.workers import check_guard
+from allmlp.decision import Decision
 from allmlp.errors import UserError, between, named_memory_errors
 from allmlp.evaluation.metrics import Evaluation, metric_of
 from allmlp.io import check_not_inputs, check_output_folder
@@ -45,7 +46,7 @@ from allmlp.training.loggers import TRACKERS, Logger, Loggers
 from allmlp.training.model import build_model
 from allmlp.training.optim import check_warmup, class_weights, state_copies
 from allmlp.training.probe import fit_head
-from allmlp.training.recipes import recipe
+from allmlp.training.recipes import for_multi_label, recipe
 from allmlp.training.report import (
     TrainResult,
     announce,
@@ -58,6 +59,7 @@ from allmlp.training.report import (
 from allmlp.training.run_folder import (
     RunFolder,
     can_resume,
+    check_same,
     check_same_images,
     config_of,
     environment,
@@ -120,7 +122,7 @@ def train(
     with contextlib.ExitStack() as stack:
         world, device = stack.enter_context(join_world(config.device))
         # All checks happen before anything is written.
-        path, is_old, splits = _open(config, world)
+        config, path, is_old, splits = _open(config, world)
         images = (config.epochs or 0) * len(splits.train)
         num_steps = config.steps or max(1, round(images / config.batch_size))
         is_probe = config.model.train_only == "probe"
@@ -135,6 +137,8 @@ def train(
         is_quiet = quiet or not world.is_main
         best = path / "best" if is_old else None
         model = build_model(config, splits.train.class_names, best, quiet=is_quiet).to(device)
+        if splits.train.is_multi_label:
+            model.decision = Decision(labels="multi")
         operations = 3 * model.config.flops * config.batch_size
         compute = choose_policy(
             *(device, config.precision, config.compile),
@@ -178,8 +182,9 @@ def train(
         return replace(finish(run, in_study=in_study), expected_seconds=seconds)
 
 
-def _open(config: TrainConfig, world: World) -> tuple[Path, bool, Splits]:
-    """Returns the run folder, whether it already holds this run, and the images."""
+def _open(config: TrainConfig, world: World) -> tuple[TrainConfig, Path, bool, Splits]:
+    """Returns the settings that fit the data, the run folder, whether it already holds this run,
+    and the images."""
     if world.size > 1 and config.output is None:
         what = "several processes share one run folder, and a restart must find it again"
         raise UserError(what, where="output", fix="Give it a name, such as runs/NAME")
@@ -198,6 +203,8 @@ def _open(config: TrainConfig, world: World) -> tuple[Path, bool, Splits]:
             fix = f"Was it moved? mixer train --resume {path} --data WHERE_IT_IS"
             raise UserError(error.what, where=error.where, fix=fix) from error
         raise
+    if splits.train.is_multi_label:
+        config = for_multi_label(config)
     if config.data.balance != "none":
         check_one_label([splits.train], f"balance={config.data.balance}")
     if splits.validation is not None:
@@ -205,11 +212,12 @@ def _open(config: TrainConfig, world: World) -> tuple[Path, bool, Splits]:
         nothing = np.zeros((1, len(names)), np.float32)
         metric_of(config.best_by, Evaluation("", names, label, np.arange(1), nothing))
     if is_old:
+        world.broadcast_from_rank0(lambda: check_same(config_of(path), config))
         world.broadcast_from_rank0(lambda: check_same_images(path, config, splits))
     elif world.is_main:
         check_output_folder(path)
         check_not_inputs([path], read_from(config.data.source))
-    return path, is_old, splits
+    return config, path, is_old, splits
 
 
 class Trainer:
@@ -302,7 +310,9 @@ class Trainer:
         masks.manual_seed(dropout_seed)
         images = normalize(batch.images, self.preprocessing)
         names = run.splits.train.class_names
-        targets = torch.nn.functional.one_hot(batch.labels, len(names)).float()
+        targets = batch.labels.float()
+        if batch.labels.dim() == 1:
+            targets = torch.nn.functional.one_hot(batch.labels, len(names)).float()
         augment, own = config.augment, config.batch_size // run.world.size
         if step < round(augment.mix_until * run.num_steps):
             images, targets = mix(

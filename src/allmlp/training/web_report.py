@@ -120,13 +120,14 @@ def _mistakes(result: Evaluation, source: Source, wrong: np.ndarray) -> Iterable
     for row in wrong[:_MAX_MISTAKES]:
         index = int(result.indices[row])
         small = plots.thumbnail(source, index)
-        true, predicted = source.label_text(index), int(result.predictions[row])
+        true = source.label_text(index) or "none"
         picture = ""
         if small is not None:
             file = io.BytesIO()
             Image.fromarray(small).convert("RGB").save(file, "JPEG", quality=85)
             picture = image(file.getvalue(), true, "jpeg")
-        said = f"{result.class_names[predicted]} {result.confidences[row]:.0%}"
+        predicted = result.predicted(int(row))
+        said = ", ".join(f"{name} {value:.0%}" for name, value in predicted) or "none"
         lines = f"{tag('b', said)}<br>{tag('span', f'true: {true}')}"
         name = tag("small", source.item_name(index))
         yield f"<figure>{picture}<figcaption>{lines}<br>{name}</figcaption></figure>"

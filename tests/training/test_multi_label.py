@@ -1,0 +1,168 @@
+"""Several labels an image: metrics against scikit-learn, training, prediction, and what refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import average_precision_score, f1_score, log_loss
+
+import allmlp as am
+from allmlp.decision import Decision
+from allmlp.evaluation.metrics import Evaluation
+from allmlp.evaluation.multi_label import average_precision, best_thresholds
+from allmlp.training.run_folder import config_of
+from conftest import mixer
+
+COLORS = {"red": 0, "green": 1, "blue": 2}
+
+
+def make_set(folder: Path, number: int = 120, seed: int = 0) -> Path:
+    """Images whose labels are the channels that are bright; some have none."""
+    random = np.random.default_rng(seed)
+    lines = ["path,label"]
+    for at in range(number):
+        hot = random.random(3) < (0.5, 0.3, 0.5)
+        pixels = random.integers(0, 90, (8, 8, 3)) + hot * 150
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{at}.png")
+        lines.append(f"{at}.png,{'|'.join(name for name, on in COLORS.items() if hot[on])}")
+    path = folder / "list.csv"
+    path.write_text("\n".join(lines).replace(",\n", ",\n") + "\n")
+    assert any(line.count("|") for line in lines)
+    return path
+
+
+def of(labels: np.ndarray, logits: np.ndarray, **decision: object) -> Evaluation:
+    names = [f"c{number}" for number in range(labels.shape[1])]
+    how = Decision(labels="multi", **decision)  # pyright: ignore[reportArgumentType]
+    return Evaluation("x", names, labels, np.arange(len(labels)), logits, decision=how)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_metrics_are_scikit_learns(seed: int):
+    random = np.random.default_rng(seed)
+    labels = random.random((50, 6)) < (0.02, 0.2, 0.5, 0.5, 0.8, 0.3)
+    labels[:, 5] = False  # a class without images
+    logits = random.normal(size=(50, 6)).round(seed % 2 + 1).astype(np.float32)  # with ties
+    thresholds = tuple(random.uniform(0.3, 0.7, 6).tolist())
+    found = of(labels, logits, thresholds=thresholds)
+    with_images = labels.any(axis=0)
+    expected = average_precision_score(labels[:, with_images], logits[:, with_images])
+    assert found.mean_average_precision == pytest.approx(expected, abs=1e-12)
+    probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    answers = probabilities >= thresholds
+    assert np.array_equal(found.predictions, answers)
+    assert found.micro_f1 == pytest.approx(f1_score(labels, answers, average="micro"), abs=1e-12)
+    either = labels.any(axis=0) | answers.any(axis=0)
+    macro = f1_score(labels[:, either], answers[:, either], average="macro")
+    assert found.macro_f1 == pytest.approx(macro, abs=1e-12)
+    columns = zip(labels.T, probabilities.T, strict=True)
+    losses = [log_loss(truth, values, labels=[0, 1]) for truth, values in columns]
+    assert found.loss == pytest.approx(sum(losses), rel=1e-6)
+    names = dict(found.figures())
+    assert names["exact_match"] == (labels == answers).all(axis=1).mean()
+    assert not {"top1", "top5", "balanced_accuracy"} & names.keys()
+    assert average_precision(labels[:, 5], logits[:, 5]) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_threshold_has_a_higher_f1(seed: int):
+    random = np.random.default_rng(seed)
+    labels = random.random((40, 5)) < (0.1, 0.3, 0.6, 0.0, 1.0)
+    logits = random.normal(size=(40, 5)).round(1).astype(np.float32)
+    chosen = best_thresholds(labels, logits)
+    for truth, scores, threshold in zip(labels.T, logits.T, chosen, strict=True):
+        tried = [-10.0, *(scores - 0.05), *(scores + 0.05)]
+        reached = [f1_score(truth, scores >= at, zero_division=0.0) for at in (threshold, *tried)]
+        assert reached[0] == max(reached)
+    assert chosen[3] == 0.0  # no image has the label: a probability of one half
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("multi")
+    data = make_set(folder)
+    config = am.recipe("scratch").with_values(
+        {
+            "data.source": str(data),
+            "data.holdout": 0.3,
+            "model.image_size": 8,
+            "model.overrides": {
+                "patch_size": 4,
+                "hidden_dim": 16,
+                "num_blocks": 1,
+                "tokens_mlp_dim": 8,
+                "channels_mlp_dim": 32,
+            },
+            "augment.crop": "none",
+            "optimizer.learning_rate": 0.02,
+            "epochs": 20,
+            "evaluate_every": 5,
+            "batch_size": 16,
+            "output": str(folder / "run"),
+        }
+    )
+    am.train(config, quiet=True)
+    return folder / "run", data
+
+
+def test_training_learns_every_label(run: tuple[Path, Path]):
+    folder, data = run
+    config = config_of(folder)
+    assert (config.loss.name, config.best_by) == ("sigmoid", "mean_average_precision")
+    result = am.evaluate(str(folder), str(data))
+    assert result.labels.shape[1] == 3
+    expected = average_precision_score(result.labels, result.logits)
+    assert dict(result.figures())["mean_average_precision"] == pytest.approx(expected, abs=1e-9)
+    assert expected > 0.95
+    decision = am.load_model(folder, quiet=True).decision
+    assert decision.thresholds is not None
+    assert {"images", "f1_after"} <= decision.measured["thresholds"].keys()
+    assert not (folder / "validation" / "confusion.csv").exists()
+    saved = json.loads((folder / "validation" / "evaluation.json").read_text())
+    assert saved["per_class"][0].keys() >= {"average_precision", "threshold", "f1"}
+    assert "mAP" in (folder / "best" / "README.md").read_text()
+    assert am.train(config, quiet=True).run_folder == folder  # the same call resumes
+
+
+def test_predictions_are_the_classes_that_reach_their_threshold(
+    run: tuple[Path, Path], tmp_path: Path
+):
+    folder, data = run
+    result = am.evaluate(str(folder), f"{data}:train[:20]")
+    rows = am.predict(folder, f"{data}:train[:20]")
+    for row, answers in zip(rows, result.predictions, strict=True):
+        assert row.answers == [result.class_names[at] for at in np.flatnonzero(answers)]
+    assert mixer("predict", folder, data, "--output", tmp_path / "p.csv") == 0
+    with open(tmp_path / "p.csv") as file:
+        answers = [line["answer"] for line in csv.DictReader(file)]
+    assert len(set(answers)) > 3
+    assert "" in answers  # an image without a label
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"loss": "softmax", "loss.label_smoothing": 0.2}, "multi-label"),
+        ({"best_by": "top1", "data.balance": "weights"}, "multi-label"),
+        ({"best_by": "balanced_accuracy"}, "not-applicable"),
+    ],
+)
+def test_what_cannot_be_is_said(run: tuple[Path, Path], tmp_path: Path, changes, code: str):
+    config = config_of(run[0]).with_values({"output": str(tmp_path / "x"), **changes})
+    with pytest.raises(am.UserError) as error:
+        am.train(config, quiet=True)
+    assert error.value.code == code
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_model_of_one_label_refuses_several(run: tuple[Path, Path]):
+    model = am.load_model(run[0], quiet=True)
+    model.decision = Decision()
+    with pytest.raises(am.UserError) as error:
+        am.evaluate(model, str(run[1]))
+    assert error.value.code == "multi-label"
