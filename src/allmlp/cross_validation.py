@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from allmlp.console import table
-from allmlp.data.several_labels import check_one_label
+from allmlp.data.multi_label import check_one_label
 from allmlp.data.source import Source
 from allmlp.data.workers import check_guard
 from allmlp.errors import UserError, plural

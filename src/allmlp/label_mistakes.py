@@ -26,8 +26,8 @@ from allmlp import plots
 from allmlp.console import Reporter, report_bad_images, report_notes, table
 from allmlp.data.duplicates import find_duplicates
 from allmlp.data.exclude import exclude_list
+from allmlp.data.multi_label import check_one_label
 from allmlp.data.scan import scan
-from allmlp.data.several_labels import check_one_label
 from allmlp.data.source import BadImage, Source, join, relabel
 from allmlp.data.sources import notes_of, open_splits, read_from
 from allmlp.errors import UserError, plural

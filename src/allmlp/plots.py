@@ -351,7 +351,7 @@ def samples(source: Source, seed: int = 0) -> Figure:
     random = np.random.default_rng(seed)
     images, captions = [], []
     for label in chosen:
-        members = random.permutation(source.of_class(label))
+        members = random.permutation(source.of_class(int(label)))
         found = []
         for index in members[: 2 * per_class]:  # spares for unreadable images
             image = thumbnail(source, int(index)) if len(found) < per_class else None

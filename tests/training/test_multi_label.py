@@ -1,4 +1,4 @@
-"""Several labels an image: metrics against scikit-learn, training, prediction, and what refuses."""
+"""Multi-label data: metrics against scikit-learn, training, prediction, and what is refused."""
 
 from __future__ import annotations
 
@@ -130,14 +130,14 @@ def test_training_learns_every_label(run: tuple[Path, Path]):
 
 
 def test_predictions_are_the_classes_that_reach_their_threshold(
-    run: tuple[Path, Path], tmp_path: Path
+    run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     folder, data = run
     result = am.evaluate(str(folder), f"{data}:train[:20]")
     rows = am.predict(folder, f"{data}:train[:20]")
     for row, answers in zip(rows, result.predictions, strict=True):
         assert row.answers == [result.class_names[at] for at in np.flatnonzero(answers)]
-    assert mixer("predict", folder, data, "--output", tmp_path / "p.csv") == 0
+    assert mixer(capsys, "predict", folder, data, "--output", tmp_path / "p.csv")[0] == 0
     with open(tmp_path / "p.csv") as file:
         answers = [line["answer"] for line in csv.DictReader(file)]
     assert len(set(answers)) > 3

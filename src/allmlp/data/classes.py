@@ -61,7 +61,7 @@ def make_classes(
 ) -> tuple[list[str], np.ndarray] | None:
     """Returns the class names and the labels, int64 (num_images,); None if no image has a label.
 
-    Several labels an image are multi-hot, bool (num_images, num_classes); an image may have none.
+    Several labels per image are multi-hot, bool (num_images, num_classes); an image may have none.
     With `are_numbers` the values feed a label rule, so -1, and 9 beside 9.0, are allowed. Raises
     UserError for the first image with an invalid value: empty, -1, or spelt in two ways.
     """
@@ -71,7 +71,7 @@ def make_classes(
     if list(raw.values) == [-1]:
         return None
     if raw.several and are_numbers:
-        what = "a label rule needs one label an image, and these have several"
+        what = "a label rule needs one label per image, and these have several"
         raise UserError(what, where=where(0), code="multi-label")
     used, first = np.unique(raw.codes, return_index=True)
     texts: dict[int, list[str]] = {}

@@ -137,7 +137,7 @@ class Source:
 
     name: str  # for display
     class_names: list[str]
-    # int64 (num_images,), indices into class_names; several labels an image are multi-hot, bool
+    # int64 (num_images,), indices into class_names; several labels per image are multi-hot, bool
     # (num_images, num_classes).
     labels: np.ndarray
     images: Images
@@ -271,7 +271,7 @@ def random_subset(source: Source, fraction: float, seed: int) -> Source:
 def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the indices (kept, held out), with `fraction` of every class held out.
 
-    A class with two or more images has at least one on either side. With several labels an image
+    A class with two or more images has at least one on either side. With several labels per image
     the classes take their turns from the rarest on, so that its images are divided first; images
     without a label come last.
     """

@@ -99,7 +99,7 @@ def with_temperature(result: Evaluation, data: str) -> Decision:
 def with_thresholds(result: Evaluation, data: str) -> Decision:
     """Returns the decision of a result with a threshold per class, for the highest F1 on it.
 
-    Only for several labels an image.
+    Only for several labels per image.
     """
     plain = result.decision
     logits = best_thresholds(result.labels, result.logits) / plain.temperature

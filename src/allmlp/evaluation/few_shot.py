@@ -22,7 +22,7 @@ import numpy as np
 
 from allmlp.console import Reporter, report_bad_images, table
 from allmlp.data.classes import match_classes
-from allmlp.data.several_labels import check_one_label
+from allmlp.data.multi_label import check_one_label
 from allmlp.data.source import BadImage, Source, subset
 from allmlp.data.sources import open_splits, read_from
 from allmlp.errors import UserError, plural

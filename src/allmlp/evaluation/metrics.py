@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from allmlp.data.classes import match_classes
-from allmlp.data.several_labels import as_multi_label, check_one_label
+from allmlp.data.multi_label import as_multi_label, check_one_label
 from allmlp.data.source import BadImage, Source
 from allmlp.decision import Decision
 from allmlp.errors import UserError, named_memory_errors, one_of, plural
@@ -50,7 +50,7 @@ class Evaluation:
     Attributes:
         data: the name of the source.
         class_names: the model's classes, K.
-        labels: int64 (N,), the true classes; with several labels an image bool (N, K).
+        labels: int64 (N,), the true classes; with several labels per image bool (N, K).
         indices: int64 (N,), positions of the images in the source.
         logits: float32 (N, K), used for ranking and for the loss: probabilities too small for
             float32 are all 0.
@@ -88,7 +88,7 @@ class Evaluation:
         """Whether images have several labels, or none."""
         return self.labels.ndim == 2
 
-    @cached_property
+    @property
     def predictions(self) -> np.ndarray:
         """int64 (N,): the most probable class of each image; ties go to the first. With several
         labels an image bool (N, K): the classes that reach their thresholds."""
@@ -177,7 +177,7 @@ class Evaluation:
     @property
     def losses(self) -> np.ndarray:
         """float64 (N,): the negative log-likelihood of each image's true class, in nats; with
-        several labels an image the sum over the classes."""
+        several labels per image the sum over the classes."""
         found = np.empty(len(self.labels))
         for at in range(0, len(found), 1024):  # float64 copies of a few rows at a time
             rows = torch.from_numpy(self.logits[at : at + 1024]).double()
@@ -237,7 +237,7 @@ class Evaluation:
 
     @property
     def main_metric(self) -> float:
-        """Top-1, or with several labels an image the mean average precision."""
+        """Top-1, or with several labels per image the mean average precision."""
         return next(value for _, value in self.figures())
 
     def summary(self) -> str:
@@ -285,7 +285,7 @@ class Evaluation:
 
     def per_class(self) -> list[dict[str, Any]]:
         """Returns per class: name, images, correct, recall, precision and F1 (None if 0 / 0); with
-        several labels an image also its average precision and its threshold."""
+        several labels per image also its average precision and its threshold."""
         several: list[dict[str, Any]] = [{}] * len(self.class_names)
         if self.is_multi_label:
             limits = self.decision.thresholds or (0.5,) * len(several)
@@ -378,7 +378,7 @@ class Metric:
     detail: Callable[[Evaluation], str] | None = None  # in parentheses after the number
     higher_is_better: bool = True
     in_summary: bool = False  # also where only one line, or one column, is shown
-    labels: str = ""  # "single" or "multi", if only for one or for several labels an image
+    labels: str = ""  # "single" or "multi", if only for one or for several labels per image
 
     def value(self, evaluation: Evaluation) -> float | None:
         """Returns the metric; None if it does not apply."""
@@ -571,7 +571,7 @@ def evaluate_source(
     if predictor.model.decision.labels == "multi":
         source = as_multi_label(source)
     else:
-        check_one_label((source,), "the model, which predicts one label an image,")
+        check_one_label((source,), "the model, which predicts one label per image,")
     matched = match_classes(source, names, owner="the model", allow_missing=allow_missing_classes)
     empty, none = np.empty(0, dtype=np.int64), np.empty((0, len(names)), dtype=np.float32)
     rows = [(matched.labels[:0], empty, none)]

@@ -1,4 +1,4 @@
-"""Average precision and thresholds for several labels an image.
+"""Average precision and thresholds for several labels per image.
 
 Shapes: N images, K classes.
 """

@@ -24,7 +24,12 @@ from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits
 from allmlp.weights.checkpoints import find_checkpoint
 
-_HUB_METRICS = {"top1": "accuracy", "balanced_accuracy": "balanced_accuracy", "macro_f1": "f1"}
+_HUB_METRICS = {
+    "mean_average_precision": "mean_average_precision",
+    "top1": "accuracy",
+    "balanced_accuracy": "balanced_accuracy",
+    "macro_f1": "f1",
+}
 _USE = """## Use
 
 {place}, with the package allmlp installed:
@@ -167,7 +172,7 @@ def model_card(
         "license": licence,
         "datasets": [_on_hub(base)] if base.startswith(PREFIX) else None,
         "base_model": None if weights is None else _base_model(weights),
-        "metrics": ["accuracy"] if evaluations else None,
+        "metrics": sorted({m["type"] for m in results[0]["metrics"]}) if results else None,
         "model-index": [{"name": title, "results": results}] if results else None,
     }
     steps = (

@@ -240,7 +240,7 @@ def recipe(name: str) -> TrainConfig:
 
 
 def for_multi_label(config: TrainConfig) -> TrainConfig:
-    """Returns the settings for several labels an image: a sigmoid for the recipe's softmax, and
+    """Returns the settings for several labels per image: a sigmoid for the recipe's softmax, and
     mean average precision to choose the best weights.
 
     Raises:

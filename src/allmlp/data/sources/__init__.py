@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from allmlp.data.classes import UNLABELLED, RawLabels, check_twins, make_classes, match_classes
-from allmlp.data.several_labels import as_multi_label, split_labels
+from allmlp.data.multi_label import as_multi_label, split_labels
 from allmlp.data.source import Source, labelled, unlabelled
 from allmlp.data.source_spec import (
     LABEL_OPTIONS,

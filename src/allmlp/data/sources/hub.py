@@ -103,7 +103,7 @@ def _open_split(dataset: Any, spec: SourceSpec, title: str, labels: bool) -> Rec
     records = HubImages(title, undecoded, column)
     if not labels:
         return Records(records)
-    # Several labels an image are a list of classes, in older versions of the package [ClassLabel].
+    # Several labels per image are a list of classes, in older versions of the package [ClassLabel].
     several = {name: _item(features[name]) for name in columns}
     several = {name: kind for name, kind in several.items() if type(kind).__name__ == "ClassLabel"}
     classes = [name for name in columns if kinds[name] == "ClassLabel" or name in several]

@@ -20,7 +20,7 @@ import numpy as np
 
 from allmlp.data import image
 from allmlp.data.classes import Cells, RawLabels
-from allmlp.data.several_labels import one_hot_cell
+from allmlp.data.multi_label import one_hot_cell
 from allmlp.data.source import ImageFiles, PackedStrings, Source
 from allmlp.data.source_spec import (
     FOLD,

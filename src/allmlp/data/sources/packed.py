@@ -21,7 +21,7 @@ import numpy as np
 from allmlp.data.classes import RawLabels
 from allmlp.data.fingerprint import own_names
 from allmlp.data.image import EncodedImage
-from allmlp.data.several_labels import check_one_label
+from allmlp.data.multi_label import check_one_label
 from allmlp.data.source import BadImage, PackedBytes, PackedStrings, Source
 from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec
 from allmlp.data.sources.webdataset import INDEX_SUFFIX, FileSize, RangeIndex, load_index

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from allmlp.data.classes import RawLabels, natural_order, numbered
-from allmlp.data.several_labels import one_hot_cell
+from allmlp.data.multi_label import one_hot_cell
 from allmlp.data.source import PackedBytes, Source, values_of
 from allmlp.data.source_spec import (
     FOLD,
@@ -179,7 +179,7 @@ def _label_columns(schema: Any, spec: SourceSpec, file: str) -> list[str]:
 
     def fits(name: str) -> bool:
         kind = schema.field(name).type
-        if types.is_list(kind) or types.is_large_list(kind):  # several labels an image
+        if types.is_list(kind) or types.is_large_list(kind):  # several labels per image
             return types.is_integer(kind.value_type) or _is_text(kind.value_type)
         return not types.is_nested(kind) and not types.is_binary(kind) and not types.is_null(kind)
 
@@ -206,7 +206,7 @@ def class_names_of(schema: Any, column: str) -> list[str] | None:
     try:
         described = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))
         feature = described["info"]["features"][column]
-        feature = feature[0] if isinstance(feature, list) else feature  # several labels an image
+        feature = feature[0] if isinstance(feature, list) else feature  # several labels per image
         feature = feature["feature"] if feature.get("_type") in _LISTS else feature
         names = feature["names"] if feature["_type"] == "ClassLabel" else None
     except (ValueError, LookupError, TypeError, AttributeError):

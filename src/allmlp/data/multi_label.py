@@ -1,4 +1,4 @@
-"""Several labels an image (multi-label data): which data has them, and how cells are split.
+"""Several labels per image (multi-label data): which data has them, and how cells are split.
 
 Cells are "cat|dog", lists, or columns of 0 and 1. The labels of such a source are multi-hot.
 """
@@ -23,22 +23,22 @@ _ZERO_ONE = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "
 def split_labels(
     splits: Mapping[str, RawLabels], options: Mapping[str, str], name: str
 ) -> tuple[dict[str, RawLabels], str | None]:
-    """Returns the labels, with their cells split if any split has several labels an image.
+    """Returns the labels, with their cells split if any split has several labels per image.
 
     That is so for lists, columns of 0 and 1 of which a row has none or several, and text with a
     "|" between labels; `options` (`labels`, `separator`) decide otherwise. Also returns a note.
     """
     asked, separator = options.get("labels"), options.get("separator")
     if asked is not None:
-        one_of("labels", asked, ("one", "several"), where=name)
-    if asked == "one" and separator is not None:
-        what = f"labels=one with separator={separator}: one label is not separated"
+        one_of("labels", asked, ("single", "multi"), where=name)
+    if asked == "single" and separator is not None:
+        what = f"labels=single with separator={separator}: one label is not separated"
         raise UserError(what, where=name, fix="Leave out one of them", code="conflict")
     cells = [value for raw in splits.values() if not raw.are_classes for value in raw.values]
     lists = [cell for cell in cells if isinstance(cell, list | tuple)]
     is_one_hot = any(raw.class_names is not None for raw in splits.values())
     at_most_one = all(len(cell) == 1 for cell in lists)
-    if asked == "one" or (asked is None and is_one_hot and at_most_one):
+    if asked == "single" or (asked is None and is_one_hot and at_most_one):
         return {split: _one(raw, name) for split, raw in splits.items()}, None
     mark = _SEPARATORS.get(separator, separator) if separator else MARK
     marked = (text for text in cells if isinstance(text, str) and _is_marked(text))
@@ -46,8 +46,8 @@ def split_labels(
     if example is None and asked is None and separator is None:
         return dict(splits), None
     shown = "" if example is None else f", such as {_shown(example)}"
-    other = f"; if each has one, with {MARK} in its name: '{name}#labels=one'"
-    note = f"several labels an image (multi-label){shown}"
+    other = f"; if each has one, with {MARK} in its name: '{name}#labels=single'"
+    note = f"multi-label: images have several labels{shown}"
     note += other if example is not None and not lists and asked is separator is None else ""
     parts = {split: _several(raw, mark, bool(lists)) for split, raw in splits.items()}
     return parts, note
@@ -63,13 +63,13 @@ def _shown(cell: Any) -> str:
 
 
 def _one(raw: RawLabels, name: str) -> RawLabels:
-    """One label an image, from cells that may be lists."""
+    """One label per image, from cells that may be lists."""
     if raw.are_classes:
         return raw
     for cell in raw.values:
         if isinstance(cell, list | tuple) and len(cell) != 1:
-            what = f"labels=one, and an image has {len(cell)} labels: {_shown(cell)}"
-            raise UserError(what, where=name, fix="labels=several, or correct the data")
+            what = f"labels=single, and an image has {len(cell)} labels: {_shown(cell)}"
+            raise UserError(what, where=name, fix="labels=multi, or correct the data")
     values = [cell[0] if isinstance(cell, list | tuple) else cell for cell in raw.values]
     return replace(raw, values=values, class_names=None)
 
@@ -112,6 +112,6 @@ def check_one_label(sources: Iterable[Source], what: str) -> None:
     """Raises UserError if images have several labels, which `what` cannot use."""
     for source in sources:
         if source.is_multi_label:
-            fix = f"If each image has one, with {MARK} in its name: SOURCE#labels=one"
-            what = f"{what} needs one label an image; {source.name} has several"
+            fix = f"If each image has one, with {MARK} in its name: SOURCE#labels=single"
+            what = f"{what} needs one label per image; {source.name} has several"
             raise UserError(what, where=source.name, fix=fix, code="multi-label")

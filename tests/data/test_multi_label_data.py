@@ -1,4 +1,4 @@
-"""Several labels an image: which data has them, multi-hot labels, the held-out split."""
+"""Several labels per image: which data has them, multi-hot labels, the held-out split."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def test_labels_in_a_cell_are_multi_hot(images: Path):
     assert source.class_names == ["cat", "dog"]
     assert source.labels.tolist() == [[True, True], [False, True], [False, False]]
     assert texts(source) == ["cat|dog", "dog", ""]
-    assert "labels=one" in " ".join(notes_of({"": source}))
+    assert "labels=single" in " ".join(notes_of({"": source}))
 
 
 def test_a_class_with_a_mark_in_its_name(images: Path):
-    source = opened(images, CSV.replace("a/2.png,\n", ""), "#labels=one")
+    source = opened(images, CSV.replace("a/2.png,\n", ""), "#labels=single")
     assert source.class_names == ["cat|dog", "dog"]
     assert source.labels.tolist() == [0, 1]
 
@@ -84,7 +84,7 @@ def test_without_two_labels_in_a_cell_nothing_changes(images: Path, text: str):
         ("#separator=space", ("haze primary", "haze"), ["haze|primary", "haze"]),
         ("#separator=comma", ('"haze, primary"', "haze"), ["haze|primary", "haze"]),
         ("#separator=;", ("a;b", "b"), ["a|b", "b"]),
-        ("#labels=several", ("a", ""), ["a", ""]),
+        ("#labels=multi", ("a", ""), ["a", ""]),
     ],
 )
 def test_separator_and_labels(images: Path, options: str, cells: tuple[str, str], expected: object):
@@ -103,9 +103,9 @@ def test_columns_of_zero_and_one(images: Path):
     several = opened(images, "path,cat,dog\na/0.png,1,1\na/1.png,0,0\na/2.png,0.0,1.0\n")
     assert texts(several) == ["cat|dog", "", "dog"]
     one = opened(images, "path,cat,dog\na/0.png,1,0\na/1.png,0,1\n")
-    assert one.labels.tolist() == [0, 1]  # one label an image
+    assert one.labels.tolist() == [0, 1]  # one label per image
     text = "path,age,cat,dog\na/0.png,31,1,0\na/1.png,40,0,1\n"
-    assert texts(opened(images, text, "#label=cat|dog,labels=several")) == ["cat", "dog"]
+    assert texts(opened(images, text, "#label=cat|dog,labels=multi")) == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_columns_of_zero_and_one(images: Path):
         ("path,cat,dog\na/0.png,1,2\n", "#label=cat|dog", "'2'"),
         ("path,label\na/0.png,cat||dog\n", "", "empty"),
         ("path,label\na/0.png,cat\n", "#labels=two", "two"),
-        ("path,label\na/0.png,cat\n", "#labels=one,separator=;", "separator"),
+        ("path,label\na/0.png,cat\n", "#labels=single,separator=;", "separator"),
         ("path,label\na/0.png,cat|Cat\n", "", "Cat"),
     ],
 )
