@@ -172,7 +172,7 @@ def model_card(
         "license": licence,
         "datasets": [_on_hub(base)] if base.startswith(PREFIX) else None,
         "base_model": None if weights is None else _base_model(weights),
-        "metrics": sorted({m["type"] for m in results[0]["metrics"]}) if results else None,
+        "metrics": [results[0]["metrics"][0]["type"]] if results else None,
         "model-index": [{"name": title, "results": results}] if results else None,
     }
     steps = (

@@ -207,6 +207,8 @@ def _open(config: TrainConfig, world: World) -> tuple[TrainConfig, Path, bool, S
         config = for_multi_label(config)
     if config.data.balance != "none":
         check_one_label([splits.train], f"balance={config.data.balance}")
+    if config.model.train_only == "probe":
+        check_one_label([splits.train], "a probe")
     if splits.validation is not None:
         names, label = splits.train.class_names, splits.train.labels[:1]
         nothing = np.zeros((1, len(names)), np.float32)
