@@ -180,7 +180,7 @@ class ImageClassifier(nn.Module):
         x = self.features(images)
         return x if self.head is None else self.head(x)
 
-    # Named as in huggingface_hub's ModelHubMixin, which takes 0.5 s to import with every network.
+    # Named as in huggingface_hub's ModelHubMixin, which would be imported with every network.
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, **options: Any):

@@ -26,7 +26,7 @@ from allmlp.evaluation.predictor import Predictor
 from allmlp.models.layers import ImageClassifier, flops_text
 from allmlp.training.card import model_card, public_name
 from allmlp.training.dataset import check_number_bad
-from allmlp.training.fit import describe_fit
+from allmlp.training.fit import MOST_WEIGHTS, are_too_few, describe_fit
 from allmlp.training.optim import class_weights
 from allmlp.training.state import Run
 from allmlp.training.web_report import REPORT, run_report
@@ -35,11 +35,6 @@ from allmlp.weights.load import load_model
 from allmlp.weights.save import save_model
 
 _UNEVEN = 10  # times as many images in one class as in another
-# Random weights per training image above which a run is warned about. The recipes that work have
-# 55 (digits: 98.4 %) and 25 (CIFAR-10: 69 % after 12 epochs, still rising); S/16 on 340 flowers had
-# 51,000 (37.5 %). Counting weights holds for every image size: small images have small models.
-# The limit is about the geometric mean of 55 and 51,000, which is 1,700.
-_MOST_WEIGHTS = 1000
 _LONG = 600.0  # seconds
 
 
@@ -95,14 +90,13 @@ def announce(run: Run, model: ImageClassifier, *, in_study: bool = False) -> Non
     fit = describe_fit(config, num_images)
     if fit is not None and config.model.train_only != "probe":
         say(f"fit      {fit}")
-    is_few = model.num_parameters > _MOST_WEIGHTS * num_images
-    if is_few and config.model.weights is None and not in_study:
+    if are_too_few(config, model.num_parameters, num_images) and not in_study:
         name = recommended("accuracy" if run.compute.device.type == "cuda" else "speed").name
         command = shlex.join([_command(), "finetune", name, "--data", config.data.source])
         for line in (
             f"few      {plural(num_images, 'image')} for {model.num_parameters:,} random weights, "
             f"{model.num_parameters / num_images:,.0f} per image: the accuracy will be low.",
-            f"         Up to {_MOST_WEIGHTS:,} per image are reasonable; trained weights need far "
+            f"         Up to {MOST_WEIGHTS:,} per image are reasonable; trained weights need far "
             "fewer images:",
             f"         {command}",
         ):

@@ -18,14 +18,14 @@ from allmlp.io import atomic_write
 from allmlp.models.layers import Classifier, flops_text, preprocessing_of
 from allmlp.page import details, image, items, page, table, tag
 from allmlp.training.config import TrainConfig
+from allmlp.training.fit import are_too_few
 from allmlp.training.recipes import RECIPES, recipe
 from allmlp.training.run_folder import identity, read_results
 from allmlp.training.state import Run
 
 REPORT = "report.html"
 _MAX_MISTAKES, _MAX_CLASSES = 24, 30
-_ENOUGH, _ENOUGH_RANDOM = 20, 10_000  # training images: of a class, and for random weights
-_GOOD = 0.9  # accuracy from which random weights were no mistake
+_ENOUGH = 20  # training images of a class
 
 
 def run_report(
@@ -48,13 +48,15 @@ def run_report(
         parts += _accuracy(shown, which)
         if test is not None and validation is not None:
             parts.append(tag("p", f"On the validation images: {validation.summary()}."))
-    parts.append(items([*_concerns(run, shown), *(shown.warnings() if shown else [])], "warning"))
+    parts.append(items([*_concerns(run, model), *(shown.warnings() if shown else [])], "warning"))
     parts.append(_figure(folder.plots, "curves", "Loss, accuracy and learning rate"))
     rows = [("data", line) for line in splits.describe()]
     rows += [("model", _described(model))]
     if config.model.weights is not None:
         rows.append(("begins with", config.model.weights))
-    rows.append(("run", f"{config.length}, batch {config.batch_size}, seed {config.seed}"))
+    length = f"{config.length}, batch {config.batch_size}"
+    length = "linear probe" if config.model.train_only == "probe" else length
+    rows.append(("run", f"{length}, seed {config.seed}"))
     rows += [("not as in the recipe", f"{key} = {value}") for key, value in _changed(config)]
     parts += [tag("h2", "The run"), table(rows)]
     if shown is not None and source is not None:
@@ -156,7 +158,7 @@ def _changed(config: TrainConfig) -> list[tuple[str, Any]]:
     ]
 
 
-def _concerns(run: Run, shown: Evaluation | None) -> Iterable[str]:
+def _concerns(run: Run, model: Classifier) -> Iterable[str]:
     """Yields what the numbers mean, in words."""
     train = run.splits.train
     counts = train.class_counts()
@@ -164,8 +166,7 @@ def _concerns(run: Run, shown: Evaluation | None) -> Iterable[str]:
     if few:
         more = f" and {len(few) - 8} more" if len(few) > 8 else ""
         yield f"few training images, fewer than {_ENOUGH}: {', '.join(few[:8])}{more}"
-    is_random = run.config.model.weights is None and len(train) < _ENOUGH_RANDOM
-    if is_random and shown is not None and shown.top1 < _GOOD:
+    if are_too_few(run.config, model.num_parameters, len(train)):
         yield (
             f"{len(train):,} images are few for random weights: begin with trained ones "
             "(mixer finetune CHECKPOINT --data FOLDER)"
