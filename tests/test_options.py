@@ -48,7 +48,7 @@ def run(monkeypatch: pytest.MonkeyPatch):
 
 def test_flags_come_from_the_dataclass(run, capsys):
     words = ["runs/a", "--output", "b", "--image-size", "192x256", "--set", "a=1", "--set", "b=2"]
-    assert run(*words) == 3
+    assert run(*words)[0] == 3
     expected = ToyOptions(output=Path("b"), image_size=(192, 256), set=("a=1", "b=2"))
     assert capsys.readouterr().out.strip() == str(("runs/a", expected))
 
@@ -78,9 +78,9 @@ def test_the_help_has_summary_examples_and_the_text_of_each_field(run, capsys):
     ],
 )
 def test_wrong_flags_end_with_exit_code_2(run, words):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(UserError) as wrong:
         run(*words)
-    assert stopped.value.code == 2
+    assert wrong.value.code == "usage"
 
 
 def test_make_takes_an_object_keywords_or_both():

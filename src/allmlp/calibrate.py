@@ -23,7 +23,7 @@ from allmlp.evaluation.metrics import Evaluation
 from allmlp.evaluation.options import CalibrateOptions, EvaluateOptions, MeasureOptions
 from allmlp.io import atomic_write, check_not_inputs, expand
 from allmlp.models.layers import ImageClassifier
-from allmlp.options import make
+from allmlp.options import Done, make
 from allmlp.training.card import PROBABILITIES, probabilities_section, public_name
 from allmlp.weights.load import files_of, open_model
 from allmlp.weights.save import check_target, save_model
@@ -74,7 +74,7 @@ def calibrate(
     return net, result
 
 
-def command(model: str, output: str, options: CalibrateOptions) -> None:
+def command(model: str, output: str, options: CalibrateOptions) -> Done:
     """Writes the calibrated model, with the card of the folder that it comes from."""
     path, report = expand(output), Reporter()
     targets = [file for file in check_target(path, "allmlp") if file is not None]
@@ -102,3 +102,4 @@ def command(model: str, output: str, options: CalibrateOptions) -> None:
     for line in coverage_lines(coverage_table(result)):
         report.say(line)
     report.say(f"\nwritten  {weights}")
+    return Done({"written": weights, "decision": net.decision, "evaluation": result})

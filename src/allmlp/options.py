@@ -34,6 +34,14 @@ class Options:
     __pydantic_config__ = {"extra": "forbid", "arbitrary_types_allowed": True}  # noqa: RUF012
 
 
+@dataclass(frozen=True)
+class Done:
+    """What a command did, for `--json`, and its exit code."""
+
+    values: dict[str, Any]
+    code: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class ForeignOptions(Options):
     """What weights of other programs do not carry."""

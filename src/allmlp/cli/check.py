@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from allmlp.errors import UserError, plural
-from allmlp.options import Options
+from allmlp.options import Done, Options
 
 if TYPE_CHECKING:
     from allmlp.console import Reporter
@@ -53,8 +53,8 @@ class CheckOptions(Options):
             raise UserError(what, where="exclude", fix="Leave out one of the two")
 
 
-def check(source: str, options: CheckOptions) -> int:
-    """Checks data and prints the result; returns the exit code."""
+def check(source: str, options: CheckOptions) -> Done:
+    """Checks data and prints the result."""
     from allmlp.console import Reporter
     from allmlp.data.check import FILES, check_source
     from allmlp.data.exclude import duplicates_to_exclude, exclude_list
@@ -111,7 +111,8 @@ def check(source: str, options: CheckOptions) -> int:
     else:
         written = [*result.save(folder), *save_check(splits, result.duplicates, folder)]
         report.say(f"\nwritten  {folder}: {', '.join(written)}")
-    return 3 if problems or any(split.unreadable for split in result.splits.values()) else 0
+    is_bad = problems or any(split.unreadable for split in result.splits.values())
+    return Done({**result.to_json(), "problems": problems}, 3 if is_bad else 0)
 
 
 def print_check(report: Reporter, result: Report) -> None:

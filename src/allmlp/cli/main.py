@@ -13,7 +13,9 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from typing import Any
 
+from allmlp.cli.results import SHARED, UsageError, print_json, streams
 from allmlp.cli.table import Command
 from allmlp.cli.verbs import GROUPS, VERBS
 from allmlp.errors import UserError, fix_of, named_memory_errors, near_names
@@ -24,10 +26,10 @@ from allmlp.runtime.process import (
     refuse_removed_folder,
 )
 
-DESCRIPTION = """MLP-Mixer in PyTorch: train, evaluate and use all-MLP image classifiers.
+DESCRIPTION = f"""MLP-Mixer in PyTorch: train, evaluate and use all-MLP image classifiers.
 
 Begin with `mixer train`: without arguments it trains a small Mixer on real digits, in one or two
-minutes. `mixer COMMAND --help` has examples. `--debug` shows the traceback of an error."""
+minutes. `mixer COMMAND --help` has examples. {SHARED}"""
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -48,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: those after `mixer`; None uses sys.argv.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
-    given = [word for word in given if word != "--debug"]
+    debug, quiet, as_json = (word in given for word in ("--debug", "--quiet", "--json"))
+    given = [word for word in given if word not in ("--debug", "--quiet", "--json")]
     open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names need not be valid text
@@ -57,8 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     try:
         refuse_removed_folder()
-        with named_memory_errors():
-            sys.exit(parse(given) or 0)
+        with named_memory_errors(), streams(given, quiet=quiet, as_json=as_json):
+            code, result = parse(given)
+        if as_json and is_main_process():
+            print_json(result)
+        sys.exit(code)
     except BrokenPipeError:  # the reader has exited, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -67,23 +72,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(error, OSError):
             if error.errno is None or error.strerror is None:
                 raise
-            shown = UserError(error.strerror, where=error.filename, fix=fix_of(error))
+            fix = fix_of(error)
+            shown = UserError(error.strerror, where=error.filename, fix=fix, code="system")
         if debug:
             traceback.print_exc()
+        elif isinstance(error, UsageError):
+            print(error.shown, file=sys.stderr, end="", flush=True)
         elif is_main_process() or isinstance(error, OSError) or error.what.startswith("rank "):
             print(f"error: {shown}", file=sys.stderr, flush=True)
+        if as_json and is_main_process():
+            names = ("code", "what", "where", "fix")
+            print_json({"error": {name: getattr(shown, name) for name in names}})
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
 
 
-def parse(arguments: Sequence[str]) -> int | None:
-    """Runs the command named by the arguments and returns its exit code."""
+def parse(arguments: Sequence[str]) -> tuple[int, Any]:
+    """Runs the command named by the arguments and returns its exit code and result."""
     given = list(arguments) or ["--help"]
     if given[0] == "--version":
         print(f"allmlp {version('allmlp')}")
-        return 0
+        return 0, {"allmlp": version("allmlp")}
     if given[0] in GROUPS:  # two words, such as "data check"
         group = given[0]
         commands = {
@@ -98,7 +109,7 @@ def parse(arguments: Sequence[str]) -> int | None:
 
 def _run(
     given: list[str], commands: Mapping[str, Command | str], prog: str, description: str
-) -> int | None:
+) -> tuple[int, Any]:
     """Runs the command named by the first word, or prints the list of commands."""
     name = given[0]
     if name in ("-h", "--help"):
@@ -107,7 +118,7 @@ def _run(
         for name, command in commands.items():
             summary = command.summary if isinstance(command, Command) else command
             print(f"  {name:{width}}  {summary}")
-        return 0
+        return 0, {"commands": list(commands)}
     if name not in commands:
         near = near_names(name, commands)
         if name in ("version", "help"):

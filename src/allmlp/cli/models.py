@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from allmlp.console import table
 from allmlp.errors import UserError
-from allmlp.options import ImageSize, Options, Repeated, assignments
+from allmlp.options import Done, ImageSize, Options, Repeated, assignments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,22 +47,27 @@ class ModelsOptions(Options):
             raise UserError(f"{' and '.join(given)} do not go together", fix="Give one of them")
 
 
-def models(options: ModelsOptions) -> None:
+def models(options: ModelsOptions) -> Done:
     """Prints the requested list."""
     from allmlp.paper.comparison_systems import list_comparison  # not needed by --help
+    from allmlp.weights.checkpoints import CHECKPOINTS
     from allmlp.weights.report import checkpoint_table, inspect_file
 
+    rows: list[dict[str, Any]] = []
     if options.inspect is not None:
         size = options.image_size
         lines = inspect_file(options.inspect, (size, size) if isinstance(size, int) else size)
     elif options.weights:
         lines = checkpoint_table()
+        rows = [{"name": name, **asdict(known)} for name, known in CHECKPOINTS.items()]
     else:
-        lines = list_comparison() if options.comparison else _architectures(options)
+        lines = list_comparison() if options.comparison else _architectures(options, rows)
     print("\n".join(lines))
+    return Done({"models": rows} if rows else {"lines": lines})
 
 
-def _architectures(options: ModelsOptions) -> list[str]:
+def _architectures(options: ModelsOptions, found: list[dict[str, Any]]) -> list[str]:
+    """Returns the table; adds its rows to `found`."""
     import torch
 
     from allmlp.models.catalog import create_model, list_models
@@ -85,6 +91,16 @@ def _architectures(options: ModelsOptions) -> list[str]:
         tokens = " to ".join(f"{n:,}" for n in dict.fromkeys((config.tokens[0], config.tokens[-1])))
         pixels = f"{config.image_size[0]}x{config.image_size[1]}"
         cells = [name, pixels, f"{parameters - head:,}", f"{parameters:,}"]
+        found.append(
+            {
+                "name": name,
+                "image_size": config.image_size,
+                "parameters": parameters,
+                "parameters_without_head": parameters - head,
+                "flops": config.flops,
+                "tokens": (config.tokens[0], config.tokens[-1]),
+            }
+        )
         rows.append([*cells, f"{config.flops / 1e9:.2f}", tokens])
     if not rows and without and not skipped:
         raise without[0][1]

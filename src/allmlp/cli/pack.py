@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from allmlp.errors import UserError, plural
-from allmlp.options import Options
+from allmlp.options import Done, Options
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -39,8 +39,8 @@ class PackOptions(Options):
         return size
 
 
-def pack(source: str, folder: str, options: PackOptions) -> int:
-    """Packs data and prints a summary; returns the exit code."""
+def pack(source: str, folder: str, options: PackOptions) -> Done:
+    """Packs data and prints a summary."""
     import shlex
 
     from allmlp.console import Reporter, report_bad_images, report_notes
@@ -66,7 +66,9 @@ def pack(source: str, folder: str, options: PackOptions) -> int:
     report.say(f"written    {target}")
     if "train" in packed:
         report.say(f"next       {shlex.join(['mixer', 'train', '--data', str(target)])}")
-    return report_bad_images([bad for result in packed.values() for bad in result.bad])
+    code = report_bad_images([bad for result in packed.values() for bad in result.bad])
+    splits = {split: {"images": r.num_images, "bad": r.bad} for split, r in packed.items()}
+    return Done({"written": target, "splits": splits}, code)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +87,14 @@ class IndexOptions(Options):
     """The images have no labels; they can only be used for prediction."""
 
 
-def index(folder: str, options: IndexOptions) -> None:
+def index(folder: str, options: IndexOptions) -> Done:
     """Indexes tars and prints a summary."""
     from allmlp.data.sources.webdataset import index_tars
     from allmlp.io import expand
 
-    for path, found in index_tars(expand(folder), labels=not options.unlabelled).items():
+    written = index_tars(expand(folder), labels=not options.unlabelled)
+    for path, found in written.items():
         tars = plural(len(found.files), "tar")
         classes = plural(len(found.class_names), "class") if found.class_names else "no labels"
         print(f"written  {path}: {plural(len(found), 'image')} in {tars}, {classes}")
+    return Done({"written": {str(path): len(found) for path, found in written.items()}})

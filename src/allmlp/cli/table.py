@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
+import io
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from allmlp.options import ImageSize, Repeated, documentation
+from allmlp.cli.results import SHARED, UsageError, as_flags, split_config
+from allmlp.errors import UserError
+from allmlp.options import Done, ImageSize, Repeated, documentation
 
 _WEIGHTS = "A run folder, a .safetensors, .npz or .pth file, a name of `mixer models --weights`, "
 POSITIONAL = {
@@ -38,7 +42,7 @@ class Command:
         options: path within allmlp of the options dataclass; its docstring is the help text.
         function: path within allmlp, called with the positional arguments and the options. If its
             module has a `show`, that is called with the result and the options, and returns the
-            exit code or None; otherwise the function prints and returns the exit code itself.
+            exit code or None; otherwise the function prints, and may return `Done`.
         summary: the line in `mixer --help`.
         positional: positional arguments; "recipe?" is optional, "images*" many, "models*?" both.
     """
@@ -48,28 +52,43 @@ class Command:
     summary: str
     positional: str = ""
 
-    def run(self, name: str, given: list[str]) -> int | None:
-        """Parses the arguments and runs the command; returns its exit code."""
+    def run(self, name: str, given: list[str]) -> tuple[int, Any]:
+        """Parses the arguments and runs the command; returns its exit code and result."""
         import tyro
 
         kind = getattr(*_found(self.options))
         positional = self.positional.split()
-        values = vars(
-            tyro.cli(
-                _arguments(kind, positional),
-                prog=f"mixer {name}",
-                description=inspect.cleandoc(kind.__doc__ or ""),
-                args=given,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
-        )
+        given, settings = split_config(given)
+        own: dict[str, Any] = {}
+        if "version" in settings:  # config.json of a run
+            if "base" not in [field.name for field in dataclasses.fields(kind)]:
+                what = "the settings of a run, and only train and finetune take them"
+                raise UserError(what, where="config", fix="Write a file of this command's options")
+            own["base"] = settings
+        else:
+            given += as_flags(kind, settings, given)
+        errors = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors):
+                parsed = tyro.cli(
+                    _arguments(kind, positional),
+                    prog=f"mixer {name}",
+                    description=f"{inspect.cleandoc(kind.__doc__ or '')}\n\n{SHARED}",
+                    args=given,
+                    config=(tyro.conf.FlagCreatePairsOff,),
+                )
+        except SystemExit as end:
+            if not end.code:
+                raise
+            raise UsageError(errors.getvalue()) from None
+        values = vars(parsed) | own
         arguments = [values.pop(argument.rstrip("?*")) for argument in positional]
         options = kind(**values)
         module, function = _found(self.function)
         result = getattr(module, function)(*arguments, options)
         if hasattr(module, "show"):
-            return module.show(result, options)
-        return result if isinstance(result, int) else None
+            return module.show(result, options) or 0, result
+        return (result.code, result.values) if isinstance(result, Done) else (0, result)
 
 
 def _found(path: str) -> tuple[types.ModuleType, str]:
@@ -96,7 +115,7 @@ def _arguments(kind: type, positional: list[str]) -> type:
         fields.append(_field(name, Annotated[Positional[plain], shown], default))
     texts, hints = documentation(kind), typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
-        if field.init:
+        if field.init and not field.metadata.get("hidden"):
             hint = _annotated(hints[field.name], field, texts.get(field.name, ""))
             fields.append(_field(field.name, hint, field.default, field.default_factory))
     return dataclasses.make_dataclass("Arguments", fields, kw_only=True)

@@ -62,6 +62,8 @@ def _options(name: str, settings: dict[str, str], *more: tuple[str, Any, Any]) -
         kind = _SECTIONS[section]
         hint = get_type_hints(kind)[field] | None
         fields.append(_flag(flag, hint, None, documentation(kind)[field]))
+    base = dataclasses.field(default=None, metadata={"hidden": True})  # config.json of a run
+    fields.append(("base", dict[str, Any] | None, base))
     doc = "Any other setting, as config.json of a run names it; may be given many times."
     fields.append(_flag("settings", Repeated, (), doc, flag="set", metavar="KEY=VALUE"))
     fields.append(_flag("dry_run", bool, False, _DRY_RUN))
@@ -97,17 +99,22 @@ is a name of docs/recipes.md; without it digits, or scratch where --data is give
 """
 
 
-def train_command(recipe: str | None, options: Any) -> None:
+def train_command(recipe: str | None, options: Any) -> Any:
     """Runs `mixer train`."""
     from allmlp.data.sources import names_source  # slow imports not needed by --help
     from allmlp.training.run_folder import check_same, config_of
     from allmlp.training.train import train
 
     if options.resume is None:
+        if options.base is not None:
+            if recipe is not None:
+                raise UserError(f"config and the recipe {recipe} exclude each other")
+            return _train_or_fold(changed(base_of(options), TRAIN, options), options)
         source = options.data
         name = recipe or ("digits" if source is None or names_source(source) else "scratch")
-        _train_or_fold(changed(named_recipe(name), TRAIN, options), options)
-        return
+        return _train_or_fold(changed(named_recipe(name), TRAIN, options), options)
+    if options.base is not None:
+        raise UserError("config and resume exclude each other", fix="Leave out one of them")
     if options.folds is not None:
         what = "resume continues one run, and folds makes a study"
         raise UserError(what, where="folds", fix="Repeat the command with the same output")
@@ -117,7 +124,12 @@ def train_command(recipe: str | None, options: Any) -> None:
     old = config_of(options.resume)
     config = changed(old, TRAIN, options)
     check_same(old, config)
-    train(replace(config, output=options.resume), dry_run=options.dry_run)
+    return train(replace(config, output=options.resume), dry_run=options.dry_run)
+
+
+def base_of(options: Any) -> TrainConfig:
+    """Returns the settings of another run; they write to a folder of their own."""
+    return replace(TrainConfig.from_json(options.base), output=None)
 
 
 def given_settings(settings: dict[str, str], options: Any) -> dict[str, Any]:
@@ -126,20 +138,20 @@ def given_settings(settings: dict[str, str], options: Any) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
 
 
-def _train_or_fold(config: TrainConfig, options: Any) -> None:
+def _train_or_fold(config: TrainConfig, options: Any) -> Any:
     from allmlp.cross_validation import cross_validate
     from allmlp.training.report import duration
     from allmlp.training.train import train
 
     folds = options.folds
     if folds is None:
-        train(config, dry_run=options.dry_run)
-    elif options.dry_run:
+        return train(config, dry_run=options.dry_run)
+    if options.dry_run:
         one = config.with_value("data.fold", (1, folds))
         seconds = train(one, dry_run=True, in_study=True).expected_seconds or 0.0
         print(f"study    {folds} such runs: about {duration(folds * seconds)}")
-    else:
-        cross_validate(config, folds)
+        return {"expected_seconds": folds * seconds}
+    return cross_validate(config, folds)
 
 
 def changed(config: TrainConfig, settings: dict[str, str], options: Any) -> TrainConfig:
@@ -177,14 +189,14 @@ command with the same --output resumes what was stopped.
 """
 
 
-def finetune_command(checkpoint: str, options: Any) -> None:
+def finetune_command(checkpoint: str, options: Any) -> Any:
     """Runs `mixer finetune`."""
     from allmlp.finetuning import finetune
     from allmlp.training.fit import finetune_config
     from allmlp.training.report import duration
     from allmlp.training.train import train
 
-    if options.data is None:
+    if options.data is None and options.base is None:
         raise UserError("fine-tuning needs data", where="data", code="missing")
     needs({"resize_weights": options.resize_weights}, "image_size", options.image_size)
     grid, seeds = options.grid, options.seeds
@@ -199,16 +211,21 @@ def finetune_command(checkpoint: str, options: Any) -> None:
             raise UserError(f"{pair} exclude each other", fix="Leave one of them out")
     given = {"model.train_only": "probe", "epochs": 1} if options.probe else {}
     given |= given_settings(FINETUNE, options)
-    config = finetune_config(
-        *(checkpoint, options.data, given, options.settings),
-        recipe_name=options.recipe,
-        in_grid=grid is not None,
-    )
+    if options.base is not None:
+        if options.recipe is not None:
+            raise UserError(f"config and the recipe {options.recipe} exclude each other")
+        given["model.weights"] = checkpoint
+        config = base_of(options).with_values(given, options.settings)
+    else:
+        config = finetune_config(
+            *(checkpoint, options.data, given, options.settings),
+            recipe_name=options.recipe,
+            in_grid=grid is not None,
+        )
     if seeds:
         config = config.with_value("seed", seeds[0])
     if grid is None and len(seeds) < 2:
-        _train_or_fold(config, options)
-        return
+        return _train_or_fold(config, options)
     if options.folds is not None:
         what = "folds is a study of its own: it takes no grid, and one seed"
         raise UserError(what, where="folds", fix="Choose the learning rate first")
@@ -218,5 +235,5 @@ def finetune_command(checkpoint: str, options: Any) -> None:
         runs = len(rates) + len(seeds)
         seconds = train(config, dry_run=True, in_study=True).expected_seconds or 0.0
         print(f"study    {runs} such runs: about {duration(runs * seconds)}")
-        return
-    finetune(config, grid=rates, seeds=seeds)
+        return {"expected_seconds": runs * seconds}
+    return finetune(config, grid=rates, seeds=seeds)

@@ -83,6 +83,11 @@ VERBS = {
         "Upload a model and its card to the Hugging Face hub.",
         "weights repo",
     ),
+    "env": Command(
+        "cli.env.EnvOptions",
+        "cli.env.env",
+        "Report versions, hardware and installed extras, for example for a bug report.",
+    ),
     "paper vtab": Command(
         "paper.options.VtabOptions",
         "paper.vtab.vtab",

@@ -475,9 +475,13 @@ def _measure_speed(model: ImageClassifier, file: ExportedModel, images: Tensor) 
     }
 
 
-def command(model: str, options: ExportOptions) -> int:
-    """Exports with progress on standard error and prints the report."""
-    report = export(model, options, log=Reporter(stderr=True).say)
+def command(model: str, options: ExportOptions) -> ExportReport:
+    """Exports with progress on standard error."""
+    return export(model, options, log=Reporter(stderr=True).say)
+
+
+def show(report: ExportReport, options: ExportOptions) -> int:
+    """Prints the report; returns the exit code."""
     reporter = Reporter()
     for line in report.lines():
         reporter.say(line)

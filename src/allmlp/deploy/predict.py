@@ -16,12 +16,20 @@ from allmlp.deploy.formats import is_exported, load_any
 from allmlp.deploy.inputs import STANDARD_INPUT, AnyImage, find_images, is_url, read_list
 from allmlp.deploy.options import PredictOptions
 from allmlp.deploy.parts import Output, begin_parts, choose_output, read_bad, write_parts
-from allmlp.deploy.rows import Columns, Prediction, Rows, choose_columns, predict_rows, write_table
+from allmlp.deploy.rows import (
+    Columns,
+    Prediction,
+    Rows,
+    choose_columns,
+    predict_rows,
+    row_json,
+    write_table,
+)
 from allmlp.errors import UserError, named_memory_errors, plural
 from allmlp.evaluation.predictor import Predictor
 from allmlp.io import STANDARD_OUTPUT, check_not_inputs
 from allmlp.models.layers import Classifier, ImageClassifier
-from allmlp.options import make
+from allmlp.options import Done, make
 from allmlp.runtime.world import World, join_world
 from allmlp.weights.load import files_of
 
@@ -183,7 +191,8 @@ class _Screen:
         self, predictor: Predictor, source: Source, output: Output | None, columns: Columns
     ) -> None:
         """Prints notes and starts the progress bar."""
-        self.decision = columns.decision
+        self.columns, self.decision = columns, columns.decision
+        self.is_shown = output is None  # then all rows are kept
         number = len(source)
         if self.world.is_main:
             report_notes(notes_of({"": source}))
@@ -207,20 +216,20 @@ class _Screen:
                 self.bad += 1
                 if len(self.bad_images) < _NAMED:
                     self.bad_images.append(BadImage(self.images, row.path, row.error))
-            elif len(self.rows) < _SHOWN:
+            if self.is_shown or (row.error is None and len(self.rows) < _SHOWN):
                 self.rows.append(row)
             self.images += 1
         seconds = time.monotonic() - self.started
         self.bar.advance(len(rows), f"{self.images / max(seconds, 1e-9):,.0f} images/s")
 
-    def end(self, output: Output | None) -> int:
-        """Prints the first rows, output path, speed and bad images; returns the exit code."""
+    def end(self, output: Output | None) -> Done:
+        """Prints the first rows, output path, speed and bad images."""
         seconds = time.monotonic() - self.started
         computed = number = self.images
         if output is not None and output.is_folder:
             computed, number = sum(self.world.gather(computed)), output.images
             if not self.world.is_main:
-                return 0  # even with bad images: torchrun would kill the main process
+                return Done({})  # even with bad images: torchrun would kill the main process
             self.bad, self.bad_images = read_bad(output, _NAMED)  # includes existing parts
             parts = f"{plural(output.parts, 'part')}, {plural(number, 'image')}"
             self.reporter.say(f"written  {output.path}: {parts}")
@@ -232,18 +241,24 @@ class _Screen:
             speed = f"{computed / max(seconds, 1e-9):,.1f} images/s{self.precision}"
             self.reporter.say(f"time     {seconds:,.1f} s: {speed}")
         code = report_bad_images(self.bad_images, self.bad)
-        return 2 if self.bad and self.bad == number else code
+        values: dict[str, Any] = {"images": number, "bad": self.bad}
+        if output is None:
+            values["predictions"] = [row_json(row, self.columns) for row in self.rows]
+        else:
+            values["written"] = output.path
+        return Done(values, 2 if self.bad and self.bad == number else code)
 
     def _show_rows(self, output: Output | None) -> None:
-        if self.options.features or not self.rows:
+        shown = [row for row in self.rows if row.error is None][:_SHOWN]
+        if self.options.features or not shown:
             return
-        header, rows = ["image"], [[row.path] for row in self.rows]
+        header, rows = ["image"], [[row.path] for row in shown]
         if self.decision.has_answer:
             header.append("answer")
-            rows = [[row.path, self.decision.text(row.answers)] for row in self.rows]
-        for cells, row in zip(rows, self.rows, strict=True):
+            rows = [[row.path, self.decision.text(row.answers)] for row in shown]
+        for cells, row in zip(rows, shown, strict=True):
             cells += [f"{name} {value:.1%}" for name, value in row.classes]
-        header += [f"{rank}." for rank in range(1, len(self.rows[0].classes) + 1)]
+        header += [f"{rank}." for rank in range(1, len(shown[0].classes) + 1)]
         for line in table(header, rows, left=len(header)):
             self.reporter.say(line)
         more = self.images - self.bad - len(rows)
@@ -252,8 +267,8 @@ class _Screen:
             self.reporter.say(f"... and {more:,} more, {where}")
 
 
-def command(model: str, images: tuple[str, ...], options: PredictOptions) -> int:
-    """Predicts with a progress bar; returns 0, 3 if some images were bad, 2 if all were."""
+def command(model: str, images: tuple[str, ...], options: PredictOptions) -> Done:
+    """Predicts with a progress bar; exit code 0, 3 if some images were bad, 2 if all were."""
     if options.features and options.output is None:
         what = "features are written to a file, and none is named"
         raise UserError(what, where="output", fix="Add an output: FILE.parquet, .csv or .jsonl")

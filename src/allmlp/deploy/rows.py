@@ -238,14 +238,14 @@ def _write_csv(file: TextIO, batches: Iterable[Rows], columns: Columns) -> None:
 
 def _write_jsonl(file: TextIO, batches: Iterable[Rows], columns: Columns) -> None:
     for rows in batches:
-        file.writelines(f"{json.dumps(_json_of(row, columns))}\n" for row in rows)
+        file.writelines(f"{json.dumps(row_json(row, columns))}\n" for row in rows)
 
 
 def _write_json(file: TextIO, batches: Iterable[Rows], columns: Columns) -> None:
     before = "[\n  "
     for rows in batches:
         for row in rows:
-            text = json.dumps(_json_of(row, columns), indent=2).replace("\n", "\n  ")
+            text = json.dumps(row_json(row, columns), indent=2).replace("\n", "\n  ")
             file.write(f"{before}{text}")
             before = ",\n  "
     file.write("[]\n" if before[0] == "[" else "\n]\n")
@@ -254,7 +254,8 @@ def _write_json(file: TextIO, batches: Iterable[Rows], columns: Columns) -> None
 _WRITERS = {".csv": _write_csv, ".json": _write_json, ".jsonl": _write_jsonl}
 
 
-def _json_of(row: Prediction, columns: Columns) -> dict[str, Any]:
+def row_json(row: Prediction, columns: Columns) -> dict[str, Any]:
+    """Returns a row as JSON values."""
     values: dict[str, Any] = {"path": row.path}
     if columns.features:
         numbers = [] if row.features is None else row.features

@@ -7,7 +7,7 @@ from typing import Literal
 
 from allmlp.errors import needs, plural
 from allmlp.io import check_not_inputs, expand
-from allmlp.options import ForeignOptions, ImageSize, ResizeWeights
+from allmlp.options import Done, ForeignOptions, ImageSize, ResizeWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class ConvertOptions(ForeignOptions):
         needs({"resize_weights": resizing}, "image_size", self.image_size)
 
 
-def convert(model: str, output: str, options: ConvertOptions) -> None:
+def convert(model: str, output: str, options: ConvertOptions) -> Done:
     """Loads a model, writes it and prints the result; never overwrites the input."""
     from allmlp.models.catalog import in_words  # imports torch, which --help does not need
     from allmlp.models.layers import flops_text
@@ -72,3 +72,4 @@ def convert(model: str, output: str, options: ConvertOptions) -> None:
         what = f"{gelu[1]} computes the {gelu[0]} GELU, this model the {ours} one"
         lines.append(f"note     {what}: its logits will differ in the fourth digit")
     print("\n".join(lines))
+    return Done({"written": weights, "format": format, "parameters": net.num_parameters})

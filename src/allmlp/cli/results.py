@@ -1,0 +1,134 @@
+"""`--quiet`, `--json` and `--config` of every command: what it prints, and options from a file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from allmlp.errors import UserError, near_names
+from allmlp.options import ImageSize, Repeated
+
+SHARED = """All commands also take --config FILE (options from a JSON file), --quiet (nothing but
+errors), --json (the result as one JSON object) and --debug (the traceback of an error)."""
+
+
+class UsageError(UserError):
+    """Arguments that do not fit the command; `shown` is the message for a terminal."""
+
+    def __init__(self, shown: str) -> None:
+        self.shown = shown
+        lines = (re.sub("[╭╮╰╯─│]", " ", line).strip() for line in shown.splitlines())
+        super().__init__("; ".join(filter(None, lines)), code="usage")
+
+
+@contextlib.contextmanager
+def streams(given: Sequence[str], *, quiet: bool, as_json: bool) -> Iterator[None]:
+    """Sends what is printed inside the block to standard error, or nowhere if quiet.
+
+    Results that an option sends to standard output, as in `--output -`, are no messages.
+    """
+    line = " ".join(given)
+    writes = re.search(r"--(output|exclude)[ =]-( |$)", line) is not None
+    if as_json and writes:
+        what = "json and - both write to standard output"
+        raise UserError(what, fix="Name a file, or leave out --json", code="conflict")
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stderr(null))
+        if as_json or (quiet and not writes):
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield
+
+
+def to_json(result: Any) -> Any:
+    """Returns a result as JSON values: by its own `to_json`, else its fields."""
+    if result is None or isinstance(result, bool | int | str):
+        return result
+    if isinstance(result, float):
+        return result if math.isfinite(result) else None
+    if isinstance(result, dict):
+        return {str(key): to_json(value) for key, value in result.items()}
+    if hasattr(result, "_asdict"):
+        return to_json(result._asdict())
+    if isinstance(result, list | tuple | set):
+        return [to_json(value) for value in result]
+    if hasattr(result, "to_json"):
+        return to_json(result.to_json())
+    if dataclasses.is_dataclass(result):
+        fields = dataclasses.fields(result)
+        return {field.name: to_json(getattr(result, field.name)) for field in fields}
+    return to_json(result.tolist()) if hasattr(result, "tolist") else str(result)
+
+
+def print_json(result: Any) -> None:
+    """Prints a result as one JSON object."""
+    values = to_json(result)
+    values = values if isinstance(values, dict) else {"results": values or []}
+    print(json.dumps(values, indent=2), flush=True)
+
+
+def split_config(given: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Returns the arguments without `--config FILE`, and the contents of the file."""
+    rest, values, words = [], {}, iter(given)
+    for word in words:
+        name, equals, path = word.partition("=")
+        if name != "--config":
+            rest.append(word)
+            continue
+        from allmlp.io import expand, read_json
+
+        file = expand(path if equals else next(words, ""))
+        if not file.is_file():
+            what = f"no such file: {str(file)!r}"
+            raise UserError(what, where="config", fix="Give a JSON file", code="missing-file")
+        found = read_json(file, "not a JSON object")
+        if not isinstance(found, dict):
+            raise UserError("not a JSON object", where=file)
+        values |= found
+    return rest, values
+
+
+def as_flags(kind: Any, values: dict[str, Any], given: Sequence[str]) -> list[str]:
+    """Returns options as flags, without those that were given."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    typed = {word.partition("=")[0].replace("_", "-") for word in given}
+    flags: list[str] = []
+    for key, value in values.items():
+        field = fields.get(key.replace("-", "_"))
+        field = field or next((f for f in fields.values() if f.metadata.get("flag") == key), None)
+        if field is None:
+            fix = f"{near_names(key, fields)}Known: {', '.join(fields)}"
+            what = f"unknown option {key!r}"
+            raise UserError(what, where="config", fix=fix, code="unknown-name")
+        flag = f"--{field.metadata.get('flag', field.name).replace('_', '-')}"
+        if flag in typed or value is None or value is False:
+            continue
+        if value is True:
+            flags.append(flag)
+        elif hints[field.name] == Repeated:
+            pairs = value.items() if isinstance(value, dict) else ()
+            texts = [f"{name}={_text(inner)}" for name, inner in pairs] or value
+            flags += [f"{flag}={text}" for text in texts]
+        elif isinstance(value, list) and set(typing.get_args(ImageSize)) <= set(
+            typing.get_args(hints[field.name])
+        ):
+            flags.append(f"{flag}={'x'.join(map(str, value))}")
+        elif isinstance(value, list):
+            flags += [flag, *map(_text, value)]
+        else:
+            flags.append(f"{flag}={_text(value)}")
+    return flags
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,125 @@
+"""`--json`, `--quiet` and `--config` of the commands."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from conftest import draw, mixer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    from allmlp import recipe, train
+
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    config = recipe("digits").with_values({"steps": 2, "output": str(folder)})
+    train(config, quiet=True)
+    return folder
+
+
+def only_object(out: str) -> dict:
+    values = json.loads(out)
+    assert isinstance(values, dict)
+    return values
+
+
+def test_json_is_the_only_output_and_holds_the_result(run, tmp_path, capsys):
+    line = ("evaluate", run, "--data", "digits:test", "--output", tmp_path / "e", "--json")
+    code, out, err = mixer(capsys, *line)
+    assert code == 0
+    assert "top-1" in err
+    found, file = only_object(out), json.loads((tmp_path / "e/evaluation.json").read_text())
+    assert found == {name: file[name] for name in found}
+    assert found["top1"] == file["top1"]
+
+
+@pytest.mark.parametrize(
+    "line", ["models", "models --weights", "env", "data check digits", "--help"]
+)
+def test_every_command_prints_one_object(line, capsys):
+    code, out, _ = mixer(capsys, *line.split(), "--json")
+    assert code == 0
+    assert only_object(out)
+
+
+def test_json_of_predictions_has_every_image_and_keeps_the_exit_code(run, tmp_path, capsys):
+    (tmp_path / "bad.png").write_text("no image")
+    draw(0).save(tmp_path / "good.png")
+    code, out, _ = mixer(capsys, "predict", run, tmp_path, "--json", "--top-k", 1)
+    assert code == 3
+    bad, good = only_object(out)["predictions"]
+    assert bad["error"]
+    assert len(good["classes"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [("models --sizes 3", "usage"), ("modles", "unknown-name"), ("finetune x", "missing")],
+)
+def test_json_of_an_error(line, code, capsys):
+    exit_code, out, err = mixer(capsys, *line.split(), "--json")
+    assert exit_code == 2
+    error = only_object(out)["error"]
+    assert set(error) == {"code", "what", "where", "fix"}
+    assert error["code"] == code
+    assert err
+
+
+def test_quiet_prints_errors_only(run, capsys):
+    assert mixer(capsys, "evaluate", run, "--data", "digits:test", "--quiet") == (0, "", "")
+    code, out, err = mixer(capsys, "evaluate", run, "--data", "nothing", "--quiet")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+
+
+def test_quiet_keeps_results_sent_to_standard_output(run, capsys):
+    line = ("predict", run, "digits:test", "--output", "-", "--quiet")
+    code, out, err = mixer(capsys, *line)
+    assert (code, err) == (0, "")
+    assert out.startswith("path,")
+    assert mixer(capsys, *line, "--json")[0] == 2
+
+
+def test_config_gives_options_and_flags_win(tmp_path, capsys):
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps({"image_size": [64, 32], "num_classes": 3, "weights": False}))
+    found = only_object(mixer(capsys, "models", "--config", file, "--json")[1])["models"]
+    assert {tuple(model["image_size"]) for model in found} == {(64, 32)}
+    line = ("models", f"--config={file}", "--image-size", 128, "--json")
+    found = only_object(mixer(capsys, *line)[1])["models"]
+    assert {tuple(model["image_size"]) for model in found} == {(128, 128)}
+    file.write_text(json.dumps({"set": {"token_mixing": "untied"}}))
+    found = only_object(mixer(capsys, "models", "--config", file, "--json")[1])["models"]
+    assert all(model["name"].startswith("mixer") for model in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ('{"image_sise": 3}', "unknown-name"),
+        ('{"image_size": "big"}', "usage"),
+        ('{"version": 2}', "invalid"),
+        ("[1]", "invalid"),
+        (None, "missing-file"),
+    ],
+)
+def test_a_wrong_config_is_one_error(text, code, tmp_path, capsys):
+    file = tmp_path / "options.json"
+    if text is not None:
+        file.write_text(text)
+    exit_code, out, _ = mixer(capsys, "models", "--config", file, "--json")
+    assert exit_code == 2
+    assert only_object(out)["error"]["code"] == code
+
+
+def test_config_of_a_run_repeats_it_in_another_folder(run, tmp_path, capsys):
+    line = ("train", "--config", run / "config.json", "--output", tmp_path / "b", "--seed", 1)
+    code, out, _ = mixer(capsys, *line, "--json")
+    assert code == 0
+    assert only_object(out)["run_folder"] == str(tmp_path / "b")
+    first, second = (
+        json.loads((path / "config.json").read_text()) for path in (run, tmp_path / "b")
+    )
+    assert second == {**first, "seed": 1, "output": str(tmp_path / "b")}
