@@ -184,10 +184,15 @@ def test_a_damaged_one_pushes_no_good_one_out(tmp_path: Path):
 
 def test_the_same_step_again_replaces_only_a_damaged_one(tmp_path: Path):
     checkpoints = saved(tmp_path, 5)
-    before = {path: path.stat() for path in (tmp_path / "step-00000005").iterdir()}
+
+    def files() -> dict[Path, tuple[int, int]]:
+        found = {path: path.stat() for path in (tmp_path / "step-00000005").iterdir()}
+        return {path: (stat.st_ino, stat.st_mtime_ns) for path, stat in found.items()}
+
+    before = files()
     checkpoints.save(5, state(6), {"step": 6})
     assert newest(checkpoints).values == {"step": 5}
-    assert {path: path.stat() for path in (tmp_path / "step-00000005").iterdir()} == before
+    assert files() == before
     flip(tmp_path / "step-00000005" / STATE)
     checkpoints.save(5, state(6), {"step": 6})
     found = newest(checkpoints)

@@ -226,7 +226,8 @@ class Evaluation:
     def __repr__(self) -> str:
         classes = plural(len(self.class_names), "class")
         images = plural(len(self.labels), "image")
-        return f"Evaluation({self.data!r}: {images}, {classes}, {self.summary()})"
+        name, value = next(self.figures())
+        return f"Evaluation({self.data!r}: {images}, {classes}, {_NAMED[name].text(value)})"
 
     def figures(self) -> Iterator[tuple[str, float]]:
         """Yields (name, value) of all metrics that are a single number."""
@@ -395,8 +396,7 @@ class Metric:
 
 def metric_of(name: str, example: Evaluation | None = None) -> Metric:
     """Returns a metric by name; UserError if it does not apply to such evaluations."""
-    known = {metric.name: metric for metric in METRICS}
-    found = known[one_of("metric", name, known, where="best_by")]
+    found = _NAMED[one_of("metric", name, _NAMED, where="best_by")]
     if example is not None and found.value(example) is None:
         fix = f"One of {', '.join(dict(example.figures()))}"
         what = f"the metric {name} does not apply to this data"
@@ -503,6 +503,7 @@ METRICS = (
     ),
     Metric("real", "ReaL", lambda e: e.real.accuracy if e.real else None, detail=_real),
 )
+_NAMED = {metric.name: metric for metric in METRICS}
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,8 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
             yield world, chosen
         except UserError as error:
             with contextlib.suppress(RuntimeError):  # the store's process has exited
-                notes.set(str(rank), json.dumps((error.what, error.where, error.fix)))
+                note = (error.what, error.where, error.fix, error.code)
+                notes.set(str(rank), json.dumps(note))
             raise
         except RuntimeError as error:
             if not _is_lost_connection(error):
@@ -205,9 +206,9 @@ def _lost(world: World, notes: Store, error: RuntimeError) -> UserError:
         with contextlib.suppress(RuntimeError):  # the store's process has exited
             for rank in others:
                 if notes.check([str(rank)]):
-                    what, where, fix = json.loads(notes.get(str(rank)))
+                    what, where, fix, code = json.loads(notes.get(str(rank)))
                     what = f"rank {rank}: {what}" if world.is_main else what
-                    return UserError(what, where=where, fix=fix)
+                    return UserError(what, where=where, fix=fix, code=code)
         if gone:
             break
         time.sleep(0.05)
