@@ -218,7 +218,7 @@ def finetune_command(checkpoint: str, options: Any) -> Any:
         config = base_of(options).with_values(given, options.settings)
     else:
         config = finetune_config(
-            *(checkpoint, options.data, given, options.settings),
+            *(checkpoint, options.data or "", given, options.settings),
             recipe_name=options.recipe,
             in_grid=grid is not None,
         )
