@@ -28,7 +28,14 @@ from allmlp.evaluation.metrics import METRICS, Evaluation
 from allmlp.io import atomic_write
 from allmlp.plots import save_evaluation
 from allmlp.runtime.world import join_world
-from allmlp.sweep import Row, Sweep, copy_best, mean_and_deviation, study_folder
+from allmlp.sweep import (
+    Row,
+    Sweep,
+    copy_best,
+    mean_and_deviation,
+    shared_metrics,
+    study_folder,
+)
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import open_folds
 from allmlp.training.report import TrainResult
@@ -64,7 +71,8 @@ class CrossValidation:
         """Returns all metrics as JSON values."""
         values: dict[str, Any] = {"folds": self.folds, "best": self.best}
         for name, rows in (("held_out", self.folds), ("test", self.tests)):
-            spread = {key: self.spread(key, test=name == "test") for key in (rows or [{}])[0]}
+            known = shared_metrics(rows) if rows else []
+            spread = {key: self.spread(key, test=name == "test") for key in known}
             values[name] = {
                 key: dict(zip(("mean", "deviation"), spread[key], strict=True)) for key in spread
             }
@@ -205,7 +213,8 @@ def _save(
 
 def _report(sweep: Sweep, result: CrossValidation, images: list[int]) -> None:
     """Prints the metrics of all folds, their mean and deviation, and those out of fold."""
-    shown = [metric for metric in METRICS if metric.name in result.folds[0]]
+    known = shared_metrics([*result.folds, dict(result.out_of_fold.figures())])
+    shown = [metric for metric in METRICS if metric.name in known]
 
     def row(name: str, number: str, values: dict[str, float]) -> list[str]:
         return [name, number, *(f"{values[metric.name]:{metric.format}}" for metric in shown)]

@@ -21,10 +21,17 @@ from allmlp.console import table
 from allmlp.data.source_spec import parse_name
 from allmlp.data.workers import check_guard
 from allmlp.errors import UserError
-from allmlp.evaluation.metrics import METRICS, Metric, metric_of
+from allmlp.evaluation.metrics import METRICS, Metric, main_of, metric_of
 from allmlp.io import atomic_write
 from allmlp.runtime.world import join_world
-from allmlp.sweep import Row, Sweep, copy_best, mean_and_deviation, study_folder
+from allmlp.sweep import (
+    Row,
+    Sweep,
+    copy_best,
+    mean_and_deviation,
+    shared_metrics,
+    study_folder,
+)
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import splits_with_train
 from allmlp.training.fit import finetune_config
@@ -60,8 +67,8 @@ class FinetuneResult:
 
     @property
     def accuracies(self) -> dict[int, float]:
-        """Seed -> accuracy of its final run."""
-        return {seed: metrics["top1"] for seed, metrics in self.metrics.items()}
+        """Seed -> accuracy of its final run; mean average precision of multi-label data."""
+        return {seed: metrics[main_of(metrics).name] for seed, metrics in self.metrics.items()}
 
     @property
     def mean(self) -> float:
@@ -215,6 +222,7 @@ def _save(config: TrainConfig, result: FinetuneResult, source: Path) -> None:
         card += f"The learning rate {result.learning_rate:g} was chosen on held-out training "
         card += f"images from {', '.join(f'{rate:g}' for rate in result.grid)}.\n"
     atomic_write(best / "README.md", card.encode(errors="surrogateescape"))
+    known = shared_metrics(result.metrics.values())
     values = {
         "config": config.to_json(),
         "best_by": result.best_by,
@@ -225,7 +233,7 @@ def _save(config: TrainConfig, result: FinetuneResult, source: Path) -> None:
         "measured_on": result.measured_on,
         "mean": result.mean,
         "deviation": result.deviation,
-        "metrics": {name: _spread(result, name) for name in next(iter(result.metrics.values()))},
+        "metrics": {name: _spread(result, name) for name in known},
     }
     text = json.dumps(values, indent=2) + "\n"
     atomic_write(result.folder / "finetune.json", text.encode(errors="surrogateescape"))
@@ -246,7 +254,7 @@ def _cell(metric: Metric, found: dict[str, float] | None) -> str:
 
 def _report(sweep: Sweep, result: FinetuneResult) -> None:
     """Prints a table of all runs."""
-    on, known = result.measured_on, next(iter(result.metrics.values()))
+    on, known = result.measured_on, shared_metrics(result.metrics.values())
     shown = [m for m in METRICS if m.name in known and (m.in_summary or m.name == result.best_by)]
     runs = [(f"rate {rate:g}", "held out", found) for rate, found in result.grid_metrics.items()]
     runs += [(f"seed {seed}", on, metrics) for seed, metrics in result.metrics.items()]
@@ -256,7 +264,9 @@ def _report(sweep: Sweep, result: FinetuneResult) -> None:
     headers = ["run", "images", *(metric.title for metric in shown)]
     for line in ["", *table(headers, rows, left=2), ""]:
         sweep.say(line)
-    text = f"{on} accuracy {result.summary()}, learning rate {result.learning_rate:g}"
+    main = main_of(known)
+    name = "accuracy" if main.name == "top1" else main.title
+    text = f"{on} {name} {result.summary()}, learning rate {result.learning_rate:g}"
     sweep.say(text, style="bold green")
     sweep.say(f"model    {result.folder / 'best'} (of seed {next(iter(result.accuracies))})")
     sweep.say(f"table    {result.folder / 'finetune.json'}")

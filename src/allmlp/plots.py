@@ -266,10 +266,11 @@ def curves(metrics: Sequence[Mapping[str, float]], results: Sequence[Mapping[str
     if rows:
         validation = [row["validation_loss"] for row in rows]
         loss.plot(evaluated, validation, color="tab:orange", marker=".", label="validation")
-        title = "top1" if "validation_top1" in rows[0] else "mean_average_precision"
-        if title != "top1":
+        main = "validation_top1"
+        if main not in rows[0]:  # several labels per image
+            main = "validation_mean_average_precision"
             accuracy.set(title="validation mAP (%)")
-        top1 = [100 * row[f"validation_{title}"] for row in rows]
+        top1 = [100 * row[main] for row in rows]
         balanced = [100 * row.get("validation_balanced_accuracy", math.nan) for row in rows]
         best = int(np.argmax([row["best"] * row["epoch"] for row in rows]))
         label = f"best: {top1[best]:.2f} % at epoch {evaluated[best]:.0f}"

@@ -20,6 +20,7 @@ from allmlp.console import Reporter
 from allmlp.data.fingerprint import fingerprint
 from allmlp.data.sources import open_splits, read_from
 from allmlp.errors import UserError
+from allmlp.evaluation.metrics import main_of
 from allmlp.io import atomic_write, check_not_inputs, check_output_folder, expand, parse_json
 from allmlp.runtime.world import World
 from allmlp.training.config import TrainConfig
@@ -168,16 +169,17 @@ class Sweep:
         rows = read_results(result.run_folder)
         if shown is None or (result.validation is not None and not rows):
             raise no_results(result.run_folder)
+        curve = f"validation_{main_of(dict(shown.figures())).name}"
         return {
             "model": config.model.name,
             "seed": config.seed,
-            "accuracy": shown.top1,
+            "accuracy": shown.main_metric,
             "metrics": dict(shown.figures()),
             "last": _last(rows),
             "measured_on": "test" if is_test else "validation",
             "images": len(shown.labels),
             "classes": len(shown.class_names),
-            "curve": [[int(float(row["step"])), float(row["validation_top1"])] for row in rows],
+            "curve": [[int(float(row["step"])), float(row[curve])] for row in rows],
             "seconds": float(rows[-1]["seconds"]) if rows else None,
             **(measure(config, result) if measure else {}),
         }
@@ -185,6 +187,12 @@ class Sweep:
     def _log(self) -> None:
         if self.world.is_main and self.path.is_dir():
             self.report.log_to(self.path / "log.txt")
+
+
+def shared_metrics(rows: Iterable[Mapping[str, float]]) -> list[str]:
+    """Returns the metrics that all rows have: a fitted temperature adds some to single runs."""
+    names, *others = map(list, rows)
+    return [name for name in names if all(name in other for other in others)]
 
 
 def _last(rows: Sequence[Mapping[str, str]]) -> Row:

@@ -142,6 +142,7 @@ def test_a_probe_is_an_ordinary_run(capsys, place: Path, monkeypatch: pytest.Mon
         assert not (place / "no").exists()
 
 
+@pytest.mark.slow
 def test_too_few_images_for_random_weights(capsys, place: Path):
     line = ("train", "--data", place / "data", "--image-size", 32, "--dry-run", "--device", "cpu")
     code, out, _ = mixer(capsys, *line)

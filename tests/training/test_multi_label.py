@@ -129,6 +129,25 @@ def test_training_learns_every_label(run: tuple[Path, Path]):
     assert am.train(config, quiet=True).run_folder == folder  # the same call resumes
 
 
+def test_a_study_chooses_by_mean_average_precision(run: tuple[Path, Path], tmp_path: Path):
+    config = am.recipe("finetune").with_values(
+        {
+            "model.weights": str(run[0]),
+            "data.source": str(run[1]),
+            "optimizer.warmup": 0.1,
+            "epochs": 2,
+            "batch_size": 32,
+            "augment.crop": "none",
+            "output": str(tmp_path / "study"),
+        }
+    )
+    result = am.finetune(config, grid=[0.01, 0.001], seeds=[0, 1], quiet=True)
+    assert result.best_by == "mean_average_precision"
+    assert result.grid[result.learning_rate] == max(result.grid.values())
+    assert result.mean == pytest.approx(np.mean(list(result.accuracies.values())))
+    assert result.mean > 0.9
+
+
 def test_predictions_are_the_classes_that_reach_their_threshold(
     run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

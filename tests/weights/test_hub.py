@@ -66,6 +66,7 @@ def test_names():
             hub.parse(wrong)
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_and_then_offline(tmp_path: Path, endpoint: str):
     online = load("hf:owner/tiny@v2", tmp_path, HF_ENDPOINT=endpoint)
     assert online.stdout == "7 exact [0, 1]\n", online.stderr

@@ -13,7 +13,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -226,8 +226,8 @@ class Evaluation:
     def __repr__(self) -> str:
         classes = plural(len(self.class_names), "class")
         images = plural(len(self.labels), "image")
-        name, value = next(self.figures())
-        return f"Evaluation({self.data!r}: {images}, {classes}, {_NAMED[name].text(value)})"
+        main = main_of(dict(self.figures())).text(self.main_metric)
+        return f"Evaluation({self.data!r}: {images}, {classes}, {main})"
 
     def figures(self) -> Iterator[tuple[str, float]]:
         """Yields (name, value) of all metrics that are a single number."""
@@ -238,8 +238,9 @@ class Evaluation:
 
     @property
     def main_metric(self) -> float:
-        """Top-1, or with several labels per image the mean average precision."""
-        return next(value for _, value in self.figures())
+        """The metric `main_of` names."""
+        found = dict(self.figures())
+        return found[main_of(found).name]
 
     def summary(self) -> str:
         """Returns the metrics of one line, "97.22%, balanced 97.18%, macro F1 97.20%"."""
@@ -392,6 +393,11 @@ class Metric:
     def score(self, value: float) -> float:
         """Returns a number that is higher for better values."""
         return value if self.higher_is_better else -value
+
+
+def main_of(names: Container[str]) -> Metric:
+    """Returns top-1, or for several labels per image the mean average precision."""
+    return _NAMED["top1" if "top1" in names else "mean_average_precision"]
 
 
 def metric_of(name: str, example: Evaluation | None = None) -> Metric:
