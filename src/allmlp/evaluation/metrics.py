@@ -259,7 +259,8 @@ class Evaluation:
     def chance(self) -> str:
         """Returns "; 95% interval 94.3% to 98.7%" of top-1 if the images are few, else ""."""
         low, high = self.top1_interval
-        return f"; 95% interval {low:.1%} to {high:.1%}" if len(self.labels) < FEW else ""
+        is_shown = len(self.labels) < FEW and not self.is_multi_label
+        return f"; 95% interval {low:.1%} to {high:.1%}" if is_shown else ""
 
     def worst_confusions(self, most: int) -> list[tuple[str, str, int]]:
         """Returns (true class, predicted class, images) of the most frequent errors."""
