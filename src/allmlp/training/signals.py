@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -56,6 +58,18 @@ class StopRequest:
         elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._came > _SAME_SIGNAL:
             os.write(2, b"\nstopped at once; the last checkpoint counts\n")
             os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def ending_at_once(end: Callable[[int], NoReturn]) -> Iterator[None]:
+    """SIGTERM calls `end` even in the middle of a step: for work that leaves nothing to save."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda number, _: end(number)) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def end(number: int) -> NoReturn:

@@ -65,7 +65,7 @@ from allmlp.training.run_folder import (
     environment,
     planned_path,
 )
-from allmlp.training.signals import NoBatchCame, StopRequest, end
+from allmlp.training.signals import NoBatchCame, StopRequest, end, ending_at_once
 from allmlp.training.state import Run, RunState
 from allmlp.weights.save import save_model
 
@@ -171,7 +171,8 @@ def train(
         if not dry_run:
             state.begin(details, is_old)
         trainer = Trainer(run, state)
-        seconds = None if quiet and not dry_run else trainer.expected_seconds()
+        with ending_at_once(end if dry_run else trainer.end):
+            seconds = None if quiet and not dry_run else trainer.expected_seconds()
         if dry_run:
             report.say("dry run  nothing was trained or written")
             return TrainResult(folder.path, None, None, seconds)
