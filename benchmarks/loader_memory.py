@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from allmlp.data.loader import training_batches
+from allmlp.data.sampler import Order
 from allmlp.data.source import subset
 from allmlp.data.sources import open_splits
 from allmlp.data.sources.packed import load_indices, pack_splits
@@ -75,10 +76,8 @@ def main() -> None:
         source,
         preprocessing,
         Augmentation(recipe("scratch").augment, preprocessing),
-        seed=0,
-        batch_size=64,
-        start=12_345,
-        stop=12_545,
+        Order(seed=0, batch_size=64),
+        range(12_345, 12_545),
         num_workers=arguments.workers,
     )
     started = time.perf_counter()

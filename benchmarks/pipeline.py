@@ -27,7 +27,7 @@ import torch
 import allmlp as am
 from allmlp.data.augment import mix
 from allmlp.data.loader import Batch, on_device, training_batches
-from allmlp.data.sampler import step_generator
+from allmlp.data.sampler import Order, step_generator
 from allmlp.data.transforms import normalize
 from allmlp.models.layers import draw_stochastic_depth, preprocessing_of
 from allmlp.preprocessing import Preprocessing
@@ -93,10 +93,8 @@ class Parts:
             self.splits.train,
             preprocessing,
             Augmentation(config.augment, preprocessing),
-            seed=config.seed + self.turn,
-            batch_size=config.batch_size,
-            start=0,
-            stop=count,
+            Order(seed=config.seed + self.turn, batch_size=config.batch_size),
+            range(count),
             num_workers=config.data.num_workers,
             pin_memory=self.device.type == "cuda",
         )

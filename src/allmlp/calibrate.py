@@ -15,8 +15,8 @@ from allmlp.evaluation.calibration import (
     LEAST_IMAGES,
     coverage_lines,
     coverage_table,
+    fitted,
     summary,
-    with_temperature,
     with_threshold,
 )
 from allmlp.evaluation.metrics import Evaluation
@@ -24,6 +24,7 @@ from allmlp.evaluation.options import CalibrateOptions, EvaluateOptions, Measure
 from allmlp.io import atomic_write, check_not_inputs, expand
 from allmlp.models.layers import ImageClassifier
 from allmlp.options import Done, make
+from allmlp.runtime.device import choose_device
 from allmlp.training.card import PROBABILITIES, probabilities_section, public_name
 from allmlp.weights.load import files_of, open_model
 from allmlp.weights.save import check_target, save_model
@@ -51,20 +52,20 @@ def calibrate(
         UserError: as in `evaluate`; more than one of `accuracy`, `coverage` and `unsure_below`, or
             no threshold reaches the accuracy.
     """
-    given = data if isinstance(data, CalibrateOptions) else None
-    if given is None and data is not None:
+    options = data if isinstance(data, CalibrateOptions) else None
+    if options is None and data is not None:
         fields["data"] = data
-    options = make(CalibrateOptions, given, fields)
-    names = [field.name for field in dataclasses.fields(MeasureOptions)]
-    measuring = EvaluateOptions(
-        data=options.data, **{name: getattr(options, name) for name in names}, **options.foreign
-    )
-    result = evaluate(model, measuring, report=report)
+    options = make(CalibrateOptions, options, fields)
     net = copy.copy(
         open_model(model, options.image_size, options.resize_weights, **options.foreign)
     )
+    names = {field.name for field in dataclasses.fields(MeasureOptions)}
+    given = {name: getattr(options, name) for name in names - {"image_size", "resize_weights"}}
+    if not isinstance(model, ImageClassifier):  # a model object stays where it is
+        given["device"] = str(choose_device(options.device))
+    result = evaluate(net, EvaluateOptions(data=options.data, **given), report=report)
     name = public_name(options.data, result.data)
-    decision = with_temperature(result, name)
+    decision = fitted(result, name)
     result = dataclasses.replace(result, decision=decision)
     asked = {name: getattr(options, name) for name in ("accuracy", "coverage", "unsure_below")}
     if any(value is not None for value in asked.values()):

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterable
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,10 +40,10 @@ def environment_info(device: torch.device) -> dict[str, Any]:
     }
 
 
-def packages() -> dict[str, str]:
-    """Returns the versions of installed packages that may affect results."""
+def packages(names: Iterable[str] = _PACKAGES) -> dict[str, str]:
+    """Returns the versions of installed packages, by default of those that may affect results."""
     found = {}
-    for name in _PACKAGES:
+    for name in names:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

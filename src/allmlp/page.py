@@ -73,8 +73,12 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), style: str = 
 def image(content: Path | bytes, described: str, kind: str = "png") -> str:
     """Returns an image with its bytes inside."""
     data = content if isinstance(content, bytes) else content.read_bytes()
-    text = base64.b64encode(data).decode()
-    return f'<img src="data:image/{kind};base64,{text}" alt="{safe(described, quote=True)}">'
+    return f'<img src="{data_url(data, kind)}" alt="{safe(described, quote=True)}">'
+
+
+def data_url(content: bytes, kind: str = "png") -> str:
+    """Returns a URL that is the encoded image itself."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def details(title: str, body: str) -> str:

@@ -169,17 +169,18 @@ class Sweep:
         rows = read_results(result.run_folder)
         if shown is None or (result.validation is not None and not rows):
             raise no_results(result.run_folder)
-        curve = f"validation_{main_of(dict(shown.figures())).name}"
+        metrics = dict(shown.figures())
+        main = main_of(metrics).name
         return {
             "model": config.model.name,
             "seed": config.seed,
-            "accuracy": shown.main_metric,
-            "metrics": dict(shown.figures()),
+            "accuracy": metrics[main],
+            "metrics": metrics,
             "last": _last(rows),
             "measured_on": "test" if is_test else "validation",
             "images": len(shown.labels),
             "classes": len(shown.class_names),
-            "curve": [[int(float(row["step"])), float(row[curve])] for row in rows],
+            "curve": [[int(float(row["step"])), float(row[f"validation_{main}"])] for row in rows],
             "seconds": float(rows[-1]["seconds"]) if rows else None,
             **(measure(config, result) if measure else {}),
         }

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from allmlp.data import workers
 from allmlp.data.image import EncodedImage
 from allmlp.data.loader import Batch, evaluation_batches, training_batches
-from allmlp.data.sampler import BalancedOrder, batches_of_positions, locate
+from allmlp.data.sampler import BalancedOrder, Order, batches_of_positions, locate
 from allmlp.data.source import Source, random_subset
 from allmlp.data.sources import open_splits
 from allmlp.data.transforms import inception_crop
@@ -64,8 +65,10 @@ def load(source: Source, start: int, stop: int, **options: object) -> list[Batch
 
 def run(source: Source, start: int, stop: int, **options: object) -> Iterator[Batch]:
     arguments = {"seed": 3, "batch_size": 6, "num_workers": 0, "transform": crop, **options}
-    transform = arguments.pop("transform")
-    return training_batches(source, PREPROCESSING, transform, start=start, stop=stop, **arguments)
+    transform, names = arguments.pop("transform"), {field.name for field in fields(Order)}
+    order = Order(**{name: arguments.pop(name) for name in names & arguments.keys()})
+    steps = range(start, stop)
+    return training_batches(source, PREPROCESSING, transform, order, steps, **arguments)
 
 
 # What a killed worker was about to send stays open; nothing else may.

@@ -10,7 +10,8 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
-from allmlp.evaluation.probe import fit_probe, out_of_fold, stratified_folds
+from allmlp.data.source import stratified_folds
+from allmlp.evaluation.probe import FOLDS, fit_probe, out_of_fold
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_out_of_fold_equals_scikit_learn(digits: tuple[np.ndarray, np.ndarray]) 
 
 def test_folds_hold_every_class_evenly() -> None:
     labels = np.repeat([0, 1, 2], [50, 23, 1])
-    folds = stratified_folds(labels)
+    folds = stratified_folds(labels, FOLDS)
     counts = np.array([np.bincount(labels[folds == fold], minlength=3) for fold in range(5)])
     assert (np.ptp(counts, axis=0) <= 1).all()
     assert np.ptp(counts.sum(axis=1)) <= 1

@@ -13,6 +13,7 @@ from PIL import Image
 import allmlp as am
 from allmlp.data.image import decode
 from allmlp.data.loader import evaluation_batches, training_batches
+from allmlp.data.sampler import Order
 from allmlp.data.source import ImageFiles, labelled
 from allmlp.errors import UserError
 from allmlp.preprocessing import Preprocessing
@@ -88,7 +89,7 @@ def test_all_orientations_look_the_same_to_train_evaluate_and_predict(tmp_path):
     still = Augmentation(AugmentSettings(crop=NoCrop(), flip=False), preprocessing)
     for name, batches in {
         "train": training_batches(
-            source, preprocessing, still, seed=0, batch_size=8, start=0, stop=1, num_workers=0
+            *(source, preprocessing, still, Order(seed=0, batch_size=8), range(1)), num_workers=0
         ),
         "evaluate": evaluation_batches(source, preprocessing, batch_size=8, num_workers=0),
     }.items():

@@ -20,24 +20,20 @@ class EnvOptions(Options):
 def env(_: EnvOptions) -> Done:
     """Prints the environment."""
     import re
-    from importlib.metadata import PackageNotFoundError, requires, version
+    from importlib.metadata import requires
 
     import torch
 
-    from allmlp.environment import environment_info
+    from allmlp.environment import environment_info, packages
     from allmlp.names import NAME
     from allmlp.runtime.device import choose_device, has_fast_bfloat16
 
     features = [name for name, has in torch.cpu.get_capabilities().items() if has is True]
     values = environment_info(choose_device("auto"))
     values |= {"cpu_features": features, "fast_bfloat16": has_fast_bfloat16()}
-    packages: dict[str, str | None] = {}
-    for name in sorted({re.split("[^\\w.-]", need)[0] for need in requires(NAME) or ()} - {NAME}):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    values["packages"] = packages
+    needed = {re.split("[^\\w.-]", need)[0] for need in requires(NAME) or ()} - {NAME}
+    installed = packages(needed)
+    values["packages"] = {name: installed.get(name) for name in sorted(needed)}
     del values["date"], values["command"]
     for name, value in values.items():
         if isinstance(value, list):
@@ -45,6 +41,6 @@ def env(_: EnvOptions) -> Done:
         if name != "packages":
             print(f"{name:13} {value}")
     print("packages")
-    for name, found in packages.items():
+    for name, found in values["packages"].items():
         print(f"  {name:24} {found or 'not installed'}")
     return Done(values)

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from allmlp.data.classes import natural_order
-from allmlp.data.source import Source, split_by_class, subset, values_of
+from allmlp.data.source import Source, split_by_class, stratified_folds, subset, values_of
 from allmlp.data.source_spec import FOLD, GROUP
 from allmlp.errors import UserError, plural
 
@@ -89,11 +89,7 @@ def deal_folds(source: Source, number: int, seed: int = 0) -> tuple[np.ndarray, 
         return deal(source.labels, groups, (1 / number,) * number, seed), text
     if source.is_multi_label:
         return deal(source.labels, np.arange(len(source)), (1 / number,) * number, seed), even
-    order = np.random.default_rng(seed).permutation(len(source))
-    order = order[np.argsort(source.labels[order], kind="stable")]
-    folds = np.empty(len(source), dtype=np.int64)
-    folds[order] = np.arange(len(source)) % number
-    return folds, even
+    return stratified_folds(source.labels, number, seed), even
 
 
 def deal(

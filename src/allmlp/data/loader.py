@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from allmlp.data import workers
 from allmlp.data.image import EncodedImage
-from allmlp.data.sampler import BalancedOrder, batches_of_positions, locate, sample_generator
+from allmlp.data.sampler import Order, sample_generator
 from allmlp.data.source import BadImage, Source
 from allmlp.data.transforms import resize_for_evaluation
 from allmlp.errors import UserError, at_least, between
@@ -125,38 +125,25 @@ def training_batches(
     source: Source,
     preprocessing: Preprocessing,
     transform: TrainingTransform,
+    order: Order,
+    steps: range,
     *,
-    seed: int,
-    batch_size: int,
-    start: int,
-    stop: int,
-    rank: int = 0,
-    world_size: int = 1,
-    with_neighbour: bool = False,
-    balanced: bool = False,
     num_workers: int | None = None,
     timeout: float = TIMEOUT,
     pin_memory: bool = False,
 ) -> Generator[Batch, None, None]:
-    """Yields the batches of the steps `start` to `stop` - 1; step n is the same from any start.
+    """Yields the batches of some steps; a step is the same from any start.
 
     An image that cannot be decoded is replaced by the next good one and listed in `Batch.bad`; a
-    worker that dies or hangs raises an error that names it and its image. `batch_size` is summed
-    over ranks; `with_neighbour` is as in `batches_of_positions`, and `balanced` draws all classes
-    equally often. `num_workers` of None chooses a number, 0 decodes in this process. `timeout`:
-    seconds to wait for a batch; 0 waits forever.
+    worker that dies or hangs raises an error that names it and its image. `num_workers` of None
+    chooses a number, 0 decodes in this process. `timeout`: seconds to wait for a batch; 0 waits
+    forever.
     """
-    images = _TrainingImages(source, preprocessing, transform, seed)
-    positions = batches_of_positions(
-        start, stop, batch_size, rank, world_size, with_neighbour=with_neighbour
-    )
+    images = _TrainingImages(source, preprocessing, transform, order.seed)
     # In the main process: every worker would otherwise hold the order of all images.
-    place_of = functools.partial(locate, seed, num_images=len(source))
-    if balanced:
-        place_of = BalancedOrder(seed, source.labels).locate
-    places = ([place_of(at) for at in batch] for batch in positions)
+    places = order.places(steps, source.labels)
     num_workers = training_workers(num_workers, source, preprocessing)
-    own = batch_size // world_size
+    own = order.batch_size // order.world_size
     batch_bytes = own * _image_bytes(preprocessing)
     for batch in load(images, places, num_workers, batch_bytes, timeout, pin_memory):
         if len(batch.labels) < own:

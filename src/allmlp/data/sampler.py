@@ -8,7 +8,8 @@ Step n reads positions n * batch_size to (n + 1) * batch_size - 1 and may span t
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -68,6 +69,38 @@ class BalancedOrder:
         """Returns (epoch, index, place): an image that comes again has other random numbers."""
         epoch, place = divmod(position, self.num_images)
         return epoch, int(self.epoch_order(epoch)[place]), place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """Which images a rank reads at which step.
+
+    Args:
+        seed: of the order and of each image's random numbers.
+        batch_size: images per step, summed over ranks.
+        rank, world_size: of the processes.
+        with_neighbour: as in `batches_of_positions`.
+        balanced: draw all classes equally often, see `BalancedOrder`.
+    """
+
+    seed: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    with_neighbour: bool = False
+    balanced: bool = False
+
+    def places(self, steps: range, labels: np.ndarray) -> Iterator[list[tuple[int, ...]]]:
+        """Yields the places (epoch, index, ...) of every step's images."""
+        place_of: Callable[[int], tuple[int, ...]]
+        place_of = functools.partial(locate, self.seed, num_images=len(labels))
+        if self.balanced:
+            place_of = BalancedOrder(self.seed, labels).locate
+        positions = batches_of_positions(
+            *(steps.start, steps.stop, self.batch_size, self.rank, self.world_size),
+            with_neighbour=self.with_neighbour,
+        )
+        return ([place_of(at) for at in batch] for batch in positions)
 
 
 def sample_generator(seed: int, epoch: int, index: int, *place: int) -> np.random.Generator:

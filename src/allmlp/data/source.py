@@ -288,6 +288,15 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
+def stratified_folds(labels: np.ndarray, folds: int, seed: int = 0) -> np.ndarray:
+    """Returns the fold of every image, int64 (n,): random, with each class spread evenly."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    chosen = np.empty(len(labels), dtype=np.int64)
+    chosen[by_class] = np.arange(len(labels)) % folds
+    return chosen
+
+
 def _split_multi_label(
     labels: np.ndarray, fraction: float, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:

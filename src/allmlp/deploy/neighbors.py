@@ -6,7 +6,6 @@ Shapes: N images to search in, Q images to search for, C features.
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from allmlp.errors import UserError, one_of
 from allmlp.io import expand
 from allmlp.names import import_extra
+from allmlp.weights.download import sha256_of
 
 _AT_ONCE = 2**24  # similarities in memory
 FORMATS = (".csv", ".json", ".jsonl", ".parquet")
@@ -80,8 +80,7 @@ def read_features(name: str | Path) -> Neighborhood:
     try:
         rows = _read(path)
         features = [None if values is None else np.array(values, np.float32) for _, values in rows]
-        sha = hashlib.sha256(path.read_bytes()).hexdigest()
-        found = Neighborhood([name for name, _ in rows], features, sha)
+        found = Neighborhood([name for name, _ in rows], features, sha256_of(path))
     except OSError as error:
         what = f"cannot read the features: {error.strerror or error}"
         raise UserError(what, where=path, fix=fix) from error

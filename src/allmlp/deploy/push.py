@@ -10,13 +10,12 @@ from typing import Any
 
 from allmlp.deploy.options import PushOptions
 from allmlp.errors import UserError
-from allmlp.io import expand, is_reachable
+from allmlp.io import expand
 from allmlp.models.layers import ImageClassifier
 from allmlp.options import make
 from allmlp.training.card import plain_card, published_card
 from allmlp.weights import hub
 from allmlp.weights.description import CONFIG, WEIGHTS
-from allmlp.weights.download import is_offline
 from allmlp.weights.load import open_model
 from allmlp.weights.save import save_model
 
@@ -63,7 +62,7 @@ def push(
             as `load_model`.
     """
     options = make(PushOptions, options, fields)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if not re.fullmatch(hub.NAME, repo):
         what = f"not a name on the hub: {repo!r}"
         raise UserError(what, where="repo", fix="owner/name, with your own name or organisation")
     images = _examples(options)
@@ -71,7 +70,7 @@ def push(
     net = open_model(model)
     from huggingface_hub import CommitOperationAdd, HfApi, constants
 
-    if is_offline() or not is_reachable(constants.ENDPOINT):
+    if not hub.can_reach():
         what, fix = f"{constants.ENDPOINT} cannot be reached", "Try again with a network"
         raise UserError(what, where=repo, fix=fix, code="offline")
     name = repo if options.revision is None else f"{repo}@{options.revision}"

@@ -6,7 +6,6 @@ in `mixer predict`, maps as in `mixer inspect --image`.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from allmlp.inspection.figures import blend, unit_pixels
 from allmlp.inspection.inspect import FIRST_LAYERS, STRONGEST
 from allmlp.inspection.units import ModelUnits, model_units
 from allmlp.models.layers import Classifier, ImageClassifier, classes_of, preprocessing_of
+from allmlp.page import data_url
 
 BATCH_SIZE = 8  # requests of disconnected clients are dropped between batches
 _NO_UNITS = (
@@ -169,8 +169,8 @@ class Service:
             "covered_images": int(found.drop.size),
             "largest_drop": {"drop": float(found.drop[row, column]), "row": top, "column": left},
             "scale": largest,
-            "image": data_url(pixels),
-            "map": data_url(blend(pixels, found.patch_drop, largest)),
+            "image": _png_url(pixels),
+            "map": _png_url(blend(pixels, found.patch_drop, largest)),
         }
 
     def units(self, file: File, check: Check, layer: int | None = None) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class Service:
             shown = [_unit(response, pixels) for response in strongest(found, STRONGEST)]
             layers.append({"layer": number, "units": shown, "of": len(found)})
             check(1)
-        return {"name": name, "image": data_url(pixels), "layers": layers}
+        return {"name": name, "image": _png_url(pixels), "layers": layers}
 
 
 def _unit(response: UnitResponse, pixels: NDArray[np.uint8]) -> dict[str, Any]:
@@ -194,23 +194,23 @@ def _unit(response: UnitResponse, pixels: NDArray[np.uint8]) -> dict[str, Any]:
     written = None
     if response.written is not None:
         fraction = response.written / max(float(response.written.max()), 1e-30)
-        written = data_url(matplotlib.colormaps["viridis"](fraction)[..., :3])
+        written = _png_url(matplotlib.colormaps["viridis"](fraction)[..., :3])
     return {
         "unit": response.unit + 1,
         "strength": response.strength,
-        "weights": data_url(unit_pixels(response.weights)),
-        "read": data_url(blend(pixels, response.read, largest)),
+        "weights": _png_url(unit_pixels(response.weights)),
+        "read": _png_url(blend(pixels, response.read, largest)),
         "written": written,
     }
 
 
-def data_url(pixels: NDArray[Any]) -> str:
+def _png_url(pixels: NDArray[Any]) -> str:
     """Encodes an image (H, W) or (H, W, 1 or 3), uint8 or in [0, 1], as a PNG data URL."""
     if pixels.dtype != np.uint8:
         pixels = (pixels * 255).round().astype(np.uint8)
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
-    return f"data:image/png;base64,{base64.b64encode(encode_png(pixels)).decode()}"
+    return data_url(encode_png(pixels))
 
 
 def megabytes(number: int) -> str:

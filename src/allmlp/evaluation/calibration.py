@@ -110,6 +110,15 @@ def with_thresholds(result: Evaluation, data: str) -> Decision:
     return replace(after.decision, measured={**plain.measured, "thresholds": entry})
 
 
+def fitted(result: Evaluation, data: str) -> Decision:
+    """Returns the decision of a result with the temperature, and the thresholds per class for
+    several labels per image, that suit these held-out images."""
+    decision = with_temperature(result, data)
+    if not result.is_multi_label:
+        return decision
+    return with_thresholds(replace(result, decision=decision), data)
+
+
 def with_threshold(
     result: Evaluation,
     data: str,

@@ -13,7 +13,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -226,34 +226,38 @@ class Evaluation:
     def __repr__(self) -> str:
         classes = plural(len(self.class_names), "class")
         images = plural(len(self.labels), "image")
-        main = main_of(dict(self.figures())).text(self.main_metric)
+        main = self.main.text(self.main_metric)
         return f"Evaluation({self.data!r}: {images}, {classes}, {main})"
 
-    def figures(self) -> Iterator[tuple[str, float]]:
-        """Yields (name, value) of all metrics that are a single number."""
-        for metric in METRICS:
+    def figures(self, metrics: Iterable[Metric] | None = None) -> Iterator[tuple[str, float]]:
+        """Yields (name, value) of all metrics that are a single number, or of these."""
+        for metric in METRICS if metrics is None else metrics:
             value = metric.value(self)
             if value is not None:
                 yield metric.name, value
 
     @property
+    def main(self) -> Metric:
+        """Top-1, or for several labels per image the mean average precision."""
+        return main_of(() if self.is_multi_label else ("top1",))
+
+    @property
     def main_metric(self) -> float:
-        """The metric `main_of` names."""
-        found = dict(self.figures())
-        return found[main_of(found).name]
+        """The value of `main`."""
+        return dict(self.figures((self.main,)))[self.main.name]
 
     def summary(self) -> str:
         """Returns the metrics of one line, "97.22%, balanced 97.18%, macro F1 97.20%"."""
-        found = dict(self.figures())
-        parts = [m.text(found[m.name]) for m in METRICS if m.in_summary and m.name in found]
-        return ", ".join(parts).removeprefix("top-1 ")
+        shown = self.figures(metric for metric in METRICS if metric.in_summary)
+        return ", ".join(_NAMED[name].text(value) for name, value in shown).removeprefix("top-1 ")
 
     def lines(self) -> Iterator[str]:
         """Yields the printed lines."""
         for metric in METRICS:
             value = metric.value(self)
             if value is not None:
-                detail = f" ({metric.detail(self)})" if metric.detail else ""
+                text = metric.detail if isinstance(metric.detail, str) else metric.detail(self)
+                detail = f" ({text})" if text else ""
                 yield f"{metric.title:<8} {value:{metric.format}}{detail}"
 
     def chance(self) -> str:
@@ -277,8 +281,10 @@ class Evaluation:
 
     def predicted(self, row: int) -> list[tuple[str, float]]:
         """Returns the predicted class of an image, or all of them, with their probabilities."""
-        found = self.predictions[row]
-        places = np.flatnonzero(found).tolist() if self.is_multi_label else [int(found)]
+        places = [int(self.logits[row].argmax())]
+        if self.is_multi_label:
+            own = torch.from_numpy(self.probabilities[row : row + 1])
+            places = np.flatnonzero(self.decision.answers(own)[0]).tolist()
         return [(self.class_names[at], float(self.probabilities[row, at])) for at in places]
 
     def mistakes(self) -> np.ndarray:
@@ -378,7 +384,7 @@ class Metric:
     title: str  # on screen
     compute: Callable[[Evaluation], float | None]  # None if not applicable
     format: str = ".2%"
-    detail: Callable[[Evaluation], str] | None = None  # in parentheses after the number
+    detail: str | Callable[[Evaluation], str] = ""  # in parentheses after the number
     higher_is_better: bool = True
     in_summary: bool = False  # also where only one line, or one column, is shown
     labels: str = ""  # "single" or "multi", if only for one or for several labels per image
@@ -444,7 +450,7 @@ METRICS = (
         "mean_average_precision",
         "mAP",
         lambda e: e.mean_average_precision,
-        detail=lambda e: "mean average precision of the classes",
+        detail="mean average precision of the classes",
         in_summary=True,
         labels="multi",
     ),
@@ -452,7 +458,7 @@ METRICS = (
         "balanced_accuracy",
         "balanced",
         lambda e: e.balanced_accuracy,
-        detail=lambda e: "accuracy, mean recall of the classes",
+        detail="accuracy, mean recall of the classes",
         in_summary=True,
         labels="single",
     ),
@@ -460,7 +466,7 @@ METRICS = (
         "micro_f1",
         "micro F1",
         lambda e: e.micro_f1,
-        detail=lambda e: "of all labels",
+        detail="of all labels",
         in_summary=True,
         labels="multi",
     ),
@@ -468,7 +474,7 @@ METRICS = (
         "macro_f1",
         "macro F1",
         lambda e: e.macro_f1,
-        detail=lambda e: "mean F1 of the classes",
+        detail="mean F1 of the classes",
         in_summary=True,
     ),
     Metric(
@@ -484,7 +490,7 @@ METRICS = (
         "loss",
         lambda e: e.loss,
         ".4f",
-        lambda e: "negative log-likelihood, nats",
+        "negative log-likelihood, nats",
         higher_is_better=False,
     ),
     Metric(
@@ -498,7 +504,7 @@ METRICS = (
         "uncalibrated_error",
         "raw ECE",
         lambda e: e.uncalibrated and e.uncalibrated.error,
-        detail=lambda e: "without the temperature",
+        detail="without the temperature",
         higher_is_better=False,
     ),
     Metric("coverage", "answered", _coverage, detail=_unsure),
@@ -506,7 +512,7 @@ METRICS = (
         "accuracy_answered",
         "accuracy",
         lambda e: float(e.correct[e.answered].mean()) if _coverage(e) else None,
-        detail=lambda e: "of the answers",
+        detail="of the answers",
     ),
     Metric("real", "ReaL", lambda e: e.real.accuracy if e.real else None, detail=_real),
 )

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from allmlp.data.source import stratified_folds
+
 L2S = tuple(10.0**power for power in range(1, -7, -1))  # strongest first
 FOLDS = 5
 _MOST_STEPS, _TOLERANCE = 200, 1e-8  # of Newton and of conjugate gradients; of the gradient
@@ -51,7 +53,7 @@ def fit_probe(
     """Fits a probe to features (N, C) and labels (N,), by default with the l2 of five folds."""
     data, log_loss = _Data(features, labels, num_classes), None
     if l2 is None:
-        l2, log_loss, _ = _cross_validate(data, stratified_folds(labels), L2S)
+        l2, log_loss, _ = _cross_validate(data, stratified_folds(labels, FOLDS), L2S)
     weight, bias = data.raw(data.solve(torch.ones(len(labels), dtype=torch.bool), l2))
     return Probe(weight, bias, l2, log_loss)
 
@@ -72,17 +74,8 @@ def out_of_fold(
         l2s: strengths to choose from, strongest first; the best over all folds is used in each.
     """
     data = _Data(features, labels, num_classes)
-    chosen = stratified_folds(labels) if folds is None else folds
+    chosen = stratified_folds(labels, FOLDS) if folds is None else folds
     return _cross_validate(data, chosen, l2s)[2]
-
-
-def stratified_folds(labels: np.ndarray, folds: int = FOLDS, seed: int = 0) -> np.ndarray:
-    """Returns the fold of every image, int64 (N,): random, with each class spread evenly."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    chosen = np.empty(len(labels), np.int64)
-    chosen[by_class] = np.arange(len(labels)) % folds
-    return chosen
 
 
 class _Data:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import math
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from allmlp.data.image import encode_png
+from allmlp.page import data_url
 
 _COLUMNS, _ROWS = 8, 3
 
@@ -32,7 +32,7 @@ def model_html(model: Any) -> str:
     pixels = _units(model)
     if pixels is None:
         return table
-    source = f"data:image/png;base64,{base64.b64encode(encode_png(pixels)).decode()}"
+    source = data_url(encode_png(pixels))
     style = "width:320px;image-rendering:pixelated"
     what = "input weights of the first token-mixing units, on the grid of the patches"
     return f'{table}<img src="{source}" style="{style}" alt="{what}" title="{what}">'

@@ -129,10 +129,8 @@ def split_data(settings: DataSettings) -> Splits:
     splits, notes = _open_splits(settings)
     train: Source = splits["train"]
     validation: Source | None = splits.get("validation")
-    held_out, how = (
-        settings.fold is not None or (validation is None and settings.holdout != 0.0),
-        "",
-    )
+    held_out = settings.fold is not None or (validation is None and settings.holdout != 0.0)
+    how = ""
     kept = chosen = np.empty(0, dtype=np.int64)
     if settings.fold is not None:
         number, folds = settings.fold

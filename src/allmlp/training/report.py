@@ -20,7 +20,7 @@ from allmlp.data.source import Source
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import names_source
 from allmlp.errors import plural
-from allmlp.evaluation.calibration import summary, with_temperature, with_thresholds
+from allmlp.evaluation.calibration import fitted, summary
 from allmlp.evaluation.metrics import Evaluation, evaluate_source
 from allmlp.evaluation.predictor import Predictor
 from allmlp.models.layers import ImageClassifier, flops_text
@@ -186,11 +186,8 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
         validation = measure(model, splits.validation, exactly)
         validation.are_held_out = splits.held_out
         name = public_name(run.config.data.source, splits.validation.name)
-        before, model.decision = model.decision, with_temperature(validation, name)
+        before, model.decision = model.decision, fitted(validation, name)
         validation = dataclasses.replace(validation, decision=model.decision)
-        if validation.is_multi_label:
-            model.decision = with_thresholds(validation, name)
-            validation = dataclasses.replace(validation, decision=model.decision)
         if model.decision != before and run.world.is_main:
             save_model(model, folder.best, overwrite=True)
     if splits.test is not None:

@@ -26,7 +26,7 @@ from allmlp.data.loader import (
     training_workers,
 )
 from allmlp.data.multi_label import check_one_label
-from allmlp.data.sampler import step_generator
+from allmlp.data.sampler import Order, step_generator
 from allmlp.data.source import BadImage
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import read_from
@@ -247,6 +247,7 @@ class Trainer:
         config, state, world = self.config, self.state, self.world
         if state.finished:
             return
+        self.started = time.perf_counter()  # after the time estimate
         state.updater.choose_micro_batch()
         due, device = self.evaluation_steps(), self.run.compute.device
         batches = self.batches(self.run.num_steps, config.data.num_workers)
@@ -288,18 +289,20 @@ class Trainer:
     def batches(self, stop: int, num_workers: int | None) -> Generator[Batch, None, None]:
         """Yields this process's batches from the present step to `stop` - 1."""
         config, world, augment = self.config, self.world, self.config.augment
-        return training_batches(
-            self.run.splits.train,
-            self.preprocessing,
-            Augmentation(augment, self.preprocessing),
+        order = Order(
             seed=config.seed,
             batch_size=config.batch_size,
-            start=self.state.step,
-            stop=stop,
             rank=world.rank,
             world_size=world.size,
             with_neighbour=world.size > 1 and bool(augment.mixup or augment.cutmix),
             balanced=config.data.balance == "sampler",
+        )
+        return training_batches(
+            self.run.splits.train,
+            self.preprocessing,
+            Augmentation(augment, self.preprocessing),
+            order,
+            range(self.state.step, stop),
             num_workers=num_workers,
             timeout=config.data.timeout,
             pin_memory=self.run.compute.device.type == "cuda",
@@ -443,17 +446,19 @@ class Trainer:
             state.bad.update({image.name: image for image in found})
         self.new_bad = []
         kept, loss, result = state.kept_model(), state.mean_loss, None
+        figures: dict[str, float] = {}
         if validation is not None:
             result = measure(kept, validation, self.run)
             self.name_bad(result.bad)
             check_number_bad(result.bad, validation, config.data.max_bad)
-            if not math.isfinite(result.loss):
-                what = f"step {state.step - 1}: the validation loss is {result.loss}"
+            figures = dict(result.figures())
+            if not math.isfinite(figures["loss"]):
+                what = f"step {state.step - 1}: the validation loss is {figures['loss']}"
                 self.stop(f"{what}; the run has diverged")
         score, keeps_last = None, result is None or config.data.fold is not None
         if result is not None and not keeps_last:  # of equal ones, the one with the lower loss
             metric = metric_of(config.best_by)
-            score = metric.score(dict(result.figures())[metric.name]), -result.loss
+            score = metric.score(figures[metric.name]), -figures["loss"]
         is_best = state.note_result(score)
         if is_best and self.world.is_main:
             save_model(kept, self.run_folder.best, overwrite=True)
@@ -467,10 +472,10 @@ class Trainer:
             epoch = round(state.step / self.steps_per_epoch, 3)
             values: dict[str, float] = {"epoch": epoch, "step": state.step}
             values["training_loss"] = round(loss, 6)
-            values |= {f"validation_{name}": round(value, 6) for name, value in result.figures()}
+            values |= {f"validation_{name}": round(value, 6) for name, value in figures.items()}
             values |= {"seconds": round(state.seconds, 1), "best": int(is_best)}
             self.run_folder.log_evaluation(values)
-            text += f"   validation {result.summary()}, loss {result.loss:.4f}"
+            text += f"   validation {result.summary()}, loss {figures['loss']:.4f}"
             seconds = time.perf_counter() - self.started
             if self.world.is_main and seconds - self.last_drawn > _REDRAW_EVERY:
                 self.run_folder.draw_curves()

@@ -10,13 +10,14 @@ from allmlp.io import is_reachable
 from allmlp.weights.download import is_offline, sha256_of
 
 PREFIX = "hf:"
+NAME = r"[\w.-]+/[\w.-]+"  # owner/name
 # In order of preference; a pickle is the last resort, and read as plain tensors only.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def parse(source: str) -> tuple[str, str | None]:
     """Splits "hf:owner/name[@revision]" into owner/name and the revision, or None."""
-    found = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
+    found = re.fullmatch(rf"hf:({NAME})(?:@([\w./-]+))?", source)
     if not found:
         fix = "hf:owner/name or hf:owner/name@revision"
         raise UserError(f"not a model on the hub: {source!r}", fix=fix)
@@ -28,10 +29,7 @@ def fetch(name: str, revision: str | None) -> Path:
 
     Files already in the hub's cache (HF_HOME) are used from there; HF_HUB_OFFLINE is respected.
     """
-    from huggingface_hub import constants
-
-    # Without a network the hub library retries for half a minute, so check once beforehand.
-    is_cut_off = is_offline() or not is_reachable(constants.ENDPOINT)
+    is_cut_off = not can_reach()
     _get(name, "config.json", revision, is_cut_off)  # optional: the tensors can describe themselves
     for file in WEIGHTS:
         path = _get(name, file, revision, is_cut_off)
@@ -39,6 +37,13 @@ def fetch(name: str, revision: str | None) -> Path:
             _check(path)
             return path
     raise UserError(f"{name} has none of {', '.join(WEIGHTS)}", where="the hub")
+
+
+def can_reach() -> bool:
+    """Whether the hub answers; without a network its library retries for half a minute."""
+    from huggingface_hub import constants
+
+    return not is_offline() and is_reachable(constants.ENDPOINT)
 
 
 def _get(name: str, file: str, revision: str | None, is_cut_off: bool) -> Path | None:

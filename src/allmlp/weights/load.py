@@ -107,11 +107,8 @@ def load_model(
     given = {"mean": mean, "std": std}
     changes = {name: _per_channel(value) for name, value in given.items() if value is not None}
     try:
-        model.preprocessing = (
-            dataclasses.replace(preprocessing_of(model), **changes)
-            if changes
-            else model.preprocessing
-        )
+        if changes:
+            model.preprocessing = dataclasses.replace(preprocessing_of(model), **changes)
     except ValueError as error:
         where = " and ".join(changes)
         raise UserError(str(error), where=where, code="out-of-range") from error

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import torch
-
 from allmlp.console import Reporter, table
 from allmlp.errors import UserError
-from allmlp.models.catalog import create_model, in_words
+from allmlp.models.catalog import in_words, model_config
 from allmlp.models.layers import flops_text
 from allmlp.weights.checkpoints import CHECKPOINTS, recommended
 from allmlp.weights.description import check_shapes, describe
@@ -92,8 +90,7 @@ def checkpoint_table() -> list[str]:
     lines += ["The others are downloaded when they are first used.", "", "recommended to fine-tune"]
     for purpose in ("accuracy", "speed"):
         best = recommended(purpose)
-        with torch.device("meta"):
-            flops = create_model(best.model).config.flops
+        flops = model_config(best.model).flops
         facts = f"top-1 {best.accuracy.split()[0]}, {flops_text(flops)} per image, {best.licence}"
         lines.append(f"  for {purpose:<8}  {best.name}: {facts}")
     lines.append("")
