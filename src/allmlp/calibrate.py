@@ -99,8 +99,9 @@ def command(model: str, output: str, options: CalibrateOptions) -> Done:
         report.say(f"no temperature: {why}")
     for line in summary(net.decision):
         report.say(line)
-    report.say()
-    for line in coverage_lines(coverage_table(result)):
-        report.say(line)
+    if not result.is_multi_label:
+        report.say()
+        for line in coverage_lines(coverage_table(result)):
+            report.say(line)
     report.say(f"\nwritten  {weights}")
     return Done({"written": weights, "decision": net.decision, "evaluation": result})

@@ -163,6 +163,18 @@ def test_predictions_are_the_classes_that_reach_their_threshold(
     assert "" in answers  # an image without a label
 
 
+def test_calibrating_chooses_the_thresholds_again(
+    run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder, data = run
+    code, out, _ = mixer(capsys, "calibrate", folder, tmp_path / "sure", "--data", f"{data}:train")
+    assert (code, "unsure" in out) == (0, False)
+    decision = am.load_model(tmp_path / "sure", quiet=True).decision
+    assert decision.measured["thresholds"]["images"] == 120
+    result = am.evaluate(str(tmp_path / "sure"), f"{data}:train")
+    assert result.macro_f1 == pytest.approx(decision.measured["thresholds"]["f1_after"], abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
