@@ -25,6 +25,9 @@ MODELS = {
     "pyramid": ("mixer_s32", {"num_blocks": 2, "pyramid": ((1, 20),)}),
     "cycle": ("cycle_mlp_b1", {"depths": (1, 1, 1, 1)}),
     "permutator": ("vip_s14", {"depths": (1, 1, 1, 1)}),
+    "gated": ("gmixer_24", {"num_blocks": 1}),
+    "resmlp": ("resmlp_12", {"num_blocks": 1}),
+    "gmlp": ("gmlp_ti16", {"num_blocks": 1}),
 }
 
 

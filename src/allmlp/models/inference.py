@@ -178,11 +178,11 @@ def pack(model: ImageClassifier, precision: str) -> ImageClassifier:
     without_effect = _biases_without_effect(network)
     for module, name in packable(network):
         gelu = None
-        if getattr(type(module), "before_gelu", None) == name:  # an MLP, with GELU in "gelu"
+        if getattr(type(module), "before_gelu", None) == name:
             after = module.get_submodule("gelu")
-            assert isinstance(after, nn.GELU)
-            gelu = after.approximate
-            module.add_module("gelu", nn.Identity())
+            if isinstance(after, nn.GELU):  # not the gate of a gated MLP
+                gelu = after.approximate
+                module.add_module("gelu", nn.Identity())
         dense = getattr(module, name)
         has_bias = id(dense.bias) not in without_effect
         setattr(module, name, PackedDense(dense, dtype, gelu, has_bias))
