@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
+from dataclasses import fields as fields_of
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from allmlp.console import Reporter
+from allmlp.console import Reporter, table
 from allmlp.errors import plural
 from allmlp.evaluate import evaluate
 from allmlp.evaluation.calibration import (
     LEAST_IMAGES,
-    coverage_lines,
     coverage_table,
+    cross_calibrated,
     fitted,
     summary,
     with_threshold,
 )
 from allmlp.evaluation.metrics import Evaluation
-from allmlp.evaluation.options import CalibrateOptions, EvaluateOptions, MeasureOptions
+from allmlp.evaluation.options import CalibrateOptions, MeasureOptions
 from allmlp.io import atomic_write, check_not_inputs, expand
 from allmlp.models.layers import ImageClassifier
 from allmlp.options import Done, make
@@ -28,6 +29,8 @@ from allmlp.runtime.device import choose_device
 from allmlp.training.card import PROBABILITIES, probabilities_section, public_name
 from allmlp.weights.load import files_of, open_model
 from allmlp.weights.save import check_target, save_model
+
+_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # of the printed table
 
 
 def calibrate(
@@ -49,29 +52,26 @@ def calibrate(
         **fields: fields of `CalibrateOptions`.
 
     Raises:
-        UserError: as in `evaluate`; more than one of `accuracy`, `coverage` and `unsure_below`, or
+        UserError: as in `evaluate`; both `accuracy` and `unsure_below`, or
             no threshold reaches the accuracy.
     """
     options = data if isinstance(data, CalibrateOptions) else None
     if options is None and data is not None:
         fields["data"] = data
     options = make(CalibrateOptions, options, fields)
-    net = copy.copy(
-        open_model(model, options.image_size, options.resize_weights, **options.foreign)
-    )
-    names = {field.name for field in dataclasses.fields(MeasureOptions)}
-    given = {name: getattr(options, name) for name in names - {"image_size", "resize_weights"}}
+    net = open_model(model, options.image_size, options.resize_weights, **options.foreign)
+    own = {field.name for field in fields_of(MeasureOptions)} - {"image_size", "resize_weights"}
+    given = {name: getattr(options, name) for name in own}
     if not isinstance(model, ImageClassifier):  # a model object stays where it is
         given["device"] = str(choose_device(options.device))
-    result = evaluate(net, EvaluateOptions(data=options.data, **given), report=report)
+    result = evaluate(net, options.data, report=report, **given)
     name = public_name(options.data, result.data)
-    decision = fitted(result, name)
-    result = dataclasses.replace(result, decision=decision)
-    asked = {name: getattr(options, name) for name in ("accuracy", "coverage", "unsure_below")}
-    if any(value is not None for value in asked.values()):
-        decision = with_threshold(result, name, **asked)
-        result = dataclasses.replace(result, decision=decision)
-    net.decision = decision
+    result = replace(result, decision=fitted(result, name))
+    asked = {"accuracy": options.accuracy, "unsure_below": options.unsure_below}
+    if set(asked.values()) != {None}:
+        result = replace(result, decision=with_threshold(result, name, **asked))
+    net = copy.copy(net)
+    net.decision = result.decision
     return net, result
 
 
@@ -93,15 +93,21 @@ def command(model: str, output: str, options: CalibrateOptions) -> Done:
     report.say(f"data     {result.data}: {plural(len(result.labels), 'image')}")
     for line in result.warnings():
         report.say(f"warning  {line}", style="yellow")
-    if net.decision.temperature == 1.0:
+    has_temperature = net.decision.temperature != 1.0
+    if not has_temperature:
         few = f"there are fewer than {LEAST_IMAGES} images"
         why = few if len(result.labels) < LEAST_IMAGES else "it would not lower the loss"
         report.say(f"no temperature: {why}")
     for line in summary(net.decision):
         report.say(line)
     if not result.is_multi_label:
+        measured = cross_calibrated(result) if has_temperature else result
+        cells = []
+        for row in coverage_table(measured, _THRESHOLDS):
+            accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.2%}"
+            cells.append([f"{row['threshold']:.4g}", f"{row['coverage']:.2%}", accuracy])
         report.say()
-        for line in coverage_lines(coverage_table(result)):
+        for line in table(["unsure below", "answered", "accuracy of the answers"], cells):
             report.say(line)
     report.say(f"\nwritten  {weights}")
     return Done({"written": weights, "decision": net.decision, "evaluation": result})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, field, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from allmlp.errors import UserError
 
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNSURE = "unsure"  # the answer below the threshold
+_Probability = Annotated[float, Field(strict=True, ge=0, le=1)]
+_Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,32 +39,16 @@ class Decision:
     """
 
     labels: Literal["single", "multi"] = "single"
-    temperature: float = 1.0
-    unsure_below: float | None = None
-    thresholds: tuple[float, ...] | None = None
-    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+    temperature: _Positive = 1.0
+    unsure_below: _Probability | None = None
+    thresholds: tuple[_Probability, ...] | None = None
+    measured: dict[Literal["temperature", "unsure_below", "thresholds"], dict[str, Any]] = field(
+        default_factory=dict
+    )
 
     def __post_init__(self) -> None:
-        if self.labels not in ("single", "multi"):
-            raise ValueError(f"labels must be single or multi, got {self.labels!r}")
-        if not (_is_number(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature must be above 0, got {self.temperature!r}")
-        if self.thresholds is not None:
-            object.__setattr__(self, "thresholds", tuple(self.thresholds))
-        for name in ("unsure_below", "thresholds"):
-            value = getattr(self, name)
-            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-            if not all(_is_number(number) and 0 <= number <= 1 for number in numbers):
-                raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
-            owner = "single" if name == "unsure_below" else "multi"
-            if value is not None and self.labels != owner:
-                raise ValueError(f"{name} goes with labels={owner!r}")
-        known = [found.name for found in fields(self)][:-1]
-        is_table = isinstance(self.measured, dict) and all(
-            name in known and isinstance(entry, dict) for name, entry in self.measured.items()
-        )
-        if not is_table:
-            raise ValueError(f"measured must be an object per field, got {self.measured!r}")
+        if (self.thresholds if self.labels == "single" else self.unsure_below) is not None:
+            raise ValueError("unsure_below goes with single labels, thresholds with multi labels")
 
     @property
     def has_answer(self) -> bool:
@@ -71,11 +59,11 @@ class Decision:
         """Returns the decision with another threshold for "unsure"; None keeps its own."""
         if unsure_below is None:
             return self
+        if self.labels == "multi":
+            what = "with several labels per image every class has a threshold of its own"
+            raise UserError(what, where="unsure_below", code="wrong-type")
         measured = {name: entry for name, entry in self.measured.items() if name != "unsure_below"}
-        try:
-            return replace(self, unsure_below=unsure_below, measured=measured)
-        except ValueError as error:
-            raise UserError(str(error), where="unsure_below", code="out-of-range") from error
+        return replace(self, unsure_below=unsure_below, measured=measured)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Returns the probabilities (N, K) of logits (N, K)."""
@@ -98,31 +86,20 @@ class Decision:
         """Returns an answer as text: the class, "unsure", or with multi labels "a|b"."""
         return "|".join(classes) or (UNSURE if self.labels == "single" else "")
 
-    def check_classes(self, number: int) -> None:
-        """Raises ValueError if the thresholds are of another number of classes."""
-        if self.thresholds is not None and len(self.thresholds) != number:
-            raise ValueError(f"{len(self.thresholds):,} thresholds for {number:,} classes")
-
     def to_json(self) -> dict[str, Any]:
         """Returns the fields that differ from the defaults, as JSON values; {} if none does."""
-        values = {found.name: getattr(self, found.name) for found in fields(self)}
-        default = vars(Decision())
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
-            if value != default[name]
-        }
+        default = asdict(Decision())
+        values = {name: value for name, value in asdict(self).items() if value != default[name]}
+        return values | ({"thresholds": list(self.thresholds)} if self.thresholds else {})
 
     @staticmethod
     def from_json(values: dict[str, Any] | None, num_classes: int) -> Decision:
         """Inverse of `to_json`; None, as in older files, gives the defaults."""
         try:
             found = Decision(**(values or {}))
-            found.check_classes(num_classes)
+            number = num_classes if found.thresholds is None else len(found.thresholds)
+            if number != num_classes:
+                raise ValueError(f"{number:,} thresholds for {num_classes:,} classes")
             return found
         except (TypeError, ValueError) as error:
             raise UserError(f"not a decision: {str(values)[:200]} ({error})") from error
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ Research 70, 2021), for which another class is as probable as it is on average f
 labelled so, if their own label has less than a quarter of the probability of chance. Both are
 measured in benchmarks/label_mistakes.md.
 
-Shapes: N images, C features, K classes.
+Shapes: N images, K classes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,7 @@ from allmlp.data.scan import scan
 from allmlp.data.source import BadImage, Source, join, relabel
 from allmlp.data.sources import notes_of, open_splits, read_from
 from allmlp.errors import UserError, plural
-from allmlp.evaluation.features import (
-    Features,
-    cache_path,
-    frozen_features,
-    opened_model,
-    with_cache,
-)
+from allmlp.evaluation.features import cache_path, frozen_features, opened_model, with_cache
 from allmlp.evaluation.options import LabelMistakesOptions
 from allmlp.evaluation.predictor import predictor_for
 from allmlp.evaluation.probe import out_of_fold
@@ -53,29 +47,17 @@ _ON_SHEET = 49
 
 @dataclass(frozen=True)
 class RankedLabel:
-    """An image and what is known about its label.
-
-    Attributes:
-        split: "train", "validation" or "test".
-        index: position in the split.
-        name: the image.
-        label: its class in the data.
-        label_probability: of that class, out of fold.
-        suggestion: the most probable other class.
-        suggestion_probability: of that class.
-        suspected: whether the label is improbable, and another class confident.
-        duplicate: a duplicate of the image with another label, and that label; or "".
-    """
+    """An image and what is known about its label."""
 
     split: str
-    index: int
+    index: int  # in the split
     name: str
     label: str
-    label_probability: float
-    suggestion: str
+    label_probability: float  # out of fold
+    suggestion: str  # the most probable other class
     suggestion_probability: float
-    suspected: bool
-    duplicate: str = ""
+    suspected: bool  # the label is improbable, and another class confident
+    duplicate: str = ""  # a duplicate of the image with another label, and that label
 
 
 @dataclass(frozen=True)
@@ -97,21 +79,13 @@ class LabelMistakes:
     num_classes: int
     accuracy: float
     splits: Mapping[str, Source]
-    bad: list[BadImage] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    bad: list[BadImage]
+    notes: list[str]
 
     @property
     def suspected(self) -> list[RankedLabel]:
         """The images whose label is probably wrong."""
         return [image for image in self.ranked if image.suspected]
-
-    def exclude_list(self) -> str:
-        """Returns the text of a list of the suspected images, for `exclude` of training."""
-        rows = (
-            (image.split, image.index, f"{image.label}, probably {image.suggestion}")
-            for image in self.suspected
-        )
-        return exclude_list(self.splits, rows, self.data)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the result, with the suspected images only, as JSON values."""
@@ -126,21 +100,19 @@ class LabelMistakes:
         }
 
     def save(self, folder: Path) -> None:
-        """Writes the files of `FILES`; the folder must exist."""
+        """Writes the ranking, a list for `exclude` of training, and a contact sheet."""
         file = io.StringIO()
-        writer = csv.DictWriter(file, list(RankedLabel.__annotations__), lineterminator="\n")
-        writer.writeheader()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([column.name for column in fields(RankedLabel)])
         for image in self.ranked:
-            row = {k: f"{v:.6f}" if isinstance(v, float) else v for k, v in asdict(image).items()}
-            writer.writerow({**row, "suspected": int(image.suspected)})
-        texts = {"mistakes.csv": file.getvalue(), "exclude.txt": self.exclude_list()}
+            row = asdict(image) | {"suspected": int(image.suspected)}
+            writer.writerow(f"{v:.6f}" if isinstance(v, float) else v for v in row.values())
+        rows = ((x.split, x.index, f"{x.label}, probably {x.suggestion}") for x in self.suspected)
+        excluded = exclude_list(self.splits, rows, self.data)
+        texts = {"mistakes.csv": file.getvalue(), "exclude.txt": excluded}
         atomic_write_all(
             {folder / name: text.encode(errors="surrogateescape") for name, text in texts.items()}
         )
-        plots.save(self.figure(), folder / "mistakes.png")
-
-    def figure(self) -> plots.Figure:
-        """Returns the first images of the ranking; the captions of suspected ones are red."""
         shown = self.ranked[:_ON_SHEET]
         captions = [
             f"{plots.shorten(image.label, 20)}\n-> {plots.shorten(image.suggestion, 14)} "
@@ -149,14 +121,13 @@ class LabelMistakes:
         ]
         colors = [plots.RED if image.suspected else "" for image in shown]
         title = f"{self.data}: label -> suggestion, {len(self.suspected):,} suspected (red)"
-        return plots.contact_sheet(
-            [(self.splits[image.split], image.index) for image in shown], captions, title, colors
-        )
+        images = [(self.splits[image.split], image.index) for image in shown]
+        plots.save(plots.contact_sheet(images, captions, title, colors), folder / "mistakes.png")
 
 
 def find_label_mistakes(
     model: ImageClassifier | str | Path,
-    data: str | Path | Mapping[str, Source] | LabelMistakesOptions | None = None,
+    data: str | Path | LabelMistakesOptions | None = None,
     *,
     report: Reporter | None = None,
     **fields: Any,
@@ -166,7 +137,7 @@ def find_label_mistakes(
     Args:
         model: any with `features`, or anything that `load_model` takes; its classes do not matter.
             A model object stays on its device unless one is given.
-        data: a labelled source, or its splits by name; or all options as one object.
+        data: a labelled source; or all options as one object.
         report: shows progress; None shows nothing.
         **fields: fields of `LabelMistakesOptions`.
 
@@ -175,84 +146,76 @@ def find_label_mistakes(
             exists, or features that are not finite.
     """
     options = data if isinstance(data, LabelMistakesOptions) else None
-    opened = data if isinstance(data, Mapping) else None
     if options is None and data is not None:
-        first = next(iter(opened.values()), None) if opened is not None else None
-        fields["data"] = first.name if first is not None else str(data)
+        fields["data"] = str(data)
     options = make(LabelMistakesOptions, options, fields)
-    report = report or Reporter(quiet=True)
+    report, cache = report or Reporter(quiet=True), cache_path(options)
     folder = None if options.output is None else expand(options.output)
-    cache = cache_path(options)
     if folder is not None:
         check_output_folder(folder, FILES, overwrite=options.overwrite)
     if cache is not None:
         check_output_folder(cache)
-    splits = dict(open_splits(options.data) if opened is None else opened)
+    splits = open_splits(options.data)
     check_one_label(splits.values(), "a search for label mistakes")
     names = list(dict.fromkeys(name for split in splits.values() for name in split.class_names))
     splits = {name: relabel(split, names) for name, split in splits.items()}
     source = join(list(splits.values()), options.data)
     if len(np.unique(source.labels)) < 2:
         raise UserError("the images are of fewer than two classes", where=options.data)
-    inputs = [] if opened is not None else list(read_from(options.data))
+    inputs = [*read_from(options.data)]
     inputs += [] if isinstance(model, ImageClassifier) else files_of(str(model))
     outputs = [] if folder is None else [folder, *map(folder.joinpath, FILES)]
-    items = map(source.item_name, range(len(source)))
-    check_not_inputs([*outputs, *([] if cache is None else [cache])], inputs, items)
+    outputs += [] if cache is None else [cache]
+    check_not_inputs(outputs, inputs, map(source.item_name, range(len(source))))
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # fail early
-    total = len(source) * (1 if options.duplicates == "off" else 2)
-    with report.progress(total, "images") as bar:
+    conflicts: dict[int, str] = {}  # image -> a duplicate with another label, and that label
+    with report.progress(len(source) * (1 + (options.duplicates != "off")), "images") as bar:
         net, device = opened_model(model, options)
         predictor = predictor_for(options, net, device)
         features = frozen_features(predictor, source, cache, lambda batch: bar.advance(len(batch)))
-        conflicts = _conflicts(splits, options, bar.advance)
-    result = _judge(splits, source, features, conflicts)
+        if options.duplicates != "off":
+            scans = scan(splits, num_workers=options.num_workers, on_progress=bar.advance)
+            found = find_duplicates(splits, near=options.duplicates == "near", scans=scans)
+            for number in np.flatnonzero(found.other_label()):
+                kind = found.pair(number).kind
+                ends = int(found.first[number]), int(found.second[number])
+                for one, other in (ends, ends[::-1]):
+                    text = f"{kind}: {source.item_name(other)} ({source.label_text(other)})"
+                    conflicts.setdefault(one, text)
+    labels = source.labels[features.indices]
+    probabilities = out_of_fold(features.values, labels, len(names))
+    suggestions, suspected = confident_learning(probabilities, labels)
+    counts, rows = np.bincount(labels, minlength=len(names)), np.arange(len(labels))
+    is_single = counts[labels] < 2  # no other fold has the label, so nothing could confirm it
+    scores = np.where(is_single, np.inf, probabilities[rows, labels])
+    places = [(split, at) for split, images in splits.items() for at in range(len(images))]
+    ranked = [
+        RankedLabel(
+            *places[image],
+            name=source.item_name(image),
+            label=names[labels[at]],
+            label_probability=float(probabilities[at, labels[at]]),
+            suggestion=names[suggestions[at]],
+            suggestion_probability=float(probabilities[at, suggestions[at]]),
+            suspected=bool(suspected[at] and not is_single[at]),
+            duplicate=conflicts.get(image, ""),
+        )
+        for at in np.argsort(scores, kind="stable")
+        for image in [int(features.indices[at])]
+    ]
+    notes = [*notes_of(splits), *features.notes]
+    if is_single.any():
+        alone = ", ".join([names[at] for at in np.flatnonzero(counts == 1)][:8])
+        notes.append(f"classes with a single image cannot be judged: {alone}")
     if trained := counted(net.source, source).trained_on:
         about = f"the model was trained on about {trained:,} of these {len(source):,} images"
-        result.notes.append(f"{about}: it may have learned wrong labels, and find fewer of them")
+        notes.append(f"{about}: it may have learned wrong labels, and find fewer of them")
+    accuracy = float((probabilities.argmax(axis=1) == labels).mean())
+    result = LabelMistakes(source.name, ranked, len(names), accuracy, splits, features.bad, notes)
     if folder is not None:
         result.save(folder)
     return result
-
-
-def _judge(
-    splits: Mapping[str, Source], source: Source, features: Features, conflicts: dict[int, str]
-) -> LabelMistakes:
-    """Ranks the images; `source` joins the splits, `conflicts` are by its indices."""
-    names, labels = source.class_names, source.labels[features.indices]
-    counts = np.bincount(labels, minlength=len(names))
-    if (counts > 1).sum() < 2:
-        what = "a search for label mistakes needs two classes of two images that can be decoded"
-        raise UserError(what, where=source.name)
-    probabilities = out_of_fold(features.values, labels, len(names))
-    suggestions, suspected = confident_learning(probabilities, labels)
-    scores = probabilities[np.arange(len(labels)), labels]
-    single = counts[labels] < 2  # no other fold has the label, so nothing could confirm it
-    scores[single], suspected[single] = np.inf, False
-    offsets, ranked = np.cumsum([0, *map(len, splits.values())]), []
-    for at in np.argsort(scores, kind="stable"):
-        image, label, other = int(features.indices[at]), int(labels[at]), int(suggestions[at])
-        place = int(np.searchsorted(offsets, image, side="right")) - 1
-        ranked.append(
-            RankedLabel(
-                split=list(splits)[place],
-                index=image - int(offsets[place]),
-                name=source.item_name(image),
-                label=names[label],
-                label_probability=float(probabilities[at, label]),
-                suggestion=names[other],
-                suggestion_probability=float(probabilities[at, other]),
-                suspected=bool(suspected[at]),
-                duplicate=conflicts.get(image, ""),
-            )
-        )
-    notes = [*notes_of(splits), *features.notes]
-    if single.any():
-        alone = ", ".join([names[at] for at in np.flatnonzero(counts == 1)][:8])
-        notes.append(f"classes with a single image cannot be judged: {alone}")
-    accuracy = float((probabilities.argmax(axis=1) == labels).mean())
-    return LabelMistakes(source.name, ranked, len(names), accuracy, splits, features.bad, notes)
 
 
 def confident_learning(
@@ -277,28 +240,6 @@ def confident_learning(
     return suggestions, suspected
 
 
-def _conflicts(
-    splits: Mapping[str, Source],
-    options: LabelMistakesOptions,
-    on_progress: Callable[[int], object],
-) -> dict[int, str]:
-    """Returns, for the images with a duplicate of another label, that duplicate and its label."""
-    if options.duplicates == "off":
-        return {}
-    scans = scan(splits, num_workers=options.num_workers, on_progress=on_progress)
-    found = find_duplicates(splits, near=options.duplicates == "near", scans=scans)
-    conflicts: dict[int, str] = {}
-    for number in np.flatnonzero(found.other_label()):
-        pair, ends = found.pair(int(number)), (int(found.first[number]), int(found.second[number]))
-        for image, (split, index) in zip(ends, (pair.second, pair.first), strict=True):
-            name = found.splits[split].item_name(index)
-            conflicts.setdefault(image, f"{pair.kind}: {name} ({found.class_of(split, index)})")
-    return conflicts
-
-
-# --- command --------------------------------------------------------------------------------------
-
-
 def command(model: str, options: LabelMistakesOptions) -> LabelMistakes:
     """Searches with a progress bar on a terminal, and caches the features."""
     return find_label_mistakes(model, with_cache(options), report=Reporter())
@@ -311,10 +252,7 @@ def show(result: LabelMistakes, options: LabelMistakesOptions) -> int:
     images, suspected = len(result.ranked), len(result.suspected)
     report.say(f"data       {result.data}: {plural(images, 'image')}, {result.num_classes} classes")
     report.say(f"probe      {result.accuracy:.1%} of the labels predicted out of fold")
-    report.say(f"suspected  {plural(suspected, 'label')} ({suspected / images:.1%})")
-    conflicts = sum(image.duplicate != "" for image in result.ranked)
-    if conflicts:
-        report.say(f"           {plural(conflicts, 'image')} with a duplicate of another label")
+    report.say(f"suspected  {plural(suspected, 'label')} ({suspected / images:.1%})\n")
     names = [image.name for image in result.ranked]
     start = os.path.commonprefix(names).rfind("/") + 1  # noqa: RUF071 - not all names are paths
     rows = [
@@ -326,10 +264,8 @@ def show(result: LabelMistakes, options: LabelMistakesOptions) -> int:
         ]
         for image in result.ranked[: options.top]
     ]
-    if rows:
-        report.say()
-        for line in table(["image", "label", "suggestion", "duplicate"], rows, left=4):
-            report.say(line)
+    for line in table(["image", "label", "suggestion", "duplicate"], rows, left=4):
+        report.say(line)
     if options.output is None:
         report.say("\nfor the whole ranking, a contact sheet and a list to exclude: set output")
     else:

@@ -6,43 +6,18 @@ import base64
 import html
 import re
 from collections.abc import Iterable, Sequence
+from importlib.resources import files
 from pathlib import Path
+from string import Template
 
-_TEMPLATE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark; --line: #8884; --soft: #8881; --good: #1a7f37; --bad: #cf222e; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --good: #3fb950; --bad: #ff7b72; }} }}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem;
-  overflow-wrap: anywhere; }}
-h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.15rem; margin-top: 2.2rem; }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; }}
-td, th {{ padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top; overflow-wrap: normal; }}
-.number {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
-.large {{ font-size: 1.6rem; font-weight: 600; color: var(--good); margin: .2rem 0; }}
-.warning {{ border-left: 4px solid var(--bad); padding-left: .8rem; list-style: none; }}
-.paper {{ font-style: italic; }} .measured {{ border-left: 4px solid var(--good); }}
-img {{ max-width: 100%; height: auto; background: #fff; border-radius: 4px; }}
-pre {{ background: var(--soft); padding: .7rem; border-radius: 4px; overflow-x: auto; }}
-.images {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem; }}
-.images figure {{ margin: 0; font-size: .85rem; }} .images b {{ color: var(--bad); }}
-.images img {{ display: block; width: 100%; height: 9rem; object-fit: contain;
-  background: var(--soft); }}
-summary {{ cursor: pointer; margin: 1rem 0; }}
-</style></head><body>
-{body}
-</body></html>
-"""
-
-
+_TEMPLATE = files("allmlp").joinpath("page.html")
 _NUMBER = re.compile(r"[\d.,]+%?")
 
 
 def page(title: str, parts: Iterable[str]) -> bytes:
     """Returns a page of parts, which are HTML already."""
-    return _TEMPLATE.format(title=safe(title), body="\n".join(parts)).encode()
+    template = Template(_TEMPLATE.read_text("utf-8"))
+    return template.substitute(title=safe(title), body="\n".join(parts)).encode()
 
 
 def safe(text: object, *, quote: bool = False) -> str:

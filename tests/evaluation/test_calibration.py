@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_softmax
+from sklearn.metrics import f1_score
 
 import allmlp as am
-from allmlp.evaluation.calibration import (
-    coverage_table,
-    fit_temperature,
-    with_temperature,
-    with_threshold,
-)
+from allmlp.evaluation.calibration import fit_temperature, fitted, with_threshold
+from allmlp.evaluation.multi_label import best_thresholds
+from allmlp.evaluation.options import CalibrateOptions
 from conftest import mixer, tiny_config
 
 
@@ -54,7 +52,7 @@ def test_the_temperature_equals_scipys(sharpness: float):
 
 def test_the_calibration_error_falls_on_new_images_and_top1_stays():
     held_out, new = measured(400, seed=1), measured(2000, seed=2)
-    decision = with_temperature(held_out, "x")
+    decision = fitted(held_out, "x")
     before, top1 = new.reliability.error, new.top1
     loss = new.loss
     after = dataclasses.replace(new, decision=decision)
@@ -69,62 +67,77 @@ def test_the_calibration_error_falls_on_new_images_and_top1_stays():
 
 
 def test_no_temperature_where_none_can_be_known():
-    assert with_temperature(measured(99), "x") == am.Decision()  # too few
-    assert with_temperature(measured(3000, sharpness=1.0), "x").temperature == pytest.approx(
-        1.0, abs=0.1
-    )
+    assert fitted(measured(99), "x") == am.Decision()  # too few
+    assert fitted(measured(3000, sharpness=1.0), "x").temperature == pytest.approx(1.0, abs=0.1)
     right = measured(300)
     right.labels = right.predictions  # the loss falls to 0 as the temperature does
-    assert fit_temperature(right.logits, right.labels) is None
-    assert with_temperature(right, "x") == am.Decision()
+    assert np.isnan(fit_temperature(right.logits, right.labels))
+    assert fitted(right, "x") == am.Decision()
     random = measured(300)
     random.logits[:] = 0
-    assert with_temperature(random, "x") == am.Decision()
+    assert fitted(random, "x") == am.Decision()
+
+
+def lowest(confidences: np.ndarray, correct: np.ndarray, accuracy: float) -> float:
+    """The lowest threshold with this accuracy, by trying all of them."""
+    return min(t for t in confidences if correct[confidences >= t].mean() >= accuracy)
 
 
 @pytest.mark.parametrize("rounded", [False, True])  # with ties
-def test_thresholds_for_an_accuracy_or_a_coverage(rounded: bool):
+def test_the_threshold_for_an_accuracy(rounded: bool):
     result = measured(500)
     if rounded:
         result.logits[:] = result.logits.round()
-    confidences, correct = result.confidences, result.correct
-    possible = []  # by trying all of them
-    for threshold in np.unique(confidences):
-        answered = confidences >= threshold
-        possible.append((float(threshold), answered.mean(), correct[answered].mean()))
     for wanted in (0.5, 0.7, 0.8):
-        found = with_threshold(result, "x", accuracy=wanted)
-        threshold, coverage, accuracy = max(
-            (p for p in possible if p[2] >= wanted), key=lambda p: p[1]
-        )
-        assert found.unsure_below == threshold
+        found = with_threshold(result, "x", accuracy=wanted, unsure_below=None)
+        assert found.unsure_below == lowest(result.confidences, result.correct, wanted)
+        answered = dict(dataclasses.replace(result, decision=found).figures())
+        assert answered["coverage"] == (result.confidences >= found.unsure_below).mean()
+        assert answered["accuracy_answered"] >= wanted
+        halves = (slice(0, None, 2), slice(1, None, 2))
+        limits = [lowest(result.confidences[h], result.correct[h], wanted) for h in halves]
+        others = result.confidences >= np.tile(limits[::-1], 250)  # that of the other half
         entry = found.measured["unsure_below"]
-        assert (entry["coverage"], entry["accuracy"]) == (coverage, accuracy)
-        answered = dataclasses.replace(result, decision=found)
-        assert dict(answered.figures())["coverage"] == coverage
-        assert dict(answered.figures())["accuracy_answered"] == accuracy
-        threshold = max(p[0] for p in possible if p[1] >= wanted)
-        assert with_threshold(result, "x", coverage=wanted).unsure_below == threshold
-    assert coverage_table(result, [0.0])[0]["coverage"] == 1.0
-    assert coverage_table(result, [1.1])[0]["accuracy"] is None
+        assert entry["coverage"] == others.mean()
+        assert entry["accuracy"] == result.correct[others].mean()
+    assert with_threshold(result, "x", accuracy=None, unsure_below=0.3).unsure_below == 0.3
+    result.labels = (result.predictions + 1) % 5
+    with pytest.raises(am.UserError) as caught:
+        with_threshold(result, "x", accuracy=0.5, unsure_below=None)
+    assert caught.value.code == "out-of-range"
+
+
+def test_what_is_measured_of_thresholds_per_class_does_not_profit_from_their_choice():
+    """Labels by chance: what suits these images best means nothing for others."""
+    random = np.random.default_rng(0)
+    labels = random.random((60, 40)) < 0.5
+    logits = random.normal(size=(60, 40)).astype(np.float32)
+    names, rows = [f"c{at}" for at in range(40)], np.arange(60)
+    result = am.Evaluation("x", names, labels, rows, logits, decision=am.Decision(labels="multi"))
+    decision = fitted(result, "x")
+    answers = np.empty_like(labels)
+    for own, other in ((slice(0, 60, 2), slice(1, 60, 2)), (slice(1, 60, 2), slice(0, 60, 2))):
+        answers[own] = logits[own] >= best_thresholds(labels[other], logits[other])
+    f1 = decision.measured["thresholds"]["f1_after"]
+    assert f1 == pytest.approx(f1_score(labels, answers, average="macro"), abs=1e-6)
+    assert f1 < dataclasses.replace(result, decision=decision).macro_f1 - 0.02
+    one = dataclasses.replace(result, labels=labels[:1], logits=logits[:1], indices=rows[:1])
+    assert fitted(one, "x").measured["thresholds"]["images"] == 1
 
 
 def test_mistakes():
-    result, multi = measured(500), measured(500)
-    multi.decision = am.Decision(labels="multi")
-    for found, given, code in (
-        (result, {}, "conflict"),
-        (result, {"accuracy": 0.9, "coverage": 0.9}, "conflict"),
-        (result, {"accuracy": 1.5}, "out-of-range"),
-        (multi, {"unsure_below": 0.5}, "wrong-type"),
+    for given, code in (
+        ({"accuracy": 0.9, "unsure_below": 0.9}, "conflict"),
+        ({"accuracy": 1.5}, "out-of-range"),
+        ({"unsure_below": -0.1}, "out-of-range"),
     ):
         with pytest.raises(am.UserError) as caught:
-            with_threshold(found, "x", **given)
+            CalibrateOptions(data="x", **given)
         assert caught.value.code == code
-    result.labels = (result.predictions + 1) % 5
+    several = dataclasses.replace(measured(9), decision=am.Decision(labels="multi"))
     with pytest.raises(am.UserError) as caught:
-        with_threshold(result, "x", accuracy=0.5)
-    assert caught.value.code == "out-of-range"
+        with_threshold(several, "x", accuracy=None, unsure_below=0.5)
+    assert caught.value.code == "wrong-type"
 
 
 def test_a_run_calibrates_itself_and_answers_unsure(

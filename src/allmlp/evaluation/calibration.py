@@ -1,4 +1,7 @@
-"""Calibration on held-out images: a temperature for the logits, and a threshold for "unsure".
+"""Calibration on held-out images: a temperature, thresholds per class, a threshold for "unsure".
+
+What is stored is fitted to all images. What is said about it is measured by cross-fitting: each
+half of the images is judged by what was fitted to the other half.
 
 Sources: Guo et al. 2017, "On Calibration of Modern Neural Networks" (one temperature, fitted by the
 loss); Geifman and El-Yaniv 2017, "Selective Classification for Deep Neural Networks" (coverage and
@@ -9,32 +12,33 @@ Shapes: N images, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from allmlp.console import table
 from allmlp.decision import Decision
-from allmlp.errors import UserError, between
+from allmlp.errors import UserError
 from allmlp.evaluation.metrics import Evaluation
 from allmlp.evaluation.multi_label import best_thresholds
 
+_OF_IMAGES = ("logits", "labels", "indices")
 LEAST_IMAGES = 100  # with fewer no temperature is fitted
-THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # of the printed table
 _COLDEST, _HOTTEST = 0.05, 20.0  # the loss of correctly classified images alone has no minimum
 
 
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
-    """Returns the temperature with the lowest mean loss; None if it is not within 0.05 and 20.
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the temperature with the lowest mean loss; NaN if it is not within 0.05 and 20.
 
     The loss is convex in 1 / temperature; Newton's method, with bisection where a step leaves the
     bracket. `logits` are (N, K); `labels` int (N,) for a softmax, or (N, K) for a sigmoid each.
     """
     low, high = 1 / _HOTTEST, 1 / _COLDEST
     if _slope(low, logits, labels)[0] >= 0 or _slope(high, logits, labels)[0] <= 0:
-        return None
+        return np.nan
     inverse = following = 1.0
     for _ in range(100):
         slope, curvature = _slope(inverse, logits, labels)
@@ -49,168 +53,146 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
 
 
 def _slope(inverse: float, logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """First and second derivative of the mean loss with respect to 1 / temperature."""
-    totals = np.zeros(2)
+    """First and second derivative of the summed loss with respect to 1 / temperature."""
+    first = second = 0.0
     for at in range(0, len(logits), 1024):  # float64 copies of a few rows at a time
         rows = torch.from_numpy(logits[at : at + 1024]).double()
         truth = torch.from_numpy(labels[at : at + 1024])
+        scale = torch.tensor(inverse, dtype=torch.float64, requires_grad=True)
         if truth.dim() == 2:
-            p = (inverse * rows).sigmoid()
-            first = (p - truth.double()) * rows
-            second = p * (1 - p) * rows**2
+            loss = F.binary_cross_entropy_with_logits(scale * rows, truth.double(), reduction="sum")
         else:
-            p = (inverse * rows).softmax(dim=1)
-            mean = (p * rows).sum(dim=1, keepdim=True)
-            first = mean - rows.gather(1, truth[:, None])
-            second = p * (rows - mean) ** 2
-        totals += float(first.sum()), float(second.sum())
-    return float(totals[0] / len(logits)), float(totals[1] / len(logits))
+            loss = F.cross_entropy(scale * rows, truth, reduction="sum")
+        (slope,) = torch.autograd.grad(loss, scale, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope, scale)
+        first, second = first + slope.item(), second + curvature.item()
+    return first, second
 
 
-def with_temperature(result: Evaluation, data: str) -> Decision:
-    """Returns the decision of a result on held-out images with the temperature fitted on these.
-
-    Thresholds are dropped: they hold for one temperature. No temperature is fitted with fewer than
-    `LEAST_IMAGES`, or if it does not lower the loss of images that it was not fitted on. For this
-    comparison, and for the calibration error after, each half of the images takes the temperature
-    of the other half.
-    """
-    plain = replace(result, decision=Decision(labels=result.decision.labels))
-    number = len(result.labels)
-    if number < LEAST_IMAGES:
-        return plain.decision
-    scaled = result.logits.copy()
-    for start in (0, 1):
-        found = fit_temperature(result.logits[1 - start :: 2], result.labels[1 - start :: 2])
-        if found is None:
-            return plain.decision
-        scaled[start::2] /= found
-    after = replace(plain, logits=scaled)
-    found = fit_temperature(result.logits, result.labels)
-    if found is None or after.loss >= plain.loss:
-        return plain.decision
-    entry: dict[str, Any] = {"data": data, "images": number}
-    for name, measured_on in (("before", plain), ("after", after)):
-        entry[f"loss_{name}"] = round(measured_on.loss, 6)
-        entry[f"ece_{name}"] = round(measured_on.reliability.error, 6)
-    return replace(plain.decision, temperature=found, measured={"temperature": entry})
+def _cross_fitted(result: Evaluation, fit: Callable[[Evaluation], Any]) -> np.ndarray:
+    """Returns for every image, (N, ...), what `fit` gives for the other half of the images."""
+    halves = [slice(start, None, 2) for start in range(2 if len(result.labels) > 1 else 1)]
+    parts = [
+        replace(result, **{name: getattr(result, name)[half] for name in _OF_IMAGES})
+        for half in halves
+    ]
+    found = [fit(part) for part in reversed(parts)]
+    return np.stack([found[at % len(found)] for at in range(len(result.labels))])
 
 
-def with_thresholds(result: Evaluation, data: str) -> Decision:
-    """Returns the decision of a result with a threshold per class, for the highest F1 on it.
+def _temperature(result: Evaluation) -> float:
+    return fit_temperature(result.logits, result.labels)
 
-    Only for several labels per image.
-    """
-    plain = result.decision
-    logits = best_thresholds(result.labels, result.logits) / plain.temperature
-    limits = torch.from_numpy(logits).sigmoid().tolist()
-    after = replace(result, decision=replace(plain, thresholds=limits))
-    entry: dict[str, Any] = {"data": data, "images": len(result.labels)}
-    entry |= {"f1_before": round(result.macro_f1, 6), "f1_after": round(after.macro_f1, 6)}
-    return replace(after.decision, measured={**plain.measured, "thresholds": entry})
+
+def cross_calibrated(result: Evaluation) -> Evaluation:
+    """Returns a result in which each half of the images has the temperature of the other half."""
+    others = _cross_fitted(result, _temperature).astype(np.float32)
+    decision = Decision(labels=result.decision.labels)
+    return replace(result, logits=(result.logits.T / others).T, decision=decision)
 
 
 def fitted(result: Evaluation, data: str) -> Decision:
     """Returns the decision of a result with the temperature, and the thresholds per class for
-    several labels per image, that suit these held-out images."""
-    decision = with_temperature(result, data)
-    if not result.is_multi_label:
-        return decision
-    return with_thresholds(replace(result, decision=decision), data)
+    several labels per image, that suit these held-out images.
+
+    No temperature is fitted with fewer than `LEAST_IMAGES`, or if it does not lower the loss as
+    measured by cross-fitting.
+    """
+    decision = Decision(labels=result.decision.labels)
+    plain, about = replace(result, decision=decision), _about(result, data)
+    measured: dict[Any, dict[str, Any]] = {}
+    if len(result.labels) >= LEAST_IMAGES:
+        temperature, after = _temperature(plain), cross_calibrated(plain)
+        if np.isfinite(temperature) and after.loss < plain.loss:
+            decision = replace(decision, temperature=temperature)
+            measured["temperature"] = about | {
+                "loss_before": round(plain.loss, 6),
+                "loss_after": round(after.loss, 6),
+                "ece_before": round(plain.reliability.error, 6),
+                "ece_after": round(after.reliability.error, 6),
+            }
+    if result.is_multi_label:
+        limits = _thresholds(result) / decision.temperature
+        decision = replace(decision, thresholds=torch.from_numpy(limits).sigmoid().tolist())
+        others = _cross_fitted(plain, _thresholds)
+        after = replace(plain, logits=plain.logits - others)  # so that a logit of 0 decides
+        f1 = {"f1_before": round(plain.macro_f1, 6), "f1_after": round(after.macro_f1, 6)}
+        measured["thresholds"] = about | f1
+    return replace(decision, measured=measured)
+
+
+def _about(result: Evaluation, data: str) -> dict[str, Any]:
+    return {"data": data, "images": len(result.labels), "cross_fitted": True}
+
+
+def _thresholds(result: Evaluation) -> np.ndarray:
+    return best_thresholds(result.labels, result.logits)
 
 
 def with_threshold(
-    result: Evaluation,
-    data: str,
-    *,
-    unsure_below: float | None = None,
-    accuracy: float | None = None,
-    coverage: float | None = None,
+    result: Evaluation, data: str, *, unsure_below: float | None, accuracy: float | None
 ) -> Decision:
     """Returns the decision of a result with a threshold, and what was measured at it.
 
-    Exactly one is given: the threshold; the accuracy of the answers, for the most answers that
-    reach it; or the coverage, the smallest fraction of images that are answered.
+    The threshold is `unsure_below`, or the one with the most answers that reach the accuracy.
     """
-    given = {"unsure_below": unsure_below, "accuracy": accuracy, "coverage": coverage}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    for name, value in chosen.items():
-        between(name, value, 0, 1)
-    if len(chosen) != 1:
-        what = f"one of {', '.join(given)} chooses the threshold, got {', '.join(chosen) or 'none'}"
-        raise UserError(what, fix="Give exactly one", code="conflict")
-    if result.decision.labels != "single":
-        what = "with several labels per image every class has a threshold of its own"
-        raise UserError(what, where=next(iter(chosen)), code="wrong-type")
-    if unsure_below is None:
-        unsure_below = _threshold(result, accuracy, coverage)
-    decision = replace(result.decision, unsure_below=unsure_below)
-    row = coverage_table(result, [unsure_below])[0]
-    entry = {"data": data, "images": len(result.labels), **row}
-    return replace(decision, measured={**decision.measured, "unsure_below": entry})
+    own = result.decision
 
+    def threshold(part: Evaluation) -> float:
+        return _threshold(part, accuracy) if accuracy is not None else unsure_below or 0.0
 
-def _threshold(result: Evaluation, accuracy: float | None, coverage: float | None) -> float:
-    order = np.argsort(-result.confidences, kind="stable")
-    confidences, number = result.confidences[order], np.arange(1, len(order) + 1)
-    reached = np.cumsum(result.correct[order]) / number
-    is_end = np.append(confidences[1:] < confidences[:-1], True)  # equal ones are answered together
-    if coverage is not None:
-        return float(confidences[is_end & (number / len(order) >= coverage)][0])
-    good = is_end if accuracy is None else is_end & (reached >= accuracy)
-    if not good.any():
-        what = f"no threshold reaches an accuracy of {accuracy:.2%}; the highest reached is "
-        what += f"{reached[is_end].max():.2%}"
+    def of_half(part: Evaluation) -> float:
+        scale = 1.0 if own.temperature == 1.0 else _temperature(part)
+        return threshold(replace(part, decision=Decision(temperature=scale)))
+
+    chosen = threshold(result)
+    if not np.isfinite(chosen):
+        what = f"no threshold reaches an accuracy of {accuracy:.2%}"
         raise UserError(what, where="accuracy", fix="A lower one", code="out-of-range")
-    return float(confidences[good][-1])
+    after = result if own.temperature == 1.0 else cross_calibrated(result)
+    (row,) = coverage_table(after, [_cross_fitted(result, of_half)])
+    entry = _about(result, data) | row | {"threshold": chosen}
+    return replace(own.with_threshold(chosen), measured=own.measured | {"unsure_below": entry})
 
 
-def coverage_table(result: Evaluation, thresholds: Any = THRESHOLDS) -> list[dict[str, Any]]:
+def _threshold(result: Evaluation, accuracy: float) -> float:
+    """Returns the lowest threshold with this accuracy of the answers; infinity if none has it."""
+    order = np.argsort(-result.confidences, kind="stable")
+    confidences, correct = result.confidences[order], result.correct[order]
+    reached = np.cumsum(correct) / np.arange(1, len(order) + 1)
+    is_end = np.append(confidences[1:] < confidences[:-1], True)  # equal ones are answered together
+    good = confidences[is_end & (reached >= accuracy)]
+    return float(good[-1]) if len(good) else np.inf
+
+
+def coverage_table(result: Evaluation, thresholds: Sequence[Any]) -> list[dict[str, Any]]:
     """Returns coverage, and accuracy of what is answered (None without answers), at thresholds."""
     rows = []
     for threshold in thresholds:
         answered = result.confidences >= threshold
-        right = result.correct[answered]
-        accuracy = float(right.mean()) if answered.any() else None
-        row = {"threshold": threshold, "coverage": float(answered.mean()), "accuracy": accuracy}
-        rows.append(row)
+        accuracy = float(result.correct[answered].mean()) if answered.any() else None
+        coverage = float(answered.mean())
+        rows.append({"threshold": threshold, "coverage": coverage, "accuracy": accuracy})
     return rows
 
 
-def coverage_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """Returns `coverage_table` as text."""
-    cells = [
-        [
-            f"{row['threshold']:.4g}",
-            f"{row['coverage']:.2%}",
-            "-" if row["accuracy"] is None else f"{row['accuracy']:.2%}",
-        ]
-        for row in rows
-    ]
-    return table(["unsure below", "answered", "accuracy of the answers"], cells, left=1)
+_SUMMARIES = {
+    "temperature": "temperature {value:.4g}, fitted on {images:,} images of {data}: expected "
+    "calibration error {ece_before:.2%} before, {ece_after:.2%} after",
+    "thresholds": "a threshold per class, chosen on {images:,} images of {data}: macro F1 "
+    "{f1_before:.2%} at 0.5, {f1_after:.2%} with the thresholds",
+    "unsure_below": '"unsure" below a probability of {value:.4g}, chosen on {images:,} images of '
+    "{data}: {coverage:.2%} are answered, {accuracy:.2%} of these correctly",
+}
 
 
 def summary(decision: Decision) -> list[str]:
     """Returns sentences on what was measured for a decision, for the console and the model card."""
     lines = []
-    entry = decision.measured.get("temperature", {})
-    if {"images", "ece_before", "ece_after"} <= entry.keys():
-        lines.append(
-            f"temperature {decision.temperature:.4g}, fitted on {entry['images']:,} images of "
-            f"{entry.get('data')}: expected calibration error {entry['ece_before']:.2%} before, "
-            f"{entry['ece_after']:.2%} after"
-        )
-    entry = decision.measured.get("thresholds", {})
-    if {"images", "f1_before", "f1_after"} <= entry.keys():
-        lines.append(
-            f"a threshold per class, chosen on {entry['images']:,} images of {entry.get('data')}: "
-            f"macro F1 {entry['f1_before']:.2%} at 0.5, {entry['f1_after']:.2%} with the thresholds"
-        )
-    entry = decision.measured.get("unsure_below", {})
-    if entry.get("accuracy") is not None and {"images", "coverage"} <= entry.keys():
-        lines.append(
-            f'"unsure" below a probability of {decision.unsure_below:.4g}: {entry["coverage"]:.2%} '
-            f"of {entry['images']:,} images of {entry.get('data')} are answered, "
-            f"{entry['accuracy']:.2%} of these correctly"
-        )
+    for name, entry in decision.measured.items():
+        try:
+            text = _SUMMARIES[name].format(value=getattr(decision, name), **entry)
+            lines.append(f"{text} (cross-fitted)" if entry.get("cross_fitted") else text)
+        except (KeyError, TypeError, ValueError):  # an entry written by somebody else
+            continue
     return lines

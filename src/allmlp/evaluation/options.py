@@ -84,7 +84,6 @@ class CalibrateOptions(MeasureOptions, ForeignOptions):
     Examples:
         mixer calibrate runs/flowers flowers --data FOLDER:validation
         mixer calibrate runs/flowers flowers --data FOLDER:validation --accuracy 0.98
-        mixer calibrate runs/flowers flowers --data FOLDER:validation --coverage 0.9
         mixer calibrate mixer_b16.i1k b16 --data imagenet:validation --unsure-below 0.5
     """
 
@@ -92,10 +91,15 @@ class CalibrateOptions(MeasureOptions, ForeignOptions):
     """Labelled images, as in `mixer evaluate`."""
     accuracy: float | None = None
     """Choose the threshold that answers the most images with at least this accuracy."""
-    coverage: float | None = None
-    """Choose the highest threshold that answers at least this fraction of the images."""
     unsure_below: float | None = None
     """The threshold itself: below this probability the answer is "unsure"."""
+
+    def __post_init__(self) -> None:
+        between("accuracy", self.accuracy, 0, 1)
+        between("unsure_below", self.unsure_below, 0, 1)
+        if self.accuracy is not None and self.unsure_below is not None:
+            what = "accuracy and unsure_below both choose the threshold"
+            raise UserError(what, fix="Give one of them", code="conflict")
 
 
 @dataclass(frozen=True, kw_only=True)

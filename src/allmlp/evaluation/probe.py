@@ -9,8 +9,8 @@ Shapes: N images, C features, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,21 +25,12 @@ _MOST_STEPS, _TOLERANCE = 200, 1e-8  # of Newton and of conjugate gradients; of 
 _ABSENT = -100.0  # bias of a class without images: finite, and a probability of nearly 0
 
 
-@dataclass(frozen=True)
-class Probe:
-    """A linear classifier of raw features: logits = features @ weight.T + bias.
+class Probe(NamedTuple):
+    """A linear classifier of raw features: logits = features @ weight.T + bias."""
 
-    Attributes:
-        weight: float64 (K, C).
-        bias: float64 (K,).
-        l2: strength of the penalty.
-        log_loss: mean over the held-out images of all folds; None if l2 was given.
-    """
-
-    weight: np.ndarray
-    bias: np.ndarray
+    weight: np.ndarray  # float64 (K, C)
+    bias: np.ndarray  # float64 (K,)
     l2: float
-    log_loss: float | None = None
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:
         """Returns float64 (N, K) for features (N, C)."""
@@ -51,82 +42,68 @@ def fit_probe(
     features: np.ndarray, labels: np.ndarray, num_classes: int, l2: float | None = None
 ) -> Probe:
     """Fits a probe to features (N, C) and labels (N,), by default with the l2 of five folds."""
-    data, log_loss = _Data(features, labels, num_classes), None
+    x, mean, std = _standardised(features)
+    truth = torch.from_numpy(labels.astype(np.int64))
     if l2 is None:
-        l2, log_loss, _ = _cross_validate(data, stratified_folds(labels, FOLDS), L2S)
-    weight, bias = data.raw(data.solve(torch.ones(len(labels), dtype=torch.bool), l2))
-    return Probe(weight, bias, l2, log_loss)
+        l2, _ = _cross_validate(x, truth, num_classes, stratified_folds(labels, FOLDS))
+    weights = _solve(x, truth, num_classes, l2)
+    weight = weights[:-1].T / std
+    return Probe(weight.numpy(), (weights[-1] - weight @ mean).numpy(), l2)
 
 
 def out_of_fold(
-    features: np.ndarray,
-    labels: np.ndarray,
-    num_classes: int,
-    folds: np.ndarray | None = None,
-    l2s: Sequence[float] = L2S,
+    features: np.ndarray, labels: np.ndarray, num_classes: int, folds: np.ndarray | None = None
 ) -> np.ndarray:
     """Returns the probabilities (N, K) of every image from the images of the other folds.
 
-    Args:
-        features, labels: (N, C) and int (N,).
-        num_classes: K.
-        folds: int (N,), the fold of every image; `stratified_folds` by default.
-        l2s: strengths to choose from, strongest first; the best over all folds is used in each.
+    `folds` are int (N,), `stratified_folds` by default; the l2 that is best over all is used.
     """
-    data = _Data(features, labels, num_classes)
-    chosen = stratified_folds(labels, FOLDS) if folds is None else folds
-    return _cross_validate(data, chosen, l2s)[2]
+    folds = stratified_folds(labels, FOLDS) if folds is None else folds
+    truth = torch.from_numpy(labels.astype(np.int64))
+    return _cross_validate(_standardised(features)[0], truth, num_classes, folds)[1]
 
 
-class _Data:
-    """Standardised features with a constant 1, whose weight is the bias, and the solver."""
+def _standardised(features: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns standardised features with a constant 1, whose weight is the bias; mean and std."""
+    raw = torch.from_numpy(features.astype(np.float64))
+    mean, std = raw.mean(0), raw.std(0, correction=0)
+    std = torch.where(std > 0, std, 1.0)  # a constant feature gets no weight
+    return torch.cat([(raw - mean) / std, torch.ones(len(raw), 1).double()], dim=1), mean, std
 
-    def __init__(self, features: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
-        raw = torch.from_numpy(features.astype(np.float64))
-        self.mean, std = raw.mean(0), raw.std(0, correction=0)
-        self.std = torch.where(std > 0, std, 1.0)  # a constant feature gets no weight
-        self.x = torch.cat([(raw - self.mean) / self.std, torch.ones(len(raw), 1).double()], dim=1)
-        self.labels = torch.from_numpy(labels.astype(np.int64))
-        self.num_classes = num_classes
 
-    def solve(self, used: Tensor, l2: float, start: Tensor | None = None) -> Tensor:
-        """Returns the weights (C + 1, K) for the used images, by Newton's method."""
-        x, present = self.x[used], self.labels[used].unique()
-        targets = torch.searchsorted(present, self.labels[used])
-        weights = x.new_zeros(x.shape[1], len(present)) if start is None else start[:, present]
-        penalty = torch.full((x.shape[1], 1), l2, dtype=torch.float64)
-        penalty[-1] = 0.0
+def _solve(
+    x: Tensor, labels: Tensor, num_classes: int, l2: float, start: Tensor | None = None
+) -> Tensor:
+    """Returns the weights (C + 1, K) by Newton's method with a line search."""
+    present, targets = labels.unique(return_inverse=True)
+    weights = x.new_zeros(x.shape[1], len(present)) if start is None else start[:, present]
+    penalty = torch.full((x.shape[1], 1), l2, dtype=torch.float64)
+    penalty[-1] = 0.0
 
-        def loss(at: Tensor) -> Tensor:
-            return F.cross_entropy(x @ at, targets) + (penalty * at.square()).sum() / 2
+    def loss(at: Tensor) -> Tensor:
+        return F.cross_entropy(x @ at, targets) + (penalty * at.square()).sum() / 2
 
-        for _ in range(_MOST_STEPS):
-            p = (x @ weights).softmax(1)
-            residual = p.clone()
-            residual[torch.arange(len(x)), targets] -= 1
-            gradient = x.T @ residual / len(x) + penalty * weights
-            if gradient.abs().max() < _TOLERANCE:
-                break
+    for _ in range(_MOST_STEPS):
+        p = (x @ weights).softmax(1)
+        residual = p - F.one_hot(targets, len(present))
+        gradient = x.T @ residual / len(x) + penalty * weights
+        if gradient.abs().max() < _TOLERANCE:
+            break
 
-            def hessian(v: Tensor, p: Tensor = p) -> Tensor:
-                u = p * (x @ v)
-                return x.T @ (u - p * u.sum(1, keepdim=True)) / len(x) + penalty * v
+        def hessian(v: Tensor, p: Tensor = p) -> Tensor:
+            u = p * (x @ v)
+            return x.T @ (u - p * u.sum(1, keepdim=True)) / len(x) + penalty * v
 
-            step = _conjugate_gradients(hessian, -gradient)
-            size, slope = 1.0, 1e-4 * (gradient * step).sum()
-            now = loss(weights) * (1 + 1e-14)  # rounding does not count
-            while size > 1e-6 and loss(weights + size * step) > now + size * slope:
-                size /= 2
-            weights = weights + size * step
-        found = x.new_zeros(x.shape[1], self.num_classes)
-        found[-1] = _ABSENT
-        found[:, present] = weights
-        return found
-
-    def raw(self, weights: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Returns weight (K, C) and bias (K,) in terms of the raw features."""
-        weight = weights[:-1].T / self.std
-        return weight.numpy(), (weights[-1] - weight @ self.mean).numpy()
+        step = _conjugate_gradients(hessian, -gradient)
+        size, slope = 1.0, 1e-4 * (gradient * step).sum()
+        now = loss(weights) * (1 + 1e-14)  # rounding does not count
+        while size > 1e-6 and loss(weights + size * step) > now + size * slope:
+            size /= 2
+        weights = weights + size * step
+    found = x.new_zeros(x.shape[1], num_classes)
+    found[-1] = _ABSENT
+    found[:, present] = weights
+    return found
 
 
 def _conjugate_gradients(matrix: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
@@ -146,23 +123,22 @@ def _conjugate_gradients(matrix: Callable[[Tensor], Tensor], target: Tensor) -> 
 
 
 def _cross_validate(
-    data: _Data, folds: np.ndarray, l2s: Sequence[float]
-) -> tuple[float, float, np.ndarray]:
-    """Returns the best l2, its log loss and its out-of-fold probabilities.
+    x: Tensor, labels: Tensor, num_classes: int, folds: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Returns the best l2 and its out-of-fold probabilities.
 
     The penalty weakens until the log loss rises, which spares the badly conditioned rest.
     """
     held_out = [torch.from_numpy(folds == fold) for fold in np.unique(folds)]
     starts: list[Tensor | None] = [None] * len(held_out)
-    best: tuple[float, float, np.ndarray] | None = None
-    for l2 in l2s:
-        log_probabilities = torch.empty(len(folds), data.num_classes, dtype=torch.float64)
+    best, least = (0.0, torch.empty(0)), torch.inf
+    for l2 in L2S:
+        log_probabilities = torch.empty(len(labels), num_classes, dtype=torch.float64)
         for fold, out in enumerate(held_out):
-            solution = starts[fold] = data.solve(~out, l2, starts[fold])
-            log_probabilities[out] = (data.x[out] @ solution).log_softmax(1)
-        log_loss = F.nll_loss(log_probabilities, data.labels).item()
-        if best is not None and log_loss >= best[1]:
+            starts[fold] = found = _solve(x[~out], labels[~out], num_classes, l2, starts[fold])
+            log_probabilities[out] = (x[out] @ found).log_softmax(1)
+        log_loss = F.nll_loss(log_probabilities, labels).item()
+        if log_loss >= least:
             break
-        best = l2, log_loss, log_probabilities.exp().numpy()
-    assert best is not None, "l2s is not empty"
-    return best
+        best, least = (l2, log_probabilities), log_loss
+    return best[0], best[1].exp().numpy()
