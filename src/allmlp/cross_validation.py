@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from allmlp.console import table
-from allmlp.data.multi_label import check_one_label
-from allmlp.data.source import Source
+from allmlp.data.source import Source, check_one_label
 from allmlp.data.workers import check_guard
 from allmlp.errors import UserError, plural
 from allmlp.evaluation.metrics import METRICS, Evaluation

@@ -26,9 +26,8 @@ from allmlp import plots
 from allmlp.console import Reporter, report_bad_images, report_notes, table
 from allmlp.data.duplicates import find_duplicates
 from allmlp.data.exclude import exclude_list
-from allmlp.data.multi_label import check_one_label
 from allmlp.data.scan import scan
-from allmlp.data.source import BadImage, Source, join, relabel
+from allmlp.data.source import BadImage, Source, check_one_label, join, relabel
 from allmlp.data.sources import notes_of, open_splits, read_from
 from allmlp.errors import UserError, plural
 from allmlp.evaluation.features import cache_path, frozen_features, opened_model, with_cache

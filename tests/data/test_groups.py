@@ -204,5 +204,5 @@ def test_columns_of_parquet_files(tmp_path: Path):
     assert any("not used" in note for note in notes_of(splits))
     columns["patient"][4] = None
     pq.write_table(pa.table(columns), tmp_path / "all-test.parquet")
-    with pytest.raises(UserError, match="group of the image is empty"):
+    with pytest.raises(UserError, match="group is empty"):
         shared_groups(open_splits(f"{tmp_path / 'all-test.parquet'}#group=patient"))

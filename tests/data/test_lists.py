@@ -108,7 +108,10 @@ def test_columns_are_found_by_their_names(images: Path, image: str, label: str):
 
 def test_columns_are_chosen(images: Path):
     name = write(images, "file,image,class,target,kind\na/0.png,b/0.png,x,y,z\n")
-    with pytest.raises(UserError, match=r"several image columns: file, image[\s\S]*#image=file"):
+    other = write(images, "file,path,label\na/0.png,b/0.png,x\n", "other.csv")
+    with pytest.raises(UserError, match=r"several image columns: file, path[\s\S]*#image=file"):
+        open_splits(other)
+    with pytest.raises(UserError, match=r"several label columns: class, target[\s\S]*#label=class"):
         open_splits(name)
     with pytest.raises(UserError, match=r"several label columns: class, target[\s\S]*#label=class"):
         open_splits(f"{name}#image=file")
@@ -228,7 +231,6 @@ def test_jsonl(images: Path):
         ('{"path": "a/1.png", "label": NaN}', "the label is empty: 'nan'"),
         ('{"path": "a/1.png", "label": 1.5}', "a label is a whole number or text, got 1.5"),
         ('{"path": "a/1.png", "label": {"x": 1}}', "got .'x': 1."),
-        ('{"path": "a/1.png", "label": "x", "split": "test"}', "has 'split', which the first row"),
         ('{"path": 3, "label": "x"}', "the path must be text, got 3"),
         ('{"path": "a\\u0000", "label": "x"}', "not the name of a file"),
         ('{"path": "a\\ud800", "label": "x"}', "not the name of a file"),
@@ -240,6 +242,9 @@ def test_mistakes_in_jsonl(images: Path, line: str, message: str):
     with pytest.raises(UserError, match=message) as raised:
         open_splits(name)
     assert raised.value.where == f"{name}, line 3"
+    name = write_jsonl(images, {"path": "a/0.png"}, {"path": "a/1.png", "label": "x"})
+    with pytest.raises(UserError, match="the label is empty"):
+        open_splits(name)
 
 
 @pytest.mark.parametrize("other", ["a/0.png", "./b/../a/0.png", "linked/0.png", "{folder}/a/0.png"])

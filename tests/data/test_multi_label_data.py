@@ -12,8 +12,9 @@ import pytest
 from allmlp.data.check import check_source
 from allmlp.data.classes import match_classes
 from allmlp.data.fingerprint import fingerprint
+from allmlp.data.groups import split_by_class
 from allmlp.data.loader import evaluation_batches
-from allmlp.data.source import Source, split_by_class, subset
+from allmlp.data.source import Source, subset
 from allmlp.data.sources import notes_of, open_splits
 from allmlp.data.sources.packed import pack_splits
 from allmlp.errors import UserError

@@ -11,13 +11,9 @@ import numpy as np
 import pytest
 
 import allmlp as am
+from allmlp.data.groups import split_by_class
 from allmlp.data.image import decode
-from allmlp.data.source import (
-    EncodedImages,
-    labelled,
-    split_by_class,
-    unreadable,
-)
+from allmlp.data.source import EncodedImages, labelled, unreadable
 from allmlp.data.source_spec import SourceSpec, parse_name, split_of_file
 from allmlp.data.sources import is_data, names_source, open_source, open_splits
 from allmlp.data.sources.subset_file import (

@@ -10,7 +10,7 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
-from allmlp.data.source import stratified_folds
+from allmlp.data.groups import stratified_folds
 from allmlp.evaluation.probe import FOLDS, fit_probe, out_of_fold
 
 

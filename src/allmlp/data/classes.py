@@ -1,20 +1,25 @@
-"""Class names and labels. Data and model classes are matched by name, never by position."""
+"""Class names and labels. Data and model classes are matched by name, never by position.
+
+In data with several labels per image (multi-label) a cell is "cat|dog" or a list, and the labels of
+its source are multi-hot.
+"""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from allmlp.data.source import Source, relabel
-from allmlp.errors import UserError
+from allmlp.data.source import MARK, Source, relabel
+from allmlp.errors import UserError, one_of
 
 UNLABELLED = "`mixer predict` reads images without labels"
+_SEPARATORS = {"space": None, "comma": ",", "semicolon": ";", "tab": "\t"}
 
 
 @dataclass(frozen=True)
@@ -22,38 +27,89 @@ class RawLabels:
     """Labels as stored in the data.
 
     `values` are class names if the data lists them (`are_classes`; a code of -1 means no label),
-    else the distinct cells of a column in any order: text, numbers, true, false or None.
+    else the distinct cells of a column in any order: text, numbers, true, false, None or, with
+    several labels per image, lists of these.
     """
 
     codes: np.ndarray  # int (num_images,), indices into `values`
     values: Sequence[Any]
     are_classes: bool = False
     several: bool = False  # every value is a tuple of labels; the classes' labels are multi-hot
-    class_names: Sequence[str] | None = None  # with `several`, if the data lists them
+    class_names: Sequence[str] | None = None  # of columns of 0 and 1
     where: Callable[[int], object] | None = None  # names an image in errors; None: its own name
 
 
-class Cells:
-    """The distinct cells of a column, of any type, numbered."""
-
-    def __init__(self) -> None:
-        self.values: list[object] = []
-        self._codes: dict[object, int] = {}
-
-    def code(self, value: object) -> int:
-        """Returns the index of a cell in `values`, appending it if new."""
-        key = value if isinstance(value, str) else (repr(value),)
-        code = self._codes.setdefault(key, len(self.values))
-        if code == len(self.values):
-            self.values.append(value)
-        return code
-
-
-def numbered(cells: Iterable[object]) -> RawLabels:
+def numbered(cells: Iterable[Any]) -> RawLabels:
     """Returns the labels of a column, given its cells."""
-    distinct = Cells()
-    codes = np.array([distinct.code(cell) for cell in cells], dtype=np.int64)
-    return RawLabels(codes, distinct.values)
+    numbers: dict[object, int] = {}
+    values: list[Any] = []
+    codes: list[int] = []
+    for cell in cells:
+        code = numbers.setdefault(cell if isinstance(cell, str) else (repr(cell),), len(values))
+        codes.append(code)
+        if code == len(values):
+            values.append(cell)
+    return RawLabels(np.array(codes, dtype=np.int64), values)
+
+
+def split_labels(
+    splits: Mapping[str, RawLabels], options: Mapping[str, str], name: str
+) -> tuple[dict[str, RawLabels], str | None]:
+    """Returns the labels, with their cells split if any split has several labels per image.
+
+    That is so for lists, columns of 0 and 1 of which a row has none or several, and text with a
+    "|" between labels; `options` (`labels`, `separator`) decide otherwise. Also returns a note.
+    """
+    asked, separator = options.get("labels"), options.get("separator")
+    if asked is not None:
+        one_of("labels", asked, ("single", "multi"), where=name)
+    if asked == "single" and separator is not None:
+        what = f"labels=single with separator={separator}: one label is not separated"
+        raise UserError(what, where=name, fix="Leave out one of them", code="conflict")
+    cells = [value for raw in splits.values() if not raw.are_classes for value in raw.values]
+    lists = [cell for cell in cells if isinstance(cell, list | tuple)]
+    is_one_hot = any(raw.class_names is not None for raw in splits.values())
+    is_single = asked == "single" or (is_one_hot and all(len(cell) == 1 for cell in lists))
+    if is_single and asked != "multi":
+        more = next((cell for cell in lists if len(cell) != 1), None)
+        if more is not None:
+            what = f"labels=single, and an image has {len(more)} labels: {str(more)[:60]}"
+            raise UserError(what, where=name, fix="labels=multi, or correct the data")
+        return {
+            split: raw
+            if raw.are_classes
+            else replace(
+                raw,
+                values=[cell[0] if isinstance(cell, list | tuple) else cell for cell in raw.values],
+                class_names=None,
+            )
+            for split, raw in splits.items()
+        }, None
+    mark = _SEPARATORS.get(separator, separator) if separator else MARK
+    texts = (cell for cell in cells if isinstance(cell, str))
+    marked = (text for text in texts if sum(bool(part.strip()) for part in text.split(MARK)) > 1)
+    example = lists[0] if lists else next(marked, None)
+    if example is None and asked is None and separator is None:
+        return dict(splits), None
+    note = "multi-label: images have several labels"
+    if example is not None:
+        note += f", such as {example!r:.60}"
+        if not lists and asked is separator is None:
+            note += f"; if each has one, with {MARK} in its name: '{name}#labels=single'"
+
+    def parts(cell: Any) -> tuple[Any, ...]:
+        if isinstance(cell, list | tuple):
+            return tuple(cell)
+        if cell is None or str(cell).strip().casefold() in _EMPTY:
+            return ()
+        return tuple(cell.split(mark)) if isinstance(cell, str) and not lists else (cell,)
+
+    return {
+        split: raw
+        if raw.are_classes
+        else replace(raw, values=list(map(parts, raw.values)), several=True)
+        for split, raw in splits.items()
+    }, note
 
 
 def make_classes(
@@ -66,6 +122,8 @@ def make_classes(
     UserError for the first image with an invalid value: empty, -1, or spelt in two ways.
     """
     where = raw.where or item_name
+    if raw.are_classes and raw.codes.ndim == 2:  # multi-hot, of a subset
+        return [str(name) for name in raw.values], raw.codes
     if raw.are_classes:
         return _checked(raw, where)
     if list(raw.values) == [-1]:
@@ -77,12 +135,10 @@ def make_classes(
     texts: dict[int, list[str]] = {}
     rows: dict[str, int] = {}
     for code, row in sorted(zip(used.tolist(), first.tolist(), strict=True), key=lambda at: at[1]):
-        try:
-            value = raw.values[code]
-            texts[code] = list(map(label_text, value)) if raw.several else [label_text(value)]
-        except UserError as error:
-            raise UserError(error.what, where=where(row), fix=error.fix) from None
-        for text in texts[code]:
+        value = raw.values[code]
+        own = [label_text(item, where(row)) for item in (value if raw.several else (value,))]
+        texts[code] = own
+        for text in own:
             rows.setdefault(text, row)
     if not are_numbers:
         check_twins(rows, lambda name: where(rows[name]))
@@ -92,22 +148,23 @@ def make_classes(
             fix = f"Remove these images, or give the class another name; {UNLABELLED}"
             raise UserError("the image has no label (-1)", where=where(rows["-1"]), fix=fix)
     names = in_class_order(rows) if raw.class_names is None else list(raw.class_names)
+    if not names:
+        return None
     place = {name: at for at, name in enumerate(names)}
+    table = np.zeros(len(raw.values), dtype=np.int64)
     if raw.several:
-        hot = np.zeros((len(raw.values), len(names)), dtype=bool)
-        for code, own in texts.items():
-            hot[code, [place[text] for text in own]] = True
-        return (names, hot[raw.codes]) if names else None
-    table = np.full(len(raw.values), -1, dtype=np.int64)
-    table[list(texts)] = [place[text] for (text,) in texts.values()]
+        table = np.zeros((len(raw.values), len(names)), dtype=bool)
+    for code, own in texts.items():
+        if raw.several:
+            table[code, [place[text] for text in own]] = True
+        else:
+            table[code] = place[own[0]]
     return names, table[raw.codes]
 
 
 def _checked(raw: RawLabels, where: Callable[[int], object]) -> tuple[list[str], np.ndarray] | None:
     """Checks labels that index a class list. Hub data sets mark unlabelled splits with -1."""
     names = [str(name) for name in raw.values]
-    if raw.codes.ndim == 2:  # multi-hot, of a subset
-        return names, raw.codes
     labels = np.ascontiguousarray(raw.codes, dtype=np.int64)
     if len(labels) and (labels == -1).all():
         return None
@@ -122,19 +179,23 @@ def _checked(raw: RawLabels, where: Callable[[int], object]) -> tuple[list[str],
     return names, labels
 
 
-def label_text(value: object) -> str:
+_EMPTY = ("", "nan", "<na>")
+
+
+def label_text(value: object, where: object) -> str:
     """Returns the class name for a cell: text, an integer, true or false."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = "" if value is None else str(value).strip()
-    if text.casefold() in ("", "nan", "<na>"):
+    if text.casefold() in _EMPTY:
         what = f"the label is empty: {text!r}" if text else "the label is empty"
-        raise UserError(what, fix=f"Give it a label, or remove it; {UNLABELLED}")
+        fix = f"Give it a label, or remove it; {UNLABELLED}"
+        raise UserError(what, where=where, fix=fix)
     if not isinstance(value, int | str):
         what = f"a label is a whole number or text, got {text[:80]}"
-        raise UserError(what, fix="Give every image one label")
+        raise UserError(what, where=where, fix="Give every image one label")
     return text
 
 

@@ -1,38 +1,21 @@
-"""Groups of images that belong together, such as the photos of one patient: no group is ever on two
-sides of a holdout or in two folds. The column is chosen by SOURCE#group=COLUMN."""
+"""Holdouts and folds: random, with each class spread evenly, and of whole groups.
+
+A group is images that belong together, such as the photos of one patient (SOURCE#group=COLUMN): it
+is never on two sides of a holdout or in two folds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import combinations
 
 import numpy as np
 
 from allmlp.data.classes import natural_order
-from allmlp.data.source import Source, split_by_class, stratified_folds, subset, values_of
-from allmlp.data.source_spec import FOLD, GROUP
+from allmlp.data.source import FOLD, GROUP, Source, subset, values_of
 from allmlp.errors import UserError, plural
 
 _TRIES = 20  # random orders of the groups
-
-
-def column_of(source: Source, role: str) -> list[str] | None:
-    """Returns every image's group or fold as text; None if the data has no such column."""
-    values = values_of(source, role)
-    if values is None:
-        return None
-    texts = ["" if value is None else str(value).strip() for value in values]
-    if "" in texts:
-        what, where = f"the {role} of the image is empty", source.item_name(texts.index(""))
-        raise UserError(what, where=where, fix="Give every image one, or choose another column")
-    return texts
-
-
-def numbered(texts: list[str]) -> tuple[list[str], np.ndarray]:
-    """Returns the distinct texts in natural order, and every image's index into them."""
-    names, codes = np.unique(np.array(texts, dtype=object), return_inverse=True)
-    order = sorted(range(len(names)), key=lambda at: natural_order(names[at]))
-    return [names[at] for at in order], np.argsort(order)[codes]
 
 
 def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, str]:
@@ -41,23 +24,53 @@ def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[np.ndarray
     Without groups as `split_by_class`; otherwise whole groups, so that every class is as near to
     `fraction` as they allow and keeps training images.
     """
-    texts = column_of(source, GROUP)
+    texts = values_of(source, GROUP)
     if texts is None:
         return *split_by_class(source.labels, fraction, seed), ""
-    names, groups = numbered(texts)
+    names, groups = _numbered(texts)
     is_held_out = deal(source.labels, groups, (1 - fraction, fraction), seed) == 1
-    present = source.class_counts() > 0
-    for group in np.argsort(np.bincount(groups), kind="stable"):  # the smallest that can be
-        rest = subset(source, np.flatnonzero(groups != group), source.name).class_counts() > 0
-        if not is_held_out.any() and (rest == present).all():
-            is_held_out = groups == group
-    if not is_held_out.any():
-        what = f"no group of {len(names)} can be held out: each has all images of some class"
-        fix = "Choose the validation images yourself (a column split), or choose other groups"
-        raise UserError(what, where=source.name, fix=fix)
+    if not is_held_out.any():  # the smallest group without which every class has images
+        present = source.class_counts() > 0
+        for group in np.argsort(np.bincount(groups), kind="stable"):
+            rest = subset(source, np.flatnonzero(groups != group), "").class_counts() > 0
+            if (rest == present).all():
+                is_held_out = groups == group
+                break
+        else:
+            what = f"no group of {len(names)} can be held out: each has all images of some class"
+            fix = "Choose the validation images yourself (a column split), or choose other groups"
+            raise UserError(what, where=source.name, fix=fix)
     number = len(np.unique(groups[is_held_out]))
     text = f", {number:,} of {plural(len(names), 'group')}"
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out), text
+
+
+def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the indices (kept, held out), with `fraction` of every class held out.
+
+    A class with two or more images has at least one on either side. With several labels per image
+    the classes take their turns from the rarest on, so that its images are divided first; images
+    without a label come last.
+    """
+    side = np.full(len(labels), -1)  # 1: held out
+    for members in _members(labels, np.random.default_rng(seed)):
+        if len(members) > 1:
+            number = min(max(round(fraction * len(members)), 1), len(members) - 1)
+            undecided = members[side[members] < 0]
+            missing = max(0, number - int((side[members] == 1).sum()))
+            side[undecided] = np.arange(len(undecided)) < missing
+    return np.flatnonzero(side < 1), np.flatnonzero(side == 1)
+
+
+def _members(labels: np.ndarray, random: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yields the images of each class in random order."""
+    if labels.ndim == 1:
+        yield from (random.permutation(np.flatnonzero(labels == one)) for one in np.unique(labels))
+        return
+    order = random.permutation(len(labels))
+    for column in np.argsort(labels.sum(axis=0), kind="stable"):
+        yield order[labels[order, column]]
+    yield order[~labels[order].any(axis=1)]
 
 
 def deal_folds(source: Source, number: int, seed: int = 0) -> tuple[np.ndarray, str]:
@@ -66,30 +79,36 @@ def deal_folds(source: Source, number: int, seed: int = 0) -> tuple[np.ndarray, 
     The data's own folds if it has a column of them; otherwise the classes are spread evenly, whole
     groups at a time.
     """
-    texts, own, even = column_of(source, GROUP), column_of(source, FOLD), "classes spread evenly"
-    names, groups = numbered(texts) if texts is not None else ([], None)
+    texts, own, text = values_of(source, GROUP), values_of(source, FOLD), "classes spread evenly"
+    names, groups = ([], np.arange(len(source))) if texts is None else _numbered(texts)
     if own is not None:
-        values, folds = numbered(own)
+        values, folds = _numbered(own)
         if len(values) != number:
             what = f"the data has {plural(len(values), 'fold')} of its own: {', '.join(values[:9])}"
             fix = f"folds: {len(values)}; or rename the column 'fold'"
             raise UserError(what, where=source.name, fix=fix)
-        if groups is not None:
-            pairs = np.unique(groups * number + folds) // number
-            twice = np.flatnonzero(np.bincount(pairs) > 1)
-            if len(twice):
-                what = f"the data's own folds divide groups, such as {names[twice[0]]!r}"
-                raise UserError(what, where=source.name, fix="Leave out group=, or the folds")
+        divided = np.flatnonzero(np.bincount(np.unique(groups * number + folds) // number) > 1)
+        if len(divided):
+            what = f"the data's own folds divide groups, such as {names[divided[0]]!r}"
+            raise UserError(what, where=source.name, fix="Leave out group=, or the folds")
         return folds, f"the data's own folds {', '.join(values)}"
-    if groups is not None:
+    if texts is not None:
         if len(names) < number:
             what = f"{plural(len(names), 'group')} cannot be dealt into {number} folds"
             raise UserError(what, where=source.name, fix="Fewer folds")
         text = f"{plural(len(names), 'group')} stay whole, classes spread as evenly as they allow"
-        return deal(source.labels, groups, (1 / number,) * number, seed), text
-    if source.is_multi_label:
-        return deal(source.labels, np.arange(len(source)), (1 / number,) * number, seed), even
-    return stratified_folds(source.labels, number, seed), even
+    elif not source.is_multi_label:
+        return stratified_folds(source.labels, number, seed), text
+    return deal(source.labels, groups, (1 / number,) * number, seed), text
+
+
+def stratified_folds(labels: np.ndarray, folds: int, seed: int = 0) -> np.ndarray:
+    """Returns the fold of every image, int64 (n,): random, with each class spread evenly."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    chosen = np.empty(len(labels), dtype=np.int64)
+    chosen[by_class] = np.arange(len(labels)) % folds
+    return chosen
 
 
 def deal(
@@ -135,8 +154,7 @@ def deal(
 
 def shared_groups(splits: Mapping[str, Source]) -> list[str]:
     """Returns a line for every two splits that share groups."""
-    named = {split: column_of(source, GROUP) for split, source in splits.items()}
-    sets = {split: set(names) for split, names in named.items() if names is not None}
+    sets = {split: set(values_of(source, GROUP) or ()) for split, source in splits.items()}
     lines: list[str] = []
     for one, other in combinations(sets, 2):
         both = sorted(sets[one] & sets[other], key=natural_order)
@@ -144,3 +162,10 @@ def shared_groups(splits: Mapping[str, Source]) -> list[str]:
             some = ", ".join(both[:5]) + ", ..." * (len(both) > 5)
             lines.append(f"{plural(len(both), 'group')} in both {one} and {other}: {some}")
     return lines
+
+
+def _numbered(texts: list[str]) -> tuple[list[str], np.ndarray]:
+    """Returns the distinct texts in natural order, and every image's index into them."""
+    names = sorted(set(texts), key=natural_order)
+    place = {name: at for at, name in enumerate(names)}
+    return names, np.array([place[text] for text in texts])

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import stat
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +17,9 @@ import numpy as np
 from allmlp.data import archive
 from allmlp.data.image import EncodedImage
 from allmlp.errors import UserError
+
+MARK = "|"  # between several labels of an image
+GROUP, FOLD = "group", "fold"  # roles of columns, which `values_of` takes as their names
 
 
 @dataclass(frozen=True)
@@ -37,22 +40,18 @@ class Images(Protocol):
 
 
 class PackedBytes:
-    """Many byte strings in one buffer, shared by forked workers."""
+    """Many byte strings in one buffer, uint8, split at `ends`, int64 (n + 1,); shared by forks."""
 
-    def __init__(self, parts: Iterable[bytes]) -> None:
+    def __init__(self, parts: Iterable[bytes] | tuple[np.ndarray, np.ndarray]) -> None:
+        if isinstance(parts, tuple):
+            self._buffer, self._ends = parts
+            return
         buffer, ends = bytearray(), array("q", [0])
         for part in parts:
             buffer += part
             ends.append(len(buffer))
         self._buffer = np.frombuffer(buffer, dtype=np.uint8)
         self._ends = np.frombuffer(ends, dtype=np.int64)
-
-    @classmethod
-    def from_arrays(cls, buffer: np.ndarray, ends: np.ndarray) -> PackedBytes:
-        """Wraps a buffer, uint8, split at `ends`, int64 (n + 1,)."""
-        packed = cls.__new__(cls)
-        packed._buffer, packed._ends = buffer, ends
-        return packed
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -81,11 +80,6 @@ class PackedStrings:
         return (self[index] for index in range(len(self)))
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """Opens a file without blocking on a named pipe."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
 @dataclass(frozen=True)
 class ImageFiles:
     """Image files on disk or in archives; `paths` may be relative to `folder`."""
@@ -103,7 +97,8 @@ class ImageFiles:
                 data = archive.read(path)
                 if data is not None:
                     return data
-            with open(path, "rb", opener=_open_at_once) as file:
+            flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a named pipe must not block
+            with open(path, "rb", opener=lambda path, _: os.open(path, flags)) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise UserError("not a regular file", where=path)
                 return file.read()
@@ -143,6 +138,7 @@ class Source:
     images: Images
     indices: np.ndarray  # int64 (num_images,), indices into `images`
     notes: tuple[str, ...] = ()  # one line each
+    columns: Mapping[str, PackedStrings] = field(default_factory=dict)  # by role, as `images`
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -173,7 +169,7 @@ class Source:
         """Returns the class of an image, "cat", or its classes, "cat|dog"."""
         if not self.is_multi_label:
             return self.class_names[int(self.labels[index])]
-        return "|".join(self.class_names[at] for at in np.flatnonzero(self.labels[index]))
+        return MARK.join(self.class_names[at] for at in np.flatnonzero(self.labels[index]))
 
 
 @dataclass(frozen=True)
@@ -207,7 +203,7 @@ def values_of(images: Images, column: str) -> list[Any] | None:
     "path" is an image's original name in a Parquet file or hub data set.
     """
     if isinstance(images, Source):
-        whole = values_of(images.images, column)
+        whole = images.columns.get(column) or values_of(images.images, column)
         return None if whole is None else [whole[at] for at in images.indices.tolist()]
     if isinstance(images, Joined):
         found = [values_of(part, column) for part in images.parts]
@@ -268,50 +264,20 @@ def random_subset(source: Source, fraction: float, seed: int) -> Source:
     return subset(source, chosen, source.name)
 
 
-def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the indices (kept, held out), with `fraction` of every class held out.
-
-    A class with two or more images has at least one on either side. With several labels per image
-    the classes take their turns from the rarest on, so that its images are divided first; images
-    without a label come last.
-    """
-    random = np.random.default_rng(seed)
-    if labels.ndim == 2:
-        return _split_multi_label(labels, fraction, random)
-    held_out: list[np.ndarray] = []
-    for label in np.unique(labels):
-        members = random.permutation(np.flatnonzero(labels == label))
-        if len(members) > 1:
-            number = min(max(round(fraction * len(members)), 1), len(members) - 1)
-            held_out.append(members[:number])
-    chosen = np.sort(np.concatenate(held_out)) if held_out else np.array([], dtype=np.int64)
-    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+def as_multi_label(source: Source) -> Source:
+    """Returns the source with multi-hot labels."""
+    if source.is_multi_label:
+        return source
+    return replace(source, labels=np.eye(len(source.class_names), dtype=bool)[source.labels])
 
 
-def stratified_folds(labels: np.ndarray, folds: int, seed: int = 0) -> np.ndarray:
-    """Returns the fold of every image, int64 (n,): random, with each class spread evenly."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    chosen = np.empty(len(labels), dtype=np.int64)
-    chosen[by_class] = np.arange(len(labels)) % folds
-    return chosen
-
-
-def _split_multi_label(
-    labels: np.ndarray, fraction: float, random: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    order, side = random.permutation(len(labels)), np.full(len(labels), -1)  # 1: held out
-    hot = np.column_stack([labels, ~labels.any(axis=1)])
-    counts = hot.sum(axis=0)
-    counts[-1] = len(labels) + 1  # last
-    for column in np.argsort(counts, kind="stable"):
-        members = order[hot[order, column]]
-        if len(members) > 1:
-            number = min(max(round(fraction * len(members)), 1), len(members) - 1)
-            undecided = members[side[members] < 0]
-            missing = max(0, number - int((side[members] == 1).sum()))
-            side[undecided] = np.arange(len(undecided)) < missing
-    return np.flatnonzero(side < 1), np.flatnonzero(side == 1)
+def check_one_label(sources: Iterable[Source], what: str) -> None:
+    """Raises UserError if images have several labels, which `what` cannot use."""
+    for source in sources:
+        if source.is_multi_label:
+            fix = f"If each image has one, with {MARK} in its name: SOURCE#labels=single"
+            what = f"{what} needs one label per image; {source.name} has several"
+            raise UserError(what, where=source.name, fix=fix, code="multi-label")
 
 
 def unreadable(source: Source, on_read: Callable[[bytes], None] | None = None) -> list[BadImage]:

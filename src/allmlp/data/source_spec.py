@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,12 +26,6 @@ SPLITS = {
 }
 OPTIONS = ("label", "labels", "separator", "image", "group", "config")
 LABEL_OPTIONS = ("label", "labels", "separator")
-LABEL_COLUMNS = ("label", "labels", "class", "target")
-GROUP, FOLD = "group", "fold"  # roles of columns, which `values_of` takes as their names
-_IS_VALID = {
-    **dict.fromkeys(("true", "1", "1.0", "yes"), "validation"),
-    **dict.fromkeys(("false", "0", "0.0", "no"), "train"),
-}
 _PART_FIX = "A part is written as SOURCE:train[:90%], SOURCE:train[90%:] or SOURCE:test[100:200]"
 
 
@@ -79,12 +73,12 @@ class Kind:
 
 def parse_name(name: str) -> SourceSpec:
     """Parses a name; split and options may come in either order."""
-    if _exists(name):
-        return SourceSpec(name)
-    rest, split, part = _take_split(name)
-    base, options = _take_options(rest)
-    if split is None and options:
-        base, split, part = _take_split(base)
+    base, options, split, part = name, {}, None, None
+    for _ in range(2):
+        if split is None:
+            base, split, part = _take_split(base)
+        if not options:
+            base, options = _take_options(base)
     if split is None and not _exists(base) and re.search(r"\[[\d\s.%]*:[\d\s.%]*\]$", base):
         raise UserError(f"a part of no split: {name!r}", fix=_PART_FIX)
     return SourceSpec(base, options, split, part)
@@ -107,8 +101,8 @@ def _take_options(name: str) -> tuple[str, dict[str, str]]:
         return name, {}
     options: dict[str, str] = {}
     for option in text.split(","):
-        key, equals, value = option.partition("=")
-        if key not in OPTIONS or not equals or not value or key in options:
+        key, _, value = option.partition("=")
+        if key not in OPTIONS or not value or key in options:
             near = near_names(key, OPTIONS)
             fix = f"{near}Options are written as SOURCE#label=COLUMN,group=COLUMN"
             raise UserError(f"not an option: {option!r}", where=name, fix=fix)
@@ -146,108 +140,16 @@ def part_of(source: Source, text: str, name: str) -> Source:
     found = re.fullmatch(rf"\[{number}:{number}\]", text)
     if found is None or len(text) > 50:
         raise UserError(f"not a part of a split: {text!r}", where=name, fix=_PART_FIX)
-    start = _place(found[1] or "0", len(source))
-    stop = _place(found[2] or "100%", len(source))
-    if max(start, stop) > len(source) or start >= stop:
+    start, stop = (
+        int(Fraction(end[:-1]) * len(source) / 100) if end.endswith("%") else int(end)
+        for end in (found[1] or "0", found[2] or "100%")
+    )
+    if not start < stop <= len(source):
         many = "no" if start >= stop else "only some"
         raise UserError(f"{many} images in {text} of {len(source):,}", where=name, fix=_PART_FIX)
-    order = None if source.is_multi_label else _spread_over_classes(source.labels)
-    indices = np.arange(start, stop) if order is None else np.sort(order[start:stop])
-    return subset(source, indices, name)
-
-
-def _place(text: str, length: int) -> int:
-    if text.endswith("%"):
-        return int(Fraction(text[:-1]) * length / 100)
-    return int(text)
-
-
-def _spread_over_classes(labels: np.ndarray) -> np.ndarray | None:
-    """Interleaves images sorted by class, so that every prefix has its fraction of each class."""
-    if len(labels) < 2 or labels[0] == labels[-1] or (np.diff(labels) < 0).any():
-        return None
-    _, first, counts = np.unique(labels, return_index=True, return_counts=True)
-    rank = np.arange(len(labels)) - np.repeat(first, counts)
-    return np.lexsort((labels, (rank + 0.5) / np.repeat(counts, counts)))
-
-
-def choose_labels(
-    spec: SourceSpec,
-    columns: Sequence[str],
-    candidates: Sequence[str],
-    preferred: Sequence[str],
-    where: object,
-) -> str | list[str]:
-    """Returns the label column, as `choose_column`, or the columns of 0 and 1 in label=A|B|C."""
-    given = spec.options.get("label", "")
-    if "|" not in given or given in columns:
-        return choose_column("label", spec, columns, candidates, preferred, where)
-    named = given.split("|")
-    for name in named:
-        one = replace(spec, options={"label": name})
-        choose_column("label", one, columns, candidates, preferred, where)
-    if len(set(named)) < len(named):
-        raise UserError(f"a column is named twice: {given!r}", where=where)
-    return named
-
-
-@dataclass(frozen=True)
-class Roles:
-    """The columns that decide which images are held out; None if there is no such column."""
-
-    split: str | None  # of splits; or fastai's is_valid, true for validation images
-    fold: str | None
-    group: str | None
-
-    @staticmethod
-    def find(spec: SourceSpec, columns: Sequence[str], where: object) -> Roles:
-        """Finds them by name, and the group by the option."""
-        known = {name.casefold(): name for name in reversed(columns)}
-        given = GROUP in spec.options
-        group = choose_column(GROUP, spec, columns, (), (), where) if given else None
-        return Roles(
-            known.get("split", known.get("is_valid")), known.get(FOLD, known.get("kfold")), group
-        )
-
-    def split_of(self, cell: object) -> str | None:
-        """Returns the split that a cell of the column `split` names; None if it names none."""
-        text = str(cell).strip()
-        is_valid = self.split is not None and self.split.casefold() == "is_valid"
-        return _IS_VALID.get(text.casefold()) if is_valid else split_named(text)
-
-    def notes(self) -> Iterator[str]:
-        """Yields what the columns are used for, one line each."""
-        if self.split is not None:
-            yield f"splits by the column {self.split!r}"
-        if self.fold is not None:
-            yield f"the column {self.fold!r} is used by cross-validation (folds) only"
-
-
-def choose_column(
-    role: str,
-    spec: SourceSpec,
-    columns: Sequence[str],
-    candidates: Sequence[str],
-    preferred: Sequence[str],
-    where: object,
-) -> str:
-    """Returns the column given by the option `role`, else the only possible one.
-
-    `candidates` qualify by type or name; `preferred` names decide between several.
-    """
-    given, listed = spec.options.get(role), ", ".join(columns)
-    if given is not None:
-        if given not in columns:
-            fix = f"{near_names(given, columns)}Columns: {listed}"
-            raise UserError(f"no column {given!r}", where=where, fix=fix)
-        return given
-    for name in preferred:
-        if name in candidates:
-            return name
-    if len(candidates) == 1:
-        return candidates[0]
-    if candidates:
-        what = f"several {role} columns: {', '.join(candidates)}"
-        raise UserError(what, where=where, fix=f"Choose one: '{spec.base}#{role}={candidates[0]}'")
-    what = f"no {role} column found; columns: {listed or 'none'}"
-    raise UserError(what, where=where, fix=f"Name it: '{spec.base}#{role}=COLUMN'")
+    order, labels = np.arange(len(source)), source.labels
+    if not source.is_multi_label and labels[0] != labels[-1] and (np.diff(labels) >= 0).all():
+        _, first, counts = np.unique(labels, return_index=True, return_counts=True)
+        rank = order - np.repeat(first, counts)
+        order = np.lexsort((labels, (rank + 0.5) / np.repeat(counts, counts)))
+    return subset(source, np.sort(order[start:stop]), name)

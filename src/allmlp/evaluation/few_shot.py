@@ -22,8 +22,7 @@ import numpy as np
 
 from allmlp.console import Reporter, report_bad_images, table
 from allmlp.data.classes import match_classes
-from allmlp.data.multi_label import check_one_label
-from allmlp.data.source import BadImage, Source, subset
+from allmlp.data.source import BadImage, Source, check_one_label, subset
 from allmlp.data.sources import open_splits, read_from
 from allmlp.errors import UserError, plural
 from allmlp.evaluation.features import cache_path, frozen_features, opened_model, with_cache

@@ -25,8 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from allmlp.data.classes import match_classes
-from allmlp.data.multi_label import as_multi_label, check_one_label
-from allmlp.data.source import BadImage, Source
+from allmlp.data.source import BadImage, Source, as_multi_label, check_one_label
 from allmlp.decision import Decision
 from allmlp.errors import UserError, named_memory_errors, one_of, plural
 from allmlp.evaluation.imagenet_real import RealScore

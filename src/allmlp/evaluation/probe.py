@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allmlp.data.source import stratified_folds
+from allmlp.data.groups import stratified_folds
 
 L2S = tuple(10.0**power for power in range(1, -7, -1))  # strongest first
 FOLDS = 5

@@ -25,9 +25,8 @@ from allmlp.data.loader import (
     training_batches,
     training_workers,
 )
-from allmlp.data.multi_label import check_one_label
 from allmlp.data.sampler import Order, step_generator
-from allmlp.data.source import BadImage
+from allmlp.data.source import BadImage, check_one_label
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import read_from
 from allmlp.data.transforms import normalize

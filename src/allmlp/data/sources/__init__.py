@@ -14,9 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from allmlp.data.classes import UNLABELLED, RawLabels, check_twins, make_classes, match_classes
-from allmlp.data.multi_label import as_multi_label, split_labels
-from allmlp.data.source import Source, labelled, unlabelled
+from allmlp.data.classes import (
+    UNLABELLED,
+    RawLabels,
+    check_twins,
+    make_classes,
+    match_classes,
+    split_labels,
+)
+from allmlp.data.source import Source, as_multi_label, labelled, unlabelled
 from allmlp.data.source_spec import (
     LABEL_OPTIONS,
     SPLITS,
@@ -62,18 +68,17 @@ def open_splits(
     if spec.split is not None and spec.split not in records:
         fix = f"Known there: {', '.join(records)}"
         raise UserError(f"the data has no {spec.split} split", where=spec.source, fix=fix)
-    splits: dict[str, Source] = {}
     raws = {split: record.labels for split, record in records.items() if record.labels is not None}
     raws, note = split_labels(raws, spec.options, spec.base)
+    splits: dict[str, Source] = {}
     for split, record in records.items():
-        title = f"{spec.source}:{split}"
+        title, notes = f"{spec.source}:{split}", (*record.notes, *filter(None, [note]))
         if labels == "none":
-            splits[split] = unlabelled(record.images, title, record.notes)
+            splits[split] = unlabelled(record.images, title, notes)
         elif split in raws:
             numbers = labels == "numbers"
             made = make_classes(raws[split], record.images.item_name, are_numbers=numbers)
             if made is not None:
-                notes = (*record.notes, note) if note else record.notes
                 found = labelled(record.images, title, *made, notes)
                 splits[split] = as_multi_label(found) if note else found
                 if not numbers:
@@ -84,7 +89,6 @@ def open_splits(
         where = f" in {spec.split}" if spec.split else ""
         what = f"none of the images{where} has a label"
         raise UserError(what, where=spec.source, fix=UNLABELLED)
-    opened: dict[str, Source] = {}
     for split in chosen:
         source = splits[split]
         records[split].prepare()
@@ -93,8 +97,8 @@ def open_splits(
             source = match_classes(source, names, owner="train/", allow_missing=True)
         if spec.part is not None:
             source = part_of(source, spec.part, f"{spec.source}:{split}{spec.part}")
-        opened[split] = source
-    return opened
+        splits[split] = source
+    return {split: splits[split] for split in chosen}
 
 
 def open_source(
@@ -116,25 +120,22 @@ def open_subset(subset: SubsetFile, name: str | None = None) -> dict[str, Source
 def _records(spec: SourceSpec, labels: Labels) -> Mapping[str, Records]:
     if not spec.base.strip():
         raise UserError("no data is named", fix=f"Give {_KNOWN}")
-    subset, kind = is_subset_file(spec), kind_of(spec)
-    if kind is None and not subset:
-        path, parent = spec.path.absolute(), spec.path.absolute().parent
+    kind, path = kind_of(spec), spec.path.absolute()
+    if kind is None and not is_subset_file(spec):
+        fix, what = f"Give {_KNOWN}", f"no such data: {spec.base!r}"
         if path.exists():
             what = f"not a folder, and not a file of a known kind: {spec.base!r}"
-            raise UserError(what, where=path, fix=f"Give {_KNOWN}")
-        siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-        near = near_names(path.name, siblings)
-        if glob.has_magic(spec.base):
-            near = f"A pattern is for .parquet files. {near}"
-        raise UserError(f"no such data: {spec.base!r}", where=path, fix=f"{near}Give {_KNOWN}")
+        elif glob.has_magic(spec.base):
+            fix = f"A pattern is for .parquet files. {fix}"
+        elif path.parent.is_dir():
+            fix = near_names(path.name, (entry.name for entry in path.parent.iterdir())) + fix
+        raise UserError(what, where=path, fix=fix)
     for key in spec.options:
         if kind is None or key not in kind.options:
             what = f"the option {key!r} has no meaning for {kind.name if kind else 'a subset'}"
             raise UserError(what, where=spec.source, fix=f"Leave out {key}=...")
-    return _subset_records(spec, labels) if kind is None else kind.open(spec, labels != "none")
-
-
-def _subset_records(spec: SourceSpec, labels: Labels) -> dict[str, Records]:
+    if kind is not None:
+        return kind.open(spec, labels != "none")
     subset = read_subset_file(spec.path)
     if labels == "none":
         theirs = open_splits(subset.source, labels="none")

@@ -13,8 +13,9 @@ from importlib.resources import files
 import numpy as np
 
 from allmlp.data.classes import RawLabels
+from allmlp.data.groups import split_by_class
 from allmlp.data.image import encode_png
-from allmlp.data.source import EncodedImages, PackedBytes, labelled, split_by_class, subset
+from allmlp.data.source import EncodedImages, PackedBytes, labelled, subset
 from allmlp.data.source_spec import Kind, Records, SourceSpec
 from allmlp.errors import UserError
 

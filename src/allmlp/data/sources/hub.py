@@ -12,16 +12,9 @@ from typing import Any
 import numpy as np
 
 from allmlp.data.classes import RawLabels, numbered
-from allmlp.data.source import ImageFiles
-from allmlp.data.source_spec import (
-    LABEL_COLUMNS,
-    SPLITS,
-    Kind,
-    Records,
-    SourceSpec,
-    choose_column,
-    split_named,
-)
+from allmlp.data.source import GROUP, ImageFiles
+from allmlp.data.source_spec import LABEL_OPTIONS, SPLITS, Kind, Records, SourceSpec, split_named
+from allmlp.data.sources.columns import LABEL_COLUMNS, Rows, choose_column, open_rows
 from allmlp.errors import UserError
 from allmlp.io import is_reachable
 from allmlp.names import optional
@@ -80,47 +73,48 @@ def open_hub(spec: SourceSpec, labels: bool) -> dict[str, Records]:
             raise UserError(what, where=spec.source)
         for name in theirs:
             if len(loaded[name]):
-                splits[split] = _open_split(loaded[name], spec, f"{spec.source}:{split}", labels)
+                splits[split] = _open_split(loaded[name], spec, split, labels)
     if not splits:
         what = f"none of the splits train, validation and test has rows: {', '.join(loaded)}"
         raise UserError(what, where=spec.source, fix="Save the splits you need as Parquet files")
     return splits
 
 
-def _open_split(dataset: Any, spec: SourceSpec, title: str, labels: bool) -> Records:
+def _open_split(dataset: Any, spec: SourceSpec, split: str, labels: bool) -> Records:
     import datasets  # pyright: ignore[reportMissingImports]
 
-    features = dict(dataset.features)
+    title, features = f"{spec.source}:{split}", dict(dataset.features)
     columns = list(features)
-    kinds = {name: type(kind).__name__ for name, kind in features.items()}
-    images = [name for name in columns if kinds[name] == "Image"]
-    column = choose_column("image", spec, columns, images, ("image", "img"), title)
-    if column not in images:
+    pictures = [name for name in columns if type(features[name]).__name__ == "Image"]
+    column = choose_column("image", spec, columns, pictures, title)
+    if column not in pictures:
         what = f"column {column!r} is {features[column]}, not of images"
-        raise UserError(what, where=title, fix=f"Columns of images: {', '.join(images) or 'none'}")
+        fix = f"Columns of images: {', '.join(pictures) or 'none'}"
+        raise UserError(what, where=title, fix=fix)
     undecoded = dataset.select_columns([column])
     undecoded = undecoded.cast_column(column, datasets.Image(decode=False))
-    records = HubImages(title, undecoded, column)
-    if not labels:
-        return Records(records)
-    # Several labels per image are a list of classes, in older versions of the package [ClassLabel].
-    several = {name: _item(features[name]) for name in columns}
-    several = {name: kind for name, kind in several.items() if type(kind).__name__ == "ClassLabel"}
-    classes = [name for name in columns if kinds[name] == "ClassLabel" or name in several]
+    images = HubImages(title, undecoded, column)
+
+    def class_names(name: str) -> list[str] | None:
+        feature = features[name]
+        # Several labels per image are a list of classes, in older versions [ClassLabel].
+        feature = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+        return list(feature.names) if type(feature).__name__ == "ClassLabel" else None
+
+    def cells(name: str) -> RawLabels:
+        values, names = dataset.select_columns([name])[name][:], class_names(name)
+        if names is not None and type(features[name]).__name__ != "ClassLabel":
+            values = [[names[at] for at in row or ()] for row in values]
+        elif names is not None and None not in values:
+            return RawLabels(np.array(values), names, are_classes=True)
+        return numbered(values)
+
+    classes = [name for name in columns if class_names(name) is not None]
     named = [name for name in columns if name.casefold() in LABEL_COLUMNS]
-    label = choose_column("label", spec, columns, classes or named, ("label",), title)
-    values = dataset.select_columns([label])[label][:]
-    if label in several:
-        names = several[label].names
-        return Records(records, numbered([names[at] for at in row or ()] for row in values))
-    if label in classes and None not in values:
-        return Records(records, RawLabels(np.array(values), list(features[label].names), True))
-    return Records(records, numbered(values))
-
-
-def _item(feature: Any) -> Any:
-    """The feature of the items of a list."""
-    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    rows = Rows(
+        *(images, column, columns, cells, classes or named, images.item_name, title),
+    )
+    return open_rows(spec, rows, labels, split=split)[split]
 
 
 def _load(repository: str, revision: str | None, spec: SourceSpec) -> Any:
@@ -155,5 +149,5 @@ KIND = Kind(
     "data sets of the hub",
     lambda spec: spec.base.startswith(PREFIX) and not spec.path.exists(),
     open_hub,
-    ("label", "image", "config"),
+    (*LABEL_OPTIONS, "image", GROUP, "config"),
 )

@@ -21,8 +21,7 @@ import numpy as np
 from allmlp.data.classes import RawLabels
 from allmlp.data.fingerprint import own_names
 from allmlp.data.image import EncodedImage
-from allmlp.data.multi_label import check_one_label
-from allmlp.data.source import BadImage, PackedBytes, PackedStrings, Source
+from allmlp.data.source import BadImage, PackedBytes, PackedStrings, Source, check_one_label
 from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec
 from allmlp.data.sources.webdataset import INDEX_SUFFIX, FileSize, RangeIndex, load_index
 from allmlp.errors import UserError, between
@@ -194,7 +193,7 @@ def _index_arrow(folder: Path, class_names: list[str], files: list[FileSize]) ->
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     number, offset, length, label, names, name_lengths = columns
     ends = np.concatenate([[0], np.cumsum(name_lengths)])
-    packed = PackedStrings(PackedBytes.from_arrays(names, ends))
+    packed = PackedStrings(PackedBytes((names, ends)))
     return RangeIndex(class_names, files, number, offset, length, label, packed)
 
 

@@ -92,7 +92,7 @@ def load_index(path: Path) -> RangeIndex:
             raise ValueError(problem)
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
         raise UserError(f"the index is damaged: {error}", where=path, fix=_FIX) from error
-    names = PackedStrings(PackedBytes.from_arrays(arrays["names"], arrays["name_ends"]))
+    names = PackedStrings(PackedBytes((arrays["names"], arrays["name_ends"])))
     file, offset, length, label = (arrays[n] for n in ("shard", "offset", "length", "label"))
     return RangeIndex(class_names, files, file, offset, length, label, names)
 
@@ -220,16 +220,11 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
 
 def _label(name: str, text: bytes, path: Path) -> str | None:
     """Returns the label from a .cls or .json; None if a .json has none."""
+    where = f"{path}:{name}"
     try:
-        value = text.decode().strip()
-        if name.lower().endswith("json"):
-            value = parse_json(text)
-            value = value.get("label", value.get("cls")) if isinstance(value, dict) else None
-            if value is None:
-                return None
-        return label_text(value)
-    except UserError as error:
-        raise UserError(error.what, where=f"{path}:{name}", fix=error.fix) from None
+        value = parse_json(text) if name.lower().endswith("json") else text.decode().strip()
     except ValueError as error:
-        what = f"the label cannot be read: {error}"
-        raise UserError(what, where=f"{path}:{name}") from error
+        raise UserError(f"the label cannot be read: {error}", where=where) from error
+    if name.lower().endswith("json"):
+        value = value.get("label", value.get("cls")) if isinstance(value, dict) else None
+    return None if value is None else label_text(value, where)
