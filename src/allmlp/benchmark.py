@@ -37,9 +37,11 @@ from allmlp.runtime.device import (
     can_compile,
     check_bfloat16,
     choose_device,
+    empty_cache,
     fast_precision,
     free_memory,
     step_threads,
+    synchronize,
     threads_for,
     torch_settings,
 )
@@ -60,6 +62,7 @@ _SHAPES = {
     "cpu": ((1568, 768, 3072), (3136, 1024, 4096), (2048, 2048, 2048), (1024, 4096, 4096)),
     "cuda": ((25088, 768, 3072), (50176, 1024, 4096), (8192, 8192, 8192), (16384, 4096, 4096)),
 }
+_SHAPES["mps"] = _SHAPES["cuda"]
 # Recipe name prefix -> training images, classes, source of the numbers.
 _DATA = {
     "imagenet_": (1_281_167, 1000, "ImageNet-1k's training images"),
@@ -68,7 +71,11 @@ _DATA = {
     "cifar10": (45_000, 10, "CIFAR-10 less the tenth that is held out"),
     "digits": (1_259, 10, "the digits' training images"),
 }
-_MEMORY = {"cuda": "torch's allocations", "cpu": "growth of the resident set"}
+_MEMORY = {
+    "cuda": "torch's allocations",
+    "cpu": "growth of the resident set",
+    "mps": "unknown on an Apple GPU",
+}
 Build = Callable[[], ImageClassifier]
 
 
@@ -302,8 +309,7 @@ def _new(create: Build, device: torch.device) -> Build:
 
 def _check_memory(what: str, needed: float, device: torch.device, usable: float = 0.9) -> None:
     """Raises MemoryError early: on a CPU the system would kill the process instead."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    empty_cache(device)
     free = free_memory(device)
     if free is not None and needed > usable * free:
         raise MemoryError(f"memory: {what} {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
@@ -429,8 +435,7 @@ class _Timed:
         """Runs one step and synchronizes, with the same threads as a timed step."""
         with step_threads(self.device, self.operations(len(self.images))):
             self.step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
 
     def warm_up(self, size: int) -> int | None:
         """Prepares a batch, compiles, allocates memory; returns the memory growth of a step."""

@@ -36,8 +36,14 @@ def environment_info(device: torch.device) -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "device": _device_name(device),
     }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "mps":
+        return torch.backends.mps.get_name()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def packages(names: Iterable[str] = _PACKAGES) -> dict[str, str]:

@@ -68,7 +68,7 @@ class ComputeOptions(Options):
     """Where and how a command computes."""
 
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Precision = "auto"
     """Precision of matrix products; auto uses bfloat16 if the device is fast at it and the model
     large enough to benefit."""

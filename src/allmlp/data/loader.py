@@ -65,8 +65,12 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Returns the batch with images and labels on the device."""
-        images = self.images.to(device, non_blocking=True)
-        return replace(self, images=images, labels=self.labels.to(device, non_blocking=True))
+        # Copies to an Apple GPU may read memory that has been freed (pytorch/pytorch#189690).
+        does_not_wait = device.type == "cuda"
+        images = self.images.to(device, non_blocking=does_not_wait)
+        return replace(
+            self, images=images, labels=self.labels.to(device, non_blocking=does_not_wait)
+        )
 
 
 def _received(

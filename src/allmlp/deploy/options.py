@@ -151,7 +151,7 @@ class ServeOptions(ForeignOptions):
     precision: Precision = "auto"
     """Precision of matrix products for classification; maps are computed in float32."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     max_images: int = 64
     """Most images per request."""
     max_megabytes: float = 20.0

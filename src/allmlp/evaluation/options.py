@@ -203,7 +203,7 @@ class BenchmarkOptions(Options):
     mode: Literal["inference", "training"] = "inference"
     """inference, or training (forward, softmax loss, backward and AdamW on random images)."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Precision = "auto"
     """Precision of matrix products; auto uses the fastest that the device supports."""
     compile: bool = False

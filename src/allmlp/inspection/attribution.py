@@ -94,7 +94,7 @@ def unit_responses(
     finally:
         for hook in hooks:
             hook.remove()
-    tokens, activation = (value.double().cpu().numpy()[0] for value in inputs)
+    tokens, activation = (value.cpu().double().numpy()[0] for value in inputs)
     if not (np.isfinite(tokens).all() and np.isfinite(activation).all()):
         raise UserError(f"layer {layer} computes values that are not finite", where="the image")
     return responses_of(chosen, tokens, activation)
@@ -210,7 +210,7 @@ def _probabilities(model: Classifier, images: Tensor) -> Floats:
     if model.config.num_classes == 0 or is_new:
         what = "a new head, all zeros" if is_new else "no head"
         raise UserError(f"the model has {what}: it predicts no class", fix="Use trained weights")
-    probabilities = model.decision.probabilities(_run(model, images).double()).cpu().numpy()
+    probabilities = model.decision.probabilities(_run(model, images).cpu().double()).numpy()
     if not np.isfinite(probabilities).all():
         raise UserError("the probabilities are not finite", where="the image")
     return probabilities

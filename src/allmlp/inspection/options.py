@@ -55,7 +55,7 @@ class InspectOptions(Options):
     batch_size: int = 64
     """Batch size of occluded images."""
     device: str = "auto"
-    """Device for the image: auto, cpu, cuda or cuda:N."""
+    """Device for the image: auto, cpu, cuda, cuda:N or mps."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "units"):

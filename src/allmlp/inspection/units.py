@@ -367,7 +367,7 @@ def stem_convolution(model: ImageClassifier) -> nn.Conv2d | None:
 
 
 def _array(weight: torch.Tensor) -> Floats:
-    return weight.detach().to("cpu", torch.float64).numpy()
+    return weight.detach().cpu().double().numpy()
 
 
 def weight_correlations(first: ModelUnits, second: ModelUnits) -> dict[str, float]:

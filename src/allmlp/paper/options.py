@@ -26,7 +26,7 @@ class PaperOptions(Options):
     seeds: tuple[int, ...] = field(default=(), metadata={"metavar": "N ..."})
     """Seeds of the weights and the order of images; one run each."""
     device: str | None = None
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     num_workers: int | None = None
     """Number of processes that decode images; by default chosen by the size of the data."""
     settings: Repeated = field(default=(), metadata={"flag": "set", "metavar": "KEY=VALUE"})

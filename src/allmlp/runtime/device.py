@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from allmlp.errors import UserError
+from allmlp.errors import UserError, plural
 
 SMALL_STEP = 2e9  # FLOPs
 LONG_RUN = 2_000  # steps after which compiling (about a minute) pays off on a GPU
@@ -27,20 +27,24 @@ _threads_are_chosen: ContextVar[bool] = ContextVar("_threads_are_chosen", defaul
 
 
 def choose_device(name: str) -> torch.device:
-    """Returns the named device; "auto" is the GPU if available."""
+    """Returns the named device; "auto" is a CUDA GPU, else an Apple GPU, else the CPU."""
+    gpus = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = next((kind for kind, number in gpus.items() if number), "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        fix = "Known: auto, cpu, cuda, cuda:0"
+    if device is None or device.type not in ("cpu", *gpus):
+        fix = "Known: auto, cpu, cuda, cuda:0, mps"
         raise UserError(f"unknown device {name!r}", where="device", fix=fix)
-    available = torch.cuda.device_count() if device.type == "cuda" else 1
+    available = gpus.get(device.type, 1)
     if (device.index or 0) >= available:
-        what = f"device {name!r}: PyTorch finds {available} CUDA GPUs here"
-        fix = f"Take {'cpu' if available == 0 else 'cuda:0'}"
+        kind = "Apple" if device.type == "mps" else "CUDA"
+        what = f"device {name!r}: PyTorch finds {plural(available, f'{kind} GPU')} here"
+        fix = f"Take {f'{device.type}:0' if available else 'cpu'}"
+        if device.type == "mps":
+            fix += "; mps needs macOS on Apple silicon and a native (arm64) Python"
         raise UserError(what, where="device", fix=fix)
     return device
 
@@ -48,6 +52,23 @@ def choose_device(name: str) -> torch.device:
 def to_device(model: Net, device: str | None) -> Net:
     """Moves the model to a device; None leaves it in place."""
     return model if device is None else model.to(choose_device(device))
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def empty_cache(device: torch.device) -> None:
+    """Returns unused memory of torch to a GPU."""
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Returns the type in which losses are summed: float64, which an Apple GPU does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def check_device_of_exported(device: str | None) -> None:
@@ -107,6 +128,8 @@ def fast_precision(device: torch.device, operations: int) -> tuple[str, str]:
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return "bfloat16", "this GPU is fast at it"
         return "float32", "this GPU has no fast bfloat16"
+    if device.type == "mps":
+        return "float32", "an Apple GPU"
     if operations < SMALL_STEP:  # casts cost more than bfloat16 gains
         return "float32", "a small model"
     if has_fast_bfloat16():
@@ -116,6 +139,9 @@ def fast_precision(device: torch.device, operations: int) -> tuple[str, str]:
 
 def check_bfloat16(device: torch.device) -> None:
     """Raises UserError for a GPU without bfloat16 support."""
+    if device.type == "mps":
+        what = "bfloat16 is not supported on an Apple GPU"
+        raise UserError(what, where="precision", fix="Take float32")
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
@@ -240,6 +266,8 @@ def free_memory(device: torch.device) -> int | None:
     """Returns the device's free memory in bytes; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return _memory("MemAvailable")
 
 
@@ -247,6 +275,8 @@ def total_memory(device: torch.device) -> int | None:
     """Returns the device's total memory in bytes, for a CPU including swap; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
     return _memory("MemTotal", "SwapTotal")
 
 

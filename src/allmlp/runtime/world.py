@@ -129,6 +129,9 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
         return
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = choose_device(device)
+    if chosen.type == "mps":
+        what = f"an Apple GPU takes one process, not {os.environ['WORLD_SIZE']}"
+        raise UserError(what, where="device", fix="Start one process, or take cpu")
     if chosen.type == "cuda":
         if chosen.index is not None:
             what = f"device {device!r} names one GPU for {os.environ['WORLD_SIZE']} processes"

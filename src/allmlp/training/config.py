@@ -380,7 +380,7 @@ class TrainConfig(Options):
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
     """Seed of the weights, the order of the images and all other random numbers."""
     device: Text = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu, cuda or mps (an Apple GPU)."""
     num_threads: Count | None = None
     """CPU threads; by default torch's choice, and one for a small model."""
     precision: Precision = "auto"

@@ -49,8 +49,8 @@ def fit_head(
     )
     head = head_of(model)
     with torch.no_grad():
-        head.weight.copy_(torch.from_numpy(probe.weight))
-        head.bias.copy_(torch.from_numpy(probe.bias))
+        head.weight.copy_(torch.from_numpy(probe.weight).float())
+        head.bias.copy_(torch.from_numpy(probe.bias).float())
     targets = torch.from_numpy(labels.astype(np.int64))
     probabilities = torch.from_numpy(probe.probabilities(found.values)).clamp(min=1e-30)
     return found.bad, F.nll_loss(probabilities.log(), targets).item()

@@ -91,7 +91,7 @@ def announce(run: Run, model: ImageClassifier, *, in_study: bool = False) -> Non
     if fit is not None and config.model.train_only != "probe":
         say(f"fit      {fit}")
     if are_too_few(config, model.num_parameters, num_images) and not in_study:
-        name = recommended("accuracy" if run.compute.device.type == "cuda" else "speed").name
+        name = recommended("speed" if run.compute.device.type == "cpu" else "accuracy").name
         command = shlex.join([_command(), "finetune", name, "--data", config.data.source])
         for line in (
             f"few      {plural(num_images, 'image')} for {model.num_parameters:,} random weights, "

@@ -15,7 +15,13 @@ from torch.distributed.tensor import DTensor
 
 from allmlp.errors import UserError
 from allmlp.models.layers import ImageClassifier, preprocessing_of, set_stochastic_depth
-from allmlp.runtime.device import ComputePolicy, free_memory, keep_compiled
+from allmlp.runtime.device import (
+    ComputePolicy,
+    empty_cache,
+    free_memory,
+    keep_compiled,
+    sum_dtype,
+)
 from allmlp.runtime.world import World, no_sync
 from allmlp.training.config import TrainConfig
 from allmlp.training.optim import clip, learning_rate, loss_function, sam_ascent, sam_rho_at, update
@@ -72,7 +78,7 @@ class Updater:
                 self.gradient(images, targets, depth, dropout_seed)
         norm = clip(self.parameters, settings.clip_norm or math.inf)
         # The only GPU sync of the step: both must be known to be finite before any update.
-        local, norm = torch.stack((loss, norm.double())).tolist()
+        local, norm = torch.stack((loss, norm.to(loss.dtype))).tolist()
         result = StepResult(self.world.all_reduce_mean(local), norm, rate)
         if result.is_finite:
             update(self.optimizers, rate)
@@ -81,20 +87,23 @@ class Updater:
     def gradient(self, images: Tensor, targets: Tensor, depth: Tensor, dropout_seed: int) -> Tensor:
         """Stores the gradient of the mean loss in the parameters; returns this process's loss.
 
-        The loss is a float64 scalar that a GPU may still be computing. If the GPU runs out of
+        The loss, of `sum_dtype`, may still be computing on a GPU. If the GPU runs out of
         memory, the micro-batch is halved from then on.
         """
         while True:
             size = self.micro_batch_size or len(images)
             try:
                 return self._gradient(images, targets, depth, dropout_seed, size)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                is_apple = "MPS backend out of memory" in str(error)
+                if not (is_apple or isinstance(error, torch.OutOfMemoryError)):
+                    raise
                 half = size // 2
                 if half < 1 or self.world.size > 1:  # all processes would have to halve together
                     what = f"{size} images at once do not fit into the GPU"
                     fix = f"micro_batch_size={max(1, half)}, or a smaller model or image size"
                     raise UserError(what, where="micro_batch_size", fix=fix) from error
-            torch.cuda.empty_cache()
+            empty_cache(images.device)
             self.micro_batch_size = half
             self.say(f"memory   out of memory: {half} images at once from here on")
 
@@ -106,7 +115,7 @@ class Updater:
         self.model.train(self.config.model.train_only == "all")
         for parameter in self.parameters:
             parameter.grad = None
-        count, total = len(images), images.new_zeros((), dtype=torch.float64)
+        count, total = len(images), images.new_zeros((), dtype=sum_dtype(images.device))
         for start in range(0, count, size):
             part = slice(start, start + size)
             set_stochastic_depth(self.model, depth[:, part])

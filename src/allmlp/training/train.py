@@ -131,7 +131,8 @@ def train(
             check_warmup(config.optimizer, num_steps)
 
         # Leave the caller's random state and thread count unchanged.
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        gpus = [] if device.type == "cpu" else [device]
+        stack.enter_context(torch.random.fork_rng(gpus, device_type=device.type))
         torch.manual_seed(config.seed)
         is_quiet = quiet or not world.is_main
         best = path / "best" if is_old else None
@@ -361,7 +362,7 @@ class Trainer:
         trains_all, own = config.model.train_only == "all", config.batch_size / self.world.size
         # Loader processes decode during the step, as far as the step leaves them cores.
         workers = training_workers(config.data.num_workers, run.splits.train, self.preprocessing)
-        threads = 0 if device.type == "cuda" else torch.get_num_threads()
+        threads = torch.get_num_threads() if device.type == "cpu" else 0
 
         def seconds(computing: float) -> float:
             if not workers:
