@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,7 @@ import allmlp as am
 from allmlp.runtime.device import choose_device, choose_policy
 from allmlp.runtime.world import join_world
 from apple_gpu import apple_gpu
-from conftest import TINY, draw, tiny_config
+from conftest import TINY, tiny_config
 
 EVERYTHING = {
     "augment__mixup": 0.5,
@@ -48,8 +46,12 @@ def test_choice(monkeypatch):
     "changes",
     [
         EVERYTHING,
-        {"optimizer": {"name": "muon"}, "data__balance": "weights"},
-        {"optimizer__sam_rho": 0.05, "loss": {"name": "sigmoid"}},
+        pytest.param(
+            {"optimizer": {"name": "muon"}, "data__balance": "weights"}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"optimizer__sam_rho": 0.05, "loss": {"name": "sigmoid"}}, marks=pytest.mark.slow
+        ),
     ],
     ids=["augmented", "muon", "sam"],
 )
@@ -71,22 +73,3 @@ def test_a_run_equals_that_of_a_cpu(class_folder, tmp_path, changes):
     cpu, gpu = (load_file(run / "best" / "model.safetensors") for run in runs)
     for name, value in cpu.items():
         torch.testing.assert_close(gpu[name], value, rtol=1e-4, atol=1e-6)
-
-
-def test_commands_that_measure(class_folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules["allmlp.benchmark"]._SHAPES, "mps", ((8, 8, 8),))
-    monkeypatch.setattr("allmlp.benchmark._PEAK_SECONDS", 0.01)
-    draw(3).save(tmp_path / "x.png")
-    data = str(class_folder)
-    run = am.train(tiny_config(data, tmp_path / "run"), quiet=True).run_folder
-    with apple_gpu():
-        options = {"device": "mps:0"}
-        rows = list(am.predict(run, [str(tmp_path / "x.png")], **options))
-        assert rows[0].classes
-        am.few_shot(run, data=data, shots=(1,), no_cache=True, **options)
-        am.inspect(run, output=str(tmp_path / "in"), image=str(tmp_path / "x.png"), **options)
-        found = am.benchmark([str(run)], mode="training", seconds=0.1, batch_sizes=(2,), **options)
-        assert found.models[0].error is None
-        settings = {"output": str(tmp_path / "probe"), "model.train_only": "probe", **options}
-        config = am.finetune_config(str(run / "best"), data, settings)
-        assert am.train(config, quiet=True).validation is not None
