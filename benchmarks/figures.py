@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from allmlp.environment import processor
-from allmlp.evaluation.result_file import measurement, write_measurement
+from allmlp.evaluation.result_file import measurement, save_result
 from allmlp.models.layers import ImageClassifier
 
 
@@ -50,5 +50,5 @@ def write(
         return
     found = measurement(kind, model, values)
     found["environment"]["command"] = shlex.join(["python", *sys.argv])
-    write_measurement(path, found)
+    save_result(path, found)
     print(f"wrote {path}")

@@ -19,6 +19,7 @@ from allmlp.evaluation.imagenet_real import open_real
 from allmlp.evaluation.metrics import FILES, Evaluation, check_logits, evaluate_source
 from allmlp.evaluation.options import EvaluateOptions
 from allmlp.evaluation.predictor import Outputs, predictor_for
+from allmlp.evaluation.result_file import measured_on
 from allmlp.io import check_not_inputs, check_output_folder, expand
 from allmlp.models.layers import Classifier, classes_of, preprocessing_of
 from allmlp.options import make
@@ -112,6 +113,7 @@ def evaluate(
         )
         check_logits(result, source)
         result = measured.describe(result)
+        result.described = measured_on(net)
         if labels is not None:
             result.real = labels.score(result.indices, result.predictions)
         if folder is not None:
@@ -163,18 +165,17 @@ def show(result: Evaluation, options: EvaluateOptions) -> int:
         rows = sorted(rows, key=lambda row: row["recall"])[:_WORST]
     else:
         report.say()
+    titles = {"recall": "recall", "precision": "precision", "f1": "F1"}
+    if result.is_multi_label:
+        titles |= {"average_precision": "AP", "threshold": "threshold"}
     cells = [
         [
-            row["class"],
-            f"{row['images']:,}",
-            f"{row['recall']:.1%}",
-            "-" if row["precision"] is None else f"{row['precision']:.1%}",
-            f"{row['f1']:.1%}",
+            *(row["class"], f"{row['images']:,}"),
+            *("-" if row[name] is None else f"{row[name]:.1%}" for name in titles),
         ]
         for row in rows
     ]
-    for line in table(["class", "images", "recall", "precision", "F1"], cells):
-        report.say(line)
+    report.say("\n".join(table(["class", "images", *titles.values()], cells)))
     confusions = result.worst_confusions(5)
     if confusions:
         report.say("\nmost often confused")

@@ -60,7 +60,7 @@ def test_against_scikit_learn(result: am.Evaluation):
         "macro_f1": result.macro_f1,
         "top5": result.top5,
         "loss": result.loss,
-        "expected_calibration_error": result.reliability.error,
+        "expected_calibration_error": result.expected_calibration_error,
     }
 
 
@@ -87,18 +87,9 @@ def test_balanced_accuracy_and_f1_against_scikit_learn(truth: list[int], guess: 
 
 @pytest.mark.parametrize(("right", "of"), [(0, 1), (1, 1), (19, 20), (190, 200), (500, 1000)])
 def test_the_interval_of_top1(right: int, of: int):
-    """As `proportion_confint(right, of, method="wilson")` of statsmodels computes it; its ends are
-    the proportions p with |right / of - p| = z sqrt(p (1 - p) / of)."""
     found = from_logits(np.eye(2)[[0] * right + [1] * (of - right)], np.zeros(of, np.int64))
-    z, q = 1.959963984540054, right / of
-    denominator = 1 + z**2 / of
-    center = (q + z**2 / (2 * of)) / denominator
-    spread = z * np.sqrt(q * (1 - q) / of + z**2 / (4 * of**2)) / denominator
-    assert found.top1_interval == pytest.approx((center - spread, center + spread), abs=1e-14)
     exact = binomtest(right, of).proportion_ci(method="wilson")
     assert found.top1_interval == pytest.approx((exact.low, exact.high), abs=1e-12)
-    for end in found.top1_interval:
-        assert abs(q - end) == pytest.approx(z * np.sqrt(end * (1 - end) / of), abs=1e-8)
     assert found.to_json()["top1_interval"] == list(found.top1_interval)
     line = next(found.lines())
     assert ("95% interval" in line) == (of < 1000)
@@ -119,13 +110,10 @@ def test_metrics_that_do_not_apply():
 
 def test_worst_confusions(result: am.Evaluation):
     confusions = result.worst_confusions(4)
-    counts = [count for _, _, count in confusions]
-    assert counts == sorted(counts, reverse=True)
+    wrong = result.confusion - np.diag(result.confusion.diagonal())
+    assert [count for _, _, count in confusions] == sorted(wrong.ravel(), reverse=True)[:4]
     for true, predicted, count in confusions:
-        row, column = result.class_names.index(true), result.class_names.index(predicted)
-        assert row != column
-        assert result.confusion[row, column] == count
-    assert result.confusion.trace() > 0  # not changed by it
+        assert wrong[result.class_names.index(true), result.class_names.index(predicted)] == count
 
 
 def test_classes_that_are_never_predicted_are_named():
@@ -153,6 +141,8 @@ def test_files(class_folder: Path, tmp_path: Path):
     result.save(tmp_path / "out", model)
     values = read_measurement(tmp_path / "out" / "evaluation.json")
     assert (values["kind"], values["model"]["source"]) == ("evaluation", "runs/mine")
+    assert values["model"] == result.to_json()["model"]
+    assert "packages" in result.to_json()["environment"]
     assert values["protocol"] == {
         "resize": "resmall-crop",
         "crop": 0.875,
@@ -240,7 +230,7 @@ def test_other_classes_are_refused(class_folder: Path):
 def same(first: am.Evaluation, second: am.Evaluation) -> bool:
     names = ("labels", "indices", "logits", "probabilities")
     equal = all(np.array_equal(getattr(first, n), getattr(second, n)) for n in names)
-    return equal and first.bad == second.bad and first.to_json() == second.to_json()
+    return equal and first.bad == second.bad and dict(first.figures()) == dict(second.figures())
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 11])
@@ -285,8 +275,6 @@ def test_what_cannot_be_measured(class_folder: Path):
         am.evaluate(model_for(["ant"]), str(class_folder), num_workers=0)
     with pytest.raises(am.UserError, match="the model has no head"):
         am.evaluate(tiny_model(num_classes=0), str(class_folder), num_workers=0)
-    with pytest.raises(am.UserError, match="batch_size"):
-        am.evaluate(model_for(["ant", "bee"]), str(class_folder), batch_size=0)
     for path in (class_folder / "val").rglob("*.png"):
         path.write_bytes(b"x")
     with pytest.raises(am.UserError, match="none of the images can be decoded"):
@@ -309,7 +297,7 @@ def direct(confidence: np.ndarray, right: np.ndarray, bins: int) -> float:
     return total
 
 
-@pytest.mark.parametrize("bins", [1, 10, 15])
+@pytest.mark.parametrize("bins", [1, 15])
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
 def test_against_a_direct_loop(bins: int, kind: type):
     random = np.random.default_rng(bins)
@@ -318,20 +306,13 @@ def test_against_a_direct_loop(bins: int, kind: type):
     found = reliability(confidence, right, bins)
     assert found.error == pytest.approx(direct(confidence, right, bins), abs=1e-12)
     assert found.error > 0.1
-    assert found.images.sum() == 2000
-    assert found.correct.sum() == right.sum()
     for row in found.to_json():
         inside = (confidence > row["above"]) & (confidence <= row["up_to"])
         assert row["images"] == inside.sum()
         if inside.any():
             assert row["accuracy"] == pytest.approx(right[inside].mean())
             assert row["confidence"] == pytest.approx(confidence[inside].mean(), rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", [np.float32, np.float64])
-def test_an_edge_belongs_to_the_bin_below_it(kind: type):
-    edges = (np.arange(1, 16) / 15).astype(kind)
-    found = reliability(edges, np.ones(15, dtype=bool))
-    assert found.images.tolist() == [1] * 15
-    above = reliability(np.nextafter(edges[:-1], kind(1.0)), np.ones(14, dtype=bool))
-    assert above.images.tolist() == [0] + [1] * 14
+    edges = (np.arange(1, bins + 1) / bins).astype(kind)  # an edge belongs to the bin below it
+    assert reliability(edges, edges > 0, bins).images.tolist() == [1] * bins
+    above = reliability(np.nextafter(edges[:-1], kind(1.0)), edges[:-1] > 0, bins)
+    assert above.images.tolist() == [0] + [1] * (bins - 1)

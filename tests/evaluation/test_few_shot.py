@@ -39,11 +39,8 @@ def standardized(features: Any, shots: Any) -> np.ndarray:
     return np.hstack([x, np.full((len(x), 1), 100.0)])
 
 
-SIZES = [(9, 40), (200, 12), (16, 16), (17, 16), (15, 16), (4, 1)]  # (N, C)
-
-
-@pytest.mark.parametrize(("n", "c"), SIZES)
-@pytest.mark.parametrize("l2", [1024.0, 1.0, 2.0**19])
+@pytest.mark.parametrize(("n", "c"), [(9, 40), (200, 12), (16, 16), (17, 16), (4, 1)])
+@pytest.mark.parametrize("l2", [1024.0, 1.0])
 def test_against_a_direct_solve(n: int, c: int, l2: float):
     values, labels = drawn_features(n, c)
     others, _ = drawn_features(30, c, seed=1)
@@ -81,15 +78,10 @@ def test_separable_classes_are_all_right(data: Path):
     result = am.few_shot(tiny_model(), str(data), shots=(1, 2), **FAST)
     assert (result.num_train, result.num_test, result.num_classes) == (18, 12, 3)
     assert (result.test_split, result.seeds, result.notes) == ("test", (0, 1, 2), [])
-    assert result.chance == pytest.approx(1 / 3)
-    assert result.l2 == {1: 1024.0, 2: 1024.0}
     assert result.preprocessing.resize == "resize-crop"
     assert result.accuracies == {shots: dict.fromkeys((0, 1, 2), 1.0) for shots in (1, 2)}
     assert result.deviation(2) == 0.0
-
-
-def test_a_class_with_fewer_images_than_shots(data: Path):
-    """All of its images are taken; among more of the others a large l2 forgets it."""
+    # All images of a class with fewer are taken; among more of the others a large l2 forgets it.
     result = am.few_shot(tiny_model(), str(data), shots=(5,), **FAST)
     assert am.few_shot(tiny_model(), str(data), shots=(5,), l2=1e-3, **FAST).mean(5) == 1.0
     assert 0.5 < result.mean(5) < 1.0
@@ -200,10 +192,10 @@ def test_the_older_protocol(noise: Path):
         chosen = np.concatenate([np.flatnonzero(labels == label)[:shots] for label in range(5)])
         for l2 in SWEEP:
             guess = fit_linear(train[chosen], labels[chosen], 5, l2).predict(test)
-            assert result.sweep[shots][l2] == float((guess == truth).mean())
-        best = max(result.sweep[shots].values())
-        assert result.accuracies[shots] == {0: best}
-        assert result.l2[shots] == max(l2 for l2 in SWEEP if result.sweep[shots][l2] == best)
+            assert result.swept[shots][0][l2] == float((guess == truth).mean())
+        found = result.swept[shots][0]
+        assert result.accuracies[shots] == {0: max(found.values())}
+        assert result.l2[shots] == max(l2 for l2 in SWEEP if found[l2] == max(found.values()))
     assert (result.seeds, result.deviation(1)) == ((), None)
 
 
@@ -217,12 +209,9 @@ def test_one_l2_for_several_data_sets(noise: Path):
     # Worse and worse but for one, which is the best of these and in the middle of the others.
     values = numbers[::-1].copy()
     values[15] = 0.9
-    rising, falling = swept(numbers), swept(values)
-    both = choose_l2([rising, falling])
+    both = choose_l2([swept(numbers), swept(values)])
     assert [found.l2 for found in both] == [{1: SWEEP[15]}] * 2
-    assert both[0].accuracies == {1: {0: numbers[15]}}
-    assert both[1].accuracies == {1: {0: 0.9}}
-    assert choose_l2([rising])[0].l2 == {1: SWEEP[-1]}
+    assert [found.accuracies for found in both] == [{1: {0: numbers[15]}}, {1: {0: 0.9}}]
     assert choose_l2([swept([0.5] * len(SWEEP))])[0].l2 == {1: 2.0**19}
 
 
@@ -263,9 +252,6 @@ def test_data_that_is_refused(data: Path, tmp_path: Path):
     one = subset(splits["train"], np.arange(9), "only blue")
     with pytest.raises(am.UserError, match="of one class only: 'blue'"):
         am.few_shot(model, {"train": one, "test": splits["test"]}, **FAST)
-    none = subset(splits["test"], np.arange(0), "nothing")
-    with pytest.raises(am.UserError, match="there are no images"):
-        am.few_shot(model, {"train": splits["train"], "test": none}, **FAST)
     for path in (data / "test").rglob("*.png"):
         path.write_bytes(b"damaged")
     with pytest.raises(am.UserError, match="none of the test images can be decoded"):

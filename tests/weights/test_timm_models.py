@@ -168,7 +168,7 @@ def test_another_size_and_head(capsys: pytest.CaptureFixture[str]):
     assert model.backbone.pos_embed.shape[2:] == (2, 6)
     assert model.head.weight.shape == (3, fake_timm.WIDTH)
     assert not model.head.weight.any()
-    assert "16x16 -> 8x24 pixels, by timm" in capsys.readouterr().err
+    assert "16x16 -> 8x24 pixels: by timm" in capsys.readouterr().err
     assert am.load_model("timm:fake_cnn.first", num_classes=0, quiet=True).head is None
 
 

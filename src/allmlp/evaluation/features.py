@@ -4,7 +4,6 @@ A cache file is named by a hash of everything that the features depend on: weigh
 preprocessing, precision, kind of device, versions of the packages that compute and decode, and
 every byte of the images. Nothing ever becomes stale: any change results in another name. Writes are
 atomic, so several processes can share a folder, and a file is used only if its checksum matches.
-The cache can be deleted at any time.
 
 Shapes: N images, C features.
 """
@@ -78,13 +77,22 @@ def frozen_features(
     on_batch: Callable[[Outputs], None] | None = None,
 ) -> Features:
     """Returns the features of all images, computed or read from a cache folder."""
-    check_features(predictor.model)
-    notes: list[str] = []
-    path = None if cache is None else cache / f"{_cache_key(predictor, source)}.safetensors"
-    if path is not None and path.is_file():
+    model, notes, path = check_features(predictor.model), [], None
+    if cache is not None:
+        parts = [
+            FORMAT,
+            *(f"{name} {version(name)}" for name in _PACKAGES),
+            predictor.device.type,
+            predictor.precision,
+            json.dumps(predictor.preprocessing.to_json(), sort_keys=True),
+            weights_hash(model),
+            fingerprint(source, most=None),  # reads all image bytes
+        ]
+        key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        path = cache / f"{key}.safetensors"
         try:
             return _read(path)
-        except FileNotFoundError:  # another process has just removed it
+        except FileNotFoundError:
             pass
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             reason = str(error) or type(error).__name__
@@ -100,30 +108,38 @@ def frozen_features(
             rows.append((values, outputs.indices))
         if on_batch is not None:
             on_batch(outputs)
-    rows = rows[1:] or rows
-    values, indices = (np.concatenate(column) for column in zip(*rows, strict=True))
+    values, indices = (np.concatenate(column) for column in zip(*rows[1:] or rows, strict=True))
     found = Features(values, indices, bad, notes=notes)
     if path is not None and len(indices):
         try:
-            _write(found, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            listed = json.dumps([asdict(image) for image in bad])
+            checksum = _checksum(path, values, indices, listed)
+            metadata = {"format": FORMAT, "key": path.stem, "bad": listed, "sha256": checksum}
+            tensors = {"features": values, "indices": indices}
+            atomic_write(path, safetensors.numpy.save(tensors, metadata))
         except OSError as error:
             reason = f"{error.strerror or error}: {path.parent}"
             notes.append(f"the features could not be kept for the next time: {reason}")
     return found
 
 
-def _cache_key(predictor: Predictor, source: Source) -> str:
-    """Returns the sha256 of everything that the features depend on; reads all image bytes."""
-    parts = [
-        FORMAT,
-        *(f"{name} {version(name)}" for name in _PACKAGES),
-        predictor.device.type,
-        predictor.precision,
-        json.dumps(predictor.preprocessing.to_json(), sort_keys=True),
-        weights_hash(check_features(predictor.model)),
-        fingerprint(source, most=None),
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+def _read(path: Path) -> Features:
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+        values, indices = file.get_tensor("features"), file.get_tensor("indices")
+    if metadata["sha256"] != _checksum(path, values, indices, metadata["bad"]):
+        raise ValueError("its checksum is wrong")
+    bad = [BadImage(**image) for image in parse_json(metadata["bad"])]
+    return Features(values, indices, bad, from_cache=True)
+
+
+def _checksum(path: Path, values: np.ndarray, indices: np.ndarray, bad: str) -> str:
+    """The sha256 of the contents and the name, so that renamed files are rejected, too."""
+    digest = hashlib.sha256(f"{path.stem} {values.shape} {bad}".encode())
+    digest.update(np.ascontiguousarray(values).data)
+    digest.update(np.ascontiguousarray(indices).data)
+    return digest.hexdigest()
 
 
 def check_features(model: Classifier) -> ImageClassifier:
@@ -144,31 +160,4 @@ def weights_hash(model: ImageClassifier) -> str:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _read(path: Path) -> Features:
-    with safe_open(path, framework="numpy") as file:
-        metadata = file.metadata() or {}
-        values, indices = file.get_tensor("features"), file.get_tensor("indices")
-    if metadata["sha256"] != _checksum(path, values, indices, metadata["bad"]):
-        raise ValueError("its checksum is wrong")
-    bad = [BadImage(**image) for image in parse_json(metadata["bad"])]
-    return Features(values, indices, bad, from_cache=True)
-
-
-def _write(features: Features, path: Path) -> None:
-    bad = json.dumps([asdict(image) for image in features.bad])
-    checksum = _checksum(path, features.values, features.indices, bad)
-    metadata = {"format": FORMAT, "key": path.stem, "bad": bad, "sha256": checksum}
-    tensors = {"features": features.values, "indices": features.indices}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, safetensors.numpy.save(tensors, metadata))
-
-
-def _checksum(path: Path, values: np.ndarray, indices: np.ndarray, bad: str) -> str:
-    """The sha256 of the contents and the name, so that renamed files are rejected, too."""
-    digest = hashlib.sha256(f"{path.stem} {values.shape} {bad}".encode())
-    digest.update(np.ascontiguousarray(values).data)
-    digest.update(np.ascontiguousarray(indices).data)
     return digest.hexdigest()

@@ -12,9 +12,9 @@ Shapes: N shots of all classes together, C features, K classes, M test images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,9 @@ from allmlp.weights.load import files_of
 
 SWEEP = tuple(2.0**power for power in range(-10, 20))
 BASELINE_SEED = 0
-BIAS_FEATURE = 100.0
+_BIAS_FEATURE = 100.0
 _BLOCK = 8192  # images scored at once
-Orders = dict[int, list[list[int]]]  # {seed: images of each class as drawn}; scenic's seed is 0
-OnBatch = Callable[[Outputs], None]
+OnBatch = Callable[[Outputs], None] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +96,6 @@ class FewShot:
             for shots, swept in self.swept.items()
         }
 
-    @property
-    def sweep(self) -> dict[int, dict[float, float]]:
-        """{shots: {l2: accuracy}} for scenic; empty for big_vision."""
-        is_scenic = self.protocol == "scenic"
-        return {shots: swept[0] for shots, swept in self.swept.items()} if is_scenic else {}
-
     def mean(self, shots: int) -> float:
         """Returns the mean accuracy over the seeds."""
         return float(np.mean(list(self.accuracies[shots].values())))
@@ -113,7 +106,8 @@ class FewShot:
         return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
     def to_json(self) -> dict[str, Any]:
-        """Returns all numbers as JSON values; dictionary keys become strings."""
+        """Returns all numbers as JSON values."""
+        sweep = {} if self.protocol != "scenic" else self.swept
         return {
             "data": self.data,
             "test_split": self.test_split,
@@ -126,16 +120,12 @@ class FewShot:
             "precision": self.precision,
             "shots": list(self.shots),
             "seeds": list(self.seeds),
-            "accuracies": {
-                str(shots): {str(seed): value for seed, value in found.items()}
-                for shots, found in self.accuracies.items()
-            },
-            "mean": {str(shots): self.mean(shots) for shots in self.shots},
-            "deviation": {str(shots): self.deviation(shots) for shots in self.shots},
-            "l2": {str(shots): self.l2[shots] for shots in self.shots},
+            "accuracies": self.accuracies,
+            "mean": {shots: self.mean(shots) for shots in self.shots},
+            "deviation": {shots: self.deviation(shots) for shots in self.shots},
+            "l2": self.l2,
             "sweep": {
-                str(shots): {f"{l2:g}": value for l2, value in swept.items()}
-                for shots, swept in self.sweep.items()
+                shots: {f"{l2:g}": v for l2, v in sweep[shots][0].items()} for shots in sweep
             },
             "bad_images": [{"image": image.name, "error": image.what} for image in self.bad],
             "notes": self.notes,
@@ -146,7 +136,7 @@ def few_shot(
     model: ImageClassifier | str | Path,
     data: str | Path | Mapping[str, Source],
     *,
-    on_batch: OnBatch | None = None,
+    on_batch: OnBatch = None,
     **fields: Any,
 ) -> FewShot:
     """Returns the few-shot accuracy of a linear classifier on a model's features.
@@ -165,8 +155,11 @@ def few_shot(
         UserError: an option is out of range, the data lacks a split or has a single class, or the
             features are not finite.
     """
-    splits = data if isinstance(data, Mapping) else open_splits(str(data))
-    name = _name(splits) if isinstance(data, Mapping) else str(data)
+    splits, name = data, "splits"
+    if not isinstance(splits, Mapping):
+        splits, name = open_splits(str(data)), str(data)
+    elif "train" in splits:
+        name = splits["train"].name.removesuffix(":train")
     options = make(FewShotOptions, None, {**fields, "data": (name,)})
     return _measure(*opened_model(model, options), {name: splits}, options, on_batch)[0]
 
@@ -217,67 +210,72 @@ def _measure(
     device: str | None,
     data: Mapping[str, Mapping[str, Source]],
     options: FewShotOptions,
-    on_batch: OnBatch | None,
+    on_batch: OnBatch,
 ) -> list[FewShot]:
-    found: list[list[FewShot]] = []
-    for model in [net, random_weights(net, BASELINE_SEED)] if options.random_baseline else [net]:
+    def measured(model: ImageClassifier) -> list[FewShot]:
         predictor = predictor_for(options, model, device, resize=options.resize)
-        results = [
-            _measure_one(predictor, name, splits, options, on_batch)
-            for name, splits in data.items()
-        ]
-        found.append(choose_l2(results))
-    if len(found) == 1:
-        return found[0]
-    return [replace(own, baseline=random) for own, random in zip(*found, strict=True)]
+        return choose_l2(
+            [_sweep(predictor, name, splits, options, on_batch) for name, splits in data.items()]
+        )
+
+    results = measured(net)
+    if not options.random_baseline:
+        return results
+    twins = measured(random_weights(net, BASELINE_SEED))
+    return [replace(own, baseline=twin) for own, twin in zip(results, twins, strict=True)]
 
 
-def _measure_one(
+def _sweep(
     predictor: Predictor,
     name: str,
     splits: Mapping[str, Source],
     options: FewShotOptions,
-    on_batch: OnBatch | None,
+    on_batch: OnBatch,
 ) -> FewShot:
     """Returns the accuracies for every l2, for `choose_l2` to choose from."""
-    train, test, test_split = _train_and_test(name, splits)
-    labels, names = train.labels, train.class_names
-    orders, most = _orders(train, options), max(options.shots)
+    train, test, test_split = _train_and_test(splits)
+    labels, cache, draws = train.labels, cache_path(options), _draws(train, options)
     shown: dict[int, np.ndarray] = {}  # features of the training images drawn so far
     bad: dict[int, BadImage] = {}
     computed, notes = 0, []
     # Replace bad images by the next of their class until all shots are decodable.
-    while wanted := sorted(_drawn(orders, most, bad) - shown.keys()):
-        found = frozen_features(
-            predictor, subset(train, np.array(wanted), train.name), cache_path(options), on_batch
-        )
-        shown |= zip((wanted[at] for at in found.indices), found.values, strict=True)
-        bad |= {
-            wanted[image.index]: replace(image, index=wanted[image.index]) for image in found.bad
-        }
+    while wanted := sorted(set(_drawn(draws, max(options.shots), bad)) - shown.keys()):
+        part = subset(train, np.array(wanted), train.name)
+        found = frozen_features(predictor, part, cache, on_batch)
+        shown |= {wanted[at]: row for at, row in zip(found.indices, found.values, strict=True)}
+        for image in found.bad:
+            bad[wanted[image.index]] = replace(image, index=wanted[image.index])
         computed += 0 if found.from_cache else len(found.values)
         notes += found.notes
     if len(np.unique(labels[list(shown)])) < 2:
         raise UserError("fewer than two classes have images that can be decoded", where=train.name)
-    seen = frozen_features(predictor, test, cache_path(options), on_batch)
+    seen = frozen_features(predictor, test, cache, on_batch)
     if not len(seen.indices):
         raise UserError("none of the test images can be decoded", where=test.name)
-    truth = test.labels[seen.indices]
-    l2s = SWEEP if options.protocol == "scenic" else (options.l2,)
+    truth, is_scenic = test.labels[seen.indices], options.protocol == "scenic"
+    l2s = SWEEP if is_scenic else (options.l2,)
     swept: dict[int, dict[int, dict[float, float]]] = {shots: {} for shots in options.shots}
     for shots in options.shots:
-        for seed, classes in orders.items():
-            chosen = [index for order in classes for index in _first(order, shots, bad)]
+        for seed, draw in draws.items():
+            chosen = _drawn({seed: draw}, shots, bad)
             values = np.stack([shown[index] for index in chosen])
-            probes = fit_sweep(values, labels[chosen], len(names), l2s)
+            probes = fit_sweep(values, labels[chosen], len(train.class_names), l2s)
             swept[shots][seed] = {
                 l2: float((probe.predict(seen.values) == truth).mean())
                 for l2, probe in zip(l2s, probes, strict=True)
             }
+    counts = np.bincount(np.delete(labels, list(bad)), minlength=len(train.class_names))
+    fewer = [
+        f"{shots} shots: {(counts < shots).sum():,} of {len(counts):,} classes have fewer training "
+        f"images ({train.class_names[counts.argmin()]!r} has {counts.min():,}); all of them are "
+        "taken"
+        for shots in options.shots
+        if counts.min() < shots
+    ]
     return FewShot(
         data=name,
         test_split=test_split,
-        num_classes=len(names),
+        num_classes=len(counts),
         num_train=len(train),
         num_test=len(truth),
         num_computed=computed + (0 if seen.from_cache else len(truth)),
@@ -285,14 +283,10 @@ def _measure_one(
         preprocessing=predictor.preprocessing,
         precision=predictor.precision,
         shots=options.shots,
-        seeds=() if options.protocol == "scenic" else options.seeds,
+        seeds=() if is_scenic else options.seeds,
         swept=swept,
         bad=[*(bad[index] for index in sorted(bad)), *seen.bad],
-        notes=[
-            *_fewer_images(names, np.delete(labels, list(bad)), options.shots),
-            *notes,
-            *seen.notes,
-        ],
+        notes=[*fewer, *notes, *seen.notes],
     )
 
 
@@ -313,70 +307,48 @@ def choose_l2(results: Sequence[FewShot]) -> list[FewShot]:
 
 def num_images(splits: Mapping[str, Source], options: FewShotOptions) -> int:
     """Returns how many images need features, if all can be decoded."""
-    train, test, _ = _train_and_test(_name(splits), splits)
-    return len(_drawn(_orders(train, options), max(options.shots), ())) + len(test)
+    train, test, _ = _train_and_test(splits)
+    return len(_drawn(_draws(train, options), max(options.shots), ())) + len(test)
 
 
-def _name(splits: Mapping[str, Source]) -> str:
-    first = splits.get("train") or next(iter(splits.values()), None)
-    return "none" if first is None else first.name.removesuffix(":train")
-
-
-def _train_and_test(name: str, splits: Mapping[str, Source]) -> tuple[Source, Source, str]:
+def _train_and_test(splits: Mapping[str, Source]) -> tuple[Source, Source, str]:
     """Returns the training images, the test images, and the name of the test split."""
     test_split = next((split for split in ("test", "validation") if split in splits), None)
     if "train" not in splits or test_split is None:
         lacking = "train" if "train" not in splits else "test and no validation"
         what = f"few-shot needs images to learn from and others to test: no {lacking} split"
         fix = "Name data that has both, without a split behind it, or put test images into test/"
-        raise UserError(what, where=name, fix=fix)
+        raise UserError(what, where=" ".join(s.name for s in splits.values()), fix=fix)
     train, test = splits["train"], splits[test_split]
     for source in (train, test):
         if not len(source):
             raise UserError("there are no images", where=source.name)
     check_one_label((train, test), "few-shot classification")
-    present = np.unique(train.labels)
-    if len(present) < 2:
+    if len(present := np.unique(train.labels)) < 2:
         what = f"the training images are of one class only: {train.class_names[present[0]]!r}"
         raise UserError(what, where=train.name, fix="Give data of at least two classes")
     matched = match_classes(test, train.class_names, owner="train/", allow_missing=True)
     return train, matched, test_split
 
 
-def _orders(train: Source, options: FewShotOptions) -> Orders:
-    """Returns, per seed, the training images of each class in drawing order."""
-    by_class = np.argsort(train.labels, kind="stable")
+def _draws(train: Source, options: FewShotOptions) -> dict[int, list[list[int]]]:
+    """Returns, per seed (scenic's is 0), the training images of each class in drawing order."""
     counts = np.bincount(train.labels, minlength=len(train.class_names))
-    members = np.split(by_class, np.cumsum(counts)[:-1])
+    classes = np.split(np.argsort(train.labels, kind="stable"), np.cumsum(counts)[:-1])
     if options.protocol == "scenic":
-        return {0: [indices.tolist() for indices in members]}
-    randoms = {seed: np.random.default_rng(seed) for seed in options.seeds}
-    return {
-        seed: [random.permutation(indices).tolist() for indices in members]
-        for seed, random in randoms.items()
-    }
+        return {0: [images.tolist() for images in classes]}
+    draws = {}
+    for seed in options.seeds:
+        random = np.random.default_rng(seed)
+        draws[seed] = [random.permutation(images).tolist() for images in classes]
+    return draws
 
 
-def _first(order: Iterable[int], most: int, bad: Container[int]) -> Iterable[int]:
-    return islice((index for index in order if index not in bad), most)
-
-
-def _drawn(orders: Orders, most: int, bad: Container[int]) -> set[int]:
+def _drawn(draws: dict[int, list[list[int]]], most: int, bad: Collection[int]) -> list[int]:
     """Returns the first `most` images of each class that are not bad, over all draws."""
-    classes = (order for classes in orders.values() for order in classes)
-    return {index for order in classes for index in _first(order, most, bad)}
-
-
-def _fewer_images(names: list[str], labels: np.ndarray, shots: tuple[int, ...]) -> list[str]:
-    """Returns a line for each number of shots that exceeds the size of some classes."""
-    counts = np.bincount(labels, minlength=len(names))
-    fewest = int(counts.argmin())
-    return [
-        f"{number} shots: {(counts < number).sum():,} of {len(names):,} classes have fewer "
-        f"training images ({names[fewest]!r} has {counts[fewest]:,}); all of them are taken"
-        for number in shots
-        if (counts < number).any()
-    ]
+    orders = (order for classes in draws.values() for order in classes)
+    chosen = (islice((at for at in order if at not in bad), most) for order in orders)
+    return list(dict.fromkeys(chain.from_iterable(chosen)))
 
 
 # --- the linear classifier ---
@@ -436,7 +408,7 @@ def fit_sweep(
 
 def _standardized(features: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
     x = (features.astype(np.float64) - mean) / std
-    return np.concatenate([x, np.full((len(x), 1), BIAS_FEATURE)], axis=1)
+    return np.concatenate([x, np.full((len(x), 1), _BIAS_FEATURE)], axis=1)
 
 
 # --- output ---
@@ -450,53 +422,45 @@ def command(model: str, options: FewShotOptions) -> list[FewShot]:
 
 def show(results: list[FewShot], options: FewShotOptions) -> int:
     """Prints a table per data set; returns the exit code."""
-    report = Reporter(stderr=options.output == STANDARD_OUTPUT)
-    first = results[0]
+    say, first = Reporter(stderr=options.output == STANDARD_OUTPUT).say, results[0]
     rule = f"seeds {' '.join(map(str, first.seeds))}, l2 {options.l2:g}"
     if first.protocol == "scenic":
         rule = "the first images of each class; the l2 that is best on the test images"
         rule += ", by mean rank over the data" if len(results) > 1 else ""
     height, width = first.preprocessing.image_size
-    report.say(f"protocol  {first.protocol}: {rule}")
-    report.say(f"images    {height}x{width} pixels, {first.preprocessing.summary()}")
+    say(f"protocol  {first.protocol}: {rule}")
+    say(f"images    {height}x{width} pixels, {first.preprocessing.summary()}")
     runs = [run for result in results for run in (result, result.baseline) if run]
-    computed = plural(sum(run.num_computed for run in runs), "image")
-    cache = cache_path(with_cache(options))
+    computed, cache = sum(run.num_computed for run in runs), cache_path(with_cache(options))
     where = "no cache" if cache is None else f"cache {cache}"
-    report.say(f"features  {first.precision}; of {computed} computed now; {where}")
+    say(f"features  {first.precision}; of {plural(computed, 'image')} computed now; {where}")
     if first.baseline:
-        report.say(f"baseline  the same architecture with random weights, seed {BASELINE_SEED}")
+        say(f"baseline  the same architecture with random weights, seed {BASELINE_SEED}")
     for result in results:
-        _show_one(report, result)
+        classes = f"{plural(result.num_classes, 'class')} (chance {result.chance:.2%})"
+        counts = plural(result.num_train, "training image")
+        counts += f", {plural(result.num_test, f'{result.test_split} image')}"
+        say(f"\ndata      {result.data}: {classes}, {counts}")
+        pair = {"accuracy": result, "baseline": result.baseline}
+        shown = {name: run for name, run in pair.items() if run is not None}
+        for note in dict.fromkeys(note for run in shown.values() for note in run.notes):
+            say(f"note      {note}")
+        columns = {"shots": [str(shots) for shots in result.shots]}
+        for name, run in shown.items():
+            if run.protocol == "scenic":
+                l2s = [f"{run.l2[shots]:g}" for shots in run.shots]
+                columns["l2" if run is result else "baseline l2"] = l2s
+            columns[name] = [_mean_text(run, shots) for shots in run.shots]
+            for seed in run.seeds if run is result else ():
+                found = (run.accuracies[shots][seed] for shots in run.shots)
+                columns[f"seed {seed}"] = [f"{accuracy:.2%}" for accuracy in found]
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        say("\n".join(table(list(columns), rows, left=0)))
     if options.output not in (None, STANDARD_OUTPUT):
-        report.say(f"\nwritten   {expand(options.output)}")
+        say(f"\nwritten   {expand(options.output)}")
     return report_bad_images([image for result in results for image in result.bad])
 
 
-def _show_one(report: Reporter, result: FewShot) -> None:
-    classes = f"{plural(result.num_classes, 'class')} (chance {result.chance:.2%})"
-    counts = plural(result.num_train, "training image")
-    counts += f", {plural(result.num_test, f'{result.test_split} image')}"
-    report.say(f"\ndata      {result.data}: {classes}, {counts}")
-    runs = {"accuracy": result, "baseline": result.baseline}
-    shown = {name: run for name, run in runs.items() if run is not None}
-    for note in dict.fromkeys(note for run in shown.values() for note in run.notes):
-        report.say(f"note      {note}")
-    headers = ["shots"]
-    rows = [[str(shots)] for shots in result.shots]
-    for name, run in shown.items():
-        if result.protocol == "scenic":
-            headers.append("l2" if run is result else "baseline l2")
-            rows = [
-                [*row, f"{run.l2[shots]:g}"] for row, shots in zip(rows, run.shots, strict=True)
-            ]
-        headers.append(name)
-        headers += [f"seed {seed}" for seed in run.seeds if run is result]
-        for row, shots in zip(rows, run.shots, strict=True):
-            deviation = run.deviation(shots)
-            row.append(
-                f"{run.mean(shots):.2%}" + (f" +- {deviation:.2%}" if deviation is not None else "")
-            )
-            row += [f"{run.accuracies[shots][seed]:.2%}" for seed in run.seeds if run is result]
-    for line in table(headers, rows, left=0):
-        report.say(line)
+def _mean_text(result: FewShot, shots: int) -> str:
+    deviation = result.deviation(shots)
+    return f"{result.mean(shots):.2%}" + ("" if deviation is None else f" +- {deviation:.2%}")

@@ -20,8 +20,6 @@ from allmlp.errors import UserError
 from allmlp.io import expand, read_json
 
 IMAGES, CLASSES = 50_000, 1000
-EXPECTED_NAME = "ILSVRC2012_val_00000293.JPEG"
-_ID = re.compile(r"ILSVRC2012_val_(\d{8})(?!\d)", re.IGNORECASE)
 _FILE = "Take real.json of google-research/reassessed-imagenet"
 
 
@@ -45,40 +43,32 @@ class RealScore:
 class RealLabels:
     """The ReaL labels of the images in a source, ready for scoring; K classes."""
 
-    labels: Sequence[frozenset[int]]  # of all 50,000 validation images
+    labels: Sequence[Sequence[int]]  # of all 50,000 validation images
     ids: np.ndarray  # int64 (num_images,), number of each image in the source, 1 to 50,000
     imagenet_class: np.ndarray  # int64 (K,), from 0 to 999, for each class of the model
 
     def score(self, indices: np.ndarray, predictions: np.ndarray) -> RealScore:
         """Scores predictions, int64 (N,), for the images with these indices."""
-        images = correct = 0
-        predicted = self.imagenet_class[predictions].tolist()
-        for number, label in zip(self.ids[indices].tolist(), predicted, strict=True):
-            labels = self.labels[number - 1]
-            images += bool(labels)
-            correct += label in labels
+        truth = [self.labels[number - 1] for number in self.ids[indices].tolist()]
+        guesses = self.imagenet_class[predictions].tolist()
+        images = sum(map(bool, truth))
         if images == 0:
             what = f"none of the {len(indices):,} images has a ReaL label"
             raise UserError(what, fix="Give more of the validation images, or leave out real")
-        return RealScore(images, correct, len(indices) - images)
+        right = sum(guess in labels for guess, labels in zip(guesses, truth, strict=True))
+        return RealScore(images, right, len(indices) - images)
 
 
 def open_real(
     path: str | Path, source: Source, class_names: Sequence[str], imagenet: Sequence[str]
 ) -> RealLabels:
-    """Returns the labels of the images in a source; everything is checked before reading any image.
-
-    Args:
-        path: of real.json.
-        source: any subset of the ILSVRC-2012 validation images.
-        class_names: the model's, in the order of its logits.
-        imagenet: ImageNet's 1,000 classes in order, e.g. "n01440764 tench".
-    """
+    """Returns the labels of the images in any subset of the validation images; everything is
+    checked before reading any image. Classes are as in `imagenet_classes`."""
     labels, classes = read_real(path), imagenet_classes(class_names, imagenet)
     return RealLabels(labels, validation_ids(source), classes)
 
 
-def read_real(path: str | Path) -> list[frozenset[int]]:
+def read_real(path: str | Path) -> list[list[int]]:
     """Returns the classes, 0 to 999, that fit each of the 50,000 validation images."""
     path = expand(path)
     lists = read_json(path, "the ReaL labels are not JSON", _FILE)
@@ -92,7 +82,7 @@ def read_real(path: str | Path) -> list[frozenset[int]]:
         ):
             what = f"not a list of classes from 0 to {CLASSES - 1}: {labels!r:.100}"
             raise UserError(what, where=f"{path}, entry {at} (image {at + 1})", fix=_FILE)
-    return [frozenset(labels) for labels in lists]
+    return lists
 
 
 def validation_ids(source: Source) -> np.ndarray:
@@ -100,22 +90,21 @@ def validation_ids(source: Source) -> np.ndarray:
 
     Read from the file name, in any folder or archive, or from the column `val_id` of Parquet files.
     """
-    own = values_of(source, "path") or map(source.item_name, range(len(source)))
-    names = [str(name) for name in own]
-    found = [_ID.search(re.split(r"[/\\:]", name)[-1]) for name in names]
+    names = values_of(source, "path") or map(source.item_name, range(len(source)))
+    pattern = re.compile(r"[^/\\:]*ILSVRC2012_val_(\d{8})(?!\d)[^/\\:]*$", re.IGNORECASE)
+    found = [pattern.search(str(name)) for name in names]
+    ids = [0 if match is None else int(match[1]) for match in found]
     column = None if all(found) else values_of(source, "val_id")
     if column is not None and all(type(value) is int for value in column):
-        ids = np.array(column, dtype=np.int64)
+        ids = column
     elif None in found:
-        first = found.index(None)
-        what = f"no validation number in the name {names[first]!r} "
-        what += f"({found.count(None):,} of {len(names):,} images have none)"
-        fix = f"ReaL needs the names of the ILSVRC-2012 validation images: {EXPECTED_NAME}"
-        raise UserError(what, where=source.item_name(first), fix=fix)
-    else:
-        ids = np.array([int(match[1]) for match in found if match], dtype=np.int64)
-    _, own, times = np.unique(ids, return_inverse=True, return_counts=True)
-    wrong = np.flatnonzero((ids < 1) | (ids > IMAGES) | (times[own] > 1))
+        name = source.item_name(found.index(None))
+        what = f"no validation number in the name {name!r} "
+        what += f"({found.count(None):,} of {len(found):,} images have none)"
+        fix = "ReaL needs the names of the validation images: ILSVRC2012_val_00000293.JPEG"
+        raise UserError(what, where=name, fix=fix)
+    values, own, times = np.unique(ids, return_inverse=True, return_counts=True)
+    wrong = np.flatnonzero(((values < 1) | (values > IMAGES) | (times > 1))[own])
     if len(wrong):
         number, count = ids[wrong[0]], times[own[wrong[0]]]
         what = f"validation images are numbered 1 to {IMAGES:,}, this one is {number}"
@@ -123,23 +112,22 @@ def validation_ids(source: Source) -> np.ndarray:
             what = f"validation image {number} is {count} times in the data"
         where = source.item_name(int(wrong[0]))
         raise UserError(what, where=where, fix="Give every validation image once")
-    return ids
+    return np.array(ids, dtype=np.int64)
 
 
 def imagenet_classes(class_names: Sequence[str], imagenet: Sequence[str]) -> np.ndarray:
     """Returns int64 (K,): the ImageNet class, 0 to 999, of each class of a model.
 
-    Args:
-        class_names: WordNet ids in any order, "n01440764" or "n01440764 tench"; or names in
-            ImageNet order, "tench" or "tench, Tinca tinca".
-        imagenet: ImageNet's 1,000 classes in order, e.g. "n01440764 tench".
+    `class_names` are WordNet ids in any order, "n01440764" or "n01440764 tench", or names in
+    ImageNet order, "tench" or "tench, Tinca tinca"; `imagenet` is ImageNet's 1,000 classes in
+    order, "n01440764 tench".
     """
     fix = "ReaL is for models of ImageNet-1k: leave out real"
     if len(class_names) != CLASSES:
         what = f"ReaL needs ImageNet's {CLASSES:,} classes, the model knows {len(class_names):,}"
         raise UserError(what, fix=fix)
-    order = {name[:9]: at for at, name in enumerate(imagenet)}
     if all(re.match(r"n\d{8}(?!\d)", name) for name in class_names):
+        order = {name[:9]: at for at, name in enumerate(imagenet)}
         ids = [name[:9] for name in class_names]
         if set(ids) != order.keys():
             wrong = sorted(set(ids) - order.keys()) or ["one of them is there twice"]

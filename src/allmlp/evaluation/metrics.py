@@ -1,8 +1,8 @@
 """Evaluation metrics: accuracy, F1, loss, calibration, per-class results, confusion matrix.
 
 All are exact counts over the decodable images: every image counts once, the last batch is never
-dropped, and undecodable images are not counted but listed in `bad`. A new metric is one entry in
-`METRICS`, which is used wherever metrics are printed or written.
+dropped, and undecodable images are not counted but listed in `bad`. A new metric is a property of
+`Evaluation` and an entry in `METRICS`, which is used wherever metrics are printed or written.
 
 Shapes: N images, K classes, B bins.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,6 +42,115 @@ BINS = 15
 FEW = 1000  # images below which the interval of top-1 is printed
 
 
+@dataclass(frozen=True)
+class Metric:
+    """A property of `Evaluation` that is a single number, or None if it does not apply."""
+
+    name: str  # of the property, and in files
+    title: str  # on screen
+    detail: str = ""  # in parentheses after the number; a format of the evaluation `e`
+    labels: str = ""  # "single" or "multi", if only for one or for several labels per image
+    format: str = ".2%"
+    in_summary: bool = False  # also where only one line, or one column, is shown
+    is_better: Literal["higher", "lower"] = "higher"
+
+    def value(self, evaluation: Evaluation) -> float | None:
+        """Returns the metric; None if it does not apply."""
+        if self.labels not in ("", "multi" if evaluation.is_multi_label else "single"):
+            return None
+        value = getattr(evaluation, self.name)
+        return value.accuracy if isinstance(value, RealScore) else value
+
+    def text(self, value: float) -> str:
+        return f"{self.title} {value:{self.format}}"
+
+    def score(self, value: float) -> float:
+        """Returns a number that is higher for better values."""
+        return value if self.is_better == "higher" else -value
+
+
+_TOP1, _MAP, _ECE = "top1", "mean_average_precision", "expected_calibration_error"
+_REAL = "{e.real.correct:,} of {e.real.images:,} scored images correct; {e.real.unlabelled:,} "
+_REAL += "without a ReaL label are not scored"
+_RECALL, _RAW = "accuracy, mean recall of the classes", "without the model's temperature"
+_UNSURE = "the others are unsure: below {e.decision.unsure_below:.4g}"
+METRICS = (
+    Metric(_TOP1, "top-1", "{e.num_correct:,} correct{e.chance}", "single", in_summary=True),
+    Metric(_MAP, "mAP", "mean average precision of the classes", "multi", in_summary=True),
+    Metric("balanced_accuracy", "balanced", _RECALL, "single", in_summary=True),
+    Metric("micro_f1", "micro F1", "of all labels", "multi", in_summary=True),
+    Metric("macro_f1", "macro F1", "mean F1 of the classes", in_summary=True),
+    Metric("exact_match", "exact", "{e.num_correct:,} images with all labels right", "multi"),
+    Metric("top5", "top-5"),
+    Metric("loss", "loss", "negative log-likelihood, nats", format=".4f", is_better="lower"),
+    Metric(_ECE, "ECE", f"expected calibration error, {BINS} bins", is_better="lower"),
+    Metric("uncalibrated_error", "raw ECE", _RAW, is_better="lower"),
+    Metric("coverage", "answered", _UNSURE),
+    Metric("accuracy_answered", "accuracy", "of the answers"),
+    Metric("real", "ReaL", _REAL),
+)
+_NAMED = {metric.name: metric for metric in METRICS}
+
+
+def main_of(names: Container[str]) -> Metric:
+    """Returns top-1, or for several labels per image the mean average precision."""
+    return _NAMED[_TOP1 if _TOP1 in names else _MAP]
+
+
+def metric_of(name: str, example: Evaluation | None = None) -> Metric:
+    """Returns a metric by name; UserError if it does not apply to such evaluations."""
+    found = _NAMED[one_of("metric", name, _NAMED, where="best_by")]
+    if example is not None and found.value(example) is None:
+        fix = f"One of {', '.join(dict(example.figures()))}"
+        what = f"the metric {name} does not apply to this data"
+        raise UserError(what, where="best_by", fix=fix, code="not-applicable")
+    return found
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Images by the confidence of their predictions, in B bins of equal width (Guo et al. 2017,
+    "On Calibration of Modern Neural Networks", equation 3)."""
+
+    edges: np.ndarray  # (B + 1,) from 0 to 1; an edge belongs to the bin below
+    images: np.ndarray  # int64 (B,)
+    confidence: np.ndarray  # float64 (B,), the sum over the images
+    correct: np.ndarray  # int64 (B,), correctly classified images
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error: |accuracy - confidence| of the bins, averaged over all
+        images, from 0 to 1."""
+        return float(np.abs(self.correct - self.confidence).sum() / self.images.sum())
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Returns a row per bin; mean confidence and accuracy are None for empty bins."""
+        return [
+            {
+                "above": float(self.edges[at]),
+                "up_to": float(self.edges[at + 1]),
+                "images": images,
+                "confidence": _ratio(self.confidence[at], images),
+                "accuracy": _ratio(self.correct[at], images),
+            }
+            for at, images in enumerate(self.images.tolist())
+        ]
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole else None
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Reliability:
+    """Bins images by confidence, float (N,) on [0, 1]; correct is bool (N,)."""
+    # Round the edges like the confidences: the float32 closest to 1/5 lies on the edge at 1/5.
+    edges = (np.arange(bins + 1) / bins).astype(confidence.dtype)
+    at = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    sums = np.bincount(at, weights=confidence, minlength=bins)
+    images, right = (np.bincount(rows, minlength=bins) for rows in (at, at[correct]))
+    return Reliability(edges, images, sums, right)
+
+
 @dataclass(repr=False)
 class Evaluation:
     """A model's predictions for labelled images; K classes, N decodable images.
@@ -61,6 +170,7 @@ class Evaluation:
         precision: of the matmuls, and why; None if unknown.
         notes: other remarks on the metrics, one per line.
         decision: the model's, from logits to probabilities.
+        described: the model and the environment as JSON values; {} if unknown.
     """
 
     data: str
@@ -76,6 +186,7 @@ class Evaluation:
     precision: str | None = None
     notes: list[str] = field(default_factory=list)
     decision: Decision = field(default_factory=Decision)
+    described: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -87,13 +198,15 @@ class Evaluation:
         """Whether images have several labels, or none."""
         return self.labels.ndim == 2
 
+    def _answers(self, rows: slice = slice(None)) -> np.ndarray:
+        """bool (N, K): the classes that are answers."""
+        return self.decision.answers(torch.from_numpy(self.probabilities[rows])).numpy()
+
     @property
     def predictions(self) -> np.ndarray:
         """int64 (N,): the most probable class of each image; ties go to the first. With several
         labels an image bool (N, K): the classes that reach their thresholds."""
-        if self.is_multi_label:
-            return self.decision.answers(torch.from_numpy(self.probabilities)).numpy()
-        return self.logits.argmax(axis=1)
+        return self._answers() if self.is_multi_label else self.logits.argmax(axis=1)
 
     @property
     def confidences(self) -> np.ndarray:
@@ -107,9 +220,15 @@ class Evaluation:
         return right.all(axis=1) if self.is_multi_label else right
 
     @property
+    def num_correct(self) -> int:
+        return int(self.correct.sum())
+
+    @property
     def top1(self) -> float:
         """Fraction of images that are correct."""
         return float(self.correct.mean())
+
+    exact_match = top1
 
     @property
     def top1_interval(self) -> tuple[float, float]:
@@ -121,17 +240,32 @@ class Evaluation:
         return max(middle - half, 0.0), min(middle + half, 1.0)
 
     @property
+    def chance(self) -> str:
+        """ "; 95% interval 94.3% to 98.7%" of top-1 if the images are few, else ""."""
+        low, high = self.top1_interval
+        is_shown = len(self.labels) < FEW and not self.is_multi_label
+        return f"; 95% interval {low:.1%} to {high:.1%}" if is_shown else ""
+
+    @property
+    def top5(self) -> float | None:
+        """Fraction of images with the true class among the 5 most probable; None if K <= 5, or with
+        several labels per image."""
+        if len(self.class_names) <= 5 or self.is_multi_label:
+            return None
+        scores, truth = self.logits, self.labels[:, None]
+        own = np.take_along_axis(scores, truth, axis=1)
+        is_before = ~(scores <= own) | ((scores == own) & (np.arange(scores.shape[1]) < truth))
+        return float((is_before.sum(axis=1) < 5).mean())
+
+    @property
     def class_counts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """int64 (K,) each: the images of a class, its predictions, and the correct ones."""
+        truth, predicted = self.labels, self.predictions
         if self.is_multi_label:
-            predicted = self.predictions
-            images, right = self.labels.sum(axis=0), (self.labels & predicted).sum(axis=0)
-            return images, predicted.sum(axis=0), right
-        rows = (self.labels, self.predictions, self.labels[self.correct])
-        images, predicted, correct = (
-            np.bincount(row, minlength=len(self.class_names)) for row in rows
-        )
-        return images, predicted, correct
+            return truth.sum(axis=0), predicted.sum(axis=0), (truth & predicted).sum(axis=0)
+        rows, classes = (truth, predicted, truth[truth == predicted]), len(self.class_names)
+        images, guesses, correct = (np.bincount(row, minlength=classes) for row in rows)
+        return images, guesses, correct
 
     @property
     def balanced_accuracy(self) -> float:
@@ -164,16 +298,6 @@ class Evaluation:
         return sum(known) / len(known) if known else None
 
     @property
-    def top5(self) -> float | None:
-        """Fraction of images with the true class among the 5 most probable; None if K <= 5."""
-        if len(self.class_names) <= 5:
-            return None
-        scores, truth = self.logits, self.labels[:, None]
-        own = np.take_along_axis(scores, truth, axis=1)
-        is_before = ~(scores <= own) | ((scores == own) & (np.arange(scores.shape[1]) < truth))
-        return float((is_before.sum(axis=1) < 5).mean())
-
-    @property
     def losses(self) -> np.ndarray:
         """float64 (N,): the negative log-likelihood of each image's true class, in nats; with
         several labels per image the sum over the classes."""
@@ -196,24 +320,35 @@ class Evaluation:
 
     @property
     def reliability(self) -> Reliability:
-        """The images by confidence; its `error` is the expected calibration error. With several
-        labels an image, every class of every image by its probability."""
+        """The images by confidence; with several labels per image, every class of every image by
+        its probability."""
         if self.is_multi_label:
             return reliability(self.probabilities.ravel(), self.labels.ravel())
         return reliability(self.confidences, self.correct)
 
     @property
-    def answered(self) -> np.ndarray:
-        """bool (N,): whether there is an answer, and not "unsure"."""
-        found = self.decision.answers(torch.from_numpy(self.probabilities))
-        return found.any(dim=1).numpy()
+    def expected_calibration_error(self) -> float:
+        return self.reliability.error
 
     @property
-    def uncalibrated(self) -> Reliability | None:
-        """`reliability` without the model's temperature; None if it has none."""
+    def uncalibrated_error(self) -> float | None:
+        """The same without the model's temperature; None if it has none."""
         if self.decision.temperature == 1.0:
             return None
-        return replace(self, decision=replace(self.decision, temperature=1.0)).reliability
+        raw = replace(self, decision=replace(self.decision, temperature=1.0))
+        return raw.expected_calibration_error
+
+    @property
+    def coverage(self) -> float | None:
+        """Fraction of images with an answer; None if the model has no threshold for "unsure"."""
+        is_selective = self.decision.unsure_below is not None
+        return float(self._answers().any(axis=1).mean()) if is_selective else None
+
+    @property
+    def accuracy_answered(self) -> float | None:
+        """Fraction of correct answers; None without answers or a threshold."""
+        is_answered = self._answers().any(axis=1)
+        return float(self.correct[is_answered].mean()) if self.coverage else None
 
     @property
     def confusion(self) -> np.ndarray:
@@ -228,9 +363,9 @@ class Evaluation:
         main = self.main.text(self.main_metric)
         return f"Evaluation({self.data!r}: {images}, {classes}, {main})"
 
-    def figures(self, metrics: Iterable[Metric] | None = None) -> Iterator[tuple[str, float]]:
+    def figures(self, metrics: Iterable[Metric] = METRICS) -> Iterator[tuple[str, float]]:
         """Yields (name, value) of all metrics that are a single number, or of these."""
-        for metric in METRICS if metrics is None else metrics:
+        for metric in metrics:
             value = metric.value(self)
             if value is not None:
                 yield metric.name, value
@@ -238,7 +373,7 @@ class Evaluation:
     @property
     def main(self) -> Metric:
         """Top-1, or for several labels per image the mean average precision."""
-        return main_of(() if self.is_multi_label else ("top1",))
+        return main_of(() if self.is_multi_label else (_TOP1,))
 
     @property
     def main_metric(self) -> float:
@@ -252,38 +387,26 @@ class Evaluation:
 
     def lines(self) -> Iterator[str]:
         """Yields the printed lines."""
-        for metric in METRICS:
-            value = metric.value(self)
-            if value is not None:
-                text = metric.detail if isinstance(metric.detail, str) else metric.detail(self)
-                detail = f" ({text})" if text else ""
-                yield f"{metric.title:<8} {value:{metric.format}}{detail}"
-
-    def chance(self) -> str:
-        """Returns "; 95% interval 94.3% to 98.7%" of top-1 if the images are few, else ""."""
-        low, high = self.top1_interval
-        is_shown = len(self.labels) < FEW and not self.is_multi_label
-        return f"; 95% interval {low:.1%} to {high:.1%}" if is_shown else ""
+        for name, value in self.figures():
+            metric = _NAMED[name]
+            detail = f" ({metric.detail.format(e=self)})" if metric.detail else ""
+            yield f"{metric.title:<8} {value:{metric.format}}{detail}"
 
     def worst_confusions(self, most: int) -> list[tuple[str, str, int]]:
         """Returns (true class, predicted class, images) of the most frequent errors."""
         if self.is_multi_label:
             return []
-        wrong = self.confusion
+        wrong, names = self.confusion, self.class_names
         np.fill_diagonal(wrong, 0)
         order = np.argsort(-wrong, axis=None, kind="stable")[:most]
-        return [
-            (self.class_names[row], self.class_names[column], int(wrong[row, column]))
-            for row, column in zip(*np.unravel_index(order, wrong.shape), strict=True)
-            if wrong[row, column]
-        ]
+        pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
+        return [(names[row], names[at], int(wrong[row, at])) for row, at in pairs if wrong[row, at]]
 
     def predicted(self, row: int) -> list[tuple[str, float]]:
         """Returns the predicted class of an image, or all of them, with their probabilities."""
         places = [int(self.logits[row].argmax())]
         if self.is_multi_label:
-            own = torch.from_numpy(self.probabilities[row : row + 1])
-            places = np.flatnonzero(self.decision.answers(own)[0]).tolist()
+            places = np.flatnonzero(self._answers(slice(row, row + 1))).tolist()
         return [(self.class_names[at], float(self.probabilities[row, at])) for at in places]
 
     def mistakes(self) -> np.ndarray:
@@ -294,26 +417,23 @@ class Evaluation:
     def per_class(self) -> list[dict[str, Any]]:
         """Returns per class: name, images, correct, recall, precision and F1 (None if 0 / 0); with
         several labels per image also its average precision and its threshold."""
-        several: list[dict[str, Any]] = [{}] * len(self.class_names)
-        if self.is_multi_label:
-            limits = self.decision.thresholds or (0.5,) * len(several)
-            pairs = zip(self.average_precisions, limits, strict=True)
-            several = [{"average_precision": found, "threshold": limit} for found, limit in pairs]
         counts = (column.tolist() for column in self.class_counts)
-        return [
+        rows: list[dict[str, Any]] = [
             {
                 "class": name,
                 "images": images,
                 "correct": correct,
-                "recall": correct / images if images else None,
-                "precision": correct / predicted if predicted else None,
-                "f1": 2 * correct / (images + predicted) if images + predicted else None,
-                **more,
+                "recall": _ratio(correct, images),
+                "precision": _ratio(correct, predicted),
+                "f1": _ratio(2 * correct, images + predicted),
             }
-            for name, images, predicted, correct, more in zip(
-                self.class_names, *counts, several, strict=True
-            )
+            for name, images, predicted, correct in zip(self.class_names, *counts, strict=True)
         ]
+        if self.is_multi_label:
+            limits = self.decision.thresholds or (0.5,) * len(rows)
+            for row, found, limit in zip(rows, self.average_precisions, limits, strict=True):
+                row |= {"average_precision": found, "threshold": limit}
+        return rows
 
     def warnings(self) -> list[str]:
         """Returns caveats that the metrics do not show, one per line."""
@@ -326,6 +446,7 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Returns everything except individual predictions as JSON values."""
         values: dict[str, Any] = {
+            **self.described,
             "data": self.data,
             "images": len(self.labels),
             "images_in_data": len(self.labels) + len(self.bad),
@@ -334,7 +455,6 @@ class Evaluation:
             "trained_on": self.trained_on,
             "warnings": self.warnings(),
             **dict(self.figures()),
-            **({} if self.is_multi_label else {"top1_interval": list(self.top1_interval)}),
             "reliability": self.reliability.to_json(),
         }
         if self.precision is not None:
@@ -342,14 +462,18 @@ class Evaluation:
         if self.decision != Decision():
             values["decision"] = self.decision.to_json()
         if self.preprocessing is not None:
-            known = self.preprocessing.to_json()
             names = ("resize", "crop", "image_size", "interpolation", "exif_orientation")
-            known = {name: known[name] for name in (*names, "crop_small") if name in known}
-            values["protocol"] = known
+            known = self.preprocessing.to_json()
+            values["protocol"] = {
+                name: known[name] for name in (*names, "crop_small") if name in known
+            }
         if self.real is not None:
             values["real"] = self.real.to_json()
         values |= {"per_class": self.per_class(), "class_names": self.class_names}
-        return values if self.is_multi_label else {**values, "confusion": self.confusion.tolist()}
+        if not self.is_multi_label:
+            values["top1_interval"] = list(self.top1_interval)
+            values["confusion"] = self.confusion.tolist()
+        return values
 
     def save(
         self, folder: Path, model: Classifier | None = None, *, overwrite: bool = False
@@ -373,194 +497,6 @@ def _csv(rows: list[list[Any]]) -> bytes:
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     return text.getvalue().encode(errors="surrogateescape")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A metric that is a single number, and how it is printed."""
-
-    name: str  # in files
-    title: str  # on screen
-    compute: Callable[[Evaluation], float | None]  # None if not applicable
-    format: str = ".2%"
-    detail: str | Callable[[Evaluation], str] = ""  # in parentheses after the number
-    higher_is_better: bool = True
-    in_summary: bool = False  # also where only one line, or one column, is shown
-    labels: str = ""  # "single" or "multi", if only for one or for several labels per image
-
-    def value(self, evaluation: Evaluation) -> float | None:
-        """Returns the metric; None if it does not apply."""
-        own = "multi" if evaluation.is_multi_label else "single"
-        return self.compute(evaluation) if self.labels in ("", own) else None
-
-    def text(self, value: float) -> str:
-        return f"{self.title} {value:{self.format}}"
-
-    def score(self, value: float) -> float:
-        """Returns a number that is higher for better values."""
-        return value if self.higher_is_better else -value
-
-
-def main_of(names: Container[str]) -> Metric:
-    """Returns top-1, or for several labels per image the mean average precision."""
-    return _NAMED["top1" if "top1" in names else "mean_average_precision"]
-
-
-def metric_of(name: str, example: Evaluation | None = None) -> Metric:
-    """Returns a metric by name; UserError if it does not apply to such evaluations."""
-    found = _NAMED[one_of("metric", name, _NAMED, where="best_by")]
-    if example is not None and found.value(example) is None:
-        fix = f"One of {', '.join(dict(example.figures()))}"
-        what = f"the metric {name} does not apply to this data"
-        raise UserError(what, where="best_by", fix=fix, code="not-applicable")
-    return found
-
-
-def _correct(evaluation: Evaluation) -> str:
-    return f"{evaluation.correct.sum():,} correct{evaluation.chance()}"
-
-
-def _real(evaluation: Evaluation) -> str:
-    real = evaluation.real
-    assert real is not None
-    return (
-        f"{real.correct:,} of {real.images:,} scored images correct; {real.unlabelled:,} without a "
-        "ReaL label are not scored"
-    )
-
-
-def _with_temperature(evaluation: Evaluation) -> str:
-    found = evaluation.decision.temperature
-    return "" if found == 1.0 else f", with the model's temperature {found:.4g}"
-
-
-def _coverage(evaluation: Evaluation) -> float | None:
-    is_selective = evaluation.decision.unsure_below is not None
-    return float(evaluation.answered.mean()) if is_selective else None
-
-
-def _unsure(evaluation: Evaluation) -> str:
-    return f"the others are unsure: below {evaluation.decision.unsure_below:.4g}"
-
-
-METRICS = (
-    Metric("top1", "top-1", lambda e: e.top1, ".2%", _correct, in_summary=True, labels="single"),
-    Metric(
-        "mean_average_precision",
-        "mAP",
-        lambda e: e.mean_average_precision,
-        detail="mean average precision of the classes",
-        in_summary=True,
-        labels="multi",
-    ),
-    Metric(
-        "balanced_accuracy",
-        "balanced",
-        lambda e: e.balanced_accuracy,
-        detail="accuracy, mean recall of the classes",
-        in_summary=True,
-        labels="single",
-    ),
-    Metric(
-        "micro_f1",
-        "micro F1",
-        lambda e: e.micro_f1,
-        detail="of all labels",
-        in_summary=True,
-        labels="multi",
-    ),
-    Metric(
-        "macro_f1",
-        "macro F1",
-        lambda e: e.macro_f1,
-        detail="mean F1 of the classes",
-        in_summary=True,
-    ),
-    Metric(
-        "exact_match",
-        "exact",
-        lambda e: e.top1,
-        detail=lambda e: f"{e.correct.sum():,} images with all labels right",
-        labels="multi",
-    ),
-    Metric("top5", "top-5", lambda e: e.top5, labels="single"),
-    Metric(
-        "loss",
-        "loss",
-        lambda e: e.loss,
-        ".4f",
-        "negative log-likelihood, nats",
-        higher_is_better=False,
-    ),
-    Metric(
-        "expected_calibration_error",
-        "ECE",
-        lambda e: e.reliability.error,
-        detail=lambda e: f"expected calibration error, {BINS} bins{_with_temperature(e)}",
-        higher_is_better=False,
-    ),
-    Metric(
-        "uncalibrated_error",
-        "raw ECE",
-        lambda e: e.uncalibrated and e.uncalibrated.error,
-        detail="without the temperature",
-        higher_is_better=False,
-    ),
-    Metric("coverage", "answered", _coverage, detail=_unsure),
-    Metric(
-        "accuracy_answered",
-        "accuracy",
-        lambda e: float(e.correct[e.answered].mean()) if _coverage(e) else None,
-        detail="of the answers",
-    ),
-    Metric("real", "ReaL", lambda e: e.real.accuracy if e.real else None, detail=_real),
-)
-_NAMED = {metric.name: metric for metric in METRICS}
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """Images binned by the confidence of their predictions, in B bins of equal width.
-
-    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3, with 15 bins.
-    """
-
-    edges: np.ndarray  # (B + 1,) from 0 to 1; an edge belongs to the bin below
-    images: np.ndarray  # int64 (B,)
-    confidence: np.ndarray  # float64 (B,), the sum over the images
-    correct: np.ndarray  # int64 (B,), correctly classified images
-
-    @property
-    def error(self) -> float:
-        """The expected calibration error: |accuracy - confidence| of the bins, averaged over all
-        images, from 0 to 1."""
-        return float(np.abs(self.correct - self.confidence).sum() / self.images.sum())
-
-    def to_json(self) -> list[dict[str, Any]]:
-        """Returns a row per bin; mean confidence and accuracy are None for empty bins."""
-        return [
-            {
-                "above": float(self.edges[at]),
-                "up_to": float(self.edges[at + 1]),
-                "images": images,
-                "confidence": float(self.confidence[at] / images) if images else None,
-                "accuracy": float(self.correct[at] / images) if images else None,
-            }
-            for at, images in enumerate(self.images.tolist())
-        ]
-
-
-def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Reliability:
-    """Bins images by confidence, float (N,) on [0, 1]; correct is bool (N,)."""
-    # Round the edges like the confidences: the float32 closest to 1/5 lies on the edge at 1/5.
-    edges = (np.arange(bins + 1) / bins).astype(confidence.dtype)
-    at = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
-    return Reliability(
-        edges,
-        np.bincount(at, minlength=bins),
-        np.bincount(at, weights=confidence, minlength=bins),
-        np.bincount(at[correct], minlength=bins),
-    )
 
 
 @named_memory_errors()
@@ -602,13 +538,9 @@ def evaluate_source(
     if not len(labels):
         raise UserError("none of the images can be decoded", where=source.name)
     return Evaluation(
-        source.name,
-        names,
-        labels,
-        indices,
-        logits,
-        [image for _, bad in parts for image in bad],
-        predictor.preprocessing,
+        *(source.name, names, labels, indices, logits),
+        bad=[image for _, bad in parts for image in bad],
+        preprocessing=predictor.preprocessing,
         precision=f"{predictor.precision} ({predictor.why})",
         decision=predictor.model.decision,
     )

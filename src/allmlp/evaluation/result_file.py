@@ -28,11 +28,15 @@ FORMAT, VERSION = "allmlp measurement", 1
 
 def measurement(kind: str, model: Classifier | None, figures: dict[str, Any]) -> dict[str, Any]:
     """Returns named numbers as a measurement of this kind; model None: of several models."""
-    device = torch.device("cpu") if model is None else model.device
     values: dict[str, Any] = {"format": FORMAT, "version": VERSION, "kind": kind}
-    if model is not None:
-        values["model"] = describe(model)
-    return {**values, "environment": environment_info(device), **figures}
+    return {**values, **measured_on(model), **figures}
+
+
+def measured_on(model: Classifier | None) -> dict[str, Any]:
+    """Returns descriptions of the model, if any, and of the environment as JSON values."""
+    if model is None:
+        return {"environment": environment_info(torch.device("cpu"))}
+    return {"model": describe(model), "environment": environment_info(model.device)}
 
 
 def describe(model: Classifier) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def check_result_path(output: str | None, *, overwrite: bool) -> Path | None:
     if output is None or output == STANDARD_OUTPUT:
         return None
     path = expand(output)
-    if path.suffix != ".json" or path.is_dir():
+    if path.suffix != ".json":
         what = f"not a .json file: {output!r}"
         raise UserError(what, where="output", fix="Such as results.json, or - for standard output")
     check_output_file(path, overwrite=overwrite, parents=True)
@@ -63,21 +67,13 @@ def check_result_path(output: str | None, *, overwrite: bool) -> Path | None:
 
 
 def save_result(path: Path | None, values: dict[str, Any]) -> None:
-    """Writes a measurement to a file or to standard output."""
+    """Writes a measurement atomically to a file, or to standard output."""
+    text = json.dumps(values, indent=2) + "\n"
     if path is None:
-        print(_text(values), end="", flush=True)
+        print(text, end="", flush=True)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_measurement(path, values)
-
-
-def write_measurement(path: Path, values: dict[str, Any]) -> None:
-    """Writes a measurement atomically; the folder must exist."""
-    atomic_write(path, _text(values).encode(errors="surrogateescape"))
-
-
-def _text(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2) + "\n"
+        atomic_write(path, text.encode(errors="surrogateescape"))
 
 
 def read_measurement(path: Path) -> dict[str, Any]:

@@ -108,13 +108,18 @@ def create_model(
 def model_from_config(config: ModelConfig) -> ImageClassifier:
     """Returns a new model with random weights, for a configuration of any family."""
     # Check the numbers first: building an oversized model takes minutes before it fails.
-    blocks = getattr(config, "num_blocks", 0)
+    family, blocks = family_of(config), getattr(config, "num_blocks", 0)
     if blocks > _MOST_BLOCKS:
         raise UserError(f"a model has at most {_MOST_BLOCKS:,} blocks, got {blocks:,}")
-    if torch.get_default_device().type != "meta":
-        values = getattr(config, "least_parameters", 0)
+    if torch.get_default_device().type != "meta" and family is not timm_model.FAMILY:
+        try:
+            with torch.device("meta"):
+                values = family.build(config).num_parameters
+        except (RuntimeError, OverflowError) as error:  # sizes beyond what a tensor can have
+            what = f"the model cannot be built: {str(error).splitlines()[0]}"
+            raise UserError(what, code="out-of-range") from error
         check_fits_memory(values, f"a model of {values:,} weights")
-    return family_of(config).build(config)
+    return family.build(config)
 
 
 def random_weights(model: ImageClassifier, seed: int = 0) -> ImageClassifier:

@@ -34,12 +34,9 @@ class CycleFC(nn.Module):
 
         out[n, i, j] = bias + sum over c of weight[:, c] x[n, i + dy_c, j + dx_c, c]
 
-    with zero padding. The buffer `offset`, (1, 2C, 1, 1), holds dy and dx of every channel,
-    interleaved as in the published files; loading different offsets is an error.
-
-    Args:
-        dim: C.
-        along: the axis of the shifts: 1 for the height, 2 for the width.
+    with zero padding, and shifts along axis 1, the height, or 2, the width. The buffer `offset`,
+    (1, 2C, 1, 1), holds dy and dx of every channel, interleaved as in the published files; loading
+    different offsets is an error.
     """
 
     offset: Tensor
@@ -62,23 +59,18 @@ class CycleFC(nn.Module):
         is_high, side = self.along == 1, x.shape[self.along]
         padded = F.pad(x, (0, 0, 0, 0, 1, 1) if is_high else (0, 0, 1, 1))
         # The channels are now sorted by shift, so the columns of the weight must be, too.
-        shifted = torch.cat(
-            [
-                padded.narrow(self.along, 1 + shift, side)[..., first::3]
-                for first, shift in enumerate(CYCLE)
-            ],
-            dim=3,
+        places = (
+            (first, padded.narrow(self.along, 1 + at, side)) for first, at in enumerate(CYCLE)
         )
+        shifted = torch.cat([place[..., first::3] for first, place in places], dim=3)
         weight = self.weight[:, :, 0, 0]
         columns = torch.cat([weight[:, first::3] for first in range(3)], dim=1)
         return F.linear(shifted, columns, self.bias)
 
 
-def _check_offset(module: nn.Module, _: Any) -> None:
-    assert isinstance(module, CycleFC)
-    if not module.offset.is_meta and module.offset.view(-1, 2).tolist() != [
-        list(pair) for pair in module.pairs
-    ]:
+def _check_offset(module: Any, _: Any) -> None:
+    is_known = module.offset.is_meta or module.offset.flatten().tolist() == sum(module.pairs, ())
+    if not is_known:
         what = "an offset buffer of CycleMLP has other shifts than the published 0, +1, -1"
         raise UserError(what, fix="Only the published shifts are computed here")
 
@@ -136,7 +128,6 @@ class CycleMLPConfig(StagedConfig):
 
     @property
     def windows(self) -> list[Window | None]:
-        """See `StagedConfig`; 7, 4, 2 for the published stem: grids of 56, 28, 14, 7 at 224."""
         padding = (self.stem_kernel - self.stem_stride + 1) // 2
         return [(self.stem_kernel, self.stem_stride, padding), *[(3, 2, 1)] * len(self.dims[1:])]
 

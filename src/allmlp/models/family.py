@@ -47,20 +47,26 @@ class ModelConfig:
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, value := tuple(value))
-            is_right, rule = _check(kind, value, least=0 if name == "num_classes" else 1)
-            if not is_right:
+            rule = _broken_rule(kind, value, least=0 if name == "num_classes" else 1)
+            if rule is not None:
                 raise ValueError(f"{name} must be {rule}, got {value!r}")
 
     @property
     def flops(self) -> int:
         """FLOPs per image, counting a multiply-add as two.
 
-        Convolutions and dense layers only; biases, GELU and LayerNorm are left out, as is usual.
+        Convolutions and dense layers only; biases, GELU and norms, less than one per cent in total,
+        are left out, as is usual.
         """
         raise NotImplementedError
 
+    @property
+    def widest(self) -> int | None:
+        """Number of values in the largest activation of one image; None if unknown."""
+        return None
+
     def summary(self) -> str:
-        """Returns a short description of the architecture."""
+        """Returns a short description: "12 layers, patch 16, 768 channels"."""
         raise NotImplementedError
 
     def check_divisible(self, unit: Size, words: str) -> None:
@@ -115,7 +121,7 @@ class PatchConfig(ModelConfig):
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Number of tokens before every block and before the head: num_blocks + 1 values."""
+        """Number of tokens before every block and before the head."""
         return (self.num_tokens,) * (self.num_blocks + 1)
 
     def flops_with(self, block_macs: int) -> int:
@@ -124,7 +130,6 @@ class PatchConfig(ModelConfig):
         return 2 * (stem + block_macs + self.hidden_dim * self.num_classes)
 
     def summary(self) -> str:
-        """Returns a short description: "12 layers, patch 16, 768 channels"."""
         patch = size_text(self.patch_size)
         return f"{self.num_blocks} layers, patch {patch}, {self.hidden_dim} channels"
 
@@ -139,27 +144,28 @@ def is_integer(value: Any, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _check(kind: Any, value: Any, least: int) -> tuple[bool, str]:
-    """Returns whether a value matches a field's type, and a description of that type."""
+def _broken_rule(kind: Any, value: Any, least: int) -> str | None:
+    """Returns in words what a field of this type must be, or None if the value is."""
+    is_size = isinstance(value, tuple) and len(value) == 2 and all(map(is_integer, value))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_right, rule = True, ""
     if kind is int:
-        return is_integer(value, least), f"a whole number of at least {least}"
-    if kind is str:
-        return isinstance(value, str), "a text"
-    if kind is float:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and 0.0 <= value < 1.0, "in [0, 1)"
-    if get_origin(kind) is Literal:
-        is_known = isinstance(value, str) and value in get_args(kind)
-        return is_known, f"one of {', '.join(get_args(kind))}"
-    if kind in (Size, int | Size):
-        if kind != Size and is_integer(value):
-            return True, ""
-        is_size = isinstance(value, tuple) and len(value) == 2 and all(map(is_integer, value))
-        return is_size, "a number of pixels or (height, width)"
-    if kind == tuple[int, ...]:
-        is_list = isinstance(value, tuple) and value != () and all(map(is_integer, value))
-        return is_list, "whole numbers of at least 1"
-    return True, ""
+        is_right, rule = is_integer(value, least), f"a whole number of at least {least}"
+    elif kind is str:
+        is_right, rule = isinstance(value, str), "a text"
+    elif kind is float:
+        is_right, rule = is_number and 0.0 <= value < 1.0, "in [0, 1)"
+    elif get_origin(kind) is Literal:
+        choices = get_args(kind)
+        is_right = isinstance(value, str) and value in choices
+        rule = f"one of {', '.join(choices)}"
+    elif kind in (Size, int | Size):
+        is_right = is_size or (kind != Size and is_integer(value))
+        rule = "a number of pixels or (height, width)"
+    elif kind == tuple[int, ...]:
+        is_right = isinstance(value, tuple) and value != () and all(map(is_integer, value))
+        rule = "whole numbers of at least 1"
+    return None if is_right else rule
 
 
 def _same_shape(config: Any, named: Any) -> str | None:
@@ -177,34 +183,36 @@ class Names:
     Attributes:
         title: the code base.
         marker: a pattern for names that only these files have.
-        pairs: (their prefix, ours), with "{i}" for the block index.
+        outside: "theirs=ours ..." for the modules outside of the blocks.
+        inside: "theirs=ours ..." for the modules and parameters of a block.
         scale_axes: axes of tensors called alpha and beta; all but the last have length one.
         gelu: the form that the code base computes, if the configuration has a choice.
     """
 
     title: str
     marker: str
-    pairs: tuple[tuple[str, str], ...]
+    outside: str
+    inside: str
     scale_axes: int = 1
     gelu: str | None = None
 
     def to_ours(self, tensors: Tensors) -> Tensors:
         """Renames their tensors to our names."""
-        return {_renamed(key, self.pairs): _scale(key, v, 1) for key, v in tensors.items()}
+        return {self._renamed(key): _scale(key, v, 1) for key, v in tensors.items()}
 
     def from_ours(self, tensors: Tensors) -> Tensors:
         """Renames our tensors to their names."""
-        pairs, axes = tuple((ours, theirs) for theirs, ours in self.pairs), self.scale_axes
-        return {_renamed(key, pairs): _scale(key, v, axes) for key, v in tensors.items()}
+        axes = self.scale_axes
+        return {self._renamed(key, back=True): _scale(key, v, axes) for key, v in tensors.items()}
 
-
-def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    for old, new in pairs:
-        found = re.match(re.escape(old).replace(r"\{i\}", r"(\d+)"), name)
-        if found:
-            number = found[1] if found.groups() else ""
-            return new.replace("{i}", number) + name[found.end() :]
-    return name
+    def _renamed(self, name: str, back: bool = False) -> str:
+        block = name[: match.end()] if (match := re.match(r"blocks\.\d+\.", name)) else ""
+        rest = name.removeprefix(block)
+        for pair in (self.inside if block else self.outside).split():
+            old, new = reversed(pair.split("=")) if back else pair.split("=")
+            if f"{rest}.".startswith(f"{old}."):
+                return block + new + rest.removeprefix(old)
+        return name
 
 
 def _scale(name: str, value: Tensor, axes: int) -> Tensor:
@@ -261,11 +269,12 @@ class Family:
         if self.crops is None:
             return Preprocessing(image_size=size, channels=channels)
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        is_color = channels == 3
         return Preprocessing(
             image_size=size,
             channels=channels,
-            mean=mean if channels == 3 else sum(mean) / 3,
-            std=std if channels == 3 else sum(std) / 3,
+            mean=mean if is_color else sum(mean) / 3,
+            std=std if is_color else sum(std) / 3,
             crop=self.crops.get(self.name_of(config) or "", 0.875),
             interpolation="bicubic",
         )

@@ -118,13 +118,7 @@ class GMLPConfig(PatchConfig):
 
     @property
     def widest(self) -> int:
-        """Number of values in the largest activation of one image, a hidden layer."""
         return self.num_tokens * self.mlp_dim
-
-    @property
-    def least_parameters(self) -> int:
-        """Number of parameters in the blocks' matrices alone."""
-        return self.num_blocks * (self.num_tokens**2 + 3 * self.hidden_dim * self.mlp_dim // 2)
 
 
 def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> GMLPConfig:
@@ -151,15 +145,10 @@ FAMILY = Family(
         Names(
             "timm",
             r"blocks\.\d+\.(mlp_channels\.gate|norm)\.",
-            (
-                ("stem.proj", "stem"),
-                ("blocks.{i}.norm", "blocks.{i}.layer_norm"),
-                ("blocks.{i}.mlp_channels.fc1", "blocks.{i}.mlp.dense_0"),
-                ("blocks.{i}.mlp_channels.gate.norm", "blocks.{i}.mlp.gate.layer_norm"),
-                ("blocks.{i}.mlp_channels.gate.proj", "blocks.{i}.mlp.gate.token_mixing"),
-                ("blocks.{i}.mlp_channels.fc2", "blocks.{i}.mlp.dense_1"),
-                ("norm.", "pre_head_layer_norm."),
-            ),
+            "stem.proj=stem norm=pre_head_layer_norm",
+            "norm=layer_norm mlp_channels.fc1=mlp.dense_0 mlp_channels.fc2=mlp.dense_1 "
+            "mlp_channels.gate.norm=mlp.gate.layer_norm "
+            "mlp_channels.gate.proj=mlp.gate.token_mixing",
         ),
     ),
 )

@@ -15,7 +15,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import cast
 
 import torch
@@ -78,10 +78,6 @@ class Inference:
         elif precision == "bfloat16":
             self._network = _with_exact_head(model)
 
-    def few_threads(self, num_images: int) -> AbstractContextManager[None]:
-        """Returns a context that limits the threads while this number of images is processed."""
-        return step_threads(self.device, self.model.config.flops * num_images)
-
     def logits(self, images: Tensor) -> Tensor:
         """Returns logits, float32 (N, K), of normalised images on the model's device, or features
         if the model has no head."""
@@ -97,7 +93,7 @@ class Inference:
         # A copy is always in evaluation mode; setting the mode takes a millisecond.
         is_copy = self._network is not self.model
         with (
-            self.few_threads(len(images)),
+            step_threads(self.device, self.model.config.flops * len(images)),
             nullcontext() if is_copy else evaluating(self._network),
             torch.autocast(self.device.type, torch.bfloat16, enabled=half),
         ):
@@ -156,19 +152,16 @@ def packable(model: nn.Module) -> list[tuple[nn.Module, str]]:
     Only float32 layers without hooks that our own modules call: other code, such as timm's, may
     read the weight of a layer instead of calling it.
     """
-    found = []
-    for module in model.modules():
-        is_ours = type(module).__module__.startswith("allmlp.")
-        for name, child in module.named_children():
-            if (
-                (is_ours or type(module) is nn.Sequential)
-                and not (module is model and name == "head")
-                and type(child) is nn.Linear
-                and child.weight.dtype == torch.float32
-                and not (child._forward_hooks or child._forward_pre_hooks)
-            ):
-                found.append((module, name))
-    return found
+    return [
+        (module, name)
+        for module in model.modules()
+        if type(module).__module__.startswith("allmlp.") or type(module) is nn.Sequential
+        for name, child in module.named_children()
+        if type(child) is nn.Linear
+        and not (module is model and name == "head")
+        and child.weight.dtype == torch.float32
+        and not (child._forward_hooks or child._forward_pre_hooks)
+    ]
 
 
 def pack(model: ImageClassifier, precision: str) -> ImageClassifier:

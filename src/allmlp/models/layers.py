@@ -35,8 +35,7 @@ class StochasticDepth(nn.Module):
         super().__init__()
         self.probability = probability
 
-    def forward(self, branch: Tensor) -> Tensor:
-        """Returns `branch`, (N, ...), with dropped samples zeroed."""
+    def forward(self, branch: Tensor) -> Tensor:  # (N, ...) -> (N, ...)
         if not self.training or self.probability == 0.0:
             return branch
         keep = 1.0 - self.probability
@@ -147,7 +146,6 @@ class ImageClassifier(nn.Module):
 
     @property
     def class_names(self) -> list[str] | None:
-        """See the class."""
         return self._class_names
 
     @class_names.setter
@@ -156,7 +154,6 @@ class ImageClassifier(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return next(self.parameters()).device
 
     @property
@@ -165,7 +162,7 @@ class ImageClassifier(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def features(self, images: Tensor) -> Tensor:
-        """Returns the pooled features (N, C) that the head reads, of images (N, channels, H, W)."""
+        """Returns the pooled features (N, C) that the head reads; takes and raises as `forward`."""
         raise TypeError(f"{type(self).__name__} defines no features()")
 
     def forward(self, images: Tensor) -> Tensor:
@@ -181,7 +178,6 @@ class ImageClassifier(nn.Module):
         return x if self.head is None else self.head(x)
 
     # Named as in huggingface_hub's ModelHubMixin, which would be imported with every network.
-
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, **options: Any):
         """Returns `am.load_model(source)` for a path or owner/name on the hub, if it is a `cls`.
@@ -237,17 +233,14 @@ def check_image_shape(images: Tensor, config: Any, why_one_size: str) -> None:
     height, width = config.image_size
     if images.dim() != 4:
         raise ValueError(f"expected images (N, channels, H, W), got {tuple(images.shape)}")
-    if images.shape[1] != config.in_channels:
-        raise ValueError(
-            f"the model was built for {config.in_channels} input channels, "
-            f"the images have {images.shape[1]}"
-        )
-    if tuple(images.shape[2:]) != (height, width):
-        raise ValueError(
-            f"the model was built for images of {height}x{width} pixels, got "
-            f"{images.shape[2]}x{images.shape[3]}: {why_one_size}. "
-            "Resize the images or create the model with that image_size"
-        )
+    _, channels, high, wide = images.shape
+    if channels != config.in_channels:
+        wanted = f"the model was built for {config.in_channels} input channels"
+        raise ValueError(f"{wanted}, the images have {channels}")
+    if (high, wide) != (height, width):
+        wanted = f"the model was built for images of {height}x{width} pixels, got {high}x{wide}"
+        fix = "Resize the images or create the model with that image_size"
+        raise ValueError(f"{wanted}: {why_one_size}. {fix}")
 
 
 class PatchClassifier(ImageClassifier):
@@ -288,11 +281,7 @@ class PatchClassifier(ImageClassifier):
             nn.init.zeros_(self.head.weight)
 
     def features(self, images: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, C)
-        """Returns the input of the head: the mean over tokens of the normalised last layer.
-
-        Raises:
-            ValueError: the images have another size or number of channels than the model.
-        """
+        """Returns the input of the head: the mean over tokens of the normalised last layer."""
         self.check_images(images)
         x = self.stem(images).flatten(2).transpose(1, 2)  # (N, S, C), row-major over the grid
         # Under autocast the stem returns bfloat16, but the residual stream stays in the weights'
@@ -317,13 +306,11 @@ def checked_names(names: Any, num_classes: int, where: object = "class_names") -
     """Returns class names as a list; UserError if they are invalid."""
     is_list = isinstance(names, Iterable) and not isinstance(names, str | bytes | Mapping | Set)
     listed = list(names) if is_list else [names]
-    wrong = [name for name in listed if not isinstance(name, str)]
-    what = None
-    if wrong or not is_list:
-        what = f"class names are a list of text, got {(wrong or listed)[0]!r:.200}"
-    elif len(listed) != num_classes:
+    wrong = listed if not is_list else [name for name in listed if not isinstance(name, str)]
+    if wrong or len(listed) != num_classes:
         what = f"there are {len(listed):,} class names for {num_classes:,} classes"
-    if what is not None:
+        if wrong:
+            what = f"class names are a list of text, got {wrong[0]!r:.200}"
         raise UserError(what, where=where, fix="One name per class, in the order of the logits")
     return [str(name) for name in listed]
 

@@ -73,24 +73,19 @@ class MixerBlock(nn.Module):
     Google's files have it; inference with packed weights skips it. (The shortcut of a pyramid mixes
     these numbers across tokens, never across channels. It matters in untied, grouped and views.)
 
-    Args:
-        config: the architecture.
-        index: index of the block, from 0.
-        drop_token_mixing, drop_channel_mixing: stochastic depth of the two branches.
+    The index is that of the block, from 0; `drops` are the stochastic depth of both branches.
     """
 
-    def __init__(
-        self, config: MixerConfig, index: int, drop_token_mixing: float, drop_channel_mixing: float
-    ) -> None:
+    def __init__(self, config: MixerConfig, index: int, *drops: float) -> None:
         super().__init__()
         dim, tokens = config.hidden_dim, config.num_tokens
         how = config.gelu, config.dropout, config.gated
         self.layer_norm_0 = nn.LayerNorm(dim, eps=1e-6)
         self.token_mixing = MlpBlock(tokens, config.tokens_mlp_dim, *how)
-        self.drop_0 = StochasticDepth(drop_token_mixing)
+        self.drop_0 = StochasticDepth(drops[0])
         self.layer_norm_1 = nn.LayerNorm(dim, eps=1e-6)
         self.channel_mixing = MlpBlock(dim, config.channels_mlp_dim, *how)
-        self.drop_1 = StochasticDepth(drop_channel_mixing)
+        self.drop_1 = StochasticDepth(drops[1])
 
     def forward(self, x: Tensor) -> Tensor:  # (N, S, C) -> (N, S, C)
         y = self.layer_norm_0(x).transpose(1, 2)  # (N, C, S)
@@ -251,10 +246,10 @@ class MixerConfig(PatchConfig):
             steps = tuple((block, fewer) for block, fewer in self.pyramid)
         except (TypeError, ValueError):
             steps = ((-1, -1),)
-        blocks, tokens = [-1, *(step[0] for step in steps)], self.num_tokens
         if not all(is_integer(number, 0) for step in steps for number in step):
             what = "pyramid must be pairs of a block and its tokens, as [[4, 49]]"
             raise ValueError(f"{what}, got {self.pyramid!r}")
+        blocks, tokens = [-1, *(block for block, _ in steps)], self.num_tokens
         if blocks != sorted(set(blocks)) or blocks[-1] >= self.num_blocks:
             what = f"the blocks of a pyramid rise from 0 to {self.num_blocks - 1}"
             raise ValueError(f"{what}, got {self.pyramid!r}")
@@ -274,7 +269,6 @@ class MixerConfig(PatchConfig):
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Number of tokens before every block and before the head: num_blocks + 1 values."""
         steps, counts = dict(self.pyramid), [self.num_tokens]
         for block in range(self.num_blocks):
             counts.append(steps.get(block, counts[-1]))
@@ -282,10 +276,6 @@ class MixerConfig(PatchConfig):
 
     @property
     def flops(self) -> int:
-        """FLOPs per image, counting a multiply-add as two.
-
-        Biases, GELU and LayerNorm, less than one per cent in total, are left out, as is usual.
-        """
         dim, wide, total = self.hidden_dim, 2 if self.gated else 1, 0
         for before, after in itertools.pairwise(self.tokens):
             total += dim * (wide * before + after) * self.tokens_mlp_dim
@@ -296,18 +286,8 @@ class MixerConfig(PatchConfig):
 
     @property
     def widest(self) -> int:
-        """Values in the largest activation of one image, a hidden layer of the first block."""
         hidden = self.hidden_dim * self.tokens_mlp_dim, self.num_tokens * self.channels_mlp_dim
         return max(hidden) * (2 if self.gated else 1)
-
-    @property
-    def least_parameters(self) -> int:
-        """Number of parameters in the blocks' MLPs alone."""
-        copies = self.hidden_dim if self.token_mixing == "untied" else self.token_groups
-        wide = 2 if self.gated else 1
-        tokens = sum(wide * before + after for before, after in itertools.pairwise(self.tokens))
-        channels = (wide + 1) * self.num_blocks * self.hidden_dim * self.channels_mlp_dim
-        return copies * tokens * self.tokens_mlp_dim + channels
 
     @property
     def variant(self) -> str:
@@ -323,7 +303,6 @@ class MixerConfig(PatchConfig):
         return ", ".join(words)
 
     def summary(self) -> str:
-        """Returns a short description: "12 layers, patch 16, 768 channels"."""
         words = "gated" if self.gated else ""
         return ", ".join(filter(None, (super().summary(), words, self.variant)))
 
@@ -403,16 +382,10 @@ FAMILY = Family(
         Names(
             "timm",
             r"blocks\.\d+\.mlp_tokens\.",
-            (
-                ("stem.proj", "stem"),
-                ("blocks.{i}.norm1", "blocks.{i}.layer_norm_0"),
-                ("blocks.{i}.norm2", "blocks.{i}.layer_norm_1"),
-                ("blocks.{i}.mlp_tokens.fc1", "blocks.{i}.token_mixing.dense_0"),
-                ("blocks.{i}.mlp_tokens.fc2", "blocks.{i}.token_mixing.dense_1"),
-                ("blocks.{i}.mlp_channels.fc1", "blocks.{i}.channel_mixing.dense_0"),
-                ("blocks.{i}.mlp_channels.fc2", "blocks.{i}.channel_mixing.dense_1"),
-                ("norm.", "pre_head_layer_norm."),
-            ),
+            "stem.proj=stem norm=pre_head_layer_norm",
+            "norm1=layer_norm_0 norm2=layer_norm_1 "
+            "mlp_tokens.fc1=token_mixing.dense_0 mlp_tokens.fc2=token_mixing.dense_1 "
+            "mlp_channels.fc1=channel_mixing.dense_0 mlp_channels.fc2=channel_mixing.dense_1",
             gelu="exact",
         ),
     ),

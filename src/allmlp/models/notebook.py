@@ -29,29 +29,19 @@ def model_html(model: Any) -> str:
     }
     rows = (f"<tr><th>{name}</th><td>{html.escape(fact)}</td></tr>" for name, fact in facts.items())
     table = f"<b>{type(model).__name__}</b><table>{''.join(rows)}</table>"
-    pixels = _units(model)
-    if pixels is None:
-        return table
-    source = data_url(encode_png(pixels))
-    style = "width:320px;image-rendering:pixelated"
-    what = "input weights of the first token-mixing units, on the grid of the patches"
-    return f'{table}<img src="{source}" style="{style}" alt="{what}" title="{what}">'
-
-
-def _units(model: Any) -> np.ndarray | None:
-    """Weights of the first units that read one number per patch, each on the grid, uint8."""
-    grid = getattr(model.config, "grid", None)
-    if grid is None:
-        return None
-    layers = (module for module in model.modules() if isinstance(module, nn.Linear))
-    mixing = (m for m in layers if m.in_features == math.prod(grid) and m is not model.head)
-    layer = next(mixing, None)
+    grid = getattr(config, "grid", (0, 0))
+    layers = (m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.head)
+    layer = next((layer for layer in layers if layer.in_features == math.prod(grid)), None)
     if layer is None:
-        return None
-    units = layer.weight.detach().float().cpu().numpy()[: _COLUMNS * _ROWS].reshape(-1, *grid)
-    largest = np.abs(units).max(axis=(1, 2), keepdims=True)
-    shown = (127.5 + 127.5 * units / np.maximum(largest, 1e-30)).round().astype(np.uint8)
-    shown = np.pad(shown, ((0, -len(units) % _COLUMNS), (0, 1), (0, 1)), constant_values=255)
+        return table
+    weights = layer.weight.detach().float().cpu().numpy()[: _COLUMNS * _ROWS].reshape(-1, *grid)
+    largest = np.abs(weights).max(axis=(1, 2), keepdims=True)
+    shown = (127.5 + 127.5 * weights / np.maximum(largest, 1e-30)).round().astype(np.uint8)
+    gaps = ((0, -len(weights) % _COLUMNS), (0, 1), (0, 1))
+    shown = np.pad(shown, gaps, constant_values=255)
     _, high, wide = shown.shape
     tiles = shown.reshape(-1, _COLUMNS, high, wide).swapaxes(1, 2)
-    return np.ascontiguousarray(tiles.reshape(-1, _COLUMNS * wide))
+    source = data_url(encode_png(np.ascontiguousarray(tiles.reshape(-1, _COLUMNS * wide))))
+    what = "input weights of the first token-mixing units, on the grid of the patches"
+    style = "width:320px;image-rendering:pixelated"
+    return f'{table}<img src="{source}" style="{style}" alt="{what}" title="{what}">'

@@ -55,7 +55,6 @@ def whole_factors(old: Size, new: Size, method: str) -> Any:
 
 
 def how_resized(factors: Size | None) -> str:
-    """Describes the method."""
     return f"block-diagonal, {factors[0]}x{factors[1]} tiles" if factors else "resampled (nearest)"
 
 
@@ -67,18 +66,12 @@ def resize_tokens(
     method: str = "auto",
     interpolation: Interpolation = "nearest",
 ) -> tuple[int, str]:
-    """Resizes weights that depend on the tokens to the image size of `new`, in place.
+    """Resizes weights that depend on the tokens to the image size of `new`, in place; `old` and
+    `new` are a `PatchConfig`. Returns the number of tiles (1 if resampled) and a description.
 
-    Args:
-        tensors: by our names.
-        weights: names of these weights and what their axes are: `TOKENS`, or (g, D) for g * D
-            hidden units, of which every tile gets D in each of the g groups.
-        old, new: a `PatchConfig`.
-        method: block-diagonal, resample or auto.
-        interpolation: for resampling; "bilinear" and "bicubic" are antialiased.
-
-    Returns:
-        The number of tiles (1 if resampled), and a description of the method.
+    `weights` are names and what their axes are: `TOKENS`, or (g, D) for g * D hidden units, of
+    which every tile gets D in each of the g groups. `interpolation` is for resampling; "bilinear"
+    and "bicubic" are antialiased.
     """
     factors = whole_factors(old.grid, new.grid, method)
     tiles, size = math.prod(factors or (1,)), "x".join(map(str, new.image_size))

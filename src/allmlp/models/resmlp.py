@@ -117,14 +117,7 @@ class ResMLPConfig(PatchConfig):
 
     @property
     def widest(self) -> int:
-        """Number of values in the largest activation of one image, a hidden layer."""
         return self.num_tokens * self.channels_mlp_dim
-
-    @property
-    def least_parameters(self) -> int:
-        """Number of parameters in the blocks' matrices alone."""
-        block = self.num_tokens**2 + 2 * self.hidden_dim * self.channels_mlp_dim
-        return self.num_blocks * block
 
 
 def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> ResMLPConfig:
@@ -160,33 +153,17 @@ FAMILY = Family(
         Names(
             "timm",
             r"blocks\.\d+\.(linear_tokens\.|ls[12]$)",
-            (
-                ("stem.proj", "stem"),
-                ("blocks.{i}.norm1", "blocks.{i}.affine_0"),
-                ("blocks.{i}.linear_tokens", "blocks.{i}.token_mixing"),
-                ("blocks.{i}.ls1", "blocks.{i}.scale_0"),
-                ("blocks.{i}.norm2", "blocks.{i}.affine_1"),
-                ("blocks.{i}.mlp_channels.fc1", "blocks.{i}.channel_mixing.dense_0"),
-                ("blocks.{i}.mlp_channels.fc2", "blocks.{i}.channel_mixing.dense_1"),
-                ("blocks.{i}.ls2", "blocks.{i}.scale_1"),
-                ("norm.", "pre_head_affine."),
-            ),
+            "stem.proj=stem norm=pre_head_affine",
+            "norm1=affine_0 linear_tokens=token_mixing ls1=scale_0 norm2=affine_1 ls2=scale_1 "
+            "mlp_channels.fc1=channel_mixing.dense_0 mlp_channels.fc2=channel_mixing.dense_1",
             scale_axes=3,
         ),
         Names(
             "ResMLP's authors",
             r"blocks\.\d+\.(attn\.(weight|bias)|gamma_[12])$",
-            (
-                ("patch_embed.proj", "stem"),
-                ("blocks.{i}.norm1", "blocks.{i}.affine_0"),
-                ("blocks.{i}.attn", "blocks.{i}.token_mixing"),
-                ("blocks.{i}.gamma_1", "blocks.{i}.scale_0"),
-                ("blocks.{i}.norm2", "blocks.{i}.affine_1"),
-                ("blocks.{i}.mlp.fc1", "blocks.{i}.channel_mixing.dense_0"),
-                ("blocks.{i}.mlp.fc2", "blocks.{i}.channel_mixing.dense_1"),
-                ("blocks.{i}.gamma_2", "blocks.{i}.scale_1"),
-                ("norm.", "pre_head_affine."),
-            ),
+            "patch_embed.proj=stem norm=pre_head_affine",
+            "norm1=affine_0 attn=token_mixing gamma_1=scale_0 norm2=affine_1 gamma_2=scale_1 "
+            "mlp.fc1=channel_mixing.dense_0 mlp.fc2=channel_mixing.dense_1",
         ),
     ),
 )

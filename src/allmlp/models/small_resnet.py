@@ -58,7 +58,6 @@ class SmallResNetConfig(ModelConfig):
 
     @property
     def flops(self) -> int:
-        """FLOPs per image, counting a multiply-add as two; norms and ReLU are left out."""
         height, width = self.image_size
         total = height * width * 9 * self.in_channels * self.width
         before = self.width
@@ -72,7 +71,6 @@ class SmallResNetConfig(ModelConfig):
         return 2 * (total + before * self.num_classes)
 
     def summary(self) -> str:
-        """Returns a short description: "small ResNet, 3 stages of 2 blocks, 32 channels"."""
         stages = f"{self.num_stages} stages of {self.num_blocks} blocks"
         return f"small ResNet, {stages}, {self.width} channels"
 
@@ -120,7 +118,8 @@ class SmallResNet(ImageClassifier):
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.GroupNorm(8, widths[-1])
         self.head = nn.Linear(widths[-1], config.num_classes) if config.num_classes else None
-        self.initialize()
+        if not self.stem.weight.is_meta:  # drawing there would import the compiler (seconds)
+            self.initialize()
 
     def initialize(self) -> None:
         """Draws new weights: He-normal convolutions, zero head."""
@@ -132,11 +131,7 @@ class SmallResNet(ImageClassifier):
             nn.init.zeros_(self.head.bias)
 
     def features(self, images: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, C)
-        """Returns the input of the head: the mean over the last grid.
-
-        Raises:
-            ValueError: the images have another size or number of channels than the model.
-        """
+        """Returns the input of the head: the mean over the last grid."""
         self.check_images(images)
         x = self.stem(images).to(self.norm.weight.dtype)
         return F.relu(self.norm(self.blocks(x))).mean(dim=(2, 3))

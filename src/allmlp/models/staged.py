@@ -147,11 +147,7 @@ class StagedClassifier(ImageClassifier):
                     nn.init.zeros_(module.bias)
 
     def features(self, images: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, C)
-        """Returns the input of the head: the mean over positions of the normalised last stage.
-
-        Raises:
-            ValueError: the images have another size or number of channels than the model.
-        """
+        """Returns the input of the head: the mean over positions of the normalised last stage."""
         self.check_images(images)
         x = self.patch_embed(images.permute(0, 2, 3, 1))
         for part in self.network:
@@ -232,24 +228,12 @@ class StagedConfig(ModelConfig):
         return tuple(height * width for height, width in self.grids)
 
     @property
-    def least_parameters(self) -> int:
-        """Number of parameters in the blocks' MLPs alone."""
-        stages = zip(self.depths, self.dims, self.mlp_ratios, strict=True)
-        return sum(2 * depth * ratio * dim**2 for depth, dim, ratio in stages)
-
-    @property
     def widest(self) -> int:
-        """Number of values in the largest activation of one image, a hidden layer of an MLP."""
         stages = zip(self.tokens, self.dims, self.mlp_ratios, strict=True)
         return max(tokens * dim * ratio for tokens, dim, ratio in stages)
 
     @property
     def flops(self) -> int:
-        """FLOPs per image, counting a multiply-add as two.
-
-        Convolutions and dense layers only; biases, GELU, LayerNorm and the branch weights are left
-        out, as is usual.
-        """
         macs, channels = self.hidden_dim * self.num_classes, self.in_channels
         for stage, (tokens, dim) in enumerate(zip(self.tokens, self.dims, strict=True)):
             window = self.windows[stage]
@@ -261,7 +245,6 @@ class StagedConfig(ModelConfig):
         return 2 * macs
 
     def summary(self) -> str:
-        """Returns a short description: "stages of 2, 2, 4, 2 blocks, 64 to 512 channels"."""
         blocks = ", ".join(map(str, self.depths))
         return f"stages of {blocks} blocks, {self.dims[0]} to {self.dims[-1]} channels"
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from allmlp.errors import UserError, near_names, one_of
-from allmlp.models.family import Family, ModelConfig, Size
+from allmlp.models.family import Family, ModelConfig, Size, size_text
 from allmlp.models.layers import ImageClassifier
 from allmlp.models.timm_sizes import HAND_BUILT
 
@@ -83,17 +83,14 @@ class TimmConfig(ModelConfig):
 
     @property
     def hidden_dim(self) -> int:
-        """C, the width of the features, the input of the head."""
         return self.measured.width
 
     @property
     def flops(self) -> int:
-        """FLOPs per image, counting a multiply-add as two, from torch's counter: convolutions and
-        matmuls, including attention."""
+        """As `ModelConfig.flops`, from torch's counter, which includes attention."""
         return self.measured.flops + 2 * self.hidden_dim * self.num_classes
 
     def summary(self) -> str:
-        """Returns a short description: "timm's resnet18, 512 features"."""
         return f"timm's {self.name}, {self.hidden_dim} features"
 
 
@@ -103,11 +100,8 @@ def import_timm() -> Any:
         return importlib.import_module("timm")
     except Exception as error:  # a mismatched torchvision raises other errors
         absent = error.name if isinstance(error, ModuleNotFoundError) else None
-        what = f"timm cannot be imported: {first_line(error)}"
-        if absent == "timm":
-            what = "models named timm:... need timm, which is not installed"
         fix = f"pip install {absent}. {_MATCHING}" if absent else _MATCHING
-        raise UserError(what, fix=fix) from error
+        raise UserError(f"timm cannot be imported: {first_line(error)}", fix=fix) from error
 
 
 def timm_config(name: str) -> TimmConfig:
@@ -168,8 +162,7 @@ def build_backbone(config: TimmConfig) -> nn.Module:
 def _parameters_on_meta() -> Iterator[None]:
     """Moves every parameter registered inside the block to the meta device."""
 
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        del module, name
+    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter:
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
     hook: Any = to_meta  # torch's types do not allow returning another parameter
@@ -181,44 +174,41 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _built(config: TimmConfig) -> nn.Module:
+    # Not every model accepts the last two, so they are passed only if set.
+    optional = {"drop_rate": config.dropout, "drop_path_rate": config.stochastic_depth}
     settings: dict[str, Any] = {"num_classes": 0, "in_chans": config.in_channels}
-    # Not every model accepts these two, so they are passed only if set.
-    settings |= {"drop_rate": config.dropout} if config.dropout else {}
-    settings |= {"drop_path_rate": config.stochastic_depth} if config.stochastic_depth else {}
-    timm, name = import_timm(), config.name
+    settings |= {key: value for key, value in optional.items() if value}
+    timm, name, size = import_timm(), config.name, config.image_size
     own = None if name in HAND_BUILT else known_to_timm(name)
     try:
         if own is None:
             return HAND_BUILT[name].build(**settings)
         model = timm.create_model(name, **settings)
-        if own.fixed_input_size and config.image_size != tuple(own.input_size[1:]):
-            if hasattr(model, "set_input_size"):
-                model.set_input_size(config.image_size)
-            else:
-                model = timm.create_model(name, img_size=config.image_size, **settings)
+        if own.fixed_input_size and size != tuple(own.input_size[1:]):
+            if not hasattr(model, "set_input_size"):
+                return timm.create_model(name, img_size=size, **settings)
+            model.set_input_size(size)
         return model
     except Exception as error:  # timm raises anything for unsupported settings
         given = ", ".join(f"{key}={value}" for key, value in settings.items())
         raise UserError(f"timm cannot build {name} ({given}): {first_line(error)}") from error
 
 
-def resized(model: TimmModel, image_size: Size) -> TimmModel:
-    """Resizes a model with its weights to another image size, in place, and returns it.
-    Convolutions take any size; timm can resize some position embeddings (bicubic)."""
+def resize_timm(model: TimmModel, image_size: Size) -> None:
+    """Resizes a model with its weights to another image size, in place. Convolutions take any size;
+    timm can resize some position embeddings (bicubic)."""
     config = replace(model.config, image_size=image_size)
     if config.name not in HAND_BUILT and known_to_timm(config.name).fixed_input_size:
-        own, new = ("x".join(map(str, size)) for size in (model.config.image_size, image_size))
-        what = f"timm cannot bring the weights of {config.name} from {own} to {new} pixels"
         backbone: Any = model.backbone
-        if not hasattr(backbone, "set_input_size"):
-            raise UserError(what, fix=f"Keep {own}, or take other weights of this name")
         try:
             backbone.set_input_size(image_size)
-        except Exception as error:
-            raise UserError(f"{what}: {first_line(error)}") from error
+        except Exception as error:  # many models have no such method
+            own, new = size_text(model.config.image_size), size_text(image_size)
+            what = f"timm cannot bring the weights of {config.name} from {own} to {new} pixels"
+            fix = f"Keep {own}, or take other weights of this name"
+            raise UserError(f"{what}: {first_line(error)}", fix=fix) from error
     _ = config.measured  # raises if the model does not take this size
     model.config = config
-    return model
 
 
 class Measured(NamedTuple):
@@ -244,7 +234,7 @@ def _measured(name: str, image_size: Size, in_channels: int) -> Measured:
                 x = backbone.forward_features(image)
                 width = backbone.forward_head(x, pre_logits=True).flatten(1).shape[1]
         except Exception as error:
-            what = f"timm's {name} takes no images of {image_size[0]}x{image_size[1]} pixels"
+            what = f"timm's {name} takes no images of {size_text(image_size)} pixels"
             raise UserError(f"{what}: {first_line(error)}") from error
     shape = tuple(x.shape) if isinstance(x, Tensor) else None
     return Measured(counter.get_total_flops(), width, shape)

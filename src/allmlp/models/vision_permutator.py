@@ -125,7 +125,7 @@ class VisionPermutatorConfig(StagedConfig):
         return [stem, *((2, 2, 0) if halved else None for halved in self.downsamples)]
 
     def mixing_macs(self, stage: int) -> int:
-        """See `StagedConfig`: in both branches, every value of a token meets side x S others."""
+        # In both branches, every value of a token meets side x S others.
         lengths = sum(self.grids[stage]) * self.sizes[stage]
         return self.tokens[stage] * self.dims[stage] * lengths
 

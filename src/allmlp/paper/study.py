@@ -20,7 +20,7 @@ from allmlp.console import table
 from allmlp.data.sources import open_splits
 from allmlp.errors import UserError, plural
 from allmlp.evaluation.few_shot import FewShotOptions, few_shots, num_images
-from allmlp.evaluation.result_file import measurement, write_measurement
+from allmlp.evaluation.result_file import measurement, save_result
 from allmlp.io import atomic_write
 from allmlp.paper.options import StudyOptions
 from allmlp.runtime.world import join_world
@@ -121,7 +121,7 @@ class Experiment:
             "config": self.config.to_json(),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_measurement(path.with_suffix(".json"), measurement(self.kind, None, values))
+        save_result(path.with_suffix(".json"), measurement(self.kind, None, values))
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]))
         writer.writeheader()

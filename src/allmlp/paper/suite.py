@@ -38,7 +38,7 @@ from allmlp.data.sources.subset_file import (
 )
 from allmlp.errors import UserError, one_of, plural
 from allmlp.evaluation.features import weights_hash
-from allmlp.evaluation.result_file import measurement, read_measurement, write_measurement
+from allmlp.evaluation.result_file import measurement, read_measurement, save_result
 from allmlp.finetuning import FinetuneResult, finetune
 from allmlp.io import expand, read_json
 from allmlp.paper.options import SuiteOptions
@@ -393,7 +393,7 @@ def run_suite(
                 "missing": result.missing,
             }
             if world.is_main:
-                write_measurement(file, values)
+                save_result(file, values)
             return result
 
         if world.is_main:

@@ -222,8 +222,8 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
         top5 = "" if shown.top5 is None else f", top-5 {shown.top5:.2%}"
         kind = "" if shown.is_multi_label else " accuracy"
         line = f"{'validation' if test is None else 'test'}{kind} {shown.summary()}{top5} "
-        chance = shown.chance()
-        say(f"{line}({right} of {plural(images, 'image')} {correct}{chance})", style="bold green")
+        line += f"({right} of {plural(images, 'image')} {correct}{shown.chance})"
+        say(line, style="bold green")
         for line in shown.warnings():
             say(f"warning  {line}", style="yellow")
     if bad:

@@ -49,7 +49,6 @@ class Checkpoint(Published):
 
     @property
     def file_name(self) -> str:
-        """Last part of the URL, or the name for a file that is downloaded by hand."""
         return self.by_hand or self.url.rpartition("/")[2]
 
     @property
@@ -60,7 +59,6 @@ class Checkpoint(Published):
         return 4 * model.num_parameters / 2**20
 
     def class_names(self) -> list[str] | None:
-        """Returns the ImageNet-1k class names if there are 1000 classes, else None."""
         return imagenet_classes() if self.num_classes == 1000 else None
 
 
@@ -87,26 +85,25 @@ def _read() -> list[Checkpoint]:
     return found
 
 
-_ALL = _read()
-CHECKPOINTS: dict[str, Checkpoint] = {found.name: found for found in _ALL}
-# timm's own names, which many people know.
-_BY_TIMM_NAME = {found.hub.removeprefix("timm/"): found for found in _ALL if found.hub}
-_BY_FILE = {found.file_name: found for found in _ALL if "mixer_models" not in found.url}
+CHECKPOINTS: dict[str, Checkpoint] = {found.name: found for found in _read()}
 
 
 def find_checkpoint(name: str) -> Checkpoint | None:
     """Returns the checkpoint with this name, ours or timm's, or None."""
-    return CHECKPOINTS.get(name) or _BY_TIMM_NAME.get(name.removeprefix("timm/"))
+    at_timm = f"timm/{name.removeprefix('timm/')}"
+    found = (known for known in CHECKPOINTS.values() if known.hub == at_timm)
+    return CHECKPOINTS.get(name) or next(found, None)
 
 
 def recommended(purpose: Literal["accuracy", "speed"]) -> Checkpoint:
     """Returns the checkpoint to fine-tune first."""
-    return next(found for found in _ALL if found.recommended_for == purpose)
+    return next(found for found in CHECKPOINTS.values() if found.recommended_for == purpose)
 
 
 def checkpoint_of_file(name: str) -> Checkpoint | None:
-    """Returns the checkpoint with this file name, or None if it is unknown or ambiguous."""
-    return _BY_FILE.get(name)
+    """Returns the checkpoint with this file name; None if unknown, or ambiguous as Google's are."""
+    known = (found for found in CHECKPOINTS.values() if "mixer_models" not in found.url)
+    return next((found for found in known if found.file_name == name), None)
 
 
 def list_checkpoints() -> list[str]:
@@ -116,10 +113,6 @@ def list_checkpoints() -> list[str]:
 
 def unknown_checkpoint(name: str) -> UserError:
     """Returns the error for a source that is neither a path nor a checkpoint name."""
-    near = near_names(name, CHECKPOINTS)
-    return UserError(
-        f"no such model: {name!r}",
-        fix=f"{near}Give a run folder, a .safetensors, .npz or .pth file, hf:owner/name, or a name "
-        "of `mixer models --weights`",
-        code="unknown-name",
-    )
+    fix = f"{near_names(name, CHECKPOINTS)}Give a run folder, a .safetensors, .npz or .pth file, "
+    fix += "hf:owner/name, or a name of `mixer models --weights`"
+    return UserError(f"no such model: {name!r}", fix=fix, code="unknown-name")

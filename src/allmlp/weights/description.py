@@ -60,30 +60,51 @@ def describe(
         what = f"not a known model: none of the {len(file.tensors)} tensors has the name of one "
         fix = f"Known names: {', '.join(known.title for known in LAYOUTS)}"
         raise UserError(f"{what}({first}, ...)", where=file.path, fix=fix)
-    config = _infer(file, layout, _timm_image_size(written), image_size)
+    settings = written.get("pretrained_cfg", written)  # of timm
+    settings = settings if isinstance(settings, dict) else {}
+    size: Any = settings.get("input_size")
+    is_size = isinstance(size, list) and [type(n) for n in size] == [int] * 3
+    config = _infer(file, layout, (size[1], size[2]) if is_size else None, image_size)
     if checkpoint is not None:
         return _published(checkpoint, config, layout, file)
-    return _foreign(written, where, config, layout)
+    labels = written.get("label_names") or settings.get("label_names")
+    is_whole = isinstance(labels, list) and len(labels) == config.num_classes
+    names = list(map(str, labels)) if is_whole else None
+    try:
+        found = timm_preprocessing(settings, config.image_size, config.in_channels)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"not a preprocessing: {error}", where=where) from error
+    if found is not None:
+        return Description(layout, config, names, found[0], f"the tensors and {where}", found[1])
+    assumed, notes = None, ()
+    if config.in_channels in (1, 3):
+        assumed = layout.family.published_preprocessing(config)
+        authors = f"that of {layout.title}'s authors" if layout.family.crops else "Google's"
+        what = f"the file does not say its preprocessing; {authors} is assumed"
+        notes = () if layout.title == "Google" else (f"{what} ({assumed.summary()})",)
+    return Description(layout, config, names, assumed, "the tensors", notes)
 
 
 def _written(file: WeightsFile) -> tuple[Json, str]:
     """Returns the written description of a file and its location; ({}, "") if there is none."""
-    header, carried = own_entry(file.metadata), None
+    header, carried, in_header = own_entry(file.metadata), None, f"{file.path} (header)"
     if header is not None:
-        carried = _parsed(header, f"{file.path} (header)")
-    path = None
-    if file.container == "npz":
-        path = file.path.with_suffix(".json")
-    elif file.path.name in (WEIGHTS, PICKLED):  # only files of these names have a config.json
+        carried = _parsed(header, in_header)
+    path = file.path.with_suffix(".json") if file.container == "npz" else None
+    if file.path.name in (WEIGHTS, PICKLED):  # only files of these names have a config.json
         path = file.path.with_name(CONFIG)
     if path is not None and path.is_file():
         try:
             beside = _parsed(path.read_text(encoding="utf-8", errors="replace"), str(path))
         except OSError as error:
             raise UserError(f"cannot read it: {error.strerror}", where=path) from error
-        if _belongs(beside, carried, file):
+        # A save killed between its two renames, or a copy of only one of the files, leaves a
+        # mismatched pair. A description by hand, by timm or an older version has no fingerprint.
+        known = beside.get("weights")
+        own = known if carried is None else carried.get("weights")
+        if known is None or known == (fingerprint(file.path) if file.container == "npz" else own):
             return beside, str(path)
-    return ({}, "") if carried is None else (carried, f"{file.path} (header)")
+    return ({}, "") if carried is None else (carried, in_header)
 
 
 def _parsed(text: str, where: str) -> Json:
@@ -95,17 +116,6 @@ def _parsed(text: str, where: str) -> Json:
     except ValueError as error:
         reason = str(error)
     raise UserError(f"not a model description: {reason[:200]}", where=where)
-
-
-def _belongs(beside: Json, carried: Json | None, file: WeightsFile) -> bool:
-    """Whether a description was written with these weights, as far as can be known: a save killed
-    between its two renames, or a copy of only one of the files, leaves a mismatched pair."""
-    known = beside.get("weights")
-    if known is None:  # written by hand, by timm, or by an older version
-        return True
-    if file.container == "npz":
-        return known == fingerprint(file.path)
-    return carried is None or known == carried.get("weights")
 
 
 def _ours(written: Json, where: str, file: WeightsFile) -> Description:
@@ -158,12 +168,11 @@ def _infer(
 def _published(
     checkpoint: Checkpoint, config: ModelConfig, layout: Layout, file: WeightsFile
 ) -> Description:
-    if type(config) is not type(architectures()[checkpoint.model]):
-        what = f"{checkpoint.name} is another architecture than the file's, {config.summary()}"
+    kind = type(architectures()[checkpoint.model])
+    if type(config) is not kind or config.num_classes != checkpoint.num_classes:
+        what = f"{checkpoint.name} has {checkpoint.num_classes:,} classes and is a {kind.__name__}"
+        what += f", not the file's {in_words(config)}"
         raise UserError(what, where=file.path, fix="Give the file another name")
-    if config.num_classes != checkpoint.num_classes:
-        what = f"{checkpoint.name} has {checkpoint.num_classes:,} classes, the file "
-        raise UserError(f"{what}{config.num_classes:,}: it is another one", where=file.path)
     if layout.gelu is not None:
         config = replace(config, gelu=checkpoint.gelu)
     preprocessing = replace(checkpoint.preprocessing, image_size=config.image_size)
@@ -172,60 +181,23 @@ def _published(
     return Description(layout, config, checkpoint.class_names(), preprocessing, source, notes)
 
 
-def _foreign(written: Json, where: str, config: ModelConfig, layout: Layout) -> Description:
-    """Foreign weights: preprocessing from timm's config.json, or else assumed, with a note."""
-    preprocessing, notes, source = None, [], "the tensors"
-    if config.in_channels in (1, 3):
-        try:
-            preprocessing, notes = timm_preprocessing(
-                _timm_settings(written), config.image_size, config.in_channels
-            )
-        except (ValueError, TypeError) as error:
-            raise UserError(f"not a preprocessing: {error}", where=where) from error
-        if preprocessing is not None:
-            source = f"the tensors and {where}"
-        else:
-            preprocessing = layout.family.published_preprocessing(config)
-            is_google = layout.family.crops is None
-            whose = "Google's" if is_google else f"that of {layout.title}'s authors"
-            if layout.title != "Google":
-                what = f"the file does not say its preprocessing; {whose} is assumed"
-                notes = [f"{what} ({preprocessing.summary()})"]
-    labels = written.get("label_names") or _timm_settings(written).get("label_names")
-    is_whole = isinstance(labels, list) and len(labels) == config.num_classes
-    names = [str(label) for label in labels] if isinstance(labels, list) and is_whole else None
-    return Description(layout, config, names, preprocessing, source, tuple(notes))
-
-
-def _timm_settings(written: Json) -> Json:
-    found = written.get("pretrained_cfg", written)
-    return found if isinstance(found, dict) else {}
-
-
-def _timm_image_size(written: Json) -> Size | None:
-    size = _timm_settings(written).get("input_size")
-    if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int for n in size):
-        return None
-    return size[1], size[2]
-
-
 def timm_preprocessing(
     settings: Json, image_size: Size, channels: int
-) -> tuple[Preprocessing | None, list[str]]:
+) -> tuple[Preprocessing, tuple[str, ...]] | None:
     """Converts timm's `PretrainedCfg`; returns the preprocessing, and notes on what is lost.
 
     Missing values get timm's defaults: bicubic, 0.875, centre crop; without mean and std the result
     is None. ValueError and TypeError: a value is out of range.
     """
-    if settings.get("mean") is None or settings.get("std") is None:
-        return None, []
-    notes, interpolation = [], settings.get("interpolation") or "bicubic"
+    if settings.get("mean") is None or settings.get("std") is None or channels not in (1, 3):
+        return None
+    notes, interpolation = (), settings.get("interpolation") or "bicubic"
     if interpolation not in INTERPOLATIONS:
-        notes.append(f"interpolation {interpolation!r} is not available; bicubic is used")
+        notes = (f"interpolation {interpolation!r} is not available; bicubic is used",)
         interpolation = "bicubic"
     mode = settings.get("crop_mode") or "center"
     if mode not in ("center", "squash"):
-        notes.append(f"crop mode {mode!r} is not available; the centre is cropped")
+        notes += (f"crop mode {mode!r} is not available; the centre is cropped",)
     preprocessing = Preprocessing(
         image_size=image_size,
         # timm's "squash" scales each side and then crops: the paper's resize-crop.
@@ -266,8 +238,7 @@ def check_shapes(description: Description, file: WeightsFile) -> None:
         shape, found = tuple(value.shape), tensors.get(name)
         if found is None:
             problems.append(f"missing: {name} {shape}")
-        elif tuple(found.shape) != shape:
-            have = tuple(found.shape)
+        elif (have := tuple(found.shape)) != shape:
             problems.append(f"misshapen: {name} is {have}, the architecture wants {shape}")
         elif value.is_floating_point() and not found.is_floating_point():
             dtype = str(found.dtype).removeprefix("torch.")

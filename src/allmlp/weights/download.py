@@ -12,7 +12,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import shutil
 import sys
 import tempfile
 import urllib.request
@@ -27,7 +26,6 @@ from allmlp.errors import UserError
 from allmlp.io import expand
 
 PATIENCE = 30.0  # seconds without a response
-_MEBIBYTE = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +44,12 @@ class Published:
     mebibytes: float | None = None
     sha256: str | None = None
 
+    def check_size(self, size: int) -> str | None:
+        """Returns what is wrong with a size in bytes, or None."""
+        if self.mebibytes is None or abs(size / 2**20 - self.mebibytes) < 0.006:
+            return None
+        return f"{size:,} bytes where {self.mebibytes} MiB are expected"
+
 
 def cache_folder() -> Path:
     """Returns the cache folder: MIXER_CACHE, or else allmlp in the user's cache folder."""
@@ -58,7 +62,7 @@ def cache_folder() -> Path:
     else:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
-        return Path(os.path.expanduser(base)) / "allmlp"
+        return Path(base).expanduser() / "allmlp"
     except RuntimeError:  # a user without a home directory, as in containers
         return Path(tempfile.gettempdir()) / "allmlp"
 
@@ -70,46 +74,40 @@ def is_offline() -> bool:
 
 def cached(published: Published, path: Path, report: Reporter) -> Path:
     """Returns `path` once it holds the complete, verified file, downloading it if necessary."""
-    if not path.is_file():
-        if is_offline():
-            raise _by_hand(published, path, "HF_HUB_OFFLINE forbids downloads")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{path}.lock"):  # another process may be downloading it
-                if not path.is_file():
-                    _download(published, path, report)
-                    return path
-        except OSError as error:
-            what = f"cannot write to the cache: {error.strerror or error}"
-            fix = "Set MIXER_CACHE to another folder"
-            raise UserError(what, where=path.parent, fix=fix) from error
-    problem = _verify(published, path, _record(path))
-    if problem:
-        what = f"the cached file of {published.name} is damaged: {problem}"
-        fix = f"Delete it (and {_record(path).name}); it is downloaded again"
-        raise UserError(what, where=path, fix=fix, code="damaged")
+    if path.is_file():
+        if problem := _verify(published, path, path):
+            what = f"the cached file of {published.name} is damaged: {problem}"
+            fix = f"Delete it (and {path.name}.sha256); it is downloaded again"
+            raise UserError(what, where=path, fix=fix, code="damaged")
+        return path
+    if is_offline():
+        raise _by_hand(published, path, "HF_HUB_OFFLINE forbids downloads")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # another process may be downloading it
+            if not path.is_file():
+                _download(published, path, report)
+    except OSError as error:
+        what = f"cannot write to the cache: {error.strerror or error}"
+        fix = "Set MIXER_CACHE to another folder"
+        raise UserError(what, where=path.parent, fix=fix) from error
     return path
 
 
 def _download(published: Published, path: Path, report: Reporter) -> None:
     size = f"{published.mebibytes} MiB, " if published.mebibytes else ""
-    report.say(f"fetching {published.name} ({size}{published.url})")
-    report.say(f"      to {path}")
-    reason, partial = "", path
+    report.say(f"fetching {published.name} ({size}{published.url})\n      to {path}")
     try:
-        partial = _receive(published, path, quiet=report.console.quiet)
+        partial, reason = _receive(published, path, quiet=report.console.quiet), ""
     except (UserError, PermissionError):
         raise
     except Exception as error:  # http_get and the layers below can raise anything
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        partial, reason = path, (str(error) or type(error).__name__).splitlines()[0]
     if reason:  # outside the except block: the error holds a connection
-        kept = sum(file.stat().st_size for file in _partials(path))
-        reason += f"; {kept:,} bytes are kept and resumed next time" * bool(kept)
         raise _by_hand(published, path, reason)
-    problem = _verify(published, partial, _record(path))
-    if problem:
+    if problem := _verify(published, partial, path):
         partial.unlink()
         raise _changed(published, problem)
     os.replace(partial, path)
@@ -126,25 +124,19 @@ def _receive(published: Published, path: Path, *, quiet: bool) -> Path:
         length = response.headers.get("Content-Length", "")
         tag = response.headers.get("ETag") or response.headers.get("Last-Modified")
     total = int(length) if length.isdecimal() else None
-    if total is not None and not _fits(published, total):
-        raise _changed(published, f"{total:,} bytes where {published.mebibytes} MiB are expected")
+    if total is not None and (problem := published.check_size(total)):
+        raise _changed(published, problem)
+    version = zlib.crc32(f"{tag} {total}".encode())
+    partial = path.with_name(f"{path.name}.{version:08x}.partial")
     is_weak = tag is None or tag.startswith("W/")  # the same bytes are not guaranteed
-    version = f"{zlib.crc32(f'{tag} {total}'.encode()):08x}"
-    partial = path.with_name(f"{path.name}.{version}.partial")
-    for other in _partials(path):
-        if is_weak or other != partial:
+    for other in path.parent.glob("*.partial"):
+        if other.name.startswith(path.name) and (is_weak or other != partial):
             other.unlink()
-    kept = partial.stat().st_size if partial.exists() else 0
-    free = shutil.disk_usage(path.parent).free
-    if total is not None and total - kept > free:
-        what = f"{published.name} needs {total - kept:,} bytes, {free:,} are free"
-        fix = "Make room, or set MIXER_CACHE to another folder"
-        raise UserError(what, where=path.parent, fix=fix, code="no-space")
     with partial.open("ab") as file:
         http_get(  # resumes up to five times
             published.url,
             file,
-            resume_size=kept,
+            resume_size=file.tell(),
             headers=headers,
             expected_size=total,
             displayed_filename=path.name,
@@ -155,20 +147,12 @@ def _receive(published: Published, path: Path, *, quiet: bool) -> Path:
     return partial
 
 
-def _partials(path: Path) -> list[Path]:
-    return [file for file in path.parent.glob("*.partial") if file.name.startswith(path.name)]
-
-
-def _fits(published: Published, size: int) -> bool:
-    return published.mebibytes is None or abs(size / _MEBIBYTE - published.mebibytes) < 0.006
-
-
-def _verify(published: Published, file: Path, record: Path) -> str | None:
-    """Checks a file against its published size and sha256 and the recorded sha256; returns what is
-    wrong, or None. Records the sha256 on the first download."""
-    size = file.stat().st_size
-    if not _fits(published, size):
-        return f"{size:,} bytes where {published.mebibytes} MiB are expected"
+def _verify(published: Published, file: Path, path: Path) -> str | None:
+    """Checks a file against its published size and sha256 and the sha256 recorded beside `path`;
+    returns what is wrong, or None. Records the sha256 on the first download."""
+    if problem := published.check_size(file.stat().st_size):
+        return problem
+    record = path.with_name(f"{path.name}.sha256")
     words = record.read_text(errors="replace").split() if record.is_file() else []
     digest = sha256_of(file)
     for expected in (published.sha256 or "", *words[:1]):
@@ -177,17 +161,13 @@ def _verify(published: Published, file: Path, record: Path) -> str | None:
             return f"sha256 {digest} where {expected} is expected{since}"
     if not words:
         with contextlib.suppress(OSError):  # the cache may be read-only
-            record.write_text(f"{digest}  {record.stem}\n")
+            record.write_text(f"{digest}  {path.name}\n")
     return None
 
 
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _record(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
 
 
 def _changed(published: Published, problem: str) -> UserError:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,14 +17,9 @@ from allmlp.decision import Decision
 from allmlp.errors import UserError, one_of, plural
 from allmlp.io import expand, parse_json
 from allmlp.models.catalog import architectures, family_of, model_from_config
-from allmlp.models.family import ModelConfig, Size, is_integer
-from allmlp.models.layers import (
-    Classifier,
-    ImageClassifier,
-    checked_names,
-    preprocessing_of,
-)
-from allmlp.models.timm_model import PREFIX, TimmModel, resized
+from allmlp.models.family import ModelConfig, Size, is_integer, size_text
+from allmlp.models.layers import Classifier, ImageClassifier, checked_names, preprocessing_of
+from allmlp.models.timm_model import PREFIX, TimmModel, resize_timm
 from allmlp.options import ResizeWeights
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.device import check_fits_memory
@@ -81,45 +76,38 @@ def load_model(
             model or contain NaN, or it cannot be resized to that size.
     """
     report = Reporter(quiet=quiet, stderr=True)
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    is_size = isinstance(size, tuple | list) and len(size) == 2 and all(map(is_integer, size))
-    if size is not None and (not is_size or max(size) >= 2**31):
+    size: Any = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if size is not None and not (len(size) == 2 and all(map(is_integer, size))):
         what, fix = f"not an image size: {image_size!r}", "a number of pixels, or (height, width)"
         raise UserError(what, where="image_size", fix=fix)
-    size = None if size is None else (size[0], size[1])
+    size = None if size is None else tuple(size)
     one_of("resize_weights", resize_weights, get_args(ResizeWeights))
     if str(source).startswith(PREFIX):
         model: ImageClassifier = load_pretrained(str(source), report)
     else:
         model = _from_file(source, size, resize_weights, report)
     if isinstance(model, TimmModel):
-        model = _timm_at_size(model, size, resize_weights, report)
+        _resize_timm(model, size, resize_weights, report)
     had = model.config.num_classes
     if num_classes is not None and num_classes != had:
         model = with_new_head(model, num_classes)
         what = f"new, all zeros, for {plural(num_classes, 'class')}" if num_classes else "removed"
         report.say(f"head     {what}; the weights had {plural(had, 'class')}")
-    if class_names is not None:
-        is_file = isinstance(class_names, str | Path)
-        names = _names_in(expand(class_names)) if is_file else class_names
-        where = class_names if is_file else "class_names"
-        model.class_names = checked_names(names, model.config.num_classes, where)
-    given = {"mean": mean, "std": std}
-    changes = {name: _per_channel(value) for name, value in given.items() if value is not None}
-    try:
-        if changes:
-            model.preprocessing = dataclasses.replace(preprocessing_of(model), **changes)
-    except ValueError as error:
-        where = " and ".join(changes)
-        raise UserError(str(error), where=where, code="out-of-range") from error
+    if isinstance(class_names, str | Path):
+        names = _names_in(expand(class_names))
+        model.class_names = checked_names(names, model.config.num_classes, class_names)
+    elif class_names is not None:
+        model.class_names = class_names
+    for name, value in {"mean": mean, "std": std}.items():
+        if value is not None:
+            numbers = value if isinstance(value, float | int) else tuple(value)
+            numbers = numbers[0] if isinstance(numbers, tuple) and len(numbers) == 1 else numbers
+            try:
+                model.preprocessing = replace(preprocessing_of(model), **{name: numbers})
+            except ValueError as error:
+                raise UserError(str(error), where=name, code="out-of-range") from error
     model.source = str(source)
     return model.eval()
-
-
-def _per_channel(value: Any) -> Any:
-    """One number if a single one is given."""
-    is_sequence = isinstance(value, tuple | list)
-    return value[0] if is_sequence and len(value) == 1 else tuple(value) if is_sequence else value
 
 
 def _names_in(path: Path) -> Any:
@@ -128,8 +116,7 @@ def _names_in(path: Path) -> Any:
         text = path.read_text("utf-8-sig").strip()
         return parse_json(text) if text.startswith("[") else [x.strip() for x in text.splitlines()]
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        what = f"cannot read the class names: {reason}"
+        what = f"cannot read the class names: {getattr(error, 'strerror', None) or error}"
         raise UserError(what, where=path, fix="One name per line, or a JSON list") from error
 
 
@@ -172,8 +159,9 @@ def _from_file(
     _check_finite(tensors, path)
     is_timm = description.layout.family.name == "timm"  # timm resizes with the weights loaded
     if size is not None and size != config.image_size and not is_timm:
+        old = config
         config, words = resize_model(tensors, config, size, method)
-        report.say(f"resized  {_pixels(description.config)} -> {_pixels(config)} pixels: {words}")
+        _report_size(report, old, config, words)
         preprocessing = _at_size(preprocessing, size, source)
     with torch.device("meta"):  # shapes only: no memory, no random numbers
         model = model_from_config(config)
@@ -196,24 +184,28 @@ def resize_model(
         what = f"{config.summary()} cannot be brought to another image size"
         raise UserError(what, fix="Leave the image size out")
     try:
-        new = dataclasses.replace(config, image_size=image_size)
+        new = replace(config, image_size=image_size)
     except ValueError as error:
         raise UserError(str(error), where="image_size") from error
     return resize(tensors, config, new, method)
 
 
-def _timm_at_size(
+def _resize_timm(
     model: TimmModel, size: Size | None, method: ResizeWeights, report: Reporter
-) -> TimmModel:
+) -> None:
     old = model.config
     if method != "auto":
         what = f"resize_weights={method!r} has no effect: timm resizes its own models"
         raise UserError(what, where=old.name, fix="Leave it out")
     if size is not None and size != old.image_size:
-        model = resized(model, size)
-        report.say(f"resized  {_pixels(old)} -> {_pixels(model.config)} pixels, by timm")
+        resize_timm(model, size)
+        _report_size(report, old, model.config, "by timm")
         model.preprocessing = _at_size(model.preprocessing, size, old.name)
-    return model
+
+
+def _report_size(report: Reporter, old: ModelConfig, new: ModelConfig, words: str) -> None:
+    sizes = f"{size_text(old.image_size)} -> {size_text(new.image_size)}"
+    report.say(f"resized  {sizes} pixels: {words}")
 
 
 def _at_size(
@@ -224,7 +216,7 @@ def _at_size(
     if preprocessing.permutation != "none":
         what = "the model was trained on permuted pixels, which belong to one image size"
         raise UserError(what, where=source, fix="Leave image_size out")
-    return dataclasses.replace(preprocessing, image_size=image_size)
+    return replace(preprocessing, image_size=image_size)
 
 
 def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -240,16 +232,12 @@ def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
             raise UserError(what, where=path, fix=fix, code="not-finite")
 
 
-def _pixels(config: ModelConfig) -> str:
-    return f"{config.image_size[0]}x{config.image_size[1]}"
-
-
 def with_new_head(model: ImageClassifier, num_classes: int) -> ImageClassifier:
     """Returns the model with a zero head of `num_classes` outputs (0: no head), no class names and
     no decision. Everything else is shared with the original, which does not change."""
     dim = model.config.hidden_dim
     try:
-        config = dataclasses.replace(model.config, num_classes=num_classes)
+        config = replace(model.config, num_classes=num_classes)
     except ValueError as error:
         raise UserError(f"not a number of classes: {error}", where="num_classes") from error
     check_fits_memory(num_classes * dim, f"a head for {plural(num_classes, 'class')}")
@@ -275,17 +263,24 @@ def locate(source: str | Path, report: Reporter) -> tuple[Path, Checkpoint | Non
     if path.suffix.lower() in EXPORTED and not os.path.isdir(path):
         what = "an exported file has no weights to load: it only computes logits"
         raise UserError(what, where=path, fix="Give the run or the weights it was made from")
-    try:
-        if path.is_dir():
-            return _in_folder(path), None
-        if path.is_file():
-            return path, checkpoint_of_file(path.name)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot look for a model there: {reason}", where=path) from error
+    if os.path.isdir(path):
+        candidates = (path / "best" / WEIGHTS, path / WEIGHTS)
+        found = next((file for file in candidates if file.is_file()), None)
+        if found is None:
+            what = f"the folder has no weights: neither best/{WEIGHTS} nor {WEIGHTS}"
+            fix = "Give the run folder of a training that reached its first evaluation, or a file"
+            raise UserError(what, where=path, fix=fix)
+        return found, None
+    if os.path.isfile(path):
+        return path, checkpoint_of_file(path.name)
     checkpoint = find_checkpoint(text)
     if checkpoint is not None:
-        return _fetch(checkpoint, report), checkpoint
+        path = cache_folder() / checkpoint.name / checkpoint.file_name
+        if checkpoint.by_hand and not path.is_file():
+            what = f"{checkpoint.name} is on a page for browsers, which no program can download"
+            fix = f"Download it there and put it at {path}, or give your copy as the model"
+            raise UserError(what, where=checkpoint.url, fix=fix)
+        return cached(checkpoint, path, report), checkpoint
     if text in architectures():
         published = [name for name in CHECKPOINTS if name.partition(".")[0] == text]
         fix = f"Its published weights: {', '.join(published)}" if published else None
@@ -298,21 +293,3 @@ def files_of(source: str | Path) -> list[Path]:
     path = expand(source)
     names = [folder / name for folder in (path / "best", path) for name in (WEIGHTS, CONFIG)]
     return names if path.is_dir() else [path, path.with_suffix(".json"), path.with_suffix(".bin")]
-
-
-def _fetch(checkpoint: Checkpoint, report: Reporter) -> Path:
-    path = cache_folder() / checkpoint.name / checkpoint.file_name
-    if checkpoint.by_hand and not path.is_file():
-        what = f"{checkpoint.name} is on a page for browsers, which no program can download"
-        fix = f"Download it there and put it at {path}, or give your copy of the file as the model"
-        raise UserError(what, where=checkpoint.url, fix=fix)
-    return cached(checkpoint, path, report)
-
-
-def _in_folder(folder: Path) -> Path:
-    for candidate in (folder / "best" / WEIGHTS, folder / WEIGHTS):
-        if candidate.is_file():
-            return candidate
-    what = "the folder has no weights: neither best/model.safetensors nor model.safetensors"
-    fix = "Give the run folder of a training that reached its first evaluation, or a file"
-    raise UserError(what, where=folder, fix=fix)

@@ -18,8 +18,8 @@ from allmlp.weights.load import locate
 
 
 def inspect_file(source: str | Path, image_size: tuple[int, int] | None = None) -> list[str]:
-    """Describes a file in lines: contents, preprocessing, tensors. `image_size` helps if the number
-    of tokens is not a square. A file that is no model is listed with the reason."""
+    """Describes a file in lines: contents, preprocessing, tensors, or why it is no model.
+    `image_size` helps if the number of tokens is not a square."""
     path, checkpoint = locate(source, Reporter(stderr=True))
     file = read_weights(path)
     size = path.stat().st_size

@@ -26,11 +26,9 @@ from allmlp.io import (
     check_output_folder,
     expand,
     parse_json,
-    partial_path,
     staging_folder,
 )
 from allmlp.models.catalog import config_to_json, family_of
-from allmlp.models.family import Tensors
 from allmlp.models.layers import ImageClassifier
 from allmlp.models.mixer import MixerConfig
 from allmlp.names import NAME, is_format
@@ -70,13 +68,16 @@ def save_model(
     weights, beside = check_target(path, format, overwrite=overwrite)
     config, preprocessing = model.config, model.preprocessing
     theirs = next((names for names in family_of(config).names if names.title == format), None)
-    is_google = isinstance(config, MixerConfig) and config.is_plain and not config.gated
     is_plain = getattr(config, "is_plain", True)
-    has_place = is_google if format == "google" else theirs is not None and is_plain
-    if format != "allmlp" and not has_place:
+    is_google = isinstance(config, MixerConfig) and is_plain and not config.gated
+    if not {"allmlp": True, "google": is_google, "timm": theirs is not None and is_plain}[format]:
         what = f"the format {format!r} has no place for this model ({config.summary()})"
         raise UserError(what, fix="Use the format allmlp")
     tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    checksum = 0  # ties the description to its weights
+    for value in tensors.values():
+        data = value.contiguous().view(-1).view(torch.uint8).numpy()
+        checksum = zlib.crc32(data.data, checksum)
     described = {
         "format": NAME,
         "version": FORMAT_VERSION,
@@ -84,19 +85,27 @@ def save_model(
         "class_names": model.class_names,
         "preprocessing": None if preprocessing is None else preprocessing.to_json(),
         **({"decision": decision} if (decision := model.decision.to_json()) else {}),
-        "weights": _fingerprint(tensors),
+        "weights": f"crc32:{checksum:08x}",
     }
-    contents: dict[Path, Content]
-    if beside is not None and format == "google":
-        contents = {
-            weights: lambda partial: write_npz(partial, tensors),
-            beside: lambda partial: _describe_npz(partial, described, partial_path(weights)),
-        }
-    else:
-        names = tensors if theirs is None else theirs.from_ours(tensors)
-        contents = {weights: lambda partial: _write_safetensors(partial, names, described, weights)}
-        if beside is not None:
-            contents[beside] = _as_text(described)
+
+    def write_weights(partial: Path) -> None:
+        if format == "google":
+            write_npz(partial, tensors)
+            described["weights"] = fingerprint(partial)
+            return
+        named = tensors if theirs is None else theirs.from_ours(tensors)
+        # The format requires every tensor to own its memory.
+        whole = {name: value.contiguous().clone() for name, value in named.items()}
+        metadata = {NAME: json.dumps(described)}  # one entry: the library shuffles several
+        # The library writes a temporary file next to its target and leaves it there if it fails or
+        # is killed; here it is removed with this folder, at the latest by the next save.
+        with staging_folder(weights) as folder:
+            safetensors.torch.save_file(whole, folder / WEIGHTS, metadata=metadata)
+            os.replace(folder / WEIGHTS, partial)
+
+    contents: dict[Path, Content] = {weights: write_weights}
+    if beside is not None:
+        contents[beside] = lambda partial: _write_json(partial, described)
     try:
         weights.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_all(contents)
@@ -107,34 +116,8 @@ def save_model(
     return weights
 
 
-def _write_safetensors(
-    partial: Path, tensors: Tensors, described: dict[str, Any], target: Path
-) -> None:
-    # The format requires every tensor to own its memory.
-    whole = {name: value.contiguous().clone() for name, value in tensors.items()}
-    metadata = {NAME: json.dumps(described)}  # one entry: the library shuffles several
-    # The library writes a temporary file next to its target and leaves it there if it fails or is
-    # killed; here it is removed with this folder, at the latest by the next save.
-    with staging_folder(target) as folder:
-        safetensors.torch.save_file(whole, folder / WEIGHTS, metadata=metadata)
-        os.replace(folder / WEIGHTS, partial)
-
-
-def _describe_npz(partial: Path, described: dict[str, Any], npz: Path) -> None:
-    partial.write_bytes(_as_text({**described, "weights": fingerprint(npz)}))
-
-
-def _as_text(described: dict[str, Any]) -> bytes:
-    return (json.dumps(described, indent=2) + "\n").encode()
-
-
-def _fingerprint(tensors: Tensors) -> str:
-    """Returns a checksum that ties a description to its weights."""
-    checksum = 0
-    for value in tensors.values():
-        data = value.contiguous().view(-1).view(torch.uint8).numpy()
-        checksum = zlib.crc32(data.data, checksum)
-    return f"crc32:{checksum:08x}"
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_bytes((json.dumps(values, indent=2) + "\n").encode())
 
 
 def check_target(path: Path, format: str, *, overwrite: bool = True) -> tuple[Path, Path | None]:

@@ -6,9 +6,9 @@ its own model, whose classifier becomes our head.
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,14 +58,15 @@ def load_pretrained(source: str, report: Reporter) -> TimmModel:
         model.class_names = [str(label) for label in described.label_names]
     elif classes == 1000:
         model.class_names = imagenet_classes()
-    settings = dataclasses.asdict(described)
     try:
-        model.preprocessing, notes = timm_preprocessing(settings, size, model.config.in_channels)
+        found = timm_preprocessing(asdict(described), size, model.config.in_channels)
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} has an unknown preprocessing: {error}") from error
-    for note in notes:
-        report.say(f"note     {name}: {note}")
-    return model.eval()
+    if found is not None:
+        model.preprocessing, notes = found
+        for note in notes:
+            report.say(f"note     {name}: {note}")
+    return model
 
 
 def from_timm(theirs: Any, name: str, image_size: Size) -> TimmModel:
@@ -73,20 +74,17 @@ def from_timm(theirs: Any, name: str, image_size: Size) -> TimmModel:
     weights are shared."""
     theirs = theirs.float().eval()
     classifier: Any = theirs.get_classifier()
-    kind, window = type(classifier), getattr(classifier, "kernel_size", None)
-    is_dense = issubclass(kind, nn.Linear) or (issubclass(kind, nn.Conv2d) and window == (1, 1))
-    if not is_dense and not issubclass(kind, nn.Identity):
-        what = f"the classifier of timm's {name} is a {kind.__name__}"
-        raise UserError(what, fix="Models whose classifier is one dense layer can be used")
+    window = getattr(classifier, "kernel_size", (1, 1))
+    is_dense = isinstance(classifier, nn.Linear | nn.Conv2d) and window == (1, 1)
     prefix = next((key for key, module in theirs.named_modules() if module is classifier), None)
     tensors: dict[str, Tensor] = {
         f"backbone.{key}": value
         for key, value in theirs.state_dict().items()
         if not is_dense or not key.startswith(f"{prefix}.")
     }
-    classes = classifier.weight.shape[0] if is_dense else 0
+    classes = 0
     if is_dense:
-        bias = classifier.bias
+        classes, bias = len(classifier.weight), classifier.bias
         tensors["head.weight"] = classifier.weight.detach().flatten(1)
         tensors["head.bias"] = torch.zeros(classes) if bias is None else bias.detach()
     with torch.device("meta"):
@@ -96,8 +94,7 @@ def from_timm(theirs: Any, name: str, image_size: Size) -> TimmModel:
     except RuntimeError as error:
         what = f"timm's {name} has other tensors with its classifier than without"
         raise UserError(f"{what}: {first_line(error)}") from error
-    model.eval()
-    if not _has_same_head(theirs, model):
+    if not _has_same_head(theirs, model.eval()):
         what = f"timm's {name} computes more behind its features than one dense layer"
         raise UserError(what, fix="Its architecture can be trained from scratch: create_model")
     return model
@@ -106,8 +103,7 @@ def from_timm(theirs: Any, name: str, image_size: Size) -> TimmModel:
 @torch.no_grad()
 def _has_same_head(theirs: Any, model: TimmModel) -> bool:
     """Whether our head maps random features to the same logits as timm's."""
-    backbone: Any = model.backbone
-    shape = model.config.measured.unpooled
+    shape, backbone = model.config.measured.unpooled, cast(Any, model.backbone)
     if shape is None:
         return False
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
