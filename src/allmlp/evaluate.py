@@ -65,8 +65,8 @@ def evaluate(
     source = data if isinstance(data, Source) else None
     in_memory = not isinstance(data, EvaluateOptions | Source | str | Path | None)
     if options is None and data is not None:
-        name = "images" if in_memory else str(data)
-        fields["data"] = name if source is None else source.name
+        name = str(data) if source is None else source.name
+        fields["data"] = "images" if in_memory else name
     options = make(EvaluateOptions, options, fields)
     report = report or Reporter(quiet=True)
     if isinstance(model, ExportedModel) or is_exported(model):
@@ -143,9 +143,8 @@ def show(result: Evaluation, options: EvaluateOptions) -> int:
     """Prints metrics, the 20 worst classes and the most frequent confusions."""
     if not is_main_process():
         return 0  # even with bad images: torchrun would kill the main process, which still prints
-    report = Reporter()
-    if result.preprocessing is not None:
-        own = result.preprocessing
+    report, own = Reporter(), result.preprocessing
+    if own is not None:
         height, width = own.image_size
         turned = "turned upright by EXIF" if own.exif_orientation else "EXIF ignored"
         report.say(f"protocol {height}x{width} pixels, {own.summary()}, {turned}")

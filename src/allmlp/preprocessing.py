@@ -88,14 +88,12 @@ class Preprocessing:
         if not isinstance(seed, int) or seed < 0 or (seed and kind == "none"):
             what = "permutation_seed is a whole number of at least 0, and 0 without a permutation"
             raise ValueError(f"{what}, got {seed!r}")
-        if (patch is not None) != (kind == "patches"):
-            what = f"permutation_patch goes with permutation='patches', got {patch!r} with {kind!r}"
-            raise ValueError(what)
-        is_side = patch is None or (isinstance(patch, int) and patch > 0)
-        if not is_side or (patch and any(side % patch for side in self.image_size)):
+        is_side = isinstance(patch, int) and patch > 0
+        divides = is_side and not any(side % patch for side in self.image_size)
+        if not (divides if kind == "patches" else patch is None):
             height, width = self.image_size
-            what = f"permutation_patch must divide {height}x{width} pixels, got {patch!r}"
-            raise ValueError(what)
+            what = f"permutation_patch goes with 'patches', and must divide {height}x{width} pixels"
+            raise ValueError(f"{what}; got {patch!r} for {kind!r}")
 
     def value_range(self) -> str:
         """The range of normalized pixels, "[-1, 1]", or mean and std if channels differ."""

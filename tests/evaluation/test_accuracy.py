@@ -165,16 +165,6 @@ def test_files(class_folder: Path, tmp_path: Path):
     assert [[int(cell) for cell in row[1:]] for row in table[1:]] == result.confusion.tolist()
 
 
-def test_files_come_whole_or_not_at_all(result: am.Evaluation, tmp_path: Path, monkeypatch):
-    result.save(tmp_path / "out")
-    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr("allmlp.io.os.fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
-    result.data = "other"
-    with pytest.raises(OSError, match="full"):
-        result.save(tmp_path / "out", overwrite=True)
-    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-
-
 def model_for(class_names: list[str]) -> am.ImageClassifier:
     model = tiny_model(num_classes=len(class_names))
     model.class_names = class_names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from allmlp.data.transforms import normalize
 from allmlp.evaluation.features import Features, frozen_features
 from allmlp.evaluation.predictor import Predictor
 from allmlp.models.layers import preprocessing_of
-from conftest import draw, make_class_folder, tiny_model
+from conftest import draw, tiny_model
 
 Compute = Callable[..., Features]
 
@@ -166,27 +165,3 @@ def test_features_that_are_not_finite_name_the_image(compute: Compute, tmp_path:
         compute(model)
     assert str(error.value.where).endswith("bee/5.png")  # the image of index 11
     assert not (tmp_path / "cache").exists()
-
-
-def _compute_often(folder: str, cache: str) -> None:
-    torch.set_num_threads(1)
-    model, source = tiny_model(), open_splits(folder)["train"]
-    for _ in range(20):
-        found = frozen_features(Predictor(model, num_workers=0), source, Path(cache))
-        assert found.notes == []
-        for path in Path(cache).glob("*.safetensors"):
-            path.unlink(missing_ok=True)
-
-
-@pytest.mark.slow
-def test_two_processes_share_a_cache(tmp_path: Path):
-    make_class_folder(tmp_path / "data" / "train", {"a": 3, "b": 3})
-    context = multiprocessing.get_context("spawn")
-    arguments = (str(tmp_path / "data"), str(tmp_path / "cache"))
-    both = [context.Process(target=_compute_often, args=arguments) for _ in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join()
-    assert [process.exitcode for process in both] == [0, 0]
-    assert list((tmp_path / "cache").iterdir()) == []

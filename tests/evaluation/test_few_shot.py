@@ -228,18 +228,10 @@ def test_a_random_baseline(noise: Path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "value"),
-    [
-        ({"shots": (0,)}, "0"),
-        ({"shots": ()}, "shots"),
-        ({"shots": (5, 1, 5)}, "5, 1, 5"),
-        ({"seeds": (-1,)}, "-1"),
-        ({"l2": float("nan")}, "nan"),
-        ({"resize": "crop"}, "'crop'"),
-    ],
+    "settings", [{"shots": (0,)}, {"shots": (5, 1, 5)}, {"seeds": ()}, {"l2": float("nan")}]
 )
-def test_wrong_options(settings: dict[str, Any], value: str):
-    with pytest.raises(am.UserError, match=value):
+def test_wrong_options(settings: dict[str, Any]):
+    with pytest.raises(am.UserError, match=next(iter(settings))):
         am.few_shot(tiny_model(), "digits", **settings)
 
 
@@ -250,7 +242,7 @@ def test_data_that_is_refused(data: Path, tmp_path: Path):
     with pytest.raises(am.UserError, match="no test and no validation split"):
         am.few_shot(model, {"train": splits["train"]}, **FAST)
     one = subset(splits["train"], np.arange(9), "only blue")
-    with pytest.raises(am.UserError, match="of one class only: 'blue'"):
+    with pytest.raises(am.UserError, match=r"two classes or more .*\['blue'\]"):
         am.few_shot(model, {"train": one, "test": splits["test"]}, **FAST)
     for path in (data / "test").rglob("*.png"):
         path.write_bytes(b"damaged")

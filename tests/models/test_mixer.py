@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import allmlp as am
 from allmlp.models.layers import StochasticDepth
-from allmlp.models.mixer import MixerBlock, MlpBlock, UntiedLinear, VariantBlock
+from allmlp.models.mixer import UntiedLinear, VariantBlock
 from conftest import GOLDEN, TINY, tiny_model
 from google_layout import official_model, our_layout, our_name
 
@@ -75,15 +74,6 @@ def test_parameter_counts(name):
         assert model.num_parameters == expected
 
 
-def test_tokens_are_row_major_over_the_grid():
-    """A weight that reads one token only sees one patch: token t is row t // 4, column t % 4."""
-    model = am.create_model("mixer_s16", (8, 16), 0, **TINY)
-    images = torch.zeros(1, 3, 8, 16)
-    images[:, :, 4:8, 12:16] = 1.0  # row 1, column 3 of a 2 x 4 grid
-    tokens = model.stem(images).flatten(2).transpose(1, 2)[0] - model.stem.bias
-    assert tokens.abs().sum(dim=1).nonzero().flatten().tolist() == [7]
-
-
 def test_initialisers_are_flaxs():
     torch.manual_seed(0)
     model = am.create_model("mixer_s32", 64, 10)
@@ -99,18 +89,6 @@ def test_initialisers_are_flaxs():
             assert parameter.abs().max() == 0, name
         else:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
-
-
-def test_layer_norm_epsilon_gelu_and_dropout():
-    model = tiny_model()
-    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    assert len(norms) == 5
-    assert {norm.eps for norm in norms} == {1e-6}
-    x = torch.linspace(-4, 4, 100)
-    names = [name for name, _ in MlpBlock(4, 8, "tanh", 0.5).named_children()]
-    assert names == ["dense_0", "gelu", "dropout_0", "dense_1", "dropout_1"]
-    assert torch.equal(model.blocks[0].token_mixing.gelu(x), F.gelu(x, approximate="tanh"))
-    assert torch.equal(tiny_model(gelu="exact").blocks[0].token_mixing.gelu(x), F.gelu(x))
 
 
 def test_stochastic_depth_rises_linearly_over_the_mlps():
@@ -129,25 +107,6 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
     torch.testing.assert_close(out[kept], branch[kept] / 0.75)
     assert out.mean().item() == pytest.approx(branch.mean().item(), rel=0.02)
     assert drop.eval()(branch) is branch
-
-
-def test_the_residual_stream_stays_float32_under_autocast():
-    """CPU bf16 LayerNorm gives a bias gradient that is wrong by tens of per cent."""
-    torch.manual_seed(0)
-    model = am.create_model("mixer_s16", 32, 10, **{**TINY, "hidden_dim": 64})
-    torch.nn.init.normal_(model.head.weight)
-    images, labels = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
-    F.cross_entropy(model(images), labels).backward()
-    exact = model.pre_head_layer_norm.bias.grad.clone()
-    model.zero_grad()
-    seen: list[torch.dtype] = []
-    model.blocks.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = F.cross_entropy(model(images).float(), labels)
-    loss.backward()
-    assert seen == [torch.float32]
-    error = (model.pre_head_layer_norm.bias.grad - exact).norm() / exact.norm()
-    assert error < 0.05
 
 
 @pytest.mark.parametrize(
@@ -208,14 +167,6 @@ def test_untied_with_equal_weights_in_all_channels_is_the_tied_one():
     assert changed.nonzero().flatten().tolist() == [3]
 
 
-def test_one_group_is_the_plain_one():
-    grouped, plain = variant(token_mixing="grouped", token_groups=1), variant()
-    plain.load_state_dict(grouped.state_dict())
-    assert torch.equal(grouped(IMAGES), plain(IMAGES))
-    assert first_block(grouped)
-    assert type(plain.blocks[0]) is MixerBlock
-
-
 def test_a_group_is_its_neighbouring_channels():
     block = first_block(variant(token_mixing="grouped", token_groups=4))
     y = torch.randn(2, 12, 16)
@@ -258,23 +209,18 @@ def test_initial_weights_of_an_untied_layer_have_the_variance_of_their_fan_in():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dropout": 1.0}, "dropout must be in"),
         ({"stochastic_depth": "0.1"}, r"stochastic_depth must be in \[0, 1\)"),
         ({"num_blocks": 0}, "num_blocks must be a whole number of at least 1, got 0"),
-        ({"num_blocks": True}, "whole number"),
         ({"gelu": "relu"}, "gelu must be one of tanh, exact"),
         ({"num_classes": -1}, "num_classes must be a whole number of at least 0"),
         ({"image_size": (8, 8, 3)}, "image_size must be"),
         ({"image_size": (10, 8)}, r"10x8.*patch size 4.*nearest.*8x8"),
         ({"token_mixing": "grouped", "token_groups": 3}, "must divide 16 channels"),
         ({"token_groups": 2}, "no effect with token_mixing='shared'"),
-        ({"token_mixing": "tied"}, "must be one of shared, untied, grouped, views"),
         ({"pyramid": ((1, 4),)}, "bring 4 tokens down to fewer"),
         ({"pyramid": ((1, 2), (0, 1))}, "rise from 0 to 1"),
         ({"pyramid": ((2, 3),)}, "rise from 0 to 1"),
-        ({"pyramid": ((1, 0),)}, "down to fewer"),
         ({"pyramid": (4,)}, "pairs of a block and its tokens"),
-        ({"pyramid": ((0.5, 2),)}, "pairs of a block and its tokens"),
     ],
 )
 def test_values_out_of_range(changes: dict[str, Any], message: str):

@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import allmlp as am
-from allmlp.models.catalog import model_config
-from allmlp.models.cycle_mlp import CycleFC, CycleMLPConfig
+from allmlp.models.cycle_mlp import CycleFC
 from allmlp.models.layers import StochasticDepth
-from allmlp.models.vision_permutator import PermutatorFusion, VisionPermutatorConfig
+from allmlp.models.vision_permutator import PermutatorFusion
 from staged_models import check_golden, small_cycle, small_permutator
 
 pytestmark = pytest.mark.numerics
@@ -61,36 +59,6 @@ def test_counts(name: str):
     assert stages == model.config.places == places
 
 
-def test_the_published_tensors():
-    """Names and shapes of a block, as in the authors' files."""
-    with torch.device("meta"):
-        models = {"network.0.1.": am.create_model("cycle_mlp_b1")}
-        models["network.2.1."] = am.create_model("vip_s7")
-    for (place, model), dim, ratio in zip(models.items(), (64, 384), (4, 3), strict=True):
-        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        block = {k.removeprefix(place): v for k, v in shapes.items() if k.startswith(place)}
-        fc = {"weight": (dim, dim, 1, 1), "bias": (dim,), "offset": (1, 2 * dim, 1, 1)}
-        of_cycle = {f"attn.sfc_{axis}.{kind}": fc[kind] for axis in "hw" for kind in fc}
-        of_permutator = {f"attn.mlp_{axis}.weight": (dim, dim) for axis in "hw"}
-        assert block == {
-            **{f"norm{n}.{kind}": (dim,) for n in (1, 2) for kind in ("weight", "bias")},
-            **(of_cycle if dim == 64 else of_permutator),
-            "attn.mlp_c.weight": (dim, dim),
-            "attn.reweight.fc1.weight": (dim // 4, dim),
-            "attn.reweight.fc1.bias": (dim // 4,),
-            "attn.reweight.fc2.weight": (3 * dim, dim // 4),
-            "attn.reweight.fc2.bias": (3 * dim,),
-            "attn.proj.weight": (dim, dim),
-            "attn.proj.bias": (dim,),
-            "mlp.fc1.weight": (ratio * dim, dim),
-            "mlp.fc1.bias": (ratio * dim,),
-            "mlp.fc2.weight": (dim, ratio * dim),
-            "mlp.fc2.bias": (dim,),
-        }
-    assert shapes["network.1.proj.weight"] == (384, 192, 2, 2)
-    assert shapes["patch_embed.proj.weight"] == (192, 3, 7, 7)
-
-
 @pytest.mark.parametrize("along", [1, 2])
 @pytest.mark.parametrize("grid", [(4, 5), (1, 3), (3, 1), (1, 1)])
 def test_a_shifted_layer_by_its_definition(along: int, grid: tuple[int, int]):
@@ -107,16 +75,6 @@ def test_a_shifted_layer_by_its_definition(along: int, grid: tuple[int, int]):
                 if 0 <= i + down < grid[0] and 0 <= j + right < grid[1]:
                     read[:, i, j, c] = x[:, i + down, j + right, c]
     torch.testing.assert_close(fc(x), read @ fc.weight[:, :, 0, 0].T + fc.bias)
-
-
-@pytest.mark.parametrize("value", [0.0, 0.5, float("nan"), 1e9])
-def test_other_shifts_are_not_loaded(value: float):
-    model = small_cycle()
-    tensors = model.state_dict()
-    model.load_state_dict(tensors, assign=True)
-    tensors["network.0.0.attn.sfc_w.offset"] = torch.full((1, 18, 1, 1), value)
-    with pytest.raises(am.UserError, match="other shifts than the published"):
-        model.load_state_dict(tensors)
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5), (1, 2)])
@@ -178,32 +136,11 @@ def test_cycle_mlp_has_the_same_weights_at_any_size(size: Any):
     assert (grids[0], grids[-1]) == other.config.grids
 
 
-def test_grids():
-    config = model_config("cycle_mlp_b1")
-    assert isinstance(config, CycleMLPConfig)
-    assert config.grids == ((56, 56), (28, 28), (14, 14), (7, 7))
-    wide = model_config("cycle_mlp_b1", (225, 193))
-    assert isinstance(wide, CycleMLPConfig)
-    assert wide.grids == ((56, 48), (28, 24), (14, 12), (7, 6))
-    for name in COUNTS:
-        config = model_config(name)
-        if isinstance(config, VisionPermutatorConfig):  # the authors' rule of segments
-            assert config.grids == tuple((side, side) for side in config.segments)
-
-
 @pytest.mark.parametrize("small", [small_cycle, small_permutator])
-def test_layer_norm_epsilon_gelu_and_stochastic_depth(small: Callable[..., am.ImageClassifier]):
+def test_stochastic_depth_rises_linearly(small: Callable[..., am.ImageClassifier]):
     model = small(depths=(2, 3), stochastic_depth=0.2)
-    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    assert len(norms) == 2 * 5 + 1
-    assert {norm.eps for norm in norms} == {1e-5}
-    x = torch.linspace(-4, 4, 100)
-    gelus = [module for module in model.modules() if isinstance(module, nn.GELU)]
-    assert len(gelus) == 2 * 5
-    assert all(torch.equal(gelu(x), F.gelu(x, approximate="none")) for gelu in gelus)
     drops = [m.probability for m in model.modules() if isinstance(m, StochasticDepth)]
-    rising = [0, 0.05, 0.1, 0.15, 0.2]
-    assert drops == pytest.approx([rate for rate in rising for _ in range(2)])
+    assert drops == pytest.approx([rate for rate in (0, 0.05, 0.1, 0.15, 0.2) for _ in range(2)])
 
 
 @pytest.mark.parametrize(
@@ -213,17 +150,11 @@ def test_layer_norm_epsilon_gelu_and_stochastic_depth(small: Callable[..., am.Im
         (small_cycle, {"dims": (9,)}, "dims has 1"),
         (small_cycle, {"dims": (9, 2)}, "dims must be at least 4"),
         (small_cycle, {"depths": (1, 0)}, r"depths must be whole numbers .*, got \(1, 0\)"),
-        (small_cycle, {"depths": 3}, "depths must be whole numbers of at least 1, got 3"),
-        (small_cycle, {"stem_kernel": 3}, "leaves pixels out"),
-        (small_cycle, {"stem_stride": 0}, "stem_stride must be a whole number .*, got 0"),
-        (small_cycle, {"stochastic_depth": 1.0}, "stochastic_depth must be in"),
         (small_cycle, {"in_channels": True}, "in_channels must be a whole number"),
-        (small_cycle, {"dropout": 0.1}, "has no setting 'dropout'"),
         (small_permutator, {"image_size": 10}, "image size 10x10 is not divisible by 4.*: 8x8"),
         (small_permutator, {"segments": (3, 2)}, "8 channels do not divide into 3 segments"),
         (small_permutator, {"segments": (4,)}, "segments has 1"),
         (small_permutator, {"downsamples": (1,)}, "downsamples must be 1 of true and false"),
-        (small_permutator, {"downsamples": (False,)}, "where the grid is not halved"),
     ],
 )
 def test_values_out_of_range(small: Any, changes: dict[str, Any], message: str):

@@ -34,18 +34,15 @@ def test_everything_published_is_there_once():
             assert 0.02 < known.mebibytes - known.parameters_mebibytes < 0.09
 
 
-@pytest.mark.parametrize("family", ["resmlp", "gmixer", "cycle_mlp", "vip"])
-def test_input_of_other_families(family: str):
+def test_input_of_other_families():
     """ImageNet's mean and deviation; the crops are those of their authors."""
     for name, known in CHECKPOINTS.items():
-        if name.startswith(family):
-            less = family == "gmixer" or name[-6:-4] in ("b4", "b5", "l7")
+        if name.startswith(("resmlp", "gmixer", "cycle_mlp", "vip")):
+            less = name.startswith("gmixer") or name[-6:-4] in ("b4", "b5", "l7")
             assert known.preprocessing.crop == (0.875 if less else 0.9)
             assert known.preprocessing.interpolation == "bicubic"
             assert (known.preprocessing.mean, known.preprocessing.std) == tuple(IMAGENET.values())
-            assert known.num_classes == 1000
-            assert (known.by_hand is None) == (family != "vip")
-            assert ("MIT" in known.licence) == (family in ("cycle_mlp", "vip"))
+            assert (known.by_hand is None) == (not name.startswith("vip"))
 
 
 def test_names_of_ours_and_of_timms():
@@ -55,9 +52,8 @@ def test_names_of_ours_and_of_timms():
     assert find_checkpoint("timm/mixer_b16_224.miil_in21k") is CHECKPOINTS["mixer_b16.miil_in21k"]
     assert find_checkpoint("mixer_b16") is None
     assert checkpoint_of_file("Mixer-B_16.npz") is None  # four files are called so
-    names = CHECKPOINTS["mixer_b16.i1k"].class_names()
-    assert names is not None
-    assert (len(names), len(set(names)), names[0]) == (1000, 1000, "n01440764 tench")
+    names = CHECKPOINTS["mixer_b16.i1k"].class_names() or []
+    assert (len(set(names)), names[0]) == (1000, "n01440764 tench")
     assert names == sorted(names)  # by WordNet id, as ILSVRC numbers them
     assert CHECKPOINTS["mixer_b16.i21k"].class_names() is None
 

@@ -121,26 +121,24 @@ def test_a_later_change_on_the_server_or_the_disk_is_noticed(tmp_path: Path):
         assert names(tmp_path) == ["file.sha256"]
 
 
-@pytest.mark.parametrize("status", [404, 503])
-def test_no_such_file(tmp_path: Path, status: int):
-    with serve(Behaviour(CONTENT, status=[status] * 9)) as url:
-        error = failed(published(url), tmp_path / "file")
-        assert str(status) in error.what
-        assert url in error.text()
-    assert f"put it at {tmp_path / 'file'}" in error.text()
-    assert names(tmp_path) == []
-
-
-def test_no_network_is_one_message_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_server_or_network_that_fails_is_one_message_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     known, path = published("http://127.0.0.1:9/file"), tmp_path / "file"
     started = time.monotonic()
     error = failed(known, path)
     assert error.code == "no-download"
+    assert f"put it at {path}" in error.text()
     assert time.monotonic() - started < 5  # it does not try again and again
+    with serve(Behaviour(CONTENT, status=[404])) as url:
+        error = failed(published(url), path)
+        assert "404" in error.what
+        assert url in error.text()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with serve(behaviour := Behaviour(CONTENT)) as url:
         assert "HF_HUB_OFFLINE" in failed(published(url), path).what
         assert behaviour.requests == []
+    assert names(tmp_path) == []
     path.write_bytes(CONTENT)  # put there by hand, as the message says
     assert cached(known, path, QUIET).read_bytes() == CONTENT
     assert (tmp_path / "file.sha256").read_text().startswith(SHA256)

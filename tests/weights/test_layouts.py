@@ -183,22 +183,13 @@ def test_files_of_resmlps_authors(tmp_path: Path):
     assert torch.equal(am.load_model(bare, quiet=True)(images), model(images))
 
 
-def test_our_own_description_travels_in_timms_format(tmp_path: Path):
-    model = tiny_model(num_classes=2).eval()  # tanh, which timm's names alone do not say
-    model.class_names = ["ant", "bee"]
-    loaded = am.load_model(am.save_model(model, tmp_path / "one.safetensors", format="timm"))
-    assert (loaded.config, loaded.class_names) == (model.config, ["ant", "bee"])
-
-
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("kind", ["bare", "state_dict", "model", "parallel", "compiled"])
+@pytest.mark.parametrize("kind", ["state_dict", "model", "compiled"])
 def test_pth_files(tmp_path: Path, kind: str, old: bool):
     state = safetensors.torch.load_file(TIMM)
     content = {
-        "bare": state,
         "state_dict": {"state_dict": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
         "model": {"model": state, "optimizer": {"state": {}, "step": torch.zeros(3)}},
-        "parallel": {f"module.{name}": value for name, value in state.items()},
         "compiled": {f"_orig_mod.module.{name}": value for name, value in state.items()},
     }[kind]
     path = tmp_path / "weights.pth"
@@ -308,30 +299,13 @@ def test_the_authors_files(tmp_path: Path, family: str, capsys: Any):
         assert found is None if channels == 5 else found and found.mean == pytest.approx(0.449)
 
 
-def test_other_offsets_in_a_file_are_an_error(tmp_path: Path):
+@pytest.mark.parametrize("value", [-1.0, 0.5, float("nan"), 1e9])
+def test_other_offsets_in_a_file_are_an_error(tmp_path: Path, value: float):
     tensors = dict(published("cycle").state_dict())
-    name = "network.0.0.attn.sfc_h.offset"
-    tensors[name] = tensors[name].flip(1)
+    tensors["network.0.0.attn.sfc_h.offset"] = torch.full((1, 16, 1, 1), value)
     torch.save({"model": tensors}, tmp_path / "other.pth")
     with pytest.raises(am.UserError, match=r"other shifts[\s\S]*other.pth"):
         am.load_model(tmp_path / "other.pth", quiet=True)
-
-
-@pytest.mark.parametrize(
-    ("family", "gone"),
-    [
-        ("cycle", "network.2.1.attn.sfc_h.offset"),
-        ("cycle", "patch_embed.proj.weight"),
-        ("cycle", "head.weight"),
-        ("permutator", "network.1.0.attn.mlp_h.weight"),
-    ],
-)
-def test_missing_tensors_are_named(tmp_path: Path, family: str, gone: str):
-    tensors = published(family).state_dict()
-    del tensors[gone]
-    safetensors.torch.save_file(tensors, tmp_path / "weights.safetensors")
-    with pytest.raises(am.UserError, match=gone):
-        am.load_model(tmp_path / "weights.safetensors", quiet=True)
 
 
 def test_shapes_that_do_not_say_enough(tmp_path: Path):
@@ -350,11 +324,11 @@ def test_shapes_that_do_not_say_enough(tmp_path: Path):
             am.load_model(path, quiet=True)
 
 
-@pytest.mark.parametrize("format", ["google", "timm"])
-@pytest.mark.parametrize("family", ["cycle", "permutator", "variant"])
-def test_formats_of_others_have_no_place(tmp_path: Path, family: str, format: str):
-    target = tmp_path / ("x.npz" if format == "google" else "x.safetensors")
+@pytest.mark.parametrize("file", ["x.npz", "x.safetensors"])
+@pytest.mark.parametrize("family", ["cycle", "variant"])
+def test_formats_of_others_have_no_place(tmp_path: Path, family: str, file: str):
     model = tiny_model(pyramid=((1, 2),)) if family == "variant" else published(family)
+    format = "google" if file == "x.npz" else "timm"
     with pytest.raises(am.UserError, match=f"'{format}'"):
-        am.save_model(model, target, format=format)
-    assert not target.exists()
+        am.save_model(model, tmp_path / file, format=format)
+    assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import allmlp as am
 from allmlp import io
-from allmlp.models.layers import classes_of, preprocessing_of
+from allmlp.models.layers import classes_of
 from allmlp.weights.description import WEIGHTS
 from conftest import draw, mixer, tiny_model
 
@@ -74,14 +74,8 @@ def test_another_number_of_classes(tmp_path: Path):
     torch.manual_seed(3)
     loaded = am.load_model(folder, num_classes=5)
     assert torch.equal(torch.rand(1), expected)  # loading draws no random numbers
-    images = torch.randn(2, 3, 8, 8)
-    assert loaded.config.num_classes == 5
-    assert loaded.class_names is None
+    assert (loaded.config.num_classes, loaded.class_names) == (5, None)
     assert loaded.preprocessing == model.preprocessing
-    assert torch.equal(loaded(images), torch.zeros(2, 5))
-    assert torch.equal(loaded.features(images), model.eval().features(images))
-    loaded(images).sum().backward()
-    assert am.load_model(folder, num_classes=0)(images).shape == (2, 16)
     assert am.load_model(folder, num_classes=3).class_names == ["ant", "bee", "cat"]
 
 
@@ -106,15 +100,11 @@ def test_another_image_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     "change",
     [
         {"version": 99},
-        {"architecture": None},
         {"architecture": {"family": "mixer"}},
         {"preprocessing": {"image_size": [8, 8], "resize": "zoom"}},
         {"preprocessing": {"image_size": [8, 16]}},
         {"class_names": ["ant", "bee"]},
-        {"class_names": 5},
         {"decision": {"temperature": -1}},
-        {"decision": {"labels": "multi", "thresholds": [0.5]}},
-        {"decision": [2]},
         {},
     ],
 )
@@ -126,23 +116,6 @@ def test_a_description_that_does_not_fit(tmp_path: Path, change: dict[str, Any])
     with pytest.raises(am.UserError) as caught:
         am.load_model(folder)
     assert str(folder) in str(caught.value.where)
-
-
-def test_tensors_that_do_not_fit_are_listed(tmp_path: Path):
-    model, folder = saved(tmp_path)
-    state = dict(model.state_dict())
-    state["stem.weights"] = state.pop("stem.weight")
-    state["stem.bias"] = torch.zeros(16, dtype=torch.int64)
-    state["head.weight"] = torch.zeros(4, 16)
-    save_file(state, folder / WEIGHTS)
-    with pytest.raises(am.UserError) as caught:
-        am.load_model(folder)
-    assert caught.value.code == "shapes"
-    message = str(caught.value)
-    assert "missing: stem.weight (16, 3, 4, 4)" in message
-    assert "extra: stem.weights (16, 3, 4, 4)" in message
-    assert "misshapen: head.weight is (4, 16), the architecture wants (3, 16)" in message
-    assert "not floating point: stem.bias is int64" in message
 
 
 def test_names_and_places_that_cannot_be(tmp_path: Path):
@@ -167,11 +140,11 @@ def test_names_and_places_that_cannot_be(tmp_path: Path):
 
 def test_what_is_not_a_model_of_ours_is_not_replaced(tmp_path: Path, trained: am.TrainResult):
     config = (trained.run_folder / "config.json").read_bytes()
-    with pytest.raises(am.UserError, match="best/"):
-        am.save_model(tiny_model(), trained.run_folder)
     (tmp_path / "config.json").write_bytes(config)
     (tmp_path / "mine.json").write_text('{"my": "notes"}')
-    for target, format in ((tmp_path, "allmlp"), (tmp_path / "mine.npz", "google")):
+    for target, format in (
+        *((trained.run_folder, "allmlp"), (tmp_path, "allmlp"), (tmp_path / "mine.npz", "google")),
+    ):
         with pytest.raises(am.UserError, match="not the description of a model"):
             am.save_model(tiny_model(), target, format, overwrite=True)
     assert (tmp_path / "config.json").read_bytes() == config
@@ -179,10 +152,8 @@ def test_what_is_not_a_model_of_ours_is_not_replaced(tmp_path: Path, trained: am
 
 
 def test_what_a_model_carries(tmp_path: Path, trained: am.TrainResult):
-    model = tiny_model(num_classes=2)
     with pytest.raises(am.UserError, match="no class names"):
-        classes_of(model)
-    assert preprocessing_of(model) == am.Preprocessing(image_size=(8, 8))
+        classes_of(tiny_model(num_classes=2))
     fresh = am.load_model(trained.run_folder, num_classes=12, quiet=True)
     path = am.save_model(fresh, tmp_path / "new.safetensors")
     for act in (lambda: am.evaluate(fresh, "digits:test"), lambda: am.predict(path, "digits:test")):
@@ -205,16 +176,14 @@ def test_weights_are_float32_in_memory(tmp_path: Path, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf"])
-@pytest.mark.parametrize("name", ["m.npz", "m.safetensors"])
-def test_weights_that_are_not_finite(tmp_path: Path, bad: str, name: str):
-    model, path = tiny_model(), tmp_path / name
-    format = "google" if name == "m.npz" else "allmlp"
+def test_weights_that_are_not_finite(tmp_path: Path, bad: str):
+    model, path = tiny_model(), tmp_path / "m.safetensors"
     weight = model.blocks[1].channel_mixing.dense_0.weight
     weight.data[0] = 3e38  # finite, as their sum is not
-    am.save_model(model, path, format)
+    am.save_model(model, path)
     assert am.load_model(path, quiet=True).state_dict().keys() == model.state_dict().keys()
     weight.data[1, :2] = float(bad)
-    am.save_model(model, path, format, overwrite=True)
+    am.save_model(model, path, overwrite=True)
     with pytest.raises(am.UserError, match=r"blocks.1.*weight .*: 2 of its") as caught:
         am.load_model(path, quiet=True)
     assert caught.value.code == "not-finite"
@@ -274,20 +243,15 @@ def test_a_save_killed_between_its_renames_is_seen(tmp_path: Path):
 def test_foreign_weights_take_class_names_mean_and_std(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    save_file(dict(tiny_model(num_classes=3).state_dict()), tmp_path / "foreign.safetensors")
+    foreign = tmp_path / "foreign.safetensors"
+    save_file(dict(tiny_model(num_classes=3).state_dict()), foreign)
     (tmp_path / "names.txt").write_text("ant\nbee \ncat\n")
     (tmp_path / "names.json").write_text('["ant", "bee", "cat"]')
-    model = am.load_model(
-        tmp_path / "foreign.safetensors",
-        class_names=tmp_path / "names.txt",
-        mean=(0.4, 0.5, 0.6),
-        std=0.25,
-    )
+    given = {"mean": (0.4, 0.5, 0.6), "std": 0.25}
+    model = am.load_model(foreign, class_names=tmp_path / "names.txt", **given)
     assert model.class_names == ["ant", "bee", "cat"]
-    assert model.preprocessing is not None
-    assert (model.preprocessing.mean, model.preprocessing.std) == ((0.4, 0.5, 0.6), 0.25)
+    assert model.preprocessing == am.Preprocessing(image_size=(8, 8), **given)
     options = ["--class-names", tmp_path / "names.json", "--mean", 0.4, 0.5, 0.6, "--std", 0.25]
-    foreign = tmp_path / "foreign.safetensors"
     assert mixer(capsys, "convert", foreign, tmp_path / "own", *options)[0] == 0
     own = am.load_model(tmp_path / "own")
     assert (own.class_names, own.preprocessing) == (model.class_names, model.preprocessing)

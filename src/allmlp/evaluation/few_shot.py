@@ -320,13 +320,11 @@ def _train_and_test(splits: Mapping[str, Source]) -> tuple[Source, Source, str]:
         fix = "Name data that has both, without a split behind it, or put test images into test/"
         raise UserError(what, where=" ".join(s.name for s in splits.values()), fix=fix)
     train, test = splits["train"], splits[test_split]
-    for source in (train, test):
-        if not len(source):
-            raise UserError("there are no images", where=source.name)
     check_one_label((train, test), "few-shot classification")
-    if len(present := np.unique(train.labels)) < 2:
-        what = f"the training images are of one class only: {train.class_names[present[0]]!r}"
-        raise UserError(what, where=train.name, fix="Give data of at least two classes")
+    present = [train.class_names[at] for at in np.unique(train.labels)]
+    if len(present) < 2:
+        what = f"few-shot needs two classes or more to learn from, got {present}"
+        raise UserError(what, where=train.name, code="too-few")
     matched = match_classes(test, train.class_names, owner="train/", allow_missing=True)
     return train, matched, test_split
 

@@ -66,10 +66,6 @@ def model_config(
         named = known[one_of("model", name, known)]
     fields = named.__dataclass_fields__
     for field in overrides:
-        if field == "pretrained":  # the name in timm and torchvision
-            fix = 'Trained weights have their own names: am.load_model("mixer_b16.i21k"); '
-            fix += "`mixer models --weights` lists them"
-            raise UserError("create_model draws random weights: it has no 'pretrained'", fix=fix)
         if field not in fields:
             fix = f"{near_names(field, fields)}Known: {', '.join(fields)}"
             raise UserError(f"model {name} has no setting {field!r}", fix=fix)
@@ -129,11 +125,7 @@ def random_weights(model: ImageClassifier, seed: int = 0) -> ImageClassifier:
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        try:
-            twin = model_from_config(model.config)
-        except TypeError as error:
-            what = f"cannot build a {type(model).__name__} with random weights: {error}"
-            raise UserError(what) from error
+        twin = model_from_config(model.config)
     twin.preprocessing = model.preprocessing
     return twin.to(next(model.parameters()).device).train(model.training)
 

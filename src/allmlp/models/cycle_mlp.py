@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allmlp.errors import UserError
-from allmlp.models.family import Family, Shapes, Size, shape_of
+from allmlp.models.family import Family, Shapes, Size, named, shape_of, size_text
 from allmlp.models.staged import Fusion, StagedClassifier, StagedConfig, Window, infer_stages
 
 CYCLE = (0, 1, -1)
@@ -118,13 +118,9 @@ class CycleMLPConfig(StagedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kernel, stride, (height, width) = self.stem_kernel, self.stem_stride, self.image_size
-        if kernel < stride:
-            what = f"a stem_kernel of {kernel} pixels with a stem_stride of {stride}"
-            raise ValueError(f"{what} leaves pixels out")
-        if min(height, width) < stride:
-            what = f"image size {height}x{width} is below the stem's stride of {stride} pixels"
-            raise ValueError(what)
+        if min(self.image_size) < self.stem_stride:
+            what = f"image size {size_text(self.image_size)} is below the stem's stride"
+            raise ValueError(f"{what} of {self.stem_stride} pixels")
 
     @property
     def windows(self) -> list[Window | None]:
@@ -164,10 +160,7 @@ FAMILY = Family(
     paper="Chen et al. 2022, arXiv 2107.10224",
     config=CycleMLPConfig,
     build=CycleMLP,
-    architectures={
-        name: CycleMLPConfig(depths=depths, dims=dims, mlp_ratios=ratios)
-        for name, (depths, dims, ratios) in _SHAPES.items()
-    },
+    architectures=named(CycleMLPConfig, "depths dims mlp_ratios", _SHAPES),
     resize=_resize,
     marker=r"network\.\d+\.\d+\.attn\.sfc_",
     infer=_infer,

@@ -280,6 +280,15 @@ class Family:
         )
 
 
+def named(config: Any, fields: str, sizes: Mapping[str, Any], **shared: Any) -> dict[str, Any]:
+    """Returns the named configurations of a table with a row per name and a column per field."""
+    columns = fields.split()
+    return {
+        name: config(**dict(zip(columns, row, strict=True)), **shared)
+        for name, row in sizes.items()
+    }
+
+
 def shape_of(shapes: Shapes, name: str, axes: int) -> tuple[int, ...]:
     """Returns the shape of a tensor, which must have `axes` axes; for `Family.infer`."""
     found = shapes[name]

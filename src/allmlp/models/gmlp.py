@@ -24,6 +24,7 @@ from allmlp.models.family import (
     Shapes,
     Size,
     infer_patches,
+    named,
     shape_of,
 )
 from allmlp.models.layers import PatchClassifier, StochasticDepth
@@ -134,10 +135,7 @@ FAMILY = Family(
     paper="Liu et al. 2021, arXiv 2105.08050",
     config=GMLPConfig,
     build=GMLP,
-    architectures={
-        name: GMLPConfig(patch_size=16, hidden_dim=dim, num_blocks=30, mlp_dim=hidden)
-        for name, (dim, hidden) in _SHAPES.items()
-    },
+    architectures=named(GMLPConfig, "hidden_dim mlp_dim", _SHAPES, patch_size=16, num_blocks=30),
     resize=resize_maps("blocks.{}.mlp.gate.token_mixing"),
     marker=r"blocks\.\d+\.mlp\.gate\.",
     infer=_infer,

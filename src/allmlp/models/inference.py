@@ -1,10 +1,8 @@
 """Inference over many batches; on a CPU with packed weights.
 
-torch's dense layers reorder their weights for oneDNN in every call, or hand float32 matmuls to MKL,
-which is slow on non-Intel CPUs. Here the weights are packed once, and the GELU of an MLP is
-computed while its input is in the cache. The network code does not change: a copy of the model gets
-other dense layers and shares everything else. Results equal torch's up to rounding; there is no
-compiler, and speed is on par with a frozen torch.compile (benchmarks/inference.md).
+torch's dense layers reorder their weights for oneDNN in every call. Here they are packed once, and
+the GELU of an MLP is computed while its input is in the cache: a copy of the model gets other dense
+layers and shares everything else. Results equal torch's up to rounding (benchmarks/inference.md).
 
 Shapes: N batch, K classes, C features.
 """

@@ -85,10 +85,8 @@ def lecun_normal_(weight: Tensor) -> Tensor:
 
 
 class Classifier(Protocol):
-    """Anything with logits and a description of them: an `ImageClassifier` or an exported file.
-
-    An exported file takes pixels as well, has no weights and runs on the CPU.
-    """
+    """Anything with logits and a description of them: an `ImageClassifier` or an exported file,
+    which takes pixels as well, has no weights and runs on the CPU."""
 
     @property
     def config(self) -> Any: ...
@@ -180,10 +178,10 @@ class ImageClassifier(nn.Module):
     # Named as in huggingface_hub's ModelHubMixin, which would be imported with every network.
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, **options: Any):
-        """Returns `am.load_model(source)` for a path or owner/name on the hub, if it is a `cls`.
+        """Returns `am.load_model(source, **options)`, if it is a `cls`.
 
         Args:
-            source: a folder, a file, owner/name on the hub, or any other source of `load_model`.
+            source: any source of `load_model`, or owner/name on the hub.
             revision: branch, tag or commit on the hub.
             **options: of `load_model`, such as `image_size` and `num_classes`.
         """

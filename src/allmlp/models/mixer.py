@@ -30,6 +30,7 @@ from allmlp.models.family import (
     Tensors,
     infer_patches,
     is_integer,
+    named,
     shape_of,
 )
 from allmlp.models.layers import PatchClassifier, StochasticDepth, lecun_normal_
@@ -352,7 +353,7 @@ def _resize(
 
 
 # Table 1 of the paper; S/8 is Google's later release (SAM-trained, not in the paper).
-_SIZES = ("patch_size", "hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")
+_SIZES = "patch_size hidden_dim num_blocks tokens_mlp_dim channels_mlp_dim"
 _TABLE_1 = {
     "mixer_s32": (32, 512, 8, 256, 2048),
     "mixer_s16": (16, 512, 8, 256, 2048),
@@ -362,8 +363,8 @@ _TABLE_1 = {
     "mixer_l32": (32, 1024, 24, 512, 4096),
     "mixer_l16": (16, 1024, 24, 512, 4096),
     "mixer_h14": (14, 1280, 32, 640, 5120),
-    "gmixer_24": (16, 384, 24, 192, 768),  # gated, from timm
 }
+_OF_TIMM = {"gmixer_24": (16, 384, 24, 192, 768)}
 FAMILY = Family(
     name="mixer",
     title="MLP-Mixer",
@@ -371,8 +372,8 @@ FAMILY = Family(
     config=MixerConfig,
     build=MlpMixer,
     architectures={
-        name: MixerConfig(**dict(zip(_SIZES, sizes, strict=True)), gated=name.startswith("g"))
-        for name, sizes in _TABLE_1.items()
+        **named(MixerConfig, _SIZES, _TABLE_1),
+        **named(MixerConfig, _SIZES, _OF_TIMM, gated=True),
     },
     suffix=_suffix,
     resize=_resize,

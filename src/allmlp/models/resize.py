@@ -1,21 +1,17 @@
 """Trained weights at another image size: the paper's block-diagonal growth, and resampling.
 
-Only the token-mixing MLPs of a Mixer depend on the number of patches. Their weights are images on
-the patch grid: a hidden unit has an image of incoming and one of outgoing weights.
+The weights of a token-mixing MLP are images on the patch grid: a hidden unit has an image of
+incoming and one of outgoing weights.
 
 block-diagonal  (section 3 and appendix C of the paper; both sides grow by integer factors)
     The image is cut into K_h x K_w tiles of the old size, each with its own copy of the old
-    token-mixing MLP: S and D_S grow by K_h * K_w. Before any further training,
-        logits(large image) = mean over its tiles of the old logits(tile).
-    Tokens are row-major over the whole grid, not tile by tile, so the blocks are permuted.
+    token-mixing MLP: logits(large image) = mean over its tiles of the old logits(tile). Tokens are
+    row-major over the whole grid, not tile by tile, so the blocks are permuted.
 
 resample  (any size, larger or smaller; D_S does not change)
-    The tokens of the new grid are resized to the old one and mixed there, and the output of the MLP
-    is resized back. Both are linear maps, A (new to old) and B (old to new), whose rows sum to one,
-    so they can be folded into the weights: W_0 A, B W_1, B b_1. Before any further training,
-        token mixing(x) = B . old token mixing(A . x)
-    and constant images excite the hidden units exactly as before. With "nearest" and an integer
-    factor, repeating every token of a grid leaves the logits unchanged.
+    token mixing(x) = B . old token mixing(A . x), where A and B resize the tokens from the new grid
+    to the old one and back. Both are linear maps whose rows sum to one, folded into the weights:
+    W_0 A, B W_1, B b_1. Constant images excite the hidden units exactly as before.
 
 Shapes: D hidden units of the token-mixing MLP, (h, w) the old grid, (H, W) the new one.
 """
@@ -31,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from allmlp.errors import UserError
-from allmlp.models.family import Size, Tensors
+from allmlp.models.family import Size, Tensors, size_text
 from allmlp.runtime.device import check_fits_memory
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
@@ -42,16 +38,12 @@ Weight = tuple[str, tuple[Axis, ...]]
 
 def whole_factors(old: Size, new: Size, method: str) -> Any:
     """Returns (K_h, K_w) for block-diagonal growth between two grids; None means resample."""
-    factors = (new[0] // old[0], new[1] // old[1])
     is_whole = new[0] % old[0] == new[1] % old[1] == 0
     if method == "block-diagonal" and not is_whole:
-        raise UserError(
-            f"block-diagonal growth multiplies each side by a whole number; {old[0]}x{old[1]} "
-            f"patches do not become {new[0]}x{new[1]} this way",
-            where="resize_weights",
-            fix="resample (or auto) takes any size",
-        )
-    return factors if is_whole and method != "resample" else None
+        what = "block-diagonal growth multiplies each side by a whole number; "
+        what += f"{size_text(old)} patches do not become {size_text(new)} this way"
+        raise UserError(what, where="resize_weights", fix="resample (or auto) takes any size")
+    return (new[0] // old[0], new[1] // old[1]) if is_whole and method != "resample" else None
 
 
 def how_resized(factors: Size | None) -> str:
@@ -74,12 +66,14 @@ def resize_tokens(
     and "bicubic" are antialiased.
     """
     factors = whole_factors(old.grid, new.grid, method)
-    tiles, size = math.prod(factors or (1,)), "x".join(map(str, new.image_size))
+    tiles = math.prod(factors or (1,))
     lengths = [
         [new.num_tokens if axis == TOKENS else tiles * math.prod(axis) for axis in axes]
         for _, axes in weights
     ]
-    check_fits_memory(sum(map(math.prod, lengths)), f"token mixing at {size} pixels")
+    check_fits_memory(
+        sum(map(math.prod, lengths)), f"token mixing at {size_text(new.image_size)} pixels"
+    )
     if factors is None:
         pairs = list(zip(old.grid, new.grid, strict=True))
         read = tuple(resizing(after, before, interpolation) for before, after in pairs)

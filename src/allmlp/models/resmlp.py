@@ -15,7 +15,7 @@ Shapes: N batch, S tokens, C channels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from allmlp.models.family import (
     Shapes,
     Size,
     infer_patches,
+    named,
     shape_of,
 )
 from allmlp.models.layers import PatchClassifier, StochasticDepth
@@ -127,24 +128,21 @@ def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> ResMLPCo
     return ResMLPConfig(channels_mlp_dim=hidden, **fields)
 
 
-# Of the authors' code: P, C, L, hidden units of the channel MLP, LayerScale.
-_SHAPES: dict[str, tuple[Any, ...]] = {
+# Of the authors' code.
+_FIELDS = "patch_size hidden_dim num_blocks channels_mlp_dim layer_scale"
+_SHAPES = {
     "resmlp_12": (16, 384, 12, 1536, 0.1),
     "resmlp_24": (16, 384, 24, 1536, 1e-5),
     "resmlp_36": (16, 384, 36, 1536, 1e-6),
     "resmlp_big_24": (8, 768, 24, 3072, 1e-6),
 }
-_FIELDS = ("patch_size", "hidden_dim", "num_blocks", "channels_mlp_dim")
 FAMILY = Family(
     name="resmlp",
     title="ResMLP",
     paper="Touvron et al. 2021, arXiv 2105.03404",
     config=ResMLPConfig,
     build=ResMLP,
-    architectures={
-        name: ResMLPConfig(**dict(zip(_FIELDS, sizes, strict=True)), layer_scale=scale)
-        for name, (*sizes, scale) in _SHAPES.items()
-    },
+    architectures=named(ResMLPConfig, _FIELDS, _SHAPES),
     resize=resize_maps("blocks.{}.token_mixing"),
     marker=r"pre_head_affine\.|blocks\.\d+\.(affine|scale)_",
     infer=_infer,

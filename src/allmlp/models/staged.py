@@ -18,6 +18,7 @@ Shapes: N batch, (H, W) grid of a stage, C its channels; channels-last between s
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -112,17 +113,16 @@ class StagedClassifier(ImageClassifier):
     def __init__(self, config: StagedConfig) -> None:
         super().__init__()
         self.config = config
-        last, num_before = max(config.num_blocks - 1, 1), 0
+        last, before = max(config.num_blocks - 1, 1), itertools.count()
         channels, parts = config.in_channels, []
         for stage, (dim, window) in enumerate(zip(config.dims, config.windows, strict=True)):
             if window is not None:
                 parts.append(Convolution(channels, dim, window))
-            channels, blocks = dim, []
-            for block in range(num_before, num_before + config.depths[stage]):
-                drop = config.stochastic_depth * block / last
-                hidden = config.mlp_ratios[stage] * dim
-                blocks.append(Block(self.fusion(stage), dim, hidden, drop))
-            num_before += len(blocks)
+            channels, hidden = dim, config.mlp_ratios[stage] * dim
+            drops = [
+                config.stochastic_depth * next(before) / last for _ in range(config.depths[stage])
+            ]
+            blocks = (Block(self.fusion(stage), dim, hidden, drop) for drop in drops)
             parts.append(nn.Sequential(*blocks))
         self.patch_embed = parts[0]
         self.network = nn.ModuleList(parts[1:])
@@ -256,18 +256,15 @@ def infer_stages(shapes: Shapes) -> tuple[dict[str, Any], list[int]]:
     places = sorted({int(match[1]) for match in blocks if match})
     if not places:
         raise ValueError("the file has no blocks (network.0.0.*)")
-    depths, dims, ratios = [], [], []
-    for place in places:
-        depths.append(count_blocks(shapes, rf"network\.{place}\.(\d{{1,6}})\."))
-        hidden, dim = shape_of(shapes, f"network.{place}.0.mlp.fc1.weight", 2)
+    mlps = [shape_of(shapes, f"network.{place}.0.mlp.fc1.weight", 2) for place in places]
+    for hidden, dim in mlps:
         if hidden % dim:
             raise ValueError(f"{hidden} hidden units are not a multiple of {dim} channels")
-        dims.append(dim)
-        ratios.append(hidden // dim)
+    counts = [rf"network\.{place}\.(\d{{1,6}})\." for place in places]
     fields = {
-        "depths": tuple(depths),
-        "dims": tuple(dims),
-        "mlp_ratios": tuple(ratios),
+        "depths": tuple(count_blocks(shapes, pattern) for pattern in counts),
+        "dims": tuple(dim for _, dim in mlps),
+        "mlp_ratios": tuple(hidden // dim for hidden, dim in mlps),
         "in_channels": shape_of(shapes, "patch_embed.proj.weight", 4)[1],
         "num_classes": count_classes(shapes),
     }

@@ -10,18 +10,9 @@ layer maps to another such vector, and a row likewise:
 
 Matches the authors' code (Andrew-Qibin/VisionPermutator), where G is the side of the grid, so that
 H S = C, both maps are C x C and images have 224 x 224 pixels. Here G stays the same at other image
-sizes, including rectangular ones: the maps are H S x H S and W S x W S.
-
-At another image size (`_resize`) the segments stay the same, and each map, an image (place, channel
-of the segment) -> the same, is resized along the places:
-
-block-diagonal  (both sides grow by an integer factor K)
-    A column is cut into K parts of the old length, each with a copy of the old map. The parts still
-    interact in the weights of the branches, which depend on the mean over the whole image; an image
-    that tiles another K x K times therefore has the same logits.
-resample  (any size)
-    B mlp A: A resizes the places from the new number to the old one, and B back; the rows of both
-    sum to one.
+sizes: the maps are H S x H S and W S x W S, resized along the places as in `resize.py`. (Grown
+block-diagonally, the parts of a column still interact in the weights of the branches, which depend
+on the whole image; an image that tiles another K x K times has the same logits.)
 
 Shapes: N batch, (H, W) grid of a stage, C its channels, G segments of S channels, the segment index
 being the slow one; channels-last between stem and head.
@@ -35,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from allmlp.models.family import Family, Shapes, Size, Tensors, shape_of
+from allmlp.models.family import Family, Shapes, Size, Tensors, named, shape_of
 from allmlp.models.resize import how_resized, resizing, whole_factors
 from allmlp.models.staged import Fusion, StagedClassifier, StagedConfig, Window, infer_stages
 from allmlp.runtime.device import check_fits_memory
@@ -99,16 +90,12 @@ class VisionPermutatorConfig(StagedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         halves, joins = self.downsamples, len(self.dims) - 1
-        is_right = isinstance(halves, tuple) and len(halves) == joins
-        if not is_right or not all(isinstance(halved, bool) for halved in halves):
+        is_right = isinstance(halves, tuple) and [type(half) for half in halves] == [bool] * joins
+        if not is_right:
             raise ValueError(f"downsamples must be {joins} of true and false, got {halves!r}")
         for dim, segments in zip(self.dims, self.segments, strict=True):
             if dim % segments:
                 raise ValueError(f"{dim} channels do not divide into {segments} segments")
-        for old, new, halved in zip(self.dims, self.dims[1:], halves, strict=False):
-            if old != new and not halved:
-                what = f"the channels change from {old} to {new} where the grid is not halved"
-                raise ValueError(f"{what}: no published model does")
         unit, words = self.patch_size * 2 ** sum(halves), f"the patch size {self.patch_size}"
         if any(halves):
             words = f"{unit} ({words}, and the grid is halved {sum(halves)}x)"
@@ -192,19 +179,14 @@ _SHAPES = {  # P, depths, dims, segments, where the grid is halved; from the aut
     "vip_m7": (7, (4, 3, 14, 3), (256, 256, 512, 512), (32, 32, 16, 16), _SECOND),
     "vip_l7": (7, (8, 8, 16, 4), (256, 512, 512, 512), (32, 16, 16, 16), _FIRST),
 }
-_FIELDS = ("patch_size", "depths", "dims", "segments", "downsamples")
+_FIELDS = "patch_size depths dims segments downsamples"
 FAMILY = Family(
     name="vision_permutator",
     title="Vision Permutator",
     paper="Hou et al. 2022, arXiv 2106.12368",
     config=VisionPermutatorConfig,
     build=VisionPermutator,
-    architectures={
-        name: VisionPermutatorConfig(
-            mlp_ratios=(3, 3, 3, 3), **dict(zip(_FIELDS, shape, strict=True))
-        )
-        for name, shape in _SHAPES.items()
-    },
+    architectures=named(VisionPermutatorConfig, _FIELDS, _SHAPES, mlp_ratios=(3, 3, 3, 3)),
     resize=_resize,
     marker=r"network\.\d+\.\d+\.attn\.mlp_[hw]\.",
     infer=_infer,

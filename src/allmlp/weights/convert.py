@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from allmlp.errors import needs, plural
+from allmlp.errors import needs
 from allmlp.io import check_not_inputs, expand
 from allmlp.options import Done, ForeignOptions, ImageSize, ResizeWeights
 
@@ -55,13 +55,9 @@ def convert(model: str, output: str, options: ConvertOptions) -> Done:
         resize_weights=options.resize_weights,
         **options.foreign,
     )
-    lines = []
-    if options.num_classes and net.state_dict()["head.weight"].any():
-        number = plural(options.num_classes, "class")
-        lines.append(f"head     the trained one, it has {number} already")
     weights = save_model(net, path, format, overwrite=options.overwrite)
     mebibytes = weights.stat().st_size / 2**20
-    lines += [
+    lines = [
         f"model    {in_words(net.config)}",
         f"         {net.num_parameters:,} parameters, {flops_text(net.config.flops)} per image",
         f"written  {weights} ({format}, {mebibytes:,.1f} MiB)",

@@ -14,7 +14,7 @@ import torch
 
 from allmlp.decision import Decision
 from allmlp.errors import UserError
-from allmlp.io import parse_json
+from allmlp.io import parse_json, read_json
 from allmlp.models.catalog import (
     architectures,
     config_from_json,
@@ -87,17 +87,16 @@ def describe(
 
 def _written(file: WeightsFile) -> tuple[Json, str]:
     """Returns the written description of a file and its location; ({}, "") if there is none."""
-    header, carried, in_header = own_entry(file.metadata), None, f"{file.path} (header)"
-    if header is not None:
-        carried = _parsed(header, in_header)
+    header, in_header = own_entry(file.metadata), f"{file.path} (header)"
+    try:
+        carried = None if header is None else _checked(parse_json(header), in_header)
+    except ValueError as error:
+        raise UserError(f"not a model description: {error}", where=in_header) from error
     path = file.path.with_suffix(".json") if file.container == "npz" else None
     if file.path.name in (WEIGHTS, PICKLED):  # only files of these names have a config.json
         path = file.path.with_name(CONFIG)
     if path is not None and path.is_file():
-        try:
-            beside = _parsed(path.read_text(encoding="utf-8", errors="replace"), str(path))
-        except OSError as error:
-            raise UserError(f"cannot read it: {error.strerror}", where=path) from error
+        beside = _checked(read_json(path, "not a model description"), path)
         # A save killed between its two renames, or a copy of only one of the files, leaves a
         # mismatched pair. A description by hand, by timm or an older version has no fingerprint.
         known = beside.get("weights")
@@ -107,15 +106,10 @@ def _written(file: WeightsFile) -> tuple[Json, str]:
     return ({}, "") if carried is None else (carried, in_header)
 
 
-def _parsed(text: str, where: str) -> Json:
-    try:
-        found = parse_json(text)
-        if isinstance(found, dict):
-            return found
-        reason = str(found)
-    except ValueError as error:
-        reason = str(error)
-    raise UserError(f"not a model description: {reason[:200]}", where=where)
+def _checked(found: Any, where: object) -> Json:
+    if not isinstance(found, dict):
+        raise UserError(f"not a model description: {str(found)[:200]}", where=where)
+    return found
 
 
 def _ours(written: Json, where: str, file: WeightsFile) -> Description:

@@ -16,7 +16,7 @@ import pickletools
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -82,7 +82,7 @@ def _container(path: Path) -> str:
         raise UserError(f"cannot read the file: {error.strerror}", where=path) from error
     if start[:2] == b"PK":
         return _container_of_archive(path)
-    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+    if re.match(rb"\x80[\x02-\x05]", start):
         return "torch"  # a bare pickle, as written by torch before 1.6
     if start[8:9] == b"{":
         return "safetensors"
@@ -165,8 +165,15 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         what = "a torch pickle under the name of a safetensors file"
         raise _hostile(path, what, "Ask its author, or call it what it is (.pth)")
     is_zip = zipfile.is_zipfile(path)
-    for pickled in _pickles(path, is_zip):
-        check_nesting(pickled)
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith("data.pkl"):
+                    check_nesting(io.BytesIO(archive.read(name)))
+    else:
+        with path.open("rb") as file:
+            for _ in range(5):  # before torch 1.6: magic, protocol, system, object, keys
+                check_nesting(file)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # used in timm's checkpoints
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -176,7 +183,12 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             raise
         what = f"the file is not plain tensors and could run code ({found[1] or found[2]:.80})"
         raise _hostile(path, what, "Ask its author for a safetensors file") from error
-    tensors = _state_dict(loaded)
+    for _ in range(3):  # the tensors are bare, or under one of `CONTAINERS`
+        known = CONTAINERS if isinstance(loaded, Mapping) else ()
+        inner = [loaded[key] for key in known if isinstance(loaded.get(key), dict)]
+        loaded = inner[0] if inner else loaded
+    values = loaded if isinstance(loaded, Mapping) else {}
+    tensors = {str(key): value for key, value in values.items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise UserError(f"{name} is not a plain array of numbers", where=path)
@@ -184,17 +196,6 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     if claimed > 2 * size + 2**20:
         raise _hostile(path, f"the tensors claim {claimed:,} bytes, the file has {size:,}")
     return tensors
-
-
-def _pickles(path: Path, is_zip: bool) -> Iterator[IO[bytes]]:
-    if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith("data.pkl"):
-                    yield io.BytesIO(archive.read(name))
-    else:
-        with path.open("rb") as file:  # before torch 1.6: magic, protocol, system, object, keys
-            yield from [file] * 5
 
 
 _DEEPEST = 50  # levels: hashing a tuple nested as deeply as its file is long kills the process
@@ -234,30 +235,11 @@ def check_nesting(file: IO[bytes]) -> None:
             stack += [(depth, size)] * len(operation.stack_after)
 
 
-def _state_dict(loaded: Any) -> dict[str, Tensor]:
-    """Returns the tensors in the result of torch.load: bare, or under one of `CONTAINERS`."""
-    for _ in range(3):
-        if not isinstance(loaded, Mapping):
-            return {}
-        inner = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), dict)), None)
-        if inner is None:
-            break
-        loaded = inner
-    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
-
-
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Strips wrapper prefixes from the names; whatever is not in `params/` is optimizer state."""
     for _ in range(3):
-        prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in tensors)), None)
-        if prefix is None:
-            break
-        inside = {
-            name.removeprefix(prefix): value
-            for name, value in tensors.items()
-            if name.startswith(prefix)
-        }
-        if not prefix.endswith("/") and len(inside) < len(tensors):
-            break
-        tensors = inside
+        prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in tensors)), "")
+        inside = {name: value for name, value in tensors.items() if name.startswith(prefix)}
+        if prefix.endswith("/") or len(inside) == len(tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in inside.items()}
     return tensors

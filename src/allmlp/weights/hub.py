@@ -34,7 +34,11 @@ def fetch(name: str, revision: str | None) -> Path:
     for file in WEIGHTS:
         path = _get(name, file, revision, is_cut_off)
         if path is not None:
-            _check(path)
+            blob = path.resolve()  # the hub's cache names large files by their sha256
+            if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256_of(blob) != blob.name:
+                fix = f"Delete {blob} and load the model again"
+                what = "the cached file is damaged: its sha256 is another"
+                raise UserError(what, where=path, fix=fix, code="damaged")
             return path
     raise UserError(f"{name} has none of {', '.join(WEIGHTS)}", where="the hub")
 
@@ -78,12 +82,3 @@ def _get(name: str, file: str, revision: str | None, is_cut_off: bool) -> Path |
 def _cause(error: BaseException) -> str:
     first = error.__cause__ or error
     return (str(first) or type(first).__name__).splitlines()[0]
-
-
-def _check(path: Path) -> None:
-    """The hub's cache names large files by their sha256, so damage can be detected."""
-    blob = path.resolve()
-    if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256_of(blob) != blob.name:
-        fix = f"Delete {blob} and load the model again"
-        what = "the cached file is damaged: its sha256 is another"
-        raise UserError(what, where=path, fix=fix, code="damaged")

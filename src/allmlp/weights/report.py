@@ -36,16 +36,16 @@ def inspect_file(source: str | Path, image_size: tuple[int, int] | None = None) 
     names = found.class_names
     shown = "unknown" if names is None else ", ".join(names[:3]) + ", ..." * (len(names) > 3)
     preprocessing = found.preprocessing
-    lines += [
-        f"model          {in_words(found.config)}",
-        f"names          {found.layout.title}'s",
-        f"GELU           {getattr(found.config, 'gelu', 'exact')}",
-        f"classes        {shown}",
-        f"preprocessing  {'unknown' if preprocessing is None else preprocessing.summary()}",
-        f"described by   {found.source}",
-        *(f"note           {note}" for note in found.notes),
-        "",
+    facts = [
+        ("model", in_words(found.config)),
+        ("names", f"{found.layout.title}'s"),
+        ("GELU", getattr(found.config, "gelu", "exact")),
+        ("classes", shown),
+        ("preprocessing", "unknown" if preprocessing is None else preprocessing.summary()),
+        ("described by", found.source),
+        *(("note", note) for note in found.notes),
     ]
+    lines += [*(f"{name:<13}  {fact}" for name, fact in facts), ""]
     return lines + list_tensors(file)
 
 
@@ -68,33 +68,21 @@ def list_tensors(file: WeightsFile) -> list[str]:
 
 def checkpoint_table() -> list[str]:
     """Returns a table of all published checkpoints, followed by details of each."""
-    rows = []
+    rows, details = [], []
     for checkpoint in CHECKPOINTS.values():
-        size, parameters = checkpoint.mebibytes, checkpoint.parameters_mebibytes
+        size, values = checkpoint.mebibytes, checkpoint.preprocessing.value_range()
         here = (cache_folder() / checkpoint.name / checkpoint.file_name).is_file()
-        values = checkpoint.preprocessing.value_range()
         rows.append(
             [
                 checkpoint.name,
                 f"{checkpoint.num_classes:,}",
-                f"{size:.1f}" if size else f"~{parameters:.0f}",
+                f"{size:.1f}" if size else f"~{checkpoint.parameters_mebibytes:.0f}",
                 checkpoint.accuracy.split()[0] if checkpoint.accuracy[0].isdigit() else "-",
                 checkpoint.gelu,
                 values if values[0] == "[" else "mean, std",
                 "yes" if here else "no",
             ]
         )
-    header = ["name", "classes", "MiB", "top-1", "GELU", "values", "downloaded"]
-    lines = table(header, rows)
-    lines += ["All take 224x224 pixels. top-1 is on ImageNet-1k, as published; sources below."]
-    lines += ["The others are downloaded when they are first used.", "", "recommended to fine-tune"]
-    for purpose in ("accuracy", "speed"):
-        best = recommended(purpose)
-        flops = model_config(best.model).flops
-        facts = f"top-1 {best.accuracy.split()[0]}, {flops_text(flops)} per image, {best.licence}"
-        lines.append(f"  for {purpose:<8}  {best.name}: {facts}")
-    lines.append("")
-    for checkpoint in CHECKPOINTS.values():
         facts = {
             "trained on": checkpoint.trained_on,
             "top-1": checkpoint.accuracy,
@@ -104,6 +92,18 @@ def checkpoint_table() -> list[str]:
             "licence": checkpoint.licence,
             "note": checkpoint.note,
         }
-        lines += [checkpoint.name, *(f"  {key:<10}  {fact}" for key, fact in facts.items() if fact)]
-    lines += ["", f"Downloads go to {cache_folder()} (MIXER_CACHE changes that)."]
-    return lines
+        details.append(checkpoint.name)
+        details += [f"  {key:<10}  {fact}" for key, fact in facts.items() if fact]
+    lines = [
+        *table(["name", "classes", "MiB", "top-1", "GELU", "values", "downloaded"], rows),
+        "All take 224x224 pixels. top-1 is on ImageNet-1k, as published; sources below.",
+        "The others are downloaded when they are first used.",
+        *("", "recommended to fine-tune"),
+    ]
+    for purpose in ("accuracy", "speed"):
+        best = recommended(purpose)
+        flops = flops_text(model_config(best.model).flops)
+        facts = f"top-1 {best.accuracy.split()[0]}, {flops} per image, {best.licence}"
+        lines.append(f"  for {purpose:<8}  {best.name}: {facts}")
+    end = f"Downloads go to {cache_folder()} (MIXER_CACHE changes that)."
+    return [*lines, "", *details, "", end]

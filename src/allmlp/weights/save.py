@@ -124,21 +124,16 @@ def check_target(path: Path, format: str, *, overwrite: bool = True) -> tuple[Pa
     """Returns the files that `save_model` would write: weights, and a description or None."""
     one_of("format", format, FORMATS)
     expected = ".npz" if format == "google" else ".safetensors"
+    weights, beside = path / WEIGHTS, path / CONFIG
     if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
         raise UserError("the name is not valid UTF-8", where=path, fix="Choose another")
     if path.suffix == expected:
-        if path.is_dir():
-            raise UserError("the output is a folder, a file is meant", where=path)
         weights, beside = path, path.with_suffix(".json") if format == "google" else None
     elif format == "google" or path.suffix.lower() in _OF_FILES:
         what = f"format {format} is a {expected} file, got {path.name!r}"
         raise UserError(what, where=path, fix=f"Call it {path.with_suffix(expected).name}")
     else:
         check_output_folder(path)
-        if (path / "best").is_dir():
-            what = "the output is a run folder; its model lies in best/"
-            raise UserError(what, where=path, fix="Give a new folder")
-        weights, beside = path / WEIGHTS, path / CONFIG
     if beside is not None and beside.is_file():
         try:
             found = parse_json(beside.read_bytes())
@@ -146,7 +141,8 @@ def check_target(path: Path, format: str, *, overwrite: bool = True) -> tuple[Pa
             found = None
         if not isinstance(found, dict) or not is_format(found.get("format"), NAME):
             what = "this file would be replaced, and it is not the description of a model"
-            raise UserError(what, where=beside, fix="Give another name or folder")
+            fix = "Give another name or folder; the model of a run is in its best/"
+            raise UserError(what, where=beside, fix=fix)
     for file in (weights, beside):
         if not overwrite and file is not None and os.path.lexists(file):
             raise UserError("the output exists already", where=file, fix="Set overwrite")
