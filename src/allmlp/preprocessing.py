@@ -89,8 +89,8 @@ class Preprocessing:
             what = "permutation_seed is a whole number of at least 0, and 0 without a permutation"
             raise ValueError(f"{what}, got {seed!r}")
         is_side = isinstance(patch, int) and patch > 0
-        divides = is_side and not any(side % patch for side in self.image_size)
-        if not (divides if kind == "patches" else patch is None):
+        fits = is_side and all(side % (patch or 1) == 0 for side in self.image_size)
+        if not (fits if kind == "patches" else patch is None):
             height, width = self.image_size
             what = f"permutation_patch goes with 'patches', and must divide {height}x{width} pixels"
             raise ValueError(f"{what}; got {patch!r} for {kind!r}")

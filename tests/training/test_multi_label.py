@@ -66,6 +66,7 @@ def test_metrics_are_scikit_learns(seed: int):
     names = dict(found.figures())
     assert names["exact_match"] == (labels == answers).all(axis=1).mean()
     assert not {"top1", "top5", "balanced_accuracy"} & names.keys()
+    assert found.top5 is None  # which the last lines of a training ask for
     assert average_precision(labels[:, 5], logits[:, 5]) is None
 
 
@@ -110,7 +111,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "run", data
 
 
-def test_training_learns_every_label(run: tuple[Path, Path]):
+def test_training_learns_every_label(run: tuple[Path, Path], capsys):
     folder, data = run
     config = config_of(folder)
     assert (config.loss.name, config.best_by) == ("sigmoid", "mean_average_precision")
@@ -119,6 +120,12 @@ def test_training_learns_every_label(run: tuple[Path, Path]):
     expected = average_precision_score(result.labels, result.logits)
     assert dict(result.figures())["mean_average_precision"] == pytest.approx(expected, abs=1e-9)
     assert expected > 0.95
+    _, out, _ = mixer(capsys, "evaluate", folder, "--data", data)
+    (header,) = (line.split() for line in out.splitlines() if line.startswith("class "))
+    assert header[2:] == ["recall", "precision", "F1", "AP", "threshold"]
+    values = json.loads(mixer(capsys, "evaluate", folder, "--data", data, "--json")[1])
+    assert values["model"]["source"] == str(folder)
+    assert values["environment"]["python"]
     decision = am.load_model(folder, quiet=True).decision
     assert decision.thresholds is not None
     assert {"images", "f1_after"} <= decision.measured["thresholds"].keys()

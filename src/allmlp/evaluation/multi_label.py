@@ -9,12 +9,9 @@ import numpy as np
 
 
 def average_precision(truth: np.ndarray, scores: np.ndarray) -> float | None:
-    """Returns the average precision of one class, as scikit-learn's; None without a positive.
-
-    The sum over the distinct scores, highest first, of the precision at that score times the
-    recall gained there. `truth` is bool (N,), `scores` float (N,).
-    """
-    positives, true, predicted = _counts(truth, scores)[:3]
+    """Returns the average precision of one class, bool (N,) and float (N,), as scikit-learn's: the
+    precision at each score times the recall gained there. None without a positive."""
+    positives, true, predicted, _ = _counts(truth, scores)
     if not positives:
         return None
     gained = np.diff(true, prepend=0) / positives

@@ -147,14 +147,14 @@ def is_integer(value: Any, least: int = 1) -> bool:
 def _broken_rule(kind: Any, value: Any, least: int) -> str | None:
     """Returns in words what a field of this type must be, or None if the value is."""
     is_size = isinstance(value, tuple) and len(value) == 2 and all(map(is_integer, value))
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     is_right, rule = True, ""
     if kind is int:
         is_right, rule = is_integer(value, least), f"a whole number of at least {least}"
     elif kind is str:
         is_right, rule = isinstance(value, str), "a text"
     elif kind is float:
-        is_right, rule = is_number and 0.0 <= value < 1.0, "in [0, 1)"
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_right, rule = is_number and 0.0 <= float(value) < 1.0, "in [0, 1)"
     elif get_origin(kind) is Literal:
         choices = get_args(kind)
         is_right = isinstance(value, str) and value in choices
@@ -178,23 +178,14 @@ def _same_shape(config: Any, named: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Names:
-    """Tensor names that another code base uses for a family.
+    """Tensor names that another code base uses for a family."""
 
-    Attributes:
-        title: the code base.
-        marker: a pattern for names that only these files have.
-        outside: "theirs=ours ..." for the modules outside of the blocks.
-        inside: "theirs=ours ..." for the modules and parameters of a block.
-        scale_axes: axes of tensors called alpha and beta; all but the last have length one.
-        gelu: the form that the code base computes, if the configuration has a choice.
-    """
-
-    title: str
-    marker: str
-    outside: str
-    inside: str
-    scale_axes: int = 1
-    gelu: str | None = None
+    title: str  # the code base
+    marker: str  # a pattern for names that only these files have
+    outside: str  # "theirs=ours ..." for the modules outside of the blocks
+    inside: str  # "theirs=ours ..." for the modules and parameters of a block
+    scale_axes: int = 1  # of tensors called alpha and beta; all but the last have length one
+    gelu: str | None = None  # that the code base computes, if the configuration has a choice
 
     def to_ours(self, tensors: Tensors) -> Tensors:
         """Renames their tensors to our names."""
@@ -223,37 +214,30 @@ def _scale(name: str, value: Tensor, axes: int) -> Tensor:
 class Family:
     """What the rest of the package needs to know about a model family; see `catalog.py`.
 
-    Attributes:
-        name: as in config.json.
-        title, paper: for messages and model cards.
-        config: the configuration class.
-        build: configuration -> model with random weights.
-        architectures: the named configurations, at 224 pixels and with 1000 classes.
-        suffix: (configuration, a named one) -> suffix of the name, or None if the shapes differ.
-        resize: (tensors by our names, old and new configuration, method) modifies the tensors in
-            place; returns the new configuration and a description of the method.
-        marker: a pattern for tensor names that only this family has; "" if files can be loaded only
-            with our description.
-        infer: (shapes by our names, (H, W) from a description or None, (H, W) that the user asked
-            for or None) -> the configuration of weights without a description. KeyError: a tensor
-            is missing; ValueError: something does not fit.
-        crops: for published weights with ImageNet mean and std, bicubic: architecture -> crop,
-            0.875 by default. None: Google's preprocessing.
-        names: tensor names of other code bases, whose files can be loaded too.
+    resize: (tensors by our names, old and new configuration, method) modifies the tensors in place;
+        returns the new configuration and a description of the method.
+    infer: (shapes by our names, (H, W) from a description or None, (H, W) that the user wants or
+        None) -> the configuration of weights without a description. KeyError: a tensor is missing;
+        ValueError: something does not fit.
     """
 
-    name: str
-    title: str
+    name: str  # as in config.json
+    title: str  # for messages and model cards, like the paper
     paper: str
     config: type[Any]
-    build: Callable[[Any], ImageClassifier]
+    build: Callable[[Any], ImageClassifier]  # with random weights
+    # The named configurations, at 224 pixels and with 1000 classes.
     architectures: Mapping[str, Any] = field(default_factory=dict)
+    # (Configuration, a named one) -> suffix of the name, or None if the shapes differ.
     suffix: Callable[[Any, Any], str | None] = _same_shape
     resize: Callable[[Tensors, Any, Any, str], tuple[Any, str]] | None = None
+    # A pattern for tensor names that only this family has; "": files need our description.
     marker: str = ""
     infer: Callable[[Shapes, Size | None, Size | None], Any] | None = None
+    # Crops of published weights with ImageNet mean and std, bicubic, by architecture; 0.875 by
+    # default. None: Google's preprocessing.
     crops: Mapping[str, float] | None = None
-    names: tuple[Names, ...] = ()
+    names: tuple[Names, ...] = ()  # of other code bases, whose files can be loaded too
 
     def name_of(self, config: ModelConfig) -> str | None:
         """Returns the named architecture of this shape, at any image size or class count."""

@@ -99,9 +99,6 @@ class GMLPConfig(PatchConfig):
         stochastic_depth: drop probability of the last block; it rises linearly from 0.
 
     The other fields are those of `PatchConfig`.
-
-    Raises:
-        ValueError: the patch does not divide the image, or a value is out of range.
     """
 
     mlp_dim: int

@@ -102,9 +102,6 @@ class ResMLPConfig(PatchConfig):
         stochastic_depth: drop probability of a branch, the same in all blocks.
 
     The other fields are those of `PatchConfig`.
-
-    Raises:
-        ValueError: the patch does not divide the image, or a value is out of range.
     """
 
     channels_mlp_dim: int

@@ -27,9 +27,6 @@ class SmallResNetConfig(ModelConfig):
         width: channels of the first stage, a multiple of 8; doubled in every further stage.
         num_stages: number of stages, with the grid halved in between.
         num_blocks: residual blocks per stage, each with two 3 x 3 convolutions.
-
-    Raises:
-        ValueError: a value is out of range.
     """
 
     image_size: tuple[int, int] = (32, 32)

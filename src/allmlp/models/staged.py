@@ -165,9 +165,6 @@ class StagedConfig(ModelConfig):
         mlp_ratios: hidden units of the channel MLP relative to C, per stage.
         stochastic_depth: drop probability of both branches of the last block; it rises linearly
             from 0 at the first.
-
-    Raises:
-        ValueError: a value is out of range, or a field has the wrong number of stages.
     """
 
     per_stage: ClassVar[tuple[str, ...]] = ("dims", "mlp_ratios")

@@ -75,10 +75,6 @@ class VisionPermutatorConfig(StagedConfig):
             times two per halving, must divide the image.
 
     The other fields are those of `StagedConfig`.
-
-    Raises:
-        ValueError: a value is out of range, or the image does not divide into the grids or the
-            channels into the segments.
     """
 
     per_stage: ClassVar[tuple[str, ...]] = (*StagedConfig.per_stage, "segments")

@@ -1,7 +1,7 @@
 """Systems that the paper's Tables 2 and 3 compare the Mixer with, as built by timm.
 
 The paper's weights were trained on JFT-300M and the data of ALIGN and MPL, and never published.
-Sizes that timm does not register are in `models/timm_sizes.py`.
+Sizes that timm does not register are in `models/timm_model.py`.
 """
 
 from __future__ import annotations

@@ -17,31 +17,18 @@ from allmlp.weights.download import Published
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Published):
-    """A published weights file; its name is MODEL.ORIGIN.
+    """A published weights file; its name is MODEL.ORIGIN."""
 
-    Attributes:
-        by_hand: file name, if only a browser can download it; `url` is then a page.
-        hub: the same weights on the hub, as owner/name, if available.
-        num_classes: outputs of the head.
-        trained_on: description of the training data.
-        preprocessing: of the input.
-        gelu: the form that the publisher's code computes.
-        accuracy: published ImageNet-1k top-1 and its source.
-        licence: of the weights.
-        note: anything else worth knowing.
-        recommended_for: what this one, of all, is the first choice to fine-tune for.
-    """
-
-    by_hand: str | None = None
-    hub: str | None = None
+    by_hand: str | None = None  # file name, if only a browser can download it; `url` is then a page
+    hub: str | None = None  # the same weights on the hub, as owner/name
     num_classes: int
     trained_on: str
     preprocessing: Preprocessing
-    gelu: Literal["tanh", "exact"]
-    accuracy: str
+    gelu: Literal["tanh", "exact"]  # that the publisher's code computes
+    accuracy: str  # published ImageNet-1k top-1 and its source
     licence: str = "Apache-2.0"
     note: str = ""
-    recommended_for: Literal["accuracy", "speed"] | None = None
+    recommended_for: Literal["accuracy", "speed"] | None = None  # to fine-tune: the first choice
 
     @property
     def model(self) -> str:

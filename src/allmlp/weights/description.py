@@ -68,14 +68,15 @@ def describe(
     if checkpoint is not None:
         return _published(checkpoint, config, layout, file)
     labels = written.get("label_names") or settings.get("label_names")
-    is_whole = isinstance(labels, list) and len(labels) == config.num_classes
-    names = list(map(str, labels)) if is_whole else None
+    names = list(map(str, labels)) if isinstance(labels, list) else []
+    names = names if names and len(names) == config.num_classes else None
     try:
         found = timm_preprocessing(settings, config.image_size, config.in_channels)
     except (ValueError, TypeError) as error:
         raise UserError(f"not a preprocessing: {error}", where=where) from error
     if found is not None:
-        return Description(layout, config, names, found[0], f"the tensors and {where}", found[1])
+        source = f"the tensors and {where}"
+        return Description(layout, config, names, found[0], source, found[1])
     assumed, notes = None, ()
     if config.in_channels in (1, 3):
         assumed = layout.family.published_preprocessing(config)

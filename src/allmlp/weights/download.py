@@ -30,19 +30,12 @@ PATIENCE = 30.0  # seconds without a response
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What is known about a file before downloading it.
+    """What is known about a file before downloading it."""
 
-    Attributes:
-        name: of the checkpoint, for messages.
-        url: of the file.
-        mebibytes: published size, to two decimals; None if unknown.
-        sha256: published digits, the first eight or all; None if unknown.
-    """
-
-    name: str
+    name: str  # of the checkpoint, for messages
     url: str
-    mebibytes: float | None = None
-    sha256: str | None = None
+    mebibytes: float | None = None  # published size, to two decimals
+    sha256: str | None = None  # published digits, the first eight or all
 
     def check_size(self, size: int) -> str | None:
         """Returns what is wrong with a size in bytes, or None."""

@@ -77,7 +77,8 @@ def load_model(
     """
     report = Reporter(quiet=quiet, stderr=True)
     size: Any = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if size is not None and not (len(size) == 2 and all(map(is_integer, size))):
+    is_pair = isinstance(size, tuple | list) and len(size) == 2
+    if size is not None and not (is_pair and all(map(is_integer, size))):
         what, fix = f"not an image size: {image_size!r}", "a number of pixels, or (height, width)"
         raise UserError(what, where="image_size", fix=fix)
     size = None if size is None else tuple(size)

@@ -17,6 +17,7 @@ from allmlp.console import Reporter
 from allmlp.errors import UserError
 from allmlp.models.family import Size
 from allmlp.models.timm_model import (
+    HAND_BUILT,
     PREFIX,
     TimmConfig,
     TimmModel,
@@ -24,7 +25,6 @@ from allmlp.models.timm_model import (
     import_timm,
     known_to_timm,
 )
-from allmlp.models.timm_sizes import HAND_BUILT
 from allmlp.weights import hub
 from allmlp.weights.checkpoints import imagenet_classes
 from allmlp.weights.description import timm_preprocessing
