@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
 from allmlp.data.image import decode, to_pillow
+from allmlp.data.source import array_row, array_shape
 from allmlp.data.transforms import denormalize
 from allmlp.errors import UserError, plural
 from allmlp.io import atomic_write
@@ -114,12 +115,29 @@ def grid(
 
 def thumbnail(source: Source, index: int) -> NDArray[np.uint8] | None:
     """Returns a small version of an image, or None if it cannot be decoded."""
+    if array_shape(source) is not None:
+        return curve(array_row(source, index))
     try:
         image = to_pillow(decode(source.read(index), source.item_name(index)))
     except UserError:
         return None
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     return np.asarray(image)
+
+
+def curve(row: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Returns a row of an array, (C, H, W), as a small image: a curve per channel, or a grid."""
+    low, high = row.min(), row.max()
+    scaled = (row - low) / (high - low or 1.0)
+    if row.shape[1] > 1:
+        return (scaled.mean(axis=0) * 255).round().astype(np.uint8)
+    tall, wide = _THUMBNAIL * 2 // 3, _THUMBNAIL
+    canvas, dots = np.full((tall, wide), 255, np.uint8), np.arange(tall * wide)
+    places = dots * ((row.shape[2] - 1) / len(dots))
+    for values in scaled[:, 0]:
+        height = np.interp(places, np.arange(len(values)), values)
+        canvas[((1 - height) * (tall - 1)).round().astype(int), dots // tall] = 0
+    return canvas
 
 
 def contact_sheet(
@@ -308,7 +326,10 @@ def training_batch(
     num_classes); the preprocessing is undone for the figure."""
     count = min(36, len(inputs))
     values = denormalize(inputs[:count], preprocessing)
-    images = values.mul(255).round().clamp(0, 255).byte().cpu().permute(0, 2, 3, 1).numpy()
+    if preprocessing.kind == "arrays":
+        images = [curve(row) for row in values.cpu().numpy()]
+    else:
+        images = values.mul(255).round().clamp(0, 255).byte().cpu().permute(0, 2, 3, 1).numpy()
     captions = []
     for target in targets[:count]:
         weights, classes = target.topk(min(2, len(class_names)))

@@ -42,6 +42,9 @@ class Preprocessing:
         permutation_patch: patch side in pixels, for "patches" only; must divide both sides.
         permutation_seed: seed of the permutation.
 
+        kind: "arrays" for rows of numbers, which are only normalised: by `mean` and `std` of the
+            training rows, one per channel, in the units of the data. Any number of channels.
+
     Raises:
         ValueError: a value is out of range.
     """
@@ -58,11 +61,13 @@ class Preprocessing:
     permutation: Literal["none", "patches", "pixels"] = "none"
     permutation_patch: int | None = None
     permutation_seed: int = 0
+    kind: Literal["images", "arrays"] = "images"
 
     def __post_init__(self) -> None:
         for name, choices in (
             ("resize", RESIZE_METHODS),
-            ("channels", (1, 3)),
+            ("kind", ("images", "arrays")),
+            ("channels", (1, 3) if self.kind == "images" else (self.channels,)),
             ("interpolation", INTERPOLATIONS),
             ("permutation", PERMUTATIONS),
             ("crop_small", (False, True)),
@@ -97,6 +102,8 @@ class Preprocessing:
 
     def value_range(self) -> str:
         """The range of normalized pixels, "[-1, 1]", or mean and std if channels differ."""
+        if self.kind == "arrays":
+            return "numbers less the training mean, over the deviation"
         if isinstance(self.mean, tuple) or isinstance(self.std, tuple):
             return f"pixels on [0, 1] less the mean {self.mean}, over the std {self.std}"
         return f"[{(0 - self.mean) / self.std:g}, {(1 - self.mean) / self.std:g}]"
@@ -106,15 +113,18 @@ class Preprocessing:
         crop = "" if self.resize == "squash" else f" {self.crop:.4g}"
         permuted = "" if self.permutation == "none" else f", {self.permutation} permuted"
         values = f"values in {self.value_range()}"
+        if self.kind == "arrays":
+            return f"arrays, {self.value_range()}{permuted}"
         small = ", small images cropped too" if self.crop_small and crop else ""
         return f"{self.resize}{crop}, {self.interpolation}, {values}{permuted}{small}"
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the fields as JSON values; `crop_small` only if set.
+        """Returns the fields as JSON values; `crop_small` and `kind` only if set.
 
-        Older versions reject a file with `crop_small` rather than crop differently.
+        Older versions reject a file with one of these rather than prepare its input differently.
         """
-        return {name: v for name, v in asdict(self).items() if name != "crop_small" or v}
+        usual = {"crop_small": False, "kind": "images"}
+        return {name: v for name, v in asdict(self).items() if usual.get(name) != v}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Preprocessing:

@@ -101,7 +101,7 @@ is a name of docs/recipes.md; without it digits, or scratch where --data is give
 
 def train_command(recipe: str | None, options: Any) -> Any:
     """Runs `mixer train`."""
-    from allmlp.data.sources import names_source  # slow imports not needed by --help
+    from allmlp.data.sources import are_arrays, names_source  # slow imports not needed by --help
     from allmlp.training.run_folder import check_same, config_of
     from allmlp.training.train import train
 
@@ -111,7 +111,8 @@ def train_command(recipe: str | None, options: Any) -> Any:
                 raise UserError(f"config and the recipe {recipe} exclude each other")
             return _train_or_fold(changed(base_of(options), TRAIN, options), options)
         source = options.data
-        name = recipe or ("digits" if source is None or names_source(source) else "scratch")
+        own = "digits" if source is None or names_source(source) else "scratch"
+        name = recipe or ("arrays" if source is not None and are_arrays(source) else own)
         return _train_or_fold(changed(named_recipe(name), TRAIN, options), options)
     if options.base is not None:
         raise UserError("config and resume exclude each other", fix="Leave out one of them")

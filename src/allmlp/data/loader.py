@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from allmlp.data import workers
 from allmlp.data.image import EncodedImage
 from allmlp.data.sampler import Order, sample_generator
-from allmlp.data.source import BadImage, Source
-from allmlp.data.transforms import resize_for_evaluation
+from allmlp.data.source import BadImage, Source, array_row, array_shape
+from allmlp.data.transforms import check_input, resize_for_evaluation
 from allmlp.errors import UserError, at_least, between
 from allmlp.preprocessing import Preprocessing
 
@@ -39,6 +39,7 @@ Sample = tuple[np.ndarray | None, int | np.ndarray, int, list[BadImage]]
 
 TIMEOUT = 600.0  # seconds without a batch after which a worker counts as hanging
 _LOOK_UP = 1.0  # seconds between checks while waiting for a batch
+_NONE = torch.empty(0, dtype=torch.uint8)
 _NONE_CAME = "DataLoader timed out"
 
 
@@ -46,7 +47,7 @@ _NONE_CAME = "DataLoader timed out"
 class Batch:
     """A batch of images, and those that could not be decoded."""
 
-    images: Tensor  # uint8 (N, channels, H, W)
+    images: Tensor  # uint8 (N, channels, H, W); rows of arrays are float32
     labels: Tensor  # int64 (N,), or multi-hot, bool (N, num_classes)
     indices: Tensor  # int64 (N,), into the source
     bad: list[BadImage] = field(default_factory=list)
@@ -119,10 +120,10 @@ def collate(samples: list[Sample]) -> Batch:
     bad = [image for sample in samples for image in sample[3]]
     images, labels, indices = zip(*good, strict=True) if good else ((), (), ())
     # Channels stay last in memory, which avoids another copy.
-    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) if images else torch.empty(0)
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) if images else _NONE
     labels, indices = torch.from_numpy(np.array(labels)), torch.tensor(indices).long()
     labels = labels if labels.dim() == 2 else labels.long()
-    return Batch(stacked.to(torch.uint8), labels, indices, bad)
+    return Batch(stacked, labels, indices, bad)
 
 
 def training_batches(
@@ -165,6 +166,7 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Yields every image once, in order; those that cannot be decoded are only in `Batch.bad`."""
     at_least("batch_size", batch_size, 1)
+    check_input(source, preprocessing)
     if num_workers is None:
         num_workers = _default_workers(source, preprocessing)
     batch_bytes = min(batch_size, len(source)) * _image_bytes(preprocessing)
@@ -181,7 +183,7 @@ def in_order(source: Source, batch_size: int) -> Iterator[range]:
 def _image_bytes(preprocessing: Preprocessing) -> int:
     """Bytes per image in a batch."""
     height, width = preprocessing.image_size
-    return height * width * preprocessing.channels
+    return height * width * preprocessing.channels * (4 if preprocessing.kind == "arrays" else 1)
 
 
 class Images(Dataset[Any]):
@@ -192,18 +194,22 @@ class Images(Dataset[Any]):
 
     def __init__(self, source: Source, channels: int = 3, *, exif_orientation: bool = True) -> None:
         self.source, self.channels, self.exif_orientation = source, channels, exif_orientation
+        self.are_arrays = array_shape(source) is not None
         # Per worker: process id, current image (-1: none), start time (ns).
         self.watched = torch.empty(0, 3, dtype=torch.int64)
 
     def decoded(
         self, index: int, bad: list[BadImage], transform: Callable[[EncodedImage], Any]
     ) -> Any:
-        """Returns the transformed image, or None after adding it to `bad`."""
+        """Returns the transformed image, or None after adding it to `bad`; a row of an array is not
+        transformed."""
         name = self.source.item_name(index)
         worker = get_worker_info()
         if worker is not None:
             self.watched.numpy()[worker.id] = (os.getpid(), index, time.monotonic_ns())
         try:
+            if self.are_arrays:
+                return array_row(self.source, index).transpose(1, 2, 0)
             data, upright = self.source.read(index), self.exif_orientation
             return transform(EncodedImage(data, name, self.channels, exif_orientation=upright))
         except UserError as error:
@@ -372,13 +378,13 @@ def most_workers() -> int:
 def training_workers(num_workers: int | None, source: Source, preprocessing: Preprocessing) -> int:
     """Returns the number of worker processes in training."""
     if num_workers is None:  # at least one, to decode during the step
-        return max(1, _default_workers(source, preprocessing))
+        return max(int(preprocessing.kind == "images"), _default_workers(source, preprocessing))
     return num_workers
 
 
 def _default_workers(source: Source, preprocessing: Preprocessing) -> int:
     """Starting workers takes about 0.1 s, too long for a few small images."""
     height, width = preprocessing.image_size
-    if len(source) * height * width < 2_000_000:
+    if len(source) * height * width < 2_000_000 or preprocessing.kind == "arrays":
         return 0
     return min(8, os.cpu_count() or 1)

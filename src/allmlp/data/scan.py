@@ -17,7 +17,7 @@ import numpy as np
 
 from allmlp.data.image import EncodedImage
 from allmlp.data.loader import Images, in_order, load
-from allmlp.data.source import BadImage, Source
+from allmlp.data.source import BadImage, Source, only_images
 
 THUMBNAIL = 16  # side in pixels
 FACTS = np.dtype(
@@ -56,6 +56,7 @@ def scan(
     """Scans all images; `on_progress` gets the number read since the last call."""
     found: dict[str, Scan] = {}
     for name, source in splits.items():
+        only_images(source, "data check")
         workers = num_workers
         if workers is None:
             workers = min(8, os.cpu_count() or 1) if len(source) > _FEW else 0

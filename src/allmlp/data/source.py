@@ -212,6 +212,30 @@ def values_of(images: Images, column: str) -> list[Any] | None:
     return None if own is None else own(column)
 
 
+ROW = "<f4"  # how the numbers of a row of an array are encoded
+
+
+def array_shape(images: Images) -> tuple[int, int, int] | None:
+    """Returns the shape (C, H, W) of rows of arrays; None for images."""
+    if isinstance(images, Source):
+        return array_shape(images.images)
+    if isinstance(images, Joined):
+        return array_shape(images.parts[0])
+    return getattr(images, "shape", None)
+
+
+def array_row(source: Source, index: int) -> np.ndarray:
+    """Returns a row of an array, float32 (C, H, W)."""
+    return np.frombuffer(source.read(index), ROW).reshape(array_shape(source) or ())
+
+
+def only_images(source: Source, what: str) -> None:
+    """Raises UserError if the data is arrays, which `what` cannot use."""
+    if array_shape(source) is not None:
+        fix = "train, finetune, evaluate, predict, few-shot and export take arrays"
+        raise UserError(f"{what} is for images", where=source.name, fix=fix, code="arrays")
+
+
 def labelled(
     images: Images,
     name: str,
@@ -289,7 +313,8 @@ def unreadable(source: Source, on_read: Callable[[bytes], None] | None = None) -
     for index in range(len(source)):
         try:
             encoded = source.read(index)
-            EncodedImage(encoded, source.item_name(index))
+            if array_shape(source) is None:
+                EncodedImage(encoded, source.item_name(index))
             if on_read is not None:
                 on_read(encoded)
         except UserError as error:

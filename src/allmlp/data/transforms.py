@@ -17,6 +17,8 @@ from torch import Tensor
 
 from allmlp.data.image import REDUCTIONS, EncodedImage, to_pillow
 from allmlp.data.permutation import permute
+from allmlp.data.source import Source, array_shape
+from allmlp.errors import UserError
 from allmlp.preprocessing import Preprocessing
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -55,12 +57,28 @@ def model_input(
     """Returns an encoded image as model input, (1, channels, H, W), and the pixels that the model
     sees, (H, W, channels); `where` names it in errors."""
     own = preprocessing
+    if own.kind == "arrays":
+        raise UserError("the model takes rows of arrays", where=where, fix="Give arrays in a file")
     image = EncodedImage(data, where, own.channels, exif_orientation=own.exif_orientation)
     pixels = resize_for_evaluation(image.decode(), own)
     raw = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
     if own.permutation != "none":
         pixels = permute(raw, own)[0].movedim(0, 2).numpy()
     return normalize(raw, own), pixels
+
+
+def check_input(source: Source, preprocessing: Preprocessing) -> None:
+    """Raises UserError if the data is not what the model takes: images, or arrays of its shape."""
+    shape, own = array_shape(source), preprocessing
+    wanted = (own.channels, *own.image_size) if own.kind == "arrays" else None
+    if shape != wanted:
+        has, takes = (
+            "images" if of is None else f"rows (C, H, W) = {of}" for of in (shape, wanted)
+        )
+        what, fix = f"the data has {has}, the model takes {takes}", "Use data like its training's"
+        if shape and wanted and shape[0] == wanted[0]:
+            fix = f"image_size={shape[1]}x{shape[2]} resizes the model"
+        raise UserError(what, where=source.name, fix=fix, code="shape")
 
 
 def inception_box(
@@ -145,9 +163,12 @@ def flip(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Converts uint8 images (N, channels, H, W) to the model's float32 input, permuting last."""
+    """Converts uint8 images (N, channels, H, W), or float32 rows of arrays, to the model's float32
+    input, permuting last."""
     mean, std = _per_channel(preprocessing.mean, images), _per_channel(preprocessing.std, images)
     images = permute(images, preprocessing)
+    if preprocessing.kind == "arrays":
+        return ((images - mean) / std).contiguous()
     images = images.to(torch.float32, memory_format=torch.contiguous_format)
     return images.div_(255.0).sub_(mean).div_(std)
 

@@ -255,6 +255,9 @@ def _loaded(model: ImageClassifier | str | Path, options: ExportOptions) -> Imag
     if net is model:
         source, net = net.source, copy.deepcopy(net).cpu().float().eval()
         net.source = source
+    if preprocessing_of(net).kind == "arrays" and options.uint8_input:
+        what = "the model takes rows of arrays, which are not uint8 images"
+        raise UserError(what, where="uint8_input", fix="Leave it out", code="arrays")
     if preprocessing_of(net).permutation != "none" and not options.uint8_input:
         what = "the model was trained on permuted pixels, whose order would not be in the file"
         raise UserError(what, where="uint8_input", fix="Add it: the order is then in the graph")
@@ -363,6 +366,9 @@ class _Export:
         config, own = self.model.config, preprocessing_of(self.model)
         random = torch.Generator().manual_seed(0)
         shape = (_RANDOM_IMAGES, config.in_channels, *config.image_size)
+        if own.kind == "arrays":
+            rows = torch.randn(shape, generator=random)
+            return compare(_logits_of(self.model, rows), _logits_of(file, rows), "random numbers")
         pixels = torch.randint(0, 256, shape, generator=random).byte()
         exact = _logits_of(self.model, normalize(pixels, own))
         return compare(exact, _logits_of(file, pixels), "random pixels")

@@ -78,6 +78,8 @@ def to_text(info: ExportInfo) -> dict[str, str]:
     """Serializes the metadata to text entries."""
     (height, width), channels = info.preprocessing.image_size, info.preprocessing.channels
     shape = f"float32 (N, {channels}, {height}, {width}), (pixels / 255 - mean) / std"
+    if info.preprocessing.kind == "arrays":
+        shape = f"float32 (N, {channels}, {height}, {width}), (numbers - mean) / std"
     if info.uint8_input:
         shape = f"uint8 (N, {height}, {width}, {channels}), pixels from 0 to 255"
     own = {
@@ -95,7 +97,7 @@ def to_text(info: ExportInfo) -> dict[str, str]:
         "preprocessing": json.dumps(info.preprocessing.to_json()),
         **({"decision": json.dumps(decision)} if decision else {}),
         "input": f"images: {shape}",
-        "decoding": DECODING,
+        **({"decoding": DECODING} if info.preprocessing.kind == "images" else {}),
         NAME: json.dumps(own),
     }
 

@@ -22,6 +22,7 @@ from allmlp.data.archive import entries, is_archive
 from allmlp.data.image import encoded_image
 from allmlp.data.source import ImageFiles, PackedStrings, Source, labelled, unlabelled
 from allmlp.data.sources import is_data, open_source
+from allmlp.data.sources.arrays import ArrayRows
 from allmlp.data.sources.folders import no_images, passed_over_note, scan_images
 from allmlp.errors import UserError, between, one_of
 
@@ -70,6 +71,8 @@ def find_images(inputs: Sequence[AnyImage], listed: Sequence[str] | None = None)
         raise UserError("no images given", fix="Give files, folders or patterns such as 'a/*.jpg'")
     if sum(isinstance(item, str) and item == STANDARD_INPUT for item in inputs) > 1:
         raise UserError("'-' is given more than once: standard input is read once", fix="Give one")
+    if len(inputs) == 1 and _are_rows(inputs[0]):
+        return unlabelled(ArrayRows(np.asarray(inputs[0]), "x", {}), "x")
     if len(inputs) == 1 and _names_data(inputs[0]):
         return open_source(str(inputs[0]), labels="any")
     passed_over: Counter[str] = Counter()
@@ -86,7 +89,8 @@ def labelled_images(data: Any, class_names: list[str]) -> Source:
     form = "Give (images, labels), or a list of (image, label) pairs"
     try:
         images, labels = data if isinstance(data, tuple) else zip(*data, strict=True)
-        images, labels = list(images), list(labels)
+        are_rows = _are_rows(images)
+        images, labels = images if are_rows else list(images), list(labels)
     except (TypeError, ValueError) as error:
         raise UserError(f"not images with labels: {error}", fix=form, code="wrong-type") from error
     if len(images) != len(labels):
@@ -110,6 +114,8 @@ def labelled_images(data: Any, class_names: list[str]) -> Source:
             row[[number_of(label) for label in several]] = True
     else:
         numbers = np.array([number_of(label) for label in labels], dtype=np.int64)
+    if are_rows:
+        return labelled(ArrayRows(images, "x", {}), "x", class_names, numbers)
     is_named = [isinstance(image, str | Path) for image in images]
     names = [
         str(image if is_url(image) else Path(image).expanduser()) if named else f"images[{at}]"
@@ -122,6 +128,11 @@ def labelled_images(data: Any, class_names: list[str]) -> Source:
     }
     given = GivenImages(PackedStrings(names), encoded=encoded)
     return labelled(given, "images", class_names, numbers)
+
+
+def _are_rows(values: Any) -> bool:
+    """Whether these are rows of an array rather than an image, whose pixels are uint8."""
+    return isinstance(values, np.ndarray) and values.dtype != np.uint8
 
 
 def _names_data(item: AnyImage) -> bool:

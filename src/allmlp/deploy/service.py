@@ -75,6 +75,9 @@ class Service:
 
     def __init__(self, model: Classifier, name: str, options: ServeOptions | None = None) -> None:
         options = options or ServeOptions()
+        if preprocessing_of(model).kind == "arrays":
+            what, fix = "serve is for images, and the model takes rows of arrays", "mixer predict"
+            raise UserError(what, where=name, fix=fix, code="arrays")
         self.source, self.max_images = name, options.max_images
         self.image_bytes = round(options.max_megabytes * 1e6)
         self.request_bytes = max(100_000_000, self.image_bytes + 100_000)

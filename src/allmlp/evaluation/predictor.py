@@ -86,7 +86,8 @@ class Predictor:
         """Returns the logits, float32 (N, K), on the device, of uint8 images (N, channels, H, W) of
         the model's size; features if the model has no head."""
         if self._inference is None:  # exported files take pixels
-            return self.model(images).float()
+            are_arrays = self.preprocessing.kind == "arrays"
+            return self.model(self._normalized(images) if are_arrays else images).float()
         with self._few_threads(len(images)):
             return self._inference.logits(self._normalized(images))
 

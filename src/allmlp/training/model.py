@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from allmlp.console import Reporter
+from allmlp.data.source import Source
+from allmlp.data.sources.arrays import statistics
 from allmlp.decision import Decision
 from allmlp.errors import UserError, plural
 from allmlp.models.catalog import create_model, model_from_config
@@ -23,9 +25,17 @@ from allmlp.weights.load import load_model, with_new_head
 
 
 def build_model(
-    config: TrainConfig, class_names: list[str], best: Path | None = None, *, quiet: bool = False
+    config: TrainConfig,
+    class_names: list[str],
+    best: Path | None = None,
+    *,
+    rows: Source | None = None,
+    quiet: bool = False,
 ) -> ImageClassifier:
     """Returns the model of a run, with its class names and preprocessing.
+
+    `rows` are the training rows if the data is arrays. Their statistics normalise the input, unless
+    the weights were trained on arrays and have their own.
 
     `best` is the best/ folder of a resumed run: with a complete checkpoint next to it, it replaces
     the initial weights, which may no longer exist.
@@ -38,10 +48,11 @@ def build_model(
         model = create_model(
             settings.name, settings.image_size, len(class_names), **settings.overrides
         )
-        _check_channels(model, "model.overrides.in_channels")
-        model.preprocessing = Preprocessing(
-            image_size=model.config.image_size, channels=model.config.in_channels
-        )
+        if rows is None:
+            _check_channels(model, "model.overrides.in_channels")
+            model.preprocessing = Preprocessing(
+                image_size=model.config.image_size, channels=model.config.in_channels
+            )
         if settings.head_bias:
             set_head_bias(model, settings.head_bias)
     if settings.train_only != "all":
@@ -54,6 +65,14 @@ def build_model(
     if data.permutation is not None:
         names = ("permutation", "permutation_patch", "permutation_seed")
         changes |= {name: getattr(data, name) for name in names}
+    if rows is not None and getattr(model.preprocessing, "kind", "") != "arrays":
+        mean, std = statistics(rows)
+        size, channels = model.config.image_size, model.config.in_channels
+        if len(mean) != channels:
+            what = f"the model takes {plural(channels, 'channel')}, and rows have {len(mean)}"
+            raise UserError(what, where=rows.name, code="shape")
+        changes |= {"kind": "arrays", "channels": channels, "mean": mean, "std": std}
+        model.preprocessing = Preprocessing(image_size=size)
     try:
         model.preprocessing = dataclasses.replace(preprocessing_of(model), **changes)
     except ValueError as error:
@@ -106,7 +125,8 @@ def _from_weights(
         source, quiet = str(best), True
     method = settings.resize_weights
     model = load_model(source, settings.image_size, resize_weights=method, quiet=quiet)
-    _check_channels(model, source)
+    if model.preprocessing is None or model.preprocessing.kind == "images":
+        _check_channels(model, source)
     report = Reporter(quiet=quiet, stderr=True)
     model, names, new = _with_head_for(model, class_names, report)
     if settings.head_bias and new:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from dataclasses import fields, replace
 from typing import Any
 
 from allmlp.errors import UserError, one_of
-from allmlp.training.config import Sigmoid, Softmax, TrainConfig
+from allmlp.models.catalog import architectures
+from allmlp.models.family import PatchConfig
+from allmlp.training.config import AugmentSettings, NoCrop, Sigmoid, Softmax, TrainConfig
 
 Settings = dict[str, Any]  # that differ from the defaults of `TrainConfig`
 
@@ -40,6 +45,18 @@ SCRATCH: Settings = {
     "loss.label_smoothing": 0.1,
     "epochs": 50,
     "evaluate_every": 2,
+}
+_ROWS = {"hidden_dim": 64, "num_blocks": 4, "tokens_mlp_dim": 64, "channels_mlp_dim": 128}
+ARRAYS: Settings = {  # sequences and other grids; `for_arrays` sets their sizes
+    "data.source": "",
+    "model.overrides": {**_ROWS, "dropout": 0.1, "stochastic_depth": 0.1},
+    "augment.crop": "none",
+    "augment.flip": False,
+    "augment.mixup": 0.2,
+    "optimizer.learning_rate": 2e-3,
+    "optimizer.ema_decay": 0.99,
+    "epochs": 200,
+    "batch_size": 16,
 }
 _CIFAR10: Settings = {
     "data.source": "",
@@ -215,6 +232,7 @@ HOLDOUTS = {
 RECIPES: dict[str, Settings] = {
     "digits": DIGITS,
     "scratch": SCRATCH,
+    "arrays": ARRAYS,
     "cifar10": CIFAR10,
     "cifar10_best": CIFAR10_BEST,
     "cifar10_compare": CIFAR10_COMPARE,
@@ -256,6 +274,55 @@ def for_multi_label(config: TrainConfig) -> TrainConfig:
         what += " and only the softmax of one label has label smoothing"
         raise UserError(what, where="loss", fix="loss=sigmoid", code="multi-label")
     return config.with_value("loss", "sigmoid")
+
+
+def for_arrays(config: TrainConfig, shape: tuple[int, int, int]) -> TrainConfig:
+    """Returns the settings for rows of arrays, (C, H, W): the size and number of channels are those
+    of the rows, and of augmentation only mixup remains.
+
+    A patch size that was not chosen is the one that makes about `TOKENS` tokens.
+
+    Raises:
+        UserError: augmentation, or an image size, that is not the recipe's was chosen.
+    """
+    (channels, height, width), own = shape, config.augment
+    usual = recipe(config.recipe) if config.recipe in RECIPES else TrainConfig()
+    kept = {"mixup": own.mixup, "mix_until": own.mix_until}
+    plain = AugmentSettings(crop=NoCrop(), flip=False, **kept)
+    for field in fields(plain):
+        value, allowed = (
+            getattr(own, field.name),
+            [getattr(of, field.name) for of in (plain, usual.augment)],
+        )
+        if value not in allowed:
+            what = f"augment.{field.name}={value}: of all augmentation, arrays have only mixup"
+            raise UserError(what, fix="Leave it out", code="arrays")
+    if config.model.image_size not in (usual.model.image_size, None, (height, width)):
+        what = f"model.image_size={config.model.image_size}, and the rows are {height}x{width}"
+        raise UserError(what, fix="Leave it out: arrays are not resized", code="arrays")
+    overrides = dict(config.model.overrides)
+    if config.model.weights is None:
+        overrides["in_channels"] = channels
+        if isinstance(architectures().get(config.model.name), PatchConfig):
+            overrides.setdefault("patch_size", patch_for(height, width))
+    model = replace(config.model, image_size=(height, width), overrides=overrides)
+    return replace(config, augment=plain, model=model)
+
+
+TOKENS = 32
+
+
+def patch_for(height: int, width: int) -> tuple[int, int]:
+    """Returns the patch size, a divisor of each side, that makes about `TOKENS` tokens; of equal
+    ones the squarest."""
+    divisors = ([n for n in range(1, side + 1) if side % n == 0] for side in (height, width))
+    wanted = math.log(height * width / TOKENS)
+
+    def misfit(patch: tuple[int, int]) -> tuple[float, float]:
+        tall, wide = map(math.log, patch)
+        return abs(wanted - tall - wide), abs(tall - wide)
+
+    return min(itertools.product(*divisors), key=misfit)
 
 
 LARGE = 20_000  # images, from which the hyper-rule takes more steps and mixup

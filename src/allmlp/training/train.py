@@ -26,10 +26,10 @@ from allmlp.data.loader import (
     training_workers,
 )
 from allmlp.data.sampler import Order, step_generator
-from allmlp.data.source import BadImage, check_one_label
+from allmlp.data.source import BadImage, array_shape, check_one_label
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import read_from
-from allmlp.data.transforms import normalize
+from allmlp.data.transforms import check_input, normalize
 from allmlp.data.workers import check_guard
 from allmlp.decision import Decision
 from allmlp.errors import UserError, between, named_memory_errors
@@ -45,7 +45,7 @@ from allmlp.training.loggers import TRACKERS, Logger, Loggers
 from allmlp.training.model import build_model
 from allmlp.training.optim import check_warmup, class_weights, state_copies
 from allmlp.training.probe import fit_head
-from allmlp.training.recipes import for_multi_label, recipe
+from allmlp.training.recipes import for_arrays, for_multi_label, recipe
 from allmlp.training.report import (
     TrainResult,
     announce,
@@ -136,7 +136,12 @@ def train(
         torch.manual_seed(config.seed)
         is_quiet = quiet or not world.is_main
         best = path / "best" if is_old else None
-        model = build_model(config, splits.train.class_names, best, quiet=is_quiet).to(device)
+        model = build_model(
+            *(config, splits.train.class_names, best),
+            rows=splits.train if array_shape(splits.train) else None,
+            quiet=is_quiet,
+        ).to(device)
+        check_input(splits.train, preprocessing_of(model))
         if splits.train.is_multi_label:
             model.decision = Decision(labels="multi")
         operations = 3 * model.config.flops * config.batch_size
@@ -206,6 +211,8 @@ def _open(config: TrainConfig, world: World) -> tuple[TrainConfig, Path, bool, S
         raise
     if splits.train.is_multi_label:
         config = for_multi_label(config)
+    if (shape := array_shape(splits.train)) is not None:
+        config = for_arrays(config, shape)
     if config.data.balance != "none":
         check_one_label([splits.train], f"balance={config.data.balance}")
     if config.model.train_only == "probe":

@@ -33,15 +33,27 @@ from allmlp.data.source_spec import (
     part_of,
     split_named,
 )
-from allmlp.data.sources import digits, folders, hub, lists, packed, parquet, subset_file
+from allmlp.data.sources import (
+    arrays,
+    digits,
+    folders,
+    hub,
+    lists,
+    packed,
+    parquet,
+    subset_file,
+)
 from allmlp.data.sources.subset_file import SubsetFile, is_subset_file, read_subset_file, select
 from allmlp.errors import UserError, near_names
 
 # Kinds of sources; the first match wins. A subset file refers to another source.
-KINDS = (digits.KIND, hub.KIND, packed.KIND, parquet.KIND, folders.KIND, lists.KIND)
+KINDS = (
+    *(digits.KIND, hub.KIND, packed.KIND, arrays.KIND, parquet.KIND),
+    *(folders.KIND, lists.KIND),
+)
 _KNOWN = (
-    "digits, a list (.csv, .tsv, .txt, .jsonl), Parquet files, packed data, hf:owner/name, or "
-    + folders.LAYOUT
+    "digits, a list (.csv, .tsv, .txt, .jsonl), Parquet files, arrays (.npy, .npz), packed data, "
+    "hf:owner/name, or " + folders.LAYOUT
 )
 # classes: labels become classes, the same in all splits. numbers: classes per split, for a label
 # rule. none: labels are ignored. any: like classes, but only if the source name needs labels
@@ -192,6 +204,11 @@ def names_source(name: str) -> bool:
     return digits.names_digits(parse_name(name))
 
 
+def are_arrays(name: str) -> bool:
+    """Whether the string names arrays of numbers."""
+    return kind_of(parse_name(name)) is arrays.KIND
+
+
 def is_data(name: str) -> bool:
     """Whether the string names data of a known kind rather than image files to search for.
 
@@ -203,5 +220,5 @@ def is_data(name: str) -> bool:
     kind = kind_of(spec)
     if kind is folders.KIND:
         return False
-    suffixes = (*lists.SUFFIXES, ".parquet", subset_file.SUFFIX)
+    suffixes = (*lists.SUFFIXES, *arrays.SUFFIXES, ".parquet", subset_file.SUFFIX)
     return kind is not None or spec.path.suffix.lower() in suffixes

@@ -1,0 +1,243 @@
+"""Arrays as data: sequences, spectrograms and other grids, from .npy, .npz and Parquet files.
+
+Shapes: N rows, C channels, H W sides of the grid; (N, T) and (N, C, T) have H = 1 and W = T.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from allmlp.data.classes import RawLabels, numbered
+from allmlp.data.source import GROUP, ROW, Source, array_row, array_shape
+from allmlp.data.source_spec import (
+    LABEL_OPTIONS,
+    SPLITS,
+    Kind,
+    Records,
+    SourceSpec,
+    split_named,
+    split_of_file,
+)
+from allmlp.data.sources.columns import LABEL_COLUMNS, Rows, choose_column, open_rows
+from allmlp.data.sources.parquet import class_names_of, open_file, parquet_files
+from allmlp.errors import UserError, plural
+
+SUFFIXES = (".npy", ".npz")
+_X = ("x", "data", "values", "series", "inputs")  # names of the array itself
+_Y = ("y", *LABEL_COLUMNS, "targets", "classes")
+_CHUNK = 2**22  # numbers in memory at once
+_PAD = "Cut or pad all rows to one length"
+Part = tuple[str, str, np.ndarray, dict[str, Any]]  # split, name, rows, other columns
+
+
+class ArrayRows:
+    """Rows as bytes of float32, (C, H, W); those of an .npy file stay on disk."""
+
+    def __init__(self, values: np.ndarray, name: str) -> None:
+        if values.dtype.kind not in "fiub" or values.ndim not in (2, 3, 4) or 0 in values.shape:
+            what = f"an array of {values.dtype}, shape {values.shape}, is not rows of numbers"
+            fix = "Rows are (N, T), (N, C, T) or (N, C, H, W)"
+            raise UserError(what, where=name, fix=fix, code="shape")
+        self.name, self.rows = name, _grid(values)
+        self.shape = self.rows.shape[1:]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "rows": None if isinstance(self.rows, np.memmap) else self.rows}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.rows is None:
+            self.rows = _grid(np.load(self.name, mmap_mode="r"))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> bytes:
+        return self.rows[index].astype(ROW).tobytes()
+
+    def item_name(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
+    def check_finite(self) -> None:
+        """Raises UserError with the first number that is not finite as float32."""
+        step = max(1, _CHUNK // math.prod(self.shape))
+        for start in range(0, len(self), step):
+            with np.errstate(over="ignore"):
+                values = self.rows[start : start + step].astype(ROW)
+            if not np.isfinite(values).all():
+                row, channel, *place = first = np.argwhere(~np.isfinite(values))[0].tolist()
+                what = f"channel {channel} has {values[tuple(first)]} at {place}"
+                where, fix = self.item_name(start + row), "Fill such gaps, or leave the row out"
+                raise UserError(what, where=where, fix=fix, code="not-finite")
+
+
+def _grid(values: np.ndarray) -> np.ndarray:
+    """Returns rows as a view (N, C, H, W)."""
+    if values.ndim == 4:
+        return values
+    return values[:, None, None, :] if values.ndim == 2 else values[:, :, None, :]
+
+
+def statistics(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and deviation of each channel over all rows; the latter is 1 if it would be 0.
+
+    Chunks are merged as by Chan et al. 1979, since sums of squares lose digits.
+    """
+    shape = array_shape(source)
+    assert shape is not None
+    count, mean, squares = 0, np.zeros(shape[0]), np.zeros(shape[0])
+    step = max(1, _CHUNK // math.prod(shape))
+    for start in range(0, len(source), step):
+        rows = [array_row(source, at) for at in range(start, min(start + step, len(source)))]
+        values = np.stack(rows, axis=1).reshape(shape[0], -1).astype(np.float64)
+        own, number = values.mean(axis=1), values.shape[1]
+        shift, total = own - mean, count + number
+        squares += ((values - own[:, None]) ** 2).sum(axis=1) + shift**2 * count * number / total
+        mean, count = mean + shift * number / total, total
+    deviation = np.sqrt(squares / count)
+    return tuple(mean.tolist()), tuple(np.where(deviation > 0, deviation, 1.0).tolist())
+
+
+def open_arrays(spec: SourceSpec, labels: bool) -> dict[str, Records]:
+    """Returns the splits, named by arrays (x_train), by files, or by a column `split`."""
+    found: dict[str, Records] = {}
+    parts = _parts(spec)
+    labelled = [not set(_Y).isdisjoint(columns) for *_, columns in parts]
+    for (split, name, values, columns), has_labels in zip(parts, labelled, strict=True):
+        for column, cells in columns.items():
+            if len(cells) != len(values):
+                what = f"{plural(len(values), 'row')}, and {len(cells):,} values of {column}"
+                raise UserError(what, where=name, fix="Give every row one", code="lengths")
+        images = ArrayRows(values, name)
+
+        def cells_of(column: str, columns: Any = columns, name: str = name) -> RawLabels:
+            return _raw_labels(columns[column], name)
+
+        likely = [column for column in columns if column in _Y]
+        rows = Rows(images, "", [*columns], cells_of, likely, images.item_name, name)
+        needed = labels and (has_labels or not any(labelled))
+        own = open_rows(spec, rows, needed, split=None if len(parts) == 1 else split)
+        channels, height, width = images.shape
+        note = f"rows of {plural(channels, 'channel')} of {height}x{width} numbers"
+        note += "; are channels last in the file? They come second" * (channels > width)
+        for key, records in own.items():
+            notes = (note, *records.notes)
+            found[key] = replace(records, notes=notes, prepare=images.check_finite)
+    shapes = {array_shape(records.images): split for split, records in found.items()}
+    if len(shapes) > 1:
+        what = ", ".join(f"{shape} in {split}" for shape, split in shapes.items())
+        raise UserError(f"rows have several shapes: {what}", where=spec.source, fix=_PAD)
+    return found
+
+
+def _parts(spec: SourceSpec) -> list[Part]:
+    path = spec.path
+    try:
+        if path.suffix.lower() == ".npz":
+            return list(_of_npz(spec))
+        if path.suffix.lower() == ".npy":
+            return [(split_of_file(path), str(path), np.load(path, mmap_mode="r"), _beside(path))]
+        return list(_of_parquet(spec))
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        what, fix = f"cannot read the arrays: {str(error)[:200]}", "Write the file again"
+        if "Object arrays" in str(error):
+            what, fix = "the rows are Python objects, such as sequences of several lengths", _PAD
+        raise UserError(what, where=path, fix=fix, code="damaged") from error
+
+
+def _of_npz(spec: SourceSpec) -> Iterator[Part]:
+    """x and y, x_train and y_train, x_test and y_test, ... in any case."""
+    with np.load(spec.path, allow_pickle=False) as file:
+        splits: dict[str, dict[str, str]] = {}
+        for key in file.files:
+            words = re.split(r"[_.-]", key)
+            split = next(filter(None, map(split_named, words)), "train")
+            name = "_".join(word for word in words if split_named(word) is None) or key
+            name = name.casefold() if name.casefold() in (*_X, *_Y) else name
+            splits.setdefault(split, {})[name] = key
+        names = list(dict.fromkeys(name for columns in splits.values() for name in columns))
+        values = choose_column("image", spec, names, [n for n in names if n in _X], spec.path)
+        for split in SPLITS:
+            keys = dict(splits.get(split, {}))
+            if key := keys.pop(values, None):
+                columns = {name: file[other] for name, other in keys.items()}
+                yield split, f"{spec.path}:{key}", file[key], columns
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    """The columns beside NAME.npy: NAME_labels.npy, y.npy for x.npy, or a table NAME.csv."""
+    found: dict[str, Any] = {}
+    first = {"x": "y", "X": "Y"}.get(path.name[0], "")
+    for name in (f"{path.stem}_labels.npy", first + path.name[1:]):
+        if path.with_name(name).is_file() and name != path.name[1:]:
+            found["y"] = np.load(path.with_name(name))
+    table = path.with_suffix(".csv")
+    if table.is_file():
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        found |= {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+    return found
+
+
+def _of_parquet(spec: SourceSpec) -> Iterator[Part]:
+    by_split: dict[str, list[str]] = {}
+    for file in sorted(map(str, parquet_files(spec))):
+        by_split.setdefault(split_of_file(Path(file)), []).append(file)
+    for split, files in by_split.items():
+        tables = [open_file(file).read(use_threads=False) for file in files]
+        schema, name = tables[0].schema, files[0] if len(files) == 1 else spec.base
+        columns = {n: [c for t in tables for c in t[n].to_pylist()] for n in schema.names}
+        for column, cells in columns.items():
+            if names := class_names_of(schema, column):
+                columns[column] = [names[cell] for cell in cells]
+        column = choose_column("image", spec, schema.names, _lists(schema), name)
+        rows = [np.array(row) for row in columns.pop(column)]
+        wrong = [at for at, row in enumerate(rows) if row.shape != rows[0].shape]
+        if wrong:
+            what = f"shape {rows[wrong[0]].shape}, and {rows[0].shape} in row 0"
+            raise UserError(what, where=f"{name}[{wrong[0]}]", fix=_PAD, code="lengths")
+        yield split, name, np.array(rows), columns
+
+
+def _lists(schema: Any) -> list[str]:
+    """Returns the columns whose cells are lists of numbers, not of labels."""
+    numbers = r"((large_|fixed_size_)?list<\w+: )+(halffloat|float|double|u?int\d+).*"
+    fits = [field.name for field in schema if re.fullmatch(numbers, str(field.type))]
+    return [name for name in fits if name.casefold() not in _Y]
+
+
+def _raw_labels(cells: Any, name: str) -> RawLabels:
+    """The labels of a column, or of columns of 0 and 1 as an array (N, K)."""
+    if not isinstance(cells, np.ndarray):
+        return numbered(cells)
+    values = cells.astype(str) if cells.dtype.kind == "S" else cells
+    if values[0].size == 1:
+        return numbered(values.reshape(-1).tolist())
+    if values.ndim != 2 or not np.isin(values, (0, 1)).all():
+        what = f"labels of shape {values.shape} are not columns of 0 and 1"
+        raise UserError(what, where=name, fix="Give every row one label", code="shape")
+    names = [str(at) for at in range(values.shape[1])]
+    hot = numbered(tuple(names[at] for at in np.flatnonzero(row)) for row in values)
+    return replace(hot, class_names=names)
+
+
+def names_arrays(spec: SourceSpec) -> bool:
+    """Whether the name means arrays: .npy, .npz, or Parquet with lists of numbers, not images."""
+    if spec.path.suffix.lower() in SUFFIXES:
+        return spec.path.is_file()
+    files = parquet_files(spec)
+    schema = open_file(str(files[0])).schema_arrow if files else ()
+    return bool(schema and _lists(schema)) and not any("bytes: " in str(f.type) for f in schema)
+
+
+KIND = Kind("arrays", names_arrays, open_arrays, (*LABEL_OPTIONS, "image", GROUP))
