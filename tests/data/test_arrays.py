@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from allmlp.data.source import array_row, join, subset
+from allmlp.data.source import array_row, join, subset, unlabelled
 from allmlp.data.sources import open_source, open_splits
-from allmlp.data.sources.arrays import statistics
+from allmlp.data.sources.arrays import ArrayRows, statistics
 from allmlp.errors import UserError
 from allmlp.training.config import DataSettings
 from allmlp.training.dataset import open_folds, split_data
@@ -79,20 +79,13 @@ def test_names_of_keras_and_scikit_learn(tmp_path: Path):
 def test_statistics_are_those_of_numpy_for_any_split():
     values = RANDOM.normal([[[1e5], [-2.0]]], [[[0.5], [30.0]]], (60, 2, 7)).astype(np.float32)
     values = np.concatenate([values, np.full((60, 1, 7), 4, np.float32)], axis=1)
-    path_free = pickle.loads(pickle.dumps(_source(values)))
-    part = subset(join([path_free, path_free], "twice"), np.arange(10, 70), "part")
+    source = unlabelled(ArrayRows(values, "x"), "x")
+    part = subset(join([source, source], "twice"), np.arange(10, 70), "part")
     rows = np.concatenate([values, values])[10:70].astype(np.float64)
     mean, std = statistics(part)
     np.testing.assert_allclose(mean, rows.mean(axis=(0, 2)), rtol=1e-12)
     np.testing.assert_allclose(std[:2], rows.std(axis=(0, 2))[:2], rtol=1e-9)
     assert std[2] == 1.0  # constant
-
-
-def _source(values: np.ndarray) -> Any:
-    from allmlp.data.source import unlabelled
-    from allmlp.data.sources.arrays import ArrayRows
-
-    return unlabelled(ArrayRows(values, "x", {}), "x")
 
 
 def test_groups_folds_and_column_of_splits(tmp_path: Path):

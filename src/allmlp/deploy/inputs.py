@@ -72,7 +72,7 @@ def find_images(inputs: Sequence[AnyImage], listed: Sequence[str] | None = None)
     if sum(isinstance(item, str) and item == STANDARD_INPUT for item in inputs) > 1:
         raise UserError("'-' is given more than once: standard input is read once", fix="Give one")
     if len(inputs) == 1 and _are_rows(inputs[0]):
-        return unlabelled(ArrayRows(np.asarray(inputs[0]), "x", {}), "x")
+        return unlabelled(ArrayRows(np.asarray(inputs[0]), "x"), "x")
     if len(inputs) == 1 and _names_data(inputs[0]):
         return open_source(str(inputs[0]), labels="any")
     passed_over: Counter[str] = Counter()
@@ -115,7 +115,7 @@ def labelled_images(data: Any, class_names: list[str]) -> Source:
     else:
         numbers = np.array([number_of(label) for label in labels], dtype=np.int64)
     if are_rows:
-        return labelled(ArrayRows(images, "x", {}), "x", class_names, numbers)
+        return labelled(ArrayRows(images, "x"), "x", class_names, numbers)
     is_named = [isinstance(image, str | Path) for image in images]
     names = [
         str(image if is_url(image) else Path(image).expanduser()) if named else f"images[{at}]"

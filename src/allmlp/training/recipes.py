@@ -290,11 +290,8 @@ def for_arrays(config: TrainConfig, shape: tuple[int, int, int]) -> TrainConfig:
     kept = {"mixup": own.mixup, "mix_until": own.mix_until}
     plain = AugmentSettings(crop=NoCrop(), flip=False, **kept)
     for field in fields(plain):
-        value, allowed = (
-            getattr(own, field.name),
-            [getattr(of, field.name) for of in (plain, usual.augment)],
-        )
-        if value not in allowed:
+        value, allowed = getattr(own, field.name), getattr(usual.augment, field.name)
+        if value not in (allowed, getattr(plain, field.name)):
             what = f"augment.{field.name}={value}: of all augmentation, arrays have only mixup"
             raise UserError(what, fix="Leave it out", code="arrays")
     if config.model.image_size not in (usual.model.image_size, None, (height, width)):

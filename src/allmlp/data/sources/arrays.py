@@ -110,8 +110,11 @@ def open_arrays(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     """Returns the splits, named by arrays (x_train), by files, or by a column `split`."""
     found: dict[str, Records] = {}
     parts = _parts(spec)
-    labelled = [not set(_Y).isdisjoint(columns) for *_, columns in parts]
-    for (split, name, values, columns), has_labels in zip(parts, labelled, strict=True):
+    asked = "label" in spec.options
+    if labels and not asked and all(set(_Y).isdisjoint(columns) for *_, columns in parts):
+        fix = "Call them y (.npz), NAME_labels.npy or NAME.csv (beside NAME.npy) or #label=NAME"
+        raise UserError("the rows have no labels", where=spec.source, fix=fix, code="missing")
+    for split, name, values, columns in parts:
         for column, cells in columns.items():
             if len(cells) != len(values):
                 what = f"{plural(len(values), 'row')}, and {len(cells):,} values of {column}"
@@ -123,7 +126,7 @@ def open_arrays(spec: SourceSpec, labels: bool) -> dict[str, Records]:
 
         likely = [column for column in columns if column in _Y]
         rows = Rows(images, "", [*columns], cells_of, likely, images.item_name, name)
-        needed = labels and (has_labels or not any(labelled))
+        needed = labels and bool(asked or likely)
         own = open_rows(spec, rows, needed, split=None if len(parts) == 1 else split)
         channels, height, width = images.shape
         note = f"rows of {plural(channels, 'channel')} of {height}x{width} numbers"
