@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from allmlp.cli.table import Command
-from allmlp.errors import UserError, at_least, between, needs, one_of
+from allmlp.errors import UserError, at_least, between, exclusive, needs, one_of
 from allmlp.options import ComputeOptions, ImageSize, Repeated, make
 
 
@@ -37,7 +37,7 @@ def show(result: tuple[str, ToyOptions], options: ToyOptions) -> int:
     return 3
 
 
-COMMAND = Command("toy.ToyOptions", "toy.toy", "A toy.", "model")
+COMMAND = Command("toy.ToyOptions toy.toy model", "A toy.")
 
 
 @pytest.fixture
@@ -106,19 +106,22 @@ def test_wrong_fields(fields, code, named):
     assert caught.value.code == code
 
 
-def test_checks():
+@pytest.mark.parametrize(
+    ("check", "named"),
+    [
+        (lambda: one_of("format", "onx", ("onnx", "openvino")), "Did you mean onnx"),
+        (lambda: at_least("n", 0, 1), "at least 1, got 0"),
+        (lambda: at_least("n", float("nan"), 1), "at least 1, got nan"),
+        (lambda: between("crop", 0.0, 0, 1, above=True), "above 0 and at most 1, got 0.0"),
+        (lambda: between("crop", float("nan"), 0, 1), "nan"),
+        (lambda: needs({"units": 3}, "image", None), "units needs image"),
+        (lambda: exclusive(grid=True, seeds=(), probe=True), "grid and probe exclude"),
+    ],
+)
+def test_checks(check, named):
+    with pytest.raises(UserError, match=named):
+        check()
     assert one_of("format", "onnx", ("onnx", "openvino")) == "onnx"
-    with pytest.raises(UserError, match="Did you mean onnx") as caught:
-        one_of("format", "onx", ("onnx", "openvino"))
-    assert caught.value.code == "unknown-name"
     assert at_least("n", None, 1) is None
-    for value in (0, float("nan")):
-        with pytest.raises(UserError, match="at least 1"):
-            at_least("n", value, 1)
     assert between("crop", 1.0, 0, 1, above=True) == 1.0
-    for value in (0.0, 1.1, float("nan")):
-        with pytest.raises(UserError, match=str(value)):
-            between("crop", value, 0, 1, above=True)
     needs({"units": None, "overwrite": False}, "image", None)
-    with pytest.raises(UserError, match="units needs image"):
-        needs({"units": 3}, "image", None)

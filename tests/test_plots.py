@@ -111,9 +111,3 @@ def test_samples(tmp_path: Path):
     many = make_class_folder(tmp_path / "many", {f"class{n}": 1 for n in range(80)})
     figure = plots.samples(open_splits(str(many))["train"])
     assert "72 out of 80 classes" in figure.get_suptitle()
-
-
-def test_names():
-    assert plots.shorten("short") == "short"
-    assert plots.shorten("abcdefghijklmnopqrstuvwxyz", 10) == "abcd..wxyz"
-    assert plots.shorten("$a$\udc80") == r"\$a\$\udc80"

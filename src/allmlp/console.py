@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -106,6 +106,13 @@ def table(headers: list[str], rows: list[list[str]], left: int = 1) -> list[str]
 
     rule = "  ".join("-" * width for width in widths)
     return [line(headers), rule, *(line(row) for row in rows)]
+
+
+def table_of(rows: Iterable[Mapping[str, str]], left: int = 1) -> list[str]:
+    """Returns the lines of a table of rows by column; a dash where a row lacks a column."""
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return table(names, [[row.get(name, "-") for name in names] for row in rows], left)
 
 
 class _Bad(Protocol):

@@ -107,6 +107,14 @@ def needs(given: Mapping[str, Any], name: str, value: Any) -> None:
             raise UserError(what, fix=f"Add {name}, or leave {option} out", code="needs")
 
 
+def exclusive(**given: Any) -> None:
+    """Checks that at most one of these options is set (not None, False or empty)."""
+    names = [name for name, value in given.items() if value not in (None, False, ())]
+    if len(names) > 1:
+        what = f"{' and '.join(names)} exclude each other"
+        raise UserError(what, fix="Give one of them", code="conflict")
+
+
 def plural(number: int, noun: str) -> str:
     """Returns "1 image" or "1,234 images"; nouns ending in s take es."""
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"

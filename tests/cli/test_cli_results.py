@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from allmlp import __version__
 from conftest import draw, mixer
 
 
@@ -22,6 +23,7 @@ def run(tmp_path_factory):
 def only_object(out: str) -> dict:
     values = json.loads(out)
     assert isinstance(values, dict)
+    assert values["allmlp"] == __version__
     return values
 
 
@@ -31,7 +33,7 @@ def test_json_is_the_only_output_and_holds_the_result(run, tmp_path, capsys):
     assert code == 0
     assert "top-1" in err
     found, file = only_object(out), json.loads((tmp_path / "e/evaluation.json").read_text())
-    assert found == {name: file[name] for name in found}
+    assert found["source"] == str(run)
     assert found["top1"] == file["top1"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import errno
 import io
-import json
 import os
 import subprocess
 import sys
@@ -116,19 +115,6 @@ def test_rows_on_standard_output(capsys, place: Path, form: str):
     assert "images/s" in err
     rows = list(csv.DictReader(io.StringIO(out))) if form == "csv" else out.splitlines()
     assert len(rows) == 4
-    assert not Path("-").exists()
-
-
-def test_other_single_files_on_standard_output(capsys, place: Path):
-    flags = ["--no-cache", "--shots", "1", "--seeds", "0"]
-    code, out, err = mixer(capsys, "few-shot", "model", "--data", "data", "--output", "-", *flags)
-    assert code == 0
-    assert json.loads(out)["kind"] == "few-shot"
-    assert "accuracy" in err
-    code, out, err = mixer(capsys, "data", "check", "data", "--exclude", "-")
-    assert code == 0
-    assert out.startswith("# allmlp drop list 1\n")
-    assert "images" in err
     assert not Path("-").exists()
 
 

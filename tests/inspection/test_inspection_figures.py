@@ -60,12 +60,10 @@ def test_pairs(grid, count, tmp_path):
     order = pair_opposites(units)
     layer = TokenMixingLayer(1, "blocks.0", units, None)
     panel = figures.pair_panel(layer, most=8, numbered=True)
-    assert panel is not None
-    assert figures.pair_panel(layer, "_outgoing") is None
     title, cells, captions = panel
     assert len(cells) == len(captions) == min((count + 1) // 2, 8)
     assert ("8 of 20 pairs" in title) == (count == 40)
-    figure = figures.pair_page("a model" * 20, [panel, panel], "", 4)
+    figure = figures.pair_page("a model" * 20, [panel, panel], 4)
     factor = max(1, round(80 / max(grid)))
     drawn = pixels_of(figure, tmp_path / "a")
     for unit in order[[0, -1]]:  # the first pair and the last are always shown
@@ -87,16 +85,14 @@ def test_stem(shape, tmp_path):
         assert contains(drawn, enlarged(figures.color_pixels(unit), round(64 / max(shape))))
 
 
-def test_vector_files_hold_the_same_pixels_and_are_reproducible(tmp_path):
+def test_svg_files_hold_the_same_pixels_and_are_reproducible(tmp_path):
     units = np.random.default_rng(0).normal(size=(6, 5, 5))
     panel = figures.pair_panel(TokenMixingLayer(1, "blocks.0", units, None))
-    figure = figures.pair_page("name", [panel], "", 4)
-    for kind in ("svg", "pdf", "png"):
-        for name in ("first", "second"):
-            plots.writer(figure, kind)(tmp_path / f"{name}.{kind}")
-        assert len({path.read_bytes() for path in tmp_path.glob(f"*.{kind}")}) == 1
-    assert (tmp_path / "first.pdf").read_bytes().startswith(b"%PDF")
+    figure = figures.pair_page("name", [panel], 4)
+    for name in ("first", "second"):
+        plots.writer(figure, "svg")(tmp_path / f"{name}.svg")
     text = (tmp_path / "first.svg").read_text()
+    assert (tmp_path / "second.svg").read_text() == text
     assert "image-rendering:pixelated" in text
     (data,) = re.findall(r'xlink:href="data:image/png;base64,\s*([^"]+)"', text)
     inside = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))

@@ -54,15 +54,3 @@ def test_the_frontier_is_that_of_figure_2():
     assert [row.model for row in best] == names
     families = ["attention", "MLP", "attention", "MLP", "convolution", "convolution"]
     assert [row.family for row in best] == families
-
-
-def test_a_frontier_leaves_out_what_another_beats():
-    points = [(1.0, 50.0), (2.0, 50.0), (2.0, 60.0), (3.0, 55.0), (4.0, 70.0)]
-    assert figures.frontier(points) == [0, 2, 4]
-    assert figures.frontier(points, more_is_better=True) == [4]
-    assert figures.frontier([]) == []
-
-
-def test_figure_3_is_at_one_size_and_on_one_data_set():
-    assert {(row.data, row.pixels) for row in published.FIGURE_3} == {("JFT-300M", 224)}
-    assert len(published.FIGURE_3) == 15

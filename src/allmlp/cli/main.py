@@ -11,12 +11,11 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 from allmlp.cli.results import SHARED, UsageError, print_json, streams
-from allmlp.cli.table import Command
 from allmlp.cli.verbs import GROUPS, VERBS
 from allmlp.errors import UserError, fix_of, named_memory_errors, near_names
 from allmlp.runtime.process import (
@@ -90,42 +89,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str]) -> tuple[int, Any]:
-    """Runs the command named by the arguments and returns its exit code and result."""
+    """Runs the command named by the arguments, or prints a list of commands; returns the exit code
+    and the result."""
     given = list(arguments) or ["--help"]
     if given[0] == "--version":
         print(f"allmlp {version('allmlp')}")
-        return 0, {"allmlp": version("allmlp")}
-    if given[0] in GROUPS:  # two words, such as "data check"
-        group = given[0]
-        commands = {
-            name.partition(" ")[2]: command
-            for name, command in VERBS.items()
-            if name.startswith(f"{group} ")
-        }
-        return _run(given[1:] or ["--help"], commands, f"mixer {group}", GROUPS[group])
-    single = {name: command for name, command in VERBS.items() if " " not in name}
-    return _run(given, {**single, **GROUPS}, "mixer", DESCRIPTION)
-
-
-def _run(
-    given: list[str], commands: Mapping[str, Command | str], prog: str, description: str
-) -> tuple[int, Any]:
-    """Runs the command named by the first word, or prints the list of commands."""
-    name = given[0]
+        return 0, {}
+    group = given.pop(0) if given[0] in GROUPS else ""  # of two words, such as "data check"
+    name, start = given[0] if given else "--help", f"{group} " if group else ""
+    known = {verb.removeprefix(start): VERBS[verb] for verb in VERBS if verb.startswith(start)}
+    commands = {verb: known[verb].summary for verb in known if " " not in verb}
+    commands |= {} if group else GROUPS
     if name in ("-h", "--help"):
-        print(f"usage: {prog} COMMAND [OPTIONS]\n\n{description}\n\ncommands:")
+        print(f"usage: mixer {start}COMMAND [OPTIONS]\n\n{GROUPS.get(group, DESCRIPTION)}\n")
+        print("commands:")
         width = max(map(len, commands))
-        for name, command in commands.items():
-            summary = command.summary if isinstance(command, Command) else command
-            print(f"  {name:{width}}  {summary}")
+        for verb, summary in commands.items():
+            print(f"  {verb:{width}}  {summary}")
         return 0, {"commands": list(commands)}
     if name not in commands:
         near = near_names(name, commands)
         if name in ("version", "help"):
             near = f"Did you mean mixer --{name}? "
         fix = f"{near}Known: {', '.join(commands)}"
-        where = None if prog == "mixer" else prog
+        where = f"mixer {group}" if group else None
         raise UserError(f"unknown command {name!r}", where=where, fix=fix, code="unknown-name")
-    command = commands[name]
-    assert isinstance(command, Command)
-    return command.run(f"{prog} {name}".removeprefix("mixer "), given[1:])
+    return known[name].run(f"{start}{name}", given[1:])

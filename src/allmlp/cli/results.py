@@ -11,9 +11,11 @@ import re
 import sys
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any
+from importlib.metadata import version
+from typing import Any, NamedTuple
 
 from allmlp.errors import UserError, near_names
+from allmlp.names import NAME
 from allmlp.options import ImageSize, Repeated
 
 SHARED = """All commands also take --config FILE (options from a JSON file), --quiet (nothing but
@@ -27,6 +29,13 @@ class UsageError(UserError):
         self.shown = shown
         lines = (re.sub("[╭╮╰╯─│]", " ", line).strip() for line in shown.splitlines())
         super().__init__("; ".join(filter(None, lines)), code="usage")
+
+
+class Sourced(NamedTuple):
+    """The result of a command, and the model that it was given."""
+
+    source: str
+    result: Any
 
 
 @contextlib.contextmanager
@@ -70,10 +79,13 @@ def to_json(result: Any) -> Any:
 
 
 def print_json(result: Any) -> None:
-    """Prints a result as one JSON object."""
+    """Prints a result as one JSON object, with the version and the source of the model."""
+    head = {NAME: version(NAME)}
+    if isinstance(result, Sourced):
+        head["source"], result = result
     values = to_json(result)
     values = values if isinstance(values, dict) else {"results": values or []}
-    print(json.dumps(values, indent=2), flush=True)
+    print(json.dumps({**head, **values}, indent=2), flush=True)
 
 
 def split_config(given: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

@@ -9,11 +9,12 @@ import inspect
 import io
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from allmlp.cli.results import SHARED, UsageError, as_flags, split_config
+from allmlp.cli.results import SHARED, Sourced, UsageError, as_flags, split_config
 from allmlp.errors import UserError
 from allmlp.options import Done, ImageSize, Repeated, documentation
 
@@ -39,25 +40,26 @@ class Command:
     """A command: its options, function and help.
 
     Args:
-        options: path within allmlp of the options dataclass; its docstring is the help text.
-        function: path within allmlp, called with the positional arguments and the options. If its
-            module has a `show`, that is called with the result and the options, and returns the
-            exit code or None; otherwise the function prints, and may return `Done`.
+        words: path within allmlp of the options dataclass, whose docstring is the help text; path
+            of the function, called with the positional arguments and the options; the names of
+            these arguments: "recipe?" is optional, "images*" many, "models*?" both. If the
+            function's module has a `show`, that is called with the result and the options, and
+            returns the exit code or None; otherwise the function prints, and may return `Done`.
         summary: the line in `mixer --help`.
-        positional: positional arguments; "recipe?" is optional, "images*" many, "models*?" both.
     """
 
-    options: str
-    function: str
+    words: str
     summary: str
-    positional: str = ""
 
     def run(self, name: str, given: list[str]) -> tuple[int, Any]:
-        """Parses the arguments and runs the command; returns its exit code and result."""
+        """Parses the arguments and runs the command; returns its exit code and result.
+
+        The result is a `Sourced` if the command takes a model.
+        """
         import tyro
 
-        kind = getattr(*_found(self.options))
-        positional = self.positional.split()
+        kind_path, function_path, *positional = self.words.split()
+        kind = getattr(*_found(kind_path))
         given, settings = split_config(given)
         own: dict[str, Any] = {}
         if "version" in settings:  # config.json of a run
@@ -82,13 +84,16 @@ class Command:
                 raise
             raise UsageError(errors.getvalue()) from None
         values = vars(parsed) | own
-        arguments = [values.pop(argument.rstrip("?*")) for argument in positional]
+        named = {word.rstrip("?*"): values.pop(word.rstrip("?*")) for word in positional}
         options = kind(**values)
-        module, function = _found(self.function)
-        result = getattr(module, function)(*arguments, options)
+        module, function = _found(function_path)
+        result, code = getattr(module, function)(*named.values(), options), 0
         if hasattr(module, "show"):
-            return module.show(result, options) or 0, result
-        return (result.code, result.values) if isinstance(result, Done) else (0, result)
+            code = module.show(result, options) or 0
+        elif isinstance(result, Done):
+            code, result = result.code, result.values
+        source = named.get("weights") or named.get("model")
+        return code, result if source is None else Sourced(source, result)
 
 
 def _found(path: str) -> tuple[types.ModuleType, str]:
@@ -97,7 +102,7 @@ def _found(path: str) -> tuple[types.ModuleType, str]:
     return importlib.import_module(f"allmlp.{module}"), name
 
 
-def _arguments(kind: type, positional: list[str]) -> type:
+def _arguments(kind: type, positional: Sequence[str]) -> type:
     """Returns a dataclass of all arguments, annotated for tyro."""
     from tyro.conf import Positional, arg
 
@@ -105,28 +110,26 @@ def _arguments(kind: type, positional: list[str]) -> type:
     for argument in positional:
         name = argument.rstrip("?*")
         plain: Any = tuple[str, ...] if "*" in argument else str
-        default = dataclasses.MISSING
+        default: Any = dataclasses.MISSING
         metavar = "MODEL" if name == "weights" else name.upper()
         if argument.endswith("*?"):
             default, metavar = (), f"[{metavar} ...]"
         elif argument.endswith("?"):
             plain, default, metavar = str | None, None, f"[{metavar}]"
         shown = arg(help=POSITIONAL[name], metavar=metavar, help_behavior_hint="")
-        fields.append(_field(name, Annotated[Positional[plain], shown], default))
+        hint: Any = Annotated[Positional[plain], shown]
+        fields.append((name, hint, dataclasses.field(default=default)))
     texts, hints = documentation(kind), typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         if field.init and not field.metadata.get("hidden"):
             hint = _annotated(hints[field.name], field, texts.get(field.name, ""))
-            fields.append(_field(field.name, hint, field.default, field.default_factory))
+            default, factory = field.default, field.default_factory
+            own: Any = (
+                dataclasses.field(default=default) if factory is dataclasses.MISSING else None
+            )
+            own = own or dataclasses.field(default_factory=factory)
+            fields.append((field.name, hint, own))
     return dataclasses.make_dataclass("Arguments", fields, kw_only=True)
-
-
-def _field(name: str, hint: Any, default: Any, factory: Any = dataclasses.MISSING) -> Any:
-    if factory is not dataclasses.MISSING:
-        return (name, hint, dataclasses.field(default_factory=factory))
-    if default is dataclasses.MISSING:
-        return (name, hint)
-    return (name, hint, dataclasses.field(default=default))
 
 
 def _annotated(hint: Any, field: dataclasses.Field[Any], text: str) -> Any:

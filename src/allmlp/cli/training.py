@@ -9,8 +9,8 @@ import dataclasses
 from dataclasses import replace
 from typing import Any, get_type_hints
 
-from allmlp.errors import UserError, needs
-from allmlp.options import Options, Repeated, documentation
+from allmlp.errors import UserError, exclusive, needs
+from allmlp.options import Options, Repeated, assigned, documentation, given_settings
 from allmlp.training.config import AdamW, DataSettings, ModelSettings, TrainConfig
 from allmlp.training.recipes import LEARNING_RATES
 from allmlp.training.recipes import recipe as named_recipe
@@ -105,27 +105,23 @@ def train_command(recipe: str | None, options: Any) -> Any:
     from allmlp.training.run_folder import check_same, config_of
     from allmlp.training.train import train
 
-    if options.resume is None:
-        if options.base is not None:
-            if recipe is not None:
-                raise UserError(f"config and the recipe {recipe} exclude each other")
-            return _train_or_fold(changed(base_of(options), TRAIN, options), options)
+    exclusive(recipe=recipe, config=options.base, resume=options.resume)
+    exclusive(resume=options.resume, output=options.output)
+    exclusive(resume=options.resume, folds=options.folds)
+    if options.resume is not None:
+        old = config_of(options.resume)
+        config = old.with_values(given_settings(options, TRAIN), options.settings)
+        check_same(old, config)
+        return train(replace(config, output=options.resume), dry_run=options.dry_run)
+    if options.base is not None:
+        config = base_of(options)
+    else:
         source = options.data
         own = "digits" if source is None or names_source(source) else "scratch"
-        name = recipe or ("arrays" if source is not None and are_arrays(source) else own)
-        return _train_or_fold(changed(named_recipe(name), TRAIN, options), options)
-    if options.base is not None:
-        raise UserError("config and resume exclude each other", fix="Leave out one of them")
-    if options.folds is not None:
-        what = "resume continues one run, and folds makes a study"
-        raise UserError(what, where="folds", fix="Repeat the command with the same output")
-    if options.output is not None or recipe is not None:
-        given = "output" if options.output is not None else f"the recipe {recipe}"
-        raise UserError(f"resume continues a run unchanged; {given} cannot be given as well")
-    old = config_of(options.resume)
-    config = changed(old, TRAIN, options)
-    check_same(old, config)
-    return train(replace(config, output=options.resume), dry_run=options.dry_run)
+        own = "arrays" if source is not None and are_arrays(source) else own
+        config = named_recipe(recipe or own)
+    config = config.with_values(given_settings(options, TRAIN), options.settings)
+    return _train_or_fold(config, options)
 
 
 def base_of(options: Any) -> TrainConfig:
@@ -133,31 +129,25 @@ def base_of(options: Any) -> TrainConfig:
     return replace(TrainConfig.from_json(options.base), output=None)
 
 
-def given_settings(settings: dict[str, str], options: Any) -> dict[str, Any]:
-    """Returns the settings that flags change."""
-    given = {key: getattr(options, flag) for flag, key in settings.items()}
-    return {key: value for key, value in given.items() if value is not None}
-
-
 def _train_or_fold(config: TrainConfig, options: Any) -> Any:
     from allmlp.cross_validation import cross_validate
+    from allmlp.training.train import train
+
+    if options.folds is None:
+        return train(config, dry_run=options.dry_run)
+    if options.dry_run:
+        return _dry_study(config.with_value("data.fold", (1, options.folds)), options.folds)
+    return cross_validate(config, options.folds)
+
+
+def _dry_study(config: TrainConfig, runs: int) -> dict[str, float]:
+    """Prints and returns the time that this number of such runs takes."""
     from allmlp.training.report import duration
     from allmlp.training.train import train
 
-    folds = options.folds
-    if folds is None:
-        return train(config, dry_run=options.dry_run)
-    if options.dry_run:
-        one = config.with_value("data.fold", (1, folds))
-        seconds = train(one, dry_run=True, in_study=True).expected_seconds or 0.0
-        print(f"study    {folds} such runs: about {duration(folds * seconds)}")
-        return {"expected_seconds": folds * seconds}
-    return cross_validate(config, folds)
-
-
-def changed(config: TrainConfig, settings: dict[str, str], options: Any) -> TrainConfig:
-    """Returns the config updated by the flags and by every --set."""
-    return config.with_values(given_settings(settings, options), options.settings)
+    seconds = train(config, dry_run=True, in_study=True).expected_seconds or 0.0
+    print(f"study    {runs} such runs: about {duration(runs * seconds)}")
+    return {"expected_seconds": runs * seconds}
 
 
 _RECIPE = """finetune_imagenet, finetune_cifar, finetune_pets, finetune_flowers or finetune_vtab;
@@ -194,47 +184,35 @@ def finetune_command(checkpoint: str, options: Any) -> Any:
     """Runs `mixer finetune`."""
     from allmlp.finetuning import finetune
     from allmlp.training.fit import finetune_config
-    from allmlp.training.report import duration
-    from allmlp.training.train import train
 
     if options.data is None and options.base is None:
         raise UserError("fine-tuning needs data", where="data", code="missing")
     needs({"resize_weights": options.resize_weights}, "image_size", options.image_size)
-    grid, seeds = options.grid, options.seeds
-    if options.probe and (grid is not None or len(seeds) > 1):
-        what = "a probe has no learning rate to choose and draws no random numbers"
-        raise UserError(what, where="probe", fix="Leave out grid and seeds")
-    typed = {text.partition("=")[0].strip() for text in options.settings}
-    typed |= {"optimizer.learning_rate"} if options.learning_rate is not None else set()
-    for given, key in ((grid is not None, "optimizer.learning_rate"), (seeds, "seed")):
-        if given and key in typed:
-            pair = "seed and seeds" if key == "seed" else "learning_rate and grid"
-            raise UserError(f"{pair} exclude each other", fix="Leave one of them out")
+    grid, seeds, has_grid = options.grid, options.seeds, options.grid is not None
+    exclusive(recipe=options.recipe, config=options.base)
+    exclusive(probe=options.probe, grid=has_grid, folds=options.folds)
+    exclusive(probe=options.probe, seeds=len(seeds) > 1, folds=options.folds)
+    typed = assigned(options.settings)
+    rate = options.learning_rate or typed.get("optimizer.learning_rate")
+    exclusive(learning_rate=rate, grid=has_grid)
+    exclusive(seed=typed.get("seed"), seeds=seeds)
     given = {"model.train_only": "probe", "epochs": 1} if options.probe else {}
-    given |= given_settings(FINETUNE, options)
+    given |= given_settings(options, FINETUNE)
     if options.base is not None:
-        if options.recipe is not None:
-            raise UserError(f"config and the recipe {options.recipe} exclude each other")
         given["model.weights"] = checkpoint
         config = base_of(options).with_values(given, options.settings)
     else:
         config = finetune_config(
             *(checkpoint, options.data or "", given, options.settings),
             recipe_name=options.recipe,
-            in_grid=grid is not None,
+            in_grid=has_grid,
         )
     if seeds:
         config = config.with_value("seed", seeds[0])
-    if grid is None and len(seeds) < 2:
+    if not has_grid and len(seeds) < 2:
         return _train_or_fold(config, options)
-    if options.folds is not None:
-        what = "folds is a study of its own: it takes no grid, and one seed"
-        raise UserError(what, where="folds", fix="Choose the learning rate first")
-    rates = () if grid is None else grid or LEARNING_RATES[config.recipe]
+    rates = (grid or LEARNING_RATES[config.recipe]) if has_grid else ()
     seeds = seeds or (config.seed,)
     if options.dry_run:
-        runs = len(rates) + len(seeds)
-        seconds = train(config, dry_run=True, in_study=True).expected_seconds or 0.0
-        print(f"study    {runs} such runs: about {duration(runs * seconds)}")
-        return {"expected_seconds": runs * seconds}
+        return _dry_study(config, len(rates) + len(seeds))
     return finetune(config, grid=rates, seeds=seeds)

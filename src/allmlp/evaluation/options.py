@@ -189,7 +189,7 @@ class BenchmarkOptions(Options):
     A model is a name from `mixer models` or `mixer models --weights`, timm:NAME, a run folder or a
     weights file; weights are random where only an architecture is named, which does not affect the
     speed. Several models are held in memory together and take turns, so that background load
-    affects all of them alike. Ctrl-C stops early and prints the results so far.
+    affects all of them alike.
 
     Examples:
         mixer benchmark mixer_s32

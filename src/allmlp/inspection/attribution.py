@@ -5,6 +5,7 @@ Shapes: S patches, G_H G_W their grid, C channels, U units, H W pixels.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +43,6 @@ class UnitResponse:
     strength: float
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the maps as JSON values; layer and unit count from 1."""
         maps = {"strength": self.strength, "read": self.read, "written": self.written}
         return {"layer": self.layer, "unit": self.unit + 1, **maps}
 
@@ -61,7 +61,6 @@ class Occlusion:
     stride: int
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the map and its parameters as JSON values."""
         values = asdict(self)
         return {"class": values.pop("name"), "class_index": values.pop("label"), **values}
 
@@ -85,15 +84,12 @@ def unit_responses(
     chosen = units.layer(layer)
     module = model.get_submodule(chosen.name)
     inputs: list[Tensor] = []  # to the two dense layers: y (1, C, S) and h (1, C, U)
-    hooks = [
-        module.get_submodule(name).register_forward_pre_hook(lambda _, given: inputs.extend(given))
-        for name in ("dense_0", "dense_1")
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        for name in ("dense_0", "dense_1"):
+            dense = module.get_submodule(name)
+            hook = dense.register_forward_pre_hook(lambda _, given: inputs.extend(given))
+            stack.callback(hook.remove)
         _run(model, image)
-    finally:
-        for hook in hooks:
-            hook.remove()
     tokens, activation = (value.cpu().double().numpy()[0] for value in inputs)
     if not (np.isfinite(tokens).all() and np.isfinite(activation).all()):
         raise UserError(f"layer {layer} computes values that are not finite", where="the image")
@@ -148,22 +144,19 @@ def occlusion(
     rows, columns, (down, right) = _occlusion_grid(model)
     whole = _probabilities(model, image)[0]
     label = int(whole.argmax())
-    rules = preprocessing_of(model)
-    grey = normalize(torch.full(tuple(image[:1].shape), 127.5), rules)[..., :1, :1]
-    grey = grey.to(image.device)
-    flat = places.reshape(-1, 2)
+    grey = normalize(torch.full(tuple(image[:1].shape), 127.5), preprocessing_of(model))
+    grey = grey[0, :, :1, :1].to(image.device)
     parts = []
-    for start in range(0, len(flat), batch_size):
-        part = flat[start : start + batch_size]
+    for part in torch.from_numpy(places.reshape(-1, 2)).split(batch_size):
         covered = image.repeat(len(part), 1, 1, 1)
-        for at, (top, left) in enumerate(part):
+        for at, (top, left) in enumerate(part.tolist()):
             y, x = top * down, left * right
-            covered[at, :, y : y + window * down, x : x + window * right] = grey[0]
+            covered[at, :, y : y + window * down, x : x + window * right] = grey
         parts.append(whole[label] - _probabilities(model, covered)[:, label])
         on_batch(len(part))
     drop = np.concatenate(parts).reshape(places.shape[:2])
     total, count = np.zeros((rows, columns)), np.zeros((rows, columns))
-    for (top, left), value in zip(flat, drop.ravel(), strict=True):
+    for (top, left), value in zip(places.reshape(-1, 2), drop.ravel(), strict=True):
         total[top : top + window, left : left + window] += value
         count[top : top + window, left : left + window] += 1
     name = model.class_names[label] if model.class_names else f"class {label}"

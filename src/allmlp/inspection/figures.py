@@ -1,4 +1,4 @@
-"""Figures 5, 6 and 7 of the paper, measures per layer, and what one image excites.
+"""Figures 5, 6 and 7 of the paper, and what one image excites.
 
 Every weight is a square of whole pixels, in PNG and vector files alike, without interpolation. Blue
 is negative, white zero, red positive, with a separate scale per unit; in figure 7 grey is zero.
@@ -18,13 +18,11 @@ from numpy.typing import NDArray
 
 from allmlp.inspection.attribution import Occlusion, UnitResponse
 from allmlp.inspection.units import (
-    OPPOSITE,
     Floats,
     ModelUnits,
     TokenMixingLayer,
     correlations,
     pair_opposites,
-    window_fraction,
 )
 from allmlp.plots import escape, new_figure, shorten, show
 
@@ -34,7 +32,6 @@ Panel = tuple[str, list[Pixels], list[str]]  # title; cells of equal size; a cap
 DPI = 300
 DIVERGING, SEQUENTIAL = "RdBu_r", "viridis"
 _FIRST, _PAIRS, _NARROW, _WIDE = 3, 32, 4, 10  # layers and pairs in figure 5; columns of pairs
-_COLORS = ("#0b5394", "#b45f06")
 _DARKEST = 0.6  # brightness of a map where the underlying image is black
 _MINUS = "\N{MINUS SIGN}"
 # Sizes in pixels at `DPI`.
@@ -65,43 +62,34 @@ def _enlarged(pixels: Pixels, side: int) -> Pixels:
 
 
 def weight_figures(
-    measured: ModelUnits,
-    layers: Sequence[int],
-    compared: ModelUnits | None = None,
-    *,
-    outgoing: bool = False,
+    measured: ModelUnits, layers: Sequence[int], compared: ModelUnits | None = None
 ) -> dict[str, Figure]:
     """Returns figures 5, 6 (for these layers) and 7 by name, and 5 and 7 of a second model."""
     figures: dict[str, Figure] = {}
     for model, suffix in ((measured, ""), (compared, "_compared")):
         if model is None:
             continue
-        for kind in ("", "_outgoing") if outgoing else ("",):
-            hidden = [layer for layer in model.layers if not layer.are_tokens]
-            first = [pair_panel(layer, kind, most=_PAIRS) for layer in hidden[:_FIRST]]
-            if any(first):
-                figures[f"figure5{kind}{suffix}"] = pair_page(model.name, first, kind, _NARROW)
-            for number in layers if model is measured else ():
-                if model.layer(number).are_tokens:
-                    figures[f"tokens_layer{number}"] = token_page(model.name, model.layer(number))
-                    continue
-                panel = pair_panel(model.layer(number), kind, numbered=True)
-                if panel is not None:
-                    page = pair_page(model.name, [panel], kind, _WIDE)
-                    figures[f"figure6_layer{number}{kind}"] = page
-        if model.stem_weights is not None and model.stem is not None:
-            order = np.argsort(np.nan_to_num(model.stem.frequency, nan=1.0), kind="stable")
+        hidden = [layer for layer in model.layers if not layer.are_tokens][:_FIRST]
+        if hidden:
+            panels = [pair_panel(layer, most=_PAIRS) for layer in hidden]
+            figures[f"figure5{suffix}"] = pair_page(model.name, panels, _NARROW)
+        if model.stem_weights is not None:
+            frequency = model.measures["stem"].frequency
+            order = np.argsort(np.nan_to_num(frequency, nan=1.0), kind="stable")
             figures[f"figure7{suffix}"] = stem_page(model.name, model.stem_weights[order])
+    for layer in map(measured.layer, layers):
+        if layer.are_tokens:
+            figures[f"tokens_layer{layer.number}"] = token_page(measured.name, layer)
+        else:
+            page = pair_page(measured.name, [pair_panel(layer, numbered=True)], _WIDE)
+            figures[f"figure6_layer{layer.number}"] = page
     return figures
 
 
 def pair_panel(
-    layer: TokenMixingLayer, kind: str = "", *, most: int | None = None, numbered: bool = False
-) -> Panel | None:
+    layer: TokenMixingLayer, *, most: int | None = None, numbered: bool = False
+) -> Panel:
     """Returns the pairs of a layer, or `most` of them, evenly spaced in the order of figure 5."""
-    units = layer.outgoing if kind else layer.incoming
-    if units is None:
-        return None
     order = pair_opposites(layer.incoming)
     pairs = math.ceil(len(order) / 2)
     chosen = np.unique(np.linspace(0, pairs - 1, min(pairs, most or pairs)).round().astype(int))
@@ -109,26 +97,25 @@ def pair_panel(
     cells, captions = [], []
     for pair in chosen:
         numbers = order[2 * pair : 2 * pair + 2]
-        parts = [_enlarged(unit_pixels(units[number]), _UNIT) for number in numbers]
+        parts = [_enlarged(unit_pixels(layer.incoming[number]), _UNIT) for number in numbers]
         white = np.full_like(parts[0], 255)
         second = parts[1] if len(parts) == 2 else white
         cells.append(np.concatenate([parts[0], white[:, :3], second], axis=1))
         words = [str(number + 1) for number in numbers] if numbered else []
         if len(numbers) == 2:
-            value = correlations(units[numbers])[0, 1]
+            value = correlations(layer.incoming[numbers])[0, 1]
             words.insert(1, f"{value:+.2f}".replace("-", _MINUS))
         captions.append("   ".join(words))
     return f"Layer {layer.number}: {shown}", cells, captions
 
 
-def pair_page(name: str, panels: Sequence[Panel | None], kind: str, columns: int) -> Figure:
-    what = "outgoing weights, in the order of the incoming ones" if kind else "incoming weights"
+def pair_page(name: str, panels: Sequence[Panel], columns: int) -> Figure:
     notes = (
         f"Colours: each unit from {_MINUS}max|w| (blue) through 0 (white) to +max|w| (red).",
         "Below each pair: its correlation. Order: lowest spatial frequency first.",
     )
-    drawn = [panel for panel in panels if panel is not None]
-    return _page(name, f"hidden units of token-mixing MLPs, {what}", drawn, columns, notes)
+    title = "hidden units of token-mixing MLPs, incoming weights"
+    return _page(name, title, panels, columns, notes)
 
 
 def token_page(name: str, layer: TokenMixingLayer) -> Figure:
@@ -191,48 +178,6 @@ def _page(
     return figure
 
 
-def layers_figure(measured: ModelUnits, compared: ModelUnits | None = None) -> Figure:
-    """Plots frequency, best opposite and locality over the layers, for one or two models."""
-    figure = new_figure(7.2, 2.7, DPI)
-    panels = figure.subplots(1, 3)
-    constant = window_fraction(measured.incoming[0].grid)
-    columns = (
-        ("frequency", "spatial frequency (cycles per patch)", None),
-        ("partner_correlation", "correlation with the best opposite", OPPOSITE),
-        ("locality", "energy in the best quarter-window", constant),
-    )
-    models = [model for model in (measured, compared) if model is not None and model.incoming]
-    for axes, (attribute, label, dotted) in zip(panels, columns, strict=True):
-        for model, color in zip(models, _COLORS, strict=False):
-            numbers = [layer.number for layer in model.layers]
-            values = [_quartiles(getattr(measures, attribute)) for measures in model.incoming]
-            low, middle, high = np.transpose(values)
-            name = escape(model.name)
-            axes.plot(numbers, middle, color=color, marker=".", linewidth=1.2, label=name)
-            axes.fill_between(numbers, low, high, color=color, alpha=0.2, linewidth=0)
-        if dotted is not None:
-            axes.axhline(dotted, color="#777777", linewidth=0.8, linestyle=":")
-        axes.set_xlabel("layer", fontsize=7)
-        axes.set_ylabel(label, fontsize=7)
-        axes.tick_params(labelsize=6.5)
-        axes.grid(alpha=0.25, linewidth=0.5)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    panels[1].set_ylim(-1.03, 0.03)
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper left", ncols=2, fontsize=7, frameon=False)
-    note = (
-        "Lines: median over the units; bands: quartiles. Dotted: the threshold of opposites, "
-        f"{_MINUS}{-OPPOSITE}; the locality of a constant, {constant:.2f}."
-    )
-    figure.supxlabel(note, fontsize=6)
-    return figure
-
-
-def _quartiles(values: Floats) -> Floats:
-    known = values[~np.isnan(values)]
-    return np.quantile(known, (0.25, 0.5, 0.75)) if len(known) else np.full(3, np.nan)
-
-
 def occlusion_figure(pixels: Pixels, result: Occlusion, title: str = "") -> Figure:
     """Returns the image (H, W, channels) with the drop in its class's probability."""
     drop = 100 * result.patch_drop
@@ -256,9 +201,10 @@ def occlusion_figure(pixels: Pixels, result: Occlusion, title: str = "") -> Figu
 
 def response_figure(pixels: Pixels, responses: Sequence[UnitResponse], title: str) -> Figure:
     """Returns, next to the image, the weights of each unit and where it reads and writes."""
-    layers = sorted({response.layer for response in responses})
-    by_layer = [[unit for unit in responses if unit.layer == layer] for layer in layers]
-    rows, cell, image = max(map(len, by_layer)), 0.8, 1.4
+    layers: dict[int, list[UnitResponse]] = {}
+    for response in sorted(responses, key=lambda response: response.layer):
+        layers.setdefault(response.layer, []).append(response)
+    rows, cell, image = max(map(len, layers.values())), 0.8, 1.4
     height = rows * (cell * _ratio(pixels) + 0.1) + 0.85
     figure = new_figure(image + 3 * cell * len(layers) + 0.4, height, DPI)
     figure.suptitle(escape(title), fontsize=9, fontweight="bold")
@@ -268,7 +214,7 @@ def response_figure(pixels: Pixels, responses: Sequence[UnitResponse], title: st
     show(axes, pixels)
     axes.set_title("the image", fontsize=7)
     axes.set_anchor("N")
-    for at, units in enumerate(by_layer):
+    for at, (layer, units) in enumerate(layers.items()):
         for row, unit in enumerate(units):
             weights, read, written = (
                 figure.add_subplot(grid[row, 1 + 3 * at + column]) for column in range(3)
@@ -282,9 +228,9 @@ def response_figure(pixels: Pixels, responses: Sequence[UnitResponse], title: st
             else:
                 _show_map(written, unit.written, pixels, SEQUENTIAL, 0.0, _largest(unit.written))
             if row == 0:
-                weights.set_title(f"layer {unit.layer}\nweights", fontsize=7)
-                read.set_title("\nread", fontsize=7)
-                written.set_title("\nwritten", fontsize=7)
+                titles = (f"layer {layer}\nweights", "\nread", "\nwritten")
+                for panel, heading in zip((weights, read, written), titles, strict=True):
+                    panel.set_title(heading, fontsize=7)
     note = (
         "Weights, read: red positive, blue negative, symmetric about 0. Written: from 0 (dark) to "
         "the largest (yellow). Each map has its own scale."

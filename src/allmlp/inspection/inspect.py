@@ -5,8 +5,6 @@ docs/inspection.md lists the files. Layers and units count from 1 in files and f
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,10 +13,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from allmlp.console import Reporter, table
-from allmlp.errors import UserError, between
+from allmlp.console import Reporter, table_of
+from allmlp.errors import plural
 from allmlp.inspection.attribution import (
     Occlusion,
     UnitResponse,
@@ -28,20 +25,9 @@ from allmlp.inspection.attribution import (
     strongest,
     unit_responses,
 )
-from allmlp.inspection.figures import (
-    layers_figure,
-    occlusion_figure,
-    response_figure,
-    weight_figures,
-)
+from allmlp.inspection.figures import occlusion_figure, response_figure, weight_figures
 from allmlp.inspection.options import InspectOptions
-from allmlp.inspection.units import (
-    FREQUENCY_EDGES,
-    OPPOSITE,
-    ModelUnits,
-    model_units,
-    weight_correlations,
-)
+from allmlp.inspection.units import OPPOSITE, ModelUnits, model_units, weight_correlations
 from allmlp.io import Content, atomic_write_all, check_not_inputs, check_output_folder, expand
 from allmlp.models.catalog import random_weights
 from allmlp.models.layers import ImageClassifier
@@ -62,38 +48,22 @@ class Inspection:
     model: ModelUnits
     compared: ModelUnits | None
     occlusion: Occlusion | None  # of the image
-    responses: list[UnitResponse]  # of the requested units to the image
+    responses: list[UnitResponse]  # of the strongest units to the image
     notes: list[str]  # on anything that does not apply to the models
     summary: str  # image size and architecture
-    outgoing: bool = False
     files: list[str] = field(default_factory=list)  # paths written
 
     def to_json(self) -> dict[str, Any]:
         """Returns all numbers as JSON values."""
-        values: dict[str, Any] = {
-            "format": "allmlp inspection",
-            "version": 1,
-            "histogram_edges": FREQUENCY_EDGES.round(3),  # of the frequencies
-            "model": self.model.to_json(outgoing=self.outgoing),
-        }
+        values: dict[str, Any] = {"format": "allmlp inspection", "version": 1}
+        values["model"] = self.model.to_json()
         if self.compared is not None:
-            values["compared"] = self.compared.to_json(outgoing=self.outgoing)
+            values["compared"] = self.compared.to_json()
             values["weights_correlation"] = weight_correlations(self.model, self.compared)
         if self.occlusion is not None:
             values["occlusion"] = self.occlusion.to_json()
             values["responses"] = [response.to_json() for response in self.responses]
         return json.loads(json.dumps({**values, "notes": self.notes}, default=np.ndarray.tolist))
-
-    def units_csv(self) -> str:
-        """Returns a table with one row per unit."""
-        file = io.StringIO()
-        rows = csv.writer(file, lineterminator="\n")
-        names = ("layer", "weights", "unit", "frequency", "locality", "opposite", "correlation")
-        rows.writerow(["model", *names])
-        for model in (self.model, self.compared):
-            if model is not None:
-                rows.writerows(model.unit_rows(outgoing=self.outgoing))
-        return file.getvalue()
 
 
 def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: Any) -> Inspection:
@@ -117,7 +87,7 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
         other, other_name = _loaded(options.compare, options, "compared")
     folder = None if options.output is None else expand(options.output)
     if folder is not None:
-        check_output_folder(folder, ("inspection.json", "units.csv"), overwrite=options.overwrite)
+        check_output_folder(folder, ["inspection.json"], overwrite=options.overwrite)
         folder.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
     units = model_units(net, name)
     compared = None if other is None else model_units(other, other_name)
@@ -128,27 +98,29 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
     notes = list(units.notes)
     if compared is not None:
         notes += [f"{other_name}: {note}" for note in compared.notes if note not in notes]
-    covered, responses, figures = None, [], {}
+    covered, pixels = None, None
+    responses: list[UnitResponse] = []
     if options.image is not None:
         stays = isinstance(model, ImageClassifier) and options.device == "auto"
         net = to_device(net, None if stays else options.device)
         image, pixels = read_image(options.image, net)
-        responses = _responses(net, units, image, options)
-        covered = _occlusion(net, image, options)
-        title = options.image.name
-        if folder is not None:
-            figures["occlusion"] = occlusion_figure(pixels, covered, title)
-        if folder is not None and responses:
-            title += ": what token-mixing units read and write"
-            figures["responses"] = response_figure(pixels, responses, title)
+        for layer in [layer for layer in units.layers if not layer.are_tokens][:FIRST_LAYERS]:
+            found_units = unit_responses(net, units, image, layer.number)
+            responses += strongest(found_units, STRONGEST)
+        count = occlusion_places(net)[2][..., 0].size
+        with Reporter().progress(count, "covered images") as bar:
+            covered = occlusion(net, image, on_batch=bar.advance)
     height, width = net.config.image_size
     summary = f"{height}x{width} pixels, {net.config.summary()}"
-    found = Inspection(units, compared, covered, responses, notes, summary, options.outgoing)
+    found = Inspection(units, compared, covered, responses, notes, summary)
     if folder is not None:
-        layers = list(dict.fromkeys(layers))
-        figures |= weight_figures(units, layers, compared, outgoing=options.outgoing)
-        if units.layers:
-            figures["layers"] = layers_figure(units, compared)
+        figures = weight_figures(units, list(dict.fromkeys(layers)), compared)
+        if options.image is not None and covered is not None and pixels is not None:
+            title = options.image.name
+            figures["occlusion"] = occlusion_figure(pixels, covered, title)
+            if responses:
+                title += ": what token-mixing units read and write"
+                figures["responses"] = response_figure(pixels, responses, title)
         _write(found, figures, folder, options)
     return found
 
@@ -158,45 +130,15 @@ def _loaded(model: AnyModel, options: InspectOptions, name: str) -> tuple[ImageC
     return net, str(model) if isinstance(model, str | Path) else name
 
 
-def _responses(
-    model: ImageClassifier, known: ModelUnits, image: Tensor, options: InspectOptions
-) -> list[UnitResponse]:
-    units = options.chosen_units()
-    hidden = [layer for layer in known.layers if not layer.are_tokens]
-    for number, _ in units:
-        if known.layer(number).are_tokens:
-            what = f"layer {number} has no hidden units: one matrix mixes the tokens"
-            raise UserError(what, where="units", fix="Leave out units")
-    if not units:
-        return [
-            response
-            for layer in hidden[:FIRST_LAYERS]
-            for response in strongest(unit_responses(model, known, image, layer.number), STRONGEST)
-        ]
-    for layer, unit in units:
-        between(f"units: unit of layer {layer}", unit, 1, len(known.layer(layer).incoming))
-    maps = {layer: unit_responses(model, known, image, layer) for layer, _ in units}
-    return [maps[layer][unit - 1] for layer, unit in units]
-
-
-def _occlusion(model: ImageClassifier, image: Tensor, options: InspectOptions) -> Occlusion:
-    window, stride, places = occlusion_places(model, options.window, options.stride)
-    sizes = {"window": window, "stride": stride, "batch_size": options.batch_size}
-    with Reporter().progress(places[..., 0].size, "covered images") as bar:
-        return occlusion(model, image, **sizes, on_batch=bar.advance)
-
-
 def _write(
     found: Inspection, figures: dict[str, Figure], folder: Path, options: InspectOptions
 ) -> None:
     """Writes all files or none."""
-    kinds = ["png"] if options.vector == "none" else ["png", options.vector]
     contents: dict[Path, Content] = {
         folder / f"{name}.{kind}": writer(figure, kind)
         for name, figure in figures.items()
-        for kind in kinds
+        for kind in ("png", "svg")
     }
-    contents[folder / "units.csv"] = found.units_csv().encode(errors="surrogateescape")
     text = json.dumps(found.to_json(), indent=2) + "\n"
     contents[folder / "inspection.json"] = text.encode(errors="surrogateescape")
     check_output_folder(folder, [path.name for path in contents], overwrite=options.overwrite)
@@ -219,32 +161,28 @@ def show(found: Inspection, options: InspectOptions) -> None:
         for line in _excited(found, found.occlusion, options.image):
             report.say(line)
     if options.output is not None:
-        figures = sum(name.endswith(".png") for name in found.files)
-        also = "" if options.vector == "none" else f", each also as {options.vector}"
-        report.say(
-            f"written  {options.output}: inspection.json, units.csv, {figures} figures{also}"
-        )
+        figures = plural(sum(name.endswith(".png") for name in found.files), "figure")
+        report.say(f"written  {options.output}: inspection.json, {figures}")
 
 
 def _measures(found: Inspection) -> Iterator[str]:
     """Yields a table per model with a line per layer, and an explanation of the columns."""
-    headers = ["layer", "units", "frequency", "opposites", "best opposite", "locality"]
+
+    def shown(value: float | None, form: str) -> str:
+        return "-" if value is None else f"{value:{form}}"
+
     for model in (found.model, found.compared):
         rows = []
-        for layer, direction, measures in model.parts(outgoing=found.outgoing) if model else ():
+        for layer, measures in model.measures.items() if model else ():
             values = measures.to_json()
-            numbers = {
-                ".3f": values["frequency"]["mean"],
-                ".1%": values["opposite_share"],
-                ".2f": values["partner_correlation"]["quantiles"]["0.5"],
-                ".2%": values["locality"]["mean"],
-            }
-            cells = ["-" if value is None else f"{value:{form}}" for form, value in numbers.items()]
-            label = layer if direction == "incoming" else f"{layer} {direction}"
-            rows.append([label, f"{values['units']:,}", *cells])
+            row = {"layer": layer, "units": f"{values['units']:,}"}
+            row["frequency"] = shown(values["frequency"]["mean"], ".3f")
+            row["opposites"] = shown(values["opposite_share"], ".1%")
+            row["best opposite"] = shown(values["partner_correlation"]["quantiles"]["0.5"], ".2f")
+            rows.append({**row, "locality": shown(values["locality"]["mean"], ".2%")})
         if model and rows:
             yield f"\n{model.name}"
-            yield from table(headers, rows)
+            yield from table_of(rows)
     yield "Means over the units, best opposite: median."
     yield "Frequency: spectral centroid in cycles per patch (stem: per pixel)."
     yield f"Opposites: fraction of units with a correlation below {OPPOSITE} to another."

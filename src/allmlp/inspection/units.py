@@ -8,7 +8,6 @@ Shapes: U units, G_H G_W the grid (height, width), C channels, P_h P_w the patch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,8 +24,6 @@ from allmlp.models.mixer import MixerConfig
 
 OPPOSITE = -0.8  # units with a correlation below this are opposites
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-# 0.75 is above the highest possible frequency, sqrt(1/2) cycles per step along the diagonal.
-FREQUENCY_EDGES = np.linspace(0.0, 0.75, 16)
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -48,20 +45,18 @@ class UnitMeasures:
     def is_zero(self) -> NDArray[np.bool_]:
         return np.isnan(self.frequency)
 
-    @property
-    def opposite_fraction(self) -> float | None:
-        """Fraction of units whose correlation with another unit is below `OPPOSITE`."""
-        known = self.partner_correlation[~np.isnan(self.partner_correlation)]
-        return float((known < OPPOSITE).mean()) if len(known) else None
-
     def to_json(self) -> dict[str, Any]:
-        """Returns the distributions over units; None if no unit has a value."""
-        histogram, _ = np.histogram(self.frequency[~self.is_zero], bins=FREQUENCY_EDGES)
+        """Returns the distributions over units; None if no unit has a value.
+
+        "opposite_share" is the fraction of units whose correlation with another is below
+        `OPPOSITE`.
+        """
+        known = self.partner_correlation[~np.isnan(self.partner_correlation)]
         return {
             "units": len(self.frequency),
             "zero_units": int(self.is_zero.sum()),
-            "frequency": {**_distribution(self.frequency), "histogram": histogram.tolist()},
-            "opposite_share": self.opposite_fraction,
+            "frequency": _distribution(self.frequency),
+            "opposite_share": float((known < OPPOSITE).mean()) if len(known) else None,
             "partner_correlation": _distribution(self.partner_correlation),
             "locality": _distribution(self.locality),
             "locality_of_a_constant": window_fraction(self.grid),
@@ -208,10 +203,7 @@ class TokenMixingLayer:
 
 @dataclass(frozen=True)
 class ModelUnits:
-    """Units of a model that can be drawn, and their measures (for the stem in cycles per pixel).
-
-    The measures are computed on first access.
-    """
+    """Units of a model that can be drawn, and their measures (for the stem in cycles per pixel)."""
 
     name: str
     architecture: dict[str, Any]
@@ -221,20 +213,13 @@ class ModelUnits:
     notes: list[str]  # on anything that does not apply to this model
 
     @cached_property
-    def incoming(self) -> list[UnitMeasures]:
-        """Measures of each of `layers`."""
-        return [measure_units(layer.incoming) for layer in self.layers]
+    def measures(self) -> dict[str, UnitMeasures]:
+        """Measures of the incoming weights, by layer ("1", ...) and of the "stem"."""
+        return {label: measure_units(weights) for label, weights in self.weights().items()}
 
-    @cached_property
-    def outgoing(self) -> list[UnitMeasures | None]:
-        """Measures of the outgoing weights, where a layer has them."""
-        outgoing = [layer.outgoing for layer in self.layers]
-        return [None if weights is None else measure_units(weights) for weights in outgoing]
-
-    @cached_property
-    def stem(self) -> UnitMeasures | None:
-        """Measures of the patch embedding."""
-        return None if self.stem_weights is None else measure_units(self.stem_weights)
+    def weights(self) -> dict[str, Floats]:
+        found = {str(layer.number): layer.incoming for layer in self.layers}
+        return found if self.stem_weights is None else {**found, "stem": self.stem_weights}
 
     def layer(self, number: int) -> TokenMixingLayer:
         """Returns the layer with this number, from 1."""
@@ -247,44 +232,19 @@ class ModelUnits:
         fix = f"Known: {', '.join(map(str, found))}" if found else "".join(self.notes[:1])
         raise UserError(what, where="layers", fix=fix, code="unknown-name")
 
-    def parts(self, *, outgoing: bool) -> Iterator[tuple[str, str, UnitMeasures]]:
-        """Yields the layer ("1", ..., "stem"), "incoming" or "outgoing", and the measures."""
-        for at, layer in enumerate(self.layers):
-            yield str(layer.number), "incoming", self.incoming[at]
-            written = self.outgoing[at] if outgoing else None
-            if written is not None:
-                yield str(layer.number), "outgoing", written
-        if self.stem is not None:
-            yield "stem", "incoming", self.stem
-
-    def to_json(self, *, outgoing: bool) -> dict[str, Any]:
-        layers: dict[str, Any] = {
-            str(layer.number): {
+    def to_json(self) -> dict[str, Any]:
+        measured = {label: measures.to_json() for label, measures in self.measures.items()}
+        layers = [
+            {
                 "layer": layer.number,
                 "module": layer.name,
                 "grid": list(layer.incoming.shape[1:]),
-                **({"outgoing": None} if outgoing else {}),
+                "incoming": measured[str(layer.number)],
             }
             for layer in self.layers
-        }
-        layers["stem"] = {"incoming": None}
-        for label, direction, measures in self.parts(outgoing=outgoing):
-            layers[label][direction] = measures.to_json()
-        stem = layers.pop("stem")["incoming"]
+        ]
         names = {"name": self.name, "architecture": self.architecture}
-        return {**names, "layers": list(layers.values()), "stem": stem}
-
-    def unit_rows(self, *, outgoing: bool) -> Iterator[list[Any]]:
-        """Yields the rows of units.csv, one per unit; "" where a number does not apply."""
-        for layer, direction, measures in self.parts(outgoing=outgoing):
-            for unit, partner in enumerate(measures.partner.tolist()):
-                values: list[Any] = [""] * 4
-                if not measures.is_zero[unit]:
-                    values[0] = f"{measures.frequency[unit]:.6f}"
-                    values[1] = f"{measures.locality[unit]:.6f}"
-                if partner >= 0:
-                    values[2:] = (partner + 1, f"{measures.partner_correlation[unit]:.6f}")
-                yield [self.name, layer, direction, unit + 1, *values]
+        return {**names, "layers": layers, "stem": measured.get("stem")}
 
 
 def model_units(model: ImageClassifier, name: str = "model") -> ModelUnits:
@@ -294,40 +254,41 @@ def model_units(model: ImageClassifier, name: str = "model") -> ModelUnits:
         for path, module in model.named_modules()
         if path.rpartition(".")[2] == "token_mixing"
     ]
-    grid = patch_grid(model)
+    family, grid = type(model).__name__, patch_grid(model)
     layers: list[TokenMixingLayer] = []
-    not_drawn: dict[str, list[int]] = {}
+    not_drawn: dict[str, list[str]] = {}
     for number, (path, module) in enumerate(modules, start=1):
         weights = _dense_weights(model, number, module)
         is_map = isinstance(module, nn.Linear)
         if weights is None or grid is None or weights[0].shape[1] != math.prod(grid):
             reason = "a unit does not read one value per patch, in all channels alike"
-            not_drawn.setdefault(reason, []).append(number)
+            not_drawn.setdefault(reason, []).append(str(number))
         elif not np.isfinite(weights[0]).all():
-            not_drawn.setdefault("some weights are not finite", []).append(number)
+            not_drawn.setdefault("some weights are not finite", []).append(str(number))
         else:
             incoming, outgoing = weights
-            written, maps = None, incoming.reshape(-1, *grid)
-            if outgoing.shape == incoming.shape[::-1] and np.isfinite(outgoing).all():
-                written = None if is_map else outgoing.T.reshape(-1, *grid)  # from (S, U)
+            written = None
+            is_grid = outgoing.shape == incoming.shape[::-1] and not is_map  # (S, U)
+            if is_grid and np.isfinite(outgoing).all():
+                written = outgoing.T.reshape(-1, *grid)
+            maps = incoming.reshape(-1, *grid)
             layers.append(TokenMixingLayer(number, path, maps, written, is_map))
     notes = [
-        f"layer{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))} not drawn: {reason}"
+        f"layer{'s' * (len(numbers) > 1)} {', '.join(numbers)} not drawn: {reason}"
         for reason, numbers in not_drawn.items()
     ]
     if not modules:
-        family = type(model).__name__
         notes.append(f"figures 5 and 6 do not apply: {family} has no token-mixing MLP")
-    stem, units = stem_convolution(model), None
+    stem, units, why = stem_convolution(model), None, ""
     if stem is None:
-        family = type(model).__name__
-        notes.append(f"figure 7 does not apply: {family} has no convolution that reads the image")
+        why = f"{family} has no convolution that reads the image"
     elif stem.in_channels not in (1, 3) or stem.groups != 1:
-        notes.append(f"figure 7 does not apply: units of {stem.in_channels} channels, not colours")
+        why = f"units of {stem.in_channels} channels, not colours"
     elif not bool(torch.isfinite(stem.weight).all()):
-        notes.append("figure 7 does not apply: some weights of the stem are not finite")
+        why = "some weights of the stem are not finite"
     else:
         units = _array(stem.weight).transpose(0, 2, 3, 1)  # (C, P_h, P_w, channels)
+    notes += [f"figure 7 does not apply: {why}"] * bool(why)
     return ModelUnits(name, config_to_json(model.config), layers, len(modules), units, notes)
 
 
@@ -375,17 +336,10 @@ def weight_correlations(first: ModelUnits, second: ModelUnits) -> dict[str, floa
 
     Only where both have the same shape. 1 for a model and itself; near 0 for unrelated ones.
     """
-    ours, theirs = (
-        {
-            **{str(layer.number): layer.incoming for layer in units.layers},
-            "stem": units.stem_weights,
-        }
-        for units in (first, second)
-    )
-    found = {}
-    for label, one in ours.items():
+    theirs, found = second.weights(), {}
+    for label, one in first.weights().items():
         other = theirs.get(label)
-        if one is not None and other is not None and one.shape == other.shape:
+        if other is not None and one.shape == other.shape:
             norms = np.linalg.norm(one) * np.linalg.norm(other)
             if norms > 0:
                 found[label] = float((one * other).sum() / norms)

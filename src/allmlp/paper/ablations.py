@@ -40,16 +40,7 @@ def variants_of(config: MixerConfig) -> dict[str, dict[str, Any]]:
 def ablations(
     options: AblationsOptions | None = None, *, quiet: bool = False, **fields: Any
 ) -> Study:
-    """Trains the variants of a Mixer under one budget and measures their cost.
-
-    Args:
-        options, fields: see `AblationsOptions`.
-        quiet: print nothing.
-
-    Returns:
-        one row per variant: "variant", "accuracy" (mean over the seeds), "deviation" (None for
-        one seed), "parameters", "flops", "images_per_second" (inference).
-    """
+    """Trains the variants of a Mixer under one budget and measures their cost."""
     options = make(AblationsOptions, options, fields)
     config = train_config(options, ["model.name"], options.model)
     base = model_config(config.model.name, config.model.image_size, 2, **config.model.overrides)
@@ -62,32 +53,28 @@ def ablations(
     overrides = {
         name: {**config.model.overrides, **known[name]} for name in options.variants or known
     }
-    runs = {
-        f"cells/{name}/seed-{seed}": config.with_values({"model.overrides": own, "seed": seed})
-        for name, own in overrides.items()
-        for seed in options.seeds
-    }
 
     def finish(_: Path, done: Mapping[str, Row], rows: list[Row]) -> None:
-        classes = next(iter(done.values()))["classes"]
-        size = config.model.image_size
-        models: dict[str, Any] = {
-            name: create_model(config.model.name, size, classes, **own).eval()
+        classes, given = next(iter(done.values()))["classes"], config.model
+        models = {
+            name: create_model(given.name, given.image_size, classes, **own).eval()
             for name, own in overrides.items()
         }
-        measured = benchmark(
-            models, device=config.device, batch_sizes=(64,), seconds=options.seconds
-        )
-        for row, speed in zip(rows, measured.models, strict=True):  # the variants took turns
-            model = models[row["variant"]]
-            row |= {"parameters": model.num_parameters, "flops": model.config.flops}
-            row |= {"images_per_second": speed.images_per_second, "precision": speed.precision}
+        device, seconds = config.device, options.seconds
+        measured = benchmark(models, device=device, batch_sizes=(64,), seconds=seconds)
+        for row, speed in zip(rows, measured.models, strict=True):
+            row |= {"parameters": models[speed.name].num_parameters, "flops": speed.flops}
+            rate = None if speed.best is None else speed.best.images_per_second
+            row |= {"images_per_second": rate, "precision": speed.precision}
 
     return Experiment(
         kind="ablations",
         config=config,
-        runs=runs,
-        row_of=lambda name, _: {"variant": name.removeprefix("cells/")},
+        cells={
+            name: ({"variant": name}, config.with_values({"model.overrides": own}))
+            for name, own in overrides.items()
+        },
+        seeds=options.seeds,
         finish=finish,
         columns={
             "variant": "{variant}",

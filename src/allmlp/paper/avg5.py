@@ -10,13 +10,7 @@ from typing import Any
 
 from allmlp.options import make
 from allmlp.paper.options import Avg5Options
-from allmlp.paper.suite import (
-    Suite,
-    SuiteResult,
-    Task,
-    plan_whole,
-    run_suite,
-)
+from allmlp.paper.suite import Suite, SuiteResult, Task, plan_whole, run_suite
 from allmlp.training.config import TrainConfig
 from allmlp.training.recipes import LEARNING_RATES, recipe
 
@@ -35,13 +29,7 @@ AVG5: dict[str, Task] = {
 def avg5(
     checkpoint: str, options: Avg5Options | None = None, *, quiet: bool = False, **fields: Any
 ) -> SuiteResult:
-    """Fine-tunes a checkpoint on the data sets of "Avg 5", or resumes the suite.
-
-    Args:
-        checkpoint: anything that `load_model` takes.
-        options, fields: see `Avg5Options`; `tasks` may be a mapping of tasks to sources.
-        quiet: print nothing.
-    """
+    """Fine-tunes a checkpoint on the data sets of "Avg 5", or resumes the suite."""
     options = make(Avg5Options, options, fields)
     size = options.image_size or 224
     official = size if size in (224, 448, (224, 224), (448, 448)) else 224

@@ -15,13 +15,7 @@ from allmlp.models.catalog import model_config
 from allmlp.options import make
 from allmlp.paper.figures import data_scale_figure, save
 from allmlp.paper.options import DataScaleOptions
-from allmlp.paper.study import (
-    Experiment,
-    Study,
-    few_shot_options,
-    open_data,
-    train_config,
-)
+from allmlp.paper.study import Experiment, Study, few_shot_options, open_data, train_config
 from allmlp.sweep import Row
 from allmlp.training.config import TrainConfig
 
@@ -34,44 +28,24 @@ def data_scale(
     All runs have the same `steps`, so smaller subsets are repeated more often. Validation images
     are held out before subsampling, the same for all runs; the weights with the best validation
     accuracy are measured.
-
-    Args:
-        options, fields: see `DataScaleOptions`.
-        quiet: print nothing.
-
-    Returns:
-        the points of the figure, each with "model", "fraction", "images", "epochs", "steps",
-        "runs", "validation" and "few_shot" (means over the runs), "few_shot_deviation" (over the
-        runs; for a single run, over the draws of the shots).
     """
     options = make(DataScaleOptions, options, fields)
     own = ("model.name", "data.fraction", "data.fraction_seed", "epochs", "steps")
     config = train_config(options, own, "any")
-    runs: dict[str, TrainConfig] = {}
-    for model in options.models:
-        for fraction in sorted(set(options.fractions)):
-            for seed in options.seeds:
-                changes: dict[str, Any] = {"data.fraction": fraction, "seed": seed}
-                changes["data.fraction_seed"] = seed if fraction < 1.0 else 0
-                changes["model.name"] = model  # resets the sizes of all models
-                changes["model.overrides"] = config.model.overrides
-                runs[f"cells/{model}/{fraction!r}/seed-{seed}"] = config.with_values(changes)
-    labels = {model: _label(model, config) for model in options.models}
     few_shot = few_shot_options(
         config, options.few_shot_data, options.shots, options.few_shot_seeds
     )
     splits, total = open_data(config)
-
-    def row_of(_: str, config: TrainConfig) -> Row:
-        images = max(1, round(config.data.fraction * total))
-        return {
-            "model": config.model.name,
-            "label": labels[config.model.name],
-            "fraction": config.data.fraction,
-            "images": images,
-            "epochs": round((config.steps or 0) * config.batch_size / images, 3),
-            "steps": config.steps,
-        }
+    cells: dict[str, tuple[Row, TrainConfig]] = {}
+    for model in options.models:
+        for fraction in sorted(set(options.fractions)):
+            changes = {"data.fraction": fraction, "model.name": model}  # resets the sizes
+            own = config.with_values({**changes, "model.overrides": config.model.overrides})
+            images = max(1, round(fraction * total))
+            row: Row = {"model": model, "label": _label(model, config), "fraction": fraction}
+            epochs = round((config.steps or 0) * config.batch_size / images, 3)
+            row |= {"images": images, "epochs": epochs, "steps": config.steps}
+            cells[f"{model}/{fraction!r}"] = row, own
 
     def finish(path: Path, _: Mapping[str, Row], points: list[Row]) -> None:
         label = f"linear {options.shots}-shot top-1 (%)"
@@ -80,8 +54,8 @@ def data_scale(
     return Experiment(
         kind="data-scale",
         config=config,
-        runs=runs,
-        row_of=row_of,
+        cells=cells,
+        seeds=options.seeds,
         finish=finish,
         columns={
             "model": "{label}",

@@ -45,14 +45,7 @@ def save(figure: Figure, path: Path) -> None:
 def data_scale_figure(
     points: Sequence[dict[str, Any]], label: str, measured_on: str, trained_on: str
 ) -> Figure:
-    """Returns figure 2, right: accuracy against the number of training images, a line per model.
-
-    Args:
-        points: rows of the data-scale study.
-        label: accuracy label of the first panel.
-        measured_on: few-shot data.
-        trained_on: training data.
-    """
+    """Returns figure 2, right: accuracy against the number of training images, a line per model."""
     figure = plots.new_figure(10.4, 4.5)
     few, upstream = figure.subplots(1, 2)
     for at, model in enumerate(dict.fromkeys(point["model"] for point in points)):
@@ -85,13 +78,7 @@ def data_scale_figure(
 def pareto_figure(
     panels: Sequence[tuple[str, Sequence[Result]]], ours: Sequence[Point], *, throughput: bool
 ) -> Figure:
-    """Returns figures 2 and 3: accuracy against training cost or throughput.
-
-    Args:
-        panels: title and rows of the paper's panels, which are on top.
-        ours: our measurements, a panel per hardware and data.
-        throughput: plot throughput, where more is better.
-    """
+    """Returns figures 2 and 3: accuracy against training cost or throughput."""
     groups: dict[tuple[str, str], list[Point]] = {}
     for point in dict.fromkeys(ours):  # a run and its evaluation give the same point
         groups.setdefault((point.hardware, point.data), []).append(point)
@@ -131,12 +118,7 @@ def pareto_figure(
 
 
 def frontier(points: list[tuple[float, float]], *, more_is_better: bool = False) -> list[int]:
-    """Returns the indices of the points on the Pareto frontier, from the least accurate one.
-
-    Args:
-        points: (cost or throughput, accuracy).
-        more_is_better: for the first value, as for throughput.
-    """
+    """Returns the indices of the points on the Pareto frontier, from the least accurate one."""
     sign = -1.0 if more_is_better else 1.0
     best, kept = float("-inf"), []
     for at in sorted(range(len(points)), key=lambda at: (sign * points[at][0], -points[at][1])):

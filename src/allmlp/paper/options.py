@@ -213,6 +213,6 @@ class TablesOptions(Options):
     """
 
     output: str = field(default="report", metadata={"metavar": "FOLDER"})
-    """Folder for report.md, report.html and figures/."""
+    """Folder for report.html and figures/."""
     overwrite: bool = False
     """Replace existing files."""

@@ -9,6 +9,7 @@ runs are cells/<model>/<permutation>/seed-0 and so on; see `study` for the other
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,7 @@ from allmlp.models.catalog import model_config
 from allmlp.options import assignments, make
 from allmlp.paper.figures import save
 from allmlp.paper.options import PermutationOptions
-from allmlp.paper.study import (
-    Experiment,
-    Study,
-    few_shot_options,
-    open_data,
-    train_config,
-)
+from allmlp.paper.study import Experiment, Study, few_shot_options, open_data, train_config
 from allmlp.preprocessing import Preprocessing
 from allmlp.sweep import Row
 from allmlp.training.config import TrainConfig
@@ -47,16 +42,7 @@ TITLES = {"none": "original", "patches": "patches and pixels in them", "pixels":
 def permutation(
     options: PermutationOptions | None = None, *, quiet: bool = False, **fields: Any
 ) -> Study:
-    """Trains two networks on the original images and on two permutations of them.
-
-    Args:
-        options, fields: see `PermutationOptions`.
-        quiet: print nothing.
-
-    Returns:
-        one row per model and permutation: "model", "permutation", "accuracy" (mean over the
-        seeds), "deviation" (None for one seed), "drop" (relative to none), "few_shot".
-    """
+    """Trains two networks on the original images and on two permutations of them."""
     options = make(PermutationOptions, options, fields)
     own = [f"data.{name}" for name in ("permutation", "permutation_patch", "permutation_seed")]
     config = train_config(options, [*own, "model.name"], options.model)
@@ -72,19 +58,22 @@ def permutation(
     if patch is None:
         what = f"{config.model.name} has no patches of its own"
         raise UserError(what, where="patch_size", fix="patch_size: 16")
-    orders = _orders(patch, options.permutation_seed)
-    runs: dict[str, TrainConfig] = {}
+    given: dict[str, tuple[int | None, int]] = {
+        "none": (None, 0),
+        "patches": (patch, options.permutation_seed),
+        "pixels": (None, options.permutation_seed),
+    }
+    orders = {kind: dict(zip(own, (kind, *order), strict=True)) for kind, order in given.items()}
+    cells: dict[str, tuple[Row, TrainConfig]] = {}
     for model, overrides in networks.items():
         for kind, order in orders.items():
-            for seed in options.seeds:
-                changes = {f"data.{name}": value for name, value in order.items()}
-                changes |= {"model.name": model, "model.overrides": overrides, "seed": seed}
-                name = model.replace(":", "-").replace("/", "-")
-                runs[f"cells/{name}/{kind}/seed-{seed}"] = config.with_values(changes)
+            changes = {**order, "model.name": model, "model.overrides": overrides}
+            folder = f"{model.replace(':', '-').replace('/', '-')}/{kind}"
+            cells[folder] = {"model": model, "permutation": kind}, config.with_values(changes)
     splits, _ = open_data(config)
     shown = splits.test or splits.validation
     assert shown is not None
-    examples = _examples(config, shown, list(orders.values()))
+    examples = _examples([config for _, config in cells.values()][:3], shown)
     few_shot = None
     columns = {"model": "{model}", "permuted": "{permutation}", "top-1": "{accuracy:.2%}"}
     columns |= {"+-": "{deviation:.2%}", "drop": "{drop:.1%}"}
@@ -99,11 +88,8 @@ def permutation(
     return Experiment(
         kind="permutation",
         config=config,
-        runs=runs,
-        row_of=lambda _, config: {
-            "model": config.model.name,
-            "permutation": config.data.permutation,
-        },
+        cells=cells,
+        seeds=options.seeds,
         finish=finish,
         columns=columns,
         few_shot=few_shot,
@@ -117,15 +103,6 @@ def permutation(
     ).run(quiet=quiet)
 
 
-def _orders(patch: int, seed: int) -> dict[str, dict[str, Any]]:
-    """Settings of the three pixel orders, by name."""
-    orders = {"none": (None, 0), "patches": (patch, seed), "pixels": (None, seed)}
-    return {
-        kind: {"permutation": kind, "permutation_patch": side, "permutation_seed": seed}
-        for kind, (side, seed) in orders.items()
-    }
-
-
 def add_drops(rows: list[Row]) -> None:
     """Adds to each row the relative loss in accuracy compared with the original images."""
     plain = {row["model"]: row["accuracy"] for row in rows if row["permutation"] == "none"}
@@ -134,27 +111,27 @@ def add_drops(rows: list[Row]) -> None:
         row["drop"] = 1 - row["accuracy"] / accuracy if accuracy else None
 
 
-def _examples(
-    config: TrainConfig, source: Source, orders: list[dict[str, Any]], most: int = 3
-) -> list[list[np.ndarray]]:
-    """Returns example images in all orders, uint8 (H, W, channels)."""
-    size = config.model.image_size
-    assert size is not None
-    size = (size, size) if isinstance(size, int) else size
-    resize: Any = config.data.resize
-    try:
-        rules = [Preprocessing(image_size=size, resize=resize, **order) for order in orders]
-    except ValueError as error:
-        raise UserError(str(error), where="patch_size") from error
+def _examples(configs: list[TrainConfig], source: Source, most: int = 3) -> list[list[np.ndarray]]:
+    """Returns example images in the orders of these settings, uint8 (H, W, channels)."""
+    rules = []
+    for config in configs:
+        size, data = config.model.image_size, config.data
+        assert size is not None
+        order = (data.permutation, data.permutation_patch, data.permutation_seed)
+        names = ("permutation", "permutation_patch", "permutation_seed")
+        values: dict[str, Any] = dict(zip(names, order, strict=True))
+        values["image_size"] = (size, size) if isinstance(size, int) else size
+        try:
+            rules.append(Preprocessing(resize=data.resize, **values))
+        except ValueError as error:
+            raise UserError(str(error), where="patch_size") from error
     found: list[list[np.ndarray]] = []
     for index in range(len(source)):
-        try:
+        with contextlib.suppress(UserError):  # bad images are reported by the runs
             pixels = decode(source.read(index), source.item_name(index))
-        except UserError:
-            continue  # bad images are reported by the runs
-        resized = np.array(resize_for_evaluation(pixels, rules[0]))
-        image = torch.from_numpy(resized).movedim(2, 0)[None]
-        found.append([permute(image, rule)[0].movedim(0, 2).numpy() for rule in rules])
+            resized = np.array(resize_for_evaluation(pixels, rules[0]))
+            image = torch.from_numpy(resized).movedim(2, 0)[None]
+            found.append([permute(image, rule)[0].movedim(0, 2).numpy() for rule in rules])
         if len(found) == most:
             break
     return found

@@ -2,26 +2,24 @@
 
 The folder of a study holds
   cells/.../seed-0/       the run folder of each run
-  KIND.json, KIND.csv     the measurement: settings, all runs, the rows; the rows as a table
+  KIND.json               the measurement: settings, all runs, the rows
   KIND.png, KIND.svg      the figure, if there is one
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from allmlp.console import table
+from allmlp.console import table_of
 from allmlp.data.sources import open_splits
 from allmlp.errors import UserError, plural
 from allmlp.evaluation.few_shot import FewShotOptions, few_shots, num_images
 from allmlp.evaluation.result_file import measurement, save_result
-from allmlp.io import atomic_write
+from allmlp.options import assigned, given_settings
 from allmlp.paper.options import StudyOptions
 from allmlp.runtime.world import join_world
 from allmlp.sweep import Row, Sweep, mean_and_deviation, study_folder, summarize
@@ -29,6 +27,17 @@ from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits, open_training_data
 from allmlp.training.recipes import recipe
 from allmlp.training.report import TrainResult
+
+# Option of a study -> setting of its runs.
+_SAME = ("output", "epochs", "steps", "batch_size", "evaluate_every", "device", "precision")
+_SETTINGS = {
+    **{name: name for name in _SAME},
+    "data": "data.source",
+    "holdout": "data.holdout",
+    "num_workers": "data.num_workers",
+    "image_size": "model.image_size",
+    "learning_rate": "optimizer.learning_rate",
+}
 
 
 @dataclass(frozen=True)
@@ -41,47 +50,38 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Defines a study: its runs, and what is done with the results.
+    """Defines a study: its runs, and what is done with the results."""
 
-    Attributes:
-        kind: of the measurement, e.g. "data-scale"; the files are named after it.
-        config: shared by all runs.
-        runs: settings of each run by folder name, cells/.../seed-N; runs that differ only in the
-            seed form one row.
-        row_of: (name of such a group, cells/..., its settings) -> its columns in the row.
-        finish: called at the end with the path of the files without suffix, the rows of the runs by
-            name, and those of the groups: draws figures, and may add columns.
-        columns: title -> format string for the printed table.
-        few_shot: options for measuring the features of each run's best weights, if any.
-        settings: anything other than the config that the measurement depends on.
-    """
-
-    kind: str
-    config: TrainConfig
-    runs: Mapping[str, TrainConfig]
-    row_of: Callable[[str, TrainConfig], Row]
+    kind: str  # of the measurement, e.g. "data-scale"; the files are named after it
+    config: TrainConfig  # shared by all runs
+    cells: Mapping[str, tuple[Row, TrainConfig]]  # folder -> columns of its row, its settings
+    seeds: tuple[int, ...]  # one run of each cell for each
+    # Draws the figure PATH.png and may add columns: (PATH, rows of the runs by name, of the cells).
     finish: Callable[[Path, Mapping[str, Row], list[Row]], None]
-    columns: Mapping[str, str]
-    few_shot: FewShotOptions | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, str]  # title -> format string, for the printed table
+    few_shot: FewShotOptions | None = None  # measures the features of each run's best weights
+    settings: Mapping[str, Any] = field(default_factory=dict)  # whatever else is to be recorded
 
     def run(self, *, quiet: bool = False) -> Study:
         """Trains the missing runs; writes and prints the results of all of them."""
         name = self.kind.replace("-", "_")
+        runs = {
+            f"cells/{cell}/seed-{seed}": config.with_values(_seeded(config, seed))
+            for cell, (_, config) in self.cells.items()
+            for seed in self.seeds
+        }
         own = ("cells", *(f"{name}.{suffix}" for suffix in ("json", "csv", "png", "svg")))
         inputs = [self.config.data.source, *(self.few_shot.data if self.few_shot else ())]
         folder = study_folder(self.config.output, own, inputs)
         with join_world(self.config.device) as (world, _):
             sweep = Sweep(folder, world, quiet=quiet)
-            done = sweep.run_all(
-                self.runs, self._measure, lambda done: self._write(folder / name, done)
-            )
+            save = lambda done: self._write(folder / name, runs, done, self._rows(done))  # noqa: E731
+            done = sweep.run_all(runs, self._measure, save)
             rows = self._rows(done)
             if world.is_main:
                 self.finish(folder / name, done, rows)
-                self._write(folder / name, done, rows)
-                seeds = len({config.seed for config in self.runs.values()})
-                over = f"{rows[0]['measured_on']} top-1, {plural(seeds, 'seed')}"
+                self._write(folder / name, runs, done, rows)
+                over = f"{rows[0]['measured_on']} top-1, {plural(len(self.seeds), 'seed')}"
                 for line in ["", *formatted(self.columns, rows), over]:
                     sweep.say(line)
                 sweep.say(f"written  {folder / name}.json")
@@ -91,27 +91,25 @@ class Experiment:
         assert result.validation is not None
         row: Row = {"validation": result.validation.top1}
         if self.few_shot is not None:
-            (found,), (shots,) = (
-                few_shots(str(result.run_folder), self.few_shot),
-                self.few_shot.shots,
-            )
+            (found,) = few_shots(str(result.run_folder), self.few_shot)
+            (shots,) = self.few_shot.shots
             row |= {"few_shot": found.mean(shots), "few_shot_deviation": found.deviation(shots)}
             row["notes"] = found.notes
         return row
 
     def _rows(self, done: Mapping[str, Row]) -> list[Row]:
-        groups: dict[str, list[str]] = {}
-        for name in done:
-            groups.setdefault(name.rpartition("/")[0], []).append(name)
         rows = []
-        for group, names in groups.items():
-            own = self.row_of(group, self.runs[names[0]])
-            rows.append(own | _reached([done[name] for name in names]) | own)
+        for cell, (own, _) in self.cells.items():
+            if runs := [
+                row for name, row in done.items() if name.startswith(f"cells/{cell}/seed-")
+            ]:
+                rows.append(own | _reached(runs) | own)
         return rows
 
-    def _write(self, path: Path, done: Mapping[str, Row], rows: list[Row] | None = None) -> None:
-        rows = self._rows(done) if rows is None else rows
-        missing = [name for name in self.runs if name not in done]
+    def _write(
+        self, path: Path, runs: Iterable[str], done: Mapping[str, Row], rows: list[Row]
+    ) -> None:
+        missing = [name for name in runs if name not in done]
         values = {
             "settings": dict(self.settings),
             "rows": rows,
@@ -122,11 +120,11 @@ class Experiment:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         save_result(path.with_suffix(".json"), measurement(self.kind, None, values))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-        atomic_write(path.with_suffix(".csv"), text.getvalue().encode(errors="surrogateescape"))
+
+
+def _seeded(config: TrainConfig, seed: int) -> dict[str, int]:
+    """The seed of a run, which also draws its subset of the images."""
+    return {"seed": seed, **({"data.fraction_seed": seed} if config.data.fraction < 1.0 else {})}
 
 
 def _reached(runs: list[Row]) -> Row:
@@ -151,20 +149,14 @@ def formatted(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> 
         except TypeError:
             return "-"
 
-    return table(list(columns), [[shown(text, row) for text in columns.values()] for row in rows])
+    return table_of({title: shown(text, row) for title, text in columns.items()} for row in rows)
 
 
 def train_config(
     options: StudyOptions, own: Collection[str], model: str | None = None
 ) -> TrainConfig:
-    """Returns the settings shared by all runs of a study.
-
-    Args:
-        own: settings that the study controls, which must not be set by the user.
-        model: name of the network, replacing the recipe's.
-    """
-    for setting in options.settings:
-        name = setting.partition("=")[0].strip()
+    """Returns the settings shared by all runs of a study."""
+    for name in assigned(options.settings):
         if name in {*own, "seed", "output", "model.weights"}:
             raise UserError(f"{name} is chosen by the study", where="set", fix="Leave it out")
     config = recipe(options.recipe)
@@ -173,13 +165,7 @@ def train_config(
         raise UserError(what, where="recipe", fix="for example scratch, cifar10 or jft_b32")
     if model is not None:  # first: it resets the sizes of the recipe's model
         config = config.with_value("model.name", model)
-    names = {"learning_rate": "optimizer.learning_rate", "image_size": "model.image_size"}
-    names |= {name: f"data.{name}" for name in ("holdout", "num_workers")} | {"data": "data.source"}
-    same = ("output", "epochs", "steps", "batch_size", "evaluate_every", "device", "precision")
-    names |= {name: name for name in same}
-    given = {key: getattr(options, name) for name, key in names.items()}
-    given = {key: value for key, value in given.items() if value is not None}
-    return config.with_values(given, options.settings)
+    return config.with_values(given_settings(options, _SETTINGS), options.settings)
 
 
 def open_data(config: TrainConfig) -> tuple[Splits, int]:

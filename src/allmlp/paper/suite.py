@@ -15,6 +15,7 @@ The rule that was used is reported with every result:
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping
@@ -41,6 +42,7 @@ from allmlp.evaluation.features import weights_hash
 from allmlp.evaluation.result_file import measurement, read_measurement, save_result
 from allmlp.finetuning import FinetuneResult, finetune
 from allmlp.io import expand, read_json
+from allmlp.options import assigned, given_settings
 from allmlp.paper.options import SuiteOptions
 from allmlp.paper.study import formatted
 from allmlp.runtime.world import join_world
@@ -114,16 +116,8 @@ class Plan:
             chosen = ", ".join(self.grid.splits["validation"])
             text += f", {images['held_out']:,} of them to select the rate ({chosen})"
         text += f", {images['test']:,} to test ({', '.join(parts['test'])})"
-        lines = [self.source, f"{_RULES[self.rule]}: {text}", *self.notes]
+        lines = [self.source, f"images by the rule {self.rule}: {text}", *self.notes]
         return lines + [f"differs from the task: {', '.join(self.departs)}"] * bool(self.departs)
-
-
-_RULES = {
-    "own": "the source's own splits",
-    "official": "the suite's index ranges",
-    "first": "the first images, since the suite's index ranges do not fit",
-    "whole": "all of the source",
-}
 
 
 def plan_1k(task: Task, source: str) -> Plan:
@@ -232,19 +226,22 @@ def named_tasks(
     assignments: Iterable[str], given: str | Mapping[str, Any] | None, known: Mapping[str, Task]
 ) -> dict[str, str]:
     """Returns task -> source, in the suite's order; `given` is such a mapping or a file of it."""
+    named: Any = given or {}
+    folder = os.getcwd()
     if isinstance(given, str):
-        tasks = _read_tasks(expand(given))
-    else:
-        tasks = {name: resolved(str(source)) for name, source in (given or {}).items()}
-    for assignment in assignments:
-        name, _, source = (part.strip() for part in assignment.partition("="))
-        if not source:
-            what = f"task takes NAME=SOURCE, got {assignment!r}"
-            raise UserError(what, where="task", fix="task: pets=FOLDER")
+        file = expand(given)
+        named, folder = read_json(file), str(file.absolute().parent)
+        is_mapping = isinstance(named, dict)
+        if not is_mapping or not all(isinstance(name, str) and name for name in named.values()):
+            fix = 'Write it as {"pets": "FOLDER", "cifar100": "hf:owner/name"}'
+            what = "not an object of tasks and the names of their data"
+            raise UserError(what, where=file, fix=fix)
+    tasks = {name: resolved(str(source), folder) for name, source in named.items()}
+    for name, source in assigned(assignments, "task").items():
         if name in tasks:
             what = f"the task {name} is named twice: {tasks[name]}, {source}"
             raise UserError(what, where="task", fix="Leave one of them out")
-        tasks[name] = resolved(source)
+        tasks[name] = resolved(source, os.getcwd())
     if not tasks:
         fix = f"task: NAME=SOURCE, or tasks: FILE.json. Known: {', '.join(known)}"
         raise UserError("no task is named", where=given or "task", fix=fix)
@@ -253,44 +250,24 @@ def named_tasks(
     return {name: tasks[name] for name in known if name in tasks}
 
 
-def _read_tasks(path: Path) -> dict[str, str]:
-    sources = read_json(path)
-    named: dict[str, Any] = sources if isinstance(sources, dict) else {"": None}
-    if not all(isinstance(source, str) and source.strip() for source in named.values()):
-        fix = 'Write it as {"pets": "FOLDER", "cifar100": "hf:owner/name"}'
-        raise UserError("not an object of tasks and the names of their data", where=path, fix=fix)
-    folder = str(path.absolute().parent)
-    return {name: resolved(source, folder) for name, source in named.items()}
-
-
-def resolved(source: str, folder: str | None = None) -> str:
-    """Makes the path in a data name absolute, relative to `folder` or the current directory."""
+def resolved(source: str, folder: str) -> str:
+    """Makes the path in a data name absolute, relative to the folder."""
     path = os.path.expanduser(source)
     if names_source(source) or (source.startswith(PREFIX) and not os.path.exists(path)):
         return source
-    return os.path.join(os.getcwd() if folder is None else folder, path)
+    return os.path.join(folder, path)
 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """Result of a suite.
+    """Result of a suite."""
 
-    Attributes:
-        folder: of the suite.
-        tasks: task -> "accuracy" (mean over the seeds), "deviation", "seeds", "learning_rate",
-            "images", "source" and more, as in suite.json.
-        mean: over these tasks; None until the first is finished.
-        groups: group -> mean over its tasks.
-        missing: the suite's other tasks.
-        changes: deviations of the runs from the official protocol.
-    """
-
-    folder: Path
-    tasks: dict[str, dict[str, Any]]
-    mean: float | None
-    groups: dict[str, float]
-    missing: list[str]
-    changes: list[str]
+    folder: Path  # of the suite
+    tasks: dict[str, dict[str, Any]]  # task -> its entry in suite.json
+    mean: float | None  # accuracy over these tasks; None until the first is finished
+    groups: dict[str, float]  # group -> mean over its tasks
+    missing: list[str]  # the suite's other tasks
+    changes: list[str]  # deviations of the runs from the official protocol
 
     def summary(self) -> str:
         """Returns "mean of 3 of 19 tasks, partial: 41.20%"."""
@@ -318,11 +295,8 @@ class SuiteResult:
         lines += [f"missing  {', '.join(self.missing)}"] * bool(self.missing)
         departs = {name: task["departs"] for name, task in self.tasks.items() if task["departs"]}
         lines += [f"note     {name}: {', '.join(how)}" for name, how in departs.items()]
-        why = ["tasks are missing"] * bool(self.missing)
-        why += ["the protocol is changed"] * bool(self.changes)
-        why += ["the data is not the official one"] * bool(departs)
-        if why:
-            lines.append(f"note     not comparable with published means: {' and '.join(why)}")
+        if self.missing or self.changes or departs:
+            lines.append("note     not comparable with published means")
         return lines
 
 
@@ -337,12 +311,11 @@ def suite_result(
     by_group: dict[str, list[float]] = {}
     for name, task in tasks.items():
         by_group.setdefault(known[name].group, []).append(float(task["accuracy"]))
-    accuracies = [accuracy for own in by_group.values() for accuracy in own]
+    accuracies = [float(task["accuracy"]) for task in tasks.values()]
     mean = statistics.fmean(accuracies) if accuracies else None
     groups = {group: statistics.fmean(own) for group, own in by_group.items() if group}
-    return SuiteResult(
-        folder, tasks, mean, groups, [name for name in known if name not in tasks], changes
-    )
+    missing = [name for name in known if name not in tasks]
+    return SuiteResult(folder, tasks, mean, groups, missing, changes)
 
 
 def run_suite(
@@ -354,14 +327,12 @@ def run_suite(
     reported at once, before anything is written.
     """
     sources = named_tasks(options.task, options.tasks, suite.known)
-    for setting in options.settings:
-        name = setting.partition("=")[0].strip()
+    for name in assigned(options.settings):
         if name in _OWN:
             what = f"{name} is chosen by the suite"
             raise UserError(what, where="set", fix=f"Use {_OWN[name]}")
-    tasks = {name: suite.known[name] for name in sources}
-    configs = {name: _config(suite.config(task), options) for name, task in tasks.items()}
-    rates = {name: options.grid or suite.rates(task) for name, task in tasks.items()}
+    configs = {name: _config(suite.config(suite.known[name]), options) for name in sources}
+    rates = {name: options.grid or suite.rates(suite.known[name]) for name in sources}
     seeds, changes = options.seeds or suite.seeds, _changes(suite, options)
     folder = study_folder(
         options.output, ("suite.json", "data", *suite.known), list(sources.values())
@@ -405,36 +376,26 @@ def run_suite(
         if changes:
             say(f"changed  not the official protocol: {', '.join(changes)}")
         for name, plan in plans.items():
-            first, *rest = plan.describe()
-            say(f"task     {name}: {first}")
-            for line in rest:
-                say(f"         {line}")
+            say(f"task     {name}: " + "\n         ".join(plan.describe()))
         for number, (name, plan) in enumerate(plans.items(), 1):
             say(f"\n##### {name}: task {number} of {len(plans)}")
-            final, grid = (folder / "data" / f"{name}{end}.json" for end in ("", "-grid"))
-            has_grid = len(rates[name]) > 1
-            prescribed = plan.grid if has_grid else None
-            if world.is_main:
-                write_subset_file(final, plan.final)
-                if prescribed is not None:
-                    write_subset_file(grid, prescribed)
+            grid = rates[name] if len(rates[name]) > 1 else ()
+            prescribed = plan.grid if grid else None
+            files = {folder / "data" / f"{name}.json": plan.final}
+            if prescribed is not None:
+                files[folder / "data" / f"{name}-grid.json"] = prescribed
+            for path, subset in files.items() if world.is_main else ():
+                write_subset_file(path, subset)
             world.barrier()
-            values: dict[str, Any] = {
-                "model.weights": checkpoint,
-                "data.source": str(final),
-                "output": str(folder / name),
-            }
-            if not has_grid:
+            final, *chosen_on = map(str, files)
+            values = {"model.weights": checkpoint, "data.source": final}
+            values |= {"output": str(folder / name)}
+            if not grid:
                 values |= {"data.holdout": 0.0, "optimizer.learning_rate": rates[name][0]}
             config = configs[name].with_values(values)
-            reached = finetune(
-                config,
-                grid=rates[name] if has_grid else (),
-                seeds=seeds,
-                grid_source=None if prescribed is None else str(grid),
-                quiet=quiet,
-            )
-            done[name] = _entry(plan, config, reached)
+            source = chosen_on[0] if chosen_on else None
+            found = finetune(config, grid=grid, seeds=seeds, grid_source=source, quiet=quiet)
+            done[name] = _entry(plan, config, found)
             result = save()
         for line in ["", *result.lines()]:
             say(line)
@@ -447,8 +408,7 @@ def _config(official: TrainConfig, options: SuiteOptions) -> TrainConfig:
     """Settings of a task's runs; warm-up and decay keep their fractions of the steps."""
     names = {"device": "device", "batch_size": "batch_size"}
     names |= {"num_workers": "data.num_workers", "image_size": "model.image_size"}
-    given = {key: getattr(options, name) for name, key in names.items()}
-    values: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    values = given_settings(options, names)
     if options.steps is not None and options.steps != official.steps:
         assert official.steps is not None
         optimizer, length = official.optimizer, official.steps
@@ -497,8 +457,8 @@ def _check_all(
 ) -> dict[str, Plan]:
     """Returns the plan of each task; all problems are collected in a single error."""
     plans: dict[str, Plan] = {}
-    wrong: list[tuple[str, UserError]] = []
-    loaded: set[Any] = set()
+    wrong: dict[str, UserError] = {}
+    loads = functools.cache(lambda size: load_model(checkpoint, size, quiet=True) and None)
     for name, config in configs.items():
         try:
             assert config.steps is not None
@@ -510,18 +470,15 @@ def _check_all(
             plans[name] = suite.plan(suite.known[name], sources[name])
             for split in open_subset(plans[name].final).values():
                 check_readable(split, config.data.max_bad)
-            size = config.model.image_size
-            if size not in loaded:
-                load_model(checkpoint, size, quiet=True)
-                loaded.add(size)
+            loads(config.model.image_size)
         except UserError as error:
-            wrong.append((name, error))
+            wrong[name] = error
     if wrong:
         lines = [f"{len(wrong)} of {plural(len(configs), 'task')} cannot be run:"]
-        for name, error in wrong:
+        for name, error in wrong.items():
             where = f" ({error.where})" if error.where else ""
             lines.append(f"{name}: {error.what}{where}")
-        raise UserError("\n  ".join(lines), fix=wrong[0][1].fix)
+        raise UserError("\n  ".join(lines), fix=next(iter(wrong.values())).fix)
     return plans
 
 

@@ -1,4 +1,4 @@
-"""The paper's Tables 1, 2 and 3 next to our own measurements, as Markdown and HTML.
+"""The paper's Tables 1, 2 and 3 next to our own measurements, as a web page.
 
 The paper's values come from `published`, ours from files that our commands wrote. They never share
 a table or a figure panel. An accuracy appears in an ImageNet column only if it covers all 50,000
@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from allmlp.training.run_folder import read_metrics, read_results
 from allmlp.weights.checkpoints import find_checkpoint
 
 REAL_IMAGES = 46_837  # images that have a ReaL label
-_SUITES = {"avg5": ("Avg 5", 5), "transfer": ("Avg 5", 5), "vtab": ("VTAB-1k", 19)}
+_SUITES = {"avg5": ("Avg 5", 5), "vtab": ("VTAB-1k", 19)}
 _STUDIES = {"data-scale", "permutation", "ablations", *_SUITES}
 _KINDS = {"run", "evaluation", "few-shot", "throughput", *_STUDIES}
 _OF_RUN = {"best", "test", "validation", "checkpoints", "plots", "tensorboard"}
@@ -51,28 +51,21 @@ _TEXTS = {
     "Training cost": "The wall time of each run, with reading and evaluation, times its processes.",
     "Few-shot accuracy": "Linear few-shot top-1 in per cent, mean and deviation over the draws.",
 }
+_OURS = ("ImageNet", "ReaL", "Avg 5", "VTAB-1k", "img/s", "device-days", "how")
 Cells = dict[str, object]  # column -> value; None is a dash
 
 
 @dataclass
 class Measured:
-    """A run folder or measurement file, and its contribution.
+    """A run folder or measurement file, and its contribution."""
 
-    Attributes:
-        number: the reference in table rows.
-        kind: "run", or that of the measurement.
-        rows: (section, cells) of our own tables.
-        accuracy: on a set of images, if measured.
-        speeds: of inference, fastest first.
-    """
-
-    number: int
+    number: int  # the reference in table rows
     path: Path
-    kind: str
+    kind: str  # "run", or that of the measurement
     values: dict[str, Any]
-    rows: list[tuple[str, Cells]] = field(default_factory=list)
-    accuracy: dict[str, Any] | None = None
-    speeds: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[tuple[str, Cells]] = field(default_factory=list)  # section, cells of our tables
+    accuracy: dict[str, Any] | None = None  # on a set of images, if measured
+    speeds: list[dict[str, Any]] = field(default_factory=list)  # of inference
 
     @property
     def model(self) -> dict[str, Any]:
@@ -80,32 +73,65 @@ class Measured:
         return self.values.get("model") or {}
 
 
-class Tables(NamedTuple):
-    """Files of a report, the measurements in it, and what was left out and why."""
+@dataclass
+class Tables:
+    """A page of tables and figures, the measurements in it, and what was left out and why.
 
-    files: list[Path]
+    `tables` holds the rows by section and origin, which is "paper" or "measured here".
+    """
+
+    folder: Path
     measured: list[Measured]
     left_out: list[str]
+    tables: dict[str, dict[str, list[Cells]]] = field(default_factory=dict)
+    figures: list[Path] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)  # HTML
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.folder / "report.html", *self.figures]
+
+    def to_json(self) -> dict[str, Any]:
+        measured = [{"kind": one.kind, "path": one.path} for one in self.measured]
+        return {"files": self.files, "measured": measured, "left_out": self.left_out}
+
+    def heading(self, title: str) -> None:
+        self.tables[title] = {}
+        self.parts.append(html.tag("h2", title))
+        if title in _TEXTS:
+            self.parts.append(html.tag("p", _TEXTS[title]))
+
+    def add(self, origin: str, rows: Sequence[Cells], caption: str = "") -> None:
+        """Adds a table of one origin to the last section."""
+        head = list(dict.fromkeys(column for row in rows for column in row))
+        cells = [[row.get(column) for column in head] for row in rows]
+        texts = [["-" if cell in (None, "") else str(cell) for cell in row] for row in cells]
+        self.tables[next(reversed(self.tables))].setdefault(origin, []).extend(rows)
+        rows_of = [[origin, *row] for row in texts]
+        self.parts.append(html.tag("p", caption))
+        self.parts.append(html.table(rows_of, [origin, *head], style=origin.split()[0]))
+
+    def draw(self, name: str, figure: Figure, caption: str) -> None:
+        (self.folder / "figures").mkdir(parents=True, exist_ok=True)
+        figures.save(figure, self.folder / "figures" / name)
+        self.figures.append(self.folder / "figures" / f"{name}.png")
+        self.parts += [html.image(self.figures[-1], caption), html.tag("p", caption)]
 
 
 def tables(
     paths: Sequence[str | Path], options: TablesOptions | None = None, **fields: Any
 ) -> Tables:
-    """Writes the paper's tables next to our measurements, as Markdown and HTML.
-
-    Args:
-        paths: run folders, measurement files, and folders to search for them.
-        options, fields: see `TablesOptions`.
-    """
+    """Writes the paper's tables next to our measurements."""
     options = make(TablesOptions, options, fields)
     folder = expand(options.output)
-    check_output_folder(folder, ("report.md", "report.html"), overwrite=options.overwrite)
+    check_output_folder(folder, ["report.html"], overwrite=options.overwrite)
     check_output_folder(folder / "figures")
-    found, left_out = collect(paths)
+    found, left_out = _collect(paths)
     check_not_inputs([folder], (one.path for one in found))
-    page = Page(folder)
-    _write(page, found, left_out)
-    return Tables([*page.save(), *page.figures], found, left_out)
+    page = Tables(folder, found, left_out)
+    _fill(page, found)
+    atomic_write(page.files[0], html.page("MLP-Mixer: the paper's tables", page.parts))
+    return page
 
 
 def show(result: Tables, _: TablesOptions) -> None:
@@ -121,7 +147,7 @@ def show(result: Tables, _: TablesOptions) -> None:
 # Reading
 
 
-def collect(paths: Sequence[str | Path]) -> tuple[list[Measured], list[str]]:
+def _collect(paths: Sequence[str | Path]) -> tuple[list[Measured], list[str]]:
     """Returns the runs and measurements found, and what cannot be read with the reason."""
     found: dict[Path, Measured] = {}
     left_out: dict[Path, str] = {}
@@ -155,8 +181,7 @@ def collect(paths: Sequence[str | Path]) -> tuple[list[Measured], list[str]]:
             if kinds & _STUDIES:
                 folders.clear()  # its own file covers the runs
     if not found:
-        what = "no run and no measurement found"
-        what += "".join(f"; left out {text}" for text in list(left_out.values())[:3])
+        what = f"no run and no measurement found; {'; '.join([*left_out.values()][:3])}"
         fix = "Give run folders, or files that evaluate, few-shot or benchmark wrote"
         raise UserError(what, where=", ".join(map(str, paths)) or None, fix=fix)
     return list(found.values()), list(left_out.values())
@@ -189,11 +214,10 @@ def _read_run(path: Path) -> dict[str, Any]:
         file = path / name
         return parse_json(file.read_bytes()) if file.is_file() else None
 
-    log, seconds, steps = path / "log.txt", 0.0, 0
-    for last in read_metrics(path)[-1:]:
-        seconds, steps = float(last["seconds"]), int(last["step"]) + 1
-    for row in read_results(path):  # the last evaluation comes after the last logged step
-        seconds = max(seconds, float(row.get("seconds") or 0.0))
+    last = read_metrics(path)[-1:]
+    # The last evaluation comes after the last logged step.
+    ends = [float(row.get("seconds") or 0.0) for row in [*last, *read_results(path)]]
+    log = path / "log.txt"
     text = log.read_text("utf-8", "replace") if log.is_file() else ""
     processes = re.findall(r"^run      .*?(\d+) processes on ", text, re.MULTILINE) or ["1"]
     model: dict[str, Any] = {}
@@ -211,53 +235,42 @@ def _read_run(path: Path) -> dict[str, Any]:
         "config": read("config.json"),
         "environment": read("environment.json"),
         "model": model,
-        "steps": steps,
+        "steps": int(last[0]["step"]) + 1 if last else 0,
         "evaluation": read("test/evaluation.json") or read("validation/evaluation.json"),
-        "days": seconds * int(processes[-1]) / 86_400,
+        "days": max(ends, default=0.0) * int(processes[-1]) / 86_400,
     }
 
 
 def _contribute(one: Measured) -> Iterator[tuple[str, Cells]]:
     """Yields (section, cells) of our tables; stores the accuracy and the speeds."""
-    values, machine = one.values, hardware(one.values["environment"])
+    values = one.values
     evaluation = values if one.kind == "evaluation" else values.get("evaluation")
     if one.kind == "run":
-        config, steps = values["config"], values["steps"]
-        yield (
-            "Training cost",
-            {
-                "run": one.path,
-                "from": config.get("model", {}).get("weights") or "random weights",
-                "data": config.get("data", {}).get("source"),
-                "steps": f"{steps:,}{'' if evaluation else ' (not finished)'}",
-                "images seen": f"{steps * config.get('batch_size', 0):,}",
-                "device-days": _plain(values["days"]),
-                "device": machine,
-            },
-        )
+        yield "Training cost", _cost_row(one, values["config"])
     if evaluation is not None:
         one.accuracy = found = _accuracy(one, evaluation)
         if found["not_imagenet"] is not None:
-            columns = {"model": "model", "source": "source", "data": "data", "size": "px"}
-            row: Cells = {title: found[name] for name, title in columns.items()}
+            row: Cells = {name: found[name] for name in ("model", "source", "data", "px")}
             row |= {"images": f"{evaluation['images']:,}", "top-1": percent(found["top1"])}
-            yield _OTHER, {**row, "device-days": _cost(found)}
-    for entry in values["models"] if one.kind == "throughput" else ():
-        if entry["best"] is not None:
-            speed = _speed(one, entry)
-            if entry["mode"] == "inference":
-                one.speeds.append(speed)
-            columns = ("model", "px", "mode", "precision", "batch", "images/s", "hardware")
-            yield "Throughput", {name: speed[name] for name in columns}
+            yield _OTHER, {**row, "device-days": _days(found)}
+    if one.kind == "throughput":
+        for entry in values["models"]:
+            if entry["best"] is not None:
+                speed = _speed(one, entry)
+                if entry["mode"] == "inference":
+                    one.speeds.append(speed)
+                columns = ("model", "px", "mode", "precision", "batch", "images/s", "hardware")
+                yield "Throughput", {name: speed[name] for name in columns}
     if one.kind == "few-shot":
         baseline = (values.get("floor") or {"results": []})["results"]
         source = one.model.get("source") or one.model.get("name")
         for name, results in ((source, values["results"]), ("random weights", baseline)):
             for result in results:
-                row = {"model": name, "data": result["data"]}
-                for shots, mean in result["mean"].items():
-                    row[f"{int(shots)}-shot"] = _spread(mean, result["deviation"].get(shots))
-                yield "Few-shot accuracy", row
+                shots = {
+                    f"{int(shots)}-shot": _spread(mean, result["deviation"].get(shots))
+                    for shots, mean in result["mean"].items()
+                }
+                yield "Few-shot accuracy", {"model": name, "data": result["data"], **shots}
     if one.kind in _SUITES:
         title = f"{_SUITES[one.kind][0]} of {values.get('checkpoint')}"
         for name, task in values["tasks"].items():
@@ -267,24 +280,36 @@ def _contribute(one: Measured) -> Iterator[tuple[str, Cells]]:
         if missing := ", ".join(map(str, values["missing"])):
             yield title, {"task": f"missing: {missing}"}
     if one.kind == "data-scale":
-        shots = f"{values['settings']['shots']}-shot: {values['settings']['few_shot_data']}"
-        for point in _points(one):
-            row = {"model": point["label"], "fraction": f"{100 * point['fraction']:.4g} %"}
-            row |= {"images": f"{point['images']:,}", "epochs": f"{point['epochs']:,.4g}"}
-            row |= {"validation": percent(point["validation"])}
-            row |= {
-                shots: _spread(point["few_shot"], point["few_shot_deviation"]),
-                "runs": point["runs"],
-            }
-            yield _SCALE, row
+        settings = values["settings"]
+        shots = f"{settings['shots']}-shot: {settings['few_shot_data']}"
+        for point in values["rows"]:
+            yield (
+                _SCALE,
+                {
+                    "model": point["label"],
+                    "fraction": f"{100 * point['fraction']:.4g} %",
+                    "images": f"{point['images']:,}",
+                    "epochs": f"{point['epochs']:,.4g}",
+                    "validation": percent(point["validation"]),
+                    shots: _spread(point["few_shot"], point["few_shot_deviation"]),
+                    "runs": point["runs"],
+                },
+            )
         if values["partial"]:
             yield _SCALE, {"model": f"partial: {plural(len(values['missing']), 'run')} missing"}
 
 
-def _points(one: Measured) -> list[dict[str, Any]]:
-    """Points of a data-scale study; older files use other names."""
-    points = one.values["rows"] if "rows" in one.values else one.values["points"]
-    return [{"few_shot_deviation": point.get("deviation"), **point} for point in points]
+def _cost_row(one: Measured, config: dict[str, Any]) -> Cells:
+    steps = one.values["steps"]
+    return {
+        "run": one.path,
+        "from": config.get("model", {}).get("weights") or "random weights",
+        "data": config.get("data", {}).get("source"),
+        "steps": f"{steps:,}{'' if one.values['evaluation'] else ' (not finished)'}",
+        "images seen": f"{steps * config.get('batch_size', 0):,}",
+        "device-days": _plain(one.values["days"]),
+        "device": hardware(one.values["environment"]),
+    }
 
 
 def _accuracy(one: Measured, found: dict[str, Any]) -> dict[str, Any]:
@@ -312,10 +337,8 @@ def _accuracy(one: Measured, found: dict[str, Any]) -> dict[str, Any]:
 
 def _speed(one: Measured, entry: dict[str, Any]) -> dict[str, Any]:
     speed = float(entry["best"]["images_per_second"])
-    found = _of_model(entry["model"], one, entry.get("threads"))
     return {
-        **found,
-        "px": found["size"],
+        **_of_model(entry["model"], one, entry.get("threads")),
         "mode": entry.get("mode"),
         "precision": f"{entry.get('precision')}{', compiled' * bool(entry.get('compiled'))}",
         "batch": f"{entry['best']['batch_size']:,}",
@@ -333,7 +356,7 @@ def _of_model(model: dict[str, Any], one: Measured, threads: object = None) -> d
         shape.pop(name, None)
     return {
         "model": str(model.get("name") or "unknown"),
-        "size": _size(model.get("image_size")),
+        "px": _size(model.get("image_size")),
         "shape": json.dumps(shape, sort_keys=True) if shape else "",  # determines the speed
         "hardware": hardware(one.values["environment"], threads),
     }
@@ -395,17 +418,17 @@ def _plain(value: float) -> str:
 
 
 def _size(value: object) -> str:
-    if isinstance(value, list) and len(value) == 2:
-        return str(value[0]) if value[0] == value[1] else f"{value[0]}x{value[1]}"
-    return str(value) if isinstance(value, int) else "unknown"
+    if isinstance(value, list):
+        return "x".join(map(str, dict.fromkeys(value)))
+    return "unknown" if value is None else str(value)
 
 
-def _cost(accuracy: dict[str, Any]) -> str | None:
+def _days(accuracy: dict[str, Any]) -> str | None:
     days = accuracy["days"]
     return None if days is None else f"{_plain(days)} on {accuracy['hardware']}"
 
 
-def fastest(shape: str, found: list[Measured]) -> list[dict[str, Any]]:
+def _fastest(shape: str, found: list[Measured]) -> list[dict[str, Any]]:
     """Returns the fastest inference for models of this shape on each hardware."""
     best: dict[str, dict[str, Any]] = {}
     speeds = [speed for one in found for speed in one.speeds if shape and speed["shape"] == shape]
@@ -417,21 +440,22 @@ def fastest(shape: str, found: list[Measured]) -> list[dict[str, Any]]:
 # Report
 
 
-def _write(page: Page, found: list[Measured], left_out: list[str]) -> None:
-    page.heading("MLP-Mixer: the paper's tables, and what was measured here")
-    page.text(
+def _fill(page: Tables, found: list[Measured]) -> None:
+    page.parts += [html.tag("h1", "MLP-Mixer: the paper's tables, and what was measured here")]
+    introduction = (
         "Tables and rows named paper are printed in arXiv 2105.01601; speed and cost there are "
         f"of {published.HARDWARE}. Rows named measured here come from the files at the end of "
         "this page, by the numbers in brackets, on the hardware that they name: their speed "
         "and cost cannot be compared with the paper's. A dash is a missing value."
     )
+    page.parts += [html.tag("p", introduction)]
     page.heading("Table 1: architectures")
-    _write_table_1(page)
+    _table_1(page)
     page.heading("Table 2: transfer, throughput and cost")
     protocol = 'Mixer at 448 pixels, by "resize-crop"'
-    _write_table(page, published.TABLE_2, protocol, ("px", "epochs"), _our_rows(found, 2))
+    _table(page, published.TABLE_2, protocol, ("px", "epochs"), _our_rows(found, 2))
     page.heading("Table 3: scale")
-    _write_table(page, published.TABLE_3, 'by "resmall-crop"', ("VTAB-1k",), _our_rows(found, 3))
+    _table(page, published.TABLE_3, 'by "resmall-crop"', ("VTAB-1k",), _our_rows(found, 3))
     page.heading("Figures 2 and 3: accuracy against cost and throughput")
     _draw_pareto(page, found)
     rows: dict[str, list[Cells]] = {}
@@ -440,16 +464,21 @@ def _write(page: Page, found: list[Measured], left_out: list[str]) -> None:
             rows.setdefault(title, []).append(cells)
     for title, cells in rows.items():
         page.heading(title)
-        if title in _TEXTS:
-            page.text(_TEXTS[title])
-        if title == _SCALE:
-            _draw_data_scale(page, found)
-        page.table("measured here", cells)
+        for one in found if title == _SCALE else ():
+            if one.kind == "data-scale":
+                settings = one.values["settings"]
+                label, source = f"linear {settings['shots']}-shot top-1 (%)", settings["source"]
+                figure = figures.data_scale_figure(
+                    one.values["rows"], label, settings["few_shot_data"], source
+                )
+                caption = f"[{one.number}] Measured here, trained on {source}."
+                page.draw(f"data_scale_{one.number}", figure, caption)
+        page.add("measured here", cells)
     page.heading("How it was measured")
-    page.items([_how(one) for one in found])
-    if left_out:
+    page.parts.append(html.items(map(_how, found)))
+    if page.left_out:
         page.heading("Not understood, and left out")
-        page.items(left_out)
+        page.parts.append(html.items(page.left_out))
 
 
 def _how(one: Measured) -> str:
@@ -475,7 +504,7 @@ def _flat(value: object) -> str:
     return " ".join(map(_flat, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _write_table_1(page: Page) -> None:
+def _table_1(page: Tables) -> None:
     """Architectures; our parameter counts come from the models themselves."""
     head = "224 pixels, without the head"
     titles = ("layers", "patch P", "hidden size C", "sequence length S", "channel MLP D_C")
@@ -483,16 +512,16 @@ def _write_table_1(page: Page) -> None:
         {head: title, **{column.name: column[at] for column in published.TABLE_1}}
         for at, title in enumerate((*titles, "token MLP D_S", "parameters (M)"), 2)
     ]
-    page.table("paper", printed)
+    page.add("paper", printed)
     counted: Cells = {head: "parameters"}
     for column in published.TABLE_1:
         with torch.device("meta"):
             counted[column.name] = f"{create_model(column.model, 224, 0).num_parameters:,}"
-    page.table("measured here", [counted], "counted from our models")
+    page.add("measured here", [counted], "counted from our models")
 
 
-def _write_table(
-    page: Page,
+def _table(
+    page: Tables,
     results: Sequence[published.Result],
     protocol: str,
     exclude: Sequence[str],
@@ -506,47 +535,40 @@ def _write_table(
     printed = [
         {title: getattr(result, name) for title, name in columns.items()} for result in results
     ]
-    page.table("paper", printed, f"top-1 in per cent; {protocol}")
+    page.add("paper", printed, f"top-1 in per cent; {protocol}")
     if ours:
-        page.table("measured here", ours, f"top-1 in per cent; {protocol}, or as marked")
+        page.add("measured here", ours, f"top-1 in per cent; {protocol}, or as marked")
 
 
 def _our_rows(found: list[Measured], number: int) -> list[Cells]:
     """Our rows for Table 2 (resize-crop, and suites measured with it) or Table 3 (all others)."""
-    columns = ("ImageNet", "ReaL", "Avg 5", "VTAB-1k", "img/s", "device-days", "how")
     rows: list[Cells] = []
 
-    def row_for(source: str, model: str, size: str, column: str) -> Cells:
-        """The model's row, or a new one if this column already has a value."""
-        name = model if source == model else f"{model} ({source})"
-        for row in rows:
-            if (row["model"], row["px"], row[column]) == (name, size, None):
-                return row
-        checkpoint = find_checkpoint(source)
-        trained = None if checkpoint is None else checkpoint.trained_on
-        new: Cells = {"pre-trained on": trained, "model": name, "px": size}
-        rows.append({**new, **dict.fromkeys(columns)})
-        return rows[-1]
-
-    def cite(row: Cells, *numbers: int) -> None:
-        row["how"] = " ".join(
-            [*filter(None, [str(row["how"] or "")]), *(f"[{n}]" for n in numbers)]
-        )
+    def put(source: str, model: str, size: str, cells: Cells, cited: Sequence[int]) -> None:
+        """Adds cells to the model's row, or to a new one if it has a value there already."""
+        own = {"model": model if source == model else f"{model} ({source})", "px": size}
+        same = (row for row in rows if own.items() <= row.items())
+        row = next((row for row in same if all(row[name] is None for name in cells)), None)
+        if row is None:
+            checkpoint = find_checkpoint(source)
+            trained = None if checkpoint is None else checkpoint.trained_on
+            row = {"pre-trained on": trained, **own, **dict.fromkeys(_OURS)}
+            rows.append(row)
+        before = [row["how"]] if row["how"] else []
+        row |= cells
+        row["how"] = " ".join(map(str, [*before, *(f"[{at}]" for at in cited)]))
 
     for one in found:
         accuracy = one.accuracy
         if accuracy and accuracy["not_imagenet"] is None and accuracy["table"] == number:
-            row = row_for(accuracy["source"], accuracy["model"], accuracy["size"], "ImageNet")
-            row["ImageNet"] = percent(accuracy["top1"]) + accuracy["mark"]
+            fast = _fastest(accuracy["shape"], found)
+            speeds = (f"{s['images/s']} on {s['hardware']}, {s['precision']}" for s in fast)
+            cells: Cells = {"ImageNet": percent(accuracy["top1"]) + accuracy["mark"]}
             if accuracy["real"] is not None:
-                row["ReaL"] = percent(accuracy["real"]) + accuracy["mark"]
-            fast = fastest(accuracy["shape"], found)
-            row["img/s"] = "; ".join(
-                f"{speed['images/s']} on {speed['hardware']}, {speed['precision']}"
-                for speed in fast
-            )
-            row["device-days"] = _cost(accuracy)
-            cite(row, one.number, *(speed["number"] for speed in fast))
+                cells["ReaL"] = percent(accuracy["real"]) + accuracy["mark"]
+            cells |= {"img/s": "; ".join(speeds), "device-days": _days(accuracy)}
+            cited = [one.number, *(speed["number"] for speed in fast)]
+            put(accuracy["source"], accuracy["model"], accuracy["px"], cells, cited)
     for one in found:
         tasks = one.values["tasks"].values() if one.kind in _SUITES else ()
         by = {task.get("resize") for task in tasks}
@@ -554,21 +576,19 @@ def _our_rows(found: list[Measured], number: int) -> list[Cells]:
             source = str(one.values.get("checkpoint") or one.model.get("source") or one.path)
             sizes = {str(task.get("image_size")) for task in tasks}
             size = sizes.pop() if len(sizes) == 1 else _size(one.model.get("image_size"))
-            column = _SUITES[one.kind][0]
-            row = row_for(source, str(one.model.get("name", source)), size, column)
-            row[column] = _suite_mean(one)
-            cite(row, one.number)
+            cells = {_SUITES[one.kind][0]: _suite_mean(one)}
+            put(source, str(one.model.get("name", source)), size, cells, [one.number])
     return rows
 
 
-def _draw_pareto(page: Page, found: list[Measured]) -> None:
+def _draw_pareto(page: Tables, found: list[Measured]) -> None:
     cost, fast = [], []
     for accuracy in (one.accuracy for one in found if one.accuracy is not None):
         label = Path(accuracy["source"]).name or accuracy["model"]
         top1, data = accuracy["top1"], accuracy["data"]
         if accuracy["days"] is not None:
             cost.append(figures.Point(label, accuracy["days"], top1, accuracy["hardware"], data))
-        for speed in fastest(accuracy["shape"], found):
+        for speed in _fastest(accuracy["shape"], found):
             fast.append(figures.Point(label, speed["speed"], top1, speed["hardware"], data))
     figure_2 = ("Figure 2: Table 2, and large L/16 of Table 3", published.FIGURE_2)
     figure_3 = ("Figure 3: JFT-300M, 224 pixels", published.FIGURE_3)
@@ -578,71 +598,4 @@ def _draw_pareto(page: Page, found: list[Measured]) -> None:
     ):
         figure = figures.pareto_figure(panels, ours, throughput=name == "throughput")
         below = "Below: measured here, a panel for each hardware and data (at most 3)."
-        page.figure(name, figure, f"Accuracy against {title}. {below if ours else ''}")
-
-
-def _draw_data_scale(page: Page, found: list[Measured]) -> None:
-    for one in found:
-        if one.kind == "data-scale" and _points(one):
-            settings = one.values["settings"]
-            label = f"linear {settings['shots']}-shot top-1 (%)"
-            source = str(settings.get("source") or one.values["data"]["source"])
-            figure = figures.data_scale_figure(
-                _points(one), label, str(settings["few_shot_data"]), source
-            )
-            caption = f"[{one.number}] Measured here, trained on {source}."
-            page.figure(f"data_scale_{one.number}", figure, caption)
-
-
-class Page:
-    """A page written twice, as report.md and as report.html with embedded figures."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.figures = folder, list[Path]()
-        self._markdown, self._html = list[str](), list[str]()
-
-    def save(self) -> list[Path]:
-        markdown, web = self.folder / "report.md", self.folder / "report.html"
-        atomic_write(markdown, ("\n\n".join(self._markdown) + "\n").encode())
-        atomic_write(web, html.page("MLP-Mixer: the paper's tables", self._html))
-        return [markdown, web]
-
-    def heading(self, text: str) -> None:
-        self._add(f"{'##' if self._markdown else '#'} {_escaped(text)}", html.tag("h2", text))
-
-    def text(self, text: str) -> None:
-        self._add(_escaped(text), html.tag("p", text))
-
-    def items(self, texts: Sequence[str]) -> None:
-        self._add("\n".join(f"- {_escaped(text)}" for text in texts), html.items(texts))
-
-    def figure(self, name: str, figure: Figure, caption: str) -> None:
-        (self.folder / "figures").mkdir(parents=True, exist_ok=True)
-        path = self.folder / "figures" / name
-        figures.save(figure, path)
-        self.figures.append(path.with_name(f"{name}.png"))
-        link = f"![{_escaped(caption)}](figures/{name}.png)"
-        self._add(link, html.image(self.figures[-1], caption))
-        self._add(f"{_escaped(caption)} ([SVG](figures/{name}.svg))", html.tag("p", caption))
-
-    def table(self, origin: str, rows: Sequence[Cells], caption: str = "") -> None:
-        """A table with a single origin, "paper" or "measured here"."""
-        head = list(dict.fromkeys(column for row in rows for column in row))
-        cells = [head, *([row.get(column) for column in head] for row in rows)]
-        texts = [
-            [origin, *("-" if value in (None, "") else str(value) for value in row)]
-            for row in cells
-        ]
-        lines = [f"| {' | '.join(map(_escaped, row))} |" for row in texts]
-        lines.insert(1, "| --- " * len(texts[0]) + "|")
-        self._add(f"**{origin}** {_escaped(caption)}".strip(), html.tag("p", caption))
-        self._add("\n".join(lines), html.table(texts, style=origin.split()[0]))
-
-    def _add(self, markdown: str, html: str) -> None:
-        self._markdown.append(markdown)
-        self._html.append(html)
-
-
-def _escaped(text: str) -> str:
-    """Escapes everything that Markdown, or HTML in it, would interpret."""
-    return re.sub(r"([\\`*_\[\]|#~!$])", r"\\\1", html.safe(" ".join(text.split())))
+        page.draw(name, figure, f"Accuracy against {title}. {below if ours else ''}")

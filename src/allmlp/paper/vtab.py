@@ -19,18 +19,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from allmlp.console import table
 from allmlp.data.sources.subset_file import LabelRule
 from allmlp.errors import UserError
 from allmlp.options import make
 from allmlp.paper.options import VtabOptions
-from allmlp.paper.suite import (
-    Suite,
-    SuiteResult,
-    Task,
-    plan_1k,
-    run_suite,
-)
+from allmlp.paper.study import formatted
+from allmlp.paper.suite import Suite, SuiteResult, Task, plan_1k, run_suite
 from allmlp.training.config import TrainConfig
 from allmlp.training.recipes import LEARNING_RATES, recipe
 
@@ -101,13 +95,7 @@ def vtab(
     quiet: bool = False,
     **fields: Any,
 ) -> SuiteResult | None:
-    """Fine-tunes a checkpoint on tasks of VTAB-1k, or resumes the suite; None if only listing them.
-
-    Args:
-        checkpoint: anything that `load_model` takes.
-        options, fields: see `VtabOptions`; `tasks` may be a mapping of tasks to sources.
-        quiet: print nothing.
-    """
+    """Fine-tunes a checkpoint on tasks of VTAB-1k, or resumes; None if it only lists them."""
     options = make(VtabOptions, options, fields)
     if options.list_tasks:
         return None
@@ -159,16 +147,19 @@ def show(result: SuiteResult | None, _: VtabOptions) -> None:
 
 def task_lines() -> list[str]:
     """Returns the output of `mixer paper vtab --list`."""
-    head = ["task", "group", "classes", "pixels", "crop", "flip", "to train, choose, test"]
-    rows = [
-        [
-            *(task.name, task.group, str(task.num_classes), str(task.image_size)),
-            *("yes" if allowed else "no" for allowed in (task.crop, task.flip)),
-            f"{task.tfds}  {', '.join(task.parts)}",
-        ]
-        for task in VTAB.values()
-    ]
-    lines = table(head, rows, left=len(head))
+    columns = {
+        "task": "{name}",
+        "group": "{group}",
+        "classes": "{num_classes}",
+        "pixels": "{image_size}",
+        "crop": "{crop}",
+        "flip": "{flip}",
+        "train": "{parts[0]}",
+        "choose": "{parts[1]}",
+        "test": "{parts[2]}",
+        "tfds": "{tfds}",
+    }
+    lines = formatted(columns, map(vars, VTAB.values()))
     lines += ["", "Labels that are made from numbers; the classes themselves will do as well:"]
     for task in VTAB.values():
         if task.labels is not None:
