@@ -25,6 +25,8 @@ class UserError(ValueError):
         code: stable identifier of the kind of error, independent of the wording.
     """
 
+    is_printed = False  # by another of several processes
+
     def __init__(
         self, what: str, *, where: object = None, fix: str | None = None, code: str = "invalid"
     ) -> None:

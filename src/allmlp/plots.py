@@ -159,7 +159,7 @@ def save_evaluation(evaluation: Evaluation, source: Source, folder: Path) -> lis
         "predictions": prediction_grid(evaluation, source),
         "worst_mistakes": worst_mistakes(evaluation, source),
     }
-    if not evaluation.is_multi_label:
+    if evaluation.has_confusion:
         figures = {"confusion": confusion_matrix(evaluation), **figures}
     for name, figure in figures.items():
         save(figure, folder / f"{name}.png")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import pickle
+import tracemalloc
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,12 @@ from scipy.stats import binomtest
 from sklearn import metrics
 
 import allmlp as am
+from allmlp.data.source import relabel
 from allmlp.data.sources import open_source, open_splits
+from allmlp.decision import Decision
+from allmlp.evaluation.calibration import fitted
 from allmlp.evaluation.metrics import evaluate_source, metric_of, reliability
-from allmlp.evaluation.predictor import Predictor
+from allmlp.evaluation.predictor import Outputs, Predictor
 from allmlp.evaluation.result_file import read_measurement
 from allmlp.runtime.world import World
 from conftest import tiny_model
@@ -235,7 +241,62 @@ def test_parts_are_the_whole_bit_for_bit(class_folder: Path, size: int):
     assert same(joined, whole)
     assert len(whole.labels) == 19
     assert [(image.index, Path(image.name).name) for image in whole.bad] == [(7, "1.png")]
-    assert (min(len(part[0]) for part, _ in parts) == 0) == (size == 11)
+    assert (min(len(part["labels"]) for part, _ in parts) == 0) == (size == 11)
+
+
+def test_logits_that_are_too_large_are_not_kept(class_folder: Path, monkeypatch):
+    """The same numbers; what is sent to other processes does not grow with the classes."""
+    model = model_for(["ant", "bee", "cat", "dog", "eel", "fox"])
+    model.decision = Decision(unsure_below=0.2)
+    options = {"num_workers": 0, "batch_size": 4, "allow_missing_classes": True}
+    whole = am.evaluate(model, str(class_folder), **options)
+    monkeypatch.setattr("allmlp.evaluation.metrics.LARGEST_LOGITS", 4 * 9 * 6 - 1)
+    few = am.evaluate(model, str(class_folder), **options)
+    assert few.logits.shape == (9, 0)
+    note = few.warnings()[-1]
+    assert "were not kept" in note
+    assert {**few.to_json(), "warnings": []} == {**whole.to_json(), "warnings": []}
+    assert few.worst_confusions(9) == whole.worst_confusions(9)
+    assert few.mistakes().tolist() == whole.mistakes().tolist()
+    assert [few.predicted(n) for n in range(9)] == [whole.predicted(n) for n in range(9)]
+    assert fitted(few, "x").temperature == 1.0
+    poison = lambda *outputs: outputs[2] * float("inf")  # noqa: E731
+    model.register_forward_hook(poison)
+    with pytest.raises(am.UserError, match="not finite"):
+        am.evaluate(model, str(class_folder), **options)
+
+
+def test_what_processes_send_does_not_grow_with_the_classes(class_folder: Path, monkeypatch):
+    """Logits of 20,000 classes would be 80,000 bytes an image, in each of the processes."""
+    monkeypatch.setattr("allmlp.evaluation.metrics.LARGEST_LOGITS", 10**5)
+    names = ["ant", "bee", "cat", *(f"{number}" for number in range(19_997))]
+    random = np.random.default_rng(0)
+    source = relabel(open_source(str(class_folder)), names)
+    sent: list[bytes] = []
+
+    class Fake:
+        model = model_for(names)
+        preprocessing, precision, why = None, "float32", "chosen"
+
+        def run(self, source: Any, world: World) -> Iterator[Outputs]:
+            for at in range(20):
+                logits = random.normal(size=(9, 20_000)).astype(np.float32)
+                yield Outputs((logits,), source.labels, np.arange(9) + 9 * at)
+
+    class Sending(World):
+        def gather(self, value: Any) -> list[Any]:
+            sent.append(pickle.dumps(value))
+            return [value]
+
+    fake: Any = Fake()
+    tracemalloc.start()
+    result = evaluate_source(fake, source, world=Sending(0, 2))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(result.labels) == 180
+    assert len(sent[0]) < 100 * 180
+    assert most < 10e6  # of 14.4 MB
+    assert not result.has_confusion
 
 
 def test_logits_that_are_not_finite_are_refused(class_folder: Path):

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -318,11 +319,11 @@ def test_what_only_one_process_meets_is_said_once(data: Path, tmp_path: Path, ra
     first, second = start_two(config, tmp_path / "text", text)
     assert (first.wait(), second.wait()) == (2, 2)
     prefix = "" if rank == 0 else "rank 1: "
-    assert f"error: {prefix}1 of 20 images cannot be decoded (5.0%" in first.said()
+    said = (first.said(), second.said())
+    assert "".join(said).count(f"error: {prefix}1 of 20 images cannot be decoded (5.0%") == 1
     assert (first.said() + second.said()).count("three.png: broken") in (1, 2)  # "skipped" too
     assert "Traceback" not in first.said() + second.said()
-    if rank == 1:
-        assert second.said() == ""
+    assert "error: " not in said[1 - rank]
 
 
 POISON = """
@@ -383,13 +384,50 @@ for _ in range(8):
 
 def test_processes_end_after_they_have_left():
     """gloo's thread may still hold the last collective's tensors when DDP's reducer is freed."""
+    assert [code for code, _ in run_two(LEAVING)] == [0, 0]
+
+
+def run_two(script: str) -> list[tuple[int, str]]:
+    """Runs a script as two processes; returns exit code and output of each."""
     port, ranks = str(free_port()), []
     for rank in ("0", "1"):
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(subprocess.Popen([sys.executable, "-c", LEAVING], env=environment))
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        ranks.append(subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes))
     try:
-        assert [process.wait(timeout=60) for process in ranks] == [0, 0]
+        said = [process.communicate(timeout=60)[0] for process in ranks]
+        return [(process.returncode, text) for process, text in zip(ranks, said, strict=True)]
     finally:
         for process in ranks:
             process.kill()
+
+
+# The other is in C code, as if it waited for a GPU that waits for the first.
+FAILING = """
+import ctypes
+import time
+import torch.distributed as dist
+from allmlp.cli import main as cli
+from allmlp.errors import UserError
+from allmlp.runtime.world import join_world
+def parse(_):
+    with join_world("cpu") as (world, _):
+        if world.rank == RANK:
+            raise UserError("96 images at once do not fit into the GPU", code="memory")
+        ctypes.CDLL(None).sleep(50)
+dist.destroy_process_group = lambda: time.sleep(50)
+cli.parse = parse
+cli.main(["train"])
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_is_printed_and_ends_a_process_that_waits_for_a_gpu(rank: int):
+    started = time.monotonic()
+    ended = run_two(FAILING.replace("RANK", str(rank)))
+    assert [code for code, _ in ended] == [2, 2]
+    prefix = "" if rank == 0 else "rank 1: "
+    assert "".join(text for _, text in ended).count("do not fit") == 1
+    assert f"error: {prefix}96 images at once do not fit into the GPU\n" in ended[rank][1]
+    assert time.monotonic() - started < 40

@@ -77,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         elif isinstance(error, UsageError):
             print(error.shown, file=sys.stderr, end="", flush=True)
-        elif is_main_process() or isinstance(error, OSError) or error.what.startswith("rank "):
+        elif isinstance(error, OSError) or (
+            not error.is_printed and (is_main_process() or error.what.startswith("rank "))
+        ):
             print(f"error: {shown}", file=sys.stderr, flush=True)
         if as_json and is_main_process():
             names = ("code", "what", "where", "fix")

@@ -101,7 +101,7 @@ def fitted(result: Evaluation, data: str) -> Decision:
     decision = Decision(labels=result.decision.labels)
     plain, about = replace(result, decision=decision), _about(result, data)
     measured: dict[Any, dict[str, Any]] = {}
-    if len(result.labels) >= LEAST_IMAGES:
+    if len(result.labels) >= LEAST_IMAGES and result.rows is None:
         temperature, after = _temperature(plain), cross_calibrated(plain)
         if np.isfinite(temperature) and after.loss < plain.loss:
             decision = replace(decision, temperature=temperature)
@@ -137,6 +137,8 @@ def with_threshold(
     The threshold is `unsure_below`, or the one with the most answers that reach the accuracy.
     """
     own = result.decision
+    if result.rows is not None:
+        raise UserError(result.warnings()[-1], where=data, fix="Take a part of the images")
 
     def threshold(part: Evaluation) -> float:
         return _threshold(part, accuracy) if accuracy is not None else unsure_below or 0.0

@@ -40,6 +40,18 @@ from allmlp.runtime.world import World
 FILES = ("per_class.csv", "confusion.csv", "evaluation.json")  # written by `Evaluation.save`
 BINS = 15
 FEW = 1000  # images below which the interval of top-1 is printed
+LARGEST_LOGITS = 2**29  # bytes of all images' logits, up to which they are kept
+MOST_CONFUSED = 4096  # classes up to which the confusion matrix is written
+
+
+def _per_image(compute: Callable[[Evaluation], np.ndarray]) -> Any:
+    """A property with a value per image, which is read from `rows` if the logits were not kept."""
+    name = compute.__name__
+
+    def get(self: Evaluation) -> np.ndarray:
+        return compute(self) if self.rows is None else self.rows[name]
+
+    return property(get, doc=compute.__doc__)
 
 
 @dataclass(frozen=True)
@@ -171,6 +183,8 @@ class Evaluation:
         notes: other remarks on the metrics, one per line.
         decision: the model's, from logits to probabilities.
         described: the model and the environment as JSON values; {} if unknown.
+        rows: if the logits would take more than `LARGEST_LOGITS` (with one label per image): what
+            the metrics need of each image. `logits` is (N, 0) then, and no temperature is fitted.
     """
 
     data: str
@@ -187,6 +201,7 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
     decision: Decision = field(default_factory=Decision)
     described: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, np.ndarray] | None = None
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -202,13 +217,13 @@ class Evaluation:
         """bool (N, K): the classes that are answers."""
         return self.decision.answers(torch.from_numpy(self.probabilities[rows])).numpy()
 
-    @property
+    @_per_image
     def predictions(self) -> np.ndarray:
         """int64 (N,): the most probable class of each image; ties go to the first. With several
         labels an image bool (N, K): the classes that reach their thresholds."""
         return self._answers() if self.is_multi_label else self.logits.argmax(axis=1)
 
-    @property
+    @_per_image
     def confidences(self) -> np.ndarray:
         """float32 (N,): the probability of each image's predicted class."""
         return self.probabilities[np.arange(len(self.labels)), self.predictions]
@@ -246,16 +261,31 @@ class Evaluation:
         is_shown = len(self.labels) < FEW and not self.is_multi_label
         return f"; 95% interval {low:.1%} to {high:.1%}" if is_shown else ""
 
-    @property
-    def top5(self) -> float | None:
-        """Fraction of images with the true class among the 5 most probable; None if K <= 5, or with
-        several labels per image."""
-        if len(self.class_names) <= 5 or self.is_multi_label:
-            return None
+    @_per_image
+    def in_top5(self) -> np.ndarray:
+        """bool (N,): whether the true class is among the 5 most probable."""
         scores, truth = self.logits, self.labels[:, None]
         own = np.take_along_axis(scores, truth, axis=1)
         is_before = ~(scores <= own) | ((scores == own) & (np.arange(scores.shape[1]) < truth))
-        return float((is_before.sum(axis=1) < 5).mean())
+        return is_before.sum(axis=1) < 5
+
+    @property
+    def top5(self) -> float | None:
+        """Fraction of images in `in_top5`; None if K <= 5, or with several labels per image."""
+        if len(self.class_names) <= 5 or self.is_multi_label:
+            return None
+        return float(self.in_top5.mean())
+
+    @_per_image
+    def sums(self) -> np.ndarray:
+        """float64 (N,): the sum of the logits, which is finite if all are."""
+        return torch.from_numpy(self.logits).sum(dim=1, dtype=torch.float64).numpy()
+
+    def without_logits(self) -> Evaluation:
+        """Returns the same metrics, but for those that compare temperatures, in little memory."""
+        names = ("predictions", "confidences", "losses", "in_top5", "sums")
+        rows = {name: getattr(self, name) for name in names}
+        return replace(self, logits=self.logits[:, :0].copy(), rows=rows)
 
     @property
     def class_counts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -297,7 +327,7 @@ class Evaluation:
         known = [value for value in self.average_precisions if value is not None]
         return sum(known) / len(known) if known else None
 
-    @property
+    @_per_image
     def losses(self) -> np.ndarray:
         """float64 (N,): the negative log-likelihood of each image's true class, in nats; with
         several labels per image the sum over the classes."""
@@ -333,7 +363,7 @@ class Evaluation:
     @property
     def uncalibrated_error(self) -> float | None:
         """The same without the model's temperature; None if it has none."""
-        if self.decision.temperature == 1.0:
+        if self.decision.temperature == 1.0 or self.rows is not None:
             return None
         raw = replace(self, decision=replace(self.decision, temperature=1.0))
         return raw.expected_calibration_error
@@ -341,14 +371,16 @@ class Evaluation:
     @property
     def coverage(self) -> float | None:
         """Fraction of images with an answer; None if the model has no threshold for "unsure"."""
-        is_selective = self.decision.unsure_below is not None
-        return float(self._answers().any(axis=1).mean()) if is_selective else None
+        limit = self.decision.unsure_below
+        return None if limit is None else float((self.confidences >= limit).mean())
 
     @property
     def accuracy_answered(self) -> float | None:
         """Fraction of correct answers; None without answers or a threshold."""
-        is_answered = self._answers().any(axis=1)
-        return float(self.correct[is_answered].mean()) if self.coverage else None
+        limit = self.decision.unsure_below
+        if limit is None or not self.coverage:
+            return None
+        return float(self.correct[self.confidences >= limit].mean())
 
     @property
     def confusion(self) -> np.ndarray:
@@ -396,17 +428,20 @@ class Evaluation:
         """Returns (true class, predicted class, images) of the most frequent errors."""
         if self.is_multi_label:
             return []
-        wrong, names = self.confusion, self.class_names
-        np.fill_diagonal(wrong, 0)
-        order = np.argsort(-wrong, axis=None, kind="stable")[:most]
-        pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
-        return [(names[row], names[at], int(wrong[row, at])) for row, at in pairs if wrong[row, at]]
+        wrong, names = ~self.correct, self.class_names
+        pairs, counts = np.unique(
+            self.labels[wrong] * len(names) + self.predictions[wrong], return_counts=True
+        )
+        order = np.argsort(-counts, kind="stable")[:most]
+        rows, columns = np.divmod(pairs[order], len(names))
+        found = zip(rows, columns, counts[order].tolist(), strict=True)
+        return [(names[row], names[column], count) for row, column, count in found]
 
     def predicted(self, row: int) -> list[tuple[str, float]]:
         """Returns the predicted class of an image, or all of them, with their probabilities."""
-        places = [int(self.logits[row].argmax())]
-        if self.is_multi_label:
-            places = np.flatnonzero(self._answers(slice(row, row + 1))).tolist()
+        if not self.is_multi_label:
+            return [(self.class_names[self.predictions[row]], float(self.confidences[row]))]
+        places = np.flatnonzero(self._answers(slice(row, row + 1))).tolist()
         return [(self.class_names[at], float(self.probabilities[row, at])) for at in places]
 
     def mistakes(self) -> np.ndarray:
@@ -441,7 +476,15 @@ class Evaluation:
         never = [self.class_names[at] for at in np.flatnonzero((predicted == 0) & (images > 0))]
         more = f" and {len(never) - 8:,} more" if len(never) > 8 else ""
         lines = [f"never predicted: {', '.join(never[:8])}{more}"] if never else []
+        if self.rows is not None:
+            size = 4 * len(self.labels) * len(self.class_names) / 1e9
+            lines.append(f"the logits, {size:.1f} GB, were not kept: no temperature can be fitted")
         return [*self.notes, *lines]
+
+    @property
+    def has_confusion(self) -> bool:
+        """Whether the confusion matrix applies and is small enough to be written and drawn."""
+        return not self.is_multi_label and len(self.class_names) <= MOST_CONFUSED
 
     def to_json(self) -> dict[str, Any]:
         """Returns everything except individual predictions as JSON values."""
@@ -472,6 +515,7 @@ class Evaluation:
         values |= {"per_class": self.per_class(), "class_names": self.class_names}
         if not self.is_multi_label:
             values["top1_interval"] = list(self.top1_interval)
+        if self.has_confusion:
             values["confusion"] = self.confusion.tolist()
         return values
 
@@ -479,14 +523,14 @@ class Evaluation:
         self, folder: Path, model: Classifier | None = None, *, overwrite: bool = False
     ) -> None:
         """Writes evaluation.json (with a description of the model), per_class.csv and, with one
-        label an image, confusion.csv (rows: true), all or none."""
+        label an image and few classes, confusion.csv (rows: true), all or none."""
         check_output_folder(folder, FILES, overwrite=overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         rows = self.per_class()
         per_class = [list(rows[0]), *(list(row.values()) for row in rows)]
         text = json.dumps(measurement("evaluation", model, self.to_json()), indent=2) + "\n"
         contents = {"per_class.csv": _csv(per_class), "evaluation.json": text.encode()}
-        if not self.is_multi_label:
+        if self.has_confusion:
             counts = zip(self.class_names, self.confusion.tolist(), strict=True)
             confusion = [["true class", *self.class_names], *([name, *row] for name, row in counts)]
             contents["confusion.csv"] = _csv(confusion)
@@ -522,19 +566,28 @@ def evaluate_source(
     else:
         check_one_label((source,), "the model, which predicts one label per image,")
     matched = match_classes(source, names, owner="the model", allow_missing=allow_missing_classes)
-    empty, none = np.empty(0, dtype=np.int64), np.empty((0, len(names)), dtype=np.float32)
-    rows = [(matched.labels[:0], empty, none)]
+    decision = predictor.model.decision
+    size = 4 * len(matched) * len(names)
+    is_kept = matched.is_multi_label or size <= LARGEST_LOGITS
+
+    def columns_of(labels: np.ndarray, indices: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
+        found = Evaluation(source.name, names, labels, indices, logits, decision=decision)
+        found = found if is_kept else found.without_logits()
+        return {"labels": labels, "indices": indices, "logits": found.logits} | (found.rows or {})
+
+    none = np.empty((0, len(names)), dtype=np.float32)
+    own = [columns_of(matched.labels[:0], np.empty(0, dtype=np.int64), none)]
     bad: list[BadImage] = []
     for outputs in predictor.run(matched, world=world):
         bad += outputs.bad
         if outputs.values:
-            rows.append((outputs.labels, outputs.indices, outputs.values[0]))
+            own.append(columns_of(outputs.labels, outputs.indices, outputs.values[0]))
         if on_batch is not None:
             on_batch(outputs)
-    part = tuple(np.concatenate(column) for column in zip(*rows, strict=True))
+    part = {name: np.concatenate([columns[name] for columns in own]) for name in own[0]}
     parts = [(part, bad)] if world is None else world.gather((part, bad))
-    columns = zip(*(part for part, _ in parts), strict=True)
-    labels, indices, logits = (np.concatenate(column) for column in columns)
+    columns = {name: np.concatenate([part[name] for part, _ in parts]) for name in part}
+    labels, indices, logits = (columns.pop(name) for name in ("labels", "indices", "logits"))
     if not len(labels):
         raise UserError("none of the images can be decoded", where=source.name)
     return Evaluation(
@@ -542,11 +595,13 @@ def evaluate_source(
         bad=[image for _, bad in parts for image in bad],
         preprocessing=predictor.preprocessing,
         precision=f"{predictor.precision} ({predictor.why})",
-        decision=predictor.model.decision,
+        decision=decision,
+        rows=columns or None,
     )
 
 
 def check_logits(result: Evaluation, source: Source) -> None:
     """Raises UserError if any logit is NaN or infinite."""
     fix = "The weights are damaged or of a run that has diverged: take earlier ones"
-    check_finite(result.logits, result.indices, source, "logits", fix)
+    values = result.logits if result.rows is None else result.sums[:, None]
+    check_finite(values, result.indices, source, "logits", fix)

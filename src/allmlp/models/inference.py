@@ -25,6 +25,7 @@ from allmlp.models.layers import ImageClassifier
 from allmlp.runtime.device import (
     SMALL_STEP,
     check_bfloat16,
+    exact_matmuls,
     fast_precision,
     has_fast_bfloat16,
     step_threads,
@@ -92,6 +93,7 @@ class Inference:
         is_copy = self._network is not self.model
         with (
             step_threads(self.device, self.model.config.flops * len(images)),
+            exact_matmuls(self.device),
             nullcontext() if is_copy else evaluating(self._network),
             torch.autocast(self.device.type, torch.bfloat16, enabled=half),
         ):

@@ -46,6 +46,8 @@ def choose_device(name: str) -> torch.device:
         if device.type == "mps":
             fix += "; mps needs macOS on Apple silicon and a native (arm64) Python"
         raise UserError(what, where="device", fix=fix)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # pinning memory would open a context on GPU 0
     return device
 
 
@@ -229,11 +231,33 @@ def torch_settings(
     try:
         if device.type == "cpu" and precision == "float32":
             _prefer_onednn(products)
-        yield
+        with exact_matmuls(device):
+            yield
     finally:
         products.fp32_precision = before
         torch.set_num_threads(threads)
         _threads_are_chosen.reset(chosen)
+
+
+@contextlib.contextmanager
+def exact_matmuls(device: torch.device) -> Iterator[None]:
+    """On a GPU float32 is float32, sums are not rounded to bfloat16, and runs repeat, in the block.
+
+    torch's defaults are TF32, with 10 bits, in convolutions, and the fastest algorithms.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    settings = [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
+    settings += [(matmul, "allow_bf16_reduced_precision_reduction", False)]
+    settings += [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
+    settings = settings if device.type == "cuda" else []
+    before = [getattr(place, name) for place, name, _ in settings]
+    try:
+        for place, name, value in settings:
+            setattr(place, name, value)
+        yield
+    finally:
+        for (place, name, _), value in zip(settings, before, strict=True):
+            setattr(place, name, value)
 
 
 def _prefer_onednn(products: Any) -> None:

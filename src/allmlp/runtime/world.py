@@ -7,11 +7,14 @@ the same images as a single process.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import json
 import os
 import socket
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +34,7 @@ from allmlp.runtime.device import choose_device
 
 TIMEOUT = datetime.timedelta(minutes=30)  # the slowest process may be reading a cold disk
 _PATIENCE = 3.0  # seconds to find the cause of a lost connection
+saving = threading.Lock()  # held while a checkpoint is written, which a failure elsewhere lets end
 
 
 @dataclass(frozen=True)
@@ -127,43 +131,93 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
     if _joined:  # a study joins once for all runs
         yield _joined[-1]
         return
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = choose_device(device)
+    chosen, local_rank = _own_device(choose_device(device), device)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    store, rank, size = _rendezvous(TIMEOUT)
+    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
+    _groups.append(dist.group.WORLD)
+    notes, left = PrefixStore("notes", store), threading.Event()
+    failed: list[tuple[World, Store]] = []
+    atexit.register(_exit_after, failed)
+    # A connection of its own, if torch can: one waits while the other is used.
+    watching = (getattr(notes, "clone", lambda: notes)(), left)
+    threading.Thread(target=_end_with_the_others, args=watching, daemon=True).start()
+    world = World(rank, size, local_rank)
+    try:
+        peers = tuple(world.gather((socket.gethostname(), os.getpid())))
+        world = World(rank, size, local_rank, peers)
+        _joined.append((world, chosen))
+        yield world, chosen
+    except (SystemExit, KeyboardInterrupt):  # all processes stop after the same step
+        dist.destroy_process_group()
+        raise
+    except BaseException as error:
+        # NCCL's destroy would wait for the others, which wait for this process.
+        failed.append((world, notes))
+        told = _told(world, notes, error)
+        with contextlib.suppress(RuntimeError):  # the store's process has exited
+            notes.set(f"left {world.rank}", "")
+        if told is error:
+            raise
+        raise told from error
+    else:
+        world.barrier()  # a process that ends has failed, for those that have not left
+        dist.destroy_process_group()
+    finally:
+        left.set()
+        _joined.clear()
+
+
+def _own_device(chosen: torch.device, name: str) -> tuple[torch.device, int]:
+    """Returns the device of this process, one of several, and its rank on this machine."""
+    local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
     if chosen.type == "mps":
         what = f"an Apple GPU takes one process, not {os.environ['WORLD_SIZE']}"
         raise UserError(what, where="device", fix="Start one process, or take cpu")
     if chosen.type == "cuda":
         if chosen.index is not None:
-            what = f"device {device!r} names one GPU for {os.environ['WORLD_SIZE']} processes"
+            what = f"device {name!r} names one GPU for {os.environ['WORLD_SIZE']} processes"
             raise UserError(what, where="device", fix="Take cuda: each process gets its own GPU")
-        chosen = choose_device(f"cuda:{local_rank}")
-        torch.cuda.set_device(chosen)
-    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    store, rank, size = _rendezvous(TIMEOUT)
-    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
-    _groups.append(dist.group.WORLD)
-    # An error in one process breaks the others' connections, so it leaves its reason here.
-    notes = PrefixStore("notes", store)
-    try:
-        alone = World(rank, size, local_rank)
-        peers = tuple(alone.gather((socket.gethostname(), os.getpid())))
-        world = World(rank, size, local_rank, peers)
-        _joined.append((world, chosen))
+        if local_rank is None:
+            what = "several processes, and nothing says which GPU is whose"
+            raise UserError(what, where="LOCAL_RANK", fix="Start them with torchrun or srun")
+        # Slurm may have given every process one GPU to see.
+        is_bound = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+        chosen = choose_device("cuda:0" if is_bound else f"cuda:{local_rank}")
+    return chosen, int(local_rank or 0)
+
+
+def _exit_after(failed: list[tuple[World, Store]]) -> None:
+    """Ends a process that has failed without NCCL's own end, which may wait for the others.
+
+    Without torchrun the notes are in rank 0, which therefore ends last.
+    """
+    for world, notes in failed:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        others, end = set(range(1, world.size)), time.monotonic() + 2 * _PATIENCE
+        is_agent = "TORCHELASTIC_USE_AGENT_STORE" in os.environ
+        while world.is_main and not is_agent and others and time.monotonic() < end:
+            others -= {rank for rank in others if notes.check([f"left {rank}"])}
+            others -= set(world.dead_ranks())
+            time.sleep(0.05)
+        os._exit(1 if hasattr(sys, "last_value") else 2)
+
+
+def _end_with_the_others(notes: Store, left: threading.Event) -> None:
+    """Ends this process soon after another has failed.
+
+    It may wait in C code for a GPU that waits for the other's, where no exception reaches it.
+    """
+    while not left.wait(1.0):
         try:
-            yield world, chosen
-        except UserError as error:
-            with contextlib.suppress(RuntimeError):  # the store's process has exited
-                note = (error.what, error.where, error.fix, error.code)
-                notes.set(str(rank), json.dumps(note))
-            raise
-        except RuntimeError as error:
-            if not _is_lost_connection(error):
-                raise
-            raise _lost(world, notes, error) from error
-        finally:
-            _joined.clear()
-    finally:
-        dist.destroy_process_group()
+            has_failed = notes.check(["failed"])
+        except RuntimeError:  # the process with the store has exited
+            has_failed = True
+        if has_failed and not left.wait(_PATIENCE):
+            with saving:
+                if not left.wait(1.0):
+                    os._exit(2)
 
 
 def _rendezvous(timeout: datetime.timedelta) -> tuple[Store, int, int]:
@@ -195,9 +249,35 @@ def _rendezvous(timeout: datetime.timedelta) -> tuple[Store, int, int]:
     return PrefixStore(name, store), rank, size
 
 
-def _is_lost_connection(error: RuntimeError) -> bool:
+def _told(world: World, notes: Store, error: BaseException) -> BaseException:
+    """Leaves the reason for the others; returns the error that one process only is to print."""
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
-    return isinstance(error, dist.DistBackendError) or any(word in str(error) for word in words)
+    is_lost = isinstance(error, dist.DistBackendError) or any(word in str(error) for word in words)
+    if isinstance(error, RuntimeError) and is_lost:
+        return _lost(world, notes, error)
+    shown = error if isinstance(error, UserError) else UserError(f"{type(error).__name__}: {error}")
+    with contextlib.suppress(RuntimeError):  # the store's process has exited
+        note = (shown.what, shown.where, shown.fix, shown.code)
+        notes.set(str(world.rank), json.dumps(note))
+        notes.set("failed", "")
+    return _said_once(world, world.rank, notes, shown) if shown is error else error
+
+
+def _said_once(world: World, rank: int, notes: Store, error: UserError) -> UserError:
+    """Returns the error of a rank for this process, which prints it if it is the first to do so;
+    rank 0 comes first where it has the same."""
+    key, end = f"said {error.what}", time.monotonic() + _PATIENCE * (not world.is_main)
+    is_first = False
+    with contextlib.suppress(RuntimeError):
+        while time.monotonic() < end and not notes.check([key]):
+            time.sleep(0.05)
+        mine = str(world.rank)
+        is_first = notes.compare_set(key, "", mine).decode() == mine
+    if rank > 0:
+        error.what = f"rank {rank}: {error.what}"
+        error.args = (error.text(),)
+    error.is_printed = not is_first
+    return error
 
 
 def _lost(world: World, notes: Store, error: RuntimeError) -> UserError:
@@ -210,8 +290,8 @@ def _lost(world: World, notes: Store, error: RuntimeError) -> UserError:
             for rank in others:
                 if notes.check([str(rank)]):
                     what, where, fix, code = json.loads(notes.get(str(rank)))
-                    what = f"rank {rank}: {what}" if world.is_main else what
-                    return UserError(what, where=where, fix=fix, code=code)
+                    told = UserError(what, where=where, fix=fix, code=code)
+                    return _said_once(world, rank, notes, told)
         if gone:
             break
         time.sleep(0.05)
@@ -233,12 +313,18 @@ def parallelize(model: nn.Module, sharding: str, world: World) -> nn.Module:
     if sharding == "none":
         device = next(model.parameters()).device
         ids = [device.index] if device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        # Large buckets: torch.compile cuts the graph at each.
+        return DistributedDataParallel(
+            model, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=100
+        )
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # slow to import
 
+    # Without one, torch takes a mesh of the machine's GPUs even for a model on the CPU.
+    mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
     for block in getattr(model, "blocks", ()):
-        fully_shard(block)
-    fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return model
 
 

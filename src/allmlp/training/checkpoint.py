@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from allmlp.errors import UserError
 from allmlp.io import fsync, parse_json
 from allmlp.names import NAME
-from allmlp.runtime.world import World, full_tensor
+from allmlp.runtime.world import World, full_tensor, saving
 
 STATE, MANIFEST = "state.safetensors", "manifest.json"
 FORMAT = 2
@@ -108,7 +108,7 @@ class Checkpoints:
             if is_main:
                 copies[name] = gathered.to("cpu", copy=True)
         if is_main:
-            self._pending = self._thread.submit(self._write, step, copies, values, is_best)
+            self._pending = self._thread.submit(self._save, step, copies, values, is_best)
 
     def wait(self) -> None:
         """Waits until the save in progress is on disk under its final name; raises its error."""
@@ -156,6 +156,10 @@ class Checkpoints:
             raise UserError(what, where=path, fix="Resume from a copy of the run") from error
 
     # Everything below runs on the main process only.
+
+    def _save(self, *state: Any) -> None:
+        with saving:
+            self._write(*state)
 
     def _write(
         self, step: int, tensors: dict[str, Tensor], values: dict[str, Any], is_best: bool
