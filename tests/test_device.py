@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
 
 import allmlp as am
-from allmlp.runtime.device import choose_device, torch_settings
+from allmlp.runtime.device import choose_device, choose_policy, keep_compiled, torch_settings
 from allmlp.runtime.world import World, join_world, parallelize
+from conftest import tiny_model
 
 
 def test_devices():
@@ -85,7 +88,39 @@ def test_a_model_on_the_cpu_is_sharded_there(monkeypatch):
         return kind
 
     monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", mesh)
-    given = lambda module, *, mesh, **_: meshes.append(mesh)  # noqa: E731
-    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", given)
-    parallelize(nn.Linear(2, 2), "full", World(0, 2))
-    assert meshes == ["cpu", "cpu"]
+    model = tiny_model()
+    monkeypatch.setattr(torch, "compile", lambda function: (function,))
+
+    def shard(module: nn.Module, *, mesh: str) -> None:
+        assert isinstance(module.forward, tuple) == (module is not model)  # compiled before
+        meshes.append(mesh)
+
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", shard)
+    parallelize(model, "full", World(0, 2), compile=True)
+    assert meshes == ["cpu"] * (2 + len(model.blocks))
+
+
+@pytest.mark.parametrize(
+    ("operations", "steps", "compiles"),
+    [(3 * 10**15, 100, True), (3 * 10**15, 50, False), (10**9, 10**5, False), (1, 10**6, True)],
+)
+def test_a_gpu_compiles_what_takes_long(monkeypatch, gpus, operations, steps, compiles):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("allmlp.runtime.device.can_compile", lambda _: True)
+    device = torch.device("cuda")
+    found = choose_policy(device, "auto", "auto", operations=operations, num_steps=steps)
+    assert (found.compile, found.precision) == (compiles, "bfloat16")
+
+
+def test_compiled_kernels_are_the_same_every_time(monkeypatch, tmp_path):
+    import torch._inductor.config as inductor
+
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_DETERMINISTIC"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(inductor, "deterministic", False)
+    keep_compiled(None)
+    assert inductor.deterministic
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ  # of each machine, with several processes
+    keep_compiled(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)

@@ -24,6 +24,7 @@ from allmlp.runtime.device import (
     threads_for,
     torch_settings,
 )
+from allmlp.runtime.world import World
 from allmlp.training import step
 from conftest import tiny_config, tiny_model
 from staged_models import small_cycle, small_permutator
@@ -285,6 +286,39 @@ def test_a_gpu_that_runs_out_of_memory_gets_smaller_parts(class_folder, tmp_path
     monkeypatch.setattr(step.Updater, "predict", lambda self, images: small(self, range(9)))
     with pytest.raises(am.UserError, match="1 images at once do not fit into the GPU"):
         am.train(tiny_config(str(class_folder), tmp_path / "none"), quiet=True)
+
+
+def test_processes_agree_on_a_micro_batch_before_the_first_update(
+    class_folder, tmp_path, monkeypatch
+):
+    """6 of this one's 12 images would fit, 4 of the other's, which the fake collective stands for."""
+    seen: list[step.Updater] = []
+    choose = step.Updater.choose_micro_batch
+    noting = lambda self: (seen.append(self), choose(self))[1]  # noqa: E731
+    monkeypatch.setattr(step.Updater, "choose_micro_batch", noting)
+    am.train(tiny_config(str(class_folder), tmp_path / "run", epochs=1), quiet=True)
+    updater, forward, limit, tried = seen[-1], step.Updater.predict, 7, list[int]()
+
+    def small(self, images):
+        tried.append(len(images))
+        if len(images) > limit:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+        return forward(self, images)
+
+    class Other(World):
+        def all_reduce_max(self, value: int) -> int:
+            return max(value, -4)
+
+    monkeypatch.setattr(step.Updater, "predict", small)
+    updater.world = Other(0, 2)
+    before = [parameter.clone() for parameter in updater.parameters]
+    assert updater.agreed_size(12, 12) == 4
+    assert tried == [12, 4, 4, 4]
+    assert all(map(torch.equal, before, updater.parameters))
+    limit = 0
+    with pytest.raises(am.UserError) as none:
+        updater.agreed_size(12, 12)
+    assert none.value.code == "memory"
 
 
 def test_a_linear_probe_sees_the_features_of_evaluation(class_folder, tmp_path):

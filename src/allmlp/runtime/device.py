@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from torch import nn
 from allmlp.errors import UserError, plural
 
 SMALL_STEP = 2e9  # FLOPs
-LONG_RUN = 2_000  # steps after which compiling (about a minute) pays off on a GPU
+# Compiling takes about a minute: it pays off on a GPU if a run takes ten without it. A step takes
+# at least the time of its launches, and else that of its FLOPs, here on an H200.
+LONG_RUN, STEP_SECONDS, FLOPS_PER_SECOND = 600.0, 5e-3, 3e14
 Net = TypeVar("Net", bound=nn.Module)
 _threads_are_chosen: ContextVar[bool] = ContextVar("_threads_are_chosen", default=False)
 
@@ -115,7 +118,8 @@ def choose_policy(
         reasons.append(precision)
     compiles = compile == "on"
     if compile == "auto":
-        compiles = device.type == "cuda" and num_steps >= LONG_RUN and can_compile(device)
+        seconds = num_steps * max(STEP_SECONDS, operations / FLOPS_PER_SECOND)
+        compiles = device.type == "cuda" and seconds >= LONG_RUN and can_compile(device)
     elif compiles and not can_compile(device):
         compiles = False
         reasons.append("not compiled: no C++ compiler here")
@@ -166,11 +170,19 @@ def can_compile(device: torch.device) -> bool:
     return any(shutil.which(name) for name in names)
 
 
-def keep_compiled(folder: Path) -> None:
-    """Sets torch.compile's cache folder, unless the user has set one.
+def keep_compiled(folder: Path | None) -> None:
+    """Makes torch.compile choose the same kernels every time, and sets its cache folder.
 
-    torch's default is the temporary folder, which may be emptied by a reboot.
+    torch's default is the temporary folder, which may be emptied by a reboot. It stays with several
+    processes (None), which would wait for each other's locks on a shared file system. What the user
+    has set stays, too.
     """
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # read when it is imported
+    if config := sys.modules.get("torch._inductor.config"):
+        with contextlib.suppress(AttributeError):  # older versions have no such setting
+            config.deterministic = os.environ["TORCHINDUCTOR_DETERMINISTIC"] == "1"
+    if folder is None:
+        return
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

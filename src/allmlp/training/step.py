@@ -12,9 +12,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from allmlp.errors import UserError
-from allmlp.models.layers import ImageClassifier, preprocessing_of, set_stochastic_depth
+from allmlp.models.layers import (
+    ImageClassifier,
+    draw_stochastic_depth,
+    preprocessing_of,
+    set_stochastic_depth,
+)
 from allmlp.runtime.device import (
     ComputePolicy,
     empty_cache,
@@ -58,8 +64,9 @@ class Updater:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.compiled = None
         if self.compute.compile:
-            keep_compiled(cache_folder() / "compiled")
-            self.compiled = torch.compile(self.network)
+            keep_compiled(cache_folder() / "compiled" if self.world.size == 1 else None)
+            if self.network is not self.model or self.world.size == 1:  # or its blocks are compiled
+                self.compiled = torch.compile(self.network)
 
     def __call__(
         self, step: int, images: Tensor, targets: Tensor, depth: Tensor, dropout_seed: int
@@ -88,17 +95,16 @@ class Updater:
         """Stores the gradient of the mean loss in the parameters; returns this process's loss.
 
         The loss, of `sum_dtype`, may still be computing on a GPU. If the GPU runs out of
-        memory, the micro-batch is halved from then on.
+        memory, the micro-batch is halved, or more if that leaves equal parts, from then on.
         """
         while True:
             size = self.micro_batch_size or len(images)
             try:
                 return self._gradient(images, targets, depth, dropout_seed, size)
             except RuntimeError as error:
-                is_apple = "MPS backend out of memory" in str(error)
-                if not (is_apple or isinstance(error, torch.OutOfMemoryError)):
+                if not _is_out_of_memory(error):
                     raise
-                half = size // 2
+                half = _below(size, len(images))
                 if half < 1 or self.world.size > 1:  # all processes would have to halve together
                     what = f"{size} images at once do not fit into the GPU"
                     fix = f"micro_batch_size={max(1, half)}, or a smaller model or image size"
@@ -108,7 +114,13 @@ class Updater:
             self.say(f"memory   out of memory: {half} images at once from here on")
 
     def _gradient(
-        self, images: Tensor, targets: Tensor, depth: Tensor, dropout_seed: int, size: int
+        self,
+        images: Tensor,
+        targets: Tensor,
+        depth: Tensor,
+        dropout_seed: int,
+        size: int,
+        reduces: bool = True,
     ) -> Tensor:
         torch.manual_seed(dropout_seed)
         # Frozen features are computed as in evaluation, without dropped branches.
@@ -119,7 +131,7 @@ class Updater:
         for start in range(0, count, size):
             part = slice(start, start + size)
             set_stochastic_depth(self.model, depth[:, part])
-            with no_sync(self.network, part.stop < count):
+            with no_sync(self.network, part.stop < count or not reduces):
                 with self.compute.autocast():
                     logits = self.predict(images[part])
                 weighted = self.config.data.balance == "weights"
@@ -133,15 +145,15 @@ class Updater:
 
     def predict(self, images: Tensor) -> Tensor:
         """Returns the logits (N, classes), compiled if that works."""
-        if self.compiled is None:
-            return self.network(images)
         try:
-            return self.compiled(images)
+            return (self.compiled or self.network)(images)
         except RuntimeError as error:
             # By name: importing the compiler for its exceptions takes as long as importing torch.
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             self.compiled = None
+            for block in getattr(self.model, "blocks", ()):
+                block.__dict__.pop("forward", None)  # compiled by `parallelize`
             first = str(error).strip().splitlines()[0][:200]
             self.say(f"note     not compiled after all: {first}")
             return self.network(images)
@@ -152,14 +164,53 @@ class Updater:
         Unless set explicitly, a resumed run keeps its micro-batch size, so that it continues with
         the same bits.
         """
-        own = self.config.batch_size // self.world.size
+        own, device = self.config.batch_size // self.world.size, self.compute.device
         chosen = self.config.micro_batch_size or self.micro_batch_size
         if chosen is None:
             chosen = -self.world.all_reduce_max(-self._fitting(own))  # minimum over processes
+            if isinstance(self.network, DistributedDataParallel) and device.type == "cuda":
+                chosen = self.agreed_size(own, chosen)
         self.micro_batch_size = size = min(chosen, own)
         if size < own:
             parts = f"{math.ceil(own / size)} x {size} images"
             self.say(f"memory   a step's {own} images go through the model in {parts}")
+
+    def agreed_size(self, own: int, size: int) -> int:
+        """Returns the largest micro-batch size up to `size` that fits on all processes.
+
+        By trial before the first update: later, one that runs out of memory cannot ask the others,
+        which wait for its gradient.
+        """
+        while True:
+            fitting = size if self._fits(own, size) else _below(size, own)
+            agreed = -self.world.all_reduce_max(-fitting)
+            if agreed == size:
+                return size
+            if agreed < 1:
+                what = "one image at a time does not fit into the GPU"
+                raise UserError(what, fix="A smaller model or image_size", code="memory")
+            size = agreed
+
+    def _fits(self, own: int, size: int) -> bool:
+        """Whether a step's forward and backward passes fit into memory; no process waits."""
+        preprocessing, device = preprocessing_of(self.model), self.compute.device
+        statistics = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        try:
+            shape = (own, preprocessing.channels, *preprocessing.image_size)
+            images, *_mixed = (torch.zeros(shape, device=device) for _ in range(3))
+            targets = torch.zeros(own, self.model.config.num_classes, device=device)
+            depth = draw_stochastic_depth(self.model, own, torch.Generator()).to(device)
+            self._gradient(images, targets, depth, 0, size, reduces=False)
+            return True
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        finally:
+            with torch.no_grad():
+                for name, buffer in self.model.named_buffers():
+                    buffer.copy_(statistics[name])
+        empty_cache(device)
+        return False
 
     def _fitting(self, own: int) -> int:
         """Returns the largest divisor of this process's images whose activations fit into memory.
@@ -181,6 +232,17 @@ class Updater:
             what += f"and {max(room, 0) / 1e9:.2f} GB of memory are left"
             raise UserError(what, fix="A smaller model, image_size or batch_size", code="memory")
         return fitting[-1]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    words = ("MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def _below(size: int, count: int) -> int:
+    """Returns the largest divisor of `count` up to half of `size`, or 0; equal parts need one
+    compiled graph only."""
+    return next((n for n in range(size // 2, 0, -1) if count % n == 0), 0)
 
 
 def saved_bytes(model: nn.Module, image: Tensor, compute: ComputePolicy) -> int:
