@@ -291,7 +291,7 @@ def test_a_gpu_that_runs_out_of_memory_gets_smaller_parts(class_folder, tmp_path
 def test_processes_agree_on_a_micro_batch_before_the_first_update(
     class_folder, tmp_path, monkeypatch
 ):
-    """6 of this one's 12 images would fit, 4 of the other's, which the fake collective stands for."""
+    """6 of this one's 12 images would fit, and 4 of the other's, as the fake collective says."""
     seen: list[step.Updater] = []
     choose = step.Updater.choose_micro_batch
     noting = lambda self: (seen.append(self), choose(self))[1]  # noqa: E731
