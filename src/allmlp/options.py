@@ -82,11 +82,7 @@ Kind = TypeVar("Kind")
 
 
 class OptionError(UserError):
-    """An unknown option or an invalid value.
-
-    Attributes:
-        name: the option, "section.name" if options are nested.
-    """
+    """An unknown option or an invalid value."""
 
     def __init__(
         self, name: str, what: str, fix: str | None, code: str, where: object = None
@@ -96,11 +92,7 @@ class OptionError(UserError):
 
 
 def make(kind: type[Kind], options: Kind | None, fields: dict[str, Any]) -> Kind:
-    """Returns the options updated by the keywords; the defaults without either.
-
-    Raises:
-        UserError: an unknown name (code "unknown-name"), or a value of the wrong type.
-    """
+    """Returns the options updated by the keywords; the defaults without either."""
     values = {}
     if options is not None:
         if not isinstance(options, kind):

@@ -43,11 +43,7 @@ codecs.register_error("allmlp.escape", _escape)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and exits with its exit code.
-
-    Args:
-        arguments: those after `mixer`; None uses sys.argv.
-    """
+    """Runs the command that the arguments name, or sys.argv; exits with its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug, quiet, as_json = (word in given for word in ("--debug", "--quiet", "--json"))
     given = [word for word in given if word not in ("--debug", "--quiet", "--json")]
