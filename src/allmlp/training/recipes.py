@@ -8,8 +8,6 @@ from dataclasses import fields, replace
 from typing import Any
 
 from allmlp.errors import UserError, one_of
-from allmlp.models.catalog import architectures
-from allmlp.models.family import PatchConfig
 from allmlp.training.config import AugmentSettings, NoCrop, Sigmoid, Softmax, TrainConfig
 
 Settings = dict[str, Any]  # that differ from the defaults of `TrainConfig`
@@ -285,6 +283,9 @@ def for_arrays(config: TrainConfig, shape: tuple[int, int, int]) -> TrainConfig:
     Raises:
         UserError: augmentation, or an image size, that is not the recipe's was chosen.
     """
+    from allmlp.models.catalog import architectures  # torch, which --help does not need
+    from allmlp.models.family import PatchConfig
+
     (channels, height, width), own = shape, config.augment
     usual = recipe(config.recipe) if config.recipe in RECIPES else TrainConfig()
     kept = {"mixup": own.mixup, "mix_until": own.mix_until}
