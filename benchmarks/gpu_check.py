@@ -191,6 +191,7 @@ def correct(check: Check) -> None:
     inputs, labels = images.float().to(check.device), labels.to(check.device)
 
     def error(found: Tensor, wanted: Tensor) -> float:
+        wanted = wanted.detach()
         return float((found.detach().cpu().double() - wanted).norm() / wanted.norm())
 
     def compared(name: str, logits: Callable[[Tensor], Tensor], limit: float) -> float:
@@ -356,7 +357,8 @@ def predict(check: Check) -> None:
             rows[device] = [row.classes[0][0] for batch in found for row in batch]
             speed = len(source) / (time.perf_counter() - began)
             check.emit(f"on {device}, with the start of the workers", round(speed), "images/s")
-        same = np.mean([a == b for a, b in zip(*rows.values(), strict=True)] if rows else [1])
+        pairs = zip(rows["cpu"], rows[check.device.type], strict=True)
+        same = np.mean([of_cpu == found for of_cpu, found in pairs])
         check.emit("classes equal to the CPU's", float(same), good=bool(same > 0.99))
 
 

@@ -146,7 +146,7 @@ class Updater:
     def predict(self, images: Tensor) -> Tensor:
         """Returns the logits (N, classes), compiled if that works."""
         try:
-            return (self.compiled or self.network)(images)
+            return (self.network if self.compiled is None else self.compiled)(images)
         except RuntimeError as error:
             # By name: importing the compiler for its exceptions takes as long as importing torch.
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
