@@ -21,8 +21,7 @@ import numpy as np
 import torch
 
 import allmlp as am
-from allmlp.deploy.exported_model import info_of
-from allmlp.deploy.formats import FORMATS
+from allmlp.deploy.formats import FORMATS, info_of
 from allmlp.deploy.int8 import Int8
 from allmlp.deploy.onnx_graph import graph_module, to_bfloat16, to_onnx
 from allmlp.environment import processor

@@ -59,8 +59,25 @@ def resize(image, how):
     return image.resize((width, height), FILTERS[how["interpolation"]], box=box)
 
 
+def answer(logits, classes, decision):
+    """The classes that the model answers, as text: those above their thresholds, or the top 5."""
+    logits = logits / np.float32(decision.get("temperature", 1))
+    if decision.get("labels") == "multi":
+        probabilities = 1 / (1 + np.exp(-logits))
+        shown = np.flatnonzero(probabilities >= np.float32(decision.get("thresholds", 0.5)))
+        shown = shown[np.argsort(-probabilities[shown], kind="stable")]
+    else:
+        probabilities = np.exp(logits - logits.max())
+        probabilities /= probabilities.sum()
+        shown = np.argsort(-probabilities, kind="stable")[:5]
+    text = ", ".join(f"{classes[k] if classes else k} {probabilities[k]:.1%}" for k in shown)
+    if decision.get("unsure_below", 0) > probabilities.max():
+        return f"unsure ({text})"
+    return text or "none of the classes"
+
+
 def main(file, paths):
-    """Prints the five most probable classes of every image."""
+    """Prints the answer for every image."""
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     about = session.get_modelmeta().custom_metadata_map
     how, classes = json.loads(about["preprocessing"]), json.loads(about["class_names"])
@@ -73,17 +90,7 @@ def main(file, paths):
             pixels = (pixels / np.float32(255) - np.float32(how["mean"])) / np.float32(how["std"])
             pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
         logits = session.run(None, {"images": pixels})[0][0]
-        logits = logits / np.float32(decision.get("temperature", 1))
-        if decision.get("labels") == "multi":
-            probabilities = 1 / (1 + np.exp(-logits))
-        else:
-            probabilities = np.exp(logits - logits.max())
-            probabilities /= probabilities.sum()
-        best = np.argsort(-probabilities, kind="stable")[:5]
-        print(
-            f"{path}:",
-            ", ".join(f"{classes[k] if classes else k} {probabilities[k]:.1%}" for k in best),
-        )
+        print(f"{path}: {answer(logits, classes, decision)}")
 
 
 if __name__ == "__main__":

@@ -47,10 +47,6 @@ def test_wrong_labels_come_first(data: Path):
         assert open_splits(str(data))[image.split].item_name(image.index) == image.name
     assert len(found.suspected) == 3
     assert found.accuracy == pytest.approx(52 / 55)
-    conflict = {name: image.duplicate for image, name in zip(found.ranked, names, strict=True)}
-    copies = {name: text for name, text in conflict.items() if text}
-    assert copies.keys() == {"train/blue/03.png", "train/red/copy.png"}
-    assert copies["train/blue/03.png"] == f"same file: {data}/train/red/copy.png (red)"
     probabilities = [image.label_probability for image in found.ranked]
     assert probabilities == sorted(probabilities)
 
@@ -80,9 +76,7 @@ def test_the_command_writes_what_training_takes(data: Path, tmp_path: Path, caps
 def test_a_class_of_one_image_is_not_judged(data: Path):
     (data / "train" / "odd").mkdir()
     (data / "train" / "blue" / "00.png").rename(data / "train" / "odd" / "00.png")
-    found = am.find_label_mistakes(
-        tiny_model(num_classes=0), data, num_workers=0, duplicates="off", device="cpu"
-    )
+    found = am.find_label_mistakes(tiny_model(num_classes=0), data, num_workers=0, device="cpu")
     assert (found.ranked[-1].label, found.ranked[-1].suspected) == ("odd", False)
     assert any("odd" in note for note in found.notes)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from allmlp.decision import Decision as Decision
     from allmlp.deploy.export import ExportReport as ExportReport
     from allmlp.deploy.export import export as export
-    from allmlp.deploy.exported_model import ExportedModel as ExportedModel
+    from allmlp.deploy.formats import ExportedModel as ExportedModel
     from allmlp.deploy.formats import open_exported as open_exported
     from allmlp.deploy.options import ExportOptions as ExportOptions
     from allmlp.deploy.options import PredictOptions as PredictOptions
@@ -79,8 +79,7 @@ _NAMES = {
     "decision": "Decision",
     "cross_validation": "CrossValidation cross_validate",
     "deploy.export": "ExportReport export",
-    "deploy.exported_model": "ExportedModel",
-    "deploy.formats": "open_exported",
+    "deploy.formats": "ExportedModel open_exported",
     "deploy.options": "ExportOptions PredictOptions PushOptions",
     "deploy.predict": "Prediction predict",
     "deploy.push": "Pushed push",

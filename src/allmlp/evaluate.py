@@ -11,8 +11,7 @@ from typing import Any
 from allmlp.console import Reporter, report_bad_images, report_notes, table
 from allmlp.data.source import Source
 from allmlp.data.sources import notes_of, read_from
-from allmlp.deploy.exported_model import ExportedModel
-from allmlp.deploy.formats import is_exported, load_any
+from allmlp.deploy.formats import ExportedModel, is_exported, load_any
 from allmlp.deploy.inputs import labelled_images
 from allmlp.errors import UserError, plural
 from allmlp.evaluation.imagenet_real import open_real

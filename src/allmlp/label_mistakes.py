@@ -24,9 +24,7 @@ import numpy as np
 
 from allmlp import plots
 from allmlp.console import Reporter, report_bad_images, report_notes, table
-from allmlp.data.duplicates import find_duplicates
 from allmlp.data.exclude import exclude_list
-from allmlp.data.scan import scan
 from allmlp.data.source import BadImage, Source, check_one_label, join, relabel
 from allmlp.data.sources import notes_of, open_splits, read_from
 from allmlp.errors import UserError, plural
@@ -56,7 +54,6 @@ class RankedLabel:
     suggestion: str  # the most probable other class
     suggestion_probability: float
     suspected: bool  # the label is improbable, and another class confident
-    duplicate: str = ""  # a duplicate of the image with another label, and that label
 
 
 @dataclass(frozen=True)
@@ -168,20 +165,10 @@ def find_label_mistakes(
     check_not_inputs(outputs, inputs, map(source.item_name, range(len(source))))
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # fail early
-    conflicts: dict[int, str] = {}  # image -> a duplicate with another label, and that label
-    with report.progress(len(source) * (1 + (options.duplicates != "off")), "images") as bar:
+    with report.progress(len(source), "images") as bar:
         net, device = opened_model(model, options)
         predictor = predictor_for(options, net, device)
         features = frozen_features(predictor, source, cache, lambda batch: bar.advance(len(batch)))
-        if options.duplicates != "off":
-            scans = scan(splits, num_workers=options.num_workers, on_progress=bar.advance)
-            found = find_duplicates(splits, near=options.duplicates == "near", scans=scans)
-            for number in np.flatnonzero(found.other_label()):
-                kind = found.pair(number).kind
-                ends = int(found.first[number]), int(found.second[number])
-                for one, other in (ends, ends[::-1]):
-                    text = f"{kind}: {source.item_name(other)} ({source.label_text(other)})"
-                    conflicts.setdefault(one, text)
     labels = source.labels[features.indices]
     probabilities = out_of_fold(features.values, labels, len(names))
     suggestions, suspected = confident_learning(probabilities, labels)
@@ -198,7 +185,6 @@ def find_label_mistakes(
             suggestion=names[suggestions[at]],
             suggestion_probability=float(probabilities[at, suggestions[at]]),
             suspected=bool(suspected[at] and not is_single[at]),
-            duplicate=conflicts.get(image, ""),
         )
         for at in np.argsort(scores, kind="stable")
         for image in [int(features.indices[at])]
@@ -259,11 +245,10 @@ def show(result: LabelMistakes, options: LabelMistakesOptions) -> int:
             image.name[start:],
             f"{image.label} {image.label_probability:.1%}",
             f"{image.suggestion} {image.suggestion_probability:.1%}",
-            image.duplicate.replace(image.name[:start], ""),
         ]
         for image in result.ranked[: options.top]
     ]
-    for line in table(["image", "label", "suggestion", "duplicate"], rows, left=4):
+    for line in table(["image", "label", "suggestion"], rows, left=3):
         report.say(line)
     if options.output is None:
         report.say("\nfor the whole ranking, a contact sheet and a list to exclude: set output")

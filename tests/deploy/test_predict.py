@@ -8,7 +8,6 @@ import http.server
 import io
 import json
 import os
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.neighbors import NearestNeighbors
 
 import allmlp as am
 from allmlp.data.image import decode
 from allmlp.data.transforms import normalize, resize_for_evaluation
-from allmlp.deploy.exported_model import ExportedModel, info_of
+from allmlp.deploy import rows
 from allmlp.deploy.rows import NOT_FINITE
 from allmlp.preprocessing import Preprocessing
 from conftest import draw, encode, make_class_folder, tiny_model
@@ -78,13 +78,6 @@ def test_features_are_the_models(model, album):
     values = [row.features for row in found if row.features is not None]
     assert np.allclose(np.stack(values), expected, atol=1e-6)
     assert all(row.classes == [] for row in found)
-
-
-def test_a_model_without_class_names_has_numbers(model, album):
-    named = am.predict(model, album, num_workers=0)
-    found = am.predict(tiny_model(), album, num_workers=0)
-    for ours, theirs in zip(found, named, strict=True):
-        assert ours.classes == [(str(NAMES.index(name)), value) for name, value in theirs.classes]
 
 
 def test_values_that_are_not_finite_are_rows_with_an_error(model, album):
@@ -191,7 +184,10 @@ def test_urls(model, tmp_path):
         (["GOOD"], {"device": "mps"}, "mps"),
         (["GOOD"], {"precision": "float64"}, "float64"),
         (["GOOD"], {"image_size": 16}, "16"),
-        (["GOOD"], {"output": "out.xml"}, ".xml"),
+        (["GOOD"], {"output": "out.json"}, ".json"),
+        (["GOOD"], {"neighbors": 2}, "features"),
+        (["GOOD"], {"features": True, "neighbors": 0}, "neighbors"),
+        (["GOOD"], {"features": True, "neighbors": 2, "output": "folder"}, "neighbors"),
         (["GOOD"], {"output": "out.csv", "format": "jsonl"}, "jsonl"),
         (["GOOD"], {"output": "-", "format": "parquet"}, "parquet"),
         (["GOOD"], {"output": "no/such/folder/out.csv"}, "no/such/folder"),
@@ -219,20 +215,18 @@ def read(path: Path) -> list[dict[str, Any]]:
     text = path.read_text()
     if path.suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text)))
-    return (
-        json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.splitlines()]
-    )
+    return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
-def test_written_features_are_exact(model, album, tmp_path, suffix):
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_written_features_are_exact_and_neighbors_are_named(model, album, tmp_path, suffix):
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
     path = tmp_path / f"out{suffix}"
-    found = am.predict(model, album, features=True, output=path, num_workers=0, batch_size=2)
-    rows = read(path)
-    assert [row["path"] for row in rows] == [row.path for row in found]
-    for written, row in zip(rows, found, strict=True):
+    options = {"features": True, "neighbors": 2, "num_workers": 0, "batch_size": 2}
+    found = am.predict(model, album, output=path, **options)
+    for written, row in zip(read(path), found, strict=True):
+        assert written["path"] == row.path
         if suffix == ".csv":
             cells = [written[f"feature_{at}"] for at in range(16)]
             numbers = [float(cell) for cell in cells if cell != ""]
@@ -241,11 +235,21 @@ def test_written_features_are_exact(model, album, tmp_path, suffix):
         wanted = [] if row.features is None else row.features
         assert np.array_equal(np.asarray(numbers, np.float32), np.asarray(wanted, np.float32))
         assert (written.get("error") or None) == row.error
+        assert len(row.neighbors) == (2 if row.error is None else 0)
+        for rank, (name, place, similarity) in enumerate(row.neighbors, start=1):
+            kinds = ("neighbor", "row", "similarity")
+            cells = [written.get(f"{kind}_{rank}") for kind in kinds]
+            if suffix == ".jsonl":
+                cells = list(written["neighbors"][rank - 1].values())
+            assert cells[0] == name == found[place].path
+            assert (int(cells[1]), float(cells[2])) == (place, pytest.approx(similarity, abs=1e-6))
 
 
-def test_csv_and_json(model, album, tmp_path):
-    found = am.predict(model, album, top_k=2, output=tmp_path / "out.json", num_workers=0)
-    rows = [
+def test_csv_and_jsonl(model, album, tmp_path):
+    for suffix in (".jsonl", ".csv"):
+        path = tmp_path / f"out{suffix}"
+        found = am.predict(model, album, top_k=2, output=path, num_workers=0)
+    assert read(tmp_path / "out.jsonl") == [
         {
             "path": row.path,
             "classes": [{"class": name, "probability": value} for name, value in row.classes],
@@ -253,15 +257,35 @@ def test_csv_and_json(model, album, tmp_path):
         }
         for row in found
     ]
-    assert (tmp_path / "out.json").read_text() == json.dumps(rows, indent=2) + "\n"
-    for suffix in (".jsonl", ".csv"):
-        am.predict(model, album, top_k=2, output=tmp_path / f"out{suffix}", num_workers=0)
-    assert read(tmp_path / "out.jsonl") == rows
     lines = (tmp_path / "out.csv").read_text().splitlines()
     assert lines[0] == "path,class_1,probability_1,class_2,probability_2,error"
     (name, value), (second, other) = found[0].classes
     assert lines[1] == f"{found[0].path},{name},{value:.6f},{second},{other:.6f},"
     assert lines[3] == f"{found[2].path},,,,,the file is not an image"
+
+
+@pytest.mark.parametrize("at_once", [10, 2**24])
+def test_neighbors_are_scikit_learns(monkeypatch, at_once: int):
+    monkeypatch.setattr(rows, "_AT_ONCE", at_once)
+    values = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    found = [am.Prediction(f"{at}.png", features=row) for at, row in enumerate(values)]
+    rows.add_neighbors(found, 7)
+    distances, places = NearestNeighbors(metric="cosine").fit(values).kneighbors(None, 7)
+    assert [[row for _, row, _ in one.neighbors] for one in found] == places.tolist()
+    assert [one.neighbors[0][0] for one in found] == [f"{at}.png" for at in places[:, 0]]
+    similar = np.array([[value for *_, value in one.neighbors] for one in found])
+    np.testing.assert_allclose(similar, 1 - distances, atol=2e-6)
+
+
+def test_equally_near_neighbors_keep_the_order_and_bad_images_are_none():
+    one, other = np.array([1.0, 2.0], np.float32), np.array([-3.0, 1.0], np.float32)
+    given = [one, None, 3 * one, other, 2 * one, 0 * one]
+    found = [am.Prediction(name, features=x) for name, x in zip("abcdef", given, strict=True)]
+    rows.add_neighbors(found, 9)
+    names = ["".join(name for name, *_ in one.neighbors) for one in found]
+    assert names == ["cefd", "", "aefd", "face", "acfd", "acde"]
+    rows.add_neighbors(alone := [am.Prediction("a", features=one)], 3)
+    assert alone[0].neighbors == []
 
 
 def test_parquet(model, album, tmp_path, monkeypatch):
@@ -298,13 +322,6 @@ def test_paths_that_are_not_text(model, tmp_path):
     assert stored == f"{tmp_path}/caf\\xe9.png"
 
 
-def test_parquet_needs_a_package(model, album, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(am.UserError) as caught:
-        am.predict(model, album, output=tmp_path / "out.parquet")
-    assert caught.value.code == "missing-package"
-
-
 def test_an_output_that_cannot_be_written(model, album, tmp_path, monkeypatch):
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(am.UserError, match=r"folder\.csv"):
@@ -317,21 +334,3 @@ def test_an_output_that_cannot_be_written(model, album, tmp_path, monkeypatch):
     with pytest.raises(am.UserError, match="No space left"):
         am.predict(model, album, output=tmp_path / "out.csv", num_workers=0)
     assert not list(tmp_path.glob("*out.csv*"))
-
-
-# --- an exported file -----------------------------------------------------------------------------
-
-
-def test_an_exported_file_predicts_as_its_model(model, album, tmp_path):
-    @torch.inference_mode()
-    def run(images: np.ndarray) -> np.ndarray:
-        return model(torch.from_numpy(images)).numpy()
-
-    (tmp_path / "x.onnx").write_bytes(b"a graph")
-    info = info_of(model, "float32", uint8_input=False)
-    file = ExportedModel(info, run, "none 1.0", tmp_path / "x.onnx")
-    ours, its = (am.predict(net, album, top_k=7, num_workers=0) for net in (model, file))
-    for a, b in zip(ours, its, strict=True):
-        assert (a.path, a.error) == (b.path, b.error)
-        assert [name for name, _ in a.classes] == [name for name, _ in b.classes]
-        assert [x for _, x in a.classes] == pytest.approx([x for _, x in b.classes], abs=1e-6)

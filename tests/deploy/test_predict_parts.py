@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +14,8 @@ import pytest
 import allmlp as am
 from allmlp.data.source import EncodedImages, PackedBytes, Source, subset, unlabelled
 from allmlp.deploy.predict import PredictOptions, write_predictions
-from allmlp.io import partial_path
 from allmlp.preprocessing import Preprocessing
-from conftest import NO_PROCESS, draw, encode, make_class_folder, tiny_model
+from conftest import draw, encode, make_class_folder, tiny_model
 from runs import kill_what_is_left, start, start_two, unix
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
@@ -87,22 +85,6 @@ def test_a_restart_writes_only_what_is_missing(model, album, tmp_path, kind, bat
         assert all(path.stat().st_mtime_ns == at for path, at in times.items())
         assert len(rows) == sum((8, 8, 4)[number] for number in gone)
     assert (tmp_path / "out/manifest.json").read_bytes() == manifest
-
-
-def test_a_smaller_batch_may_resume(model, album, tmp_path):
-    """After a lack of memory: the rows are the same but for the last digits."""
-    parts(model, album, tmp_path / "out")
-    before = contents(tmp_path / "out")
-    (tmp_path / "out/part-00001-of-00003.csv").unlink()
-    parts(model, album, tmp_path / "out", batch_size=1)
-    after = contents(tmp_path / "out")
-    for name in before:
-        pairs = zip(before[name].decode().split(","), after[name].decode().split(","), strict=True)
-        for was, now in pairs:
-            try:
-                assert float(was) == pytest.approx(float(now), abs=2e-6)
-            except ValueError:
-                assert was == now
 
 
 def _other_weights(model, _):
@@ -201,17 +183,6 @@ def test_a_full_disk_leaves_nothing_half_written(model, album, tmp_path, monkeyp
     parts(model, album, tmp_path / "out")
     parts(model, album, tmp_path / "straight")
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
-
-
-def test_what_a_killed_process_left_is_removed(model, album, tmp_path):
-    parts(model, album, tmp_path / "out")
-    part = tmp_path / "out/part-00001-of-00003.csv"
-    dead, living = partial_path(part, NO_PROCESS), partial_path(part, os.getppid())
-    dead.write_text("half a row")
-    living.write_text("somebody else's half a row")
-    parts(model, album, tmp_path / "out")
-    assert (dead.exists(), living.exists()) == (False, True)
-    assert len(contents(tmp_path / "out")) == 4 + 1
 
 
 def repeated(times: int) -> Source:

@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import allmlp as am
 from allmlp.data.sources import open_source
@@ -38,16 +36,6 @@ pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="no Chromium here"),
     pytest.mark.skipif(DRIVER is None, reason="no chromedriver here"),
 ]
-
-# What a browser does when a file is dropped or pasted: no driver has a command for that.
-GIVE = """
-    const [how, name, content] = arguments;
-    const data = new DataTransfer();
-    data.items.add(new File([content], name, { type: "image/png" }));
-    const options = { dataTransfer: data, clipboardData: data, bubbles: true, cancelable: true };
-    document.body.dispatchEvent(
-        how === "drop" ? new DragEvent(how, options) : new ClipboardEvent(how, options));
-"""
 
 
 @pytest.fixture(scope="module")
@@ -136,37 +124,3 @@ def test_an_image_and_what_it_excites(browser, url, digit, trained):
     asked = check_requests(browser, url)
     assert {"/", "/page.css", "/page.js", "/model", "/predict", "/occlusion", "/units"} <= asked
     assert "/units?layer=4" in asked
-
-
-def test_several_images_one_of_them_broken(browser, url, digit, tmp_path):
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(digit.read_bytes()[:60])
-    tiff = tmp_path / "photo.tiff"  # which browsers do not show
-    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(tiff)
-    browser.get(url)
-    wait(browser, "document.querySelectorAll('#layer option').length > 1")
-    choose(browser, broken, digit, tiff)
-    wait(browser, "document.getElementById('error').offsetWidth > 0")
-    assert text(browser, "#error").startswith("Not classified: the image is damaged")
-    assert text(browser, "#status") == "3 images, 1 of them could not be classified."
-    assert not browser.find_element(By.ID, "occlusion").is_displayed()
-    buttons = browser.find_elements(By.CSS_SELECTOR, "#strip button")
-    labels = [button.get_attribute("aria-label") for button in buttons]
-    assert labels[0] == "broken.png: no answer"
-    assert labels[1].startswith("digit.png: ")
-    buttons[2].click()
-    wait(browser, "document.getElementById('picture').naturalWidth == 8")  # as the model sees it
-    assert text(browser, "#answer-title") == "photo.tiff"
-    assert not browser.find_element(By.ID, "error").is_displayed()
-    check_requests(browser, url)
-
-
-@pytest.mark.parametrize("how", ["drop", "paste"])
-def test_a_file_that_is_dropped_or_pasted(browser, url, how):
-    browser.get(url)
-    wait(browser, "document.querySelectorAll('#layer option').length > 1")
-    browser.execute_script(GIVE, how, "<b>given</b>.png", "no image")
-    wait(browser, "document.getElementById('error').offsetWidth > 0")
-    assert text(browser, "#error") == "Not classified: the file is not an image"
-    assert text(browser, "#answer-title") == "<b>given</b>.png"
-    check_requests(browser, url)

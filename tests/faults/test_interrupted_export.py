@@ -28,6 +28,7 @@ import allmlp as am
 from conftest import tiny_model
 from allmlp.deploy import export as module
 from allmlp.deploy.export import ExportReport, Parity
+from allmlp.deploy.formats import format_of
 
 path, replace, seen = Path(sys.argv[1]), os.replace, []
 before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
@@ -43,20 +44,22 @@ def child(instant):  # counts what is done; the kill comes at one of these
         if instant < 0:
             end()
 
-    def run(export):
+    def build(model, options, sources, staged, log):
         step()
-        for file in export.format.files(export.path):
+        for file in format_of(staged).files(staged):
             file.write_bytes(b"new")
             step()
+        known = {"precision": "float32", "runtime": "none", "image_size": (8, 8)}
+        known |= {"uint8_input": False, "num_threads": 1}
         return ExportReport(
-            str(path), {}, "x", "float32", "none", (8, 8), False, 1, 1, parity, {}
+            path=str(path), files={}, format="x", parity=parity, speed={}, **known
         )
 
     def counted(source, target):
         replace(source, target)
         step()
 
-    module._Export.run, os.replace = run, counted
+    module.build, os.replace = build, counted
     module.import_extra = lambda *_: None
     am.export(tiny_model(), path, overwrite=True)
     os._exit(0)
@@ -86,7 +89,7 @@ def test_killed_at_every_instant(tmp_path: Path, name: str):
     """The parent of the killed puts the files back, and leaves what is hidden to the next one."""
     path = tmp_path / name
     files = [file.name for file in format_of(path).files(path)]
-    reports = [f"{name}.report.json", f"{name}.report.md"]
+    reports = [f"{name}.report.json"]
     for file in (*files, *reports):
         (tmp_path / file).write_bytes(b"old")
     command = [sys.executable, "-c", KILLS, str(path), str(Path(__file__).parents[1])]
@@ -131,7 +134,7 @@ def test_a_real_export_sweeps_what_a_killed_one_left(tmp_path: Path):
     assert (left / "m.pt2").stat().st_size > 1000
     assert am.export(tiny_model(), path).passed
     names = sorted(file.name for file in tmp_path.iterdir())
-    assert names == ["m.pt2", "m.pt2.report.json", "m.pt2.report.md"]
+    assert names == ["m.pt2", "m.pt2.report.json"]
 
 
 HOLDER = """
@@ -174,7 +177,7 @@ def test_an_error_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module._Export, "run", fail)
+    monkeypatch.setattr(module, "build", fail)
     with pytest.raises(KeyboardInterrupt):
         am.export(tiny_model(), tmp_path / "m.pt2")
     assert not list(tmp_path.iterdir())

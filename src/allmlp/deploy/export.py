@@ -14,7 +14,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from allmlp.data.loader import evaluation_batches
 from allmlp.data.source import Source, subset
 from allmlp.data.sources import open_source, read_from
 from allmlp.data.transforms import normalize
-from allmlp.deploy.exported_model import ExportedModel, info_of
-from allmlp.deploy.formats import format_of, load_any
+from allmlp.decision import Decision
+from allmlp.deploy.formats import ExportedModel, ExportInfo, format_of, info_of, load_any
 from allmlp.deploy.int8 import Int8
 from allmlp.deploy.onnx_graph import graph_module
 from allmlp.deploy.options import ExportOptions
@@ -43,22 +43,24 @@ from allmlp.models.layers import Classifier, ImageClassifier, preprocessing_of
 from allmlp.names import import_extra
 from allmlp.options import make
 from allmlp.runtime.device import torch_settings
+from allmlp.training.own_images import open_measured
 
 # Largest logit difference, relative to the largest logit, explained by rounding. int8 is judged by
 # accuracy.
 LARGEST_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1}
 _RANDOM_IMAGES = 16  # for the comparison without data
-_CALIBRATION_BATCH = 8
-_ROUNDS, _LATENCIES = 5, 4  # single images per round
+_BATCH = 8  # images at a time, for calibration and speed
+_ROUNDS, _LATENCIES = 5, 4  # of the speed measurement; single images per round
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Agreement between the logits of a model and of its exported file.
+    """Agreement between the answers of a model and of its exported file.
 
     Attributes:
-        top1_agreement: fraction of images with the same top-1 class.
-        accuracy: top-1 accuracy of model and file; None without labels.
+        top1_agreement: fraction of images with the same top-1 class, or with the same labels.
+        accuracy: `metric` of model and file; None without labels.
+        metric: "accuracy" (top-1), or "mAP" with several labels per image.
     """
 
     images: str
@@ -67,6 +69,7 @@ class Parity:
     largest_logit: float
     top1_agreement: float
     accuracy: tuple[float, float] | None = None
+    metric: str = "accuracy"
 
     @property
     def relative(self) -> float:
@@ -89,7 +92,7 @@ class Parity:
             found.append(f"{differs}, and {precision} may differ by {limit:g}")
         if self.drop > max_accuracy_drop + 1e-9:
             limits = f"and may fall by {max_accuracy_drop:g}"
-            found.append(f"the accuracy fell by {self.drop:.2f} points, {limits}")
+            found.append(f"the {self.metric} fell by {self.drop:.2f} points, {limits}")
         return found
 
 
@@ -101,15 +104,14 @@ class Speed:
     latency_ms: float
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ExportReport:
     """The exported files, and a comparison with the model.
 
     Attributes:
         path: the file; None if it failed and was not kept.
         files: file name -> size in bytes.
-        num_threads, batch_size: settings of the speed measurement.
-        speed: of model and file.
+        speed: of model and file, with `num_threads`.
         failures: descriptions of the failed criteria.
         kept: layers of an int8 file kept in float32, most sensitive first.
         num_layers: number of dense layers; None except for int8.
@@ -125,7 +127,6 @@ class ExportReport:
     image_size: tuple[int, int]
     uint8_input: bool
     num_threads: int
-    batch_size: int
     parity: Parity
     speed: dict[str, Speed]
     failures: list[str] = field(default_factory=list)
@@ -140,51 +141,39 @@ class ExportReport:
         """Whether the file meets all criteria."""
         return not self.failures
 
-    def rows(self) -> list[tuple[str, str]]:
-        """Returns the report as (name, value) pairs."""
+    def lines(self) -> Iterator[str]:
+        """Yields the report as lines for the console."""
+        for name, value in self._rows():
+            yield f"{name:<10}  {value}"
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
         height, width = self.image_size
         shape = "uint8 (N, H, W, channels)" if self.uint8_input else "float32 (N, channels, H, W)"
-        sizes = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in self.files.items())
-        parity = self.parity
+        sizes = (f"{name} {size / 2**20:,.1f} MiB" for name, size in self.files.items())
+        parity, is_multi = self.parity, self.parity.metric != "accuracy"
         difference = f"largest difference {parity.largest_difference:.2g}"
-        rows = [
-            ("file", sizes),
-            ("format", f"{self.format}, {self.precision}, run by {self.runtime}"),
-            ("input", f"{height}x{width} pixels, {shape}, any batch"),
-            ("compared", f"{plural(parity.num_images, 'image')}: {parity.images}"),
-            ("logits", f"{difference}, {parity.relative:.2g} of the largest logit"),
-            ("agreement", f"{parity.top1_agreement:.2%} have the same top-1 class"),
-        ]
+        yield "file", ", ".join(sizes)
+        yield "format", f"{self.format}, {self.precision}, run by {self.runtime}"
+        yield "input", f"{height}x{width} pixels, {shape}, any batch"
+        yield "compared", f"{plural(parity.num_images, 'image')}: {parity.images}"
+        yield "logits", f"{difference}, {parity.relative:.2g} of the largest logit"
+        same = "labels" if is_multi else "top-1 class"
+        yield "agreement", f"{parity.top1_agreement:.2%} have the same {same}"
         if parity.accuracy is not None:
             before, after = parity.accuracy
             moved = f"{0.0 - parity.drop:+.2f} points"
-            rows.append(("accuracy", f"{before:.2%} original, {after:.2%} file: {moved}"))
+            yield parity.metric, f"{before:.2%} original, {after:.2%} file: {moved}"
         for name, speed in self.speed.items():
-            value = (
-                f"{name}: {speed.images_per_second:,.1f} images/s in batches of {self.batch_size}, "
-                f"{speed.latency_ms:.3g} ms for one image (threads: at most {self.num_threads})"
-            )
-            rows.append(("speed", value))
+            batches = f"{speed.images_per_second:,.1f} images/s in batches of {_BATCH}"
+            single = f"{speed.latency_ms:.3g} ms for one image"
+            yield "speed", f"{name}: {batches}, {single} (threads: at most {self.num_threads})"
         if self.calibration is not None:
-            source = f"{self.calibration['num_images']:,} images of {self.calibration['source']}"
             num_int8 = (self.num_layers or 0) - len(self.kept)
-            rows.append(("calibrated", source))
-            rows.append(("int8", f"{num_int8} of {self.num_layers} dense layers"))
-            rows += [("float32", name) for name in self.kept]
-        rows += [("note", note) for note in self.notes]
-        rows += [("failed", failure) for failure in self.failures]
-        return rows
-
-    def lines(self) -> list[str]:
-        """Returns the report as lines for the console."""
-        rows = self.rows()
-        width = max(len(name) for name, _ in rows)
-        return [f"{name:<{width}}  {value}" for name, value in rows]
-
-    def markdown(self, title: str) -> str:
-        """Returns the report as Markdown."""
-        cells = [f"| {name} | {value.replace('|', '/')} |" for name, value in self.rows()]
-        return "\n".join([f"# {title}", "", "| | |", "| --- | --- |", *cells, ""])
+            source = self.calibration["source"]
+            yield "calibrated", f"{self.calibration['num_images']:,} images of {source}"
+            yield "int8", f"{num_int8} of {self.num_layers} dense layers"
+        texts = {"float32": self.kept, "note": self.notes, "failed": self.failures}
+        yield from ((title, text) for title, lines in texts.items() for text in lines)
 
 
 def export(
@@ -196,8 +185,8 @@ def export(
 ) -> ExportReport:
     """Exports a model to a file that runs without this package, and validates the file.
 
-    FILE.onnx.report.json and FILE.onnx.report.md are written next to FILE.onnx. A file that fails a
-    criterion is not kept: in the report `passed` is False, `path` None, and `failures` say why.
+    FILE.onnx.report.json is written next to FILE.onnx. A file that fails a criterion is not kept:
+    in the report `passed` is False, `path` None, and `failures` say why.
 
     Args:
         model: a model or anything `load_model` accepts.
@@ -212,248 +201,190 @@ def export(
     given = output if isinstance(output, ExportOptions) else None
     if given is None and output is not None:
         fields["output"] = output
-    opened = {
-        name: fields[name]
-        for name in ("data", "calibration")
-        if not isinstance(fields.get(name), str | None)
-    }
-    names = {name: source.name for name, source in opened.items()}
+    both = ("data", "calibration")
+    sources = {name: fields[name] for name in both if isinstance(fields.get(name), Source)}
+    names = {name: source.name for name, source in sources.items()}
     options = make(ExportOptions, given, {**fields, **names})
     path = expand(options.output)
     format = format_of(path)
     if options.precision == "int8" and format.is_program:
         fix = "Export as onnx or openvino"
         raise UserError(f"{format.suffix} files have no int8", where="precision", fix=fix)
-    inputs = [options.data, options.calibration]
-    read = [
-        file for name in inputs if name and name not in names.values() for file in read_from(name)
-    ]
-    for file in (*format.files(path), *_report_files(path)):
+    to_open = {name: getattr(options, name) for name in both if name not in sources}
+    read = [file for name in to_open.values() if name for file in read_from(name)]
+    for file in (*format.files(path), _report_of(path)):
         check_output_file(file, overwrite=options.overwrite)
         check_not_inputs([file], read)
     for package, group in format.packages:
         import_extra(package, group)
-    net = _loaded(model, options)
-    if options.data is not None and "data" not in opened:
-        opened["data"] = open_source(options.data)
-    if options.calibration is not None and "calibration" not in opened:
-        splits = ("train", "validation", "test")
-        opened["calibration"] = open_source(options.calibration, labels="any", first_of=splits)
-    cpu = torch.device("cpu")
-    with staging_folder(path) as folder, torch_settings(cpu, "float32", options.num_threads):
-        work = _Export(net, options, opened, folder / path.name, log)
-        report = work.run()
-        if report.passed:
-            work.put_in_place(report)
-    return report
-
-
-def _loaded(model: ImageClassifier | str | Path, options: ExportOptions) -> ImageClassifier:
     net = load_any(model, options.image_size, options.resize_weights, **options.foreign)
     if not isinstance(net, ImageClassifier):
         raise UserError("this is an exported file already", where=net.source)
     if net is model:
-        source, net = net.source, copy.deepcopy(net).cpu().float().eval()
-        net.source = source
+        net = copy.deepcopy(net).cpu().float().eval()
+        net.source = model.source
     if preprocessing_of(net).kind == "arrays" and options.uint8_input:
         what = "the model takes rows of arrays, which are not uint8 images"
         raise UserError(what, where="uint8_input", fix="Leave it out", code="arrays")
     if preprocessing_of(net).permutation != "none" and not options.uint8_input:
         what = "the model was trained on permuted pixels, whose order would not be in the file"
         raise UserError(what, where="uint8_input", fix="Add it: the order is then in the graph")
-    return net
+    if to_open.get("data") is not None:  # which may be the images that the run held out
+        sources["data"] = open_measured(net.source, to_open["data"], count=False).source
+    if to_open.get("calibration") is not None:
+        splits = ("train", "validation", "test")
+        sources["calibration"] = open_source(to_open["calibration"], labels="any", first_of=splits)
+    cpu = torch.device("cpu")
+    with staging_folder(path) as folder, torch_settings(cpu, "float32", None):
+        staged = folder / path.name
+        report = build(net, options, sources, staged, log)
+        if report.passed:
+            _put_in_place(report, net, staged, path)
+    return report
 
 
-class _Export:
-    """One export: model, options, and the file in the staging folder."""
+def build(
+    model: ImageClassifier,
+    options: ExportOptions,
+    sources: dict[str, Source],
+    path: Path,
+    log: Callable[[str], None],
+) -> ExportReport:
+    """Writes the file to a path in the staging folder and compares it with the model."""
+    output, format = expand(options.output), format_of(path)
+    num_threads = torch.get_num_threads()
+    data, calibration = sources.get("data"), sources.get("calibration")
+    info = info_of(model, options.precision, uint8_input=options.uint8_input)
+    log("exporting")
+    net, example = graph_module(model, uint8_input=info.uint8_input)
+    original = None if data is None else _measure(model, data, options)
+    made = format.make(net, example, info.precision)
 
-    def __init__(
-        self,
-        model: ImageClassifier,
-        options: ExportOptions,
-        sources: dict[str, Source],
-        path: Path,
-        log: Callable[[str], None],
-    ) -> None:
-        self.model, self.options, self.sources = model, options, sources
-        self.path, self.log = path, log
-        self.output = expand(options.output)
-        self.format = format_of(self.output)
-        self.num_threads = options.num_threads or torch.get_num_threads()
-        self.info = info_of(model, options.precision, uint8_input=options.uint8_input)
-        self.original: Evaluation | None = None
+    def written(graph: Any, info: ExportInfo) -> tuple[ExportedModel, Parity]:
+        with _disk_errors(output):
+            format.write(graph, info, path)
+        file = format.open(path, num_threads)
+        if data is None or original is None:
+            inputs, what = _random_inputs(model)
+            numbers = inputs if what == "random numbers" else normalize(inputs, info.preprocessing)
+            exact = _logits_of(model, numbers)
+            return file, compare(exact, _logits_of(file, inputs), what, model.decision)
+        found = _measure(file, data, options)
+        parity = compare(original.logits, found.logits, original.data, model.decision)
+        metric = original.main.title if original.is_multi_label else "accuracy"
+        both = original.main_metric, found.main_metric
+        return file, replace(parity, accuracy=both, metric=metric)
 
-    def run(self) -> ExportReport:
-        """Writes the file to the staging folder and returns its report."""
-        self.log("exporting")
-        net, example = graph_module(self.model, uint8_input=self.info.uint8_input)
-        if "data" in self.sources:
-            self.original = self.measure(self.model)
-        made = self.format.make(net, example, self.info.precision)
-        if self.info.precision == "int8":
-            return self.run_int8(made)
-        file = self.write(made)
-        return self.report(file, self.compare(file))
-
-    def run_int8(self, graph: Any) -> ExportReport:
-        """Keeps more and more sensitive layers in float32 until the accuracy is preserved."""
-        self.log("calibrating")
-        calibration, limit = self.sources["calibration"], self.options.max_accuracy_drop
-        summary = self.model.config.summary()
-        work = Int8(graph, self.calibration_batches(), self.path.parent, self.num_threads, summary)
-        count, attempts = 0, []
-        most = len(work.layers) // 2
-        while True:
-            made, kept = work.quantized(count)
-            self.info = replace(self.info, float32_layers=tuple(kept))
-            self.log(f"measuring int8, {count} layers in float32")
-            file = self.write(made)
-            parity = self.compare(file)
-            attempts.append((count, parity.drop))
-            if not parity.failures("int8", limit) or count >= most:
-                break
-            count = min(max(1, 2 * count), most)
-        report = self.report(file, parity)
-        report.num_layers, report.attempts, report.kept = len(work.layers), attempts, kept
-        report.calibration = {
-            "source": calibration.name,
-            "num_images": work.num_images,
-            "quantile": work.quantile,
-            "sensitivity": {layer: work.sensitivity[node] for node, layer in work.ranked} or None,
-        }
-        if calibration.name == self.sources["data"].name:
-            report.notes.append("calibrated on the data that it was measured on: use other images")
-        if not report.passed:
-            in_float32 = f"{count} of {len(work.layers)} layers in float32"
-            report.failures.append(f"this is with {in_float32}")
-        return report
-
-    def calibration_batches(self) -> Iterator[np.ndarray]:
-        """Yields calibration images, evenly spread over the source, as graph inputs."""
-        source, most = self.sources["calibration"], self.options.calibration_images
-        if len(source) > most:
-            chosen = np.linspace(0, len(source) - 1, most).round().astype(np.int64)
-            source = subset(source, chosen, source.name)
-        for batch in evaluation_batches(
-            source,
-            preprocessing_of(self.model),
-            batch_size=_CALIBRATION_BATCH,
-            num_workers=self.options.num_workers,
-        ):
-            if len(batch.labels):
-                yield self.info.inputs(batch.images)
-
-    def write(self, made: Any) -> ExportedModel:
-        """Writes the file and opens it with its runtime."""
-        with self.writing():
-            self.format.write(made, self.info, self.path)
-        return self.format.open(self.path, self.num_threads)
-
-    def measure(self, model: Classifier) -> Evaluation:
-        """Evaluates a model on the data."""
-        data = self.sources["data"]
-        predictor = Predictor(model, num_workers=self.options.num_workers)
-        result = evaluate_source(predictor, data, allow_missing_classes=True)
-        check_logits(result, data)
-        return result
-
-    def compare(self, file: ExportedModel) -> Parity:
-        """Compares file and model on the data or on random pixels."""
-        if self.original is not None:
-            measured = self.measure(file)
-            accuracy = (self.original.main_metric, measured.main_metric)
-            return compare(self.original.logits, measured.logits, self.original.data, accuracy)
-        config, own = self.model.config, preprocessing_of(self.model)
-        random = torch.Generator().manual_seed(0)
-        shape = (_RANDOM_IMAGES, config.in_channels, *config.image_size)
-        if own.kind == "arrays":
-            rows = torch.randn(shape, generator=random)
-            return compare(_logits_of(self.model, rows), _logits_of(file, rows), "random numbers")
-        pixels = torch.randint(0, 256, shape, generator=random).byte()
-        exact = _logits_of(self.model, normalize(pixels, own))
-        return compare(exact, _logits_of(file, pixels), "random pixels")
-
-    def report(self, file: ExportedModel, parity: Parity) -> ExportReport:
-        """Times the file and returns its report."""
-        options, info, config = self.options, self.info, self.model.config
-        self.log("timing")
-        images = torch.zeros(options.batch_size, config.in_channels, *config.image_size)
-        failures = parity.failures(info.precision, options.max_accuracy_drop)
-        notes = [note for precisions, note in self.format.notes if info.precision in precisions]
-        if self.original is None:
-            notes.insert(0, "no accuracy was measured: give labelled images as data")
-        if info.class_names is None:
-            notes.insert(0, "the model has no class names, and neither does the file")
-        return ExportReport(
-            None if failures else str(self.output),
-            {part.name: part.stat().st_size for part in self.format.files(self.path)},
-            self.format.name,
-            info.precision,
-            file.runtime,
-            config.image_size,
-            info.uint8_input,
-            self.num_threads,
-            options.batch_size,
-            parity,
-            _measure_speed(self.model, file, images),
-            failures,
-            notes=notes,
-        )
-
-    def put_in_place(self, report: ExportReport) -> None:
-        """Writes the reports and renames all files.
-
-        Old files are removed first, starting with the one a runtime opens: a kill in between never
-        leaves a mix of old and new files, or a report on another file.
-        """
-        title = f"{self.output.name}, exported from {self.model.source or 'a model'}"
-        values = {"export": asdict(report) | {"passed": report.passed}}
-        as_json = json.dumps(measurement("export", self.model, values), indent=2) + "\n"
-        files = [*self.format.files(self.path), *_report_files(self.path)]
-        with self.writing():
-            for file, text in zip(files[-2:], (as_json, report.markdown(title)), strict=True):
-                file.write_bytes(text.encode(errors="surrogateescape"))
-            for file in files:
-                fsync(file)
-            if self.format.sidecar is not None:
-                self.output.unlink(missing_ok=True)
-            for file in _report_files(self.output):
-                file.unlink(missing_ok=True)
-            for file in files:
-                os.replace(file, self.output.with_name(file.name))
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Turns disk errors into a UserError."""
-        try:
-            yield
-        except OSError as error:
-            free = shutil.disk_usage(self.output.parent).free
-            what = f"the file cannot be written: {error.strerror}; {free:,} bytes are free there"
-            fix = "Free some space there, or give another output"
-            raise UserError(what, where=self.output, fix=fix, code="disk") from error
+    if data is not None and calibration is not None and info.precision == "int8":
+        log("calibrating")
+        batches = _calibration_batches(calibration, model, info, options)
+        work = Int8(made, batches, path.parent, num_threads, model.config.summary())
+        file, parity, about = _int8_file(work, info, written, options, log)
+        about["calibration"]["source"] = calibration.name
+    else:
+        (file, parity), about = written(made, info), {}
+    failures = parity.failures(info.precision, options.max_accuracy_drop)
+    notes = []
+    if info.class_names is None:
+        notes.append("the model has no class names, and neither does the file")
+    if data is None:
+        notes.append("no accuracy was measured: give labelled images as data")
+    if about and data is not None and about["calibration"]["source"] == data.name:
+        notes.append("calibrated on the data that it was measured on: use other images")
+    if about and failures:
+        layers = f"{len(about['kept'])} of {about['num_layers']} layers"
+        failures.append(f"this is with {layers} in float32")
+    log("timing")
+    images = torch.zeros(_BATCH, model.config.in_channels, *model.config.image_size)
+    return ExportReport(
+        path=None if failures else str(output),
+        files={part.name: part.stat().st_size for part in format.files(path)},
+        format=format.name,
+        precision=info.precision,
+        runtime=file.runtime,
+        image_size=model.config.image_size,
+        uint8_input=info.uint8_input,
+        num_threads=num_threads,
+        parity=parity,
+        speed=_measure_speed(model, file, images),
+        failures=failures,
+        notes=notes,
+        **about,
+    )
 
 
-def _report_files(path: Path) -> tuple[Path, Path]:
-    return path.with_name(f"{path.name}.report.json"), path.with_name(f"{path.name}.report.md")
+def _int8_file(
+    work: Int8,
+    info: ExportInfo,
+    written: Callable[[Any, ExportInfo], tuple[ExportedModel, Parity]],
+    options: ExportOptions,
+    log: Callable[[str], None],
+) -> tuple[ExportedModel, Parity, dict[str, Any]]:
+    """Keeps more and more sensitive layers in float32 until the accuracy is preserved."""
+    count, most, attempts = 0, len(work.layers) // 2, []
+    while True:
+        graph, kept = work.quantized(count)
+        log(f"measuring int8, {count} layers in float32")
+        file, parity = written(graph, replace(info, float32_layers=tuple(kept)))
+        attempts.append((count, parity.drop))
+        if count >= most or not parity.failures("int8", options.max_accuracy_drop):
+            break
+        count = min(max(1, 2 * count), most)
+    sensitivity = {layer: work.sensitivity[node] for node, layer in work.ranked} or None
+    about = {"num_images": work.num_images, "quantile": work.quantile, "sensitivity": sensitivity}
+    found = {"num_layers": len(work.layers), "attempts": attempts, "kept": kept}
+    return file, parity, {**found, "calibration": about}
 
 
-def compare(
-    original: np.ndarray, file: np.ndarray, images: str, accuracy: tuple[float, float] | None = None
-) -> Parity:
-    """Compares the logits (N, K) of a model and of its file."""
-    difference = float(np.abs(original - file).max())
-    same = float((original.argmax(axis=1) == file.argmax(axis=1)).mean())
-    largest = float(np.abs(original).max())
-    return Parity(images, len(original), difference, largest, same, accuracy)
+def _calibration_batches(
+    source: Source, model: ImageClassifier, info: ExportInfo, options: ExportOptions
+) -> Iterator[np.ndarray]:
+    """Yields images, evenly spread over the source, as graph inputs."""
+    most = options.calibration_images
+    if len(source) > most:
+        chosen = np.linspace(0, len(source) - 1, most).round().astype(np.int64)
+        source = subset(source, chosen, source.name)
+    workers = options.num_workers
+    for batch in evaluation_batches(
+        source, preprocessing_of(model), batch_size=_BATCH, num_workers=workers
+    ):
+        if len(batch.labels):
+            yield info.inputs(batch.images)
+
+
+def _measure(model: Classifier, data: Source, options: ExportOptions) -> Evaluation:
+    predictor = Predictor(model, num_workers=options.num_workers)
+    result = evaluate_source(predictor, data, allow_missing_classes=True)
+    check_logits(result, data)
+    return result
+
+
+def _random_inputs(model: ImageClassifier) -> tuple[Tensor, str]:
+    random = torch.Generator().manual_seed(0)
+    shape = (_RANDOM_IMAGES, model.config.in_channels, *model.config.image_size)
+    if preprocessing_of(model).kind == "arrays":
+        return torch.randn(shape, generator=random), "random numbers"
+    return torch.randint(0, 256, shape, generator=random).byte(), "random pixels"
 
 
 @torch.inference_mode()
 def _logits_of(model: Classifier, images: Tensor) -> np.ndarray:
     """Returns the logits (N, K), computed in batches of 1, 3, 3, 3, ..."""
-    parts = [model(images[:1])]
-    parts += [model(images[start : start + 3]) for start in range(1, len(images), 3)]
+    parts = [model(part) for part in (images[:1], *images[1:].split(3))]
     return torch.cat(parts).float().numpy()
+
+
+def compare(exact: np.ndarray, found: np.ndarray, images: str, decision: Decision) -> Parity:
+    """Compares the logits (N, K) of a model and of its file."""
+
+    def answers(logits: np.ndarray) -> np.ndarray:
+        if decision.labels == "single":
+            return logits.argmax(axis=1)[:, None]
+        return decision.answers(decision.probabilities(torch.from_numpy(logits))).numpy()
+
+    difference = float(np.abs(exact - found).max())
+    same = float((answers(exact) == answers(found)).all(axis=1).mean())
+    return Parity(images, len(exact), difference, float(np.abs(exact).max()), same)
 
 
 @torch.inference_mode()
@@ -462,7 +393,7 @@ def _measure_speed(model: ImageClassifier, file: ExportedModel, images: Tensor) 
 
     Every round times a batch and a few single images of each.
     """
-    runs: Mapping[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    runs: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
         "original, torch float32": (Inference(model).logits, images),
         "file": (file, images.byte() if file.info.uint8_input else images),
     }
@@ -481,6 +412,42 @@ def _measure_speed(model: ImageClassifier, file: ExportedModel, images: Tensor) 
     }
 
 
+def _report_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.report.json")
+
+
+def _put_in_place(report: ExportReport, model: ImageClassifier, staged: Path, output: Path) -> None:
+    """Writes the report and renames all files.
+
+    Old files are removed first, starting with the one a runtime opens: a kill in between never
+    leaves a mix of old and new files, or a report on another file.
+    """
+    values = {"export": asdict(report) | {"passed": report.passed}}
+    text = json.dumps(measurement("export", model, values), indent=2) + "\n"
+    format, own = format_of(output), _report_of(staged)
+    files = [*format.files(staged), own]
+    with _disk_errors(output):
+        own.write_bytes(text.encode(errors="surrogateescape"))
+        for file in files:
+            fsync(file)
+        if format.sidecar is not None:
+            output.unlink(missing_ok=True)
+        _report_of(output).unlink(missing_ok=True)
+        for file in files:
+            os.replace(file, output.with_name(file.name))
+
+
+@contextlib.contextmanager
+def _disk_errors(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(output.parent).free
+        what = f"the file cannot be written: {error.strerror}; {free:,} bytes are free there"
+        fix = "Free some space there, or give another output"
+        raise UserError(what, where=output, fix=fix, code="disk") from error
+
+
 def command(model: str, options: ExportOptions) -> ExportReport:
     """Exports with progress on standard error."""
     return export(model, options, log=Reporter(stderr=True).say)
@@ -489,12 +456,7 @@ def command(model: str, options: ExportOptions) -> ExportReport:
 def show(report: ExportReport, options: ExportOptions) -> int:
     """Prints the report; returns the exit code."""
     reporter = Reporter()
-    for line in report.lines():
+    failed = "removed  the file failed and was not kept"
+    for line in (*report.lines(), f"written  {options.output}" if report.passed else failed):
         reporter.say(line)
-    end = (
-        f"written  {options.output}"
-        if report.passed
-        else "removed  the file failed and was not kept"
-    )
-    reporter.say(end)
     return 0 if report.passed else 1

@@ -1,15 +1,25 @@
-"""Export formats: one record each, with functions that write and run a file.
+"""Export formats, one record each, and exported files as models.
 
-To add a format, add a record here and its suffix to `weights.load.EXPORTED`.
+To add a format, add a record to `FORMATS` and its suffix to `weights.load.EXPORTED`. Every file
+carries its metadata as text entries:
+
+class_names     JSON list in the order of the logits, or null
+preprocessing   JSON object: image_size, resize, crop, mean, std, ... of `Preprocessing`
+decision        JSON object: labels, temperature, ... of `Decision`; absent if all are defaults
+input           description of the input's shape, type and range
+decoding        description of how image files are decoded before resizing
+allmlp          JSON object: format, version, precision, architecture, ...
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import io
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +27,173 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from allmlp.deploy.exported_model import ENTRIES, ExportedModel, ExportInfo, from_text, to_text
+from allmlp.data.transforms import denormalize, normalize
+from allmlp.decision import Decision
 from allmlp.deploy.onnx_graph import to_bfloat16, to_onnx, with_metadata
 from allmlp.errors import UserError, one_of
-from allmlp.io import expand
-from allmlp.models.layers import Classifier
-from allmlp.names import import_extra
+from allmlp.io import expand, parse_json
+from allmlp.models.catalog import config_from_json, config_to_json
+from allmlp.models.family import ModelConfig
+from allmlp.models.layers import (
+    Classifier,
+    ImageClassifier,
+    check_image_shape,
+    checked_names,
+    preprocessing_of,
+)
+from allmlp.names import NAME, OLD_NAME, import_extra, own_entry
 from allmlp.options import ImageSize, ResizeWeights
+from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.device import check_threads
-from allmlp.weights.load import open_model
+from allmlp.weights.load import EXPORTED, open_model
+
+FORMAT, VERSION = "allmlp export", 1
+ENTRIES = ("class_names", "preprocessing", "decision", "input", "decoding", NAME, OLD_NAME)
+DECODING = (
+    "The first frame; turned upright by EXIF where exif_orientation is true. Samples of 12 and 16"
+    " bits become value * 255 / (2^bits - 1), rounded down (in colour the upper byte); a TIFF where"
+    " 0 is white is inverted; 32-bit, signed and floating-point samples are refused. What is"
+    " transparent is blended on white. Then RGB, or grey (L) for channels = 1, as Pillow converts."
+)
+
+
+@dataclass(frozen=True)
+class ExportInfo:
+    """Metadata of an exported file."""
+
+    config: ModelConfig
+    class_names: list[str] | None
+    preprocessing: Preprocessing
+    uint8_input: bool  # (N, H, W, channels), else normalized float32 (N, channels, H, W)
+    precision: str
+    num_parameters: int
+    float32_layers: tuple[str, ...] = ()  # in an int8 file
+    decision: Decision = field(default_factory=Decision)
+
+    def inputs(self, images: Tensor) -> np.ndarray:
+        """Converts uint8 images (N, channels, H, W) to graph inputs."""
+        if self.uint8_input:
+            return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+        return normalize(images, self.preprocessing).numpy()
+
+
+def info_of(model: ImageClassifier, precision: str, *, uint8_input: bool) -> ExportInfo:
+    """Returns the metadata for a model's exported file."""
+    how, number = preprocessing_of(model), model.num_parameters
+    return ExportInfo(
+        *(model.config, model.class_names, how, uint8_input, precision, number),
+        decision=model.decision,
+    )
+
+
+def to_text(info: ExportInfo) -> dict[str, str]:
+    """Serializes the metadata to text entries."""
+    (height, width), channels = info.preprocessing.image_size, info.preprocessing.channels
+    shape = f"float32 (N, {channels}, {height}, {width}), (pixels / 255 - mean) / std"
+    if info.preprocessing.kind == "arrays":
+        shape = f"float32 (N, {channels}, {height}, {width}), (numbers - mean) / std"
+    if info.uint8_input:
+        shape = f"uint8 (N, {height}, {width}, {channels}), pixels from 0 to 255"
+    own = {
+        "format": FORMAT,
+        "version": VERSION,
+        "precision": info.precision,
+        "uint8_input": info.uint8_input,
+        "parameters": info.num_parameters,
+        "kept_in_float32": list(info.float32_layers),
+        "architecture": config_to_json(info.config),
+    }
+    decision = info.decision.to_json()
+    return {
+        "class_names": json.dumps(info.class_names),
+        "preprocessing": json.dumps(info.preprocessing.to_json()),
+        **({"decision": json.dumps(decision)} if decision else {}),
+        "input": f"images: {shape}",
+        **({"decoding": DECODING} if info.preprocessing.kind == "images" else {}),
+        NAME: json.dumps(own),
+    }
+
+
+def from_text(values: Mapping[str, str], path: Path) -> ExportInfo:
+    """Parses text entries; raises UserError if they are missing, damaged or newer."""
+    own_text, fix = own_entry(values), "Export it again"
+    if not own_text:
+        what = "the file does not say what its classes and its preprocessing are"
+        raise UserError(what, where=path, fix="Only files of `mixer export` can be used here")
+    try:
+        own: dict[str, Any] = parse_json(own_text)
+        if own["version"] > VERSION:
+            fix = f"pip install --upgrade {NAME}"
+            raise ValueError(f"written by a newer allmlp (version {str(own['version'])[:20]})")
+        config = config_from_json(own["architecture"])
+        names = parse_json(values["class_names"])
+        preprocessing = Preprocessing.from_json(parse_json(values["preprocessing"]))
+        if preprocessing.image_size != config.image_size:
+            raise ValueError("the preprocessing is of another image size")
+        return ExportInfo(
+            config,
+            None if names is None else checked_names(names, config.num_classes),
+            preprocessing,
+            bool(own["uint8_input"]),
+            str(own["precision"]),
+            int(own["parameters"]),
+            tuple(map(str, own["kept_in_float32"])),
+            Decision.from_json(parse_json(values.get("decision") or "{}"), config.num_classes),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"the file's description cannot be used: {str(getattr(error, 'what', error))[:200]}"
+        raise UserError(what, where=path, fix=fix, code="damaged") from error
+
+
+class ExportedModel:
+    """An exported file, run by its runtime on the CPU: images in, logits out.
+
+    Args:
+        info: the file's metadata.
+        run: computes logits from graph inputs.
+        runtime: name and version, such as "onnxruntime 1.31.1".
+        source: the file.
+
+    Attributes:
+        info, run, runtime: as given.
+        config, class_names, decision, source: as in `ImageClassifier`.
+        preprocessing: the part done outside the file.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self, info: ExportInfo, run: Callable[[np.ndarray], np.ndarray], runtime: str, source: Path
+    ) -> None:
+        self.info, self.run, self.runtime = info, run, runtime
+        self.config, self.class_names = info.config, info.class_names
+        self.decision = info.decision
+        self.num_parameters, self.source = info.num_parameters, str(source)
+        self.preprocessing: Preprocessing | None = info.preprocessing
+        if info.uint8_input:  # the graph permutes the pixels
+            changes = {"permutation": "none", "permutation_patch": None, "permutation_seed": 0}
+            self.preprocessing = replace(info.preprocessing, **changes)
+
+    def __repr__(self) -> str:
+        return f"an exported file ({self.source})"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Returns logits (N, num_classes).
+
+        Args:
+            images: (N, channels, H, W), float32 in the model's range or uint8.
+        """
+        check_image_shape(images, self.config, "a file has one size")
+        images = images.detach().cpu()
+        if images.dtype != torch.uint8 and not self.info.uint8_input:
+            return torch.from_numpy(self.run(images.float().numpy()))
+        if images.dtype != torch.uint8:  # exact: pixels were integers
+            pixels = denormalize(images.float(), self.info.preprocessing) * 255.0
+            images = pixels.round().clamp(0, 255).byte()
+        return torch.from_numpy(self.run(self.info.inputs(images)))
+
+
+# --- formats --------------------------------------------------------------------------------------
 
 _ONNX = (("onnx", "export"), ("onnxscript", "export"), ("onnxruntime", "export"))
 
@@ -42,9 +210,8 @@ class Format:
     write: Callable[[Any, ExportInfo, Path], None]
     open: Callable[[Path, int], ExportedModel]  # takes a number of threads
     sidecar: str | None = None  # suffix of a second file with the weights
-    reads: tuple[str, ...] = ()  # suffixes of other formats the runtime can read
+    reads: tuple[str, ...] = ()  # suffixes that the runtime can read
     is_program: bool = False  # no graph to quantize; opening it may run its author's code
-    notes: tuple[tuple[tuple[str, ...], str], ...] = ()  # (precisions, text)
 
     def files(self, path: Path) -> list[Path]:
         """Returns the files of a model; the one passed to the runtime comes last."""
@@ -53,19 +220,13 @@ class Format:
 
 def format_of(path: str | Path) -> Format:
     """Returns the format for a file's suffix."""
-    suffix = Path(path).suffix.lower()
-    found = next((known for known in FORMATS.values() if known.suffix == suffix), None)
-    if found is None:
-        known = ", ".join(f"{known.suffix} ({name})" for name, known in FORMATS.items())
-        what = f"not the name of an exported file: {Path(path).name!r}"
-        raise UserError(what, where=path, fix=f"Known: {known}", code="unknown-name")
-    return found
+    formats = {known.suffix: known for known in FORMATS.values()}
+    return formats[one_of("ending of an exported file", Path(path).suffix.lower(), formats, path)]
 
 
 def is_exported(source: object) -> bool:
     """Returns whether this is the name of an exported file, by its suffix."""
-    suffixes = [known.suffix for known in FORMATS.values()]
-    return isinstance(source, str | Path) and Path(source).suffix.lower() in suffixes
+    return isinstance(source, str | Path) and Path(source).suffix.lower() in EXPORTED
 
 
 def open_exported(
@@ -88,10 +249,8 @@ def open_exported(
         what = "a torch-export file is a program: opening one may run what its author wrote"
         fix = "torch.export.load opens your own; export to .onnx for `mixer predict`"
         raise UserError(what, where=path, fix=fix)
-    runtimes = {found.runtime: found for found in FORMATS.values() if not found.is_program}
-    chosen = own if runtime is None else runtimes[one_of("runtime", runtime, runtimes)]
-    if own.suffix not in (chosen.suffix, *chosen.reads):
-        raise UserError(f"{runtime} does not read {own.suffix} files", where=path)
+    runtimes = {found.runtime: found for found in FORMATS.values() if own.suffix in found.reads}
+    chosen = own if runtime is None else runtimes[one_of("runtime", runtime, runtimes, path)]
     for file in reversed(own.files(path)):
         if not file.is_file():
             fix = f"Copy {path.name} and {file.name}" if file != path else None
@@ -108,16 +267,13 @@ def load_any(
     **foreign: Any,
 ) -> Classifier:
     """Returns a model given in memory or by name; an exported file keeps its own size."""
-    exported = model if isinstance(model, ExportedModel) else None
-    if exported is None and not is_exported(model):
+    if not (isinstance(model, ExportedModel) or is_exported(model)):
         return open_model(model, image_size, resize_weights or "auto", **foreign)
-    if foreign:
-        what = f"an exported file has its own {', '.join(foreign)}"
-        raise UserError(what, where=next(iter(foreign)), fix="Leave it out, or export it again")
-    if image_size is not None:
-        what = f"image_size={image_size}: an exported file has one image size"
-        raise UserError(what, where="image_size", fix="Leave it out, or export it at that size")
-    return exported or open_exported(str(model))
+    for name, value in {"image_size": image_size, **foreign}.items():
+        if value is not None:
+            what = f"{name}={value}: an exported file has its own"
+            raise UserError(what, where=name, fix="Leave it out, or export it again")
+    return model if isinstance(model, ExportedModel) else open_exported(str(model))
 
 
 def _onnx_graph(net: nn.Module, example: Tensor, precision: str) -> Any:
@@ -141,10 +297,8 @@ def onnx_session(model: bytes | Path, num_threads: int) -> Any:
 
 def _open_onnx(path: Path, num_threads: int) -> ExportedModel:
     version = import_extra("onnxruntime", "export").__version__
-    try:
+    with _readable("ONNX Runtime", path):
         session = onnx_session(path, num_threads)
-    except Exception as error:  # its exceptions have no common base class
-        raise _unreadable("ONNX Runtime", path, error) from error
     info = from_text(session.get_modelmeta().custom_metadata_map, path)
 
     def run(images: np.ndarray) -> np.ndarray:
@@ -167,7 +321,7 @@ def _write_openvino(graph: Any, info: ExportInfo, path: Path) -> None:
 def _open_openvino(path: Path, num_threads: int) -> ExportedModel:
     openvino = import_extra("openvino", "openvino")
     core = openvino.Core()
-    try:
+    with _readable("OpenVINO", path):
         model = core.read_model(str(path))
         entries = {
             name: str(model.get_rt_info(["framework", name]).value)  # where ONNX metadata ends up
@@ -179,10 +333,6 @@ def _open_openvino(path: Path, num_threads: int) -> ExportedModel:
         hint = "bf16" if info.precision == "bfloat16" else "f32"
         settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": num_threads}
         compiled = core.compile_model(model, "CPU", settings)
-    except UserError:
-        raise
-    except Exception as error:
-        raise _unreadable("OpenVINO", path, error) from error
 
     def run(images: np.ndarray) -> np.ndarray:
         return compiled({"images": images})[0].copy()
@@ -235,11 +385,18 @@ def with_bfloat16_products(net: nn.Module) -> nn.Module:
     return half
 
 
-def _unreadable(runtime: str, path: Path, error: Exception) -> UserError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = (lines[0] if lines else type(error).__name__)[:200]
-    what = f"{runtime} cannot read the file: {reason}"
-    return UserError(what, where=path, fix="Copy it again, or export it again", code="damaged")
+@contextlib.contextmanager
+def _readable(runtime: str, path: Path) -> Iterator[None]:
+    """Turns the errors of a runtime, which have no common base class, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        what = f"{runtime} cannot read the file: {(lines or [type(error).__name__])[0][:200]}"
+        fix = "Copy it again, or export it again"
+        raise UserError(what, where=path, fix=fix, code="damaged") from error
 
 
 _ALL = (
@@ -251,13 +408,7 @@ _ALL = (
         make=_onnx_graph,
         write=_write_onnx,
         open=_open_onnx,
-        notes=(
-            (
-                ("bfloat16",),
-                "weights are stored in bfloat16; ONNX Runtime multiplies in float32 on a "
-                "processor, so the file is half as large and no faster",
-            ),
-        ),
+        reads=(".onnx",),
     ),
     Format(
         name="openvino",
@@ -268,18 +419,7 @@ _ALL = (
         write=_write_openvino,
         open=_open_openvino,
         sidecar=".bin",
-        reads=(".onnx",),
-        notes=(
-            (
-                ("float32", "bfloat16", "int8"),
-                "OpenVINO reads two files, the .xml and the .bin beside it: move both",
-            ),
-            (
-                ("float32", "int8"),
-                "set INFERENCE_PRECISION_HINT to f32, as here, or OpenVINO computes in bfloat16 "
-                "where the processor has it",
-            ),
-        ),
+        reads=(".xml", ".onnx"),
     ),
     Format(
         name="torch-export",

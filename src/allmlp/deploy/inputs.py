@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import glob
 import http.client
+import itertools
 import operator
 import os
 import sys
@@ -89,24 +90,20 @@ def labelled_images(data: Any, class_names: list[str]) -> Source:
     form = "Give (images, labels), or a list of (image, label) pairs"
     try:
         images, labels = data if isinstance(data, tuple) else zip(*data, strict=True)
-        are_rows = _are_rows(images)
-        images, labels = images if are_rows else list(images), list(labels)
+        if len(images) != len(labels):
+            raise ValueError(f"there are {len(images):,} images and {len(labels):,} labels")
     except (TypeError, ValueError) as error:
         raise UserError(f"not images with labels: {error}", fix=form, code="wrong-type") from error
-    if len(images) != len(labels):
-        what = f"there are {len(images):,} images and {len(labels):,} labels"
-        raise UserError(what, fix=form, code="wrong-type")
     place = {name: at for at, name in enumerate(class_names)}
 
     def number_of(label: Any) -> int:
         if isinstance(label, str):
             return place[one_of("class", label, place)]
         try:
-            at = operator.index(label)
+            return int(between("a label", operator.index(label), 0, len(class_names) - 1))
         except TypeError as error:
             what = f"a label is a class's name or number, got {label!r}"
             raise UserError(what, fix=form, code="wrong-type") from error
-        return int(between("a label", at, 0, len(class_names) - 1))
 
     if any(isinstance(label, list | tuple | set) for label in labels):
         numbers = np.zeros((len(labels), len(class_names)), dtype=bool)
@@ -114,18 +111,15 @@ def labelled_images(data: Any, class_names: list[str]) -> Source:
             row[[number_of(label) for label in several]] = True
     else:
         numbers = np.array([number_of(label) for label in labels], dtype=np.int64)
-    if are_rows:
+    if _are_rows(images):
         return labelled(ArrayRows(images, "x"), "x", class_names, numbers)
-    is_named = [isinstance(image, str | Path) for image in images]
-    names = [
-        str(image if is_url(image) else Path(image).expanduser()) if named else f"images[{at}]"
-        for at, (image, named) in enumerate(zip(images, is_named, strict=True))
-    ]
-    encoded = {
-        at: encoded_image(image, f"image {at}")
-        for at, (image, named) in enumerate(zip(images, is_named, strict=True))
-        if not named
-    }
+    names, encoded = [], {}
+    for at, image in enumerate(images):
+        if isinstance(image, str | Path):
+            names.append(str(image if is_url(image) else Path(image).expanduser()))
+        else:
+            names.append(f"images[{at}]")
+            encoded[at] = encoded_image(image, f"image {at}")
     given = GivenImages(PackedStrings(names), encoded=encoded)
     return labelled(given, "images", class_names, numbers)
 
@@ -146,10 +140,9 @@ def _names(
     encoded: dict[int, bytes],
 ) -> Iterator[str]:
     """Yields the name of every image; adds those in memory to `encoded`."""
-    number = 0
+    number = itertools.count()
     for position, item in enumerate(inputs):
         if not isinstance(item, str | Path):
-            encoded[number] = encoded_image(item, f"image {position}")
             found: Iterable[str] = [f"images[{position}]"]
         elif str(item) == STANDARD_INPUT:
             found = read_list() if listed is None else listed
@@ -160,8 +153,9 @@ def _names(
             raise UserError(what, fix="Give it to a command of its own")
         else:
             found = _files(str(item), passed_over)
-        for name in found:
-            number += 1
+        for name, at in zip(found, number, strict=False):
+            if not isinstance(item, str | Path):
+                encoded[at] = encoded_image(item, f"image {position}")
             yield name
 
 
@@ -190,16 +184,11 @@ def read_list() -> PackedStrings:
 
     A missing file becomes a row with an error, like any other bad image.
     """
-    stream = sys.stdin.buffer
-    if stream.isatty():
-        what = "'-' reads a list of images, and standard input is a terminal"
-        raise UserError(what, fix="find FOLDER -name '*.jpg' | mixer predict MODEL -")
-    data = stream.read()
+    stream, what = sys.stdin.buffer, "there are no images on standard input"
     # Paths with newlines need zero bytes as separators.
-    lines = data.split(b"\0" if b"\0" in data else b"\n")
-    paths = PackedStrings(
-        os.fsdecode(line) for line in (x.removesuffix(b"\r") for x in lines) if line
-    )
+    data = b"" if stream.isatty() else stream.read()
+    lines = data.split(b"\0") if b"\0" in data else data.splitlines()
+    paths = PackedStrings(os.fsdecode(line) for line in lines if line)
     if not len(paths):
-        raise UserError("no images on standard input", where="-", fix="Give one path per line")
+        raise UserError(what, where="-", fix="find FOLDER -name '*.jpg' | mixer predict MODEL -")
     return paths

@@ -56,8 +56,7 @@ class Int8:
         self.sensitivity: dict[str, float] = {}
         self._ranges = self._measure(batches, folder)
         self._exact = self._logits(graph)
-        errors = {quantile: self._error(self._quantized([], quantile)) for quantile in QUANTILES}
-        self.quantile = min(errors, key=lambda quantile: errors[quantile])
+        self.quantile = min(QUANTILES, key=lambda q: self._error(self._quantized([], q)))
 
     def quantized(self, num_float32: int) -> tuple[Any, list[str]]:
         """Returns the graph with `num_float32` layers in float32, and their names."""

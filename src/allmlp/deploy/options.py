@@ -42,16 +42,13 @@ class PredictOptions(ComputeOptions, ForeignOptions):
     """Write the pooled features (the input of the head) instead of classes."""
     neighbors: int | None = None
     """Also write this many nearest neighbours of each image, by cosine similarity of the features:
-    name, row from 0, and similarity. Among the images themselves, or in `reference`."""
-    reference: str | Path | None = None
-    """File of features to search the neighbours in, written by an earlier `features` of the same
-    model."""
+    name, row from 0, and similarity."""
     image_size: ImageSize | None = None
     """Image size in pixels; defaults to the model's own."""
     resize_weights: ResizeWeights | None = None
     """How the token-mixing weights are resized to another image size."""
     output: str | Path | None = None
-    """A .csv, .json, .jsonl or .parquet file, a folder for part files, or - for standard output."""
+    """A .csv, .jsonl or .parquet file, a folder for part files, or - for standard output."""
     overwrite: bool = False
     """Replace existing files."""
     format: Literal["csv", "jsonl", "parquet"] | None = None
@@ -65,7 +62,6 @@ class PredictOptions(ComputeOptions, ForeignOptions):
         needs({"resize_weights": self.resize_weights}, "image_size", self.image_size)
         between("unsure_below", self.unsure_below, 0, 1)
         needs({"neighbors": self.neighbors}, "features", self.features or None)
-        needs({"reference": self.reference}, "neighbors", self.neighbors)
         if self.features and self.top_k is not None:
             what = f"top_k={self.top_k} and features exclude each other: rows have one of them"
             raise UserError(what, fix="Leave out one of them", code="conflict")
@@ -98,17 +94,14 @@ class ExportOptions(ForeignOptions):
     data: str | None = None
     """Labelled images to compare the file's accuracy with the model's; required for int8."""
     max_accuracy_drop: float = 0.5
-    """Largest drop of top-1 accuracy to accept, in percentage points."""
+    """Largest drop of top-1 accuracy to accept, or of mAP with several labels per image, in
+    percentage points."""
     calibration: str | None = None
     """Images (labels not needed) to calibrate int8 ranges on; must not overlap the data."""
     calibration_images: int = 1000
     """Most calibration images to use, spread evenly."""
     overwrite: bool = False
     """Replace existing files."""
-    batch_size: int = 8
-    """Batch size for measuring speed."""
-    num_threads: int | None = None
-    """CPU threads for measuring speed; defaults to torch's choice."""
     num_workers: int | None = None
     """Number of processes that decode images; by default chosen by the size of the data."""
 
@@ -118,8 +111,7 @@ class ExportOptions(ForeignOptions):
         needs(is_int8, "data", self.data)
         needs({"resize_weights": self.resize_weights}, "image_size", self.image_size)
         between("max_accuracy_drop", self.max_accuracy_drop, 0, 100)
-        for name in ("batch_size", "num_threads", "calibration_images"):
-            between(name, getattr(self, name), 1, 2**20)
+        at_least("calibration_images", self.calibration_images, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +148,6 @@ class ServeOptions(ForeignOptions):
     """Most images per request."""
     max_megabytes: float = 20.0
     """Largest image file in megabytes."""
-    max_megapixels: float = 200.0
-    """Most megapixels per request, all images together; a small file may decode to gigabytes."""
 
     def __post_init__(self) -> None:
         between("port", self.port, 0, 65535)
@@ -165,7 +155,6 @@ class ServeOptions(ForeignOptions):
         at_least("top_k", self.top_k, 1)
         at_least("max_images", self.max_images, 1)
         between("max_megabytes", self.max_megabytes, 0.001, 1000)
-        between("max_megapixels", self.max_megapixels, 0.001, 100_000)
         needs({"resize_weights": self.resize_weights}, "image_size", self.image_size)
 
 

@@ -29,15 +29,7 @@ import numpy as np
 
 from allmlp.data.fingerprint import fingerprint
 from allmlp.data.source import BadImage, Source, subset
-from allmlp.deploy.neighbors import FORMATS
-from allmlp.deploy.rows import (
-    Columns,
-    Rows,
-    check_table,
-    predict_rows,
-    write_table,
-    writing,
-)
+from allmlp.deploy.rows import FORMATS, Columns, Rows, predict_rows, write_table, writing
 from allmlp.environment import environment_info
 from allmlp.errors import UserError, one_of
 from allmlp.evaluation.features import weights_hash
@@ -51,12 +43,14 @@ from allmlp.io import (
     read_json,
     remove_stale,
 )
-from allmlp.models.layers import Classifier, ImageClassifier, preprocessing_of
-from allmlp.names import is_format
+from allmlp.models.layers import ImageClassifier, preprocessing_of
+from allmlp.names import import_extra, is_format
 from allmlp.runtime.world import World
+from allmlp.weights.download import sha256_of
 
 MANIFEST = "manifest.json"
 PART_SIZE = 10_000  # maximum number of images by default
+NAMED = 20  # bad images that are listed
 _FORMAT, _VERSION = "allmlp predictions", 1
 _ANOTHER = "Give another output, or the model, images and settings that it was begun with"
 
@@ -102,20 +96,22 @@ def choose_output(
     """
     if output is None:
         return None
-    path = expand(output)
+    path, suffix = expand(output), f".{format or 'csv'}"
     if str(output) == STANDARD_OUTPUT:
         return Output(None, f".{one_of('format', format or 'csv', ('csv', 'jsonl'))}")
     is_folder = str(output).endswith(("/", os.sep)) or not path.suffix or path.is_dir()
     if path.suffix in FORMATS or not is_folder:
+        is_folder = False
         one_of("output format", path.suffix, [*FORMATS, "a folder"], where=path)
-        if format is not None and f".{format}" != path.suffix:
+        if format is not None and suffix != path.suffix:
             what = f"format {format} does not agree with the ending of the output"
-            raise UserError(what, where=path, fix=f"Leave format out, or end it in .{format}")
+            raise UserError(what, where=path, fix=f"Leave format out, or end it in {suffix}")
+        suffix = path.suffix
         check_output_file(path, overwrite=overwrite)
-        check_table(path.suffix)
-        return Output(path, path.suffix)
-    suffix = f".{format or 'csv'}"
-    check_table(suffix)
+    if suffix == ".parquet":
+        import_extra("pyarrow.parquet", "data")
+    if not is_folder:
+        return Output(path, suffix)
     check_output_folder(path)
     if path.is_dir() and not (path / MANIFEST).exists():
         other = next((name for name in os.listdir(path) if name[0] != "."), None)
@@ -180,18 +176,17 @@ def _with_bad_images(
         path.unlink(missing_ok=True)
 
 
-def read_bad(output: Output, most: int) -> tuple[int, list[BadImage]]:
-    """Returns the number of bad images in a complete folder, and the first `most` of them."""
-    number, first = 0, []
-    for path in (output.part(part, "bad") for part in range(output.parts)):
-        if not path.exists():
-            continue
+def read_bad(output: Output) -> tuple[int, list[BadImage]]:
+    """Returns the number of bad images in a complete folder, and the first of them."""
+    bad: list[BadImage] = []
+    number = 0
+    for path in filter(Path.exists, (output.part(part, "bad") for part in range(output.parts))):
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            for row in csv.DictReader(file):
-                if number < most:
-                    first.append(BadImage(int(row["index"]), row["path"], row["error"]))
+            for index, name, error in itertools.islice(csv.reader(file), 1, None):
                 number += 1
-    return number, first
+                if len(bad) < NAMED:
+                    bad.append(BadImage(int(index), name, error))
+    return number, bad
 
 
 def _wait_for_all(output: Output, world: World) -> None:
@@ -220,17 +215,24 @@ def begin_parts(
     folder, number, size = output.path, len(source), output.part_size
     assert folder is not None
     path, job = folder / MANIFEST, _job(predictor, source, columns)
+    begun = None
     if path.exists():
-        begun = _read_manifest(path)
-        size = size or begun["table"]["part_size"]
-        _check_same(begun, {**job, "table": _table(output, size)}, folder)
-    else:
+        begun = read_json(path, "the manifest cannot be used", _ANOTHER)
+        begun = begun if isinstance(begun, dict) else {}
+        table = begun.get("table", {})
+        is_known = is_format(begun.get("format"), _FORMAT) and begun.get("version") == _VERSION
+        if not (is_known and "part_size" in table):
+            raise UserError("the manifest cannot be used", where=path, fix=_ANOTHER, code="damaged")
+        size = size or table["part_size"]
+    elif size is None:
         # Whole batches, and a few parts per process: a kill loses one part, and no process idles.
         wanted = min(PART_SIZE, math.ceil(number / (4 * processes)))
-        batch_size = predictor.batch_size
-        size = size or max(1, math.ceil(wanted / batch_size)) * batch_size
-        values = {"format": _FORMAT, "version": _VERSION, **job, "table": _table(output, size)}
-        text = json.dumps(values, indent=1) + "\n"
+        size = max(1, math.ceil(wanted / predictor.batch_size)) * predictor.batch_size
+    job["table"] = {"format": output.suffix[1:], "part_size": size}
+    if begun is not None:
+        _check_same(begun, job, folder)
+    else:
+        text = json.dumps({"format": _FORMAT, "version": _VERSION, **job}, indent=1) + "\n"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             atomic_write(path, text.encode(errors="surrogateescape"))
@@ -238,10 +240,6 @@ def begin_parts(
     existing = set(os.listdir(folder))
     missing = (part for part in range(output.parts) if output.part(part).name not in existing)
     return replace(output, missing=tuple(missing))
-
-
-def _table(output: Output, part_size: int) -> dict[str, Any]:
-    return {"format": output.suffix[1:], "part_size": part_size}
 
 
 def _job(predictor: Predictor, source: Source, columns: Columns) -> dict[str, Any]:
@@ -253,14 +251,14 @@ def _job(predictor: Predictor, source: Source, columns: Columns) -> dict[str, An
     model = predictor.model
     names = "\n".join(model.class_names or []).encode(errors="surrogateescape")
     is_file = not isinstance(model, ImageClassifier)
-    answer = "features" if columns.features else "classes"
-    if columns.reference is not None:
-        answer += f" and {columns.neighbors} neighbors in {columns.reference.sha256}"
     return {
-        "model": {"sha256": identity(model), "classes": hashlib.sha256(names).hexdigest()},
+        "model": {
+            "sha256": _hash_of_file(str(model.source)) if is_file else weights_hash(model),
+            "classes": hashlib.sha256(names).hexdigest(),
+        },
         "images": {"number": len(source), "sha256": fingerprint(source)},
         "settings": {
-            "answer": answer,
+            "answer": "features" if columns.features else "classes",
             "top_k": None if columns.features else columns.width,
             "precision": None if is_file else predictor.precision,
             "preprocessing": json.loads(json.dumps(preprocessing_of(model).to_json())),
@@ -276,26 +274,12 @@ def _job(predictor: Predictor, source: Source, columns: Columns) -> dict[str, An
     }
 
 
-def identity(model: Classifier) -> str:
-    """Returns the sha256 of a model's architecture and weights, or of its file."""
-    if isinstance(model, ImageClassifier):
-        return weights_hash(model)
-    digest, file = hashlib.sha256(), Path(str(model.source))
-    for path in (file, file.with_suffix(".bin")):  # OpenVINO stores its weights in .bin
-        if path.exists() and (path == file or file.suffix == ".xml"):
-            with path.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    what = "the manifest cannot be used"
-    values = read_json(path, what, "Give another output")
-    is_manifest = isinstance(values, dict) and is_format(values.get("format"), _FORMAT)
-    size = values.get("table", {}).get("part_size") if is_manifest else None
-    if not (is_manifest and values.get("version") == _VERSION and isinstance(size, int) and size):
-        raise UserError(what, where=path, fix="Give another output", code="damaged")
-    return values
+def _hash_of_file(name: str) -> str:
+    """Returns the sha256 of an exported file, with OpenVINO's weights, which are in .bin."""
+    file = Path(name)
+    paths = [file, file.with_suffix(".bin")] if file.suffix == ".xml" else [file]
+    sums = [bytes.fromhex(sha256_of(path)) for path in paths]
+    return hashlib.sha256(b"".join(sums)).hexdigest()
 
 
 def _check_same(begun: dict[str, Any], job: dict[str, Any], folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +15,12 @@ from allmlp.data.sources import notes_of, read_from
 from allmlp.deploy.formats import is_exported, load_any
 from allmlp.deploy.inputs import STANDARD_INPUT, AnyImage, find_images, is_url, read_list
 from allmlp.deploy.options import PredictOptions
-from allmlp.deploy.parts import Output, begin_parts, choose_output, read_bad, write_parts
+from allmlp.deploy.parts import NAMED, Output, begin_parts, choose_output, read_bad, write_parts
 from allmlp.deploy.rows import (
     Columns,
     Prediction,
     Rows,
+    add_neighbors,
     choose_columns,
     predict_rows,
     row_json,
@@ -36,7 +37,6 @@ from allmlp.weights.load import files_of
 __all__ = ["PredictOptions", "Prediction", "predict", "write_predictions"]
 
 _SHOWN = 40  # rows shown on screen
-_NAMED = 20  # bad images listed
 
 
 @named_memory_errors()
@@ -100,14 +100,17 @@ def write_predictions(
     output = choose_output(
         options.output, options.format, options.part_size, overwrite=options.overwrite
     )
-    if world.size > 1 and (output is None or not output.is_folder):
+    is_folder = output is not None and output.is_folder
+    if world.size > 1 and not is_folder:
         what = "several processes need a folder to write their parts to"
         raise UserError(what, where="output", fix="Give a name without an ending")
+    if is_folder and options.neighbors is not None:
+        what = "neighbors, among all images, are written to one file, not to parts"
+        raise UserError(what, where="output", fix="Give it an ending", code="conflict")
     source, names = _open_images(images, world)
     if output is not None and output.path is not None:
         inputs = [path for name in names for path in read_from(name)]
         inputs += files_of(model) if isinstance(model, str | Path) else []
-        inputs += [] if options.reference is None else [options.reference]
         check_not_inputs([output.path], inputs, map(source.item_name, range(len(source))))
     net = load_any(model, options.image_size, options.resize_weights, **options.foreign)
     predictor = Predictor(
@@ -124,13 +127,8 @@ def write_predictions(
         features=options.features,
         unsure_below=options.unsure_below,
         neighbors=options.neighbors,
-        reference=options.reference,
     )
     if output is not None and output.is_folder:
-        if columns.neighbors and columns.reference is None:
-            what = "neighbors among the images themselves are written to one file, not to parts"
-            fix = "Give an output with an ending, or a reference to search in"
-            raise UserError(what, where="output", fix=fix, code="conflict")
         begun = output
         output = world.broadcast_from_rank0(
             lambda: begin_parts(predictor, source, columns, begun, world.size)
@@ -139,22 +137,20 @@ def write_predictions(
         write_parts(predictor, source, columns, output, world, on_rows)
         return output
 
-    def seen(batches: Iterable[Rows]) -> Iterator[Rows]:
-        for rows in batches:
-            on_rows(rows)
-            yield rows
+    def seen(rows: Rows) -> Rows:
+        on_rows(rows)
+        return rows
 
     on_start(predictor, source, output, columns)
     with closing(predict_rows(predictor, source, columns)) as batches:
-        rows: Iterable[Rows] = seen(batches)
-        if columns.neighbors and columns.reference is None:
-            rows = list(rows)
-            columns.find([row for batch in rows for row in batch], among=True)
+        rows: Iterable[Rows] = map(seen, batches)
+        if columns.neighbors:
+            rows = [[row for batch in rows for row in batch]]
+            add_neighbors(rows[0], columns.neighbors)
         if output is not None:
             write_table(output.path, output.suffix, rows, columns)
-        else:
-            for _ in rows:
-                pass
+        for _ in rows:  # without an output
+            pass
     return output
 
 
@@ -182,18 +178,16 @@ class _Screen:
         self.options, self.world = options, world
         self.reporter = Reporter(quiet=not world.is_main, stderr=options.output == STANDARD_OUTPUT)
         self.stack = ExitStack()  # closes the bar
-        self.images = self.bad = 0
-        self.rows: list[Prediction] = []
-        self.bad_images: list[BadImage] = []
+        self.images = self.num_bad = 0
+        self.rows: list[Prediction] = []  # the first good ones, or all without an output
+        self.bad: list[BadImage] = []
         self.precision = ""
 
     def start(
         self, predictor: Predictor, source: Source, output: Output | None, columns: Columns
     ) -> None:
         """Prints notes and starts the progress bar."""
-        self.columns, self.decision = columns, columns.decision
-        self.is_shown = output is None  # then all rows are kept
-        number = len(source)
+        self.columns, self.keeps_all, number = columns, output is None, len(source)
         if self.world.is_main:
             report_notes(notes_of({"": source}))
             if not self.options.features and not predictor.model.class_names:
@@ -213,10 +207,10 @@ class _Screen:
         """Counts the rows of a batch and advances the bar."""
         for row in rows:
             if row.error is not None:
-                self.bad += 1
-                if len(self.bad_images) < _NAMED:
-                    self.bad_images.append(BadImage(self.images, row.path, row.error))
-            if self.is_shown or (row.error is None and len(self.rows) < _SHOWN):
+                self.num_bad += 1
+                if len(self.bad) < NAMED:
+                    self.bad.append(BadImage(self.images, row.path, row.error))
+            if self.keeps_all or (row.error is None and len(self.rows) < _SHOWN):
                 self.rows.append(row)
             self.images += 1
         seconds = time.monotonic() - self.started
@@ -226,42 +220,43 @@ class _Screen:
         """Prints the first rows, output path, speed and bad images."""
         seconds = time.monotonic() - self.started
         computed = number = self.images
+        say, bad = self.reporter.say, self.num_bad
         if output is not None and output.is_folder:
             computed, number = sum(self.world.gather(computed)), output.images
             if not self.world.is_main:
                 return Done({})  # even with bad images: torchrun would kill the main process
-            self.bad, self.bad_images = read_bad(output, _NAMED)  # includes existing parts
-            parts = f"{plural(output.parts, 'part')}, {plural(number, 'image')}"
-            self.reporter.say(f"written  {output.path}: {parts}")
+            bad, self.bad = read_bad(output)  # includes existing parts
+            say(
+                f"written  {output.path}: {plural(output.parts, 'part')}, {plural(number, 'image')}"
+            )
         elif output is None or output.path is not None:
             self._show_rows(output)
             if output is not None:
-                self.reporter.say(f"written  {output.path}: {plural(number, 'image')}")
+                say(f"written  {output.path}: {plural(number, 'image')}")
         if computed:
             speed = f"{computed / max(seconds, 1e-9):,.1f} images/s{self.precision}"
-            self.reporter.say(f"time     {seconds:,.1f} s: {speed}")
-        code = report_bad_images(self.bad_images, self.bad)
-        values: dict[str, Any] = {"images": number, "bad": self.bad}
+            say(f"time     {seconds:,.1f} s: {speed}")
+        code = report_bad_images(self.bad, bad)
+        values: dict[str, Any] = {"images": number, "bad": bad}
         if output is None:
             values["predictions"] = [row_json(row, self.columns) for row in self.rows]
         else:
             values["written"] = output.path
-        return Done(values, 2 if self.bad and self.bad == number else code)
+        return Done(values, 2 if bad and bad == number else code)
 
     def _show_rows(self, output: Output | None) -> None:
         shown = [row for row in self.rows if row.error is None][:_SHOWN]
         if self.options.features or not shown:
             return
-        header, rows = ["image"], [[row.path] for row in shown]
-        if self.decision.has_answer:
-            header.append("answer")
-            rows = [[row.path, self.decision.text(row.answers)] for row in shown]
-        for cells, row in zip(rows, shown, strict=True):
-            cells += [f"{name} {value:.1%}" for name, value in row.classes]
-        header += [f"{rank}." for rank in range(1, len(shown[0].classes) + 1)]
+        decision, rows = self.columns.decision, []
+        for row in shown:
+            answer = [decision.text(row.answers)] if decision.has_answer else []
+            rows.append([row.path, *answer, *(f"{name} {p:.1%}" for name, p in row.classes)])
+        ranks = [f"{rank}." for rank in range(1, len(shown[0].classes) + 1)]
+        header = ["image", *["answer"] * decision.has_answer, *ranks]
         for line in table(header, rows, left=len(header)):
             self.reporter.say(line)
-        more = self.images - self.bad - len(rows)
+        more = self.images - self.num_bad - len(rows)
         if more:
             where = f"in {output.path}" if output else "with an output"
             self.reporter.say(f"... and {more:,} more, {where}")

@@ -65,7 +65,10 @@ def push(
     if not re.fullmatch(hub.NAME, repo):
         what = f"not a name on the hub: {repo!r}"
         raise UserError(what, where="repo", fix="owner/name, with your own name or organisation")
-    images = _examples(options)
+    images = [expand(path) for path in options.examples]
+    for path in images:
+        if not path.is_file():
+            raise UserError("there is no such image", where=path, fix="Leave it out of examples")
     folder = None if isinstance(model, ImageClassifier) else expand(model)
     net = open_model(model)
     from huggingface_hub import CommitOperationAdd, HfApi, constants
@@ -81,7 +84,12 @@ def push(
         changes["widget"] = [
             {"src": f"{at}/{path.name}", "example_title": path.stem} for path in images
         ]
-    card = published_card(_card(folder, net), name, changes)
+    card = plain_card(net)
+    for own in () if folder is None else (folder / "best", folder):
+        if (own / CARD).is_file() and (own / WEIGHTS).is_file():
+            card = (own / CARD).read_text("utf-8", "replace")
+            break
+    card = published_card(card, name, changes)
     with tempfile.TemporaryDirectory() as staged:
         save_model(net, staged)
         files: dict[str, Path | bytes] = {name: Path(staged, name) for name in (WEIGHTS, CONFIG)}
@@ -91,47 +99,28 @@ def push(
         files |= {f"examples/{path.name}": path for path in images}
         contents = [CommitOperationAdd(name, content) for name, content in files.items()]
         api = HfApi(token=token)
+        branch, message = options.revision, options.message
         try:
             api.create_repo(repo, private=options.private or None, exist_ok=True)
-            if options.revision is not None:
-                api.create_branch(repo, branch=options.revision, exist_ok=True)
-            message = options.message
-            done = api.create_commit(
-                repo, contents, commit_message=message, revision=options.revision
-            )
+            if branch is not None:
+                api.create_branch(repo, branch=branch, exist_ok=True)
+            done = api.create_commit(repo, contents, commit_message=message, revision=branch)
         except Exception as error:  # the hub library can raise anything
             raise _refused(repo, error) from error
     return Pushed(page, done.oid, tuple(files), f"{hub.PREFIX}{name}")
-
-
-def _examples(options: PushOptions) -> list[Path]:
-    images = [expand(path) for path in options.examples]
-    for path in images:
-        if not path.is_file():
-            raise UserError("there is no such image", where=path, fix="Leave it out of examples")
-    return images
-
-
-def _card(folder: Path | None, model: ImageClassifier) -> str:
-    for path in () if folder is None else (folder / "best" / CARD, folder / CARD):
-        if path.is_file() and path.with_name(WEIGHTS).is_file():
-            return path.read_text("utf-8", "replace")
-    return plain_card(model)
 
 
 def _refused(repo: str, error: Exception) -> UserError:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
+    what = (str(cause) or type(cause).__name__).splitlines()[0]
+    fix = "Nothing was changed there; the same command tries again"
     status = getattr(getattr(error, "response", None), "status_code", None)
-    first = (str(cause) or type(cause).__name__).splitlines()[0]
     if status == 401 or type(error).__name__ == "LocalTokenNotFoundError":
         what, fix = "the hub does not know you", "hf auth login, or set HF_TOKEN"
     elif status == 403:
-        what = "your token may not write there"
-        fix = "A token with write permission, and a name that is yours: hf auth whoami"
-    else:
-        what, fix = first, "Nothing was changed there; the same command tries again"
+        what, fix = "your token may not write there", "A token with write permission"
     return UserError(f"cannot push to {repo}: {what}", where="the hub", fix=fix, code="refused")
 
 

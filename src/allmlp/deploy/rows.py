@@ -15,25 +15,28 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from allmlp.data.source import Source
 from allmlp.decision import Decision
-from allmlp.deploy.neighbors import Neighbor, Neighborhood, read_features
 from allmlp.errors import UserError
 from allmlp.evaluation.features import check_features
 from allmlp.evaluation.predictor import Predictor
 from allmlp.io import atomic_write, path_in_errors
 from allmlp.models.layers import Classifier, classes_of
-from allmlp.names import import_extra
 
 NOT_FINITE = "the model's numbers for this image are not finite"
+FORMATS = (".csv", ".jsonl", ".parquet")
 _ROW_GROUP = 2**20  # numbers per Parquet row group held in memory
+_AT_ONCE = 2**24  # similarities in memory
+_NEIGHBOR = ("neighbor", "row", "similarity")
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Prediction:
         classes: (class name, probability), most probable first; empty for a bad image.
         error: why there is no prediction; None for a good image.
         features: float32 (C,), if requested.
-        neighbors: the nearest images (path, row, similarity), if requested.
+        neighbors: the nearest images (path, row from 0, cosine similarity), if requested.
         answers: the class, none if the model is unsure; or any number, with several labels.
     """
 
@@ -53,7 +56,7 @@ class Prediction:
     classes: list[tuple[str, float]] = field(default_factory=list)
     error: str | None = None
     features: np.ndarray | None = field(default=None, compare=False, repr=False)
-    neighbors: list[Neighbor] = field(default_factory=list)
+    neighbors: list[tuple[str, int, float]] = field(default_factory=list)
     answers: list[str] = field(default_factory=list, compare=False)
 
 
@@ -68,21 +71,24 @@ class Columns:
     features: bool = False
     decision: Decision = field(default_factory=Decision)
     neighbors: int = 0
-    reference: Neighborhood | None = None  # None: the images themselves
 
-    def names(self) -> list[str]:
-        """Returns the column names of a flat table."""
+    def names(self, *, as_list: bool = False) -> list[str]:
+        """Returns the names between path and error; with `as_list` the features are one column."""
+        ranks = range(1, (self.neighbors if self.features else self.width) + 1)
         if self.features:
-            return [f"feature_{at}" for at in range(self.width)] + self.neighbor_names()
-        ranks = range(1, self.width + 1)
+            values = ["features"] if as_list else [f"feature_{at}" for at in range(self.width)]
+            return values + [f"{name}_{r}" for r in ranks for name in _NEIGHBOR]
         names = [f"{name}_{rank}" for rank in ranks for name in ("class", "probability")]
         return ["answer", *names] if self.decision.has_answer else names
 
-    def cells(self, row: Prediction) -> list[Any]:
-        """Returns the answer, classes and probabilities of a row; [] for a bad image."""
-        found = [cell for pair in row.classes for cell in pair]
+    def cells(self, row: Prediction, *, as_list: bool = False) -> list[Any]:
+        """Returns the values of the named columns; [] for a bad image."""
+        if row.features is not None:
+            values = [row.features] if as_list else [str(value) for value in row.features]  # exact
+            return values + [cell for neighbor in row.neighbors for cell in neighbor]
+        cells = [cell for pair in row.classes for cell in pair]
         has_answer = self.decision.has_answer and row.error is None
-        return [self.decision.text(row.answers), *found] if has_answer else found
+        return [self.decision.text(row.answers), *cells] if has_answer else cells
 
     def answer(self, row: Prediction) -> dict[str, Any]:
         """Returns {"answer": text} or, with several labels, {"answers": list}, as in JSON rows."""
@@ -92,24 +98,6 @@ class Columns:
             return {"answers": row.answers}
         return {"answer": self.decision.text(row.answers)}
 
-    def neighbor_names(self) -> list[str]:
-        ranks = range(1, self.neighbors + 1)
-        return [f"{name}_{rank}" for rank in ranks for name in ("neighbor", "row", "similarity")]
-
-    def find(self, rows: Rows, *, among: bool = False) -> Rows:
-        """Adds the neighbours to rows: in the reference, or with `among` in the rows themselves."""
-        good = [(row, values) for row in rows if (values := row.features) is not None]
-        index, wanted = self.reference, None
-        if among:
-            index = Neighborhood([row.path for row in rows], [row.features for row in rows])
-        elif index is not None and good:
-            wanted = np.stack([values for _, values in good])
-        else:
-            return rows
-        for (row, _), neighbors in zip(good, index.search(wanted, self.neighbors), strict=True):
-            row.neighbors.extend(neighbors)
-        return rows
-
 
 def choose_columns(
     model: Classifier,
@@ -118,19 +106,33 @@ def choose_columns(
     features: bool = False,
     unsure_below: float | None = None,
     neighbors: int | None = None,
-    reference: str | Path | None = None,
 ) -> Columns:
     """Returns a model's columns: top_k classes (5 by default, at most all) or features."""
-    if not features:
-        width = min(top_k or 5, len(classes_of(model, or_numbers=True)))
-        return Columns(width, decision=model.decision.with_threshold(unsure_below))
-    width, index = check_features(model).config.hidden_dim, None
-    if reference is not None:
-        index = read_features(reference)
-        if index.width != width:
-            what = f"the reference has {index.width} features per image, the model {width}"
-            raise UserError(what, where=reference, fix="Write it with this model")
-    return Columns(width, True, neighbors=neighbors or 0, reference=index)
+    if features:
+        return Columns(check_features(model).config.hidden_dim, True, neighbors=neighbors or 0)
+    width = min(top_k or 5, len(classes_of(model, or_numbers=True)))
+    return Columns(width, decision=model.decision.with_threshold(unsure_below))
+
+
+def add_neighbors(rows: Rows, number: int) -> None:
+    """Adds to each row the most similar other rows, nearest first, equally near ones in order."""
+    good = [(at, values) for at, row in enumerate(rows) if (values := row.features) is not None]
+    number = min(number, len(good) - 1)
+    if number < 1:
+        return
+    units = F.normalize(torch.from_numpy(np.stack([values for _, values in good])))
+    step = max(1, _AT_ONCE // len(good))
+    for start in range(0, len(good), step):
+        # Rounded, because products of equal rows may differ in the last bit.
+        similar = (units[start : start + step] @ units.T).round(decimals=6)
+        own = torch.arange(len(similar))
+        similar[own, start + own] = -torch.inf
+        least = similar.topk(number, dim=1).values[:, -1:].numpy()
+        for at, values in enumerate(similar.numpy()):
+            near = np.flatnonzero(values >= least[at])  # including ties
+            for one in near[np.argsort(-values[near], kind="stable")][:number]:
+                row, similarity = good[one][0], round(float(values[one]), 6)
+                rows[good[start + at][0]].neighbors.append((rows[row].path, row, similarity))
 
 
 def row_values(predictor: Predictor, columns: Columns) -> Callable[[Tensor], tuple[Tensor, ...]]:
@@ -164,31 +166,25 @@ def predict_rows(
     """Yields a row for every image, in order, in batches."""
     names = [] if columns.features else classes_of(predictor.model, or_numbers=True)
     for batch in predictor.run(source, row_values(predictor, columns)):
-        rows = {image.index: Prediction(image.name, error=image.what) for image in batch.bad}
+        found = {image.index: Prediction(image.name, error=image.what) for image in batch.bad}
         numbers = zip(batch.indices.tolist(), *batch.values, strict=bool(batch.values))
         for index, values, order, chosen, finite in numbers:
             path = source.item_name(index)
             if not finite:
-                rows[index] = Prediction(path, error=NOT_FINITE)
+                found[index] = Prediction(path, error=NOT_FINITE)
             elif columns.features:
-                rows[index] = Prediction(path, features=values)
+                found[index] = Prediction(path, features=values)
             else:
                 pairs = zip(order.tolist(), values.tolist(), strict=True)
                 classes = [(names[k], value) for k, value in pairs]
                 answers = [names[k] for k in np.flatnonzero(chosen)]
                 if not columns.decision.has_answer:
                     answers = [classes[0][0]]
-                rows[index] = Prediction(path, classes, answers=answers)
-        yield columns.find([rows[index] for index in sorted(rows)])
+                found[index] = Prediction(path, classes, answers=answers)
+        yield [found[index] for index in sorted(found)]
 
 
 # --- tables ---------------------------------------------------------------------------------------
-
-
-def check_table(suffix: str) -> None:
-    """Raises UserError for a format whose package is not installed."""
-    if suffix == ".parquet":
-        import_extra("pyarrow.parquet", "data")
 
 
 def write_table(path: Path | None, suffix: str, batches: Iterable[Rows], columns: Columns) -> None:
@@ -224,16 +220,12 @@ def _write_csv(file: TextIO, batches: Iterable[Rows], columns: Columns) -> None:
     names = columns.names()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["path", *names, "error"])
-    for rows in batches:
-        for row in rows:
-            if row.features is not None:
-                cells = [str(value) for value in row.features]  # shortest float32 representation
-                cells += [str(cell) for neighbor in row.neighbors for cell in neighbor]
-            else:
-                cells = columns.cells(row)
-                cells = [f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells]
-            cells += [""] * (len(names) - len(cells))
-            writer.writerow([row.path, *cells, row.error or ""])
+    digits = "" if columns.features else ".6f"
+    for row in chain.from_iterable(batches):
+        cells = columns.cells(row)
+        cells = [f"{cell:{digits}}" if isinstance(cell, float) else cell for cell in cells]
+        cells += [""] * (len(names) - len(cells))
+        writer.writerow([row.path, *cells, row.error or ""])
 
 
 def _write_jsonl(file: TextIO, batches: Iterable[Rows], columns: Columns) -> None:
@@ -241,17 +233,7 @@ def _write_jsonl(file: TextIO, batches: Iterable[Rows], columns: Columns) -> Non
         file.writelines(f"{json.dumps(row_json(row, columns))}\n" for row in rows)
 
 
-def _write_json(file: TextIO, batches: Iterable[Rows], columns: Columns) -> None:
-    before = "[\n  "
-    for rows in batches:
-        for row in rows:
-            text = json.dumps(row_json(row, columns), indent=2).replace("\n", "\n  ")
-            file.write(f"{before}{text}")
-            before = ",\n  "
-    file.write("[]\n" if before[0] == "[" else "\n]\n")
-
-
-_WRITERS = {".csv": _write_csv, ".json": _write_json, ".jsonl": _write_jsonl}
+_WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl}
 
 
 def row_json(row: Prediction, columns: Columns) -> dict[str, Any]:
@@ -261,7 +243,9 @@ def row_json(row: Prediction, columns: Columns) -> dict[str, Any]:
         numbers = [] if row.features is None else row.features
         values["features"] = [float(str(number)) for number in numbers]
         if columns.neighbors:
-            values["neighbors"] = [neighbor._asdict() for neighbor in row.neighbors]
+            values["neighbors"] = [
+                dict(zip(("path", *_NEIGHBOR[1:]), near, strict=True)) for near in row.neighbors
+            ]
     else:
         values["classes"] = [{"class": name, "probability": value} for name, value in row.classes]
         values |= columns.answer(row)
@@ -274,28 +258,25 @@ def _write_parquet(path: Path, batches: Iterable[Rows], columns: Columns) -> Non
     import pyarrow as pa
     from pyarrow import parquet
 
-    names = ["features", *columns.neighbor_names()] if columns.features else columns.names()
-    kinds = {"class": pa.string(), "probability": pa.float32(), "features": pa.list_(pa.float32())}
-    kinds |= {"answer": pa.string(), "neighbor": pa.string(), "row": pa.int64()}
-    kinds["similarity"] = pa.float32()
-    middle = [(name, kinds[name.partition("_")[0]]) for name in names]
-    schema = pa.schema([("path", pa.string()), *middle, ("error", pa.string())])
+    kinds = {"features": pa.list_(pa.float32()), "row": pa.int64()}
+    kinds |= dict.fromkeys(("probability", "similarity"), pa.float32())
+    names = ["path", *columns.names(as_list=True), "error"]
+    kinds_of = [kinds.get(name.partition("_")[0], pa.string()) for name in names]
+    schema = pa.schema(list(zip(names, kinds_of, strict=True)))
 
-    def flat(row: Prediction) -> dict[str, Any]:
-        near = [cell for n in row.neighbors for cell in (_as_text(n.path), *n[1:])]
-        values = [row.features, *near] if columns.features else columns.cells(row)
-        texts = {"path": _as_text(row.path), "error": row.error and _as_text(row.error)}
-        return {**texts, **dict(zip(names, values, strict=False))}
+    def record(row: Prediction) -> dict[str, Any]:
+        values = [row.path, *columns.cells(row, as_list=True)]
+        values = [_as_text(value) if isinstance(value, str) else value for value in values]
+        return {
+            **dict(zip(names, values, strict=False)),
+            "error": row.error and _as_text(row.error),
+        }
 
     with parquet.ParquetWriter(path, schema) as writer:
-        gathered: list[dict[str, Any]] = []  # row groups have a fixed cost
-        for rows in batches:
-            gathered += map(flat, rows)
-            if len(gathered) >= max(1, _ROW_GROUP // (columns.width + 1)):
-                writer.write_table(pa.Table.from_pylist(gathered, schema))
-                gathered.clear()
-        if gathered:
-            writer.write_table(pa.Table.from_pylist(gathered, schema))
+        records = map(record, chain.from_iterable(batches))
+        size = max(1, _ROW_GROUP // (columns.width + 1))  # row groups have a fixed cost
+        while group := list(islice(records, size)):
+            writer.write_table(pa.Table.from_pylist(group, schema))
 
 
 def _as_text(text: str) -> str:

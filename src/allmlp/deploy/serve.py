@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from allmlp.console import Reporter, report_notes
 from allmlp.deploy.formats import load_any
@@ -22,9 +22,6 @@ from allmlp.errors import UserError, plural
 from allmlp.models.layers import Classifier
 from allmlp.names import import_extra
 from allmlp.options import make
-
-if TYPE_CHECKING:
-    import uvicorn
 
 _SECONDS_TO_END = 2  # grace period for requests after Ctrl-C
 _CONNECTIONS = 256  # beyond this, clients get a 503
@@ -53,37 +50,38 @@ def serve(
     options = make(ServeOptions, options, fields)
     for package in ("starlette", "uvicorn", "python_multipart"):
         import_extra(package, "serve")
-    with open_socket(options.host, options.port) as listening:  # before the slow loading of weights
+    import uvicorn
+
+    from allmlp.deploy.web import make_app
+
+    host = options.host
+    with _listening(host, options.port) as listening:  # before the slow loading of weights
         net = load_any(model, options.image_size, options.resize_weights, **options.foreign)
         service = Service(net, str(net.source if net is model else model), options)
         address, port = listening.getsockname()[:2]
         service.is_local = ipaddress.ip_address(address.partition("%")[0]).is_loopback
-        server = make_server(service, options.host)
-        shown = f"[{options.host}]" if ":" in options.host else options.host
-        on_ready(f"http://{shown}:{port}", service)
+        own = frozenset(("127.0.0.1", "localhost", "::1", host.lower()))
+        logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # malformed forms
+        config = uvicorn.Config(
+            make_app(service, own if service.is_local else None),
+            loop="asyncio",
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",  # the application reports errors itself
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            limit_concurrency=_CONNECTIONS,
+            timeout_graceful_shutdown=_SECONDS_TO_END,
+        )
+        server = uvicorn.Server(config)
+        on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", service)
         server.run(sockets=[listening])
 
 
-def command(model: str, options: ServeOptions) -> None:
-    """Serves a model; prints the URL and, on standard error, warnings."""
-
-    def say(url: str, service: Service) -> None:
-        if not service.model.class_names:
-            report_notes(["the model has no class names: classes are called by their number"])
-        if not service.is_local:
-            print(
-                f"warning: {options.host} is more than this machine, and there is no password: "
-                "whoever reaches this port can use it",
-                file=sys.stderr,
-                flush=True,
-            )
-        what = f"({service.name}, {plural(service.num_classes, 'class')})"
-        Reporter().say(f"serving  {url}  {what}; Ctrl-C ends it")
-
-    serve(model, options, on_ready=say)
-
-
-def open_socket(host: str, port: int) -> socket.socket:
+def _listening(host: str, port: int) -> socket.socket:
     """Returns a listening socket; clients queue until the server is ready."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -94,26 +92,17 @@ def open_socket(host: str, port: int) -> socket.socket:
         raise UserError(what, where="port", fix=fix, code="taken") from error
 
 
-def make_server(service: Service, host: str) -> uvicorn.Server:
-    """Returns the server."""
-    import uvicorn
+def command(model: str, options: ServeOptions) -> None:
+    """Serves a model; prints the URL and, on standard error, warnings."""
 
-    from allmlp.deploy.web import Connection, make_app
+    def say(url: str, service: Service) -> None:
+        if not service.model.class_names:
+            report_notes(["the model has no class names: classes are called by their number"])
+        if not service.is_local:
+            why = "is more than this machine, and there is no password"
+            warning = f"warning: {options.host} {why}: whoever reaches this port can use it"
+            print(warning, file=sys.stderr, flush=True)
+        what = f"({service.name}, {plural(service.num_classes, 'class')})"
+        Reporter().say(f"serving  {url}  {what}; Ctrl-C ends it")
 
-    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # malformed forms
-    own = frozenset(("127.0.0.1", "localhost", "::1", host.lower()))
-    config = uvicorn.Config(
-        make_app(service, own if service.is_local else None),
-        loop="asyncio",
-        http=Connection,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="critical",  # the application reports errors itself
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        limit_concurrency=_CONNECTIONS,
-        timeout_graceful_shutdown=_SECONDS_TO_END,
-    )
-    return uvicorn.Server(config)
+    serve(model, options, on_ready=say)

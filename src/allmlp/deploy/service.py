@@ -7,19 +7,19 @@ in `mixer predict`, maps as in `mixer inspect --image`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from allmlp.data.image import FORMATS, MAX_PIXELS, MAX_SIDE, encode_png
-from allmlp.data.source import unlabelled
+from allmlp.data.image import FORMATS, encode_png
+from allmlp.data.source import PackedStrings, unlabelled
 from allmlp.data.transforms import model_input
-from allmlp.deploy.exported_model import ExportedModel
+from allmlp.deploy.formats import ExportedModel
+from allmlp.deploy.inputs import GivenImages
 from allmlp.deploy.options import ServeOptions
 from allmlp.deploy.rows import choose_columns, predict_rows
 from allmlp.errors import UserError
@@ -47,27 +47,6 @@ File = tuple[str, bytes]  # name, encoded image
 Check = Callable[[int], None]  # called after every batch; raises to abort
 
 
-@dataclass(frozen=True)
-class Uploads:
-    """Encoded images in memory; files above `most` bytes are bad images."""
-
-    files: Sequence[File]
-    most: int
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def read(self, index: int) -> bytes:
-        name, data = self.files[index]
-        if len(data) > self.most:
-            what = f"the file has {megabytes(len(data))}; the limit is {megabytes(self.most)}"
-            raise UserError(what, where=name, fix="Make it smaller")
-        return data
-
-    def item_name(self, index: int) -> str:
-        return self.files[index][0]
-
-
 class Service:
     """A served model under the name given by the user; not thread-safe."""
 
@@ -81,7 +60,6 @@ class Service:
         self.source, self.max_images = name, options.max_images
         self.image_bytes = round(options.max_megabytes * 1e6)
         self.request_bytes = max(100_000_000, self.image_bytes + 100_000)
-        self.pixels = round(options.max_megapixels * 1e6)  # limit per request
         # The last part of a path, or the full name of a checkpoint.
         self.name = Path(name).resolve().name if Path(name).exists() else name
         self.num_classes = len(classes_of(model, or_numbers=True))
@@ -109,9 +87,7 @@ class Service:
     def about(self) -> dict[str, Any]:
         """Returns the model, its available maps and the limits."""
         model, preprocessing = self.model, preprocessing_of(self.model)
-        precision = self._predictor.precision
-        if isinstance(model, ExportedModel):
-            precision = model.info.precision
+        is_file = isinstance(model, ExportedModel)
         return {
             "name": self.name,
             "source": self.source,
@@ -119,7 +95,7 @@ class Service:
             "classes": self.num_classes,
             "image_size": list(preprocessing.image_size),
             "channels": preprocessing.channels,
-            "precision": precision,
+            "precision": model.info.precision if is_file else self._predictor.precision,
             "runtime": model.runtime or "torch",
             "top_k": self.columns.width,
             "decision": self.columns.decision.to_json(),
@@ -129,9 +105,6 @@ class Service:
                 "images": self.max_images,
                 "image_bytes": self.image_bytes,
                 "request_bytes": self.request_bytes,
-                "request_pixels": self.pixels,
-                "pixels": MAX_PIXELS,
-                "side": MAX_SIDE,
                 "formats": list(FORMATS),
             },
         }
@@ -143,7 +116,9 @@ class Service:
         width = self.columns.width if top_k is None else min(top_k, self.num_classes)
         columns = replace(self.columns, width=width)
         answers: list[dict[str, Any]] = []
-        source = unlabelled(Uploads(files, self.image_bytes), "uploads")
+        names = PackedStrings(name for name, _ in files)
+        images = GivenImages(names, encoded=dict(enumerate(data for _, data in files)))
+        source = unlabelled(images, "uploads")
         for rows in predict_rows(self._predictor, source, columns):
             for row in rows:
                 classes = [{"name": name, "probability": value} for name, value in row.classes]
@@ -152,13 +127,10 @@ class Service:
             check(len(rows))
         return answers
 
-    def _open(self, file: File) -> tuple[str, Tensor, NDArray[np.uint8]]:
-        name, data = file[0], Uploads([file], self.image_bytes).read(0)
-        return name, *model_input(data, name, preprocessing_of(self.model))
-
     def occlusion(self, file: File, check: Check) -> dict[str, Any]:
         """Returns the occlusion map: where covering the image lowers the predicted probability."""
-        name, image, pixels = self._open(file)
+        name, data = file
+        image, pixels = model_input(data, name, preprocessing_of(self.model))
         found = occlusion(self.model, image, batch_size=BATCH_SIZE, on_batch=check)
         row, column = np.unravel_index(int(found.drop.argmax()), found.drop.shape)
         top, left = (int(start) + 1 for start in found.places[row, column])
@@ -181,7 +153,8 @@ class Service:
         if not self._layers or self._units is None:
             raise UserError(self._no_units)
         assert isinstance(self.model, ImageClassifier)
-        name, image, pixels = self._open(file)
+        name, data = file
+        image, pixels = model_input(data, name, preprocessing_of(self.model))
         layers = []
         for number in self._layers[:FIRST_LAYERS] if layer is None else [layer]:
             found = unit_responses(self.model, self._units, image, number)
@@ -214,8 +187,3 @@ def _png_url(pixels: NDArray[Any]) -> str:
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
     return data_url(encode_png(pixels))
-
-
-def megabytes(number: int) -> str:
-    """Formats a number of bytes: "20.0 MB"."""
-    return f"{number / 1e6:.1f} MB" if number >= 1e5 else f"{number:,} bytes"

@@ -19,13 +19,13 @@ import json
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import h11
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -33,21 +33,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from allmlp.data.image import EncodedImage
-from allmlp.deploy.service import Check, File, Service, megabytes
+from allmlp.deploy.service import Check, File, Service
 from allmlp.errors import UserError, plural
 
 PLACES = 8  # requests received that wait or are computed
 FIELD = "images"
 _SEND = f"send image files as multipart/form-data in the field {FIELD!r}, or one as image/*"
 _SECONDS_TO_SEND = 60  # for a complete request
-_PAGE = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/page.css": ("page.css", "text/css; charset=utf-8"),
-    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
-}
+_PAGE = {"": "index.html", "page.css": "page.css", "page.js": "page.js"}
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -65,52 +60,60 @@ class _GivenUp(Exception):
 
 def make_app(service: Service, hosts: frozenset[str] | None, places: int = PLACES) -> ASGIApp:
     """Returns the application, which accepts requests for one of the hosts (None: any)."""
-    desk = _Desk(service, places)
+    thread, taken = ThreadPoolExecutor(1, thread_name_prefix="mixer-serve"), set[Request]()
 
-    async def predict(request: Request) -> Response:
-        top_k = _number(request, "top_k")
-        return await desk.answer(
-            request, lambda images, check: service.predict(images, check, top_k)
-        )
+    def check_places() -> None:
+        if len(taken) >= places:
+            message = f"{len(taken)} requests are waiting; try again later"
+            raise HTTPException(503, message, {"Retry-After": "2"})
 
-    async def occlusion(request: Request) -> Response:
-        _number(request, None)
-        work = lambda images, check: service.occlusion(images[0], check)  # noqa: E731
-        return await desk.answer(request, work, most=1)
+    def post(name: str, setting: str | None = None, most: int | None = None) -> Route:
+        """An endpoint, named like the method of the service that answers it."""
 
-    async def units(request: Request) -> Response:
-        layer = _number(request, "layer")
-        work = lambda images, check: service.units(images[0], check, layer)  # noqa: E731
-        return await desk.answer(request, work, most=1)
+        async def handle(request: Request) -> Response:
+            number = _number(request, setting)
+            check_places()  # a request still being sent takes none: slow clients block nobody
+            images, is_form = await _read(request, service, most or service.max_images)
+            check_places()
+            given = (images,) if most is None else (images[0],)
+            work = lambda check: getattr(service, name)(*given, check, *number)  # noqa: E731
+            taken.add(request)
+            try:
+                found = await _compute(request, thread, work)
+            finally:
+                taken.remove(request)
+            if not is_form and most is None and found[0]["error"] is not None:
+                raise HTTPException(422, found[0]["error"])
+            return _json(found)
 
-    def get(path: str, answer: Callable[[], Response]) -> Route:
+        return Route(f"/{name}", handle, methods=["POST"])
+
+    def get(name: str, answer: Callable[[], Response]) -> Route:
         async def handle(_: Request) -> Response:  # Starlette runs plain functions in threads
             return answer()
 
-        return Route(path, handle, methods=["GET"])
+        return Route(f"/{name}", handle, methods=["GET"])
 
-    def page(name: str, media_type: str) -> Callable[[], Response]:
+    def page(name: str) -> Callable[[], Response]:
         content = files("allmlp").joinpath("deploy", "page", name).read_bytes()
-        return lambda: Response(content, media_type=media_type)
+        return lambda: Response(content, media_type=_TYPES[Path(name).suffix])
 
-    routes = [get(path, page(*entry)) for path, entry in _PAGE.items()]
-    routes.append(get("/health", lambda: _json({"status": "ok"})))
-    routes.append(get("/model", lambda: _json(service.about())))
-    posts = {"/predict": predict, "/occlusion": occlusion, "/units": units}
-    routes += [Route(path, post, methods=["POST"]) for path, post in posts.items()]
+    routes = [
+        *(get(path, page(name)) for path, name in _PAGE.items()),
+        get("health", lambda: _json({"status": "ok"})),
+        get("model", lambda: _json(service.about())),
+        post("predict", "top_k"),
+        post("occlusion", most=1),
+        post("units", "layer", most=1),
+    ]
     handlers = dict.fromkeys((HTTPException, UserError, ClientDisconnect, Exception), _failed)
     return _guarded(Starlette(routes=routes, exception_handlers=handlers), hosts)
 
 
-async def _failed(request: Request, error: Exception) -> Response:
+async def _failed(_: Request, error: Exception) -> Response:
     """Returns any error as JSON, without a traceback."""
     if isinstance(error, HTTPException):
-        messages = {
-            404: f"there is no {request.url.path}",
-            405: f"{request.url.path} does not take {request.method}",
-        }
-        message = messages.get(error.status_code, error.detail)
-        return _json({"error": message}, error.status_code, error.headers)
+        return _json({"error": error.detail}, error.status_code, error.headers)
     if isinstance(error, UserError):
         return _json({"error": error.what}, 422)
     if isinstance(error, ClientDisconnect | _GivenUp):
@@ -134,201 +137,106 @@ def _guarded(app: ASGIApp, hosts: frozenset[str] | None) -> ASGIApp:
                 MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
-        if scope["type"] != "http":
-            await app(scope, receive, send)
-            return
-        reason = _why_rejected(Headers(scope=scope), scope["method"], hosts)
-        if reason is not None:
-            await _json({"error": reason}, 403)(scope, receive, send_with_headers)
-            return
+        reason = None
+        if scope["type"] == "http":
+            reason = _why_rejected(Headers(scope=scope), scope["method"], hosts)
+        answer = app if reason is None else _json({"error": reason}, 403)
         with contextlib.suppress(Exception):  # answered and printed by `_failed`
-            await app(scope, receive, send_with_headers)
+            await answer(scope, receive, send_with_headers)
 
     return guarded
 
 
 def _why_rejected(headers: Headers, method: str, hosts: frozenset[str] | None) -> str | None:
     """Returns why a request is rejected, or None. Ports may differ because of forwarding."""
-    host = headers.get("host", "")
-    name = None
+    host, origin, name = headers.get("host", ""), headers.get("origin"), None
     with contextlib.suppress(ValueError):
         name = urlsplit(f"//{host}").hostname
     if hosts is not None and name not in hosts:
         return f"this server is not called {host[:100]!r}"
-    origin = headers.get("origin")
-    if method not in ("GET", "HEAD") and origin is not None:
-        scheme, _, place = origin.partition("://")
-        if scheme not in ("http", "https") or place.lower() != host.lower():
-            return f"requests from pages of {origin[:100]!r} are not taken"
+    own = (f"http://{host}".lower(), f"https://{host}".lower())
+    if method not in ("GET", "HEAD") and origin is not None and origin.lower() not in own:
+        return f"requests from pages of {origin[:100]!r} are not taken"
     return None
 
 
-def _number(request: Request, known: str | None) -> int | None:
-    """Returns the only query parameter allowed, a number from 1."""
+def _number(request: Request, known: str | None) -> list[int]:
+    """Returns the value of the only query parameter allowed, a number from 1, if it is set."""
     for name, text in request.query_params.items():
         if name != known:
-            takes = f"it takes {known}" if known else "it takes none"
-            raise HTTPException(400, f"unknown setting {name[:100]!r}: {takes}")
+            raise HTTPException(400, f"unknown setting {name[:100]!r}")
         if not (text.isdecimal() and len(text) < 7 and int(text) >= 1):
             raise HTTPException(400, f"{name} must be a number from 1, got {text[:100]!r}")
-        return int(text)
-    return None
+        return [int(text)]
+    return []
 
 
-class _Desk:
-    """Reads, queues and computes requests with images.
+async def _compute(
+    request: Request, thread: ThreadPoolExecutor, work: Callable[[Check], Any]
+) -> Any:
+    """Returns what `work` computes in the thread; it ends early if the client disconnects."""
+    given_up = threading.Event()
 
-    A request still being sent takes no place in the queue, so slow clients do not block others.
-    """
+    def check(_: int) -> None:
+        if given_up.is_set():
+            raise _GivenUp
 
-    def __init__(self, service: Service, places: int) -> None:
-        self.service, self.places, self.taken = service, places, 0
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="mixer-serve")
+    def run() -> Any:
+        check(0)
+        return work(check)
 
-    async def answer(
-        self, request: Request, work: Callable[[list[File], Check], Any], most: int | None = None
-    ) -> Response:
-        """Returns the result of `work` for a request's images, of which there may be `most`."""
-        self._check_places()
-        images, is_form = await self._read(request, most or self.service.max_images)
-        self._check_places()
-        self.taken += 1
-        try:
-            found = await self._compute(request, lambda check: work(images, check))
-        finally:
-            self.taken -= 1
-        if not is_form and most is None and found[0]["error"] is not None:
-            raise HTTPException(422, found[0]["error"])
-        return _json(found)
+    async def until_gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
 
-    def _check_places(self) -> None:
-        if self.taken >= self.places:
-            message = f"{self.taken} requests are waiting; try again later"
-            raise HTTPException(503, message, {"Retry-After": "2"})
-
-    async def _compute(self, request: Request, work: Callable[[Check], Any]) -> Any:
-        given_up = threading.Event()
-
-        def check(_: int) -> None:
-            if given_up.is_set():
-                raise _GivenUp
-
-        def run() -> Any:
-            check(0)
-            return work(check)
-
-        async def until_gone() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-
-        job = asyncio.get_running_loop().run_in_executor(self.thread, run)
-        gone = asyncio.ensure_future(until_gone())
-        try:
-            await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if gone.done():
-                given_up.set()
-            return await job
-        finally:
+    job = asyncio.get_running_loop().run_in_executor(thread, run)
+    gone = asyncio.ensure_future(until_gone())
+    try:
+        await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if gone.done():
             given_up.set()
-            gone.cancel()
-
-    async def _read(self, request: Request, most: int) -> tuple[list[File], bool]:
-        """Reads a request's images within the limits; also returns whether they came in a form."""
-        service = self.service
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        is_form = kind == "multipart/form-data"
-        if not (is_form or kind.startswith("image/") or kind == "application/octet-stream"):
-            shown = f"content of type {kind[:100]!r}" if kind else "content without a type"
-            raise HTTPException(415, f"{shown} is not taken: {_SEND}")
-        largest, seen = service.request_bytes if is_form else service.image_bytes, 0
-
-        async def receive() -> Message:
-            nonlocal seen
-            message = await request.receive()
-            seen += len(message.get("body", b""))
-            if seen > largest:
-                what = "request" if is_form else "image"
-                raise HTTPException(
-                    413, f"the {what} has more than {megabytes(largest)}, the limit"
-                )
-            return message
-
-        reader = Request(request.scope, receive)
-        try:
-            async with asyncio.timeout(_SECONDS_TO_SEND):
-                images = await _files_of(reader) if is_form else [("image", await reader.body())]
-        except TimeoutError:
-            message = f"the request did not arrive within {_SECONDS_TO_SEND} seconds"
-            raise HTTPException(408, message) from None
-        if not images or (not is_form and not images[0][1]):
-            raise HTTPException(400, f"no image in the request: {_SEND}")
-        if len(images) > most:
-            raise HTTPException(
-                413, f"more than {plural(most, 'image')} in one request, the limit here"
-            )
-        pixels = await asyncio.to_thread(_count_pixels, images)
-        if pixels > service.pixels:
-            found, allowed = (f"{number / 1e6:,.1f}" for number in (pixels, service.pixels))
-            message = f"the images of a request may have {allowed} megapixels together, got {found}"
-            raise HTTPException(413, message)
-        return images, is_form
+        return await job
+    finally:
+        given_up.set()
+        gone.cancel()
 
 
-async def _files_of(request: Request) -> list[File]:
-    images = []
-    async with request.form() as form:
-        for field, file in form.multi_items():
-            if field != FIELD or isinstance(file, str):
-                what = f"the field {field[:100]!r}: image files go into the field {FIELD!r}"
-                raise HTTPException(400, what)
-            images.append((file.filename or "image", await file.read()))
-    return images
+async def _read(request: Request, service: Service, most: int) -> tuple[list[File], bool]:
+    """Reads a request's images within the limits; also returns whether they came in a form."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    is_form = kind == "multipart/form-data"
+    if not (is_form or kind.startswith("image/") or kind == "application/octet-stream"):
+        raise HTTPException(415, f"content of type {kind[:100]!r} is not taken: {_SEND}")
+    largest, seen = service.request_bytes if is_form else service.image_bytes, 0
 
+    async def receive() -> Message:
+        nonlocal seen
+        message = await request.receive()
+        seen += len(message.get("body", b""))
+        if seen > largest:
+            raise HTTPException(413, f"the request has more than {largest:,} bytes, the limit")
+        return message
 
-def _count_pixels(images: Sequence[File]) -> int:
-    """Returns the images' total number of pixels, from their headers."""
-    total = 0
+    reader, images = Request(request.scope, receive), list[File]()
+    try:
+        async with asyncio.timeout(_SECONDS_TO_SEND):
+            if not is_form:
+                images = [("image", await reader.body())]
+            else:
+                async with reader.form() as form:
+                    for field, file in form.multi_items():
+                        if field != FIELD or isinstance(file, str):
+                            raise HTTPException(400, f"the field {field[:100]!r}: {_SEND}")
+                        images.append((file.filename or "image", await file.read()))
+    except TimeoutError:
+        message = f"the request did not arrive within {_SECONDS_TO_SEND} seconds"
+        raise HTTPException(408, message) from None
+    if not images or (not is_form and not images[0][1]):
+        raise HTTPException(400, f"no image in the request: {_SEND}")
+    if len(images) > most:
+        raise HTTPException(413, f"more than {plural(most, 'image')} in one request, the limit")
     for name, data in images:
-        with contextlib.suppress(UserError):  # reported when decoded
-            height, width = EncodedImage(data, name).size
-            total += height * width
-    return total
-
-
-class Connection(H11Protocol):
-    """A connection that is closed if the client does not send the request head in time."""
-
-    seconds_for_head = 10.0
-    _timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._watch()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._unwatch()
-        super().connection_lost(exc)
-
-    def _watch(self) -> None:
-        is_answered = self.cycle is not None and self.cycle.response_complete
-        if self.conn.their_state is not h11.IDLE and not is_answered:
-            self._unwatch()
-        elif self._timer is None:
-            self._timer = self.loop.call_later(self.seconds_for_head, self._close)
-
-    def _unwatch(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _close(self) -> None:
-        text = f"no request arrived within {self.seconds_for_head:g} seconds"
-        body = json.dumps({"error": text}).encode()
-        head = "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\n"
-        head += f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-        self.transport.write(head.encode() + body)
-        self.transport.close()
+        if len(data) > service.image_bytes:
+            limit = f"has more than {service.image_bytes:,} bytes, the limit"
+            raise HTTPException(413, f"the image {name[:100]!r} {limit}")
+    return images, is_form

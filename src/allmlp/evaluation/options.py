@@ -157,7 +157,7 @@ class FewShotOptions(FeatureOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelMistakesOptions(FeatureOptions):
-    """Find images whose label is probably wrong, and duplicates with different labels.
+    """Find images whose label is probably wrong.
 
     Any model will do whose features separate the classes; its own classes do not matter. Features
     of a model trained on these very labels find fewer mistakes than those of another.
@@ -172,8 +172,6 @@ class LabelMistakesOptions(FeatureOptions):
     """A source with labels; all its splits, or the one named by :train, :validation or :test."""
     top: int = 20
     """Number of images to print."""
-    duplicates: Literal["near", "exact", "off"] = "near"
-    """Duplicates to look for that have another label."""
     output: str | None = None
     """Folder for mistakes.csv (all images, ranked), mistakes.png (the first) and exclude.txt (the
     suspected images, for exclude of training)."""

@@ -36,7 +36,7 @@ async function ask(address, files, signal) {
     if (signal?.aborted) throw error;
     return { error: `The server answered with status ${response.status}.` };
   });
-  if (!response.ok) throw Object.assign(new Error(answer.error), { status: response.status });
+  if (!response.ok) throw new Error(answer.error);
   return answer;
 }
 
@@ -55,6 +55,7 @@ async function start() {
     count(about.classes, "class").replace("classs", "classes"),
     `${height}x${width} pixels`,
     about.precision,
+    ...(about.decision.labels === "multi" ? ["any number of labels per image"] : []),
   ].join(" · ");
   const limits = about.limits;
   $("hint").textContent =
@@ -121,19 +122,12 @@ async function add(files) {
   show(added[0]);
   const wanted = added.filter((image) => !image.error);
   let done = added.length - wanted.length;
-  const waiting = parts(wanted);
-  for (let part; (part = waiting.shift()); ) {
+  for (const part of parts(wanted)) {
     $("status").textContent = `Looking at ${count(added.length - done, "image")} ...`;
     try {
       const answers = await ask("/predict", part);
       part.forEach((image, at) => Object.assign(image, answers[at], { name: image.name }));
     } catch (error) {
-      if (error.status === 413 && part.length > 1) {
-        // Too many pixels together, which only the server knows.
-        const half = part.length >> 1;
-        waiting.unshift(part.slice(0, half), part.slice(half));
-        continue;
-      }
       for (const image of part) image.error = error.message;
     }
     done += part.length;
@@ -176,7 +170,9 @@ function show(item) {
   $("error").hidden = !item.error;
   $("error").textContent = item.error ? `Not classified: ${item.error}` : "";
   drawPicture(item);
-  $("classes").replaceChildren(...(item.classes ?? []).map(classLine));
+  const answers = item.answers ?? [item.answer ?? item.classes?.[0]?.name];
+  const line = (prediction) => classLine(prediction, answers.includes(prediction.name));
+  $("classes").replaceChildren(...(item.classes ?? []).map(line));
   const isGood = !item.error && item.classes?.length > 0;
   for (const id of ["occlusion", "units"]) $(id).hidden = !isGood;
   if (isGood) explain(item, waiting.signal);
@@ -205,14 +201,14 @@ function answerOf(item) {
   return item.answer ?? item.classes[0].name;
 }
 
-function classLine(prediction) {
+function classLine(prediction, isAnswer) {
   const bar = make("div", { className: "bar" });
   bar.style.width = `${100 * prediction.probability}%`;
   const track = make("div", { className: "track" }, bar);
   track.setAttribute("aria-hidden", "true");
   return make(
     "li",
-    {},
+    { className: isAnswer ? "answer" : "" },
     make("span", { className: "name", textContent: prediction.name }),
     make("span", { className: "value", textContent: percent(prediction.probability) }),
     track,
