@@ -143,7 +143,7 @@ function drawStrip() {
   $("strip").hidden = items.length < 2;
   $("strip").replaceChildren(
     ...items.map((item) => {
-      const what = item.error ? "no answer" : item.classes ? answerOf(item) : "...";
+      const what = item.error ? "no answer" : item.classes ? answerOf(item, "none") : "...";
       const image = make("img", { src: item.url, alt: "" });
       const ending = item.name.includes(".") ? item.name.split(".").pop().slice(0, 5) : "?";
       image.onerror = () => {
@@ -196,8 +196,8 @@ function drawPicture(item) {
   else picture.src = item.url;
 }
 
-function answerOf(item) {
-  if (item.answers) return item.answers.join(", ") || "none of the classes";
+function answerOf(item, none = "none of the classes") {
+  if (item.answers) return item.answers.join(", ") || none;
   return item.answer ?? item.classes[0].name;
 }
 
