@@ -90,6 +90,7 @@ def labelled_images(data: Any, class_names: list[str]) -> Source:
     form = "Give (images, labels), or a list of (image, label) pairs"
     try:
         images, labels = data if isinstance(data, tuple) else zip(*data, strict=True)
+        images, labels = images if _are_rows(images) else list(images), list(labels)
         if len(images) != len(labels):
             raise ValueError(f"there are {len(images):,} images and {len(labels):,} labels")
     except (TypeError, ValueError) as error:
