@@ -123,7 +123,6 @@ def _with(at: tuple[int, ...], value: float) -> np.ndarray:
         ({"x": X}, "missing", "no labels"),
         ({"x": X[:, 0, 0], "y": Y}, "shape", "(12,)"),
         ({"x": X.astype(str), "y": Y}, "shape", "U"),
-        ({"x": np.array([[1.0], [1.0, 2.0]], dtype=object)}, "damaged", "several lengths"),
         ({"x_train": X, "y_train": Y, "x_test": X[:, :, 1:]}, None, "several shapes"),
     ],
 )
@@ -133,6 +132,19 @@ def test_unusable_arrays(tmp_path: Path, arrays: Any, code: str | None, named: s
     assert code is None or caught.value.code == code
     assert named in str(caught.value)
     assert caught.value.fix
+
+
+def test_damaged_files_and_python_objects(tmp_path: Path):
+    whole = Path(savez(tmp_path / "a.npz", x=X, y=Y)).read_bytes()
+    (tmp_path / "b.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "c.npz").write_bytes(whole[:400] + bytes(100) + whole[500:])
+    np.save(tmp_path / "d.npy", np.array([[1.0], [1.0, 2.0]], dtype=object))
+    for name in ("b.npz", "c.npz", "d.npy"):
+        with pytest.raises(UserError, match=name) as caught:
+            open_source(str(tmp_path / name), labels="none")
+        assert caught.value.code == "damaged"
+    np.save(tmp_path / "x_test.npy", X)
+    assert [*open_splits(str(tmp_path / "x_test.npy"), labels="none")] == ["test"]
 
 
 def test_lists_of_several_lengths(tmp_path: Path):

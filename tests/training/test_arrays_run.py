@@ -185,13 +185,10 @@ def test_the_shortest_command(data: Path, capsys: pytest.CaptureFixture[str], tm
     assert saved["model"]["overrides"]["patch_size"] == [1, 1]
 
 
-@pytest.mark.parametrize(
-    ("size", "patch"), [((1, 24), (1, 1)), ((1, 150), (1, 5)), ((1, 251), (1, 1)), ((64, 64), None)]
-)
-def test_patch_sizes_divide_the_rows(size: tuple[int, int], patch: tuple[int, int] | None):
-    found = patch_for(*size)
-    assert size[0] % found[0] == size[1] % found[1] == 0
-    assert found == (patch or found)
+def test_patch_sizes_divide_the_rows():
+    found = [patch_for(*size) for size in ((1, 24), (1, 150), (1, 251), (64, 64))]
+    assert found[:3] == [(1, 1), (1, 5), (1, 1)]
+    assert found[3] in ((8, 8), (8, 16), (16, 8))
 
 
 @pytest.mark.parametrize(

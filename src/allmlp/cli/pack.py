@@ -44,6 +44,7 @@ def pack(source: str, folder: str, options: PackOptions) -> Done:
     import shlex
 
     from allmlp.console import Reporter, report_bad_images, report_notes
+    from allmlp.data.source import only_images
     from allmlp.data.sources import notes_of, open_splits, read_from
     from allmlp.data.sources.packed import pack_splits
     from allmlp.io import check_not_inputs, check_output_folder, expand, path_in_errors
@@ -51,6 +52,8 @@ def pack(source: str, folder: str, options: PackOptions) -> Done:
     report, target, shard_bytes = Reporter(), expand(folder), options.shard_bytes()
     check_output_folder(target)
     splits = open_splits(source)
+    for part in splits.values():
+        only_images(part, "packed data")
     report_notes(notes_of(splits))
     check_not_inputs([target], read_from(source))
     total = sum(map(len, splits.values()))

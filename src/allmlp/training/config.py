@@ -83,7 +83,7 @@ class DataSettings(Options):
     """The images to train on."""
 
     source: Text = "digits"
-    """A folder, list, Parquet files, packed data, hf:owner/name or digits."""
+    """A folder, list, Parquet files, packed data, arrays, hf:owner/name or digits."""
     holdout: BelowOne | None = None
     """Fraction of each class to hold out for validation; by default the data's own validation
     images, or else a tenth. 0 trains on everything and keeps the last weights."""

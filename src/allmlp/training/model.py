@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from allmlp.console import Reporter
-from allmlp.data.source import Source
+from allmlp.data.source import Source, array_shape
 from allmlp.data.sources.arrays import statistics
 from allmlp.decision import Decision
 from allmlp.errors import UserError, plural
@@ -34,13 +34,14 @@ def build_model(
 ) -> ImageClassifier:
     """Returns the model of a run, with its class names and preprocessing.
 
-    `rows` are the training rows if the data is arrays. Their statistics normalise the input, unless
-    the weights were trained on arrays and have their own.
+    Training `rows` of arrays are normalised by their statistics, unless the weights were trained on
+    arrays and have their own.
 
     `best` is the best/ folder of a resumed run: with a complete checkpoint next to it, it replaces
     the initial weights, which may no longer exist.
     """
     settings, data = config.model, config.data
+    rows = rows if rows is not None and array_shape(rows) else None
     if settings.weights is not None:
         model, class_names = _from_weights(config, class_names, best, quiet=quiet)
     else:

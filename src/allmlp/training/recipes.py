@@ -54,6 +54,7 @@ ARRAYS: Settings = {  # sequences and other grids; `for_arrays` sets their sizes
     "optimizer.learning_rate": 2e-3,
     "optimizer.ema_decay": 0.99,
     "epochs": 200,
+    "evaluate_every": 20,
     "batch_size": 16,
 }
 _CIFAR10: Settings = {

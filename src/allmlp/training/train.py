@@ -136,11 +136,8 @@ def train(
         torch.manual_seed(config.seed)
         is_quiet = quiet or not world.is_main
         best = path / "best" if is_old else None
-        model = build_model(
-            *(config, splits.train.class_names, best),
-            rows=splits.train if array_shape(splits.train) else None,
-            quiet=is_quiet,
-        ).to(device)
+        names = splits.train.class_names
+        model = build_model(config, names, best, rows=splits.train, quiet=is_quiet).to(device)
         check_input(splits.train, preprocessing_of(model))
         if splits.train.is_multi_label:
             model.decision = Decision(labels="multi")

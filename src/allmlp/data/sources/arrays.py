@@ -6,8 +6,9 @@ Shapes: N rows, C channels, H W sides of the grid; (N, T) and (N, C, T) have H =
 from __future__ import annotations
 
 import csv
-import math
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,6 @@ from allmlp.errors import UserError, plural
 SUFFIXES = (".npy", ".npz")
 _X = ("x", "data", "values", "series", "inputs")  # names of the array itself
 _Y = ("y", *LABEL_COLUMNS, "targets", "classes")
-_CHUNK = 2**22  # numbers in memory at once
 _PAD = "Cut or pad all rows to one length"
 Part = tuple[str, str, np.ndarray, dict[str, Any]]  # split, name, rows, other columns
 
@@ -68,14 +68,13 @@ class ArrayRows:
 
     def check_finite(self) -> None:
         """Raises UserError with the first number that is not finite as float32."""
-        step = max(1, _CHUNK // math.prod(self.shape))
-        for start in range(0, len(self), step):
+        for at, row in enumerate(self.rows):
             with np.errstate(over="ignore"):
-                values = self.rows[start : start + step].astype(ROW)
-            if not np.isfinite(values).all():
-                row, channel, *place = first = np.argwhere(~np.isfinite(values))[0].tolist()
-                what = f"channel {channel} has {values[tuple(first)]} at {place}"
-                where, fix = self.item_name(start + row), "Fill such gaps, or leave the row out"
+                finite = np.isfinite(row.astype(ROW))
+            if not finite.all():
+                channel, *place = np.argwhere(~finite)[0].tolist()
+                what = f"channel {channel} has {row[channel][tuple(place)]} at {place}"
+                where, fix = self.item_name(at), "Fill such gaps, or leave the row out"
                 raise UserError(what, where=where, fix=fix, code="not-finite")
 
 
@@ -87,22 +86,12 @@ def _grid(values: np.ndarray) -> np.ndarray:
 
 
 def statistics(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and deviation of each channel over all rows; the latter is 1 if it would be 0.
-
-    Chunks are merged as by Chan et al. 1979, since sums of squares lose digits.
-    """
-    shape = array_shape(source)
-    assert shape is not None
-    count, mean, squares = 0, np.zeros(shape[0]), np.zeros(shape[0])
-    step = max(1, _CHUNK // math.prod(shape))
-    for start in range(0, len(source), step):
-        rows = [array_row(source, at) for at in range(start, min(start + step, len(source)))]
-        values = np.stack(rows, axis=1).reshape(shape[0], -1).astype(np.float64)
-        own, number = values.mean(axis=1), values.shape[1]
-        shift, total = own - mean, count + number
-        squares += ((values - own[:, None]) ** 2).sum(axis=1) + shift**2 * count * number / total
-        mean, count = mean + shift * number / total, total
-    deviation = np.sqrt(squares / count)
+    """Returns mean and deviation of each channel over all rows; 1 if a deviation would be 0."""
+    rows = (array_row(source, at) for at in range(len(source)))
+    mean = sum(row.mean(axis=(1, 2), dtype=np.float64) for row in rows) / len(source)
+    # A second pass, since sums of squares lose digits.
+    shifted = (array_row(source, at) - mean[:, None, None] for at in range(len(source)))
+    deviation = np.sqrt(sum((row**2).mean(axis=(1, 2)) for row in shifted) / len(source))
     return tuple(mean.tolist()), tuple(np.where(deviation > 0, deviation, 1.0).tolist())
 
 
@@ -127,7 +116,8 @@ def open_arrays(spec: SourceSpec, labels: bool) -> dict[str, Records]:
         likely = [column for column in columns if column in _Y]
         rows = Rows(images, "", [*columns], cells_of, likely, images.item_name, name)
         needed = labels and bool(asked or likely)
-        own = open_rows(spec, rows, needed, split=None if len(parts) == 1 else split)
+        by_column = split == "train" and len(parts) == 1
+        own = open_rows(spec, rows, needed, split=None if by_column else split)
         channels, height, width = images.shape
         note = f"rows of {plural(channels, 'channel')} of {height}x{width} numbers"
         note += "; are channels last in the file? They come second" * (channels > width)
@@ -151,9 +141,9 @@ def _parts(spec: SourceSpec) -> list[Part]:
         return list(_of_parquet(spec))
     except UserError:
         raise
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         what, fix = f"cannot read the arrays: {str(error)[:200]}", "Write the file again"
-        if "Object arrays" in str(error):
+        if "bject" in str(error):  # Object arrays cannot be loaded, Python objects in dtype
             what, fix = "the rows are Python objects, such as sequences of several lengths", _PAD
         raise UserError(what, where=path, fix=fix, code="damaged") from error
 

@@ -21,14 +21,7 @@ import numpy as np
 from allmlp.data.classes import RawLabels
 from allmlp.data.fingerprint import own_names
 from allmlp.data.image import EncodedImage
-from allmlp.data.source import (
-    BadImage,
-    PackedBytes,
-    PackedStrings,
-    Source,
-    check_one_label,
-    only_images,
-)
+from allmlp.data.source import BadImage, PackedBytes, PackedStrings, Source, check_one_label
 from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec
 from allmlp.data.sources.webdataset import INDEX_SUFFIX, FileSize, RangeIndex, load_index
 from allmlp.errors import UserError, between
@@ -254,8 +247,6 @@ def pack_splits(
     from filelock import FileLock
 
     check_one_label(splits.values(), "packed data")
-    for source in splits.values():
-        only_images(source, "packed data")
     between("shard_bytes", shard_bytes, 1, 2**31 - 1)  # 32-bit offsets
     _pyarrow(folder)
     check_output_folder(folder)
