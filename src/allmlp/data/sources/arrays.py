@@ -150,7 +150,7 @@ def _parts(spec: SourceSpec) -> list[Part]:
 
 def _of_npz(spec: SourceSpec) -> Iterator[Part]:
     """x and y, x_train and y_train, x_test and y_test, ... in any case."""
-    with np.load(spec.path, allow_pickle=False) as file:
+    with spec.path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         splits: dict[str, dict[str, str]] = {}
         for key in file.files:
             words = re.split(r"[_.-]", key)
