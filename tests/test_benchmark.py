@@ -21,7 +21,6 @@ from allmlp.benchmark import (
     peak_growth,
 )
 from allmlp.evaluation.result_file import read_measurement
-from allmlp.runtime.device import fast_precision
 from allmlp.training.recipes import RECIPES
 from conftest import TINY, mixer, tiny_model
 
@@ -154,19 +153,6 @@ def test_why_a_batch_is_not_doubled(rates, spent, reason):
     points = [Point(1, rate, (rate, rate), None) for rate in rates]
     row = ModelBenchmark("a", "inference", points=points, spent=spent)
     assert _why_to_stop(row, 2, BenchmarkOptions()) == reason
-
-
-def test_auto_precision_and_threads_follow_the_rules():
-    model, seen = tiny_model(), []
-    expected, _ = fast_precision(CPU, 64 * model.config.flops)
-    model.stem.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
-    threads = torch.get_num_threads()
-    result = quick({"a": model}, batch_sizes=None, budget=0.01, threads=1)
-    (row,) = result.models
-    assert row.precision == expected
-    assert row.ended is not None
-    assert (result.threads, set(seen)) == (1, {1})
-    assert torch.get_num_threads() == threads
 
 
 def test_models_that_fail_are_rows(monkeypatch):

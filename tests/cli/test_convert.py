@@ -100,15 +100,3 @@ def test_inspect(capsys, tmp_path: Path):
     assert code == 0  # what is in it can still be read
     assert "not a model    the tensors do not fit" in out
     assert "stem.bias is (3,), the architecture wants (24,)" in out
-
-
-def test_the_published_weights(capsys, monkeypatch, tmp_path: Path):
-    monkeypatch.setenv("MIXER_CACHE", str(tmp_path / "cache"))
-    code, out, _ = mixer(capsys, "models", "--weights")
-    assert code == 0
-    lines = out.splitlines()
-    assert sum(line.startswith("mixer_") for line in lines) == 2 * 17  # the table, then each
-    assert "that is wrong: it is ImageNet-1k from scratch" in out
-    assert "hf:timm/mixer_b16_224.miil_in21k" in out
-    assert f"Downloads go to {tmp_path / 'cache'} (MIXER_CACHE changes that)." in out
-    assert not (tmp_path / "cache").exists()

@@ -183,19 +183,6 @@ def test_variants_of_token_mixing(changes, drawn, note):
     assert re.match(note, text)
 
 
-@pytest.mark.parametrize(
-    ("name", "size", "stem"),
-    [("cycle_mlp_b1", 64, (64, 7, 7, 3)), ("vip_s14", 56, (384, 14, 14, 3))],
-)
-def test_the_other_families(name, size, stem):
-    found = model_units(am.create_model(name, size, 3))
-    assert found.layers == []
-    assert len(found.notes) == 1
-    assert "figures 5 and 6" in found.notes[0]
-    assert found.stem_weights is not None
-    assert found.stem_weights.shape == stem
-
-
 def test_correlation_of_two_models():
     model = tiny_model()
     one, other = model_units(model), model_units(am.random_weights(model, 1))

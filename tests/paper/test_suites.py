@@ -20,7 +20,7 @@ from allmlp.paper.suite import SuiteResult, suite_result
 from allmlp.paper.vtab import VTAB, vtab
 from allmlp.training import train as loop
 from allmlp.training.optim import learning_rate, warmup_steps
-from conftest import make_class_folder, mixer, tiny_model
+from conftest import make_class_folder, tiny_model
 from runs import watch_every_step
 from studies import pretend
 
@@ -249,21 +249,3 @@ def test_the_means():
     whole = suite_result(Path("x"), VTAB, {name: {"accuracy": 0.5} for name in VTAB}, [])
     assert (whole.missing, whole.summary()) == ([], "mean of 19 tasks: 50.00%")
     assert suite_result(Path("x"), VTAB, {}, []).mean is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ("vtab", "checkpoint"),
-        ("vtab weights --task pets=pets", "output"),
-        ("avg5 weights --output o --task svhn=pets", "svhn"),
-    ],
-)
-def test_mistakes_of_the_command(capsys, place, monkeypatch, arguments, named):
-    monkeypatch.chdir(place)
-    before = sorted(place.rglob("*"))
-    code, out, err = mixer(capsys, "paper", *arguments.split())
-    assert code == 2
-    assert named in out + err
-    assert "Traceback" not in err
-    assert sorted(place.rglob("*")) == before
