@@ -221,8 +221,8 @@ def export(
     if not isinstance(net, ImageClassifier):
         raise UserError("this is an exported file already", where=net.source)
     if net is model:
-        net = copy.deepcopy(net).cpu().float().eval()
-        net.source = model.source
+        source, net = net.source, copy.deepcopy(net).cpu().float().eval()
+        net.source = source
     if preprocessing_of(net).kind == "arrays" and options.uint8_input:
         what = "the model takes rows of arrays, which are not uint8 images"
         raise UserError(what, where="uint8_input", fix="Leave it out", code="arrays")

@@ -113,7 +113,7 @@ def labelled_images(data: Any, class_names: list[str]) -> Source:
     else:
         numbers = np.array([number_of(label) for label in labels], dtype=np.int64)
     if _are_rows(images):
-        return labelled(ArrayRows(images, "x"), "x", class_names, numbers)
+        return labelled(ArrayRows(np.asarray(images), "x"), "x", class_names, numbers)
     names, encoded = [], {}
     for at, image in enumerate(images):
         if isinstance(image, str | Path):
