@@ -146,7 +146,8 @@ def show(result: Evaluation, options: EvaluateOptions) -> int:
     if own is not None:
         height, width = own.image_size
         turned = "turned upright by EXIF" if own.exif_orientation else "EXIF ignored"
-        report.say(f"protocol {height}x{width} pixels, {own.summary()}, {turned}")
+        seen = f"{height}x{width} pixels, {own.summary()}, {turned}"
+        report.say(f"protocol {own.summary() if own.kind == 'arrays' else seen}")
     if options.precision != "float32":
         report.say(f"products {result.precision}")
     what = plural(len(result.labels), "image")

@@ -55,9 +55,11 @@ def _scaled(unit: Floats) -> Floats:
 
 
 def _enlarged(pixels: Pixels, side: int) -> Pixels:
-    """Enlarges pixels to squares, up to about `side` pixels in total, with a thin frame."""
+    """Enlarges pixels to squares, up to about `side` pixels in total, with a thin frame; those of a
+    sequence to a band."""
     factor = max(1, round(side / max(pixels.shape[:2])))
-    pixels = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+    tall = max(factor, side // 4) if len(pixels) == 1 else factor
+    pixels = pixels.repeat(tall, axis=0).repeat(factor, axis=1)
     return np.pad(pixels, ((1, 1), (1, 1), (0, 0)), constant_values=150)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from allmlp import plots
-from allmlp.data.source import Source
+from allmlp.data.source import Source, array_shape
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import names_source
 from allmlp.errors import plural
@@ -90,7 +90,8 @@ def announce(run: Run, model: ImageClassifier, *, in_study: bool = False) -> Non
     fit = describe_fit(config, num_images)
     if fit is not None and config.model.train_only != "probe":
         say(f"fit      {fit}")
-    if are_too_few(config, model.num_parameters, num_images) and not in_study:
+    are_images = array_shape(run.splits.train) is None  # which published weights know
+    if are_images and not in_study and are_too_few(config, model.num_parameters, num_images):
         name = recommended("speed" if run.compute.device.type == "cpu" else "accuracy").name
         command = shlex.join([_command(), "finetune", name, "--data", config.data.source])
         for line in (
