@@ -20,7 +20,6 @@ from allmlp.models.timm_model import TimmConfig, TimmModel
 from allmlp.training import train as loop
 from allmlp.training.train import resume
 from allmlp.weights import timm_weights
-from conftest import tiny_config
 
 pytestmark = pytest.mark.numerics
 
@@ -222,10 +221,23 @@ def test_logits_are_those_of_timm_itself(real_timm: Any, monkeypatch: Any, name:
 @pytest.mark.slow
 def test_a_run_resumes_with_its_running_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def config(output: str) -> am.TrainConfig:
-        changes = {"model__name": "timm:fake_cnn", "optimizer__average": 0.5, "epochs": None}
-        changes |= {"steps": 6, "checkpoint_every": 3, "evaluate_every": 3, "optimizer__warmup": 0}
-        changes |= {"model__overrides": {}, "model__image_size": 16, "data__holdout": 0.0}
-        return tiny_config("digits", tmp_path / output, **changes)
+        values: dict[str, object] = {
+            "data.source": "digits",
+            "data.num_workers": 0,
+            "data.holdout": 0.0,
+            "model.name": "timm:fake_cnn",
+            "model.overrides": {},
+            "model.image_size": 16,
+            "optimizer.warmup": 0,
+            "optimizer.average": 0.5,
+            "steps": 6,
+            "epochs": None,
+            "evaluate_every": 3,
+            "checkpoint_every": 3,
+            "batch_size": 8,
+            "device": "cpu",
+        }
+        return am.recipe("scratch").with_values({**values, "output": str(tmp_path / output)})
 
     am.train(config("whole"), quiet=True)
     train_step = loop.Trainer.train_step
