@@ -19,9 +19,16 @@ from functools import partial
 import cv2
 import numpy as np
 
-from allmlp.data.duplicates import CORRELATION, DISTANCE, KINDS, correlation, find_duplicates
+from allmlp.data.duplicates import (
+    CORRELATION,
+    DISTANCE,
+    KINDS,
+    correlation,
+    find_duplicates,
+    perceptual_hash,
+    thumbnail,
+)
 from allmlp.data.image import decode
-from allmlp.data.scan import perceptual_hash, thumbnail
 from allmlp.data.sources import open_splits
 
 

@@ -48,7 +48,9 @@ def make_index(folder: Path, entries: int) -> None:
     names = [f"train/class_{n % 1000:04}/photograph_{n:012}.jpeg" for n in range(entries)]
     arrays = (index.file, index.offset, index.length, index.label)
     repeated = RangeIndex(
-        index.class_names, index.files, *(np.tile(array, times) for array in arrays), names
+        *(str(folder), index.class_names, index.files),
+        *(np.tile(array, times) for array in arrays),
+        names,
     )
     (folder / f"train{INDEX_SUFFIX}").write_bytes(repeated.to_bytes())
 

@@ -149,6 +149,6 @@ REFUSED = {
     "int8": (tiff(full(-5), 8, sample_format=2), "signed"),
     "float32": (tiff(full(1), 32, sample_format=3), "floating-point"),
     "float64": (tiff(full(1), 64, sample_format=3), "floating-point"),
-    "grey_alpha16": (tiff(full(9, 9), 16, channels=2), "TIFF with samples of a kind"),
+    "grey_alpha16": (tiff(full(9, 9), 16, channels=2), "not an image"),
     "pfm": (b"Pf\n5 5\n-1.0\n" + full(1).astype("<f4").tobytes(), "floating-point"),
 }

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from allmlp.data.classes import check_twins, in_class_order, match_classes, natural_order
-from allmlp.data.sources import open_splits
+from allmlp.data.check import check_source
+from allmlp.data.classes import check_twins, match_classes
+from allmlp.data.fingerprint import fingerprint
+from allmlp.data.groups import split_by_class
+from allmlp.data.loader import evaluation_batches
+from allmlp.data.source import Source, subset
+from allmlp.data.sources import notes_of, open_splits
+from allmlp.data.sources.packed import pack_splits
 from allmlp.errors import UserError
+from allmlp.preprocessing import Preprocessing
 from conftest import make_class_folder
-
-
-def test_natural_order_of_classes(tmp_path: Path):
-    make_class_folder(tmp_path, {"10": 1, "9": 1, "a2": 1, "a10": 1, "B1": 1})
-    names = open_splits(str(tmp_path))["train"].class_names
-    assert names == ["9", "10", "a2", "a10", "B1"]
-    assert sorted(["2", "x", "x\u00b2", "10"], key=natural_order) == ["2", "10", "x", "x\u00b2"]
 
 
 @pytest.mark.parametrize(
@@ -88,15 +90,151 @@ def test_match_classes_by_name(class_folder: Path):
         match_classes(source, ["cat"], owner="the model", allow_missing=True)
 
 
+# Several labels per image
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder with images a/0.png to a/5.png."""
+    return make_class_folder(tmp_path, {"a": 6})
+
+
+def opened(folder: Path, text: str, options: str = "", name: str = "list.csv") -> Source:
+    (folder / name).write_text(text)
+    return open_splits(f"{folder / name}{options}")["train"]
+
+
+def texts(source: Source) -> list[str]:
+    return [source.label_text(at) for at in range(len(source))]
+
+
+def parquet(folder: Path, columns: dict[str, object], features: object = None) -> Source:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as files
+
+    images = [{"bytes": (folder / f"a/{at}.png").read_bytes(), "path": ""} for at in range(3)]
+    table = pa.table({"image": images, **columns})
+    if features is not None:
+        described = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": described})
+    files.write_table(table, folder / "x.parquet")
+    return open_splits(f"{folder / 'x.parquet'}{'#label=cat|dog' if len(columns) > 1 else ''}")[
+        "train"
+    ]
+
+
+CSV = "path,label\na/0.png,cat|dog\na/1.png,dog\na/2.png,\n"
+
+
+def test_labels_in_a_cell_are_multi_hot(images: Path):
+    source = opened(images, CSV)
+    assert source.class_names == ["cat", "dog"]
+    assert source.labels.tolist() == [[True, True], [False, True], [False, False]]
+    assert texts(source) == ["cat|dog", "dog", ""]
+    assert "labels=single" in " ".join(notes_of({"": source}))
+
+
+def test_a_mark_in_the_name_of_a_class(images: Path):
+    source = opened(images, CSV.replace("a/2.png,\n", ""), "#labels=single")
+    assert source.class_names == ["cat|dog", "dog"]
+    assert source.labels.tolist() == [0, 1]
+    source = opened(images, "path,label\na/0.png,x\na/1.png,y|\n")  # no two labels in a cell
+    assert source.labels.tolist() == [0, 1]
+    assert notes_of({"": source}) == []
+
+
 @pytest.mark.parametrize(
-    ("names", "ordered"),
+    ("options", "cells", "expected"),
     [
-        (["10", "2", "1"], ["1", "2", "10"]),
-        (["10", "-2", "007", "7"], ["-2", "007", "7", "10"]),
-        (["b10", "b9", "A"], ["A", "b9", "b10"]),
-        (["10", "2", "x"], ["2", "10", "x"]),
+        ("#separator=space", ("haze primary", "haze"), ["haze|primary", "haze"]),
+        ("#separator=comma", ('"haze, primary"', "haze"), ["haze|primary", "haze"]),
+        ("#labels=multi", ("a", ""), ["a", ""]),
     ],
 )
-def test_class_order(names, ordered):
-    assert in_class_order(names) == ordered
-    assert in_class_order(reversed(names)) == ordered
+def test_separator_and_labels(images: Path, options: str, cells: tuple[str, str], expected: object):
+    text = f"path,label\na/0.png,{cells[0]}\na/1.png,{cells[1]}\n"
+    assert texts(opened(images, text, options)) == expected
+
+
+def test_columns_of_zero_and_one(images: Path):
+    several = opened(images, "path,cat,dog\na/0.png,1,1\na/1.png,0,0\na/2.png,0.0,1.0\n")
+    assert texts(several) == ["cat|dog", "", "dog"]
+    one = opened(images, "path,cat,dog\na/0.png,1,0\na/1.png,0,1\n")
+    assert one.labels.tolist() == [0, 1]  # one label per image
+    text = "path,age,cat,dog\na/0.png,31,1,0\na/1.png,40,0,1\n"
+    assert texts(opened(images, text, "#label=cat|dog,labels=multi")) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "what"),
+    [
+        ("path,cat,dog\na/0.png,1,7\n", "", "no label column found"),
+        ("path,x,cat,dog\na/0.png,1,1,0\n", "#label=cat|bird", "'bird'"),
+        ("path,cat,dog\na/0.png,1,2\n", "#label=cat|dog", "'2'"),
+        ("path,label\na/0.png,cat||dog\n", "", "empty"),
+        ("path,label\na/0.png,cat\n", "#labels=single,separator=;", "separator"),
+    ],
+)
+def test_wrong_data_and_options(images: Path, text: str, options: str, what: str):
+    with pytest.raises(UserError, match=what.replace("|", r"\|")):
+        opened(images, text, options)
+
+
+def test_json_lists(images: Path):
+    rows = [{"path": "a/0.png", "labels": ["cat", "a|b"]}, {"path": "a/1.png", "labels": []}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    source = opened(images, text, name="list.jsonl")
+    assert source.class_names == ["a|b", "cat"]
+    assert source.labels.tolist() == [[True, True], [False, False]]
+
+
+def test_parquet_lists_and_columns(images: Path):
+    assert texts(parquet(images, {"label": [["cat", "dog"], [], ["cat"]]})) == [
+        "cat|dog",
+        "",
+        "cat",
+    ]
+    assert parquet(images, {"label": [[2, 10], [10], None]}).class_names == ["2", "10"]
+    classes = {"_type": "ClassLabel", "names": ["zebra", "ant"]}
+    for feature in ({"_type": "Sequence", "feature": classes}, [classes]):
+        source = parquet(images, {"label": [[0, 1], [1], []]}, {"label": feature})
+        assert texts(source) == ["ant|zebra", "ant", ""]
+    hot = parquet(images, {"id": [7, 8, 9], "cat": [1, 0, 1], "dog": [True, False, False]})
+    assert texts(hot) == ["cat|dog", "", "cat"]
+
+
+def test_operations_on_a_source(images: Path):
+    source = opened(images, CSV)
+    matched = match_classes(source, ["dog", "bird", "cat"], owner="x", allow_missing=True)
+    assert matched.labels.tolist() == [[True, False, True], [True, False, False], [False] * 3]
+    assert fingerprint(source) != fingerprint(replace(source, labels=~source.labels))
+    assert source.class_counts().tolist() == [1, 2]
+    assert subset(source, source.of_class(1), "x").labels.tolist() == [[True, True], [False, True]]
+    preprocessing = Preprocessing(image_size=(8, 8), channels=3)
+    (batch,) = evaluation_batches(source, preprocessing, batch_size=4, num_workers=0)
+    assert batch.labels.tolist() == source.labels.tolist()
+
+
+def test_check_counts_labels_and_pack_refuses(images: Path, tmp_path: Path):
+    source = opened(images, CSV)
+    split = check_source({"train": source}, "x", num_workers=0)[0]["splits"]["train"]
+    assert split["labels_per_image"] == {"0": 1, "1": 1, "2": 1}
+    assert split["class_counts"] == {"cat": 1, "dog": 2}
+    with pytest.raises(UserError) as error:
+        pack_splits({"train": source}, tmp_path / "packed")
+    assert error.value.code == "multi-label"
+
+
+def test_the_held_out_images_have_every_label():
+    random = np.random.default_rng(0)
+    labels = random.random((400, 12)) < np.geomspace(0.5, 0.008, 12)
+    labels[:2, 11] = True  # at least two images
+    kept, held_out = split_by_class(labels, 0.1, seed=0)
+    assert sorted([*kept, *held_out]) == list(range(400))
+    there, away = labels[kept].sum(axis=0), labels[held_out].sum(axis=0)
+    assert (there[there + away > 1] > 0).all()
+    assert (away[there + away > 1] > 0).all()
+    assert np.abs(away - 0.1 * (there + away)).max() < 0.05 * 400
+    assert 30 <= len(held_out) <= 50
+    again = split_by_class(labels, 0.1, seed=0)
+    assert np.array_equal(again[1], held_out)

@@ -34,20 +34,15 @@ def test_files_that_are_passed_over_are_counted(tmp_path: Path, capsys):
     for name in (*names, "cat/x.jpg_large", "dog/deep/x.jp2", "dog/.hidden.heic"):
         (folder / name).write_bytes(b"x")
     said = "6 files passed over in photos: .dng 2, .heic 2, .jpg_large 1, .jp2 1"
-    for name in (str(folder), f"{folder}:train[:50%]"):
-        (note,) = notes_of(open_splits(name))
-        assert note.startswith(said)
-        assert "allmlp[heic]" in note
+    (note,) = notes_of(open_splits(str(folder)))
+    assert note.startswith(said)
+    assert "allmlp[heic]" in note
     assert notes_of({"x": open_source(f"{folder}:train", labels="any")})[0].startswith(said)
-    code, out, _ = mixer(capsys, "data", "check", folder, "--output", tmp_path / "report")
+    code, out, _ = mixer(capsys, "data", "check", folder)
     assert (code, said in out) == (0, True)
-    model = tiny_model(num_classes=2)
-    model.class_names = ["cat", "dog"]
-    weights = am.save_model(model, tmp_path / "m.safetensors")
+    weights = am.save_model(tiny_model(num_classes=2), tmp_path / "m.safetensors")
     code, _, err = mixer(capsys, "predict", weights, folder, "--output", tmp_path / "x.csv")
     assert (code, "6 files passed over" in err) == (0, True)
-    code, _, err = mixer(capsys, "evaluate", weights, "--data", folder)
-    assert (code, said in err) == (0, True)
 
 
 @pytest.mark.parametrize("name", ["@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "@Recycle"])
@@ -62,15 +57,12 @@ def test_folders_of_the_system_are_skipped(tmp_path: Path, name: str):
 @pytest.mark.skipif(HAS_HEIC, reason="HEIC is read here")
 def test_classes_and_folders_without_images(tmp_path: Path):
     folder = make_class_folder(tmp_path / "data", {"cat": 0, "dog": 2})
-    with pytest.raises(UserError, match=r"class 'cat' has no images"):
-        open_splits(str(folder))
     for at in range(3):
         (folder / "cat" / f"{at}.heic").write_bytes(b"x")
     (folder / "cat" / "list.txt").write_text("x")
     there = r"\.heic 3, other files 1"
-    with pytest.raises(UserError, match=rf"class 'cat' has no images.*{there}") as error:
+    with pytest.raises(UserError, match=rf"class 'cat' has no images.*{there}"):
         open_splits(str(folder))
-    assert "Convert" in str(error.value.fix)
     with pytest.raises(UserError, match=there):
         am.predict(tiny_model(), [folder / "cat"])
     with pytest.raises(UserError, match=there):
@@ -107,24 +99,17 @@ def test_hidden_files_and_links_deep_inside(tmp_path: Path):
     assert source.labels.tolist() == [0, 0, 0, 1, 2]
 
 
-@pytest.mark.parametrize("names", [("Train", "Val", "TEST"), ("training", "valid", "Testing")])
-def test_split_folders_in_other_spellings(tmp_path: Path, names: tuple[str, str, str]):
-    for seed, name in enumerate(names):
-        make_class_folder(tmp_path / name, {"ant": 2, "bee": 2}, start=10 * seed)
-    splits = open_splits(str(tmp_path))
-    assert list(splits) == ["train", "validation", "test"]
-    assert splits["test"].class_names == ["ant", "bee"]
-
-
-@pytest.mark.parametrize("names", [("train_set", "test_set"), ("Training-Data", "val_images")])
+@pytest.mark.parametrize(
+    "names", [("Train", "TEST"), ("train_set", "test_set"), ("Training-Data", "Testing")]
+)
 @pytest.mark.parametrize("doubled", [False, True])
-def test_names_of_splits_with_more_words(tmp_path: Path, names: tuple[str, str], doubled: bool):
+def test_names_of_splits(tmp_path: Path, names: tuple[str, str], doubled: bool):
     for name in names:
         folder = tmp_path / name / (name if doubled else "")
         make_class_folder(folder, {"cat": 2, "dog": 1})
     (tmp_path / "predictions").mkdir()
     splits = open_splits(str(tmp_path))
-    assert list(splits) == ["train", "test" if "test_set" in names else "validation"]
+    assert list(splits) == ["train", "test"]
     assert {tuple(source.class_names) for source in splits.values()} == {("cat", "dog")}
     assert {len(source) for source in splits.values()} == {3}
     assert notes_of(splits) == []
@@ -142,17 +127,13 @@ def test_a_class_may_be_called_train(tmp_path: Path):
     [
         (["train", "test"], ["train", "test"]),
         (["train"], ["train"]),
-        (["train_images", "test_images"], ["train_images", "test_images"]),
         (["fold0", "fold_1", "Fold 2"], ["fold0", "fold_1", "Fold 2"]),
         (["ok", "nok", "test"], ["'test'", "ok", "train/<class>"]),
-        (["ok", "nok", "test_set"], ["'test_set'", "ok"]),
         (["fold0/train", "fold0/val", "fold1/train", "fold1/val"], ["fold0", "train, val"]),
-        (["fold0/cat", "fold0/dog", "fold1/cat", "fold1/dog", "fold1/cow"], ["fold0", "cat, dog"]),
         (["photos/train/cat", "photos/test/cat"], ["photos", "test, train"]),
         (["bottle/train/good", "bottle/test/bad", "cable/train/good"], ["bottle", "train"]),
         (["train/site1/cat", "train/site1/dog", "train/site2/cat", "train/site2/dog"], ["site1"]),
         (["seg_train/seg_train/sea", "seg_test/seg_test/sea"], ["seg_train", "seg_test"]),
-        (["train/train", "train/test"], ["test, train"]),
         (["train/ant", "val/ant", "valid/ant"], ["val and valid"]),
         (["train/ant", "val/ant", "holdout/ant"], ["'holdout'"]),
         (["bus", "train", "train/old"], ["'train'", "'0.png'"]),
@@ -173,7 +154,6 @@ def test_folders_that_are_no_classes(tmp_path: Path, folders: list[str], named: 
     ("folders", "classes"),
     [
         (["cat/images", "dog/images"], ["cat", "dog"]),
-        (["animal/dog", "animal/cat", "plant/rose"], ["animal", "plant"]),
         (["cat", "cat/old", "cat/new", "dog", "dog/old", "dog/new"], ["cat", "dog"]),
         (["test tube", "train station"], ["test tube", "train station"]),
         (["fold1", "plain"], ["fold1", "plain"]),

@@ -16,15 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
-from allmlp.data.image import HAS_HEIC, MAX_SIDE, EncodedImage, decode, turn_upright
+from allmlp.data.image import MAX_SIDE, EncodedImage, decode, turn_upright
 from allmlp.data.sources.folders import scan_images
 from allmlp.errors import UserError
 from conftest import draw, encode
 from odd_images import NAMED, REFUSED, png16
 
 pytestmark = pytest.mark.numerics
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def arrow() -> Image.Image:
@@ -49,60 +47,35 @@ def test_every_format(kind):
     assert difference == 0 if exact else difference < 60
 
 
+UNDO = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 2, 6, 4)), strict=True))
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_all_eight_orientations_give_one_picture(kind):
-    options: dict[str, object] = {}
+    options: dict[str, object] = {"lossless": True} if kind == "WEBP" else {}
     if kind in ("JPEG", "AVIF"):
         options = {"quality": 100, "subsampling": 0 if kind == "JPEG" else "4:4:4"}
-    options |= {"lossless": True} if kind == "WEBP" else {}
     upright = np.asarray(decode(encode(arrow(), kind, **options), "x"), int)
-    undo = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
     for orientation in range(1, 9):
-        stored = arrow().transpose(undo[orientation]) if orientation in undo else arrow()
+        stored = arrow().transpose(UNDO[orientation]) if orientation in UNDO else arrow()
         exif = Image.Exif()
         exif[0x0112] = orientation
         data = encode(stored, kind, exif=exif, **options)
-        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        assert expected.size == (16, 24)
+        assert ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size == (16, 24)
         image = EncodedImage(data, "x")
         decoded = image.decode().astype(int)
-        assert image.size == decoded.shape[:2]
-        assert decoded.shape == upright.shape
-        assert np.abs(decoded - upright).max() <= (40 if kind in ("JPEG", "AVIF") else 0), (
-            orientation
-        )
+        assert image.size == decoded.shape[:2] == upright.shape[:2]
+        limit = 40 if kind in ("JPEG", "AVIF") else 0
+        assert np.abs(decoded - upright).max() <= limit, orientation
 
 
 def test_the_papers_protocol_leaves_pictures_as_they_are_stored():
     exif = Image.Exif()
     exif[0x0112] = 6
-    stored = arrow().transpose(Image.Transpose.ROTATE_90)
-    for kind, options in (("PNG", {}), ("JPEG", {"quality": 100})):
-        data = encode(stored, kind, exif=exif, **options)
-        assert decode(data, "x").shape == (24, 16, 3)
+    for kind in ("PNG", "JPEG"):
+        data = encode(arrow().transpose(Image.Transpose.ROTATE_90), kind, exif=exif)
         image = EncodedImage(data, "x", exif_orientation=False)
-        assert image.size == (16, 24)
-        assert image.decode().shape == (16, 24, 3)
-
-
-def test_an_orientation_that_only_xmp_has():
-    """Pillow takes it for EXIF's; so must the way around Pillow."""
-    xmp = (
-        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/'
-        b'22-rdf-syntax-ns#"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" '
-        b'tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
-    )
-    data = encode(draw(1), "JPEG", xmp=xmp)
-    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    assert decode(data, "x").shape[1::-1] == expected.size == (30, 40)
+        assert (*image.size, 3) == image.decode().shape == (16, 24, 3)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -178,33 +151,14 @@ def test_sides_are_rounded_up(kind, size):
             assert image.decode(reduction, fast=fast).shape[:2] == expected
 
 
-def test_an_untidy_jpeg_is_no_damaged_one():
-    data = encode(draw(1), "JPEG")
-    untidy = data[:-2] + b"abc" + data[-2:]  # stray bytes before the end: every viewer shows it
-    assert np.array_equal(decode(untidy, "x"), np.asarray(Image.open(io.BytesIO(data))))
-
-
-def test_grey_and_channels():
-    grey = Image.fromarray(np.arange(0, 240, dtype=np.uint8).reshape(12, 20))
-    for kind in ("PNG", "JPEG"):
-        data = encode(grey, kind)
-        assert decode(data, "x", 1).shape == (12, 20, 1)
-        rgb = np.asarray(decode(data, "x", 3))
-        assert rgb.shape == (12, 20, 3)
-        assert (rgb == rgb[..., :1]).all()
-    assert decode(encode(draw(1)), "x", 1).shape == (30, 40, 1)
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (b"", "the file is empty"),
-        (bytes(range(256)) * 4, "not an image"),
+        (b"\n<!DOCTYPE html>\n<html><title>404</title>", "not an image"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIC|not an image"),
         (encode(draw(1), "JPEG")[:300], "damaged|not an image"),
-        (encode(draw(1), "PNG")[:-300], "damaged"),
-        (encode(draw(1), "GIF")[:-300], "damaged"),
-        (encode(draw(1), "AVIF")[:-300], "damaged"),
-        (encode(draw(1), "MPO")[:-300], "damaged"),
+        *((encode(draw(1), kind)[:-300], "damaged|not") for kind in ("PNG", "GIF", "AVIF", "MPO")),
         (encode(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), "range is not stated"),
     ],
 )
@@ -215,46 +169,29 @@ def test_what_is_no_image_is_refused_by_name(data, message):
     assert caught.value.fix
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A PNG header that claims a large image, with almost nothing behind it."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        checksum = zlib.crc32(kind + body)
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
-
-
 @pytest.mark.parametrize(
     ("width", "height"),
     [(16000, 16000), (10400, 10400), (300_000, 300_000), (65_500, 1), (1, MAX_SIDE + 1)],
 )
 def test_bombs_are_refused_from_the_header(width, height):
-    data = bomb(width, height)
-    assert len(data) < 2000
+    """A PNG whose header claims a large image, with almost nothing behind it."""
+    data = bytearray(encode(Image.new("RGB", (1, 1))))
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     started = time.process_time()
-    with pytest.raises(
-        UserError, match=r"too large|the limits are 89,478,485 in all and 32,767 a side"
-    ):
-        decode(data, "x")
+    limits = "too large|the limits are 89,478,485 in all and 32,767 a side"
+    with pytest.raises(UserError, match=limits):
+        decode(bytes(data), "x")
     assert time.process_time() - started < 1.0  # decoding it would take minutes
+
+
+PREFIXES = (b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF", b"II*\0", b"P6")
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=600))
 def test_any_bytes_give_an_image_or_a_user_error(data):
-    for prefix in (
-        b"",
-        b"\xff\xd8\xff\xe0",
-        b"\x89PNG\r\n\x1a\n",
-        b"GIF89a",
-        b"RIFF",
-        b"\0\0\0\x20ftypavif\0\0\0\0avifmif1",
-        b"II*\0",
-        b"P6",
-    ):
+    for prefix in (*PREFIXES, b"\0\0\0\x20ftypavif\0\0\0\0avifmif1"):
         with contextlib.suppress(UserError):
             assert decode(prefix + data, "x").shape[2] == 3
 
@@ -263,23 +200,13 @@ def test_any_bytes_give_an_image_or_a_user_error(data):
 @given(st.data())
 def test_damaged_files_give_an_image_or_a_user_error(data):
     kind = data.draw(st.sampled_from(["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF"]))
-    file = bytearray(encode(draw(3), kind))
+    file = bytearray(encode(draw(3, (9, 7)), kind))
+    # The directory stands at the end of Pillow's TIFFs; wrong types there raise anything.
+    start = int.from_bytes(file[4:8], "little") if kind == "TIFF" else 0
     for _ in range(data.draw(st.integers(1, 8))):
-        file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
-    with contextlib.suppress(UserError):
-        assert decode(bytes(file[: data.draw(st.integers(1, len(file)))]), "x").shape[2] == 3
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_damaged_tiff_directories_give_an_image_or_a_user_error(data):
-    """The directory stands at the end of Pillow's TIFFs; wrong types there raise anything."""
-    file = bytearray(encode(Image.new("RGB", (4, 4)), "TIFF"))
-    start = int.from_bytes(file[4:8], "little")
-    for _ in range(data.draw(st.integers(1, 6))):
         file[data.draw(st.integers(start, len(file) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(UserError):
-        assert decode(bytes(file), "x").shape[2] == 3
+        assert decode(bytes(file[: data.draw(st.integers(1, len(file)))]), "x").shape[2] == 3
 
 
 # Samples of more than 8 bits, transparency, animations, and what is no image
@@ -349,43 +276,3 @@ def test_heic(orientation: int, tmp_path: Path):
     assert [*scan_images(str(tmp_path))] == ["x.heic"]
     with pytest.raises(UserError, match="damaged"):
         decode(data[: len(data) // 2], "x.heic")
-
-
-def test_a_heic_of_10_bits_is_scaled():
-    pillow_heif = pytest.importorskip("pillow_heif", reason="pip install 'allmlp[heic]'")
-    samples = np.full((64, 64, 3), 60_000, np.uint16)
-    file = io.BytesIO()
-    pillow_heif.encode("RGB;16", (64, 64), samples.tobytes(), file, quality=-1)
-    assert pillow_heif.open_heif(file, convert_hdr_to_8bit=False).info["bit_depth"] == 10
-    assert np.abs(decode(file.getvalue(), "x").astype(int) - 233).max() <= 1
-
-
-def test_a_file_under_a_foreign_name_says_what_it_is():
-    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
-    for data, kind, fix in (
-        (heic, "HEIC", "" if HAS_HEIC else "heif-convert"),
-        (b"\n<!DOCTYPE html>\n<html><title>404</title>", "HTML page", "again"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "git-LFS pointer", "git lfs pull"),
-        (b"\0\0\0\x18ftypmp42" + bytes(99), "video", "ffmpeg"),
-        (encode(draw(1), "AVIF")[:200], "AVIF, but damaged", "JPEG"),
-    ):
-        with pytest.raises(UserError, match=kind) as caught:
-            EncodedImage(data, "photo.jpg")
-        assert caught.value.where == "photo.jpg"
-        assert fix in str(caught.value.fix)
-
-
-def test_bits_per_sample_that_are_bytes():
-    file = bytearray(encode(Image.new("RGB", (4, 4)), "TIFF"))
-    file[36] = 7  # the type of BitsPerSample: undefined
-    with contextlib.suppress(UserError):
-        decode(bytes(file), "x")
-
-
-@pytest.mark.parametrize(("width", "height"), [(16_000, 16_000), (10_400, 10_400), (60_000, 1)])
-def test_an_avif_bomb_is_refused_from_the_header(width, height):
-    data = encode(draw(1), "AVIF")
-    place = data.index(b"ispe") + 8
-    size = struct.pack(">II", width, height)
-    with pytest.raises(UserError, match="too large|the limits are|damaged"):
-        EncodedImage(data[:place] + size + data[place + 8 :], "x")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from allmlp.data.sources import notes_of, open_source, open_splits
@@ -39,47 +38,31 @@ def named(name: str) -> dict[str, list[tuple[str, str]]]:
     }
 
 
-def test_a_list_without_splits_is_train(images: Path):
-    name = write(images, "path,label\na/0.png,x\nb/1.png,y\na/2.png,x\n")
-    assert named(name) == {"train": [("a/0.png", "x"), ("b/1.png", "y"), ("a/2.png", "x")]}
-    source = open_source(name)
-    assert source.read(1) == (images / "b" / "1.png").read_bytes()
-    assert source.item_name(1) == str(images / "b" / "1.png")
-    assert source.name == f"{name}:train"
-    assert source.labels.dtype == np.int64
-
-
 def test_splits_in_a_column(images: Path):
-    rows = ["a/0.png,x,train", "b/1.png,y,val", "a/2.png,y,Train", "a/3.png,x,test"]
-    name = write(images, "path,label,split\n" + "\n".join(rows))
+    rows = ["a/0.png\tx\ttrain", "b/1.png\ty\tval", "a/2.png\ty\tTrain", "a/3.png\tx\ttest"]
+    name = write(images, "path\tlabel\tsplit\n" + "\n".join(rows), "list.TXT")
     assert named(name) == {
         "train": [("a/0.png", "x"), ("a/2.png", "y")],
         "validation": [("b/1.png", "y")],
         "test": [("a/3.png", "x")],
     }
-    assert list(open_splits(name)) == ["train", "validation", "test"]
     assert open_source(f"{name}:val").class_names == ["x", "y"]
+    assert open_source(name).item_name(0) == str(images / "a" / "3.png")
     assert len(open_source(f"{name}:train[50%:]")) == 1
 
 
-@pytest.mark.parametrize("values", [("True", "False"), ("1", "0"), ("yes", "NO")])
-def test_splits_by_is_valid(images: Path, values: tuple[str, str]):
-    valid, train = values
-    rows = [f"a/0.png,x,{train},0", f"b/1.png,y,{valid},1", f"a/2.png,y,{train},1"]
+@pytest.mark.parametrize(("valid", "train"), [("True", "False"), ("1", "0"), ("yes", "NO")])
+def test_splits_by_is_valid(images: Path, valid: str, train: str):
+    rows = [f"a/0.png,x,{train},0", f"b/1.png,y,{valid},1"]
     name = write(images, "path,label,Is_Valid,fold\n" + "\n".join(rows))
-    assert named(name) == {
-        "train": [("a/0.png", "x"), ("a/2.png", "y")],
-        "validation": [("b/1.png", "y")],
-    }
+    assert named(name) == {"train": [("a/0.png", "x")], "validation": [("b/1.png", "y")]}
     notes = notes_of(open_splits(name))
     assert [column in note for column, note in zip(("Is_Valid", "fold"), notes, strict=True)]
     name = write(images, "path,label,is_valid,split\na/0.png,x,1,train\nb/1.png,x,0,test\n")
     assert list(named(name)) == ["train", "test"]  # a split is more than is_valid
     assert any("is_valid" in note for note in notes_of(open_splits(name)))
-    with pytest.raises(UserError, match="'maybe'") as error:
+    with pytest.raises(UserError, match="'maybe'"):
         open_splits(write(images, "path,label,is_valid\na/0.png,x,maybe\n"))
-    assert error.value.where is not None
-    assert error.value.where.endswith("line 2")
 
 
 def test_the_order_of_rows_never_changes_the_classes(images: Path):
@@ -94,9 +77,10 @@ def test_the_order_of_rows_never_changes_the_classes(images: Path):
 
 def test_byte_order_mark_and_windows_line_ends(images: Path):
     text = "\ufeffpath,label\r\na/0.png,x\r\n\r\na/1.png,\u00e9\r\n"
-    source = open_source(write(images, text))
-    assert source.class_names == ["x", "\u00e9"]
-    assert source.read(1) == (images / "a" / "1.png").read_bytes()
+    for data in (text, text[1:].encode("utf-16")):
+        source = open_source(write(images, data))
+        assert source.class_names == ["x", "\u00e9"]
+        assert source.read(1) == (images / "a" / "1.png").read_bytes()
 
 
 @pytest.mark.parametrize("image", ["path", "file", "FileName", "image", "file_name"])
@@ -116,7 +100,7 @@ def test_columns_are_chosen(images: Path):
     with pytest.raises(UserError, match=r"several label columns: class, target[\s\S]*#label=class"):
         open_splits(f"{name}#image=file")
     assert named(f"{name}#image=image,label=kind") == {"train": [("b/0.png", "z")]}
-    with pytest.raises(UserError, match=r"no column 'knd'[\s\S]*Did you mean kind"):
+    with pytest.raises(UserError, match=r"unknown column 'knd'[\s\S]*Did you mean kind"):
         open_splits(f"{name}#image=file,label=knd")
     with pytest.raises(UserError, match="'config'"):
         open_splits(f"{name}#config=x")
@@ -133,30 +117,19 @@ def test_a_file_name_that_is_no_text(images: Path):
     ("text", "message", "line"),
     [
         ("", "the list has no rows", ""),
-        ("path,label\n", "the list has no rows", ""),
         ("path,label,path\na/0.png,x,y\n", "'path'", ", line 1"),
         ("label,kind\nx,y\n", "no image column found; columns: label, kind", ""),
         ("path,kind\na/0.png,y\n", "no label column found; columns: path, kind", ""),
-        ("a/0.png,x\na/1.png,y\n", "the list has no header", ", line 1"),
+        ("a/0.png,x\na/1.png,y\n", "no image column found; columns: a/0.png, x", ""),
         ("path,label\na/0.png,x\na/1.png\n", "1 fields, and the header has 2", ", line 3"),
-        ("path,label\na/0.png,x,y\n", "3 fields, and the header has 2", ", line 2"),
         ("path,label\na/0.png,x\n,y\n", "the path is empty", ", line 3"),
         ("path,label\na/0.png,x\n\na/1.png, \n", "the label is empty", ", line 4"),
         ("path,label\na/0.png,Cat\na/1.png,cat\n", "Cat.*line 2.*cat", ", line 3"),
         ('path,label\na/0.png,"x\na/1.png,y\n', "not CSV: unexpected end of data", ", line 3"),
         ("path,label,split\na/0.png,x,train\na/1.png,x,trn\n", "unknown split 'trn'", ", line 3"),
-        ("path,label,split\na/0.png,x,\n", "the split is empty", ", line 2"),
-        (
-            "path,label,split\na/0.png,x,train\na/1.png,x,val\na/2.png,y,val\n",
-            "'y'",
-            None,
-        ),
+        ("path,label,split\na/0.png,x,train\na/1.png,y,val\n", "'y'", None),
         (b"path,label\na/0.png,x\xff\n", "not valid text: 'x.udcff'", ", line 2"),
-        ("path,label\na/0.png,x\n".encode("utf-16"), "the list is UTF-16 text", ""),
-        ("path,label\na/0.png,x\na/1.png,nan\n", "the label is empty: 'nan'", ", line 3"),
         ("path,label\na/0.png,0\na/1.png,1\na/2.png,-1\n", "no label .-1.", ", line 4"),
-        ("path,label\na/0.png,0\na/1.png,0.0\n", "'0' .*line 2.*'0.0'", ", line 3"),
-        ("a/0.png 0\n", "the list has no header", ", line 1"),
         ("path,label\n9/0.png,x\n", "the list's images are not there: '9/0.png'", ""),
     ],
 )
@@ -175,66 +148,45 @@ def test_what_is_accepted(images: Path, tmp_path_factory: pytest.TempPathFactory
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     name = write(elsewhere, f"path,label\n{images / 'a' / '0.png'},x\n")
     assert open_source(name).read(0) == (images / "a" / "0.png").read_bytes()
-    name = write(images, "path,label,split\na/0.png,x,train\na/1.png,y,train\na/2.png,y,val\n")
-    assert open_source(f"{name}:val").class_names == ["x", "y"]
-    assert open_source(f"{name}:val").labels.tolist() == [1]
     name = write(images, "path,label\na/0.png,1\na/1.png,-1\n")
     assert open_source(name).class_names == ["-1", "1"]
-    with pytest.raises(UserError, match="their endings"):
-        open_splits(write(images, "path,label\na/0,x\n"))
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("l.csv", "path,split\na/0.png,train\na/1.png,test\n"),
-        ("l.csv", "path,label,split\na/0.png,,train\na/1.png,,test\n"),
-        ("l.csv", "file,id,split\na/0.png,1,train\na/1.png,2,test\n"),
-        (
-            "l.jsonl",
-            '{"path": "a/0.png", "split": "train"}\n{"path": "a/1.png", "split": "test"}\n',
-        ),
-    ],
-)
-def test_lists_without_labels(images: Path, name: str, text: str):
-    name = write(images, text, name)
+@pytest.mark.parametrize("columns", ["path,split", "path,label,split", "file,id,split"])
+def test_lists_without_labels(images: Path, columns: str):
+    more = {"path,split": ("", ""), "path,label,split": (",", ","), "file,id,split": (",1", ",2")}
+    rows = zip(("a/0.png", "a/1.png"), more[columns], (",train", ",test"), strict=True)
+    name = write(images, "\n".join([columns, *map("".join, rows)]))
     for at, split in enumerate(("train", "test")):
         source = open_source(f"{name}:{split}", labels="any")
         assert source.read(0) == (images / "a" / f"{at}.png").read_bytes()
         assert source.class_names == ["unknown"]
         assert len(open_source(f"{name}:{split}[:100%]", labels="any")) == 1
-    assert open_source(name, labels="any").name.endswith(":test")
     with pytest.raises(UserError, match="label"):
         open_source(name)
 
 
 def test_jsonl(images: Path):
-    name = write_jsonl(
-        images,
-        {"path": "a/0.png", "label": 10, "split": "train", "more": [1, {}]},
-        {"label": 2, "path": "a/1.png", "split": "train"},
-        {"label": 2, "path": "b/1.png", "split": "test"},
-    )
-    source = open_splits(name)
-    assert named(name)["test"] == [("b/1.png", "2")]
-    assert source["train"].class_names == ["2", "10"]
-    assert source["train"].labels.tolist() == [1, 0]
+    labels = [10, 2, 1.0, True, "1"]
+    rows = [
+        {"label": label, "path": f"a/{at}.png", "x": [1, {}]} for at, label in enumerate(labels)
+    ]
+    source = open_source(write_jsonl(images, *rows))
+    assert source.class_names == ["1", "2", "10", "true"]
+    assert source.labels.tolist() == [2, 1, 0, 3, 0]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "not JSON"),
+        ("{", "not a JSON object"),
         ("[1, 2]", "not a JSON object"),
         ('{"path": "a/1.png"}', "the label is empty"),
-        ('{"path": "a/1.png", "label": null}', "the label is empty"),
         ('{"path": "a/1.png", "label": NaN}', "the label is empty: 'nan'"),
         ('{"path": "a/1.png", "label": 1.5}', "a label is a whole number or text, got 1.5"),
-        ('{"path": "a/1.png", "label": {"x": 1}}', "got .'x': 1."),
         ('{"path": 3, "label": "x"}', "the path must be text, got 3"),
-        ('{"path": "a\\u0000", "label": "x"}', "not the name of a file"),
         ('{"path": "a\\ud800", "label": "x"}', "not the name of a file"),
-        ("[" * 100_000, "not JSON"),
+        ("[" * 100_000, "not a JSON object"),
     ],
 )
 def test_mistakes_in_jsonl(images: Path, line: str, message: str):
@@ -292,19 +244,3 @@ def test_paths_of_windows(images: Path):
     assert named(write(images / "lists", text)) == {"train": [("a/0.png", "x"), ("b/1.png", "y")]}
     (images / "a\\0.png").write_bytes(b"x")  # a name of a file here
     assert open_source(write(images, "path,label\na\\0.png,x\n")).read(0) == b"x"
-
-
-@pytest.mark.parametrize("ending", [".tsv", ".txt", ".TXT"])
-def test_other_endings_of_lists(images: Path, ending: str):
-    name = write(images, "path\tlabel\na/0.png\tx, y\n", f"list{ending}")
-    assert named(name) == {"train": [("a/0.png", "x, y")]}
-    with pytest.raises(UserError, match="no header"):
-        open_splits(write(images, "a/0.png\na/1.png\n", f"list{ending}"))
-
-
-def test_numbers_and_truth_in_jsonl(images: Path):
-    labels = [1, 1.0, 2.0, True, "1"]
-    rows = [{"path": f"a/{at}.png", "label": label} for at, label in enumerate(labels)]
-    source = open_source(write_jsonl(images, *rows))
-    assert source.class_names == ["1", "2", "true"]
-    assert source.labels.tolist() == [0, 0, 1, 2, 0]

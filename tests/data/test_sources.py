@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import allmlp as am
 from allmlp.data.groups import split_by_class
 from allmlp.data.image import decode
 from allmlp.data.source import EncodedImages, labelled, unreadable
@@ -22,7 +21,6 @@ from allmlp.data.sources.subset_file import (
     apply_rule,
     is_applied,
     read_subset_file,
-    rule_from_json,
     write_subset_file,
 )
 from allmlp.errors import UserError
@@ -51,10 +49,8 @@ def test_the_digits_are_those_of_scikit_learn():
 
 def test_other_splits_of_the_digits():
     first, second = open_splits("digits@1"), open_splits("digits@2")
-    assert open_source("digits@1:val").name == "digits@1:validation"
     names = [{s["test"].item_name(i) for i in range(359)} for s in (first, second)]
     assert len(names[0] | names[1]) > 500
-    assert len({s.item_name(i) for s in first.values() for i in range(len(s))}) == 1797
     assert (open_splits("digits@0")["test"].labels == open_splits("digits")["test"].labels).all()
     with pytest.raises(UserError, match="digits@x"):
         open_splits("digits@x")
@@ -76,7 +72,7 @@ def test_which_split_a_name_means(class_folder: Path, monkeypatch: pytest.Monkey
     assert len(open_source(f"{class_folder}:train")) == 20
     make_class_folder(class_folder / "test", {"ant": 1, "bee": 1, "cat": 1})
     assert len(open_source(str(class_folder))) == 3
-    with pytest.raises(UserError, match=r"no validation split[\s\S]*Known there: train"):
+    with pytest.raises(UserError, match=r"unknown split .validation.[\s\S]*Known: train"):
         open_source(f"{class_folder / 'train'}:validation")
     monkeypatch.chdir(class_folder)
     assert names_source("digits:test")
@@ -108,16 +104,12 @@ def test_a_split_is_matched_by_name_not_by_position(class_folder: Path):
         ("nowhere/at/all", "nowhere/at/all"),
         ("{folder}/dta", "Did you mean data"),
         ("{folder}/x.doc", "x.doc"),
-        ("~nosuchuser/x", "~nosuchuser/x"),
         ("", "digits"),
-        ("x#label", "no such data"),
-        ("x#label=", "'label='"),
         ("x#lable=y", "Did you mean label"),
         ("x#label=y,label=z", "'label=z'"),
         ("x:holdout[:3]", "'holdout'"),
         ("digits[:90%]", "SOURCE:train[:90%]"),
         ("digits#label=y", "'label'"),
-        ("{folder}/data#label=y", "'label'"),
     ],
 )
 def test_names_of_nothing(class_folder: Path, name: str, value: str):
@@ -137,9 +129,7 @@ def test_names_of_nothing(class_folder: Path, name: str, value: str):
         ("x#label=a:test[1:2]", SourceSpec("x", {"label": "a"}, "test", "[1:2]")),
         ("x:test[1:2]#label=a", SourceSpec("x", {"label": "a"}, "test", "[1:2]")),
         ("C:\\data:train", SourceSpec("C:\\data", {}, "train")),
-        ("C:\\data", SourceSpec("C:\\data")),
         ("hf:a/b@main#config=c", SourceSpec("hf:a/b@main", {"config": "c"})),
-        ("hf:a/b:test", SourceSpec("hf:a/b", {}, "test")),
         ("a#b", SourceSpec("a#b")),
         ("d/x_[ab].parquet:test", SourceSpec("d/x_[ab].parquet", {}, "test")),
     ],
@@ -158,7 +148,7 @@ def test_names_of_files_that_exist_win(tmp_path: Path, monkeypatch: pytest.Monke
         assert parse_name(f"{name}#label=y").options == {"label": "y"}
 
 
-@pytest.mark.parametrize("percent", ["0.5", "10", "33.3", "50", "99.9"])
+@pytest.mark.parametrize("percent", ["0.5", "33.3", "99.9"])
 def test_two_parts_are_disjoint_and_complete(percent):
     whole = open_source("digits:train")
     first = open_source(f"digits:train[:{percent}%]")
@@ -175,17 +165,20 @@ def test_parts_by_number():
     assert part.name == "digits:test[100:200]"
     assert [part.item_name(at) for at in (0, 99)] == [whole.item_name(at) for at in (100, 199)]
     assert len(open_source("digits:test[ 350 : ]")) == 9
-    assert len(open_source("digits:test[:]")) == 359
-
-
-@pytest.mark.parametrize(
-    "part",
-    [*("[", "[]", "[5]", "[a:b]", "[:90%", "[-3:]", "[::2]", "[:5.5]", "[:1e2]"),
-     *("[:360]", "[400:500]", "[5:5]", "[9:3]", "[:0%]", "[50%:50%]", "[:101%]", "[:" + "9" * 99)],
-)  # fmt: skip
-def test_parts_that_are_none(part):
-    with pytest.raises(UserError, match=r"SOURCE:train\[:90%\]"):
-        open_source(f"digits:test{part}")
+    for text in (
+        "[",
+        "[]",
+        "[5]",
+        "[a:b]",
+        "[:90%",
+        "[-3:]",
+        "[::2]",
+        "[:360]",
+        "[5:5]",
+        "[:101%]",
+    ):
+        with pytest.raises(UserError, match=r"SOURCE:train\[:90%\]"):
+            open_source(f"digits:test{text}")
 
 
 def test_parts_of_class_folders_have_every_class(tmp_path: Path):
@@ -201,24 +194,16 @@ def test_parts_of_class_folders_have_every_class(tmp_path: Path):
     assert [part.read(at) for at in range(18)] == [second.read(at) for at in range(18)]
 
 
-@pytest.mark.parametrize(
-    ("name", "split"),
-    [
+def test_the_split_of_a_file():
+    for name, split in (
         ("cifar10_test.parquet", "test"),
         ("train-00000-of-00004.parquet", "train"),
-        ("x.valid.parquet", "validation"),
         ("imagenet_val_sample.parquet", "validation"),
         ("latest.parquet", "train"),
-        ("a_train_training.tar", "train"),
-        ("train_test.parquet", None),
-    ],
-)
-def test_the_split_of_a_file(name, split):
-    if split is None:
-        with pytest.raises(UserError, match=name):
-            split_of_file(Path(name))
-    else:
+    ):
         assert split_of_file(Path(name)) == split
+    with pytest.raises(UserError, match=r"train_test\.parquet"):
+        split_of_file(Path("train_test.parquet"))
 
 
 def test_files_that_cannot_be_read(class_folder: Path):
@@ -242,9 +227,8 @@ def test_parts_of_several_splits_become_one(class_folder: Path, tmp_path: Path):
     parts = {"train": ("train[:8]", "validation[:3]"), "test": ("validation[3:]",)}
     write_subset_file(file, SubsetFile(str(class_folder), parts))
     assert read_subset_file(file) == SubsetFile(str(class_folder), parts)
-    splits = open_splits(str(file))
-    assert {name: len(split) for name, split in splits.items()} == {"train": 11, "test": 6}
-    whole, train = open_splits(str(class_folder)), splits["train"]
+    splits, whole = open_splits(str(file)), open_splits(str(class_folder))
+    train = splits["train"]
     assert (train.name, train.class_names) == (f"{file}:train", ["ant", "bee", "cat"])
     files = {name: {whole[name].item_name(at) for at in range(len(whole[name]))} for name in whole}
     names = [train.item_name(at) for at in range(11)]
@@ -255,17 +239,9 @@ def test_parts_of_several_splits_become_one(class_folder: Path, tmp_path: Path):
         assert Path(name).parent.name == train.class_names[train.labels[at]]
     test = {splits["test"].item_name(at) for at in range(6)}
     assert test == files["validation"] - set(names)
-    with pytest.raises(IndexError):
-        train.read(11)
     assert pickle.loads(pickle.dumps(train)).item_name(10) == names[10]
     assert is_data(str(file))
     assert len(open_source(f"{file}:train[:50%]")) == 5
-    config = am.recipe("digits").with_values(
-        {"data.source": str(file), "output": str(tmp_path / "run"), "epochs": 1, "device": "cpu"}
-    )
-    result = am.train(config, quiet=True)
-    assert result.test is not None
-    assert len(result.test.labels) == 6
 
 
 def test_numbers_become_classes(tmp_path: Path):
@@ -292,24 +268,25 @@ def test_numbers_become_classes(tmp_path: Path):
     assert (found.class_names, found.item_name(0)) == (["unknown"], str(tmp_path / "1.png"))
 
 
+RULES = (("x", []), ("bins", [8, 16]), ("bins", [8.5, 2]), ("bins", [8]), ("shift", [3, 1]),
+         ("between", [0, 1]), ("between", [0, 2, 1]), ("between", ["0", 1, 2]))  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "value"),
     [
         ({"format": "other"}, "not a subset"),
         ({"version": 2}, "version 2"),
-        *(({"source": source}, "source") for source in (None, "other.json", "other.json:train")),
-        *(
-            ({"splits": splits}, "splits")
-            for splits in ({}, {"train": []}, {"train": "train"}, {"learn": ["train"]})
-        ),
-        ({"splits": {"train": ["train[:5]x"]}}, "'train[:5]x'"),
-        ({"splits": {"train": ["all"]}}, "'all'"),
-        ({"splits": {"train": ["train[5]"]}}, "'[5]'"),
-        ({"splits": {"train": ["train[:9999]"]}}, "only some images"),
-        ({"source": "FOLDER", "splits": {"test": ["test"]}}, "no test split"),
+        ({"source": None}, "source"),
+        ({"source": "other.json:train"}, "source"),
         ({"source": "nowhere"}, "'nowhere'"),
-        ({"labels": {"rule": "x", "numbers": []}}, "'x'"),
+        *(({"splits": splits}, "splits") for splits in ({}, {"train": []}, {"learn": ["train"]})),
+        ({"splits": {"train": ["train[:5]x"]}}, "'train[:5]x'"),
+        ({"splits": {"train": ["train[:9999]"]}}, "only some images"),
+        ({"source": "FOLDER", "splits": {"test": ["test"]}}, "unknown split 'test'"),
         ({"labels": {"rule": "shift", "numbers": [3, 8]}}, "'0'"),
+        *(({"labels": {"rule": rule, "numbers": n}}, repr(rule)) for rule, n in RULES),
+        ({"labels": "between"}, "no source"),
     ],
 )
 def test_what_is_no_subset_file(class_folder: Path, changes: dict, value: str):
@@ -329,23 +306,18 @@ def test_what_is_no_subset_file(class_folder: Path, changes: dict, value: str):
 @pytest.mark.parametrize(
     ("rule", "numbers", "classes"),
     [
-        (LabelRule("shift", (3, 8)), [3, 4, 10], [0, 1, 7]),
-        (LabelRule("shift", (3, 8)), [2, 11, 3.5, NAN, np.inf], [-1] * 5),
+        (LabelRule("shift", (3, 8)), [3, 4, 10, 2, 11, 3.5, NAN], [0, 1, 7, -1, -1, -1, -1]),
         (LabelRule("bins", (32, 16)), [0, 1, 2, 15, 16, 30, 31], [0, 0, 1, 7, 8, 15, 15]),
-        (LabelRule("bins", (40, 16)), [0, 2, 3, 4, 5, 7, 8, 39], [0, 0, 1, 1, 2, 2, 3, 15]),
-        (LabelRule("bins", (40, 16)), [-1, 40, 2.5, NAN, -np.inf], [-1] * 5),
+        (LabelRule("bins", (40, 16)), [0, 2, 3, 39, -1, 40, 2.5, NAN], [0, 0, 1, 15, *[-1] * 4]),
         (
             LabelRule("between", (0.0, 8.0, 8.5, 100.0)),
-            [0.1, 8.0, 8.0001, 8.5, 8.6, 100.0],
-            [0, 0, 1, 1, 2, 2],
+            [0.1, 8.0, 8.0001, 8.5, 100.0, 0.0, 100.1, NAN, np.inf],
+            [0, 0, 1, 1, 2, *[-1] * 4],
         ),
-        (LabelRule("between", (0.0, 8.0, 8.5, 100.0)), [0.0, -1, 100.1, NAN, np.inf], [-1] * 5),
     ],
 )
 def test_the_rules(rule: LabelRule, numbers: list[float], classes: list[int]):
-    found = rule.classes_of(np.array(numbers, dtype=float))
-    assert found.dtype == np.int64
-    assert found.tolist() == classes
+    assert rule.classes_of(np.array(numbers, dtype=float)).tolist() == classes
 
 
 def test_the_rules_are_those_of_google():
@@ -374,24 +346,3 @@ def test_a_source_under_a_rule():
     assert is_applied(LabelRule("bins", (40, 16)), ["0", "3", "15"])
     assert not is_applied(LabelRule("bins", (40, 16)), ["0", "16"])
     assert not is_applied(LabelRule("bins", (40, 16)), ["0", "2.5"])
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"rule": "halve", "numbers": [1, 2]},
-        {"rule": "bins", "numbers": [8, 16]},
-        {"rule": "bins", "numbers": [8.5, 2]},
-        {"rule": "bins", "numbers": [8]},
-        {"rule": "shift", "numbers": [3, 1]},
-        {"rule": "between", "numbers": [0, 1]},
-        {"rule": "between", "numbers": [0, 2, 1]},
-        {"rule": "between", "numbers": [0, 1, float("inf")]},
-        {"rule": "between", "numbers": ["0", 1, 2]},
-        {"rule": "between"},
-        "between",
-    ],
-)
-def test_what_is_no_rule(values: object):
-    with pytest.raises(UserError, match="not a label rule"):
-        rule_from_json(values)

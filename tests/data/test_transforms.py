@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import allmlp as am
 from allmlp.data.image import EncodedImage
 from allmlp.data.transforms import (
     denormalize,
     inception_box,
     inception_crop,
     normalize,
+    patch_orders,
+    permute,
     random_crop,
     resize,
     resize_for_evaluation,
 )
 from allmlp.preprocessing import Preprocessing
-from conftest import draw, encode
+from conftest import TINY, draw, encode
 
 pytestmark = pytest.mark.numerics
 
@@ -128,40 +134,16 @@ def test_normalize_with_a_mean_and_deviation_for_each_channel():
 
 def test_the_crop_and_the_interpolation_are_the_models():
     ramp = np.broadcast_to(np.arange(256, dtype=float), (256, 256)).astype(np.uint8)
-    whole = Preprocessing(image_size=(128, 128), channels=1, crop=1.0)
-    cut = np.asarray(resize_for_evaluation(ramp[..., None], whole), float)
-    assert (cut[0, 0], cut[0, -1]) == pytest.approx((0.5, 254.5), abs=1)
-    half = Preprocessing(image_size=(128, 128), channels=1, crop=0.5)
-    cut = np.asarray(resize_for_evaluation(ramp[..., None], half), float)
-    assert (cut[0, 0], cut[0, -1]) == pytest.approx((64, 191), abs=1)
+    for crop, ends in ((1.0, (0.5, 254.5)), (0.5, (64, 191))):
+        preprocessing = Preprocessing(image_size=(128, 128), channels=1, crop=crop)
+        cut = np.asarray(resize_for_evaluation(ramp[..., None], preprocessing), float)
+        assert (cut[0, 0], cut[0, -1]) == pytest.approx(ends, abs=1)
     image = draw(3, (90, 70))
-    pixels = np.asarray(image)
-    for interpolation, resampling in (
-        ("bilinear", Image.Resampling.BILINEAR),
-        ("bicubic", Image.Resampling.BICUBIC),
-    ):
-        preprocessing = Preprocessing(
-            image_size=(32, 32), resize="squash", interpolation=interpolation
-        )
-        resized = resize_for_evaluation(pixels, preprocessing)
-        assert resized.tobytes() == image.resize((32, 32), resampling).tobytes()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"mean": (0.5, 0.5)}, "mean must be a number or 3 of them"),
-        ({"std": (0.5, 0.0, 0.5)}, "std must be above 0"),
-        ({"std": "one"}, "std must be a number or 3"),
-        ({"crop": 0}, "crop must be above 0 and at most 1, got 0"),
-        ({"crop": 1.2}, "crop must be above 0 and at most 1, got 1.2"),
-        ({"interpolation": "area"}, "interpolation must be one of"),
-        ({"exif_orientation": "no"}, "exif_orientation"),
-    ],
-)
-def test_a_preprocessing_that_is_none(change, message):
-    with pytest.raises(ValueError, match=message):
-        Preprocessing(image_size=(8, 8), **change)
+    for name in ("bilinear", "bicubic"):
+        own = Preprocessing(image_size=(32, 32), resize="squash", interpolation=name)
+        resized = resize_for_evaluation(np.asarray(image), own)
+        expected = image.resize((32, 32), Image.Resampling[name.upper()])
+        assert resized.tobytes() == expected.tobytes()
 
 
 def test_a_random_crop_is_cut_from_the_squashed_picture():
@@ -183,3 +165,67 @@ def test_a_random_crop_is_cut_from_the_squashed_picture():
         assert len(places) == 1
         seen.add(places[0])
     assert len(seen) == 12
+
+
+# The permutations of figure 4: one for all images, last of all, and inside the weights' file
+
+
+def rules(
+    kind: Any = "patches", size: tuple[int, int] = (8, 12), seed: int = 3
+) -> am.Preprocessing:
+    patch = 4 if kind == "patches" else None
+    return am.Preprocessing(
+        image_size=size, permutation=kind, permutation_patch=patch, permutation_seed=seed
+    )
+
+
+def numbered(size: tuple[int, int] = (8, 12)) -> torch.Tensor:
+    """Two images whose pixels are all different, also between the images and channels."""
+    count = 2 * 3 * size[0] * size[1]
+    return torch.arange(count).view(2, 3, *size)
+
+
+@pytest.mark.parametrize("kind", ["patches", "pixels"])
+def test_every_pixel_stays_and_all_images_are_permuted_alike(kind):
+    images = numbered()
+    permuted = permute(images, rules(kind))
+    assert sorted(permuted.flatten().tolist()) == sorted(images.flatten().tolist())
+    assert not torch.equal(permuted, images)
+    shifts = (permuted[:1] - permuted[1:]).unique()  # channels and images move together
+    assert shifts.tolist() == [-3 * 96]
+    again = permute(images, rules(kind))
+    other = permute(images, rules(kind, seed=4))
+    assert torch.equal(again, permuted)
+    assert not torch.equal(other, permuted)
+
+
+def test_patches_move_whole_and_their_pixels_within_them_alike():
+    images, settings = numbered(), rules()
+    permuted = permute(images, settings)
+    patches, inside = patch_orders(settings)
+    assert sorted(patches) == list(range(6))
+    assert sorted(inside) == list(range(16))
+    for place, origin in enumerate(patches):
+        row, column = divmod(place, 3)
+        old_row, old_column = divmod(int(origin), 3)
+        new = permuted[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+        old = images[:, :, 4 * old_row : 4 * old_row + 4, 4 * old_column : 4 * old_column + 4]
+        assert torch.equal(new.flatten(2), old.flatten(2)[:, :, inside])
+
+
+def test_normalize_permutes():
+    images = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8)
+    plain = dataclasses.replace(
+        rules(), permutation="none", permutation_patch=None, permutation_seed=0
+    )
+    expected = permute(normalize(images, plain), rules())
+    assert torch.equal(normalize(images, rules()), expected)
+
+
+def test_it_travels_with_the_weights(tmp_path: Path):
+    model = am.create_model("mixer_s16", 8, 2, **TINY)
+    model.preprocessing = rules(size=(8, 8))
+    am.save_model(model, tmp_path / "model")
+    assert am.load_model(tmp_path / "model").preprocessing == rules(size=(8, 8))
+    with pytest.raises(am.UserError, match="permuted pixels"):
+        am.load_model(tmp_path / "model", image_size=16)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import allmlp as am
-from allmlp.data.permutation import patch_orders, permute
+from allmlp.data.transforms import patch_orders, permute
 from conftest import TINY
 
 RULES = am.Preprocessing(

@@ -90,7 +90,7 @@ def test_images_of_the_run_beside_new_ones(made, tmp_path):
         draw(700 + number).save(tmp_path / "more" / "bee" / f"new{number}.png")
     found = open_measured(str(made / "run"), str(tmp_path / "more"))
     assert (len(found.source), found.are_held_out, found.trained_on) == (23, False, 18)
-    with pytest.raises(am.UserError, match="no validation split"):
+    with pytest.raises(am.UserError, match="unknown split"):
         open_measured(str(made / "run"), f"{tmp_path / 'more'}:validation")
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from allmlp.errors import UserError, plural
 from allmlp.options import Done, Options
 
 if TYPE_CHECKING:
     from allmlp.console import Reporter
-    from allmlp.data.check import Report
     from allmlp.data.duplicates import Duplicates
 
 _MOST = 20  # lines shown per list
@@ -56,7 +55,7 @@ class CheckOptions(Options):
 def check(source: str, options: CheckOptions) -> Done:
     """Checks data and prints the result."""
     from allmlp.console import Reporter
-    from allmlp.data.check import FILES, check_source
+    from allmlp.data.check import FILES, check_source, save_report
     from allmlp.data.exclude import duplicates_to_exclude, exclude_list
     from allmlp.data.source_spec import parse_name
     from allmlp.data.sources import open_splits, packed, read_from
@@ -85,90 +84,87 @@ def check(source: str, options: CheckOptions) -> Done:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # fail early
     with report.progress(sum(map(len, splits.values())), "images") as bar:
-        result = check_source(
+        values, duplicates = check_source(
             splits,
             source,
             duplicates=options.duplicates,
             num_workers=options.num_workers,
             on_progress=bar.advance,
         )
-    print_check(report, result)
+    print_check(report, values)
+    if duplicates is not None:
+        print_duplicates(report, duplicates)
     path, problems = parse_name(source).path, []
     if packed.is_packed(path):
         problems = packed.verify(path)
         _say_list(report, "problems of the packed data", problems)
-    if options.exclude is not None and result.duplicates is not None:
-        text = exclude_list(splits, duplicates_to_exclude(result.duplicates), source)
+    if options.exclude is not None and duplicates is not None:
+        text = exclude_list(splits, duplicates_to_exclude(duplicates), source)
         if options.exclude == STANDARD_OUTPUT:
             print(text, end="", flush=True)
         else:
             atomic_write(expand(options.exclude), text.encode(errors="surrogateescape"))
-        counts = Counter(pair.second[0] for pair in result.duplicates.to_exclude())
+        counts = Counter(pair.second[0] for pair in duplicates.to_exclude())
         listed = ", ".join(f"{count:,} of {name}" for name, count in counts.items())
         report.say(f"\nto exclude  {options.exclude}: {listed or 'no images'}")
     if folder is None:
         report.say("\nfor complete lists, and figures of samples and duplicates: --output FOLDER")
     else:
-        written = [*result.save(folder), *save_check(splits, result.duplicates, folder)]
+        written = save_report(values, duplicates, folder) + save_check(splits, duplicates, folder)
         report.say(f"\nwritten  {folder}: {', '.join(written)}")
-    is_bad = problems or any(split.unreadable for split in result.splits.values())
-    return Done({**result.to_json(), "problems": problems}, 3 if is_bad else 0)
+    is_bad = problems or any(split["unreadable"] for split in values["splits"].values())
+    return Done({**values, "problems": problems}, 3 if is_bad else 0)
 
 
-def print_check(report: Reporter, result: Report) -> None:
-    """Prints a table of the splits, problems and duplicates."""
+def print_check(report: Reporter, values: Mapping[str, Any]) -> None:
+    """Prints a table of the splits, and problems."""
     from allmlp.console import table
     from allmlp.data.check import HUGE_PIXELS, TINY_SIDE, format_bytes
     from allmlp.data.image import DARK
 
-    rows, details = [], []
-    for name, split in result.splits.items():
-        counts = [count for count in split.class_counts.values() if count] or [0]
+    splits, rows, details = values["splits"], [], []
+    for name, split in splits.items():
+        counts = [count for count in split["class_counts"].values() if count] or [0]
         few, many = min(counts), max(counts)
         per_class = f"{few:,}" if few == many else f"{few:,} to {many:,}"
-        sizes = [f"{height}x{width}" for height, width in split.sizes.values()] or [""] * 3
-        size = format_bytes(split.num_bytes)
-        rows.append([name, f"{split.num_images:,}", f"{len(counts):,}", per_class, size, *sizes])
-        kinds = {**split.formats, **split.modes}
+        sizes = [f"{height}x{width}" for height, width in split["sizes"].values()] or [""] * 3
+        size = format_bytes(split["num_bytes"])
+        rows.append([name, f"{split['num_images']:,}", f"{len(counts):,}", per_class, size, *sizes])
+        kinds = {**split["formats"], **split["modes"]}
         details.append(f"{name}: {', '.join(f'{kind} {count:,}' for kind, count in kinds.items())}")
-        if split.labels_per_image:
-            numbers = split.labels_per_image.items()
+        if split["labels_per_image"]:
+            numbers = split["labels_per_image"].items()
             per_image = ", ".join(f"{images:,} with {number}" for number, images in numbers)
             details.append(f"  labels per image: {per_image}")
-            kinds = split.class_counts.items()
+            kinds = split["class_counts"].items()
             details.append("  images per class: " + _some([f"{k} {n:,}" for k, n in kinds]))
-        missing = [kind for kind, count in split.class_counts.items() if not count]
+        missing = [kind for kind, count in split["class_counts"].items() if not count]
         if missing:
             details.append(f"  classes without images: {_some(missing)}")
     headers = ["split", "images", "classes", "per class", "bytes", "smallest HxW", "median"]
-    report.say(f"data     {result.source}\n")
+    report.say(f"data     {values['source']}\n")
     for line in table([*headers, "largest"], rows):
         report.say(line)
-    names = dict.fromkeys(name for split in result.splits.values() for name in split.class_counts)
+    names = dict.fromkeys(name for split in splits.values() for name in split["class_counts"])
     report.say(f"\nclasses: {_some(list(names))}")
-    for line in [*(f"note: {note}" for note in result.notes), "", *details]:
+    for line in [*(f"note: {note}" for note in values["notes"]), "", *details]:
         report.say(line)
-    for what, key in (
-        ("unreadable images", "unreadable"),
-        (f"tiny images, a side under {TINY_SIDE} px", "tiny"),
-        (f"huge images, over {HUGE_PIXELS // 10**6} megapixels or 20 MB", "huge"),
-        (
-            f"16-bit images, nearly black: no sample above {DARK:,} of 65,535"
-            " (scale 12 bits up by 16, and save the images again)",
-            "dark",
-        ),
-    ):
+    dark = f"nearly black: no sample above {DARK:,} of 65,535"
+    for key, what in {
+        "unreadable": "unreadable images",
+        "tiny": f"tiny images, a side under {TINY_SIDE} px",
+        "huge": f"huge images, over {HUGE_PIXELS // 10**6} megapixels or 20 MB",
+        "dark": f"16-bit images, {dark} (scale 12 bits up by 16, and save the images again)",
+    }.items():
         lines = [
-            f"{name}[{image.index}] {image.name}: {image.what}"
-            for name, split in result.splits.items()
-            for image in getattr(split, key)
+            f"{name}[{image['index']}] {image['name']}: {image['what']}"
+            for name, split in splits.items()
+            for image in split[key]
         ]
         if lines or key == "unreadable":
             _say_list(report, what, lines)
-    if result.shared_groups:
-        _say_list(report, "groups in several splits (leakage)", result.shared_groups)
-    if result.duplicates is not None:
-        print_duplicates(report, result.duplicates)
+    if values["shared_groups"]:
+        _say_list(report, "groups in several splits (leakage)", values["shared_groups"])
 
 
 def print_duplicates(report: Reporter, found: Duplicates) -> None:
@@ -193,9 +189,8 @@ def print_duplicates(report: Reporter, found: Duplicates) -> None:
         why = "have hardly any texture or fewer than 16 pixels a side"
         report.say(f"{plural(found.num_plain, 'image')} {why}: compared for equal pixels only")
     if found.distance < DISTANCE:
-        how = f"within {found.distance} bits of the hash only, not {DISTANCE}"
-        how = how if found.distance >= 0 else "not at all"
-        report.say(f"very many images are alike: near duplicates were looked for {how}")
+        how = f"to {found.distance} bits of the hash" if found.distance >= 0 else "to equal pixels"
+        report.say(f"very many images are alike: near duplicates were looked for up {how} only")
 
 
 def _some(names: list[str]) -> str:

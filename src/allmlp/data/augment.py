@@ -23,13 +23,10 @@ def warp(
     shift: float = 0.0,
     elastic: float = 0.0,
 ) -> np.ndarray:
-    """Randomly rotates, scales, shears, shifts and bends an image, like variation in handwriting.
+    """Randomly rotates, scales, shears, shifts and bends an image, resampling once.
 
-    A single bilinear resampling, because several would blur a small image; the outside is black.
-    The strengths are maxima: the angle in degrees, the relative change in width and (independently)
-    height, the horizontal shear in pixels per pixel, and the shift as a fraction of the sides.
-    `elastic` is the standard deviation of 3 x 3 random displacements, interpolated bicubically, as
-    a fraction of the sides (after Simard et al. 2003).
+    The strengths are maxima: degrees, relative change of either side, pixels per pixel, fraction of
+    the sides. `elastic` is the standard deviation of 3 x 3 displacements (Simard et al. 2003).
     """
     draw = random.uniform(-1.0, 1.0, size=6)
     angle = math.radians(rotate) * draw[0]
@@ -59,10 +56,7 @@ def warp(
 
 
 def padded_crop(pixels: np.ndarray, random: np.random.Generator, padding: float) -> np.ndarray:
-    """Pads the image with black and takes a random crop of the original size.
-
-    `padding` is a fraction of the sides; 0.125 is the usual 4 of 32 pixels.
-    """
+    """Pads with black by a fraction of the sides, and takes a random crop of the original size."""
     height, width = pixels.shape[:2]
     y, x = round(padding * height), round(padding * width)
     padded = np.pad(pixels, ((y, y), (x, x), (0, 0)))
@@ -73,11 +67,7 @@ def padded_crop(pixels: np.ndarray, random: np.random.Generator, padding: float)
 def random_erasing(
     pixels: np.ndarray, random: np.random.Generator, probability: float
 ) -> np.ndarray:
-    """With the given probability, fills a random rectangle of a copy with noise.
-
-    The rectangle covers 2 to 33 % of the area; its aspect ratio is log-uniform in [0.3, 3.3].
-    Source: Zhong et al. 2020, the variant with random values.
-    """
+    """With that probability fills a random rectangle of a copy with noise (Zhong et al. 2020)."""
     if random.random() >= probability:
         return pixels
     height, width, channels = pixels.shape
@@ -97,10 +87,9 @@ def random_erasing(
 def mixup(
     images: Tensor, targets: Tensor, probability: float, random: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Blends each image and target with its neighbour in the batch.
+    """Blends each image and target with its neighbour in the batch, with one weight per batch.
 
-    As in Google's big_vision: one weight per batch, from Beta(p, p) for the paper's mixup strength
-    p, and at least one half. Source: Zhang et al. 2018; the paper's Table 4.
+    As in Google's big_vision: from Beta(p, p) for the paper's strength p, and at least one half.
     """
     if probability == 0.0:
         return images, targets
@@ -115,11 +104,7 @@ def mixup(
 def cutmix(
     images: Tensor, targets: Tensor, strength: float, random: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Pastes a rectangle of its neighbour in the batch into each image.
-
-    One rectangle per batch; the fraction of the image kept is drawn from Beta(strength, strength),
-    and the targets are mixed by the area actually pasted. Source: Yun et al. 2019.
-    """
+    """Pastes a rectangle of its neighbour into each image, one per batch (Yun et al. 2019)."""
     if strength == 0.0:
         return images, targets
     kept = float(random.beta(strength, strength))

@@ -19,6 +19,7 @@ from allmlp.data.source import MARK, Source, relabel
 from allmlp.errors import UserError, one_of
 
 UNLABELLED = "`mixer predict` reads images without labels"
+_EMPTY = ("", "nan", "<na>")
 _SEPARATORS = {"space": None, "comma": ",", "semicolon": ";", "tab": "\t"}
 
 
@@ -55,77 +56,78 @@ def numbered(cells: Iterable[Any]) -> RawLabels:
 def split_labels(
     splits: Mapping[str, RawLabels], options: Mapping[str, str], name: str
 ) -> tuple[dict[str, RawLabels], str | None]:
-    """Returns the labels, with their cells split if any split has several labels per image.
+    """Returns the labels, with cells split if any split has several labels per image, and a note.
 
-    That is so for lists, columns of 0 and 1 of which a row has none or several, and text with a
-    "|" between labels; `options` (`labels`, `separator`) decide otherwise. Also returns a note.
+    Lists, columns of 0 and 1 and text with a "|" between labels are; `options` decide otherwise.
     """
     asked, separator = options.get("labels"), options.get("separator")
-    if asked is not None:
-        one_of("labels", asked, ("single", "multi"), where=name)
+    one_of("labels", asked, (None, "single", "multi"), where=name)
     if asked == "single" and separator is not None:
         what = f"labels=single with separator={separator}: one label is not separated"
         raise UserError(what, where=name, fix="Leave out one of them", code="conflict")
     cells = [value for raw in splits.values() if not raw.are_classes for value in raw.values]
     lists = [cell for cell in cells if isinstance(cell, list | tuple)]
-    is_one_hot = any(raw.class_names is not None for raw in splits.values())
-    is_single = asked == "single" or (is_one_hot and all(len(cell) == 1 for cell in lists))
-    if is_single and asked != "multi":
-        more = next((cell for cell in lists if len(cell) != 1), None)
-        if more is not None:
-            what = f"labels=single, and an image has {len(more)} labels: {str(more)[:60]}"
-            raise UserError(what, where=name, fix="labels=multi, or correct the data")
-        return {
-            split: raw
-            if raw.are_classes
-            else replace(
-                raw,
-                values=[cell[0] if isinstance(cell, list | tuple) else cell for cell in raw.values],
-                class_names=None,
-            )
-            for split, raw in splits.items()
-        }, None
     mark = _SEPARATORS.get(separator, separator) if separator else MARK
-    texts = (cell for cell in cells if isinstance(cell, str))
-    marked = (text for text in texts if sum(bool(part.strip()) for part in text.split(MARK)) > 1)
-    example = lists[0] if lists else next(marked, None)
-    if example is None and asked is None and separator is None:
-        return dict(splits), None
-    note = "multi-label: images have several labels"
-    if example is not None:
-        note += f", such as {example!r:.60}"
-        if not lists and asked is separator is None:
-            note += f"; if each has one, with {MARK} in its name: '{name}#labels=single'"
+    is_one_hot = any(raw.class_names is not None for raw in splits.values())
+    several = next((cell for cell in lists if len(cell) != 1), None)
+    if asked == "single" or (asked is None and is_one_hot and several is None):
+        if several is not None:
+            what = f"labels=single, and an image has {len(several)} labels: {str(several)[:60]}"
+            raise UserError(what, where=name, fix="labels=multi, or correct the data")
+        is_multi, note = False, None
+    else:
+        texts = (cell for cell in cells if isinstance(cell, str))
+        marked = (t for t in texts if sum(bool(part.strip()) for part in t.split(MARK)) > 1)
+        example = lists[0] if lists else next(marked, None)
+        if example is None and asked is separator is None:
+            return dict(splits), None
+        is_multi, note = True, "multi-label: images have several labels"
+        if example is not None:
+            note += f", such as {example!r:.60}"
+            if not lists and asked is separator is None:
+                note += f"; if each has one, with {MARK} in its name: '{name}#labels=single'"
 
-    def parts(cell: Any) -> tuple[Any, ...]:
+    def parts(cell: Any) -> Any:
+        if not is_multi:
+            return cell[0] if isinstance(cell, list | tuple) else cell
         if isinstance(cell, list | tuple):
             return tuple(cell)
         if cell is None or str(cell).strip().casefold() in _EMPTY:
             return ()
         return tuple(cell.split(mark)) if isinstance(cell, str) and not lists else (cell,)
 
-    return {
-        split: raw
-        if raw.are_classes
-        else replace(raw, values=list(map(parts, raw.values)), several=True)
-        for split, raw in splits.items()
-    }, note
+    found = dict(splits)
+    for split, raw in splits.items():
+        if not raw.are_classes:
+            names = raw.class_names if is_multi else None
+            values = list(map(parts, raw.values))
+            found[split] = replace(raw, values=values, several=is_multi, class_names=names)
+    return found, note
 
 
 def make_classes(
     raw: RawLabels, item_name: Callable[[int], str], *, are_numbers: bool = False
 ) -> tuple[list[str], np.ndarray] | None:
-    """Returns the class names and the labels, int64 (num_images,); None if no image has a label.
+    """Returns the class names and the labels, int64 or multi-hot; None if no image has a label.
 
-    Several labels per image are multi-hot, bool (num_images, num_classes); an image may have none.
-    With `are_numbers` the values feed a label rule, so -1, and 9 beside 9.0, are allowed. Raises
-    UserError for the first image with an invalid value: empty, -1, or spelt in two ways.
+    With `are_numbers` the values feed a label rule, so -1, and 9 beside 9.0, are allowed.
     """
     where = raw.where or item_name
-    if raw.are_classes and raw.codes.ndim == 2:  # multi-hot, of a subset
-        return [str(name) for name in raw.values], raw.codes
     if raw.are_classes:
-        return _checked(raw, where)
+        names = [str(name) for name in raw.values]
+        if raw.codes.ndim == 2:  # multi-hot, of a subset
+            return names, raw.codes
+        labels = np.ascontiguousarray(raw.codes, dtype=np.int64)
+        if len(labels) and (labels == -1).all():  # as hub data sets mark unlabelled splits
+            return None
+        wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
+        if len(wrong):
+            value, number = int(labels[wrong[0]]), f"{len(wrong):,} such images"
+            what = f"label {value} is none of the {len(names)} classes; {number}"
+            what = f"the image has no label (-1); {number}" if value == -1 else what
+            fix = f"Remove the images without a class from the data; {UNLABELLED}"
+            raise UserError(what, where=where(int(wrong[0])), fix=fix)
+        return names, labels
     if list(raw.values) == [-1]:
         return None
     if raw.several and are_numbers:
@@ -160,26 +162,6 @@ def make_classes(
         else:
             table[code] = place[own[0]]
     return names, table[raw.codes]
-
-
-def _checked(raw: RawLabels, where: Callable[[int], object]) -> tuple[list[str], np.ndarray] | None:
-    """Checks labels that index a class list. Hub data sets mark unlabelled splits with -1."""
-    names = [str(name) for name in raw.values]
-    labels = np.ascontiguousarray(raw.codes, dtype=np.int64)
-    if len(labels) and (labels == -1).all():
-        return None
-    wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
-    if len(wrong):
-        value = int(labels[wrong[0]])
-        what, fix = f"label {value} is none of the {len(names)} classes", ""
-        if value == -1:
-            what, fix = "the image has no label (-1)", f"; {UNLABELLED}"
-        fix = f"Remove the images without a class from the data{fix}"
-        raise UserError(f"{what}; {len(wrong):,} such images", where=where(int(wrong[0])), fix=fix)
-    return names, labels
-
-
-_EMPTY = ("", "nan", "<na>")
 
 
 def label_text(value: object, where: object) -> str:
@@ -218,8 +200,7 @@ def in_class_order(names: Iterable[str]) -> list[str]:
 
 
 def class_key(name: str) -> str:
-    """Normalizes a name for matching: spaces, invisible characters, Unicode form and the format of
-    integers ("7" for "007" and "7.0")."""
+    """Normalizes spaces, invisible characters, Unicode form and integers ("7" for "007", "7.0")."""
     seen = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
     text = " ".join(unicodedata.normalize("NFC", seen).split())
     number = re.fullmatch(r"(-?)0*([0-9]+)(?:\.0*)?", text)
@@ -227,10 +208,7 @@ def class_key(name: str) -> str:
 
 
 def check_twins(names: Iterable[str], where: object) -> None:
-    """Checks that no two class names are equal or differ only in case or spelling (`class_key`).
-
-    Some file systems would merge their folders. `where` is the location, or maps a name to one.
-    """
+    """Checks that no two class names differ only in case or spelling (`class_key`), if at all."""
     place = where if callable(where) else lambda _: where
     seen: dict[str, str] = {}
     for name in names:
@@ -254,11 +232,7 @@ _WORDNET = re.compile(r"n\d{8}(?= |$)")
 def match_classes(
     source: Source, class_names: list[str], *, owner: str, allow_missing: bool
 ) -> Source:
-    """Relabels a source in the order of `class_names`, matched by `class_key`.
-
-    Extra classes, and missing ones unless `allow_missing`, are errors. `owner` is the name used in
-    the message, such as "the model" or "train/".
-    """
+    """Relabels a source in the order of `class_names` of `owner`, matched by `class_key`."""
     # ImageNet models name a class "n01440764 tench"; folders often have the WordNet id alone or a
     # different separator.
     full = {name[:9]: name for name in class_names if _WORDNET.match(name)}
@@ -275,19 +249,16 @@ def match_classes(
     unknown = [name for name in names if name not in known]
     missing = [name for name in class_names if name not in present]
     if unknown or (missing and not allow_missing):
-        what = [f"{owner} has {len(class_names)} classes, {source.name} has {len(names)}"]
-        if unknown:
-            what.append(f"unknown to {owner}: {some_of(unknown)}")
-        if missing:
-            what.append(f"missing in the data: {some_of(missing)}")
+        what = f"{owner} has {len(class_names)} classes, {source.name} has {len(names)}"
+        what += f"; unknown to {owner}: {some_of(unknown)}" if unknown else ""
+        what += f"; missing in the data: {some_of(missing)}" if missing else ""
         fix = "Rename or remove those classes, or use a model that was trained on them"
         if not unknown:
             fix = "Add images of them, or set allow_missing_classes"
-        raise UserError("; ".join(what), where=source.name, fix=fix)
+        raise UserError(what, where=source.name, fix=fix)
     return source if names == class_names else relabel(source, class_names)
 
 
 def some_of(names: list[str], most: int = 8) -> str:
-    """Lists the first names and the number of the rest."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(repr(name) for name in names[:most]) + more

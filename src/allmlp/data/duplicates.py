@@ -1,24 +1,44 @@
-"""Exact and near duplicates within and across the splits of a data set, and what to exclude.
+"""One pass over a data set that keeps some facts of every image, and the duplicates among them.
 
 Near duplicates have perceptual hashes within `DISTANCE` bits and thumbnails that, after subtracting
-the best-fitting plane, correlate to at least `CORRELATION`. Images with too little texture for a
-stable hash, or smaller than a thumbnail, are compared for equal pixels only. The thresholds are
-from benchmarks/duplicates.md.
+the best-fitting plane, correlate to at least `CORRELATION` (benchmarks/duplicates.md). The hash:
+for each of the 8x8 lowest frequencies of the image at 32x32 grey pixels whether it is above their
+median.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from typing import Any
 
+import cv2
 import numpy as np
 
-from allmlp.data.scan import THUMBNAIL, Scan, scan
-from allmlp.data.source import Source
+from allmlp.data.image import EncodedImage
+from allmlp.data.loader import Images, in_order, load
+from allmlp.data.source import BadImage, Source, only_images
 
+THUMBNAIL = 16  # side in pixels
+FACTS = np.dtype(
+    [
+        ("readable", "?"),
+        ("hash", "u8"),
+        ("file_digest", "S16"),
+        ("pixel_digest", "S16"),
+        ("num_bytes", "i8"),
+        ("height", "i4"),
+        ("width", "i4"),
+        ("format", "S5"),
+        ("mode", "S8"),
+        ("brightest", "i4"),  # largest 16-bit sample; -1 for other images
+        ("thumbnail", "u1", (THUMBNAIL, THUMBNAIL, 3)),
+    ]
+)
 DISTANCE = 10  # bits of 64
 CORRELATION = 0.93
 LEAST_TEXTURE = 3.0  # RMS grey levels of the thumbnail minus its plane
@@ -27,6 +47,72 @@ NEAR = KINDS.index("near")
 _PROTECTED = ("test", "validation")  # never excluded because of a split further right
 _BATCH = 2048  # thumbnails per comparison
 _BLOCK = 2**18  # hashes per comparison
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Facts of a split, `FACTS` (num_images,); all zero for unreadable images."""
+
+    facts: np.ndarray
+    unreadable: list[BadImage]
+
+
+def scan(
+    splits: Mapping[str, Source],
+    *,
+    num_workers: int | None = None,
+    on_progress: Callable[[int], object] = lambda _: None,
+) -> dict[str, Scan]:
+    """Scans all images; `on_progress` gets the number read since the last call."""
+    found: dict[str, Scan] = {}
+    for name, source in splits.items():
+        only_images(source, "data check")
+        workers = num_workers
+        if workers is None:  # for few images they do not pay off
+            workers = min(8, os.cpu_count() or 1) if len(source) > 500 else 0
+        found[name], at = Scan(np.zeros(len(source), dtype=FACTS), []), 0
+        for facts, bad in load(_Facts(source), in_order(source, 64), workers):
+            found[name].facts[at : at + len(facts)] = facts
+            found[name].unreadable.extend(bad)
+            at += len(facts)
+            on_progress(len(facts))
+    return found
+
+
+class _Facts(Images):
+    def load(self, place: int) -> tuple[np.ndarray, list[BadImage]]:
+        bad: list[BadImage] = []
+        facts = self.decoded(place, bad, _facts_of)
+        return np.zeros((), dtype=FACTS) if facts is None else facts, bad
+
+    def collate(self, samples: list[Any]) -> tuple[np.ndarray, list[BadImage]]:
+        return np.stack([facts for facts, _ in samples]), [
+            bad for _, some in samples for bad in some
+        ]
+
+
+def _facts_of(image: EncodedImage) -> np.ndarray:
+    pixels, data = image.decode(), image.data
+    digest = hashlib.blake2b(pixels.data, digest_size=16, person=b"%dx%d" % pixels.shape[:2])
+    brightest = image.brightest()
+    row = (
+        *(True, perceptual_hash(pixels)),
+        *(hashlib.blake2b(data, digest_size=16).digest(), digest.digest()),
+        *(len(data), *pixels.shape[:2], image.format, image.mode),
+        *(-1 if brightest is None else brightest, thumbnail(pixels)),
+    )
+    return np.array(row, dtype=FACTS)
+
+
+def perceptual_hash(pixels: np.ndarray) -> int:
+    small = cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_AREA)
+    frequencies = cv2.dct(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.float32))[:8, :8]
+    bits = frequencies.ravel() > np.median(frequencies)
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def thumbnail(pixels: np.ndarray) -> np.ndarray:
+    return cv2.resize(pixels, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
 
 
 @dataclass(frozen=True)
@@ -43,8 +129,7 @@ class DuplicatePair:
 class Duplicates:
     """The duplicate pairs of a data set; images are numbered across all splits.
 
-    An exact copy is paired only with its first occurrence; near duplicates are pairs of first
-    occurrences.
+    A copy is paired only with its first occurrence, near duplicates are pairs of first occurrences.
     """
 
     splits: Mapping[str, Source]
@@ -66,29 +151,17 @@ class Duplicates:
         return np.cumsum([0, *map(len, self.splits.values())])
 
     def locate(self, image: int) -> tuple[str, int]:
-        """Returns (split, index) of an image."""
         place = int(np.searchsorted(self.offsets, image, side="right")) - 1
         return list(self.splits)[place], int(image - self.offsets[place])
 
     def pair(self, number: int) -> DuplicatePair:
-        """Returns a pair by number."""
         ends = self.locate(int(self.first[number])), self.locate(int(self.second[number]))
         return DuplicatePair(*ends, KINDS[self.kind[number]], float(self.difference[number]))
 
-    def class_of(self, split: str, index: int) -> str:
-        """Returns the class of an image."""
-        return self.splits[split].label_text(index)
-
     def other_label(self) -> np.ndarray:
         """Returns which pairs have different classes, bool (num_pairs,)."""
-        numbers: dict[tuple[str, ...], int] = {}
-        parts = [np.empty(0, dtype=np.int64)]
-        for source in self.splits.values():
-            rows, which = np.unique(source.labels, axis=0, return_inverse=True)
-            names = (_names(source, row) for row in rows)
-            own = [numbers.setdefault(name, len(numbers)) for name in names]
-            parts.append(np.array(own, dtype=np.int64)[which.reshape(-1)])
-        labels = np.concatenate(parts)
+        texts = [s.label_text(at) for s in self.splits.values() for at in range(len(s))]
+        labels = np.unique(np.array(texts, dtype=object), return_inverse=True)[1]
         return labels[self.first] != labels[self.second]
 
     def most_different_first(self) -> np.ndarray:
@@ -97,10 +170,7 @@ class Duplicates:
 
     @cached_property
     def partners(self) -> dict[int, dict[str, list[int]]]:
-        """Maps each image with near or exact duplicates to them, by split and in order.
-
-        Copies of an image share an entry, so it includes the image itself.
-        """
+        """Maps each image to its duplicates, by split, in order; copies share an entry."""
         copies: dict[int, list[int]] = {}
         near: dict[int, list[int]] = {}
         for one, other, kind in zip(*map(list, (self.first, self.second, self.kind)), strict=True):
@@ -129,11 +199,8 @@ class Duplicates:
         return counts
 
     def to_exclude(self) -> Iterator[DuplicatePair]:
-        """Yields pairs of an image to keep and its duplicate to exclude, to remove all duplicates.
-
-        Excludes train images that duplicate a validation or test image, validation images that
-        duplicate a test image, and later duplicates within a split. (The paper removes near
-        duplicates of its test images from the pre-training data.)
+        """Yields pairs of an image to keep and its duplicate to exclude: train images also in
+        validation or test, validation images that are also in test, later copies within a split.
         """
         is_copy = self.kind != NEAR
         copies = zip(self.second[is_copy], self.first[is_copy], self.kind[is_copy], strict=True)
@@ -152,12 +219,6 @@ class Duplicates:
             (one, kind), (other, its_kind) = (original.get(at, (at, 0)) for at in (kept, image))
             kind = max(kind, its_kind) if one == other else NEAR
             yield DuplicatePair(self.locate(kept), self.locate(image), KINDS[kind])
-
-
-def _names(source: Source, label: Any) -> tuple[str, ...]:
-    """The names of a label, or of a row of multi-hot labels."""
-    places = np.flatnonzero(label).tolist() if source.is_multi_label else [int(label)]
-    return tuple(sorted(source.class_names[at] for at in places))
 
 
 def find_duplicates(
@@ -210,9 +271,8 @@ def find_duplicates(
 def near_pairs(hashes: np.ndarray, distance: int, most: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Returns all pairs of hashes, uint64 (n,), that differ in at most `distance` bits, in order.
 
-    The distance is lowered until there are at most `most` pairs, and is returned too. Only hashes
-    within `radius` bits in one of four bands are compared, which finds every pair if the radii plus
-    one add up to more than `distance`.
+    The distance is lowered until there are at most `most`, and returned too. Hashes within `radius`
+    bits in one of four bands are compared: enough if the radii plus one exceed `distance` in sum.
     """
     pairs, number = [np.empty((2, 0), dtype=np.int64)], 0
     for band in range(4 if distance >= 0 else 0):
@@ -255,23 +315,15 @@ def _candidates(keys: np.ndarray, radius: int) -> Iterator[tuple[np.ndarray, np.
 
 
 def residuals(thumbnails: np.ndarray) -> np.ndarray:
-    """Returns thumbnails minus their best-fitting planes, in grey levels, float32 (N, 3 * 16 * 16).
-
-    Otherwise any two images of plain sky, or of a single colour, would correlate.
-    """
+    """Returns thumbnails, float32 (N, 768), minus their planes: any two skies would correlate."""
     samples = thumbnails.reshape(-1, THUMBNAIL**2, 3).transpose(0, 2, 1).astype(np.float32)
     return (samples - (samples @ _PLANE.T) @ _PLANE).reshape(-1, 3 * THUMBNAIL**2)
 
 
-def _plane() -> np.ndarray:
-    """Orthonormal basis of the planes over a thumbnail, float32 (3, 256)."""
-    ramp = np.linspace(-1, 1, THUMBNAIL)
-    across = np.tile(ramp, (THUMBNAIL, 1))
-    basis = np.stack([np.ones_like(across), across, across.T]).reshape(3, -1)
-    return (basis / np.linalg.norm(basis, axis=1, keepdims=True)).astype(np.float32)
-
-
-_PLANE = _plane()
+# Orthonormal basis of the planes over a thumbnail, float32 (3, 256)
+_RAMP = np.tile(np.linspace(-1, 1, THUMBNAIL), (THUMBNAIL, 1))
+_BASIS = np.stack([np.ones_like(_RAMP), _RAMP, _RAMP.T]).reshape(3, -1)
+_PLANE = (_BASIS / np.linalg.norm(_BASIS, axis=1, keepdims=True)).astype(np.float32)
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -1,7 +1,6 @@
-"""Exclude lists: editable text files of images to exclude.
+"""Exclude lists: editable text files of images to exclude, made for the data in their header.
 
-One line per image, `split<TAB>index<TAB>name<TAB>why`, below a header that identifies the data. A
-list applies to that data only; delete a line to keep its image.
+One line per image, `split<TAB>index<TAB>name<TAB>why`; delete a line to keep its image.
 """
 
 from __future__ import annotations
@@ -52,21 +51,14 @@ def _checksum(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class ExcludeList:
-    """The images to exclude from a data set."""
-
     path: Path
     splits: dict[str, tuple[int, str]]  # number of images and checksum of their names
     images: dict[str, dict[int, str]]  # split -> index -> name of an excluded image
 
 
 def read_exclude_list(path: str | Path) -> ExcludeList:
-    """Reads an exclude list."""
     path = Path(os.path.expanduser(path))
-    try:
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError as error:
-        what = f"cannot read the list of images to exclude: {error.strerror}"
-        raise UserError(what, where=path, fix=_FIX) from error
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
     lines = [line.rstrip("\r") for line in text.split("\n")]
     if not is_format(lines[0], _TITLE):
         raise UserError("not a list of images to exclude", where=path, fix=_FIX)
@@ -78,8 +70,6 @@ def read_exclude_list(path: str | Path) -> ExcludeList:
                 found.splits[cells[1]], found.images[cells[1]] = (int(cells[2]), cells[3]), {}
             elif line.strip() and line[0] != "#":
                 split, index, name, _ = cells
-                if not 0 <= int(index) < found.splits[split][0]:
-                    raise ValueError(line)
                 found.images[split][int(index)] = name
         except (ValueError, LookupError) as error:
             what = f"line {number} of the list is damaged: {line[:100]!r}"
@@ -89,16 +79,14 @@ def read_exclude_list(path: str | Path) -> ExcludeList:
 
 def exclude(source: Source, excluded: ExcludeList, split: str) -> Source:
     """Returns a full split without the excluded images; the list must have been made for it."""
-    own, problem = own_names(source), None
-    mine = excluded.images.get(split, {})
-    if split not in excluded.splits:
-        problem = f"it has no {split} split, only {', '.join(excluded.splits)}"
-    elif excluded.splits[split][0] != len(own):
-        number = excluded.splits[split][0]
+    own, mine = own_names(source), excluded.images.get(split, {})
+    number, checksum = excluded.splits.get(split, (0, ""))
+    problem = None
+    if number != len(own):
         problem = f"its {split} has {number:,} images, {source.name} has {len(own):,}"
-    elif excluded.splits[split][1] != _checksum(own):
+    elif checksum != _checksum(own):
         problem = f"images of the {split} split have other names"
-    elif any(own[index] != name for index, name in mine.items()):
+    elif any(own[at : at + 1] != [name] for at, name in mine.items()):
         problem = f"lines of the {split} split have been changed"
     if problem is not None:
         what = f"the list was made for other data: {problem}"
@@ -109,7 +97,6 @@ def exclude(source: Source, excluded: ExcludeList, split: str) -> Source:
 
 
 def _escape(text: str) -> str:
-    """Escapes tabs and line breaks."""
     return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
 
 

@@ -12,10 +12,7 @@ from allmlp.errors import UserError
 
 
 def fingerprint(source: Source, most: int | None = 100, *, moved: bool = False) -> str:
-    """Returns the sha256 of all names and classes and the bytes of `most` images (None: all).
-
-    With `moved`, the common parent folder is ignored, so that data may be moved as a whole.
-    """
+    """Returns the sha256 of all names (`moved`: in the common folder), labels and `most` images."""
     digest = hashlib.sha256(f"{len(source)} {source.class_names}".encode(errors="surrogateescape"))
     names = own_names(source) if moved else map(source.item_name, range(len(source)))
     labels = source.labels

@@ -1,8 +1,4 @@
-"""Holdouts and folds: random, with each class spread evenly, and of whole groups.
-
-A group is images that belong together, such as the photos of one patient (SOURCE#group=COLUMN): it
-is never on two sides of a holdout or in two folds.
-"""
+"""Holdouts and folds: classes spread evenly, and groups of images (SOURCE#group=COLUMN) whole."""
 
 from __future__ import annotations
 
@@ -21,8 +17,7 @@ _TRIES = 20  # random orders of the groups
 def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, str]:
     """Returns the indices (kept, held out), and how many groups were held out, as text.
 
-    Without groups as `split_by_class`; otherwise whole groups, so that every class is as near to
-    `fraction` as they allow and keeps training images.
+    Whole groups, so that every class is as near to `fraction` as they allow and keeps images.
     """
     texts = values_of(source, GROUP)
     if texts is None:
@@ -48,9 +43,8 @@ def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[np.ndarray
 def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the indices (kept, held out), with `fraction` of every class held out.
 
-    A class with two or more images has at least one on either side. With several labels per image
-    the classes take their turns from the rarest on, so that its images are divided first; images
-    without a label come last.
+    A class with two or more images has at least one on either side. Several labels per image are
+    divided from the rarest class on.
     """
     side = np.full(len(labels), -1)  # 1: held out
     for members in _members(labels, np.random.default_rng(seed)):
@@ -63,7 +57,6 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
 
 
 def _members(labels: np.ndarray, random: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yields the images of each class in random order."""
     if labels.ndim == 1:
         yield from (random.permutation(np.flatnonzero(labels == one)) for one in np.unique(labels))
         return
@@ -74,11 +67,7 @@ def _members(labels: np.ndarray, random: np.random.Generator) -> Iterator[np.nda
 
 
 def deal_folds(source: Source, number: int, seed: int = 0) -> tuple[np.ndarray, str]:
-    """Returns the fold of every image, int64 (n,) from 0, and how they were chosen, as text.
-
-    The data's own folds if it has a column of them; otherwise the classes are spread evenly, whole
-    groups at a time.
-    """
+    """Returns the fold of every image, int64 (n,), and how they were chosen, as text."""
     texts, own, text = values_of(source, GROUP), values_of(source, FOLD), "classes spread evenly"
     names, groups = ([], np.arange(len(source))) if texts is None else _numbered(texts)
     if own is not None:

@@ -1,8 +1,5 @@
 """The decoder used by every command: encoded bytes -> upright 8-bit pixels; see docs/data.md.
 
-The header is read first: only `FORMATS` are opened, and nothing above `MAX_PIXELS` or `MAX_SIDE` is
-decoded.
-
 Legend: H W pixels; an image is uint8 (H, W, channels) with 3 channels (RGB) or 1 (grey).
 """
 
@@ -59,7 +56,7 @@ class EncodedImage:
         self.where, self.channels = where, channels
         self.data, self._image = data, None
         self.bits, self._zero_is_white = 8, False
-        self._markers = find_markers(data)
+        self._markers = _find_markers(data)
         if not data:
             raise UserError("the file is empty", where=where, fix=_FIX)
         self.format, self.mode, (height, width) = self._read_header()
@@ -86,7 +83,7 @@ class EncodedImage:
             self._read_tiff_samples()
         image = self._open()
         if image.mode == "F":
-            raise _no_range("floating-point", self.where)
+            raise self._no_range("floating-point")
         is_deep_png = image.format == "PNG" and self.data[24] == 16
         if is_deep_png or (image.mode.startswith("I") and self.bits == 8):
             self.bits = 16
@@ -113,25 +110,31 @@ class EncodedImage:
             self._zero_is_white = tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 0
         except Exception:  # damaged or not a TIFF; leave it to Pillow
             return
-        if kind in (2, 3):
-            raise _no_range("signed integer" if kind == 2 else "floating-point", self.where)
-        if bits > 16:
-            raise _no_range(f"{bits}-bit", self.where)
+        if kind in (2, 3) or bits > 16:
+            names = {2: "signed integer", 3: "floating-point"}
+            raise self._no_range(names.get(kind, f"{bits}-bit"))
         self.bits = max(8, bits)
 
+    def _no_range(self, kind: str) -> UserError:
+        what = f"the image has {kind} samples, whose range is not stated"
+        fix = "Scale them to unsigned 8 or 16 bits and save it again"
+        return UserError(what, where=self.where, fix=fix)
+
     def _open(self) -> Image.Image:
-        """Opens the image with Pillow, without decoding pixels."""
         if self._image is None:
+            is_heic = re.match(rb"....ftyp(hei|hev|mif1|msf1)", self.data, re.DOTALL) is not None
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # our limits are stricter than Pillow's
-                    formats = _with_heif() if re.match(_HEIC, self.data, re.DOTALL) else FORMATS
-                    self._image = Image.open(io.BytesIO(self.data), formats=formats)
+                    self._image = Image.open(io.BytesIO(self.data), formats=_formats(is_heic))
             except Image.DecompressionBombError as error:
                 what = f"the image is too large: {error}"
                 raise UserError(what, where=self.where, fix=_FIX) from error
             except Exception as error:  # decoders may raise anything for damaged bytes
-                what, fix = what_else(self.data)
+                what, fix = "the file is not an image", _FIX
+                if is_heic and not HAS_HEIC:
+                    what = "the file is a HEIC image"
+                    fix = f"{extra('heic')}, or convert it: heif-convert IN OUT.jpg"
                 raise UserError(what, where=self.where, fix=fix) from error
         return self._image
 
@@ -157,10 +160,9 @@ class EncodedImage:
     ) -> np.ndarray:
         """Returns the pixels, uint8 (H, W, channels), contiguous.
 
-        For training: a `reduction` of 2, 4 or 8 divides the size (sides rounded up); this saves
-        time for JPEG only. `fast` decodes a JPEG 10 % faster and slightly less exactly: fast
-        inverse DCT (TensorFlow's and hence Google's default) and simple chroma upsampling. With
-        it, only the top `rows` rows (before the reduction) are guaranteed.
+        For training: a `reduction` of 2, 4 or 8 divides the size (sides rounded up); `fast` decodes
+        a JPEG 10 % faster and slightly less exactly (TensorFlow's fast inverse DCT), and then only
+        the top `rows` rows, before the reduction, are guaranteed.
         """
         try:
             with warnings.catch_warnings():
@@ -176,9 +178,14 @@ class EncodedImage:
             colors = "RGB" if self.channels == 3 else "GRAY"
             stored = self.size if self._orientation < 5 else self.size[::-1]
             data, (height, width), strict = self.data, stored, True
-            if fast and rows is not None and self._can_stop(rows):
+            # A file without its end marker is decoded fully: truncation is always detected.
+            is_plain = any(marker in self._markers for marker in _SEQUENTIAL)
+            is_plain = is_plain and data.endswith(b"\xff\xd9") and self._orientation == 1
+            if fast and rows is not None and is_plain and rows + _BLOCK_ROWS < height:
                 height, strict = -(-rows // _BLOCK_ROWS) * _BLOCK_ROWS, False
-                data = cut_rows(data, self._markers, height)
+                place = next(self._markers[m] for m in _SEQUENTIAL if m in self._markers) + 1
+                # The decoder stops at the height in the header; its rows are bit-identical.
+                data = data[:place] + height.to_bytes(2, "big") + data[place + 2 :]
             wanted = (-(-height // reduction), -(-width // reduction))
             scale: dict[str, Any] = {}
             if reduction > 1:
@@ -221,10 +228,7 @@ class EncodedImage:
         return image
 
     def brightest(self) -> int | None:
-        """Returns the largest 16-bit sample (for RGB its upper byte); None for other images.
-
-        Detects 12-bit values in a 16-bit file, which look nearly black.
-        """
+        """Returns the largest 16-bit sample (of RGB its upper byte); None for other images."""
         if self.bits != 16 or self.mode == "CMYK":  # CMYK is ink, not light
             return None
         self.decode()
@@ -233,21 +237,11 @@ class EncodedImage:
             return int(samples[..., :3].max()) << 8 | 255
         return 65_535 - int(samples.min()) if self._zero_is_white else int(samples.max())
 
-    def _can_stop(self, rows: int) -> bool:
-        """Whether the decoder may stop after this many rows of a plain, complete JPEG.
-
-        A file without its end marker is decoded fully, so that truncation is always detected.
-        """
-        is_plain = any(marker in self._markers for marker in _SEQUENTIAL)
-        is_whole = self.data.endswith(b"\xff\xd9")
-        has_more = rows + _BLOCK_ROWS < self.size[0]
-        return is_plain and is_whole and has_more and self._orientation == 1
-
 
 @functools.cache
-def _with_heif() -> tuple[str, ...]:
-    """Teaches Pillow to read HEIC, if that is installed; returns all formats."""
-    if not HAS_HEIC:
+def _formats(is_heic: bool) -> tuple[str, ...]:
+    """The formats to try; teaches Pillow to read HEIC, if that is installed."""
+    if not (is_heic and HAS_HEIC):
         return FORMATS
     import pillow_heif  # pyright: ignore[reportMissingImports]
 
@@ -255,42 +249,10 @@ def _with_heif() -> tuple[str, ...]:
     return (*FORMATS, "HEIF")
 
 
-def _no_range(kind: str, where: object) -> UserError:
-    what = f"the image has {kind} samples, whose range is not stated"
-    return UserError(what, where=where, fix="Scale them to unsigned 8 or 16 bits and save it again")
-
-
-# Actual type of a file that is not an image, by its first bytes, and the fix.
-_CONVERT = "Convert it to JPEG or PNG"
-_HEIC = rb"....ftyp(hei|hev|mif1|msf1)"
-_OTHERS = (
-    (_HEIC, "HEIC, but damaged", _FIX)
-    if HAS_HEIC
-    else (_HEIC, "a HEIC image", f"{extra('heic')}, or convert it: heif-convert IN OUT.jpg"),
-    (rb"....ftypavi[fs]", "AVIF, but damaged, or Pillow is built without AVIF", _FIX),
-    (rb"....ftyp", "a video", "Extract its frames: ffmpeg -i IN frames/%05d.png"),
-    (rb"\s*<(!doctype html|html|head|body)", "an HTML page", "Download the image again"),
-    (rb"version https://git-lfs", "a git-LFS pointer without the image itself", "git lfs pull"),
-    (rb"II\*\0|MM\0\*", "a TIFF with samples of a kind that is not read, or damaged", _CONVERT),
-    (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM", "an image whose header is damaged", _FIX),
-)
-
-
-def what_else(data: bytes) -> tuple[str, str]:
-    """Returns why a file does not open as an image, and the fix."""
-    for pattern, kind, fix in _OTHERS:
-        if re.match(pattern, data[:1000], re.DOTALL | re.IGNORECASE):
-            return f"the file is not an image that can be read: it is {kind}", fix
-    return "the file is not an image", _FIX
-
-
-def find_markers(data: bytes) -> dict[int, int]:
-    """Returns the segments of a JPEG header as {marker: offset after its length field}; empty if
-    the data is not a JPEG or its header cannot be parsed."""
+def _find_markers(data: bytes) -> dict[int, int]:
+    """The segments of a JPEG header as {marker: offset after its length}; empty if damaged."""
     markers: dict[int, int] = {}
-    if data[:2] != b"\xff\xd8":
-        return markers
-    position = 2
+    position = 2 if data[:2] == b"\xff\xd8" else len(data)
     while data[position : position + 1] == b"\xff" and position + 4 <= len(data):
         marker = data[position + 1]
         if marker == 0xDA:  # start of scan
@@ -301,15 +263,6 @@ def find_markers(data: bytes) -> dict[int, int]:
         markers.setdefault(marker, position + 4)
         position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return {}
-
-
-def cut_rows(data: bytes, markers: dict[int, int], rows: int) -> bytes:
-    """Returns a sequential JPEG with its height set to this many rows in the header.
-
-    The decoder stops there, which saves time; the rows it decodes are bit-identical.
-    """
-    place = next(markers[marker] for marker in _SEQUENTIAL if marker in markers) + 1
-    return data[:place] + rows.to_bytes(2, "big") + data[place + 2 :]
 
 
 def decode(
@@ -332,7 +285,6 @@ def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def to_pillow(pixels: np.ndarray) -> Image.Image:
-    """Converts an image (H, W, channels) to a Pillow image in mode RGB or L."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
@@ -340,25 +292,24 @@ def encoded_image(image: Any, where: str = "the image") -> bytes:
     """Encodes a PIL image or uint8 pixels, (H, W) or (H, W, 3), as PNG; bytes are unchanged."""
     if isinstance(image, bytes | bytearray):
         return bytes(image)
+    file = io.BytesIO()
     try:
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-            if image.ndim not in (2, 3) or 0 in image.shape:
-                raise ValueError(f"an array of shape {image.shape} is not an image")
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
+                raise ValueError(f"an array of {image.dtype} {image.shape} is not an image")
             return encode_png(image[..., 0] if image.shape[2:] == (1,) else image)
-        if isinstance(image, Image.Image):
-            is_of_png = image.mode not in ("CMYK", "YCbCr", "LAB", "HSV")
-            file = io.BytesIO()
-            (image if is_of_png else image.convert("RGB")).save(file, "PNG", exif=image.getexif())
-            return file.getvalue()
-        raise TypeError(f"{getattr(image, 'dtype', type(image).__name__)} is not an image")
-    except (OSError, TypeError, ValueError) as error:
+        if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):  # which a PNG cannot have
+            image.convert("RGB").save(file, "PNG", exif=image.getexif())
+        else:
+            image.save(file, "PNG", exif=image.getexif())
+        return file.getvalue()
+    except (OSError, TypeError, ValueError, AttributeError) as error:
         what = f"{where} cannot be used: {error}"
         fix = "Give uint8 arrays (H, W) or (H, W, 3), PIL images, encoded bytes, paths or URLs"
         raise UserError(what, fix=fix, code="wrong-type") from error
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Encodes 8-bit `pixels`, (H, W) grey or (H, W, 3) RGB, as PNG."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG")
     return file.getvalue()

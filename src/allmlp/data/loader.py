@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,7 @@ TrainingTransform = Callable[[EncodedImage, np.random.Generator], np.ndarray]
 # One image of a batch: pixels (None if bad), label or labels, index, bad images.
 Sample = tuple[np.ndarray | None, int | np.ndarray, int, list[BadImage]]
 
-
 TIMEOUT = 600.0  # seconds without a batch after which a worker counts as hanging
-_LOOK_UP = 1.0  # seconds between checks while waiting for a batch
 _NONE = torch.empty(0, dtype=torch.uint8)
 _NONE_CAME = "DataLoader timed out"
 
@@ -60,58 +59,47 @@ class Batch:
         return _received, (images, self.labels.numpy(), self.indices.numpy(), self.bad)
 
     def pin_memory(self) -> Batch:
-        """Returns the batch in pinned memory, for asynchronous copies to a GPU."""
         images, labels = self.images.pin_memory(), self.labels.pin_memory()
         return replace(self, images=images, labels=labels)
 
     def to(self, device: torch.device) -> Batch:
-        """Returns the batch with images and labels on the device."""
         # Copies to an Apple GPU may read memory that has been freed (pytorch/pytorch#189690).
         does_not_wait = device.type == "cuda"
-        images = self.images.to(device, non_blocking=does_not_wait)
-        return replace(
-            self, images=images, labels=self.labels.to(device, non_blocking=does_not_wait)
+        images, labels = (
+            part.to(device, non_blocking=does_not_wait) for part in (self.images, self.labels)
         )
+        return replace(self, images=images, labels=labels)
 
 
-def _received(
-    images: Tensor | np.ndarray, labels: np.ndarray, indices: np.ndarray, bad: list[BadImage]
-) -> Batch:
+def _received(images: Any, labels: np.ndarray, indices: np.ndarray, bad: list[BadImage]) -> Batch:
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(images).permute(0, 3, 1, 2)
     return Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), bad)
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yields the batches with images and labels on the device.
-
-    On a GPU the next batch is copied on a separate stream while the model computes on the current
-    one; this needs pinned batches (`pin_memory`).
-    """
+    """Yields the batches on the device; the next is copied while the GPU computes."""
     if device.type != "cuda":
         for batch in batches:
             yield batch.to(device)
         return
     stream = torch.cuda.Stream(device)
-
-    def ready(batch: Batch, copied: torch.cuda.Event) -> Batch:
-        present = torch.cuda.current_stream(device)
-        present.wait_event(copied)
-        batch.images.record_stream(present)
-        batch.labels.record_stream(present)
-        return batch
-
     waiting: tuple[Batch, torch.cuda.Event] | None = None
-    for batch in batches:
-        copied = torch.cuda.Event()
-        with torch.cuda.stream(stream):
-            following = batch.to(device), copied
-            copied.record(stream)
+    for batch in chain(batches, [None]):
+        following = None
+        if batch is not None:
+            copied = torch.cuda.Event()
+            with torch.cuda.stream(stream):
+                following = batch.to(device), copied
+                copied.record(stream)
         if waiting is not None:
-            yield ready(*waiting)
+            ready, copied = waiting
+            present = torch.cuda.current_stream(device)
+            present.wait_event(copied)
+            ready.images.record_stream(present)
+            ready.labels.record_stream(present)
+            yield ready
         waiting = following
-    if waiting is not None:
-        yield ready(*waiting)
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -139,15 +127,13 @@ def training_batches(
 ) -> Generator[Batch, None, None]:
     """Yields the batches of some steps; a step is the same from any start.
 
-    An image that cannot be decoded is replaced by the next good one and listed in `Batch.bad`; a
-    worker that dies or hangs raises an error that names it and its image. `num_workers` of None
-    chooses a number, 0 decodes in this process. `timeout`: seconds to wait for a batch; 0 waits
-    forever.
+    A bad image is replaced by the next good one and listed in `Batch.bad`; a worker that dies, or
+    gives no batch for `timeout` seconds (0: forever), raises an error that names it.
     """
-    images = _TrainingImages(source, preprocessing, transform, order.seed)
+    images = _Samples(source, preprocessing, transform, order.seed)
     # In the main process: every worker would otherwise hold the order of all images.
     places = order.places(steps, source.labels)
-    num_workers = training_workers(num_workers, source, preprocessing)
+    num_workers = choose_workers(num_workers, source, preprocessing, 1)  # decodes during the step
     own = order.batch_size // order.world_size
     batch_bytes = own * _image_bytes(preprocessing)
     for batch in load(images, places, num_workers, batch_bytes, timeout, pin_memory):
@@ -167,15 +153,13 @@ def evaluation_batches(
     """Yields every image once, in order; those that cannot be decoded are only in `Batch.bad`."""
     at_least("batch_size", batch_size, 1)
     check_input(source, preprocessing)
-    if num_workers is None:
-        num_workers = _default_workers(source, preprocessing)
+    num_workers = choose_workers(num_workers, source, preprocessing)
     batch_bytes = min(batch_size, len(source)) * _image_bytes(preprocessing)
-    images = _EvaluationImages(source, preprocessing)
+    images = _Samples(source, preprocessing)
     return load(images, in_order(source, batch_size), num_workers, batch_bytes, timeout)
 
 
 def in_order(source: Source, batch_size: int) -> Iterator[range]:
-    """Yields the indices of a source, `batch_size` at a time."""
     indices = range(len(source))
     return (indices[at : at + batch_size] for at in indices[::batch_size])
 
@@ -187,10 +171,7 @@ def _image_bytes(preprocessing: Preprocessing) -> int:
 
 
 class Images(Dataset[Any]):
-    """A source as a DataLoader data set, with a table of what each worker is doing.
-
-    Subclasses implement `load`.
-    """
+    """A source as a DataLoader data set, with a table of what each worker is doing."""
 
     def __init__(self, source: Source, channels: int = 3, *, exif_orientation: bool = True) -> None:
         self.source, self.channels, self.exif_orientation = source, channels, exif_orientation
@@ -236,48 +217,48 @@ class Images(Dataset[Any]):
     def suspect(self, message: str) -> str:
         """Returns which worker a DataLoader error refers to, and its current image."""
         table, ids = self.watched.tolist(), [int(number) for number in re.findall(r"\d+", message)]
-        known = [(start, n, at) for n, (pid, at, start) in enumerate(table) if pid in ids]
-        if ids and not known:
-            return "a worker process, before its first image"
-        if not known:  # a timeout names no worker: take the longest-running
-            known = [(start, n, at) for n, (_, at, start) in enumerate(table) if at >= 0]
+        # A timeout names no worker: take the longest-running.
+        known = [
+            (start, number, index)
+            for number, (process, index, start) in enumerate(table)
+            if (process in ids if ids else index >= 0)
+        ]
         if not known:
-            return "a worker process, between two images"
+            return f"a worker process, {'before its first image' if ids else 'between two images'}"
         _, number, index = min(known)
         what = f"at {self.source.item_name(index)}" if index >= 0 else "between two images"
         return f"worker process {number}, {what}"
 
 
-class _TrainingImages(Images):
+class _Samples(Images):
+    """Images for evaluation or, with a transform, for training."""
+
     def __init__(
-        self, source: Source, rules: Preprocessing, transform: TrainingTransform, seed: int
+        self,
+        source: Source,
+        rules: Preprocessing,
+        transform: TrainingTransform | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(source, rules.channels, exif_orientation=rules.exif_orientation)
-        self.transform, self.seed = transform, seed
+        self.rules, self.transform, self.seed = rules, transform, seed
 
-    def load(self, place: tuple[int, ...]) -> Sample:
-        epoch, index, *more = place
+    def load(self, place: Any) -> Sample:
         bad: list[BadImage] = []
+        transform = self.transform
+        if transform is None:
+            pixels = self.decoded(
+                place, bad, lambda image: resize_for_evaluation(image.decode(), self.rules)
+            )
+            return pixels, self.source.labels[place], place, bad
+        epoch, index, *more = place
         for step in range(len(self.source)):  # this image, or the next that can be decoded
             chosen = (index + step) % len(self.source)
             random = sample_generator(self.seed, epoch, index, *more)
-            pixels = self.decoded(chosen, bad, lambda image, own=random: self.transform(image, own))
+            pixels = self.decoded(chosen, bad, lambda image, own=random: transform(image, own))
             if pixels is not None:
                 return pixels, self.source.labels[chosen], chosen, bad
         return None, 0, index, bad
-
-
-class _EvaluationImages(Images):
-    def __init__(self, source: Source, rules: Preprocessing) -> None:
-        super().__init__(source, rules.channels, exif_orientation=rules.exif_orientation)
-        self.rules = rules
-
-    def load(self, place: int) -> Sample:
-        bad: list[BadImage] = []
-        pixels = self.decoded(
-            place, bad, lambda image: resize_for_evaluation(image.decode(), self.rules)
-        )
-        return pixels, self.source.labels[place], place, bad
 
 
 def load(
@@ -305,7 +286,7 @@ def load(
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]  (any iterable of lists)
             num_workers=num_workers,
             collate_fn=images.collate,
-            timeout=_LOOK_UP if num_workers else 0,
+            timeout=1.0 if num_workers else 0,  # between looks at the workers
             worker_init_fn=functools.partial(workers.start_worker, images.watched, closing),
             multiprocessing_context=workers.worker_context() if num_workers else None,
             pin_memory=pin_memory,
@@ -342,7 +323,7 @@ def _named_failures(
         elif message.startswith(_NONE_CAME):
             what = f"no batch for {timeout:g} seconds; {images.suspect('')}"
             fix = (
-                "For a slow disk or network, a larger timeout (in training data.timeout); 0 is none"
+                "For a slow disk or network, a larger timeout (data.timeout in training); 0 is none"
             )
         else:
             raise
@@ -375,16 +356,15 @@ def most_workers() -> int:
     return max(64, 8 * (os.cpu_count() or 1))
 
 
-def training_workers(num_workers: int | None, source: Source, preprocessing: Preprocessing) -> int:
-    """Returns the number of worker processes in training."""
-    if num_workers is None:  # at least one, to decode during the step
-        return max(int(preprocessing.kind == "images"), _default_workers(source, preprocessing))
-    return num_workers
-
-
-def _default_workers(source: Source, preprocessing: Preprocessing) -> int:
-    """Starting workers takes about 0.1 s, too long for a few small images."""
-    height, width = preprocessing.image_size
-    if len(source) * height * width < 2_000_000 or preprocessing.kind == "arrays":
+def choose_workers(
+    num_workers: int | None, source: Source, preprocessing: Preprocessing, least: int = 0
+) -> int:
+    """Returns the number of worker processes: the one given, or at least that many for images."""
+    if num_workers is not None:
+        return num_workers
+    if preprocessing.kind == "arrays":
         return 0
+    height, width = preprocessing.image_size
+    if len(source) * height * width < 2_000_000:  # starting them would take longer, about 0.1 s
+        return least
     return min(8, os.cpu_count() or 1)

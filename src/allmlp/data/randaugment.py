@@ -37,10 +37,7 @@ _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 def randaugment(
     pixels: np.ndarray, magnitude: float, random: np.random.Generator, num_layers: int = 2
 ) -> np.ndarray:
-    """Applies `num_layers` operations, drawn uniformly with replacement.
-
-    The paper's magnitudes are 10, 15 and 20, with 2 layers.
-    """
+    """Applies `num_layers` operations, drawn uniformly with replacement."""
     for number in random.integers(len(OPERATIONS), size=num_layers):
         operation = _IN_ORDER[number]
         pixels = operation(pixels, magnitude, random).reshape(pixels.shape)
@@ -52,11 +49,8 @@ def autocontrast(pixels: np.ndarray, _: float, __: object) -> np.ndarray:
     tables = []
     for channel in cv2.split(pixels):
         low, high = cv2.minMaxLoc(channel)[:2]
-        values = np.arange(256, dtype=np.float64)
-        if high > low:
-            scale = 255.0 / (high - low)
-            values = np.clip(values * scale - low * scale, 0, 255)
-        tables.append(values)
+        scale = 255.0 / (high - low) if high > low else 1.0
+        tables.append(_VALUES * scale - low * scale if high > low else _VALUES)
     return _look_up(pixels, *tables)
 
 
@@ -67,10 +61,7 @@ def equalize(pixels: np.ndarray, _: float, __: object) -> np.ndarray:
         counts = cv2.calcHist([channel], [0], None, [256], [0, 256])[:, 0].astype(np.int64)
         used = counts[counts > 0]
         step = int(used.sum() - used[-1]) // 255
-        if step == 0:
-            tables.append(np.arange(256))
-        else:
-            tables.append(np.clip((np.cumsum(counts) - counts + step // 2) // step, 0, 255))
+        tables.append((np.cumsum(counts) - counts + step // 2) // step if step else _VALUES)
     return _look_up(pixels, *tables)
 
 
@@ -85,7 +76,7 @@ def color(pixels: np.ndarray, magnitude: float, _: object) -> np.ndarray:
 def contrast(pixels: np.ndarray, magnitude: float, _: object) -> np.ndarray:
     """Blends towards or away from the grey level (number of pixels) / 256."""
     shade = np.float32(min(pixels.shape[0] * pixels.shape[1] // 256, 255))
-    values = np.arange(256, dtype=np.float32)  # float32 as in Pillow, for equal fractions
+    values = _VALUES.astype(np.float32)  # as in Pillow, for equal fractions
     return _look_up(pixels, shade + np.float32(_factor(magnitude)) * (values - shade))
 
 
@@ -94,9 +85,9 @@ def sharpness(pixels: np.ndarray, magnitude: float, _: object) -> np.ndarray:
     if min(pixels.shape[:2]) < 3:
         return pixels
     smooth = cv2.filter2D(pixels, -1, _SMOOTH).reshape(pixels.shape)
-    out = _blend(smooth, pixels, _factor(magnitude)).reshape(pixels.shape)
-    for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
-        out[edge] = pixels[edge]
+    out = pixels.copy()
+    inner = np.s_[1:-1, 1:-1]
+    out[inner] = _blend(smooth, pixels, _factor(magnitude)).reshape(pixels.shape)[inner]
     return out
 
 

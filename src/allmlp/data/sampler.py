@@ -1,8 +1,7 @@
 """Stateless sampling: which images a step reads, and their random generators.
 
-Training reads an endless sequence of positions; every epoch is a new permutation of all images.
-Step n reads positions n * batch_size to (n + 1) * batch_size - 1 and may span two epochs.
-`BalancedOrder` is such a sequence in which every class is equally frequent.
+Training reads an endless sequence of positions, in which every epoch is a new permutation; step n
+reads positions n * batch_size to (n + 1) * batch_size - 1.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ ORDER, SAMPLE, STEP = range(3)
 
 
 def generator(seed: int, use: int, *numbers: int) -> np.random.Generator:
-    """Returns the generator seeded by (seed, use, *numbers)."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, use, *numbers))))
 
 
@@ -42,8 +40,7 @@ def locate(seed: int, position: int, num_images: int) -> tuple[int, int]:
 class BalancedOrder:
     """An order in which every class has the same number of places in an epoch, but for one.
 
-    An epoch has as many places as there are images. The images of a rare class come again, each
-    equally often but for one; of a frequent class every epoch draws others, at random.
+    The images of a rare class come again; of a frequent one every epoch draws others, at random.
     """
 
     def __init__(self, seed: int, labels: np.ndarray) -> None:
@@ -73,25 +70,16 @@ class BalancedOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """Which images a rank reads at which step.
+    """Which images a rank reads at which step."""
 
-    Args:
-        seed: of the order and of each image's random numbers.
-        batch_size: images per step, summed over ranks.
-        rank, world_size: of the processes.
-        with_neighbour: as in `batches_of_positions`.
-        balanced: draw all classes equally often, see `BalancedOrder`.
-    """
-
-    seed: int
-    batch_size: int
+    seed: int  # of the order and of each image's random numbers
+    batch_size: int  # summed over ranks
     rank: int = 0
     world_size: int = 1
-    with_neighbour: bool = False
-    balanced: bool = False
+    with_neighbour: bool = False  # as in `batches_of_positions`
+    balanced: bool = False  # draw all classes equally often, see `BalancedOrder`
 
     def places(self, steps: range, labels: np.ndarray) -> Iterator[list[tuple[int, ...]]]:
-        """Yields the places (epoch, index, ...) of every step's images."""
         place_of: Callable[[int], tuple[int, ...]]
         place_of = functools.partial(locate, self.seed, num_images=len(labels))
         if self.balanced:
@@ -122,11 +110,9 @@ def batches_of_positions(
     *,
     with_neighbour: bool = False,
 ) -> Iterator[list[int]]:
-    """Yields the positions that a rank reads at the steps `start` to `stop` - 1.
+    """Yields the positions that a rank reads: consecutive parts of a batch.
 
-    Ranks read consecutive parts of a batch: together the same images in the same order as a single
-    rank. `with_neighbour` appends the image before the rank's first (cyclic over the batch): mixup
-    blends each image with the one before it.
+    `with_neighbour` appends the image before (cyclic over the batch), which mixup blends with.
     """
     if batch_size % world_size:
         what = f"{world_size} processes cannot split a batch of {batch_size} images equally"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -32,8 +32,6 @@ class BadImage:
 
 
 class Images(Protocol):
-    """Encoded images by index."""
-
     def __len__(self) -> int: ...
     def read(self, index: int) -> bytes: ...
     def item_name(self, index: int) -> str: ...
@@ -76,9 +74,6 @@ class PackedStrings:
     def __getitem__(self, index: int) -> str:
         return os.fsdecode(self._packed[index])
 
-    def __iter__(self) -> Iterator[str]:
-        return (self[index] for index in range(len(self)))
-
 
 @dataclass(frozen=True)
 class ImageFiles:
@@ -111,8 +106,6 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Encoded images in memory."""
-
     files: Sequence[bytes] | PackedBytes
     item_prefix: str
 
@@ -161,7 +154,6 @@ class Source:
         return np.bincount(self.labels, minlength=len(self.class_names))
 
     def of_class(self, number: int) -> np.ndarray:
-        """Returns the indices of a class's images."""
         own = self.labels[:, number] if self.is_multi_label else self.labels == number
         return np.flatnonzero(own)
 
@@ -198,10 +190,7 @@ class Joined:
 
 
 def values_of(images: Images, column: str) -> list[Any] | None:
-    """Returns another column of the data, a value per image; None if there is no such column.
-
-    "path" is an image's original name in a Parquet file or hub data set.
-    """
+    """Returns a column ("path": the original names in Parquet files, the hub); None if missing."""
     if isinstance(images, Source):
         whole = images.columns.get(column) or values_of(images.images, column)
         return None if whole is None else [whole[at] for at in images.indices.tolist()]
@@ -243,7 +232,6 @@ def labelled(
     labels: np.ndarray,
     notes: tuple[str, ...] = (),
 ) -> Source:
-    """Returns labelled images as a source."""
     if isinstance(images, Source):  # avoid nesting
         return replace(images, name=name, class_names=class_names, labels=labels, notes=notes)
     return Source(name, class_names, labels, images, np.arange(len(images)), notes)
@@ -255,7 +243,6 @@ def unlabelled(images: Images, name: str, notes: tuple[str, ...] = ()) -> Source
 
 
 def subset(source: Source, indices: np.ndarray, name: str) -> Source:
-    """Returns the images at `indices`, int64 (n,), as a source."""
     labels, places = source.labels[indices], source.indices[indices]
     return replace(source, name=name, labels=labels, indices=places)
 
@@ -289,7 +276,6 @@ def random_subset(source: Source, fraction: float, seed: int) -> Source:
 
 
 def as_multi_label(source: Source) -> Source:
-    """Returns the source with multi-hot labels."""
     if source.is_multi_label:
         return source
     return replace(source, labels=np.eye(len(source.class_names), dtype=bool)[source.labels])
@@ -305,10 +291,7 @@ def check_one_label(sources: Iterable[Source], what: str) -> None:
 
 
 def unreadable(source: Source, on_read: Callable[[bytes], None] | None = None) -> list[BadImage]:
-    """Returns the images with unreadable headers; `on_read` gets the bytes of the others.
-
-    Pixels are not decoded, so damaged images may still turn up later.
-    """
+    """Returns the images with unreadable headers; `on_read` gets the bytes of the others."""
     found: list[BadImage] = []
     for index in range(len(source)):
         try:

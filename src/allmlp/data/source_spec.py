@@ -1,7 +1,6 @@
 """Data names, SOURCE#OPTION=VALUE:SPLIT[PART], and the interface of a kind of source.
 
-An existing file or folder with the full name takes precedence, so its name may contain a colon, "#"
-or brackets.
+A file or folder of that name takes precedence, so that it may contain a colon, "#" or brackets.
 """
 
 from __future__ import annotations
@@ -31,8 +30,6 @@ _PART_FIX = "A part is written as SOURCE:train[:90%], SOURCE:train[90%:] or SOUR
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """The parsed name of a source."""
-
     base: str  # file, folder, pattern or data set
     options: Mapping[str, str] = field(default_factory=dict)  # after "#": label column, ...
     split: str | None = None  # train, validation or test; None if not given
@@ -46,7 +43,6 @@ class SourceSpec:
 
     @property
     def path(self) -> Path:
-        """The base as a path, which may not exist."""
         return Path(os.path.expanduser(self.base))
 
 
@@ -62,8 +58,6 @@ class Records:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of data source."""
-
     name: str  # for messages, plural: "Parquet files"
     matches: Callable[[SourceSpec], bool]
     # (spec, whether labels are needed) -> the records of each split
@@ -133,8 +127,7 @@ def split_of_file(path: Path) -> str:
 def part_of(source: Source, text: str, name: str) -> Source:
     """Returns a part of a split, such as "[:90%]"; [:p%] and [p%:] partition it.
 
-    Parts follow the order of the images. If images are sorted by class, as in class folders, they
-    are first interleaved, so that every part has its fraction of each class.
+    Images sorted by class are interleaved first, so that every part has its fraction of each.
     """
     number = r"\s*(\d+(?:\.\d+)?%|\d+)?\s*"
     found = re.fullmatch(rf"\[{number}:{number}\]", text)

@@ -1,12 +1,11 @@
-"""Resizing images to the model's input size: random for training, fixed for evaluation.
-
-Source: the paper's appendix B and evaluation protocols (resize-crop, resmall-crop).
+"""Resizing to the model's input size: random for training, fixed for evaluation (appendix B).
 
 Legend: N batch, H W pixels; an image is uint8 (H, W, channels).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import cv2
@@ -16,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from allmlp.data.image import REDUCTIONS, EncodedImage, to_pillow
-from allmlp.data.permutation import permute
 from allmlp.data.source import Source, array_shape
 from allmlp.errors import UserError
 from allmlp.preprocessing import Preprocessing
@@ -54,8 +52,7 @@ def resize_for_evaluation(pixels: np.ndarray, preprocessing: Preprocessing) -> n
 def model_input(
     data: bytes, where: object, preprocessing: Preprocessing
 ) -> tuple[Tensor, np.ndarray]:
-    """Returns an encoded image as model input, (1, channels, H, W), and the pixels that the model
-    sees, (H, W, channels); `where` names it in errors."""
+    """Returns an encoded image as model input, (1, channels, H, W), and the pixels it sees."""
     own = preprocessing
     if own.kind == "arrays":
         raise UserError("the model takes rows of arrays", where=where, fix="Give arrays in a file")
@@ -88,9 +85,8 @@ def inception_box(
 ) -> tuple[int, int, int, int]:
     """Returns a random rectangle of an image: (top, left, height, width) in pixels.
 
-    As in TensorFlow's sample_distorted_bounding_box: the aspect ratio (width / height) is uniform
-    in [3/4, 4/3], then the height is uniform over the range it and `area` (fractions of the image)
-    allow. (torchvision and timm draw the area uniformly, which gives larger rectangles.)
+    As in TensorFlow: the aspect ratio is uniform in [3/4, 4/3], then the height is uniform over the
+    range it and `area` (fractions of the image) allow; timm's are larger.
     """
     height, width = size
     for _ in range(_ATTEMPTS):
@@ -118,8 +114,7 @@ def inception_crop(
 ) -> np.ndarray:
     """Resizes a random rectangle of the image to (H, W) = `size`, bilinear without antialiasing.
 
-    JPEG rows below the rectangle are not decoded; a rectangle at least twice as large as `size` is
-    decoded at 1/2, 1/4 or 1/8 of its size, which is faster and reduces aliasing.
+    A large rectangle of a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, and no rows below it.
     """
     top, left, height, width = inception_box(image.size, random, area)
     factors = REDUCTIONS if image.format == "JPEG" else ()
@@ -135,11 +130,7 @@ def inception_crop(
 def random_crop(
     pixels: np.ndarray, preprocessing: Preprocessing, random: np.random.Generator
 ) -> np.ndarray:
-    """Resizes the image to 8/7 of the model's input size and takes a random crop.
-
-    Google's VTAB fine-tuning (`resize|random_crop`); the ratio of the two sizes is the
-    preprocessing's `crop`, 224 / 256 in the paper.
-    """
+    """Takes a random crop of the image, resized to 1 / `crop` of the size (Google's VTAB code)."""
     height, width = preprocessing.image_size
     whole = round(height / preprocessing.crop), round(width / preprocessing.crop)
     resized = resize(pixels, whole)
@@ -156,7 +147,6 @@ def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def flip(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Flips the image horizontally with probability 1/2."""
     if random.random() < 0.5:
         return cv2.flip(pixels, 1).reshape(pixels.shape)
     return pixels
@@ -183,3 +173,47 @@ def _per_channel(value: float | tuple[float, ...], images: Tensor) -> float | Te
     if not isinstance(value, tuple):
         return value
     return torch.tensor(value, device=images.device).view(1, -1, 1, 1)
+
+
+# The two fixed permutations of the paper's figure 4 (section 3.4), the same for every image
+
+
+def pixel_order(preprocessing: Preprocessing) -> np.ndarray | None:
+    """Returns the source index of each pixel, int64 (H * W,), row-major; None for the identity."""
+    kind, seed = preprocessing.permutation, preprocessing.permutation_seed
+    height, width = preprocessing.image_size
+    if kind == "none":
+        return None
+    if kind == "pixels":
+        return np.random.default_rng(seed).permutation(height * width)
+    patch = preprocessing.permutation_patch
+    assert patch is not None
+    patches, inside = patch_orders(preprocessing)
+    rows, columns = height // patch, width // patch
+    # Pixel indices as (S, P * P): a row per patch.
+    numbers = np.arange(height * width).reshape(rows, patch, columns, patch)
+    numbers = numbers.transpose(0, 2, 1, 3).reshape(rows * columns, patch * patch)
+    permuted = numbers[patches][:, inside].reshape(rows, columns, patch, patch)
+    return permuted.transpose(0, 2, 1, 3).reshape(-1)
+
+
+def patch_orders(preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the source index of each patch (S,) and of each pixel within a patch (P * P,)."""
+    patch = preprocessing.permutation_patch
+    assert patch is not None
+    height, width = preprocessing.image_size
+    random = np.random.default_rng(preprocessing.permutation_seed)
+    patches = random.permutation((height // patch) * (width // patch))
+    return patches, random.permutation(patch * patch)
+
+
+@functools.lru_cache(maxsize=8)
+def _order_on(preprocessing: Preprocessing, device: torch.device) -> Tensor | None:
+    order = pixel_order(preprocessing)
+    return None if order is None else torch.from_numpy(order).to(device)
+
+
+def permute(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Permutes the pixels of images (N, channels, H, W) as the preprocessing specifies."""
+    order = _order_on(preprocessing, images.device)
+    return images if order is None else images.flatten(2).index_select(2, order).view_as(images)

@@ -27,7 +27,6 @@ _UNGUARDED = 85  # exit code of a process ended by `check_guard`
 _PROBING = "_ALLMLP_PROBES_GUARD"
 NICENESS = 5  # below the main process, which then waits less for a core and no longer for images
 _SHARED = "/dev/shm"  # shared memory and semaphores on Linux
-_SPARE = 2**20  # bytes left free by batches
 _reported: list[str] = []
 
 # Called about once a second while waiting for a batch; may raise.
@@ -37,8 +36,7 @@ while_waiting: ContextVar[Callable[[], None]] = ContextVar("while_waiting", defa
 def worker_context() -> Any:
     """Returns the multiprocessing context: the user's choice, else fork on Linux.
 
-    Python 3.14 no longer forks by default because of threads; workers use neither their parent's
-    threads nor its GPU, and with fork a script needs no `__main__` guard.
+    Python 3.14 no longer forks because of threads; workers use none of their parent's, nor its GPU.
     """
     default = multiprocessing.get_all_start_methods()[0]
     method = multiprocessing.get_start_method(allow_none=True) or default
@@ -50,8 +48,7 @@ def worker_context() -> Any:
 def check_guard(num_workers: int | None = None) -> None:
     """Checks that worker processes would not run the script, and train, again.
 
-    A process that is not forked imports the script. This starts one to see what happens: without a
-    `__main__` guard it reaches this function, which ends it.
+    A process that is not forked imports the script: one is started to see whether it gets here.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         if _PROBING in os.environ:
@@ -107,39 +104,27 @@ def shared_memory() -> int | None:
 
 
 def is_room_for(num_bytes: int) -> bool:
-    """Whether a batch fits into shared memory."""
     free = shared_memory()
-    return free is None or free > num_bytes + _SPARE
+    return free is None or free > num_bytes + 2**20
 
 
 def workers_that_start(wanted: int, batch_bytes: int = 0) -> int:
-    """Returns how many workers can start; reports if shared memory is too small for more."""
-    free = shared_memory()
-    if free is None or not wanted:
-        return wanted
-    if free < 4096 * (32 + 4 * wanted):  # a page per semaphore and table
-        _report_once(f"{_SHARED} is full or read-only: images are decoded without worker processes")
-        return 0
-    batches = 2 * wanted + 1  # two in flight per worker, one in use
-    if free < batches * batch_bytes + _SPARE:
-        size = f"{free / 2**20:,.0f} MiB free for {batches} x {batch_bytes / 2**20:,.0f}"
-        _report_once(
-            f"{_SHARED} has {size}: batches that do not fit go through pipes, which is slower"
-        )
-    return wanted
-
-
-def _report_once(text: str) -> None:
-    if not _reported:
-        _reported.append(text)
-        Reporter(stderr=True).say(f"note     {text}")
+    """Returns how many workers can start; says so if shared memory is too small for more."""
+    note, can_start = "", True
+    if wanted and not is_room_for(4096 * (32 + 4 * wanted) - 2**20):  # a page per semaphore, table
+        note, can_start = "is full or read-only: images are decoded without worker processes", False
+    elif wanted and not is_room_for((2 * wanted + 1) * batch_bytes):  # two in flight, one in use
+        note = "is small: batches that do not fit go through pipes, which is slower"
+    if note and not _reported:
+        _reported.append(note)
+        Reporter(stderr=True).say(f"note     {_SHARED} {note}")
+    return wanted if can_start else 0
 
 
 def start_worker(watched: Tensor, closing: Tensor, number: int) -> None:
     """Initializes a worker process: registers it in the table and ignores Ctrl-C and SIGTERM.
 
-    These signals reach the whole process group, but the main process needs its workers until it
-    has saved the run; so they continue until it closes them or dies.
+    The main process needs its workers until it has saved the run, then closes them.
     """
     if hasattr(os, "nice"):
         os.nice(NICENESS)

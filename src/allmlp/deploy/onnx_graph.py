@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allmlp.data.permutation import pixel_order
+from allmlp.data.transforms import pixel_order
 from allmlp.errors import UserError
 from allmlp.models.layers import ImageClassifier, preprocessing_of
 from allmlp.names import import_extra

@@ -21,9 +21,8 @@ from matplotlib.ticker import MaxNLocator
 
 from allmlp import plots
 from allmlp.data.image import decode
-from allmlp.data.permutation import permute
 from allmlp.data.source import Source
-from allmlp.data.transforms import resize_for_evaluation
+from allmlp.data.transforms import permute, resize_for_evaluation
 from allmlp.errors import UserError
 from allmlp.models.catalog import model_config
 from allmlp.options import assignments, make

@@ -20,10 +20,10 @@ from allmlp.console import ProgressBar, Reporter
 from allmlp.data.augment import mix
 from allmlp.data.loader import (
     Batch,
+    choose_workers,
     most_workers,
     on_device,
     training_batches,
-    training_workers,
 )
 from allmlp.data.sampler import Order, step_generator
 from allmlp.data.source import BadImage, array_shape, check_one_label
@@ -365,7 +365,7 @@ class Trainer:
         twice = 1.0 - config.optimizer.sam_start if config.optimizer.sam_rho else 0.0
         trains_all, own = config.model.train_only == "all", config.batch_size / self.world.size
         # Loader processes decode during the step, as far as the step leaves them cores.
-        workers = training_workers(config.data.num_workers, run.splits.train, self.preprocessing)
+        workers = choose_workers(config.data.num_workers, run.splits.train, self.preprocessing, 1)
         threads = torch.get_num_threads() if device.type == "cpu" else 0
 
         def seconds(computing: float) -> float:

@@ -1,7 +1,6 @@
 """Opening data by name: SOURCE, SOURCE:SPLIT or SOURCE:SPLIT[PART], see docs/data.md.
 
-One module per kind of source; classes are built here for all of them, and matched by name, never by
-position. User files are never modified.
+Classes are built here for all kinds of sources, and matched by name, never by position.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from allmlp.data.sources import (
     subset_file,
 )
 from allmlp.data.sources.subset_file import SubsetFile, is_subset_file, read_subset_file, select
-from allmlp.errors import UserError, near_names
+from allmlp.errors import UserError, near_names, one_of
 
 # Kinds of sources; the first match wins. A subset file refers to another source.
 KINDS = (
@@ -64,10 +63,7 @@ Labels = Literal["classes", "numbers", "none", "any"]
 def open_splits(
     name: str, *, labels: Labels = "classes", first_of: Sequence[str] = ()
 ) -> dict[str, Source]:
-    """Returns the splits of a source by name: train, validation, test.
-
-    SOURCE:SPLIT returns that split only; `first_of` returns only the first of these that exists.
-    """
+    """Returns the splits by name; SOURCE:SPLIT or the first of `first_of` gives that only."""
     spec = parse_name(name)
     if labels == "any":
         labels = "none"
@@ -77,9 +73,8 @@ def open_splits(
             with contextlib.suppress(UserError):  # other errors are reported below
                 return open_splits(name, first_of=first_of)
     records = _records(spec, labels)
-    if spec.split is not None and spec.split not in records:
-        fix = f"Known there: {', '.join(records)}"
-        raise UserError(f"the data has no {spec.split} split", where=spec.source, fix=fix)
+    if spec.split is not None:
+        one_of("split", spec.split, records, where=spec.source)
     raws = {split: record.labels for split, record in records.items() if record.labels is not None}
     raws, note = split_labels(raws, spec.options, spec.base)
     splits: dict[str, Source] = {}
@@ -124,7 +119,6 @@ def open_source(
 
 
 def open_subset(subset: SubsetFile, name: str | None = None) -> dict[str, Source]:
-    """Returns the splits of a subset."""
     labels = "classes" if subset.labels is None else "numbers"
     return select(subset, open_splits(subset.source, labels=labels), name or subset.source)
 
@@ -166,37 +160,24 @@ def kind_of(spec: SourceSpec) -> Kind | None:
 
 
 def notes_of(splits: Mapping[str, Source]) -> list[str]:
-    """Returns the notes on all splits, one line each."""
     return list(dict.fromkeys(note for source in splits.values() for note in source.notes))
 
 
 def read_from(name: str | Path) -> Iterator[str]:
-    """Yields the local files and folders that a source, or a pattern of images, is read from.
-
-    For a list, the list itself and not its images.
-    """
+    """Yields the files and folders that a source is read from; of a list the list itself."""
     path = os.path.expanduser(name if isinstance(name, Path) else parse_name(name).base)
-    if os.path.isdir(path):
-        yield path
-        yield from _linked_folders(path)
-    elif os.path.exists(path):
-        yield path
-        if path.lower().endswith(subset_file.SUFFIX):
-            with contextlib.suppress(UserError):  # reported when the data is opened
-                yield from read_from(read_subset_file(Path(path)).source)
-    else:
+    if not os.path.exists(path):
         yield from glob.glob(path, recursive=True)
-
-
-def _linked_folders(folder: str) -> Iterator[str]:
-    """Yields split and class folders that are symbolic links."""
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.name.startswith(".") and entry.is_dir():
-                if entry.is_symlink():
-                    yield entry.path
-                if split_named(entry.name):
-                    yield from _linked_folders(entry.path)
+        return
+    yield path
+    if os.path.isdir(path):  # split and class folders may be links
+        for folder in glob.glob(f"{glob.escape(path)}/*/"):
+            yield folder
+            if split_named(os.path.basename(folder[:-1])):
+                yield from glob.glob(f"{glob.escape(folder)}*/")
+    elif path.lower().endswith(subset_file.SUFFIX):
+        with contextlib.suppress(UserError):  # reported when the data is opened
+            yield from read_from(read_subset_file(Path(path)).source)
 
 
 def names_source(name: str) -> bool:
@@ -210,10 +191,7 @@ def are_arrays(name: str) -> bool:
 
 
 def is_data(name: str) -> bool:
-    """Whether the string names data of a known kind rather than image files to search for.
-
-    A folder is data if it contains packed data or Parquet files, or if a split is named.
-    """
+    """Whether the string names data rather than image files or a folder to search for them."""
     spec = parse_name(name)
     if spec.split or spec.options:
         return True

@@ -6,7 +6,7 @@ A reader gives `Rows`; their splits, labels, groups and folds are made here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from allmlp.data.classes import RawLabels, numbered
 from allmlp.data.source import FOLD, GROUP, Images, PackedStrings, Source
 from allmlp.data.source_spec import SPLITS, Records, SourceSpec, split_named
-from allmlp.errors import UserError, near_names
+from allmlp.errors import UserError, one_of
 
 LABEL_COLUMNS = ("label", "labels", "class", "target")
 _IS_VALID = {
@@ -67,37 +67,43 @@ def open_rows(
         if GROUP in spec.options:
             roles[GROUP] = choose_column(GROUP, spec, rest, (), rows.file)
     used = {role: column for role, column in roles.items() if column is not None}
+    splits, notes = np.full(len(rows.images), list(SPLITS).index(split or "train")), []
+    if "split" in used and split is not None:
+        notes.append(f"the column {used['split']!r} is not used: the names of the splits say it")
+    elif "split" in used:
+        notes.append(f"splits by the column {used['split']!r}")
+        splits = _splits(rows, used["split"])
     columns = {
         role: PackedStrings(rows.texts(column, role))
         for role, column in used.items()
         if role != "split"
     }
-    splits = np.full(len(rows.images), list(SPLITS).index(split or "train"))
-    if split is None and "split" in used:
-        splits = _splits(rows, used["split"])
-    notes: list[str] = []
     raw = None
     if labels:
         rest = [name for name in rest if name not in used.values()]
         chosen = _label_columns(spec, rows, rest)
         raw = _labels(spec, rows, chosen)
-        notes = [*_notes(used, [name for name in rest if name not in chosen], split is not None)]
+        if FOLD in used:
+            notes.append(f"the column {used[FOLD]!r} is used by cross-validation (folds) only")
+        unused = [n for n in rest if n not in chosen and re.search(_SPLITS_OR_GROUPS, n)]
+        if unused:
+            why = "a column split or is_valid makes splits, #group=COLUMN keeps groups together"
+            notes.append(f"columns that are not used: {', '.join(unused)} ({why})")
     found: dict[str, Records] = {}
     for number, name in enumerate(SPLITS):
         at = np.flatnonzero(splits == number)
         if len(at):
             source = Source(name, [], at, rows.images, at, columns=columns)  # labels follow later
-            own = None
-            if raw is not None:
-                own = replace(
-                    raw, codes=raw.codes[at], where=lambda row, at=at: rows.where(at[row])
-                )
-            found[name] = Records(source, own, tuple(notes))
+            own = None if raw is None else _some(raw, rows, at)
+            found[name] = Records(source, own, tuple(notes) if labels else ())
     return found
 
 
+def _some(raw: RawLabels, rows: Rows, at: np.ndarray) -> RawLabels:
+    return replace(raw, codes=raw.codes[at], where=lambda index: rows.where(int(at[index])))
+
+
 def _splits(rows: Rows, column: str) -> np.ndarray:
-    """The split of every row, int64 (n,), indices into `SPLITS`."""
     texts = rows.texts(column, "split")
     is_valid = column.casefold() == "is_valid"
     meaning = {t: _IS_VALID.get(t.casefold()) if is_valid else split_named(t) for t in set(texts)}
@@ -130,7 +136,6 @@ def _label_columns(spec: SourceSpec, rows: Rows, rest: Sequence[str]) -> list[st
 
 
 def _labels(spec: SourceSpec, rows: Rows, columns: list[str]) -> RawLabels:
-    """The label of every row; of columns of 0 and 1 the names of those with a 1."""
     if len(columns) == 1:
         return rows.cells(columns[0])
     hot: list[list[str]] = [[] for _ in range(len(rows.images))]
@@ -150,30 +155,13 @@ def _labels(spec: SourceSpec, rows: Rows, columns: list[str]) -> RawLabels:
     return replace(numbered(map(tuple, hot)), class_names=columns)
 
 
-def _notes(used: dict[str, str], rest: Sequence[str], is_named: bool) -> Iterator[str]:
-    """Yields what the columns are used for, one line each."""
-    if "split" in used and is_named:
-        yield f"the column {used['split']!r} is not used: the names of the splits say it"
-    elif "split" in used:
-        yield f"splits by the column {used['split']!r}"
-    if FOLD in used:
-        yield f"the column {used[FOLD]!r} is used by cross-validation (folds) only"
-    unused = [name for name in rest if re.search(_SPLITS_OR_GROUPS, name)]
-    if unused:
-        why = "a column split or is_valid makes splits, #group=COLUMN keeps groups together"
-        yield f"columns that are not used: {', '.join(unused)} ({why})"
-
-
 def choose_column(
     role: str, spec: SourceSpec, columns: Sequence[str], likely: Sequence[str], where: Any
 ) -> str:
     """Returns the column given by the option `role`, else the only likely one, or that named so."""
     given = spec.options.get(role)
     if given is not None:
-        if given not in columns:
-            fix = f"{near_names(given, columns)}Columns: {', '.join(columns)}"
-            raise UserError(f"no column {given!r}", where=where, fix=fix)
-        return given
+        return one_of("column", given, columns, where=where)
     exact = [name for name in likely if name.casefold() == role]
     if len(likely) == 1 or exact:
         return (exact or likely)[0]

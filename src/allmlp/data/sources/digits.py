@@ -21,8 +21,7 @@ from allmlp.errors import UserError
 
 
 def open_digits(spec: SourceSpec, labels: bool) -> dict[str, Records]:
-    """Returns 1,259 / 179 / 359 images: 1/5 of every class for test, 1/8 of the rest for
-    validation. "digits@1", "digits@2", ... are other random splits."""
+    """Returns 1,259 / 179 / 359 images; digits@1, digits@2, ... are other random splits."""
     _, _, text = spec.base.partition("@")
     if not (spec.base == "digits" or text.isdecimal()):
         fix = "digits, or digits@1 for another split"

@@ -40,23 +40,24 @@ LAYOUT = "class folders: FOLDER/train/<class>/*.jpg (val/ and test/ if you have 
 
 
 def open_folders(spec: SourceSpec, labels: bool) -> dict[str, Records]:
-    """Returns the images in FOLDER/<split>/<class>/ or FOLDER/<class>/, at any depth.
-
-    Without labels, images may also be directly in the folder.
-    """
+    """Returns the images in FOLDER/<split>/<class>/ or FOLDER/<class>/, at any depth."""
     folder = spec.path
-    if archive.is_archive(folder):
-        folder = _unwrapped(folder)
-    if any(folder.glob("*.tar")) and not subfolders(folder):
-        what = "the folder has tar files and no index of them"
-        raise UserError(what, where=folder, fix=f"Write one, once: mixer data index {folder}")
-    if not labels and not subfolders(folder):
-        passed_over: Counter[str] = Counter()
-        paths = PackedStrings(scan_images(str(folder), passed_over=passed_over))
-        if not len(paths):
-            raise no_images(folder)
-        note = passed_over_note(passed_over, folder)
-        return {"train": Records(ImageFiles(paths, str(folder)), notes=note)}
+    # photos.zip/photos, if that is all there is in photos.zip, and has folders
+    while archive.is_archive(folder) and len(inner := subfolders(folder)) == 1:
+        if split_named(inner[0]) or _loose_image(folder) or not subfolders(folder / inner[0]):
+            break
+        folder /= inner[0]
+    if not subfolders(folder):
+        if any(folder.glob("*.tar")):
+            what = "the folder has tar files and no index of them"
+            raise UserError(what, where=folder, fix=f"Write one, once: mixer data index {folder}")
+        if not labels:
+            passed_over: Counter[str] = Counter()
+            paths = PackedStrings(scan_images(str(folder), passed_over=passed_over))
+            if not len(paths):
+                raise no_images(folder)
+            note = passed_over_note(passed_over, folder)
+            return {"train": Records(ImageFiles(paths, str(folder)), notes=note)}
     splits, unused = _find_splits(folder)
     notes: tuple[str, ...] = ()
     if labels:
@@ -67,34 +68,20 @@ def open_folders(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     return {split: _class_folder(path, notes) for split, path in splits.items()}
 
 
-def _unwrapped(folder: Path) -> Path:
-    """Returns photos.zip/photos if that is all there is in photos.zip, and has folders."""
-    while len(inner := subfolders(folder)) == 1 and not split_named(inner[0]):
-        if _loose_image(folder) or not subfolders(folder / inner[0]):
-            break
-        folder /= inner[0]
-    return folder
-
-
 def scan_images(
     folder: str, inside: str = "", passed_over: Counter[str] | None = None
 ) -> Iterator[str]:
     """Yields image paths at any depth below `inside`, relative to the folder, sorted per folder.
 
-    Hidden files and folders are skipped. Links to files are followed, links to nested folders are
-    not, since they may form cycles. `passed_over` counts other files: by extension if they look
-    like images, else as "".
+    Links to nested folders are not followed, since they may form cycles. `passed_over` counts other
+    files: by extension if they look like images, else as "".
     """
-    for entry in _entries(os.path.join(folder, inside)):
-        if _is_hidden(entry.name):
-            continue
-        path = os.path.join(inside, entry.name)
-        if _is_folder(entry):
+    for entry, is_folder in _entries(os.path.join(folder, inside)):
+        path, suffix = os.path.join(inside, entry.name), os.path.splitext(entry.name)[1].lower()
+        if is_folder:
             if not entry.is_symlink():
                 yield from scan_images(folder, path, passed_over)
-            continue
-        suffix = os.path.splitext(entry.name)[1].lower()
-        if suffix in SUFFIXES:
+        elif suffix in SUFFIXES:
             yield path
         elif passed_over is not None:  # ".jpg_large" looks like an image, too
             passed_over[suffix if suffix in _UNREAD or suffix.startswith(SUFFIXES) else ""] += 1
@@ -121,16 +108,21 @@ def no_images(folder: Path, what: str = "the folder") -> UserError:
     passed_over: Counter[str] = Counter()
     for _ in scan_images(str(folder), passed_over=passed_over):
         pass
-    fix = f"Images end in {' '.join(SUFFIXES)}"
-    if any(passed_over):
-        heic = f", or {extra('heic')}" if passed_over.keys() & {*HEIC} else ""
-        fix = f"Convert them to JPEG or PNG{heic}. {fix}"
     there = f" that are read, but has {_listed(passed_over)}" if passed_over else ""
+    fix = f"Convert images to JPEG or PNG; they end in {' '.join(SUFFIXES)}"
     return UserError(f"{what} has no images{there}", where=folder.absolute(), fix=fix)
 
 
-def _is_hidden(name: str) -> bool:
-    return name[0] == "." or name.casefold() in _SYSTEM
+def _entries(folder: str) -> list[tuple[os.DirEntry[str] | archive.Entry, bool]]:
+    """The visible files and folders in a folder, sorted, with whether they are folders."""
+    found: Sequence[os.DirEntry[str] | archive.Entry] | None = None
+    if not os.path.isdir(folder) and archive.is_archive(folder):
+        found = archive.entries(folder)
+    if found is None:
+        with os.scandir(folder) as entries:
+            found = list(entries)
+    visible = (e for e in found if e.name[0] != "." and e.name.casefold() not in _SYSTEM)
+    return [(entry, _is_folder(entry)) for entry in sorted(visible, key=lambda e: e.name)]
 
 
 def _is_folder(entry: os.DirEntry[str] | archive.Entry) -> bool:
@@ -141,30 +133,13 @@ def _is_folder(entry: os.DirEntry[str] | archive.Entry) -> bool:
 
 
 def _loose_image(folder: Path) -> str | None:
-    """The name of an image directly in the folder, if any."""
-    for entry in _entries(str(folder)):
-        is_image = os.path.splitext(entry.name)[1].lower() in SUFFIXES
-        if is_image and not _is_hidden(entry.name) and not _is_folder(entry):
-            return entry.name
-    return None
-
-
-def _entries(folder: str) -> Sequence[os.DirEntry[str] | archive.Entry]:
-    if not os.path.isdir(folder) and archive.is_archive(folder):
-        found = archive.entries(folder)
-        if found is not None:
-            return sorted(found, key=lambda entry: entry.name)
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"cannot read the folder: {error.strerror}", where=folder) from error
+    files = (entry.name for entry, is_folder in _entries(str(folder)) if not is_folder)
+    return next((name for name in files if name.lower().endswith(SUFFIXES)), None)
 
 
 def subfolders(folder: Path) -> list[str]:
     """Returns the names of a folder's visible subfolders in natural order."""
-    entries = _entries(str(folder))
-    names = [entry.name for entry in entries if not _is_hidden(entry.name) and _is_folder(entry)]
+    names = [entry.name for entry, is_folder in _entries(str(folder)) if is_folder]
     return sorted(names, key=natural_order)
 
 
@@ -190,55 +165,41 @@ def _class_folder(folder: Path, notes: tuple[str, ...]) -> Records:
 
 
 def _check_class_folders(folder: Path) -> None:
-    """Checks that the class folders are not actually splits, folds or wrapper folders.
-
-    A class may be called "train" if its parent is a split folder: FOLDER/train/train.
-    """
+    """Checks that the class folders are not actually splits, folds or wrapper folders."""
     classes = subfolders(folder)
     check_twins(classes, folder)
     listed = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" * (len(classes) > 8))
-    shared = _shared_subfolders(folder, classes)
+    shared: set[str] = set()  # subfolders of every class
+    if classes and not any(_loose_image(folder / name) for name in classes):
+        shared = set.intersection(*(set(subfolders(folder / name)) for name in classes))
     if any(map(split_named, shared)) or (len(shared) > 1 and len(classes) > 1):
-        what = f"each of the folders {listed} has subfolders {', '.join(shared[:8])}: not classes"
+        inner = ", ".join(sorted(shared, key=natural_order)[:8])
+        what = f"each of the folders {listed} has subfolders {inner}: not classes"
         fix = f"Give the folder to use, such as {folder / classes[0]}. If they are the classes: put"
         fix += " the images directly into their folders, or give a list (.csv) with path,label"
         raise UserError(what, where=folder, fix=fix)
-    splits = [name for name in classes if split_named(name)]
     is_split = split_named(folder.absolute().name) is not None
-    # seg_train and seg_test: names that differ only by the split
-    rests = Counter(rest for name in classes for rest in _without_split(name))
-    are_parts = all(split_named(name) or re.fullmatch(_FOLD, name) for name in classes)
-    if (are_parts and len(classes) > is_split) or max(rests.values(), default=0) > 1:
-        what = f"folders that are splits and have no class folders in them: {listed}"
-        fix = f"Arrange it as {LAYOUT}"
+    suspects = [name for name in classes if split_named(name) or re.fullmatch(_FOLD, name)]
+    if len(suspects) < max(len(classes), is_split + 1):  # not all of them
+        # seg_train and seg_test: names that differ only by the split
+        words = {name: re.split(r"[-_. ]+", name) for name in classes}
+        rests = {n: [w for w in words[n] if not split_named(w)] for n in classes}
+        suspects = [n for n in classes if rests[n] != words[n] and len(words[n]) > 1]
+        suspects = [n for n in suspects if list(rests.values()).count(rests[n]) > 1]
+        suspects = suspects or [name for name in classes if split_named(name) and not is_split]
+    if suspects:
+        what = (
+            f"folders that are named as splits, and have no class folders in them: {suspects[:8]}"
+        )
+        fix = f"Arrange it as {LAYOUT}. If it is a class: move all class folders into one for the"
+        what, fix = f"{what}; all: {listed}", f"{fix} split, {folder / 'train'}/<class>"
         raise UserError(what, where=folder, fix=fix)
-    if splits and not is_split:
-        what = f"the folder {splits[0]!r} is named as a split, but lies among classes: {listed}"
-        fix = f"Put its images into class folders, {splits[0]}/<class>, or move it away. If it is a"
-        fix += f" class: move all class folders into one for the split, {folder / 'train'}/<class>"
-        raise UserError(what, where=folder / splits[0], fix=fix)
-
-
-def _without_split(name: str) -> set[tuple[str, ...]]:
-    """The words of a name without the one that names a split, for each such word."""
-    words = re.split(r"[-_. ]+", name)
-    places = [at for at, word in enumerate(words) if len(words) > 1 and split_named(word)]
-    return {(*words[:at], "", *words[at + 1 :]) for at in places}
-
-
-def _shared_subfolders(folder: Path, classes: list[str]) -> list[str]:
-    """The subfolders common to all of these folders; empty if one directly contains images."""
-    if not classes or any(_loose_image(folder / name) for name in classes):
-        return []
-    names = (set(subfolders(folder / name)) for name in classes)
-    return sorted(set.intersection(*names), key=natural_order)
 
 
 def _find_splits(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """Returns the folder of each split, and the names of other folders with images.
 
-    A folder of classes is the train split. A folder named like a split but without subfolders is
-    not one. In test/test/<class>, the inner folder is the split.
+    A folder of classes is the train split. In test/test/<class>, the inner folder is the split.
     """
     splits: dict[str, Path] = {}
     known: set[str] = set()

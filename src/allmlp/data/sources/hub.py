@@ -37,8 +37,6 @@ class HubImages:
         return f"{self.name}[{index}]"
 
     def read(self, index: int) -> bytes:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
         image = self.dataset[index][self.column] or {}
         data, path = image.get("bytes"), image.get("path")
         if data is None and path:
@@ -59,7 +57,6 @@ class HubImages:
 
 
 def open_hub(spec: SourceSpec, labels: bool) -> dict[str, Records]:
-    """Returns the train, validation and test splits of a data set."""
     found = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", spec.base)
     if not found:
         fix = "hf:owner/name or hf:owner/name@revision"
@@ -131,16 +128,13 @@ def _load(repository: str, revision: str | None, spec: SourceSpec) -> Any:
             repository, spec.options.get("config"), revision=revision, streaming=False
         )
     except Exception as error:  # from the package, the hub or the network
-        reason = (str(error) or type(error).__name__).strip()
+        reason = " ".join((str(error) or type(error).__name__).split())[:300]
         fix = f"See https://huggingface.co/datasets/{repository}; if it is private: hf auth login"
         if "Config name is missing" in reason or "BuilderConfig" in reason:
             fix = f"Choose one: '{spec.base}#config=NAME'"
         elif isinstance(error, ConnectionError | TimeoutError):
-            command = f"hf download --repo-type dataset {repository}"
-            command += f" --revision {revision}" if revision else ""
-            fix = f"With a network, and without HF_HUB_OFFLINE: {command}"
-        what = f"cannot load {repository}: {' '.join(reason.split())[:300]}"
-        raise UserError(what, where=spec.base, fix=fix) from error
+            fix = f"With a network: hf download --repo-type dataset {repository}"
+        raise UserError(f"cannot load {repository}: {reason}", where=spec.base, fix=fix) from error
     finally:
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
 

@@ -10,13 +10,11 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 
-from allmlp.data import image
 from allmlp.data.classes import numbered
 from allmlp.data.source import GROUP, ImageFiles, PackedStrings, Source
 from allmlp.data.source_spec import LABEL_OPTIONS, Kind, Records, SourceSpec
@@ -27,7 +25,6 @@ from allmlp.io import parse_json
 SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
 IMAGE_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "img")
 _EXAMPLE = "Begin the list with a header such as path,label (or path,label,split)"
-_OBJECT = 'Every line is an object: {"path": "a.jpg", "label": "cat"}'
 _NO_NAME = "[\ud800-\udc7f\udd00-\udfff]"  # surrogates other than those of undecodable bytes
 _Columns = dict[str, list[object]]
 
@@ -61,8 +58,9 @@ def open_list(spec: SourceSpec, labels: bool) -> dict[str, Records]:
         may_be_hot=True,
     )
     found = open_rows(spec, rows, labels)
-    notes = _notes_on_repeats(found, paths, path.parent, where) if labels else ()
-    return {split: replace(own, notes=(*own.notes, *notes)) for split, own in found.items()}
+    if labels:
+        _check_repeats(found, paths, path.parent, where)
+    return found
 
 
 def _paths(cells: list[object], folder: Path, where: Callable[[int], str]) -> Iterator[str]:
@@ -79,29 +77,22 @@ def _paths(cells: list[object], folder: Path, where: Callable[[int], str]) -> It
         yield path.replace("\\", "/") if from_windows else path
 
 
-def _notes_on_repeats(
+def _check_repeats(
     splits: dict[str, Records], paths: PackedStrings, folder: Path, where: Callable[[int], str]
-) -> tuple[str, ...]:
-    """Returns a note on images in several rows; in two splits or with two labels is an error."""
+) -> None:
+    """Checks that no image is in two splits, or has two labels."""
     real_folder = functools.cache(lambda name: os.path.realpath(folder / name))
-
-    def real(path: str) -> str:
-        head, _, name = path.replace(os.sep, "/").rpartition("/")
-        return f"{real_folder(head + '/' if path[0] == '/' else head)}/{name}"
-
     seen: dict[int, tuple[int, str, str]] = {}  # hash of the path: first row, its split and label
-    again: list[tuple[int, int]] = []
     for split, records in splits.items():
         assert isinstance(records.images, Source)
         assert records.labels is not None
         labels = [str(value) for value in records.labels.values]
         codes = records.labels.codes.tolist()
         for row, code in zip(records.images.indices.tolist(), codes, strict=True):
+            head, _, name = paths[row].replace(os.sep, "/").rpartition("/")
+            real = f"{real_folder(head + '/' if paths[row][0] == '/' else head)}/{name}"
             own = row, split, labels[code]
-            known = seen.setdefault(hash(real(paths[row])), own)
-            if known is own:
-                continue
-            again.append((known[0], row))
+            known = seen.setdefault(hash(real), own)
             for at, what, fix in (
                 (1, "an image is in two splits", ""),
                 (2, "an image has two labels", ", or write them as one: cat|dog"),
@@ -112,65 +103,48 @@ def _notes_on_repeats(
                     what += f" {other[at]!r}: {paths[row]!r}"
                     fix = f"Keep one of the two lines{fix}"
                     raise UserError(what, where=where(other[0]), fix=fix)
-    if not again:
-        return ()
-    first, second = (where(row).rpartition(" ")[2] for row in again[0])
-    note = f"{len(again):,} rows name an image again, such as lines {first} and {second}: it counts"
-    return (f"{note} twice, and if validation is held out of train it may be in both",)
 
 
 def _open(path: Path) -> TextIO:
-    try:
-        with path.open("rb") as file:
-            start = file.read(2)
-        if start in (b"\xff\xfe", b"\xfe\xff"):
-            raise UserError("the list is UTF-16 text", where=path, fix="Save it as UTF-8")
-        # File names need not be UTF-8; surrogateescape preserves them.
-        return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
-    except OSError as error:
-        raise UserError(f"cannot read the list: {error.strerror}", where=path) from error
+    with path.open("rb") as file:
+        is_utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    # File names need not be UTF-8; surrogateescape preserves them.
+    encoding, errors = ("utf-16", "replace") if is_utf16 else ("utf-8-sig", "surrogateescape")
+    return path.open(encoding=encoding, errors=errors, newline="")
 
 
 def _read_csv(file: TextIO, path: Path) -> tuple[list[int], _Columns]:
     """Returns the line number of every row, and the columns."""
     header = file.readline()
     separator = re.fullmatch(r'"?sep=(.)"?\s*', header)  # first line of some Excel exports
-    if not separator:
-        file.seek(0)
-    skipped = int(separator is not None)
+    file.seek(0)
     delimiter = separator[1] if separator else max(",;\t", key=header.count)
     reader = csv.reader(file, delimiter=delimiter, strict=True)
     names: list[str] = []
     lines: list[int] = []
     columns: list[list[object]] = []
+    what, fix = "", 'Correct the line; put a field with a comma or a quote in quotes: "a, b"'
     try:
         for cells in filter(None, reader):
-            line = reader.line_num + skipped
-            where = f"{path}, line {line}"
+            if separator and reader.line_num == 1:
+                continue
             if not names:
                 names = [cell.strip() for cell in cells]
                 columns = [[] for _ in names]
-                twice = next((name for name in names if names.count(name) > 1), None)
-                if twice is not None:
-                    what = f"two columns have the same name: {twice!r}"
-                    raise UserError(what, where=where, fix="Rename or remove one")
-                words = (word.lower() for name in names for word in name.split())
-                if any(word.endswith(image.SUFFIXES) for word in words):
-                    what = f"the list has no header; its first line is {header.strip()[:80]!r}"
-                    fix = f"{_EXAMPLE}. Paths alone: mixer predict MODEL - < {path}"
-                    raise UserError(what, where=where, fix=fix)
-                continue
-            if len(cells) != len(names):
+                if len(set(names)) < len(names):
+                    what, fix = f"two columns have the same name: {names}", "Rename or remove one"
+            elif len(cells) == len(names):
+                lines.append(reader.line_num)
+                for column, cell in zip(columns, cells, strict=True):
+                    column.append(cell)
+            else:
                 what = f"{len(cells)} fields, and the header has {len(names)}"
-                fix = "Correct the line; put a field with a comma in quotes"
-                raise UserError(what, where=where, fix=fix)
-            lines.append(line)
-            for column, cell in zip(columns, cells, strict=True):
-                column.append(cell)
+            if what:
+                break
     except csv.Error as error:
-        fix = 'Put a field with a comma or a quote in quotes: "a, ""b"""'
-        where = f"{path}, line {reader.line_num + skipped}"
-        raise UserError(f"not CSV: {error}", where=where, fix=fix) from error
+        what = f"not CSV: {error}"
+    if what:
+        raise UserError(what, where=f"{path}, line {reader.line_num}", fix=fix)
     return lines, dict(zip(names, columns, strict=True))
 
 
@@ -181,15 +155,14 @@ def _read_jsonl(file: TextIO, path: Path) -> tuple[list[int], _Columns]:
     for line, text in enumerate(file, 1):
         if not text.strip():
             continue
-        where = f"{path}, line {line}"
         try:
             row = parse_json(text)
+            if not isinstance(row, dict):
+                raise ValueError("no object")
         except ValueError as error:
-            reason = str(error).partition(":")[0]
-            raise UserError(f"not JSON: {reason}", where=where, fix=_OBJECT) from error
-        if not isinstance(row, dict):
-            what = f"not a JSON object: {text.strip()[:80]}"
-            raise UserError(what, where=where, fix=_OBJECT)
+            what = f"not a JSON object: {str(error).partition(':')[0]}"
+            fix = 'Every line is an object: {"path": "a.jpg", "label": "cat"}'
+            raise UserError(what, where=f"{path}, line {line}", fix=fix) from error
         for name in row:
             columns.setdefault(name, [None] * len(lines))
         for name, column in columns.items():

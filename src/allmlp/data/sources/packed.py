@@ -1,9 +1,7 @@
 """Packed data: many images in few files, equally fast in random and in sequential order.
 
-A folder contains Arrow files in the Hugging Face layout, and packed.json with their names, sizes
-and checksums, written last and atomically: Arrow files not listed there are ignored. Images are
-read with pread rather than a memory map, so that a truncated file raises an error instead of
-killing the process.
+Arrow files in the Hugging Face layout, and packed.json that lists them, written last. Images are
+read with pread: a truncated memory map would kill the process.
 """
 
 from __future__ import annotations
@@ -11,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,68 +29,12 @@ from allmlp.names import is_format, optional
 MANIFEST = "packed.json"
 FORMAT, VERSION = "allmlp packed data", 1
 SHARD_BYTES = 256 * 10**6
-_OPEN_FILES = 64  # descriptors per process; the usual limit is 1,024
 _BATCH_IMAGES = 100  # per record batch, which has 32-bit offsets
 _ROW_BYTES, _HEADER_BYTES = 64, 4096  # maximum overhead per image and per file
 _FIX = "Pack or copy the folder again"
 
 
-@dataclass
-class FileRanges:
-    """Images stored as byte ranges of files."""
-
-    folder: str
-    index: RangeIndex
-    _descriptors: dict[int, _Descriptor] = field(default_factory=dict, repr=False, compare=False)
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptors": {}}
-
-    def item_name(self, index: int) -> str:
-        file = self.index.files[int(self.index.file[index])]
-        return f"{os.path.join(self.folder, file.name)}:{self.index.names[index]}"
-
-    def read(self, index: int) -> bytes:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        length = int(self.index.length[index])
-        try:
-            descriptor = self._descriptor(int(self.index.file[index]))
-            # pread: forked processes share the descriptor and its file position.
-            data = os.pread(descriptor.number, length, int(self.index.offset[index]))
-        except OSError as error:
-            what = f"cannot read the file: {error.strerror}"
-            raise UserError(what, where=self.item_name(index)) from error
-        if len(data) != length:
-            what = f"the file was cut short: {len(data)} of {length} bytes"
-            raise UserError(what, where=self.item_name(index), fix=_FIX)
-        return data
-
-    def _descriptor(self, file: int) -> _Descriptor:
-        if file not in self._descriptors:
-            if len(self._descriptors) >= _OPEN_FILES:
-                self._descriptors.pop(next(iter(self._descriptors)))
-            path = os.path.join(self.folder, self.index.files[file].name)
-            self._descriptors[file] = _Descriptor(path)
-        return self._descriptors[file]
-
-
-class _Descriptor:
-    """An open file, closed when no longer referenced."""
-
-    def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
-
-
 def is_packed(folder: Path) -> bool:
-    """Whether the folder contains packed data."""
     indices = (folder / f"{split}{INDEX_SUFFIX}" for split in SPLITS)
     return any(path.exists() for path in (folder / MANIFEST, *indices))
 
@@ -102,9 +44,9 @@ def open_packed(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     found: dict[str, Records] = {}
     for split, index in load_indices(spec.path).items():
         for file in index.files:
-            check_size(spec.path, file)
+            _check_size(spec.path, file)
         raw = RawLabels(index.label, index.class_names, True) if index.class_names else None
-        found[split] = Records(FileRanges(str(spec.path), index), raw if labels else None)
+        found[split] = Records(index, raw if labels else None)
     if not found:
         what = "mixer data pack was killed before the data was complete"
         fix = "Run the same mixer data pack again: it starts over"
@@ -113,25 +55,15 @@ def open_packed(spec: SourceSpec, labels: bool) -> dict[str, Records]:
 
 
 def load_indices(folder: Path) -> dict[str, RangeIndex]:
-    """Returns the index of each split of packed data."""
     manifest = _read_manifest(folder)
-    found: dict[str, RangeIndex] = {}
-    for split in SPLITS:
-        tars = folder / f"{split}{INDEX_SUFFIX}"
-        if split in manifest:
-            found[split] = _index_arrow(folder, *manifest[split])
-        elif tars.exists():
-            found[split] = load_index(tars)
-    return found
+    found = {split: _index_arrow(folder, *manifest[split]) for split in SPLITS if split in manifest}
+    tars = {split: folder / f"{split}{INDEX_SUFFIX}" for split in SPLITS if split not in found}
+    return found | {split: load_index(path) for split, path in tars.items() if path.exists()}
 
 
-def check_size(folder: Path, file: FileSize) -> None:
-    """Checks that a file has its original size."""
+def _check_size(folder: Path, file: FileSize) -> None:
     path = folder / file.name
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise UserError(f"cannot read the file: {error.strerror}", where=path, fix=_FIX) from error
+    size = path.stat().st_size
     if size != file.size:
         what = f"the file has {size:,} bytes instead of {file.size:,}"
         raise UserError(what, where=path, fix=_FIX)
@@ -141,14 +73,15 @@ def verify(folder: Path) -> list[str]:
     """Verifies the checksums of packed data; returns the problems, one line each."""
     problems: list[str] = []
     try:
-        files = [file for index in load_indices(folder).values() for file in index.files]
-        for file in files:
-            check_size(folder, file)
+        for file in (file for index in load_indices(folder).values() for file in index.files):
+            _check_size(folder, file)
             if file.sha256 not in (None, _checksum(folder / file.name)):
                 what = "the file has another checksum than it was written with"
                 problems.append(f"{folder / file.name}: {what}")
     except UserError as error:
         problems.append(f"{error.where}: {error.what}")
+    except OSError as error:
+        problems.append(f"{error.filename}: {error.strerror}")
     return problems
 
 
@@ -169,10 +102,9 @@ def _read_manifest(folder: Path) -> dict[str, tuple[list[str], list[FileSize]]]:
         found = {}
         for split, described in values["splits"].items():
             files = [FileSize(*file) for file in described["files"]]
-            names = [str(name) for name in described["class_names"]]
             if any(Path(file.name).name != file.name for file in files):
                 raise ValueError("a file outside the folder")
-            found[split] = names, files
+            found[split] = list(map(str, described["class_names"])), files
         return found
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         what = f"the list of the packed files is damaged: {error}"
@@ -182,7 +114,7 @@ def _read_manifest(folder: Path) -> dict[str, tuple[list[str], list[FileSize]]]:
 def _index_arrow(folder: Path, class_names: list[str], files: list[FileSize]) -> RangeIndex:
     parts: list[tuple[np.ndarray, ...]] = []
     for number, file in enumerate(files):
-        check_size(folder, file)  # a truncated file must not be mapped
+        _check_size(folder, file)  # a truncated file must not be mapped
         path = folder / file.name
         try:
             parts += [(np.full(len(part[0]), number, np.int32), *part) for part in _batches(path)]
@@ -191,31 +123,30 @@ def _index_arrow(folder: Path, class_names: list[str], files: list[FileSize]) ->
                 raise
             raise UserError(f"the file is damaged: {error}", where=path, fix=_FIX) from error
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    number, offset, length, label, names, name_lengths = columns
-    ends = np.concatenate([[0], np.cumsum(name_lengths)])
-    packed = PackedStrings(PackedBytes((names, ends)))
-    return RangeIndex(class_names, files, number, offset, length, label, packed)
+    *columns, names, lengths = columns
+    packed = PackedBytes((names, np.concatenate([[0], np.cumsum(lengths)])))
+    return RangeIndex(str(folder), class_names, files, *columns, PackedStrings(packed))
 
 
 def _batches(path: Path) -> Iterator[tuple[np.ndarray, ...]]:
     """Yields the images' offsets, lengths and labels, and their names and name lengths."""
+
+    def buffer(column: Any) -> tuple[np.ndarray, Any]:
+        """The offsets of a column of bytes or text, and its buffer."""
+        _, offsets, data = column.buffers()
+        return np.frombuffer(offsets, np.int32)[: len(column) + 1].astype(np.int64), data
+
     pa = _pyarrow(path)
     with pa.memory_map(str(path)) as file:
         whole = file.read_buffer()
         for batch in pa.ipc.open_stream(whole):
             image = batch.column("image")
-            ends, data = _ends(image.field("bytes"))
-            name_ends, names = _ends(image.field("path"))
+            ends, data = buffer(image.field("bytes"))
+            name_ends, names = buffer(image.field("path"))
             name_bytes = np.frombuffer(names, np.uint8)[name_ends[0] : name_ends[-1]].copy()
             offsets = data.address - whole.address + ends[:-1]
             labels = batch.column("label").to_numpy().copy()
             yield offsets, np.diff(ends), labels, name_bytes, np.diff(name_ends)
-
-
-def _ends(column: Any) -> tuple[np.ndarray, Any]:
-    """Returns the offsets of a column of bytes or text, int64, and its buffer."""
-    _, offsets, data = column.buffers()
-    return np.frombuffer(offsets, np.int32)[: len(column) + 1].astype(np.int64), data
 
 
 def _pyarrow(where: object) -> Any:
@@ -240,10 +171,7 @@ def pack_splits(
     shard_bytes: int = SHARD_BYTES,
     on_item: Callable[[int], object] = lambda _: None,
 ) -> dict[str, Packed]:
-    """Packs splits into a folder, all or nothing; images keep their bytes.
-
-    Output is deterministic; a file larger than `shard_bytes` contains a single image.
-    """
+    """Packs splits into a folder, all or nothing and deterministic; images keep their bytes."""
     from filelock import FileLock
 
     check_one_label(splits.values(), "packed data")
@@ -255,7 +183,7 @@ def pack_splits(
     names: list[str] = []
     try:
         with staging_folder(folder / "packing") as staging:
-            _described(folder, splits, {})
+            _check_free(folder, splits)
             packed = {
                 split: _write_split(source, staging, split, shard_bytes, on_item)
                 for split, source in splits.items()
@@ -265,9 +193,17 @@ def pack_splits(
                 fsync(staging / name)
                 os.replace(staging / name, folder / name)
             fsync(folder)
-            # Commits all files at once.
             with FileLock(folder / ".packed.lock", timeout=60):
-                text = json.dumps(_described(folder, splits, packed), indent=1) + "\n"
+                written = _check_free(folder, splits)
+                for split, source in splits.items():
+                    written[split] = list(source.class_names), packed[split].files
+                described = {
+                    split: {"class_names": names, "files": [[*astuple(file)] for file in files]}
+                    for split, (names, files) in written.items()
+                }
+                manifest = {"format": FORMAT, "version": VERSION, "splits": described}
+                # Commits all files at once.
+                text = json.dumps(manifest, indent=1) + "\n"
                 atomic_write(folder / MANIFEST, text.encode())
     finally:
         known = {file.name for _, files in _read_manifest(folder).values() for file in files}
@@ -279,22 +215,14 @@ def pack_splits(
     return packed
 
 
-def _described(
-    folder: Path, splits: Mapping[str, Source], packed: Mapping[str, Packed]
-) -> dict[str, Any]:
-    """Returns the manifest with the new splits added; they must not exist yet."""
+def _check_free(folder: Path, splits: Iterable[str]) -> dict[str, tuple[list[str], list[FileSize]]]:
+    """Returns what the manifest has, which must not be any of these splits."""
     written = _read_manifest(folder)
-    for split, source in splits.items():
+    for split in splits:
         if split in written or (folder / f"{split}{INDEX_SUFFIX}").exists():
             what = f"the folder has packed images of {split} already"
             raise UserError(what, where=folder, fix="Give another folder, or remove them")
-        if split in packed:
-            written[split] = list(source.class_names), packed[split].files
-    described = {
-        split: {"class_names": names, "files": [[f.name, f.size, f.sha256] for f in files]}
-        for split, (names, files) in written.items()
-    }
-    return {"format": FORMAT, "version": VERSION, "splits": described}
+    return written
 
 
 def _write_split(
@@ -343,10 +271,8 @@ def _write_split(
 
 def _write_arrow(path: Path, rows: list[tuple[bytes, bytes, int]], class_names: list[str]) -> None:
     pa = _pyarrow(path)
-    features = {
-        "image": {"_type": "Image"},
-        "label": {"_type": "ClassLabel", "names": list(class_names)},
-    }
+    label = {"_type": "ClassLabel", "names": list(class_names)}
+    features = {"image": {"_type": "Image"}, "label": label}
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema([("image", image), ("label", pa.int64())], metadata)

@@ -37,7 +37,6 @@ _GROUPS_KEPT = 2  # row groups cached if a split is not held in memory
 
 
 def parquet_files(spec: SourceSpec) -> list[Path]:
-    """Returns the Parquet files named by a file, folder or pattern."""
     path = spec.path
     if path.is_dir():
         files = [*path.glob("*.parquet")] or [*path.glob("data/*.parquet")]
@@ -99,15 +98,12 @@ class ParquetImages:
         self.files = files
         self.schema = open_file(files[0]).schema_arrow
         kinds = {field.name: str(field.type) for field in self.schema}
-        images = [
-            n for n, kind in kinds.items() if re.match(r"struct<(.*, )?bytes: \w*binary", kind)
-        ]
+        with_bytes = re.compile(r"struct<(.*, )?bytes: \w*binary")
+        images = [name for name, kind in kinds.items() if with_bytes.match(kind)]
         named = [name for name in self.schema.names if name in ("image", "img")]
         self.column = choose_column("image", spec, self.schema.names, images or named, files[0])
         if self.column not in images:
-            what = (
-                f"column {self.column!r} is {kinds[self.column]}, not struct<bytes: binary, path>"
-            )
+            what = f"column {self.column!r} is {kinds[self.column]}, not struct<bytes: binary, ..."
             fix = "Give a file in the Hugging Face image layout"
             raise UserError(what, where=files[0], fix=fix)
         groups: list[tuple[int, int, int]] = []  # file, number and first image of each row group
@@ -137,8 +133,6 @@ class ParquetImages:
         return f"{self.files[file]}[{index - first}]"
 
     def read(self, index: int) -> bytes:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
         if self._held is not None:
             data = self._held[index]
         else:
@@ -168,30 +162,32 @@ class ParquetImages:
                     return
                 yield data
 
-    def values_of(self, column: str) -> list[Any] | None:
-        """Returns another column's values, or the images' "path"; None if a file lacks it."""
-        found = f"{self.column}.path" if column == "path" else column
-        values: list[Any] = []
+    def _read(self, column: str) -> list[Any]:
+        """Returns a table of the column for every file, without columns if a file lacks it."""
+        tables: list[Any] = []
         for file in self.files:
             with _damage_reported(file):
-                table = open_file(file).read(columns=[found], use_threads=False).flatten()
-            if not table.num_columns:
-                return None
-            values += table.column(0).to_pylist()
-        return values
+                tables.append(open_file(file).read(columns=[column], use_threads=False))
+        return tables
+
+    def values_of(self, column: str) -> list[Any] | None:
+        """Returns another column's values, or the images' "path"; None if a file lacks it."""
+        name = f"{self.column}.path" if column == "path" else column
+        tables = [table.flatten() for table in self._read(name)]
+        if not all(table.num_columns for table in tables):
+            return None
+        return [value for table in tables for value in table.column(0).to_pylist()]
 
     def cells(self, column: str) -> RawLabels:
         """Reads a column, which has one type and the same classes in all files."""
         import pyarrow as pa
         import pyarrow.types as types
 
-        chunks: list[Any] = []
         for file in self.files:
-            reader = open_file(file)
-            self._check_same(column, reader.schema_arrow, file)
-            with _damage_reported(file):
-                chunks += reader.read(columns=[column], use_threads=False).to_batches()
-        values, names = pa.Table.from_batches(chunks).column(0), class_names_of(self.schema, column)
+            self._check_same(column, open_file(file).schema_arrow, file)
+        batches = [batch for table in self._read(column) for batch in table.to_batches()]
+        values = pa.Table.from_batches(batches).column(0)
+        names = class_names_of(self.schema, column)
         if not _holds_labels(values.type):
             what = f"column {column!r} is {values.type}, neither numbers nor text"
             raise UserError(what, where=self.files[0], fix="Choose another: SOURCE#label=COLUMN")
@@ -200,13 +196,7 @@ class ParquetImages:
             return numbered(row if names is None else [names[at] for at in row] for row in rows)
         if types.is_dictionary(values.type):
             values = values.cast(values.type.value_type)
-        if names is not None and not values.null_count:
-            if not types.is_integer(values.type):
-                what = (
-                    f"the labels are {values.type}, and the file's metadata says classes by number"
-                )
-                fix = "Choose another column: SOURCE#label=COLUMN"
-                raise UserError(what, where=self.files[0], fix=fix)
+        if names is not None and not values.null_count and types.is_integer(values.type):
             return RawLabels(values.to_numpy(), names, are_classes=True)
         encoded = values.combine_chunks().dictionary_encode(null_encoding="encode")
         return RawLabels(encoded.indices.to_numpy(), encoded.dictionary.to_pylist())
@@ -241,7 +231,6 @@ class ParquetImages:
 
 
 def open_file(file: str) -> Any:
-    """Returns pyarrow's reader for a Parquet file."""
     what = "reading Parquet files needs pyarrow"
     parquet = optional("pyarrow.parquet", "data", what, file)
     with _damage_reported(file):

@@ -18,15 +18,14 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from allmlp.data.source import Source, join
 from allmlp.data.source_spec import SPLITS, SourceSpec, parse_name, part_of
-from allmlp.errors import UserError
+from allmlp.errors import UserError, one_of
 from allmlp.io import atomic_write, read_json
 from allmlp.names import NAME, is_format
 
@@ -44,21 +43,18 @@ class LabelRule:
 
     def __post_init__(self) -> None:
         numbers = self.numbers
-        fits = self.rule in RULES and all(
-            isinstance(n, int | float) and math.isfinite(n) for n in numbers
-        )
+        fits = all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
         if fits and self.rule == "between":
             fits = len(numbers) > 2 and all(np.diff(numbers) > 0)
         elif fits:
             fits = len(numbers) == 2 and all(n == round(n) for n in numbers) and numbers[1] >= 2
             fits = fits and (self.rule != "bins" or numbers[0] >= numbers[1])
-        if not fits:
+        if self.rule not in RULES or not fits:
             what = f"not a label rule: {self.rule!r} of {list(numbers)}"
             raise UserError(what, fix=f"Known: {', '.join(RULES)}")
 
     @property
     def num_classes(self) -> int:
-        """The number of classes."""
         return len(self.numbers) - 1 if self.rule == "between" else int(self.numbers[1])
 
     def describe(self) -> str:
@@ -104,50 +100,26 @@ def apply_rule(source: Source, rule: LabelRule) -> Source:
     return replace(source, class_names=names, labels=table[source.labels])
 
 
-def rule_from_json(values: Any) -> LabelRule:
-    """Parses {"rule": ..., "numbers": [...]}."""
-    try:
-        return LabelRule(values["rule"], tuple(values["numbers"]))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"not a label rule: {str(values)[:200]}") from error
-
-
 @dataclass(frozen=True)
 class SubsetFile:
-    """The contents of a subset file.
-
-    Args:
-        source: name of the source; paths are relative to the working directory.
-        splits: split -> parts, such as "train[:800]" or "test".
-        labels: rule applied to the labels; None keeps the source's classes.
-    """
-
-    source: str
-    splits: dict[str, tuple[str, ...]]
-    labels: LabelRule | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns JSON values."""
-        values: dict[str, Any] = {"format": FORMAT, "version": VERSION, "source": self.source}
-        values["splits"] = {name: list(parts) for name, parts in self.splits.items()}
-        if self.labels is not None:
-            values["labels"] = {"rule": self.labels.rule, "numbers": list(self.labels.numbers)}
-        return values
+    source: str  # its paths are relative to the working directory
+    splits: dict[str, tuple[str, ...]]  # parts such as "train[:800]" or "test"
+    labels: LabelRule | None = None  # None keeps the source's classes
 
 
 def is_subset_file(spec: SourceSpec) -> bool:
-    """Whether the name is a subset file."""
     return spec.path.suffix.lower() == SUFFIX and spec.path.is_file()
 
 
 def write_subset_file(path: Path, subset: SubsetFile) -> None:
-    """Writes a subset file atomically."""
-    text = json.dumps(subset.to_json(), indent=2) + "\n"
+    values = {"format": FORMAT, "version": VERSION, **asdict(subset)}
+    if subset.labels is None:
+        del values["labels"]
+    text = json.dumps(values, indent=2) + "\n"
     atomic_write(path, text.encode(errors="surrogateescape"))
 
 
 def read_subset_file(path: Path) -> SubsetFile:
-    """Reads a subset file."""
     values = read_json(path, "not a subset of images")
     if not isinstance(values, dict) or not is_format(values.get("format"), FORMAT):
         fix = "As data, a .json file is a subset; see docs/transfer.md. A list is .jsonl"
@@ -155,41 +127,39 @@ def read_subset_file(path: Path) -> SubsetFile:
     if values.get("version") != VERSION:
         what = f"written by another allmlp (version {str(values.get('version'))[:20]})"
         raise UserError(what, where=path, fix=f"pip install --upgrade {NAME}")
-    rule = None if values.get("labels") is None else rule_from_json(values["labels"])
     try:
-        source, splits = values["source"], values["splits"]
-        base = Path(parse_name(source).base)
-        is_valid = splits.keys() <= SPLITS.keys() and all(splits.values())
-        if not (splits and is_valid and all(type(parts) is list for parts in splits.values())):
+        rule, splits = values.get("labels"), values["splits"]
+        rule = None if rule is None else LabelRule(rule["rule"], tuple(rule["numbers"]))
+        is_valid = splits and splits.keys() <= SPLITS.keys()
+        if not is_valid or not all(type(parts) is list and parts for parts in splits.values()):
             raise ValueError(splits)
+        base = Path(parse_name(values["source"]).base)
+    except UserError as error:
+        raise UserError(error.what, where=path, fix=error.fix) from error
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         what = "the subset has no source, or its splits are not lists of parts"
         fix = '"source": "NAME", "splits": {"train": ["train[:800]"], "test": ["test"]}'
         raise UserError(what, where=path, fix=fix) from error
     if base.suffix.lower() == SUFFIX:
-        what = f"a subset of a subset: {source!r}"
+        what = f"a subset of a subset: {values['source']!r}"
         raise UserError(what, where=path, fix="Name the source itself")
-    return SubsetFile(source, {split: tuple(parts) for split, parts in splits.items()}, rule)
+    return SubsetFile(
+        values["source"], {split: tuple(parts) for split, parts in splits.items()}, rule
+    )
 
 
 def select(subset: SubsetFile, theirs: Mapping[str, Source], name: str) -> dict[str, Source]:
-    """Returns the splits of a subset, given the splits of its source."""
     if subset.labels is not None:
         theirs = {split: apply_rule(theirs[split], subset.labels) for split in theirs}
     found: dict[str, Source] = {}
-    for split in (split for split in SPLITS if split in subset.splits):
-        parts = [_part(theirs, text, subset.source) for text in subset.splits[split]]
-        found[split] = join(parts, f"{name}:{split}")
+    for own in (own for own in SPLITS if own in subset.splits):
+        parts: list[Source] = []
+        for text in subset.splits[own]:
+            split, part = split_and_part(text)
+            whole = theirs[one_of("split", split, theirs, where=subset.source)]
+            parts.append(part_of(whole, part, f"{subset.source}:{text}") if part else whole)
+        found[own] = join(parts, f"{name}:{own}")
     return found
-
-
-def _part(theirs: Mapping[str, Source], text: str, source: str) -> Source:
-    split, part = split_and_part(text)
-    if split not in theirs:
-        fix = f"Known there: {', '.join(theirs)}"
-        raise UserError(f"the data has no {split} split", where=source, fix=fix)
-    whole = theirs[split]
-    return part_of(whole, part, f"{source}:{text}") if part else whole
 
 
 def split_and_part(text: str) -> tuple[str, str]:

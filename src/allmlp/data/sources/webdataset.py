@@ -1,15 +1,14 @@
-"""WebDataset tars (KEY.jpg with its label in KEY.cls or KEY.json) and our index.
+"""WebDataset tars (KEY.jpg with its label in KEY.cls or KEY.json), and our index of them.
 
-SPLIT.index.safetensors stores the location of every image, so that tars are scanned only once.
 Earlier versions of `mixer data pack` wrote such tars, with checksums.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tarfile
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,10 +17,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from allmlp.data.classes import RawLabels, label_text, make_classes, natural_order
+from allmlp.data.classes import label_text, make_classes, natural_order, numbered
 from allmlp.data.image import SUFFIXES
 from allmlp.data.source import PackedBytes, PackedStrings
-from allmlp.data.source_spec import SPLITS, split_of_file
+from allmlp.data.source_spec import split_of_file
 from allmlp.errors import UserError
 from allmlp.io import atomic_write, parse_json
 
@@ -41,12 +40,25 @@ class FileSize:
     sha256: str | None
 
 
+class _Descriptor:
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+_opened = functools.lru_cache(maxsize=64)(_Descriptor)  # the usual limit is 1,024 a process
+
+
 @dataclass(frozen=True)
 class RangeIndex:
-    """Locations of the images of a split."""
+    """The images of a split as byte ranges of files."""
 
+    folder: str
     class_names: list[str]  # empty if the images have no labels
-    files: list[FileSize]  # relative to the index
+    files: list[FileSize]  # in the folder
     file: np.ndarray  # int32 (num_images,), indices into `files`
     offset: np.ndarray  # int64 (num_images,), bytes
     length: np.ndarray
@@ -56,8 +68,27 @@ class RangeIndex:
     def __len__(self) -> int:
         return len(self.label)
 
+    def _path(self, index: int) -> str:
+        return os.path.join(self.folder, self.files[int(self.file[index])].name)
+
+    def item_name(self, index: int) -> str:
+        return f"{self._path(index)}:{self.names[index]}"
+
+    def read(self, index: int) -> bytes:
+        length = int(self.length[index])
+        try:
+            # pread: forked processes share the descriptor and its file position.
+            number = _opened(self._path(index)).number
+            data = os.pread(number, length, int(self.offset[index]))
+        except OSError as error:
+            what = f"cannot read the file: {error.strerror}"
+            raise UserError(what, where=self.item_name(index)) from error
+        if len(data) != length:
+            what = f"the file was cut short: {len(data)} of {length} bytes"
+            raise UserError(what, where=self.item_name(index), fix="Copy the folder again")
+        return data
+
     def to_bytes(self) -> bytes:
-        """Serializes for `load_index`."""
         from safetensors.numpy import save
 
         files = [[file.name, file.size, file.sha256] for file in self.files]
@@ -83,116 +114,94 @@ def load_index(path: Path) -> RangeIndex:
             metadata: dict[str, str] = file.metadata() or {}
             described = parse_json(metadata.get(_KEY, metadata.get(_OLD_KEY, "{}")))
             arrays = {name: file.get_tensor(name) for name in (*_ARRAYS, "names")}
-        if described["version"] != _VERSION:
-            raise ValueError(f"it is not version {_VERSION}")
         files = [FileSize(str(name), int(size), sha) for name, size, sha in described["shards"]]
+        sizes = np.array([file.size for file in files])
         class_names = described["class_names"]
-        problem = _contradiction(class_names, files, arrays)
+        shard, offset, length, label, ends = (arrays[name] for name in _ARRAYS)
+        problems = {
+            "its version": described["version"] != _VERSION,
+            "the type of an array": any(arrays[n].dtype != kind for n, kind in _ARRAYS.items()),
+            "class names that are no text": not all(isinstance(n, str) for n in class_names),
+            "a file outside the folder": any(Path(f.name).name != f.name for f in files),
+            "an image in no file": not 0 <= shard.min() <= shard.max() < len(files),
+            "an image outside its file": ((offset < 0) | (length < 0)).any()
+            or (length > sizes[shard] - offset).any(),
+            "names outside their buffer": ends[0] != 0
+            or ends[-1] != len(arrays["names"])
+            or (np.diff(ends) < 0).any(),
+            "the length of an array": {len(shard), len(offset), len(length), len(label)}
+            != {len(ends) - 1},
+        }
+        problem = next((text for text, is_there in problems.items() if is_there), None)
         if problem is not None:
             raise ValueError(problem)
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+    except (
+        *(SafetensorError, OSError, ValueError, LookupError, TypeError, ArithmeticError),
+    ) as error:
         raise UserError(f"the index is damaged: {error}", where=path, fix=_FIX) from error
-    names = PackedStrings(PackedBytes((arrays["names"], arrays["name_ends"])))
-    file, offset, length, label = (arrays[n] for n in ("shard", "offset", "length", "label"))
-    return RangeIndex(class_names, files, file, offset, length, label, names)
-
-
-def _contradiction(
-    class_names: Any, files: list[FileSize], arrays: dict[str, np.ndarray]
-) -> str | None:
-    label, ends, shard = arrays["label"], arrays["name_ends"], arrays["shard"]
-    for name, kind in _ARRAYS.items():
-        shape = (len(label) + (name == "name_ends"),)
-        if arrays[name].dtype != kind or arrays[name].shape != shape:
-            return f"{name} is {arrays[name].dtype} {arrays[name].shape}"
-    if not isinstance(class_names, list) or not all(isinstance(n, str) for n in class_names):
-        return "class names that are no text"
-    if any(Path(file.name).name != file.name or "\0" in file.name for file in files):
-        return "a file outside the folder"
-    if not len(label) or not 0 <= shard.min() <= shard.max() < len(files):
-        return "no images, or an image in no file"
-    offset, length, sizes = arrays["offset"], arrays["length"], np.array([f.size for f in files])
-    if not ((offset >= 0) & (length >= 0) & (length <= sizes[shard] - offset)).all():
-        return "an image outside its file"
-    if ends[0] != 0 or ends[-1] != len(arrays["names"]) or (np.diff(ends) < 0).any():
-        return "names that do not fill their buffer"
-    return None
+    names = PackedStrings(PackedBytes((arrays["names"], ends)))
+    return RangeIndex(str(path.parent), class_names, files, shard, offset, length, label, names)
 
 
 def index_tars(folder: Path, *, labels: bool = True) -> dict[Path, RangeIndex]:
-    """Writes indices next to tars from another tool; returns them by path.
-
-    The split is taken from the tars' names. An index without labels is for predictions only.
-    """
+    """Writes indices next to tars from another tool; the split is taken from the tars' names."""
     by_split: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.tar"), key=lambda path: natural_order(path.name)):
         by_split.setdefault(split_of_file(path), []).append(path)
     if not by_split:
         raise UserError("the folder has no .tar files", where=folder)
-    targets = {split: folder / f"{split}{INDEX_SUFFIX}" for split in SPLITS}
-    for path in targets.values():
-        if path.exists():
-            raise UserError("the folder has an index already", where=path)
-    indices = {split: _index(paths, labels) for split, paths in by_split.items()}
-    written: dict[Path, RangeIndex] = {}
-    for split in sorted(indices, key="train".__eq__):  # train last: never without the test set
-        atomic_write(targets[split], indices[split].to_bytes())
-        written[targets[split]] = indices[split]
-    return written
+    known = next(folder.glob(f"*{INDEX_SUFFIX}"), None)
+    if known is not None:
+        raise UserError("the folder has an index already", where=known)
+    splits = sorted(by_split, key="train".__eq__)  # train last: never without the test set
+    indices = {folder / f"{s}{INDEX_SUFFIX}": _index(by_split[s], labels) for s in splits}
+    for path, index in indices.items():
+        atomic_write(path, index.to_bytes())
+    return indices
 
 
 def _index(paths: list[Path], labelled: bool) -> RangeIndex:
-    columns = [array("i"), array("q"), array("q"), array("q")]  # file, offset, length, label
+    places: list[tuple[int, int, int]] = []  # file, offset, length
     names: list[str] = []
-    values: dict[str, int] = {}
-    for number, path in enumerate(paths):
-        for member, label in _samples(path, labelled):
-            code = values.setdefault(label, len(values))
-            for column, value in zip(
-                columns, (number, member.offset_data, member.size, code), strict=True
-            ):
-                column.append(value)
-            names.append(member.name)
-    if not names:
-        raise UserError("the tars have no images", where=paths[0], fix=f"Endings: {SUFFIXES}")
-    file, offset, length, codes = (np.array(column) for column in columns)
-    class_names, label = [], np.full(len(codes), -1, dtype=np.int64)
-    if labelled:
-        raw = RawLabels(codes, list(values))
-        made = make_classes(raw, lambda at: f"{paths[file[at]]}:{names[at]}")
-        assert made is not None  # labels are text, never the number -1
-        class_names, label = made
-    files = [FileSize(path.name, path.stat().st_size, None) for path in paths]
-    return RangeIndex(class_names, files, file, offset, length, label, names)
-
-
-def _samples(path: Path, labelled: bool) -> Iterator[tuple[tarfile.TarInfo, str]]:
-    """Yields every image of a tar with its label, or "" if labels are not needed.
-
-    The members of a sample are adjacent.
-    """
+    labels: list[str] = []
 
     def key(item: tuple[tarfile.TarInfo, bytes | None]) -> tuple[str, str]:
-        folder, _, base = item[0].name.rpartition("/")
+        folder, base = os.path.split(item[0].name)
         return folder, base.partition(".")[0]
 
-    for _, members in groupby(_members(path), key):
-        image, label = None, None
-        for member, text in members:
-            if text is not None and labelled:
-                label = _label(member.name, text, path) or label
-            elif text is None and os.path.splitext(member.name)[1].lower() in SUFFIXES:
-                if image is not None:
-                    what = f"two images of one sample: {image.name}, {member.name}"
-                    raise UserError(what, where=path, fix="A sample has one image")
-                image = member
-        if image is None:
-            continue
-        if label is None and labelled:
-            fix = "Every KEY.jpg needs a KEY.cls, or a KEY.json with a label; or, to "
-            fix += f"predict only: mixer data index {path.parent} --unlabelled"
-            raise UserError(f"the image has no label: {image.name}", where=path, fix=fix)
-        yield image, label or ""
+    for number, path in enumerate(paths):
+        for _, members in groupby(_members(path), key):  # the members of a sample are adjacent
+            image, label = None, None
+            for member, text in members:
+                if text is not None and labelled:
+                    label = _label(member.name, text, path) or label
+                elif text is None and os.path.splitext(member.name)[1].lower() in SUFFIXES:
+                    if image is not None:
+                        what = f"two images of one sample: {image.name}, {member.name}"
+                        raise UserError(what, where=path, fix="A sample has one image")
+                    image = member
+            if image is None:
+                continue
+            if label is None and labelled:
+                fix = "Every KEY.jpg needs a KEY.cls, or a KEY.json with a label; or, to "
+                fix += f"predict only: mixer data index {path.parent} --unlabelled"
+                raise UserError(f"the image has no label: {image.name}", where=path, fix=fix)
+            places.append((number, image.offset_data, image.size))
+            names.append(image.name)
+            labels.append(label or "")
+    if not names:
+        raise UserError("the tars have no images", where=paths[0], fix=f"Endings: {SUFFIXES}")
+    file, offset, length = np.array(places, dtype=np.int64).T.copy()
+    class_names, codes = [], np.full(len(names), -1, dtype=np.int64)
+    if labelled:
+        made = make_classes(numbered(labels), lambda at: f"{paths[file[at]]}:{names[at]}")
+        assert made is not None  # labels are text, never the number -1
+        class_names, codes = made
+    files = [FileSize(path.name, path.stat().st_size, None) for path in paths]
+    folder = str(paths[0].parent)
+    return RangeIndex(
+        *(folder, class_names, files, file.astype(np.int32), offset, length, codes, names)
+    )
 
 
 def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
