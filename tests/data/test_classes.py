@@ -27,13 +27,10 @@ from conftest import make_class_folder
     [
         ("Cat", "cat", ["Cat", "cat"]),
         ("caf\u00e9", "cafe\u0301", [r"'caf\xe9'", r"'cafe\u0301'"]),
-        ("cat", "cat ", ["'cat'", "'cat '"]),
         ("cat", "cat\u200b", ["'cat'", r"'cat\u200b'"]),
         ("sea blue", "sea\u00a0blue", ["'sea blue'", r"'sea\xa0blue'"]),
-        ("sea blue", "Sea  blue", ["'sea blue'", "'Sea  blue'"]),
         ("0", "0.0", ["'0'", "'0.0'"]),
         ("-7", "-007", ["'-7'", "'-007'"]),
-        ("1", "1.", ["'1'", "'1.'"]),
     ],
 )
 def test_names_that_look_the_same(tmp_path: Path, one: str, other: str, shown: list[str]):
@@ -64,14 +61,11 @@ def test_a_class_is_the_same_in_another_unicode_form(tmp_path: Path):
 def test_another_form_of_a_name_that_is_there_twice_is_no_match(class_folder: Path):
     """An old model may know both; and letters may be classes, so that case counts."""
     source = open_splits(str(class_folder))["train"]
-    for known in (["ant", "bee", "cat ", "cat."], ["ant", "bee", "cat ", "0", " cat"]):
-        if "cat." in known:
-            assert match_classes(source, known, owner="x", allow_missing=True).class_names == known
-        else:
-            with pytest.raises(UserError, match="'cat'"):
-                match_classes(source, known, owner="x", allow_missing=True)
-    with pytest.raises(UserError, match="'ant'"):
-        match_classes(source, ["Ant", "bee", "cat"], owner="x", allow_missing=True)
+    known = ["ant", "bee", "cat ", "cat."]
+    assert match_classes(source, known, owner="x", allow_missing=True).class_names == known
+    for name, others in (("cat", ["ant", "bee", "cat ", " cat"]), ("ant", ["Ant", "bee", "cat"])):
+        with pytest.raises(UserError, match=f"'{name}'"):
+            match_classes(source, others, owner="x", allow_missing=True)
 
 
 def test_match_classes_by_name(class_folder: Path):

@@ -53,9 +53,9 @@ def test_splits_in_a_column(images: Path):
 
 @pytest.mark.parametrize(("valid", "train"), [("True", "False"), ("1", "0"), ("yes", "NO")])
 def test_splits_by_is_valid(images: Path, valid: str, train: str):
-    rows = [f"a/0.png,x,{train},0", f"b/1.png,y,{valid},1"]
+    rows = [f"a/0.png,x,{train},0", f"b/1.png,x,{valid},1"]
     name = write(images, "path,label,Is_Valid,fold\n" + "\n".join(rows))
-    assert named(name) == {"train": [("a/0.png", "x")], "validation": [("b/1.png", "y")]}
+    assert named(name) == {"train": [("a/0.png", "x")], "validation": [("b/1.png", "x")]}
     notes = notes_of(open_splits(name))
     assert [column in note for column, note in zip(("Is_Valid", "fold"), notes, strict=True)]
     name = write(images, "path,label,is_valid,split\na/0.png,x,1,train\nb/1.png,x,0,test\n")

@@ -120,9 +120,13 @@ def load_index(path: Path) -> RangeIndex:
         shard, offset, length, label, ends = (arrays[name] for name in _ARRAYS)
         problems = {
             "its version": described["version"] != _VERSION,
-            "the type of an array": any(arrays[n].dtype != kind for n, kind in _ARRAYS.items()),
+            "the type of an array": any(
+                arrays[n].dtype != kind or arrays[n].ndim != 1 for n, kind in _ARRAYS.items()
+            ),
             "class names that are no text": not all(isinstance(n, str) for n in class_names),
-            "a file outside the folder": any(Path(f.name).name != f.name for f in files),
+            "a file outside the folder": any(
+                Path(f.name).name != f.name or "\0" in f.name for f in files
+            ),
             "an image in no file": not 0 <= shard.min() <= shard.max() < len(files),
             "an image outside its file": ((offset < 0) | (length < 0)).any()
             or (length > sizes[shard] - offset).any(),
@@ -135,9 +139,7 @@ def load_index(path: Path) -> RangeIndex:
         problem = next((text for text, is_there in problems.items() if is_there), None)
         if problem is not None:
             raise ValueError(problem)
-    except (
-        *(SafetensorError, OSError, ValueError, LookupError, TypeError, ArithmeticError),
-    ) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
         raise UserError(f"the index is damaged: {error}", where=path, fix=_FIX) from error
     names = PackedStrings(PackedBytes((arrays["names"], ends)))
     return RangeIndex(str(path.parent), class_names, files, shard, offset, length, label, names)
