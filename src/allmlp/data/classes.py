@@ -61,7 +61,7 @@ def split_labels(
     Lists, columns of 0 and 1 and text with a "|" between labels are; `options` decide otherwise.
     """
     asked, separator = options.get("labels"), options.get("separator")
-    one_of("labels", asked, (None, "single", "multi"), where=name)
+    one_of("labels", asked or "multi", ("single", "multi"), where=name)
     if asked == "single" and separator is not None:
         what = f"labels=single with separator={separator}: one label is not separated"
         raise UserError(what, where=name, fix="Leave out one of them", code="conflict")
