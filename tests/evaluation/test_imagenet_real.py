@@ -79,17 +79,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "val"
 
 
-def test_numbers_of_files_in_folders(folder: Path):
+def test_numbers_of_files_in_folders_and_shards(folder: Path, tmp_path: Path):
     source = open_source(str(folder))
     assert validation_ids(source).tolist() == [17, 50_000, 3]
-    part = subset(source, np.array([2, 0]), "part")
-    assert validation_ids(part).tolist() == [3, 17]
-
-
-def test_numbers_in_packed_shards(folder: Path, tmp_path: Path):
-    pack_splits({"validation": open_source(str(folder))}, tmp_path / "shards")
-    source = open_source(str(tmp_path / "shards"))
-    assert sorted(validation_ids(source).tolist()) == [3, 17, 50_000]
+    assert validation_ids(subset(source, np.array([2, 0]), "part")).tolist() == [3, 17]
+    pack_splits({"validation": source}, tmp_path / "shards")
+    packed = open_source(str(tmp_path / "shards"))
+    assert sorted(validation_ids(packed).tolist()) == [3, 17, 50_000]
 
 
 def parquet_file(
@@ -144,8 +140,6 @@ def test_names_that_are_refused(folder: Path, name: str, message: str):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[[1], [2]", "not JSON"),
-        ('{"a": 1}', r"\{'a': 1\}"),
         ("[[1], [2]]", "got 2 lists"),
         (json.dumps([[1]] * 49_999 + [3]), "not a list of classes from 0 to 999: 3"),
         (json.dumps([[1], [5, 1000]] + [[1]] * 49_998), r"to 999: \[5, 1000\]"),
@@ -176,11 +170,7 @@ def test_class_lists():
         (lambda names: names[:999], "ImageNet's 1,000 classes, the model knows 999"),
         (lambda names: ["n00000001 x", *names[1:]], "not those of ImageNet-1k: n00000001"),
         (lambda names: [*names[:999], names[0]], "there twice"),
-        (
-            lambda names: [name[10:] for name in reversed(names)],
-            "the model's class 0 is 'toilet tissue', ImageNet's is 'n01440764 tench'",
-        ),
-        (lambda names: list(map(str, range(1000))), "class 0 is '0', ImageNet's is"),
+        (lambda names: [name[10:] for name in reversed(names)], "class 0 is 'toilet tissue'"),
     ],
 )
 def test_other_classes_are_refused(change: Callable[[list[str]], list[str]], message: str):
