@@ -405,6 +405,9 @@ def state(check: Check) -> None:
             values |= {"steps": 20, "evaluate_every": 10, "data.num_workers": 0}
             if check.device.type == "cuda":
                 values["precision"] = "bfloat16"
+            if check.tiny:
+                small = {**TINY, "patch_size": 2}
+                values |= {"model.overrides": small, "batch_size": 16}
             config = am.recipe("digits").with_values(values)
             try:
                 am.train(config, quiet=True, callbacks=callbacks)
