@@ -114,17 +114,11 @@ def train(
 
 @dataclass
 class Process:
-    """A command that runs, or has ended.
+    """A command that runs, or has ended."""
 
-    Attributes:
-        pid: of the process, which leads a session and a group of its own.
-        text: what it says, on both streams.
-        test: that started it.
-    """
-
-    pid: int
-    text: Path
-    test: str
+    pid: int  # leads a session and a group of its own
+    text: Path  # what it says, on both streams
+    test: str  # that started it
     code: int | None = None
 
     def said(self) -> str:
@@ -156,14 +150,8 @@ def start(
     fault: str = "",
     environment: dict[str, str] | None = None,
 ) -> Process:
-    """Starts the command.
-
-    Args:
-        arguments: as typed after `mixer`, or the settings of a run.
-        text: the file for what it says.
-        fault: Python code that it runs first, with the names of this module.
-        environment: variables, beside those of this process.
-    """
+    """Starts the command, as typed after `mixer`, which first runs `fault`, Python code with the
+    names of this module; what it says goes to `text`."""
     typed = arguments if isinstance(arguments, list) else typed_settings(arguments)
     text.touch()
     order = {"arguments": [str(word) for word in typed], "text": str(text), "fault": fault}

@@ -64,20 +64,6 @@ def test_what_is_reported(finished):
     assert f"fold {result.best} of 3" in (result.folder / "best" / "README.md").read_text()
 
 
-def test_the_fold_does_not_choose_the_weights(finished):
-    _, result = finished
-    config = json.loads((result.folder / "fold-1" / "config.json").read_text())
-    assert config["data"]["fold"] == [1, 3]
-    state = sorted((result.folder / "fold-1" / "checkpoints").glob("step-*"))[-1]
-    from safetensors.torch import load_file
-
-    kept = load_file(result.folder / "fold-1" / "best" / "model.safetensors")
-    last = load_file(state / "state.safetensors")
-    shared = [name for name in last if name.removeprefix("model.") in kept]
-    assert shared
-    assert all(bool((last[name] == kept[name.removeprefix("model.")]).all()) for name in shared)
-
-
 def test_a_study_resumes(finished, monkeypatch: pytest.MonkeyPatch):
     config, result = finished
     asked: list[str | None] = []

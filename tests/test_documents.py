@@ -55,7 +55,7 @@ def test_every_printed_command_parses(line: str, monkeypatch: pytest.MonkeyPatch
         return
     if is_training := words[1] == "train" and "--resume" not in words:
         monkeypatch.setattr("allmlp.training.train.train", lambda config, **_: calls.append(config))
-        folded = "allmlp.cross_validation.cross_validate"
+        folded = "allmlp.studies.cross_validate"
         monkeypatch.setattr(folded, lambda config, folds: calls.append(config))
     else:
         for name, command in VERBS.items():

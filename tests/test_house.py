@@ -30,7 +30,7 @@ FLOORS = [
     {"evaluation", "inspection"},
     {"training"},
     {"sweep"},
-    {"deploy", "finetuning", "cross_validation"},
+    {"deploy", "studies"},
     {"evaluate", "benchmark", "label_mistakes"},
     {"calibrate"},
     {"paper"},

@@ -8,7 +8,7 @@ import pytest
 
 import allmlp as am
 from allmlp.runtime.world import World
-from allmlp.sweep import RESULTS, Sweep, study_folder, summarize
+from allmlp.sweep import RESULTS, Sweep, study_folder
 from conftest import draw, make_class_folder
 from studies import make_place, pretend, settings
 
@@ -73,11 +73,3 @@ def test_the_folder_of_a_study(place):
         study_folder(str(place / "data" / "out"), (), [str(place / "data")])
     make_class_folder(place / "study" / "seed-0", {"x": 1})
     assert study_folder(str(place / "study"), ("seed-0",), ()) == place / "study"
-
-
-def test_the_mean_over_seeds():
-    row = {"measured_on": "test", "images": 9}
-    found = summarize([{**row, "accuracy": 0.4}, {**row, "accuracy": 0.6}])
-    assert (found["runs"], found["accuracy"]) == (2, pytest.approx(0.5))
-    assert found["deviation"] == pytest.approx(0.02**0.5)
-    assert summarize([{**row, "accuracy": 0.4}])["deviation"] is None

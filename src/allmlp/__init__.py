@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from allmlp.benchmark import Benchmark as Benchmark
     from allmlp.benchmark import benchmark as benchmark
     from allmlp.calibrate import calibrate as calibrate
-    from allmlp.cross_validation import CrossValidation as CrossValidation
-    from allmlp.cross_validation import cross_validate as cross_validate
     from allmlp.decision import Decision as Decision
     from allmlp.deploy.export import ExportReport as ExportReport
     from allmlp.deploy.export import export as export
@@ -45,8 +43,6 @@ if TYPE_CHECKING:
     from allmlp.evaluation.options import EvaluateOptions as EvaluateOptions
     from allmlp.evaluation.options import FewShotOptions as FewShotOptions
     from allmlp.evaluation.options import LabelMistakesOptions as LabelMistakesOptions
-    from allmlp.finetuning import FinetuneResult as FinetuneResult
-    from allmlp.finetuning import finetune as finetune
     from allmlp.inspection.inspect import Inspection as Inspection
     from allmlp.inspection.inspect import inspect as inspect
     from allmlp.label_mistakes import LabelMistakes as LabelMistakes
@@ -58,6 +54,10 @@ if TYPE_CHECKING:
     from allmlp.models.mixer import MixerConfig as MixerConfig
     from allmlp.models.mixer import MlpMixer as MlpMixer
     from allmlp.preprocessing import Preprocessing as Preprocessing
+    from allmlp.studies import CrossValidation as CrossValidation
+    from allmlp.studies import FinetuneResult as FinetuneResult
+    from allmlp.studies import cross_validate as cross_validate
+    from allmlp.studies import finetune as finetune
     from allmlp.training.config import TrainConfig as TrainConfig
     from allmlp.training.fit import finetune_config as finetune_config
     from allmlp.training.loggers import Logger as Logger
@@ -77,7 +77,6 @@ _NAMES = {
     "benchmark": "Benchmark benchmark",
     "calibrate": "calibrate",
     "decision": "Decision",
-    "cross_validation": "CrossValidation cross_validate",
     "deploy.export": "ExportReport export",
     "deploy.formats": "ExportedModel open_exported",
     "deploy.options": "ExportOptions PredictOptions PushOptions",
@@ -89,13 +88,13 @@ _NAMES = {
     "evaluation.metrics": "Evaluation",
     "evaluation.options": "BenchmarkOptions CalibrateOptions EvaluateOptions FewShotOptions "
     "LabelMistakesOptions",
-    "finetuning": "FinetuneResult finetune",
     "inspection.inspect": "Inspection inspect",
     "label_mistakes": "LabelMistakes find_label_mistakes",
     "models.catalog": "create_model list_models random_weights",
     "models.layers": "ImageClassifier",
     "models.mixer": "MixerConfig MlpMixer",
     "preprocessing": "Preprocessing",
+    "studies": "CrossValidation FinetuneResult cross_validate finetune",
     "training.config": "TrainConfig",
     "training.fit": "finetune_config",
     "training.loggers": "Logger StopTraining",

@@ -10,7 +10,7 @@ import ast
 import dataclasses
 import functools
 import inspect
-import textwrap
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,16 +207,17 @@ def documentation(kind: type) -> dict[str, str]:
     return found
 
 
-@functools.cache  # parsing takes milliseconds per class, and every flag asks
+@functools.cache  # parsing takes milliseconds, and every flag asks
+def _definitions(module: str) -> dict[str, ast.ClassDef]:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+
 def _own_documentation(kind: type) -> dict[str, str]:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    except (OSError, TypeError):  # from make_dataclass: the fields have metadata["doc"]
-        return {}
-    definition = tree.body[0]
-    assert isinstance(definition, ast.ClassDef)
+    definition = _definitions(kind.__module__).get(kind.__name__)
     found, name = {}, None
-    for node in definition.body:
+    # A class from make_dataclass has no definition; its fields have metadata["doc"].
+    for node in definition.body if definition else ():
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             name = node.target.id
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:

@@ -16,16 +16,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from allmlp.console import Reporter
+from allmlp.console import Reporter, table
 from allmlp.data.fingerprint import fingerprint
 from allmlp.data.sources import open_splits, read_from
 from allmlp.errors import UserError
-from allmlp.evaluation.metrics import main_of
+from allmlp.evaluation.metrics import METRICS, main_of
 from allmlp.io import atomic_write, check_not_inputs, check_output_folder, expand, parse_json
 from allmlp.runtime.world import World
 from allmlp.training.config import TrainConfig
 from allmlp.training.report import TrainResult
-from allmlp.training.run_folder import config_of, identity, no_results, read_results
+from allmlp.training.run_folder import config_of, identity, read_results
 from allmlp.training.train import DivergedError, train
 
 Row = dict[str, Any]  # a run's result as JSON values
@@ -34,10 +34,7 @@ RESULTS = "results.jsonl"
 
 
 def study_folder(output: str | None, own: Iterable[str], inputs: Iterable[str]) -> Path:
-    """Returns a study's folder; it must be new or contain only the names in `own`.
-
-    It must not lie inside any of the study's `inputs`.
-    """
+    """Returns a study's folder, new or with only the names in `own`, outside of its inputs."""
     if output is None:
         what = "a study of several runs needs a named folder, so that it can resume"
         raise UserError(what, where="output", fix="output: runs/NAME")
@@ -54,21 +51,15 @@ def study_folder(output: str | None, own: Iterable[str], inputs: Iterable[str]) 
 
 
 class Sweep:
-    """The runs of a study and their results; every process of `world` creates one.
-
-    The path comes from `study_folder`.
-    """
+    """The runs in a `study_folder` and their results; every process of `world` creates one."""
 
     def __init__(self, path: Path, world: World, *, quiet: bool = False) -> None:
         self.path, self.world, self.quiet = path, world, quiet
         self.report = Reporter(quiet=quiet or not world.is_main)
+        self.say = self.report.say
         self.rows: dict[str, Row] = world.broadcast_from_rank0(self._read)
         self._images: dict[str, str] = {}
         self._log()
-
-    def say(self, text: str, style: str | None = None) -> None:
-        """Prints a line and logs it once the folder exists."""
-        self.report.say(text, style)
 
     def run(
         self,
@@ -86,14 +77,15 @@ class Sweep:
         """
         key = self.key(config)
         if key in self.rows:
-            self.say(f"done     {name}: {_shown(self.rows[key])}")
+            accuracy = self.rows[key]["accuracy"]
+            self.say(f"done     {name}: {'diverged' if accuracy is None else f'{accuracy:.2%}'}")
             return self.rows[key]
         folder = self.world.broadcast_from_rank0(lambda: self._folder(name, key, config))
         config = config.with_value("output", str(self.path / folder))
         self.say(f"\n=== {title or name}")
         try:
             result = train(config, quiet=self.quiet, in_study=True)
-            row = self.world.broadcast_from_rank0(lambda: self._reached(config, result, measure))
+            row = self.world.broadcast_from_rank0(lambda: _reached(config, result, measure))
         except DivergedError as error:
             if not may_diverge:
                 raise
@@ -114,20 +106,15 @@ class Sweep:
         self,
         runs: Mapping[str, TrainConfig],
         measure: Measure | None,
-        save: Callable[[dict[str, Row]], object],
+        save: Callable[[dict[str, Row]], object] = lambda _: None,
     ) -> dict[str, Row]:
         """Returns the results of all runs; the main process calls `save` after each."""
-        keys = {name: self.key(config) for name, config in runs.items()}
-        done = {name: self.rows[key] for name, key in keys.items() if key in self.rows}
+        done: dict[str, Row] = {}
         for number, (name, config) in enumerate(runs.items(), 1):
-            is_new = name not in done
             title = f"{name}: run {number} of {len(runs)}"
             done[name] = self.run(name, config, measure, title=title)
-            if is_new and self.world.is_main:
+            if self.world.is_main:
                 save(done)
-        done = {name: done[name] for name in runs}
-        if self.world.is_main:
-            save(done)
         return done
 
     def key(self, config: TrainConfig) -> str:
@@ -163,44 +150,9 @@ class Sweep:
             own = {**before, "data.source": None} == {**now, "data.source": None}
         return name if own else f"{name}-{key[:8]}"
 
-    def _reached(self, config: TrainConfig, result: TrainResult, measure: Measure | None) -> Row:
-        is_test = result.test is not None
-        shown = result.test if is_test else result.validation
-        rows = read_results(result.run_folder)
-        if shown is None or (result.validation is not None and not rows):
-            raise no_results(result.run_folder)
-        metrics = dict(shown.figures())
-        main = main_of(metrics).name
-        return {
-            "model": config.model.name,
-            "seed": config.seed,
-            "accuracy": metrics[main],
-            "metrics": metrics,
-            "last": _last(rows),
-            "measured_on": "test" if is_test else "validation",
-            "images": len(shown.labels),
-            "classes": len(shown.class_names),
-            "curve": [[int(float(row["step"])), float(row[f"validation_{main}"])] for row in rows],
-            "seconds": float(rows[-1]["seconds"]) if rows else None,
-            **(measure(config, result) if measure else {}),
-        }
-
     def _log(self) -> None:
         if self.world.is_main and self.path.is_dir():
             self.report.log_to(self.path / "log.txt")
-
-
-def shared_metrics(rows: Iterable[Mapping[str, float]]) -> list[str]:
-    """Returns the metrics that all rows have: a fitted temperature adds some to single runs."""
-    names, *others = map(list, rows)
-    return [name for name in names if all(name in other for other in others)]
-
-
-def _last(rows: Sequence[Mapping[str, str]]) -> Row:
-    """Returns the metrics of the last evaluation on the validation images."""
-    prefix = "validation_"
-    found = rows[-1].items() if rows else ()
-    return {key.removeprefix(prefix): float(v) for key, v in found if key.startswith(prefix)}
 
 
 def _images_in(source: str) -> str:
@@ -209,12 +161,59 @@ def _images_in(source: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _shown(row: Row) -> str:
-    return "diverged" if row["accuracy"] is None else f"{row['accuracy']:.2%}"
+def _reached(config: TrainConfig, result: TrainResult, measure: Measure | None) -> Row:
+    shown = result.validation if result.test is None else result.test
+    rows = read_results(result.run_folder)
+    if shown is None or (result.validation is not None and not rows):
+        what, fix = "the results of this run are damaged", "Remove its folder: it is trained anew"
+        raise UserError(what, where=result.run_folder / "results.csv", fix=fix)
+    metrics = dict(shown.figures())
+    main, prefix, last = main_of(metrics).name, "validation_", rows[-1] if rows else {}
+    return {
+        "model": config.model.name,
+        "seed": config.seed,
+        "accuracy": metrics[main],
+        "metrics": metrics,
+        "last": {k.removeprefix(prefix): float(last[k]) for k in last if k.startswith(prefix)},
+        "measured_on": "validation" if result.test is None else "test",
+        "images": len(shown.labels),
+        "classes": len(shown.class_names),
+        "curve": [[int(float(row["step"])), float(row[f"{prefix}{main}"])] for row in rows],
+        "seconds": float(last["seconds"]) if rows else None,
+        **(measure(config, result) if measure else {}),
+    }
 
 
-def copy_best(run: Path, study: Path) -> Path:
-    """Copies best/ of a run to its study unless it is there; returns it."""
+def metrics_table(
+    titles: Sequence[str],
+    rows: Sequence[tuple[str, str, Mapping[str, float] | None]],
+    also: str = "",
+) -> list[str]:
+    """Returns the lines of a table of runs: name, images, the main metrics and one more."""
+    known = {name for *_, metrics in rows for name in metrics or ()}
+    shown = [m for m in METRICS if m.name in known and (m.in_summary or m.name == also)]
+    cells = []
+    for name, images, metrics in rows:
+        texts = ["diverged"] * len(shown)
+        if metrics is not None:
+            texts = [f"{metrics[m.name]:{m.format}}" if m.name in metrics else "-" for m in shown]
+        cells.append([name, images, *texts])
+    return ["", *table([*titles, *(metric.title for metric in shown)], cells, left=2), ""]
+
+
+def spreads(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """Returns the values, mean and deviation of the metrics that all rows have: a fitted
+    temperature adds some to single runs."""
+    found = {}
+    for name in [name for name in rows[0] if all(name in row for row in rows)] if rows else ():
+        values = [row[name] for row in rows]
+        mean, deviation = mean_and_deviation(values)
+        found[name] = {"values": values, "mean": mean, "deviation": deviation}
+    return found
+
+
+def save_study(study: Path, name: str, values: Row, run: Path, section: str) -> None:
+    """Writes the study's JSON file, and copies best/ of a run, with a section for its card."""
     source, best, staged = run / "best", study / "best", study / ".best.partial"
     weights = "model.safetensors"
     if not (best / weights).is_file() or not filecmp.cmp(source / weights, best / weights):
@@ -222,7 +221,10 @@ def copy_best(run: Path, study: Path) -> Path:
         shutil.copytree(source, staged)
         shutil.rmtree(best, ignore_errors=True)
         os.rename(staged, best)
-    return best
+    card = (source / "README.md").read_text("utf-8") + section
+    atomic_write(best / "README.md", card.encode(errors="surrogateescape"))
+    text = json.dumps(values, indent=2) + "\n"
+    atomic_write(study / name, text.encode(errors="surrogateescape"))
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
@@ -233,13 +235,13 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 def summarize(rows: Sequence[Row]) -> Row:
     """Summarizes runs that differ only in their seeds."""
     accuracy, deviation = mean_and_deviation([row["accuracy"] for row in rows])
-    metrics = [row.get("metrics", {}) for row in rows]
-    names = [name for name in ("balanced_accuracy", "macro_f1") if name in metrics[0]]
+    found = spreads([row.get("metrics", {}) for row in rows])
+    names = [name for name in ("balanced_accuracy", "macro_f1") if name in found]
     return {
         "runs": len(rows),
         "measured_on": rows[0]["measured_on"],
         "images": rows[0]["images"],
         "accuracy": accuracy,
         "deviation": deviation,
-        **{name: statistics.fmean(found[name] for found in metrics) for name in names},
+        **{name: found[name]["mean"] for name in names},
     }

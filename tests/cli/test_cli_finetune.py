@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import allmlp as am
-from allmlp import finetuning as study
+from allmlp import studies as study
 from allmlp.training import train as loop
 from conftest import make_class_folder, mixer, tiny_model
 
@@ -62,7 +62,7 @@ def test_a_study(capsys, place):
     assert code == 0
     assert out.startswith("study    rates 0.01, judged on 10% of the training images; then seeds 4")
     assert "=== grid: rate 0.01\n" in out
-    assert "=== seed 5: final run 2 of 2\n" in out
+    assert "=== seed-5: run 2 of 2\n" in out
     assert "(mean and standard deviation of seeds 4, 5), learning rate 0.01\n" in out
     again = mixer(capsys, *line)
     assert again[0] == 0

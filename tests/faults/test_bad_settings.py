@@ -69,27 +69,6 @@ def test_settings(old, tmp_path, capsys, monkeypatch, typed, named):
     assert not run.exists()
 
 
-@pytest.mark.parametrize(
-    "typed",
-    ["--batch-size eight", "--learning-rate fast", "--epochs", "--set", "--nonsense 3", "recipe x"],
-)
-def test_flags(old, tmp_path, capsys, typed: str):
-    code, out, err = mixer(
-        capsys, "train", "--data", old / "data", "--output", tmp_path / "run", *typed.split()
-    )
-    assert code == 2
-    assert "Traceback" not in out + err
-    assert typed.split()[-1].removeprefix("--") in out + err
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_only_the_model_shows_leaves_nothing_either(old, tmp_path, capsys):
-    """The images are too small for its patches."""
-    typed = ["--data", old / "data", "--output", tmp_path / "run", "--image-size", 40]
-    text, _ = failed(capsys, tmp_path, "train", *typed, "--model", "mixer_s32")
-    assert "image size 40x40 is not divisible by the patch size 32" in text
-
-
 def test_what_the_optimizer_needs_is_counted_before_the_run(old, tmp_path, capsys, monkeypatch):
     """A model's weights fit; with gradients and both moments they do not."""
     weights = 4 * am.create_model("mixer_s32", 32, 3, num_blocks=1).num_parameters
@@ -115,16 +94,6 @@ def test_memory_that_cannot_be_had(capsys, monkeypatch, ask):
     monkeypatch.setattr("allmlp.cli.main.parse", lambda *_: ask())
     code, out, err = mixer(capsys, "models")
     assert (code, out, err.count("error: "), err.count("Traceback")) == (2, "", 1, 0)
-
-
-def test_a_removed_working_directory(capsys, monkeypatch):
-    def removed() -> str:
-        raise FileNotFoundError(2, "No such file or directory")
-
-    monkeypatch.setattr(os, "getcwd", removed)
-    code, out, err = mixer(capsys, "--version")
-    assert (code, out) == (2, "")
-    assert err.startswith("error: the working directory has been removed")
 
 
 # The run folder

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 import allmlp as am
-from allmlp.data.image import decode
 from allmlp.data.loader import evaluation_batches, training_batches
 from allmlp.data.sampler import Order
 from allmlp.data.source import ImageFiles, labelled
@@ -101,17 +100,6 @@ def test_all_orientations_look_the_same_to_train_evaluate_and_predict(tmp_path):
     assert all(classes == predictions[0] for classes in predictions)
 
 
-def test_ycck_is_read_as_its_cmyk():
-    """The Adobe marker says that the inks are coded as brightness and colours: transform 2."""
-    inks = np.zeros((32, 32, 4), np.uint8)
-    inks[..., 1], inks[..., 2] = 255, 255
-    data = encode(Image.fromarray(inks, "CMYK"), "JPEG", quality=100)
-    place = data.index(b"Adobe") + 11
-    assert data[place] == 0
-    pixels = decode(data[:place] + b"\x02" + data[place + 1 :], "x")
-    assert pixels.shape == (32, 32, 3)
-
-
 BOMBS = """
 import struct, sys, time, zlib, resource
 from allmlp.data.image import decode
@@ -155,16 +143,6 @@ def test_bombs_cost_nothing():
     done = subprocess.run([sys.executable, "-c", BOMBS], capture_output=True, text=True, check=True)
     grown = int(done.stdout.rsplit("grown by ", 1)[1].split()[0])
     assert grown < 100, done.stdout
-
-
-@pytest.mark.parametrize("size", [(1, 1), (3, 4000), (4000, 3), (5, 7), (100, 37), (9, 8)])
-def test_any_shape_can_be_predicted(size, tmp_path):
-    draw(1, size).save(tmp_path / "x.png")
-    model = tiny_model(num_classes=3)
-    model.class_names, model.preprocessing = ["a", "b", "c"], Preprocessing(image_size=(8, 8))
-    (prediction,) = am.predict(model, tmp_path / "x.png")
-    assert prediction.error is None
-    assert sum(share for _, share in prediction.classes) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_the_command_names_every_bad_image_and_goes_on(tmp_path, capsys):

@@ -7,13 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import allmlp as am
-from allmlp.deploy import export as module
 from allmlp.deploy.formats import format_of
 from allmlp.io import staging_folder
 from conftest import tiny_model
@@ -170,37 +168,6 @@ def test_a_living_process_keeps_its_folder(tmp_path: Path):
     with staging_folder(path) as ours:
         assert list(tmp_path.iterdir()) == [ours]
         assert ours.parent == tmp_path  # so that a rename is enough
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_error_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "build", fail)
-    with pytest.raises(KeyboardInterrupt):
-        am.export(tiny_model(), tmp_path / "m.pt2")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_is_taken_before_it_is_locked(tmp_path: Path, monkeypatch):
-    """Another process may take a folder without a lock for one that was left behind."""
-    import tempfile
-
-    make: Callable[..., str] = tempfile.mkdtemp
-    made: list[str] = []
-
-    def taken(**options: object) -> str:
-        made.append(make(**options))
-        if len(made) == 1:
-            os.rmdir(made[0])
-        return made[-1]
-
-    monkeypatch.setattr(tempfile, "mkdtemp", taken)
-    with staging_folder(tmp_path / "m.onnx") as folder:
-        assert str(folder) == made[-1]
-        (folder / "work").write_bytes(b"work")
-    assert made
     assert not list(tmp_path.iterdir())
 
 

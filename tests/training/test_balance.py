@@ -10,27 +10,12 @@ import pytest
 
 import allmlp as am
 from conftest import make_class_folder
-from runs import check_same, losses_of, make_data, results_of, run_config, train, unix
+from runs import losses_of, make_data, results_of, run_config, train, unix
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("balance") / "data")
-
-
-@unix
-@pytest.mark.parametrize("balance", ["sampler", "weights"])
-def test_a_resumed_run_repeats_the_bits(data: Path, tmp_path: Path, balance: str):
-    """Stopped in mid-epoch, and resumed with loader workers."""
-    changes = {"steps": 12, "evaluate_every": 4}
-    config = run_config(data, tmp_path / "straight", data__balance=balance, **changes)
-    straight = train(config)
-    config = config.with_value("output", str(tmp_path / "run"))
-    train(config, stop_after=4)
-    train(config.with_value("data.num_workers", 2))
-    check_same(tmp_path / "run", straight)
-    plain = train(run_config(data, tmp_path / "plain", **changes), stop_after=3)
-    assert losses_of(plain)[2] != losses_of(straight)[2]
 
 
 @unix
@@ -74,21 +59,6 @@ def test_the_best_weights(data: Path, tmp_path: Path, best_by: str):
     assert (
         f"the best validation {best_by.replace('_', ' ')}" in (run / "best/README.md").read_text()
     )
-
-
-def test_what_cannot_choose(data: Path, tmp_path: Path):
-    for name, code in (
-        ("top5", "not-applicable"),
-        ("real", "not-applicable"),
-        ("f1", "unknown-name"),
-    ):
-        with pytest.raises(am.UserError) as wrong:
-            am.train(run_config(data, tmp_path / "run", best_by=name), quiet=True)
-        assert wrong.value.code == code
-        assert "macro_f1" in str(wrong.value.fix)
-    assert not (tmp_path / "run").exists()
-    with pytest.raises(am.UserError, match="best_by=loss needs validation images"):
-        run_config(data, tmp_path / "run", best_by="loss", data__holdout=0.0)
 
 
 def test_a_rare_class_is_named_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -14,7 +14,7 @@ import allmlp as am
 from allmlp.data.sources import open_splits
 from allmlp.evaluation.metrics import Evaluation
 from allmlp.preprocessing import Preprocessing
-from allmlp.training.card import model_card
+from allmlp.training.card import Outcome, model_card
 from allmlp.training.dataset import Splits
 from conftest import draw, mixer, tiny_config, tiny_model
 
@@ -37,9 +37,8 @@ def card_of(model: Any, tmp_path: Path, measured: bool = True, **changes: Any) -
         np.arange(3),
         np.log(np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]], dtype=np.float32)),
     )
-    return model_card(
-        model, config, Splits(train, None, None, False, []), None, test if measured else None
-    )
+    splits = Splits(train, None, None, False, [])
+    return model_card(Outcome(config, splits, model, None, test if measured else None))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -13,21 +12,15 @@ import torch.nn.functional as F
 from torch._inductor.exc import InductorError
 
 import allmlp as am
-from allmlp.benchmark import _Timed
-from allmlp.inspection.attribution import occlusion, read_image
-from allmlp.models.layers import draw_stochastic_depth, set_stochastic_depth
 from allmlp.runtime import device as compute
 from allmlp.runtime.device import (
-    SMALL_STEP,
     ComputePolicy,
     choose_policy,
-    threads_for,
     torch_settings,
 )
 from allmlp.runtime.world import World
 from allmlp.training import step
-from conftest import tiny_config, tiny_model
-from staged_models import small_cycle, small_permutator
+from conftest import tiny_config
 
 pytestmark = pytest.mark.numerics
 
@@ -66,14 +59,6 @@ def test_precision_auto_goes_by_stated_rules(monkeypatch, fast, flops, expected,
         assert (found.precision, found.why) == (precision, precision)
 
 
-def test_without_a_compiler_the_run_continues_and_reports_it(class_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "/nowhere/g++")
-    run = am.train(
-        tiny_config(str(class_folder), tmp_path / "run", compile="on", epochs=1), quiet=True
-    ).run_folder
-    assert "not compiled: no C++ compiler here" in (run / "log.txt").read_text()
-
-
 @pytest.mark.slow
 def test_a_compiler_that_fails_is_left_out(class_folder, tmp_path, monkeypatch):
     def failing(network):
@@ -110,68 +95,6 @@ def test_compiled_training_has_the_same_losses(class_folder, tmp_path):
     assert "compiled" in log
     assert "not compiled" not in log
     assert losses(run) == pytest.approx(losses(plain.run_folder), rel=1e-5)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-def threads_seen(model: am.ImageClassifier) -> list[int]:
-    """A list that grows by torch's number of threads whenever the model computes."""
-    seen: list[int] = []
-    model.stem.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
-    return seen
-
-
-COMMANDS: dict[str, Callable[[am.ImageClassifier, Path], object]] = {
-    "predict": lambda model, data: am.predict(model, data),
-    "features": lambda model, data: am.predict(model, data, features=True),
-    "evaluate": lambda model, data: am.evaluate(model, f"{data}:validation"),
-    "few_shot": lambda model, data: am.few_shot(model, data, shots=[2]),
-    "map": lambda model, data: occlusion(model, read_image(data / "val/ant/0.png", model)[0]),
-    "benchmark": lambda model, _: timed(model, "inference"),
-    "training": lambda model, _: timed(model, "training"),
-}
-
-
-def timed(model: am.ImageClassifier, mode: str) -> int:
-    """Times a model as `mixer benchmark` does; returns the threads that it reports."""
-    found = _Timed(model, mode, "float32", compile=False)
-    found.prepare(8)
-    found.run()
-    return threads_for(found.operations(8))
-
-
-@pytest.mark.parametrize(("least", "expected"), [(SMALL_STEP, 1), (0, 2)])
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_small_batch_takes_one_thread_in_every_verb(
-    class_folder, two_threads, monkeypatch, command, least, expected
-):
-    monkeypatch.setattr(compute, "SMALL_STEP", least)
-    model = tiny_model(num_classes=3).to(CPU)
-    model.class_names = ["ant", "bee", "cat"]
-    seen = threads_seen(model)
-    COMMANDS[command](model, class_folder)
-    assert set(seen) == {expected}
-    assert torch.get_num_threads() == 2
-
-
-def test_chosen_threads_count_for_small_batches_too(two_threads):
-    model = tiny_model()
-    seen = threads_seen(model)
-    products = torch.backends.mkldnn.matmul.fp32_precision
-    with torch_settings(CPU, "float32", 2):
-        assert timed(model, "training") == 2
-        assert timed(model, "inference") == 2
-    assert set(seen) == {2}
-    with pytest.raises(am.UserError), torch_settings(CPU, "float32", 100_000):
-        pass
-    assert timed(model, "inference") == seen[-1] == 1
-    assert torch.backends.mkldnn.matmul.fp32_precision == products
 
 
 def test_onednn_is_only_taken_where_it_stays_float32(monkeypatch):
@@ -219,28 +142,6 @@ def test_bfloat16_keeps_layer_norm_and_residual_in_float32(compiled):
     name = "pre_head_layer_norm.bias"
     assert (close[name] - exact[name]).norm() / exact[name].norm() < 0.02
     assert any(not torch.equal(close[name], exact[name]) for name in exact)
-
-
-def test_stochastic_depth_drawn_outside_is_that_of_any_share():
-    model = tiny_model(num_blocks=3, stochastic_depth=0.5).train()
-    images = torch.randn(8, 3, 8, 8)
-    kept = draw_stochastic_depth(model, 8, torch.Generator().manual_seed(3))
-    assert kept.shape == (5, 8)  # the first of six MLPs is never dropped
-    again = draw_stochastic_depth(model, 8, torch.Generator().manual_seed(3))
-    assert torch.equal(kept, again)
-    set_stochastic_depth(model, kept)
-    whole = model(images)
-    parts = []
-    for part in (slice(0, 3), slice(3, 8)):
-        set_stochastic_depth(model, kept[:, part])
-        parts.append(model(images[part]))
-    assert torch.allclose(torch.cat(parts), whole, atol=1e-6)
-    set_stochastic_depth(model, None)
-    torch.manual_seed(0)
-    assert not torch.allclose(model(images), whole, atol=1e-3)
-    many = draw_stochastic_depth(model, 20_000, torch.Generator().manual_seed(0))
-    rates = [1.0 - 0.5 * mlp / 5 for mlp in range(1, 6)]
-    assert many.mean(dim=1).tolist() == pytest.approx(rates, abs=0.02)
 
 
 def test_micro_batches_add_up_to_the_batch(class_folder, tmp_path):
@@ -319,47 +220,3 @@ def test_processes_agree_on_a_micro_batch_before_the_first_update(
     with pytest.raises(am.UserError) as none:
         updater.agreed_size(12, 12)
     assert none.value.code == "memory"
-
-
-def test_a_linear_probe_sees_the_features_of_evaluation(class_folder, tmp_path):
-    """Dropped branches would be noise on features that cannot learn to live with it."""
-    overrides = {**tiny_config("x", tmp_path).model.overrides, "stochastic_depth": 0.9}
-    base = tiny_config(str(class_folder), tmp_path / "base", model__overrides=overrides)
-    folder = am.train(base, quiet=True).run_folder
-    changes = {"model.name": "", "model.weights": str(folder), "model.trained": "head"}
-    changes |= {"model.overrides": {}, "output": str(tmp_path / "probe"), "epochs": 1}
-    seen = []
-    forward = am.MlpMixer.forward
-
-    def watched(self, images):
-        seen.append(self.training)
-        return forward(self, images)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(am.MlpMixer, "forward", watched)
-        am.train(base.with_values(changes), quiet=True)
-    assert seen
-    assert not any(seen)
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("make", [lambda: tiny_model(10, 32), small_cycle, small_permutator])
-def test_the_bytes_of_an_image(make, precision: str):
-    """One image more costs a batch so many bytes more; no random number is drawn."""
-    model = make().train()
-    compute = ComputePolicy(torch.device("cpu"), precision, False, "")
-    image = torch.zeros(1, 3, *model.config.image_size)
-    before = torch.get_rng_state()
-    found = step.saved_bytes(model, image, compute)
-    assert model.training
-    assert torch.equal(torch.get_rng_state(), before)
-    kept: dict[int, torch.Tensor] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), compute.autocast():
-        _ = model(image.repeat(8, 1, 1, 1))
-    of_eight = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    assert of_eight / 8 * 0.5 < found < of_eight / 8 * 2.5

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import allmlp as am
-from allmlp.training.config import InceptionCrop, NoCrop, flat
+from allmlp.training.config import NoCrop, flat
 
 
 def changed(recipe: str, *assignments: str) -> dict[str, Any]:
@@ -23,16 +23,11 @@ def changed(recipe: str, *assignments: str) -> dict[str, Any]:
     [
         ("epochs=7", "epochs", 7),
         ("optimizer.learning_rate=1e-3", "optimizer.learning_rate", 0.001),
-        ("optimizer.learning_rate=1", "optimizer.learning_rate", 1.0),
         ("optimizer.schedule=linear", "optimizer.schedule.name", "linear"),
-        ("augment.flip=true", "augment.flip", True),
         ("model.image_size=(16, 32)", "model.image_size", [16, 32]),
         ("data.num_workers=null", "data.num_workers", None),
         ("model.overrides.num_blocks=6", "model.overrides.num_blocks", 6),
-        ("model.overrides.gelu=exact", "model.overrides.gelu", "exact"),
         ("data.source=2024", "data.source", "2024"),
-        ("data.source={[]}", "data.source", "{[]}"),
-        ("output=1e3", "output", "1e3"),
         ("sharding=none", "sharding", "none"),
         ("optimizer=sgd", "optimizer.name", "sgd"),
         # Other spellings: short ones, and those of version 1.
@@ -65,22 +60,13 @@ def test_one_setting(assignment: str, key: str, value: object):
         ("optimizer.momentum=0.5", "unknown-name", "sgd or muon"),
         ("optimizer.name=adam", "unknown-name", "adamw"),
         ("epochs=2.5", "wrong-type", "epochs must be a valid integer, got '2.5'"),
-        ("epochs=true", "wrong-type", "got 'true'"),
-        ("epochs=many", "wrong-type", "got 'many'"),
-        ("optimizer.learning_rate=fast", "wrong-type", "'fast'"),
         ("optimizer.learning_rate=nan", "wrong-type", "'nan'"),
         ("optimizer.learning_rate=1e400", "wrong-type", "1e400"),
-        ("data.exif_orientation=maybe", "wrong-type", "data.exif_orientation"),
         ("model.image_size=big", "wrong-type", "model.image_size"),
         ("model=small", "wrong-type", "model must be"),
         ("precision=half", "unknown-name", "bfloat16"),
         ("epochs=0", "out-of-range", "epochs must be at least 1, got 0"),
-        ("optimizer.learning_rate=-1", "out-of-range", "got -1"),
         ("optimizer.warmup=1.5", "out-of-range", "1.5"),
-        ("augment.mixup=-0.5", "out-of-range", "augment.mixup"),
-        ("augment.randaugment=-1", "out-of-range", "augment.randaugment"),
-        ("data.fraction=0", "out-of-range", "data.fraction"),
-        ("data.holdout=1", "out-of-range", "data.holdout"),
         ("seed=99999999999999999999999", "out-of-range", "seed"),
         ("model.overrides.num_classes=5", "invalid", "num_classes"),
         ("data.permutation=patches", "invalid", "permutation"),
@@ -92,19 +78,6 @@ def test_a_wrong_setting(assignment: str, code: str, named: str):
         am.recipe("digits").with_values({}, [assignment])
     assert named in str(error.value)
     assert error.value.code == code
-
-
-def test_two_fractions_and_as_many_numbers_as_one_likes():
-    for text in ("(0.5, 1)", "[0.5, 1]"):
-        config = am.recipe("scratch").with_values({}, [f"augment.crop_area={text}"])
-        assert config.augment.crop == InceptionCrop(area=(0.5, 1.0))
-    with pytest.raises(am.UserError, match="augment.crop.area must be two fractions"):
-        am.recipe("scratch").with_value("augment.crop_area", (1, 0.5))
-    steps = ["optimizer.decay_at=(10, 20, 40, 50)", "optimizer.schedule=steps"]
-    assert changed("digits", *steps)["optimizer.schedule.decay_at"] == [10.0, 20.0, 40.0, 50.0]
-    for bad in ("()", "(0.6, 0.3)", "(0.5, 20.0)", "(2.5,)", "(0.0,)", "0.5", "(0.5, 'x')"):
-        with pytest.raises(am.UserError, match="decay_at"):
-            changed("digits", "optimizer.schedule=steps", f"optimizer.decay_at={bad}")
 
 
 def test_another_choice_keeps_what_both_have():
@@ -120,20 +93,6 @@ def test_another_choice_keeps_what_both_have():
     assert found["augment.crop.area"] == [0.05, 1.0]
     assert changed("scratch", "loss=sigmoid")["loss.name"] == "sigmoid"
     assert am.recipe("scratch").with_value("augment.crop", "none").augment.crop == NoCrop()
-
-
-@pytest.mark.parametrize(
-    ("assignments", "named"),
-    [
-        (["augment.crop=none", "augment.crop_area=(0.25, 1)"], "augment.crop.area"),
-        (["optimizer.name=sgd", "optimizer.beta2=0.9"], "optimizer.beta2"),
-        (["label_smoothing=0.2", "loss=sigmoid"], "loss.label_smoothing"),
-    ],
-)
-def test_a_setting_of_another_choice_is_unknown_in_any_order(assignments, named):
-    for order in (assignments, assignments[::-1]):
-        with pytest.raises(am.UserError, match=named):
-            am.recipe("scratch").with_values({}, order)
 
 
 def test_another_model_brings_its_own_sizes():
@@ -216,11 +175,6 @@ def test_unknown_settings_and_versions_in_a_file():
             am.TrainConfig.from_json(values)
     with pytest.raises(am.UserError, match="version 3"):
         am.TrainConfig.from_json({"version": 3})
-
-
-def test_an_unknown_recipe():
-    with pytest.raises(am.UserError, match=r"unknown recipe 'digit'[\s\S]*Did you mean digits"):
-        am.recipe("digit")
 
 
 def test_from_python():

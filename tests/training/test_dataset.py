@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from allmlp.data.duplicates import find_duplicates
 from allmlp.data.exclude import duplicates_to_exclude, exclude_list
 from allmlp.data.image import EncodedImage
 from allmlp.data.sources import open_splits
-from allmlp.data.sources.packed import pack_splits
 from allmlp.training.dataset import Augmentation, open_training_data
 from conftest import draw, encode, make_class_folder, tiny_config
 
@@ -37,12 +35,6 @@ def test_without_val_some_images_are_held_out(class_folder: Path, tmp_path: Path
     log = (result.run_folder / "log.txt").read_text()
     assert "6 to validate (held out of the training images), none to test" in log
     assert f"mixer evaluate {result.run_folder} --data {class_folder}:validation\n" in log
-
-
-def test_a_missing_class_in_val_is_said(class_folder: Path, tmp_path: Path):
-    shutil.rmtree(class_folder / "val" / "bee")
-    result = am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
-    assert "validation has no image of bee" in (result.run_folder / "log.txt").read_text()
 
 
 def test_a_few_bad_images_stop_no_small_run(class_folder, tmp_path):
@@ -74,21 +66,6 @@ def test_more_bad_images_stop_a_run_before_it_begins(class_folder, tmp_path, bad
         am.train(tiny_config(str(class_folder), tmp_path / "run", **changes), quiet=True)
     assert f"{bad[0]}.png" in error.value.what
     assert not (tmp_path / "run").exists()
-
-
-def test_allowed_bad_images_are_skipped_and_listed(class_folder, tmp_path):
-    bad = class_folder / "train" / "bee" / "3.png"
-    before = bad.read_bytes()[:-60]
-    bad.write_bytes(before)  # cut short: the header is fine, the pixels are not
-    html = class_folder / "train" / "ant" / "0.png"
-    html.write_text("<html>")
-    config = tiny_config(str(class_folder), tmp_path / "run", data__max_bad=0.2)
-    result = am.train(config, quiet=True)
-    listed = (result.run_folder / "bad_files.txt").read_text().splitlines()
-    assert [line.split("\t")[0] for line in listed] == [str(html), str(bad)]
-    log = (result.run_folder / "log.txt").read_text()
-    assert log.count(str(bad)) == 1
-    assert bad.read_bytes() == before  # never altered
 
 
 @pytest.mark.parametrize("name", ["train/bee", "val/cat"])
@@ -157,14 +134,3 @@ def test_names_that_figures_and_files_cannot_hold(tmp_path):
     make_class_folder(data, {os.fsdecode(b"c\xff"): 4})
     with pytest.raises(am.UserError, match="the name of a class is not valid text"):
         am.train(tiny_config(str(data), tmp_path / "other"), quiet=True)
-
-
-def test_the_commands_printed_for_shards_work(class_folder, tmp_path):
-    splits = {"train": open_splits(str(class_folder))["train"]}
-    pack_splits(splits, tmp_path / "shards", shard_bytes=10**6)
-    run = am.train(tiny_config(str(tmp_path / "shards"), tmp_path / "run"), quiet=True).run_folder
-    said = (run / "log.txt").read_text()
-    line = next(line for line in said.splitlines() if " predict " in line)
-    named = shlex.split(line)[-1]
-    assert named == f"{tmp_path / 'shards'}:train"
-    assert len(am.predict(run, named)) == 20

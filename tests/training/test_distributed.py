@@ -189,6 +189,25 @@ def test_from_one_to_two_and_back(data: Path, single: Path, tmp_path: Path):
     check_near(run, single)
 
 
+STOPPING = """
+class Stop(am.Logger):
+    def log(self, step, values):
+        if step == 12:
+            raise am.StopTraining
+
+if os.environ["RANK"] == "0":
+    before_step(patch, 5, lambda trainer: trainer.run_folder.loggers.active.append(Stop()))
+"""
+
+
+def test_a_callback_ends_both(data: Path, tmp_path: Path):
+    first, second = start_two(run_config(data, tmp_path / "run"), tmp_path / "text", STOPPING)
+    assert (first.wait(), second.wait()) == (0, 0), first.said() + second.said()
+    assert "stopped early: a callback asked for it" in first.said()
+    assert len(losses_of(tmp_path / "run")) == 13
+    assert results_of(tmp_path / "run")[-1]["step"] == "13"
+
+
 # One process ends
 
 
@@ -204,55 +223,6 @@ def test_the_other_ends_too_and_names_it(data, tmp_path, rank: int, sharding: st
     assert error.startswith(f"rank {1 - rank}: rank {rank} ended, and training cannot go on: ")
     assert "to fix: The same command again continues" in error
     assert "Traceback" not in other.said()
-
-
-KILLED_SAVING = """
-from allmlp.training import checkpoint
-
-def write_tensors(path, tensors, write=checkpoint.write_tensors):
-    if "step-00000015" in str(path):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return write(path, tensors)
-
-patch.setattr(checkpoint, "write_tensors", write_tensors)
-"""
-
-
-@pytest.mark.slow
-def test_killed_while_it_saves(data: Path, double: Path, tmp_path: Path):
-    """The error is that of the end, and not one of the checkpoint that came to nothing by it."""
-    config = run_config(data, tmp_path / "run", checkpoint_every=5, **PARTS)
-    processes = start_two(config, tmp_path / "text", KILLED_SAVING)
-    assert [process.wait() for process in processes] == [-signal.SIGKILL, 2]
-    assert "error: rank 1: rank 0 ended, and training cannot go on: " in processes[1].said()
-    names = {checkpoint.name for checkpoint in (tmp_path / "run/checkpoints").iterdir()}
-    assert "step-00000010" in names
-    assert "step-00000015" not in names
-    processes = start_two(config, tmp_path / "again")
-    assert [process.wait() for process in processes] == [0, 0], processes[0].said()
-    check_same_logs(tmp_path / "run", double)
-
-
-FULL_DISK = """
-from allmlp.training import checkpoint
-
-def write_tensors(path, tensors, write=checkpoint.write_tensors):
-    if "step-00000015" in str(path):
-        raise OSError(28, os.strerror(28))
-    return write(path, tensors)
-
-patch.setattr(checkpoint, "write_tensors", write_tensors)
-"""
-
-
-@pytest.mark.slow
-def test_a_disk_that_is_full_on_one_stops_both(data: Path, tmp_path: Path):
-    config = run_config(data, tmp_path / "run", sharding="full", checkpoint_every=5)
-    first, second = start_two(config, tmp_path / "text", FULL_DISK)
-    assert (first.wait(), second.wait()) == (2, 2)
-    assert first.said().count("error: the disk is full") == 1
-    assert second.said() == ""
-    assert (tmp_path / "run/checkpoints/step-00000010/manifest.json").exists()
 
 
 def check_same_logs(run: Path, other: Path) -> None:

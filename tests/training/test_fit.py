@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from allmlp.evaluation.probe import fit_probe
 from allmlp.training import train as loop
 from allmlp.training.fit import describe_fit, fitting
 from allmlp.training.optim import check_warmup, warmup_steps
-from allmlp.weights.checkpoints import CHECKPOINTS, recommended
+from allmlp.weights.checkpoints import recommended
 from conftest import make_class_folder, mixer, tiny_config, tiny_model
 
 
@@ -31,6 +32,11 @@ from conftest import make_class_folder, mixer, tiny_config, tiny_model
 )
 def test_batch_and_epochs_follow_from_the_images(images: int, batch: int, epochs: int | None):
     assert fitting(images) == (batch, epochs)
+
+
+def test_a_gpu_takes_larger_batches():
+    assert fitting(88, "cuda") == (32, 100)
+    assert fitting(1100, "cuda")[0] == fitting(9000, "cuda")[0] == 512
 
 
 def test_a_batch_divides_by_the_processes(monkeypatch: pytest.MonkeyPatch):
@@ -96,6 +102,13 @@ def test_the_timed_steps_change_no_bit(place: Path):
     assert weights[0] == weights[1]
 
 
+def test_an_image_that_hangs_stops_the_measurement(place: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loop.Augmentation, "__call__", lambda *_: time.sleep(3))
+    config = tiny_config(str(place / "data"), place / "run", data__timeout=0.2, data__num_workers=1)
+    with pytest.raises(am.UserError, match=r"no batch for 0\.2 seconds"):
+        am.train(config, quiet=True, dry_run=True)
+
+
 @pytest.mark.parametrize("more", [(), ("--probe",), ("--grid", "0.01", "--seeds", "1", "2")])
 def test_a_dry_run_writes_nothing(capsys, place: Path, monkeypatch: pytest.MonkeyPatch, more):
     monkeypatch.chdir(place)
@@ -152,11 +165,3 @@ def test_too_few_images_for_random_weights(capsys, place: Path):
     code, out, _ = mixer(capsys, "train", "--dry-run", "--device", "cpu")  # digits, a tiny model
     assert code == 0
     assert "mixer finetune" not in out
-
-
-def test_recommended_checkpoints_can_be_used():
-    assert sum(found.recommended_for is not None for found in CHECKPOINTS.values()) == 2
-    for found in (recommended("accuracy"), recommended("speed")):
-        assert found.by_hand is None
-        assert "non-commercial" not in found.licence
-        assert float(found.accuracy.split()[0]) > 75

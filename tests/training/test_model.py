@@ -12,7 +12,7 @@ from torch import Tensor
 
 import allmlp as am
 from allmlp.training.model import build_model
-from conftest import TINY, tiny_config, tiny_model
+from conftest import tiny_config, tiny_model
 from runs import train
 from studies import six_steps
 
@@ -56,55 +56,11 @@ def same_but_head(model: am.ImageClassifier, other: am.ImageClassifier) -> bool:
     return bool(named) and all(torch.equal(tensor, theirs[name]) for name, tensor in named.items())
 
 
-def test_a_new_model(tmp_path):
-    config = tiny_config("unused", tmp_path, model__overrides={**TINY, "stochastic_depth": 0.1})
-    model = build_model(config.with_value("model.head_bias", -2.0), ANIMALS)
-    assert model.class_names == ANIMALS
-    assert model.preprocessing == am.Preprocessing(image_size=(8, 8))
-    assert model.config.stochastic_depth == 0.1
-    assert model.head.bias.tolist() == [-2.0] * 3
-
-
 def test_the_same_classes_keep_the_head(animals, capsys):
     model = build_model(finetuning(animals), ANIMALS).eval()
     assert model.class_names == ANIMALS
     assert torch.equal(model(images()), am.load_model(animals)(images()))
     assert capsys.readouterr().err == "head     kept: the weights know these 3 classes\n"
-
-
-def test_classes_in_another_order_are_matched_by_name(animals):
-    model = build_model(finetuning(animals), ["cat", "ant", "bee"], quiet=True).eval()
-    assert model.class_names == ["cat", "ant", "bee"]
-    before = am.load_model(animals)(images())
-    assert torch.equal(model(images()), before[:, [2, 0, 1]])
-    assert before[0].unique().numel() == 3
-
-
-def test_folders_of_imagenet_have_the_id_alone(tmp_path):
-    words = ["n01440764 tench", "n01443537 goldfish"]
-    path = am.save_model(model_of(words, 2), tmp_path / "net").parent
-    model = build_model(finetuning(path), ["n01440764", "n01443537"], quiet=True)
-    assert model.class_names == words
-    assert torch.equal(model.head.weight, am.load_model(path).head.weight)
-
-
-@pytest.mark.parametrize(
-    ("known", "number", "names", "was"),
-    [
-        (ANIMALS, 3, ["Ant", "bees", "dog"], "3 other classes"),
-        (["a", "b"], 2, ANIMALS, "2 other classes"),
-        (None, 3, ANIMALS, "3 classes without names"),
-    ],
-)
-def test_other_classes_get_a_zero_head(tmp_path, capsys, known, number, names, was):
-    path = am.save_model(model_of(known, number), tmp_path / "weights").parent
-    model = build_model(finetuning(path), names)
-    assert model.head.weight.shape == (len(names), 16)
-    assert not model.head.weight.any()
-    assert not model.head.bias.any()
-    assert same_but_head(model, am.load_model(path))
-    said = f"head     new, all zeros, for {len(names)} classes; the weights had {was}\n"
-    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(
@@ -132,38 +88,6 @@ def test_the_rows_of_known_classes_are_kept(animals, capsys, names, said):
             assert not bias.any()
 
 
-def test_a_bias_for_the_new_rows_alone(animals):
-    before = am.load_model(animals)
-    model = build_model(finetuning(animals, model__head_bias=-1.5), ["dog", "bee"], quiet=True)
-    assert model.head.bias.tolist() == [-1.5, before.head.bias[1].item()]
-
-
-def test_weights_without_a_head(tmp_path, capsys):
-    model = model_of(None, 0)
-    path = am.save_model(model, tmp_path / "features").parent
-    found = build_model(finetuning(path), ANIMALS)
-    assert found.head.weight.shape == (3, 16)
-    assert same_but_head(found, model)
-    assert "for 3 classes; the weights had none" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("size", "growth", "how"),
-    [
-        (16, "resample", "resized  8x8 -> 16x16 pixels: resample"),
-        ((8, 16), "auto", "resized  8x8 -> 8x16 pixels: block-diagonal"),
-    ],
-)
-def test_another_image_size(animals, capsys, size, growth, how):
-    config = finetuning(animals, model__image_size=size, model__resize_weights=growth)
-    model = build_model(config, ANIMALS)
-    expected = am.load_model(animals, size, resize_weights=growth, quiet=True)
-    assert model.preprocessing.image_size == model.config.image_size == expected.config.image_size
-    assert same_but_head(model, expected)
-    assert torch.equal(model.head.weight, expected.head.weight)
-    assert capsys.readouterr().err.startswith(how)
-
-
 def test_a_crop_of_the_runs_own_reaches_small_images(animals, tmp_path):
     changes = {"data__resize": "resmall-crop", "data__crop": 0.75, "data__exif_orientation": False}
     config = finetuning(animals, model__image_size=16, **changes)
@@ -181,28 +105,6 @@ def test_a_crop_of_the_runs_own_reaches_small_images(animals, tmp_path):
     for bad in ({"data__resize": "squash", "data__crop": 0.9}, {"data__crop": 1.5}):
         with pytest.raises(am.UserError, match=r"data\.crop"):
             finetuning(animals, **bad)
-
-
-def test_overrides_need_no_other_tensors(animals):
-    overrides = {"stochastic_depth": 0.2, "dropout": 0.1}
-    model = build_model(finetuning(animals, model__overrides=overrides), ANIMALS, quiet=True)
-    assert (model.config.stochastic_depth, model.config.dropout) == (0.2, 0.1)
-    assert torch.equal(model.eval()(images()), am.load_model(animals)(images()))
-    with pytest.raises(am.UserError, match=r"stochastic_depth.*got 2"):
-        build_model(finetuning(animals, model__overrides={"stochastic_depth": 2}), ANIMALS)
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ("", "begins with trained weights, and none are given"),
-        ("nowhere", "no such model: 'nowhere'"),
-        ("mixer_b16", "is an architecture and has no weights of its own"),
-    ],
-)
-def test_no_weights(weights, message):
-    with pytest.raises(am.UserError, match=message):
-        build_model(finetuning(weights), ANIMALS)
 
 
 def test_a_linear_probe_moves_only_the_head(animals, class_folder, tmp_path):

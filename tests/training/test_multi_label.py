@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score, f1_score, log_loss
 import allmlp as am
 from allmlp.decision import Decision
 from allmlp.evaluation.metrics import Evaluation
-from allmlp.evaluation.multi_label import average_precision, best_thresholds
+from allmlp.evaluation.multi_label import average_precision
 from allmlp.training.run_folder import config_of
 from conftest import mixer
 
@@ -68,19 +68,6 @@ def test_metrics_are_scikit_learns(seed: int):
     assert not {"top1", "top5", "balanced_accuracy"} & names.keys()
     assert found.top5 is None  # which the last lines of a training ask for
     assert average_precision(labels[:, 5], logits[:, 5]) is None
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_no_threshold_has_a_higher_f1(seed: int):
-    random = np.random.default_rng(seed)
-    labels = random.random((40, 5)) < (0.1, 0.3, 0.6, 0.0, 1.0)
-    logits = random.normal(size=(40, 5)).round(1).astype(np.float32)
-    chosen = best_thresholds(labels, logits)
-    for truth, scores, threshold in zip(labels.T, logits.T, chosen, strict=True):
-        tried = [-10.0, *(scores - 0.05), *(scores + 0.05)]
-        reached = [f1_score(truth, scores >= at, zero_division=0.0) for at in (threshold, *tried)]
-        assert reached[0] == max(reached)
-    assert chosen[3] == 0.0  # no image has the label: a probability of one half
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +137,7 @@ def test_a_study_chooses_by_mean_average_precision(run: tuple[Path, Path], tmp_p
     )
     result = am.finetune(config, grid=[0.01, 0.001], seeds=[0, 1], quiet=True)
     assert result.best_by == "mean_average_precision"
-    assert result.grid[result.learning_rate] == max(result.grid.values())
+    assert result.grid[result.learning_rate] == max(filter(None, result.grid.values()))
     assert result.mean == pytest.approx(np.mean(list(result.accuracies.values())))
     assert result.mean > 0.9
 
@@ -170,18 +157,6 @@ def test_predictions_are_the_classes_that_reach_their_threshold(
     assert "" in answers  # an image without a label
 
 
-def test_calibrating_chooses_the_thresholds_again(
-    run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    folder, data = run
-    code, out, _ = mixer(capsys, "calibrate", folder, tmp_path / "sure", "--data", f"{data}:train")
-    assert (code, "unsure" in out) == (0, False)
-    decision = am.load_model(tmp_path / "sure", quiet=True).decision
-    assert decision.measured["thresholds"]["images"] == 120
-    result = am.evaluate(str(tmp_path / "sure"), f"{data}:train")
-    assert result.macro_f1 == pytest.approx(decision.measured["thresholds"]["f1_after"], abs=1e-6)
-
-
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
@@ -196,6 +171,22 @@ def test_what_cannot_be_is_said(run: tuple[Path, Path], tmp_path: Path, changes,
         am.train(config, quiet=True)
     assert error.value.code == code
     assert not (tmp_path / "x").exists()
+
+
+def test_validation_images_without_a_label(run: tuple[Path, Path], tmp_path: Path):
+    """They have no average precision, and the other metrics have a value."""
+    paths = [line.split(",")[0] for line in run[1].read_text().splitlines()[1:21]]
+    labels = {0: "red|blue", 1: "green"}  # too few to be held out
+    lines = [f"{run[1].parent / path},{labels.get(at, '')}" for at, path in enumerate(paths)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *lines]) + "\n")
+    changes = {"data.source": str(tmp_path / "list.csv"), "epochs": 1}
+    config = config_of(run[0]).with_values({**changes, "output": str(tmp_path / "run")})
+    with pytest.raises(am.UserError) as error:
+        am.train(config, quiet=True)
+    assert (error.value.code, "micro_f1" in str(error.value.fix)) == ("not-applicable", True)
+    found = am.train(config.with_value("best_by", "micro_f1"), quiet=True).validation
+    assert found is not None
+    assert found.mean_average_precision is None
 
 
 def test_a_model_of_one_label_refuses_several(run: tuple[Path, Path]):

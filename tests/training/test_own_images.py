@@ -50,16 +50,6 @@ def test_the_commands_that_the_run_prints_measure_the_held_out_images(made, caps
     assert f"mixer evaluate {made / 'run'} --data {made / 'data'}:validation\n" in log
 
 
-@pytest.mark.parametrize("source", ["run", "run/best", "run/best/model.safetensors"])
-def test_from_python(made, source):
-    model = am.load_model(made / source)
-    found = am.evaluate(model, made / "data", num_workers=0)
-    assert (len(found.labels), found.are_held_out, found.trained_on) == (2, True, 0)
-    model.source = None  # weights of nowhere
-    found = am.evaluate(model, made / "data", num_workers=0)
-    assert (len(found.labels), found.are_held_out, found.trained_on) == (20, False, None)
-
-
 def test_moved_data_is_the_same_data(made, tmp_path, monkeypatch):
     shutil.copytree(made / "data", tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
@@ -92,19 +82,6 @@ def test_images_of_the_run_beside_new_ones(made, tmp_path):
     assert (len(found.source), found.are_held_out, found.trained_on) == (23, False, 18)
     with pytest.raises(am.UserError, match="unknown split"):
         open_measured(str(made / "run"), f"{tmp_path / 'more'}:validation")
-
-
-def test_a_run_on_a_part_of_the_images(made, tmp_path):
-    make_class_folder(tmp_path / "data" / "train", {"ant": 10, "bee": 10})
-    source = f"{tmp_path / 'data'}:train[:80%]"
-    config = tiny_config(source, tmp_path / "run", steps=1, data__holdout=0.25)
-    run = am.train(config, quiet=True).run_folder
-    log = (run / "log.txt").read_text()
-    assert f"mixer evaluate {run} --data {tmp_path / 'data'}:validation\n" in log
-    found = open_measured(str(run), f"{tmp_path / 'data'}:validation")
-    assert (len(found.source), found.are_held_out) == (4, True)
-    assert open_measured(str(run), f"{tmp_path / 'data'}:train[80%:]").trained_on == 0
-    assert open_measured(str(run), f"{tmp_path / 'data'}:train").trained_on == 12
 
 
 def test_large_data_is_looked_at_in_part(made, monkeypatch):

@@ -13,15 +13,10 @@ import torch
 import allmlp as am
 from allmlp.models.catalog import model_config
 from allmlp.training.config import (
-    SGD,
     AdamW,
-    AugmentSettings,
-    Cosine,
     InceptionCrop,
     Linear,
-    NoCrop,
     Sigmoid,
-    Softmax,
 )
 from allmlp.training.recipes import (
     FINETUNING,
@@ -130,49 +125,6 @@ def test_appendix_a2_is_one_flag_each(name: str, own: dict[str, Any]):
     assert config == without
 
 
-@pytest.mark.parametrize("name", ["finetune", *APPENDIX_C])
-def test_what_fine_tuning_shares(name: str):
-    config = am.recipe(name)
-    model, augment, optimizer = config.model, config.augment, config.optimizer
-    assert (model.name, model.image_size, model.weights) == ("", None, "")
-    assert (model.train_only, model.head_bias) == ("all", 0)
-    assert model.overrides == {"stochastic_depth": 0.0}
-    rate, warmup = optimizer.learning_rate, optimizer.warmup
-    assert optimizer == SGD(
-        learning_rate=rate, momentum=0.9, clip_norm=1, schedule=Cosine(), warmup=warmup
-    )
-    assert (config.batch_size, config.loss) == (512, Softmax())
-    assert config.steps is not None
-    assert config.steps % config.evaluate_every == 0
-    assert config.data.holdout is None
-    is_vtab = name == "finetune_vtab"
-    assert augment.flip is not is_vtab
-    assert augment.crop == (NoCrop() if is_vtab else InceptionCrop())
-    assert config.data.resize == ("squash" if is_vtab else "resmall-crop")
-    assert (augment.randaugment, augment.cutmix, augment.random_erasing) == (None, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("model", "epochs", "warmup", "rate", "batch"),
-    [("cycle_mlp_b1", 300, 5, 1e-3, 1024), ("vip_s7", 310, 20, 2e-3, 2048)],
-)
-def test_the_settings_of_cycle_mlp_and_vision_permutator(model, epochs, warmup, rate, batch):
-    config = am.recipe(f"imagenet_{model}")
-    assert (config.model.name, config.epochs, config.batch_size) == (model, epochs, batch)
-    assert config.model.overrides == {"stochastic_depth": 0.1}
-    assert config.optimizer == AdamW(
-        learning_rate=rate,
-        weight_decay=0.05,
-        clip_norm=0,
-        warmup=warmup / epochs,
-        schedule=Cosine(final_lr_fraction=1e-5 / rate),
-    )
-    strengths = {"randaugment": 9, "random_erasing": 0.25, "mixup": 0.8, "cutmix": 1}
-    assert config.augment == AugmentSettings(crop=InceptionCrop(area=(0.08, 1)), **strengths)
-    assert config.loss == Softmax(label_smoothing=0.1)
-    assert rows(f"imagenet_{model}")[0][2:6] == [str(epochs), str(warmup), str(rate), f"{batch:,}"]
-
-
 @pytest.mark.parametrize(
     ("num_images", "steps", "warmup", "mixup"),
     [
@@ -206,30 +158,3 @@ def test_the_document_has_its_command(name: str):
     words["cifar10_compare"] = "paper permutation"  # whose default it is
     default = f"finetune .*--recipe {name}" if name in FINETUNING else f"train {name}"
     assert re.search(rf"^mixer {words.get(name, default)}\b", DOCUMENT, flags=re.MULTILINE)
-
-
-def rows(name: str) -> list[list[str]]:
-    """The cells of the document's rows that begin with a recipe's name."""
-    lines = re.findall(rf"^\| `{name}`.*\|$", DOCUMENT, flags=re.MULTILINE)
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
-@pytest.mark.parametrize("name", TABLE_4)
-def test_the_documents_table_4(name: str):
-    model, epochs, rate, decay, magnitude, mixup, depth, _ = TABLE_4[name]
-    settings, _ = rows(name)
-    letter, patch = model[6].upper(), model[7:]
-    values = [f"{letter}/{patch}", str(epochs), str(rate), str(decay)]
-    values += [str(value) if value else "-" for value in (magnitude, mixup, depth)]
-    assert settings[1:8] == values
-
-
-@pytest.mark.parametrize("name", APPENDIX_C)
-def test_the_documents_fine_tuning(name: str):
-    steps, warmup, rate, grid, holdout = APPENDIX_C[name]
-    row = rows(name)[0]
-    assert row[1:4] == [f"{steps:,}", str(warmup), str(rate)]
-    assert tuple(map(float, row[4].split())) == grid
-    assert row[5] == (
-        "200 of 1,000" if name == "finetune_vtab" else f"{holdout:.0%}".replace("%", " %")
-    )

@@ -15,7 +15,6 @@ import allmlp as am
 from allmlp.io import partial_path
 from allmlp.training import step
 from allmlp.training import train as loop
-from allmlp.training.checkpoint import Checkpoints
 from conftest import NO_PROCESS, draw, mixer, tiny_config
 from runs import (
     DROPOUT,
@@ -42,6 +41,8 @@ CASES = {
     "adamw": DROPOUT,
     "sgd, sharpness, in parts": {**DROPOUT, **SGD, **SHARPNESS, **PARTS},
     "muon, in parts, with workers": {**DROPOUT, **MUON, **PARTS, "data__num_workers": 2},
+    "balanced by the sampler": {**DROPOUT, "data__balance": "sampler"},
+    "balanced by weights": {**DROPOUT, "data__balance": "weights"},
     "adamw, sharpness, no average": {**DROPOUT, **SHARPNESS, "optimizer__ema_decay": 0.0},
 }
 
@@ -237,29 +238,6 @@ def test_stopping_early(data: Path, tmp_path: Path, monkeypatch, patience: int):
     assert len(losses_of(run)) == 4 * (2 + patience)
 
 
-def test_a_rate_without_measure(data: Path, tmp_path: Path):
-    """Fault test 14, Composer's way: the rate is 1e20."""
-    changes = {"optimizer__learning_rate": 1e20, "checkpoint_every": 1}
-    config = run_config(data, tmp_path / "run", **changes)
-    with pytest.raises(am.UserError) as first:
-        train(config)
-    done = len(losses_of(tmp_path / "run"))
-    last = tmp_path / "run" / "checkpoints" / f"step-{done:08d}"
-    what = first.value.what
-    assert what.startswith(f"step {done}: loss ")
-    assert "gradient norm " in what
-    assert "at learning rate " in what
-    assert what.endswith(f"; the last good checkpoint is {last}")
-    checkpoints = Checkpoints(last.parent, say=lambda _: None)
-    found = checkpoints.newest()
-    checkpoints.close()
-    assert found is not None
-    assert found.path == last
-    with pytest.raises(am.UserError) as again:  # it loads, and the same happens
-        train(tmp_path / "run")
-    assert again.value.what == what
-
-
 def test_an_infinite_gradient_changes_nothing(data: Path, tmp_path: Path, monkeypatch):
     """Fault test 14: one number of one gradient is infinite, at step 17; resumed without it."""
     straight = train(run_config(data, tmp_path / "straight", checkpoint_every=7))
@@ -308,30 +286,3 @@ def test_a_run_without_its_checkpoints_is_not_trained_again(class_folder, tmp_pa
     with pytest.raises(am.UserError, match="without checkpoints"):
         am.resume(run.run_folder, quiet=True)
     assert (run.run_folder / "best" / "model.safetensors").stat().st_mtime_ns == before
-
-
-@unix
-def test_a_bad_image_is_named_once_by_a_resumed_run(tmp_path: Path):
-    data = make_data(tmp_path / "data")
-    for split in ("train", "val"):
-        image = data / split / "bee" / "0.png"
-        image.write_bytes(image.read_bytes()[:-40])  # a whole header, broken pixels
-    run = train(run_config(data, tmp_path / "run"), stop_after=13)
-    lines = (run / "bad_files.txt").read_text().splitlines()
-    assert len(lines) == 2
-    train(run)
-    assert (run / "bad_files.txt").read_text().splitlines() == lines
-
-
-@unix
-def test_a_stop_without_checkpoints_promises_nothing(data: Path, tmp_path: Path, capfd):
-    run = train(run_config(data, tmp_path / "run", keep_checkpoints=0), stop_after=3)
-    log = (run / "log.txt").read_text()
-    assert "the run keeps no checkpoints and cannot be resumed" in log
-    assert "to resume" not in log
-    assert "saves" not in capfd.readouterr().err
-
-
-def test_the_best_state_is_saved_whenever_it_comes(data: Path, tmp_path: Path):
-    run = train(run_config(data, tmp_path / "run", checkpoint_every=100), stop_after=13)
-    assert (run / "checkpoints" / "step-00000010").is_dir()  # the first evaluation is the best

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 import allmlp as am
 from allmlp.data.source import BadImage
 from allmlp.io import partial_path
-from allmlp.training.run_folder import RunFolder, planned_path
+from allmlp.training.run_folder import RunFolder
 from conftest import NO_PROCESS, tiny_config
 
 
@@ -108,17 +107,6 @@ def test_what_a_killed_run_was_writing_goes(tmp_path: Path):
     assert not list(run.path.glob("*.partial"))
 
 
-def test_runs_of_the_same_minute_get_folders_of_their_own(tmp_path: Path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    planned = planned_path(am.recipe("digits"))
-    first, second = (RunFolder(planned, am.recipe("digits")) for _ in range(2))
-    assert first.path == planned
-    assert second.path != planned
-    assert second.plots.is_dir()
-    first.close()
-    second.close()
-
-
 def test_processes_that_do_not_write_leave_no_trace(tmp_path: Path):
     run = RunFolder(tmp_path / "run", config(tmp_path / "run"), writes=False)
     run.log_step({"step": 0, "loss": 1.0})
@@ -130,15 +118,6 @@ def test_processes_that_do_not_write_leave_no_trace(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
-def test_tensorboard_that_is_not_there_is_one_error(class_folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    config = tiny_config(str(class_folder), tmp_path / "run", tensorboard=True)
-    with pytest.raises(am.UserError, match="needs the package tensorboard") as error:
-        am.train(config, quiet=True)
-    assert error.value.fix == "pip install 'allmlp[tensorboard]'"
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside of tensorboard
 def test_tensorboard_has_the_losses_of_the_run(class_folder, tmp_path):
     accumulator = pytest.importorskip(
@@ -146,7 +125,7 @@ def test_tensorboard_has_the_losses_of_the_run(class_folder, tmp_path):
         reason="the package tensorboard is not installed",
     )
     run = am.train(
-        tiny_config(str(class_folder), tmp_path / "run", tensorboard=True), quiet=True
+        tiny_config(str(class_folder), tmp_path / "run", log="tensorboard"), quiet=True
     ).run_folder
     events = accumulator.EventAccumulator(str(run / "tensorboard"))
     events.Reload()

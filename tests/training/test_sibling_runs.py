@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import allmlp as am
-from runs import check_same, losses_of, make_data, run_config, train, unix
+from runs import make_data, run_config
 from staged_models import SMALL_CYCLE, SMALL_PERMUTATOR
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -26,20 +26,6 @@ def config_of(data: Path, output: Path, name: str, **changes: Any) -> am.TrainCo
     overrides = {**MODELS[name], "stochastic_depth": 0.3}
     config = run_config(data, output, **{"steps": 8, "evaluate_every": 4, **changes})
     return config.with_values({"model.name": name, "model.overrides": overrides})
-
-
-@pytest.mark.slow
-@unix
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("name", MODELS)
-def test_a_resumed_run_repeats_the_bits(data: Path, tmp_path: Path, name: str, optimizer: str):
-    """In parts of three images, stopped in the middle."""
-    changes = {"optimizer__name": optimizer, "micro_batch_size": 3}
-    straight = train(config_of(data, tmp_path / "straight", name, **changes))
-    assert len(set(losses_of(straight))) == 8
-    run = train(config_of(data, tmp_path / "run", name, **changes), stop_after=5)
-    train(run)
-    check_same(run, straight)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from PIL import Image
 
 import allmlp as am
 from allmlp.training import train as loop
-from allmlp.training.report import duration
 from conftest import tiny_config
 
 PLOTS = [*("confusion", "curves", "predictions", "reliability", "train_batch", "worst_mistakes")]
@@ -79,36 +77,6 @@ def test_results_and_best(trained: am.TrainResult, class_folder: Path, tmp_path:
     assert (result.run_folder / "validation" / "evaluation.json").exists()
 
 
-def test_test_images_are_measured_at_the_end(trained: am.TrainResult):
-    assert trained.test is not None
-    assert trained.test.data == "digits:test"
-    written = json.loads((trained.run_folder / "test" / "evaluation.json").read_text())
-    again = am.evaluate(am.load_model(trained.run_folder), "digits:test")
-    assert written["top1"] == trained.test.top1 == again.top1
-    assert written["images"] == 359
-
-
-@pytest.mark.parametrize(("length", "total"), [({"epochs": 7}, "7"), ({"steps": 4}, "1.6")])
-def test_the_screen_ends_with_the_last_epoch(class_folder: Path, tmp_path: Path, length, total):
-    config = tiny_config(str(class_folder), tmp_path / "run").with_values(
-        {"evaluate_every": 2, **length}
-    )
-    am.train(config, quiet=True)
-    log = (tmp_path / "run" / "log.txt").read_text()
-    shown = re.findall(r"^epoch +([\d.]+)/([\d.]+) ", log, flags=re.MULTILINE)
-    assert float(shown[-1][0]) == float(total)
-    assert {end for _, end in shown} == {total}
-
-
-def test_the_log_says_what_was_found_first(trained: am.TrainResult):
-    lines = (trained.run_folder / "log.txt").read_text().splitlines()
-    assert lines[0].startswith("data     digits: 1,259 images to train, 179 to validate")
-    assert "parameters" in "\n".join(lines[:4])
-    assert lines[4] == f"results  {trained.run_folder}"
-    assert any(line.startswith("test accuracy ") for line in lines)
-    assert f"         mixer evaluate {trained.run_folder} --data digits:test" in lines
-
-
 def test_the_same_seed_gives_the_same_bits(class_folder: Path, tmp_path: Path):
     changes = {
         "augment__mixup": 0.5,
@@ -146,59 +114,6 @@ def test_the_average_is_what_is_kept(class_folder, tmp_path, monkeypatch):
     assert not torch.equal(saved["stem.weight"], kept[0].model.stem.weight)
 
 
-def test_the_callers_random_numbers_are_left_alone(class_folder: Path, tmp_path: Path):
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
-    assert torch.equal(torch.rand(1), expected)
-
-
-def test_grey_and_rectangular(class_folder: Path, tmp_path: Path):
-    overrides = {**tiny_config("x", tmp_path).model.overrides, "in_channels": 1}
-    config = tiny_config(
-        str(class_folder), tmp_path / "run", model__overrides=overrides, model__image_size=(8, 12)
-    )
-    model = am.load_model(am.train(config, quiet=True).run_folder)
-    assert model.preprocessing == am.Preprocessing(image_size=(8, 12), channels=1)
-    assert model(torch.zeros(1, 1, 8, 12)).shape == (1, 3)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        *((0.4, "0 s"), (59.6, "1 min"), (125, "2 min 5 s"), (3599.7, "1 h")),
-        *((90_000, "1 day 1 h"), (4.5 * 86_400, "4 days 12 h"), (8_643_600, "100 days")),
-    ],
-)
-def test_duration(seconds: float, text: str):
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model__name": "mixer_x16"}, "unknown model 'mixer_x16'"),
-        ({"model__image_size": 9}, "image size 9x9 is not divisible by the patch size 4"),
-        ({"data__source": "no/such/folder"}, "no such data: 'no/such/folder'"),
-        ({"device": "gpu"}, "unknown device 'gpu'"),
-        ({"model__overrides": {"in_channels": 2}}, "the model takes 2"),
-        ({"model__overrides": {"depth": 2}}, "no setting 'depth'"),
-        ({"data__num_workers": 100_000}, "num_workers must be"),
-        ({"output": "r/\udcff"}, "is not valid UTF-8"),
-    ],
-)
-def test_mistakes_leave_nothing_behind(class_folder, tmp_path, changes, message):
-    output = Path(changes.get("output", tmp_path / "run"))
-    changes = {key: value for key, value in changes.items() if key != "output"}
-    config = tiny_config(str(class_folder), output, **changes)
-    if "in_channels" in str(changes):
-        config = config.with_value("model.image_size", 16)
-    with pytest.raises(am.UserError, match=message):
-        am.train(config, quiet=True)
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_diverged_model_is_never_best(class_folder, tmp_path, monkeypatch):
     measure = loop.measure
 
@@ -211,13 +126,6 @@ def test_a_diverged_model_is_never_best(class_folder, tmp_path, monkeypatch):
     with pytest.raises(am.UserError, match="the validation loss is nan"):
         am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run" / "best").exists()
-
-
-def test_a_file_that_cannot_be_opened_is_a_bad_image(class_folder, tmp_path):
-    (class_folder / "train" / "ant" / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    config = tiny_config(str(class_folder), tmp_path / "run", data__max_bad=0.1)
-    run = am.train(config, quiet=True).run_folder
-    assert "gone.png\tcannot read the file" in (run / "bad_files.txt").read_text()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="any bytes make a file name on Unix")

@@ -44,6 +44,8 @@ TRAIN = {
 }
 FINETUNE = {**_SHARED, "resize_weights": "model.resize_weights"}
 _SECTIONS = {"": TrainConfig, "model": ModelSettings, "data": DataSettings, "optimizer": AdamW}
+_HINTS = {section: get_type_hints(kind) for section, kind in _SECTIONS.items()}
+_DOCS = {section: documentation(kind) for section, kind in _SECTIONS.items()}
 
 
 def _flag(name: str, hint: Any, default: Any, doc: str, **metadata: str) -> tuple[str, Any, Any]:
@@ -59,9 +61,7 @@ def _options(name: str, settings: dict[str, str], *more: tuple[str, Any, Any]) -
     fields = []
     for flag, key in settings.items():
         section, _, field = key.rpartition(".")
-        kind = _SECTIONS[section]
-        hint = get_type_hints(kind)[field] | None
-        fields.append(_flag(flag, hint, None, documentation(kind)[field]))
+        fields.append(_flag(flag, _HINTS[section][field] | None, None, _DOCS[section][field]))
     base = dataclasses.field(default=None, metadata={"hidden": True})  # config.json of a run
     fields.append(("base", dict[str, Any] | None, base))
     doc = "Any other setting, as config.json of a run names it; may be given many times."
@@ -102,16 +102,15 @@ is a name of docs/recipes.md; without it digits, or scratch where --data is give
 def train_command(recipe: str | None, options: Any) -> Any:
     """Runs `mixer train`."""
     from allmlp.data.sources import are_arrays, names_source  # slow imports not needed by --help
-    from allmlp.training.run_folder import check_same, config_of
+    from allmlp.training.run_folder import config_of
     from allmlp.training.train import train
 
     exclusive(recipe=recipe, config=options.base, resume=options.resume)
     exclusive(resume=options.resume, output=options.output)
     exclusive(resume=options.resume, folds=options.folds)
     if options.resume is not None:
-        old = config_of(options.resume)
-        config = old.with_values(given_settings(options, TRAIN), options.settings)
-        check_same(old, config)
+        config = config_of(options.resume)
+        config = config.with_values(given_settings(options, TRAIN), options.settings)
         return train(replace(config, output=options.resume), dry_run=options.dry_run)
     if options.base is not None:
         config = base_of(options)
@@ -129,12 +128,12 @@ def base_of(options: Any) -> TrainConfig:
     return replace(TrainConfig.from_json(options.base), output=None)
 
 
-def _train_or_fold(config: TrainConfig, options: Any) -> Any:
-    from allmlp.cross_validation import cross_validate
+def _train_or_fold(config: TrainConfig, options: Any, splits: Any = None) -> Any:
+    from allmlp.studies import cross_validate
     from allmlp.training.train import train
 
     if options.folds is None:
-        return train(config, dry_run=options.dry_run)
+        return train(config, dry_run=options.dry_run, splits=splits)
     if options.dry_run:
         return _dry_study(config.with_value("data.fold", (1, options.folds)), options.folds)
     return cross_validate(config, options.folds)
@@ -182,8 +181,8 @@ command with the same --output resumes what was stopped.
 
 def finetune_command(checkpoint: str, options: Any) -> Any:
     """Runs `mixer finetune`."""
-    from allmlp.finetuning import finetune
-    from allmlp.training.fit import finetune_config
+    from allmlp.studies import finetune
+    from allmlp.training.fit import fitted_config
 
     if options.data is None and options.base is None:
         raise UserError("fine-tuning needs data", where="data", code="missing")
@@ -197,20 +196,16 @@ def finetune_command(checkpoint: str, options: Any) -> Any:
     exclusive(learning_rate=rate, grid=has_grid)
     exclusive(seed=typed.get("seed"), seeds=seeds)
     given = {"model.train_only": "probe", "epochs": 1} if options.probe else {}
-    given |= given_settings(options, FINETUNE)
+    given |= {**given_settings(options, FINETUNE), "model.weights": checkpoint}
+    splits = None
     if options.base is not None:
-        given["model.weights"] = checkpoint
         config = base_of(options).with_values(given, options.settings)
     else:
-        config = finetune_config(
-            *(checkpoint, options.data or "", given, options.settings),
-            recipe_name=options.recipe,
-            in_grid=has_grid,
-        )
+        config, splits = fitted_config(given, options.settings, options.recipe, has_grid)
     if seeds:
         config = config.with_value("seed", seeds[0])
     if not has_grid and len(seeds) < 2:
-        return _train_or_fold(config, options)
+        return _train_or_fold(config, options, splits)
     rates = (grid or LEARNING_RATES[config.recipe]) if has_grid else ()
     seeds = seeds or (config.seed,)
     if options.dry_run:

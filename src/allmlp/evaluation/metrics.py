@@ -305,10 +305,11 @@ class Evaluation:
 
     @property
     def macro_f1(self) -> float:
-        """Mean F1 of the classes that have images or predictions, as in scikit-learn."""
+        """Mean F1 of the classes that have images or predictions, as in scikit-learn; 0 if none."""
         images, predicted, correct = self.class_counts
-        either = images + predicted
-        return float((2 * correct[either > 0] / either[either > 0]).mean())
+        is_used = images + predicted > 0
+        scores = 2 * correct[is_used] / (images + predicted)[is_used]
+        return float(scores.mean()) if len(scores) else 0.0
 
     @property
     def micro_f1(self) -> float:

@@ -40,12 +40,12 @@ from allmlp.data.sources.subset_file import (
 from allmlp.errors import UserError, one_of, plural
 from allmlp.evaluation.features import weights_hash
 from allmlp.evaluation.result_file import measurement, read_measurement, save_result
-from allmlp.finetuning import FinetuneResult, finetune
 from allmlp.io import expand, read_json
 from allmlp.options import assigned, given_settings
 from allmlp.paper.options import SuiteOptions
 from allmlp.paper.study import formatted
 from allmlp.runtime.world import join_world
+from allmlp.studies import FinetuneResult, finetune
 from allmlp.sweep import study_folder
 from allmlp.training.config import Steps, TrainConfig
 from allmlp.training.dataset import check_readable

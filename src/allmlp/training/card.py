@@ -1,24 +1,21 @@
-"""The model card (best/README.md), generated from the run."""
+"""What a run has come to, and the model card (best/README.md) that says so."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
+from dataclasses import dataclass
 from typing import Any
 
+from allmlp.data.source import Source
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources.hub import PREFIX
 from allmlp.decision import Decision
 from allmlp.evaluation.calibration import summary
 from allmlp.evaluation.metrics import METRICS, Evaluation
 from allmlp.models.catalog import architecture_name, family_of
-from allmlp.models.layers import (
-    ImageClassifier,
-    flops_text,
-    preprocessing_of,
-)
+from allmlp.models.layers import Classifier, flops_text, preprocessing_of
 from allmlp.models.timm_model import TimmConfig
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits
@@ -30,6 +27,8 @@ _HUB_METRICS = {
     "balanced_accuracy": "balanced_accuracy",
     "macro_f1": "f1",
 }
+# Of the weights it began with -> as the hub names it.
+_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}
 _USE = """## Use
 
 {place}, with the package allmlp installed:
@@ -45,33 +44,35 @@ for prediction in am.predict("{source}", ["photo.jpg"]):
 mixer predict {source} photo.jpg
 ```
 """
-_UNSTATED = "# license: not stated; see the end of this page"
-# Of the weights it began with -> as the hub names it.
-_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}
 _CARD = """---
 {header}
 ---
 
 # {title}
 
-{architecture}, {summary}: {parameters:,} parameters, {flops} per image.
-Input: {height}x{width} pixels.
-It distinguishes {num_classes} classes: {classes}.
+{architecture}, {described}.
+{classes}
 
-## Accuracy
-
-| images | split |{titles}
-| ---: | --- |{lines}
-{results}
-
-{chosen}
-
-{probabilities}{use}
-
+{measured}{use}
 Images of any size and mode are turned upright and preprocessed as the model requires:
 {preprocessing}.
 
-## Training
+{history}
+
+Architecture: {architecture}, {paper}.
+
+{licence}
+"""
+_MEASURED = """## Accuracy
+
+| images | split |{titles}
+| ---: | --- |{lines}
+{rows}
+
+The weights are those of {chosen}. {caveat}
+
+{probabilities}"""
+_HISTORY = """## Training
 
 {trained}
 Every setting is in the run's `config.json`.
@@ -79,15 +80,57 @@ Every setting is in the run's `config.json`.
 ## Limits
 
 It was trained only on the images named above: for images of another kind, from another camera or
-of other classes its answers and probabilities mean nothing.
-
-Architecture: {architecture}, {paper}.
-
-Licence: the code that made it, allmlp, is Apache-2.0. That of these weights is the choice of
-whoever trained them, and depends on the images{begun}.
-"""
+of other classes its answers and probabilities mean nothing."""
+_LICENCE = """Licence: the code that made it, allmlp, is Apache-2.0. That of these weights is the
+choice of whoever trained them, and depends on the images{begun}."""
 
 PROBABILITIES = "## Probabilities"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The facts of a run, from which console, card and page are written."""
+
+    config: TrainConfig
+    splits: Splits
+    model: Classifier
+    validation: Evaluation | None = None
+    test: Evaluation | None = None
+
+    @property
+    def shown(self) -> Evaluation | None:
+        """The result that counts."""
+        return self.validation if self.test is None else self.test
+
+    @property
+    def source(self) -> Source | None:
+        return self.splits.validation if self.test is None else self.splits.test
+
+    @property
+    def caveat(self) -> str:
+        """What the accuracy is worth."""
+        if self.splits.test is not None:
+            return "The test images are measured once, at the end."
+        if self.splits.validation is None:
+            return "All images were trained on, none are left to measure the accuracy."
+        if self.config.data.fold is not None:
+            return "The held-out fold is measured once, at the end."
+        return (
+            "There are no test images: the weights were chosen by these validation images, so "
+            "expect somewhat less on new ones."
+        )
+
+    @property
+    def length(self) -> str:
+        if self.config.model.train_only == "probe":
+            return "linear probe, the head alone on frozen features of images without augmentation"
+        return f"{self.config.length}, batch {self.config.batch_size}"
+
+
+def described(model: Classifier) -> str:
+    height, width = model.config.image_size
+    cost = f"{model.num_parameters:,} parameters, {flops_text(model.config.flops)} per image"
+    return f"{model.config.summary()}, {height}x{width} pixels: {cost}"
 
 
 def probabilities_section(decision: Decision) -> str:
@@ -105,138 +148,111 @@ def public_name(data: str, name: str) -> str:
     return called + name.removeprefix(base) if name.startswith(base) else name
 
 
-def model_card(
-    model: ImageClassifier,
-    config: TrainConfig,
-    splits: Splits,
-    validation: Evaluation | None,
-    test: Evaluation | None,
-) -> str:
-    """Returns the model card in Markdown, with the metadata header that model hubs read.
-
-    It contains no local paths, so that the folder can be published as is.
-    """
-    data, weights = config.data.source, config.model.weights
-    base, public = parse_name(data).base, functools.partial(public_name, data)
-    evaluations = [evaluation for evaluation in (validation, test) if evaluation is not None]
-    found = [dict(evaluation.figures()) for evaluation in evaluations]
-    shown = [metric for metric in METRICS if found and metric.name in found[0]]
-    rows = [
-        f"| {len(evaluation.labels):,} | {public(evaluation.data)} | "
-        f"{' | '.join(f'{values[m.name]:{m.format}}' for m in shown)} |"
-        for evaluation, values in zip(evaluations, found, strict=True)
-    ]
-    by = "accuracy" if config.best_by == "top1" else config.best_by.replace("_", " ")
-    keeps_last = splits.validation is None or config.data.fold is not None
-    best = "the last step" if keeps_last else f"the best validation {by}"
-    chosen = "all images were trained on, none are left to measure the accuracy."
-    if splits.test:
-        chosen = "the test images are measured once, at the end."
-    elif config.data.fold is not None:
-        chosen = "the held-out fold is measured once, at the end."
-    elif splits.validation is not None:
-        chosen = "there were no test images, so expect somewhat less on new ones."
-    names = splits.train.class_names
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    height, width = model.config.image_size
-    tag, architecture, paper = _architecture(model)
-    title = f"{architecture} on {public(data)}"
-    start = begun = licence = probe = ""
-    optimizer = config.optimizer
+def model_card(outcome: Outcome) -> str:
+    """Returns the model card, with the header that hubs read and without local paths."""
+    config, splits, model = outcome.config, outcome.splits, outcome.model
+    data, weights, optimizer = config.data.source, config.model.weights, config.optimizer
+    base, num_images = parse_name(data).base, len(splits.train)
+    header: dict[str, Any] = {"license": None, "datasets": None, "base_model": None}
+    if base.startswith(PREFIX):
+        header["datasets"] = [_on_hub(base)]
+    begun = start = name = ""
     if weights is not None:
         # Only the last part of a path.
         name = os.path.basename(os.path.normpath(weights).removesuffix(f"{os.sep}best"))
         name = weights if weights.startswith((PREFIX, "timm:")) else name
         known = find_checkpoint(weights)
-        start = f"from the weights {name};\n"
-        probe = f"A linear probe: the head alone was fitted to the features that {name}\n"
-        probe += f"gives of {len(splits.train):,} images, without augmentation."
-        begun = f" and on the weights that it began with, {name}"
+        licence = "" if known is None else f" ({known.licence})"
+        start, begun = f"from the weights {name}; ", " and on the weights that it began with, "
+        begun += f"{name}{licence}"
+        header["base_model"] = known and known.hub
+        if weights.startswith("timm:"):
+            header["base_model"] = f"timm/{weights.removeprefix('timm:')}"
+        elif weights.startswith(PREFIX):
+            header["base_model"] = _on_hub(weights)
         if known is not None:
-            begun += f" ({known.licence})"
-            licence = _LICENCES.get(known.licence, "other")
-    results = [
-        {
-            "task": {"type": "image-classification"},
-            "dataset": {"name": public(evaluation.data), "type": public(base)},
-            "metrics": [
-                {"type": _HUB_METRICS[m.name], "name": m.title, "value": round(values[m.name], 6)}
-                for m in shown
-                if m.name in _HUB_METRICS
-            ],
-        }
-        for evaluation, values in zip(evaluations, found, strict=True)
-    ]
-    header = {
-        **_kind(tag),
-        "license": licence,
-        "datasets": [_on_hub(base)] if base.startswith(PREFIX) else None,
-        "base_model": None if weights is None else _base_model(weights),
-        "metrics": [results[0]["metrics"][0]["type"]] if results else None,
-        "model-index": [{"name": title, "results": results}] if results else None,
-    }
-    steps = (
-        f"Recipe `{config.recipe}`, seed {config.seed}: {config.length} of {len(splits.train):,} "
-        f"images in batches of\n{config.batch_size}; {start}{optimizer.name}, learning rate\n"
+            header["license"] = _LICENCES.get(known.licence, "other")
+    rows, results = [], []
+    measured = [found for found in (outcome.validation, outcome.test) if found is not None]
+    shown = [m for m in METRICS if measured and m.name in dict(measured[0].figures())]
+    for found in measured:
+        values, split = dict(found.figures()), public_name(data, found.data)
+        cells = " | ".join(f"{values[m.name]:{m.format}}" for m in shown)
+        rows.append(f"| {len(found.labels):,} | {split} | {cells} |")
+        metrics = [
+            {"type": _HUB_METRICS[m.name], "name": m.title, "value": round(values[m.name], 6)}
+            for m in shown
+            if m.name in _HUB_METRICS
+        ]
+        dataset = {"name": split, "type": public_name(data, base)}
+        task = {"type": "image-classification"}
+        results.append({"task": task, "dataset": dataset, "metrics": metrics})
+    _, architecture, _ = _architecture(model)
+    title = f"{architecture} on {public_name(data, data)}"
+    if results:
+        header["metrics"] = [results[0]["metrics"][0]["type"]]
+        header["model-index"] = [{"name": title, "results": results}]
+    by = "accuracy" if config.best_by == "top1" else config.best_by.replace("_", " ")
+    keeps_last = splits.validation is None or config.data.fold is not None
+    trained = (
+        f"Recipe `{config.recipe}`, seed {config.seed}: {config.length} of {num_images:,} images "
+        f"in batches of {config.batch_size}; {start}{optimizer.name}, learning rate "
         f"{optimizer.learning_rate:g}, weight decay {getattr(optimizer, 'weight_decay', 0.0):g}."
     )
-    lines = [f"{key}: {json.dumps(value)}" for key, value in header.items() if value]
-    return _CARD.format(
-        header="\n".join(lines if licence else [*lines, _UNSTATED]),
-        use=_USE.format(place='In this folder ("."; elsewhere give its path)', source=".").strip(),
-        title=title,
-        architecture=architecture,
-        paper=paper,
-        begun=begun,
-        parameters=model.num_parameters,
-        flops=flops_text(model.config.flops),
-        summary=model.config.summary(),
-        height=height,
-        width=width,
-        num_classes=len(names),
-        classes=", ".join(names[:20]) + more,
+    if config.model.train_only == "probe":
+        trained = f"A linear probe: the head alone was fitted to the features that {name} "
+        trained += f"gives of {num_images:,} images, without augmentation."
+    measured_text = _MEASURED.format(
         titles="".join(f" {metric.title} |" for metric in shown),
         lines=" ---: |" * len(shown),
-        results="\n".join(rows),
-        chosen=f"The weights are those of {best};\n{chosen}",
+        rows="\n".join(rows),
+        chosen="the last step" if keeps_last else f"the best validation {by}",
+        caveat=outcome.caveat,
         probabilities=probabilities_section(model.decision),
-        preprocessing=preprocessing_of(model).summary(),
-        trained=probe if config.model.train_only == "probe" else steps,
+    )
+    place = 'In this folder ("."; elsewhere give its path)'
+    history = _HISTORY.format(trained=trained)
+    return _card(
+        model, title, header, place, (measured_text, history, _LICENCE.format(begun=begun))
     )
 
 
-def plain_card(model: ImageClassifier) -> str:
+def plain_card(model: Classifier) -> str:
     """Returns the card of a model that carries no history: what it is and how to use it."""
-    config, names = model.config, model.class_names or []
+    history = "What it was trained on, its accuracy and its licence are not stated."
+    return _card(model, _architecture(model)[1], {}, "In this folder", ("", history, ""))
+
+
+def _card(
+    model: Classifier, title: str, header: dict[str, Any], place: str, texts: tuple[str, str, str]
+) -> str:
     tag, architecture, paper = _architecture(model)
-    header = [f"{key}: {json.dumps(value)}" for key, value in _kind(tag).items()]
+    task, names = "image-classification", model.class_names or []
+    kind = {"library_name": "allmlp", "pipeline_tag": task, "tags": [task, tag]}
+    lines = [f"{key}: {json.dumps(value)}" for key, value in (kind | header).items() if value]
+    if not header.get("license"):
+        lines.append("# license: not stated; see the end of this page")
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    classes = (
-        f"It distinguishes {len(names)} classes: {', '.join(names[:20])}{more}." if names else ""
+    classes = f"It distinguishes {len(names)} classes: {', '.join(names[:20])}{more}."
+    measured, history, licence = texts
+    return _CARD.format(
+        header="\n".join(lines),
+        title=title,
+        architecture=architecture,
+        described=described(model),
+        classes=classes if names else "",
+        measured=measured,
+        use=_USE.format(place=place, source="."),
+        preprocessing=preprocessing_of(model).summary(),
+        history=history,
+        paper=paper,
+        licence=licence,
     )
-    height, width = config.image_size
-    return f"""---
-{chr(10).join([*header, "# license: not stated"])}
----
-
-# {architecture}
-
-{architecture}, {config.summary()}: {model.num_parameters:,} parameters, {flops_text(config.flops)}
-per image. Input: {height}x{width} pixels, {preprocessing_of(model).summary()}.
-{classes}
-
-{_USE.format(place="In this folder", source=".")}
-What it was trained on, its accuracy and its licence are not stated.
-
-Architecture: {architecture}, {paper}.
-"""
 
 
 def published_card(card: str, name: str, changes: dict[str, Any]) -> str:
-    """Returns the card of a folder as it is to be on the hub: the code loads it from there.
-
-    `changes` are header fields to set, such as the licence.
-    """
+    """Returns a card as it is to be on the hub, whose code loads the model from there, with header
+    fields such as the licence changed."""
     use = _USE.format(place="From anywhere", source=f"{PREFIX}{name}")
     section = re.compile(r"## Use\n.*?```\nmixer [^\n]*\n```\n", re.DOTALL)
     card = section.sub(lambda _: use, card, count=1)
@@ -249,13 +265,7 @@ def published_card(card: str, name: str, changes: dict[str, Any]) -> str:
     return card
 
 
-def _kind(tag: str) -> dict[str, Any]:
-    """The fields by which the hub sorts models."""
-    task = "image-classification"
-    return {"library_name": "allmlp", "pipeline_tag": task, "tags": [task, tag]}
-
-
-def _architecture(model: ImageClassifier) -> tuple[str, str, str]:
+def _architecture(model: Classifier) -> tuple[str, str, str]:
     """The hub's tag for the model family, the name of the architecture, and the paper."""
     config = model.config
     if isinstance(config, TimmConfig):
@@ -266,14 +276,6 @@ def _architecture(model: ImageClassifier) -> tuple[str, str, str]:
         name, paper = f"{name} variant", f"{paper}, changed as in its appendix A.1: {variant}"
     known = architecture_name(config)
     return family.title.lower().replace(" ", "-"), f"{name} {known}" if known else name, paper
-
-
-def _base_model(weights: str) -> str | None:
-    """The owner/name of weights on the hub."""
-    if weights.startswith("timm:"):
-        return f"timm/{weights.removeprefix('timm:')}"
-    known = find_checkpoint(weights)
-    return _on_hub(weights) if weights.startswith(PREFIX) else known and known.hub
 
 
 def _on_hub(name: str) -> str:

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AllowInfNan, Field, InstanceOf, Strict
-
 from allmlp.errors import UserError, near_names, one_of, plural
 from allmlp.options import (
     OptionError,
@@ -24,17 +22,32 @@ from allmlp.options import (
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")  # see `loggers`
 VERSION = 2  # of config.json; in version 1 choices had no settings of their own, see `_RENAMED`
 
-Int: TypeAlias = Annotated[int, Strict()]
-Flag: TypeAlias = Annotated[bool, Strict()]
-Real: TypeAlias = Annotated[float, Strict(), AllowInfNan(False)]
-Text: TypeAlias = InstanceOf[str]  # paths may contain bytes that are not UTF-8
-Count: TypeAlias = Annotated[Int, Field(ge=1)]
-Natural: TypeAlias = Annotated[Int, Field(ge=0)]
-NonNegative: TypeAlias = Annotated[Real, Field(ge=0)]
-Fraction: TypeAlias = Annotated[Real, Field(ge=0, le=1)]
-PositiveFraction: TypeAlias = Annotated[Real, Field(gt=0, le=1)]
-BelowOne: TypeAlias = Annotated[Real, Field(ge=0, lt=1)]
-CHOICE = Field(discriminator="name")
+
+class Rule:
+    """A rule of pydantic, which is imported only to check values: `--help` does without it."""
+
+    def __init__(self, **field: Any) -> None:
+        self.field = field
+
+    def __get_pydantic_core_schema__(self, kind: Any, handler: Any) -> Any:
+        from pydantic import Field, InstanceOf
+
+        ruled = Annotated[kind, Field(**self.field)] if self.field else InstanceOf[kind]
+        return handler.generate_schema(ruled)
+
+
+Int: TypeAlias = Annotated[int, Rule(strict=True)]
+Flag: TypeAlias = Annotated[bool, Rule(strict=True)]
+Real: TypeAlias = Annotated[float, Rule(strict=True, allow_inf_nan=False)]
+Text: TypeAlias = Annotated[str, Rule()]  # paths may contain bytes that are not UTF-8
+Count: TypeAlias = Annotated[int, Rule(strict=True, ge=1)]
+Natural: TypeAlias = Annotated[int, Rule(strict=True, ge=0)]
+Positive: TypeAlias = Annotated[float, Rule(strict=True, allow_inf_nan=False, gt=0)]
+NonNegative: TypeAlias = Annotated[float, Rule(strict=True, allow_inf_nan=False, ge=0)]
+Fraction: TypeAlias = Annotated[float, Rule(strict=True, ge=0, le=1)]
+PositiveFraction: TypeAlias = Annotated[float, Rule(strict=True, gt=0, le=1)]
+BelowOne: TypeAlias = Annotated[float, Rule(strict=True, ge=0, lt=1)]
+CHOICE = Rule(discriminator="name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +192,7 @@ class AugmentSettings(Options):
     crop: Annotated[InceptionCrop | PaddedCrop | RandomCrop | NoCrop, CHOICE] = InceptionCrop()
     flip: Flag = True
     """Flip half of the images horizontally."""
-    rotate: Annotated[Real, Field(ge=0, le=180)] = 0.0
+    rotate: Annotated[float, Rule(strict=True, ge=0, le=180)] = 0.0
     """Largest rotation, in degrees."""
     scale: BelowOne = 0.0
     """Largest relative change of width and height."""
@@ -189,9 +202,9 @@ class AugmentSettings(Options):
     """Largest shift, as a fraction of the side."""
     elastic: BelowOne = 0.0
     """Standard deviation of an elastic deformation, as a fraction of the side."""
-    randaugment: Annotated[Real, Field(ge=0, le=30)] | None = None
+    randaugment: Annotated[float, Rule(strict=True, ge=0, le=30)] | None = None
     """Magnitude of RandAugment, about 0 to 20; off if not given."""
-    randaugment_layers: Annotated[Int, Field(ge=1, le=16)] = 2
+    randaugment_layers: Annotated[int, Rule(strict=True, ge=1, le=16)] = 2
     """RandAugment operations per image."""
     random_erasing: Fraction = 0.0
     """Probability of random erasing with noise."""
@@ -230,7 +243,7 @@ class Steps(Options):
     name: Literal["steps"] = "steps"
     decay_at: tuple[Real, ...] = (0.3, 0.6, 0.9)
     """Where the learning rate drops, ascending: fractions of the run, or step numbers."""
-    decay_factor: Annotated[Real, Field(gt=0, lt=1)] = 0.1
+    decay_factor: Annotated[float, Rule(strict=True, gt=0, lt=1)] = 0.1
 
     def __post_init__(self) -> None:
         are_fractions = all(0.0 < at < 1.0 for at in self.decay_at)
@@ -250,7 +263,7 @@ class OptimizerSettings(Options):
     """Settings shared by all optimizers."""
 
     name: str
-    learning_rate: Annotated[Real, Field(gt=0)] = 1e-3
+    learning_rate: Positive = 1e-3
     """Peak learning rate, after the warm-up. Muon's updates are scaled so that AdamW's learning
     rates fit."""
     clip_norm: NonNegative = 1.0
@@ -377,7 +390,7 @@ class TrainConfig(Options):
     resumed."""
     checkpoint_every: Count | None = None
     """Steps between checkpoints; by default one at every evaluation."""
-    seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Rule(strict=True, ge=0, lt=2**63)] = 0
     """Seed of the weights, the order of the images and all other random numbers."""
     device: Text = "auto"
     """auto, cpu, cuda or mps (an Apple GPU)."""
@@ -452,8 +465,8 @@ class TrainConfig(Options):
         """
         values = dict(values)
         version = values.pop("version", 1)
-        if (old := values.pop("tensorboard", None)) and not values.get("log"):  # before `log`
-            values["log"] = _log_of(old)
+        if values.pop("tensorboard", None) is True:  # the setting before `log`
+            values["log"] = "tensorboard"
         if version == 1:
             values = _upgraded(values)
         elif version != VERSION:
@@ -482,8 +495,6 @@ class TrainConfig(Options):
         texts = {_RENAMED.get(key, key): text for key, text in assigned(assignments).items()}
         changes = {_RENAMED.get(key, key): value for key, value in changes.items()}
         changes |= {key: literal(text) for key, text in texts.items()}
-        if "tensorboard" in changes:  # the setting before `log`
-            changes["log"] = _log_of(changes.pop("tensorboard"))
         while True:
             try:
                 return self._changed(changes)
@@ -517,10 +528,6 @@ class TrainConfig(Options):
                 if is_other and "evaluate_every" not in changes:  # it has the same unit
                     values["evaluate_every"] = max(1, changes[key] // 20)
         return _checked(values)
-
-
-def _log_of(tensorboard: Any) -> str:
-    return "tensorboard" if tensorboard is True else ""
 
 
 def setting_names(changes: Iterable[str], assignments: Iterable[str]) -> set[str]:

@@ -14,14 +14,7 @@ from allmlp.data.fingerprint import image_key
 from allmlp.data.groups import deal_folds, hold_out, shared_groups
 from allmlp.data.image import DARK, EncodedImage
 from allmlp.data.randaugment import randaugment
-from allmlp.data.source import (
-    BadImage,
-    Source,
-    join,
-    random_subset,
-    subset,
-    unreadable,
-)
+from allmlp.data.source import BadImage, Source, join, random_subset, subset, unreadable
 from allmlp.data.sources import notes_of, open_splits
 from allmlp.data.transforms import flip, inception_crop, random_crop, resize_for_evaluation
 from allmlp.errors import UserError, plural
@@ -53,45 +46,38 @@ class Splits:
 
     def describe(self) -> list[str]:
         """Returns a description of the data, line by line."""
-        names = self.train.class_names
-        counts = self.train.class_counts()
+        names, counts = self.train.class_names, self.train.class_counts()
         few, many = int(counts.argmin()), int(counts.argmax())
         validate, test = "none to validate", f"{len(self.test):,}" if self.test else "none"
         if self.validation is not None:
             origin = "held out of the training images" if self.held_out else "the data's own"
-            origin += self.how
-            validate = f"{len(self.validation):,} to validate ({origin})"
+            validate = f"{len(self.validation):,} to validate ({origin}{self.how})"
         others = "" if few == many else f" ({names[few]}) to {counts[many]:,} ({names[many]})"
         lines = [
             f"{plural(len(self.train), 'image')} to train, {validate}, "
             f"{test} to test; {plural(len(names), 'class')}",
             f"training images per class: {counts[few]:,}{others}",
-            *_labels_per_image(self.train),
-            *self.notes,
         ]
-        for split in (self.validation, self.test):
-            if split is not None:
-                absent = [names[at] for at in np.flatnonzero(split.class_counts() == 0)]
-                if absent:
-                    lines.append(f"{split.name} has no image of {', '.join(absent[:8])}")
+        if self.train.is_multi_label:
+            sums = self.train.labels.sum(axis=1)
+            none = int((sums == 0).sum())
+            without = f"; {plural(none, 'image')} without a label" if none else ""
+            mean = f"mean {sums.mean():.2f}{without}"
+            lines.append(f"labels per image: {sums.min()} to {sums.max()}, {mean}")
+        lines += self.notes
+        for split in filter(None, (self.validation, self.test)):
+            absent = [names[at] for at in np.flatnonzero(split.class_counts() == 0)]
+            if absent:
+                lines.append(f"{split.name} has no image of {', '.join(absent[:8])}")
         if self.bad:
             some = f"{len(self.bad):,} of {plural(len(self.train), 'training image')}"
             lines.append(f"warning: {some} cannot be read and are skipped: {self.bad[0].name} ...")
         return lines
 
 
-def _labels_per_image(source: Source) -> list[str]:
-    if not source.is_multi_label:
-        return []
-    sums = source.labels.sum(axis=1)
-    none = int((sums == 0).sum())
-    without = f"; {plural(none, 'image')} without a label" if none else ""
-    return [f"labels per image: {sums.min()} to {sums.max()}, mean {sums.mean():.2f}{without}"]
-
-
-def open_training_data(settings: DataSettings) -> Splits:
-    """Returns the splits of a run after checking the image headers."""
-    splits, keys = split_data(settings), []
+def open_training_data(settings: DataSettings, splits: Splits | None = None) -> Splits:
+    """Returns the splits of a run, which may be listed already, after checking the headers."""
+    splits, keys = splits or split_data(settings), []
     bad = check_readable(splits.train, settings.max_bad, keys)
     for other in (splits.validation, splits.test):
         if other is not None:
@@ -127,19 +113,15 @@ def _folds(splits: dict[str, Source], name: str, number: int) -> tuple[Source, n
 def split_data(settings: DataSettings) -> Splits:
     """Returns the splits of a run; without a validation split, images are held out of train."""
     splits, notes = _open_splits(settings)
-    train: Source = splits["train"]
-    validation: Source | None = splits.get("validation")
-    held_out = settings.fold is not None or (validation is None and settings.holdout != 0.0)
-    how = ""
-    kept = chosen = np.empty(0, dtype=np.int64)
+    train, validation, how, sides = splits["train"], splits.get("validation"), "", None
     if settings.fold is not None:
         number, folds = settings.fold
-        whole, dealt, _ = _folds(splits, settings.source, folds)
-        kept, chosen = np.flatnonzero(dealt != number - 1), np.flatnonzero(dealt == number - 1)
-        train, how = whole, f", fold {number} of {folds}"
-    elif held_out:
-        kept, chosen, how = hold_out(train, settings.holdout or 0.1)
-        if len(chosen) == 0:
+        train, dealt, _ = _folds(splits, settings.source, folds)
+        sides = np.flatnonzero(dealt != number - 1), np.flatnonzero(dealt == number - 1)
+        how = f", fold {number} of {folds}"
+    elif validation is None and settings.holdout != 0.0:
+        *sides, how = hold_out(train, settings.holdout or 0.1)
+        if len(sides[1]) == 0:
             what = "no class has two images, so none can be held out for validation"
             raise UserError(what, where=settings.source, fix="Add images or a val/ folder")
     elif settings.holdout == 0.0:
@@ -147,18 +129,17 @@ def split_data(settings: DataSettings) -> Splits:
     elif settings.holdout is not None:
         what = f"holdout {settings.holdout} has no effect: the data has validation images"
         raise UserError(what, where=settings.source, fix="Leave it out")
-    if held_out:
-        validation = subset(train, chosen, f"{settings.source}:held-out")
-        train = subset(train, kept, f"{settings.source}:train")
+    if sides is not None:
+        validation = subset(train, sides[1], f"{settings.source}:held-out")
+        train = subset(train, sides[0], f"{settings.source}:train")
     if settings.fraction < 1.0:
         total = len(train)
         train = random_subset(train, settings.fraction, settings.fraction_seed)
         notes.append(f"{len(train):,} of {plural(total, 'training image')}, drawn at random")
-    test = splits.get("test")
-    used = {"train": train, "validation": validation, "test": test}
+    used = {"train": train, "validation": validation, "test": splits.get("test")}
     used = {name: source for name, source in used.items() if source is not None}
     notes += [f"warning: {line}" for line in shared_groups(used)]
-    return Splits(train, validation, test, held_out, [], notes, how=how)
+    return Splits(train, validation, used.get("test"), sides is not None, [], notes, how=how)
 
 
 def _open_splits(settings: DataSettings) -> tuple[dict[str, Source], list[str]]:
@@ -168,16 +149,15 @@ def _open_splits(settings: DataSettings) -> tuple[dict[str, Source], list[str]]:
         fix = "A folder with FOLDER/train/<class>/*.jpg, or another source of data"
         raise UserError(what, where="data.source", fix=fix)
     splits = splits_with_train(settings.source)
-    notes = notes_of(splits)
+    notes, names = notes_of(splits), splits["train"].class_names
     if settings.exclude is not None:
         drops, before = read_exclude_list(settings.exclude), sum(map(len, splits.values()))
         for name in splits.keys() - {"test"}:  # the test split is never subsampled
             splits[name] = exclude(splits[name], drops, name)
         left_out = before - sum(map(len, splits.values()))
         notes.append(f"left out {plural(left_out, 'image')} by {settings.exclude}")
-    if len(splits["train"].class_names) < 2:
-        name = splits["train"].class_names[0]
-        what = f"there is only one class, {name!r}; a classifier needs two"
+    if len(names) < 2:
+        what = f"there is only one class, {names[0]!r}; a classifier needs two"
         raise UserError(what, where=settings.source)
     return splits, notes
 
@@ -199,21 +179,16 @@ def _dark(source: Source) -> list[str]:
 def check_readable(source: Source, most: float, keys: list[str] | None = None) -> list[BadImage]:
     """Returns images with unreadable headers; appends the keys of all others to `keys`."""
     step = -(-len(source) // MOST_CHECKED)
-    checked = source
-    if step > 1:
-        checked = subset(source, np.arange(0, len(source), step), source.name)
-    bad = unreadable(
-        checked, None if keys is None else lambda encoded: keys.append(image_key(encoded))
-    )
+    checked = source if step == 1 else subset(source, np.arange(0, len(source), step), source.name)
+    note = None if keys is None else lambda encoded: keys.append(image_key(encoded))
+    bad = unreadable(checked, note)
     check_number_bad(bad, checked, most)
     return [replace(image, index=image.index * step) for image in bad]
 
 
 def check_number_bad(bad: list[BadImage], source: Source, most: float) -> None:
-    """Raises UserError if the fraction of bad images exceeds `most`, and over 5 or half are bad.
-
-    Also if every image of a class is bad, unless the fraction allows that many.
-    """
+    """Raises UserError if the fraction of bad images exceeds `most`, and more than 5 images, half
+    of them or all of a class are bad."""
     of = len(source)
     if len(bad) <= most * of:
         return
@@ -224,14 +199,13 @@ def check_number_bad(bad: list[BadImage], source: Source, most: float) -> None:
     if len(bad) <= free and not len(emptied):
         return
     named = "\n  ".join(f"{image.name}: {image.what}" for image in bad[:5])
-    more = f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
+    named += f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
     fraction, enough = len(bad) / of, max(0.1, math.ceil(10 * len(bad) / of) / 10)
     limit = f"the limit is {most:.1%}" + (f" or {free} images" if free > most * of else "")
     if len(bad) <= free:
         limit = f"they are all images of the class {source.class_names[emptied[0]]!r}"
-    what = f"{len(bad)} of {of:,} images cannot be decoded ({fraction:.1%}, {limit}):"
-    fix = f"Fix or remove them, or allow more: max_bad {enough:g}"
-    raise UserError(f"{what}\n  {named}{more}", fix=fix)
+    what = f"{len(bad)} of {of:,} images cannot be decoded ({fraction:.1%}, {limit}):\n  {named}"
+    raise UserError(what, fix=f"Fix or remove them, or allow more: max_bad {enough:g}")
 
 
 @dataclass(frozen=True)
@@ -242,8 +216,7 @@ class Augmentation:
     preprocessing: Preprocessing
 
     def __call__(self, image: EncodedImage, random: np.random.Generator) -> np.ndarray:
-        settings = self.settings
-        crop = settings.crop
+        settings, crop = self.settings, self.settings.crop
         if isinstance(crop, InceptionCrop):
             pixels = inception_crop(image, self.preprocessing.image_size, random, crop.area)
         elif isinstance(crop, RandomCrop):

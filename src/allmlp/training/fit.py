@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from allmlp.errors import one_of, plural
+from allmlp.runtime.device import choose_device
 from allmlp.runtime.process import num_processes
 from allmlp.training.config import TrainConfig, setting_names
-from allmlp.training.dataset import split_data
+from allmlp.training.dataset import Splits, split_data
 from allmlp.training.recipes import FINETUNING, LARGE, finetune_for, recipe
 
 LEAST_EPOCHS, MOST_EPOCHS = 30, 100
@@ -45,55 +46,64 @@ def finetune_config(
     Raises:
         UserError: an unknown recipe, a wrong setting, or data without training images.
     """
-    assignments = list(assignments)
     given = {**(settings or {}), "model.weights": weights, "data.source": data}
-    own = setting_names(given, assignments)
+    return fitted_config(given, assignments, recipe_name, in_grid)[0]
+
+
+def fitted_config(
+    settings: Mapping[str, Any], assignments: Iterable[str], recipe_name: str | None, in_grid: bool
+) -> tuple[TrainConfig, Splits | None]:
+    """Returns the settings as `finetune_config` does, and the images if they were listed for it."""
+    assignments = list(assignments)
+    own = setting_names(settings, assignments)
     base = recipe(one_of("recipe", recipe_name or "finetune", FINETUNING))
-    config = base.with_values(given, assignments)
+    config = base.with_values(settings, assignments)
     changes: dict[str, Any] = {}
+    splits = None
     if recipe_name is None:
         source = replace(config.data, holdout=None) if in_grid else config.data
-        num_images = len(split_data(source).train)
-        base = finetune_for(num_images)
-        batch, epochs = fitting(num_images, config.batch_size if "batch_size" in own else None)
+        splits = split_data(source)
+        num_images, device = len(splits.train), choose_device(config.device).type
+        base, given_batch = finetune_for(num_images), config.batch_size
+        batch, epochs = fitting(num_images, device, given_batch if "batch_size" in own else None)
         changes |= {} if "batch_size" in own else {"batch_size": batch}
         changes |= {} if epochs is None or own & _LENGTH else {"epochs": epochs}
     if own & _LENGTH or "epochs" in changes:  # a fraction fits into every length
         changes["optimizer.warmup"] = base.optimizer.warmup / (base.steps or 1)
-    return base.with_values(changes).with_values(given, assignments)
+    return base.with_values(changes).with_values(settings, assignments), splits
 
 
-def fitting(num_images: int, batch_size: int | None = None) -> tuple[int, int | None]:
+def fitting(
+    num_images: int, device: str = "cpu", batch_size: int | None = None
+) -> tuple[int, int | None]:
     """Returns the batch size and the epochs that fit; no epochs if the recipe's steps do.
 
-    The batch is the recipe's, or the largest power of two that is at most a quarter of the images.
-    The epochs are those of the recipe's steps at this batch size, from 30 to 100, if the recipe
-    would make more passes over the images.
+    The batch is the recipe's, or the largest power of two that is at most a quarter of the images,
+    on a GPU half of them. The epochs are those of the recipe's steps at this batch size, from 30 to
+    100, if the recipe would make more passes over the images.
     """
     base = finetune_for(num_images)
     steps, most, processes = base.steps or 0, base.batch_size, num_processes()
     if batch_size is None:
-        quarter = min(most, 1 << max(0, (num_images // 4).bit_length() - 1))
-        batch_size = most if quarter == most else max(1, quarter // processes) * processes
+        share = num_images // (4 if device == "cpu" else 2)
+        fraction = min(most, 1 << max(0, share.bit_length() - 1))
+        batch_size = most if fraction == most else max(1, fraction // processes) * processes
     epochs = math.ceil(steps * batch_size / num_images)
     epochs = min(max(epochs, LEAST_EPOCHS), MOST_EPOCHS)
     fits = num_images >= LARGE or epochs >= steps * most / num_images
     return batch_size, None if fits else epochs
 
 
-def describe_fit(config: TrainConfig, num_images: int) -> str | None:
-    """Returns which settings are those that fit the images and why, or None."""
-    base, why = finetune_for(num_images), []
-    if config.recipe != base.recipe:
+def describe_fit(config: TrainConfig, num_images: int, device: str = "cpu") -> str | None:
+    """Returns why the run has these epochs, if they are those that fit the images."""
+    base, (batch, epochs) = finetune_for(num_images), fitting(num_images, device, config.batch_size)
+    if config.recipe != base.recipe or epochs is None or config.epochs != epochs:
         return None
-    if config.batch_size == fitting(num_images)[0] < base.batch_size:
-        why.append(f"batch {config.batch_size}, at most a quarter of them")
-    epochs = fitting(num_images, config.batch_size)[1]
-    if epochs is not None and config.epochs == epochs:
-        passes = (base.steps or 0) * base.batch_size / num_images
-        recipes = f"the recipe's {base.length} of {base.batch_size} would be {passes:,.0f} passes"
-        why.append(f"{plural(epochs, 'epoch')}, as {recipes}")
-    return f"{plural(num_images, 'training image')}: {'; '.join(why)}" if why else None
+    passes = (base.steps or 0) * base.batch_size / num_images
+    return (
+        f"{plural(num_images, 'training image')}: {plural(epochs, 'epoch')} in batches of {batch}; "
+        f"the recipe's {base.length} of {base.batch_size} would be {passes:,.0f} passes"
+    )
 
 
 def are_too_few(config: TrainConfig, num_parameters: int, num_images: int) -> bool:

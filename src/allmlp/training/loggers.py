@@ -1,7 +1,7 @@
 """What a run reports while it runs: to TensorBoard, trackio, wandb, MLflow and your own callbacks.
 
-A logger is told about the run in the main process only. One that fails is left out from then on,
-with a warning: it never stops or changes the run.
+Loggers are told in the main process only. One that fails is left out from then on, with a warning:
+it never stops or changes the run.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,55 @@ class Logger:
         """The run has ended, with these results; None if it was interrupted or has failed."""
 
 
-class TensorBoard(Logger):
-    def __init__(self) -> None:
-        what = "log=tensorboard needs the package tensorboard"
-        self.module = optional("torch.utils.tensorboard", "tensorboard", what)
+class Loggers:
+    """Tells several loggers the same."""
 
+    def __init__(
+        self, loggers: Iterable[Logger] = (), say: Callable[..., None] = lambda *_, **__: None
+    ) -> None:
+        self.active, self.say = list(loggers), say
+        self.stop_asked = False  # by a callback
+
+    def tell(self, what: str, *given: Any) -> None:
+        """Calls the method of this name of every logger."""
+        for logger in list(self.active):
+            try:
+                getattr(logger, what)(*given)
+            except StopTraining:
+                self.stop_asked = True
+            except Exception as error:  # whatever a tracker's network or your own code raises
+                self.active.remove(logger)
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                name = getattr(logger, "name", type(logger).__name__)
+                text = f"{name} failed in {what} and is left out: {reason}"
+                self.say(f"warning  {text}", style="yellow")
+
+    def finish(self, summary: dict[str, float] | None) -> None:
+        self.tell("finish", summary)
+        self.active.clear()
+
+
+def tracker(name: str) -> Logger:
+    """Returns the tracker of this name; UserError if its package is not installed."""
+    module = "torch.utils.tensorboard" if name == "tensorboard" else name
+    kind = {"tensorboard": TensorBoard, "mlflow": Mlflow}.get(name, Wandb)
+    return kind(name, optional(module, name, f"log={name} needs the package {name}"))
+
+
+class _Tracker(Logger):
+    def __init__(self, name: str, module: Any) -> None:
+        self.name, self.module = name, module
+
+    def known(self, folder: Path, new: str | None = None) -> str | None:
+        """Returns the id of the run as this tracker knows it, or remembers a new one."""
+        path = folder / IDS
+        ids = parse_json(path.read_bytes()) if path.is_file() else {}
+        if new is not None:
+            atomic_write(path, (json.dumps({**ids, self.name: new}, indent=2) + "\n").encode())
+        return ids.get(self.name)
+
+
+class TensorBoard(_Tracker):
     def start(self, config: dict[str, Any], folder: Path, step: int) -> None:
         del config
         self.writer = self.module.SummaryWriter(str(folder / "tensorboard"), purge_step=step)
@@ -70,46 +114,22 @@ class TensorBoard(Logger):
         self.writer.close()
 
 
-class _Tracker(Logger):
-    """A tracker with projects; the run is found again by the id in `IDS`."""
-
-    name: str
-
-    def __init__(self) -> None:
-        what = f"log={self.name} needs the package {self.name}"
-        self.module = optional(self.name, self.name, what)
-
-    def remembered(self, folder: Path) -> str | None:
-        try:
-            return parse_json((folder / IDS).read_bytes())[self.name]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def remember(self, folder: Path, identity: str) -> None:
-        path = folder / IDS
-        known = parse_json(path.read_bytes()) if path.is_file() else {}
-        text = json.dumps({**known, self.name: identity}, indent=2) + "\n"
-        atomic_write(path, text.encode(errors="backslashreplace"))
-
-
 class Wandb(_Tracker):
-    name = "wandb"
-    project = "WANDB_PROJECT"
+    """wandb, and trackio, which has its interface but knows a run by its name."""
 
     def start(self, config: dict[str, Any], folder: Path, step: int) -> None:
         del step
-        old = self.remembered(folder)
-        self.run = self.module.init(
-            project=os.environ.get(self.project, NAME), config=config, **self.place(folder, old)
-        )
-        self.remember(folder, self.identity())
-
-    def place(self, folder: Path, old: str | None) -> dict[str, Any]:
-        known = {"id": old} if old else {}
-        return {"name": folder.name, "dir": str(folder), "resume": "allow", **known}
-
-    def identity(self) -> str:
-        return self.run.id
+        old = self.known(folder)
+        place: dict[str, Any] = {"name": folder.name, "dir": str(folder), "resume": "allow"}
+        if self.name == "wandb":
+            place |= {"id": old} if old else {}
+        elif old:
+            place = {"name": old, "resume": "must"}
+        else:  # two run folders may have the same name
+            place = {"name": f"{folder.name}-{secrets.token_hex(3)}"}
+        project = os.environ.get(f"{self.name.upper()}_PROJECT", NAME)
+        self.run = self.module.init(project=project, config=config, **place)
+        self.known(folder, self.run.id if self.name == "wandb" else self.run.name)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         self.run.log(values, step=step)
@@ -118,41 +138,23 @@ class Wandb(_Tracker):
         self.log(step, {name: self.module.Image(str(path))})
 
     def finish(self, summary: dict[str, float] | None) -> None:
-        self.run.summary.update(summary or {})
-        self.run.finish(exit_code=int(summary is None))
-
-
-class Trackio(Wandb):
-    """wandb's interface, on your own machine."""
-
-    name = "trackio"
-    project = "TRACKIO_PROJECT"
-
-    def place(self, folder: Path, old: str | None) -> dict[str, Any]:
-        # A run is known by its name, and two run folders may have the same.
-        if old:
-            return {"name": old, "resume": "must"}
-        return {"name": f"{folder.name}-{secrets.token_hex(3)}"}
-
-    def identity(self) -> str:
-        return self.run.name
-
-    def finish(self, summary: dict[str, float] | None) -> None:
+        if self.name == "wandb":
+            self.run.summary.update(summary or {})
+            self.run.finish(exit_code=int(summary is None))
+            return
         if summary:
             self.run.log({f"summary/{name}": value for name, value in summary.items()})
         self.module.finish()
 
 
 class Mlflow(_Tracker):
-    name = "mlflow"
-
     def start(self, config: dict[str, Any], folder: Path, step: int) -> None:
         del step
-        old = self.remembered(folder)
+        old = self.known(folder)
         if not {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & os.environ.keys():
             self.module.set_experiment(NAME)
         run = self.module.start_run(**({"run_id": old} if old else {"run_name": folder.name}))
-        self.remember(folder, run.info.run_id)
+        self.known(folder, run.info.run_id)
         settings = list(flat(config).items())
         for at in range(0, 0 if old else len(settings), 100):  # the most that a request may have
             self.module.log_params(dict(settings[at : at + 100]))
@@ -168,38 +170,3 @@ class Mlflow(_Tracker):
         if summary:
             self.module.log_metrics(summary)
         self.module.end_run("FAILED" if summary is None else "FINISHED")
-
-
-TRACKERS: Mapping[str, Callable[[], Logger]] = {
-    "tensorboard": TensorBoard,
-    "trackio": Trackio,
-    "wandb": Wandb,
-    "mlflow": Mlflow,
-}
-
-
-class Loggers:
-    """Tells several loggers the same; one that fails is left out, see the module."""
-
-    def __init__(
-        self, loggers: Sequence[Logger] = (), say: Callable[..., None] = lambda *_, **__: None
-    ) -> None:
-        self.active, self.say = list(loggers), say
-        self.stop_asked = False  # by a callback
-
-    def tell(self, what: str, *given: Any) -> None:
-        """Calls the method of this name of every logger."""
-        for logger in list(self.active):
-            try:
-                getattr(logger, what)(*given)
-            except StopTraining:
-                self.stop_asked = True
-            except Exception as error:  # whatever a tracker's network or your own code raises
-                self.active.remove(logger)
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                text = f"{type(logger).__name__} failed in {what} and is left out: {reason}"
-                self.say(f"warning  {text}", style="yellow")
-
-    def finish(self, summary: dict[str, float] | None) -> None:
-        self.tell("finish", summary)
-        self.active.clear()

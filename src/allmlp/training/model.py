@@ -35,10 +35,7 @@ def build_model(
     """Returns the model of a run, with its class names and preprocessing.
 
     Training `rows` of arrays are normalised by their statistics, unless the weights were trained on
-    arrays and have their own.
-
-    `best` is the best/ folder of a resumed run: with a complete checkpoint next to it, it replaces
-    the initial weights, which may no longer exist.
+    arrays. best/ of a resumed run replaces the initial weights, which may no longer exist.
     """
     settings, data = config.model, config.data
     rows = rows if rows is not None and array_shape(rows) else None
@@ -89,11 +86,8 @@ def freeze_all_but_head(model: nn.Module) -> None:
 
 
 def set_head_bias(model: nn.Module, value: float, rows: Sequence[int] | None = None) -> None:
-    """Fills the bias of `model.head` in place, or only the given rows.
-
-    Google starts at -6.9, about the logarithm of 1/1000, for the 1000 classes of ImageNet-1k and
-    the sigmoid loss (big_vision, `configs/mlp_mixer_i1k.py`, `init_head_bias`).
-    """
+    """Fills the bias of the head, or these rows: big_vision's `init_head_bias`, about the logarithm
+    of 1/1000 for the 1000 classes of ImageNet-1k and the sigmoid loss."""
     with torch.no_grad():
         head_of(model).bias[slice(None) if rows is None else list(rows)] = value
 
@@ -146,10 +140,7 @@ def _from_weights(
 
 
 def _can_replace_first_weights(best: Path) -> bool:
-    """Whether the run has weights of its own and a complete checkpoint to restore the rest.
-
-    Without such a checkpoint the run restarts from its initial weights.
-    """
+    """Whether there is a complete checkpoint; without one the run begins anew."""
     if not (best / "model.safetensors").is_file():
         return False
     for folder in sorted((best.parent / "checkpoints").glob("step-*"), reverse=True):
@@ -164,10 +155,8 @@ def _can_replace_first_weights(best: Path) -> bool:
 def _with_head_for(
     model: ImageClassifier, class_names: list[str], report: Reporter
 ) -> tuple[ImageClassifier, list[str], list[int]]:
-    """Returns the model with one head row per class, its names for the classes, and the new rows.
-
-    Classes are matched by name. Unknown classes start at zero, as in the paper's fine-tuning.
-    """
+    """Returns the model with one head row per class, its names for the classes, and the new rows,
+    which are zero as in the paper's fine-tuning."""
     known, had = model.class_names or [], model.config.num_classes
     # ImageNet models call a class "n01440764 tench"; folders have only the WordNet id.
     full = {name[:9]: name for name in known if re.match(r"n\d{8} ", name)}

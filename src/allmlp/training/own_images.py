@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from allmlp.data.fingerprint import image_key, is_fingerprint_of
 from allmlp.data.source import Source
-from allmlp.data.source_spec import SourceSpec, parse_name
+from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import open_source, open_splits
 from allmlp.errors import UserError
 from allmlp.evaluation.metrics import Evaluation
 from allmlp.io import parse_json
 from allmlp.training.config import TrainConfig
-from allmlp.training.dataset import MOST_CHECKED, Splits, split_data
+from allmlp.training.dataset import MOST_CHECKED, split_data
 from allmlp.training.run_folder import TRAINING_IMAGES, config_of
+
+# A file or values that are not there, or not as they should be.
+_UNKNOWN = (OSError, ValueError, LookupError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -42,16 +46,11 @@ def open_measured(model: str | None, name: str, *, count: bool = True) -> Measur
     `count`) up to 5,000 images are checked for whether the run was trained on them.
     """
     run = _run_of(model)
-    if run is None:
-        return Measured(open_source(name))
-    path, config = run
-    own = _own_splits(path, config, name)
-    if own is not None and own.validation is not None:
-        return Measured(own.validation, are_held_out=True, trained_on=0)
+    own = None if run is None else _held_out(*run, name)
+    if own is not None:
+        return Measured(own, are_held_out=True, trained_on=0)
     source = open_source(name)
-    if not count:
-        return Measured(source)
-    return counted(model, source)
+    return counted(model, source) if count else Measured(source)
 
 
 def counted(model: str | None, source: Source) -> Measured:
@@ -59,13 +58,27 @@ def counted(model: str | None, source: Source) -> Measured:
     run = _run_of(model)
     if run is None:
         return Measured(source)
-    found = _count(run[0], source)
-    if found is None:
+    try:
+        own = (run[0] / TRAINING_IMAGES).read_text("ascii").split()
+        total = int(_environment(run[0])["training_images"])
+    except _UNKNOWN:
         note = "which of these images the run was trained on is not known: an older version made it"
         return Measured(source, notes=(note,))
-    number, about = found
-    note = f"{about}{number:,} of {len(source):,} images were trained on"
-    return Measured(source, trained_on=number, notes=(note,) if number else ())
+    known, found = set(own), 0
+    looked_at = range(0, len(source), -(-len(source) // MOST_CHECKED))
+    for index in looked_at:
+        with contextlib.suppress(UserError):  # reported as a bad image
+            found += image_key(source.read(index)) in known
+    about = ""
+    if max(total, len(source)) > MOST_CHECKED:  # both are samples
+        about, scale = "about ", len(source) / len(looked_at) * total / max(1, len(own))
+        found = min(len(source), round(found * scale))
+    note = f"{about}{found:,} of {len(source):,} images were trained on"
+    return Measured(source, trained_on=found, notes=(note,) if found else ())
+
+
+def _environment(run: Path) -> dict[str, Any]:
+    return parse_json((run / "environment.json").read_bytes())["data"]
 
 
 def _run_of(model: str | None) -> tuple[Path, TrainConfig] | None:
@@ -79,7 +92,7 @@ def _run_of(model: str | None) -> tuple[Path, TrainConfig] | None:
         ("finetune.json", lambda study: f"seed-{study['seeds'][0]}"),
         ("folds.json", lambda study: f"fold-{study['best']}"),
     ):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        with contextlib.suppress(*_UNKNOWN):
             path /= run_of(parse_json((path / file).read_bytes()))  # the run of a study
     try:
         return path, config_of(path)
@@ -87,44 +100,20 @@ def _run_of(model: str | None) -> tuple[Path, TrainConfig] | None:
         return None
 
 
-def _own_splits(path: Path, config: TrainConfig, name: str) -> Splits | None:
-    """The run's splits, if the name refers to the images that it held out."""
+def _held_out(path: Path, config: TrainConfig, name: str) -> Source | None:
+    """The images that the run held out, if the name refers to them."""
     asked, own = parse_name(name), parse_name(config.data.source)
     if asked.part is not None or asked.split not in (None, "validation"):
         return None
-    whole = replace(asked, split=None)
-    there = open_splits(_text(whole))
+    there = open_splits(asked.source)
     if "validation" in there or (asked.split is None and "test" in there):
         return None
     moved = replace(own, base=asked.base, options=asked.options or own.options)
+    part = f":{moved.split}{moved.part or ''}" if moved.split else ""
     try:
-        splits = split_data(replace(config.data, source=_text(moved)))
-        known = parse_json((path / "environment.json").read_bytes())["data"]["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):  # different data, or nothing is known
+        splits = split_data(replace(config.data, source=f"{moved.source}{part}"))
+        known = _environment(path)["fingerprint"]
+    except _UNKNOWN:  # different data, or nothing is known
         return None
-    return splits if splits.held_out and is_fingerprint_of(known, splits.train) else None
-
-
-def _text(name: SourceSpec) -> str:
-    return name.source + (f":{name.split}{name.part or ''}" if name.split else "")
-
-
-def _count(path: Path, source: Source) -> tuple[int, str] | None:
-    """Number of images the run was trained on, and "about " if only a sample was checked."""
-    try:
-        keys = (path / TRAINING_IMAGES).read_text("ascii").split()
-        known = parse_json((path / "environment.json").read_bytes())["data"]
-        total = int(known["training_images"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    own, found = set(keys), 0
-    looked_at = range(0, len(source), -(-len(source) // MOST_CHECKED))
-    for index in looked_at:
-        try:
-            found += image_key(source.read(index)) in own
-        except UserError:
-            continue  # reported as a bad image
-    if max(total, len(source)) <= MOST_CHECKED:
-        return found, ""
-    scale = len(source) / len(looked_at) * total / max(1, len(keys))
-    return min(len(source), round(found * scale)), "about "
+    is_own = splits.held_out and is_fingerprint_of(known, splits.train)
+    return splits.validation if is_own else None

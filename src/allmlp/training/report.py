@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +21,8 @@ from allmlp.errors import plural
 from allmlp.evaluation.calibration import fitted, summary
 from allmlp.evaluation.metrics import Evaluation, evaluate_source
 from allmlp.evaluation.predictor import Predictor
-from allmlp.models.layers import ImageClassifier, flops_text
-from allmlp.training.card import model_card, public_name
+from allmlp.models.layers import ImageClassifier
+from allmlp.training.card import Outcome, described, model_card, public_name
 from allmlp.training.dataset import check_number_bad
 from allmlp.training.fit import MOST_WEIGHTS, are_too_few, describe_fit
 from allmlp.training.optim import class_weights
@@ -59,18 +57,15 @@ class TrainResult:
 def announce(run: Run, model: ImageClassifier, *, in_study: bool = False) -> None:
     """Prints the settings and the data before training starts."""
     config, world, say = run.config, run.world, run.report.say
-    height, width = model.config.image_size
+    num_images, is_probe = len(run.splits.train), config.model.train_only == "probe"
     found = run.splits.describe()
     say(f"data     {config.data.source}: {found[0]}")
     for line in found[1:]:
         say(f"         {line}")
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     is_all = trained == model.num_parameters
-    say(
-        f"model    {type(model).__name__}, {model.config.summary()}, {height}x{width} pixels: "
-        f"{model.num_parameters:,} parameters, {flops_text(model.config.flops)} per image"
-        + ("" if is_all else f"; only the {trained:,} of the head are trained")
-    )
+    head = "" if is_all else f"; only the {trained:,} of the head are trained"
+    say(f"model    {type(model).__name__}, {described(model)}{head}")
     if config.model.weights is not None:
         say(f"         begins with the weights {config.model.weights}")
     where = f"{run.compute.device}"
@@ -80,26 +75,23 @@ def announce(run: Run, model: ImageClassifier, *, in_study: bool = False) -> Non
         where = f"{world.size} processes on {where}, sharding {config.sharding}"
     elif config.sharding != "none":
         where += f" (one process: sharding {config.sharding} does nothing)"
-    length, num_images = f"{config.length}, batch {config.batch_size}", len(run.splits.train)
-    if config.model.train_only == "probe":
-        length = "linear probe, the head alone on frozen features of images without augmentation"
+    length = Outcome(config, run.splits, model).length
     say(
         f"run      recipe {config.recipe}, seed {config.seed}: {length}, {where}, {run.compute.why}"
     )
     _say_balance(run)
-    fit = describe_fit(config, num_images)
-    if fit is not None and config.model.train_only != "probe":
+    fit = describe_fit(config, num_images, run.compute.device.type)
+    if fit is not None and not is_probe:
         say(f"fit      {fit}")
     are_images = array_shape(run.splits.train) is None  # which published weights know
     if are_images and not in_study and are_too_few(config, model.num_parameters, num_images):
         name = recommended("speed" if run.compute.device.type == "cpu" else "accuracy").name
-        command = shlex.join([_command(), "finetune", name, "--data", config.data.source])
         for line in (
             f"few      {plural(num_images, 'image')} for {model.num_parameters:,} random weights, "
             f"{model.num_parameters / num_images:,.0f} per image: the accuracy will be low.",
             f"         Up to {MOST_WEIGHTS:,} per image are reasonable; trained weights need far "
             "fewer images:",
-            f"         {command}",
+            f"         {_command('finetune', name, '--data', config.data.source)}",
         ):
             say(line, style="yellow")
     say(f"results  {run.folder.path}")
@@ -113,9 +105,8 @@ def announce_time(run: Run, seconds: float, steps: int, probe: float | None) -> 
         each = f"{plural(len(run.splits.train), 'image')} to compute features of"
     say(f"time     about {duration(seconds)} ({each}), measured on this machine")
     if probe is not None and seconds > _LONG > 10 * probe:
-        weights, data = config.model.weights or "", config.data.source
-        command = shlex.join([_command(), "finetune", weights, "--data", data, "--probe"])
-        say(f"         a linear probe takes about {duration(probe)}: {command}")
+        words = ("finetune", config.model.weights or "", "--data", config.data.source, "--probe")
+        say(f"         a linear probe takes about {duration(probe)}: {_command(*words)}")
 
 
 def _say_balance(run: Run) -> None:
@@ -150,52 +141,59 @@ def duration(seconds: float) -> str:
 def resume_command(run: Run) -> str:
     if run.world.size > 1:
         return "the same torchrun command again"
-    return shlex.join([_command(), "train", "--resume", str(run.folder.path)])
+    return _command("train", "--resume", str(run.folder.path))
 
 
-def _command() -> str:
-    """The name of the `mixer` command, with its path if it is not on the PATH."""
+def _command(*words: str) -> str:
+    """A command to copy, with the path of `mixer` if it is not on the PATH."""
     started = Path(sys.argv[0])
-    return str(started) if started.name == "mixer" and not shutil.which("mixer") else "mixer"
+    is_hidden = started.name == "mixer" and not shutil.which("mixer")
+    return shlex.join([str(started) if is_hidden else "mixer", *words])
 
 
-def measure(model: ImageClassifier, source: Source, run: Run) -> Evaluation:
-    """Evaluates a model, identical on all processes, on all images."""
-    images_each = math.ceil(len(source) / run.world.size)  # so that no process idles
-    own = run.config.batch_size // run.world.size
-    predictor = Predictor(
+def predictor_of(run: Run, model: ImageClassifier, batch_size: int, precision: str) -> Predictor:
+    """Returns the predictor that computes as the run does."""
+    return Predictor(
         model,
         device=str(run.compute.device),
-        precision=run.compute.precision,
-        batch_size=max(1, min(256, own, images_each)),
+        precision=precision,
+        batch_size=batch_size,
         num_workers=run.config.data.num_workers,
         timeout=run.config.data.timeout,
     )
+
+
+def measure(
+    model: ImageClassifier, source: Source, run: Run, precision: str | None = None
+) -> Evaluation:
+    """Evaluates a model, identical on all processes, on all images."""
+    images_each = math.ceil(len(source) / run.world.size)  # so that no process idles
+    batch_size = max(1, min(256, run.config.batch_size // run.world.size, images_each))
+    predictor = predictor_of(run, model, batch_size, precision or run.compute.precision)
     return evaluate_source(predictor, source, allow_missing_classes=True, world=run.world)
 
 
 def finish(run: Run, *, in_study: bool = False) -> TrainResult:
-    """Evaluates the best weights, draws plots, writes the card and prints the next commands."""
-    splits, folder, say = run.splits, run.folder, run.report.say
+    """Measures the best weights; writes figures, card, page and console output."""
+    config, splits, folder, say = run.config, run.splits, run.folder, run.report.say
     run.world.barrier()  # until the main process has written the weights
     model = load_model(folder.best)
-    # Same numbers as `mixer evaluate`.
-    exact = dataclasses.replace(run.compute, precision="float32", compile=False)
-    exactly = dataclasses.replace(run, compute=exact)
     validation = test = None
-    if splits.validation is not None:
-        validation = measure(model, splits.validation, exactly)
+    if splits.validation is not None:  # float32: the same numbers as `mixer evaluate`
+        validation = measure(model, splits.validation, run, "float32")
         validation.are_held_out = splits.held_out
-        name = public_name(run.config.data.source, splits.validation.name)
+        name = public_name(config.data.source, splits.validation.name)
         before, model.decision = model.decision, fitted(validation, name)
-        validation = dataclasses.replace(validation, decision=model.decision)
+        validation = replace(validation, decision=model.decision)
         if model.decision != before and run.world.is_main:
             save_model(model, folder.best, overwrite=True)
     if splits.test is not None:
-        test = measure(model, splits.test, exactly)
-    result = TrainResult(folder.path, validation, test)
+        test = measure(model, splits.test, run, "float32")
     if not run.world.is_main:
-        return result
+        return TrainResult(folder.path, validation, test)
+    outcome = Outcome(config, splits, model, validation, test)
+    shown, source = outcome.shown, outcome.source
+    kind = "validation" if test is None else "test"
     bad = folder.bad_files()
     for image in test.bad if test is not None else []:  # bad validation images were listed before
         if image.name not in bad:
@@ -203,28 +201,22 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
         bad.add(image.name)
         say(f"left out of the accuracy: {image.name}: {image.what}", style="yellow")
     drawn = []
-    if run.config.model.train_only != "probe":  # which has neither batches nor a curve
+    if config.model.train_only != "probe":  # which has neither batches nor a curve
         folder.draw_curves()
         drawn += ["train_batch", "curves"]
-    shown, source = (test, splits.test) if test is not None else (validation, splits.validation)
     if shown is not None and source is not None:
-        shown.save(folder.path / ("validation" if test is None else "test"), overwrite=True)
+        shown.save(folder.path / kind, overwrite=True)
         drawn += plots.save_evaluation(shown, source, folder.plots)
-    folder.write("best/README.md", model_card(model, run.config, splits, validation, test))
+    folder.write("best/README.md", model_card(outcome))
     say("")
-    if shown is None:
-        say("all images were trained on, none are left to measure the accuracy")
-    else:
-        if test is None and not in_study:
-            say("the data has no test images; this is the accuracy on the validation images,")
-            say("by which the weights were chosen, so expect somewhat less on new ones")
-        right, images = int(shown.correct.sum()), len(shown.labels)
+    if shown is None or (test is None and not in_study):
+        say(outcome.caveat)
+    if shown is not None:
+        right = f"{shown.correct.sum():,} of {plural(len(shown.labels), 'image')}"
         correct = "with all labels right" if shown.is_multi_label else "correct"
         top5 = "" if shown.top5 is None else f", top-5 {shown.top5:.2%}"
-        kind = "" if shown.is_multi_label else " accuracy"
-        line = f"{'validation' if test is None else 'test'}{kind} {shown.summary()}{top5} "
-        line += f"({right} of {plural(images, 'image')} {correct}{shown.chance})"
-        say(line, style="bold green")
+        line = f"{kind}{'' if shown.is_multi_label else ' accuracy'} {shown.summary()}{top5} "
+        say(f"{line}({right} {correct}{shown.chance})", style="bold green")
         for line in shown.warnings():
             say(f"warning  {line}", style="yellow")
     if bad:
@@ -235,34 +227,30 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
         say(f"         {line}")
     say(f"plots    {folder.plots}: {', '.join(drawn)}")
     if test is not None and splits.test is not None:
-        check_number_bad(test.bad, splits.test, run.config.data.max_bad)
-    _tell_results(run, result, drawn)
+        check_number_bad(test.bad, splits.test, config.data.max_bad)
+    for name in drawn:
+        folder.loggers.tell("image", run.num_steps, name, folder.plots / f"{name}.png")
+    measured = {"validation": validation, "test": test}
+    figures = {kind: dict(found.figures()) for kind, found in measured.items() if found}
+    folder.loggers.finish(
+        {f"{kind}_{name}": value for kind in figures for name, value in figures[kind].items()}
+    )
     commands = _next_commands(run)
-    run_report(run, model, validation, test, commands)
+    run_report(outcome, folder, commands)
     if not in_study:
         say("next")
         for _, command in commands[: 2 if shown is not None else 1]:
             say(f"         {command}")
-        if names_source(run.config.data.source):
-            text = f"{_command()} train --data FOLDER --image-size 64"
-            say(f"         {text}     (your own images)")
+        if names_source(config.data.source):
+            own = _command("train", "--data", "FOLDER", "--image-size", "64")
+            say(f"         {own}     (your own images)")
     say(f"report   {folder.path / REPORT}")
-    return result
-
-
-def _tell_results(run: Run, result: TrainResult, drawn: Sequence[str]) -> None:
-    """Tells the loggers the final figures and metrics."""
-    loggers, plots_folder = run.folder.loggers, run.folder.plots
-    for name in drawn:
-        loggers.tell("image", run.num_steps, name, plots_folder / f"{name}.png")
-    measured = {"validation": result.validation, "test": result.test}
-    found = {kind: dict(found.figures()) for kind, found in measured.items() if found}
-    loggers.finish({f"{kind}_{n}": v for kind, values in found.items() for n, v in values.items()})
+    return TrainResult(folder.path, validation, test)
 
 
 def _next_commands(run: Run) -> list[tuple[str, str]]:
     """Returns what to do next, ready to copy: purpose, command."""
-    splits, data, mixer = run.splits, run.config.data.source, _command()
+    splits, data, folder = run.splits, run.config.data.source, str(run.folder.path)
     example = splits.test or splits.validation or splits.train
     held_out = example is splits.validation and splits.held_out  # they have no data name
     if Path(example.item_name(0)).is_file():
@@ -271,7 +259,6 @@ def _next_commands(run: Run) -> list[tuple[str, str]]:
         name = data if parse_name(data).split is not None else f"{data}:train"
     else:
         name = example.name
-    folder = str(run.folder.path)
     commands = [("Classify images", ["predict", folder, name])]
     if run.config.model.train_only == "probe":
         all_weights = "Train all weights, beginning with this head"
@@ -279,8 +266,7 @@ def _next_commands(run: Run) -> list[tuple[str, str]]:
     measured = []
     if example is not splits.train:
         source = parse_name(data).source if held_out else data
-        asked = f"{source}:{'test' if example is splits.test else 'validation'}"
-        measured = ["--data", asked]
+        measured = ["--data", f"{source}:{'test' if example is splits.test else 'validation'}"]
         commands.append(("Measure it again", ["evaluate", folder, *measured]))
     onnx = str(run.folder.path / "model.onnx")
     commands += [
@@ -288,4 +274,4 @@ def _next_commands(run: Run) -> list[tuple[str, str]]:
         ("Serve it, with a page to drop images on", ["serve", folder]),
         ("Share it on the Hugging Face hub", ["push", folder, "OWNER/NAME"]),
     ]
-    return [(purpose, shlex.join([mixer, *words])) for purpose, words in commands]
+    return [(purpose, _command(*words)) for purpose, words in commands]

@@ -1,17 +1,4 @@
-"""The run folder: its contents, the identity of the run, and everything that a run writes.
-
-runs/<date>_<recipe>/
-  config.json  environment.json  log.txt
-  metrics.jsonl     one line per logged step
-  results.csv       one line per evaluation
-  training_images.txt  keys of up to 5,000 training images, see `image_key`
-  bad_files.txt     images that could not be decoded, if any
-  checkpoints/      step-00012000/: the full state, to resume from
-  best/             model.safetensors + config.json + README.md: what you ship
-  test/             evaluation.json, per_class.csv, confusion.csv of best/
-  plots/            curves, confusion, a training batch, predictions, worst mistakes
-  report.html       all of it on one page
-"""
+"""The run folder, whose files docs/training.md lists, and the identity of the run."""
 
 from __future__ import annotations
 
@@ -49,7 +36,6 @@ _FREE = {
 _BEGUN = {"plots", "checkpoints", ".lock", "config.json", "environment.json", "log.txt"}
 _BEGUN |= {TRAINING_IMAGES}
 _OTHER_OUTPUT = "Choose another output folder, or remove this one"
-_OTHER_IMAGES = "Restore them, or begin a new run in another output folder"
 
 
 # Identity of a run
@@ -74,22 +60,20 @@ def config_of(run: str | Path) -> TrainConfig:
         raise UserError(error.what, where=where, fix=error.fix, code=error.code) from error
 
 
-def can_resume(path: Path, config: TrainConfig) -> bool:
-    """Whether the folder holds this very run; False if it is unused, else UserError."""
+def can_resume(path: Path) -> bool:
+    """Whether the folder holds a run; False if it is unused, else UserError."""
     if path.is_file():
         raise UserError("the run folder is a file", where=path, fix=_OTHER_OUTPUT)
-    if not path.is_dir():
-        return False
-    found = {entry.name for entry in path.iterdir() if not entry.name.endswith(".partial")}
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    found = {name for name in names if not name.endswith(".partial")}
     has_begun = any((path / "checkpoints").glob("*")) or not found <= _BEGUN
     if not found or ("plots" in found and not has_begun):
         return False
     if "config.json" not in found:
         what = "the run folder exists and is not empty; a run never overwrites another"
         raise UserError(what, where=path, fix=_OTHER_OUTPUT)
-    old = config_of(path)
-    check_same(old, replace(config, loss=old.loss, best_by=old.best_by))  # may follow from the data
-    if (path / "best").exists() and not (path / "checkpoints").is_dir():
+    config_of(path)
+    if "best" in found and not (path / "checkpoints").is_dir():
         what = "the run folder holds a run without checkpoints, which cannot be resumed"
         raise UserError(what, where=path, fix=_OTHER_OUTPUT)
     return True
@@ -101,15 +85,10 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def check_same(old: TrainConfig, new: TrainConfig) -> None:
-    """Raises UserError naming the settings in which two runs differ.
-
-    Only those that change the result count; for the location of the images see `check_same_images`.
-    """
+    """Raises UserError naming the settings that change a run's result and differ."""
     before, after = identity(old), identity(new)
-    changed = [
-        key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)
-    ]
-    changed = [key for key in changed if key != "data.source"]
+    keys = sorted((before.keys() | after.keys()) - {"data.source"})
+    changed = [key for key in keys if before.get(key) != after.get(key)]
     if changed:
         lines = [f"{k} is {before.get(k)!r} there and {after.get(k)!r} here" for k in changed[:6]]
         what = f"the run folder holds a run with other settings: {'; '.join(lines)}"
@@ -133,14 +112,16 @@ def check_same_images(path: Path, config: TrainConfig, splits: Splits) -> None:
         is_same = old == config.data.source  # otherwise compared with the checkpoints' later
     if not is_same:
         new = config.data.source
-        moved = "" if old == new else f": data.source is {old!r} there and {new!r} here"
-        raise other_images(path, moved)
+        raise other_images(
+            path, "" if old == new else f": data.source is {old!r} there, {new!r} here"
+        )
 
 
 def other_images(path: Path, moved: str = "") -> UserError:
     """Returns the error for a run whose images have changed."""
     what = f"the images differ from those that the run began with{moved}"
-    return UserError(what, where=path, fix=_OTHER_IMAGES, code="other-data")
+    fix = "Restore them, or begin a new run in another output folder"
+    return UserError(what, where=path, fix=fix, code="other-data")
 
 
 # Files of a run
@@ -179,6 +160,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: TrainConfig, *, writes: bool = True) -> None:
         self.writes, self.loggers = writes, Loggers()
+        self._results_header: list[str] | None = None
         try:
             while config.output is None:  # a concurrent run may have taken the planned name
                 try:
@@ -188,7 +170,6 @@ class RunFolder:
                     path = planned_path(config)
             self.path, self.plots, self.best = path, path / "plots", path / "best"
             self.checkpoints = path / "checkpoints"
-            self._results_header: list[str] | None = None
             self._lock = FileLock(path / ".lock", timeout=0)
             if not writes:
                 return
@@ -196,11 +177,11 @@ class RunFolder:
             if config.keep_checkpoints:
                 self.checkpoints.mkdir(exist_ok=True)
             self._lock.acquire()
+        except Timeout as error:
+            what = "another process is training in this run folder"
+            fix = "Wait for it or stop it; or choose another output folder"
+            raise UserError(what, where=path, fix=fix) from error
         except OSError as error:
-            if isinstance(error, Timeout):
-                what = "another process is training in this run folder"
-                fix = "Wait for it or stop it; or choose another output folder"
-                raise UserError(what, where=path, fix=fix) from error
             what = f"cannot make the run folder: {error.strerror}"
             raise UserError(what, where=path, fix="Choose another output folder") from error
         for folder in (path, self.plots, self.best, path / "test"):  # from a killed run
@@ -224,9 +205,7 @@ class RunFolder:
         rows = [row for row in read_results(self.path) if float(row["step"]) <= step]
         self._results_header = list(rows[0]) if rows else None
         if rows:
-            text = io.StringIO()
-            csv.writer(text).writerows([rows[0].keys(), *(row.values() for row in rows)])
-            self.write("results.csv", text.getvalue())
+            self.write("results.csv", _csv([rows[0].keys(), *(row.values() for row in rows)]))
         elif self.writes:
             (self.path / "results.csv").unlink(missing_ok=True)
 
@@ -244,36 +223,36 @@ class RunFolder:
             atomic_write(self.path / name, text.encode(errors="backslashreplace"))
 
     def log_step(self, values: dict[str, float]) -> None:
-        self._append("metrics.jsonl", json.dumps(values) + "\n")
-        self._tell("training", values)
+        self._log("metrics.jsonl", json.dumps(values) + "\n", "training", values)
 
     def log_evaluation(self, values: dict[str, float]) -> None:
         """Appends a line to results.csv; all lines have the columns of the first."""
-        text = io.StringIO()
-        if self._results_header is None:
-            self._results_header = list(values)
-            csv.writer(text).writerow(values)
+        header = [] if self._results_header else [list(values)]
+        self._results_header = self._results_header or list(values)
         # A run that an older version began has fewer columns.
-        writer = csv.DictWriter(text, self._results_header, extrasaction="ignore")
-        writer.writerow(values)
-        self._append("results.csv", text.getvalue())
-        self._tell("evaluation", values)
+        row = [values.get(name, "") for name in self._results_header]
+        self._log("results.csv", _csv([*header, row]), "evaluation", values)
 
     def log_bad_file(self, bad: BadImage) -> None:
-        self._append("bad_files.txt", f"{bad.name}\t{bad.what}\n")
+        self._log("bad_files.txt", f"{bad.name}\t{bad.what}\n")
 
-    def _append(self, name: str, text: str) -> None:
+    def _log(self, name: str, text: str, group: str = "", values: Any = None) -> None:
         if self.writes:
             with path_in_errors(self.path / name), (self.path / name).open("ab") as file:
                 file.write(text.encode(errors="surrogateescape"))
-
-    def _tell(self, group: str, values: dict[str, float]) -> None:
-        named = {f"{group}/{name}": value for name, value in values.items() if name != "step"}
-        self.loggers.tell("log", int(values["step"]), named)
+        if values is not None:
+            named = {f"{group}/{name}": value for name, value in values.items() if name != "step"}
+            self.loggers.tell("log", int(values["step"]), named)
 
     def draw_curves(self) -> None:
         figure = plots.curves(read_metrics(self.path), read_results(self.path))
         plots.save(figure, self.plots / "curves.png")
+
+
+def _csv(rows: Any) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
 
 
 # Logs are not synced to disk: a kill may truncate the last line, a power loss may corrupt any.
@@ -299,19 +278,11 @@ def read_results(run: Path) -> list[dict[str, str]]:
     header, *rows = [line.split(",") for line in text.splitlines()] or [[""]]
     if "step" not in header or not all(map(str.isidentifier, header)):
         return []
-    whole = [row for row in rows if len(row) == len(header) and all(map(_is_number, row))]
-    return [dict(zip(header, row, strict=True)) for row in whole]
-
-
-def no_results(run: Path) -> UserError:
-    """Returns the error for a finished run whose results.csv is incomplete."""
-    what, fix = "the results of this run are damaged", "Remove the run's folder: it is trained anew"
-    return UserError(what, where=run / "results.csv", fix=fix)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    found = []
+    for row in rows:
+        try:
+            _ = [float(value) for value in row]
+            found.append(dict(zip(header, row, strict=True)))
+        except ValueError:
+            continue
+    return found

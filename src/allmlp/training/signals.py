@@ -22,10 +22,7 @@ class NoBatchCame(Exception):
 
 
 class StopRequest:
-    """Catches SIGTERM and SIGINT inside its block; a waiting loader raises `NoBatchCame`.
-
-    The message depends on whether the run `saves` checkpoints.
-    """
+    """Catches SIGTERM and SIGINT inside its block; a waiting loader raises `NoBatchCame`."""
 
     def __init__(self, *, saves: bool = True) -> None:
         self.signal, self.saves = 0, saves  # number of the received signal, 0 for none

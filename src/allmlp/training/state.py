@@ -84,10 +84,7 @@ class RunState:
         return self.seconds_before + time.perf_counter() - self.started
 
     def begin(self, details: dict[str, Any], is_old: bool) -> None:
-        """Starts the run, or restores its newest complete checkpoint if `is_old`.
-
-        `details` is the content of environment.json.
-        """
+        """Starts the run, with this environment.json, or restores its newest whole checkpoint."""
         folder, splits, say = self.run.folder, self.run.splits, self.run.report.say
         found = self.checkpoints.newest() if is_old else None
         if found is not None:
@@ -194,9 +191,6 @@ class RunState:
 
 
 def _statistics(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Returns the buffers that a model saves, such as the running means of batch normalisation.
-
-    They differ between processes, which see different parts of a batch; those of rank 0 count.
-    """
+    """The buffers that a model saves, such as running means; those of rank 0 count."""
     saved = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}

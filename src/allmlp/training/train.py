@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from allmlp import plots
@@ -33,18 +34,19 @@ from allmlp.data.transforms import check_input, normalize
 from allmlp.data.workers import check_guard
 from allmlp.decision import Decision
 from allmlp.errors import UserError, between, named_memory_errors
+from allmlp.evaluation.features import frozen_features
 from allmlp.evaluation.metrics import Evaluation, metric_of
+from allmlp.evaluation.probe import fit_probe
 from allmlp.io import check_not_inputs, check_output_folder
 from allmlp.models.layers import draw_stochastic_depth, preprocessing_of
 from allmlp.runtime.device import check_fits_memory, choose_policy, torch_settings
 from allmlp.runtime.world import World, join_world
-from allmlp.training.card import model_card
+from allmlp.training.card import Outcome, model_card
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Augmentation, Splits, check_number_bad, open_training_data
-from allmlp.training.loggers import TRACKERS, Logger, Loggers
-from allmlp.training.model import build_model
+from allmlp.training.loggers import Logger, Loggers, tracker
+from allmlp.training.model import build_model, head_of
 from allmlp.training.optim import check_warmup, class_weights, state_copies
-from allmlp.training.probe import fit_head
 from allmlp.training.recipes import for_arrays, for_multi_label, recipe
 from allmlp.training.report import (
     TrainResult,
@@ -53,6 +55,7 @@ from allmlp.training.report import (
     duration,
     finish,
     measure,
+    predictor_of,
     resume_command,
 )
 from allmlp.training.run_folder import (
@@ -66,6 +69,7 @@ from allmlp.training.run_folder import (
 )
 from allmlp.training.signals import NoBatchCame, StopRequest, end, ending_at_once
 from allmlp.training.state import Run, RunState
+from allmlp.weights.download import cache_folder
 from allmlp.weights.save import save_model
 
 LOG_EVERY, SHORT = 10, 200  # in steps; shorter runs than `SHORT` log every step
@@ -102,6 +106,7 @@ def train(
     in_study: bool = False,
     callbacks: Sequence[Logger] = (),
     dry_run: bool = False,
+    splits: Splits | None = None,
 ) -> TrainResult:
     """Trains a model and returns its results; the same call resumes an interrupted run.
 
@@ -111,6 +116,7 @@ def train(
         in_study: the run is part of a study: do not print what to do next.
         callbacks: told about the run in the main process, see `Logger`; `config.log` adds trackers.
         dry_run: check everything and measure `expected_seconds`, but train and write nothing.
+        splits: the images of `config.data`, if they are listed already.
 
     Raises:
         UserError: a setting or the data is unusable (nothing has been written then), or the run had
@@ -121,7 +127,7 @@ def train(
     with contextlib.ExitStack() as stack:
         world, device = stack.enter_context(join_world(config.device))
         # All checks happen before anything is written.
-        config, path, is_old, splits = _open(config, world)
+        config, path, is_old, splits = _open(config, world, splits)
         images = (config.epochs or 0) * len(splits.train)
         num_steps = config.steps or max(1, round(images / config.batch_size))
         is_probe = config.model.train_only == "probe"
@@ -165,7 +171,7 @@ def train(
         stack.callback(folder.close)
         if writes:
             report.log_to(folder.path / "log.txt")
-            trackers = [TRACKERS[name]() for name in config.trackers]
+            trackers = map(tracker, config.trackers)
             folder.loggers = Loggers([*trackers, *callbacks], report.say)
         run = Run(config, splits, folder, report, compute, world, num_steps)
         announce(run, model, in_study=in_study)
@@ -185,7 +191,9 @@ def train(
         return replace(finish(run, in_study=in_study), expected_seconds=seconds)
 
 
-def _open(config: TrainConfig, world: World) -> tuple[TrainConfig, Path, bool, Splits]:
+def _open(
+    config: TrainConfig, world: World, splits: Splits | None
+) -> tuple[TrainConfig, Path, bool, Splits]:
     """Returns the settings that fit the data, the run folder, whether it already holds this run,
     and the images."""
     if world.size > 1 and config.output is None:
@@ -196,11 +204,11 @@ def _open(config: TrainConfig, world: World) -> tuple[TrainConfig, Path, bool, S
         raise UserError(what, where="batch_size", fix=f"A multiple of {world.size}")
     between("data.num_workers", config.data.num_workers, 0, most_workers())
     for name in config.trackers:
-        TRACKERS[name]()  # is it installed?
+        tracker(name)  # is it installed?
     path = world.broadcast_from_rank0(lambda: planned_path(config))
-    is_old = world.broadcast_from_rank0(lambda: can_resume(path, config))
+    is_old = world.broadcast_from_rank0(lambda: can_resume(path))
     try:
-        splits = open_training_data(config.data)
+        splits = open_training_data(config.data, splits)
     except UserError as error:
         if is_old and not Path(parse_name(config.data.source).base).expanduser().exists():
             fix = f"Was it moved? mixer train --resume {path} --data WHERE_IT_IS"
@@ -214,10 +222,11 @@ def _open(config: TrainConfig, world: World) -> tuple[TrainConfig, Path, bool, S
         check_one_label([splits.train], f"balance={config.data.balance}")
     if config.model.train_only == "probe":
         check_one_label([splits.train], "a probe")
-    if splits.validation is not None:
-        names, label = splits.train.class_names, splits.train.labels[:1]
+    if splits.validation is not None:  # does the metric apply, as to an image with all its labels?
+        names, labels = splits.train.class_names, splits.validation.labels
+        labels = np.array([labels.any(axis=0)]) if splits.train.is_multi_label else labels[:1]
         nothing = np.zeros((1, len(names)), np.float32)
-        metric_of(config.best_by, Evaluation("", names, label, np.arange(1), nothing))
+        metric_of(config.best_by, Evaluation("", names, labels, np.arange(1), nothing))
     if is_old:
         world.broadcast_from_rank0(lambda: check_same(config_of(path), config))
         world.broadcast_from_rank0(lambda: check_same_images(path, config, splits))
@@ -263,20 +272,21 @@ class Trainer:
         ):
             try:
                 for step, batch in enumerate(on_device(batches, device), state.step):
-                    self.note_bad(batch)
+                    self.note_bad(batch.bad)
                     self.train_step(step, batch)
                     self.show_step(bar, step)
                     is_due = step + 1 in due
                     is_best = self.evaluate() if is_due else False
                     asked = _STOP_ASKED * self.run_folder.loggers.stop_asked
                     number = world.all_reduce_max(stop.signal or asked)
-                    if number == _STOP_ASKED:
-                        number = 0
-                        if not state.finished:
-                            self.report.say("stopped early: a callback asked for it")
-                            state.finished = True
-                            is_best = is_best if is_due else self.evaluate()
-                    if self.save_is_due(is_due) or is_best or number or state.finished:
+                    if number == _STOP_ASKED and not state.finished:
+                        self.report.say("stopped early: a callback asked for it")
+                        state.finished = True
+                        is_best = is_best if is_due else self.evaluate()
+                    number = 0 if number == _STOP_ASKED else number
+                    every = config.checkpoint_every
+                    is_save_due = is_due if every is None else state.step % every == 0
+                    if is_save_due or is_best or number or state.finished:
                         state.save(is_best=is_best)
                     if number:
                         self.end(number)
@@ -336,19 +346,18 @@ class Trainer:
         return images, targets, depth.to(run.compute.device), dropout_seed + run.world.rank
 
     def expected_seconds(self) -> float | None:
-        """Returns how long the rest of the run takes, by a few gradients of its next batch.
-
-        The run's bits do not change: the weights are not updated, statistics such as running means
-        are restored, and every step seeds its own random numbers. None if nothing is left to do.
-        """
+        """Returns how long the rest of the run takes, by a few gradients of its next batch, which
+        change no bit of the run; None if nothing is left to do."""
         config, state, run, device = self.config, self.state, self.run, self.run.compute.device
         steps = run.num_steps - state.step
         if state.finished:
             return None
         state.updater.choose_micro_batch()
-        begun = time.perf_counter()
-        with contextlib.closing(self.batches(state.step + 1, num_workers=0)) as batches:
-            batch = next(batches)
+        # Of two batches the second, as a loader process has to start; it may hang, as in the run.
+        workers = choose_workers(config.data.num_workers, run.splits.train, self.preprocessing, 1)
+        with contextlib.closing(self.batches(state.step + 2, min(1, workers))) as batches:
+            batch, begun = next(batches), time.perf_counter()
+            next(batches)
         decoding = time.perf_counter() - begun
         statistics = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         batch, times = batch.to(device), list[float]()
@@ -362,10 +371,7 @@ class Trainer:
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(statistics[name])
         computing, cores = min(times), (os.cpu_count() or 1) / self.world.size
-        twice = 1.0 - config.optimizer.sam_start if config.optimizer.sam_rho else 0.0
-        trains_all, own = config.model.train_only == "all", config.batch_size / self.world.size
         # Loader processes decode during the step, as far as the step leaves them cores.
-        workers = choose_workers(config.data.num_workers, run.splits.train, self.preprocessing, 1)
         threads = torch.get_num_threads() if device.type == "cpu" else 0
 
         def seconds(computing: float) -> float:
@@ -374,34 +380,52 @@ class Trainer:
             shared = (computing * threads + decoding) / cores
             return max(computing, decoding / min(workers, cores), shared)
 
-        forward = seconds(computing / 3 if trains_all else computing) / own  # per image
+        trains_all = config.model.train_only == "all"
+        forward = seconds(computing / 3 if trains_all else computing) / config.batch_size
         validation, test = (len(part or ()) for part in (run.splits.validation, run.splits.test))
         evaluations = 1 + sum(at > state.step for at in self.evaluation_steps())
-        images = evaluations * validation + test
-        total = steps * seconds(computing * (1 + twice)) + images / self.world.size * forward
+        if config.optimizer.sam_rho:  # the gradient is computed twice
+            computing *= 2.0 - config.optimizer.sam_start
+        total = steps * seconds(computing) + (evaluations * validation + test) * forward
         probe = None
         if trains_all and config.model.weights and device.type == "cpu":
-            probe = forward * (len(run.splits.train) + 2 * validation + test)
+            probe = forward * (len(run.splits.train) + 2 * validation + test) * self.world.size
         announce_time(run, total, steps, probe)
         return total
 
     def probe(self) -> None:
-        """Fits the head to frozen features, instead of steps, and keeps the result as `train`."""
-        state = self.state
+        """Fits the head to frozen features, which are those of `mixer evaluate`."""
+        state, train, say = self.state, self.run.splits.train, self.report.say
         if state.finished:
             return
         self.name_bad(self.run.splits.bad)
-        with self.report.progress(len(self.run.splits.train), "images") as bar:
-            bad, loss = fit_head(self.run, self.model, lambda batch: bar.advance(len(batch)))
-        trained = dict(self.model.named_parameters())
+        asked = "float32" if self.config.precision == "auto" else self.config.precision
+        predictor = predictor_of(self.run, self.model, min(64, max(1, len(train) // 4)), asked)
+        with self.report.progress(len(train), "images") as bar:
+            found = frozen_features(
+                *(predictor, train, cache_folder() / "features"),
+                lambda batch: bar.advance(len(batch)),
+            )
+        for note in found.notes:
+            say(f"note     {note}")
+        labels = train.labels[found.indices]
+        if len(np.unique(labels)) < 2:
+            what = "fewer than two classes have images that can be decoded"
+            raise UserError(what, where=train.name)
+        probe = fit_probe(found.values, labels, len(train.class_names))
+        again = ", features from the cache" if found.from_cache else ""
+        say(f"probe    l2 {probe.l2:g}, the best of five folds of the training images{again}")
+        head, trained = head_of(self.model), dict(self.model.named_parameters())
         with torch.no_grad():
+            head.weight.copy_(torch.from_numpy(probe.weight).float())
+            head.bias.copy_(torch.from_numpy(probe.bias).float())
             for name, average in state.average.items():
                 average.copy_(trained[name])
-        state.bad |= {image.name: image for image in bad}
-        self.new_bad += bad
-        check_number_bad(list(state.bad.values()), self.run.splits.train, self.config.data.max_bad)
-        state.step, state.finished = self.run.num_steps, True
-        state.loss_sum, state.loss_count = loss, 1
+        self.note_bad(found.bad)
+        state.step, state.finished, state.loss_count = self.run.num_steps, True, 1
+        probabilities = torch.from_numpy(probe.probabilities(found.values)).clamp(min=1e-30)
+        targets = torch.from_numpy(labels.astype(np.int64))
+        state.loss_sum = F.nll_loss(probabilities.log(), targets).item()
         self.evaluate()
         state.save(is_best=True)
 
@@ -434,16 +458,9 @@ class Trainer:
         epochs = range(every, self.config.epochs, every)
         return {round(epoch * self.steps_per_epoch) for epoch in epochs} | {last}
 
-    def save_is_due(self, was_evaluated: bool) -> bool:
-        """Returns whether to save a checkpoint after this step."""
-        every, step = self.config.checkpoint_every, self.state.step
-        return was_evaluated if every is None else step % every == 0 or step == self.run.num_steps
-
     def evaluate(self) -> bool:
-        """Evaluates, logs the result and saves the best weights; returns whether this is the best.
-
-        Without validation images the latest weights are the best.
-        """
+        """Evaluates, logs the result and saves the best weights, without validation images the
+        latest; returns whether these are the best."""
         config, state, validation = self.config, self.state, self.run.splits.validation
         for found in self.world.gather(self.new_bad):  # images that each process could not decode
             self.name_bad(found)
@@ -462,12 +479,13 @@ class Trainer:
         score, keeps_last = None, result is None or config.data.fold is not None
         if result is not None and not keeps_last:  # of equal ones, the one with the lower loss
             metric = metric_of(config.best_by)
-            score = metric.score(figures[metric.name]), -figures["loss"]
+            value = figures.get(metric.name, 0.0)  # no labelled image can be decoded
+            score = metric.score(value), -figures["loss"]
         is_best = state.note_result(score)
         if is_best and self.world.is_main:
             save_model(kept, self.run_folder.best, overwrite=True)
-            card = model_card(kept, config, self.run.splits, result, None)
-            self.run_folder.write("best/README.md", card)
+            outcome = Outcome(config, self.run.splits, kept, result)
+            self.run_folder.write("best/README.md", model_card(outcome))
         # Epochs are rounded to whole steps, but the last step always ends the last epoch.
         shown = self.epochs * state.step / self.run.num_steps
         total = f"{self.epochs:.1f}".removesuffix(".0")
@@ -506,12 +524,12 @@ class Trainer:
             self.report.say(f"step {step + 1:,} of {self.run.num_steps:,}   {note}   {left}")
             self.last_line = seconds
 
-    def note_bad(self, batch: Batch) -> None:
+    def note_bad(self, found: list[BadImage]) -> None:
         """Reports undecodable images once, and stops the run if there are too many."""
         bad = self.state.bad
-        self.new_bad += [image for image in batch.bad if image.name not in bad]
-        bad.update({image.name: image for image in batch.bad if image.name not in bad})
-        self.name_bad(batch.bad)
+        self.new_bad += [image for image in found if image.name not in bad]
+        bad.update({image.name: image for image in found if image.name not in bad})
+        self.name_bad(found)
         check_number_bad(list(bad.values()), self.run.splits.train, self.config.data.max_bad)
 
     def name_bad(self, bad: list[BadImage]) -> None:
