@@ -87,11 +87,12 @@ def _grid(values: np.ndarray) -> np.ndarray:
 
 def statistics(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns mean and deviation of each channel over all rows; 1 if a deviation would be 0."""
-    rows = (array_row(source, at) for at in range(len(source)))
-    mean = sum(row.mean(axis=(1, 2), dtype=np.float64) for row in rows) / len(source)
+    places = range(len(source))
+    means = [array_row(source, at).mean(axis=(1, 2), dtype=np.float64) for at in places]
+    mean = np.mean(means, axis=0)
     # A second pass, since sums of squares lose digits.
-    shifted = (array_row(source, at) - mean[:, None, None] for at in range(len(source)))
-    deviation = np.sqrt(sum((row**2).mean(axis=(1, 2)) for row in shifted) / len(source))
+    shifted = (array_row(source, at) - mean[:, None, None] for at in places)
+    deviation = np.sqrt(np.mean([(row**2).mean(axis=(1, 2)) for row in shifted], axis=0))
     return tuple(mean.tolist()), tuple(np.where(deviation > 0, deviation, 1.0).tolist())
 
 
