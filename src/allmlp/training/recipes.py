@@ -289,8 +289,7 @@ def for_arrays(config: TrainConfig, shape: tuple[int, int, int]) -> TrainConfig:
 
     (channels, height, width), own = shape, config.augment
     usual = recipe(config.recipe) if config.recipe in RECIPES else TrainConfig()
-    kept = {"mixup": own.mixup, "mix_until": own.mix_until}
-    plain = AugmentSettings(crop=NoCrop(), flip=False, **kept)
+    plain = AugmentSettings(crop=NoCrop(), flip=False, mixup=own.mixup, mix_until=own.mix_until)
     for field in fields(plain):
         value, allowed = getattr(own, field.name), getattr(usual.augment, field.name)
         if value not in (allowed, getattr(plain, field.name)):
@@ -314,14 +313,14 @@ TOKENS = 32
 def patch_for(height: int, width: int) -> tuple[int, int]:
     """Returns the patch size, a divisor of each side, that makes about `TOKENS` tokens; of equal
     ones the squarest."""
-    divisors = ([n for n in range(1, side + 1) if side % n == 0] for side in (height, width))
+    talls, wides = ([n for n in range(1, side + 1) if side % n == 0] for side in (height, width))
     wanted = math.log(height * width / TOKENS)
 
     def misfit(patch: tuple[int, int]) -> tuple[float, float]:
         tall, wide = map(math.log, patch)
         return abs(wanted - tall - wide), abs(tall - wide)
 
-    return min(itertools.product(*divisors), key=misfit)
+    return min(itertools.product(talls, wides), key=misfit)
 
 
 LARGE = 20_000  # images, from which the hyper-rule takes more steps and mixup
