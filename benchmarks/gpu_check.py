@@ -37,6 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 import allmlp as am
+from allmlp import plots
 from allmlp.data.loader import evaluation_batches, training_batches
 from allmlp.data.sampler import Order
 from allmlp.data.sources import open_source
@@ -397,6 +398,8 @@ class _Stop(Logger):
 
 def state(check: Check) -> None:
     """Runs repeat and resume bit for bit; a non-finite batch and too large a one."""
+    for name in ("curves", "training_batch", "save", "save_evaluation"):  # most of the time
+        setattr(plots, name, lambda *_: [])
     with tempfile.TemporaryDirectory() as folder:
         runs = []
         for name, callbacks in (("one", []), ("two", []), ("resumed", [_Stop()])):
