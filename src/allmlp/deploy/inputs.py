@@ -185,11 +185,12 @@ def read_list() -> PackedStrings:
 
     A missing file becomes a row with an error, like any other bad image.
     """
-    stream, what = sys.stdin.buffer, "there are no images on standard input"
+    stream = sys.stdin.buffer
     # Paths with newlines need zero bytes as separators.
     data = b"" if stream.isatty() else stream.read()
     lines = data.split(b"\0") if b"\0" in data else data.splitlines()
     paths = PackedStrings(os.fsdecode(line) for line in lines if line)
     if not len(paths):
-        raise UserError(what, where="-", fix="find FOLDER -name '*.jpg' | mixer predict MODEL -")
+        fix = "find FOLDER -name '*.jpg' | mixer predict MODEL -"
+        raise UserError("there are no images on standard input", where="-", fix=fix)
     return paths
