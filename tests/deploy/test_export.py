@@ -169,7 +169,7 @@ def test_a_resized_run_from_the_command_line(
     code, out, err = mixer(capsys, "export", run, "--output", output, *flags)
     assert code == 0, err
     assert "16x16 pixels" in out
-    assert "compared   50 images" in out
+    assert "compared    50 images" in out
     assert out.endswith(f"written  {output}\n")
     assert_equal(am.open_exported(output), am.load_model(run, 16, quiet=True))
     code, _, err = mixer(capsys, "export", run, "--output", output)
