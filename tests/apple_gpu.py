@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 OPERATIONS: set[str] = set()  # that ran on the GPU
 _MOVES = ("copy_", "_to_copy")
+_META: list[bool] = []  # not empty within `with torch.device("meta")`
 
 
 class AppleTensor(torch.Tensor):
@@ -68,7 +70,7 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     inputs, device = [isinstance(leaf, AppleTensor) for leaf in tensors], kwargs.get("device")
     kind = None if device is None else torch.device(device).type
-    if kind == "meta" and torch.get_default_device().type != "meta":
+    if kind == "meta" and not _META:
         kind = "mps"
     on_gpu = kind == "mps" or (any(inputs) and kind is None)
     if not on_gpu and not any(inputs):
@@ -101,6 +103,18 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return return_and_correct_aliasing(function, args, kwargs, found) if any(inputs) else found
 
 
+def _on_device(self: Any, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    is_meta = self.device.type == "meta"
+    _META.extend([True] * is_meta)
+    try:
+        return _PLAIN(self, function, types, args, kwargs)
+    finally:
+        del _META[len(_META) - is_meta :]
+
+
+_PLAIN = DeviceContext.__torch_function__
+
+
 @contextlib.contextmanager
 def apple_gpu() -> Iterator[None]:
     """Lets torch find an Apple GPU, "mps:0", within the block."""
@@ -113,6 +127,7 @@ def apple_gpu() -> Iterator[None]:
             ("get_rng_state", None),
         ):
             patch.setattr(torch.mps, name, lambda *_, value=value: value)
+        patch.setattr(DeviceContext, "__torch_function__", _on_device)
         # Built where no mode sees it.
         tensor = torch.tensor
         patch.setattr(torch, "tensor", lambda *a, device=None, **k: tensor(*a, **k).to(device))

@@ -159,7 +159,7 @@ def test_resume_of_what_is_no_run(old, tmp_path, capsys):
     assert not (tmp_path / "no").exists()
     for extra in (["--output", tmp_path / "new"], ["digits"]):
         text, _ = failed(capsys, tmp_path, "train", *extra, "--resume", old / "run")
-        assert "output cannot be given" in text or "the recipe digits cannot" in text
+        assert "resume" in text
         assert not (tmp_path / "new").exists()
 
 
