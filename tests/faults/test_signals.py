@@ -157,3 +157,22 @@ def test_in_the_middle_of_an_evaluation(data, straight, tmp_path, monkeypatch):
     assert results_of(tmp_path / "run") == results_of(straight)[:1]
     assert len(losses_of(tmp_path / "run")) == 10
     check_same(train(config), straight)
+
+
+def test_the_callers_handlers_come_back(data, tmp_path):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    train(run_config(data, tmp_path / "run"), stop_after=2)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_plots_are_drawn(data, straight, tmp_path):
+    """The training is done then, and the same command measures and draws."""
+    config = run_config(data, tmp_path / "run")
+    # The signal may reach another thread first: the sleep is where it then arrives.
+    stop = "(os.kill(os.getpid(), signal.SIGINT), time.sleep(10))"
+    fault = f"patch.setattr('allmlp.training.report.load_model', lambda _: {stop})"
+    process = start(config, tmp_path / "said", fault)
+    assert process.wait() == 130
+    assert process.said().splitlines()[-1] == "stopped"
+    check_same(train(config), straight)

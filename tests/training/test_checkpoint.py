@@ -9,8 +9,10 @@ import io
 import json
 import math
 import os
+import random
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from allmlp.training.checkpoint import (
     Checkpoint,
     Checkpoints,
     verify,
+    write_manifest,
 )
 from runs import start, unix, until
 
@@ -222,6 +225,36 @@ def test_tensors_of_another_model_are_named_and_not_loaded(tmp_path: Path):
 
 # Kills
 
+SAVER = """
+from test_checkpoint import *
+checkpoints = Checkpoints(Path(FOLDER), say=lambda line: None)
+found = checkpoints.newest()
+number = found.step if found else 0
+while True:
+    number += 1
+    checkpoints.save(number, state(number), {"step": number}, is_best=number % 7 == 0)
+    checkpoints.wait()
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.slow
+@unix
+def test_killed_at_twenty_moments_of_a_run(tmp_path: Path):
+    chance, partial, newest, folder = random.Random(0), 0, 0, tmp_path / "checkpoints"
+    for life in range(20):
+        text = tmp_path / f"said {life}"
+        process = start([], text, SAVER.replace("FOLDER", repr(str(folder))))
+        until(process.said, 30.0)
+        assert int(process.said().split()[0]) == newest + 1  # it resumed what the kill had left
+        time.sleep(chance.uniform(0.0, 0.06))
+        process.kill()
+        promised = int(process.said().split()[-1])
+        partial += any(name.endswith(".partial") for name in names(folder))
+        newest = whole_number(folder)
+        assert newest >= promised
+    assert partial >= 3  # it was caught in the act
+
 
 STOPPED = """
 from test_checkpoint import *
@@ -270,6 +303,16 @@ def test_killed_before_the_rename_and_in_a_removal(
     assert whole_number(folder, lines) == newest
     assert lines == [f"Removed what a killed save left in {folder}: {leftover}"]
     assert whole_number(saved(folder, newest + 1).folder) == newest + 1
+
+
+def test_a_leftover_is_no_obstacle(tmp_path: Path):
+    left = tmp_path / ".step-00000001.partial"
+    left.mkdir()
+    (left / STATE).write_bytes(b"of the run before")
+    (left / "more").write_bytes(b"of the run before")
+    saved(tmp_path, 1)
+    assert whole_number(tmp_path) == 1
+    assert names(tmp_path / "step-00000001") == [MANIFEST, STATE]
 
 
 # A full disk
@@ -331,6 +374,31 @@ def test_the_disk_is_full_at_some_byte(tmp_path: Path, full_disk: pytest.MonkeyP
     assert whole_number(tmp_path) == 2
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_disk_is_full_when_a_file_is_brought_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    """The tensors, the manifest, the folder."""
+    checkpoints, calls, fsync = saved(tmp_path, 1), [], os.fsync
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    check_disk_full(tmp_path, checkpoints)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path):
+    (tmp_path / "checkpoints").write_text("a file")
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, state(1), {})
+    with pytest.raises(UserError, match="the checkpoint cannot be written: "):
+        checkpoints.close()
+
+
 # Damage
 
 
@@ -374,6 +442,28 @@ def test_a_pipe_in_the_place_of_a_file_blocks_nobody(tmp_path: Path):
     (tmp_path / "step-00000002" / STATE).unlink()
     os.mkfifo(tmp_path / "step-00000002" / STATE)
     assert whole_number(tmp_path, []) == 1
+
+
+def test_all_are_damaged(tmp_path: Path):
+    saved(tmp_path, 1, 2)
+    for path in tmp_path.glob(f"*/{STATE}"):
+        flip(path)
+    lines: list[str] = []
+    assert Checkpoints(tmp_path, say=lines.append).newest() is None
+    assert len(lines) == 2
+
+
+def test_a_renamed_folder_and_a_later_format(tmp_path: Path):
+    saved(tmp_path, 1, 2)
+    (tmp_path / "step-00000002").rename(tmp_path / "step-00000005")
+    with pytest.raises(UserError, match="it holds step 2"):
+        verify(tmp_path / "step-00000005")
+    folder = tmp_path / "step-00000001"
+    content = json.loads((folder / MANIFEST).read_bytes())["content"]
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, {**content, "format": 3})
+    with pytest.raises(UserError, match="its format is 3"):
+        verify(folder)
 
 
 def test_checkpoints_of_version_0_1_are_one_clear_message(tmp_path: Path):
