@@ -5,7 +5,8 @@ that was not fitted to its label. Images are ranked by the probability of their 
 the images of confident learning (Northcutt, Jiang and Chuang, Journal of Artificial Intelligence
 Research 70, 2021), for which another class is as probable as it is on average for the images
 labelled so, if their own label has less than a quarter of the probability of chance. Both are
-measured in benchmarks/label_mistakes.md.
+measured in benchmarks/label_mistakes.md. With several labels per image every class is judged by
+itself, present or absent, and an image counts by its least probable entry.
 
 Shapes: N images, K classes.
 """
@@ -25,7 +26,7 @@ import numpy as np
 from allmlp import plots
 from allmlp.console import Reporter, report_bad_images, report_notes, table
 from allmlp.data.exclude import exclude_list
-from allmlp.data.source import BadImage, Source, check_one_label, join, relabel
+from allmlp.data.source import MARK, BadImage, Source, join, relabel
 from allmlp.data.sources import notes_of, open_splits, read_from
 from allmlp.errors import UserError, plural
 from allmlp.evaluation.features import cache_path, frozen_features, opened_model, with_cache
@@ -138,8 +139,8 @@ def find_label_mistakes(
         **fields: fields of `LabelMistakesOptions`.
 
     Raises:
-        UserError: no such data, fewer than two classes, several labels per image, an output that
-            exists, or features that are not finite.
+        UserError: no such data, fewer than two classes, an output that exists, or features that are
+            not finite.
     """
     options = data if isinstance(data, LabelMistakesOptions) else None
     if options is None and data is not None:
@@ -152,7 +153,6 @@ def find_label_mistakes(
     if cache is not None:
         check_output_folder(cache)
     splits = open_splits(options.data)
-    check_one_label(splits.values(), "a search for label mistakes")
     names = list(dict.fromkeys(name for split in splits.values() for name in split.class_names))
     splits = {name: relabel(split, names) for name, split in splits.items()}
     source = join(list(splits.values()), options.data)
@@ -171,19 +171,31 @@ def find_label_mistakes(
         features = frozen_features(predictor, source, cache, lambda batch: bar.advance(len(batch)))
     labels = source.labels[features.indices]
     probabilities = out_of_fold(features.values, labels, len(names))
-    suggestions, suspected = confident_learning(probabilities, labels)
-    counts, rows = np.bincount(labels, minlength=len(names)), np.arange(len(labels))
-    is_single = counts[labels] < 2  # no other fold has the label, so nothing could confirm it
-    scores = np.where(is_single, np.inf, probabilities[rows, labels])
+    if source.is_multi_label:
+        own, other, suspected, is_single = _of_several(probabilities, labels)
+        changed = labels.copy()
+        rows = np.arange(len(labels)), other
+        changed[rows] ^= True
+        suggestions = [MARK.join(np.array(names)[row].tolist()) for row in changed]
+        likely, accuracy = 1.0 - own, float(((probabilities >= 0.5) == labels).mean())
+    else:
+        other, suspected = confident_learning(probabilities, labels)
+        rows = np.arange(len(labels))
+        own, likely = probabilities[rows, labels], probabilities[rows, other]
+        # No other fold has the label, so nothing could confirm it.
+        is_single = np.bincount(labels, minlength=len(names))[labels] < 2
+        suggestions = [names[at] for at in other]
+        accuracy = float((probabilities.argmax(axis=1) == labels).mean())
+    scores = np.where(is_single, np.inf, own)
     places = [(split, at) for split, images in splits.items() for at in range(len(images))]
     ranked = [
         RankedLabel(
             *places[image],
             name=source.item_name(image),
-            label=names[labels[at]],
-            label_probability=float(probabilities[at, labels[at]]),
-            suggestion=names[suggestions[at]],
-            suggestion_probability=float(probabilities[at, suggestions[at]]),
+            label=source.label_text(image),
+            label_probability=float(own[at]),
+            suggestion=suggestions[at],
+            suggestion_probability=float(likely[at]),
             suspected=bool(suspected[at] and not is_single[at]),
         )
         for at in np.argsort(scores, kind="stable")
@@ -191,16 +203,31 @@ def find_label_mistakes(
     ]
     notes = [*notes_of(splits), *features.notes]
     if is_single.any():
-        alone = ", ".join([names[at] for at in np.flatnonzero(counts == 1)][:8])
+        alone = ", ".join([names[at] for at in np.flatnonzero(source.class_counts() == 1)][:8])
         notes.append(f"classes with a single image cannot be judged: {alone}")
     if trained := counted(net.source, source).trained_on:
         about = f"the model was trained on about {trained:,} of these {len(source):,} images"
         notes.append(f"{about}: it may have learned wrong labels, and find fewer of them")
-    accuracy = float((probabilities.argmax(axis=1) == labels).mean())
     result = LabelMistakes(source.name, ranked, len(names), accuracy, splits, features.bad, notes)
     if folder is not None:
         result.save(folder)
     return result
+
+
+def _of_several(
+    probabilities: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns of each image with several labels (N,): how probable its least probable entry is,
+    label or absence of one; the class of that entry; whether any entry is suspected, each class by
+    itself; whether that entry is the only label of its class."""
+    likely = np.where(labels, probabilities, 1.0 - probabilities)
+    flagged = [
+        confident_learning(np.stack([1.0 - p, p], axis=1), truth.astype(np.int64))[1]
+        for p, truth in zip(probabilities.T, labels.T, strict=True)
+    ]
+    worst, rows = likely.argmin(axis=1), np.arange(len(labels))
+    is_single = labels[rows, worst] & (labels.sum(axis=0)[worst] < 2)
+    return likely[rows, worst], worst, np.any(flagged, axis=0), is_single
 
 
 def confident_learning(

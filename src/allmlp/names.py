@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from allmlp.errors import UserError
 
 NAME, OLD_NAME = "allmlp", "mlp_mixer"
+HUB_NAME = r"[\w.-]+/[\w.-]+"  # owner/name on the Hugging Face hub
 
 Value = TypeVar("Value")
 

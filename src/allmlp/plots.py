@@ -285,8 +285,10 @@ def curves(metrics: Sequence[Mapping[str, float]], results: Sequence[Mapping[str
         loss.plot(evaluated, validation, color="tab:orange", marker=".", label="validation")
         main = "validation_top1"
         if main not in rows[0]:  # several labels per image
-            main = "validation_mean_average_precision"
-            accuracy.set(title="validation mAP (%)")
+            main, title = "validation_mean_average_precision", "mAP"
+            if any(main not in row for row in rows):  # no image has a label
+                main, title = "validation_micro_f1", "micro F1"
+            accuracy.set(title=f"validation {title} (%)")
         top1 = [100 * row[main] for row in rows]
         balanced = [100 * row.get("validation_balanced_accuracy", math.nan) for row in rows]
         best = int(np.argmax([row["best"] * row["epoch"] for row in rows]))

@@ -11,7 +11,7 @@ Cross-validation trains once per fold, and measures each model on the fold it ha
   fold-1/           a run per fold, with out_of_fold.npz: indices, labels and logits of its images
   folds.json        metrics of each fold, their mean and deviation, and those out of fold
   out_of_fold/      evaluation.json, per_class.csv, confusion.csv, predictions.csv, figures
-  best/             the model of the fold with the highest accuracy
+  best/             the model of the fold with the highest accuracy, or mean average precision
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from allmlp.data.source import Source, check_one_label
+from allmlp.data.source import MARK, Source
 from allmlp.data.source_spec import parse_name
 from allmlp.data.workers import check_guard
+from allmlp.decision import Decision
 from allmlp.errors import UserError, plural
 from allmlp.evaluation.metrics import Evaluation, main_of, metric_of
 from allmlp.io import atomic_write
@@ -277,6 +278,11 @@ class CrossValidation:
     out_of_fold: Evaluation
     best: int
 
+    @property
+    def main(self) -> str:
+        """The metric that says which fold is best: top1 or mean_average_precision."""
+        return main_of(self.folds[0]).name
+
     def spread(self, name: str, *, test: bool = False) -> tuple[float, float | None]:
         """Returns mean and sample standard deviation of a metric, such as "top1"."""
         return mean_and_deviation([values[name] for values in (self.tests if test else self.folds)])
@@ -315,7 +321,6 @@ def cross_validate(config: TrainConfig, folds: int = 5, *, quiet: bool = False) 
         what = "cross-validation holds out the folds, so holdout and fold have no meaning"
         raise UserError(what, where="data.holdout, data.fold", fix="Leave them out")
     whole, dealt, how = open_folds(config.data, folds)
-    check_one_label((whole,), "cross-validation")
     numbers = range(1, folds + 1)
     runs = {f"fold-{at}": config.with_value("data.fold", (at, folds)) for at in numbers}
     names = (*runs, "best", "folds.json", "out_of_fold")
@@ -365,11 +370,13 @@ def _joined(path: Path, whole: Source, dealt: np.ndarray, rows: list[Row]) -> Cr
     indices, labels, logits = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(indices, kind="stable")
     out_of_fold = Evaluation(
-        whole.name, whole.class_names, labels[order], indices[order], logits[order]
+        *(whole.name, whole.class_names, labels[order], indices[order], logits[order]),
+        decision=Decision(labels="multi" if whole.is_multi_label else "single"),
     )
     out_of_fold.are_held_out, out_of_fold.trained_on = True, 0
     folds = [row["held_out"] for row in rows]
-    best = max(range(len(folds)), key=lambda at: (folds[at]["top1"], -folds[at]["loss"], -at))
+    main = main_of(folds[0]).name
+    best = max(range(len(folds)), key=lambda at: (folds[at][main], -folds[at]["loss"], -at))
     tests = [row["test"] for row in rows if row["test"] is not None]
     return CrossValidation(path, folds, tests, out_of_fold, best + 1)
 
@@ -381,23 +388,27 @@ def _save_folds(
     found, folder = result.out_of_fold, result.folder / "out_of_fold"
     found.save(folder, overwrite=True)
     save_evaluation(found, whole, folder)
-    text, names = io.StringIO(), found.class_names
+    text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("image", "fold", "class", "predicted", "probability"))
-    columns = (found.indices, found.labels, found.predictions, found.confidences)
-    for index, label, predicted, probability in zip(*columns, strict=True):
-        row = [whole.item_name(int(index)), dealt[index] + 1, names[label], names[predicted]]
-        writer.writerow([*row, f"{probability:.6f}"])
+    for number, index in enumerate(found.indices.tolist()):
+        names, values = [*zip(*found.predicted(number), strict=True)] or ((), ())
+        row = [whole.item_name(index), dealt[index] + 1, whole.label_text(index), MARK.join(names)]
+        writer.writerow([*row, MARK.join(f"{value:.6f}" for value in values)])
     atomic_write(folder / "predictions.csv", text.getvalue().encode(errors="surrogateescape"))
-    mean, deviation = result.spread("top1")
+    mean, deviation = result.spread(result.main)
     section = (
         f"\n## Cross-validation\n\nThis is the model of fold {result.best} of {len(result.folds)}, "
-        "which had the highest accuracy on its held-out images. Over the folds it is "
+        f"which had the highest {_name(found)} on its held-out images. Over the folds it is "
         f"{mean:.2%} +- {deviation:.2%} (mean and standard deviation); out of fold, each image "
-        f"predicted by the model that had not seen it, {found.top1:.2%}.\n"
+        f"predicted by the model that had not seen it, {found.main_metric:.2%}.\n"
     )
     values = {"config": config.to_json(), **result.to_json()}
     save_study(result.folder, "folds.json", values, run, section)
+
+
+def _name(found: Evaluation) -> str:
+    return found.main.title if found.is_multi_label else "accuracy"
 
 
 def _report_folds(sweep: Sweep, result: CrossValidation, images: np.ndarray) -> None:
@@ -410,15 +421,16 @@ def _report_folds(sweep: Sweep, result: CrossValidation, images: np.ndarray) -> 
     rows.append(("out of fold", f"{len(found.labels):,}", dict(found.figures())))
     for line in metrics_table(("held out", "images"), rows):
         sweep.say(line)
-    mean, deviation = result.spread("top1")
-    text = f"accuracy {mean:.2%} +- {deviation:.2%} (mean and standard deviation of the folds), "
+    mean, deviation = result.spread(result.main)
+    name = _name(found)
+    text = f"{name} {mean:.2%} +- {deviation:.2%} (mean and standard deviation of the folds), "
     right = f"{found.correct.sum():,} of {plural(len(found.labels), 'image')}"
-    sweep.say(f"{text}{found.top1:.2%} out of fold ({right})", style="bold green")
+    sweep.say(f"{text}{found.main_metric:.2%} out of fold ({right})", style="bold green")
     for line in found.warnings():
         sweep.say(f"warning  {line}", style="yellow")
     if result.tests:
-        mean, deviation = result.spread("top1", test=True)
-        sweep.say(f"test     accuracy {mean:.2%} +- {deviation:.2%}")
-    text = f"{result.folder / 'best'} (of fold {result.best}, the highest accuracy of the folds; "
+        mean, deviation = result.spread(result.main, test=True)
+        sweep.say(f"test     {name} {mean:.2%} +- {deviation:.2%}")
+    text = f"{result.folder / 'best'} (of fold {result.best}, the highest {name} of the folds; "
     sweep.say(f"model    {text}expect the mean from it)")
     sweep.say(f"tables   {result.folder / 'folds.json'}, {result.folder / 'out_of_fold'}")

@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from allmlp.data.check import check_source
 from allmlp.data.groups import deal, deal_folds, hold_out, shared_groups
-from allmlp.data.source import Source
+from allmlp.data.source import Source, values_of
 from allmlp.data.sources import notes_of, open_source, open_splits
 from allmlp.errors import UserError
 from allmlp.training.config import DataSettings
@@ -180,3 +180,18 @@ def test_columns_of_parquet_files(tmp_path: Path):
     assert list(open_splits(str(tmp_path / "all-test.parquet"))) == ["test"]  # the name says it
     with pytest.raises(UserError, match="group is empty"):
         open_splits(f"{tmp_path / 'all-test.parquet'}#group=patient")
+
+
+@pytest.mark.parametrize(("group", "path"), [("folder", "{}/{}.png"), ("_", "{}_{}.png")])
+def test_groups_of_class_folders(tmp_path: Path, group: str, path: str):
+    for number in range(40):
+        file = tmp_path / "data" / "ab"[number % 2] / path.format(f"p{number // 4}", number)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draw(number).save(file)
+    splits = split_data(DataSettings(source=f"{tmp_path / 'data'}#group={group}", holdout=0.2))
+    assert splits.validation is not None
+    sides = [set(values_of(part, "group") or ()) for part in (splits.train, splits.validation)]
+    assert len(sides[0] | sides[1]) == 10
+    assert not sides[0] & sides[1]
+    with pytest.raises(UserError, match="group="):
+        split_data(DataSettings(source=f"{tmp_path / 'data'}#group=@"))

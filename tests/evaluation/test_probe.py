@@ -29,8 +29,22 @@ def test_equals_scikit_learn(digits: tuple[np.ndarray, np.ndarray], l2: float) -
     model = LogisticRegression(C=1 / (l2 * len(features)), solver="newton-cg", tol=1e-9)
     theirs = model.fit(scaler.transform(features), labels)
     others = features[::-1] * 0.9  # standardised by the training images' statistics
-    ours = fit_probe(features, labels, 10, l2=l2).probabilities(others)
+    ours = fit_probe(features, labels, 10, l2=l2).logits(others).softmax(1).numpy()
     assert np.abs(ours - theirs.predict_proba(scaler.transform(others))).max() < 1e-4
+
+
+def test_several_labels_equal_a_regression_each(digits: tuple[np.ndarray, np.ndarray]) -> None:
+    features, digit = digits
+    labels = np.stack([digit % 2 == 0, digit > 6, digit == 3, digit < 0], axis=1)
+    x, ours = StandardScaler().fit_transform(features), fit_probe(features, labels, 4, l2=1e-2)
+    found = ours.logits(features).sigmoid().numpy()
+    for number in range(3):
+        model = LogisticRegression(C=100 / len(features), solver="newton-cg", tol=1e-9)
+        theirs = model.fit(x, labels[:, number]).predict_proba(x)[:, 1]
+        assert np.abs(found[:, number] - theirs).max() < 1e-4
+    assert found[:, 3].max() < 1e-20  # no image has it
+    held_out = out_of_fold(features, labels, 4)
+    assert log_loss(labels[:, 0], held_out[:, 0]) < 0.4
 
 
 def test_out_of_fold_equals_scikit_learn(digits: tuple[np.ndarray, np.ndarray]) -> None:
@@ -66,7 +80,7 @@ def test_classes_without_images_are_improbable(digits: tuple[np.ndarray, np.ndar
     probe = fit_probe(features, labels, 13)
     assert np.isfinite(probe.weight).all()
     assert np.isfinite(probe.bias).all()
-    assert probe.probabilities(features)[:, [10, 12]].max() < 1e-20
+    assert probe.logits(features).softmax(1)[:, [10, 12]].max() < 1e-20
     held_out = out_of_fold(features, labels, 13)
     assert held_out[0, 11] < 1e-20
     np.testing.assert_allclose(held_out.sum(axis=1), 1)

@@ -16,7 +16,7 @@ from allmlp.decision import Decision
 from allmlp.evaluation.metrics import Evaluation
 from allmlp.evaluation.multi_label import average_precision
 from allmlp.training.run_folder import config_of
-from conftest import mixer
+from conftest import mixer, tiny_model
 
 COLORS = {"red": 0, "green": 1, "blue": 2}
 
@@ -123,6 +123,34 @@ def test_training_learns_every_label(run: tuple[Path, Path], capsys):
     assert am.train(config, quiet=True).run_folder == folder  # the same call resumes
 
 
+def test_probe_folds_and_weights(run: tuple[Path, Path], tmp_path: Path):
+    settings = {"output": str(tmp_path / "probe"), "model.train_only": "probe"}
+    config = am.finetune_config(str(run[0]), f"{run[1]}", settings)
+    probe = am.train(config.with_value("data.holdout", 0.3), quiet=True)
+    assert probe.validation is not None
+    assert (probe.validation.mean_average_precision or 0) > 0.95
+    assert probe.validation.decision.labels == "multi"
+    own = {"epochs": 6, "best_by": "top1", "output": str(tmp_path / "folds"), "data.holdout": None}
+    found = am.cross_validate(config_of(run[0]).with_values(own), 2, quiet=True)
+    assert found.main == "mean_average_precision"
+    everything = found.out_of_fold
+    assert everything.mean_average_precision == pytest.approx(
+        average_precision_score(everything.labels, everything.logits), abs=1e-9
+    )
+    assert len(everything.labels) == 120
+    with open(found.folder / "out_of_fold" / "predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert any("|" in row["class"] for row in rows)
+    weights = {"output": str(tmp_path / "weights"), "data.balance": "weights", "epochs": 6}
+    rare: list[float] = []  # the mean probability of the rarest label
+    for one in ({}, {"data.balance": "none", "output": str(tmp_path / "none")}):
+        config = config_of(run[0]).with_values({**weights, **one})
+        result = am.train(config, quiet=True).validation
+        assert result is not None
+        rare.append(result.probabilities[:, result.labels.sum(axis=0).argmin()].mean())
+    assert rare[0] > rare[1]
+
+
 def test_a_study_chooses_by_mean_average_precision(run: tuple[Path, Path], tmp_path: Path):
     config = am.recipe("finetune").with_values(
         {
@@ -161,7 +189,7 @@ def test_predictions_are_the_classes_that_reach_their_threshold(
     ("changes", "code"),
     [
         ({"loss": "softmax", "loss.label_smoothing": 0.2}, "multi-label"),
-        ({"best_by": "top1", "data.balance": "weights"}, "multi-label"),
+        ({"best_by": "top1", "data.balance": "sampler"}, "multi-label"),
         ({"best_by": "balanced_accuracy"}, "not-applicable"),
     ],
 )
@@ -195,3 +223,22 @@ def test_a_model_of_one_label_refuses_several(run: tuple[Path, Path]):
     with pytest.raises(am.UserError) as error:
         am.evaluate(model, str(run[1]))
     assert error.value.code == "multi-label"
+
+
+def test_wrong_labels_come_first(tmp_path: Path):
+    data = make_set(tmp_path)
+    lines = data.read_text().splitlines()
+    wrong = range(5, 100, 20)
+    for at in wrong:  # "red" is added or removed
+        path, _, labels = lines[at].partition(",")
+        lines[at] = path + "," + "|".join(set(filter(None, labels.split("|"))) ^ {"red"})
+    data.write_text("\n".join(lines) + "\n")
+    model = tiny_model(num_classes=3)
+    found = am.find_label_mistakes(model, data, num_workers=0, device="cpu")
+    first = {Path(image.name).stem: image for image in found.ranked[:8]}
+    assert first.keys() >= {str(at - 1) for at in wrong}
+    for at in wrong:
+        image = first[str(at - 1)]
+        assert set(image.label.split("|")) ^ set(image.suggestion.split("|")) - {""} >= {"red"}
+    assert sum(first[str(at - 1)].suspected for at in wrong) >= 3
+    assert len(found.suspected) < 12

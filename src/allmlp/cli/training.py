@@ -25,6 +25,7 @@ _SHARED = {
     "batch_size": "batch_size",
     "learning_rate": "optimizer.learning_rate",
     "holdout": "data.holdout",
+    "exclude": "data.exclude",
     "balance": "data.balance",
     "best_by": "best_by",
     "device": "device",
@@ -38,7 +39,6 @@ TRAIN = {
     **_SHARED,
     "model": "model.name",
     "fraction": "data.fraction",
-    "exclude": "data.exclude",
     "max_bad": "data.max_bad",
     "seed": "seed",
 }

@@ -86,13 +86,15 @@ def deal_folds(source: Source, number: int, seed: int = 0) -> tuple[np.ndarray, 
             what = f"{plural(len(names), 'group')} cannot be dealt into {number} folds"
             raise UserError(what, where=source.name, fix="Fewer folds")
         text = f"{plural(len(names), 'group')} stay whole, classes spread as evenly as they allow"
-    elif not source.is_multi_label:
+    else:
         return stratified_folds(source.labels, number, seed), text
     return deal(source.labels, groups, (1 / number,) * number, seed), text
 
 
 def stratified_folds(labels: np.ndarray, folds: int, seed: int = 0) -> np.ndarray:
     """Returns the fold of every image, int64 (n,): random, with each class spread evenly."""
+    if labels.ndim == 2:
+        return deal(labels, np.arange(len(labels)), (1 / folds,) * folds, seed)
     order = np.random.default_rng(seed).permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
     chosen = np.empty(len(labels), dtype=np.int64)

@@ -12,6 +12,7 @@ from allmlp.deploy.options import PushOptions
 from allmlp.errors import UserError
 from allmlp.io import expand
 from allmlp.models.layers import ImageClassifier
+from allmlp.names import HUB_NAME
 from allmlp.options import make
 from allmlp.training.card import plain_card, published_card
 from allmlp.weights import hub
@@ -62,7 +63,7 @@ def push(
             as `load_model`.
     """
     options = make(PushOptions, options, fields)
-    if not re.fullmatch(hub.NAME, repo):
+    if not re.fullmatch(HUB_NAME, repo):
         what = f"not a name on the hub: {repo!r}"
         raise UserError(what, where="repo", fix="owner/name, with your own name or organisation")
     images = [expand(path) for path in options.examples]

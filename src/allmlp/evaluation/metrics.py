@@ -393,8 +393,8 @@ class Evaluation:
     def __repr__(self) -> str:
         classes = plural(len(self.class_names), "class")
         images = plural(len(self.labels), "image")
-        main = self.main.text(self.main_metric)
-        return f"Evaluation({self.data!r}: {images}, {classes}, {main})"
+        main = [self.main.text(value) for _, value in self.figures((self.main,))]
+        return f"Evaluation({self.data!r}: {', '.join([images, classes, *main])})"
 
     def figures(self, metrics: Iterable[Metric] = METRICS) -> Iterator[tuple[str, float]]:
         """Yields (name, value) of all metrics that are a single number, or of these."""

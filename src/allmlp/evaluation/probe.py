@@ -1,8 +1,9 @@
-"""A linear probe: multinomial logistic regression on frozen features.
+"""A linear probe: multinomial logistic regression on frozen features; with several labels per image
+(multi-hot) a logistic regression per class.
 
 It minimises  mean cross-entropy + l2 / 2 * |W|^2  over weights W of standardised features and a
 bias that is not penalised: scikit-learn's LogisticRegression with C = 1 / (l2 * N). The strength l2
-is the one with the lowest log loss on held-out folds.
+is the one with the lowest log loss on held-out folds; several labels share one.
 
 Shapes: N images, C features, K classes.
 """
@@ -32,18 +33,18 @@ class Probe(NamedTuple):
     bias: np.ndarray  # float64 (K,)
     l2: float
 
-    def probabilities(self, features: np.ndarray) -> np.ndarray:
+    def logits(self, features: np.ndarray) -> Tensor:
         """Returns float64 (N, K) for features (N, C)."""
-        logits = features.astype(np.float64) @ self.weight.T + self.bias
-        return torch.from_numpy(logits).softmax(1).numpy()
+        return torch.from_numpy(features.astype(np.float64) @ self.weight.T + self.bias)
 
 
 def fit_probe(
     features: np.ndarray, labels: np.ndarray, num_classes: int, l2: float | None = None
 ) -> Probe:
-    """Fits a probe to features (N, C) and labels (N,), by default with the l2 of five folds."""
+    """Fits a probe to features (N, C) and labels (N,), or multi-hot (N, K), by default with the l2
+    of five folds."""
     x, mean, std = _standardised(features)
-    truth = torch.from_numpy(labels.astype(np.int64))
+    truth = torch.from_numpy(labels)
     if l2 is None:
         l2, _ = _cross_validate(x, truth, num_classes, stratified_folds(labels, FOLDS))
     weights = _solve(x, truth, num_classes, l2)
@@ -59,8 +60,16 @@ def out_of_fold(
     `folds` are int (N,), `stratified_folds` by default; the l2 that is best over all is used.
     """
     folds = stratified_folds(labels, FOLDS) if folds is None else folds
-    truth = torch.from_numpy(labels.astype(np.int64))
+    truth = torch.from_numpy(labels)
     return _cross_validate(_standardised(features)[0], truth, num_classes, folds)[1]
+
+
+def log_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the mean over images; of multi-hot labels the sum over the classes."""
+    if labels.dim() == 1:
+        return F.cross_entropy(logits, labels)
+    losses = F.binary_cross_entropy_with_logits(logits, labels.double(), reduction="none")
+    return losses.sum(1).mean()
 
 
 def _standardised(features: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,24 +84,29 @@ def _solve(
     x: Tensor, labels: Tensor, num_classes: int, l2: float, start: Tensor | None = None
 ) -> Tensor:
     """Returns the weights (C + 1, K) by Newton's method with a line search."""
-    present, targets = labels.unique(return_inverse=True)
+    if labels.dim() == 1:
+        present, targets = labels.unique(return_inverse=True)
+        truth = F.one_hot(targets)
+    else:
+        present = labels.any(0).nonzero()[:, 0]
+        targets = truth = labels[:, present].double()
     weights = x.new_zeros(x.shape[1], len(present)) if start is None else start[:, present]
     penalty = torch.full((x.shape[1], 1), l2, dtype=torch.float64)
     penalty[-1] = 0.0
 
     def loss(at: Tensor) -> Tensor:
-        return F.cross_entropy(x @ at, targets) + (penalty * at.square()).sum() / 2
+        return log_loss(x @ at, targets) + (penalty * at.square()).sum() / 2
 
     for _ in range(_MOST_STEPS):
-        p = (x @ weights).softmax(1)
-        residual = p - F.one_hot(targets, len(present))
-        gradient = x.T @ residual / len(x) + penalty * weights
+        p = _probabilities(x @ weights, labels)
+        gradient = x.T @ (p - truth) / len(x) + penalty * weights
         if gradient.abs().max() < _TOLERANCE:
             break
 
         def hessian(v: Tensor, p: Tensor = p) -> Tensor:
             u = p * (x @ v)
-            return x.T @ (u - p * u.sum(1, keepdim=True)) / len(x) + penalty * v
+            total = u.sum(1, keepdim=True) if labels.dim() == 1 else u
+            return x.T @ (u - p * total) / len(x) + penalty * v
 
         step = _conjugate_gradients(hessian, -gradient)
         size, slope = 1.0, 1e-4 * (gradient * step).sum()
@@ -104,6 +118,10 @@ def _solve(
     found[-1] = _ABSENT
     found[:, present] = weights
     return found
+
+
+def _probabilities(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.softmax(1) if labels.dim() == 1 else logits.sigmoid()
 
 
 def _conjugate_gradients(matrix: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
@@ -133,12 +151,12 @@ def _cross_validate(
     starts: list[Tensor | None] = [None] * len(held_out)
     best, least = (0.0, torch.empty(0)), torch.inf
     for l2 in L2S:
-        log_probabilities = torch.empty(len(labels), num_classes, dtype=torch.float64)
+        logits = torch.empty(len(labels), num_classes, dtype=torch.float64)
         for fold, out in enumerate(held_out):
             starts[fold] = found = _solve(x[~out], labels[~out], num_classes, l2, starts[fold])
-            log_probabilities[out] = (x[out] @ found).log_softmax(1)
-        log_loss = F.nll_loss(log_probabilities, labels).item()
-        if log_loss >= least:
+            logits[out] = x[out] @ found
+        loss = log_loss(logits, labels).item()
+        if loss >= least:
             break
-        best, least = (l2, log_probabilities), log_loss
-    return best[0], best[1].exp().numpy()
+        best, least = (l2, logits), loss
+    return best[0], _probabilities(best[1], labels).numpy()

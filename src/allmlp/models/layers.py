@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from allmlp.decision import Decision
 from allmlp.errors import UserError
-from allmlp.names import NAME
+from allmlp.names import HUB_NAME, NAME
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.process import keep_freed_memory
 
@@ -186,7 +186,7 @@ class ImageClassifier(nn.Module):
             **options: of `load_model`, such as `image_size` and `num_classes`.
         """
         text = str(source)
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not Path(text).exists():
+        if re.fullmatch(HUB_NAME, text) and not Path(text).exists():
             text = f"hf:{text}"
         model = _public("load_model")(f"{text}@{revision}" if revision else text, **options)
         if not isinstance(model, cls):

@@ -110,7 +110,8 @@ class DataSettings(Options):
     """Seed of that draw."""
     balance: Literal["none", "weights", "sampler"] = "none"
     """How rare classes count: none as they are; weights multiplies the loss of an image by images /
-    (classes * images of its class); sampler draws every class equally often."""
+    (classes * images of its class), and with several labels per image the loss where a label is
+    present by the images without it / those with it; sampler draws every class equally often."""
     exclude: Text | None = None
     """List of images to exclude, as written by `mixer data check` or `mixer data mistakes`."""
     resize: Literal["resize-crop", "resmall-crop", "squash"] = "resmall-crop"

@@ -25,13 +25,19 @@ from allmlp.training.config import Optimizer, Sigmoid, Softmax, Steps
 
 
 def loss_function(
-    logits: Tensor, targets: Tensor, loss: Softmax | Sigmoid, *, weighted: bool = False
+    logits: Tensor,
+    targets: Tensor,
+    loss: Softmax | Sigmoid,
+    *,
+    weighted: bool = False,
+    positive_weights: Tensor | None = None,
 ) -> Tensor:
     """Returns the mean loss over images; logits and targets are (N, classes).
 
     Target rows sum to 1; sigmoid cross-entropy is summed over the classes. If `weighted`, targets
     have been multiplied by `class_weights`: the loss of an image that is `t` of class `c` is then
-    the sum over c of t * weight * (the loss if it were c).
+    the sum over c of t * weight * (the loss if it were c). `positive_weights`, (classes,),
+    multiply the sigmoid losses where a label is present.
     """
     if weighted:
         total = targets.sum(dim=1, keepdim=True)
@@ -40,7 +46,9 @@ def loss_function(
         smoothed = (1.0 - loss.label_smoothing) * targets
         return F.cross_entropy(logits, smoothed + total * (loss.label_smoothing / len(logits[0])))
     if isinstance(loss, Sigmoid):
-        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        losses = F.binary_cross_entropy_with_logits(
+            logits, targets, reduction="none", pos_weight=positive_weights
+        )
         return losses.sum(dim=1).mean()
     return F.cross_entropy(logits, targets, label_smoothing=loss.label_smoothing)
 
@@ -53,6 +61,12 @@ def class_weights(counts: np.ndarray) -> np.ndarray:
     """
     weights = counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))
     return np.where(counts > 0, weights, 0.0)
+
+
+def positive_weights(counts: np.ndarray, num_images: int) -> np.ndarray:
+    """Returns images without a label / images with it, float64 (classes,), for several labels per
+    image: both sides of a label then count the same. At least one image is assumed on each side."""
+    return np.maximum(num_images - counts, 1) / np.maximum(counts, 1)
 
 
 # The learning rate is a pure function of the step, 0 at step 0 with warm-up. Source:

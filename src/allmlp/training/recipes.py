@@ -263,9 +263,10 @@ def for_multi_label(config: TrainConfig) -> TrainConfig:
     Raises:
         UserError: a softmax, or label smoothing, that is not the recipe's was chosen.
     """
-    if config.best_by == "top1" and config.data.holdout != 0.0:
+    chooses = config.data.holdout != 0.0 and config.data.fold is None
+    if config.best_by == "top1" and chooses:
         config = config.with_value("best_by", "mean_average_precision")
-    if isinstance(config.loss, Sigmoid):
+    if isinstance(config.loss, Sigmoid) or config.model.train_only == "probe":
         return config
     usual = recipe(config.recipe).loss if config.recipe in RECIPES else Softmax()
     if config.loss != usual:

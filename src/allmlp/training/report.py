@@ -25,7 +25,7 @@ from allmlp.models.layers import ImageClassifier
 from allmlp.training.card import Outcome, described, model_card, public_name
 from allmlp.training.dataset import check_number_bad
 from allmlp.training.fit import MOST_WEIGHTS, are_too_few, describe_fit
-from allmlp.training.optim import class_weights
+from allmlp.training.optim import class_weights, positive_weights
 from allmlp.training.state import Run
 from allmlp.training.web_report import REPORT, run_report
 from allmlp.weights.checkpoints import recommended
@@ -109,6 +109,12 @@ def announce_time(run: Run, seconds: float, steps: int, probe: float | None) -> 
         say(f"         a linear probe takes about {duration(probe)}: {_command(*words)}")
 
 
+def balance_weights(train: Source) -> np.ndarray:
+    """Returns the weight of each class, or where a label is present, with balance=weights."""
+    counts = train.class_counts()
+    return positive_weights(counts, len(train)) if train.is_multi_label else class_weights(counts)
+
+
 def _say_balance(run: Run) -> None:
     """Prints what `balance` does to the rarest and the most frequent class, or that it may help."""
     source, balance, say = run.splits.train, run.config.data.balance, run.report.say
@@ -116,12 +122,13 @@ def _say_balance(run: Run) -> None:
     present = np.flatnonzero(counts)
     few, many = (present[at] for at in (counts[present].argmin(), counts[present].argmax()))
     if balance == "none":
-        is_fixed = source.is_multi_label or run.config.model.train_only == "probe"
+        is_fixed = run.config.model.train_only == "probe"
+        ways = "weights" if source.is_multi_label else "weights or sampler"
         if counts[many] >= _UNEVEN * counts[few] and not is_fixed:
             name = source.class_names[few]
-            say(f"note     {name!r} is rare: balance (weights or sampler) lets it count as much")
+            say(f"note     {name!r} is rare: balance ({ways}) lets it count as much")
         return
-    weights = class_weights(counts)
+    weights = balance_weights(source)
     text = "images drawn {:.3g} times an epoch" if balance == "sampler" else "weight {:.3g}"
     parts = [f"{source.class_names[at]} {text.format(weights[at])}" for at in (few, many)]
     say(f"balance  {balance}: {', '.join(parts)}")
@@ -182,11 +189,12 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
     if splits.validation is not None:  # float32: the same numbers as `mixer evaluate`
         validation = measure(model, splits.validation, run, "float32")
         validation.are_held_out = splits.held_out
-        name = public_name(config.data.source, splits.validation.name)
-        before, model.decision = model.decision, fitted(validation, name)
-        validation = replace(validation, decision=model.decision)
-        if model.decision != before and run.world.is_main:
-            save_model(model, folder.best, overwrite=True)
+        if config.data.fold is None:  # a fold chooses nothing
+            name = public_name(config.data.source, splits.validation.name)
+            before, model.decision = model.decision, fitted(validation, name)
+            validation = replace(validation, decision=model.decision)
+            if model.decision != before and run.world.is_main:
+                save_model(model, folder.best, overwrite=True)
     if splits.test is not None:
         test = measure(model, splits.test, run, "float32")
     if not run.world.is_main:

@@ -59,6 +59,7 @@ class Updater:
     num_steps: int  # of the whole run
     say: Callable[[str], None]
     micro_batch_size: int | None = field(default=None, init=False)  # None until chosen
+    positive_weights: Tensor | None = field(default=None, init=False)  # of `loss_function`
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -134,9 +135,11 @@ class Updater:
             with no_sync(self.network, part.stop < count or not reduces):
                 with self.compute.autocast():
                     logits = self.predict(images[part])
-                weighted = self.config.data.balance == "weights"
+                positive = self.positive_weights
                 loss = loss_function(
-                    logits.float(), targets[part], self.config.loss, weighted=weighted
+                    *(logits.float(), targets[part], self.config.loss),
+                    weighted=self.config.data.balance == "weights" and positive is None,
+                    positive_weights=positive,
                 )
                 loss = loss * (len(logits) / count)
                 loss.backward()

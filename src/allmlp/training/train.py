@@ -13,7 +13,6 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from allmlp import plots
@@ -36,7 +35,7 @@ from allmlp.decision import Decision
 from allmlp.errors import UserError, between, named_memory_errors
 from allmlp.evaluation.features import frozen_features
 from allmlp.evaluation.metrics import Evaluation, metric_of
-from allmlp.evaluation.probe import fit_probe
+from allmlp.evaluation.probe import fit_probe, log_loss
 from allmlp.io import check_not_inputs, check_output_folder
 from allmlp.models.layers import draw_stochastic_depth, preprocessing_of
 from allmlp.runtime.device import check_fits_memory, choose_policy, torch_settings
@@ -46,12 +45,13 @@ from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Augmentation, Splits, check_number_bad, open_training_data
 from allmlp.training.loggers import Logger, Loggers, tracker
 from allmlp.training.model import build_model, head_of
-from allmlp.training.optim import check_warmup, class_weights, state_copies
+from allmlp.training.optim import check_warmup, state_copies
 from allmlp.training.recipes import for_arrays, for_multi_label, recipe
 from allmlp.training.report import (
     TrainResult,
     announce,
     announce_time,
+    balance_weights,
     duration,
     finish,
     measure,
@@ -218,11 +218,10 @@ def _open(
         config = for_multi_label(config)
     if (shape := array_shape(splits.train)) is not None:
         config = for_arrays(config, shape)
-    if config.data.balance != "none":
-        check_one_label([splits.train], f"balance={config.data.balance}")
-    if config.model.train_only == "probe":
-        check_one_label([splits.train], "a probe")
-    if splits.validation is not None:  # does the metric apply, as to an image with all its labels?
+    if config.data.balance == "sampler":
+        check_one_label([splits.train], "balance=sampler")
+    if splits.validation is not None and config.data.fold is None:
+        # Does the metric apply, as to an image with all its labels?
         names, labels = splits.train.class_names, splits.validation.labels
         labels = np.array([labels.any(axis=0)]) if splits.train.is_multi_label else labels[:1]
         nothing = np.zeros((1, len(names)), np.float32)
@@ -248,8 +247,12 @@ class Trainer:
         self.epochs = self.config.epochs or run.num_steps / self.steps_per_epoch
         self.class_weights = None
         if self.config.data.balance == "weights":
-            weights = class_weights(run.splits.train.class_counts())
-            self.class_weights = torch.from_numpy(weights).float().to(run.compute.device)
+            weights = torch.from_numpy(balance_weights(run.splits.train)).float()
+            weights = weights.to(run.compute.device)
+            if run.splits.train.is_multi_label:
+                state.updater.positive_weights = weights
+            else:
+                self.class_weights = weights
         self.named = run.folder.bad_files()
         self.new_bad: list[BadImage] = []
         self.started, self.first_step = time.perf_counter(), state.step
@@ -423,9 +426,7 @@ class Trainer:
                 average.copy_(trained[name])
         self.note_bad(found.bad)
         state.step, state.finished, state.loss_count = self.run.num_steps, True, 1
-        probabilities = torch.from_numpy(probe.probabilities(found.values)).clamp(min=1e-30)
-        targets = torch.from_numpy(labels.astype(np.int64))
-        state.loss_sum = F.nll_loss(probabilities.log(), targets).item()
+        state.loss_sum = log_loss(probe.logits(found.values), torch.from_numpy(labels)).item()
         self.evaluate()
         state.save(is_best=True)
 

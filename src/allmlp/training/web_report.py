@@ -82,7 +82,7 @@ def _evaluation(result: Evaluation, source: Source, folder: Path) -> Iterable[st
     rows.sort(key=lambda row: row["recall"])
     cells = [[_cell(value) for value in row.values()] for row in rows]
     yield tag("h2", "Classes, the worst first")
-    yield table(cells[:_MAX_CLASSES], list(rows[0]))
+    yield table(cells[:_MAX_CLASSES], list(rows[0]) if rows else ["no image has a label"])
     if len(rows) > _MAX_CLASSES:
         yield details(f"All {len(rows)} classes", table(cells, list(rows[0])))
     if pairs := result.worst_confusions(10):

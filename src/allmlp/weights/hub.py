@@ -7,17 +7,17 @@ from pathlib import Path
 
 from allmlp.errors import UserError
 from allmlp.io import is_reachable
+from allmlp.names import HUB_NAME
 from allmlp.weights.download import is_offline, sha256_of
 
 PREFIX = "hf:"
-NAME = r"[\w.-]+/[\w.-]+"  # owner/name
 # In order of preference; a pickle is the last resort, and read as plain tensors only.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def parse(source: str) -> tuple[str, str | None]:
     """Splits "hf:owner/name[@revision]" into owner/name and the revision, or None."""
-    found = re.fullmatch(rf"hf:({NAME})(?:@([\w./-]+))?", source)
+    found = re.fullmatch(rf"hf:({HUB_NAME})(?:@([\w./-]+))?", source)
     if not found:
         fix = "hf:owner/name or hf:owner/name@revision"
         raise UserError(f"not a model on the hub: {source!r}", fix=fix)

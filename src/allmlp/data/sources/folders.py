@@ -14,7 +14,7 @@ import numpy as np
 from allmlp.data import archive
 from allmlp.data.classes import RawLabels, check_twins, natural_order
 from allmlp.data.image import HEIC, SUFFIXES
-from allmlp.data.source import ImageFiles, PackedStrings
+from allmlp.data.source import GROUP, ImageFiles, Images, PackedStrings, Source
 from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec, split_named
 from allmlp.errors import UserError, plural
 from allmlp.names import extra
@@ -62,10 +62,11 @@ def open_folders(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     notes: tuple[str, ...] = ()
     if labels:
         for path in splits.values():
-            _check_class_folders(path)
+            _check_class_folders(path, spec.options.get(GROUP))
         if unused:
             notes = (f"not used: {', '.join(unused)} (not splits with class folders)",)
-    return {split: _class_folder(path, notes) for split, path in splits.items()}
+    group = spec.options.get(GROUP)
+    return {split: _class_folder(path, notes, group) for split, path in splits.items()}
 
 
 def scan_images(
@@ -143,7 +144,7 @@ def subfolders(folder: Path) -> list[str]:
     return sorted(names, key=natural_order)
 
 
-def _class_folder(folder: Path, notes: tuple[str, ...]) -> Records:
+def _class_folder(folder: Path, notes: tuple[str, ...], group: str | None) -> Records:
     classes = subfolders(folder)
     if not classes:
         raise UserError("no class folders found", where=folder, fix=f"Arrange it as {LAYOUT}")
@@ -158,13 +159,32 @@ def _class_folder(folder: Path, notes: tuple[str, ...]) -> Records:
             if counts[-1] == 0:
                 raise no_images(folder / name, f"class {name!r}")
 
-    images = ImageFiles(PackedStrings(paths()), str(folder))
+    files = PackedStrings(paths())
+    images: Images = ImageFiles(files, str(folder))
+    if group is not None:
+        columns = {GROUP: PackedStrings(_group_of(path, group, folder) for path in files)}
+        at = np.arange(len(files))
+        images = Source(str(folder), [], at, images, at, columns=columns)
     labels = np.repeat(np.arange(len(classes)), counts)
     raw = RawLabels(labels, [name.strip() or name for name in classes], are_classes=True)
     return Records(images, raw, (*notes, *passed_over_note(passed_over, folder)))
 
 
-def _check_class_folders(folder: Path) -> None:
+def _group_of(path: str, group: str, folder: Path) -> str:
+    """The folder inside the class folder, or what stands before a mark in the file's name."""
+    inner = Path(path).parts[1:]
+    found = inner[0] if len(inner) > 1 else ""
+    if group != "folder":
+        found, mark, _ = Path(path).name.partition(group)
+        found *= bool(mark)
+    if not found:
+        what = f"no group={group} in the name of an image"
+        fix = "group=folder (<class>/<group>/*.jpg), or a mark in all names: group=_ (p1_07.jpg)"
+        raise UserError(what, where=folder / path, fix=fix)
+    return found
+
+
+def _check_class_folders(folder: Path, group: str | None) -> None:
     """Checks that the class folders are not actually splits, folds or wrapper folders."""
     classes = subfolders(folder)
     check_twins(classes, folder)
@@ -172,7 +192,8 @@ def _check_class_folders(folder: Path) -> None:
     shared: set[str] = set()  # subfolders of every class
     if classes and not any(_loose_image(folder / name) for name in classes):
         shared = set.intersection(*(set(subfolders(folder / name)) for name in classes))
-    if any(map(split_named, shared)) or (len(shared) > 1 and len(classes) > 1):
+    are_no_classes = group is None and len(shared) > 1 and len(classes) > 1
+    if any(map(split_named, shared)) or are_no_classes:
         inner = ", ".join(sorted(shared, key=natural_order)[:8])
         what = f"each of the folders {listed} has subfolders {inner}: not classes"
         fix = f"Give the folder to use, such as {folder / classes[0]}. If they are the classes: put"
@@ -237,4 +258,5 @@ KIND = Kind(
     "class folders",
     lambda spec: spec.path.is_dir() or archive.is_archive(spec.path),
     open_folders,
+    (GROUP,),
 )

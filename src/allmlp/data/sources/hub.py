@@ -17,7 +17,7 @@ from allmlp.data.source_spec import LABEL_OPTIONS, SPLITS, Kind, Records, Source
 from allmlp.data.sources.columns import LABEL_COLUMNS, Rows, choose_column, open_rows
 from allmlp.errors import UserError
 from allmlp.io import is_reachable
-from allmlp.names import optional
+from allmlp.names import HUB_NAME, optional
 
 PREFIX = "hf:"
 
@@ -57,7 +57,7 @@ class HubImages:
 
 
 def open_hub(spec: SourceSpec, labels: bool) -> dict[str, Records]:
-    found = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", spec.base)
+    found = re.fullmatch(rf"hf:({HUB_NAME})(?:@([\w./-]+))?", spec.base)
     if not found:
         fix = "hf:owner/name or hf:owner/name@revision"
         raise UserError(f"not a data set on the hub: {spec.base!r}", fix=fix)
