@@ -30,8 +30,8 @@ class Preprocessing:
         image_size: input (H, W) in pixels.
         resize: one of `RESIZE_METHODS`.
         channels: 3 for RGB, 1 for grey.
-        mean, std: for pixel values in [0, 1], one number or one per channel; 0.5 and 0.5 give
-            Google's range of [-1, 1].
+        mean: of pixel values in [0, 1], one number or one per channel.
+        std: likewise; a mean and std of 0.5 give Google's range of [-1, 1].
         crop: side of the centre crop as a fraction of the resized image, in (0, 1]; 7/8 is the
             paper's 224 of 256 (timm's crop_pct 0.875). Ignored by "squash".
         crop_small: also crop images no larger than the input, as the paper does (CIFAR: 32 -> 256

@@ -68,8 +68,8 @@ def load_model(
         quiet: do not report downloads, changes and assumptions on standard error.
         class_names: for weights that carry none: the names in the order of the logits, or a file of
             them, one per line or a JSON list.
-        mean, std: of the pixels on [0, 1], one number or one per channel, instead of those of the
-            weights.
+        mean: of the pixels on [0, 1], one number or one per channel, instead of the weights' own.
+        std: likewise.
 
     Raises:
         UserError: the source does not exist, is damaged or would run code, its tensors match no
