@@ -41,6 +41,8 @@ class PackedBytes:
     """Many byte strings in one buffer, uint8, split at `ends`, int64 (n + 1,); shared by forks."""
 
     def __init__(self, parts: Iterable[bytes] | tuple[np.ndarray, np.ndarray]) -> None:
+        self._buffer: Any
+        self._ends: Any
         if isinstance(parts, tuple):
             self._buffer, self._ends = parts
             return

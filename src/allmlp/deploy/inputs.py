@@ -144,7 +144,7 @@ def _names(
     number = itertools.count()
     for position, item in enumerate(inputs):
         if not isinstance(item, str | Path):
-            found: Iterable[str] = [f"images[{position}]"]
+            found: Any = [f"images[{position}]"]
         elif str(item) == STANDARD_INPUT:
             found = read_list() if listed is None else listed
         elif is_url(item):

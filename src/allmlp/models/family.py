@@ -154,7 +154,8 @@ def _broken_rule(kind: Any, value: Any, least: int) -> str | None:
         is_right, rule = isinstance(value, str), "a text"
     elif kind is float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        is_right, rule = is_number and 0.0 <= float(value) < 1.0, "in [0, 1)"
+        number: Any = value
+        is_right, rule = is_number and 0.0 <= number < 1.0, "in [0, 1)"
     elif get_origin(kind) is Literal:
         choices = get_args(kind)
         is_right = isinstance(value, str) and value in choices

@@ -178,7 +178,8 @@ def keep_compiled(folder: Path | None) -> None:
     has set stays, too.
     """
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # read when it is imported
-    if config := sys.modules.get("torch._inductor.config"):
+    config: Any = sys.modules.get("torch._inductor.config")
+    if config is not None:
         with contextlib.suppress(AttributeError):  # older versions have no such setting
             config.deterministic = os.environ["TORCHINDUCTOR_DETERMINISTIC"] == "1"
     if folder is None:

@@ -123,9 +123,11 @@ def _index_arrow(folder: Path, class_names: list[str], files: list[FileSize]) ->
                 raise
             raise UserError(f"the file is damaged: {error}", where=path, fix=_FIX) from error
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    *columns, names, lengths = columns
+    numbers, offsets, sizes, labels, names, lengths = columns
     packed = PackedBytes((names, np.concatenate([[0], np.cumsum(lengths)])))
-    return RangeIndex(str(folder), class_names, files, *columns, PackedStrings(packed))
+    return RangeIndex(
+        str(folder), class_names, files, numbers, offsets, sizes, labels, PackedStrings(packed)
+    )
 
 
 def _batches(path: Path) -> Iterator[tuple[np.ndarray, ...]]:
