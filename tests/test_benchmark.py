@@ -224,6 +224,10 @@ def test_a_table_and_a_file(capsys, saved, tmp_path, trained):
     assert [row["model"]["source"] for row in values["models"]] == [str(saved), str(run)]
 
 
+def test_a_path_instead_of_a_name(saved):
+    assert quick(saved).to_json()["models"][0]["name"] == str(saved)
+
+
 def test_the_command_fails_if_nothing_was_measured(capsys, saved, monkeypatch):
     patched(monkeypatch, free_memory=lambda device: 10)
     code, out, _ = mixer(capsys, "benchmark", saved, *QUICK, "--mode", "training")

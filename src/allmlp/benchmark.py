@@ -154,7 +154,7 @@ class Benchmark:
 
 
 def benchmark(
-    models: Mapping[str, Given] | Sequence[str] | str = (),
+    models: Mapping[str, Given] | Sequence[str | Path] | str | Path = (),
     options: BenchmarkOptions | None = None,
     *,
     progress: Progress = lambda text: None,
@@ -178,7 +178,7 @@ def benchmark(
             support, no compiler, an exported file, or training a model without a head.
     """
     options = make(BenchmarkOptions, options, fields)
-    names = [models] if isinstance(models, str) else list(models)
+    names = [str(name) for name in ([models] if isinstance(models, str | Path) else models)]
     given = dict(models) if isinstance(models, Mapping) else {name: name for name in names}
     device, mode, optimizer, recipe = choose_device(options.device), options.mode, AdamW(), None
     if options.precision == "bfloat16":
