@@ -5,8 +5,9 @@ Shapes: N images in this process's part of the batch.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -197,21 +198,17 @@ class Updater:
     def _fits(self, own: int, size: int) -> bool:
         """Whether a step's forward and backward passes fit into memory; no process waits."""
         preprocessing, device = preprocessing_of(self.model), self.compute.device
-        statistics = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         try:
-            shape = (own, preprocessing.channels, *preprocessing.image_size)
-            images, *_mixed = (torch.zeros(shape, device=device) for _ in range(3))
-            targets = torch.zeros(own, self.model.config.num_classes, device=device)
-            depth = draw_stochastic_depth(self.model, own, torch.Generator()).to(device)
-            self._gradient(images, targets, depth, 0, size, reduces=False)
+            with unchanged_buffers(self.model):
+                shape = (own, preprocessing.channels, *preprocessing.image_size)
+                images, *_mixed = (torch.zeros(shape, device=device) for _ in range(3))
+                targets = torch.zeros(own, self.model.config.num_classes, device=device)
+                depth = draw_stochastic_depth(self.model, own, torch.Generator()).to(device)
+                self._gradient(images, targets, depth, 0, size, reduces=False)
             return True
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
-        finally:
-            with torch.no_grad():
-                for name, buffer in self.model.named_buffers():
-                    buffer.copy_(statistics[name])
         empty_cache(device)
         return False
 
@@ -235,6 +232,18 @@ class Updater:
             what += f"and {max(room, 0) / 1e9:.2f} GB of memory are left"
             raise UserError(what, fix="A smaller model, image_size or batch_size", code="memory")
         return fitting[-1]
+
+
+@contextlib.contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Restores the model's buffers, such as running means, after a trial in the block."""
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(statistics[name])
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

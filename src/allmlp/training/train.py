@@ -69,6 +69,7 @@ from allmlp.training.run_folder import (
 )
 from allmlp.training.signals import NoBatchCame, StopRequest, end, ending_at_once
 from allmlp.training.state import Run, RunState
+from allmlp.training.step import unchanged_buffers
 from allmlp.weights.download import cache_folder
 from allmlp.weights.save import save_model
 
@@ -362,17 +363,14 @@ class Trainer:
             batch, begun = next(batches), time.perf_counter()
             next(batches)
         decoding = time.perf_counter() - begun
-        statistics = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         batch, times = batch.to(device), list[float]()
-        for _ in range(3):
-            begun = time.perf_counter_ns()
-            state.updater.gradient(*self.inputs(state.step, batch)).item()  # waits for a GPU
-            times.append(self.world.all_reduce_max(time.perf_counter_ns() - begun) / 1e9)
-            if times[0] > _LONG_STEP and not run.compute.compile:
-                break
-        with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(statistics[name])
+        with unchanged_buffers(self.model):
+            for _ in range(3):
+                begun = time.perf_counter_ns()
+                state.updater.gradient(*self.inputs(state.step, batch)).item()  # waits for a GPU
+                times.append(self.world.all_reduce_max(time.perf_counter_ns() - begun) / 1e9)
+                if times[0] > _LONG_STEP and not run.compute.compile:
+                    break
         computing, cores = min(times), (os.cpu_count() or 1) / self.world.size
         # Loader processes decode during the step, as far as the step leaves them cores.
         threads = torch.get_num_threads() if device.type == "cpu" else 0
