@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import queue
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,11 @@ from serving import serving
 
 starlette_client = pytest.importorskip("starlette.testclient", reason="the extra serve is absent")
 pytest.importorskip("python_multipart", reason="the extra serve is absent")
-pytest.importorskip("uvicorn", reason="the extra serve is absent")
+uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is absent")
+from allmlp.deploy.serve import serve  # noqa: E402
 from allmlp.deploy.web import make_app  # noqa: E402
 
+GET = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 HOSTS = frozenset({"127.0.0.1", "localhost"})
 PNG = encode(draw(3))
@@ -79,6 +83,29 @@ def connected(
 
 def form(*contents: bytes, field: str = "images") -> list[tuple[str, tuple[str, bytes]]]:
     return [(field, (f"{at}.png", content)) for at, content in enumerate(contents)]
+
+
+@contextmanager
+def running(model: am.ImageClassifier) -> Iterator[int]:
+    """Serves in a thread for the block; gives the port."""
+    servers: list[Any] = []
+    ports: queue.Queue[str] = queue.Queue()
+
+    class Kept(uvicorn.Server):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            servers.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uvicorn, "Server", Kept)
+        options = {"port": 0, "on_ready": lambda url, _: ports.put(url.rpartition(":")[2])}
+        thread = threading.Thread(target=serve, args=(model,), kwargs=options)
+        thread.start()
+        try:
+            yield int(ports.get(timeout=60))
+        finally:
+            servers[0].should_exit = True
+            thread.join()
 
 
 def pixels_in(url: str) -> np.ndarray:
@@ -306,6 +333,23 @@ def test_a_client_that_never_ends_its_request(service, monkeypatch):
     asyncio.run(make_app(service, HOSTS)(SCOPE, receive, send))
     assert sent[0]["status"] == 408
     assert b"0.05 seconds" in sent[1]["body"]
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HT", GET + b"GET /he"])
+def test_a_client_that_stops_within_a_head_is_cut_and_others_are_served(monkeypatch, sent):
+    monkeypatch.setattr("allmlp.deploy.web._SECONDS_FOR_HEAD", 0.3)
+    service = make_service()
+    slow = service.predict
+    monkeypatch.setattr(Service, "predict", lambda *given: time.sleep(0.5) or slow(*given[1:]))
+    with running(service.model) as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+            client.sendall(sent)
+            answer = b"".join(iter(lambda: client.recv(65536), b""))  # until it is closed
+        assert answer.count(b"HTTP/1.1 200") == sent.count(GET)
+        # A head that came is answered, however long that takes.
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/predict", PNG, IMAGE)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert json.load(answer)[0]["error"] is None
 
 
 def test_names_that_are_not_text_and_values_that_are_not_finite(service):

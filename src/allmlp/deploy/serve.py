@@ -52,7 +52,7 @@ def serve(
         import_extra(package, "serve")
     import uvicorn
 
-    from allmlp.deploy.web import make_app
+    from allmlp.deploy.web import Connection, make_app
 
     host = options.host
     with _listening(host, options.port) as listening:  # before the slow loading of weights
@@ -65,7 +65,7 @@ def serve(
         config = uvicorn.Config(
             make_app(service, own if service.is_local else None),
             loop="asyncio",
-            http="h11",
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,

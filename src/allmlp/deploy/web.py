@@ -33,6 +33,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from allmlp.deploy.service import Check, File, Service
 from allmlp.errors import UserError, plural
@@ -40,7 +41,7 @@ from allmlp.errors import UserError, plural
 PLACES = 8  # requests received that wait or are computed
 FIELD = "images"
 _SEND = f"send image files as multipart/form-data in the field {FIELD!r}, or one as image/*"
-_SECONDS_TO_SEND = 60  # for a complete request
+_SECONDS_TO_SEND, _SECONDS_FOR_HEAD = 60, 10  # for a complete request and for its head
 _PAGE = {"": "index.html", "page.css": "page.css", "page.js": "page.js"}
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _HEADERS = {
@@ -56,6 +57,30 @@ _HEADERS = {
 
 class _GivenUp(Exception):
     """The client has disconnected."""
+
+
+class Connection(H11Protocol):
+    """A connection that is closed if the head of the first or next request does not come in time.
+
+    uvicorn waits for as long as a client sends a byte now and then, and counts it as connected.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_head()
+
+    def on_response_complete(self) -> None:
+        self._expect_head()
+        super().on_response_complete()
+
+    def _expect_head(self) -> None:
+        before = self.cycle  # a complete head begins another
+
+        def close() -> None:
+            if self.cycle is before:
+                self.timeout_keep_alive_handler()
+
+        self.loop.call_later(_SECONDS_FOR_HEAD, close)
 
 
 def make_app(service: Service, hosts: frozenset[str] | None, places: int = PLACES) -> ASGIApp:
