@@ -2,10 +2,10 @@
 
     python benchmarks/loader_memory.py
 
-A thousand digits are packed into a tar shard and its index is repeated until it has a million
-entries, which is what a process holds of a real set of that size: place, label and a name of
-about 40 bytes for each. For each process: all that is resident, how much that is above a process
-that has only imported everything, and how much no other process shares (workers are forked).
+The index of a thousand packed digits is repeated until it has a million entries, which is what a
+process holds of a real set of that size: place, label and a name of about 40 bytes for each. For
+each process: all that is resident, how much that is above a process that has only imported
+everything, and how much no other process shares (workers are forked).
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ import numpy as np
 
 from allmlp.data.loader import training_batches
 from allmlp.data.sampler import Order
-from allmlp.data.source import subset
+from allmlp.data.source import ByteRanges, PackedStrings, Source, labelled, subset
 from allmlp.data.sources import open_splits
-from allmlp.data.sources.packed import load_indices, pack_splits
-from allmlp.data.sources.webdataset import INDEX_SUFFIX, RangeIndex
+from allmlp.data.sources.packed import pack_splits
 from allmlp.preprocessing import Preprocessing
 from allmlp.training.dataset import Augmentation
 from allmlp.training.recipes import recipe
@@ -39,20 +38,15 @@ def memory(pid: int | str) -> tuple[float, float]:
     return values["Private_Clean"] + values["Private_Dirty"], values["Rss"]
 
 
-def make_index(folder: Path, entries: int) -> None:
-    """Writes an index in which 1,000 packed images come again and again."""
-    train = open_splits("digits")["train"]
-    pack_splits({"train": subset(train, np.arange(1000), "train")}, folder / "packed")
-    index, times = load_indices(folder / "packed")["train"], entries // 1000
-    (folder / "packed" / index.files[0].name).rename(folder / index.files[0].name)
-    names = [f"train/class_{n % 1000:04}/photograph_{n:012}.jpeg" for n in range(entries)]
-    arrays = (index.file, index.offset, index.length, index.label)
-    repeated = RangeIndex(
-        *(str(folder), index.class_names, index.files),
-        *(np.tile(array, times) for array in arrays),
-        names,
-    )
-    (folder / f"train{INDEX_SUFFIX}").write_bytes(repeated.to_bytes())
+def repeated(folder: str, entries: int) -> Source:
+    """Returns a source in which 1,000 packed images come again and again."""
+    packed, times = open_splits(folder)["train"], entries // 1000
+    index = packed.images
+    assert isinstance(index, ByteRanges)
+    names = (f"train/class_{n % 1000:04}/photograph_{n:012}.jpeg" for n in range(entries))
+    arrays = (np.tile(array, times) for array in (index.file, index.offset, index.length))
+    images = ByteRanges(index.files, *arrays, PackedStrings(names))
+    return labelled(images, "train", packed.class_names, np.tile(packed.labels, times))
 
 
 def main() -> None:
@@ -61,18 +55,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if (
-        arguments.folder is None
-    ):  # the index is made in a process of its own, to measure a fresh one
+    if arguments.folder is None:  # packed in a process of its own, to measure a fresh one
         with tempfile.TemporaryDirectory() as folder:
-            make_index(Path(folder), arguments.entries)
+            train = open_splits("digits")["train"]
+            pack_splits({"train": subset(train, np.arange(1000), "train")}, Path(folder))
             subprocess.run([sys.executable, *sys.argv, "--folder", folder], check=True)
         return
     _, before = memory("self")
     started = time.perf_counter()
-    source = open_splits(arguments.folder)["train"]
+    source = repeated(arguments.folder, arguments.entries)
     seconds = time.perf_counter() - started
-    assert len(source) == arguments.entries
     preprocessing = Preprocessing(image_size=(32, 32))
     batches = training_batches(
         source,
@@ -89,7 +81,7 @@ def main() -> None:
         next(batches)
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     print(
-        f"{len(source):,} images, opened in {seconds:.2f} s; first batch, of step 12,345, after "
+        f"{len(source):,} images, made in {seconds:.2f} s; first batch, of step 12,345, after "
         f"{first:.2f} s"
     )
     print(f"imports alone   {before:6.0f} MB resident")

@@ -23,7 +23,6 @@ from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import open_source
 from allmlp.data.sources.packed import pack_splits
 from allmlp.data.sources.parquet import ParquetImages
-from allmlp.data.sources.webdataset import index_tars
 
 
 def encoded(number: int) -> list[bytes]:
@@ -70,7 +69,6 @@ def main() -> None:
         for kind in ("tar", "arrow", "parquet"):
             (folder / kind).mkdir()
         write_tar(folder / "tar" / "train.tar", files)
-        index_tars(folder / "tar")
         labels = np.zeros(len(files), np.int64)
         source = labelled(EncodedImages(files, "x"), "x", ["a"], labels)
         began = time.perf_counter()

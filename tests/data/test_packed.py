@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import io
-import json
 import multiprocessing
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from allmlp.data.source import EncodedImages, Source, labelled
 from allmlp.data.sources import open_source, open_splits
 from allmlp.data.sources.packed import pack_splits, verify
-from allmlp.data.sources.webdataset import index_tars, load_index
 from allmlp.errors import UserError
 from conftest import draw, encode, mixer
 
@@ -157,15 +156,26 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 
 def test_shards_of_earlier_versions(tmp_path: Path):
-    """As `mixer data pack` wrote them: their bytes, names, classes and checksums."""
+    """Their labels are numbers of classes that only the index names."""
     splits = open_splits(str(OLD))
     assert [len(source) for source in splits.values()] == [5, 3]
     train = splits["train"]
     assert train.class_names == ["ant", "bee"]
     assert train.labels.tolist() == [0, 0, 0, 1, 1]
-    assert train.item_name(3) == f"{OLD / 'train-000000.tar'}:bee/0.png"
+    assert train.item_name(3) == f"{OLD / 'train-000000.tar'}:00000003.png"
     assert train.read(4).startswith(b"\x89PNG")
-    assert verify(OLD) == []
+    for path in OLD.iterdir():
+        shutil.copy(path, tmp_path)
+    index = tmp_path / "train.index.safetensors"
+    whole = index.read_bytes()
+    for data in (whole[:100], b""):
+        index.write_bytes(data)
+        with pytest.raises(UserError, match="index is damaged"):
+            open_splits(str(tmp_path))
+    bee = rb", \"bee\""
+    index.write_bytes(whole.replace(bee, b" " * len(bee)))
+    with pytest.raises(UserError, match="label 1 is none of the 1 classes"):
+        open_splits(str(tmp_path))
 
 
 def test_tars_of_other_tools(tmp_path: Path):
@@ -177,20 +187,39 @@ def test_tars_of_other_tools(tmp_path: Path):
     write_tar(tmp_path / "x-train-2.tar", first)
     write_tar(tmp_path / "x-train-10.tar", [("0.seg.png", images[3]), ("0.cls", b"2")])
     write_tar(tmp_path / "x-val-0.tar", [("0.png", images[4]), ("0.cls", b"9")])
-    with pytest.raises(UserError, match=f"mixer data index {tmp_path}"):
-        open_splits(str(tmp_path))
-    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")}
-    assert [path.name.partition(".")[0] for path in index_tars(tmp_path)] == ["validation", "train"]
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")} == before
     splits = open_splits(str(tmp_path))
     train = splits["train"]
     assert train.class_names == ["2", "9", "10"]
     assert content(train) == [*zip(images[:4], ["10", "9", "2", "2"], strict=True)]
     assert train.item_name(1) == f"{tmp_path / 'x-train-2.tar'}:./b/0.JPG"
     assert content(splits["validation"]) == [(images[4], "9")]
-    assert verify(tmp_path) == []
-    with pytest.raises(UserError, match="has an index already"):
-        index_tars(tmp_path)
+
+
+def test_tars_with_several_labels(tmp_path: Path):
+    members = [("0.png", encode(draw(1))), ("0.json", b'{"label": ["cat", "dog"]}')]
+    members += [("1.png", encode(draw(2))), ("1.json", b'{"label": ["dog"]}')]
+    write_tar(tmp_path / "train.tar", members)
+    source = open_source(str(tmp_path))
+    assert (source.class_names, source.labels.tolist()) == (["cat", "dog"], [[1, 1], [0, 1]])
+
+
+def test_tars_without_labels(tmp_path: Path):
+    members = [("0.png", encode(draw(1))), ("0.cls", b"cat"), ("1.png", encode(draw(2)))]
+    write_tar(tmp_path / "x-test.tar", members)
+    source = open_source(f"{tmp_path}:test[1:]", labels="any")
+    assert (source.read(0), source.class_names) == (members[2][1], ["unknown"])
+    with pytest.raises(UserError, match="(?s)no label.*x-test.tar:1.png"):
+        open_source(str(tmp_path))
+
+
+def test_tars_beside_images_or_folders_are_not_the_data(class_folder: Path, tmp_path: Path):
+    for folder in (class_folder, tmp_path / "flat"):
+        folder.mkdir(exist_ok=True)
+        write_tar(folder / "backup.tar", [("0.png", encode(draw(1))), ("0.cls", b"cat")])
+    (tmp_path / "flat" / "1.png").write_bytes(encode(draw(2)))
+    assert open_source(f"{class_folder}:train").class_names != ["cat"]
+    flat = open_source(str(tmp_path / "flat"), labels="none")
+    assert [Path(flat.item_name(at)).name for at in range(len(flat))] == ["1.png"]
 
 
 @pytest.mark.parametrize(
@@ -199,75 +228,31 @@ def test_tars_of_other_tools(tmp_path: Path):
         ([("0.jpg", b"x")], "0.jpg"),
         ([("0.jpg", b"x"), ("0.png", b"x"), ("0.cls", b"3")], "0.png"),
         ([("0.jpg", b"x"), ("0.cls", b"\xff")], "the label cannot be read"),
-        ([("0.jpg", b"x"), ("0.json", b'{"label": [1]}')], "got .1."),
+        ([("0.jpg", b"x"), ("0.cls", b" ")], "empty"),
+        ([("0.jpg", b"x"), ("0.json", b'{"label": {"a": 1}}')], "got ."),
         ([("0.txt", b"x")], "no images"),
         ([("0.jpg", b"x"), ("0.cls", b"Cat"), ("1.jpg", b"x"), ("1.cls", b"cat")], "only in case"),
     ],
 )
-def test_tars_that_cannot_be_indexed(tmp_path: Path, members, message: str):
-    with pytest.raises(UserError, match=r"no \.tar files"):
-        index_tars(tmp_path)
+def test_tars_that_are_no_data(tmp_path: Path, members, message: str):
     write_tar(tmp_path / "train-0.tar", members)
     with pytest.raises(UserError, match=message):
-        index_tars(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["train-0.tar"]
+        open_splits(str(tmp_path))
 
 
-def test_damaged_tars_are_not_indexed_in_part(tmp_path: Path):
+def test_damaged_tars_are_not_read_in_part(tmp_path: Path):
     path = tmp_path / "train-0.tar"
-    images = [(f"{at}.png", encode(draw(at))) for at in range(3)]
-    write_tar(
-        path, [member for image in images for member in (image, (image[0][0] + ".cls", b"1"))]
-    )
+    members = [(f"{at}.{end}", encode(draw(at))) for at in range(3) for end in ("png", "cls")]
+    write_tar(path, [(name, b"1" if name.endswith("cls") else data) for name, data in members])
     whole = path.read_bytes()
     second = whole.index(b"1.png")
     damaged = bytearray(whole)
     damaged[second] ^= 1
-    for data in (
-        b"",
-        whole[: second + 1000],
-        whole[:second],
-        whole[: second + 100],
-        bytes(damaged),
-    ):
+    cuts = (whole[: second + 1000], whole[:second], whole[: second + 100])
+    for data in (b"", *cuts, bytes(damaged), gzip.compress(whole)):
         path.write_bytes(data)
         with pytest.raises(UserError, match="damaged, cut short or compressed"):
-            index_tars(tmp_path)
-    with tarfile.open(path, "w:gz") as tar:
-        tar.addfile(tarfile.TarInfo("0.png"))
-    with pytest.raises(UserError, match="damaged, cut short or compressed"):
-        index_tars(tmp_path)
-
-
-def test_a_damaged_index(tmp_path: Path):
-    path, tar = tmp_path / "train.index.safetensors", tmp_path / "x.tar"
-    tar.write_bytes(bytes(4000))
-    index = {"version": 1, "class_names": ["a", "b"], "shards": [["x.tar", 4000, None]]}
-    arrays = {"shard": np.zeros(2, np.int32), "offset": np.array([512, 2048])}
-    arrays |= {"length": np.array([10, 10]), "label": np.array([0, 1])}
-    arrays |= {"names": np.zeros(2, np.uint8), "name_ends": np.array([0, 1, 2])}
-
-    def save(**changed: object) -> None:
-        values = {**index, **arrays, **changed}
-        described = json.dumps({name: values[name] for name in index})
-        save_file({name: values[name] for name in arrays}, path, {"allmlp_shards": described})
-
-    save()
-    assert len(open_source(str(tmp_path))) == 2
-    for name, value in (
-        *(("label", np.array([0, 3])), ("label", np.array([0, -1]))),
-        ("shard", np.array([0, 1], np.int32)),
-        *(("offset", np.array(values)) for values in ([0, -5], [0], [0.0, 1.0])),
-        *(("length", np.array([0, value])) for value in (5000, 2**63 - 1)),
-        *(("name_ends", np.array([0, 3, 2])), ("version", 2), ("class_names", ["a", 3])),
-        ("shards", [["../x.tar", 4000, None]]),
-    ):
-        save(**{name: value})
-        with pytest.raises(UserError, match="damaged|label"):
             open_splits(str(tmp_path))
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match="damaged"):
-        open_splits(str(tmp_path))
 
 
 # Commands
@@ -290,20 +275,3 @@ def test_the_command_pack(class_folder: Path, tmp_path: Path, capsys: pytest.Cap
         arguments = "data", "pack", "digits:test[:9]", target, "--shard-size", size
         assert mixer(capsys, *arguments)[0] == right
         assert target.exists() == (right == 0)
-
-
-def test_the_command_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    members = [("0.png", encode(draw(1))), ("0.cls", b"cat"), ("1.png", encode(draw(2)))]
-    write_tar(tmp_path / "x-test.tar", members)
-    code, _, err = mixer(capsys, "data", "index", tmp_path)
-    assert (code, "--unlabelled" in err) == (2, True)
-    code, out, _ = mixer(capsys, "data", "index", tmp_path, "--unlabelled")
-    path = tmp_path / "test.index.safetensors"
-    assert (code, out) == (0, f"written  {path}: 2 images in 1 tar, no labels\n")
-    assert (load_index(path).class_names, load_index(path).label.tolist()) == ([], [-1, -1])
-    assert set(load_file(path)) == {"shard", "offset", "length", "label", "names", "name_ends"}
-    assert verify(tmp_path) == []
-    source = open_source(f"{tmp_path}:test[1:]", labels="any")
-    assert (source.read(0), source.class_names) == (members[2][1], ["unknown"])
-    with pytest.raises(UserError, match="label"):
-        open_source(str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from allmlp.data.sources import open_source
 from allmlp.training.run_folder import config_of
 from conftest import tiny_model
 
+GOLDEN = Path(__file__).parents[1] / "golden"
+
 
 def shard_index(folder: Path, deep: str) -> Path:
+    shutil.copy(GOLDEN / "old_shards" / "train-000000.tar", folder)
     path = folder / "train.index.safetensors"
     tensors = {"label": np.zeros(1, np.int64)}
     safetensors.numpy.save_file(tensors, path, {"allmlp_shards": deep})
@@ -43,6 +47,7 @@ def written(name: str) -> Callable[[Path, str], Path]:
 
 
 READERS: dict[str, tuple[Callable[[Path, str], Path], Callable[[Path], object]]] = {
+    "packed data": (written("packed.json"), lambda path: open_source(str(path.parent))),
     "index of shards": (shard_index, lambda path: open_source(str(path.parent))),
     "header of weights": (weights_header, am.load_model),
     "description of weights": (weights_config, lambda path: am.load_model(path.parent)),

@@ -1,4 +1,4 @@
-"""`mixer data pack` and `mixer data index`."""
+"""`mixer data pack`."""
 
 from __future__ import annotations
 
@@ -72,32 +72,3 @@ def pack(source: str, folder: str, options: PackOptions) -> Done:
     code = report_bad_images([bad for result in packed.values() for bad in result.bad])
     splits = {split: {"images": r.num_images, "bad": r.bad} for split, r in packed.items()}
     return Done({"written": target, "splits": splits}, code)
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexOptions(Options):
-    """Index WebDataset tars from another tool for use as a data source.
-
-    Images are KEY.jpg (or .png, ...) with labels in KEY.cls or KEY.json; the split is taken from
-    the tars' names. The index is written next to the tars, which are not changed.
-
-    Examples:
-        mixer data index downloads/imagenet-shards
-        mixer data index downloads/photos --unlabelled
-    """
-
-    unlabelled: bool = False
-    """The images have no labels; they can only be used for prediction."""
-
-
-def index(folder: str, options: IndexOptions) -> Done:
-    """Indexes tars and prints a summary."""
-    from allmlp.data.sources.webdataset import index_tars
-    from allmlp.io import expand
-
-    written = index_tars(expand(folder), labels=not options.unlabelled)
-    for path, found in written.items():
-        tars = plural(len(found.files), "tar")
-        classes = plural(len(found.class_names), "class") if found.class_names else "no labels"
-        print(f"written  {path}: {plural(len(found), 'image')} in {tars}, {classes}")
-    return Done({"written": {str(path): len(found) for path, found in written.items()}})

@@ -98,10 +98,6 @@ VERBS = {
         "cli.pack.PackOptions cli.pack.pack data output",
         "Pack data into Arrow files: few files to copy, fast random access.",
     ),
-    "data index": Command(
-        "cli.pack.IndexOptions cli.pack.index folder",
-        "Index WebDataset tars of other tools, so that they can be read.",
-    ),
 }
 
 # Help for groups of two-word commands, by the first word.

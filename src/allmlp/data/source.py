@@ -5,6 +5,7 @@ Passing images to worker processes must be cheap: the names of a million share o
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 from array import array
@@ -104,6 +105,50 @@ class ImageFiles:
 
     def item_name(self, index: int) -> str:
         return os.path.join(self.folder, self.paths[index])
+
+
+class _Descriptor:
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+_opened = functools.lru_cache(maxsize=64)(_Descriptor)  # the usual limit is 1,024 a process
+
+
+@dataclass(frozen=True)
+class ByteRanges:
+    """Images as byte ranges of a few large files."""
+
+    files: Sequence[str]
+    file: np.ndarray  # int32 (num_images,), indices into `files`
+    offset: np.ndarray  # int64 (num_images,), bytes
+    length: np.ndarray
+    names: Sequence[str] | PackedStrings
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def item_name(self, index: int) -> str:
+        return f"{self.files[int(self.file[index])]}:{self.names[index]}"
+
+    def read(self, index: int) -> bytes:
+        length = int(self.length[index])
+        try:
+            # pread: forked processes share the descriptor and its file position, and a truncated
+            # memory map would kill the process.
+            number = _opened(self.files[int(self.file[index])]).number
+            data = os.pread(number, length, int(self.offset[index]))
+        except OSError as error:
+            what = f"cannot read the file: {error.strerror}"
+            raise UserError(what, where=self.item_name(index)) from error
+        if len(data) != length:
+            what = f"the file was cut short: {len(data)} of {length} bytes"
+            raise UserError(what, where=self.item_name(index), fix="Copy the folder again")
+        return data
 
 
 @dataclass(frozen=True)

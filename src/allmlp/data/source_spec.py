@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from allmlp.data.classes import RawLabels
+from allmlp.data.classes import RawLabels, natural_order
 from allmlp.data.source import Images, Source, subset
 from allmlp.errors import UserError, near_names
 
@@ -114,8 +114,15 @@ def split_named(name: str) -> str | None:
     return next((split for split, names in SPLITS.items() if word in names), None)
 
 
+def by_split(paths: Iterable[Path]) -> dict[str, list[str]]:
+    """Returns files by the split named in the file name ("x_test.parquet"), else train."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(paths, key=lambda path: natural_order(str(path))):
+        found.setdefault(split_of_file(path), []).append(str(path))
+    return {split: found[split] for split in SPLITS if split in found}
+
+
 def split_of_file(path: Path) -> str:
-    """Returns the split named in a file name ("x_test.parquet"), else train."""
     found = re.split(r"[-_.:]", path.name.casefold())
     words = {split for split, names in SPLITS.items() if not set(names).isdisjoint(found)}
     if len(words) > 1:

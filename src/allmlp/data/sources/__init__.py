@@ -41,6 +41,7 @@ from allmlp.data.sources import (
     packed,
     parquet,
     subset_file,
+    webdataset,
 )
 from allmlp.data.sources.subset_file import SubsetFile, is_subset_file, read_subset_file, select
 from allmlp.errors import UserError, near_names, one_of
@@ -48,7 +49,7 @@ from allmlp.errors import UserError, near_names, one_of
 # Kinds of sources; the first match wins. A subset file refers to another source.
 KINDS = (
     *(digits.KIND, hub.KIND, packed.KIND, arrays.KIND, parquet.KIND),
-    *(folders.KIND, lists.KIND),
+    *(webdataset.KIND, folders.KIND, lists.KIND),
 )
 _KNOWN = (
     "digits, a list (.csv, .tsv, .txt, .jsonl), Parquet files, arrays (.npy, .npz), packed data, "

@@ -24,6 +24,7 @@ from allmlp.data.source_spec import (
     Kind,
     Records,
     SourceSpec,
+    by_split,
     split_named,
     split_of_file,
 )
@@ -184,10 +185,7 @@ def _beside(path: Path) -> dict[str, Any]:
 
 
 def _of_parquet(spec: SourceSpec) -> Iterator[Part]:
-    by_split: dict[str, list[str]] = {}
-    for file in sorted(map(str, parquet_files(spec))):
-        by_split.setdefault(split_of_file(Path(file)), []).append(file)
-    for split, files in by_split.items():
+    for split, files in by_split(parquet_files(spec)).items():
         tables = [open_file(file).read(use_threads=False) for file in files]
         schema, name = tables[0].schema, files[0] if len(files) == 1 else spec.base
         columns = {n: [c for t in tables for c in t[n].to_pylist()] for n in schema.names}

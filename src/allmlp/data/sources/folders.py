@@ -44,20 +44,16 @@ def open_folders(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     folder = spec.path
     # photos.zip/photos, if that is all there is in photos.zip, and has folders
     while archive.is_archive(folder) and len(inner := subfolders(folder)) == 1:
-        if split_named(inner[0]) or _loose_image(folder) or not subfolders(folder / inner[0]):
+        if split_named(inner[0]) or loose_image(folder) or not subfolders(folder / inner[0]):
             break
         folder /= inner[0]
-    if not subfolders(folder):
-        if any(folder.glob("*.tar")):
-            what = "the folder has tar files and no index of them"
-            raise UserError(what, where=folder, fix=f"Write one, once: mixer data index {folder}")
-        if not labels:
-            passed_over: Counter[str] = Counter()
-            paths = PackedStrings(scan_images(str(folder), passed_over=passed_over))
-            if not len(paths):
-                raise no_images(folder)
-            note = passed_over_note(passed_over, folder)
-            return {"train": Records(ImageFiles(paths, str(folder)), notes=note)}
+    if not labels and not subfolders(folder):
+        passed_over: Counter[str] = Counter()
+        paths = PackedStrings(scan_images(str(folder), passed_over=passed_over))
+        if not len(paths):
+            raise no_images(folder)
+        note = passed_over_note(passed_over, folder)
+        return {"train": Records(ImageFiles(paths, str(folder)), notes=note)}
     splits, unused = _find_splits(folder)
     notes: tuple[str, ...] = ()
     if labels:
@@ -133,7 +129,7 @@ def _is_folder(entry: os.DirEntry[str] | archive.Entry) -> bool:
         return False
 
 
-def _loose_image(folder: Path) -> str | None:
+def loose_image(folder: Path) -> str | None:
     files = (entry.name for entry, is_folder in _entries(str(folder)) if not is_folder)
     return next((name for name in files if name.lower().endswith(SUFFIXES)), None)
 
@@ -190,7 +186,7 @@ def _check_class_folders(folder: Path, group: str | None) -> None:
     check_twins(classes, folder)
     listed = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" * (len(classes) > 8))
     shared: set[str] = set()  # subfolders of every class
-    if classes and not any(_loose_image(folder / name) for name in classes):
+    if classes and not any(loose_image(folder / name) for name in classes):
         shared = set.intersection(*(set(subfolders(folder / name)) for name in classes))
     are_no_classes = group is None and len(shared) > 1 and len(classes) > 1
     if any(map(split_named, shared)) or are_no_classes:
@@ -227,7 +223,7 @@ def _find_splits(folder: Path) -> tuple[dict[str, Path], list[str]]:
     others: dict[str, list[str]] = {}
     for entry in subfolders(folder):
         split, path, classes = split_named(entry), folder / entry, subfolders(folder / entry)
-        if split and [split_named(name) for name in classes] == [split] and not _loose_image(path):
+        if split and [split_named(name) for name in classes] == [split] and not loose_image(path):
             path /= classes[0]
             classes = subfolders(path)
         if split is None or not classes:
@@ -237,7 +233,7 @@ def _find_splits(folder: Path) -> tuple[dict[str, Path], list[str]]:
             inside = [path.relative_to(folder) for path in (splits[split], path)]
             what = f"two folders for one split: {inside[0]} and {inside[1]}"
             raise UserError(what, where=folder, fix="Merge them or rename one")
-        loose = _loose_image(path)
+        loose = loose_image(path)
         if loose is not None:
             what = f"the folder {path.name!r} has both folders and images, such as {loose!r}"
             fix = "Put the images into class folders; a class cannot have the name of a split"

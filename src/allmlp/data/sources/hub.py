@@ -9,12 +9,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from allmlp.data.classes import RawLabels, numbered
+from allmlp.data.classes import RawLabels
 from allmlp.data.source import GROUP, ImageFiles
 from allmlp.data.source_spec import LABEL_OPTIONS, SPLITS, Kind, Records, SourceSpec, split_named
-from allmlp.data.sources.columns import LABEL_COLUMNS, Rows, choose_column, open_rows
+from allmlp.data.sources.columns import choose_column, open_rows
+from allmlp.data.sources.parquet import arrow_cells, arrow_rows, class_names_of
 from allmlp.errors import UserError
 from allmlp.io import is_reachable
 from allmlp.names import HUB_NAME, optional
@@ -81,36 +80,21 @@ def _open_split(dataset: Any, spec: SourceSpec, split: str, labels: bool) -> Rec
     import datasets  # pyright: ignore[reportMissingImports]
 
     title, features = f"{spec.source}:{split}", dict(dataset.features)
-    columns = list(features)
-    pictures = [name for name in columns if type(features[name]).__name__ == "Image"]
-    column = choose_column("image", spec, columns, pictures, title)
+    pictures = [name for name in features if type(features[name]).__name__ == "Image"]
+    column = choose_column("image", spec, list(features), pictures, title)
     if column not in pictures:
         what = f"column {column!r} is {features[column]}, not of images"
         fix = f"Columns of images: {', '.join(pictures) or 'none'}"
         raise UserError(what, where=title, fix=fix)
     undecoded = dataset.select_columns([column])
     undecoded = undecoded.cast_column(column, datasets.Image(decode=False))
-    images = HubImages(title, undecoded, column)
-
-    def class_names(name: str) -> list[str] | None:
-        feature = features[name]
-        # Several labels per image are a list of classes, in older versions [ClassLabel].
-        feature = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
-        return list(feature.names) if type(feature).__name__ == "ClassLabel" else None
+    images, schema = HubImages(title, undecoded, column), dataset.features.arrow_schema
 
     def cells(name: str) -> RawLabels:
-        values, names = dataset.select_columns([name])[name][:], class_names(name)
-        if names is not None and type(features[name]).__name__ != "ClassLabel":
-            values = [[names[at] for at in row or ()] for row in values]
-        elif names is not None and None not in values:
-            return RawLabels(np.array(values), names, are_classes=True)
-        return numbered(values)
+        values = dataset.select_columns([name]).with_format("arrow")[:].column(0)
+        return arrow_cells(values, class_names_of(schema, name), name, title)
 
-    classes = [name for name in columns if class_names(name) is not None]
-    named = [name for name in columns if name.casefold() in LABEL_COLUMNS]
-    rows = Rows(
-        *(images, column, columns, cells, classes or named, images.item_name, title),
-    )
+    rows = arrow_rows(images, column, schema, cells, title)
     return open_rows(spec, rows, labels, split=split)[split]
 
 

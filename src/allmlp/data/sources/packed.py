@@ -1,7 +1,6 @@
 """Packed data: many images in few files, equally fast in random and in sequential order.
 
-Arrow files in the Hugging Face layout, and packed.json that lists them, written last. Images are
-read with pread: a truncated memory map would kill the process.
+Arrow files in the Hugging Face layout, and packed.json that lists them, written last.
 """
 
 from __future__ import annotations
@@ -19,9 +18,15 @@ import numpy as np
 from allmlp.data.classes import RawLabels
 from allmlp.data.fingerprint import own_names
 from allmlp.data.image import EncodedImage
-from allmlp.data.source import BadImage, PackedBytes, PackedStrings, Source, check_one_label
+from allmlp.data.source import (
+    BadImage,
+    ByteRanges,
+    PackedBytes,
+    PackedStrings,
+    Source,
+    check_one_label,
+)
 from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec
-from allmlp.data.sources.webdataset import INDEX_SUFFIX, FileSize, RangeIndex, load_index
 from allmlp.errors import UserError, between
 from allmlp.io import atomic_write, check_output_folder, fsync, parse_json, staging_folder
 from allmlp.names import is_format, optional
@@ -34,19 +39,24 @@ _ROW_BYTES, _HEADER_BYTES = 64, 4096  # maximum overhead per image and per file
 _FIX = "Pack or copy the folder again"
 
 
+@dataclass(frozen=True)
+class PackedFile:
+    name: str
+    size: int  # bytes
+    sha256: str
+
+
 def is_packed(folder: Path) -> bool:
-    indices = (folder / f"{split}{INDEX_SUFFIX}" for split in SPLITS)
-    return any(path.exists() for path in (folder / MANIFEST, *indices))
+    return (folder / MANIFEST).exists()
 
 
 def open_packed(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     """Returns the splits of a folder after checking file sizes."""
-    found: dict[str, Records] = {}
-    for split, index in load_indices(spec.path).items():
-        for file in index.files:
-            _check_size(spec.path, file)
-        raw = RawLabels(index.label, index.class_names, True) if index.class_names else None
-        found[split] = Records(index, raw if labels else None)
+    manifest, found = _read_manifest(spec.path), dict[str, Records]()
+    for split in (split for split in SPLITS if split in manifest):
+        class_names, files = manifest[split]
+        images, codes = _index(spec.path, files)
+        found[split] = Records(images, RawLabels(codes, class_names, True) if labels else None)
     if not found:
         what = "mixer data pack was killed before the data was complete"
         fix = "Run the same mixer data pack again: it starts over"
@@ -54,14 +64,7 @@ def open_packed(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     return found
 
 
-def load_indices(folder: Path) -> dict[str, RangeIndex]:
-    manifest = _read_manifest(folder)
-    found = {split: _index_arrow(folder, *manifest[split]) for split in SPLITS if split in manifest}
-    tars = {split: folder / f"{split}{INDEX_SUFFIX}" for split in SPLITS if split not in found}
-    return found | {split: load_index(path) for split, path in tars.items() if path.exists()}
-
-
-def _check_size(folder: Path, file: FileSize) -> None:
+def _check_size(folder: Path, file: PackedFile) -> None:
     path = folder / file.name
     size = path.stat().st_size
     if size != file.size:
@@ -73,9 +76,9 @@ def verify(folder: Path) -> list[str]:
     """Verifies the checksums of packed data; returns the problems, one line each."""
     problems: list[str] = []
     try:
-        for file in (file for index in load_indices(folder).values() for file in index.files):
+        for file in (file for _, files in _read_manifest(folder).values() for file in files):
             _check_size(folder, file)
-            if file.sha256 not in (None, _checksum(folder / file.name)):
+            if file.sha256 != _checksum(folder / file.name):
                 what = "the file has another checksum than it was written with"
                 problems.append(f"{folder / file.name}: {what}")
     except UserError as error:
@@ -90,8 +93,8 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_manifest(folder: Path) -> dict[str, tuple[list[str], list[FileSize]]]:
-    """The class names and files of each split in packed.json; empty if it does not exist."""
+def _read_manifest(folder: Path) -> dict[str, tuple[list[str], list[PackedFile]]]:
+    """Returns the class names and files of each split; empty without a manifest."""
     path = folder / MANIFEST
     if not path.exists():
         return {}
@@ -101,7 +104,7 @@ def _read_manifest(folder: Path) -> dict[str, tuple[list[str], list[FileSize]]]:
             raise ValueError(f"it is not {FORMAT}, version {VERSION}")
         found = {}
         for split, described in values["splits"].items():
-            files = [FileSize(*file) for file in described["files"]]
+            files = [PackedFile(*file) for file in described["files"]]
             if any(Path(file.name).name != file.name for file in files):
                 raise ValueError("a file outside the folder")
             found[split] = list(map(str, described["class_names"])), files
@@ -111,23 +114,23 @@ def _read_manifest(folder: Path) -> dict[str, tuple[list[str], list[FileSize]]]:
         raise UserError(what, where=path, fix=_FIX) from error
 
 
-def _index_arrow(folder: Path, class_names: list[str], files: list[FileSize]) -> RangeIndex:
+def _index(folder: Path, files: list[PackedFile]) -> tuple[ByteRanges, np.ndarray]:
+    """Returns the images of a split and their labels."""
     parts: list[tuple[np.ndarray, ...]] = []
     for number, file in enumerate(files):
         _check_size(folder, file)  # a truncated file must not be mapped
         path = folder / file.name
         try:
             parts += [(np.full(len(part[0]), number, np.int32), *part) for part in _batches(path)]
+        except UserError:
+            raise
         except (OSError, LookupError, ValueError) as error:  # pyarrow raises ValueErrors
-            if isinstance(error, UserError):
-                raise
             raise UserError(f"the file is damaged: {error}", where=path, fix=_FIX) from error
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    numbers, offsets, sizes, labels, names, lengths = columns
-    packed = PackedBytes((names, np.concatenate([[0], np.cumsum(lengths)])))
-    return RangeIndex(
-        str(folder), class_names, files, numbers, offsets, sizes, labels, PackedStrings(packed)
-    )
+    numbers, offsets, sizes, labels, letters, lengths = columns
+    names = PackedStrings(PackedBytes((letters, np.concatenate([[0], np.cumsum(lengths)]))))
+    paths = [str(folder / file.name) for file in files]
+    return ByteRanges(paths, numbers, offsets, sizes, names), labels
 
 
 def _batches(path: Path) -> Iterator[tuple[np.ndarray, ...]]:
@@ -162,7 +165,7 @@ class Packed:
     """A packed split; unreadable images are skipped and listed in `bad`."""
 
     num_images: int = 0
-    files: list[FileSize] = field(default_factory=list)
+    files: list[PackedFile] = field(default_factory=list)
     bad: list[BadImage] = field(default_factory=list)
 
 
@@ -217,11 +220,13 @@ def pack_splits(
     return packed
 
 
-def _check_free(folder: Path, splits: Iterable[str]) -> dict[str, tuple[list[str], list[FileSize]]]:
+def _check_free(
+    folder: Path, splits: Iterable[str]
+) -> dict[str, tuple[list[str], list[PackedFile]]]:
     """Returns what the manifest has, which must not be any of these splits."""
     written = _read_manifest(folder)
     for split in splits:
-        if split in written or (folder / f"{split}{INDEX_SUFFIX}").exists():
+        if split in written:
             what = f"the folder has packed images of {split} already"
             raise UserError(what, where=folder, fix="Give another folder, or remove them")
     return written
@@ -241,7 +246,7 @@ def _write_split(
         checksum = _checksum(path)
         # Named by content, so that files from unfinished attempts do no harm.
         target = folder / f"{split}-{len(packed.files):05d}-{checksum[:8]}.arrow"
-        packed.files.append(FileSize(target.name, path.stat().st_size, checksum))
+        packed.files.append(PackedFile(target.name, path.stat().st_size, checksum))
         os.rename(path, target)
         packed.num_images += len(rows)
         rows.clear()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from allmlp.data.classes import RawLabels, natural_order, numbered
-from allmlp.data.source import GROUP, PackedBytes
+from allmlp.data.classes import RawLabels, numbered
+from allmlp.data.source import GROUP, Images, PackedBytes
 from allmlp.data.source_spec import (
     LABEL_OPTIONS,
-    SPLITS,
     Kind,
     Records,
     SourceSpec,
-    split_of_file,
+    by_split,
 )
 from allmlp.data.sources.columns import LABEL_COLUMNS, Rows, choose_column, open_rows
 from allmlp.errors import UserError
@@ -49,23 +48,44 @@ def parquet_files(spec: SourceSpec) -> list[Path]:
 
 def open_parquet(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     """Returns the splits, found by file name or else by a column; reads no images."""
-    by_split: dict[str, list[str]] = {}
-    for path in sorted(parquet_files(spec), key=lambda path: natural_order(str(path))):
-        by_split.setdefault(split_of_file(path), []).append(str(path))
-    found: dict[str, Records] = {}
-    for split in (split for split in SPLITS if split in by_split):
-        images = ParquetImages(by_split[split], spec)
-        file, names = images.files[0], images.schema.names
-        fitting = [name for name in names if _holds_labels(images.schema.field(name).type)]
-        named = [name for name in names if name.casefold() in LABEL_COLUMNS]
-        classes = [name for name in names if class_names_of(images.schema, name) is not None]
-        likely = classes or [name for name in named if name in fitting] or named
-        rows = Rows(
-            *(images, images.column, names, images.cells, likely, images.item_name, file),
-        )
-        own = open_rows(spec, rows, labels, split=None if list(by_split) == ["train"] else split)
+    files, found = by_split(parquet_files(spec)), dict[str, Records]()
+    for split in files:
+        images = ParquetImages(files[split], spec)
+        rows = arrow_rows(images, images.column, images.schema, images.cells, images.files[0])
+        own = open_rows(spec, rows, labels, split=None if list(files) == ["train"] else split)
         found |= {name: replace(record, prepare=images.hold) for name, record in own.items()}
     return found
+
+
+def arrow_rows(
+    images: Images, column: str, schema: Any, cells: Callable[[str], RawLabels], file: object
+) -> Rows:
+    names = schema.names
+    named = [name for name in names if name.casefold() in LABEL_COLUMNS]
+    fitting = [name for name in named if _holds_labels(schema.field(name).type)]
+    classes = [name for name in names if class_names_of(schema, name) is not None]
+    likely = classes or fitting or named
+    return Rows(images, column, names, cells, likely, images.item_name, file)
+
+
+def arrow_cells(values: Any, class_names: list[str] | None, column: str, file: object) -> RawLabels:
+    """Returns the labels in a column, a pyarrow.ChunkedArray."""
+    import pyarrow.types as types
+
+    if not _holds_labels(values.type):
+        what = f"column {column!r} is {values.type}, neither numbers nor text"
+        raise UserError(what, where=file, fix="Choose another: SOURCE#label=COLUMN")
+    if types.is_nested(values.type):
+        rows = (row or [] for row in values.to_pylist())
+        if class_names is None:
+            return numbered(rows)
+        return numbered([class_names[at] for at in row] for row in rows)
+    if types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    if class_names is not None and not values.null_count and types.is_integer(values.type):
+        return RawLabels(values.to_numpy(), class_names, are_classes=True)
+    encoded = values.combine_chunks().dictionary_encode(null_encoding="encode")
+    return RawLabels(encoded.indices.to_numpy(), encoded.dictionary.to_pylist())
 
 
 def _holds_labels(kind: Any) -> bool:
@@ -181,25 +201,12 @@ class ParquetImages:
     def cells(self, column: str) -> RawLabels:
         """Reads a column, which has one type and the same classes in all files."""
         import pyarrow as pa
-        import pyarrow.types as types
 
         for file in self.files:
             self._check_same(column, open_file(file).schema_arrow, file)
         batches = [batch for table in self._read(column) for batch in table.to_batches()]
         values = pa.Table.from_batches(batches).column(0)
-        names = class_names_of(self.schema, column)
-        if not _holds_labels(values.type):
-            what = f"column {column!r} is {values.type}, neither numbers nor text"
-            raise UserError(what, where=self.files[0], fix="Choose another: SOURCE#label=COLUMN")
-        if types.is_nested(values.type):
-            rows = (row or [] for row in values.to_pylist())
-            return numbered(row if names is None else [names[at] for at in row] for row in rows)
-        if types.is_dictionary(values.type):
-            values = values.cast(values.type.value_type)
-        if names is not None and not values.null_count and types.is_integer(values.type):
-            return RawLabels(values.to_numpy(), names, are_classes=True)
-        encoded = values.combine_chunks().dictionary_encode(null_encoding="encode")
-        return RawLabels(encoded.indices.to_numpy(), encoded.dictionary.to_pylist())
+        return arrow_cells(values, class_names_of(self.schema, column), column, self.files[0])
 
     def _check_same(self, column: str, schema: Any, file: str) -> None:
         first = self.files[0]
