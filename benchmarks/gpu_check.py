@@ -272,7 +272,7 @@ def updater(check: Check, name: str, count: int, *, compile: bool, **changes: An
     compute = ComputePolicy(check.device, precision, False, "")
     optimizers = build_optimizers(model, config.optimizer)
     update = Updater(*(model, model, optimizers, config, compute, World(), 1000, print))
-    update.compiled = check.compile(model) if compile else None
+    update.forward = check.compile(model) if compile else model
     update.micro_batch_size = count
     images, classes = check.images(model, count), model.config.num_classes
     labels = torch.arange(count, device=check.device) % classes

@@ -85,7 +85,7 @@ def ours(job: dict[str, Any]) -> tuple[Step, str]:
     def step(number: int) -> float:
         kept = draw_stochastic_depth(model, batch, random)
         loss = updater(number, images, targets, kept, number).loss
-        if compute.compile and updater.compiled is None:
+        if said:
             raise SystemExit(f"Error: {said[-1]}")
         return loss
 

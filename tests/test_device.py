@@ -6,9 +6,12 @@ import os
 
 import pytest
 import torch
-from torch import nn
 
 import allmlp as am
+from allmlp.data.loader import choose_workers
+from allmlp.data.sources import open_source
+from allmlp.models import inference
+from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.device import choose_device, choose_policy, keep_compiled, torch_settings
 from allmlp.runtime.world import World, join_world, parallelize
 from conftest import tiny_model
@@ -88,15 +91,10 @@ def test_a_model_on_the_cpu_is_sharded_there(monkeypatch):
         return kind
 
     monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", mesh)
-    model = tiny_model()
-    monkeypatch.setattr(torch, "compile", lambda function: (function,))
-
-    def shard(module: nn.Module, *, mesh: str) -> None:
-        assert isinstance(module.forward, tuple) == (module is not model)  # compiled before
-        meshes.append(mesh)
-
+    shard = lambda module, *, mesh: meshes.append(mesh)  # noqa: E731
     monkeypatch.setattr("torch.distributed.fsdp.fully_shard", shard)
-    parallelize(model, "full", World(0, 2), compile=True)
+    model = tiny_model()
+    parallelize(model, "full", World(0, 2))
     assert meshes == ["cpu"] * (2 + len(model.blocks))
 
 
@@ -124,3 +122,37 @@ def test_compiled_kernels_are_the_same_every_time(monkeypatch, tmp_path):
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ  # of each machine, with several processes
     keep_compiled(tmp_path)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+
+
+def test_inference_on_a_gpu_compiles_one_shape(monkeypatch):
+    """The last batch is padded; the weights are rounded once, to what autocast makes of them."""
+    model, images = tiny_model().eval(), torch.randn(7, 3, 8, 8)
+    plain = inference.Inference(model, "bfloat16")
+    expected = plain.logits(images), plain.features(images)
+    monkeypatch.setattr(inference, "pays_to_compile", lambda device, operations, steps: steps == 3)
+    shapes: list[int | None] = []
+
+    def compiled(function):
+        return lambda images: (shapes.append(len(images)), function(images))[1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    ours = inference.Inference(model, "bfloat16")
+    inference._round_weights(ours._network)
+    ours.compile_for(8, 4)
+    assert torch.equal(ours.logits(images), expected[0])
+    ours.compile_for(20, 8)
+    assert torch.equal(ours.logits(images), expected[0])
+    assert torch.equal(ours.features(images), expected[1])
+    assert shapes == [8, 8]
+    assert model.blocks[0].channel_mixing.dense_0.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("gpu", "ranks", "workers"), [(True, "2", 11), (True, "24", 1), (False, "2", 8)]
+)
+def test_loader_processes_share_the_cores_of_a_process(monkeypatch, gpu, ranks, workers):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(24), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    source = open_source("digits:train")
+    assert choose_workers(None, source, Preprocessing(image_size=(224, 224))) == workers

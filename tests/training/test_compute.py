@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch._inductor.exc import InductorError
 
 import allmlp as am
+from allmlp.models.mixer import MlpMixer
 from allmlp.runtime import device as compute
 from allmlp.runtime.device import (
     ComputePolicy,
@@ -171,20 +172,21 @@ def test_a_batch_that_does_not_fit_is_split(class_folder, tmp_path, monkeypatch)
 
 def test_a_gpu_that_runs_out_of_memory_gets_smaller_parts(class_folder, tmp_path, monkeypatch):
     whole = am.train(tiny_config(str(class_folder), tmp_path / "whole"), quiet=True)
-    forward = step.Updater.predict
+    forward = MlpMixer.forward
 
     def small(self, images):
-        if len(images) > 3:
+        if self.training and len(images) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, images)
 
-    monkeypatch.setattr(step.Updater, "predict", small)
+    monkeypatch.setattr(MlpMixer, "forward", small)
     parts = am.train(tiny_config(str(class_folder), tmp_path / "parts"), quiet=True)
     log = (parts.run_folder / "log.txt").read_text()
     assert "4 images at once from here on" in log
     assert "2 images at once from here on" in log
     assert losses(parts.run_folder) == pytest.approx(losses(whole.run_folder), abs=1e-6)
-    monkeypatch.setattr(step.Updater, "predict", lambda self, images: small(self, range(9)))
+    enough = lambda self, images: small(self, range(9) if self.training else images)  # noqa: E731
+    monkeypatch.setattr(MlpMixer, "forward", enough)
     with pytest.raises(am.UserError, match="1 images at once do not fit into the GPU"):
         am.train(tiny_config(str(class_folder), tmp_path / "none"), quiet=True)
 
@@ -198,7 +200,7 @@ def test_processes_agree_on_a_micro_batch_before_the_first_update(
     noting = lambda self: (seen.append(self), choose(self))[1]  # noqa: E731
     monkeypatch.setattr(step.Updater, "choose_micro_batch", noting)
     am.train(tiny_config(str(class_folder), tmp_path / "run", epochs=1), quiet=True)
-    updater, forward, limit, tried = seen[-1], step.Updater.predict, 7, list[int]()
+    updater, forward, limit, tried = seen[-1], MlpMixer.forward, 7, list[int]()
 
     def small(self, images):
         tried.append(len(images))
@@ -210,7 +212,7 @@ def test_processes_agree_on_a_micro_batch_before_the_first_update(
         def all_reduce_max(self, value: int) -> int:
             return max(value, -4)
 
-    monkeypatch.setattr(step.Updater, "predict", small)
+    monkeypatch.setattr(MlpMixer, "forward", small)
     updater.world = Other(0, 2)
     before = [parameter.clone() for parameter in updater.parameters]
     assert updater.agreed_size(12, 12) == 4

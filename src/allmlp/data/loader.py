@@ -30,6 +30,7 @@ from allmlp.data.source import BadImage, Source, array_row, array_shape
 from allmlp.data.transforms import check_input, resize_for_evaluation
 from allmlp.errors import UserError, at_least, between
 from allmlp.preprocessing import Preprocessing
+from allmlp.runtime.device import cores_of_process
 
 # Augments one image with its own generator; the result has the model's input size.
 TrainingTransform = Callable[[EncodedImage, np.random.Generator], np.ndarray]
@@ -103,15 +104,30 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Collates samples into a batch; those without pixels appear only in `bad`."""
+    """Collates samples into a batch; those without pixels appear only in `bad`.
+
+    A worker process writes the pixels where the main process reads them, if there is room.
+    """
     good = [(pixels, label, index) for pixels, label, index, _ in samples if pixels is not None]
     bad = [image for sample in samples for image in sample[3]]
     images, labels, indices = zip(*good, strict=True) if good else ((), (), ())
     # Channels stay last in memory, which avoids another copy.
-    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) if images else _NONE
+    stacked = _stacked(images).permute(0, 3, 1, 2) if images else _NONE
     labels, indices = torch.from_numpy(np.array(labels)), torch.tensor(indices).long()
     labels = labels if labels.dim() == 2 else labels.long()
     return Batch(stacked, labels, indices, bad)
+
+
+def _stacked(images: tuple[np.ndarray, ...]) -> Tensor:
+    num_bytes, shape = len(images) * images[0].nbytes, (len(images), *images[0].shape)
+    dtype = torch.from_numpy(np.empty(0, images[0].dtype)).dtype
+    if get_worker_info() is not None and workers.is_room_for(num_bytes):
+        with contextlib.suppress(RuntimeError, OSError):  # another process took the free memory
+            storage = torch.UntypedStorage._new_shared(num_bytes)
+            shared = torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # pyright: ignore
+            np.stack(images, out=shared.numpy())
+            return shared
+    return torch.from_numpy(np.stack(images))
 
 
 def training_batches(
@@ -208,11 +224,7 @@ class Images(Dataset[Any]):
         raise NotImplementedError
 
     def collate(self, samples: list[Sample]) -> Any:
-        batch = collate(samples)
-        if get_worker_info() is not None and workers.is_room_for(batch.images.nbytes):
-            with contextlib.suppress(RuntimeError, OSError):  # another process took the free memory
-                batch.images.share_memory_()
-        return batch
+        return collate(samples)
 
     def suspect(self, message: str) -> str:
         """Returns which worker a DataLoader error refers to, and its current image."""
@@ -367,4 +379,5 @@ def choose_workers(
     height, width = preprocessing.image_size
     if len(source) * height * width < 2_000_000:  # starting them would take longer, about 0.1 s
         return least
-    return min(8, os.cpu_count() or 1)
+    cores = cores_of_process()
+    return min(32, max(1, cores - 1)) if torch.cuda.is_available() else min(8, cores)

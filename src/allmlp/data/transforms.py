@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import cv2
 import numpy as np
@@ -155,7 +156,7 @@ def flip(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Converts uint8 images (N, channels, H, W), or float32 rows of arrays, to the model's float32
     input, permuting last."""
-    mean, std = _per_channel(preprocessing.mean, images), _per_channel(preprocessing.std, images)
+    mean, std = _mean_and_std(preprocessing, images.device)
     images = permute(images, preprocessing)
     if preprocessing.kind == "arrays":
         return ((images - mean) / std).contiguous()
@@ -165,14 +166,21 @@ def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 def denormalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Converts model inputs (N, channels, H, W) to pixel values in [0, 1]."""
-    mean, std = _per_channel(preprocessing.mean, images), _per_channel(preprocessing.std, images)
+    mean, std = _mean_and_std(preprocessing, images.device)
     return images * std + mean
 
 
-def _per_channel(value: float | tuple[float, ...], images: Tensor) -> float | Tensor:
-    if not isinstance(value, tuple):
-        return value
-    return torch.tensor(value, device=images.device).view(1, -1, 1, 1)
+@functools.lru_cache(maxsize=8)
+def _mean_and_std(preprocessing: Preprocessing, device: torch.device) -> list[Any]:
+    """Kept on the device: a copy for every batch would wait for a GPU."""
+    values = preprocessing.mean, preprocessing.std
+    with torch.inference_mode(False):
+        return [
+            torch.tensor(value, device=device).view(1, -1, 1, 1)
+            if isinstance(value, tuple)
+            else value
+            for value in values
+        ]
 
 
 # The two fixed permutations of the paper's figure 4 (section 3.4), the same for every image

@@ -126,6 +126,8 @@ class Predictor:
                 for rank in (world.rank, world.rank + 1)
             )
             part = subset(source, np.arange(first, stop), source.name)
+        if self._inference is not None:
+            self._inference.compile_for(len(part), self.batch_size)
         for batch, (labels, *values) in self._computed(part, compute or self.logits):
             bad = [replace(image, index=image.index + first) for image in batch.bad]
             yield Outputs(tuple(values), labels, batch.indices.numpy() + first, bad)

@@ -12,22 +12,25 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from allmlp.console import Reporter
 from allmlp.errors import one_of
 from allmlp.models.layers import ImageClassifier
 from allmlp.runtime.device import (
     SMALL_STEP,
+    Compiler,
     check_bfloat16,
     exact_matmuls,
     fast_precision,
     has_fast_bfloat16,
+    pays_to_compile,
     step_threads,
 )
 
@@ -76,18 +79,31 @@ class Inference:
                 self.most = max(1, LARGEST_ACTIVATION // (widest * width))
         elif precision == "bfloat16":
             self._network = _with_exact_head(model)
+            if self.device.type == "cuda":
+                _round_weights(self._network)
+        self._compiled_for, self._compiled = -1, dict[str, Any]()  # images; method -> function
+
+    def compile_for(self, num_images: int, batch_size: int) -> None:
+        """Compiles for batches of one size, if that pays off for so many images."""
+        batches, operations = math.ceil(num_images / batch_size), self.model.config.flops
+        is_new = batch_size != self._compiled_for
+        if is_new and pays_to_compile(self.device, operations * batch_size, batches):
+            compiler, network = Compiler(Reporter(stderr=True).say), self._network
+            self._compiled_for = batch_size
+            self._compiled = {"forward": compiler(network), "features": compiler(network.features)}
 
     def logits(self, images: Tensor) -> Tensor:
         """Returns logits, float32 (N, K), of normalised images on the model's device, or features
         if the model has no head."""
-        return self._compute(self._network, images)
+        return self._compute("forward", images)
 
     def features(self, images: Tensor) -> Tensor:
         """Returns the pooled features, float32 (N, C), of the same kind of images."""
-        return self._compute(self._network.features, images)
+        return self._compute("features", images)
 
     @torch.inference_mode()
-    def _compute(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    def _compute(self, name: str, images: Tensor) -> Tensor:
+        function = self._network if name == "forward" else self._network.features
         half = self.precision == "bfloat16"
         # A copy is always in evaluation mode; setting the mode takes a millisecond.
         is_copy = self._network is not self.model
@@ -97,6 +113,10 @@ class Inference:
             nullcontext() if is_copy else evaluating(self._network),
             torch.autocast(self.device.type, torch.bfloat16, enabled=half),
         ):
+            missing = self._compiled_for - len(images)
+            if missing >= 0:  # one shape, one program
+                padded = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else images
+                return self._compiled[name](padded)[: len(images)].float()
             if self.most is None or len(images) <= self.most:
                 return function(images).float()
             parts = images.tensor_split(math.ceil(len(images) / self.most))
@@ -200,6 +220,13 @@ def _with_exact_head(model: ImageClassifier) -> ImageClassifier:
     if type(network.head) is nn.Linear and network.head.weight.dtype == torch.float32:
         network.head.__class__ = ExactDense
     return network
+
+
+def _round_weights(network: ImageClassifier) -> None:
+    """Rounds the weights to bfloat16 once, as autocast would do for every batch."""
+    for module, name in packable(network):
+        dense = module.get_submodule(name)
+        dense.weight = nn.Parameter(dense.weight.detach().bfloat16(), requires_grad=False)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,13 @@ def synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize()
 
 
+def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies to the device without waiting for a GPU, which a copy from other memory does."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
 def empty_cache(device: torch.device) -> None:
     """Returns unused memory of torch to a GPU."""
     if device.type != "cpu":
@@ -118,14 +125,19 @@ def choose_policy(
         reasons.append(precision)
     compiles = compile == "on"
     if compile == "auto":
-        seconds = num_steps * max(STEP_SECONDS, operations / FLOPS_PER_SECOND)
-        compiles = device.type == "cuda" and seconds >= LONG_RUN and can_compile(device)
+        compiles = pays_to_compile(device, operations, num_steps)
     elif compiles and not can_compile(device):
         compiles = False
         reasons.append("not compiled: no C++ compiler here")
     if compiles:
         reasons.append("compiled")
     return ComputePolicy(device, precision, compiles, ", ".join(reasons))
+
+
+def pays_to_compile(device: torch.device, operations: int, num_steps: int) -> bool:
+    """Returns whether so many steps, or batches, of these FLOPs take a GPU `LONG_RUN`."""
+    seconds = num_steps * max(STEP_SECONDS, operations / FLOPS_PER_SECOND)
+    return device.type == "cuda" and seconds >= LONG_RUN and can_compile(device)
 
 
 def fast_precision(device: torch.device, operations: int) -> tuple[str, str]:
@@ -161,6 +173,32 @@ def has_fast_bfloat16() -> bool:
     return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("amx_tile"))
 
 
+class Compiler:
+    """torch.compile up to its first failure; then functions run as they are."""
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self.say, self.works = say, True
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = torch.compile(function)
+
+        def call(*arguments: Any) -> Any:
+            if not self.works:
+                return function(*arguments)
+            try:
+                return compiled(*arguments)
+            except RuntimeError as error:
+                # By name: importing its exceptions takes as long as importing torch.
+                if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                    raise
+                self.works = False
+                first = str(error).strip().splitlines()[0][:200]
+                self.say(f"note     not compiled after all: {first}")
+                return function(*arguments)
+
+        return call
+
+
 def can_compile(device: torch.device) -> bool:
     """Returns whether torch.compile has the compiler it needs."""
     named = os.environ.get("CXX") or os.environ.get("CC")
@@ -190,6 +228,12 @@ def keep_compiled(folder: Path | None) -> None:
 
 
 # --- threads --------------------------------------------------------------------------------------
+
+
+def cores_of_process() -> int:
+    """Returns how many of the machine's cores this process may use beside its neighbours."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def threads_for(operations: float) -> int:

@@ -302,15 +302,11 @@ def _lost(world: World, notes: Store, error: RuntimeError) -> UserError:
     return UserError(what + str(error).splitlines()[0][:200], fix=fix)
 
 
-def parallelize(
-    model: nn.Module, sharding: str, world: World, *, compile: bool = False
-) -> nn.Module:
+def parallelize(model: nn.Module, sharding: str, world: World) -> nn.Module:
     """Wraps the model for distributed training; the parameters stay those of `model`.
 
     Sharding "none": every process holds the full state (DDP); "full": parameters, gradients and
-    optimizer state are sharded (FSDP2), and `model` itself becomes sharded. With `compile` every
-    block is compiled before it is sharded, so that the hooks that gather its weights stay outside
-    of its graph; a model that is not sharded is left for the caller to compile.
+    optimizer state are sharded (FSDP2), and `model` itself becomes sharded.
     """
     if world.size == 1:
         return model
@@ -327,8 +323,6 @@ def parallelize(
     # Without one, torch takes a mesh of the machine's GPUs even for a model on the CPU.
     mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
     for block in getattr(model, "blocks", ()):
-        if compile:
-            block.forward = torch.compile(block.forward)
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model

@@ -55,7 +55,7 @@ class RunState:
         # What is evaluated and saved: the model itself, or a copy filled on demand.
         is_sharded = self.world.size > 1 and sharding == "full"
         self.copy = copy.deepcopy(model) if decay or is_sharded else None
-        network = parallelize(model, sharding, self.world, compile=run.compute.compile)
+        network = parallelize(model, sharding, self.world)
         self.optimizers = build_optimizers(model, self.config.optimizer)
         self.updater = Updater(
             *(model, network, self.optimizers, self.config, run.compute, self.world),

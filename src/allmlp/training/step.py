@@ -23,6 +23,7 @@ from allmlp.models.layers import (
     set_stochastic_depth,
 )
 from allmlp.runtime.device import (
+    Compiler,
     ComputePolicy,
     empty_cache,
     free_memory,
@@ -64,11 +65,15 @@ class Updater:
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.compiled = None
+        self.forward: Callable[[Tensor], Tensor] = self.network  # to the logits
         if self.compute.compile:
             keep_compiled(cache_folder() / "compiled" if self.world.size == 1 else None)
-            if self.network is not self.model or self.world.size == 1:  # or its blocks are compiled
-                self.compiled = torch.compile(self.network)
+            compiler, blocks = Compiler(self.say), getattr(self.model, "blocks", ())
+            if self.network is not self.model or self.world.size == 1:
+                self.forward = compiler(self.network)
+            else:  # sharded: the hooks of a block, which gather its weights, stay outside
+                for block in blocks:
+                    block.forward = compiler(block.forward)
 
     def __call__(
         self, step: int, images: Tensor, targets: Tensor, depth: Tensor, dropout_seed: int
@@ -135,7 +140,7 @@ class Updater:
             set_stochastic_depth(self.model, depth[:, part])
             with no_sync(self.network, part.stop < count or not reduces):
                 with self.compute.autocast():
-                    logits = self.predict(images[part])
+                    logits = self.forward(images[part])
                 positive = self.positive_weights
                 loss = loss_function(
                     *(logits.float(), targets[part], self.config.loss),
@@ -146,21 +151,6 @@ class Updater:
                 loss.backward()
             total += loss.detach()
         return total
-
-    def predict(self, images: Tensor) -> Tensor:
-        """Returns the logits (N, classes), compiled if that works."""
-        try:
-            return (self.network if self.compiled is None else self.compiled)(images)
-        except RuntimeError as error:
-            # By name: importing the compiler for its exceptions takes as long as importing torch.
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            self.compiled = None
-            for block in getattr(self.model, "blocks", ()):
-                block.__dict__.pop("forward", None)  # compiled by `parallelize`
-            first = str(error).strip().splitlines()[0][:200]
-            self.say(f"note     not compiled after all: {first}")
-            return self.network(images)
 
     def choose_micro_batch(self) -> None:
         """Chooses the micro-batch size.

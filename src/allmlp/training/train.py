@@ -38,7 +38,7 @@ from allmlp.evaluation.metrics import Evaluation, metric_of
 from allmlp.evaluation.probe import fit_probe, log_loss
 from allmlp.io import check_not_inputs, check_output_folder
 from allmlp.models.layers import draw_stochastic_depth, preprocessing_of
-from allmlp.runtime.device import check_fits_memory, choose_policy, torch_settings
+from allmlp.runtime.device import check_fits_memory, choose_policy, copied, torch_settings
 from allmlp.runtime.world import World, join_world
 from allmlp.training.card import Outcome, model_card
 from allmlp.training.config import TrainConfig
@@ -347,7 +347,8 @@ class Trainer:
         images, targets = images[:own], targets[:own]  # drop the extra image for mixing
         depth = draw_stochastic_depth(self.model, config.batch_size, masks)
         depth = depth[:, run.world.rank * own : (run.world.rank + 1) * own]
-        return images, targets, depth.to(run.compute.device), dropout_seed + run.world.rank
+        depth = copied(depth, run.compute.device)
+        return images, targets, depth, dropout_seed + run.world.rank
 
     def expected_seconds(self) -> float | None:
         """Returns how long the rest of the run takes, by a few gradients of its next batch, which
