@@ -98,7 +98,7 @@ def tiny_config(source: str, output: Path, **changes: object) -> am.TrainConfig:
 
 DRAWN = (
     *("confusion_matrix", "reliability_diagram", "prediction_grid", "worst_mistakes"),
-    "training_batch",
+    *("training_batch", "curves"),
 )
 REAL = {name: getattr(plots, name) for name in (*DRAWN, "save")}
 

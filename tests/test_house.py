@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 from pathlib import Path
 
@@ -48,10 +49,16 @@ def is_module(name: str) -> bool:
     return place.with_suffix(".py").exists() or place.is_dir()
 
 
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Modules of the package that a file imports, anywhere in it, also for types only."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name.startswith("allmlp")}
         elif isinstance(node, ast.ImportFrom):
@@ -62,6 +69,7 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     found = {}
     for path in PACKAGE.rglob("*.py"):
@@ -118,12 +126,10 @@ def test_few_functions_have_many_parameters():
     """At most 5 with more than eight: more belong into an options dataclass or a context."""
     many = []
     for name, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.FunctionDef):
                 arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-                if (
-                    len([argument for argument in arguments if argument.arg not in ("self", "cls")])
-                    > 8
-                ):
+                own = [argument for argument in arguments if argument.arg not in ("self", "cls")]
+                if len(own) > 8:
                     many.append(f"{name}.{node.name}")
     assert len(many) <= 5, many

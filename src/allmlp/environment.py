@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,10 +46,11 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def packages(names: Iterable[str] = _PACKAGES) -> dict[str, str]:
-    """Returns the versions of installed packages, by default of those that may affect results."""
+@functools.cache
+def packages() -> dict[str, str]:
+    """Returns the versions of installed packages that may affect results."""
     found = {}
-    for name in names:
+    for name in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

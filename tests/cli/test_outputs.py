@@ -83,7 +83,7 @@ AGAIN = [
     "data check data --duplicates exact --exclude drop.txt",
     "data check data --output checked",
     "evaluate model.safetensors --data data --output report",
-    "inspect model.safetensors --output inside",
+    "inspect model.safetensors --output inside --layers 1",
     "convert model.safetensors other.npz",
     "convert model.safetensors folder",
 ]
@@ -142,6 +142,7 @@ def test_nothing_for_standard_output(capsys, place: Path, line: str):
     assert not Path("-").exists()
 
 
+@pytest.mark.slow
 def test_the_reader_of_the_rows_may_go_away(place: Path):
     read, write = os.pipe()
     os.close(read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from allmlp.errors import UserError
 from conftest import encode
 
 
+@functools.cache
 def photo(seed: int, size: tuple[int, int] = (90, 70)) -> Image.Image:
     """Something like a photograph: coarse and fine structure, width x height."""
     random = np.random.default_rng(seed)

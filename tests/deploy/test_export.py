@@ -49,10 +49,10 @@ FAMILIES: dict[str, Callable[[], am.ImageClassifier]] = {
     "not square": lambda: tiny_model(
         3, (8, 12), gelu="exact", in_channels=1, token_mixing="untied"
     ),
-    "features": lambda: tiny_model(0),
-    "grouped": lambda: tiny_model(token_mixing="grouped", token_groups=4),
-    "views": lambda: tiny_model(token_mixing="views", token_groups=4),
-    "pyramid": lambda: tiny_model(pyramid=((1, 2),)),
+    "grouped pyramid": lambda: tiny_model(
+        token_mixing="grouped", token_groups=4, pyramid=((1, 2),)
+    ),
+    "views, features": lambda: tiny_model(0, token_mixing="views", token_groups=4),
     "cycle_mlp": small_cycle,
     "vision_permutator": small_permutator,
     "small_resnet": small_resnet,
@@ -290,17 +290,19 @@ def test_weights_that_do_not_fit_into_a_file(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.fixture(scope="module")
-def pixels_file(trained: am.TrainResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pixels") / "m.onnx"
-    am.export(trained.run_folder, path, uint8_input=True)
-    return path
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the digits' classes, m.safetensors, and beside it m.onnx, the file of it."""
+    folder, model = tmp_path_factory.mktemp("exported"), tiny_model(num_classes=10)
+    model.class_names = [*"0123456789"]
+    model.head.weight.data.mul_(0.1)  # no class is certain
+    am.save_model(model, folder / "m.safetensors")
+    am.export(model, folder / "m.onnx")
+    return folder / "m.onnx"
 
 
-def test_evaluate_runs_the_file(
-    trained: am.TrainResult, pixels_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-):
+def test_evaluate_runs_the_file(exported: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     lines = []
-    for model in (trained.run_folder, pixels_file):
+    for model in (exported.with_suffix(".safetensors"), exported):
         code, out, err = mixer(capsys, "evaluate", model, "--data", "digits:test")
         assert code == 0, err
         lines.append([line for line in out.splitlines() if line.startswith(("top-1", "loss"))])
@@ -309,14 +311,14 @@ def test_evaluate_runs_the_file(
         ["--image-size", 16],
         ["--device", "cuda"],
     ):
-        code, _, err = mixer(capsys, "evaluate", pixels_file, "--data", "digits:test", *flags)
+        code, _, err = mixer(capsys, "evaluate", exported, "--data", "digits:test", *flags)
         assert (code, "an exported file" in err) == (2, True)
-    code, _, err = mixer(capsys, "convert", pixels_file, tmp_path / "x.safetensors")
-    assert (code, str(pixels_file) in err) == (2, True)
+    code, _, err = mixer(capsys, "convert", exported, tmp_path / "x.safetensors")
+    assert (code, str(exported) in err) == (2, True)
 
 
-def test_what_needs_weights_or_features_is_an_error(pixels_file: Path, tmp_path: Path):
-    file = am.open_exported(pixels_file)
+def test_what_needs_weights_or_features_is_an_error(exported: Path, tmp_path: Path):
+    file = am.open_exported(exported)
     for use in (
         lambda: am.save_model(file, tmp_path / "x.safetensors"),
         lambda: am.few_shot(file, "digits", shots=(1,)),
@@ -324,26 +326,25 @@ def test_what_needs_weights_or_features_is_an_error(pixels_file: Path, tmp_path:
         lambda: am.predict(file, "digits:test[:5]", device="cuda"),
         lambda: am.evaluate(file, "digits:test", device="cuda"),
         lambda: am.export(file, tmp_path / "new.pt2"),
-        lambda: am.export(pixels_file, tmp_path / "new.pt2"),
+        lambda: am.export(exported, tmp_path / "new.pt2"),
         lambda: am.inspect(file),
         lambda: am.inspect(tiny_model(), compare=file),
         lambda: am.benchmark({"file": file}),
-        lambda: am.load_model(pixels_file),
+        lambda: am.load_model(exported),
     ):
         with pytest.raises(am.UserError, match="exported file"):
             use()
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
-def test_a_model_of_timm_becomes_a_file(tmp_path: Path, monkeypatch, suffix: str):
-    path = tmp_path / f"m{suffix}"
+def test_a_model_of_timm_becomes_a_file(tmp_path: Path, monkeypatch):
+    path = tmp_path / "m.pt2"
     with monkeypatch.context() as patch:
         fake_timm.install(patch)
         model = am.create_model("timm:fake_cnn", num_classes=5).eval()
         torch.nn.init.normal_(model.head.weight)
         assert am.export(model, path).passed
-    opened = torch.export.load(path).module() if suffix == ".pt2" else am.open_exported(path)
+    opened = torch.export.load(path).module()
     assert error(opened, model, random_images(model, 3)) < 1e-4  # without timm
 
 
@@ -404,7 +405,7 @@ def test_descriptions_that_are_damaged(nameless: Path, tmp_path: Path):
         assert caught.value.where == str(path), wrong
     old = {"allmlp": None, "mlp_mixer": entries["allmlp"].replace("allmlp", "mlp_mixer")}
     file = am.open_exported(rewritten(nameless, old, tmp_path / "m.onnx"))  # before the new name
-    assert file.config.num_classes == 7
+    assert file.config.num_classes == 10
 
 
 # --- the file without this package ----------------------------------------------------------------
@@ -422,11 +423,9 @@ def example() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def nameless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of a model without class names."""
-    path = tmp_path_factory.mktemp("nameless") / "x.onnx"
-    am.export(tiny_model(num_classes=7), path)
-    return path
+def nameless(exported: Path) -> Path:
+    """As the file of a model without class names is."""
+    return rewritten(exported, {"class_names": None}, exported.with_name("nameless.onnx"))
 
 
 def test_the_example_answers_as_we_do_for_every_kind_of_image(
@@ -478,10 +477,10 @@ def test_a_file_without_class_names_has_numbers_and_says_how_images_are_decoded(
     nameless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "a.png").write_bytes(encode(draw(1)))
-    flags = ("--top-k", "7")
+    flags = ("--top-k", "10")
     code, out, err = mixer(capsys, "predict", nameless, tmp_path / "a.png", *flags)
     assert (code, "class names" in err) == (0, True)
-    assert sorted(re.findall(r"(\d) [\d.]+%", out)) == list("0123456")
+    assert sorted(re.findall(r"(\d) [\d.]+%", out)) == list("0123456789")
     code, _, err = mixer(capsys, "evaluate", nameless, "--data", "digits:test")
     assert (code, "class names" in err) == (2, True)
     said = {entry.key: entry.value for entry in onnx.load(nameless).metadata_props}
@@ -490,17 +489,16 @@ def test_a_file_without_class_names_has_numbers_and_says_how_images_are_decoded(
 
 
 @pytest.mark.slow
-def test_the_example_needs_nothing_of_ours(
-    trained: am.TrainResult, pixels_file: Path, tmp_path: Path
-):
+def test_the_example_needs_nothing_of_ours(trained: am.TrainResult, tmp_path: Path):
     (tmp_path / "a.png").write_bytes(open_source("digits:test").read(0))
     text = EXAMPLE.read_text()
     assert "allmlp" not in text
     assert "import torch" not in text
     expected = am.predict(trained.run_folder, [tmp_path / "a.png"], top_k=5)
     classes = ", ".join(f"{name} {share:.1%}" for name, share in expected[0].classes)
-    am.export(trained.run_folder, tmp_path / "floats.onnx")
-    for path in (tmp_path / "floats.onnx", pixels_file):
+    for uint8_input in (False, True):
+        path = tmp_path / f"{uint8_input}.onnx"
+        am.export(trained.run_folder, path, uint8_input=uint8_input)
         command = [sys.executable, str(EXAMPLE), str(path), str(tmp_path / "a.png")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout == f"{tmp_path / 'a.png'}: {classes}\n"

@@ -114,6 +114,7 @@ def test_int8_of_other_families(
     assert 1e-4 < report.parity.relative < 0.2
 
 
+@pytest.mark.slow
 def test_onnx_runtime_multiplies_in_int8_with_weights_of_7_bits(tmp_path: Path):
     int8(named(tiny_model(hidden_dim=32)), tmp_path / "m.onnx", max_accuracy_drop=100)
     constants = onnx.load(tmp_path / "m.onnx").graph.initializer

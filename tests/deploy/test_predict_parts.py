@@ -215,8 +215,8 @@ def test_memory_does_not_grow_with_the_images(model, tmp_path, suffix, monkeypat
         return most
 
     peak(100)  # what is imported and compiled once
-    few, many = peak(300), peak(1800)
-    # Rows held would be 1,500 times about 1 kB; labels and indices are 16 bytes per image.
+    few, many = peak(200), peak(1000)
+    # Rows held would be 800 times about 1 kB; labels and indices are 16 bytes per image.
     assert many - few < 300_000, (few, many)
 
 

@@ -23,8 +23,6 @@ from conftest import draw, tiny_model
 
 Compute = Callable[..., Features]
 
-pytestmark = pytest.mark.numerics
-
 
 @pytest.fixture
 def source(class_folder: Path) -> Source:
@@ -44,6 +42,7 @@ def compute(source: Source, tmp_path: Path) -> Compute:
     return run
 
 
+@pytest.mark.numerics
 def test_they_are_the_models(source: Source, compute: Compute):
     model = tiny_model().train()
     preprocessing = preprocessing_of(model)

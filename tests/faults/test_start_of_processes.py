@@ -46,11 +46,8 @@ def run_script(folder: Path, method: str, call: str) -> subprocess.CompletedProc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_a_script_without_a_guard(tmp_path: Path, method: str):
-    if method not in multiprocessing.get_all_start_methods():
-        pytest.skip("not on this system")
-    done = run_script(tmp_path, method, BARE)
+def test_a_script_without_a_guard(tmp_path: Path):
+    done = run_script(tmp_path, "spawn", BARE)
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1  # that of the script, none of the workers
     assert "__name__ == '__main__'" in done.stderr.splitlines()[-1]
@@ -132,7 +129,7 @@ print("same" if load(2) == load(0) else "other")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["size=1200k", "size=64k", "size=4k", "size=2m,ro"])
+@pytest.mark.parametrize("options", ["size=1200k", "size=4k", "size=2m,ro"])
 def test_a_small_place_for_shared_memory(tmp_path: Path, options: str):
     mount = f"mount -t tmpfs -o {options} tmpfs /dev/shm && "
     enter = ["unshare", "--mount", "sh", "-c"]

@@ -68,8 +68,8 @@ def test_everything_is_written(tmp_path, photo):
     assert np.array(values["occlusion"]["patch_drop"]).shape == (4, 6)
 
 
-def test_the_default_is_the_first_three_layers(tmp_path, photo):
-    found = am.inspect(tiny_model(num_blocks=5), output=tmp_path / "a", image=photo)
+def test_the_default_is_the_first_three_layers(tmp_path):
+    found = am.inspect(tiny_model(num_blocks=5), output=tmp_path / "a")
     drawn = {name for name in found.files if name.startswith("figure6") and name.endswith("png")}
     assert drawn == {f"figure6_layer{number}.png" for number in (1, 2, 3)}
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+import allmlp as am
 import runs
 from allmlp.data.sampler import BalancedOrder, locate
 from allmlp.data.sources import open_splits
@@ -82,12 +83,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("distributed") / "data")
 
 
+def weighted(data: Path, run: Path, **changes: object) -> am.TrainConfig:
+    """With weights of the classes, which change the loss and nothing else."""
+    return run_config(data, run, **{"data__balance": "weights", **changes})
+
+
+def train_one(data: Path, name: str, **changes: object) -> Path:
+    config = weighted(data, data.parent / name, **changes)
+    process = start(config, data.parent / f"{name} text", NOTING)
+    assert process.wait() == 0, process.said()
+    return data.parent / name
+
+
 @pytest.fixture(scope="module")
 def single(data: Path) -> Path:
     """A run of one process."""
-    process = start(run_config(data, data.parent / "single"), data.parent / "single text", NOTING)
-    assert process.wait() == 0, process.said()
-    return data.parent / "single"
+    return train_one(data, "single")
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +109,7 @@ def double(data: Path) -> Path:
 
 def train_two(data: Path, name: str, **changes: object) -> Path:
     run = data.parent / name
-    first, second = start_two(
-        run_config(data, run, **changes), data.parent / f"{name} text", NOTING
-    )
+    first, second = start_two(weighted(data, run, **changes), data.parent / f"{name} text", NOTING)
     assert (first.wait(), second.wait()) == (0, 0), first.said() + second.said()
     assert second.said() == ""
     assert "2 processes on cpu (1 thread), sharding" in first.said()
@@ -132,16 +141,10 @@ def check_near(run: Path, single: Path, locate: Callable[..., Any] = every_image
     assert written[0]["loss"] == pytest.approx(written[1]["loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("balance", ["weights", "sampler"])
-def test_ddp_with_balanced_classes(data: Path, balance: str):
-    one, name = data.parent / f"one {balance}", f"two {balance}"
-    config = run_config(data, one, data__balance=balance)
-    process = start(config, data.parent / f"one {balance} text", NOTING)
-    assert process.wait() == 0, process.said()
-    run = train_two(data, name, data__balance=balance, **PARTS)
-    labels = open_splits(str(data))["train"].labels
-    locate = BalancedOrder(0, labels).locate if balance == "sampler" else every_image
-    check_near(run, one, locate)
+def test_ddp_with_a_balanced_sampler(data: Path):
+    one = train_one(data, "one sampler", data__balance="sampler")
+    run = train_two(data, "two sampler", data__balance="sampler", **PARTS)
+    check_near(run, one, BalancedOrder(0, open_splits(str(data))["train"].labels).locate)
 
 
 def test_ddp(single: Path, double: Path):
@@ -162,7 +165,7 @@ def test_from_one_to_two_and_back(data: Path, single: Path, tmp_path: Path):
         rank = 1 if sharding == "none" else 0
         acts = NOTING + (fault(signal.SIGTERM, last, rank) if last < 29 else "")
         text = tmp_path / f"part {number}"
-        config = run_config(data, run, sharding="full" if sharding == "full" else "none")
+        config = weighted(data, run, sharding="full" if sharding == "full" else "none")
         processes = (
             [start(config, text, acts)] if sharding == "one" else start_two(config, text, acts)
         )
@@ -233,7 +236,7 @@ def check_same_logs(run: Path, other: Path) -> None:
 @pytest.mark.slow
 def test_torchrun_starts_both_again(data: Path, double: Path, tmp_path: Path):
     """`--max-restarts 1`: one process is killed once, and the run ends as if nothing had been."""
-    config = run_config(data, tmp_path / "run", checkpoint_every=5, **PARTS)
+    config = weighted(data, tmp_path / "run", checkpoint_every=5, **PARTS)
     once = f"""
 killed = Path({str(tmp_path / "killed")!r})
 def kill(_):
@@ -327,7 +330,7 @@ def test_a_loss_that_is_not_finite_on_one_stops_both(data, tmp_path, sharding: s
 def test_a_mistake_is_said_once_and_makes_nothing(data, double, tmp_path, message, changes):
     before = files(data.parent)
     output = double if "seed" in changes else tmp_path / "run"
-    config = run_config(data, output).with_values(changes)
+    config = weighted(data, output).with_values(changes)
     first, second = start_two(config, tmp_path / "text")
     assert (first.wait(), second.wait()) == (2, 2)
     assert message in first.said()

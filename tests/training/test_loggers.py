@@ -106,7 +106,7 @@ def test_a_run_that_fails_is_no_success(class_folder, tmp_path: Path):
 
 
 class FakeTracker:
-    """Stands for the modules wandb, trackio and mlflow, and records their calls."""
+    """Stands for the modules of the trackers, and records their calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any, Any]] = []
@@ -125,22 +125,27 @@ class FakeTracker:
         return [options or given for called, given, options in self.calls if called == name]
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
+LOG_CALLS = ("log", "log_metrics", "add_scalar")  # of values by name, or of one
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio", "mlflow"])
 def test_trackers_and_their_resumed_run(class_folder, tmp_path: Path, monkeypatch, name: str):
-    module = FakeTracker()
-    monkeypatch.setitem(sys.modules, name, module)
+    module, path = FakeTracker(), "torch.utils.tensorboard" if name == "tensorboard" else name
+    monkeypatch.setitem(sys.modules, path, module)
     config = tiny_config(str(class_folder), tmp_path / "run", log=name)
     am.train(config, quiet=True)
-    logged = [given[0] for called, given, _ in module.calls if called in ("log", "log_metrics")]
+    logged = [given[0] for called, given, _ in module.calls if called in LOG_CALLS]
     assert sum("training/loss" in values for values in logged) == 5
     assert sum("evaluation/validation_top1" in values for values in logged) == 2
-    assert len(module.of("log_artifact") or module.of("Image")) == 6
-    assert module.calls[-1][0] == ("end_run" if name == "mlflow" else "finish")
+    assert len(module.of("log_artifact") or module.of("add_image") or module.of("Image")) == 6
+    assert module.calls[-1][0] == {"mlflow": "end_run", "tensorboard": "close"}.get(name, "finish")
     module.calls.clear()
     am.resume(tmp_path / "run", quiet=True)
     if name == "mlflow":
         assert module.of("start_run") == [{"run_id": "m1"}]
         assert module.of("log_params") == []
+    elif name == "tensorboard":
+        assert module.of("SummaryWriter") == [{"purge_step": 5}]
     else:
         [begun] = module.of("init")
         same = {"id": "abc"} if name == "wandb" else {"name": "given"}

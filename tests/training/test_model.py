@@ -14,6 +14,7 @@ import allmlp as am
 from allmlp.training.model import build_model
 from conftest import tiny_config, tiny_model
 from runs import train
+from staged_models import SMALL_CYCLE
 from studies import six_steps
 
 ANIMALS = ["ant", "bee", "cat"]
@@ -115,6 +116,19 @@ def test_a_linear_probe_moves_only_the_head(animals, class_folder, tmp_path):
     assert not torch.equal(after.head.weight, before.head.weight)
     log = (result.run_folder / "log.txt").read_text()
     assert "only the 51 of the head are trained" in log
+
+
+def test_a_network_of_stages_is_trained_and_fine_tuned(class_folder, tmp_path):
+    """CycleMLP, in bfloat16 and with stochastic depth, then for larger images."""
+    stages = {**SMALL_CYCLE, "stem_kernel": 3, "stem_stride": 2, "stochastic_depth": 0.3}
+    config = tiny_config(str(class_folder), tmp_path / "run", epochs=1, precision="bfloat16")
+    config = config.with_values({"model.name": "cycle_mlp_b1", "model.overrides": stages})
+    run = am.train(config, quiet=True).run_folder
+    changes = {"data__source": str(class_folder), "model__image_size": 16}
+    tuned = am.train(finetuning(run, tmp_path / "tuned", **changes), quiet=True).run_folder
+    assert am.load_model(tuned).config.image_size == (16, 16)
+    (prediction,) = am.predict(tuned, class_folder / "val" / "bee" / "0.png")
+    assert {name for name, _ in prediction.classes} == set(ANIMALS)
 
 
 @pytest.mark.parametrize("names", [ANIMALS, ["x", "y", "z"]], ids=["kept head", "new head"])

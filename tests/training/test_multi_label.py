@@ -163,7 +163,7 @@ def test_a_study_chooses_by_mean_average_precision(run: tuple[Path, Path], tmp_p
             "output": str(tmp_path / "study"),
         }
     )
-    result = am.finetune(config, grid=[0.01, 0.001], seeds=[0, 1], quiet=True)
+    result = am.finetune(config, grid=[0.01, 0.001], quiet=True)
     assert result.best_by == "mean_average_precision"
     assert result.grid[result.learning_rate] == max(filter(None, result.grid.values()))
     assert result.mean == pytest.approx(np.mean(list(result.accuracies.values())))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +53,7 @@ def test_the_run_folder(trained: am.TrainResult):
     assert steps[-1]["loss"] < steps[0]["loss"]
 
 
+@pytest.mark.slow
 def test_its_plots(real_figures: None, class_folder: Path, tmp_path: Path):
     run = am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True).run_folder
     for name in PLOTS:
@@ -128,16 +128,6 @@ def test_a_diverged_model_is_never_best(class_folder, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "best").exists()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="any bytes make a file name on Unix")
-def test_a_file_name_that_is_no_text(class_folder, tmp_path):
-    ant = class_folder / "train" / "ant"
-    (ant / "0.png").rename(os.fsdecode(os.fsencode(ant) + b"/caf\xe9.png"))
-    run = am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True).run_folder
-    found = am.predict(run, ant, output=tmp_path / "out.csv", num_workers=0)
-    assert len(found) == 6
-    assert b"caf\xe9.png" in (tmp_path / "out.csv").read_bytes()
-
-
 def test_a_run_never_writes_over_another(class_folder, tmp_path):
     config = tiny_config(str(class_folder), tmp_path / "run")
     first = am.train(config, quiet=True)
@@ -153,11 +143,3 @@ def test_a_run_never_writes_over_another(class_folder, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(am.UserError, match="the run folder is a file"):
         am.train(tiny_config(str(class_folder), tmp_path / "file"), quiet=True)
-
-
-@pytest.mark.slow
-def test_a_mixer_learns_the_digits(tmp_path):
-    """A third of the recipe's length; the whole recipe is the README's first command."""
-    config = am.recipe("digits").with_value("epochs", 40)
-    result = am.train(config.with_value("output", str(tmp_path / "run")), quiet=True)
-    assert result.test.top1 > 0.96

@@ -81,11 +81,12 @@ def test_a_model_of_the_hub_and_then_offline(tmp_path: Path, endpoint: str):
     assert f"Delete {blob}" in damaged.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ("hf:owner/nothing", "no model 'owner/nothing', or it is private"),
-        pytest.param("hf:owner/tiny@v9", "owner/tiny has no revision 'v9'", marks=pytest.mark.slow),
+        ("hf:owner/tiny@v9", "owner/tiny has no revision 'v9'"),
     ],
 )
 def test_what_is_not_there(tmp_path: Path, endpoint: str, source: str, message: str):
@@ -95,6 +96,7 @@ def test_what_is_not_there(tmp_path: Path, endpoint: str, source: str, message: 
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_no_network_is_one_message(tmp_path: Path):
     result = load("hf:owner/tiny", tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
     assert result.returncode == 1

@@ -21,8 +21,6 @@ from allmlp.weights.layouts import google_from_ours
 from conftest import GOLDEN, tiny_model
 from staged_models import enliven
 
-pytestmark = pytest.mark.numerics
-
 PARAMS, TIMM = GOLDEN / "official_tiny_params.npz", GOLDEN / "timm_tiny.safetensors"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -41,6 +39,7 @@ def assert_same_tensors(path: Path, expected: Path) -> None:
 # --- Google ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.numerics
 def test_googles_golden_file(tmp_path: Path):
     model = am.load_model(PARAMS)
     with np.load(GOLDEN / "official_tiny_io.npz") as io:
@@ -123,6 +122,7 @@ def test_what_does_not_fit_is_named_as_in_the_file(tmp_path: Path):
 # --- timm -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.numerics
 def test_timms_golden_file(tmp_path: Path):
     model = am.load_model(TIMM)
     assert model.config.gelu == "exact"
@@ -136,6 +136,7 @@ def test_timms_golden_file(tmp_path: Path):
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("family", ["resmlp", "gmlp", "gmixer"])
 def test_timms_other_families(tmp_path: Path, family: str):
     """Logits, features and every gradient equal timm's; and back to the same file."""
@@ -166,6 +167,7 @@ def test_timms_other_families(tmp_path: Path, family: str):
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.numerics
 def test_files_of_resmlps_authors(tmp_path: Path):
     golden = GOLDEN / "timm_tiny_resmlp.safetensors"
     model = am.load_model(golden, quiet=True)
@@ -279,6 +281,7 @@ def published(family: str, num_classes: int = 7, **changes: Any) -> am.ImageClas
     return enliven(am.create_model("vip_s7", 224, num_classes, **{**shape, **changes}))
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("family", ["cycle", "permutator"])
 def test_the_authors_files(tmp_path: Path, family: str, capsys: Any):
     model, images = published(family).eval(), torch.randn(2, 3, 224, 224)

@@ -21,8 +21,6 @@ from allmlp.training import train as loop
 from allmlp.training.train import resume
 from allmlp.weights import timm_weights
 
-pytestmark = pytest.mark.numerics
-
 
 @pytest.fixture(autouse=True)
 def fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
@@ -119,6 +117,7 @@ def test_timm_is_not_installed(monkeypatch: pytest.MonkeyPatch):
             call("timm:resnet18")
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("name", ["fake_cnn.first", "fake_bit.i21k", "fake_vit.a"])
 def test_logits_are_timms(fetched: list[str], name: str):
     model = am.load_model(f"timm:{name}", quiet=True)
@@ -201,6 +200,7 @@ def real_timm() -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.numerics
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto"])
 def test_logits_are_those_of_timm_itself(real_timm: Any, monkeypatch: Any, name: str):
     monkeypatch.setitem(sys.modules, "timm", real_timm)

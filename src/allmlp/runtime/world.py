@@ -116,7 +116,9 @@ def is_distributed() -> bool:
 _joined: list[tuple[World, torch.device]] = []  # joined world, if any
 # Process groups are kept: DDP's reducer, which is freed while the GIL is held, would free the group
 # and wait for gloo's thread, which may wait for the GIL to free the last collective's tensors.
+# They go before the interpreter does, whose end aborts the process if a thread waits for the GIL.
 _groups: list[Any] = []
+atexit.register(_groups.clear)
 
 
 @contextlib.contextmanager
@@ -141,7 +143,8 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
     atexit.register(_exit_after, failed)
     # A connection of its own, if torch can: one waits while the other is used.
     watching = (getattr(notes, "clone", lambda: notes)(), left)
-    threading.Thread(target=_end_with_the_others, args=watching, daemon=True).start()
+    watcher = threading.Thread(target=_end_with_the_others, args=watching, daemon=True)
+    watcher.start()
     world = World(rank, size, local_rank)
     try:
         peers = tuple(world.gather((socket.gethostname(), os.getpid())))
@@ -165,6 +168,7 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
         dist.destroy_process_group()
     finally:
         left.set()
+        watcher.join(_PATIENCE)
         _joined.clear()
 
 

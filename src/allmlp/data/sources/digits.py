@@ -7,6 +7,7 @@ set as distributed by scikit-learn: 64 values from 0 to 16 and the class in ever
 
 from __future__ import annotations
 
+import functools
 import gzip
 from importlib.resources import files
 
@@ -20,6 +21,16 @@ from allmlp.data.source_spec import Kind, Records, SourceSpec
 from allmlp.errors import UserError
 
 
+@functools.cache
+def _read() -> tuple[EncodedImages, np.ndarray]:
+    """Returns the images and their classes; a command opens the digits several times."""
+    packed = files("allmlp.data").joinpath("digits.csv.gz").read_bytes()
+    rows = np.loadtxt(gzip.decompress(packed).decode().split(), delimiter=",", dtype=np.uint8)
+    pixels = np.round(rows[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    images = EncodedImages(PackedBytes(map(encode_png, pixels)), "digits")
+    return images, rows[:, 64].astype(np.int64)
+
+
 def open_digits(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     """Returns 1,259 / 179 / 359 images; digits@1, digits@2, ... are other random splits."""
     _, _, text = spec.base.partition("@")
@@ -27,13 +38,9 @@ def open_digits(spec: SourceSpec, labels: bool) -> dict[str, Records]:
         fix = "digits, or digits@1 for another split"
         raise UserError(f"unknown data {spec.base!r}", fix=fix)
     seed = int(text or 0)
-    packed = files("allmlp.data").joinpath("digits.csv.gz").read_bytes()
-    rows = np.loadtxt(gzip.decompress(packed).decode().split(), delimiter=",", dtype=np.uint8)
-    pixels = np.round(rows[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    classes, names = rows[:, 64].astype(np.int64), [*"0123456789"]
-    whole = labelled(
-        EncodedImages(PackedBytes(map(encode_png, pixels)), "digits"), "digits", names, classes
-    )
+    images, classes = _read()
+    names = [*"0123456789"]
+    whole = labelled(images, "digits", names, classes)
     rest, test = split_by_class(classes, 0.2, seed=2 * seed)
     kept, held_out = split_by_class(classes[rest], 0.125, seed=2 * seed + 1)
     return {
