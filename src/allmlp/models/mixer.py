@@ -33,6 +33,7 @@ from allmlp.models.family import (
     named,
     shape_of,
 )
+from allmlp.models.gelu import Gelu
 from allmlp.models.layers import PatchClassifier, StochasticDepth, lecun_normal_
 from allmlp.models.resize import TOKENS, Weight, resize_tokens
 
@@ -51,7 +52,7 @@ class MlpBlock(nn.Sequential):
         super().__init__()
         self.dense_0 = nn.Linear(dim, 2 * mlp_dim if gated else mlp_dim)
         form = "tanh" if gelu == "tanh" else "none"
-        self.gelu = SiluGate() if gated else nn.GELU(approximate=form)
+        self.gelu = SiluGate() if gated else Gelu(approximate=form)
         self.dropout_0 = nn.Dropout(dropout)
         self.dense_1 = nn.Linear(mlp_dim, dim)
         self.dropout_1 = nn.Dropout(dropout)

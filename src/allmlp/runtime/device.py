@@ -19,9 +19,9 @@ from torch import nn
 from allmlp.errors import UserError, plural
 
 SMALL_STEP = 2e9  # FLOPs
-# Compiling takes about a minute: it pays off on a GPU if a run takes ten without it. A step takes
-# at least the time of its launches, and else that of its FLOPs, here on an H200.
-LONG_RUN, STEP_SECONDS, FLOPS_PER_SECOND = 600.0, 5e-3, 3e14
+# Compiling takes about a minute: it pays off if a run takes ten without it (on a CPU for the GELU). A step takes
+# at least the time of its launches, and else that of its FLOPs, here on an H200 and a few cores.
+LONG_RUN, STEP_SECONDS, FLOPS_PER_SECOND = 600.0, 5e-3, {"cuda": 3e14, "cpu": 1e11}
 Net = TypeVar("Net", bound=nn.Module)
 _threads_are_chosen: ContextVar[bool] = ContextVar("_threads_are_chosen", default=False)
 
@@ -101,6 +101,7 @@ class ComputePolicy:
     precision: str  # of matmuls, "float32" or "bfloat16"
     compile: bool  # whether to use torch.compile
     why: str  # description of the choice and its reason
+    compile_gelu: bool = False  # whether to compile the tanh GELU alone
 
     def autocast(self) -> torch.autocast:
         """Returns the autocast context for the model."""
@@ -123,21 +124,24 @@ def choose_policy(
         if precision == "bfloat16":
             check_bfloat16(device)
         reasons.append(precision)
-    compiles = compile == "on"
+    compiles, compiles_gelu = compile == "on", False
     if compile == "auto":
-        compiles = pays_to_compile(device, operations, num_steps)
+        pays = pays_to_compile(device, operations, num_steps)
+        compiles, compiles_gelu = pays and device.type == "cuda", pays and device.type == "cpu"
     elif compiles and not can_compile(device):
         compiles = False
         reasons.append("not compiled: no C++ compiler here")
     if compiles:
         reasons.append("compiled")
-    return ComputePolicy(device, precision, compiles, ", ".join(reasons))
+    return ComputePolicy(device, precision, compiles, ", ".join(reasons), compiles_gelu)
 
 
 def pays_to_compile(device: torch.device, operations: int, num_steps: int) -> bool:
-    """Returns whether so many steps, or batches, of these FLOPs take a GPU `LONG_RUN`."""
-    seconds = num_steps * max(STEP_SECONDS, operations / FLOPS_PER_SECOND)
-    return device.type == "cuda" and seconds >= LONG_RUN and can_compile(device)
+    """Returns whether so many steps, or batches, of these FLOPs take `LONG_RUN`."""
+    speed = FLOPS_PER_SECOND.get(device.type)
+    if speed is None or num_steps * max(STEP_SECONDS, operations / speed) < LONG_RUN:
+        return False
+    return can_compile(device)
 
 
 def fast_precision(device: torch.device, operations: int) -> tuple[str, str]:

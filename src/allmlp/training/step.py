@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from allmlp.errors import UserError
+from allmlp.models.gelu import compile_gelu
 from allmlp.models.layers import (
     ImageClassifier,
     draw_stochastic_depth,
@@ -66,10 +67,12 @@ class Updater:
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.forward: Callable[[Tensor], Tensor] = self.network  # to the logits
-        if self.compute.compile:
+        if self.compute.compile or self.compute.compile_gelu:
             keep_compiled(cache_folder() / "compiled" if self.world.size == 1 else None)
             compiler, blocks = Compiler(self.say), getattr(self.model, "blocks", ())
-            if self.network is not self.model or self.world.size == 1:
+            if self.compute.compile_gelu:
+                compile_gelu(self.model, compiler)
+            elif self.network is not self.model or self.world.size == 1:
                 self.forward = compiler(self.network)
             else:  # sharded: the hooks of a block, which gather its weights, stay outside
                 for block in blocks:

@@ -1,0 +1,67 @@
+"""The compiled tanh GELU of long runs on a CPU: exact, and chosen by a rule."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import allmlp as am
+from allmlp.models.gelu import compile_gelu
+from allmlp.runtime import device as compute
+from allmlp.runtime.device import Compiler, can_compile, choose_policy
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")  # inside of torch
+@pytest.mark.skipif(not can_compile(CPU), reason="needs a C++ compiler")
+def test_compiled_gelu_equals_the_tanh_gelu():
+    model = am.create_model("mixer_s16", num_blocks=1, image_size=32, num_classes=3)
+    plain = copy.deepcopy(model)
+    notes = []
+    compile_gelu(model, Compiler(notes.append))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        gelu = model.blocks[0].channel_mixing.gelu
+        for shape in ((1, 7), (3, 5, 33), (2, 64, 100)):
+            x = (torch.randn(shape) * 4).to(dtype)
+            x.view(-1)[:7] = torch.tensor([0, -0.0, 40, -40, 1e-30, 300, -300])
+            y, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+            gradient = torch.randn(shape).to(dtype)
+            found, wanted = gelu(y), F.gelu(exact, approximate="tanh")
+            found.backward(gradient)
+            wanted.backward(gradient.double())
+            assert found.dtype == y.grad.dtype == dtype
+            for ours, theirs in ((found, wanted), (y.grad, exact.grad)):
+                torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():  # inference is torch's own
+        assert torch.equal(model.features(images), plain.features(images))
+    for network in (model, plain):
+        network.features(images).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        if theirs.grad is not None and theirs.grad.abs().max() > 1e-3:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+    assert not notes  # it did compile
+
+
+@pytest.mark.parametrize(("steps", "compiles"), [(100, False), (10_000, True)])
+def test_long_runs_on_a_cpu_compile_the_gelu(monkeypatch, steps, compiles):
+    monkeypatch.setattr(compute, "can_compile", lambda _: True)
+    for name, expected in (("auto", compiles), ("off", False), ("on", False)):
+        found = choose_policy(CPU, "auto", name, operations=10**10, num_steps=steps)
+        assert (found.compile_gelu, found.compile) == (expected, name == "on")
+
+
+def test_without_the_compiler_the_formula_is_the_same():
+    model = am.create_model("mixer_s16", num_blocks=1, image_size=32, num_classes=3)
+    compile_gelu(model, lambda function: function)
+    tanh = model.blocks[0].token_mixing.gelu
+    x = torch.randn(5, 33, dtype=torch.float64).mul_(3).float().requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    tanh(x).square().sum().backward()
+    F.gelu(exact, approximate="tanh").square().sum().backward()
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
