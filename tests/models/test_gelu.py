@@ -48,11 +48,14 @@ def test_compiled_gelu_equals_the_tanh_gelu():
     assert not notes  # it did compile
 
 
-@pytest.mark.parametrize(("steps", "compiles"), [(100, False), (10_000, True)])
-def test_long_runs_on_a_cpu_compile_the_gelu(monkeypatch, steps, compiles):
+@pytest.mark.parametrize(
+    ("steps", "precision", "compiles"),
+    [(100, "bfloat16", False), (10_000, "bfloat16", True), (10_000, "float32", False)],
+)
+def test_long_runs_in_bfloat16_compile_the_gelu(monkeypatch, steps, precision, compiles):
     monkeypatch.setattr(compute, "can_compile", lambda _: True)
     for name, expected in (("auto", compiles), ("off", False), ("on", False)):
-        found = choose_policy(CPU, "auto", name, operations=10**10, num_steps=steps)
+        found = choose_policy(CPU, precision, name, operations=10**10, num_steps=steps)
         assert (found.compile_gelu, found.compile) == (expected, name == "on")
 
 

@@ -43,12 +43,12 @@ class _CompiledGelu(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.compiled = backward
         # Flat, so that one program does for all shapes.
-        return forward(x.reshape(-1)).view(x.shape)
+        return forward(x.detach().reshape(-1)).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        slope = ctx.compiled(x.reshape(-1), gradients[0].reshape(-1))
+        slope = ctx.compiled(x.detach().reshape(-1), gradients[0].reshape(-1))
         return slope.view(x.shape), None, None
 
 

@@ -87,11 +87,7 @@ class Inference:
         """Compiles for batches of one size, if that pays off for so many images."""
         batches, operations = math.ceil(num_images / batch_size), self.model.config.flops
         is_new = batch_size != self._compiled_for
-        if (
-            is_new
-            and self.device.type == "cuda"
-            and pays_to_compile(self.device, operations * batch_size, batches)
-        ):
+        if is_new and pays_to_compile(self.device, operations * batch_size, batches):
             compiler, network = Compiler(Reporter(stderr=True).say), self._network
             self._compiled_for = batch_size
             self._compiled = {"forward": compiler(network), "features": compiler(network.features)}

@@ -19,8 +19,8 @@ from torch import nn
 from allmlp.errors import UserError, plural
 
 SMALL_STEP = 2e9  # FLOPs
-# Compiling takes about a minute: it pays off if a run takes ten without it (on a CPU for the GELU). A step takes
-# at least the time of its launches, and else that of its FLOPs, here on an H200 and a few cores.
+# Compiling takes about a minute (a GELU, on a CPU, seconds): it pays off if a run takes ten. A step
+# takes at least the time of its launches, and else that of its FLOPs, on an H200 or a few cores.
 LONG_RUN, STEP_SECONDS, FLOPS_PER_SECOND = 600.0, 5e-3, {"cuda": 3e14, "cpu": 1e11}
 Net = TypeVar("Net", bound=nn.Module)
 _threads_are_chosen: ContextVar[bool] = ContextVar("_threads_are_chosen", default=False)
@@ -126,8 +126,10 @@ def choose_policy(
         reasons.append(precision)
     compiles, compiles_gelu = compile == "on", False
     if compile == "auto":
-        pays = pays_to_compile(device, operations, num_steps)
-        compiles, compiles_gelu = pays and device.type == "cuda", pays and device.type == "cpu"
+        compiles = pays_to_compile(device, operations, num_steps)
+        # In float32 the matrix products take so long that the GELU does not matter.
+        is_half = device.type == "cpu" and precision == "bfloat16"
+        compiles_gelu = is_half and _takes_long(device, operations, num_steps)
     elif compiles and not can_compile(device):
         compiles = False
         reasons.append("not compiled: no C++ compiler here")
@@ -137,11 +139,13 @@ def choose_policy(
 
 
 def pays_to_compile(device: torch.device, operations: int, num_steps: int) -> bool:
-    """Returns whether so many steps, or batches, of these FLOPs take `LONG_RUN`."""
-    speed = FLOPS_PER_SECOND.get(device.type)
-    if speed is None or num_steps * max(STEP_SECONDS, operations / speed) < LONG_RUN:
-        return False
-    return can_compile(device)
+    """Returns whether so many steps, or batches, of these FLOPs take a GPU `LONG_RUN`."""
+    return device.type == "cuda" and _takes_long(device, operations, num_steps)
+
+
+def _takes_long(device: torch.device, operations: int, num_steps: int) -> bool:
+    seconds = num_steps * max(STEP_SECONDS, operations / FLOPS_PER_SECOND[device.type])
+    return seconds >= LONG_RUN and can_compile(device)
 
 
 def fast_precision(device: torch.device, operations: int) -> tuple[str, str]:

@@ -401,7 +401,7 @@ class TrainConfig(Options):
     """Precision of matrix products; auto uses bfloat16 if the device is fast at it and the model
     large enough to benefit. Weights, LayerNorm and the residual stream stay float32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Use torch.compile; auto does for long runs, on a CPU for the tanh GELU alone."""
+    """Use torch.compile; auto does for long runs (on a CPU in bfloat16: the tanh GELU alone)."""
     sharding: Literal["none", "full"] = "none"
     """none replicates weights and optimizer state in every process (DDP); full shards them
     (FSDP2)."""
