@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -18,9 +19,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from allmlp.errors import UserError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 STANDARD_OUTPUT = "-"  # output name
 
@@ -180,10 +184,10 @@ def atomic_write_all(contents: dict[Path, Content]) -> None:
 
 def partial_path(path: Path, process: int | None = None) -> Path:
     """Returns the temporary path that a process on this machine writes to."""
-    return path.with_name(f".{path.name}.{_machine()}-{process or os.getpid()}.partial")
+    return path.with_name(f".{path.name}.{machine()}-{process or os.getpid()}.partial")
 
 
-def _machine() -> str:
+def machine() -> str:
     """Identifies the machine or container: the scope of a process id."""
     numbers = ""
     with contextlib.suppress(OSError):
@@ -195,11 +199,9 @@ def remove_stale(folder: Path, name: str = "") -> None:
     """Removes partial files (of one name) left in a folder by killed processes."""
     start = f".{glob.escape(name)}." if name else "."
     for left in folder.glob(f"{start}*{_PARTIAL}"):
-        machine, _, process = left.name.removesuffix(_PARTIAL).rpartition(".")[2].partition("-")
+        host, _, process = left.name.removesuffix(_PARTIAL).rpartition(".")[2].partition("-")
         with contextlib.suppress(OSError):
-            is_dead = (
-                machine == _machine() and process.isdecimal() and not process_lives(int(process))
-            )
+            is_dead = host == machine() and process.isdecimal() and not process_lives(int(process))
             if is_dead or time.time() - left.stat().st_mtime > _STALE:
                 left.unlink()
 
@@ -233,6 +235,37 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+def locked(path: Path, timeout: float = 0.0) -> FileLock | None:
+    """Locks a file and returns the lock; None if its file system has no locks, such as Lustre
+    without flock.
+
+    filelock would make a file stand for the lock there, which a killed process leaves behind.
+
+    Raises:
+        Timeout: another process holds the lock.
+        OSError: the file cannot be made.
+    """
+    from filelock import FileLock  # takes 0.2 s to import
+
+    if sys.platform != "win32":
+        import fcntl
+
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return None
+        finally:
+            os.close(descriptor)
+    lock = FileLock(path, timeout=timeout)
+    lock.acquire()
+    return lock
+
+
 @contextlib.contextmanager
 def staging_folder(
     path: Path, on_left: Callable[[Path], object] = lambda folder: None
@@ -242,17 +275,22 @@ def staging_folder(
     Folders left behind by killed processes are removed first, after calling `on_left` with each. A
     live process holds a file lock, which the system releases however the process ends.
     """
-    from filelock import FileLock, Timeout  # takes 0.2 s to import
+    from filelock import Timeout  # takes 0.2 s to import
 
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{_PARTIAL}"):
-        with contextlib.suppress(OSError, Timeout), FileLock(left / _LOCK, timeout=0):
-            on_left(left)
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError, Timeout):
+            lock = locked(left / _LOCK)
+            if lock is None:  # its process may be at work
+                continue
+            try:
+                on_left(left)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                lock.release()
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
-        lock = FileLock(folder / _LOCK, timeout=60)
         try:
-            lock.acquire()
+            lock = locked(folder / _LOCK, timeout=60)
             break
         except OSError:  # another process removed it before it was locked
             if folder.exists():
@@ -260,7 +298,8 @@ def staging_folder(
     try:
         yield folder
     finally:
-        lock.release()  # first: some systems cannot delete open files
+        if lock is not None:
+            lock.release()  # first: some systems cannot delete open files
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import runs
 from allmlp.data.sampler import BalancedOrder, locate
 from allmlp.data.sources import open_splits
 from allmlp.training.checkpoint import Checkpoints
+from conftest import draw
 from runs import (
     files,
     free_port,
@@ -211,6 +213,113 @@ def test_a_callback_ends_both(data: Path, tmp_path: Path):
     assert results_of(tmp_path / "run")[-1]["step"] == "13"
 
 
+# What one process does for all
+
+COUNTING = """
+import atexit, collections, hashlib
+from allmlp.data import source
+from allmlp.training import checkpoint, dataset
+
+counts = collections.Counter()
+
+def count(owner, name, amount=lambda *_, **__: 1):
+    def counting(*arguments, real=getattr(owner, name), **options):
+        counts[name] += amount(*arguments)
+        return real(*arguments, **options)
+
+    patch.setattr(owner, name, counting)
+
+count(os, "scandir", lambda path: "data/" in str(path))
+count(source, "EncodedImage")
+count(dataset, "fingerprint")
+count(hashlib, "file_digest", lambda file, _: os.fstat(file.fileno()).st_size)
+count(checkpoint, "safe_open")
+name = sys.argv[sys.argv.index("--output") + 1]
+report = Path(f"{name}.counts.{os.environ['RANK']}")
+atexit.register(lambda: report.write_text(json.dumps({n: c for n, c in counts.items() if c})))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each process lists the images")
+def test_a_restart_reads_images_and_checkpoint_once(data: Path, double: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(double, run)
+    config = weighted(data, run, **PARTS)
+    processes = start_two(config, tmp_path / "text", COUNTING)
+    assert [process.wait() for process in processes] == [0, 0], processes[0].said()
+    first, second = (json.loads(Path(f"{run}.counts.{rank}").read_text()) for rank in (0, 1))
+    state = run / "checkpoints" / "step-00000030" / "state.safetensors"
+    assert first.pop("scandir") >= 8
+    assert first.pop("safe_open") <= 2
+    images, splits = 20 + 9, 2
+    only = {"EncodedImage": images, "fingerprint": splits, "file_digest": state.stat().st_size}
+    assert (first, second) == (only, {})
+    check_same_logs(run, double)
+
+
+SHARING = """
+import json
+import numpy as np
+import torch
+from pathlib import Path
+from allmlp.runtime.world import join_world
+from allmlp.training.checkpoint import Checkpoints
+from conftest import draw
+
+def megabytes(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) // 1000
+
+def peak():
+    highest = megabytes("VmHWM")
+    Path("/proc/self/clear_refs").write_text("5")  # begins anew
+    return highest
+
+def make():
+    called.append(1)
+    return {"labels": np.arange(25_000_000), "none": np.zeros(0), "names": ["ä"]}
+
+called = []
+with join_world("cpu") as (world, _):
+    before = megabytes("RssAnon")
+    found = world.once_per_machine(make)
+    own = megabytes("RssAnon") - before
+    labels, right = found["labels"], found["names"] == ["ä"] and found["none"].size == 0
+    labels[world.rank] = -1  # in this process only
+    world.barrier()
+    right &= int(labels.sum()) == 25_000_000 * 24_999_999 // 2 - world.rank - 1
+    del found, labels
+
+    tensors = {str(n): torch.full((25_000_000,), world.rank + 1.0) for n in range(2)}
+    tensors["turned"] = torch.arange(6.0).view(2, 3).t() * (world.rank + 1)
+    tensors["odd"] = torch.tensor([float("nan"), -0.0], dtype=torch.bfloat16)
+    checkpoints = Checkpoints(Path(FOLDER), world=world)
+    peak()
+    before = megabytes("VmRSS")
+    checkpoints.save(1, tensors, {})
+    checkpoints.wait_on_all()
+    checkpoints.load(checkpoints.newest(), tensors)
+    held = peak() - before
+    checkpoints.close()
+    right &= all(bool((tensors[str(n)] == 1.0).all()) for n in range(2))
+    right &= torch.equal(tensors["turned"], torch.arange(6.0).view(2, 3).t())
+    print(json.dumps([right, len(called), own, held]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory without a name")
+def test_memory_of_images_is_shared_and_only_rank_0_holds_a_checkpoint(tmp_path: Path):
+    """Labels of 200 MB, a state of 200 MB, in MB of each of four processes."""
+    ended = run_two(SHARING.replace("FOLDER", repr(str(tmp_path / "checkpoints"))), 4)
+    assert [code for code, _ in ended] == [0] * 4, ended
+    right, called, own, held = zip(*(json.loads(text) for _, text in ended), strict=True)
+    assert all(right)
+    assert called == (1, 0, 0, 0)
+    assert max(own) < 40
+    assert held[0] > 150
+    assert max(held[1:]) < 60
+
+
 # One process ends
 
 
@@ -360,12 +469,13 @@ def test_processes_end_after_they_have_left():
     assert [code for code, _ in run_two(LEAVING)] == [0, 0]
 
 
-def run_two(script: str) -> list[tuple[int, str]]:
-    """Runs a script as two processes; returns exit code and output of each."""
+def run_two(script: str, size: int = 2) -> list[tuple[int, str]]:
+    """Runs a script as several processes; returns exit code and output of each."""
     port, ranks = str(free_port()), []
-    for rank in ("0", "1"):
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for rank in map(str, range(size)):
+        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
+        environment["OMP_NUM_THREADS"] = "1"
         pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         ranks.append(subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes))
     try:
@@ -379,28 +489,105 @@ def run_two(script: str) -> list[tuple[int, str]]:
 # The other is in C code, as if it waited for a GPU that waits for the first.
 FAILING = """
 import ctypes
+import os
 import time
+import torch
 import torch.distributed as dist
+from pathlib import Path
 from allmlp.cli import main as cli
 from allmlp.errors import UserError
 from allmlp.runtime.world import join_world
+from allmlp.training import checkpoint
+def fail(*_):
+    raise UserError("96 images at once do not fit into the GPU", code="memory")
+def stop(*_):
+    raise OSError(5, "Input/output error", "images")
 def parse(_):
     with join_world("cpu") as (world, _):
-        if world.rank == RANK:
-            raise UserError("96 images at once do not fit into the GPU", code="memory")
-        ctypes.CDLL(None).sleep(50)
+ACT
 dist.destroy_process_group = lambda: time.sleep(50)
 cli.parse = parse
 cli.main(["train"])
+"""
+WAIT = """
+        if world.rank == RANK:
+            ENDS
+        ctypes.CDLL(None).sleep(50)
 """
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_is_printed_and_ends_a_process_that_waits_for_a_gpu(rank: int):
     started = time.monotonic()
-    ended = run_two(FAILING.replace("RANK", str(rank)))
+    wait = WAIT.replace("RANK", str(rank)).replace("ENDS", "fail()")
+    ended = run_two(FAILING.replace("ACT", wait))
     assert [code for code, _ in ended] == [2, 2]
     prefix = "" if rank == 0 else "rank 1: "
     assert "".join(text for _, text in ended).count("do not fit") == 1
     assert f"error: {prefix}96 images at once do not fit into the GPU\n" in ended[rank][1]
     assert time.monotonic() - started < 40
+
+
+def test_a_kill_ends_a_process_that_waits_for_a_gpu():
+    started = time.monotonic()
+    wait = WAIT.replace("RANK", "1").replace("ENDS", "os.kill(os.getpid(), 9)")
+    ended = run_two(FAILING.replace("ACT", wait), 3)
+    assert [code for code, _ in ended] == [2, -signal.SIGKILL, 2]
+    text = "".join(text for _, text in ended)
+    assert text.count("error: ") == text.count("rank 1 ended, and training cannot go on\n") == 1
+    assert time.monotonic() - started < 40
+
+
+READING = """
+        tensors = {str(number): torch.ones(5) for number in range(3)}
+        checkpoints = checkpoint.Checkpoints(Path(FOLDER), world=world)
+        checkpoints.save(1, tensors, {})
+        found = checkpoints.newest()
+        fill = checkpoint.fill_from_rank0
+        def filled(*arguments, calls=[]):
+            calls.append(1)
+            if world.is_main and len(calls) == 2:
+                stop()
+            fill(*arguments)
+        checkpoint.fill_from_rank0 = filled
+        checkpoints.load(found, tensors)
+"""
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        ("        world.once_per_machine(fail)", "96 images at once do not fit into the GPU"),
+        ("        world.once_per_machine(stop)", "Input/output error"),
+        (READING, "the checkpoint cannot be read: [Errno 5] Input/output error: 'images'"),
+    ],
+)
+def test_an_error_in_what_one_does_for_all_is_said_once(tmp_path: Path, act: str, message: str):
+    started = time.monotonic()
+    script = FAILING.replace("ACT", act.replace("FOLDER", repr(str(tmp_path / "c"))))
+    ended = run_two(script)
+    assert [code for code, _ in ended] == [2, 2]
+    text = "".join(text for _, text in ended)
+    assert text.count("error: ") == text.count(message) == 1, text
+    assert f"error: {message}" in ended[0][1]
+    assert time.monotonic() - started < 40
+
+
+OTHER_IMAGES = """
+import os
+from allmlp.runtime import world as module
+from allmlp.training.dataset import DataSettings, open_training_data
+module.machine = lambda: os.environ["RANK"]
+""" + FAILING.replace(
+    "ACT", "        open_training_data(DataSettings(source=f'FOLDER/{world.rank}'), world=world)"
+)
+
+
+def test_machines_with_other_images_are_an_error(tmp_path: Path):
+    for rank in "01":
+        make_data(tmp_path / rank)
+    draw(900).save(tmp_path / "1" / "train" / "ant" / "new.png")
+    ended = run_two(OTHER_IMAGES.replace("FOLDER", str(tmp_path)))
+    assert [code for code, _ in ended] == [2, 2]
+    text = "".join(text for _, text in ended)
+    assert text.count("rank 1 has 21 training images of these classes, and rank 0 has 20") == 1

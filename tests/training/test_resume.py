@@ -6,14 +6,16 @@ import json
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import allmlp as am
 from allmlp.io import partial_path
-from allmlp.training import step
+from allmlp.training import state, step
 from allmlp.training import train as loop
 from conftest import NO_PROCESS, draw, mixer, tiny_config
 from runs import (
@@ -136,6 +138,37 @@ def test_steps_after_the_last_checkpoint_are_repeated(data: Path, straight: Path
     train(run)
     assert "resumed  after step 9 of 30" in (run / "log.txt").read_text()
     check_same(run, straight)
+
+
+def test_best_is_written_while_training_goes_on(data: Path, tmp_path: Path):
+    """And holds the weights of its evaluation, not of the steps since."""
+    straight, stepped = train(run_config(data, tmp_path / "straight")), threading.Event()
+    calls: list[bool] = []
+
+    def slow(*arguments: Any, save: Any = state.save_model, **options: Any) -> object:
+        calls.append(bool(calls) or stepped.wait(20.0))
+        return save(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state, "save_model", slow)
+        before_step(patch, 12, lambda _: stepped.set())  # the first evaluation is after step 10
+        run = train(run_config(data, tmp_path / "run"))
+    assert all(calls)
+    check_same(run, straight)
+
+
+def test_best_that_cannot_be_written_is_no_checkpoint_either(data: Path, tmp_path: Path):
+    config = run_config(data, tmp_path / "run")
+
+    def full(*_: object, **__: object) -> None:
+        raise am.UserError("the disk is full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state, "save_model", full)
+        with pytest.raises(am.UserError, match="the disk is full"):
+            train(config)
+    assert not [*(tmp_path / "run" / "checkpoints").iterdir()]
+    assert not (tmp_path / "run" / "best").exists()
 
 
 @unix

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ import allmlp as am
 from allmlp import plots
 from allmlp.io import partial_path
 from allmlp.training.run_folder import RunFolder
-from conftest import NO_PROCESS, REAL
+from conftest import NO_PROCESS, REAL, tiny_model
+from runs import unix
 
 
 def config(path: Path) -> am.TrainConfig:
@@ -108,3 +111,20 @@ def test_what_a_killed_run_was_writing_goes(tmp_path: Path):
     RunFolder(run.path, config(run.path)).close()
     assert not list((run.path / "best").iterdir())
     assert not list(run.path.glob("*.partial"))
+
+
+@unix
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Lustre without flock: a run says so; a killed one leaves nothing that blocks the next."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    path = tmp_path / "run"
+    killed = RunFolder(path, config(path))
+    assert "no locks" in killed.notes[0]
+    again = RunFolder(path, config(path))
+    am.save_model(tiny_model(), again.best)
+    again.close()
+    assert {file.name for file in again.best.iterdir()} == {"model.safetensors", "config.json"}

@@ -29,11 +29,6 @@ def fingerprint(source: Source, most: int | None = 100, *, moved: bool = False) 
     return digest.hexdigest()
 
 
-def is_fingerprint_of(text: object, source: Source) -> bool:
-    """Returns whether this is the fingerprint of these images, wherever they are now."""
-    return text == fingerprint(source, moved=True) or text == fingerprint(source)  # older runs
-
-
 def own_names(source: Source) -> list[str]:
     """Returns the names of all images without their common parent folder."""
     names = [source.item_name(index) for index in range(len(source))]

@@ -268,7 +268,8 @@ def command(model: str, images: tuple[str, ...], options: PredictOptions) -> Don
         what = "features are written to a file, and none is named"
         raise UserError(what, where="output", fix="Add an output: FILE.parquet, .csv or .jsonl")
     is_file = is_exported(model)
-    with join_world("cpu" if is_file else options.device) as (world, device):
+    place = "cpu" if is_file else options.device
+    with join_world(place, independent=True) as (world, device):
         if not is_file:
             options = replace(options, device=str(device))
         screen = _Screen(options, world)

@@ -11,15 +11,16 @@ import atexit
 import contextlib
 import datetime
 import json
+import mmap
 import os
-import socket
+import pickle
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from allmlp.errors import UserError
-from allmlp.io import process_lives
+from allmlp.io import machine, process_lives
+from allmlp.names import NAME
 from allmlp.runtime.device import choose_device
 
 TIMEOUT = datetime.timedelta(minutes=30)  # the slowest process may be reading a cold disk
@@ -90,6 +92,40 @@ class World:
             raise values[0]
         return values[0]
 
+    def once_per_machine(self, function: Callable[[], Any]) -> Any:
+        """Calls the function on one process of every machine and returns its result, or raises the
+        first UserError, on all.
+
+        Processes of a machine share the memory of the result's arrays. Where they cannot, each
+        calls the function.
+        """
+        if self.size == 1:
+            return function()
+        hosts = [host for host, _ in self.peers]
+        first = hosts.index(hosts[self.rank])
+        own: _Shared | UserError | None = None
+        if self.rank == first:
+            try:
+                value = function()
+                own = _share(value)
+            except UserError as error:
+                own = error
+        found = self.gather(own)
+        for error in found:
+            if isinstance(error, UserError):
+                raise error
+        if found[first] is not None:
+            try:
+                value = _mapped(found[first])
+            except (OSError, ValueError):  # another container under the same name, for example
+                value = function()
+        elif self.rank != first:
+            value = function()
+        self.barrier()  # until all have mapped it
+        if isinstance(own, _Shared):
+            os.close(own.descriptor)
+        return value
+
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites the tensors on every process with those of rank 0."""
         if self.size > 1:
@@ -103,9 +139,50 @@ class World:
 
     def dead_ranks(self) -> list[int]:
         """Returns the ranks on this machine whose process has exited."""
-        here = socket.gethostname()
-        peers = enumerate(self.peers)
+        here, peers = machine(), enumerate(self.peers)
         return [n for n, (host, pid) in peers if host == here and not process_lives(pid)]
+
+
+class _Shared(NamedTuple):
+    """A value in memory that has no name but this, and ends with the last process that maps it."""
+
+    process: int
+    descriptor: int
+    token: bytes  # what it begins with
+    places: list[tuple[int, int]]  # first byte and size of the pickle and of every array in it
+
+
+def _share(value: Any) -> _Shared | None:
+    """Writes a value to memory for other processes; None if the system cannot."""
+    arrays: list[pickle.PickleBuffer] = []
+    parts = [pickle.dumps(value, protocol=5, buffer_callback=arrays.append)]
+    token, places = os.urandom(16), list[tuple[int, int]]()
+    try:
+        descriptor = os.memfd_create(NAME)
+    except (AttributeError, OSError):  # not Linux, or not allowed
+        return None
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(token)
+            for part in (*parts, *(array.raw() for array in arrays)):
+                file.write(bytes(-file.tell() % 64))
+                places.append((file.tell(), len(part)))
+                file.write(part)
+    except OSError:  # too little memory
+        os.close(descriptor)
+        return None
+    return _Shared(os.getpid(), descriptor, token, places)
+
+
+def _mapped(shared: _Shared) -> Any:
+    """Returns a shared value, whose arrays stay where they are until they are written to."""
+    path = f"/proc/{shared.process}/fd/{shared.descriptor}"
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if file.read(len(shared.token)) != shared.token:
+            raise ValueError("another file")
+        memory = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    data, *arrays = (memory[start : start + size] for start, size in shared.places)
+    return pickle.loads(data, buffers=arrays)
 
 
 def is_distributed() -> bool:
@@ -122,10 +199,11 @@ atexit.register(_groups.clear)
 
 
 @contextlib.contextmanager
-def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
+def join_world(device: str, *, independent: bool = False) -> Iterator[tuple[World, torch.device]]:
     """Joins the process group within the block; yields the world and this process's device.
 
-    With several processes and "cuda", each uses the GPU of its local rank.
+    With several processes and "cuda", each uses the GPU of its local rank. If one is killed the
+    others end, unless they are `independent`.
     """
     if not is_distributed():
         yield World(), choose_device(device)
@@ -142,29 +220,30 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
     failed: list[tuple[World, Store]] = []
     atexit.register(_exit_after, failed)
     # A connection of its own, if torch can: one waits while the other is used.
-    watching = (getattr(notes, "clone", lambda: notes)(), left)
+    watching = (getattr(notes, "clone", lambda: notes)(), left, independent)
     watcher = threading.Thread(target=_end_with_the_others, args=watching, daemon=True)
     watcher.start()
     world = World(rank, size, local_rank)
     try:
-        peers = tuple(world.gather((socket.gethostname(), os.getpid())))
+        peers = tuple(world.gather((machine(), os.getpid())))
         world = World(rank, size, local_rank, peers)
         _joined.append((world, chosen))
         yield world, chosen
     except (SystemExit, KeyboardInterrupt):  # all processes stop after the same step
+        _leave(world, notes)
         dist.destroy_process_group()
         raise
     except BaseException as error:
         # NCCL's destroy would wait for the others, which wait for this process.
         failed.append((world, notes))
         told = _told(world, notes, error)
-        with contextlib.suppress(RuntimeError):  # the store's process has exited
-            notes.set(f"left {world.rank}", "")
+        _leave(world, notes)
         if told is error:
             raise
         raise told from error
     else:
         world.barrier()  # a process that ends has failed, for those that have not left
+        _leave(world, notes)
         dist.destroy_process_group()
     finally:
         left.set()
@@ -208,20 +287,36 @@ def _exit_after(failed: list[tuple[World, Store]]) -> None:
         os._exit(1 if hasattr(sys, "last_value") else 2)
 
 
-def _end_with_the_others(notes: Store, left: threading.Event) -> None:
-    """Ends this process soon after another has failed.
+def _leave(world: World, notes: Store) -> None:
+    """Leaves word that this process ends in good order, or has said why it does not."""
+    with contextlib.suppress(RuntimeError):  # the store's process has exited
+        notes.set(f"left {world.rank}", "")
+
+
+def _end_with_the_others(notes: Store, left: threading.Event, independent: bool) -> None:
+    """Ends this process soon after another has failed, or was killed on this machine.
 
     It may wait in C code for a GPU that waits for the other's, where no exception reaches it.
     """
     while not left.wait(1.0):
+        world = _joined[0][0] if _joined and not independent else World()
+        killed = world.dead_ranks()
         try:
             has_failed = notes.check(["failed"])
+            killed = [rank for rank in killed if not notes.check([f"left {rank}"])]
         except RuntimeError:  # the process with the store has exited
             has_failed = True
-        if has_failed and not left.wait(_PATIENCE):
+        if (has_failed or killed) and not left.wait(_PATIENCE):
             with saving:
-                if not left.wait(1.0):
-                    os._exit(2)
+                if left.wait(1.0):
+                    return
+                if not has_failed:
+                    error = _said_once(world, world.rank, notes, _ended(killed))
+                    if not error.is_printed:
+                        print(f"error: {error}", file=sys.stderr, flush=True)
+                    with contextlib.suppress(RuntimeError):
+                        notes.set("failed", "")  # for those on other machines
+                os._exit(2)
 
 
 def _rendezvous(timeout: datetime.timedelta) -> tuple[Store, int, int]:
@@ -299,11 +394,14 @@ def _lost(world: World, notes: Store, error: RuntimeError) -> UserError:
         if gone:
             break
         time.sleep(0.05)
-    gone = set(others) & set(world.dead_ranks())
-    who = f"rank {', '.join(map(str, sorted(gone)))}" if gone else "another process"
-    what = f"rank {world.rank}: {who} ended, and training cannot go on: "
+    told_by, reason = f"rank {world.rank}: ", f": {str(error).splitlines()[0][:200]}"
+    return _ended(world.dead_ranks(), told_by, reason)
+
+
+def _ended(ranks: list[int], told_by: str = "", reason: str = "") -> UserError:
+    who = f"rank {', '.join(map(str, ranks))}" if ranks else "another process"
     fix = "The same command again continues; torchrun --max-restarts N does so by itself"
-    return UserError(what + str(error).splitlines()[0][:200], fix=fix)
+    return UserError(f"{told_by}{who} ended, and training cannot go on{reason}", fix=fix)
 
 
 def parallelize(model: nn.Module, sharding: str, world: World) -> nn.Module:
@@ -345,6 +443,28 @@ def no_sync(network: nn.Module, accumulate: bool = True) -> Iterator[None]:
             yield
     else:
         yield
+
+
+@torch.no_grad()
+def fill_from_rank0(target: Tensor, value: Tensor | None, world: World) -> None:
+    """Fills a tensor that may be sharded with rank 0's value of all of it; a collective."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if world.size == 1:
+        assert value is not None
+        target.copy_(value)
+        return
+    in_place = target.is_contiguous() and not isinstance(target, DTensor)
+    place = {"dtype": target.dtype, "device": target.device}
+    whole = target.detach() if in_place else torch.empty(target.shape, **place)
+    if value is not None:
+        whole.copy_(value)
+    if isinstance(target, DTensor):
+        whole = distribute_tensor(whole, target.device_mesh, target.placements)
+    elif whole.numel():
+        dist.broadcast(whole.reshape(-1).view(torch.uint8), src=0)  # bits, of any type
+    if not in_place:
+        target.copy_(whole)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

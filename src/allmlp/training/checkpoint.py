@@ -6,19 +6,22 @@ checkpoints/
   .step-00011000.removed/   being removed
 
 A folder under its final name is complete: a rename is the last step of a save and the first of a
-removal. Only the main process writes. A sharded state is gathered tensor by tensor, so checkpoints
-do not depend on the number of processes.
+removal. Only the main process reads, writes, holds a copy and computes checksums. A sharded state
+is gathered and distributed tensor by tensor, so checkpoints do not depend on the number of
+processes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import hashlib
 import json
 import re
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,12 +31,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from allmlp.errors import UserError
 from allmlp.io import fsync, parse_json
 from allmlp.names import NAME
-from allmlp.runtime.world import World, full_tensor, saving
+from allmlp.runtime.world import World, fill_from_rank0, full_tensor, saving
 
 STATE, MANIFEST = "state.safetensors", "manifest.json"
 FORMAT = 2
@@ -93,13 +95,14 @@ class Checkpoints:
         values: dict[str, Any],
         *,
         is_best: bool = False,
+        first: Callable[[], object] | None = None,
     ) -> None:
         """Copies the state to CPU memory and returns; the copy is written in the background.
 
         Waits for the previous save and raises its error, if any. An existing complete checkpoint of
-        the same step is not rewritten.
+        the same step is not rewritten. `first` is called before it is written, as by `start`.
         """
-        self._world.broadcast_from_rank0(self.wait)
+        self.wait_on_all()
         values = json.loads(json.dumps(values))
         is_main = self._world.is_main
         copies = {}
@@ -107,8 +110,21 @@ class Checkpoints:
             gathered = full_tensor(tensor.detach())  # on every process, one tensor at a time
             if is_main:
                 copies[name] = gathered.to("cpu", copy=True)
-        if is_main:
-            self._pending = self._thread.submit(self._save, step, copies, values, is_best)
+        self._begin(first, functools.partial(self._write, step, copies, values, is_best))
+
+    def start(self, work: Callable[[], object] | None) -> None:
+        """Lets the main process do this in the background, after the previous save."""
+        self.wait_on_all()
+        self._begin(work)
+
+    def _begin(self, *work: Callable[[], object] | None) -> None:
+        """Begins to do this in order, up to the first error."""
+        if self._world.is_main:
+            self._pending = self._thread.submit(_do, work)
+
+    def wait_on_all(self) -> None:
+        """Waits on all processes until the main one has nothing left to write; raises its error."""
+        self._world.broadcast_from_rank0(self.wait)
 
     def wait(self) -> None:
         """Waits until the save in progress is on disk under its final name; raises its error."""
@@ -135,31 +151,14 @@ class Checkpoints:
 
     def load(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
         """Fills the tensors in place; names, shapes and dtypes must match the checkpoint."""
-        path = checkpoint.path / STATE
-        try:
-            with safe_open(path, "pt") as file:
-                found = [
-                    line
-                    for name, tensor in tensors.items()
-                    if (line := _difference(file, name, tensor))
-                ]
-                found += [f"{name} is only in it" for name in file.keys() if name not in tensors]  # noqa: SIM118
-                if found:
-                    more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
-                    what = "the checkpoint is of another model or optimizer: "
-                    what += "; ".join(found[:4]) + more
-                    raise UserError(what, where=checkpoint.path, fix="Resume with its own config")
-                for name, tensor in tensors.items():
-                    _fill(tensor, file.get_tensor(name))
-        except (OSError, SafetensorError) as error:
-            what = f"the checkpoint cannot be read: {error}"
-            raise UserError(what, where=path, fix="Resume from a copy of the run") from error
+        path, world = checkpoint.path / STATE, self._world
+        world.broadcast_from_rank0(lambda: _check_same_tensors(path, tensors))
+        with _opened(path) if world.is_main else contextlib.nullcontext() as file:
+            for name, tensor in tensors.items():
+                value = None if file is None else file.get_tensor(name)
+                fill_from_rank0(tensor, value, world)
 
     # Everything below runs on the main process only.
-
-    def _save(self, *state: Any) -> None:
-        with saving:
-            self._write(*state)
 
     def _write(
         self, step: int, tensors: dict[str, Tensor], values: dict[str, Any], is_best: bool
@@ -248,6 +247,12 @@ class Checkpoints:
             raise UserError(what, where=self.folder) from error
 
 
+def _do(work: tuple[Callable[[], object] | None, ...]) -> None:
+    with saving:
+        for act in filter(None, work):
+            act()
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
     """Writes a .safetensors file to disk; returns its size and sha256.
 
@@ -330,6 +335,28 @@ def verify(folder: Path, *, deep: bool = True) -> Checkpoint:
         raise UserError("it is damaged: not a complete manifest", where=path) from error
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        what = f"the checkpoint cannot be read: {error}"
+        raise UserError(what, where=path, fix="Resume from a copy of the run") from error
+
+
+def _check_same_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    with _opened(path) as file:
+        there = file.keys()
+        lines = [_difference(file, name, tensor) for name, tensor in tensors.items()]
+        found = [*filter(None, lines), *(f"{n} is only in it" for n in there if n not in tensors)]
+    if found:
+        more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
+        what = "the checkpoint is of another model or optimizer: "
+        what += "; ".join(found[:4]) + more
+        raise UserError(what, where=path.parent, fix="Resume with its own config")
+
+
 def _difference(file: Any, name: str, tensor: Tensor) -> str | None:
     if name not in file.keys():  # noqa: SIM118
         return f"{name} is not in it"
@@ -337,15 +364,6 @@ def _difference(file: Any, name: str, tensor: Tensor) -> str | None:
     saved = f"{there.get_dtype()} {tuple(there.get_shape())}"
     here = f"{_DTYPES[tensor.dtype]} {tuple(tensor.shape)}"
     return None if saved == here else f"{name} is {saved} in it and {here} here"
-
-
-@torch.no_grad()
-def _fill(target: Tensor, saved: Tensor) -> None:
-    if isinstance(target, DTensor):  # every process keeps its own shard, without communication
-        saved = distribute_tensor(
-            saved.to(target.device), target.device_mesh, target.placements, src_data_rank=None
-        )
-    target.copy_(saved)
 
 
 def _remove(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from dataclasses import dataclass, field, replace
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from allmlp.data.augment import padded_crop, random_erasing, warp
 from allmlp.data.exclude import exclude, read_exclude_list
-from allmlp.data.fingerprint import image_key
+from allmlp.data.fingerprint import fingerprint, image_key
 from allmlp.data.groups import deal_folds, hold_out, shared_groups
 from allmlp.data.image import DARK, EncodedImage
 from allmlp.data.randaugment import randaugment
@@ -19,6 +20,7 @@ from allmlp.data.sources import notes_of, open_splits
 from allmlp.data.transforms import flip, inception_crop, random_crop, resize_for_evaluation
 from allmlp.errors import UserError, plural
 from allmlp.preprocessing import Preprocessing
+from allmlp.runtime.world import World
 from allmlp.training.config import (
     AugmentSettings,
     DataSettings,
@@ -43,6 +45,25 @@ class Splits:
     notes: list[str] = field(default_factory=list)  # about any other changes to the data
     keys: list[str] = field(default_factory=list)  # `image_key` of up to 5,000 training images
     how: str = ""  # details of the holdout
+
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str | None]:
+        """The fingerprint of each split that there is, wherever its images are."""
+        return {
+            name: None if source is None else fingerprint(source, moved=True)
+            for name, source in self._by_name.items()
+        }
+
+    def has_fingerprint(self, known: object, split: str) -> bool:
+        """Whether this is the fingerprint of a split, in the words of any version."""
+        source = self._by_name[split]
+        if source is None:
+            return False
+        return known == self.fingerprints[split] or known == fingerprint(source)
+
+    @property
+    def _by_name(self) -> dict[str, Source | None]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}
 
     def describe(self) -> list[str]:
         """Returns a description of the data, line by line."""
@@ -75,8 +96,25 @@ class Splits:
         return lines
 
 
-def open_training_data(settings: DataSettings, splits: Splits | None = None) -> Splits:
-    """Returns the splits of a run, which may be listed already, after checking the headers."""
+def open_training_data(
+    settings: DataSettings, splits: Splits | None = None, world: World | None = None
+) -> Splits:
+    """Returns the splits of a run, which may be listed already, after checking the headers.
+
+    Of the processes of a machine one does it, and the others share its memory.
+    """
+    world = World() if world is None else world
+    found = world.once_per_machine(lambda: _checked(settings, splits))
+    counts = world.gather(found.train.class_counts().tolist())
+    other = next((rank for rank, count in enumerate(counts) if count != counts[0]), None)
+    if other is not None:
+        what = f"rank {other} has {sum(counts[other]):,} training images of these classes, and rank"
+        what += f" 0 has {sum(counts[0]):,}, or in other classes"
+        raise UserError(what, where=settings.source, fix="Give every machine the same copy")
+    return found
+
+
+def _checked(settings: DataSettings, splits: Splits | None) -> Splits:
     splits, keys = splits or split_data(settings), []
     bad = check_readable(splits.train, settings.max_bad, keys)
     for other in (splits.validation, splits.test):

@@ -19,7 +19,6 @@ from allmlp.errors import UserError, plural
 from allmlp.models.catalog import create_model, model_from_config
 from allmlp.models.layers import ImageClassifier, preprocessing_of
 from allmlp.preprocessing import Preprocessing
-from allmlp.training.checkpoint import verify
 from allmlp.training.config import TrainConfig
 from allmlp.weights.load import load_model, with_new_head
 
@@ -116,7 +115,7 @@ def _from_weights(
         fix = f"mixer finetune CHECKPOINT --recipe {config.recipe} --data SOURCE"
         raise UserError(what, where="model.weights", fix=fix)
     source = settings.weights
-    if best is not None and _can_replace_first_weights(best):
+    if best is not None:
         source, quiet = str(best), True
     method = settings.resize_weights
     model = load_model(source, settings.image_size, resize_weights=method, quiet=quiet)
@@ -137,19 +136,6 @@ def _from_weights(
         model.load_state_dict(trained, assign=True)
         model.preprocessing = preprocessing
     return model, names
-
-
-def _can_replace_first_weights(best: Path) -> bool:
-    """Whether there is a complete checkpoint; without one the run begins anew."""
-    if not (best / "model.safetensors").is_file():
-        return False
-    for folder in sorted((best.parent / "checkpoints").glob("step-*"), reverse=True):
-        try:
-            verify(folder)
-        except UserError:
-            continue
-        return True
-    return False
 
 
 def _with_head_for(

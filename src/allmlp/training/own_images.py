@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from allmlp.data.fingerprint import image_key, is_fingerprint_of
+from allmlp.data.fingerprint import image_key
 from allmlp.data.source import Source
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import open_source, open_splits
@@ -115,5 +115,5 @@ def _held_out(path: Path, config: TrainConfig, name: str) -> Source | None:
         known = _environment(path)["fingerprint"]
     except _UNKNOWN:  # different data, or nothing is known
         return None
-    is_own = splits.held_out and is_fingerprint_of(known, splits.train)
+    is_own = splits.held_out and splits.has_fingerprint(known, "train")
     return splits.validation if is_own else None

@@ -183,7 +183,6 @@ def measure(
 def finish(run: Run, *, in_study: bool = False) -> TrainResult:
     """Measures the best weights; writes figures, card, page and console output."""
     config, splits, folder, say = run.config, run.splits, run.folder, run.report.say
-    run.world.barrier()  # until the main process has written the weights
     model = load_model(folder.best)
     validation = test = None
     if splits.validation is not None:  # float32: the same numbers as `mixer evaluate`

@@ -16,14 +16,14 @@ import torch
 from filelock import FileLock, Timeout
 
 from allmlp import plots
-from allmlp.data.fingerprint import fingerprint, is_fingerprint_of
 from allmlp.data.source import BadImage
 from allmlp.environment import environment_info
 from allmlp.errors import UserError
-from allmlp.io import atomic_write, parse_json, path_in_errors, read_json, remove_stale
+from allmlp.io import atomic_write, locked, parse_json, path_in_errors, read_json, remove_stale
 from allmlp.training.config import TrainConfig, flat
 from allmlp.training.dataset import Splits
 from allmlp.training.loggers import Loggers
+from allmlp.weights.description import WEIGHTS
 
 TRAINING_IMAGES = "training_images.txt"
 # Settings that affect where and how fast a run computes, but not what: they may change on resume.
@@ -79,6 +79,13 @@ def can_resume(path: Path) -> bool:
     return True
 
 
+def best_of(path: Path) -> Path | None:
+    """Returns best/ if it can stand in for the first weights, which may no longer exist: if there
+    is a checkpoint. That of the state is read later, or the run ends there."""
+    has_checkpoint = any((path / "checkpoints").glob("step-*"))
+    return path / "best" if has_checkpoint and (path / "best" / WEIGHTS).is_file() else None
+
+
 def identity(config: TrainConfig) -> dict[str, Any]:
     """Returns the settings that determine a run's result: path of the setting -> JSON value."""
     return {key: value for key, value in flat(config.to_json()).items() if key not in _FREE}
@@ -103,22 +110,27 @@ def check_same_images(path: Path, config: TrainConfig, splits: Splits) -> None:
     old = config_of(path).data.source
     try:
         known = parse_json((path / "environment.json").read_bytes())["data"]
-        is_same = is_fingerprint_of(known["fingerprint"], splits.train)
+        is_same = splits.has_fingerprint(known["fingerprint"], "train")
         if old != config.data.source:
-            for name, source in (("validation", splits.validation), ("test", splits.test)):
+            for name in ("validation", "test"):
                 if known.get(name) is not None:  # missing in older versions
-                    is_same &= source is not None and is_fingerprint_of(known[name], source)
+                    is_same &= splits.has_fingerprint(known[name], name)
     except (OSError, ValueError, KeyError, TypeError):
         is_same = old == config.data.source  # otherwise compared with the checkpoints' later
     if not is_same:
         new = config.data.source
-        raise other_images(
+        raise _other_images(
             path, "" if old == new else f": data.source is {old!r} there, {new!r} here"
         )
 
 
-def other_images(path: Path, moved: str = "") -> UserError:
-    """Returns the error for a run whose images have changed."""
+def check_images(path: Path, known: object, splits: Splits) -> None:
+    """Raises UserError unless a checkpoint is of a run with these training images."""
+    if not splits.has_fingerprint(known, "train"):
+        raise _other_images(path)
+
+
+def _other_images(path: Path, moved: str = "") -> UserError:
     what = f"the images differ from those that the run began with{moved}"
     fix = "Restore them, or begin a new run in another output folder"
     return UserError(what, where=path, fix=fix, code="other-data")
@@ -146,12 +158,13 @@ def planned_path(config: TrainConfig) -> Path:
 
 def environment(config: TrainConfig, splits: Splits, device: torch.device) -> dict[str, Any]:
     """Returns the contents of environment.json: versions, hardware, command, seed, fingerprints."""
+    found = splits.fingerprints
     data: dict[str, Any] = {
         "training_images": len(splits.train),
-        "fingerprint": fingerprint(splits.train, moved=True),
+        "fingerprint": found["train"],
+        "validation": found["validation"],
+        "test": found["test"],
     }
-    for name, source in (("validation", splits.validation), ("test", splits.test)):
-        data[name] = None if source is None else fingerprint(source, moved=True)
     return {**environment_info(device), "seed": config.seed, "data": data}
 
 
@@ -170,13 +183,13 @@ class RunFolder:
                     path = planned_path(config)
             self.path, self.plots, self.best = path, path / "plots", path / "best"
             self.checkpoints = path / "checkpoints"
-            self._lock = FileLock(path / ".lock", timeout=0)
+            self._lock: FileLock | None = None  # or the file system has none
             if not writes:
                 return
             self.plots.mkdir(parents=True, exist_ok=True)
             if config.keep_checkpoints:
                 self.checkpoints.mkdir(exist_ok=True)
-            self._lock.acquire()
+            self._lock = locked(path / ".lock")
         except Timeout as error:
             what = "another process is training in this run folder"
             fix = "Wait for it or stop it; or choose another output folder"
@@ -195,7 +208,17 @@ class RunFolder:
         self.loggers.finish(None)
         if self.writes:
             (self.path / ".lock").unlink(missing_ok=True)  # while we still hold it
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about the folder."""
+        if not self.writes or self._lock is not None:
+            return []
+        return [
+            "its file system has no locks (Lustre: mount it with -o flock): start no second run"
+        ]
 
     def rewind(self, step: int) -> None:
         """Removes log entries of later steps, and unreadable lines."""

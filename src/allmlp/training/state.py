@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from allmlp.console import Reporter
-from allmlp.data.fingerprint import is_fingerprint_of
 from allmlp.data.source import BadImage
 from allmlp.errors import UserError
 from allmlp.models.layers import ImageClassifier
@@ -22,8 +23,9 @@ from allmlp.training.checkpoint import Checkpoints
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits
 from allmlp.training.optim import build_optimizers, optimizer_tensors, update_average
-from allmlp.training.run_folder import TRAINING_IMAGES, RunFolder, other_images
+from allmlp.training.run_folder import TRAINING_IMAGES, RunFolder, check_images
 from allmlp.training.step import Updater
+from allmlp.weights.save import save_model
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class RunState:
         self.loss_sum, self.loss_count, self.last_rate = 0.0, 0, 0.0
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.last_checkpoint: Path | None = None
+        self.write_best: Callable[[], None] | None = None  # of the next save
         decay, sharding = self.config.optimizer.ema_decay, self.config.sharding
         # What is evaluated and saved: the model itself, or a copy filled on demand.
         is_sharded = self.world.size > 1 and sharding == "full"
@@ -89,8 +92,8 @@ class RunState:
         found = self.checkpoints.newest() if is_old else None
         if found is not None:
             values = found.values
-            if not is_fingerprint_of(values["data"], splits.train):
-                raise other_images(folder.path)
+            check = functools.partial(check_images, folder.path, values["data"], splits)
+            self.world.broadcast_from_rank0(check)
             self.checkpoints.load(found, self.tensors())
             self.step, self.last_checkpoint = found.step, found.path
             self.best = None if values["best"] is None else (values["best"][0], values["best"][1])
@@ -109,6 +112,8 @@ class RunState:
         elif is_old:
             self.world.broadcast_from_rank0(self.check_nothing_is_lost)
             say("resumed  from the beginning: there is no complete checkpoint yet")
+        for note in folder.notes:
+            say(f"note     {note}", style="yellow")
         self.data = details["data"]["fingerprint"]
         if is_old:
             folder.rewind(self.step)
@@ -135,8 +140,10 @@ class RunState:
         return named | {f"optimizer.{name}": tensor for name, tensor in states.items()}
 
     def save(self, *, is_best: bool) -> None:
-        """Starts writing a checkpoint; training continues in the meantime."""
+        """Starts writing best/ and a checkpoint; training continues in the meantime."""
+        first, self.write_best = self.write_best, None
         if self.config.keep_checkpoints == 0:
+            self.checkpoints.start(first)
             return
         self.world.broadcast_tensors(_statistics(self.model).values())
         names = ("best", "since_best", "last_result_at", "loss_sum", "loss_count")
@@ -149,7 +156,7 @@ class RunState:
             "world_size": self.world.size,
             "micro_batch_size": self.updater.micro_batch_size,
         }
-        self.checkpoints.save(self.step, self.tensors(), values, is_best=is_best)
+        self.checkpoints.save(self.step, self.tensors(), values, is_best=is_best, first=first)
         self.last_checkpoint = self.run.folder.checkpoints / f"step-{self.step:08d}"
 
     def advance(self, loss: float, rate: float) -> None:
@@ -177,6 +184,22 @@ class RunState:
         return patience is not None and self.since_best >= patience
 
     @torch.no_grad()
+    def keep_best(self, model: ImageClassifier, card: str) -> None:
+        """Copies the best model, which the next save writes to best/ before its checkpoint."""
+        values = {id(value): value.to("cpu", copy=True) for value in model.buffers()}
+        for parameter in model.parameters():
+            values[id(parameter)] = nn.Parameter(
+                parameter.to("cpu", copy=True), parameter.requires_grad
+            )
+        copied, folder = copy.deepcopy(model, values), self.run.folder
+
+        def write() -> None:
+            save_model(copied, folder.best, overwrite=True)
+            folder.write("best/README.md", card)
+
+        self.write_best = write
+
+    @torch.no_grad()
     def kept_model(self) -> ImageClassifier:
         """Returns the full model that is evaluated and saved, on every process."""
         statistics = _statistics(self.model)
@@ -190,7 +213,7 @@ class RunState:
         return self.copy
 
 
-def _statistics(model: torch.nn.Module) -> dict[str, Tensor]:
+def _statistics(model: nn.Module) -> dict[str, Tensor]:
     """The buffers that a model saves, such as running means; those of rank 0 count."""
     saved = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}

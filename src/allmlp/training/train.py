@@ -60,6 +60,7 @@ from allmlp.training.report import (
 )
 from allmlp.training.run_folder import (
     RunFolder,
+    best_of,
     can_resume,
     check_same,
     check_same_images,
@@ -71,7 +72,6 @@ from allmlp.training.signals import NoBatchCame, StopRequest, end, ending_at_onc
 from allmlp.training.state import Run, RunState
 from allmlp.training.step import unchanged_buffers
 from allmlp.weights.download import cache_folder
-from allmlp.weights.save import save_model
 
 LOG_EVERY, SHORT = 10, 200  # in steps; shorter runs than `SHORT` log every step
 _STOP_ASKED = 1  # by a callback; below the numbers of the signals
@@ -142,7 +142,7 @@ def train(
         stack.enter_context(torch.random.fork_rng(gpus, device_type=device.type))
         torch.manual_seed(config.seed)
         is_quiet = quiet or not world.is_main
-        best = path / "best" if is_old else None
+        best = world.broadcast_from_rank0(lambda: best_of(path)) if is_old else None
         names = splits.train.class_names
         model = build_model(config, names, best, rows=splits.train, quiet=is_quiet).to(device)
         check_input(splits.train, preprocessing_of(model))
@@ -162,7 +162,7 @@ def train(
             *(device, compute.precision, config.num_threads), step_operations=operations
         )
         stack.enter_context(threads)
-        details = environment(config, splits, device)
+        details = world.broadcast_from_rank0(lambda: environment(config, splits, device))
 
         # Files are written from here on, but not in a dry run.
         report = Reporter(quiet=is_quiet)
@@ -189,6 +189,7 @@ def train(
             trainer.probe()
         else:
             trainer.train()
+        state.checkpoints.wait_on_all()  # for the best weights, which are measured now
         return replace(finish(run, in_study=in_study), expected_seconds=seconds)
 
 
@@ -209,7 +210,7 @@ def _open(
     path = world.broadcast_from_rank0(lambda: planned_path(config))
     is_old = world.broadcast_from_rank0(lambda: can_resume(path))
     try:
-        splits = open_training_data(config.data, splits)
+        splits = open_training_data(config.data, splits, world)
     except UserError as error:
         if is_old and not Path(parse_name(config.data.source).base).expanduser().exists():
             fix = f"Was it moved? mixer train --resume {path} --data WHERE_IT_IS"
@@ -483,9 +484,7 @@ class Trainer:
             score = metric.score(value), -figures["loss"]
         is_best = state.note_result(score)
         if is_best and self.world.is_main:
-            save_model(kept, self.run_folder.best, overwrite=True)
-            outcome = Outcome(config, self.run.splits, kept, result)
-            self.run_folder.write("best/README.md", model_card(outcome))
+            state.keep_best(kept, model_card(Outcome(config, self.run.splits, kept, result)))
         # Epochs are rounded to whole steps, but the last step always ends the last epoch.
         shown = self.epochs * state.step / self.run.num_steps
         total = f"{self.epochs:.1f}".removesuffix(".0")
