@@ -58,7 +58,8 @@ def test_choice(monkeypatch):
 def test_a_run_equals_that_of_a_cpu(class_folder, tmp_path, changes):
     runs = []
     for device in ("cpu", "mps:0"):
-        config = tiny_config(str(class_folder), tmp_path / device[:3], device=device, **changes)
+        given = {"device": device, "epochs": 1, **changes}
+        config = tiny_config(str(class_folder), tmp_path / device[:3], **given)
         if device == "cpu":
             runs.append(am.train(config, quiet=True).run_folder)
         else:

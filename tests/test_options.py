@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from allmlp.cli.table import Command
-from allmlp.errors import UserError, at_least, between, exclusive, needs, one_of
+from allmlp.errors import UserError, at_least
 from allmlp.options import ComputeOptions, ImageSize, Repeated, make
 
 
@@ -104,24 +104,3 @@ def test_wrong_fields(fields, code, named):
     with pytest.raises(UserError, match=named) as caught:
         make(ToyOptions, None, fields)
     assert caught.value.code == code
-
-
-@pytest.mark.parametrize(
-    ("check", "named"),
-    [
-        (lambda: one_of("format", "onx", ("onnx", "openvino")), "Did you mean onnx"),
-        (lambda: at_least("n", 0, 1), "at least 1, got 0"),
-        (lambda: at_least("n", float("nan"), 1), "at least 1, got nan"),
-        (lambda: between("crop", 0.0, 0, 1, above=True), "above 0 and at most 1, got 0.0"),
-        (lambda: between("crop", float("nan"), 0, 1), "nan"),
-        (lambda: needs({"units": 3}, "image", None), "units needs image"),
-        (lambda: exclusive(grid=True, seeds=(), probe=True), "grid and probe exclude"),
-    ],
-)
-def test_checks(check, named):
-    with pytest.raises(UserError, match=named):
-        check()
-    assert one_of("format", "onnx", ("onnx", "openvino")) == "onnx"
-    assert at_least("n", None, 1) is None
-    assert between("crop", 1.0, 0, 1, above=True) == 1.0
-    needs({"units": None, "overwrite": False}, "image", None)

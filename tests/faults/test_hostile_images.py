@@ -18,7 +18,7 @@ from allmlp.errors import UserError
 from allmlp.preprocessing import Preprocessing
 from allmlp.training.config import AugmentSettings, NoCrop
 from allmlp.training.dataset import Augmentation
-from conftest import draw, encode, make_class_folder, mixer, tiny_config, tiny_model
+from conftest import draw, encode, make_class_folder, tiny_config, tiny_model
 
 UNDO = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -143,17 +143,3 @@ def test_bombs_cost_nothing():
     done = subprocess.run([sys.executable, "-c", BOMBS], capture_output=True, text=True, check=True)
     grown = int(done.stdout.rsplit("grown by ", 1)[1].split()[0])
     assert grown < 100, done.stdout
-
-
-def test_the_command_names_every_bad_image_and_goes_on(tmp_path, capsys):
-    model = tiny_model(num_classes=3)
-    model.class_names, model.preprocessing = ["a", "b", "c"], Preprocessing(image_size=(8, 8))
-    am.save_model(model, tmp_path / "m.safetensors")
-    folder = tmp_path / "images"
-    bad = damaged(folder)
-    draw(1).save(folder / "good.png")
-    code, out, err = mixer(capsys, "predict", tmp_path / "m.safetensors", folder)
-    assert code == 3
-    assert "good.png" in out
-    for name in bad:
-        assert name in err

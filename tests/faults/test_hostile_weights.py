@@ -162,19 +162,18 @@ def test_load_model(tmp_path: Path, name: str):
         ["models", "--inspect", "FILE"],
     ],
 )
-@pytest.mark.parametrize("name", ["evil.pth", "objects.npz"])
 def test_every_command_ends_with_one_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, name: str, command: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, command: list[str]
 ):
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / name
-    path.write_bytes(ATTACKS[name]())
+    path = tmp_path / "evil.pth"
+    path.write_bytes(ATTACKS["evil.pth"]())
     code, _, error = mixer(capsys, *(path if word == "FILE" else word for word in command))
     assert code == 2
     assert error.startswith("error: ")
     assert f"where: {path}" in error
     assert "Traceback" not in error
-    assert [found.name for found in tmp_path.iterdir()] == [name]
+    assert list(tmp_path.iterdir()) == [path]
     assert not MARKER.exists()
 
 

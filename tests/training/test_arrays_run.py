@@ -13,7 +13,6 @@ import torch
 
 import allmlp as am
 from allmlp.data.sampler import Order
-from allmlp.training import train as loop
 from allmlp.training.config import DataSettings
 from allmlp.training.dataset import split_data
 from allmlp.training.recipes import patch_for
@@ -133,28 +132,6 @@ def test_a_run_is_the_loop_that_one_would_write(data: Path, tmp_path: Path):
                 weight -= 0.01 * weight.grad
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
-
-
-def test_a_resumed_run_has_the_same_bits(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    changes = {"epochs": 3, "evaluate_every": 1, "augment.mixup": 0.3, "data.balance": "sampler"}
-    whole = am.train(config(data, tmp_path / "whole", **changes), quiet=True).run_folder
-    step = loop.Trainer.train_step
-
-    def stops(self: Any, number: int, batch: Any) -> None:
-        if number == 8:
-            raise KeyboardInterrupt
-        step(self, number, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "train_step", stops)
-        settings = config(data, tmp_path / "part", **changes)
-        with pytest.raises(KeyboardInterrupt):
-            am.train(settings, quiet=True)
-    part = am.resume(tmp_path / "part", quiet=True).run_folder
-    weights = [(folder / "best" / "model.safetensors").read_bytes() for folder in (whole, part)]
-    assert weights[0] == weights[1]
 
 
 def test_finetuning_keeps_the_statistics_and_takes_other_lengths(

@@ -146,29 +146,27 @@ def test_bfloat16_keeps_layer_norm_and_residual_in_float32(compiled):
     assert any(not torch.equal(close[name], exact[name]) for name in exact)
 
 
-def test_micro_batches_add_up_to_the_batch(class_folder, tmp_path):
-    settings = {
-        "augment__mixup": 0.5,
-        "model__overrides": {**tiny_config("x", tmp_path).model.overrides, "stochastic_depth": 0.3},
-    }
-    whole = am.train(tiny_config(str(class_folder), tmp_path / "whole", **settings), quiet=True)
-    parts = am.train(
-        tiny_config(str(class_folder), tmp_path / "parts", micro_batch_size=3, **settings),
-        quiet=True,
-    )
-    assert losses(parts.run_folder) == pytest.approx(losses(whole.run_folder), abs=1e-6)
-    assert "8 images go through the model in 3 x 3" in (parts.run_folder / "log.txt").read_text()
+def test_micro_batches_add_up_to_the_batch(class_folder, tmp_path, monkeypatch):
+    """Those that are asked for, and those that little memory asks for."""
+    overrides = {**tiny_config("x", tmp_path).model.overrides, "stochastic_depth": 0.3}
 
+    def run(name: str, **changes: object) -> tuple[list[float], str]:
+        given = {"augment__mixup": 0.5, "model__overrides": overrides, **changes}
+        config = tiny_config(str(class_folder), tmp_path / name, **given)
+        folder = am.train(config, quiet=True).run_folder
+        return losses(folder), (folder / "log.txt").read_text()
 
-def test_a_batch_that_does_not_fit_is_split(class_folder, tmp_path, monkeypatch):
-    whole = am.train(tiny_config(str(class_folder), tmp_path / "whole"), quiet=True)
+    whole, _ = run("whole")
+    asked, log = run("asked", micro_batch_size=3)
+    assert asked == pytest.approx(whole, abs=1e-6)
+    assert "8 images go through the model in 3 x 3" in log
     monkeypatch.setattr(step, "free_memory", lambda device: 100_000)
-    parts = am.train(tiny_config(str(class_folder), tmp_path / "parts"), quiet=True)
-    assert "8 images go through the model in" in (parts.run_folder / "log.txt").read_text()
-    assert losses(parts.run_folder) == pytest.approx(losses(whole.run_folder), abs=1e-6)
+    little, log = run("little")
+    assert little == pytest.approx(whole, abs=1e-6)
+    assert "8 images go through the model in" in log
     monkeypatch.setattr(step, "free_memory", lambda device: 20_000)
     with pytest.raises(am.UserError, match="one image at a time takes"):
-        am.train(tiny_config(str(class_folder), tmp_path / "none"), quiet=True)
+        run("none")
 
 
 def test_a_gpu_that_runs_out_of_memory_gets_smaller_parts(class_folder, tmp_path, monkeypatch):

@@ -131,9 +131,8 @@ def test_a_network_of_stages_is_trained_and_fine_tuned(class_folder, tmp_path):
     assert {name for name, _ in prediction.classes} == set(ANIMALS)
 
 
-@pytest.mark.parametrize("names", [ANIMALS, ["x", "y", "z"]], ids=["kept head", "new head"])
-def test_a_run_outlives_the_weights_that_it_began_with(class_folder, tmp_path, names, capsys):
-    path = am.save_model(model_of(names), tmp_path / "weights").parent
+def test_a_run_outlives_the_weights_that_it_began_with(class_folder, tmp_path, capsys):
+    path = am.save_model(model_of(["x", "y", "z"]), tmp_path / "weights").parent
     changes = {"data__source": str(class_folder), "model__image_size": 16}
     whole = am.train(finetuning(path, tmp_path / "whole", **changes), quiet=True).run_folder
     train(finetuning(path, tmp_path / "run", **changes), stop_after=5)

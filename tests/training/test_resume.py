@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import threading
@@ -30,7 +29,6 @@ from runs import (
     run_config,
     steps_of,
     train,
-    typed_settings,
     unix,
     watch_every_step,
 )
@@ -90,28 +88,6 @@ def test_a_resumed_run_repeats_the_bits(data: Path, straight: Path, tmp_path: Pa
 def test_other_runs_repeat_the_bits(data: Path, tmp_path: Path, case: str):
     config = run_config(data, tmp_path / "straight", **CASES[case])
     check_resumed(config, train(config), tmp_path / "run")
-
-
-@unix
-def test_the_command_resumes_and_so_does_the_same_command(
-    data, straight, tmp_path, monkeypatch, capsys
-):
-    run = tmp_path / "run"
-    config = run_config(data, run, **DROPOUT)
-    watch_every_step(monkeypatch)
-    with monkeypatch.context() as patch:
-        before_step(patch, 12, lambda _: os.kill(os.getpid(), signal.SIGTERM))
-        code, out, err = mixer(capsys, *typed_settings(config))
-        assert (code, err) == (143, "")
-        assert f"to resume: mixer train --resume {run}\n" in out
-        before_step(patch, 20, lambda _: os.kill(os.getpid(), signal.SIGTERM))
-        code, out, _ = mixer(capsys, "train", "--resume", run)
-        assert code == 143
-        assert "resumed  after step 13 of 30\n" in out
-    code, out, _ = mixer(capsys, *typed_settings(config))
-    assert code == 0
-    assert "resumed  after step 21 of 30\n" in out
-    check_same(run, straight)
 
 
 @unix

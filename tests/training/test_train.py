@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -59,22 +58,6 @@ def test_its_plots(real_figures: None, class_folder: Path, tmp_path: Path):
     for name in PLOTS:
         pixels = np.asarray(Image.open(run / "plots" / f"{name}.png").convert("L"))
         assert pixels.std() > 5, name
-
-
-def test_results_and_best(trained: am.TrainResult, class_folder: Path, tmp_path: Path):
-    result = am.train(tiny_config(str(class_folder), tmp_path / "run", epochs=4), quiet=True)
-    with (result.run_folder / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == ["2", "5", "8", "10"]
-    best = [row for row in rows if row["best"] == "1"][-1]
-    assert float(best["validation_top1"]) == max(float(row["validation_top1"]) for row in rows)
-    again = am.evaluate(
-        am.load_model(result.run_folder), f"{class_folder}:validation", num_workers=0
-    )
-    assert again.top1 == pytest.approx(float(best["validation_top1"]), abs=1e-6)
-    assert again.loss == pytest.approx(float(best["validation_loss"]), abs=1e-5)
-    assert result.test is None
-    assert (result.run_folder / "validation" / "evaluation.json").exists()
 
 
 def test_the_same_seed_gives_the_same_bits(class_folder: Path, tmp_path: Path):
