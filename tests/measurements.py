@@ -130,29 +130,6 @@ def suite(kind: str, tasks: int, total: int, **changes: Any) -> dict[str, Any]:
     return measured(kind, **{**values, **changes})
 
 
-def data_scale(**changes: Any) -> dict[str, Any]:
-    points = [
-        {
-            "model": name,
-            "label": name,
-            "fraction": fraction,
-            "images": round(45_000 * fraction),
-            "epochs": 0.5 / fraction,
-            "steps": 400,
-            "runs": 1,
-            "validation": 0.3 + 0.1 * fraction,
-            "few_shot": 0.05 + 0.02 * fraction + 0.01 * at,
-            "few_shot_deviation": 0.002,
-            "seconds": 10.0,
-        }
-        for at, name in enumerate(("mixer_s16", "mixer_b16"))
-        for fraction in (0.03, 0.1, 0.3, 1.0)
-    ]
-    settings = {"source": "cifar10", "few_shot_data": "cifar100", "shots": 5}
-    values = {"settings": settings, "rows": points}
-    return measured("data-scale", **{**values, "partial": False, "missing": [], **changes})
-
-
 def write(folder: Path, **files: dict[str, Any]) -> Path:
     """Writes NAME=measurement as NAME.json."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,12 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import allmlp as am
 from allmlp.benchmark import (
-    BenchmarkOptions,
     ModelBenchmark,
     Peak,
-    Point,
     _Timed,
-    _why_to_stop,
     peak_growth,
 )
 from allmlp.evaluation.result_file import read_measurement
@@ -129,7 +126,7 @@ def test_growth_is_that_of_tensors_of_known_size():
 def test_a_training_step_computes_every_gradient_and_moves_no_weight():
     model = tiny_model()
     torch.nn.init.zeros_(model.head.weight)  # as a new head is: nothing would come back through it
-    timed = _Timed(model, "training", "float32")
+    timed = _Timed(model, ModelBenchmark("a", "training", precision="float32"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     timed.prepare(3)
     timed.run()
@@ -140,19 +137,16 @@ def test_a_training_step_computes_every_gradient_and_moves_no_weight():
             assert parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize(
-    ("rates", "spent", "reason"),
-    [
-        ((100, 200, 201, 150), 1.0, "the rate no longer rises"),
-        ((100, 200, 201, 210), 1.0, None),
-        ((200, 100), 1.0, None),
-        ((200, 100), 28.1, "the budget of 30 s"),
-    ],
-)
-def test_why_a_batch_is_not_doubled(rates, spent, reason):
-    points = [Point(1, rate, (rate, rate), None) for rate in rates]
-    row = ModelBenchmark("a", "inference", points=points, spent=spent)
-    assert _why_to_stop(row, 2, BenchmarkOptions()) == reason
+def test_batches_double_until_the_rate_no_longer_rises(monkeypatch):
+    seconds = iter([1.0, 1.0, 2.0, 4.0, 8.0, *[1.0] * 9])  # rates 1, 2, 2, 2
+    patched(monkeypatch, _time_latency=lambda *_: None)
+    monkeypatch.setattr(_Timed, "seconds", lambda *_: next(seconds))
+    (row,) = quick({"a": tiny_model()}, batch_sizes=None, rounds=1).models
+    assert [point.batch_size for point in row.points] == [1, 2, 4, 8]
+    assert (row.ended, row.best) == ("the rate no longer rises", row.points[1])
+    monkeypatch.setattr(_Timed, "seconds", lambda *_: 1.0)
+    (row,) = quick({"a": tiny_model()}, batch_sizes=None, budget=0.01).models
+    assert (len(row.points), row.ended) == (1, "the budget of 0.01 s")
 
 
 def test_models_that_fail_are_rows(monkeypatch):
@@ -187,20 +181,6 @@ def test_compiled_models_are_compiled_for_every_batch_size(monkeypatch):
     sizes = (1, 2, 3, 4, 5)  # two models, five sizes: more programs than torch allows by itself
     for row in quick(models, compile=True, batch_sizes=sizes).models:
         assert (row.error, len(row.points)) == (None, 5)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"batch_sizes": (0,)}, "batch_sizes"),
-        ({"batch_sizes": ()}, "batch_sizes"),
-        ({"seconds": float("nan")}, "seconds"),
-        ({"images": 5}, "images needs recipe"),
-    ],
-)
-def test_wrong_options(fields, message):
-    with pytest.raises(am.UserError, match=message):
-        quick({"a": tiny_model()}, **fields)
 
 
 def test_what_cannot_be_measured(monkeypatch):
@@ -262,6 +242,9 @@ def test_what_a_recipe_takes(capsys, tmp_path, monkeypatch):
         ((), "give models"),
         (("mixer_s23",), "unknown model 'mixer_s23'"),
         (("mixer_s32", "mixer_s32"), "each once"),
+        (("mixer_s32", "--batch-sizes", "0"), "batch_sizes"),
+        (("mixer_s32", "--seconds", "nan"), "seconds"),
+        (("mixer_s32", "--images", "5"), "images needs recipe"),
         (("mixer_s32", "--image-size", "100"), "not divisible by the patch size 32"),
         (("mixer_s32", "--output", "speed.csv"), "not a .json file: 'speed.csv'"),
         (("--recipe", "scratch"), "how many training images scratch has is unknown"),

@@ -41,30 +41,21 @@ def check_drawn(figure: Figure, folder: Path) -> None:
 def test_confusion_matrix(classes: int, tmp_path: Path):
     figure = plots.confusion_matrix(evaluation(classes, 2 * classes, 1)[0])
     axes = figure.axes[0]
-    assert f"of {2 * classes} images" in axes.get_title()
     assert len(axes.texts) == ((classes + 1) if classes <= 20 else 0)
     assert len(axes.get_xticks()) <= 65
     check_drawn(figure, tmp_path)
 
 
 @pytest.mark.parametrize("images", [1, 50])
-def test_reliability_diagram(images: int, tmp_path: Path):
-    result, _ = evaluation(3, images, 1)
+def test_figures_of_an_evaluation(images: int, tmp_path: Path):
+    result, source = evaluation(3, images, 1)
     figure = plots.reliability_diagram(result)
-    upper, lower = figure.axes
-    assert f"{result.reliability.error:.2%}" in upper.get_title()
-    heights = [patch.get_height() for patch in lower.patches]  # pyright: ignore
+    heights = [patch.get_height() for patch in figure.axes[1].patches]  # pyright: ignore
     assert heights == result.reliability.images.tolist()
     check_drawn(figure, tmp_path)
-
-
-@pytest.mark.parametrize("images", [1, 50])
-def test_prediction_grid(images: int, tmp_path: Path):
-    figure = plots.prediction_grid(*evaluation(3, images, 1))
-    shown = [axes for axes in figure.axes if axes.get_title()]
-    assert len(shown) == min(images, 36)
-    assert f"{min(images, 36) - 1} correct (green), 1 wrong (red)" in figure.get_suptitle()
-    assert "true: " in shown[0].get_title()
+    figure = plots.prediction_grid(result, source)
+    shown = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert (len(shown), "true: " in shown[0]) == (min(images, 36), True)
     check_drawn(figure, tmp_path)
 
 
@@ -74,7 +65,6 @@ def test_worst_mistakes(images: int, wrong: int, shown: int):
     captions = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert len(captions) == shown
     assert all(("true: " in caption) == bool(wrong) for caption in captions)
-    assert f"{wrong or 'no'} mistakes of {images}" in figure.get_suptitle()
 
 
 def results(*accuracies: float) -> list[dict[str, float]]:

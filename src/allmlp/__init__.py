@@ -10,6 +10,7 @@ can, so that torch's idle threads sleep instead of spinning (docs/predict.md).
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -72,40 +73,10 @@ if TYPE_CHECKING:
 
 sleep_soon()  # before anything imports torch
 
-# Public names by module.
-_NAMES = {
-    "benchmark": "Benchmark benchmark",
-    "calibrate": "calibrate",
-    "decision": "Decision",
-    "deploy.export": "ExportReport export",
-    "deploy.formats": "ExportedModel open_exported",
-    "deploy.options": "ExportOptions PredictOptions PushOptions",
-    "deploy.predict": "Prediction predict",
-    "deploy.push": "Pushed push",
-    "errors": "UserError",
-    "evaluate": "evaluate",
-    "evaluation.few_shot": "FewShot few_shot few_shots",
-    "evaluation.metrics": "Evaluation",
-    "evaluation.options": "BenchmarkOptions CalibrateOptions EvaluateOptions FewShotOptions "
-    "LabelMistakesOptions",
-    "inspection.inspect": "Inspection inspect",
-    "label_mistakes": "LabelMistakes find_label_mistakes",
-    "models.catalog": "create_model list_models random_weights",
-    "models.layers": "ImageClassifier",
-    "models.mixer": "MixerConfig MlpMixer",
-    "preprocessing": "Preprocessing",
-    "studies": "CrossValidation FinetuneResult cross_validate finetune",
-    "training.config": "TrainConfig",
-    "training.fit": "finetune_config",
-    "training.loggers": "Logger StopTraining",
-    "training.recipes": "recipe",
-    "training.report": "TrainResult",
-    "training.train": "resume train",
-    "weights.checkpoints": "list_checkpoints",
-    "weights.load": "load_model",
-    "weights.save": "save_model",
-}
-_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+# The names above are written once: type checkers read them, and so does this.
+_IMPORT = re.compile(r"^    from allmlp\.([\w.]+) import (\w+) as", re.MULTILINE)
+with open(__file__, encoding="utf-8") as _file:
+    _HOME = {name: module for module, name in _IMPORT.findall(_file.read())}
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 

@@ -128,6 +128,10 @@ class ModelBenchmark:
     def is_active(self) -> bool:
         return self.ended is None and self.error is None
 
+    def operations(self, images: int) -> int:
+        """Returns the FLOPs of a step on this many images."""
+        return _PASSES[self.mode] * self.flops * images
+
 
 @dataclass
 class Benchmark:
@@ -136,7 +140,6 @@ class Benchmark:
     models: list[ModelBenchmark]  # in the order given
     device: torch.device
     options: BenchmarkOptions
-    threads: int  # maximum number of CPU threads
     environment: dict[str, Any]  # versions, hardware, date and command
     recipe: dict[str, Any] | None  # estimated cost on this device
 
@@ -197,26 +200,31 @@ def benchmark(
         mode, given = "training", {options.recipe: model}
     shared = (mode, options.compile, str(device))
     rows = [ModelBenchmark(name, *shared, {"name": name}) for name in given]
+    with torch_settings(device, "float32", options.threads), _compilation(options, mode, device):
+        found = Benchmark(rows, device, options, environment_info(device), recipe)
+        _measure(found, given, optimizer, progress)
+    if recipe is not None and rows[0].best is not None:
+        rate, flops = rows[0].best.images_per_second, rows[0].flops
+        total = operations(flops, recipe["images_seen"], optimizer)  # counts a step of SAM twice
+        days = total / rows[0].operations(1) / rate / 86_400
+        recipe |= {"operations": total, "images_per_second": rate, "device_days": days}
+    if options.output is not None:
+        save_result(target, found.to_json())
+    return found
+
+
+@contextlib.contextmanager
+def _compilation(options: BenchmarkOptions, mode: str, device: torch.device) -> Iterator[None]:
+    """Allows any number of compiled shapes, and keeps autocast's cache of weights alive."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch_settings(device, "float32", options.threads))
         if options.compile:  # else torch falls back to eager after eight shapes, without a word
             import torch._dynamo.config as settings  # takes seconds
 
             limits: Any = {"recompile_limit": 2**20, "accumulated_recompile_limit": 2**20}
             stack.enter_context(settings.patch(**limits, fail_on_recompile_limit_hit=True))
-        if mode == "inference":  # keeps autocast's weight cache alive
+        if mode == "inference":
             stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=False))
-        threads = torch.get_num_threads()
-        found = Benchmark(rows, device, options, threads, environment_info(device), recipe)
-        _measure(found, given, optimizer, progress)
-    if recipe is not None and rows[0].best is not None:
-        rate, flops = rows[0].best.images_per_second, rows[0].flops
-        total = operations(flops, recipe["images_seen"], optimizer)  # counts a step of SAM twice
-        days = total / (_PASSES[mode] * flops) / rate / 86_400
-        recipe |= {"operations": total, "images_per_second": rate, "device_days": days}
-    if options.output is not None:
-        save_result(target, found.to_json())
-    return found
+        yield
 
 
 def _recipe(
@@ -255,32 +263,31 @@ class _Timed:
     """
 
     def __init__(
-        self,
-        model: ImageClassifier,
-        mode: str,
-        precision: str,
-        *,
-        compile: bool = False,
-        optimizer: Optimizer | None = None,
+        self, model: ImageClassifier, row: ModelBenchmark, optimizer: Optimizer | None = None
     ) -> None:
-        self.model, self.mode, self.precision = model.train(mode == "training"), mode, precision
+        self.model, self.row, self.is_training = model, row, row.mode == "training"
+        self.model.train(self.is_training)
         self.device, self.images = model.device, torch.empty(0)
-        self._network: Any = torch.compile(model, dynamic=False) if compile else model
+        self.rates: list[float] = []  # images per second at this batch size, a value per round
+        self.growth: int | None = None  # of the memory during a step
+        self.half = row.precision == "bfloat16"
+        self._network: Any = torch.compile(model, dynamic=False) if row.compiled else model
         self._inference, self._optimizers = None, []
-        if mode == "inference" and not compile:  # as in predict and evaluate
-            self._inference = Inference(model, precision)
-        elif mode == "training":
-            if not model.config.num_classes:
-                what = "a training step needs a head, and this model has none"
-                raise UserError(what, where=model.config.summary(), fix="Take mode inference")
-            self._check_memory("gradients and moments take", 12 * model.num_parameters)
-            # An all-zero kernel passes no gradient on, and with all-zero gradients a GPU draws less
-            # power and runs faster than in real training.
-            random = torch.Generator(self.device).manual_seed(0)
-            for value in model.parameters():
-                if value.dim() > 1 and not value.any():
-                    torch.nn.init.normal_(value, std=0.02, generator=random)
-            self._optimizers = build_optimizers(model, optimizer or AdamW())
+        if not self.is_training:
+            if not row.compiled:  # as in predict and evaluate
+                self._inference = Inference(model, row.precision)
+            return
+        if not model.config.num_classes:
+            what = "a training step needs a head, and this model has none"
+            raise UserError(what, where=model.config.summary(), fix="Take mode inference")
+        self._check_memory("gradients and moments take", 12 * model.num_parameters)
+        # An all-zero kernel passes no gradient on, and with all-zero gradients a GPU draws less
+        # power and runs faster than in real training.
+        random = torch.Generator(self.device).manual_seed(0)
+        for value in model.parameters():
+            if value.dim() > 1 and not value.any():
+                torch.nn.init.normal_(value, std=0.02, generator=random)
+        self._optimizers = build_optimizers(model, optimizer or AdamW())
 
     def _check_memory(self, what: str, needed: float) -> None:
         """Raises MemoryError early: on a CPU the system would kill the process instead."""
@@ -297,66 +304,70 @@ class _Timed:
         size = (batch_size, self.model.config.in_channels, *self.model.config.image_size)
         self.images = torch.randn(size, generator=random, device=self.device)
 
-    def operations(self, batch_size: int) -> int:
-        """Returns the FLOPs of a step, from which the number of threads is chosen."""
-        return _PASSES[self.mode] * self.model.config.flops * batch_size
-
     def step(self) -> None:
         """Runs one step, asynchronously on a GPU."""
         if self._inference is not None:
             self._inference.logits(self.images)
             return
-        half = self.precision == "bfloat16"
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
-        if self.mode == "inference":
-            with torch.no_grad(), autocast:
-                self._network(self.images)
-            return
-        self.model.zero_grad()
-        with autocast:
+        if self.is_training:
+            self.model.zero_grad()
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+        with torch.set_grad_enabled(self.is_training), autocast:
             logits = self._network(self.images)
-        labels = torch.arange(len(logits), device=self.device) % logits.shape[1]
-        F.cross_entropy(logits.float(), labels).backward()
-        update(self._optimizers, 0.0)
+        if self.is_training:
+            labels = torch.arange(len(logits), device=self.device) % logits.shape[1]
+            F.cross_entropy(logits.float(), labels).backward()
+            update(self._optimizers, 0.0)
 
     def seconds(self, least: float) -> float:
         """Returns the mean seconds per step, timed for at least `least` seconds."""
-        threads = threads_for(self.operations(len(self.images)))
+        threads = threads_for(self.row.operations(len(self.images)))
         timer = Timer("step()", globals={"step": self.step}, num_threads=threads)
         return timer.blocked_autorange(min_run_time=least).mean
 
+    def time_round(self, least: float) -> None:
+        self.rates.append(len(self.images) / self.seconds(least))
+
     def run(self) -> None:
         """Runs one step and synchronizes, with the same threads as a timed step."""
-        with step_threads(self.device, self.operations(len(self.images))):
+        with step_threads(self.device, self.row.operations(len(self.images))):
             self.step()
         synchronize(self.device)
 
-    def warm_up(self, size: int, last: list[Point]) -> int | None:
-        """Prepares a batch, compiles, allocates memory; returns the memory growth of a step.
+    def warm_up(self, size: int) -> None:
+        """Prepares a batch, compiles, allocates memory, and measures the memory of a step.
 
         Raises MemoryError if it will not fit, extrapolating from the last, smaller batch.
         """
-        for point in last:
+        for point in self.row.points[-1:]:
             needed = (point.step_memory_bytes or 0) * size / point.batch_size
             self._check_memory(f"{size:,} images would take about", needed)
         self.prepare(size)
         self.run()
         self.model.zero_grad()
-        return peak_growth(self.run, self.device)
+        self.rates, self.growth = [], peak_growth(self.run, self.device)
 
-    def memory_bytes(self, growth: int | None) -> int | None:
+    def record(self) -> None:
+        """Adds a point to the row; if it is the best one, its threads and memory too."""
+        row, size, rates = self.row, len(self.images), self.rates
+        spread = min(rates), max(rates)
+        row.points.append(Point(size, statistics.median(rates), spread, self.growth))
+        row.best = max(row.points, key=lambda point: point.images_per_second)
+        if row.best is row.points[-1]:
+            row.threads, row.memory_bytes = threads_for(row.operations(size)), self.memory_bytes()
+
+    def memory_bytes(self) -> int | None:
         """Returns the bytes of weights, buffers, moments, packed weights, batch and step."""
-        if growth is None:
+        if self.growth is None:
             return None
         tensors = [*self.model.parameters(), *self.model.buffers(), self.images]
         for optimizer in self._optimizers:
             tensors += [value for state in optimizer.state.values() for value in state.values()]
-        half, packed = self.precision == "bfloat16", self._inference and self._inference.packed
         copied = 0
-        if self.mode == "inference" and (half or packed):  # a second copy of the kernels
+        if not self.is_training and (self.half or (self._inference and self._inference.packed)):
             kernels = (value.numel() for value in self.model.parameters() if value.dim() > 1)
-            copied = (2 if half else 4) * sum(kernels)
-        return sum(value.nbytes for value in tensors) + copied + growth
+            copied = (2 if self.half else 4) * sum(kernels)  # a second copy of them
+        return sum(value.nbytes for value in tensors) + copied + self.growth
 
 
 def _measure(
@@ -367,62 +378,71 @@ def _measure(
     Models take turns at each batch size, so that background load affects all of them alike. A model
     that fails records the error; the others continue.
     """
-    options, timed = found.options, list[tuple[ModelBenchmark, _Timed]]()
+    options, timed = found.options, list[_Timed]()
+
+    def build(row: ModelBenchmark) -> None:
+        model = _model(given[row.name], options).to(found.device)
+        row.model, row.image_size = describe(model), list(model.config.image_size)
+        row.precision, row.flops = options.precision, model.config.flops
+        if options.precision == "auto":
+            step = row.operations(max(options.batch_sizes or (_BATCH,)))
+            row.precision, _ = fast_precision(found.device, step)
+        timed.append(_Timed(model, row, optimizer))
+
+    def active() -> list[_Timed]:
+        return [one for one in timed if one.row.is_active]
+
     for row in found.models:
         progress(f"{row.name}, building")
-        with _errors_of(row):
-            model = _model(given[row.name], options).to(found.device)
-            row.model, row.image_size = describe(model), list(model.config.image_size)
-            row.precision, row.flops = options.precision, model.config.flops
-            if options.precision == "auto":
-                images = max(options.batch_sizes or (_BATCH,))
-                step = _PASSES[row.mode] * row.flops * images
-                row.precision, _ = fast_precision(found.device, step)
-            kind = {"compile": options.compile, "optimizer": optimizer}
-            timed.append((row, _Timed(model, row.mode, row.precision, **kind)))
+        _attempt(row, build, row)
         row.spent = 0.0  # building does not count against the budget
     progress("the machine's matrix products")
-    precisions = {row.precision for row, _ in timed}
+    precisions = {one.row.precision for one in timed}
     peaks = {precision: measure_peak(found.device, precision) for precision in precisions}
-    doubling = [2**power for power in range(LARGEST_BATCH.bit_length())]
-    for size in sorted(options.batch_sizes or doubling):
-        growth: dict[str, int | None] = {}
-        rates: dict[str, list[float]] = {row.name: [] for row, _ in timed}
-        for row, one in timed:
-            if options.batch_sizes is None:
-                row.ended = row.ended or _why_to_stop(row, size, options)
-            if row.is_active:
-                progress(f"{row.name}, batch {size:,}")
-                with _errors_of(row):
-                    growth[row.name] = one.warm_up(size, row.points[-1:])
+    for size in sorted(options.batch_sizes or [2**n for n in range(LARGEST_BATCH.bit_length())]):
+        for row in (one.row for one in active() if options.batch_sizes is None):
+            row.ended = _why_to_stop(row, size, options)
+        for one in active():
+            progress(f"{one.row.name}, batch {size:,}")
+            _attempt(one.row, one.warm_up, size)
         for _ in range(options.rounds):
-            for row, one in timed:
-                if row.is_active:
-                    with _errors_of(row):
-                        seconds = one.seconds(options.seconds / options.rounds)
-                        rates[row.name].append(size / seconds)
-        for row, one in timed:
-            if row.is_active:
-                own = rates[row.name]
-                spread = (min(own), max(own))
-                row.points.append(Point(size, statistics.median(own), spread, growth[row.name]))
-                row.best = max(row.points, key=lambda point: point.images_per_second)
-                if row.best is row.points[-1]:
-                    row.threads = threads_for(one.operations(size))
-                    row.memory_bytes = one.memory_bytes(growth[row.name])
+            for one in active():
+                _attempt(one.row, one.time_round, options.seconds / options.rounds)
+        for one in active():
+            one.record()
+        for one in timed:
             one.prepare(0)  # frees the batch
-    for row, one in timed:
-        if row.mode == "inference" and row.points:
-            progress(f"{row.name}, latency")
-            with _errors_of(row):
-                row.latency_ms = _latency(one, options.seconds)
+    for one in timed:
+        if not one.is_training and one.row.points:
+            progress(f"{one.row.name}, latency")
+            _attempt(one.row, _time_latency, one, options.seconds)
     progress("the machine's matrix products")
     peaks = {name: max(peak, measure_peak(found.device, name)) for name, peak in peaks.items()}
-    for row, _ in timed:
+    for row in found.models:
         if row.best is not None:
             gflops, shape = peaks[row.precision]
-            reached = _PASSES[row.mode] * row.flops * row.best.images_per_second / 1e9
+            reached = row.operations(1) * row.best.images_per_second / 1e9
             row.peak = {"gflops": gflops, "shape": shape, "share": reached / gflops}
+
+
+def _attempt(row: ModelBenchmark, act: Callable[..., object], *arguments: Any) -> None:
+    """Records the time that a call takes, and any error except a `UserError`.
+
+    Running out of memory after a smaller batch was measured only ends the model's sweep.
+    """
+    begin = time.perf_counter()
+    try:
+        act(*arguments)
+    except UserError:
+        raise
+    except Exception as error:  # a model may raise anything; the others continue
+        text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        if row.points and "memory" in text.lower():
+            row.ended = text
+        else:
+            row.error = text
+    finally:
+        row.spent += time.perf_counter() - begin
 
 
 def _model(given: Given, options: BenchmarkOptions) -> ImageClassifier:
@@ -453,8 +473,8 @@ def _why_to_stop(row: ModelBenchmark, size: int, options: BenchmarkOptions) -> s
     return None
 
 
-def _latency(one: _Timed, seconds: float) -> dict[str, float]:
-    """Times 10 to 1,000 single images; returns nearest-rank percentiles and the number of runs."""
+def _time_latency(one: _Timed, seconds: float) -> None:
+    """Times 10 to 1,000 single images; records nearest-rank percentiles and the number of runs."""
     one.prepare(1)
     one.run()
     runs, times = math.ceil(seconds / one.seconds(seconds / 10)), []
@@ -463,28 +483,7 @@ def _latency(one: _Timed, seconds: float) -> dict[str, float]:
         one.run()
         times.append(1000 * (time.perf_counter() - begin))
     p50, p90, p99 = np.percentile(times, (50, 90, 99), method="inverted_cdf").tolist()
-    return {"p50": p50, "p90": p90, "p99": p99, "runs": len(times)}
-
-
-@contextlib.contextmanager
-def _errors_of(row: ModelBenchmark) -> Iterator[None]:
-    """Records the time the block takes and any error except a `UserError`.
-
-    Running out of memory after a smaller batch was measured only ends the model's sweep.
-    """
-    begin = time.perf_counter()
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # a model may raise anything; the others continue
-        text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        if row.points and "memory" in text.lower():
-            row.ended = text
-        else:
-            row.error = text
-    finally:
-        row.spent += time.perf_counter() - begin
+    one.row.latency_ms = {"p50": p50, "p90": p90, "p99": p99, "runs": len(times)}
 
 
 def measure_peak(device: torch.device, precision: str) -> Peak:
@@ -536,7 +535,7 @@ def command(models: Sequence[str], options: BenchmarkOptions) -> Benchmark:
     """Runs the benchmark with a status line on a terminal."""
     console = Reporter(stderr=options.output == STANDARD_OUTPUT).console
 
-    def progress(text: str) -> None:
+    def progress(text: str) -> None:  # no spinner: its thread would be measured too
         if console.is_terminal:
             console.print(f"\r{text[:90]:<90}", end="\r", markup=False)
 
@@ -559,8 +558,9 @@ def _lines(found: Benchmark) -> Iterator[str]:
     info, options, training = found.environment, found.options, found.models[0].mode == "training"
     machine = info["device"]
     if found.device.type == "cpu":
-        threads = f"{plural(found.threads, 'thread')} of {plural(info['cores'], 'core')}"
-        machine = f"{info['processor']}, {threads}{' (1 for small batches)' * (found.threads > 1)}"
+        threads = f"{plural(info['threads'], 'thread')} of {plural(info['cores'], 'core')}"
+        fewer = " (1 for small batches)" * (info["threads"] > 1)
+        machine = f"{info['processor']}, {threads}{fewer}"
     optimizer = "AdamW" if found.recipe is None else found.recipe["optimizer"]
     step = f"a training step ({optimizer})" if training else "inference"
     yield f"machine  {machine}, torch {info['packages']['torch']}"
@@ -573,25 +573,25 @@ def _lines(found: Benchmark) -> Iterator[str]:
         m, k, n = peak["shape"]
         yield f"peak     {precision}: {peak['gflops']:,.0f} GFLOP/s, {m}x{k} by {k}x{n}"
     if measured:
-        yield from ("", *table_of(map(_cells, measured)), "")
         rates: dict[int, dict[str, str]] = {}
         for row in measured:
             for point in row.points:
                 size = point.batch_size
                 cells = rates.setdefault(size, {"images/s at batch": f"{size:,}"})
                 cells[row.name] = _digits(point.images_per_second)
-        yield from (*table_of(rates[size] for size in sorted(rates)), "")
-        passes = " x 3 passes" if training else ""
+        by_size = table_of(rates[size] for size in sorted(rates))
+        yield from ("", *table_of(map(_cells, measured)), "", *by_size, "")
+        passes, kept = "", "weights"
+        if training:
+            passes, kept = " x 3 passes", "weights, the optimizer's state"
         yield f"of peak: GFLOPs of one image{passes} x images/s, relative to the machine's matmuls."
-        kept = "weights, the optimizer's state" if training else "weights"
         yield f"GB: {kept}, the batch, and what a step takes ({_MEMORY[found.device.type]})."
     for row in found.models:
         start = f"note     {row.name}: "
-        if row.best is not None:
-            if row.ended is not None:
-                yield f"{start}no batch above {row.points[-1].batch_size:,}: {row.ended}"
-            if (spread := row.best.relative_spread) > _WIDE_SPREAD:
-                yield f"{start}rounds differ by {spread:.0%}: the machine was busy, measure again"
+        if row.best is not None and row.ended is not None:
+            yield f"{start}no batch above {row.points[-1].batch_size:,}: {row.ended}"
+        if row.best is not None and (spread := row.best.relative_spread) > _WIDE_SPREAD:
+            yield f"{start}rounds differ by {spread:.0%}: the machine was busy, measure again"
         if row.error:
             yield f"failed   {row.name}: {row.error}"
     if found.recipe is not None and measured:

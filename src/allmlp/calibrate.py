@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from allmlp.console import Reporter, table
+from allmlp.console import Reporter
 from allmlp.errors import plural
 from allmlp.evaluate import evaluate
 from allmlp.evaluation.calibration import (
@@ -55,10 +55,7 @@ def calibrate(
         UserError: as in `evaluate`; both `accuracy` and `unsure_below`, or
             no threshold reaches the accuracy.
     """
-    options = data if isinstance(data, CalibrateOptions) else None
-    if options is None and data is not None:
-        fields["data"] = data
-    options = make(CalibrateOptions, options, fields)
+    options = make(CalibrateOptions, data, fields, "data")
     net = open_model(model, options.image_size, options.resize_weights, **options.foreign)
     own = {field.name for field in fields_of(MeasureOptions)} - {"image_size", "resize_weights"}
     given = {name: getattr(options, name) for name in own}
@@ -89,7 +86,7 @@ def command(model: str, output: str, options: CalibrateOptions) -> Done:
         text, section = card.read_text("utf-8"), probabilities_section(net.decision)
         pattern = rf"(?ms)^{PROBABILITIES}\n.*?(?=^## )"
         text = re.sub(pattern, lambda _: section, text, count=1)
-        atomic_write(path / "README.md", text.encode(errors="surrogateescape"))
+        atomic_write(path / "README.md", text)
     report.say(f"data     {result.data}: {plural(len(result.labels), 'image')}")
     for line in result.warnings():
         report.say(f"warning  {line}", style="yellow")
@@ -104,10 +101,11 @@ def command(model: str, output: str, options: CalibrateOptions) -> Done:
         measured = cross_calibrated(result) if has_temperature else result
         cells = []
         for row in coverage_table(measured, _THRESHOLDS):
-            accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.2%}"
-            cells.append([f"{row['threshold']:.4g}", f"{row['coverage']:.2%}", accuracy])
+            cells.append({"unsure below": f"{row['threshold']:.4g}"})
+            cells[-1]["answered"] = f"{row['coverage']:.2%}"
+            if row["accuracy"] is not None:
+                cells[-1]["accuracy of the answers"] = f"{row['accuracy']:.2%}"
         report.say()
-        for line in table(["unsure below", "answered", "accuracy of the answers"], cells):
-            report.say(line)
+        report.table(cells)
     report.say(f"\nwritten  {weights}")
     return Done({"written": weights, "decision": net.decision, "evaluation": result})

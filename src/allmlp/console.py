@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -47,6 +47,11 @@ class Reporter:
         self._said.append(text)
         if self._log is not None:
             self._flush()
+
+    def table(self, rows: Iterable[Mapping[str, str]], left: int = 1) -> None:
+        """Prints rows by column, see `table_of`."""
+        for line in table_of(rows, left):
+            self.say(line)
 
     def log_to(self, path: Path) -> None:
         """Logs all lines, including earlier ones, to a file."""
@@ -115,14 +120,7 @@ def table_of(rows: Iterable[Mapping[str, str]], left: int = 1) -> list[str]:
     return table(names, [[row.get(name, "-") for name in names] for row in rows], left)
 
 
-class _Bad(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def what(self) -> str: ...
-
-
-def report_bad_images(bad: Sequence[_Bad], number: int | None = None) -> int:
+def report_bad_images(bad: Sequence[Any], number: int | None = None) -> int:
     """Lists the first 20 bad images on standard error; returns the exit code, 0 or 3.
 
     `number` is their total if `bad` is truncated.

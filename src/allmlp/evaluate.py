@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from allmlp.console import Reporter, report_bad_images, report_notes, table
+from allmlp.console import Reporter, report_bad_images, report_notes
 from allmlp.data.source import Source
 from allmlp.data.sources import notes_of, read_from
 from allmlp.deploy.formats import ExportedModel, is_exported, load_any
@@ -167,14 +167,12 @@ def show(result: Evaluation, options: EvaluateOptions) -> int:
     titles = {"recall": "recall", "precision": "precision", "f1": "F1"}
     if result.is_multi_label:
         titles |= {"average_precision": "AP", "threshold": "threshold"}
-    cells = [
-        [
-            *(row["class"], f"{row['images']:,}"),
-            *("-" if row[name] is None else f"{row[name]:.1%}" for name in titles),
-        ]
-        for row in rows
-    ]
-    report.say("\n".join(table(["class", "images", *titles.values()], cells)))
+    shown = []
+    for row in rows:
+        shown.append({"class": row["class"], "images": f"{row['images']:,}"})
+        for name, title in titles.items():
+            shown[-1][title] = "-" if row[name] is None else f"{row[name]:.1%}"
+    report.table(shown)
     confusions = result.worst_confusions(5)
     if confusions:
         report.say("\nmost often confused")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import glob
+import io
 import json
 import os
 import platform
@@ -148,13 +150,13 @@ def path_in_errors(path: Path) -> Iterator[None]:
 _PARTIAL, _LOCK = ".partial", ".lock"
 _STALE = 24 * 3600.0  # seconds unchanged, after which a partial file is abandoned
 
-Content = bytes | Callable[[Path], None]
+Content = bytes | str | Callable[[Path], None]
 
 
 def atomic_write(path: Path, content: Content) -> None:
     """Writes a file atomically: to a temporary name, flushed to disk, then renamed.
 
-    `content` is bytes, or a function that writes to a given path.
+    `content` is bytes, text, or a function that writes to a given path.
     """
     atomic_write_all({path: content})
 
@@ -170,8 +172,10 @@ def atomic_write_all(contents: dict[Path, Content]) -> None:
                 mode = partial[path].stat().st_mode  # from the umask, whatever the writer sets
                 if callable(content):
                     content(partial[path])
-                else:
+                elif isinstance(content, bytes):
                     partial[path].write_bytes(content)
+                else:  # file names need not be valid text
+                    partial[path].write_bytes(content.encode(errors="surrogateescape"))
                 partial[path].chmod(mode)
                 with partial[path].open("rb+") as file:
                     os.fsync(file.fileno())
@@ -180,6 +184,13 @@ def atomic_write_all(contents: dict[Path, Content]) -> None:
     finally:
         for written in partial.values():
             written.unlink(missing_ok=True)
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Returns rows of cells as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def partial_path(path: Path, process: int | None = None) -> Path:

@@ -13,8 +13,6 @@ Shapes: N images, K classes.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -24,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from allmlp import plots
-from allmlp.console import Reporter, report_bad_images, report_notes, table
+from allmlp.console import Reporter, report_bad_images, report_notes
 from allmlp.data.exclude import exclude_list
 from allmlp.data.source import MARK, BadImage, Source, join, relabel
 from allmlp.data.sources import notes_of, open_splits, read_from
@@ -33,7 +31,7 @@ from allmlp.evaluation.features import cache_path, frozen_features, opened_model
 from allmlp.evaluation.options import LabelMistakesOptions
 from allmlp.evaluation.predictor import predictor_for
 from allmlp.evaluation.probe import out_of_fold
-from allmlp.io import atomic_write_all, check_not_inputs, check_output_folder, expand
+from allmlp.io import atomic_write_all, check_not_inputs, check_output_folder, csv_text, expand
 from allmlp.models.layers import ImageClassifier
 from allmlp.options import make
 from allmlp.training.own_images import counted
@@ -98,18 +96,14 @@ class LabelMistakes:
 
     def save(self, folder: Path) -> None:
         """Writes the ranking, a list for `exclude` of training, and a contact sheet."""
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([column.name for column in fields(RankedLabel)])
+        table: list[Any] = [[column.name for column in fields(RankedLabel)]]
         for image in self.ranked:
             row = asdict(image) | {"suspected": int(image.suspected)}
-            writer.writerow(f"{v:.6f}" if isinstance(v, float) else v for v in row.values())
+            table.append(f"{v:.6f}" if isinstance(v, float) else v for v in row.values())
         rows = ((x.split, x.index, f"{x.label}, probably {x.suggestion}") for x in self.suspected)
         excluded = exclude_list(self.splits, rows, self.data)
-        texts = {"mistakes.csv": file.getvalue(), "exclude.txt": excluded}
-        atomic_write_all(
-            {folder / name: text.encode(errors="surrogateescape") for name, text in texts.items()}
-        )
+        files = {"mistakes.csv": csv_text(table), "exclude.txt": excluded}
+        atomic_write_all({folder / name: text for name, text in files.items()})
         shown = self.ranked[:_ON_SHEET]
         captions = [
             f"{plots.shorten(image.label, 20)}\n-> {plots.shorten(image.suggestion, 14)} "
@@ -142,16 +136,12 @@ def find_label_mistakes(
         UserError: no such data, fewer than two classes, an output that exists, or features that are
             not finite.
     """
-    options = data if isinstance(data, LabelMistakesOptions) else None
-    if options is None and data is not None:
-        fields["data"] = str(data)
-    options = make(LabelMistakesOptions, options, fields)
+    options = make(LabelMistakesOptions, data, fields, "data")
     report, cache = report or Reporter(quiet=True), cache_path(options)
     folder = None if options.output is None else expand(options.output)
-    if folder is not None:
-        check_output_folder(folder, FILES, overwrite=options.overwrite)
-    if cache is not None:
-        check_output_folder(cache)
+    outputs = [path for path in (folder, cache) if path is not None]
+    for path in outputs:
+        check_output_folder(path, FILES, overwrite=options.overwrite)
     splits = open_splits(options.data)
     names = list(dict.fromkeys(name for split in splits.values() for name in split.class_names))
     splits = {name: relabel(split, names) for name, split in splits.items()}
@@ -160,8 +150,7 @@ def find_label_mistakes(
         raise UserError("the images are of fewer than two classes", where=options.data)
     inputs = [*read_from(options.data)]
     inputs += [] if isinstance(model, ImageClassifier) else files_of(str(model))
-    outputs = [] if folder is None else [folder, *map(folder.joinpath, FILES)]
-    outputs += [] if cache is None else [cache]
+    outputs += [] if folder is None else map(folder.joinpath, FILES)
     check_not_inputs(outputs, inputs, map(source.item_name, range(len(source))))
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # fail early
@@ -169,23 +158,21 @@ def find_label_mistakes(
         net, device = opened_model(model, options)
         predictor = predictor_for(options, net, device)
         features = frozen_features(predictor, source, cache, lambda batch: bar.advance(len(batch)))
-    labels = source.labels[features.indices]
+    labels, rows = source.labels[features.indices], np.arange(len(features.indices))
     probabilities = out_of_fold(features.values, labels, len(names))
     if source.is_multi_label:
         own, other, suspected, is_single = _of_several(probabilities, labels)
         changed = labels.copy()
-        rows = np.arange(len(labels)), other
-        changed[rows] ^= True
+        changed[rows, other] ^= True
         suggestions = [MARK.join(np.array(names)[row].tolist()) for row in changed]
-        likely, accuracy = 1.0 - own, float(((probabilities >= 0.5) == labels).mean())
+        likely, right = 1.0 - own, (probabilities >= 0.5) == labels
     else:
         other, suspected = confident_learning(probabilities, labels)
-        rows = np.arange(len(labels))
         own, likely = probabilities[rows, labels], probabilities[rows, other]
         # No other fold has the label, so nothing could confirm it.
         is_single = np.bincount(labels, minlength=len(names))[labels] < 2
         suggestions = [names[at] for at in other]
-        accuracy = float((probabilities.argmax(axis=1) == labels).mean())
+        right = probabilities.argmax(axis=1) == labels
     scores = np.where(is_single, np.inf, own)
     places = [(split, at) for split, images in splits.items() for at in range(len(images))]
     ranked = [
@@ -208,6 +195,7 @@ def find_label_mistakes(
     if trained := counted(net.source, source).trained_on:
         about = f"the model was trained on about {trained:,} of these {len(source):,} images"
         notes.append(f"{about}: it may have learned wrong labels, and find fewer of them")
+    accuracy = float(right.mean())
     result = LabelMistakes(source.name, ranked, len(names), accuracy, splits, features.bad, notes)
     if folder is not None:
         result.save(folder)
@@ -267,16 +255,15 @@ def show(result: LabelMistakes, options: LabelMistakesOptions) -> int:
     report.say(f"suspected  {plural(suspected, 'label')} ({suspected / images:.1%})\n")
     names = [image.name for image in result.ranked]
     start = os.path.commonprefix(names).rfind("/") + 1  # noqa: RUF071 - not all names are paths
-    rows = [
-        [
-            image.name[start:],
-            f"{image.label} {image.label_probability:.1%}",
-            f"{image.suggestion} {image.suggestion_probability:.1%}",
-        ]
+    rows = (
+        {
+            "image": image.name[start:],
+            "label": f"{image.label} {image.label_probability:.1%}",
+            "suggestion": f"{image.suggestion} {image.suggestion_probability:.1%}",
+        }
         for image in result.ranked[: options.top]
-    ]
-    for line in table(["image", "label", "suggestion"], rows, left=3):
-        report.say(line)
+    )
+    report.table(rows, left=3)
     if options.output is None:
         report.say("\nfor the whole ranking, a contact sheet and a list to exclude: set output")
     else:

@@ -24,26 +24,18 @@ def own_entry(entries: Mapping[str, Value]) -> Value | None:
     return entries.get(NAME, entries.get(OLD_NAME))
 
 
-def optional(module: str, group: str, what: str, where: object = None) -> Any:
-    """Imports a module from an optional dependency group; raises `what` if it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(what, where=where, fix=extra(group)) from error
-
-
 def extra(name: str) -> str:
     """Returns the command that installs an optional dependency group."""
     return f"pip install '{NAME}[{name}]'"
 
 
-def import_extra(name: str, group: str) -> Any:
-    """Imports a module from an optional dependency group; the error says how to install it."""
+def import_extra(name: str, group: str, what: str | None = None, where: object = None) -> Any:
+    """Imports a module from an optional dependency group; raises `what` if it is missing."""
     package = name.partition(".")[0]
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name not in (package, name):
-            raise
-        what = f"this needs {package}, which is not installed"
-        raise UserError(what, fix=extra(group), code="missing-package") from error
+    except ImportError as error:
+        if what is None and error.name not in (package, name):
+            raise  # it is there, and lacks something itself
+        what = what or f"this needs {package}, which is not installed"
+        raise UserError(what, where=where, fix=extra(group), code="missing-package") from error

@@ -91,9 +91,12 @@ class OptionError(UserError):
         self.name = name
 
 
-def make(kind: type[Kind], options: Kind | None, fields: dict[str, Any]) -> Kind:
-    """Returns the options updated by the keywords; the defaults without either."""
+def make(kind: type[Kind], options: Any, fields: dict[str, Any], first: str = "") -> Kind:
+    """Returns the options updated by the keywords; the defaults without either. With `first`,
+    `options` may also be the value of this field."""
     values = {}
+    if first and isinstance(options, str | Path):
+        fields, options = {**fields, first: str(options)}, None
     if options is not None:
         if not isinstance(options, kind):
             raise UserError(f"options must be {kind.__name__}, got {type(options).__name__}")

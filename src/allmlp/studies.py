@@ -16,7 +16,6 @@ Cross-validation trains once per fold, and measures each model on the fold it ha
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,15 +29,15 @@ from allmlp.data.source_spec import parse_name
 from allmlp.data.workers import check_guard
 from allmlp.decision import Decision
 from allmlp.errors import UserError, plural
-from allmlp.evaluation.metrics import Evaluation, main_of, metric_of
-from allmlp.io import atomic_write
+from allmlp.evaluation.metrics import Evaluation, Metric, main_of, metric_of
+from allmlp.io import atomic_write, csv_text
 from allmlp.plots import save_evaluation
 from allmlp.runtime.world import join_world
 from allmlp.sweep import (
     Row,
     Sweep,
     mean_and_deviation,
-    metrics_table,
+    metrics_row,
     save_study,
     spreads,
     study_folder,
@@ -246,9 +245,12 @@ def _report(sweep: Sweep, result: FinetuneResult) -> None:
     on = result.measured_on
     runs = [(f"rate {rate:g}", "held out", found) for rate, found in result.grid_metrics.items()]
     runs += [(f"seed {seed}", on, metrics) for seed, metrics in result.metrics.items()]
-    for line in metrics_table(("run", "images"), runs, result.best_by):
-        sweep.say(line)
     main = main_of(next(iter(result.metrics.values())))
+    rows = []
+    for name, images, metrics in runs:
+        cells = metrics_row(metrics, result.best_by) if metrics else {main.title: "diverged"}
+        rows.append({"run": name, "images": images, **cells})
+    sweep.table(rows)
     name = "accuracy" if main.name == "top1" else main.title
     text = f"{on} {name} {result.summary()}, learning rate {result.learning_rate:g}"
     sweep.say(text, style="bold green")
@@ -280,8 +282,9 @@ class CrossValidation:
 
     @property
     def main(self) -> str:
-        """The metric that says which fold is best: top1 or mean_average_precision."""
-        return main_of(self.folds[0]).name
+        """The metric that says which fold is best: top1 or mean_average_precision, or micro_f1 if a
+        fold has no labels."""
+        return _shared_main(self.folds).name
 
     def spread(self, name: str, *, test: bool = False) -> tuple[float, float | None]:
         """Returns mean and sample standard deviation of a metric, such as "top1"."""
@@ -345,7 +348,7 @@ def cross_validate(config: TrainConfig, folds: int = 5, *, quiet: bool = False) 
         return result
 
 
-def _measure(config: TrainConfig, result: TrainResult) -> Row:
+def _measure(result: TrainResult) -> Row:
     """Keeps a fold's logits in its run folder, and its metrics in the study's results."""
     held_out, file = result.validation, io.BytesIO()
     assert held_out is not None
@@ -375,10 +378,15 @@ def _joined(path: Path, whole: Source, dealt: np.ndarray, rows: list[Row]) -> Cr
     )
     out_of_fold.are_held_out, out_of_fold.trained_on = True, 0
     folds = [row["held_out"] for row in rows]
-    main = main_of(folds[0]).name
+    main = _shared_main(folds).name
     best = max(range(len(folds)), key=lambda at: (folds[at][main], -folds[at]["loss"], -at))
     tests = [row["test"] for row in rows if row["test"] is not None]
     return CrossValidation(path, folds, tests, out_of_fold, best + 1)
+
+
+def _shared_main(folds: list[dict[str, float]]) -> Metric:
+    """Returns the main metric of those that all folds have."""
+    return main_of(set.intersection(*map(set, folds)))
 
 
 def _save_folds(
@@ -388,27 +396,25 @@ def _save_folds(
     found, folder = result.out_of_fold, result.folder / "out_of_fold"
     found.save(folder, overwrite=True)
     save_evaluation(found, whole, folder)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("image", "fold", "class", "predicted", "probability"))
+    rows: list[list[Any]] = [["image", "fold", "class", "predicted", "probability"]]
     for number, index in enumerate(found.indices.tolist()):
         names, values = [*zip(*found.predicted(number), strict=True)] or ((), ())
         row = [whole.item_name(index), dealt[index] + 1, whole.label_text(index), MARK.join(names)]
-        writer.writerow([*row, MARK.join(f"{value:.6f}" for value in values)])
-    atomic_write(folder / "predictions.csv", text.getvalue().encode(errors="surrogateescape"))
+        rows.append([*row, MARK.join(f"{value:.6f}" for value in values)])
+    atomic_write(folder / "predictions.csv", csv_text(rows))
     mean, deviation = result.spread(result.main)
     section = (
         f"\n## Cross-validation\n\nThis is the model of fold {result.best} of {len(result.folds)}, "
-        f"which had the highest {_name(found)} on its held-out images. Over the folds it is "
+        f"which had the highest {_name(result)} on its held-out images. Over the folds it is "
         f"{mean:.2%} +- {deviation:.2%} (mean and standard deviation); out of fold, each image "
-        f"predicted by the model that had not seen it, {found.main_metric:.2%}.\n"
+        f"predicted by the model that had not seen it, {getattr(found, result.main):.2%}.\n"
     )
     values = {"config": config.to_json(), **result.to_json()}
     save_study(result.folder, "folds.json", values, run, section)
 
 
-def _name(found: Evaluation) -> str:
-    return found.main.title if found.is_multi_label else "accuracy"
+def _name(result: CrossValidation) -> str:
+    return "accuracy" if result.main == "top1" else metric_of(result.main).title
 
 
 def _report_folds(sweep: Sweep, result: CrossValidation, images: np.ndarray) -> None:
@@ -419,16 +425,19 @@ def _report_folds(sweep: Sweep, result: CrossValidation, images: np.ndarray) -> 
     for part in ("mean", "deviation"):
         rows.append((part, "", {name: spread[name][part] for name in spread}))
     rows.append(("out of fold", f"{len(found.labels):,}", dict(found.figures())))
-    for line in metrics_table(("held out", "images"), rows):
-        sweep.say(line)
+    sweep.table(
+        {"held out": name, "images": images, **metrics_row(metrics)}
+        for name, images, metrics in rows
+    )
     mean, deviation = result.spread(result.main)
-    name = _name(found)
+    name = _name(result)
     text = f"{name} {mean:.2%} +- {deviation:.2%} (mean and standard deviation of the folds), "
     right = f"{found.correct.sum():,} of {plural(len(found.labels), 'image')}"
-    sweep.say(f"{text}{found.main_metric:.2%} out of fold ({right})", style="bold green")
+    out = f"{getattr(found, result.main):.2%} out of fold ({right})"
+    sweep.say(f"{text}{out}", style="bold green")
     for line in found.warnings():
         sweep.say(f"warning  {line}", style="yellow")
-    if result.tests:
+    if result.tests and result.main in spreads(result.tests):
         mean, deviation = result.spread(result.main, test=True)
         sweep.say(f"test     {name} {mean:.2%} +- {deviation:.2%}")
     text = f"{result.folder / 'best'} (of fold {result.best}, the highest {name} of the folds; "

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from allmlp.console import Reporter, table
+from allmlp.console import Reporter
 from allmlp.data.fingerprint import fingerprint
 from allmlp.data.sources import open_splits, read_from
 from allmlp.errors import UserError
@@ -29,7 +29,7 @@ from allmlp.training.run_folder import config_of, identity, read_results
 from allmlp.training.train import DivergedError, train
 
 Row = dict[str, Any]  # a run's result as JSON values
-Measure = Callable[[TrainConfig, TrainResult], Row]
+Measure = Callable[[TrainResult], Row]
 RESULTS = "results.jsonl"
 
 
@@ -60,6 +60,12 @@ class Sweep:
         self.rows: dict[str, Row] = world.broadcast_from_rank0(self._read)
         self._images: dict[str, str] = {}
         self._log()
+
+    def table(self, rows: Iterable[Mapping[str, str]]) -> None:
+        """Prints a table of runs: name, images, metrics."""
+        self.say()
+        self.report.table(rows, left=2)
+        self.say()
 
     def run(
         self,
@@ -98,7 +104,7 @@ class Sweep:
         self.rows[key] = {"key": key, "name": name, "folder": folder, "data": images, **row}
         if self.world.is_main:
             lines = "".join(f"{json.dumps(row)}\n" for row in self.rows.values())
-            atomic_write(self.path / RESULTS, lines.encode(errors="surrogateescape"))
+            atomic_write(self.path / RESULTS, lines)
             self._log()
         return self.rows[key]
 
@@ -178,27 +184,20 @@ def _reached(config: TrainConfig, result: TrainResult, measure: Measure | None) 
         "measured_on": "validation" if result.test is None else "test",
         "images": len(shown.labels),
         "classes": len(shown.class_names),
-        "curve": [[int(float(row["step"])), float(row[f"{prefix}{main}"])] for row in rows],
+        "curve": [
+            [int(float(row["step"])), float(row[f"{prefix}{main}"])]
+            for row in rows
+            if f"{prefix}{main}" in row  # no validation image has a label
+        ],
         "seconds": float(last["seconds"]) if rows else None,
-        **(measure(config, result) if measure else {}),
+        **(measure(result) if measure else {}),
     }
 
 
-def metrics_table(
-    titles: Sequence[str],
-    rows: Sequence[tuple[str, str, Mapping[str, float] | None]],
-    also: str = "",
-) -> list[str]:
-    """Returns the lines of a table of runs: name, images, the main metrics and one more."""
-    known = {name for *_, metrics in rows for name in metrics or ()}
-    shown = [m for m in METRICS if m.name in known and (m.in_summary or m.name == also)]
-    cells = []
-    for name, images, metrics in rows:
-        texts = ["diverged"] * len(shown)
-        if metrics is not None:
-            texts = [f"{metrics[m.name]:{m.format}}" if m.name in metrics else "-" for m in shown]
-        cells.append([name, images, *texts])
-    return ["", *table([*titles, *(metric.title for metric in shown)], cells, left=2), ""]
+def metrics_row(metrics: Mapping[str, float], also: str = "") -> dict[str, str]:
+    """Returns the main metrics of a run and one more, by title, for a table."""
+    shown = [m for m in METRICS if m.name in metrics and (m.in_summary or m.name == also)]
+    return {m.title: f"{metrics[m.name]:{m.format}}" for m in shown}
 
 
 def spreads(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
@@ -222,26 +221,10 @@ def save_study(study: Path, name: str, values: Row, run: Path, section: str) -> 
         shutil.rmtree(best, ignore_errors=True)
         os.rename(staged, best)
     card = (source / "README.md").read_text("utf-8") + section
-    atomic_write(best / "README.md", card.encode(errors="surrogateescape"))
-    text = json.dumps(values, indent=2) + "\n"
-    atomic_write(study / name, text.encode(errors="surrogateescape"))
+    atomic_write(best / "README.md", card)
+    atomic_write(study / name, json.dumps(values, indent=2) + "\n")
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
     """Returns the mean and the sample standard deviation, None for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def summarize(rows: Sequence[Row]) -> Row:
-    """Summarizes runs that differ only in their seeds."""
-    accuracy, deviation = mean_and_deviation([row["accuracy"] for row in rows])
-    found = spreads([row.get("metrics", {}) for row in rows])
-    names = [name for name in ("balanced_accuracy", "macro_f1") if name in found]
-    return {
-        "runs": len(rows),
-        "measured_on": rows[0]["measured_on"],
-        "images": rows[0]["images"],
-        "accuracy": accuracy,
-        "deviation": deviation,
-        **{name: found[name]["mean"] for name in names},
-    }

@@ -44,19 +44,6 @@ def imagenet(tmp_path: Path) -> tuple[Path, Path, Path]:
     return tmp_path / "net", tmp_path / "val", tmp_path / "real.json"
 
 
-@pytest.mark.usefixtures("real_figures")
-def test_what_it_says_and_writes(capsys, class_folder: Path, model: Path, tmp_path: Path):
-    out = tmp_path / "out"
-    code, said, err = mixer(capsys, "evaluate", model, "--data", class_folder, "--output", out)
-    assert (code, err) == (0, "")
-    written = json.loads((out / "evaluation.json").read_text())
-    assert written["format"] == "allmlp measurement"
-    assert written["model"]["source"] == str(model)
-    assert f"{class_folder}:validation: 9 images" in said
-    assert f"top-1    {written['top1']:.2%} (" in said
-    assert (out / "reliability.png").stat().st_size > 5000
-
-
 @pytest.mark.parametrize(
     ("flags", "protocol"),
     [

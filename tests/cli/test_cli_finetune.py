@@ -11,7 +11,7 @@ import torch
 import allmlp as am
 from allmlp import studies as study
 from allmlp.training import train as loop
-from conftest import make_class_folder, mixer, tiny_model
+from conftest import mixer, tiny_model
 
 SHORT = ("--steps", 4, "--batch-size", 8, "--num-workers", 0, "--device", "cpu")
 SHORT += ("--set", "optimizer.warmup=1", "--set", "evaluate_every=2")
@@ -52,24 +52,6 @@ def test_one_run(capsys, place):
     code, out, _ = mixer(capsys, "train", "--resume", run)
     assert code == 0
     assert "resumed  after step 4 of 4" in out
-
-
-def test_a_study(capsys, place):
-    make_class_folder(place / "data" / "test", {"ant": 2, "bee": 2}, start=400)
-    line = ("finetune", place / "weights", "--data", place / "data", "--output", place / "out")
-    line += (*SHORT, "--grid", 0.01, "--seeds", 4, 5)
-    code, out, _ = mixer(capsys, *line)
-    assert code == 0
-    assert out.startswith("study    rates 0.01, judged on 10% of the training images; then seeds 4")
-    assert "=== grid: rate 0.01\n" in out
-    assert "=== seed-5: run 2 of 2\n" in out
-    assert "(mean and standard deviation of seeds 4, 5), learning rate 0.01\n" in out
-    again = mixer(capsys, *line)
-    assert again[0] == 0
-    assert again[1].splitlines()[-8:] == out.splitlines()[-8:]
-    code, out, _ = mixer(capsys, "predict", place / "out", place / "data" / "val" / "bee" / "0.png")
-    assert code == 0
-    assert "bee" in out
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from sklearn.metrics import f1_score
 
 import allmlp as am
 from allmlp.evaluation.calibration import fit_temperature, fitted, with_threshold
-from allmlp.evaluation.multi_label import best_thresholds
+from allmlp.evaluation.metrics import best_thresholds
 from allmlp.evaluation.options import CalibrateOptions
 from conftest import mixer, tiny_config
 

@@ -49,43 +49,39 @@ WHITE = torch.ones(1, 3, 16, 24)
 
 @pytest.mark.parametrize("place", [(0, 0), (1, 4), (3, 5)])
 def test_occlusion_finds_the_patch(place):
-    found = occlusion(OnePatch(*place).train(), WHITE, window=1)
+    model, sizes = OnePatch(*place).train(), []
+    model.class_names = ["a", "b", "bright"]
+    found = occlusion(model, WHITE, batch_size=20, on_batch=sizes.append)
+    assert model.calls == [1, *sizes] == [1, 20, 4]
     assert found.drop.shape == found.patch_drop.shape == (4, 6)
     # White gives e^4 / (e^4 + 2), grey (0 in the model's range of [-1, 1]) a third.
     expected = np.zeros((4, 6))
     expected[place] = np.e**4 / (np.e**4 + 2) - 1 / 3
     assert found.drop == pytest.approx(expected, abs=1e-6)
     assert found.patch_drop == pytest.approx(expected, abs=1e-6)
+    assert found.largest == (found.drop.max(), place[0] + 1, place[1] + 1)
     assert found.probability == pytest.approx(np.e**4 / (np.e**4 + 2))
-    assert (found.label, found.name) == (2, "class 2")
-
-
-def test_larger_windows_strides_and_batches():
-    model, sizes = OnePatch(1, 4).train(), []
-    model.class_names = ["a", "b", "bright"]
-    given = {"window": 3, "stride": 2}
-    found = occlusion(model, WHITE, **given)
-    # Rows start at 0 and, moved inwards, 1; columns at 0, 2 and 3: every patch is covered.
-    assert found.places[:, 0, 0].tolist() == [0, 1]
-    assert found.places[0, :, 1].tolist() == [0, 2, 3]
-    assert (found.drop > 0.1).tolist() == [[False, True, True]] * 2
-    assert np.unravel_index(found.patch_drop.argmax(), (4, 6))[1] in (3, 4, 5)
-    assert np.isfinite(found.patch_drop).all()
-    assert found.name == "bright"
-    model.calls.clear()
-    parts = occlusion(model, WHITE, **given, batch_size=4, on_batch=sizes.append)
-    assert model.calls == [1, *sizes] == [1, 4, 2]
-    assert parts.drop == pytest.approx(found.drop)
+    assert (found.label, found.name) == (2, "bright")
     assert model.training  # as before
     assert (WHITE == 1).all()
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [(16, (1, 1, 16)), (56, (3, 1, 144)), ((64, 128), (3, 1, 14 * 30))]
+    ("size", "side", "last"), [(16, 1, (3, 3)), (56, 3, (11, 11)), ((64, 180), 3, (13, 42))]
 )
-def test_default_windows(size, expected):
-    window, stride, places = occlusion_places(tiny_model(image_size=size))
-    assert (window, stride, places[..., 0].size) == expected
+def test_windows_cover_every_patch(size, side, last):
+    window, places = occlusion_places(tiny_model(image_size=size))
+    assert (window, tuple(places[-1, -1])) == (side, last)
+    assert (np.diff(places[:, 0, 0]) <= side).all()
+    assert (np.diff(places[0, :, 1]) <= side).all()
+
+
+def test_wide_windows_share_their_patches():
+    model = OnePatch(9, 9).train()
+    model.config = am.MixerConfig(image_size=(64, 64), num_classes=3, **TINY)
+    found = occlusion(model, torch.ones(1, 3, 64, 64))
+    assert np.unravel_index(int(found.patch_drop.argmax()), (16, 16)) == (9, 9)
+    assert (found.drop > 0.1).sum() == found.window**2  # it is covered by so many windows
 
 
 def test_no_class_to_explain():

@@ -100,20 +100,10 @@ def test_svg_files_hold_the_same_pixels_and_are_reproducible(tmp_path):
         assert contains(inside, enlarged(figures.unit_pixels(unit), 16))
 
 
-def test_blend_shades_the_map_with_the_image():
-    pixels = np.zeros((4, 6, 3), np.uint8)
-    pixels[:, 3:] = 255
-    drawn = figures.blend(pixels, np.array([[1.0, 1.0], [-1.0, -1.0]]), 1.0)
-    assert drawn.shape == (4, 6, 3)
-    assert (drawn[:2, :, 0] > drawn[:2, :, 2]).all()
-    assert (drawn[2:, :, 0] < drawn[2:, :, 2]).all()
-    assert drawn[0, 5].sum() > drawn[0, 0].sum()
-
-
 def test_occlusion_and_responses(tmp_path):
     random = np.random.default_rng(0)
     drop = np.array([[0.0, 0.2, -0.1]])
-    result = Occlusion(1, "$cat$", 0.875, drop, np.zeros((1, 3, 2), np.int64), drop, 1, 1)
+    result = Occlusion(1, "$cat$", 0.875, drop, np.zeros((1, 3, 2), np.int64), drop, 1)
     pixels = random.integers(0, 255, (8, 24, 3)).astype(np.uint8)
     figure = figures.occlusion_figure(pixels, result, "photo.jpg")
     assert figure.axes[0].get_title() == r"predicted: \$cat\$, 87.5%"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import allmlp as am
 from allmlp.inspection import units as measures
-from allmlp.inspection.units import model_units, weight_correlations
+from allmlp.inspection.units import model_units
 from allmlp.weights.load import resize_model
 from conftest import tiny_model
 
@@ -181,12 +181,3 @@ def test_variants_of_token_mixing(changes, drawn, note):
     with pytest.raises(am.UserError, match=r"layer 2"):
         found.layer(2)
     assert re.match(note, text)
-
-
-def test_correlation_of_two_models():
-    model = tiny_model()
-    one, other = model_units(model), model_units(am.random_weights(model, 1))
-    assert weight_correlations(one, one) == pytest.approx({"1": 1, "2": 1, "stem": 1})
-    assert abs(weight_correlations(one, other)["stem"]) < 0.3
-    larger = model_units(am.random_weights(tiny_model(image_size=16)))
-    assert list(weight_correlations(one, larger)) == ["stem"]

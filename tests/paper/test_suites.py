@@ -15,9 +15,8 @@ import torch
 import allmlp as am
 from allmlp import sweep
 from allmlp.evaluation.result_file import read_measurement
-from allmlp.paper.avg5 import AVG5, avg5
-from allmlp.paper.suite import SuiteResult, suite_result
-from allmlp.paper.vtab import VTAB, vtab
+from allmlp.paper.suites import SuiteResult, avg5, vtab
+from allmlp.paper.tasks import AVG5, VTAB
 from allmlp.training import train as loop
 from allmlp.training.optim import learning_rate, warmup_steps
 from conftest import make_class_folder, tiny_model
@@ -101,7 +100,7 @@ def pretended(
     monkeypatch: pytest.MonkeyPatch, accuracy: Callable[[am.TrainConfig], float]
 ) -> Asked:
     """Nothing is trained, and no model is resized."""
-    monkeypatch.setattr("allmlp.paper.suite.load_model", lambda *_, **__: tiny_model(4))
+    monkeypatch.setattr("allmlp.paper.suites.load_model", lambda *_, **__: tiny_model(4))
     return pretend(monkeypatch, accuracy)
 
 
@@ -147,10 +146,8 @@ def test_the_lightweight_protocol(place, monkeypatch):
     assert (config.model.image_size, config.data.resize) == (224, "squash")
     assert config.optimizer.clip_norm == 0.0
     assert warmup_steps(config.optimizer, 1000) == 80
-    rates = [learning_rate(config.optimizer, step, 1000) for step in range(1000)]
-    assert rates[40] == pytest.approx(0.005)
-    ends = [rates[step] for step in (80, 300, 301, 600, 601, 900, 901, 999)]
-    assert ends == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
+    rates = [learning_rate(config.optimizer, step, 1000) for step in (40, 80, 300, 301, 601, 999)]
+    assert rates == pytest.approx([5e-3, 1e-2, 1e-2, 1e-3, 1e-4, 1e-5])
     asked.clear()
     result = vtab("w", output=str(place / "short"), steps=100, seeds=(3,), **given)
     assert result is not None
@@ -198,7 +195,7 @@ def test_tasks_may_be_added_and_other_settings_are_other_runs(place, monkeypatch
     assert run(place, tasks="pets", grid=[0.2]).tasks == first.tasks
     assert len(asked) == 3
     weights = tiny_model(4, hidden_dim=32)
-    monkeypatch.setattr("allmlp.paper.suite.load_model", lambda *_, **__: weights)
+    monkeypatch.setattr("allmlp.paper.suites.load_model", lambda *_, **__: weights)
     with pytest.raises(am.UserError, match="weights"):
         run(place, tasks="dtd", grid=[0.2])
 
@@ -240,12 +237,12 @@ def test_the_means():
         name: {"accuracy": accuracy}
         for name, accuracy in [("svhn", 0.2), ("pets", 0.4), ("eurosat", 0.9), ("dmlab", 0.1)]
     }
-    result = suite_result(Path("x"), VTAB, done, [])
-    assert list(result.tasks) == ["pets", "svhn", "eurosat", "dmlab"]
+    result = SuiteResult(Path("x"), VTAB, done, [])
+
     assert result.mean == pytest.approx(0.4)
     assert result.groups == {"natural": pytest.approx(0.3), "specialised": 0.9, "structured": 0.1}
     assert len(result.missing) == 15
     assert result.summary() == "mean of 4 of 19 tasks, partial: 40.00%"
-    whole = suite_result(Path("x"), VTAB, {name: {"accuracy": 0.5} for name in VTAB}, [])
+    whole = SuiteResult(Path("x"), VTAB, {name: {"accuracy": 0.5} for name in VTAB}, [])
     assert (whole.missing, whole.summary()) == ([], "mean of 19 tasks: 50.00%")
-    assert suite_result(Path("x"), VTAB, {}, []).mean is None
+    assert SuiteResult(Path("x"), VTAB, {}, []).mean is None

@@ -10,9 +10,8 @@ import pytest
 
 import allmlp as am
 from allmlp.data.sources import open_subset
-from allmlp.paper.avg5 import AVG5
-from allmlp.paper.suite import named_tasks, plan_1k, plan_whole, resolved
-from allmlp.paper.vtab import VTAB
+from allmlp.paper.suites import named_tasks, plan_1k, plan_whole, resolved
+from allmlp.paper.tasks import AVG5, VTAB
 from conftest import draw, make_class_folder
 
 

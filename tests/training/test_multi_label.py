@@ -13,8 +13,7 @@ from sklearn.metrics import average_precision_score, f1_score, log_loss
 
 import allmlp as am
 from allmlp.decision import Decision
-from allmlp.evaluation.metrics import Evaluation
-from allmlp.evaluation.multi_label import average_precision
+from allmlp.evaluation.metrics import Evaluation, average_precision
 from allmlp.training.run_folder import config_of
 from conftest import mixer, tiny_model
 
@@ -217,6 +216,22 @@ def test_validation_images_without_a_label(run: tuple[Path, Path], tmp_path: Pat
     assert found.mean_average_precision is None
 
 
+def test_a_fold_without_a_label(run: tuple[Path, Path], tmp_path: Path):
+    """It has no average precision, so the folds are compared by micro F1."""
+    paths = [line.split(",")[0] for line in run[1].read_text().splitlines()[1:25]]
+    labels = ("red|blue", "green", "")
+    lines = [f"{run[1].parent / paths[at]},{labels[at % 3]},{at % 3}" for at in range(24)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,fold", *lines]) + "\n")
+    changes = {"data.source": str(tmp_path / "list.csv"), "data.holdout": None, "epochs": 1}
+    changes |= {"best_by": "micro_f1", "output": str(tmp_path / "folds")}
+    found = am.cross_validate(config_of(run[0]).with_values(changes), 3, quiet=True)
+    assert found.main == "micro_f1"
+    assert ["mean_average_precision" in fold for fold in found.folds] == [True, True, False]
+    assert found.out_of_fold.mean_average_precision is not None
+    best = max(found.folds, key=lambda fold: fold["micro_f1"])
+    assert found.folds[found.best - 1]["micro_f1"] == best["micro_f1"]
+
+
 def test_a_model_of_one_label_refuses_several(run: tuple[Path, Path]):
     model = am.load_model(run[0], quiet=True)
     model.decision = Decision()
@@ -235,10 +250,10 @@ def test_wrong_labels_come_first(tmp_path: Path):
     data.write_text("\n".join(lines) + "\n")
     model = tiny_model(num_classes=3)
     found = am.find_label_mistakes(model, data, num_workers=0, device="cpu")
-    first = {Path(image.name).stem: image for image in found.ranked[:8]}
+    first = {Path(image.name).stem: image for image in found.ranked[:6]}
     assert first.keys() >= {str(at - 1) for at in wrong}
     for at in wrong:
         image = first[str(at - 1)]
         assert set(image.label.split("|")) ^ set(image.suggestion.split("|")) - {""} >= {"red"}
     assert sum(first[str(at - 1)].suspected for at in wrong) >= 3
-    assert len(found.suspected) < 12
+    assert len(found.suspected) <= 5

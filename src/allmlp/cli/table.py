@@ -28,7 +28,6 @@ POSITIONAL = {
     "recipe": "A name of docs/recipes.md.",
     "runs": "Run folders, measurement files, and folders that are searched for them.",
     "output": "The file or folder to write.",
-    "folder": "The folder with the .tar files.",
     "data": "A folder of class folders, a .csv or .jsonl list, Parquet, packed data, "
     "hf:owner/name, or digits.",
 }

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import replace
-from typing import Any, get_type_hints
+from typing import Any
 
 from allmlp.errors import UserError, exclusive, needs
-from allmlp.options import Options, Repeated, assigned, documentation, given_settings
-from allmlp.training.config import AdamW, DataSettings, ModelSettings, TrainConfig
+from allmlp.options import assigned, given_settings
+from allmlp.training.config import TrainConfig
+from allmlp.training.flags import OTHER_SETTINGS, flag, setting_options
 from allmlp.training.recipes import LEARNING_RATES
 from allmlp.training.recipes import recipe as named_recipe
 
@@ -43,41 +44,26 @@ TRAIN = {
     "seed": "seed",
 }
 FINETUNE = {**_SHARED, "resize_weights": "model.resize_weights"}
-_SECTIONS = {"": TrainConfig, "model": ModelSettings, "data": DataSettings, "optimizer": AdamW}
-_HINTS = {section: get_type_hints(kind) for section, kind in _SECTIONS.items()}
-_DOCS = {section: documentation(kind) for section, kind in _SECTIONS.items()}
-
-
-def _flag(name: str, hint: Any, default: Any, doc: str, **metadata: str) -> tuple[str, Any, Any]:
-    return name, hint, dataclasses.field(default=default, metadata={"doc": doc, **metadata})
 
 
 _DRY_RUN = """Check settings, data and model, time a few steps, say how long the run would take, and
 stop there; nothing is written."""
 
 
-def _options(name: str, settings: dict[str, str], *more: tuple[str, Any, Any]) -> Any:
-    """Returns a dataclass with a field per flag, None by default."""
-    fields = []
-    for flag, key in settings.items():
-        section, _, field = key.rpartition(".")
-        fields.append(_flag(flag, _HINTS[section][field] | None, None, _DOCS[section][field]))
-    base = dataclasses.field(default=None, metadata={"hidden": True})  # config.json of a run
-    fields.append(("base", dict[str, Any] | None, base))
-    doc = "Any other setting, as config.json of a run names it; may be given many times."
-    fields.append(_flag("settings", Repeated, (), doc, flag="set", metavar="KEY=VALUE"))
-    fields.append(_flag("dry_run", bool, False, _DRY_RUN))
-    fields += more
-    return dataclasses.make_dataclass(name, fields, bases=(Options,), kw_only=True, frozen=True)
+_EVERY_RUN = (
+    ("base", dict[str, Any] | None, dataclasses.field(default=None, metadata={"hidden": True})),
+    OTHER_SETTINGS,
+    flag("dry_run", bool, False, _DRY_RUN),
+)
 
 
 _FOLDS = """Cross-validate: train this many models, each measured on the fold that it has not seen.
 Groups (#group=COLUMN) stay whole; a column `fold` of the data is used."""
-_FOLDS_FLAG = _flag("folds", int | None, None, _FOLDS, metavar="N")
+_FOLDS_FLAG = flag("folds", int | None, None, _FOLDS, metavar="N")
 _RESUME = "The folder of a run to resume; its own settings are used."
-TrainOptions = _options(
-    *("TrainOptions", TRAIN, _FOLDS_FLAG),
-    _flag("resume", str | None, None, _RESUME, metavar="FOLDER"),
+TrainOptions = setting_options(
+    *("TrainOptions", TRAIN, *_EVERY_RUN, _FOLDS_FLAG),
+    flag("resume", str | None, None, _RESUME, metavar="FOLDER"),
 )
 TrainOptions.__doc__ = """Train a model from random weights; writes a run folder with the best ones.
 
@@ -154,13 +140,12 @@ without it batch size, length and warm-up follow from the number of training ima
 _PROBE = """Fit only the head, by logistic regression on frozen features of images without
 augmentation: seconds to minutes on a CPU."""
 _GRID = "Learning rates to choose from; without values those of the recipe."
-FinetuneOptions = _options(
-    "FinetuneOptions",
-    FINETUNE,
-    _flag("probe", bool, False, _PROBE),
-    _flag("recipe", str | None, None, _RECIPE, metavar="TEXT"),
-    _flag("grid", tuple[float, ...] | None, None, _GRID, metavar="[LR ...]"),
-    _flag("seeds", tuple[int, ...], (), "Of the final runs (0).", metavar="N ..."),
+FinetuneOptions = setting_options(
+    *("FinetuneOptions", FINETUNE, *_EVERY_RUN),
+    flag("probe", bool, False, _PROBE),
+    flag("recipe", str | None, None, _RECIPE, metavar="TEXT"),
+    flag("grid", tuple[float, ...] | None, None, _GRID, metavar="[LR ...]"),
+    flag("seeds", tuple[int, ...], (), "Of the final runs (0).", metavar="N ..."),
     _FOLDS_FLAG,
 )
 FinetuneOptions.__doc__ = """Continue training from a checkpoint on your own images.

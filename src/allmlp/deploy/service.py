@@ -80,7 +80,7 @@ class Service:
             self._no_units = " ".join(self._units.notes)
         self._no_map = ""
         try:
-            self._covered = occlusion_places(model)[2][..., 0].size
+            self._covered = occlusion_places(model)[1][..., 0].size
         except UserError as error:
             self._no_map, self._covered = error.what, 0
 
@@ -132,8 +132,7 @@ class Service:
         name, data = file
         image, pixels = model_input(data, name, preprocessing_of(self.model))
         found = occlusion(self.model, image, batch_size=BATCH_SIZE, on_batch=check)
-        row, column = np.unravel_index(int(found.drop.argmax()), found.drop.shape)
-        top, left = (int(start) + 1 for start in found.places[row, column])
+        drop, top, left = found.largest
         largest = max(float(np.abs(found.patch_drop).max()), 1e-8)
         return {
             "name": name,
@@ -142,7 +141,7 @@ class Service:
             "window": found.window,
             "patches": list(found.patch_drop.shape),
             "covered_images": int(found.drop.size),
-            "largest_drop": {"drop": float(found.drop[row, column]), "row": top, "column": left},
+            "largest_drop": {"drop": drop, "row": top, "column": left},
             "scale": largest,
             "image": _png_url(pixels),
             "map": _png_url(blend(pixels, found.patch_drop, largest)),

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 
 from allmlp.decision import Decision
 from allmlp.errors import UserError
-from allmlp.evaluation.metrics import Evaluation
-from allmlp.evaluation.multi_label import best_thresholds
+from allmlp.evaluation.metrics import Evaluation, best_thresholds
 
 _OF_IMAGES = ("logits", "labels", "indices")
 LEAST_IMAGES = 100  # with fewer no temperature is fitted

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from allmlp.console import Reporter, report_bad_images, table
+from allmlp.console import Reporter, report_bad_images, table_of
 from allmlp.data.classes import match_classes
 from allmlp.data.source import BadImage, Source, check_one_label, subset
 from allmlp.data.sources import open_splits, read_from
@@ -57,10 +57,10 @@ class FewShot:
         protocol: "big_vision" or "scenic".
         preprocessing: of all images.
         precision: of the model's matmuls.
-        shots: images per class.
         seeds: of the draws; () for scenic, which draws nothing.
-        swept: {shots: {seed: {l2: accuracy}}}; scenic's only draw is under 0.
+        accuracies: {images per class: {seed: accuracy}}; scenic's only accuracy is under 0.
         l2: {shots: the l2 of the reported accuracies}.
+        sweep: of scenic, {shots: {l2: accuracy}}.
         bad: images that could not be decoded.
         notes: lines for the user, e.g. classes with fewer images than shots.
         baseline: the same architecture with random weights, if requested.
@@ -75,10 +75,10 @@ class FewShot:
     protocol: str
     preprocessing: Preprocessing
     precision: str
-    shots: tuple[int, ...]
     seeds: tuple[int, ...]
-    swept: dict[int, dict[int, dict[float, float]]]
-    l2: dict[int, float] = field(default_factory=dict)
+    accuracies: dict[int, dict[int, float]]
+    l2: dict[int, float]
+    sweep: dict[int, dict[float, float]] = field(default_factory=dict)
     bad: list[BadImage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     baseline: FewShot | None = None
@@ -87,14 +87,6 @@ class FewShot:
     def chance(self) -> float:
         """Accuracy of random guessing: 1 / K."""
         return 1.0 / self.num_classes
-
-    @property
-    def accuracies(self) -> dict[int, dict[int, float]]:
-        """{shots: {seed: accuracy}}; scenic's only accuracy is under 0."""
-        return {
-            shots: {seed: by_l2[self.l2[shots]] for seed, by_l2 in swept.items()}
-            for shots, swept in self.swept.items()
-        }
 
     def mean(self, shots: int) -> float:
         """Returns the mean accuracy over the seeds."""
@@ -107,7 +99,6 @@ class FewShot:
 
     def to_json(self) -> dict[str, Any]:
         """Returns all numbers as JSON values."""
-        sweep = {} if self.protocol != "scenic" else self.swept
         return {
             "data": self.data,
             "test_split": self.test_split,
@@ -118,14 +109,15 @@ class FewShot:
             "protocol": self.protocol,
             "preprocessing": self.preprocessing.to_json(),
             "precision": self.precision,
-            "shots": list(self.shots),
+            "shots": list(self.accuracies),
             "seeds": list(self.seeds),
             "accuracies": self.accuracies,
-            "mean": {shots: self.mean(shots) for shots in self.shots},
-            "deviation": {shots: self.deviation(shots) for shots in self.shots},
+            "mean": {shots: self.mean(shots) for shots in self.accuracies},
+            "deviation": {shots: self.deviation(shots) for shots in self.accuracies},
             "l2": self.l2,
             "sweep": {
-                shots: {f"{l2:g}": v for l2, v in sweep[shots][0].items()} for shots in sweep
+                shots: {f"{l2:g}": accuracy for l2, accuracy in swept.items()}
+                for shots, swept in self.sweep.items()
             },
             "bad_images": [{"image": image.name, "error": image.what} for image in self.bad],
             "notes": self.notes,
@@ -214,9 +206,8 @@ def _measure(
 ) -> list[FewShot]:
     def measured(model: ImageClassifier) -> list[FewShot]:
         predictor = predictor_for(options, model, device, resize=options.resize)
-        return choose_l2(
-            [_sweep(predictor, name, splits, options, on_batch) for name, splits in data.items()]
-        )
+        found = [_of_one(predictor, name, data[name], options, on_batch) for name in data]
+        return choose_l2(found) if options.protocol == "scenic" else found
 
     results = measured(net)
     if not options.random_baseline:
@@ -225,14 +216,13 @@ def _measure(
     return [replace(own, baseline=twin) for own, twin in zip(results, twins, strict=True)]
 
 
-def _sweep(
+def _of_one(
     predictor: Predictor,
     name: str,
     splits: Mapping[str, Source],
     options: FewShotOptions,
     on_batch: OnBatch,
 ) -> FewShot:
-    """Returns the accuracies for every l2, for `choose_l2` to choose from."""
     train, test, test_split = _train_and_test(splits)
     labels, cache, draws = train.labels, cache_path(options), _draws(train, options)
     shown: dict[int, np.ndarray] = {}  # features of the training images drawn so far
@@ -253,25 +243,28 @@ def _sweep(
     if not len(seen.indices):
         raise UserError("none of the test images can be decoded", where=test.name)
     truth, is_scenic = test.labels[seen.indices], options.protocol == "scenic"
-    l2s = SWEEP if is_scenic else (options.l2,)
-    swept: dict[int, dict[int, dict[float, float]]] = {shots: {} for shots in options.shots}
+    counts = np.bincount(np.delete(labels, list(bad)), minlength=len(train.class_names))
+    accuracies: dict[int, dict[int, float]] = {shots: {} for shots in options.shots}
+    sweep, fewer = {}, []
     for shots in options.shots:
         for seed, draw in draws.items():
             chosen = _drawn({seed: draw}, shots, bad)
             values = np.stack([shown[index] for index in chosen])
-            probes = fit_sweep(values, labels[chosen], len(train.class_names), l2s)
-            swept[shots][seed] = {
+            l2s = SWEEP if is_scenic else (options.l2,)
+            probes = fit_sweep(values, labels[chosen], len(counts), l2s)
+            swept = {
                 l2: float((probe.predict(seen.values) == truth).mean())
                 for l2, probe in zip(l2s, probes, strict=True)
             }
-    counts = np.bincount(np.delete(labels, list(bad)), minlength=len(train.class_names))
-    fewer = [
-        f"{shots} shots: {(counts < shots).sum():,} of {len(counts):,} classes have fewer training "
-        f"images ({train.class_names[counts.argmin()]!r} has {counts.min():,}); all of them are "
-        "taken"
-        for shots in options.shots
-        if counts.min() < shots
-    ]
+            accuracies[shots][seed] = swept[l2s[0]]
+            if is_scenic:
+                sweep[shots] = swept
+        if counts.min() < shots:
+            fewer.append(
+                f"{shots} shots: {(counts < shots).sum():,} of {len(counts):,} classes have fewer "
+                f"training images ({train.class_names[counts.argmin()]!r} has {counts.min():,}); "
+                "all of them are taken"
+            )
     return FewShot(
         data=name,
         test_split=test_split,
@@ -282,27 +275,28 @@ def _sweep(
         protocol=options.protocol,
         preprocessing=predictor.preprocessing,
         precision=predictor.precision,
-        shots=options.shots,
         seeds=() if is_scenic else options.seeds,
-        swept=swept,
+        accuracies=accuracies,
+        l2=dict.fromkeys(options.shots, options.l2),
+        sweep=sweep,
         bad=[*(bad[index] for index in sorted(bad)), *seen.bad],
         notes=[*fewer, *notes, *seen.notes],
     )
 
 
 def choose_l2(results: Sequence[FewShot]) -> list[FewShot]:
-    """Returns the results of several data sets at the l2 that is best for all of them together.
+    """Returns scenic's results at the l2 that is best for all data sets together.
 
-    For every number of shots, the l2 with the highest mean rank over the data sets; ties go to the
-    larger. It is chosen on the test images, as in scenic's protocol.
+    For every number of shots, the l2 with the highest mean rank; ties go to the larger. It is
+    chosen on the test images, as in scenic's protocol.
     """
     chosen: dict[int, float] = {}
-    for shots in results[0].shots:
-        swept = [next(iter(result.swept[shots].values())) for result in results]
-        l2s = list(swept[0])
-        ranks = [np.argsort(np.argsort([row[l2] for l2 in l2s], kind="stable")) for row in swept]
-        chosen[shots] = l2s[len(l2s) - 1 - int(np.argmax(np.mean(ranks, axis=0)[::-1]))]
-    return [replace(result, l2=dict(chosen)) for result in results]
+    for shots, swept in results[0].sweep.items():
+        values = [[result.sweep[shots][l2] for l2 in swept] for result in results]
+        ranks = np.argsort(np.argsort(values, kind="stable")).mean(axis=0)
+        chosen[shots] = max(zip(ranks, swept, strict=True))[1]
+    best = [{shots: {0: r.sweep[shots][chosen[shots]]} for shots in chosen} for r in results]
+    return [replace(r, l2=chosen, accuracies=own) for r, own in zip(results, best, strict=True)]
 
 
 def num_images(splits: Mapping[str, Source], options: FewShotOptions) -> int:
@@ -377,17 +371,11 @@ class LinearProbe:
         return np.concatenate(parts)
 
 
-def fit_linear(
-    features: np.ndarray, labels: np.ndarray, num_classes: int, l2: float = 1024.0
-) -> LinearProbe:
-    """Fits a classifier to the shots: features (N, C), labels (N,) from 0 to K - 1."""
-    return next(fit_sweep(features, labels, num_classes, [l2]))
-
-
 def fit_sweep(
     features: np.ndarray, labels: np.ndarray, num_classes: int, l2s: Sequence[float]
 ) -> Iterator[LinearProbe]:
-    """Yields the classifier of `fit_linear` for each l2, from a single eigendecomposition."""
+    """Yields a classifier for each l2, from a single eigendecomposition of the shots: features
+    (N, C), labels (N,) from 0 to K - 1."""
     exact = features.astype(np.float64)
     mean, std = exact.mean(axis=0), exact.std(axis=0) + 1e-5
     x = _standardized(exact, mean, std)  # (N, C + 1)
@@ -443,17 +431,16 @@ def show(results: list[FewShot], options: FewShotOptions) -> int:
         shown = {name: run for name, run in pair.items() if run is not None}
         for note in dict.fromkeys(note for run in shown.values() for note in run.notes):
             say(f"note      {note}")
-        columns = {"shots": [str(shots) for shots in result.shots]}
-        for name, run in shown.items():
-            if run.protocol == "scenic":
-                l2s = [f"{run.l2[shots]:g}" for shots in run.shots]
-                columns["l2" if run is result else "baseline l2"] = l2s
-            columns[name] = [_mean_text(run, shots) for shots in run.shots]
-            for seed in run.seeds if run is result else ():
-                found = (run.accuracies[shots][seed] for shots in run.shots)
-                columns[f"seed {seed}"] = [f"{accuracy:.2%}" for accuracy in found]
-        rows = [list(row) for row in zip(*columns.values(), strict=True)]
-        say("\n".join(table(list(columns), rows, left=0)))
+        rows: list[dict[str, str]] = []
+        for shots, by_seed in result.accuracies.items():
+            row = {"shots": str(shots)}
+            for name, run in shown.items():
+                if run.sweep:
+                    row["l2" if run is result else "baseline l2"] = f"{run.l2[shots]:g}"
+                row[name] = _mean_text(run, shots)
+            seeds = {f"seed {seed}": by_seed[seed] for seed in result.seeds}
+            rows.append(row | {name: f"{accuracy:.2%}" for name, accuracy in seeds.items()})
+        say("\n".join(table_of(rows, left=0)))
     if options.output not in (None, STANDARD_OUTPUT):
         say(f"\nwritten   {expand(options.output)}")
     return report_bad_images([image for result in results for image in result.bad])

@@ -9,8 +9,6 @@ Shapes: N images, K classes, B bins.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -29,10 +27,9 @@ from allmlp.data.source import BadImage, Source, as_multi_label, check_one_label
 from allmlp.decision import Decision
 from allmlp.errors import UserError, named_memory_errors, one_of, plural
 from allmlp.evaluation.imagenet_real import RealScore
-from allmlp.evaluation.multi_label import average_precision
 from allmlp.evaluation.predictor import Outputs, Predictor, check_finite
 from allmlp.evaluation.result_file import measurement
-from allmlp.io import atomic_write_all, check_output_folder
+from allmlp.io import Content, atomic_write_all, check_output_folder, csv_text
 from allmlp.models.layers import Classifier, classes_of
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.world import World
@@ -102,11 +99,13 @@ METRICS = (
     Metric("real", "ReaL", _REAL),
 )
 _NAMED = {metric.name: metric for metric in METRICS}
+_MAIN = tuple(_NAMED[name] for name in (_TOP1, _MAP, "micro_f1"))
 
 
 def main_of(names: Container[str]) -> Metric:
-    """Returns top-1, or for several labels per image the mean average precision."""
-    return _NAMED[_TOP1 if _TOP1 in names else _MAP]
+    """Returns top-1, or for several labels per image the mean average precision, or micro F1 if no
+    image has a label."""
+    return next(metric for metric in _MAIN if metric.name in names)
 
 
 def metric_of(name: str, example: Evaluation | None = None) -> Metric:
@@ -161,6 +160,48 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
     sums = np.bincount(at, weights=confidence, minlength=bins)
     images, right = (np.bincount(rows, minlength=bins) for rows in (at, at[correct]))
     return Reliability(edges, images, sums, right)
+
+
+def average_precision(truth: np.ndarray, scores: np.ndarray) -> float | None:
+    """Returns the average precision of one class, bool (N,) and float (N,), as scikit-learn's: the
+    precision at each score times the recall gained there. None without a positive."""
+    positives, true, predicted, _ = _counts(truth, scores)
+    if not positives:
+        return None
+    gained = np.diff(true, prepend=0) / positives
+    return float((gained * (true / predicted)).sum())
+
+
+def best_thresholds(truth: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """Returns the logits from which a class is predicted so that its F1 is highest, float64 (K,).
+
+    Each lies in the middle between two scores; of equally good ones the one nearest to 0 (a
+    probability of one half), which is also that of a class without a positive.
+    """
+    found = np.zeros(truth.shape[1])
+    for number in range(truth.shape[1]):
+        positives, true, predicted, scores = _counts(truth[:, number], logits[:, number])
+        if not positives:
+            continue
+        f1 = 2 * true / (positives + predicted)
+        lower = np.append(scores[1:], scores[-1] - 2.0)  # the last predicts the class for all
+        middle = (scores + lower) / 2
+        is_zero_between = (lower < 0) & (scores >= 0)
+        middle[is_zero_between] = 0.0
+        best = np.flatnonzero(f1 == f1.max())
+        found[number] = middle[best[np.abs(middle[best]).argmin()]]
+    return found
+
+
+def _counts(
+    truth: np.ndarray, scores: np.ndarray
+) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the number of positives, and for each distinct score, highest first, the positives
+    and the images from it on, and the score in float64."""
+    order = np.argsort(-scores, kind="stable")
+    ordered, sums = scores[order].astype(np.float64), np.cumsum(truth[order])
+    ends = np.append(np.flatnonzero(np.diff(ordered)), len(ordered) - 1)
+    return int(sums[-1]), sums[ends], ends + 1, ordered[ends]
 
 
 @dataclass(repr=False)
@@ -393,8 +434,8 @@ class Evaluation:
     def __repr__(self) -> str:
         classes = plural(len(self.class_names), "class")
         images = plural(len(self.labels), "image")
-        main = [self.main.text(value) for _, value in self.figures((self.main,))]
-        return f"Evaluation({self.data!r}: {', '.join([images, classes, *main])})"
+        main = self.main.text(self.main_metric)
+        return f"Evaluation({self.data!r}: {images}, {classes}, {main})"
 
     def figures(self, metrics: Iterable[Metric] = METRICS) -> Iterator[tuple[str, float]]:
         """Yields (name, value) of all metrics that are a single number, or of these."""
@@ -405,13 +446,13 @@ class Evaluation:
 
     @property
     def main(self) -> Metric:
-        """Top-1, or for several labels per image the mean average precision."""
-        return main_of(() if self.is_multi_label else (_TOP1,))
+        """See `main_of`."""
+        return main_of(dict(self.figures(_MAIN)))
 
     @property
     def main_metric(self) -> float:
         """The value of `main`."""
-        return dict(self.figures((self.main,)))[self.main.name]
+        return getattr(self, self.main.name)
 
     def summary(self) -> str:
         """Returns the metrics of one line, "97.22%, balanced 97.18%, macro F1 97.20%"."""
@@ -530,18 +571,13 @@ class Evaluation:
         rows = self.per_class()
         per_class = [list(rows[0]), *(list(row.values()) for row in rows)]
         text = json.dumps(measurement("evaluation", model, self.to_json()), indent=2) + "\n"
-        contents = {"per_class.csv": _csv(per_class), "evaluation.json": text.encode()}
+        contents: dict[Path, Content] = {folder / "per_class.csv": csv_text(per_class)}
+        contents[folder / "evaluation.json"] = text
         if self.has_confusion:
             counts = zip(self.class_names, self.confusion.tolist(), strict=True)
             confusion = [["true class", *self.class_names], *([name, *row] for name, row in counts)]
-            contents["confusion.csv"] = _csv(confusion)
-        atomic_write_all({folder / name: data for name, data in contents.items()})
-
-
-def _csv(rows: list[list[Any]]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text).writerows(rows)
-    return text.getvalue().encode(errors="surrogateescape")
+            contents[folder / "confusion.csv"] = csv_text(confusion)
+        atomic_write_all(contents)
 
 
 @named_memory_errors()

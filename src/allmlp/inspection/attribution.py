@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from allmlp.data.transforms import model_input, normalize
-from allmlp.errors import UserError, between
+from allmlp.errors import UserError
 from allmlp.inspection.units import (
     Floats,
     ModelUnits,
@@ -58,7 +58,13 @@ class Occlusion:
     places: NDArray[np.int64]  # (rows, columns, 2): first patch (down, right) of the window, from 0
     patch_drop: Floats  # (G_H, G_W): mean over the windows that cover the patch
     window: int  # in patches
-    stride: int
+
+    @property
+    def largest(self) -> tuple[float, int, int]:
+        """The largest drop, and row and column of its window's first patch, from 1."""
+        at = np.unravel_index(int(self.drop.argmax()), self.drop.shape)
+        top, left = self.places[at].tolist()
+        return float(self.drop[at]), top + 1, left + 1
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
@@ -110,7 +116,7 @@ def responses_of(layer: TokenMixingLayer, tokens: Floats, activation: Floats) ->
     """
     grid = layer.incoming.shape[1:]
     read = layer.incoming * (activation.T @ tokens).reshape(-1, *grid)  # (U, G_H, G_W)
-    strength = np.sqrt((activation**2).sum(axis=0))
+    strength = np.linalg.norm(activation, axis=0)
     written: Any = [None] * len(strength)
     if layer.outgoing is not None:
         written = np.abs(layer.outgoing) * strength[:, None, None]
@@ -120,19 +126,18 @@ def responses_of(layer: TokenMixingLayer, tokens: Floats, activation: Floats) ->
 
 def strongest(responses: Sequence[UnitResponse], most: int) -> list[UnitResponse]:
     """Returns the units that add most to the tokens: largest energy of `written` first."""
-    sizes = [
-        response.strength if response.written is None else np.sqrt((response.written**2).sum())
-        for response in responses
-    ]
-    return [responses[at] for at in np.argsort(-np.array(sizes), kind="stable")[:most]]
+
+    def size(response: UnitResponse) -> float:
+        written = response.written
+        return response.strength if written is None else float(np.linalg.norm(written))
+
+    return sorted(responses, key=size, reverse=True)[:most]
 
 
 def occlusion(
     model: Classifier,
     image: Tensor,
     *,
-    window: int | None = None,
-    stride: int | None = None,
     batch_size: int = 64,
     on_batch: Callable[[int], object] = lambda count: None,
 ) -> Occlusion:
@@ -140,7 +145,7 @@ def occlusion(
 
     Source: Zeiler and Fergus 2014. `on_batch` is called with the number of covered images.
     """
-    window, stride, places = occlusion_places(model, window, stride)
+    window, places = occlusion_places(model)
     rows, columns, (down, right) = _occlusion_grid(model)
     whole = _probabilities(model, image)[0]
     label = int(whole.argmax())
@@ -160,7 +165,7 @@ def occlusion(
         total[top : top + window, left : left + window] += value
         count[top : top + window, left : left + window] += 1
     name = model.class_names[label] if model.class_names else f"class {label}"
-    return Occlusion(label, name, float(whole[label]), drop, places, total / count, window, stride)
+    return Occlusion(label, name, float(whole[label]), drop, places, total / count, window)
 
 
 def _occlusion_grid(model: Classifier) -> tuple[int, int, tuple[int, int]]:
@@ -177,23 +182,17 @@ def _occlusion_grid(model: Classifier) -> tuple[int, int, tuple[int, int]]:
     return height // down, width // right, (down, right)
 
 
-def occlusion_places(
-    model: Classifier, window: int | None = None, stride: int | None = None
-) -> tuple[int, int, NDArray[np.int64]]:
-    """Returns the window's side, the stride, and all window positions (rows, columns, 2).
+def occlusion_places(model: Classifier) -> tuple[int, NDArray[np.int64]]:
+    """Returns the window's side and all window positions (rows, columns, 2).
 
-    Defaults: the side is a fifth of the shorter side of the grid, the stride a third of that. The
-    last row and column move inwards where the stride would leave patches uncovered.
+    The side is a fifth of the shorter side of the grid, the step a third of that. The last row and
+    column move inwards where the step would leave patches uncovered.
     """
     rows, columns, _ = _occlusion_grid(model)
-    most = min(rows, columns)
-    window = max(1, round(most / 5)) if window is None else window
-    between("window", window, 1, most)
-    stride = max(1, window // 3) if stride is None else stride
-    between("stride", stride, 1, window)  # so that no patch is skipped
+    window = max(1, round(min(rows, columns) / 5))
     ends = (rows - window, columns - window)
-    tops, lefts = (np.unique([*range(0, end + 1, stride), end]) for end in ends)
-    return window, stride, np.stack(np.meshgrid(tops, lefts, indexing="ij"), axis=-1)
+    tops, lefts = (np.unique([*range(0, end, max(1, window // 3)), end]) for end in ends)
+    return window, np.stack(np.meshgrid(tops, lefts, indexing="ij"), axis=-1)
 
 
 @torch.inference_mode()

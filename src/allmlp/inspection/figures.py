@@ -191,7 +191,7 @@ def occlusion_figure(pixels: Pixels, result: Occlusion, title: str = "") -> Figu
     show(whole, pixels)
     whole.set_title(escape(f"predicted: {result.name}, {result.probability:.1%}"), fontsize=7)
     show(under, blend(pixels, drop, largest))
-    window = f"{result.window}x{result.window} patches, stride {result.stride}"
+    window = f"{result.window}x{result.window} patches"
     under.set_title(f"covered by a grey window of\n{window}", fontsize=7)
     mesh = _show_map(alone, drop, pixels, DIVERGING, -largest, largest)
     alone.set_title("mean over the windows\nthat cover a patch", fontsize=7)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from allmlp.console import Reporter, table_of
 from allmlp.errors import plural
+from allmlp.evaluation.options import InspectOptions
 from allmlp.inspection.attribution import (
     Occlusion,
     UnitResponse,
@@ -26,7 +27,6 @@ from allmlp.inspection.attribution import (
     unit_responses,
 )
 from allmlp.inspection.figures import occlusion_figure, response_figure, weight_figures
-from allmlp.inspection.options import InspectOptions
 from allmlp.inspection.units import OPPOSITE, ModelUnits, model_units, weight_correlations
 from allmlp.io import Content, atomic_write_all, check_not_inputs, check_output_folder, expand
 from allmlp.models.catalog import random_weights
@@ -107,7 +107,7 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
         for layer in [layer for layer in units.layers if not layer.are_tokens][:FIRST_LAYERS]:
             found_units = unit_responses(net, units, image, layer.number)
             responses += strongest(found_units, STRONGEST)
-        count = occlusion_places(net)[2][..., 0].size
+        count = occlusion_places(net)[1][..., 0].size
         with Reporter().progress(count, "covered images") as bar:
             covered = occlusion(net, image, on_batch=bar.advance)
     height, width = net.config.image_size
@@ -195,11 +195,10 @@ def _measures(found: Inspection) -> Iterator[str]:
 
 def _excited(found: Inspection, result: Occlusion, image: Path | None) -> Iterator[str]:
     yield f"\nimage    {image}: {result.name} {result.probability:.1%}"
-    row, column = np.unravel_index(int(result.drop.argmax()), result.drop.shape)
-    top, left = (int(patch) + 1 for patch in result.places[row, column])
-    drop = f"{100 * result.drop[row, column]:.1f} points, at row {top} and column {left}"
+    drop, top, left = result.largest
+    place = f"{100 * drop:.1f} points, at row {top} and column {left}"
     window = f"{result.window}x{result.window} patches, {result.drop.size} positions"
-    yield f"covered  by a grey window of {window}: largest drop {drop} of the patches"
+    yield f"covered  by a grey window of {window}: largest drop {place} of the patches"
     if found.responses:
         named = ", ".join(f"{unit.layer}:{unit.unit + 1}" for unit in found.responses)
         yield f"units    {named} (layer:unit), in responses.png"

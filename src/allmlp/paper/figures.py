@@ -1,4 +1,4 @@
-"""Figures of the data-scale study and of the tables: accuracy against images, cost and speed.
+"""Figures of the studies and of the tables.
 
 The paper's results and ours never share a panel: other hardware and data need other axes. The
 paper's points are circles, ours are diamonds.
@@ -6,13 +6,14 @@ paper's points are circles, ours are diamonds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from allmlp import plots
@@ -23,6 +24,9 @@ COLORS = {"MLP": "#d6336c", "attention": "#1c7ed6", "convolution": "#e0a100"}
 OURS = plots.GREEN
 _LINES = ("#d6336c", "#7048e8", "#0c8599", "#e8590c", "#2b8a3e", "#495057")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
+# The paper's colours for the orders of the pixels in figure 4.
+_ORDER_COLORS = {"none": "#1c7ed6", "patches": "#2b8a3e", "pixels": "#e8590c"}
+_ORDERS = {"none": "original", "patches": "patches and pixels in them", "pixels": "all pixels"}
 MOST_PANELS = 3  # of our measurements in one figure
 
 
@@ -75,6 +79,47 @@ def data_scale_figure(
     return figure
 
 
+def permutation_figure(
+    done: Mapping[str, dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
+    examples: Sequence[Sequence[np.ndarray]],
+    data: str,
+) -> Figure:
+    """Returns figure 4: images in the three orders, and a panel of curves per network."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = plots.new_figure(max(8.4, 4.6 * len(models)), 6.6)
+    parts: Any = figure.subfigures(2, 1, height_ratios=(0.75, 2.3))
+    groups = parts[0].subfigures(1, len(_ORDERS))
+    for at, (group, kind) in enumerate(zip(groups, _ORDERS, strict=True)):
+        group.suptitle(_ORDERS[kind], fontsize=10, color=_ORDER_COLORS[kind])
+        panels = group.subplots(1, max(1, len(examples)), squeeze=False)[0]
+        for axes, example in zip(panels, examples, strict=False):
+            plots.show(axes, example[at])
+    panels = parts[1].subplots(1, len(models), squeeze=False, sharey=True)[0]
+    for axes, model in zip(panels, models, strict=True):
+        for row in (row for row in rows if row["model"] == model):
+            kind = row["permutation"]
+            label: str | None = f"{_ORDERS[kind]}: {row['accuracy']:.1%}"
+            if kind != "none" and row["drop"] is not None:
+                label = f"{label} (drop {row['drop']:.0%})"
+            for name, run in done.items():
+                if (run["model"], name.split("/")[2]) == (model, kind):
+                    steps, top1 = zip(*run["curve"], strict=True)
+                    curve = [100 * accuracy for accuracy in top1]
+                    axes.plot(
+                        steps, curve, marker="o", ms=3.5, color=_ORDER_COLORS[kind], label=label
+                    )
+                    label = None
+        axes.set(title=plots.escape(model), xlabel="step")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.grid(color="#dddddd", linewidth=0.7)
+        axes.legend(loc="lower right", fontsize=8.5)
+    panels[0].set(ylabel="validation top-1 (%)", ylim=(0, None))
+    measured = f"{rows[0]['measured_on']} accuracy of the best weights in the legends"
+    figure.suptitle(plots.escape(f"{plots.shorten(data, 60)}: {measured}"), fontsize=10)
+    return figure
+
+
 def pareto_figure(
     panels: Sequence[tuple[str, Sequence[Result]]], ours: Sequence[Point], *, throughput: bool
 ) -> Figure:
@@ -120,10 +165,9 @@ def pareto_figure(
 def frontier(points: list[tuple[float, float]], *, more_is_better: bool = False) -> list[int]:
     """Returns the indices of the points on the Pareto frontier, from the least accurate one."""
     sign = -1.0 if more_is_better else 1.0
-    best, kept = float("-inf"), []
+    kept: list[int] = []
     for at in sorted(range(len(points)), key=lambda at: (sign * points[at][0], -points[at][1])):
-        if points[at][1] > best:
-            best = points[at][1]
+        if not kept or points[at][1] > points[kept[-1]][1]:
             kept.append(at)
     return kept
 

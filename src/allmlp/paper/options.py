@@ -7,62 +7,48 @@ from pathlib import Path
 from typing import Literal
 
 from allmlp.errors import UserError
-from allmlp.options import ImageSize, Options, Precision, Repeated
+from allmlp.options import Options, Repeated
 from allmlp.paper.published import DATA_SCALE
+from allmlp.training.flags import OTHER_SETTINGS, flag, setting_options
+
+# Option -> setting of the runs.
+SHARED = {
+    **{name: name for name in ("steps", "batch_size", "device")},
+    "image_size": "model.image_size",
+    "num_workers": "data.num_workers",
+}
+STUDY = {
+    **SHARED,
+    **{name: name for name in ("epochs", "evaluate_every", "precision")},
+    "data": "data.source",
+    "holdout": "data.holdout",
+    "learning_rate": "optimizer.learning_rate",
+}
+_OUTPUT = flag("output", str | None, None, "Folder of the study (required).", metavar="FOLDER")
+_SEEDS = "Seeds of the weights and the order of images; one run each."
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaperOptions(Options):
-    """Options shared by all experiments; defaults come from the recipe or the protocol."""
+class StudyOptions(setting_options("StudySettings", STUDY, _OUTPUT, OTHER_SETTINGS)):
+    """Options shared by the studies that train from random weights; their defaults are those of the
+    recipe."""
 
-    output: str | None = field(default=None, metadata={"metavar": "FOLDER"})
-    """Folder of the study (required)."""
-    image_size: ImageSize | None = None
-    """Image size in pixels."""
-    steps: int | None = None
-    """Training steps of every run."""
-    batch_size: int | None = None
-    """Images per step."""
-    seeds: tuple[int, ...] = field(default=(), metadata={"metavar": "N ..."})
-    """Seeds of the weights and the order of images; one run each."""
-    device: str | None = None
-    """auto, cpu, cuda, cuda:N or mps."""
-    num_workers: int | None = None
-    """Number of processes that decode images; by default chosen by the size of the data."""
-    settings: Repeated = field(default=(), metadata={"flag": "set", "metavar": "KEY=VALUE"})
-    """Any other setting, as in a run's config.json; repeatable."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyOptions(PaperOptions):
-    """Options shared by the studies that train from random weights."""
-
-    data: str = field(metadata={"metavar": "SOURCE"})
-    """Training data: any source that `mixer train` reads."""
     recipe: str = "cifar10_compare"
     """Recipe for the settings of all runs (docs/recipes.md)."""
-    seeds: tuple[int, ...] = field(default=(0,), metadata={"metavar": "N ..."})
-    """Seeds of the weights and the order of images; one run each."""
-    epochs: int | None = None
-    """Passes over the training images, instead of steps."""
-    learning_rate: float | None = None
-    """Peak learning rate, after the warm-up."""
-    holdout: float | None = None
-    """Fraction of the training images to hold out for validation if the data has no val/."""
-    evaluate_every: int | None = None
-    """Epochs between evaluations, or steps if steps is given."""
-    precision: Precision | None = None
-    """Precision of matrix products."""
+    seeds: tuple[int, ...] = field(default=(0,), metadata={"metavar": "N ...", "doc": _SEEDS})
 
     def __post_init__(self) -> None:
+        if self.data is None:
+            raise UserError("a study needs data", where="data", fix="data: FOLDER", code="missing")
         if not self.seeds:
             raise UserError("a study needs a seed", where="seeds", fix="seeds: 0 1 2")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuiteOptions(PaperOptions):
-    """Options shared by all suites."""
+class SuiteOptions(setting_options("SuiteSettings", SHARED, _OUTPUT, OTHER_SETTINGS)):
+    """Options shared by all suites; their defaults are those of the protocol."""
 
+    seeds: tuple[int, ...] = field(default=(), metadata={"metavar": "N ...", "doc": _SEEDS})
     task: Repeated = field(default=(), metadata={"metavar": "NAME=SOURCE"})
     """Data of a task as NAME=SOURCE, any source that training reads; repeatable."""
     tasks: str | dict[str, str | Path] | None = field(default=None, metadata={"type": str | None})

@@ -42,11 +42,8 @@ _STUDIES = {"data-scale", "permutation", "ablations", *_SUITES}
 _KINDS = {"run", "evaluation", "few-shot", "throughput", *_STUDIES}
 _OF_RUN = {"best", "test", "validation", "checkpoints", "plots", "tensorboard"}
 _DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)
-_SCALE, _OTHER = "Figure 2, right: the number of training images", "Accuracy on other data"
+_OTHER = "Accuracy on other data"
 _TEXTS = {
-    _SCALE: "The paper's runs see fractions of JFT-300M for these epochs: "
-    + ", ".join(f"{100 * at:g} %: {epochs}" for at, epochs in published.DATA_SCALE.items())
-    + "; its figure prints no numbers.",
     _OTHER: "Not the 50,000 validation images of ImageNet, so in no column of the paper's tables.",
     "Training cost": "The wall time of each run, with reading and evaluation, times its processes.",
     "Few-shot accuracy": "Linear few-shot top-1 in per cent, mean and deviation over the draws.",
@@ -97,25 +94,22 @@ class Tables:
 
     def heading(self, title: str) -> None:
         self.tables[title] = {}
-        self.parts.append(html.tag("h2", title))
-        if title in _TEXTS:
-            self.parts.append(html.tag("p", _TEXTS[title]))
+        self.parts += [html.tag("h2", title), html.tag("p", _TEXTS.get(title, ""))]
 
     def add(self, origin: str, rows: Sequence[Cells], caption: str = "") -> None:
         """Adds a table of one origin to the last section."""
         head = list(dict.fromkeys(column for row in rows for column in row))
-        cells = [[row.get(column) for column in head] for row in rows]
-        texts = [["-" if cell in (None, "") else str(cell) for cell in row] for row in cells]
-        self.tables[next(reversed(self.tables))].setdefault(origin, []).extend(rows)
-        rows_of = [[origin, *row] for row in texts]
+        texts = [[origin, *(str(row.get(name) or "-") for name in head)] for row in rows]
+        self.tables[next(reversed(self.tables))][origin] = list(rows)
         self.parts.append(html.tag("p", caption))
-        self.parts.append(html.table(rows_of, [origin, *head], style=origin.split()[0]))
+        self.parts.append(html.table(texts, [origin, *head], style=origin.split()[0]))
 
     def draw(self, name: str, figure: Figure, caption: str) -> None:
-        (self.folder / "figures").mkdir(parents=True, exist_ok=True)
-        figures.save(figure, self.folder / "figures" / name)
-        self.figures.append(self.folder / "figures" / f"{name}.png")
-        self.parts += [html.image(self.figures[-1], caption), html.tag("p", caption)]
+        path = self.folder / "figures" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figures.save(figure, path.with_suffix(""))
+        self.figures.append(path)
+        self.parts += [html.image(path, caption), html.tag("p", caption)]
 
 
 def tables(
@@ -151,35 +145,20 @@ def _collect(paths: Sequence[str | Path]) -> tuple[list[Measured], list[str]]:
     """Returns the runs and measurements found, and what cannot be read with the reason."""
     found: dict[Path, Measured] = {}
     left_out: dict[Path, str] = {}
-
-    def add(path: Path, *, by_name: bool = False) -> str | None:
-        key = path.resolve()
-        if key not in found and key not in left_out:
-            try:
-                found[key] = _read(path, len(found) + 1)
-            except _DAMAGED as error:
-                if by_name:
-                    raise
-                text = error.what if isinstance(error, UserError) else f"damaged: {error}"
-                left_out[key] = f"{path}: {' '.join(text.split())[:200]}"
-        return found[key].kind if key in found else None
-
     for path in map(expand, paths):
         if not path.exists():
             raise UserError("no such file or folder", where=path)
-        if path.is_file():
-            add(path, by_name=True)
-        for place, folders, files in os.walk(path):
-            here = Path(place)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            if {"config.json", "environment.json"} <= {*files}:
-                add(here)
-                folders[:] = [name for name in folders if name not in _OF_RUN]
-            if "finetune.json" in files:  # only the final runs of a grid count
-                folders[:] = [name for name in folders if name not in ("grid", "best")]
-            kinds = {add(here / name) for name in sorted(files) if _is_measurement(here / name)}
-            if kinds & _STUDIES:
-                folders.clear()  # its own file covers the runs
+        for place in _places(path):
+            key = place.resolve()
+            if key in found or key in left_out:
+                continue
+            try:
+                found[key] = _read(place, len(found) + 1)
+            except _DAMAGED as error:
+                if path.is_file():  # it was named
+                    raise
+                text = error.what if isinstance(error, UserError) else f"damaged: {error}"
+                left_out[key] = f"{place}: {' '.join(text.split())[:200]}"
     if not found:
         what = f"no run and no measurement found; {'; '.join([*left_out.values()][:3])}"
         fix = "Give run folders, or files that evaluate, few-shot or benchmark wrote"
@@ -187,11 +166,32 @@ def _collect(paths: Sequence[str | Path]) -> tuple[list[Measured], list[str]]:
     return list(found.values()), list(left_out.values())
 
 
-def _is_measurement(path: Path) -> bool:
+def _places(path: Path) -> Iterator[Path]:
+    """Yields a file, or the run folders and measurement files in a folder."""
+    if path.is_file():
+        yield path
+    for place, folders, files in os.walk(path):
+        here, skipped = Path(place), set[str]()
+        if {"config.json", "environment.json"} <= {*files}:
+            yield here
+            skipped |= _OF_RUN
+        if "finetune.json" in files:  # only the final runs of a grid count
+            skipped |= {"grid", "best"}
+        kinds = {here / name: _kind_of(here / name) for name in sorted(files)}
+        yield from (file for file, kind in kinds.items() if kind)
+        if _STUDIES & {*kinds.values()}:  # its own file covers the runs
+            skipped |= {*folders}
+        folders[:] = sorted(name for name in folders if name[0] != "." and name not in skipped)
+
+
+def _kind_of(path: Path) -> str | None:
+    """Returns the kind of a measurement, which stands at its beginning; None for other files."""
     if path.suffix != ".json" or path.name.startswith("."):
-        return False
+        return None
     with path.open("rb") as file:
-        return b" measurement" in file.read(1000)
+        start = file.read(1000)
+    kind = re.search(rb'"kind": "([\w-]*)"', start)
+    return None if b" measurement" not in start else kind[1].decode() if kind else "unknown"
 
 
 def _read(path: Path, number: int) -> Measured:
@@ -246,7 +246,19 @@ def _contribute(one: Measured) -> Iterator[tuple[str, Cells]]:
     values = one.values
     evaluation = values if one.kind == "evaluation" else values.get("evaluation")
     if one.kind == "run":
-        yield "Training cost", _cost_row(one, values["config"])
+        config, steps = values["config"], values["steps"]
+        yield (
+            "Training cost",
+            {
+                "run": one.path,
+                "from": config.get("model", {}).get("weights") or "random weights",
+                "data": config.get("data", {}).get("source"),
+                "steps": f"{steps:,}{'' if evaluation else ' (not finished)'}",
+                "images seen": f"{steps * config.get('batch_size', 0):,}",
+                "device-days": _plain(values["days"]),
+                "device": hardware(values["environment"]),
+            },
+        )
     if evaluation is not None:
         one.accuracy = found = _accuracy(one, evaluation)
         if found["not_imagenet"] is not None:
@@ -272,44 +284,7 @@ def _contribute(one: Measured) -> Iterator[tuple[str, Cells]]:
                 }
                 yield "Few-shot accuracy", {"model": name, "data": result["data"], **shots}
     if one.kind in _SUITES:
-        title = f"{_SUITES[one.kind][0]} of {values.get('checkpoint')}"
-        for name, task in values["tasks"].items():
-            row = {"task": name, "top-1": _spread(task["accuracy"], task.get("deviation"))}
-            yield title, {**row, "runs": len(task.get("seeds") or []), "data": task.get("source")}
-        yield title, {"task": "mean", "top-1": _suite_mean(one)}
-        if missing := ", ".join(map(str, values["missing"])):
-            yield title, {"task": f"missing: {missing}"}
-    if one.kind == "data-scale":
-        settings = values["settings"]
-        shots = f"{settings['shots']}-shot: {settings['few_shot_data']}"
-        for point in values["rows"]:
-            yield (
-                _SCALE,
-                {
-                    "model": point["label"],
-                    "fraction": f"{100 * point['fraction']:.4g} %",
-                    "images": f"{point['images']:,}",
-                    "epochs": f"{point['epochs']:,.4g}",
-                    "validation": percent(point["validation"]),
-                    shots: _spread(point["few_shot"], point["few_shot_deviation"]),
-                    "runs": point["runs"],
-                },
-            )
-        if values["partial"]:
-            yield _SCALE, {"model": f"partial: {plural(len(values['missing']), 'run')} missing"}
-
-
-def _cost_row(one: Measured, config: dict[str, Any]) -> Cells:
-    steps = one.values["steps"]
-    return {
-        "run": one.path,
-        "from": config.get("model", {}).get("weights") or "random weights",
-        "data": config.get("data", {}).get("source"),
-        "steps": f"{steps:,}{'' if one.values['evaluation'] else ' (not finished)'}",
-        "images seen": f"{steps * config.get('batch_size', 0):,}",
-        "device-days": _plain(one.values["days"]),
-        "device": hardware(one.values["environment"]),
-    }
+        _ = values["missing"], _suite_mean(one)  # an error if they are not there
 
 
 def _accuracy(one: Measured, found: dict[str, Any]) -> dict[str, Any]:
@@ -459,20 +434,10 @@ def _fill(page: Tables, found: list[Measured]) -> None:
     page.heading("Figures 2 and 3: accuracy against cost and throughput")
     _draw_pareto(page, found)
     rows: dict[str, list[Cells]] = {}
-    for one in found:
-        for title, cells in one.rows:
-            rows.setdefault(title, []).append(cells)
+    for title, cells in (row for one in found for row in one.rows):
+        rows.setdefault(title, []).append(cells)
     for title, cells in rows.items():
         page.heading(title)
-        for one in found if title == _SCALE else ():
-            if one.kind == "data-scale":
-                settings = one.values["settings"]
-                label, source = f"linear {settings['shots']}-shot top-1 (%)", settings["source"]
-                figure = figures.data_scale_figure(
-                    one.values["rows"], label, settings["few_shot_data"], source
-                )
-                caption = f"[{one.number}] Measured here, trained on {source}."
-                page.draw(f"data_scale_{one.number}", figure, caption)
         page.add("measured here", cells)
     page.heading("How it was measured")
     page.parts.append(html.items(map(_how, found)))

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from allmlp.io import atomic_write, parse_json
-from allmlp.names import NAME, optional
+from allmlp.names import NAME, import_extra
 from allmlp.training.config import flat
 
 IDS = "trackers.json"  # in the run folder: tracker -> the id by which a resumed run finds it
@@ -79,7 +79,7 @@ def tracker(name: str) -> Logger:
     """Returns the tracker of this name; UserError if its package is not installed."""
     module = "torch.utils.tensorboard" if name == "tensorboard" else name
     kind = {"tensorboard": TensorBoard, "mlflow": Mlflow}.get(name, Wandb)
-    return kind(name, optional(module, name, f"log={name} needs the package {name}"))
+    return kind(name, import_extra(module, name, f"log={name} needs the package {name}"))
 
 
 class _Tracker(Logger):

@@ -16,7 +16,7 @@ from allmlp.data.sources.columns import choose_column, open_rows
 from allmlp.data.sources.parquet import arrow_cells, arrow_rows, class_names_of
 from allmlp.errors import UserError
 from allmlp.io import is_reachable
-from allmlp.names import HUB_NAME, optional
+from allmlp.names import HUB_NAME, import_extra
 
 PREFIX = "hf:"
 
@@ -100,7 +100,7 @@ def _open_split(dataset: Any, spec: SourceSpec, split: str, labels: bool) -> Rec
 
 def _load(repository: str, revision: str | None, spec: SourceSpec) -> Any:
     what = "reading data sets of the hub needs the package datasets"
-    datasets = optional("datasets", "data", what, spec.base)
+    datasets = import_extra("datasets", "data", what, spec.base)
     from huggingface_hub import constants
 
     offline = constants.HF_HUB_OFFLINE

@@ -29,7 +29,7 @@ from allmlp.data.source import (
 from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec
 from allmlp.errors import UserError, between
 from allmlp.io import atomic_write, check_output_folder, fsync, parse_json, staging_folder
-from allmlp.names import is_format, optional
+from allmlp.names import import_extra, is_format
 
 MANIFEST = "packed.json"
 FORMAT, VERSION = "allmlp packed data", 1
@@ -156,8 +156,8 @@ def _batches(path: Path) -> Iterator[tuple[np.ndarray, ...]]:
 
 def _pyarrow(where: object) -> Any:
     what = "packed data needs pyarrow"
-    optional("pyarrow.ipc", "data", what, where)
-    return optional("pyarrow", "data", what, where)
+    import_extra("pyarrow.ipc", "data", what, where)
+    return import_extra("pyarrow", "data", what, where)
 
 
 @dataclass

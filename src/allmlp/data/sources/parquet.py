@@ -29,7 +29,7 @@ from allmlp.data.source_spec import (
 from allmlp.data.sources.columns import LABEL_COLUMNS, Rows, choose_column, open_rows
 from allmlp.errors import UserError
 from allmlp.io import parse_json
-from allmlp.names import optional
+from allmlp.names import import_extra
 
 HELD_BYTES = 2**30  # encoded images per split
 _GROUPS_KEPT = 2  # row groups cached if a split is not held in memory
@@ -239,7 +239,7 @@ class ParquetImages:
 
 def open_file(file: str) -> Any:
     what = "reading Parquet files needs pyarrow"
-    parquet = optional("pyarrow.parquet", "data", what, file)
+    parquet = import_extra("pyarrow.parquet", "data", what, file)
     with _damage_reported(file):
         # Without threads, for use in forked workers.
         return parquet.ParquetFile(file, memory_map=False, pre_buffer=False)

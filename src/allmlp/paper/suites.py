@@ -1,9 +1,22 @@
-"""A suite: a checkpoint fine-tuned on many tasks, and the mean over them; see `vtab`, `avg5`.
+"""VTAB-1k and "Avg 5": a checkpoint fine-tuned on many tasks, and the mean over them.
 
-The folder holds
+VTAB-1k (Zhai et al. 2019) has 19 tasks of 800 training images and 200 to choose the learning rate;
+the final runs train on all 1,000. Two official protocols, both with SGD with momentum 0.9, a new
+zero head, and images squashed to the model's size:
+  paper         Google's ViT and Mixer: 2,500 steps of 512 images, cosine decay from the best of
+                three learning rates after 200 steps of warm-up, clipped at norm 1, random crop and
+                flip if the task allows them, 224 or 448 pixels by task, three seeds
+  lightweight   task_adaptation: 1,000 steps of 64 images, learning rate 0.01 divided by 10 after
+                steps 300, 600 and 900, 80 steps of warm-up, no clipping or augmentation, 224 pixels
+
+"Avg 5" (the paper, appendix C) is the mean over ImageNet, CIFAR-10, CIFAR-100, Pets and Flowers.
+The learning rate is chosen on held-out training images, then one run per seed trains on all of
+them. Steps, learning rates and held-out fractions are those of the recipe for each data set.
+
+The folder of a suite holds
   suite.json      a measurement: result of each task, the mean, missing tasks
   data/           which images of its source each task uses, one or two small files each
-  TASK/           the study of each task, see `finetuning`
+  TASK/           the study of each task, see `allmlp.studies`
 
 The official index ranges of VTAB-1k refer to the order in tfds, which users' files do not share.
 The rule that was used is reported with every result:
@@ -19,7 +32,7 @@ import functools
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +44,6 @@ from allmlp.data.source_spec import part_of
 from allmlp.data.sources import names_source, open_splits, open_subset
 from allmlp.data.sources.hub import PREFIX
 from allmlp.data.sources.subset_file import (
-    LabelRule,
     SubsetFile,
     is_applied,
     split_and_part,
@@ -41,37 +53,21 @@ from allmlp.errors import UserError, one_of, plural
 from allmlp.evaluation.features import weights_hash
 from allmlp.evaluation.result_file import measurement, read_measurement, save_result
 from allmlp.io import expand, read_json
-from allmlp.options import assigned, given_settings
-from allmlp.paper.options import SuiteOptions
-from allmlp.paper.study import formatted
+from allmlp.options import assigned, given_settings, make
+from allmlp.paper.options import SHARED, Avg5Options, SuiteOptions, VtabOptions
+from allmlp.paper.studies import formatted
+from allmlp.paper.tasks import AVG5, VTAB, Task
 from allmlp.runtime.world import join_world
 from allmlp.studies import FinetuneResult, finetune
 from allmlp.sweep import study_folder
 from allmlp.training.config import Steps, TrainConfig
 from allmlp.training.dataset import check_readable
 from allmlp.training.optim import check_warmup
+from allmlp.training.recipes import LEARNING_RATES, recipe
 from allmlp.training.run_folder import identity
 from allmlp.weights.load import load_model
 
 _TRAIN, _CHOOSE = 800, 200
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task of a suite, with the official sizes and splits of its data."""
-
-    name: str
-    num_classes: int
-    group: str = ""  # natural, specialised or structured; "" in Avg 5
-    tfds: str = ""  # data set name
-    parts: tuple[str, ...] = ()  # train, validation (for the rate) and test, in tfds order
-    image_size: int = 224
-    crop: bool = True  # whether random crops are allowed in training
-    flip: bool = True
-    labels: LabelRule | None = None  # turns a number into classes
-    number: str = ""  # input of the rule
-    recipe: str = "finetune_vtab"
-    images: Mapping[str, int] = field(default_factory=dict)  # train and test, if all are used
 
 
 # Settings that a suite controls -> the option to use instead.
@@ -99,9 +95,8 @@ class Suite:
 class Plan:
     """How a source is used for a task."""
 
-    source: str  # can be opened from any folder
     rule: str  # see the module docstring
-    final: SubsetFile  # for the final runs
+    final: SubsetFile  # for the final runs; its source can be opened from any folder
     grid: SubsetFile | None  # for the grid; None holds out a fraction of the training images
     images: dict[str, int | None]  # of "train", "held_out" (part of it) and "test"
     num_classes: int
@@ -116,7 +111,7 @@ class Plan:
             chosen = ", ".join(self.grid.splits["validation"])
             text += f", {images['held_out']:,} of them to select the rate ({chosen})"
         text += f", {images['test']:,} to test ({', '.join(parts['test'])})"
-        lines = [self.source, f"images by the rule {self.rule}: {text}", *self.notes]
+        lines = [self.final.source, f"images by the rule {self.rule}: {text}", *self.notes]
         return lines + [f"differs from the task: {', '.join(self.departs)}"] * bool(self.departs)
 
 
@@ -175,13 +170,12 @@ def _parts(task: Task, opened: Mapping[str, Source], source: str) -> tuple[str, 
         return "official", train, validation, test
     has_test = bool({"test", "validation"} & opened.keys())
     test = _test_split(opened, source) if is_small or has_test else f"train[{_TRAIN + _CHOOSE}:]"
-    chosen = ""
-    if "validation" in opened and test == "test":  # never choose the rate on test images
-        many = min(_CHOOSE, len(opened["validation"]))
-        chosen = f"validation[:{many}]" if number <= _TRAIN or many == _CHOOSE else ""
+    chosen = None  # from the validation images; never choose the rate on test images
+    if "validation" in opened and test == "test":
+        chosen = f"validation[:{min(_CHOOSE, len(opened['validation']))}]"
     if not is_small:
-        rest = f"train[{_TRAIN}:{_TRAIN + _CHOOSE}]"
-        return "first", f"train[:{_TRAIN}]", chosen or rest, test
+        chosen = chosen if chosen == f"validation[:{_CHOOSE}]" else None
+        return "first", f"train[:{_TRAIN}]", chosen or f"train[{_TRAIN}:{_TRAIN + _CHOOSE}]", test
     if chosen and number <= _TRAIN:
         return "own", "train", chosen, test
     cut = number - max(1, number // 5)
@@ -190,10 +184,8 @@ def _parts(task: Task, opened: Mapping[str, Source], source: str) -> tuple[str, 
 
 def _fits(opened: Mapping[str, Source], text: str) -> bool:
     split, part = split_and_part(text)
-    if split not in opened:
-        return False
     try:
-        return not part or len(part_of(opened[split], part, text)) > 0
+        return split in opened and (not part or len(part_of(opened[split], part, text)) > 0)
     except UserError:
         return False
 
@@ -219,7 +211,7 @@ def _checked(
     for name, number in (task.images if rule == "whole" else {"train": _TRAIN + _CHOOSE}).items():
         if images[name] != number:
             departs.append(f"{images[name]:,} {name} images, not {number:,}")
-    return Plan(final.source, rule, final, grid, images, classes, departs, notes)
+    return Plan(rule, final, grid, images, classes, departs, notes)
 
 
 def named_tasks(
@@ -263,17 +255,43 @@ class SuiteResult:
     """Result of a suite."""
 
     folder: Path  # of the suite
-    tasks: dict[str, dict[str, Any]]  # task -> its entry in suite.json
-    mean: float | None  # accuracy over these tasks; None until the first is finished
-    groups: dict[str, float]  # group -> mean over its tasks
-    missing: list[str]  # the suite's other tasks
+    known: Mapping[str, Task]  # all tasks of the suite
+    tasks: dict[str, dict[str, Any]]  # finished task -> its entry in suite.json
     changes: list[str]  # deviations of the runs from the official protocol
+
+    @property
+    def mean(self) -> float | None:
+        """Accuracy over the finished tasks; None until the first is finished."""
+        accuracies = [task["accuracy"] for task in self.tasks.values()]
+        return statistics.fmean(accuracies) if accuracies else None
+
+    @property
+    def groups(self) -> dict[str, float]:
+        """Group -> mean over its finished tasks."""
+        found: dict[str, list[float]] = {}
+        for name, task in self.tasks.items():
+            found.setdefault(self.known[name].group, []).append(task["accuracy"])
+        return {group: statistics.fmean(own) for group, own in found.items() if group}
+
+    @property
+    def missing(self) -> list[str]:
+        return [name for name in self.known if name not in self.tasks]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tasks": self.tasks,
+            "mean": self.mean,
+            "groups": self.groups,
+            "partial": bool(self.missing),
+            "missing": self.missing,
+            "changes": self.changes,
+        }
 
     def summary(self) -> str:
         """Returns "mean of 3 of 19 tasks, partial: 41.20%"."""
         assert self.mean is not None
-        many, total = len(self.tasks), plural(len(self.tasks) + len(self.missing), "task")
-        of = f"{many} of {total}, partial" if self.missing else total
+        total = plural(len(self.known), "task")
+        of = f"{len(self.tasks)} of {total}, partial" if self.missing else total
         return f"mean of {of}: {self.mean:.2%}"
 
     def lines(self) -> list[str]:
@@ -298,24 +316,6 @@ class SuiteResult:
         if self.missing or self.changes or departs:
             lines.append("note     not comparable with published means")
         return lines
-
-
-def suite_result(
-    folder: Path,
-    known: Mapping[str, Task],
-    done: Mapping[str, dict[str, Any]],
-    changes: list[str],
-) -> SuiteResult:
-    """Aggregates the finished tasks; `done` maps a task to its entry in suite.json."""
-    tasks = {name: done[name] for name in known if name in done}
-    by_group: dict[str, list[float]] = {}
-    for name, task in tasks.items():
-        by_group.setdefault(known[name].group, []).append(float(task["accuracy"]))
-    accuracies = [float(task["accuracy"]) for task in tasks.values()]
-    mean = statistics.fmean(accuracies) if accuracies else None
-    groups = {group: statistics.fmean(own) for group, own in by_group.items() if group}
-    missing = [name for name in known if name not in tasks]
-    return SuiteResult(folder, tasks, mean, groups, missing, changes)
 
 
 def run_suite(
@@ -353,18 +353,11 @@ def run_suite(
         plans = _check_all(suite, checkpoint, sources, configs, rates, seeds)
 
         def save() -> SuiteResult:
-            result = suite_result(folder, suite.known, done, changes)
-            values = {
-                **header,
-                "sources": {**before, **sources},
-                "tasks": result.tasks,
-                "mean": result.mean,
-                "groups": result.groups,
-                "partial": bool(result.missing),
-                "missing": result.missing,
-            }
+            tasks = {name: done[name] for name in suite.known if name in done}
+            result = SuiteResult(folder, suite.known, tasks, changes)
             if world.is_main:
-                save_result(file, values)
+                named = {"sources": {**before, **sources}}
+                save_result(file, {**header, **named, **result.to_json()})
             return result
 
         if world.is_main:
@@ -380,21 +373,19 @@ def run_suite(
         for number, (name, plan) in enumerate(plans.items(), 1):
             say(f"\n##### {name}: task {number} of {len(plans)}")
             grid = rates[name] if len(rates[name]) > 1 else ()
-            prescribed = plan.grid if grid else None
             files = {folder / "data" / f"{name}.json": plan.final}
-            if prescribed is not None:
-                files[folder / "data" / f"{name}-grid.json"] = prescribed
+            if plan.grid is not None and grid:
+                files[folder / "data" / f"{name}-grid.json"] = plan.grid
             for path, subset in files.items() if world.is_main else ():
                 write_subset_file(path, subset)
             world.barrier()
-            final, *chosen_on = map(str, files)
+            final, grid_source = [*map(str, files), None][:2]
             values = {"model.weights": checkpoint, "data.source": final}
             values |= {"output": str(folder / name)}
             if not grid:
                 values |= {"data.holdout": 0.0, "optimizer.learning_rate": rates[name][0]}
             config = configs[name].with_values(values)
-            source = chosen_on[0] if chosen_on else None
-            found = finetune(config, grid=grid, seeds=seeds, grid_source=source, quiet=quiet)
+            found = finetune(config, grid=grid, seeds=seeds, grid_source=grid_source, quiet=quiet)
             done[name] = _entry(plan, config, found)
             result = save()
         for line in ["", *result.lines()]:
@@ -406,13 +397,11 @@ def run_suite(
 
 def _config(official: TrainConfig, options: SuiteOptions) -> TrainConfig:
     """Settings of a task's runs; warm-up and decay keep their fractions of the steps."""
-    names = {"device": "device", "batch_size": "batch_size"}
-    names |= {"num_workers": "data.num_workers", "image_size": "model.image_size"}
-    values = given_settings(options, names)
+    values = given_settings(options, SHARED)
     if options.steps is not None and options.steps != official.steps:
         assert official.steps is not None
         optimizer, length = official.optimizer, official.steps
-        values |= {"steps": options.steps, "evaluate_every": max(1, options.steps // 5)}
+        values |= {"evaluate_every": max(1, options.steps // 5)}
         values["optimizer.warmup"] = optimizer.warmup / length
         if isinstance(optimizer.schedule, Steps):
             at = optimizer.schedule.decay_at
@@ -493,10 +482,118 @@ def _entry(plan: Plan, config: TrainConfig, result: FinetuneResult) -> dict[str,
         "learning_rate": result.learning_rate,
         "grid": [[rate, accuracy] for rate, accuracy in result.grid.items()],
         "images": plan.images,
-        "source": plan.source,
+        "source": plan.final.source,
         "rule": plan.rule,
         "classes": plan.num_classes,
         "departs": plan.departs,
         "image_size": "x".join(map(str, size)) if isinstance(size, tuple) else size,
         "resize": config.data.resize,
     }
+
+
+# The two suites
+
+
+def vtab(
+    checkpoint: str | None = None,
+    options: VtabOptions | None = None,
+    *,
+    quiet: bool = False,
+    **fields: Any,
+) -> SuiteResult | None:
+    """Fine-tunes a checkpoint on tasks of VTAB-1k, or resumes; None if it only lists them."""
+    options = make(VtabOptions, options, fields)
+    if options.list_tasks:
+        return None
+    if checkpoint is None:
+        fix = "mixer paper vtab CHECKPOINT --task NAME=SOURCE --output FOLDER"
+        raise UserError("no checkpoint is named", fix=fix, code="missing")
+    is_paper = options.protocol == "paper"
+    suite = Suite(
+        kind="vtab",
+        known=VTAB,
+        protocol=f"VTAB-1k, protocol {options.protocol}",
+        config=_paper if is_paper else _lightweight,
+        rates=lambda _: LEARNING_RATES["finetune_vtab"] if is_paper else (0.01,),
+        seeds=(0, 1, 2) if is_paper else (0,),
+        plan=plan_1k,
+    )
+    return run_suite(suite, checkpoint, options, quiet=quiet)
+
+
+def _paper(task: Task) -> TrainConfig:
+    values = {
+        "augment.crop": "random" if task.crop else "none",
+        "augment.flip": task.flip,
+        "model.image_size": task.image_size,
+    }
+    return recipe("finetune_vtab").with_values(values)
+
+
+def _lightweight(_: Task) -> TrainConfig:
+    values = {
+        "steps": 1000,
+        "batch_size": 64,
+        "evaluate_every": 200,
+        "model.image_size": 224,
+        "optimizer.learning_rate": 0.01,
+        "optimizer.schedule": "steps",
+        "optimizer.decay_at": (300.0, 600.0, 900.0),
+        "optimizer.warmup": 80.0,
+        "optimizer.clip_norm": 0.0,
+    }
+    return recipe("finetune_vtab").with_values(values)
+
+
+def avg5(
+    checkpoint: str, options: Avg5Options | None = None, *, quiet: bool = False, **fields: Any
+) -> SuiteResult:
+    """Fine-tunes a checkpoint on the data sets of "Avg 5", or resumes the suite."""
+    options = make(Avg5Options, options, fields)
+    size = options.image_size or 224
+    official = size if size in (224, 448, (224, 224), (448, 448)) else 224
+
+    def config(task: Task) -> TrainConfig:
+        values = {"model.image_size": official, "data.resize": options.resize}
+        return recipe(task.recipe).with_values(values)
+
+    side = "x".join(map(str, size)) if isinstance(size, tuple) else size
+    suite = Suite(
+        kind="avg5",
+        known=AVG5,
+        protocol=f"Avg 5 at {side} pixels, {options.resize}",
+        config=config,
+        rates=lambda task: LEARNING_RATES[task.recipe],
+        seeds=(0, 1, 2),
+        plan=plan_whole,
+    )
+    return run_suite(suite, checkpoint, options, quiet=quiet)
+
+
+def show(result: SuiteResult | None, _: VtabOptions) -> None:
+    """Prints the list of tasks, if requested; a suite has already printed its result."""
+    if result is None:
+        print("\n".join(task_lines()))
+
+
+def task_lines() -> list[str]:
+    """Returns the output of `mixer paper vtab --list`."""
+    columns = {
+        "task": "{name}",
+        "group": "{group}",
+        "classes": "{num_classes}",
+        "pixels": "{image_size}",
+        "crop": "{crop}",
+        "flip": "{flip}",
+        "train": "{parts[0]}",
+        "choose": "{parts[1]}",
+        "test": "{parts[2]}",
+        "tfds": "{tfds}",
+    }
+    lines = formatted(columns, map(vars, VTAB.values()))
+    lines += ["", "Labels that are made from numbers; the classes themselves will do as well:"]
+    for task in VTAB.values():
+        if task.labels is not None:
+            lines.append(f"  {task.name:<21} {task.number}: {task.labels.describe()}")
+    lines += ["", "Give the data of a task as --task NAME=SOURCE or in a file, --tasks tasks.json."]
+    return lines
