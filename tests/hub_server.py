@@ -140,7 +140,7 @@ def serve(hub: Hub) -> Iterator[str]:
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         hub.endpoint = f"http://127.0.0.1:{server.server_port}"
         try:
             yield hub.endpoint

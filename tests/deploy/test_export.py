@@ -425,7 +425,7 @@ def example() -> ModuleType:
 @pytest.fixture(scope="module")
 def nameless(exported: Path) -> Path:
     """As the file of a model without class names is."""
-    return rewritten(exported, {"class_names": None}, exported.with_name("nameless.onnx"))
+    return rewritten(exported, {"class_names": "null"}, exported.with_name("nameless.onnx"))
 
 
 def test_the_example_answers_as_we_do_for_every_kind_of_image(

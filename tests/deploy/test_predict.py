@@ -157,7 +157,7 @@ def test_urls(model, tmp_path):
     (tmp_path / "x.png").write_bytes(encode(draw(1)))
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         inputs = [f"{url}/x.png", tmp_path / "x.png", f"{url}/gone.png"]
         found = am.predict(model, inputs, num_workers=0)
