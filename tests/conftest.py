@@ -6,7 +6,7 @@ import io
 import os
 import pickle
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -134,13 +134,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> am.TrainResult:
 
 
 def tiny_model(
-    num_classes: int = 7, image_size: int | tuple[int, int] = 8, **changes: object
+    num_classes: int | Sequence[str] = 7, image_size: int | tuple[int, int] = 8, **changes: object
 ) -> am.ImageClassifier:
-    """An 8x8-pixel Mixer with random weights everywhere, also in the head."""
+    """An 8x8-pixel Mixer with random weights everywhere, also in its head."""
     torch.manual_seed(0)
-    model = am.create_model("mixer_s16", image_size, num_classes, **{**TINY, **changes})
+    number = num_classes if isinstance(num_classes, int) else len(num_classes)
+    model = am.create_model("mixer_s16", image_size, number, **{**TINY, **changes})
     if model.head is not None:
         torch.nn.init.normal_(model.head.weight)
+    if not isinstance(num_classes, int):
+        model.class_names = [*num_classes]
     return model
 
 

@@ -43,8 +43,7 @@ def settings(folder: Path, output: str | None = "study", **changes: object) -> a
 def make_place(folder: Path) -> Path:
     """A folder with weights of other classes, and data with train/ and test/."""
     torch.manual_seed(0)
-    model = tiny_model(4)
-    model.class_names = ["w", "x", "y", "z"]
+    model = tiny_model(["w", "x", "y", "z"])
     am.save_model(model, folder / "weights")
     make_class_folder(folder / "data" / "train", COUNTS)
     make_class_folder(folder / "data" / "test", {"ant": 3, "bee": 3, "cat": 4}, start=200)

@@ -19,8 +19,7 @@ MULTI = am.Decision(labels="multi", temperature=0.5, thresholds=(0.1, 0.5, 0.9))
 
 
 def model_with(decision: am.Decision) -> am.ImageClassifier:
-    model = tiny_model(num_classes=3).eval()
-    model.class_names = ["ant", "bee", "cat"]
+    model = tiny_model(["ant", "bee", "cat"]).eval()
     model.decision = decision
     return model
 

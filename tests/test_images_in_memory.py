@@ -14,8 +14,7 @@ from conftest import draw, encode, tiny_model
 
 
 def model_of_two() -> am.ImageClassifier:
-    model = tiny_model(num_classes=2, image_size=16).eval()
-    model.class_names = ["ant", "bee"]
+    model = tiny_model(["ant", "bee"], image_size=16).eval()
     model.preprocessing = am.Preprocessing(image_size=(16, 16), mean=0.4, std=(0.2, 0.3, 0.4))
     return model
 

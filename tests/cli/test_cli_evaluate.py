@@ -22,8 +22,7 @@ IMAGENET = CHECKPOINTS["mixer_b16.i1k"].class_names() or []
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A model of three classes with random weights, saved."""
-    net = tiny_model(num_classes=3, image_size=16)
-    net.class_names = ["ant", "bee", "cat"]
+    net = tiny_model(["ant", "bee", "cat"], image_size=16)
     am.save_model(net, tmp_path / "model")
     return tmp_path / "model"
 
@@ -31,8 +30,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def imagenet(tmp_path: Path) -> tuple[Path, Path, Path]:
     """A model of ImageNet's classes, six validation images, and their ReaL labels."""
-    net = tiny_model(num_classes=1000)
-    net.class_names = IMAGENET
+    net = tiny_model(IMAGENET)
     am.save_model(net, tmp_path / "net")
     lists = [[number % 1000] for number in range(IMAGES)]
     for number in range(1, 7):
@@ -109,8 +107,7 @@ def test_flags_that_are_refused(capsys, class_folder, model, imagenet, flags, me
 
 
 def test_weights_that_give_nan(capsys, class_folder: Path, tmp_path: Path):
-    net = tiny_model(num_classes=3)
-    net.class_names = ["ant", "bee", "cat"]
+    net = tiny_model(["ant", "bee", "cat"])
     torch.nn.init.constant_(net.head.weight, 3e38)
     am.save_model(net, tmp_path / "spoilt")
     flags = ("--data", class_folder, "--output", tmp_path / "out")

@@ -15,8 +15,7 @@ from conftest import draw, make_class_folder, mixer, tiny_model
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    model = tiny_model(num_classes=3)
-    model.class_names = ["ant", "bee", "cat"]
+    model = tiny_model(["ant", "bee", "cat"])
     return am.save_model(model, tmp_path / "model.safetensors")
 
 

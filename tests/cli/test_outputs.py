@@ -22,8 +22,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for split in ("train", "test"):
         make_class_folder(tmp_path / "data" / split, {"ant": 2, "bee": 2}, start=len(split))
-    model = tiny_model(num_classes=2)
-    model.class_names = ["ant", "bee"]
+    model = tiny_model(["ant", "bee"])
     am.save_model(model, "model.safetensors")
     am.save_model(model, "model")
     rows = [f"data/{split}/{name}/0.png,{name}\n" for split in ("test",) for name in ("ant", "bee")]

@@ -215,8 +215,7 @@ def test_the_criteria():
 @pytest.mark.slow
 def test_several_labels_per_image(example: ModuleType, tmp_path: Path, capsys):
     """Their metric is the mean average precision; the answers are all classes that reach theirs."""
-    model = tiny_model(num_classes=3)
-    model.class_names = ["ant", "bee", "cat"]
+    model = tiny_model(["ant", "bee", "cat"])
     model.decision = am.Decision(labels="multi", temperature=0.5, thresholds=(0.45, 0.5, 0.55))
     paths = [tmp_path / f"{at}.png" for at in range(8)]
     for at, path in enumerate(paths):

@@ -31,8 +31,7 @@ NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
 @pytest.fixture
 def model() -> am.ImageClassifier:
-    model = tiny_model(num_classes=7)
-    model.class_names = NAMES
+    model = tiny_model(NAMES)
     return model
 
 
@@ -88,8 +87,7 @@ def test_values_that_are_not_finite_are_rows_with_an_error(model, album):
 
 
 def test_equal_probabilities_keep_the_order_of_the_classes(album):
-    model = tiny_model(num_classes=40)
-    model.class_names = [f"{n:02}" for n in range(40)]
+    model = tiny_model([f"{n:02}" for n in range(40)])
     model.head.weight.data[:] = model.head.weight.data[0]
     model.head.bias.data.zero_()
     (found, *_) = am.predict(model, album, top_k=9, num_workers=0)

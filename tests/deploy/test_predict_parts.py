@@ -22,8 +22,7 @@ NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
 
 def named(**changes: Any) -> am.ImageClassifier:
-    model = tiny_model(num_classes=7, **changes)
-    model.class_names = NAMES
+    model = tiny_model(NAMES, **changes)
     return model
 
 

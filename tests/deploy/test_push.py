@@ -77,8 +77,7 @@ def test_a_run_is_pushed_and_loaded_again(capsys, hub: Hub, trained: am.TrainRes
 
 
 def test_methods_of_the_networks(hub: Hub, tmp_path: Path):
-    model = tiny_model(2)
-    model.class_names = ["ant", "bee"]
+    model = tiny_model(["ant", "bee"])
     pushed = model.push_to_hub("me/tiny", revision="v2")
     assert hub.commits[0][:2] == ("me/tiny", "v2")
     assert pushed.source == "hf:me/tiny@v2"

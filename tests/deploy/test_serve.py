@@ -55,8 +55,7 @@ SCOPE = {
 
 
 def make_service(**options: Any) -> Service:
-    model = tiny_model(num_classes=7).eval()
-    model.class_names = NAMES
+    model = tiny_model(NAMES).eval()
     small = {"max_images": 3, "max_megabytes": 0.02}
     service = Service(model, "runs/bugs", ServeOptions(**{**small, **options}))
     service.request_bytes = 50_000

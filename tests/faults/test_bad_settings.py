@@ -52,7 +52,7 @@ def failed(
         ("--set model.overrides.hidden_dim=99999999999", "weights needs [0-9,]+ GiB"),
         ("--set model.overrides.num_blocks=1000000000000", "1,000,000,0"),
         ("--image-size 960000", "weights needs [0-9,]+ GiB, the machine has"),
-        ("--model cycle_mlp_b1 --set model.overrides.dims=[64,128,320,9999999]", "GiB"),
+        ("--model cycle_mlp_b1 --set model.overrides.dims=[64,128,320,999999]", "GiB"),
     ],
 )
 def test_settings(old, tmp_path, capsys, monkeypatch, typed, named):

@@ -13,12 +13,9 @@ from PIL import Image
 import allmlp as am
 from allmlp.training import train as loop
 from conftest import tiny_config
+from runs import steps_of
 
 PLOTS = [*("confusion", "curves", "predictions", "reliability", "train_batch", "worst_mistakes")]
-
-
-def steps_of(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_run_folder(trained: am.TrainResult):

@@ -75,8 +75,7 @@ def test_bfloat16_and_other_byte_and_axis_orders(tmp_path: Path):
 
 
 def test_what_googles_layout_has_no_place_for_lies_beside_it(tmp_path: Path):
-    model = tiny_model(num_classes=2, gelu="exact", image_size=(8, 16), num_blocks=11).eval()
-    model.class_names = ["ant", "bee"]
+    model = tiny_model(["ant", "bee"], gelu="exact", image_size=(8, 16), num_blocks=11).eval()
     model.preprocessing = am.Preprocessing(image_size=(8, 16), mean=0.0, std=1.0)
     path = am.save_model(model, tmp_path / "mine.npz", format="google")
     blocks = [key.split("/")[0] for key in arrays_of(path) if "token_mixing/Dense_0/kernel" in key]

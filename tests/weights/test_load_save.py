@@ -18,8 +18,7 @@ from conftest import draw, mixer, tiny_model
 
 
 def saved(tmp_path: Path, **changes: object) -> tuple[am.ImageClassifier, Path]:
-    model = tiny_model(num_classes=3, **changes)
-    model.class_names = ["ant", "bee", "cat"]
+    model = tiny_model(["ant", "bee", "cat"], **changes)
     model.preprocessing = am.Preprocessing(image_size=(8, 8), resize="squash", std=0.25)
     folder = tmp_path / "model"
     am.save_model(model, folder)
