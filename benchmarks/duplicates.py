@@ -19,7 +19,7 @@ from functools import partial
 import cv2
 import numpy as np
 
-from allmlp.data.duplicates import (
+from allmlp.data.check import (
     CORRELATION,
     DISTANCE,
     KINDS,

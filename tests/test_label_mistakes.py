@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import allmlp as am
-from allmlp.data.exclude import exclude, read_exclude_list
+from allmlp.data.fingerprint import exclude, read_exclude_list
 from allmlp.data.sources import open_splits
 from allmlp.label_mistakes import FILES, confident_learning
 from conftest import mixer, tiny_model

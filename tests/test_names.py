@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import allmlp as am
-from allmlp.data.exclude import read_exclude_list
+from allmlp.data.fingerprint import read_exclude_list
 from allmlp.data.sources.subset_file import read_subset_file
 from allmlp.evaluation.result_file import read_measurement
 

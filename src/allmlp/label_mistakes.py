@@ -23,7 +23,7 @@ import numpy as np
 
 from allmlp import plots
 from allmlp.console import Reporter, report_bad_images, report_notes
-from allmlp.data.exclude import exclude_list
+from allmlp.data.fingerprint import exclude_list
 from allmlp.data.source import MARK, BadImage, Source, join, relabel
 from allmlp.data.sources import notes_of, open_splits, read_from
 from allmlp.errors import UserError, plural

@@ -24,7 +24,7 @@ from allmlp.io import atomic_write
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from allmlp.data.duplicates import Duplicates
+    from allmlp.data.check import Duplicates
     from allmlp.data.source import Source
     from allmlp.preprocessing import Preprocessing
 

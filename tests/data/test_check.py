@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from allmlp.data.check import check_source
-from allmlp.data.exclude import exclude, read_exclude_list
+from allmlp.data.fingerprint import exclude, read_exclude_list
 from allmlp.data.sources import open_splits
 from allmlp.data.sources.packed import pack_splits
 from conftest import draw, encode, make_class_folder, mixer

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from allmlp.data import duplicates as module
-from allmlp.data.duplicates import Duplicates, find_duplicates, near_pairs, scan
-from allmlp.data.exclude import duplicates_to_exclude, exclude, exclude_list, read_exclude_list
+from allmlp.data.check import Duplicates, duplicates_to_exclude, find_duplicates, near_pairs, scan
+from allmlp.data.fingerprint import exclude, exclude_list, read_exclude_list
 from allmlp.data.source import EncodedImages, PackedBytes, Source, labelled
 from allmlp.errors import UserError
 from conftest import encode

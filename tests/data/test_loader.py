@@ -22,7 +22,7 @@ import torch
 from allmlp.data import sampler, workers
 from allmlp.data.image import EncodedImage
 from allmlp.data.loader import Batch, evaluation_batches, training_batches
-from allmlp.data.sampler import BalancedOrder, Order, batches_of_positions, locate
+from allmlp.data.sampler import BalancedOrder, Order, locate
 from allmlp.data.source import Source, random_subset
 from allmlp.data.sources import open_splits
 from allmlp.data.transforms import inception_crop
@@ -89,7 +89,8 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 
 def test_every_image_once_before_any_comes_twice():
     for batch_size in (1, 6, 20, 33):
-        positions = [p for step in batches_of_positions(0, 60, batch_size) for p in step]
+        steps = Order(seed=0, batch_size=batch_size).positions(range(60))
+        positions = [position for step in steps for position in step]
         order = [locate(0, position, 20)[1] for position in positions]
         for epoch in range(len(order) // 20):
             assert sorted(order[20 * epoch : 20 * epoch + 20]) == list(range(20))

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import allmlp as am
-from allmlp.data.duplicates import find_duplicates
-from allmlp.data.exclude import duplicates_to_exclude, exclude_list
+from allmlp.data.check import duplicates_to_exclude, find_duplicates
+from allmlp.data.fingerprint import exclude_list
 from allmlp.data.image import EncodedImage
 from allmlp.data.sources import open_splits
 from allmlp.training.dataset import Augmentation, open_training_data

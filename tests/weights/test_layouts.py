@@ -17,7 +17,7 @@ import torch
 import allmlp as am
 from allmlp.models.catalog import family_of
 from allmlp.models.resmlp import FAMILY as RESMLP
-from allmlp.weights.layouts import google_from_ours
+from allmlp.weights.layouts import GOOGLE
 from conftest import GOLDEN, tiny_model
 from staged_models import enliven
 
@@ -70,7 +70,7 @@ def test_bfloat16_and_other_byte_and_axis_orders(tmp_path: Path):
     halves = {key: torch.from_numpy(value).bfloat16() for key, value in arrays.items()}
     half = {key: value.view(torch.int16).numpy().view("V2") for key, value in halves.items()}
     np.savez(tmp_path / "half.npz", **half)
-    found = google_from_ours(am.load_model(tmp_path / "half.npz").state_dict())
+    found = GOOGLE.from_ours(am.load_model(tmp_path / "half.npz").state_dict())
     assert all(torch.equal(found[key], value.float()) for key, value in halves.items())
 
 

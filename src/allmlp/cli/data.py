@@ -14,7 +14,7 @@ from allmlp.options import Done, Options
 
 if TYPE_CHECKING:
     from allmlp.console import Reporter
-    from allmlp.data.duplicates import Duplicates
+    from allmlp.data.check import Duplicates
 
 _MOST = 20  # lines shown per list
 
@@ -56,8 +56,8 @@ class CheckOptions(Options):
 def check(source: str, options: CheckOptions) -> Done:
     """Checks data and prints the result."""
     from allmlp.console import Reporter
-    from allmlp.data.check import FILES, check_source, save_report
-    from allmlp.data.exclude import duplicates_to_exclude, exclude_list
+    from allmlp.data.check import FILES, check_source, duplicates_to_exclude, save_report
+    from allmlp.data.fingerprint import exclude_list
     from allmlp.data.source_spec import parse_name
     from allmlp.data.sources import open_splits, packed, read_from
     from allmlp.io import (
@@ -178,7 +178,7 @@ def print_duplicates(report: Reporter, found: Duplicates) -> None:
     """Prints the duplicates by kind and by split, and those with different classes."""
     import numpy as np
 
-    from allmlp.data.duplicates import DISTANCE, KINDS
+    from allmlp.data.check import DISTANCE, KINDS
 
     report.say(f"\nduplicates: {plural(len(found), 'pair')}")
     if len(found):

@@ -23,11 +23,7 @@ def warp(
     shift: float = 0.0,
     elastic: float = 0.0,
 ) -> np.ndarray:
-    """Randomly rotates, scales, shears, shifts and bends an image, resampling once.
-
-    The strengths are maxima: degrees, relative change of either side, pixels per pixel, fraction of
-    the sides. `elastic` is the standard deviation of 3 x 3 displacements (Simard et al. 2003).
-    """
+    """Randomly rotates, scales, shears, shifts and bends (Simard et al. 2003), by at most these."""
     draw = random.uniform(-1.0, 1.0, size=6)
     angle = math.radians(rotate) * draw[0]
     scale_x, scale_y = 1.0 + scale * draw[1], 1.0 + scale * draw[2]
@@ -87,10 +83,7 @@ def random_erasing(
 def mixup(
     images: Tensor, targets: Tensor, probability: float, random: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Blends each image and target with its neighbour in the batch, with one weight per batch.
-
-    As in Google's big_vision: from Beta(p, p) for the paper's strength p, and at least one half.
-    """
+    """Blends images and targets with their neighbours as big_vision does, one weight per batch."""
     if probability == 0.0:
         return images, targets
     weight = float(random.beta(probability, probability))

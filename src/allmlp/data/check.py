@@ -1,22 +1,33 @@
-"""Statistics and problems of a data set; every image is decoded once."""
+"""One pass over a data set, which decodes every image once: its contents, problems and duplicates.
+
+Near duplicates have perceptual hashes within `DISTANCE` bits and thumbnails that, after subtracting
+the best-fitting plane, correlate to at least `CORRELATION` (benchmarks/duplicates.md). The hash:
+for each of the 8x8 lowest frequencies of the image at 32x32 grey pixels whether it is above their
+median.
+"""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 
-from allmlp.data.duplicates import Duplicates, Scan, find_duplicates, scan
 from allmlp.data.groups import shared_groups
-from allmlp.data.image import DARK
-from allmlp.data.source import BadImage, Source
+from allmlp.data.image import DARK, EncodedImage
+from allmlp.data.loader import Images, in_order, load
+from allmlp.data.source import BadImage, Source, only_images
 from allmlp.data.sources import notes_of
 from allmlp.io import atomic_write
 
@@ -24,6 +35,32 @@ from allmlp.io import atomic_write
 FILES = ("check.json", "bad_files.txt", "duplicates.csv", "samples.png", "duplicates.png")
 TINY_SIDE = 16  # pixels; images with a smaller side are reported as tiny
 HUGE_PIXELS, HUGE_BYTES = 20_000_000, 20_000_000  # images above either are reported as huge
+
+THUMBNAIL = 16  # side in pixels
+FACTS = np.dtype(
+    [
+        ("readable", "?"),
+        ("hash", "u8"),
+        ("file_digest", "S16"),
+        ("pixel_digest", "S16"),
+        ("num_bytes", "i8"),
+        ("height", "i4"),
+        ("width", "i4"),
+        ("format", "S5"),
+        ("mode", "S8"),
+        ("brightest", "i4"),  # largest 16-bit sample; -1 for other images
+        ("thumbnail", "u1", (THUMBNAIL, THUMBNAIL, 3)),
+    ]
+)
+DISTANCE = 10  # bits of 64
+CORRELATION = 0.93
+LEAST_TEXTURE = 3.0  # RMS grey levels of the thumbnail minus its plane
+KINDS = ("same file", "same pixels", "near")
+NEAR = KINDS.index("near")
+_PROTECTED = ("test", "validation")  # never excluded because of a split further right
+_BATCH = 2048  # thumbnails per comparison
+_BLOCK = 2**18  # hashes per comparison
+_WHY = {"same file": "same file as", "same pixels": "same pixels as", "near": "near duplicate of"}
 
 
 def check_source(
@@ -71,7 +108,7 @@ def _describe(source: Source, scanned: Scan) -> dict[str, Any]:
     }  # by area
 
     def listed(flags: np.ndarray, what: Callable[[int], str]) -> list[dict[str, Any]]:
-        found = ((int(at), int(places[at])) for at in np.flatnonzero(flags))
+        found = ((at, int(places[at])) for at in np.flatnonzero(flags))
         return [asdict(BadImage(n, source.item_name(n), what(at))) for at, n in found]
 
     def size(at: int) -> str:
@@ -133,3 +170,296 @@ def save_report(values: Mapping[str, Any], found: Duplicates | None, folder: Pat
     for name, text in texts.items():
         atomic_write(folder / name, text.encode(errors="surrogateescape"))
     return list(texts)
+
+
+# The pass
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Facts of a split, `FACTS` (num_images,); all zero for unreadable images."""
+
+    facts: np.ndarray
+    unreadable: list[BadImage]
+
+
+def scan(
+    splits: Mapping[str, Source],
+    *,
+    num_workers: int | None = None,
+    on_progress: Callable[[int], object] = lambda _: None,
+) -> dict[str, Scan]:
+    """Scans all images; `on_progress` gets the number read since the last call."""
+    found: dict[str, Scan] = {}
+    for name, source in splits.items():
+        only_images(source, "data check")
+        workers = num_workers
+        if workers is None:  # for few images they do not pay off
+            workers = min(8, os.cpu_count() or 1) if len(source) > 500 else 0
+        found[name], at = Scan(np.zeros(len(source), dtype=FACTS), []), 0
+        for facts, bad in load(_Facts(source), in_order(source, 64), workers):
+            found[name].facts[at : at + len(facts)] = facts
+            found[name].unreadable.extend(bad)
+            at += len(facts)
+            on_progress(len(facts))
+    return found
+
+
+class _Facts(Images):
+    def load(self, place: int) -> tuple[np.ndarray, list[BadImage]]:
+        bad: list[BadImage] = []
+        facts = self.decoded(place, bad, _facts_of)
+        return np.zeros((), dtype=FACTS) if facts is None else facts, bad
+
+    def collate(self, samples: list[Any]) -> tuple[np.ndarray, list[BadImage]]:
+        return np.stack([facts for facts, _ in samples]), [
+            bad for _, some in samples for bad in some
+        ]
+
+
+def _facts_of(image: EncodedImage) -> np.ndarray:
+    pixels, data = image.decode(), image.data
+    digest = hashlib.blake2b(pixels.data, digest_size=16, person=b"%dx%d" % pixels.shape[:2])
+    brightest = image.brightest()
+    row = (
+        *(True, perceptual_hash(pixels)),
+        *(hashlib.blake2b(data, digest_size=16).digest(), digest.digest()),
+        *(len(data), *pixels.shape[:2], image.format, image.mode),
+        *(-1 if brightest is None else brightest, thumbnail(pixels)),
+    )
+    return np.array(row, dtype=FACTS)
+
+
+def perceptual_hash(pixels: np.ndarray) -> int:
+    small = cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_AREA)
+    frequencies = cv2.dct(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.float32))[:8, :8]
+    bits = frequencies.ravel() > np.median(frequencies)
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def thumbnail(pixels: np.ndarray) -> np.ndarray:
+    return cv2.resize(pixels, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
+
+
+# Duplicates
+
+
+@dataclass(frozen=True)
+class DuplicatePair:
+    """Two images by split and index; `difference` is 1 - correlation, 0 for equal pixels."""
+
+    first: tuple[str, int]
+    second: tuple[str, int]
+    kind: str
+    difference: float = 0.0
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """The duplicate pairs of a data set; images are numbered across all splits.
+
+    A copy is paired only with its first occurrence, near duplicates are pairs of first occurrences.
+    """
+
+    splits: Mapping[str, Source]
+    first: np.ndarray  # int64 (num_pairs,)
+    second: np.ndarray  # greater than `first`
+    kind: np.ndarray  # uint8 (num_pairs,), indices into `KINDS`
+    difference: np.ndarray  # float32 (num_pairs,), 1 - correlation of the thumbnails
+    num_plain: int = 0  # images with too little texture or too few pixels for near duplicates
+    # Search distance in bits: reduced if there are too many candidates, -1 if even equal hashes
+    # are too many.
+    distance: int = DISTANCE
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """The first image number of each split, and the total, int64 (num_splits + 1,)."""
+        return np.cumsum([0, *map(len, self.splits.values())])
+
+    def locate(self, image: int) -> tuple[str, int]:
+        place = int(np.searchsorted(self.offsets, image, side="right")) - 1
+        return list(self.splits)[place], int(image - self.offsets[place])
+
+    def pair(self, number: int) -> DuplicatePair:
+        ends = self.locate(int(self.first[number])), self.locate(int(self.second[number]))
+        return DuplicatePair(*ends, KINDS[self.kind[number]], float(self.difference[number]))
+
+    def other_label(self) -> np.ndarray:
+        """Returns which pairs have different classes, bool (num_pairs,)."""
+        texts = [s.label_text(at) for s in self.splits.values() for at in range(len(s))]
+        labels = np.unique(np.array(texts, dtype=object), return_inverse=True)[1]
+        return labels[self.first] != labels[self.second]
+
+    def most_different_first(self) -> np.ndarray:
+        """Returns the pair numbers in order of decreasing difference, int64 (num_pairs,)."""
+        return np.lexsort((np.arange(len(self)), self.kind == 0, -self.difference))
+
+    @cached_property
+    def partners(self) -> dict[int, dict[str, list[int]]]:
+        """Maps each image to its duplicates, by split, in order; copies share an entry."""
+        copies: dict[int, list[int]] = {}
+        near: dict[int, list[int]] = {}
+        for one, other, kind in zip(*map(list, (self.first, self.second, self.kind)), strict=True):
+            if kind == NEAR:
+                near.setdefault(int(one), []).append(int(other))
+                near.setdefault(int(other), []).append(int(one))
+            else:
+                copies.setdefault(int(one), [int(one)]).append(int(other))
+        found: dict[int, dict[str, list[int]]] = {}
+        for original in {*copies, *near}:
+            alike = [original, *near.get(original, [])]
+            images = np.sort([copy for at in alike for copy in copies.get(at, [at])])
+            ends = np.searchsorted(images, self.offsets)
+            parts = {name: images[ends[n] : ends[n + 1]] for n, name in enumerate(self.splits)}
+            entry = {name: part.tolist() for name, part in parts.items() if len(part)}
+            found.update(dict.fromkeys(copies.get(original, [original]), entry))
+        return found
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Returns, per split, the number of its images with another duplicate in each split."""
+        counts = {split: dict.fromkeys(self.splits, 0) for split in self.splits}
+        for image, partners in self.partners.items():
+            own = self.locate(image)[0]
+            for split, there in partners.items():
+                counts[own][split] += len(there) > 1 or there[0] != image
+        return counts
+
+    def to_exclude(self) -> Iterator[DuplicatePair]:
+        """Yields pairs of an image to keep and one to exclude; test and validation images stay."""
+        is_copy = self.kind != NEAR
+        copies = zip(self.second[is_copy], self.first[is_copy], self.kind[is_copy], strict=True)
+        original = {int(copy): (int(first), int(kind)) for copy, first, kind in copies}
+        gone: set[int] = set()
+        for image in sorted(self.partners):
+            split = self.locate(image)[0]
+            partners = self.partners[image]
+            rank = _PROTECTED.index(split) if split in _PROTECTED else len(_PROTECTED)
+            above = [partners[name][0] for name in _PROTECTED[:rank] if name in partners]
+            earlier = (other for other in partners[split] if other < image and other not in gone)
+            kept = above[0] if above else next(earlier, None)
+            if kept is None:
+                continue
+            gone.add(image)
+            (one, kind), (other, its_kind) = (original.get(at, (at, 0)) for at in (kept, image))
+            kind = max(kind, its_kind) if one == other else NEAR
+            yield DuplicatePair(self.locate(kept), self.locate(image), KINDS[kind])
+
+
+def find_duplicates(
+    splits: Mapping[str, Source],
+    *,
+    near: bool = True,
+    num_workers: int | None = None,
+    scans: dict[str, Scan] | None = None,
+) -> Duplicates:
+    """Finds duplicates among all images; `scans` are existing scans of the splits."""
+    scans = scans or scan(splits, num_workers=num_workers)
+    facts = np.concatenate([scans[name].facts for name in splits])
+    usable = np.flatnonzero(facts["readable"])
+    original = np.arange(len(facts))
+    _, firsts, inverse = np.unique(
+        facts["pixel_digest"][usable], return_index=True, return_inverse=True
+    )
+    original[usable] = usable[firsts][inverse]
+    second = np.flatnonzero(original != np.arange(len(facts)))
+    first = original[second]
+    kind = (facts["file_digest"][first] != facts["file_digest"][second]).astype(np.uint8)
+    difference = np.zeros(len(first), dtype=np.float32)
+    distance, num_plain = DISTANCE, 0
+    if near:
+        thumbnails = facts["thumbnail"]
+        comparable = np.zeros(len(facts), dtype=bool)
+        for at in (usable[start : start + _BATCH] for start in range(0, len(usable), _BATCH)):
+            texture = np.sqrt(np.mean(residuals(thumbnails[at]) ** 2, axis=1))
+            comparable[at] = texture >= LEAST_TEXTURE
+        comparable &= np.minimum(facts["height"], facts["width"]) >= THUMBNAIL
+        num_plain = int((~comparable[usable]).sum())
+        textured = np.flatnonzero(comparable & (original == np.arange(len(facts))))
+        most = max(2_000_000, 4 * len(facts))
+        one, other, distance = near_pairs(facts["hash"][textured], DISTANCE, most)
+        one, other = textured[one], textured[other]
+        apart = np.empty(len(one), dtype=np.float32)
+        for start in range(0, len(one), _BATCH):
+            batch = slice(start, start + _BATCH)
+            apart[batch] = 1 - correlation(thumbnails[one[batch]], thumbnails[other[batch]])
+        alike = apart <= 1 - CORRELATION
+        first = np.concatenate([first, one[alike]])
+        second = np.concatenate([second, other[alike]])
+        kind = np.concatenate([kind, np.full(alike.sum(), NEAR, dtype=np.uint8)])
+        difference = np.concatenate([difference, np.maximum(apart[alike], 0)])
+    order = np.lexsort((second, first))
+    first, second, kind, difference = (c[order] for c in (first, second, kind, difference))
+    return Duplicates(splits, first, second, kind, difference, num_plain, distance)
+
+
+def near_pairs(hashes: np.ndarray, distance: int, most: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Returns the pairs within `distance` bits, lowered if there are more than `most`."""
+    pairs, number = [np.empty((2, 0), dtype=np.int64)], 0
+    # Within `radius` bits in one of four bands: enough if the radii plus one exceed it in sum.
+    for band in range(4 if distance >= 0 else 0):
+        radius = (distance + 4 - band) // 4 - 1
+        keys = ((hashes >> np.uint64(16 * band)) & np.uint64(0xFFFF)).astype(np.int64)
+        order = np.argsort(keys, kind="stable")
+        ordered = hashes[order]  # compared hashes are adjacent in memory
+        for one, other in _candidates(keys[order], radius):
+            is_near = np.bitwise_count(ordered[one] ^ ordered[other]) <= distance
+            pairs.append(np.sort([order[one[is_near]], order[other[is_near]]], axis=0))
+            number += int(is_near.sum())
+            if number > 4 * most:  # a pair is found in up to four bands
+                return near_pairs(hashes, distance - 1, most)
+    numbers = np.concatenate(pairs, axis=1)
+    first, second = np.divmod(np.unique(numbers[0] * len(hashes) + numbers[1]), max(1, len(hashes)))
+    if len(first) > most:
+        return near_pairs(hashes, distance - 1, most)
+    return first, second, distance
+
+
+def _candidates(keys: np.ndarray, radius: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields index pairs of sorted 16-bit keys that differ in at most `radius` bits."""
+    sizes = np.bincount(keys, minlength=2**16)
+    starts = np.cumsum(sizes) - sizes
+    places = np.arange(len(keys))
+    for chosen in (c for flips in range(radius + 1) for c in combinations(range(16), flips)):
+        partners = keys ^ sum(1 << bit for bit in chosen)
+        left = np.flatnonzero((keys < partners) & (sizes[partners] > 0)) if chosen else places
+        begin = starts[partners[left]] if chosen else places + 1  # first partner
+        number = (starts + sizes)[partners[left]] - begin
+        ends = np.cumsum(number)
+        at = 0
+        while at < len(left):  # in chunks with a limited number of partners
+            before = int(ends[at - 1]) if at else 0
+            stop = max(int(np.searchsorted(ends, before + _BLOCK, side="right")), at + 1)
+            some = number[at:stop]
+            offsets = np.arange(int(some.sum())) - np.repeat(np.cumsum(some) - some, some)
+            yield np.repeat(left[at:stop], some), np.repeat(begin[at:stop], some) + offsets
+            at = stop
+
+
+def residuals(thumbnails: np.ndarray) -> np.ndarray:
+    """Returns thumbnails, float32 (N, 768), minus their planes: any two skies would correlate."""
+    samples = thumbnails.reshape(-1, THUMBNAIL**2, 3).transpose(0, 2, 1).astype(np.float32)
+    return (samples - (samples @ _PLANE.T) @ _PLANE).reshape(-1, 3 * THUMBNAIL**2)
+
+
+# Orthonormal basis of the planes over a thumbnail, float32 (3, 256)
+_RAMP = np.tile(np.linspace(-1, 1, THUMBNAIL), (THUMBNAIL, 1))
+_BASIS = np.stack([np.ones_like(_RAMP), _RAMP, _RAMP.T]).reshape(3, -1)
+_PLANE = (_BASIS / np.linalg.norm(_BASIS, axis=1, keepdims=True)).astype(np.float32)
+
+
+def correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Returns the correlation of thumbnails, at most 1, float32 (N,)."""
+    a, b = residuals(one), residuals(other)
+    scale = np.sqrt(np.einsum("np,np->n", a, a) * np.einsum("np,np->n", b, b))
+    return np.einsum("np,np->n", a, b) / np.maximum(scale, 1e-6)
+
+
+def duplicates_to_exclude(duplicates: Duplicates) -> Iterator[tuple[str, int, str]]:
+    """Yields the images to exclude, to remove all duplicates."""
+    for pair in duplicates.to_exclude():
+        kept, at = pair.first
+        why = f"{_WHY[pair.kind]} {kept}[{at}] {duplicates.splits[kept].item_name(at)}"
+        yield *pair.second, why

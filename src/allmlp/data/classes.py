@@ -56,10 +56,7 @@ def numbered(cells: Iterable[Any]) -> RawLabels:
 def split_labels(
     splits: Mapping[str, RawLabels], options: Mapping[str, str], name: str
 ) -> tuple[dict[str, RawLabels], str | None]:
-    """Returns the labels, with cells split if any split has several labels per image, and a note.
-
-    Lists, columns of 0 and 1 and text with a "|" between labels are; `options` decide otherwise.
-    """
+    """Returns the labels, cells split if any split has several labels per image, and a note."""
     asked, separator = options.get("labels"), options.get("separator")
     one_of("labels", asked or "multi", ("single", "multi"), where=name)
     if asked == "single" and separator is not None:

@@ -15,10 +15,7 @@ _TRIES = 20  # random orders of the groups
 
 
 def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, str]:
-    """Returns the indices (kept, held out), and how many groups were held out, as text.
-
-    Whole groups, so that every class is as near to `fraction` as they allow and keeps images.
-    """
+    """Returns the indices (kept, held out) by whole groups, and how many groups were held out."""
     texts = values_of(source, GROUP)
     if texts is None:
         return *split_by_class(source.labels, fraction, seed), ""
@@ -41,11 +38,7 @@ def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[np.ndarray
 
 
 def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the indices (kept, held out), with `fraction` of every class held out.
-
-    A class with two or more images has at least one on either side. Several labels per image are
-    divided from the rarest class on.
-    """
+    """Returns the indices (kept, held out): of every class `fraction`, but some on either side."""
     side = np.full(len(labels), -1)  # 1: held out
     for members in _members(labels, np.random.default_rng(seed)):
         if len(members) > 1:

@@ -60,10 +60,7 @@ def locate(seed: int, position: int, num_images: int) -> tuple[int, int]:
 
 
 class BalancedOrder:
-    """An order in which every class has the same number of places in an epoch, but for one.
-
-    The images of a rare class come again; of a frequent one every epoch draws others, at random.
-    """
+    """An order in which every class has the same number of places in an epoch, but for one."""
 
     def __init__(self, seed: int, labels: np.ndarray) -> None:
         self.seed, self.num_images = seed, len(labels)
@@ -98,7 +95,7 @@ class Order:
     batch_size: int  # summed over ranks
     rank: int = 0
     world_size: int = 1
-    with_neighbour: bool = False  # as in `batches_of_positions`
+    with_neighbour: bool = False  # append the image before, which mixup blends with
     balanced: bool = False  # draw all classes equally often, see `BalancedOrder`
 
     def places(self, steps: range, labels: np.ndarray) -> Iterator[list[tuple[int, ...]]]:
@@ -106,11 +103,18 @@ class Order:
         place_of = functools.partial(locate, self.seed, num_images=len(labels))
         if self.balanced:
             place_of = BalancedOrder(self.seed, labels).locate
-        positions = batches_of_positions(
-            *(steps.start, steps.stop, self.batch_size, self.rank, self.world_size),
-            with_neighbour=self.with_neighbour,
-        )
-        return ([place_of(at) for at in batch] for batch in positions)
+        return ([place_of(at) for at in batch] for batch in self.positions(steps))
+
+    def positions(self, steps: range) -> Iterator[list[int]]:
+        """Yields the positions that the rank reads: consecutive parts of the batches."""
+        size, own = self.batch_size, self.batch_size // self.world_size
+        if size % self.world_size:
+            what = f"{self.world_size} processes cannot split a batch of {size} images equally"
+            raise UserError(what, where="batch_size", fix=f"A multiple of {self.world_size}")
+        start = self.rank * own
+        before = [(start - 1) % size] if self.with_neighbour else []  # cyclic over the batch
+        for step in steps:
+            yield [step * size + at for at in (*range(start, start + own), *before)]
 
 
 def sample_generator(seed: int, epoch: int, index: int, *place: int) -> np.random.Generator:
@@ -121,26 +125,3 @@ def sample_generator(seed: int, epoch: int, index: int, *place: int) -> np.rando
 def step_generator(seed: int, step: int) -> np.random.Generator:
     """Returns the generator for one step (mixup, dropout masks)."""
     return generator(seed, STEP, step)
-
-
-def batches_of_positions(
-    start: int,
-    stop: int,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    *,
-    with_neighbour: bool = False,
-) -> Iterator[list[int]]:
-    """Yields the positions that a rank reads: consecutive parts of a batch.
-
-    `with_neighbour` appends the image before (cyclic over the batch), which mixup blends with.
-    """
-    if batch_size % world_size:
-        what = f"{world_size} processes cannot split a batch of {batch_size} images equally"
-        raise UserError(what, where="batch_size", fix=f"A multiple of {world_size}")
-    own = batch_size // world_size
-    for step in range(start, stop):
-        first = step * batch_size + rank * own
-        before = [step * batch_size + (rank * own - 1) % batch_size] if with_neighbour else []
-        yield [*range(first, first + own), *before]

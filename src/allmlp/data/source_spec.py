@@ -132,10 +132,7 @@ def split_of_file(path: Path) -> str:
 
 
 def part_of(source: Source, text: str, name: str) -> Source:
-    """Returns a part of a split, such as "[:90%]"; [:p%] and [p%:] partition it.
-
-    Images sorted by class are interleaved first, so that every part has its fraction of each.
-    """
+    """Returns a part of a split, "[:90%]"; images sorted by class are interleaved first."""
     number = r"\s*(\d+(?:\.\d+)?%|\d+)?\s*"
     found = re.fullmatch(rf"\[{number}:{number}\]", text)
     if found is None or len(text) > 50:

@@ -84,11 +84,7 @@ def inception_box(
     random: np.random.Generator,
     area: tuple[float, float] = (0.05, 1.0),
 ) -> tuple[int, int, int, int]:
-    """Returns a random rectangle of an image: (top, left, height, width) in pixels.
-
-    As in TensorFlow: the aspect ratio is uniform in [3/4, 4/3], then the height is uniform over the
-    range it and `area` (fractions of the image) allow; timm's are larger.
-    """
+    """Returns a random rectangle, (top, left, height, width) in pixels, drawn as in TensorFlow."""
     height, width = size
     for _ in range(_ATTEMPTS):
         ratio = random.uniform(3 / 4, 4 / 3)
@@ -113,10 +109,7 @@ def inception_crop(
     random: np.random.Generator,
     area: tuple[float, float] = (0.05, 1.0),
 ) -> np.ndarray:
-    """Resizes a random rectangle of the image to (H, W) = `size`, bilinear without antialiasing.
-
-    A large rectangle of a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, and no rows below it.
-    """
+    """Resizes a random rectangle to (H, W) = `size`; of a JPEG no more than that is decoded."""
     top, left, height, width = inception_box(image.size, random, area)
     factors = REDUCTIONS if image.format == "JPEG" else ()
     fits = (r for r in factors if height >= r * size[0] and width >= r * size[1])
@@ -154,8 +147,7 @@ def flip(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Converts uint8 images (N, channels, H, W), or float32 rows of arrays, to the model's float32
-    input, permuting last."""
+    """Converts images (N, channels, H, W), or rows of arrays, to the model's float32 input."""
     mean, std = _mean_and_std(preprocessing, images.device)
     images = permute(images, preprocessing)
     if preprocessing.kind == "arrays":

@@ -34,22 +34,17 @@ while_waiting: ContextVar[Callable[[], None]] = ContextVar("while_waiting", defa
 
 
 def worker_context() -> Any:
-    """Returns the multiprocessing context: the user's choice, else fork on Linux.
-
-    Python 3.14 no longer forks because of threads; workers use none of their parent's, nor its GPU.
-    """
+    """Returns the multiprocessing context: the user's choice, else fork on Linux."""
     default = multiprocessing.get_all_start_methods()[0]
     method = multiprocessing.get_start_method(allow_none=True) or default
+    # Python 3.14 no longer forks because of threads; workers use none of their parent's.
     if sys.platform == "linux" and method == default:
         method = "fork"
     return multiprocessing.get_context(method)
 
 
 def check_guard(num_workers: int | None = None) -> None:
-    """Checks that worker processes would not run the script, and train, again.
-
-    A process that is not forked imports the script: one is started to see whether it gets here.
-    """
+    """Checks that worker processes would not run the script, and train, again."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         if _PROBING in os.environ:
             os._exit(_UNGUARDED)  # the main process reports it
@@ -122,10 +117,7 @@ def workers_that_start(wanted: int, batch_bytes: int = 0) -> int:
 
 
 def start_worker(watched: Tensor, closing: Tensor, number: int) -> None:
-    """Initializes a worker process: registers it in the table and ignores Ctrl-C and SIGTERM.
-
-    The main process needs its workers until it has saved the run, then closes them.
-    """
+    """Initializes a worker; it ignores Ctrl-C and SIGTERM, since the main process ends it."""
     if hasattr(os, "nice"):
         os.nice(NICENESS)
     watched.numpy()[number] = (os.getpid(), -1, time.monotonic_ns())

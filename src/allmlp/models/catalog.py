@@ -119,10 +119,7 @@ def model_from_config(config: ModelConfig) -> ImageClassifier:
 
 
 def random_weights(model: ImageClassifier, seed: int = 0) -> ImageClassifier:
-    """Returns a copy with random weights, on the same device and in the same mode.
-
-    The architecture and preprocessing are kept; torch's global random state does not change.
-    """
+    """Returns a copy with random weights; torch's global random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         twin = model_from_config(model.config)
@@ -146,11 +143,7 @@ def config_from_json(values: dict[str, Any]) -> ModelConfig:
 
 
 def architecture_name(config: ModelConfig) -> str | None:
-    """Returns the name in `list_models()` of this architecture, at any image size or class count.
-
-    Block-diagonal growth and the variants of appendix A.1 are added to the name: "mixer_b16 grown
-    to 4 tiles", "mixer_b16 (untied token mixing)".
-    """
+    """Returns the name in `list_models()`, with its variant: "mixer_b16 grown to 4 tiles"."""
     return next((f.name_of(config) for f in ALL_MLP if type(config) is f.config), None)
 
 

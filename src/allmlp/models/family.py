@@ -183,8 +183,8 @@ class Names:
 
     title: str  # the code base
     marker: str  # a pattern for names that only these files have
-    outside: str  # "theirs=ours ..." for the modules outside of the blocks
-    inside: str  # "theirs=ours ..." for the modules and parameters of a block
+    outside: str = ""  # "theirs=ours ..." for the modules outside of the blocks
+    inside: str = ""  # "theirs=ours ..." for the modules and parameters of a block
     scale_axes: int = 1  # of tensors called alpha and beta; all but the last have length one
     gelu: str | None = None  # that the code base computes, if the configuration has a choice
 

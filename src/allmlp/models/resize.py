@@ -87,8 +87,7 @@ def resize_tokens(
 
 
 def resize_maps(name: str) -> Callable[[Tensors, Any, Any, str], tuple[Any, str]]:
-    """Returns `Family.resize` for networks with one dense layer over the tokens per block; `name`
-    is its name, with "{}" for the block index."""
+    """Returns `Family.resize` for one dense layer over the tokens per block: "blocks.{}.NAME"."""
 
     def resize(tensors: Tensors, old: Any, new: Any, method: str) -> tuple[Any, str]:
         weights: list[Weight] = []
@@ -128,8 +127,7 @@ def _grown(value: Tensor, axes: tuple[Axis, ...], grid: Size, factors: Size) -> 
 def _resampled(
     value: Tensor, axes: tuple[Axis, ...], read: tuple[Tensor, ...], written: tuple[Tensor, ...]
 ) -> Tensor:
-    """Returns a weight on another grid: W A if it reads tokens, B W if it writes them; `read` and
-    `written` are A and B along the height and the width."""
+    """Returns a weight on another grid: W A if it reads tokens, B W if it writes them."""
     dtype, old = value.dtype, [matrix.shape[1] for matrix in written]
     value = value.double()  # so that rounding in the maps does not add to that of the model
     if len(axes) == 2 and axes[1] == TOKENS:
@@ -141,10 +139,7 @@ def _resampled(
 
 
 def resizing(old: int, new: int, interpolation: Interpolation) -> Tensor:
-    """Returns the linear map (new, old) that resizes `old` cells to `new`; its rows sum to one.
-
-    "nearest" repeats cells when growing and averages them when shrinking.
-    """
+    """Returns the linear map (new, old) that resizes `old` cells to `new`; its rows sum to one."""
     identity = torch.eye(old, dtype=torch.float64)
     if interpolation != "nearest":
         # One image with a line per column. (torch resizes images of width one wrongly.)

@@ -142,8 +142,7 @@ def known_to_timm(name: str) -> Any:
 
 
 def build_backbone(config: TimmConfig) -> nn.Module:
-    """Returns timm's model for the image size, without classifier and with random weights. Under
-    `torch.device("meta")` its parameters take no memory, but constants are real."""
+    """Returns timm's model without classifier; on the meta device only constants take memory."""
     if torch.get_default_device().type != "meta":
         return _built(config)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -195,8 +194,7 @@ def _built(config: TimmConfig) -> nn.Module:
 
 
 def resize_timm(model: TimmModel, image_size: Size) -> None:
-    """Resizes a model with its weights to another image size, in place. Convolutions take any size;
-    timm can resize some position embeddings (bicubic)."""
+    """Resizes a model with its weights in place, if timm can."""
     config = replace(model.config, image_size=image_size)
     if config.name not in HAND_BUILT and known_to_timm(config.name).fixed_input_size:
         backbone: Any = model.backbone

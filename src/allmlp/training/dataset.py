@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from allmlp.data.augment import padded_crop, random_erasing, warp
-from allmlp.data.exclude import exclude, read_exclude_list
-from allmlp.data.fingerprint import fingerprint, image_key
+from allmlp.data.fingerprint import exclude, fingerprint, image_key, read_exclude_list
 from allmlp.data.groups import deal_folds, hold_out, shared_groups
 from allmlp.data.image import DARK, EncodedImage
 from allmlp.data.randaugment import randaugment

@@ -22,13 +22,13 @@ from allmlp.models.catalog import (
     in_words,
     model_from_config,
 )
-from allmlp.models.family import ModelConfig, Size
+from allmlp.models.family import Family, ModelConfig, Names, Size
 from allmlp.models.layers import checked_names
 from allmlp.names import NAME, is_format, own_entry
 from allmlp.preprocessing import INTERPOLATIONS, Preprocessing
 from allmlp.weights.checkpoints import Checkpoint
 from allmlp.weights.files import WeightsFile, fingerprint
-from allmlp.weights.layouts import LAYOUTS, Layout, layout_of
+from allmlp.weights.layouts import LAYOUTS, layout_of
 
 FORMAT_VERSION = 1
 WEIGHTS, PICKLED, CONFIG = "model.safetensors", "pytorch_model.bin", "config.json"
@@ -37,7 +37,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Description:
-    layout: Layout
+    layout: Names
     config: ModelConfig
     class_names: list[str] | None  # in the order of the logits
     preprocessing: Preprocessing | None
@@ -49,22 +49,22 @@ class Description:
 def describe(
     file: WeightsFile, checkpoint: Checkpoint | None, image_size: Size | None
 ) -> Description:
-    """Returns the description of a file, whose tensor shapes are not checked yet. `image_size`, if
-    the user asked for one, helps when the number of tokens is not a square."""
+    """Returns the description of a file; `image_size` helps if the grid is not square."""
     written, where = _written(file)
     if "architecture" in written and is_format(written.get("format"), NAME):
         return _ours(written, where, file)
-    layout = layout_of(file.tensors)
-    if layout is None:
+    found = layout_of(file.tensors)
+    if found is None:
         first = ", ".join(list(file.tensors)[:4])
         what = f"not a known model: none of the {len(file.tensors)} tensors has the name of one "
-        fix = f"Known names: {', '.join(known.title for known in LAYOUTS)}"
+        fix = f"Known names: {', '.join(known.title for _, known in LAYOUTS)}"
         raise UserError(f"{what}({first}, ...)", where=file.path, fix=fix)
+    family, layout = found
     settings = written.get("pretrained_cfg", written)  # of timm
     settings = settings if isinstance(settings, dict) else {}
     size: Any = settings.get("input_size")
     is_size = isinstance(size, list) and [type(n) for n in size] == [int] * 3
-    config = _infer(file, layout, (size[1], size[2]) if is_size else None, image_size)
+    config = _infer(file, family, layout, (size[1], size[2]) if is_size else None, image_size)
     if checkpoint is not None:
         return _published(checkpoint, config, layout, file)
     labels = written.get("label_names") or settings.get("label_names")
@@ -79,8 +79,8 @@ def describe(
         return Description(layout, config, names, found[0], source, found[1])
     assumed, notes = None, ()
     if config.in_channels in (1, 3):
-        assumed = layout.family.published_preprocessing(config)
-        authors = f"that of {layout.title}'s authors" if layout.family.crops else "Google's"
+        assumed = family.published_preprocessing(config)
+        authors = f"that of {layout.title}'s authors" if family.crops else "Google's"
         what = f"the file does not say its preprocessing; {authors} is assumed"
         notes = () if layout.title == "Google" else (f"{what} ({assumed.summary()})",)
     return Description(layout, config, names, assumed, "the tensors", notes)
@@ -128,7 +128,7 @@ def _ours(written: Json, where: str, file: WeightsFile) -> Description:
         what = error.what[:400] if isinstance(error, UserError) else f"{error!r}"
         raise UserError(f"not a model description: {what}", where=where) from error
     family = family_of(config)
-    layout = layout_of(file.tensors, family) or Layout(family.title, family, family.marker)
+    _, layout = layout_of(file.tensors, family) or (family, Names(family.title, family.marker))
     if preprocessing is not None:
         prepared = (preprocessing.image_size, preprocessing.channels)
         if prepared != (config.image_size, config.in_channels):
@@ -143,10 +143,10 @@ def _ours(written: Json, where: str, file: WeightsFile) -> Description:
 
 
 def _infer(
-    file: WeightsFile, layout: Layout, written: Size | None, asked: Size | None
+    file: WeightsFile, family: Family, layout: Names, written: Size | None, asked: Size | None
 ) -> ModelConfig:
     """Returns the architecture that the tensors imply; the layout decides the GELU."""
-    title, infer = layout.family.title, layout.family.infer
+    title, infer = family.title, family.infer
     shapes = {name: tuple(value.shape) for name, value in layout.to_ours(file.tensors).items()}
     assert infer is not None
     try:
@@ -161,7 +161,7 @@ def _infer(
 
 
 def _published(
-    checkpoint: Checkpoint, config: ModelConfig, layout: Layout, file: WeightsFile
+    checkpoint: Checkpoint, config: ModelConfig, layout: Names, file: WeightsFile
 ) -> Description:
     kind = type(architectures()[checkpoint.model])
     if type(config) is not kind or config.num_classes != checkpoint.num_classes:
@@ -179,11 +179,7 @@ def _published(
 def timm_preprocessing(
     settings: Json, image_size: Size, channels: int
 ) -> tuple[Preprocessing, tuple[str, ...]] | None:
-    """Converts timm's `PretrainedCfg`; returns the preprocessing, and notes on what is lost.
-
-    Missing values get timm's defaults: bicubic, 0.875, centre crop; without mean and std the result
-    is None. ValueError and TypeError: a value is out of range.
-    """
+    """Returns the preprocessing in timm's `PretrainedCfg`, if any, and notes on what is lost."""
     if settings.get("mean") is None or settings.get("std") is None or channels not in (1, 3):
         return None
     notes, interpolation = (), settings.get("interpolation") or "bicubic"
@@ -215,8 +211,7 @@ def _per_channel(values: Any, channels: int) -> float | tuple[float, ...]:
 
 
 def check_shapes(description: Description, file: WeightsFile) -> None:
-    """Compares a file's tensors, by its own names, with those of the architecture. The UserError
-    names every tensor that is missing, extra, misshapen or not floating-point."""
+    """Raises UserError with every tensor that is missing, extra, misshapen or no floats."""
     config, tensors = description.config, file.tensors
     num_blocks = getattr(config, "num_blocks", 0)
     if num_blocks > len(tensors):  # before building a million blocks from a bad description

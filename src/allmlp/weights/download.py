@@ -141,8 +141,7 @@ def _receive(published: Published, path: Path, *, quiet: bool) -> Path:
 
 
 def _verify(published: Published, file: Path, path: Path) -> str | None:
-    """Checks a file against its published size and sha256 and the sha256 recorded beside `path`;
-    returns what is wrong, or None. Records the sha256 on the first download."""
+    """Returns what is wrong with a file, or None; records the sha256 of the first download."""
     if problem := published.check_size(file.stat().st_size):
         return problem
     record = path.with_name(f"{path.name}.sha256")

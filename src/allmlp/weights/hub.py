@@ -25,10 +25,7 @@ def parse(source: str) -> tuple[str, str | None]:
 
 
 def fetch(name: str, revision: str | None) -> Path:
-    """Returns the path of a hub model's weights, with its config.json, if any, in the same folder.
-
-    Files already in the hub's cache (HF_HOME) are used from there; HF_HUB_OFFLINE is respected.
-    """
+    """Returns the path of a hub model's weights, with its config.json in the same folder."""
     is_cut_off = not can_reach()
     _get(name, "config.json", revision, is_cut_off)  # optional: the tensors can describe themselves
     for file in WEIGHTS:

@@ -20,49 +20,33 @@ models/mlp_mixer.py, which loads the published files; timm 1.0, models/mlp_mixer
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 
+from allmlp.data.classes import natural_order
 from allmlp.models.catalog import ALL_MLP
-from allmlp.models.family import Family, Tensors
+from allmlp.models.family import Family, Names, Tensors
 from allmlp.models.mixer import FAMILY as MIXER
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Names and memory layout that one code base uses for the tensors of a family."""
+class _GoogleNames(Names):
+    def to_ours(self, tensors: Tensors) -> Tensors:
+        found: Tensors = {}
+        for key, value in tensors.items():
+            name = re.sub(r"^MixerBlock_(\d+)", r"blocks.\1", key).replace("/", ".")
+            name = name.replace("LayerNorm_", "layer_norm_").replace("Dense_", "dense_")
+            found[re.sub("(kernel|scale)$", "weight", name)] = _transposed(key, value)
+        return found
 
-    title: str
-    family: Family
-    marker: str  # a pattern for names that only this layout has
-    to_ours: Callable[[Tensors], Tensors] = dict
-    from_ours: Callable[[Tensors], Tensors] = dict
-    gelu: str | None = None  # of models with weights in this layout
-
-
-def google_to_ours(arrays: Tensors) -> Tensors:
-    """Converts Google's arrays to our names and layout."""
-    tensors: Tensors = {}
-    for key, value in arrays.items():
-        name = re.sub(r"^MixerBlock_(\d+)", r"blocks.\1", key).replace("/", ".")
-        name = name.replace("LayerNorm_", "layer_norm_").replace("Dense_", "dense_")
-        tensors[re.sub("(kernel|scale)$", "weight", name)] = _transposed(key, value)
-    return tensors
-
-
-def google_from_ours(tensors: Tensors) -> Tensors:
-    """Converts tensors to the names and layout of the published files, blocks in natural order."""
-    arrays: Tensors = {}
-    for name, value in tensors.items():
-        key = re.sub(r"blocks\.(\d+)", r"MixerBlock_\1", name).replace(".", "/")
-        key = re.sub(r"layer_norm_(\d)", r"LayerNorm_\1", key).replace("dense_", "Dense_")
-        key = re.sub("weight$", "scale" if "norm" in key.lower() else "kernel", key)
-        arrays[key] = _transposed(key, value, back=True)
-    return dict(sorted(arrays.items(), key=lambda item: natural(item[0])))
+    def from_ours(self, tensors: Tensors) -> Tensors:
+        """Returns Google's arrays, blocks in natural order."""
+        arrays: Tensors = {}
+        for name, value in tensors.items():
+            key = re.sub(r"blocks\.(\d+)", r"MixerBlock_\1", name).replace(".", "/")
+            key = re.sub(r"layer_norm_(\d)", r"LayerNorm_\1", key).replace("dense_", "Dense_")
+            key = re.sub("weight$", "scale" if "norm" in key.lower() else "kernel", key)
+            arrays[key] = _transposed(key, value, back=True)
+        return dict(sorted(arrays.items(), key=lambda item: natural_order(item[0])))
 
 
 def _transposed(key: str, value: torch.Tensor, back: bool = False) -> torch.Tensor:
@@ -71,37 +55,20 @@ def _transposed(key: str, value: torch.Tensor, back: bool = False) -> torch.Tens
     return value.T if key.endswith("kernel") and value.dim() == 2 else value
 
 
-def write_npz(path: Path, tensors: Tensors) -> None:
-    """Writes tensors with our names as a file that Google's code can load."""
-    named = google_from_ours(tensors)
-    arrays = {name: value.float().contiguous().numpy() for name, value in named.items()}
-    with path.open("wb") as file:
-        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]; numbers, never pickled
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts MixerBlock_2 before MixerBlock_10."""
-    parts = re.split(r"(\d{1,18})", name)
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
-
-
-LAYOUTS = [
-    Layout("allmlp", MIXER, MIXER.marker, gelu="tanh"),
-    Layout("Google", MIXER, "stem/|MixerBlock_", google_to_ours, google_from_ours, "tanh"),
-    *(Layout(found.title, found, found.marker) for found in ALL_MLP if found is not MIXER),
-    *(
-        Layout(names.title, found, names.marker, names.to_ours, names.from_ours, names.gelu)
-        for found in ALL_MLP
-        for names in found.names
-    ),
+GOOGLE = _GoogleNames("Google", "stem/|MixerBlock_", gelu="tanh")
+LAYOUTS: list[tuple[Family, Names]] = [
+    (MIXER, Names("allmlp", MIXER.marker, gelu="tanh")),
+    (MIXER, GOOGLE),
+    *((found, Names(found.title, found.marker)) for found in ALL_MLP if found is not MIXER),
+    *((found, names) for found in ALL_MLP for names in found.names),
 ]
 
 
-def layout_of(tensors: Tensors, family: Family | None = None) -> Layout | None:
+def layout_of(tensors: Tensors, family: Family | None = None) -> tuple[Family, Names] | None:
     """Returns the layout that matches most tensor names, of `family` if given, or None."""
     best, most = None, 0
     for layout in LAYOUTS:
-        if family is None or layout.family is family:
-            known = sum(re.match(layout.marker, name) is not None for name in tensors)
+        if family is None or layout[0] is family:
+            known = sum(re.match(layout[1].marker, name) is not None for name in tensors)
             best, most = (layout, known) if known > most else (best, most)
     return best

@@ -158,7 +158,7 @@ def _from_file(
         dtype = torch.float32 if value.is_floating_point() else value.dtype  # for counters
         tensors[name] = value.to(dtype, copy=is_mapped).contiguous()
     _check_finite(tensors, path)
-    is_timm = description.layout.family.name == "timm"  # timm resizes with the weights loaded
+    is_timm = family_of(config).name == "timm"  # timm resizes with the weights loaded
     if size is not None and size != config.image_size and not is_timm:
         old = config
         config, words = resize_model(tensors, config, size, method)
@@ -178,8 +178,7 @@ def _from_file(
 def resize_model(
     tensors: dict[str, Tensor], config: ModelConfig, image_size: Size, method: ResizeWeights
 ) -> tuple[ModelConfig, str]:
-    """Resizes a model's tensors, by our names and in place, to another image size. Returns the new
-    architecture and a description of the method."""
+    """Resizes a model's tensors in place; returns the new architecture and how it was done."""
     resize = family_of(config).resize
     if resize is None:
         what = f"{config.summary()} cannot be brought to another image size"
@@ -234,8 +233,7 @@ def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def with_new_head(model: ImageClassifier, num_classes: int) -> ImageClassifier:
-    """Returns the model with a zero head of `num_classes` outputs (0: no head), no class names and
-    no decision. Everything else is shared with the original, which does not change."""
+    """Returns the model with a zero head (0: none); everything else is shared with the original."""
     dim = model.config.hidden_dim
     try:
         config = replace(model.config, num_classes=num_classes)
@@ -253,8 +251,7 @@ def with_new_head(model: ImageClassifier, num_classes: int) -> ImageClassifier:
 
 
 def locate(source: str | Path, report: Reporter) -> tuple[Path, Checkpoint | None]:
-    """Returns the weights file of a source, downloaded if necessary, and the published checkpoint
-    that it is, if known. Local paths take precedence over names."""
+    """Returns the weights file of a source, downloaded if necessary, and its checkpoint."""
     text = str(source)
     if text.startswith(hub.PREFIX):
         name, revision = hub.parse(text)

@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -34,7 +35,7 @@ from allmlp.models.mixer import MixerConfig
 from allmlp.names import NAME, is_format
 from allmlp.weights.description import CONFIG, FORMAT_VERSION, WEIGHTS
 from allmlp.weights.files import fingerprint
-from allmlp.weights.layouts import write_npz
+from allmlp.weights.layouts import GOOGLE
 from allmlp.weights.load import open_model
 
 FORMATS = (NAME, "google", "timm")
@@ -68,6 +69,7 @@ def save_model(
     weights, beside = check_target(path, format, overwrite=overwrite)
     config, preprocessing = model.config, model.preprocessing
     theirs = next((names for names in family_of(config).names if names.title == format), None)
+    theirs = GOOGLE if format == "google" else theirs
     is_plain = getattr(config, "is_plain", True)
     is_google = isinstance(config, MixerConfig) and is_plain and not config.gated
     if not {"allmlp": True, "google": is_google, "timm": theirs is not None and is_plain}[format]:
@@ -89,11 +91,15 @@ def save_model(
     }
 
     def write_weights(partial: Path) -> None:
+        named = tensors if theirs is None else theirs.from_ours(tensors)
         if format == "google":
-            write_npz(partial, tensors)
+            arrays: Any = {
+                name: value.float().contiguous().numpy() for name, value in named.items()
+            }
+            with partial.open("wb") as file:
+                np.savez(file, **arrays)
             described["weights"] = fingerprint(partial)
             return
-        named = tensors if theirs is None else theirs.from_ours(tensors)
         # The format requires every tensor to own its memory.
         whole = {name: value.contiguous().clone() for name, value in named.items()}
         metadata = {NAME: json.dumps(described)}  # one entry: the library shuffles several

@@ -70,8 +70,7 @@ def load_pretrained(source: str, report: Reporter) -> TimmModel:
 
 
 def from_timm(theirs: Any, name: str, image_size: Size) -> TimmModel:
-    """Wraps a timm model, with its classifier (dense, or a 1x1 convolution as in BiT) as our head;
-    weights are shared."""
+    """Wraps a timm model, whose weights are shared, with its classifier as our head."""
     theirs = theirs.float().eval()
     classifier: Any = theirs.get_classifier()
     window = getattr(classifier, "kernel_size", (1, 1))

@@ -46,11 +46,6 @@ from allmlp.data.sources import (
 from allmlp.data.sources.subset_file import SubsetFile, is_subset_file, read_subset_file, select
 from allmlp.errors import UserError, near_names, one_of
 
-# Kinds of sources; the first match wins. A subset file refers to another source.
-KINDS = (
-    *(digits.KIND, hub.KIND, packed.KIND, arrays.KIND, parquet.KIND),
-    *(webdataset.KIND, folders.KIND, lists.KIND),
-)
 _KNOWN = (
     "digits, a list (.csv, .tsv, .txt, .jsonl), Parquet files, arrays (.npy, .npz), packed data, "
     "hf:owner/name, or " + folders.LAYOUT
@@ -128,7 +123,7 @@ def _records(spec: SourceSpec, labels: Labels) -> Mapping[str, Records]:
     if not spec.base.strip():
         raise UserError("no data is named", fix=f"Give {_KNOWN}")
     kind, path = kind_of(spec), spec.path.absolute()
-    if kind is None and not is_subset_file(spec):
+    if kind is None:
         fix, what = f"Give {_KNOWN}", f"no such data: {spec.base!r}"
         if path.exists():
             what = f"not a folder, and not a file of a known kind: {spec.base!r}"
@@ -138,25 +133,33 @@ def _records(spec: SourceSpec, labels: Labels) -> Mapping[str, Records]:
             fix = near_names(path.name, (entry.name for entry in path.parent.iterdir())) + fix
         raise UserError(what, where=path, fix=fix)
     for key in spec.options:
-        if kind is None or key not in kind.options:
-            what = f"the option {key!r} has no meaning for {kind.name if kind else 'a subset'}"
+        if key not in kind.options:
+            what = f"the option {key!r} has no meaning for {kind.name}"
             raise UserError(what, where=spec.source, fix=f"Leave out {key}=...")
-    if kind is not None:
-        return kind.open(spec, labels != "none")
+    return kind.open(spec, labels != "none")
+
+
+def _open_subset_file(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     subset = read_subset_file(spec.path)
-    if labels == "none":
+    if labels:
+        found = open_subset(subset, spec.source)
+    else:
         theirs = open_splits(subset.source, labels="none")
         found = select(replace(subset, labels=None), theirs, spec.source)
-    else:
-        found = open_subset(subset, spec.source)
     return {
         split: Records(source, RawLabels(source.labels, source.class_names, True), source.notes)
         for split, source in found.items()
     }
 
 
+# The first match wins.
+KINDS = (
+    *(digits.KIND, hub.KIND, packed.KIND, arrays.KIND, parquet.KIND, webdataset.KIND),
+    *(folders.KIND, lists.KIND, Kind("a subset", is_subset_file, _open_subset_file)),
+)
+
+
 def kind_of(spec: SourceSpec) -> Kind | None:
-    """Returns the kind of data; None for a subset file or no data."""
     return next((kind for kind in KINDS if kind.matches(spec)), None)
 
 

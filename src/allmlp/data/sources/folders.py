@@ -68,15 +68,11 @@ def open_folders(spec: SourceSpec, labels: bool) -> dict[str, Records]:
 def scan_images(
     folder: str, inside: str = "", passed_over: Counter[str] | None = None
 ) -> Iterator[str]:
-    """Yields image paths at any depth below `inside`, relative to the folder, sorted per folder.
-
-    Links to nested folders are not followed, since they may form cycles. `passed_over` counts other
-    files: by extension if they look like images, else as "".
-    """
+    """Yields image paths below `inside`, relative to the folder; counts others in `passed_over`."""
     for entry, is_folder in _entries(os.path.join(folder, inside)):
         path, suffix = os.path.join(inside, entry.name), os.path.splitext(entry.name)[1].lower()
         if is_folder:
-            if not entry.is_symlink():
+            if not entry.is_symlink():  # it may form a cycle
                 yield from scan_images(folder, path, passed_over)
         elif suffix in SUFFIXES:
             yield path
@@ -214,10 +210,7 @@ def _check_class_folders(folder: Path, group: str | None) -> None:
 
 
 def _find_splits(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """Returns the folder of each split, and the names of other folders with images.
-
-    A folder of classes is the train split. In test/test/<class>, the inner folder is the split.
-    """
+    """Returns the folder of each split, and the names of other folders with images."""
     splits: dict[str, Path] = {}
     known: set[str] = set()
     others: dict[str, list[str]] = {}
