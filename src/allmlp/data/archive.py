@@ -21,19 +21,6 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.
 _LARGEST = 2**28  # bytes of a file inside
 
 
-class Entry(NamedTuple):
-    """A file or folder in an archive, with the interface of `os.DirEntry` that we use."""
-
-    name: str
-    is_inner_folder: bool
-
-    def is_dir(self) -> bool:
-        return self.is_inner_folder
-
-    def is_symlink(self) -> bool:
-        return False
-
-
 class _Place(NamedTuple):
     """Where the bytes of a file are; `method` is None in a tar."""
 
@@ -52,11 +39,10 @@ def is_archive(path: str | os.PathLike[str]) -> bool:
     return _divided(os.fspath(path)) is not None
 
 
-def entries(path: str) -> list[Entry] | None:
-    """Returns the contents of a folder in an archive; None if it is not one."""
+def entries(path: str) -> dict[str, bool] | None:
+    """Returns the names in a folder in an archive, with whether each is a folder, or None."""
     archive, inside = _divided(path) or (path, "")
-    found = _opened(archive)[1].get(inside)
-    return None if found is None else [Entry(*entry) for entry in found.items()]
+    return _opened(archive)[1].get(inside)
 
 
 def read(path: str) -> bytes | None:

@@ -6,7 +6,7 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -69,10 +69,10 @@ def scan_images(
     folder: str, inside: str = "", passed_over: Counter[str] | None = None
 ) -> Iterator[str]:
     """Yields image paths below `inside`, relative to the folder; counts others in `passed_over`."""
-    for entry, is_folder in _entries(os.path.join(folder, inside)):
-        path, suffix = os.path.join(inside, entry.name), os.path.splitext(entry.name)[1].lower()
+    for name, is_folder, is_link in _entries(os.path.join(folder, inside)):
+        path, suffix = os.path.join(inside, name), os.path.splitext(name)[1].lower()
         if is_folder:
-            if not entry.is_symlink():  # it may form a cycle
+            if not is_link:  # it may form a cycle
                 yield from scan_images(folder, path, passed_over)
         elif suffix in SUFFIXES:
             yield path
@@ -106,19 +106,20 @@ def no_images(folder: Path, what: str = "the folder") -> UserError:
     return UserError(f"{what} has no images{there}", where=folder.absolute(), fix=fix)
 
 
-def _entries(folder: str) -> list[tuple[os.DirEntry[str] | archive.Entry, bool]]:
-    """The visible files and folders in a folder, sorted, with whether they are folders."""
-    found: Sequence[os.DirEntry[str] | archive.Entry] | None = None
+def _entries(folder: str) -> list[tuple[str, bool, bool]]:
+    """The visible names in a folder, sorted, with whether each is a folder, and a link."""
+    inside = None
     if not os.path.isdir(folder) and archive.is_archive(folder):
-        found = archive.entries(folder)
-    if found is None:
+        inside = archive.entries(folder)
+    if inside is not None:
+        found = [(name, is_folder, False) for name, is_folder in inside.items()]
+    else:
         with os.scandir(folder) as entries:
-            found = list(entries)
-    visible = (e for e in found if e.name[0] != "." and e.name.casefold() not in _SYSTEM)
-    return [(entry, _is_folder(entry)) for entry in sorted(visible, key=lambda e: e.name)]
+            found = [(entry.name, _is_folder(entry), entry.is_symlink()) for entry in entries]
+    return sorted(e for e in found if e[0][0] != "." and e[0].casefold() not in _SYSTEM)
 
 
-def _is_folder(entry: os.DirEntry[str] | archive.Entry) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link to itself: unreadable
@@ -126,13 +127,13 @@ def _is_folder(entry: os.DirEntry[str] | archive.Entry) -> bool:
 
 
 def loose_image(folder: Path) -> str | None:
-    files = (entry.name for entry, is_folder in _entries(str(folder)) if not is_folder)
+    files = (name for name, is_folder, _ in _entries(str(folder)) if not is_folder)
     return next((name for name in files if name.lower().endswith(SUFFIXES)), None)
 
 
 def subfolders(folder: Path) -> list[str]:
     """Returns the names of a folder's visible subfolders in natural order."""
-    names = [entry.name for entry, is_folder in _entries(str(folder)) if is_folder]
+    names = (name for name, is_folder, _ in _entries(str(folder)) if is_folder)
     return sorted(names, key=natural_order)
 
 

@@ -26,6 +26,7 @@ SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
 IMAGE_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "img")
 _EXAMPLE = "Begin the list with a header such as path,label (or path,label,split)"
 _NO_NAME = "[\ud800-\udc7f\udd00-\udfff]"  # surrogates other than those of undecodable bytes
+_FIX_CSV = 'Correct the line; put a field with a comma or a quote in quotes: "a, b"'
 _Columns = dict[str, list[object]]
 
 
@@ -115,37 +116,29 @@ def _open(path: Path) -> TextIO:
 
 def _read_csv(file: TextIO, path: Path) -> tuple[list[int], _Columns]:
     """Returns the line number of every row, and the columns."""
-    header = file.readline()
-    separator = re.fullmatch(r'"?sep=(.)"?\s*', header)  # first line of some Excel exports
+
+    def mistake(what: str, line: int, fix: str = _FIX_CSV) -> UserError:
+        return UserError(what, where=f"{path}, line {line}", fix=fix)
+
+    first = file.readline()
+    separator = re.fullmatch(r'"?sep=(.)"?\s*', first)  # of some Excel exports
     file.seek(0)
-    delimiter = separator[1] if separator else max(",;\t", key=header.count)
+    delimiter = separator[1] if separator else max(",;\t", key=first.count)
     reader = csv.reader(file, delimiter=delimiter, strict=True)
-    names: list[str] = []
-    lines: list[int] = []
-    columns: list[list[object]] = []
-    what, fix = "", 'Correct the line; put a field with a comma or a quote in quotes: "a, b"'
     try:
-        for cells in filter(None, reader):
-            if separator and reader.line_num == 1:
-                continue
-            if not names:
-                names = [cell.strip() for cell in cells]
-                columns = [[] for _ in names]
-                if len(set(names)) < len(names):
-                    what, fix = f"two columns have the same name: {names}", "Rename or remove one"
-            elif len(cells) == len(names):
-                lines.append(reader.line_num)
-                for column, cell in zip(columns, cells, strict=True):
-                    column.append(cell)
-            else:
-                what = f"{len(cells)} fields, and the header has {len(names)}"
-            if what:
-                break
+        rows = [(reader.line_num, cells) for cells in reader if cells]
     except csv.Error as error:
-        what = f"not CSV: {error}"
-    if what:
-        raise UserError(what, where=f"{path}, line {reader.line_num}", fix=fix)
-    return lines, dict(zip(names, columns, strict=True))
+        raise mistake(f"not CSV: {error}", reader.line_num) from error
+    header, *rows = rows[1 if separator else 0 :] or [(1, [])]
+    names = [cell.strip() for cell in header[1]]
+    if len(set(names)) < len(names):
+        what = f"two columns have the same name: {names}"
+        raise mistake(what, header[0], "Rename or remove one")
+    for line, cells in rows:
+        if len(cells) != len(names):
+            raise mistake(f"{len(cells)} fields, and the header has {len(names)}", line)
+    columns = zip(*(cells for _, cells in rows), strict=True)
+    return [line for line, _ in rows], dict(zip(names, map(list, columns), strict=False))
 
 
 def _read_jsonl(file: TextIO, path: Path) -> tuple[list[int], _Columns]:
