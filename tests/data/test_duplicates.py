@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from allmlp.data import duplicates as module
+from allmlp.data import check as module
 from allmlp.data.check import Duplicates, duplicates_to_exclude, find_duplicates, near_pairs, scan
 from allmlp.data.fingerprint import exclude, exclude_list, read_exclude_list
 from allmlp.data.source import EncodedImages, PackedBytes, Source, labelled
