@@ -9,14 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from allmlp.data.augment import (
-    cutmix,
-    mix,
-    mixup,
-    padded_crop,
-    random_erasing,
-    warp,
-)
+from allmlp.data.augment import cutmix, mix, mixup, padded_crop, random_erasing, warp
 from allmlp.data.randaugment import FILL, OPERATIONS, randaugment
 from conftest import draw
 
@@ -251,13 +244,7 @@ def test_every_operation_takes_every_shape():
 
 
 def test_two_operations_drawn_evenly_with_replacement():
-    pixels = gradient((16, 16))
-    drawn = np.concatenate(
-        [np.random.default_rng(seed).integers(16, size=2) for seed in range(3000)]
-    )
-    counts = np.bincount(drawn, minlength=16)
-    assert counts.min() > 300
-    names = list(OPERATIONS)
+    pixels, names = gradient((16, 16)), list(OPERATIONS)
     for seed in range(40):
         random = np.random.default_rng(seed)
         expected = pixels

@@ -99,14 +99,6 @@ def test_the_command_prints_and_writes(odd_folder: Path, tmp_path: Path, capsys)
     assert len(exclude(train, read_exclude_list(excluded), "train")) == 45
 
 
-def test_a_clean_folder(class_folder: Path, capsys):
-    code, out, _ = mixer(capsys, "data", "check", class_folder, "--num-workers", 0)
-    assert (code, "unreadable images: 0" in out) == (0, True)
-    flags = "--duplicates", "off", "--num-workers", 0
-    code, out, _ = mixer(capsys, "data", "check", class_folder, *flags)
-    assert (code, "\nduplicates: " in out) == (0, False)
-
-
 def test_damaged_packed_data_is_reported(class_folder: Path, tmp_path: Path, capsys):
     packed = tmp_path / "packed"
     file = pack_splits(open_splits(str(class_folder)), packed)["train"].files[0]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from allmlp.data import check as module
-from allmlp.data.check import Duplicates, duplicates_to_exclude, find_duplicates, near_pairs, scan
+from allmlp.data.check import Duplicates, duplicates_to_exclude, find_duplicates, near_pairs
 from allmlp.data.fingerprint import exclude, exclude_list, read_exclude_list
 from allmlp.data.source import EncodedImages, PackedBytes, Source, labelled
 from allmlp.errors import UserError
@@ -117,17 +117,6 @@ def test_exact_copies_are_told_apart_from_near_ones_and_labels_are_compared():
     ]
     exact = find_duplicates({"train": source(files)}, near=False, num_workers=0)
     assert len(exact) == 2
-
-
-def test_workers_change_nothing():
-    files = [encode(photo(seed)) for seed in range(70)]
-    data, progress = {"train": source([*files, b"no image"])}, []
-    alone = scan(data, num_workers=0, on_progress=progress.append)["train"]
-    assert sum(progress) == 71
-    other = scan(data, num_workers=2)["train"]
-    assert np.array_equal(alone.facts, other.facts)
-    assert [image.index for image in alone.unreadable] == [70]
-    assert alone.unreadable == other.unreadable
 
 
 def three_splits() -> dict[str, Source]:

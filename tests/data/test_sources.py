@@ -13,7 +13,7 @@ import pytest
 from allmlp.data.groups import split_by_class
 from allmlp.data.image import decode
 from allmlp.data.source import EncodedImages, labelled, unreadable
-from allmlp.data.source_spec import SourceSpec, parse_name, split_of_file
+from allmlp.data.source_spec import SourceSpec, by_split, parse_name
 from allmlp.data.sources import is_data, names_source, open_source, open_splits
 from allmlp.data.sources.subset_file import (
     LabelRule,
@@ -165,18 +165,7 @@ def test_parts_by_number():
     assert part.name == "digits:test[100:200]"
     assert [part.item_name(at) for at in (0, 99)] == [whole.item_name(at) for at in (100, 199)]
     assert len(open_source("digits:test[ 350 : ]")) == 9
-    for text in (
-        "[",
-        "[]",
-        "[5]",
-        "[a:b]",
-        "[:90%",
-        "[-3:]",
-        "[::2]",
-        "[:360]",
-        "[5:5]",
-        "[:101%]",
-    ):
+    for text in ("[", "[]", "[a:b]", "[:90%", "[-3:]", "[::2]", "[:360]", "[5:5]", "[:101%]"):
         with pytest.raises(UserError, match=r"SOURCE:train\[:90%\]"):
             open_source(f"digits:test{text}")
 
@@ -195,15 +184,11 @@ def test_parts_of_class_folders_have_every_class(tmp_path: Path):
 
 
 def test_the_split_of_a_file():
-    for name, split in (
-        ("cifar10_test.parquet", "test"),
-        ("train-00000-of-00004.parquet", "train"),
-        ("imagenet_val_sample.parquet", "validation"),
-        ("latest.parquet", "train"),
-    ):
-        assert split_of_file(Path(name)) == split
-    with pytest.raises(UserError, match=r"train_test\.parquet"):
-        split_of_file(Path("train_test.parquet"))
+    names = ("cifar10_test.npy", "train-00000-of-00004.npy", "imagenet_val_x.npy", "latest.npy")
+    found = {"train": [names[3], names[1]], "validation": [names[2]], "test": [names[0]]}
+    assert by_split(map(Path, names)) == found
+    with pytest.raises(UserError, match=r"train_test\.npy"):
+        by_split([Path("train_test.npy")])
 
 
 def test_files_that_cannot_be_read(class_folder: Path):

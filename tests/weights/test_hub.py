@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import allmlp as am
-from allmlp.weights import hub
 from conftest import GOLDEN
 from hub_server import Hub, serve
 
@@ -56,14 +54,6 @@ def load(source: str, home: Path, **environment: str) -> subprocess.CompletedPro
         env=settings,
         timeout=60,
     )
-
-
-def test_names():
-    assert hub.parse("hf:timm/mixer_b16_224.miil_in21k") == ("timm/mixer_b16_224.miil_in21k", None)
-    assert hub.parse("hf:a/b@refs/pr/1") == ("a/b", "refs/pr/1")
-    for wrong in ("hf:", "hf:a", "hf:a/b/c", "hf:a/b@", "hf:a/b c"):
-        with pytest.raises(am.UserError):
-            hub.parse(wrong)
 
 
 @pytest.mark.slow

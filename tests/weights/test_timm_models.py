@@ -4,6 +4,7 @@ timm itself where it is installed."""
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,23 @@ def test_logits_are_those_of_timm_itself(real_timm: Any, monkeypatch: Any, name:
     if name.startswith("vit"):  # attention counts
         flops = am.create_model(f"timm:{name}").config.flops
         assert flops / 2e9 == pytest.approx(1.2537, abs=1e-3)
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "timm.md").read_text("utf-8")
+SYSTEMS = re.findall(r"\| `timm:(\w+)` \|[^|]*\| ([\d,]+) \| (\d+) \|", PAGE)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "parameters", "pixels"), SYSTEMS)
+def test_the_papers_comparison_systems(
+    real_timm: Any, monkeypatch: Any, name: str, parameters: str, pixels: str
+):
+    monkeypatch.setitem(sys.modules, "timm", real_timm)
+    with torch.device("meta"):
+        model = am.create_model(f"timm:{name}")
+    assert model.num_parameters == int(parameters.replace(",", ""))
+    assert model.config.image_size == (int(pixels), int(pixels))
 
 
 # --- training: batch normalisation has running means ----------------------------------------------
