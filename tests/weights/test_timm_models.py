@@ -38,7 +38,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
             safetensors.torch.save_file(theirs(path.stem).state_dict(), path)
         return path
 
-    monkeypatch.setattr(timm_weights.hub, "fetch", fetch)
+    monkeypatch.setattr(timm_weights.download, "fetch_from_hub", fetch)
     return asked
 
 

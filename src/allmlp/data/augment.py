@@ -84,8 +84,6 @@ def mixup(
     images: Tensor, targets: Tensor, probability: float, random: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """Blends images and targets with their neighbours as big_vision does, one weight per batch."""
-    if probability == 0.0:
-        return images, targets
     weight = float(random.beta(probability, probability))
     weight = max(weight, 1.0 - weight)
     return (
@@ -98,8 +96,6 @@ def cutmix(
     images: Tensor, targets: Tensor, strength: float, random: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """Pastes a rectangle of its neighbour into each image, one per batch (Yun et al. 2019)."""
-    if strength == 0.0:
-        return images, targets
     kept = float(random.beta(strength, strength))
     height, width = images.shape[2:]
     spans = []
@@ -122,10 +118,8 @@ def mix(
     cutmix_strength: float,
 ) -> tuple[Tensor, Tensor]:
     """Applies mixup or cutmix; if both are on, one is chosen at random per step."""
-    if mixup_strength and cutmix_strength:
-        if random.random() < 0.5:
-            mixup_strength = 0.0
-        else:
-            cutmix_strength = 0.0
-    images, targets = mixup(images, targets, mixup_strength, random)
-    return cutmix(images, targets, cutmix_strength, random)
+    if cutmix_strength and (not mixup_strength or random.random() < 0.5):
+        return cutmix(images, targets, cutmix_strength, random)
+    if mixup_strength:
+        return mixup(images, targets, mixup_strength, random)
+    return images, targets

@@ -15,8 +15,8 @@ from allmlp.models.layers import ImageClassifier
 from allmlp.names import HUB_NAME
 from allmlp.options import make
 from allmlp.training.card import plain_card, published_card
-from allmlp.weights import hub
 from allmlp.weights.description import CONFIG, WEIGHTS
+from allmlp.weights.download import HUB_PREFIX, can_reach_hub
 from allmlp.weights.load import open_model
 from allmlp.weights.save import save_model
 
@@ -74,7 +74,7 @@ def push(
     net = open_model(model)
     from huggingface_hub import CommitOperationAdd, HfApi, constants
 
-    if not hub.can_reach():
+    if not can_reach_hub():
         what, fix = f"{constants.ENDPOINT} cannot be reached", "Try again with a network"
         raise UserError(what, where=repo, fix=fix, code="offline")
     name = repo if options.revision is None else f"{repo}@{options.revision}"
@@ -108,7 +108,7 @@ def push(
             done = api.create_commit(repo, contents, commit_message=message, revision=branch)
         except Exception as error:  # the hub library can raise anything
             raise _refused(repo, error) from error
-    return Pushed(page, done.oid, tuple(files), f"{hub.PREFIX}{name}")
+    return Pushed(page, done.oid, tuple(files), f"{HUB_PREFIX}{name}")
 
 
 def _refused(repo: str, error: Exception) -> UserError:

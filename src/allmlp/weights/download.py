@@ -1,6 +1,6 @@
-"""Downloads from the web into a cache: with progress, resumable, verified, never half written.
+"""Downloads: from the web into our cache, and "hf:owner/name[@revision]" into that of the hub.
 
-A download goes to NAME.TAG.partial in the same folder and is renamed once its size and checksum
+Ours have progress, are resumable, verified and never half written: a download goes to NAME.TAG.partial in the same folder and is renamed once its size and checksum
 match. TAG is the server's version of the file: an interrupted download is resumed only if it is
 unchanged. If no sha256 is published, that of the first download is recorded, so that later changes
 on the server or on disk are detected.
@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import sys
 import tempfile
 import urllib.request
@@ -23,9 +24,13 @@ from filelock import FileLock
 
 from allmlp.console import Reporter
 from allmlp.errors import UserError
-from allmlp.io import expand
+from allmlp.io import expand, is_reachable
+from allmlp.names import HUB_NAME
 
 PATIENCE = 30.0  # seconds without a response
+HUB_PREFIX = "hf:"
+# In order of preference; a pickle is the last resort, and read as plain tensors only.
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,3 +177,72 @@ def _by_hand(published: Published, path: Path, reason: str) -> UserError:
     what = f"cannot download {published.name}: {reason}"
     fix = f"Try again, or get that file another way and put it at {path}"
     return UserError(what, where=published.url, fix=fix, code="no-download")
+
+
+# The Hugging Face hub
+
+
+def parse_hub_name(source: str) -> tuple[str, str | None]:
+    """Splits "hf:owner/name[@revision]" into owner/name and the revision, or None."""
+    found = re.fullmatch(rf"hf:({HUB_NAME})(?:@([\w./-]+))?", source)
+    if not found:
+        fix = "hf:owner/name or hf:owner/name@revision"
+        raise UserError(f"not a model on the hub: {source!r}", fix=fix)
+    return found[1], found[2]
+
+
+def fetch_from_hub(name: str, revision: str | None) -> Path:
+    """Returns the path of a hub model's weights, with its config.json in the same folder."""
+    is_cut_off = not can_reach_hub()
+    _get(name, "config.json", revision, is_cut_off)  # optional: the tensors can describe themselves
+    for file in _HUB_FILES:
+        path = _get(name, file, revision, is_cut_off)
+        if path is not None:
+            blob = path.resolve()  # the hub's cache names large files by their sha256
+            if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256_of(blob) != blob.name:
+                fix = f"Delete {blob} and load the model again"
+                what = "the cached file is damaged: its sha256 is another"
+                raise UserError(what, where=path, fix=fix, code="damaged")
+            return path
+    raise UserError(f"{name} has none of {', '.join(_HUB_FILES)}", where="the hub")
+
+
+def can_reach_hub() -> bool:
+    """Whether the hub answers; without a network its library retries for half a minute."""
+    from huggingface_hub import constants
+
+    return not is_offline() and is_reachable(constants.ENDPOINT)
+
+
+def _get(name: str, file: str, revision: str | None, is_cut_off: bool) -> Path | None:
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+    try:
+        found = huggingface_hub.hf_hub_download(
+            name, file, revision=revision, local_files_only=is_cut_off
+        )
+        return Path(found)
+    except errors.LocalEntryNotFoundError as error:
+        known = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
+        if known is huggingface_hub._CACHED_NO_EXIST:  # cached as missing on the hub
+            return None
+        reason = "the hub cannot be reached" if is_cut_off else _cause(error)
+        what, where = f"{name} is not in the cache and {reason}", f"{constants.HF_HUB_CACHE}"
+        raise UserError(what, where=where, fix=f"With a network: {command}") from error
+    except errors.EntryNotFoundError:
+        return None
+    except Exception as error:  # the hub library can raise anything
+        what, fix = f"cannot download {name}: {_cause(error)}", f"By hand: {command}"
+        if isinstance(error, errors.RevisionNotFoundError):
+            what, fix = f"{name} has no revision {revision!r}", "Leave @revision out for main"
+        elif isinstance(error, errors.RepositoryNotFoundError):  # includes gated repositories
+            what = f"no model {name!r}, or it is private"
+            fix = "If you have access: hf auth login"
+        raise UserError(what, where="the hub", fix=fix) from error
+
+
+def _cause(error: BaseException) -> str:
+    first = error.__cause__ or error
+    return (str(first) or type(first).__name__).splitlines()[0]

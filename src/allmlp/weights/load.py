@@ -23,7 +23,6 @@ from allmlp.models.timm_model import PREFIX, TimmModel, resize_timm
 from allmlp.options import ResizeWeights
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.device import check_fits_memory
-from allmlp.weights import hub
 from allmlp.weights.checkpoints import (
     CHECKPOINTS,
     Checkpoint,
@@ -32,7 +31,13 @@ from allmlp.weights.checkpoints import (
     unknown_checkpoint,
 )
 from allmlp.weights.description import CONFIG, WEIGHTS, check_shapes, describe
-from allmlp.weights.download import cache_folder, cached
+from allmlp.weights.download import (
+    HUB_PREFIX,
+    cache_folder,
+    cached,
+    fetch_from_hub,
+    parse_hub_name,
+)
 from allmlp.weights.files import read_weights
 from allmlp.weights.timm_weights import load_pretrained
 
@@ -253,10 +258,10 @@ def with_new_head(model: ImageClassifier, num_classes: int) -> ImageClassifier:
 def locate(source: str | Path, report: Reporter) -> tuple[Path, Checkpoint | None]:
     """Returns the weights file of a source, downloaded if necessary, and its checkpoint."""
     text = str(source)
-    if text.startswith(hub.PREFIX):
-        name, revision = hub.parse(text)
+    if text.startswith(HUB_PREFIX):
+        name, revision = parse_hub_name(text)
         is_published = revision is None and name.startswith("timm/")
-        return hub.fetch(name, revision), find_checkpoint(name) if is_published else None
+        return fetch_from_hub(name, revision), find_checkpoint(name) if is_published else None
     path = expand(source)
     if path.suffix.lower() in EXPORTED and not os.path.isdir(path):
         what = "an exported file has no weights to load: it only computes logits"

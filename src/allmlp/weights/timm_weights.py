@@ -25,10 +25,9 @@ from allmlp.models.timm_model import (
     import_timm,
     known_to_timm,
 )
-from allmlp.weights import hub
+from allmlp.weights import download
 from allmlp.weights.checkpoints import imagenet_classes
 from allmlp.weights.description import timm_preprocessing
-from allmlp.weights.download import Published, cache_folder, cached
 from allmlp.weights.files import read_weights
 
 
@@ -116,10 +115,12 @@ def _fetched(name: str, described: Any, report: Reporter) -> Path:
     """Returns the path of timm's weights in the hub's cache or ours, downloaded if necessary."""
     if described.hf_hub_id and not described.hf_hub_filename:
         report.say(f"weights  {PREFIX}{name} (hf:{described.hf_hub_id})")
-        return hub.fetch(*hub.parse(f"{hub.PREFIX}{described.hf_hub_id}"))
+        found = download.parse_hub_name(f"{download.HUB_PREFIX}{described.hf_hub_id}")
+        return download.fetch_from_hub(*found)
     if described.url and not described.custom_load:
-        path = cache_folder() / "timm" / name / described.url.rpartition("/")[2]
-        return cached(Published(name=f"{PREFIX}{name}", url=described.url), path, report)
+        path = download.cache_folder() / "timm" / name / described.url.rpartition("/")[2]
+        published = download.Published(name=f"{PREFIX}{name}", url=described.url)
+        return download.cached(published, path, report)
     if described.url or described.hf_hub_id:
         where = described.url or f"{described.hf_hub_id}, {described.hf_hub_filename}"
         what = f"the weights of {PREFIX}{name} are in a format that is not read here"
