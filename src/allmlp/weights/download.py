@@ -1,9 +1,9 @@
 """Downloads: from the web into our cache, and "hf:owner/name[@revision]" into that of the hub.
 
-Ours have progress, are resumable, verified and never half written: a download goes to NAME.TAG.partial in the same folder and is renamed once its size and checksum
-match. TAG is the server's version of the file: an interrupted download is resumed only if it is
-unchanged. If no sha256 is published, that of the first download is recorded, so that later changes
-on the server or on disk are detected.
+Ours have progress, are resumable, verified and never half written: a download goes to
+NAME.TAG.partial in the same folder and is renamed once its size and checksum match. TAG is the
+server's version of the file: an interrupted download is resumed only if it is unchanged. If no
+sha256 is published, that of the first download is recorded, so that later changes are detected.
 """
 
 from __future__ import annotations
