@@ -6,6 +6,7 @@ import contextlib
 import csv
 import errno
 import glob
+import hashlib
 import io
 import json
 import os
@@ -233,6 +234,11 @@ def process_lives(process: int) -> bool:
     except (OSError, OverflowError):  # owned by another user
         return True
     return True
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync(path: Path) -> None:

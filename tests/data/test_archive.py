@@ -128,7 +128,10 @@ def test_damaged_and_unsuitable_archives(tmp_path: Path):
     good = write(tmp_path / "good.zip", **{"cat/1.png": IMAGE, "dog/1.png": IMAGE}).read_bytes()
     (tmp_path / "cut.zip").write_bytes(good[:-30])
     (tmp_path / "cut.tar").write_bytes(IMAGE * 20)
-    for name in ("cut.zip", "cut.tar"):
+    whole = bytearray(write_tar(tmp_path / "x.tar", "cat/1.png", "dog/1.png").read_bytes())
+    whole[whole.index(b"dog/1.png")] ^= 1  # tarfile takes it for the end
+    (tmp_path / "header.tar").write_bytes(whole)
+    for name in ("cut.zip", "cut.tar", "header.tar"):
         with pytest.raises(UserError, match="not a complete archive"):
             open_splits(str(tmp_path / name))
     (tmp_path / "flipped.zip").write_bytes(good[:60] + bytes([good[60] ^ 255]) + good[61:])

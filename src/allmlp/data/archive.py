@@ -13,7 +13,8 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
 
 from allmlp.errors import UserError
 
@@ -112,12 +113,24 @@ def _index(path: str, size: int, changed: int) -> _Index:
 
 
 def _tarred(path: str) -> list[tuple[str, _Place]]:
-    with tarfile.open(path, "r:") as file:
-        return [
-            (member.name, _Place(member.offset_data, member.size, member.size))
-            for member in file
-            if member.isreg() and not member.issparse()
-        ]
+    return [
+        (member.name, _Place(member.offset_data, member.size, member.size))
+        for member in tar_members(path)
+    ]
+
+
+def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
+    """Yields the files in a tar; raises TarError at a damaged header, which tarfile takes for the
+    end, and where the end is missing."""
+    with tarfile.open(path, "r:") as tar:
+        while (member := tar.next()) is not None:
+            cast(Any, tar).members = []  # tarfile would keep a list of all members
+            if member.isreg() and not member.issparse():
+                yield member
+        assert tar.fileobj is not None
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"neither an end nor a member at byte {tar.offset}")
 
 
 def _zipped(path: str) -> list[tuple[str, _Place]]:

@@ -42,11 +42,11 @@ from allmlp.io import (
     expand,
     read_json,
     remove_stale,
+    sha256_of,
 )
 from allmlp.models.layers import ImageClassifier, preprocessing_of
 from allmlp.names import import_extra, is_format
 from allmlp.runtime.world import World
-from allmlp.weights.download import sha256_of
 
 MANIFEST = "manifest.json"
 PART_SIZE = 10_000  # maximum number of images by default

@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from allmlp.errors import UserError
-from allmlp.io import fsync, parse_json
+from allmlp.io import fsync, parse_json, sha256_of
 from allmlp.names import NAME
 from allmlp.runtime.world import World, fill_from_rank0, full_tensor, saving
 
@@ -320,11 +320,8 @@ def verify(folder: Path, *, deep: bool = True) -> Checkpoint:
         if found.st_size != content["size"]:
             what = f"it is damaged: {found.st_size:,} bytes instead of {content['size']:,}"
             raise UserError(what, where=state)
-        if deep:
-            with state.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != content["sha256"]:
-                raise UserError("it is damaged: its sha256 is another", where=state)
+        if deep and sha256_of(state) != content["sha256"]:
+            raise UserError("it is damaged: its sha256 is another", where=state)
         return Checkpoint(folder, step, dict(content["values"]), bool(content["is_best"]))
     except OSError as error:
         what = f"it cannot be read: {error.strerror}"

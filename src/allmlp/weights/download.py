@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 import sys
@@ -24,7 +23,7 @@ from filelock import FileLock
 
 from allmlp.console import Reporter
 from allmlp.errors import UserError
-from allmlp.io import expand, is_reachable
+from allmlp.io import expand, is_reachable, sha256_of
 from allmlp.names import HUB_NAME
 
 PATIENCE = 30.0  # seconds without a response
@@ -160,11 +159,6 @@ def _verify(published: Published, file: Path, path: Path) -> str | None:
         with contextlib.suppress(OSError):  # the cache may be read-only
             record.write_text(f"{digest}  {path.name}\n")
     return None
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _changed(published: Published, problem: str) -> UserError:

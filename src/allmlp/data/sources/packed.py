@@ -5,7 +5,6 @@ Arrow files in the Hugging Face layout, and packed.json that lists them, written
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,7 +27,14 @@ from allmlp.data.source import (
 )
 from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec
 from allmlp.errors import UserError, between
-from allmlp.io import atomic_write, check_output_folder, fsync, parse_json, staging_folder
+from allmlp.io import (
+    atomic_write,
+    check_output_folder,
+    fsync,
+    parse_json,
+    sha256_of,
+    staging_folder,
+)
 from allmlp.names import import_extra, is_format
 
 MANIFEST = "packed.json"
@@ -78,7 +84,7 @@ def verify(folder: Path) -> list[str]:
     try:
         for file in (file for _, files in _read_manifest(folder).values() for file in files):
             _check_size(folder, file)
-            if file.sha256 != _checksum(folder / file.name):
+            if file.sha256 != sha256_of(folder / file.name):
                 what = "the file has another checksum than it was written with"
                 problems.append(f"{folder / file.name}: {what}")
     except UserError as error:
@@ -86,11 +92,6 @@ def verify(folder: Path) -> list[str]:
     except OSError as error:
         problems.append(f"{error.filename}: {error.strerror}")
     return problems
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_manifest(folder: Path) -> dict[str, tuple[list[str], list[PackedFile]]]:
@@ -243,7 +244,7 @@ def _write_split(
     def write() -> None:
         path = folder / f"{split}.arrow"
         _write_arrow(path, rows, source.class_names)
-        checksum = _checksum(path)
+        checksum = sha256_of(path)
         # Named by content, so that files from unfinished attempts do no harm.
         target = folder / f"{split}-{len(packed.files):05d}-{checksum[:8]}.arrow"
         packed.files.append(PackedFile(target.name, path.stat().st_size, checksum))

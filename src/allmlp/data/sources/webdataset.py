@@ -10,10 +10,11 @@ import tarfile
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
+from allmlp.data.archive import tar_members
 from allmlp.data.classes import UNLABELLED, RawLabels, numbered
 from allmlp.data.image import SUFFIXES
 from allmlp.data.source import ByteRanges, PackedStrings
@@ -72,21 +73,14 @@ def _samples(path: str, number: int) -> Iterator[tuple[tuple[int, int, int], str
 def _members(path: str) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
     """Yields the files of a tar; .cls and .json with their contents."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
-                cast(Any, tar).members = []  # tarfile would keep a list of all members
-                if not member.isreg() or os.path.basename(member.name).startswith("."):
-                    continue  # macOS adds hidden files
+        with open(path, "rb") as file:
+            for member in tar_members(path):
                 text = None
                 if member.name.lower().endswith((".cls", ".json")):
-                    file = tar.extractfile(member)
-                    text = b"" if file is None else file.read(_LABEL_BYTES)
-                yield member, text
-            # tarfile treats a damaged header as the end.
-            assert tar.fileobj is not None
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"neither an end nor a member at byte {tar.offset}")
+                    file.seek(member.offset_data)
+                    text = file.read(min(member.size, _LABEL_BYTES))
+                if not os.path.basename(member.name).startswith("."):  # macOS adds hidden files
+                    yield member, text
     except (tarfile.TarError, OSError, EOFError) as error:
         what = f"the tar is damaged, cut short or compressed: {error}"
         raise UserError(what, where=path, fix="Fetch it again; unpack .gz first") from error
