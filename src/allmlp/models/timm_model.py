@@ -111,14 +111,10 @@ def timm_config(name: str) -> TimmConfig:
         what = f"{PREFIX}{name} names weights; a model with random weights has no tag"
         fix = f"{PREFIX}{name.partition('.')[0]}, or allmlp.load_model for the weights"
         raise UserError(what, fix=fix)
-    return TimmConfig(name=name, image_size=own_image_size(name))
-
-
-def own_image_size(name: str) -> Size:
-    """Returns timm's default (H, W) of an architecture."""
     import_timm()
-    own = HAND_BUILT.get(name)
-    return tuple(known_to_timm(name).input_size[1:]) if own is None else own.image_size
+    if name in HAND_BUILT:
+        return TimmConfig(name=name, image_size=HAND_BUILT[name].image_size)
+    return TimmConfig(name=name, image_size=tuple(known_to_timm(name).input_size[1:]))
 
 
 def known_to_timm(name: str) -> Any:

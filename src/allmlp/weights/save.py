@@ -109,9 +109,12 @@ def save_model(
             safetensors.torch.save_file(whole, folder / WEIGHTS, metadata=metadata)
             os.replace(folder / WEIGHTS, partial)
 
+    def write_description(partial: Path) -> None:  # with the checksum, which is known by then
+        partial.write_bytes((json.dumps(described, indent=2) + "\n").encode())
+
     contents: dict[Path, Content] = {weights: write_weights}
     if beside is not None:
-        contents[beside] = lambda partial: _write_json(partial, described)
+        contents[beside] = write_description
     try:
         weights.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_all(contents)
@@ -120,10 +123,6 @@ def save_model(
         fix = fix_of(error) if isinstance(error, OSError) else None
         raise UserError(what, where=path, fix=fix or "Give a place with room for it") from error
     return weights
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_bytes((json.dumps(values, indent=2) + "\n").encode())
 
 
 def check_target(path: Path, format: str, *, overwrite: bool = True) -> tuple[Path, Path | None]:
