@@ -23,7 +23,6 @@ import re
 
 import torch
 
-from allmlp.data.classes import natural_order
 from allmlp.models.catalog import ALL_MLP
 from allmlp.models.family import Family, Names, Tensors
 from allmlp.models.mixer import FAMILY as MIXER
@@ -46,7 +45,13 @@ class _GoogleNames(Names):
             key = re.sub(r"layer_norm_(\d)", r"LayerNorm_\1", key).replace("dense_", "Dense_")
             key = re.sub("weight$", "scale" if "norm" in key.lower() else "kernel", key)
             arrays[key] = _transposed(key, value, back=True)
-        return dict(sorted(arrays.items(), key=lambda item: natural_order(item[0])))
+        return dict(sorted(arrays.items(), key=lambda item: natural(item[0])))
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts MixerBlock_2 before MixerBlock_10."""
+    parts = re.split(r"(\d{1,18})", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _transposed(key: str, value: torch.Tensor, back: bool = False) -> torch.Tensor:

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 from allmlp.console import Reporter, table
-from allmlp.data.classes import natural_order
 from allmlp.errors import UserError
 from allmlp.models.catalog import in_words, model_config
 from allmlp.models.layers import flops_text
@@ -14,6 +13,7 @@ from allmlp.weights.checkpoints import CHECKPOINTS, recommended
 from allmlp.weights.description import check_shapes, describe
 from allmlp.weights.download import cache_folder
 from allmlp.weights.files import WeightsFile, read_weights
+from allmlp.weights.layouts import natural
 from allmlp.weights.load import locate
 
 
@@ -51,7 +51,7 @@ def inspect_file(source: str | Path, image_size: tuple[int, int] | None = None) 
 def list_tensors(file: WeightsFile) -> list[str]:
     """Returns a table of the tensors, with one row for tensors that are equal in all blocks."""
     blocks: dict[tuple[str, str, str], list[str]] = {}
-    for name in sorted(file.tensors, key=natural_order):
+    for name in sorted(file.tensors, key=natural):
         value = file.tensors[name]
         shape = "x".join(map(str, value.shape)) or "()"
         dtype = str(value.dtype).removeprefix("torch.")
