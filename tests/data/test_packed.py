@@ -204,11 +204,11 @@ def test_tars_with_several_labels(tmp_path: Path):
 
 
 def test_tars_without_labels(tmp_path: Path):
-    members = [("0.png", encode(draw(1))), ("0.cls", b"cat"), ("1.png", encode(draw(2)))]
+    members = [("0.png", encode(draw(1))), ("0.cls", b"\xff"), ("1.png", encode(draw(2)))]
     write_tar(tmp_path / "x-test.tar", members)
     source = open_source(f"{tmp_path}:test[1:]", labels="any")
     assert (source.read(0), source.class_names) == (members[2][1], ["unknown"])
-    with pytest.raises(UserError, match="(?s)no label.*x-test.tar:1.png"):
+    with pytest.raises(UserError, match="cannot be read"):
         open_source(str(tmp_path))
 
 

@@ -30,7 +30,9 @@ def open_tars(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     """Returns the splits, taken from the tars' names."""
     found: dict[str, Records] = {}
     for split, files in by_split(spec.path.glob("*.tar")).items():
-        samples = [sample for number, file in enumerate(files) for sample in _samples(file, number)]
+        samples: list[tuple[tuple[int, int, int], str, Any]] = []
+        for number, file in enumerate(files):
+            samples += _samples(file, number, labels)
         if not samples:
             raise UserError("the tars have no images", where=files[0], fix=f"Endings: {SUFFIXES}")
         places, names, cells = zip(*samples, strict=True)
@@ -48,7 +50,9 @@ def open_tars(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     return found
 
 
-def _samples(path: str, number: int) -> Iterator[tuple[tuple[int, int, int], str, Any]]:
+def _samples(
+    path: str, number: int, labels: bool
+) -> Iterator[tuple[tuple[int, int, int], str, Any]]:
     """Yields (file, offset, length), name and label of every image; None if it has no label."""
 
     def key(item: tuple[tarfile.TarInfo, bytes | None]) -> tuple[str, str]:
@@ -59,7 +63,7 @@ def _samples(path: str, number: int) -> Iterator[tuple[tuple[int, int, int], str
         image, label = None, None
         for member, text in members:
             if text is not None:
-                own = _label(member.name, text, path)
+                own = _label(member.name, text, path) if labels else None
                 label = label if own is None else own
             elif os.path.splitext(member.name)[1].lower() in SUFFIXES:
                 if image is not None:
