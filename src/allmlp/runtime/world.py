@@ -103,6 +103,7 @@ class World:
             return function()
         hosts = [host for host, _ in self.peers]
         first = hosts.index(hosts[self.rank])
+        value: Any = None
         own: _Shared | UserError | None = None
         if self.rank == first:
             try:

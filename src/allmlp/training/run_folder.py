@@ -119,18 +119,13 @@ def check_same_images(path: Path, config: TrainConfig, splits: Splits) -> None:
         is_same = old == config.data.source  # otherwise compared with the checkpoints' later
     if not is_same:
         new = config.data.source
-        raise _other_images(
+        raise other_images(
             path, "" if old == new else f": data.source is {old!r} there, {new!r} here"
         )
 
 
-def check_images(path: Path, known: object, splits: Splits) -> None:
-    """Raises UserError unless a checkpoint is of a run with these training images."""
-    if not splits.has_fingerprint(known, "train"):
-        raise _other_images(path)
-
-
-def _other_images(path: Path, moved: str = "") -> UserError:
+def other_images(path: Path, moved: str = "") -> UserError:
+    """Returns the error for a run whose images have changed."""
     what = f"the images differ from those that the run began with{moved}"
     fix = "Restore them, or begin a new run in another output folder"
     return UserError(what, where=path, fix=fix, code="other-data")

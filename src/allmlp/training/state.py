@@ -23,7 +23,7 @@ from allmlp.training.checkpoint import Checkpoints
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits
 from allmlp.training.optim import build_optimizers, optimizer_tensors, update_average
-from allmlp.training.run_folder import TRAINING_IMAGES, RunFolder, check_images
+from allmlp.training.run_folder import TRAINING_IMAGES, RunFolder, other_images
 from allmlp.training.step import Updater
 from allmlp.weights.save import save_model
 
@@ -92,8 +92,9 @@ class RunState:
         found = self.checkpoints.newest() if is_old else None
         if found is not None:
             values = found.values
-            check = functools.partial(check_images, folder.path, values["data"], splits)
-            self.world.broadcast_from_rank0(check)
+            known = functools.partial(splits.has_fingerprint, values["data"], "train")
+            if not self.world.broadcast_from_rank0(known):
+                raise other_images(folder.path)
             self.checkpoints.load(found, self.tensors())
             self.step, self.last_checkpoint = found.step, found.path
             self.best = None if values["best"] is None else (values["best"][0], values["best"][1])
