@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -20,7 +21,9 @@ from urllib.parse import unquote, urlsplit
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "build" / "pages"  # docs_dir of mkdocs.yml
 RENAMED = {"README.md": "index.md"}
+COMMAND_LINE = "docs/cli.md"  # the help of every command follows it
 LINK = re.compile(r"(\]\(|src=\")([^)#:\s\"]+)")
+WIDTH = 86  # characters that a page shows without scrolling
 FENCES = {".py": "python", ".sh": "bash", ".toml": "toml"}
 
 
@@ -50,12 +53,16 @@ def commands() -> str:
     """The help of every command, as it is printed."""
     from allmlp.cli.verbs import VERBS
 
-    text = ["# Commands\n\nWhat `mixer COMMAND --help` prints.\n"]
-    plain = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    text = []
+    plain = os.environ | {"COLUMNS": str(WIDTH), "NO_COLOR": "1", "TERM": "dumb"}
     for name, command in VERBS.items():
         words = [sys.executable, "-m", "allmlp", *name.split(), "--help"]
         printed = subprocess.run(words, env=plain, capture_output=True, text=True, check=True)
-        text.append(f"## mixer {name}\n\n{command.summary}\n\n```text\n{printed.stdout}```\n")
+        lines = printed.stdout.splitlines()
+        shown = "\n".join(
+            textwrap.fill(line, WIDTH) if line[:1].isalpha() else line for line in lines
+        )
+        text.append(f"## mixer {name}\n\n{command.summary}\n\n```text\n{shown}\n```\n")
     return "\n".join(text)
 
 
@@ -74,7 +81,6 @@ def python_reference() -> str:
 
 def write_pages() -> None:
     shutil.rmtree(PAGES, ignore_errors=True)
-    generated = {"reference/commands.md": commands(), "reference/python.md": python_reference()}
     documents = [*ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
     waiting = ["README.md", *(path.relative_to(ROOT).as_posix() for path in documents)]
     done: set[str] = set()
@@ -92,14 +98,15 @@ def write_pages() -> None:
         if path.endswith(".md"):
             text, linked = with_links(text, path)
             waiting += linked
+            if path == COMMAND_LINE:
+                text += "\n" + commands()
         else:
             kind = FENCES.get(Path(path).suffix, "text")
             text = f"# {path}\n\n~~~~{kind}\n{text}\n~~~~\n"
         page.write_text(text, encoding="utf-8")
-    for name, text in generated.items():
-        page = PAGES / name
-        page.parent.mkdir(exist_ok=True)
-        page.write_text(text, encoding="utf-8")
+    page = PAGES / "reference" / "python.md"
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(python_reference(), encoding="utf-8")
 
 
 class Page(HTMLParser):
@@ -142,8 +149,11 @@ def main() -> None:
     site = ROOT / "build" / "site"
     write_pages()
     build = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
-    if code := subprocess.run(build, cwd=ROOT).returncode:
-        sys.exit(code)
+    printed = subprocess.run(build, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    lines = printed.stdout.decode().splitlines()
+    print("\n".join(lines))
+    if printed.returncode or any(line.startswith("griffe:") for line in lines):
+        sys.exit("the site has warnings")
     if broken := broken_links(site):
         sys.exit("\n".join(["broken links:", *broken]))
     print(f"{len(list(site.rglob('*.html')))} pages in {site}")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import re
+import runpy
 import shlex
+import tomllib
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +103,19 @@ def test_links_lead_somewhere(path: Path):
         assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
+def test_the_readme_of_a_release_has_no_relative_link():
+    links = runpy.run_path(str(ROOT / "docs" / "release_links.py"))
+    text = links["absolute"]((ROOT / "README.md").read_text(encoding="utf-8"), "https://x/y", "v1")
+    targets = re.findall(r"\]\(([^)]+)", text)
+    assert all(target.startswith("https://") for target in targets)
+    assert "](https://x/y/raw/v1/docs/images/mixer.png)" in text
+    project = links["with_urls"]((ROOT / "pyproject.toml").read_text("utf-8"), "https://x/y")
+    parsed = tomllib.loads(project)["project"]
+    assert parsed["urls"]["Repository"] == "https://x/y"
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\nversion: {parsed['version']}\n" in citation
+
+
 def test_the_public_names():
     assert am.__all__ == sorted(am.__all__)
     for name in am.__all__:
@@ -104,9 +123,40 @@ def test_the_public_names():
         assert name in dir(am)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = am.nothing
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in re.findall(r"\bam\.(\w+)", readme):
-        assert name in am.__all__, f"the README uses am.{name}"
+
+
+def keywords_of(function: Callable[..., Any]) -> set[str] | None:
+    """The keywords of a public function, with the fields of its options; None: any."""
+    signature = inspect.signature(function)
+    names = {name for name in signature.parameters if name != "fields"}
+    if all(of.kind is not of.VAR_KEYWORD for of in signature.parameters.values()):
+        return names
+    found = re.search(r"(\w+Options)", str(signature.parameters.get("options", "")))
+    if found is None:
+        return None
+    module = importlib.import_module(function.__module__)
+    return names | {field.name for field in fields(getattr(module, found[1]))}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_python_in_documents(path: Path):
+    """Blocks compile, their imports exist, and functions take the keywords that they are given."""
+    text = path.read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    for code in blocks + re.findall(r"`(am\.\w+\([^`]*\))`", text):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("allmlp"):
+                module = importlib.import_module(str(node.module))
+                assert all(hasattr(module, alias.name) for alias in node.names), code
+            if not isinstance(node, ast.Attribute) or ast.unparse(node.value) != "am":
+                continue
+            assert node.attr in am.__all__, f"am.{node.attr}"
+        for call in ast.walk(ast.parse(code)):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("am."):
+                name = ast.unparse(call.func).split(".")[1]
+                known = keywords_of(getattr(am, name))
+                given = {keyword.arg for keyword in call.keywords if keyword.arg}
+                assert known is None or given <= known, f"am.{name}: {given - (known or set())}"
 
 
 def test_the_number_of_checkpoints():

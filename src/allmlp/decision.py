@@ -23,28 +23,25 @@ _Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 class Decision:
     """How logits become probabilities and answers, the same in predict, evaluate, serve and export.
 
-    Args:
-        labels: "single", one class per image, by a softmax; "multi", any number of classes, by a
-            sigmoid each.
-        temperature: divides the logits; above 1 the probabilities are less extreme. Fitted on
-            held-out images (Guo et al. 2017).
-        unsure_below: with single labels, the answer is "unsure" if the highest probability is
-            lower; None: never.
-        thresholds: with multi labels, the lowest probability of each class that is an answer; None
-            is 0.5 for all.
-        measured: how the fields above were chosen: field -> {"data": ..., "images": ..., ...}.
-
     Raises:
         ValueError: a value is out of range.
     """
 
     labels: Literal["single", "multi"] = "single"
+    """"single": one class per image, by a softmax; "multi": any number of them, a sigmoid each."""
     temperature: _Positive = 1.0
+    """Divides the logits; above 1 the probabilities are less extreme. Fitted on held-out images
+    (Guo et al. 2017)."""
     unsure_below: _Probability | None = None
+    """With single labels, the answer is "unsure" if the highest probability is lower; None:
+    never."""
     thresholds: tuple[_Probability, ...] | None = None
+    """With multi labels, the lowest probability of each class that is an answer; None is 0.5 for
+    all."""
     measured: dict[Literal["temperature", "unsure_below", "thresholds"], dict[str, Any]] = field(
         default_factory=dict
     )
+    """How the fields above were chosen: field -> {"data": ..., "images": ..., ...}."""
 
     def __post_init__(self) -> None:
         if (self.thresholds if self.labels == "single" else self.unsure_below) is not None:
