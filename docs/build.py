@@ -104,6 +104,7 @@ def write_pages() -> None:
             kind = FENCES.get(Path(path).suffix, "text")
             text = f"# {path}\n\n~~~~{kind}\n{text}\n~~~~\n"
         page.write_text(text, encoding="utf-8")
+    shutil.copyfile(ROOT / "docs" / "site.css", PAGES / "site.css")
     page = PAGES / "reference" / "python.md"
     page.parent.mkdir(exist_ok=True)
     page.write_text(python_reference(), encoding="utf-8")

@@ -20,7 +20,7 @@ from allmlp.inspection.figures import pair_panel
 from allmlp.inspection.units import model_units
 from allmlp.plots import GREEN, GREY, new_figure, save, show
 
-COLUMNS, ROWS = 4, 6  # pairs of units
+COLUMNS, ROWS = 4, 5  # pairs of units
 ACROSS = 2  # tiles per side
 SHOWN = 4  # classes with a bar
 
@@ -75,7 +75,7 @@ def main() -> None:
     difference = (logits - expected.mean(0)).abs().max() / logits.abs().max()
     assert difference < 1e-5, difference
 
-    figure = new_figure(11, 5.2, dpi=150)
+    figure = new_figure(9, 4.4, dpi=180)
     left, right = figure.subfigures(1, 2, width_ratios=[1.15, 1])
     title = draw_units(list(left.subplots(ROWS, COLUMNS).flat), small)
     left.suptitle(

@@ -43,7 +43,9 @@ def test_importing_the_package_imports_no_torch():
         ),
         ("version", "Did you mean mixer --version?"),
         ("train --epoch 3", "--epochs"),
-        ("train --epochs many", "many"),
+        ("train --epochs many", "--epochs takes a whole number, got 'many'"),
+        ("train --learning-rate high", "--learning-rate takes a number, got 'high'"),
+        ("serve runs/mine --port x", "--port takes a whole number, got 'x'"),
     ],
 )
 def test_typos(capsys, line, words):

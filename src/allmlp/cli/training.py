@@ -72,7 +72,6 @@ Examples:
     mixer train --data FOLDER --image-size 64
     mixer train --data FOLDER --model mixer_s16 --epochs 100 --output runs/flowers
     mixer train digits --seed 1 --set optimizer.weight_decay=0.05
-
     mixer train cifar10 --data 'cifar10_*.parquet' --output runs/cifar10
     mixer train --resume runs/cifar10
     mixer train --data 'list.csv#group=patient' --folds 5 --output runs/folds
