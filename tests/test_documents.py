@@ -143,20 +143,17 @@ def test_python_in_documents(path: Path):
     """Blocks compile, their imports exist, and functions take the keywords that they are given."""
     text = path.read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    for code in blocks + re.findall(r"`(am\.\w+\([^`]*\))`", text):
-        for node in ast.walk(ast.parse(code)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("allmlp"):
-                module = importlib.import_module(str(node.module))
-                assert all(hasattr(module, alias.name) for alias in node.names), code
-            if not isinstance(node, ast.Attribute) or ast.unparse(node.value) != "am":
-                continue
+    blocks += [code.replace(", ...", "") for code in re.findall(r"`(am\.\w+\([^`]*\))`", text)]
+    for node in (node for code in blocks for node in ast.walk(ast.parse(code))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("allmlp"):
+            module = importlib.import_module(str(node.module))
+            assert all(hasattr(module, alias.name) for alias in node.names)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "am":
             assert node.attr in am.__all__, f"am.{node.attr}"
-        for call in ast.walk(ast.parse(code)):
-            if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("am."):
-                name = ast.unparse(call.func).split(".")[1]
-                known = keywords_of(getattr(am, name))
-                given = {keyword.arg for keyword in call.keywords if keyword.arg}
-                assert known is None or given <= known, f"am.{name}: {given - (known or set())}"
+        if isinstance(node, ast.Call) and re.fullmatch(r"am\.\w+", ast.unparse(node.func)):
+            known = keywords_of(getattr(am, ast.unparse(node.func).removeprefix("am.")))
+            given = {keyword.arg for keyword in node.keywords if keyword.arg}
+            assert known is None or given <= known, ast.unparse(node)
 
 
 def test_the_number_of_checkpoints():
