@@ -149,6 +149,10 @@ def broken_links(site: Path) -> list[str]:
 def main() -> None:
     site = ROOT / "build" / "site"
     write_pages()
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    documents = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md")]
+    if left_out := [path for path in documents if f" {page_of(path)}\n" not in menu]:
+        sys.exit(f"mkdocs.yml does not list {', '.join(left_out)}")
     build = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
     printed = subprocess.run(build, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     lines = printed.stdout.decode().splitlines()

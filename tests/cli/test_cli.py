@@ -39,7 +39,7 @@ def test_importing_the_package_imports_no_torch():
         ("trian", "unknown command 'trian'\nto fix: Did you mean train? Known: models, train, "),
         (
             "data chek x",
-            "where: mixer data\nto fix: Did you mean check? Known: check, mistakes, pack, index",
+            "where: mixer data\nto fix: Did you mean check? Known: check, mistakes, pack",
         ),
         ("version", "Did you mean mixer --version?"),
         ("train --epoch 3", "--epochs"),
