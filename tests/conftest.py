@@ -128,7 +128,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> am.TrainResult:
     with FileLock(f"{folder}.lock"):
         if not (folder / "result").exists():
             changes = {"epochs": 3, "output": str(folder / "run"), "device": "cpu"}
-            config = am.recipe("digits").with_values({**changes, "data.num_workers": 0})
+            changes |= {"model.overrides.num_blocks": 2, "data.num_workers": 0}
+            config = am.recipe("digits").with_values(changes)
             (folder / "result").write_bytes(pickle.dumps(am.train(config, quiet=True)))
         return pickle.loads((folder / "result").read_bytes())
 
