@@ -6,7 +6,8 @@ import io
 import os
 import pickle
 import signal
-from collections.abc import Iterator, Sequence
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,15 @@ def make_class_folder(folder: Path, classes: dict[str, int], start: int = 0) -> 
             draw(seed).save(folder / name / f"{number}.png")
             seed += 1
     return folder
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
 
 
 @pytest.fixture

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gzip
-import io
 import multiprocessing
 import pickle
 import shutil
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from allmlp.data.source import EncodedImages, Source, labelled
 from allmlp.data.sources import open_source, open_splits
 from allmlp.data.sources.packed import pack_splits, verify
 from allmlp.errors import UserError
-from conftest import draw, encode, mixer
+from conftest import draw, encode, mixer, write_tar
 
 pa = pytest.importorskip("pyarrow")
 KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
@@ -145,14 +143,6 @@ def test_it_survives_pickling_and_forking(tmp_path: Path):
 
 
 # Tars
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 def test_shards_of_earlier_versions(tmp_path: Path):
