@@ -76,7 +76,7 @@ class FinetuneResult:
     def grid(self) -> dict[float, float | None]:
         """Learning rate -> `best_by` on the held-out training images."""
         found = self.grid_metrics.items()
-        return {rate: None if metrics is None else metrics[self.best_by] for rate, metrics in found}
+        return {rate: (metrics or {}).get(self.best_by) for rate, metrics in found}
 
     @property
     def accuracies(self) -> dict[int, float]:
@@ -206,7 +206,7 @@ def finetune(
 def _choose(sweep: Sweep, by: str, reached: Mapping[float, dict[str, float] | None]) -> float:
     """Returns the best learning rate; the lowest wins a tie."""
     metric = metric_of(by)
-    finite = {rate: metrics[by] for rate, metrics in reached.items() if metrics}
+    finite = {rate: metrics[by] for rate, metrics in reached.items() if metrics and by in metrics}
     if not finite:
         what, lower = "the run of every rate of the grid diverged", min(reached) / 10
         raise UserError(what, where=sweep.path, fix=f"Lower rates, grid: {lower:.1g}")

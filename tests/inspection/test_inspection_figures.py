@@ -52,9 +52,7 @@ def test_colours_are_symmetric_about_zero():
     assert figures.color_pixels(unit[..., :1])[0, 0].tolist() == [255] * 3
 
 
-@pytest.mark.parametrize(
-    ("grid", "count"), [((8, 8), 1), ((4, 12), 40), ((14, 14), 5), ((9, 2), 2), ((96, 96), 3)]
-)
+@pytest.mark.parametrize(("grid", "count"), [((8, 8), 1), ((4, 12), 40), ((96, 96), 3)])
 def test_pairs(grid, count, tmp_path):
     units = np.random.default_rng(0).normal(size=(count, *grid))
     order = pair_opposites(units)
@@ -77,7 +75,7 @@ def test_pairs(grid, count, tmp_path):
         assert not any(box.overlaps(other) for other in boxes[:at])
 
 
-@pytest.mark.parametrize("shape", [(4, 4, 3), (16, 16, 3), (7, 3, 1)])
+@pytest.mark.parametrize("shape", [(16, 16, 3), (7, 3, 1)])
 def test_stem(shape, tmp_path):
     units = np.random.default_rng(0).normal(size=(33, *shape))
     drawn = pixels_of(figures.stem_page("name", units), tmp_path / "a")

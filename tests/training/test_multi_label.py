@@ -223,7 +223,7 @@ def test_a_fold_without_a_label(run: tuple[Path, Path], tmp_path: Path):
     lines = [f"{run[1].parent / paths[at]},{labels[at % 3]},{at % 3}" for at in range(24)]
     (tmp_path / "list.csv").write_text("\n".join(["path,label,fold", *lines]) + "\n")
     changes = {"data.source": str(tmp_path / "list.csv"), "data.holdout": None, "epochs": 1}
-    changes |= {"best_by": "micro_f1", "output": str(tmp_path / "folds")}
+    changes |= {"best_by": "top1", "output": str(tmp_path / "folds")}
     found = am.cross_validate(config_of(run[0]).with_values(changes), 3, quiet=True)
     assert found.main == "micro_f1"
     assert ["mean_average_precision" in fold for fold in found.folds] == [True, True, False]

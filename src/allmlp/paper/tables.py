@@ -45,8 +45,7 @@ _DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)
 _OTHER = "Accuracy on other data"
 _TEXTS = {
     _OTHER: "Not the 50,000 validation images of ImageNet, so in no column of the paper's tables.",
-    "Training cost": "The wall time of each run, with reading and evaluation, times its processes.",
-    "Few-shot accuracy": "Linear few-shot top-1 in per cent, mean and deviation over the draws.",
+    "Few-shot accuracy": "Linear few-shot top-1 in per cent, mean over the draws.",
 }
 _OURS = ("ImageNet", "ReaL", "Avg 5", "VTAB-1k", "img/s", "device-days", "how")
 Cells = dict[str, object]  # column -> value; None is a dash
@@ -235,7 +234,6 @@ def _read_run(path: Path) -> dict[str, Any]:
         "config": read("config.json"),
         "environment": read("environment.json"),
         "model": model,
-        "steps": int(last[0]["step"]) + 1 if last else 0,
         "evaluation": read("test/evaluation.json") or read("validation/evaluation.json"),
         "days": max(ends, default=0.0) * int(processes[-1]) / 86_400,
     }
@@ -245,20 +243,6 @@ def _contribute(one: Measured) -> Iterator[tuple[str, Cells]]:
     """Yields (section, cells) of our tables; stores the accuracy and the speeds."""
     values = one.values
     evaluation = values if one.kind == "evaluation" else values.get("evaluation")
-    if one.kind == "run":
-        config, steps = values["config"], values["steps"]
-        yield (
-            "Training cost",
-            {
-                "run": one.path,
-                "from": config.get("model", {}).get("weights") or "random weights",
-                "data": config.get("data", {}).get("source"),
-                "steps": f"{steps:,}{'' if evaluation else ' (not finished)'}",
-                "images seen": f"{steps * config.get('batch_size', 0):,}",
-                "device-days": _plain(values["days"]),
-                "device": hardware(values["environment"]),
-            },
-        )
     if evaluation is not None:
         one.accuracy = found = _accuracy(one, evaluation)
         if found["not_imagenet"] is not None:
@@ -274,15 +258,10 @@ def _contribute(one: Measured) -> Iterator[tuple[str, Cells]]:
                 columns = ("model", "px", "mode", "precision", "batch", "images/s", "hardware")
                 yield "Throughput", {name: speed[name] for name in columns}
     if one.kind == "few-shot":
-        baseline = (values.get("floor") or {"results": []})["results"]
         source = one.model.get("source") or one.model.get("name")
-        for name, results in ((source, values["results"]), ("random weights", baseline)):
-            for result in results:
-                shots = {
-                    f"{int(shots)}-shot": _spread(mean, result["deviation"].get(shots))
-                    for shots, mean in result["mean"].items()
-                }
-                yield "Few-shot accuracy", {"model": name, "data": result["data"], **shots}
+        for result in values["results"]:
+            shots = {f"{shots}-shot": percent(mean) for shots, mean in result["mean"].items()}
+            yield "Few-shot accuracy", {"model": source, "data": result["data"], **shots}
     if one.kind in _SUITES:
         _ = values["missing"], _suite_mean(one)  # an error if they are not there
 
@@ -382,10 +361,6 @@ def percent(fraction: float) -> str:
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"not a fraction: {fraction!r}")
     return f"{100 * fraction:.2f}"
-
-
-def _spread(mean: float, deviation: float | None) -> str:
-    return percent(mean) + ("" if deviation is None else f" +- {percent(deviation)}")
 
 
 def _plain(value: float) -> str:
