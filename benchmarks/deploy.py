@@ -61,7 +61,7 @@ def write_files(model: am.ImageClassifier, folder: Path, threads: int) -> None:
     graph = to_onnx(*graph_module(model, uint8_input=False))
     info = info_of(model, "float32", uint8_input=False)
     noise = [info.inputs(pixels(model, 8, at + 1)) for at in range(2)]
-    int8 = Int8(graph, noise, folder, threads, "").quantized(0)[0]
+    int8 = Int8(graph, noise, folder, threads).quantized(0)[0]
     graphs = {"float32": graph, "bfloat16": to_bfloat16(graph), "int8": int8}
     for precision, made in graphs.items():
         info = info_of(model, precision, uint8_input=False)

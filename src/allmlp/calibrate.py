@@ -56,7 +56,7 @@ def calibrate(
             no threshold reaches the accuracy.
     """
     options = make(CalibrateOptions, data, fields, "data")
-    net = open_model(model, options.image_size, options.resize_weights, **options.foreign)
+    net = open_model(model, **options.loading)
     own = {field.name for field in fields_of(MeasureOptions)} - {"image_size", "resize_weights"}
     given = {name: getattr(options, name) for name in own}
     if not isinstance(model, ImageClassifier):  # a model object stays where it is

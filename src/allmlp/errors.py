@@ -138,6 +138,17 @@ def fix_of(error: OSError) -> str | None:
     return None if error.errno is None else _FIXES.get(error.errno)
 
 
+@contextlib.contextmanager
+def disk_errors(what: str, where: object) -> Iterator[None]:
+    """Turns system errors, such as a full disk, into a UserError that begins with `what`."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{what}: {error.strerror or error}"
+        fix = fix_of(error) or "Give another output"
+        raise UserError(what, where=where, fix=fix, code="disk") from error
+
+
 # Out-of-memory messages of numpy, torch, CUDA, ONNX Runtime and C++.
 _NO_MEMORY = (
     r"can't allocate memory|Cannot allocate memory|Unable to allocate|[Oo]ut of memory|bad_alloc"

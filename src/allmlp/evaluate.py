@@ -78,7 +78,7 @@ def evaluate(
         if folder is not None:
             check_output_folder(folder, names, overwrite=options.overwrite)
         stays = not isinstance(model, str | Path) and options.device == "auto" and world.size == 1
-        net = load_any(model, options.image_size, options.resize_weights, **options.foreign)
+        net = load_any(model, **options.loading)
         device = None if stays else str(chosen)
         predictor = predictor_for(options, net, device, **_protocol(net, options))
         if in_memory:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
-from allmlp.errors import UserError, near_names
+from allmlp.errors import UserError, near_names, needs
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -43,8 +43,22 @@ class Done:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForeignOptions(Options):
-    """What weights of other programs do not carry."""
+class SizeOptions(Options):
+    """The image size of a model."""
+
+    image_size: ImageSize | None = None
+    """Image size in pixels; defaults to the model's own."""
+    resize_weights: ResizeWeights = "auto"
+    """How the token-mixing weights are resized to another image size."""
+
+    def __post_init__(self) -> None:
+        resizing = None if self.resize_weights == "auto" else self.resize_weights
+        needs({"resize_weights": resizing}, "image_size", self.image_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(SizeOptions):
+    """How a model is loaded: its image size, and what weights of other programs lack."""
 
     class_names: str | Path | tuple[str, ...] | None = dataclasses.field(
         default=None, metadata={"type": str | None, "metavar": "FILE"}
@@ -57,10 +71,10 @@ class ForeignOptions(Options):
     """Standard deviation of the pixels on [0, 1], likewise."""
 
     @property
-    def foreign(self) -> dict[str, Any]:
+    def loading(self) -> dict[str, Any]:
         """The keywords of `load_model` that are set."""
-        given = {name: getattr(self, name) for name in ("class_names", "mean", "std")}
-        return {name: value for name, value in given.items() if value is not None}
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(LoadOptions)}
+        return {name: v for name, v in given.items() if v not in (None, "auto")}
 
 
 @dataclass(frozen=True, kw_only=True)

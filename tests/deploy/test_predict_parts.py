@@ -106,7 +106,7 @@ def _other_input(model, _):
         (_other_names, "class names"),
         (_other_input, "preprocessing"),
         (lambda _, album: draw(77).save(album / "x" / "3.png"), "images"),
-        (lambda _, album: draw(77).save(album / "x" / "new.png"), "20 images then, 21 now"),
+        (lambda _, album: draw(77).save(album / "x" / "new.png"), "number was 20 and is now 21"),
         (lambda *_: {"top_k": 3}, "top_k was 2 and is now 3"),
         (lambda *_: {"top_k": None, "features": True}, "answer was classes and is now features"),
         (lambda *_: {"precision": "bfloat16"}, "precision was float32 and is now bfloat16"),

@@ -25,7 +25,7 @@ from PIL import Image
 
 import allmlp as am
 from allmlp.deploy.options import ServeOptions
-from allmlp.deploy.service import Service
+from allmlp.deploy.serve import Service, serve
 from allmlp.inspection.attribution import occlusion, read_image
 from conftest import draw, encode, mixer, tiny_model
 from serving import serving
@@ -33,7 +33,6 @@ from serving import serving
 starlette_client = pytest.importorskip("starlette.testclient", reason="the extra serve is absent")
 pytest.importorskip("python_multipart", reason="the extra serve is absent")
 uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is absent")
-from allmlp.deploy.serve import serve  # noqa: E402
 from allmlp.deploy.web import make_app  # noqa: E402
 
 GET = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
@@ -185,13 +184,14 @@ def test_what_is_served_and_nothing_from_elsewhere(client):
     assert (about["classes"], about["image_size"], about["precision"]) == (7, [8, 8], "float32")
     assert about["units"] == {"layers": [1, 2], "note": ""}
     assert about["limits"]["images"] == 3
-    for path in ("/", "/page.css", "/page.js"):
+    for path in ("/", "/page.css", "/page.js", "/start.js"):
         answer = client.get(path)
         assert answer.status_code == 200
         assert "http://" not in answer.text
         assert "https://" not in answer.text
-        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
         assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "default-src 'none'" in client.get("/").text
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["x", "--host", "192.0.2.1"], "192.0.2.1"),
         (["x", "--top-k", "0"], "top_k"),
         (["x", "--max-megabytes", "nan"], "max_megabytes"),
-        (["x", "--resize-weights", "auto"], "image_size"),
+        (["x", "--resize-weights", "resample"], "image_size"),
     ],
 )
 def test_mistakes_on_the_command_line(capsys, arguments, word):

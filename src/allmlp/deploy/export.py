@@ -7,13 +7,10 @@ The file is written to a staging folder and moved into place only once validated
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
-import shutil
-import statistics
-import time
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import benchmark
 
 from allmlp.console import Reporter
 from allmlp.data.loader import evaluation_batches
@@ -29,11 +27,11 @@ from allmlp.data.source import Source, subset
 from allmlp.data.sources import open_source, read_from
 from allmlp.data.transforms import normalize
 from allmlp.decision import Decision
-from allmlp.deploy.formats import ExportedModel, ExportInfo, format_of, info_of, load_any
+from allmlp.deploy.formats import ExportedModel, ExportInfo, Format, format_of, info_of, load_any
 from allmlp.deploy.int8 import Int8
 from allmlp.deploy.onnx_graph import graph_module
 from allmlp.deploy.options import ExportOptions
-from allmlp.errors import UserError, plural
+from allmlp.errors import UserError, disk_errors, plural
 from allmlp.evaluation.metrics import Evaluation, check_logits, evaluate_source
 from allmlp.evaluation.predictor import Predictor
 from allmlp.evaluation.result_file import measurement
@@ -50,7 +48,8 @@ from allmlp.training.own_images import open_measured
 LARGEST_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1}
 _RANDOM_IMAGES = 16  # for the comparison without data
 _BATCH = 8  # images at a time, for calibration and speed
-_ROUNDS, _LATENCIES = 5, 4  # of the speed measurement; single images per round
+_SECONDS = 0.2  # at least, of each measurement of speed
+Speed = dict[str, float]  # images_per_second in batches, latency_ms of one image; medians
 
 
 @dataclass(frozen=True)
@@ -83,25 +82,15 @@ class Parity:
 
     def failures(self, precision: str, max_accuracy_drop: float) -> list[str]:
         """Returns descriptions of the failed criteria."""
-        found = []
-        if not np.isfinite(self.largest_difference):
-            found.append("the file computes logits that are not finite")
-        limit = LARGEST_DIFFERENCE.get(precision)
-        if limit is not None and self.relative > limit:
-            differs = f"the largest difference is {self.relative:.2g} of the largest logit"
-            found.append(f"{differs}, and {precision} may differ by {limit:g}")
-        if self.drop > max_accuracy_drop + 1e-9:
-            limits = f"and may fall by {max_accuracy_drop:g}"
-            found.append(f"the {self.metric} fell by {self.drop:.2f} points, {limits}")
-        return found
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Images per second in batches, and milliseconds for one image: medians over rounds."""
-
-    images_per_second: float
-    latency_ms: float
+        limit = LARGEST_DIFFERENCE.get(precision, np.inf)
+        differs = f"the largest difference is {self.relative:.2g} of the largest logit"
+        fell = f"the {self.metric} fell by {self.drop:.2f} points"
+        criteria = {
+            "the file computes logits that are not finite": np.isfinite(self.largest_difference),
+            f"{differs}, and {precision} may differ by {limit:g}": not self.relative > limit,
+            f"{fell}, and may fall by {max_accuracy_drop:g}": self.drop <= max_accuracy_drop + 1e-9,
+        }
+        return [what for what, holds in criteria.items() if not holds]
 
 
 @dataclass(kw_only=True)
@@ -149,7 +138,11 @@ class ExportReport:
     def _rows(self) -> Iterator[tuple[str, str]]:
         height, width = self.image_size
         shape = "uint8 (N, H, W, channels)" if self.uint8_input else "float32 (N, channels, H, W)"
-        sizes = (f"{name} {size / 2**20:,.1f} MiB" for name, size in self.files.items())
+        total = sum(self.files.values())
+        large = {name: size for name, size in self.files.items() if size > total / 100}
+        sizes = [f"{name} {size / 2**20:,.1f} MiB" for name, size in large.items()]
+        if len(large) < len(self.files):
+            sizes.append(f"in all {total / 2**20:,.1f} MiB")
         parity, is_multi = self.parity, self.parity.metric != "accuracy"
         difference = f"largest difference {parity.largest_difference:.2g}"
         yield "file", ", ".join(sizes)
@@ -164,8 +157,8 @@ class ExportReport:
             moved = f"{0.0 - parity.drop:+.2f} points"
             yield parity.metric, f"{before:.2%} original, {after:.2%} file: {moved}"
         for name, speed in self.speed.items():
-            batches = f"{speed.images_per_second:,.1f} images/s in batches of {_BATCH}"
-            single = f"{speed.latency_ms:.3g} ms for one image"
+            batches = f"{speed['images_per_second']:,.1f} images/s in batches of {_BATCH}"
+            single = f"{speed['latency_ms']:.3g} ms for one image"
             yield "speed", f"{name}: {batches}, {single} (threads: at most {self.num_threads})"
         if self.calibration is not None:
             num_int8 = (self.num_layers or 0) - len(self.kept)
@@ -198,26 +191,27 @@ def export(
         UserError: incompatible options, an output that exists or cannot be written, missing data,
             or a package that is not installed.
     """
-    given = output if isinstance(output, ExportOptions) else None
-    if given is None and output is not None:
-        fields["output"] = output
-    both = ("data", "calibration")
-    sources = {name: fields[name] for name in both if isinstance(fields.get(name), Source)}
-    names = {name: source.name for name, source in sources.items()}
-    options = make(ExportOptions, given, {**fields, **names})
-    path = expand(options.output)
-    format = format_of(path)
+    sources = {name: value for name, value in fields.items() if isinstance(value, Source)}
+    fields |= {name: source.name for name, source in sources.items()}
+    options = make(ExportOptions, output, fields, "output")
+    path, format = expand(options.output), format_of(options.output)
+    is_folder = not format.suffix
+    if is_folder:  # of a page, which hands over pixels
+        options = replace(options, uint8_input=True)
     if options.precision == "int8" and format.is_program:
         fix = "Export as onnx or openvino"
         raise UserError(f"{format.suffix} files have no int8", where="precision", fix=fix)
-    to_open = {name: getattr(options, name) for name in both if name not in sources}
-    read = [file for name in to_open.values() if name for file in read_from(name)]
-    for file in (*format.files(path), _report_of(path)):
-        check_output_file(file, overwrite=options.overwrite)
-        check_not_inputs([file], read)
+    to_open = {"data": options.data, "calibration": options.calibration}
+    to_open = {name: given for name, given in to_open.items() if given and name not in sources}
+    read = [file for given in to_open.values() for file in read_from(given)]
+    outputs = [*format.files(path), _report_of(path)]
+    for file in outputs:
+        check_output_file(file, overwrite=options.overwrite, parents=is_folder)
+    check_not_inputs(outputs, read)
     for package, group in format.packages:
         import_extra(package, group)
-    net = load_any(model, options.image_size, options.resize_weights, **options.foreign)
+    format.prepare()
+    net = load_any(model, **options.loading)
     if not isinstance(net, ImageClassifier):
         raise UserError("this is an exported file already", where=net.source)
     if net is model:
@@ -225,21 +219,21 @@ def export(
         net.source = source
     if preprocessing_of(net).kind == "arrays" and options.uint8_input:
         what = "the model takes rows of arrays, which are not uint8 images"
-        raise UserError(what, where="uint8_input", fix="Leave it out", code="arrays")
+        raise UserError(what, where="uint8_input", fix="Use onnx, without it", code="arrays")
     if preprocessing_of(net).permutation != "none" and not options.uint8_input:
         what = "the model was trained on permuted pixels, whose order would not be in the file"
         raise UserError(what, where="uint8_input", fix="Add it: the order is then in the graph")
-    if to_open.get("data") is not None:  # which may be the images that the run held out
+    if "data" in to_open:  # which may be the images that the run held out
         sources["data"] = open_measured(net.source, to_open["data"], count=False).source
-    if to_open.get("calibration") is not None:
+    if "calibration" in to_open:
         splits = ("train", "validation", "test")
         sources["calibration"] = open_source(to_open["calibration"], labels="any", first_of=splits)
-    cpu = torch.device("cpu")
-    with staging_folder(path) as folder, torch_settings(cpu, "float32", None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with staging_folder(path) as folder, torch_settings(torch.device("cpu"), "float32", None):
         staged = folder / path.name
         report = build(net, options, sources, staged, log)
         if report.passed:
-            _put_in_place(report, net, staged, path)
+            _put_in_place(report, net, format, staged, path)
     return report
 
 
@@ -251,7 +245,7 @@ def build(
     log: Callable[[str], None],
 ) -> ExportReport:
     """Writes the file to a path in the staging folder and compares it with the model."""
-    output, format = expand(options.output), format_of(path)
+    output, format = expand(options.output), format_of(options.output)
     num_threads = torch.get_num_threads()
     data, calibration = sources.get("data"), sources.get("calibration")
     info = info_of(model, options.precision, uint8_input=options.uint8_input)
@@ -261,7 +255,7 @@ def build(
     made = format.make(net, example, info.precision)
 
     def written(graph: Any, info: ExportInfo) -> tuple[ExportedModel, Parity]:
-        with _disk_errors(output):
+        with disk_errors("the file cannot be written", output):
             format.write(graph, info, path)
         file = format.open(path, num_threads)
         if data is None or original is None:
@@ -278,7 +272,7 @@ def build(
     if data is not None and calibration is not None and info.precision == "int8":
         log("calibrating")
         batches = _calibration_batches(calibration, model, info, options)
-        work = Int8(made, batches, path.parent, num_threads, model.config.summary())
+        work = Int8(made, batches, path.parent, num_threads)
         file, parity, about = _int8_file(work, info, written, options, log)
         about["calibration"]["source"] = calibration.name
     else:
@@ -340,11 +334,9 @@ def _calibration_batches(
     source: Source, model: ImageClassifier, info: ExportInfo, options: ExportOptions
 ) -> Iterator[np.ndarray]:
     """Yields images, evenly spread over the source, as graph inputs."""
-    most = options.calibration_images
-    if len(source) > most:
-        chosen = np.linspace(0, len(source) - 1, most).round().astype(np.int64)
-        source = subset(source, chosen, source.name)
-    workers = options.num_workers
+    number, workers = min(len(source), options.calibration_images), options.num_workers
+    chosen = np.linspace(0, len(source) - 1, number).round().astype(np.int64)
+    source = subset(source, chosen, source.name)
     for batch in evaluation_batches(
         source, preprocessing_of(model), batch_size=_BATCH, num_workers=workers
     ):
@@ -389,34 +381,29 @@ def compare(exact: np.ndarray, found: np.ndarray, images: str, decision: Decisio
 
 @torch.inference_mode()
 def _measure_speed(model: ImageClassifier, file: ExportedModel, images: Tensor) -> dict[str, Speed]:
-    """Times model and file in turn, on the CPU in float32.
+    """Times model and file, on the CPU in float32."""
 
-    Every round times a batch and a few single images of each.
-    """
-    runs: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
-        "original, torch float32": (Inference(model).logits, images),
-        "file": (file, images.byte() if file.info.uint8_input else images),
-    }
-    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
-    for count in range(_ROUNDS + 1):  # the first is for warm-up
-        for name, (run, batch) in runs.items():
-            for at, inputs in enumerate((batch, *[batch[:1]] * _LATENCIES)):
-                started = time.perf_counter()
-                run(inputs)
-                if count:
-                    seconds[name][min(at, 1)].append(time.perf_counter() - started)
-    medians = {name: map(statistics.median, times) for name, times in seconds.items()}
-    return {
-        name: Speed(len(images) / max(batch, 1e-9), 1000.0 * single)
-        for name, (batch, single) in medians.items()
-    }
+    def seconds(run: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
+        names, threads = {"run": run, "inputs": inputs}, torch.get_num_threads()
+        timer = benchmark.Timer("run(inputs)", globals=names, num_threads=threads)
+        return timer.blocked_autorange(min_run_time=_SECONDS).median
+
+    def speed(run: Callable[[Tensor], Tensor], inputs: Tensor) -> Speed:
+        rate, latency = len(inputs) / seconds(run, inputs), 1000.0 * seconds(run, inputs[:1])
+        return {"images_per_second": rate, "latency_ms": latency}
+
+    pixels = images.byte() if file.info.uint8_input else images
+    exact = speed(Inference(model).logits, images)
+    return {"original, torch float32": exact, "file": speed(file, pixels)}
 
 
 def _report_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.report.json")
 
 
-def _put_in_place(report: ExportReport, model: ImageClassifier, staged: Path, output: Path) -> None:
+def _put_in_place(
+    report: ExportReport, model: ImageClassifier, format: Format, staged: Path, output: Path
+) -> None:
     """Writes the report and renames all files.
 
     Old files are removed first, starting with the one a runtime opens: a kill in between never
@@ -424,28 +411,17 @@ def _put_in_place(report: ExportReport, model: ImageClassifier, staged: Path, ou
     """
     values = {"export": asdict(report) | {"passed": report.passed}}
     text = json.dumps(measurement("export", model, values), indent=2) + "\n"
-    format, own = format_of(output), _report_of(staged)
-    files = [*format.files(staged), own]
-    with _disk_errors(output):
-        own.write_bytes(text.encode(errors="surrogateescape"))
-        for file in files:
+    new, old = [[*format.files(path), _report_of(path)] for path in (staged, output)]
+    with disk_errors("the file cannot be written", output):
+        new[-1].write_bytes(text.encode(errors="surrogateescape"))
+        for file in new:
             fsync(file)
-        if format.sidecar is not None:
-            output.unlink(missing_ok=True)
-        _report_of(output).unlink(missing_ok=True)
-        for file in files:
-            os.replace(file, output.with_name(file.name))
-
-
-@contextlib.contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        free = shutil.disk_usage(output.parent).free
-        what = f"the file cannot be written: {error.strerror}; {free:,} bytes are free there"
-        fix = "Free some space there, or give another output"
-        raise UserError(what, where=output, fix=fix, code="disk") from error
+        if len(new) > 2:
+            old[-2].unlink(missing_ok=True)
+        old[-1].unlink(missing_ok=True)
+        old[0].parent.mkdir(exist_ok=True)
+        for written, file in zip(new, old, strict=True):
+            os.replace(written, file)
 
 
 def command(model: str, options: ExportOptions) -> ExportReport:
@@ -459,4 +435,7 @@ def show(report: ExportReport, options: ExportOptions) -> int:
     failed = "removed  the file failed and was not kept"
     for line in (*report.lines(), f"written  {options.output}" if report.passed else failed):
         reporter.say(line)
+    if report.passed and report.format == "web":
+        where = shlex.quote(str(options.output))
+        reporter.say(f"see it   python3 -m http.server --directory {where}: http://localhost:8000")
     return 0 if report.passed else 1

@@ -18,6 +18,7 @@ import copy
 import errno
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from allmlp.data.transforms import denormalize, normalize
 from allmlp.decision import Decision
+from allmlp.deploy.browser import CONTENT, MODEL, fetch_runtime, write_page
 from allmlp.deploy.onnx_graph import to_bfloat16, to_onnx, with_metadata
 from allmlp.errors import UserError, one_of
 from allmlp.io import expand, parse_json
@@ -42,7 +44,6 @@ from allmlp.models.layers import (
     preprocessing_of,
 )
 from allmlp.names import NAME, OLD_NAME, import_extra, own_entry
-from allmlp.options import ImageSize, ResizeWeights
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.device import check_threads
 from allmlp.weights.load import EXPORTED, open_model
@@ -203,25 +204,24 @@ class Format:
     """An export format."""
 
     name: str
-    suffix: str  # of the file passed to the runtime
+    suffix: str  # of the file passed to the runtime; "" for a folder
     runtime: str  # package that runs it
     packages: tuple[tuple[str, str], ...] = ()  # (module, optional group) needed to export
     make: Callable[[nn.Module, Tensor, str], Any]  # returns the input of `write`; takes a precision
     write: Callable[[Any, ExportInfo, Path], None]
     open: Callable[[Path, int], ExportedModel]  # takes a number of threads
-    sidecar: str | None = None  # suffix of a second file with the weights
+    prepare: Callable[[], object] = lambda: None  # fails early if something cannot be had
+    files: Callable[[Path], list[Path]] = lambda path: [path]  # the one opened first comes last
     reads: tuple[str, ...] = ()  # suffixes that the runtime can read
     is_program: bool = False  # no graph to quantize; opening it may run its author's code
 
-    def files(self, path: Path) -> list[Path]:
-        """Returns the files of a model; the one passed to the runtime comes last."""
-        return [path] if self.sidecar is None else [path.with_suffix(self.sidecar), path]
-
 
 def format_of(path: str | Path) -> Format:
-    """Returns the format for a file's suffix."""
-    formats = {known.suffix: known for known in FORMATS.values()}
-    return formats[one_of("ending of an exported file", Path(path).suffix.lower(), formats, path)]
+    """Returns the format for a file's suffix; a name without one, or with a / at its end, is a
+    folder."""
+    suffix = "" if str(path).endswith(("/", os.sep)) else Path(path).suffix.lower()
+    formats = {known.suffix or "a folder": known for known in FORMATS.values()}
+    return formats[one_of("ending of an export", suffix or "a folder", formats, path)]
 
 
 def is_exported(source: object) -> bool:
@@ -260,19 +260,13 @@ def open_exported(
     return chosen.open(path, num_threads or torch.get_num_threads())
 
 
-def load_any(
-    model: Classifier | str | Path,
-    image_size: ImageSize | None = None,
-    resize_weights: ResizeWeights | None = None,
-    **foreign: Any,
-) -> Classifier:
+def load_any(model: Classifier | str | Path, **loading: Any) -> Classifier:
     """Returns a model given in memory or by name; an exported file keeps its own size."""
     if not (isinstance(model, ExportedModel) or is_exported(model)):
-        return open_model(model, image_size, resize_weights or "auto", **foreign)
-    for name, value in {"image_size": image_size, **foreign}.items():
-        if value is not None:
-            what = f"{name}={value}: an exported file has its own"
-            raise UserError(what, where=name, fix="Leave it out, or export it again")
+        return open_model(model, **loading)
+    for name, value in loading.items():
+        what = f"{name}={value}: an exported file has its own"
+        raise UserError(what, where=name, fix="Leave it out, or export it again")
     return model if isinstance(model, ExportedModel) else open_exported(str(model))
 
 
@@ -305,6 +299,12 @@ def _open_onnx(path: Path, num_threads: int) -> ExportedModel:
         return session.run(None, {"images": images})[0]
 
     return ExportedModel(info, run, f"onnxruntime {version}", path)
+
+
+def _write_web(graph: Any, info: ExportInfo, path: Path) -> None:
+    values = to_text(info)
+    content = with_metadata(graph, values).SerializeToString()
+    write_page(path, content, {"architecture": info.config.summary(), "metadata": values})
 
 
 def _write_openvino(graph: Any, info: ExportInfo, path: Path) -> None:
@@ -399,7 +399,7 @@ def _readable(runtime: str, path: Path) -> Iterator[None]:
         raise UserError(what, where=path, fix=fix, code="damaged") from error
 
 
-_ALL = (
+_RECORDS = (
     Format(
         name="onnx",
         suffix=".onnx",
@@ -418,8 +418,20 @@ _ALL = (
         make=_onnx_graph,
         write=_write_openvino,
         open=_open_openvino,
-        sidecar=".bin",
+        files=lambda path: [path.with_suffix(".bin"), path],
         reads=(".xml", ".onnx"),
+    ),
+    Format(
+        name="web",
+        suffix="",
+        runtime="onnxruntime",
+        packages=_ONNX,
+        prepare=fetch_runtime,
+        make=_onnx_graph,
+        write=_write_web,
+        open=lambda path, num_threads: _open_onnx(path / MODEL, num_threads),
+        files=lambda path: [path / name for name in CONTENT],
+        reads=("",),
     ),
     Format(
         name="torch-export",
@@ -431,4 +443,4 @@ _ALL = (
         is_program=True,
     ),
 )
-FORMATS = {format.name: format for format in _ALL}
+FORMATS = {format.name: format for format in _RECORDS}

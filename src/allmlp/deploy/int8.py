@@ -13,6 +13,7 @@ RMS of the logits. The most sensitive layers are the first to be kept in float32
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from allmlp.deploy.formats import onnx_session
-from allmlp.deploy.onnx_graph import copied, layer_of
+from allmlp.deploy.onnx_graph import layer_of
 from allmlp.errors import UserError
 from allmlp.names import import_extra
 
@@ -45,11 +46,10 @@ class Int8:
         batches: Iterable[np.ndarray],
         folder: Path,
         num_threads: int,
-        summary: str,
     ) -> None:
         self.layers = dense_layers(graph)
         if len(self.layers) < 2:  # not worth it for the head alone
-            what = f"int8 is for dense layers, and this model has next to none: {summary}"
+            what = "int8 is for dense layers, and this model has next to none"
             raise UserError(what, fix="Export it in float32", code="unsupported")
         self.graph, self.num_threads = graph, num_threads
         self.ranked: list[tuple[str, str]] = []
@@ -100,7 +100,7 @@ class Int8:
             low, high = found.reshape(-1, 2).T
             bound = np.quantile(low, 1.0 - quantile), np.quantile(high, quantile)
             bounds[name] = tuple(np.array([value], np.float32) for value in bound)
-        graph = copied(self.graph)
+        graph = copy.deepcopy(self.graph)
         nodes = [node for node, _ in self.layers if node not in float32]
         quantizer = quantization.QDQQuantizer(
             graph,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -91,17 +92,13 @@ def to_onnx(net: nn.Module, example: Tensor) -> Any:
 
 def with_metadata(model: Any, metadata: dict[str, str]) -> Any:
     """Returns a copy with this metadata and without information about this machine."""
-    model = copied(model)
+    model = copy.deepcopy(model)
     graph = model.graph
-    for part in [*graph.node, *graph.value_info, *graph.initializer]:
+    del graph.value_info[:]
+    for part in [*graph.node, *graph.initializer, *graph.input, *graph.output, graph]:
         del part.metadata_props[:]
         part.doc_string = ""
-    for part in [*graph.input, *graph.output, graph]:
-        del part.metadata_props[:]
-    del graph.value_info[:]
-    del model.metadata_props[:]
-    for name, value in metadata.items():
-        model.metadata_props.add(key=name, value=value)
+    import_extra("onnx.helper", "export").set_model_props(model, metadata)
     graph.name = "allmlp"
     return model
 
@@ -112,7 +109,7 @@ def to_bfloat16(model: Any) -> Any:
     Each is followed by a cast to float32; the runtime chooses the compute precision.
     """
     onnx = import_extra("onnx", "export")
-    model = copied(model)
+    model = copy.deepcopy(model)
     graph = model.graph
     casts = []
     for constant in graph.initializer:
@@ -133,13 +130,6 @@ def to_bfloat16(model: Any) -> Any:
     del graph.node[:]
     graph.node.extend([*casts, *nodes])
     return model
-
-
-def copied(model: Any) -> Any:
-    """Returns a copy of an ONNX model."""
-    copy = import_extra("onnx", "export").ModelProto()
-    copy.CopyFrom(model)
-    return copy
 
 
 def layer_of(node: Any) -> str:

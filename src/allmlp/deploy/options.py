@@ -6,19 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from allmlp.errors import UserError, at_least, between, needs
-from allmlp.options import (
-    ComputeOptions,
-    ForeignOptions,
-    ImageSize,
-    Options,
-    Precision,
-    ResizeWeights,
-)
+from allmlp.errors import at_least, between, exclusive, needs
+from allmlp.options import ComputeOptions, LoadOptions, Options, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions(ComputeOptions, ForeignOptions):
+class PredictOptions(ComputeOptions, LoadOptions):
     """Classify images: files, folders and patterns, or any data source.
 
     An output with a file extension is one file, any other a folder of parts and a manifest:
@@ -43,10 +36,6 @@ class PredictOptions(ComputeOptions, ForeignOptions):
     neighbors: int | None = None
     """Also write this many nearest neighbours of each image, by cosine similarity of the features:
     name, row from 0, and similarity."""
-    image_size: ImageSize | None = None
-    """Image size in pixels; defaults to the model's own."""
-    resize_weights: ResizeWeights | None = None
-    """How the token-mixing weights are resized to another image size."""
     output: str | Path | None = None
     """A .csv, .jsonl or .parquet file, a folder for part files, or - for standard output."""
     overwrite: bool = False
@@ -57,19 +46,17 @@ class PredictOptions(ComputeOptions, ForeignOptions):
     """Images per part file; by default at most about 10,000."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("top_k", "batch_size", "part_size", "neighbors"):
             at_least(name, getattr(self, name), 1)
-        needs({"resize_weights": self.resize_weights}, "image_size", self.image_size)
         between("unsure_below", self.unsure_below, 0, 1)
         needs({"neighbors": self.neighbors}, "features", self.features or None)
-        if self.features and self.top_k is not None:
-            what = f"top_k={self.top_k} and features exclude each other: rows have one of them"
-            raise UserError(what, fix="Leave out one of them", code="conflict")
+        exclusive(features=self.features, top_k=self.top_k)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(ForeignOptions):
-    """Export a model to a file that runs without this package, and validate it.
+class ExportOptions(LoadOptions):
+    """Export a model to a file, or a web page, that runs without this package, and validate it.
 
     The file is run by its runtime and compared with the model: logits, accuracy on --data, speed. A
     file that fails is not kept, and the exit code is 1.
@@ -78,17 +65,15 @@ class ExportOptions(ForeignOptions):
         mixer export runs/flowers --output flowers.onnx --data FOLDER:test
         mixer export runs/flowers --output flowers.xml --precision bfloat16
         mixer export mixer_b16.i1k --output b16_448.onnx --image-size 448 --uint8-input
+        mixer export runs/flowers --output flowers/ --data FOLDER:test
         mixer export runs/mine --output m.onnx --precision int8 --calibration A:train --data A:test
     """
 
     output: str | Path
-    """File to write: .onnx, .xml (OpenVINO, with a .bin beside it) or .pt2 (torch.export)."""
+    """File to write: .onnx, .xml (OpenVINO, with a .bin beside it) or .pt2 (torch.export); or a
+    folder (without an ending, or with / at its end) for a web page that classifies images."""
     precision: Literal["float32", "bfloat16", "int8"] = "float32"
     """Precision of weights and matrix products."""
-    image_size: ImageSize | None = None
-    """Image size in pixels; defaults to the model's own."""
-    resize_weights: ResizeWeights | None = None
-    """How the token-mixing weights are resized to another image size."""
     uint8_input: bool = False
     """Take uint8 images, channels last, and normalise them inside the file."""
     data: str | None = None
@@ -106,16 +91,16 @@ class ExportOptions(ForeignOptions):
     """Number of processes that decode images; by default chosen by the size of the data."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         is_int8 = {"precision int8": self.precision == "int8"}
         needs(is_int8, "calibration", self.calibration)
         needs(is_int8, "data", self.data)
-        needs({"resize_weights": self.resize_weights}, "image_size", self.image_size)
         between("max_accuracy_drop", self.max_accuracy_drop, 0, 100)
         at_least("calibration_images", self.calibration_images, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(ForeignOptions):
+class ServeOptions(LoadOptions):
     """Serve a model on a local web page and over HTTP.
 
     The page shows the classes of uploaded images, which regions the prediction depends on, and what
@@ -136,10 +121,6 @@ class ServeOptions(ForeignOptions):
     """Number of classes per image (default 5)."""
     unsure_below: float | None = None
     """Answer "unsure" if the highest probability is lower; defaults to the model's threshold."""
-    image_size: ImageSize | None = None
-    """Image size in pixels; defaults to the model's own."""
-    resize_weights: ResizeWeights | None = None
-    """How the token-mixing weights are resized to another image size."""
     precision: Precision = "auto"
     """Precision of matrix products for classification; maps are computed in float32."""
     device: str = "auto"
@@ -150,12 +131,12 @@ class ServeOptions(ForeignOptions):
     """Largest image file in megabytes."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         between("port", self.port, 0, 65535)
         between("unsure_below", self.unsure_below, 0, 1)
         at_least("top_k", self.top_k, 1)
         at_least("max_images", self.max_images, 1)
         between("max_megabytes", self.max_megabytes, 0.001, 1000)
-        needs({"resize_weights": self.resize_weights}, "image_size", self.image_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,9 +29,10 @@ import numpy as np
 
 from allmlp.data.fingerprint import fingerprint
 from allmlp.data.source import BadImage, Source, subset
-from allmlp.deploy.rows import FORMATS, Columns, Rows, predict_rows, write_table, writing
+from allmlp.deploy.formats import format_of
+from allmlp.deploy.rows import CANNOT_WRITE, FORMATS, Columns, Rows, predict_rows, write_table
 from allmlp.environment import environment_info
-from allmlp.errors import UserError, one_of
+from allmlp.errors import UserError, disk_errors, one_of
 from allmlp.evaluation.features import weights_hash
 from allmlp.evaluation.predictor import Predictor
 from allmlp.io import (
@@ -82,10 +83,6 @@ class Output:
         assert self.part_size is not None
         return range(number * self.part_size, min((number + 1) * self.part_size, self.images))
 
-    def share(self, world: World) -> tuple[int, ...]:
-        """Returns the missing parts assigned to a process."""
-        return self.missing[world.rank :: world.size]
-
 
 def choose_output(
     output: str | Path | None, format: str | None, part_size: int | None, *, overwrite: bool
@@ -133,7 +130,7 @@ def write_parts(
 
     `on_rows` is called with every batch of this process.
     """
-    mine = output.share(world)
+    mine = output.missing[world.rank :: world.size]
     # One loader for all parts keeps its workers busy between parts.
     fits = (output.part_size or 1) % predictor.batch_size == 0
     try:
@@ -233,7 +230,7 @@ def begin_parts(
         _check_same(begun, job, folder)
     else:
         text = json.dumps({"format": _FORMAT, "version": _VERSION, **job}, indent=1) + "\n"
-        with writing(folder):
+        with disk_errors(CANNOT_WRITE, folder):
             folder.mkdir(parents=True, exist_ok=True)
             atomic_write(path, text.encode(errors="surrogateescape"))
     output = replace(output, images=number, part_size=size)
@@ -276,10 +273,8 @@ def _job(predictor: Predictor, source: Source, columns: Columns) -> dict[str, An
 
 def _hash_of_file(name: str) -> str:
     """Returns the sha256 of an exported file, with OpenVINO's weights, which are in .bin."""
-    file = Path(name)
-    paths = [file, file.with_suffix(".bin")] if file.suffix == ".xml" else [file]
-    sums = [bytes.fromhex(sha256_of(path)) for path in paths]
-    return hashlib.sha256(b"".join(sums)).hexdigest()
+    sums = [bytes.fromhex(sha256_of(file)) for file in format_of(name).files(Path(name))]
+    return hashlib.sha256(b"".join(reversed(sums))).hexdigest()
 
 
 def _check_same(begun: dict[str, Any], job: dict[str, Any], folder: Path) -> None:
@@ -290,9 +285,7 @@ def _check_same(begun: dict[str, Any], job: dict[str, Any], folder: Path) -> Non
             if was.get(key) == now[key]:
                 continue
             changed = f"{key} was {was.get(key)} and is now {now[key]}"
-            if key == "number":
-                changed = f"{was.get(key)} images then, {now[key]} now"
-            elif group in ("model", "images"):
+            if key in ("sha256", "classes"):
                 changed = f"the {'class names' if key == 'classes' else group} differ"
             what = f"the folder holds another job: {changed}"
             raise UserError(what, where=folder, fix=_ANOTHER, code="another-job")

@@ -34,8 +34,6 @@ from allmlp.options import Done, make
 from allmlp.runtime.world import World, join_world
 from allmlp.weights.load import files_of
 
-__all__ = ["PredictOptions", "Prediction", "predict", "write_predictions"]
-
 _SHOWN = 40  # rows shown on screen
 
 
@@ -44,8 +42,6 @@ def predict(
     model: Classifier | str | Path,
     images: AnyImage | Iterable[AnyImage] | Source,
     options: PredictOptions | None = None,
-    *,
-    on_batch: Callable[[int], None] | None = None,
     **fields: Any,
 ) -> list[Prediction]:
     """Returns the most probable classes of every image, in order; bad images have an error.
@@ -60,7 +56,6 @@ def predict(
             uint8 arrays (H, W) or (H, W, 3) and encoded bytes; one data source such as
             "digits:test" or "list.csv"; or an open source.
         options: all options as one object.
-        on_batch: called with the number of images after every batch.
         **fields: fields of `PredictOptions`: `top_k=3`, `features`, `output`, ... With device
             "auto", a model in memory stays on its device.
 
@@ -68,15 +63,9 @@ def predict(
         UserError: no such model or image; an output that exists, is also an input, cannot be
             written or has an unknown format; or incompatible options.
     """
-    predictions: list[Prediction] = []
-
-    def keep(rows: Rows) -> None:
-        predictions.extend(rows)
-        if on_batch is not None:
-            on_batch(len(rows))
-
-    write_predictions(model, images, make(PredictOptions, options, fields), on_rows=keep)
-    return predictions
+    rows: list[Prediction] = []
+    write_predictions(model, images, make(PredictOptions, options, fields), on_rows=rows.extend)
+    return rows
 
 
 def write_predictions(
@@ -112,7 +101,7 @@ def write_predictions(
         inputs = [path for name in names for path in read_from(name)]
         inputs += files_of(model) if isinstance(model, str | Path) else []
         check_not_inputs([output.path], inputs, map(source.item_name, range(len(source))))
-    net = load_any(model, options.image_size, options.resize_weights, **options.foreign)
+    net = load_any(model, **options.loading)
     predictor = Predictor(
         net,
         device=None if net is model and options.device == "auto" else options.device,
@@ -121,13 +110,8 @@ def write_predictions(
         batch_size=options.batch_size,
         num_workers=options.num_workers,
     )
-    columns = choose_columns(
-        net,
-        top_k=options.top_k,
-        features=options.features,
-        unsure_below=options.unsure_below,
-        neighbors=options.neighbors,
-    )
+    asked = ("top_k", "features", "unsure_below", "neighbors")
+    columns = choose_columns(net, **{name: getattr(options, name) for name in asked})
     if output is not None and output.is_folder:
         begun = output
         output = world.broadcast_from_rank0(
@@ -197,7 +181,8 @@ class _Screen:
             there = output.parts - len(output.missing)
             if there:
                 self.reporter.say(f"parts    {there:,} of {output.parts:,} are there already")
-            number = sum(len(output.images_of(part)) for part in output.share(self.world))
+            mine = output.missing[self.world.rank :: self.world.size]
+            number = sum(len(output.images_of(part)) for part in mine)
         if isinstance(predictor.model, ImageClassifier):
             self.precision = f", {predictor.precision} ({predictor.why})"
         self.bar = self.stack.enter_context(self.reporter.progress(number, "images"))

@@ -12,8 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -26,13 +25,14 @@ from torch import Tensor
 
 from allmlp.data.source import Source
 from allmlp.decision import Decision
-from allmlp.errors import UserError
+from allmlp.errors import disk_errors
 from allmlp.evaluation.features import check_features
 from allmlp.evaluation.predictor import Predictor
 from allmlp.io import atomic_write, path_in_errors
 from allmlp.models.layers import Classifier, classes_of
 
 NOT_FINITE = "the model's numbers for this image are not finite"
+CANNOT_WRITE = "cannot write the predictions"
 FORMATS = (".csv", ".jsonl", ".parquet")
 _ROW_GROUP = 2**20  # numbers per Parquet row group held in memory
 _AT_ONCE = 2**24  # similarities in memory
@@ -198,22 +198,12 @@ def write_table(path: Path | None, suffix: str, batches: Iterable[Rows], columns
                 _WRITERS[suffix](file, batches, columns)
 
     if path is not None:
-        with writing(path):
+        with disk_errors(CANNOT_WRITE, path):
             atomic_write(path, write)
         return
     with path_in_errors(Path("standard output")):
         _WRITERS[suffix](sys.stdout, batches, columns)
         sys.stdout.flush()
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns disk errors into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        what = f"cannot write the predictions: {error.strerror or error}"
-        raise UserError(what, where=path, fix="Give another output", code="disk") from error
 
 
 def _write_csv(file: TextIO, batches: Iterable[Rows], columns: Columns) -> None:
@@ -265,12 +255,9 @@ def _write_parquet(path: Path, batches: Iterable[Rows], columns: Columns) -> Non
     schema = pa.schema(list(zip(names, kinds_of, strict=True)))
 
     def record(row: Prediction) -> dict[str, Any]:
-        values = [row.path, *columns.cells(row, as_list=True)]
-        values = [_as_text(value) if isinstance(value, str) else value for value in values]
-        return {
-            **dict(zip(names, values, strict=False)),
-            "error": row.error and _as_text(row.error),
-        }
+        cells = zip(names, [row.path, *columns.cells(row, as_list=True)], strict=False)
+        values = {**dict(cells), "error": row.error}
+        return {name: _as_text(v) if isinstance(v, str) else v for name, v in values.items()}
 
     with parquet.ParquetWriter(path, schema) as writer:
         records = map(record, chain.from_iterable(batches))

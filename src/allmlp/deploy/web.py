@@ -1,6 +1,6 @@
 """The HTTP side of `mixer serve`: page, endpoints, limits and access control.
 
-    GET  /           the page, with /page.css and /page.js; no external resources
+    GET  /           the page, with its style and scripts; no external resources
     GET  /health     {"status": "ok"}
     GET  /model      the model and the limits
     POST /predict    images -> a list of {"name", "classes", "error"}
@@ -21,9 +21,9 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from importlib.resources import files
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -35,19 +35,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from allmlp.deploy.service import Check, File, Service
+from allmlp.deploy.browser import page_file
 from allmlp.errors import UserError, plural
 
-PLACES = 8  # requests received that wait or are computed
 FIELD = "images"
 _SEND = f"send image files as multipart/form-data in the field {FIELD!r}, or one as image/*"
 _SECONDS_TO_SEND, _SECONDS_FOR_HEAD = 60, 10  # for a complete request and for its head
-_PAGE = {"": "index.html", "page.css": "page.css", "page.js": "page.js"}
+_PAGE = {"": "index.html", "start.js": "serve.js", "page.css": "page.css", "page.js": "page.js"}
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
+    "Content-Security-Policy": "frame-ancestors 'none'",  # the page has the rest of its policy
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -55,15 +52,26 @@ _HEADERS = {
 }
 
 
+File = tuple[str, bytes]  # name, encoded image
+Check = Callable[[int], None]  # called after every batch; raises to abort
+
+
+class Service(Protocol):
+    """What is served; it has a method for every endpoint."""
+
+    max_images: int
+    image_bytes: int
+    request_bytes: int
+
+    def about(self) -> dict[str, Any]: ...
+
+
 class _GivenUp(Exception):
     """The client has disconnected."""
 
 
 class Connection(H11Protocol):
-    """A connection that is closed if the head of the first or next request does not come in time.
-
-    uvicorn waits for as long as a client sends a byte now and then, and counts it as connected.
-    """
+    """A connection that is closed if the head of its first or next request is not in time."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -83,8 +91,9 @@ class Connection(H11Protocol):
         self.loop.call_later(_SECONDS_FOR_HEAD, close)
 
 
-def make_app(service: Service, hosts: frozenset[str] | None, places: int = PLACES) -> ASGIApp:
-    """Returns the application, which accepts requests for one of the hosts (None: any)."""
+def make_app(service: Service, hosts: frozenset[str] | None, places: int = 8) -> ASGIApp:
+    """Returns the application, for requests to one of the hosts (None: any). At most `places`
+    requests that were received wait or are computed."""
     thread, taken = ThreadPoolExecutor(1, thread_name_prefix="mixer-serve"), set[Request]()
 
     def check_places() -> None:
@@ -120,8 +129,7 @@ def make_app(service: Service, hosts: frozenset[str] | None, places: int = PLACE
         return Route(f"/{name}", handle, methods=["GET"])
 
     def page(name: str) -> Callable[[], Response]:
-        content = files("allmlp").joinpath("deploy", "page", name).read_bytes()
-        return lambda: Response(content, media_type=_TYPES[Path(name).suffix])
+        return partial(Response, page_file(name), media_type=_TYPES[Path(name).suffix])
 
     routes = [
         *(get(path, page(name)) for path, name in _PAGE.items()),

@@ -9,12 +9,12 @@ from typing import Any, Literal
 from allmlp.errors import UserError, at_least, between, needs
 from allmlp.options import (
     ComputeOptions,
-    ForeignOptions,
     ImageSize,
+    LoadOptions,
     Options,
     Precision,
     Repeated,
-    ResizeWeights,
+    SizeOptions,
 )
 
 Resize = Literal["resize-crop", "resmall-crop", "squash"]
@@ -22,16 +22,12 @@ LARGEST_BATCH = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureOptions(ComputeOptions):
+class MeasureOptions(ComputeOptions, SizeOptions):
     """Options shared by the commands that measure a model on labelled images."""
 
     precision: Precision = "float32"
     """Precision of matrix products; auto uses bfloat16 if the device is fast at it and the model
     large enough to benefit. An exported file keeps its own."""
-    image_size: ImageSize | None = None
-    """Image size in pixels; defaults to the model's own."""
-    resize_weights: ResizeWeights = "auto"
-    """How the token-mixing weights are resized to another image size."""
     ignore_exif: bool = False
     """Ignore the EXIF orientation, as the paper does."""
     overwrite: bool = False
@@ -41,7 +37,7 @@ class MeasureOptions(ComputeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(MeasureOptions, ForeignOptions):
+class EvaluateOptions(MeasureOptions, LoadOptions):
     """Measure a trained model: top-1, top-5, calibration, per-class metrics, confusion matrix.
 
     Under torchrun the images are split across processes; the results are the same.
@@ -71,11 +67,12 @@ class EvaluateOptions(MeasureOptions, ForeignOptions):
     """Folder for report.html, evaluation.json, per_class.csv, confusion.csv and plots."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         between("crop", self.crop, 0, 1, above=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateOptions(MeasureOptions, ForeignOptions):
+class CalibrateOptions(MeasureOptions, LoadOptions):
     """Fit probabilities on held-out images, and choose below which the answer is "unsure".
 
     Writes the model with a temperature (Guo et al. 2017), and with a threshold if one is asked for;
@@ -96,6 +93,7 @@ class CalibrateOptions(MeasureOptions, ForeignOptions):
     """The threshold itself: below this probability the answer is "unsure"."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         between("accuracy", self.accuracy, 0, 1)
         between("unsure_below", self.unsure_below, 0, 1)
         if self.accuracy is not None and self.unsure_below is not None:
@@ -249,7 +247,7 @@ class BenchmarkOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions(Options):
+class InspectOptions(SizeOptions):
     """Look inside a model: what its token-mixing units have learned, and what one image excites.
 
     Examples:
@@ -273,14 +271,11 @@ class InspectOptions(Options):
     """Layers in figure 6, counted from 1, or all; defaults to the first three."""
     image: Path | None = None
     """An image: map what units read and write, and which regions the prediction depends on."""
-    image_size: ImageSize | None = None
-    """Image size in pixels; defaults to the model's own."""
-    resize_weights: ResizeWeights = "auto"
-    """How the token-mixing weights are resized to another image size."""
     device: str = "auto"
     """Device for the image: auto, cpu, cuda, cuda:N or mps."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.layers == ():
             raise UserError("layers is empty", fix="Give numbers from 1", code="out-of-range")
         needs({"layers": self.layers}, "output", self.output)

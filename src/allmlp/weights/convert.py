@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from allmlp.errors import needs
 from allmlp.io import check_not_inputs, expand
-from allmlp.options import Done, ForeignOptions, ImageSize, ResizeWeights
+from allmlp.options import Done, LoadOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertOptions(ForeignOptions):
+class ConvertOptions(LoadOptions):
     """Write a model in another format, at another image size, or with a new head.
 
     Examples:
@@ -24,18 +23,10 @@ class ConvertOptions(ForeignOptions):
     format: Literal["allmlp", "google", "timm"] | None = None
     """google (arrays that Google's code loads), timm (its names) or allmlp; by default google for
     .npz, else allmlp."""
-    image_size: ImageSize | None = None
-    """Resize the model to another image size."""
-    resize_weights: ResizeWeights = "auto"
-    """How the token-mixing weights are resized."""
     num_classes: int | None = None
     """Replace the head by a zero head for this many classes; 0 removes the head."""
     overwrite: bool = False
     """Replace existing files."""
-
-    def __post_init__(self) -> None:
-        resizing = None if self.resize_weights == "auto" else self.resize_weights
-        needs({"resize_weights": resizing}, "image_size", self.image_size)
 
 
 def convert(model: str, output: str, options: ConvertOptions) -> Done:
@@ -50,11 +41,7 @@ def convert(model: str, output: str, options: ConvertOptions) -> Done:
     targets = [file for file in check_target(path, format) if file is not None]
     check_not_inputs(targets, files_of(model))
     check_target(path, format, overwrite=options.overwrite)
-    net = load_model(
-        *(model, options.image_size, options.num_classes),
-        resize_weights=options.resize_weights,
-        **options.foreign,
-    )
+    net = load_model(model, num_classes=options.num_classes, **options.loading)
     weights = save_model(net, path, format, overwrite=options.overwrite)
     mebibytes = weights.stat().st_size / 2**20
     lines = [
