@@ -47,10 +47,10 @@ def _device_name(device: torch.device) -> str:
 
 
 @functools.cache
-def packages() -> dict[str, str]:
-    """Returns the versions of installed packages that may affect results."""
+def packages(names: tuple[str, ...] = _PACKAGES) -> dict[str, str]:
+    """Returns the versions of installed packages, by default of those that may affect results."""
     found = {}
-    for name in _PACKAGES:
+    for name in names:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

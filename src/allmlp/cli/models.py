@@ -136,7 +136,7 @@ def env(_: EnvOptions) -> Done:
     values = environment_info(choose_device("auto"))
     values |= {"cpu_features": features, "fast_bfloat16": has_fast_bfloat16()}
     needed = {re.split("[^\\w.-]", need)[0] for need in requires(NAME) or ()} - {NAME}
-    installed = packages(needed)
+    installed = packages(tuple(sorted(needed)))
     values["packages"] = {name: installed.get(name) for name in sorted(needed)}
     del values["date"], values["command"]
     for name, value in values.items():

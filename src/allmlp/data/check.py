@@ -109,7 +109,7 @@ def _describe(source: Source, scanned: Scan) -> dict[str, Any]:
 
     def listed(flags: np.ndarray, what: Callable[[int], str]) -> list[dict[str, Any]]:
         found = ((at, int(places[at])) for at in np.flatnonzero(flags))
-        return [asdict(BadImage(n, source.item_name(n), what(at))) for at, n in found]
+        return [asdict(BadImage(n, source.item_name(n), what(int(at)))) for at, n in found]
 
     def size(at: int) -> str:
         return f"{heights[at]}x{widths[at]} pixels, {format_bytes(int(num_bytes[at]))}"

@@ -225,7 +225,7 @@ def _with_exact_head(model: ImageClassifier) -> ImageClassifier:
 def _round_weights(network: ImageClassifier) -> None:
     """Rounds the weights to bfloat16 once, as autocast would do for every batch."""
     for module, name in packable(network):
-        dense = module.get_submodule(name)
+        dense = cast(nn.Linear, module.get_submodule(name))
         dense.weight = nn.Parameter(dense.weight.detach().bfloat16(), requires_grad=False)
 
 
