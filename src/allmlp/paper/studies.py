@@ -297,7 +297,7 @@ def permutation(
         what = f"{config.model.name} has no patches of its own"
         raise UserError(what, where="patch_size", fix="patch_size: 16")
     seed = options.permutation_seed
-    orders = {
+    orders: dict[str, dict[str, Any]] = {
         "none": {"permutation": "none"},
         "patches": {"permutation": "patches", "permutation_patch": patch, "permutation_seed": seed},
         "pixels": {"permutation": "pixels", "permutation_seed": seed},

@@ -69,7 +69,6 @@ from allmlp.weights.load import load_model
 
 _TRAIN, _CHOOSE = 800, 200
 
-
 # Settings that a suite controls -> the option to use instead.
 _OWN = {"optimizer.learning_rate": "grid", "seed": "seeds", "epochs": "steps", "steps": "steps"}
 _OWN |= {name: name for name in ("batch_size", "output", "recipe")}

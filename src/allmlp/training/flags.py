@@ -29,5 +29,5 @@ def setting_options(name: str, settings: Mapping[str, str], *more: tuple[str, An
     for option, key in settings.items():
         section, _, field = key.rpartition(".")
         fields.append(flag(option, _HINTS[section][field] | None, None, _DOCS[section][field]))
-    given = {"bases": (Options,), "kw_only": True, "frozen": True}
-    return dataclasses.make_dataclass(name, [*fields, *more], **given)
+    fields += more
+    return dataclasses.make_dataclass(name, fields, bases=(Options,), kw_only=True, frozen=True)
