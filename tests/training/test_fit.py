@@ -102,6 +102,7 @@ def test_the_timed_steps_change_no_bit(place: Path):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_an_image_that_hangs_stops_the_measurement(place: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(loop.Augmentation, "__call__", lambda *_: time.sleep(1))
     config = tiny_config(str(place / "data"), place / "run", data__timeout=0.2, data__num_workers=1)

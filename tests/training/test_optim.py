@@ -13,7 +13,7 @@ from torch import nn
 
 import allmlp as am
 from allmlp.errors import UserError
-from allmlp.training.config import SGD, AdamW, Linear, Muon, Optimizer, Sigmoid, Softmax, Steps
+from allmlp.training.config import SGD, AdamW, Linear, Muon, Optimizer, Sigmoid, Softmax
 from allmlp.training.model import freeze_all_but_head
 from allmlp.training.optim import (
     build_optimizers,
@@ -106,18 +106,6 @@ def test_the_schedule(schedule: str, warmup: float):
     left = {"linear": 1 / 90, "cosine": 0.5 * (1 + math.cos(math.pi * 89 / 90))}[schedule]
     assert rates[99] == pytest.approx(2.0 * (0.01 + 0.99 * left))  # the last step of the run
     assert learning_rate(config.optimizer, 500, 100) == pytest.approx(0.02)
-
-
-def test_stepwise_decay():
-    """As task_adaptation and bit_hyperrule.py: the boundary's own step has the rate before."""
-    optimizer = AdamW(learning_rate=2.0, schedule=Steps(), warmup=8)
-    rates = [learning_rate(optimizer, step, 100) for step in range(101)]
-    assert (rates[0], rates[4], rates[8]) == (0.0, 1.0, 2.0)
-    at = [rates[step] for step in (30, 31, 60, 61, 90, 91, 100)]
-    assert at == pytest.approx([2.0, 0.2, 0.2, 0.02, 0.02, 0.002, 0.002])
-    in_steps = AdamW(schedule=Steps(decay_at=(5, 7), decay_factor=0.5), warmup=0)
-    found = [learning_rate(in_steps, step, 10) / 1e-3 for step in range(4, 10)]
-    assert found == pytest.approx([1, 1, 0.5, 0.5, 0.25, 0.25])
 
 
 @pytest.mark.parametrize(
