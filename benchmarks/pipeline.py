@@ -26,7 +26,7 @@ import torch
 
 import allmlp as am
 from allmlp.data.augment import mix
-from allmlp.data.loader import Batch, on_device, training_batches
+from allmlp.data.loader import Batch, training_batches
 from allmlp.data.sampler import Order, step_generator
 from allmlp.data.transforms import normalize
 from allmlp.models.layers import draw_stochastic_depth, preprocessing_of
@@ -96,10 +96,10 @@ class Parts:
             Order(seed=config.seed + self.turn, batch_size=config.batch_size),
             range(count),
             num_workers=config.data.num_workers,
-            pin_memory=self.device.type == "cuda",
+            device=self.device,
         )
         with contextlib.closing(found):
-            yield from on_device(found, self.device)
+            yield from found
 
     def step(self, number: int, batch: Batch) -> None:
         """As in a run: pixels scaled, images mixed, weights moved."""

@@ -84,7 +84,7 @@ def ours(job: dict[str, Any]) -> tuple[Step, str]:
 
     def step(number: int) -> float:
         kept = draw_stochastic_depth(model, batch, random)
-        loss = updater(number, images, targets, kept, number).loss
+        loss = updater(number, images, targets, kept, number)[0].loss
         if said:
             raise SystemExit(f"Error: {said[-1]}")
         return loss

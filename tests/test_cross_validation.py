@@ -11,6 +11,7 @@ import pytest
 
 import allmlp as am
 from allmlp import sweep
+from allmlp.evaluation import metrics
 from conftest import make_class_folder, mixer, tiny_config
 
 
@@ -81,6 +82,13 @@ def test_a_study_resumes(finished, monkeypatch: pytest.MonkeyPatch):
     again = am.cross_validate(config, 3, quiet=True)
     assert [Path(str(path)).name for path in asked] == ["fold-2"]
     assert again.out_of_fold.logits == pytest.approx(result.out_of_fold.logits, abs=1e-6)
+    table = (result.folder / "out_of_fold" / "predictions.csv").read_text()
+    (result.folder / "fold-2" / "out_of_fold.npz").unlink()
+    monkeypatch.setattr(metrics, "LARGEST_LOGITS", 0)  # of this fold they are not kept
+    again = am.cross_validate(config, 3, quiet=True).out_of_fold
+    assert again.logits.size == 0
+    assert dict(again.figures()) == pytest.approx(dict(result.out_of_fold.figures()))
+    assert (result.folder / "out_of_fold" / "predictions.csv").read_text() == table
 
 
 def test_the_command_and_its_mistakes(finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
 import allmlp as am
-from allmlp.data.loader import choose_workers
+from allmlp.data.loader import Batch, choose_workers
 from allmlp.data.sources import open_source
+from allmlp.evaluation import predictor
 from allmlp.models import inference
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.device import choose_device, choose_policy, keep_compiled, torch_settings
@@ -156,3 +159,38 @@ def test_loader_processes_share_the_cores_of_a_process(monkeypatch, gpu, ranks, 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
     source = open_source("digits:train")
     assert choose_workers(None, source, Preprocessing(image_size=(224, 224))) == workers
+
+
+def test_results_are_used_while_a_gpu_computes(monkeypatch):
+    """A GPU is a queue. 20 batches: 0.5 ms to load one, 6 to compute it, 4 to use its results."""
+    clock = {"cpu": 0.0, "gpu": 0.0}
+
+    class Copy:
+        def __init__(self, tensors: tuple[torch.Tensor, ...], stream: object) -> None:
+            self.arrays, self.ready = tuple(tensor.numpy() for tensor in tensors), clock["gpu"]
+
+        def wait(self) -> tuple[np.ndarray, ...]:
+            clock["cpu"] = max(clock["cpu"], self.ready)
+            return self.arrays
+
+    def batches(*_: object, **__: object) -> Iterator[Batch]:
+        for index in range(20):
+            clock["cpu"] += 0.5
+            pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+            yield Batch(pixels, torch.zeros(1).long(), torch.tensor([index]))
+
+    def compute(images: torch.Tensor) -> torch.Tensor:
+        clock["gpu"] = max(clock["gpu"], clock["cpu"]) + 6.0
+        return images[:, 0, 0, :1].float()
+
+    fakes = {"Transfer": Copy, "evaluation_batches": batches, "side_stream": lambda _: "stream"}
+    for name, fake in {**fakes, "on_device": lambda batches, _: batches}.items():
+        monkeypatch.setattr(predictor, name, fake)
+    monkeypatch.setattr(Batch, "pin_memory", lambda batch: batch)
+    outputs = predictor.Predictor(tiny_model()).run(open_source("digits:train"), compute)
+    indices = []
+    for output in outputs:
+        indices += output.indices.tolist()
+        clock["cpu"] += 4.0
+    assert indices == [*range(20)]
+    assert clock["cpu"] == 0.5 + 20 * 6.0 + 4.0

@@ -9,6 +9,7 @@ Fine-tuning chooses a learning rate on held-out training images, then trains sev
 
 Cross-validation trains once per fold, and measures each model on the fold it has not seen:
   fold-1/           a run per fold, with out_of_fold.npz: indices, labels and logits of its images
+                    (for logits above 512 MiB: what the metrics need of each image)
   folds.json        metrics of each fold, their mean and deviation, and those out of fold
   out_of_fold/      evaluation.json, per_class.csv, confusion.csv, predictions.csv, figures
   best/             the model of the fold with the highest accuracy, or mean average precision
@@ -352,30 +353,44 @@ def _measure(result: TrainResult) -> Row:
     """Keeps a fold's logits in its run folder, and its metrics in the study's results."""
     held_out, file = result.validation, io.BytesIO()
     assert held_out is not None
-    values = {name: getattr(held_out, name) for name in ("indices", "labels", "logits")}
-    np.savez(file, **values)
+    columns = {name: getattr(held_out, name) for name in ("indices", "labels", "logits")}
+    np.savez(file, **columns, **(held_out.rows or {}))
     atomic_write(result.run_folder / _LOGITS, file.getvalue())
     test = None if result.test is None else dict(result.test.figures())
     return {"held_out": dict(held_out.figures()), "test": test}
 
 
 def _joined(path: Path, whole: Source, dealt: np.ndarray, rows: list[Row]) -> CrossValidation:
-    parts: list[tuple[np.ndarray, ...]] = []
+    name, classes = whole.name, whole.class_names
+    decision = Decision(labels="multi" if whole.is_multi_label else "single")
+    parts: list[Evaluation] = []
     for fold, row in enumerate(rows):
         file = path / row["folder"] / _LOGITS
         try:
             with np.load(file, allow_pickle=False) as found:
-                places = np.flatnonzero(dealt == fold)[found["indices"]]
-                parts.append((places, found["labels"], found["logits"]))
+                columns = dict(found)
+            places = np.flatnonzero(dealt == fold)[columns.pop("indices")]
+            labels, logits = columns.pop("labels"), columns.pop("logits")
         except (OSError, ValueError, LookupError) as error:
             fix = "Remove the file: the fold is measured again"
             raise UserError(f"the logits are damaged: {error}", where=file, fix=fix) from error
-    indices, labels, logits = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.argsort(indices, kind="stable")
-    out_of_fold = Evaluation(
-        *(whole.name, whole.class_names, labels[order], indices[order], logits[order]),
-        decision=Decision(labels="multi" if whole.is_multi_label else "single"),
+        part = Evaluation(name, classes, labels, places, logits, decision=decision)
+        part.rows = columns or None
+        parts.append(part)
+    if any(part.rows is not None for part in parts):  # the logits of a fold were too large to keep
+        parts = [part.without_logits() if part.rows is None else part for part in parts]
+    order = np.argsort(np.concatenate([part.indices for part in parts]), kind="stable")
+
+    def column(values: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(values)[order]
+
+    labels, indices, logits = (
+        column([getattr(part, name) for part in parts]) for name in ("labels", "indices", "logits")
     )
+    out_of_fold = Evaluation(name, classes, labels, indices, logits, decision=decision)
+    columns = [part.rows for part in parts if part.rows is not None]
+    if columns:
+        out_of_fold.rows = {key: column([part[key] for part in columns]) for key in columns[0]}
     out_of_fold.are_held_out, out_of_fold.trained_on = True, 0
     folds = [row["held_out"] for row in rows]
     main = _shared_main(folds).name

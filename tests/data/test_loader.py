@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from allmlp.data import sampler, workers
+from allmlp.data import loader, sampler, workers
 from allmlp.data.image import EncodedImage
 from allmlp.data.loader import Batch, evaluation_batches, training_batches
 from allmlp.data.sampler import BalancedOrder, Order, locate
@@ -141,6 +141,21 @@ def test_the_same_bits_with_and_without_workers(class_folder: Path, augmented):
     alone = load(source, 0, 7, **options)
     for number in (1, 3):
         assert_same(alone, load(source, 0, 7, num_workers=number, **options))
+
+
+def test_the_same_bits_in_parts(class_folder: Path, monkeypatch):
+    """A batch of 6, or 3 and a neighbour, comes in parts of at most 2 images, of 192 bytes each."""
+    source = open_splits(str(class_folder))["train"]
+    options = [{}, {"world_size": 2, "rank": 1, "with_neighbour": True}]
+    whole = [load(source, 0, 5, **changes) for changes in options]
+    monkeypatch.setattr(loader, "LARGEST_PART", 2 * 192)
+    sizes: list[int] = []
+    collate = loader.collate
+    monkeypatch.setattr(loader, "collate", lambda s: (sizes.append(len(s)), collate(s))[1])
+    for batches, changes in zip(whole, options, strict=True):
+        assert_same(batches, load(source, 0, 5, **changes))
+        assert_same(batches, load(source, 0, 5, num_workers=2, **changes))
+    assert sizes == [2] * 15 + [2] * 10
 
 
 @pytest.mark.parametrize("free", [2**20 + 100, 2**20 + 1200, None])  # a batch takes 1,152 bytes

@@ -468,13 +468,63 @@ def test_processes_end_after_they_have_left():
     assert [code for code, _ in run_two(LEAVING)] == [0, 0]
 
 
+# With two micro-batches a step; the weights are those of steps that no NaN has reached.
+SHARDED = """
+from pathlib import Path
+import torch
+from allmlp.models.layers import draw_stochastic_depth
+from allmlp.runtime.device import ComputePolicy
+from allmlp.runtime.world import full_tensor, join_world, parallelize
+from allmlp.training.optim import build_optimizers
+from allmlp.training.step import Updater
+from conftest import tiny_config, tiny_model
+
+config = tiny_config("digits", Path("none"), optimizer__warmup=0)
+with join_world("cpu") as (world, device):
+    compute, found = ComputePolicy(device, "bfloat16", False, ""), []
+    for precision in ("float32", "bfloat16"):
+        model, seen, results = tiny_model(), set(), []
+        network = parallelize(model, "full", world, precision)
+        dense = model.blocks[0].channel_mixing.dense_0
+        dense.register_forward_pre_hook(lambda layer, _: seen.add(layer.weight.dtype))
+        optimizers = build_optimizers(model, config.optimizer)
+        updater = Updater(model, network, optimizers, config, compute, world, 9, print)
+        updater.micro_batch_size = 2
+        updater.guard_on_device()
+        for step in range(4):
+            before = [full_tensor(weight.detach()).clone() for weight in model.parameters()]
+            random = torch.Generator().manual_seed(10 * step + world.rank)
+            scale = float("nan") if step == 3 and world.rank == 1 else 1.0
+            images = scale * torch.randn(4, 3, 8, 8, generator=random)
+            targets = torch.eye(7)[torch.randint(7, (4,), generator=random)]
+            depth = draw_stochastic_depth(model, 4, random)
+            updater.asked = lambda: 15 * (step == world.rank)
+            results += updater(step, images, targets, depth, step)
+        results += updater.results()
+        after = [full_tensor(weight.detach()) for weight in model.parameters()]
+        assert all(map(torch.equal, before, after)), "a step that is not finite changed a weight"
+        assert [result.is_finite for result in results] == [True, True, True, False]
+        assert [result.asked for result in results] == [15, 15, 0, 0]
+        assert seen == {getattr(torch, precision)}, seen
+        found.append([*before, *(torch.tensor(result.loss) for result in results[:3])])
+    assert all(map(torch.equal, *found)), "rounding before the gathering changed a bit"
+    assert not torch.equal(before[0], next(tiny_model().parameters()))
+"""
+
+
+def test_sharded_weights_travel_in_bfloat16_and_refuse_a_step_that_is_not_finite():
+    """The same bits as with float32 weights that autocast rounds, on both processes."""
+    ended = run_two(SHARDED)
+    assert [code for code, _ in ended] == [0, 0], ended
+
+
 def run_two(script: str, size: int = 2) -> list[tuple[int, str]]:
     """Runs a script as several processes; returns exit code and output of each."""
     port, ranks = str(free_port()), []
     for rank in map(str, range(size)):
         shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
-        environment["OMP_NUM_THREADS"] = "1"
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         ranks.append(subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes))
     try:

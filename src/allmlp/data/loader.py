@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import math
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,9 @@ TrainingTransform = Callable[[EncodedImage, np.random.Generator], np.ndarray]
 # One image of a batch: pixels (None if bad), label or labels, index, bad images.
 Sample = tuple[np.ndarray | None, int | np.ndarray, int, list[BadImage]]
 
+CPU = torch.device("cpu")
 TIMEOUT = 600.0  # seconds without a batch after which a worker counts as hanging
+LARGEST_PART = 32 * 2**20  # bytes; larger batches are handed over in parts
 _NONE = torch.empty(0, dtype=torch.uint8)
 _NONE_CAME = "DataLoader timed out"
 
@@ -103,6 +106,17 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
         waiting = following
 
 
+def joined(parts: list[Batch]) -> Batch:
+    """Returns parts of a batch as one."""
+    if len(parts) == 1:
+        return parts[0]
+    images, labels, indices = (
+        torch.cat([getattr(part, name) for part in parts])
+        for name in ("images", "labels", "indices")
+    )
+    return Batch(images, labels, indices, [image for part in parts for image in part.bad])
+
+
 def collate(samples: list[Sample]) -> Batch:
     """Collates samples into a batch; those without pixels appear only in `bad`.
 
@@ -139,9 +153,11 @@ def training_batches(
     *,
     num_workers: int | None = None,
     timeout: float = TIMEOUT,
-    pin_memory: bool = False,
+    device: torch.device = CPU,
 ) -> Generator[Batch, None, None]:
-    """Yields the batches of some steps; a step is the same from any start.
+    """Yields the batches of some steps, on the device; a step is the same from any start.
+
+    Worker processes share a large batch: the first comes earlier, and less is in memory at once.
 
     A bad image is replaced by the next good one and listed in `Batch.bad`; a worker that dies, or
     gives no batch for `timeout` seconds (0: forever), raises an error that names it.
@@ -151,8 +167,22 @@ def training_batches(
     places = order.places(steps, source.labels)
     num_workers = choose_workers(num_workers, source, preprocessing, 1)  # decodes during the step
     own = order.batch_size // order.world_size
-    batch_bytes = own * _image_bytes(preprocessing)
-    for batch in load(images, places, num_workers, batch_bytes, timeout, pin_memory):
+    size, batch_bytes = own + order.with_neighbour, own * _image_bytes(preprocessing)
+    number = min(own, math.ceil(batch_bytes / LARGEST_PART))
+    parts = (
+        step[size * part // number : size * (part + 1) // number]
+        for step in places
+        for part in range(number)
+    )
+    ahead = max(2, math.ceil(2 * number / max(1, num_workers)))  # two batches are being loaded
+    loaded = load(
+        *(images, parts, num_workers, batch_bytes // number, timeout),
+        pin_memory=device.type == "cuda",
+        ahead=ahead,
+    )
+    moved = on_device(loaded, device)
+    for first in moved:
+        batch = joined([first, *islice(moved, number - 1)])
         if len(batch.labels) < own:
             raise UserError("none of the images can be decoded", where=source.name)
         yield batch
@@ -279,11 +309,13 @@ def load(
     num_workers: int,
     batch_bytes: int = 0,
     timeout: float = TIMEOUT,
+    *,
     pin_memory: bool = False,
+    ahead: int = 2,
 ) -> Iterator[Any]:
-    """Yields batches of images, loaded by worker processes if there are any."""
+    """Yields batches of images, loaded by worker processes if there are any, so many ahead."""
     between("num_workers", num_workers, 0, most_workers())
-    num_workers = workers.workers_that_start(num_workers, batch_bytes)
+    num_workers = workers.workers_that_start(num_workers, batch_bytes, ahead)
     closing = torch.zeros(1, dtype=torch.uint8)
     if num_workers:
         workers.check_guard()
@@ -302,6 +334,7 @@ def load(
             worker_init_fn=functools.partial(workers.start_worker, images.watched, closing),
             multiprocessing_context=workers.worker_context() if num_workers else None,
             pin_memory=pin_memory,
+            prefetch_factor=ahead if num_workers else None,
         )
         before = workers.on_child_end(signal.SIG_DFL)
         with workers.starting():

@@ -103,12 +103,12 @@ def is_room_for(num_bytes: int) -> bool:
     return free is None or free > num_bytes + 2**20
 
 
-def workers_that_start(wanted: int, batch_bytes: int = 0) -> int:
+def workers_that_start(wanted: int, batch_bytes: int = 0, ahead: int = 2) -> int:
     """Returns how many workers can start; says so if shared memory is too small for more."""
     note, can_start = "", True
     if wanted and not is_room_for(4096 * (32 + 4 * wanted) - 2**20):  # a page per semaphore, table
         note, can_start = "is full or read-only: images are decoded without worker processes", False
-    elif wanted and not is_room_for((2 * wanted + 1) * batch_bytes):  # two in flight, one in use
+    elif wanted and not is_room_for((ahead * wanted + 1) * batch_bytes):  # one is in use
         note = "is small: batches that do not fit go through pipes, which is slower"
     if note and not _reported:
         _reported.append(note)

@@ -27,7 +27,13 @@ from allmlp.evaluation.options import MeasureOptions
 from allmlp.models.inference import Inference, choose_precision
 from allmlp.models.layers import Classifier, ImageClassifier, preprocessing_of
 from allmlp.preprocessing import Preprocessing
-from allmlp.runtime.device import check_device_of_exported, step_threads, to_device
+from allmlp.runtime.device import (
+    Transfer,
+    check_device_of_exported,
+    side_stream,
+    step_threads,
+    to_device,
+)
 from allmlp.runtime.world import World
 
 Compute = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
@@ -143,47 +149,23 @@ class Predictor:
             num_workers=self.num_workers,
             timeout=self.timeout,
         )
-        stream = None  # on a CPU there is nothing to overlap
-        if self.device.type == "cuda":
-            stream = torch.cuda.Stream(self.device)
+        stream = side_stream(self.device)
+        if stream is not None:
             pinned = (batch.pin_memory() if len(batch.labels) else batch for batch in batches)
             batches = on_device(pinned, self.device)
-        pending: deque[tuple[Batch, _Transfer]] = deque()
+        pending: deque[tuple[Batch, Transfer]] = deque()
         for batch in batches:
             values: Tensor | tuple[Tensor, ...] = ()
             if len(batch.labels):
                 with torch.inference_mode(), self._few_threads(len(batch.labels)):
                     values = compute(batch.images)
             values = (values,) if isinstance(values, Tensor) else values
-            pending.append((batch, _Transfer((batch.labels, *values), stream)))
+            pending.append((batch, Transfer((batch.labels, *values), stream)))
             if stream is None or len(pending) > 1:
                 done, transfer = pending.popleft()
                 yield done, transfer.wait()
         for done, transfer in pending:
             yield done, transfer.wait()
-
-
-class _Transfer:
-    """Tensors being copied to the CPU on a side stream."""
-
-    def __init__(self, tensors: tuple[Tensor, ...], stream: torch.cuda.Stream | None) -> None:
-        self._event: torch.cuda.Event | None = None
-        if stream is None:
-            self._arrays = tuple(tensor.cpu() for tensor in tensors)
-            return
-        stream.wait_stream(torch.cuda.current_stream(stream.device))
-        with torch.cuda.stream(stream):
-            self._arrays = tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
-            self._event = torch.cuda.Event()
-            self._event.record(stream)
-        for tensor in tensors:
-            if tensor.is_cuda:
-                tensor.record_stream(stream)
-
-    def wait(self) -> tuple[np.ndarray, ...]:
-        if self._event is not None:
-            self._event.synchronize()
-        return tuple(array.numpy() for array in self._arrays)
 
 
 def check_finite(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -70,6 +71,34 @@ def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Returns a stream for copies; None on a CPU, where there is nothing to overlap."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+class Transfer:
+    """Tensors being copied to the CPU on a side stream, while the GPU computes."""
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...], stream: torch.cuda.Stream | None) -> None:
+        self._event: torch.cuda.Event | None = None
+        if stream is None:
+            self._arrays = tuple(tensor.cpu() for tensor in tensors)
+            return
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with torch.cuda.stream(stream):
+            self._arrays = tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
+            self._event = torch.cuda.Event()
+            self._event.record(stream)
+        for tensor in tensors:
+            if tensor.is_cuda:
+                tensor.record_stream(stream)
+
+    def wait(self) -> tuple[np.ndarray, ...]:
+        if self._event is not None:
+            self._event.synchronize()
+        return tuple(array.numpy() for array in self._arrays)
 
 
 def empty_cache(device: torch.device) -> None:

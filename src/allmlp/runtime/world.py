@@ -53,13 +53,14 @@ class World:
         """Whether this process writes and prints."""
         return self.rank == 0
 
-    def all_reduce_mean(self, value: float) -> float:
-        """Returns the mean over all processes."""
+    def gather_rows(self, values: Tensor) -> Tensor:
+        """Returns all processes' values (n,) as (size, n) on their device; waits for no GPU."""
         if self.size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(total)
-        return total.item() / self.size
+            return values[None]
+        rows = values.new_zeros(self.size, len(values))
+        rows[self.rank] = values
+        dist.all_reduce(rows)
+        return rows
 
     def all_reduce_max(self, value: int) -> int:
         """Returns the maximum over all processes."""
@@ -405,11 +406,15 @@ def _ended(ranks: list[int], told_by: str = "", reason: str = "") -> UserError:
     return UserError(f"{told_by}{who} ended, and training cannot go on{reason}", fix=fix)
 
 
-def parallelize(model: nn.Module, sharding: str, world: World) -> nn.Module:
+def parallelize(
+    model: nn.Module, sharding: str, world: World, precision: str = "float32"
+) -> nn.Module:
     """Wraps the model for distributed training; the parameters stay those of `model`.
 
     Sharding "none": every process holds the full state (DDP); "full": parameters, gradients and
-    optimizer state are sharded (FSDP2), and `model` itself becomes sharded.
+    optimizer state are sharded (FSDP2), and `model` itself becomes sharded. With "bfloat16" dense
+    weights are rounded, as autocast would do, before they are gathered; their gradients are summed
+    in float32, and all else stays float32.
     """
     if world.size == 1:
         return model
@@ -421,14 +426,31 @@ def parallelize(model: nn.Module, sharding: str, world: World) -> nn.Module:
             model, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=100
         )
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard  # slow to import
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import
 
     # Without one, torch takes a mesh of the machine's GPUs even for a model on the CPU.
     mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
+    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in getattr(model, "blocks", ()):
+        for part in block.children() if precision == "bfloat16" else ():
+            owners = [m for m in part.modules() if list(m.parameters(recurse=False))]
+            if owners and all(type(owner) is nn.Linear for owner in owners):
+                fully_shard(part, mesh=mesh, mp_policy=half)
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def innermost_shards(network: nn.Module) -> list[nn.Module]:
+    """Returns the sharded modules that hold no other: the hooks of each gather its weights."""
+    from torch.distributed.fsdp import FSDPModule
+
+    shards = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    return [
+        module
+        for module in shards
+        if not any(other is not module and other in shards for other in module.modules())
+    ]
 
 
 @contextlib.contextmanager
@@ -451,7 +473,7 @@ def fill_from_rank0(target: Tensor, value: Tensor | None, world: World) -> None:
     """Fills a tensor that may be sharded with rank 0's value of all of it; a collective."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if world.size == 1:
+    if world.size == 1 and not isinstance(target, DTensor):
         assert value is not None
         target.copy_(value)
         return

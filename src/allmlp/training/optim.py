@@ -147,7 +147,10 @@ def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.
     }
     rate, optimizers = settings.learning_rate, []
     if isinstance(settings, settings_of.SGD):
-        optimizers.append(torch.optim.SGD(trained.values(), lr=rate, momentum=settings.momentum))
+        # On a GPU fused, as only then it refuses non-finite updates itself (`Updater`).
+        fused = all(parameter.is_cuda for parameter in trained.values()) or None
+        options = {"lr": rate, "momentum": settings.momentum, "fused": fused}
+        optimizers.append(torch.optim.SGD(trained.values(), **options))
     else:
         if isinstance(settings, settings_of.Muon):
             hidden_names = [n for n, parameter in trained.items() if is_hidden_kernel(n, parameter)]

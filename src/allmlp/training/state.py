@@ -24,7 +24,7 @@ from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits
 from allmlp.training.optim import build_optimizers, optimizer_tensors, update_average
 from allmlp.training.run_folder import TRAINING_IMAGES, RunFolder, other_images
-from allmlp.training.step import Updater
+from allmlp.training.step import StepResult, Updater
 from allmlp.weights.save import save_model
 
 
@@ -58,7 +58,7 @@ class RunState:
         # What is evaluated and saved: the model itself, or a copy filled on demand.
         is_sharded = self.world.size > 1 and sharding == "full"
         self.copy = copy.deepcopy(model) if decay or is_sharded else None
-        network = parallelize(model, sharding, self.world)
+        network = parallelize(model, sharding, self.world, run.compute.precision)
         self.optimizers = build_optimizers(model, self.config.optimizer)
         self.updater = Updater(
             *(model, network, self.optimizers, self.config, run.compute, self.world),
@@ -160,13 +160,17 @@ class RunState:
         self.checkpoints.save(self.step, self.tensors(), values, is_best=is_best, first=first)
         self.last_checkpoint = self.run.folder.checkpoints / f"step-{self.step:08d}"
 
-    def advance(self, loss: float, rate: float) -> None:
+    def note_step(self, result: StepResult) -> None:
+        """Adds up the loss of a step."""
+        self.loss_sum, self.loss_count = self.loss_sum + result.loss, self.loss_count + 1
+        self.last_rate = result.learning_rate
+
+    def advance(self) -> None:
         """Counts a completed step, and updates the moving average."""
         if self.average:
             update_average(self.average, self.model, self.config.optimizer.ema_decay, self.step)
-        self.step, self.last_rate = self.step + 1, rate
+        self.step += 1
         self.finished = self.step == self.run.num_steps
-        self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
 
     def note_result(self, result: tuple[float, float] | None) -> bool:
         """Records an evaluation (score, minus loss); returns whether it is the best so far."""

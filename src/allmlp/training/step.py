@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -26,12 +27,14 @@ from allmlp.models.layers import (
 from allmlp.runtime.device import (
     Compiler,
     ComputePolicy,
+    Transfer,
     empty_cache,
     free_memory,
     keep_compiled,
+    side_stream,
     sum_dtype,
 )
-from allmlp.runtime.world import World, no_sync
+from allmlp.runtime.world import World, innermost_shards, no_sync
 from allmlp.training.config import TrainConfig
 from allmlp.training.optim import clip, learning_rate, loss_function, sam_ascent, sam_rho_at, update
 from allmlp.weights.download import cache_folder
@@ -41,9 +44,11 @@ _USABLE = 0.8  # of free memory; torch's buffers and other programs need the res
 
 @dataclass(frozen=True)
 class StepResult:
+    step: int
     loss: float  # mean over the batch of all processes
     gradient_norm: float  # before clipping
     learning_rate: float
+    asked: int  # the largest answer of all processes to `Updater.asked`
 
     @property
     def is_finite(self) -> bool:
@@ -53,6 +58,12 @@ class StepResult:
 
 @dataclass
 class Updater:
+    """Updates the weights, batch by batch.
+
+    On a GPU a step waits for nothing but the result of the one before: the optimizers themselves
+    refuse a non-finite update, and all after it. Muon cannot, so it waits, as a CPU does.
+    """
+
     model: ImageClassifier
     network: nn.Module  # the model, or the wrapper from `parallelize`
     optimizers: list[torch.optim.Optimizer]
@@ -63,25 +74,40 @@ class Updater:
     say: Callable[[str], None]
     micro_batch_size: int | None = field(default=None, init=False)  # None until chosen
     positive_weights: Tensor | None = field(default=None, init=False)  # of `loss_function`
+    refused: Tensor | None = field(default=None, init=False)  # 1 after a non-finite step, else 0
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.asked: Callable[[], int] = lambda: 0  # what the other processes must know, for a stop
+        self._unread: deque[tuple[int, float, Transfer]] = deque()  # step, learning rate, figures
+        self._stream = side_stream(self.compute.device)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        if self.compute.device.type == "cuda" and all(group.get("fused") for group in groups):
+            self.guard_on_device()
         self.forward: Callable[[Tensor], Tensor] = self.network  # to the logits
         if self.compute.compile or self.compute.compile_gelu:
             keep_compiled(cache_folder() / "compiled" if self.world.size == 1 else None)
-            compiler, blocks = Compiler(self.say), getattr(self.model, "blocks", ())
+            compiler = Compiler(self.say)
             if self.compute.compile_gelu:
                 compile_gelu(self.model, compiler)
             elif self.network is not self.model or self.world.size == 1:
                 self.forward = compiler(self.network)
-            else:  # sharded: the hooks of a block, which gather its weights, stay outside
-                for block in blocks:
-                    block.forward = compiler(block.forward)
+            else:  # the hooks that gather weights stay outside
+                for part in innermost_shards(self.network):
+                    part.forward = compiler(part.forward)
+
+    def guard_on_device(self) -> None:
+        """Lets fused optimizers refuse non-finite updates, so that no step has to wait for them."""
+        self.refused = torch.zeros((), device=self.compute.device)
+        for optimizer in self.optimizers:
+            optimizer.found_inf = self.refused  # as torch's gradient scaler tells them
 
     def __call__(
         self, step: int, images: Tensor, targets: Tensor, depth: Tensor, dropout_seed: int
-    ) -> StepResult:
+    ) -> list[StepResult]:
         """Updates the weights with one batch, unless the loss or the gradient is non-finite.
+
+        Returns the results that are known: of this step, or of the one before.
 
         `step` counts from 0; images are float32 (N, channels, H, W), targets (N, classes), and
         depth, from `draw_stochastic_depth`, (branches, N).
@@ -94,12 +120,28 @@ class Updater:
             with sam_ascent(self.parameters, rho):
                 self.gradient(images, targets, depth, dropout_seed)
         norm = clip(self.parameters, settings.clip_norm or math.inf)
-        # The only GPU sync of the step: both must be known to be finite before any update.
-        local, norm = torch.stack((loss, norm.to(loss.dtype))).tolist()
-        result = StepResult(self.world.all_reduce_mean(local), norm, rate)
-        if result.is_finite:
+        own = torch.stack((loss, norm.to(loss.dtype), loss.new_full((), self.asked())))
+        rows = self.world.gather_rows(own)
+        self._unread.append((step, rate, Transfer((rows,), self._stream)))
+        if self.refused is not None:
+            self.refused.logical_or_(~rows[:, :2].isfinite().all())
             update(self.optimizers, rate)
-        return result
+            return self.results(but=1)
+        results = self.results()
+        if results[-1].is_finite:
+            update(self.optimizers, rate)
+        return results
+
+    def results(self, but: int = 0) -> list[StepResult]:
+        """Waits for the results of all steps that have not been returned, but for the last ones."""
+        results = []
+        while len(self._unread) > but:
+            step, rate, transfer = self._unread.popleft()
+            rows = transfer.wait()[0].tolist()
+            losses, norms, asked = zip(*rows, strict=True)
+            loss, norm = sum(losses) / len(rows), norms[self.world.rank]
+            results.append(StepResult(step, loss, norm, rate, int(max(asked))))
+        return results
 
     def gradient(self, images: Tensor, targets: Tensor, depth: Tensor, dropout_seed: int) -> Tensor:
         """Stores the gradient of the mean loss in the parameters; returns this process's loss.

@@ -19,10 +19,10 @@ from allmlp import plots
 from allmlp.console import ProgressBar, Reporter
 from allmlp.data.augment import mix
 from allmlp.data.loader import (
+    CPU,
     Batch,
     choose_workers,
     most_workers,
-    on_device,
     training_batches,
 )
 from allmlp.data.sampler import Order, step_generator
@@ -70,7 +70,7 @@ from allmlp.training.run_folder import (
 )
 from allmlp.training.signals import NoBatchCame, StopRequest, end, ending_at_once
 from allmlp.training.state import Run, RunState
-from allmlp.training.step import unchanged_buffers
+from allmlp.training.step import StepResult, unchanged_buffers
 from allmlp.weights.download import cache_folder
 
 LOG_EVERY, SHORT = 10, 200  # in steps; shorter runs than `SHORT` log every step
@@ -257,6 +257,7 @@ class Trainer:
                 self.class_weights = weights
         self.named = run.folder.bad_files()
         self.new_bad: list[BadImage] = []
+        self.asked = 0  # for a stop, by any process, as of the last known step
         self.started, self.first_step = time.perf_counter(), state.step
         self.last_line = self.last_drawn = 0.0  # seconds
 
@@ -268,22 +269,28 @@ class Trainer:
         self.started = time.perf_counter()  # after the time estimate
         state.updater.choose_micro_batch()
         due, device = self.evaluation_steps(), self.run.compute.device
-        batches = self.batches(self.run.num_steps, config.data.num_workers)
+        batches = self.batches(self.run.num_steps, config.data.num_workers, device)
         self.name_bad(self.run.splits.bad)
         with (
             contextlib.closing(batches),
             StopRequest(saves=config.keep_checkpoints > 0) as stop,
             self.report.progress(self.run.num_steps, "steps", state.step) as bar,
         ):
+
+            def asked() -> int:
+                return stop.signal or _STOP_ASKED * self.run_folder.loggers.stop_asked
+
+            state.updater.asked = asked
             try:
-                for step, batch in enumerate(on_device(batches, device), state.step):
+                for step, batch in enumerate(batches, state.step):
                     self.note_bad(batch.bad)
                     self.train_step(step, batch)
                     self.show_step(bar, step)
                     is_due = step + 1 in due
                     is_best = self.evaluate() if is_due else False
-                    asked = _STOP_ASKED * self.run_folder.loggers.stop_asked
-                    number = world.all_reduce_max(stop.signal or asked)
+                    # On GPUs the answers came with the step before; to ask anew would wait.
+                    asks = world.size == 1 or is_due or state.updater.refused is None
+                    number = world.all_reduce_max(asked()) if asks else self.asked
                     if number == _STOP_ASKED and not state.finished:
                         self.report.say("stopped early: a callback asked for it")
                         state.finished = True
@@ -292,7 +299,7 @@ class Trainer:
                     every = config.checkpoint_every
                     is_save_due = is_due if every is None else state.step % every == 0
                     if is_save_due or is_best or number or state.finished:
-                        state.save(is_best=is_best)
+                        self.save(is_best=is_best)
                     if number:
                         self.end(number)
                     if state.finished:
@@ -302,10 +309,12 @@ class Trainer:
                 # several processes, as this may be the only one waiting.
                 between_steps = state.step not in due or state.step == state.last_result_at
                 if state.step and between_steps and world.size == 1:
-                    state.save(is_best=False)
+                    self.save(is_best=False)
                 self.end(stop.signal)
 
-    def batches(self, stop: int, num_workers: int | None) -> Generator[Batch, None, None]:
+    def batches(
+        self, stop: int, num_workers: int | None, device: torch.device
+    ) -> Generator[Batch, None, None]:
         """Yields this process's batches from the present step to `stop` - 1."""
         config, world, augment = self.config, self.world, self.config.augment
         order = Order(
@@ -324,7 +333,7 @@ class Trainer:
             range(self.state.step, stop),
             num_workers=num_workers,
             timeout=config.data.timeout,
-            pin_memory=self.run.compute.device.type == "cuda",
+            device=device,
         )
 
     def inputs(self, step: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -361,7 +370,7 @@ class Trainer:
         state.updater.choose_micro_batch()
         # Of two batches the second, as a loader process has to start; it may hang, as in the run.
         workers = choose_workers(config.data.num_workers, run.splits.train, self.preprocessing, 1)
-        with contextlib.closing(self.batches(state.step + 2, min(1, workers))) as batches:
+        with contextlib.closing(self.batches(state.step + 2, min(1, workers), CPU)) as batches:
             batch, begun = next(batches), time.perf_counter()
             next(batches)
         decoding = time.perf_counter() - begun
@@ -431,7 +440,7 @@ class Trainer:
         state.save(is_best=True)
 
     def train_step(self, step: int, batch: Batch) -> None:
-        """Updates the weights with one batch; a non-finite loss or gradient ends the run."""
+        """Updates the weights with one batch."""
         state, run = self.state, self.run
         images, targets, depth, dropout_seed = self.inputs(step, batch)
         if step == 0 and run.world.is_main:
@@ -440,16 +449,30 @@ class Trainer:
             plots.save(figure, run.folder.plots / "train_batch.png")
         if self.class_weights is not None:
             targets = targets * self.class_weights
-        result = state.updater(step, images, targets, depth, dropout_seed)
-        loss, norm, rate = result.loss, result.gradient_norm, result.learning_rate
-        if not result.is_finite:
-            what = f"step {step}: loss {loss}, gradient norm {norm} at learning rate {rate:g}"
-            self.stop(f"{what}; stopped before the weights were changed")
-        state.advance(loss, rate)
-        if run.num_steps < SHORT or step % LOG_EVERY == 0 or step + 1 == run.num_steps:
-            values = {"step": step, "epoch": round(step / self.steps_per_epoch, 4), "loss": loss}
-            values |= {"learning_rate": rate, "gradient_norm": norm}
-            run.folder.log_step({**values, "seconds": round(state.seconds, 3)})
+        self.note_results(state.updater(step, images, targets, depth, dropout_seed))
+        state.advance()
+
+    def note_results(self, results: list[StepResult]) -> None:
+        """Logs steps; a non-finite loss or gradient ends the run."""
+        state, run = self.state, self.run
+        for result in results:
+            step, loss = result.step, result.loss
+            norm, rate = result.gradient_norm, result.learning_rate
+            if not result.is_finite:
+                what = f"step {step}: loss {loss}, gradient norm {norm} at learning rate {rate:g}"
+                self.stop(f"{what}; stopped before the weights were changed")
+            state.note_step(result)
+            self.asked = result.asked
+            if run.num_steps < SHORT or step % LOG_EVERY == 0 or step + 1 == run.num_steps:
+                epoch = round(step / self.steps_per_epoch, 4)
+                values = {"step": step, "epoch": epoch, "loss": loss}
+                values |= {"learning_rate": rate, "gradient_norm": norm}
+                run.folder.log_step({**values, "seconds": round(state.seconds, 3)})
+
+    def save(self, *, is_best: bool) -> None:
+        """Saves the run, whose steps are then known to be finite."""
+        self.note_results(self.state.updater.results())
+        self.state.save(is_best=is_best)
 
     def evaluation_steps(self) -> set[int]:
         """Returns after how many completed steps the model is evaluated."""
@@ -463,6 +486,7 @@ class Trainer:
         """Evaluates, logs the result and saves the best weights, without validation images the
         latest; returns whether these are the best."""
         config, state, validation = self.config, self.state, self.run.splits.validation
+        self.note_results(state.updater.results())
         for found in self.world.gather(self.new_bad):  # images that each process could not decode
             self.name_bad(found)
             state.bad.update({image.name: image for image in found})
