@@ -116,9 +116,12 @@ def browser(folder: Path) -> Iterator[Browser]:
             os.dup2(pipe, number)
 
     command = [PROGRAM, *FLAGS, "--remote-debugging-pipe", f"--user-data-dir={folder}"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(
-        [*command, "about:blank"], pass_fds=(3, 4), preexec_fn=connect, **quiet
+        [*command, "about:blank"],
+        pass_fds=(3, 4),
+        preexec_fn=connect,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     for pipe in (theirs, back, *copies):
         os.close(pipe)

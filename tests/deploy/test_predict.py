@@ -175,7 +175,7 @@ def test_urls(model, tmp_path):
         (["-", "-"], {}, "more than once"),
         (["GOOD", "digits:test"], {}, "digits:test"),
         (["GOOD"], {"top_k": 0}, "top_k"),
-        (["GOOD"], {"features": True, "top_k": 3}, "top_k=3"),
+        (["GOOD"], {"features": True, "top_k": 3}, "features and top_k"),
         (["GOOD"], {"batch_size": 0}, "batch_size"),
         (["GOOD"], {"part_size": 0}, "part_size"),
         (["GOOD"], {"num_workers": -1}, "num_workers"),
