@@ -9,6 +9,7 @@ import itertools
 import operator
 import os
 import sys
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,8 @@ def _download(url: str) -> bytes:
         with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
             content = answer.read(_LARGEST_DOWNLOAD + 1)
     except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the answer
         raise UserError(f"cannot download the image: {error}", where=url) from error
     if len(content) > _LARGEST_DOWNLOAD:
         raise UserError(f"the file is larger than {_LARGEST_DOWNLOAD:,} bytes", where=url)
