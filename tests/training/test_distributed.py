@@ -454,7 +454,7 @@ import sys
 import torch
 from allmlp.runtime.world import join_world
 sys.setswitchinterval(0.5)
-for _ in range(8):
+for _ in range(4):
     with join_world("cpu") as (world, _):
         network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
         network(torch.ones(2, 4)).sum().backward()
