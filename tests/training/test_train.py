@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def test_the_run_folder(trained: am.TrainResult):
     config = am.TrainConfig.from_json(json.loads((run / "config.json").read_text()))
     assert (config.recipe, config.epochs) == ("digits", 3)
     environment = json.loads((run / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["packages"]["torch"] == version("torch")
     assert environment["data"]["training_images"] == 1259
     steps = steps_of(run)
     assert [step["step"] for step in steps] == list(range(59))  # of a short run, every one

@@ -353,7 +353,7 @@ def _program(net: nn.Module, example: Tensor, precision: str) -> Any:
 def _write_program(program: Any, info: ExportInfo, path: Path) -> None:
     content = io.BytesIO()  # on a full disk torch's file writer aborts the process
     torch.export.save(program, content, extra_files=to_text(info))
-    path.write_bytes(content.getbuffer())
+    path.write_bytes(content.getvalue())
 
 
 def _open_program(path: Path, num_threads: int) -> ExportedModel:

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 import zlib
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ def _download(published: Published, path: Path, report: Reporter) -> None:
     except Exception as error:  # http_get and the layers below can raise anything
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the answer
         partial, reason = path, (str(error) or type(error).__name__).splitlines()[0]
     if reason:  # outside the except block: the error holds a connection
         raise _by_hand(published, path, reason)
