@@ -127,7 +127,7 @@ def test_probe_folds_and_weights(run: tuple[Path, Path], tmp_path: Path):
     config = am.finetune_config(str(run[0]), f"{run[1]}", settings)
     probe = am.train(config.with_value("data.holdout", 0.3), quiet=True)
     assert probe.validation is not None
-    assert (probe.validation.mean_average_precision or 0) > 0.95
+    assert (probe.validation.mean_average_precision or 0) > 0.99
     assert probe.validation.decision.labels == "multi"
     own = {"epochs": 6, "best_by": "top1", "output": str(tmp_path / "folds"), "data.holdout": None}
     found = am.cross_validate(config_of(run[0]).with_values(own), 2, quiet=True)
@@ -147,7 +147,7 @@ def test_probe_folds_and_weights(run: tuple[Path, Path], tmp_path: Path):
         result = am.train(config, quiet=True).validation
         assert result is not None
         rare.append(result.probabilities[:, result.labels.sum(axis=0).argmin()].mean())
-    assert rare[0] > rare[1]
+    assert rare[0] > rare[1] + 0.02
 
 
 def test_a_study_chooses_by_mean_average_precision(run: tuple[Path, Path], tmp_path: Path):
