@@ -121,6 +121,7 @@ def test_train_evaluate_predict(capsys, class_folder, tmp_path):
     [
         ("train nothing", "unknown recipe 'nothing'"),
         ("train --data nowhere", "no such data: 'nowhere'"),
+        ("train --data digits:tset", "unknown split 'tset'"),
         ("train --model mixer_b61", "unknown model 'mixer_b61'"),
         ("train --set optimizer.lr=1", "unknown setting 'optimizer.lr'"),
         ("train scratch", "the recipe needs data"),

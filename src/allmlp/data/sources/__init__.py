@@ -127,6 +127,8 @@ def _records(spec: SourceSpec, labels: Labels) -> Mapping[str, Records]:
         fix, what = f"Give {_KNOWN}", f"no such data: {spec.base!r}"
         if path.exists():
             what = f"not a folder, and not a file of a known kind: {spec.base!r}"
+        elif (parts := spec.base.rpartition(":"))[0] and kind_of(parse_name(parts[0])) is not None:
+            what, fix = f"unknown split {parts[2]!r}", f"Known: {', '.join(SPLITS)}"
         elif glob.has_magic(spec.base):
             fix = f"A pattern is for .parquet files. {fix}"
         elif path.parent.is_dir():
