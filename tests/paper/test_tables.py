@@ -212,6 +212,7 @@ def test_the_figures_and_the_page(tmp_path, real_figures):
     assert page.count('<img src="data:image/png;base64,iVBOR') == 2
 
 
+@pytest.mark.slow
 def test_no_label_hides_another_label_or_a_point():
     ours = [
         figures.Point(f"a model {at}", 10.0 + at % 3, 0.5 + at / 500, "GPU", "x")
