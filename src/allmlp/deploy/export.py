@@ -35,7 +35,14 @@ from allmlp.errors import UserError, disk_errors, plural
 from allmlp.evaluation.metrics import Evaluation, check_logits, evaluate_source
 from allmlp.evaluation.predictor import Predictor
 from allmlp.evaluation.result_file import measurement
-from allmlp.io import check_not_inputs, check_output_file, expand, fsync, staging_folder
+from allmlp.io import (
+    check_not_inputs,
+    check_output_file,
+    check_output_folder,
+    expand,
+    fsync,
+    staging_folder,
+)
 from allmlp.models.inference import Inference
 from allmlp.models.layers import Classifier, ImageClassifier, preprocessing_of
 from allmlp.names import import_extra
@@ -197,6 +204,7 @@ def export(
     path, format = expand(options.output), format_of(options.output)
     is_folder = not format.suffix
     if is_folder:  # of a page, which hands over pixels
+        check_output_folder(path)
         options = replace(options, uint8_input=True)
     if options.precision == "int8" and format.is_program:
         fix = "Export as onnx or openvino"
