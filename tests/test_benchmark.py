@@ -141,7 +141,7 @@ def test_batches_double_until_the_rate_no_longer_rises(monkeypatch):
     seconds = iter([1.0, 1.0, 2.0, 4.0, 8.0, *[1.0] * 9])  # rates 1, 2, 2, 2
     patched(monkeypatch, _time_latency=lambda *_: None)
     monkeypatch.setattr(_Timed, "seconds", lambda *_: next(seconds))
-    (row,) = quick({"a": tiny_model()}, batch_sizes=None, rounds=1).models
+    (row,) = quick({"a": tiny_model()}, batch_sizes=None, rounds=1, budget=1e5).models
     assert [point.batch_size for point in row.points] == [1, 2, 4, 8]
     assert (row.ended, row.best) == ("the rate no longer rises", row.points[1])
     monkeypatch.setattr(_Timed, "seconds", lambda *_: 1.0)

@@ -353,8 +353,9 @@ def _measure(result: TrainResult) -> Row:
     """Keeps a fold's logits in its run folder, and its metrics in the study's results."""
     held_out, file = result.validation, io.BytesIO()
     assert held_out is not None
-    columns = {name: getattr(held_out, name) for name in ("indices", "labels", "logits")}
-    np.savez(file, **columns, **(held_out.rows or {}))
+    names = ("indices", "labels", "logits")
+    columns: dict[str, Any] = {name: getattr(held_out, name) for name in names}
+    np.savez(file, **(columns | (held_out.rows or {})))
     atomic_write(result.run_folder / _LOGITS, file.getvalue())
     test = None if result.test is None else dict(result.test.figures())
     return {"held_out": dict(held_out.figures()), "test": test}

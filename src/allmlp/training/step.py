@@ -100,7 +100,7 @@ class Updater:
         """Lets fused optimizers refuse non-finite updates, so that no step has to wait for them."""
         self.refused = torch.zeros((), device=self.compute.device)
         for optimizer in self.optimizers:
-            optimizer.found_inf = self.refused  # as torch's gradient scaler tells them
+            setattr(optimizer, "found_inf", self.refused)  # noqa: B010, as torch's gradient scaler
 
     def __call__(
         self, step: int, images: Tensor, targets: Tensor, depth: Tensor, dropout_seed: int
