@@ -355,7 +355,8 @@ def _measure(result: TrainResult) -> Row:
     assert held_out is not None
     names = ("indices", "labels", "logits")
     columns: dict[str, Any] = {name: getattr(held_out, name) for name in names}
-    np.savez(file, **(columns | (held_out.rows or {})))
+    columns.update(held_out.rows or {})
+    np.savez(file, **columns)
     atomic_write(result.run_folder / _LOGITS, file.getvalue())
     test = None if result.test is None else dict(result.test.figures())
     return {"held_out": dict(held_out.figures()), "test": test}
