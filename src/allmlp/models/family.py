@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 from torch import Tensor
 
+from allmlp.errors import plural
 from allmlp.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class PatchConfig(ModelConfig):
 
     def summary(self) -> str:
         patch = size_text(self.patch_size)
-        return f"{self.num_blocks} layers, patch {patch}, {self.hidden_dim} channels"
+        return f"{plural(self.num_blocks, 'layer')}, patch {patch}, {self.hidden_dim} channels"
 
 
 def size_text(size: int | Size) -> str:
