@@ -57,6 +57,9 @@ def test_long_runs_in_bfloat16_compile_the_gelu(monkeypatch, steps, precision, c
     for name, expected in (("auto", compiles), ("off", False), ("on", False)):
         found = choose_policy(CPU, precision, name, operations=10**10, num_steps=steps)
         assert (found.compile_gelu, found.compile) == (expected, name == "on")
+        # The time estimate must not take the first step, which compiles, for all others.
+        assert found.compiles == (expected or name == "on")
+        assert ("compiled" in found.why) == found.compiles
 
 
 def test_without_the_compiler_the_formula_is_the_same():

@@ -132,6 +132,11 @@ class ComputePolicy:
     why: str  # description of the choice and its reason
     compile_gelu: bool = False  # whether to compile the tanh GELU alone
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the first step compiles anything, and so takes longer than the others."""
+        return self.compile or self.compile_gelu
+
     def autocast(self) -> torch.autocast:
         """Returns the autocast context for the model."""
         is_half = self.precision == "bfloat16"
@@ -164,6 +169,8 @@ def choose_policy(
         reasons.append("not compiled: no C++ compiler here")
     if compiles:
         reasons.append("compiled")
+    elif compiles_gelu:
+        reasons.append("GELU compiled")
     return ComputePolicy(device, precision, compiles, ", ".join(reasons), compiles_gelu)
 
 

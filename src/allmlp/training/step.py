@@ -85,7 +85,7 @@ class Updater:
         if self.compute.device.type == "cuda" and all(group.get("fused") for group in groups):
             self.guard_on_device()
         self.forward: Callable[[Tensor], Tensor] = self.network  # to the logits
-        if self.compute.compile or self.compute.compile_gelu:
+        if self.compute.compiles:
             keep_compiled(cache_folder() / "compiled" if self.world.size == 1 else None)
             compiler = Compiler(self.say)
             if self.compute.compile_gelu:

@@ -380,7 +380,7 @@ class Trainer:
                 begun = time.perf_counter_ns()
                 state.updater.gradient(*self.inputs(state.step, batch)).item()  # waits for a GPU
                 times.append(self.world.all_reduce_max(time.perf_counter_ns() - begun) / 1e9)
-                if times[0] > _LONG_STEP and not run.compute.compile:
+                if times[0] > _LONG_STEP and not run.compute.compiles:
                     break
         computing, cores = min(times), (os.cpu_count() or 1) / self.world.size
         # Loader processes decode during the step, as far as the step leaves them cores.
