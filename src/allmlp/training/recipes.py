@@ -105,6 +105,19 @@ CIFAR10_COMPARE: Settings = {
     "batch_size": 128,
     "evaluate_every": 1,
 }
+# What two cores train in two hours; chosen with short runs, see benchmarks/cifar10.md.
+CIFAR10_CPU: Settings = {
+    **_CIFAR10,
+    "model.overrides": _mixer(4, 144, 8, 64, 288),
+    "optimizer": "muon",
+    "optimizer.learning_rate": 1e-2,
+    "optimizer.weight_decay": 0.05,
+    "optimizer.warmup": 200,
+    "optimizer.ema_decay": 0.998,
+    "epochs": 20,
+    "batch_size": 128,
+    "evaluate_every": 2,
+}
 
 # Pre-training: the paper's Table 4. Weight decay is as printed there; torch's AdamW multiplies it
 # by the learning rate, and Google's code specifies the product. docs/recipes.md lists where the
@@ -235,6 +248,7 @@ RECIPES: dict[str, Settings] = {
     "cifar10": CIFAR10,
     "cifar10_best": CIFAR10_BEST,
     "cifar10_compare": CIFAR10_COMPARE,
+    "cifar10_cpu": CIFAR10_CPU,
     **{name: _pretraining(name) for name in _TABLE_4},
     "imagenet_cycle_mlp_b1": _imagenet("cycle_mlp_b1", 300, 5, 1024, 1e-3),
     "imagenet_vip_s7": _imagenet("vip_s7", 310, 20, 2048, 2e-3),
