@@ -47,7 +47,7 @@ from allmlp.models.inference import Inference
 from allmlp.models.layers import draw_stochastic_depth, preprocessing_of
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.device import ComputePolicy, exact_matmuls, synchronize, torch_settings
-from allmlp.runtime.world import World
+from allmlp.runtime.world import World, shard
 from allmlp.training.checkpoint import Checkpoints
 from allmlp.training.dataset import Augmentation
 from allmlp.training.loggers import Logger
@@ -442,20 +442,17 @@ def state(check: Check) -> None:
 def sharded(check: Check) -> None:
     """FSDP2 and DDP in a group of one: a step, and a checkpoint there and back."""
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     with tempfile.TemporaryDirectory() as folder:
         backend = "cpu:gloo,cuda:nccl" if check.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=0, world_size=1)
         model = check.model("mixer_s16").to(check.device)
-        mesh = init_device_mesh(check.device.type, (1,))
         blocks: Any = model.blocks
         for block in blocks:
             block.forward = check.compile(block.forward)
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        model(check.images(model, 2)).sum().backward()
+        shard(model, 1, "bfloat16")
+        with torch.autocast(check.device.type, torch.bfloat16):
+            model(check.images(model, 2)).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
         checkpoints = Checkpoints(Path(folder) / "checkpoints", world=World())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from allmlp.errors import UserError
 from allmlp.training.config import SGD, AdamW, Linear, Muon, Optimizer, Sigmoid, Softmax
 from allmlp.training.model import freeze_all_but_head
 from allmlp.training.optim import (
+    Float32Muon,
     build_optimizers,
     check_warmup,
     class_weights,
@@ -228,6 +230,26 @@ def test_muon_moves_the_hidden_matrices_only_and_as_far_as_adam():
         g_u, _, g_v = torch.linalg.svd(parameter.grad, full_matrices=False)
         polar = g_u @ g_v  # the gradient made orthogonal
         assert torch.nn.functional.cosine_similarity(moved.ravel(), polar.ravel(), 0) > 0.95, name
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_in_float32_is_that_of_pytorch_up_to_bfloat16(nesterov: bool):
+    start = [torch.randn(shape) for shape in ((8, 24), (24, 8), (12, 12))]
+    pairs = [[nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2)]
+    options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.5, "momentum": 0.9}
+    options |= {"nesterov": nesterov, "adjust_lr_fn": "match_rms_adamw"}
+    theirs, ours = torch.optim.Muon(pairs[0], **options), Float32Muon(pairs[1], **options)
+    for _ in range(5):
+        for one, other in zip(*pairs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        theirs.step()
+        ours.step()
+    for before, one, other in zip(start, *pairs, strict=True):
+        moved = one.detach() - before
+        assert (other.detach() - one.detach()).norm() < 0.02 * moved.norm()
+        momenta = [o.state[p]["momentum_buffer"] for o, p in ((theirs, one), (ours, other))]
+        torch.testing.assert_close(*momenta)
 
 
 # The state by name
