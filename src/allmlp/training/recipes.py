@@ -108,13 +108,13 @@ CIFAR10_COMPARE: Settings = {
 # What two cores train in two hours; chosen with short runs, see benchmarks/cifar10.md.
 CIFAR10_CPU: Settings = {
     **_CIFAR10,
-    "model.overrides": _mixer(4, 144, 8, 64, 288),
+    "model.overrides": _mixer(4, 128, 6, 64, 256),
     "optimizer": "muon",
     "optimizer.learning_rate": 1e-2,
     "optimizer.weight_decay": 0.05,
     "optimizer.warmup": 200,
     "optimizer.ema_decay": 0.998,
-    "epochs": 20,
+    "epochs": 22,
     "batch_size": 128,
     "evaluate_every": 2,
 }
