@@ -89,6 +89,13 @@ def test_one_class_is_refused(tmp_path: Path):
         am.find_label_mistakes(tiny_model(num_classes=0), tmp_path / "data", num_workers=0)
 
 
+def test_images_of_which_none_can_be_decoded(data: Path):
+    for path in data.rglob("*.png"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(am.UserError, match="none of the images can be decoded"):
+        am.find_label_mistakes(tiny_model(num_classes=0), data, num_workers=0)
+
+
 def test_confident_learning_by_hand():
     """The thresholds are 0.6 and 1.3 / 3; below an eighth, a label of two classes is unlikely."""
     own = np.array([0.9, 0.85, 0.05, 0.9, 0.1, 0.3])

@@ -44,6 +44,24 @@ def test_moved_images_are_the_same_and_changed_ones_are_not(place, monkeypatch):
     assert len(asked) == 2
 
 
+def test_groups_and_left_out_images_make_another_run(place, monkeypatch):
+    asked = pretend(monkeypatch, lambda config: 0.5)
+    images = sorted((place / "data" / "train").rglob("*.png"))
+    rows = [f"{image},{image.parent.name},{at // 4}" for at, image in enumerate(images)]
+    (place / "list.csv").write_text("\n".join(["path,label,patient", *rows]))
+    source, excluded = str(place / "list.csv"), place / "exclude.txt"
+    excluded.write_text("1\n2\n")
+    changes = [
+        {"data__source": source},
+        {"data__source": f"{source}#group=patient"},
+        {"data__source": source, "data__exclude": str(excluded)},
+    ]
+    folders = [run(place, **change)["folder"] for change in changes]
+    excluded.write_text("1\n")
+    folders.append(run(place, **changes[-1])["folder"])
+    assert len(asked) == len({*folders}) == 4
+
+
 def test_a_run_under_a_key_of_another_version_is_measured_again(place):
     first = run(place)
     file = place / "study" / RESULTS

@@ -279,7 +279,7 @@ class _Timed:
             return
         if not model.config.num_classes:
             what = "a training step needs a head, and this model has none"
-            raise UserError(what, where=model.config.summary(), fix="Take mode inference")
+            raise UserError(what, where=model.config.summary(), fix="Use mode inference")
         self._check_memory("gradients and moments take", 12 * model.num_parameters)
         # An all-zero kernel passes no gradient on, and with all-zero gradients a GPU draws less
         # power and runs faster than in real training.

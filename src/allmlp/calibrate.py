@@ -57,6 +57,10 @@ def calibrate(
     """
     options = make(CalibrateOptions, data, fields, "data")
     net = open_model(model, **options.loading)
+    asked = {"accuracy": options.accuracy, "unsure_below": options.unsure_below}
+    is_asked = set(asked.values()) != {None}
+    if is_asked:
+        net.decision.with_threshold(0.0)  # an error with several labels per image
     own = {field.name for field in fields_of(MeasureOptions)} - {"image_size", "resize_weights"}
     given = {name: getattr(options, name) for name in own}
     if not isinstance(model, ImageClassifier):  # a model object stays where it is
@@ -64,8 +68,7 @@ def calibrate(
     result = evaluate(net, options.data, report=report, **given)
     name = public_name(options.data, result.data)
     result = replace(result, decision=fitted(result, name))
-    asked = {"accuracy": options.accuracy, "unsure_below": options.unsure_below}
-    if set(asked.values()) != {None}:
+    if is_asked:
         result = replace(result, decision=with_threshold(result, name, **asked))
     net = copy.copy(net)
     net.decision = result.decision
@@ -94,6 +97,7 @@ def command(model: str, output: str, options: CalibrateOptions) -> Done:
     if not has_temperature:
         few = f"there are fewer than {LEAST_IMAGES} images"
         why = few if len(result.labels) < LEAST_IMAGES else "it would not lower the loss"
+        why = why if result.rows is None else "the logits of so many images are not kept"
         report.say(f"no temperature: {why}")
     for line in summary(net.decision):
         report.say(line)

@@ -20,7 +20,7 @@ from allmlp.evaluation.options import EvaluateOptions
 from allmlp.evaluation.predictor import Outputs, predictor_for
 from allmlp.evaluation.result_file import measured_on
 from allmlp.io import check_not_inputs, check_output_folder, expand
-from allmlp.models.layers import Classifier, classes_of, preprocessing_of
+from allmlp.models.layers import Classifier, check_trained, classes_of, preprocessing_of
 from allmlp.options import make
 from allmlp.plots import EVALUATION, save_evaluation
 from allmlp.runtime.device import check_device_of_exported
@@ -79,6 +79,7 @@ def evaluate(
             check_output_folder(folder, names, overwrite=options.overwrite)
         stays = not isinstance(model, str | Path) and options.device == "auto" and world.size == 1
         net = load_any(model, **options.loading)
+        check_trained(net)
         device = None if stays else str(chosen)
         predictor = predictor_for(options, net, device, **_protocol(net, options))
         if in_memory:

@@ -73,7 +73,7 @@ def check_output_file(path: Path, *, overwrite: bool, parents: bool = False) -> 
     if path.is_dir():
         raise UserError("the output is a folder", where=path, fix="Give the name of a file")
     if not (parents or path.parent.is_dir()):
-        raise UserError("the output's folder does not exist", where=path.parent, fix="Make it")
+        raise UserError("the output's folder does not exist", where=path.parent, fix="Create it")
     _check_writable(path.parent)
     if not overwrite:
         _check_free(path)

@@ -140,8 +140,8 @@ def find_label_mistakes(
     report, cache = report or Reporter(quiet=True), cache_path(options)
     folder = None if options.output is None else expand(options.output)
     outputs = [path for path in (folder, cache) if path is not None]
-    for path in outputs:
-        check_output_folder(path, FILES, overwrite=options.overwrite)
+    if folder is not None:
+        check_output_folder(folder, FILES, overwrite=options.overwrite)
     splits = open_splits(options.data)
     names = list(dict.fromkeys(name for split in splits.values() for name in split.class_names))
     splits = {name: relabel(split, names) for name, split in splits.items()}
@@ -158,6 +158,8 @@ def find_label_mistakes(
         net, device = opened_model(model, options)
         predictor = predictor_for(options, net, device)
         features = frozen_features(predictor, source, cache, lambda batch: bar.advance(len(batch)))
+    if not len(features.indices):
+        raise UserError("none of the images can be decoded", where=options.data)
     labels, rows = source.labels[features.indices], np.arange(len(features.indices))
     probabilities = out_of_fold(features.values, labels, len(names))
     if source.is_multi_label:

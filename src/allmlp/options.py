@@ -58,7 +58,7 @@ class SizeOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions(SizeOptions):
-    """How a model is loaded: its image size, and what weights of other programs lack."""
+    """How a model is loaded: its image size, and metadata that third-party weights lack."""
 
     class_names: str | Path | tuple[str, ...] | None = dataclasses.field(
         default=None, metadata={"type": str | None, "metavar": "FILE"}

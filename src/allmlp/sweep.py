@@ -18,10 +18,18 @@ from typing import Any
 
 from allmlp.console import Reporter
 from allmlp.data.fingerprint import fingerprint
+from allmlp.data.source import FOLD, GROUP, values_of
 from allmlp.data.sources import open_splits, read_from
 from allmlp.errors import UserError
 from allmlp.evaluation.metrics import METRICS, main_of
-from allmlp.io import atomic_write, check_not_inputs, check_output_folder, expand, parse_json
+from allmlp.io import (
+    atomic_write,
+    check_not_inputs,
+    check_output_folder,
+    expand,
+    parse_json,
+    sha256_of,
+)
 from allmlp.runtime.world import World
 from allmlp.training.config import TrainConfig
 from allmlp.training.report import TrainResult
@@ -58,7 +66,7 @@ class Sweep:
         self.report = Reporter(quiet=quiet or not world.is_main)
         self.say = self.report.say
         self.rows: dict[str, Row] = world.broadcast_from_rank0(self._read)
-        self._images: dict[str, str] = {}
+        self._data: dict[tuple[str, str | None], str] = {}
         self._log()
 
     def table(self, rows: Iterable[Mapping[str, str]]) -> None:
@@ -100,8 +108,8 @@ class Sweep:
         except (KeyboardInterrupt, SystemExit):
             self.say("the study resumes with the same command")
             raise
-        images = self._images[config.data.source]
-        self.rows[key] = {"key": key, "name": name, "folder": folder, "data": images, **row}
+        data = self._data_of(config)
+        self.rows[key] = {"key": key, "name": name, "folder": folder, "data": data, **row}
         if self.world.is_main:
             lines = "".join(f"{json.dumps(row)}\n" for row in self.rows.values())
             atomic_write(self.path / RESULTS, lines)
@@ -126,11 +134,14 @@ class Sweep:
     def key(self, config: TrainConfig) -> str:
         """Returns the hash of a run's settings and images, independent of paths."""
         values = identity(config)
-        source = values.pop("data.source")
-        if source not in self._images:
-            self._images[source] = self.world.broadcast_from_rank0(lambda: _images_in(source))
-        text = json.dumps([values, self._images[source]], sort_keys=True)
-        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+        del values["data.source"]
+        return _short_hash(json.dumps([values, self._data_of(config)], sort_keys=True))
+
+    def _data_of(self, config: TrainConfig) -> str:
+        place = config.data.source, config.data.exclude
+        if place not in self._data:
+            self._data[place] = self.world.broadcast_from_rank0(lambda: _hash_of_data(*place))
+        return self._data[place]
 
     def _read(self) -> dict[str, Row]:
         rows: dict[str, Row] = {}
@@ -146,12 +157,12 @@ class Sweep:
     def _folder(self, name: str, key: str, config: TrainConfig) -> str:
         """Returns the run's folder name, a different one if another run has taken it."""
         file = self.path / name / "config.json"
-        images = self._images[config.data.source]
+        data = self._data_of(config)
         owners = [row for row in self.rows.values() if row.get("folder") == name]
         if not owners and not file.is_file():
             return name
-        own, images_differ = False, any(row.get("data") != images for row in owners)
-        if file.is_file() and not images_differ:  # another version may have computed its key
+        own, data_differ = False, any(row.get("data") != data for row in owners)
+        if file.is_file() and not data_differ:  # another version may have computed its key
             before, now = identity(config_of(file.parent)), identity(config)
             own = {**before, "data.source": None} == {**now, "data.source": None}
         return name if own else f"{name}-{key[:8]}"
@@ -161,10 +172,19 @@ class Sweep:
             self.report.log_to(self.path / "log.txt")
 
 
-def _images_in(source: str) -> str:
-    splits = open_splits(source).items()
-    text = " ".join(f"{name} {fingerprint(images, moved=True)}" for name, images in splits)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _hash_of_data(source: str, excluded: str | None) -> str:
+    """Returns a hash of the images, their groups and folds, and the list of what is left out."""
+    parts = []
+    for name, images in open_splits(source).items():
+        parts += [name, fingerprint(images, moved=True)]
+        columns = [values_of(images, role) for role in (GROUP, FOLD)]
+        parts += [json.dumps(columns)] if any(columns) else []
+    parts += [sha256_of(expand(excluded))] if excluded else []
+    return _short_hash(" ".join(parts))
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _reached(config: TrainConfig, result: TrainResult, measure: Measure | None) -> Row:
@@ -222,7 +242,7 @@ def save_study(study: Path, name: str, values: Row, run: Path, section: str) -> 
         os.rename(staged, best)
     card = (source / "README.md").read_text("utf-8") + section
     atomic_write(best / "README.md", card)
-    atomic_write(study / name, json.dumps(values, indent=2) + "\n")
+    atomic_write(study / name, json.dumps({**values, "run": run.name}, indent=2) + "\n")
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:

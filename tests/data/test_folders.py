@@ -92,11 +92,15 @@ def test_hidden_files_and_links_deep_inside(tmp_path: Path):
     (folder / "a" / "folder.jpg").mkdir()
     (folder / "a" / "loop").symlink_to(folder, target_is_directory=True)
     (folder / "linked").symlink_to(folder / "a" / "b")
+    (tmp_path / "elsewhere").mkdir()
+    draw(1).save(tmp_path / "elsewhere" / "1.png")
+    (folder / "a" / "z" / "more").symlink_to(tmp_path / "elsewhere")
     source = open_source(str(folder))
     assert source.class_names == ["a", "a.b", "linked"]
     found = [source.item_name(at).removeprefix(f"{folder}/") for at in range(len(source))]
-    assert found == ["a/0.png", "a/b/0.png", "a/z/0.png", "a.b/0.png", "linked/0.png"]
-    assert source.labels.tolist() == [0, 0, 0, 1, 2]
+    of_a = ["a/0.png", "a/b/0.png", "a/z/0.png", "a/z/more/1.png"]
+    assert found == [*of_a, "a.b/0.png", "linked/0.png"]
+    assert source.labels.tolist() == [0, 0, 0, 0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,10 @@ def test_columns_of_parquet_files(tmp_path: Path):
     assert len({int(at) // 3 for at in chosen}) == len(chosen) // 3 == 1
     folds, _ = deal_folds(open_source(f"{tmp_path / 'all.parquet'}:train"), 2)
     assert folds.tolist() == [0, 1] * 4 + [0]
+    columns["group"] = columns.pop("patient")  # only a name, as long as nobody asks for it
+    pq.write_table(pa.table(columns), tmp_path / "named.parquet")
+    assert values_of(open_source(f"{tmp_path / 'named.parquet'}:train"), "group") is None
+    columns["patient"] = columns.pop("group")
     columns["patient"][4] = None
     pq.write_table(pa.table(columns), tmp_path / "all-test.parquet")
     assert list(open_splits(str(tmp_path / "all-test.parquet"))) == ["test"]  # the name says it

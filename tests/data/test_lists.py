@@ -130,7 +130,7 @@ def test_a_file_name_that_is_no_text(images: Path):
         ("path,label,split\na/0.png,x,train\na/1.png,y,val\n", "'y'", None),
         (b"path,label\na/0.png,x\xff\n", "not valid text: 'x.udcff'", ", line 2"),
         ("path,label\na/0.png,0\na/1.png,1\na/2.png,-1\n", "no label .-1.", ", line 4"),
-        ("path,label\n9/0.png,x\n", "the list's images are not there: '9/0.png'", ""),
+        ("path,label\n9/0.png,x\n", "none of the listed images exists, such as '9/0.png'", ""),
     ],
 )
 def test_mistakes_in_csv(images: Path, text: str | bytes, message: str, line: str):
@@ -148,6 +148,8 @@ def test_what_is_accepted(images: Path, tmp_path_factory: pytest.TempPathFactory
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     name = write(elsewhere, f"path,label\n{images / 'a' / '0.png'},x\n")
     assert open_source(name).read(0) == (images / "a" / "0.png").read_bytes()
+    name = write(images, "path,label\na/0.png,x\na/1.png,y\na/0.png,x\n")
+    assert any("1 row of list.csv repeat" in note for note in notes_of(open_splits(name)))
     name = write(images, "path,label\na/0.png,1\na/1.png,-1\n")
     assert open_source(name).class_names == ["-1", "1"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import multiprocessing
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -183,6 +184,14 @@ def test_tars_of_other_tools(tmp_path: Path):
     assert content(train) == [*zip(images[:4], ["10", "9", "2", "2"], strict=True)]
     assert train.item_name(1) == f"{tmp_path / 'x-train-2.tar'}:./b/0.JPG"
     assert content(splits["validation"]) == [(images[4], "9")]
+
+
+def test_a_tar_that_is_replaced_is_read_anew(tmp_path: Path):
+    for at in range(2):
+        members = [("0.png", encode(draw(at))), ("0.cls", b"1")]
+        write_tar(tmp_path / "new", members)
+        os.replace(tmp_path / "new", tmp_path / "x.tar")
+        assert open_source(str(tmp_path)).read(0) == encode(draw(at))
 
 
 def test_tars_with_several_labels(tmp_path: Path):

@@ -187,6 +187,9 @@ def test_the_split_of_a_file():
     names = ("cifar10_test.npy", "train-00000-of-00004.npy", "imagenet_val_x.npy", "latest.npy")
     found = {"train": [names[3], names[1]], "validation": [names[2]], "test": [names[0]]}
     assert by_split(map(Path, names)) == found
+    of_hub = ["cifar10/test/0000.parquet", "cifar10/train/0000.parquet"]
+    assert by_split(map(Path, of_hub)) == {"train": of_hub[1:], "test": of_hub[:1]}
+    assert by_split([Path("test/0000.parquet")]) == {"train": ["test/0000.parquet"]}
     with pytest.raises(UserError, match=r"train_test\.npy"):
         by_split([Path("train_test.npy")])
 

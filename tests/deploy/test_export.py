@@ -25,6 +25,7 @@ from allmlp.data.sources import open_source
 from allmlp.data.transforms import normalize
 from allmlp.deploy import export as module
 from allmlp.deploy import onnx_graph
+from allmlp.evaluation import metrics
 from allmlp.models.layers import preprocessing_of
 from conftest import ROOT, draw, encode, mixer, tiny_model
 from odd_images import NAMED, NOT_BY_PILLOW, REFUSED
@@ -104,7 +105,9 @@ def test_torch_export(family: str, precision: str, tmp_path: Path):
     program = torch.export.load(tmp_path / "m.pt2").module()
     images = random_images(model, 5)
     with torch.no_grad():
-        assert program(normalize(images, preprocessing_of(model))).dtype == torch.float32
+        logits = program(normalize(images, preprocessing_of(model)))
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())  # the head's are not rounded
     found = error(program, model, images)
     assert found <= 1e-5 if precision == "float32" else 1e-5 < found < 0.1
 
@@ -276,6 +279,15 @@ def test_mistakes_are_named_and_nothing_is_written(name: str, tmp_path: Path):
         am.export(tiny_model(), tmp_path / output, **options)
     assert word in str(caught.value)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_more_logits_than_an_evaluation_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(metrics, "LARGEST_LOGITS", 0)
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model([*"0123456789"])
+    assert am.export(model, "m.onnx", precision="bfloat16", data="digits:test[:20]").passed
+    result = am.evaluate("m.onnx", "digits:test[:20]")
+    assert result.precision == "bfloat16 (of the file)"
 
 
 def test_weights_that_do_not_fit_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -302,3 +302,9 @@ if os.environ["RANK"] == "1":
     found = contents(tmp_path / "out")
     assert len(found.pop("bad-00001-of-00005.csv").splitlines()) == 2
     assert len([row for data in found.values() for row in data.splitlines()[1:]]) == 20
+
+
+def test_parts_are_not_overwritten(model, album, tmp_path):
+    with pytest.raises(am.UserError) as caught:
+        parts(model, album, tmp_path / "out", overwrite=True)
+    assert caught.value.code == "conflict"

@@ -14,10 +14,10 @@ from scipy.special import expit, log_softmax
 from sklearn.metrics import f1_score
 
 import allmlp as am
-from allmlp.evaluation.calibration import fit_temperature, fitted, with_threshold
+from allmlp.evaluation.calibration import fit_temperature, fitted, summary, with_threshold
 from allmlp.evaluation.metrics import best_thresholds
 from allmlp.evaluation.options import CalibrateOptions
-from conftest import mixer, tiny_config
+from conftest import mixer, tiny_config, tiny_model
 
 
 def measured(images: int, sharpness: float = 3.0, seed: int = 0) -> am.Evaluation:
@@ -185,3 +185,18 @@ def test_few_held_out_images_leave_the_model_as_it_is(class_folder: Path, tmp_pa
     assert am.load_model(result.run_folder).decision == am.Decision()
     assert "decision" not in json.loads((tmp_path / "run/best/config.json").read_text())
     assert "not calibrated" in (tmp_path / "run/best/README.md").read_text()
+
+
+def test_a_threshold_for_several_labels_is_refused_at_once(tmp_path: Path):
+    model = tiny_model(num_classes=["a", "b"])
+    model.decision = am.Decision(labels="multi")
+    with pytest.raises(am.UserError) as caught:
+        am.calibrate(model, "no such data", accuracy=0.9)
+    assert caught.value.code == "wrong-type"
+
+
+def test_no_answer_at_all_is_said():
+    result = measured(200, sharpness=0.1)
+    decision = with_threshold(result, "x", accuracy=None, unsure_below=1.0)
+    assert decision.measured["unsure_below"]["accuracy"] is None
+    assert any("none of 200 images" in line for line in summary(decision))

@@ -212,8 +212,20 @@ def test_a_random_baseline(noise: Path):
     assert first.accuracies != first.baseline.accuracies
 
 
+def test_a_cache_that_cannot_be_written_is_a_note(noise: Path):
+    result = am.few_shot(tiny_model(), noise, shots=(3,), **FAST, cache="/proc/nowhere")
+    assert any("/proc/nowhere" in note for note in result.notes)
+
+
 @pytest.mark.parametrize(
-    "settings", [{"shots": (0,)}, {"shots": (5, 1, 5)}, {"seeds": ()}, {"l2": float("nan")}]
+    "settings",
+    [
+        {"shots": (0,)},
+        {"shots": (5, 1, 5)},
+        {"seeds": ()},
+        {"l2": float("nan")},
+        {"resize_weights": "resample"},
+    ],
 )
 def test_wrong_options(settings: dict[str, Any]):
     with pytest.raises(am.UserError, match=next(iter(settings))):

@@ -119,7 +119,7 @@ def test_a_second_signal_ends_it_at_once(data, straight, tmp_path, number: int, 
     assert process.poll() is None
     process.send(number)
     assert process.wait(5.0) == code
-    assert process.said().splitlines()[-1] == "stopped at once; the last checkpoint counts"
+    assert process.said().splitlines()[-1] == "stopped immediately; resume from the last checkpoint"
     assert steps_of(train(config)) == steps_of(straight)
     assert "resumed  after step 12 of 30" in (tmp_path / "run" / "log.txt").read_text()
 

@@ -256,6 +256,7 @@ def test_what_is_not_understood_is_named(drawn, tmp_path):
     (folder / "less.json").write_text(json.dumps(measured("few-shot", results=[{"data": "x"}])))
     (folder / "more.json").write_text(json.dumps(small_evaluation(top1=1.5)))
     (folder / "nan.json").write_text(json.dumps(small_evaluation(top1=float("nan"))))
+    (folder / "gone.json").symlink_to(folder / "nowhere")
     (folder / "run").mkdir()
     (folder / "run" / "config.json").write_text('{"recipe": "digits"}')
     (folder / "run" / "environment.json").write_text("{")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 import allmlp as am
 from allmlp.data.sources import open_splits
+from allmlp.decision import Decision
 from allmlp.evaluation.metrics import Evaluation
 from allmlp.preprocessing import Preprocessing
 from allmlp.training.card import Outcome, model_card
@@ -88,6 +90,19 @@ def test_the_fields_of_the_hub(tmp_path: Path):
     assert of_hub["datasets"] == ["owner/name"]
     other = header_of(card_of(tiny_model(), tmp_path, model__weights="hf:owner/model@v2"))
     assert other["base_model"] == "owner/model"
+
+
+def test_a_test_set_whose_logits_were_not_kept(tmp_path: Path):
+    labels, logits = np.array([0, 1]), np.array([[2.0, 0.0], [0.0, 2.0]], dtype=np.float32)
+    test = Evaluation("digits:test", ["a", "b"], labels, np.arange(2), logits)
+    validation = replace(test, data="digits:validation", decision=Decision(temperature=2.0))
+    config = tiny_config("digits", tmp_path / "run")
+    splits = Splits(open_splits("digits")["train"], None, None, False, [])
+    model = tiny_model()
+    model.preprocessing = Preprocessing(image_size=model.config.image_size)
+    card = model_card(Outcome(config, splits, model, validation, test.without_logits()))
+    assert "digits:validation" in card
+    assert "digits:test" in card
 
 
 def test_no_path_of_this_machine(tmp_path: Path):

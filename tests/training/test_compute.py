@@ -159,11 +159,11 @@ def test_micro_batches_add_up_to_the_batch(class_folder, tmp_path, monkeypatch):
     whole, _ = run("whole")
     asked, log = run("asked", micro_batch_size=3)
     assert asked == pytest.approx(whole, abs=1e-6)
-    assert "8 images go through the model in 3 x 3" in log
+    assert log.count("8 images of a step are split into 3 micro-batches of up to 3") == 1
     monkeypatch.setattr(step, "free_memory", lambda device: 100_000)
     little, log = run("little")
     assert little == pytest.approx(whole, abs=1e-6)
-    assert "8 images go through the model in" in log
+    assert "8 images of a step are split into" in log
     monkeypatch.setattr(step, "free_memory", lambda device: 20_000)
     with pytest.raises(am.UserError, match="one image at a time takes"):
         run("none")

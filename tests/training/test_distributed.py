@@ -331,8 +331,8 @@ def test_the_other_ends_too_and_names_it(data, tmp_path, rank: int, sharding: st
     assert processes[rank].wait() == -signal.SIGKILL
     assert other.wait(10.0) == 2
     error = other.said().partition("error: ")[2]
-    assert error.startswith(f"rank {1 - rank}: rank {rank} ended, and training cannot go on: ")
-    assert "to fix: The same command again continues" in error
+    assert error.startswith(f"rank {1 - rank}: rank {rank} exited, so training cannot continue: ")
+    assert "to fix: Run the same command again to resume" in error
     assert "Traceback" not in other.said()
 
 
@@ -583,7 +583,7 @@ def test_a_kill_ends_a_process_that_waits_for_a_gpu():
     ended = run_two(FAILING.replace("ACT", wait), 3)
     assert [code for code, _ in ended] == [2, -signal.SIGKILL, 2]
     text = "".join(text for _, text in ended)
-    assert text.count("error: ") == text.count("rank 1 ended, and training cannot go on\n") == 1
+    assert text.count("error: ") == text.count("rank 1 exited, so training cannot continue\n") == 1
     assert time.monotonic() - started < 40
 
 

@@ -64,6 +64,13 @@ def test_the_same_classes_keep_the_head(animals, capsys):
     assert capsys.readouterr().err == "head     kept: the weights know these 3 classes\n"
 
 
+def test_a_class_may_be_spelled_otherwise(tmp_path: Path):
+    model = tiny_model(["n\u00e9v\u00e9", "7"])
+    am.save_model(model, tmp_path / "m")
+    built = build_model(finetuning(tmp_path / "m"), ["007", "ne\u0301ve\u0301"])
+    assert torch.equal(built.head.weight, model.head.weight[[1, 0]])
+
+
 @pytest.mark.parametrize(
     ("names", "said"),
     [

@@ -171,9 +171,10 @@ def test_other_images_are_an_error(tmp_path: Path):
     data, run = make_data(tmp_path / "data"), tmp_path / "run"
     train(run_config(data, run), stop_after=13)
     kept = tmp_path / "kept"
+    assert (data / "val" / "ant").is_dir()
     shutil.copytree(data, kept)
     before = files(run / "checkpoints"), digest(run / "metrics.jsonl"), digest(run / "results.csv")
-    for change in ("one more", "another class", "other bytes"):
+    for change in ("one more", "another class", "other bytes", "validation"):
         shutil.rmtree(data)
         shutil.copytree(kept, data)
         if change == "one more":
@@ -181,7 +182,8 @@ def test_other_images_are_an_error(tmp_path: Path):
         elif change == "another class":
             (data / "train" / "ant" / "0.png").rename(data / "train" / "bee" / "zero.png")
         else:
-            draw(901).save(data / "train" / "ant" / "0.png")
+            split = "val" if change == "validation" else "train"
+            draw(901).save(data / split / "ant" / "0.png")
         with pytest.raises(am.UserError, match="differ from those that the run") as error:
             train(run)
         assert error.value.where == str(run)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import allmlp as am
 from allmlp import io
-from allmlp.models.layers import classes_of
+from allmlp.models.layers import classes_of, preprocessing_of
 from allmlp.weights.description import WEIGHTS
 from conftest import draw, mixer, tiny_model
 
@@ -271,3 +271,30 @@ def test_foreign_weights_take_class_names_mean_and_std(
         assert caught.value.where, wrong
         with pytest.raises(am.UserError):
             am.predict(model, tmp_path / "a.png", **wrong)  # a model object has its own
+
+
+def test_a_head_that_was_replaced_is_saved_as_it_is(tmp_path: Path):
+    model = tiny_model(num_classes=7)
+    model.head = torch.nn.Linear(model.config.hidden_dim, 3)
+    model.class_names = ["ant", "bee", "cat"]
+    am.save_model(model, tmp_path / "m")
+    loaded, images = am.load_model(tmp_path / "m"), torch.randn(2, 3, 8, 8)
+    assert (loaded.config.num_classes, loaded.class_names) == (3, model.class_names)
+    assert torch.equal(loaded.eval()(images), model.eval()(images))
+
+
+def test_a_new_head_answers_nothing_although_it_has_names(tmp_path: Path):
+    am.save_model(tiny_model(num_classes=7), tmp_path / "m")
+    names = [str(number) for number in range(10)]
+    model = am.load_model(tmp_path / "m", num_classes=10, class_names=names)
+    for use in (
+        lambda: am.predict(model, "digits:test[:5]"),
+        lambda: am.evaluate(model, "digits:test"),
+    ):
+        with pytest.raises(am.UserError, match="all zeros"):
+            use()
+
+
+def test_a_model_of_other_channels_takes_arrays(tmp_path: Path):
+    rules = preprocessing_of(tiny_model(in_channels=4))
+    assert (rules.channels, rules.kind, rules.mean, rules.std) == (4, "arrays", 0.0, 1.0)

@@ -190,7 +190,8 @@ def finetune_command(checkpoint: str, options: Any) -> Any:
         config = config.with_value("seed", seeds[0])
     if not has_grid and len(seeds) < 2:
         return _train_or_fold(config, options, splits)
-    rates = (grid or LEARNING_RATES[config.recipe]) if has_grid else ()
+    own = LEARNING_RATES.get(config.recipe, LEARNING_RATES["finetune"])
+    rates = (grid or own) if has_grid else ()
     seeds = seeds or (config.seed,)
     if options.dry_run:
         return _dry_study(config, len(rates) + len(seeds))

@@ -8,11 +8,8 @@ median.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -29,7 +26,8 @@ from allmlp.data.image import DARK, EncodedImage
 from allmlp.data.loader import Images, in_order, load
 from allmlp.data.source import BadImage, Source, only_images
 from allmlp.data.sources import notes_of
-from allmlp.io import atomic_write
+from allmlp.io import atomic_write, csv_text
+from allmlp.runtime.device import cores_of_process
 
 # Files written by the command.
 FILES = ("check.json", "bad_files.txt", "duplicates.csv", "samples.png", "duplicates.png")
@@ -155,18 +153,16 @@ def save_report(values: Mapping[str, Any], found: Duplicates | None, folder: Pat
         for image in split["unreadable"]
     )
     if found is not None:
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
         columns = ("split", "index", "name", "class")
         ends = [f"{column}_{end}" for end in (1, 2) for column in columns]
-        writer.writerow([*ends, "kind", "difference"])
+        rows: list[list[object]] = [[*ends, "kind", "difference"]]
         for number in found.most_different_first():
             pair, cells = found.pair(int(number)), []
             for split, index in (pair.first, pair.second):
                 source = found.splits[split]
                 cells += [split, index, source.item_name(index), source.label_text(index)]
-            writer.writerow([*cells, pair.kind, f"{pair.difference:.4f}"])
-        texts["duplicates.csv"] = file.getvalue()
+            rows.append([*cells, pair.kind, f"{pair.difference:.4f}"])
+        texts["duplicates.csv"] = csv_text(rows)
     for name, text in texts.items():
         atomic_write(folder / name, text.encode(errors="surrogateescape"))
     return list(texts)
@@ -195,7 +191,7 @@ def scan(
         only_images(source, "data check")
         workers = num_workers
         if workers is None:  # for few images they do not pay off
-            workers = min(8, os.cpu_count() or 1) if len(source) > 500 else 0
+            workers = min(8, cores_of_process()) if len(source) > 500 else 0
         found[name], at = Scan(np.zeros(len(source), dtype=FACTS), []), 0
         for facts, bad in load(_Facts(source), in_order(source, 64), workers):
             found[name].facts[at : at + len(facts)] = facts

@@ -226,23 +226,27 @@ def check_twins(names: Iterable[str], where: object) -> None:
 _WORDNET = re.compile(r"n\d{8}(?= |$)")
 
 
-def match_classes(
-    source: Source, class_names: list[str], *, owner: str, allow_missing: bool
-) -> Source:
-    """Relabels a source in the order of `class_names` of `owner`, matched by `class_key`."""
+def matched_names(names: Iterable[str], known: Sequence[str]) -> list[str]:
+    """Returns names as they are spelled in `known`, if they are there, compared by `class_key`."""
     # ImageNet models name a class "n01440764 tench"; folders often have the WordNet id alone or a
     # different separator.
-    full = {name[:9]: name for name in class_names if _WORDNET.match(name)}
-    known, spelled = set(class_names), Counter(map(class_key, class_names))
-    full |= {key: name for name in class_names if spelled[key := class_key(name)] == 1}
+    full = {name[:9]: name for name in known if _WORDNET.match(name)}
+    exact, spelled = set(known), Counter(map(class_key, known))
+    full |= {key: name for name in known if spelled[key := class_key(name)] == 1}
 
     def matched(name: str) -> str:
         key = name[:9] if _WORDNET.match(name) else name
-        return name if name in known else full.get(key, full.get(class_key(name), name))
+        return name if name in exact else full.get(key, full.get(class_key(name), name))
 
-    source = replace(source, class_names=[matched(name) for name in source.class_names])
-    names = source.class_names
-    present = set(names)
+    return [matched(name) for name in names]
+
+
+def match_classes(
+    source: Source, class_names: list[str], *, owner: str, allow_missing: bool
+) -> Source:
+    """Relabels a source in the order of `class_names` of `owner`, as `matched_names` does."""
+    names = matched_names(source.class_names, class_names)
+    source, known, present = replace(source, class_names=names), set(class_names), set(names)
     unknown = [name for name in names if name not in known]
     missing = [name for name in class_names if name not in present]
     if unknown or (missing and not allow_missing):

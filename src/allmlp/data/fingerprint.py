@@ -7,7 +7,6 @@ An exclude list is an editable text file, made for the data in its header, with 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -45,11 +44,7 @@ def fingerprint(source: Source, most: int | None = 100, *, moved: bool = False) 
 def own_names(source: Source) -> list[str]:
     """Returns the names of all images without their common parent folder."""
     names = [source.item_name(index) for index in range(len(source))]
-    if not names:
-        return []
-    low, high = min(names), max(names)  # their common prefix is common to all
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False))
-    start = low.rfind("/", 0, sum(1 for _ in same)) + 1
+    start = os.path.commonprefix(names).rfind("/") + 1  # noqa: RUF071 - not all names are paths
     return [name[start:] for name in names]
 
 

@@ -364,12 +364,10 @@ def _named_failures(
         message = str(error)
         if message.startswith("DataLoader worker (pid"):
             what = f"{images.suspect(message)}, ended without a message: {message}"
-            fix = "If memory is short, a smaller batch_size or num_workers; else look at that image"
+            fix = "If memory is low, reduce batch_size or num_workers; otherwise inspect that image"
         elif message.startswith(_NONE_CAME):
             what = f"no batch for {timeout:g} seconds; {images.suspect('')}"
-            fix = (
-                "For a slow disk or network, a larger timeout (data.timeout in training); 0 is none"
-            )
+            fix = "For a slow disk or network, raise timeout (training: data.timeout); 0: no limit"
         else:
             raise
         raise UserError(what, where=images.source.name, fix=fix) from error

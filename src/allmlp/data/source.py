@@ -129,6 +129,9 @@ class ByteRanges:
     length: np.ndarray
     names: Sequence[str] | PackedStrings
 
+    def __post_init__(self) -> None:
+        _opened.cache_clear()  # a file of the same name may have replaced an earlier one
+
     def __len__(self) -> int:
         return len(self.file)
 
@@ -140,8 +143,8 @@ class ByteRanges:
         try:
             # pread: forked processes share the descriptor and its file position, and a truncated
             # memory map would kill the process.
-            number = _opened(self.files[int(self.file[index])]).number
-            data = os.pread(number, length, int(self.offset[index]))
+            file = _opened(self.files[int(self.file[index])])  # kept open by this name
+            data = os.pread(file.number, length, int(self.offset[index]))
         except OSError as error:
             what = f"cannot read the file: {error.strerror}"
             raise UserError(what, where=self.item_name(index)) from error
@@ -245,7 +248,7 @@ def values_of(images: Images, column: str) -> list[Any] | None:
         found = [values_of(part, column) for part in images.parts]
         return None if None in found else [value for values in found for value in values or ()]
     own = getattr(images, "values_of", None)
-    return None if own is None else own(column)
+    return None if own is None or column in (GROUP, FOLD) else own(column)
 
 
 ROW = "<f4"  # how the numbers of a row of an array are encoded

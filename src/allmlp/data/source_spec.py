@@ -74,7 +74,7 @@ def parse_name(name: str) -> SourceSpec:
         if not options:
             base, options = _take_options(base)
     if split is None and not _exists(base) and re.search(r"\[[\d\s.%]*:[\d\s.%]*\]$", base):
-        raise UserError(f"a part of no split: {name!r}", fix=_PART_FIX)
+        raise UserError(f"a part needs a split: {name!r}", fix=_PART_FIX)
     return SourceSpec(base, options, split, part)
 
 
@@ -115,20 +115,24 @@ def split_named(name: str) -> str | None:
 
 
 def by_split(paths: Iterable[Path]) -> dict[str, list[str]]:
-    """Returns files by the split named in the file name ("x_test.parquet"), else train."""
+    """Returns files by the split that their names ("x_test.parquet"), or else their folders if
+    there are several ("test/0.parquet"), have a word for, else train."""
     found: dict[str, list[str]] = {}
-    for path in sorted(paths, key=lambda path: natural_order(str(path))):
-        found.setdefault(split_of_file(path), []).append(str(path))
+    ordered = sorted(paths, key=lambda path: natural_order(str(path)))
+    in_folders = len({path.parent for path in ordered}) > 1
+    for path in ordered:
+        found.setdefault(split_of_file(path, in_folders), []).append(str(path))
     return {split: found[split] for split in SPLITS if split in found}
 
 
-def split_of_file(path: Path) -> str:
+def split_of_file(path: Path, in_folders: bool = False) -> str:
     found = re.split(r"[-_.:]", path.name.casefold())
     words = {split for split, names in SPLITS.items() if not set(names).isdisjoint(found)}
     if len(words) > 1:
         what = f"the file's name has words for several splits: {path.name}"
         raise UserError(what, where=path, fix="Rename the file, for example to NAME-train.parquet")
-    return words.pop() if words else "train"
+    of_folder = split_named(path.parent.name) if in_folders else None
+    return words.pop() if words else of_folder or "train"
 
 
 def part_of(source: Source, text: str, name: str) -> Source:

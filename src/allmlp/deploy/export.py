@@ -202,6 +202,7 @@ def export(
     fields |= {name: source.name for name, source in sources.items()}
     options = make(ExportOptions, output, fields, "output")
     path, format = expand(options.output), format_of(options.output)
+    path = path if path.name else path.resolve()  # "."
     is_folder = not format.suffix
     if is_folder:  # of a page, which hands over pixels
         check_output_folder(path)
@@ -354,7 +355,7 @@ def _calibration_batches(
 
 def _measure(model: Classifier, data: Source, options: ExportOptions) -> Evaluation:
     predictor = Predictor(model, num_workers=options.num_workers)
-    result = evaluate_source(predictor, data, allow_missing_classes=True)
+    result = evaluate_source(predictor, data, allow_missing_classes=True, keep_logits=True)
     check_logits(result, data)
     return result
 
@@ -440,7 +441,7 @@ def command(model: str, options: ExportOptions) -> ExportReport:
 def show(report: ExportReport, options: ExportOptions) -> int:
     """Prints the report; returns the exit code."""
     reporter = Reporter()
-    failed = "removed  the file failed and was not kept"
+    failed = "failed   the file did not pass and was deleted"
     for line in (*report.lines(), f"written  {options.output}" if report.passed else failed):
         reporter.say(line)
     if report.passed and report.format == "web":

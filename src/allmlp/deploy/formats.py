@@ -41,6 +41,7 @@ from allmlp.models.layers import (
     ImageClassifier,
     check_image_shape,
     checked_names,
+    num_logits,
     preprocessing_of,
 )
 from allmlp.names import NAME, OLD_NAME, import_extra, own_entry
@@ -81,8 +82,9 @@ class ExportInfo:
 def info_of(model: ImageClassifier, precision: str, *, uint8_input: bool) -> ExportInfo:
     """Returns the metadata for a model's exported file."""
     how, number = preprocessing_of(model), model.num_parameters
+    config = replace(model.config, num_classes=num_logits(model))
     return ExportInfo(
-        *(model.config, model.class_names, how, uint8_input, precision, number),
+        *(config, model.class_names, how, uint8_input, precision, number),
         decision=model.decision,
     )
 
@@ -167,6 +169,7 @@ class ExportedModel:
         self, info: ExportInfo, run: Callable[[np.ndarray], np.ndarray], runtime: str, source: Path
     ) -> None:
         self.info, self.run, self.runtime = info, run, runtime
+        self.precision = info.precision
         self.config, self.class_names = info.config, info.class_names
         self.decision = info.decision
         self.num_parameters, self.source = info.num_parameters, str(source)
@@ -373,15 +376,15 @@ def with_bfloat16_products(net: nn.Module) -> nn.Module:
     The stem and the convolutions between stages write the residual stream and stay in float32.
     """
     half = copy.deepcopy(net)
+    head = getattr(getattr(half, "model", half), "head", None)
     for module in half.modules():
-        if isinstance(module, nn.Linear) or getattr(module, "half_products", False):
+        if module is head:  # rounded logits would be equal too often
+            module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
+        elif isinstance(module, nn.Linear) or getattr(module, "half_products", False):
             module.to(torch.bfloat16)
             module.register_forward_pre_hook(
                 lambda _, inputs: tuple(tensor.to(torch.bfloat16) for tensor in inputs)
             )
-    head = getattr(getattr(half, "model", half), "head", None)
-    if head is not None:
-        head.register_forward_hook(lambda _, __, logits: logits.float())
     return half
 
 

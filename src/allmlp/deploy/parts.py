@@ -109,6 +109,10 @@ def choose_output(
         import_extra("pyarrow.parquet", "data")
     if not is_folder:
         return Output(path, suffix)
+    if overwrite:
+        what = "overwrite has no effect on a folder of parts, which is completed"
+        fix = "Remove the folder to compute all parts again, or leave out overwrite"
+        raise UserError(what, where=path, fix=fix, code="conflict")
     check_output_folder(path)
     if path.is_dir() and not (path / MANIFEST).exists():
         other = next((name for name in os.listdir(path) if name[0] != "."), None)

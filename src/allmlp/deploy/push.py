@@ -119,7 +119,7 @@ def _refused(repo: str, error: Exception) -> UserError:
     fix = "Nothing was changed there; the same command tries again"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401 or type(error).__name__ == "LocalTokenNotFoundError":
-        what, fix = "the hub does not know you", "hf auth login, or set HF_TOKEN"
+        what, fix = "not logged in to the hub", "hf auth login, or set HF_TOKEN"
     elif status == 403:
         what, fix = "your token may not write there", "A token with write permission"
     return UserError(f"cannot push to {repo}: {what}", where="the hub", fix=fix, code="refused")

@@ -29,7 +29,7 @@ from allmlp.errors import disk_errors
 from allmlp.evaluation.features import check_features
 from allmlp.evaluation.predictor import Predictor
 from allmlp.io import atomic_write, path_in_errors
-from allmlp.models.layers import Classifier, classes_of
+from allmlp.models.layers import Classifier, check_trained, classes_of
 
 NOT_FINITE = "the model's numbers for this image are not finite"
 CANNOT_WRITE = "cannot write the predictions"
@@ -110,6 +110,7 @@ def choose_columns(
     """Returns a model's columns: top_k classes (5 by default, at most all) or features."""
     if features:
         return Columns(check_features(model).config.hidden_dim, True, neighbors=neighbors or 0)
+    check_trained(model)
     width = min(top_k or 5, len(classes_of(model, or_numbers=True)))
     return Columns(width, decision=model.decision.with_threshold(unsure_below))
 

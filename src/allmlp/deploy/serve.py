@@ -24,7 +24,7 @@ from allmlp.console import Reporter, report_notes
 from allmlp.data.image import FORMATS, encode_png
 from allmlp.data.source import PackedStrings, unlabelled
 from allmlp.data.transforms import model_input
-from allmlp.deploy.formats import ExportedModel, load_any
+from allmlp.deploy.formats import load_any
 from allmlp.deploy.inputs import GivenImages
 from allmlp.deploy.options import ServeOptions
 from allmlp.deploy.rows import choose_columns, predict_rows
@@ -95,7 +95,6 @@ class Service:
     def about(self) -> dict[str, Any]:
         """Returns the model, its available maps and the limits."""
         model, preprocessing = self.model, preprocessing_of(self.model)
-        is_file = isinstance(model, ExportedModel)
         return {
             "name": self.name,
             "source": self.source,
@@ -103,7 +102,7 @@ class Service:
             "classes": self.num_classes,
             "image_size": list(preprocessing.image_size),
             "channels": preprocessing.channels,
-            "precision": model.info.precision if is_file else self._predictor.precision,
+            "precision": self._predictor.precision,
             "runtime": model.runtime or "torch",
             "top_k": self.columns.width,
             "decision": self.columns.decision.to_json(),

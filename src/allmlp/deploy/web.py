@@ -150,9 +150,9 @@ async def _failed(_: Request, error: Exception) -> Response:
     if isinstance(error, UserError):
         return _json({"error": error.what}, 422)
     if isinstance(error, ClientDisconnect | _GivenUp):
-        return _json({"error": "the client has gone"}, 400)
+        return _json({"error": "the client disconnected"}, 400)
     traceback.print_exception(error, file=sys.stderr)
-    return _json({"error": "a fault of the server, which prints more where it runs"}, 500)
+    return _json({"error": "internal server error; details are in the server's output"}, 500)
 
 
 def _json(values: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -189,7 +189,7 @@ def _why_rejected(headers: Headers, method: str, hosts: frozenset[str] | None) -
         return f"this server is not called {host[:100]!r}"
     own = (f"http://{host}".lower(), f"https://{host}".lower())
     if method not in ("GET", "HEAD") and origin is not None and origin.lower() not in own:
-        return f"requests from pages of {origin[:100]!r} are not taken"
+        return f"cross-origin request from {origin[:100]!r} rejected"
     return None
 
 
@@ -239,7 +239,7 @@ async def _read(request: Request, service: Service, most: int) -> tuple[list[Fil
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     is_form = kind == "multipart/form-data"
     if not (is_form or kind.startswith("image/") or kind == "application/octet-stream"):
-        raise HTTPException(415, f"content of type {kind[:100]!r} is not taken: {_SEND}")
+        raise HTTPException(415, f"content of type {kind[:100]!r} is not supported: {_SEND}")
     largest, seen = service.request_bytes if is_form else service.image_bytes, 0
 
     async def receive() -> Message:

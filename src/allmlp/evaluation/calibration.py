@@ -1,6 +1,6 @@
 """Calibration on held-out images: a temperature, thresholds per class, a threshold for "unsure".
 
-What is stored is fitted to all images. What is said about it is measured by cross-fitting: each
+What is stored is fitted to all images. What is reported is measured by cross-fitting: each
 half of the images is judged by what was fitted to the other half.
 
 Sources: Guo et al. 2017, "On Calibration of Modern Neural Networks" (one temperature, fitted by the
@@ -137,7 +137,7 @@ def with_threshold(
     """
     own = result.decision
     if result.rows is not None:
-        raise UserError(result.warnings()[-1], where=data, fix="Take a part of the images")
+        raise UserError(result.warnings()[-1], where=data, fix="Use a part of the images")
 
     def threshold(part: Evaluation) -> float:
         return _threshold(part, accuracy) if accuracy is not None else unsure_below or 0.0
@@ -184,6 +184,8 @@ _SUMMARIES = {
     "{f1_before:.2%} at 0.5, {f1_after:.2%} with the thresholds",
     "unsure_below": '"unsure" below a probability of {value:.4g}, chosen on {images:,} images of '
     "{data}: {coverage:.2%} are answered, {accuracy:.2%} of these correctly",
+    "nothing": '"unsure" below a probability of {value:.4g}: none of {images:,} images of {data} '
+    "is answered",
 }
 
 
@@ -192,7 +194,8 @@ def summary(decision: Decision) -> list[str]:
     lines = []
     for name, entry in decision.measured.items():
         try:
-            text = _SUMMARIES[name].format(value=getattr(decision, name), **entry)
+            kind = "nothing" if entry.get("accuracy", 1.0) is None else name
+            text = _SUMMARIES[kind].format(value=getattr(decision, name), **entry)
             lines.append(f"{text} (cross-fitted)" if entry.get("cross_fitted") else text)
         except (KeyError, TypeError, ValueError):  # an entry written by somebody else
             continue

@@ -14,7 +14,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from allmlp.data.fingerprint import fingerprint
 from allmlp.data.source import BadImage, Source
+from allmlp.environment import packages
 from allmlp.errors import UserError
 from allmlp.evaluation.options import FeatureOptions
 from allmlp.evaluation.predictor import Outputs, Predictor, check_finite
@@ -81,7 +81,7 @@ def frozen_features(
     if cache is not None:
         parts = [
             FORMAT,
-            *(f"{name} {version(name)}" for name in _PACKAGES),
+            *(f"{name} {number}" for name, number in packages(_PACKAGES).items()),
             predictor.device.type,
             predictor.precision,
             json.dumps(predictor.preprocessing.to_json(), sort_keys=True),
@@ -96,7 +96,7 @@ def frozen_features(
             pass
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             reason = str(error) or type(error).__name__
-            notes.append(f"the cached features {path} are not used: {reason}; computed anew")
+            notes.append(f"the cached features {path} are not used: {reason}; recomputed")
     rows = [(np.zeros((0, 0), np.float32), np.zeros(0, np.int64))]
     bad: list[BadImage] = []
     for outputs in predictor.run(source, predictor.features):

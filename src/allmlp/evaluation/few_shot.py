@@ -29,7 +29,7 @@ from allmlp.evaluation.features import cache_path, frozen_features, opened_model
 from allmlp.evaluation.options import FewShotOptions
 from allmlp.evaluation.predictor import Outputs, Predictor, predictor_for
 from allmlp.evaluation.result_file import check_result_path, measurement, save_result
-from allmlp.io import STANDARD_OUTPUT, check_not_inputs, check_output_folder, expand
+from allmlp.io import STANDARD_OUTPUT, check_not_inputs, expand
 from allmlp.models.catalog import random_weights
 from allmlp.models.layers import ImageClassifier
 from allmlp.options import make
@@ -177,8 +177,6 @@ def few_shots(
     options = make(FewShotOptions, options, fields)
     report = report or Reporter(quiet=True)
     cache = cache_path(options)
-    if cache is not None:
-        check_output_folder(cache)
     target = check_result_path(options.output, overwrite=options.overwrite)
     splits = {name: open_splits(name) for name in options.data}
     inputs = [path for name in options.data for path in read_from(name)]

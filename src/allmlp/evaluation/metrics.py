@@ -586,10 +586,13 @@ def evaluate_source(
     source: Source,
     *,
     allow_missing_classes: bool = False,
+    keep_logits: bool = False,
     world: World | None = None,
     on_batch: Callable[[Outputs], None] | None = None,
 ) -> Evaluation:
     """Returns a model's predictions for all images, whether or not the logits are finite.
+
+    Logits of more than `LARGEST_LOGITS` are dropped unless `keep_logits`.
 
     With several processes, each takes whole batches, so the numbers match those of a single
     process; all of them get the result. `on_batch` is called with every batch of this process.
@@ -605,7 +608,7 @@ def evaluate_source(
     matched = match_classes(source, names, owner="the model", allow_missing=allow_missing_classes)
     decision = predictor.model.decision
     size = 4 * len(matched) * len(names)
-    is_kept = matched.is_multi_label or size <= LARGEST_LOGITS
+    is_kept = keep_logits or matched.is_multi_label or size <= LARGEST_LOGITS
 
     def columns_of(labels: np.ndarray, indices: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
         found = Evaluation(source.name, names, labels, indices, logits, decision=decision)

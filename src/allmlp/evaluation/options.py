@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from allmlp.errors import UserError, at_least, between, needs
+from allmlp.errors import UserError, at_least, between, exclusive, needs
 from allmlp.options import (
     ComputeOptions,
     ImageSize,
@@ -96,9 +96,7 @@ class CalibrateOptions(MeasureOptions, LoadOptions):
         super().__post_init__()
         between("accuracy", self.accuracy, 0, 1)
         between("unsure_below", self.unsure_below, 0, 1)
-        if self.accuracy is not None and self.unsure_below is not None:
-            what = "accuracy and unsure_below both choose the threshold"
-            raise UserError(what, fix="Give one of them", code="conflict")
+        exclusive(accuracy=self.accuracy, unsure_below=self.unsure_below)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +141,7 @@ class FewShotOptions(FeatureOptions):
     """Write all numbers to a .json file; - is standard output."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         between("l2", self.l2, 0, float("inf"), above=True, below=True)
         for name, numbers, least in (("shots", self.shots, 1), ("seeds", self.seeds, 0)):
             for number in numbers:
@@ -176,6 +175,7 @@ class LabelMistakesOptions(FeatureOptions):
     suspected images, for exclude of training)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("top", self.top, 0)
 
 

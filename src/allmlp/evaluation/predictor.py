@@ -82,7 +82,7 @@ class Predictor:
             self._inference = Inference(self.model, self.precision)
         else:
             check_device_of_exported(device)
-            self.precision, self.why = "float32", "of the file"
+            self.precision, self.why = model.precision or "float32", "of the file"
         self.device = self.model.device
         self.preprocessing = preprocessing or preprocessing_of(model)
         self.batch_size, self.num_workers, self.timeout = batch_size, num_workers, timeout

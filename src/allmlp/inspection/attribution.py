@@ -27,8 +27,14 @@ from allmlp.inspection.units import (
 )
 from allmlp.io import expand
 from allmlp.models.inference import evaluating
-from allmlp.models.layers import Classifier, ImageClassifier, preprocessing_of
-from allmlp.runtime.device import step_threads
+from allmlp.models.layers import (
+    Classifier,
+    ImageClassifier,
+    check_trained,
+    classes_of,
+    preprocessing_of,
+)
+from allmlp.runtime.device import exact_matmuls, step_threads
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,7 @@ def occlusion(
     for (top, left), value in zip(places.reshape(-1, 2), drop.ravel(), strict=True):
         total[top : top + window, left : left + window] += value
         count[top : top + window, left : left + window] += 1
-    name = model.class_names[label] if model.class_names else f"class {label}"
+    name = classes_of(model, or_numbers=True)[label]
     return Occlusion(label, name, float(whole[label]), drop, places, total / count, window)
 
 
@@ -197,11 +203,7 @@ def occlusion_places(model: Classifier) -> tuple[int, NDArray[np.int64]]:
 
 @torch.inference_mode()
 def _probabilities(model: Classifier, images: Tensor) -> Floats:
-    weight = getattr(getattr(model, "head", None), "weight", None)
-    is_new = weight is not None and not bool(weight.any())
-    if model.config.num_classes == 0 or is_new:
-        what = "a new head, all zeros" if is_new else "no head"
-        raise UserError(f"the model has {what}: it predicts no class", fix="Use trained weights")
+    check_trained(model)
     probabilities = model.decision.probabilities(_run(model, images).cpu().double()).numpy()
     if not np.isfinite(probabilities).all():
         raise UserError("the probabilities are not finite", where="the image")
@@ -211,5 +213,6 @@ def _probabilities(model: Classifier, images: Tensor) -> Floats:
 def _run(model: Classifier, images: Tensor) -> Tensor:
     if not isinstance(model, ImageClassifier):
         return model(images)
-    with evaluating(model), step_threads(model.device, model.config.flops * len(images)):
+    threads = step_threads(model.device, model.config.flops * len(images))
+    with evaluating(model), threads, exact_matmuls(model.device):
         return model(images.to(model.device))

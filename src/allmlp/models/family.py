@@ -152,7 +152,7 @@ def _broken_rule(kind: Any, value: Any, least: int) -> str | None:
     if kind is int:
         is_right, rule = is_integer(value, least), f"a whole number of at least {least}"
     elif kind is str:
-        is_right, rule = isinstance(value, str), "a text"
+        is_right, rule = isinstance(value, str), "a string"
     elif kind is float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         number: Any = value

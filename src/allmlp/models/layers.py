@@ -101,6 +101,8 @@ class Classifier(Protocol):
     @property
     def runtime(self) -> str | None: ...  # name and version, for an exported file
     @property
+    def precision(self) -> str | None: ...  # of an exported file
+    @property
     def device(self) -> torch.device: ...
     @property
     def num_parameters(self) -> int: ...
@@ -134,6 +136,7 @@ class ImageClassifier(nn.Module):
     decision: Decision = Decision()
     source: str | None = None
     runtime: str | None = None  # torch
+    precision: str | None = None  # chosen by who computes
     why_one_size: ClassVar[str] = "its token-mixing MLPs have one weight for each patch"
 
     _class_names: list[str] | None = None
@@ -148,7 +151,7 @@ class ImageClassifier(nn.Module):
 
     @class_names.setter
     def class_names(self, names: Iterable[str] | None) -> None:
-        self._class_names = None if names is None else checked_names(names, _num_logits(self))
+        self._class_names = None if names is None else checked_names(names, num_logits(self))
 
     @property
     def device(self) -> torch.device:
@@ -294,8 +297,8 @@ def is_hidden_kernel(name: str, parameter: Tensor) -> bool:
     return is_kernel and name.startswith(("blocks.", "network."))
 
 
-def _num_logits(model: Classifier) -> int:
-    """The outputs of the head, which may have been replaced, rather than the configuration's."""
+def num_logits(model: Classifier) -> int:
+    """Returns the outputs of the head, which may have been replaced, not the configuration's."""
     head = getattr(model, "head", None)
     return head.out_features if isinstance(head, nn.Linear) else model.config.num_classes
 
@@ -308,35 +311,45 @@ def checked_names(names: Any, num_classes: int, where: object = "class_names") -
     if wrong or len(listed) != num_classes:
         what = f"there are {len(listed):,} class names for {num_classes:,} classes"
         if wrong:
-            what = f"class names are a list of text, got {wrong[0]!r:.200}"
+            what = f"class names must be a list of strings, got {wrong[0]!r:.200}"
         raise UserError(what, where=where, fix="One name per class, in the order of the logits")
     return [str(name) for name in listed]
 
 
 def classes_of(model: Classifier, *, or_numbers: bool = False) -> list[str]:
     """Returns the class names of a model; without any, "0", "1", ... if `or_numbers`."""
-    count, head = _num_logits(model), getattr(model, "head", None)  # None if exported
+    count = num_logits(model)
     if model.class_names:
         return checked_names(model.class_names, count)  # the list may have been modified
+    check_trained(model)
+    if or_numbers:
+        return [str(number) for number in range(count)]
+    fix = "Set class_names to a file of them; convert stores them with the weights"
+    if not isinstance(model, ImageClassifier):
+        fix = "Export it again from a model that carries them"
+    raise UserError("the model carries no class names", where=model.source, fix=fix)
+
+
+def check_trained(model: Classifier) -> None:
+    """Raises UserError for a model without a head, or with a head of zeros."""
+    count, head = num_logits(model), getattr(model, "head", None)  # None if exported
     if count == 0:
         what = "the model has no head: it gives features, not classes"
         raise UserError(what, fix="Load it without num_classes=0, or use model.features()")
     if head is not None and not head.weight.any():
         what = f"the head for {count} classes is new (all zeros): it has learned nothing yet"
         raise UserError(what, fix="Train it first, or load the weights without num_classes")
-    if or_numbers:
-        return [str(number) for number in range(count)]
-    fix = "Set class_names to a file of them; convert stores them with the weights"
-    if head is None:
-        fix = "Export it again from a model that carries them"
-    raise UserError("the model carries no class names", where=model.source, fix=fix)
 
 
 def preprocessing_of(model: Classifier) -> Preprocessing:
     """Returns the model's preprocessing, or Google's for its image size if it has none."""
     if model.preprocessing is not None:
         return model.preprocessing
-    return Preprocessing(image_size=model.config.image_size, channels=model.config.in_channels)
+    size, channels = model.config.image_size, model.config.in_channels
+    if channels not in (1, 3):  # not an image
+        plain: dict[str, Any] = {"mean": 0.0, "std": 1.0, "kind": "arrays"}
+        return Preprocessing(image_size=size, channels=channels, **plain)
+    return Preprocessing(image_size=size, channels=channels)
 
 
 def flops_text(flops: int) -> str:

@@ -133,7 +133,7 @@ def known_to_timm(name: str) -> Any:
         raise UserError(f"timm does not describe its model {base!r}, so it cannot be used here")
     if isinstance(found.classifier, tuple | list):
         what = f"timm's {name} has {len(found.classifier)} classifiers, one is meant"
-        raise UserError(what, fix="Take the model of that family without distillation")
+        raise UserError(what, fix="Use the model of that family without distillation")
     return found
 
 

@@ -185,7 +185,7 @@ def _places(path: Path) -> Iterator[Path]:
 
 def _kind_of(path: Path) -> str | None:
     """Returns the kind of a measurement, which stands at its beginning; None for other files."""
-    if path.suffix != ".json" or path.name.startswith("."):
+    if path.suffix != ".json" or path.name.startswith(".") or not path.is_file():
         return None
     with path.open("rb") as file:
         start = file.read(1000)

@@ -46,7 +46,7 @@ def choose_device(name: str) -> torch.device:
     if (device.index or 0) >= available:
         kind = "Apple" if device.type == "mps" else "CUDA"
         what = f"device {name!r}: PyTorch finds {plural(available, f'{kind} GPU')} here"
-        fix = f"Take {f'{device.type}:0' if available else 'cpu'}"
+        fix = f"Use {f'{device.type}:0' if available else 'cpu'}"
         if device.type == "mps":
             fix += "; mps needs macOS on Apple silicon and a native (arm64) Python"
         raise UserError(what, where="device", fix=fix)
@@ -203,12 +203,12 @@ def check_bfloat16(device: torch.device) -> None:
     """Raises UserError for a GPU without bfloat16 support."""
     if device.type == "mps":
         what = "bfloat16 is not supported on an Apple GPU"
-        raise UserError(what, where="precision", fix="Take float32")
+        raise UserError(what, where="precision", fix="Use float32")
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             what = f"this GPU has compute capability {major}.{minor}, and bfloat16 needs 8.0"
-            raise UserError(what, where="precision", fix="Take float32")
+            raise UserError(what, where="precision", fix="Use float32")
 
 
 def has_fast_bfloat16() -> bool:

@@ -346,7 +346,9 @@ def _rendezvous(timeout: datetime.timedelta) -> tuple[Store, int, int]:
                 store.set(f"answer/{store.get(f'hello/{other}').decode()}", name)
         if time.monotonic() > end:
             ranks = ", ".join(map(str, sorted(waiting)))
-            raise UserError(f"rank {ranks} did not come in {timeout.total_seconds():.0f} seconds")
+            raise UserError(
+                f"rank {ranks} did not join within {timeout.total_seconds():.0f} seconds"
+            )
         time.sleep(0.01)
     return PrefixStore(name, store), rank, size
 
@@ -403,8 +405,8 @@ def _lost(world: World, notes: Store, error: RuntimeError) -> UserError:
 
 def _ended(ranks: list[int], told_by: str = "", reason: str = "") -> UserError:
     who = f"rank {', '.join(map(str, ranks))}" if ranks else "another process"
-    fix = "The same command again continues; torchrun --max-restarts N does so by itself"
-    return UserError(f"{told_by}{who} ended, and training cannot go on{reason}", fix=fix)
+    fix = "Run the same command again to resume; torchrun --max-restarts N does so by itself"
+    return UserError(f"{told_by}{who} exited, so training cannot continue{reason}", fix=fix)
 
 
 def parallelize(

@@ -174,9 +174,10 @@ def model_card(outcome: Outcome) -> str:
             header["license"] = _LICENCES.get(known.licence, "other")
     rows, results = [], []
     measured = [found for found in (outcome.validation, outcome.test) if found is not None]
-    shown = [m for m in METRICS if measured and m.name in dict(measured[0].figures())]
-    for found in measured:
-        values, split = dict(found.figures()), public_name(data, found.data)
+    figures = [dict(found.figures()) for found in measured]
+    shown = [m for m in METRICS if figures and all(m.name in values for values in figures)]
+    for found, values in zip(measured, figures, strict=True):
+        split = public_name(data, found.data)
         cells = " | ".join(f"{values[m.name]:{m.format}}" for m in shown)
         rows.append(f"| {len(found.labels):,} | {split} | {cells} |")
         metrics = [

@@ -321,7 +321,7 @@ def verify(folder: Path, *, deep: bool = True) -> Checkpoint:
             what = f"it is damaged: {found.st_size:,} bytes instead of {content['size']:,}"
             raise UserError(what, where=state)
         if deep and sha256_of(state) != content["sha256"]:
-            raise UserError("it is damaged: its sha256 is another", where=state)
+            raise UserError("it is damaged: its sha256 does not match", where=state)
         return Checkpoint(folder, step, dict(content["values"]), bool(content["is_best"]))
     except OSError as error:
         what = f"it cannot be read: {error.strerror}"

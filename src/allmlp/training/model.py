@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from allmlp.console import Reporter
+from allmlp.data.classes import matched_names
 from allmlp.data.source import Source, array_shape
 from allmlp.data.sources.arrays import statistics
 from allmlp.decision import Decision
@@ -144,9 +144,7 @@ def _with_head_for(
     """Returns the model with one head row per class, its names for the classes, and the new rows,
     which are zero as in the paper's fine-tuning."""
     known, had = model.class_names or [], model.config.num_classes
-    # ImageNet models call a class "n01440764 tench"; folders have only the WordNet id.
-    full = {name[:9]: name for name in known if re.match(r"n\d{8} ", name)}
-    names = [full.get(name, name) for name in class_names]
+    names = matched_names(class_names, known)
     place = {name: at for at, name in enumerate(known)}
     kept = [row for row, name in enumerate(names) if name in place]
     new = [row for row, name in enumerate(names) if name not in place]

@@ -93,7 +93,8 @@ def _run_of(model: str | None) -> tuple[Path, TrainConfig] | None:
         ("folds.json", lambda study: f"fold-{study['best']}"),
     ):
         with contextlib.suppress(*_UNKNOWN):
-            path /= run_of(parse_json((path / file).read_bytes()))  # the run of a study
+            study = parse_json((path / file).read_bytes())
+            path /= study.get("run") or run_of(study)  # earlier versions named no run
     try:
         return path, config_of(path)
     except UserError:

@@ -67,7 +67,7 @@ def announce(run: Run, model: ImageClassifier, *, in_study: bool = False) -> Non
     head = "" if is_all else f"; only the {trained:,} of the head are trained"
     say(f"model    {type(model).__name__}, {described(model)}{head}")
     if config.model.weights is not None:
-        say(f"         begins with the weights {config.model.weights}")
+        say(f"         starts from the weights {config.model.weights}")
     where = f"{run.compute.device}"
     if run.compute.device.type == "cpu":
         where += f" ({plural(torch.get_num_threads(), 'thread')})"
@@ -100,7 +100,7 @@ def announce(run: Run, model: ImageClassifier, *, in_study: bool = False) -> Non
 def announce_time(run: Run, seconds: float, steps: int, probe: float | None) -> None:
     """Prints how long the rest of a run takes, and the probe if that is far shorter."""
     config, say = run.config, run.report.say
-    each = f"{plural(steps, 'step')} of {seconds / steps:.2g} s, with its evaluations"
+    each = f"{plural(steps, 'step')} of {seconds / steps:.2g} s, including evaluations"
     if config.model.train_only == "probe":
         each = f"{plural(len(run.splits.train), 'image')} to compute features of"
     say(f"time     about {duration(seconds)} ({each}), measured on this machine")
@@ -126,7 +126,7 @@ def _say_balance(run: Run) -> None:
         ways = "weights" if source.is_multi_label else "weights or sampler"
         if counts[many] >= _UNEVEN * counts[few] and not is_fixed:
             name = source.class_names[few]
-            say(f"note     {name!r} is rare: balance ({ways}) lets it count as much")
+            say(f"note     {name!r} is rare: balance ({ways}) would give it equal weight")
         return
     weights = balance_weights(source)
     text = "images drawn {:.3g} times an epoch" if balance == "sampler" else "weight {:.3g}"

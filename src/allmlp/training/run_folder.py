@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import shutil
@@ -19,7 +17,15 @@ from allmlp import plots
 from allmlp.data.source import BadImage
 from allmlp.environment import environment_info
 from allmlp.errors import UserError
-from allmlp.io import atomic_write, locked, parse_json, path_in_errors, read_json, remove_stale
+from allmlp.io import (
+    atomic_write,
+    csv_text,
+    locked,
+    parse_json,
+    path_in_errors,
+    read_json,
+    remove_stale,
+)
 from allmlp.training.config import TrainConfig, flat
 from allmlp.training.dataset import Splits
 from allmlp.training.loggers import Loggers
@@ -111,10 +117,9 @@ def check_same_images(path: Path, config: TrainConfig, splits: Splits) -> None:
     try:
         known = parse_json((path / "environment.json").read_bytes())["data"]
         is_same = splits.has_fingerprint(known["fingerprint"], "train")
-        if old != config.data.source:
-            for name in ("validation", "test"):
-                if known.get(name) is not None:  # missing in older versions
-                    is_same &= splits.has_fingerprint(known[name], name)
+        for name in ("validation", "test") if old != config.data.source else ("validation",):
+            if known.get(name) is not None:  # missing in older versions
+                is_same &= splits.has_fingerprint(known[name], name)
     except (OSError, ValueError, KeyError, TypeError):
         is_same = old == config.data.source  # otherwise compared with the checkpoints' later
     if not is_same:
@@ -212,7 +217,7 @@ class RunFolder:
         if not self.writes or self._lock is not None:
             return []
         return [
-            "its file system has no locks (Lustre: mount it with -o flock): start no second run"
+            "its file system has no locks (Lustre: mount it with -o flock); do not run two in it"
         ]
 
     def rewind(self, step: int) -> None:
@@ -223,7 +228,7 @@ class RunFolder:
         rows = [row for row in read_results(self.path) if float(row["step"]) <= step]
         self._results_header = list(rows[0]) if rows else None
         if rows:
-            self.write("results.csv", _csv([rows[0].keys(), *(row.values() for row in rows)]))
+            self.write("results.csv", csv_text([rows[0].keys(), *(row.values() for row in rows)]))
         elif self.writes:
             (self.path / "results.csv").unlink(missing_ok=True)
 
@@ -249,7 +254,7 @@ class RunFolder:
         self._results_header = self._results_header or list(values)
         # A run that an older version began has fewer columns.
         row = [values.get(name, "") for name in self._results_header]
-        self._log("results.csv", _csv([*header, row]), "evaluation", values)
+        self._log("results.csv", csv_text([*header, row]), "evaluation", values)
 
     def log_bad_file(self, bad: BadImage) -> None:
         self._log("bad_files.txt", f"{bad.name}\t{bad.what}\n")
@@ -265,12 +270,6 @@ class RunFolder:
     def draw_curves(self) -> None:
         figure = plots.curves(read_metrics(self.path), read_results(self.path))
         plots.save(figure, self.plots / "curves.png")
-
-
-def _csv(rows: Any) -> str:
-    text = io.StringIO()
-    csv.writer(text).writerows(rows)
-    return text.getvalue()
 
 
 # Logs are not synced to disk: a kill may truncate the last line, a power loss may corrupt any.

@@ -53,7 +53,7 @@ class StopRequest:
             what = b"the run saves" if self.saves else b"the run stops"
             os.write(2, b"\nstopping: " + what + b" at the end of this step\n")
         elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._came > _SAME_SIGNAL:
-            os.write(2, b"\nstopped at once; the last checkpoint counts\n")
+            os.write(2, b"\nstopped immediately; resume from the last checkpoint\n")
             os._exit(128 + number)
 
 

@@ -209,10 +209,11 @@ class Updater:
             chosen = -self.world.all_reduce_max(-self._fitting(own))  # minimum over processes
             if isinstance(self.network, DistributedDataParallel) and device.type == "cuda":
                 chosen = self.agreed_size(own, chosen)
-        self.micro_batch_size = size = min(chosen, own)
-        if size < own:
-            parts = f"{math.ceil(own / size)} x {size} images"
-            self.say(f"memory   a step's {own} images go through the model in {parts}")
+        size, before = min(chosen, own), self.micro_batch_size
+        self.micro_batch_size = size
+        if size < own and size != before:
+            parts = f"{math.ceil(own / size)} micro-batches of up to {size}"
+            self.say(f"memory   the {own} images of a step are split into {parts}")
 
     def agreed_size(self, own: int, size: int) -> int:
         """Returns the largest micro-batch size up to `size` that fits on all processes.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
@@ -38,7 +37,13 @@ from allmlp.evaluation.metrics import Evaluation, metric_of
 from allmlp.evaluation.probe import fit_probe, log_loss
 from allmlp.io import check_not_inputs, check_output_folder
 from allmlp.models.layers import draw_stochastic_depth, preprocessing_of
-from allmlp.runtime.device import check_fits_memory, choose_policy, copied, torch_settings
+from allmlp.runtime.device import (
+    check_fits_memory,
+    choose_policy,
+    copied,
+    cores_of_process,
+    torch_settings,
+)
 from allmlp.runtime.world import World, join_world
 from allmlp.training.card import Outcome, model_card
 from allmlp.training.config import TrainConfig
@@ -382,7 +387,7 @@ class Trainer:
                 times.append(self.world.all_reduce_max(time.perf_counter_ns() - begun) / 1e9)
                 if times[0] > _LONG_STEP and not run.compute.compiles:
                     break
-        computing, cores = min(times), (os.cpu_count() or 1) / self.world.size
+        computing, cores = min(times), cores_of_process()
         # Loader processes decode during the step, as far as the step leaves them cores.
         threads = torch.get_num_threads() if device.type == "cpu" else 0
 

@@ -20,11 +20,9 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from allmlp.console import Reporter
 from allmlp.errors import UserError
-from allmlp.io import expand, is_reachable, sha256_of
+from allmlp.io import expand, is_reachable, locked, sha256_of
 from allmlp.names import HUB_NAME
 
 PATIENCE = 30.0  # seconds without a response
@@ -82,9 +80,13 @@ def cached(published: Published, path: Path, report: Reporter) -> Path:
         raise _by_hand(published, path, "HF_HUB_OFFLINE forbids downloads")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # another process may be downloading it
+        lock = locked(Path(f"{path}.lock"), timeout=-1)  # another process may be downloading it
+        try:
             if not path.is_file():
                 _download(published, path, report)
+        finally:
+            if lock is not None:
+                lock.release()
     except OSError as error:
         what = f"cannot write to the cache: {error.strerror or error}"
         fix = "Set MIXER_CACHE to another folder"
@@ -190,15 +192,17 @@ def parse_hub_name(source: str) -> tuple[str, str | None]:
 
 def fetch_from_hub(name: str, revision: str | None) -> Path:
     """Returns the path of a hub model's weights, with its config.json in the same folder."""
-    is_cut_off = not can_reach_hub()
-    _get(name, "config.json", revision, is_cut_off)  # optional: the tensors can describe themselves
+    is_unreachable = not can_reach_hub()
+    _get(
+        name, "config.json", revision, is_unreachable
+    )  # optional: the tensors can describe themselves
     for file in _HUB_FILES:
-        path = _get(name, file, revision, is_cut_off)
+        path = _get(name, file, revision, is_unreachable)
         if path is not None:
             blob = path.resolve()  # the hub's cache names large files by their sha256
             if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256_of(blob) != blob.name:
                 fix = f"Delete {blob} and load the model again"
-                what = "the cached file is damaged: its sha256 is another"
+                what = "the cached file is damaged: its sha256 does not match"
                 raise UserError(what, where=path, fix=fix, code="damaged")
             return path
     raise UserError(f"{name} has none of {', '.join(_HUB_FILES)}", where="the hub")
@@ -211,21 +215,21 @@ def can_reach_hub() -> bool:
     return not is_offline() and is_reachable(constants.ENDPOINT)
 
 
-def _get(name: str, file: str, revision: str | None, is_cut_off: bool) -> Path | None:
+def _get(name: str, file: str, revision: str | None, is_unreachable: bool) -> Path | None:
     import huggingface_hub
     from huggingface_hub import constants, errors
 
     command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
     try:
         found = huggingface_hub.hf_hub_download(
-            name, file, revision=revision, local_files_only=is_cut_off
+            name, file, revision=revision, local_files_only=is_unreachable
         )
         return Path(found)
     except errors.LocalEntryNotFoundError as error:
         known = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
         if known is huggingface_hub._CACHED_NO_EXIST:  # cached as missing on the hub
             return None
-        reason = "the hub cannot be reached" if is_cut_off else _cause(error)
+        reason = "the hub cannot be reached" if is_unreachable else _cause(error)
         what, where = f"{name} is not in the cache and {reason}", f"{constants.HF_HUB_CACHE}"
         raise UserError(what, where=where, fix=f"With a network: {command}") from error
     except errors.EntryNotFoundError:

@@ -280,7 +280,7 @@ def locate(source: str | Path, report: Reporter) -> tuple[Path, Checkpoint | Non
     if checkpoint is not None:
         path = cache_folder() / checkpoint.name / checkpoint.file_name
         if checkpoint.by_hand and not path.is_file():
-            what = f"{checkpoint.name} is on a page for browsers, which no program can download"
+            what = f"{checkpoint.name} can only be downloaded with a browser"
             fix = f"Download it there and put it at {path}, or give your copy as the model"
             raise UserError(what, where=checkpoint.url, fix=fix)
         return cached(checkpoint, path, report), checkpoint

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from allmlp.io import (
     staging_folder,
 )
 from allmlp.models.catalog import config_to_json, family_of
-from allmlp.models.layers import ImageClassifier
+from allmlp.models.layers import ImageClassifier, num_logits
 from allmlp.models.mixer import MixerConfig
 from allmlp.names import NAME, is_format
 from allmlp.weights.description import CONFIG, FORMAT_VERSION, WEIGHTS
@@ -67,7 +68,9 @@ def save_model(
     """
     path, model = expand(path), open_model(model)
     weights, beside = check_target(path, format, overwrite=overwrite)
-    config, preprocessing = model.config, model.preprocessing
+    # Of the head that is there, which may have been replaced.
+    config = replace(model.config, num_classes=num_logits(model))
+    preprocessing = model.preprocessing
     theirs = next((names for names in family_of(config).names if names.title == format), None)
     theirs = GOOGLE if format == "google" else theirs
     is_plain = getattr(config, "is_plain", True)

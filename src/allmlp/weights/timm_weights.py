@@ -123,7 +123,7 @@ def _fetched(name: str, described: Any, report: Reporter) -> Path:
         return download.cached(published, path, report)
     if described.url or described.hf_hub_id:
         where = described.url or f"{described.hf_hub_id}, {described.hf_hub_filename}"
-        what = f"the weights of {PREFIX}{name} are in a format that is not read here"
+        what = f"the weights of {PREFIX}{name} are in an unsupported format"
         raise UserError(what, where=where, fix="Take another tag")
     tags = import_timm().list_models(f"{name.partition('.')[0]}.*", pretrained=True)
     fix = f'create_model("{PREFIX}{name}") draws new ones'

@@ -191,7 +191,9 @@ def _of_parquet(spec: SourceSpec) -> Iterator[Part]:
         columns = {n: [c for t in tables for c in t[n].to_pylist()] for n in schema.names}
         for column, cells in columns.items():
             if names := class_names_of(schema, column):
-                columns[column] = [names[cell] for cell in cells]
+                known = range(len(names))  # -1 has no label
+                named = [names[cell] if cell in known else None for cell in cells]
+                columns[column] = named if any(named) else cells
         column = choose_column("image", spec, schema.names, _lists(schema), name)
         rows = [np.array(row) for row in columns.pop(column)]
         wrong = [at for at, row in enumerate(rows) if row.shape != rows[0].shape]

@@ -66,14 +66,22 @@ def open_folders(spec: SourceSpec, labels: bool) -> dict[str, Records]:
 
 
 def scan_images(
-    folder: str, inside: str = "", passed_over: Counter[str] | None = None
+    folder: str,
+    inside: str = "",
+    passed_over: Counter[str] | None = None,
+    above: tuple[str, ...] = (),
 ) -> Iterator[str]:
-    """Yields image paths below `inside`, relative to the folder; counts others in `passed_over`."""
-    for name, is_folder, is_link in _entries(os.path.join(folder, inside)):
+    """Yields image paths below `inside`, relative to the folder; counts others in `passed_over`.
+
+    Links are followed, except to one of the folders `above`.
+    """
+    here = os.path.realpath(os.path.join(folder, inside))
+    if any(os.path.join(one, "").startswith(os.path.join(here, "")) for one in above):
+        return
+    for name, is_folder in _entries(os.path.join(folder, inside)):
         path, suffix = os.path.join(inside, name), os.path.splitext(name)[1].lower()
         if is_folder:
-            if not is_link:  # it may form a cycle
-                yield from scan_images(folder, path, passed_over)
+            yield from scan_images(folder, path, passed_over, (*above, here))
         elif suffix in SUFFIXES:
             yield path
         elif passed_over is not None:  # ".jpg_large" looks like an image, too
@@ -106,16 +114,16 @@ def no_images(folder: Path, what: str = "the folder") -> UserError:
     return UserError(f"{what} has no images{there}", where=folder.absolute(), fix=fix)
 
 
-def _entries(folder: str) -> list[tuple[str, bool, bool]]:
-    """The visible names in a folder, sorted, with whether each is a folder, and a link."""
+def _entries(folder: str) -> list[tuple[str, bool]]:
+    """The visible names in a folder, sorted, with whether each is a folder."""
     inside = None
     if not os.path.isdir(folder) and archive.is_archive(folder):
         inside = archive.entries(folder)
     if inside is not None:
-        found = [(name, is_folder, False) for name, is_folder in inside.items()]
+        found = [*inside.items()]
     else:
         with os.scandir(folder) as entries:
-            found = [(entry.name, _is_folder(entry), entry.is_symlink()) for entry in entries]
+            found = [(entry.name, _is_folder(entry)) for entry in entries]
     return sorted(e for e in found if e[0][0] != "." and e[0].casefold() not in _SYSTEM)
 
 
@@ -127,13 +135,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def loose_image(folder: Path) -> str | None:
-    files = (name for name, is_folder, _ in _entries(str(folder)) if not is_folder)
+    files = (name for name, is_folder in _entries(str(folder)) if not is_folder)
     return next((name for name in files if name.lower().endswith(SUFFIXES)), None)
 
 
 def subfolders(folder: Path) -> list[str]:
     """Returns the names of a folder's visible subfolders in natural order."""
-    names = (name for name, is_folder, _ in _entries(str(folder)) if is_folder)
+    names = (name for name, is_folder in _entries(str(folder)) if is_folder)
     return sorted(names, key=natural_order)
 
 

@@ -9,7 +9,9 @@ import csv
 import functools
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -19,7 +21,7 @@ from allmlp.data.classes import numbered
 from allmlp.data.source import GROUP, ImageFiles, PackedStrings, Source
 from allmlp.data.source_spec import LABEL_OPTIONS, Kind, Records, SourceSpec
 from allmlp.data.sources.columns import LABEL_COLUMNS, Rows, choose_column, open_rows
-from allmlp.errors import UserError
+from allmlp.errors import UserError, plural
 from allmlp.io import parse_json
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
@@ -49,7 +51,7 @@ def open_list(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     images = ImageFiles(paths, "" if str(path.parent) == "." else str(path.parent))
     some = np.unique(np.linspace(0, len(images) - 1, num=20).astype(np.int64)).tolist()
     if not any(os.path.lexists(images.item_name(at)) for at in some):
-        what = f"the list's images are not there: {paths[0]!r}"
+        what = f"none of the listed images exists, such as {paths[0]!r}"
         fix = "Write file names with their endings, relative to the list's own folder"
         raise UserError(what, where=images.item_name(0), fix=fix)
     rows = Rows(
@@ -60,7 +62,10 @@ def open_list(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     )
     found = open_rows(spec, rows, labels)
     if labels:
-        _check_repeats(found, paths, path.parent, where)
+        for split, number in _check_repeats(found, paths, path.parent, where).items():
+            note = f"{plural(number, 'row')} of {path.name} repeat an image: holdouts and folds "
+            note += "may have it on both sides"
+            found[split] = replace(found[split], notes=(*found[split].notes, note))
     return found
 
 
@@ -80,8 +85,9 @@ def _paths(cells: list[object], folder: Path, where: Callable[[int], str]) -> It
 
 def _check_repeats(
     splits: dict[str, Records], paths: PackedStrings, folder: Path, where: Callable[[int], str]
-) -> None:
-    """Checks that no image is in two splits, or has two labels."""
+) -> Counter[str]:
+    """Returns repeated rows by split; UserError if an image is in two splits or has two labels."""
+    repeated: Counter[str] = Counter()
     real_folder = functools.cache(lambda name: os.path.realpath(folder / name))
     seen: dict[int, tuple[int, str, str]] = {}  # hash of the path: first row, its split and label
     for split, records in splits.items():
@@ -94,6 +100,7 @@ def _check_repeats(
             real = f"{real_folder(head + '/' if paths[row][0] == '/' else head)}/{name}"
             own = row, split, labels[code]
             known = seen.setdefault(hash(real), own)
+            repeated[split] += known[0] != row
             for at, what, fix in (
                 (1, "an image is in two splits", ""),
                 (2, "an image has two labels", ", or write them as one: cat|dog"),
@@ -104,6 +111,7 @@ def _check_repeats(
                     what += f" {other[at]!r}: {paths[row]!r}"
                     fix = f"Keep one of the two lines{fix}"
                     raise UserError(what, where=where(other[0]), fix=fix)
+    return +repeated
 
 
 def _open(path: Path) -> TextIO:

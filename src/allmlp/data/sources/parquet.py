@@ -79,7 +79,8 @@ def arrow_cells(values: Any, class_names: list[str] | None, column: str, file: o
         rows = (row or [] for row in values.to_pylist())
         if class_names is None:
             return numbered(rows)
-        return numbered([class_names[at] for at in row] for row in rows)
+        known = range(len(class_names))
+        return numbered([class_names[at] if at in known else None for at in row] for row in rows)
     if types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     if class_names is not None and not values.null_count and types.is_integer(values.type):
