@@ -188,7 +188,7 @@ def benchmark(
         check_bfloat16(device)
     if options.compile and not can_compile(device):
         fix = "Install g++, or leave compile out"
-        raise UserError("torch.compile needs a C++ compiler", where="compile", fix=fix)
+        raise UserError("torch.compile finds no compiler", where="compile", fix=fix)
     if len(given) < len(names) or (options.recipe is None) == (not names):
         what = f"give models, each once, or a recipe; got {names} and {options.recipe}"
         raise UserError(what, where="models", fix="Such as mixer_s32")

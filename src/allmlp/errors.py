@@ -128,7 +128,7 @@ _NO_ACCESS = "Give a place that you may use, or change its mode"
 _FIXES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _NO_SPACE),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NO_ACCESS),
-    errno.EMFILE: "Raise the limit of open files (ulimit -n), or take fewer: --num-workers 1",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n), or set num_workers to 1",
     errno.ENAMETOOLONG: "Give a shorter name",
 }
 
@@ -171,5 +171,5 @@ def named_memory_errors() -> Iterator[None]:
             amount = asked[1].removesuffix(" bytes")
             amount = f"{int(amount) / 2**30:,.2f} GiB" if amount.isdecimal() else amount
             what += f": {amount} were asked for at once"
-        fix = "A smaller --batch-size, --image-size or model, or fewer --num-workers"
+        fix = "Reduce batch_size, image_size or num_workers, or use a smaller model"
         raise UserError(what, fix=fix) from error

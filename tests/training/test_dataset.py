@@ -20,7 +20,7 @@ from conftest import draw, encode, make_class_folder, tiny_config
 
 def test_without_val_some_images_are_held_out(class_folder: Path, tmp_path: Path):
     config = tiny_config(str(class_folder), tmp_path / "run", data__holdout=0.3)
-    with pytest.raises(am.UserError, match="holdout 0.3 has no effect: the data has validation"):
+    with pytest.raises(am.UserError, match="holdout 0.3, but the data has validation"):
         am.train(config, quiet=True)
     shutil.rmtree(class_folder / "val")
     splits = open_training_data(config.data)

@@ -166,7 +166,7 @@ def choose_policy(
         compiles_gelu = is_half and _takes_long(device, operations, num_steps)
     elif compiles and not can_compile(device):
         compiles = False
-        reasons.append("not compiled: no C++ compiler here")
+        reasons.append("not compiled: no compiler found")
     if compiles:
         reasons.append("compiled")
     elif compiles_gelu:

@@ -34,6 +34,7 @@ from allmlp.errors import UserError
 from allmlp.io import machine, process_lives
 from allmlp.names import NAME
 from allmlp.runtime.device import choose_device
+from allmlp.runtime.process import num_processes
 
 TIMEOUT = datetime.timedelta(minutes=30)  # the slowest process may be reading a cold disk
 _PATIENCE = 3.0  # seconds to find the cause of a lost connection
@@ -188,11 +189,6 @@ def _mapped(shared: _Shared) -> Any:
     return pickle.loads(data, buffers=arrays)
 
 
-def is_distributed() -> bool:
-    """Returns whether torchrun or a compatible launcher started this process."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
 _joined: list[tuple[World, torch.device]] = []  # joined world, if any
 # Process groups are kept: DDP's reducer, which is freed while the GIL is held, would free the group
 # and wait for gloo's thread, which may wait for the GIL to free the last collective's tensors.
@@ -208,7 +204,7 @@ def join_world(device: str, *, independent: bool = False) -> Iterator[tuple[Worl
     With several processes and "cuda", each uses the GPU of its local rank. If one is killed the
     others end, unless they are `independent`.
     """
-    if not is_distributed():
+    if num_processes() == 1:
         yield World(), choose_device(device)
         return
     if _joined:  # a study joins once for all runs

@@ -164,7 +164,7 @@ def split_data(settings: DataSettings) -> Splits:
     elif settings.holdout == 0.0:
         validation = None
     elif settings.holdout is not None:
-        what = f"holdout {settings.holdout} has no effect: the data has validation images"
+        what = f"holdout {settings.holdout}, but the data has validation images of its own"
         raise UserError(what, where=settings.source, fix="Leave it out")
     if sides is not None:
         validation = subset(train, sides[1], f"{settings.source}:held-out")

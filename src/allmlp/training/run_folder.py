@@ -53,7 +53,7 @@ def config_of(run: str | Path) -> TrainConfig:
     path = folder / "config.json"
     if not path.is_file():
         what = "there is no such run folder" if not folder.exists() else "not a run folder"
-        fix = "Give the folder that `results` named when the run began"
+        fix = "Give a folder that mixer train or mixer finetune wrote"
         raise UserError(f"{what}: it has no config.json", where=folder, fix=fix, code="no-run")
     values = read_json(path, "not valid JSON")
     if not isinstance(values, dict) or "recipe" not in values:
