@@ -15,6 +15,7 @@ from allmlp.data.sources import open_source
 from allmlp.evaluation import predictor
 from allmlp.models import inference
 from allmlp.preprocessing import Preprocessing
+from allmlp.runtime import device
 from allmlp.runtime.device import choose_device, choose_policy, keep_compiled, torch_settings
 from allmlp.runtime.world import World, join_world, parallelize
 from conftest import tiny_model
@@ -194,3 +195,15 @@ def test_results_are_used_while_a_gpu_computes(monkeypatch):
         clock["cpu"] += 4.0
     assert indices == [*range(20)]
     assert clock["cpu"] == 0.5 + 20 * 6.0 + 4.0
+
+
+def test_free_memory_is_that_of_the_container(monkeypatch, tmp_path):
+    files = {
+        "max": "1000000\n",
+        "current": "700000\n",
+        "stat": "anon 600000\ninactive_file 100000\n",
+    }
+    for name, text in files.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(device, "_groups", lambda: [tmp_path, tmp_path / "without_a_limit"])
+    assert device.free_memory(torch.device("cpu")) == 400_000

@@ -101,3 +101,10 @@ def test_samples(tmp_path: Path):
     many = make_class_folder(tmp_path / "many", {f"class{n}": 1 for n in range(80)})
     figure = plots.samples(open_splits(str(many))["train"])
     assert "72 out of 80 classes" in figure.get_suptitle()
+
+
+def test_names_of_any_script_draw_without_a_warning(tmp_path: Path):
+    figure = plots.new_figure(2, 2)
+    figure.subplots().set_title("\u732b \u0915 \uac00")
+    plots.save(figure, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -12,6 +14,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
@@ -33,6 +37,9 @@ Evaluation = Any  # class in evaluation/, which imports from here
 EVALUATION = ("confusion", "reliability", "predictions", "worst_mistakes")
 GREEN, RED, GREY = "#1a7f37", "#cf222e", "#888888"
 _PAIR_COLORS = ("#0969da", "#bc4c00")
+# Chinese, Japanese, Korean, Hindi, ... on Linux, Windows and macOS.
+_FONTS = ("Noto Sans CJK SC", "WenQuanYi Zen Hei", "Noto Sans Devanagari", "Microsoft YaHei")
+_FONTS += ("Malgun Gothic", "Yu Gothic", "Nirmala UI", "PingFang SC", "Arial Unicode MS")
 _MAX_NUMBERED, _MAX_NAMED = 20, 60  # classes up to which cells show counts, axes all names
 _MAX_SAMPLES, _MAX_PAIRS = 72, 24
 _THUMBNAIL = 224  # longer side in pixels
@@ -48,10 +55,24 @@ def writer(figure: Figure, kind: str) -> Callable[[Path], None]:
     metadata: Any = {"Date": None} if kind == "svg" else None
 
     def write(path: Path) -> None:
-        with matplotlib.rc_context({"svg.hashsalt": "allmlp", "svg.fonttype": "none"}):
+        for text in figure.findobj(Text):
+            if isinstance(text, Text) and not text.get_text().isascii():
+                text.set_fontfamily(_families())
+        with (
+            matplotlib.rc_context({"svg.hashsalt": "allmlp", "svg.fonttype": "none"}),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
             figure.savefig(path, format=kind, metadata=metadata)
 
     return write
+
+
+@functools.cache
+def _families() -> list[str]:
+    """The default font, and the installed ones that have most of what it lacks."""
+    there = {font.name for font in fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in _FONTS if name in there)]
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -159,6 +180,7 @@ def save_evaluation(evaluation: Evaluation, source: Source, folder: Path) -> lis
         "predictions": prediction_grid(evaluation, source),
         "worst_mistakes": worst_mistakes(evaluation, source),
     }
+    (folder / "confusion.png").unlink(missing_ok=True)  # of an earlier evaluation
     if evaluation.has_confusion:
         figures = {"confusion": confusion_matrix(evaluation), **figures}
     for name, figure in figures.items():
@@ -210,16 +232,20 @@ def reliability_diagram(evaluation: Evaluation) -> Figure:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     filled = bins.images > 0
     accuracy = bins.correct[filled] / bins.images[filled]
-    upper.bar(middle[filled], accuracy, 0.92 * width, color="#4c78a8", label="accuracy")
+    several = evaluation.is_multi_label
+    named = "fraction that has the label" if several else "accuracy"
+    upper.bar(middle[filled], accuracy, 0.92 * width, color="#4c78a8", label=named)
     confidence = bins.confidence[filled] / bins.images[filled]
     upper.plot(confidence, accuracy, "o", color="#222222", ms=4, label="at the mean confidence")
     upper.plot([0, 1], [0, 1], "--", color=GREY, label="perfect calibration")
-    upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
+    upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel=named)
     upper.legend(loc="upper left", fontsize=8)
     title = f"{escape(evaluation.data)}: expected calibration error {bins.error:.2%}, "
     upper.set_title(title + plural(len(evaluation.labels), "image"), fontsize=10)
     lower.bar(middle, bins.images, 0.92 * width, color="#bbbbbb")
-    lower.set(xlabel="confidence (probability of the predicted class)", ylabel="images")
+    confidence_of = "probability of a label" if several else "probability of the predicted class"
+    count_of = "labels of images" if several else "images"
+    lower.set(xlabel=f"confidence ({confidence_of})", ylabel=count_of)
     return figure
 
 

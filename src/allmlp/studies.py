@@ -46,7 +46,7 @@ from allmlp.sweep import (
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import open_folds, splits_with_train
 from allmlp.training.fit import finetune_config
-from allmlp.training.recipes import HOLDOUTS, for_multi_label
+from allmlp.training.recipes import HOLDOUTS, for_data
 from allmlp.training.report import TrainResult
 
 _LOGITS = "out_of_fold.npz"
@@ -149,8 +149,7 @@ def finetune(
         raise UserError("the final runs need a seed", where="seeds", fix="seeds: 0 1 2")
     source = config.data.source
     splits = splits_with_train(source)
-    if splits["train"].is_multi_label:
-        config = for_multi_label(config)
+    config = for_data(config, splits["train"])
     holdout = config.data.holdout
     if holdout == 0.0 and (grid or "test" not in splits):
         what = f"holdout 0 leaves no images to {'choose the rate' if grid else 'measure'} by"
@@ -326,7 +325,8 @@ def cross_validate(config: TrainConfig, folds: int = 5, *, quiet: bool = False) 
         raise UserError(what, where="data.holdout, data.fold", fix="Leave them out")
     whole, dealt, how = open_folds(config.data, folds)
     numbers = range(1, folds + 1)
-    runs = {f"fold-{at}": config.with_value("data.fold", (at, folds)) for at in numbers}
+    each = {at: config.with_value("data.fold", (at, folds)) for at in numbers}
+    runs = {f"fold-{at}": for_data(fold, whole) for at, fold in each.items()}
     names = (*runs, "best", "folds.json", "out_of_fold")
     path = study_folder(config.output, names, [config.data.source])
     with join_world(config.device) as (world, _):

@@ -51,7 +51,9 @@ def study_folder(output: str | None, own: Iterable[str], inputs: Iterable[str]) 
     there = [item.name for item in path.iterdir()] if path.is_dir() else []
     if not there:
         check_not_inputs([path], (place for source in inputs for place in read_from(source)))
-    others = {name for name in there if not name.endswith(".partial")} - {*own, "log.txt", RESULTS}
+    own = [*own, "log.txt", RESULTS]
+    others = {name for name in there if not name.endswith(".partial")} - {*own}
+    others = {name for name in others if not name.startswith(tuple(f"{run}-" for run in own))}
     if others and RESULTS not in there:
         what = f"the folder holds something else: {', '.join(sorted(others)[:4])}"
         raise UserError(what, where=path, fix="Give another output")
@@ -140,7 +142,7 @@ class Sweep:
     def _data_of(self, config: TrainConfig) -> str:
         place = config.data.source, config.data.exclude
         if place not in self._data:
-            self._data[place] = self.world.broadcast_from_rank0(lambda: _hash_of_data(*place))
+            self._data[place] = self.world.broadcast_from_rank0(lambda: hash_of_data(*place))
         return self._data[place]
 
     def _read(self) -> dict[str, Row]:
@@ -172,7 +174,7 @@ class Sweep:
             self.report.log_to(self.path / "log.txt")
 
 
-def _hash_of_data(source: str, excluded: str | None) -> str:
+def hash_of_data(source: str, excluded: str | None) -> str:
     """Returns a hash of the images, their groups and folds, and the list of what is left out."""
     parts = []
     for name, images in open_splits(source).items():

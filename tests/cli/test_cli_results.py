@@ -94,7 +94,20 @@ def test_config_gives_options_and_flags_win(tmp_path, capsys):
     assert {tuple(model["image_size"]) for model in found} == {(128, 128)}
     file.write_text(json.dumps({"set": {"token_mixing": "untied"}}))
     found = only_object(mixer(capsys, "models", "--config", file, "--json")[1])["models"]
+    assert found
     assert all(model["name"].startswith("mixer") for model in found)
+
+
+def test_settings_of_config_and_of_the_line_add_up(tmp_path, capsys):
+    file, run = tmp_path / "options.json", tmp_path / "run"
+    sizes = {"hidden_dim": 8, "num_blocks": 1, "tokens_mlp_dim": 8, "channels_mlp_dim": 8}
+    own = {f"model.overrides.{name}": value for name, value in sizes.items()}
+    file.write_text(json.dumps({"set": {**own, "epochs": 3, "patience": 2}}))
+    line = ("train", "--config", file, "--set", "epochs=1", "--output", run, "--device", "cpu")
+    assert mixer(capsys, *line)[0] == 0
+    config = json.loads((run / "config.json").read_text())
+    assert (config["epochs"], config["patience"]) == (1, 2)
+    assert config["model"]["overrides"]["hidden_dim"] == 8
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from allmlp.data.source import array_row, join, subset, unlabelled
-from allmlp.data.sources import open_source, open_splits
+from allmlp.data.sources import notes_of, open_source, open_splits
 from allmlp.data.sources.arrays import ArrayRows, statistics
 from allmlp.errors import UserError
 from allmlp.training.config import DataSettings
@@ -62,6 +62,16 @@ def test_shapes_and_integers(tmp_path: Path, values: np.ndarray, shape: tuple[in
     rows = np.stack([array_row(source, at) for at in range(len(values))])
     assert rows.dtype == np.float32
     np.testing.assert_array_equal(rows, values.reshape(len(values), *shape).astype(np.float32))
+
+
+def test_arrays_of_other_lengths_are_no_columns(tmp_path: Path):
+    savez(tmp_path / "ecg.npz", x=X, y=Y, fs=250, leads=np.array(["I", "II"]))
+    source = open_source(str(tmp_path / "ecg.npz"))
+    assert len(source) == 12
+    assert any("fs, leads" in note for note in notes_of({"": source}))
+    savez(tmp_path / "ecg.npz", x=X, y=Y.astype(object))
+    with pytest.raises(UserError, match=r"astype\(str\)"):
+        open_source(str(tmp_path / "ecg.npz"))
 
 
 def test_names_of_keras_and_scikit_learn(tmp_path: Path):

@@ -174,6 +174,13 @@ def test_wrong_data_and_options(images: Path, text: str, options: str, what: str
         opened(images, text, options)
 
 
+def test_columns_of_zero_and_one_whose_names_mean_something_else(images: Path):
+    text = "path,car,cat,person\na/0.png,1,0,1\na/1.png,0,1,1\n"
+    with pytest.raises(UserError, match="person"):
+        opened(images, text)
+    assert opened(images, text, "#label=car|cat|person").class_names == ["car", "cat", "person"]
+
+
 def test_json_lists(images: Path):
     rows = [{"path": "a/0.png", "labels": ["cat", "a|b"]}, {"path": "a/1.png", "labels": []}]
     text = "".join(json.dumps(row) + "\n" for row in rows)

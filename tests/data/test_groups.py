@@ -15,6 +15,7 @@ from allmlp.data.check import check_source
 from allmlp.data.groups import deal, deal_folds, hold_out, shared_groups
 from allmlp.data.source import Source, values_of
 from allmlp.data.sources import notes_of, open_source, open_splits
+from allmlp.data.sources.packed import pack_splits
 from allmlp.errors import UserError
 from allmlp.training.config import DataSettings
 from allmlp.training.dataset import split_data
@@ -142,6 +143,25 @@ def test_the_data_has_folds(tmp_path: Path):
     name = listed(tmp_path, [(*row, at % 2) for at, row in enumerate(ROWS)], header)
     with pytest.raises(UserError, match="'p0'"):
         deal_folds(open_source(f"{name}#group=patient"), 2)
+
+
+def test_an_empty_fold_of_a_test_image(tmp_path: Path):
+    rows = [("x", "train", 1), ("y", "train", 2), ("x", "test", "")]
+    splits = open_splits(listed(tmp_path, rows, "path,label,split,fold"))
+    assert len(splits["test"]) == 1
+    assert len(deal_folds(splits["train"], 2)[0]) == 2
+    with pytest.raises(UserError, match="fold is empty"):
+        deal_folds(splits["test"], 2)
+
+
+def test_groups_and_folds_are_not_packed_away(tmp_path: Path):
+    for rows, columns, name in (
+        ([("x", 1), ("y", 2)], "path,label,patient", "#group=patient"),
+        ([("x", 1), ("y", 2)], "path,label,fold", ""),
+    ):
+        with pytest.raises(UserError) as caught:
+            pack_splits(open_splits(listed(tmp_path, rows, columns) + name), tmp_path / "packed")
+        assert caught.value.code == "groups"
 
 
 def test_groups_in_several_splits_are_reported(tmp_path: Path):

@@ -44,7 +44,8 @@ def test_round_trip(tmp_path: Path, shard_bytes: int):
     assert content(again) == content(source)
     assert again.class_names == ["ant", "bee", "cat"]
     assert (written.num_images, written.bad, sum(seen)) == (12, [], 15)
-    assert len(written.files) == {1: 12, 10**9: 1}.get(shard_bytes, len(written.files))
+    number = len(written.files)
+    assert {1: number == 12, 10**9: number == 1}.get(shard_bytes, 1 < number < 12)
     for file in written.files:
         size = (folder / file.name).stat().st_size
         assert size == file.size

@@ -258,6 +258,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "drop": ("m.onnx", {"max_accuracy_drop": -1.0}, "-1.0"),
     "drop nan": ("m.onnx", {"max_accuracy_drop": float("nan")}, "nan"),
     "name": ("m.onnx", {"overwite": True}, "overwrite"),
+    "calibration for float32": ("m.onnx", {"calibration": "digits:train"}, "int8"),
     "resizing": ("m.onnx", {"resize_weights": "resample"}, "image_size"),
     "size of a model in memory": ("m.onnx", {"image_size": 16}, "image_size"),
     "no folder": ("nowhere/m.onnx", {}, "nowhere"),
@@ -279,6 +280,14 @@ def test_mistakes_are_named_and_nothing_is_written(name: str, tmp_path: Path):
         am.export(tiny_model(), tmp_path / output, **options)
     assert word in str(caught.value)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_the_weights_are_not_overwritten(tmp_path: Path):
+    torch.save(tiny_model().state_dict(), tmp_path / "m.bin")
+    before = (tmp_path / "m.bin").read_bytes()
+    with pytest.raises(am.UserError, match="input"):
+        am.export(tmp_path / "m.bin", tmp_path / "m.xml", overwrite=True)
+    assert (tmp_path / "m.bin").read_bytes() == before
 
 
 def test_more_logits_than_an_evaluation_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -335,6 +344,7 @@ def test_what_needs_weights_or_features_is_an_error(exported: Path, tmp_path: Pa
         lambda: am.few_shot(file, "digits", shots=(1,)),
         lambda: am.predict(file, "digits:test[:5]", features=True),
         lambda: am.predict(file, "digits:test[:5]", device="cuda"),
+        lambda: am.predict(file, "digits:test[:5]", precision="bfloat16"),
         lambda: am.evaluate(file, "digits:test", device="cuda"),
         lambda: am.export(file, tmp_path / "new.pt2"),
         lambda: am.export(exported, tmp_path / "new.pt2"),

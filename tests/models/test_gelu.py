@@ -42,9 +42,12 @@ def test_compiled_gelu_equals_the_tanh_gelu():
         assert torch.equal(model.features(images), plain.features(images))
     for network in (model, plain):
         network.features(images).square().sum().backward()
+    compared = 0
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         if theirs.grad is not None and theirs.grad.abs().max() > 1e-3:
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+            compared += 1
+    assert compared > 5
     assert not notes  # it did compile
 
 

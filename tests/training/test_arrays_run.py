@@ -4,6 +4,8 @@ statistics travel."""
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from allmlp.training.config import DataSettings
 from allmlp.training.dataset import split_data
 from allmlp.training.recipes import patch_for
 from conftest import mixer
+from runs import before_step
 
 SIZES = {"hidden_dim": 8, "num_blocks": 1, "tokens_mlp_dim": 8, "channels_mlp_dim": 16}
 
@@ -160,6 +163,25 @@ def test_the_shortest_command(data: Path, capsys: pytest.CaptureFixture[str], tm
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["recipe"] == "arrays"
     assert saved["model"]["overrides"]["patch_size"] == [1, 1]
+
+
+def test_a_named_model_is_not_the_recipes_small_one(data: Path, capsys, tmp_path: Path):
+    line = ("train", "--data", data, "--model", "mixer_s16", "--output", tmp_path / "run")
+    one_block = ("--set", "model.overrides.num_blocks=1")
+    code, out, _ = mixer(capsys, *line, *one_block, "--device", "cpu", "--dry-run")
+    assert code == 0
+    assert "512 channels" in out
+
+
+def test_interrupted_folds_go_on(data: Path, tmp_path: Path):
+    own = config(data, tmp_path / "study", **{"data.source": f"{data}:train", "epochs": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, 3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            am.cross_validate(own, 2, quiet=True)
+    folder = am.cross_validate(own, 2, quiet=True).folder
+    assert sorted(path.name for path in folder.glob("fold-*")) == ["fold-1", "fold-2"]
+    assert "resumed" in (folder / "fold-1" / "log.txt").read_text()
 
 
 def test_patch_sizes_divide_the_rows():

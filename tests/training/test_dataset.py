@@ -100,6 +100,17 @@ def test_augmentation_makes_the_models_size(class_folder):
                 assert (out.dtype, out.shape) == (np.uint8, (8, 12, channels))
 
 
+def test_randaugment_of_0_is_off():
+    config, image = am.recipe("scratch"), EncodedImage(encode(draw(1)), "x", 3)
+    for seed in range(9):
+        found = []
+        for settings in ([], ["augment.randaugment=0"]):
+            augment = config.with_values({}, settings).augment
+            made = Augmentation(augment, am.Preprocessing(image_size=(8, 8)))
+            found.append(made(image, np.random.default_rng(seed)))
+        assert np.array_equal(*found)
+
+
 def test_a_drop_list_leaves_training_and_validation_images_out_and_test_whole(tmp_path):
     """The copies of test images go from train; the run says how many."""
     data = tmp_path / "data"

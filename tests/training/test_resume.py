@@ -129,6 +129,7 @@ def test_best_is_written_while_training_goes_on(data: Path, tmp_path: Path):
         patch.setattr(state, "save_model", slow)
         before_step(patch, 12, lambda _: stepped.set())  # the first evaluation is after step 10
         run = train(run_config(data, tmp_path / "run"))
+    assert calls
     assert all(calls)
     check_same(run, straight)
 

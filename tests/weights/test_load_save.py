@@ -290,9 +290,27 @@ def test_a_new_head_answers_nothing_although_it_has_names(tmp_path: Path):
     for use in (
         lambda: am.predict(model, "digits:test[:5]"),
         lambda: am.evaluate(model, "digits:test"),
+        lambda: am.export(model, tmp_path / "m.pt2"),
     ):
         with pytest.raises(am.UserError, match="all zeros"):
             use()
+
+
+def test_heads_of_other_kinds(tmp_path: Path):
+    model = tiny_model(num_classes=10)
+    plain = [row.classes for row in am.predict(model, "digits:test[:5]")]
+    model.head = torch.nn.Sequential(torch.nn.Dropout(0.1), model.head)
+    assert [row.classes for row in am.predict(model, "digits:test[:5]")] == plain
+    model.head = None
+    with pytest.raises(am.UserError, match="no head"):
+        am.predict(model, "digits:test[:5]")
+
+
+def test_the_config_of_another_program_beside_our_weights(tmp_path: Path):
+    model = tiny_model(["a", "b"])
+    am.save_model(model, tmp_path)
+    (tmp_path / "config.json").write_text('{"recipe": "digits"}')
+    assert am.load_model(tmp_path / "model.safetensors").class_names == ["a", "b"]
 
 
 def test_a_model_of_other_channels_takes_arrays(tmp_path: Path):

@@ -220,6 +220,10 @@ PAGE = (Path(__file__).parents[2] / "docs" / "timm.md").read_text("utf-8")
 SYSTEMS = re.findall(r"\| `timm:(\w+)` \|[^|]*\| ([\d,]+) \| (\d+) \|", PAGE)
 
 
+def test_the_page_names_the_comparison_systems():
+    assert len(SYSTEMS) >= 9
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "parameters", "pixels"), SYSTEMS)

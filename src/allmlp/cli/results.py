@@ -109,11 +109,15 @@ def split_config(given: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return rest, values
 
 
-def as_flags(kind: Any, values: dict[str, Any], given: Sequence[str]) -> list[str]:
-    """Returns options as flags, without those that were given."""
+def as_flags(
+    kind: Any, values: dict[str, Any], given: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Returns options as flags: the repeatable ones, which come before those that were given, and
+    the others without those."""
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     typed = {word.partition("=")[0].replace("_", "-") for word in given}
+    repeated: list[str] = []
     flags: list[str] = []
     for key, value in values.items():
         field = fields.get(key.replace("-", "_"))
@@ -123,14 +127,14 @@ def as_flags(kind: Any, values: dict[str, Any], given: Sequence[str]) -> list[st
             what = f"unknown option {key!r}"
             raise UserError(what, where="config", fix=fix, code="unknown-name")
         flag = f"--{field.metadata.get('flag', field.name).replace('_', '-')}"
-        if flag in typed or value is None or value is False:
-            continue
-        if value is True:
-            flags.append(flag)
-        elif hints[field.name] == Repeated:
+        if hints[field.name] == Repeated:
             pairs = value.items() if isinstance(value, dict) else ()
-            texts = [f"{name}={_text(inner)}" for name, inner in pairs] or value
-            flags += [f"{flag}={text}" for text in texts]
+            texts = [f"{name}={_text(inner)}" for name, inner in pairs] or value or ()
+            repeated += [f"{flag}={text}" for text in texts]
+        elif flag in typed or value is None or value is False:
+            continue
+        elif value is True:
+            flags.append(flag)
         elif isinstance(value, list) and set(typing.get_args(ImageSize)) <= set(
             typing.get_args(hints[field.name])
         ):
@@ -139,7 +143,7 @@ def as_flags(kind: Any, values: dict[str, Any], given: Sequence[str]) -> list[st
             flags += [flag, *map(_text, value)]
         else:
             flags.append(f"{flag}={_text(value)}")
-    return flags
+    return repeated, flags
 
 
 def _text(value: Any) -> str:

@@ -68,7 +68,8 @@ class Command:
                 raise UserError(what, where="config", fix="Write a file of this command's options")
             own["base"] = settings
         else:
-            given += as_flags(kind, settings, given)
+            before, after = as_flags(kind, settings, given)
+            given = [*before, *given, *after]
         errors = io.StringIO()
         try:
             with contextlib.redirect_stderr(errors):

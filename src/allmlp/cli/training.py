@@ -104,6 +104,8 @@ def train_command(recipe: str | None, options: Any) -> Any:
         own = "digits" if source is None or names_source(source) else "scratch"
         own = "arrays" if source is not None and are_arrays(source) else own
         config = named_recipe(recipe or own)
+        if options.model and config.model.weights is None:
+            config = config.with_value("model.name", "any")  # drops the sizes of the recipe's own
     config = config.with_values(given_settings(options, TRAIN), options.settings)
     return _train_or_fold(config, options)
 

@@ -64,6 +64,9 @@ def deal_folds(source: Source, number: int, seed: int = 0) -> tuple[np.ndarray, 
     texts, own, text = values_of(source, GROUP), values_of(source, FOLD), "classes spread evenly"
     names, groups = ([], np.arange(len(source))) if texts is None else _numbered(texts)
     if own is not None:
+        if "" in own:
+            fix = "Give every training and validation image one"
+            raise UserError("the fold is empty", where=source.item_name(own.index("")), fix=fix)
         values, folds = _numbered(own)
         if len(values) != number:
             what = f"the data has {plural(len(values), 'fold')} of its own: {', '.join(values[:9])}"

@@ -8,6 +8,7 @@ ort*                          onnxruntime-web, from its npm package
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tarfile
@@ -45,7 +46,8 @@ def write_page(folder: Path, graph: bytes, about: dict[str, object]) -> None:
     folder.mkdir(exist_ok=True)
     (folder / MODEL).write_bytes(graph)
     limits = {"pixels": MAX_PIXELS, "side": MAX_SIDE}
-    about = {"name": folder.name, **about, "bytes": len(graph), "limits": limits}
+    digest = hashlib.sha256(graph).hexdigest()  # in the address: another model is fetched anew
+    about = {"name": folder.name, **about, "bytes": len(graph), "sha256": digest, "limits": limits}
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     if (folder / "index.html").exists():  # another int8 model for the same page
         return

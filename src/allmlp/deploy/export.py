@@ -44,7 +44,7 @@ from allmlp.io import (
     staging_folder,
 )
 from allmlp.models.inference import Inference
-from allmlp.models.layers import Classifier, ImageClassifier, preprocessing_of
+from allmlp.models.layers import Classifier, ImageClassifier, check_trained, preprocessing_of
 from allmlp.names import import_extra
 from allmlp.options import make
 from allmlp.runtime.device import torch_settings
@@ -213,6 +213,8 @@ def export(
     to_open = {"data": options.data, "calibration": options.calibration}
     to_open = {name: given for name, given in to_open.items() if given and name not in sources}
     read = [file for given in to_open.values() for file in read_from(given)]
+    if isinstance(model, str | Path) and expand(model).is_file():
+        read.append(str(expand(model)))
     outputs = [*format.files(path), _report_of(path)]
     for file in outputs:
         check_output_file(file, overwrite=options.overwrite, parents=is_folder)
@@ -223,9 +225,10 @@ def export(
     net = load_any(model, **options.loading)
     if not isinstance(net, ImageClassifier):
         raise UserError("this is an exported file already", where=net.source)
+    if net.class_names:
+        check_trained(net)
     if net is model:
-        source, net = net.source, copy.deepcopy(net).cpu().float().eval()
-        net.source = source
+        net = copy.deepcopy(net).cpu().float().eval()
     if preprocessing_of(net).kind == "arrays" and options.uint8_input:
         what = "the model takes rows of arrays, which are not uint8 images"
         raise UserError(what, where="uint8_input", fix="Use onnx, without it", code="arrays")

@@ -27,6 +27,7 @@ from allmlp.data.sources import is_data, open_source
 from allmlp.data.sources.arrays import ArrayRows
 from allmlp.data.sources.folders import no_images, passed_over_note, scan_images
 from allmlp.errors import UserError, between, one_of
+from allmlp.names import NAME
 
 STANDARD_INPUT = "-"
 AnyImage = str | Path | bytes | np.ndarray | Image.Image
@@ -53,7 +54,8 @@ def is_url(item: object) -> bool:
 
 def _download(url: str) -> bytes:
     try:
-        with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
+        request = urllib.request.Request(url, headers={"User-Agent": NAME})  # some refuse Python's
+        with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
             content = answer.read(_LARGEST_DOWNLOAD + 1)
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
@@ -116,7 +118,9 @@ def labelled_images(data: Any, class_names: list[str]) -> Source:
     else:
         numbers = np.array([number_of(label) for label in labels], dtype=np.int64)
     if _are_rows(images):
-        return labelled(ArrayRows(np.asarray(images), "x"), "x", class_names, numbers)
+        rows = ArrayRows(np.asarray(images), "x")
+        rows.check_finite()
+        return labelled(rows, "x", class_names, numbers)
     names, encoded = [], {}
     for at, image in enumerate(images):
         if isinstance(image, str | Path):

@@ -51,6 +51,7 @@ class PredictOptions(ComputeOptions, LoadOptions):
             at_least(name, getattr(self, name), 1)
         between("unsure_below", self.unsure_below, 0, 1)
         needs({"neighbors": self.neighbors}, "features", self.features or None)
+        needs({"format": self.format, "part_size": self.part_size}, "output", self.output)
         exclusive(features=self.features, top_k=self.top_k)
 
 
@@ -95,6 +96,7 @@ class ExportOptions(LoadOptions):
         is_int8 = {"precision int8": self.precision == "int8"}
         needs(is_int8, "calibration", self.calibration)
         needs(is_int8, "data", self.data)
+        needs({"calibration": self.calibration}, "precision int8", *is_int8.values())
         between("max_accuracy_drop", self.max_accuracy_drop, 0, 100)
         at_least("calibration_images", self.calibration_images, 1)
 

@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from allmlp.deploy.options import PushOptions
 from allmlp.errors import UserError
@@ -70,6 +71,9 @@ def push(
     for path in images:
         if not path.is_file():
             raise UserError("there is no such image", where=path, fix="Leave it out of examples")
+    if len({path.name for path in images}) < len(images):
+        what = "two of the images have the same name"
+        raise UserError(what, where="examples", fix="Rename one", code="conflict")
     folder = None if isinstance(model, ImageClassifier) else expand(model)
     net = open_model(model)
     from huggingface_hub import CommitOperationAdd, HfApi, constants
@@ -83,7 +87,7 @@ def push(
     if images:
         at = f"{page}/resolve/{options.revision or 'main'}/examples"
         changes["widget"] = [
-            {"src": f"{at}/{path.name}", "example_title": path.stem} for path in images
+            {"src": f"{at}/{quote(path.name)}", "example_title": path.stem} for path in images
         ]
     card = plain_card(net)
     for own in () if folder is None else (folder / "best", folder):

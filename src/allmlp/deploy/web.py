@@ -256,7 +256,7 @@ async def _read(request: Request, service: Service, most: int) -> tuple[list[Fil
             if not is_form:
                 images = [("image", await reader.body())]
             else:
-                async with reader.form() as form:
+                async with reader.form(max_files=max(1000, most + 1)) as form:
                     for field, file in form.multi_items():
                         if field != FIELD or isinstance(file, str):
                             raise HTTPException(400, f"the field {field[:100]!r}: {_SEND}")

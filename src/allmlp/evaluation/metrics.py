@@ -578,6 +578,8 @@ class Evaluation:
             confusion = [["true class", *self.class_names], *([name, *row] for name, row in counts)]
             contents[folder / "confusion.csv"] = csv_text(confusion)
         atomic_write_all(contents)
+        if not self.has_confusion:
+            (folder / "confusion.csv").unlink(missing_ok=True)  # of an earlier evaluation
 
 
 @named_memory_errors()

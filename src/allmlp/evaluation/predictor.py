@@ -82,6 +82,9 @@ class Predictor:
             self._inference = Inference(self.model, self.precision)
         else:
             check_device_of_exported(device)
+            if precision == "bfloat16" and model.precision != precision:
+                what = f"an exported file keeps its own precision, {model.precision or 'float32'}"
+                raise UserError(what, where="precision", fix="Leave it out, or export it again")
             self.precision, self.why = model.precision or "float32", "of the file"
         self.device = self.model.device
         self.preprocessing = preprocessing or preprocessing_of(model)

@@ -299,7 +299,9 @@ def is_hidden_kernel(name: str, parameter: Tensor) -> bool:
 
 def num_logits(model: Classifier) -> int:
     """Returns the outputs of the head, which may have been replaced, not the configuration's."""
-    head = getattr(model, "head", None)
+    head = getattr(model, "head", ...)  # not of an exported file
+    if head is None:
+        return 0
     return head.out_features if isinstance(head, nn.Linear) else model.config.num_classes
 
 
@@ -332,11 +334,11 @@ def classes_of(model: Classifier, *, or_numbers: bool = False) -> list[str]:
 
 def check_trained(model: Classifier) -> None:
     """Raises UserError for a model without a head, or with a head of zeros."""
-    count, head = num_logits(model), getattr(model, "head", None)  # None if exported
+    count, weight = num_logits(model), getattr(getattr(model, "head", None), "weight", None)
     if count == 0:
         what = "the model has no head: it gives features, not classes"
         raise UserError(what, fix="Load it without num_classes=0, or use model.features()")
-    if head is not None and not head.weight.any():
+    if weight is not None and not weight.any():
         what = f"the head for {count} classes is new (all zeros): it has learned nothing yet"
         raise UserError(what, fix="Train it first, or load the weights without num_classes")
 

@@ -9,6 +9,7 @@ The folder of a study holds
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ from allmlp.paper.options import (
 )
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.world import join_world
-from allmlp.sweep import Row, Sweep, mean_and_deviation, study_folder
+from allmlp.sweep import Row, Sweep, hash_of_data, mean_and_deviation, study_folder
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits, open_training_data
 from allmlp.training.recipes import recipe
@@ -95,7 +96,12 @@ class Experiment:
 
         with join_world(self.config.device) as (world, _):
             sweep = Sweep(folder, world, quiet=quiet)
-            done = sweep.run_all(runs, self._measure, lambda done: save(done, self._rows(done)))
+            by = world.broadcast_from_rank0(self._few_shot_by)
+            for key in map(sweep.key, runs.values()):
+                if key in sweep.rows and sweep.rows[key].get("few_shot_by") != by:
+                    del sweep.rows[key]  # is measured again, not trained again
+            measure = functools.partial(self._measure, by)
+            done = sweep.run_all(runs, measure, lambda done: save(done, self._rows(done)))
             rows = self._rows(done)
             if world.is_main:
                 self.finish(folder / name, done, rows)
@@ -106,14 +112,21 @@ class Experiment:
                 sweep.say(f"written  {folder / name}.json")
             return Study(folder, rows)
 
-    def _measure(self, result: TrainResult) -> Row:
+    def _few_shot_by(self) -> list[Any] | None:
+        """What the few-shot accuracies of the runs depend on beside the runs."""
+        if self.few_shot is None:
+            return None
+        data = [hash_of_data(source, None) for source in self.few_shot.data]
+        return [*data, *self.few_shot.shots, *self.few_shot.seeds]
+
+    def _measure(self, few_shot_by: list[Any] | None, result: TrainResult) -> Row:
         assert result.validation is not None
         row: Row = {"validation": result.validation.top1}
         if self.few_shot is not None:
             (found,) = few_shots(str(result.run_folder), self.few_shot)
             (shots,) = self.few_shot.shots
             row |= {"few_shot": found.mean(shots), "few_shot_deviation": found.deviation(shots)}
-            row["notes"] = found.notes
+            row |= {"notes": found.notes, "few_shot_by": few_shot_by}
         return row
 
     def _rows(self, done: Mapping[str, Row]) -> list[Row]:
@@ -176,7 +189,7 @@ def train_config(
         what = f"{options.recipe} begins with trained weights; the study trains from random ones"
         raise UserError(what, where="recipe", fix="for example scratch, cifar10 or jft_b32")
     if model is not None:  # first: it resets the sizes of the recipe's model
-        config = config.with_value("model.name", model)
+        config = config.with_value("model.name", "any").with_value("model.name", model)
     values = given_settings(options, {"output": "output", **STUDY})
     return config.with_values(values, options.settings)
 

@@ -393,7 +393,29 @@ def free_memory(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return _memory("MemAvailable")
+    found = [_memory("MemAvailable"), *map(_left_in_group, _groups())]
+    return min((free for free in found if free is not None), default=None)
+
+
+def _groups() -> list[Path]:
+    """Returns the control groups (version 2) of this process: a container's, a batch job's."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        own = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().lstrip("/")
+    except OSError:
+        return [root]
+    return [root, *(root / part for part in (Path(own), *Path(own).parents) if part.name)]
+
+
+def _left_in_group(group: Path) -> int | None:
+    """Returns the free memory of a control group in bytes; None without a limit."""
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        lines = (group / "memory.stat").read_text().splitlines()
+        statistics = dict(line.split() for line in lines)
+        return max(0, limit - used + int(statistics["inactive_file"]))  # cached files make room
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def total_memory(device: torch.device) -> int | None:

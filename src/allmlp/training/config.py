@@ -204,7 +204,7 @@ class AugmentSettings(Options):
     elastic: BelowOne = 0.0
     """Standard deviation of an elastic deformation, as a fraction of the side."""
     randaugment: Annotated[float, Rule(strict=True, ge=0, le=30)] | None = None
-    """Magnitude of RandAugment, about 0 to 20; off if not given."""
+    """Magnitude of RandAugment, up to about 20; 0 or null is off."""
     randaugment_layers: Annotated[int, Rule(strict=True, ge=1, le=16)] = 2
     """RandAugment operations per image."""
     random_erasing: Fraction = 0.0

@@ -189,7 +189,8 @@ def _open_splits(settings: DataSettings) -> tuple[dict[str, Source], list[str]]:
     notes, names = notes_of(splits), splits["train"].class_names
     if settings.exclude is not None:
         drops, before = read_exclude_list(settings.exclude), sum(map(len, splits.values()))
-        for name in splits.keys() - {"test"}:  # the test split is never subsampled
+        # The test split is never subsampled; the list may be of the training images alone.
+        for name in splits.keys() & drops.splits.keys() - {"test"} or {"train"}:
             splits[name] = exclude(splits[name], drops, name)
         left_out = before - sum(map(len, splits.values()))
         notes.append(f"left out {plural(left_out, 'image')} by {settings.exclude}")
@@ -268,7 +269,7 @@ class Augmentation:
         strengths = {kind: getattr(settings, kind) for kind in kinds}
         if any(strengths.values()):
             pixels = warp(pixels, random, **strengths)
-        if settings.randaugment is not None:
+        if settings.randaugment:
             pixels = randaugment(pixels, settings.randaugment, random, settings.randaugment_layers)
         if settings.random_erasing:
             pixels = random_erasing(pixels, random, settings.random_erasing)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from allmlp.errors import UserError, one_of
 from allmlp.training.config import AugmentSettings, NoCrop, Sigmoid, Softmax, TrainConfig
+
+if TYPE_CHECKING:
+    from allmlp.data.source import Source
 
 Settings = dict[str, Any]  # that differ from the defaults of `TrainConfig`
 
@@ -288,6 +291,15 @@ def for_multi_label(config: TrainConfig) -> TrainConfig:
         what += " and only the softmax of one label has label smoothing"
         raise UserError(what, where="loss", fix="loss=sigmoid", code="multi-label")
     return config.with_value("loss", "sigmoid")
+
+
+def for_data(config: TrainConfig, images: Source) -> TrainConfig:
+    """Returns the settings for the kind of the data: several labels per image, rows of arrays."""
+    from allmlp.data.source import array_shape  # numpy, which --help does not need
+
+    config = for_multi_label(config) if images.is_multi_label else config
+    shape = array_shape(images)
+    return config if shape is None else for_arrays(config, shape)
 
 
 def for_arrays(config: TrainConfig, shape: tuple[int, int, int]) -> TrainConfig:

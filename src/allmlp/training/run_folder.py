@@ -54,6 +54,8 @@ def config_of(run: str | Path) -> TrainConfig:
     if not path.is_file():
         what = "there is no such run folder" if not folder.exists() else "not a run folder"
         fix = "Give a folder that mixer train or mixer finetune wrote"
+        if (folder / "results.jsonl").exists():
+            fix = "It holds a study, which the command that began it resumes"
         raise UserError(f"{what}: it has no config.json", where=folder, fix=fix, code="no-run")
     values = read_json(path, "not valid JSON")
     if not isinstance(values, dict) or "recipe" not in values:

@@ -25,7 +25,7 @@ from allmlp.data.loader import (
     training_batches,
 )
 from allmlp.data.sampler import Order, step_generator
-from allmlp.data.source import BadImage, array_shape, check_one_label
+from allmlp.data.source import BadImage, check_one_label
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import read_from
 from allmlp.data.transforms import check_input, normalize
@@ -51,7 +51,7 @@ from allmlp.training.dataset import Augmentation, Splits, check_number_bad, open
 from allmlp.training.loggers import Logger, Loggers, tracker
 from allmlp.training.model import build_model, head_of
 from allmlp.training.optim import check_warmup, state_copies
-from allmlp.training.recipes import for_arrays, for_multi_label, recipe
+from allmlp.training.recipes import for_data, recipe
 from allmlp.training.report import (
     TrainResult,
     announce,
@@ -221,10 +221,7 @@ def _open(
             fix = f"Was it moved? mixer train --resume {path} --data WHERE_IT_IS"
             raise UserError(error.what, where=error.where, fix=fix) from error
         raise
-    if splits.train.is_multi_label:
-        config = for_multi_label(config)
-    if (shape := array_shape(splits.train)) is not None:
-        config = for_arrays(config, shape)
+    config = for_data(config, splits.train)
     if config.data.balance == "sampler":
         check_one_label([splits.train], "balance=sampler")
     if splits.validation is not None and config.data.fold is None:
@@ -533,7 +530,7 @@ class Trainer:
         self.report.say(
             f"{text}   {state.seconds:6.1f} s{'   best' * (is_best and not keeps_last)}"
         )
-        if state.is_out_of_patience:
+        if state.is_out_of_patience and state.step < self.run.num_steps:
             self.report.say(f"stopped early: no better result in {config.patience} evaluations")
         self.last_line = time.perf_counter() - self.started
         return is_best

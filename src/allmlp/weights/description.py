@@ -102,7 +102,11 @@ def _written(file: WeightsFile) -> tuple[Json, str]:
         # mismatched pair. A description by hand, by timm or an older version has no fingerprint.
         known = beside.get("weights")
         own = known if carried is None else carried.get("weights")
-        if known is None or known == (fingerprint(file.path) if file.container == "npz" else own):
+        is_ours = carried is None or is_format(beside.get("format"), NAME)
+        is_same = known is None or known == (
+            fingerprint(file.path) if file.container == "npz" else own
+        )
+        if is_ours and is_same:
             return beside, str(path)
     return ({}, "") if carried is None else (carried, in_header)
 

@@ -106,10 +106,15 @@ def open_arrays(spec: SourceSpec, labels: bool) -> dict[str, Records]:
         fix = "Call them y (.npz), NAME_labels.npy or NAME.csv (beside NAME.npy) or #label=NAME"
         raise UserError("the rows have no labels", where=spec.source, fix=fix, code="missing")
     for split, name, values, columns in parts:
-        for column, cells in columns.items():
-            if len(cells) != len(values):
-                what = f"{plural(len(values), 'row')}, and {len(cells):,} values of {column}"
-                raise UserError(what, where=name, fix="Give every row one", code="lengths")
+        unused = []
+        for column, cells in [*columns.items()]:
+            if np.shape(cells)[:1] != (len(values),):
+                if column in _Y or column in spec.options.values():
+                    shape = "x".join(map(str, np.shape(cells))) or "one value"
+                    what = f"{plural(len(values), 'row')}, and {shape} of {column}"
+                    raise UserError(what, where=name, fix="Give every row one", code="lengths")
+                del columns[column]
+                unused.append(column)
         images = ArrayRows(values, name)
 
         def cells_of(column: str, columns: Any = columns, name: str = name) -> RawLabels:
@@ -123,6 +128,7 @@ def open_arrays(spec: SourceSpec, labels: bool) -> dict[str, Records]:
         channels, height, width = images.shape
         note = f"rows of {plural(channels, 'channel')} of {height}x{width} numbers"
         note += "; are channels last in the file? They come second" * (channels > width)
+        note += f"; not used, as not of one value per row: {', '.join(unused)}" if unused else ""
         for key, records in own.items():
             notes = (note, *records.notes)
             found[key] = replace(records, notes=notes, prepare=images.check_finite)
@@ -146,7 +152,8 @@ def _parts(spec: SourceSpec) -> list[Part]:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         what, fix = f"cannot read the arrays: {str(error)[:200]}", "Write the file again"
         if "bject" in str(error):  # Object arrays cannot be loaded, Python objects in dtype
-            what, fix = "the rows are Python objects, such as sequences of several lengths", _PAD
+            what = "the rows or labels are Python objects, such as sequences of several lengths"
+            fix = f"{_PAD}; store text labels as y.astype(str)"
         raise UserError(what, where=path, fix=fix, code="damaged") from error
 
 

@@ -48,7 +48,7 @@ class Rows:
         """Returns the cells of a column as text; an empty one is an error."""
         raw = self.cells(column)
         texts = ["" if value is None else str(value).strip() for value in raw.values]
-        if "" in texts:
+        if "" in texts and role != FOLD:  # test images need none
             row = int(np.flatnonzero(raw.codes == texts.index(""))[0])
             fix = f"Give every row one, or choose another {role}"
             raise UserError(f"the {role} is empty", where=self.where(row), fix=fix)
@@ -116,12 +116,21 @@ def _splits(rows: Rows, column: str) -> np.ndarray:
     return np.array([numbers[str(meaning[text])] for text in texts])
 
 
+def _is_hot(raw: RawLabels) -> bool:
+    return all(str(value).strip().casefold() in _ZERO_ONE for value in raw.values)
+
+
 def _label_columns(spec: SourceSpec, rows: Rows, rest: Sequence[str]) -> list[str]:
     """Returns the label column, or the columns of 0 and 1 in label=A|B|C."""
     given = spec.options.get("label", "")
     likely = [name for name in rows.label_columns if name in rest]
     others = [name for name in rest if not re.search(_SPLITS_OR_GROUPS, name)]
     if rows.may_be_hot and not (likely or given) and len(others) > 1:
+        unclear = [name for name in rest if name not in others and _is_hot(rows.cells(name))]
+        if unclear:
+            every = "|".join(name for name in rest if name in others or name in unclear)
+            what = f"columns of 0 and 1 that may be classes or not: {', '.join(unclear)}"
+            raise UserError(what, where=rows.file, fix=f"Name the classes: #label={every}")
         return others
     named = [given] if "|" not in given or given in rows.names else given.split("|")
     if len(set(named)) < len(named):

@@ -18,12 +18,15 @@ from allmlp.data.classes import RawLabels
 from allmlp.data.fingerprint import own_names
 from allmlp.data.image import EncodedImage
 from allmlp.data.source import (
+    FOLD,
+    GROUP,
     BadImage,
     ByteRanges,
     PackedBytes,
     PackedStrings,
     Source,
     check_one_label,
+    values_of,
 )
 from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec
 from allmlp.errors import UserError, between
@@ -181,6 +184,12 @@ def pack_splits(
     from filelock import FileLock
 
     check_one_label(splits.values(), "packed data")
+    for source in splits.values():
+        for role in (GROUP, FOLD):
+            if values_of(source, role) is not None:
+                what = f"packed data has no place for the {role} of each image"
+                fix = f"Train on the data itself, or leave the column of {role}s out"
+                raise UserError(what, where=source.name, fix=fix, code="groups")
     between("shard_bytes", shard_bytes, 1, 2**31 - 1)  # 32-bit offsets
     _pyarrow(folder)
     check_output_folder(folder)

@@ -17,7 +17,7 @@ let session = null;
 
 async function describe(say) {
   try {
-    const { metadata, ...about } = await (await fetch("model.json")).json();
+    const { metadata, ...about } = await (await fetch("model.json", { cache: "no-cache" })).json();
     say(`Loading the model, ${megabytes(about.bytes)} ...`);
     const { architecture, precision } = JSON.parse(metadata.allmlp);
     model = {
@@ -30,7 +30,7 @@ async function describe(say) {
       decision: JSON.parse(metadata.decision ?? "{}"),
       hint: "JPEG, PNG, WebP, GIF and whatever else this browser shows",
     };
-    session = await ort.InferenceSession.create("model.onnx");
+    session = await ort.InferenceSession.create(`model.onnx?${about.sha256}`);
   } catch (error) {
     throw new Error(`The model cannot be loaded: ${error.message}`);
   }

@@ -29,12 +29,12 @@ async function ask(address, files, signal) {
 }
 
 async function describe() {
-  about = await ask("/model");
+  about = await ask("model");
   const { formats, image_bytes: most } = about.limits;
   about.hint = `${formats.join(", ")}; up to ${megabytes(most)} each`;
   $("privacy").innerHTML =
     "Images stay on the machine that runs <code>mixer serve</code>; none is kept.";
-  $("curl").textContent = `curl -F images=@photo.jpg ${location.origin}/predict`;
+  $("curl").textContent = `curl -F images=@photo.jpg ${new URL("predict", location.href)}`;
   $("programs").hidden = false;
   const layers = about.units.layers;
   $("layer").append(make("option", { value: "", textContent: "the first three" }));
@@ -69,13 +69,13 @@ function groups(files) {
   return found;
 }
 
-const classify = (group) => ask("/predict", group);
+const classify = (group) => ask("predict", group);
 
 async function explain(item, signal) {
   const layer = $("layer").value;
   await section("units", about.units.note, "Reading the units ...", async () => {
     item.units ??= {};
-    item.units[layer] ??= await ask(`/units${layer && `?layer=${layer}`}`, [item], signal);
+    item.units[layer] ??= await ask(`units${layer && `?layer=${layer}`}`, [item], signal);
     signal.throwIfAborted();
     drawUnits(item.units[layer], item.name);
     return "";
@@ -83,7 +83,7 @@ async function explain(item, signal) {
   if (signal.aborted) return;
   const covered = count(about.occlusion.covered_images, "covered image");
   await section("occlusion", about.occlusion.note, `Computing ${covered} ...`, async () => {
-    item.occlusion ??= await ask("/occlusion", [item], signal);
+    item.occlusion ??= await ask("occlusion", [item], signal);
     signal.throwIfAborted();
     return drawOcclusion(item);
   });
