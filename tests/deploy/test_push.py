@@ -116,6 +116,16 @@ def test_errors_are_one_message_and_change_nothing(
     assert hub.large == {}
 
 
+def test_two_examples_of_one_name(hub: Hub, tmp_path: Path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        draw(1).save(tmp_path / name / "1.png")
+    examples = tuple(tmp_path / name / "1.png" for name in "ab")
+    with pytest.raises(am.UserError) as caught:
+        am.push(tiny_model(["a", "b"]), "me/x", examples=examples)
+    assert caught.value.code == "conflict"
+
+
 def test_without_a_network(hub: Hub, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(am.UserError) as error:

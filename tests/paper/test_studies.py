@@ -66,6 +66,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[am.TrainConfig]:
     def few_shots(model: str, options: Any) -> Any:
         config = configs[-1]
         mean = 0.1 + 0.2 * config.data.fraction + 0.02 * config.seed
+        mean += 0.3 * (options.shots != (2,))
         deviation = 0.03 if len(options.seeds) > 1 else None
         found = {"mean": lambda shots: mean, "deviation": lambda shots: deviation}
         return [SimpleNamespace(**found, notes=["dog has 4"])]
@@ -127,6 +128,12 @@ def test_an_interrupted_study_resumes_and_is_written_as_a_whole(
     pixels = np.asarray(Image.open(place / "study" / "data_scale.png").convert("L"))
     assert pixels.std() > 5
     assert "<svg" in (place / "study" / "data_scale.svg").read_text()
+
+
+def test_other_few_shot_data_is_measured_again(place, asked):
+    first, again = run(place), run(place, shots=1)
+    found = [[row["few_shot"] for row in study.rows] for study in (first, again)]
+    assert found[1] == pytest.approx([value + 0.3 for value in found[0]])
 
 
 def test_validation_is_the_same_for_all(place, asked):

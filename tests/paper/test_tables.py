@@ -124,6 +124,15 @@ def test_throughput_joins_the_accuracy_of_the_same_shape_alone(tmp_path, drawn):
     assert len(drawn["throughput"]) == 2
 
 
+def test_several_labels_per_image(tmp_path, drawn):
+    several = small_evaluation(mean_average_precision=0.5)
+    del several["top1"]
+    found = made(tmp_path, m=several)
+    assert found.left_out == []
+    (row,) = ours(found, "Accuracy on other data")
+    assert row["mAP"] == "50.00"
+
+
 def test_few_shot(tmp_path, drawn):
     (row,) = ours(made(tmp_path, f=few_shot()), "Few-shot accuracy")
     assert list(row) == ["model", "data", "1-shot", "5-shot", "how"]

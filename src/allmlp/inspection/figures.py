@@ -189,14 +189,14 @@ def occlusion_figure(pixels: Pixels, result: Occlusion, title: str = "") -> Figu
         figure.suptitle(escape(title), fontsize=8, fontweight="bold")
     whole, under, alone = figure.subplots(1, 3)
     show(whole, pixels)
-    whole.set_title(escape(f"predicted: {result.name}, {result.probability:.1%}"), fontsize=7)
+    whole.set_title(f"predicted: {shorten(result.name)}, {result.probability:.1%}", fontsize=7)
     show(under, blend(pixels, drop, largest))
     window = f"{result.window}x{result.window} patches"
     under.set_title(f"covered by a grey window of\n{window}", fontsize=7)
     mesh = _show_map(alone, drop, pixels, DIVERGING, -largest, largest)
     alone.set_title("mean over the windows\nthat cover a patch", fontsize=7)
     bar = figure.colorbar(mesh, ax=alone, shrink=0.82, pad=0.04)
-    bar.set_label(escape(f"drop of p({result.name}), points"), fontsize=6.5)
+    bar.set_label(f"drop of p({shorten(result.name)}), points", fontsize=6.5)
     bar.ax.tick_params(labelsize=6)
     return figure
 

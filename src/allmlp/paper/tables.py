@@ -26,6 +26,7 @@ from allmlp import page as html
 from allmlp.console import Reporter
 from allmlp.errors import UserError, plural
 from allmlp.evaluation.imagenet_real import IMAGES
+from allmlp.evaluation.metrics import main_of
 from allmlp.evaluation.result_file import read_measurement
 from allmlp.io import atomic_write, check_not_inputs, check_output_folder, expand, parse_json
 from allmlp.models.catalog import architecture_name, config_from_json, config_to_json, create_model
@@ -243,10 +244,16 @@ def _contribute(one: Measured) -> Iterator[tuple[str, Cells]]:
     """Yields (section, cells) of our tables; stores the accuracy and the speeds."""
     values = one.values
     evaluation = values if one.kind == "evaluation" else values.get("evaluation")
-    if evaluation is not None:
+    if evaluation is not None and "top1" not in evaluation:  # of several labels per image
+        main = main_of(evaluation)
+        row: Cells = {"model": str(one.model.get("name")), "data": str(evaluation["data"])}
+        row |= {"source": str(one.model.get("source") or one.path)}
+        row |= {"images": f"{evaluation['images']:,}", main.title: percent(evaluation[main.name])}
+        yield _OTHER, row
+    elif evaluation is not None:
         one.accuracy = found = _accuracy(one, evaluation)
         if found["not_imagenet"] is not None:
-            row: Cells = {name: found[name] for name in ("model", "source", "data", "px")}
+            row = {name: found[name] for name in ("model", "source", "data", "px")}
             row |= {"images": f"{evaluation['images']:,}", "top-1": percent(found["top1"])}
             yield _OTHER, {**row, "device-days": _days(found)}
     if one.kind == "throughput":

@@ -189,6 +189,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         loaded = inner[0] if inner else loaded
     values = loaded if isinstance(loaded, Mapping) else {}
     tensors = {str(key): value for key, value in values.items() if isinstance(value, Tensor)}
+    tensors.pop("n_averaged", None)  # of torch's AveragedModel, beside "module."
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise UserError(f"{name} is not a plain array of numbers", where=path)
