@@ -120,7 +120,7 @@ def test_two_examples_of_one_name(hub: Hub, tmp_path: Path):
     for name in "ab":
         (tmp_path / name).mkdir()
         draw(1).save(tmp_path / name / "1.png")
-    examples = tuple(tmp_path / name / "1.png" for name in "ab")
+    examples = tuple(str(tmp_path / name / "1.png") for name in "ab")
     with pytest.raises(am.UserError) as caught:
         am.push(tiny_model(["a", "b"]), "me/x", examples=examples)
     assert caught.value.code == "conflict"

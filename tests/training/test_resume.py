@@ -83,6 +83,12 @@ def test_a_resumed_run_repeats_the_bits(data: Path, straight: Path, tmp_path: Pa
 
 
 @unix
+def test_a_dry_run_of_a_finished_run_has_nothing_to_do(data: Path, straight: Path):
+    config = run_config(data, straight, **DROPOUT)
+    assert am.train(config, quiet=True, dry_run=True).expected_seconds is None
+
+
+@unix
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_other_runs_repeat_the_bits(data: Path, tmp_path: Path, case: str):

@@ -184,6 +184,10 @@ def train(
         state = stack.enter_context(RunState(run, model))
         if not dry_run:
             state.begin(details, is_old)
+        elif is_old:  # the time of what is left
+            done = (int(saved.name[5:]) for saved in path.glob("checkpoints/step-*"))
+            state.step = max(done, default=0)
+            state.finished = state.step >= num_steps
         trainer = Trainer(run, state)
         with ending_at_once(end if dry_run else trainer.end):
             seconds = None if quiet and not dry_run else trainer.expected_seconds()
