@@ -201,7 +201,7 @@ def test_free_memory_is_that_of_the_container(monkeypatch, tmp_path):
     files = {
         "max": "1000000\n",
         "current": "700000\n",
-        "stat": "anon 600000\ninactive_file 100000\n",
+        "stat": "anon 600000\nactive_file 60000\ninactive_file 40000\n",
     }
     for name, text in files.items():
         (tmp_path / f"memory.{name}").write_text(text)

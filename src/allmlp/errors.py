@@ -111,7 +111,8 @@ def needs(given: Mapping[str, Any], name: str, value: Any) -> None:
 
 def exclusive(**given: Any) -> None:
     """Checks that at most one of these options is set (not None, False or empty)."""
-    names = [name for name, value in given.items() if value not in (None, False, ())]
+    unset = (None, False, ())
+    names = [name for name, value in given.items() if not any(value is one for one in unset)]
     if len(names) > 1:
         what = f"{' and '.join(names)} exclude each other"
         raise UserError(what, fix="Give one of them", code="conflict")

@@ -126,7 +126,7 @@ def test_train_evaluate_predict(capsys, class_folder, tmp_path):
         ("train --set optimizer.lr=1", "unknown setting 'optimizer.lr'"),
         ("train scratch", "the recipe needs data"),
         ("train --model mixer_b16", "image size 8x8 is not divisible by the patch size 16"),
-        ("train --holdout 0.2", "holdout 0.2 has no effect"),
+        ("train --holdout 0.2", "holdout 0.2, but the data has"),
         ("evaluate nowhere --data digits", "no such model: 'nowhere'"),
         ("evaluate RUN --data nowhere", "no such data: 'nowhere'"),
         ("evaluate RUN --data ANIMALS", "unknown to the model: 'ant', 'bee', 'cat'"),

@@ -149,7 +149,7 @@ def test_what_is_accepted(images: Path, tmp_path_factory: pytest.TempPathFactory
     name = write(elsewhere, f"path,label\n{images / 'a' / '0.png'},x\n")
     assert open_source(name).read(0) == (images / "a" / "0.png").read_bytes()
     name = write(images, "path,label\na/0.png,x\na/1.png,y\na/0.png,x\n")
-    assert any("1 row of list.csv repeat" in note for note in notes_of(open_splits(name)))
+    assert any("twice in 1 row of list.csv" in note for note in notes_of(open_splits(name)))
     name = write(images, "path,label\na/0.png,1\na/1.png,-1\n")
     assert open_source(name).class_names == ["-1", "1"]
 

@@ -85,7 +85,7 @@ def test_what_the_optimizer_needs_is_counted_before_the_run(old, tmp_path, capsy
 def test_memory_that_cannot_be_had(capsys, monkeypatch, ask):
     with pytest.raises(am.UserError, match="not enough memory") as caught, named_memory_errors():
         ask()
-    assert "--batch-size" in str(caught.value.fix)
+    assert "batch_size" in str(caught.value.fix)
     monkeypatch.setattr("allmlp.cli.main.parse", lambda *_: ask())
     code, out, err = mixer(capsys, "models")
     assert (code, out, err.count("error: "), err.count("Traceback")) == (2, "", 1, 0)

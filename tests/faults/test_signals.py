@@ -136,7 +136,7 @@ def test_torchrun_passes_on_a_signal_that_came_already(data, straight, tmp_path)
     process.send(signal.SIGTERM)
     proceed.touch()
     assert process.wait() == 130
-    assert "stopped at once" not in process.said()
+    assert "stopped immediately" not in process.said()
     assert "stopped after step 17 of 30" in process.said()
     check_same(train(config), straight)
 

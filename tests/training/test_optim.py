@@ -234,6 +234,7 @@ def test_muon_moves_the_hidden_matrices_only_and_as_far_as_adam():
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_muon_in_float32_is_that_of_pytorch_up_to_bfloat16(nesterov: bool):
+    torch.manual_seed(0)
     start = [torch.randn(shape) for shape in ((8, 24), (24, 8), (12, 12))]
     pairs = [[nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2)]
     options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.5, "momentum": 0.9}

@@ -377,9 +377,12 @@ def with_bfloat16_products(net: nn.Module) -> nn.Module:
     """
     half = copy.deepcopy(net)
     head = getattr(getattr(half, "model", half), "head", None)
+    exact = set() if head is None else {*head.modules()}  # rounded logits would tie too often
     for module in half.modules():
-        if module is head:  # rounded logits would be equal too often
+        if module is head:
             module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
+        elif module in exact:
+            continue
         elif isinstance(module, nn.Linear) or getattr(module, "half_products", False):
             module.to(torch.bfloat16)
             module.register_forward_pre_hook(

@@ -244,7 +244,8 @@ def _contribute(one: Measured) -> Iterator[tuple[str, Cells]]:
     """Yields (section, cells) of our tables; stores the accuracy and the speeds."""
     values = one.values
     evaluation = values if one.kind == "evaluation" else values.get("evaluation")
-    if evaluation is not None and "top1" not in evaluation:  # of several labels per image
+    of_several = {"mean_average_precision", "micro_f1"} & {*(evaluation or ())}
+    if evaluation is not None and of_several and "top1" not in evaluation:
         main = main_of(evaluation)
         row: Cells = {"model": str(one.model.get("name")), "data": str(evaluation["data"])}
         row |= {"source": str(one.model.get("source") or one.path)}

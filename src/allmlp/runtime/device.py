@@ -413,7 +413,8 @@ def _left_in_group(group: Path) -> int | None:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         lines = (group / "memory.stat").read_text().splitlines()
         statistics = dict(line.split() for line in lines)
-        return max(0, limit - used + int(statistics["inactive_file"]))  # cached files make room
+        cached = sum(int(statistics[f"{kind}_file"]) for kind in ("active", "inactive"))
+        return max(0, limit - used + cached)  # cached files make room
     except (OSError, ValueError, KeyError):
         return None
 

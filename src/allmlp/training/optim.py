@@ -177,7 +177,8 @@ def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.
 
 
 class Float32Muon(torch.optim.Muon):
-    """PyTorch's Muon with the Newton-Schulz iterations in float32 instead of bfloat16.
+    """PyTorch's Muon with the Newton-Schulz iterations in float32 instead of bfloat16, and always
+    with the scale "match_rms_adamw".
 
     Without bfloat16 instructions PyTorch's takes longer than the rest of a step of a small model.
     """
@@ -189,7 +190,9 @@ class Float32Muon(torch.optim.Muon):
             rate, momentum = group["lr"], group["momentum"]
             for weight in (p for p in group["params"] if p.grad is not None):
                 state = self.state[weight]
-                average = state.setdefault("momentum_buffer", torch.zeros_like(weight))
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                average = state["momentum_buffer"]
                 average.lerp_(weight.grad, 1 - momentum)
                 x = weight.grad.lerp(average, momentum) if group["nesterov"] else average
                 is_tall = x.shape[0] > x.shape[1]

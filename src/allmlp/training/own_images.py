@@ -94,7 +94,7 @@ def _run_of(model: str | None) -> tuple[Path, TrainConfig] | None:
     ):
         with contextlib.suppress(*_UNKNOWN):
             study = parse_json((path / file).read_bytes())
-            path /= study.get("run") or run_of(study)  # earlier versions named no run
+            path /= study["run"] if "run" in study else run_of(study)  # as earlier versions
     try:
         return path, config_of(path)
     except UserError:

@@ -185,9 +185,9 @@ def train(
         if not dry_run:
             state.begin(details, is_old)
         elif is_old:  # the time of what is left
-            done = (int(saved.name[5:]) for saved in path.glob("checkpoints/step-*"))
-            state.step = max(done, default=0)
-            state.finished = state.step >= num_steps
+            newest = state.checkpoints.peek()
+            if newest is not None:
+                state.step, state.finished = newest.step, newest.values["finished"]
         trainer = Trainer(run, state)
         with ending_at_once(end if dry_run else trainer.end):
             seconds = None if quiet and not dry_run else trainer.expected_seconds()

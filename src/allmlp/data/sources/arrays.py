@@ -108,10 +108,11 @@ def open_arrays(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     for split, name, values, columns in parts:
         unused = []
         for column, cells in [*columns.items()]:
-            if np.shape(cells)[:1] != (len(values),):
+            shape = cells.shape if isinstance(cells, np.ndarray) else (len(cells),)
+            if shape[:1] != (len(values),):
                 if column in _Y or column in spec.options.values():
-                    shape = "x".join(map(str, np.shape(cells))) or "one value"
-                    what = f"{plural(len(values), 'row')}, and {shape} of {column}"
+                    number = "x".join(map(str, shape)) or "one"
+                    what = f"{plural(len(values), 'row')}, and {number} values of {column}"
                     raise UserError(what, where=name, fix="Give every row one", code="lengths")
                 del columns[column]
                 unused.append(column)

@@ -130,7 +130,9 @@ def _label_columns(spec: SourceSpec, rows: Rows, rest: Sequence[str]) -> list[st
         if unclear:
             every = "|".join(name for name in rest if name in others or name in unclear)
             what = f"columns of 0 and 1 that may be classes or not: {', '.join(unclear)}"
-            raise UserError(what, where=rows.file, fix=f"Name the classes: #label={every}")
+            raise UserError(
+                what, where=rows.file, fix=f"Name the classes, without what is none: #label={every}"
+            )
         return others
     named = [given] if "|" not in given or given in rows.names else given.split("|")
     if len(set(named)) < len(named):

@@ -63,8 +63,10 @@ def open_list(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     found = open_rows(spec, rows, labels)
     if labels:
         for split, number in _check_repeats(found, paths, path.parent, where).items():
-            note = f"{plural(number, 'row')} of {path.name} repeat an image: holdouts and folds "
-            note += "may have it on both sides"
+            if GROUP in spec.options:  # which may keep them together
+                continue
+            note = f"an image is there twice in {plural(number, 'row')} of {path.name}: holdouts "
+            note += "and folds may have it on both sides"
             found[split] = replace(found[split], notes=(*found[split].notes, note))
     return found
 
