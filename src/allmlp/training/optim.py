@@ -160,8 +160,8 @@ def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.
                 raise UserError(what, fix="optimizer=adamw")
             options = {"lr": rate, "weight_decay": settings.weight_decay, "nesterov": True}
             options |= {"momentum": settings.momentum, "adjust_lr_fn": "match_rms_adamw"}
-            on_cpu = hidden[0].device.type == "cpu"
-            optimizers.append((Float32Muon if on_cpu else torch.optim.Muon)(hidden, **options))
+            kind = torch.optim.Muon if hidden[0].is_cuda else Float32Muon
+            optimizers.append(kind(hidden, **options))
         groups: list[dict[str, Any]] = [
             {
                 "params": [p for name, p in trained.items() if is_kernel(name, p) == decays],
