@@ -349,8 +349,7 @@ def preprocessing_of(model: Classifier) -> Preprocessing:
         return model.preprocessing
     size, channels = model.config.image_size, model.config.in_channels
     if channels not in (1, 3):  # not an image
-        plain: dict[str, Any] = {"mean": 0.0, "std": 1.0, "kind": "arrays"}
-        return Preprocessing(image_size=size, channels=channels, **plain)
+        return Preprocessing(image_size=size, channels=channels, mean=0.0, std=1.0, kind="arrays")
     return Preprocessing(image_size=size, channels=channels)
 
 

@@ -151,8 +151,7 @@ class Checkpoints:
 
     def peek(self) -> Checkpoint | None:
         """Returns the newest checkpoint without its checksum verified; changes nothing."""
-        found = (verify(path, deep=False) for path in self._folders())
-        return self._world.broadcast_from_rank0(lambda: next(found, None))
+        return self._world.broadcast_from_rank0(lambda: next(self._readable(), None))
 
     def load(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
         """Fills the tensors in place; names, shapes and dtypes must match the checkpoint."""
@@ -208,14 +207,10 @@ class Checkpoints:
     def _retain(self, newest: Path) -> None:
         """Removes complete checkpoints that are neither among the newest nor the newest best."""
         known, best = [], None
-        for path in self._folders():
-            try:
-                found = verify(path, deep=False)  # the checksum was verified when written or found
-            except UserError:
-                continue  # not counted; replaced when the run reaches its step
-            if path.name not in self._damaged:
-                known.append(path)
-                best = best or (path if found.is_best else None)
+        for found in self._readable():  # the checksum was verified when written or found
+            if found.path.name not in self._damaged:
+                known.append(found.path)
+                best = best or (found.path if found.is_best else None)
         for path in known:
             if path not in (newest, best, *known[: self._keep]):
                 _remove(path)
@@ -236,6 +231,12 @@ class Checkpoints:
                 self._damaged.add(path.name)
                 self._say(f"Skipped the checkpoint {path.name}: {error.where}: {error.what}")
         return None
+
+    def _readable(self) -> Iterator[Checkpoint]:
+        """Yields those with a good manifest, newest first; others are replaced at their step."""
+        for path in self._folders():
+            with contextlib.suppress(UserError):
+                yield verify(path, deep=False)
 
     def _folders(self) -> list[Path]:
         """Returns the folders under final names, newest first."""
