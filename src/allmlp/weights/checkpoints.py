@@ -59,16 +59,16 @@ def _read() -> list[Checkpoint]:
     text = files("allmlp.weights").joinpath("checkpoints.toml").read_text(encoding="utf-8")
     found = []
     for publisher in tomllib.loads(text).values():
-        for file in publisher.pop("files"):
+        for name, file in publisher.pop("files").items():
             fields = {"num_classes": 1000, **publisher, **file}
             # "file" and "tag" are parts of the URLs.
-            parts = {name: fields.pop(name, "") for name in ("file", "tag")}
-            for name in fields.keys() & {"url", "hub"}:
-                fields[name] = fields[name].format(**parts)
-            config = architectures()[fields["name"].partition(".")[0]]
+            parts = {key: fields.pop(key, "") for key in ("file", "tag")}
+            for key in fields.keys() & {"url", "hub"}:
+                fields[key] = fields[key].format(**parts)
+            config = architectures()[name.partition(".")[0]]
             own = family_of(config).published_preprocessing(config)
             preprocessing = replace(own, **fields.pop("preprocessing", {}))
-            found.append(Checkpoint(preprocessing=preprocessing, **fields))
+            found.append(Checkpoint(name=name, preprocessing=preprocessing, **fields))
     return found
 
 
