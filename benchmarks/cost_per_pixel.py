@@ -59,7 +59,7 @@ def measure(precision: str | None, options: argparse.Namespace) -> dict[str, Any
         batch = max(1, round(options.batch_size * (options.sizes[0] / size) ** 2))
         model = model_of(options.model, size, own.tokens_mlp_dim, blocks)
         pixels = torch.randint(0, 256, (batch, size, size, 3), generator=random).byte()
-        predictor = Predictor(model, precision=precision, default_precision="auto")
+        predictor = Predictor(model, precision=precision or "auto")
         sides[size] = (predictor, pixels.permute(0, 3, 1, 2))
         computed = predictor.precision
     times: dict[int, list[float]] = {size: [] for size in sides}

@@ -49,7 +49,7 @@ def ours(job: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     pixels = torch.from_numpy(np.load(Path(job["folder"]) / "pixels.npy"))
     # channels last in memory, as the loader's batches are
     pixels = pixels.contiguous(memory_format=torch.channels_last)
-    predictor = Predictor(model, precision=job["precision"], default_precision="auto")
+    predictor = Predictor(model, precision=job["precision"] or "auto")
 
     def run() -> np.ndarray:
         return predictor.logits(pixels).numpy()

@@ -65,7 +65,7 @@ def speed(arguments: argparse.Namespace) -> None:
     source = open_source(arguments.data)
     source = repeated(source, arguments.images or len(source))
     options = {"batch_size": arguments.batch_size, "num_workers": arguments.workers}
-    predictor = Predictor(model, precision=arguments.precision, default_precision="auto", **options)
+    predictor = Predictor(model, precision=arguments.precision or "auto", **options)
     with tempfile.TemporaryDirectory() as folder:
         everything = PredictOptions(
             output=Path(folder) / "predictions.csv",

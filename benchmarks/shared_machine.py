@@ -84,7 +84,7 @@ def predicting(work: str, setting: str) -> Rate:
     else:
         model = am.create_model(small.name, small.image_size, 10, **small.overrides)
     model.class_names = [str(number) for number in range(10)]
-    predictor = Predictor(model, default_precision="auto")
+    predictor = Predictor(model, precision="auto")
     values = row_values(predictor, choose_columns(model))
     pixels = torch.randint(0, 256, (batch, 3, *model.config.image_size), dtype=torch.uint8)
 

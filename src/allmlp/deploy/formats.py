@@ -92,9 +92,8 @@ def info_of(model: ImageClassifier, precision: str, *, uint8_input: bool) -> Exp
 def to_text(info: ExportInfo) -> dict[str, str]:
     """Serializes the metadata to text entries."""
     (height, width), channels = info.preprocessing.image_size, info.preprocessing.channels
-    shape = f"float32 (N, {channels}, {height}, {width}), (pixels / 255 - mean) / std"
-    if info.preprocessing.kind == "arrays":
-        shape = f"float32 (N, {channels}, {height}, {width}), (numbers - mean) / std"
+    values = "numbers" if info.preprocessing.kind == "arrays" else "pixels / 255"
+    shape = f"float32 (N, {channels}, {height}, {width}), ({values} - mean) / std"
     if info.uint8_input:
         shape = f"uint8 (N, {height}, {width}, {channels}), pixels from 0 to 255"
     own = {

@@ -117,15 +117,10 @@ def to_bfloat16(model: Any) -> Any:
             continue
         values = torch.from_numpy(onnx.numpy_helper.to_array(constant).copy())
         bits = values.bfloat16().contiguous().view(torch.int16).numpy()
-        name = constant.name
-        constant.Clear()
-        constant.name = f"{name}_bfloat16"
-        constant.data_type = onnx.TensorProto.BFLOAT16
-        constant.dims.extend(values.shape)
-        constant.raw_data = bits.tobytes()
-        casts.append(
-            onnx.helper.make_node("Cast", [constant.name], [name], to=onnx.TensorProto.FLOAT)
-        )
+        name, half = constant.name, f"{constant.name}_bfloat16"
+        kind, shape = onnx.TensorProto.BFLOAT16, values.shape
+        constant.CopyFrom(onnx.helper.make_tensor(half, kind, shape, bits.tobytes(), raw=True))
+        casts.append(onnx.helper.make_node("Cast", [half], [name], to=onnx.TensorProto.FLOAT))
     nodes = list(graph.node)
     del graph.node[:]
     graph.node.extend([*casts, *nodes])

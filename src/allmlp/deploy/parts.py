@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -40,6 +39,7 @@ from allmlp.io import (
     atomic_write,
     check_output_file,
     check_output_folder,
+    csv_text,
     expand,
     read_json,
     remove_stale,
@@ -162,17 +162,16 @@ def _with_bad_images(
     batches: Iterable[Rows], output: Output, part: int, on_rows: Callable[[Rows], object]
 ) -> Iterator[Rows]:
     """Yields the batches of a part, then writes its bad images."""
-    file, index = io.StringIO(), output.images_of(part).start
-    writer = csv.writer(file, lineterminator="\n")
+    bad: list[tuple[object, ...]] = [("index", "path", "error")]
+    index = output.images_of(part).start
     for rows in batches:
-        bad = [(at, row.path, row.error) for at, row in enumerate(rows, index) if row.error]
-        writer.writerows(bad)
+        bad += [(at, row.path, row.error) for at, row in enumerate(rows, index) if row.error]
         index += len(rows)
         on_rows(rows)
         yield rows
-    path, text = output.part(part, "bad"), file.getvalue()
-    if text:
-        atomic_write(path, f"index,path,error\n{text}".encode(errors="surrogateescape"))
+    path = output.part(part, "bad")
+    if len(bad) > 1:
+        atomic_write(path, csv_text(bad))
     else:
         path.unlink(missing_ok=True)
 
@@ -236,7 +235,7 @@ def begin_parts(
         text = json.dumps({"format": _FORMAT, "version": _VERSION, **job}, indent=1) + "\n"
         with disk_errors(CANNOT_WRITE, folder):
             folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, text.encode(errors="surrogateescape"))
+            atomic_write(path, text)
     output = replace(output, images=number, part_size=size)
     existing = set(os.listdir(folder))
     missing = (part for part in range(output.parts) if output.part(part).name not in existing)

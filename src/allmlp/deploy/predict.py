@@ -105,8 +105,7 @@ def write_predictions(
     predictor = Predictor(
         net,
         device=None if net is model and options.device == "auto" else options.device,
-        precision=None if options.precision == "auto" else options.precision,
-        default_precision="auto",
+        precision=options.precision,
         batch_size=options.batch_size,
         num_workers=options.num_workers,
     )
@@ -211,9 +210,8 @@ class _Screen:
             if not self.world.is_main:
                 return Done({})  # even with bad images: torchrun would kill the main process
             bad, self.bad = read_bad(output)  # includes existing parts
-            say(
-                f"written  {output.path}: {plural(output.parts, 'part')}, {plural(number, 'image')}"
-            )
+            parts, images = plural(output.parts, "part"), plural(number, "image")
+            say(f"written  {output.path}: {parts}, {images}")
         elif output is None or output.path is not None:
             self._show_rows(output)
             if output is not None:

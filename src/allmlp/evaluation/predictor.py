@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,8 +56,8 @@ class Predictor:
     """A model prepared for inference over many batches.
 
     The weights are captured at construction; the model itself and its mode do not change. Defaults:
-    `device` is that of the model, `precision` is `default_precision`, and `preprocessing` is the
-    model's. The attribute `precision` is "float32" or "bfloat16", and `why` the reason for it.
+    `device` and `preprocessing` are the model's, and `precision` is float32. The attribute
+    `precision` is "float32" or "bfloat16", and `why` the reason for it.
     """
 
     def __init__(
@@ -67,7 +66,6 @@ class Predictor:
         *,
         device: str | None = None,
         precision: str | None = None,
-        default_precision: str = "float32",
         preprocessing: Preprocessing | None = None,
         batch_size: int = 64,
         num_workers: int | None = None,
@@ -78,7 +76,7 @@ class Predictor:
         self._inference: Inference | None = None
         if isinstance(model, ImageClassifier):
             self.model = to_device(model, device)
-            self.precision, self.why = choose_precision(self.model, precision, default_precision)
+            self.precision, self.why = choose_precision(self.model, precision)
             self._inference = Inference(self.model, self.precision)
         else:
             check_device_of_exported(device)
@@ -97,23 +95,18 @@ class Predictor:
         if self._inference is None:  # exported files take pixels
             are_arrays = self.preprocessing.kind == "arrays"
             return self.model(self._normalized(images) if are_arrays else images).float()
-        with self._few_threads(len(images)):
-            return self._inference.logits(self._normalized(images))
+        return self._inference.logits(self._normalized(images))
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
         """Returns the pooled features, float32 (N, C), on the device; `images` as in `logits`."""
         if self._inference is None:
             raise UserError(f"{self.model} gives logits, not features")
-        with self._few_threads(len(images)):
-            features = self._inference.features(self._normalized(images))
+        features = self._inference.features(self._normalized(images))
         if features.dim() != 2 or len(features) != len(images):
             what = f"features() gave {tuple(features.shape)} for {len(images)} images, not (N, C)"
             raise UserError(what, where=type(self.model).__name__)
         return features
-
-    def _few_threads(self, num_images: int) -> AbstractContextManager[None]:
-        return step_threads(self.device, self.model.config.flops * num_images)
 
     def _normalized(self, images: Tensor) -> Tensor:
         return normalize(images.to(self.device), self.preprocessing)
@@ -160,7 +153,8 @@ class Predictor:
         for batch in batches:
             values: Tensor | tuple[Tensor, ...] = ()
             if len(batch.labels):
-                with torch.inference_mode(), self._few_threads(len(batch.labels)):
+                operations = self.model.config.flops * len(batch.labels)
+                with torch.inference_mode(), step_threads(self.device, operations):
                     values = compute(batch.images)
             values = (values,) if isinstance(values, Tensor) else values
             pending.append((batch, Transfer((batch.labels, *values), stream)))

@@ -28,8 +28,7 @@ FORMAT, VERSION = "allmlp measurement", 1
 
 def measurement(kind: str, model: Classifier | None, figures: dict[str, Any]) -> dict[str, Any]:
     """Returns named numbers as a measurement of this kind; model None: of several models."""
-    values: dict[str, Any] = {"format": FORMAT, "version": VERSION, "kind": kind}
-    return {**values, **measured_on(model), **figures}
+    return {"format": FORMAT, "version": VERSION, "kind": kind, **measured_on(model), **figures}
 
 
 def measured_on(model: Classifier | None) -> dict[str, Any]:
@@ -73,7 +72,7 @@ def save_result(path: Path | None, values: dict[str, Any]) -> None:
         print(text, end="", flush=True)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, text.encode(errors="surrogateescape"))
+        atomic_write(path, text)
 
 
 def read_measurement(path: Path) -> dict[str, Any]:

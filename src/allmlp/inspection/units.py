@@ -305,9 +305,7 @@ def _dense_weights(
     ):
         return None  # reads several channels at once, or the tokens of a pyramid
     first, second = (getattr(getattr(module, f"dense_{at}", None), "weight", None) for at in (0, 1))
-    if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
-        return None
-    if first.dim() != 2:
+    if first is None or second is None or first.dim() != 2:
         return None
     # A gated unit has two input maps; the first is the one that is not the gate.
     return _array(first)[: second.shape[1]], _array(second)

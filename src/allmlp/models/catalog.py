@@ -18,7 +18,7 @@ from allmlp.models import (
     timm_model,
     vision_permutator,
 )
-from allmlp.models.family import Family, ModelConfig
+from allmlp.models.family import Family, ModelConfig, size_text
 from allmlp.models.layers import ImageClassifier
 from allmlp.runtime.device import check_fits_memory
 
@@ -149,6 +149,6 @@ def architecture_name(config: ModelConfig) -> str | None:
 
 def in_words(config: ModelConfig) -> str:
     """Describes an architecture: "mixer_b16, 224x224 pixels, 1,000 classes"."""
-    height, width = config.image_size
+    name, pixels = architecture_name(config) or config.summary(), size_text(config.image_size)
     classes = f"{config.num_classes:,} classes" if config.num_classes else "no head"
-    return f"{architecture_name(config) or config.summary()}, {height}x{width} pixels, {classes}"
+    return f"{name}, {pixels} pixels, {classes}"

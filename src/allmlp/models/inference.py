@@ -43,13 +43,11 @@ PRECISIONS = ("float32", "bfloat16", "auto")
 _IMAGES = 8
 
 
-def choose_precision(
-    model: ImageClassifier, name: str | None, default: str = "float32"
-) -> tuple[str, str]:
+def choose_precision(model: ImageClassifier, name: str | None) -> tuple[str, str]:
     """Returns the inference precision of the matmuls, and why. "auto" means bfloat16 if the device
     is fast at it and the model is large enough."""
     why = "chosen" if name else "the default"
-    name = str(one_of("precision", name or default, PRECISIONS, where="precision"))
+    name = str(one_of("precision", name or "float32", PRECISIONS, where="precision"))
     if name == "auto":
         return fast_precision(model.device, model.config.flops * _IMAGES)
     if name == "bfloat16":
@@ -144,7 +142,6 @@ class PackedDense(nn.Module):
         self, dense: nn.Linear, dtype: torch.dtype, gelu: str | None = None, has_bias: bool = True
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = dense.in_features, dense.out_features
         weight, bias = dense.weight.detach().to(dtype), dense.bias if has_bias else None
         self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
         self.bias = None if bias is None else bias.detach().to(dtype)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allmlp.models.family import Family, ModelConfig
+from allmlp.models.family import Family, ModelConfig, size_text
 from allmlp.models.layers import ImageClassifier
 
 
@@ -40,9 +40,8 @@ class SmallResNetConfig(ModelConfig):
             raise ValueError(f"width must be a multiple of 8, got {self.width}")
         least = 2 ** (self.num_stages - 1)
         if min(self.image_size) < least:
-            height, width = self.image_size
             what = f"{self.num_stages} stages need at least {least} pixels a side"
-            raise ValueError(f"{what}, got {height}x{width}")
+            raise ValueError(f"{what}, got {size_text(self.image_size)}")
 
     @property
     def widths(self) -> list[int]:

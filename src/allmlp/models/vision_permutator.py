@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from allmlp.models.family import Family, Shapes, Size, Tensors, named, shape_of
+from allmlp.models.family import Family, Shapes, Size, Tensors, named, shape_of, size_text
 from allmlp.models.resize import how_resized, resizing, whole_factors
 from allmlp.models.staged import Fusion, StagedClassifier, StagedConfig, Window, infer_stages
 from allmlp.runtime.device import check_fits_memory
@@ -122,7 +122,7 @@ def _resize(
     """Resizes the maps of all blocks to the image size of `new`, see `Family.resize`."""
     stages = zip(new.grids, new.sizes, new.depths, strict=True)
     numbers = sum(depth * (h**2 + w**2) * size**2 for (h, w), size, depth in stages)
-    check_fits_memory(numbers, f"token mixing at {'x'.join(map(str, new.image_size))} pixels")
+    check_fits_memory(numbers, f"token mixing at {size_text(new.image_size)} pixels")
     factors = whole_factors(old.grids[0], new.grids[0], method)
     change = resample_map if factors is None else grow_map
     for stage, place in enumerate(old.places):

@@ -193,9 +193,7 @@ def parse_hub_name(source: str) -> tuple[str, str | None]:
 def fetch_from_hub(name: str, revision: str | None) -> Path:
     """Returns the path of a hub model's weights, with its config.json in the same folder."""
     is_unreachable = not can_reach_hub()
-    _get(
-        name, "config.json", revision, is_unreachable
-    )  # optional: the tensors can describe themselves
+    _get(name, "config.json", revision, is_unreachable)  # optional: tensors describe themselves
     for file in _HUB_FILES:
         path = _get(name, file, revision, is_unreachable)
         if path is not None:

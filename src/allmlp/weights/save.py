@@ -140,8 +140,6 @@ def check_target(path: Path, format: str, *, overwrite: bool = True) -> tuple[Pa
     elif format == "google" or path.suffix.lower() in _OF_FILES:
         what = f"format {format} is a {expected} file, got {path.name!r}"
         raise UserError(what, where=path, fix=f"Call it {path.with_suffix(expected).name}")
-    else:
-        check_output_folder(path)
     if beside is not None and beside.is_file():
         try:
             found = parse_json(beside.read_bytes())
@@ -151,7 +149,6 @@ def check_target(path: Path, format: str, *, overwrite: bool = True) -> tuple[Pa
             what = "this file would be replaced, and it is not the description of a model"
             fix = "Give another name or folder; the model of a run is in its best/"
             raise UserError(what, where=beside, fix=fix)
-    for file in (weights, beside):
-        if not overwrite and file is not None and os.path.lexists(file):
-            raise UserError("the output exists already", where=file, fix="Set overwrite")
+    names = [file.name for file in (weights, beside) if file is not None]
+    check_output_folder(weights.parent, names, overwrite=overwrite)
     return weights, beside

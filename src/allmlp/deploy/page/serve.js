@@ -101,11 +101,9 @@ async function section(id, note, busy, work) {
   const timer = setTimeout(() => (body.hidden = true), 200); // no flicker where it is quick
   try {
     text.textContent = await work();
-    clearTimeout(timer);
     body.hidden = false;
   } catch (error) {
     if (error.name === "AbortError") return;
-    clearTimeout(timer);
     body.hidden = true;
     text.textContent = error.message;
   } finally {
