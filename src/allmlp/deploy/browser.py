@@ -28,7 +28,6 @@ CONTENT = (*RUNTIME, MODEL, ABOUT, START, *PAGE)  # index.html comes last
 
 
 def page_file(name: str) -> bytes:
-    """Returns a file of the page."""
     return files("allmlp").joinpath("deploy", "page", name).read_bytes()
 
 
@@ -42,7 +41,6 @@ def fetch_runtime() -> Path:
 
 
 def write_page(folder: Path, graph: bytes, about: dict[str, object]) -> None:
-    """Writes the files of a page to a folder."""
     folder.mkdir(exist_ok=True)
     (folder / MODEL).write_bytes(graph)
     limits = {"pixels": MAX_PIXELS, "side": MAX_SIDE}

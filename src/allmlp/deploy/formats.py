@@ -80,7 +80,6 @@ class ExportInfo:
 
 
 def info_of(model: ImageClassifier, precision: str, *, uint8_input: bool) -> ExportInfo:
-    """Returns the metadata for a model's exported file."""
     how, number = preprocessing_of(model), model.num_parameters
     config = replace(model.config, num_classes=num_logits(model))
     return ExportInfo(

@@ -48,7 +48,6 @@ class GivenImages(ImageFiles):
 
 
 def is_url(item: object) -> bool:
-    """Returns whether an input is a URL."""
     return isinstance(item, str) and item.startswith(("http://", "https://"))
 
 

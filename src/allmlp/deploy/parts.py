@@ -69,7 +69,6 @@ class Output:
 
     @property
     def parts(self) -> int:
-        """Total number of parts."""
         return math.ceil(self.images / (self.part_size or 1))
 
     def part(self, number: int, kind: str = "part") -> Path:
@@ -79,7 +78,6 @@ class Output:
         return self.path / f"{kind}-{number:05d}-of-{self.parts:05d}{suffix}"
 
     def images_of(self, number: int) -> range:
-        """Returns the image indices of a part."""
         assert self.part_size is not None
         return range(number * self.part_size, min((number + 1) * self.part_size, self.images))
 

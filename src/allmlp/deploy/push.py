@@ -129,9 +129,8 @@ def _refused(repo: str, error: Exception) -> UserError:
     return UserError(f"cannot push to {repo}: {what}", where="the hub", fix=fix, code="refused")
 
 
-def show(result: Pushed, options: PushOptions) -> None:
+def show(result: Pushed, _: PushOptions) -> None:
     """Prints what was uploaded, where, and how to load it."""
-    del options
     print(f"pushed   {', '.join(result.files)}")
     print(f"page     {result.url}")
     print(f'load     allmlp.load_model("{result.source}")')

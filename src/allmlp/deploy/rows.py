@@ -228,7 +228,6 @@ _WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl}
 
 
 def row_json(row: Prediction, columns: Columns) -> dict[str, Any]:
-    """Returns a row as JSON values."""
     values: dict[str, Any] = {"path": row.path}
     if columns.features:
         numbers = [] if row.features is None else row.features

@@ -435,15 +435,12 @@ def show(results: list[FewShot], options: FewShotOptions) -> int:
             for name, run in shown.items():
                 if run.sweep:
                     row["l2" if run is result else "baseline l2"] = f"{run.l2[shots]:g}"
-                row[name] = _mean_text(run, shots)
+                deviation = run.deviation(shots)
+                spread = "" if deviation is None else f" +- {deviation:.2%}"
+                row[name] = f"{run.mean(shots):.2%}{spread}"
             seeds = {f"seed {seed}": by_seed[seed] for seed in result.seeds}
             rows.append(row | {name: f"{accuracy:.2%}" for name, accuracy in seeds.items()})
         say("\n".join(table_of(rows, left=0)))
     if options.output not in (None, STANDARD_OUTPUT):
         say(f"\nwritten   {expand(options.output)}")
     return report_bad_images([image for result in results for image in result.bad])
-
-
-def _mean_text(result: FewShot, shots: int) -> str:
-    deviation = result.deviation(shots)
-    return f"{result.mean(shots):.2%}" + ("" if deviation is None else f" +- {deviation:.2%}")

@@ -451,7 +451,6 @@ class Evaluation:
 
     @property
     def main_metric(self) -> float:
-        """The value of `main`."""
         return getattr(self, self.main.name)
 
     def summary(self) -> str:
@@ -460,7 +459,6 @@ class Evaluation:
         return ", ".join(_NAMED[name].text(value) for name, value in shown).removeprefix("top-1 ")
 
     def lines(self) -> Iterator[str]:
-        """Yields the printed lines."""
         for name, value in self.figures():
             metric = _NAMED[name]
             detail = f" ({metric.detail.format(e=self)})" if metric.detail else ""

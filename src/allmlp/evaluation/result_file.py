@@ -39,7 +39,6 @@ def measured_on(model: Classifier | None) -> dict[str, Any]:
 
 
 def describe(model: Classifier) -> dict[str, Any]:
-    """Returns a description of a model as JSON values."""
     return {
         "name": architecture_name(model.config) or model.config.summary(),
         "source": model.source,

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from allmlp.data.source import ImageFiles
 from allmlp.data.transforms import model_input, normalize
 from allmlp.errors import UserError
 from allmlp.inspection.units import (
@@ -80,11 +81,7 @@ class Occlusion:
 def read_image(path: str | Path, model: Classifier) -> tuple[Tensor, NDArray[np.uint8]]:
     """Returns the model input, (1, channels, H, W), and its pixels, (H, W, channels)."""
     place = expand(path)
-    try:
-        data = place.read_bytes()
-    except OSError as error:
-        what = f"cannot read the image: {error.strerror}"
-        raise UserError(what, where=place, fix="Give an image file") from error
+    data = ImageFiles([str(place)]).read(0)
     return model_input(data, place, preprocessing_of(model))
 
 

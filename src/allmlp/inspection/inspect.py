@@ -54,7 +54,6 @@ class Inspection:
     files: list[str] = field(default_factory=list)  # paths written
 
     def to_json(self) -> dict[str, Any]:
-        """Returns all numbers as JSON values."""
         values: dict[str, Any] = {"format": "allmlp inspection", "version": 1}
         values["model"] = self.model.to_json()
         if self.compared is not None:
@@ -133,7 +132,6 @@ def _loaded(model: AnyModel, options: InspectOptions, name: str) -> tuple[ImageC
 def _write(
     found: Inspection, figures: dict[str, Figure], folder: Path, options: InspectOptions
 ) -> None:
-    """Writes all files or none."""
     contents: dict[Path, Content] = {
         folder / f"{name}.{kind}": writer(figure, kind)
         for name, figure in figures.items()

@@ -190,11 +190,9 @@ class Names:
     gelu: str | None = None  # that the code base computes, if the configuration has a choice
 
     def to_ours(self, tensors: Tensors) -> Tensors:
-        """Renames their tensors to our names."""
         return {self._renamed(key): _scale(key, v, 1) for key, v in tensors.items()}
 
     def from_ours(self, tensors: Tensors) -> Tensors:
-        """Renames our tensors to their names."""
         axes = self.scale_axes
         return {self._renamed(key, back=True): _scale(key, v, axes) for key, v in tensors.items()}
 

@@ -16,7 +16,6 @@ _COLUMNS, _ROWS = 8, 3
 
 
 def model_html(model: Any) -> str:
-    """Returns a small HTML summary of an `ImageClassifier`."""
     config, names = model.config, model.class_names or []
     height, width = config.image_size
     classes = f"{config.num_classes:,}" + (f": {', '.join(names[:5])}" if names else "")

@@ -103,7 +103,6 @@ class Plan:
     notes: list[str]
 
     def describe(self) -> list[str]:
-        """Returns a description, line by line."""
         parts, images = self.final.splits, self.images
         text = f"{images['train']:,} images to train ({', '.join(parts['train'])})"
         if self.grid is not None:

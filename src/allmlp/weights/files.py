@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import math
 import pickle
 import pickletools
 import re
@@ -124,25 +123,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_npz(path: Path) -> dict[str, Tensor]:
     tensors = {}
     with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            with archive.open(info) as file:
-                array = _read_array(file, info.file_size)
-            tensors[info.filename.removesuffix(".npy")] = _tensor(array, info.filename)
+        for name in archive.namelist():
+            data = io.BytesIO(archive.read(name))  # whole, which verifies the archive's checksum
+            array = np.lib.format.read_array(data, allow_pickle=False)
+            tensors[name.removesuffix(".npy")] = _tensor(array, name)
     return tensors
-
-
-def _read_array(file: IO[bytes], size: int) -> np.ndarray:
-    """NumPy's `read_array`, which reads archives in small pieces, at twice the speed."""
-    first = np.lib.format.read_magic(file) == (1, 0)
-    read_header = getattr(np.lib.format, f"read_array_header_{1 if first else 2}_0")
-    shape, is_fortran, dtype = read_header(file)
-    claimed = file.tell() + math.prod(shape) * dtype.itemsize
-    if dtype.hasobject:
-        raise ValueError("an array of Python objects, which could run code")
-    if min(shape, default=0) < 0 or claimed != size:
-        raise ValueError(f"an array claims {claimed:,} bytes, the archive has {size:,}")
-    data = bytearray(file.read())  # reading to the end verifies the archive's checksum
-    return np.ndarray(shape, dtype, data, order="F" if is_fortran else "C")
 
 
 def _tensor(array: np.ndarray, name: str) -> Tensor:
