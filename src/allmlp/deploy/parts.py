@@ -29,6 +29,7 @@ import numpy as np
 from allmlp.data.fingerprint import fingerprint
 from allmlp.data.source import BadImage, Source, subset
 from allmlp.deploy.formats import format_of
+from allmlp.deploy.options import PredictOptions
 from allmlp.deploy.rows import CANNOT_WRITE, FORMATS, Columns, Rows, predict_rows, write_table
 from allmlp.environment import environment_info
 from allmlp.errors import UserError, disk_errors, one_of
@@ -82,13 +83,12 @@ class Output:
         return range(number * self.part_size, min((number + 1) * self.part_size, self.images))
 
 
-def choose_output(
-    output: str | Path | None, format: str | None, part_size: int | None, *, overwrite: bool
-) -> Output | None:
+def choose_output(options: PredictOptions) -> Output | None:
     """Returns the output for rows, None for none; creates nothing yet.
 
     A name without an extension, with a trailing slash or of an existing folder is a folder.
     """
+    output, format = options.output, options.format
     if output is None:
         return None
     path, suffix = expand(output), f".{format or 'csv'}"
@@ -102,12 +102,12 @@ def choose_output(
             what = f"format {format} does not agree with the ending of the output"
             raise UserError(what, where=path, fix=f"Leave format out, or end it in {suffix}")
         suffix = path.suffix
-        check_output_file(path, overwrite=overwrite)
+        check_output_file(path, overwrite=options.overwrite)
     if suffix == ".parquet":
         import_extra("pyarrow.parquet", "data")
     if not is_folder:
         return Output(path, suffix)
-    if overwrite:
+    if options.overwrite:
         what = "overwrite has no effect on a folder of parts, which is completed"
         fix = "Remove the folder to compute all parts again, or leave out overwrite"
         raise UserError(what, where=path, fix=fix, code="conflict")
@@ -117,7 +117,7 @@ def choose_output(
         if other is not None:
             what = f"the output's folder holds something else, such as {other!r}"
             raise UserError(what, where=path, fix="Give a folder that is new or empty")
-    return Output(path, suffix, True, part_size=part_size)
+    return Output(path, suffix, True, part_size=options.part_size)
 
 
 def write_parts(

@@ -86,9 +86,7 @@ def write_predictions(
         on_rows: called with the rows of every batch.
     """
     world = world or World()
-    output = choose_output(
-        options.output, options.format, options.part_size, overwrite=options.overwrite
-    )
+    output = choose_output(options)
     is_folder = output is not None and output.is_folder
     if world.size > 1 and not is_folder:
         what = "several processes need a folder to write their parts to"

@@ -262,9 +262,8 @@ def blend(pixels: Pixels, values: Floats, largest: float) -> NDArray[np.float64]
 
     (H, W, 3) on [0, 1], from pixels (H, W, 1 or 3) and values (G_H, G_W).
     """
-    height, width = pixels.shape[:2]
-    down = np.minimum(np.arange(height) * values.shape[0] // height, values.shape[0] - 1)
-    right = np.minimum(np.arange(width) * values.shape[1] // width, values.shape[1] - 1)
+    sides = zip(pixels.shape, values.shape, strict=False)
+    down, right = (np.arange(side) * cells // side for side, cells in sides)
     spread = values[down][:, right]
     colors = matplotlib.colormaps[DIVERGING](0.5 + spread / (2 * largest))[..., :3]
     grey = pixels.mean(axis=2, keepdims=True) / 255.0

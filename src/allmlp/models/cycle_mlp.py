@@ -59,10 +59,8 @@ class CycleFC(nn.Module):
         is_high, side = self.along == 1, x.shape[self.along]
         padded = F.pad(x, (0, 0, 0, 0, 1, 1) if is_high else (0, 0, 1, 1))
         # The channels are now sorted by shift, so the columns of the weight must be, too.
-        places = (
-            (first, padded.narrow(self.along, 1 + at, side)) for first, at in enumerate(CYCLE)
-        )
-        shifted = torch.cat([place[..., first::3] for first, place in places], dim=3)
+        parts = [padded.narrow(self.along, 1 + at, side)[..., n::3] for n, at in enumerate(CYCLE)]
+        shifted = torch.cat(parts, dim=3)
         weight = self.weight[:, :, 0, 0]
         columns = torch.cat([weight[:, first::3] for first in range(3)], dim=1)
         return F.linear(shifted, columns, self.bias)

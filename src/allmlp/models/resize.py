@@ -71,9 +71,8 @@ def resize_tokens(
         [new.num_tokens if axis == TOKENS else tiles * math.prod(axis) for axis in axes]
         for _, axes in weights
     ]
-    check_fits_memory(
-        sum(map(math.prod, lengths)), f"token mixing at {size_text(new.image_size)} pixels"
-    )
+    values = sum(map(math.prod, lengths))
+    check_fits_memory(values, f"token mixing at {size_text(new.image_size)} pixels")
     if factors is None:
         pairs = list(zip(old.grid, new.grid, strict=True))
         read = tuple(resizing(after, before, interpolation) for before, after in pairs)
@@ -81,8 +80,8 @@ def resize_tokens(
         for name, axes in weights:
             tensors[name] = _resampled(tensors.pop(name), axes, read, written)
         return 1, f"resampled ({interpolation})"
-    for name, axes in weights:
-        tensors[name] = _grown(tensors.pop(name), axes, old.grid, factors)
+    for (name, axes), sizes in zip(weights, lengths, strict=True):
+        tensors[name] = _grown(tensors.pop(name), axes, old.grid, factors).view(sizes)
     return tiles, how_resized(factors)
 
 
@@ -100,7 +99,7 @@ def resize_maps(name: str) -> Callable[[Tensors, Any, Any, str], tuple[Any, str]
 
 
 def _grown(value: Tensor, axes: tuple[Axis, ...], grid: Size, factors: Size) -> Tensor:
-    """Returns a weight with a copy of `value` for each of the K_h x K_w tiles."""
+    """Returns a weight, its axes still split, with a copy of `value` for each of the tiles."""
     (h, w), (high, wide) = grid, factors
     small, large, tile_of = [], [], []
     for axis in axes:
@@ -118,10 +117,7 @@ def _grown(value: Tensor, axes: tuple[Axis, ...], grid: Size, factors: Size) -> 
     for row in range(high):
         for column in range(wide):
             grown[tuple(at for place in tile_of for at in place(row, column))] = value
-    tokens = h * high * w * wide
-    return grown.view(
-        [tokens if axis == TOKENS else high * wide * math.prod(axis) for axis in axes]
-    )
+    return grown
 
 
 def _resampled(

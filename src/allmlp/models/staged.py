@@ -113,16 +113,15 @@ class StagedClassifier(ImageClassifier):
     def __init__(self, config: StagedConfig) -> None:
         super().__init__()
         self.config = config
-        last, before = max(config.num_blocks - 1, 1), itertools.count()
+        last = max(config.num_blocks - 1, 1)
+        drops = (config.stochastic_depth * before / last for before in range(config.num_blocks))
         channels, parts = config.in_channels, []
         for stage, (dim, window) in enumerate(zip(config.dims, config.windows, strict=True)):
             if window is not None:
                 parts.append(Convolution(channels, dim, window))
             channels, hidden = dim, config.mlp_ratios[stage] * dim
-            drops = [
-                config.stochastic_depth * next(before) / last for _ in range(config.depths[stage])
-            ]
-            blocks = (Block(self.fusion(stage), dim, hidden, drop) for drop in drops)
+            own = itertools.islice(drops, config.depths[stage])
+            blocks = (Block(self.fusion(stage), dim, hidden, drop) for drop in own)
             parts.append(nn.Sequential(*blocks))
         self.patch_embed = parts[0]
         self.network = nn.ModuleList(parts[1:])

@@ -98,7 +98,7 @@ def permutation_figure(
     panels = parts[1].subplots(1, len(models), squeeze=False, sharey=True)[0]
     for axes, model in zip(panels, models, strict=True):
         for row in (row for row in rows if row["model"] == model):
-            kind = row["permutation"]
+            kind, color = row["permutation"], _ORDER_COLORS[row["permutation"]]
             label: str | None = f"{_ORDERS[kind]}: {row['accuracy']:.1%}"
             if kind != "none" and row["drop"] is not None:
                 label = f"{label} (drop {row['drop']:.0%})"
@@ -106,9 +106,7 @@ def permutation_figure(
                 if (run["model"], name.split("/")[2]) == (model, kind):
                     steps, top1 = zip(*run["curve"], strict=True)
                     curve = [100 * accuracy for accuracy in top1]
-                    axes.plot(
-                        steps, curve, marker="o", ms=3.5, color=_ORDER_COLORS[kind], label=label
-                    )
+                    axes.plot(steps, curve, marker="o", ms=3.5, color=color, label=label)
                     label = None
         axes.set(title=plots.escape(model), xlabel="step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -156,7 +156,6 @@ def _reached(runs: list[Row]) -> Row:
         "validation": statistics.fmean(row["validation"] for row in runs),
         "seconds": sum(row["seconds"] or 0.0 for row in runs),
     }
-
     if "few_shot" in runs[0]:
         mean, deviation = mean_and_deviation([row["few_shot"] for row in runs])
         if len(runs) == 1:  # then over the draws of the shots

@@ -53,6 +53,7 @@ from allmlp.errors import UserError, one_of, plural
 from allmlp.evaluation.features import weights_hash
 from allmlp.evaluation.result_file import measurement, read_measurement, save_result
 from allmlp.io import expand, read_json
+from allmlp.models.family import size_text
 from allmlp.options import assigned, given_settings, make
 from allmlp.paper.options import SHARED, Avg5Options, SuiteOptions, VtabOptions
 from allmlp.paper.studies import formatted
@@ -332,9 +333,8 @@ def run_suite(
     configs = {name: _config(suite.config(suite.known[name]), options) for name in sources}
     rates = {name: options.grid or suite.rates(suite.known[name]) for name in sources}
     seeds, changes = options.seeds or suite.seeds, _changes(suite, options)
-    folder = study_folder(
-        options.output, ("suite.json", "data", *suite.known), list(sources.values())
-    )
+    own = ("suite.json", "data", *suite.known)
+    folder = study_folder(options.output, own, sources.values())
     file = folder / "suite.json"
     with join_world(options.device or "auto") as (world, _):
         report = Reporter(quiet=quiet or not world.is_main)
@@ -484,7 +484,7 @@ def _entry(plan: Plan, config: TrainConfig, result: FinetuneResult) -> dict[str,
         "rule": plan.rule,
         "classes": plan.num_classes,
         "departs": plan.departs,
-        "image_size": "x".join(map(str, size)) if isinstance(size, tuple) else size,
+        "image_size": size_text(size) if isinstance(size, tuple) else size,
         "resize": config.data.resize,
     }
 
@@ -555,11 +555,10 @@ def avg5(
         values = {"model.image_size": official, "data.resize": options.resize}
         return recipe(task.recipe).with_values(values)
 
-    side = "x".join(map(str, size)) if isinstance(size, tuple) else size
     suite = Suite(
         kind="avg5",
         known=AVG5,
-        protocol=f"Avg 5 at {side} pixels, {options.resize}",
+        protocol=f"Avg 5 at {size_text(size)} pixels, {options.resize}",
         config=config,
         rates=lambda task: LEARNING_RATES[task.recipe],
         seeds=(0, 1, 2),

@@ -480,9 +480,7 @@ def _table(
     columns |= {f"img/s/core ({published.HARDWARE})": "throughput"}
     columns |= {f"{published.HARDWARE} core-days": "core_days"}
     columns = {title: name for title, name in columns.items() if title not in exclude}
-    printed = [
-        {title: getattr(result, name) for title, name in columns.items()} for result in results
-    ]
+    printed = [{title: getattr(row, name) for title, name in columns.items()} for row in results]
     page.add("paper", printed, f"top-1 in per cent; {protocol}")
     if ours:
         page.add("measured here", ours, f"top-1 in per cent; {protocol}, or as marked")

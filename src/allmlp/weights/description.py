@@ -103,10 +103,8 @@ def _written(file: WeightsFile) -> tuple[Json, str]:
         known = beside.get("weights")
         own = known if carried is None else carried.get("weights")
         is_ours = carried is None or is_format(beside.get("format"), NAME)
-        is_same = known is None or known == (
-            fingerprint(file.path) if file.container == "npz" else own
-        )
-        if is_ours and is_same:
+        own = fingerprint(file.path) if file.container == "npz" else own
+        if is_ours and known in (None, own):
             return beside, str(path)
     return ({}, "") if carried is None else (carried, in_header)
 

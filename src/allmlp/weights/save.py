@@ -96,9 +96,7 @@ def save_model(
     def write_weights(partial: Path) -> None:
         named = tensors if theirs is None else theirs.from_ours(tensors)
         if format == "google":
-            arrays: Any = {
-                name: value.float().contiguous().numpy() for name, value in named.items()
-            }
+            arrays: Any = {key: value.float().contiguous().numpy() for key, value in named.items()}
             with partial.open("wb") as file:
                 np.savez(file, **arrays)
             described["weights"] = fingerprint(partial)
