@@ -8,7 +8,6 @@ validation images; a mean with missing tasks is marked.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -35,7 +34,7 @@ from allmlp.options import make
 from allmlp.paper import figures, published
 from allmlp.paper.options import TablesOptions
 from allmlp.training.run_folder import read_metrics, read_results
-from allmlp.weights.checkpoints import find_checkpoint
+from allmlp.weights.checkpoints import find_checkpoint, imagenet_classes
 
 REAL_IMAGES = 46_837  # images that have a ReaL label
 _SUITES = {"avg5": ("Avg 5", 5), "vtab": ("VTAB-1k", 19)}
@@ -340,19 +339,13 @@ def why_not_imagenet(values: dict[str, Any]) -> str | None:
     """Returns why an evaluation is not on the ImageNet validation set, which is recognised by its
     1000 synsets and its size: 50,000 images, 50 per class."""
     names = values.get("class_names") or []
-    if len(names) != 1000 or {str(name)[:9] for name in names} != _synsets():
+    synsets = {name[:9] for name in imagenet_classes()}
+    if len(names) != 1000 or {str(name)[:9] for name in names} != synsets:
         return f"its {plural(len(names), 'class')} are not the 1000 of ImageNet"
     if values["images"] != IMAGES:
         return f"{values['images']:,} images, not {IMAGES:,}"
     counts = {row.get("images") for row in values.get("per_class") or [{}]}
     return None if counts == {50} else "not 50 images of each class"
-
-
-@functools.cache
-def _synsets() -> frozenset[str]:
-    checkpoint = find_checkpoint("mixer_b16.i1k")
-    assert checkpoint is not None
-    return frozenset(name[:9] for name in checkpoint.class_names() or ())
 
 
 def hardware(environment: dict[str, Any], threads: object = None) -> str:
@@ -371,10 +364,6 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.2f}"
 
 
-def _plain(value: float) -> str:
-    return np.format_float_positional(value, 3, fractional=False, trim="-")
-
-
 def _size(value: object) -> str:
     if isinstance(value, list):
         return "x".join(map(str, dict.fromkeys(value)))
@@ -382,8 +371,10 @@ def _size(value: object) -> str:
 
 
 def _days(accuracy: dict[str, Any]) -> str | None:
-    days = accuracy["days"]
-    return None if days is None else f"{_plain(days)} on {accuracy['hardware']}"
+    if accuracy["days"] is None:
+        return None
+    days = np.format_float_positional(accuracy["days"], 3, fractional=False, trim="-")
+    return f"{days} on {accuracy['hardware']}"
 
 
 def _fastest(shape: str, found: list[Measured]) -> list[dict[str, Any]]:

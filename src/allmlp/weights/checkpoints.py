@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 
-from allmlp.errors import UserError, near_names
 from allmlp.models.catalog import architectures, create_model, family_of
 from allmlp.preprocessing import Preprocessing
 from allmlp.weights.download import Published
@@ -96,10 +95,3 @@ def checkpoint_of_file(name: str) -> Checkpoint | None:
 def list_checkpoints() -> list[str]:
     """Returns the names of all published checkpoints, as accepted by `load_model`."""
     return list(CHECKPOINTS)
-
-
-def unknown_checkpoint(name: str) -> UserError:
-    """Returns the error for a source that is neither a path nor a checkpoint name."""
-    fix = f"{near_names(name, CHECKPOINTS)}Give a run folder, a .safetensors, .npz or .pth file, "
-    fix += "hf:owner/name, or a name of `mixer models --weights`"
-    return UserError(f"no such model: {name!r}", fix=fix, code="unknown-name")

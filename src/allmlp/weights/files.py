@@ -50,7 +50,9 @@ def read_weights(path: Path) -> WeightsFile:
     metadata: dict[str, str] = {}
     try:
         if container == "safetensors":
-            tensors, metadata = _read_safetensors(path)
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
         else:
             tensors = _read_npz(path) if container == "npz" else _read_torch(path)
     except UserError:
@@ -112,12 +114,6 @@ def _container_of_archive(path: Path) -> str:
     if claimed > size:
         raise _hostile(path, "the file is compressed, which torch never does")
     return "torch"
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, file.metadata() or {}
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:

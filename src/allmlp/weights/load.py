@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from allmlp.console import Reporter
 from allmlp.decision import Decision
-from allmlp.errors import UserError, one_of, plural
+from allmlp.errors import UserError, near_names, one_of, plural
 from allmlp.io import expand, parse_json
 from allmlp.models.catalog import architectures, family_of, model_from_config
 from allmlp.models.family import ModelConfig, Size, is_integer, size_text
@@ -28,7 +28,6 @@ from allmlp.weights.checkpoints import (
     Checkpoint,
     checkpoint_of_file,
     find_checkpoint,
-    unknown_checkpoint,
 )
 from allmlp.weights.description import CONFIG, WEIGHTS, check_shapes, describe
 from allmlp.weights.download import (
@@ -288,7 +287,9 @@ def locate(source: str | Path, report: Reporter) -> tuple[Path, Checkpoint | Non
         published = [name for name in CHECKPOINTS if name.partition(".")[0] == text]
         fix = f"Its published weights: {', '.join(published)}" if published else None
         raise UserError(f"{text!r} is an architecture and has no weights of its own", fix=fix)
-    raise unknown_checkpoint(text)
+    fix = f"{near_names(text, CHECKPOINTS)}Give a run folder, a .safetensors, .npz or .pth file, "
+    fix += "hf:owner/name, or a name of `mixer models --weights`"
+    raise UserError(f"no such model: {text!r}", fix=fix, code="unknown-name")
 
 
 def files_of(source: str | Path) -> list[Path]:
