@@ -79,24 +79,23 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
     """
     options = make(InspectOptions, options, fields)
     net, name = _loaded(model, options, "model")
-    other, other_name = None, f"random weights, seed {options.seed}"
+    units, compared = model_units(net, name), None
     if options.compare == "random":
-        other = random_weights(net, options.seed)
+        twin = random_weights(net, options.seed)
+        compared = model_units(twin, f"random weights, seed {options.seed}")
     elif options.compare is not None:
-        other, other_name = _loaded(options.compare, options, "compared")
+        compared = model_units(*_loaded(options.compare, options, "compared"))
     folder = None if options.output is None else expand(options.output)
     if folder is not None:
         check_output_folder(folder, ["inspection.json"], overwrite=options.overwrite)
         folder.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
-    units = model_units(net, name)
-    compared = None if other is None else model_units(other, other_name)
     drawable = [layer.number for layer in units.layers]
     layers = drawable if options.layers == "all" else options.layers or drawable[:FIRST_LAYERS]
     for number in layers:
         units.layer(number)  # an error if there is no such layer
     notes = list(units.notes)
     if compared is not None:
-        notes += [f"{other_name}: {note}" for note in compared.notes if note not in notes]
+        notes += [f"{compared.name}: {note}" for note in compared.notes if note not in notes]
     covered, pixels = None, None
     responses: list[UnitResponse] = []
     if options.image is not None:

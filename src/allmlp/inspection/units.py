@@ -249,11 +249,8 @@ class ModelUnits:
 
 def model_units(model: ImageClassifier, name: str = "model") -> ModelUnits:
     """Returns the units of all modules named `token_mixing` and of the stem, for any family."""
-    modules = [
-        (path, module)
-        for path, module in model.named_modules()
-        if path.rpartition(".")[2] == "token_mixing"
-    ]
+    named = model.named_modules()
+    modules = [pair for pair in named if pair[0].rpartition(".")[2] == "token_mixing"]
     family, grid = type(model).__name__, patch_grid(model)
     layers: list[TokenMixingLayer] = []
     not_drawn: dict[str, list[str]] = {}

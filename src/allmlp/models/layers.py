@@ -41,8 +41,7 @@ class StochasticDepth(nn.Module):
         keep = 1.0 - self.probability
         mask_shape = (branch.shape[0],) + (1,) * (branch.dim() - 1)
         if self.kept is None:
-            mask = torch.empty(mask_shape, dtype=branch.dtype, device=branch.device)
-            mask.bernoulli_(keep)
+            mask = branch.new_empty(mask_shape).bernoulli_(keep)
         else:
             mask = self.kept.view(mask_shape).to(branch.dtype)
         return branch * (mask / keep)
