@@ -100,8 +100,7 @@ class Predictor:
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
         """Returns the pooled features, float32 (N, C), on the device; `images` as in `logits`."""
-        if self._inference is None:
-            raise UserError(f"{self.model} gives logits, not features")
+        assert self._inference is not None  # see `check_features`
         features = self._inference.features(self._normalized(images))
         if features.dim() != 2 or len(features) != len(images):
             what = f"features() gave {tuple(features.shape)} for {len(images)} images, not (N, C)"
