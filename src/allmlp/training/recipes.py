@@ -112,14 +112,16 @@ CIFAR10_COMPARE: Settings = {
 CIFAR10_CPU: Settings = {
     **_CIFAR10,
     "model.overrides": _mixer(4, 128, 6, 64, 256),
+    "augment.cutmix": 1.0,
+    "augment.mix_until": 0.85,
     "optimizer": "muon",
     "optimizer.learning_rate": 1e-2,
     "optimizer.weight_decay": 0.05,
     "optimizer.warmup": 200,
-    "optimizer.ema_decay": 0.998,
-    "epochs": 22,
+    "optimizer.ema_decay": 0.999,
+    "epochs": 72,
     "batch_size": 128,
-    "evaluate_every": 2,
+    "evaluate_every": 3,
 }
 
 # Pre-training: the paper's Table 4. Weight decay is as printed there; torch's AdamW multiplies it
