@@ -172,7 +172,8 @@ def test_avg5(place, monkeypatch):
     for name in AVG5:
         final = runs[f"out/{name}/seed-1"]
         assert (final.optimizer.learning_rate, final.data.holdout) == (0.01, 0.0)
-        assert (final.model.image_size, final.data.resize) == (224, "resmall-crop")
+        data = final.data
+        assert (final.model.image_size, data.resize, data.crop) == (224, "resmall-crop", 0.875)
     assert result.summary() == "mean of 5 tasks: 90.00%"
     assert (result.missing, result.changes, result.groups) == ([], [], {})
     asked.clear()
