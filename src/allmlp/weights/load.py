@@ -151,6 +151,8 @@ def _from_file(
     path, checkpoint = locate(source, report)
     file = read_weights(path)
     description = describe(file, checkpoint, size)
+    if file.chosen:
+        report.say(f"note     the tensors are those of {file.chosen}")
     for note in description.notes:
         report.say(f"note     {note}")
     check_shapes(description, file)
