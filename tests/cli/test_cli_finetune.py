@@ -59,6 +59,7 @@ def test_one_run(capsys, place):
         (["--grid", "0.5", "--seeds", "3"], (0.5,), (3,)),
         (["--seeds", "3", "4"], (), (3, 4)),
         (["--grid", "--set", "seed=9"], (0.003, 0.01, 0.03, 0.06), (9,)),
+        (["--grid", "0.5", "--seed", "9", "--fraction", "1", "--max-bad", "0"], (0.5,), (9,)),
     ],
 )
 def test_the_grid_and_the_seeds(capsys, handed_over, flags, rates, seeds):
@@ -83,6 +84,7 @@ def test_the_grid_and_the_seeds(capsys, handed_over, flags, rates, seeds):
         (["WEIGHTS", "--data", "VAL"], "the data has no train split"),
         (["WEIGHTS", "--set", "optimizer.warmup=100", "--steps", "50"], "100 steps of warm-up"),
         (["WEIGHTS", "--probe", "--grid"], "probe"),
+        (["WEIGHTS", "--seed", "0", "--seeds", "1"], "seed and seeds"),
         (["WEIGHTS", "--set", "model.overrides.patch_size=2"], "the weights determine it"),
     ],
 )
