@@ -64,6 +64,9 @@ def test_other_weights_of_the_same_path_are_another_run(place, monkeypatch, is_f
     assert len(asked) == 1
     if is_finished:
         assert run(place, model__weights=str(place / "moved"))["folder"] == "a"
+    else:
+        am.train(settings(place, "study/a"), quiet=True)
+        assert "weights has changed since" in (place / "study" / "a" / "log.txt").read_text()
 
 
 def test_groups_and_left_out_images_make_another_run(place, monkeypatch):

@@ -150,8 +150,9 @@ class Sweep:
     def _weights_of(self, config: TrainConfig) -> str | None:
         source = config.model.weights
         if source and source not in self._weights:
-            found = self.world.broadcast_from_rank0(lambda: weights_fingerprint(source))
-            self._weights[source] = found
+            self._weights[source] = self.world.broadcast_from_rank0(
+                lambda: weights_fingerprint(source, quiet=self.quiet)
+            )
         return self._weights[source] if source else None
 
     def _read(self) -> dict[str, Row]:

@@ -82,10 +82,10 @@ def _members(labels: np.ndarray, random: np.random.Generator) -> Iterator[np.nda
 def deal_folds(source: Source, number: int, seed: int = 0) -> tuple[np.ndarray, str]:
     """Returns the fold of every image, int64 (n,), and how they were chosen, as text."""
     files, place = _without_repeats(source)
-    own, first = values_of(source, FOLD), values_of(files, FOLD)
-    for at in range(len(source) if own and first else 0):
-        if own[at] != first[place[at]]:
-            what = f"one file is in the data's own folds {first[place[at]]} and {own[at]}"
+    own, first = (values_of(part, FOLD) or [] for part in (source, files))
+    for at, value in enumerate(own):
+        if value != first[place[at]]:
+            what = f"one file is in the data's own folds {first[place[at]]} and {value}"
             raise UserError(what, where=source.item_name(at), fix="Keep one of the two")
     folds, text = _deal_folds(files, number, seed)
     return folds[place], text

@@ -293,12 +293,12 @@ def locate(source: str | Path, report: Reporter) -> tuple[Path, Checkpoint | Non
     raise unknown_checkpoint(text)
 
 
-def weights_fingerprint(source: str) -> str:
+def weights_fingerprint(source: str, *, quiet: bool = True) -> str:
     """Returns the sha256 of the weights file of a source, and of its description if that is a file
     of its own. A name of timm's stands for itself."""
     if source.startswith(PREFIX):
         return source
-    path, _ = locate(source, Reporter(stderr=True))
+    path, _ = locate(source, Reporter(quiet=quiet, stderr=True))
     beside = path.with_suffix(".json")
     if path.name in (WEIGHTS, PICKLED):
         beside = path.with_name(CONFIG)
