@@ -422,7 +422,7 @@ def _measure(
         if row.best is not None:
             gflops, shape = peaks[row.precision]
             reached = row.operations(1) * row.best.images_per_second / 1e9
-            row.peak = {"gflops": gflops, "shape": shape, "share": reached / gflops}
+            row.peak = {"gflops": gflops, "shape": shape, "fraction": reached / gflops}
 
 
 def _attempt(row: ModelBenchmark, act: Callable[..., object], *arguments: Any) -> None:
@@ -612,7 +612,7 @@ def _cells(row: ModelBenchmark) -> dict[str, str]:
         "images/s": _digits(row.best.images_per_second),
         "spread": f"{row.best.relative_spread:.0%}",
         "batch": f"{row.best.batch_size:,}",
-        "of peak": "-" if row.peak is None else f"{row.peak['share']:.0%}",
+        "of peak": "-" if row.peak is None else f"{row.peak['fraction']:.0%}",
         "GB": "-" if row.memory_bytes is None else f"{row.memory_bytes / 1e9:.2f}",
     }
     if row.latency_ms is not None:

@@ -25,8 +25,11 @@ _SHARED = {
     "steps": "steps",
     "batch_size": "batch_size",
     "learning_rate": "optimizer.learning_rate",
+    "seed": "seed",
+    "fraction": "data.fraction",
     "holdout": "data.holdout",
     "exclude": "data.exclude",
+    "max_bad": "data.max_bad",
     "balance": "data.balance",
     "best_by": "best_by",
     "device": "device",
@@ -36,13 +39,7 @@ _SHARED = {
     "sharding": "sharding",
     "log": "log",
 }
-TRAIN = {
-    **_SHARED,
-    "model": "model.name",
-    "fraction": "data.fraction",
-    "max_bad": "data.max_bad",
-    "seed": "seed",
-}
+TRAIN = {**_SHARED, "model": "model.name"}
 FINETUNE = {**_SHARED, "resize_weights": "model.resize_weights"}
 
 
@@ -180,7 +177,7 @@ def finetune_command(checkpoint: str, options: Any) -> Any:
     typed = assigned(options.settings)
     rate = options.learning_rate or typed.get("optimizer.learning_rate")
     exclusive(learning_rate=rate, grid=has_grid)
-    exclusive(seed=typed.get("seed"), seeds=seeds)
+    exclusive(seed=typed.get("seed", options.seed), seeds=seeds)
     given = {"model.train_only": "probe", "epochs": 1} if options.probe else {}
     given |= {**given_settings(options, FINETUNE), "model.weights": checkpoint}
     splits = None

@@ -23,7 +23,7 @@ from allmlp.training.checkpoint import Checkpoints
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits
 from allmlp.training.optim import build_optimizers, optimizer_tensors, update_average
-from allmlp.training.run_folder import TRAINING_IMAGES, RunFolder, other_images
+from allmlp.training.run_folder import TRAINING_IMAGES, RunFolder, first_weights, other_images
 from allmlp.training.step import StepResult, Updater
 from allmlp.weights.save import save_model
 
@@ -110,6 +110,8 @@ class RunState:
             was, now = values["precision"], self.run.compute.precision
             if was != now:
                 say(f"note     the run computed in {was} before, and continues in {now}")
+            if details["weights"] and first_weights(folder.path) not in (None, details["weights"]):
+                say(f"note     {self.config.model.weights} has changed since the run began with it")
         elif is_old:
             self.world.broadcast_from_rank0(self.check_nothing_is_lost)
             say("resumed  from the beginning: there is no complete checkpoint yet")

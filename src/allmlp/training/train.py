@@ -167,7 +167,7 @@ def train(
             *(device, compute.precision, config.num_threads), step_operations=operations
         )
         stack.enter_context(threads)
-        details = world.broadcast_from_rank0(lambda: environment(config, splits, device))
+        details = world.broadcast_from_rank0(lambda: environment(config, splits, device, best))
 
         # Files are written from here on, but not in a dry run.
         report = Reporter(quiet=is_quiet)
