@@ -284,13 +284,11 @@ def locked(path: Path, timeout: float = 0.0) -> FileLock | None:
 
 
 @contextlib.contextmanager
-def staging_folder(
-    path: Path, on_left: Callable[[Path], object] = lambda folder: None
-) -> Iterator[Path]:
+def staging_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder next to a path, for files to be renamed to it.
 
-    Folders left behind by killed processes are removed first, after calling `on_left` with each. A
-    live process holds a file lock, which the system releases however the process ends.
+    Folders left behind by killed processes are removed first. A live process holds a file lock,
+    which the system releases however the process ends.
     """
     from filelock import Timeout  # takes 0.2 s to import
 
@@ -299,11 +297,8 @@ def staging_folder(
             lock = locked(left / _LOCK)
             if lock is None:  # its process may be at work
                 continue
-            try:
-                on_left(left)
-                shutil.rmtree(left, ignore_errors=True)
-            finally:
-                lock.release()
+            shutil.rmtree(left, ignore_errors=True)
+            lock.release()
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
         try:
