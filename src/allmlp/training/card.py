@@ -12,6 +12,7 @@ from allmlp.data.source import Source
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources.hub import PREFIX
 from allmlp.decision import Decision
+from allmlp.errors import some_of
 from allmlp.evaluation.calibration import summary
 from allmlp.evaluation.metrics import METRICS, Evaluation
 from allmlp.models.catalog import architecture_name, family_of
@@ -233,8 +234,7 @@ def _card(
     lines = [f"{key}: {json.dumps(value)}" for key, value in (kind | header).items() if value]
     if not header.get("license"):
         lines.append("# license: not stated; see the end of this page")
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    classes = f"It distinguishes {len(names)} classes: {', '.join(names[:20])}{more}."
+    classes = f"It distinguishes {len(names)} classes: {some_of(names, 20)}."
     measured, history, licence = texts
     return _CARD.format(
         header="\n".join(lines),
