@@ -160,16 +160,6 @@ def curve(row: NDArray[np.float32]) -> NDArray[np.uint8]:
     return canvas
 
 
-def contact_sheet(
-    images: Sequence[tuple[Source, int]],
-    captions: Sequence[str],
-    title: str,
-    colors: Sequence[str] = (),
-) -> Figure:
-    """Returns a grid of images, each given by source and index."""
-    return grid([thumbnail(*image) for image in images], captions, title, colors=colors)
-
-
 # Evaluation
 
 
@@ -281,8 +271,8 @@ def _predictions(evaluation: Evaluation, source: Source, rows: np.ndarray, title
             lines.append(f"true: {shorten(true)}")
         captions.append("\n".join(lines))
         colors.append(GREEN if correct[row] else RED)
-    images = [(source, int(index)) for index in evaluation.indices[rows]]
-    return contact_sheet(images, captions, title, colors)
+    images = [thumbnail(source, int(index)) for index in evaluation.indices[rows]]
+    return grid(images, captions, title, colors=colors)
 
 
 # Training

@@ -241,7 +241,6 @@ def _save(config: TrainConfig, result: FinetuneResult, run: Path) -> None:
 
 
 def _report(sweep: Sweep, result: FinetuneResult) -> None:
-    """Prints a table of all runs."""
     on = result.measured_on
     runs = [(f"rate {rate:g}", "held out", found) for rate, found in result.grid_metrics.items()]
     runs += [(f"seed {seed}", on, metrics) for seed, metrics in result.metrics.items()]

@@ -298,10 +298,8 @@ def encoded_image(image: Any, where: str = "the image") -> bytes:
             if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
                 raise ValueError(f"an array of {image.dtype} {image.shape} is not an image")
             return encode_png(image[..., 0] if image.shape[2:] == (1,) else image)
-        if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):  # which a PNG cannot have
-            image.convert("RGB").save(file, "PNG", exif=image.getexif())
-        else:
-            image.save(file, "PNG", exif=image.getexif())
+        is_plain = image.mode not in ("CMYK", "YCbCr", "LAB", "HSV")  # which a PNG cannot have
+        (image if is_plain else image.convert("RGB")).save(file, "PNG", exif=image.getexif())
         return file.getvalue()
     except (OSError, TypeError, ValueError, AttributeError) as error:
         what = f"{where} cannot be used: {error}"

@@ -80,9 +80,7 @@ def check_input(source: Source, preprocessing: Preprocessing) -> None:
 
 
 def inception_box(
-    size: tuple[int, int],
-    random: np.random.Generator,
-    area: tuple[float, float] = (0.05, 1.0),
+    size: tuple[int, int], random: np.random.Generator, area: tuple[float, float] = (0.05, 1.0)
 ) -> tuple[int, int, int, int]:
     """Returns a random rectangle, (top, left, height, width) in pixels, drawn as in TensorFlow."""
     height, width = size

@@ -48,24 +48,20 @@ class Splits:
     @functools.cached_property
     def fingerprints(self) -> dict[str, str | None]:
         """The fingerprint of each split that there is, wherever its images are."""
+        sources = {"train": self.train, "validation": self.validation, "test": self.test}
         return {
             name: None if source is None else fingerprint(source, moved=True)
-            for name, source in self._by_name.items()
+            for name, source in sources.items()
         }
 
     def has_fingerprint(self, known: object, split: str) -> bool:
         """Whether this is the fingerprint of a split, in the words of any version."""
-        source = self._by_name[split]
+        source = getattr(self, split)
         if source is None:
             return False
         return known == self.fingerprints[split] or known == fingerprint(source)
 
-    @property
-    def _by_name(self) -> dict[str, Source | None]:
-        return {"train": self.train, "validation": self.validation, "test": self.test}
-
     def describe(self) -> list[str]:
-        """Returns a description of the data, line by line."""
         names, counts = self.train.class_names, self.train.class_counts()
         few, many = int(counts.argmin()), int(counts.argmax())
         validate, test = "none to validate", f"{len(self.test):,}" if self.test else "none"

@@ -234,7 +234,6 @@ def clip(parameters: Iterable[Tensor], most: float) -> Tensor:
 
 
 def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
-    """Updates the weights with this learning rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -161,7 +161,6 @@ class RunState:
         self.last_checkpoint = self.run.folder.checkpoints / f"step-{self.step:08d}"
 
     def note_step(self, result: StepResult) -> None:
-        """Adds up the loss of a step."""
         self.loss_sum, self.loss_count = self.loss_sum + result.loss, self.loss_count + 1
         self.last_rate = result.learning_rate
 

@@ -17,13 +17,7 @@ from torch import Tensor
 from allmlp import plots
 from allmlp.console import ProgressBar, Reporter
 from allmlp.data.augment import mix
-from allmlp.data.loader import (
-    CPU,
-    Batch,
-    choose_workers,
-    most_workers,
-    training_batches,
-)
+from allmlp.data.loader import CPU, Batch, choose_workers, most_workers, training_batches
 from allmlp.data.sampler import Order, step_generator
 from allmlp.data.source import BadImage, check_one_label
 from allmlp.data.source_spec import parse_name
@@ -446,7 +440,6 @@ class Trainer:
         state.save(is_best=True)
 
     def train_step(self, step: int, batch: Batch) -> None:
-        """Updates the weights with one batch."""
         state, run = self.state, self.run
         images, targets, depth, dropout_seed = self.inputs(step, batch)
         if step == 0 and run.world.is_main:

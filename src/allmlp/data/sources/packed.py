@@ -218,8 +218,7 @@ def pack_splits(
                 }
                 manifest = {"format": FORMAT, "version": VERSION, "splits": described}
                 # Commits all files at once.
-                text = json.dumps(manifest, indent=1) + "\n"
-                atomic_write(folder / MANIFEST, text.encode())
+                atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     finally:
         known = {file.name for _, files in _read_manifest(folder).values() for file in files}
         for name in set(names) - known:  # after a failure

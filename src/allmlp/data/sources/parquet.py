@@ -19,13 +19,7 @@ import numpy as np
 
 from allmlp.data.classes import RawLabels, numbered
 from allmlp.data.source import GROUP, Images, PackedBytes
-from allmlp.data.source_spec import (
-    LABEL_OPTIONS,
-    Kind,
-    Records,
-    SourceSpec,
-    by_split,
-)
+from allmlp.data.source_spec import LABEL_OPTIONS, Kind, Records, SourceSpec, by_split
 from allmlp.data.sources.columns import LABEL_COLUMNS, Rows, choose_column, open_rows
 from allmlp.errors import UserError
 from allmlp.io import parse_json

@@ -115,8 +115,7 @@ def write_subset_file(path: Path, subset: SubsetFile) -> None:
     values = {"format": FORMAT, "version": VERSION, **asdict(subset)}
     if subset.labels is None:
         del values["labels"]
-    text = json.dumps(values, indent=2) + "\n"
-    atomic_write(path, text.encode(errors="surrogateescape"))
+    atomic_write(path, json.dumps(values, indent=2) + "\n")
 
 
 def read_subset_file(path: Path) -> SubsetFile:
