@@ -91,8 +91,7 @@ def evaluate(
             labels = open_real(options.real, source, classes_of(net), imagenet_classes())
         if folder is not None:
             items = map(source.item_name, range(len(source)))
-            inputs = read_from(options.data)
-            check_not_inputs([folder, *map(folder.joinpath, names)], inputs, items)
+            check_not_inputs([folder, *map(folder.joinpath, names)], read_from(options.data), items)
             folder.mkdir(parents=True, exist_ok=True)  # fail early
         bar = stack.enter_context(report.progress(len(source) // world.size, "images"))
 

@@ -242,8 +242,7 @@ def save_study(study: Path, name: str, values: Row, run: Path, section: str) -> 
         shutil.copytree(source, staged)
         shutil.rmtree(best, ignore_errors=True)
         os.rename(staged, best)
-    card = (source / "README.md").read_text("utf-8") + section
-    atomic_write(best / "README.md", card)
+    atomic_write(best / "README.md", (source / "README.md").read_text("utf-8") + section)
     atomic_write(study / name, json.dumps({**values, "run": run.name}, indent=2) + "\n")
 
 

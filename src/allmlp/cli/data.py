@@ -255,8 +255,7 @@ def pack(source: str, folder: str, options: PackOptions) -> Done:
         only_images(part, "packed data")
     report_notes(notes_of(splits))
     check_not_inputs([target], read_from(source))
-    total = sum(map(len, splits.values()))
-    with report.progress(total, "images") as bar, path_in_errors(target):
+    with report.progress(sum(map(len, splits.values())), "images") as bar, path_in_errors(target):
         packed = pack_splits(splits, target, shard_bytes=shard_bytes, on_item=bar.advance)
     for split, result in packed.items():
         size = sum(file.size for file in result.files)

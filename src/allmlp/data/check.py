@@ -133,9 +133,7 @@ def _describe(source: Source, scanned: Scan) -> dict[str, Any]:
 
 
 def _count(values: np.ndarray) -> dict[str, int]:
-    texts = (
-        value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()
-    )
+    texts = (v.decode() if isinstance(v, bytes) else str(v) for v in values.tolist())
     return dict(Counter(texts).most_common())
 
 
@@ -201,9 +199,7 @@ class _Facts(Images):
         return np.zeros((), dtype=FACTS) if facts is None else facts, bad
 
     def collate(self, samples: list[Any]) -> tuple[np.ndarray, list[BadImage]]:
-        return np.stack([facts for facts, _ in samples]), [
-            bad for _, some in samples for bad in some
-        ]
+        return np.stack([facts for facts, _ in samples]), [bad for _, own in samples for bad in own]
 
 
 def _facts_of(image: EncodedImage) -> np.ndarray:
@@ -349,9 +345,8 @@ def find_duplicates(
     facts = np.concatenate([scans[name].facts for name in splits])
     usable = np.flatnonzero(facts["readable"])
     original = np.arange(len(facts))
-    _, firsts, inverse = np.unique(
-        facts["pixel_digest"][usable], return_index=True, return_inverse=True
-    )
+    digests = facts["pixel_digest"][usable]
+    _, firsts, inverse = np.unique(digests, return_index=True, return_inverse=True)
     original[usable] = usable[firsts][inverse]
     second = np.flatnonzero(original != np.arange(len(facts)))
     first = original[second]

@@ -170,8 +170,7 @@ def label_text(value: object, where: object) -> str:
     text = "" if value is None else str(value).strip()
     if text.casefold() in _EMPTY:
         what = f"the label is empty: {text!r}" if text else "the label is empty"
-        fix = f"Give it a label, or remove it; {UNLABELLED}"
-        raise UserError(what, where=where, fix=fix)
+        raise UserError(what, where=where, fix=f"Give it a label, or remove it; {UNLABELLED}")
     if not isinstance(value, int | str):
         what = f"a label is a whole number or text, got {text[:80]}"
         raise UserError(what, where=where, fix="Give every image one label")

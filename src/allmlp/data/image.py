@@ -269,8 +269,7 @@ def decode(
     data: bytes, where: object, channels: int = 3, *, exif_orientation: bool = True
 ) -> np.ndarray:
     """Returns the upright image, uint8 (H, W, channels); `where` names it in errors."""
-    image = EncodedImage(data, where, channels, exif_orientation=exif_orientation)
-    return image.decode()
+    return EncodedImage(data, where, channels, exif_orientation=exif_orientation).decode()
 
 
 def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -302,9 +301,8 @@ def encoded_image(image: Any, where: str = "the image") -> bytes:
         (image if is_plain else image.convert("RGB")).save(file, "PNG", exif=image.getexif())
         return file.getvalue()
     except (OSError, TypeError, ValueError, AttributeError) as error:
-        what = f"{where} cannot be used: {error}"
         fix = "Give uint8 arrays (H, W) or (H, W, 3), PIL images, encoded bytes, paths or URLs"
-        raise UserError(what, fix=fix, code="wrong-type") from error
+        raise UserError(f"{where} cannot be used: {error}", fix=fix, code="wrong-type") from error
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

@@ -70,9 +70,7 @@ def check_input(source: Source, preprocessing: Preprocessing) -> None:
     shape, own = array_shape(source), preprocessing
     wanted = (own.channels, *own.image_size) if own.kind == "arrays" else None
     if shape != wanted:
-        has, takes = (
-            "images" if of is None else f"rows (C, H, W) = {of}" for of in (shape, wanted)
-        )
+        has, takes = ("images" if s is None else f"rows (C, H, W) = {s}" for s in (shape, wanted))
         what, fix = f"the data has {has}, the model takes {takes}", "Use data like its training's"
         if shape and wanted and shape[0] == wanted[0]:
             fix = f"image_size={shape[1]}x{shape[2]} resizes the model"

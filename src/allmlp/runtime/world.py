@@ -339,9 +339,8 @@ def _rendezvous(timeout: datetime.timedelta) -> tuple[Store, int, int]:
                 store.set(f"answer/{store.get(f'hello/{other}').decode()}", name)
         if time.monotonic() > end:
             ranks = ", ".join(map(str, sorted(waiting)))
-            raise UserError(
-                f"rank {ranks} did not join within {timeout.total_seconds():.0f} seconds"
-            )
+            what = f"rank {ranks} did not join within {timeout.total_seconds():.0f} seconds"
+            raise UserError(what)
         time.sleep(0.01)
     return PrefixStore(name, store), rank, size
 
@@ -354,8 +353,7 @@ def _told(world: World, notes: Store, error: BaseException) -> BaseException:
         return _lost(world, notes, error)
     shown = error if isinstance(error, UserError) else UserError(f"{type(error).__name__}: {error}")
     with contextlib.suppress(RuntimeError):  # the store's process has exited
-        note = (shown.what, shown.where, shown.fix, shown.code)
-        notes.set(str(world.rank), json.dumps(note))
+        notes.set(str(world.rank), json.dumps((shown.what, shown.where, shown.fix, shown.code)))
         notes.set("failed", "")
     return _said_once(world, world.rank, notes, shown) if shown is error else error
 

@@ -213,10 +213,8 @@ def model_card(outcome: Outcome) -> str:
         probabilities=probabilities_section(model.decision),
     )
     place = 'In this folder ("."; elsewhere give its path)'
-    history = _HISTORY.format(trained=trained)
-    return _card(
-        model, title, header, place, (measured_text, history, _LICENCE.format(begun=begun))
-    )
+    texts = measured_text, _HISTORY.format(trained=trained), _LICENCE.format(begun=begun)
+    return _card(model, title, header, place, texts)
 
 
 def plain_card(model: Classifier) -> str:

@@ -159,8 +159,7 @@ class Checkpoints:
         world.broadcast_from_rank0(lambda: _check_same_tensors(path, tensors))
         with _opened(path) if world.is_main else contextlib.nullcontext() as file:
             for name, tensor in tensors.items():
-                value = None if file is None else file.get_tensor(name)
-                fill_from_rank0(tensor, value, world)
+                fill_from_rank0(tensor, None if file is None else file.get_tensor(name), world)
 
     # Everything below runs on the main process only.
 

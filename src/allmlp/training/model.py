@@ -117,8 +117,7 @@ def _from_weights(
     model = load_model(source, settings.image_size, resize_weights=method, quiet=quiet)
     if model.preprocessing is None or model.preprocessing.kind == "images":
         _check_channels(model, source)
-    report = Reporter(quiet=quiet, stderr=True)
-    model, names, new = _with_head_for(model, class_names, report)
+    model, names, new = _with_head_for(model, class_names, Reporter(quiet=quiet, stderr=True))
     if settings.head_bias and new:
         set_head_bias(model, settings.head_bias, new)
     if settings.overrides:  # from `ModelSettings`; these do not change the tensors

@@ -126,9 +126,8 @@ def check_same_images(path: Path, config: TrainConfig, splits: Splits) -> None:
         is_same = old == config.data.source  # otherwise compared with the checkpoints' later
     if not is_same:
         new = config.data.source
-        raise other_images(
-            path, "" if old == new else f": data.source is {old!r} there, {new!r} here"
-        )
+        moved = "" if old == new else f": data.source is {old!r} there, {new!r} here"
+        raise other_images(path, moved)
 
 
 def other_images(path: Path, moved: str = "") -> UserError:

@@ -191,10 +191,8 @@ class RunState:
     def keep_best(self, model: ImageClassifier, card: str) -> None:
         """Copies the best model, which the next save writes to best/ before its checkpoint."""
         values = {id(value): value.to("cpu", copy=True) for value in model.buffers()}
-        for parameter in model.parameters():
-            values[id(parameter)] = nn.Parameter(
-                parameter.to("cpu", copy=True), parameter.requires_grad
-            )
+        for p in model.parameters():
+            values[id(p)] = nn.Parameter(p.to("cpu", copy=True), p.requires_grad)
         copied, folder = copy.deepcopy(model, values), self.run.folder
 
         def write() -> None:

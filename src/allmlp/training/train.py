@@ -171,8 +171,7 @@ def train(
         stack.callback(folder.close)
         if writes:
             report.log_to(folder.path / "log.txt")
-            trackers = map(tracker, config.trackers)
-            folder.loggers = Loggers([*trackers, *callbacks], report.say)
+            folder.loggers = Loggers([*map(tracker, config.trackers), *callbacks], report.say)
         run = Run(config, splits, folder, report, compute, world, num_steps)
         announce(run, model, in_study=in_study)
         state = stack.enter_context(RunState(run, model))
@@ -524,9 +523,8 @@ class Trainer:
             if self.world.is_main and seconds - self.last_drawn > _REDRAW_EVERY:
                 self.run_folder.draw_curves()
                 self.last_drawn = time.perf_counter() - self.started
-        self.report.say(
-            f"{text}   {state.seconds:6.1f} s{'   best' * (is_best and not keeps_last)}"
-        )
+        text += f"   {state.seconds:6.1f} s{'   best' * (is_best and not keeps_last)}"
+        self.report.say(text)
         if state.is_out_of_patience and state.step < self.run.num_steps:
             self.report.say(f"stopped early: no better result in {config.patience} evaluations")
         self.last_line = time.perf_counter() - self.started
@@ -577,6 +575,5 @@ class Trainer:
         self.state.checkpoints.wait()
         last = self.state.last_checkpoint
         what += f"; the last good checkpoint is {last}" if last else "; there is no checkpoint yet"
-        lower = self.config.optimizer.learning_rate / 3
-        fix = f"A lower learning_rate, in a new run: {lower:.1g}"
+        fix = f"A lower learning_rate, in a new run: {self.config.optimizer.learning_rate / 3:.1g}"
         raise DivergedError(what, where=self.run_folder.path, fix=fix, code="diverged")

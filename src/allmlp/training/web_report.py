@@ -152,9 +152,8 @@ def _concerns(outcome: Outcome, run: Path) -> Iterable[str]:
             "(mixer finetune CHECKPOINT --data FOLDER)"
         )
     names = ("training_loss", "validation_loss")  # the latter only with validation images
-    losses = [
-        [float(row[name]) for name in names] for row in read_results(run) if row.keys() >= {*names}
-    ]
+    rows = (row for row in read_results(run) if row.keys() >= {*names})
+    losses = [[float(row[name]) for name in names] for row in rows]
     best, last = min(losses, key=lambda row: row[1], default=[]), losses[-1:]
     if best and last[0][1] > 1.2 * best[1] and last[0][0] < best[0]:
         yield (

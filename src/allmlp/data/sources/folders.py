@@ -175,9 +175,8 @@ def _group_of(path: str, group: str, folder: Path) -> str:
         found, mark, _ = Path(path).name.partition(group)
         found *= bool(mark)
     if not found:
-        what = f"no group={group} in the name of an image"
         fix = "group=folder (<class>/<group>/*.jpg), or a mark in all names: group=_ (p1_07.jpg)"
-        raise UserError(what, where=folder / path, fix=fix)
+        raise UserError(f"no group={group} in the name of an image", where=folder / path, fix=fix)
     return found
 
 

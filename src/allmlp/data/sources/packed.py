@@ -279,8 +279,7 @@ def _write_split(
         size += length
     if not rows:
         reason = f"; the first: {packed.bad[0].what}" if packed.bad else ""
-        what = f"none of the {len(source)} images can be read{reason}"
-        raise UserError(what, where=source.name)
+        raise UserError(f"none of the {len(source)} images can be read{reason}", where=source.name)
     write()
     return packed
 

@@ -233,8 +233,7 @@ class ParquetImages:
 
 
 def open_file(file: str) -> Any:
-    what = "reading Parquet files needs pyarrow"
-    parquet = import_extra("pyarrow.parquet", "data", what, file)
+    parquet = import_extra("pyarrow.parquet", "data", "reading Parquet files needs pyarrow", file)
     with _damage_reported(file):
         # Without threads, for use in forked workers.
         return parquet.ParquetFile(file, memory_map=False, pre_buffer=False)
