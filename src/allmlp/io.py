@@ -222,11 +222,9 @@ def process_lives(process: int) -> bool:
     """Returns whether a process is running on this machine; a zombie is not."""
     if sys.platform == "win32":  # even signal 0 would kill it
         return True
-    try:
-        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{process}/stat").read_text("utf-8", "replace")
+        return text.rpartition(")")[2].split()[0] not in ("Z", "X")
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -6,6 +6,7 @@ command trains the missing runs; a changed setting makes a new run.
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import hashlib
 import json
@@ -149,11 +150,10 @@ class Sweep:
         rows: dict[str, Row] = {}
         file = self.path / RESULTS
         for line in file.read_bytes().splitlines() if file.is_file() else ():
-            try:
+            # The run of a damaged line is measured again, not retrained.
+            with contextlib.suppress(ValueError, LookupError, TypeError):
                 row = parse_json(line)
                 rows[row["key"]] = row
-            except (ValueError, LookupError, TypeError):
-                continue  # damaged line: the run is measured again, not retrained
         return rows
 
     def _folder(self, name: str, key: str, config: TrainConfig) -> str:

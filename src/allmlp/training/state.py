@@ -70,12 +70,6 @@ class RunState:
         keep = max(1, self.config.keep_checkpoints)
         self.checkpoints = Checkpoints(run.folder.checkpoints, keep, self.world, run.report.say)
 
-    def __enter__(self) -> RunState:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.checkpoints.close()
-
     @property
     def mean_loss(self) -> float:
         """Mean training loss over the steps since the last evaluation."""

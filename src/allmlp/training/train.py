@@ -174,7 +174,8 @@ def train(
             folder.loggers = Loggers([*map(tracker, config.trackers), *callbacks], report.say)
         run = Run(config, splits, folder, report, compute, world, num_steps)
         announce(run, model, in_study=in_study)
-        state = stack.enter_context(RunState(run, model))
+        state = RunState(run, model)
+        stack.callback(state.checkpoints.close)
         if not dry_run:
             state.begin(details, is_old)
         elif is_old:  # the time of what is left
