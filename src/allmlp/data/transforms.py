@@ -137,9 +137,7 @@ def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def flip(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    if random.random() < 0.5:
-        return cv2.flip(pixels, 1).reshape(pixels.shape)
-    return pixels
+    return cv2.flip(pixels, 1).reshape(pixels.shape) if random.random() < 0.5 else pixels
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:

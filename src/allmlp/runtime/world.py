@@ -419,13 +419,19 @@ def parallelize(
         return DistributedDataParallel(
             model, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=100
         )
+    shard(model, world.size, precision)
+    return model
+
+
+def shard(model: nn.Module, size: int, precision: str) -> None:
+    """Shards the model over so many processes, see `parallelize`."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import
 
     # About in-place changes of what a block returns; `StochasticDepth` and the sums make none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     # Without one, torch takes a mesh of the machine's GPUs even for a model on the CPU.
-    mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
+    mesh = init_device_mesh(next(model.parameters()).device.type, (size,))
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in getattr(model, "blocks", ()):
         for part in block.children() if precision == "bfloat16" else ():
@@ -434,7 +440,6 @@ def parallelize(
                 fully_shard(part, mesh=mesh, mp_policy=half)
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return model
 
 
 def innermost_shards(network: nn.Module) -> list[nn.Module]:
