@@ -14,12 +14,9 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from allmlp.errors import UserError, near_names, needs
-
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
 
 Precision = Literal["auto", "float32", "bfloat16"]
 ResizeWeights = Literal["auto", "block-diagonal", "resample"]
@@ -132,7 +129,7 @@ def validated(kind: type[Kind], values: Any) -> Kind:
 
 
 @functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)

@@ -18,19 +18,17 @@ from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
+from torch import Tensor
 
 from allmlp.data.image import decode, to_pillow
-from allmlp.data.source import array_row, array_shape
+from allmlp.data.source import Source, array_row, array_shape
 from allmlp.data.transforms import denormalize
 from allmlp.errors import UserError, plural
 from allmlp.io import atomic_write
+from allmlp.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from allmlp.data.check import Duplicates
-    from allmlp.data.source import Source
-    from allmlp.preprocessing import Preprocessing
 
 Evaluation = Any  # class in evaluation/, which imports from here
 # Files written by `save_evaluation`.
